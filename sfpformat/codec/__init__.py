@@ -1,0 +1,1 @@
+"""Tensors to chunks and back: what reader, writer and validator share, without any I/O."""

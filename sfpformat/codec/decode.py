@@ -1,0 +1,221 @@
+"""Decoding a tensor's chunks (SPEC.md chapters 9 to 15), run of segments by run of segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.bits import Bytes
+from ..coding.mask import Mask, decode_mask
+from ..coding.planes import Levels
+from ..coding.quantiser import (
+    F32,
+    Table,
+    fingerprint_values,
+    greatest_magnitude,
+    importance_values,
+    require_centroids,
+)
+from ..container.chunk import ChunkIndex, read_index, read_raw, read_vectors
+from ..container.entry import TensorEntry
+from ..engines import Engine
+from ..errors import fault
+
+Values = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk whose checksum and index were checked.
+
+    Attributes:
+        k: its number in the tensor.
+        data: its bytes; for a raw tensor those of the elements.
+        index: the segment index, None for a raw tensor.
+    """
+
+    k: int
+    data: Bytes
+    index: ChunkIndex | None
+
+
+class TensorDecoder:
+    """Turns the chunks of one tensor into numbers.
+
+    Every method that takes ``first`` and ``stop`` works on a run of neighbouring segments, numbered within the
+    chunk, and refuses data that break a clause; offsets in faults are relative to the chunk.
+    """
+
+    def __init__(self, entry: TensorEntry, vector_chunk: Bytes | None, engine: Engine) -> None:
+        """Reads and checks the vectors.
+
+        Raises:
+            InvalidFileError: by R-VEC-001, -002, R-QNT-005, -007, R-SCL-004, -006, R-IMP-004, -005.
+        """
+        self.entry = entry
+        self.engine = engine
+        self.vectors = {} if vector_chunk is None else read_vectors(vector_chunk, entry)
+        _require_valid_vectors(entry, self.vectors)
+
+    def open_chunk(self, data: Bytes, k: int) -> Chunk:
+        """Checks the structure of chunk ``k``, whose checksum matched."""
+        if self.entry.coding == "raw":
+            return Chunk(k, read_raw(data, self.entry, k), None)
+        return Chunk(k, data, read_index(data, self.entry, k))
+
+    # ------------------------------------------------------------------------------------- streams
+
+    def _levels(self, chunk: Chunk, stream: str, first: int, stop: int) -> Levels:
+        assert chunk.index is not None
+        span = chunk.index.span(stream, first, stop)
+        return self.engine.decode_levels(chunk.data, span, self.entry.streams()[stream])
+
+    def mask(self, chunk: Chunk, first: int, stop: int) -> Mask | None:
+        """The mask bits of a run, or None for a tensor without a mask."""
+        if self.entry.mask is None:
+            return None
+        assert chunk.index is not None
+        return decode_mask(
+            self.entry.mask.kind,
+            self.entry.mask.polarity,
+            self._levels(chunk, "mask", first, stop),
+            chunk.index.counts["mask"][first:stop],
+            chunk.index.positions[first:stop],
+            chunk.index.survivors[first:stop],
+        )
+
+    def values(self, chunk: Chunk, first: int, stop: int) -> Values:
+        """The weights of all positions of a run, in the tensor's dtype."""
+        dtype = self.entry.dtype
+        if chunk.index is None:
+            size = self.entry.segment * dtype.itemsize
+            return chunk.data[first * size : stop * size].view(dtype.numpy)
+        mask = self.mask(chunk, first, stop)
+        survivors = self._survivor_values(chunk, first, stop, mask)
+        if mask is None:
+            return survivors
+        out = np.zeros(len(mask), dtype.numpy)
+        out[mask] = survivors
+        return out
+
+    def survivors(self, chunk: Chunk, first: int, stop: int) -> tuple[NDArray[np.int64], Values]:
+        """The survivors of a run: their positions in the tensor, and their weights."""
+        start = self._first_position(chunk, first)
+        if chunk.index is None:
+            values = self.values(chunk, first, stop)
+            return np.arange(start, start + len(values)), values
+        mask = self.mask(chunk, first, stop)
+        return (
+            self._survivor_positions(chunk, first, stop, mask),
+            self._survivor_values(chunk, first, stop, mask),
+        )
+
+    def importance(self, chunk: Chunk, first: int, stop: int) -> F32:
+        """The importance of all positions of a run, float32; 0 where a pruned position has none."""
+        importance = self.entry.importance
+        assert importance is not None
+        assert chunk.index is not None
+        if importance.over != "survivors" or self.entry.mask is None:
+            return self._importances(chunk, first, stop, None)
+        mask = self.mask(chunk, first, stop)
+        assert mask is not None
+        out = np.zeros(len(mask), np.float32)
+        out[mask] = self._importances(chunk, first, stop, mask)
+        return out
+
+    # -------------------------------------------------------------------------------------- pieces
+
+    def _first_position(self, chunk: Chunk, first: int) -> int:
+        return (chunk.k * self.entry.chunk + first) * self.entry.segment
+
+    def _survivor_positions(
+        self, chunk: Chunk, first: int, stop: int, mask: Mask | None
+    ) -> NDArray[np.int64]:
+        assert chunk.index is not None
+        start = self._first_position(chunk, first)
+        if mask is None:
+            return np.arange(start, start + int(chunk.index.positions[first:stop].sum()))
+        return np.flatnonzero(mask) + start
+
+    def _survivor_values(self, chunk: Chunk, first: int, stop: int, mask: Mask | None) -> Values:
+        fingerprints, importance = self.entry.fingerprints, self.entry.importance
+        assert fingerprints is not None
+        multiplier = None
+        if importance is not None and importance.role == "multiplier":
+            multiplier = self._importances(chunk, first, stop, mask)
+            if mask is not None and importance.over == "all":
+                multiplier = multiplier[mask]
+        return fingerprint_values(
+            self._levels(chunk, "fingerprints", first, stop),
+            fingerprints.quantiser,
+            self.entry.dtype,
+            self.vectors.get("fingerprint centroids"),
+            self._scale_of_survivors(chunk, first, stop, mask),
+            multiplier,
+        )
+
+    def _scale_of_survivors(self, chunk: Chunk, first: int, stop: int, mask: Mask | None) -> F32 | None:
+        """The scale factor of each survivor of a run (SPEC.md chapter 12)."""
+        scale = self.entry.scale
+        if scale is None:
+            return None
+        positions = self._survivor_positions(chunk, first, stop, mask)
+        return self.vectors["scale"][scale_index(self.entry, positions)]
+
+    def _importances(self, chunk: Chunk, first: int, stop: int, mask: Mask | None) -> F32:
+        """The importances that a run has: one a level of its stream, or with factors one a survivor."""
+        importance = self.entry.importance
+        assert importance is not None
+        if importance.over == "factors":
+            positions = self._survivor_positions(chunk, first, stop, mask)
+            rows, columns = np.divmod(positions, self.entry.columns)
+            row, column = self.vectors["importance rows"], self.vectors["importance columns"]
+            return row[rows] * column[columns]
+        assert importance.quantiser is not None
+        levels = self._levels(chunk, "importance", first, stop)
+        return importance_values(levels, importance.quantiser, self.vectors.get("importance centroids"))
+
+
+def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of the scale factor of each position."""
+    assert entry.scale is not None
+    if entry.scale.per == "tensor":
+        return np.zeros(len(positions), np.int64)
+    if entry.scale.per == "row":
+        return positions // entry.columns
+    if entry.scale.per == "column":
+        return positions % entry.columns
+    return positions // entry.scale.size
+
+
+def _require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
+    """Checks the values that the vector chunk gives."""
+    for name in ("fingerprint centroids", "importance centroids"):
+        if name in vectors:
+            require_centroids(vectors[name])
+    scale = vectors.get("scale")
+    with np.errstate(over="ignore", invalid="ignore"):
+        if scale is not None and len(scale):
+            if not np.isfinite(scale).all():
+                raise fault("R-SCL-004", "a scale factor is not finite")
+            assert entry.fingerprints is not None
+            greatest = greatest_magnitude(
+                entry.fingerprints.quantiser,
+                entry.fingerprints.table,
+                vectors.get("fingerprint centroids"),
+            )
+            if not np.isfinite(greatest * np.abs(scale).max()):
+                raise fault("R-SCL-006", "the greatest weight times the greatest scale is not finite")
+        if "importance rows" in vectors and len(vectors["importance rows"]):
+            rows, columns = vectors["importance rows"], vectors["importance columns"]
+            if not (np.isfinite(rows).all() and np.isfinite(columns).all()):
+                raise fault("R-IMP-004", "an importance factor is not finite")
+            if not np.isfinite(np.abs(rows).max() * np.abs(columns).max()):
+                raise fault("R-IMP-005", "the product of two importance factors is not finite")
+
+
+def is_table(entry: TensorEntry) -> bool:
+    """Whether the fingerprints' quantiser is a table."""
+    return entry.fingerprints is not None and isinstance(entry.fingerprints.quantiser, Table)

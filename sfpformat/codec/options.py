@@ -1,0 +1,163 @@
+"""What a caller can ask of the encoder. Every choice has a default; None leaves it to measured estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..coding.codetable import MAX_CODE_BITS, MAX_CODES
+from ..dtypes import FACTOR_DTYPES
+from ..errors import OptionError
+
+CODINGS = ("auto", "raw", "fingerprint")
+QUANTISERS = ("lossless", "exact", "uniform", "table")
+MASKS = ("auto", "none", "runs", "octets")
+SCALES = ("tensor", "row", "column")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name} is {value!r}, must be one of {', '.join(map(str, allowed))}")
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise OptionError(f"{name} is {value}, must be from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """How an importance is stored.
+
+    Attributes:
+        role: ``metadata`` (kept for fine-tuning and pruning again) or ``multiplier`` (enters reconstruction).
+        over: ``survivors`` or ``all``; ignored for an importance given as two factors.
+        quantiser: ``uniform`` with ``bits`` bits a level at most, or ``exact`` in ``dtype``.
+        bits: of ``uniform``: the greatest importance has the level 2^bits - 1.
+        dtype: of ``exact`` and of factors: ``F32``, ``F16`` or ``BF16``.
+    """
+
+    role: str = "metadata"
+    over: str = "survivors"
+    quantiser: str = "uniform"
+    bits: int = 6
+    dtype: str = "F32"
+
+    def __post_init__(self) -> None:
+        _one_of("role", self.role, ("metadata", "multiplier"))
+        _one_of("over", self.over, ("survivors", "all"))
+        _one_of("quantiser", self.quantiser, ("uniform", "exact"))
+        _one_of("dtype", self.dtype, FACTOR_DTYPES)
+        _in_range("bits", self.bits, 1, 24)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a tensor is encoded.
+
+    Attributes:
+        coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for the float dtypes where it is smaller.
+        quantiser: ``lossless`` is ``exact``, or a ``table`` of all values where they are few; ``exact``;
+            ``uniform`` takes one of ``step``, ``bits``, ``error_db``; ``table`` takes ``centroids`` or ``bits``.
+        mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
+        narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
+        step: of ``uniform``: the step.
+        bits: target: bits a position, mask included (``uniform``); centroids = 2^(bits - 1) (``table``).
+        error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
+        centroids: of ``table``: how many magnitudes.
+        rate_weight: of ``uniform``: how much bits weigh against error when a weight lies between two levels;
+            0 rounds to nearest, 0.12 (about ln(2) / 6) gives the fewest bits at equal error.
+        scale: ``tensor``, ``row``, ``column``, the positions of a group, or None.
+        scale_dtype: of the factors.
+        mask: the mask's kind, ``none``, or ``auto``.
+        polarity: of ``runs``: 1 codes survivors, 0 pruned positions, None whichever are fewer.
+        group: levels a symbol, 1 or 2, or None.
+        codes: the most codes that the segments of a stream may choose from, 1 to 16; None: up to 8.
+        code_limit: longest prefix code, at most 12; 8 suits the tables of a GPU.
+        segment: positions a segment (a multiple of 32), or None.
+        chunk: positions a chunk, rounded to whole segments.
+        importance: how an importance that comes with the tensor is stored.
+    """
+
+    coding: str = "auto"
+    quantiser: str = "lossless"
+    mantissa_bits: int | None = None
+    narrow: bool = True
+    step: float | None = None
+    bits: float | None = None
+    error_db: float | None = None
+    centroids: int | None = None
+    rate_weight: float = 0.12
+    scale: str | int | None = None
+    scale_dtype: str = "F16"
+    mask: str = "auto"
+    polarity: int | None = None
+    group: int | None = None
+    codes: int | None = None
+    code_limit: int = MAX_CODE_BITS
+    segment: int | None = None
+    chunk: int = 1 << 18
+    importance: ImportanceOptions = ImportanceOptions()
+
+    def __post_init__(self) -> None:
+        _one_of("coding", self.coding, CODINGS)
+        _one_of("quantiser", self.quantiser, QUANTISERS)
+        _one_of("mask", self.mask, MASKS)
+        _one_of("scale_dtype", self.scale_dtype, FACTOR_DTYPES)
+        _one_of("polarity", self.polarity, (None, 0, 1))
+        _one_of("group", self.group, (None, 1, 2))
+        _in_range("code_limit", self.code_limit, 1, MAX_CODE_BITS)
+        if self.codes is not None:
+            _in_range("codes", self.codes, 1, MAX_CODES)
+        _in_range("chunk", self.chunk, 1, 1 << 24)
+        _in_range("rate_weight", self.rate_weight, 0, 10)
+        if self.mantissa_bits is not None:
+            _in_range("mantissa_bits", self.mantissa_bits, -8, 52)
+        if self.segment is not None and (self.segment % 32 or not 32 <= self.segment <= 1 << 16):
+            raise OptionError(f"segment is {self.segment}, must be a multiple of 32 up to 65536")
+        if isinstance(self.scale, str):
+            _one_of("scale", self.scale, SCALES)
+        elif self.scale is not None:
+            _in_range("scale", self.scale, 1, 1 << 48)
+        self._require_one_target()
+
+    def _require_one_target(self) -> None:
+        targets = {
+            "uniform": ("step", "bits", "error_db"),
+            "table": ("centroids", "bits"),
+        }.get(self.quantiser, ())
+        given = [
+            name for name in ("step", "bits", "error_db", "centroids") if getattr(self, name) is not None
+        ]
+        if set(given) - set(targets):
+            raise OptionError(f"quantiser {self.quantiser!r} does not take {', '.join(given)}")
+        if targets and len(given) != 1:
+            raise OptionError(f"quantiser {self.quantiser!r} takes one of {', '.join(targets)}")
+        if self.step is not None and not 0 < self.step < float("inf"):
+            raise OptionError(f"step is {self.step}, must be above 0")
+        if self.bits is not None:
+            _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
+        if self.centroids is not None:
+            _in_range("centroids", self.centroids, 1, 1 << 16)
+        if self.lossless and self.scale is not None:
+            raise OptionError("a scale needs the quantiser uniform or table")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the survivors come back bit for bit."""
+        return self.quantiser in ("lossless", "exact")
+
+    def but(self, **changes: Any) -> Options:
+        """The same options with some changed."""
+        return replace(self, **changes)
+
+
+PRESETS: dict[str, Options] = {
+    "default": Options(),
+    # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes; one table look-up for all.
+    "speed": Options(mantissa_bits=0, group=1),
+    # Two mantissa bits join the class.
+    "size": Options(mantissa_bits=2, codes=16),
+    # As speed, with one code a stream that fits an 8-bit table.
+    "gpu": Options(mantissa_bits=0, group=1, codes=1, code_limit=8),
+}

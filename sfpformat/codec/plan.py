@@ -1,0 +1,339 @@
+"""Planning a tensor: from an array and options to code tables, before the first byte is written.
+
+A plan holds no levels: it holds what turns any block of positions into levels, and is asked twice, once for
+the histograms that the tables are made from, once for the bytes. Memory stays bounded by a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.mask import Mask
+from ..coding.planes import Counts, Levels, segment_sums
+from ..coding.quantiser import (
+    F32,
+    Exact,
+    Table,
+    Uniform,
+    fingerprint_bound,
+    importance_bound,
+    narrowest_exact,
+)
+from ..container.entry import CHUNK_RECORD, TensorEntry
+from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
+from ..dtypes import DTYPES, Dtype, of_numpy
+from ..errors import OptionError
+from .options import ImportanceOptions, Options
+from .quantise import TableNumbers, UniformNumbers
+from .sources import (
+    ExactSource,
+    FingerprintSource,
+    ImportanceSource,
+    few_values,
+    number_source,
+    scaling_of,
+    table_of_values,
+)
+from .tables import INDEX_BITS, LevelBlocks, choose_exact, choose_mask, choose_numbers
+
+Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
+
+_NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
+# Tensors of fewer bytes are kept raw by coding="auto": tables and index cost more than they save.
+_MIN_BYTES = 512
+# With more survivors than this a tensor is also tried without a mask.
+_DENSE = 0.6
+# Default segments have about this many positions when dense, and more the sparser the tensor is, so that the
+# segment index stays a small part of what it indexes (SPEC.md chapter 27 has the figures).
+_SEGMENT = 512
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The positions of a tensor cut into chunks of whole segments."""
+
+    positions: int
+    segment: int
+    chunk: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Counts]]:
+        """For each chunk its positions, and the number of positions of each of its segments."""
+        for start in range(0, self.positions, self.segment * self.chunk):
+            stop = min(start + self.segment * self.chunk, self.positions)
+            counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
+            counts[-1] -= len(counts) * self.segment - (stop - start)
+            yield slice(start, stop), counts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tensor will be written.
+
+    Attributes:
+        entry: the directory entry, still without chunk records.
+        flat: the array, one-dimensional, C order.
+        blocks: its chunks.
+        fingerprints: the levels of a block's survivors; None for coding raw.
+        codes: stream -> the code of each segment.
+        vectors: the vectors of the vector chunk, by name.
+        survives: the mask bits of a block of positions, or None.
+        importance: the importance levels of a block.
+    """
+
+    entry: TensorEntry
+    flat: NDArray[np.generic]
+    blocks: Blocks
+    fingerprints: FingerprintSource | None = None
+    codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    vectors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    survives: Callable[[slice], Mask] | None = None
+    importance: ImportanceSource | None = None
+
+
+def plan_tensor(
+    name: str,
+    array: NDArray[np.generic],
+    options: Options,
+    mask: Mask | None = None,
+    importance: Importance | None = None,
+) -> Plan:
+    """Decides how a tensor is written.
+
+    Args:
+        name: the tensor's name.
+        array: the tensor; any registered dtype.
+        options: the caller's choices.
+        mask: bool, the tensor's shape: True for survivors. None: what is not zero survives.
+        importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
+            one a column.
+
+    Raises:
+        OptionError: the options do not fit the tensor.
+    """
+    dtype = of_numpy(array.dtype)
+    if dtype is None:
+        raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format")
+    flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
+    entry = _raw_entry(name, dtype, array.shape, options)
+    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
+    extras = mask is not None or importance is not None
+    if options.coding == "raw" or not dtype.is_float:
+        if options.coding == "fingerprint" or extras or (dtype.is_float and not options.lossless):
+            raise OptionError(f"tensor {name!r}: coding raw has no mask, importance or quantiser")
+        return raw
+    may_be_raw = options.coding == "auto" and not extras and options.lossless
+    if may_be_raw and flat.nbytes < _MIN_BYTES:
+        return raw
+    try:
+        planner = _Planner(raw, options, _flat_mask(mask, array.shape))
+        plan, bits = planner.plan(importance)
+    except OptionError as error:
+        raise OptionError(f"tensor {name!r}: {error}") from None
+    return raw if may_be_raw and bits >= flat.nbytes * 8 else plan
+
+
+def _flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
+    if mask is None:
+        return None
+    if mask.shape != shape or mask.dtype != np.bool_:
+        raise OptionError(f"the mask must be bool of shape {shape}, it is {mask.dtype} {mask.shape}")
+    return np.ascontiguousarray(mask).reshape(-1)
+
+
+def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options) -> TensorEntry:
+    segment = options.segment or _SEGMENT
+    return TensorEntry(
+        name, dtype, tuple(shape), "raw", segment, max(options.chunk // segment, 1), _NO_CHUNKS
+    )
+
+
+def default_segment(columns: int, density: float) -> int:
+    """Positions a segment: about 512 survivors, whole rows or a whole part of a row where that is possible.
+
+    Args:
+        columns: positions a row.
+        density: survivors a position, from 0 to 1.
+    """
+    wanted = _SEGMENT * next(k for k in (1, 2, 4, 8, 16) if density * k >= 0.5 or k == 16)
+    parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
+    fits = [s for s in parts + [columns * k for k in range(2, 64)] if s % 32 == 0]
+    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted]
+    return min(near, key=lambda s: (max(s, wanted) * 1000 // min(s, wanted), s)) if near else wanted
+
+
+class _Planner:
+    """Plans a tensor with coding fingerprint."""
+
+    def __init__(self, raw: Plan, options: Options, mask: Mask | None) -> None:
+        self.flat, self.options, self.given_mask = raw.flat, options, mask
+        self.entry = replace(raw.entry, coding="fingerprint")
+
+    def plan(self, importance: Importance | None) -> tuple[Plan, int]:
+        """The plan, and about how many bits it takes; of several lossless ways the smallest."""
+        best: tuple[Plan, int] | None = None
+        for source, vectors in self._sources(importance):
+            for plan, bits in self._with_and_without_mask(source, vectors):
+                if best is None or bits < best[1]:
+                    best = plan, bits
+        assert best is not None
+        plan, bits = best
+        if importance is not None:
+            plan, more = self._with_importance(plan, importance)
+            bits += more
+        return plan, bits
+
+    def _sources(
+        self, importance: Importance | None
+    ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
+        """What can turn the tensor into levels, each with its vectors."""
+        flat, dtype, options = self.flat, self.entry.dtype, self.options
+        if options.lossless:
+            coded = narrowest_exact(flat, dtype) if options.narrow else dtype
+            exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
+                (ExactSource(flat, dtype, coded), {})
+            ]
+            values = few_values(flat, dtype) if options.quantiser == "lossless" else None
+            if values is not None and len(values):
+                exact.append((table_of_values(flat, values), {"fingerprint centroids": values}))
+            return exact
+        scaling = scaling_of(flat, self.entry, options, self.given_mask)
+        if scaling is not None:
+            self.entry = scaling.entry
+        weights = importance.reshape(-1) if isinstance(importance, np.ndarray) else None
+        source = number_source(flat, options, self.given_mask, scaling, weights)
+        vectors: dict[str, NDArray[np.generic]] = {}
+        if isinstance(source.numbers, TableNumbers):
+            vectors["fingerprint centroids"] = source.numbers.centroids
+        if scaling is not None:
+            vectors["scale"] = scaling.factors
+        return [(source, vectors)]
+
+    def _with_and_without_mask(
+        self, source: FingerprintSource, vectors: dict[str, NDArray[np.generic]]
+    ) -> Iterator[tuple[Plan, int]]:
+        """Plans with the mask that the options ask for, or with and without one where both are sensible."""
+        kind, given = self.options.mask, self.given_mask
+        if kind == "none":
+            if given is not None and not given.all():
+                raise OptionError("a mask was given and mask is 'none'")
+            yield self._plan_streams(source, vectors, None, 1.0)
+            return
+        survives = source.survives if given is None else _survivors_of(given)
+        density = self._density(survives)
+        if density < 1.0 or kind != "auto":
+            yield self._plan_streams(source, vectors, survives, density)
+        if (given is None and kind == "auto" and density > _DENSE) or (density == 1.0 and kind == "auto"):
+            yield self._plan_streams(source, vectors, None, 1.0)
+
+    def _density(self, survives: Callable[[slice], Mask]) -> float:
+        alive = sum(int(np.count_nonzero(survives(block))) for block, _ in Blocks(len(self.flat), 1 << 16, 4))
+        return alive / len(self.flat) if len(self.flat) else 1.0
+
+    def _plan_streams(
+        self,
+        source: FingerprintSource,
+        vectors: dict[str, NDArray[np.generic]],
+        survives: Callable[[slice], Mask] | None,
+        density: float,
+    ) -> tuple[Plan, int]:
+        """The plan for one source, with or without a mask."""
+        options = self.options
+        segment = options.segment or default_segment(self.entry.columns, density)
+        chunk = max(options.chunk // segment, 1)
+        entry = replace(self.entry, segment=segment, chunk=chunk)
+        blocks = Blocks(len(self.flat), segment, chunk)
+        codes, bits = {}, 8 * sum(8 * (v.count * v.dtype.itemsize) for v in entry.vector_list())
+        if survives is not None:
+            known = survives
+
+            def masks() -> Iterator[tuple[Mask, Counts]]:
+                return ((known(block), counts) for block, counts in blocks)
+
+            chosen = choose_mask(masks, entry.segments, density, options)
+            entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
+            codes["mask"] = chosen.choice.codes
+            bits += chosen.choice.bits + INDEX_BITS * entry.segments
+
+        def levels() -> Iterator[tuple[Levels, Counts]]:
+            for block, counts in blocks:
+                mask = None if survives is None else survives(block)
+                alive = counts if mask is None else segment_sums(mask, counts)
+                yield source.levels(block, mask), alive
+
+        stream = LevelBlocks(entry.segments, levels)
+        quantiser = source.quantiser
+        if isinstance(quantiser, Exact):
+            choice = choose_exact(stream, quantiser.dtype, options)
+        else:
+            bound = fingerprint_bound(quantiser, entry.dtype)
+            choice = choose_numbers(stream, bound, options, signed=True)
+        if isinstance(quantiser, Table):
+            bits += 32 * quantiser.count
+        codes["fingerprints"] = choice.codes
+        entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
+        plan = Plan(entry, self.flat, blocks, source, codes, dict(vectors), survives)
+        return plan, bits + choice.bits
+
+    def _with_importance(self, plan: Plan, importance: Importance) -> tuple[Plan, int]:
+        """The plan with the importance added, and about how many bits that takes."""
+        options, entry = self.options.importance, plan.entry
+        if isinstance(importance, tuple):
+            dtype = DTYPES[options.dtype]
+            record = ImportanceEntry("factors", options.role, dtype=dtype)
+            entry = replace(entry, importance=record)
+            vectors = dict(plan.vectors)
+            names = ("importance rows", "importance columns")
+            for name, factor, size in zip(names, importance, (entry.rows, entry.columns), strict=True):
+                vectors[name] = _checked_factor(name, factor, size)
+            bits = 8 * dtype.itemsize * (entry.rows + entry.columns)
+            return replace(plan, entry=entry, vectors=vectors), bits
+        if importance.shape != entry.shape:
+            raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
+        source = _importance_source(importance, options)
+
+        def levels() -> Iterator[tuple[Levels, Counts]]:
+            for block, counts in plan.blocks:
+                mask = None if plan.survives is None else plan.survives(block)
+                few = mask is not None and source.over_survivors
+                yield (
+                    source.levels(block, mask),
+                    segment_sums(mask, counts) if few and mask is not None else counts,
+                )
+
+        stream = LevelBlocks(entry.segments, levels)
+        bound = importance_bound(source.quantiser)
+        if isinstance(source.quantiser, Exact):
+            choice = choose_exact(stream, source.quantiser.dtype, self.options.but(mantissa_bits=None))
+        else:
+            choice = choose_numbers(stream, bound, self.options, signed=False)
+        record = ImportanceEntry(options.over, options.role, source.quantiser, choice.table)
+        codes = {**plan.codes, "importance": choice.codes}
+        plan = replace(plan, entry=replace(entry, importance=record), codes=codes, importance=source)
+        return plan, choice.bits
+
+
+def _survivors_of(mask: Mask) -> Callable[[slice], Mask]:
+    return lambda block: mask[block]
+
+
+def _checked_factor(name: str, factor: NDArray[np.floating], size: int) -> F32:
+    if factor.shape != (size,) or not np.isfinite(factor).all():
+        raise OptionError(f"{name} must be {size} finite numbers")
+    return np.asarray(factor, np.float32)
+
+
+def _importance_source(importance: NDArray[np.floating], options: ImportanceOptions) -> ImportanceSource:
+    flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
+    if not np.isfinite(flat).all() or (flat < 0).any():
+        raise OptionError("importances must be finite and not negative")
+    over_survivors = options.over == "survivors"
+    if options.quantiser == "exact":
+        return ImportanceSource(flat + np.float32(0), Exact(DTYPES[options.dtype]), over_survivors)
+    greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
+    step = np.float32(greatest / np.float32((1 << options.bits) - 1)) or np.float32(1)
+    numbers = UniformNumbers(step, np.zeros(0, np.float32))
+    return ImportanceSource(flat, Uniform(step), over_survivors, numbers)

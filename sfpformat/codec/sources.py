@@ -1,0 +1,245 @@
+"""What turns a block of a tensor's positions into levels, for each quantiser (the encoder's side)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.mask import Mask
+from ..coding.planes import Levels
+from ..coding.quantiser import (
+    F32,
+    Exact,
+    Quantiser,
+    Table,
+    Uniform,
+    float_patterns,
+    patterns_to_levels,
+)
+from ..container.entry import TensorEntry
+from ..container.streams import ScaleEntry
+from ..dtypes import DTYPES, Dtype
+from ..errors import OptionError
+from .decode import scale_index
+from .options import Options
+from .quantise import (
+    SAMPLE,
+    TableNumbers,
+    UniformNumbers,
+    lloyd_max,
+    sample,
+    step_for_bits,
+    step_for_error,
+    uniform_numbers,
+)
+
+Flat = NDArray[np.generic]
+
+# A lossless tensor of at most so many different magnitudes may be a table of them.
+MAX_DISTINCT = 1024
+
+
+class FingerprintSource(Protocol):
+    """The fingerprint levels of a tensor."""
+
+    quantiser: Quantiser
+
+    def survives(self, block: slice) -> Mask:
+        """Which positions of a block have a weight that is not coded as zero."""
+
+    def levels(self, block: slice, mask: Mask | None) -> Levels:
+        """The levels of a block's survivors (all positions without a mask)."""
+
+
+@dataclass(frozen=True)
+class ExactSource:
+    """Bit patterns in the dtype ``coded``, which holds all values of ``flat``."""
+
+    flat: Flat
+    dtype: Dtype
+    coded: Dtype
+
+    @property
+    def quantiser(self) -> Quantiser:
+        return Exact(self.coded)
+
+    def survives(self, block: slice) -> Mask:
+        return float_patterns(self.flat[block], self.dtype) != 0
+
+    def levels(self, block: slice, mask: Mask | None) -> Levels:
+        values = self.flat[block] if mask is None else self.flat[block][mask]
+        if self.coded != self.dtype:
+            values = values.astype(self.coded.numpy)
+        return patterns_to_levels(float_patterns(values, self.coded), self.coded.bits)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scale of a tensor: its factors, as stored and widened to float32."""
+
+    entry: TensorEntry
+    factors: F32
+
+    def of(self, positions: NDArray[np.int64]) -> F32:
+        """The factor of each position."""
+        return self.factors[scale_index(self.entry, positions)]
+
+
+@dataclass(frozen=True)
+class NumberSource:
+    """Magnitude numbers and signs, of a `Uniform` or `Table` quantiser.
+
+    Attributes:
+        flat: the tensor.
+        quantiser: as stored.
+        numbers: magnitude -> number.
+        scaling: what magnitudes are divided by first, or None.
+        zero_survives: whether a weight with the number 0 is a survivor (all but +0 are, where the table holds
+            every value).
+    """
+
+    flat: Flat
+    quantiser: Quantiser
+    numbers: UniformNumbers | TableNumbers
+    scaling: Scaling | None = None
+    zero_survives: bool = False
+
+    def survives(self, block: slice) -> Mask:
+        values = self.flat[block].astype(np.float32)
+        if self.zero_survives or isinstance(self.quantiser, Table):
+            return (values != 0) | np.signbit(values) if self.zero_survives else values != 0
+        return self.numbers(self._magnitudes(block, None)) != 0
+
+    def levels(self, block: slice, mask: Mask | None) -> Levels:
+        values = self.flat[block] if mask is None else self.flat[block][mask]
+        numbers = self.numbers(self._magnitudes(block, mask))
+        negative = np.signbit(values.astype(np.float32)) & ((numbers > 0) | self.zero_survives)
+        return numbers * np.uint64(2) + negative
+
+    def _magnitudes(self, block: slice, mask: Mask | None) -> F32:
+        values = self.flat[block] if mask is None else self.flat[block][mask]
+        magnitudes = np.abs(values.astype(np.float32))
+        if self.scaling is None:
+            return magnitudes
+        positions = np.arange(block.start, block.stop)
+        factors = self.scaling.of(positions if mask is None else positions[mask])
+        return scaled_down(magnitudes, factors)
+
+
+@dataclass(frozen=True)
+class ImportanceSource:
+    """The importance levels of a tensor: numbers of a uniform quantiser, or bit patterns."""
+
+    flat: F32
+    quantiser: Quantiser
+    over_survivors: bool
+    numbers: UniformNumbers | None = field(default=None)
+
+    def levels(self, block: slice, mask: Mask | None) -> Levels:
+        """The levels of a block: of its survivors, or of all its positions."""
+        values = self.flat[block]
+        if mask is not None and self.over_survivors:
+            values = values[mask]
+        if isinstance(self.quantiser, Exact):
+            coded = self.quantiser.dtype
+            patterns = float_patterns(values.astype(coded.numpy), coded)
+            return patterns_to_levels(patterns, coded.bits)
+        assert self.numbers is not None
+        return self.numbers(values)
+
+
+def scaled_down(magnitudes: F32, factors: F32) -> F32:
+    """Magnitudes divided by their factors; 0 where the factor is 0."""
+    return np.divide(magnitudes, factors, out=np.zeros_like(magnitudes), where=factors > 0)
+
+
+def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
+    """All magnitudes of a tensor, ascending, where they are few, finite, and float32 holds them; else None."""
+    seen: NDArray[np.unsignedinteger] = np.zeros(0, dtype.pattern)
+    sign = dtype.pattern.type((1 << (dtype.bits - 1)) - 1)
+    blocks = [sample(flat, 4 * MAX_DISTINCT)]  # most tensors are told by a sample
+    blocks += [flat[i : i + SAMPLE] for i in range(0, len(flat), SAMPLE)]
+    for block in blocks:
+        seen = np.union1d(seen, float_patterns(np.ascontiguousarray(block), dtype) & sign)
+        if len(seen) > MAX_DISTINCT:
+            return None
+    exact = seen.view(dtype.numpy)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = exact.astype(np.float32)
+    if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
+        return None
+    return values
+
+
+def table_of_values(flat: Flat, values: F32) -> NumberSource:
+    """A lossless source: every magnitude of the tensor is a centroid."""
+    # The patterns ascend with the magnitudes, so `values` does too.
+    return NumberSource(flat, Table(len(values)), TableNumbers(values), zero_survives=True)
+
+
+def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
+    """The scale that the options ask for: root mean squares of what shares a factor, survivors only."""
+    if options.scale is None:
+        return None
+    per = options.scale if isinstance(options.scale, str) else "group"
+    size = 0 if isinstance(options.scale, str) else int(options.scale)
+    dtype = DTYPES[options.scale_dtype]
+    shaped = replace(entry, scale=ScaleEntry(per, size, dtype))
+    count = next(v.count for v in shaped.vector_list() if v.name == "scale")
+    squares, counts = np.zeros(count), np.zeros(count, np.int64)
+    for start in range(0, len(flat), SAMPLE):
+        block = slice(start, min(start + SAMPLE, len(flat)))
+        index = scale_index(shaped, np.arange(block.start, block.stop))
+        values = flat[block].astype(np.float64)
+        alive = values != 0 if mask is None else mask[block]
+        squares += np.bincount(index[alive], values[alive] ** 2, count)
+        counts += np.bincount(index[alive], minlength=count)
+    with np.errstate(over="ignore"):
+        factors = np.sqrt(squares / np.maximum(counts, 1)).astype(dtype.numpy).astype(np.float32)
+    return Scaling(shaped, np.minimum(factors, np.finfo(np.float32).max / 4))
+
+
+def number_source(
+    flat: Flat,
+    options: Options,
+    mask: Mask | None,
+    scaling: Scaling | None,
+    weights: F32 | None,
+) -> NumberSource:
+    """The source of a lossy quantiser, its step or centroids chosen on a sample.
+
+    Args:
+        flat: the tensor.
+        mask: the caller's mask, or None.
+        scaling: what magnitudes are divided by.
+        weights: importances, flat, that weigh errors where centroids are chosen, or None.
+    """
+    chosen = sample(np.arange(len(flat)))
+    alive = flat[chosen] != 0 if mask is None else mask[chosen]
+    positions = chosen[alive]
+    magnitudes = np.abs(flat[positions].astype(np.float32))
+    for start in range(0, len(flat), 1 << 22):
+        if not np.isfinite(flat[start : start + (1 << 22)]).all():
+            raise OptionError("a lossy quantiser cannot take infinities or NaNs; use lossless")
+    if scaling is not None:
+        magnitudes = scaled_down(magnitudes, scaling.of(positions))
+    if options.quantiser == "table":
+        count = options.centroids or max(round(2 ** (options.bits or 1)) // 2, 1)
+        centroids = lloyd_max(magnitudes, count, None if weights is None else weights[positions])
+        if not len(centroids):
+            centroids = np.zeros(1, np.float32)
+        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), scaling)
+    if options.step is not None:
+        step = options.step
+    elif options.bits is not None:
+        step = step_for_bits(magnitudes, len(chosen), options.bits, options.rate_weight)
+    else:
+        assert options.error_db is not None
+        step = step_for_error(magnitudes, options.error_db, options.rate_weight)
+    numbers = uniform_numbers(magnitudes, step, options.rate_weight)
+    if not numbers.step > 0:
+        raise OptionError(f"a step of {step} is 0 in float32")
+    return NumberSource(flat, Uniform(numbers.step), numbers, scaling)

@@ -1,0 +1,122 @@
+"""The one way in and out of bit sequences (SPEC.md R-CNV-002, R-CNV-003): LSB-first, whole-array numpy.
+
+Rules: offsets are checked here against the bytes at hand, so no caller slices a buffer by a number from a
+file. Fields are at most 56 bits wide, so that one unaligned 8-byte load holds any field at any bit offset
+(7 + 56 < 64); this is why SPEC.md R-TAB-002 stops at 56.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import fault
+
+Bytes = NDArray[np.uint8]
+
+MAX_FIELD_BITS = 56
+# A load of 8 bytes may start at the last byte of a sequence, so 7 readable bytes must follow it. Planes have
+# 16 (SPEC.md 15.1).
+SLACK_BYTES = 7
+
+
+def as_bytes(data: bytes | bytearray | memoryview | Bytes) -> Bytes:
+    """The bytes as a one-dimensional uint8 array, not copied."""
+    return np.frombuffer(data, np.uint8)
+
+
+def _words_at_every_byte(data: Bytes) -> NDArray[np.uint64]:
+    """View of ``data`` in which element i is the little-endian 8-byte word that starts at byte i."""
+    count = max(len(data) - SLACK_BYTES, 0)
+    return np.ndarray((count,), dtype="<u8", buffer=data, strides=(1,))
+
+
+def require_bits(data: Bytes, start: int, bits: int) -> None:
+    """Raises R-IDX-003 unless ``bits`` bits from bit ``start`` lie in ``data`` with room for a whole load."""
+    if bits and (start < 0 or bits < 0 or (start + bits + 7) // 8 + SLACK_BYTES > len(data)):
+        raise fault("R-IDX-003", "the bits of a plane do not fit into their chunk")
+
+
+def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.uint64]:
+    """``count`` unsigned fields of ``width`` bits each, from bit ``start`` on.
+
+    Eight fields are ``width`` bytes, so field j of every such group lies at the same bit offset: eight strided
+    passes instead of a gather.
+    """
+    require_bits(data, start, width * count)
+    out = np.zeros(count, np.uint64)
+    if width == 0 or count == 0:
+        return out
+    if width == 8 and start % 8 == 0:
+        out[:] = data[start // 8 : start // 8 + count]
+        return out
+    words = _words_at_every_byte(data)
+    mask = np.uint64((1 << width) - 1)
+    for j in range(min(8, count)):
+        bit = start + j * width
+        part = out[j::8]
+        loaded = words[bit >> 3 :: width][: len(part)]
+        np.right_shift(loaded, np.uint64(bit & 7), out=part)
+        part &= mask
+    return out
+
+
+def read_bits(
+    data: Bytes, start: int, widths: NDArray[np.unsignedinteger]
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Unsigned fields of the given widths, one after another from bit ``start`` on.
+
+    Returns:
+        The fields, and for each the bit after it, relative to ``start``.
+    """
+    ends = np.cumsum(widths, dtype=np.int64)
+    require_bits(data, start, int(ends[-1]) if len(ends) else 0)
+    at = ends - widths + start
+    fields = _words_at_every_byte(data)[at >> 3] >> (at & 7).astype(np.uint64)
+    fields &= (np.uint64(1) << widths.astype(np.uint64)) - np.uint64(1)
+    return fields, ends
+
+
+def write_fields(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
+    """Packs values below 2^width into ``ceil(count * width / 8)`` bytes; the inverse of `read_fields`."""
+    count = len(values)
+    if width == 0 or count == 0:
+        return np.zeros(0, np.uint8)
+    if width == 8:
+        return values.astype(np.uint8)
+    groups = -(-count // 8)
+    padded = np.zeros((groups, 8), np.uint64)
+    padded.reshape(-1)[:count] = values
+    out = np.zeros((groups, width), np.uint8)
+    for byte in range(width):
+        for j in range(byte * 8 // width, min(7, (byte * 8 + 7) // width) + 1):
+            shift = byte * 8 - j * width
+            field = padded[:, j]
+            moved = field >> np.uint64(shift) if shift >= 0 else field << np.uint64(-shift)
+            out[:, byte] |= moved.astype(np.uint8)  # the low eight bits
+    return out.reshape(-1)[: (count * width + 7) // 8]
+
+
+def write_bits(
+    values: NDArray[np.uint64], widths: NDArray[np.unsignedinteger]
+) -> tuple[Bytes, NDArray[np.int64]]:
+    """Packs each value into its own width; the inverse of `read_bits`.
+
+    Returns:
+        The bytes, and for each field the bit after it.
+    """
+    ends = np.cumsum(widths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    words = np.zeros(total // 64 + 2, "<u8")
+    used = np.flatnonzero(widths)
+    if len(used):
+        values, at = values[used], (ends - widths)[used]
+        word, bit = at >> 6, (at & 63).astype(np.uint64)
+        # Fields are in ascending order of their word, so those of one word are neighbours: one reduction each.
+        starts = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
+        words[word[starts]] = np.bitwise_or.reduceat(values << bit, starts)
+        # What runs over into the next word; shifted in two steps, since a shift by 64 is undefined.
+        over = (values >> np.uint64(1)) >> (np.uint64(63) - bit)
+        spill = np.flatnonzero(over)
+        words[word[spill] + 1] |= over[spill]  # at most one field runs over a word's end: no index twice
+    return words.view(np.uint8)[: (total + 7) // 8], ends

@@ -1,0 +1,185 @@
+"""Choosing classes and code lengths for a stream (the encoder's side of SPEC.md chapter 8).
+
+Everything is decided on integers: counts, and logarithms in fixed point. The same levels therefore give the
+same table on every platform, whatever its mathematical library.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS, CodeTable, code_lengths
+
+Histogram = NDArray[np.int64]
+
+FRACTION = 16  # bits after the binary point in fixed-point logarithms
+_TABLE_BITS = 12
+# log2(1 + i / 4096) in fixed point; rounding hides what libraries differ in.
+_LOG2 = np.array(
+    [round(math.log2(1 + i / (1 << _TABLE_BITS)) * (1 << FRACTION)) for i in range(1 << _TABLE_BITS)],
+    np.int64,
+)
+# What a class costs in the directory: a byte of `extra` and one of `length`.
+_CLASS_COST = 16 << FRACTION
+# Class boundaries: every number below this; above, multiples of a power of two that keeps 7 leading bits.
+_FINE_NUMBERS = 128
+
+
+def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
+    """log2 of positive integers, times 2^16, to about 12 bits of the mantissa."""
+    exponent = np.frexp(counts.astype(np.float64))[1] - 1  # exact: counts are below 2^53
+    shift = exponent.astype(np.int64) - _TABLE_BITS
+    mantissa = np.where(shift >= 0, counts >> np.maximum(shift, 0), counts << np.maximum(-shift, 0))
+    return (exponent.astype(np.int64) << FRACTION) + _LOG2[mantissa - (1 << _TABLE_BITS)]
+
+
+def entropy_bits(counts: Histogram) -> int:
+    """Order-0 entropy of a histogram, in bits times 2^16."""
+    used = counts[counts > 0].astype(np.int64)
+    total = int(used.sum())
+    if len(used) < 2:
+        return 0
+    each = int(log2_fixed(np.array([total]))[0]) - log2_fixed(used)
+    return int(sum(int(n) * int(bits) for n, bits in zip(used, each, strict=True)))
+
+
+def histogram(levels: NDArray[np.unsignedinteger], size: int = 0) -> Histogram:
+    """How often each level from 0 on occurs; at least ``size`` entries."""
+    return np.bincount(levels.astype(np.int64), minlength=size).astype(np.int64)
+
+
+def add_histograms(a: Histogram, b: Histogram) -> Histogram:
+    """The sum of two histograms of any lengths."""
+    out = np.zeros(max(len(a), len(b)), np.int64)
+    out[: len(a)] += a
+    out[: len(b)] += b
+    return out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Classes without codes: the first level, and each class's residual bits."""
+
+    base: int
+    extra: bytes
+
+    @property
+    def top(self) -> int:
+        """One past the last level."""
+        return self.base + sum(1 << e for e in self.extra)
+
+
+def constant_layout(class_counts: Histogram, width: int) -> Layout:
+    """Classes of 2^width levels each, from the first used to the last."""
+    used = np.flatnonzero(class_counts)
+    return Layout(int(used[0]) << width, bytes([width]) * int(used[-1] - used[0] + 1))
+
+
+def best_layout(counts: Histogram, *, signed: bool, bound: int, class_cost: int = _CLASS_COST) -> Layout:
+    """Dyadic classes of least estimated cost, by dynamic programming over their boundaries.
+
+    A class of w = 2^e numbers that occur n times in N costs n (log2(N/n) + e) bits and its two bytes in the
+    directory.
+
+    Args:
+        counts: how often each number occurs; a number is a level, or with ``signed`` a pair of levels, 2m and
+            2m + 1.
+        signed: whether each class has a further residual bit, the sign.
+        bound: no class may reach this number.
+        class_cost: of a class, in bits times 2^16.
+    """
+    used = np.flatnonzero(counts)
+    first, end = int(used[0]), int(used[-1]) + 1
+    points = _boundaries(first, end, bound)
+    place = {point: i for i, point in enumerate(points)}
+    below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+    total = int(below[-1])
+    log_total = int(log2_fixed(np.array([total]))[0])
+    best = [0] + [-1] * (len(points) - 1)
+    came: list[int] = [0] * len(points)
+    for i, point in enumerate(points[:-1]):
+        if best[i] < 0:
+            continue
+        targets = [(e, point + (1 << e)) for e in range(32) if point + (1 << e) in place]
+        reached = np.array([min(target, end) for _, target in targets])
+        n = below[reached] - below[point]
+        bits = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
+        for (e, target), count, cost in zip(targets, n.tolist(), bits.tolist(), strict=True):
+            j = place[target]
+            whole = best[i] + cost + (count * e << FRACTION) + class_cost
+            if best[j] < 0 or whole < best[j]:
+                best[j], came[j] = whole, e
+    finish = min((i for i, p in enumerate(points) if p >= end and best[i] >= 0), key=best.__getitem__)
+    widths, at = [], points[finish]
+    while at > first:
+        e = came[place[at]]
+        widths.append(e)
+        at -= 1 << e
+    sign = 1 if signed else 0
+    return Layout(first << sign, bytes(e + sign for e in reversed(widths)))
+
+
+def _boundaries(first: int, end: int, bound: int) -> list[int]:
+    """The numbers at which a class may begin or end: few enough, and always a way from first to end."""
+    points = {first, end}
+    point = first
+    while point < end:
+        step = 1 << max((point - first).bit_length() - 7, 0)
+        points.update((point, min(point + step, bound)))
+        point += step
+    # From the last coarse point below the end the rest is reached by ever smaller powers of two.
+    coarse = max(p for p in points if p < end) if end > first else first
+    rest = end - coarse
+    for e in reversed(range(rest.bit_length())):
+        if rest >> e & 1:
+            coarse += 1 << e
+            points.add(coarse)
+    return sorted(p for p in points if p <= bound)
+
+
+def class_counts(counts: Histogram, layout: Layout, *, signed: bool) -> Histogram:
+    """How often each class of a layout occurs, from the counts of its numbers."""
+    sign = 1 if signed else 0
+    widths = [1 << (e - sign) for e in layout.extra]
+    ends = (layout.base >> sign) + np.cumsum(widths)
+    below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+    reached = below[np.minimum(ends, len(counts))]
+    start = below[min(layout.base >> sign, len(counts))]
+    return np.diff(np.concatenate(([start], reached)))
+
+
+def coded_table(layout: Layout, symbol_counts: Histogram, group: int, code_limit: int) -> CodeTable | None:
+    """The table of a layout with optimal codes, or None where the symbols are too many for it."""
+    used = int(np.count_nonzero(symbol_counts))
+    if len(layout.extra) == 1:
+        return CodeTable(layout.base, layout.extra, b"", 1)
+    if not 2 <= used <= min(MAX_SYMBOLS, 1 << code_limit):
+        return None
+    if len(layout.extra) > MAX_CLASSES[group]:
+        return None
+    return CodeTable(layout.base, layout.extra, code_lengths(symbol_counts, code_limit), group)
+
+
+def coded_bits(table: CodeTable, symbol_counts: Histogram, counts_of_classes: Histogram) -> int:
+    """Bits of all planes of a stream, and of the table in the directory."""
+    prefix = (
+        int(np.frombuffer(table.length, np.uint8).astype(np.int64) @ symbol_counts)
+        if (table.classes > 1)
+        else 0
+    )
+    residual = int(table.class_extra.astype(np.int64) @ counts_of_classes)
+    return prefix + residual + 8 * (len(table.extra) + len(table.length))
+
+
+def trimmed(layout: Layout, counts_of_classes: Histogram) -> tuple[Layout, Histogram]:
+    """The layout without unused classes at its ends (R-CAN-006)."""
+    used = np.flatnonzero(counts_of_classes)
+    if not len(used):
+        return Layout(EMPTY_TABLE.base, EMPTY_TABLE.extra), np.zeros(1, np.int64)
+    first, last = int(used[0]), int(used[-1]) + 1
+    base = layout.base + sum(1 << e for e in layout.extra[:first])
+    return Layout(base, layout.extra[first:last]), counts_of_classes[first:last]

@@ -1,0 +1,216 @@
+"""Code tables and canonical prefix codes (SPEC.md chapter 8).
+
+A table's life: the writer builds one with `coding.classes` and `code_lengths`, the directory stores its four
+fields, the reader makes a `CodeTable` of them again, which is valid once it exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import fault
+from .bits import MAX_FIELD_BITS
+
+MAX_CODE_BITS = 12  # R-TAB-005
+MAX_SYMBOLS = 256  # used symbols, R-TAB-006: a symbol's rank fits a byte
+MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
+MAX_CODES = 16  # R-TAB-009
+
+
+@dataclass(frozen=True)
+class PrefixCode:
+    """A canonical prefix code, given by the length of each symbol's codeword, 0 for symbols it does not use.
+
+    Raises:
+        InvalidFileError: E_RANGE by R-TAB-005 to R-TAB-007.
+    """
+
+    length: bytes
+
+    def __post_init__(self) -> None:
+        if max(self.length) > MAX_CODE_BITS:
+            raise fault("R-TAB-005", f"a code of {max(self.length)} bits, at most {MAX_CODE_BITS}")
+        used = len(self.length) - self.length.count(0)
+        if not 2 <= used <= MAX_SYMBOLS:
+            raise fault("R-TAB-006", f"{used} used symbols, must be 2 to {MAX_SYMBOLS}")
+        if sum(1 << (MAX_CODE_BITS - n) for n in self.length if n) != 1 << MAX_CODE_BITS:
+            raise fault("R-TAB-007", "the prefix code is not complete")
+
+    @cached_property
+    def symbols(self) -> NDArray[np.uint16]:
+        """The used symbols in the order of their codewords (ascending length, then number)."""
+        lengths = np.frombuffer(self.length, np.uint8)
+        used = np.flatnonzero(lengths)
+        return used[np.argsort(lengths[used], kind="stable")].astype(np.uint16)
+
+    @cached_property
+    def symbol_bits(self) -> NDArray[np.uint8]:
+        """Code length of each of `symbols`, ascending."""
+        return np.frombuffer(self.length, np.uint8)[self.symbols]
+
+    @cached_property
+    def codes_of_length(self) -> list[int]:
+        """Entry n is the number of codewords of n bits, for n up to the longest."""
+        return [int(n) for n in np.bincount(self.symbol_bits)]
+
+    @cached_property
+    def codewords(self) -> list[str]:
+        """The codeword of each of `symbols` as a string of 0 and 1, first bit first (R-COD-001)."""
+        words, word, last = [], 0, 0
+        for bits in map(int, self.symbol_bits):
+            word <<= bits - last
+            words.append(format(word, f"0{bits}b"))
+            word, last = word + 1, bits
+        return words
+
+    @cached_property
+    def rank_of(self) -> NDArray[np.uint8]:
+        """Symbol -> its place in `symbols`."""
+        ranks = np.zeros(len(self.length), np.uint8)
+        ranks[self.symbols] = np.arange(len(self.symbols))
+        return ranks
+
+
+@dataclass(frozen=True)
+class CodeTable:
+    """Classes of levels and the prefix codes of their symbols.
+
+    Attributes:
+        base: first level of class 0.
+        extra: byte c is the number of residual bits of class c.
+        codes: the codes that segments choose from; none for one class.
+        group: levels a symbol, 1 or 2.
+
+    Raises:
+        InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004 and R-TAB-009, when the fields make no table.
+    """
+
+    base: int
+    extra: bytes
+    codes: tuple[PrefixCode, ...] = ()
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        if self.group not in MAX_CLASSES:
+            raise fault("R-TAB-003", f"group is {self.group}, must be 1 or 2")
+        if not self.group <= self.classes <= MAX_CLASSES[self.group]:
+            raise fault("R-TAB-001", f"{self.classes} classes with group {self.group}")
+        if max(self.extra) > MAX_FIELD_BITS:
+            raise fault("R-TAB-002", f"a class has {max(self.extra)} residual bits, at most 56")
+        if not (len(self.codes) == 0 if self.classes == 1 else 1 <= len(self.codes) <= MAX_CODES):
+            raise fault("R-TAB-009", f"{len(self.codes)} codes for {self.classes} classes")
+        symbols = self.classes**self.group
+        for code in self.codes:
+            if len(code.length) != symbols:
+                raise fault("R-TAB-004", f"{len(code.length)} code lengths for {symbols} symbols")
+
+    @property
+    def classes(self) -> int:
+        """K, the number of classes."""
+        return len(self.extra)
+
+    @cached_property
+    def first(self) -> NDArray[np.uint64]:
+        """First level of each class, shape [K]. Meaningful once `require_top` has passed."""
+        firsts = [self.base]
+        for extra in self.extra[:-1]:
+            firsts.append(firsts[-1] + (1 << extra))
+        return np.array([level & (1 << 64) - 1 for level in firsts], np.uint64)
+
+    @cached_property
+    def top(self) -> int:
+        """One past the greatest level that the table can code."""
+        return self.base + sum(1 << extra for extra in self.extra)
+
+    def require_top(self, bound: int) -> None:
+        """Raises R-TAB-008 when the table can code a level of ``bound`` or more."""
+        if self.top > bound:
+            raise fault("R-TAB-008", f"the table reaches level {self.top - 1}, must stay below {bound}")
+
+    @cached_property
+    def class_extra(self) -> NDArray[np.uint8]:
+        """`extra` as an array, shape [K]."""
+        return np.frombuffer(self.extra, np.uint8)
+
+    @cached_property
+    def constant_extra(self) -> int | None:
+        """The residual bits that all used classes have, or None where they differ (SPEC.md 15.2)."""
+        if self.classes == 1:
+            return self.extra[0]
+        symbols = np.unique(np.concatenate([code.symbols for code in self.codes]))
+        used = np.concatenate([symbols // self.classes**j % self.classes for j in range(self.group)])
+        widths = np.unique(self.class_extra[used])
+        return int(widths[0]) if len(widths) == 1 else None
+
+    def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
+        """The class of each level; the levels must lie from `base` up to below `top`."""
+        if self.classes == 1:
+            return np.zeros(len(levels), np.uint16)
+        constant = self.constant_width
+        if constant is not None:
+            offsets = levels - levels.dtype.type(self.base)
+            return (offsets >> levels.dtype.type(constant)).astype(np.uint16)
+        if self.top <= 1 << 16:
+            lookup = np.zeros(self.top, np.uint16)
+            lookup[self.base :] = np.repeat(
+                np.arange(self.classes, dtype=np.uint16), 1 << self.class_extra.astype(np.int64)
+            )
+            return lookup[levels]
+        return (np.searchsorted(self.first, levels, side="right") - 1).astype(np.uint16)
+
+    @cached_property
+    def constant_width(self) -> int | None:
+        """The residual bits that all classes have, used or not, or None where they differ."""
+        return self.extra[0] if len(set(self.extra)) == 1 else None
+
+
+# What a stream without levels has in a canonical file (R-CAN-006).
+EMPTY_TABLE = CodeTable(0, b"\0")
+
+
+def code_lengths(counts: NDArray[np.integer], limit: int = MAX_CODE_BITS) -> bytes:
+    """Optimal code lengths of at most ``limit`` bits, by package-merge (SPEC.md chapter 22, R-CAN-005).
+
+    Larmore and Hirschberg, A fast algorithm for optimal length-limited Huffman codes, J. ACM 37 (1990).
+
+    Args:
+        counts: how often each symbol occurs, shape [symbols]; at least two must occur, at most 2^limit.
+
+    Returns:
+        A byte for each symbol: its length in bits, 0 where it does not occur.
+    """
+    used = [int(s) for s in np.flatnonzero(counts)]
+    items = sorted((int(counts[s]), s) for s in used)
+    if not 2 <= len(items) <= 1 << limit:
+        raise ValueError(f"{len(items)} symbols cannot have codes of at most {limit} bits")
+    weights = [weight for weight, _ in items]
+    # For each round the merged list, as booleans: is the element an item (True) or a pair (False)?
+    rounds: list[list[bool]] = [[True] * len(items)]
+    merged = weights
+    for _ in range(limit - 1):
+        pairs = [merged[i] + merged[i + 1] for i in range(0, len(merged) - 1, 2)]
+        merged, is_item = _merge(weights, pairs)
+        rounds.append(is_item)
+    lengths = bytearray(len(counts))
+    taken = 2 * len(items) - 2
+    for is_item in reversed(rounds):
+        chosen = sum(is_item[:taken])
+        for _, symbol in items[:chosen]:
+            lengths[symbol] += 1
+        taken = 2 * (taken - chosen)
+    return bytes(lengths)
+
+
+def _merge(items: list[int], pairs: list[int]) -> tuple[list[int], list[bool]]:
+    """Merges two ascending lists; of equal weights the item comes first."""
+    merged, is_item, i, p = [], [], 0, 0
+    while i < len(items) or p < len(pairs):
+        take_item = p == len(pairs) or (i < len(items) and items[i] <= pairs[p])
+        merged.append(items[i] if take_item else pairs[p])
+        is_item.append(take_item)
+        i, p = (i + 1, p) if take_item else (i, p + 1)
+    return merged, is_item

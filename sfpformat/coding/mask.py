@@ -1,0 +1,102 @@
+"""Masks (SPEC.md chapter 10): mask bits to levels and back, for the segments of a chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import fault
+from .planes import Counts, Levels, segment_sums
+
+Mask = NDArray[np.bool_]
+
+KINDS = ("runs", "octets")
+
+
+def level_counts(kind: str, polarity: int, positions: Counts, survivors: Counts) -> Counts:
+    """Levels that each segment has, from its positions and survivors."""
+    if kind == "octets":
+        return -(-positions // 8)
+    return survivors if polarity else positions - survivors
+
+
+def mask_to_runs(mask: Mask, positions: Counts, polarity: int) -> tuple[Levels, Counts]:
+    """The runs of some whole segments, and how many each has.
+
+    Args:
+        mask: bits of all the segments, shape [sum of positions].
+        positions: positions in each segment.
+    """
+    minority = np.flatnonzero(mask == bool(polarity))
+    ends = np.cumsum(positions)
+    counts = np.diff(np.searchsorted(minority, ends), prepend=0)
+    before = np.empty(len(minority), np.int64)  # the minority position before, or the segment's start - 1
+    before[1:] = minority[:-1]
+    starts = np.cumsum(counts) - counts
+    has_some = counts > 0
+    before[starts[has_some]] = (ends - positions)[has_some] - 1
+    return (minority - before - 1).astype(np.uint64), counts.astype(np.int64)
+
+
+def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: int) -> Mask:
+    """The mask bits of some whole segments; the inverse of `mask_to_runs`.
+
+    Raises:
+        InvalidFileError: E_RANGE by R-MSK-004.
+    """
+    # The bound on a table's top (65,536) and on the positions of a chunk keep these sums below 2^41.
+    reached = np.cumsum(levels.astype(np.int64) + 1)
+    ends, starts = np.cumsum(counts), np.cumsum(counts) - counts
+    before = np.where(starts > 0, reached[starts - 1], 0) if len(levels) else np.zeros_like(starts)
+    inside = reached - np.repeat(before, counts) - 1
+    has_some = counts > 0
+    beyond = np.flatnonzero(inside[ends[has_some] - 1] >= positions[has_some])
+    if len(beyond):
+        raise fault("R-MSK-004", "a run of the mask leaves its segment")
+    mask = np.full(int(positions.sum()), not polarity)
+    mask[inside + np.repeat(np.cumsum(positions) - positions, counts)] = bool(polarity)
+    return mask
+
+
+def mask_to_octets(mask: Mask) -> Levels:
+    """The octets of some whole segments; only the last may have a length that is not a multiple of 8."""
+    return np.packbits(mask, bitorder="little").astype(np.uint64)
+
+
+def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
+    """The mask bits of some whole segments; the inverse of `mask_to_octets`.
+
+    Raises:
+        InvalidFileError: E_RESERVED by R-MSK-006.
+    """
+    total = int(positions.sum())
+    bits = np.unpackbits(levels.astype(np.uint8), bitorder="little")
+    if bits[total:].any():
+        raise fault("R-MSK-006", "the last octet of the mask has bits past the last position")
+    return bits[:total].view(np.bool_)
+
+
+def decode_mask(
+    kind: str, polarity: int, levels: Levels, counts: Counts, positions: Counts, survivors: Counts
+) -> Mask:
+    """The mask bits of some whole segments, checked against their numbers of survivors (R-MSK-005)."""
+    if kind == "octets":
+        mask = octets_to_mask(levels, positions)
+    else:
+        mask = runs_to_mask(levels, counts, positions, polarity)
+    found = segment_sums(mask, positions)
+    wrong = np.flatnonzero(found != survivors)
+    if len(wrong):
+        s = int(wrong[0])
+        raise fault(
+            "R-MSK-005",
+            f"a segment's mask has {int(found[s])} survivors, its index says {int(survivors[s])}",
+        )
+    return mask
+
+
+def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[Levels, Counts]:
+    """The levels of the mask of some whole segments, and how many each has."""
+    if kind == "octets":
+        return mask_to_octets(mask), -(-positions // 8)
+    return mask_to_runs(mask, positions, polarity)

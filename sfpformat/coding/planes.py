@@ -1,0 +1,229 @@
+"""Prefix and residual planes (SPEC.md chapter 9): levels to bits and back, for the segments of a chunk.
+
+Theory of operation: segments lie bit after bit, so any run of neighbouring segments is decoded as one
+sequence and then checked against the segment index: bitarray turns the prefix plane into symbol ranks,
+everything else is whole-array numpy. This module is the plain statement of the algorithm; the other engines
+must give the same levels and the same faults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from bitarray import bitarray
+from bitarray.util import canonical_decode
+from numpy.typing import NDArray
+
+from ..errors import fault
+from .bits import Bytes, read_bits, read_fields, write_bits, write_fields
+from .codetable import CodeTable, PrefixCode
+
+Levels = NDArray[np.uint64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StreamSpan:
+    """Where the levels of a run of neighbouring segments lie in the bytes of a chunk.
+
+    Attributes:
+        counts: levels in each segment.
+        codes: number of each segment's code.
+        prefix_bits, residual_bits: bits of each segment in the two planes.
+        prefix_start, residual_start: bit offsets of the run in the chunk.
+    """
+
+    counts: Counts
+    codes: Counts
+    prefix_start: int
+    prefix_bits: Counts
+    residual_start: int
+    residual_bits: Counts
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The planes of a stream over some segments: bytes, bits of each segment in them, and their codes."""
+
+    codes: Counts
+    prefix: Bytes
+    prefix_bits: Counts
+    residual: Bytes
+    residual_bits: Counts
+
+
+def symbol_counts(counts: Counts, group: int) -> Counts:
+    """Symbols in each segment: every segment starts with a new symbol (R-PLN-002)."""
+    return -(-counts // group)
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
+    """The levels of a run of segments.
+
+    Args:
+        data: the chunk, whose parts were checked to lie inside it.
+
+    Raises:
+        InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002.
+    """
+    total = int(span.counts.sum())
+    if table.classes == 1:
+        residuals = read_fields(data, span.residual_start, table.extra[0], total)
+        return residuals + np.uint64(table.base) if table.base else residuals
+    symbols = _decode_prefix_plane(data, span, table)
+    classes = _classes_of_symbols(symbols, span.counts, table)
+    constant = table.constant_extra
+    if constant is not None:
+        levels = read_fields(data, span.residual_start, constant, total)
+    else:
+        widths = table.class_extra[classes]
+        levels, ends = read_bits(data, span.residual_start, widths)
+        _require_ends(ends, span.counts, span.residual_bits, "residual")
+    levels += table.first[classes]
+    return levels
+
+
+def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDArray[np.uint16]:
+    """The symbols of the run.
+
+    The segments of each code are decoded together: their bits are joined, so that bitarray is called once a
+    code and not once a segment.
+    """
+    start, bits = span.prefix_start, int(span.prefix_bits.sum())
+    plane = bitarray(buffer=data[start // 8 : (start + bits + 7) // 8], endian="little")
+    plane = plane[start % 8 : start % 8 + bits]
+    symbols = symbol_counts(span.counts, table.group)
+    used = np.unique(span.codes)
+    if len(used) == 1:
+        code = table.codes[int(used[0])]
+        return _decode_symbols(plane, code, symbols, span.prefix_bits)
+    out = np.empty(int(symbols.sum()), np.uint16)
+    ends = np.cumsum(span.prefix_bits)
+    for number in used:
+        chosen = span.codes == number
+        part = bitarray(endian="little")
+        for stop, size in zip(ends[chosen].tolist(), span.prefix_bits[chosen].tolist(), strict=True):
+            part += plane[stop - size : stop]
+        decoded = _decode_symbols(part, table.codes[int(number)], symbols[chosen], span.prefix_bits[chosen])
+        out[np.repeat(chosen, symbols)] = decoded
+    return out
+
+
+def _decode_symbols(plane: bitarray, code: PrefixCode, symbols: Counts, bits: Counts) -> NDArray[np.uint16]:
+    """The symbols of some segments that share a code, whose bits are ``plane``."""
+    try:
+        ranks = np.frombuffer(
+            bytes(canonical_decode(plane, code.codes_of_length, range(len(code.symbols)))), np.uint8
+        )
+    except ValueError:
+        raise fault("R-PLN-003", "the prefix plane ends inside a codeword") from None
+    # A complete code turns any bits into symbols, so the ends are all there is to check.
+    if len(ranks) != symbols.sum():
+        raise fault(
+            "R-PLN-003",
+            f"the prefix plane holds {len(ranks)} symbols, the segments need {symbols.sum()}",
+        )
+    _require_ends(np.cumsum(code.symbol_bits[ranks], dtype=np.int64), symbols, bits, "prefix")
+    return code.symbols[ranks]
+
+
+def _require_ends(ends: Counts, counts: Counts, bits: Counts, plane: str) -> None:
+    """Checks that each segment's codes end where the index says (R-PLN-003)."""
+    last = np.cumsum(counts)
+    found = np.zeros(len(last) + 1, np.int64)
+    if len(ends):
+        found[1:] = np.where(last > 0, ends[last - 1], 0)
+    wrong = np.flatnonzero(np.diff(found) != bits)
+    if len(wrong):
+        s = int(wrong[0])
+        raise fault(
+            "R-PLN-003",
+            f"a segment ends after {int(found[s + 1] - found[s])} bits of the {plane} plane, "
+            f"its index says {int(bits[s])}",
+        )
+
+
+def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: CodeTable) -> NDArray[np.uint16]:
+    """The class of each level; for g = 2 the padding of odd segments is checked and dropped."""
+    if table.group == 1:
+        return symbols
+    pairs = np.empty((len(symbols), 2), np.uint16)
+    pairs[:, 0], pairs[:, 1] = symbols % table.classes, symbols // table.classes
+    odd = counts % 2 == 1
+    if not odd.any():
+        return pairs.reshape(-1)
+    last_symbols = np.cumsum(symbol_counts(counts, 2))[odd] - 1
+    if pairs[last_symbols, 1].any():
+        raise fault("R-PLN-002", "a segment's last symbol has a second class that is not 0")
+    keep = np.ones((len(symbols), 2), bool)
+    keep[last_symbols, 1] = False
+    return pairs[keep]
+
+
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+def encode_levels(levels: Levels, counts: Counts, codes: Counts, table: CodeTable) -> Planes:
+    """The planes of some whole segments; the inverse of `decode_levels`.
+
+    Args:
+        levels: of all the segments, each from ``table.base`` up to below ``table.top``.
+        counts: levels in each segment.
+        codes: number of each segment's code.
+    """
+    classes = table.class_of(levels)
+    prefix, prefix_bits = _encode_prefix_plane(classes, counts, codes, table)
+    residuals = levels - table.first[classes]
+    constant = table.constant_extra
+    if constant is not None:
+        residual, residual_bits = write_fields(residuals, constant), counts * constant
+    else:
+        residual, ends = write_bits(residuals, table.class_extra[classes])
+        residual_bits = segment_sums(np.diff(ends, prepend=0), counts)
+    return Planes(codes, prefix, prefix_bits, residual, residual_bits)
+
+
+def symbols_of_classes(
+    classes: NDArray[np.uint16], counts: Counts, table_classes: int, group: int
+) -> NDArray[np.int64]:
+    """The symbols that stand for the classes of some whole segments (SPEC.md chapter 8)."""
+    if group == 1:
+        return classes.astype(np.int64)
+    symbols = symbol_counts(counts, 2)
+    pairs = np.zeros(int(symbols.sum()) * 2, np.int64)
+    # Where each level goes: its own place, moved by the padding of the odd segments before it.
+    odd_before = np.concatenate(([0], np.cumsum(counts % 2)[:-1])) if len(counts) else counts
+    pairs[np.arange(len(classes)) + np.repeat(odd_before, counts)] = classes
+    return pairs[0::2] + pairs[1::2] * table_classes
+
+
+def _encode_prefix_plane(
+    classes: NDArray[np.uint16], counts: Counts, codes: Counts, table: CodeTable
+) -> tuple[Bytes, Counts]:
+    if table.classes == 1:
+        return np.zeros(0, np.uint8), np.zeros(len(counts), np.int64)
+    symbols = symbols_of_classes(classes, counts, table.classes, table.group)
+    # One codeword for each pair of code and rank that occurs, so that bitarray is called once.
+    number = np.repeat(codes, symbol_counts(counts, table.group))
+    ranks, bits = np.zeros(len(symbols), np.int64), np.zeros(len(symbols), np.uint8)
+    words: dict[int, bitarray] = {}
+    for i, code in enumerate(table.codes):
+        chosen = number == i
+        rank = code.rank_of[symbols[chosen]]
+        ranks[chosen], bits[chosen] = rank.astype(np.int64) + 256 * i, code.symbol_bits[rank]
+        words |= {256 * i + rank: bitarray(word) for rank, word in enumerate(code.codewords)}
+    plane = bitarray(endian="little")
+    plane.encode(words, ranks.astype(np.uint8).tobytes() if len(table.codes) == 1 else ranks.tolist())
+    prefix_bits = segment_sums(bits, symbol_counts(counts, table.group))
+    return np.frombuffer(plane.tobytes(), np.uint8), prefix_bits
+
+
+def segment_sums(values: NDArray[np.integer] | NDArray[np.bool_], counts: Counts) -> Counts:
+    """The sum of the values of each segment; segments may be empty."""
+    before = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+    ends = np.cumsum(counts)
+    return np.asarray(before[ends] - before[ends - counts], np.int64)

@@ -1,0 +1,303 @@
+"""Chunks (SPEC.md chapter 15): the segment index and the places of the planes, to and from bytes.
+
+`_parts` walks the parts of a chunk once, for reader and writer alike, so that they cannot part ways.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.bits import Bytes, read_fields, write_fields
+from ..coding.codetable import CodeTable
+from ..coding.mask import level_counts
+from ..coding.planes import Counts, Planes, StreamSpan
+from ..errors import fault
+from .entry import CHUNK_ALIGNMENT, TensorEntry
+
+PART_ALIGNMENT = 16
+TAIL_BYTES = 16  # readable after the last plane, so that wide loads stay inside the chunk
+MAX_INDEX_WIDTH = 32  # R-IDX-001
+_QUANTITY = struct.Struct("<IB3s")  # minimum, width, reserved
+
+
+def align(x: int, k: int) -> int:
+    """The least multiple of k not under x."""
+    return -(-x // k) * k
+
+
+def chunk_length(end: int) -> int:
+    """Length of a chunk whose last part ends at ``end``, aligned."""
+    return align(end + TAIL_BYTES, CHUNK_ALIGNMENT)
+
+
+def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
+    """The quantities of the segment index that are present, as (stream, plane), in order (SPEC.md 15.2)."""
+    out = [("survivors", "")] if entry.mask is not None else []
+    for stream, table in entry.streams().items():
+        if len(table.codes) > 1:
+            out.append((stream, "codes"))
+        if table.classes > 1:
+            out.append((stream, "prefix"))
+        if table.constant_extra is None:
+            out.append((stream, "residual"))
+    return out
+
+
+def greatest_head(entry: TensorEntry, segments: int) -> int:
+    """The most bytes that header and segment index of a chunk of that many segments can take."""
+    each = _QUANTITY.size + MAX_INDEX_WIDTH // 8 * segments + 2 * PART_ALIGNMENT
+    return len(quantities(entry)) * each + PART_ALIGNMENT + TAIL_BYTES
+
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """The segment index of a chunk, checked, and where its planes lie.
+
+    Attributes:
+        positions, survivors: of each segment.
+        counts: stream -> levels in each segment.
+        codes: stream -> number of each segment's code.
+        bits: (stream, plane) -> bits of each segment in that plane.
+        starts: (stream, plane) -> bit offset of the plane in the chunk.
+    """
+
+    positions: Counts
+    survivors: Counts
+    counts: dict[str, Counts]
+    codes: dict[str, Counts]
+    bits: dict[tuple[str, str], Counts]
+    starts: dict[tuple[str, str], int]
+
+    def span(self, stream: str, first: int, stop: int) -> StreamSpan:
+        """Where the levels of the chunk's segments from ``first`` up to ``stop`` lie."""
+        prefix, residual = self.bits[stream, "prefix"], self.bits[stream, "residual"]
+        return StreamSpan(
+            self.counts[stream][first:stop],
+            self.codes[stream][first:stop],
+            self.starts[stream, "prefix"] + int(prefix[:first].sum()),
+            prefix[first:stop],
+            self.starts[stream, "residual"] + int(residual[:first].sum()),
+            residual[first:stop],
+        )
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_index(data: Bytes, entry: TensorEntry, k: int) -> ChunkIndex:
+    """Reads and checks the segment index of chunk ``k`` and all that is zero around the parts.
+
+    Args:
+        data: all bytes of the chunk.
+
+    Raises:
+        InvalidFileError: by R-CHK-001 to -003, R-IDX-001 to -004, R-PLN-004; offsets relative to the chunk.
+    """
+    index, ends = parse_head(data, entry, k)
+    if chunk_length(ends[-1]) != len(data):
+        raise fault("R-CHK-001", f"the chunk has {len(data)} bytes, its parts need {chunk_length(ends[-1])}")
+    for (_, plane), start in index.starts.items():
+        bits = int(index.bits[_, plane].sum())
+        _require_zero(data, start + bits, align((start + bits + 7) // 8, PART_ALIGNMENT), "R-PLN-004")
+    _require_zero(data, ends[-1] * 8, len(data), "R-CHK-003")
+    return index
+
+
+def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, list[int]]:
+    """The index of a chunk from its first bytes, and the aligned ends of its planes.
+
+    ``data`` may stop short of the planes; the chunk's length is taken from the entry.
+    """
+    length = int(entry.chunks["length"][k])
+    first, stop = entry.segments_of_chunk(k)
+    positions = entry.segment_positions(first, stop)
+    names = quantities(entry)
+    pos = align(_QUANTITY.size * len(names), PART_ALIGNMENT)
+    if pos + TAIL_BYTES > length:
+        raise fault("R-IDX-003", "the chunk's header does not fit into it")
+    values: dict[tuple[str, str], Counts] = {}
+    for i, name in enumerate(names):
+        minimum, width, zero = _QUANTITY.unpack_from(data, i * _QUANTITY.size)
+        at = i * _QUANTITY.size
+        if any(zero):
+            raise fault("R-CHK-002", "a reserved byte of the header is not zero", offset=at + 5)
+        if width > MAX_INDEX_WIDTH:
+            raise fault("R-IDX-001", f"index fields of {width} bits, at most 32", offset=at + 4)
+        size = (len(positions) * width + 7) // 8
+        if pos + size + TAIL_BYTES > min(length, len(data)):
+            raise fault("R-IDX-003", "the segment index does not fit into its chunk", offset=at)
+        values[name] = read_fields(data, pos * 8, width, len(positions)).astype(np.int64) + minimum
+        _require_zero(data, pos * 8 + len(positions) * width, pos + size, "R-IDX-004")
+        _require_zero(data, (pos + size) * 8, align(pos + size, PART_ALIGNMENT), "R-CHK-003")
+        pos = align(pos + size, PART_ALIGNMENT)
+    _require_zero(data, _QUANTITY.size * len(names) * 8, align(_QUANTITY.size * len(names), 16), "R-CHK-003")
+    survivors = values.get(("survivors", ""), positions)
+    beyond = np.flatnonzero(survivors > positions)
+    if len(beyond):
+        s = int(beyond[0])
+        raise fault("R-IDX-002", f"{int(survivors[s])} survivors in {int(positions[s])} positions")
+    return _locate_planes(entry, positions, survivors, values, pos, length)
+
+
+def _locate_planes(
+    entry: TensorEntry,
+    positions: Counts,
+    survivors: Counts,
+    values: dict[tuple[str, str], Counts],
+    pos: int,
+    length: int,
+) -> tuple[ChunkIndex, list[int]]:
+    """Where the planes lie, from ``pos`` on; refuses planes that leave the chunk (R-IDX-003)."""
+    counts = stream_counts(entry, positions, survivors)
+    codes = {
+        stream: values.get((stream, "codes"), np.zeros(len(positions), np.int64))
+        for stream in entry.streams()
+    }
+    bits: dict[tuple[str, str], Counts] = {}
+    starts: dict[tuple[str, str], int] = {}
+    ends = [pos]
+    for stream, table in entry.streams().items():
+        if codes[stream].max() >= max(len(table.codes), 1):
+            raise fault("R-IDX-005", f"a segment uses a code of the {stream} that there is not")
+        for plane in ("prefix", "residual"):
+            name = (stream, plane)
+            bits[name] = values[name] if name in values else _implied_bits(table, plane, counts[stream])
+            starts[name] = pos * 8
+            pos = align(pos + (int(bits[name].sum()) + 7) // 8, PART_ALIGNMENT)
+            if pos + TAIL_BYTES > length:
+                raise fault("R-IDX-003", f"the {stream} {plane} plane does not fit into its chunk")
+            ends.append(pos)
+    return ChunkIndex(positions, survivors, counts, codes, bits, starts), ends
+
+
+def _implied_bits(table: CodeTable, plane: str, counts: Counts) -> Counts:
+    """Bits of each segment in a plane that has no quantity in the index."""
+    if plane == "prefix":
+        return np.zeros(len(counts), np.int64)
+    assert table.constant_extra is not None
+    return counts * table.constant_extra
+
+
+def stream_counts(entry: TensorEntry, positions: Counts, survivors: Counts) -> dict[str, Counts]:
+    """Stream -> levels in each segment."""
+    out = {}
+    if entry.mask is not None:
+        out["mask"] = level_counts(entry.mask.kind, entry.mask.polarity, positions, survivors)
+    out["fingerprints"] = survivors
+    if entry.importance is not None and entry.importance.table is not None:
+        out["importance"] = survivors if entry.importance.over == "survivors" else positions
+    return out
+
+
+def _require_zero(data: Bytes, start_bit: int, stop: int, clause: str) -> None:
+    """Checks that the bits from ``start_bit`` up to byte ``stop`` are zero."""
+    first = start_bit // 8
+    if start_bit % 8 and first < stop:
+        if data[first] >> (start_bit % 8):
+            raise fault(clause, "padding bits are not zero", offset=first)
+        first += 1
+    nonzero = np.flatnonzero(data[first:stop])
+    if len(nonzero):
+        raise fault(clause, "padding bytes are not zero", offset=first + int(nonzero[0]))
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> bytes:
+    """The bytes of a chunk.
+
+    Args:
+        entry: only its streams are used.
+        survivors: of each segment of the chunk.
+        planes: stream -> its planes over the segments of the chunk.
+    """
+    names = quantities(entry)
+    values = [_quantity(survivors, planes, *name) for name in names]
+    header, parts = bytearray(), []
+    for quantity in values:
+        minimum = int(quantity.min())
+        width = int(quantity.max() - minimum).bit_length()
+        header += _QUANTITY.pack(minimum, width, bytes(3))
+        parts.append(write_fields((quantity - minimum).astype(np.uint64), width).tobytes())
+    for stream in entry.streams():
+        parts += [planes[stream].prefix.tobytes(), planes[stream].residual.tobytes()]
+    out = bytearray(_padded(bytes(header)))
+    for part in parts:
+        out += _padded(part)
+    return bytes(out) + bytes(chunk_length(len(out)) - len(out))
+
+
+def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: str) -> Counts:
+    """The values of a quantity of the segment index."""
+    if stream == "survivors":
+        return survivors
+    return {
+        "codes": planes[stream].codes,
+        "prefix": planes[stream].prefix_bits,
+        "residual": planes[stream].residual_bits,
+    }[what]
+
+
+def _padded(part: bytes) -> bytes:
+    return part + bytes(align(len(part), PART_ALIGNMENT) - len(part))
+
+
+# --------------------------------------------------------------------------------------- vector chunk, raw
+
+
+def vector_places(entry: TensorEntry) -> tuple[list[int], int]:
+    """The offset of each vector in the vector chunk, and the chunk's length (SPEC.md 15.3)."""
+    pos, places = 0, []
+    for vector in entry.vector_list():
+        places.append(pos)
+        pos = align(pos + vector.count * vector.dtype.itemsize, PART_ALIGNMENT)
+    return places, align(pos, CHUNK_ALIGNMENT)
+
+
+def read_vectors(data: Bytes, entry: TensorEntry) -> dict[str, NDArray[np.float32]]:
+    """The vectors of a vector chunk as float32, by name; checks its layout, not their values."""
+    places, length = vector_places(entry)
+    if len(data) != length:
+        raise fault("R-VEC-001", f"the vector chunk has {len(data)} bytes, must be {length}")
+    out, end = {}, 0
+    for vector, start in zip(entry.vector_list(), places, strict=True):
+        _require_zero(data, end * 8, start, "R-VEC-002")
+        end = start + vector.count * vector.dtype.itemsize
+        out[vector.name] = data[start:end].view(vector.dtype.numpy).astype(np.float32)
+    _require_zero(data, end * 8, length, "R-VEC-002")
+    return out
+
+
+def build_vectors(entry: TensorEntry, vectors: dict[str, NDArray[np.generic]]) -> bytes:
+    """The bytes of a vector chunk; the vectors already have their dtypes."""
+    places, length = vector_places(entry)
+    out = bytearray(length)
+    for vector, start in zip(entry.vector_list(), places, strict=True):
+        raw = vectors[vector.name].astype(vector.dtype.numpy).tobytes()
+        out[start : start + len(raw)] = raw
+    return bytes(out)
+
+
+def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
+    """The bytes of the elements of a raw chunk."""
+    first, stop = entry.segments_of_chunk(k)
+    size = int(entry.segment_positions(first, stop).sum()) * entry.dtype.itemsize
+    if len(data) != align(size, CHUNK_ALIGNMENT):
+        raise fault("R-RAW-002", f"the chunk has {len(data)} bytes for {size} bytes of elements")
+    _require_zero(data, size * 8, len(data), "R-RAW-003")
+    if entry.dtype.name == "BOOL":
+        wrong = np.flatnonzero(data[:size] > 1)
+        if len(wrong):
+            raise fault("R-RAW-004", "a BOOL is neither 0 nor 1", offset=int(wrong[0]))
+    return data[:size]
+
+
+def build_raw(elements: Bytes) -> bytes:
+    """The bytes of a raw chunk."""
+    raw = elements.tobytes()
+    return raw + bytes(align(len(raw), CHUNK_ALIGNMENT) - len(raw))

@@ -1,0 +1,122 @@
+"""The directory (SPEC.md chapter 7): records that are valid once they exist, to and from its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import fault, placed
+from ..limits import Limits
+from . import messagepack
+from .entry import TensorEntry
+from .fields import required, typed
+from .messagepack import Map
+
+KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)
+
+
+@dataclass(frozen=True)
+class Directory:
+    """All that a file says about its tensors.
+
+    Attributes:
+        tensors: name -> entry, in the order of the file.
+        metadata: the user's own strings.
+        features: names that a reader must know, ascending.
+        other: root keys that this version does not know (R-DIR-005).
+    """
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
+    other: dict[str, object] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The directory's bytes."""
+        root: dict[str, object] = {
+            **self.other,
+            "tensors": [entry.to_map() for entry in self.tensors.values()],
+        }
+        if self.metadata:
+            root["metadata"] = self.metadata
+        if self.features:
+            root["features"] = sorted(self.features, key=str.encode)
+        return messagepack.encode(root)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, chunks_end: int, limits: Limits) -> Directory:
+        """Reads a directory whose checksum has been checked.
+
+        Args:
+            data: its bytes; offsets in faults are relative to them.
+            chunks_end: the directory's offset in the file, where the last chunk must end (R-LAY-003).
+            limits: what it may claim.
+
+        Raises:
+            InvalidFileError, UnsupportedError, LimitError.
+        """
+        root = messagepack.decode(data, limits)
+        if not isinstance(root, Map):
+            raise fault("R-DIR-001", "the directory is not a map", offset=0)
+        features = _features(root)
+        if "keyed" in root:
+            raise fault("R-KEY-001", "the file has keyed tables", offset=root.at["keyed"])
+        metadata = _metadata(root)
+        maps = required(root, "tensors", list)
+        limits.require("tensors", len(maps), root.at["tensors"])
+        tensors: dict[str, TensorEntry] = {}
+        for item in maps:
+            if not isinstance(item, Map):
+                raise fault("R-DIR-003", "a tensor entry is not a map", offset=root.at["tensors"])
+            with placed(tensor=_name_if_any(item)):
+                entry = TensorEntry.from_map(item, limits)
+                if entry.name in tensors:
+                    raise fault("R-TEN-001", "the name comes twice", offset=item.at["name"])
+            tensors[entry.name] = entry
+        if chunks_end != 64 + sum(entry.stored_bytes for entry in tensors.values()):
+            raise fault("R-LAY-003", "the chunks' lengths do not add up to where the directory begins")
+        known = {"tensors", "metadata", "features"}
+        other = {key: value for key, value in root.items() if key not in known}
+        return cls(tensors, metadata, features, other)
+
+    def offsets(self) -> dict[str, int]:
+        """Name -> file offset of the tensor's first chunk (R-LAY-001)."""
+        sizes = [entry.stored_bytes for entry in self.tensors.values()]
+        starts: NDArray[np.int64] = np.cumsum([64, *sizes[:-1]])
+        return dict(zip(self.tensors, map(int, starts), strict=True)) if sizes else {}
+
+
+def _name_if_any(entry: Map) -> str | None:
+    name = entry.get("name")
+    return name if isinstance(name, str) else None
+
+
+def _features(root: Map) -> tuple[str, ...]:
+    if "features" not in root:
+        return ()
+    names = required(root, "features", list)
+    at = root.at["features"]
+    if not all(isinstance(name, str) for name in names):
+        raise fault("R-DIR-003", "a feature is not a string", offset=at)
+    if not names:
+        raise fault("R-DIR-004", "an empty list of features", offset=at)
+    raw = [name.encode() for name in names]
+    if raw != sorted(set(raw)):
+        raise fault("R-FEA-002", "the features are not in ascending order", offset=at)
+    for name in names:
+        if name not in KNOWN_FEATURES:
+            raise fault("R-FEA-001", f"the file needs the feature {name!r}", offset=at)
+    return tuple(names)
+
+
+def _metadata(root: Map) -> dict[str, str]:
+    if "metadata" not in root:
+        return {}
+    pairs: Mapping[str, object] = required(root, "metadata", Map)
+    at = root.at["metadata"]
+    if not pairs:
+        raise fault("R-DIR-004", "an empty map of metadata", offset=at)
+    return {key: typed(value, str, f"metadata {key!r}", at) for key, value in pairs.items()}

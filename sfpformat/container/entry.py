@@ -1,0 +1,299 @@
+"""A tensor's entry in the directory (SPEC.md chapter 7) and the geometry that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.codetable import CodeTable
+from ..coding.planes import Counts
+from ..coding.quantiser import (
+    Exact,
+    Quantiser,
+    Table,
+    Uniform,
+    fingerprint_bound,
+    importance_bound,
+    require_finite_step,
+)
+from ..dtypes import DTYPES, Dtype
+from ..errors import fault, placed
+from ..limits import Limits
+from .fields import optional, required
+from .messagepack import Map
+from .streams import FingerprintsEntry, ImportanceEntry, MaskEntry, ScaleEntry, word
+
+MAX_POSITIONS = 1 << 48  # R-TEN-005
+MAX_SEGMENT = 1 << 16  # R-TEN-006
+MAX_CHUNK_POSITIONS = 1 << 24  # R-TEN-007
+CHUNK_ALIGNMENT = 64  # R-LAY-002
+
+# u32 length, u32 CRC-32
+CHUNK_RECORD = np.dtype([("length", "<u4"), ("crc", "<u4")])
+
+_RAW_FORBIDS = ("mask", "fingerprints", "scale", "importance", "vectors")
+_KNOWN_KEYS = frozenset(("name", "dtype", "shape", "coding", "segment", "chunk", "chunks", *_RAW_FORBIDS))
+
+
+class Vector(NamedTuple):
+    """A vector of the vector chunk: its name, number of elements and dtype."""
+
+    name: str
+    count: int
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Everything the directory says about one tensor; valid once it exists.
+
+    Attributes:
+        name, shape: the tensor's.
+        dtype: of the decoded tensor.
+        coding: ``raw`` or ``fingerprint``.
+        segment: S, positions a segment.
+        chunk: C, segments a chunk.
+        chunks: a `CHUNK_RECORD` for each chunk.
+        vectors: the record of the vector chunk, shape [1], or None.
+        mask, fingerprints, scale, importance: the streams' records, or None.
+        other: keys that this version does not know.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    coding: str
+    segment: int
+    chunk: int
+    chunks: NDArray[np.void]
+    vectors: NDArray[np.void] | None = None
+    mask: MaskEntry | None = None
+    fingerprints: FingerprintsEntry | None = None
+    scale: ScaleEntry | None = None
+    importance: ImportanceEntry | None = None
+    other: dict[str, object] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------- geometry
+
+    @property
+    def positions(self) -> int:
+        """N, the number of positions."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix (SPEC.md chapter 2)."""
+        return self.shape[0] if len(self.shape) >= 2 and self.positions else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tensor seen as a matrix."""
+        return self.positions // self.rows
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of the decoded tensor."""
+        return self.positions * self.dtype.itemsize
+
+    @property
+    def segments(self) -> int:
+        """Number of segments."""
+        return -(-self.positions // self.segment)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all chunks, the vector chunk included."""
+        lengths = int(self.chunks["length"].sum(dtype=np.int64))
+        return lengths + (int(self.vectors["length"][0]) if self.vectors is not None else 0)
+
+    def segments_of_chunk(self, k: int) -> tuple[int, int]:
+        """First segment of chunk k and the one after its last."""
+        return k * self.chunk, min((k + 1) * self.chunk, self.segments)
+
+    def segment_positions(self, first: int, stop: int) -> Counts:
+        """Positions of the segments from ``first`` up to ``stop``."""
+        counts = np.full(stop - first, self.segment, np.int64)
+        if stop == self.segments and stop > first:
+            counts[-1] = self.positions - self.segment * (self.segments - 1)
+        return counts
+
+    def streams(self) -> dict[str, CodeTable]:
+        """The code tables of the streams that the tensor has, in the order of their planes."""
+        out = {}
+        if self.mask is not None:
+            out["mask"] = self.mask.table
+        if self.fingerprints is not None:
+            out["fingerprints"] = self.fingerprints.table
+        if self.importance is not None and self.importance.table is not None:
+            out["importance"] = self.importance.table
+        return out
+
+    def vector_list(self) -> list[Vector]:
+        """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
+        out = []
+        if self.fingerprints is not None and isinstance(self.fingerprints.quantiser, Table):
+            out.append(Vector("fingerprint centroids", self.fingerprints.quantiser.count, DTYPES["F32"]))
+        if self.scale is not None:
+            counts = {
+                "tensor": 1,
+                "row": self.rows,
+                "column": self.columns,
+                "group": -(-self.positions // max(self.scale.size, 1)),
+            }
+            count = counts[self.scale.per] if self.positions else 0
+            out.append(Vector("scale", count, self.scale.dtype))
+        if self.importance is not None:
+            if isinstance(self.importance.quantiser, Table):
+                out.append(Vector("importance centroids", self.importance.quantiser.count, DTYPES["F32"]))
+            if self.importance.dtype is not None:
+                rows, columns = (self.rows, self.columns) if self.positions else (0, 0)
+                out.append(Vector("importance rows", rows, self.importance.dtype))
+                out.append(Vector("importance columns", columns, self.importance.dtype))
+        return out
+
+    def has_vectors(self) -> bool:
+        """Whether there is a vector of at least one element (R-TEN-009)."""
+        return any(vector.count for vector in self.vector_list())
+
+    # -------------------------------------------------------------------------------------- writing
+
+    def to_map(self) -> dict[str, object]:
+        """The map of the directory."""
+        out: dict[str, object] = {
+            **self.other,
+            "name": self.name,
+            "dtype": self.dtype.name,
+            "shape": list(self.shape),
+            "coding": self.coding,
+            "segment": self.segment,
+            "chunk": self.chunk,
+            "chunks": self.chunks.tobytes(),
+        }
+        if self.vectors is not None:
+            out["vectors"] = self.vectors.tobytes()
+        for key in ("mask", "fingerprints", "scale", "importance"):
+            record = getattr(self, key)
+            if record is not None:
+                out[key] = record.to_map()
+        return out
+
+    # -------------------------------------------------------------------------------------- reading
+
+    @classmethod
+    def from_map(cls, source: Map, limits: Limits) -> TensorEntry:
+        """Reads an entry and checks all that the directory alone can show."""
+        name = required(source, "name", str)
+        if not name:
+            raise fault("R-TEN-002", "a tensor without a name", offset=source.at["name"])
+        limits.require("name_bytes", len(name.encode()), source.at["name"])
+        dtype = DTYPES.get(required(source, "dtype", str))
+        if dtype is None:
+            raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=source.at["dtype"])
+        coding = word(source, "coding", ("raw", "fingerprint"), "R-TEN-004")
+        entry = cls(
+            name,
+            dtype,
+            _shape(source, limits),
+            coding,
+            *_cutting(source),
+            _records(source, "chunks"),
+            _records(source, "vectors") if "vectors" in source else None,
+            *(_streams(source) if coding == "fingerprint" else (None, None, None, None)),
+            {key: value for key, value in source.items() if key not in _KNOWN_KEYS},
+        )
+        with placed(base=source.offset):
+            entry.require_valid(source)
+        return entry
+
+    def require_valid(self, source: Map | None = None) -> None:
+        """Checks what needs more than one field of the entry."""
+        expected = -(-self.segments // self.chunk)
+        if len(self.chunks) != expected:
+            raise fault("R-TEN-008", f"{len(self.chunks)} chunk records, must be {expected}")
+        if self.coding == "raw":
+            for key in _RAW_FORBIDS:
+                if source is not None and key in source:
+                    raise fault("R-TEN-011", f"coding raw with {key!r}")
+            return
+        if not self.dtype.is_float:
+            raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
+        assert self.fingerprints is not None
+        quantiser, table = self.fingerprints.quantiser, self.fingerprints.table
+        if isinstance(quantiser, Exact):
+            if quantiser.dtype != self.dtype and self.dtype.name not in quantiser.dtype.widens_to:
+                raise fault("R-QNT-002", f"{quantiser.dtype.name} does not widen to {self.dtype.name}")
+            if self.scale is not None:
+                raise fault("R-SCL-005", "a scale with the quantiser exact")
+        table.require_top(fingerprint_bound(quantiser, self.dtype))
+        if isinstance(quantiser, Uniform):
+            require_finite_step(quantiser, (table.top - 1) // 2, "R-QNT-006")
+        self._require_valid_importance()
+        if (self.vectors is not None) != self.has_vectors():
+            raise fault("R-TEN-009", "a vector chunk without vectors, or vectors without one")
+
+    def _require_valid_importance(self) -> None:
+        if self.importance is None or self.importance.table is None:
+            return
+        quantiser: Quantiser | None = self.importance.quantiser
+        assert quantiser is not None
+        self.importance.table.require_top(importance_bound(quantiser))
+        if isinstance(quantiser, Uniform):
+            require_finite_step(quantiser, self.importance.table.top - 1, "R-IMP-006")
+
+
+def _shape(source: Map, limits: Limits) -> tuple[int, ...]:
+    sizes = required(source, "shape", list)
+    at = source.at["shape"]
+    if not all(isinstance(size, int) for size in sizes):
+        raise fault("R-DIR-003", "a size in shape is not an integer", offset=at)
+    limits.require("rank", len(sizes), at)
+    if math.prod(size for size in sizes if size) > MAX_POSITIONS:
+        raise fault("R-TEN-005", f"shape {sizes} has more than 2^48 positions", offset=at)
+    return tuple(sizes)
+
+
+def _cutting(source: Map) -> tuple[int, int]:
+    """S and C."""
+    segment, chunk = required(source, "segment", int), required(source, "chunk", int)
+    if segment % 32 or not 32 <= segment <= MAX_SEGMENT:
+        raise fault(
+            "R-TEN-006",
+            f"segments of {segment} positions, must be a multiple of 32 up to {MAX_SEGMENT}",
+            offset=source.at["segment"],
+        )
+    if chunk < 1 or segment * chunk > MAX_CHUNK_POSITIONS:
+        raise fault("R-TEN-007", f"chunks of {chunk} segments of {segment}", offset=source.at["chunk"])
+    return segment, chunk
+
+
+def _records(source: Map, key: str) -> NDArray[np.void]:
+    """Chunk records: those of `chunks`, or the one of `vectors`."""
+    data = required(source, key, bytes)
+    at = source.at[key]
+    if key == "vectors" and len(data) != CHUNK_RECORD.itemsize:
+        raise fault("R-TEN-012", f"vectors of {len(data)} bytes, must be 8", offset=at)
+    if len(data) % CHUNK_RECORD.itemsize:
+        raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=at)
+    records = np.frombuffer(data, CHUNK_RECORD)
+    lengths = records["length"]
+    if (lengths % CHUNK_ALIGNMENT).any() or (lengths < CHUNK_ALIGNMENT).any():
+        raise fault("R-LAY-002", "a chunk's length is not a multiple of 64", offset=at)
+    return records
+
+
+def _streams(
+    source: Map,
+) -> tuple[MaskEntry | None, FingerprintsEntry | None, ScaleEntry | None, ImportanceEntry | None]:
+    mask = optional(source, "mask", Map)
+    scale = optional(source, "scale", Map)
+    importance = optional(source, "importance", Map)
+    return (
+        MaskEntry.from_map(mask) if mask is not None else None,
+        FingerprintsEntry.from_map(required(source, "fingerprints", Map)),
+        ScaleEntry.from_map(scale) if scale is not None else None,
+        ImportanceEntry.from_map(importance) if importance is not None else None,
+    )

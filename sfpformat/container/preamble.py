@@ -1,0 +1,80 @@
+"""The preamble (SPEC.md chapter 4)."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from ..errors import fault
+
+SIZE = 64
+MAGIC = b"\x89SFP\r\n\x1a\n"
+MAJOR, MINOR = 1, 0
+
+# magic, major, minor, reserved, directory offset, directory length, file length, directory CRC, reserved
+_FIELDS = struct.Struct("<8sHH4sQQQI16s")
+_CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Preamble:
+    """The fields of the preamble; offsets and lengths in bytes."""
+
+    directory_offset: int
+    directory_length: int
+    file_length: int
+    directory_crc: int
+    minor: int = MINOR
+
+    def to_bytes(self) -> bytes:
+        """The 64 bytes."""
+        fields = _FIELDS.pack(
+            MAGIC,
+            MAJOR,
+            self.minor,
+            bytes(4),
+            self.directory_offset,
+            self.directory_length,
+            self.file_length,
+            self.directory_crc,
+            bytes(16),
+        )
+        return fields + _CHECKSUM.pack(zlib.crc32(fields))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, length: int) -> Preamble:
+        """Reads the preamble.
+
+        Args:
+            data: the first 64 bytes of the file, or all of a shorter one.
+            length: bytes that the file has.
+
+        Raises:
+            InvalidFileError, UnsupportedError: by the clauses R-PRE-001 to R-PRE-011.
+        """
+        if not data or data[: len(MAGIC)] != MAGIC[: len(data)]:
+            raise fault("R-PRE-001", "not an SFP file: it does not begin with the magic", offset=0)
+        if len(data) < SIZE:
+            raise fault("R-PRE-002", f"the file ends after {len(data)} bytes", offset=len(data))
+        if _CHECKSUM.unpack_from(data, _FIELDS.size)[0] != zlib.crc32(data[: _FIELDS.size]):
+            raise fault("R-PRE-003", "the preamble's checksum does not match", offset=60)
+        _, major, minor, zero, at, size, claimed, crc, zeros = _FIELDS.unpack_from(data)
+        if major != MAJOR:
+            raise fault("R-PRE-004", f"version {major}.{minor}, this reader knows {MAJOR}", offset=8)
+        if any(zero) or any(zeros):
+            raise fault("R-PRE-006", "a reserved field is not zero", offset=12 if any(zero) else 44)
+        if claimed > length:
+            raise fault("R-PRE-007", f"the file has {length} of its {claimed} bytes", offset=length)
+        if claimed < length:
+            raise fault("R-PRE-008", f"{length - claimed} bytes after the end of the file", offset=claimed)
+        if at + size != claimed:
+            raise fault("R-PRE-009", "the directory does not end where the file ends", offset=16)
+        if at % 64 or at < SIZE:
+            raise fault("R-PRE-011", f"the directory offset is {at}", offset=16)
+        return cls(at, size, claimed, crc, minor)
+
+    def require_directory(self, directory: bytes) -> None:
+        """Checks the directory's bytes against its checksum (R-PRE-010)."""
+        if zlib.crc32(directory) != self.directory_crc:
+            raise fault("R-PRE-010", "the directory's checksum does not match", offset=self.directory_offset)

@@ -1,0 +1,92 @@
+"""The dtypes (SPEC.md chapter 25.1): one table, used by the codec, the doors to numpy and torch, and the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """An element type.
+
+    Attributes:
+        name: as in the directory and in safetensors.
+        bits: width of an element.
+        numpy: the numpy dtype (that of `ml_dtypes` where numpy has none), little-endian.
+        nonfinite: for the float types that can be coded, the first bit pattern, sign bit left out, that
+            is an infinity or a NaN; else None.
+        widens_to: names of the dtypes that hold every finite value of this one.
+    """
+
+    name: str
+    bits: int
+    numpy: np.dtype[np.generic]
+    nonfinite: int | None = None
+    widens_to: tuple[str, ...] = ()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return self.bits // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether coding ``fingerprint`` takes it."""
+        return self.nonfinite is not None
+
+    @property
+    def pattern(self) -> np.dtype[np.unsignedinteger]:
+        """The numpy unsigned integer of the same width (widths 8 to 64)."""
+        return np.dtype(f"<u{self.itemsize}")
+
+    @property
+    def exponent_bits(self) -> int:
+        """Bits of the exponent field of a float type."""
+        if self.nonfinite is None:
+            raise ValueError(f"{self.name} is not a float type")
+        return {64: 11, 32: 8}.get(self.bits) or {"F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5}[self.name]
+
+
+def _plain(name: str, code: str) -> Dtype:
+    dtype = np.dtype(code)
+    return Dtype(name, dtype.itemsize * 8, dtype)
+
+
+DTYPES: dict[str, Dtype] = {
+    dtype.name: dtype
+    for dtype in (
+        Dtype("F64", 64, np.dtype("<f8"), 0x7FF0_0000_0000_0000),
+        Dtype("F32", 32, np.dtype("<f4"), 0x7F80_0000, ("F64",)),
+        Dtype("F16", 16, np.dtype("<f2"), 0x7C00, ("F32", "F64")),
+        Dtype("BF16", 16, np.dtype(ml_dtypes.bfloat16), 0x7F80, ("F32", "F64")),
+        Dtype("F8_E4M3", 8, np.dtype(ml_dtypes.float8_e4m3fn), 0x7F, ("F16", "BF16", "F32", "F64")),
+        Dtype("F8_E5M2", 8, np.dtype(ml_dtypes.float8_e5m2), 0x7C, ("F16", "BF16", "F32", "F64")),
+        _plain("BOOL", "?"),
+        _plain("U8", "u1"),
+        _plain("I8", "i1"),
+        _plain("U16", "<u2"),
+        _plain("I16", "<i2"),
+        _plain("U32", "<u4"),
+        _plain("I32", "<i4"),
+        _plain("U64", "<u8"),
+        _plain("I64", "<i8"),
+        _plain("C64", "<c8"),
+        _plain("C128", "<c16"),
+        Dtype("F8_E8M0", 8, np.dtype(ml_dtypes.float8_e8m0fnu)),
+        Dtype("F8_E4M3FNUZ", 8, np.dtype(ml_dtypes.float8_e4m3fnuz)),
+        Dtype("F8_E5M2FNUZ", 8, np.dtype(ml_dtypes.float8_e5m2fnuz)),
+    )
+}
+
+_BY_NUMPY: dict[np.dtype[np.generic], Dtype] = {d.numpy: d for d in DTYPES.values()}
+
+# The dtypes that scales, factors and exact importances may have (R-SCL-003, R-IMP-003).
+FACTOR_DTYPES = ("F32", "F16", "BF16")
+
+
+def of_numpy(dtype: np.dtype[np.generic]) -> Dtype | None:
+    """The registered dtype of a numpy dtype of any byte order, or None."""
+    return _BY_NUMPY.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)

@@ -1,0 +1,145 @@
+"""The errors of this package (SPEC.md chapter 20).
+
+Rules: every fault of a file is raised through `fault`, which takes the clause that the file breaks; the error
+code follows from the clause, by one table, and the class of the exception follows from the code. Code deep
+inside the codec knows neither the tensor nor where in the file it works: it gives offsets relative to the
+bytes that it was handed, and whoever handed them adds the place with `placed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class SfpError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class FileFault(SfpError):
+    """A file is not what SPEC.md asks for. Raised as one of the three subclasses.
+
+    Attributes:
+        code: one of the error codes of SPEC.md chapter 20, such as ``E_CRC``.
+        clause: the requirement that is broken, such as ``R-LAY-004``.
+        detail: what is wrong, in words.
+        tensor: the tensor's name, or None.
+        offset: byte offset in the file, or None where there is no single place.
+    """
+
+    def __init__(
+        self, clause: str, detail: str, *, tensor: str | None = None, offset: int | None = None
+    ) -> None:
+        self.clause = clause
+        self.code = CODE_OF_CLAUSE[clause]
+        self.detail = detail
+        self.tensor = tensor
+        self.offset = offset
+        super().__init__(clause, detail)
+
+    def __str__(self) -> str:
+        where = []
+        if self.tensor is not None:
+            where.append(f"tensor {self.tensor!r}")
+        if self.offset is not None:
+            where.append(f"byte {self.offset}")
+        place = f" ({', '.join(where)})" if where else ""
+        return f"{self.code} [{self.clause}] {self.detail}{place}"
+
+
+class InvalidFileError(FileFault):
+    """The file is damaged or was written wrongly."""
+
+
+class UnsupportedError(FileFault):
+    """The file needs a version or a feature that this reader does not have."""
+
+
+class LimitError(FileFault):
+    """The file goes beyond a limit in force; the limits can be raised by whoever trusts it."""
+
+
+class OptionError(SfpError, ValueError):
+    """A writer was asked for something that it cannot do with this tensor."""
+
+
+class MissingTensorError(SfpError, KeyError):
+    """There is no tensor of that name in the file."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineError(SfpError, RuntimeError):
+    """The engine asked for is not available here; the message says why."""
+
+
+class ClosedFileError(SfpError, ValueError):
+    """The file was closed."""
+
+
+# Clause -> error code, for every clause of SPEC.md whose breach a reader refuses. The test
+# `tests/test_spec.py` holds this table against SPEC.md.
+CODE_OF_CLAUSE: dict[str, str] = {
+    clause: code
+    for code, clauses in {
+        "E_MAGIC": "R-PRE-001",
+        "E_VERSION": "R-PRE-004",
+        "E_TRUNCATED": "R-PRE-002 R-PRE-007 R-MSG-007",
+        "E_TRAILING": "R-PRE-008 R-MSG-006",
+        "E_CRC": "R-PRE-003 R-PRE-010 R-LAY-004",
+        "E_RESERVED": (
+            "R-CNV-005 R-PRE-006 R-PLN-002 R-PLN-004 R-MSK-006 R-CHK-002 R-CHK-003 R-IDX-004 "
+            "R-VEC-002 R-RAW-003"
+        ),
+        "E_ENCODING": (
+            "R-MSG-001 R-MSG-002 R-MSG-003 R-MSG-004 R-MSG-005 R-DIR-001 R-DIR-002 R-DIR-003 "
+            "R-DIR-004 R-TEN-001 R-TEN-011 R-MSK-003 R-SCL-005 R-FEA-002"
+        ),
+        "E_RANGE": (
+            "R-TEN-002 R-TEN-005 R-TEN-006 R-TEN-007 R-TEN-010 R-TAB-001 R-TAB-002 R-TAB-003 "
+            "R-TAB-004 R-TAB-005 R-TAB-006 R-TAB-007 R-TAB-008 R-TAB-009 R-MSK-002 R-MSK-004 R-QNT-002 "
+            "R-QNT-003 R-QNT-004 R-QNT-005 R-QNT-006 R-QNT-007 R-SCL-002 R-SCL-003 R-SCL-004 "
+            "R-SCL-006 R-IMP-003 R-IMP-004 R-IMP-005 R-IMP-006 R-IDX-001 R-IDX-002 R-IDX-005 R-RAW-004 "
+            "R-SHD-002"
+        ),
+        "E_LAYOUT": (
+            "R-PRE-009 R-PRE-011 R-LAY-002 R-LAY-003 R-TEN-008 R-TEN-009 R-TEN-012 R-PLN-003 "
+            "R-MSK-005 R-CHK-001 R-IDX-003 R-VEC-001 R-RAW-002 R-SHD-001"
+        ),
+        "E_FEATURE": (
+            "R-TEN-003 R-TEN-004 R-MSK-001 R-QNT-001 R-SCL-001 R-IMP-001 R-IMP-002 R-KEY-001 "
+            "R-FEA-001 R-PRO-001"
+        ),
+        "E_LIMIT": "R-LIM-002",
+    }.items()
+    for clause in clauses.split()
+}
+
+_CLASS_OF_CODE: dict[str, type[FileFault]] = {
+    "E_VERSION": UnsupportedError,
+    "E_FEATURE": UnsupportedError,
+    "E_LIMIT": LimitError,
+}
+
+
+def fault(clause: str, detail: str, *, tensor: str | None = None, offset: int | None = None) -> FileFault:
+    """The exception for a file that breaks ``clause``, to be raised by the caller."""
+    error_class = _CLASS_OF_CODE.get(CODE_OF_CLAUSE[clause], InvalidFileError)
+    return error_class(clause, detail, tensor=tensor, offset=offset)
+
+
+@contextmanager
+def placed(*, tensor: str | None = None, base: int | None = None) -> Iterator[None]:
+    """Adds the tensor's name and the offset ``base`` of the bytes at hand to faults raised inside.
+
+    An offset already in the fault is taken as relative to ``base``; without one, ``base`` is the place.
+    """
+    try:
+        yield
+    except FileFault as error:
+        if tensor is not None and error.tensor is None:
+            error.tensor = tensor
+        if base is not None:
+            error.offset = base + (error.offset or 0)
+        raise

@@ -1,0 +1,52 @@
+"""The limits of a reader (SPEC.md chapter 19)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import fault
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may claim before it is refused with ``E_LIMIT`` (R-LIM-002).
+
+    Attributes:
+        directory_bytes: length of the directory, in bytes.
+        depth: maps and arrays inside one another in the directory, the root being 1.
+        name_bytes: length of a tensor's name in UTF-8, in bytes.
+        tensors: number of tensors.
+        rank: number of dimensions of a tensor.
+        tensor_bytes: size of one decoded tensor, in bytes.
+        expansion: decoded bytes of a tensor over its bytes in the file, for tensors above
+            ``expansion_floor`` decoded bytes.
+    """
+
+    directory_bytes: int = 1 << 28
+    depth: int = 16
+    name_bytes: int = 1024
+    tensors: int = 1 << 20
+    rank: int = 32
+    tensor_bytes: int = 1 << 37
+    expansion: int = 1 << 16
+    expansion_floor: int = 1 << 28
+
+    def require(self, limit: str, value: int, offset: int | None = None) -> None:
+        """Raises `LimitError` when ``value`` is above the limit of that name."""
+        allowed: int = getattr(self, limit)
+        if value > allowed:
+            raise fault(
+                "R-LIM-002",
+                f"{limit} is {value:,}, above the limit of {allowed:,}; "
+                f"pass limits=Limits({limit}=...) if you trust this file",
+                offset=offset,
+            )
+
+    def require_tensor(self, decoded: int, stored: int) -> None:
+        """Checks a tensor's decoded and stored sizes, in bytes, before memory is given to it."""
+        self.require("tensor_bytes", decoded)
+        if decoded > self.expansion_floor:
+            self.require("expansion", decoded // max(stored, 1))
+
+
+DEFAULT_LIMITS = Limits()

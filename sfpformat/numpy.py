@@ -1,0 +1,108 @@
+"""The door to numpy: the functions that users of safetensors know, for `.sfp`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec.options import Options
+from .codec.plan import Importance
+from .coding.mask import Mask
+from .limits import DEFAULT_LIMITS, Limits
+from .reader import SfpFile
+from .source import Buffer
+from .writer import Writer
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+def save_file(
+    tensors: Arrays,
+    path: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+    *,
+    options: Options | Mapping[str, Options] | None = None,
+    masks: Mapping[str, Mask] | None = None,
+    importances: Mapping[str, Importance] | None = None,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> None:
+    """Writes tensors to a file; the file at ``path`` is replaced only when all went well.
+
+    Args:
+        tensors: name -> array, any shape, any dtype of the format (`ml_dtypes` for BF16 and FP8).
+        path: of the file.
+        metadata: strings of the caller's own.
+        options: for all tensors, or for each by name; lossless where nothing is said.
+        masks: name -> bool array of the tensor's shape, True for survivors.
+        importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
+        threads: how many may work; the bytes do not depend on it.
+        engine: as in `sfpformat.open`; the bytes do not depend on it.
+
+    Raises:
+        OptionError: what is asked does not fit a tensor.
+        OSError: the file cannot be written.
+    """
+    with Writer(path, metadata=metadata, engine=engine) as writer:
+        _add_all(writer, tensors, options, masks or {}, importances or {})
+
+
+def save(
+    tensors: Arrays,
+    metadata: dict[str, str] | None = None,
+    *,
+    options: Options | Mapping[str, Options] | None = None,
+    masks: Mapping[str, Mask] | None = None,
+    importances: Mapping[str, Importance] | None = None,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> bytes:
+    """The bytes of a file; as `save_file`."""
+    out = io.BytesIO()
+    with Writer(out, metadata=metadata, engine=engine) as writer:
+        _add_all(writer, tensors, options, masks or {}, importances or {})
+    return out.getvalue()
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> dict[str, NDArray[np.generic]]:
+    """All tensors of a file, by name, in the file's order.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError, OSError.
+    """
+    with SfpFile(path, limits=limits, threads=threads, engine=engine) as file:
+        return {name: file.get_tensor(name) for name in file}
+
+
+def load(
+    data: Buffer,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> dict[str, NDArray[np.generic]]:
+    """All tensors of the bytes of a file; as `load_file`."""
+    with SfpFile(data, limits=limits, threads=threads, engine=engine) as file:
+        return {name: file.get_tensor(name) for name in file}
+
+
+def _add_all(
+    writer: Writer,
+    tensors: Arrays,
+    options: Options | Mapping[str, Options] | None,
+    masks: Mapping[str, Mask],
+    importances: Mapping[str, Importance],
+) -> None:
+    for name, array in tensors.items():
+        chosen = options if isinstance(options, Options) or options is None else options.get(name)
+        writer.add(name, array, chosen, mask=masks.get(name), importance=importances.get(name))

@@ -1,0 +1,225 @@
+"""Where a writer's bytes go: a temporary file that takes its target's name at the end, or a binary object.
+
+A resumable sink has fixed names, ``TARGET.partial`` and ``TARGET.partial.journal``. The journal is a sequence
+of MessagePack values: the job's key, then the entry of each tensor that is complete. After a crash the next
+writer with the same key checks what the journal names against its checksums, drops the rest, and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import msgpack
+import numpy as np
+
+from .container import messagepack
+from .container.entry import TensorEntry
+from .container.messagepack import Map
+from .container.preamble import SIZE
+from .errors import OptionError, SfpError
+from .limits import DEFAULT_LIMITS
+
+
+class Sink(Protocol):
+    """Takes the bytes of a file in order, and the preamble last."""
+
+    def append(self, data: bytes) -> None:
+        """Writes behind what was written before."""
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        """Notes that all chunks of a tensor are written."""
+
+    def commit(self, preamble: bytes) -> None:
+        """Writes the preamble and makes the file the target."""
+
+    def abort(self, keep: bool) -> None:
+        """Gives up; with ``keep`` what was written stays for a later writer, where the sink can."""
+
+
+class FileSink:
+    """A temporary file with a name of its own beside the target."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        self._path = Path(name)
+        self._file: BinaryIO = os.fdopen(handle, "wb")
+        os.chmod(handle, 0o666 & ~_umask())
+        self._file.write(bytes(SIZE))
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        pass
+
+    def commit(self, preamble: bytes) -> None:
+        self._file.seek(0)
+        self._file.write(preamble)
+        _sync_and_close(self._file)
+        _rename(self._path, self._target)
+
+    def abort(self, keep: bool) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class StreamSink:
+    """A seekable binary object of the caller's, written from its start; on failure its content is undefined."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        stream.seek(0)
+        stream.write(bytes(SIZE))
+
+    def append(self, data: bytes) -> None:
+        self._stream.write(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        pass
+
+    def commit(self, preamble: bytes) -> None:
+        end = self._stream.tell()
+        self._stream.truncate()
+        self._stream.seek(0)
+        self._stream.write(preamble)
+        self._stream.seek(end)
+        self._stream.flush()
+
+    def abort(self, keep: bool) -> None:
+        pass
+
+
+class ResumableSink:
+    """A temporary file that survives the death of its writer, and its journal.
+
+    Attributes:
+        entries: the tensors that an earlier writer with the same key left complete, in order.
+    """
+
+    def __init__(self, target: Path, key: str) -> None:
+        """Takes up what an earlier writer left, or begins.
+
+        Args:
+            key: tells the job: what is written from what with which options. Another key begins anew.
+
+        Raises:
+            SfpError: another process is writing this target.
+        """
+        self._target = target
+        self._path = target.with_name(target.name + ".partial")
+        self._journal_path = target.with_name(target.name + ".partial.journal")
+        self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise SfpError(f"another process is writing {target}") from None
+        self.entries, end = self._complete_tensors(key)
+        self._file.truncate(end)
+        self._file.seek(end)
+        self._journal = open(self._journal_path, "wb")
+        self._journal.write(msgpack.packb(key))
+        for entry in self.entries:
+            self._journal.write(messagepack.encode(entry.to_map()))
+        self._journal.flush()
+
+    def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
+        """The journal's tensors whose bytes are all there and match, and where they end."""
+        entries: list[TensorEntry] = []
+        end = SIZE
+        if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
+            self._file.truncate(0)
+            self._file.write(bytes(SIZE))
+            return entries, end
+        unpacker = msgpack.Unpacker(self._journal_path.open("rb"))
+        try:
+            if unpacker.unpack() != key:
+                return entries, end
+            self._file.seek(end)
+            for fields in unpacker:
+                encoded = messagepack.encode(fields)
+                decoded = messagepack.decode(encoded, DEFAULT_LIMITS)
+                assert isinstance(decoded, Map)
+                entry = TensorEntry.from_map(decoded, DEFAULT_LIMITS)
+                if not self._matches(entry):
+                    break
+                entries.append(entry)
+                end += entry.stored_bytes
+        except (msgpack.exceptions.UnpackException, ValueError, SfpError, AssertionError):
+            pass  # the journal's last record was cut off, or is damaged: go on from before it
+        return entries, end
+
+    def _matches(self, entry: TensorEntry) -> bool:
+        records = [entry.chunks] if entry.vectors is None else [entry.vectors, entry.chunks]
+        for record in np.concatenate(records):
+            data = self._file.read(int(record["length"]))
+            if len(data) != record["length"] or zlib.crc32(data) != record["crc"]:
+                return False
+        return True
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        self._file.flush()
+        self._journal.write(messagepack.encode(entry.to_map()))
+        self._journal.flush()
+
+    def commit(self, preamble: bytes) -> None:
+        self._journal.close()
+        self._file.seek(0)
+        self._file.write(preamble)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        _rename(self._path, self._target)
+        self._journal_path.unlink(missing_ok=True)
+        self._file.close()
+
+    def abort(self, keep: bool) -> None:
+        with contextlib.suppress(OSError):
+            self._journal.close()
+        if not keep:
+            self._path.unlink(missing_ok=True)
+            self._journal_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def open_sink(target: str | os.PathLike[str] | BinaryIO, resume_key: str | None) -> Sink:
+    """The sink for whatever a writer was given."""
+    if isinstance(target, (str, os.PathLike)):
+        path = Path(target)
+        return FileSink(path) if resume_key is None else ResumableSink(path, resume_key)
+    if resume_key is not None:
+        raise OptionError("only a path can be resumed")
+    return StreamSink(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Gives the file its name in one step, and makes the step last."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,115 @@
+"""Where a reader's bytes come from: a file, bytes, an mmap, or any seekable binary object."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import BinaryIO, Protocol, cast
+
+from .errors import ClosedFileError, fault
+
+Buffer = bytes | bytearray | memoryview
+Readable = str | os.PathLike[str] | Buffer | BinaryIO
+
+
+class Source(Protocol):
+    """Random access to the bytes of a file, from any thread."""
+
+    length: int
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """``size`` bytes from ``offset`` on; raises E_TRUNCATED when there are fewer."""
+
+    def close(self) -> None:
+        """Lets go of what the source itself opened."""
+
+
+def open_source(readable: Readable) -> Source:
+    """The source for whatever a reader was given."""
+    if isinstance(readable, (str, os.PathLike)):
+        return _FileSource(readable)
+    if hasattr(readable, "seek") and hasattr(readable, "read") and not _is_buffer(readable):
+        return _ObjectSource(cast(BinaryIO, readable))
+    return _BufferSource(memoryview(cast(Buffer, readable)).cast("B"))
+
+
+def _is_buffer(value: object) -> bool:
+    """Whether a value gives its bytes without reading (an mmap has `read`, but is one)."""
+    try:
+        memoryview(cast(Buffer, value))
+    except TypeError:
+        return False
+    return True
+
+
+def _require_all(data: Buffer, offset: int, size: int) -> Buffer:
+    if len(data) != size:
+        raise fault(
+            "R-PRE-007",
+            f"{size} bytes wanted, the file gave {len(data)}",
+            offset=offset + len(data),
+        )
+    return data
+
+
+class _FileSource:
+    """A file read by `os.pread`: no shared position, and no mapped pages that count as memory."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "rb", buffering=0)
+        self.length = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, size: int) -> Buffer:
+        if self._file.closed:
+            raise ClosedFileError("the file is closed")
+        out, filled = bytearray(min(size, max(self.length - offset, 0))), 0
+        view = memoryview(out)
+        while filled < len(out):
+            got = os.preadv(self._file.fileno(), [view[filled:]], offset + filled)
+            if got == 0:
+                break
+            filled += got
+        return _require_all(view[:filled], offset, size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BufferSource:
+    """Bytes in memory; what is read is a view of them."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view: memoryview | None = view
+        self.length = len(view)
+
+    def read(self, offset: int, size: int) -> Buffer:
+        if self._view is None:
+            raise ClosedFileError("the file is closed")
+        return _require_all(self._view[offset : offset + size], offset, size)
+
+    def close(self) -> None:
+        self._view = None
+
+
+class _ObjectSource:
+    """A seekable binary object; the caller's own, so it is not closed here."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream: BinaryIO | None = stream
+        self._lock = threading.Lock()
+        self.length = stream.seek(0, os.SEEK_END)
+
+    def read(self, offset: int, size: int) -> Buffer:
+        if self._stream is None:
+            raise ClosedFileError("the file is closed")
+        size_there = min(size, max(self.length - offset, 0))
+        with self._lock:
+            self._stream.seek(offset)
+            parts, left = [], size_there
+            while left and (part := self._stream.read(left)):
+                parts.append(part)
+                left -= len(part)
+        return _require_all(b"".join(parts), offset, size)
+
+    def close(self) -> None:
+        self._stream = None

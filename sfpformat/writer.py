@@ -1,0 +1,173 @@
+"""Writing `.sfp` files, tensor by tensor, in the memory of a chunk beyond the tensor at hand.
+
+Rules: what is written goes to a temporary file, which is synced and takes the target's name in one step
+(R-STR-005). Whatever fails before, the old file is as it was and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import replace
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec.encode import encode_chunks, encode_vectors
+from .codec.options import Options
+from .codec.plan import Importance, plan_tensor
+from .coding.mask import Mask
+from .container.directory import Directory
+from .container.entry import CHUNK_RECORD, TensorEntry
+from .container.preamble import SIZE, Preamble
+from .engines import get_engine
+from .errors import OptionError
+from .limits import DEFAULT_LIMITS
+from .sink import ResumableSink, open_sink
+
+
+class Writer:
+    """Writes a file; a context manager that finishes the file when all went well, and else leaves no trace.
+
+    ``with Writer("model.sfp") as w: w.add("w", array)``
+    """
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | BinaryIO,
+        *,
+        metadata: dict[str, str] | None = None,
+        engine: str | None = None,
+        resume_key: str | None = None,
+    ) -> None:
+        """Begins a file.
+
+        Args:
+            target: a path, or a seekable binary object, which is written from its start.
+            metadata: strings of the caller's own.
+            engine: as in `sfpformat.open`.
+            resume_key: what tells this job from others. With it a writer that was killed leaves a partial
+                file, and the next writer with the same key goes on after the last complete tensor: see `done`.
+
+        Raises:
+            OptionError: metadata that are not strings.
+            OSError: the temporary file cannot be made.
+        """
+        self._metadata = _checked_metadata(metadata or {})
+        self._engine = get_engine(engine)
+        self._sink = open_sink(target, resume_key)
+        self._entries: dict[str, TensorEntry] = {}
+        if isinstance(self._sink, ResumableSink):
+            self._entries = {entry.name: entry for entry in self._sink.entries}
+        self._open = True
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # An interrupted job can go on later; one that failed would fail again.
+            self.abort(keep=isinstance(error, KeyboardInterrupt))
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """The names of the tensors written so far, those of an earlier, resumed writer included."""
+        return tuple(self._entries)
+
+    def add(
+        self,
+        name: str,
+        array: NDArray[np.generic],
+        options: Options | None = None,
+        *,
+        mask: Mask | None = None,
+        importance: Importance | None = None,
+    ) -> TensorEntry:
+        """Writes a tensor.
+
+        Args:
+            name: its name, not used before in this file.
+            array: any shape; a dtype of SPEC.md 25.1 (BF16 and FP8 as `ml_dtypes` has them).
+            options: how to encode it; the default is lossless.
+            mask: bool, the array's shape, True for survivors; without it what is not zero survives.
+            importance: float, the array's shape, finite and not negative; or two vectors, a number a row and a
+                number a column.
+
+        Returns:
+            The tensor's entry in the directory.
+
+        Raises:
+            OptionError: the options do not fit the tensor, or the name is taken. The writer can go on.
+            OSError: the file cannot be written.
+        """
+        _check_name(name, self._entries)
+        plan = plan_tensor(name, np.asanyarray(array), options or Options(), mask, importance)
+        vectors = encode_vectors(plan)
+        vector_record = None if vectors is None else self._append(vectors)
+        records = [self._append(chunk) for chunk in encode_chunks(plan, self._engine)]
+        chunks = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
+        entry = replace(plan.entry, chunks=chunks, vectors=vector_record)
+        entry.require_valid()
+        self._entries[name] = entry
+        self._sink.tensor_done(entry)
+        return entry
+
+    def _append(self, chunk: bytes) -> NDArray[np.void]:
+        """Writes a chunk and returns its record, shape [1]."""
+        if len(chunk) >= 1 << 32:
+            raise OptionError(f"a chunk of {len(chunk)} bytes; the format ends below 4 GiB")
+        self._sink.append(chunk)
+        return np.array([(len(chunk), zlib.crc32(chunk))], CHUNK_RECORD)
+
+    def close(self) -> None:
+        """Writes the directory and makes the file the target."""
+        if not self._open:
+            return
+        try:
+            directory = Directory(self._entries, self._metadata)
+            offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
+            data = directory.to_bytes()
+            preamble = Preamble(offset, len(data), offset + len(data), zlib.crc32(data))
+            self._sink.append(data)
+            self._sink.commit(preamble.to_bytes())
+        except BaseException:
+            self.abort()
+            raise
+        self._open = False
+
+    def abort(self, *, keep: bool = False) -> None:
+        """Gives up; the target stays as it was. ``keep`` leaves the partial file of a resumable writer."""
+        if self._open:
+            self._open = False
+            self._sink.abort(keep)
+
+
+def _check_name(name: str, taken: dict[str, TensorEntry]) -> None:
+    if name in taken:
+        raise OptionError(f"tensor {name!r} was already written")
+    if not 1 <= len(name.encode(errors="replace")) <= DEFAULT_LIMITS.name_bytes or not _is_text(name):
+        raise OptionError(f"{name!r} cannot be a tensor's name: 1 to 1024 bytes of UTF-8")
+
+
+def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str) and _is_text(key + value)):
+            raise OptionError(f"metadata must be strings of UTF-8 without U+0000: {key!r}: {value!r}")
+    return dict(metadata)
+
+
+def _is_text(text: str) -> bool:
+    """Whether the directory can hold a string (R-MSG-003)."""
+    try:
+        return "\0" not in text and bool(text.encode() or True)
+    except UnicodeEncodeError:
+        return False
