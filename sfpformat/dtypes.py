@@ -1,4 +1,4 @@
-"""The dtypes (SPEC.md chapter 25.1): one table, used by the codec, the doors to numpy and torch, and the tests."""
+"""The dtypes (SPEC.md chapter 25.1): one table for the codec, the doors to numpy and torch, and the tests."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -118,6 +118,9 @@ class SfpFile:
     def keys(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
         return list(self.directory.tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.directory.tensors)
 
     def __contains__(self, name: object) -> bool:
         return name in self.directory.tensors

@@ -72,7 +72,7 @@ class FileSink:
 
 
 class StreamSink:
-    """A seekable binary object of the caller's, written from its start; on failure its content is undefined."""
+    """A seekable binary object of the caller's, written from its start; on failure it is left half written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -116,7 +116,7 @@ class ResumableSink:
         self._target = target
         self._path = target.with_name(target.name + ".partial")
         self._journal_path = target.with_name(target.name + ".partial.journal")
-        self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 (closed by the owner)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -125,7 +125,7 @@ class ResumableSink:
         self.entries, end = self._complete_tensors(key)
         self._file.truncate(end)
         self._file.seek(end)
-        self._journal = open(self._journal_path, "wb")
+        self._journal = open(self._journal_path, "wb")  # noqa: SIM115 (closed by the owner)
         self._journal.write(msgpack.packb(key))
         for entry in self.entries:
             self._journal.write(messagepack.encode(entry.to_map()))

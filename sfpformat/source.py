@@ -56,7 +56,7 @@ class _FileSource:
     """A file read by `os.pread`: no shared position, and no mapped pages that count as memory."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by the owner)
         self.length = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, size: int) -> Buffer:

@@ -49,7 +49,7 @@ class Writer:
             metadata: strings of the caller's own.
             engine: as in `sfpformat.open`.
             resume_key: what tells this job from others. With it a writer that was killed leaves a partial
-                file, and the next writer with the same key goes on after the last complete tensor: see `done`.
+                file, and the next writer with the same key goes on after its last complete tensor: see `done`.
 
         Raises:
             OptionError: metadata that are not strings.
@@ -99,8 +99,8 @@ class Writer:
             array: any shape; a dtype of SPEC.md 25.1 (BF16 and FP8 as `ml_dtypes` has them).
             options: how to encode it; the default is lossless.
             mask: bool, the array's shape, True for survivors; without it what is not zero survives.
-            importance: float, the array's shape, finite and not negative; or two vectors, a number a row and a
-                number a column.
+            importance: float, the array's shape, finite and not negative; or two vectors, a number a row
+                and a number a column.
 
         Returns:
             The tensor's entry in the directory.

@@ -44,8 +44,8 @@ class Chunk:
 class TensorDecoder:
     """Turns the chunks of one tensor into numbers.
 
-    Every method that takes ``first`` and ``stop`` works on a run of neighbouring segments, numbered within the
-    chunk, and refuses data that break a clause; offsets in faults are relative to the chunk.
+    Every method that takes ``first`` and ``stop`` works on a run of neighbouring segments, numbered within
+    the chunk, and refuses data that break a clause; offsets in faults are relative to the chunk.
     """
 
     def __init__(self, entry: TensorEntry, vector_chunk: Bytes | None, engine: Engine) -> None:

@@ -58,7 +58,8 @@ class Options:
     Attributes:
         coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for the float dtypes where it is smaller.
         quantiser: ``lossless`` is ``exact``, or a ``table`` of all values where they are few; ``exact``;
-            ``uniform`` takes one of ``step``, ``bits``, ``error_db``; ``table`` takes ``centroids`` or ``bits``.
+            ``uniform`` takes one of ``step``, ``bits``, ``error_db``; ``table`` takes ``centroids`` or
+            ``bits``.
         mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
         narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
         step: of ``uniform``: the step.

@@ -1,4 +1,4 @@
-"""Choosing steps and centroids, and turning weights into magnitude numbers (the encoder's side of chapter 11).
+"""Choosing steps and centroids, and turning weights into numbers (the encoder's side of chapter 11).
 
 Sums that decide something are taken by `np.bincount`, which adds one by one in order, so that they do not
 depend on a platform's vector units.
@@ -83,8 +83,8 @@ def exact_sum(values: F64) -> float:
 def uniform_numbers(magnitudes: F32, step: float, rate_weight: float) -> UniformNumbers:
     """A uniform quantiser whose thresholds weigh bits against error.
 
-    Between two neighbouring numbers the lower is taken while (error squared, in steps) + rate_weight * bits is
-    less; the bits are those of the order-0 entropy when all round to nearest. At high rates
+    Between two neighbouring numbers the lower is taken while (error squared, in steps) + rate_weight * bits
+    is less; the bits are those of the order-0 entropy when all round to nearest. At high rates
     rate_weight = ln(2) / 6 = 0.1155 is the slope of error against bits, hence no gain beyond it.
     """
     plain = UniformNumbers(np.float32(step), np.zeros(0, np.float32))
