@@ -17,6 +17,7 @@ from .errors import (
 from .limits import DEFAULT_LIMITS, Limits
 from .reader import SfpFile, SfpSlice, TensorInfo
 from .source import Readable
+from .validate import Report, validate
 from .writer import Writer
 
 __version__ = "1.0.0.dev0"
@@ -34,6 +35,7 @@ __all__ = [
     "MissingTensorError",
     "OptionError",
     "Options",
+    "Report",
     "SfpError",
     "SfpFile",
     "SfpSlice",
@@ -41,6 +43,7 @@ __all__ = [
     "UnsupportedError",
     "Writer",
     "open",
+    "validate",
 ]
 
 

@@ -87,7 +87,7 @@ class SfpFile:
         """Opens a file and reads its directory; see `sfpformat.open`."""
         self._engine: Engine = get_engine(engine)
         self._threads = threads or os.cpu_count() or 1
-        self._limits = limits
+        self.limits = limits
         self._source: Source = open_source(readable)
         try:
             self.preamble, self.directory = read_directory(self._source, limits)
@@ -145,16 +145,16 @@ class SfpFile:
     def info(self, name: str) -> TensorInfo:
         """What the directory says about a tensor; reads no data."""
         entry = self.entry(name)
-        quantiser = entry.fingerprints and type(entry.fingerprints.quantiser).__name__.lower()
+        fingerprints, mask, importance = entry.fingerprints, entry.mask, entry.importance
         return TensorInfo(
             entry.name,
             entry.shape,
             entry.dtype.name,
             entry.coding,
-            quantiser,
-            entry.mask and entry.mask.kind,
-            entry.importance and entry.importance.over,
-            entry.importance and entry.importance.role,
+            type(fingerprints.quantiser).__name__.lower() if fingerprints else None,
+            mask.kind if mask else None,
+            importance.over if importance else None,
+            importance.role if importance else None,
             entry.stored_bytes,
             entry.decoded_bytes,
             dict(entry.other),
@@ -196,7 +196,7 @@ class SfpFile:
         """The survivors: their positions in the flattened tensor, ascending, and their weights."""
         entry = self.entry(name)
         self._require_within_limits(entry)
-        decoder = self._decoder(entry)
+        decoder = self.decoder(entry)
 
         def survivors(k: int) -> tuple[NDArray[np.int64], Values]:
             with self._placed(entry, k):
@@ -271,7 +271,7 @@ class SfpFile:
         what: Decode,
     ) -> None:
         """Decodes runs of neighbouring segments, a chunk at a time, and hands each run to ``put``."""
-        decoder = self._decoder(entry)
+        decoder = self.decoder(entry)
         breaks = np.flatnonzero((np.diff(segments) > 1) | (np.diff(segments // entry.chunk) > 0))
         firsts = segments[np.r_[0, breaks + 1]]
         stops = segments[np.r_[breaks, len(segments) - 1]] + 1
@@ -292,7 +292,7 @@ class SfpFile:
 
     def _require_within_limits(self, entry: TensorEntry) -> None:
         with placed(tensor=entry.name):
-            self._limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+            self.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
@@ -320,7 +320,8 @@ class SfpFile:
     def _placed(self, entry: TensorEntry, k: int) -> AbstractContextManager[None]:
         return placed(tensor=entry.name, base=self.chunk_offset(entry, k))
 
-    def _decoder(self, entry: TensorEntry) -> TensorDecoder:
+    def decoder(self, entry: TensorEntry) -> TensorDecoder:
+        """The decoder of a tensor, its vectors read and checked."""
         with self._lock:
             if entry.name not in self._decoders:
                 with self._placed(entry, -1):
@@ -329,7 +330,7 @@ class SfpFile:
             return self._decoders[entry.name]
 
     def _chunk(self, entry: TensorEntry, k: int) -> Chunk:
-        return self._decoder(entry).open_chunk(self.read_checked(entry, k), k)
+        return self.decoder(entry).open_chunk(self.read_checked(entry, k), k)
 
     def _map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """The work done for each item, in threads where there are several of both."""

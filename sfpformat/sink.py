@@ -72,7 +72,7 @@ class FileSink:
 
 
 class StreamSink:
-    """A seekable binary object of the caller's, written from its start; on failure it is left half written."""
+    """A seekable binary object of the caller's, written from its start; a failure leaves it half written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

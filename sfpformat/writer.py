@@ -49,7 +49,7 @@ class Writer:
             metadata: strings of the caller's own.
             engine: as in `sfpformat.open`.
             resume_key: what tells this job from others. With it a writer that was killed leaves a partial
-                file, and the next writer with the same key goes on after its last complete tensor: see `done`.
+                file, and the next with the same key goes on after its last complete tensor: see `done`.
 
         Raises:
             OptionError: metadata that are not strings.

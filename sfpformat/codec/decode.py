@@ -67,7 +67,8 @@ class TensorDecoder:
 
     # ------------------------------------------------------------------------------------- streams
 
-    def _levels(self, chunk: Chunk, stream: str, first: int, stop: int) -> Levels:
+    def levels(self, chunk: Chunk, stream: str, first: int, stop: int) -> Levels:
+        """The levels of a stream over a run."""
         assert chunk.index is not None
         span = chunk.index.span(stream, first, stop)
         return self.engine.decode_levels(chunk.data, span, self.entry.streams()[stream])
@@ -80,7 +81,7 @@ class TensorDecoder:
         return decode_mask(
             self.entry.mask.kind,
             self.entry.mask.polarity,
-            self._levels(chunk, "mask", first, stop),
+            self.levels(chunk, "mask", first, stop),
             chunk.index.counts["mask"][first:stop],
             chunk.index.positions[first:stop],
             chunk.index.survivors[first:stop],
@@ -148,7 +149,7 @@ class TensorDecoder:
             if mask is not None and importance.over == "all":
                 multiplier = multiplier[mask]
         return fingerprint_values(
-            self._levels(chunk, "fingerprints", first, stop),
+            self.levels(chunk, "fingerprints", first, stop),
             fingerprints.quantiser,
             self.entry.dtype,
             self.vectors.get("fingerprint centroids"),
@@ -174,7 +175,7 @@ class TensorDecoder:
             row, column = self.vectors["importance rows"], self.vectors["importance columns"]
             return row[rows] * column[columns]
         assert importance.quantiser is not None
-        levels = self._levels(chunk, "importance", first, stop)
+        levels = self.levels(chunk, "importance", first, stop)
         return importance_values(levels, importance.quantiser, self.vectors.get("importance centroids"))
 
 

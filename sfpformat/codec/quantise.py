@@ -52,7 +52,7 @@ class UniformNumbers:
             low = np.minimum(numbers, len(self.thresholds))
             below = (numbers == low) & (low > 0) & (steps < self.thresholds[np.maximum(low, 1) - 1])
             numbers -= below
-        return numbers.astype(np.uint64)
+        return np.asarray(numbers, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def step_for_error(magnitudes: F32, error_db: float, rate_weight: float) -> floa
     def too_great(step: float) -> bool:
         numbers = uniform_numbers(magnitudes, step, rate_weight)(magnitudes)
         error = wide - numbers.astype(np.float64) * float(np.float32(step))
-        return exact_sum(error * error) > allowed
+        return bool(exact_sum(error * error) > allowed)
 
     least = _least(too_great, magnitudes)
     return float(np.nextafter(np.float32(least), np.float32(0))) if too_great(least) else least
@@ -185,6 +185,6 @@ def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
     return np.unique(np.maximum(centroids, 0).astype(np.float32))
 
 
-def _running(values: F64) -> F64:
+def _running(values: NDArray[np.generic]) -> F64:
     """Sums of all values before each place, one place more than there are values."""
-    return np.concatenate(([0.0], np.cumsum(values)))
+    return np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))

@@ -63,7 +63,7 @@ def select(shape: tuple[int, ...], index: Index) -> Selection:
     """The positions that a basic numpy index selects.
 
     Raises:
-        IndexError: too many indices, an index out of range, or one that is neither integer, slice nor ``...``.
+        IndexError: too many indices, an index out of range, or one that is no integer, slice or ``...``.
     """
     ranges, kept = _ranges(shape, index)
     result = tuple(len(r) for r, keep in zip(ranges, kept, strict=True) if keep)

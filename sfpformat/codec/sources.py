@@ -45,7 +45,9 @@ MAX_DISTINCT = 1024
 class FingerprintSource(Protocol):
     """The fingerprint levels of a tensor."""
 
-    quantiser: Quantiser
+    @property
+    def quantiser(self) -> Quantiser:
+        """As stored."""
 
     def survives(self, block: slice) -> Mask:
         """Which positions of a block have a weight that is not coded as zero."""
@@ -67,7 +69,7 @@ class ExactSource:
         return Exact(self.coded)
 
     def survives(self, block: slice) -> Mask:
-        return float_patterns(self.flat[block], self.dtype) != 0
+        return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
 
     def levels(self, block: slice, mask: Mask | None) -> Levels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
@@ -109,9 +111,11 @@ class NumberSource:
 
     def survives(self, block: slice) -> Mask:
         values = self.flat[block].astype(np.float32)
-        if self.zero_survives or isinstance(self.quantiser, Table):
-            return (values != 0) | np.signbit(values) if self.zero_survives else values != 0
-        return self.numbers(self._magnitudes(block, None)) != 0
+        if self.zero_survives:
+            return np.asarray((values != 0) | np.signbit(values))
+        if isinstance(self.quantiser, Table):
+            return np.asarray(values != 0)
+        return np.asarray(self.numbers(self._magnitudes(block, None)) != 0)
 
     def levels(self, block: slice, mask: Mask | None) -> Levels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
@@ -157,7 +161,7 @@ def scaled_down(magnitudes: F32, factors: F32) -> F32:
 
 
 def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
-    """All magnitudes of a tensor, ascending, where they are few, finite, and float32 holds them; else None."""
+    """All magnitudes of a tensor, ascending, where they are few, finite and fit float32; else None."""
     seen: NDArray[np.unsignedinteger] = np.zeros(0, dtype.pattern)
     sign = dtype.pattern.type((1 << (dtype.bits - 1)) - 1)
     blocks = [sample(flat, 4 * MAX_DISTINCT)]  # most tensors are told by a sample
@@ -188,7 +192,7 @@ def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | No
     size = 0 if isinstance(options.scale, str) else int(options.scale)
     dtype = DTYPES[options.scale_dtype]
     shaped = replace(entry, scale=ScaleEntry(per, size, dtype))
-    count = next(v.count for v in shaped.vector_list() if v.name == "scale")
+    count = next(v.size for v in shaped.vector_list() if v.name == "scale")
     squares, counts = np.zeros(count), np.zeros(count, np.int64)
     for start in range(0, len(flat), SAMPLE):
         block = slice(start, min(start + SAMPLE, len(flat)))

@@ -134,9 +134,9 @@ def choose_numbers(blocks: LevelBlocks, bound: int, options: Options, *, signed:
     best: Choice | None = None
     for group in (options.group,) if options.group else (1, 2):
         layout = _fitting_layout(counts, limit, signed, group, options)
-        choice = layout and choose_codes(blocks, layout, group, options)
-        if choice and (best is None or choice.bits < best.bits):
-            best = choice
+        found = choose_codes(blocks, layout, group, options) if layout else None
+        if found and (best is None or found.bits < best.bits):
+            best = found
     if best is None and options.group == 2:
         return choose_numbers(blocks, bound, options.but(group=1), signed=signed)
     if best is None:
@@ -186,11 +186,11 @@ def choose_mask(
     counts = np.zeros(256, np.int64)
     for levels, _ in blocks("octets"):
         counts += histogram(levels, 256)
-    choice = choose_codes(
+    octets = choose_codes(
         blocks("octets"), constant_layout(counts, 0), 1, options, weights=_POPCOUNT
     ) or choose_codes(blocks("octets"), Layout(0, b"\x08"), 1, options)
-    assert choice is not None
-    return MaskChoice("octets", 0, choice)
+    assert octets is not None
+    return MaskChoice("octets", 0, octets)
 
 
 _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)
@@ -311,8 +311,8 @@ class _SymbolStream:
         numbers = np.arange(self.symbols)
         low, high = numbers % self._bare.classes, numbers // self._bare.classes
         if weights is not None:
-            return weights[self._bare.base + low]
-        return low + high if self._group == 2 else low
+            return np.asarray(weights[self._bare.base + low])
+        return np.asarray(low + high if self._group == 2 else low)
 
     def assign(self, costs: NDArray[np.int64]) -> _Assignment:
         """Gives every segment its cheapest code, and counts the symbols of each code.

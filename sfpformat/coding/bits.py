@@ -40,8 +40,8 @@ def require_bits(data: Bytes, start: int, bits: int) -> None:
 def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.uint64]:
     """``count`` unsigned fields of ``width`` bits each, from bit ``start`` on.
 
-    Eight fields are ``width`` bytes, so field j of every such group lies at the same bit offset: eight strided
-    passes instead of a gather.
+    Eight fields are ``width`` bytes, so field j of every such group lies at the same bit offset: eight
+    strided passes instead of a gather.
     """
     require_bits(data, start, width * count)
     out = np.zeros(count, np.uint64)
@@ -112,7 +112,7 @@ def write_bits(
     if len(used):
         values, at = values[used], (ends - widths)[used]
         word, bit = at >> 6, (at & 63).astype(np.uint64)
-        # Fields are in ascending order of their word, so those of one word are neighbours: one reduction each.
+        # Fields are in ascending order of their word: those of one word are neighbours, one reduction.
         starts = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
         words[word[starts]] = np.bitwise_or.reduceat(values << bit, starts)
         # What runs over into the next word; shifted in two steps, since a shift by 64 is undefined.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS, CodeTable, code_lengths
-
 Histogram = NDArray[np.int64]
 
 FRACTION = 16  # bits after the binary point in fixed-point logarithms
@@ -34,7 +32,7 @@ def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
     exponent = np.frexp(counts.astype(np.float64))[1] - 1  # exact: counts are below 2^53
     shift = exponent.astype(np.int64) - _TABLE_BITS
     mantissa = np.where(shift >= 0, counts >> np.maximum(shift, 0), counts << np.maximum(-shift, 0))
-    return (exponent.astype(np.int64) << FRACTION) + _LOG2[mantissa - (1 << _TABLE_BITS)]
+    return np.asarray((exponent.astype(np.int64) << FRACTION) + _LOG2[mantissa - (1 << _TABLE_BITS)])
 
 
 def entropy_bits(counts: Histogram) -> int:
@@ -47,7 +45,7 @@ def entropy_bits(counts: Histogram) -> int:
     return int(sum(int(n) * int(bits) for n, bits in zip(used, each, strict=True)))
 
 
-def histogram(levels: NDArray[np.unsignedinteger], size: int = 0) -> Histogram:
+def histogram(levels: NDArray[np.integer], size: int = 0) -> Histogram:
     """How often each level from 0 on occurs; at least ``size`` entries."""
     return np.bincount(levels.astype(np.int64), minlength=size).astype(np.int64)
 
@@ -105,6 +103,8 @@ def best_layout(counts: Histogram, *, signed: bool, bound: int, class_cost: int 
         if best[i] < 0:
             continue
         targets = [(e, point + (1 << e)) for e in range(32) if point + (1 << e) in place]
+        if not targets:
+            continue
         reached = np.array([min(target, end) for _, target in targets])
         n = below[reached] - below[point]
         bits = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
@@ -139,47 +139,3 @@ def _boundaries(first: int, end: int, bound: int) -> list[int]:
             coarse += 1 << e
             points.add(coarse)
     return sorted(p for p in points if p <= bound)
-
-
-def class_counts(counts: Histogram, layout: Layout, *, signed: bool) -> Histogram:
-    """How often each class of a layout occurs, from the counts of its numbers."""
-    sign = 1 if signed else 0
-    widths = [1 << (e - sign) for e in layout.extra]
-    ends = (layout.base >> sign) + np.cumsum(widths)
-    below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-    reached = below[np.minimum(ends, len(counts))]
-    start = below[min(layout.base >> sign, len(counts))]
-    return np.diff(np.concatenate(([start], reached)))
-
-
-def coded_table(layout: Layout, symbol_counts: Histogram, group: int, code_limit: int) -> CodeTable | None:
-    """The table of a layout with optimal codes, or None where the symbols are too many for it."""
-    used = int(np.count_nonzero(symbol_counts))
-    if len(layout.extra) == 1:
-        return CodeTable(layout.base, layout.extra, b"", 1)
-    if not 2 <= used <= min(MAX_SYMBOLS, 1 << code_limit):
-        return None
-    if len(layout.extra) > MAX_CLASSES[group]:
-        return None
-    return CodeTable(layout.base, layout.extra, code_lengths(symbol_counts, code_limit), group)
-
-
-def coded_bits(table: CodeTable, symbol_counts: Histogram, counts_of_classes: Histogram) -> int:
-    """Bits of all planes of a stream, and of the table in the directory."""
-    prefix = (
-        int(np.frombuffer(table.length, np.uint8).astype(np.int64) @ symbol_counts)
-        if (table.classes > 1)
-        else 0
-    )
-    residual = int(table.class_extra.astype(np.int64) @ counts_of_classes)
-    return prefix + residual + 8 * (len(table.extra) + len(table.length))
-
-
-def trimmed(layout: Layout, counts_of_classes: Histogram) -> tuple[Layout, Histogram]:
-    """The layout without unused classes at its ends (R-CAN-006)."""
-    used = np.flatnonzero(counts_of_classes)
-    if not len(used):
-        return Layout(EMPTY_TABLE.base, EMPTY_TABLE.extra), np.zeros(1, np.int64)
-    first, last = int(used[0]), int(used[-1]) + 1
-    base = layout.base + sum(1 << e for e in layout.extra[:first])
-    return Layout(base, layout.extra[first:last]), counts_of_classes[first:last]

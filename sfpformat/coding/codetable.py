@@ -153,14 +153,14 @@ class CodeTable:
         constant = self.constant_width
         if constant is not None:
             offsets = levels - levels.dtype.type(self.base)
-            return (offsets >> levels.dtype.type(constant)).astype(np.uint16)
+            return np.asarray(offsets >> levels.dtype.type(constant), np.uint16)
         if self.top <= 1 << 16:
             lookup = np.zeros(self.top, np.uint16)
             lookup[self.base :] = np.repeat(
                 np.arange(self.classes, dtype=np.uint16), 1 << self.class_extra.astype(np.int64)
             )
-            return lookup[levels]
-        return (np.searchsorted(self.first, levels, side="right") - 1).astype(np.uint16)
+            return np.asarray(lookup[levels])
+        return np.asarray(np.searchsorted(self.first, levels, side="right") - 1, np.uint16)
 
     @cached_property
     def constant_width(self) -> int | None:

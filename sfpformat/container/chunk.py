@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,8 +122,8 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
         raise fault("R-IDX-003", "the chunk's header does not fit into it")
     values: dict[tuple[str, str], Counts] = {}
     for i, name in enumerate(names):
-        minimum, width, zero = _QUANTITY.unpack_from(data, i * _QUANTITY.size)
         at = i * _QUANTITY.size
+        minimum, width, zero = _QUANTITY.unpack(data[at : at + _QUANTITY.size].tobytes())
         if any(zero):
             raise fault("R-CHK-002", "a reserved byte of the header is not zero", offset=at + 5)
         if width > MAX_INDEX_WIDTH:
@@ -180,6 +181,22 @@ def _implied_bits(table: CodeTable, plane: str, counts: Counts) -> Counts:
         return np.zeros(len(counts), np.int64)
     assert table.constant_extra is not None
     return counts * table.constant_extra
+
+
+def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Iterator[tuple[str, str]]:
+    """What in the header of a checked chunk is not canonical: clause and words (R-CAN-002, R-CAN-003)."""
+    for i, (stream, what) in enumerate(quantities(entry)):
+        at = i * _QUANTITY.size
+        minimum, width, _ = _QUANTITY.unpack(data[at : at + _QUANTITY.size].tobytes())
+        if stream == "survivors":
+            values = index.survivors
+        else:
+            values = index.codes[stream] if what == "codes" else index.bits[stream, what]
+        name = f"{stream} {what}".strip()
+        if minimum != values.min():
+            yield "R-CAN-002", f"the minimum of {name} is {minimum}, the least is {values.min()}"
+        elif width != int(values.max() - minimum).bit_length():
+            yield "R-CAN-003", f"the width of {name} is {width}, more than is needed"
 
 
 def stream_counts(entry: TensorEntry, positions: Counts, survivors: Counts) -> dict[str, Counts]:
@@ -255,7 +272,7 @@ def vector_places(entry: TensorEntry) -> tuple[list[int], int]:
     pos, places = 0, []
     for vector in entry.vector_list():
         places.append(pos)
-        pos = align(pos + vector.count * vector.dtype.itemsize, PART_ALIGNMENT)
+        pos = align(pos + vector.size * vector.dtype.itemsize, PART_ALIGNMENT)
     return places, align(pos, CHUNK_ALIGNMENT)
 
 
@@ -267,7 +284,7 @@ def read_vectors(data: Bytes, entry: TensorEntry) -> dict[str, NDArray[np.float3
     out, end = {}, 0
     for vector, start in zip(entry.vector_list(), places, strict=True):
         _require_zero(data, end * 8, start, "R-VEC-002")
-        end = start + vector.count * vector.dtype.itemsize
+        end = start + vector.size * vector.dtype.itemsize
         out[vector.name] = data[start:end].view(vector.dtype.numpy).astype(np.float32)
     _require_zero(data, end * 8, length, "R-VEC-002")
     return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import fault, placed
+from ..errors import FileFault, fault, placed
 from ..limits import Limits
 from . import messagepack
 from .entry import TensorEntry
@@ -65,12 +65,8 @@ class Directory:
         if "keyed" in root:
             raise fault("R-KEY-001", "the file has keyed tables", offset=root.at["keyed"])
         metadata = _metadata(root)
-        maps = required(root, "tensors", list)
-        limits.require("tensors", len(maps), root.at["tensors"])
         tensors: dict[str, TensorEntry] = {}
-        for item in maps:
-            if not isinstance(item, Map):
-                raise fault("R-DIR-003", "a tensor entry is not a map", offset=root.at["tensors"])
+        for item in _tensor_maps(root, limits):
             with placed(tensor=_name_if_any(item)):
                 entry = TensorEntry.from_map(item, limits)
                 if entry.name in tensors:
@@ -87,6 +83,32 @@ class Directory:
         sizes = [entry.stored_bytes for entry in self.tensors.values()]
         starts: NDArray[np.int64] = np.cumsum([64, *sizes[:-1]])
         return dict(zip(self.tensors, map(int, starts), strict=True)) if sizes else {}
+
+
+def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:
+    """The faults of all tensor entries of a directory, one each; none where no entry can be looked at."""
+    faults = []
+    try:
+        root = messagepack.decode(data, limits)
+        maps = _tensor_maps(root, limits) if isinstance(root, Map) else []
+    except FileFault:
+        return []
+    for item in maps:
+        try:
+            with placed(tensor=_name_if_any(item)):
+                TensorEntry.from_map(item, limits)
+        except FileFault as error:
+            faults.append(error)
+    return faults
+
+
+def _tensor_maps(root: Map, limits: Limits) -> list[Map]:
+    maps = required(root, "tensors", list)
+    limits.require("tensors", len(maps), root.at["tensors"])
+    for item in maps:
+        if not isinstance(item, Map):
+            raise fault("R-DIR-003", "a tensor entry is not a map", offset=root.at["tensors"])
+    return maps
 
 
 def _name_if_any(entry: Map) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Vector(NamedTuple):
     """A vector of the vector chunk: its name, number of elements and dtype."""
 
     name: str
-    count: int
+    size: int
     dtype: Dtype
 
 
@@ -157,7 +157,7 @@ class TensorEntry:
 
     def has_vectors(self) -> bool:
         """Whether there is a vector of at least one element (R-TEN-009)."""
-        return any(vector.count for vector in self.vector_list())
+        return any(vector.size for vector in self.vector_list())
 
     # -------------------------------------------------------------------------------------- writing
 
@@ -202,9 +202,10 @@ class TensorEntry:
             *_cutting(source),
             _records(source, "chunks"),
             _records(source, "vectors") if "vectors" in source else None,
-            *(_streams(source) if coding == "fingerprint" else (None, None, None, None)),
-            {key: value for key, value in source.items() if key not in _KNOWN_KEYS},
+            other={key: value for key, value in source.items() if key not in _KNOWN_KEYS},
         )
+        if coding == "fingerprint":
+            entry = replace(entry, **_streams(source))
         with placed(base=source.offset):
             entry.require_valid(source)
         return entry
@@ -285,15 +286,14 @@ def _records(source: Map, key: str) -> NDArray[np.void]:
     return records
 
 
-def _streams(
-    source: Map,
-) -> tuple[MaskEntry | None, FingerprintsEntry | None, ScaleEntry | None, ImportanceEntry | None]:
-    mask = optional(source, "mask", Map)
-    scale = optional(source, "scale", Map)
-    importance = optional(source, "importance", Map)
-    return (
-        MaskEntry.from_map(mask) if mask is not None else None,
-        FingerprintsEntry.from_map(required(source, "fingerprints", Map)),
-        ScaleEntry.from_map(scale) if scale is not None else None,
-        ImportanceEntry.from_map(importance) if importance is not None else None,
-    )
+def _streams(source: Map) -> dict[str, Any]:
+    """The streams' records, by the attribute that takes them."""
+    records: dict[str, Any] = {
+        "fingerprints": FingerprintsEntry.from_map(required(source, "fingerprints", Map))
+    }
+    readers = {"mask": MaskEntry, "scale": ScaleEntry, "importance": ImportanceEntry}
+    for key, reader in readers.items():
+        fields = optional(source, key, Map)
+        if fields is not None:
+            records[key] = reader.from_map(fields)  # type: ignore[attr-defined]
+    return records

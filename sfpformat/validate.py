@@ -1,0 +1,214 @@
+"""Validating a file (SPEC.md chapters 20, 22): every fault that can be met, and whether it is canonical."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec.decode import Chunk, TensorDecoder
+from .coding.classes import Histogram, add_histograms, histogram
+from .coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
+from .coding.planes import symbol_counts, symbols_of_classes
+from .coding.quantiser import Table
+from .container.chunk import excess_in_index
+from .container.directory import entry_faults
+from .container.entry import TensorEntry
+from .container.preamble import SIZE, Preamble
+from .errors import FileFault, placed
+from .limits import DEFAULT_LIMITS, Limits
+from .reader import SfpFile
+from .source import Readable, open_source
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Report:
+    """What a validator found.
+
+    Attributes:
+        faults: every fault met, in the order of the file.
+        notes: why a file without faults is not canonical; each begins with a clause in brackets.
+        tensors: how many tensors were looked at.
+        bytes: length of the file.
+    """
+
+    faults: list[FileFault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether a reader accepts the file."""
+        return not self.faults
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the file is the one encoding of its contents under its writer's choices."""
+        return not self.faults and not self.notes
+
+
+def validate(
+    readable: Readable,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    engine: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks structure and checksums, decodes everything, and tells whether the file is canonical.
+
+    Args:
+        readable: as `sfpformat.open` takes it.
+        limits: what the file may claim.
+        engine: as in `sfpformat.open`.
+        progress: called with the bytes done and the bytes of the file, now and then.
+
+    Raises:
+        OSError: the file cannot be read. Faults of the file are reported, not raised.
+    """
+    report = Report()
+    try:
+        file = SfpFile(readable, limits=limits, engine=engine, threads=1)
+    except FileFault as error:
+        report.faults = _directory_faults(readable, limits, error)
+        return report
+    with file:
+        report.bytes = file.preamble.file_length
+        done = SIZE
+        for name in file:
+            entry = file.entry(name)
+            _validate_tensor(file, entry, report)
+            report.tensors += 1
+            done += entry.stored_bytes
+            if progress is not None:
+                progress(done, report.bytes)
+    if progress is not None:
+        progress(report.bytes, report.bytes)
+    return report
+
+
+def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> list[FileFault]:
+    """The first fault, and those of other tensor entries where the directory could be read at all."""
+    source = open_source(readable)
+    try:
+        preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
+        limits.require("directory_bytes", preamble.directory_length)
+        data = bytes(source.read(preamble.directory_offset, preamble.directory_length))
+        preamble.require_directory(data)
+    except FileFault:
+        return [first]
+    finally:
+        source.close()
+    others = entry_faults(data, limits)
+    for other in others:
+        other.offset = preamble.directory_offset + (other.offset or 0)
+    met = {(fault.clause, fault.tensor) for fault in others}
+    return others if (first.clause, first.tensor) in met else [first, *others]
+
+
+def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
+    """Decodes a tensor chunk by chunk; a fault in one does not hide those of the next."""
+    try:
+        with placed(tensor=entry.name):
+            file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+        decoder = file.decoder(entry)
+    except FileFault as error:
+        report.faults.append(error)
+        return
+    before = len(report.faults)
+    usage = {stream: _StreamUsage(table) for stream, table in entry.streams().items()}
+    excess: list[tuple[str, str]] = []
+    for k in range(len(entry.chunks)):
+        try:
+            with placed(tensor=entry.name, base=file.chunk_offset(entry, k)):
+                chunk = decoder.open_chunk(file.read_checked(entry, k), k)
+                _decode_everything(decoder, chunk, usage)
+                if chunk.index is not None and not excess:
+                    excess = list(excess_in_index(chunk.data, entry, chunk.index))
+        except FileFault as error:
+            report.faults.append(error)
+    if len(report.faults) == before:
+        notes = [*excess, *_canonical_notes(entry, usage)]
+        report.notes += [f"[{clause}] tensor {entry.name!r}: {words}" for clause, words in notes]
+
+
+def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _StreamUsage]) -> None:
+    segments = np.diff(decoder.entry.segments_of_chunk(chunk.k))[0]
+    decoder.values(chunk, 0, int(segments))
+    if chunk.index is None:
+        return
+    if decoder.entry.importance is not None:
+        decoder.importance(chunk, 0, int(segments))
+    for stream, counted in usage.items():
+        levels = decoder.levels(chunk, stream, 0, int(segments))
+        counted.add(levels, chunk.index.counts[stream], chunk.index.codes[stream])
+
+
+class _StreamUsage:
+    """What occurs in a stream: its symbols by code, its classes, its levels, the order of its codes."""
+
+    def __init__(self, table: CodeTable) -> None:
+        self.table = table
+        symbols = table.classes**table.group
+        self.symbols = np.zeros((max(len(table.codes), 1), symbols), np.int64)
+        self.first_use: list[int] = []
+        self.numbers: Histogram = np.zeros(0, np.int64)
+        self.levels = 0
+
+    def add(self, levels: NDArray[np.uint64], counts: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
+        """Counts the levels of a chunk."""
+        table = self.table
+        self.levels += len(levels)
+        if table.top <= 1 << 18:
+            self.numbers = add_histograms(self.numbers, histogram(levels))
+        for code in dict.fromkeys(codes.tolist()):
+            if code not in self.first_use:
+                self.first_use.append(code)
+        symbols = symbols_of_classes(table.class_of(levels), counts, table.classes, table.group)
+        row = np.repeat(codes, symbol_counts(counts, table.group)) * self.symbols.shape[1]
+        flat = np.bincount(row + symbols, minlength=self.symbols.size)
+        self.symbols += flat.reshape(self.symbols.shape)
+
+    def notes(self) -> Iterator[tuple[str, str]]:
+        """What is not canonical in the stream's table."""
+        table = self.table
+        if not self.levels:
+            if table != EMPTY_TABLE:
+                yield "R-CAN-006", "a table for a stream without levels"
+            return
+        numbers = np.flatnonzero(self.symbols.sum(0))
+        used = np.concatenate([numbers // table.classes**j % table.classes for j in range(table.group)])
+        if used.min() != 0 or used.max() != table.classes - 1:
+            yield "R-CAN-006", "the first or the last class is not used"
+        if not table.codes:
+            return
+        for number, (code, counts) in enumerate(zip(table.codes, self.symbols, strict=True)):
+            if not np.array_equal(np.frombuffer(code.length, np.uint8) > 0, counts > 0):
+                yield "R-CAN-004", f"code {number} has symbols that do not occur"
+            elif code.length not in (
+                code_lengths(counts, MAX_CODE_BITS),
+                code_lengths(counts, max(code.length)),
+            ):
+                yield "R-CAN-005", f"code {number} does not have the lengths of the algorithm"
+        if self.first_use != sorted(self.first_use):
+            yield "R-CAN-008", "the codes are not in the order of their first use"
+
+
+def _canonical_notes(entry: TensorEntry, usage: dict[str, _StreamUsage]) -> Iterator[tuple[str, str]]:
+    for stream, counted in usage.items():
+        for clause, words in counted.notes():
+            yield clause, f"{stream}: {words}"
+    quantisers = {
+        "fingerprints": (entry.fingerprints and entry.fingerprints.quantiser, 1),
+        "importance": (entry.importance and entry.importance.quantiser, 0),
+    }
+    for stream, (quantiser, sign) in quantisers.items():
+        if isinstance(quantiser, Table):
+            levels = usage[stream].numbers
+            found = len(np.unique(np.flatnonzero(levels) >> sign))
+            if found != quantiser.count:
+                yield "R-CAN-007", f"{stream}: {found} of {quantiser.count} centroids are used"
