@@ -90,7 +90,7 @@ CODE_OF_CLAUSE: dict[str, str] = {
         "E_CRC": "R-PRE-003 R-PRE-010 R-LAY-004",
         "E_RESERVED": (
             "R-CNV-005 R-PRE-006 R-PLN-002 R-PLN-004 R-MSK-006 R-CHK-002 R-CHK-003 R-IDX-004 "
-            "R-VEC-002 R-RAW-003"
+            "R-VEC-002 R-RAW-003 R-TAB-010"
         ),
         "E_ENCODING": (
             "R-MSG-001 R-MSG-002 R-MSG-003 R-MSG-004 R-MSG-005 R-DIR-001 R-DIR-002 R-DIR-003 "

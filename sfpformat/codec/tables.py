@@ -133,10 +133,12 @@ def choose_numbers(blocks: LevelBlocks, bound: int, options: Options, *, signed:
     limit = bound >> int(sign)
     best: Choice | None = None
     for group in (options.group,) if options.group else (1, 2):
-        layout = _fitting_layout(counts, limit, signed, group, options)
-        found = choose_codes(blocks, layout, group, options) if layout else None
-        if found and (best is None or found.bits < best.bits):
-            best = found
+        fitting = _fitting_layout(counts, limit, signed, group, options)
+        singles = _singles(counts, signed)
+        for layout in (fitting, singles if singles != fitting else None):
+            found = choose_codes(blocks, layout, group, options) if layout else None
+            if found and (best is None or found.bits < best.bits):
+                best = found
     if best is None and options.group == 2:
         return choose_numbers(blocks, bound, options.but(group=1), signed=signed)
     if best is None:
@@ -160,6 +162,15 @@ def _fitting_layout(
         if len(layout.extra) <= most:
             return layout
     return None
+
+
+def _singles(counts: Histogram, signed: bool) -> Layout | None:
+    """A class for each number: all residuals have one width, so the index need not say how long they are."""
+    used = np.flatnonzero(counts)
+    sign = 1 if signed else 0
+    if used[-1] - used[0] >= MAX_SYMBOLS:
+        return None
+    return Layout(int(used[0]) << sign, bytes([sign]) * int(used[-1] - used[0] + 1))
 
 
 def choose_mask(
@@ -236,7 +247,7 @@ def choose_codes(
         int(np.frombuffer(length, np.uint8).astype(np.int64) @ h)
         for length, h in zip(lengths, assigned.histograms, strict=True)
     )
-    side = 8 * (classes + len(lengths) * len(lengths[0]))
+    side = 8 * classes + 4 * len(lengths) * len(lengths[0])
     side += stream.segments * (INDEX_BITS + (len(lengths) - 1).bit_length())
     side += INDEX_BITS * stream.segments if table.constant_extra is None else 0
     return Choice(table, assigned.codes, prefix + stream.residual_bits + side)
@@ -396,7 +407,7 @@ def _best_codes(
             chosen = bits.argmin(1)
         whole = int(bits.min(1).sum()) * segments // max(len(sample), 1)
         whole += segments * (number - 1).bit_length() << FRACTION
-        whole += number * len(order) * 8 << FRACTION
+        whole += number * len(order) * 4 << FRACTION
         if best_bits is None or whole < best_bits:
             best_bits, best_costs = whole, costs
     return best_costs

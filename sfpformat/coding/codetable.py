@@ -168,6 +168,26 @@ class CodeTable:
         return self.extra[0] if len(set(self.extra)) == 1 else None
 
 
+def pack_lengths(lengths: bytes) -> bytes:
+    """Code lengths as the directory has them, two a byte, the first in the lower four bits."""
+    even = lengths + bytes(len(lengths) % 2)
+    return bytes(low | high << 4 for low, high in zip(even[0::2], even[1::2], strict=True))
+
+
+def unpack_lengths(packed: bytes, symbols: int) -> bytes:
+    """The inverse of `pack_lengths`.
+
+    Raises:
+        InvalidFileError: by R-TAB-004 or R-TAB-010.
+    """
+    if len(packed) != -(-symbols // 2) or not packed:
+        raise fault("R-TAB-004", f"{len(packed)} bytes of code lengths for {symbols} symbols")
+    lengths = bytes(length for byte in packed for length in (byte & 15, byte >> 4))
+    if any(lengths[symbols:]):
+        raise fault("R-TAB-010", "the last four bits of a code's lengths are not zero")
+    return lengths[:symbols]
+
+
 # What a stream without levels has in a canonical file (R-CAN-006).
 EMPTY_TABLE = CodeTable(0, b"\0")
 

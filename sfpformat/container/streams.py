@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..coding.codetable import MAX_CODES, CodeTable, PrefixCode
+from ..coding.codetable import (
+    MAX_CLASSES,
+    MAX_CODES,
+    CodeTable,
+    PrefixCode,
+    pack_lengths,
+    unpack_lengths,
+)
 from ..coding.mask import KINDS
 from ..coding.quantiser import Exact, Quantiser, Table, Uniform
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
@@ -40,7 +47,7 @@ def table_to_map(table: CodeTable) -> dict[str, object]:
     return {
         "base": table.base,
         "extra": table.extra,
-        "codes": [code.length for code in table.codes],
+        "codes": [pack_lengths(code.length) for code in table.codes],
         "group": table.group,
     }
 
@@ -52,9 +59,8 @@ def table_from_map(source: Map) -> CodeTable:
     if not all(isinstance(length, bytes) for length in lengths):
         raise fault("R-DIR-003", "a code is not binary", offset=source.at["codes"])
     with placed(base=source.at["codes"]):
-        if not all(lengths):
-            raise fault("R-TAB-004", "a code without lengths")
-        codes = tuple(map(PrefixCode, lengths[: MAX_CODES + 1]))
+        symbols = len(extra) ** (group if group in MAX_CLASSES else 1)
+        codes = tuple(PrefixCode(unpack_lengths(code, symbols)) for code in lengths[: MAX_CODES + 1])
     with placed(base=source.offset):
         return CodeTable(base, extra, codes, group)
 

@@ -1,0 +1,95 @@
+"""Bits against error of the quantiser `uniform`, beside NNCodec without dependent quantisation.
+
+``python -m tests.figures.uniform`` takes six matrices of all-MiniLM-L6-v2 through both at the same steps over their
+standard deviation, and compares bits at equal error by interpolating NNCodec's curve.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sfpformat
+from sfpformat import numpy as sfp
+
+from . import nncodec_peer
+from .model import load_f32
+
+MATRICES = (
+    "embeddings.word_embeddings.weight",
+    "encoder.layer.0.attention.self.query.weight",
+    "encoder.layer.1.attention.output.dense.weight",
+    "encoder.layer.2.intermediate.dense.weight",
+    "encoder.layer.3.output.dense.weight",
+    "encoder.layer.5.attention.self.value.weight",
+)
+_ROWS = 4096  # of the embedding, so that it does not outweigh the others
+_STEPS = (0.2, 0.26, 0.33, 0.42, 0.54, 0.69, 0.88, 1.12, 1.43, 1.83, 2.3)  # over the standard deviation
+_RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # bits a weight, of NNCodec
+
+
+def decibels(original: NDArray[np.float32], decoded: NDArray[np.float32]) -> float:
+    """10 log10 of the mean squared error over the variance."""
+    error = np.mean((original.astype(np.float64) - decoded) ** 2)
+    return float(10 * np.log10(error / original.astype(np.float64).var()))
+
+
+def peer_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
+    """NNCodec's bits a weight and error."""
+    payload, qp, _ = nncodec_peer.encode(matrix, step)
+    decoded, _ = nncodec_peer.decode(payload, matrix.shape, qp)
+    return 8 * len(payload) / matrix.size, decibels(matrix, decoded)
+
+
+def our_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
+    """The bits a weight of a whole file with one tensor, and its error."""
+    options = sfpformat.Options(quantiser="uniform", step=step)
+    data = sfp.save({"w": matrix}, options=options)
+    decoded = sfp.load(data)["w"].astype(np.float32)
+    return 8 * len(data) / matrix.size, decibels(matrix, decoded)
+
+
+def excess(ours: list[tuple[float, float]], peers: list[tuple[float, float]]) -> dict[str, float]:
+    """Per cent more bits than the peer, at the errors that the peer has at some rates."""
+    peer_bits, peer_error = np.array(peers)[::-1].T
+    our_bits, our_error = np.array(ours)[::-1].T
+    out = {}
+    for rate in _RATES:
+        if not peer_bits[0] <= rate <= peer_bits[-1]:
+            continue
+        error = np.interp(rate, peer_bits, peer_error)
+        needed = np.interp(-error, -our_error, our_bits)
+        out[f"{rate:g}"] = round(100 * (float(needed) / rate - 1), 2)
+    return out
+
+
+def main() -> None:
+    tensors = load_f32()
+    results = {}
+    sums: list[list[list[tuple[float, float, int]]]] = [[[] for _ in _STEPS] for _ in range(2)]
+    for name in MATRICES:
+        matrix = np.ascontiguousarray(tensors[name][:_ROWS], np.float32)
+        steps = [s * float(matrix.std()) for s in _STEPS]
+        peers = [peer_point(matrix, step) for step in steps]
+        ours = [our_point(matrix, step) for step in steps]
+        results[name] = excess(ours, peers)
+        for curve, points in enumerate((ours, peers)):
+            for i, (bits, error) in enumerate(points):
+                sums[curve][i].append((bits, error, matrix.size))
+        print(name, json.dumps(results[name]), flush=True)
+    pooled = [[_pooled(point) for point in curve] for curve in sums]
+    print("pooled", json.dumps(excess(pooled[0], pooled[1])))
+    print(json.dumps({"ours": pooled[0], "NNCodec": pooled[1]}))
+
+
+def _pooled(points: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """Mean bits and mean error of several matrices, each weight counted alike."""
+    bits, error, size = np.array(points).T
+    mean = float((10 ** (error / 10) * size).sum() / size.sum())
+    return float((bits * size).sum() / size.sum()), float(10 * np.log10(mean))
+
+
+if __name__ == "__main__":
+    main()
