@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .codec.decode import Chunk, TensorDecoder
 from .coding.classes import Histogram, add_histograms, histogram
 from .coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
-from .coding.planes import symbol_counts, symbols_of_classes
+from .coding.planes import greatest_trims, symbol_counts, symbols_of_classes
 from .coding.quantiser import Table
 from .container.chunk import excess_in_index
 from .container.directory import entry_faults
@@ -143,9 +143,13 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
         return
     if decoder.entry.importance is not None:
         decoder.importance(chunk, 0, int(segments))
+    trimmed = decoder.entry.trimmed_streams()
     for stream, counted in usage.items():
         levels = decoder.levels(chunk, stream, 0, int(segments))
-        counted.add(levels, chunk.index.counts[stream], chunk.index.codes[stream])
+        counts = chunk.index.counts[stream]
+        counted.add(levels, counts, chunk.index.codes[stream])
+        if stream in trimmed:
+            counted.add_trims(levels, counts, chunk.index.trims[stream])
 
 
 class _StreamUsage:
@@ -158,6 +162,7 @@ class _StreamUsage:
         self.first_use: list[int] = []
         self.numbers: Histogram = np.zeros(0, np.int64)
         self.levels = 0
+        self.trims: tuple[int, int] | None = None  # the sum of those written, and of the greatest possible
 
     def add(self, levels: NDArray[np.uint64], counts: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
         """Counts the levels of a chunk."""
@@ -173,9 +178,20 @@ class _StreamUsage:
         flat = np.bincount(row + symbols, minlength=self.symbols.size)
         self.symbols += flat.reshape(self.symbols.shape)
 
+    def add_trims(
+        self, levels: NDArray[np.uint64], counts: NDArray[np.int64], trims: NDArray[np.int64]
+    ) -> None:
+        """Compares the trims of a chunk with the greatest possible."""
+        residuals = levels - self.table.first[self.table.class_of(levels)]
+        possible = greatest_trims(residuals, counts, self.table.least_extra)
+        before = self.trims or (0, 0)
+        self.trims = before[0] + int(trims.sum()), before[1] + int(possible.sum())
+
     def notes(self) -> Iterator[tuple[str, str]]:
         """What is not canonical in the stream's table."""
         table = self.table
+        if self.trims is not None and (self.trims[0] != self.trims[1] or not self.trims[0]):
+            yield "R-CAN-009", f"trims of {self.trims[0]} bits, {self.trims[1]} possible"
         if not self.levels:
             if table != EMPTY_TABLE:
                 yield "R-CAN-006", "a table for a stream without levels"

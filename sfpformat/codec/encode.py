@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ..coding.bits import as_bytes
 from ..coding.mask import encode_mask
-from ..coding.planes import segment_sums
+from ..coding.planes import Counts, Levels, Planes, greatest_trims, segment_sums
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
 from .plan import Plan
@@ -20,40 +22,32 @@ def encode_vectors(plan: Plan) -> bytes | None:
 def encode_chunks(plan: Plan, engine: Engine) -> Iterator[bytes]:
     """The chunks, one by one."""
     first = 0
-    for block, counts in plan.blocks:
+    for block, positions in plan.blocks:
         if plan.fingerprints is None:
             yield build_raw(as_bytes(plan.flat[block].tobytes()))
             continue
-        entry, codes = (
-            plan.entry,
-            {
-                stream: numbers[first : first + len(counts)].astype("int64")
-                for stream, numbers in plan.codes.items()
-            },
-        )
-        first += len(counts)
         mask = None if plan.survives is None else plan.survives(block)
-        survivors = counts if mask is None else segment_sums(mask, counts)
-        planes = {}
+        survivors = positions if mask is None else segment_sums(mask, positions)
+        streams = {"fingerprints": (plan.fingerprints.levels(block, mask), survivors)}
         if mask is not None:
-            assert entry.mask is not None
-            levels, runs = encode_mask(entry.mask.kind, entry.mask.polarity, mask, counts)
-            planes["mask"] = engine.encode_levels(levels, runs, codes["mask"], entry.mask.table)
-        assert entry.fingerprints is not None
-        planes["fingerprints"] = engine.encode_levels(
-            plan.fingerprints.levels(block, mask),
-            survivors,
-            codes["fingerprints"],
-            entry.fingerprints.table,
-        )
+            assert plan.entry.mask is not None
+            streams["mask"] = encode_mask(plan.entry.mask.kind, plan.entry.mask.polarity, mask, positions)
         if plan.importance is not None:
-            assert entry.importance is not None
-            assert entry.importance.table is not None
-            few = mask is not None and plan.importance.over_survivors
-            planes["importance"] = engine.encode_levels(
-                plan.importance.levels(block, mask),
-                survivors if few else counts,
-                codes["importance"],
-                entry.importance.table,
-            )
-        yield build_chunk(entry, survivors, planes)
+            few = plan.importance.over_survivors
+            levels = plan.importance.levels(block, mask)
+            streams["importance"] = (levels, survivors if few else positions)
+        planes = {stream: _encode_stream(plan, engine, stream, first, *streams[stream]) for stream in streams}
+        yield build_chunk(plan.entry, survivors, planes)
+        first += len(positions)
+
+
+def _encode_stream(
+    plan: Plan, engine: Engine, stream: str, first: int, levels: Levels, counts: Counts
+) -> Planes:
+    """The planes of a stream over the segments of a chunk, ``first`` being the number of the first."""
+    table = plan.entry.streams()[stream]
+    codes = plan.codes[stream][first : first + len(counts)].astype(np.int64)
+    trims = np.zeros(len(counts), np.int64)
+    if stream in plan.entry.trimmed_streams():
+        trims = greatest_trims(levels, counts, table.least_extra)
+    return engine.encode_levels(levels, counts, codes, trims, table)

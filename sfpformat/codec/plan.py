@@ -271,6 +271,7 @@ class _Planner:
         quantiser = source.quantiser
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, options)
+            quantiser = replace(quantiser, trim=choice.trim)
         else:
             bound = fingerprint_bound(quantiser, entry.dtype)
             choice = choose_numbers(stream, bound, options, signed=True)
@@ -313,7 +314,10 @@ class _Planner:
             choice = choose_exact(stream, source.quantiser.dtype, self.options.but(mantissa_bits=None))
         else:
             choice = choose_numbers(stream, bound, self.options, signed=False)
-        record = ImportanceEntry(options.over, options.role, source.quantiser, choice.table)
+        quantiser = source.quantiser
+        if isinstance(quantiser, Exact):
+            quantiser = replace(quantiser, trim=choice.trim)
+        record = ImportanceEntry(options.over, options.role, quantiser, choice.table)
         codes = {**plan.codes, "importance": choice.codes}
         plan = replace(plan, entry=replace(entry, importance=record), codes=codes, importance=source)
         return plan, choice.bits

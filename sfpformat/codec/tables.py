@@ -7,7 +7,7 @@ length of a segment under a code; all on integers, so that every platform finds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ from ..coding.codetable import (
     code_lengths,
 )
 from ..coding.mask import Mask, encode_mask
-from ..coding.planes import Counts, Levels, symbol_counts, symbols_of_classes
+from ..coding.planes import Counts, Levels, greatest_trims, symbol_counts, symbols_of_classes
 from ..dtypes import Dtype
 from ..errors import OptionError
 from .options import Options
@@ -49,6 +49,8 @@ _PAIR_CLASSES = 20
 _MANTISSA_GAIN = 0.0075
 # About what a quantity of the segment index costs, in bits a segment.
 INDEX_BITS = 9
+# And what trims cost.
+_TRIM_BITS = 5
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ class LevelBlocks:
 
 @dataclass(frozen=True)
 class Choice:
-    """A stream's table, the code of each segment, and about how many bits all of it takes."""
+    """A stream's table, each segment's code, about how many bits all of it takes, and whether to trim."""
 
     table: CodeTable
     codes: NDArray[np.uint8]
     bits: int
+    trim: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, options: Options) -> Choice:
     _, width, counts = best
     choice = choose_codes(blocks, constant_layout(counts, width), 1, options)
     assert choice is not None
-    return choice
+    saved = -_TRIM_BITS * blocks.segments
+    for levels, segment_counts in blocks:
+        saved += int(greatest_trims(levels, segment_counts, width) @ segment_counts)
+    return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
 
 
 def _span(counts: Histogram) -> int:

@@ -62,7 +62,7 @@ def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.u
 
 
 def read_bits(
-    data: Bytes, start: int, widths: NDArray[np.unsignedinteger]
+    data: Bytes, start: int, widths: NDArray[np.integer]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Unsigned fields of the given widths, one after another from bit ``start`` on.
 
@@ -97,9 +97,7 @@ def write_fields(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
     return out.reshape(-1)[: (count * width + 7) // 8]
 
 
-def write_bits(
-    values: NDArray[np.uint64], widths: NDArray[np.unsignedinteger]
-) -> tuple[Bytes, NDArray[np.int64]]:
+def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple[Bytes, NDArray[np.int64]]:
     """Packs each value into its own width; the inverse of `read_bits`.
 
     Returns:

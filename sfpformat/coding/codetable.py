@@ -139,12 +139,19 @@ class CodeTable:
     @cached_property
     def constant_extra(self) -> int | None:
         """The residual bits that all used classes have, or None where they differ (SPEC.md 15.2)."""
-        if self.classes == 1:
-            return self.extra[0]
-        symbols = np.unique(np.concatenate([code.symbols for code in self.codes]))
-        used = np.concatenate([symbols // self.classes**j % self.classes for j in range(self.group)])
-        widths = np.unique(self.class_extra[used])
+        widths = np.unique(self.class_extra[self._used_classes()])
         return int(widths[0]) if len(widths) == 1 else None
+
+    @cached_property
+    def least_extra(self) -> int:
+        """The fewest residual bits that a used class has."""
+        return int(self.class_extra[self._used_classes()].min())
+
+    def _used_classes(self) -> NDArray[np.integer]:
+        if self.classes == 1:
+            return np.zeros(1, np.int64)
+        symbols = np.unique(np.concatenate([code.symbols for code in self.codes]))
+        return np.concatenate([symbols // self.classes**j % self.classes for j in range(self.group)])
 
     def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
         """The class of each level; the levels must lie from `base` up to below `top`."""

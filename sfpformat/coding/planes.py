@@ -30,12 +30,14 @@ class StreamSpan:
     Attributes:
         counts: levels in each segment.
         codes: number of each segment's code.
+        trims: residual bits that each segment leaves out.
         prefix_bits, residual_bits: bits of each segment in the two planes.
         prefix_start, residual_start: bit offsets of the run in the chunk.
     """
 
     counts: Counts
     codes: Counts
+    trims: Counts
     prefix_start: int
     prefix_bits: Counts
     residual_start: int
@@ -44,9 +46,10 @@ class StreamSpan:
 
 @dataclass(frozen=True)
 class Planes:
-    """The planes of a stream over some segments: bytes, bits of each segment in them, and their codes."""
+    """The planes of a stream over some segments, and what the segment index says of each segment."""
 
     codes: Counts
+    trims: Counts
     prefix: Bytes
     prefix_bits: Counts
     residual: Bytes
@@ -70,21 +73,53 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
     Raises:
         InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002.
     """
-    total = int(span.counts.sum())
     if table.classes == 1:
-        residuals = read_fields(data, span.residual_start, table.extra[0], total)
+        residuals = _decode_residuals(data, span, table, None)
         return residuals + np.uint64(table.base) if table.base else residuals
     symbols = _decode_prefix_plane(data, span, table)
     classes = _classes_of_symbols(symbols, span.counts, table)
-    constant = table.constant_extra
-    if constant is not None:
-        levels = read_fields(data, span.residual_start, constant, total)
-    else:
-        widths = table.class_extra[classes]
-        levels, ends = read_bits(data, span.residual_start, widths)
-        _require_ends(ends, span.counts, span.residual_bits, "residual")
+    levels = _decode_residuals(data, span, table, classes)
     levels += table.first[classes]
     return levels
+
+
+def _decode_residuals(
+    data: Bytes, span: StreamSpan, table: CodeTable, classes: NDArray[np.uint16] | None
+) -> Levels:
+    """The residuals of the run, trimmed bits put back; ``classes`` is None for a table of one class."""
+    constant, trimmed = table.constant_extra, bool(span.trims.any())
+    if constant is not None and not trimmed:
+        return read_fields(data, span.residual_start, constant, int(span.counts.sum()))
+    trims = np.repeat(span.trims, span.counts)
+    extra = constant if constant is not None else table.class_extra[classes].astype(np.int64)
+    residuals, ends = read_bits(data, span.residual_start, extra - trims)
+    _require_ends(ends, span.counts, span.residual_bits, "residual")
+    return with_trimmed_bits(residuals, trims) if trimmed else residuals
+
+
+def with_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
+    """Residuals with ``trims`` zero bits put back above the lowest bit of each (SPEC.md chapter 9)."""
+    one = np.uint64(1)
+    return (residuals & one) | (residuals >> one) << (trims.astype(np.uint64) + one)
+
+
+def without_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
+    """The inverse of `with_trimmed_bits`."""
+    one = np.uint64(1)
+    return (residuals & one) | (residuals >> (trims.astype(np.uint64) + one)) << one
+
+
+def greatest_trims(levels: Levels, counts: Counts, extra: int) -> Counts:
+    """The greatest trim of each segment, when all classes have ``extra`` residual bits (R-CAN-009)."""
+    trims = np.zeros(len(counts), np.int64)
+    some = counts > 0
+    if extra < 2 or not some.any():
+        return trims
+    starts = (np.cumsum(counts) - counts)[some]
+    joined = np.bitwise_or.reduceat(levels >> np.uint64(1), starts) | np.uint64(1 << (extra - 1))
+    lowest = joined & (~joined + np.uint64(1))
+    trims[some] = np.frexp(lowest.astype(np.float64))[1] - 1
+    return trims
 
 
 def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDArray[np.uint16]:
@@ -167,24 +202,27 @@ def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: Code
 # ---------------------------------------------------------------------------------------------- encoding
 
 
-def encode_levels(levels: Levels, counts: Counts, codes: Counts, table: CodeTable) -> Planes:
+def encode_levels(levels: Levels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable) -> Planes:
     """The planes of some whole segments; the inverse of `decode_levels`.
 
     Args:
         levels: of all the segments, each from ``table.base`` up to below ``table.top``.
         counts: levels in each segment.
         codes: number of each segment's code.
+        trims: residual bits to leave out of each segment, all zero there.
     """
     classes = table.class_of(levels)
     prefix, prefix_bits = _encode_prefix_plane(classes, counts, codes, table)
     residuals = levels - table.first[classes]
     constant = table.constant_extra
-    if constant is not None:
+    if constant is not None and not trims.any():
         residual, residual_bits = write_fields(residuals, constant), counts * constant
     else:
-        residual, ends = write_bits(residuals, table.class_extra[classes])
+        left_out = np.repeat(trims, counts)
+        widths = table.class_extra[classes].astype(np.int64) - left_out
+        residual, ends = write_bits(without_trimmed_bits(residuals, left_out), widths)
         residual_bits = segment_sums(np.diff(ends, prepend=0), counts)
-    return Planes(codes, prefix, prefix_bits, residual, residual_bits)
+    return Planes(codes, trims, prefix, prefix_bits, residual, residual_bits)
 
 
 def symbols_of_classes(

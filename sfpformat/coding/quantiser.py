@@ -23,9 +23,10 @@ MAX_CENTROIDS = 1 << 16  # R-QNT-004
 
 @dataclass(frozen=True)
 class Exact:
-    """Levels are the bit patterns of ``dtype``, sign lowest."""
+    """Levels are the bit patterns of ``dtype``, sign lowest; with ``trim`` segments leave out zero bits."""
 
     dtype: Dtype
+    trim: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
     for stream, table in entry.streams().items():
         if len(table.codes) > 1:
             out.append((stream, "codes"))
+        if stream in entry.trimmed_streams():
+            out.append((stream, "trims"))
         if table.classes > 1:
             out.append((stream, "prefix"))
         if table.constant_extra is None:
@@ -61,7 +63,7 @@ class ChunkIndex:
     Attributes:
         positions, survivors: of each segment.
         counts: stream -> levels in each segment.
-        codes: stream -> number of each segment's code.
+        codes, trims: stream -> number of each segment's code, residual bits that it leaves out.
         bits: (stream, plane) -> bits of each segment in that plane.
         starts: (stream, plane) -> bit offset of the plane in the chunk.
     """
@@ -70,8 +72,15 @@ class ChunkIndex:
     survivors: Counts
     counts: dict[str, Counts]
     codes: dict[str, Counts]
+    trims: dict[str, Counts]
     bits: dict[tuple[str, str], Counts]
     starts: dict[tuple[str, str], int]
+
+    def values(self, stream: str, what: str) -> Counts:
+        """The values of a quantity other than the survivors."""
+        if what == "codes":
+            return self.codes[stream]
+        return self.trims[stream] if what == "trims" else self.bits[stream, what]
 
     def span(self, stream: str, first: int, stop: int) -> StreamSpan:
         """Where the levels of the chunk's segments from ``first`` up to ``stop`` lie."""
@@ -79,6 +88,7 @@ class ChunkIndex:
         return StreamSpan(
             self.counts[stream][first:stop],
             self.codes[stream][first:stop],
+            self.trims[stream][first:stop],
             self.starts[stream, "prefix"] + int(prefix[:first].sum()),
             prefix[first:stop],
             self.starts[stream, "residual"] + int(residual[:first].sum()),
@@ -154,33 +164,36 @@ def _locate_planes(
 ) -> tuple[ChunkIndex, list[int]]:
     """Where the planes lie, from ``pos`` on; refuses planes that leave the chunk (R-IDX-003)."""
     counts = stream_counts(entry, positions, survivors)
-    codes = {
-        stream: values.get((stream, "codes"), np.zeros(len(positions), np.int64))
-        for stream in entry.streams()
-    }
+    none = np.zeros(len(positions), np.int64)
+    codes = {stream: values.get((stream, "codes"), none) for stream in entry.streams()}
+    trims = {stream: values.get((stream, "trims"), none) for stream in entry.streams()}
     bits: dict[tuple[str, str], Counts] = {}
     starts: dict[tuple[str, str], int] = {}
     ends = [pos]
     for stream, table in entry.streams().items():
         if codes[stream].max() >= max(len(table.codes), 1):
             raise fault("R-IDX-005", f"a segment uses a code of the {stream} that there is not")
+        if trims[stream].max() >= max(table.least_extra, 1):
+            raise fault("R-IDX-006", f"a trim of {trims[stream].max()} in the {stream}")
         for plane in ("prefix", "residual"):
             name = (stream, plane)
-            bits[name] = values[name] if name in values else _implied_bits(table, plane, counts[stream])
+            bits[name] = (
+                values[name] if name in values else _implied_bits(table, plane, counts[stream], trims[stream])
+            )
             starts[name] = pos * 8
             pos = align(pos + (int(bits[name].sum()) + 7) // 8, PART_ALIGNMENT)
             if pos + TAIL_BYTES > length:
                 raise fault("R-IDX-003", f"the {stream} {plane} plane does not fit into its chunk")
             ends.append(pos)
-    return ChunkIndex(positions, survivors, counts, codes, bits, starts), ends
+    return ChunkIndex(positions, survivors, counts, codes, trims, bits, starts), ends
 
 
-def _implied_bits(table: CodeTable, plane: str, counts: Counts) -> Counts:
+def _implied_bits(table: CodeTable, plane: str, counts: Counts, trims: Counts) -> Counts:
     """Bits of each segment in a plane that has no quantity in the index."""
     if plane == "prefix":
         return np.zeros(len(counts), np.int64)
     assert table.constant_extra is not None
-    return counts * table.constant_extra
+    return counts * (table.constant_extra - trims)
 
 
 def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Iterator[tuple[str, str]]:
@@ -188,10 +201,7 @@ def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Itera
     for i, (stream, what) in enumerate(quantities(entry)):
         at = i * _QUANTITY.size
         minimum, width, _ = _QUANTITY.unpack(data[at : at + _QUANTITY.size].tobytes())
-        if stream == "survivors":
-            values = index.survivors
-        else:
-            values = index.codes[stream] if what == "codes" else index.bits[stream, what]
+        values = index.survivors if stream == "survivors" else index.values(stream, what)
         name = f"{stream} {what}".strip()
         if minimum != values.min():
             yield "R-CAN-002", f"the minimum of {name} is {minimum}, the least is {values.min()}"
@@ -255,6 +265,7 @@ def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: s
         return survivors
     return {
         "codes": planes[stream].codes,
+        "trims": planes[stream].trims,
         "prefix": planes[stream].prefix_bits,
         "residual": planes[stream].residual_bits,
     }[what]

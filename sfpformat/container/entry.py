@@ -132,6 +132,15 @@ class TensorEntry:
             out["importance"] = self.importance.table
         return out
 
+    def trimmed_streams(self) -> set[str]:
+        """The streams whose segments have trims."""
+        records = {"fingerprints": self.fingerprints, "importance": self.importance}
+        return {
+            stream
+            for stream, record in records.items()
+            if record is not None and isinstance(record.quantiser, Exact) and record.quantiser.trim
+        }
+
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
         out = []

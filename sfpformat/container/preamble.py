@@ -53,7 +53,7 @@ class Preamble:
         Raises:
             InvalidFileError, UnsupportedError: by the clauses R-PRE-001 to R-PRE-011.
         """
-        if not data or data[: len(MAGIC)] != MAGIC[: len(data)]:
+        if data[: len(MAGIC)] != MAGIC[: len(data)]:
             raise fault("R-PRE-001", "not an SFP file: it does not begin with the magic", offset=0)
         if len(data) < SIZE:
             raise fault("R-PRE-002", f"the file ends after {len(data)} bytes", offset=len(data))

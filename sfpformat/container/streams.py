@@ -66,9 +66,13 @@ def table_from_map(source: Map) -> CodeTable:
 
 
 def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
-    """The quantiser's name and its one key."""
+    """The quantiser's name and its keys."""
     if isinstance(quantiser, Exact):
-        return {"quantiser": "exact", "dtype": quantiser.dtype.name}
+        return {
+            "quantiser": "exact",
+            "dtype": quantiser.dtype.name,
+            "trim": int(quantiser.trim),
+        }
     if isinstance(quantiser, Uniform):
         return {"quantiser": "uniform", "step": np.float32(quantiser.step).tobytes()}
     return {"quantiser": "table", "count": quantiser.count}
@@ -81,7 +85,10 @@ def quantiser_from_map(source: Map) -> Quantiser:
         name = required(source, "dtype", str)
         if name not in DTYPES:
             raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=source.at["dtype"])
-        return Exact(DTYPES[name])
+        trim = required(source, "trim", int)
+        if trim not in (0, 1):
+            raise fault("R-QNT-008", f"trim is {trim}", offset=source.at["trim"])
+        return Exact(DTYPES[name], bool(trim))
     with placed(base=source.offset):
         if kind == "uniform":
             step = required(source, "step", bytes)

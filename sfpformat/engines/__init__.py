@@ -27,7 +27,9 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
-    def encode_levels(self, levels: Levels, counts: Counts, codes: Counts, table: CodeTable) -> Planes:
+    def encode_levels(
+        self, levels: Levels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+    ) -> Planes:
         """As `coding.planes.encode_levels`."""
 
 

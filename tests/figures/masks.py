@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import numpy as sfp
+from sfpformat.coding.codetable import pack_lengths
+from sfpformat.container.chunk import ChunkIndex
 
 from .model import Tensors, as_bf16, load_f32, matrices
 
@@ -48,8 +50,9 @@ def mask_bits(data: bytes) -> dict[str, float]:
         for name in file:
             entry = file.entry(name)
             if entry.mask is not None:
-                codes = entry.mask.table.codes
-                out["tables"] += 8 * (entry.mask.table.classes + sum(len(c.length) for c in codes))
+                table = entry.mask.table
+                packed = sum(len(pack_lengths(code.length)) for code in table.codes)
+                out["tables"] += 8 * (table.classes + packed)
             for k in range(len(entry.chunks)):
                 index = file.read_head(entry, k)
                 for (stream, _), bits in index.bits.items():
@@ -58,11 +61,11 @@ def mask_bits(data: bytes) -> dict[str, float]:
     return out
 
 
-def _index_bits(index: object, has_mask: bool) -> int:
+def _index_bits(index: ChunkIndex, has_mask: bool) -> int:
     """Bits of the index that exist because of the mask: survivors, mask codes, mask lengths."""
     if not has_mask:
         return 0
-    quantities = [index.survivors, index.codes["mask"], index.bits["mask", "prefix"]]  # type: ignore[attr-defined]
+    quantities = [index.survivors, index.codes["mask"], index.bits["mask", "prefix"]]
     return sum(len(q) * int(q.max() - q.min()).bit_length() for q in quantities)
 
 

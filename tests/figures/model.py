@@ -25,7 +25,7 @@ def model_path() -> Path:
 def load_f32() -> Tensors:
     """All tensors as they are: F32, and one of integers."""
     with SafetensorsFile(model_path()) as file:
-        return {name: file.read(name) for name in file}
+        return {name: file.read(name) for name in file.header.tensors}
 
 
 def as_bf16(tensors: Tensors) -> Tensors:
