@@ -178,6 +178,7 @@ class SfpFile:
         """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask."""
         entry = self.entry(name)
         if entry.mask is None:
+            self._require_within_limits(entry)
             return np.ones(entry.shape, np.bool_)
         return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask)
 

@@ -19,7 +19,7 @@ from ..coding.quantiser import (
     require_centroids,
 )
 from ..container.chunk import ChunkIndex, read_index, read_raw, read_vectors
-from ..container.entry import TensorEntry
+from ..container.entry import MAX_POSITIONS, TensorEntry
 from ..engines import Engine
 from ..errors import fault
 
@@ -188,7 +188,8 @@ def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.
         return positions // entry.columns
     if entry.scale.per == "column":
         return positions % entry.columns
-    return positions // entry.scale.size
+    # A size may be greater than int64 holds; positions are below 2^48.
+    return positions // min(entry.scale.size, MAX_POSITIONS)
 
 
 def _require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:

@@ -62,6 +62,7 @@ class Options:
             ``bits``.
         mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
         narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
+        trim: of ``exact``: whether segments may leave out mantissa bits that are all zero.
         step: of ``uniform``: the step.
         bits: target: bits a position, mask included (``uniform``); centroids = 2^(bits - 1) (``table``).
         error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
@@ -84,6 +85,7 @@ class Options:
     quantiser: str = "lossless"
     mantissa_bits: int | None = None
     narrow: bool = True
+    trim: bool = True
     step: float | None = None
     bits: float | None = None
     error_db: float | None = None

@@ -118,6 +118,8 @@ def plan_tensor(
     if dtype is None:
         raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format")
     flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
+    if dtype.name == "BOOL":
+        flat = flat.view(np.uint8) != 0  # memory may hold other true bytes than 1 (R-RAW-004)
     entry = _raw_entry(name, dtype, array.shape, options)
     raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
     extras = mask is not None or importance is not None

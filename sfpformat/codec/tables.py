@@ -118,7 +118,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, options: Options) -> Choice:
     choice = choose_codes(blocks, constant_layout(counts, width), 1, options)
     assert choice is not None
     saved = -_TRIM_BITS * blocks.segments
-    for levels, segment_counts in blocks:
+    for levels, segment_counts in blocks if options.trim else ():
         saved += int(greatest_trims(levels, segment_counts, width) @ segment_counts)
     return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
 
@@ -203,6 +203,8 @@ def choose_mask(
     counts = np.zeros(256, np.int64)
     for levels, _ in blocks("octets"):
         counts += histogram(levels, 256)
+    if not counts.any():
+        return MaskChoice("octets", 0, _no_levels(blocks("octets")))
     octets = choose_codes(
         blocks("octets"), constant_layout(counts, 0), 1, options, weights=_POPCOUNT
     ) or choose_codes(blocks("octets"), Layout(0, b"\x08"), 1, options)

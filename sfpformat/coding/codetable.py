@@ -75,6 +75,18 @@ class PrefixCode:
         return ranks
 
 
+def require_shape(extra: bytes, group: int, codes: int) -> None:
+    """Checks what must hold before code lengths have a meaning (R-TAB-001 to R-TAB-003, R-TAB-009)."""
+    if group not in MAX_CLASSES:
+        raise fault("R-TAB-003", f"group is {group}, must be 1 or 2")
+    if not group <= len(extra) <= MAX_CLASSES[group]:
+        raise fault("R-TAB-001", f"{len(extra)} classes with group {group}")
+    if max(extra) > MAX_FIELD_BITS:
+        raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, at most 56")
+    if not (codes == 0 if len(extra) == 1 else 1 <= codes <= MAX_CODES):
+        raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes")
+
+
 @dataclass(frozen=True)
 class CodeTable:
     """Classes of levels and the prefix codes of their symbols.
@@ -95,14 +107,7 @@ class CodeTable:
     group: int = 1
 
     def __post_init__(self) -> None:
-        if self.group not in MAX_CLASSES:
-            raise fault("R-TAB-003", f"group is {self.group}, must be 1 or 2")
-        if not self.group <= self.classes <= MAX_CLASSES[self.group]:
-            raise fault("R-TAB-001", f"{self.classes} classes with group {self.group}")
-        if max(self.extra) > MAX_FIELD_BITS:
-            raise fault("R-TAB-002", f"a class has {max(self.extra)} residual bits, at most 56")
-        if not (len(self.codes) == 0 if self.classes == 1 else 1 <= len(self.codes) <= MAX_CODES):
-            raise fault("R-TAB-009", f"{len(self.codes)} codes for {self.classes} classes")
+        require_shape(self.extra, self.group, len(self.codes))
         symbols = self.classes**self.group
         for code in self.codes:
             if len(code.length) != symbols:

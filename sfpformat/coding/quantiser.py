@@ -174,8 +174,8 @@ def fingerprint_values(
 def _multiply_exact(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDArray[np.generic]:
     """Multiplies what is finite; an infinity or a NaN stays as it is (R-REC-004)."""
     wide = np.float64 if dtype.name == "F64" else np.float32
-    finite = np.isfinite(exact)
     with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(exact)
         product = round_to(exact.astype(wide) * multiplier.astype(wide), dtype)
     return np.where(finite, product, exact)
 

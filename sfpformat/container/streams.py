@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.codetable import (
-    MAX_CLASSES,
-    MAX_CODES,
     CodeTable,
     PrefixCode,
     pack_lengths,
+    require_shape,
     unpack_lengths,
 )
 from ..coding.mask import KINDS
@@ -58,9 +57,10 @@ def table_from_map(source: Map) -> CodeTable:
     lengths, group = required(source, "codes", list), required(source, "group", int)
     if not all(isinstance(length, bytes) for length in lengths):
         raise fault("R-DIR-003", "a code is not binary", offset=source.at["codes"])
+    with placed(base=source.offset):
+        require_shape(extra, group, len(lengths))
     with placed(base=source.at["codes"]):
-        symbols = len(extra) ** (group if group in MAX_CLASSES else 1)
-        codes = tuple(PrefixCode(unpack_lengths(code, symbols)) for code in lengths[: MAX_CODES + 1])
+        codes = tuple(PrefixCode(unpack_lengths(code, len(extra) ** group)) for code in lengths)
     with placed(base=source.offset):
         return CodeTable(base, extra, codes, group)
 

@@ -25,6 +25,15 @@ MATRICES = (
     "encoder.layer.3.output.dense.weight",
     "encoder.layer.5.attention.self.value.weight",
 )
+Curve = list[list[tuple[float, float, int]]]  # for each step: bits, error, size of each matrix
+
+_NO_STEP = sfpformat.Options(quantiser="uniform", step=1.0)  # the step is put in for each point
+VARIANTS = {
+    "default": _NO_STEP,
+    "one code a stream": _NO_STEP.but(codes=1),
+    "segments of 384": _NO_STEP.but(segment=384),
+    "rounded to nearest": _NO_STEP.but(rate_weight=0.0),
+}
 _ROWS = 4096  # of the embedding, so that it does not outweigh the others
 _STEPS = (0.2, 0.26, 0.33, 0.42, 0.54, 0.69, 0.88, 1.12, 1.43, 1.83, 2.3)  # over the standard deviation
 _RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # bits a weight, of NNCodec
@@ -43,9 +52,11 @@ def peer_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
     return 8 * len(payload) / matrix.size, decibels(matrix, decoded)
 
 
-def our_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
+def our_point(
+    matrix: NDArray[np.float32], step: float, options: sfpformat.Options
+) -> tuple[float, float]:
     """The bits a weight of a whole file with one tensor, and its error."""
-    options = sfpformat.Options(quantiser="uniform", step=step)
+    options = options.but(quantiser="uniform", step=step)
     data = sfp.save({"w": matrix}, options=options)
     decoded = sfp.load(data)["w"].astype(np.float32)
     return 8 * len(data) / matrix.size, decibels(matrix, decoded)
@@ -67,21 +78,25 @@ def excess(ours: list[tuple[float, float]], peers: list[tuple[float, float]]) ->
 
 def main() -> None:
     tensors = load_f32()
-    results = {}
-    sums: list[list[list[tuple[float, float, int]]]] = [[[] for _ in _STEPS] for _ in range(2)]
+    sums: dict[str, Curve] = {curve: [[] for _ in _STEPS] for curve in (*VARIANTS, "NNCodec")}
     for name in MATRICES:
         matrix = np.ascontiguousarray(tensors[name][:_ROWS], np.float32)
         steps = [s * float(matrix.std()) for s in _STEPS]
         peers = [peer_point(matrix, step) for step in steps]
-        ours = [our_point(matrix, step) for step in steps]
-        results[name] = excess(ours, peers)
-        for curve, points in enumerate((ours, peers)):
-            for i, (bits, error) in enumerate(points):
-                sums[curve][i].append((bits, error, matrix.size))
-        print(name, json.dumps(results[name]), flush=True)
-    pooled = [[_pooled(point) for point in curve] for curve in sums]
-    print("pooled", json.dumps(excess(pooled[0], pooled[1])))
-    print(json.dumps({"ours": pooled[0], "NNCodec": pooled[1]}))
+        _add(sums["NNCodec"], peers, matrix.size)
+        for variant, options in VARIANTS.items():
+            ours = [our_point(matrix, step, options) for step in steps]
+            _add(sums[variant], ours, matrix.size)
+            print(f"{name}, {variant}: {json.dumps(excess(ours, peers))}", flush=True)
+    pooled = {curve: [_pooled(point) for point in points] for curve, points in sums.items()}
+    for variant in VARIANTS:
+        print(f"pooled, {variant}: {json.dumps(excess(pooled[variant], pooled['NNCodec']))}")
+    print("bits a weight and error in dB, pooled:", json.dumps(pooled))
+
+
+def _add(curve: Curve, points: list[tuple[float, float]], size: int) -> None:
+    for i, (bits, error) in enumerate(points):
+        curve[i].append((bits, error, size))
 
 
 def _pooled(points: list[tuple[float, float, int]]) -> tuple[float, float]:
