@@ -43,6 +43,7 @@ from .tables import INDEX_BITS, LevelBlocks, choose_exact, choose_mask, choose_n
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
+_NO_FACTORS = np.zeros(0, np.float32)
 # Tensors of fewer bytes are kept raw by coding="auto": tables and index cost more than they save.
 _MIN_BYTES = 512
 # With more survivors than this a tensor is also tried without a mask.
@@ -271,11 +272,11 @@ class _Planner:
 
         stream = LevelBlocks(entry.segments, levels)
         quantiser = source.quantiser
+        bound = fingerprint_bound(quantiser, entry.dtype)
         if isinstance(quantiser, Exact):
-            choice = choose_exact(stream, quantiser.dtype, options)
+            choice = choose_exact(stream, quantiser.dtype, bound, options)
             quantiser = replace(quantiser, trim=choice.trim)
         else:
-            bound = fingerprint_bound(quantiser, entry.dtype)
             choice = choose_numbers(stream, bound, options, signed=True)
         if isinstance(quantiser, Table):
             bits += 32 * quantiser.count
@@ -294,7 +295,8 @@ class _Planner:
             vectors = dict(plan.vectors)
             names = ("importance rows", "importance columns")
             for name, factor, size in zip(names, importance, (entry.rows, entry.columns), strict=True):
-                vectors[name] = _checked_factor(name, factor, size)
+                # An empty tensor's factors have no elements (SPEC.md 15.3).
+                vectors[name] = _checked_factor(name, factor, size) if entry.positions else _NO_FACTORS
             bits = 8 * dtype.itemsize * (entry.rows + entry.columns)
             return replace(plan, entry=entry, vectors=vectors), bits
         if importance.shape != entry.shape:
@@ -313,7 +315,7 @@ class _Planner:
         stream = LevelBlocks(entry.segments, levels)
         bound = importance_bound(source.quantiser)
         if isinstance(source.quantiser, Exact):
-            choice = choose_exact(stream, source.quantiser.dtype, self.options.but(mantissa_bits=None))
+            choice = choose_exact(stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None))
         else:
             choice = choose_numbers(stream, bound, self.options, signed=False)
         quantiser = source.quantiser

@@ -87,8 +87,11 @@ class MaskChoice:
 # ------------------------------------------------------------------------------------------------- streams
 
 
-def choose_exact(blocks: LevelBlocks, dtype: Dtype, options: Options) -> Choice:
-    """The table of an exact stream: classes of one width, by how many mantissa bits join the class."""
+def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options) -> Choice:
+    """The table of an exact stream: classes of one width, by how many mantissa bits join the class.
+
+    ``bound`` is that of the stream: a class may not reach beyond it, though no level there occurs (R-TAB-008).
+    """
     mantissa = dtype.bits - 1 - dtype.exponent_bits
     finest = min(mantissa, 3)
     if options.mantissa_bits is not None:
@@ -103,15 +106,15 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, options: Options) -> Choice:
     best: tuple[float, int, Histogram] | None = None
     for joined in range(finest, -dtype.exponent_bits, -1):
         used = int(np.count_nonzero(counts))
-        if used <= min(MAX_SYMBOLS, 1 << options.code_limit) and _span(counts) <= MAX_CLASSES[1]:
+        fits = len(np.trim_zeros(counts, "b")) << width <= bound and _span(counts) <= MAX_CLASSES[1]
+        if fits and used <= min(MAX_SYMBOLS, 1 << options.code_limit):
             bits = entropy_bits(counts) / (1 << FRACTION) + int(counts.sum()) * width
             if best is None or bits < best[0] * (1 + _MANTISSA_GAIN):
                 best = min(best[0], bits) if best else bits, width, counts
             if joined <= fewest:
                 break
-        counts = counts.copy()
-        counts.resize(len(counts) + len(counts) % 2)
-        counts, width = counts.reshape(-1, 2).sum(1), width + 1
+        even = add_histograms(counts, np.zeros(len(counts) + len(counts) % 2, np.int64))
+        counts, width = even.reshape(-1, 2).sum(1), width + 1
     if best is None:
         raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
     _, width, counts = best
@@ -344,34 +347,15 @@ class _SymbolStream:
             totals = np.zeros((len(costs), self.symbols), np.int64)
             codes: list[NDArray[np.uint8]] = []
             for symbols, counts in self._symbols():
-                chosen = self._cheapest(symbols, counts, costs)
-                row = np.repeat(chosen.astype(np.int64), counts)
-                flat = np.bincount(row * self.symbols + symbols, minlength=totals.size)
-                totals += flat.reshape(totals.shape)
-                codes.append(chosen)
+                each = self._by_segment(symbols, counts, range(len(counts)))
+                chosen = (each @ costs.T).argmin(1)
+                np.add.at(totals, chosen, each)
+                codes.append(chosen.astype(np.uint8))
             poor = np.count_nonzero(totals, axis=1) < 2
             if not poor.any() or len(costs) == 1:
                 break
             costs = costs[~poor] if not poor.all() else costs[:1]
         return _in_order_of_use(np.concatenate(codes), totals)
-
-    def _cheapest(
-        self, symbols: NDArray[np.int64], counts: Counts, costs: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        if len(costs) == 1:
-            return np.zeros(len(counts), np.uint8)
-        ends = np.cumsum(counts)
-        best = np.zeros(len(counts), np.uint8)
-        least: NDArray[np.int64] | None = None
-        for number, cost in enumerate(costs):
-            below = np.concatenate(([0], np.cumsum(cost[symbols])))
-            here = below[ends] - below[ends - counts]
-            if least is None:
-                least = here
-                continue
-            better = here < least
-            best[better], least[better] = number, here[better]
-        return best
 
 
 def _any_code(classes: int, group: int) -> tuple[PrefixCode, ...]:
