@@ -57,7 +57,8 @@ class TensorInfo:
         role: of the importance, ``multiplier`` or ``metadata``, or None.
         stored_bytes: bytes of its chunks in the file.
         decoded_bytes: bytes of the decoded tensor.
-        unknown: directory keys that this version does not know.
+        unknown: keys of its entry that this version does not know; under ``mask``,
+            ``fingerprints``, ``scale`` and ``importance`` those inside these maps.
     """
 
     name: str
@@ -371,7 +372,8 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
     """Preamble and directory, checked."""
     preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
     limits.require("directory_bytes", preamble.directory_length, preamble.directory_offset)
-    data = bytes(source.read(preamble.directory_offset, preamble.directory_length))
+    with placed(base=preamble.directory_offset):
+        data = bytes(source.read(preamble.directory_offset, preamble.directory_length))
     preamble.require_directory(data)
     with placed(base=preamble.directory_offset):
         return preamble, Directory.from_bytes(data, preamble.directory_offset, limits)

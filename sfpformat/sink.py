@@ -8,9 +8,7 @@ writer with the same key checks what the journal names against its checksums, dr
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -18,8 +16,10 @@ from typing import BinaryIO, Protocol
 import msgpack
 import numpy as np
 
+from .atomic import AtomicFile, open_locked, real_target, rename
 from .container import messagepack
 from .container.entry import TensorEntry
+from .container.fields import typed
 from .container.messagepack import Map
 from .container.preamble import SIZE
 from .errors import OptionError, SfpError
@@ -46,29 +46,22 @@ class FileSink:
     """A temporary file with a name of its own beside the target."""
 
     def __init__(self, target: Path) -> None:
-        self._target = target
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        self._path = Path(name)
-        self._file: BinaryIO = os.fdopen(handle, "wb")
-        os.chmod(handle, 0o666 & ~_umask())
-        self._file.write(bytes(SIZE))
+        self._new = AtomicFile(target)
+        self.append(bytes(SIZE))
 
     def append(self, data: bytes) -> None:
-        self._file.write(data)
+        self._new.file.write(data)
 
     def tensor_done(self, entry: TensorEntry) -> None:
         pass
 
     def commit(self, preamble: bytes) -> None:
-        self._file.seek(0)
-        self._file.write(preamble)
-        _sync_and_close(self._file)
-        _rename(self._path, self._target)
+        self._new.file.seek(0)
+        self._new.file.write(preamble)
+        self._new.commit()
 
     def abort(self, keep: bool) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._path.unlink(missing_ok=True)
+        self._new.abort()
 
 
 class StreamSink:
@@ -111,51 +104,46 @@ class ResumableSink:
             key: tells the job: what is written from what with which options. Another key begins anew.
 
         Raises:
-            SfpError: another process is writing this target.
+            LockedFileError: another process is writing this target.
+            OSError: there is no space, or no permission; nothing is left behind.
         """
         self._target = target
         self._path = target.with_name(target.name + ".partial")
         self._journal_path = target.with_name(target.name + ".partial.journal")
-        self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 (closed by the owner)
+        self._file = open_locked(self._path)
+        self._journal: BinaryIO | None = None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise SfpError(f"another process is writing {target}") from None
-        self.entries, end = self._complete_tensors(key)
-        self._file.truncate(end)
-        self._file.seek(end)
-        self._journal = open(self._journal_path, "wb")  # noqa: SIM115 (closed by the owner)
-        self._journal.write(msgpack.packb(key))
-        for entry in self.entries:
-            self._journal.write(messagepack.encode(entry.to_map()))
-        self._journal.flush()
+            self.entries, end = self._complete_tensors(key)
+            self._file.truncate(end)
+            self._file.seek(end)
+            self._journal = self._journal_path.open("wb")
+            self._journal.write(msgpack.packb(key))
+            for entry in self.entries:
+                self._journal.write(messagepack.encode(entry.to_map()))
+            self._journal.flush()
+        except BaseException as error:
+            self.abort(keep=isinstance(error, KeyboardInterrupt))
+            raise
 
     def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
         """The journal's tensors whose bytes are all there and match, and where they end."""
-        entries: list[TensorEntry] = []
-        end = SIZE
         if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
             self._file.truncate(0)
             self._file.write(bytes(SIZE))
-            return entries, end
-        unpacker = msgpack.Unpacker(self._journal_path.open("rb"))
-        try:
+            return [], SIZE
+        entries: list[TensorEntry] = []
+        with self._journal_path.open("rb") as journal, contextlib.suppress(*_CUT_OFF):
+            unpacker = msgpack.Unpacker(journal)
             if unpacker.unpack() != key:
-                return entries, end
-            self._file.seek(end)
+                return [], SIZE
+            self._file.seek(SIZE)
             for fields in unpacker:
-                encoded = messagepack.encode(fields)
-                decoded = messagepack.decode(encoded, DEFAULT_LIMITS)
-                assert isinstance(decoded, Map)
-                entry = TensorEntry.from_map(decoded, DEFAULT_LIMITS)
+                decoded = messagepack.decode(messagepack.encode(fields), DEFAULT_LIMITS)
+                entry = TensorEntry.from_map(typed(decoded, Map, "an entry", 0), DEFAULT_LIMITS)
                 if not self._matches(entry):
                     break
                 entries.append(entry)
-                end += entry.stored_bytes
-        except (msgpack.exceptions.UnpackException, ValueError, SfpError, AssertionError):
-            pass  # the journal's last record was cut off, or is damaged: go on from before it
-        return entries, end
+        return entries, SIZE + sum(entry.stored_bytes for entry in entries)
 
     def _matches(self, entry: TensorEntry) -> bool:
         records = [entry.chunks] if entry.vectors is None else [entry.vectors, entry.chunks]
@@ -169,23 +157,26 @@ class ResumableSink:
         self._file.write(data)
 
     def tensor_done(self, entry: TensorEntry) -> None:
+        assert self._journal is not None
         self._file.flush()
         self._journal.write(messagepack.encode(entry.to_map()))
         self._journal.flush()
 
     def commit(self, preamble: bytes) -> None:
+        assert self._journal is not None
         self._journal.close()
         self._file.seek(0)
         self._file.write(preamble)
         self._file.flush()
         os.fsync(self._file.fileno())
-        _rename(self._path, self._target)
+        rename(self._path, self._target)
         self._journal_path.unlink(missing_ok=True)
         self._file.close()
 
     def abort(self, keep: bool) -> None:
-        with contextlib.suppress(OSError):
-            self._journal.close()
+        if self._journal is not None:
+            with contextlib.suppress(OSError):
+                self._journal.close()
         if not keep:
             self._path.unlink(missing_ok=True)
             self._journal_path.unlink(missing_ok=True)
@@ -193,33 +184,15 @@ class ResumableSink:
             self._file.close()
 
 
+# What reading a journal raises whose last record was cut off or damaged: work goes on from before it.
+_CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
+
+
 def open_sink(target: str | os.PathLike[str] | BinaryIO, resume_key: str | None) -> Sink:
     """The sink for whatever a writer was given."""
     if isinstance(target, (str, os.PathLike)):
-        path = Path(target)
+        path = real_target(target)
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key)
     if resume_key is not None:
         raise OptionError("only a path can be resumed")
     return StreamSink(target)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _rename(source: Path, target: Path) -> None:
-    """Gives the file its name in one step, and makes the step last."""
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -18,7 +18,11 @@ class Source(Protocol):
     length: int
 
     def read(self, offset: int, size: int) -> Buffer:
-        """``size`` bytes from ``offset`` on; raises E_TRUNCATED when there are fewer."""
+        """``size`` bytes from ``offset`` on.
+
+        Raises:
+            InvalidFileError: E_TRUNCATED when there are fewer; its offset is relative to ``offset``.
+        """
 
     def close(self) -> None:
         """Lets go of what the source itself opened."""
@@ -42,13 +46,9 @@ def _is_buffer(value: object) -> bool:
     return True
 
 
-def _require_all(data: Buffer, offset: int, size: int) -> Buffer:
+def _require_all(data: Buffer, size: int) -> Buffer:
     if len(data) != size:
-        raise fault(
-            "R-PRE-007",
-            f"{size} bytes wanted, the file gave {len(data)}",
-            offset=offset + len(data),
-        )
+        raise fault("R-PRE-007", f"{size} bytes wanted, the file gave {len(data)}", offset=len(data))
     return data
 
 
@@ -69,7 +69,7 @@ class _FileSource:
             if got == 0:
                 break
             filled += got
-        return _require_all(view[:filled], offset, size)
+        return _require_all(view[:filled], size)
 
     def close(self) -> None:
         self._file.close()
@@ -85,7 +85,7 @@ class _BufferSource:
     def read(self, offset: int, size: int) -> Buffer:
         if self._view is None:
             raise ClosedFileError("the file is closed")
-        return _require_all(self._view[offset : offset + size], offset, size)
+        return _require_all(self._view[offset : offset + size], size)
 
     def close(self) -> None:
         self._view = None
@@ -106,10 +106,10 @@ class _ObjectSource:
         with self._lock:
             self._stream.seek(offset)
             parts, left = [], size_there
-            while left and (part := self._stream.read(left)):
+            while left > 0 and (part := self._stream.read(left)):
                 parts.append(part)
                 left -= len(part)
-        return _require_all(b"".join(parts), offset, size)
+        return _require_all(b"".join(parts), size)
 
     def close(self) -> None:
         self._stream = None

@@ -139,8 +139,8 @@ class Writer:
             preamble = Preamble(offset, len(data), offset + len(data), zlib.crc32(data))
             self._sink.append(data)
             self._sink.commit(preamble.to_bytes())
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self.abort(keep=isinstance(error, KeyboardInterrupt))
             raise
         self._open = False
 

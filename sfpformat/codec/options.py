@@ -64,7 +64,8 @@ class Options:
         narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
         trim: of ``exact``: whether segments may leave out mantissa bits that are all zero.
         step: of ``uniform``: the step.
-        bits: target: bits a position, mask included (``uniform``); centroids = 2^(bits - 1) (``table``).
+        bits: about so many bits a position, mask included, index and tables not (``uniform``); 2^(bits - 1)
+            centroids (``table``).
         error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
         centroids: of ``table``: how many magnitudes.
         rate_weight: of ``uniform``: how much bits weigh against error when a weight lies between two levels;

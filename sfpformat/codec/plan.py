@@ -33,6 +33,7 @@ from .sources import (
     ExactSource,
     FingerprintSource,
     ImportanceSource,
+    NumberSource,
     few_values,
     number_source,
     scaling_of,
@@ -248,6 +249,10 @@ class _Planner:
     ) -> tuple[Plan, int]:
         """The plan for one source, with or without a mask."""
         options = self.options
+        if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
+            kept = self._used_centroids(source, source.numbers.centroids, survives)
+            source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
+            vectors = {**vectors, "fingerprint centroids": kept}
         segment = options.segment or default_segment(self.entry.columns, density, options.lossless)
         chunk = max(options.chunk // segment, 1)
         entry = replace(self.entry, segment=segment, chunk=chunk)
@@ -284,6 +289,17 @@ class _Planner:
         entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
         plan = Plan(entry, self.flat, blocks, source, codes, dict(vectors), survives)
         return plan, bits + choice.bits
+
+    def _used_centroids(
+        self, source: NumberSource, centroids: F32, survives: Callable[[slice], Mask] | None
+    ) -> F32:
+        """Those centroids that some level uses (R-CAN-007); the first where there is no level."""
+        used = np.zeros(len(centroids), np.bool_)
+        for block, _ in Blocks(len(self.flat), 1 << 16, 4):
+            levels = source.levels(block, None if survives is None else survives(block))
+            used[(levels >> np.uint64(1)).astype(np.int64)] = True
+        used[0] |= not used.any()
+        return centroids[used]
 
     def _with_importance(self, plan: Plan, importance: Importance) -> tuple[Plan, int]:
         """The plan with the importance added, and about how many bits that takes."""

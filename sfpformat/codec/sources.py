@@ -221,7 +221,8 @@ def number_source(
         scaling: what magnitudes are divided by.
         weights: importances, flat, that weigh errors where centroids are chosen, or None.
     """
-    chosen = sample(np.arange(len(flat)))
+    size = min(len(flat), SAMPLE)
+    chosen = np.arange(size) * len(flat) // max(size, 1)
     alive = flat[chosen] != 0 if mask is None else mask[chosen]
     positions = chosen[alive]
     magnitudes = np.abs(flat[positions].astype(np.float32))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coding.bits import MAX_FIELD_BITS
 from ..coding.classes import (
     FRACTION,
     Histogram,
@@ -90,24 +91,25 @@ class MaskChoice:
 def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options) -> Choice:
     """The table of an exact stream: classes of one width, by how many mantissa bits join the class.
 
-    ``bound`` is that of the stream: a class may not reach beyond it, though no level there occurs (R-TAB-008).
+    No class may reach the stream's ``bound``, not even where no level occurs (R-TAB-008).
     """
     mantissa = dtype.bits - 1 - dtype.exponent_bits
     finest = min(mantissa, 3)
     if options.mantissa_bits is not None:
         finest = min(max(options.mantissa_bits, 1 - dtype.exponent_bits), mantissa)
     width = mantissa + 1 - finest
-    counts = np.zeros(0, np.int64)
-    for levels, _ in blocks:
-        counts = add_histograms(counts, histogram(levels >> np.uint64(width)))
+    counts = _class_counts(blocks, width)
+    while _end(counts) << width > bound:
+        finest, width = finest + 1, width - 1
+        counts = _class_counts(blocks, width)
     if not counts.any():
         return _no_levels(blocks)
     fewest = finest if options.mantissa_bits is not None else 0
     best: tuple[float, int, Histogram] | None = None
     for joined in range(finest, -dtype.exponent_bits, -1):
         used = int(np.count_nonzero(counts))
-        fits = len(np.trim_zeros(counts, "b")) << width <= bound and _span(counts) <= MAX_CLASSES[1]
-        if fits and used <= min(MAX_SYMBOLS, 1 << options.code_limit):
+        fits = _end(counts) << width <= bound and _span(counts) <= MAX_CLASSES[1]
+        if fits and width <= MAX_FIELD_BITS and used <= min(MAX_SYMBOLS, 1 << options.code_limit):
             bits = entropy_bits(counts) / (1 << FRACTION) + int(counts.sum()) * width
             if best is None or bits < best[0] * (1 + _MANTISSA_GAIN):
                 best = min(best[0], bits) if best else bits, width, counts
@@ -124,6 +126,19 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
     for levels, segment_counts in blocks if options.trim else ():
         saved += int(greatest_trims(levels, segment_counts, width) @ segment_counts)
     return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
+
+
+def _class_counts(blocks: LevelBlocks, width: int) -> Histogram:
+    """How often each class of 2^width levels occurs."""
+    counts = np.zeros(0, np.int64)
+    for levels, _ in blocks:
+        counts = add_histograms(counts, histogram(levels >> np.uint64(width)))
+    return counts
+
+
+def _end(counts: Histogram) -> int:
+    """One past the last class that occurs."""
+    return len(np.trim_zeros(counts, "b"))
 
 
 def _span(counts: Histogram) -> int:

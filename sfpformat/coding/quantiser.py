@@ -196,17 +196,24 @@ def importance_values(levels: Levels, quantiser: Quantiser, centroids: F32 | Non
 
 def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
     """The narrowest dtype that widens to ``dtype`` and holds all the values bit for bit (R-QNT-002)."""
-    with np.errstate(all="ignore"):
-        for name in ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32"):
-            narrow = DTYPES[name]
-            if dtype.name not in narrow.widens_to:
-                continue
-            # A sample first: almost all tensors fail it, and it is cheap.
-            for part in (values[:1024], values):
-                back = part.astype(narrow.numpy)
-                same = back.astype(dtype.numpy).view(dtype.pattern) == part.view(dtype.pattern)
-                if not (same.all() and np.isfinite(back).all()):
-                    break
-            else:
-                return narrow
+    for name in ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32"):
+        narrow = DTYPES[name]
+        # The first block is short: almost all tensors fail it.
+        starts = [0, *range(_NARROW_FIRST, len(values), _NARROW_BLOCK)]
+        if dtype.name in narrow.widens_to and all(
+            _holds(narrow, values[start : start + (_NARROW_BLOCK if start else _NARROW_FIRST)], dtype)
+            for start in starts
+        ):
+            return narrow
     return dtype
+
+
+_NARROW_FIRST, _NARROW_BLOCK = 1 << 10, 1 << 20  # values compared at a time: bounds the memory
+
+
+def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:
+    """Whether a narrower dtype holds the values of ``dtype`` bit for bit, and all are finite."""
+    with np.errstate(all="ignore"):
+        back = values.astype(narrow.numpy)
+        same = back.astype(dtype.numpy).view(dtype.pattern) == values.view(dtype.pattern)
+        return bool(same.all() and np.isfinite(back).all())

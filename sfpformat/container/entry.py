@@ -35,6 +35,12 @@ CHUNK_ALIGNMENT = 64  # R-LAY-002
 # u32 length, u32 CRC-32
 CHUNK_RECORD = np.dtype([("length", "<u4"), ("crc", "<u4")])
 
+_RECORDS: dict[str, Any] = {
+    "fingerprints": FingerprintsEntry,
+    "mask": MaskEntry,
+    "scale": ScaleEntry,
+    "importance": ImportanceEntry,
+}
 _RAW_FORBIDS = ("mask", "fingerprints", "scale", "importance", "vectors")
 _KNOWN_KEYS = frozenset(("name", "dtype", "shape", "coding", "segment", "chunk", "chunks", *_RAW_FORBIDS))
 
@@ -60,7 +66,7 @@ class TensorEntry:
         chunks: a `CHUNK_RECORD` for each chunk.
         vectors: the record of the vector chunk, shape [1], or None.
         mask, fingerprints, scale, importance: the streams' records, or None.
-        other: keys that this version does not know.
+        other: keys that this version does not know; under a record's name those inside its map.
     """
 
     name: str
@@ -184,10 +190,11 @@ class TensorEntry:
         }
         if self.vectors is not None:
             out["vectors"] = self.vectors.tobytes()
-        for key in ("mask", "fingerprints", "scale", "importance"):
+        for key in _RECORDS:
             record = getattr(self, key)
             if record is not None:
-                out[key] = record.to_map()
+                unknown: Any = self.other.get(key, {})
+                out[key] = {**unknown, **record.to_map()}
         return out
 
     # -------------------------------------------------------------------------------------- reading
@@ -214,7 +221,8 @@ class TensorEntry:
             other={key: value for key, value in source.items() if key not in _KNOWN_KEYS},
         )
         if coding == "fingerprint":
-            entry = replace(entry, **_streams(source))
+            records = _streams(source)
+            entry = replace(entry, **records, other={**entry.other, **_unknown_inside(records, source)})
         with placed(base=source.offset):
             entry.require_valid(source)
         return entry
@@ -297,12 +305,17 @@ def _records(source: Map, key: str) -> NDArray[np.void]:
 
 def _streams(source: Map) -> dict[str, Any]:
     """The streams' records, by the attribute that takes them."""
-    records: dict[str, Any] = {
-        "fingerprints": FingerprintsEntry.from_map(required(source, "fingerprints", Map))
-    }
-    readers = {"mask": MaskEntry, "scale": ScaleEntry, "importance": ImportanceEntry}
-    for key, reader in readers.items():
-        fields = optional(source, key, Map)
-        if fields is not None:
-            records[key] = reader.from_map(fields)  # type: ignore[attr-defined]
-    return records
+    required(source, "fingerprints", Map)
+    maps = {key: optional(source, key, Map) for key in _RECORDS}
+    return {key: _RECORDS[key].from_map(fields) for key, fields in maps.items() if fields is not None}
+
+
+def _unknown_inside(records: dict[str, Any], source: Map) -> dict[str, object]:
+    """The keys in the records' maps that this version does not know, by record (R-DIR-005)."""
+    out: dict[str, object] = {}
+    for key, record in records.items():
+        known, fields = record.to_map(), required(source, key, Map)
+        unknown = {name: value for name, value in fields.items() if name not in known}
+        if unknown:
+            out[key] = unknown
+    return out

@@ -89,13 +89,15 @@ def quantiser_from_map(source: Map) -> Quantiser:
         if trim not in (0, 1):
             raise fault("R-QNT-008", f"trim is {trim}", offset=source.at["trim"])
         return Exact(DTYPES[name], bool(trim))
-    with placed(base=source.offset):
-        if kind == "uniform":
-            step = required(source, "step", bytes)
+    if kind == "uniform":
+        step = required(source, "step", bytes)
+        with placed(base=source.at["step"]):
             if len(step) != 4:
                 raise fault("R-QNT-003", f"a step of {len(step)} bytes, must be 4")
             return Uniform(np.frombuffer(step, "<f4")[0])
-        return Table(required(source, "count", int))
+    count = required(source, "count", int)
+    with placed(base=source.at["count"]):
+        return Table(count)
 
 
 def factor_dtype(source: Map, clause: str) -> Dtype:

@@ -1,7 +1,7 @@
 """NNCodec 2.1.3 (MPEG NNC, ISO/IEC 15938-17) on one float32 matrix, through its C++ extension.
 
-The arguments are those that `nncodec.nnc.compress` passes by default, so the payload is the same byte for byte;
-what the package wraps around it (34 to 36 bytes a tensor) is not counted.
+The arguments are those that `nncodec.nnc.compress` passes by default, so the payload is the same byte for
+byte; what the package wraps around it (34 to 36 bytes a tensor) is not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
 
-_QP_DENSITY = 7  # steps an octave = 2^7, the finest the standard's field holds; the error of a step is < 0.4 %
+_QP_DENSITY = (
+    7  # steps an octave = 2^7, the finest the standard's field holds; the error of a step is < 0.4 %
+)
 _UNARY_LENGTH = 11  # greater-than flags with contexts of their own: the package's default
 _SLACK = bytes(16)  # the arithmetic decoder knows no end and may look past it
 
@@ -39,9 +41,7 @@ def encode(matrix: F32, step: float, *, dependent: bool = False) -> tuple[bytes,
     return payload, qp, time.perf_counter() - start
 
 
-def decode(
-    payload: bytes, shape: tuple[int, ...], qp: int, *, dependent: bool = False
-) -> tuple[F32, float]:
+def decode(payload: bytes, shape: tuple[int, ...], qp: int, *, dependent: bool = False) -> tuple[F32, float]:
     """The matrix of a payload, and the seconds it took."""
     from nncodec.extensions import deepCABAC
     from nncodec.extensions.deepCABAC import HdspMode

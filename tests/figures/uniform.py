@@ -1,7 +1,7 @@
 """Bits against error of the quantiser `uniform`, beside NNCodec without dependent quantisation.
 
-``python -m tests.figures.uniform`` takes six matrices of all-MiniLM-L6-v2 through both at the same steps over their
-standard deviation, and compares bits at equal error by interpolating NNCodec's curve.
+``python -m tests.figures.uniform`` takes six matrices of all-MiniLM-L6-v2 through both at the same steps over
+their standard deviation, and compares bits at equal error by interpolating NNCodec's curve.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def peer_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
     return 8 * len(payload) / matrix.size, decibels(matrix, decoded)
 
 
-def our_point(
-    matrix: NDArray[np.float32], step: float, options: sfpformat.Options
-) -> tuple[float, float]:
+def our_point(matrix: NDArray[np.float32], step: float, options: sfpformat.Options) -> tuple[float, float]:
     """The bits a weight of a whole file with one tensor, and its error."""
     options = options.but(quantiser="uniform", step=step)
     data = sfp.save({"w": matrix}, options=options)

@@ -1,0 +1,145 @@
+"""The command ``sfp``: one module a subcommand, each with ``add_parser(subparsers)`` and ``run(args)``.
+
+Rules: a subcommand's module is imported when it is called, so that ``sfp --help`` is quick. What went wrong
+is told in one line on stderr; results go to stdout. Errors become exit codes here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from .. import __version__
+from ..errors import SfpError
+from .parser import EXIT_CODES, Parser, examples
+from .trouble import Trouble
+
+# Subcommand -> its line in `sfp --help`. Its module has the same name.
+COMMANDS = {
+    "pack": "write a safetensors checkpoint as .sfp",
+    "unpack": "write an .sfp file as safetensors",
+    "info": "show what a file holds, and which bytes go where",
+    "verify": "check a file against the specification",
+    "diff": "compare two files tensor by tensor",
+    "demo": "show on a small language model what pruning costs",
+}
+
+_EXAMPLES = examples(
+    ("sfp pack model.safetensors -o model.sfp", "lossless"),
+    ("sfp pack model.safetensors -o model.sfp --prune 0.5 --bits 4", "half the weights, 4 bits each"),
+    ("sfp info model.sfp", "where the bytes are"),
+    ("sfp unpack model.sfp -o model.safetensors", "and back"),
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end; work that can be resumed is kept, as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _signals_as_interrupts():
+            code = _run(words)
+            sys.stdout.flush()
+            return code
+    except SystemExit as end:  # of --help and --version
+        return end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted", "")
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+    except Exception as error:
+        if os.environ.get("SFP_DEBUG") == "1":
+            traceback.print_exc()
+        _complain(_words(error))
+        return error.code if isinstance(error, Trouble) else 2
+
+
+def _run(words: list[str]) -> int:
+    from .rules import split_rules
+
+    words, likes = split_rules(words)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        raise Trouble(f"there is no command {name!r} (see 'sfp --help')")
+    args, unknown = _parser(name).parse_known_args(words)
+    if unknown:
+        raise Trouble(f"unknown: {' '.join(unknown)} (see 'sfp {name} --help')")
+    if likes and name != "pack":
+        raise Trouble("only 'sfp pack' takes --like")
+    args.likes = likes
+    code: int = args.run(args)
+    return code
+
+
+def _parser(name: str | None) -> Parser:
+    """The parser of the command line, with the options of the subcommand ``name`` only."""
+    parser = Parser(
+        prog="sfp",
+        description="The .sfp file format for pruned neural networks.",
+        epilog=f"{_EXAMPLES}\n\n{EXIT_CODES}",
+    )
+    parser.add_argument("--version", action="version", version=f"sfp {__version__} (format 1.0)")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command, line in COMMANDS.items():
+        if command == name:
+            module = importlib.import_module(f"{__name__}.{command}")
+            module.add_parser(subparsers).set_defaults(run=module.run)
+        else:
+            subparsers.add_parser(command, help=line)
+    return parser
+
+
+def _words(error: Exception) -> str:
+    """What went wrong, in one line for a stranger."""
+    if isinstance(error, (Trouble, SfpError)):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return f"{type(error).__name__}: {error} (a fault of sfp; SFP_DEBUG=1 shows where)"
+
+
+def _complain(words: str, kind: str = "error: ") -> None:
+    with suppress(OSError):  # stderr may have gone too
+        print(f"sfp: {kind}{' '.join(words.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, with its cleaning up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    try:
+        before = [signal.signal(number, interrupt) for number in numbers]
+    except ValueError:  # not the main thread: signals are someone else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,7 @@
+"""``python -m sfpformat.cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

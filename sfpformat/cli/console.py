@@ -1,0 +1,127 @@
+"""What a command shows: progress and tables by rich on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """How far the work has come."""
+
+    def advance(self, amount: int) -> None:
+        """So much more is done, in bytes or steps."""
+
+    def at(self, words: str) -> None:
+        """What is being worked on."""
+
+
+class _Silent:
+    def advance(self, amount: int) -> None:
+        pass
+
+    def at(self, words: str) -> None:
+        pass
+
+
+@contextmanager
+def progress(total: int, words: str, *, steps: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr where that is a terminal.
+
+    Args:
+        total: bytes of the whole work.
+        words: what is done.
+        steps: whether ``total`` is a number of steps and not of bytes.
+    """
+    if not sys.stderr.isatty():
+        yield _Silent()
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    done = MofNCompleteColumn() if steps else DownloadColumn()
+    columns = (BarColumn(), done, TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(escape(words), total=total)
+
+        class _Shown:
+            def advance(self, amount: int) -> None:
+                bar.advance(task, amount)
+
+            def at(self, words: str) -> None:
+                bar.update(task, description=escape(printable(words)))
+
+        yield _Shown()
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that a terminal could obey: names come from files of strangers."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Prints a table on stdout.
+
+    Args:
+        header: of the columns.
+        rows: their cells, escaped here.
+        left: how many columns, from the first, are text; the others are numbers and stand to the right.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for line in _plain([list(header), *cells], left):
+            print(line)
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, word in enumerate(header):
+        table.add_column(word, justify="left" if i < left else "right", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def _plain(rows: list[list[str]], left: int) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def show_json(value: object) -> None:
+    """Prints a value as JSON on stdout; there are no infinities in it."""
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def bytes_words(size: int) -> str:
+    """A size for people: ``90.9 MB`` (of 10^6 bytes)."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """A number for people, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def percent(part: float | None) -> str:
+    """A share in percent, or a dash."""
+    return number(None if part is None else 100 * part, 1, " %")

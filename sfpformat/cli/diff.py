@@ -1,0 +1,217 @@
+"""``sfp diff``: two models tensor by tensor."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import of_numpy
+from .console import number, percent, printable, progress, show_json, show_table
+from .models import Model, open_model
+from .parser import Parser, Subparsers, examples
+
+_BLOCK = 1 << 20
+_HEADER = ("tensor", "A", "B", "max error", "error dB", "zero in A", "zero in B", "zeros differ")
+
+_DESCRIPTION = """Compares two models, each an .sfp or safetensors file, an index of shards or a folder.
+
+Shows for each tensor that differs: the greatest absolute error, the error in dB (10 log10 of the mean squared
+error over the mean square of A), the share of zeros in both, and how many positions are zero in one only.
+Metadata are not compared. The exit code is 0 if all tensors are identical bit for bit, else 1."""
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="compare two files tensor by tensor",
+        description=_DESCRIPTION,
+        epilog=examples(
+            ("sfp diff model.safetensors model.sfp", "what packing changed"),
+            ("sfp diff a.sfp b.sfp --all", "every tensor, also those that are equal"),
+            ("sfp diff a.sfp b.sfp --json", "for a machine"),
+        ),
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--all", action="store_true", help="list also tensors that are equal")
+    parser.add_argument("--json", action="store_true", help="as JSON, with all tensors")
+    return parser
+
+
+@dataclass
+class Difference:
+    """How a tensor of B differs from that of A.
+
+    Attributes:
+        name: of the tensor.
+        a, b: dtype and shape.
+        is_float: in both; others are left out of the figures over all tensors.
+        identical: dtype, shape and all bits are the same.
+        max_error: greatest absolute difference; None where there is no finite one (or the shapes differ).
+        error_sum, square_sum: sums of squared errors, and of the squares of A.
+        zeros_a, zeros_b: the share of positions that are zero.
+        zeros_differ: positions that are zero in one only.
+    """
+
+    name: str
+    a: str
+    b: str
+    is_float: bool = False
+    identical: bool = False
+    max_error: float | None = None
+    error_sum: float = math.nan
+    square_sum: float = math.nan
+    zeros_a: float | None = None
+    zeros_b: float | None = None
+    zeros_differ: int | None = None
+
+    @property
+    def error_db(self) -> float | None:
+        """The error against A, in dB; None where there is none, or no finite one."""
+        return _db(self.error_sum, self.square_sum)
+
+    def to_json(self) -> dict[str, object]:
+        """The figures for a machine."""
+        return {
+            "name": self.name,
+            "a": self.a,
+            "b": self.b,
+            "identical": self.identical,
+            "max_error": self.max_error,
+            "error_db": self.error_db,
+            "zeros_a": self.zeros_a,
+            "zeros_b": self.zeros_b,
+            "zeros_differ": self.zeros_differ,
+        }
+
+
+def _db(error: float, square: float) -> float | None:
+    if not (0 < error < math.inf and 0 < square < math.inf):
+        return None
+    return 10 * math.log10(error / square)
+
+
+def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Difference:
+    """Compares two arrays, block by block. NaNs in the same place count as equal numbers."""
+    out = Difference(name, _words(a), _words(b), _is_float(a) and _is_float(b))
+    if a.shape != b.shape:
+        return out
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    out.identical = a.dtype == b.dtype
+    greatest, error_sum, square_sum, zeros_a, zeros_b, zeros_differ = 0.0, 0.0, 0.0, 0, 0, 0
+    for start in range(0, flat_a.size, _BLOCK):
+        block_a, block_b = flat_a[start : start + _BLOCK], flat_b[start : start + _BLOCK]
+        if out.identical:
+            out.identical = np.array_equal(block_a.view(np.uint8), block_b.view(np.uint8))
+        wide_a, wide_b = _wide(block_a), _wide(block_b)
+        with np.errstate(all="ignore"):
+            error = np.abs(wide_a - wide_b)
+            error[(wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))] = 0
+            error[np.isnan(error)] = np.inf
+            square_sum += float(np.square(np.abs(wide_a)).sum())
+            error_sum += float(np.square(error).sum())
+        greatest = max(greatest, float(error.max()))
+        zero_a, zero_b = wide_a == 0, wide_b == 0
+        zeros_a += int(np.count_nonzero(zero_a))
+        zeros_b += int(np.count_nonzero(zero_b))
+        zeros_differ += int(np.count_nonzero(zero_a != zero_b))
+    out.max_error = greatest if greatest < math.inf else None
+    out.error_sum, out.square_sum = error_sum, square_sum
+    if flat_a.size:
+        out.zeros_a, out.zeros_b = zeros_a / flat_a.size, zeros_b / flat_a.size
+    out.zeros_differ = zeros_differ
+    return out
+
+
+def _wide(block: NDArray[np.generic]) -> NDArray[np.inexact]:
+    return block.astype(np.complex128 if block.dtype.kind == "c" else np.float64)
+
+
+def _is_float(array: NDArray[np.generic]) -> bool:
+    dtype = of_numpy(array.dtype)
+    return dtype is not None and dtype.is_float
+
+
+def _words(array: NDArray[np.generic]) -> str:
+    dtype = of_numpy(array.dtype)
+    return f"{dtype.name if dtype else array.dtype} {'×'.join(map(str, array.shape))}".strip()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    with open_model(args.a) as a, open_model(args.b) as b:
+        common = [name for name in a.specs if name in b.specs]
+        only_a = [name for name in a.specs if name not in b.specs]
+        only_b = [name for name in b.specs if name not in a.specs]
+        differences = []
+        with progress(sum(a.specs[name].nbytes for name in common), "compare") as shown:
+            for name in common:
+                shown.at(name)
+                differences.append(_compare_tensor(name, a, b))
+                shown.advance(a.specs[name].nbytes)
+    same = not only_a and not only_b and all(d.identical for d in differences)
+    if args.json:
+        show_json(_as_json(differences, only_a, only_b, same))
+    else:
+        _show(differences, only_a, only_b, args.all)
+    return 0 if same else 1
+
+
+def _compare_tensor(name: str, a: Model, b: Model) -> Difference:
+    return compare(name, a.read(name), b.read(name))
+
+
+def _overall(differences: list[Difference]) -> dict[str, float | None]:
+    alike = [d for d in differences if d.zeros_differ is not None and d.is_float]
+    errors = [d.max_error for d in alike]
+    greatest = None if None in errors else max((e for e in errors if e is not None), default=None)
+    return {
+        "max_error": greatest,
+        "error_db": _db(sum(d.error_sum for d in alike), sum(d.square_sum for d in alike)),
+    }
+
+
+def _as_json(
+    differences: list[Difference], only_a: list[str], only_b: list[str], same: bool
+) -> dict[str, object]:
+    return {
+        "identical": same,
+        "tensors": [d.to_json() for d in differences],
+        "only_a": only_a,
+        "only_b": only_b,
+        **_overall(differences),
+    }
+
+
+def _show(differences: list[Difference], only_a: list[str], only_b: list[str], everything: bool) -> None:
+    listed = [d for d in differences if everything or not d.identical]
+    if listed:
+        show_table(_HEADER, [_row(d) for d in listed], 3)
+    for word, names in (("A", only_a), ("B", only_b)):
+        for name in names:
+            print(f"only in {word}: {printable(name)}")
+    equal = sum(d.identical for d in differences)
+    print(f"{equal} of {len(differences)} tensors identical", end="")
+    print(f", {len(only_a)} only in A, {len(only_b)} only in B" if only_a or only_b else "", end="")
+    if equal < len(differences):
+        overall = _overall(differences)
+        greatest = "–" if overall["max_error"] is None else f"{overall['max_error']:.3g}"
+        print(f"; greatest error {greatest}, {number(overall['error_db'], 2, ' dB')} over all", end="")
+    print()
+
+
+def _row(d: Difference) -> list[str]:
+    if d.identical:
+        error, db = "identical", ""
+    elif d.zeros_differ is None:
+        error, db = "shapes differ", ""
+    else:
+        error = "not finite" if d.max_error is None else f"{d.max_error:.3g}"
+        db = number(d.error_db)
+    differ = "–" if d.zeros_differ is None else f"{d.zeros_differ:,}"
+    return [d.name, d.a, d.b, error, db, percent(d.zeros_a), percent(d.zeros_b), differ]

@@ -1,0 +1,150 @@
+"""``sfp info``: what a file holds, and which bytes go where."""
+
+from __future__ import annotations
+
+import argparse
+from fnmatch import fnmatchcase
+
+from ..container.preamble import MAJOR
+from .console import bytes_words, number, percent, printable, show_json, show_table
+from .models import Model, open_model
+from .parser import Parser, Subparsers, examples
+from .report import TensorReport, Totals, report_tensor, total
+from .trouble import Trouble, about
+
+_HEADER = ("tensor", "dtype", "shape", "coding", "pruned", "mask", "weights", "import.", "index", "all")
+_TEXT_COLUMNS = 4
+_DESCRIPTION = """Shows the tensors of an .sfp file, or of all shards of an index: dtype, shape, coding, the
+share of pruned positions, and the bits a weight of mask, weights (fingerprints and vectors, or raw elements),
+importance, and segment index with padding take. Only the directory and the segment indices are read."""
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "info",
+        help="show what a file holds, and which bytes go where",
+        description=_DESCRIPTION,
+        epilog=examples(
+            ("sfp info model.sfp", "a table"),
+            ("sfp info model.sfp --tensors '*.mlp.*'", "some tensors"),
+            ("sfp info model.sfp.index.json --json", "all shards, for a machine"),
+            ("sfp info --engines", "what can decode here"),
+        ),
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, or an .sfp.index.json")
+    parser.add_argument("--json", action="store_true", help="as JSON: sizes in bytes, parts in bits")
+    parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names like this")
+    parser.add_argument("--engines", action="store_true", help="which engines can be used here")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    if args.engines:
+        _show_engines(args.json)
+        if args.file is None:
+            return 0
+    if args.file is None:
+        raise Trouble("which file? (see 'sfp info --help')")
+    with open_model(args.file) as model:
+        if model.kind != "sfp":
+            raise Trouble(f"{args.file}: a safetensors file; 'sfp pack' makes an .sfp file of it")
+        reports = report_model(model)
+        totals = total(reports, model.stored_bytes)
+        if args.tensors is not None:
+            reports = [report for report in reports if fnmatchcase(report.entry.name, args.tensors)]
+            if not reports:
+                raise Trouble(f"{args.file}: no tensor has a name like {args.tensors!r}")
+        if args.json:
+            _show_json(model, reports, totals)
+        else:
+            _show(model, reports, totals)
+    return 0
+
+
+def report_model(model: Model) -> list[TensorReport]:
+    """The reports of all tensors."""
+    out = []
+    for name in model.specs:
+        with about(model.path):
+            out.append(report_tensor(model.file_of(name), name))
+    return out
+
+
+def _show_engines(as_json: bool) -> None:
+    from ..engines import available
+
+    engines = available()
+    if as_json:
+        states = {name: {"available": why is None, "why_not": why} for name, why in engines.items()}
+        show_json({"engines": states})
+        return
+    for name, why in engines.items():
+        print(f"engine {name}: {'available' if why is None else f'not available: {printable(why)}'}")
+
+
+def _version(model: Model) -> str:
+    minors = [file.preamble.minor for file in model.files.values()]
+    return f"{MAJOR}.{max(minors, default=0)}"
+
+
+def _show_json(model: Model, reports: list[TensorReport], totals: Totals) -> None:
+    show_json(
+        {
+            "file": str(model.path),
+            "format": _version(model),
+            "shards": list(model.files) if model.sharded else [],
+            "metadata": model.metadata(),
+            "totals": totals.to_json(),
+            "tensors": [report.to_json() for report in reports],
+        }
+    )
+
+
+def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
+    show_table(_HEADER, [_row(report) for report in reports], _TEXT_COLUMNS)
+    shards = f", {len(model.files)} shards" if model.sharded else ""
+    print(f"{printable(str(model.path))}: format {_version(model)}{shards}")
+    for key, value in model.metadata().items():
+        print(f"metadata {printable(key)}: {printable(value[:200])}{' …' if len(value) > 200 else ''}")
+    parts = ", ".join(
+        f"{words} {bytes_words(-(-totals.bits[part] // 8))}"
+        for part, words in (
+            ("mask", "masks"),
+            ("fingerprints", "fingerprints"),
+            ("importance", "importances"),
+            ("vectors", "vectors"),
+            ("raw", "raw"),
+            ("other", "index and padding"),
+        )
+        if totals.bits[part]
+    )
+    directory = bytes_words(totals.file_bytes - totals.stored_bytes)
+    print(f"{totals.tensors} tensors, {totals.positions:,} weights, {percent(totals.sparsity)} pruned")
+    print(f"{totals.file_bytes:,} bytes: {parts}{', ' if parts else ''}preamble and directory {directory}")
+    print(
+        f"{number(totals.bits_per_weight, 3)} bits a weight; "
+        f"{bytes_words(totals.decoded_bytes)} decoded, {totals.ratio:.2f} times the file"
+    )
+
+
+def _row(report: TensorReport) -> list[str]:
+    entry = report.entry
+    weights = report.bits["fingerprints"] + report.bits["raw"] + report.bits["vectors"]
+    parts = (
+        report.bits["mask"] if entry.mask else None,
+        weights,
+        report.bits["importance"] if entry.importance else None,
+        report.bits["other"],
+        8 * entry.stored_bytes,
+    )
+    share = [None if bits is None or not entry.positions else bits / entry.positions for bits in parts]
+    return [
+        entry.name,
+        entry.dtype.name,
+        "×".join(map(str, entry.shape)) or "scalar",
+        report.coding,
+        percent(report.sparsity),
+        *(number(bits, 3) for bits in share),
+    ]

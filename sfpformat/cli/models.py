@@ -1,0 +1,176 @@
+"""Models as commands see them: the tensors of a file, `.sfp` or safetensors, or of the shards of an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..container.preamble import MAGIC
+from ..reader import SfpFile
+from ..safetensors import SafetensorsError, SafetensorsFile, TensorSpec
+from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
+from .trouble import PathLike, Trouble, about, require_file
+
+
+class Model:
+    """An open model; a context manager.
+
+    Attributes:
+        path: of the file or index.
+        kind: ``sfp`` or ``safetensors``.
+        files: file name -> the open file, an `SfpFile` or a `SafetensorsFile`; one, or all shards.
+        specs: tensor name -> what it is, in the order of the files.
+        sharded: whether there is an index.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file or index by what it is, not by what it is called.
+
+        Raises:
+            Trouble, OSError.
+        """
+        self.path = path
+        require_file(path)
+        self.files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self._stack = ExitStack()
+        self.sharded = path.name.endswith(".json")
+        try:
+            with about(path):
+                self.kind = self._open_shards() if self.sharded else self._open_one()
+        except BaseException:
+            self.close()
+            raise
+        for file_name, file in self.files.items():
+            for spec in _specs(file):
+                self.specs[spec.name] = spec
+                self._file_of[spec.name] = file_name
+
+    def _open_one(self) -> str:
+        with self.path.open("rb") as file:
+            start = file.read(9)
+        if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
+            self.files[self.path.name] = self._stack.enter_context(SfpFile(self.path))
+            return "sfp"
+        if start[8:] != b"{" and self.path.suffix != ".safetensors":
+            raise Trouble(f"{self.path}: neither an .sfp nor a safetensors file")
+        self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
+        return "safetensors"
+
+    def _open_shards(self) -> str:
+        index = ShardIndex.read(self.path)
+        names = index.files()
+        if names and all(name.endswith(".sfp") for name in names):
+            self.files = dict(self._stack.enter_context(ShardedFile(self.path)).files)
+            return "sfp"
+        for name in names:
+            shard = self.path.parent / name
+            with about(shard):
+                self.files[name] = self._stack.enter_context(SafetensorsFile(shard))
+        wrong = index.misplaced({name: file.header.tensors for name, file in self.files.items()})
+        if wrong is not None:
+            raise SafetensorsError(f"tensor {wrong[0]!r}: {wrong[1]}")
+        return "safetensors"
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all files."""
+        self._stack.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors once decoded."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files, the index left out."""
+        return sum(os.stat(path).st_size for path in self.paths())
+
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [self.path.parent / name for name in self.files] if self.sharded else [self.path]
+
+    def names_in(self, file_name: str) -> list[str]:
+        """The tensors of one file, in its order."""
+        return [name for name, file in self._file_of.items() if file == file_name]
+
+    def file_of(self, name: str) -> Any:
+        """The open file that has a tensor."""
+        return self.files[self._file_of[name]]
+
+    def metadata_of(self, file_name: str) -> dict[str, str]:
+        """The metadata of one file."""
+        file = self.files[file_name]
+        return file.metadata() if isinstance(file, SfpFile) else dict(file.header.metadata)
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all files; where two have the same key, those of the first count."""
+        out: dict[str, str] = {}
+        for file_name in self.files:
+            out = {**self.metadata_of(file_name), **out}
+        return out
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """A whole tensor.
+
+        Raises:
+            Trouble: its data are damaged.
+            OSError: they cannot be read.
+        """
+        file_name = self._file_of[name]
+        file = self.files[file_name]
+        with about(self.path.parent / file_name):
+            read: Callable[[str], NDArray[np.generic]]
+            read = file.get_tensor if isinstance(file, SfpFile) else file.read
+            return read(name)
+
+
+def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:
+    if isinstance(file, SafetensorsFile):
+        return file.header.tensors.values()
+    entries = (file.entry(name) for name in file)
+    return [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
+
+
+def as_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """The bytes of a contiguous array, so that NaNs and zeros of any sign are told apart."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def open_model(path: PathLike) -> Model:
+    """Opens a file, an index, or the one of either that a folder has.
+
+    Raises:
+        Trouble: it is not a model, or is damaged.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    return Model(_model_in(path) if path.is_dir() else path)
+
+
+def _model_in(folder: Path) -> Path:
+    """The index of a folder, or its one file."""
+    for suffixes in ((f".safetensors{INDEX_SUFFIX}", f".sfp{INDEX_SUFFIX}"), (".safetensors", ".sfp")):
+        found = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found[:4])
+            raise Trouble(f"{folder}: has several models, name one: {names}{', …' if len(found) > 4 else ''}")
+    raise Trouble(f"{folder}: has no .safetensors file and no index of shards")

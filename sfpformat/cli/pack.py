@@ -1,0 +1,226 @@
+"""``sfp pack``: a safetensors checkpoint as `.sfp`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .. import __version__
+from ..shards import index_name
+from .console import bytes_words, number, percent, progress, show_json
+from .info import report_model
+from .models import Model, as_bits, open_model
+from .packing import Job, job_key, pack_file, pack_shards
+from .parser import Parser, Subparsers, examples
+from .report import Totals, total
+from .rules import Rules, Treatment, add_tensor_options, parse_like
+from .treat import bytes_of_passes, shares_of_model
+from .trouble import Trouble, checked_target
+
+_DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
+.safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
+each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them, unless --single is given.
+
+Options after --like GLOB, up to the next --like, are only for the tensors with names like GLOB; of two rules
+the later counts. What is there already is replaced in one step, when all went well. A pack that was stopped
+goes on after its last complete tensor when the same command is given again."""
+
+_EXAMPLES = examples(
+    ("sfp pack model.safetensors -o model.sfp", "lossless"),
+    ("sfp pack checkpoint/ -o model.sfp --prune 0.5 --scope model", "the smallest half of all weights goes"),
+    (
+        "sfp pack m.safetensors -o m.sfp --bits 4 --like '*embed*' --bits 6 --like 'lm_head*' --lossless",
+        "4 bits a weight, embeddings 6, the head as it is",
+    ),
+    ("sfp pack m.safetensors -o m.sfp --prune 2:4 --error-db -30 --scale row", "2 of 4 stay, quantised"),
+)
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "pack",
+        help="write a safetensors checkpoint as .sfp",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        usage="sfp pack SRC -o OUT.sfp [options] [--like GLOB options]...",
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint")
+    parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
+    parser.add_argument("--single", action="store_true", help="one file, also of a checkpoint in several")
+    parser.add_argument(
+        "--keep", metavar="GLOB", action="append", default=[], help="lossless, whatever else is said"
+    )
+    parser.add_argument("--like", metavar="GLOB", help="what follows is for tensors with names like this")
+    parser.add_argument("--importance", metavar="FILE", help="safetensors with importances of tensors")
+    parser.add_argument(
+        "--metadata", metavar="KEY=VALUE", action="append", default=[], help="added to the checkpoint's"
+    )
+    parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
+    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    add_tensor_options(parser)
+    return parser
+
+
+_NOT_TENSOR_OPTIONS = frozenset(
+    ("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "verify", "json", "run")
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    start = time.monotonic()
+    base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
+    rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
+    metadata = _metadata(args.metadata)
+    with open_model(args.source) as model:
+        if model.kind != "safetensors":
+            raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
+        treatments = rules.treatments(model.specs.values())
+        importances = _importances(args.importance, model)
+        try:
+            job = _job(model, treatments, importances, metadata)
+            outputs, resumed = _write(job, args)
+        finally:
+            if importances is not None:
+                importances.close()
+        totals = _totals(outputs)
+        faults = _verify(outputs, model, treatments) if args.verify else []
+    _show(args, model, outputs, totals, resumed, faults, time.monotonic() - start)
+    return 1 if faults else 0
+
+
+def _metadata(pairs: list[str]) -> dict[str, str]:
+    out = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise Trouble(f"--metadata {pair!r} is not KEY=VALUE")
+        if key.startswith("sfp."):
+            raise Trouble(f"--metadata {key!r}: keys that begin with 'sfp.' are the format's own")
+        out[key] = value
+    return out
+
+
+def _importances(path: str | None, model: Model) -> Model | None:
+    if path is None:
+        return None
+    found = open_model(path)
+    try:
+        if found.kind != "safetensors":
+            raise Trouble(f"{path}: importances must be safetensors")
+        for name, spec in found.specs.items():
+            tensor = model.specs.get(name)
+            if tensor is None:
+                raise Trouble(f"{path}: the checkpoint has no tensor {name!r}")
+            if tensor.shape != spec.shape or not (spec.dtype.is_float and tensor.dtype.is_float):
+                raise Trouble(
+                    f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, the tensor "
+                    f"{tensor.dtype.name} {list(tensor.shape)}; both must be float and of the same shape"
+                )
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def _job(
+    model: Model, treatments: dict[str, Treatment], importances: Model | None, metadata: dict[str, str]
+) -> Job:
+    options = [__version__, metadata, {name: dataclasses.asdict(t) for name, t in treatments.items()}]
+    key = job_key(model, importances, options)
+    passes = bytes_of_passes(model, treatments)
+    if not passes:
+        return Job(model, treatments, {}, importances, metadata, key)
+    with progress(passes, "magnitudes") as shown:
+        shares = shares_of_model(model, treatments, shown.advance)
+    return Job(model, treatments, shares, importances, metadata, key)
+
+
+def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
+    sharded = len(job.model.files) > 1 and not args.single
+    target = Path(args.output)
+    if sharded and target.suffix != ".sfp":
+        raise Trouble(f"{target}: shards need a name that ends in .sfp; --single writes one file")
+    target = checked_target(target, job.model.paths())
+    with progress(job.model.nbytes, target.name) as shown:
+        if sharded:
+            return pack_shards(job, target.with_suffix(""), shown)
+        resumed = pack_file(job, list(job.model.specs), job.model.metadata(), target, shown)
+        return [target], resumed
+
+
+def _totals(outputs: list[Path]) -> Totals:
+    reports, size = [], 0
+    for path in outputs:
+        with Model(path) as packed:
+            reports += report_model(packed)
+            size += packed.stored_bytes
+    return total(reports, size)
+
+
+def _verify(outputs: list[Path], model: Model, treatments: dict[str, Treatment]) -> list[str]:
+    """What is wrong with what was written."""
+    from ..validate import validate
+
+    faults = []
+    with progress(model.nbytes, "verify") as shown:
+        for path in outputs:
+            faults += [f"{path}: {fault}" for fault in validate(path).faults]
+            with Model(path) as packed:
+                for name, spec in packed.specs.items():
+                    shown.at(name)
+                    if treatments[name].lossless:
+                        was, is_now = model.read(name), packed.read(name)
+                        same = np.array_equal(as_bits(was), as_bits(is_now))
+                        faults += [] if same else [f"{path}: tensor {name!r} is not what it was"]
+                    shown.advance(spec.nbytes)
+    return faults
+
+
+def _show(
+    args: argparse.Namespace,
+    model: Model,
+    outputs: list[Path],
+    totals: Totals,
+    resumed: int,
+    faults: list[str],
+    seconds: float,
+) -> None:
+    size = model.stored_bytes
+    if args.json:
+        show_json(
+            {
+                "outputs": [str(path) for path in outputs],
+                "input_bytes": size,
+                "output_bytes": totals.file_bytes,
+                "ratio": size / totals.file_bytes,
+                "bits_per_weight": totals.bits_per_weight,
+                "sparsity": totals.sparsity,
+                "tensors": totals.tensors,
+                "resumed_tensors": resumed,
+                "verified": not faults if args.verify else None,
+                "faults": faults,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    for words in faults:
+        print(words)
+    if resumed:
+        print(f"went on after {resumed} of {totals.tensors} tensors")
+    written = outputs[0].name if len(outputs) == 1 else f"{len(outputs)} shards, {_index(outputs[0])}"
+    print(f"{model.path.name} → {written}")
+    print(
+        f"{bytes_words(size)} → {bytes_words(totals.file_bytes)}, ratio {size / totals.file_bytes:.2f}; "
+        f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
+        f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
+    )
+
+
+def _index(shard: Path) -> str:
+    return index_name(shard.name.rsplit("-", 3)[0])

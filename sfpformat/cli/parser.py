@@ -1,0 +1,43 @@
+"""The command line's parser: argparse, with errors in one line and examples in every help."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import Any, NoReturn
+
+from .trouble import Trouble
+
+EXIT_CODES = """exit codes:
+  0    all went well; what was compared is identical
+  1    faults were found, or what was compared differs
+  2    wrong usage, a file that cannot be read or written, or another failure
+  130  interrupted by Ctrl-C (143 by SIGTERM, 129 by SIGHUP, 141 by a closed pipe)
+
+SFP_DEBUG=1 shows where an error came from; NO_COLOR=1 leaves out colours."""
+
+
+HELP_WIDTH = 100
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `Trouble` and does not guess at shortened options."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        paragraphs = (settings.get("description") or "").split("\n\n")
+        settings["description"] = "\n\n".join(textwrap.fill(text, HELP_WIDTH) for text in paragraphs)
+        super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse would print and exit with."""
+        raise Trouble(f"{message} (see '{self.prog} --help')")
+
+
+Subparsers = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def examples(*pairs: tuple[str, str]) -> str:
+    """The examples of a help: command lines, each with what it does."""
+    return "examples:\n" + "\n".join(f"  # {words}\n  {line}" for line, words in pairs)

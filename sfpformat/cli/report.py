@@ -1,0 +1,171 @@
+"""Where the bytes of `.sfp` files are, from directories and segment indices alone: no data are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..coding.quantiser import Exact, Uniform
+from ..container.entry import TensorEntry
+from ..reader import SfpFile
+
+# What the bits of a tensor are for; "other" is the segment index and padding.
+PARTS = ("mask", "fingerprints", "importance", "vectors", "raw", "other")
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor in figures.
+
+    Attributes:
+        entry: its directory entry.
+        survivors: how many positions are left; None for a tensor without a mask.
+        bits: part -> bits in the file, for each of `PARTS`; their sum is that of the tensor's chunks.
+    """
+
+    entry: TensorEntry
+    survivors: int | None
+    bits: dict[str, int]
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of positions that are pruned; None where there is no mask."""
+        positions = self.entry.positions
+        return None if self.survivors is None or not positions else 1 - self.survivors / positions
+
+    @property
+    def coding(self) -> str:
+        """Coding, quantiser and scale in words."""
+        fingerprints, scale = self.entry.fingerprints, self.entry.scale
+        if fingerprints is None:
+            return "raw"
+        quantiser = fingerprints.quantiser
+        if isinstance(quantiser, Exact):
+            words = f"exact {quantiser.dtype.name}"
+        elif isinstance(quantiser, Uniform):
+            words = f"uniform {float(quantiser.step):.4g}"
+        else:
+            words = f"table {quantiser.count}"
+        if scale is None:
+            return words
+        return f"{words} per {scale.size or ''}{'' if scale.size else scale.per}"
+
+    def to_json(self) -> dict[str, object]:
+        """The figures for a machine; sizes in bytes, parts in bits."""
+        entry = self.entry
+        quantiser = entry.fingerprints.quantiser if entry.fingerprints else None
+        return {
+            "name": entry.name,
+            "dtype": entry.dtype.name,
+            "shape": list(entry.shape),
+            "coding": entry.coding,
+            "quantiser": type(quantiser).__name__.lower() if quantiser else None,
+            "step": float(quantiser.step) if isinstance(quantiser, Uniform) else None,
+            "coded_dtype": quantiser.dtype.name if isinstance(quantiser, Exact) else None,
+            "scale": (entry.scale.size or entry.scale.per) if entry.scale else None,
+            "mask": entry.mask.kind if entry.mask else None,
+            "importance": entry.importance.over if entry.importance else None,
+            "role": entry.importance.role if entry.importance else None,
+            "segment": entry.segment,
+            "chunk": entry.chunk,
+            "positions": entry.positions,
+            "survivors": self.survivors,
+            "sparsity": self.sparsity,
+            "bits": self.bits,
+            "stored_bytes": entry.stored_bytes,
+            "decoded_bytes": entry.decoded_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A file's, or a model's, tensors together.
+
+    Attributes:
+        tensors, positions: how many.
+        pruned: positions that masks leave out.
+        bits: part -> bits, as in `TensorReport`.
+        stored_bytes: of all chunks.
+        decoded_bytes: of all tensors once decoded.
+        file_bytes: of the files, preambles and directories included.
+    """
+
+    tensors: int
+    positions: int
+    pruned: int
+    bits: dict[str, int]
+    stored_bytes: int
+    decoded_bytes: int
+    file_bytes: int
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of all positions that is pruned."""
+        return self.pruned / self.positions if self.positions else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of the files for each position."""
+        return 8 * self.file_bytes / self.positions if self.positions else None
+
+    @property
+    def ratio(self) -> float:
+        """Decoded bytes over bytes of the files."""
+        return self.decoded_bytes / self.file_bytes
+
+    def to_json(self) -> dict[str, object]:
+        """The figures for a machine."""
+        return {
+            "tensors": self.tensors,
+            "positions": self.positions,
+            "sparsity": self.sparsity,
+            "bits": self.bits,
+            "bits_per_weight": self.bits_per_weight,
+            "stored_bytes": self.stored_bytes,
+            "directory_bytes": self.file_bytes - self.stored_bytes,
+            "file_bytes": self.file_bytes,
+            "decoded_bytes": self.decoded_bytes,
+            "ratio": self.ratio,
+        }
+
+
+def report_tensor(file: SfpFile, name: str) -> TensorReport:
+    """Reads the segment indices of a tensor.
+
+    Raises:
+        InvalidFileError: an index is damaged.
+        OSError: it cannot be read.
+    """
+    entry = file.entry(name)
+    bits = dict.fromkeys(PARTS, 0)
+    survivors = None if entry.mask is None else 0
+    if entry.coding == "raw":
+        bits["raw"] = entry.decoded_bytes * 8
+    else:
+        for k in range(len(entry.chunks)):
+            index = file.read_head(entry, k)
+            for (stream, _), plane in index.bits.items():
+                bits[stream] += int(plane.sum())
+            if survivors is not None:
+                survivors += int(index.survivors.sum())
+        bits["vectors"] = 8 * sum(vector.size * vector.dtype.itemsize for vector in entry.vector_list())
+    bits["other"] = 8 * entry.stored_bytes - sum(bits.values())
+    return TensorReport(entry, survivors, bits)
+
+
+def total(reports: Iterable[TensorReport], file_bytes: int) -> Totals:
+    """The sums over some tensors.
+
+    Args:
+        file_bytes: of their files.
+    """
+    reports = list(reports)
+    return Totals(
+        len(reports),
+        sum(report.entry.positions for report in reports),
+        sum(report.entry.positions - report.survivors for report in reports if report.survivors is not None),
+        {part: sum(report.bits[part] for report in reports) for part in PARTS},
+        sum(report.entry.stored_bytes for report in reports),
+        sum(report.entry.decoded_bytes for report in reports),
+        file_bytes,
+    )

@@ -1,0 +1,283 @@
+"""What ``sfp pack`` does to each tensor: options for all, and rules after ``--like`` for those they name.
+
+Rules: an option that changes values reaches, without ``--like``, only the tensors that are usually
+compressed: float, of rank 2 or more, of at least 4,096 elements. A later rule overrides an earlier one,
+option by option; the quantiser's options (bits, step, error, table, lossless) override each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..codec.options import PRESETS, ImportanceOptions, Options
+from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
+from ..safetensors import TensorSpec
+from .parser import Parser
+from .trouble import Trouble
+
+LIKE = "--like"
+MIN_ELEMENTS = 4096
+_QUANTISER = ("bits", "step", "error_db", "table", "lossless")
+# What changes values, and what belongs to it.
+_LOSSY = frozenset((*_QUANTISER, "prune", "scope", "by", "scale", "scale_dtype", "rate_weight", "dtype"))
+# Options that are `Options` of the same name.
+_PLAIN = (
+    "scale",
+    "scale_dtype",
+    "mask",
+    "group",
+    "segment",
+    "chunk",
+    "codes",
+    "code_limit",
+    "mantissa_bits",
+    "rate_weight",
+)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which weights go: those of least magnitude.
+
+    Attributes:
+        fraction: of all positions, or 0 with a pattern.
+        keep, of: with a pattern, how many of so many neighbours in a row stay; else 0.
+        scope: ``tensor``, or ``model`` for one threshold over all tensors with this pruning.
+    """
+
+    fraction: float = 0.0
+    keep: int = 0
+    of: int = 0
+    scope: str = "tensor"
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to one tensor: pruned, then cast, then encoded."""
+
+    options: Options
+    pruning: Pruning | None = None
+    cast: Dtype | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every bit comes back."""
+        return self.options.lossless and self.pruning is None and self.cast is None
+
+
+Layer = dict[str, Any]
+
+
+def add_tensor_options(parser: argparse.ArgumentParser) -> None:
+    """The options that can also follow ``--like``; those not given are absent from the namespace."""
+    value = parser.add_argument_group(
+        "options that change values",
+        f"Without --like they reach float tensors of rank 2 or more with at least {MIN_ELEMENTS:,}\n"
+        "elements; all others stay lossless. Tensors that are not float are never changed.",
+    )
+    how = value.add_mutually_exclusive_group()
+    _add(how, "--bits", float, "B", "uniform quantiser: about B bits a position, mask included")
+    _add(how, "--step", float, "S", "uniform quantiser: multiples of S")
+    _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
+    _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
+    how.add_argument(
+        "--lossless", action="store_true", default=argparse.SUPPRESS, help="every bit as it is (the default)"
+    )
+    _add(value, "--prune", _pruning, "P", "prune the fraction P, such as 0.5, or keep n of m, such as 2:4")
+    _add(value, "--by", str, "HOW", "what decides: magnitude (the default, and all there is)", ("magnitude",))
+    _add(value, "--scope", str, "WHERE", "prune so in each tensor, or over the model", ("tensor", "model"))
+    _add(value, "--scale", _scale, "PER", "scale factors per tensor, row, column, or of so many positions")
+    _add(value, "--scale-dtype", str, "DTYPE", "of the factors: F16 (the default), BF16, F32", FACTOR_DTYPES)
+    _add(value, "--rate-weight", float, "W", "how much bits weigh against error, 0 for nearest (0.12)")
+    _add(value, "--dtype", str, "DTYPE", "cast to F32, F16 or BF16 first", FACTOR_DTYPES)
+    coding = parser.add_argument_group(
+        "options of the coding", "They change no values and reach all tensors."
+    )
+    _add(coding, "--preset", str, "NAME", f"what the others start from: {', '.join(PRESETS)}", tuple(PRESETS))
+    _add(coding, "--mask", str, "KIND", "auto, none, runs or octets", ("auto", "none", "runs", "octets"))
+    _add(coding, "--group", int, "G", "levels a symbol", (1, 2))
+    _add(coding, "--segment", int, "S", "positions a segment, a multiple of 32")
+    _add(coding, "--chunk", int, "N", "positions a chunk (262,144)")
+    _add(coding, "--codes", int, "N", "at most N codes a stream, up to 16")
+    _add(coding, "--code-limit", int, "L", "prefix codes of at most L bits, up to 12")
+    _add(coding, "--mantissa-bits", int, "M", "of exact: M mantissa bits join the class")
+    _add(coding, "--importance-bits", int, "B", "bits of an importance (6), with --importance")
+
+
+def _add(
+    group: Any, name: str, kind: Any, metavar: str, words: str, choices: Sequence[object] | None = None
+) -> None:
+    group.add_argument(
+        name, type=kind, metavar=metavar, help=words, choices=choices, default=argparse.SUPPRESS
+    )
+
+
+def _pruning(text: str) -> Pruning:
+    """``0.5`` or ``2:4``."""
+    if ":" in text:
+        keep, _, of = text.partition(":")
+        if keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 1024:
+            return Pruning(keep=int(keep), of=int(of))
+    else:
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = math.nan
+        if 0 <= fraction <= 1:
+            return Pruning(fraction)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction from 0 to 1 nor a pattern such as 2:4")
+
+
+def _scale(text: str) -> str | int:
+    """``tensor``, ``row``, ``column`` or a number of positions."""
+    if text in ("tensor", "row", "column"):
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither tensor, row, column nor a number of positions")
+
+
+# ----------------------------------------------------------------------------------------------- --like
+
+
+def split_rules(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The arguments before the first ``--like``, and those after each."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == LIKE:
+            parts.append([])
+        elif word.startswith(LIKE + "="):
+            parts.append([word[len(LIKE) + 1 :]])
+        else:
+            parts[-1].append(word)
+    if any(word in ("-h", "--help") for part in parts[1:] for word in part):
+        parts[0].append("--help")
+    return parts[0], parts[1:]
+
+
+def parse_like(words: list[str]) -> tuple[str, Layer]:
+    """The pattern and the options of one rule."""
+    if not words or words[0].startswith("--"):
+        raise Trouble("--like needs a pattern of tensor names, such as '*embed*'")
+    parser = Parser(prog="sfp pack", add_help=False)
+    add_tensor_options(parser)
+    args, rest = parser.parse_known_args(words[1:])
+    if rest:
+        raise Trouble(
+            f"{rest[0]!r} after --like {words[0]!r} is no option of tensors; put it before all --like"
+        )
+    layer = vars(args)
+    if not layer:
+        raise Trouble(f"--like {words[0]!r} is followed by no option; --keep leaves tensors as they are")
+    return words[0], layer
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All that the command line says about tensors.
+
+    Attributes:
+        base: options for all.
+        likes: pattern and options of each ``--like``, in order.
+        keep: patterns of tensors that are not changed, whatever the rest says.
+    """
+
+    base: Layer
+    likes: list[tuple[str, Layer]]
+    keep: list[str]
+
+    def treatments(self, specs: Iterable[TensorSpec]) -> dict[str, Treatment]:
+        """Tensor name -> what is done to it.
+
+        Raises:
+            Trouble: a pattern names no tensor, or an option reaches none.
+            OptionError: options that contradict each other.
+        """
+        specs = list(specs)
+        self._require_effect(specs)
+        return {spec.name: self._treatment(spec) for spec in specs}
+
+    def _require_effect(self, specs: list[TensorSpec]) -> None:
+        for pattern in [pattern for pattern, _ in self.likes] + self.keep:
+            if not any(fnmatchcase(spec.name, pattern) for spec in specs):
+                raise Trouble(f"no tensor has a name like {pattern!r}")
+        if _LOSSY & set(self.base) and not any(map(_is_usual, specs)):
+            raise Trouble(
+                f"no tensor is float, of rank 2 or more and of {MIN_ELEMENTS:,} elements or more, so "
+                f"{_flags(self.base)} would reach none; name those you mean with --like"
+            )
+        for pattern, layer in self.likes:
+            named = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
+            if _LOSSY & set(layer) and not any(spec.dtype.is_float for spec in named):
+                raise Trouble(f"no tensor like {pattern!r} is float: {_flags(layer)} would reach none")
+
+    def _treatment(self, spec: TensorSpec) -> Treatment:
+        kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
+        named = spec.dtype.is_float and not kept
+        merged = _reaching(self.base, named and _is_usual(spec))
+        for pattern, layer in self.likes:
+            if fnmatchcase(spec.name, pattern):
+                merged = _merged(merged, _reaching(layer, named))
+        return _treatment_of(merged, spec)
+
+
+def _is_usual(spec: TensorSpec) -> bool:
+    return spec.dtype.is_float and len(spec.shape) >= 2 and math.prod(spec.shape) >= MIN_ELEMENTS
+
+
+def _reaching(layer: Layer, lossy: bool) -> Layer:
+    return layer if lossy else {key: value for key, value in layer.items() if key not in _LOSSY}
+
+
+def _flags(layer: Layer) -> str:
+    return ", ".join(f"--{key.replace('_', '-')}" for key in layer if key in _LOSSY)
+
+
+def _merged(earlier: Layer, later: Layer) -> Layer:
+    """Both, the later's options first; what does not go with those is dropped."""
+    if "prune" in later and later["prune"].of:
+        earlier = {key: value for key, value in earlier.items() if key != "scope"}
+    if any(key in later for key in _QUANTISER):
+        dropped = set(_QUANTISER)
+        if "lossless" in later:
+            dropped |= {"scale", "scale_dtype", "rate_weight"}
+        earlier = {key: value for key, value in earlier.items() if key not in dropped}
+    return {**earlier, **later}
+
+
+def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
+    options = PRESETS[layer.get("preset", "default")]
+    changes = {key: layer[key] for key in _PLAIN if key in layer}
+    if "table" in layer:
+        changes |= {"quantiser": "table", "centroids": layer["table"]}
+    for key in ("bits", "step", "error_db"):
+        if key in layer:
+            changes |= {"quantiser": "uniform", key: layer[key]}
+    if "importance_bits" in layer:
+        changes["importance"] = ImportanceOptions(bits=layer["importance_bits"])
+    cast = DTYPES[layer["dtype"]] if "dtype" in layer else spec.dtype
+    return Treatment(options.but(**changes), _pruning_of(layer, spec), None if cast == spec.dtype else cast)
+
+
+def _pruning_of(layer: Layer, spec: TensorSpec) -> Pruning | None:
+    pruning: Pruning | None = layer.get("prune")
+    scope = layer.get("scope", "tensor")
+    if pruning is None:
+        if "scope" in layer or "by" in layer:
+            raise Trouble("--scope and --by need --prune")
+        return None
+    if pruning.of:
+        if scope == "model":
+            raise Trouble("--scope model needs a fraction to prune, not a pattern")
+        if not spec.shape or spec.shape[-1] % pruning.of:
+            raise Trouble(
+                f"tensor {spec.name!r} of shape {list(spec.shape)} has no rows of whole groups of "
+                f"{pruning.of}; leave it out with --keep"
+            )
+        return pruning
+    return Pruning(pruning.fraction, scope=scope) if pruning.fraction else None

@@ -1,0 +1,121 @@
+"""Pruning and casting the tensors of a model, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import Dtype
+from ..errors import OptionError
+from .magnitude import (
+    Patterns,
+    Threshold,
+    count_equal,
+    count_of,
+    find_threshold,
+    key_bits,
+    patterns,
+    prune_below,
+    prune_fraction,
+    prune_pattern,
+)
+from .models import Model
+from .rules import Pruning, Treatment
+
+Array = NDArray[np.generic]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one tensor loses to a threshold over the model: all below, and its first ``ties`` at it."""
+
+    threshold: Threshold
+    ties: int
+    bits: int
+
+
+def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Advance) -> dict[str, Share]:
+    """Tensor name -> its share, for all tensors that are pruned over the model.
+
+    Tensors with the same fraction have one threshold. Reads those tensors two times (with F64 among them
+    four times), and once more where only some of the magnitudes at the threshold go.
+
+    Args:
+        advance: called with the bytes of each tensor read.
+    """
+    groups: dict[Pruning, list[str]] = {}
+    for name, treatment in treatments.items():
+        if treatment.pruning is not None and treatment.pruning.scope == "model":
+            groups.setdefault(treatment.pruning, []).append(name)
+    shares: dict[str, Share] = {}
+    for pruning, names in groups.items():
+        shares |= _shares_of_group(model, names, pruning.fraction, advance)
+    return shares
+
+
+def bytes_of_passes(model: Model, treatments: dict[str, Treatment]) -> int:
+    """About how many bytes `shares_of_model` will read."""
+    pruned = [
+        model.specs[name]
+        for name, treatment in treatments.items()
+        if treatment.pruning is not None and treatment.pruning.scope == "model"
+    ]
+    passes = key_bits(spec.dtype for spec in pruned) // 16
+    return passes * sum(spec.nbytes for spec in pruned)
+
+
+def _shares_of_group(model: Model, names: list[str], fraction: float, advance: Advance) -> dict[str, Share]:
+    bits = key_bits(model.specs[name].dtype for name in names)
+
+    def read() -> Iterator[tuple[str, Array]]:
+        for name in names:
+            yield name, model.read(name)
+            advance(model.specs[name].nbytes)
+
+    def blocks() -> Iterator[Patterns]:
+        for _, array in read():
+            yield from patterns(array, bits)
+
+    positions = sum(model.specs[name].nbytes // model.specs[name].dtype.itemsize for name in names)
+    threshold = find_threshold(blocks, count_of(fraction, positions), bits)
+    if threshold.ties == threshold.equal:
+        return {name: Share(threshold, threshold.ties, bits) for name in names}
+    shares, left = {}, threshold.ties
+    for name, array in read():
+        ties = min(count_equal(array, threshold, bits), left)
+        shares[name] = Share(threshold, ties, bits)
+        left -= ties
+    return shares
+
+
+def treated(name: str, array: Array, treatment: Treatment, share: Share | None) -> Array:
+    """A tensor pruned and cast; pruned in place.
+
+    Raises:
+        OptionError: a weight is too great for the dtype that it is cast to.
+    """
+    pruning = treatment.pruning
+    if share is not None:
+        prune_below(array, share.threshold, share.ties, share.bits)
+    elif pruning is not None and pruning.of:
+        prune_pattern(array, pruning.keep, pruning.of)
+    elif pruning is not None:
+        prune_fraction(array, pruning.fraction)
+    return array if treatment.cast is None else _cast(name, array, treatment.cast)
+
+
+def _cast(name: str, array: Array, dtype: Dtype) -> Array:
+    out = np.empty(array.shape, dtype.numpy)
+    source, target = array.reshape(-1), out.reshape(-1)
+    for start in range(0, source.size, 1 << 20):
+        block = source[start : start + (1 << 20)]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            cast = block.astype(dtype.numpy)
+        if (np.isfinite(block) & ~np.isfinite(cast)).any():
+            raise OptionError(f"tensor {name!r} has weights too great for {dtype.name}")
+        target[start : start + (1 << 20)] = cast
+    return out

@@ -1,0 +1,111 @@
+"""``sfp unpack``: an `.sfp` file as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..atomic import replacing
+from ..safetensors import TensorSpec, in_aligned_order, write_tensors
+from ..shards import ShardIndex, index_name, shard_name
+from .console import Progress, bytes_words, progress
+from .models import Model, open_model
+from .parser import Parser, Subparsers, examples
+from .trouble import Trouble, about, checked_target
+
+_SUFFIX = ".safetensors"
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "unpack",
+        help="write an .sfp file as safetensors",
+        description="Decodes an .sfp file, or all shards of an index, tensor by tensor into a safetensors "
+        "file. Importances that are not part of the weights stay behind.",
+        epilog=examples(
+            ("sfp unpack model.sfp -o model.safetensors", "everything"),
+            ("sfp unpack model.sfp -o embed.safetensors --tensor '*embed*'", "some tensors"),
+            ("sfp unpack model.sfp.index.json -o model.safetensors --sharded", "shard by shard"),
+        ),
+    )
+    parser.add_argument("source", metavar="FILE", help="an .sfp file, or an .sfp.index.json")
+    parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True, help="the file to write")
+    parser.add_argument("--sharded", action="store_true", help="a file for each shard, and their index")
+    parser.add_argument("--tensor", metavar="GLOB", action="append", help="only tensors with names like this")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    start = time.monotonic()
+    with open_model(args.source) as model:
+        if model.kind != "sfp":
+            raise Trouble(f"{args.source}: is safetensors already")
+        for pattern in args.tensor or []:
+            if not any(fnmatchcase(name, pattern) for name in model.specs):
+                raise Trouble(f"{args.source}: no tensor has a name like {pattern!r}")
+        chosen = {
+            name: spec
+            for name, spec in model.specs.items()
+            if args.tensor is None or any(fnmatchcase(name, pattern) for pattern in args.tensor)
+        }
+        if args.sharded and Path(args.output).suffix != _SUFFIX:
+            raise Trouble(f"{args.output}: the shards need a name that ends in {_SUFFIX}")
+        target = checked_target(args.output, model.paths())
+        size = sum(spec.nbytes for spec in chosen.values())
+        with progress(size, target.name) as shown, about(target):
+            if args.sharded:
+                _write_shards(model, chosen, target.with_suffix(""), shown)
+            else:
+                _write_one(model, list(chosen.values()), model.metadata(), target, shown)
+        read = model.stored_bytes
+    seconds = time.monotonic() - start
+    print(
+        f"{len(chosen)} tensors, {bytes_words(read)} → {bytes_words(size)} in {seconds:.1f} s "
+        f"({size / 1e6 / max(seconds, 1e-9):.0f} MB/s)"
+    )
+    return 0
+
+
+def _write_one(
+    model: Model, specs: list[TensorSpec], metadata: dict[str, str], target: Path, shown: Progress
+) -> None:
+    with replacing(target) as file:
+        ordered = in_aligned_order(specs)
+        write_tensors(file, ordered, metadata, _arrays(model, ordered, shown))
+
+
+def _write_shards(model: Model, chosen: dict[str, TensorSpec], stem: Path, shown: Progress) -> None:
+    """A file for each shard that has a chosen tensor; all take their names together, the index last."""
+    by_file = {
+        name: specs
+        for name in model.files
+        if (specs := [chosen[tensor] for tensor in model.names_in(name) if tensor in chosen])
+    }
+    weight_map: dict[str, str] = {}
+    size = sum(spec.nbytes for spec in chosen.values())
+    with ExitStack() as files:
+        # What is entered first takes its name last.
+        index = files.enter_context(replacing(stem.with_name(index_name(stem.name, _SUFFIX))))
+        for number, (file_name, specs) in enumerate(by_file.items(), 1):
+            target = stem.with_name(shard_name(stem.name, number, len(by_file), _SUFFIX))
+            file = files.enter_context(replacing(target))
+            ordered = in_aligned_order(specs)
+            write_tensors(file, ordered, model.metadata_of(file_name), _arrays(model, ordered, shown))
+            weight_map |= dict.fromkeys((spec.name for spec in ordered), target.name)
+        index.write(ShardIndex(weight_map, {"total_size": size}).to_bytes())
+
+
+def _arrays(model: Model, specs: list[TensorSpec], shown: Progress) -> Iterator[NDArray[np.generic]]:
+    for spec in specs:
+        shown.at(spec.name)
+        yield model.read(spec.name)
+        shown.advance(spec.nbytes)

@@ -1,0 +1,126 @@
+"""``sfp verify``: a file against the specification."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import FileFault, SfpError
+from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
+from ..validate import Report, validate
+from .console import bytes_words, printable, progress, show_json
+from .parser import Parser, Subparsers, examples
+from .trouble import about, require_file
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="check a file against the specification",
+        description="Checks every checksum and every rule of SPEC.md, decodes everything, and reports every "
+        "fault with its code, clause, tensor and place. Of an index all shards are checked.",
+        epilog=examples(
+            ("sfp verify model.sfp", "exit code 0 if there are no faults, else 1"),
+            ("sfp verify model.sfp --canonical", "also 1 if the file is not canonical"),
+            ("sfp verify shards/*.sfp --json", "several files, for a machine"),
+        ),
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, or .sfp.index.json")
+    parser.add_argument("--canonical", action="store_true", help="what is not canonical counts as faulty")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    code, results = 0, []
+    for path in (shard for name in args.files for shard in _with_shards(Path(name))):
+        with about(path):
+            report = _validate(path)
+        good = report.canonical if args.canonical else report.ok
+        code = code if good else 1
+        results.append(_as_json(path, report))
+        if not args.json:
+            _show(path, report, args.canonical)
+    if args.json:
+        show_json(results)
+    return code
+
+
+def _with_shards(path: Path) -> list[Path]:
+    """The file, and after an index its shards."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    with about(path):
+        try:
+            names = ShardIndex.read(path).files()
+        except FileFault:
+            return [path]
+    return [path, *(path.with_name(name) for name in names)]
+
+
+def _validate(path: Path) -> Report:
+    require_file(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _validate_index(path)
+    with progress(os.stat(path).st_size, path.name) as shown:
+        last = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            shown.advance(done - last)
+            last = done
+
+        return validate(path, progress=advance)
+
+
+def _validate_index(path: Path) -> Report:
+    """Whether the shards have what the index says (SPEC.md chapter 18); faults inside shards are theirs."""
+    report = Report(bytes=os.stat(path).st_size)
+    try:
+        with ShardedFile(path) as model:
+            report.tensors = len(model)
+    except FileFault as error:
+        if error.clause.startswith("R-SHD"):
+            report.faults.append(error)
+    except SfpError:
+        raise
+    return report
+
+
+def _as_json(path: Path, report: Report) -> dict[str, object]:
+    faults = [
+        {
+            "code": fault.code,
+            "clause": fault.clause,
+            "tensor": fault.tensor,
+            "offset": fault.offset,
+            "detail": fault.detail,
+        }
+        for fault in report.faults
+    ]
+    return {
+        "file": str(path),
+        "ok": report.ok,
+        "canonical": report.canonical,
+        "tensors": report.tensors,
+        "bytes": report.bytes,
+        "faults": faults,
+        "notes": report.notes,
+    }
+
+
+def _show(path: Path, report: Report, with_notes: bool) -> None:
+    name = printable(str(path))
+    for fault in report.faults:
+        print(f"{name}: {printable(str(fault))}")
+    if with_notes:
+        for note in report.notes:
+            print(f"{name}: not canonical: {printable(note)}")
+    if report.faults:
+        print(f"{name}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
+        return
+    canonical = "canonical" if report.canonical else "not canonical"
+    print(f"{name}: no faults, {canonical}; {report.tensors} tensors, {bytes_words(report.bytes)}")

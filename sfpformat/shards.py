@@ -1,0 +1,227 @@
+"""Models that lie in several files (SPEC.md chapter 18), and the index that tells what is where."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from .codec.decode import Values
+from .coding.mask import Mask
+from .coding.quantiser import F32
+from .container.entry import TensorEntry
+from .errors import FileFault, MissingTensorError, fault
+from .limits import DEFAULT_LIMITS, Limits
+from .reader import SfpFile, SfpSlice, TensorInfo
+from .safetensors import SafetensorsError, strict_json
+
+INDEX_SUFFIX = ".index.json"
+# As many bytes as a directory may have: an index says less about a tensor than a directory.
+MAX_INDEX_BYTES = DEFAULT_LIMITS.directory_bytes
+
+
+def shard_name(stem: str, number: int, count: int, suffix: str = ".sfp") -> str:
+    """The name of shard ``number``, from 1, of ``count``."""
+    return f"{stem}-{number:05d}-of-{count:05d}{suffix}"
+
+
+def index_name(stem: str, suffix: str = ".sfp") -> str:
+    """The name of the index of a model's shards."""
+    return f"{stem}{suffix}{INDEX_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Which file has which tensor.
+
+    Attributes:
+        weight_map: tensor name -> file name, without any directory part.
+        metadata: the object of that name; ``total_size`` is the bytes of all tensors once decoded.
+    """
+
+    weight_map: dict[str, str]
+    metadata: dict[str, object]
+
+    def to_bytes(self) -> bytes:
+        """The JSON text."""
+        fields = {"metadata": self.metadata, "weight_map": self.weight_map}
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ShardIndex:
+        """Reads the JSON text, of `.sfp` or of safetensors files.
+
+        Raises:
+            SafetensorsError: it is not such a JSON text.
+            InvalidFileError: a file name has a directory part (R-SHD-002).
+        """
+        fields = strict_json(data, "the index")
+        weight_map, metadata = fields.get("weight_map"), fields.get("metadata", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise SafetensorsError("the index has no 'weight_map' from tensor names to file names")
+        if not isinstance(metadata, dict):
+            raise SafetensorsError("the 'metadata' of the index are not an object")
+        for name, file in weight_map.items():
+            if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
+                raise fault("R-SHD-002", f"{file!r} is not a plain file name", tensor=name)
+        return cls(weight_map, metadata)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ShardIndex:
+        """Reads an index file.
+
+        Raises:
+            SafetensorsError, InvalidFileError: as `from_bytes`.
+            OSError: it cannot be read.
+        """
+        with open(path, "rb") as file:
+            data = file.read(MAX_INDEX_BYTES + 1)
+        if len(data) > MAX_INDEX_BYTES:
+            raise SafetensorsError(f"the index has more than {MAX_INDEX_BYTES:,} bytes")
+        return cls.from_bytes(data)
+
+    def files(self) -> list[str]:
+        """The names of the files, ascending."""
+        return sorted(set(self.weight_map.values()))
+
+    def misplaced(self, found: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
+        """The first tensor that is missing, elsewhere, twice, or not listed, and what is wrong with it.
+
+        Args:
+            found: file name -> names of the tensors that it has.
+        """
+        there: set[str] = set()
+        for file, names in found.items():
+            for name in names:
+                there.add(name)
+                listed = self.weight_map.get(name)
+                if listed != file:
+                    says = "does not list it" if listed is None else f"says {listed!r}"
+                    return name, f"it is in {file!r}, the index {says}"
+        for name, file in self.weight_map.items():
+            if name not in there:
+                return name, f"it is not in {file!r}, where the index says"
+        return None
+
+
+@contextmanager
+def in_shard(name: str) -> Iterator[None]:
+    """Adds the name of a shard to the faults of its file."""
+    try:
+        yield
+    except FileFault as error:
+        error.detail = f"in {name!r}: {error.detail}"
+        raise
+
+
+class ShardedFile:
+    """An open model in several `.sfp` files; a context manager that is used as an `SfpFile` is.
+
+    Attributes:
+        index: the index.
+        files: file name -> the open file, in the order of the names.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        engine: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Opens the index and every shard; of the shards only the directories are read.
+
+        Args:
+            path: of the ``.sfp.index.json``.
+            limits, engine, threads: as in `sfpformat.open`.
+
+        Raises:
+            SafetensorsError: the index is not the JSON that it should be.
+            InvalidFileError, UnsupportedError, LimitError: a file is damaged, or the index is wrong.
+            OSError: a file cannot be read.
+        """
+        self.index = ShardIndex.read(path)
+        self.files: dict[str, SfpFile] = {}
+        folder = Path(path).parent
+        try:
+            for name in self.index.files():
+                with in_shard(name):
+                    self.files[name] = SfpFile(folder / name, limits=limits, engine=engine, threads=threads)
+            wrong = self.index.misplaced(self.files)
+            if wrong is not None:
+                raise fault("R-SHD-001", wrong[1], tensor=wrong[0])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ShardedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all shards."""
+        for file in self.files.values():
+            file.close()
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, shard by shard, in the order of each."""
+        return [name for file in self.files.values() for name in file]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index.weight_map
+
+    def __len__(self) -> int:
+        return len(self.index.weight_map)
+
+    def file_of(self, name: str) -> SfpFile:
+        """The shard that has a tensor.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+        """
+        if name not in self.index.weight_map:
+            raise MissingTensorError(f"no tensor {name!r} in the model")
+        return self.files[self.index.weight_map[name]]
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all shards; where two have the same key, those of the first count."""
+        out: dict[str, str] = {}
+        for file in self.files.values():
+            out = {**file.metadata(), **out}
+        return out
+
+    def entry(self, name: str) -> TensorEntry:
+        """The tensor's entry in its shard's directory."""
+        return self.file_of(name).entry(name)
+
+    def info(self, name: str) -> TensorInfo:
+        """What the directory says about a tensor; reads no data."""
+        return self.file_of(name).info(name)
+
+    def get_tensor(self, name: str) -> Values:
+        """A whole tensor, as `SfpFile.get_tensor` gives it."""
+        return self.file_of(name).get_tensor(name)
+
+    def get_slice(self, name: str) -> SfpSlice:
+        """The tensor, to be indexed, as `SfpFile.get_slice` gives it."""
+        return self.file_of(name).get_slice(name)
+
+    def get_mask(self, name: str) -> Mask:
+        """The mask, as `SfpFile.get_mask` gives it."""
+        return self.file_of(name).get_mask(name)
+
+    def get_importance(self, name: str) -> F32 | None:
+        """The importance, as `SfpFile.get_importance` gives it."""
+        return self.file_of(name).get_importance(name)
