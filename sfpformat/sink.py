@@ -47,7 +47,11 @@ class FileSink:
 
     def __init__(self, target: Path) -> None:
         self._new = AtomicFile(target)
-        self.append(bytes(SIZE))
+        try:
+            self.append(bytes(SIZE))
+        except BaseException:
+            self._new.abort()
+            raise
 
     def append(self, data: bytes) -> None:
         self._new.file.write(data)

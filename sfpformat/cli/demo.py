@@ -11,7 +11,6 @@ from pathlib import Path
 from .console import number, percent, progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
 
-
 _DESCRIPTION = """Packs a small language model in several ways, verifies every file, loads it back, and prints
 its size, bits a weight, error, and the perplexity a character of the loaded model on text that it was never
 trained on: source code and English prose. The model has about a million weights and comes with the package;
@@ -80,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         )
     show_table(header, rows)
     print(
-        "\nzeros and error: of the linear layers. code, prose: perplexity a character of the model loaded from"
-        f"\nthe file, on held-out text; less is better. {seconds:.0f} seconds."
+        "\nzeros and error: of the linear layers. code, prose: perplexity a character of the model loaded"
+        f"\nfrom the file, on held-out text; less is better. {seconds:.0f} seconds."
     )
     if args.keep:
         print(f"The files are in {folder}.")

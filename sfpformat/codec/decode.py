@@ -57,7 +57,7 @@ class TensorDecoder:
         self.entry = entry
         self.engine = engine
         self.vectors = {} if vector_chunk is None else read_vectors(vector_chunk, entry)
-        _require_valid_vectors(entry, self.vectors)
+        require_valid_vectors(entry, self.vectors)
 
     def open_chunk(self, data: Bytes, k: int) -> Chunk:
         """Checks the structure of chunk ``k``, whose checksum matched."""
@@ -192,7 +192,7 @@ def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.
     return positions // min(entry.scale.size, MAX_POSITIONS)
 
 
-def _require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
+def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
     """Checks the values that the vector chunk gives."""
     for name in ("fingerprint centroids", "importance centroids"):
         if name in vectors:

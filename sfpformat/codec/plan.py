@@ -26,7 +26,8 @@ from ..coding.quantiser import (
 from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
-from ..errors import OptionError
+from ..errors import FileFault, OptionError
+from .decode import require_valid_vectors
 from .options import ImportanceOptions, Options
 from .quantise import TableNumbers, UniformNumbers
 from .sources import (
@@ -36,6 +37,7 @@ from .sources import (
     NumberSource,
     few_values,
     number_source,
+    require_finite,
     scaling_of,
     table_of_values,
 )
@@ -45,6 +47,7 @@ Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.float
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
 _NO_FACTORS = np.zeros(0, np.float32)
+_LEAST = np.finfo(np.float32).smallest_subnormal
 # Tensors of fewer bytes are kept raw by coding="auto": tables and index cost more than they save.
 _MIN_BYTES = 512
 # With more survivors than this a tensor is also tried without a mask.
@@ -135,9 +138,24 @@ def plan_tensor(
     try:
         planner = _Planner(raw, options, _flat_mask(mask, array.shape))
         plan, bits = planner.plan(importance)
+        _require_readable(plan)
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
     return raw if may_be_raw and bits >= flat.nbytes * 8 else plan
+
+
+def _require_readable(plan: Plan) -> None:
+    """Raises OptionError for numbers that a reader would refuse: beyond float32, or a factor's dtype."""
+    with np.errstate(over="ignore"):
+        stored = {
+            vector.name: plan.vectors[vector.name].astype(vector.dtype.numpy).astype(np.float32)
+            for vector in plan.entry.vector_list()
+        }
+    try:
+        plan.entry.require_valid_streams()
+        require_valid_vectors(plan.entry, stored)
+    except FileFault as error:
+        raise OptionError(error.detail) from None
 
 
 def _flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
@@ -207,6 +225,7 @@ class _Planner:
             if values is not None and len(values):
                 exact.append((table_of_values(flat, values), {"fingerprint centroids": values}))
             return exact
+        require_finite(flat)
         scaling = scaling_of(flat, self.entry, options, self.given_mask)
         if scaling is not None:
             self.entry = scaling.entry
@@ -350,17 +369,25 @@ def _survivors_of(mask: Mask) -> Callable[[slice], Mask]:
 def _checked_factor(name: str, factor: NDArray[np.floating], size: int) -> F32:
     if factor.shape != (size,) or not np.isfinite(factor).all():
         raise OptionError(f"{name} must be {size} finite numbers")
-    return np.asarray(factor, np.float32)
+    with np.errstate(over="ignore"):
+        return np.asarray(factor, np.float32)
 
 
 def _importance_source(importance: NDArray[np.floating], options: ImportanceOptions) -> ImportanceSource:
-    flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
+    with np.errstate(over="ignore"):
+        flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
+        if options.quantiser == "exact":
+            flat = flat.astype(DTYPES[options.dtype].numpy).astype(np.float32)
     if not np.isfinite(flat).all() or (flat < 0).any():
         raise OptionError("importances must be finite and not negative")
     over_survivors = options.over == "survivors"
     if options.quantiser == "exact":
         return ImportanceSource(flat + np.float32(0), Exact(DTYPES[options.dtype]), over_survivors)
     greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
-    step = np.float32(greatest / np.float32((1 << options.bits) - 1)) or np.float32(1)
+    most = np.float32((1 << options.bits) - 1)
+    step = np.float32(greatest / most) or (_LEAST if greatest else np.float32(1))
+    # The quotient is rounded: a step too small would give the greatest importance a number too many.
+    while np.floor(greatest / step + np.float32(0.5)) > most:
+        step = np.nextafter(step, np.float32(np.inf))
     numbers = UniformNumbers(step, np.zeros(0, np.float32))
     return ImportanceSource(flat, Uniform(step), over_survivors, numbers)

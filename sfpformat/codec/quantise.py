@@ -140,7 +140,9 @@ def _least(holds: Callable[[float], bool], magnitudes: F32) -> float:
     greatest = float(magnitudes.max()) if len(magnitudes) else 0.0
     if greatest == 0.0:
         return 1.0
-    low, high = greatest / (1 << 20), greatest * 4
+    limits = np.finfo(np.float32)
+    low = max(greatest / (1 << 20), float(limits.smallest_subnormal))
+    high = min(greatest * 4, float(limits.max))
     if holds(low):
         return low
     for _ in range(_SEARCH_ROUNDS):

@@ -206,6 +206,17 @@ def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | No
     return Scaling(shaped, np.minimum(factors, np.finfo(np.float32).max / 4))
 
 
+def require_finite(flat: Flat) -> None:
+    """Refuses what a lossy quantiser cannot take."""
+    for start in range(0, len(flat), 1 << 22):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = flat[start : start + (1 << 22)].astype(np.float32)
+        if not np.isfinite(values).all():
+            raise OptionError(
+                "a lossy quantiser takes finite float32 only, no infinities or NaNs; use lossless"
+            )
+
+
 def number_source(
     flat: Flat,
     options: Options,
@@ -226,9 +237,6 @@ def number_source(
     alive = flat[chosen] != 0 if mask is None else mask[chosen]
     positions = chosen[alive]
     magnitudes = np.abs(flat[positions].astype(np.float32))
-    for start in range(0, len(flat), 1 << 22):
-        if not np.isfinite(flat[start : start + (1 << 22)]).all():
-            raise OptionError("a lossy quantiser cannot take infinities or NaNs; use lossless")
     if scaling is not None:
         magnitudes = scaled_down(magnitudes, scaling.of(positions))
     if options.quantiser == "table":
@@ -244,7 +252,8 @@ def number_source(
     else:
         assert options.error_db is not None
         step = step_for_error(magnitudes, options.error_db, options.rate_weight)
+    with np.errstate(over="ignore"):
+        if not 0 < np.float32(step) < np.inf:
+            raise OptionError(f"a step of {step} is no float32 above 0")
     numbers = uniform_numbers(magnitudes, step, options.rate_weight)
-    if not numbers.step > 0:
-        raise OptionError(f"a step of {step} is 0 in float32")
     return NumberSource(flat, Uniform(numbers.step), numbers, scaling)

@@ -99,7 +99,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         finest = min(max(options.mantissa_bits, 1 - dtype.exponent_bits), mantissa)
     width = mantissa + 1 - finest
     counts = _class_counts(blocks, width)
-    while _end(counts) << width > bound:
+    while _end(counts) << width > bound and width > 1:
         finest, width = finest + 1, width - 1
         counts = _class_counts(blocks, width)
     if not counts.any():

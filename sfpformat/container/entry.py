@@ -237,6 +237,12 @@ class TensorEntry:
                 if source is not None and key in source:
                     raise fault("R-TEN-011", f"coding raw with {key!r}")
             return
+        self.require_valid_streams()
+        if (self.vectors is not None) != self.has_vectors():
+            raise fault("R-TEN-009", "a vector chunk without vectors, or vectors without one")
+
+    def require_valid_streams(self) -> None:
+        """Checks the streams of a fingerprint tensor against each other and its dtype."""
         if not self.dtype.is_float:
             raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
         assert self.fingerprints is not None
@@ -250,8 +256,6 @@ class TensorEntry:
         if isinstance(quantiser, Uniform):
             require_finite_step(quantiser, (table.top - 1) // 2, "R-QNT-006")
         self._require_valid_importance()
-        if (self.vectors is not None) != self.has_vectors():
-            raise fault("R-TEN-009", "a vector chunk without vectors, or vectors without one")
 
     def _require_valid_importance(self) -> None:
         if self.importance is None or self.importance.table is None:

@@ -1,0 +1,113 @@
+"""The demonstration: the carried model is what it claims to be, and the table it prints is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sfpformat
+from sfpformat.cli import main
+from sfpformat.codec.options import Options
+from sfpformat.demo import carried, packing
+from sfpformat.demo.model import (
+    CHARACTERS,
+    OTHER_TOKEN,
+    Config,
+    encode_text,
+    logits,
+    perplexity,
+    weight_shapes,
+)
+
+
+@pytest.fixture(scope="module")
+def weights() -> packing.Tensors:
+    return carried.weights()
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perplexities over a few windows, so that the tests are quick."""
+    monkeypatch.setattr(packing, "EVALUATED_TOKENS", {"code": 1024, "prose": 512})
+
+
+def test_the_carried_file_is_canonical_and_small() -> None:
+    assert sfpformat.validate(carried.model_bytes()).canonical
+    assert len(carried.model_bytes()) < 2_000_000
+
+
+def test_the_carried_model_has_the_shapes_of_its_config(weights: packing.Tensors) -> None:
+    assert {name: array.shape for name, array in weights.items()} == weight_shapes(Config())
+    assert 900_000 < sum(array.size for array in weights.values()) < 1_100_000
+
+
+def test_the_carried_model_predicts_text_that_it_never_saw(weights: packing.Tensors) -> None:
+    tokens = carried.heldout_tokens("code", 2049)
+    assert perplexity(weights, Config(), tokens) < 3.5
+    shuffled = np.random.default_rng(0).permutation(tokens)
+    assert perplexity(weights, Config(), shuffled) > 20
+
+
+def test_a_position_does_not_see_what_comes_after_it(weights: packing.Tensors) -> None:
+    tokens = carried.heldout_tokens("prose", 64)
+    changed = tokens.copy()
+    changed[40:] = OTHER_TOKEN
+    before, after = (logits(weights, Config(), t[None])[0, :40] for t in (tokens, changed))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_text_is_encoded_character_by_character() -> None:
+    assert encode_text("\tA~é").tolist() == [0, CHARACTERS.index("A"), CHARACTERS.index("~"), OTHER_TOKEN]
+
+
+def test_magnitude_keeps_the_greatest() -> None:
+    array = np.array([[4.0, -1.0, 3.0, -2.0], [0.5, 8.0, -7.0, 6.0]], np.float32)
+    assert packing.magnitude_mask(array, 0.5).tolist() == [
+        [True, False, False, False],
+        [False, True, True, True],
+    ]
+    assert packing.magnitude_mask(array, "2:4").tolist() == [
+        [True, False, True, False],
+        [False, True, True, False],
+    ]
+
+
+def test_a_lossless_variant_costs_nothing(
+    weights: packing.Tensors, short_texts: None, tmp_path: Path
+) -> None:
+    result = packing.run(weights, packing.Variant("lossless", 0.0, Options()), tmp_path / "a.sfp")
+    assert result.error_db is None
+    assert result.verified
+    assert result.code == packing.evaluate(weights, "code")
+    assert result.bits_per_weight < 11
+
+
+def test_a_pruned_and_quantised_variant_is_measured(
+    weights: packing.Tensors, short_texts: None, tmp_path: Path
+) -> None:
+    variant = packing.Variant("half", 0.5, Options(quantiser="uniform", error_db=-20))
+    result = packing.run(weights, variant, tmp_path / "b.sfp")
+    assert result.verified
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert result.error_db == pytest.approx(-11, abs=2)
+    assert result.bits_per_weight < 3.5
+    assert packing.evaluate(weights, "code") < result.code < 6
+
+
+def test_the_command_prints_a_row_for_each_variant(
+    short_texts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(packing, "VARIANTS", packing.VARIANTS[:2])
+    assert main(["demo", "--json", "--keep", str(tmp_path)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in shown["results"]] == [v.name for v in packing.VARIANTS]
+    assert len(list(tmp_path.glob("*.sfp"))) == 2
+    assert main(["demo"]) == 0
+    table = capsys.readouterr().out
+    assert all(variant.name in table for variant in packing.VARIANTS)
