@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.clauses import clauses
+
 from .test_cli import Arrays, child, error_of, make, run, sharded
 
 Capture = pytest.CaptureFixture[str]
@@ -128,6 +130,7 @@ def test_shards_that_are_finished_are_not_written_again(tmp_path: Path) -> None:
     assert contents(folder) == expected
 
 
+@clauses("R-SHD-003")
 def test_a_pack_killed_between_two_names_goes_on(tmp_path: Path) -> None:
     index = sharded(tmp_path / "in", cuts=2)
     expected = unbroken(tmp_path / "whole", index)
@@ -203,6 +206,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(words: tuple[str, ...]
     assert (tmp_path / "m.sfp").read_bytes() == OLD
 
 
+@clauses("R-SHD-003", "R-STR-005")
 def test_a_full_disk_leaves_an_old_model_in_shards_as_it_was(tmp_path: Path) -> None:
     arrays = {"a": np.ones(8, np.float32), **large(6)}
     index = sharded(tmp_path / "in", arrays, cuts=7)

@@ -12,6 +12,7 @@ from sfpformat import FileFault, InvalidFileError, MissingTensorError
 from sfpformat.numpy import save_file
 from sfpformat.safetensors import SafetensorsError
 from sfpformat.shards import ShardedFile, ShardIndex, index_name, shard_name
+from tests.clauses import clauses
 
 A, B = "m-00001-of-00002.sfp", "m-00002-of-00002.sfp"
 ARRAYS = {
@@ -69,16 +70,16 @@ def test_an_index_comes_back() -> None:
     ],
     ids=["elsewhere", "missing", "not listed", "two swapped"],
 )
-def test_R_SHD_001_a_tensor_is_where_the_index_says(
-    tmp_path: Path, weight_map: dict[str, str], words: str
-) -> None:
+@clauses("R-SHD-001")
+def test_a_tensor_is_where_the_index_says(tmp_path: Path, weight_map: dict[str, str], words: str) -> None:
     with pytest.raises(InvalidFileError, match=words) as caught:
         ShardedFile(model(tmp_path, weight_map))
     assert (caught.value.clause, caught.value.code) == ("R-SHD-001", "E_LAYOUT")
 
 
 @pytest.mark.parametrize("name", ["../m.sfp", "/m.sfp", "d/m.sfp", "d\\m.sfp", "..", ".", "", "m\0.sfp"])
-def test_R_SHD_002_a_file_name_has_no_directory_part(name: str) -> None:
+@clauses("R-SHD-002")
+def test_a_file_name_has_no_directory_part(name: str) -> None:
     text = json.dumps({"metadata": {}, "weight_map": {"a": name}}).encode()
     with pytest.raises(InvalidFileError) as caught:
         ShardIndex.from_bytes(text)

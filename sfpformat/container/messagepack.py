@@ -25,6 +25,8 @@ class Map(dict[str, object]):
         at: key -> offset of the key's value.
     """
 
+    __slots__ = ("at", "offset")  # an empty map takes a byte of a file: it must not take hundreds of memory
+
     def __init__(self, offset: int) -> None:
         super().__init__()
         self.offset = offset

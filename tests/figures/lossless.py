@@ -1,8 +1,8 @@
 """Lossless size and speed on all-MiniLM-L6-v2, beside general and numeric compressors.
 
 ``python -m tests.figures.lossless`` prints, for F32 and for the same model rounded to BF16: the size over raw
-bytes, the order-0 limit, and the speeds of the reference engine in one thread; and how long a slice of 1 % takes
-over the whole. Peers that are not installed are left out.
+bytes, the order-0 limit, and the speeds of the reference engine in one thread; and how long a slice of 1 %
+takes over the whole. Peers that are not installed are left out.
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+"""SPEC.md chapter 6: the directory's encoding."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfpformat.container import messagepack
+from sfpformat.container.messagepack import Map
+from sfpformat.limits import DEFAULT_LIMITS
+
+from . import slow_reader
+from .clauses import clauses
+from .forge import Forge, Pairs, Raw, accepted, fault_of, pack, refused, refused_bytes
+from .samples import everything, plain
+
+text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
+values = st.recursive(
+    st.integers(0, 2**64 - 1)
+    | st.sampled_from([0, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32])
+    | text
+    | st.binary(max_size=300),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(text, inner, max_size=20),
+    max_leaves=30,
+)
+
+
+@clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
+@given(st.dictionaries(text, values, max_size=20))
+def test_every_value_has_one_encoding_and_both_readers_read_it_back(value: dict[str, object]) -> None:
+    data = messagepack.encode(value)
+    assert data == pack(value)
+    assert messagepack.decode(data, DEFAULT_LIMITS) == value
+    assert slow_reader.MessagePack(data).value() == value
+
+
+@clauses("R-MSG-002")
+@pytest.mark.parametrize("size", [0, 15, 16, 31, 32, 255, 256, 65535, 65536])
+def test_strings_binaries_arrays_and_maps_of_any_size_are_read_back(size: int) -> None:
+    value = {
+        "text": "x" * size,
+        "binary": bytes(size),
+        "array": [7] * size,
+        "map": {format(i, "05d"): 1 for i in range(size)},
+    }
+    assert messagepack.decode(messagepack.encode(value), DEFAULT_LIMITS) == value
+
+
+@clauses("R-MSG-004")
+def test_a_map_knows_where_its_values_lie() -> None:
+    decoded = messagepack.decode(pack({"a": {"b": 1}, "c": "d"}), DEFAULT_LIMITS)
+    assert isinstance(decoded, Map)
+    inner = decoded["a"]
+    assert isinstance(inner, Map)
+    assert (decoded.offset, decoded.at, inner.offset, inner.at) == (0, {"a": 3, "c": 9}, 3, {"b": 6})
+
+
+def with_value(raw: bytes) -> bytes:
+    """A file with an unknown key in its root that has these bytes as its value."""
+    file = Forge.of(plain())
+    file.root["x-a"] = Raw(raw)
+    return file.build()
+
+
+FORBIDDEN = {
+    "nil": b"\xc0",
+    "never used": b"\xc1",
+    "false": b"\xc2",
+    "true": b"\xc3",
+    "negative fixint": b"\xff",
+    "int 8": b"\xd0\x01",
+    "int 16": b"\xd1\x00\x01",
+    "int 32": b"\xd2\x00\x00\x00\x01",
+    "int 64": b"\xd3" + bytes(8),
+    "float 32": b"\xca" + bytes(4),
+    "float 64": b"\xcb" + bytes(8),
+    "fixext 1": b"\xd4\x01\x00",
+    "fixext 2": b"\xd5\x01\x00\x00",
+    "fixext 4": b"\xd6\x01" + bytes(4),
+    "fixext 8": b"\xd7\x01" + bytes(8),
+    "fixext 16": b"\xd8\x01" + bytes(16),
+    "ext 8": b"\xc7\x01\x01\x00",
+    "ext 16": b"\xc8\x00\x01\x01\x00",
+    "ext 32": b"\xc9\x00\x00\x00\x01\x01\x00",
+}
+
+
+@clauses("R-MSG-001")
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_types_outside_the_subset_are_refused(kind: str) -> None:
+    error = refused_bytes(with_value(FORBIDDEN[kind]), "R-MSG-001")
+    assert error.offset == with_value(FORBIDDEN[kind]).rindex(b"x-a") + 3
+
+
+@clauses("R-MSG-001")
+@pytest.mark.parametrize("key", [1, b"a", [], Raw(b"\xc0")])
+def test_a_key_that_is_no_string_is_refused(key: object) -> None:
+    def edit(file: Forge) -> None:
+        file.root["x-a"] = Pairs([(key, 1)])
+
+    refused("R-MSG-001", edit, plain())
+
+
+LONG = {
+    "uint 8 for a fixint": b"\xcc\x7f",
+    "uint 16 for a uint 8": b"\xcd\x00\xff",
+    "uint 32 for a uint 16": b"\xce\x00\x00\xff\xff",
+    "uint 64 for a uint 32": b"\xcf" + bytes(4) + b"\xff" * 4,
+    "uint 64 for 0": b"\xcf" + bytes(8),
+    "str 8 for a fixstr": b"\xd9\x1f" + b"x" * 31,
+    "str 16 for a str 8": b"\xda\x00\xff" + b"x" * 255,
+    "str 32 for a str 16": b"\xdb\x00\x00\xff\xff" + b"x" * 65535,
+    "bin 16 for a bin 8": b"\xc5\x00\xff" + b"x" * 255,
+    "bin 32 for a bin 16": b"\xc6\x00\x00\xff\xff" + b"x" * 65535,
+    "array 16 for a fixarray": b"\xdc\x00\x0f" + b"\1" * 15,
+    "array 32 for an array 16": b"\xdd\x00\x00\xff\xff" + b"\1" * 65535,
+    "map 16 for a fixmap": b"\xde\x00\x01\xa1a\1",
+    "map 32 for a fixmap": b"\xdf\x00\x00\x00\x01\xa1a\1",
+}
+
+
+@clauses("R-MSG-002")
+@pytest.mark.parametrize("kind", LONG)
+def test_an_encoding_that_is_not_the_shortest_is_refused(kind: str) -> None:
+    refused_bytes(with_value(LONG[kind]), "R-MSG-002")
+
+
+@clauses("R-MSG-003")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xff",
+        b"\x80",
+        b"\xc3",
+        b"\xc0\xaf",  # overlong
+        b"\xe0\x80\xaf",
+        b"\xed\xa0\x80",  # a surrogate
+        b"\xf4\x90\x80\x80",  # beyond U+10FFFF
+        b"\xf8\x88\x80\x80\x80",
+        b"a\0b",
+        b"\0",
+    ],
+)
+def test_strings_that_are_not_utf_8_or_hold_a_nul_are_refused(raw: bytes) -> None:
+    refused_bytes(with_value(bytes([0xA0 + len(raw)]) + raw), "R-MSG-003")
+    refused_bytes(with_value(b"\x81" + bytes([0xA0 + len(raw)]) + raw + b"\1"), "R-MSG-003")
+
+
+@clauses("R-MSG-004")
+@pytest.mark.parametrize("keys", [("b", "a"), ("aa", "a"), ("é", "z"), ("a", "")])
+def test_keys_out_of_order_are_refused(keys: tuple[str, str]) -> None:
+    def edit(file: Forge) -> None:
+        file.root["x-a"] = Pairs([(keys[0], 1), (keys[1], 2)])
+
+    refused("R-MSG-004", edit, plain())
+    mended = Forge.of(plain())
+    mended.root["x-a"] = Pairs([(keys[1], 2), (keys[0], 1)])
+    accepted(mended.build())
+
+
+@clauses("R-MSG-005")
+def test_a_key_that_comes_twice_is_refused_in_any_map() -> None:
+    file = Forge.of(everything())
+    for name in ("mask", "fingerprints", "importance", "scale"):
+        broken = Forge.of(everything())
+        entry = broken.part("uniform").entry
+        pairs = sorted(entry[name].items())
+        entry[name] = Pairs([pairs[0], *pairs])
+        refused_bytes(broken.build(), "R-MSG-005")
+    pairs = sorted(file.part("uniform").full_entry().items())
+    file.root["tensors"] = [Pairs([*pairs, pairs[-1]])]
+    refused_bytes(file.build(), "R-MSG-005")
+
+
+@clauses("R-MSG-006")
+@pytest.mark.parametrize("more", [b"\0", b"\x80", b"\xc1", bytes(100)])
+def test_bytes_after_the_value_are_refused(more: bytes) -> None:
+    def edit(file: Forge) -> None:
+        file.directory = file.directory_bytes() + more
+
+    refused("R-MSG-006", edit, plain())
+
+
+@clauses("R-MSG-007")
+def test_a_directory_that_ends_too_early_is_refused_wherever_it_ends() -> None:
+    whole = Forge.of(plain()).directory_bytes()
+    for length in range(len(whole)):
+        broken = Forge.of(plain())
+        broken.directory = whole[:length]
+        refused_bytes(broken.build(), "R-MSG-007")
+
+
+CLAIMS = {
+    "array 16": b"\xdc\xff\xff",
+    "array 32": b"\xdd\xff\xff\xff\xff",
+    "map 16": b"\xde\xff\xff",
+    "map 32": b"\xdf\xff\xff\xff\xff",
+    "str 32": b"\xdb\xff\xff\xff\xff",
+    "bin 32": b"\xc6\xff\xff\xff\xff",
+    "nested arrays": b"\xdd\x00\x01\x00\x00" * 10,
+}
+
+
+@clauses("R-MSG-007", "R-MSG-008")
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_a_count_that_the_bytes_cannot_hold_is_refused_before_memory_is_given_to_it(kind: str) -> None:
+    data = with_value(CLAIMS[kind])
+    tracemalloc.start()
+    error = fault_of(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.clause == "R-MSG-007"
+    assert peak < 1 << 20
+
+
+@clauses("R-MSG-008")
+def test_a_map_needs_two_bytes_for_each_pair() -> None:
+    # Five pairs are claimed, nine bytes are left: enough for five elements, not for five pairs.
+    refused_bytes(with_value(b"\x85" + b"\xa0" * 9), "R-MSG-007")
+
+
+@clauses("R-MSG-002", "R-MSG-004", "R-MSG-005")
+def test_what_the_writer_writes_is_its_own_canonical_encoding() -> None:
+    (at,) = struct.unpack_from("<Q", everything(), 16)
+    root, _ = slow_reader.read_directory(everything())
+    assert pack(root) == everything()[at:]

@@ -1,0 +1,49 @@
+"""README.md: what it shows is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfpformat.cli import main
+from sfpformat.numpy import load_file
+from sfpformat.shards import ShardedFile
+
+from .test_cli import make, sharded
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert np.asarray(names["part"]).shape == (10, 64)
+    assert np.asarray(names["alive"]).mean() == pytest.approx(0.5, abs=0.01)
+    assert load_file(tmp_path / "small.sfp")["w"].shape == (1024, 768)
+
+
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    layers = {f"layer.{i}": rng.standard_normal((96, 64), dtype=np.float32) for i in range(2)}
+    make(tmp_path / "model.safetensors", {"embed": layers["layer.0"] * 2, **layers})
+    sharded(tmp_path / "checkpoint")
+    (tmp_path / "packed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (commands,) = [block for block in blocks("sh") if "sfp pack" in block]
+    for line in commands.strip().splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[0] == "sfp"
+        assert main(words[1:]) == (1 if words[1] == "diff" else 0), line
+    with ShardedFile(tmp_path / "packed" / "model.sfp.index.json") as model:
+        assert len(model)

@@ -1,0 +1,155 @@
+"""SPEC.md against the code's own tables, and against these tests."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from sfpformat.codec.options import MASKS
+from sfpformat.coding.mask import KINDS
+from sfpformat.container.directory import KNOWN_FEATURES
+from sfpformat.container.streams import OVERS, ROLES, SCALES
+from sfpformat.dtypes import DTYPES
+from sfpformat.errors import CODE_OF_CLAUSE
+from sfpformat.limits import DEFAULT_LIMITS
+
+from .clauses import ROOT, SPEC, UNTESTED, clauses_of_spec, main, marked_tests, missing, table_rows
+
+TEXT = SPEC.read_text()
+CLAUSES = clauses_of_spec()
+
+# Clauses with an error code whose tests do not go by `refused` with the clause as a string.
+GENERAL = {
+    "R-CNV-005": "padding is refused by the clause of its place",
+    "R-PRO-001": "no reader of a partial profile here",
+}
+
+
+def rows_under(heading: str) -> list[list[str]]:
+    """The rows of the tables of a section, without heads and rules."""
+    section = TEXT.split(f"\n{heading}\n", 1)[1]
+    section = re.split(r"\n#{2,3} ", section, maxsplit=1)[0]
+    rows = [cells for _, cells in table_rows(section)]
+    return [row for row in rows if not set("".join(row)) <= set("-| ")][1:]
+
+
+def test_every_clause_has_a_test() -> None:
+    assert missing(CLAUSES, marked_tests()) == []
+    assert main(["--missing"]) == 0
+
+
+def test_no_test_names_a_clause_that_does_not_exist() -> None:
+    known = {clause.id for clause in CLAUSES}
+    named = {clause: test.place for test in marked_tests() for clause in test.ids}
+    assert {clause: place for clause, place in named.items() if clause not in known} == {}
+    assert set(UNTESTED) <= known
+
+
+def test_every_clause_with_a_code_has_a_test_that_breaks_it() -> None:
+    tests = marked_tests()
+    for clause in CODE_OF_CLAUSE:
+        broken = [test for test in tests if clause in test.ids and clause in test.strings]
+        elsewhere = clause in GENERAL or clause.startswith("R-SHD")
+        assert broken or elsewhere, f"no test of {clause} expects it of a broken file"
+
+
+def test_clause_ids_are_used_once() -> None:
+    assert [clause for clause, count in Counter(c.id for c in CLAUSES).items() if count > 1] == []
+    assert len(CLAUSES) > 110
+
+
+def test_the_codes_of_the_document_are_those_of_the_errors() -> None:
+    assert {clause.id: clause.code for clause in CLAUSES if clause.code} == CODE_OF_CLAUSE
+
+
+def test_the_codes_are_the_closed_set_of_chapter_20() -> None:
+    listed = {
+        row[0].strip("`") for row in rows_under("## 20 Strictness and errors") if row[0].startswith("`E_")
+    }
+    assert set(CODE_OF_CLAUSE.values()) == listed
+
+
+def test_every_clause_that_is_mentioned_exists() -> None:
+    known = {clause.id for clause in CLAUSES}
+    mentioned = set(re.findall(r"R-[A-Z]{3}-\d{3}", TEXT)) - {"R-AREA-nnn"}
+    assert mentioned <= known
+    for path in (ROOT / "sfpformat").rglob("*.py"):
+        assert set(re.findall(r"R-[A-Z]{3}-\d{3}", path.read_text())) <= known, path
+
+
+def test_what_a_reader_rejects_has_a_code() -> None:
+    for clause in CLAUSES:
+        if clause.reader.startswith("rejects"):
+            assert clause.code, clause.id
+
+
+def test_the_dtypes_are_those_of_the_registry() -> None:
+    found = {}
+    for names, bits, is_float, nonfinite, widens in rows_under("### 25.1 Dtypes"):
+        all_names = re.findall(r"`(\w+)`", names)
+        widths = [int(width) for width in bits.split(",")]
+        for i, name in enumerate(all_names):
+            pattern = int(nonfinite, 16) if nonfinite else None
+            kinds = tuple(kind.strip() for kind in widens.split(",") if kind.strip())
+            found[name] = (widths[min(i, len(widths) - 1)], is_float == "yes", pattern, kinds)
+    ours = {d.name: (d.bits, d.is_float, d.nonfinite, d.widens_to) for d in DTYPES.values()}
+    assert found == ours
+
+
+def test_the_limits_are_those_of_the_table() -> None:
+    rows = {row[0]: row[1] for row in rows_under("## 19 Limits") if len(row) == 3}
+    listed = {}
+    for name, default in rows.items():
+        power = re.fullmatch(r"2\^(\d+)", default)
+        listed[name.replace(" ", "_")] = 1 << int(power[1]) if power else int(default.replace(",", ""))
+    ours = {name: getattr(DEFAULT_LIMITS, name) for name in listed}
+    assert listed == ours
+    assert set(listed) == set(DEFAULT_LIMITS.__dataclass_fields__) - {"expansion_floor"}
+    floor = re.search(r"for tensors of more than 2\^(\d+) bytes", TEXT)
+    assert floor is not None
+    assert 1 << int(floor[1]) == DEFAULT_LIMITS.expansion_floor
+
+
+@pytest.mark.parametrize(
+    ("registry", "words"),
+    [
+        ("features", KNOWN_FEATURES),
+        ("codings", ("raw", "fingerprint")),
+        ("mask kinds", KINDS),
+        ("quantisers", ("exact", "uniform", "table")),
+        ("scale, `per`", SCALES),
+        ("importance, `over`", OVERS),
+        ("importance, `role`", ROLES),
+    ],
+)
+def test_the_words_are_those_of_the_registry(registry: str, words: tuple[str, ...]) -> None:
+    [row] = [row for row in rows_under("### 25.2 Words") if row[0] == registry]
+    assert tuple(re.findall(r"`([\w-]+)`", row[1])) == tuple(words)
+
+
+def test_the_writer_can_be_asked_for_every_mask_kind() -> None:
+    assert set(MASKS) == {"auto", "none", *KINDS}
+
+
+def test_every_link_inside_the_document_leads_to_a_heading() -> None:
+    anchors = set()
+    for heading in re.findall(r"^#{1,4} (.+)$", TEXT, re.MULTILINE):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        anchors.add(kept.replace(" ", "-"))
+    links = re.findall(r"\]\(#([^)]+)\)", TEXT)
+    assert links
+    assert [link for link in links if link not in anchors] == []
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    links = re.findall(r"\]\((?!#|https?:)([^)#]+)", TEXT)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_chapters_are_numbered_in_order_and_listed() -> None:
+    headings = re.findall(r"^## (\d+) (.+)$", TEXT, re.MULTILINE)
+    assert [int(number) for number, _ in headings] == list(range(1, len(headings) + 1))
+    listed = re.findall(r"\[(\d+) ([^\]]+)\]\(#", TEXT.split("## 1 ")[0])
+    assert listed == headings
