@@ -23,7 +23,7 @@ from .container.directory import Directory
 from .container.entry import CHUNK_RECORD, TensorEntry
 from .container.preamble import SIZE, Preamble
 from .engines import get_engine
-from .errors import OptionError
+from .errors import ClosedFileError, OptionError, SfpError
 from .limits import DEFAULT_LIMITS
 from .sink import ResumableSink, open_sink
 
@@ -62,6 +62,7 @@ class Writer:
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
         self._open = True
+        self._whole = True  # no tensor is written in part
 
     def __enter__(self) -> Writer:
         return self
@@ -107,11 +108,14 @@ class Writer:
 
         Raises:
             OptionError: the options do not fit the tensor, or the name is taken. The writer can go on.
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, and cannot be finished any more.
+            ClosedFileError: it is finished already.
         """
+        self._require_usable()
         _check_name(name, self._entries)
         plan = plan_tensor(name, np.asanyarray(array), options or Options(), mask, importance)
         vectors = encode_vectors(plan)
+        self._whole = False
         vector_record = None if vectors is None else self._append(vectors)
         records = [self._append(chunk) for chunk in encode_chunks(plan, self._engine)]
         chunks = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
@@ -119,7 +123,14 @@ class Writer:
         entry.require_valid()
         self._entries[name] = entry
         self._sink.tensor_done(entry)
+        self._whole = True
         return entry
+
+    def _require_usable(self) -> None:
+        if not self._open:
+            raise ClosedFileError("the writer is closed")
+        if not self._whole:
+            raise SfpError("a tensor was written only in part: the file cannot be finished")
 
     def _append(self, chunk: bytes) -> NDArray[np.void]:
         """Writes a chunk and returns its record, shape [1]."""
@@ -133,6 +144,7 @@ class Writer:
         if not self._open:
             return
         try:
+            self._require_usable()
             directory = Directory(self._entries, self._metadata)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()

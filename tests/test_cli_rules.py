@@ -50,6 +50,13 @@ def test_like_rules_override_each_other_in_order(tmp_path: Path) -> None:
         assert sfp.entry("layer.0.weight").scale is None
 
 
+def test_lossless_undoes_pruning_and_casts_too(tmp_path: Path) -> None:
+    words = "--bits 3 --prune 0.5 --dtype BF16 --like embed* --lossless"
+    with packed(tmp_path, *words.split()) as sfp:
+        assert_bits(sfp.get_tensor("embed.weight"), checkpoint()["embed.weight"])
+        assert np.count_nonzero(sfp.get_mask("layer.0.weight")) <= checkpoint()["layer.0.weight"].size // 2
+
+
 def test_a_like_rule_reaches_small_tensors_that_it_names(tmp_path: Path) -> None:
     with packed(tmp_path, "--like=*.bias", "--step", "0.5") as sfp:
         assert sfp.info("layer.0.bias").quantiser == "uniform"

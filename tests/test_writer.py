@@ -546,3 +546,44 @@ def test_a_writer_that_comes_as_another_finishes_does_not_destroy_its_file(
 def test_only_a_path_can_be_resumed() -> None:
     with pytest.raises(OptionError):
         Writer(io.BytesIO(), resume_key="job")
+
+
+# -------------------------------------------------------------------------- a caller that goes on regardless
+
+
+@clauses("R-STR-005", "R-LAY-003")
+@pytest.mark.parametrize("key", [None, "job"])
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_a_tensor_written_in_part_never_becomes_a_file(
+    target: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, chunk: int
+) -> None:
+    writer = Writer(target, resume_key=key)
+    writer.add("whole", one)
+    kind = type(writer._sink)
+    append, left = kind.append, [chunk]
+
+    def fails_once(self: Any, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, data)
+
+    monkeypatch.setattr(kind, "append", fails_once)
+    with pytest.raises(OSError, match="No space"):
+        writer.add("part", weights(20, 30), Options(quantiser="table", centroids=4, segment=32, chunk=64))
+    with pytest.raises(SfpError):
+        writer.add("another", one)
+    with pytest.raises(SfpError):
+        writer.close()
+    assert_untouched(target)
+
+
+def test_nothing_can_be_added_to_a_closed_writer() -> None:
+    stream = io.BytesIO()
+    writer = Writer(stream)
+    writer.add("a", one)
+    writer.close()
+    data = stream.getvalue()
+    with pytest.raises(sfpformat.ClosedFileError):
+        writer.add("b", one)
+    assert stream.getvalue() == data

@@ -2,7 +2,8 @@
 
 Rules: an option that changes values reaches, without ``--like``, only the tensors that are usually
 compressed: float, of rank 2 or more, of at least 4,096 elements. A later rule overrides an earlier one,
-option by option; the quantiser's options (bits, step, error, table, lossless) override each other.
+option by option; the quantiser's options (bits, step, error, table, lossless) override each other, and
+lossless undoes all that changes values, pruning too.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
     _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
     how.add_argument(
-        "--lossless", action="store_true", default=argparse.SUPPRESS, help="every bit as it is (the default)"
+        "--lossless",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="every bit as it is (the default); undoes what was said before",
     )
     _add(value, "--prune", _pruning, "P", "prune the fraction P, such as 0.5, or keep n of m, such as 2:4")
     _add(value, "--by", str, "HOW", "what decides: magnitude (the default, and all there is)", ("magnitude",))
@@ -243,9 +247,7 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
     if "prune" in later and later["prune"].of:
         earlier = {key: value for key, value in earlier.items() if key != "scope"}
     if any(key in later for key in _QUANTISER):
-        dropped = set(_QUANTISER)
-        if "lossless" in later:
-            dropped |= {"scale", "scale_dtype", "rate_weight"}
+        dropped = _LOSSY if "lossless" in later else set(_QUANTISER)
         earlier = {key: value for key, value in earlier.items() if key not in dropped}
     return {**earlier, **later}
 
