@@ -47,7 +47,7 @@ def save_file(
         OptionError: what is asked does not fit a tensor.
         OSError: the file cannot be written.
     """
-    with Writer(path, metadata=metadata, engine=engine) as writer:
+    with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks or {}, importances or {})
 
 
@@ -63,7 +63,7 @@ def save(
 ) -> bytes:
     """The bytes of a file; as `save_file`."""
     out = io.BytesIO()
-    with Writer(out, metadata=metadata, engine=engine) as writer:
+    with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks or {}, importances or {})
     return out.getvalue()
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import BinaryIO
@@ -15,9 +18,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec.encode import encode_chunks, encode_vectors
+from .codec.encode import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
 from .codec.options import Options
-from .codec.plan import Importance, plan_tensor
+from .codec.plan import Importance, Plan, plan_tensor
 from .coding.mask import Mask
 from .container.directory import Directory
 from .container.entry import CHUNK_RECORD, TensorEntry
@@ -40,6 +43,7 @@ class Writer:
         *,
         metadata: dict[str, str] | None = None,
         engine: str | None = None,
+        threads: int | None = None,
         resume_key: str | None = None,
     ) -> None:
         """Begins a file.
@@ -48,6 +52,7 @@ class Writer:
             target: a path, or a seekable binary object, which is written from its start.
             metadata: strings of the caller's own.
             engine: as in `sfpformat.open`.
+            threads: how many may encode; None takes the number of cores. The bytes do not depend on it.
             resume_key: what tells this job from others. With it a writer that was killed leaves a partial
                 file, and the next with the same key goes on after its last complete tensor: see `done`.
 
@@ -57,6 +62,7 @@ class Writer:
         """
         self._metadata = _checked_metadata(metadata or {})
         self._engine = get_engine(engine)
+        self._threads = threads or os.cpu_count() or 1
         self._sink = open_sink(target, resume_key)
         self._entries: dict[str, TensorEntry] = {}
         if isinstance(self._sink, ResumableSink):
@@ -117,7 +123,7 @@ class Writer:
         vectors = encode_vectors(plan)
         self._whole = False
         vector_record = None if vectors is None else self._append(vectors)
-        records = [self._append(chunk) for chunk in encode_chunks(plan, self._engine)]
+        records = [self._append(chunk) for chunk in self._encoded(plan)]
         chunks = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
         entry = replace(plan.entry, chunks=chunks, vectors=vector_record)
         entry.require_valid()
@@ -125,6 +131,25 @@ class Writer:
         self._sink.tensor_done(entry)
         self._whole = True
         return entry
+
+    def _encoded(self, plan: Plan) -> Iterator[bytes]:
+        """The chunks of a plan in order, some encoded ahead where there are threads."""
+
+        def work(job: ChunkJob) -> bytes:
+            return encode_chunk(plan, self._engine, job)
+
+        jobs = chunk_jobs(plan)
+        if self._threads == 1:
+            yield from map(work, jobs)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            ahead: deque[Future[bytes]] = deque()
+            for job in jobs:
+                ahead.append(pool.submit(work, job))
+                if len(ahead) > self._threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def _require_usable(self) -> None:
         if not self._open:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sfpformat
-from sfpformat import DEFAULT_LIMITS, LimitError, Limits, Options
+from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options
 from sfpformat.numpy import save
 from sfpformat.validate import validate
 
@@ -190,3 +190,9 @@ def test_an_ordinary_file_stays_far_within_the_limits() -> None:
     accepted(
         data, Limits(directory_bytes=4096, depth=6, name_bytes=16, tensors=1, rank=2, tensor_bytes=2**20)
     )
+
+
+@pytest.mark.parametrize("limits", [{"depth": 201}, {"rank": 65}])
+def test_limits_that_the_reader_could_not_keep_are_refused(limits: dict[str, int]) -> None:
+    with pytest.raises(OptionError, match="at most"):
+        Limits(**limits)

@@ -587,3 +587,21 @@ def test_nothing_can_be_added_to_a_closed_writer() -> None:
     with pytest.raises(sfpformat.ClosedFileError):
         writer.add("b", one)
     assert stream.getvalue() == data
+
+
+def test_the_bytes_do_not_depend_on_the_threads() -> None:
+    rng = np.random.default_rng(5)
+    tensors = {"w": rng.standard_normal((300, 500), np.float32), "i": np.arange(5000)}
+    options = sfpformat.Options(chunk=1 << 13)
+    assert save(tensors, options=options, threads=1) == save(tensors, options=options, threads=5)
+
+
+@pytest.mark.parametrize("limit", range(1, 8))
+def test_short_codes_make_coarse_classes(limit: int) -> None:
+    array = np.random.default_rng(6).standard_normal(3000).astype(np.float32)
+    options = sfpformat.Options(coding="fingerprint", code_limit=limit)
+    data = save({"w": array}, options=options)
+    assert load(data)["w"].tobytes() == array.tobytes()
+    with sfpformat.open(data) as file:
+        tables = file.entry("w").streams().values()
+        assert all(max(code.length) <= limit for table in tables for code in table.codes)

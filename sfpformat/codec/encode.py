@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,26 +20,39 @@ def encode_vectors(plan: Plan) -> bytes | None:
     return build_vectors(plan.entry, plan.vectors) if plan.entry.has_vectors() else None
 
 
-def encode_chunks(plan: Plan, engine: Engine) -> Iterator[bytes]:
-    """The chunks, one by one."""
+@dataclass(frozen=True)
+class ChunkJob:
+    """A chunk to be encoded: the number of its first segment, its positions, and those of each segment."""
+
+    first: int
+    block: slice
+    positions: Counts
+
+
+def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
+    """The chunks of a tensor, in order."""
     first = 0
     for block, positions in plan.blocks:
-        if plan.fingerprints is None:
-            yield build_raw(as_bytes(plan.flat[block].tobytes()))
-            continue
-        mask = None if plan.survives is None else plan.survives(block)
-        survivors = positions if mask is None else segment_sums(mask, positions)
-        streams = {"fingerprints": (plan.fingerprints.levels(block, mask), survivors)}
-        if mask is not None:
-            assert plan.entry.mask is not None
-            streams["mask"] = encode_mask(plan.entry.mask.kind, plan.entry.mask.polarity, mask, positions)
-        if plan.importance is not None:
-            few = plan.importance.over_survivors
-            levels = plan.importance.levels(block, mask)
-            streams["importance"] = (levels, survivors if few else positions)
-        planes = {stream: _encode_stream(plan, engine, stream, first, *streams[stream]) for stream in streams}
-        yield build_chunk(plan.entry, survivors, planes)
+        yield ChunkJob(first, block, positions)
         first += len(positions)
+
+
+def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> bytes:
+    """The bytes of a chunk; chunks do not depend on one another."""
+    if plan.fingerprints is None:
+        return build_raw(as_bytes(plan.flat[job.block].tobytes()))
+    mask = None if plan.survives is None else plan.survives(job.block)
+    survivors = job.positions if mask is None else segment_sums(mask, job.positions)
+    streams = {"fingerprints": (plan.fingerprints.levels(job.block, mask), survivors)}
+    if mask is not None:
+        assert plan.entry.mask is not None
+        kind, polarity = plan.entry.mask.kind, plan.entry.mask.polarity
+        streams["mask"] = encode_mask(kind, polarity, mask, job.positions)
+    if plan.importance is not None:
+        levels = plan.importance.levels(job.block, mask)
+        streams["importance"] = (levels, survivors if plan.importance.over_survivors else job.positions)
+    planes = {stream: _encode_stream(plan, engine, stream, job.first, *streams[stream]) for stream in streams}
+    return build_chunk(plan.entry, survivors, planes)
 
 
 def _encode_stream(

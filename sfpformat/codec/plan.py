@@ -217,7 +217,9 @@ class _Planner:
         """What can turn the tensor into levels, each with its vectors."""
         flat, dtype, options = self.flat, self.entry.dtype, self.options
         if options.lossless:
-            coded = narrowest_exact(flat, dtype) if options.narrow else dtype
+            # A narrower dtype leaves no room for coarse classes, so it needs codes of some length.
+            narrow = options.narrow and options.code_limit >= 8
+            coded = narrowest_exact(flat, dtype) if narrow else dtype
             exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
                 (ExactSource(flat, dtype, coded), {})
             ]

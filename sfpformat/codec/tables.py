@@ -106,7 +106,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         return _no_levels(blocks)
     fewest = finest if options.mantissa_bits is not None else 0
     best: tuple[float, int, Histogram] | None = None
-    for joined in range(finest, -dtype.exponent_bits, -1):
+    for joined in range(finest, -dtype.exponent_bits - 1, -1):
         used = int(np.count_nonzero(counts))
         fits = _end(counts) << width <= bound and _span(counts) <= MAX_CLASSES[1]
         if fits and width <= MAX_FIELD_BITS and used <= min(MAX_SYMBOLS, 1 << options.code_limit):
