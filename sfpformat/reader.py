@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .closing import Closing
 from .codec.decode import Chunk, TensorDecoder, Values
 from .codec.selection import Index, Selection, select
 from .coding.bits import Bytes, as_bytes
@@ -74,7 +74,7 @@ class TensorInfo:
     unknown: dict[str, object]
 
 
-class SfpFile:
+class SfpFile(Closing):
     """An open `.sfp` file; a context manager. Made by `sfpformat.open`. Safe to use from several threads."""
 
     def __init__(
@@ -98,17 +98,6 @@ class SfpFile:
         self._offsets = self.directory.offsets()
         self._decoders: dict[str, TensorDecoder] = {}
         self._lock = threading.Lock()
-
-    def __enter__(self) -> SfpFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file; a seekable object that was given stays open."""

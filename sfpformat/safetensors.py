@@ -15,12 +15,12 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .closing import Closing
 from .dtypes import DTYPES, Dtype, of_numpy
 from .errors import MissingTensorError, SfpError
 
@@ -199,7 +199,7 @@ def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 # --------------------------------------------------------------------------------------------- reading
 
 
-class SafetensorsFile:
+class SafetensorsFile(Closing):
     """An open safetensors file; a context manager. Each tensor is read when it is asked for."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -228,14 +228,6 @@ class SafetensorsFile:
         if length > rest:
             raise SafetensorsError(f"cut off, or not safetensors: a header of {length} bytes, {rest} left")
         return parse_header(self._pread(_LENGTH.size, length).tobytes(), rest - length)
-
-    def __enter__(self) -> SafetensorsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file."""

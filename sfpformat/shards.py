@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from .closing import Closing
 from .codec.decode import Values
 from .coding.mask import Mask
 from .coding.quantiser import F32
@@ -118,7 +118,7 @@ def in_shard(name: str) -> Iterator[None]:
         raise
 
 
-class ShardedFile:
+class ShardedFile(Closing):
     """An open model in several `.sfp` files; a context manager that is used as an `SfpFile` is.
 
     Attributes:
@@ -158,14 +158,6 @@ class ShardedFile:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> ShardedFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes all shards."""

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..closing import Closing
 from ..container.preamble import MAGIC
 from ..reader import SfpFile
 from ..safetensors import SafetensorsError, SafetensorsFile, TensorSpec
@@ -19,7 +19,7 @@ from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
 from .trouble import PathLike, Trouble, about, require_file
 
 
-class Model:
+class Model(Closing):
     """An open model; a context manager.
 
     Attributes:
@@ -79,14 +79,6 @@ class Model:
         if wrong is not None:
             raise SafetensorsError(f"tensor {wrong[0]!r}: {wrong[1]}")
         return "safetensors"
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes all files."""

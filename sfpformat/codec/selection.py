@@ -104,7 +104,8 @@ def _ranges(shape: tuple[int, ...], index: Index) -> tuple[list[range], list[boo
             ranges.append(range(size)[item])
             kept.append(True)
             continue
-        number = int(item)  # type: ignore[arg-type]
+        assert not isinstance(item, EllipsisType)  # those were filled in above
+        number = int(item)
         if not -size <= number < size:
             raise IndexError(f"index {number} is out of range for size {size}")
         ranges.append(range(number % size, number % size + 1))
