@@ -27,6 +27,7 @@ from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
 from ..errors import FileFault, OptionError
+from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
 from .options import ImportanceOptions, Options
 from .quantise import TableNumbers, UniformNumbers
@@ -41,7 +42,7 @@ from .sources import (
     scaling_of,
     table_of_values,
 )
-from .tables import INDEX_BITS, LevelBlocks, choose_exact, choose_mask, choose_numbers
+from .tables import choose_exact, choose_mask, choose_numbers
 
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
 
