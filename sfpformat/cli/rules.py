@@ -25,7 +25,9 @@ LIKE = "--like"
 MIN_ELEMENTS = 4096
 _QUANTISER = ("bits", "step", "error_db", "table", "lossless")
 # What changes values, and what belongs to it.
-_LOSSY = frozenset((*_QUANTISER, "prune", "scope", "by", "scale", "scale_dtype", "rate_weight", "dtype"))
+_LOSSY = frozenset(
+    (*_QUANTISER, "prune", "scope", "by", "scale", "scale_dtype", "rate_weight", "weighted", "dtype")
+)
 # Options that are `Options` of the same name.
 _PLAIN = (
     "scale",
@@ -38,6 +40,7 @@ _PLAIN = (
     "code_limit",
     "mantissa_bits",
     "rate_weight",
+    "weighted",
 )
 
 
@@ -86,6 +89,12 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(how, "--step", float, "S", "uniform quantiser: multiples of S")
     _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
     _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
+    value.add_argument(
+        "--weighted",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="with --table and --importance: errors weigh by importance",
+    )
     how.add_argument(
         "--lossless",
         action="store_true",

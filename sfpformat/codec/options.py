@@ -68,6 +68,7 @@ class Options:
             centroids (``table``).
         error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
         centroids: of ``table``: how many magnitudes.
+        weighted: of ``table``: whether errors weigh by the importance that comes with the tensor.
         rate_weight: of ``uniform``: how much bits weigh against error when a weight lies between two levels;
             0 rounds to nearest, 0.12 (about ln(2) / 6) gives the fewest bits at equal error.
         scale: ``tensor``, ``row``, ``column``, the positions of a group, or None.
@@ -91,6 +92,7 @@ class Options:
     bits: float | None = None
     error_db: float | None = None
     centroids: int | None = None
+    weighted: bool = False
     rate_weight: float = 0.12
     scale: str | int | None = None
     scale_dtype: str = "F16"
@@ -143,6 +145,8 @@ class Options:
             _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
         if self.centroids is not None:
             _in_range("centroids", self.centroids, 1, 1 << 16)
+        if self.weighted and self.quantiser != "table":
+            raise OptionError("weighted needs the quantiser table")
         if self.lossless and self.scale is not None:
             raise OptionError("a scale needs the quantiser uniform or table")
 

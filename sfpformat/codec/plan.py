@@ -232,7 +232,11 @@ class _Planner:
         scaling = scaling_of(flat, self.entry, options, self.given_mask)
         if scaling is not None:
             self.entry = scaling.entry
-        weights = importance.reshape(-1) if isinstance(importance, np.ndarray) else None
+        weights = None
+        if options.weighted:
+            if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
+                raise OptionError("weighted needs an importance of the tensor's shape")
+            weights = importance.reshape(-1)
         source = number_source(flat, options, self.given_mask, scaling, weights)
         vectors: dict[str, NDArray[np.generic]] = {}
         if isinstance(source.numbers, TableNumbers):

@@ -21,7 +21,7 @@ F64 = NDArray[np.float64]
 # Search a step on at most so many weights, evenly spaced: the estimate's error is under 0.5 %.
 SAMPLE = 1 << 16
 _SEARCH_ROUNDS = 24
-_LLOYD_BINS = 1 << 14
+_LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
 # A number this great would need classes for 2^30 levels; a step so small asks for `exact`.
 MAX_NUMBER = (1 << 30) - 1
@@ -99,9 +99,17 @@ def uniform_numbers(magnitudes: F32, step: float, rate_weight: float) -> Uniform
     return UniformNumbers(np.float32(step), (numbers[1:] - 0.5 + shift).astype(np.float32))
 
 
-def numbers_entropy(counts: Histogram) -> int:
-    """Bits (times 2^16) of numbers with signs: the order-0 entropy, and a bit for each that is not 0."""
-    return entropy_bits(counts) + (int(counts[1:].sum()) << FRACTION)
+def numbers_bits(counts: Histogram) -> int:
+    """About how many bits (times 2^16) numbers with signs take, given how often each occurs.
+
+    The entropy of which are 0, that of the others, and their signs; a prefix code for pairs takes half a bit
+    a number at least, where there is more than one number.
+    """
+    total, others = int(counts.sum()), counts[1:]
+    alive = int(others.sum())
+    mask = entropy_bits(np.array([total - alive, alive]))
+    least = alive << (FRACTION - 1) if np.count_nonzero(others) > 1 else 0
+    return mask + max(entropy_bits(others), least) + (alive << FRACTION)
 
 
 def step_for_bits(magnitudes: F32, positions: int, bits: float, rate_weight: float) -> float:
@@ -116,9 +124,9 @@ def step_for_bits(magnitudes: F32, positions: int, bits: float, rate_weight: flo
     def fits(step: float) -> bool:
         counts = histogram(uniform_numbers(magnitudes, step, rate_weight)(magnitudes))
         counts[0] += pruned
-        return numbers_entropy(counts) <= int(bits * positions * (1 << FRACTION))
+        return numbers_bits(counts) <= int(bits * positions * (1 << FRACTION))
 
-    return _least(fits, magnitudes)
+    return _turning_point(fits, magnitudes)[1]
 
 
 def step_for_error(magnitudes: F32, error_db: float, rate_weight: float) -> float:
@@ -131,24 +139,23 @@ def step_for_error(magnitudes: F32, error_db: float, rate_weight: float) -> floa
         error = wide - numbers.astype(np.float64) * float(np.float32(step))
         return bool(exact_sum(error * error) > allowed)
 
-    least = _least(too_great, magnitudes)
-    return float(np.nextafter(np.float32(least), np.float32(0))) if too_great(least) else least
+    return _turning_point(too_great, magnitudes)[0]
 
 
-def _least(holds: Callable[[float], bool], magnitudes: F32) -> float:
-    """The least step, to 1 part in 10^5, for which something holds that holds for all greater ones."""
+def _turning_point(holds: Callable[[float], bool], magnitudes: F32) -> tuple[float, float]:
+    """Two steps, 1 part in 10^5 apart: at the first something does not hold yet, at the second it does."""
     greatest = float(magnitudes.max()) if len(magnitudes) else 0.0
     if greatest == 0.0:
-        return 1.0
-    limits = np.finfo(np.float32)
-    low = max(greatest / (1 << 20), float(limits.smallest_subnormal))
-    high = min(greatest * 4, float(limits.max))
+        return 1.0, 1.0
+    low, high = float(np.float32(greatest / (1 << 20))), float(np.float32(greatest * 4))
     if holds(low):
-        return low
+        return low, low
+    if not holds(high):
+        return high, high
     for _ in range(_SEARCH_ROUNDS):
         middle = float(np.float32(np.sqrt(low * high)))
         low, high = (low, middle) if holds(middle) else (middle, high)
-    return float(np.float32(high))
+    return low, high
 
 
 def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
@@ -164,29 +171,36 @@ def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
         distinct = np.unique(magnitudes)
         if len(distinct) <= count:
             return distinct.astype(np.float32)
+    # Whole numbers throughout: sums are exact in any order, and differences of running sums too. With at most
+    # 2^16 magnitudes all stays below 2^53.
     greatest = float(magnitudes.max())
-    bins = np.minimum(
-        (magnitudes.astype(np.float64) * (_LLOYD_BINS / greatest)).astype(np.int64), _LLOYD_BINS - 1
-    )
-    mass = np.ones(len(magnitudes)) if weights is None else np.maximum(weights, 0).astype(np.float64)
-    mass_below = _running(np.bincount(bins, mass, _LLOYD_BINS))
-    moment_below = _running(np.bincount(bins, mass * magnitudes, _LLOYD_BINS))
-    # Start with quantiles of mass^(1/3)-like spacing: equal shares of the square root of the mass.
-    spread = _running(np.sqrt(np.diff(mass_below)))
+    places = (magnitudes.astype(np.float64) * ((1 << 20) / greatest)).astype(np.int64)
+    mass = np.ones(len(magnitudes), np.int64)
+    if weights is not None and weights.max() > 0:
+        mass = (np.maximum(weights, 0).astype(np.float64) * ((1 << 16) / float(weights.max()))).astype(
+            np.int64
+        )
+    bins = np.minimum(places >> (20 - _LLOYD_BITS), (1 << _LLOYD_BITS) - 1)
+    mass_below = _running(bins, mass)
+    moment_below = _running(bins, mass * places)
+    # Start with equal shares of the square root of the mass, which is near the optimum for many centroids.
+    spread = np.concatenate(([0.0], np.cumsum(np.sqrt(np.diff(mass_below)))))
     shares = (np.arange(count) + 0.5) / count * spread[-1]
-    centroids = (np.searchsorted(spread, shares) - 0.5) * (greatest / _LLOYD_BINS)
+    centroids = (np.searchsorted(spread, shares) - 0.5) * (1 << (20 - _LLOYD_BITS))
     for _ in range(_LLOYD_ROUNDS):
         middles = (centroids[1:] + centroids[:-1]) / 2
-        cuts = np.clip(np.ceil(middles * (_LLOYD_BINS / greatest)).astype(np.int64), 0, _LLOYD_BINS)
-        edges = np.concatenate(([0], cuts, [_LLOYD_BINS]))
+        cuts = np.ceil(middles / (1 << (20 - _LLOYD_BITS))).astype(np.int64)
+        edges = np.concatenate(([0], np.clip(cuts, 0, 1 << _LLOYD_BITS), [1 << _LLOYD_BITS]))
         inside = np.diff(mass_below[edges])
-        moved = np.where(inside > 0, np.diff(moment_below[edges]) / np.maximum(inside, 1e-300), centroids)
+        moved = np.where(inside > 0, np.diff(moment_below[edges]) / np.maximum(inside, 1), centroids)
         if np.array_equal(moved, centroids):
             break
         centroids = moved
-    return np.unique(np.maximum(centroids, 0).astype(np.float32))
+    return np.unique((centroids * (greatest / (1 << 20))).astype(np.float32))
 
 
-def _running(values: NDArray[np.generic]) -> F64:
-    """Sums of all values before each place, one place more than there are values."""
-    return np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
+def _running(bins: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sums of the values in all bins below each."""
+    sums = np.zeros(1 << _LLOYD_BITS, np.int64)
+    np.add.at(sums, bins, values)
+    return np.concatenate(([0], np.cumsum(sums)))

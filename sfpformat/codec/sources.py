@@ -120,7 +120,9 @@ class NumberSource:
     def levels(self, block: slice, mask: Mask | None) -> Levels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
         numbers = self.numbers(self._magnitudes(block, mask))
-        negative = np.signbit(values.astype(np.float32)) & ((numbers > 0) | self.zero_survives)
+        negative = np.signbit(values.astype(np.float32))
+        if isinstance(self.quantiser, Uniform):
+            negative &= numbers > 0  # no -0 for what was quantised to zero
         return numbers * np.uint64(2) + negative
 
     def _magnitudes(self, block: slice, mask: Mask | None) -> F32:

@@ -1,0 +1,216 @@
+"""What the encoder chooses: steps, centroids, classes, codes, segments; none of it is the format's matter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sfpformat
+from sfpformat import OptionError, Options
+from sfpformat.codec.plan import default_segment
+from sfpformat.codec.quantise import lloyd_max, step_for_error, uniform_numbers
+from sfpformat.coding.classes import FRACTION, best_layout, entropy_bits, log2_fixed
+from sfpformat.coding.codetable import code_lengths
+from sfpformat.numpy import load, save
+
+RNG = np.random.default_rng(11)
+NORMAL = RNG.standard_normal((256, 384)).astype(np.float32)
+
+
+def decibels(before: np.ndarray, after: np.ndarray) -> float:
+    """10 log10 of the mean squared error over the mean square."""
+    error = np.mean((before.astype(np.float64) - after.astype(np.float64)) ** 2)
+    return float(10 * np.log10(error / np.mean(before.astype(np.float64) ** 2)))
+
+
+# ---------------------------------------------------------------------------------------------- quantisers
+
+
+@pytest.mark.parametrize("bits", [1.0, 2.0, 4.0, 6.0])
+def test_a_target_of_bits_is_met_by_planes(bits: float) -> None:
+    data = save({"w": NORMAL}, options=Options(quantiser="uniform", bits=bits))
+    with sfpformat.open(data) as file:
+        entry = file.entry("w")
+        index = file.read_head(entry, 0)
+    planes = sum(int(b.sum()) for b in index.bits.values()) / NORMAL.size
+    assert planes == pytest.approx(bits, rel=0.05)
+
+
+@pytest.mark.parametrize("target", [-30.0, -20.0, -10.0, -6.0])
+@pytest.mark.parametrize("rate_weight", [0.0, 0.12])
+def test_a_target_of_error_is_met(target: float, rate_weight: float) -> None:
+    options = Options(quantiser="uniform", error_db=target, rate_weight=rate_weight)
+    found = decibels(NORMAL, load(save({"w": NORMAL}, options=options))["w"])
+    assert target - 0.4 < found < target + 0.1
+
+
+def test_the_step_of_a_target_error_keeps_below_it() -> None:
+    magnitudes = np.abs(NORMAL.reshape(-1))
+    step = step_for_error(magnitudes, -15.0, 0.12)
+    numbers = uniform_numbers(magnitudes, step, 0.12)(magnitudes)
+    assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
+
+
+def test_weighing_bits_against_error_pays() -> None:
+    """At equal error fewer bits are needed."""
+    sizes = [
+        len(save({"w": NORMAL}, options=Options(quantiser="uniform", error_db=-9, rate_weight=weight)))
+        for weight in (0.0, 0.12)
+    ]
+    assert sizes[1] < 0.97 * sizes[0]
+
+
+def test_centroids_are_better_than_even_ones() -> None:
+    magnitudes = np.abs(NORMAL.reshape(-1))
+    centroids = lloyd_max(magnitudes, 8).astype(np.float64)
+    assert len(centroids) == 8
+    even = (np.arange(8) + 0.5) * magnitudes.max() / 8
+
+    def error(table: np.ndarray) -> float:
+        return float(np.mean(np.min(np.abs(magnitudes[:, None] - table), axis=1) ** 2))
+
+    assert error(centroids) < 0.5 * error(even)
+    # The known optimum for a Gaussian with 16 levels, 8 magnitudes, is 20.22 dB.
+    assert 10 * math.log10(error(centroids) / np.mean(magnitudes.astype(np.float64) ** 2)) < -20.0
+
+
+def test_a_table_keeps_the_sign_of_its_least_magnitude() -> None:
+    data = save({"w": NORMAL}, options=Options(quantiser="table", centroids=1))
+    decoded = load(data)["w"]
+    assert np.array_equal(np.signbit(decoded), np.signbit(NORMAL))
+    assert len(np.unique(decoded)) == 2
+
+
+def test_few_magnitudes_are_their_own_centroids() -> None:
+    magnitudes = np.repeat(np.array([0.5, 2.0, 3.0], np.float32), 50)
+    assert lloyd_max(magnitudes, 4).tolist() == [0.5, 2.0, 3.0]
+
+
+def test_weighted_centroids_go_where_the_importance_is() -> None:
+    importance = np.where(np.abs(NORMAL) > 1.5, np.float32(100), np.float32(0.01))
+    plain = Options(quantiser="table", centroids=4)
+    results = {}
+    for options in (plain, plain.but(weighted=True)):
+        data = save({"w": NORMAL}, options=options, importances={"w": importance})
+        results[options.weighted] = (load(data)["w"] - NORMAL) ** 2
+    important = importance > 1
+    assert results[True][important].mean() < 0.5 * results[False][important].mean()
+    assert results[True][~important].mean() > results[False][~important].mean()
+
+
+def test_weighted_needs_an_importance_and_a_table() -> None:
+    with pytest.raises(OptionError, match="importance"):
+        save({"w": NORMAL}, options=Options(quantiser="table", centroids=4, weighted=True))
+    with pytest.raises(OptionError, match="table"):
+        Options(weighted=True)
+
+
+# -------------------------------------------------------------------------------------- classes and codes
+
+
+def best_cost(counts: list[int], limit: int) -> int:
+    """The least bits of any complete code, by trying all lengths."""
+    best = None
+    for lengths in itertools.product(range(1, limit + 1), repeat=len(counts)):
+        if sum(2.0**-n for n in lengths) == 1:
+            cost = sum(n * count for n, count in zip(lengths, counts, strict=True))
+            best = cost if best is None else min(best, cost)
+    assert best is not None
+    return best
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=5), st.integers(3, 5))
+def test_code_lengths_are_optimal_under_their_limit(counts: list[int], limit: int) -> None:
+    lengths = code_lengths(np.array(counts), limit)
+    assert max(lengths) <= limit
+    assert sum(n * c for n, c in zip(lengths, counts, strict=True)) == best_cost(counts, limit)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=256))
+def test_code_lengths_cost_less_than_a_bit_more_than_the_entropy(counts: list[int]) -> None:
+    histogram = np.array(counts)
+    if np.count_nonzero(histogram) < 2:
+        return
+    lengths = np.frombuffer(code_lengths(histogram), np.uint8)
+    p = histogram[histogram > 0] / histogram.sum()
+    entropy = float(-(p * np.log2(p)).sum())
+    cost = float((lengths * histogram).sum() / histogram.sum())
+    # A limit of 12 bits costs at most a little more than Huffman's one bit.
+    assert entropy - 1e-9 <= cost <= entropy + 1.1
+
+
+@given(st.integers(1, 2**52))
+def test_logarithms_are_right_to_a_thousandth(n: int) -> None:
+    assert log2_fixed(np.array([n]))[0] / (1 << FRACTION) == pytest.approx(math.log2(n), abs=1e-3)
+
+
+def test_entropy_is_that_of_the_definition() -> None:
+    counts = np.array([50, 25, 0, 25])
+    assert entropy_bits(counts) / (1 << FRACTION) == pytest.approx(150, rel=1e-4)
+
+
+@given(
+    st.lists(st.integers(0, 10000), min_size=1, max_size=3000).filter(any),
+    st.booleans(),
+)
+def test_classes_cover_every_number_that_occurs_and_keep_the_bound(counts: list[int], signed: bool) -> None:
+    used = np.flatnonzero(counts)
+    bound = int(used[-1]) + 1  # the tightest there is
+    layout = best_layout(np.array(counts), signed=signed, bound=bound)
+    sign = 1 if signed else 0
+    assert layout.base == int(used[0]) << sign
+    assert layout.top == bound << sign
+    assert all(extra >= sign for extra in layout.extra)
+
+
+def test_a_skewed_stream_gets_single_classes_first() -> None:
+    counts = (1e6 * 0.7 ** np.arange(60)).astype(np.int64)
+    extra = best_layout(counts, signed=False, bound=1 << 16).extra
+    assert set(extra[:8]) == {0}
+    assert max(extra) >= 2
+
+
+def test_rows_of_different_spread_get_codes_of_their_own() -> None:
+    rows = NORMAL * np.repeat(np.float32([0.01, 1.0]), 128)[:, None]
+    sizes = {}
+    for codes in (1, None):
+        data = save({"w": rows}, options=Options(quantiser="uniform", step=0.02, codes=codes))
+        sizes[codes] = len(data)
+        with sfpformat.open(data) as file:
+            assert (len(file.entry("w").streams()["fingerprints"].codes) > 1) == (codes is None)
+    assert sizes[None] < 0.97 * sizes[1]
+
+
+def test_rows_from_a_narrower_float_are_trimmed() -> None:
+    rows = NORMAL.copy()
+    rows[::2] = rows[::2].astype(np.float16)
+    trimmed = save({"w": rows}, options=Options(segment=384))
+    untrimmed = save({"w": rows}, options=Options(segment=384, trim=False))
+    assert load(trimmed)["w"].tobytes() == rows.tobytes()
+    assert len(trimmed) < len(untrimmed) - rows.size // 2 * 12 // 8
+
+
+@pytest.mark.parametrize(
+    ("columns", "density", "lossless", "expected"),
+    [
+        (384, 1.0, True, 768),
+        (1536, 1.0, True, 768),
+        (4096, 1.0, True, 1024),
+        (768, 0.5, True, 768),
+        (384, 1.0, False, 1536),
+        (384, 0.1, True, 6144),
+        (1001, 1.0, True, 768),
+        (1, 1.0, True, 768),
+    ],
+)
+def test_segments_are_whole_rows_or_parts_of_rows(
+    columns: int, density: float, lossless: bool, expected: int
+) -> None:
+    segment = default_segment(columns, density, lossless)
+    assert segment == expected
+    assert segment % 32 == 0
