@@ -147,7 +147,8 @@ def _turning_point(holds: Callable[[float], bool], magnitudes: F32) -> tuple[flo
     greatest = float(magnitudes.max()) if len(magnitudes) else 0.0
     if greatest == 0.0:
         return 1.0, 1.0
-    low, high = float(np.float32(greatest / (1 << 20))), float(np.float32(greatest * 4))
+    low = float(np.float32(greatest / (1 << 20)))
+    high = float(np.float32(min(greatest * 4, float(np.finfo(np.float32).max))))
     if holds(low):
         return low, low
     if not holds(high):
