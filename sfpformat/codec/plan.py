@@ -283,7 +283,7 @@ class _Planner:
         chunk = max(options.chunk // segment, 1)
         entry = replace(self.entry, segment=segment, chunk=chunk)
         blocks = Blocks(len(self.flat), segment, chunk)
-        codes, bits = {}, 8 * sum(8 * (v.size * v.dtype.itemsize) for v in entry.vector_list())
+        codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
         if survives is not None:
             known = survives
 
