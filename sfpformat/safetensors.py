@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .closing import Closing
 from .dtypes import DTYPES, Dtype, of_numpy
 from .errors import MissingTensorError, SfpError
+from .positional import PositionalFile
 
 # The reference implementation refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
@@ -210,7 +211,7 @@ class SafetensorsFile(Closing):
             OSError: the file cannot be read.
         """
         self.path = Path(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by the owner)
+        self._file = PositionalFile(path)
         try:
             self.header = self._read_header()
         except BaseException:
@@ -218,7 +219,7 @@ class SafetensorsFile(Closing):
             raise
 
     def _read_header(self) -> Header:
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._file.length
         if size < _LENGTH.size:
             raise SafetensorsError(f"not a safetensors file: it has only {size} bytes")
         (length,) = _LENGTH.unpack(self._pread(0, _LENGTH.size).data)
@@ -252,12 +253,8 @@ class SafetensorsFile(Closing):
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
         """``size`` bytes from ``offset`` on, straight into their array."""
         out = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            got = os.preadv(self._file.fileno(), [out.data[done:]], offset + done)
-            if not got:
-                raise SafetensorsError("the file became shorter while it was read")
-            done += got
+        if self._file.read_into(out.data, offset) != size:
+            raise SafetensorsError("the file became shorter while it was read")
         return out
 
 

@@ -7,6 +7,7 @@ import threading
 from typing import BinaryIO, Protocol, cast
 
 from .errors import ClosedFileError, fault
+from .positional import PositionalFile
 
 Buffer = bytes | bytearray | memoryview
 Readable = str | os.PathLike[str] | Buffer | BinaryIO
@@ -53,23 +54,15 @@ def _require_all(data: Buffer, size: int) -> Buffer:
 
 
 class _FileSource:
-    """A file read by `os.pread`: no shared position, and no mapped pages that count as memory."""
+    """A file of the source's own."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by the owner)
-        self.length = os.fstat(self._file.fileno()).st_size
+        self._file = PositionalFile(path)
+        self.length = self._file.length
 
     def read(self, offset: int, size: int) -> Buffer:
-        if self._file.closed:
-            raise ClosedFileError("the file is closed")
-        out, filled = bytearray(min(size, max(self.length - offset, 0))), 0
-        view = memoryview(out)
-        while filled < len(out):
-            got = os.preadv(self._file.fileno(), [view[filled:]], offset + filled)
-            if got == 0:
-                break
-            filled += got
-        return _require_all(view[:filled], size)
+        view = memoryview(bytearray(min(size, max(self.length - offset, 0))))
+        return _require_all(view[: self._file.read_into(view, offset)], size)
 
     def close(self) -> None:
         self._file.close()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.clauses import clauses
 
-from .test_cli import Arrays, child, error_of, make, run, sharded
+from .test_cli import Arrays, child, error_of, make, refuse_root, run, sharded
 
 Capture = pytest.CaptureFixture[str]
 OLD = b"an older model"
@@ -254,8 +254,10 @@ def test_a_disk_that_is_really_full_is_told(tiny_disk: Path, tmp_path: Path, cap
     assert contents(tiny_disk) == {"m.sfp": OLD}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_without_permission_is_told(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make(tmp_path / "m.safetensors")
     (tmp_path / "d").mkdir(mode=0o500)
+    refuse_root(monkeypatch, "sfpformat.atomic.os", "open")
     assert "Permission denied" in error_of(capsys, "pack", source, "-o", tmp_path / "d" / "m.sfp")

@@ -120,9 +120,10 @@ def test_indices_out_of_range_are_errors_and_slices_never(
                     part[(slice(None),) * axis + (number,)]
             over = (slice(None),) * axis + (slice(-size - 9, size + 9),)
             assert part[over].shape == shape
-        for wrong in ((0,) * (len(shape) + 1), (..., ...), "a", 1.5, None, True, [0]):
+        wrongs: tuple[Any, ...] = ((0,) * (len(shape) + 1), (..., ...), "a", 1.5, None, True, [0])
+        for wrong in wrongs:
             with pytest.raises(IndexError):
-                part[wrong]  # type: ignore[index]
+                part[wrong]
 
 
 @clauses("R-REC-005", "R-MSK-005")
@@ -169,7 +170,7 @@ def test_a_file_reads_the_same_from_every_source() -> None:
         path = Path(folder, "a.sfp")
         path.write_bytes(everything())
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            sources = [
+            sources: list[Any] = [
                 str(path),
                 path,
                 everything(),
@@ -181,7 +182,7 @@ def test_a_file_reads_the_same_from_every_source() -> None:
                 io.BytesIO(everything()),
             ]
             for source in sources:
-                with sfpformat.open(source) as file:  # type: ignore[arg-type]
+                with sfpformat.open(source) as file:
                     assert {name: file.get_tensor(name).tobytes() for name in file} == expected
                 assert not stream.closed
             del source, sources, file

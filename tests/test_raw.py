@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,9 +21,9 @@ from .samples import everything
 
 @clauses("R-RAW-001", "R-RAW-002", "R-RAW-003", "R-RAW-004", "R-CNV-001")
 @given(st.sampled_from(sorted(DTYPES)), st.integers(0, 200), st.randoms(use_true_random=False))
-def test_the_bytes_of_elements_lie_unchanged_in_their_chunks(dtype: str, count: int, random: object) -> None:
+def test_the_bytes_of_elements_lie_unchanged_in_their_chunks(dtype: str, count: int, random: Random) -> None:
     size = DTYPES[dtype].itemsize
-    raw = random.randbytes(count * size)  # type: ignore[attr-defined]
+    raw = random.randbytes(count * size)
     if dtype == "BOOL":
         raw = bytes(byte & 1 for byte in raw)
     array = np.frombuffer(raw, DTYPES[dtype].numpy)

@@ -137,7 +137,7 @@ def test_headers_come_back(tensors: dict[str, tuple[Any, Any]], metadata: dict[s
 # ------------------------------------------------------------------------------------------ hostile files
 
 
-def entry(start: int, stop: int, dtype: str = "U8", shape: list[Any] | None = None) -> dict[str, Any]:
+def entry(start: int, stop: int, dtype: object = "U8", shape: list[Any] | None = None) -> dict[str, Any]:
     """A header entry for a vector of bytes."""
     return {
         "dtype": dtype,
@@ -165,7 +165,7 @@ ATTACKS: list[tuple[str, object, str]] = [
     ("unknown dtype", {"a": entry(0, 8, "F99")}, "not known"),
     ("dtype of ours only", {"a": entry(0, 8, "C128")}, "not known"),
     ("half a byte each", {"a": entry(0, 8, "F4", [16])}, "not known"),
-    ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "not known"),  # type: ignore[arg-type]
+    ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "not known"),
     ("no shape", {"a": {"dtype": "U8", "data_offsets": [0, 8]}}, "must give"),
     ("not a map", {"a": [0, 8]}, "must give"),
     ("a list", [], "not a JSON object"),

@@ -12,7 +12,6 @@ from ..coding.mask import Mask, decode_mask
 from ..coding.planes import Levels
 from ..coding.quantiser import (
     F32,
-    Table,
     fingerprint_values,
     greatest_magnitude,
     importance_values,
@@ -216,8 +215,3 @@ def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
                 raise fault("R-IMP-004", "an importance factor is not finite")
             if not np.isfinite(np.abs(rows).max() * np.abs(columns).max()):
                 raise fault("R-IMP-005", "the product of two importance factors is not finite")
-
-
-def is_table(entry: TensorEntry) -> bool:
-    """Whether the fingerprints' quantiser is a table."""
-    return entry.fingerprints is not None and isinstance(entry.fingerprints.quantiser, Table)

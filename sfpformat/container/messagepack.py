@@ -14,8 +14,6 @@ import msgpack
 from ..errors import fault
 from ..limits import Limits
 
-Value = "int | str | bytes | list[Value] | Map"
-
 
 class Map(dict[str, object]):
     """A decoded map that knows where in the directory it and its values lie.

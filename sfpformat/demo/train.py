@@ -207,7 +207,7 @@ class Trainer:
             scores = self.model(inputs)
         loss = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten())
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimiser.step()
         self.step += 1
