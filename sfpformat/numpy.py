@@ -81,7 +81,7 @@ def load_file(
         InvalidFileError, UnsupportedError, LimitError, OSError.
     """
     with SfpFile(path, limits=limits, threads=threads, engine=engine) as file:
-        return {name: file.get_tensor(name) for name in file}
+        return file.get_tensors()
 
 
 def load(
@@ -93,7 +93,7 @@ def load(
 ) -> dict[str, NDArray[np.generic]]:
     """All tensors of the bytes of a file; as `load_file`."""
     with SfpFile(data, limits=limits, threads=threads, engine=engine) as file:
-        return {name: file.get_tensor(name) for name in file}
+        return file.get_tensors()
 
 
 def _add_all(

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checksum import crc32
 from .closing import Closing
-from .codec.decode import Chunk, TensorDecoder, Values
+from .codec.decode import TensorDecoder, Values
 from .codec.selection import Index, Selection, select
 from .coding.bits import Bytes, as_bytes
 from .coding.mask import Mask
@@ -29,18 +29,24 @@ from .container.chunk import ChunkIndex, greatest_head, parse_head
 from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
-from .engines import Engine, get_engine
+from .engines import get_engine, require_name
 from .errors import MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
+from .memory import blocks_of
+from .parallel import for_each
 from .source import Readable, Source, open_source
 
-T = TypeVar("T")
-R = TypeVar("R")
-Decode = Callable[[TensorDecoder, Chunk, int, int], "NDArray[Any] | None"]
+Into = Callable[[TensorDecoder, Bytes, int, int, int, NDArray[Any]], None]
+# A chunk of a tensor, and the runs of its segments that are wanted: first, stop, and where they go.
+Job = tuple[TensorEntry, int, list[tuple[int, int, NDArray[Any]]]]
 
 # Segments between two that are needed are decoded too when they are at most this many: starting a run in the
 # reference engine takes as long as decoding about as many.
 _JOIN_GAP = 3
+# Decoders that are kept: with their look-up tables they take up to half a megabyte each.
+_DECODERS_KEPT = 32
+# Fewer positions than this are decoded before another thread has begun.
+_WORTH_THREADS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class SfpFile(Closing):
         threads: int | None = None,
     ) -> None:
         """Opens a file and reads its directory; see `sfpformat.open`."""
-        self._engine: Engine = get_engine(engine)
+        require_name(engine)
+        self._engine_name = engine
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
         self._source: Source = open_source(readable)
@@ -96,7 +103,9 @@ class SfpFile(Closing):
             self._source.close()
             raise
         self._offsets = self.directory.offsets()
-        self._decoders: dict[str, TensorDecoder] = {}
+        self._decoders: OrderedDict[str, TensorDecoder] = OrderedDict()
+        self._chunk_ends: dict[str, NDArray[np.int64]] = {}
+        self._weights = sum(entry.positions for entry in self.directory.tensors.values())
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -158,7 +167,27 @@ class SfpFile(Closing):
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
         """
-        return self.get_slice(name)[...]
+        return self.get_tensors([name])[name]
+
+    def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Values]:
+        """Some whole tensors, side by side: all, in the file's order, where nothing is said.
+
+        Tensors under 4 MiB share pieces of memory of 8 MiB; copy one that is to outlive the others by long.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError.
+        """
+        entries = [self.entry(name) for name in (self if names is None else names)]
+        for entry in entries:
+            self._require_within_limits(entry)
+        out: dict[str, Values] = {}
+        jobs: list[Job] = []
+        for entry, memory in zip(entries, blocks_of([e.decoded_bytes for e in entries]), strict=True):
+            flat = memory.view(entry.dtype.numpy)
+            jobs += _jobs_of_range(entry, flat, 0, entry.positions)
+            out[entry.name] = flat.reshape(entry.shape)
+        self._decode(jobs, TensorDecoder.weights_into)
+        return out
 
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
@@ -170,7 +199,7 @@ class SfpFile(Closing):
         if entry.mask is None:
             self._require_within_limits(entry)
             return np.ones(entry.shape, np.bool_)
-        return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask)
+        return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask_into)
 
     def get_importance(self, name: str) -> F32 | None:
         """The importance of every position, float32, in the tensor's shape, or None where there is none.
@@ -181,105 +210,103 @@ class SfpFile(Closing):
         if entry.importance is None:
             return None
         everything, float32 = select(entry.shape, ...), np.dtype(np.float32)
-        return self.decode(entry, everything, float32, TensorDecoder.importance)
+        return self.decode(entry, everything, float32, TensorDecoder.importance_into)
 
     def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
         """The survivors: their positions in the flattened tensor, ascending, and their weights."""
         entry = self.entry(name)
         self._require_within_limits(entry)
         decoder = self.decoder(entry)
+        positions = [np.zeros(0, np.int64)] * len(entry.chunks)
+        values = [np.zeros(0, entry.dtype.numpy)] * len(entry.chunks)
 
-        def survivors(k: int) -> tuple[NDArray[np.int64], Values]:
+        def survivors(k: int) -> None:
             with self._placed(entry, k):
                 first, stop = entry.segments_of_chunk(k)
-                return decoder.survivors(self._chunk(entry, k), 0, stop - first)
+                chunk = decoder.open_chunk(self.read_checked(entry, k), k)
+                positions[k], values[k] = decoder.survivors(chunk, 0, stop - first)
 
-        parts = self._map(survivors, range(len(entry.chunks)))
-        positions = [part[0] for part in parts] or [np.zeros(0, np.int64)]
-        values = [part[1] for part in parts] or [np.zeros(0, entry.dtype.numpy)]
+        for_each(survivors, range(len(entry.chunks)), self._threads_for(entry.positions))
+        if not values:
+            return np.zeros(0, np.int64), np.zeros(0, entry.dtype.numpy)
         return np.concatenate(positions), np.concatenate(values)
 
     # ----------------------------------------------------------------------------- chunks and runs
 
     def decode(
-        self, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], what: Decode
+        self, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], into: Into
     ) -> NDArray[Any]:
-        """The selected positions of what a method of `TensorDecoder` gives for runs of segments."""
+        """The selected positions of what an `..._into` method of `TensorDecoder` gives for runs."""
         self._require_within_limits(entry)
         out = np.empty(selection.size, dtype)
-        if selection.size:
-            segments = selection.segments(entry.segment)
-            if selection.contiguous:
-                self._decode_contiguous(entry, selection, segments, out, what)
-            else:
-                self._decode_scattered(entry, selection, segments, out, what)
+        if selection.size and selection.contiguous:
+            low = int(selection.starts[0]) + selection.run.start
+            self._decode_range(entry, out, low, into)
+        elif selection.size:
+            self._decode_scattered(entry, selection, out, into)
         return out.reshape(selection.shape)
 
-    def _decode_contiguous(
-        self,
-        entry: TensorEntry,
-        selection: Selection,
-        segments: NDArray[np.int64],
-        out: NDArray[Any],
-        what: Decode,
-    ) -> None:
-        low = int(selection.starts[0]) + selection.run.start
-
-        def put(segment: int, values: NDArray[Any]) -> None:
-            start = segment * entry.segment - low
-            clipped = values[max(-start, 0) : len(out) - start]
-            out[max(start, 0) : max(start, 0) + len(clipped)] = clipped
-
-        self._decode_segments(entry, segments, put, what)
+    def _decode_range(self, entry: TensorEntry, out: NDArray[Any], low: int, into: Into) -> None:
+        """The positions from ``low`` on; segments that stick out at either end are decoded apart."""
+        high, segment = low + len(out), entry.segment
+        whole_low, whole_high = -(-low // segment) * segment, high // segment * segment
+        if high == entry.positions:
+            whole_high = high
+        jobs: list[Job] = []
+        ends: list[tuple[int, NDArray[Any]]] = []
+        for start in sorted({low // segment, (high - 1) // segment}):
+            first, stop = start * segment, min((start + 1) * segment, entry.positions)
+            if first < low or stop > high:
+                ends.append((first, np.empty(stop - first, out.dtype)))
+                jobs += _jobs_of_range(entry, ends[-1][1], first, stop)
+        if whole_low < whole_high:
+            jobs += _jobs_of_range(entry, out[whole_low - low : whole_high - low], whole_low, whole_high)
+        self._decode(_joined(jobs), into)
+        for first, values in ends:
+            clipped = values[max(low - first, 0) : high - first]
+            out[max(first - low, 0) : max(first - low, 0) + len(clipped)] = clipped
 
     def _decode_scattered(
-        self,
-        entry: TensorEntry,
-        selection: Selection,
-        segments: NDArray[np.int64],
-        out: NDArray[Any],
-        what: Decode,
+        self, entry: TensorEntry, selection: Selection, out: NDArray[Any], into: Into
     ) -> None:
         """Decodes the segments side by side into a buffer, and gathers from it."""
-        segments = _fill_gaps(segments)
+        segments = _fill_gaps(selection.segments(entry.segment))
         place = np.zeros(int(segments[-1]) + 1, np.int64)
         place[segments] = np.arange(len(segments)) * entry.segment
         buffer = np.zeros(len(segments) * entry.segment, out.dtype)
-
-        def put(segment: int, values: NDArray[Any]) -> None:
-            buffer[place[segment] : place[segment] + len(values)] = values
-
-        self._decode_segments(entry, segments, put, what)
+        breaks = np.flatnonzero(np.diff(segments) > 1)
+        jobs: list[Job] = []
+        for first, last in zip(
+            segments[np.r_[0, breaks + 1]].tolist(),
+            segments[np.r_[breaks, len(segments) - 1]].tolist(),
+            strict=True,
+        ):
+            low, high = first * entry.segment, min((last + 1) * entry.segment, entry.positions)
+            at = int(place[first])
+            jobs += _jobs_of_range(entry, buffer[at : at + high - low], low, high)
+        self._decode(_joined(jobs), into)
         for at, positions in selection.blocks():
             segment, inside = np.divmod(positions, entry.segment)
             out[at : at + len(positions)] = buffer[place[segment] + inside]
 
-    def _decode_segments(
-        self,
-        entry: TensorEntry,
-        segments: NDArray[np.int64],
-        put: Callable[[int, NDArray[Any]], None],
-        what: Decode,
-    ) -> None:
-        """Decodes runs of neighbouring segments, a chunk at a time, and hands each run to ``put``."""
-        decoder = self.decoder(entry)
-        breaks = np.flatnonzero((np.diff(segments) > 1) | (np.diff(segments // entry.chunk) > 0))
-        firsts = segments[np.r_[0, breaks + 1]]
-        stops = segments[np.r_[breaks, len(segments) - 1]] + 1
-        by_chunk: dict[int, list[tuple[int, int]]] = {}
-        for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True):
-            by_chunk.setdefault(first // entry.chunk, []).append((first, stop))
+    def _decode(self, jobs: list[Job], into: Into) -> None:
+        """Does the jobs, in threads where that pays."""
+        wanted: dict[str, int] = {}
+        for entry, _, runs in jobs:
+            wanted[entry.name] = wanted.get(entry.name, 0) + sum(len(out) for _, _, out in runs)
 
-        def work(item: tuple[int, list[tuple[int, int]]]) -> None:
-            k, runs = item
+        def work(job: Job) -> None:
+            entry, k, runs = job
+            decoder = self.decoder(entry, wanted[entry.name])
             with self._placed(entry, k):
-                chunk = self._chunk(entry, k)
-                for first, stop in runs:
-                    values = what(decoder, chunk, first - k * entry.chunk, stop - k * entry.chunk)
-                    assert values is not None
-                    put(first, values)
+                data = self.read_checked(entry, k)
+                for first, stop, out in runs:
+                    into(decoder, data, k, first, stop, out)
 
-        self._map(work, list(by_chunk.items()))
+        for_each(work, jobs, min(self._threads_for(sum(wanted.values())), len(jobs)))
+
+    def _threads_for(self, positions: int) -> int:
+        return self._threads if positions >= _WORTH_THREADS else 1
 
     def _require_within_limits(self, entry: TensorEntry) -> None:
         with placed(tensor=entry.name):
@@ -287,15 +314,19 @@ class SfpFile(Closing):
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
-        vectors = 0 if entry.vectors is None or k < 0 else int(entry.vectors["length"][0])
-        before = entry.chunks["length"][: max(k, 0)].sum(dtype=np.int64)
-        return self._offsets[entry.name] + vectors + int(before)
+        if k <= 0:
+            vectors = 0 if entry.vectors is None or k < 0 else int(entry.vectors["length"][0])
+            return self._offsets[entry.name] + vectors
+        if entry.name not in self._chunk_ends:
+            self._chunk_ends[entry.name] = np.cumsum(entry.chunks["length"], dtype=np.int64)
+        return self.chunk_offset(entry, 0) + int(self._chunk_ends[entry.name][k - 1])
 
     def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
         """The bytes of chunk k of a tensor (its vector chunk for k = -1), checksum compared (R-LAY-004)."""
         record = entry.vectors[0] if k < 0 and entry.vectors is not None else entry.chunks[k]
-        data = self._source.read(self.chunk_offset(entry, k), int(record["length"]))
-        if zlib.crc32(data) != record["crc"]:
+        length, checksum = record.item()
+        data = self._source.read(self.chunk_offset(entry, k), length)
+        if crc32(data) != checksum:
             raise fault("R-LAY-004", "a chunk's checksum does not match", offset=0)
         return as_bytes(data)
 
@@ -311,24 +342,19 @@ class SfpFile(Closing):
     def _placed(self, entry: TensorEntry, k: int) -> AbstractContextManager[None]:
         return placed(tensor=entry.name, base=self.chunk_offset(entry, k))
 
-    def decoder(self, entry: TensorEntry) -> TensorDecoder:
-        """The decoder of a tensor, its vectors read and checked."""
+    def decoder(self, entry: TensorEntry, weights: int = 0) -> TensorDecoder:
+        """The decoder of a tensor, its vectors read and checked; about so many weights will be decoded."""
         with self._lock:
-            if entry.name not in self._decoders:
+            decoder = self._decoders.get(entry.name)
+            if decoder is None:
                 with self._placed(entry, -1):
                     data = None if entry.vectors is None else self.read_checked(entry, -1)
-                    self._decoders[entry.name] = TensorDecoder(entry, data, self._engine)
-            return self._decoders[entry.name]
-
-    def _chunk(self, entry: TensorEntry, k: int) -> Chunk:
-        return self.decoder(entry).open_chunk(self.read_checked(entry, k), k)
-
-    def _map(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """The work done for each item, in threads where there are several of both."""
-        if self._threads == 1 or len(items) < 2:
-            return [work(item) for item in items]
-        with ThreadPoolExecutor(min(self._threads, len(items))) as pool:
-            return list(pool.map(work, items))
+                    decoder = TensorDecoder(entry, data, get_engine(self._engine_name, self._weights))
+                self._decoders[entry.name] = decoder
+                if len(self._decoders) > _DECODERS_KEPT:
+                    self._decoders.popitem(last=False)
+            decoder.expect(weights)
+            return decoder
 
 
 class SfpSlice:
@@ -354,7 +380,7 @@ class SfpSlice:
             InvalidFileError, LimitError.
         """
         selection = select(self._entry.shape, index)
-        return self._file.decode(self._entry, selection, self._entry.dtype.numpy, TensorDecoder.values)
+        return self._file.decode(self._entry, selection, self._entry.dtype.numpy, TensorDecoder.weights_into)
 
 
 def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]:
@@ -366,6 +392,30 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
     preamble.require_directory(data)
     with placed(base=preamble.directory_offset):
         return preamble, Directory.from_bytes(data, preamble.directory_offset, limits)
+
+
+def _jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) -> list[Job]:
+    """The jobs that decode the positions from ``low`` up to ``high`` into ``out``.
+
+    Args:
+        low: where a segment begins.
+        high: where a segment or the tensor ends.
+    """
+    segment, size = entry.segment, entry.segment * entry.chunk
+    jobs: list[Job] = []
+    for k in range(low // size, -(-high // size)):
+        start, stop = max(low, k * size), min(high, (k + 1) * size)
+        first, last = (start - k * size) // segment, -(-(stop - k * size) // segment)
+        jobs.append((entry, k, [(first, last, out[start - low : stop - low])]))
+    return jobs
+
+
+def _joined(jobs: list[Job]) -> list[Job]:
+    """The jobs of a tensor with the runs of one chunk together, so that it is read once."""
+    by_chunk: dict[int, Job] = {}
+    for entry, k, runs in jobs:
+        by_chunk.setdefault(k, (entry, k, []))[2].extend(runs)
+    return list(by_chunk.values())
 
 
 def _fill_gaps(segments: NDArray[np.int64]) -> NDArray[np.int64]:

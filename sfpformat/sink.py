@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,6 +16,7 @@ import msgpack
 import numpy as np
 
 from .atomic import AtomicFile, open_locked, real_target, rename
+from .checksum import crc32
 from .container import messagepack
 from .container.entry import TensorEntry
 from .container.fields import typed
@@ -153,7 +153,7 @@ class ResumableSink:
         records = [entry.chunks] if entry.vectors is None else [entry.vectors, entry.chunks]
         for record in np.concatenate(records):
             data = self._file.read(int(record["length"]))
-            if len(data) != record["length"] or zlib.crc32(data) != record["crc"]:
+            if len(data) != record["length"] or crc32(data) != record["crc"]:
                 return False
         return True
 

@@ -6,6 +6,8 @@ import os
 import threading
 from typing import BinaryIO, Protocol, cast
 
+import numpy as np
+
 from .errors import ClosedFileError, fault
 from .positional import PositionalFile
 
@@ -61,7 +63,8 @@ class _FileSource:
         self.length = self._file.length
 
     def read(self, offset: int, size: int) -> Buffer:
-        view = memoryview(bytearray(min(size, max(self.length - offset, 0))))
+        # Not a bytearray, which would be filled with zeros first.
+        view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
         return _require_all(view[: self._file.read_into(view, offset)], size)
 
     def close(self) -> None:

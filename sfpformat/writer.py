@@ -7,7 +7,6 @@ Rules: what is written goes to a temporary file, which is synced and takes the t
 from __future__ import annotations
 
 import os
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .checksum import crc32
 from .codec.encode import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
 from .codec.options import Options
 from .codec.plan import Importance, Plan, plan_tensor
@@ -162,7 +162,7 @@ class Writer:
         if len(chunk) >= 1 << 32:
             raise OptionError(f"a chunk of {len(chunk)} bytes; the format ends below 4 GiB")
         self._sink.append(chunk)
-        return np.array([(len(chunk), zlib.crc32(chunk))], CHUNK_RECORD)
+        return np.array([(len(chunk), crc32(chunk))], CHUNK_RECORD)
 
     def close(self) -> None:
         """Writes the directory and makes the file the target."""
@@ -173,7 +173,7 @@ class Writer:
             directory = Directory(self._entries, self._metadata)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()
-            preamble = Preamble(offset, len(data), offset + len(data), zlib.crc32(data))
+            preamble = Preamble(offset, len(data), offset + len(data), crc32(data))
             self._sink.append(data)
             self._sink.commit(preamble.to_bytes())
         except BaseException as error:

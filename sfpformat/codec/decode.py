@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,44 @@ class TensorDecoder:
         self.entry = entry
         self.engine = engine
         self.vectors = {} if vector_chunk is None else read_vectors(vector_chunk, entry)
-        require_valid_vectors(entry, self.vectors)
+        if self.vectors:
+            require_valid_vectors(entry, self.vectors)
+        self._recipe: Any = None
+        self._recipe_serves = 0
 
     def open_chunk(self, data: Bytes, k: int) -> Chunk:
         """Checks the structure of chunk ``k``, whose checksum matched."""
         if self.entry.coding == "raw":
             return Chunk(k, read_raw(data, self.entry, k), None)
         return Chunk(k, data, read_index(data, self.entry, k))
+
+    # ------------------------------------------------------------------------------------ into an array
+    #
+    # ``data``: the bytes of chunk ``k``, whose checksum matched; ``out``: just the positions of the run.
+
+    def expect(self, weights: int) -> None:
+        """Tells how many weights will be decoded, about: what an engine prepares depends on it."""
+        if weights > 8 * self._recipe_serves:
+            self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
+            self._recipe_serves = max(weights, 1)
+
+    def weights_into(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> None:
+        """The weights of all positions of a run."""
+        if self._recipe is not None:
+            entry = self.entry
+            start = k * entry.chunk * entry.segment
+            total = min(entry.chunk * entry.segment, entry.positions - start)
+            if self.engine.decode_values(self._recipe, data, total, start, first, stop, out):
+                return
+        out[:] = self.values(self.open_chunk(data, k), first, stop)
+
+    def mask_into(self, data: Bytes, k: int, first: int, stop: int, out: Mask) -> None:
+        """The mask bits of a run."""
+        out[:] = self.mask(self.open_chunk(data, k), first, stop)
+
+    def importance_into(self, data: Bytes, k: int, first: int, stop: int, out: F32) -> None:
+        """The importance of all positions of a run."""
+        out[:] = self.importance(self.open_chunk(data, k), first, stop)
 
     # ------------------------------------------------------------------------------------- streams
 

@@ -1,22 +1,34 @@
 """Engines: interchangeable implementations of the work on bits, chosen in this one place.
 
 An engine is a module with the functions of `Engine`; all engines give the same bits and the same faults. The
-pure-Python one is the plain statement of the algorithms and is always there.
+pure-Python one is the plain statement of the algorithms and is always there; ``numba`` is the same, compiled.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
-from typing import Protocol
+import sys
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
 from ..coding.codetable import CodeTable
 from ..coding.planes import Counts, Levels, Planes, StreamSpan
+from ..coding.quantiser import F32
+from ..container.entry import TensorEntry
 from ..errors import EngineError
-from . import python
 
 ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
+# Engine -> its module, and the package that it needs.
+_MODULES = {"python": ("python", None), "numba": ("fast", "numba")}
+_HOW_TO_INSTALL = "{} is not installed; pip install 'sfpformat[fast]'"
+# Fewer weights than this the reference decodes in the time that importing Numba takes.
+_WORTH_NUMBA = 8_000_000
 
 
 class Engine(Protocol):
@@ -32,28 +44,78 @@ class Engine(Protocol):
     ) -> Planes:
         """As `coding.planes.encode_levels`."""
 
+    def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
+        """What `decode_values` needs of a tensor; None where this engine leaves its weights to the levels.
 
-_ENGINES: dict[str, Engine] = {"python": python}
+        Args:
+            weights: about how many will be decoded.
+        """
+
+    def decode_values(
+        self,
+        recipe: Any,
+        data: Bytes,
+        total: int,
+        start: int,
+        first: int,
+        stop: int,
+        out: NDArray[np.generic],
+    ) -> bool:
+        """The weights of a run of segments of a chunk, in one go.
+
+        Args:
+            recipe: the tensor's.
+            data: all bytes of the chunk, at least 64.
+            total: positions of the chunk.
+            start: position in the tensor of the chunk's first.
+            first, stop: the run, numbered within the chunk.
+            out: the run's positions, contiguous, in the tensor's dtype.
+
+        Returns:
+            Whether ``out`` now has the weights. If not, ``out`` means nothing, and the caller goes the way of
+            levels, which gives the weights or the fault.
+        """
+
+
+def why_not(name: str) -> str | None:
+    """Why an engine cannot be used here, or None."""
+    needed = _MODULES[name][1]
+    if needed is None or importlib.util.find_spec(needed) is not None:
+        return None
+    return _HOW_TO_INSTALL.format(needed)
 
 
 def available() -> dict[str, str | None]:
     """Engine name -> None where it can be used, else the reason why not."""
-    return dict.fromkeys(_ENGINES)
+    return {name: why_not(name) for name in _MODULES}
 
 
-def get_engine(name: str | None = None) -> Engine:
+def require_name(name: str | None) -> None:
+    """Raises EngineError unless `get_engine` would find an engine for that name."""
+    chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
+    if chosen == AUTO:
+        return
+    if chosen not in _MODULES:
+        raise EngineError(f"no engine {chosen!r} in this version; there is: {', '.join(_MODULES)}, {AUTO}")
+    reason = why_not(chosen)
+    if reason is not None:
+        raise EngineError(f"the engine {chosen!r} cannot be used: {reason}")
+
+
+def get_engine(name: str | None = None, weights: int | None = None) -> Engine:
     """The engine of that name.
 
     Args:
-        name: ``"python"``, or ``"auto"`` for the best that is available; None takes the environment variable
-            ``SFPFORMAT_ENGINE``, or ``"auto"``.
+        name: ``"python"``, ``"numba"``, or ``"auto"`` for the best that is available; None takes the
+            environment variable ``SFPFORMAT_ENGINE``, or ``"auto"``.
+        weights: about how many there are to work on. For a few ``"auto"`` does not import Numba.
 
     Raises:
         EngineError: there is no such engine, or it cannot be used here.
     """
+    require_name(name)
     chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
     if chosen == AUTO:
-        return python
-    if chosen not in _ENGINES:
-        raise EngineError(f"no engine {chosen!r} in this version; there is: {', '.join(_ENGINES)}, {AUTO}")
-    return _ENGINES[chosen]
+        few = weights is not None and weights < _WORTH_NUMBA and "numba" not in sys.modules
+        chosen = "python" if few or why_not("numba") is not None else "numba"
+    return cast(Engine, importlib.import_module(f".{_MODULES[chosen][0]}", __name__))

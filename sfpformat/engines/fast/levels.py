@@ -1,0 +1,68 @@
+"""Class slots and the residual plane to levels (SPEC.md chapter 9)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .memory import load64
+
+
+@kernel
+def decode_segment(
+    data: Any,
+    start: int,
+    size: int,
+    count: int,
+    trim: int,
+    constant: int,
+    first: Any,
+    extra: Any,
+    slots: Any,
+    place: int,
+    levels: Any,
+) -> bool:
+    """The levels of a segment; False where its residuals do not end where they must (R-PLN-003).
+
+    Every load's offset is cut to the last whole word of the chunk, as in `prefix`.
+
+    Args:
+        data: uint8, the chunk.
+        start, size: bit offset in ``data`` and bits of the segment's residuals.
+        count: its levels.
+        trim: residual bits that it leaves out.
+        constant: residual bits of all used classes, or -1 where they differ.
+        first, extra: of `Slots`.
+        slots, place: the segment's slots begin at ``slots[place]``.
+        levels: uint64, room for ``count``.
+    """
+    one = np.uint64(1)
+    if constant == 0:
+        for i in range(count):
+            levels[i] = first[slots[place + i]]
+        return True
+    last = np.int64(data.size - 8)
+    above = np.uint64(trim + 1)
+    at = start
+    if constant > 0:
+        width = constant - trim
+        mask = (one << np.uint64(width)) - one
+        # The index implies their size, and that they are inside (`index.read_index`): no load is cut.
+        for i in range(count):
+            bit = start + i * width
+            residual = (load64(data, bit >> 3) >> np.uint64(bit & 7)) & mask
+            if trim:
+                residual = (residual & one) | (residual >> one) << above
+            levels[i] = first[slots[place + i]] + residual
+        return True
+    for i in range(count):
+        slot = slots[place + i]
+        width = np.int64(extra[slot]) - trim
+        residual = (load64(data, min(at >> 3, last)) >> np.uint64(at & 7)) & ((one << np.uint64(width)) - one)
+        if trim:
+            residual = (residual & one) | (residual >> one) << above
+        levels[i] = first[slot] + residual
+        at += width
+    return at == start + size

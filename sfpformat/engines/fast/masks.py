@@ -1,0 +1,111 @@
+"""Mask levels to mask bits, and survivors to their positions (SPEC.md chapter 10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .memory import count_ones, load16, load32, load64, store16, store32, store64, trailing_zeros
+
+OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
+# With fewer survivors than one in this many positions it is faster to go from one to the next.
+_SPARSE = 5
+
+
+@kernel
+def mask_of_levels(
+    kind: int, levels: Any, count: int, positions: int, survivors: int, bits: Any, at: int
+) -> bool:
+    """The mask bits of a segment; False where they break R-MSK-004 to R-MSK-006.
+
+    Args:
+        kind: one of the constants above.
+        levels: uint64, ``count`` of them.
+        bits: uint8, filled from byte ``at`` on, all zero before; a multiple of 4 bytes a segment.
+    """
+    if kind == OCTETS:
+        for i in range(count):
+            bits[at + i] = np.uint8(levels[i])
+        if positions & 7 and bits[at + count - 1] >> np.uint8(positions & 7):
+            return False
+    else:
+        if kind == RUNS_OF_PRUNED:
+            for i in range(positions >> 3):
+                bits[at + i] = 255
+            if positions & 7:
+                bits[at + (positions >> 3)] = (1 << (positions & 7)) - 1
+        p = np.int64(-1)
+        for i in range(count):
+            p += np.int64(levels[i]) + 1
+            if p >= positions:
+                return False
+            bits[at + (p >> 3)] ^= np.uint8(1 << (p & 7))
+    found = np.int64(0)
+    for word in range((positions + 31) >> 5):
+        found += np.int64(count_ones(np.uint64(load32(bits, at + 4 * word))))
+    return found == survivors
+
+
+@kernel
+def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
+    """The positions in its segment of each survivor, into ``places`` (int64)."""
+    i = 0
+    for start in range(0, positions, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        while word:
+            places[i] = start + np.int64(trailing_zeros(word))
+            word &= word - np.uint64(1)
+            i += 1
+
+
+@kernel
+def spread(
+    bits: Any, at: int, positions: int, survivors: int, values: Any, item: int, out: Any, to: int
+) -> None:
+    """Writes the survivors of a segment to their positions and zero to all others.
+
+    Args:
+        values: uint8, the survivors' bit patterns of ``item`` bytes each, and room for one more.
+        out: uint8, written from byte ``to`` on.
+    """
+    if survivors * _SPARSE < positions:
+        out[to : to + positions * item] = 0
+        i = np.int64(0)
+        for start in range(0, positions, 32):
+            word = np.uint64(load32(bits, at + (start >> 3)))
+            while word:
+                p = start + np.int64(trailing_zeros(word))
+                if item == 2:
+                    store16(out, to + 2 * p, load16(values, 2 * i))
+                elif item == 4:
+                    store32(out, to + 4 * p, load32(values, 4 * i))
+                elif item == 1:
+                    out[to + p] = values[i]
+                else:
+                    store64(out, to + 8 * p, load64(values, 8 * i))
+                word &= word - np.uint64(1)
+                i += 1
+        return
+    i = np.int64(0)
+    if item == 2:
+        for p in range(positions):
+            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
+            store16(out, to + 2 * p, np.uint16(load16(values, 2 * i) & np.uint16(-bit)))
+            i += bit
+    elif item == 4:
+        for p in range(positions):
+            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
+            store32(out, to + 4 * p, np.uint32(load32(values, 4 * i) & np.uint32(-bit)))
+            i += bit
+    elif item == 1:
+        for p in range(positions):
+            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
+            out[to + p] = values[i] & np.uint8(-bit)
+            i += bit
+    else:
+        for p in range(positions):
+            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
+            store64(out, to + 8 * p, load64(values, 8 * i) & np.uint64(-bit))
+            i += bit

@@ -1,0 +1,131 @@
+"""Unaligned loads and stores of whole words in byte arrays: what compiled kernels do instead of indexing.
+
+Rules: a kernel touches memory through these functions or through plain indexing, through nothing else. Its
+caller proves that all offsets lie inside before the loop. With the environment variable
+``SFPFORMAT_CHECKED=1`` every single access is checked too and raises IndexError, which is how the tests look
+for holes in those proofs (with ``NUMBA_BOUNDSCHECK=1`` for plain indexing, and a ``NUMBA_CACHE_DIR`` of its
+own, since the compiled code differs).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+CHECKED = os.environ.get("SFPFORMAT_CHECKED") == "1"
+
+
+def pointer_to(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int) -> Any:
+    """Pointer to the word of ``bits`` bits that starts at byte ``offset`` of an array."""
+    data = context.make_array(array_type)(context, builder, array).data
+    bytewise = builder.bitcast(data, cgutils.voidptr_t)
+    return builder.bitcast(builder.gep(bytewise, [offset]), ir.IntType(bits).as_pointer())
+
+
+def _loader(word_type: Any) -> Callable[..., Any]:
+    """A function (array, byte offset) -> little-endian word."""
+
+    def load(typing_context: Any, array: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer = pointer_to(context, builder, signature.args[0], *arguments, word_type.bitwidth)
+            word = builder.load(pointer)
+            word.align = 1
+            return word
+
+        return word_type(array, types.int64), codegen
+
+    return intrinsic(load)
+
+
+def _storer(word_type: Any) -> Callable[..., Any]:
+    """A function (array, byte offset, word)."""
+
+    def store(typing_context: Any, array: Any, offset: Any, word: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            target, at, value = arguments
+            pointer = pointer_to(context, builder, signature.args[0], target, at, word_type.bitwidth)
+            builder.store(value, pointer).align = 1
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, word_type), codegen
+
+    return intrinsic(store)
+
+
+_load16, _load32, _load64 = map(_loader, (types.uint16, types.uint32, types.uint64))
+_store16, _store32, _store64 = map(_storer, (types.uint16, types.uint32, types.uint64))
+
+
+@register_jitable
+def require_inside(array: Any, offset: int, size: int) -> None:
+    """In a checked build: raises IndexError for an access that is not inside the array."""
+    if CHECKED and (offset < 0 or offset + size > array.nbytes):
+        raise IndexError("an access outside its array")
+
+
+@register_jitable
+def load16(array: Any, offset: int) -> Any:
+    """The uint16 at byte ``offset``."""
+    require_inside(array, offset, 2)
+    return _load16(array, offset)
+
+
+@register_jitable
+def load32(array: Any, offset: int) -> Any:
+    """The uint32 at byte ``offset``."""
+    require_inside(array, offset, 4)
+    return _load32(array, offset)
+
+
+@register_jitable
+def load64(array: Any, offset: int) -> Any:
+    """The uint64 at byte ``offset``."""
+    require_inside(array, offset, 8)
+    return _load64(array, offset)
+
+
+@register_jitable
+def store16(array: Any, offset: int, word: int) -> None:
+    """Writes a uint16 at byte ``offset``."""
+    require_inside(array, offset, 2)
+    _store16(array, offset, word)
+
+
+@register_jitable
+def store32(array: Any, offset: int, word: int) -> None:
+    """Writes a uint32 at byte ``offset``."""
+    require_inside(array, offset, 4)
+    _store32(array, offset, word)
+
+
+@register_jitable
+def store64(array: Any, offset: int, word: int) -> None:
+    """Writes a uint64 at byte ``offset``."""
+    require_inside(array, offset, 8)
+    _store64(array, offset, word)
+
+
+@intrinsic
+def trailing_zeros(typing_context: Any, word: Any) -> Any:
+    """How many zero bits a uint64 other than 0 has below its lowest one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def count_ones(typing_context: Any, word: Any) -> Any:
+    """How many bits of a uint64 are one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), codegen

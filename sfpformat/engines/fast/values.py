@@ -1,0 +1,143 @@
+"""Levels to weights (SPEC.md chapters 11 to 14): bit patterns, looked up, or float32 step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .memory import load32, store16, store32, store64
+from .vectors import LANES16, LANES32, join16, join32
+
+# How levels become weights.
+PATTERNS, LOOKED_UP, ARITHMETIC = range(3)
+# What a scale factor or an importance goes by.
+NOTHING, WHOLE, BY_QUOTIENT, BY_REMAINDER = range(4)
+NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, FACTORS = range(4)
+
+
+@kernel
+def join_whole_bytes(
+    data: Any, start: int, count: int, constant: int, base: Any, slots: Any, place: int, out: Any, to: int
+) -> None:
+    """Weights of 2 bytes with residuals of 1, or of 4 with residuals of 3: no level is ever written down.
+
+    Args:
+        start: byte offset in ``data`` of the segment's residuals.
+        constant: residual bits, 8 or 24.
+        base: uint64, the first level of slot 0, a multiple of 2^constant; slots follow one another.
+        slots, place: the segment's slots begin at ``slots[place]``.
+        out: uint8, written from byte ``to`` on.
+    """
+    above = np.uint8(base >> np.uint64(constant))
+    if constant == 8:
+        whole = count - count % LANES16
+        for i in range(0, whole, LANES16):
+            join16(slots, place + i, data, start + i, above, out, to + 2 * i)
+        for i in range(whole, count):
+            level = np.uint32(np.uint8(slots[place + i] + above)) << np.uint32(8) | np.uint32(data[start + i])
+            store16(out, to + 2 * i, np.uint16(level >> np.uint32(1) | level << np.uint32(15)))
+        return
+    whole = count - count % LANES32
+    for i in range(0, whole, LANES32):
+        join32(slots, place + i, data, start + 3 * i, above, out, to + 4 * i)
+    for i in range(whole, count):
+        low = load32(data, start + 3 * i) & np.uint32(0xFFFFFF)  # one byte further is inside: TAIL_BYTES
+        level = np.uint32(np.uint8(slots[place + i] + above)) << np.uint32(24) | np.uint32(low)
+        store32(out, to + 4 * i, np.uint32(level >> np.uint32(1) | level << np.uint32(31)))
+
+
+@kernel
+def patterns_of_levels(levels: Any, count: int, item: int, out: Any, to: int) -> None:
+    """Bit patterns of ``item`` bytes: the sign moves from the lowest bit to the highest."""
+    one = np.uint64(1)
+    sign = np.uint64(8 * item - 1)
+    for i in range(count):
+        pattern = (levels[i] >> one) | ((levels[i] & one) << sign)
+        if item == 2:
+            store16(out, to + 2 * i, np.uint16(pattern))
+        elif item == 4:
+            store32(out, to + 4 * i, np.uint32(pattern))
+        elif item == 1:
+            out[to + i] = np.uint8(pattern)
+        else:
+            store64(out, to + 8 * i, pattern)
+
+
+@kernel
+def looked_up(levels: Any, count: int, patterns: Any, item: int, out: Any, to: int) -> None:
+    """The bit pattern of each level, from a table (uint32)."""
+    for i in range(count):
+        pattern = patterns[levels[i]]
+        if item == 2:
+            store16(out, to + 2 * i, np.uint16(pattern))
+        elif item == 4:
+            store32(out, to + 4 * i, pattern)
+        else:
+            out[to + i] = np.uint8(pattern)
+
+
+@kernel
+def signed_magnitudes(levels: Any, count: int, magnitudes: Any, numbers: Any) -> None:
+    """The signed magnitude of each level, float32."""
+    for i in range(count):
+        magnitude = magnitudes[levels[i] >> np.uint64(1)]
+        numbers[i] = -magnitude if levels[i] & np.uint64(1) else magnitude
+
+
+@kernel
+def multiply_by_place(
+    numbers: Any, count: int, places: Any, start: int, unit: int, by: int, factors: Any
+) -> None:
+    """Multiplies each number by the factor that its position goes by.
+
+    Args:
+        places: int64, the position of each number in its segment, ascending.
+        start: the segment's first position in the tensor.
+        unit: positions a factor (rows, groups) or factors a row (columns).
+        by: `WHOLE`, `BY_QUOTIENT` or `BY_REMAINDER` of position and unit.
+    """
+    quotient, remainder = start // unit, start % unit
+    at = np.int64(0)
+    for i in range(count):
+        remainder += places[i] - at
+        at = places[i]
+        while remainder >= unit:
+            remainder -= unit
+            quotient += 1
+        factor = factors[0]
+        if by == BY_QUOTIENT:
+            factor = factors[quotient]
+        elif by == BY_REMAINDER:
+            factor = factors[remainder]
+        numbers[i] = numbers[i] * factor
+
+
+@kernel
+def multiply_by_product(
+    numbers: Any, count: int, places: Any, start: int, columns: int, rows: Any, across: Any
+) -> None:
+    """Multiplies each number by its row's factor times its column's (the product of these is taken first)."""
+    row, column = start // columns, start % columns
+    at = np.int64(0)
+    for i in range(count):
+        column += places[i] - at
+        at = places[i]
+        while column >= columns:
+            column -= columns
+            row += 1
+        numbers[i] = numbers[i] * (rows[row] * across[column])
+
+
+@kernel
+def rounded(numbers: Any, count: int, item: int, out: Any, to: int) -> None:
+    """The numbers as F32 (``item`` 4) or rounded to BF16 (2), ties to even; none is a NaN."""
+    patterns = numbers.view(np.uint32)
+    for i in range(count):
+        bits = patterns[i]
+        if item == 4:
+            store32(out, to + 4 * i, bits)
+        else:
+            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            store16(out, to + 2 * i, np.uint16(np.uint32(bits + even) >> np.uint32(16)))
