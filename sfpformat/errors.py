@@ -8,8 +8,7 @@ bytes that it was handed, and whoever handed them adds the place with `placed`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 
 class SfpError(Exception):
@@ -129,17 +128,25 @@ def fault(clause: str, detail: str, *, tensor: str | None = None, offset: int | 
     return error_class(clause, detail, tensor=tensor, offset=offset)
 
 
-@contextmanager
-def placed(*, tensor: str | None = None, base: int | None = None) -> Iterator[None]:
-    """Adds the tensor's name and the offset ``base`` of the bytes at hand to faults raised inside.
+class placed:
+    """Context manager: adds the tensor's name and the offset ``base`` of the bytes at hand to faults inside.
 
     An offset already in the fault is taken as relative to ``base``; without one, ``base`` is the place.
     """
-    try:
-        yield
-    except FileFault as error:
-        if tensor is not None and error.tensor is None:
-            error.tensor = tensor
-        if base is not None:
-            error.offset = base + (error.offset or 0)
-        raise
+
+    __slots__ = ("_base", "_tensor")
+
+    def __init__(self, *, tensor: str | None = None, base: int | None = None) -> None:
+        self._tensor, self._base = tensor, base
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, FileFault):
+            if self._tensor is not None and error.tensor is None:
+                error.tensor = self._tensor
+            if self._base is not None:
+                error.offset = self._base + (error.offset or 0)

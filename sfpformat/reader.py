@@ -29,7 +29,7 @@ from .container.chunk import ChunkIndex, greatest_head, parse_head
 from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
-from .engines import get_engine, require_name
+from .engines import Engine, get_engine, require_name
 from .errors import MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
@@ -94,6 +94,7 @@ class SfpFile(Closing):
         """Opens a file and reads its directory; see `sfpformat.open`."""
         require_name(engine)
         self._engine_name = engine
+        self._engine: Engine | None = None  # found when it is first needed
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
         self._source: Source = open_source(readable)
@@ -347,9 +348,11 @@ class SfpFile(Closing):
         with self._lock:
             decoder = self._decoders.get(entry.name)
             if decoder is None:
+                if self._engine is None:
+                    self._engine = get_engine(self._engine_name, self._weights)
                 with self._placed(entry, -1):
                     data = None if entry.vectors is None else self.read_checked(entry, -1)
-                    decoder = TensorDecoder(entry, data, get_engine(self._engine_name, self._weights))
+                    decoder = TensorDecoder(entry, data, self._engine)
                 self._decoders[entry.name] = decoder
                 if len(self._decoders) > _DECODERS_KEPT:
                     self._decoders.popitem(last=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import tracemalloc
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,3 +230,83 @@ def test_what_the_writer_writes_is_its_own_canonical_encoding() -> None:
     (at,) = struct.unpack_from("<Q", everything(), 16)
     root, _ = slow_reader.read_directory(everything())
     assert pack(root) == everything()[at:]
+
+
+# ------------------------------------------------------------------------------------------- the quick way
+
+
+def judged_both_ways(data: bytes) -> None:
+    """What the quick way takes is what the strict reader gives."""
+    quick = messagepack.decode_quickly(data, DEFAULT_LIMITS)
+    if quick is not None:
+        assert quick == messagepack.decode(data, DEFAULT_LIMITS)
+
+
+loose = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-100, 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 5), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+@clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
+@given(loose | st.dictionaries(text, values, max_size=20), st.booleans())
+def test_the_quick_way_takes_nothing_that_the_strict_reader_would_not(value: object, tuples: bool) -> None:
+    judged_both_ways(msgpack.packb(value, use_bin_type=tuples, strict_types=False))
+
+
+@clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
+@given(st.integers(0, 2**32), st.integers(1, 4))
+def test_the_quick_way_and_the_strict_reader_agree_on_changed_directories(seed: int, changes: int) -> None:
+    rng = random.Random(seed)
+    data = bytearray(directory_of(rng.choice([plain(), everything()])))
+    for _ in range(changes):
+        at = rng.randrange(len(data))
+        what = rng.randrange(3)
+        if what == 0:
+            data[at] = rng.choice([rng.randrange(256), 0xC0, 0xC4, 0xD9, 0xDC, 0xDE, 0x80, 0x90, 0xA0])
+        elif what == 1:
+            del data[at]
+        else:
+            data.insert(at, rng.randrange(256))
+    judged_both_ways(bytes(data))
+
+
+def directory_of(file: bytes) -> bytes:
+    offset, length = struct.unpack_from("<QQ", file, 16)
+    return file[offset : offset + length]
+
+
+@pytest.mark.parametrize("file", [plain(), everything()], ids=["plain", "everything"])
+def test_the_quick_way_takes_the_directories_that_are_written(file: bytes) -> None:
+    assert messagepack.decode_quickly(directory_of(file), DEFAULT_LIMITS) is not None
+
+
+@clauses("R-LIM-002")
+def test_the_quick_way_keeps_the_limit_of_depth() -> None:
+    def nested(depth: int) -> bytes:
+        value: object = 1
+        for _ in range(depth):
+            value = {"a": value}
+        return msgpack.packb(value)
+
+    assert messagepack.decode_quickly(nested(DEFAULT_LIMITS.depth), DEFAULT_LIMITS) is not None
+    assert messagepack.decode_quickly(nested(DEFAULT_LIMITS.depth + 1), DEFAULT_LIMITS) is None
+
+
+def test_nested_lists_that_claim_much_take_little_memory() -> None:
+    data = b"\x81\xa1a" + b"\xdd\x00\x03\xff\xff" * 1000 + bytes(300_000)
+    tracemalloc.start()
+    try:
+        assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -20,6 +20,9 @@ MAX_SYMBOLS = 256  # used symbols, R-TAB-006: a symbol's rank fits a byte
 MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
 MAX_CODES = 16  # R-TAB-009
 
+# Code length -> its share of all codewords, in units of 2^-12.
+_KRAFT_SHARE = [0, *(1 << (MAX_CODE_BITS - bits) for bits in range(1, MAX_CODE_BITS + 1))]
+
 
 @dataclass(frozen=True)
 class PrefixCode:
@@ -32,12 +35,13 @@ class PrefixCode:
     length: bytes
 
     def __post_init__(self) -> None:
-        if max(self.length) > MAX_CODE_BITS:
-            raise fault("R-TAB-005", f"a code of {max(self.length)} bits, at most {MAX_CODE_BITS}")
+        longest = max(self.length)
+        if longest > MAX_CODE_BITS:
+            raise fault("R-TAB-005", f"a code of {longest} bits, at most {MAX_CODE_BITS}")
         used = len(self.length) - self.length.count(0)
         if not 2 <= used <= MAX_SYMBOLS:
             raise fault("R-TAB-006", f"{used} used symbols, must be 2 to {MAX_SYMBOLS}")
-        if sum(1 << (MAX_CODE_BITS - n) for n in self.length if n) != 1 << MAX_CODE_BITS:
+        if sum(map(_KRAFT_SHARE.__getitem__, self.length)) != 1 << MAX_CODE_BITS:
             raise fault("R-TAB-007", "the prefix code is not complete")
 
     @cached_property
@@ -129,7 +133,8 @@ class CodeTable:
     @cached_property
     def top(self) -> int:
         """One past the greatest level that the table can code."""
-        return self.base + sum(1 << extra for extra in self.extra)
+        widths = set(self.extra)
+        return self.base + sum(self.extra.count(width) << width for width in widths)
 
     def require_top(self, bound: int) -> None:
         """Raises R-TAB-008 when the table can code a level of ``bound`` or more."""
@@ -144,12 +149,16 @@ class CodeTable:
     @cached_property
     def constant_extra(self) -> int | None:
         """The residual bits that all used classes have, or None where they differ (SPEC.md 15.2)."""
+        if self.constant_width is not None:
+            return self.constant_width
         widths = np.unique(self.class_extra[self._used_classes()])
         return int(widths[0]) if len(widths) == 1 else None
 
     @cached_property
     def least_extra(self) -> int:
         """The fewest residual bits that a used class has."""
+        if self.constant_width is not None:
+            return self.constant_width
         return int(self.class_extra[self._used_classes()].min())
 
     def _used_classes(self) -> NDArray[np.integer]:
@@ -180,6 +189,10 @@ class CodeTable:
         return self.extra[0] if len(set(self.extra)) == 1 else None
 
 
+# Byte -> its two halves, the lower one first.
+_NIBBLES = [bytes((byte & 15, byte >> 4)) for byte in range(256)]
+
+
 def pack_lengths(lengths: bytes) -> bytes:
     """Code lengths as the directory has them, two a byte, the first in the lower four bits."""
     even = lengths + bytes(len(lengths) % 2)
@@ -194,7 +207,7 @@ def unpack_lengths(packed: bytes, symbols: int) -> bytes:
     """
     if len(packed) != -(-symbols // 2) or not packed:
         raise fault("R-TAB-004", f"{len(packed)} bytes of code lengths for {symbols} symbols")
-    lengths = bytes(length for byte in packed for length in (byte & 15, byte >> 4))
+    lengths = b"".join([_NIBBLES[byte] for byte in packed])
     if any(lengths[symbols:]):
         raise fault("R-TAB-010", "the last four bits of a code's lengths are not zero")
     return lengths[:symbols]

@@ -58,9 +58,20 @@ class Directory:
         Raises:
             InvalidFileError, UnsupportedError, LimitError.
         """
+        quick = messagepack.decode_quickly(data, limits)
+        if quick is not None:
+            try:
+                return cls._from_root(quick, chunks_end, limits)
+            except FileFault:
+                pass  # found again below, where values have places
         root = messagepack.decode(data, limits)
         if not isinstance(root, Map):
             raise fault("R-DIR-001", "the directory is not a map", offset=0)
+        return cls._from_root(root, chunks_end, limits)
+
+    @classmethod
+    def _from_root(cls, root: Map, chunks_end: int, limits: Limits) -> Directory:
+        """The directory of its decoded map."""
         features = _features(root)
         if "keyed" in root:
             raise fault("R-KEY-001", "the file has keyed tables", offset=root.at["keyed"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ class TensorEntry:
 
     # ------------------------------------------------------------------------------------- geometry
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """N, the number of positions."""
         return math.prod(self.shape)
@@ -95,7 +96,7 @@ class TensorEntry:
         """Rows of the tensor seen as a matrix (SPEC.md chapter 2)."""
         return self.shape[0] if len(self.shape) >= 2 and self.positions else 1
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Columns of the tensor seen as a matrix."""
         return self.positions // self.rows
@@ -110,7 +111,7 @@ class TensorEntry:
         """Number of segments."""
         return -(-self.positions // self.segment)
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
         """Bytes of all chunks, the vector chunk included."""
         lengths = int(self.chunks["length"].sum(dtype=np.int64))
@@ -129,6 +130,10 @@ class TensorEntry:
 
     def streams(self) -> dict[str, CodeTable]:
         """The code tables of the streams that the tensor has, in the order of their planes."""
+        return dict(self._streams)
+
+    @cached_property
+    def _streams(self) -> dict[str, CodeTable]:
         out = {}
         if self.mask is not None:
             out["mask"] = self.mask.table
@@ -138,14 +143,18 @@ class TensorEntry:
             out["importance"] = self.importance.table
         return out
 
-    def trimmed_streams(self) -> set[str]:
-        """The streams whose segments have trims."""
+    @cached_property
+    def _trimmed(self) -> frozenset[str]:
         records = {"fingerprints": self.fingerprints, "importance": self.importance}
-        return {
+        return frozenset(
             stream
             for stream, record in records.items()
             if record is not None and isinstance(record.quantiser, Exact) and record.quantiser.trim
-        }
+        )
+
+    def trimmed_streams(self) -> frozenset[str]:
+        """The streams whose segments have trims."""
+        return self._trimmed
 
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
@@ -210,19 +219,15 @@ class TensorEntry:
         if dtype is None:
             raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=source.at["dtype"])
         coding = word(source, "coding", ("raw", "fingerprint"), "R-TEN-004")
-        entry = cls(
-            name,
-            dtype,
-            _shape(source, limits),
-            coding,
-            *_cutting(source),
-            _records(source, "chunks"),
-            _records(source, "vectors") if "vectors" in source else None,
-            other={key: value for key, value in source.items() if key not in _KNOWN_KEYS},
-        )
+        shape, cutting = _shape(source, limits), _cutting(source)
+        chunks = _records(source, "chunks")
+        vectors = _records(source, "vectors") if "vectors" in source else None
+        other = {key: value for key, value in source.items() if key not in _KNOWN_KEYS}
+        records: dict[str, Any] = {}
         if coding == "fingerprint":
             records = _streams(source)
-            entry = replace(entry, **records, other={**entry.other, **_unknown_inside(records, source)})
+            other |= _unknown_inside(records, source)
+        entry = cls(name, dtype, shape, coding, *cutting, chunks, vectors, **records, other=other)
         with placed(base=source.offset):
             entry.require_valid(source)
         return entry
@@ -302,7 +307,8 @@ def _records(source: Map, key: str) -> NDArray[np.void]:
         raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=at)
     records = np.frombuffer(data, CHUNK_RECORD)
     lengths = records["length"]
-    if (lengths % CHUNK_ALIGNMENT).any() or (lengths < CHUNK_ALIGNMENT).any():
+    # Of multiples of 64 only 0 is less than 64.
+    if (lengths & (CHUNK_ALIGNMENT - 1)).any() or not lengths.all():
         raise fault("R-LAY-002", "a chunk's length is not a multiple of 64", offset=at)
     return records
 
@@ -318,8 +324,7 @@ def _unknown_inside(records: dict[str, Any], source: Map) -> dict[str, object]:
     """The keys in the records' maps that this version does not know, by record (R-DIR-005)."""
     out: dict[str, object] = {}
     for key, record in records.items():
-        known, fields = record.to_map(), required(source, key, Map)
-        unknown = {name: value for name, value in fields.items() if name not in known}
-        if unknown:
-            out[key] = unknown
+        known, fields = record.keys(), required(source, key, Map)
+        if fields.keys() - known:
+            out[key] = {name: value for name, value in fields.items() if name not in known}
     return out

@@ -8,6 +8,7 @@ before anything is allocated for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgpack
 
@@ -58,6 +59,88 @@ def decode(data: bytes, limits: Limits) -> object:
     if reader.at != len(data):
         raise fault("R-MSG-006", "bytes follow the directory's value", offset=reader.at)
     return value
+
+
+class _Nowhere(dict[str, int]):
+    """The places of values whose places nobody kept."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+_NOWHERE = _Nowhere()
+# Lists that `decode_quickly` takes have at most so many elements: the package makes room for as many as a
+# list claims, and lists that claim much may be nested.
+_QUICK_ELEMENTS = 1 << 14
+
+
+class _NotQuick(Exception):
+    """A directory that the quick way does not take."""
+
+
+class _QuickMap(Map):
+    """A map of `decode_quickly`; ``depth`` counts it and the maps and lists inside."""
+
+    __slots__ = ("depth",)
+
+    def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
+        dict.__init__(self, pairs)
+        self.offset, self.at = 0, _NOWHERE
+        self.depth = 1
+        last = ""
+        for number, (key, value) in enumerate(pairs):
+            if type(key) is not str or "\0" in key or (number and key <= last):
+                raise _NotQuick
+            last = key
+            self.depth = max(self.depth, 1 + _depth(value))
+
+
+def _depth(value: Any) -> int:
+    """How deep a value is; only what the subset has, and no list in a list."""
+    kind = type(value)
+    if kind is str:
+        if "\0" in value:
+            raise _NotQuick
+        return 0
+    if kind is bytes:
+        return 0
+    if kind is int:
+        if value < 0:
+            raise _NotQuick
+        return 0
+    if kind is _QuickMap:
+        return int(value.depth)
+    if kind is not list:
+        raise _NotQuick
+    deepest = 0
+    for item in value:
+        if type(item) is list:
+            raise _NotQuick
+        deepest = max(deepest, _depth(item))
+    return 1 + deepest
+
+
+def decode_quickly(data: bytes, limits: Limits) -> Map | None:
+    """A directory decoded by the `msgpack` package, its values' places not kept; None where that may not do.
+
+    What is not None is what `decode` gives. R-MSG-002, R-MSG-006 and R-MSG-007 hold because encoding it again
+    gives the same bytes; the others, and the limit of depth, are looked at here. None says nothing: `decode`
+    judges.
+    """
+    try:
+        root = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_QuickMap,
+            max_array_len=min(len(data), _QUICK_ELEMENTS),
+            max_map_len=min(len(data), _QUICK_ELEMENTS),
+        )
+        if type(root) is not _QuickMap or root.depth > limits.depth:
+            return None
+        return root if msgpack.packb(root, use_bin_type=True) == data else None
+    except (_NotQuick, ValueError, TypeError, OverflowError, msgpack.exceptions.UnpackException):
+        return None
 
 
 # Head byte -> (kind, bytes of the length or integer that follows, least value that needs this encoding).

@@ -41,6 +41,14 @@ def word(source: Map, key: str, words: tuple[str, ...], clause: str) -> str:
     return value
 
 
+_TABLE_KEYS = frozenset(("base", "extra", "codes", "group"))
+_QUANTISER_KEYS = {
+    Exact: frozenset(("quantiser", "dtype", "trim")),
+    Uniform: frozenset(("quantiser", "step")),
+    Table: frozenset(("quantiser", "count")),
+}
+
+
 def table_to_map(table: CodeTable) -> dict[str, object]:
     """The four keys of a code table."""
     return {
@@ -116,6 +124,10 @@ class MaskEntry:
     polarity: int
     table: CodeTable
 
+    def keys(self) -> frozenset[str]:
+        """The keys of its map."""
+        return _TABLE_KEYS | ({"kind", "polarity"} if self.kind == "runs" else {"kind"})
+
     def to_map(self) -> dict[str, object]:
         """The map `mask`."""
         polarity = {"polarity": self.polarity} if self.kind == "runs" else {}
@@ -145,6 +157,10 @@ class FingerprintsEntry:
     quantiser: Quantiser
     table: CodeTable
 
+    def keys(self) -> frozenset[str]:
+        """The keys of its map."""
+        return _TABLE_KEYS | _QUANTISER_KEYS[type(self.quantiser)]
+
     def to_map(self) -> dict[str, object]:
         """The map `fingerprints`."""
         return {**quantiser_to_map(self.quantiser), **table_to_map(self.table)}
@@ -162,6 +178,10 @@ class ScaleEntry:
     per: str
     size: int
     dtype: Dtype
+
+    def keys(self) -> frozenset[str]:
+        """The keys of its map."""
+        return frozenset(("per", "size", "dtype") if self.per == "group" else ("per", "dtype"))
 
     def to_map(self) -> dict[str, object]:
         """The map `scale`."""
@@ -193,6 +213,12 @@ class ImportanceEntry:
     quantiser: Quantiser | None = None
     table: CodeTable | None = None
     dtype: Dtype | None = None
+
+    def keys(self) -> frozenset[str]:
+        """The keys of its map."""
+        if self.quantiser is None:
+            return frozenset(("over", "role", "dtype"))
+        return _TABLE_KEYS | _QUANTISER_KEYS[type(self.quantiser)] | {"over", "role"}
 
     def to_map(self) -> dict[str, object]:
         """The map `importance`."""
