@@ -36,6 +36,16 @@ class FileFault(SfpError):
         self.offset = offset
         super().__init__(clause, detail)
 
+    def place(self, tensor: str | None, base: int | None) -> None:
+        """Adds the tensor's name, where there is none yet, and the offset of the bytes at hand.
+
+        The fault's own offset is taken as relative to ``base``; without one, ``base`` is the place.
+        """
+        if tensor is not None and self.tensor is None:
+            self.tensor = tensor
+        if base is not None:
+            self.offset = base + (self.offset or 0)
+
     def __str__(self) -> str:
         where = []
         if self.tensor is not None:
@@ -129,10 +139,7 @@ def fault(clause: str, detail: str, *, tensor: str | None = None, offset: int | 
 
 
 class placed:
-    """Context manager: adds the tensor's name and the offset ``base`` of the bytes at hand to faults inside.
-
-    An offset already in the fault is taken as relative to ``base``; without one, ``base`` is the place.
-    """
+    """Context manager that does `FileFault.place` to faults raised inside."""
 
     __slots__ = ("_base", "_tensor")
 
@@ -146,7 +153,4 @@ class placed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, FileFault):
-            if self._tensor is not None and error.tensor is None:
-                error.tensor = self._tensor
-            if self._base is not None:
-                error.offset = self._base + (error.offset or 0)
+            error.place(self._tensor, self._base)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
 from .engines import Engine, get_engine, require_name
-from .errors import MissingTensorError, fault, placed
+from .errors import FileFault, MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
 from .parallel import for_each
@@ -105,7 +106,7 @@ class SfpFile(Closing):
             raise
         self._offsets = self.directory.offsets()
         self._decoders: OrderedDict[str, TensorDecoder] = OrderedDict()
-        self._chunk_ends: dict[str, NDArray[np.int64]] = {}
+        self._starts: dict[str, list[int]] = {}  # name -> offsets of its vector chunk and its chunks
         self._weights = sum(entry.positions for entry in self.directory.tensors.values())
         self._lock = threading.Lock()
 
@@ -294,15 +295,19 @@ class SfpFile(Closing):
         """Does the jobs, in threads where that pays."""
         wanted: dict[str, int] = {}
         for entry, _, runs in jobs:
-            wanted[entry.name] = wanted.get(entry.name, 0) + sum(len(out) for _, _, out in runs)
+            for _, _, out in runs:
+                wanted[entry.name] = wanted.get(entry.name, 0) + out.size
 
         def work(job: Job) -> None:
             entry, k, runs = job
             decoder = self.decoder(entry, wanted[entry.name])
-            with self._placed(entry, k):
+            try:  # not `placed`: this is done for every chunk, and the place is seldom needed
                 data = self.read_checked(entry, k)
                 for first, stop, out in runs:
                     into(decoder, data, k, first, stop, out)
+            except FileFault as error:
+                error.place(entry.name, self.chunk_offset(entry, k))
+                raise
 
         for_each(work, jobs, min(self._threads_for(sum(wanted.values())), len(jobs)))
 
@@ -315,12 +320,13 @@ class SfpFile(Closing):
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
-        if k <= 0:
-            vectors = 0 if entry.vectors is None or k < 0 else int(entry.vectors["length"][0])
-            return self._offsets[entry.name] + vectors
-        if entry.name not in self._chunk_ends:
-            self._chunk_ends[entry.name] = np.cumsum(entry.chunks["length"], dtype=np.int64)
-        return self.chunk_offset(entry, 0) + int(self._chunk_ends[entry.name][k - 1])
+        starts = self._starts.get(entry.name)
+        if starts is None:
+            lengths = [] if entry.vectors is None else entry.vectors["length"].tolist()
+            lengths += entry.chunks["length"].tolist()
+            starts = list(accumulate(lengths, initial=self._offsets[entry.name]))
+            self._starts[entry.name] = starts
+        return starts[k + (entry.vectors is not None)] if k >= 0 else starts[0]
 
     def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
         """The bytes of chunk k of a tensor (its vector chunk for k = -1), checksum compared (R-LAY-004)."""
@@ -350,9 +356,12 @@ class SfpFile(Closing):
             if decoder is None:
                 if self._engine is None:
                     self._engine = get_engine(self._engine_name, self._weights)
-                with self._placed(entry, -1):
+                try:
                     data = None if entry.vectors is None else self.read_checked(entry, -1)
                     decoder = TensorDecoder(entry, data, self._engine)
+                except FileFault as error:
+                    error.place(entry.name, self.chunk_offset(entry, -1))
+                    raise
                 self._decoders[entry.name] = decoder
                 if len(self._decoders) > _DECODERS_KEPT:
                     self._decoders.popitem(last=False)
