@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,23 +150,24 @@ class CodeTable:
     @cached_property
     def constant_extra(self) -> int | None:
         """The residual bits that all used classes have, or None where they differ (SPEC.md 15.2)."""
-        if self.constant_width is not None:
-            return self.constant_width
-        widths = np.unique(self.class_extra[self._used_classes()])
-        return int(widths[0]) if len(widths) == 1 else None
+        widths = self._used_extra
+        return min(widths) if len(widths) == 1 else None
 
     @cached_property
     def least_extra(self) -> int:
         """The fewest residual bits that a used class has."""
-        if self.constant_width is not None:
-            return self.constant_width
-        return int(self.class_extra[self._used_classes()].min())
+        return min(self._used_extra)
 
-    def _used_classes(self) -> NDArray[np.integer]:
-        if self.classes == 1:
-            return np.zeros(1, np.int64)
-        symbols = np.unique(np.concatenate([code.symbols for code in self.codes]))
-        return np.concatenate([symbols // self.classes**j % self.classes for j in range(self.group)])
+    @cached_property
+    def _used_extra(self) -> set[int]:
+        """The numbers of residual bits that used classes have."""
+        if self.constant_width is not None:
+            return {self.constant_width}
+        # For each symbol the residual bits of its first class; with g = 2 of its second class too.
+        each = [self.extra]
+        if self.group == 2:
+            each = [self.extra * self.classes, b"".join([bytes((n,)) * self.classes for n in self.extra])]
+        return {n for code in self.codes for extra in each for n in set(compress(extra, code.length))}
 
     def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
         """The class of each level; the levels must lie from `base` up to below `top`."""

@@ -340,7 +340,7 @@ def decode_values(
     levels = np.empty(segment, np.uint64)
     inside = np.arange(segment if mode == ARITHMETIC else 0)
     numbers = np.empty(segment if mode == ARITHMETIC else 0, np.float32)
-    survivors = np.empty((segment + 1) * item if masked else 0, np.uint8)
+    survivors = np.empty(segment * item if masked else 0, np.uint8)
     for s in range(first, stop):
         count, place, to = (
             index[row_of(FINGERPRINTS, COUNTS), s],
@@ -382,7 +382,7 @@ def decode_values(
                 return False
             rounded(numbers, count, item, target, at)
         if masked:
-            spread(bits, bit, positions[s], count, survivors, item, out, to)
+            spread(bits, bit, positions[s], survivors, item, out, to)
     return True
 
 

@@ -49,6 +49,14 @@ def decode_segment(
     if constant > 0:
         width = constant - trim
         mask = (one << np.uint64(width)) - one
+        if constant == 1:  # a sign: 32 of them from one load
+            for i in range(0, count, 32):
+                bit = start + i
+                signs = load64(data, bit >> 3) >> np.uint64(bit & 7)
+                for j in range(i, min(i + 32, count)):
+                    levels[j] = first[slots[place + j]] + (signs & one)
+                    signs >>= one
+            return True
         # The index implies their size, and that they are inside (`index.read_index`): no load is cut.
         for i in range(count):
             bit = start + i * width

@@ -10,8 +10,6 @@ from .compiling import kernel
 from .memory import count_ones, load16, load32, load64, store16, store32, store64, trailing_zeros
 
 OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
-# With fewer survivors than one in this many positions it is faster to go from one to the next.
-_SPARSE = 5
 
 
 @kernel
@@ -61,51 +59,29 @@ def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
 
 
 @kernel
-def spread(
-    bits: Any, at: int, positions: int, survivors: int, values: Any, item: int, out: Any, to: int
-) -> None:
+def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any, to: int) -> None:
     """Writes the survivors of a segment to their positions and zero to all others.
 
+    From survivor to survivor, even where half the positions survive: a loop over all positions has to wait at
+    each for the one before.
+
     Args:
-        values: uint8, the survivors' bit patterns of ``item`` bytes each, and room for one more.
+        values: uint8, the survivors' bit patterns of ``item`` bytes each.
         out: uint8, written from byte ``to`` on.
     """
-    if survivors * _SPARSE < positions:
-        out[to : to + positions * item] = 0
-        i = np.int64(0)
-        for start in range(0, positions, 32):
-            word = np.uint64(load32(bits, at + (start >> 3)))
-            while word:
-                p = start + np.int64(trailing_zeros(word))
-                if item == 2:
-                    store16(out, to + 2 * p, load16(values, 2 * i))
-                elif item == 4:
-                    store32(out, to + 4 * p, load32(values, 4 * i))
-                elif item == 1:
-                    out[to + p] = values[i]
-                else:
-                    store64(out, to + 8 * p, load64(values, 8 * i))
-                word &= word - np.uint64(1)
-                i += 1
-        return
+    out[to : to + positions * item] = 0
     i = np.int64(0)
-    if item == 2:
-        for p in range(positions):
-            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
-            store16(out, to + 2 * p, np.uint16(load16(values, 2 * i) & np.uint16(-bit)))
-            i += bit
-    elif item == 4:
-        for p in range(positions):
-            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
-            store32(out, to + 4 * p, np.uint32(load32(values, 4 * i) & np.uint32(-bit)))
-            i += bit
-    elif item == 1:
-        for p in range(positions):
-            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
-            out[to + p] = values[i] & np.uint8(-bit)
-            i += bit
-    else:
-        for p in range(positions):
-            bit = np.int64(bits[at + (p >> 3)] >> np.uint8(p & 7)) & 1
-            store64(out, to + 8 * p, load64(values, 8 * i) & np.uint64(-bit))
-            i += bit
+    for start in range(0, positions, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        while word:
+            p = start + np.int64(trailing_zeros(word))
+            if item == 2:
+                store16(out, to + 2 * p, load16(values, 2 * i))
+            elif item == 4:
+                store32(out, to + 4 * p, load32(values, 4 * i))
+            elif item == 1:
+                out[to + p] = values[i]
+            else:
+                store64(out, to + 8 * p, load64(values, 8 * i))
+            word &= word - np.uint64(1)
+            i += 1
