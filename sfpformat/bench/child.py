@@ -1,0 +1,119 @@
+"""Fresh processes: measured from outside as a whole, or from inside for the memory of one decoding.
+
+``python -m sfpformat.bench.child REQUEST`` is the inside: it loads a small file to warm up, then the large
+one, and prints as JSON how far memory rose meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import SfpError
+from .subject import Array, bits_of
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # of the resident set, proc(5)
+VMHWM, MAXRSS = "VmHWM", "ru_maxrss"
+
+
+class ChildError(SfpError):
+    """A process ended with a failure."""
+
+
+def run_python(arguments: Sequence[str]) -> tuple[float, str]:
+    """Runs Python; the seconds from its start to its end, and what it printed.
+
+    Raises:
+        ChildError: it failed.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    before = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root}
+    start = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if ended.returncode:
+        raise ChildError((ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1])
+    return seconds, ended.stdout
+
+
+def loading_memory(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What `main` prints, of a process that was started for it."""
+    _, out = run_python(["-m", __name__, json.dumps(dict(request))])
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def fingerprint(tensors: Mapping[str, Array]) -> int:
+    """A checksum over names and bytes."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(bits_of(tensors[name]).data, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _load(path: str, request: Mapping[str, Any]) -> Mapping[str, Array]:
+    if request["engine"] is None:
+        from .load import safetensors_load_file
+
+        return safetensors_load_file(Path(path))
+    from ..numpy import load_file
+
+    return load_file(path, engine=request["engine"], threads=request["threads"])
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes in memory now, and at the peak."""
+    found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return _bytes_of(found["VmRSS"]), _bytes_of(found[VMHWM])
+
+
+def _bytes_of(words: str) -> int:
+    """Bytes of ``1234 kB``."""
+    return int(words.split()[0]) * 1024
+
+
+def _max_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB but on macOS
+
+
+def _reset_peak() -> bool:
+    """Whether the system can forget the peak so far."""
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+        return VMHWM in _STATUS.read_text()
+    except OSError:
+        return False
+
+
+def main() -> None:
+    """Loads what the first argument, a JSON object, asks for: heads, path, engine, threads."""
+    request = json.loads(sys.argv[1])
+    _load(request["heads"], request)
+    can_reset = _reset_peak()
+    before = _resident()[0] if can_reset else _max_resident()
+    tensors = _load(request["path"], request)
+    peak = _resident()[1] if can_reset else _max_resident()
+    answer = {
+        "growth": peak - before,
+        "output_bytes": sum(array.nbytes for array in tensors.values()),
+        "method": VMHWM if can_reset else MAXRSS,
+        "fingerprint": fingerprint(tensors),
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

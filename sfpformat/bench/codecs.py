@@ -1,0 +1,166 @@
+"""Runners that encode and decode in memory: ours on a whole file, peers tensor by tensor."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..codec.options import Options
+from ..numpy import load, save
+from .measure import Contender, Runner, WrongBitsError, seconds_of
+from .peers import Packer
+from .subject import Array, Tensors, bits_of, same_bits
+
+# Compares what was decoded with what was packed, and gives facts such as the error.
+Judge = Callable[[Mapping[str, Array]], dict[str, float]]
+
+
+class CodecRunner(Runner):
+    """Encodes and decodes the same tensors in each round."""
+
+    def __init__(self, contender: Contender, tensors: Tensors) -> None:
+        super().__init__(contender)
+        self.tensors = tensors
+        self._facts: dict[str, float] = {}
+
+    @abstractmethod
+    def encoder(self) -> Callable[[], Any]:
+        """The work of encoding; what is prepared here is not timed."""
+
+    @abstractmethod
+    def decode(self) -> Any:
+        """Decodes what `check` kept."""
+
+    @abstractmethod
+    def measure_size(self) -> int:
+        """Encodes once, keeps what comes out for decoding, and returns its bytes."""
+
+    @abstractmethod
+    def judge(self, decoded: Any) -> dict[str, float]:
+        """Facts of what was decoded; raises WrongBitsError if it is not what it must be."""
+
+    def check(self) -> None:
+        """Encodes and decodes once."""
+        size = self.measure_size()
+        facts = self.judge(self.decode())
+        self._facts = {
+            "raw_bytes": sum(array.nbytes for array in self.tensors.values()),
+            "weights": sum(array.size for array in self.tensors.values()),
+            "size_bytes": size,
+            **facts,
+        }
+
+    def facts(self) -> dict[str, float]:
+        """Sizes, and what `judge` found."""
+        return self._facts
+
+    def once(self) -> dict[str, float]:
+        """Seconds of encoding and of decoding."""
+        return {"encode_s": seconds_of(self.encoder), "decode_s": seconds_of(lambda: self.decode)}
+
+
+class OurRunner(CodecRunner):
+    """This package: arrays to the bytes of a file, and back, opening and all checksums included.
+
+    The bytes must not depend on engine and threads, so runners with the same options share them.
+    """
+
+    def __init__(
+        self,
+        contender: Contender,
+        tensors: Tensors,
+        options: Options | Mapping[str, Options],
+        files: dict[tuple[str | None, str | None], bytes],
+        judge: Judge | None = None,
+    ) -> None:
+        """Args:
+        files: case and preset -> the bytes of the file, once a runner has made it.
+        judge: None asks for every bit.
+        """
+        super().__init__(contender, tensors)
+        self._options = options
+        self._files = files
+        self._key = (contender.case, contender.preset)
+        self._judge = judge or (lambda decoded: require_same_bits(tensors, decoded))
+
+    def _save(self) -> bytes:
+        who = self.contender
+        return save(self.tensors, options=self._options, engine=who.engine, threads=who.threads)
+
+    def encoder(self) -> Callable[[], bytes]:
+        """Nothing is prepared."""
+        return self._save
+
+    def decode(self) -> Tensors:
+        """All tensors."""
+        return load(self._files[self._key], engine=self.contender.engine, threads=self.contender.threads)
+
+    def measure_size(self) -> int:
+        """The whole file."""
+        data = self._save()
+        if self._files.setdefault(self._key, data) != data:
+            raise WrongBitsError("the file is another one than that of the engine or threads before")
+        return len(data)
+
+    def judge(self, decoded: Any) -> dict[str, float]:
+        """As asked for."""
+        return self._judge(decoded)
+
+
+class PackerRunner(CodecRunner):
+    """A peer that packs tensor by tensor."""
+
+    def __init__(self, contender: Contender, tensors: Tensors, packer: Callable[[int], Packer]) -> None:
+        super().__init__(contender, tensors)
+        self._make = packer
+        self._packer: Packer | None = None
+        self._arrays = [array for array in tensors.values() if array.nbytes]
+        self._pieces: list[Any] = []
+
+    @property
+    def packer(self) -> Packer:
+        """Made when first used: importing a peer may take seconds, or fail."""
+        if self._packer is None:
+            self._packer = self._make(self.contender.threads)
+        return self._packer
+
+    def encoder(self) -> Callable[[], Any]:
+        """Hands over copies, since a peer may change them."""
+        prepared = self.packer.prepare(self._arrays)
+        return lambda: self.packer.encode(prepared)
+
+    def decode(self) -> list[Any]:
+        """All buffers."""
+        return self.packer.decode(self._pieces)
+
+    def measure_size(self) -> int:
+        """What the peer makes, without names, dtypes and shapes, which it does not store."""
+        self._pieces = self.encoder()()
+        return sum(len(piece.data) for piece in self._pieces)
+
+    def judge(self, decoded: Any) -> dict[str, float]:
+        """Every bit."""
+        if len(decoded) != len(self._arrays) or not all(
+            np.array_equal(_buffer_bits(buffer), bits_of(array))
+            for buffer, array in zip(decoded, self._arrays, strict=True)
+        ):
+            raise WrongBitsError("what was decoded differs from what was packed")
+        return {}
+
+
+def _buffer_bits(buffer: Any) -> Array:
+    return bits_of(buffer) if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
+
+
+def require_same_bits(tensors: Mapping[str, Array], decoded: Mapping[str, Array]) -> dict[str, float]:
+    """No facts.
+
+    Raises:
+        WrongBitsError: a bit differs.
+    """
+    if not same_bits(tensors, decoded):
+        raise WrongBitsError("what was decoded differs from what was packed")
+    return {}

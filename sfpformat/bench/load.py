@@ -1,0 +1,98 @@
+"""Section ``load``: from a path to arrays in memory, beside safetensors; files are in the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..numpy import load_file
+from .codecs import require_same_bits
+from .files import Files
+from .measure import Contender, Record, Runner, Spread, break_even, seconds_of
+from .peers import imported
+from .results import Result, Value, speed_ratio
+from .settings import Settings
+from .subject import Array, Subject
+
+NAME = "load"
+Load = Callable[[Path], Mapping[str, Array]]
+
+
+def safetensors_load_file(path: Path) -> Mapping[str, Array]:
+    """All arrays; safetensors copies each out of the mapped file, so that its bytes are in memory."""
+    loaded: Mapping[str, Array] = imported("safetensors.numpy").load_file(path)
+    return loaded
+
+
+def safetensors_get_tensor(path: Path) -> Mapping[str, Array]:
+    """All arrays, one by one; copies too."""
+    with imported("safetensors").safe_open(path, framework="np") as file:
+        names = file.keys()  # the file itself is no mapping
+        return {name: file.get_tensor(name) for name in names}
+
+
+WAYS: dict[str, Load] = {"load_file": safetensors_load_file, "safe_open": safetensors_get_tensor}
+
+
+class LoadRunner(Runner):
+    """Loads a file; the first time, in `check`, brings it into the page cache."""
+
+    def __init__(self, contender: Contender, files: Files, path: Callable[[], Path], load: Load) -> None:
+        super().__init__(contender)
+        self._files, self._path, self._load = files, path, load
+
+    def check(self) -> None:
+        """Every bit."""
+        require_same_bits(self._files.tensors, self._load(self._path()))
+
+    def facts(self) -> dict[str, float]:
+        """Sizes."""
+        raw = sum(array.nbytes for array in self._files.tensors.values())
+        return {"raw_bytes": raw, "size_bytes": self._path().stat().st_size}
+
+    def once(self) -> dict[str, float]:
+        """Seconds of loading."""
+        path = self._path()
+        return {"load_s": seconds_of(lambda: lambda: self._load(path))}
+
+
+def runners(subject: Subject, settings: Settings) -> list[Runner]:
+    """Ours with every engine, preset and number of threads, and the ways of safetensors."""
+    files = Files(subject.tensors, settings.folder)
+    out: list[Runner] = [_ours(contender, files) for contender in settings.ours()]
+    for name in settings.peers(NAME):
+        for way, load in WAYS.items():
+            out.append(LoadRunner(Contender(name, case=way), files, files.raw, load))
+    return out
+
+
+def _ours(contender: Contender, files: Files) -> LoadRunner:
+    def load(path: Path) -> Mapping[str, Array]:
+        return load_file(path, engine=contender.engine, threads=contender.threads)
+
+    return LoadRunner(contender, files, lambda: files.packed(contender.preset or "default"), load)
+
+
+def results(records: Sequence[Record]) -> list[Result]:
+    """Speeds, and for ours the disk speed at which safetensors begins to win."""
+    ways = [record for record in records if not record.contender.is_ours]
+    fastest = min(ways, key=lambda record: Spread.of(record.samples["load_s"]).median, default=None)
+    return [_result(record, fastest) for record in records]
+
+
+def _result(record: Record, fastest: Record | None) -> Result:
+    raw, size, seconds = record.facts["raw_bytes"], record.facts["size_bytes"], record.samples["load_s"]
+    values: dict[str, Value] = {
+        "raw_bytes": int(raw),
+        "size_bytes": int(size),
+        "size_ratio": size / raw,
+        "load_s": Spread.of(seconds),
+        "load_mb_s": Spread.of([raw / s / 1e6 for s in seconds]),
+    }
+    if fastest is not None:
+        values["load_vs_safetensors"] = speed_ratio(record, fastest, "load_s")
+        if record.contender.is_ours:
+            theirs = Spread.of(fastest.samples["load_s"]).median
+            speed = break_even(fastest.facts["size_bytes"], theirs, size, Spread.of(seconds).median)
+            values["break_even_disk_mb_s"] = None if speed is None else speed / 1e6
+    return Result(NAME, record.contender, values)

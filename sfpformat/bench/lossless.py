@@ -1,0 +1,28 @@
+"""Section ``lossless``: a model as it is, every bit of it, in memory."""
+
+from __future__ import annotations
+
+from ..codec.options import PRESETS
+from .codecs import OurRunner, PackerRunner
+from .measure import Contender, Runner
+from .peers import PEERS
+from .settings import Settings
+from .subject import Subject
+
+NAME = "lossless"
+
+
+def runners(subject: Subject, settings: Settings) -> list[Runner]:
+    """Ours with every engine, preset and number of threads, and the peers that pack."""
+    files: dict[tuple[str | None, str | None], bytes] = {}
+    out: list[Runner] = [
+        OurRunner(contender, subject.tensors, PRESETS[contender.preset or "default"], files)
+        for contender in settings.ours()
+    ]
+    for name in settings.peers(NAME):
+        peer = PEERS[name]
+        if peer.packer is None:
+            continue
+        for threads in settings.threads if peer.threaded else (1,):
+            out.append(PackerRunner(Contender(name, threads), subject.tensors, peer.packer))
+    return out

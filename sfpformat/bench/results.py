@@ -1,0 +1,156 @@
+"""Results as flat rows, and the one table of what their fields mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .measure import Contender, Record, Refusal, Spread
+
+Value = float | int | str | Spread | None
+
+# Field of a result -> what it is. Those that are measured are objects with median, low and high (quartiles).
+FIELDS = {
+    "section": "lossless, sparse, load, memory or startup",
+    "contender": "sfp, or the peer's name",
+    "engine": "of sfp, else null",
+    "preset": "of sfp, else null",
+    "threads": "how many it may use",
+    "case": "the share that is pruned, or the way to load or start; null where a section has one",
+    "raw_bytes": "of the tensors, decoded",
+    "size_bytes": "packed: of sfp the whole file, of peers what they make of the tensors",
+    "size_ratio": "packed bytes over raw bytes",
+    "bits_per_weight": "packed bits over weights, pruned ones included",
+    "error_db": "10 log10 of the mean squared error over the mean square of the weights that are not pruned",
+    "encode_mb_s": "10^6 raw bytes a second",
+    "encode_mweights_s": "10^6 weights a second",
+    "decode_mb_s": "10^6 raw bytes a second, opening the file included",
+    "decode_mweights_s": "10^6 weights a second",
+    "best_size_peer": "the peer with the fewest bytes among those with as many threads",
+    "best_encode_peer": "the fastest of them in encoding",
+    "best_decode_peer": "the fastest of them in decoding",
+    "size_vs_best": "size over that of best_size_peer; below 1 is smaller",
+    "encode_vs_best": "speed over that of best_encode_peer, round by round; above 1 is faster",
+    "decode_vs_best": "speed over that of best_decode_peer, round by round",
+    "size_vs_zipnn": "size over ZipNN's",
+    "encode_vs_zipnn": "speed over ZipNN's, round by round",
+    "decode_vs_zipnn": "speed over ZipNN's, round by round",
+    "load_s": "seconds from the path to arrays in memory, the file being in the page cache",
+    "load_mb_s": "10^6 raw bytes a second",
+    "load_vs_safetensors": "speed over that of the fastest way of safetensors, round by round",
+    "break_even_disk_mb_s": "the disk speed under which sfp loads sooner; null if on any or none",
+    "output_bytes": "of the arrays that loading gives",
+    "peak_extra_bytes": "peak memory of loading beyond what was there before and the arrays themselves",
+    "peak_method": "VmHWM (reset before loading), or ru_maxrss (a lower bound where the peak lay before)",
+    "process_s": "seconds of a whole Python process",
+    "over_numpy_s": "seconds more than a process that only imports numpy, round by round",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender reached in one section.
+
+    Attributes:
+        values: field -> value, fields of `FIELDS`.
+    """
+
+    section: str
+    contender: Contender
+    values: dict[str, Value]
+
+    def spread(self, field: str) -> Spread | None:
+        """A field that is measured, where there is one."""
+        value = self.values.get(field)
+        return value if isinstance(value, Spread) else None
+
+    def number(self, field: str) -> float | None:
+        """A field that is one number, or the median of one that is measured."""
+        value = self.values.get(field)
+        if isinstance(value, Spread):
+            return value.median
+        return value if isinstance(value, (int, float)) else None
+
+    def to_json(self) -> dict[str, object]:
+        """A flat object for a machine."""
+        who = self.contender
+        values = {
+            name: value.to_json() if isinstance(value, Spread) else value
+            for name, value in self.values.items()
+        }
+        return {
+            "section": self.section,
+            "contender": who.name,
+            "engine": who.engine,
+            "preset": who.preset,
+            "threads": who.threads,
+            "case": who.case,
+            **values,
+        }
+
+
+def refusal_json(section: str, refusal: Refusal) -> dict[str, object]:
+    """A contender that was left out, as a flat object."""
+    return {**Result(section, refusal.contender, {}).to_json(), "reason": refusal.reason}
+
+
+def codec_results(section: str, records: Sequence[Record]) -> list[Result]:
+    """The results of records with the samples ``encode_s`` and ``decode_s``.
+
+    Their facts are ``raw_bytes``, ``weights``, ``size_bytes``, and ``error_db`` where there is an error.
+    """
+    return [Result(section, record.contender, _codec_values(record, records)) for record in records]
+
+
+def _codec_values(record: Record, records: Sequence[Record]) -> dict[str, Value]:
+    facts = record.facts
+    values: dict[str, Value] = {
+        "raw_bytes": int(facts["raw_bytes"]),
+        "size_bytes": int(facts["size_bytes"]),
+        "size_ratio": facts["size_bytes"] / facts["raw_bytes"],
+        "bits_per_weight": 8 * facts["size_bytes"] / facts["weights"],
+    }
+    if "error_db" in facts:
+        values["error_db"] = facts["error_db"]
+    for work in ("encode", "decode"):
+        seconds = record.samples[f"{work}_s"]
+        values[f"{work}_mb_s"] = Spread.of([facts["raw_bytes"] / s / 1e6 for s in seconds])
+        values[f"{work}_mweights_s"] = Spread.of([facts["weights"] / s / 1e6 for s in seconds])
+    peers = peers_beside(record.contender, records)
+    if not peers:
+        return values
+    smallest = min(peers, key=lambda peer: peer.facts["size_bytes"])
+    values["best_size_peer"] = smallest.contender.name
+    values["size_vs_best"] = facts["size_bytes"] / smallest.facts["size_bytes"]
+    for work in ("encode", "decode"):
+        fastest = min(peers, key=_median_of(f"{work}_s"))
+        values[f"best_{work}_peer"] = fastest.contender.name
+        values[f"{work}_vs_best"] = speed_ratio(record, fastest, f"{work}_s")
+    zipnn = next((peer for peer in peers if peer.contender.name == "zipnn"), None)
+    if zipnn is not None:
+        values["size_vs_zipnn"] = facts["size_bytes"] / zipnn.facts["size_bytes"]
+        for work in ("encode", "decode"):
+            values[f"{work}_vs_zipnn"] = speed_ratio(record, zipnn, f"{work}_s")
+    return values
+
+
+def _median_of(measure: str) -> Callable[[Record], float]:
+    return lambda record: Spread.of(record.samples[measure]).median
+
+
+def peers_beside(contender: Contender, records: Sequence[Record]) -> list[Record]:
+    """Of each peer the record in the same case with as many threads, or with one where it takes no more."""
+    found: dict[str, Record] = {}
+    for record in records:
+        who = record.contender
+        if who.is_ours or who.case != contender.case or who.threads not in (1, contender.threads):
+            continue
+        if who.threads == contender.threads or who.name not in found:
+            found[who.name] = record
+    return list(found.values())
+
+
+def speed_ratio(record: Record, reference: Record, measure: str) -> Spread:
+    """How many times as fast as a reference, round by round, so that slow rounds slow down both."""
+    pairs = zip(record.samples[measure], reference.samples[measure], strict=True)
+    return Spread.of([theirs / ours for ours, theirs in pairs])

@@ -1,0 +1,63 @@
+"""The sections of the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from . import load, lossless, memory, sparse, startup
+from .measure import Record, Refusal, Runner, race
+from .results import Result, codec_results
+from .settings import Settings
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the benchmark that can be run alone.
+
+    Attributes:
+        about: what it measures, in a line.
+        runners: who runs.
+        results: what is made of their records.
+        most_rounds: more are not run, however many are asked for.
+    """
+
+    about: str
+    runners: Callable[[Subject, Settings], list[Runner]]
+    results: Callable[[Sequence[Record]], list[Result]]
+    most_rounds: int | None = None
+
+    def rounds(self, settings: Settings) -> int:
+        """How many are run."""
+        return min(settings.rounds, self.most_rounds or settings.rounds)
+
+    def run(
+        self, runners: Sequence[Runner], rounds: int, at: Callable[[str], None]
+    ) -> tuple[list[Result], list[Refusal]]:
+        """The results, and who was left out."""
+        records, refusals = race(runners, rounds, at)
+        return self.results(records), refusals
+
+
+SECTIONS: dict[str, Section] = {
+    lossless.NAME: Section(
+        "the model as it is, in memory: size, encoding, decoding",
+        lossless.runners,
+        partial(codec_results, lossless.NAME),
+    ),
+    sparse.NAME: Section(
+        "matrices pruned to 50 % and 90 %, 4 bits a level, one thread",
+        sparse.runners,
+        partial(codec_results, sparse.NAME),
+    ),
+    load.NAME: Section("from path to arrays, page cache warm", load.runners, load.results),
+    memory.NAME: Section(
+        "peak of loading beyond the arrays, in fresh processes",
+        memory.runners,
+        memory.results,
+        memory.MOST_ROUNDS,
+    ),
+    startup.NAME: Section("importing, and decoding a small file", startup.runners, startup.results),
+}

@@ -1,0 +1,127 @@
+"""Section ``sparse``: matrices pruned and quantised, beside NNCodec, in one thread.
+
+Both take the same float32 matrices, pruned by magnitude, and round to the nearest multiple of the same steps,
+so that errors are equal and bits and speeds can be compared. The step of a matrix is that at which the levels
+of the weights that are left have an entropy of 4 bits. NNCodec is slow: it is a sample that is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..codec.options import PRESETS, Options
+from . import nncodec
+from .codecs import CodecRunner, OurRunner
+from .measure import Contender, Runner, WrongBitsError
+from .settings import Settings
+from .subject import F32, Array, Subject, Tensors, matrices, pruned, sample, step_of_bits
+
+NAME = "sparse"
+SAMPLE_WEIGHTS = 2_000_000
+LEVEL_BITS = 4.0
+SHARES = {"50 % pruned": 0.5, "90 % pruned": 0.9}
+# An error may be half a step, and what float32 rounds.
+_MOST_STEPS = 0.5 + 1e-3
+
+
+def runners(subject: Subject, settings: Settings) -> list[Runner]:
+    """For each share: ours with every engine and preset, and NNCodec; none where there is no matrix."""
+    dense = sample(matrices(subject.tensors), SAMPLE_WEIGHTS)
+    if not dense:
+        return []
+    out: list[Runner] = []
+    files: dict[tuple[str | None, str | None], bytes] = {}
+    for case, share in SHARES.items():
+        tensors = {name: pruned(matrix, share) for name, matrix in dense.items()}
+        steps = {name: snapped(step_of_bits(matrix, LEVEL_BITS)) for name, matrix in tensors.items()}
+        generic: Tensors = {**tensors}
+        judge = _judge(tensors, steps)
+        for contender in settings.ours(threads=(1,), case=case):
+            preset = PRESETS[contender.preset or "default"]
+            out.append(OurRunner(contender, generic, options_of(preset, steps), files, judge))
+        for name in settings.peers(NAME):
+            out.append(NncodecRunner(Contender(name, case=case), generic, steps, judge))
+    return out
+
+
+def snapped(step: float) -> float:
+    """The nearest step that NNCodec has."""
+    return nncodec.step_of(nncodec.parameter_of(step))
+
+
+def options_of(preset: Options, steps: Mapping[str, float]) -> dict[str, Options]:
+    """A preset's options with the quantiser ``uniform``, rounding to nearest."""
+    return {
+        name: preset.but(quantiser="uniform", mantissa_bits=None, step=step, rate_weight=0.0)
+        for name, step in steps.items()
+    }
+
+
+def _judge(tensors: Mapping[str, F32], steps: Mapping[str, float]) -> Callable[[Any], dict[str, float]]:
+    return lambda decoded: require_near(tensors, decoded, steps)
+
+
+def require_near(
+    tensors: Mapping[str, F32], decoded: Mapping[str, Array], steps: Mapping[str, float]
+) -> dict[str, float]:
+    """The error in dB.
+
+    Raises:
+        WrongBitsError: a weight is off by more than half a step, or a pruned one is not zero.
+    """
+    squares, errors = 0.0, 0.0
+    for name, matrix in tensors.items():
+        got = decoded[name].astype(np.float32)
+        if got.shape != matrix.shape or got[matrix == 0].any():
+            raise WrongBitsError(f"tensor {name!r}: the shape is another, or a pruned weight is not zero")
+        difference = np.abs(matrix.astype(np.float64) - got)
+        if difference.max(initial=0.0) > _MOST_STEPS * steps[name]:
+            raise WrongBitsError(f"tensor {name!r}: a weight is off by more than half a step")
+        squares += float(np.square(matrix.astype(np.float64)).sum())
+        errors += float(np.square(difference).sum())
+    return {"error_db": float(10 * np.log10(errors / squares))} if errors and squares else {}
+
+
+class NncodecRunner(CodecRunner):
+    """NNCodec, matrix by matrix."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        tensors: Tensors,
+        steps: Mapping[str, float],
+        judge: Callable[[Any], dict[str, float]],
+    ) -> None:
+        super().__init__(contender, tensors)
+        self._steps = steps
+        self._judge = judge
+        self._payloads: dict[str, tuple[bytes, int]] = {}
+
+    def _encode(self) -> dict[str, tuple[bytes, int]]:
+        return {
+            name: nncodec.encode(np.asarray(array, np.float32), self._steps[name])[:2]
+            for name, array in self.tensors.items()
+        }
+
+    def encoder(self) -> Callable[[], Any]:
+        """Nothing is prepared."""
+        return self._encode
+
+    def decode(self) -> dict[str, F32]:
+        """All matrices."""
+        return {
+            name: nncodec.decode(payload, self.tensors[name].shape, qp)[0]
+            for name, (payload, qp) in self._payloads.items()
+        }
+
+    def measure_size(self) -> int:
+        """The payloads, without names, shapes and what the package puts around them."""
+        self._payloads = self._encode()
+        return sum(len(payload) for payload, _ in self._payloads.values())
+
+    def judge(self, decoded: Any) -> dict[str, float]:
+        """As of ours."""
+        return self._judge(decoded)

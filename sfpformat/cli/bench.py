@@ -1,0 +1,249 @@
+"""``sfp bench``: sizes, speeds and memory on the user's own model, beside the peers that are installed."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import bytes_words, printable, progress, show_json, show_table
+from .models import open_model
+from .parser import Parser, Subparsers, examples
+from .trouble import Trouble, checked_target
+
+if TYPE_CHECKING:
+    from ..bench.measure import Refusal
+    from ..bench.results import Result
+    from ..bench.settings import Settings
+    from ..bench.subject import Subject
+
+_SECTIONS = ("lossless", "sparse", "load", "memory", "startup")
+_PRESETS = ("default", "speed", "size")
+_ROUNDS = 7
+_DESCRIPTION = """Measures size, encoding and decoding speed and memory on a model, of every engine and preset
+and of the peers that are installed: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE is an
+.sfp or safetensors file, an index of shards or a folder; without it the small model of sfp demo is taken. It
+must fit into memory several times.
+
+Contenders take turns: each runs once a round, in an order that turns. Shown are medians, and in brackets
+the quartiles. Each must first give back every bit (in the section sparse: be off by half a step at most);
+one that does not is left out, and the exit code is 1. Peers pack tensor by tensor; ours is the whole file,
+opened, with all checksums, so the comparison is if anything against it. MB are 10^6 raw bytes."""
+_SECTION_WORDS = """sections:
+  lossless  the model as it is, in memory: size, encoding, decoding, beside zipnn, pcodec, zstandard
+  sparse    matrices pruned to 50 % and 90 %, the rest in levels of 4 bits, one thread, beside nncodec
+  load      from a path to arrays, page cache warm, beside safetensors; the disk speed that decides
+  memory    the peak of loading beyond the arrays, in fresh processes
+  startup   seconds of processes that import, or decode a small file"""
+_PEER_WORDS = """peers:
+  pip install 'sfpformat[bench]'                     zstandard, pcodec, safetensors, matplotlib
+  pip install --no-deps zipnn==0.5.4 nncodec==2.1.3  without what they would bring; zipnn imports torch
+                                                     and safetensors, nncodec only numpy"""
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    cases = examples(
+        ("sfp bench", "the small model that comes with the package"),
+        ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model, cast, with a picture"),
+        ("sfp bench model.safetensors --only lossless --rounds 1 --engines numba", "a quick look"),
+        ("sfp bench model.sfp --json", "for a machine; the fields: sfpformat/bench/results.py"),
+    )
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure size, speed and memory on a model, beside other packages",
+        description=_DESCRIPTION,
+        epilog=f"{_SECTION_WORDS}\n\n{_PEER_WORDS}\n\n{cases}",
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a model (default: that of sfp demo)")
+    parser.add_argument("--only", metavar="SECTIONS", help=f"of {','.join(_SECTIONS)} (default: all)")
+    parser.add_argument("--rounds", metavar="N", default=_ROUNDS, type=int, help=f"default: {_ROUNDS}")
+    parser.add_argument("--dtype", choices=("bf16", "f32"), help="cast the float weights first")
+    parser.add_argument("--engines", metavar="NAMES", help="default: all that can be used here")
+    parser.add_argument("--presets", metavar="NAMES", help=f"default: {','.join(_PRESETS)}")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="in the runs with several threads (default: all cores)"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--plot", metavar="PICTURE", help="size against decoding speed, as .png or .svg")
+    return parser
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a section gave."""
+
+    name: str
+    rounds: int
+    results: list[Result]
+    refusals: list[Refusal]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    sections = _chosen("section", args.only, _SECTIONS, _SECTIONS)
+    picture = _picture(args.plot, args.file, sections)
+    with tempfile.TemporaryDirectory(prefix="sfp-bench-") as folder:
+        settings = _settings(args, Path(folder))
+        subject = _subject(args.file, args.dtype)
+        outcomes = [_run_section(name, subject, settings) for name in sections]
+    if args.json:
+        show_json(_as_json(subject, settings, outcomes))
+    else:
+        _show(subject, outcomes)
+    if picture is not None:
+        from ..bench.plot import draw
+
+        results = [result for outcome in outcomes for result in outcome.results]
+        draw(results, _title(subject, settings), picture)
+    return 1 if any(outcome.refusals for outcome in outcomes) else 0
+
+
+# ------------------------------------------------------------------------------------------------- asking
+
+
+def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The names of a list separated by commas, in the order of what is known."""
+    if words is None:
+        return tuple(default)
+    names = {word.strip() for word in words.split(",") if word.strip()}
+    for name in sorted(names - set(known)):
+        raise Trouble(f"there is no {what} {name!r}; there is: {', '.join(known)}")
+    if not names:
+        raise Trouble(f"no {what} is named; there is: {', '.join(known)}")
+    return tuple(name for name in known if name in names)
+
+
+def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> Path | None:
+    """Where the picture goes; refused before anything is measured."""
+    if path is None:
+        return None
+    from ..bench.plot import SUFFIXES, why_not
+
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise Trouble(f"{path}: a picture's name ends in {' or '.join(SUFFIXES)}")
+    if "lossless" not in sections:
+        raise Trouble("--plot needs the section lossless")
+    reason = why_not()
+    if reason is not None:
+        raise Trouble(f"--plot: {reason}")
+    return checked_target(path, [Path(source)] if source is not None and Path(source).is_file() else [])
+
+
+def _settings(args: argparse.Namespace, folder: Path) -> Settings:
+    from ..bench.environment import cores
+    from ..bench.settings import Settings
+    from ..codec.options import PRESETS
+    from ..engines import available, require_name
+
+    if args.rounds < 1:
+        raise Trouble(f"--rounds is {args.rounds}, must be at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise Trouble(f"--threads is {args.threads}, must be at least 1")
+    engines = available()
+    usable = [name for name, reason in engines.items() if reason is None]
+    chosen = _chosen("engine", args.engines, list(engines), usable)
+    for name in chosen:
+        require_name(name)
+    presets = _chosen("preset", args.presets, list(PRESETS), _PRESETS)
+    several = args.threads or cores()
+    return Settings(chosen, presets, (1, several) if several > 1 else (1,), args.rounds, folder)
+
+
+def _subject(file: str | None, dtype: str | None) -> Subject:
+    from ..bench.subject import CASTS, Subject, cast
+
+    if file is None:
+        from ..demo.carried import weights
+
+        name, tensors = "the model of sfp demo", weights()
+    else:
+        with open_model(file) as model:
+            name = model.path.name
+            tensors = {tensor: model.read(tensor) for tensor in model.specs}
+    if not any(array.size for array in tensors.values()):
+        raise Trouble(f"{file}: has no weights to measure on")
+    return Subject(name, cast(tensors, CASTS[dtype] if dtype else None))
+
+
+def _run_section(name: str, subject: Subject, settings: Settings) -> _Outcome:
+    from ..bench.sections import SECTIONS
+
+    section = SECTIONS[name]
+    rounds = section.rounds(settings)
+    runners = section.runners(subject, settings)
+    with progress(len(runners) * (rounds + 1), name, steps=True) as shown:
+
+        def at(words: str) -> None:
+            shown.advance(1)
+            shown.at(f"{name}: {words}")
+
+        return _Outcome(name, rounds, *section.run(runners, rounds, at))
+
+
+# ------------------------------------------------------------------------------------------------ showing
+
+
+def _as_json(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome]) -> dict[str, object]:
+    from ..bench.environment import facts, not_installed
+    from ..bench.results import refusal_json
+
+    return {
+        "environment": facts(),
+        "model": {
+            "name": subject.name,
+            "tensors": len(subject.tensors),
+            "weights": subject.weights,
+            "raw_bytes": subject.raw_bytes,
+            "dtypes": subject.dtypes,
+        },
+        "rounds": {outcome.name: outcome.rounds for outcome in outcomes},
+        "threads": list(settings.threads),
+        "results": [result.to_json() for outcome in outcomes for result in outcome.results],
+        "refused": [
+            refusal_json(outcome.name, refusal) for outcome in outcomes for refusal in outcome.refusals
+        ],
+        "not_installed": not_installed(),
+    }
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' if count > 1 else ''}"
+
+
+def _title(subject: Subject, settings: Settings) -> str:
+    dtypes = ", ".join(subject.dtypes[:3])
+    return (
+        f"{printable(subject.name)}: {subject.weights / 1e6:.3g} M weights, {dtypes}, lossless\n"
+        f"medians and quartiles of {_rounds(settings.rounds)}"
+    )
+
+
+def _show(subject: Subject, outcomes: Sequence[_Outcome]) -> None:
+    from ..bench.environment import facts, not_installed
+    from ..bench.sections import SECTIONS
+    from ..bench.tables import table
+
+    here = facts()
+    print(
+        f"{printable(subject.name)}: {len(subject.tensors)} tensors, {subject.weights:,} weights, "
+        f"{bytes_words(subject.raw_bytes)} of {', '.join(subject.dtypes)}; Python {here['python']}, "
+        f"{here['machine']}, {here['cores']} cores"
+    )
+    for outcome in outcomes:
+        print(f"\n{outcome.name}: {SECTIONS[outcome.name].about}; {_rounds(outcome.rounds)}\n")
+        if outcome.results:
+            header, rows = table(outcome.name, outcome.results)
+            show_table(header, rows, left=2 if "case" in header else 1)
+        elif not outcome.refusals:
+            print("nothing to measure: the model has no matrices")
+        for refusal in outcome.refusals:
+            print(printable(f"LEFT OUT: {refusal.contender.words}: {refusal.reason}"))
+    missing = not_installed()
+    if missing:
+        print()
+    for peer, reason in missing.items():
+        print(f"{peer}: {reason}")
