@@ -196,21 +196,19 @@ def test_rows_from_a_narrower_float_are_trimmed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "density", "lossless", "expected"),
+    ("columns", "density", "expected"),
     [
-        (384, 1.0, True, 768),
-        (1536, 1.0, True, 768),
-        (4096, 1.0, True, 1024),
-        (768, 0.5, True, 768),
-        (384, 1.0, False, 1536),
-        (384, 0.1, True, 6144),
-        (1001, 1.0, True, 768),
-        (1, 1.0, True, 768),
+        (384, 1.0, 1536),
+        (1536, 1.0, 1536),
+        (4096, 1.0, 2048),
+        (11008, 1.0, 1376),
+        (768, 0.5, 1536),
+        (384, 0.1, 12288),
+        (1001, 1.0, 1536),
+        (1, 1.0, 1536),
     ],
 )
-def test_segments_are_whole_rows_or_parts_of_rows(
-    columns: int, density: float, lossless: bool, expected: int
-) -> None:
-    segment = default_segment(columns, density, lossless)
+def test_segments_are_whole_rows_or_parts_of_rows(columns: int, density: float, expected: int) -> None:
+    segment = default_segment(columns, density)
     assert segment == expected
     assert segment % 32 == 0

@@ -53,9 +53,9 @@ _LEAST = np.finfo(np.float32).smallest_subnormal
 _MIN_BYTES = 512
 # With more survivors than this a tensor is also tried without a mask.
 _DENSE = 0.6
-# Default segments have about this many positions when dense and lossless, more the fewer bits they take, so
-# that the segment index stays a small part of what it indexes (SPEC.md chapter 27 has the figures).
-_SEGMENT = 768
+# Default segments have about this many positions when dense, more the fewer survive, so that the segment
+# index stays a small part of what it indexes (SPEC.md chapter 27 has the figures).
+_SEGMENT = 1536
 
 
 @dataclass(frozen=True)
@@ -174,17 +174,14 @@ def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options
     )
 
 
-def default_segment(columns: int, density: float, lossless: bool = True) -> int:
+def default_segment(columns: int, density: float) -> int:
     """Positions a segment: whole rows or a whole part of a row where that is possible.
 
     Args:
         columns: positions a row.
         density: survivors a position, from 0 to 1.
-        lossless: whether survivors are kept exactly; quantised ones take few bits, so more of them share an
-            entry of the index.
     """
-    wanted = (1 if lossless else 2) * _SEGMENT
-    wanted *= next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
+    wanted = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
     parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
     fits = [s for s in parts + [columns * k for k in range(2, 64)] if s % 32 == 0]
     near = [s for s in fits if wanted <= 2 * s <= 4 * wanted]
@@ -279,7 +276,7 @@ class _Planner:
             kept = self._used_centroids(source, source.numbers.centroids, survives)
             source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
             vectors = {**vectors, "fingerprint centroids": kept}
-        segment = options.segment or default_segment(self.entry.columns, density, options.lossless)
+        segment = options.segment or default_segment(self.entry.columns, density)
         chunk = max(options.chunk // segment, 1)
         entry = replace(self.entry, segment=segment, chunk=chunk)
         blocks = Blocks(len(self.flat), segment, chunk)

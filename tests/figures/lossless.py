@@ -42,6 +42,7 @@ VARIANTS = {
     "one code a stream": sfpformat.Options(codes=1),
     "no trims": sfpformat.Options(trim=False),
     "segments of 384": sfpformat.Options(segment=384),
+    "segments of 768": sfpformat.Options(segment=768),
     "one mantissa bit in the class": sfpformat.Options(mantissa_bits=1),
 }
 
