@@ -61,7 +61,7 @@ class Writer:
             OSError: the temporary file cannot be made.
         """
         self._metadata = _checked_metadata(metadata or {})
-        self._engine = get_engine(engine)
+        self._engine = get_engine(engine, weights=0)  # no engine encodes faster yet: none is imported for it
         self._threads = threads or os.cpu_count() or 1
         self._sink = open_sink(target, resume_key)
         self._entries: dict[str, TensorEntry] = {}
