@@ -365,8 +365,8 @@ class SfpFile(Closing):
                 self._decoders[entry.name] = decoder
                 if len(self._decoders) > _DECODERS_KEPT:
                     self._decoders.popitem(last=False)
-            decoder.expect(weights)
-            return decoder
+        decoder.expect(weights)
+        return decoder
 
 
 class SfpSlice:

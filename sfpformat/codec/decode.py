@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,7 @@ class TensorDecoder:
             require_valid_vectors(entry, self.vectors)
         self._recipe: Any = None
         self._recipe_serves = 0
+        self._preparing = threading.Lock()  # of this tensor alone: others are prepared meanwhile
 
     def open_chunk(self, data: Bytes, k: int) -> Chunk:
         """Checks the structure of chunk ``k``, whose checksum matched."""
@@ -74,9 +76,10 @@ class TensorDecoder:
 
     def expect(self, weights: int) -> None:
         """Tells how many weights will be decoded, about: what an engine prepares depends on it."""
-        if weights > 8 * self._recipe_serves:
-            self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
-            self._recipe_serves = max(weights, 1)
+        with self._preparing:
+            if weights > 8 * self._recipe_serves:
+                self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
+                self._recipe_serves = weights
 
     def weights_into(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> None:
         """The weights of all positions of a run."""
