@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -236,6 +237,33 @@ def test_codewords_are_those_of_the_algorithm_and_free_of_prefixes(lengths: list
     assert pack_lengths(bytes(lengths)) == nibbles(lengths)
 
 
+@clauses("R-TAB-005", "R-TAB-006", "R-TAB-007")
+@given(complete_codes(), st.data())
+def test_a_code_is_accepted_when_its_shares_make_one_and_only_then(lengths: list[int], data: Any) -> None:
+    place = data.draw(st.integers(0, len(lengths) - 1))
+    lengths[place] = data.draw(st.integers(0, 15) | st.just(lengths[place]))
+    used = [length for length in lengths if length]
+    complete = max(lengths) <= 12 and len(used) >= 2 and sum(Fraction(1, 2**n) for n in used) == 1
+    if complete:
+        assert PrefixCode(bytes(lengths)).length == bytes(lengths)
+    else:
+        with pytest.raises(InvalidFileError):
+            PrefixCode(bytes(lengths))
+
+
+@clauses("R-TAB-004", "R-TAB-010")
+@given(st.binary(min_size=1, max_size=40), st.booleans())
+def test_lengths_are_the_halves_of_the_bytes(packed: bytes, odd: bool) -> None:
+    halves = [half for byte in packed for half in (byte & 15, byte >> 4)]
+    if odd and halves[-1]:
+        with pytest.raises(InvalidFileError, match="R-TAB-010"):
+            unpack_lengths(packed, len(halves) - 1)
+    else:
+        lengths = unpack_lengths(packed, len(halves) - odd)
+        assert list(lengths) == halves[: len(halves) - odd]
+        assert pack_lengths(lengths) == packed
+
+
 @clauses("R-COD-002", "R-TAB-010")
 def test_a_codeword_is_laid_down_from_its_most_significant_bit() -> None:
     source = table([0, 0, 0, 0], [1, 2, 3, 3])
@@ -257,6 +285,20 @@ def test_every_level_lies_in_the_class_that_covers_it(extra: list[int], base: in
     assert own.top == first[-1] + (1 << extra[-1])
     edges = [level for c, at in enumerate(first) for level in (at, at + (1 << extra[c]) - 1)]
     assert own.class_of(np.array(edges, np.uint64)).tolist() == [c for c in range(len(extra)) for _ in "ab"]
+
+
+@given(st.lists(st.sampled_from([0, 3, 7]), min_size=2, max_size=9), st.sampled_from([1, 2]), st.data())
+def test_the_residual_bits_of_used_classes(extra: list[int], group: int, data: Any) -> None:
+    symbols = len(extra) ** group
+    pairs = st.lists(st.integers(0, symbols - 1), min_size=2, max_size=2, unique=True)
+    used = data.draw(st.lists(pairs, min_size=1, max_size=3))
+    codes = tuple(PrefixCode(bytes(int(s in pair) for s in range(symbols))) for pair in used)
+    own = CodeTable(5, bytes(extra), codes, group)
+    classes = {s // len(extra) ** j % len(extra) for pair in used for s in pair for j in range(group)}
+    widths = {extra[c] for c in classes}
+    assert own.least_extra == min(widths)
+    assert own.constant_extra == (min(widths) if len(widths) == 1 else None)
+    assert own.constant_width == (extra[0] if len(set(extra)) == 1 else None)
 
 
 @clauses("R-TAB-006", "R-TAB-007", "R-CAN-005")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sfpformat
-from sfpformat import Options
+from sfpformat import FileFault, Limits, Options
+from sfpformat.container import messagepack
 from sfpformat.numpy import save
 
 from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Part, accepted, hand_file, hand_part, pack, refused, refused_bytes, table
-from .samples import everything, weights
+from .samples import everything, plain, weights
+from .strategies import jobs, written
+from .test_hostile import mutate
 
 WRONG_TYPES: dict[type, list[object]] = {
     int: ["1", b"1", [1], {"a": 1}],
@@ -403,3 +409,64 @@ def test_a_tensor_of_rank_0_with_levels_of_no_bits_is_read() -> None:
     found = accepted(hand_file(tiny("F32", 2 * 0x3FC00000 + 1)))["hand"]
     assert found.shape == ()
     assert found == np.float32(-1.5)
+
+
+# ------------------------------------------------------------------------------------------- the quick way
+
+
+def judgement(data: bytes, limits: Limits) -> object:
+    """All that opening a file gives: what the directory says, or the fault with its words and its place."""
+    try:
+        with sfpformat.open(data, limits=limits) as file:
+            directory = file.directory
+            kept = [(entry.name, entry.other) for entry in directory.tensors.values()]
+            return directory.to_bytes(), directory.other, kept, directory.offsets()
+    except FileFault as error:
+        return type(error), error.clause, error.detail, error.tensor, error.offset
+
+
+def judged_alike(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) -> None:
+    """A file is judged alike whether the quick way is open or not."""
+    quickly = judgement(data, limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messagepack, "decode_quickly", lambda data, limits: None)
+        assert judgement(data, limits) == quickly
+
+
+@clauses("R-DIR-002", "R-DIR-003", "R-STR-002")
+@settings(max_examples=300)
+@given(st.integers(0, 2**64 - 1), st.integers(1, 3))
+def test_changed_directories_are_judged_alike_quickly_and_slowly(seed: int, changes: int) -> None:
+    rng = random.Random(seed)
+    file = Forge.of(everything())
+    for _ in range(changes):
+        mutate(file, rng)
+    judged_alike(file.build())
+    judged_alike(file.build(), Limits(depth=5, name_bytes=7, rank=2, tensors=9))
+
+
+@clauses("R-DIR-005", "R-MSG-001", "R-MSG-003")
+@pytest.mark.parametrize("value", [True, None, -1, 1.5, "\0", [True], {"a": -1}, [0] * 70, {"": [[b"a"]]}])
+def test_values_of_any_kind_at_any_place_are_judged_alike_quickly_and_slowly(value: object) -> None:
+    for number, key in [*places(), (0, "x-a"), (1, "x-a"), (6, "x-a")]:
+        file = Forge.of(everything())
+        field_of(file, number)[2][key] = value
+        judged_alike(file.build())
+
+
+@given(jobs())
+def test_ordinary_files_are_read_quickly(job: Any) -> None:
+    for data in (everything(), plain(), written(job)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(messagepack, "decode", None)
+            sfpformat.open(data).close()
+
+
+def test_records_know_the_keys_of_their_maps() -> None:
+    with sfpformat.open(everything()) as file:
+        entries = list(file.directory.tensors.values())
+    records = [r for e in entries for r in (e.mask, e.fingerprints, e.scale, e.importance) if r is not None]
+    assert len(records) > 15
+    for record in records:
+        assert set(record.keys) == set(record.to_map())
+        assert len(record.keys) == len(record.to_map())

@@ -139,7 +139,7 @@ WORDS += ["metadata", "tensor", "x-a", "\0", "é" * 200]
 def mutated(value: Any, rng: random.Random) -> Any:
     """A value of the directory, changed."""
     if isinstance(value, int):
-        return rng.choice([*EXTREMES, value + 1, max(value - 1, 0), value * 2, value ^ 1])
+        return min(rng.choice([*EXTREMES, value + 1, max(value - 1, 0), value * 2, value ^ 1]), 2**64 - 1)
     if isinstance(value, str):
         return rng.choice(WORDS)
     if isinstance(value, bytes):
@@ -170,6 +170,9 @@ def mutated(value: Any, rng: random.Random) -> Any:
 
 def mutate_map(fields: dict[str, Any], rng: random.Random) -> None:
     """Changes a map somewhere."""
+    if not fields:
+        fields["x-a"] = 1
+        return
     key = rng.choice(sorted(fields))
     what = rng.randrange(12)
     if isinstance(fields[key], dict) and what < 9:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sfpformat.container import messagepack
 from sfpformat.container.messagepack import Map
+from sfpformat.errors import FileFault
 from sfpformat.limits import DEFAULT_LIMITS
 
 from . import slow_reader
@@ -240,6 +241,7 @@ def judged_both_ways(data: bytes) -> None:
     quick = messagepack.decode_quickly(data, DEFAULT_LIMITS)
     if quick is not None:
         assert quick == messagepack.decode(data, DEFAULT_LIMITS)
+        assert messagepack.encode(quick) == data  # so the types are the same too, where True equals 1
 
 
 loose = st.recursive(
@@ -288,6 +290,56 @@ def directory_of(file: bytes) -> bytes:
 @pytest.mark.parametrize("file", [plain(), everything()], ids=["plain", "everything"])
 def test_the_quick_way_takes_the_directories_that_are_written(file: bytes) -> None:
     assert messagepack.decode_quickly(directory_of(file), DEFAULT_LIMITS) is not None
+
+
+@clauses("R-MSG-001", "R-MSG-002")
+@pytest.mark.parametrize("kind", [*FORBIDDEN, *LONG])
+def test_the_quick_way_takes_no_forbidden_type_and_no_long_encoding(kind: str) -> None:
+    raw = {**FORBIDDEN, **LONG}[kind]
+    for data in (b"\x81\xa1a" + raw, b"\x81\xa1a\x91" + raw, b"\x81\xa7tensors\x91" + raw):
+        assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
+
+
+@clauses("R-MSG-001", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x81\x01\x01",  # keys that are not strings
+        b"\x81\xc4\x01a\x01",
+        b"\x81\x90\x01",
+        b"\x82\xa1b\x01\xa1a\x01",  # keys out of order, twice
+        b"\x82\xa1a\x01\xa1a\x01",
+        b"\x81\xa1x\x82\xa1b\x01\xa1a\x01",
+        b"\x82\xa7tensors\x90\xa7tensors\x90",
+        b"\x81\xa1\x00\x01",  # U+0000, in a key and in a string
+        b"\x81\xa1a\xa1\x00",
+        b"\x81\xa1a\xa1\xff",  # no UTF-8, a surrogate
+        b"\x81\xa1a\xa3\xed\xa0\x80",
+        b"\x81\xa1a\x01\x01",  # bytes behind, bytes missing
+        b"\x81\xa1a\xa2a",
+        b"\x81\xa7tensors\x91",
+    ],
+)
+def test_the_quick_way_takes_nothing_that_is_refused(data: bytes) -> None:
+    with pytest.raises(FileFault):
+        messagepack.decode(data, DEFAULT_LIMITS)
+    assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
+
+
+@clauses("R-DIR-001")
+@pytest.mark.parametrize("data", [b"\x01", b"\x90", b"\xa0", b"\xc4\x00"])
+def test_the_quick_way_takes_nothing_but_a_map(data: bytes) -> None:
+    assert not isinstance(messagepack.decode(data, DEFAULT_LIMITS), Map)
+    assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
+
+
+@clauses("R-MSG-008")
+def test_the_quick_way_takes_long_arrays_of_tensors_only() -> None:
+    for key, size, quick in (("a", 64, True), ("a", 65, False), ("tensors", 70_000, True)):
+        data = pack({key: [{"b": [1]}] * size})
+        assert (messagepack.decode_quickly(data, DEFAULT_LIMITS) is not None) == quick
+        judged_both_ways(data)
 
 
 @clauses("R-LIM-002")

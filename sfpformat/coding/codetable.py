@@ -6,7 +6,7 @@ fields, the reader makes a `CodeTable` of them again, which is valid once it exi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
 
@@ -21,8 +21,17 @@ MAX_SYMBOLS = 256  # used symbols, R-TAB-006: a symbol's rank fits a byte
 MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
 MAX_CODES = 16  # R-TAB-009
 
-# Code length -> its share of all codewords, in units of 2^-12.
-_KRAFT_SHARE = [0, *(1 << (MAX_CODE_BITS - bits) for bits in range(1, MAX_CODE_BITS + 1))]
+# A directory has some codes for each tensor, and all are checked when a file is opened. So lengths are looked
+# at by methods of `bytes`, which take a fraction of the time of a loop over them.
+_EXTRAS = bytes(range(MAX_FIELD_BITS + 1))
+_CODE_BITS = bytes(range(MAX_CODE_BITS + 1))
+# The share of 2^12 that a codeword of so many bits takes, in two bytes, as `translate` gives bytes.
+_SHARES = [0] + [1 << (MAX_CODE_BITS - bits) for bits in range(1, MAX_CODE_BITS + 1)]
+_SHARE_LOW = bytes(share & 255 for share in _SHARES) + bytes(256 - len(_SHARES))
+_SHARE_HIGH = bytes(share >> 8 for share in _SHARES) + bytes(256 - len(_SHARES))
+# Byte -> the byte with its halves exchanged; hexadecimal digit -> its value.
+_EXCHANGED = bytes(byte >> 4 | (byte & 15) << 4 for byte in range(256))
+_DIGITS = bytes.maketrans(b"0123456789abcdef", bytes(range(16)))
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,14 @@ class PrefixCode:
     length: bytes
 
     def __post_init__(self) -> None:
-        longest = max(self.length)
-        if longest > MAX_CODE_BITS:
-            raise fault("R-TAB-005", f"a code of {longest} bits, at most {MAX_CODE_BITS}")
-        used = len(self.length) - self.length.count(0)
+        length = self.length
+        if length.translate(None, _CODE_BITS):
+            raise fault("R-TAB-005", f"a code of {max(length)} bits, at most {MAX_CODE_BITS}")
+        used = len(length) - length.count(0)
         if not 2 <= used <= MAX_SYMBOLS:
             raise fault("R-TAB-006", f"{used} used symbols, must be 2 to {MAX_SYMBOLS}")
-        if sum(map(_KRAFT_SHARE.__getitem__, self.length)) != 1 << MAX_CODE_BITS:
+        shares = sum(length.translate(_SHARE_LOW)) + (sum(length.translate(_SHARE_HIGH)) << 8)
+        if shares != 1 << MAX_CODE_BITS:
             raise fault("R-TAB-007", "the prefix code is not complete")
 
     @cached_property
@@ -86,7 +96,7 @@ def require_shape(extra: bytes, group: int, codes: int) -> None:
         raise fault("R-TAB-003", f"group is {group}, must be 1 or 2")
     if not group <= len(extra) <= MAX_CLASSES[group]:
         raise fault("R-TAB-001", f"{len(extra)} classes with group {group}")
-    if max(extra) > MAX_FIELD_BITS:
+    if extra.translate(None, _EXTRAS):
         raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, at most 56")
     if not (codes == 0 if len(extra) == 1 else 1 <= codes <= MAX_CODES):
         raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes")
@@ -101,6 +111,7 @@ class CodeTable:
         extra: byte c is the number of residual bits of class c.
         codes: the codes that segments choose from; none for one class.
         group: levels a symbol, 1 or 2.
+        top: one past the greatest level that the table can code.
 
     Raises:
         InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004 and R-TAB-009, when the fields make no table.
@@ -110,13 +121,19 @@ class CodeTable:
     extra: bytes
     codes: tuple[PrefixCode, ...] = ()
     group: int = 1
+    top: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_shape(self.extra, self.group, len(self.codes))
-        symbols = self.classes**self.group
+        symbols = len(self.extra) ** self.group
         for code in self.codes:
             if len(code.length) != symbols:
                 raise fault("R-TAB-004", f"{len(code.length)} code lengths for {symbols} symbols")
+        if self.constant_width is None:
+            levels = sum([self.extra.count(width) << width for width in set(self.extra)])
+        else:
+            levels = len(self.extra) << self.constant_width
+        object.__setattr__(self, "top", self.base + levels)
 
     @property
     def classes(self) -> int:
@@ -126,16 +143,8 @@ class CodeTable:
     @cached_property
     def first(self) -> NDArray[np.uint64]:
         """First level of each class, shape [K]. Meaningful once `require_top` has passed."""
-        firsts = [self.base]
-        for extra in self.extra[:-1]:
-            firsts.append(firsts[-1] + (1 << extra))
-        return np.array([level & (1 << 64) - 1 for level in firsts], np.uint64)
-
-    @cached_property
-    def top(self) -> int:
-        """One past the greatest level that the table can code."""
-        widths = set(self.extra)
-        return self.base + sum(self.extra.count(width) << width for width in widths)
+        sizes = np.uint64(1) << self.class_extra.astype(np.uint64)
+        return np.asarray(np.cumsum(sizes) - sizes + np.uint64(self.base))
 
     def require_top(self, bound: int) -> None:
         """Raises R-TAB-008 when the table can code a level of ``bound`` or more."""
@@ -185,20 +194,16 @@ class CodeTable:
             return np.asarray(lookup[levels])
         return np.asarray(np.searchsorted(self.first, levels, side="right") - 1, np.uint16)
 
-    @cached_property
+    @property
     def constant_width(self) -> int | None:
         """The residual bits that all classes have, used or not, or None where they differ."""
-        return self.extra[0] if len(set(self.extra)) == 1 else None
-
-
-# Byte -> its two halves, the lower one first.
-_NIBBLES = [bytes((byte & 15, byte >> 4)) for byte in range(256)]
+        return None if self.extra.strip(self.extra[:1]) else self.extra[0]
 
 
 def pack_lengths(lengths: bytes) -> bytes:
     """Code lengths as the directory has them, two a byte, the first in the lower four bits."""
-    even = lengths + bytes(len(lengths) % 2)
-    return bytes(low | high << 4 for low, high in zip(even[0::2], even[1::2], strict=True))
+    digits = lengths.hex()[1::2]
+    return bytes.fromhex(digits + "0" * (len(digits) % 2)).translate(_EXCHANGED)
 
 
 def unpack_lengths(packed: bytes, symbols: int) -> bytes:
@@ -209,8 +214,10 @@ def unpack_lengths(packed: bytes, symbols: int) -> bytes:
     """
     if len(packed) != -(-symbols // 2) or not packed:
         raise fault("R-TAB-004", f"{len(packed)} bytes of code lengths for {symbols} symbols")
-    lengths = b"".join([_NIBBLES[byte] for byte in packed])
-    if any(lengths[symbols:]):
+    lengths = packed.translate(_EXCHANGED).hex().encode().translate(_DIGITS)
+    if len(lengths) == symbols:
+        return lengths
+    if lengths[symbols]:
         raise fault("R-TAB-010", "the last four bits of a code's lengths are not zero")
     return lengths[:symbols]
 

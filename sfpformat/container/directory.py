@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate
 
 from ..errors import FileFault, fault, placed
 from ..limits import Limits
 from . import messagepack
 from .entry import TensorEntry
-from .fields import required, typed
-from .messagepack import Map
+from .fields import Fields, place_of, required, typed
+from .preamble import SIZE
 
 KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)
+_KNOWN_KEYS = frozenset(("tensors", "metadata", "features"))
 
 
 @dataclass(frozen=True)
@@ -58,42 +57,43 @@ class Directory:
         Raises:
             InvalidFileError, UnsupportedError, LimitError.
         """
-        quick = messagepack.decode_quickly(data, limits)
-        if quick is not None:
+        ordinary = messagepack.decode_quickly(data, limits)
+        if ordinary is not None:
             try:
-                return cls._from_root(quick, chunks_end, limits)
+                return cls.from_map(ordinary, chunks_end, limits)
             except FileFault:
-                pass  # found again below, where values have places
+                ordinary = None  # a fault has a place, which only the other way knows
         root = messagepack.decode(data, limits)
-        if not isinstance(root, Map):
+        if not isinstance(root, dict):
             raise fault("R-DIR-001", "the directory is not a map", offset=0)
-        return cls._from_root(root, chunks_end, limits)
+        return cls.from_map(root, chunks_end, limits)
 
     @classmethod
-    def _from_root(cls, root: Map, chunks_end: int, limits: Limits) -> Directory:
-        """The directory of its decoded map."""
+    def from_map(cls, root: Fields, chunks_end: int, limits: Limits) -> Directory:
+        """Reads the root of a directory; see `from_bytes`."""
         features = _features(root)
         if "keyed" in root:
-            raise fault("R-KEY-001", "the file has keyed tables", offset=root.at["keyed"])
+            raise fault("R-KEY-001", "the file has keyed tables", offset=place_of(root, "keyed"))
         metadata = _metadata(root)
         tensors: dict[str, TensorEntry] = {}
         for item in _tensor_maps(root, limits):
-            with placed(tensor=_name_if_any(item)):
+            try:
                 entry = TensorEntry.from_map(item, limits)
                 if entry.name in tensors:
-                    raise fault("R-TEN-001", "the name comes twice", offset=item.at["name"])
+                    raise fault("R-TEN-001", "the name comes twice", offset=place_of(item, "name"))
+            except FileFault as error:
+                error.place(_name_if_any(item), None)
+                raise
             tensors[entry.name] = entry
-        if chunks_end != 64 + sum(entry.stored_bytes for entry in tensors.values()):
+        if chunks_end != SIZE + sum([entry.stored_bytes for entry in tensors.values()]):
             raise fault("R-LAY-003", "the chunks' lengths do not add up to where the directory begins")
-        known = {"tensors", "metadata", "features"}
-        other = {key: value for key, value in root.items() if key not in known}
+        other = {key: value for key, value in root.items() if key not in _KNOWN_KEYS}
         return cls(tensors, metadata, features, other)
 
     def offsets(self) -> dict[str, int]:
         """Name -> file offset of the tensor's first chunk (R-LAY-001)."""
         sizes = [entry.stored_bytes for entry in self.tensors.values()]
-        starts: NDArray[np.int64] = np.cumsum([64, *sizes[:-1]])
-        return dict(zip(self.tensors, map(int, starts), strict=True)) if sizes else {}
+        return dict(zip(self.tensors, accumulate(sizes, initial=SIZE), strict=False))
 
 
 def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:
@@ -101,7 +101,7 @@ def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:
     faults = []
     try:
         root = messagepack.decode(data, limits)
-        maps = _tensor_maps(root, limits) if isinstance(root, Map) else []
+        maps = _tensor_maps(root, limits) if isinstance(root, dict) else []
     except FileFault:
         return []
     for item in maps:
@@ -113,25 +113,25 @@ def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:
     return faults
 
 
-def _tensor_maps(root: Map, limits: Limits) -> list[Map]:
+def _tensor_maps(root: Fields, limits: Limits) -> list[Fields]:
     maps = required(root, "tensors", list)
-    limits.require("tensors", len(maps), root.at["tensors"])
+    limits.require("tensors", len(maps), place_of(root, "tensors"))
     for item in maps:
-        if not isinstance(item, Map):
-            raise fault("R-DIR-003", "a tensor entry is not a map", offset=root.at["tensors"])
+        if not isinstance(item, dict):
+            raise fault("R-DIR-003", "a tensor entry is not a map", offset=place_of(root, "tensors"))
     return maps
 
 
-def _name_if_any(entry: Map) -> str | None:
+def _name_if_any(entry: Fields) -> str | None:
     name = entry.get("name")
     return name if isinstance(name, str) else None
 
 
-def _features(root: Map) -> tuple[str, ...]:
+def _features(root: Fields) -> tuple[str, ...]:
     if "features" not in root:
         return ()
     names = required(root, "features", list)
-    at = root.at["features"]
+    at = place_of(root, "features")
     if not all(isinstance(name, str) for name in names):
         raise fault("R-DIR-003", "a feature is not a string", offset=at)
     if not names:
@@ -145,11 +145,11 @@ def _features(root: Map) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _metadata(root: Map) -> dict[str, str]:
+def _metadata(root: Fields) -> dict[str, str]:
     if "metadata" not in root:
         return {}
-    pairs: Mapping[str, object] = required(root, "metadata", Map)
-    at = root.at["metadata"]
+    pairs: Mapping[str, object] = required(root, "metadata", dict)
+    at = place_of(root, "metadata")
     if not pairs:
         raise fault("R-DIR-004", "an empty map of metadata", offset=at)
     return {key: typed(value, str, f"metadata {key!r}", at) for key, value in pairs.items()}

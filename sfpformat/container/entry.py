@@ -22,10 +22,9 @@ from ..coding.quantiser import (
     require_finite_step,
 )
 from ..dtypes import DTYPES, Dtype
-from ..errors import fault, placed
+from ..errors import FileFault, fault
 from ..limits import Limits
-from .fields import optional, required
-from .messagepack import Map
+from .fields import Fields, place_of, required
 from .streams import FingerprintsEntry, ImportanceEntry, MaskEntry, ScaleEntry, word
 
 MAX_POSITIONS = 1 << 48  # R-TEN-005
@@ -35,6 +34,7 @@ CHUNK_ALIGNMENT = 64  # R-LAY-002
 
 # u32 length, u32 CRC-32
 CHUNK_RECORD = np.dtype([("length", "<u4"), ("crc", "<u4")])
+_ALIGNED = bytes(range(0, 256, CHUNK_ALIGNMENT))
 
 _RECORDS: dict[str, Any] = {
     "fingerprints": FingerprintsEntry,
@@ -68,6 +68,9 @@ class TensorEntry:
         vectors: the record of the vector chunk, shape [1], or None.
         mask, fingerprints, scale, importance: the streams' records, or None.
         other: keys that this version does not know; under a record's name those inside its map.
+        positions: N, the number of positions.
+        segments: their number.
+        stored_bytes: of all chunks, the vector chunk included.
     """
 
     name: str
@@ -84,14 +87,22 @@ class TensorEntry:
     importance: ImportanceEntry | None = None
     other: dict[str, object] = field(default_factory=dict)
 
+    positions: int = field(init=False, repr=False, compare=False)
+    segments: int = field(init=False, repr=False, compare=False)
+    stored_bytes: int = field(init=False, repr=False, compare=False)
+
     # ------------------------------------------------------------------------------------- geometry
 
-    @cached_property
-    def positions(self) -> int:
-        """N, the number of positions."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        positions = math.prod(self.shape)
+        stored = sum(self.chunks["length"].tolist())
+        if self.vectors is not None:
+            stored += int(self.vectors["length"][0])
+        object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "segments", -(-positions // self.segment))
+        object.__setattr__(self, "stored_bytes", stored)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of the tensor seen as a matrix (SPEC.md chapter 2)."""
         return self.shape[0] if len(self.shape) >= 2 and self.positions else 1
@@ -105,17 +116,6 @@ class TensorEntry:
     def decoded_bytes(self) -> int:
         """Size of the decoded tensor."""
         return self.positions * self.dtype.itemsize
-
-    @property
-    def segments(self) -> int:
-        """Number of segments."""
-        return -(-self.positions // self.segment)
-
-    @cached_property
-    def stored_bytes(self) -> int:
-        """Bytes of all chunks, the vector chunk included."""
-        lengths = int(self.chunks["length"].sum(dtype=np.int64))
-        return lengths + (int(self.vectors["length"][0]) if self.vectors is not None else 0)
 
     def segments_of_chunk(self, k: int) -> tuple[int, int]:
         """First segment of chunk k and the one after its last."""
@@ -143,18 +143,18 @@ class TensorEntry:
             out["importance"] = self.importance.table
         return out
 
+    def trimmed_streams(self) -> frozenset[str]:
+        """The streams whose segments have trims."""
+        return self._trimmed_streams
+
     @cached_property
-    def _trimmed(self) -> frozenset[str]:
+    def _trimmed_streams(self) -> frozenset[str]:
         records = {"fingerprints": self.fingerprints, "importance": self.importance}
         return frozenset(
             stream
             for stream, record in records.items()
             if record is not None and isinstance(record.quantiser, Exact) and record.quantiser.trim
         )
-
-    def trimmed_streams(self) -> frozenset[str]:
-        """The streams whose segments have trims."""
-        return self._trimmed
 
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
@@ -209,30 +209,33 @@ class TensorEntry:
     # -------------------------------------------------------------------------------------- reading
 
     @classmethod
-    def from_map(cls, source: Map, limits: Limits) -> TensorEntry:
+    def from_map(cls, source: Fields, limits: Limits) -> TensorEntry:
         """Reads an entry and checks all that the directory alone can show."""
         name = required(source, "name", str)
         if not name:
-            raise fault("R-TEN-002", "a tensor without a name", offset=source.at["name"])
-        limits.require("name_bytes", len(name.encode()), source.at["name"])
+            raise fault("R-TEN-002", "a tensor without a name", offset=place_of(source, "name"))
+        size = len(name.encode())
+        if size > limits.name_bytes:
+            limits.require("name_bytes", size, place_of(source, "name"))
         dtype = DTYPES.get(required(source, "dtype", str))
         if dtype is None:
-            raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=source.at["dtype"])
+            raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=place_of(source, "dtype"))
         coding = word(source, "coding", ("raw", "fingerprint"), "R-TEN-004")
-        shape, cutting = _shape(source, limits), _cutting(source)
+        shape = _shape(source, limits)
+        segment, chunk = _cutting(source)
         chunks = _records(source, "chunks")
         vectors = _records(source, "vectors") if "vectors" in source else None
-        other = {key: value for key, value in source.items() if key not in _KNOWN_KEYS}
-        records: dict[str, Any] = {}
-        if coding == "fingerprint":
-            records = _streams(source)
-            other |= _unknown_inside(records, source)
-        entry = cls(name, dtype, shape, coding, *cutting, chunks, vectors, **records, other=other)
-        with placed(base=source.offset):
+        records = _streams(source) if coding == "fingerprint" else {}
+        other = _unknown(records, source)
+        entry = cls(name, dtype, shape, coding, segment, chunk, chunks, vectors, **records, other=other)
+        try:
             entry.require_valid(source)
+        except FileFault as error:
+            error.place(None, place_of(source))
+            raise
         return entry
 
-    def require_valid(self, source: Map | None = None) -> None:
+    def require_valid(self, source: Fields | None = None) -> None:
         """Checks what needs more than one field of the entry."""
         expected = -(-self.segments // self.chunk)
         if len(self.chunks) != expected:
@@ -253,7 +256,7 @@ class TensorEntry:
         assert self.fingerprints is not None
         quantiser, table = self.fingerprints.quantiser, self.fingerprints.table
         if isinstance(quantiser, Exact):
-            if quantiser.dtype != self.dtype and self.dtype.name not in quantiser.dtype.widens_to:
+            if quantiser.dtype.name != self.dtype.name and self.dtype.name not in quantiser.dtype.widens_to:
                 raise fault("R-QNT-002", f"{quantiser.dtype.name} does not widen to {self.dtype.name}")
             if self.scale is not None:
                 raise fault("R-SCL-005", "a scale with the quantiser exact")
@@ -272,59 +275,62 @@ class TensorEntry:
             require_finite_step(quantiser, self.importance.table.top - 1, "R-IMP-006")
 
 
-def _shape(source: Map, limits: Limits) -> tuple[int, ...]:
+def _shape(source: Fields, limits: Limits) -> tuple[int, ...]:
     sizes = required(source, "shape", list)
-    at = source.at["shape"]
-    if not all(isinstance(size, int) for size in sizes):
-        raise fault("R-DIR-003", "a size in shape is not an integer", offset=at)
-    limits.require("rank", len(sizes), at)
-    if math.prod(size for size in sizes if size) > MAX_POSITIONS:
-        raise fault("R-TEN-005", f"shape {sizes} has more than 2^48 positions", offset=at)
+    for size in sizes:
+        if not isinstance(size, int):
+            raise fault("R-DIR-003", "a size in shape is not an integer", offset=place_of(source, "shape"))
+    if len(sizes) > limits.rank:
+        limits.require("rank", len(sizes), place_of(source, "shape"))
+    if math.prod([size for size in sizes if size]) > MAX_POSITIONS:
+        words = f"shape {sizes} has more than 2^48 positions"
+        raise fault("R-TEN-005", words, offset=place_of(source, "shape"))
     return tuple(sizes)
 
 
-def _cutting(source: Map) -> tuple[int, int]:
+def _cutting(source: Fields) -> tuple[int, int]:
     """S and C."""
     segment, chunk = required(source, "segment", int), required(source, "chunk", int)
     if segment % 32 or not 32 <= segment <= MAX_SEGMENT:
         raise fault(
             "R-TEN-006",
             f"segments of {segment} positions, must be a multiple of 32 up to {MAX_SEGMENT}",
-            offset=source.at["segment"],
+            offset=place_of(source, "segment"),
         )
     if chunk < 1 or segment * chunk > MAX_CHUNK_POSITIONS:
-        raise fault("R-TEN-007", f"chunks of {chunk} segments of {segment}", offset=source.at["chunk"])
+        raise fault("R-TEN-007", f"chunks of {chunk} segments of {segment}", offset=place_of(source, "chunk"))
     return segment, chunk
 
 
-def _records(source: Map, key: str) -> NDArray[np.void]:
+def _records(source: Fields, key: str) -> NDArray[np.void]:
     """Chunk records: those of `chunks`, or the one of `vectors`."""
     data = required(source, key, bytes)
-    at = source.at[key]
-    if key == "vectors" and len(data) != CHUNK_RECORD.itemsize:
-        raise fault("R-TEN-012", f"vectors of {len(data)} bytes, must be 8", offset=at)
-    if len(data) % CHUNK_RECORD.itemsize:
-        raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=at)
+    if key == "vectors" and len(data) != 8:
+        raise fault("R-TEN-012", f"vectors of {len(data)} bytes, must be 8", offset=place_of(source, key))
+    if len(data) % 8:
+        raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=place_of(source, key))
     records = np.frombuffer(data, CHUNK_RECORD)
-    lengths = records["length"]
-    # Of multiples of 64 only 0 is less than 64.
-    if (lengths & (CHUNK_ALIGNMENT - 1)).any() or not lengths.all():
-        raise fault("R-LAY-002", "a chunk's length is not a multiple of 64", offset=at)
+    # Whether a length is a multiple of 64 shows in its lowest byte.
+    if data[0::8].translate(None, _ALIGNED) or not all(records["length"].tolist()):
+        words = "a chunk's length is not a multiple of 64"
+        raise fault("R-LAY-002", words, offset=place_of(source, key))
     return records
 
 
-def _streams(source: Map) -> dict[str, Any]:
+def _streams(source: Fields) -> dict[str, Any]:
     """The streams' records, by the attribute that takes them."""
-    required(source, "fingerprints", Map)
-    maps = {key: optional(source, key, Map) for key in _RECORDS}
-    return {key: _RECORDS[key].from_map(fields) for key, fields in maps.items() if fields is not None}
+    required(source, "fingerprints", dict)
+    maps = {key: required(source, key, dict) for key in _RECORDS if key in source}
+    return {key: _RECORDS[key].from_map(fields) for key, fields in maps.items()}
 
 
-def _unknown_inside(records: dict[str, Any], source: Map) -> dict[str, object]:
-    """The keys in the records' maps that this version does not know, by record (R-DIR-005)."""
+def _unknown(records: dict[str, Any], source: Fields) -> dict[str, object]:
+    """The keys that this version does not know: the entry's, and by record those in its map (R-DIR-005)."""
     out: dict[str, object] = {}
+    if not _KNOWN_KEYS.issuperset(source):
+        out = {key: value for key, value in source.items() if key not in _KNOWN_KEYS}
     for key, record in records.items():
-        known, fields = record.keys(), required(source, key, Map)
-        if fields.keys() - known:
+        fields, known = required(source, key, dict), record.keys
+        if len(fields) > len(known):  # the known are all there
             out[key] = {name: value for name, value in fields.items() if name not in known}
     return out

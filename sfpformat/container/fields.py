@@ -7,9 +7,17 @@ from typing import TypeVar
 from ..errors import fault
 from .messagepack import Map
 
+Fields = dict[str, object]  # a map of the directory: a `Map`, or a plain dict that was read quickly
 T = TypeVar("T")
 
-_WORDS = {int: "an integer", str: "a string", bytes: "binary", list: "an array", Map: "a map"}
+_WORDS = {int: "an integer", str: "a string", bytes: "binary", list: "an array", dict: "a map", Map: "a map"}
+
+
+def place_of(source: Fields, key: str | None = None) -> int:
+    """The offset of a map, or of the value of one of its keys; 0 where the map was read without places."""
+    if not isinstance(source, Map):
+        return 0
+    return source.offset if key is None else source.at[key]
 
 
 def typed(value: object, kind: type[T], what: str, offset: int) -> T:
@@ -19,13 +27,11 @@ def typed(value: object, kind: type[T], what: str, offset: int) -> T:
     return value
 
 
-def required(source: Map, key: str, kind: type[T]) -> T:
+def required(source: Fields, key: str, kind: type[T]) -> T:
     """The value of a key that must be there."""
+    value = source.get(key)  # no value is None
+    if isinstance(value, kind):
+        return value
     if key not in source:
-        raise fault("R-DIR-002", f"the key {key!r} is missing", offset=source.offset)
-    return typed(source[key], kind, key, source.at[key])
-
-
-def optional(source: Map, key: str, kind: type[T]) -> T | None:
-    """The value of a key that may be missing."""
-    return required(source, key, kind) if key in source else None
+        raise fault("R-DIR-002", f"the key {key!r} is missing", offset=place_of(source))
+    return typed(value, kind, key, place_of(source, key))

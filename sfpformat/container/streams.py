@@ -7,6 +7,7 @@ needs the tensor (its dtype, its size) in `container.entry`. SPEC.md chapters 8 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -20,33 +21,33 @@ from ..coding.codetable import (
 from ..coding.mask import KINDS
 from ..coding.quantiser import Exact, Quantiser, Table, Uniform
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
-from ..errors import fault, placed
-from .fields import required, typed
-from .messagepack import Map
+from ..errors import FileFault, fault, placed
+from .fields import Fields, place_of, required
 
 SCALES = ("tensor", "row", "column", "group")
 OVERS = ("survivors", "all", "factors")
 ROLES = ("multiplier", "metadata")
 
+# The keys that maps have: those of a code table, of a mask by its kind, of a stream by its quantiser.
+_TABLE_KEYS = ("base", "extra", "codes", "group")
+_MASK_KEYS = {"runs": ("kind", "polarity", *_TABLE_KEYS), "octets": ("kind", *_TABLE_KEYS)}
+_STREAM_KEYS: dict[type, tuple[str, ...]] = {
+    Exact: ("quantiser", "dtype", "trim", *_TABLE_KEYS),
+    Uniform: ("quantiser", "step", *_TABLE_KEYS),
+    Table: ("quantiser", "count", *_TABLE_KEYS),
+}
 
-def word(source: Map, key: str, words: tuple[str, ...], clause: str) -> str:
+
+def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
     """A string that must be one of some words."""
     value = required(source, key, str)
     if value not in words:
         raise fault(
             clause,
             f"{key} is {value!r}, this reader knows {', '.join(words)}",
-            offset=source.at[key],
+            offset=place_of(source, key),
         )
     return value
-
-
-_TABLE_KEYS = frozenset(("base", "extra", "codes", "group"))
-_QUANTISER_KEYS = {
-    Exact: frozenset(("quantiser", "dtype", "trim")),
-    Uniform: frozenset(("quantiser", "step")),
-    Table: frozenset(("quantiser", "count")),
-}
 
 
 def table_to_map(table: CodeTable) -> dict[str, object]:
@@ -59,18 +60,23 @@ def table_to_map(table: CodeTable) -> dict[str, object]:
     }
 
 
-def table_from_map(source: Map) -> CodeTable:
+def table_from_map(source: Fields) -> CodeTable:
     """The code table of a stream's map."""
     base, extra = required(source, "base", int), required(source, "extra", bytes)
     lengths, group = required(source, "codes", list), required(source, "group", int)
-    if not all(isinstance(length, bytes) for length in lengths):
-        raise fault("R-DIR-003", "a code is not binary", offset=source.at["codes"])
-    with placed(base=source.offset):
+    for code in lengths:
+        if not isinstance(code, bytes):
+            raise fault("R-DIR-003", "a code is not binary", offset=place_of(source, "codes"))
+    at = None  # the key that a fault is about; None for the map
+    try:
         require_shape(extra, group, len(lengths))
-    with placed(base=source.at["codes"]):
-        codes = tuple(PrefixCode(unpack_lengths(code, len(extra) ** group)) for code in lengths)
-    with placed(base=source.offset):
+        at, symbols = "codes", len(extra) ** group
+        codes = tuple([PrefixCode(unpack_lengths(code, symbols)) for code in lengths])
+        at = None
         return CodeTable(base, extra, codes, group)
+    except FileFault as error:
+        error.place(None, place_of(source, at))
+        raise
 
 
 def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
@@ -86,33 +92,40 @@ def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
     return {"quantiser": "table", "count": quantiser.count}
 
 
-def quantiser_from_map(source: Map) -> Quantiser:
+def quantiser_from_map(source: Fields) -> Quantiser:
     """The quantiser of a stream's map."""
     kind = word(source, "quantiser", ("exact", "uniform", "table"), "R-QNT-001")
     if kind == "exact":
         name = required(source, "dtype", str)
         if name not in DTYPES:
-            raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=source.at["dtype"])
+            raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=place_of(source, "dtype"))
         trim = required(source, "trim", int)
         if trim not in (0, 1):
-            raise fault("R-QNT-008", f"trim is {trim}", offset=source.at["trim"])
-        return Exact(DTYPES[name], bool(trim))
+            raise fault("R-QNT-008", f"trim is {trim}", offset=place_of(source, "trim"))
+        return _exact(name, trim)
     if kind == "uniform":
         step = required(source, "step", bytes)
-        with placed(base=source.at["step"]):
+        with placed(base=place_of(source, "step")):
             if len(step) != 4:
                 raise fault("R-QNT-003", f"a step of {len(step)} bytes, must be 4")
             return Uniform(np.frombuffer(step, "<f4")[0])
     count = required(source, "count", int)
-    with placed(base=source.at["count"]):
+    with placed(base=place_of(source, "count")):
         return Table(count)
 
 
-def factor_dtype(source: Map, clause: str) -> Dtype:
+@cache
+def _exact(dtype: str, trim: int) -> Exact:
+    return Exact(DTYPES[dtype], bool(trim))
+
+
+def factor_dtype(source: Fields, clause: str) -> Dtype:
     """The dtype of scales or factors."""
     name = required(source, "dtype", str)
     if name not in FACTOR_DTYPES:
-        raise fault(clause, f"dtype {name!r}, must be {', '.join(FACTOR_DTYPES)}", offset=source.at["dtype"])
+        raise fault(
+            clause, f"dtype {name!r}, must be {', '.join(FACTOR_DTYPES)}", offset=place_of(source, "dtype")
+        )
     return DTYPES[name]
 
 
@@ -124,29 +137,33 @@ class MaskEntry:
     polarity: int
     table: CodeTable
 
-    def keys(self) -> frozenset[str]:
-        """The keys of its map."""
-        return _TABLE_KEYS | ({"kind", "polarity"} if self.kind == "runs" else {"kind"})
-
     def to_map(self) -> dict[str, object]:
         """The map `mask`."""
         polarity = {"polarity": self.polarity} if self.kind == "runs" else {}
         return {"kind": self.kind, **polarity, **table_to_map(self.table)}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `to_map`, made without the map."""
+        return _MASK_KEYS[self.kind]
+
     @classmethod
-    def from_map(cls, source: Map) -> MaskEntry:
+    def from_map(cls, source: Fields) -> MaskEntry:
         """Reads the map `mask`."""
         kind = word(source, "kind", KINDS, "R-MSK-001")
         polarity = 0
         if kind == "runs":
             polarity = required(source, "polarity", int)
             if polarity not in (0, 1):
-                raise fault("R-MSK-002", f"polarity is {polarity}", offset=source.at["polarity"])
+                raise fault("R-MSK-002", f"polarity is {polarity}", offset=place_of(source, "polarity"))
         elif "polarity" in source:
-            raise fault("R-MSK-003", "octets have no polarity", offset=source.at["polarity"])
+            raise fault("R-MSK-003", "octets have no polarity", offset=place_of(source, "polarity"))
         table = table_from_map(source)
-        with placed(base=source.offset):
+        try:
             table.require_top(256 if kind == "octets" else 1 << 16)
+        except FileFault as error:
+            error.place(None, place_of(source))
+            raise
         return cls(kind, polarity, table)
 
 
@@ -157,16 +174,17 @@ class FingerprintsEntry:
     quantiser: Quantiser
     table: CodeTable
 
-    def keys(self) -> frozenset[str]:
-        """The keys of its map."""
-        return _TABLE_KEYS | _QUANTISER_KEYS[type(self.quantiser)]
-
     def to_map(self) -> dict[str, object]:
         """The map `fingerprints`."""
         return {**quantiser_to_map(self.quantiser), **table_to_map(self.table)}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `to_map`, made without the map."""
+        return _STREAM_KEYS[type(self.quantiser)]
+
     @classmethod
-    def from_map(cls, source: Map) -> FingerprintsEntry:
+    def from_map(cls, source: Fields) -> FingerprintsEntry:
         """Reads the map `fingerprints`."""
         return cls(quantiser_from_map(source), table_from_map(source))
 
@@ -179,28 +197,29 @@ class ScaleEntry:
     size: int
     dtype: Dtype
 
-    def keys(self) -> frozenset[str]:
-        """The keys of its map."""
-        return frozenset(("per", "size", "dtype") if self.per == "group" else ("per", "dtype"))
-
     def to_map(self) -> dict[str, object]:
         """The map `scale`."""
         size = {"size": self.size} if self.per == "group" else {}
         return {"per": self.per, **size, "dtype": self.dtype.name}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `to_map`, made without the map."""
+        return ("per", "size", "dtype") if self.per == "group" else ("per", "dtype")
+
     @classmethod
-    def from_map(cls, source: Map) -> ScaleEntry:
+    def from_map(cls, source: Fields) -> ScaleEntry:
         """Reads the map `scale`."""
         per = word(source, "per", SCALES, "R-SCL-001")
         size = 0
         if per == "group":
             if "size" not in source:
-                raise fault("R-SCL-002", "groups without a size", offset=source.offset)
-            size = typed(source["size"], int, "size", source.at["size"])
+                raise fault("R-SCL-002", "groups without a size", offset=place_of(source))
+            size = required(source, "size", int)
             if size < 1:
-                raise fault("R-SCL-002", f"groups of {size}", offset=source.at["size"])
+                raise fault("R-SCL-002", f"groups of {size}", offset=place_of(source, "size"))
         elif "size" in source:
-            raise fault("R-SCL-002", "only groups have a size", offset=source.at["size"])
+            raise fault("R-SCL-002", "only groups have a size", offset=place_of(source, "size"))
         return cls(per, size, factor_dtype(source, "R-SCL-003"))
 
 
@@ -214,12 +233,6 @@ class ImportanceEntry:
     table: CodeTable | None = None
     dtype: Dtype | None = None
 
-    def keys(self) -> frozenset[str]:
-        """The keys of its map."""
-        if self.quantiser is None:
-            return frozenset(("over", "role", "dtype"))
-        return _TABLE_KEYS | _QUANTISER_KEYS[type(self.quantiser)] | {"over", "role"}
-
     def to_map(self) -> dict[str, object]:
         """The map `importance`."""
         out: dict[str, object] = {"over": self.over, "role": self.role}
@@ -229,8 +242,14 @@ class ImportanceEntry:
         assert self.table is not None
         return {**out, **quantiser_to_map(self.quantiser), **table_to_map(self.table)}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `to_map`, made without the map."""
+        coded = ("dtype",) if self.quantiser is None else _STREAM_KEYS[type(self.quantiser)]
+        return ("over", "role", *coded)
+
     @classmethod
-    def from_map(cls, source: Map) -> ImportanceEntry:
+    def from_map(cls, source: Fields) -> ImportanceEntry:
         """Reads the map `importance`."""
         over = word(source, "over", OVERS, "R-IMP-001")
         role = word(source, "role", ROLES, "R-IMP-002")
@@ -238,5 +257,5 @@ class ImportanceEntry:
             return cls(over, role, dtype=factor_dtype(source, "R-IMP-003"))
         quantiser = quantiser_from_map(source)
         if isinstance(quantiser, Exact) and quantiser.dtype.name not in FACTOR_DTYPES:
-            raise fault("R-IMP-003", f"dtype {quantiser.dtype.name!r}", offset=source.at["dtype"])
+            raise fault("R-IMP-003", f"dtype {quantiser.dtype.name!r}", offset=place_of(source, "dtype"))
         return cls(over, role, quantiser, table_from_map(source))
