@@ -30,7 +30,7 @@ from .container.chunk import ChunkIndex, greatest_head, parse_head
 from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
-from .engines import Engine, get_engine, require_name
+from .engines import Engine, Run, get_engine, require_name
 from .errors import FileFault, MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
@@ -44,8 +44,11 @@ Job = tuple[TensorEntry, int, list[tuple[int, int, NDArray[Any]]]]
 # Segments between two that are needed are decoded too when they are at most this many: starting a run in the
 # reference engine takes as long as decoding about as many.
 _JOIN_GAP = 3
-# Decoders that are kept: with their look-up tables they take up to half a megabyte each.
+# Decoders that are kept: with tables of what levels mean they take up to half a megabyte each.
 _DECODERS_KEPT = 32
+# Chunks are read and decoded together while their output takes at most so many bytes: a thread then works for
+# a millisecond without a word of Python, and what was read for the checksums is in its cache still.
+_BATCH = 2 << 20
 # Fewer positions than this are decoded before another thread has begun.
 _WORTH_THREADS = 1 << 18
 
@@ -292,24 +295,43 @@ class SfpFile(Closing):
             out[at : at + len(positions)] = buffer[place[segment] + inside]
 
     def _decode(self, jobs: list[Job], into: Into) -> None:
-        """Does the jobs, in threads where that pays."""
+        """Does the jobs, some at a time, in threads where that pays."""
         wanted: dict[str, int] = {}
         for entry, _, runs in jobs:
             for _, _, out in runs:
                 wanted[entry.name] = wanted.get(entry.name, 0) + out.size
+        threads = self._threads_for(sum(wanted.values()))
+        batches = list(_batches(jobs, threads))
+        for_each(lambda batch: self._decode_batch(batch, wanted, into), batches, min(threads, len(batches)))
 
-        def work(job: Job) -> None:
-            entry, k, runs = job
-            decoder = self.decoder(entry, wanted[entry.name])
-            try:  # not `placed`: this is done for every chunk, and the place is seldom needed
-                data = self.read_checked(entry, k)
-                for first, stop, out in runs:
-                    into(decoder, data, k, first, stop, out)
+    def _decode_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
+        """Reads the chunks of some jobs and decodes them: what an engine can at once, the rest one by one."""
+        pieces: list[tuple[TensorDecoder, Bytes, int, int, int, NDArray[Any]]] = []
+        at_once: list[tuple[int, Run]] = []
+        unread: FileFault | None = None
+        for entry, k, runs in jobs:
+            try:
+                decoder = self.decoder(entry, wanted[entry.name])
+                data = self._read_placed(entry, k)
             except FileFault as error:
-                error.place(entry.name, self.chunk_offset(entry, k))
-                raise
-
-        for_each(work, jobs, min(self._threads_for(sum(wanted.values())), len(jobs)))
+                unread = error  # raised after the faults of the chunks before
+                break
+            for first, stop, out in runs:
+                run = decoder.run(data, k, first, stop, out) if into is TensorDecoder.weights_into else None
+                if run is not None:
+                    at_once.append((len(pieces), run))
+                pieces.append((decoder, data, k, first, stop, out))
+        done: set[int] = set()
+        if at_once:
+            assert self._engine is not None
+            good = self._engine.decode_runs([run for _, run in at_once])
+            done = {number for (number, _), is_good in zip(at_once, good, strict=True) if is_good}
+        for number, (decoder, data, k, first, stop, out) in enumerate(pieces):
+            if number not in done:
+                with self._placed(decoder.entry, k):
+                    into(decoder, data, k, first, stop, out)
+        if unread is not None:
+            raise unread
 
     def _threads_for(self, positions: int) -> int:
         return self._threads if positions >= _WORTH_THREADS else 1
@@ -337,6 +359,14 @@ class SfpFile(Closing):
             raise fault("R-LAY-004", "a chunk's checksum does not match", offset=0)
         return as_bytes(data)
 
+    def _read_placed(self, entry: TensorEntry, k: int) -> Bytes:
+        """As `read_checked`; a fault knows its place in the file."""
+        try:  # not `placed`: this is done for every chunk, and the place is seldom needed
+            return self.read_checked(entry, k)
+        except FileFault as error:
+            error.place(entry.name, self.chunk_offset(entry, k))
+            raise
+
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
         """The segment index of chunk k, from the chunk's first bytes; its checksum is not compared."""
         with self._placed(entry, k):
@@ -356,12 +386,9 @@ class SfpFile(Closing):
             if decoder is None:
                 if self._engine is None:
                     self._engine = get_engine(self._engine_name, self._weights)
-                try:
+                with self._placed(entry, -1):
                     data = None if entry.vectors is None else self.read_checked(entry, -1)
                     decoder = TensorDecoder(entry, data, self._engine)
-                except FileFault as error:
-                    error.place(entry.name, self.chunk_offset(entry, -1))
-                    raise
                 self._decoders[entry.name] = decoder
                 if len(self._decoders) > _DECODERS_KEPT:
                     self._decoders.popitem(last=False)
@@ -420,6 +447,22 @@ def _jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) -
         first, last = (start - k * size) // segment, -(-(stop - k * size) // segment)
         jobs.append((entry, k, [(first, last, out[start - low : stop - low])]))
     return jobs
+
+
+def _batches(jobs: list[Job], threads: int) -> Iterator[list[Job]]:
+    """The jobs in their order, some together: enough for every thread, few enough for a cache."""
+    sizes = [sum([out.nbytes for _, _, out in runs]) for _, _, runs in jobs]
+    most = min(_BATCH, sum(sizes) // (4 * threads))
+    batch: list[Job] = []
+    size = 0
+    for job, more in zip(jobs, sizes, strict=True):
+        if batch and size + more > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += more
+    if batch:
+        yield batch
 
 
 def _joined(jobs: list[Job]) -> list[Job]:

@@ -219,8 +219,10 @@ def test_a_look_up_gives_the_symbols_that_its_bits_begin_with(
     code = data.draw(prefix_codes(classes**group))
     table = CodeTable(0, bytes(classes), (code,), group)
     tables = np.empty(lookup.table_bytes(1, bits), np.uint8)
-    assert lookup.fill_tables(table, bits, tables)
-    entries = lookup.entries_of(tables, 1, bits, 0)
+    filled, lengths = np.zeros(2, np.int64), np.frombuffer(lookup.lengths_of(table), np.uint8)
+    assert lookup.prepare(np.uint64(0), classes, lengths, 1, group, tables, filled)
+    entries = lookup.entries_of_code(tables, 1, bits, 0, group, filled)
+    assert filled.tolist() == [1, 1]
     words = dict(zip(code.codewords, code.symbols.tolist(), strict=True))
     for window in range(1 << bits):
         left, slots, ends = format(window, f"0{bits}b")[::-1], [], [0]

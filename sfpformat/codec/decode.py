@@ -21,7 +21,7 @@ from ..coding.quantiser import (
 )
 from ..container.chunk import ChunkIndex, read_index, read_raw, read_vectors
 from ..container.entry import MAX_POSITIONS, TensorEntry
-from ..engines import Engine
+from ..engines import Engine, Run
 from ..errors import fault
 
 Values = NDArray[np.generic]
@@ -81,14 +81,17 @@ class TensorDecoder:
                 self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
                 self._recipe_serves = weights
 
+    def run(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> Run | None:
+        """The run as an engine takes it, or None where this tensor goes the way of levels."""
+        if self._recipe is None:
+            return None
+        entry = self.entry
+        size = entry.chunk * entry.segment
+        start = k * size
+        return Run(self._recipe, data, min(size, entry.positions - start), start, first, stop, out)
+
     def weights_into(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> None:
-        """The weights of all positions of a run."""
-        if self._recipe is not None:
-            entry = self.entry
-            start = k * entry.chunk * entry.segment
-            total = min(entry.chunk * entry.segment, entry.positions - start)
-            if self.engine.decode_values(self._recipe, data, total, start, first, stop, out):
-                return
+        """The weights of all positions of a run, by their levels."""
         out[:] = self.values(self.open_chunk(data, k), first, stop)
 
     def mask_into(self, data: Bytes, k: int, first: int, stop: int, out: Mask) -> None:

@@ -49,8 +49,9 @@ Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.float
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
 _NO_FACTORS = np.zeros(0, np.float32)
 _LEAST = np.finfo(np.float32).smallest_subnormal
-# Tensors of fewer bytes are kept raw by coding="auto": tables and index cost more than they save.
-_MIN_BYTES = 512
+# Tensors of fewer bytes are kept raw by coding="auto": tables and index take most of what is saved, and
+# reading those takes longer.
+_MIN_BYTES = 2048
 # With more survivors than this a tensor is also tried without a mask.
 _DENSE = 0.6
 # Default segments have about this many positions when dense, more the fewer survive, so that the segment

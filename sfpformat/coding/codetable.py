@@ -156,22 +156,24 @@ class CodeTable:
         """`extra` as an array, shape [K]."""
         return np.frombuffer(self.extra, np.uint8)
 
-    @cached_property
+    @property
     def constant_extra(self) -> int | None:
-        """The residual bits that all used classes have, or None where they differ (SPEC.md 15.2)."""
+        """The residual bits that all used classes have, or None where they differ."""
+        width = self.constant_width
+        if width is not None:
+            return width
         widths = self._used_extra
         return min(widths) if len(widths) == 1 else None
 
-    @cached_property
+    @property
     def least_extra(self) -> int:
-        """The fewest residual bits that a used class has."""
-        return min(self._used_extra)
+        """The fewest residual bits of a used class."""
+        width = self.constant_width
+        return min(self._used_extra) if width is None else width
 
     @cached_property
     def _used_extra(self) -> set[int]:
         """The numbers of residual bits that used classes have."""
-        if self.constant_width is not None:
-            return {self.constant_width}
         # For each symbol the residual bits of its first class; with g = 2 of its second class too.
         each = [self.extra]
         if self.group == 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,12 +101,12 @@ class TensorEntry:
         object.__setattr__(self, "segments", -(-positions // self.segment))
         object.__setattr__(self, "stored_bytes", stored)
 
-    @cached_property
+    @property
     def rows(self) -> int:
         """Rows of the tensor seen as a matrix (SPEC.md chapter 2)."""
         return self.shape[0] if len(self.shape) >= 2 and self.positions else 1
 
-    @cached_property
+    @property
     def columns(self) -> int:
         """Columns of the tensor seen as a matrix."""
         return self.positions // self.rows
@@ -130,10 +129,6 @@ class TensorEntry:
 
     def streams(self) -> dict[str, CodeTable]:
         """The code tables of the streams that the tensor has, in the order of their planes."""
-        return dict(self._streams)
-
-    @cached_property
-    def _streams(self) -> dict[str, CodeTable]:
         out = {}
         if self.mask is not None:
             out["mask"] = self.mask.table
@@ -143,18 +138,14 @@ class TensorEntry:
             out["importance"] = self.importance.table
         return out
 
-    def trimmed_streams(self) -> frozenset[str]:
+    def trimmed_streams(self) -> list[str]:
         """The streams whose segments have trims."""
-        return self._trimmed_streams
-
-    @cached_property
-    def _trimmed_streams(self) -> frozenset[str]:
         records = {"fingerprints": self.fingerprints, "importance": self.importance}
-        return frozenset(
+        return [
             stream
             for stream, record in records.items()
             if record is not None and isinstance(record.quantiser, Exact) and record.quantiser.trim
-        )
+        ]
 
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""

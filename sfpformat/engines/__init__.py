@@ -10,17 +10,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import Any, Protocol, cast
+from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..coding.bits import Bytes
-from ..coding.codetable import CodeTable
-from ..coding.planes import Counts, Levels, Planes, StreamSpan
-from ..coding.quantiser import F32
-from ..container.entry import TensorEntry
 from ..errors import EngineError
+from .interface import Engine, Run
+
+__all__ = ["Engine", "Run", "available", "get_engine", "require_name", "why_not"]
 
 ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
@@ -29,52 +24,6 @@ _MODULES = {"python": ("python", None), "numba": ("fast", "numba")}
 _HOW_TO_INSTALL = "{} is not installed; pip install 'sfpformat[fast]'"
 # Fewer weights than this the reference decodes in the time that importing Numba takes.
 _WORTH_NUMBA = 8_000_000
-
-
-class Engine(Protocol):
-    """What an engine does."""
-
-    name: str
-
-    def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
-        """As `coding.planes.decode_levels`."""
-
-    def encode_levels(
-        self, levels: Levels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
-    ) -> Planes:
-        """As `coding.planes.encode_levels`."""
-
-    def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
-        """What `decode_values` needs of a tensor; None where this engine leaves its weights to the levels.
-
-        Args:
-            weights: about how many will be decoded.
-        """
-
-    def decode_values(
-        self,
-        recipe: Any,
-        data: Bytes,
-        total: int,
-        start: int,
-        first: int,
-        stop: int,
-        out: NDArray[np.generic],
-    ) -> bool:
-        """The weights of a run of segments of a chunk, in one go.
-
-        Args:
-            recipe: the tensor's.
-            data: all bytes of the chunk, at least 64.
-            total: positions of the chunk.
-            start: position in the tensor of the chunk's first.
-            first, stop: the run, numbered within the chunk.
-            out: the run's positions, contiguous, in the tensor's dtype.
-
-        Returns:
-            Whether ``out`` now has the weights. If not, ``out`` means nothing, and the caller goes the way of
-            levels, which gives the weights or the fault.
-        """
 
 
 def why_not(name: str) -> str | None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
-from ..coding.bits import Bytes
 from ..coding.planes import decode_levels, encode_levels
 from ..coding.quantiser import F32
 from ..container.entry import TensorEntry
+from .interface import Run
 
 name = "python"
 
-__all__ = ["decode_levels", "decode_values", "encode_levels", "make_recipe", "name"]
+__all__ = ["decode_levels", "decode_runs", "encode_levels", "make_recipe", "name"]
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> None:
     """None: all weights go by their levels."""
 
 
-def decode_values(
-    recipe: None, data: Bytes, total: int, start: int, first: int, stop: int, out: NDArray[np.generic]
-) -> bool:
-    """Not here."""
-    return False
+def decode_runs(runs: Sequence[Run]) -> list[bool]:
+    """None of them here."""
+    return [False] * len(runs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...coding.planes import encode_levels
-from .decode import decode_levels, decode_values, make_recipe
+from .decode import decode_levels, decode_runs, make_recipe
 
 name = "numba"
 
-__all__ = ["decode_levels", "decode_values", "encode_levels", "make_recipe", "name"]
+__all__ = ["decode_levels", "decode_runs", "encode_levels", "make_recipe", "name"]

@@ -24,32 +24,54 @@ from .index import (
     RESIDUAL_START,
     ROW_SURVIVORS,
     ROWS,
+    STREAMS,
     TRIMS,
     read_index,
     row_of,
 )
 from .levels import decode_segment
-from .lookup import entries_of, extras, firsts, of_length_of, symbol_slots_of
+from .lookup import extras, firsts, prepare
 from .masks import mask_of_levels, spread, survivor_places
-from .prefix import CHAINS, SLACK, decode_four, order_by_code, slot_places
+from .memory import bytes_at
 from .recipe import (
-    BITS_OF,
+    ARRAYS_OF,
+    BASE_OF,
+    CLASSES_OF,
+    COLUMN_FACTORS,
     COLUMNS,
     CONTIGUOUS,
+    DATA,
     FINGERPRINTS,
+    FIRST,
     GROUP_OF,
     IMPORTANCE,
+    IMPORTANCES,
     ITEM,
+    LENGTHS,
+    LENGTHS_OF,
+    MAGNITUDES,
     MASK,
     MASK_KIND,
     MODE,
     MULTIPLIER,
+    NUMBER,
+    OUT,
+    PATTERN_TABLE,
+    ROW_FACTORS,
+    SCALE,
     SCALE_BY,
     SCALE_UNIT,
     SEGMENT,
+    SHAPE,
+    SHAPES,
+    START,
     START_OF,
+    STOP,
     STOP_OF,
+    TOTAL,
+    WHOLE,
 )
+from .slots import decode_and_join, decode_slots
 from .values import (
     ARITHMETIC,
     FACTORS,
@@ -59,7 +81,6 @@ from .values import (
     OF_POSITIONS,
     OF_SURVIVORS,
     PATTERNS,
-    join_whole_bytes,
     looked_up,
     multiply_by_place,
     multiply_by_product,
@@ -68,71 +89,43 @@ from .values import (
     signed_magnitudes,
 )
 
-
-@kernel
-def decode_slots(
-    data: Any, starts: Any, sizes: Any, counts: Any, codes: Any, shape: Any, tables: Any, places: Any
-) -> tuple[bool, Any]:
-    """The slots of some segments of a stream; False where one does not end where it must (R-PLN-003).
-
-    Args:
-        data: uint8, the chunk, at least 8 bytes.
-        starts, sizes: int64 [n], bit offset in ``data`` and bits of each segment in the prefix plane.
-        counts, codes: int64 [n], levels and code of each.
-        shape: int64, the stream's row of the recipe.
-        tables: uint8, the stream's, see `lookup`.
-        places: int64 [n], set to where each segment's slots begin.
-
-    Returns:
-        Whether all is well, and the slots.
-    """
-    room = slot_places(counts, places)
-    all_codes, bits, group = shape[CODES_OF], shape[BITS_OF], shape[GROUP_OF]
-    if all_codes == 0:
-        return True, np.zeros(room, np.uint8)
-    slots = np.empty(room, np.uint8)
-    order, begins = np.empty(counts.size, np.int64), np.empty(MAX_CODES + 1, np.int64)
-    order_by_code(codes, order, begins)
-    four = np.empty((4, CHAINS), np.int64)
-    spare = room - slots_room(counts)
-    done = 0
-    for code in range(all_codes):
-        entries = entries_of(tables, all_codes, bits, code)
-        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, all_codes, code)
-        while done < begins[code]:
-            for k in range(CHAINS):
-                # Where a code's last group is not full, a segment is decoded again, to where nobody looks.
-                s = order[min(done + k, begins[code] - 1)]
-                four[0, k], four[1, k] = starts[s], counts[s] + (counts[s] & (group - 1))
-                four[2, k] = places[s] if done + k < begins[code] else spare
-            decode_four(
-                data, four[0], four[1], four[2], four[3], bits, entries, of_length, symbol_slots, group, slots
-            )
-            for k in range(CHAINS):
-                s = order[min(done + k, begins[code] - 1)]
-                if four[3, k] != starts[s] + sizes[s]:
-                    return False, slots
-            done += CHAINS
-        done = begins[code]
-    if group == 2:
-        for s in range(counts.size):
-            if counts[s] & 1 and slots[places[s] + counts[s]]:  # R-PLN-002; class 0 has slot 0
-                return False, slots
-    return True, slots
+# `filled` of all streams: the number of the recipe that it is about, then each stream's of `lookup`.
+_FILLED_OF = 1 + MAX_CODES
+FILLED = 1 + len(STREAMS) * _FILLED_OF
 
 
 @kernel
-def slots_room(counts: Any) -> int:
-    """Room of the place that `slot_places` keeps at the end."""
-    most = np.int64(0)
-    for s in range(counts.size):
-        most = max(most, counts[s])
-    return most + 1 + SLACK
+def _filled_of(filled: Any, stream: int) -> Any:
+    at = 1 + stream * _FILLED_OF
+    return filled[at : at + _FILLED_OF]
+
+
+@kernel
+def _prepare_stream(stream: int, shapes: Any, lengths: Any, tables: Any, filled: Any) -> bool:
+    """Has the tables of a stream's classes made, if they are not there."""
+    shape = shapes[stream]
+    return prepare(
+        np.uint64(shape[BASE_OF]),
+        shape[CLASSES_OF],
+        lengths[shape[LENGTHS_OF] :],
+        shape[CODES_OF],
+        shape[GROUP_OF],
+        tables[shape[START_OF] : shape[STOP_OF]],
+        _filled_of(filled, stream),
+    )
 
 
 @kernel
 def _slots_of_stream(
-    data: Any, index: Any, stream: int, first: int, stop: int, shapes: Any, tables: Any, places: Any
+    data: Any,
+    index: Any,
+    stream: int,
+    first: int,
+    stop: int,
+    shapes: Any,
+    tables: Any,
+    filled: Any,
+    places: Any,
 ) -> tuple[bool, Any]:
     """The slots of a stream over a run of segments, and where each segment's begin; whether all is well."""
     return decode_slots(
@@ -143,6 +136,7 @@ def _slots_of_stream(
         index[row_of(stream, CODES), first:stop],
         shapes[stream],
         tables,
+        _filled_of(filled, stream),
         places,
     )
 
@@ -177,11 +171,12 @@ def _decode_mask(
     whole: Any,
     shapes: Any,
     tables: Any,
+    filled: Any,
     bits: Any,
 ) -> bool:
     """The mask bits of a run, ``segment / 8`` bytes a segment."""
     places, segment = np.empty(stop - first, np.int64), whole[SEGMENT]
-    good, slots = _slots_of_stream(data, index, MASK, first, stop, shapes, tables, places)
+    good, slots = _slots_of_stream(data, index, MASK, first, stop, shapes, tables, filled, places)
     if not good:
         return False
     levels = np.empty(segment, np.uint64)
@@ -199,39 +194,6 @@ def _decode_mask(
         ):
             return False
     return True
-
-
-@kernel
-def _join_segments(
-    data: Any,
-    index: Any,
-    first: int,
-    stop: int,
-    whole: Any,
-    shapes: Any,
-    tables: Any,
-    slots: Any,
-    places: Any,
-    out: Any,
-) -> None:
-    """The weights of a run without mask and trims whose residuals are whole bytes.
-
-    Apart from decoding the slots on purpose: weights go to memory that is not in a cache yet, and stores that
-    wait for it hold up those of the slots (measured 1.3 times as slow, four segments at a time).
-    """
-    size, base = whole[SEGMENT] * whole[ITEM], firsts(tables)[0]
-    for s in range(first, stop):
-        join_whole_bytes(
-            data,
-            index[row_of(FINGERPRINTS, RESIDUAL_START), s] >> 3,
-            index[row_of(FINGERPRINTS, COUNTS), s],
-            shapes[FINGERPRINTS, CONSTANT_OF],
-            base,
-            slots,
-            places[s - first],
-            out,
-            (s - first) * size,
-        )
 
 
 @kernel
@@ -288,7 +250,9 @@ def decode_values(
     stop: int,
     whole: Any,
     shapes: Any,
+    lengths: Any,
     tables: Any,
+    filled: Any,
     patterns: Any,
     numbers_of: Any,
     scale: Any,
@@ -304,7 +268,9 @@ def decode_values(
         total: positions of the chunk.
         start: position in the tensor of the chunk's first.
         first, stop: the run.
-        whole, shapes, tables, patterns, numbers_of, scale, importances, rows, across: of `recipe.Recipe`.
+        whole, shapes, lengths, patterns, numbers_of, scale, importances, rows, across: of `recipe.Recipe`.
+        tables: uint8, room for the tables of all streams, see `lookup`.
+        filled: int64 [FILLED], which of them are there, and of which recipe.
         out: uint8, exactly the bytes of the run's weights.
     """
     segment, item, mode = whole[SEGMENT], whole[ITEM], whole[MODE]
@@ -315,25 +281,31 @@ def decode_values(
     if not read_index(data, shapes, positions, index):
         return False
     masked = shapes[MASK, PRESENT_OF] != 0
+    streamed = whole[MULTIPLIER] == OF_SURVIVORS or whole[MULTIPLIER] == OF_POSITIONS
+    if filled[0] != whole[NUMBER]:
+        filled[:] = 0
+        filled[0] = whole[NUMBER]
+    for stream, needed in ((MASK, masked), (FINGERPRINTS, True), (IMPORTANCE, streamed)):
+        if needed and not _prepare_stream(stream, shapes, lengths, tables, filled):
+            return False
     own = tables[shapes[FINGERPRINTS, START_OF] : shapes[FINGERPRINTS, STOP_OF]]
     bits = np.zeros((stop - first) * (segment >> 3) if masked else 0, np.uint8)
     if masked:
         of_mask = tables[shapes[MASK, START_OF] : shapes[MASK, STOP_OF]]
-        if not _decode_mask(data, index, positions, first, stop, whole, shapes, of_mask, bits):
+        if not _decode_mask(data, index, positions, first, stop, whole, shapes, of_mask, filled, bits):
             return False
+    if whole[CONTIGUOUS] and not masked and not index[row_of(FINGERPRINTS, TRIMS), first:stop].any():
+        own_filled = _filled_of(filled, FINGERPRINTS)
+        return decode_and_join(data, index, first, stop, whole, shapes, own, own_filled, out)
     places = np.empty(stop - first, np.int64)
-    good, slots = _slots_of_stream(data, index, FINGERPRINTS, first, stop, shapes, own, places)
+    good, slots = _slots_of_stream(data, index, FINGERPRINTS, first, stop, shapes, own, filled, places)
     if not good:
         return False
-    if whole[CONTIGUOUS] and not masked and not index[row_of(FINGERPRINTS, TRIMS), first:stop].any():
-        _join_segments(data, index, first, stop, whole, shapes, own, slots, places, out)
-        return True
-    streamed = whole[MULTIPLIER] == OF_SURVIVORS or whole[MULTIPLIER] == OF_POSITIONS
     of_importance = tables[shapes[IMPORTANCE, START_OF] : shapes[IMPORTANCE, STOP_OF]]
     importance_places, importance_slots = np.zeros(stop - first, np.int64), slots
     if streamed:
         good, importance_slots = _slots_of_stream(
-            data, index, IMPORTANCE, first, stop, shapes, of_importance, importance_places
+            data, index, IMPORTANCE, first, stop, shapes, of_importance, filled, importance_places
         )
         if not good:
             return False
@@ -387,6 +359,45 @@ def decode_values(
 
 
 @kernel
+def _array_of(row: Any, which: int) -> Any:
+    """The array whose address and size are in a row, as bytes."""
+    at = ARRAYS_OF + 2 * which
+    return bytes_at(row[at], row[at + 1])
+
+
+@kernel
+def decode_runs(rows: Any, tables: Any, filled: Any, good: Any) -> None:
+    """Decodes some runs of segments, of any chunks and tensors.
+
+    Args:
+        rows: int64, a run a row, see `recipe.row_of_run`.
+        tables, filled: memory that the calling thread keeps, see `decode_values`.
+        good: bool, set to whether each run's weights are there.
+    """
+    for i in range(good.size):
+        row = rows[i]
+        good[i] = decode_values(
+            _array_of(row, DATA),
+            row[TOTAL],
+            row[START],
+            row[FIRST],
+            row[STOP],
+            _array_of(row, WHOLE).view(np.int64),
+            _array_of(row, SHAPES).view(np.int64).reshape(len(STREAMS), SHAPE),
+            _array_of(row, LENGTHS),
+            tables,
+            filled,
+            _array_of(row, PATTERN_TABLE).view(np.uint32),
+            _array_of(row, MAGNITUDES).view(np.float32),
+            _array_of(row, SCALE).view(np.float32),
+            _array_of(row, IMPORTANCES).view(np.float32),
+            _array_of(row, ROW_FACTORS).view(np.float32),
+            _array_of(row, COLUMN_FACTORS).view(np.float32),
+            _array_of(row, OUT),
+        )
+
+
+@kernel
 def decode_levels(
     data: Any,
     prefix_start: int,
@@ -397,7 +408,7 @@ def decode_levels(
     codes: Any,
     trims: Any,
     shape: Any,
-    tables: Any,
+    lengths: Any,
     levels: Any,
 ) -> bool:
     """The levels of a run of segments, one segment's after another's.
@@ -407,16 +418,21 @@ def decode_levels(
             to lie 8 bytes inside.
         prefix_start, residual_start: bit offsets of the run in the two planes.
         prefix_bits, residual_bits, counts, codes, trims: int64 [n], of each segment.
-        shape, tables: the stream's, as in `decode_slots`.
+        shape: int64, of `recipe.stream_shape`.
+        lengths: uint8, of `lookup.lengths_of`.
         levels: uint64, as many as all counts.
     """
     n = counts.size
+    tables, filled = np.empty(shape[STOP_OF], np.uint8), np.zeros(_FILLED_OF, np.int64)
+    base = np.uint64(shape[BASE_OF])
+    if not prepare(base, shape[CLASSES_OF], lengths, shape[CODES_OF], shape[GROUP_OF], tables, filled):
+        return False
     places, starts = np.empty(n, np.int64), np.empty(n, np.int64)
     at = prefix_start
     for s in range(n):
         starts[s] = at
         at += prefix_bits[s]
-    good, slots = decode_slots(data, starts, prefix_bits, counts, codes, shape, tables, places)
+    good, slots = decode_slots(data, starts, prefix_bits, counts, codes, shape, tables, filled, places)
     if not good:
         return False
     at, done = residual_start, np.int64(0)

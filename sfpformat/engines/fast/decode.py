@@ -6,6 +6,10 @@ gives the result or the fault; there is no second judgement of what is valid.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import cast
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,48 +17,28 @@ from ...coding.bits import Bytes
 from ...coding.codetable import CodeTable
 from ...coding.planes import Levels, StreamSpan
 from ...coding.planes import decode_levels as decode_levels_plainly
+from ..interface import Run
 from . import chunks
-from .lookup import fill_tables
-from .recipe import STOP_OF, Recipe, make_recipe, stream_shape
+from .lookup import lengths_of
+from .recipe import make_recipe, row_of_run, stream_shape
 
-__all__ = ["decode_levels", "decode_values", "make_recipe"]
+__all__ = ["decode_levels", "decode_runs", "make_recipe"]
+
+# Memory of each thread: `tables` for the tables of the tensor that it decodes, half a megabyte a stream at
+# most, and `filled` for which tensor that is and which of them are there.
+_thread = threading.local()
 
 
-def decode_values(
-    recipe: Recipe, data: Bytes, total: int, start: int, first: int, stop: int, out: NDArray[np.generic]
-) -> bool:
-    """The weights of a run of segments of a chunk.
-
-    Args:
-        recipe: the tensor's.
-        data: all bytes of the chunk.
-        total: positions of the chunk.
-        start: position in the tensor of the chunk's first.
-        first, stop: the run, numbered within the chunk.
-        out: the positions of the run, contiguous.
-
-    Returns:
-        Whether ``out`` now has the weights; if not, it means nothing.
-    """
-    return bool(
-        chunks.decode_values(
-            data,
-            total,
-            start,
-            first,
-            stop,
-            recipe.whole,
-            recipe.shapes,
-            recipe.tables,
-            recipe.patterns,
-            recipe.magnitudes,
-            recipe.scale,
-            recipe.importances,
-            recipe.rows,
-            recipe.columns,
-            out.view(np.uint8),
-        )
-    )
+def decode_runs(runs: Sequence[Run]) -> list[bool]:
+    """See `Engine.decode_runs`."""
+    good = np.zeros(len(runs), np.bool_)
+    room = max([run.recipe.room for run in runs])
+    tables: NDArray[np.uint8] | None = getattr(_thread, "tables", None)
+    if tables is None or len(tables) < room:
+        _thread.tables = tables = np.empty(room, np.uint8)
+        _thread.filled = np.zeros(chunks.FILLED, np.int64)
+    chunks.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), tables, _thread.filled, good)
+    return cast(list[bool], good.tolist())
 
 
 def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
@@ -62,8 +46,7 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
     levels = np.empty(int(span.counts.sum()), np.uint64)
     if len(levels) and _is_inside(data, span, table):
         shape = np.array(stream_shape(table, len(levels)), np.int64)
-        tables = np.empty(shape[STOP_OF], np.uint8)
-        if fill_tables(table, int(shape[STOP_OF - 3]), tables) and chunks.decode_levels(
+        if chunks.decode_levels(
             data,
             span.prefix_start,
             span.prefix_bits,
@@ -73,7 +56,7 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
             span.codes,
             span.trims,
             shape,
-            tables,
+            np.frombuffer(lengths_of(table), np.uint8),
             levels,
         ):
             return levels

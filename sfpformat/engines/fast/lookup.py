@@ -1,5 +1,9 @@
 """The tables that decoding a stream needs, laid out in bytes: classes, codewords, and look-up tables.
 
+They are made in memory that each thread keeps, when the first segment asks for them: those of the classes by
+`prepare`, the look-up table of a code by `fill_entries`. A stream's `filled` says which are there: the first
+element for the classes, one more for each code.
+
 A *slot* is a byte that stands for a class: the class itself where there are at most 256, else its place among
 the used ones. The tables of a stream are these, one after another (`c` codes, look-up tables `b` bits wide):
 
@@ -27,7 +31,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from .compiling import kernel
@@ -57,17 +60,9 @@ def table_bytes(codes: int, bits: int) -> int:
     return _OF_LENGTH + codes * (8 * _LENGTHS + 512 + (8 << bits))
 
 
-def fill_tables(table: CodeTable, bits: int, tables: NDArray[np.uint8]) -> bool:
-    """Fills the tables of a stream; False where its codes use more than 256 classes.
-
-    Args:
-        table: the stream's.
-        bits: of `table_bits`.
-        tables: uint8 [table_bytes], C order.
-    """
-    lengths = np.frombuffer(b"".join([code.length for code in table.codes]), np.uint8)
-    extra = np.frombuffer(table.extra, np.uint8)
-    return bool(_fill(np.uint64(table.base), extra, lengths, len(table.codes), table.group, bits, tables))
+def lengths_of(table: CodeTable) -> bytes:
+    """What `prepare` reads: residual bits of each class, then the code lengths of one code after another."""
+    return b"".join([table.extra, *[code.length for code in table.codes]])
 
 
 @kernel
@@ -133,17 +128,25 @@ def _slot_of_class(base: Any, extra: Any, lengths: Any, codes: int, group: int, 
 
 
 @kernel
-def _fill(base: Any, extra: Any, lengths: Any, codes: int, group: int, bits: int, tables: Any) -> bool:
-    """Fills all tables; ``lengths`` are the code lengths of one code after another."""
+def prepare(base: Any, classes: int, lengths: Any, codes: int, group: int, tables: Any, filled: Any) -> bool:
+    """Fills the tables of a stream but for the entries; False where its codes use more than 256 classes.
+
+    Args:
+        base: uint64, the first level of class 0.
+        lengths: uint8, of `lengths_of`.
+        tables: uint8 [table_bytes].
+        filled: int64 [1 + codes], set to 1 and zeros.
+    """
+    if filled[0]:
+        return True
+    extra, lengths = lengths[:classes], lengths[classes:]
     slots = _slot_of_class(base, extra, lengths, codes, group, tables)
     if slots.size == 0:
         return False
-    classes = extra.size
     symbols = classes if group == 1 else classes * classes
-    single = np.empty(np.int64(1) << bits, np.uint32)
     for code in range(codes):
         of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, codes, code)
-        of_length[:], symbol_slots[:] = 0, np.uint16(0)
+        of_length[:] = 0
         own = lengths[code * symbols : (code + 1) * symbols]
         for symbol in range(symbols):
             of_length[own[symbol]] += 1
@@ -159,22 +162,30 @@ def _fill(base: Any, extra: Any, lengths: Any, codes: int, group: int, bits: int
                     slot |= slots[symbol // classes] << 8
                 symbol_slots[ranks[length]] = slot
                 ranks[length] += 1
-        _fill_entries(of_length, symbol_slots, group, bits, single, entries_of(tables, codes, bits, code))
+    filled[:] = 0
+    filled[0] = 1
     return True
 
 
 @kernel
-def _fill_entries(
-    of_length: Any, symbol_slots: Any, group: int, bits: int, single: Any, entries: Any
-) -> None:
+def entries_of_code(tables: Any, codes: int, bits: int, code: int, group: int, filled: Any) -> Any:
+    """The look-up table of a code, filled if it was not."""
+    entries = entries_of(tables, codes, bits, code)
+    if not filled[1 + code]:
+        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, codes, code)
+        _fill_entries(of_length, symbol_slots, group, bits, entries)
+        filled[1 + code] = 1
+    return entries
+
+
+@kernel
+def _fill_entries(of_length: Any, symbol_slots: Any, group: int, bits: int, entries: Any) -> None:
     """Fills the look-up table of one code.
 
     What a window of bits gives is its first symbol and then what the window of the rest gives, as far as that
     does not look beyond the end; windows ascend, so the rest's entry is there already.
-
-    Args:
-        single: uint32, room for each window's first symbol: its length, and its slots above the lowest byte.
     """
+    single = np.empty(np.int64(1) << bits, np.uint32)  # of each window the first symbol: slots, and length
     size = np.int64(1) << bits
     single[:] = np.uint32(0)
     codeword, rank = np.int64(0), np.int64(0)

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
+from numba.np.numpy_support import carray
 
 CHECKED = os.environ.get("SFPFORMAT_CHECKED") == "1"
 
@@ -109,6 +110,36 @@ def store64(array: Any, offset: int, word: int) -> None:
     """Writes a uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     _store64(array, offset, word)
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Has the cache line around a byte fetched while other work goes on; it need not be in the array."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
+        number = ir.IntType(32)
+        hint = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0i8")
+        reading, nearest, of_data = 0, 3, 1
+        builder.call(function, [pointer, *(ir.Constant(number, n) for n in (reading, nearest, of_data))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
+def _pointer_at(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.CPointer(types.uint8)(types.int64), codegen
+
+
+@register_jitable
+def bytes_at(address: int, size: int) -> Any:
+    """The memory at an address as a uint8 array; whoever passes the address keeps the memory alive."""
+    return carray(_pointer_at(address), (size,))
 
 
 @intrinsic

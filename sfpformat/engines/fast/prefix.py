@@ -20,7 +20,7 @@ import numpy as np
 from ...coding.codetable import MAX_CODES
 from .compiling import kernel
 from .lookup import LONG, MAX_SLOTS, decode_one
-from .memory import load64, store32
+from .memory import load64, prefetch, store32
 
 # Segments decoded side by side.
 CHAINS = 4
@@ -79,6 +79,9 @@ def decode_four(
     symbol_slots: Any,
     group: int,
     slots: Any,
+    out: Any,
+    targets: Any,
+    item: int,
 ) -> None:
     """Decodes four segments that share a code.
 
@@ -90,14 +93,17 @@ def decode_four(
         ends: int64 [4], set to the bit after each segment.
         bits, entries, of_length, symbol_slots, group: of the code, see `lookup`.
         slots: uint8, filled.
+        out: uint8, where the weights are to go, which is fetched on the way; or None.
+        targets: int64 [4], for each segment: slot p's weight goes to byte ``targets + item * p`` of ``out``.
+        item: bytes a weight.
     """
     last, mask = np.int64(data.size - 8), np.uint64((1 << bits) - 1)
     low6, low8, eight, high = np.uint64(63), np.uint64(255), np.uint64(8), np.uint64(32)
     at0, at1, at2, at3 = starts[0], starts[1], starts[2], starts[3]
-    out0, out1, out2, out3 = places[0], places[1], places[2], places[3]
-    end0, end1, end2, end3 = out0 + counts[0], out1 + counts[1], out2 + counts[2], out3 + counts[3]
+    to0, to1, to2, to3 = places[0], places[1], places[2], places[3]
+    end0, end1, end2, end3 = to0 + counts[0], to1 + counts[1], to2 + counts[2], to3 + counts[3]
     zero, long = np.uint64(0), np.uint64(LONG)
-    while out0 + _ROUND <= end0 and out1 + _ROUND <= end1 and out2 + _ROUND <= end2 and out3 + _ROUND <= end3:
+    while to0 + _ROUND <= end0 and to1 + _ROUND <= end1 and to2 + _ROUND <= end2 and to3 + _ROUND <= end3:
         word0 = load64(data, min(at0 >> 3, last)) >> np.uint64(at0 & 7)
         word1 = load64(data, min(at1 >> 3, last)) >> np.uint64(at1 & 7)
         word2 = load64(data, min(at2 >> 3, last)) >> np.uint64(at2 & 7)
@@ -107,10 +113,10 @@ def decode_four(
         for _ in range(_LOOKUPS):
             entry0, entry1 = entries[word0 & mask], entries[word1 & mask]
             entry2, entry3 = entries[word2 & mask], entries[word3 & mask]
-            store32(slots, out0 + np.int64(sum0 >> eight & low8), np.uint32(entry0 >> high))
-            store32(slots, out1 + np.int64(sum1 >> eight & low8), np.uint32(entry1 >> high))
-            store32(slots, out2 + np.int64(sum2 >> eight & low8), np.uint32(entry2 >> high))
-            store32(slots, out3 + np.int64(sum3 >> eight & low8), np.uint32(entry3 >> high))
+            store32(slots, to0 + np.int64(sum0 >> eight & low8), np.uint32(entry0 >> high))
+            store32(slots, to1 + np.int64(sum1 >> eight & low8), np.uint32(entry1 >> high))
+            store32(slots, to2 + np.int64(sum2 >> eight & low8), np.uint32(entry2 >> high))
+            store32(slots, to3 + np.int64(sum3 >> eight & low8), np.uint32(entry3 >> high))
             word0 >>= entry0 & low6
             word1 >>= entry1 & low6
             word2 >>= entry2 & low6
@@ -123,27 +129,32 @@ def decode_four(
         at1 += np.int64(sum1 & low8)
         at2 += np.int64(sum2 & low8)
         at3 += np.int64(sum3 & low8)
-        out0 += np.int64(sum0 >> eight & low8)
-        out1 += np.int64(sum1 >> eight & low8)
-        out2 += np.int64(sum2 >> eight & low8)
-        out3 += np.int64(sum3 >> eight & low8)
+        to0 += np.int64(sum0 >> eight & low8)
+        to1 += np.int64(sum1 >> eight & low8)
+        to2 += np.int64(sum2 >> eight & low8)
+        to3 += np.int64(sum3 >> eight & low8)
+        if out is not None:
+            prefetch(out, targets[0] + item * to0)
+            prefetch(out, targets[1] + item * to1)
+            prefetch(out, targets[2] + item * to2)
+            prefetch(out, targets[3] + item * to3)
         # This entry takes nothing and gives nothing: who met it stands before a long codeword ever since.
         if entry0 == long or entry1 == long or entry2 == long or entry3 == long:
-            at0, out0 = _long_codeword(data, at0, out0, end0, entry0, of_length, symbol_slots, group, slots)
-            at1, out1 = _long_codeword(data, at1, out1, end1, entry1, of_length, symbol_slots, group, slots)
-            at2, out2 = _long_codeword(data, at2, out2, end2, entry2, of_length, symbol_slots, group, slots)
-            at3, out3 = _long_codeword(data, at3, out3, end3, entry3, of_length, symbol_slots, group, slots)
+            at0, to0 = _long_codeword(data, at0, to0, end0, entry0, of_length, symbol_slots, group, slots)
+            at1, to1 = _long_codeword(data, at1, to1, end1, entry1, of_length, symbol_slots, group, slots)
+            at2, to2 = _long_codeword(data, at2, to2, end2, entry2, of_length, symbol_slots, group, slots)
+            at3, to3 = _long_codeword(data, at3, to3, end3, entry3, of_length, symbol_slots, group, slots)
     # The last slots of each, still side by side; a segment that has all of its own stands still.
-    while out0 < end0 or out1 < end1 or out2 < end2 or out3 < end3:
-        at0, out0, entry0 = _step(data, at0, out0, end0, entries, mask, slots)
-        at1, out1, entry1 = _step(data, at1, out1, end1, entries, mask, slots)
-        at2, out2, entry2 = _step(data, at2, out2, end2, entries, mask, slots)
-        at3, out3, entry3 = _step(data, at3, out3, end3, entries, mask, slots)
+    while to0 < end0 or to1 < end1 or to2 < end2 or to3 < end3:
+        at0, to0, entry0 = _step(data, at0, to0, end0, entries, mask, slots)
+        at1, to1, entry1 = _step(data, at1, to1, end1, entries, mask, slots)
+        at2, to2, entry2 = _step(data, at2, to2, end2, entries, mask, slots)
+        at3, to3, entry3 = _step(data, at3, to3, end3, entries, mask, slots)
         if entry0 == long or entry1 == long or entry2 == long or entry3 == long:
-            at0, out0 = _long_codeword(data, at0, out0, end0, entry0, of_length, symbol_slots, group, slots)
-            at1, out1 = _long_codeword(data, at1, out1, end1, entry1, of_length, symbol_slots, group, slots)
-            at2, out2 = _long_codeword(data, at2, out2, end2, entry2, of_length, symbol_slots, group, slots)
-            at3, out3 = _long_codeword(data, at3, out3, end3, entry3, of_length, symbol_slots, group, slots)
+            at0, to0 = _long_codeword(data, at0, to0, end0, entry0, of_length, symbol_slots, group, slots)
+            at1, to1 = _long_codeword(data, at1, to1, end1, entry1, of_length, symbol_slots, group, slots)
+            at2, to2 = _long_codeword(data, at2, to2, end2, entry2, of_length, symbol_slots, group, slots)
+            at3, to3 = _long_codeword(data, at3, to3, end3, entry3, of_length, symbol_slots, group, slots)
     ends[0], ends[1], ends[2], ends[3] = at0, at1, at2, at3
 
 
@@ -161,14 +172,15 @@ def order_by_code(codes: Any, order: Any, begins: Any) -> None:
 
 
 @kernel
-def slot_places(counts: Any, places: Any) -> int:
-    """Where the slots of each segment begin, `SLACK` and one for an odd count apart; returns the room needed.
+def slot_places(counts: Any, places: Any) -> tuple[int, int]:
+    """Where the slots of each segment begin, `SLACK` and one for an odd count apart.
 
-    The room ends with a place for one more segment, which `decode_slots` writes and nobody reads.
+    Returns:
+        The room needed, and where in it a place lies for one more segment, which is written and never read.
     """
     at, most = np.int64(0), np.int64(0)
     for s in range(counts.size):
         places[s] = at
         at += counts[s] + 1 + SLACK
         most = max(most, counts[s])
-    return at + most + 1 + SLACK
+    return at + most + 1 + SLACK, at

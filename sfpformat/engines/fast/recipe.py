@@ -1,11 +1,13 @@
 """What the kernels need of a tensor, made once before its first chunk is decoded.
 
-Everything is in a few flat arrays: handing an array to a kernel takes about as long as decoding 200 weights.
+Everything is in a few flat arrays, and kernels are handed their addresses: many runs then go into one call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from array import array
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,50 +15,100 @@ from numpy.typing import NDArray
 from ...coding.codetable import CodeTable
 from ...coding.quantiser import F32, Exact, fingerprint_values, importance_values, magnitudes
 from ...container.entry import MAX_POSITIONS, TensorEntry
+from ..interface import Run
 from . import masks, values
-from .index import COUNT_OCTETS, COUNT_POSITIONS, COUNT_PRUNED, COUNT_SURVIVORS, LEAST_OF, STREAMS
-from .lookup import fill_tables, table_bits, table_bytes
+from .index import (
+    COUNT_OCTETS,
+    COUNT_POSITIONS,
+    COUNT_PRUNED,
+    COUNT_RULE_OF,
+    COUNT_SURVIVORS,
+    LEAST_OF,
+    STREAMS,
+    TRIMMED_OF,
+)
+from .lookup import lengths_of, table_bits, table_bytes
 
 MASK, FINGERPRINTS, IMPORTANCE = range(len(STREAMS))
-# Further columns of `shapes`, see `index`: width of the look-up tables, levels a symbol, and where the
-# stream's tables begin and end in `tables`.
-BITS_OF, GROUP_OF, START_OF, STOP_OF = range(LEAST_OF + 1, LEAST_OF + 5)
+# Further columns of `shapes`, see `index`: width of the look-up tables, levels a symbol, where the stream's
+# tables begin and end in a thread's memory, the first level of class 0, how many classes, and where its part
+# of `lengths` begins.
+BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
+SHAPE = LENGTHS_OF + 1
 # Entries of `whole`: positions a segment; bytes a weight; mask kind as in `masks`; mode as in `values`; if
-# `values.join_whole_bytes` will do; scale_by, scale_unit and multiplier as in `values`; positions a row.
-SEGMENT, ITEM, MASK_KIND, MODE, CONTIGUOUS, SCALE_BY, SCALE_UNIT, MULTIPLIER, COLUMNS = range(9)
+# `values.join_whole_bytes` will do; scale_by, scale_unit and multiplier as in `values`; positions a row; a
+# number that no other recipe has.
+SEGMENT, ITEM, MASK_KIND, MODE, CONTIGUOUS, SCALE_BY, SCALE_UNIT, MULTIPLIER, COLUMNS, NUMBER = range(10)
+
+# A run of segments for a kernel is a row of int64: positions of the chunk, position in the tensor of its
+# first, the run's segments, and of each array its address and its bytes, two entries an array.
+TOTAL, START, FIRST, STOP, ARRAYS_OF = range(5)
+(
+    DATA,
+    OUT,
+    WHOLE,
+    SHAPES,
+    LENGTHS,
+    PATTERN_TABLE,
+    MAGNITUDES,
+    SCALE,
+    IMPORTANCES,
+    ROW_FACTORS,
+    COLUMN_FACTORS,
+) = range(11)
 
 # Tables of what every level means are made for at most so many levels,
 _MOST_LEVELS = 1 << 17
 # and for more levels than the tensor has weights only where they are this few.
 _FEW_LEVELS = 1 << 12
-_NO_PATTERNS = np.zeros(0, np.uint32)
-_NO_NUMBERS = np.zeros(0, np.float32)
+_numbers = itertools.count(1)
 
 
-@dataclass(frozen=True)
 class Recipe:
     """How the weights of a tensor are made.
 
     Attributes:
-        whole: int64 [9], what there is one of.
-        shapes: int64 [3, 10], a stream a row.
-        tables: uint8, the tables of the streams, see `lookup`.
-        patterns: uint32, level -> bit pattern (mode `values.LOOKED_UP`).
-        magnitudes: float32, number -> magnitude (mode `values.ARITHMETIC`).
-        scale: float32, the scale factors.
-        importances: float32, level of the importance stream -> importance.
-        rows, columns: float32, the importance factors.
+        room: bytes that the streams' tables take.
+        places: address and bytes of each array that kernels take, in the order of a row.
     """
 
-    whole: NDArray[np.int64]
-    shapes: NDArray[np.int64]
-    tables: NDArray[np.uint8]
-    patterns: NDArray[np.uint32]
-    magnitudes: F32
-    scale: F32
-    importances: F32
-    rows: F32
-    columns: F32
+    def __init__(
+        self,
+        whole: list[int],
+        shapes: list[int],
+        lengths: bytes,
+        numbers: tuple[NDArray[np.uint32] | F32 | None, ...],
+    ) -> None:
+        """Keeps the arrays, and where they are.
+
+        Args:
+            whole: [10], what there is one of.
+            shapes: [3 * 13], a stream after another.
+            lengths: of the streams, see `lookup.lengths_of`.
+            numbers: uint32, level -> bit pattern (mode `values.LOOKED_UP`); and float32: number -> magnitude
+                (mode `values.ARITHMETIC`), the scale factors, level of the importance stream -> importance,
+                and the importance factors of rows and of columns. None for what is not needed.
+        """
+        fixed = (array("q", whole), array("q", shapes), array("B", lengths))  # their addresses are soon had
+        self._alive = fixed, numbers
+        self.room = max(shapes[STOP_OF::SHAPE])
+        self.places: list[int] = []
+        for some in fixed:
+            address, count = some.buffer_info()
+            self.places += address, count * some.itemsize
+        for many in numbers:
+            self.places += (0, 0) if many is None else place_of(many)
+
+
+def place_of(some: NDArray[Any]) -> tuple[int, int]:
+    """Address and bytes of a contiguous array; the address of an empty one means nothing."""
+    return some.__array_interface__["data"][0], some.nbytes
+
+
+def row_of_run(run: Run) -> list[int]:
+    """A run as kernels take it; all its arrays must outlive the call."""
+    places = (*place_of(run.data), *place_of(run.out))
+    return [run.total, run.start, run.first, run.stop, *places, *run.recipe.places]
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Recipe | None:
@@ -65,10 +117,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     if mode is None:
         return None
     assert entry.fingerprints is not None
-    made = _tables(entry, weights)
-    if made is None:
-        return None
-    shapes, tables = made
+    shapes, lengths = _shapes(entry, weights)
     table = entry.fingerprints.table
     width = table.constant_width
     whole_bytes = (entry.dtype.itemsize, width) in ((2, 8), (4, 24)) and not table.base % (1 << (width or 0))
@@ -82,56 +131,57 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
         *_scale(entry),
         multiplier,
         max(entry.columns, 1),
+        next(_numbers),
     ]
-    return Recipe(
-        np.array(whole, np.int64),
-        shapes,
-        tables,
-        _patterns(entry, vectors) if mode == values.LOOKED_UP else _NO_PATTERNS,
-        _magnitudes(entry, vectors) if mode == values.ARITHMETIC else _NO_NUMBERS,
-        vectors.get("scale", _NO_NUMBERS),
-        _importances(entry, vectors)
-        if multiplier in (values.OF_SURVIVORS, values.OF_POSITIONS)
-        else _NO_NUMBERS,
-        vectors.get("importance rows", _NO_NUMBERS),
-        vectors.get("importance columns", _NO_NUMBERS),
+    streamed = multiplier in (values.OF_SURVIVORS, values.OF_POSITIONS)
+    numbers = (
+        _patterns(entry, vectors) if mode == values.LOOKED_UP else None,
+        _magnitudes(entry, vectors) if mode == values.ARITHMETIC else None,
+        vectors.get("scale"),
+        _importances(entry, vectors) if streamed else None,
+        vectors.get("importance rows"),
+        vectors.get("importance columns"),
     )
+    return Recipe(whole, shapes, lengths, numbers)
 
 
 def stream_shape(table: CodeTable, levels: int) -> list[int]:
-    """The columns of `shapes` that a code table gives; its tables begin at 0."""
+    """The columns of `shapes` for a code table alone."""
     codes = len(table.codes)
     bits = table_bits(codes, levels)
     constant = -1 if table.constant_extra is None else table.constant_extra
-    size = table_bytes(codes, bits)
-    return [1, 0, codes, 0, constant, table.least_extra, bits, table.group, 0, size]
+    # The base may be any of 64 bits; a kernel takes it as the same bits, signed.
+    base = table.base - (table.base >> 63 << 64)
+    return [
+        1,
+        0,
+        codes,
+        0,
+        constant,
+        table.least_extra,
+        bits,
+        table.group,
+        0,
+        table_bytes(codes, bits),
+        base,
+        table.classes,
+        0,
+    ]
 
 
-def _tables(entry: TensorEntry, weights: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]] | None:
-    """`shapes` and `tables` of all streams; None where a stream's codes use too many classes."""
-    streams, trimmed = entry.streams(), entry.trimmed_streams()
-    rows, end = [[0] * (STOP_OF + 1)] * len(STREAMS), 0
-    for i, stream in enumerate(STREAMS):
-        if stream in streams:
-            # An octet has eight positions, and a run few survivors: either way tables this wide will do.
-            row = stream_shape(streams[stream], weights // 8 if i == MASK else weights)
-            rows[i] = [
-                1,
-                _count_rule(entry, stream),
-                row[2],
-                stream in trimmed,
-                *row[4:8],
-                end,
-                end + row[-1],
-            ]
-            end += row[-1]
-    tables = np.empty(end, np.uint8)
-    for i, stream in enumerate(STREAMS):
-        if stream in streams:
-            _, _, _, _, _, _, bits, _, start, stop = rows[i]
-            if not fill_tables(streams[stream], bits, tables[start:stop]):
-                return None
-    return np.array(rows, np.int64), tables
+def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
+    """`shapes` and `lengths` of all streams."""
+    trimmed = entry.trimmed_streams()
+    shapes, end, lengths = [0] * (len(STREAMS) * SHAPE), 0, b""
+    for stream, table in entry.streams().items():
+        i = STREAMS.index(stream)
+        # An octet has eight positions, and a run few survivors: either way tables this wide will do.
+        row = stream_shape(table, weights // 8 if i == MASK else weights)
+        row[COUNT_RULE_OF], row[TRIMMED_OF] = _count_rule(entry, stream), stream in trimmed
+        row[START_OF], row[STOP_OF], row[LENGTHS_OF] = end, end + row[STOP_OF], len(lengths)
+        shapes[i * SHAPE : (i + 1) * SHAPE], end = row, row[STOP_OF]
+        lengths += lengths_of(table)
+    return shapes, lengths
 
 
 def _mode(entry: TensorEntry) -> int | None:
