@@ -119,7 +119,7 @@ class Writer:
         """
         self._require_usable()
         _check_name(name, self._entries)
-        plan = plan_tensor(name, np.asanyarray(array), options or Options(), mask, importance)
+        plan = plan_tensor(name, np.asanyarray(array), options or Options(), self._engine, mask, importance)
         vectors = encode_vectors(plan)
         self._whole = False
         vector_record = None if vectors is None else self._append(vectors)

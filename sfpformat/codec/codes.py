@@ -1,27 +1,30 @@
 """Choosing the codes of a stream: how many, which segments share one, and their lengths.
 
-Segments of like statistics share a code. They are found by a few rounds of k-means whose distance is the
-length of a segment under a code; all on integers, so that every platform finds the same.
+Theory of operation: levels are gone through once, and every segment's symbols counted. All further choices
+are made on these counts, which are kept while they fit `KEPT_BYTES`; of a tensor that is too large for that
+a sample is kept, and its levels are gone through once more to give each segment its code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.classes import FRACTION, Histogram, Layout, histogram, log2_fixed
-from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode, code_lengths
-from ..coding.planes import Counts, Levels, symbol_counts, symbols_of_classes
+from ..coding.classes import Histogram, Layout
+from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode
+from ..coding.counts import Costs, Rows
+from ..coding.planes import AnyLevels, Counts
+from ..engines import Engine
 from .options import Options
 
 MAX_CODES_TRIED = 8
-_ROUNDS = 6
-# Segments that codes are learned from: so many, or fewer where their histograms would be large.
-_SAMPLE_SEGMENTS = 4096
-_SAMPLE_COUNTS = 1 << 22
+# Segments that codes are learned from, evenly spaced: more do not make a file smaller by 0.01 %.
+_SAMPLE_SEGMENTS = 1024
+# Symbol counts of a tensor that are kept, in bytes.
+KEPT_BYTES = 1 << 26
 # About what a quantity of the segment index costs, in bits a segment.
 INDEX_BITS = 9
 
@@ -32,9 +35,9 @@ class LevelBlocks:
     of its segments has."""
 
     segments: int
-    start: Callable[[], Iterator[tuple[Levels, Counts]]]
+    start: Callable[[], Iterator[tuple[AnyLevels, Counts]]]
 
-    def __iter__(self) -> Iterator[tuple[Levels, Counts]]:
+    def __iter__(self) -> Iterator[tuple[AnyLevels, Counts]]:
         return self.start()
 
 
@@ -48,187 +51,163 @@ class Choice:
     trim: bool = False
 
 
+@dataclass(frozen=True)
+class SymbolCounts:
+    """The symbol counts of a stream's segments.
+
+    Attributes:
+        total: of all segments, shape [symbols].
+        sample: of some segments, evenly spaced, shape [segments sampled, symbols].
+        segments: how many the stream has.
+        rows: those of all segments, or None where they were not kept.
+    """
+
+    total: Histogram
+    sample: Rows
+    segments: int
+    rows: Rows | None
+
+    def summed(self, starts: NDArray[np.int64]) -> SymbolCounts:
+        """The same for groups of neighbouring symbols: each begins at one of ``starts``, the last at most at
+        the end; symbols before the first do not occur."""
+        total = np.add.reduceat(self.total, starts)
+        rows = None if self.rows is None else _summed(self.rows, starts)
+        sample = _summed(self.sample, starts) if rows is None else rows[:: _every(self.segments)]
+        return SymbolCounts(total, sample, self.segments, rows)
+
+
+def _summed(rows: Rows, starts: NDArray[np.int64]) -> Rows:
+    first = int(starts[0])
+    if first + len(starts) == rows.shape[1]:
+        return rows[:, first:]
+    return np.add.reduceat(rows, starts, axis=1, dtype=np.int32)
+
+
+def _every(segments: int) -> int:
+    return max(-(-segments // _SAMPLE_SEGMENTS), 1)
+
+
+class SymbolCounter:
+    """Collects the symbol counts of a stream, chunk by chunk."""
+
+    def __init__(self, segments: int) -> None:
+        self._segments = segments
+        self._parts: list[tuple[int, Rows]] = []  # first symbol, counts
+        self._totals: list[tuple[int, Histogram]] = []  # first symbol, counts
+        self._bytes = self._seen = 0
+        self._whole = True
+
+    def add(self, first: int, rows: Rows) -> None:
+        """Takes the counts of a chunk's segments, whose columns are the symbols from ``first`` on."""
+        self._totals.append((first, rows.sum(0, dtype=np.int64)))
+        self._bytes += rows.nbytes
+        if self._whole and self._bytes > KEPT_BYTES:
+            self._whole, seen = False, 0
+            for i, (start, part) in enumerate(self._parts):
+                self._parts[i] = start, self._sampled(seen, part)
+                seen += len(part)
+        self._parts.append((first, rows if self._whole else self._sampled(self._seen, rows)))
+        self._seen += len(rows)
+
+    def _sampled(self, seen: int, rows: Rows) -> Rows:
+        every = _every(self._segments)
+        return rows[-seen % every :: every].copy()
+
+    def counts(self, first: int, symbols: int) -> SymbolCounts:
+        """All that was taken, for the symbols from ``first`` on."""
+        total = np.zeros(symbols, np.int64)
+        for start, part in self._totals:
+            total[start - first : start - first + len(part)] += part
+        if len(self._parts) == 1 and self._parts[0][1].shape[1] == symbols:
+            joined = self._parts[0][1]
+        else:
+            joined, at = np.zeros((sum(len(rows) for _, rows in self._parts), symbols), np.int32), 0
+            for start, rows in self._parts:
+                joined[at : at + len(rows), start - first : start - first + rows.shape[1]] = rows
+                at += len(rows)
+        sample = joined[:: _every(self._segments)] if self._whole else joined
+        return SymbolCounts(total, sample, self._segments, joined if self._whole else None)
+
+
+def count_symbols(blocks: LevelBlocks, layout: Layout, group: int, engine: Engine) -> SymbolCounts:
+    """The counts of a layout's symbols in one pass over the levels."""
+    counter = SymbolCounter(blocks.segments)
+    for levels, counts in blocks:
+        counter.add(0, engine.count_symbols(levels, counts, layout, group))
+    return counter.counts(0, len(layout.extra) ** group)
+
+
 def choose_codes(
     blocks: LevelBlocks,
+    counts: SymbolCounts,
     layout: Layout,
     group: int,
     options: Options,
-    weights: NDArray[np.int64] | None = None,
+    engine: Engine,
+    order: NDArray[np.int64] | None = None,
 ) -> Choice | None:
-    """The table of a layout: how many codes, which segments share one, and their lengths.
+    """The table of a layout of several classes: how many codes, which segments share one, and their lengths.
 
     Args:
-        weights: what orders segments at first, a number for each level's class; None takes the class itself.
+        counts: of the layout's symbols.
+        order: what orders segments at first, a weight for each symbol; None takes the classes themselves.
 
     Returns:
         The choice, or None where there are too many symbols for a code.
     """
     classes = len(layout.extra)
-    if classes == 1:
-        return _one_class(blocks, layout)
-    if classes > MAX_CLASSES[group]:
+    used = int(np.count_nonzero(counts.total))
+    if classes > MAX_CLASSES[group] or not 2 <= used <= min(MAX_SYMBOLS, 1 << options.code_limit):
         return None
-    stream = _SymbolStream(blocks, layout, group)
-    total, sample = stream.count()
-    used = int(np.count_nonzero(total))
-    if not 2 <= used <= min(MAX_SYMBOLS, 1 << options.code_limit):
-        return None
-    costs = _best_codes(sample, stream.order(weights), options, stream.segments)
-    assigned = stream.assign(costs)
-    lengths = [code_lengths(h, options.code_limit) for h in assigned.histograms]
-    table = CodeTable(layout.base, layout.extra, tuple(map(PrefixCode, lengths)), group)
-    prefix = sum(
-        int(np.frombuffer(length, np.uint8).astype(np.int64) @ h)
-        for length, h in zip(lengths, assigned.histograms, strict=True)
-    )
-    side = 8 * classes + 4 * len(lengths) * len(lengths[0])
-    side += stream.segments * (INDEX_BITS + (len(lengths) - 1).bit_length())
-    side += INDEX_BITS * stream.segments if table.constant_extra is None else 0
-    return Choice(table, assigned.codes, prefix + stream.residual_bits + side)
+    numbers = np.arange(classes**group)
+    if order is None:
+        order = numbers if group == 1 else numbers % classes + numbers // classes
+    most = options.codes or MAX_CODES_TRIED
+    costs = engine.cluster(counts.sample, order, most, counts.segments)
+    codes, totals = _assigned(blocks, counts, layout, group, engine, costs)
+    lengths = engine.lengths_of_codes(totals, options.code_limit)
+    table = CodeTable(layout.base, layout.extra, tuple(PrefixCode(row.tobytes()) for row in lengths), group)
+    extra = np.frombuffer(layout.extra, np.uint8).astype(np.int64)
+    residual = extra if group == 1 else extra[numbers % classes] + extra[numbers // classes]
+    bits = int((lengths * totals).sum()) + int(counts.total @ residual)
+    bits += 8 * classes + 4 * len(lengths) * len(numbers)
+    bits += counts.segments * (INDEX_BITS + (len(lengths) - 1).bit_length())
+    bits += INDEX_BITS * counts.segments if table.constant_extra is None else 0
+    return Choice(table, codes, bits)
 
 
-def _one_class(blocks: LevelBlocks, layout: Layout) -> Choice:
-    levels = sum(int(counts.sum()) for _, counts in blocks)
+def one_class(blocks: LevelBlocks, layout: Layout, levels: int) -> Choice:
+    """The table of one class: no codes, ``levels`` residuals of one width."""
     table = CodeTable(layout.base, layout.extra)
     return Choice(table, np.zeros(blocks.segments, np.uint8), levels * layout.extra[0] + 8)
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    codes: NDArray[np.uint8]
-    histograms: list[Histogram]
+def _assigned(
+    blocks: LevelBlocks, counts: SymbolCounts, layout: Layout, group: int, engine: Engine, costs: Costs
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The cheapest code of each segment, and the symbol counts of each code, shape [codes, symbols].
 
-
-class _SymbolStream:
-    """A stream's levels as symbols of a layout, counted segment by segment."""
-
-    def __init__(self, blocks: LevelBlocks, layout: Layout, group: int) -> None:
-        self._blocks = blocks
-        self._bare = CodeTable(layout.base, layout.extra, _any_code(len(layout.extra), group), group)
-        self._group = group
-        self.symbols = len(layout.extra) ** group
-        self.segments = blocks.segments
-        self.residual_bits = 0
-
-    def _symbols(self) -> Iterator[tuple[NDArray[np.int64], Counts]]:
-        for levels, counts in self._blocks:
-            classes = self._bare.class_of(levels)
-            yield (
-                symbols_of_classes(classes, counts, self._bare.classes, self._group),
-                symbol_counts(counts, self._group),
-            )
-
-    def count(self) -> tuple[Histogram, NDArray[np.int64]]:
-        """The counts of all symbols, and those of each of some segments, evenly spaced."""
-        most = max(min(_SAMPLE_SEGMENTS, _SAMPLE_COUNTS // self.symbols), 16)
-        every = max(-(-self.segments // most), 1)
-        total, sampled, first = np.zeros(self.symbols, np.int64), [], 0
-        for symbols, counts in self._symbols():
-            whole = self._by_segment(symbols, counts, range(-first % every, len(counts), every))
-            sampled.append(whole)
-            total += histogram(symbols, self.symbols)
-            first += len(counts)
-        self.residual_bits = self._residual_bits(total)
-        return total, np.concatenate(sampled)
-
-    def _by_segment(
-        self, symbols: NDArray[np.int64], counts: Counts, chosen: Iterable[int]
-    ) -> NDArray[np.int64]:
-        """Symbol counts of some segments, shape [segments chosen, symbols]."""
-        numbers = np.full(len(counts), -1)
-        chosen = np.fromiter(chosen, np.int64)
-        numbers[chosen] = np.arange(len(chosen))
-        row = np.repeat(numbers, counts)
-        kept = row >= 0
-        flat = np.bincount(row[kept] * self.symbols + symbols[kept], minlength=len(chosen) * self.symbols)
-        return flat.reshape(len(chosen), self.symbols)
-
-    def _residual_bits(self, total: Histogram) -> int:
-        numbers = np.arange(self.symbols)
-        extra = self._bare.class_extra.astype(np.int64)
-        bits = extra[numbers % self._bare.classes]
-        if self._group == 2:
-            bits = bits + extra[numbers // self._bare.classes]
-        return int(total @ bits)
-
-    def order(self, weights: NDArray[np.int64] | None) -> NDArray[np.int64]:
-        """A weight for each symbol that tells segments of small levels from those of large."""
-        numbers = np.arange(self.symbols)
-        low, high = numbers % self._bare.classes, numbers // self._bare.classes
-        if weights is not None:
-            return np.asarray(weights[self._bare.base + low])
-        return np.asarray(low + high if self._group == 2 else low)
-
-    def assign(self, costs: NDArray[np.int64]) -> _Assignment:
-        """Gives every segment its cheapest code, and counts the symbols of each code.
-
-        Args:
-            costs: of each symbol in each code, shape [codes, symbols]. A code that ends with fewer than two
-                symbols is dropped, and its segments choose among the others.
-        """
-        while True:
-            totals = np.zeros((len(costs), self.symbols), np.int64)
-            codes: list[NDArray[np.uint8]] = []
-            for symbols, counts in self._symbols():
-                each = self._by_segment(symbols, counts, range(len(counts)))
-                chosen = (each @ costs.T).argmin(1)
-                np.add.at(totals, chosen, each)
-                codes.append(chosen.astype(np.uint8))
-            poor = np.count_nonzero(totals, axis=1) < 2
-            if not poor.any() or len(costs) == 1:
-                break
-            costs = costs[~poor] if not poor.all() else costs[:1]
-        return _in_order_of_use(np.concatenate(codes), totals)
-
-
-def _any_code(classes: int, group: int) -> tuple[PrefixCode, ...]:
-    """Some complete code: a table needs one before its real codes are known."""
-    return (PrefixCode(b"\1\1" + bytes(classes**group - 2)),)
-
-
-def _in_order_of_use(codes: NDArray[np.uint8], totals: NDArray[np.int64]) -> _Assignment:
-    """Numbers the codes in the order of the first segment that uses each (R-CAN-008)."""
+    A code that ends with fewer than two symbols is dropped, and its segments choose among the others. Codes
+    are numbered in the order of the first segment that uses each (R-CAN-008).
+    """
+    while True:
+        if counts.rows is not None:
+            codes, totals = engine.assign(counts.rows, costs)
+        else:
+            parts = [
+                engine.assign(engine.count_symbols(levels, each, layout, group), costs)
+                for levels, each in blocks
+            ]
+            codes = np.concatenate([part for part, _ in parts])
+            totals = np.stack([part for _, part in parts]).sum(0)
+        poor = np.count_nonzero(totals, axis=1) < 2
+        if not poor.any() or len(costs) == 1:
+            break
+        costs = costs[~poor] if not poor.all() else costs[:1]
+    if len(costs) == 1:
+        return codes, totals
     used, first = np.unique(codes, return_index=True)
     order = used[np.argsort(first)]
     number = np.zeros(256, np.uint8)
     number[order] = np.arange(len(order))
-    return _Assignment(number[codes], [totals[i] for i in order])
-
-
-def _best_codes(
-    sample: NDArray[np.int64], order: NDArray[np.int64], options: Options, segments: int
-) -> NDArray[np.int64]:
-    """The costs of symbols (bits times 2^16) in the number of codes that is cheapest over all.
-
-    Args:
-        sample: symbol counts of some segments, shape [n, symbols].
-        order: the symbols' weights.
-        options: `codes` is the most to try.
-        segments: how many segments the sample stands for.
-    """
-    best_costs = _costs(sample.sum(0)[None])
-    best_bits: int | None = None
-    per_symbol = (sample @ order) << 16
-    rank = np.argsort(per_symbol // np.maximum(sample.sum(1), 1), kind="stable")
-    tried = [n for n in (1, 2, 4, 8, 16) if n <= (options.codes or MAX_CODES_TRIED)]
-    for number in tried:
-        if number > max(len(sample) // 2, 1):
-            break
-        chosen = np.zeros(len(sample), np.int64)
-        chosen[rank] = np.arange(len(sample)) * number // len(sample)
-        for _ in range(_ROUNDS if number > 1 else 1):
-            costs = _costs(np.stack([sample[chosen == i].sum(0) for i in range(number)]))
-            bits = sample @ costs.T
-            chosen = bits.argmin(1)
-        whole = int(bits.min(1).sum()) * segments // max(len(sample), 1)
-        whole += segments * (number - 1).bit_length() << FRACTION
-        whole += number * len(order) * 4 << FRACTION
-        if best_bits is None or whole < best_bits:
-            best_bits, best_costs = whole, costs
-    return best_costs
-
-
-def _costs(totals: NDArray[np.int64]) -> NDArray[np.int64]:
-    """-log2 of each symbol's share, in bits times 2^16; one is added to every count, so none is without."""
-    counts = totals * 4 + 1
-    return log2_fixed(counts.sum(1))[:, None] - log2_fixed(counts.reshape(-1)).reshape(counts.shape)
+    return number[codes], totals[order]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.bits import as_bytes
-from ..coding.mask import encode_mask
-from ..coding.planes import Counts, Levels, Planes, greatest_trims, segment_sums
+from ..coding.planes import AnyLevels, Counts, Planes, greatest_trims, segment_sums
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
 from .plan import Plan
@@ -47,7 +46,7 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> bytes:
     if mask is not None:
         assert plan.entry.mask is not None
         kind, polarity = plan.entry.mask.kind, plan.entry.mask.polarity
-        streams["mask"] = encode_mask(kind, polarity, mask, job.positions)
+        streams["mask"] = engine.encode_mask(kind, polarity, mask, job.positions)
     if plan.importance is not None:
         levels = plan.importance.levels(job.block, mask)
         streams["importance"] = (levels, survivors if plan.importance.over_survivors else job.positions)
@@ -56,7 +55,7 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> bytes:
 
 
 def _encode_stream(
-    plan: Plan, engine: Engine, stream: str, first: int, levels: Levels, counts: Counts
+    plan: Plan, engine: Engine, stream: str, first: int, levels: AnyLevels, counts: Counts
 ) -> Planes:
     """The planes of a stream over the segments of a chunk, ``first`` being the number of the first."""
     table = plan.entry.streams()[stream]

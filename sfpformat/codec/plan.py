@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..coding.planes import Counts, Levels, segment_sums
+from ..coding.planes import AnyLevels, Counts, segment_sums
 from ..coding.quantiser import (
     F32,
     Exact,
@@ -26,6 +26,7 @@ from ..coding.quantiser import (
 from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
+from ..engines import Engine
 from ..errors import FileFault, OptionError
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
@@ -105,6 +106,7 @@ def plan_tensor(
     name: str,
     array: NDArray[np.generic],
     options: Options,
+    engine: Engine,
     mask: Mask | None = None,
     importance: Importance | None = None,
 ) -> Plan:
@@ -114,6 +116,7 @@ def plan_tensor(
         name: the tensor's name.
         array: the tensor; any registered dtype.
         options: the caller's choices.
+        engine: does the counting.
         mask: bool, the tensor's shape: True for survivors. None: what is not zero survives.
         importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
             one a column.
@@ -138,7 +141,7 @@ def plan_tensor(
     if may_be_raw and flat.nbytes < _MIN_BYTES:
         return raw
     try:
-        planner = _Planner(raw, options, _flat_mask(mask, array.shape))
+        planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape))
         plan, bits = planner.plan(importance)
         _require_readable(plan)
     except OptionError as error:
@@ -192,8 +195,8 @@ def default_segment(columns: int, density: float) -> int:
 class _Planner:
     """Plans a tensor with coding fingerprint."""
 
-    def __init__(self, raw: Plan, options: Options, mask: Mask | None) -> None:
-        self.flat, self.options, self.given_mask = raw.flat, options, mask
+    def __init__(self, raw: Plan, options: Options, engine: Engine, mask: Mask | None) -> None:
+        self.flat, self.options, self.engine, self.given_mask = raw.flat, options, engine, mask
         self.entry = replace(raw.entry, coding="fingerprint")
 
     def plan(self, importance: Importance | None) -> tuple[Plan, int]:
@@ -288,12 +291,12 @@ class _Planner:
             def masks() -> Iterator[tuple[Mask, Counts]]:
                 return ((known(block), counts) for block, counts in blocks)
 
-            chosen = choose_mask(masks, entry.segments, density, options)
+            chosen = choose_mask(masks, entry.segments, density, options, self.engine)
             entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
             codes["mask"] = chosen.choice.codes
             bits += chosen.choice.bits + INDEX_BITS * entry.segments
 
-        def levels() -> Iterator[tuple[Levels, Counts]]:
+        def levels() -> Iterator[tuple[AnyLevels, Counts]]:
             for block, counts in blocks:
                 mask = None if survives is None else survives(block)
                 alive = counts if mask is None else segment_sums(mask, counts)
@@ -303,10 +306,10 @@ class _Planner:
         quantiser = source.quantiser
         bound = fingerprint_bound(quantiser, entry.dtype)
         if isinstance(quantiser, Exact):
-            choice = choose_exact(stream, quantiser.dtype, bound, options)
+            choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
             quantiser = replace(quantiser, trim=choice.trim)
         else:
-            choice = choose_numbers(stream, bound, options, signed=True)
+            choice = choose_numbers(stream, bound, options, self.engine, signed=True)
         if isinstance(quantiser, Table):
             bits += 32 * quantiser.count
         codes["fingerprints"] = choice.codes
@@ -343,7 +346,7 @@ class _Planner:
             raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
         source = _importance_source(importance, options)
 
-        def levels() -> Iterator[tuple[Levels, Counts]]:
+        def levels() -> Iterator[tuple[AnyLevels, Counts]]:
             for block, counts in plan.blocks:
                 mask = None if plan.survives is None else plan.survives(block)
                 few = mask is not None and source.over_survivors
@@ -355,9 +358,11 @@ class _Planner:
         stream = LevelBlocks(entry.segments, levels)
         bound = importance_bound(source.quantiser)
         if isinstance(source.quantiser, Exact):
-            choice = choose_exact(stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None))
+            choice = choose_exact(
+                stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine
+            )
         else:
-            choice = choose_numbers(stream, bound, self.options, signed=False)
+            choice = choose_numbers(stream, bound, self.options, self.engine, signed=False)
         quantiser = source.quantiser
         if isinstance(quantiser, Exact):
             quantiser = replace(quantiser, trim=choice.trim)

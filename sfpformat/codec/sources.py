@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..coding.planes import Levels
+from ..coding.planes import AnyLevels
 from ..coding.quantiser import (
     F32,
     Exact,
@@ -52,7 +52,7 @@ class FingerprintSource(Protocol):
     def survives(self, block: slice) -> Mask:
         """Which positions of a block have a weight that is not coded as zero."""
 
-    def levels(self, block: slice, mask: Mask | None) -> Levels:
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         """The levels of a block's survivors (all positions without a mask)."""
 
 
@@ -71,7 +71,7 @@ class ExactSource:
     def survives(self, block: slice) -> Mask:
         return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
 
-    def levels(self, block: slice, mask: Mask | None) -> Levels:
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
         if self.coded != self.dtype:
             values = values.astype(self.coded.numpy)
@@ -117,7 +117,7 @@ class NumberSource:
             return np.asarray(values != 0)
         return np.asarray(self.numbers(self._magnitudes(block, None)) != 0)
 
-    def levels(self, block: slice, mask: Mask | None) -> Levels:
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
         numbers = self.numbers(self._magnitudes(block, mask))
         negative = np.signbit(values.astype(np.float32))
@@ -144,7 +144,7 @@ class ImportanceSource:
     over_survivors: bool
     numbers: UniformNumbers | None = field(default=None)
 
-    def levels(self, block: slice, mask: Mask | None) -> Levels:
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         """The levels of a block: of its survivors, or of all its positions."""
         values = self.flat[block]
         if mask is not None and self.over_survivors:

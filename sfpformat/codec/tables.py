@@ -19,11 +19,12 @@ from ..coding.classes import (
     histogram,
 )
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
-from ..coding.mask import Mask, encode_mask
-from ..coding.planes import Counts, Levels, greatest_trims
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels, Counts, Levels, trims_of
 from ..dtypes import Dtype
+from ..engines import Engine
 from ..errors import OptionError
-from .codes import Choice, LevelBlocks, choose_codes
+from .codes import Choice, LevelBlocks, SymbolCounter, SymbolCounts, choose_codes, count_symbols, one_class
 from .options import Options
 
 # Classes of paired levels: the square of this must leave room for 256 used symbols in a short table.
@@ -31,8 +32,14 @@ _PAIR_CLASSES = 20
 # A further mantissa bit joins the class of an exact stream only where it saves this part of the whole:
 # residuals of whole bytes decode faster.
 _MANTISSA_GAIN = 0.0075
+# Whether it does is judged on this part of each chunk, of this many levels at least.
+_JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
+# A stream of numbers whose range is greater is not counted number by number in each segment.
+_MOST_COLUMNS = 1024
+# Numbers of more bits than this gain less by pairs than a second try takes time.
+_PAIR_BITS = 3
 
 
 @dataclass(frozen=True)
@@ -44,95 +51,192 @@ class MaskChoice:
     choice: Choice
 
 
-# ------------------------------------------------------------------------------------------------- streams
+def _no_levels(blocks: LevelBlocks) -> Choice:
+    """The table of a stream without levels."""
+    return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)
 
 
-def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options) -> Choice:
+# -------------------------------------------------------------------------------------------- exact streams
+
+
+class _ExactSurvey:
+    """What one pass over the levels of an exact stream tells.
+
+    Attributes:
+        width: residual bits of the classes that are counted.
+        least, greatest: of all levels; -1 where there is none.
+        joined, counts: for each chunk the bitwise OR of each segment's levels, and how many it has.
+    """
+
+    def __init__(self, blocks: LevelBlocks, width: int, fine: int | None, engine: Engine) -> None:
+        """Goes through the levels.
+
+        Args:
+            width: residual bits of the classes to count in each segment.
+            fine: residual bits of classes to count in a part of the levels, or None.
+        """
+        self.width, self.least, self.greatest = width, -1, -1
+        self.joined: list[tuple[Levels, Counts]] = []
+        self._counter = SymbolCounter(blocks.segments)
+        self._fine = np.zeros(0, np.int64)
+        for levels, counts in blocks:
+            self._add(levels, counts, engine)
+            if fine is not None:
+                part = levels[: max(len(levels) // _JUDGED_PART, _JUDGED_LEVELS)]
+                self._fine = add_histograms(self._fine, histogram(part >> part.dtype.type(fine)))
+
+    def _add(self, levels: AnyLevels, counts: Counts, engine: Engine) -> None:
+        if not len(levels):
+            self._counter.add(0, np.zeros((len(counts), 0), np.int32))
+            return
+        seen = engine.survey(levels, counts)
+        self.least = seen.least if self.least < 0 else min(self.least, seen.least)
+        self.greatest = max(self.greatest, seen.greatest)
+        self.joined.append((seen.joined, counts))
+        first = seen.least >> self.width
+        classes = (seen.greatest >> self.width) - first + 1
+        if classes <= MAX_CLASSES[1]:
+            self._counter.add(first, engine.count_classes(levels, counts, self.width, first, classes))
+
+    def fits(self, width: int, bound: int) -> bool:
+        """Whether classes of that width can be coded: they are not too many, and none reaches the bound."""
+        first, last = self.least >> width, self.greatest >> width
+        return width <= MAX_FIELD_BITS and (last + 1) << width <= bound and last - first < MAX_CLASSES[1]
+
+    def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
+        """The counts of the classes from the first used to the last, and these as a layout."""
+        width, first = self.width, self.least >> self.width
+        classes = (self.greatest >> width) - first + 1
+        return self._counter.counts(first, classes), Layout(first << width, bytes([width]) * classes)
+
+    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, int]]:
+        """For classes of each width, the finest first: about the bits of a level, and how many occur."""
+        counts = self._fine
+        levels = int(counts.sum())
+        for width in range(fine, coarsest + 1):
+            yield width, entropy_bits(counts) / (levels << FRACTION) + width, int(np.count_nonzero(counts))
+            even = add_histograms(counts, np.zeros(len(counts) + len(counts) % 2, np.int64))
+            counts = even.reshape(-1, 2).sum(1)
+
+
+def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
     """The table of an exact stream: classes of one width, by how many mantissa bits join the class.
 
     No class may reach the stream's ``bound``, not even where no level occurs (R-TAB-008).
     """
-    mantissa = dtype.bits - 1 - dtype.exponent_bits
-    finest = min(mantissa, 3)
-    if options.mantissa_bits is not None:
-        finest = min(max(options.mantissa_bits, 1 - dtype.exponent_bits), mantissa)
-    width = mantissa + 1 - finest
-    counts = _class_counts(blocks, width)
-    while _end(counts) << width > bound and width > 1:
-        finest, width = finest + 1, width - 1
-        counts = _class_counts(blocks, width)
-    if not counts.any():
+    whole = dtype.bits - dtype.exponent_bits  # the width where the class is the exponent
+    if options.mantissa_bits is None:
+        fine, width = max(whole - 3, 1), whole
+    else:
+        fine = width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
+    survey = _ExactSurvey(blocks, width, fine if fine < width else None, engine)
+    if survey.least < 0:
         return _no_levels(blocks)
-    fewest = finest if options.mantissa_bits is not None else 0
-    best: tuple[float, int, Histogram] | None = None
-    for joined in range(finest, -dtype.exponent_bits - 1, -1):
-        used = int(np.count_nonzero(counts))
-        fits = _end(counts) << width <= bound and _span(counts) <= MAX_CLASSES[1]
-        if fits and width <= MAX_FIELD_BITS and used <= min(MAX_SYMBOLS, 1 << options.code_limit):
-            bits = entropy_bits(counts) / (1 << FRACTION) + int(counts.sum()) * width
-            if best is None or bits < best[0] * (1 + _MANTISSA_GAIN):
-                best = min(best[0], bits) if best else bits, width, counts
-            if joined <= fewest:
-                break
-        even = add_histograms(counts, np.zeros(len(counts) + len(counts) % 2, np.int64))
-        counts, width = even.reshape(-1, 2).sum(1), width + 1
-    if best is None:
-        raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
-    _, width, counts = best
-    choice = choose_codes(blocks, constant_layout(counts, width), 1, options)
-    assert choice is not None
-    saved = -_TRIM_BITS * blocks.segments
-    for levels, segment_counts in blocks if options.trim else ():
-        saved += int(greatest_trims(levels, segment_counts, width) @ segment_counts)
-    return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
+    best = _judged_width(survey, fine, width, bound, options)
+    for candidate in (*range(best, dtype.bits + 1), *range(best - 1, 0, -1)):
+        if not survey.fits(candidate, bound):
+            continue
+        if candidate != survey.width:
+            survey = _ExactSurvey(blocks, candidate, None, engine)
+        counts, layout = survey.symbol_counts()
+        if len(layout.extra) == 1:
+            choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
+        else:
+            choice = choose_codes(blocks, counts, layout, 1, options, engine)
+        if choice is not None:
+            saved = -_TRIM_BITS * blocks.segments
+            if options.trim:
+                saved += sum(int(trims_of(*one, candidate) @ one[1]) for one in survey.joined)
+            return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
+    raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
 
 
-def _class_counts(blocks: LevelBlocks, width: int) -> Histogram:
-    """How often each class of 2^width levels occurs."""
-    counts = np.zeros(0, np.int64)
-    for levels, _ in blocks:
-        counts = add_histograms(counts, histogram(levels >> np.uint64(width)))
-    return counts
+def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
+    """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
+    if fine == width:
+        return width
+    best: tuple[float, int] | None = None
+    for candidate, bits, used in survey.bits_by_width(fine, width):
+        few = used <= min(MAX_SYMBOLS, 1 << options.code_limit)
+        if few and survey.fits(candidate, bound) and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
+            best = min(best[0], bits) if best else bits, candidate
+    return width if best is None else best[1]
 
 
-def _end(counts: Histogram) -> int:
-    """One past the last class that occurs."""
-    return len(np.trim_zeros(counts, "b"))
+# ------------------------------------------------------------------------------------------ numbers, masks
 
 
-def _span(counts: Histogram) -> int:
-    used = np.flatnonzero(counts)
-    return int(used[-1] - used[0]) + 1
-
-
-def choose_numbers(blocks: LevelBlocks, bound: int, options: Options, *, signed: bool) -> Choice:
+def choose_numbers(
+    blocks: LevelBlocks, bound: int, options: Options, engine: Engine, *, signed: bool
+) -> Choice:
     """The table of a stream of numbers (with signs: levels 2m + s): dyadic classes, single or paired."""
-    sign = np.uint64(1 if signed else 0)
-    counts = np.zeros(0, np.int64)
-    for levels, _ in blocks:
-        counts = add_histograms(counts, _compact_histogram(levels >> sign))
-    if not counts.any():
+    sign = 1 if signed else 0
+    counts = _number_counts(blocks, sign, engine)
+    if not counts.total.any():
         return _no_levels(blocks)
-    limit = bound >> int(sign)
     best: Choice | None = None
-    for group in (options.group,) if options.group else (1, 2):
-        fitting = _fitting_layout(counts, limit, signed, group, options)
-        singles = _singles(counts, signed)
+    for group in _groups(counts.total, options):
+        fitting = _fitting_layout(counts.total, bound >> sign, signed, group, options)
+        singles = _singles(counts.total, signed)
         for layout in (fitting, singles if singles != fitting else None):
-            found = choose_codes(blocks, layout, group, options) if layout else None
+            found = _choice(blocks, counts, layout, sign, group, options, engine) if layout else None
             if found and (best is None or found.bits < best.bits):
                 best = found
     if best is None and options.group == 2:
-        return choose_numbers(blocks, bound, options.but(group=1), signed=signed)
+        return choose_numbers(blocks, bound, options.but(group=1), engine, signed=signed)
     if best is None:
         raise OptionError("no class layout for this stream; allow longer codes")
     return best
 
 
-def _compact_histogram(numbers: Levels) -> Histogram:
-    if len(numbers) and numbers.max() >= 1 << 24:
-        raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
-    return histogram(numbers)
+def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
+    """How often each number from 0 on occurs; in each segment only where none is great."""
+    counter = SymbolCounter(blocks.segments)
+    total, wide = np.zeros(0, np.int64), False
+    for levels, counts in blocks:
+        greatest = int(levels.max()) >> sign if len(levels) else -1
+        if greatest >= 1 << 24:
+            raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
+        wide = wide or greatest >= _MOST_COLUMNS
+        if wide:
+            total = add_histograms(total, histogram(levels >> levels.dtype.type(sign)))
+        else:
+            rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
+            total = add_histograms(total, rows.sum(0, dtype=np.int64))
+            counter.add(0, rows)
+    if wide:
+        return SymbolCounts(total, np.zeros((0, len(total)), np.int32), blocks.segments, None)
+    return counter.counts(0, len(total))
+
+
+def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
+    """The groups to try."""
+    if options.group:
+        return (options.group,)
+    bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
+    return (1, 2) if bits <= _PAIR_BITS else (1,)
+
+
+def _choice(
+    blocks: LevelBlocks,
+    counts: SymbolCounts,
+    layout: Layout,
+    sign: int,
+    group: int,
+    options: Options,
+    engine: Engine,
+) -> Choice | None:
+    """The best codes of a layout; ``counts`` are those of numbers."""
+    if len(layout.extra) == 1:
+        return one_class(blocks, layout, int(counts.total.sum()))
+    if len(layout.extra) > MAX_CLASSES[group]:
+        return None
+    if group == 2 or not len(counts.sample):
+        of_symbols = count_symbols(blocks, layout, group, engine)
+    else:
+        sizes = np.int64(1) << (np.frombuffer(layout.extra, np.uint8).astype(np.int64) - sign)
+        of_symbols = counts.summed((layout.base >> sign) + np.cumsum(sizes) - sizes)
+    return choose_codes(blocks, of_symbols, layout, group, options, engine)
 
 
 def _fitting_layout(
@@ -161,36 +265,41 @@ def choose_mask(
     segments: int,
     density: float,
     options: Options,
+    engine: Engine,
 ) -> MaskChoice:
     """The kind, polarity and table of a mask; ``density`` is survivors a position."""
     polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
-
-    def blocks(kind: str) -> LevelBlocks:
-        return LevelBlocks(
-            segments,
-            lambda: (encode_mask(kind, polarity, mask, counts) for mask, counts in masks()),
-        )
-
     kind = options.mask
     if kind not in ("runs", "octets"):
         kind = "octets" if 0.08 <= density <= 0.92 else "runs"
+    blocks = LevelBlocks(
+        segments,
+        lambda: (engine.encode_mask(kind, polarity, mask, counts) for mask, counts in masks()),
+    )
     if kind == "runs":
-        choice = choose_numbers(blocks("runs"), 1 << 16, options, signed=False)
-        return MaskChoice("runs", polarity, choice)
-    counts = np.zeros(256, np.int64)
-    for levels, _ in blocks("octets"):
-        counts += histogram(levels, 256)
-    if not counts.any():
-        return MaskChoice("octets", 0, _no_levels(blocks("octets")))
-    octets = choose_codes(
-        blocks("octets"), constant_layout(counts, 0), 1, options, weights=_POPCOUNT
-    ) or choose_codes(blocks("octets"), Layout(0, b"\x08"), 1, options)
-    assert octets is not None
-    return MaskChoice("octets", 0, octets)
+        return MaskChoice("runs", polarity, choose_numbers(blocks, 1 << 16, options, engine, signed=False))
+    counter = SymbolCounter(segments)
+    for levels, counts in blocks:
+        counter.add(0, engine.count_classes(levels, counts, 0, 0, 256))
+    octets = counter.counts(0, 256)
+    if not octets.total.any():
+        return MaskChoice("octets", 0, _no_levels(blocks))
+    layout = constant_layout(octets.total, 0)
+    first, stop = layout.base, layout.base + len(layout.extra)
+    used = SymbolCounts(
+        octets.total[first:stop],
+        octets.sample[:, first:stop],
+        segments,
+        None if octets.rows is None else octets.rows[:, first:stop],
+    )
+    choice = None
+    if len(layout.extra) > 1:
+        choice = choose_codes(blocks, used, layout, 1, options, engine, _POPCOUNT[first:stop])
+    else:
+        choice = one_class(blocks, layout, int(octets.total.sum()))
+    if choice is None:
+        choice = one_class(blocks, Layout(0, b"\x08"), int(octets.total.sum()))
+    return MaskChoice("octets", 0, choice)
 
 
 _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)
-
-
-def _no_levels(blocks: LevelBlocks) -> Choice:
-    return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)

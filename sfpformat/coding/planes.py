@@ -20,6 +20,7 @@ from .bits import Bytes, read_bits, read_fields, write_bits, write_fields
 from .codetable import CodeTable, PrefixCode
 
 Levels = NDArray[np.uint64]
+AnyLevels = NDArray[np.unsignedinteger]  # what an encoder has: any width that holds them
 Counts = NDArray[np.int64]
 
 
@@ -109,15 +110,28 @@ def without_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
     return (residuals & one) | (residuals >> (trims.astype(np.uint64) + one)) << one
 
 
-def greatest_trims(levels: Levels, counts: Counts, extra: int) -> Counts:
+def greatest_trims(levels: AnyLevels, counts: Counts, extra: int) -> Counts:
     """The greatest trim of each segment, when all classes have ``extra`` residual bits (R-CAN-009)."""
+    return trims_of(segment_ors(levels, counts), counts, extra)
+
+
+def segment_ors(levels: AnyLevels, counts: Counts) -> Levels:
+    """The bitwise OR of the levels of each segment; 0 for one without levels."""
+    joined = np.zeros(len(counts), np.uint64)
+    some = counts > 0
+    if some.any():
+        joined[some] = np.bitwise_or.reduceat(levels, (np.cumsum(counts) - counts)[some])
+    return joined
+
+
+def trims_of(joined: Levels, counts: Counts, extra: int) -> Counts:
+    """As `greatest_trims`, from `segment_ors`."""
     trims = np.zeros(len(counts), np.int64)
     some = counts > 0
     if extra < 2 or not some.any():
         return trims
-    starts = (np.cumsum(counts) - counts)[some]
-    joined = np.bitwise_or.reduceat(levels >> np.uint64(1), starts) | np.uint64(1 << (extra - 1))
-    lowest = joined & (~joined + np.uint64(1))
+    bits = joined[some] >> np.uint64(1) | np.uint64(1 << (extra - 1))
+    lowest = bits & (~bits + np.uint64(1))
     trims[some] = np.frexp(lowest.astype(np.float64))[1] - 1
     return trims
 
@@ -202,7 +216,9 @@ def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: Code
 # ---------------------------------------------------------------------------------------------- encoding
 
 
-def encode_levels(levels: Levels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable) -> Planes:
+def encode_levels(
+    levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+) -> Planes:
     """The planes of some whole segments; the inverse of `decode_levels`.
 
     Args:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES, Dtype
 from ..errors import fault
 from .codetable import CodeTable
-from .planes import Levels
+from .planes import AnyLevels, Levels
 
 F32 = NDArray[np.float32]
 
@@ -109,11 +109,10 @@ def require_centroids(centroids: F32) -> None:
 # ------------------------------------------------------------------------------------------------- exact
 
 
-def patterns_to_levels(patterns: NDArray[np.unsignedinteger], bits: int) -> Levels:
-    """Moves the sign from the highest bit of each pattern to the lowest."""
+def patterns_to_levels(patterns: NDArray[np.unsignedinteger], bits: int) -> AnyLevels:
+    """Moves the sign from the highest bit of each pattern to the lowest; same dtype."""
     one = patterns.dtype.type(1)
-    rotated = (patterns << one) | (patterns >> patterns.dtype.type(bits - 1))
-    return rotated.astype(np.uint64)
+    return np.asarray((patterns << one) | (patterns >> patterns.dtype.type(bits - 1)))
 
 
 def levels_to_patterns(levels: Levels, dtype: Dtype) -> NDArray[np.unsignedinteger]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
+from ..coding.classes import Layout
 from ..coding.codetable import CodeTable
-from ..coding.planes import Counts, Levels, Planes, StreamSpan
+from ..coding.counts import Costs, Rows, Survey
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantiser import F32
 from ..container.entry import TensorEntry
 
@@ -43,8 +47,31 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
+    def survey(self, levels: AnyLevels, counts: Counts) -> Survey:
+        """As `coding.counts.survey`."""
+
+    def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
+        """As `coding.counts.count_classes`."""
+
+    def count_symbols(self, levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
+        """As `coding.counts.count_symbols`."""
+
+    def cluster(self, sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
+        """As `coding.counts.cluster`."""
+
+    def assign(self, rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """As `coding.counts.assign`."""
+
+    def lengths_of_codes(self, totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
+        """As `coding.counts.lengths_of_codes`."""
+
+    def encode_mask(
+        self, kind: str, polarity: int, mask: Mask, positions: Counts
+    ) -> tuple[AnyLevels, Counts]:
+        """As `coding.mask.encode_mask`."""
+
     def encode_levels(
-        self, levels: Levels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+        self, levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
     ) -> Planes:
         """As `coding.planes.encode_levels`."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes, survey
+from ..coding.mask import encode_mask
 from ..coding.planes import decode_levels, encode_levels
 from ..coding.quantiser import F32
 from ..container.entry import TensorEntry
@@ -11,7 +13,20 @@ from .interface import Run
 
 name = "python"
 
-__all__ = ["decode_levels", "decode_runs", "encode_levels", "make_recipe", "name"]
+__all__ = [
+    "assign",
+    "cluster",
+    "count_classes",
+    "count_symbols",
+    "decode_levels",
+    "decode_runs",
+    "encode_levels",
+    "encode_mask",
+    "lengths_of_codes",
+    "make_recipe",
+    "name",
+    "survey",
+]
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> None:

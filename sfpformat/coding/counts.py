@@ -1,0 +1,141 @@
+"""Counting levels segment by segment, and finding segments of like statistics (the encoder's side of
+SPEC.md chapter 8).
+
+Segments of like statistics share a code. They are found by a few rounds of k-means whose distance is the
+length of a segment under a code. Everything is whole numbers, so that every platform and every engine finds
+the same; this module is the plain statement.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .classes import FRACTION, Layout, log2_fixed
+from .codetable import CodeTable, PrefixCode, code_lengths
+from .planes import AnyLevels, Counts, segment_ors, symbol_counts, symbols_of_classes
+
+# Symbol counts of segments, shape [segments, symbols].
+Rows = NDArray[np.int32]
+# What each symbol costs in each code, in bits times 2^COST_FRACTION, shape [codes, symbols]. A segment's cost
+# stays below 2^31: it has at most 2^16 levels, and no cost reaches 2^14.
+Costs = NDArray[np.int32]
+
+COST_FRACTION = 8
+ROUNDS = 4
+NUMBERS_OF_CODES = (1, 2, 4, 8, 16)
+_ROWS_AT_A_TIME = 1024
+
+
+class Survey(NamedTuple):
+    """What one look at some levels tells: the least, the greatest, and the bitwise OR of each segment's."""
+
+    least: int
+    greatest: int
+    joined: NDArray[np.uint64]
+
+
+def survey(levels: AnyLevels, counts: Counts) -> Survey:
+    """Looks at at least one level."""
+    return Survey(int(levels.min()), int(levels.max()), segment_ors(levels, counts))
+
+
+def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
+    """How often each class of 2^width levels occurs in each segment.
+
+    Args:
+        levels: of whole segments, all in the classes counted.
+        counts: levels in each segment.
+        first: the number of the first class; class c covers the levels from c * 2^width on.
+        classes: how many are counted.
+    """
+    numbers = (levels >> levels.dtype.type(width)).astype(np.int64) - first
+    return _count(numbers, counts, classes)
+
+
+def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
+    """How often each symbol of a layout of two or more classes occurs in each segment."""
+    classes = len(layout.extra)
+    any_code = PrefixCode(b"\1\1" + bytes(classes**group - 2))  # a table must have one
+    found = CodeTable(layout.base, layout.extra, (any_code,), group).class_of(levels)
+    symbols = symbols_of_classes(found, counts, classes, group)
+    return _count(symbols, symbol_counts(counts, group), classes**group)
+
+
+def _count(numbers: NDArray[np.int64], counts: Counts, columns: int) -> Rows:
+    row = np.repeat(np.arange(len(counts)), counts)
+    flat = np.bincount(row * columns + numbers, minlength=len(counts) * columns)
+    return flat.reshape(len(counts), columns).astype(np.int32)
+
+
+# ------------------------------------------------------------------------------------------------ clusters
+
+
+def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
+    """The costs of symbols in that number of codes that is cheapest over all.
+
+    Args:
+        sample: symbol counts of some segments.
+        order: a weight for each symbol, below 2^16, that tells segments of small levels from those of large:
+            where k-means begins.
+        most: codes to try, at most.
+        segments: how many segments the sample stands for.
+    """
+    size, symbols = sample.shape
+    wide = sample.astype(np.int64)
+    means = ((wide @ order) << COST_FRACTION) // np.maximum(wide.sum(1), 1)
+    rank = np.argsort(means * size + np.arange(size))
+    best: tuple[int, Costs] | None = None
+    for number in NUMBERS_OF_CODES:
+        if number > most or number > max(size // 2, 1):
+            break
+        chosen = np.zeros(size, np.int64)
+        chosen[rank] = np.arange(size) * number // size
+        for _ in range(ROUNDS if number > 1 else 1):
+            costs = symbol_costs(np.stack([wide[chosen == i].sum(0) for i in range(number)]))
+            chosen, bits = _cheapest(sample, costs)
+        side = size * (number - 1).bit_length() + number * symbols * 4 * size // segments
+        whole = int(bits.sum()) + (side << COST_FRACTION)
+        if best is not None and whole >= best[0]:
+            break
+        best = whole, costs
+    assert best is not None
+    return best[1]
+
+
+def symbol_costs(totals: NDArray[np.int64]) -> Costs:
+    """-log2 of each symbol's share; one is added to four times every count, so none is without."""
+    counts = totals * 4 + 1
+    bits = log2_fixed(counts.sum(1))[:, None] - log2_fixed(counts.reshape(-1)).reshape(counts.shape)
+    return (bits >> (FRACTION - COST_FRACTION)).astype(np.int32)
+
+
+def _cheapest(rows: Rows, costs: Costs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The cheapest code of each segment, of equally cheap ones the first, and the segment's cost in it."""
+    # Whole numbers below 2^53: exact in float64, whose matrix product is the fast one.
+    bits = rows.astype(np.float64) @ costs.T.astype(np.float64)
+    return bits.argmin(1), bits.min(1).astype(np.int64)
+
+
+def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Gives every segment its cheapest code, of equally cheap ones the first.
+
+    Returns:
+        The code of each segment, and the symbol counts of each code, shape [codes, symbols].
+    """
+    codes = np.zeros(len(rows), np.uint8)
+    totals = np.zeros(costs.shape, np.int64)
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        part = rows[start : start + _ROWS_AT_A_TIME]
+        chosen, _ = _cheapest(part, costs)
+        codes[start : start + len(part)] = chosen
+        for code in range(len(costs)):
+            totals[code] += part[chosen == code].sum(0)
+    return codes, totals
+
+
+def lengths_of_codes(totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
+    """The code lengths of each row of symbol counts, shape [codes, symbols] (R-CAN-005)."""
+    return np.stack([np.frombuffer(code_lengths(row, limit), np.uint8) for row in totals])
