@@ -24,12 +24,13 @@ from .container.messagepack import Map
 from .container.preamble import SIZE
 from .errors import OptionError, SfpError
 from .limits import DEFAULT_LIMITS
+from .source import Buffer
 
 
 class Sink(Protocol):
     """Takes the bytes of a file in order, and the preamble last."""
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: Buffer) -> None:
         """Writes behind what was written before."""
 
     def tensor_done(self, entry: TensorEntry) -> None:
@@ -53,7 +54,7 @@ class FileSink:
             self._new.abort()
             raise
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: Buffer) -> None:
         self._new.file.write(data)
 
     def tensor_done(self, entry: TensorEntry) -> None:
@@ -76,7 +77,7 @@ class StreamSink:
         stream.seek(0)
         stream.write(bytes(SIZE))
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: Buffer) -> None:
         self._stream.write(data)
 
     def tensor_done(self, entry: TensorEntry) -> None:
@@ -157,7 +158,7 @@ class ResumableSink:
                 return False
         return True
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: Buffer) -> None:
         self._file.write(data)
 
     def tensor_done(self, entry: TensorEntry) -> None:

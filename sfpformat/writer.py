@@ -21,6 +21,7 @@ from .checksum import crc32
 from .codec.encode import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
 from .codec.options import Options
 from .codec.plan import Importance, Plan, plan_tensor
+from .coding.bits import Bytes
 from .coding.mask import Mask
 from .container.directory import Directory
 from .container.entry import CHUNK_RECORD, TensorEntry
@@ -132,10 +133,10 @@ class Writer:
         self._whole = True
         return entry
 
-    def _encoded(self, plan: Plan) -> Iterator[bytes]:
+    def _encoded(self, plan: Plan) -> Iterator[Bytes]:
         """The chunks of a plan in order, some encoded ahead where there are threads."""
 
-        def work(job: ChunkJob) -> bytes:
+        def work(job: ChunkJob) -> Bytes:
             return encode_chunk(plan, self._engine, job)
 
         jobs = chunk_jobs(plan)
@@ -143,7 +144,7 @@ class Writer:
             yield from map(work, jobs)
             return
         with ThreadPoolExecutor(self._threads) as pool:
-            ahead: deque[Future[bytes]] = deque()
+            ahead: deque[Future[Bytes]] = deque()
             for job in jobs:
                 ahead.append(pool.submit(work, job))
                 if len(ahead) > self._threads:
@@ -157,12 +158,13 @@ class Writer:
         if not self._whole:
             raise SfpError("a tensor was written only in part: the file cannot be finished")
 
-    def _append(self, chunk: bytes) -> NDArray[np.void]:
+    def _append(self, chunk: Bytes) -> NDArray[np.void]:
         """Writes a chunk and returns its record, shape [1]."""
         if len(chunk) >= 1 << 32:
             raise OptionError(f"a chunk of {len(chunk)} bytes; the format ends below 4 GiB")
-        self._sink.append(chunk)
-        return np.array([(len(chunk), crc32(chunk))], CHUNK_RECORD)
+        data = chunk.data
+        self._sink.append(data)
+        return np.array([(len(chunk), crc32(data))], CHUNK_RECORD)
 
     def close(self) -> None:
         """Writes the directory and makes the file the target."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..coding.bits import as_bytes
+from ..coding.bits import Bytes
 from ..coding.planes import AnyLevels, Counts, Planes, greatest_trims, segment_sums
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
 from .plan import Plan
 
 
-def encode_vectors(plan: Plan) -> bytes | None:
+def encode_vectors(plan: Plan) -> Bytes | None:
     """The vector chunk, or None where the tensor has no vectors."""
     return build_vectors(plan.entry, plan.vectors) if plan.entry.has_vectors() else None
 
@@ -36,10 +36,10 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
         first += len(positions)
 
 
-def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> bytes:
+def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Bytes:
     """The bytes of a chunk; chunks do not depend on one another."""
     if plan.fingerprints is None:
-        return build_raw(as_bytes(plan.flat[job.block].tobytes()))
+        return build_raw(plan.flat[job.block].view(np.uint8))
     mask = None if plan.survives is None else plan.survives(job.block)
     survivors = job.positions if mask is None else segment_sums(mask, job.positions)
     streams = {"fingerprints": (plan.fingerprints.levels(job.block, mask), survivors)}

@@ -55,6 +55,11 @@ _LEAST = np.finfo(np.float32).smallest_subnormal
 _MIN_BYTES = 2048
 # With more survivors than this a tensor is also tried without a mask.
 _DENSE = 0.6
+# With more than this a mask is not tried at all: it could save a few parts in a thousand, and decoding it
+# takes longer than all the rest.
+_NEARLY_ALL = 0.995
+# A table of all values is tried where the tensor has at least this many bits for each of them.
+_CENTROID_BITS = 64
 # Default segments have about this many positions when dense, more the fewer survive, so that the segment
 # index stays a small part of what it indexes (SPEC.md chapter 27 has the figures).
 _SEGMENT = 1536
@@ -223,10 +228,10 @@ class _Planner:
             narrow = options.narrow and options.code_limit >= 8
             coded = narrowest_exact(flat, dtype) if narrow else dtype
             exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
-                (ExactSource(flat, dtype, coded), {})
+                (ExactSource(flat, dtype, coded, self.engine), {})
             ]
             values = few_values(flat, dtype) if options.quantiser == "lossless" else None
-            if values is not None and len(values):
+            if values is not None and 0 < len(values) * _CENTROID_BITS < flat.nbytes * 8:
                 exact.append((table_of_values(flat, values), {"fingerprint centroids": values}))
             return exact
         require_finite(flat)
@@ -257,15 +262,13 @@ class _Planner:
             yield self._plan_streams(source, vectors, None, 1.0)
             return
         survives = source.survives if given is None else _survivors_of(given)
-        density = self._density(survives)
-        if density < 1.0 or kind != "auto":
+        alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
+        density = alive / len(self.flat) if len(self.flat) else 1.0
+        optional = given is None and kind == "auto"
+        if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
             yield self._plan_streams(source, vectors, survives, density)
-        if (given is None and kind == "auto" and density > _DENSE) or (density == 1.0 and kind == "auto"):
+        if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
             yield self._plan_streams(source, vectors, None, 1.0)
-
-    def _density(self, survives: Callable[[slice], Mask]) -> float:
-        alive = sum(int(np.count_nonzero(survives(block))) for block, _ in Blocks(len(self.flat), 1 << 16, 4))
-        return alive / len(self.flat) if len(self.flat) else 1.0
 
     def _plan_streams(
         self,

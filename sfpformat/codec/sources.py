@@ -22,6 +22,7 @@ from ..coding.quantiser import (
 from ..container.entry import TensorEntry
 from ..container.streams import ScaleEntry
 from ..dtypes import DTYPES, Dtype
+from ..engines import Engine
 from ..errors import OptionError
 from .decode import scale_index
 from .options import Options
@@ -40,6 +41,7 @@ Flat = NDArray[np.generic]
 
 # A lossless tensor of at most so many different magnitudes may be a table of them.
 MAX_DISTINCT = 1024
+_BLOCK = 1 << 18  # positions looked at together
 
 
 class FingerprintSource(Protocol):
@@ -52,6 +54,9 @@ class FingerprintSource(Protocol):
     def survives(self, block: slice) -> Mask:
         """Which positions of a block have a weight that is not coded as zero."""
 
+    def count_survivors(self) -> int:
+        """How many positions of the tensor `survives` has."""
+
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         """The levels of a block's survivors (all positions without a mask)."""
 
@@ -63,6 +68,7 @@ class ExactSource:
     flat: Flat
     dtype: Dtype
     coded: Dtype
+    engine: Engine
 
     @property
     def quantiser(self) -> Quantiser:
@@ -71,11 +77,14 @@ class ExactSource:
     def survives(self, block: slice) -> Mask:
         return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
 
+    def count_survivors(self) -> int:
+        return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
+
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
         if self.coded != self.dtype:
             values = values.astype(self.coded.numpy)
-        return patterns_to_levels(float_patterns(values, self.coded), self.coded.bits)
+        return self.engine.patterns_to_levels(float_patterns(values, self.coded))
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,12 @@ class NumberSource:
             return np.asarray(values != 0)
         return np.asarray(self.numbers(self._magnitudes(block, None)) != 0)
 
+    def count_survivors(self) -> int:
+        return sum(
+            int(np.count_nonzero(self.survives(slice(start, min(start + _BLOCK, len(self.flat))))))
+            for start in range(0, len(self.flat), _BLOCK)
+        )
+
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
         values = self.flat[block] if mask is None else self.flat[block][mask]
         numbers = self.numbers(self._magnitudes(block, mask))
@@ -152,7 +167,7 @@ class ImportanceSource:
         if isinstance(self.quantiser, Exact):
             coded = self.quantiser.dtype
             patterns = float_patterns(values.astype(coded.numpy), coded)
-            return patterns_to_levels(patterns, coded.bits)
+            return patterns_to_levels(patterns)
         assert self.numbers is not None
         return self.numbers(values)
 
@@ -169,7 +184,7 @@ def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
     blocks = [sample(flat, 4 * MAX_DISTINCT)]  # most tensors are told by a sample
     blocks += [flat[i : i + SAMPLE] for i in range(0, len(flat), SAMPLE)]
     for block in blocks:
-        seen = np.union1d(seen, float_patterns(np.ascontiguousarray(block), dtype) & sign)
+        seen = _union(seen, float_patterns(np.ascontiguousarray(block), dtype) & sign)
         if len(seen) > MAX_DISTINCT:
             return None
     exact = seen.view(dtype.numpy)
@@ -178,6 +193,17 @@ def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
     if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
         return None
     return values
+
+
+def _union(
+    seen: NDArray[np.unsignedinteger], more: NDArray[np.unsignedinteger]
+) -> NDArray[np.unsignedinteger]:
+    """The values of both, ascending, each once."""
+    if seen.itemsize > 2:
+        return np.union1d(seen, more)
+    found = np.zeros(1 << 8 * seen.itemsize, np.bool_)
+    found[seen] = found[more] = True
+    return np.flatnonzero(found).astype(seen.dtype)
 
 
 def table_of_values(flat: Flat, values: F32) -> NumberSource:

@@ -19,8 +19,9 @@ from ..coding.classes import (
     histogram,
 )
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
+from ..coding.counts import Rows
 from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts, Levels, trims_of
+from ..coding.planes import AnyLevels, Counts, trims_of
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
@@ -64,57 +65,73 @@ class _ExactSurvey:
 
     Attributes:
         width: residual bits of the classes that are counted.
-        least, greatest: of all levels; -1 where there is none.
-        joined, counts: for each chunk the bitwise OR of each segment's levels, and how many it has.
+        first, last: of the classes that occur; -1 where none does.
+        zeros: for each chunk `planes.shared_zeros`, and how many levels each segment has.
     """
 
-    def __init__(self, blocks: LevelBlocks, width: int, fine: int | None, engine: Engine) -> None:
+    def __init__(
+        self, blocks: LevelBlocks, bits: int, width: int, engine: Engine, fine: int | None = None
+    ) -> None:
         """Goes through the levels.
 
         Args:
+            bits: of a level.
             width: residual bits of the classes to count in each segment.
             fine: residual bits of classes to count in a part of the levels, or None.
         """
-        self.width, self.least, self.greatest = width, -1, -1
-        self.joined: list[tuple[Levels, Counts]] = []
+        self.width, self.first, self.last = width, -1, -1
+        self.zeros: list[tuple[Counts, Counts]] = []
         self._counter = SymbolCounter(blocks.segments)
         self._fine = np.zeros(0, np.int64)
         for levels, counts in blocks:
-            self._add(levels, counts, engine)
+            self._counter.add(*self._rows(levels, counts, bits, engine))
+            self.zeros.append((engine.shared_zeros(levels, counts), counts))
             if fine is not None:
                 part = levels[: max(len(levels) // _JUDGED_PART, _JUDGED_LEVELS)]
                 self._fine = add_histograms(self._fine, histogram(part >> part.dtype.type(fine)))
 
-    def _add(self, levels: AnyLevels, counts: Counts, engine: Engine) -> None:
+    def _rows(self, levels: AnyLevels, counts: Counts, bits: int, engine: Engine) -> tuple[int, Rows]:
+        """The first class that occurs in a chunk, and how often each from it on occurs in each segment."""
+        least, most = 0, 1 << (bits - self.width)
+        if most > MAX_CLASSES[1] and len(levels):
+            least = int(levels.min()) >> self.width
+            most = (int(levels.max()) >> self.width) - least + 1
+        rows = np.zeros((len(counts), 0), np.int32)
         if not len(levels):
-            self._counter.add(0, np.zeros((len(counts), 0), np.int32))
-            return
-        seen = engine.survey(levels, counts)
-        self.least = seen.least if self.least < 0 else min(self.least, seen.least)
-        self.greatest = max(self.greatest, seen.greatest)
-        self.joined.append((seen.joined, counts))
-        first = seen.least >> self.width
-        classes = (seen.greatest >> self.width) - first + 1
-        if classes <= MAX_CLASSES[1]:
-            self._counter.add(first, engine.count_classes(levels, counts, self.width, first, classes))
+            return 0, rows
+        if most > MAX_CLASSES[1]:  # too many to be coded
+            self._see(least, least + most - 1)
+            return 0, rows
+        rows = engine.count_classes(levels, counts, self.width, least, most)
+        used = np.flatnonzero(rows.any(0))
+        first, last = int(used[0]), int(used[-1])
+        self._see(least + first, least + last)
+        return least + first, rows[:, first : last + 1]
 
-    def fits(self, width: int, bound: int) -> bool:
-        """Whether classes of that width can be coded: they are not too many, and none reaches the bound."""
-        first, last = self.least >> width, self.greatest >> width
-        return width <= MAX_FIELD_BITS and (last + 1) << width <= bound and last - first < MAX_CLASSES[1]
+    def _see(self, first: int, last: int) -> None:
+        self.first = first if self.first < 0 else min(self.first, first)
+        self.last = max(self.last, last)
+
+    def fits(self, bound: int) -> bool:
+        """Whether the classes can be coded: they are not too many, and none reaches the bound."""
+        return (
+            self.width <= MAX_FIELD_BITS
+            and (self.last + 1) << self.width <= bound
+            and self.last - self.first < MAX_CLASSES[1]
+        )
 
     def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
         """The counts of the classes from the first used to the last, and these as a layout."""
-        width, first = self.width, self.least >> self.width
-        classes = (self.greatest >> width) - first + 1
-        return self._counter.counts(first, classes), Layout(first << width, bytes([width]) * classes)
+        classes = self.last - self.first + 1
+        layout = Layout(self.first << self.width, bytes([self.width]) * classes)
+        return self._counter.counts(self.first, classes), layout
 
-    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, int]]:
-        """For classes of each width, the finest first: about the bits of a level, and how many occur."""
+    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Histogram]]:
+        """For classes of each width, the finest first: about a level's bits, and how often each occurs."""
         counts = self._fine
         levels = int(counts.sum())
         for width in range(fine, coarsest + 1):
-            yield width, entropy_bits(counts) / (levels << FRACTION) + width, int(np.count_nonzero(counts))
+            yield width, entropy_bits(counts) / (levels << FRACTION) + width, counts
             even = add_histograms(counts, np.zeros(len(counts) + len(counts) % 2, np.int64))
             counts = even.reshape(-1, 2).sum(1)
 
@@ -129,15 +146,15 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         fine, width = max(whole - 3, 1), whole
     else:
         fine = width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
-    survey = _ExactSurvey(blocks, width, fine if fine < width else None, engine)
-    if survey.least < 0:
+    survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
+    if survey.last < 0:
         return _no_levels(blocks)
     best = _judged_width(survey, fine, width, bound, options)
     for candidate in (*range(best, dtype.bits + 1), *range(best - 1, 0, -1)):
-        if not survey.fits(candidate, bound):
-            continue
         if candidate != survey.width:
-            survey = _ExactSurvey(blocks, candidate, None, engine)
+            survey = _ExactSurvey(blocks, dtype.bits, candidate, engine)
+        if not survey.fits(bound):
+            continue
         counts, layout = survey.symbol_counts()
         if len(layout.extra) == 1:
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
@@ -146,19 +163,19 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments
             if options.trim:
-                saved += sum(int(trims_of(*one, candidate) @ one[1]) for one in survey.joined)
+                saved += sum(int(trims_of(zeros, candidate) @ counts) for zeros, counts in survey.zeros)
             return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
     raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
 
 
 def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
     """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
-    if fine == width:
-        return width
     best: tuple[float, int] | None = None
-    for candidate, bits, used in survey.bits_by_width(fine, width):
-        few = used <= min(MAX_SYMBOLS, 1 << options.code_limit)
-        if few and survey.fits(candidate, bound) and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
+    for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
+        used = np.flatnonzero(counts)
+        few = len(used) <= min(MAX_SYMBOLS, 1 << options.code_limit)
+        fits = int(used[-1] + 1) << candidate <= bound and used[-1] - used[0] < MAX_CLASSES[1]
+        if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
             best = min(best[0], bits) if best else bits, candidate
     return width if best is None else best[1]
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 Histogram = NDArray[np.int64]
 
 FRACTION = 16  # bits after the binary point in fixed-point logarithms
-_TABLE_BITS = 12
+LOG2_BITS = 12
 # log2(1 + i / 4096) in fixed point; rounding hides what libraries differ in.
-_LOG2 = np.array(
-    [round(math.log2(1 + i / (1 << _TABLE_BITS)) * (1 << FRACTION)) for i in range(1 << _TABLE_BITS)],
+LOG2 = np.array(
+    [round(math.log2(1 + i / (1 << LOG2_BITS)) * (1 << FRACTION)) for i in range(1 << LOG2_BITS)],
     np.int64,
 )
 # What a class costs in the directory: a byte of `extra` and one of `length`.
@@ -30,9 +30,9 @@ _FINE_NUMBERS = 128
 def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
     """log2 of positive integers, times 2^16, to about 12 bits of the mantissa."""
     exponent = np.frexp(counts.astype(np.float64))[1] - 1  # exact: counts are below 2^53
-    shift = exponent.astype(np.int64) - _TABLE_BITS
+    shift = exponent.astype(np.int64) - LOG2_BITS
     mantissa = np.where(shift >= 0, counts >> np.maximum(shift, 0), counts << np.maximum(-shift, 0))
-    return np.asarray((exponent.astype(np.int64) << FRACTION) + _LOG2[mantissa - (1 << _TABLE_BITS)])
+    return np.asarray((exponent.astype(np.int64) << FRACTION) + LOG2[mantissa - (1 << LOG2_BITS)])
 
 
 def entropy_bits(counts: Histogram) -> int:

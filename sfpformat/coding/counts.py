@@ -8,14 +8,12 @@ the same; this module is the plain statement.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .classes import FRACTION, Layout, log2_fixed
 from .codetable import CodeTable, PrefixCode, code_lengths
-from .planes import AnyLevels, Counts, segment_ors, symbol_counts, symbols_of_classes
+from .planes import AnyLevels, Counts, symbol_counts, symbols_of_classes
 
 # Symbol counts of segments, shape [segments, symbols].
 Rows = NDArray[np.int32]
@@ -27,19 +25,6 @@ COST_FRACTION = 8
 ROUNDS = 4
 NUMBERS_OF_CODES = (1, 2, 4, 8, 16)
 _ROWS_AT_A_TIME = 1024
-
-
-class Survey(NamedTuple):
-    """What one look at some levels tells: the least, the greatest, and the bitwise OR of each segment's."""
-
-    least: int
-    greatest: int
-    joined: NDArray[np.uint64]
-
-
-def survey(levels: AnyLevels, counts: Counts) -> Survey:
-    """Looks at at least one level."""
-    return Survey(int(levels.min()), int(levels.max()), segment_ors(levels, counts))
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:

@@ -112,28 +112,27 @@ def without_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
 
 def greatest_trims(levels: AnyLevels, counts: Counts, extra: int) -> Counts:
     """The greatest trim of each segment, when all classes have ``extra`` residual bits (R-CAN-009)."""
-    return trims_of(segment_ors(levels, counts), counts, extra)
+    return trims_of(shared_zeros(levels, counts), extra)
 
 
-def segment_ors(levels: AnyLevels, counts: Counts) -> Levels:
-    """The bitwise OR of the levels of each segment; 0 for one without levels."""
-    joined = np.zeros(len(counts), np.uint64)
+def shared_zeros(levels: AnyLevels, counts: Counts) -> Counts:
+    """How many bits above the lowest are zero in all levels of each segment; 0 for one without levels.
+
+    All bits of the dtype but the lowest are looked at.
+    """
+    zeros = np.zeros(len(counts), np.int64)
     some = counts > 0
     if some.any():
-        joined[some] = np.bitwise_or.reduceat(levels, (np.cumsum(counts) - counts)[some])
-    return joined
+        one, top = levels.dtype.type(1), levels.dtype.type(1 << (8 * levels.itemsize - 1))
+        starts = (np.cumsum(counts) - counts)[some]
+        joined = np.bitwise_or.reduceat(levels, starts) >> one | top  # no more than there are bits
+        zeros[some] = np.frexp((joined & (~joined + one)).astype(np.float64))[1] - 1
+    return zeros
 
 
-def trims_of(joined: Levels, counts: Counts, extra: int) -> Counts:
-    """As `greatest_trims`, from `segment_ors`."""
-    trims = np.zeros(len(counts), np.int64)
-    some = counts > 0
-    if extra < 2 or not some.any():
-        return trims
-    bits = joined[some] >> np.uint64(1) | np.uint64(1 << (extra - 1))
-    lowest = bits & (~bits + np.uint64(1))
-    trims[some] = np.frexp(lowest.astype(np.float64))[1] - 1
-    return trims
+def trims_of(zeros: Counts, extra: int) -> Counts:
+    """As `greatest_trims`, from `shared_zeros`."""
+    return np.minimum(zeros, max(extra - 1, 0))
 
 
 def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDArray[np.uint16]:

@@ -109,10 +109,10 @@ def require_centroids(centroids: F32) -> None:
 # ------------------------------------------------------------------------------------------------- exact
 
 
-def patterns_to_levels(patterns: NDArray[np.unsignedinteger], bits: int) -> AnyLevels:
+def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
     """Moves the sign from the highest bit of each pattern to the lowest; same dtype."""
-    one = patterns.dtype.type(1)
-    return np.asarray((patterns << one) | (patterns >> patterns.dtype.type(bits - 1)))
+    one, top = patterns.dtype.type(1), patterns.dtype.type(8 * patterns.itemsize - 1)
+    return np.asarray((patterns << one) | (patterns >> top))
 
 
 def levels_to_patterns(levels: Levels, dtype: Dtype) -> NDArray[np.unsignedinteger]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.bits import Bytes, read_fields, write_fields
+from ..coding.bits import Bytes, as_bytes, read_fields, write_fields
 from ..coding.codetable import CodeTable
 from ..coding.mask import level_counts
 from ..coding.planes import Counts, Planes, StreamSpan
@@ -235,7 +236,7 @@ def _require_zero(data: Bytes, start_bit: int, stop: int, clause: str) -> None:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> bytes:
+def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> Bytes:
     """The bytes of a chunk.
 
     Args:
@@ -245,18 +246,23 @@ def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]
     """
     names = quantities(entry)
     values = [_quantity(survivors, planes, *name) for name in names]
-    header, parts = bytearray(), []
+    header, parts = b"", []
     for quantity in values:
         minimum = int(quantity.min())
         width = int(quantity.max() - minimum).bit_length()
         header += _QUANTITY.pack(minimum, width, bytes(3))
-        parts.append(write_fields((quantity - minimum).astype(np.uint64), width).tobytes())
+        parts.append(write_fields((quantity - minimum).astype(np.uint64), width))
+    parts.insert(0, as_bytes(header))
     for stream in entry.streams():
-        parts += [planes[stream].prefix.tobytes(), planes[stream].residual.tobytes()]
-    out = bytearray(_padded(bytes(header)))
-    for part in parts:
-        out += _padded(part)
-    return bytes(out) + bytes(chunk_length(len(out)) - len(out))
+        parts += [planes[stream].prefix, planes[stream].residual]
+    ends = list(accumulate(align(len(part), PART_ALIGNMENT) for part in parts))
+    out = np.empty(chunk_length(ends[-1]), np.uint8)
+    for part, end in zip(parts, ends, strict=True):
+        start = end - align(len(part), PART_ALIGNMENT)
+        out[start : start + len(part)] = part
+        out[start + len(part) : end] = 0
+    out[ends[-1] :] = 0
+    return out
 
 
 def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: str) -> Counts:
@@ -269,10 +275,6 @@ def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: s
         "prefix": planes[stream].prefix_bits,
         "residual": planes[stream].residual_bits,
     }[what]
-
-
-def _padded(part: bytes) -> bytes:
-    return part + bytes(align(len(part), PART_ALIGNMENT) - len(part))
 
 
 # --------------------------------------------------------------------------------------- vector chunk, raw
@@ -301,14 +303,14 @@ def read_vectors(data: Bytes, entry: TensorEntry) -> dict[str, NDArray[np.float3
     return out
 
 
-def build_vectors(entry: TensorEntry, vectors: dict[str, NDArray[np.generic]]) -> bytes:
+def build_vectors(entry: TensorEntry, vectors: dict[str, NDArray[np.generic]]) -> Bytes:
     """The bytes of a vector chunk; the vectors already have their dtypes."""
     places, length = vector_places(entry)
-    out = bytearray(length)
+    out = np.zeros(length, np.uint8)
     for vector, start in zip(entry.vector_list(), places, strict=True):
-        raw = vectors[vector.name].astype(vector.dtype.numpy).tobytes()
+        raw = as_bytes(vectors[vector.name].astype(vector.dtype.numpy).tobytes())
         out[start : start + len(raw)] = raw
-    return bytes(out)
+    return out
 
 
 def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
@@ -325,7 +327,8 @@ def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
     return data[:size]
 
 
-def build_raw(elements: Bytes) -> bytes:
+def build_raw(elements: Bytes) -> Bytes:
     """The bytes of a raw chunk."""
-    raw = elements.tobytes()
-    return raw + bytes(align(len(raw), CHUNK_ALIGNMENT) - len(raw))
+    out = np.zeros(align(len(elements), CHUNK_ALIGNMENT), np.uint8)
+    out[: len(elements)] = elements
+    return out

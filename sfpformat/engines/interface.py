@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..coding.bits import Bytes
 from ..coding.classes import Layout
 from ..coding.codetable import CodeTable
-from ..coding.counts import Costs, Rows, Survey
+from ..coding.counts import Costs, Rows
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantiser import F32
@@ -47,8 +47,11 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
-    def survey(self, levels: AnyLevels, counts: Counts) -> Survey:
-        """As `coding.counts.survey`."""
+    def patterns_to_levels(self, patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
+        """As `coding.quantiser.patterns_to_levels`."""
+
+    def shared_zeros(self, levels: AnyLevels, counts: Counts) -> Counts:
+        """As `coding.planes.shared_zeros`."""
 
     def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """As `coding.counts.count_classes`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes, survey
+from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.mask import encode_mask
-from ..coding.planes import decode_levels, encode_levels
-from ..coding.quantiser import F32
+from ..coding.planes import decode_levels, encode_levels, shared_zeros
+from ..coding.quantiser import F32, patterns_to_levels
 from ..container.entry import TensorEntry
 from .interface import Run
 
@@ -25,7 +25,8 @@ __all__ = [
     "lengths_of_codes",
     "make_recipe",
     "name",
-    "survey",
+    "patterns_to_levels",
+    "shared_zeros",
 ]
 
 

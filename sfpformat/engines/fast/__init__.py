@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from ...coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes, survey
 from ...coding.mask import encode_mask
-from ...coding.planes import encode_levels
 from .decode import decode_levels, decode_runs, make_recipe
+from .encode import (
+    assign,
+    cluster,
+    count_classes,
+    count_symbols,
+    encode_levels,
+    lengths_of_codes,
+    patterns_to_levels,
+    shared_zeros,
+)
 
 name = "numba"
 
@@ -21,5 +29,6 @@ __all__ = [
     "lengths_of_codes",
     "make_recipe",
     "name",
-    "survey",
+    "patterns_to_levels",
+    "shared_zeros",
 ]

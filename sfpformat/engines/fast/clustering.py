@@ -1,0 +1,166 @@
+"""Segments of like statistics, and code lengths, as `coding.counts` and `coding.codetable` state them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...coding.classes import FRACTION, LOG2, LOG2_BITS
+from ...coding.counts import COST_FRACTION, ROUNDS
+from .compiling import kernel
+
+_MOST_BITS = 64
+
+
+@kernel
+def _log2(count: int) -> int:
+    """As `coding.classes.log2_fixed`."""
+    exponent = 0
+    while count >> exponent > 1:
+        exponent += 1
+    shift = exponent - LOG2_BITS
+    mantissa = count >> shift if shift >= 0 else count << -shift
+    return (np.int64(exponent) << FRACTION) + LOG2[mantissa - (1 << LOG2_BITS)]
+
+
+@kernel
+def _fill_costs(totals: Any, costs: Any) -> None:
+    """Fills ``costs`` (int32), as `coding.counts.symbol_costs`."""
+    codes, symbols = totals.shape
+    for code in range(codes):
+        whole = np.int64(0)
+        for symbol in range(symbols):
+            whole += totals[code, symbol] * 4 + 1
+        log_whole = _log2(whole)
+        for symbol in range(symbols):
+            bits = log_whole - _log2(totals[code, symbol] * 4 + 1)
+            costs[code, symbol] = np.int32(bits >> (FRACTION - COST_FRACTION))
+
+
+@kernel
+def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
+    """The cheapest code of a segment, of equally cheap ones the first, and what it costs."""
+    best, least = 0, np.int32(0x7FFFFFFF)
+    for code in range(costs.shape[0]):
+        bits = np.int32(0)
+        for symbol in range(row.size):
+            bits = np.int32(bits + np.int32(row[symbol] * costs[code, symbol]))
+        if bits < least:
+            best, least = code, bits
+    return best, np.int64(least)
+
+
+@kernel
+def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> int:
+    """As `coding.counts.cluster`.
+
+    Args:
+        sample: int32 [n, symbols], C order.
+        order: int64 [symbols].
+        tried: int64, numbers of codes to try, ascending from 1.
+        costs: int32 [greatest of ``tried``, symbols], filled as far as the number returned.
+    """
+    size, symbols = sample.shape
+    means = np.empty(size, np.int64)
+    for i in range(size):
+        weighted, levels = np.int64(0), np.int64(0)
+        for symbol in range(symbols):
+            weighted += sample[i, symbol] * order[symbol]
+            levels += sample[i, symbol]
+        means[i] = (weighted << COST_FRACTION) // max(levels, 1) * size + i
+    rank = np.argsort(means)
+    chosen = np.empty(size, np.int64)
+    found = np.empty((tried[-1], symbols), np.int32)
+    best, least = 0, np.int64(-1)
+    for number in tried:
+        for i in range(size):
+            chosen[rank[i]] = i * number // size
+        bits = np.int64(0)
+        for _ in range(ROUNDS if number > 1 else 1):
+            totals = np.zeros((number, symbols), np.int64)
+            for i in range(size):
+                own = totals[chosen[i]]
+                for symbol in range(symbols):
+                    own[symbol] += sample[i, symbol]
+            _fill_costs(totals, found)
+            bits = np.int64(0)
+            for i in range(size):
+                chosen[i], cost = _cheapest(sample[i], found[:number])
+                bits += cost
+        code_bits = 0
+        while (number - 1) >> code_bits:
+            code_bits += 1
+        side = size * code_bits + number * symbols * 4 * size // segments
+        whole = bits + (side << COST_FRACTION)
+        if least >= 0 and whole >= least:
+            break
+        best, least = number, whole
+        costs[:number] = found[:number]
+    return best
+
+
+@kernel
+def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
+    """As `coding.counts.assign`: fills ``codes`` (uint8) and ``totals`` (int64, zeros)."""
+    for s in range(rows.shape[0]):
+        code, _ = _cheapest(rows[s], costs)
+        codes[s] = code
+        own = totals[code]
+        for symbol in range(rows.shape[1]):
+            own[symbol] += rows[s, symbol]
+
+
+@kernel
+def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
+    """The code lengths of the symbols of one code, as `coding.codetable.code_lengths`.
+
+    Args:
+        counts: int64 [symbols], at least two of which are not 0, at most 2^limit.
+        lengths: uint8 [symbols], zeros.
+    """
+    symbols = counts.size
+    # Sorted by count, then by number: counts stay below 2^48, numbers below 2^12.
+    keys = np.empty(symbols, np.int64)
+    n = 0
+    for symbol in range(symbols):
+        if counts[symbol]:
+            keys[n] = counts[symbol] << 12 | symbol
+            n += 1
+    keys = np.sort(keys[:n])
+    merged, following = np.empty(2 * n, np.int64), np.empty(2 * n, np.int64)
+    is_item = np.zeros((limit, 2 * n), np.uint8)
+    for i in range(n):
+        merged[i] = keys[i] >> 12
+    is_item[0, :n] = 1
+    size = n
+    for step in range(1, limit):
+        pairs, i, p, to = size // 2, 0, 0, 0
+        while i < n or p < pairs:
+            pair = merged[2 * p] + merged[2 * p + 1] if p < pairs else np.int64(0)
+            if p == pairs or (i < n and keys[i] >> 12 <= pair):
+                following[to] = keys[i] >> 12
+                is_item[step, to] = 1
+                i += 1
+            else:
+                following[to] = pair
+                p += 1
+            to += 1
+        merged, following = following, merged
+        size = to
+    taken = 2 * n - 2
+    for back in range(limit):
+        step = limit - 1 - back
+        chosen = 0
+        for i in range(taken):
+            chosen += is_item[step, i]
+        for i in range(chosen):
+            lengths[keys[i] & 4095] += np.uint8(1)
+        taken = 2 * (taken - chosen)
+
+
+@kernel
+def fill_all_lengths(totals: Any, limit: int, lengths: Any) -> None:
+    """`fill_lengths` for each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
+    for code in range(totals.shape[0]):
+        fill_lengths(totals[code], limit, lengths[code])

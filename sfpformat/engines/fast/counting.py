@@ -1,0 +1,117 @@
+"""Levels to the symbol counts of their segments, as `coding.counts` and `coding.planes` state it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+
+# Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
+# every fourth level has counters of its own.
+_COUNTERS = 4
+
+
+@kernel
+def patterns_to_levels(patterns: Any, top: int, levels: Any) -> None:
+    """Moves the sign from bit ``top`` of each pattern to the lowest."""
+    for i in range(patterns.size):
+        levels[i] = patterns[i] << 1 | patterns[i] >> top
+
+
+@kernel
+def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -> None:
+    """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
+
+    Args:
+        levels: unsigned, of whole segments, all in the classes from ``first`` on that ``rows`` has.
+        counts: int64, levels in each segment.
+    """
+    classes = rows.shape[1]
+    zero, one, two, three = (
+        np.empty(classes, np.int32),
+        np.empty(classes, np.int32),
+        np.empty(classes, np.int32),
+        np.empty(classes, np.int32),
+    )
+    # Unsigned throughout: signed subscripts are tested for being negative.
+    shift, least, more = np.uint64(width), np.uint64(first), np.int32(1)
+    at = np.uint64(0)
+    for s in range(counts.size):
+        stop = at + np.uint64(counts[s])
+        zero[:], one[:], two[:], three[:] = 0, 0, 0, 0
+        while at + np.uint64(_COUNTERS) <= stop:
+            zero[(np.uint64(levels[at]) >> shift) - least] += more
+            one[(np.uint64(levels[at + np.uint64(1)]) >> shift) - least] += more
+            two[(np.uint64(levels[at + np.uint64(2)]) >> shift) - least] += more
+            three[(np.uint64(levels[at + np.uint64(3)]) >> shift) - least] += more
+            at += np.uint64(_COUNTERS)
+        while at < stop:
+            zero[(np.uint64(levels[at]) >> shift) - least] += more
+            at += np.uint64(1)
+        for c in range(classes):
+            rows[s, c] = zero[c] + one[c] + two[c] + three[c]
+
+
+@kernel
+def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> int:
+    """The class of a level.
+
+    Args:
+        level, base: uint64.
+        constant: residual bits of all classes, or -1 where they differ.
+        lookup: uint16, level -> class, for tables that end early; else empty.
+        firsts: uint64, the first level of each class.
+    """
+    if constant >= 0:
+        return np.int64(level - base >> np.uint64(constant))
+    if lookup.size:
+        return np.int64(lookup[level])
+    return np.searchsorted(firsts, level, side="right") - 1
+
+
+@kernel
+def count_symbols(
+    levels: Any, counts: Any, base: Any, constant: int, lookup: Any, firsts: Any, group: int, rows: Any
+) -> None:
+    """Fills ``rows`` (int32 [segments, symbols], zeros): how often each symbol occurs.
+
+    Args:
+        levels, counts: as in `count_classes`.
+        base, constant, lookup, firsts: as in `class_of`.
+        group: levels a symbol, 1 or 2.
+    """
+    classes, at = firsts.size, np.int64(0)
+    for s in range(counts.size):
+        stop = at + counts[s]
+        while at < stop:
+            symbol = class_of(np.uint64(levels[at]), base, constant, lookup, firsts)
+            at += 1
+            if group == 2:
+                if at < stop:
+                    symbol += classes * class_of(np.uint64(levels[at]), base, constant, lookup, firsts)
+                at += 1
+            rows[s, symbol] += np.int32(1)
+        at = stop
+
+
+@kernel
+def shared_zeros(levels: Any, counts: Any, bits: int, zeros: Any) -> None:
+    """Fills ``zeros`` (int64), as `coding.planes.shared_zeros`; ``bits`` is the width of the dtype."""
+    at = np.int64(0)
+    for s in range(counts.size):
+        stop = at + counts[s]
+        joined = np.uint64(1) << np.uint64(bits)
+        i = at
+        # Almost always one of the first few levels says that there are none.
+        while i < stop and not joined & np.uint64(2):
+            joined |= np.uint64(levels[i])
+            i += 1
+        zeros[s] = 0
+        if stop > at:
+            joined >>= np.uint64(1)
+            while not joined & np.uint64(1):
+                joined >>= np.uint64(1)
+                zeros[s] += 1
+        at = stop

@@ -1,0 +1,131 @@
+"""The fast engine's encoding: as the functions of the same names in `coding`, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...coding.bits import Bytes
+from ...coding.classes import Layout
+from ...coding.codetable import MAX_CODE_BITS, CodeTable
+from ...coding.counts import NUMBERS_OF_CODES, Costs, Rows
+from ...coding.planes import AnyLevels, Counts, Levels, Planes
+from . import clustering, counting, packing
+
+# Tables whose levels end before this have a table from level to class.
+_MOST_LOOKED_UP = 1 << 16
+_NO_LOOKUP = np.zeros(0, np.uint16)
+
+
+def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
+    """As `coding.quantiser.patterns_to_levels`."""
+    levels = np.empty_like(patterns, subok=False)
+    counting.patterns_to_levels(np.ascontiguousarray(patterns), 8 * patterns.itemsize - 1, levels)
+    return levels
+
+
+def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
+    """As `coding.counts.count_classes`."""
+    rows = np.empty((len(counts), classes), np.int32)
+    counting.count_classes(np.ascontiguousarray(levels), counts, width, first, rows)
+    return rows
+
+
+def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
+    """As `coding.counts.count_symbols`."""
+    extra = np.frombuffer(layout.extra, np.uint8)
+    rows = np.zeros((len(counts), len(extra) ** group), np.int32)
+    base, constant, lookup, firsts = _class_tables(layout.base, extra)
+    counting.count_symbols(np.ascontiguousarray(levels), counts, base, constant, lookup, firsts, group, rows)
+    return rows
+
+
+def shared_zeros(levels: AnyLevels, counts: Counts) -> Counts:
+    """As `coding.planes.shared_zeros`."""
+    zeros = np.empty(len(counts), np.int64)
+    counting.shared_zeros(np.ascontiguousarray(levels), counts, 8 * levels.itemsize, zeros)
+    return zeros
+
+
+def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
+    """As `coding.counts.cluster`."""
+    tried = [n for n in NUMBERS_OF_CODES if n <= most and n <= max(len(sample) // 2, 1)]
+    costs = np.empty((tried[-1], sample.shape[1]), np.int32)
+    found = clustering.cluster(
+        np.ascontiguousarray(sample), order, np.array(tried, np.int64), segments, costs
+    )
+    return costs[:found]
+
+
+def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """As `coding.counts.assign`."""
+    codes, totals = np.empty(len(rows), np.uint8), np.zeros(costs.shape, np.int64)
+    clustering.assign(np.ascontiguousarray(rows), np.ascontiguousarray(costs), codes, totals)
+    return codes, totals
+
+
+def lengths_of_codes(totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
+    """As `coding.counts.lengths_of_codes`."""
+    lengths = np.zeros(totals.shape, np.uint8)
+    clustering.fill_all_lengths(np.ascontiguousarray(totals), limit, lengths)
+    return lengths
+
+
+def encode_levels(
+    levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+) -> Planes:
+    """As `coding.planes.encode_levels`."""
+    levels = np.ascontiguousarray(levels)
+    extra = table.class_extra
+    base, constant, lookup, firsts = _class_tables(table.base, extra)
+    prefix, prefix_bits = _prefix_plane(levels, counts, codes, table, base, constant, lookup, firsts)
+    if constant == 8 and not int(base) & 255 and not trims.any():
+        residual = np.empty(len(levels), np.uint8)
+        packing.lowest_bytes(levels, residual)
+        return Planes(codes, trims, prefix, prefix_bits, residual, counts * 8)
+    widest = int(extra.max())
+    plane, sizes = np.empty(-(-len(levels) * widest // 8) + 8, np.uint8), np.empty(len(counts), np.int64)
+    used = packing.pack_residuals(levels, counts, trims, base, constant, lookup, firsts, extra, plane, sizes)
+    return Planes(codes, trims, prefix, prefix_bits, plane[:used], sizes)
+
+
+def _prefix_plane(
+    levels: AnyLevels,
+    counts: Counts,
+    codes: Counts,
+    table: CodeTable,
+    base: np.uint64,
+    constant: int,
+    lookup: NDArray[np.uint16],
+    firsts: Levels,
+) -> tuple[Bytes, Counts]:
+    if table.classes == 1:
+        return np.zeros(0, np.uint8), np.zeros(len(counts), np.int64)
+    lengths = np.frombuffer(b"".join([code.length for code in table.codes]), np.uint8)
+    words = np.zeros((len(table.codes), table.classes**table.group), np.uint32)
+    packing.fill_words(lengths.reshape(words.shape), words)
+    symbols = -(-len(levels) // table.group) + len(counts)
+    plane = np.empty(-(-symbols * MAX_CODE_BITS // 8) + 8, np.uint8)
+    sizes = np.empty(len(counts), np.int64)
+    if table.group == 1 and constant >= 0 and not int(base) & ((1 << constant) - 1):
+        first = int(base) >> constant
+        used = packing.pack_prefix_of_one_width(levels, counts, codes, first, constant, words, plane, sizes)
+    else:
+        used = packing.pack_prefix(
+            levels, counts, codes, base, constant, lookup, firsts, table.group, words, plane, sizes
+        )
+    return plane[:used], sizes
+
+
+def _class_tables(base: int, extra: NDArray[np.uint8]) -> tuple[np.uint64, int, NDArray[np.uint16], Levels]:
+    """What `counting.class_of` needs."""
+    sizes = np.uint64(1) << extra.astype(np.uint64)
+    ends = np.cumsum(sizes) + np.uint64(base)
+    firsts = ends - sizes
+    if (extra == extra[0]).all():
+        return np.uint64(base), int(extra[0]), _NO_LOOKUP, firsts
+    if int(ends[-1]) > _MOST_LOOKED_UP:
+        return np.uint64(base), -1, _NO_LOOKUP, firsts
+    lookup = np.zeros(int(ends[-1]), np.uint16)
+    lookup[base:] = np.repeat(np.arange(len(extra), dtype=np.uint16), sizes.astype(np.int64))
+    return np.uint64(base), -1, lookup, firsts
