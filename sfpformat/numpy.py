@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 
@@ -14,6 +13,7 @@ from .codec.plan import Importance
 from .coding.mask import Mask
 from .limits import DEFAULT_LIMITS, Limits
 from .reader import SfpFile
+from .sink import MemorySink
 from .source import Buffer
 from .writer import Writer
 
@@ -62,10 +62,10 @@ def save(
     engine: str | None = None,
 ) -> bytes:
     """The bytes of a file; as `save_file`."""
-    out = io.BytesIO()
+    out = MemorySink()
     with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks or {}, importances or {})
-    return out.getvalue()
+    return out.data
 
 
 def load_file(

@@ -69,6 +69,31 @@ class FileSink:
         self._new.abort()
 
 
+class MemorySink:
+    """Memory: the parts of a file, put together when all are there.
+
+    Attributes:
+        data: the file, once it is committed.
+    """
+
+    def __init__(self) -> None:
+        self.data = b""
+        self._parts: list[Buffer] = []
+
+    def append(self, data: Buffer) -> None:
+        self._parts.append(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        pass
+
+    def commit(self, preamble: bytes) -> None:
+        self.data = b"".join([preamble, *self._parts])
+        self._parts = []
+
+    def abort(self, keep: bool) -> None:
+        self._parts = []
+
+
 class StreamSink:
     """A seekable binary object of the caller's, written from its start; a failure leaves it half written."""
 
@@ -193,11 +218,11 @@ class ResumableSink:
 _CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
 
 
-def open_sink(target: str | os.PathLike[str] | BinaryIO, resume_key: str | None) -> Sink:
+def open_sink(target: str | os.PathLike[str] | BinaryIO | MemorySink, resume_key: str | None) -> Sink:
     """The sink for whatever a writer was given."""
     if isinstance(target, (str, os.PathLike)):
         path = real_target(target)
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key)
     if resume_key is not None:
         raise OptionError("only a path can be resumed")
-    return StreamSink(target)
+    return target if isinstance(target, MemorySink) else StreamSink(target)

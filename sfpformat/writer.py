@@ -29,7 +29,7 @@ from .container.preamble import SIZE, Preamble
 from .engines import get_engine
 from .errors import ClosedFileError, OptionError, SfpError
 from .limits import DEFAULT_LIMITS
-from .sink import ResumableSink, open_sink
+from .sink import MemorySink, ResumableSink, open_sink
 
 
 class Writer:
@@ -40,7 +40,7 @@ class Writer:
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | BinaryIO,
+        target: str | os.PathLike[str] | BinaryIO | MemorySink,
         *,
         metadata: dict[str, str] | None = None,
         engine: str | None = None,
@@ -50,7 +50,7 @@ class Writer:
         """Begins a file.
 
         Args:
-            target: a path, or a seekable binary object, which is written from its start.
+            target: a path, or a seekable binary object, which is written from its start, or memory.
             metadata: strings of the caller's own.
             engine: as in `sfpformat.open`.
             threads: how many may encode; None takes the number of cores. The bytes do not depend on it.

@@ -18,6 +18,8 @@ MAX_FIELD_BITS = 56
 # A load of 8 bytes may start at the last byte of a sequence, so 7 readable bytes must follow it. Planes have
 # 16 (SPEC.md 15.1).
 SLACK_BYTES = 7
+# So few bits are packed sooner one by one.
+_FEW_BITS = 1 << 13
 
 
 def as_bytes(data: bytes | bytearray | memoryview | Bytes) -> Bytes:
@@ -84,6 +86,9 @@ def write_fields(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
         return np.zeros(0, np.uint8)
     if width == 8:
         return values.astype(np.uint8)
+    if count * width < _FEW_BITS:
+        bits = values[:, None] >> np.arange(width, dtype=np.uint64) & np.uint64(1)
+        return np.packbits(bits.astype(np.uint8), bitorder="little")
     groups = -(-count // 8)
     padded = np.zeros((groups, 8), np.uint64)
     padded.reshape(-1)[:count] = values

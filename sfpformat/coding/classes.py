@@ -42,7 +42,9 @@ def entropy_bits(counts: Histogram) -> int:
     if len(used) < 2:
         return 0
     each = int(log2_fixed(np.array([total]))[0]) - log2_fixed(used)
-    return int(sum(int(n) * int(bits) for n, bits in zip(used, each, strict=True)))
+    if total < 1 << 40:  # the sum stays below 2^63
+        return int(used @ each)
+    return sum(int(n) * int(bits) for n, bits in zip(used, each, strict=True))
 
 
 def histogram(levels: NDArray[np.integer], size: int = 0) -> Histogram:
