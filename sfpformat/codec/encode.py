@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.bits import Bytes
-from ..coding.planes import AnyLevels, Counts, Planes, greatest_trims, segment_sums
+from ..coding.planes import AnyLevels, Counts, Planes, greatest_trims
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
 from .plan import Plan
@@ -41,7 +41,7 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Bytes:
     if plan.fingerprints is None:
         return build_raw(plan.flat[job.block].view(np.uint8))
     mask = None if plan.survives is None else plan.survives(job.block)
-    survivors = job.positions if mask is None else segment_sums(mask, job.positions)
+    survivors = job.positions if mask is None else engine.survivors(mask, job.positions)
     streams = {"fingerprints": (plan.fingerprints.levels(job.block, mask), survivors)}
     if mask is not None:
         assert plan.entry.mask is not None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts, segment_sums
+from ..coding.planes import AnyLevels, Counts
 from ..coding.quantiser import (
     F32,
     Exact,
@@ -232,7 +232,7 @@ class _Planner:
             ]
             values = few_values(flat, dtype) if options.quantiser == "lossless" else None
             if values is not None and 0 < len(values) * _CENTROID_BITS < flat.nbytes * 8:
-                exact.append((table_of_values(flat, values), {"fingerprint centroids": values}))
+                exact.append((table_of_values(flat, values, self.engine), {"fingerprint centroids": values}))
             return exact
         require_finite(flat)
         scaling = scaling_of(flat, self.entry, options, self.given_mask)
@@ -243,7 +243,7 @@ class _Planner:
             if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
                 raise OptionError("weighted needs an importance of the tensor's shape")
             weights = importance.reshape(-1)
-        source = number_source(flat, options, self.given_mask, scaling, weights)
+        source = number_source(flat, options, self.given_mask, scaling, weights, self.engine)
         vectors: dict[str, NDArray[np.generic]] = {}
         if isinstance(source.numbers, TableNumbers):
             vectors["fingerprint centroids"] = source.numbers.centroids
@@ -302,7 +302,7 @@ class _Planner:
         def levels() -> Iterator[tuple[AnyLevels, Counts]]:
             for block, counts in blocks:
                 mask = None if survives is None else survives(block)
-                alive = counts if mask is None else segment_sums(mask, counts)
+                alive = counts if mask is None else self.engine.survivors(mask, counts)
                 yield source.levels(block, mask), alive
 
         stream = LevelBlocks(entry.segments, levels)
@@ -355,7 +355,7 @@ class _Planner:
                 few = mask is not None and source.over_survivors
                 yield (
                     source.levels(block, mask),
-                    segment_sums(mask, counts) if few and mask is not None else counts,
+                    self.engine.survivors(mask, counts) if few and mask is not None else counts,
                 )
 
         stream = LevelBlocks(entry.segments, levels)

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.classes import FRACTION, Histogram, entropy_bits, histogram, log2_fixed
-from ..coding.quantiser import F32
-from ..errors import OptionError
+from ..coding.quantiser import F32, uniform_numbers
 
 F64 = NDArray[np.float64]
 
@@ -23,8 +22,6 @@ SAMPLE = 1 << 16
 _SEARCH_ROUNDS = 24
 _LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
-# A number this great would need classes for 2^30 levels; a step so small asks for `exact`.
-MAX_NUMBER = (1 << 30) - 1
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,15 @@ class UniformNumbers:
 
     Attributes:
         step: the step.
-        thresholds: entry m - 1 is the least magnitude, in steps, that gets the number m instead of m - 1, for
-            numbers up to len(thresholds); greater ones round to nearest. Empty: all round to nearest.
+        thresholds: see `coding.quantiser.uniform_numbers`.
     """
 
     step: np.float32
     thresholds: F32
 
-    def __call__(self, magnitudes: F32) -> NDArray[np.uint64]:
+    def __call__(self, magnitudes: F32) -> NDArray[np.uint32]:
         """The number of each magnitude, shape [n]."""
-        with np.errstate(over="ignore"):
-            steps = magnitudes / self.step
-        nearest = np.floor(steps + np.float32(0.5))
-        if len(nearest) and nearest.max() > MAX_NUMBER:
-            raise OptionError(f"a step of {self.step} is too small for weights of {magnitudes.max()}")
-        numbers = nearest.astype(np.int64)
-        if len(self.thresholds):
-            low = np.minimum(numbers, len(self.thresholds))
-            below = (numbers == low) & (low > 0) & (steps < self.thresholds[np.maximum(low, 1) - 1])
-            numbers -= below
-        return np.asarray(numbers, np.uint64)
+        return uniform_numbers(magnitudes, self.step, self.thresholds)
 
 
 @dataclass(frozen=True)
@@ -80,7 +66,7 @@ def exact_sum(values: F64) -> float:
     return float(np.bincount(np.zeros(len(values), np.intp), weights=values)[0]) if len(values) else 0.0
 
 
-def uniform_numbers(magnitudes: F32, step: float, rate_weight: float) -> UniformNumbers:
+def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> UniformNumbers:
     """A uniform quantiser whose thresholds weigh bits against error.
 
     Between two neighbouring numbers the lower is taken while (error squared, in steps) + rate_weight * bits
@@ -90,7 +76,7 @@ def uniform_numbers(magnitudes: F32, step: float, rate_weight: float) -> Uniform
     plain = UniformNumbers(np.float32(step), np.zeros(0, np.float32))
     if not rate_weight:
         return plain
-    counts = histogram(np.minimum(plain(magnitudes), np.uint64(4096)))
+    counts = histogram(np.minimum(plain(magnitudes), np.uint32(4096)))
     numbers = np.arange(len(counts))
     # One is added to each count so that what did not occur in the sample still has a finite cost.
     bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (numbers > 0)
@@ -122,7 +108,7 @@ def step_for_bits(magnitudes: F32, positions: int, bits: float, rate_weight: flo
     pruned = positions - len(magnitudes)
 
     def fits(step: float) -> bool:
-        counts = histogram(uniform_numbers(magnitudes, step, rate_weight)(magnitudes))
+        counts = histogram(weighing_numbers(magnitudes, step, rate_weight)(magnitudes))
         counts[0] += pruned
         return numbers_bits(counts) <= int(bits * positions * (1 << FRACTION))
 
@@ -135,7 +121,7 @@ def step_for_error(magnitudes: F32, error_db: float, rate_weight: float) -> floa
     allowed = exact_sum(wide * wide) * 10.0 ** (error_db / 10)
 
     def too_great(step: float) -> bool:
-        numbers = uniform_numbers(magnitudes, step, rate_weight)(magnitudes)
+        numbers = weighing_numbers(magnitudes, step, rate_weight)(magnitudes)
         error = wide - numbers.astype(np.float64) * float(np.float32(step))
         return bool(exact_sum(error * error) > allowed)
 

@@ -18,6 +18,7 @@ from ..coding.quantiser import (
     Uniform,
     float_patterns,
     patterns_to_levels,
+    scaled_down,
 )
 from ..container.entry import TensorEntry
 from ..container.streams import ScaleEntry
@@ -34,7 +35,7 @@ from .quantise import (
     sample,
     step_for_bits,
     step_for_error,
-    uniform_numbers,
+    weighing_numbers,
 )
 
 Flat = NDArray[np.generic]
@@ -42,6 +43,8 @@ Flat = NDArray[np.generic]
 # A lossless tensor of at most so many different magnitudes may be a table of them.
 MAX_DISTINCT = 1024
 _BLOCK = 1 << 18  # positions looked at together
+# Levels of tensors up to so many positions are made once: they are gone through three times.
+_KEPT_LEVELS = 1 << 25
 
 
 class FingerprintSource(Protocol):
@@ -81,7 +84,9 @@ class ExactSource:
         return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        values = self.flat[block] if mask is None else self.flat[block][mask]
+        values = self.flat[block]
+        if mask is not None:
+            values = self.engine.chosen(values.view(self.dtype.pattern), mask).view(self.dtype.numpy)
         if self.coded != self.dtype:
             values = values.astype(self.coded.numpy)
         return self.engine.patterns_to_levels(float_patterns(values, self.coded))
@@ -110,21 +115,24 @@ class NumberSource:
         scaling: what magnitudes are divided by first, or None.
         zero_survives: whether a weight with the number 0 is a survivor (all but +0 are, where the table holds
             every value).
+        kept: the levels of all positions, if they were made and kept.
     """
 
     flat: Flat
     quantiser: Quantiser
     numbers: UniformNumbers | TableNumbers
+    engine: Engine
     scaling: Scaling | None = None
     zero_survives: bool = False
+    kept: list[AnyLevels] = field(default_factory=list)
 
     def survives(self, block: slice) -> Mask:
+        if isinstance(self.numbers, UniformNumbers):
+            return np.asarray(self._uniform_levels(block) != 0)
         values = self.flat[block].astype(np.float32)
         if self.zero_survives:
             return np.asarray((values != 0) | np.signbit(values))
-        if isinstance(self.quantiser, Table):
-            return np.asarray(values != 0)
-        return np.asarray(self.numbers(self._magnitudes(block, None)) != 0)
+        return np.asarray(values != 0)
 
     def count_survivors(self) -> int:
         return sum(
@@ -133,21 +141,37 @@ class NumberSource:
         )
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        if isinstance(self.numbers, UniformNumbers):
+            levels = self._uniform_levels(block)
+            return levels if mask is None else self.engine.chosen(levels, mask)
         values = self.flat[block] if mask is None else self.flat[block][mask]
-        numbers = self.numbers(self._magnitudes(block, mask))
-        negative = np.signbit(values.astype(np.float32))
-        if isinstance(self.quantiser, Uniform):
-            negative &= numbers > 0  # no -0 for what was quantised to zero
-        return numbers * np.uint64(2) + negative
+        weights = values.astype(np.float32)
+        magnitudes = np.abs(weights)
+        factors = self._factors(block)
+        if factors is not None:
+            magnitudes = scaled_down(magnitudes, factors if mask is None else factors[mask])
+        return self.numbers(magnitudes) * np.uint64(2) + np.signbit(weights)
 
-    def _magnitudes(self, block: slice, mask: Mask | None) -> F32:
-        values = self.flat[block] if mask is None else self.flat[block][mask]
-        magnitudes = np.abs(values.astype(np.float32))
+    def _uniform_levels(self, block: slice) -> AnyLevels:
+        """The levels of all positions of a block, kept where the tensor is not too large."""
+        if len(self.flat) > _KEPT_LEVELS:
+            return self._quantised(block)
+        if not self.kept:
+            starts = range(0, max(len(self.flat), 1), _BLOCK)
+            self.kept.append(np.concatenate([self._quantised(slice(i, i + _BLOCK)) for i in starts]))
+        return self.kept[0][block]
+
+    def _quantised(self, block: slice) -> AnyLevels:
+        assert isinstance(self.numbers, UniformNumbers)
+        weights = self.flat[block].astype(np.float32, copy=False)
+        factors = self._factors(block)
+        return self.engine.uniform_levels(weights, factors, self.numbers.step, self.numbers.thresholds)
+
+    def _factors(self, block: slice) -> F32 | None:
+        """What the magnitudes of a block are divided by."""
         if self.scaling is None:
-            return magnitudes
-        positions = np.arange(block.start, block.stop)
-        factors = self.scaling.of(positions if mask is None else positions[mask])
-        return scaled_down(magnitudes, factors)
+            return None
+        return self.scaling.of(np.arange(block.start, min(block.stop, len(self.flat))))
 
 
 @dataclass(frozen=True)
@@ -170,11 +194,6 @@ class ImportanceSource:
             return patterns_to_levels(patterns)
         assert self.numbers is not None
         return self.numbers(values)
-
-
-def scaled_down(magnitudes: F32, factors: F32) -> F32:
-    """Magnitudes divided by their factors; 0 where the factor is 0."""
-    return np.divide(magnitudes, factors, out=np.zeros_like(magnitudes), where=factors > 0)
 
 
 def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
@@ -206,10 +225,10 @@ def _union(
     return np.flatnonzero(found).astype(seen.dtype)
 
 
-def table_of_values(flat: Flat, values: F32) -> NumberSource:
+def table_of_values(flat: Flat, values: F32, engine: Engine) -> NumberSource:
     """A lossless source: every magnitude of the tensor is a centroid."""
     # The patterns ascend with the magnitudes, so `values` does too.
-    return NumberSource(flat, Table(len(values)), TableNumbers(values), zero_survives=True)
+    return NumberSource(flat, Table(len(values)), TableNumbers(values), engine, zero_survives=True)
 
 
 def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
@@ -251,6 +270,7 @@ def number_source(
     mask: Mask | None,
     scaling: Scaling | None,
     weights: F32 | None,
+    engine: Engine,
 ) -> NumberSource:
     """The source of a lossy quantiser, its step or centroids chosen on a sample.
 
@@ -260,6 +280,9 @@ def number_source(
         scaling: what magnitudes are divided by.
         weights: importances, flat, that weigh errors where centroids are chosen, or None.
     """
+    if options.step is not None and not options.rate_weight:  # nothing to be chosen
+        numbers = UniformNumbers(_checked_step(options.step), np.zeros(0, np.float32))
+        return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling)
     size = min(len(flat), SAMPLE)
     chosen = np.arange(size) * len(flat) // max(size, 1)
     alive = flat[chosen] != 0 if mask is None else mask[chosen]
@@ -272,7 +295,7 @@ def number_source(
         centroids = lloyd_max(magnitudes, count, None if weights is None else weights[positions])
         if not len(centroids):
             centroids = np.zeros(1, np.float32)
-        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), scaling)
+        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), engine, scaling)
     if options.step is not None:
         step = options.step
     elif options.bits is not None:
@@ -280,8 +303,13 @@ def number_source(
     else:
         assert options.error_db is not None
         step = step_for_error(magnitudes, options.error_db, options.rate_weight)
+    numbers = weighing_numbers(magnitudes, _checked_step(step), options.rate_weight)
+    return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling)
+
+
+def _checked_step(step: float) -> np.float32:
     with np.errstate(over="ignore"):
-        if not 0 < np.float32(step) < np.inf:
-            raise OptionError(f"a step of {step} is no float32 above 0")
-    numbers = uniform_numbers(magnitudes, step, options.rate_weight)
-    return NumberSource(flat, Uniform(numbers.step), numbers, scaling)
+        rounded = np.float32(step)
+    if not 0 < rounded < np.inf:
+        raise OptionError(f"a step of {step} is no float32 above 0")
+    return rounded

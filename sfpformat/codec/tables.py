@@ -37,6 +37,8 @@ _MANTISSA_GAIN = 0.0075
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
+# Where a class for each number makes no more than this, by group, no other layout is tried.
+_FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
 # A stream of numbers whose range is greater is not counted number by number in each segment.
 _MOST_COLUMNS = 1024
 # Numbers of more bits than this gain less by pairs than a second try takes time.
@@ -193,10 +195,8 @@ def choose_numbers(
         return _no_levels(blocks)
     best: Choice | None = None
     for group in _groups(counts.total, options):
-        fitting = _fitting_layout(counts.total, bound >> sign, signed, group, options)
-        singles = _singles(counts.total, signed)
-        for layout in (fitting, singles if singles != fitting else None):
-            found = _choice(blocks, counts, layout, sign, group, options, engine) if layout else None
+        for layout in _layouts(counts.total, bound >> sign, signed, group, options):
+            found = _choice(blocks, counts, layout, sign, group, options, engine)
             if found and (best is None or found.bits < best.bits):
                 best = found
     if best is None and options.group == 2:
@@ -232,6 +232,15 @@ def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
         return (options.group,)
     bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
     return (1, 2) if bits <= _PAIR_BITS else (1,)
+
+
+def _layouts(counts: Histogram, limit: int, signed: bool, group: int, options: Options) -> list[Layout]:
+    """The layouts to try."""
+    singles = _singles(counts, signed)
+    if singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
+        return [singles]
+    fitting = _fitting_layout(counts, limit, signed, group, options)
+    return [layout for layout in {fitting: None, singles: None} if layout is not None]
 
 
 def _choice(

@@ -99,22 +99,23 @@ def best_layout(counts: Histogram, *, signed: bool, bound: int, class_cost: int 
     below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
     total = int(below[-1])
     log_total = int(log2_fixed(np.array([total]))[0])
+    # Of every class that may be: where it ends, and what it costs.
+    exponents = np.arange((points[-1] - first).bit_length())
+    targets = np.array(points[:-1])[:, None] + (1 << exponents)
+    n = below[np.minimum(targets, end)] - below[np.minimum(points[:-1], end)][:, None]
+    costs = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
+    costs += (n * exponents << FRACTION) + class_cost
     best = [0] + [-1] * (len(points) - 1)
     came: list[int] = [0] * len(points)
-    for i, point in enumerate(points[:-1]):
+    for i, (ends, bits) in enumerate(zip(targets.tolist(), costs.tolist(), strict=True)):
         if best[i] < 0:
             continue
-        targets = [(e, point + (1 << e)) for e in range(32) if point + (1 << e) in place]
-        if not targets:
-            continue
-        reached = np.array([min(target, end) for _, target in targets])
-        n = below[reached] - below[point]
-        bits = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
-        for (e, target), count, cost in zip(targets, n.tolist(), bits.tolist(), strict=True):
-            j = place[target]
-            whole = best[i] + cost + (count * e << FRACTION) + class_cost
-            if best[j] < 0 or whole < best[j]:
-                best[j], came[j] = whole, e
+        for e, target in enumerate(ends):
+            if target > points[-1]:
+                break
+            j = place.get(target, -1)
+            if j >= 0 and (best[j] < 0 or best[i] + bits[e] < best[j]):
+                best[j], came[j] = best[i] + bits[e], e
     finish = min((i for i, p in enumerate(points) if p >= end and best[i] >= 0), key=best.__getitem__)
     widths, at = [], points[finish]
     while at > first:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import fault
-from .planes import Counts, Levels, segment_sums
+from .planes import AnyLevels, Counts, Levels, segment_sums
 
 Mask = NDArray[np.bool_]
 
@@ -58,9 +60,9 @@ def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: in
     return mask
 
 
-def mask_to_octets(mask: Mask) -> Levels:
+def mask_to_octets(mask: Mask) -> AnyLevels:
     """The octets of some whole segments; only the last may have a length that is not a multiple of 8."""
-    return np.packbits(mask, bitorder="little").astype(np.uint64)
+    return np.packbits(mask, bitorder="little")
 
 
 def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
@@ -95,7 +97,17 @@ def decode_mask(
     return mask
 
 
-def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[Levels, Counts]:
+def survivors(mask: Mask, positions: Counts) -> Counts:
+    """How many survivors each of some whole segments has."""
+    return segment_sums(mask, positions)
+
+
+def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
+    """The values, unsigned, of the survivors."""
+    return np.asarray(values[mask])
+
+
+def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[AnyLevels, Counts]:
     """The levels of the mask of some whole segments, and how many each has."""
     if kind == "octets":
         return mask_to_octets(mask), -(-positions // 8)

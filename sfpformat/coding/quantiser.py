@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, Dtype
-from ..errors import fault
+from ..errors import OptionError, fault
 from .codetable import CodeTable
 from .planes import AnyLevels, Levels
 
 F32 = NDArray[np.float32]
 
 MAX_CENTROIDS = 1 << 16  # R-QNT-004
+# A number this great would need classes for 2^30 levels; a step so small asks for `exact`.
+MAX_NUMBER = (1 << 30) - 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,55 @@ def levels_to_patterns(levels: Levels, dtype: Dtype) -> NDArray[np.unsignedinteg
 def float_patterns(values: NDArray[np.generic], dtype: Dtype) -> NDArray[np.unsignedinteger]:
     """The bit patterns of a one-dimensional array of ``dtype``."""
     return values.view(dtype.pattern)
+
+
+# ------------------------------------------------------------------------------------------- uniform levels
+
+
+def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArray[np.uint32]:
+    """The number of each magnitude, shape [n].
+
+    Args:
+        thresholds: entry m - 1 is the least magnitude, in steps, that gets the number m instead of m - 1, for
+            numbers up to len(thresholds); greater ones round to nearest. Empty: all round to nearest.
+
+    Raises:
+        OptionError: a number is beyond `MAX_NUMBER`.
+    """
+    with np.errstate(over="ignore"):
+        steps = magnitudes / step
+    nearest = np.floor(steps + np.float32(0.5))
+    if len(nearest) and nearest.max() > MAX_NUMBER:
+        raise OptionError(f"a step of {step} is too small for weights of {magnitudes.max()}")
+    numbers = nearest.astype(np.int64)
+    if len(thresholds):
+        low = np.minimum(numbers, len(thresholds))
+        numbers -= (numbers == low) & (low > 0) & (steps < thresholds[np.maximum(low, 1) - 1])
+    return np.asarray(numbers, np.uint32)
+
+
+def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, thresholds: F32) -> AnyLevels:
+    """The level of each weight: twice its number, one more where it is negative; 0 for all that becomes zero.
+
+    Args:
+        weights: finite, shape [n].
+        factors: what magnitudes are divided by first (those of 0 give 0), shape [n], or None.
+        step, thresholds: as in `uniform_numbers`.
+
+    Returns:
+        The levels, uint8, uint16 or uint32, whichever is enough.
+    """
+    magnitudes = np.abs(weights)
+    if factors is not None:
+        magnitudes = scaled_down(magnitudes, factors)
+    levels = uniform_numbers(magnitudes, step, thresholds) * np.uint32(2)
+    levels += np.signbit(weights) & (levels > 0)
+    return levels.astype(np.min_scalar_type(int(levels.max(initial=0))))
+
+
+def scaled_down(magnitudes: F32, factors: F32) -> F32:
+    """Magnitudes divided by their factors; 0 where the factor is 0."""
+    return np.divide(magnitudes, factors, out=np.zeros_like(magnitudes), where=factors > 0)
 
 
 # --------------------------------------------------------------------------------------- numbers of levels

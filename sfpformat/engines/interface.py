@@ -68,6 +68,17 @@ class Engine(Protocol):
     def lengths_of_codes(self, totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
         """As `coding.counts.lengths_of_codes`."""
 
+    def uniform_levels(
+        self, weights: F32, factors: F32 | None, step: np.float32, thresholds: F32
+    ) -> AnyLevels:
+        """As `coding.quantiser.uniform_levels`."""
+
+    def survivors(self, mask: Mask, positions: Counts) -> Counts:
+        """As `coding.mask.survivors`."""
+
+    def chosen(self, values: NDArray[Any], mask: Mask) -> NDArray[Any]:
+        """As `coding.mask.chosen`."""
+
     def encode_mask(
         self, kind: str, polarity: int, mask: Mask, positions: Counts
     ) -> tuple[AnyLevels, Counts]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
-from ..coding.mask import encode_mask
+from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import decode_levels, encode_levels, shared_zeros
-from ..coding.quantiser import F32, patterns_to_levels
+from ..coding.quantiser import F32, patterns_to_levels, uniform_levels
 from ..container.entry import TensorEntry
 from .interface import Run
 
@@ -15,6 +15,7 @@ name = "python"
 
 __all__ = [
     "assign",
+    "chosen",
     "cluster",
     "count_classes",
     "count_symbols",
@@ -27,6 +28,8 @@ __all__ = [
     "name",
     "patterns_to_levels",
     "shared_zeros",
+    "survivors",
+    "uniform_levels",
 ]
 
 

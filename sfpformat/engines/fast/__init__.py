@@ -6,6 +6,7 @@ from ...coding.mask import encode_mask
 from .decode import decode_levels, decode_runs, make_recipe
 from .encode import (
     assign,
+    chosen,
     cluster,
     count_classes,
     count_symbols,
@@ -13,12 +14,15 @@ from .encode import (
     lengths_of_codes,
     patterns_to_levels,
     shared_zeros,
+    survivors,
+    uniform_levels,
 )
 
 name = "numba"
 
 __all__ = [
     "assign",
+    "chosen",
     "cluster",
     "count_classes",
     "count_symbols",
@@ -31,4 +35,6 @@ __all__ = [
     "name",
     "patterns_to_levels",
     "shared_zeros",
+    "survivors",
+    "uniform_levels",
 ]

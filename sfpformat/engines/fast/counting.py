@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...coding.quantiser import MAX_NUMBER
 from .compiling import kernel
 
 # Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
@@ -18,6 +19,74 @@ def patterns_to_levels(patterns: Any, top: int, levels: Any) -> None:
     """Moves the sign from bit ``top`` of each pattern to the lowest."""
     for i in range(patterns.size):
         levels[i] = patterns[i] << 1 | patterns[i] >> top
+
+
+@kernel
+def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> int:
+    """Fills ``levels``, as `coding.quantiser.uniform_levels`, float32 operation by operation.
+
+    Args:
+        factors: float32, as many as weights or none.
+
+    Returns:
+        The greatest level; where it is more than ``levels`` can hold, they mean nothing.
+    """
+    half, zero, most = np.float32(0.5), np.float32(0), np.float32(MAX_NUMBER)
+    patterns, one, greatest, last = (
+        weights.view(np.uint32),
+        np.uint32(1),
+        np.uint32(0),
+        np.uint32(thresholds.size),
+    )
+    beyond = np.uint32(0)
+    # Nothing in these loops branches on a weight: signs are random, and half of the guesses would be wrong.
+    if factors.size or last:
+        for i in range(weights.size):
+            magnitude = abs(weights[i])
+            if factors.size:
+                magnitude = magnitude / factors[i] if factors[i] > zero else zero
+            steps = magnitude / step
+            nearest = np.floor(steps + half)
+            beyond |= np.uint32(nearest > most)
+            number = np.uint32(np.int32(nearest if nearest < most else most))
+            low = number if number < last else last
+            if last:
+                below = (number == low) & (low > 0) & (steps < thresholds[(low if low else one) - one])
+                number -= np.uint32(below)
+            level = number + number + (patterns[i] >> np.uint32(31) & np.uint32(number > 0))
+            greatest = level if level > greatest else greatest
+            levels[i] = level
+    else:
+        for i in range(weights.size):
+            nearest = np.floor(abs(weights[i]) / step + half)
+            beyond |= np.uint32(nearest > most)
+            number = np.uint32(np.int32(nearest if nearest < most else most))
+            level = number + number + (patterns[i] >> np.uint32(31) & np.uint32(number > 0))
+            greatest = level if level > greatest else greatest
+            levels[i] = level
+    return np.int64(1) << 40 if beyond else np.int64(greatest)
+
+
+@kernel
+def survivors(mask: Any, positions: Any, found: Any) -> None:
+    """Fills ``found``: how many bytes of each segment are 1; ``mask`` is uint8, of zeros and ones."""
+    at = np.int64(0)
+    for s in range(positions.size):
+        count = np.int64(0)
+        for i in range(at, at + positions[s]):
+            count += mask[i]
+        found[s] = count
+        at += positions[s]
+
+
+@kernel
+def chosen(values: Any, mask: Any, out: Any) -> int:
+    """Fills ``out`` with the values whose mask is 1, and one more that means nothing; returns how many."""
+    to = np.uint64(0)
+    for i in range(values.size):
+        out[to] = values[i]
+        to += np.uint64(mask[i])
+    return np.int64(to)
 
 
 @kernel

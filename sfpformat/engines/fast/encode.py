@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +11,10 @@ from ...coding.bits import Bytes
 from ...coding.classes import Layout
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from ...coding.counts import NUMBERS_OF_CODES, Costs, Rows
+from ...coding.mask import Mask
 from ...coding.planes import AnyLevels, Counts, Levels, Planes
+from ...coding.quantiser import F32
+from ...coding.quantiser import uniform_levels as uniform_levels_plainly
 from . import clustering, counting, packing
 
 # Tables whose levels end before this have a table from level to class.
@@ -22,6 +27,37 @@ def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
     levels = np.empty_like(patterns, subok=False)
     counting.patterns_to_levels(np.ascontiguousarray(patterns), 8 * patterns.itemsize - 1, levels)
     return levels
+
+
+def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, thresholds: F32) -> AnyLevels:
+    """As `coding.quantiser.uniform_levels`."""
+    weights = np.ascontiguousarray(weights)
+    each, widest = np.zeros(0, np.float32) if factors is None else factors, 0.0
+    if factors is None and len(weights):
+        widest = 2 * float(max(weights.max(), -weights.min())) / float(step)
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        most = np.iinfo(dtype).max
+        if widest > most:
+            continue
+        levels = np.empty(len(weights), dtype)
+        greatest = counting.uniform_levels(weights, each, step, thresholds, levels)
+        if greatest <= most:
+            return levels.astype(np.min_scalar_type(greatest), copy=False)
+    return uniform_levels_plainly(weights, factors, step, thresholds)  # which says what is wrong
+
+
+def survivors(mask: Mask, positions: Counts) -> Counts:
+    """As `coding.mask.survivors`."""
+    found = np.empty(len(positions), np.int64)
+    counting.survivors(np.ascontiguousarray(mask).view(np.uint8), positions, found)
+    return found
+
+
+def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
+    """As `coding.mask.chosen`."""
+    out = np.empty(len(values) + 1, values.dtype)
+    ones = np.ascontiguousarray(mask).view(np.uint8)
+    return out[: counting.chosen(np.ascontiguousarray(values), ones, out)]
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
