@@ -62,7 +62,8 @@ class Writer:
             OSError: the temporary file cannot be made.
         """
         self._metadata = _checked_metadata(metadata or {})
-        self._engine = get_engine(engine, weights=0)  # no engine encodes faster yet: none is imported for it
+        self._engine_name, self._engine = engine, get_engine(engine, weights=0)
+        self._weights = self._chosen_for = 0
         self._threads = threads or os.cpu_count() or 1
         self._sink = open_sink(target, resume_key)
         self._entries: dict[str, TensorEntry] = {}
@@ -120,7 +121,9 @@ class Writer:
         """
         self._require_usable()
         _check_name(name, self._entries)
-        plan = plan_tensor(name, np.asanyarray(array), options or Options(), self._engine, mask, importance)
+        array = np.asanyarray(array)
+        self._choose_engine(array.size)
+        plan = plan_tensor(name, array, options or Options(), self._engine, mask, importance)
         vectors = encode_vectors(plan)
         self._whole = False
         vector_record = None if vectors is None else self._append(vectors)
@@ -132,6 +135,13 @@ class Writer:
         self._sink.tensor_done(entry)
         self._whole = True
         return entry
+
+    def _choose_engine(self, weights: int) -> None:
+        """Looks for a faster engine when much more is to be written than what the last was chosen for."""
+        self._weights += weights
+        if self._weights > 2 * self._chosen_for:
+            self._engine = get_engine(self._engine_name, self._weights)
+            self._chosen_for = self._weights
 
     def _encoded(self, plan: Plan) -> Iterator[Bytes]:
         """The chunks of a plan in order, some encoded ahead where there are threads."""

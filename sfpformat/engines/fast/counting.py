@@ -171,15 +171,16 @@ def shared_zeros(levels: Any, counts: Any, bits: int, zeros: Any) -> None:
     at = np.int64(0)
     for s in range(counts.size):
         stop = at + counts[s]
-        joined = np.uint64(1) << np.uint64(bits)
-        i = at
+        joined, i = np.uint64(0), at
         # Almost always one of the first few levels says that there are none.
         while i < stop and not joined & np.uint64(2):
             joined |= np.uint64(levels[i])
             i += 1
         zeros[s] = 0
         if stop > at:
-            joined >>= np.uint64(1)
+            joined = joined >> np.uint64(1) | np.uint64(1) << np.uint64(
+                bits - 1
+            )  # no more than there are bits
             while not joined & np.uint64(1):
                 joined >>= np.uint64(1)
                 zeros[s] += 1
