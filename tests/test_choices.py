@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sfpformat
 from sfpformat import OptionError, Options
 from sfpformat.codec.plan import default_segment
-from sfpformat.codec.quantise import lloyd_max, step_for_error, uniform_numbers
+from sfpformat.codec.quantise import lloyd_max, step_for_error, weighing_numbers
 from sfpformat.coding.classes import FRACTION, best_layout, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.numpy import load, save
@@ -52,7 +52,7 @@ def test_a_target_of_error_is_met(target: float, rate_weight: float) -> None:
 def test_the_step_of_a_target_error_keeps_below_it() -> None:
     magnitudes = np.abs(NORMAL.reshape(-1))
     step = step_for_error(magnitudes, -15.0, 0.12)
-    numbers = uniform_numbers(magnitudes, step, 0.12)(magnitudes)
+    numbers = weighing_numbers(magnitudes, step, 0.12)(magnitudes)
     assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
 
 

@@ -37,8 +37,10 @@ _MANTISSA_GAIN = 0.0075
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
-# Where a class for each number makes no more than this, by group, no other layout is tried.
+# Where a class for each number makes no more than this, by group, and levels are many, no other layout is tried:
+# what it saves is a part of the table.
 _FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
+_MANY_LEVELS = 1 << 16
 # A stream of numbers whose range is greater is not counted number by number in each segment.
 _MOST_COLUMNS = 1024
 # Numbers of more bits than this gain less by pairs than a second try takes time.
@@ -116,11 +118,7 @@ class _ExactSurvey:
 
     def fits(self, bound: int) -> bool:
         """Whether the classes can be coded: they are not too many, and none reaches the bound."""
-        return (
-            self.width <= MAX_FIELD_BITS
-            and (self.last + 1) << self.width <= bound
-            and self.last - self.first < MAX_CLASSES[1]
-        )
+        return (self.last + 1) << self.width <= bound and self.last - self.first < MAX_CLASSES[1]
 
     def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
         """The counts of the classes from the first used to the last, and these as a layout."""
@@ -152,7 +150,8 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
     if survey.last < 0:
         return _no_levels(blocks)
     best = _judged_width(survey, fine, width, bound, options)
-    for candidate in (*range(best, dtype.bits + 1), *range(best - 1, 0, -1)):
+    widest = min(dtype.bits, MAX_FIELD_BITS)
+    for candidate in (*range(best, widest + 1), *range(best - 1, 0, -1)):
         if candidate != survey.width:
             survey = _ExactSurvey(blocks, dtype.bits, candidate, engine)
         if not survey.fits(bound):
@@ -237,7 +236,8 @@ def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
 def _layouts(counts: Histogram, limit: int, signed: bool, group: int, options: Options) -> list[Layout]:
     """The layouts to try."""
     singles = _singles(counts, signed)
-    if singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
+    many = int(counts.sum()) >= _MANY_LEVELS
+    if many and singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
         return [singles]
     fitting = _fitting_layout(counts, limit, signed, group, options)
     return [layout for layout in {fitting: None, singles: None} if layout is not None]

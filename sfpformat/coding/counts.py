@@ -33,6 +33,7 @@ def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, cla
     Args:
         levels: of whole segments, all in the classes counted.
         counts: levels in each segment.
+        width: at most 56.
         first: the number of the first class; class c covers the levels from c * 2^width on.
         classes: how many are counted.
     """

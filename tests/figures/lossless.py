@@ -71,7 +71,7 @@ def order_0_limit(tensors: Tensors, mantissa_bits: int) -> float:
             bits += array.size * width
             continue
         extra = width - 8 - mantissa_bits
-        levels = patterns_to_levels(array.reshape(-1).view(f"<u{width // 8}"), width)
+        levels = patterns_to_levels(array.reshape(-1).view(f"<u{width // 8}"))
         counts = np.bincount((levels >> np.uint64(extra)).astype(np.int64))
         counts = counts[counts > 0]
         bits += float((counts * np.log2(counts.sum() / counts)).sum()) + array.size * extra
