@@ -1033,11 +1033,11 @@ static bool read_mask(const directory *d, const value *map, entry *e)
     if (!require(d, &m.kind, STRING)) {
         return false;
     }
-    size_t kind = word_of(d, &m.kind, words, 2);
-    if (kind == 2) {
+    size_t word = word_of(d, &m.kind, words, 2);
+    if (word == 2) {
         return refuse_at(d, R_MSK_001, m.kind.at, "an unknown mask kind");
     }
-    e->octets = kind == 1;
+    e->octets = word == 1;
     if (e->octets && has(&m.polarity)) {
         return refuse_at(d, R_MSK_003, m.polarity.at, "octets have no polarity");
     }
