@@ -833,7 +833,7 @@ static void read_stream_map(const directory *d, const value *map, stream_map *m)
 /* The length of symbol s in a code: field s of four bits. */
 static unsigned code_length(const uint8_t *code, size_t s)
 {
-    return (code[s / 2] >> (s % 2 * 4)) & 15u;
+    return (unsigned)code[s / 2] >> (s % 2 * 4) & 15u;
 }
 
 static size_t symbols_of(const code_table *t)
