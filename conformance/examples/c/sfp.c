@@ -942,13 +942,13 @@ static bool read_exact(const directory *d, const stream_map *m, const dtype *ten
         return false;
     }
     s->coded = dtype_of(d, &m->dtype);
-    if (tensor == NULL) {
-        if (!is_factor_dtype(s->coded)) {
-            return refuse_at(d, R_IMP_003, m->dtype.at, "an exact importance is F32, F16 or BF16");
-        }
-    } else if (s->coded == NULL) {
+    if (s->coded == NULL) {
         return refuse_at(d, R_TEN_003, m->dtype.at, "an unknown coded dtype");
-    } else if (s->coded != tensor && (s->coded->widens_to >> (tensor - DTYPES) & 1) == 0) {
+    }
+    if (tensor == NULL && !is_factor_dtype(s->coded)) {
+        return refuse_at(d, R_IMP_003, m->dtype.at, "an exact importance is F32, F16 or BF16");
+    }
+    if (tensor != NULL && s->coded != tensor && (s->coded->widens_to >> (tensor - DTYPES) & 1) == 0) {
         return refuse_at(d, R_QNT_002, m->dtype.at, "the coded dtype does not widen to the tensor's");
     }
     if (m->trim.number > 1) {
@@ -965,7 +965,7 @@ static bool read_uniform(const directory *d, const stream_map *m, stream *s)
         return false;
     }
     if (m->step.number != 4) {
-        return refuse_at(d, R_DIR_003, m->step.at, "a step is a binary of four bytes");
+        return refuse_at(d, R_QNT_003, m->step.at, "a step that is not the four bytes of an F32");
     }
     uint32_t bits = load32(d->bytes + m->step.content);
     if (bits == 0 || bits >= DTYPES[F32].nonfinite) { /* the sign bit makes it great too */
@@ -1076,6 +1076,9 @@ static bool read_scale(const directory *d, const value *map, entry *e)
         return refuse_at(d, R_SCL_002, size.at, "a size without groups");
     }
     if (s->per == PER_GROUP) {
+        if (!has(&size)) {
+            return refuse_at(d, R_SCL_002, map->at, "groups without a size");
+        }
         if (!require(d, &size, UNSIGNED)) {
             return false;
         }

@@ -1,0 +1,638 @@
+"""The reader in C (conformance/examples/c), held to the same files as the package's own.
+
+It was written from SPEC.md alone. It is built with the compiler's checks for bad memory accesses and
+undefined behaviour; one process takes all files, so that what leaks or is damaged by one shows by the end.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sfpformat
+from sfpformat import Limits
+from sfpformat.errors import CODE_OF_CLAUSE
+from sfpformat.validate import validate
+
+from .clauses import ROOT, clauses_of_spec
+from .forge import Forge, Pairs, Raw, exact, f32_bytes, hand_file, hand_part, pack, table
+from .samples import everything, importance, plain, weights
+from .slow_reader import FLOATS
+from .strategies import Job, jobs, written
+from .test_hostile import SMALL, mutate, mutate_chunk
+
+SOURCE = ROOT / "conformance" / "examples" / "c"
+LIMITS = ("directory_bytes", "depth", "name_bytes", "tensors", "rank", "tensor_bytes", "expansion")
+
+Answer = dict[str, Any]
+
+
+@dataclass
+class Reader:
+    """The program, taking one command after another."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def ask(self, command: str, data: bytes) -> Answer:
+        """Its answer to `validate` or `decode` for a file of those bytes."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        path = self.folder / "file.sfp"
+        path.write_bytes(data)
+        words = [command, str(path), *([str(self.folder)] if command == "decode" else [])]
+        self.process.stdin.write("\t".join(words) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the program ended: {(self.folder / 'errors').read_text()}"
+        answer: Answer = json.loads(line)
+        return answer
+
+    def written(self, name: str) -> bytes:
+        """A file that it wrote."""
+        return (self.folder / name).read_bytes()
+
+
+def built(target: str, folder: Path) -> Path:
+    """The program, newly compiled."""
+    for tool in ("make", "cc"):
+        assert shutil.which(tool), f"{tool} is needed to build the reader in C: install a C compiler and make"
+    done = subprocess.run(
+        ["make", "-C", str(SOURCE), target, f"BUILD={folder}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr, f"the compiler warns: {done.stderr}"
+    return next(folder.glob("sfp_driver*"))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program, with checks compiled into it."""
+    return built("sanitized", tmp_path_factory.mktemp("build"))
+
+
+@pytest.fixture(scope="module")
+def served(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Limits], Reader]]:
+    """Gives a running program for those limits."""
+    running: dict[Limits, Reader] = {}
+
+    def reader(limits: Limits) -> Reader:
+        if limits not in running:
+            folder = tmp_path_factory.mktemp("served")
+            words = [str(program), *(f"{name}={getattr(limits, name)}" for name in LIMITS), "serve"]
+            with (folder / "errors").open("w") as errors:
+                process = subprocess.Popen(
+                    words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
+            running[limits] = Reader(process, folder)
+        return running[limits]
+
+    yield reader
+    for one in running.values():
+        _, _ = one.process.communicate()
+        assert one.process.returncode == 0, (one.folder / "errors").read_text()
+
+
+@pytest.fixture(scope="module")
+def c_reader(served: Callable[[Limits], Reader]) -> Reader:
+    """The program with the default limits."""
+    return served(sfpformat.DEFAULT_LIMITS)
+
+
+@pytest.fixture(scope="module")
+def careful(served: Callable[[Limits], Reader]) -> Reader:
+    """The program with limits for hostile files."""
+    return served(SMALL)
+
+
+# ----------------------------------------------------------------------------------------- what is decoded
+
+
+def same(reader: Reader, data: bytes) -> None:
+    """Asserts that both readers find the same in a valid file."""
+    assert reader.ask("validate", data)["ok"]
+    answer = reader.ask("decode", data)
+    assert answer["ok"], answer
+    with sfpformat.open(data, threads=1) as file:
+        assert answer["metadata"] == file.metadata()
+        assert [tensor["name"] for tensor in answer["tensors"]] == file.keys()
+        for number, tensor in enumerate(answer["tensors"]):
+            same_tensor(reader, file, number, tensor)
+
+
+def same_tensor(reader: Reader, file: Any, number: int, tensor: Answer) -> None:
+    """Asserts that both find the same tensor."""
+    name = tensor["name"]
+    info, found = file.info(name), file.get_importance(name)
+    assert tensor["dtype"] == info.dtype
+    assert tensor["shape"] == list(info.shape)
+    assert tensor["coding"] == info.coding
+    assert tensor["mask"] == (info.mask is not None)
+    assert tensor["importance"] == info.importance
+    assert reader.written(f"{number}.bin") == file.get_tensor(name).tobytes()
+    if tensor["mask"]:
+        assert reader.written(f"{number}.mask.bin") == file.get_mask(name).tobytes()
+    if found is not None:
+        assert reader.written(f"{number}.importance.bin") == found.astype("<f4").tobytes()
+
+
+def test_files_with_every_coding_are_read_alike(c_reader: Reader) -> None:
+    same(c_reader, everything())
+    same(c_reader, plain())
+    later = Forge.of(everything())
+    later.preamble["minor"] = 7
+    later.root |= {"metadata": {"é": '"\\\n\x7f'}, "x-mine": [1, {"a": b"\0"}], "zz": 2**64 - 1}
+    same(c_reader, later.build())
+    same(c_reader, hand_file())
+
+
+@settings(max_examples=250)
+@given(jobs())
+def test_every_written_file_is_read_alike(c_reader: Reader, job: Job) -> None:
+    same(c_reader, written(job))
+
+
+def narrow_midpoints(dtype: str) -> list[int]:
+    """F32 patterns without a sign: numbers of a dtype, those halfway between, and the ones beside."""
+    out = {0, 1, 0x7FFFFF}
+    shift = 23 - FLOATS[dtype].mantissa
+    bias = 127 - ((1 << (FLOATS[dtype].exponent - 1)) - 1)
+    rng = random.Random(dtype)
+    for _ in range(1500):
+        exponent = rng.randrange(max(bias - FLOATS[dtype].mantissa - 2, 0), min(bias + 34, 255))
+        kept = max(shift + max(bias + 1 - max(exponent, 1), 0), 1)
+        bits = exponent << 23 | rng.randrange(1 << 23)
+        middle = (bits >> min(kept, 23) << min(kept, 23)) + (1 << min(kept - 1, 22))
+        out |= {p for m in (middle, bits) for p in (m - 1, m, m + 1)}
+    return sorted(p for p in out if 0 <= p < 0x7F7FFFFF)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_numbers_are_rounded_alike(c_reader: Reader, dtype: str) -> None:
+    centroids = narrow_midpoints(dtype if FLOATS[dtype].bits <= 16 else "F16")
+    width = (2 * len(centroids) - 1).bit_length() - 1  # levels that one class of residual bits can have
+    levels = list(range(1 << width))
+    entry = {
+        "dtype": dtype,
+        "shape": [len(levels)],
+        "segment": 4096,
+        "chunk": 64,
+        "fingerprints": {"quantiser": "table", "count": len(centroids), **table([width])},
+        "scale": {"per": "tensor", "dtype": "F32"},
+    }
+    for scale in (0x3F800000, 0x3F800001, 0xBF7FFFFF):  # 1, the next above, minus the next below
+        vectors = {"fingerprint centroids": centroids, "scale": [scale]}
+        same(c_reader, hand_file(hand_part(entry, {"fingerprints": levels}, vectors=vectors)))
+
+
+@pytest.mark.parametrize("role", ["multiplier", "metadata"])
+def test_every_narrower_dtype_is_widened_alike(c_reader: Reader, role: str) -> None:
+    parts = []
+    for number, (coded, kind) in enumerate(FLOATS.items()):
+        if kind.bits > 16:
+            continue
+        width = kind.bits
+        top = 2 * kind.nonfinite
+        extra = [bit for bit in reversed(range(width)) if top >> bit & 1]
+        step = 1 if width == 8 else 61
+        levels = [*range(0, top, step), top - 1]
+        for wide in (coded, *kind.widens):
+            size = len(extra)
+            lengths = [*range(1, size), size - 1] if size > 1 else []
+            short = [min(length, 12) for length in lengths]
+            assert lengths == short, "a longer code than the format has"
+            entry = {
+                "name": f"{number} {wide}",
+                "dtype": wide,
+                "shape": [len(levels)],
+                "segment": 4096,
+                "fingerprints": exact(coded, **table(extra, *([lengths] if size > 1 else []))),
+                "importance": {
+                    "over": "all",
+                    "role": role,
+                    "quantiser": "uniform",
+                    "step": f32_bytes(0.3),
+                    **table([4]),
+                },
+            }
+            own = {"fingerprints": levels, "importance": [i % 16 for i in range(len(levels))]}
+            parts.append(hand_part(entry, own))
+    same(c_reader, hand_file(*parts))
+
+
+# ----------------------------------------------------------------------------------------- what is refused
+
+Edit = Callable[[Forge], object]
+
+
+def root(**fields: Any) -> Edit:
+    """Puts fields into the root."""
+    return lambda file: file.root.update(fields)
+
+
+def entry(name: str, /, *, without: str = "", **fields: Any) -> Edit:
+    """Puts fields into a tensor's entry."""
+
+    def edit(file: Forge) -> None:
+        file.part(name).entry.pop(without, None)
+        file.part(name).entry.update(fields)
+
+    return edit
+
+
+def inner(name: str, key: str, /, *, without: str = "", **fields: Any) -> Edit:
+    """Puts fields into a map of a tensor's entry."""
+
+    def edit(file: Forge) -> None:
+        file.part(name).entry[key].pop(without, None)
+        file.part(name).entry[key].update(fields)
+
+    return edit
+
+
+def preamble(**fields: Any) -> Edit:
+    """Puts fields into the preamble."""
+    return lambda file: file.preamble.update(fields)
+
+
+def chunk(name: str, at: int, value: int) -> Edit:
+    """Sets a byte of a tensor's first chunk."""
+    return lambda file: file.part(name).chunks[0].__setitem__(at, value)
+
+
+def vectors(name: str, at: int, raw: bytes) -> Edit:
+    """Sets bytes of a tensor's vector chunk."""
+
+    def edit(file: Forge) -> None:
+        chunk = file.part(name).vectors
+        assert chunk is not None
+        chunk[at : at + len(raw)] = raw
+
+    return edit
+
+
+def header(name: str, quantity: str, minimum: int, width: int) -> Edit:
+    """Gives a quantity of a tensor's first chunk another header."""
+
+    def edit(file: Forge) -> None:
+        taken = file.part(name).take()
+        values = [minimum + value % (1 << width) for value in taken.quantities[quantity]]
+        taken.quantities[quantity], taken.headers[quantity] = values, (minimum, width)
+        file.part(name).put(taken)
+
+    return edit
+
+
+def directory(raw: bytes) -> Edit:
+    """Another directory."""
+    return lambda file: setattr(file, "directory", raw)
+
+
+def moved_bit(file: Forge) -> None:
+    """Gives the first segment a bit of the second."""
+    taken = file.part("coded").take()
+    taken.quantities["fingerprints residual"][0] += 1
+    taken.quantities["fingerprints residual"][1] -= 1
+    file.part("coded").put(taken)
+
+
+def longer_chunk(file: Forge) -> None:
+    file.part("runs").chunks[0] += bytes(64)
+
+
+def damaged_chunk(file: Forge) -> None:
+    part = file.part("runs")
+    part.entry["chunks"] = part.full_entry()["chunks"]
+    part.chunks[0][0] ^= 1
+
+
+def twice(file: Forge) -> None:
+    file.parts.append(file.part("flags"))
+
+
+def late_tail(file: Forge) -> None:
+    file.tail = b"\0"
+
+
+F32_INFINITY = struct.pack("<I", 0x7F800000)
+
+# A file with every coding, changed in one place, and the requirement that it then breaks.
+EDITS: list[tuple[str, Edit]] = [
+    ("R-PRE-001", preamble(magic=b"\x89SFQ\r\n\x1a\n")),
+    ("R-PRE-003", preamble(crc=1)),
+    ("R-PRE-004", preamble(major=2)),
+    ("R-PRE-006", preamble(reserved=b"\0\0\1\0")),
+    ("R-PRE-006", preamble(more_reserved=b"\1" + bytes(15))),
+    ("R-PRE-007", preamble(file_length=2**63)),
+    ("R-PRE-008", late_tail),
+    ("R-PRE-009", preamble(directory_length=2**64 - 1)),
+    ("R-PRE-010", preamble(directory_crc=0)),
+    ("R-LAY-002", entry("flags", chunks=struct.pack("<II", 65, 0))),
+    ("R-LAY-004", damaged_chunk),
+    ("R-MSG-001", root(x=Raw(b"\xc0"))),
+    ("R-MSG-001", directory(b"\x81\x01\x01")),
+    ("R-MSG-002", root(x=Raw(b"\xcd\x00\xff"))),
+    ("R-MSG-003", root(x=Raw(b"\xa3\xed\xa0\x80"))),
+    ("R-MSG-003", root(x=Raw(b"\xa1\x00"))),
+    ("R-MSG-004", directory(pack(Pairs([("tensors", []), ("a", 1)])))),
+    ("R-MSG-005", directory(pack(Pairs([("tensors", []), ("tensors", [])])))),
+    ("R-MSG-006", directory(b"\x80\x80")),
+    ("R-MSG-007", directory(b"")),
+    ("R-MSG-007", root(x=Raw(b"\xdf\xff\xff\xff\xff"))),
+    ("R-DIR-001", directory(b"\x90")),
+    ("R-DIR-002", entry("runs", without="shape")),
+    ("R-DIR-002", inner("runs", "mask", without="polarity")),
+    ("R-DIR-003", root(tensors=[1])),
+    ("R-DIR-003", root(metadata={"a": 1})),
+    ("R-DIR-003", entry("runs", shape=["4", 24])),
+    ("R-DIR-004", root(metadata={})),
+    ("R-DIR-004", root(features=[])),
+    ("R-FEA-001", root(features=["keyed"])),
+    ("R-FEA-002", root(features=["b", "a"])),
+    ("R-KEY-001", root(keyed={})),
+    ("R-TEN-001", twice),
+    ("R-TEN-002", entry("runs", name="")),
+    ("R-TEN-003", entry("runs", dtype="F4")),
+    ("R-TEN-004", entry("runs", coding="zip")),
+    ("R-TEN-005", entry("runs", shape=[2**24, 2**24 + 1])),
+    ("R-TEN-006", entry("runs", segment=33)),
+    ("R-TEN-007", entry("runs", chunk=2**19 + 1)),
+    ("R-TEN-008", entry("runs", shape=[200, 24])),
+    ("R-TEN-009", entry("runs", vectors=struct.pack("<II", 64, 0))),
+    ("R-TEN-010", entry("runs", dtype="U32")),
+    ("R-TEN-011", entry("raw", mask={})),
+    ("R-TEN-012", entry("table", vectors=struct.pack("<IIII", 64, 0, 64, 0))),
+    ("R-TAB-001", inner("runs", "mask", extra=b"")),
+    ("R-TAB-002", inner("runs", "fingerprints", extra=b"\x39", codes=[])),
+    ("R-TAB-003", inner("runs", "mask", group=3)),
+    ("R-TAB-004", inner("coded", "importance", codes=[b"\x21"])),
+    ("R-TAB-005", inner("coded", "importance", codes=[b"\x2d\x01"])),
+    ("R-TAB-006", inner("coded", "importance", codes=[b"\x01\x00"])),
+    ("R-TAB-007", inner("coded", "importance", codes=[b"\x22\x02"])),
+    ("R-TAB-008", inner("coded", "importance", base=1)),
+    ("R-TAB-008", inner("runs", "fingerprints", base=2**64 - 1)),
+    ("R-TAB-009", inner("coded", "importance", codes=[])),
+    ("R-TAB-010", inner("coded", "importance", codes=[b"\x21\x12"])),
+    ("R-MSK-001", inner("runs", "mask", kind="bitmap")),
+    ("R-MSK-002", inner("runs", "mask", polarity=2)),
+    ("R-MSK-003", inner("octets", "mask", polarity=1)),
+    ("R-QNT-001", inner("runs", "fingerprints", quantiser="trellis")),
+    ("R-QNT-002", inner("octets", "fingerprints", dtype="F32")),
+    ("R-QNT-003", inner("uniform", "fingerprints", step=bytes(4))),
+    ("R-QNT-003", inner("uniform", "fingerprints", step=F32_INFINITY)),
+    ("R-QNT-004", inner("table", "fingerprints", count=0)),
+    ("R-QNT-005", vectors("table", 0, F32_INFINITY)),
+    ("R-QNT-005", vectors("table", 0, b"\0\0\0\x80")),
+    ("R-QNT-006", inner("uniform", "fingerprints", step=b"\xff\xff\x7f\x7f")),
+    ("R-QNT-007", vectors("table", 0, b"\xff\xff\x7f\x7f")),
+    ("R-QNT-008", inner("runs", "fingerprints", trim=2)),
+    ("R-SCL-001", inner("coded", "scale", per="block")),
+    ("R-SCL-002", inner("group", "scale", size=0)),
+    ("R-SCL-002", inner("coded", "scale", size=1)),
+    ("R-SCL-003", inner("coded", "scale", dtype="F64")),
+    ("R-SCL-004", vectors("coded", 0, F32_INFINITY)),
+    ("R-SCL-005", entry("runs", scale={"per": "tensor", "dtype": "F32"})),
+    ("R-SCL-006", vectors("coded", 0, b"\xff\xff\x7f\x7f")),
+    ("R-IMP-001", inner("coded", "importance", over="some")),
+    ("R-IMP-002", inner("coded", "importance", role="x")),
+    ("R-IMP-003", inner("table", "importance", dtype="F64")),
+    ("R-IMP-003", inner("group", "importance", dtype="F64")),
+    ("R-IMP-006", inner("uniform", "importance", step=b"\xff\xff\x7f\x7f")),
+    ("R-CHK-001", longer_chunk),
+    ("R-CHK-002", chunk("runs", 5, 1)),
+    ("R-CHK-003", chunk("runs", -1, 1)),
+    ("R-IDX-001", chunk("runs", 4, 33)),
+    ("R-IDX-002", header("runs", "survivors", 33, 0)),
+    ("R-IDX-003", header("coded", "fingerprints residual", 2**32 - 1, 32)),
+    ("R-IDX-005", header("coded", "mask code", 2, 0)),
+    ("R-PLN-003", moved_bit),
+    ("R-VEC-002", vectors("coded", 63, b"\1")),
+    ("R-RAW-002", lambda file: file.part("flags").chunks[0].extend(bytes(64))),
+    ("R-RAW-003", chunk("flags", 63, 1)),
+    ("R-RAW-004", chunk("flags", 0, 2)),
+    ("R-LIM-002", entry("runs", name="x" * 1025)),
+    ("R-LIM-002", entry("flags", shape=[9] + [1] * 32)),
+    ("R-LIM-002", root(x=Raw(b"\x91" * 16 + b"\x90"))),
+]
+
+
+@pytest.mark.parametrize(("clause", "edit"), EDITS, ids=[f"{i} {edit[0]}" for i, edit in enumerate(EDITS)])
+def test_a_changed_file_is_refused_by_the_clause_that_it_breaks(
+    c_reader: Reader, clause: str, edit: Edit
+) -> None:
+    file = Forge.of(everything())
+    edit(file)
+    data = file.build()
+    expected = validate(data).faults[0]
+    assert expected.clause == clause
+    for command in ("validate", "decode"):
+        answer = c_reader.ask(command, data)
+        assert not answer["ok"]
+        assert (answer["clause"], answer["error"]) == (clause, expected.code)
+        assert answer["tensor"] == expected.tensor
+        assert 0 <= answer["offset"] <= len(data)
+
+
+def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
+    """Asserts that both readers accept a file or both refuse it, and what one finds where they accept it."""
+    report, answer = validate(data, limits=limits), reader.ask("validate", data)
+    assert answer["ok"] == report.ok, (answer, report.faults)
+    if not report.ok:
+        assert answer["error"] == CODE_OF_CLAUSE[answer["clause"]]
+        assert 0 <= answer["offset"] <= len(data)
+    elif len(data) < 1 << 16:
+        same(reader, data)
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 2**64 - 1), st.integers(1, 3))
+def test_changed_files_with_mended_checksums_are_judged_alike(
+    careful: Reader, seed: int, changes: int
+) -> None:
+    rng = random.Random(seed)
+    file = Forge.of(everything())
+    for _ in range(changes):
+        mutate(file, rng)
+    judged_alike(careful, file.build(), SMALL)
+
+
+@settings(max_examples=500)
+@given(st.integers(0, 2**64 - 1))
+def test_changed_chunks_with_mended_checksums_are_judged_alike(careful: Reader, seed: int) -> None:
+    rng = random.Random(seed)
+    file = Forge.of(rng.choice([plain(), everything()]))
+    part = rng.choice([part for part in file.parts if part.chunks])
+    for _ in range(rng.randrange(1, 4)):
+        mutate_chunk(rng.choice(part.chunks), rng)
+    judged_alike(careful, file.build(), SMALL)
+
+
+@settings(max_examples=150)
+@given(jobs(), st.integers(0, 2**64 - 1))
+def test_changes_of_any_written_file_are_judged_alike(careful: Reader, job: Job, seed: int) -> None:
+    rng = random.Random(seed)
+    file = Forge.of(written(job))
+    mutate(file, rng)
+    judged_alike(careful, file.build(), SMALL)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200))
+def test_random_bytes_and_short_files_are_judged_alike(careful: Reader, data: bytes) -> None:
+    for bad in (data, plain()[: len(data)], plain()[:64] + data, Forge(directory=data).build()):
+        judged_alike(careful, bad, SMALL)
+
+
+def test_chunks_that_do_not_reach_the_directory_are_refused(c_reader: Reader) -> None:
+    file = Forge.of(everything())
+    chunks = b"".join(part.data for part in file.parts)
+    for more, clause in ((64, "R-LAY-003"), (1, "R-PRE-011")):
+        gap, at = bytes(more), 64 + len(chunks) + more
+        shifted = Forge.of(everything())
+        shifted.preamble = {
+            "directory_offset": at,
+            "file_length": at + len(shifted.directory_bytes()),
+        }
+        whole = shifted.build()
+        data = whole[: at - more] + gap + whole[at - more :]
+        assert c_reader.ask("validate", data)["clause"] == clause
+        assert validate(data).faults[0].clause == clause
+
+
+@pytest.mark.parametrize(
+    ("limit", "just"), [("depth", 5), ("name_bytes", 7), ("tensors", 10), ("rank", 2), ("tensor_bytes", 384)]
+)
+def test_limits_hold_to_the_unit(served: Callable[[Limits], Reader], limit: str, just: int) -> None:
+    limits = replace(sfpformat.DEFAULT_LIMITS, **{limit: just})
+    less = replace(limits, **{limit: just - 1})
+    verdicts = [validate(everything(), limits=one).ok for one in (limits, less)]
+    assert [served(one).ask("validate", everything())["ok"] for one in (limits, less)] == verdicts
+    assert not verdicts[1]
+
+
+def test_the_table_of_clauses_is_that_of_the_document() -> None:
+    rows = re.findall(r'X\((R_\w+), "([-\w]+)", SFP_(E_\w+)\)', (SOURCE / "sfp.c").read_text())
+    assert all(name.replace("_", "-") == clause for name, clause, _ in rows)
+    found = {clause: code for _, clause, code in rows}
+    refusing = {clause.id: clause.code for clause in clauses_of_spec() if clause.code}
+    # Those without a check of their own: reserved bytes have closer rules, shards and profiles are not of one
+    # file, keyed maps are refused as unknown.
+    others = {"R-CNV-005", "R-PRO-001", "R-SHD-001", "R-SHD-002"}
+    assert found == {clause: code for clause, code in refusing.items() if clause not in others}
+
+
+# --------------------------------------------------------------------------------------- program and memory
+
+
+def test_the_program_tells_by_its_exit_status(program: Path, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.sfp", tmp_path / "bad.sfp"
+    good.write_bytes(everything())
+    bad.write_bytes(everything()[:-1])
+    outcomes: list[tuple[list[object], int]] = [
+        (["validate", good], 0),
+        (["decode", good, tmp_path], 0),
+        (["validate", bad], 1),
+        (["decode", bad, tmp_path], 1),
+        (["tensors=1", "validate", good], 1),
+        (["validate", tmp_path / "none.sfp"], 2),
+        (["decode", good, tmp_path / "none"], 2),
+        (["validate"], 2),
+        (["tensors=x", "validate", good], 2),
+        ([], 2),
+    ]
+    for words, status in outcomes:
+        done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == status, (words, done)
+        assert json.loads(done.stdout)["ok"] == (status == 0)
+        assert not done.stderr
+
+
+STARVED = r"""
+#include "sfp.h"
+#include <stdio.h>
+#include <stdlib.h>
+
+typedef struct { size_t given, held, most; } ration;
+
+static void *give(void *user, size_t size)
+{
+    ration *r = user;
+    if (r->given == r->most) return NULL;
+    r->given++, r->held++;
+    return malloc(size);
+}
+
+static void take(void *user, void *memory)
+{
+    ((ration *)user)->held--;
+    free(memory);
+}
+
+static sfp_status read_all(const unsigned char *bytes, size_t length, const sfp_allocator *a)
+{
+    sfp_fault fault;
+    sfp_file *file;
+    sfp_status status = sfp_open(bytes, length, NULL, a, &file, &fault);
+    for (size_t i = 0; status == SFP_OK && i < sfp_tensor_count(file); i++) {
+        sfp_decoded got;
+        status = sfp_decode(file, i, SFP_VALUES | SFP_MASK | SFP_IMPORTANCE, &got, &fault);
+        sfp_release(file, &got);
+        if (status == SFP_OK) status = sfp_check(file, i, &fault);
+    }
+    sfp_close(file);
+    return status;
+}
+
+int main(int count, char **words)
+{
+    static unsigned char bytes[1 << 20];
+    FILE *stream = fopen(words[count - 1], "rb");
+    size_t length = fread(bytes, 1, sizeof bytes, stream);
+    fclose(stream);
+    for (size_t most = 0;; most++) {
+        ration r = {0, 0, most};
+        sfp_allocator a = {give, take, &r};
+        sfp_status status = read_all(bytes, length, &a);
+        if (r.held != 0) return 3;
+        if (status == SFP_OK) return r.given == most ? 0 : 4;
+        if (status != SFP_NO_MEMORY) return 5;
+    }
+}
+"""
+
+
+def test_a_reader_that_gets_no_memory_says_so_and_keeps_none(tmp_path: Path) -> None:
+    (tmp_path / "starved.c").write_text(STARVED)
+    (tmp_path / "file.sfp").write_bytes(everything())
+    flags = ["-std=c99", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCE}"]
+    words = ["cc", *flags, "-o", tmp_path / "starved", tmp_path / "starved.c", SOURCE / "sfp.c"]
+    subprocess.run(list(map(str, words)), check=True)
+    done = subprocess.run([tmp_path / "starved", tmp_path / "file.sfp"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_large_segments_and_all_trims_are_read_alike(c_reader: Reader) -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(64, 3000)).astype(np.float32)
+    rows[::3] = rows[::3].astype(np.float16)
+    narrow = rows.astype(np.float32)
+    options = sfpformat.Options(coding="fingerprint", quantiser="exact", narrow=False, segment=65536)
+    tensors = {"dense": narrow, "half": weights(300, 700), "few": np.round(weights(64, 512) * 2)}
+    data = sfpformat.numpy.save(tensors, options=options, importances={"half": importance(300, 700)})
+    same(c_reader, data)
+    trimmed = sfpformat.numpy.save({"dense": narrow}, options=options.but(segment=96))
+    assert b"trim\x01" in trimmed
+    same(c_reader, trimmed)
