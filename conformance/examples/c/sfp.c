@@ -157,12 +157,15 @@ const char *sfp_error_name(sfp_error error)
 
 /* ------------------------------------------------------------------------------------------ bytes and bits */
 
-static uint32_t load32(const uint8_t *p)
+/* Of the functions that every bit and every value goes through, compilers are told that they are inline: they
+ * look longer than they are, loads and stores of single bytes that become one instruction. */
+
+static inline uint32_t load32(const uint8_t *p)
 {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-static uint64_t load64(const uint8_t *p)
+static inline uint64_t load64(const uint8_t *p)
 {
     return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
            (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
@@ -179,32 +182,32 @@ static uint64_t load(const uint8_t *p, size_t size)
     }
 }
 
-static void store16(uint8_t *p, uint32_t x)
+static inline void store16(uint8_t *p, uint32_t x)
 {
     p[0] = (uint8_t)x;
     p[1] = (uint8_t)(x >> 8);
 }
 
-static void store32(uint8_t *p, uint32_t x)
+static inline void store32(uint8_t *p, uint32_t x)
 {
     store16(p, x);
     store16(p + 2, x >> 16);
 }
 
-static void store64(uint8_t *p, uint64_t x)
+static inline void store64(uint8_t *p, uint64_t x)
 {
     store32(p, (uint32_t)x);
     store32(p + 4, (uint32_t)(x >> 32));
 }
 
 /* The 57 bits, or more, that come next in a bit sequence. */
-static uint64_t peek(const uint8_t *bits, uint64_t at)
+static inline uint64_t peek(const uint8_t *bits, uint64_t at)
 {
     return load64(bits + (at >> 3)) >> (at & 7);
 }
 
 /* 2^width - 1, for widths under 64. */
-static uint64_t ones(unsigned width)
+static inline uint64_t ones(unsigned width)
 {
     return ((uint64_t)1 << width) - 1;
 }
@@ -1729,13 +1732,15 @@ bool sfp_next_metadata(const sfp_file *file, size_t *cursor, sfp_span *key, sfp_
 
 enum { LOOKUP_SIZE = 1 << MAX_LENGTH };
 
-/* A stream made ready: by the next 12 bits of the prefix plane, `lookup` gives the length of the symbol that
- * they begin with (its lowest four bits) and its class; with g = 2 its first class, and 64 times its second. */
+/* A stream made ready. By the next 12 bits of a prefix plane, `lookup` gives the symbol that they begin with,
+ * and the one after it where they hold that too: from the lowest bit on, in fields of 4, 4, 12 and 12 bits, the
+ * length of both (or of the first alone), the length of the first, the first and the second. A symbol is given as
+ * its class; with g = 2 as its first class, and 64 times its second. */
 typedef struct stream_decoder {
     const stream *stream;
     uint64_t *first;      /* of each class */
     const uint8_t *extra; /* of each class */
-    uint16_t *lookup;     /* LOOKUP_SIZE entries for each code */
+    uint32_t *lookup;     /* LOOKUP_SIZE entries for each code */
     unsigned least_extra, greatest_extra; /* of the classes used */
 } stream_decoder;
 
@@ -1748,15 +1753,28 @@ static uint32_t reversed(uint32_t word, unsigned bits)
     return out;
 }
 
-/* What a look-up gives of a symbol besides its length. */
+/* What a look-up gives for a symbol. */
 static uint32_t classes_of_symbol(const code_table *t, uint32_t symbol)
 {
     uint32_t classes = (uint32_t)t->classes;
     return t->group == 1 ? symbol : symbol % classes | symbol / classes << 6;
 }
 
+/* Adds the second symbols to a table that has the first ones. The entry for the bits after the first symbol lies
+ * before its own, or is its own: going down, what it says of its first symbol is all that has been set. */
+static void add_second_symbols(uint32_t *lookup)
+{
+    for (uint32_t at = LOOKUP_SIZE; at-- > 0;) {
+        uint32_t first = lookup[at] >> 4 & 15;
+        uint32_t next = lookup[at >> first];
+        uint32_t both = first + (next >> 4 & 15);
+        bool fits = both <= MAX_LENGTH;
+        lookup[at] |= fits ? both | next >> 8 << 20 : first;
+    }
+}
+
 /* The canonical codewords of chapter 8. They lie in the plane most significant bit first, hence reversed. */
-static void fill_lookup(const code_table *t, const uint8_t *code, uint16_t *lookup)
+static void fill_lookup(const code_table *t, const uint8_t *code, uint32_t *lookup)
 {
     uint32_t used[MAX_USED];
     size_t count = 0;
@@ -1771,13 +1789,14 @@ static void fill_lookup(const code_table *t, const uint8_t *code, uint16_t *look
             if (code_length(code, used[i]) != length) {
                 continue;
             }
-            uint32_t found = classes_of_symbol(t, used[i]) << 4 | length;
+            uint32_t found = classes_of_symbol(t, used[i]) << 8 | length << 4;
             for (uint32_t at = reversed(word, length); at < LOOKUP_SIZE; at += UINT32_C(1) << length) {
-                lookup[at] = (uint16_t)found;
+                lookup[at] = found;
             }
             word++;
         }
     }
+    add_second_symbols(lookup);
 }
 
 static void note_extra(stream_decoder *s, size_t class_number)
@@ -1831,25 +1850,26 @@ static bool prepare_stream(const sfp_file *file, const stream *source, stream_de
 }
 
 /* Looks `count` symbols up from bit `from` of the prefix plane on; whether they end at bit `to`. */
-static bool look_up(const uint16_t *lookup, const uint8_t *plane, uint64_t from, uint64_t to, size_t count,
+static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from, uint64_t to, size_t count,
                     uint16_t *found)
 {
     size_t i = 0;
-    for (; count - i >= 4 && from <= to; i += 4) { /* four symbols have 48 bits at most, of the 57 at hand */
+    while (count - i >= 8 && from <= to) { /* four look-ups take 48 bits at most, of the 57 at hand */
         uint64_t window = peek(plane, from);
-        unsigned taken = 0;
         for (size_t k = 0; k < 4; k++) {
-            unsigned hit = lookup[window % LOOKUP_SIZE];
-            window >>= hit & 15;
-            taken += hit & 15;
-            found[i + k] = (uint16_t)(hit >> 4);
+            uint32_t hit = lookup[window % LOOKUP_SIZE];
+            uint32_t both = hit & 15, first = hit >> 4 & 15;
+            window >>= both;
+            from += both;
+            found[i] = (uint16_t)(hit >> 8 & 4095);
+            found[i + 1] = (uint16_t)(hit >> 20); /* written over where there is no second */
+            i += first == both ? 1 : 2;
         }
-        from += taken;
     }
     for (; i < count && from <= to; i++) {
-        unsigned hit = lookup[peek(plane, from) % LOOKUP_SIZE];
-        found[i] = (uint16_t)(hit >> 4);
-        from += hit & 15;
+        uint32_t hit = lookup[peek(plane, from) % LOOKUP_SIZE];
+        found[i] = (uint16_t)(hit >> 8 & 4095);
+        from += hit >> 4 & 15;
     }
     return i == count && from == to;
 }
@@ -1873,26 +1893,26 @@ static uint64_t residual_bits_of(const stream_decoder *s, const uint16_t *classe
     return bits - (uint64_t)trim * count;
 }
 
-/* The levels of those classes, from bit `at` of the residual plane on. */
+/* The levels of those classes, from bit `at` of the residual plane on; bits 1 to `trim` were left out. */
 static void read_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
-                           size_t count, uint64_t *levels)
-{
-    for (size_t i = 0; i < count; i++) {
-        unsigned width = s->extra[classes[i]];
-        levels[i] = s->first[classes[i]] + (peek(plane, at) & ones(width));
-        at += width;
-    }
-}
-
-/* As read_residuals, where bits 1 to `trim` were left out. */
-static void read_trimmed(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
-                         size_t count, unsigned trim, uint64_t *levels)
+                           size_t count, unsigned trim, uint64_t *levels)
 {
     for (size_t i = 0; i < count; i++) {
         unsigned width = s->extra[classes[i]] - trim;
         uint64_t r = peek(plane, at) & ones(width);
         levels[i] = s->first[classes[i]] + (r & 1) + (r >> 1 << (trim + 1));
         at += width;
+    }
+}
+
+/* As read_residuals, where all classes have the same width: nothing waits for the level before. */
+static void read_even_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
+                                size_t count, uint64_t *levels)
+{
+    unsigned width = s->least_extra;
+    uint64_t mask = ones(width);
+    for (size_t i = 0; i < count; i++) {
+        levels[i] = s->first[classes[i]] + (peek(plane, at + i * width) & mask);
     }
 }
 
@@ -2308,10 +2328,10 @@ static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
         return refuse_chunk(d, c, R_PLN_003, (uint64_t)(residual->bits - c->bytes) + residual->at / 8,
                             "a segment's residuals do not end where its bits do");
     }
-    if (part->trim == 0) {
-        read_residuals(ready, residual->bits, residual->at, d->classes, part->levels, d->levels);
+    if (ready->least_extra == ready->greatest_extra && part->trim == 0) {
+        read_even_residuals(ready, residual->bits, residual->at, d->classes, part->levels, d->levels);
     } else {
-        read_trimmed(ready, residual->bits, residual->at, d->classes, part->levels, part->trim, d->levels);
+        read_residuals(ready, residual->bits, residual->at, d->classes, part->levels, part->trim, d->levels);
     }
     prefix->at += part->prefix_bits;
     residual->at += part->residual_bits;
