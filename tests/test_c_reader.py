@@ -7,13 +7,14 @@ undefined behaviour; one process takes all files, so that what leaks or is damag
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
-import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +28,13 @@ from sfpformat import Limits
 from sfpformat.errors import CODE_OF_CLAUSE
 from sfpformat.validate import validate
 
+from .c_reader import SOURCE, Answer, Reader, Readers, built
 from .clauses import ROOT, clauses_of_spec
 from .forge import Forge, Pairs, Raw, exact, f32_bytes, hand_file, hand_part, pack, table
 from .samples import everything, importance, plain, weights
 from .slow_reader import FLOATS
 from .strategies import Job, jobs, written
 from .test_hostile import SMALL, mutate, mutate_chunk
-
-SOURCE = ROOT / "conformance" / "examples" / "c"
-LIMITS = ("directory_bytes", "depth", "name_bytes", "tensors", "rank", "tensor_bytes", "expansion")
-
-Answer = dict[str, Any]
-
-
-@dataclass
-class Reader:
-    """The program, taking one command after another."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-
-    def ask(self, command: str, data: bytes) -> Answer:
-        """Its answer to `validate` or `decode` for a file of those bytes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        path = self.folder / "file.sfp"
-        path.write_bytes(data)
-        words = [command, str(path), *([str(self.folder)] if command == "decode" else [])]
-        self.process.stdin.write("\t".join(words) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the program ended: {(self.folder / 'errors').read_text()}"
-        answer: Answer = json.loads(line)
-        return answer
-
-    def written(self, name: str) -> bytes:
-        """A file that it wrote."""
-        return (self.folder / name).read_bytes()
-
-
-def built(target: str, folder: Path) -> Path:
-    """The program, newly compiled."""
-    for tool in ("make", "cc"):
-        assert shutil.which(tool), f"{tool} is needed to build the reader in C: install a C compiler and make"
-    done = subprocess.run(
-        ["make", "-C", str(SOURCE), target, f"BUILD={folder}"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr, f"the compiler warns: {done.stderr}"
-    return next(folder.glob("sfp_driver*"))
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +44,23 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Limits], Reader]]:
-    """Gives a running program for those limits."""
-    running: dict[Limits, Reader] = {}
-
-    def reader(limits: Limits) -> Reader:
-        if limits not in running:
-            folder = tmp_path_factory.mktemp("served")
-            words = [str(program), *(f"{name}={getattr(limits, name)}" for name in LIMITS), "serve"]
-            with (folder / "errors").open("w") as errors:
-                process = subprocess.Popen(
-                    words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-                )
-            running[limits] = Reader(process, folder)
-        return running[limits]
-
-    yield reader
-    for one in running.values():
-        _, _ = one.process.communicate()
-        assert one.process.returncode == 0, (one.folder / "errors").read_text()
+def readers(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Readers]:
+    """Gives running programs."""
+    readers = Readers(program, tmp_path_factory.mktemp("served"))
+    yield readers
+    readers.end()
 
 
 @pytest.fixture(scope="module")
-def c_reader(served: Callable[[Limits], Reader]) -> Reader:
+def c_reader(readers: Readers) -> Reader:
     """The program with the default limits."""
-    return served(sfpformat.DEFAULT_LIMITS)
+    return readers.reader()
 
 
 @pytest.fixture(scope="module")
-def careful(served: Callable[[Limits], Reader]) -> Reader:
+def careful(readers: Readers) -> Reader:
     """The program with limits for hostile files."""
-    return served(SMALL)
+    return readers.reader(SMALL)
 
 
 # ----------------------------------------------------------------------------------------- what is decoded
@@ -446,6 +391,26 @@ def test_a_changed_file_is_refused_by_the_clause_that_it_breaks(
         assert 0 <= answer["offset"] <= len(data)
 
 
+# The tests that have a file accepted or refused for each way to keep or break a requirement.
+REFUSING = ["chunk", "codetable", "directory", "features", "layout", "limits", "mask", "messagepack"]
+REFUSING += ["planes", "preamble", "quantiser", "raw", "reconstruction"]
+
+
+def test_files_of_the_other_tests_are_accepted_or_refused_alike(program: Path) -> None:
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-p", "tests.c_reader", "-p", "no:cacheprovider", "-x"],
+            *["-k", "refused", *(f"tests/test_{name}.py" for name in REFUSING)],
+        ],
+        cwd=ROOT,
+        env=os.environ | {"C_READER": str(program)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
     """Asserts that both readers accept a file or both refuse it, and what one finds where they accept it."""
     report, answer = validate(data, limits=limits), reader.ask("validate", data)
@@ -515,11 +480,11 @@ def test_chunks_that_do_not_reach_the_directory_are_refused(c_reader: Reader) ->
 @pytest.mark.parametrize(
     ("limit", "just"), [("depth", 5), ("name_bytes", 7), ("tensors", 10), ("rank", 2), ("tensor_bytes", 384)]
 )
-def test_limits_hold_to_the_unit(served: Callable[[Limits], Reader], limit: str, just: int) -> None:
+def test_limits_hold_to_the_unit(readers: Readers, limit: str, just: int) -> None:
     limits = replace(sfpformat.DEFAULT_LIMITS, **{limit: just})
     less = replace(limits, **{limit: just - 1})
     verdicts = [validate(everything(), limits=one).ok for one in (limits, less)]
-    assert [served(one).ask("validate", everything())["ok"] for one in (limits, less)] == verdicts
+    assert [readers.reader(one).ask("validate", everything())["ok"] for one in (limits, less)] == verdicts
     assert not verdicts[1]
 
 
