@@ -10,10 +10,9 @@ import json
 import os
 import random
 import re
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from sfpformat.validate import validate
 
 from .c_reader import SOURCE, Answer, Reader, Readers, built
 from .clauses import ROOT, clauses_of_spec
-from .forge import Forge, Pairs, Raw, exact, f32_bytes, hand_file, hand_part, pack, table
+from .forge import Forge, exact, f32_bytes, hand_file, hand_part, table
 from .samples import everything, importance, plain, weights
 from .slow_reader import FLOATS
 from .strategies import Job, jobs, written
@@ -104,7 +103,7 @@ def test_files_with_every_coding_are_read_alike(c_reader: Reader) -> None:
     same(c_reader, hand_file())
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(jobs())
 def test_every_written_file_is_read_alike(c_reader: Reader, job: Job) -> None:
     same(c_reader, written(job))
@@ -180,217 +179,6 @@ def test_every_narrower_dtype_is_widened_alike(c_reader: Reader, role: str) -> N
 
 # ----------------------------------------------------------------------------------------- what is refused
 
-Edit = Callable[[Forge], object]
-
-
-def root(**fields: Any) -> Edit:
-    """Puts fields into the root."""
-    return lambda file: file.root.update(fields)
-
-
-def entry(name: str, /, *, without: str = "", **fields: Any) -> Edit:
-    """Puts fields into a tensor's entry."""
-
-    def edit(file: Forge) -> None:
-        file.part(name).entry.pop(without, None)
-        file.part(name).entry.update(fields)
-
-    return edit
-
-
-def inner(name: str, key: str, /, *, without: str = "", **fields: Any) -> Edit:
-    """Puts fields into a map of a tensor's entry."""
-
-    def edit(file: Forge) -> None:
-        file.part(name).entry[key].pop(without, None)
-        file.part(name).entry[key].update(fields)
-
-    return edit
-
-
-def preamble(**fields: Any) -> Edit:
-    """Puts fields into the preamble."""
-    return lambda file: file.preamble.update(fields)
-
-
-def chunk(name: str, at: int, value: int) -> Edit:
-    """Sets a byte of a tensor's first chunk."""
-    return lambda file: file.part(name).chunks[0].__setitem__(at, value)
-
-
-def vectors(name: str, at: int, raw: bytes) -> Edit:
-    """Sets bytes of a tensor's vector chunk."""
-
-    def edit(file: Forge) -> None:
-        chunk = file.part(name).vectors
-        assert chunk is not None
-        chunk[at : at + len(raw)] = raw
-
-    return edit
-
-
-def header(name: str, quantity: str, minimum: int, width: int) -> Edit:
-    """Gives a quantity of a tensor's first chunk another header."""
-
-    def edit(file: Forge) -> None:
-        taken = file.part(name).take()
-        values = [minimum + value % (1 << width) for value in taken.quantities[quantity]]
-        taken.quantities[quantity], taken.headers[quantity] = values, (minimum, width)
-        file.part(name).put(taken)
-
-    return edit
-
-
-def directory(raw: bytes) -> Edit:
-    """Another directory."""
-    return lambda file: setattr(file, "directory", raw)
-
-
-def moved_bit(file: Forge) -> None:
-    """Gives the first segment a bit of the second."""
-    taken = file.part("coded").take()
-    taken.quantities["fingerprints residual"][0] += 1
-    taken.quantities["fingerprints residual"][1] -= 1
-    file.part("coded").put(taken)
-
-
-def longer_chunk(file: Forge) -> None:
-    file.part("runs").chunks[0] += bytes(64)
-
-
-def damaged_chunk(file: Forge) -> None:
-    part = file.part("runs")
-    part.entry["chunks"] = part.full_entry()["chunks"]
-    part.chunks[0][0] ^= 1
-
-
-def twice(file: Forge) -> None:
-    file.parts.append(file.part("flags"))
-
-
-def late_tail(file: Forge) -> None:
-    file.tail = b"\0"
-
-
-F32_INFINITY = struct.pack("<I", 0x7F800000)
-
-# A file with every coding, changed in one place, and the requirement that it then breaks.
-EDITS: list[tuple[str, Edit]] = [
-    ("R-PRE-001", preamble(magic=b"\x89SFQ\r\n\x1a\n")),
-    ("R-PRE-003", preamble(crc=1)),
-    ("R-PRE-004", preamble(major=2)),
-    ("R-PRE-006", preamble(reserved=b"\0\0\1\0")),
-    ("R-PRE-006", preamble(more_reserved=b"\1" + bytes(15))),
-    ("R-PRE-007", preamble(file_length=2**63)),
-    ("R-PRE-008", late_tail),
-    ("R-PRE-009", preamble(directory_length=2**64 - 1)),
-    ("R-PRE-010", preamble(directory_crc=0)),
-    ("R-LAY-002", entry("flags", chunks=struct.pack("<II", 65, 0))),
-    ("R-LAY-004", damaged_chunk),
-    ("R-MSG-001", root(x=Raw(b"\xc0"))),
-    ("R-MSG-001", directory(b"\x81\x01\x01")),
-    ("R-MSG-002", root(x=Raw(b"\xcd\x00\xff"))),
-    ("R-MSG-003", root(x=Raw(b"\xa3\xed\xa0\x80"))),
-    ("R-MSG-003", root(x=Raw(b"\xa1\x00"))),
-    ("R-MSG-004", directory(pack(Pairs([("tensors", []), ("a", 1)])))),
-    ("R-MSG-005", directory(pack(Pairs([("tensors", []), ("tensors", [])])))),
-    ("R-MSG-006", directory(b"\x80\x80")),
-    ("R-MSG-007", directory(b"")),
-    ("R-MSG-007", root(x=Raw(b"\xdf\xff\xff\xff\xff"))),
-    ("R-DIR-001", directory(b"\x90")),
-    ("R-DIR-002", entry("runs", without="shape")),
-    ("R-DIR-002", inner("runs", "mask", without="polarity")),
-    ("R-DIR-003", root(tensors=[1])),
-    ("R-DIR-003", root(metadata={"a": 1})),
-    ("R-DIR-003", entry("runs", shape=["4", 24])),
-    ("R-DIR-004", root(metadata={})),
-    ("R-DIR-004", root(features=[])),
-    ("R-FEA-001", root(features=["keyed"])),
-    ("R-FEA-002", root(features=["b", "a"])),
-    ("R-KEY-001", root(keyed={})),
-    ("R-TEN-001", twice),
-    ("R-TEN-002", entry("runs", name="")),
-    ("R-TEN-003", entry("runs", dtype="F4")),
-    ("R-TEN-004", entry("runs", coding="zip")),
-    ("R-TEN-005", entry("runs", shape=[2**24, 2**24 + 1])),
-    ("R-TEN-006", entry("runs", segment=33)),
-    ("R-TEN-007", entry("runs", chunk=2**19 + 1)),
-    ("R-TEN-008", entry("runs", shape=[200, 24])),
-    ("R-TEN-009", entry("runs", vectors=struct.pack("<II", 64, 0))),
-    ("R-TEN-010", entry("runs", dtype="U32")),
-    ("R-TEN-011", entry("raw", mask={})),
-    ("R-TEN-012", entry("table", vectors=struct.pack("<IIII", 64, 0, 64, 0))),
-    ("R-TAB-001", inner("runs", "mask", extra=b"")),
-    ("R-TAB-002", inner("runs", "fingerprints", extra=b"\x39", codes=[])),
-    ("R-TAB-003", inner("runs", "mask", group=3)),
-    ("R-TAB-004", inner("coded", "importance", codes=[b"\x21"])),
-    ("R-TAB-005", inner("coded", "importance", codes=[b"\x2d\x01"])),
-    ("R-TAB-006", inner("coded", "importance", codes=[b"\x01\x00"])),
-    ("R-TAB-007", inner("coded", "importance", codes=[b"\x22\x02"])),
-    ("R-TAB-008", inner("coded", "importance", base=1)),
-    ("R-TAB-008", inner("runs", "fingerprints", base=2**64 - 1)),
-    ("R-TAB-009", inner("coded", "importance", codes=[])),
-    ("R-TAB-010", inner("coded", "importance", codes=[b"\x21\x12"])),
-    ("R-MSK-001", inner("runs", "mask", kind="bitmap")),
-    ("R-MSK-002", inner("runs", "mask", polarity=2)),
-    ("R-MSK-003", inner("octets", "mask", polarity=1)),
-    ("R-QNT-001", inner("runs", "fingerprints", quantiser="trellis")),
-    ("R-QNT-002", inner("octets", "fingerprints", dtype="F32")),
-    ("R-QNT-003", inner("uniform", "fingerprints", step=bytes(4))),
-    ("R-QNT-003", inner("uniform", "fingerprints", step=F32_INFINITY)),
-    ("R-QNT-004", inner("table", "fingerprints", count=0)),
-    ("R-QNT-005", vectors("table", 0, F32_INFINITY)),
-    ("R-QNT-005", vectors("table", 0, b"\0\0\0\x80")),
-    ("R-QNT-006", inner("uniform", "fingerprints", step=b"\xff\xff\x7f\x7f")),
-    ("R-QNT-007", vectors("table", 0, b"\xff\xff\x7f\x7f")),
-    ("R-QNT-008", inner("runs", "fingerprints", trim=2)),
-    ("R-SCL-001", inner("coded", "scale", per="block")),
-    ("R-SCL-002", inner("group", "scale", size=0)),
-    ("R-SCL-002", inner("coded", "scale", size=1)),
-    ("R-SCL-003", inner("coded", "scale", dtype="F64")),
-    ("R-SCL-004", vectors("coded", 0, F32_INFINITY)),
-    ("R-SCL-005", entry("runs", scale={"per": "tensor", "dtype": "F32"})),
-    ("R-SCL-006", vectors("coded", 0, b"\xff\xff\x7f\x7f")),
-    ("R-IMP-001", inner("coded", "importance", over="some")),
-    ("R-IMP-002", inner("coded", "importance", role="x")),
-    ("R-IMP-003", inner("table", "importance", dtype="F64")),
-    ("R-IMP-003", inner("group", "importance", dtype="F64")),
-    ("R-IMP-006", inner("uniform", "importance", step=b"\xff\xff\x7f\x7f")),
-    ("R-CHK-001", longer_chunk),
-    ("R-CHK-002", chunk("runs", 5, 1)),
-    ("R-CHK-003", chunk("runs", -1, 1)),
-    ("R-IDX-001", chunk("runs", 4, 33)),
-    ("R-IDX-002", header("runs", "survivors", 33, 0)),
-    ("R-IDX-003", header("coded", "fingerprints residual", 2**32 - 1, 32)),
-    ("R-IDX-005", header("coded", "mask code", 2, 0)),
-    ("R-PLN-003", moved_bit),
-    ("R-VEC-002", vectors("coded", 63, b"\1")),
-    ("R-RAW-002", lambda file: file.part("flags").chunks[0].extend(bytes(64))),
-    ("R-RAW-003", chunk("flags", 63, 1)),
-    ("R-RAW-004", chunk("flags", 0, 2)),
-    ("R-LIM-002", entry("runs", name="x" * 1025)),
-    ("R-LIM-002", entry("flags", shape=[9] + [1] * 32)),
-    ("R-LIM-002", root(x=Raw(b"\x91" * 16 + b"\x90"))),
-]
-
-
-@pytest.mark.parametrize(("clause", "edit"), EDITS, ids=[f"{i} {edit[0]}" for i, edit in enumerate(EDITS)])
-def test_a_changed_file_is_refused_by_the_clause_that_it_breaks(
-    c_reader: Reader, clause: str, edit: Edit
-) -> None:
-    file = Forge.of(everything())
-    edit(file)
-    data = file.build()
-    expected = validate(data).faults[0]
-    assert expected.clause == clause
-    for command in ("validate", "decode"):
-        answer = c_reader.ask(command, data)
-        assert not answer["ok"]
-        assert (answer["clause"], answer["error"]) == (clause, expected.code)
-        assert answer["tensor"] == expected.tensor
-        assert 0 <= answer["offset"] <= len(data)
-
-
 # The tests that have a file accepted or refused for each way to keep or break a requirement.
 REFUSING = ["chunk", "codetable", "directory", "features", "layout", "limits", "mask", "messagepack"]
 REFUSING += ["planes", "preamble", "quantiser", "raw", "reconstruction"]
@@ -400,7 +188,7 @@ def test_files_of_the_other_tests_are_accepted_or_refused_alike(program: Path) -
     done = subprocess.run(
         [
             *[sys.executable, "-m", "pytest", "-p", "tests.c_reader", "-p", "no:cacheprovider", "-x"],
-            *["-k", "refused", *(f"tests/test_{name}.py" for name in REFUSING)],
+            *["-k", "refused or missed or reach or truncated", *(f"tests/test_{name}.py" for name in REFUSING)],
         ],
         cwd=ROOT,
         env=os.environ | {"C_READER": str(program)},
@@ -416,13 +204,14 @@ def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
     report, answer = validate(data, limits=limits), reader.ask("validate", data)
     assert answer["ok"] == report.ok, (answer, report.faults)
     if not report.ok:
+        assert reader.ask("decode", data) == answer
         assert answer["error"] == CODE_OF_CLAUSE[answer["clause"]]
         assert 0 <= answer["offset"] <= len(data)
     elif len(data) < 1 << 16:
         same(reader, data)
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 3))
 def test_changed_files_with_mended_checksums_are_judged_alike(
     careful: Reader, seed: int, changes: int
@@ -434,7 +223,7 @@ def test_changed_files_with_mended_checksums_are_judged_alike(
     judged_alike(careful, file.build(), SMALL)
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1))
 def test_changed_chunks_with_mended_checksums_are_judged_alike(careful: Reader, seed: int) -> None:
     rng = random.Random(seed)
