@@ -20,8 +20,8 @@
 #if CHAR_BIT != 8 || FLT_RADIX != 2 || FLT_MANT_DIG != 24 || FLT_MAX_EXP != 128 || DBL_MANT_DIG != 53
 #error "binary32 as float and binary64 as double are needed"
 #endif
-#if !defined(FLT_EVAL_METHOD) || FLT_EVAL_METHOD != 0
-#error "float arithmetic must be rounded to float at each step (with gcc on x86: -msse2 -mfpmath=sse)"
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 1
+#error "float and double arithmetic must not be done in a wider type than double (gcc on x86: -mfpmath=sse)"
 #endif
 
 /* ------------------------------------------------------------------------------------------------ faults */
@@ -362,6 +362,13 @@ static uint32_t bits_of(float x)
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
+}
+
+/* The product rounded to binary32. Where a compiler computes in binary64, that holds the product exactly, and the
+ * cast is the one rounding. */
+static float multiply(float a, float b)
+{
+    return (float)(a * b);
 }
 
 static double double_of(uint64_t bits)
@@ -1020,7 +1027,7 @@ static bool read_quantised(const directory *d, const stream_map *m, const dtype 
         return false;
     }
     uint64_t greatest = tensor != NULL ? s->table.last / 2 : s->table.last;
-    if (s->quantiser == UNIFORM && !is_finite((float)(uint32_t)greatest * s->step)) {
+    if (s->quantiser == UNIFORM && !is_finite(multiply((float)(uint32_t)greatest, s->step))) {
         return refuse_at(d, tensor != NULL ? R_QNT_006 : R_IMP_006, m->step.at,
                          "the greatest number times the step is not finite");
     }
@@ -2245,7 +2252,7 @@ static float greatest_magnitude(const decoder *d)
     if (s->quantiser == TABLE) {
         return number_at(d, FP_CENTROIDS, s->centroids - 1);
     }
-    return (float)(uint32_t)(s->table.last / 2) * s->step;
+    return multiply((float)(uint32_t)(s->table.last / 2), s->step);
 }
 
 /* What the vectors must be. Rounding is monotonous: where the greatest product is finite, all are. */
@@ -2255,14 +2262,14 @@ static bool check_vectors(const decoder *d)
     if (!check_centroids(d, FP_CENTROIDS) || !check_factors(d, SCALE_FACTORS, R_SCL_004, &factor)) {
         return false;
     }
-    if (d->entry.vectors[SCALE_FACTORS].elements > 0 && !is_finite(greatest_magnitude(d) * factor)) {
+    if (d->entry.vectors[SCALE_FACTORS].elements > 0 && !is_finite(multiply(greatest_magnitude(d), factor))) {
         return refuse_element(d, R_SCL_006, SCALE_FACTORS, 0, "the greatest magnitude times a factor is not finite");
     }
     if (!check_centroids(d, IMP_CENTROIDS) || !check_factors(d, IMP_ROWS, R_IMP_004, &row) ||
         !check_factors(d, IMP_COLUMNS, R_IMP_004, &column)) {
         return false;
     }
-    if (!is_finite(row * column)) {
+    if (!is_finite(multiply(row, column))) {
         return refuse_element(d, R_IMP_005, IMP_ROWS, 0, "the greatest product of importance factors is not finite");
     }
     return true;
@@ -2418,7 +2425,7 @@ static void multiply_factors(const decoder *d, const segment *s)
     for (size_t p = 0; p < s->positions; p++) {
         uint64_t position = s->first + p;
         move_to(&row, position);
-        d->importance[p] = number_at(d, IMP_ROWS, row.run) * number_at(d, IMP_COLUMNS, position - row.start);
+        d->importance[p] = multiply(number_at(d, IMP_ROWS, row.run), number_at(d, IMP_COLUMNS, position - row.start));
     }
 }
 
@@ -2428,7 +2435,7 @@ static float importance_of(const decoder *d, uint64_t level)
     const stream *s = &d->entry.streams[IMPORTANCE_STREAM];
     switch (s->quantiser) {
     case EXACT: return widen(s->coded, level >> 1 | (level & 1) << (s->coded->bits - 1));
-    case UNIFORM: return (float)(uint32_t)level * s->step;
+    case UNIFORM: return multiply((float)(uint32_t)level, s->step);
     default: return number_at(d, IMP_CENTROIDS, level);
     }
 }
@@ -2459,7 +2466,7 @@ static uint64_t times_importance(const dtype *t, uint64_t pattern, float importa
     if (t == &DTYPES[F64]) {
         return bits_of_double(double_of(pattern) * (double)importance);
     }
-    return pattern_of(t, widen(t, pattern) * importance);
+    return pattern_of(t, multiply(widen(t, pattern), importance));
 }
 
 /* Turns levels of the quantiser exact into patterns of the tensor's dtype, in place. */
@@ -2498,16 +2505,17 @@ static void restore_quantised(const decoder *d, const segment *s)
     ruler run = ruler_at(s->first, scale_run(e));
     for (size_t i = 0; i < s->survivors; i++) {
         uint64_t number = d->levels[i] >> 1;
-        float x = source->quantiser == UNIFORM ? (float)(uint32_t)number * source->step
+        float x = source->quantiser == UNIFORM ? multiply((float)(uint32_t)number, source->step)
                                                : number_at(d, FP_CENTROIDS, number);
         x = (d->levels[i] & 1) != 0 ? -x : x;
         if (e->scale.present) {
             uint64_t position = s->first + d->positions[i];
             move_to(&run, position);
-            x *= number_at(d, SCALE_FACTORS, e->scale.per == PER_COLUMN ? position - run.start : run.run);
+            uint64_t factor = e->scale.per == PER_COLUMN ? position - run.start : run.run;
+            x = multiply(x, number_at(d, SCALE_FACTORS, factor));
         }
         if (e->told.multiplier) { /* x is finite, by R-QNT-006, R-QNT-005 and R-SCL-006 */
-            x *= d->importance[d->positions[i]];
+            x = multiply(x, d->importance[d->positions[i]]);
         }
         d->levels[i] = pattern_of(e->dtype, x);
     }
