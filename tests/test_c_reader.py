@@ -142,35 +142,29 @@ def test_numbers_are_rounded_alike(c_reader: Reader, dtype: str) -> None:
         same(c_reader, hand_file(hand_part(entry, {"fingerprints": levels}, vectors=vectors)))
 
 
+def classes_below(top: int) -> dict[str, Any]:
+    """A code table for the levels from 0 to top - 1: a class for each set bit of it, the widest first."""
+    extra = [bit for bit in reversed(range(top.bit_length())) if top >> bit & 1]
+    return table(extra, [*range(1, len(extra)), len(extra) - 1])
+
+
 @pytest.mark.parametrize("role", ["multiplier", "metadata"])
 def test_every_narrower_dtype_is_widened_alike(c_reader: Reader, role: str) -> None:
     parts = []
-    for number, (coded, kind) in enumerate(FLOATS.items()):
+    for coded, kind in FLOATS.items():
         if kind.bits > 16:
             continue
-        width = kind.bits
         top = 2 * kind.nonfinite
-        extra = [bit for bit in reversed(range(width)) if top >> bit & 1]
-        step = 1 if width == 8 else 61
-        levels = [*range(0, top, step), top - 1]
-        for wide in (coded, *kind.widens):
-            size = len(extra)
-            lengths = [*range(1, size), size - 1] if size > 1 else []
-            short = [min(length, 12) for length in lengths]
-            assert lengths == short, "a longer code than the format has"
+        levels = [*range(0, top, 1 if kind.bits == 8 else 61), top - 1]
+        for dtype in (coded, *kind.widens):
+            stream = {"over": "all", "role": role, "quantiser": "uniform", "step": f32_bytes(0.3)}
             entry = {
-                "name": f"{number} {wide}",
-                "dtype": wide,
+                "name": f"{coded} as {dtype}",
+                "dtype": dtype,
                 "shape": [len(levels)],
                 "segment": 4096,
-                "fingerprints": exact(coded, **table(extra, *([lengths] if size > 1 else []))),
-                "importance": {
-                    "over": "all",
-                    "role": role,
-                    "quantiser": "uniform",
-                    "step": f32_bytes(0.3),
-                    **table([4]),
-                },
+                "fingerprints": exact(coded, **classes_below(top)),
+                "importance": {**stream, **table([4])},
             }
             own = {"fingerprints": levels, "importance": [i % 16 for i in range(len(levels))]}
             parts.append(hand_part(entry, own))
@@ -185,10 +179,18 @@ REFUSING += ["planes", "preamble", "quantiser", "raw", "reconstruction"]
 
 
 def test_files_of_the_other_tests_are_accepted_or_refused_alike(program: Path) -> None:
+    files = [f"tests/test_{name}.py" for name in REFUSING]
+    plugins = ["-p", "tests.c_reader", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [
-            *[sys.executable, "-m", "pytest", "-p", "tests.c_reader", "-p", "no:cacheprovider", "-x"],
-            *["-k", "refused or missed or reach or truncated", *(f"tests/test_{name}.py" for name in REFUSING)],
+            sys.executable,
+            "-m",
+            "pytest",
+            *plugins,
+            "-x",
+            "-k",
+            "refused or missed or reach or truncated",
+            *files,
         ],
         cwd=ROOT,
         env=os.environ | {"C_READER": str(program)},
