@@ -1,0 +1,2811 @@
+/* A reader of .sfp files, from SPEC.md; chapters named below are that document's.
+ *
+ * From the bottom up: faults; bytes and bits; numbers; MessagePack; the directory's maps; one tensor's streams,
+ * chunks and segments; the calls of sfp.h.
+ *
+ * What keeps hostile files harmless: the directory is checked as MessagePack once, whole, before anything is
+ * made of it, and every later look still checks bounds; a chunk's parts are measured against its length before
+ * a bit of them is read, and each has at least 16 bytes after it, so that eight bytes can be loaded wherever a
+ * part has a bit or ends; no loop runs over a segment's share of a plane without comparing with its end.
+ */
+#include "sfp.h"
+
+#include <float.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Reconstruction is defined in binary32 and binary64, each operation rounded to that (chapter 14). No sum of
+ * products occurs in it, so that a compiler has nothing to fuse; -ffp-contract=off says so all the same. */
+#if CHAR_BIT != 8 || FLT_RADIX != 2 || FLT_MANT_DIG != 24 || FLT_MAX_EXP != 128 || DBL_MANT_DIG != 53
+#error "binary32 as float and binary64 as double are needed"
+#endif
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 1
+#error "float and double arithmetic must not be done in a wider type than double (gcc on x86: -mfpmath=sse)"
+#endif
+
+/* ------------------------------------------------------------------------------------------------ faults */
+
+/* Every requirement that a reader refuses a file by, with its error. */
+#define CLAUSES(X)                                                                                             \
+    X(R_PRE_001, "R-PRE-001", SFP_E_MAGIC)                                                                     \
+    X(R_PRE_002, "R-PRE-002", SFP_E_TRUNCATED)                                                                 \
+    X(R_PRE_003, "R-PRE-003", SFP_E_CRC)                                                                       \
+    X(R_PRE_004, "R-PRE-004", SFP_E_VERSION)                                                                   \
+    X(R_PRE_006, "R-PRE-006", SFP_E_RESERVED)                                                                  \
+    X(R_PRE_007, "R-PRE-007", SFP_E_TRUNCATED)                                                                 \
+    X(R_PRE_008, "R-PRE-008", SFP_E_TRAILING)                                                                  \
+    X(R_PRE_009, "R-PRE-009", SFP_E_LAYOUT)                                                                    \
+    X(R_PRE_010, "R-PRE-010", SFP_E_CRC)                                                                       \
+    X(R_PRE_011, "R-PRE-011", SFP_E_LAYOUT)                                                                    \
+    X(R_LAY_002, "R-LAY-002", SFP_E_LAYOUT)                                                                    \
+    X(R_LAY_003, "R-LAY-003", SFP_E_LAYOUT)                                                                    \
+    X(R_LAY_004, "R-LAY-004", SFP_E_CRC)                                                                       \
+    X(R_MSG_001, "R-MSG-001", SFP_E_ENCODING)                                                                  \
+    X(R_MSG_002, "R-MSG-002", SFP_E_ENCODING)                                                                  \
+    X(R_MSG_003, "R-MSG-003", SFP_E_ENCODING)                                                                  \
+    X(R_MSG_004, "R-MSG-004", SFP_E_ENCODING)                                                                  \
+    X(R_MSG_005, "R-MSG-005", SFP_E_ENCODING)                                                                  \
+    X(R_MSG_006, "R-MSG-006", SFP_E_TRAILING)                                                                  \
+    X(R_MSG_007, "R-MSG-007", SFP_E_TRUNCATED)                                                                 \
+    X(R_DIR_001, "R-DIR-001", SFP_E_ENCODING)                                                                  \
+    X(R_DIR_002, "R-DIR-002", SFP_E_ENCODING)                                                                  \
+    X(R_DIR_003, "R-DIR-003", SFP_E_ENCODING)                                                                  \
+    X(R_DIR_004, "R-DIR-004", SFP_E_ENCODING)                                                                  \
+    X(R_TEN_001, "R-TEN-001", SFP_E_ENCODING)                                                                  \
+    X(R_TEN_002, "R-TEN-002", SFP_E_RANGE)                                                                     \
+    X(R_TEN_003, "R-TEN-003", SFP_E_FEATURE)                                                                   \
+    X(R_TEN_004, "R-TEN-004", SFP_E_FEATURE)                                                                   \
+    X(R_TEN_005, "R-TEN-005", SFP_E_RANGE)                                                                     \
+    X(R_TEN_006, "R-TEN-006", SFP_E_RANGE)                                                                     \
+    X(R_TEN_007, "R-TEN-007", SFP_E_RANGE)                                                                     \
+    X(R_TEN_008, "R-TEN-008", SFP_E_LAYOUT)                                                                    \
+    X(R_TEN_009, "R-TEN-009", SFP_E_LAYOUT)                                                                    \
+    X(R_TEN_010, "R-TEN-010", SFP_E_RANGE)                                                                     \
+    X(R_TEN_011, "R-TEN-011", SFP_E_ENCODING)                                                                  \
+    X(R_TEN_012, "R-TEN-012", SFP_E_LAYOUT)                                                                    \
+    X(R_TAB_001, "R-TAB-001", SFP_E_RANGE)                                                                     \
+    X(R_TAB_002, "R-TAB-002", SFP_E_RANGE)                                                                     \
+    X(R_TAB_003, "R-TAB-003", SFP_E_RANGE)                                                                     \
+    X(R_TAB_004, "R-TAB-004", SFP_E_RANGE)                                                                     \
+    X(R_TAB_005, "R-TAB-005", SFP_E_RANGE)                                                                     \
+    X(R_TAB_006, "R-TAB-006", SFP_E_RANGE)                                                                     \
+    X(R_TAB_007, "R-TAB-007", SFP_E_RANGE)                                                                     \
+    X(R_TAB_008, "R-TAB-008", SFP_E_RANGE)                                                                     \
+    X(R_TAB_009, "R-TAB-009", SFP_E_RANGE)                                                                     \
+    X(R_TAB_010, "R-TAB-010", SFP_E_RESERVED)                                                                  \
+    X(R_PLN_002, "R-PLN-002", SFP_E_RESERVED)                                                                  \
+    X(R_PLN_003, "R-PLN-003", SFP_E_LAYOUT)                                                                    \
+    X(R_PLN_004, "R-PLN-004", SFP_E_RESERVED)                                                                  \
+    X(R_MSK_001, "R-MSK-001", SFP_E_FEATURE)                                                                   \
+    X(R_MSK_002, "R-MSK-002", SFP_E_RANGE)                                                                     \
+    X(R_MSK_003, "R-MSK-003", SFP_E_ENCODING)                                                                  \
+    X(R_MSK_004, "R-MSK-004", SFP_E_RANGE)                                                                     \
+    X(R_MSK_005, "R-MSK-005", SFP_E_LAYOUT)                                                                    \
+    X(R_MSK_006, "R-MSK-006", SFP_E_RESERVED)                                                                  \
+    X(R_QNT_001, "R-QNT-001", SFP_E_FEATURE)                                                                   \
+    X(R_QNT_002, "R-QNT-002", SFP_E_RANGE)                                                                     \
+    X(R_QNT_003, "R-QNT-003", SFP_E_RANGE)                                                                     \
+    X(R_QNT_004, "R-QNT-004", SFP_E_RANGE)                                                                     \
+    X(R_QNT_005, "R-QNT-005", SFP_E_RANGE)                                                                     \
+    X(R_QNT_006, "R-QNT-006", SFP_E_RANGE)                                                                     \
+    X(R_QNT_007, "R-QNT-007", SFP_E_RANGE)                                                                     \
+    X(R_QNT_008, "R-QNT-008", SFP_E_RANGE)                                                                     \
+    X(R_SCL_001, "R-SCL-001", SFP_E_FEATURE)                                                                   \
+    X(R_SCL_002, "R-SCL-002", SFP_E_RANGE)                                                                     \
+    X(R_SCL_003, "R-SCL-003", SFP_E_RANGE)                                                                     \
+    X(R_SCL_004, "R-SCL-004", SFP_E_RANGE)                                                                     \
+    X(R_SCL_005, "R-SCL-005", SFP_E_ENCODING)                                                                  \
+    X(R_SCL_006, "R-SCL-006", SFP_E_RANGE)                                                                     \
+    X(R_IMP_001, "R-IMP-001", SFP_E_FEATURE)                                                                   \
+    X(R_IMP_002, "R-IMP-002", SFP_E_FEATURE)                                                                   \
+    X(R_IMP_003, "R-IMP-003", SFP_E_RANGE)                                                                     \
+    X(R_IMP_004, "R-IMP-004", SFP_E_RANGE)                                                                     \
+    X(R_IMP_005, "R-IMP-005", SFP_E_RANGE)                                                                     \
+    X(R_IMP_006, "R-IMP-006", SFP_E_RANGE)                                                                     \
+    X(R_CHK_001, "R-CHK-001", SFP_E_LAYOUT)                                                                    \
+    X(R_CHK_002, "R-CHK-002", SFP_E_RESERVED)                                                                  \
+    X(R_CHK_003, "R-CHK-003", SFP_E_RESERVED)                                                                  \
+    X(R_IDX_001, "R-IDX-001", SFP_E_RANGE)                                                                     \
+    X(R_IDX_002, "R-IDX-002", SFP_E_RANGE)                                                                     \
+    X(R_IDX_003, "R-IDX-003", SFP_E_LAYOUT)                                                                    \
+    X(R_IDX_004, "R-IDX-004", SFP_E_RESERVED)                                                                  \
+    X(R_IDX_005, "R-IDX-005", SFP_E_RANGE)                                                                     \
+    X(R_IDX_006, "R-IDX-006", SFP_E_RANGE)                                                                     \
+    X(R_VEC_001, "R-VEC-001", SFP_E_LAYOUT)                                                                    \
+    X(R_VEC_002, "R-VEC-002", SFP_E_RESERVED)                                                                  \
+    X(R_RAW_002, "R-RAW-002", SFP_E_LAYOUT)                                                                    \
+    X(R_RAW_003, "R-RAW-003", SFP_E_RESERVED)                                                                  \
+    X(R_RAW_004, "R-RAW-004", SFP_E_RANGE)                                                                     \
+    X(R_KEY_001, "R-KEY-001", SFP_E_FEATURE)                                                                   \
+    X(R_LIM_002, "R-LIM-002", SFP_E_LIMIT)                                                                     \
+    X(R_FEA_001, "R-FEA-001", SFP_E_FEATURE)                                                                   \
+    X(R_FEA_002, "R-FEA-002", SFP_E_ENCODING)
+
+#define AS_NAME(name, id, error) name,
+#define AS_ROW(name, id, error) {id, error},
+
+typedef enum clause { CLAUSES(AS_NAME) CLAUSE_COUNT } clause;
+
+static const struct {
+    const char *id;
+    sfp_error error;
+} CLAUSE_TABLE[CLAUSE_COUNT] = {CLAUSES(AS_ROW)};
+
+static const sfp_span NO_SPAN = {NULL, 0};
+
+/* Notes a fault; always false, for the caller to return. */
+static bool refuse(sfp_fault *fault, clause broken, uint64_t offset, const char *detail)
+{
+    fault->error = CLAUSE_TABLE[broken].error;
+    fault->clause = CLAUSE_TABLE[broken].id;
+    fault->detail = detail;
+    fault->tensor = NO_SPAN;
+    fault->feature = NO_SPAN;
+    fault->offset = offset;
+    return false;
+}
+
+const char *sfp_error_name(sfp_error error)
+{
+    static const char *const names[] = {
+        "E_MAGIC",    "E_VERSION", "E_TRUNCATED", "E_TRAILING", "E_CRC",   "E_RESERVED",
+        "E_ENCODING", "E_RANGE",   "E_LAYOUT",    "E_FEATURE",  "E_LIMIT",
+    };
+    return names[error];
+}
+
+/* ------------------------------------------------------------------------------------------ bytes and bits */
+
+/* Of the functions that every bit and every value goes through, compilers are told that they are inline: they
+ * look longer than they are, loads and stores of single bytes that become one instruction. */
+
+static inline uint32_t load32(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static inline uint64_t load64(const uint8_t *p)
+{
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
+           (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+/* The integer of 1, 2, 4 or 8 bytes at p. */
+static uint64_t load(const uint8_t *p, size_t size)
+{
+    switch (size) {
+    case 1: return p[0];
+    case 2: return (uint64_t)p[0] | (uint64_t)p[1] << 8;
+    case 4: return load32(p);
+    default: return load64(p);
+    }
+}
+
+static inline void store16(uint8_t *p, uint32_t x)
+{
+    p[0] = (uint8_t)x;
+    p[1] = (uint8_t)(x >> 8);
+}
+
+static inline void store32(uint8_t *p, uint32_t x)
+{
+    store16(p, x);
+    store16(p + 2, x >> 16);
+}
+
+static inline void store64(uint8_t *p, uint64_t x)
+{
+    store32(p, (uint32_t)x);
+    store32(p + 4, (uint32_t)(x >> 32));
+}
+
+/* The 57 bits, or more, that come next in a bit sequence. */
+static inline uint64_t peek(const uint8_t *bits, uint64_t at)
+{
+    return load64(bits + (at >> 3)) >> (at & 7);
+}
+
+/* 2^width - 1, for widths under 64. */
+static inline uint64_t ones(unsigned width)
+{
+    return ((uint64_t)1 << width) - 1;
+}
+
+/* ceil(a / b), for b > 0. */
+static uint64_t divide_up(uint64_t a, uint64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* The least multiple of k, a power of two, not under x. */
+static uint64_t align(uint64_t x, uint64_t k)
+{
+    return (x + k - 1) & ~(k - 1);
+}
+
+/* The first byte in from..to-1 that is not zero, or `to`. */
+static uint64_t first_nonzero(const uint8_t *bytes, uint64_t from, uint64_t to)
+{
+    while (from < to && bytes[from] == 0) {
+        from++;
+    }
+    return from;
+}
+
+/* Tables by which eight bytes are taken into a CRC-32 at once: tables[i][b] is the share of byte b with i
+ * bytes after it. */
+typedef struct crc_tables {
+    uint32_t shares[8][256];
+} crc_tables;
+
+static void fill_crc_tables(crc_tables *t)
+{
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t crc = b;
+        for (int bit = 0; bit < 8; bit++) {
+            crc = crc >> 1 ^ ((crc & 1) != 0 ? UINT32_C(0xEDB88320) : 0);
+        }
+        t->shares[0][b] = crc;
+    }
+    for (size_t i = 1; i < 8; i++) {
+        for (size_t b = 0; b < 256; b++) {
+            uint32_t before = t->shares[i - 1][b];
+            t->shares[i][b] = before >> 8 ^ t->shares[0][before & 255];
+        }
+    }
+}
+
+static uint32_t crc32(const crc_tables *t, const uint8_t *bytes, uint64_t length)
+{
+    const uint32_t(*share)[256] = t->shares;
+    uint32_t crc = UINT32_C(0xFFFFFFFF);
+    for (; length >= 8; length -= 8, bytes += 8) {
+        uint32_t low = load32(bytes) ^ crc;
+        uint32_t high = load32(bytes + 4);
+        crc = share[7][low & 255] ^ share[6][low >> 8 & 255] ^ share[5][low >> 16 & 255] ^ share[4][low >> 24] ^
+              share[3][high & 255] ^ share[2][high >> 8 & 255] ^ share[1][high >> 16 & 255] ^
+              share[0][high >> 24];
+    }
+    for (; length > 0; length--, bytes++) {
+        crc = crc >> 8 ^ share[0][(crc ^ *bytes) & 255];
+    }
+    return ~crc;
+}
+
+/* ------------------------------------------------------------------------------------------------- numbers */
+
+typedef enum dtype_id {
+    F64,
+    F32,
+    F16,
+    BF16,
+    F8_E4M3,
+    F8_E5M2,
+    BOOL,
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    U64,
+    I64,
+    C64,
+    C128,
+    F8_E8M0,
+    F8_E4M3FNUZ,
+    F8_E5M2FNUZ,
+    DTYPE_COUNT
+} dtype_id;
+
+typedef struct dtype {
+    const char *name;
+    unsigned bits;
+    unsigned mantissa;  /* bits of the mantissa; of floats only, as what follows */
+    uint64_t nonfinite; /* the first pattern that is not finite; 0 for what coding `fingerprint` does not take */
+    unsigned widens_to; /* a bit for each dtype_id */
+} dtype;
+
+#define WIDE (1u << F32 | 1u << F64)
+#define WIDER (WIDE | 1u << F16 | 1u << BF16)
+
+/* Chapter 25.1. */
+static const dtype DTYPES[DTYPE_COUNT] = {
+    [F64] = {"F64", 64, 52, UINT64_C(0x7FF0000000000000), 0},
+    [F32] = {"F32", 32, 23, 0x7F800000, 1u << F64},
+    [F16] = {"F16", 16, 10, 0x7C00, WIDE},
+    [BF16] = {"BF16", 16, 7, 0x7F80, WIDE},
+    [F8_E4M3] = {"F8_E4M3", 8, 3, 0x7F, WIDER},
+    [F8_E5M2] = {"F8_E5M2", 8, 2, 0x7C, WIDER},
+    [BOOL] = {"BOOL", 8, 0, 0, 0},
+    [U8] = {"U8", 8, 0, 0, 0},
+    [I8] = {"I8", 8, 0, 0, 0},
+    [U16] = {"U16", 16, 0, 0, 0},
+    [I16] = {"I16", 16, 0, 0, 0},
+    [U32] = {"U32", 32, 0, 0, 0},
+    [I32] = {"I32", 32, 0, 0, 0},
+    [U64] = {"U64", 64, 0, 0, 0},
+    [I64] = {"I64", 64, 0, 0, 0},
+    [C64] = {"C64", 64, 0, 0, 0},
+    [C128] = {"C128", 128, 0, 0, 0},
+    [F8_E8M0] = {"F8_E8M0", 8, 0, 0, 0},
+    [F8_E4M3FNUZ] = {"F8_E4M3FNUZ", 8, 0, 0, 0},
+    [F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 8, 0, 0, 0},
+};
+
+/* The dtypes that scales, factors and exact importances may have. */
+static bool is_factor_dtype(const dtype *t)
+{
+    return t == &DTYPES[F32] || t == &DTYPES[F16] || t == &DTYPES[BF16];
+}
+
+static uint64_t sign_bit(const dtype *t)
+{
+    return (uint64_t)1 << (t->bits - 1);
+}
+
+static bool is_finite_pattern(const dtype *t, uint64_t pattern)
+{
+    return (pattern & ~sign_bit(t)) < t->nonfinite;
+}
+
+static float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* The product rounded to binary32. Where a compiler computes in binary64, that holds the product exactly, and the
+ * cast is the one rounding. */
+static float multiply(float a, float b)
+{
+    return (float)(a * b);
+}
+
+static double double_of(uint64_t bits)
+{
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static uint64_t bits_of_double(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static bool is_finite(float x)
+{
+    return is_finite_pattern(&DTYPES[F32], bits_of(x));
+}
+
+/* A finite number of F32 or a narrower dtype, as float. */
+static float widen(const dtype *t, uint64_t pattern)
+{
+    if (t == &DTYPES[F32]) {
+        return float_of((uint32_t)pattern);
+    }
+    if (t == &DTYPES[BF16]) {
+        return float_of((uint32_t)pattern << 16);
+    }
+    uint32_t magnitude = (uint32_t)(pattern & ~sign_bit(t));
+    uint32_t sign = (pattern & sign_bit(t)) != 0 ? UINT32_C(1) << 31 : 0;
+    if (magnitude == 0) {
+        return float_of(sign);
+    }
+    uint32_t bias = (UINT32_C(1) << (t->bits - 2 - t->mantissa)) - 1;
+    uint32_t exponent = (magnitude >> t->mantissa) + 127 - bias;
+    uint32_t fraction = magnitude & (uint32_t)ones(t->mantissa);
+    if (magnitude >> t->mantissa == 0) { /* subnormal here, normal as F32: shift until its first bit is implied */
+        for (exponent++; fraction >> t->mantissa == 0; exponent--) {
+            fraction <<= 1;
+        }
+        fraction &= (uint32_t)ones(t->mantissa);
+    }
+    return float_of(sign | exponent << 23 | fraction << (23 - t->mantissa));
+}
+
+/* x div 2^shift rounded to nearest, ties to even, for shifts from 1 to 31. */
+static uint32_t shift_rounded(uint32_t x, unsigned shift)
+{
+    uint32_t half_less_one = (UINT32_C(1) << (shift - 1)) - 1;
+    return (x + half_less_one + (x >> shift & 1)) >> shift;
+}
+
+/* A float that is no NaN, rounded to F16, BF16 or an 8-bit dtype (R-REC-002, R-REC-003). */
+static uint64_t round_to_narrow(const dtype *t, float x)
+{
+    uint32_t magnitude = bits_of(x) & UINT32_C(0x7FFFFFFF);
+    uint64_t sign = bits_of(x) >> 31 != 0 ? sign_bit(t) : 0;
+    unsigned shift = 23 - t->mantissa;
+    uint32_t bias_less = 127 - ((UINT32_C(1) << (t->bits - 2 - t->mantissa)) - 1);
+    uint32_t exponent = magnitude >> 23;
+    uint32_t rounded;
+    if (exponent > bias_less) { /* normal there too; rounding up may carry into the exponent, as it should */
+        rounded = shift_rounded(magnitude - (bias_less << 23), shift);
+    } else {
+        uint32_t significand = (magnitude & 0x7FFFFF) | (exponent > 0 ? UINT32_C(1) << 23 : 0);
+        shift += bias_less + 1 - (exponent > 0 ? exponent : 1);
+        rounded = shift_rounded(significand, shift < 31 ? shift : 31); /* 26 bits and more leave nothing */
+    }
+    /* The first pattern that is not finite is the infinity, or E4M3's only NaN. */
+    return sign | (rounded < t->nonfinite ? rounded : t->nonfinite);
+}
+
+/* A float that is no NaN, in the pattern of a float dtype: rounded where that is narrower, else exact. */
+static uint64_t pattern_of(const dtype *t, float x)
+{
+    if (t == &DTYPES[F32]) {
+        return bits_of(x);
+    }
+    return t == &DTYPES[F64] ? bits_of_double((double)x) : round_to_narrow(t, x);
+}
+
+/* ---------------------------------------------------------------------------------------------- MessagePack */
+
+/* The directory, and what reading it needs. */
+typedef struct directory {
+    const uint8_t *bytes;
+    size_t length;
+    uint64_t offset; /* in the file */
+    const sfp_limits *limits;
+    sfp_fault *fault;
+} directory;
+
+typedef enum kind { NOTHING, UNSIGNED, STRING, BINARY, ARRAY, MAP } kind;
+
+/* A value of the directory. */
+typedef struct value {
+    kind kind;
+    size_t at;       /* where it begins in the directory */
+    size_t content;  /* where its bytes, elements or pairs begin */
+    uint64_t number; /* the integer; or how many bytes, elements or pairs */
+} value;
+
+static bool refuse_at(const directory *d, clause broken, size_t at, const char *detail)
+{
+    return refuse(d->fault, broken, d->offset + at, detail);
+}
+
+static sfp_span span_of(const directory *d, const value *v)
+{
+    sfp_span span = {d->bytes + v->content, (size_t)v->number};
+    return span;
+}
+
+static int compare_spans(sfp_span a, sfp_span b)
+{
+    int order = memcmp(a.bytes, b.bytes, a.length < b.length ? a.length : b.length);
+    return order != 0 ? order : (a.length > b.length) - (a.length < b.length);
+}
+
+static bool span_is(sfp_span span, const char *word)
+{
+    return span.length == strlen(word) && memcmp(span.bytes, word, span.length) == 0;
+}
+
+/* The encodings with the number in bytes of its own; a number under `least` has a shorter one. */
+static const struct {
+    uint8_t byte;
+    uint8_t width;
+    kind kind;
+    uint64_t least;
+} HEADS[] = {
+    {0xC4, 1, BINARY, 0},     {0xC5, 2, BINARY, 256},     {0xC6, 4, BINARY, 65536},
+    {0xCC, 1, UNSIGNED, 128}, {0xCD, 2, UNSIGNED, 256},   {0xCE, 4, UNSIGNED, 65536},
+    {0xD9, 1, STRING, 32},    {0xDA, 2, STRING, 256},     {0xDB, 4, STRING, 65536},
+    {0xDC, 2, ARRAY, 16},     {0xDD, 4, ARRAY, 65536},    {0xDE, 2, MAP, 16},
+    {0xDF, 4, MAP, 65536},    {0xCF, 8, UNSIGNED, UINT64_C(1) << 32},
+};
+
+/* The kind and the number of the value that begins at *at, which is moved to its content. */
+static bool read_head(const directory *d, size_t *at, value *v)
+{
+    if (*at >= d->length) {
+        return refuse_at(d, R_MSG_007, d->length, "the directory ends before its value does");
+    }
+    uint8_t byte = d->bytes[*at];
+    v->at = *at;
+    v->content = *at += 1;
+    if (byte < 0xC0) {
+        v->kind = byte < 0x80 ? UNSIGNED : byte < 0x90 ? MAP : byte < 0xA0 ? ARRAY : STRING;
+        v->number = byte < 0x80 ? byte : byte < 0xA0 ? byte & 15u : byte & 31u;
+        return true;
+    }
+    size_t i = 0;
+    while (i < sizeof HEADS / sizeof HEADS[0] && HEADS[i].byte != byte) {
+        i++;
+    }
+    if (i == sizeof HEADS / sizeof HEADS[0]) {
+        return refuse_at(d, R_MSG_001, v->at, "a type that the directory does not use");
+    }
+    if (d->length - *at < HEADS[i].width) {
+        return refuse_at(d, R_MSG_007, v->at, "a number runs over the directory's end");
+    }
+    v->kind = HEADS[i].kind;
+    v->number = 0;
+    for (unsigned k = 0; k < HEADS[i].width; k++) { /* MessagePack has its numbers most significant byte first */
+        v->number = v->number << 8 | d->bytes[*at + k];
+    }
+    v->content = *at += HEADS[i].width;
+    if (v->number < HEADS[i].least) {
+        return refuse_at(d, R_MSG_002, v->at, "not the shortest encoding");
+    }
+    return true;
+}
+
+/* As read_head, but *at is moved past strings and binaries, and what a value needs is held against the bytes
+ * that are left: one for each element at least, two for each pair (R-MSG-008). */
+static bool read_value(const directory *d, size_t *at, value *v)
+{
+    if (!read_head(d, at, v)) {
+        return false;
+    }
+    uint64_t left = v->kind == MAP ? (d->length - *at) / 2 : d->length - *at;
+    if (v->kind != UNSIGNED && v->number > left) {
+        return refuse_at(d, R_MSG_007, v->at, "a value runs over the directory's end");
+    }
+    if (v->kind == STRING || v->kind == BINARY) {
+        *at += (size_t)v->number;
+    }
+    return true;
+}
+
+/* Well-formed UTF-8 without U+0000. */
+static bool is_text(const uint8_t *p, size_t length)
+{
+    const uint8_t *end = p + length;
+    while (p < end) {
+        uint8_t lead = *p++;
+        if (lead >= 1 && lead < 0x80) {
+            continue;
+        }
+        if (lead < 0xC2 || lead > 0xF4) {
+            return false;
+        }
+        size_t more = lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
+        if ((size_t)(end - p) < more) {
+            return false;
+        }
+        /* The byte after the lead tells overlong forms, surrogates and what is above U+10FFFF. */
+        uint8_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+        uint8_t greatest = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+        if (p[0] < least || p[0] > greatest) {
+            return false;
+        }
+        for (size_t k = 1; k < more; k++) {
+            if (p[k] < 0x80 || p[k] > 0xBF) {
+                return false;
+            }
+        }
+        p += more;
+    }
+    return true;
+}
+
+static bool check_text(const directory *d, const value *v)
+{
+    if (!is_text(d->bytes + v->content, (size_t)v->number)) {
+        return refuse_at(d, R_MSG_003, v->at, "a string is not well-formed UTF-8 without U+0000");
+    }
+    return true;
+}
+
+/* An array or map of which the elements are being checked. */
+typedef struct container {
+    bool is_map;
+    uint64_t left; /* elements or pairs still to come */
+    sfp_span key;  /* the last one */
+} container;
+
+static bool check_key(const directory *d, size_t *at, container *map)
+{
+    value key;
+    if (!read_value(d, at, &key)) {
+        return false;
+    }
+    if (key.kind != STRING) {
+        return refuse_at(d, R_MSG_001, key.at, "a map's key is not a string");
+    }
+    if (!check_text(d, &key)) {
+        return false;
+    }
+    sfp_span span = span_of(d, &key);
+    int order = map->key.bytes == NULL ? 1 : compare_spans(span, map->key);
+    if (order <= 0) {
+        return order < 0 ? refuse_at(d, R_MSG_004, key.at, "a map's keys are not in ascending order")
+                         : refuse_at(d, R_MSG_005, key.at, "a key comes twice in a map");
+    }
+    map->key = span;
+    return true;
+}
+
+/* Chapter 6, for the whole directory. */
+static bool check_encoding(const directory *d)
+{
+    container open[SFP_MAX_DEPTH];
+    size_t depth = 0;
+    size_t at = 0;
+    do {
+        if (depth > 0) {
+            open[depth - 1].left--;
+            if (open[depth - 1].is_map && !check_key(d, &at, &open[depth - 1])) {
+                return false;
+            }
+        }
+        value v;
+        if (!read_value(d, &at, &v) || (v.kind == STRING && !check_text(d, &v))) {
+            return false;
+        }
+        if (v.kind == ARRAY || v.kind == MAP) {
+            if (depth >= d->limits->depth) {
+                return refuse_at(d, R_LIM_002, v.at, "the depth is above its limit");
+            }
+            container inner = {v.kind == MAP, v.number, NO_SPAN};
+            open[depth++] = inner;
+        }
+        while (depth > 0 && open[depth - 1].left == 0) {
+            depth--;
+        }
+    } while (depth > 0);
+    if (at != d->length) {
+        return refuse_at(d, R_MSG_006, at, "bytes follow the directory's value");
+    }
+    return true;
+}
+
+/* The next value, whole, of a directory that check_encoding has passed; false where there is none. */
+static bool next_value(const directory *d, size_t *at, value *v)
+{
+    if (!read_value(d, at, v)) {
+        return false;
+    }
+    uint64_t left = v->kind == ARRAY ? v->number : v->kind == MAP ? 2 * v->number : 0;
+    for (; left > 0; left--) {
+        value inner;
+        if (!read_value(d, at, &inner)) {
+            return false;
+        }
+        left += inner.kind == ARRAY ? inner.number : inner.kind == MAP ? 2 * inner.number : 0;
+    }
+    return true;
+}
+
+/* A key that is looked for in a map, and where its value goes. */
+typedef struct field {
+    const char *key;
+    value *into;
+} field;
+
+/* The values of those keys, of kind NOTHING where the map does not have them. */
+static void read_fields(const directory *d, const value *map, const field *fields, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        fields[i].into->kind = NOTHING;
+        fields[i].into->at = map->at;
+    }
+    size_t at = map->content;
+    value key, item;
+    for (uint64_t pair = 0; pair < map->number; pair++) {
+        if (!next_value(d, &at, &key) || !next_value(d, &at, &item)) {
+            return;
+        }
+        for (size_t i = 0; i < count; i++) {
+            if (span_is(span_of(d, &key), fields[i].key)) {
+                *fields[i].into = item;
+            }
+        }
+    }
+}
+
+/* A value that must be there, of that kind. */
+static bool require(const directory *d, const value *v, kind wanted)
+{
+    if (v->kind == NOTHING) {
+        return refuse_at(d, R_DIR_002, v->at, "a key is missing");
+    }
+    if (v->kind != wanted) {
+        return refuse_at(d, R_DIR_003, v->at, "a value of the wrong type");
+    }
+    return true;
+}
+
+static bool has(const value *v)
+{
+    return v->kind != NOTHING;
+}
+
+/* The number of the word that a string is, or `count` if it is none of them. */
+static size_t word_of(const directory *d, const value *v, const char *const *words, size_t count)
+{
+    size_t i = 0;
+    while (i < count && !span_is(span_of(d, v), words[i])) {
+        i++;
+    }
+    return i;
+}
+
+/* The dtype that a string names, or NULL. */
+static const dtype *dtype_of(const directory *d, const value *v)
+{
+    for (size_t i = 0; i < DTYPE_COUNT; i++) {
+        if (span_is(span_of(d, v), DTYPES[i].name)) {
+            return &DTYPES[i];
+        }
+    }
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------- tensor entries */
+
+enum { MAX_CLASSES = 4096, MAX_PAIRED = 64, MAX_CODES = 16, MAX_EXTRA = 56, MAX_LENGTH = 12, MAX_USED = 256 };
+
+/* Chapter 8, as the directory has it. */
+typedef struct code_table {
+    uint64_t base;
+    uint64_t last; /* the greatest level: top - 1, which 64 bits hold */
+    const uint8_t *extra;
+    size_t classes;
+    size_t codes;
+    size_t code_bytes;
+    size_t codes_at; /* in the directory: the first code */
+    unsigned group;
+} code_table;
+
+typedef enum quantiser { EXACT, UNIFORM, TABLE, QUANTISER_COUNT } quantiser;
+
+typedef enum stream_id { MASK_STREAM, FINGERPRINT_STREAM, IMPORTANCE_STREAM, STREAM_COUNT } stream_id;
+
+typedef struct stream {
+    bool present;
+    code_table table;
+    quantiser quantiser;
+    const dtype *coded; /* exact */
+    bool trimmed;       /* exact */
+    float step;         /* uniform */
+    uint64_t centroids; /* table */
+} stream;
+
+typedef enum scale_per { PER_TENSOR, PER_ROW, PER_COLUMN, PER_GROUP, PER_COUNT } scale_per;
+
+typedef struct scale {
+    bool present;
+    scale_per per;
+    uint64_t size;
+    const dtype *dtype;
+} scale;
+
+enum { FP_CENTROIDS, SCALE_FACTORS, IMP_CENTROIDS, IMP_ROWS, IMP_COLUMNS, VECTOR_COUNT };
+
+typedef struct vector {
+    uint64_t elements;
+    const dtype *dtype;
+} vector;
+
+/* A tensor entry (chapter 7) that keeps all requirements on it. */
+typedef struct entry {
+    sfp_tensor told;
+    const dtype *dtype;
+    uint64_t rows, columns;
+    uint64_t segment;     /* S */
+    uint64_t segments;    /* of the tensor */
+    uint64_t chunk;       /* C */
+    const uint8_t *chunk_records;
+    uint64_t chunks;
+    const uint8_t *vector_record; /* or NULL */
+    vector vectors[VECTOR_COUNT];
+    stream streams[STREAM_COUNT];
+    bool octets;       /* the mask's kind */
+    unsigned polarity; /* of the kind `runs` */
+    scale scale;
+    const dtype *factor_dtype;
+} entry;
+
+enum { RECORD_BYTES = 8 };
+
+static uint32_t record_length(const uint8_t *record)
+{
+    return load32(record);
+}
+
+static uint32_t record_crc(const uint8_t *record)
+{
+    return load32(record + 4);
+}
+
+/* Every key that one of the maps `mask`, `fingerprints`, `importance` may have. */
+typedef struct stream_map {
+    value base, codes, count, dtype, extra, group, kind, over, polarity, quantiser, role, step, trim;
+} stream_map;
+
+static void read_stream_map(const directory *d, const value *map, stream_map *m)
+{
+    const field fields[] = {
+        {"base", &m->base},         {"codes", &m->codes},         {"count", &m->count}, {"dtype", &m->dtype},
+        {"extra", &m->extra},       {"group", &m->group},         {"kind", &m->kind},   {"over", &m->over},
+        {"polarity", &m->polarity}, {"quantiser", &m->quantiser}, {"role", &m->role},   {"step", &m->step},
+        {"trim", &m->trim},
+    };
+    read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
+}
+
+/* The length of symbol s in a code: field s of four bits. */
+static unsigned code_length(const uint8_t *code, size_t s)
+{
+    return (unsigned)code[s / 2] >> (s % 2 * 4) & 15u;
+}
+
+static size_t symbols_of(const code_table *t)
+{
+    return t->group == 2 ? t->classes * t->classes : t->classes;
+}
+
+/* One entry of `codes`. */
+static bool check_code(const directory *d, const code_table *t, const value *v)
+{
+    if (v->kind != BINARY) {
+        return refuse_at(d, R_DIR_003, v->at, "a code is not a binary");
+    }
+    if (v->number != t->code_bytes) {
+        return refuse_at(d, R_TAB_004, v->at, "a code has not four bits for each symbol");
+    }
+    const uint8_t *code = d->bytes + v->content;
+    size_t symbols = symbols_of(t);
+    if (symbols % 2 != 0 && code[symbols / 2] >> 4 != 0) {
+        return refuse_at(d, R_TAB_010, v->at, "the last four bits of a code are not zero");
+    }
+    unsigned used = 0;
+    uint32_t taken = 0; /* of the 2^12 words of 12 bits */
+    for (size_t s = 0; s < symbols; s++) {
+        unsigned length = code_length(code, s);
+        if (length > MAX_LENGTH) {
+            return refuse_at(d, R_TAB_005, v->at, "a code length above 12");
+        }
+        used += length > 0;
+        taken += length > 0 ? UINT32_C(1) << (MAX_LENGTH - length) : 0;
+    }
+    if (used < 2 || used > MAX_USED) {
+        return refuse_at(d, R_TAB_006, v->at, "a code does not use from 2 to 256 symbols");
+    }
+    if (taken != UINT32_C(1) << MAX_LENGTH) {
+        return refuse_at(d, R_TAB_007, v->at, "a code is not complete");
+    }
+    return true;
+}
+
+/* Sets the table's last level; its top, one more, may be 2^64. */
+static bool check_levels(const directory *d, const stream_map *m, uint64_t bound_less_one, code_table *t)
+{
+    uint64_t first = t->base;
+    for (size_t c = 0; c < t->classes; c++) {
+        if (t->extra[c] > MAX_EXTRA) {
+            return refuse_at(d, R_TAB_002, m->extra.at, "a class has more than 56 residual bits");
+        }
+    }
+    for (size_t c = 0;; c++) {
+        uint64_t more = ones(t->extra[c]); /* levels of the class after its first */
+        if (first > bound_less_one || more > bound_less_one - first) {
+            return refuse_at(d, R_TAB_008, m->extra.at, "the levels go beyond the stream's bound");
+        }
+        t->last = first + more;
+        if (c + 1 == t->classes) {
+            return true;
+        }
+        if (t->last == UINT64_MAX) {
+            return refuse_at(d, R_TAB_008, m->extra.at, "the levels go beyond the stream's bound");
+        }
+        first = t->last + 1;
+    }
+}
+
+/* The four keys of a code table. */
+static bool read_code_table(const directory *d, const stream_map *m, uint64_t bound_less_one, code_table *t)
+{
+    if (!require(d, &m->base, UNSIGNED) || !require(d, &m->extra, BINARY) || !require(d, &m->codes, ARRAY) ||
+        !require(d, &m->group, UNSIGNED)) {
+        return false;
+    }
+    if (m->group.number != 1 && m->group.number != 2) {
+        return refuse_at(d, R_TAB_003, m->group.at, "group is neither 1 nor 2");
+    }
+    t->group = (unsigned)m->group.number;
+    if (m->extra.number < t->group || m->extra.number > (t->group == 1 ? MAX_CLASSES : MAX_PAIRED)) {
+        return refuse_at(d, R_TAB_001, m->extra.at, "too few or too many classes");
+    }
+    t->base = m->base.number;
+    t->extra = d->bytes + m->extra.content;
+    t->classes = (size_t)m->extra.number;
+    if (!check_levels(d, m, bound_less_one, t)) {
+        return false;
+    }
+    if (t->classes == 1 ? m->codes.number != 0 : m->codes.number < 1 || m->codes.number > MAX_CODES) {
+        return refuse_at(d, R_TAB_009, m->codes.at, "not as many codes as there may be");
+    }
+    t->codes = (size_t)m->codes.number;
+    t->codes_at = m->codes.content;
+    t->code_bytes = (symbols_of(t) + 1) / 2;
+    size_t at = t->codes_at;
+    for (size_t i = 0; i < t->codes; i++) {
+        value code;
+        if (!next_value(d, &at, &code) || !check_code(d, t, &code)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* The dtype of an exact stream, and its trim; gives the stream's bound less one. */
+static bool read_exact(const directory *d, const stream_map *m, const dtype *tensor, stream *s, uint64_t *bound)
+{
+    if (!require(d, &m->dtype, STRING) || !require(d, &m->trim, UNSIGNED)) {
+        return false;
+    }
+    s->coded = dtype_of(d, &m->dtype);
+    if (s->coded == NULL) {
+        return refuse_at(d, R_TEN_003, m->dtype.at, "an unknown coded dtype");
+    }
+    if (tensor == NULL && !is_factor_dtype(s->coded)) {
+        return refuse_at(d, R_IMP_003, m->dtype.at, "an exact importance is F32, F16 or BF16");
+    }
+    if (tensor != NULL && s->coded != tensor && (s->coded->widens_to >> (tensor - DTYPES) & 1) == 0) {
+        return refuse_at(d, R_QNT_002, m->dtype.at, "the coded dtype does not widen to the tensor's");
+    }
+    if (m->trim.number > 1) {
+        return refuse_at(d, R_QNT_008, m->trim.at, "trim is neither 0 nor 1");
+    }
+    s->trimmed = m->trim.number == 1;
+    *bound = s->coded == tensor ? UINT64_MAX >> (64 - tensor->bits) : 2 * s->coded->nonfinite - 1;
+    return true;
+}
+
+static bool read_uniform(const directory *d, const stream_map *m, stream *s)
+{
+    if (!require(d, &m->step, BINARY)) {
+        return false;
+    }
+    if (m->step.number != 4) {
+        return refuse_at(d, R_QNT_003, m->step.at, "a step that is not the four bytes of an F32");
+    }
+    uint32_t bits = load32(d->bytes + m->step.content);
+    if (bits == 0 || bits >= DTYPES[F32].nonfinite) { /* the sign bit makes it great too */
+        return refuse_at(d, R_QNT_003, m->step.at, "the step is not a finite number above 0");
+    }
+    s->step = float_of(bits);
+    return true;
+}
+
+static bool read_table(const directory *d, const stream_map *m, stream *s)
+{
+    if (!require(d, &m->count, UNSIGNED)) {
+        return false;
+    }
+    if (m->count.number < 1 || m->count.number > 65536) {
+        return refuse_at(d, R_QNT_004, m->count.at, "count is not from 1 to 65,536");
+    }
+    s->centroids = m->count.number;
+    return true;
+}
+
+/* Chapter 11; `tensor` is the tensor's dtype for fingerprints, NULL for an importance, which has no sign. */
+static bool read_quantised(const directory *d, const stream_map *m, const dtype *tensor, stream *s)
+{
+    static const char *const words[] = {"exact", "uniform", "table"};
+    uint64_t bound = 0;
+    bool read = false;
+    if (!require(d, &m->quantiser, STRING)) {
+        return false;
+    }
+    s->present = true;
+    s->quantiser = (quantiser)word_of(d, &m->quantiser, words, QUANTISER_COUNT);
+    switch (s->quantiser) {
+    case EXACT:
+        read = read_exact(d, m, tensor, s, &bound);
+        break;
+    case UNIFORM:
+        read = read_uniform(d, m, s);
+        bound = tensor != NULL ? UINT32_MAX : UINT32_MAX >> 1;
+        break;
+    case TABLE:
+        read = read_table(d, m, s);
+        bound = (tensor != NULL ? 2 * s->centroids : s->centroids) - 1;
+        break;
+    default:
+        return refuse_at(d, R_QNT_001, m->quantiser.at, "an unknown quantiser");
+    }
+    if (!read || !read_code_table(d, m, bound, &s->table)) {
+        return false;
+    }
+    uint64_t greatest = tensor != NULL ? s->table.last / 2 : s->table.last;
+    if (s->quantiser == UNIFORM && !is_finite(multiply((float)(uint32_t)greatest, s->step))) {
+        return refuse_at(d, tensor != NULL ? R_QNT_006 : R_IMP_006, m->step.at,
+                         "the greatest number times the step is not finite");
+    }
+    return true;
+}
+
+/* Chapter 10. */
+static bool read_mask(const directory *d, const value *map, entry *e)
+{
+    static const char *const words[] = {"runs", "octets"};
+    stream_map m;
+    read_stream_map(d, map, &m);
+    if (!require(d, &m.kind, STRING)) {
+        return false;
+    }
+    size_t word = word_of(d, &m.kind, words, 2);
+    if (word == 2) {
+        return refuse_at(d, R_MSK_001, m.kind.at, "an unknown mask kind");
+    }
+    e->octets = word == 1;
+    if (e->octets && has(&m.polarity)) {
+        return refuse_at(d, R_MSK_003, m.polarity.at, "octets have no polarity");
+    }
+    if (!e->octets && !require(d, &m.polarity, UNSIGNED)) {
+        return false;
+    }
+    if (!e->octets && m.polarity.number > 1) {
+        return refuse_at(d, R_MSK_002, m.polarity.at, "polarity is neither 0 nor 1");
+    }
+    e->polarity = e->octets ? 1 : (unsigned)m.polarity.number;
+    e->told.pruned = true;
+    e->streams[MASK_STREAM].present = true;
+    return read_code_table(d, &m, e->octets ? 255 : 65535, &e->streams[MASK_STREAM].table);
+}
+
+/* Chapter 12. */
+static bool read_scale(const directory *d, const value *map, entry *e)
+{
+    static const char *const words[] = {"tensor", "row", "column", "group"};
+    value per, size, type;
+    const field fields[] = {{"per", &per}, {"size", &size}, {"dtype", &type}};
+    if (e->streams[FINGERPRINT_STREAM].quantiser == EXACT) {
+        return refuse_at(d, R_SCL_005, map->at, "a scale with the quantiser exact");
+    }
+    read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
+    if (!require(d, &per, STRING) || !require(d, &type, STRING)) {
+        return false;
+    }
+    scale *s = &e->scale;
+    s->present = true;
+    s->per = (scale_per)word_of(d, &per, words, PER_COUNT);
+    if (s->per == PER_COUNT) {
+        return refuse_at(d, R_SCL_001, per.at, "an unknown word for per");
+    }
+    if (s->per != PER_GROUP && has(&size)) {
+        return refuse_at(d, R_SCL_002, size.at, "a size without groups");
+    }
+    if (s->per == PER_GROUP) {
+        if (!has(&size)) {
+            return refuse_at(d, R_SCL_002, map->at, "groups without a size");
+        }
+        if (!require(d, &size, UNSIGNED)) {
+            return false;
+        }
+        if (size.number < 1) {
+            return refuse_at(d, R_SCL_002, size.at, "groups of no positions");
+        }
+        s->size = size.number;
+    }
+    s->dtype = dtype_of(d, &type);
+    if (!is_factor_dtype(s->dtype)) {
+        return refuse_at(d, R_SCL_003, type.at, "scale factors are F32, F16 or BF16");
+    }
+    return true;
+}
+
+/* Chapter 13. */
+static bool read_importance(const directory *d, const value *map, entry *e)
+{
+    static const char *const forms[] = {"survivors", "all", "factors"};
+    static const sfp_importance told[] = {SFP_OVER_SURVIVORS, SFP_OVER_ALL, SFP_FACTORS};
+    static const char *const roles[] = {"multiplier", "metadata"};
+    stream_map m;
+    read_stream_map(d, map, &m);
+    if (!require(d, &m.over, STRING) || !require(d, &m.role, STRING)) {
+        return false;
+    }
+    size_t form = word_of(d, &m.over, forms, 3);
+    size_t role = word_of(d, &m.role, roles, 2);
+    if (form == 3) {
+        return refuse_at(d, R_IMP_001, m.over.at, "an unknown word for over");
+    }
+    if (role == 2) {
+        return refuse_at(d, R_IMP_002, m.role.at, "an unknown role");
+    }
+    e->told.importance = told[form];
+    e->told.multiplier = role == 0;
+    if (told[form] != SFP_FACTORS) {
+        return read_quantised(d, &m, NULL, &e->streams[IMPORTANCE_STREAM]);
+    }
+    if (!require(d, &m.dtype, STRING)) {
+        return false;
+    }
+    e->factor_dtype = dtype_of(d, &m.dtype);
+    if (!is_factor_dtype(e->factor_dtype)) {
+        return refuse_at(d, R_IMP_003, m.dtype.at, "importance factors are F32, F16 or BF16");
+    }
+    return true;
+}
+
+/* The keys of a tensor entry. */
+typedef struct entry_map {
+    value name, dtype, shape, coding, segment, chunk, chunks, vectors, mask, fingerprints, scale, importance;
+} entry_map;
+
+static bool read_name(const directory *d, const entry_map *m, entry *e)
+{
+    if (!require(d, &m->name, STRING)) {
+        return false;
+    }
+    if (m->name.number == 0) {
+        return refuse_at(d, R_TEN_002, m->name.at, "an empty name");
+    }
+    if (m->name.number > d->limits->name_bytes) {
+        return refuse_at(d, R_LIM_002, m->name.at, "name bytes are above their limit");
+    }
+    e->told.name = span_of(d, &m->name);
+    return true;
+}
+
+static bool read_shape(const directory *d, const entry_map *m, entry *e)
+{
+    const uint64_t greatest = UINT64_C(1) << 48;
+    if (!require(d, &m->shape, ARRAY)) {
+        return false;
+    }
+    if (m->shape.number > d->limits->rank) {
+        return refuse_at(d, R_LIM_002, m->shape.at, "the rank is above its limit");
+    }
+    uint64_t product = 1;
+    bool empty = false;
+    size_t at = m->shape.content;
+    e->told.rank = (size_t)m->shape.number;
+    for (size_t i = 0; i < e->told.rank; i++) {
+        value size;
+        if (!next_value(d, &at, &size)) {
+            return false;
+        }
+        if (size.kind != UNSIGNED) {
+            return refuse_at(d, R_DIR_003, size.at, "a shape has an element that is no integer");
+        }
+        e->told.shape[i] = size.number;
+        empty = empty || size.number == 0;
+        if (size.number > 0 && product > greatest / size.number) {
+            return refuse_at(d, R_TEN_005, m->shape.at, "the shape's product is above 2^48");
+        }
+        product *= size.number > 0 ? size.number : 1;
+    }
+    e->told.positions = empty ? 0 : product;
+    e->rows = e->told.rank >= 2 && !empty ? e->told.shape[0] : 1;
+    e->columns = e->told.positions / e->rows;
+    return true;
+}
+
+static bool read_record(const directory *d, const value *v, const uint8_t *record, entry *e)
+{
+    uint32_t length = record_length(record);
+    if (length < 64 || length % 64 != 0) {
+        return refuse_at(d, R_LAY_002, v->at, "a chunk's length is not a positive multiple of 64");
+    }
+    bool fits = e->told.stored_bytes <= UINT64_MAX - length;
+    e->told.stored_bytes = fits ? e->told.stored_bytes + length : UINT64_MAX;
+    return true;
+}
+
+/* S, C and the chunk records. */
+static bool read_chunks(const directory *d, const entry_map *m, entry *e)
+{
+    if (!require(d, &m->segment, UNSIGNED) || !require(d, &m->chunk, UNSIGNED) ||
+        !require(d, &m->chunks, BINARY)) {
+        return false;
+    }
+    e->segment = m->segment.number;
+    e->chunk = m->chunk.number;
+    if (e->segment < 32 || e->segment > 65536 || e->segment % 32 != 0) {
+        return refuse_at(d, R_TEN_006, m->segment.at, "segment is not a multiple of 32 from 32 to 65,536");
+    }
+    if (e->chunk < 1 || e->chunk > (UINT64_C(1) << 24) / e->segment) {
+        return refuse_at(d, R_TEN_007, m->chunk.at, "a chunk has no segments, or more than 2^24 positions");
+    }
+    e->segments = divide_up(e->told.positions, e->segment);
+    e->chunks = divide_up(e->segments, e->chunk);
+    if (m->chunks.number % RECORD_BYTES != 0 || m->chunks.number / RECORD_BYTES != e->chunks) {
+        return refuse_at(d, R_TEN_008, m->chunks.at, "not as many chunk records as chunks");
+    }
+    e->chunk_records = d->bytes + m->chunks.content;
+    for (uint64_t k = 0; k < e->chunks; k++) {
+        if (!read_record(d, &m->chunks, e->chunk_records + k * RECORD_BYTES, e)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static uint64_t scale_factors(const entry *e)
+{
+    if (!e->scale.present || e->told.positions == 0) {
+        return 0;
+    }
+    switch (e->scale.per) {
+    case PER_ROW: return e->rows;
+    case PER_COLUMN: return e->columns;
+    case PER_GROUP: return divide_up(e->told.positions, e->scale.size);
+    default: return 1;
+    }
+}
+
+/* The vectors that a tensor has, and the record of their chunk (chapter 15.3). */
+static bool read_vectors(const directory *d, const entry_map *m, entry *e)
+{
+    const dtype *f32 = &DTYPES[F32];
+    bool factors = e->told.importance == SFP_FACTORS && e->told.positions > 0;
+    const vector vectors[VECTOR_COUNT] = {
+        [FP_CENTROIDS] = {e->streams[FINGERPRINT_STREAM].centroids, f32},
+        [SCALE_FACTORS] = {scale_factors(e), e->scale.dtype},
+        [IMP_CENTROIDS] = {e->streams[IMPORTANCE_STREAM].centroids, f32},
+        [IMP_ROWS] = {factors ? e->rows : 0, e->factor_dtype},
+        [IMP_COLUMNS] = {factors ? e->columns : 0, e->factor_dtype},
+    };
+    memcpy(e->vectors, vectors, sizeof vectors);
+    bool wanted = false;
+    for (size_t i = 0; i < VECTOR_COUNT; i++) {
+        wanted = wanted || vectors[i].elements > 0;
+    }
+    if (has(&m->vectors) && !require(d, &m->vectors, BINARY)) {
+        return false;
+    }
+    if (has(&m->vectors) != wanted) {
+        return refuse_at(d, R_TEN_009, m->vectors.at, "vectors without a vector chunk, or a vector chunk without");
+    }
+    if (!wanted) {
+        return true;
+    }
+    if (m->vectors.number != RECORD_BYTES) {
+        return refuse_at(d, R_TEN_012, m->vectors.at, "not one record as vectors");
+    }
+    e->vector_record = d->bytes + m->vectors.content;
+    return read_record(d, &m->vectors, e->vector_record, e);
+}
+
+/* The maps that only coding `fingerprint` has. */
+static bool read_coding(const directory *d, const entry_map *m, entry *e)
+{
+    static const char *const words[] = {"raw", "fingerprint"};
+    const value *own[] = {&m->mask, &m->fingerprints, &m->scale, &m->importance};
+    if (!require(d, &m->coding, STRING)) {
+        return false;
+    }
+    size_t coding = word_of(d, &m->coding, words, 2);
+    if (coding == 2) {
+        return refuse_at(d, R_TEN_004, m->coding.at, "an unknown coding");
+    }
+    e->told.fingerprint = coding == 1;
+    if (!e->told.fingerprint) {
+        for (size_t i = 0; i < 4; i++) {
+            if (has(own[i])) {
+                return refuse_at(d, R_TEN_011, own[i]->at, "a key that coding raw does not have");
+            }
+        }
+        return has(&m->vectors) ? refuse_at(d, R_TEN_011, m->vectors.at, "vectors with coding raw") : true;
+    }
+    if (e->dtype->nonfinite == 0) {
+        return refuse_at(d, R_TEN_010, m->dtype.at, "coding fingerprint with a dtype that it does not take");
+    }
+    stream_map fingerprints;
+    if (!require(d, &m->fingerprints, MAP)) {
+        return false;
+    }
+    read_stream_map(d, &m->fingerprints, &fingerprints);
+    if (!read_quantised(d, &fingerprints, e->dtype, &e->streams[FINGERPRINT_STREAM])) {
+        return false;
+    }
+    return (!has(&m->mask) || (require(d, &m->mask, MAP) && read_mask(d, &m->mask, e))) &&
+           (!has(&m->scale) || (require(d, &m->scale, MAP) && read_scale(d, &m->scale, e))) &&
+           (!has(&m->importance) || (require(d, &m->importance, MAP) && read_importance(d, &m->importance, e)));
+}
+
+static bool read_dtype(const directory *d, const entry_map *m, entry *e)
+{
+    if (!require(d, &m->dtype, STRING)) {
+        return false;
+    }
+    e->dtype = dtype_of(d, &m->dtype);
+    if (e->dtype == NULL) {
+        return refuse_at(d, R_TEN_003, m->dtype.at, "an unknown dtype");
+    }
+    e->told.dtype = e->dtype->name;
+    e->told.element_bytes = e->dtype->bits / 8;
+    return true;
+}
+
+/* The tensor entry that begins at `at`. */
+static bool read_entry(const directory *d, size_t at, entry *e)
+{
+    entry_map m;
+    const field fields[] = {
+        {"name", &m.name},       {"dtype", &m.dtype},   {"shape", &m.shape},   {"coding", &m.coding},
+        {"segment", &m.segment}, {"chunk", &m.chunk},   {"chunks", &m.chunks}, {"vectors", &m.vectors},
+        {"mask", &m.mask},       {"scale", &m.scale},   {"importance", &m.importance},
+        {"fingerprints", &m.fingerprints},
+    };
+    value map;
+    size_t end = at;
+    memset(e, 0, sizeof *e);
+    if (!next_value(d, &end, &map)) {
+        return false;
+    }
+    if (map.kind != MAP) {
+        return refuse_at(d, R_DIR_003, map.at, "a tensor entry is not a map");
+    }
+    e->told.entry.bytes = d->bytes + at;
+    e->told.entry.length = end - at;
+    read_fields(d, &map, fields, sizeof fields / sizeof fields[0]);
+    bool read = read_name(d, &m, e) && read_dtype(d, &m, e) && read_shape(d, &m, e) && read_coding(d, &m, e) &&
+                read_chunks(d, &m, e) && read_vectors(d, &m, e);
+    if (!read && m.name.kind == STRING) {
+        d->fault->tensor = span_of(d, &m.name);
+    }
+    return read;
+}
+
+/* ------------------------------------------------------------------------------------------------ the file */
+
+enum { PREAMBLE_BYTES = 64 };
+
+/* Where a tensor's entry lies in the directory, its chunks in the file. */
+typedef struct place {
+    size_t entry;
+    uint64_t chunks;
+} place;
+
+struct sfp_file {
+    const uint8_t *bytes;
+    sfp_span directory;
+    uint64_t directory_offset;
+    value metadata; /* a map, or nothing */
+    size_t metadata_end;
+    place *tensors;
+    size_t tensor_count;
+    sfp_limits limits;
+    sfp_allocator allocator;
+    crc_tables crc;
+};
+
+sfp_limits sfp_default_limits(void)
+{
+    const sfp_limits defaults = {
+        .directory_bytes = UINT64_C(1) << 26,
+        .depth = 16,
+        .name_bytes = 1024,
+        .tensors = UINT64_C(1) << 20,
+        .rank = 32,
+        .tensor_bytes = UINT64_C(1) << 37,
+        .expansion = UINT64_C(1) << 16,
+    };
+    return defaults;
+}
+
+static void *allocate_by_malloc(void *user, size_t size)
+{
+    (void)user;
+    return malloc(size);
+}
+
+static void release_by_free(void *user, void *memory)
+{
+    (void)user;
+    free(memory);
+}
+
+/* Memory for so many things of a size, one at least; NULL where there is none. */
+static void *allocate(const sfp_allocator *a, uint64_t count, size_t size)
+{
+    if (count > SIZE_MAX / size) {
+        return NULL;
+    }
+    return a->allocate(a->user, (size_t)(count > 0 ? count : 1) * size);
+}
+
+static void release(const sfp_allocator *a, void *memory)
+{
+    if (memory != NULL) {
+        a->release(a->user, memory);
+    }
+}
+
+static directory directory_of(const sfp_file *file, sfp_fault *fault)
+{
+    directory d = {file->directory.bytes, file->directory.length, file->directory_offset, &file->limits, fault};
+    return d;
+}
+
+/* Chapter 4. */
+static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
+{
+    static const uint8_t magic[8] = {0x89, 'S', 'F', 'P', '\r', '\n', 0x1A, '\n'};
+    const uint8_t *p = file->bytes;
+    size_t known = length < sizeof magic ? length : sizeof magic;
+    if (known > 0 && memcmp(p, magic, known) != 0) {
+        return refuse(fault, R_PRE_001, 0, "the file does not begin with the magic");
+    }
+    if (length < PREAMBLE_BYTES) {
+        return refuse(fault, R_PRE_002, length, "the file ends inside its preamble");
+    }
+    if (crc32(&file->crc, p, 60) != load32(p + 60)) {
+        return refuse(fault, R_PRE_003, 60, "the preamble's checksum does not match");
+    }
+    if (load(p + 8, 2) != 1) {
+        return refuse(fault, R_PRE_004, 8, "an unknown major version");
+    }
+    if (load32(p + 12) != 0) {
+        return refuse(fault, R_PRE_006, 12, "a reserved field is not zero");
+    }
+    if (first_nonzero(p, 44, 60) != 60) {
+        return refuse(fault, R_PRE_006, 44, "a reserved field is not zero");
+    }
+    uint64_t offset = load64(p + 16), bytes = load64(p + 24), end = load64(p + 32);
+    if (length < end) {
+        return refuse(fault, R_PRE_007, length, "the file is shorter than it says");
+    }
+    if (length > end) {
+        return refuse(fault, R_PRE_008, end, "bytes follow the directory");
+    }
+    if (bytes > end || offset != end - bytes) {
+        return refuse(fault, R_PRE_009, 16, "the directory does not end where the file does");
+    }
+    if (offset < PREAMBLE_BYTES || offset % 64 != 0) {
+        return refuse(fault, R_PRE_011, 16, "the directory's offset is not a positive multiple of 64");
+    }
+    if (bytes > file->limits.directory_bytes) {
+        return refuse(fault, R_LIM_002, 24, "directory bytes are above their limit");
+    }
+    if (crc32(&file->crc, p + offset, bytes) != load32(p + 40)) {
+        return refuse(fault, R_PRE_010, offset, "the directory's checksum does not match");
+    }
+    file->directory_offset = offset;
+    file->directory.bytes = p + offset;
+    file->directory.length = (size_t)bytes;
+    return true;
+}
+
+/* Chapter 21: this version knows no feature. */
+static bool check_features(const directory *d, const value *features)
+{
+    if (!has(features)) {
+        return true;
+    }
+    if (!require(d, features, ARRAY)) {
+        return false;
+    }
+    size_t at = features->content;
+    sfp_span before = NO_SPAN;
+    value name;
+    for (uint64_t i = 0; i < features->number && next_value(d, &at, &name); i++) {
+        if (name.kind != STRING) {
+            return refuse_at(d, R_DIR_003, name.at, "a feature is not a string");
+        }
+        if (before.bytes != NULL && compare_spans(before, span_of(d, &name)) >= 0) {
+            return refuse_at(d, R_FEA_002, name.at, "the features are not in ascending order");
+        }
+        before = span_of(d, &name);
+    }
+    if (before.bytes == NULL) {
+        return refuse_at(d, R_DIR_004, features->at, "an empty list of features");
+    }
+    refuse_at(d, R_FEA_001, features->at, "a feature that this reader does not know");
+    d->fault->feature = before;
+    return false;
+}
+
+/* Also gives where in the directory the metadata end. */
+static bool check_metadata(const directory *d, const value *metadata, size_t *end)
+{
+    if (!has(metadata)) {
+        return true;
+    }
+    if (!require(d, metadata, MAP)) {
+        return false;
+    }
+    if (metadata->number == 0) {
+        return refuse_at(d, R_DIR_004, metadata->at, "an empty map of metadata");
+    }
+    size_t at = metadata->content;
+    value key, text;
+    for (uint64_t i = 0; i < metadata->number && next_value(d, &at, &key) && next_value(d, &at, &text); i++) {
+        if (text.kind != STRING) {
+            return refuse_at(d, R_DIR_003, text.at, "metadata that are not a string");
+        }
+    }
+    *end = at;
+    return true;
+}
+
+/* A name, and which tensor's it is. */
+typedef struct numbered_name {
+    sfp_span name;
+    size_t number;
+} numbered_name;
+
+static int compare_names(const numbered_name *a, const numbered_name *b)
+{
+    int order = compare_spans(a->name, b->name);
+    return order != 0 ? order : (a->number > b->number) - (a->number < b->number);
+}
+
+static void sift_down(numbered_name *heap, size_t root, size_t count)
+{
+    numbered_name moved = heap[root];
+    for (size_t child; (child = 2 * root + 1) < count; root = child) {
+        child += child + 1 < count && compare_names(&heap[child], &heap[child + 1]) < 0;
+        if (compare_names(&moved, &heap[child]) >= 0) {
+            break;
+        }
+        heap[root] = heap[child];
+    }
+    heap[root] = moved;
+}
+
+/* Heap sort: no file can make it slow, and it needs no memory. */
+static void sort_names(numbered_name *names, size_t count)
+{
+    for (size_t i = count / 2; i > 0; i--) {
+        sift_down(names, i - 1, count);
+    }
+    for (size_t i = count; i > 1; i--) {
+        numbered_name greatest = names[0];
+        names[0] = names[i - 1];
+        names[i - 1] = greatest;
+        sift_down(names, 0, i - 1);
+    }
+}
+
+/* R-TEN-001. */
+static bool check_names(const directory *d, numbered_name *names, size_t count)
+{
+    sort_names(names, count);
+    for (size_t i = 1; i < count; i++) {
+        if (compare_spans(names[i - 1].name, names[i].name) == 0) {
+            refuse_at(d, R_TEN_001, (size_t)(names[i].name.bytes - d->bytes), "a name comes twice");
+            d->fault->tensor = names[i].name;
+            return false;
+        }
+    }
+    return true;
+}
+
+/* All tensor entries: whether they are as they must be, and where their chunks lie. */
+static bool read_entries(sfp_file *file, const directory *d, const value *tensors, numbered_name *names)
+{
+    size_t at = tensors->content;
+    uint64_t chunks = PREAMBLE_BYTES;
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        entry e;
+        if (!read_entry(d, at, &e)) {
+            return false;
+        }
+        file->tensors[i].entry = at;
+        file->tensors[i].chunks = chunks;
+        names[i].name = e.told.name;
+        names[i].number = i;
+        at += e.told.entry.length;
+        chunks = e.told.stored_bytes <= UINT64_MAX - chunks ? chunks + e.told.stored_bytes : UINT64_MAX;
+    }
+    if (!check_names(d, names, file->tensor_count)) {
+        return false;
+    }
+    if (chunks != d->offset) {
+        return refuse_at(d, R_LAY_003, 0, "the chunks do not end where the directory begins");
+    }
+    return true;
+}
+
+/* The root but for its tensors' entries; gives the array of those. */
+static bool read_root(sfp_file *file, const directory *d, value *tensors)
+{
+    value root, features, keyed;
+    const field fields[] = {
+        {"features", &features}, {"keyed", &keyed}, {"metadata", &file->metadata}, {"tensors", tensors}};
+    size_t at = 0;
+    if (!check_encoding(d) || !next_value(d, &at, &root)) {
+        return false;
+    }
+    if (root.kind != MAP) {
+        return refuse_at(d, R_DIR_001, 0, "the directory is not a map");
+    }
+    read_fields(d, &root, fields, sizeof fields / sizeof fields[0]);
+    if (!check_features(d, &features)) {
+        return false;
+    }
+    if (has(&keyed)) {
+        return refuse_at(d, R_KEY_001, keyed.at, "keyed tables");
+    }
+    if (!check_metadata(d, &file->metadata, &file->metadata_end) || !require(d, tensors, ARRAY)) {
+        return false;
+    }
+    if (tensors->number > d->limits->tensors) {
+        return refuse_at(d, R_LIM_002, tensors->at, "the tensors are more than their limit");
+    }
+    return true;
+}
+
+/* Chapters 6 and 7. The memory is in proportion to the entries, which the directory has been seen to have. */
+static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
+{
+    directory d = directory_of(file, fault);
+    value tensors;
+    if (!read_root(file, &d, &tensors)) {
+        return SFP_REFUSED;
+    }
+    file->tensor_count = (size_t)tensors.number;
+    file->tensors = allocate(&file->allocator, tensors.number, sizeof *file->tensors);
+    numbered_name *names = allocate(&file->allocator, tensors.number, sizeof *names);
+    sfp_status status = SFP_NO_MEMORY;
+    if (file->tensors != NULL && names != NULL) {
+        status = read_entries(file, &d, &tensors, names) ? SFP_OK : SFP_REFUSED;
+    }
+    release(&file->allocator, names);
+    return status;
+}
+
+static uint64_t at_most(uint64_t x, uint64_t greatest)
+{
+    return x < greatest ? x : greatest;
+}
+
+sfp_status sfp_open(const uint8_t *bytes, size_t length, const sfp_limits *limits, const sfp_allocator *allocator,
+                    sfp_file **opened, sfp_fault *fault)
+{
+    const sfp_allocator by_default = {allocate_by_malloc, release_by_free, NULL};
+    const sfp_allocator *own = allocator != NULL ? allocator : &by_default;
+    *opened = NULL;
+    sfp_file *file = allocate(own, 1, sizeof *file);
+    if (file == NULL) {
+        return SFP_NO_MEMORY;
+    }
+    memset(file, 0, sizeof *file);
+    file->bytes = bytes;
+    file->allocator = *own;
+    file->limits = limits != NULL ? *limits : sfp_default_limits();
+    file->limits.depth = at_most(file->limits.depth, SFP_MAX_DEPTH);
+    file->limits.rank = at_most(file->limits.rank, SFP_MAX_RANK);
+    fill_crc_tables(&file->crc);
+    sfp_status status = read_preamble(file, length, fault) ? read_directory(file, fault) : SFP_REFUSED;
+    if (status != SFP_OK) {
+        sfp_close(file);
+        return status;
+    }
+    *opened = file;
+    return SFP_OK;
+}
+
+void sfp_close(sfp_file *file)
+{
+    if (file != NULL) {
+        sfp_allocator allocator = file->allocator;
+        release(&allocator, file->tensors);
+        release(&allocator, file);
+    }
+}
+
+size_t sfp_tensor_count(const sfp_file *file)
+{
+    return file->tensor_count;
+}
+
+sfp_span sfp_directory(const sfp_file *file)
+{
+    return file->directory;
+}
+
+sfp_status sfp_describe(const sfp_file *file, size_t number, sfp_tensor *tensor)
+{
+    sfp_fault fault;
+    entry e;
+    directory d = directory_of(file, &fault);
+    if (number >= file->tensor_count || !read_entry(&d, file->tensors[number].entry, &e)) {
+        return SFP_MISUSE;
+    }
+    *tensor = e.told;
+    return SFP_OK;
+}
+
+bool sfp_next_metadata(const sfp_file *file, size_t *cursor, sfp_span *key, sfp_span *text)
+{
+    sfp_fault fault;
+    directory d = directory_of(file, &fault);
+    value k, v;
+    size_t at = *cursor == 0 ? file->metadata.content : *cursor;
+    if (at >= file->metadata_end || !next_value(&d, &at, &k) || !next_value(&d, &at, &v)) {
+        return false;
+    }
+    *cursor = at;
+    *key = span_of(&d, &k);
+    *text = span_of(&d, &v);
+    return true;
+}
+
+/* --------------------------------------------------------------------------------------- decoding: streams */
+
+enum { LOOKUP_SIZE = 1 << MAX_LENGTH };
+
+/* A stream made ready. By the next 12 bits of a prefix plane, `lookup` gives the symbol that they begin with,
+ * and the one after it where they hold that too: from the lowest bit on, in fields of 4, 4, 12 and 12 bits, the
+ * length of both (or of the first alone), the length of the first, the first and the second. A symbol is given as
+ * its class; with g = 2 as its first class, and 64 times its second. */
+typedef struct stream_decoder {
+    const stream *stream;
+    uint64_t *first;      /* of each class */
+    const uint8_t *extra; /* of each class */
+    uint32_t *lookup;     /* LOOKUP_SIZE entries for each code */
+    unsigned least_extra, greatest_extra; /* of the classes used */
+} stream_decoder;
+
+static uint32_t reversed(uint32_t word, unsigned bits)
+{
+    uint32_t out = 0;
+    for (unsigned i = 0; i < bits; i++) {
+        out = out << 1 | (word >> i & 1);
+    }
+    return out;
+}
+
+/* What a look-up gives for a symbol. */
+static uint32_t classes_of_symbol(const code_table *t, uint32_t symbol)
+{
+    uint32_t classes = (uint32_t)t->classes;
+    return t->group == 1 ? symbol : symbol % classes | symbol / classes << 6;
+}
+
+/* Adds the second symbols to a table that has the first ones. The entry for the bits after the first symbol lies
+ * before its own, or is its own: going down, what it says of its first symbol is all that has been set. */
+static void add_second_symbols(uint32_t *lookup)
+{
+    for (uint32_t at = LOOKUP_SIZE; at-- > 0;) {
+        uint32_t first = lookup[at] >> 4 & 15;
+        uint32_t next = lookup[at >> first];
+        uint32_t both = first + (next >> 4 & 15);
+        bool fits = both <= MAX_LENGTH;
+        lookup[at] |= fits ? both | next >> 8 << 20 : first;
+    }
+}
+
+/* The canonical codewords of chapter 8. They lie in the plane most significant bit first, hence reversed. */
+static void fill_lookup(const code_table *t, const uint8_t *code, uint32_t *lookup)
+{
+    uint32_t used[MAX_USED];
+    size_t count = 0;
+    for (uint32_t s = 0; s < symbols_of(t); s++) {
+        if (code_length(code, s) > 0) {
+            used[count++] = s;
+        }
+    }
+    uint32_t word = 0;
+    for (unsigned length = 1; length <= MAX_LENGTH; length++, word *= 2) {
+        for (size_t i = 0; i < count; i++) {
+            if (code_length(code, used[i]) != length) {
+                continue;
+            }
+            uint32_t found = classes_of_symbol(t, used[i]) << 8 | length << 4;
+            for (uint32_t at = reversed(word, length); at < LOOKUP_SIZE; at += UINT32_C(1) << length) {
+                lookup[at] = found;
+            }
+            word++;
+        }
+    }
+    add_second_symbols(lookup);
+}
+
+static void note_extra(stream_decoder *s, size_t class_number)
+{
+    unsigned extra = s->extra[class_number];
+    s->least_extra = extra < s->least_extra ? extra : s->least_extra;
+    s->greatest_extra = extra > s->greatest_extra ? extra : s->greatest_extra;
+}
+
+/* The residual bits of the classes that a code uses. */
+static void note_used_classes(stream_decoder *s, const uint8_t *code)
+{
+    const code_table *t = &s->stream->table;
+    for (size_t symbol = 0; symbol < symbols_of(t); symbol++) {
+        if (code_length(code, symbol) > 0) {
+            note_extra(s, symbol % t->classes);
+            note_extra(s, t->group == 1 ? symbol : symbol / t->classes);
+        }
+    }
+}
+
+static bool prepare_stream(const sfp_file *file, const stream *source, stream_decoder *s)
+{
+    const code_table *t = &source->table;
+    s->stream = source;
+    s->extra = t->extra;
+    s->least_extra = MAX_EXTRA;
+    s->greatest_extra = 0;
+    s->first = allocate(&file->allocator, t->classes, sizeof *s->first);
+    s->lookup = allocate(&file->allocator, t->codes * LOOKUP_SIZE, sizeof *s->lookup);
+    if (s->first == NULL || s->lookup == NULL) {
+        return false;
+    }
+    uint64_t first = t->base;
+    for (size_t c = 0; c < t->classes; c++) {
+        s->first[c] = first;
+        first += (uint64_t)1 << t->extra[c];
+    }
+    if (t->classes == 1) {
+        note_extra(s, 0);
+    }
+    sfp_fault unused;
+    directory d = directory_of(file, &unused);
+    size_t at = t->codes_at;
+    value code;
+    for (size_t i = 0; i < t->codes && next_value(&d, &at, &code); i++) {
+        fill_lookup(t, d.bytes + code.content, s->lookup + i * LOOKUP_SIZE);
+        note_used_classes(s, d.bytes + code.content);
+    }
+    return true;
+}
+
+/* Looks `count` symbols up from bit `from` of the prefix plane on; whether they end at bit `to`. */
+static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from, uint64_t to, size_t count,
+                    uint16_t *found)
+{
+    size_t i = 0;
+    while (count - i >= 8 && from <= to) { /* four look-ups take 48 bits at most, of the 57 at hand */
+        uint64_t window = peek(plane, from);
+        for (size_t k = 0; k < 4; k++) {
+            uint32_t hit = lookup[window % LOOKUP_SIZE];
+            uint32_t both = hit & 15, first = hit >> 4 & 15;
+            window >>= both;
+            from += both;
+            found[i] = (uint16_t)(hit >> 8 & 4095);
+            found[i + 1] = (uint16_t)(hit >> 20); /* written over where there is no second */
+            i += first == both ? 1 : 2;
+        }
+    }
+    for (; i < count && from <= to; i++) {
+        uint32_t hit = lookup[peek(plane, from) % LOOKUP_SIZE];
+        found[i] = (uint16_t)(hit >> 8 & 4095);
+        from += hit >> 4 & 15;
+    }
+    return i == count && from == to;
+}
+
+/* Takes the pairs of `symbols` symbols apart, from the last to the first, in place. */
+static void split_pairs(uint16_t *classes, size_t symbols)
+{
+    for (size_t i = symbols; i > 0; i--) {
+        unsigned pair = classes[i - 1];
+        classes[2 * i - 1] = (uint16_t)(pair >> 6);
+        classes[2 * i - 2] = (uint16_t)(pair & 63);
+    }
+}
+
+static uint64_t residual_bits_of(const stream_decoder *s, const uint16_t *classes, size_t count, unsigned trim)
+{
+    uint64_t bits = 0;
+    for (size_t i = 0; i < count; i++) {
+        bits += s->extra[classes[i]];
+    }
+    return bits - (uint64_t)trim * count;
+}
+
+/* The levels of those classes, from bit `at` of the residual plane on; bits 1 to `trim` were left out. */
+static void read_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
+                           size_t count, unsigned trim, uint64_t *levels)
+{
+    for (size_t i = 0; i < count; i++) {
+        unsigned width = s->extra[classes[i]] - trim;
+        uint64_t r = peek(plane, at) & ones(width);
+        levels[i] = s->first[classes[i]] + (r & 1) + (r >> 1 << (trim + 1));
+        at += width;
+    }
+}
+
+/* As read_residuals, where all classes have the same width: nothing waits for the level before. */
+static void read_even_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
+                                size_t count, uint64_t *levels)
+{
+    unsigned width = s->least_extra;
+    uint64_t mask = ones(width);
+    for (size_t i = 0; i < count; i++) {
+        levels[i] = s->first[classes[i]] + (peek(plane, at + i * width) & mask);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------- decoding: chunks */
+
+enum { CODE, TRIM, PREFIX_BITS, RESIDUAL_BITS, STREAM_QUANTITIES };
+enum { PREFIX, RESIDUAL, PLANES };
+
+/* A quantity of the segment index (chapter 15.2). */
+typedef struct quantity {
+    uint32_t minimum;
+    unsigned width;
+    const uint8_t *fields;
+    bool present;
+} quantity;
+
+typedef struct plane {
+    const uint8_t *bits;
+    uint64_t total; /* bits it has */
+    uint64_t at;    /* the next bit */
+} plane;
+
+/* A chunk of coding fingerprint. */
+typedef struct chunk {
+    const uint8_t *bytes;
+    uint64_t length;
+    uint64_t offset;   /* in the file */
+    uint64_t first;    /* its first segment */
+    uint64_t segments; /* it has */
+    quantity survivors;
+    quantity quantities[STREAM_COUNT][STREAM_QUANTITIES];
+    plane planes[STREAM_COUNT][PLANES];
+} chunk;
+
+/* What the index says of a segment's share of a stream. */
+typedef struct share {
+    size_t levels;
+    size_t code;
+    unsigned trim;
+    uint64_t prefix_bits;
+    uint64_t residual_bits;
+} share;
+
+typedef struct segment {
+    uint64_t first; /* position in the tensor */
+    size_t positions;
+    size_t survivors;
+    share shares[STREAM_COUNT];
+} segment;
+
+/* A tensor being decoded: the streams ready, where the vectors are, and room for a segment. */
+typedef struct decoder {
+    const sfp_file *file;
+    sfp_fault *fault;
+    entry entry;
+    sfp_decoded *out; /* NULL where the tensor is only checked */
+    bool wants_mask, wants_fingerprints, wants_importance; /* what has to be decoded */
+    const uint8_t *vectors[VECTOR_COUNT];
+    stream_decoder streams[STREAM_COUNT];
+    void *room;          /* the one block of the five below */
+    uint64_t *levels;    /* of the stream being read; then the patterns of the values */
+    float *importance;   /* of each position */
+    uint16_t *classes;   /* of the stream being read, and one more where pairs end odd */
+    uint16_t *positions; /* of the survivors */
+    uint8_t *mask;       /* a byte for each position */
+} decoder;
+
+static uint64_t quantity_of(const quantity *q, uint64_t i)
+{
+    return q->width == 0 ? q->minimum : q->minimum + (peek(q->fields, i * q->width) & ones(q->width));
+}
+
+/* The quantities that a tensor's chunks have, in their order; how many. */
+static size_t list_quantities(const decoder *d, chunk *c, quantity *list[1 + STREAM_COUNT * STREAM_QUANTITIES])
+{
+    size_t count = 0;
+    c->survivors.present = d->entry.told.pruned;
+    if (c->survivors.present) {
+        list[count++] = &c->survivors;
+    }
+    for (size_t id = 0; id < STREAM_COUNT; id++) {
+        const stream *s = &d->entry.streams[id];
+        const stream_decoder *ready = &d->streams[id];
+        quantity *q = c->quantities[id];
+        q[CODE].present = s->present && s->table.codes > 1;
+        q[TRIM].present = s->present && s->trimmed;
+        q[PREFIX_BITS].present = s->present && s->table.classes > 1;
+        q[RESIDUAL_BITS].present = s->present && ready->least_extra != ready->greatest_extra;
+        for (size_t i = 0; i < STREAM_QUANTITIES; i++) {
+            if (q[i].present) {
+                list[count++] = &q[i];
+            }
+        }
+    }
+    return count;
+}
+
+static bool refuse_chunk(const decoder *d, const chunk *c, clause broken, uint64_t at, const char *detail)
+{
+    return refuse(d->fault, broken, c->offset + at, detail);
+}
+
+/* Whether bytes from..to-1 of a chunk are zero. */
+static bool check_zero(const decoder *d, const chunk *c, clause rule, uint64_t from, uint64_t to)
+{
+    uint64_t at = first_nonzero(c->bytes, from, to);
+    return at == to ? true : refuse_chunk(d, c, rule, at, "bytes that must be zero are not");
+}
+
+/* Whether the last byte of so many bits from byte `start` on is zero after the last of them. */
+static bool check_last_bits(const decoder *d, const chunk *c, clause rule, uint64_t start, uint64_t bits)
+{
+    uint64_t last = start + bits / 8;
+    if (bits % 8 != 0 && c->bytes[last] >> (bits % 8) != 0) {
+        return refuse_chunk(d, c, rule, last, "bits that must be zero are not");
+    }
+    return true;
+}
+
+/* Whether a part that ends before `end` leaves room for the 16 bytes that follow the last. */
+static bool check_fits(const decoder *d, const chunk *c, uint64_t end)
+{
+    return end + 16 <= c->length ? true : refuse_chunk(d, c, R_IDX_003, 0, "the parts do not fit into the chunk");
+}
+
+/* Header and index; gives where the planes begin. */
+static bool read_index(const decoder *d, chunk *c, uint64_t *planes_at)
+{
+    quantity *list[1 + STREAM_COUNT * STREAM_QUANTITIES];
+    size_t count = list_quantities(d, c, list);
+    uint64_t at = align(8 * count, 16);
+    if (!check_fits(d, c, at)) {
+        return false;
+    }
+    for (size_t i = 0; i < count; i++) {
+        const uint8_t *header = c->bytes + 8 * i;
+        list[i]->minimum = load32(header);
+        list[i]->width = header[4];
+        if (list[i]->width > 32) {
+            return refuse_chunk(d, c, R_IDX_001, 8 * i + 4, "an index field of more than 32 bits");
+        }
+        if (!check_zero(d, c, R_CHK_002, 8 * i + 5, 8 * i + 8)) {
+            return false;
+        }
+    }
+    if (!check_zero(d, c, R_CHK_003, 8 * count, at)) {
+        return false;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint64_t bits = c->segments * list[i]->width;
+        uint64_t end = align(at + divide_up(bits, 8), 16);
+        if (!check_fits(d, c, end)) {
+            return false;
+        }
+        list[i]->fields = c->bytes + at;
+        if (!check_last_bits(d, c, R_IDX_004, at, bits) ||
+            !check_zero(d, c, R_CHK_003, at + divide_up(bits, 8), end)) {
+            return false;
+        }
+        at = end;
+    }
+    *planes_at = at;
+    return true;
+}
+
+/* The number of levels that a segment has of a stream. */
+static size_t level_count(const entry *e, stream_id id, const segment *s)
+{
+    switch (id) {
+    case MASK_STREAM:
+        if (e->octets) {
+            return (s->positions + 7) / 8;
+        }
+        return e->polarity == 1 ? s->survivors : s->positions - s->survivors;
+    case IMPORTANCE_STREAM: return e->told.importance == SFP_OVER_ALL ? s->positions : s->survivors;
+    default: return s->survivors;
+    }
+}
+
+static bool read_share(const decoder *d, const chunk *c, stream_id id, uint64_t i, segment *s)
+{
+    const stream_decoder *ready = &d->streams[id];
+    const quantity *q = c->quantities[id];
+    share *out = &s->shares[id];
+    uint64_t code = q[CODE].present ? quantity_of(&q[CODE], i) : 0;
+    uint64_t trim = q[TRIM].present ? quantity_of(&q[TRIM], i) : 0;
+    if (q[CODE].present && code >= ready->stream->table.codes) {
+        return refuse_chunk(d, c, R_IDX_005, 0, "a segment names a code that there is not");
+    }
+    if (trim > 0 && trim >= ready->least_extra) {
+        return refuse_chunk(d, c, R_IDX_006, 0, "a trim is not less than the residual bits of each class");
+    }
+    out->levels = level_count(&d->entry, id, s);
+    out->code = (size_t)code;
+    out->trim = (unsigned)trim;
+    out->prefix_bits = q[PREFIX_BITS].present ? quantity_of(&q[PREFIX_BITS], i) : 0;
+    out->residual_bits = q[RESIDUAL_BITS].present ? quantity_of(&q[RESIDUAL_BITS], i)
+                                                  : (uint64_t)out->levels * (ready->least_extra - out->trim);
+    return true;
+}
+
+/* What the index says of segment i of a chunk. */
+static bool read_segment(const decoder *d, const chunk *c, uint64_t i, segment *s)
+{
+    const entry *e = &d->entry;
+    uint64_t left = 0;
+    s->first = (c->first + i) * e->segment;
+    left = e->told.positions - s->first;
+    s->positions = (size_t)(left < e->segment ? left : e->segment);
+    uint64_t survivors = c->survivors.present ? quantity_of(&c->survivors, i) : s->positions;
+    if (survivors > s->positions) {
+        return refuse_chunk(d, c, R_IDX_002, 0, "a segment has more survivors than positions");
+    }
+    s->survivors = (size_t)survivors;
+    for (stream_id id = MASK_STREAM; id < STREAM_COUNT; id++) {
+        if (e->streams[id].present && !read_share(d, c, id, i, s)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Adds up what all segments have in each plane. There are 2^19 segments at most, and under 2^34 bits in each. */
+static bool measure_planes(const decoder *d, chunk *c)
+{
+    segment s;
+    for (uint64_t i = 0; i < c->segments; i++) {
+        if (!read_segment(d, c, i, &s)) {
+            return false;
+        }
+        for (size_t id = 0; id < STREAM_COUNT; id++) {
+            if (d->entry.streams[id].present) {
+                c->planes[id][PREFIX].total += s.shares[id].prefix_bits;
+                c->planes[id][RESIDUAL].total += s.shares[id].residual_bits;
+            }
+        }
+    }
+    return true;
+}
+
+/* Puts the planes in their places, from byte `at` on, and holds them against the chunk. */
+static bool place_planes(const decoder *d, chunk *c, uint64_t at)
+{
+    for (size_t i = 0; i < STREAM_COUNT * PLANES; i++) {
+        plane *p = &c->planes[i / PLANES][i % PLANES];
+        uint64_t end = align(at + divide_up(p->total, 8), 16);
+        if (!check_fits(d, c, end)) {
+            return false;
+        }
+        p->bits = c->bytes + at;
+        if (!check_last_bits(d, c, R_PLN_004, at, p->total) ||
+            !check_zero(d, c, R_PLN_004, at + divide_up(p->total, 8), end)) {
+            return false;
+        }
+        at = end;
+    }
+    if (align(at + 16, 64) != c->length) {
+        return refuse_chunk(d, c, R_CHK_001, 0, "the chunk is longer than its parts need");
+    }
+    return check_zero(d, c, R_CHK_003, at, c->length);
+}
+
+/* The bytes of a chunk of that record, once their checksum has been found right. */
+static const uint8_t *checked_bytes(const decoder *d, const uint8_t *record, uint64_t offset)
+{
+    const uint8_t *bytes = d->file->bytes + offset;
+    if (crc32(&d->file->crc, bytes, record_length(record)) != record_crc(record)) {
+        refuse(d->fault, R_LAY_004, offset, "a chunk's checksum does not match");
+        return NULL;
+    }
+    return bytes;
+}
+
+/* --------------------------------------------------------------------------------------- decoding: vectors */
+
+static uint64_t element(const decoder *d, size_t vector_id, uint64_t i)
+{
+    size_t size = d->entry.vectors[vector_id].dtype->bits / 8;
+    return load(d->vectors[vector_id] + i * size, size);
+}
+
+static float number_at(const decoder *d, size_t vector_id, uint64_t i)
+{
+    return widen(d->entry.vectors[vector_id].dtype, element(d, vector_id, i));
+}
+
+static bool refuse_element(const decoder *d, clause broken, size_t vector_id, uint64_t i, const char *detail)
+{
+    uint64_t size = d->entry.vectors[vector_id].dtype->bits / 8;
+    uint64_t start = (uint64_t)(d->vectors[vector_id] - d->file->bytes);
+    return refuse(d->fault, broken, start + i * size, detail);
+}
+
+static bool check_centroids(const decoder *d, size_t vector_id)
+{
+    uint64_t before = 0;
+    for (uint64_t i = 0; i < d->entry.vectors[vector_id].elements; i++) {
+        uint64_t bits = element(d, vector_id, i);
+        if (bits >= DTYPES[F32].nonfinite) { /* the sign bit makes it great too */
+            return refuse_element(d, R_QNT_005, vector_id, i, "a centroid is not finite, or has a sign");
+        }
+        if (i > 0 && bits <= before) { /* patterns of numbers without a sign rise with them */
+            return refuse_element(d, R_QNT_007, vector_id, i, "the centroids do not rise");
+        }
+        before = bits;
+    }
+    return true;
+}
+
+/* Whether all factors are finite; gives the greatest magnitude. */
+static bool check_factors(const decoder *d, size_t vector_id, clause rule, float *greatest)
+{
+    const vector *v = &d->entry.vectors[vector_id];
+    *greatest = 0;
+    for (uint64_t i = 0; i < v->elements; i++) {
+        uint64_t pattern = element(d, vector_id, i);
+        if (!is_finite_pattern(v->dtype, pattern)) {
+            return refuse_element(d, rule, vector_id, i, "a factor is not finite");
+        }
+        float magnitude = widen(v->dtype, pattern & ~sign_bit(v->dtype));
+        *greatest = magnitude > *greatest ? magnitude : *greatest;
+    }
+    return true;
+}
+
+/* The greatest magnitude that a fingerprint can stand for. */
+static float greatest_magnitude(const decoder *d)
+{
+    const stream *s = &d->entry.streams[FINGERPRINT_STREAM];
+    if (s->quantiser == TABLE) {
+        return number_at(d, FP_CENTROIDS, s->centroids - 1);
+    }
+    return multiply((float)(uint32_t)(s->table.last / 2), s->step);
+}
+
+/* What the vectors must be. Rounding is monotonous: where the greatest product is finite, all are. */
+static bool check_vectors(const decoder *d)
+{
+    float factor, row, column;
+    if (!check_centroids(d, FP_CENTROIDS) || !check_factors(d, SCALE_FACTORS, R_SCL_004, &factor)) {
+        return false;
+    }
+    if (d->entry.vectors[SCALE_FACTORS].elements > 0 && !is_finite(multiply(greatest_magnitude(d), factor))) {
+        return refuse_element(d, R_SCL_006, SCALE_FACTORS, 0, "the greatest magnitude times a factor is not finite");
+    }
+    if (!check_centroids(d, IMP_CENTROIDS) || !check_factors(d, IMP_ROWS, R_IMP_004, &row) ||
+        !check_factors(d, IMP_COLUMNS, R_IMP_004, &column)) {
+        return false;
+    }
+    if (!is_finite(multiply(row, column))) {
+        return refuse_element(d, R_IMP_005, IMP_ROWS, 0, "the greatest product of importance factors is not finite");
+    }
+    return true;
+}
+
+/* The vector chunk (chapter 15.3). */
+static bool read_vector_chunk(decoder *d, uint64_t offset)
+{
+    const uint8_t *record = d->entry.vector_record;
+    if (record == NULL) {
+        return true;
+    }
+    const uint8_t *bytes = checked_bytes(d, record, offset);
+    if (bytes == NULL) {
+        return false;
+    }
+    uint64_t at = 0, ends[VECTOR_COUNT];
+    for (size_t i = 0; i < VECTOR_COUNT; i++) {
+        const vector *v = &d->entry.vectors[i];
+        d->vectors[i] = bytes + (at < record_length(record) ? at : 0);
+        ends[i] = at + (v->elements > 0 ? v->elements * (v->dtype->bits / 8) : 0);
+        at = align(ends[i], 16);
+    }
+    if (align(at, 64) != record_length(record)) {
+        return refuse(d->fault, R_VEC_001, offset, "the vector chunk is longer or shorter than its vectors need");
+    }
+    for (size_t i = 0; i < VECTOR_COUNT; i++) {
+        uint64_t end = i + 1 < VECTOR_COUNT ? align(ends[i], 16) : record_length(record);
+        uint64_t wrong = first_nonzero(bytes, ends[i], end);
+        if (wrong != end) {
+            return refuse(d->fault, R_VEC_002, offset + wrong, "bytes between the vectors are not zero");
+        }
+    }
+    return check_vectors(d);
+}
+
+/* -------------------------------------------------------------------------------------- decoding: segments */
+
+/* Reads a segment's levels of a stream, and moves that stream's planes on. */
+static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
+{
+    const stream_decoder *ready = &d->streams[id];
+    const code_table *t = &ready->stream->table;
+    const share *part = &s->shares[id];
+    plane *prefix = &c->planes[id][PREFIX], *residual = &c->planes[id][RESIDUAL];
+    uint64_t prefix_at = (uint64_t)(prefix->bits - c->bytes) + prefix->at / 8;
+    if (t->classes == 1) {
+        memset(d->classes, 0, part->levels * sizeof *d->classes);
+    } else {
+        size_t symbols = (part->levels + t->group - 1) / t->group;
+        if (!look_up(ready->lookup + part->code * LOOKUP_SIZE, prefix->bits, prefix->at,
+                     prefix->at + part->prefix_bits, symbols, d->classes)) {
+            return refuse_chunk(d, c, R_PLN_003, prefix_at, "a segment's symbols do not end where its bits do");
+        }
+        if (t->group == 2) {
+            split_pairs(d->classes, symbols);
+            if (part->levels % 2 != 0 && d->classes[part->levels] != 0) {
+                return refuse_chunk(d, c, R_PLN_002, prefix_at, "the class after a segment's last level is not 0");
+            }
+        }
+    }
+    if (residual_bits_of(ready, d->classes, part->levels, part->trim) != part->residual_bits) {
+        return refuse_chunk(d, c, R_PLN_003, (uint64_t)(residual->bits - c->bytes) + residual->at / 8,
+                            "a segment's residuals do not end where its bits do");
+    }
+    if (ready->least_extra == ready->greatest_extra && part->trim == 0) {
+        read_even_residuals(ready, residual->bits, residual->at, d->classes, part->levels, d->levels);
+    } else {
+        read_residuals(ready, residual->bits, residual->at, d->classes, part->levels, part->trim, d->levels);
+    }
+    prefix->at += part->prefix_bits;
+    residual->at += part->residual_bits;
+    return true;
+}
+
+static bool refuse_mask(const decoder *d, const chunk *c, clause broken, const char *detail)
+{
+    return refuse_chunk(d, c, broken, (uint64_t)(c->planes[MASK_STREAM][PREFIX].bits - c->bytes), detail);
+}
+
+static bool mark_runs(const decoder *d, const chunk *c, const segment *s)
+{
+    memset(d->mask, (int)(1 - d->entry.polarity), s->positions);
+    size_t next = 0;
+    for (size_t i = 0; i < s->shares[MASK_STREAM].levels; i++) {
+        if (d->levels[i] >= s->positions - next) {
+            return refuse_mask(d, c, R_MSK_004, "a run leads out of its segment");
+        }
+        next += (size_t)d->levels[i];
+        d->mask[next++] = (uint8_t)d->entry.polarity;
+    }
+    return true;
+}
+
+static bool mark_octets(const decoder *d, const chunk *c, const segment *s)
+{
+    size_t levels = s->shares[MASK_STREAM].levels;
+    for (size_t i = 0; i < levels; i++) {
+        for (size_t j = 0; j < 8; j++) {
+            d->mask[8 * i + j] = (uint8_t)(d->levels[i] >> j & 1);
+        }
+    }
+    if (first_nonzero(d->mask, s->positions, 8 * levels) != 8 * levels) {
+        return refuse_mask(d, c, R_MSK_006, "a bit past the segment's last position is set");
+    }
+    return true;
+}
+
+/* The mask of a segment and the positions of its survivors (chapter 10). */
+static bool read_mask_levels(decoder *d, chunk *c, const segment *s)
+{
+    if (!read_levels(d, c, MASK_STREAM, s)) {
+        return false;
+    }
+    if (!(d->entry.octets ? mark_octets(d, c, s) : mark_runs(d, c, s))) {
+        return false;
+    }
+    size_t count = 0;
+    for (size_t p = 0; p < s->positions; p++) {
+        d->positions[count] = (uint16_t)p; /* kept only if the next line says so */
+        count += d->mask[p];
+    }
+    if (count != s->survivors) {
+        return refuse_mask(d, c, R_MSK_005, "a mask has not as many survivors as the index says");
+    }
+    return true;
+}
+
+/* Follows rising positions through runs of equal length: which run, and how far inside it. */
+typedef struct ruler {
+    uint64_t length;
+    uint64_t run;
+    uint64_t start; /* of that run */
+} ruler;
+
+static ruler ruler_at(uint64_t position, uint64_t length)
+{
+    ruler r = {length, position / length, position - position % length};
+    return r;
+}
+
+static void move_to(ruler *r, uint64_t position)
+{
+    while (position - r->start >= r->length) {
+        r->run++;
+        r->start += r->length;
+    }
+}
+
+static void multiply_factors(const decoder *d, const segment *s)
+{
+    ruler row = ruler_at(s->first, d->entry.columns);
+    for (size_t p = 0; p < s->positions; p++) {
+        uint64_t position = s->first + p;
+        move_to(&row, position);
+        d->importance[p] = multiply(number_at(d, IMP_ROWS, row.run), number_at(d, IMP_COLUMNS, position - row.start));
+    }
+}
+
+/* The number of the level of an importance. */
+static float importance_of(const decoder *d, uint64_t level)
+{
+    const stream *s = &d->entry.streams[IMPORTANCE_STREAM];
+    switch (s->quantiser) {
+    case EXACT: return widen(s->coded, level >> 1 | (level & 1) << (s->coded->bits - 1));
+    case UNIFORM: return multiply((float)(uint32_t)level, s->step);
+    default: return number_at(d, IMP_CENTROIDS, level);
+    }
+}
+
+/* The importance of each position of a segment (chapter 13). */
+static bool read_importance_levels(decoder *d, chunk *c, const segment *s)
+{
+    if (d->entry.told.importance == SFP_FACTORS) {
+        multiply_factors(d, s);
+        return true;
+    }
+    if (!read_levels(d, c, IMPORTANCE_STREAM, s)) {
+        return false;
+    }
+    bool everywhere = d->entry.told.importance == SFP_OVER_ALL;
+    for (size_t p = 0; !everywhere && p < s->positions; p++) {
+        d->importance[p] = 0;
+    }
+    for (size_t i = 0; i < s->shares[IMPORTANCE_STREAM].levels; i++) {
+        d->importance[everywhere ? i : d->positions[i]] = importance_of(d, d->levels[i]);
+    }
+    return true;
+}
+
+/* A finite pattern of the tensor's dtype times an importance. */
+static uint64_t times_importance(const dtype *t, uint64_t pattern, float importance)
+{
+    if (t == &DTYPES[F64]) {
+        return bits_of_double(double_of(pattern) * (double)importance);
+    }
+    return pattern_of(t, multiply(widen(t, pattern), importance));
+}
+
+/* Turns levels of the quantiser exact into patterns of the tensor's dtype, in place. */
+static void restore_exact(const decoder *d, const segment *s)
+{
+    const dtype *own = d->entry.dtype, *coded = d->entry.streams[FINGERPRINT_STREAM].coded;
+    unsigned top = coded->bits - 1;
+    for (size_t i = 0; i < s->survivors; i++) {
+        d->levels[i] = d->levels[i] >> 1 | (d->levels[i] & 1) << top;
+    }
+    for (size_t i = 0; coded != own && i < s->survivors; i++) {
+        d->levels[i] = pattern_of(own, widen(coded, d->levels[i])); /* exact: the dtype is wider */
+    }
+    for (size_t i = 0; d->entry.told.multiplier && i < s->survivors; i++) {
+        if (is_finite_pattern(own, d->levels[i])) {
+            d->levels[i] = times_importance(own, d->levels[i], d->importance[d->positions[i]]);
+        }
+    }
+}
+
+/* How many positions in a row share a scale factor; of columns, how many there are before the first again. */
+static uint64_t scale_run(const entry *e)
+{
+    switch (e->scale.per) {
+    case PER_TENSOR: return e->told.positions;
+    case PER_GROUP: return e->scale.size;
+    default: return e->columns;
+    }
+}
+
+/* Turns levels of the quantisers uniform and table into patterns of the tensor's dtype, in place. */
+static void restore_quantised(const decoder *d, const segment *s)
+{
+    const entry *e = &d->entry;
+    const stream *source = &e->streams[FINGERPRINT_STREAM];
+    ruler run = ruler_at(s->first, scale_run(e));
+    for (size_t i = 0; i < s->survivors; i++) {
+        uint64_t number = d->levels[i] >> 1;
+        float x = source->quantiser == UNIFORM ? multiply((float)(uint32_t)number, source->step)
+                                               : number_at(d, FP_CENTROIDS, number);
+        x = (d->levels[i] & 1) != 0 ? -x : x;
+        if (e->scale.present) {
+            uint64_t position = s->first + d->positions[i];
+            move_to(&run, position);
+            uint64_t factor = e->scale.per == PER_COLUMN ? position - run.start : run.run;
+            x = multiply(x, number_at(d, SCALE_FACTORS, factor));
+        }
+        if (e->told.multiplier) { /* x is finite, by R-QNT-006, R-QNT-005 and R-SCL-006 */
+            x = multiply(x, d->importance[d->positions[i]]);
+        }
+        d->levels[i] = pattern_of(e->dtype, x);
+    }
+}
+
+/* Puts the survivors' patterns at their positions. */
+static void store_values(const decoder *d, const segment *s)
+{
+    size_t size = d->entry.told.element_bytes;
+    uint8_t *out = d->out->values + s->first * size;
+    const uint16_t *position = d->positions;
+    const uint64_t *pattern = d->levels;
+    switch (size) {
+    case 1:
+        for (size_t i = 0; i < s->survivors; i++) {
+            out[position[i]] = (uint8_t)pattern[i];
+        }
+        break;
+    case 2:
+        for (size_t i = 0; i < s->survivors; i++) {
+            store16(out + (size_t)2 * position[i], (uint32_t)pattern[i]);
+        }
+        break;
+    case 4:
+        for (size_t i = 0; i < s->survivors; i++) {
+            store32(out + (size_t)4 * position[i], (uint32_t)pattern[i]);
+        }
+        break;
+    default:
+        for (size_t i = 0; i < s->survivors; i++) {
+            store64(out + (size_t)8 * position[i], pattern[i]);
+        }
+    }
+}
+
+static void store_importance(const decoder *d, const segment *s)
+{
+    uint8_t *out = d->out->importance + 4 * s->first;
+    for (size_t p = 0; p < s->positions; p++) {
+        store32(out + 4 * p, bits_of(d->importance[p]));
+    }
+}
+
+static bool decode_segment(decoder *d, chunk *c, const segment *s)
+{
+    if (d->wants_mask && !read_mask_levels(d, c, s)) {
+        return false;
+    }
+    if (d->wants_importance && !read_importance_levels(d, c, s)) {
+        return false;
+    }
+    if (d->wants_fingerprints && !read_levels(d, c, FINGERPRINT_STREAM, s)) {
+        return false;
+    }
+    if (d->out == NULL) {
+        return true;
+    }
+    if (d->out->mask != NULL) {
+        memcpy(d->out->mask + s->first, d->mask, s->positions);
+    }
+    if (d->out->importance != NULL) {
+        store_importance(d, s);
+    }
+    if (d->out->values != NULL) {
+        if (d->entry.streams[FINGERPRINT_STREAM].quantiser == EXACT) {
+            restore_exact(d, s);
+        } else {
+            restore_quantised(d, s);
+        }
+        store_values(d, s);
+    }
+    return true;
+}
+
+/* Chunk k, whose bytes begin at `offset` in the file. */
+static bool decode_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t offset)
+{
+    const entry *e = &d->entry;
+    chunk c;
+    memset(&c, 0, sizeof c);
+    c.bytes = bytes;
+    c.length = record_length(e->chunk_records + k * RECORD_BYTES);
+    c.offset = offset;
+    c.first = k * e->chunk;
+    c.segments = at_most(e->segments - c.first, e->chunk);
+    uint64_t planes_at = 0;
+    if (!read_index(d, &c, &planes_at) || !measure_planes(d, &c) || !place_planes(d, &c, planes_at)) {
+        return false;
+    }
+    for (uint64_t i = 0; i < c.segments; i++) {
+        segment s;
+        if (!read_segment(d, &c, i, &s) || !decode_segment(d, &c, &s)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Chunk k of coding raw (chapter 16). */
+static bool copy_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t offset)
+{
+    const entry *e = &d->entry;
+    uint64_t length = record_length(e->chunk_records + k * RECORD_BYTES);
+    uint64_t first = k * e->chunk * e->segment;
+    uint64_t used = at_most(e->told.positions - first, e->chunk * e->segment) * e->told.element_bytes;
+    if (length != align(used, 64)) {
+        return refuse(d->fault, R_RAW_002, offset, "a chunk has not the length of its elements");
+    }
+    uint64_t wrong = first_nonzero(bytes, used, length);
+    if (wrong != length) {
+        return refuse(d->fault, R_RAW_003, offset + wrong, "bytes after the last element are not zero");
+    }
+    for (uint64_t i = 0; e->dtype == &DTYPES[BOOL] && i < used; i++) {
+        if (bytes[i] > 1) {
+            return refuse(d->fault, R_RAW_004, offset + i, "a BOOL is neither 0 nor 1");
+        }
+    }
+    if (d->out != NULL && d->out->values != NULL) {
+        memcpy(d->out->values + first * e->told.element_bytes, bytes, (size_t)used);
+    }
+    return true;
+}
+
+/* All chunks of a tensor, the first of which begins at `offset`. */
+static bool decode_chunks(decoder *d, uint64_t offset)
+{
+    const entry *e = &d->entry;
+    if (!read_vector_chunk(d, offset)) {
+        return false;
+    }
+    offset += e->vector_record != NULL ? record_length(e->vector_record) : 0;
+    for (uint64_t k = 0; k < e->chunks; k++) {
+        const uint8_t *record = e->chunk_records + k * RECORD_BYTES;
+        const uint8_t *bytes = checked_bytes(d, record, offset);
+        if (bytes == NULL) {
+            return false;
+        }
+        if (!(e->told.fingerprint ? decode_chunk(d, k, bytes, offset) : copy_chunk(d, k, bytes, offset))) {
+            return false;
+        }
+        offset += record_length(record);
+    }
+    return true;
+}
+
+/* --------------------------------------------------------------------------------------- decoding: tensors */
+
+/* The limits that a tensor must keep before memory is given to it (chapter 19). */
+static bool check_size(const sfp_file *file, const entry *e, uint64_t offset, sfp_fault *fault)
+{
+    uint64_t bytes = e->told.positions * e->told.element_bytes; /* 2^52 at most */
+    if (bytes > file->limits.tensor_bytes) {
+        return refuse(fault, R_LIM_002, offset, "tensor bytes are above their limit");
+    }
+    uint64_t stored = e->told.stored_bytes;
+    uint64_t expansion = file->limits.expansion > 0 ? file->limits.expansion : 1;
+    if (bytes > UINT64_C(1) << 28 && (bytes - 1) / expansion >= stored) { /* bytes > expansion * stored */
+        return refuse(fault, R_LIM_002, offset, "the expansion is above its limit");
+    }
+    return true;
+}
+
+/* Streams and room for a segment. */
+static bool prepare(decoder *d)
+{
+    const sfp_allocator *a = &d->file->allocator;
+    size_t s = (size_t)d->entry.segment;
+    for (size_t id = 0; id < STREAM_COUNT; id++) {
+        const stream *source = &d->entry.streams[id];
+        if (source->present && !prepare_stream(d->file, source, &d->streams[id])) {
+            return false;
+        }
+    }
+    size_t each = sizeof *d->levels + sizeof *d->importance + sizeof *d->classes + sizeof *d->positions + 1;
+    d->room = allocate(a, s + 1, each);
+    if (d->room == NULL) {
+        return false;
+    }
+    d->levels = d->room;
+    d->importance = (float *)(void *)(d->levels + s);
+    d->classes = (uint16_t *)(void *)(d->importance + s);
+    d->positions = d->classes + s + 1;
+    d->mask = (uint8_t *)(d->positions + s);
+    for (size_t p = 0; p < s; p++) { /* as it stays where there is no mask */
+        d->positions[p] = (uint16_t)p;
+        d->mask[p] = 1;
+    }
+    return true;
+}
+
+static void clean_up(decoder *d)
+{
+    const sfp_allocator *a = &d->file->allocator;
+    for (size_t id = 0; id < STREAM_COUNT; id++) {
+        release(a, d->streams[id].first);
+        release(a, d->streams[id].lookup);
+    }
+    release(a, d->room);
+}
+
+/* Decodes into d->out, or checks all that there is where that is NULL. */
+static sfp_status run(decoder *d, uint64_t offset)
+{
+    bool ready = prepare(d);
+    bool done = ready && decode_chunks(d, offset);
+    clean_up(d);
+    if (ready && !done) {
+        d->fault->tensor = d->entry.told.name;
+    }
+    return done ? SFP_OK : ready ? SFP_REFUSED : SFP_NO_MEMORY;
+}
+
+/* Reads a tensor's entry, which may be decoded if the limits allow it. */
+static sfp_status begin(const sfp_file *file, size_t number, decoder *d, sfp_fault *fault)
+{
+    directory source = directory_of(file, fault);
+    memset(d, 0, sizeof *d);
+    d->file = file;
+    d->fault = fault;
+    if (number >= file->tensor_count || !read_entry(&source, file->tensors[number].entry, &d->entry)) {
+        return SFP_MISUSE;
+    }
+    if (!check_size(file, &d->entry, source.offset + file->tensors[number].entry, fault)) {
+        fault->tensor = d->entry.told.name;
+        return SFP_REFUSED;
+    }
+    return SFP_OK;
+}
+
+/* Memory for what is wanted; false where there is none. Pruned positions are zero from the start. */
+static bool allocate_results(const sfp_file *file, const entry *e, unsigned wanted, sfp_decoded *out)
+{
+    uint64_t n = e->told.positions;
+    bool importance = (wanted & SFP_IMPORTANCE) != 0 && e->told.importance != SFP_NO_IMPORTANCE;
+    out->values = (wanted & SFP_VALUES) != 0 ? allocate(&file->allocator, n, e->told.element_bytes) : NULL;
+    out->mask = (wanted & SFP_MASK) != 0 ? allocate(&file->allocator, n, 1) : NULL;
+    out->importance = importance ? allocate(&file->allocator, n, 4) : NULL;
+    if (((wanted & SFP_VALUES) != 0 && out->values == NULL) || ((wanted & SFP_MASK) != 0 && out->mask == NULL) ||
+        (importance && out->importance == NULL)) {
+        return false;
+    }
+    if (out->values != NULL && e->told.pruned) {
+        memset(out->values, 0, (size_t)n * e->told.element_bytes);
+    }
+    if (out->mask != NULL && !e->told.fingerprint) {
+        memset(out->mask, 1, (size_t)n);
+    }
+    return true;
+}
+
+sfp_status sfp_decode(const sfp_file *file, size_t number, unsigned wanted, sfp_decoded *out, sfp_fault *fault)
+{
+    decoder d;
+    memset(out, 0, sizeof *out);
+    sfp_status status = begin(file, number, &d, fault);
+    if (status != SFP_OK) {
+        return status;
+    }
+    if (!allocate_results(file, &d.entry, wanted, out)) {
+        sfp_release(file, out);
+        return SFP_NO_MEMORY;
+    }
+    d.out = out;
+    d.wants_mask = d.entry.told.pruned;
+    d.wants_fingerprints = out->values != NULL;
+    d.wants_importance = out->importance != NULL || (out->values != NULL && d.entry.told.multiplier);
+    status = run(&d, file->tensors[number].chunks);
+    if (status != SFP_OK) {
+        sfp_release(file, out);
+    }
+    return status;
+}
+
+sfp_status sfp_check(const sfp_file *file, size_t number, sfp_fault *fault)
+{
+    decoder d;
+    sfp_status status = begin(file, number, &d, fault);
+    if (status != SFP_OK) {
+        return status;
+    }
+    d.wants_mask = d.entry.told.pruned;
+    d.wants_fingerprints = true;
+    d.wants_importance = d.entry.told.importance != SFP_NO_IMPORTANCE;
+    return run(&d, file->tensors[number].chunks);
+}
+
+void sfp_release(const sfp_file *file, sfp_decoded *decoded)
+{
+    release(&file->allocator, decoded->values);
+    release(&file->allocator, decoded->mask);
+    release(&file->allocator, decoded->importance);
+    memset(decoded, 0, sizeof *decoded);
+}

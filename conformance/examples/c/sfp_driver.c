@@ -1,0 +1,334 @@
+/* A command-line program around the reader.
+ *
+ *     sfp_driver [LIMIT=NUMBER ...] validate FILE
+ *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
+ *     sfp_driver [LIMIT=NUMBER ...] serve
+ *
+ * `validate` checks everything that a reader can check. `decode` also writes each tensor into FOLDER, which
+ * must exist: NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, where it is pruned;
+ * NUMBER.importance.bin, an F32 for each position, where it has an importance. Each prints one line of JSON on
+ * standard output: what the file has, or the first fault. `serve` takes commands from standard input, a line
+ * each, its words apart by tabs, and answers each with that line, until the input ends.
+ *
+ * Exit status: 0 the file is valid, 1 it is not, 2 wrong usage or a failure of the system.
+ */
+#include "sfp.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { VALID = 0, INVALID = 1, FAILED = 2 };
+
+/* ---------------------------------------------------------------------------------------------------- JSON */
+
+static void print_string(const uint8_t *bytes, size_t length)
+{
+    putchar('"');
+    for (size_t i = 0; i < length; i++) {
+        if (bytes[i] < 0x20 || bytes[i] == 0x7F) {
+            printf("\\u%04x", (unsigned)bytes[i]);
+        } else {
+            if (bytes[i] == '"' || bytes[i] == '\\') {
+                putchar('\\');
+            }
+            putchar(bytes[i]);
+        }
+    }
+    putchar('"');
+}
+
+static void print_span(sfp_span span)
+{
+    if (span.bytes == NULL) {
+        fputs("null", stdout);
+    } else {
+        print_string(span.bytes, span.length);
+    }
+}
+
+static void print_text(const char *text)
+{
+    print_string((const uint8_t *)text, strlen(text));
+}
+
+/* A line that says what the system refused. */
+static int print_failure(const char *what)
+{
+    fputs("{\"ok\":false,\"error\":null,\"detail\":", stdout);
+    print_text(what);
+    puts("}");
+    return FAILED;
+}
+
+static int print_fault(const sfp_fault *fault)
+{
+    printf("{\"ok\":false,\"error\":\"%s\",\"clause\":\"%s\",\"tensor\":", sfp_error_name(fault->error),
+           fault->clause);
+    print_span(fault->tensor);
+    printf(",\"offset\":%" PRIu64 ",\"detail\":", fault->offset);
+    print_text(fault->detail);
+    if (fault->feature.bytes != NULL) {
+        fputs(",\"feature\":", stdout);
+        print_span(fault->feature);
+    }
+    puts("}");
+    return INVALID;
+}
+
+static int print_outcome(sfp_status status, const sfp_fault *fault)
+{
+    return status == SFP_REFUSED ? print_fault(fault) : print_failure("out of memory");
+}
+
+static void print_metadata(const sfp_file *file)
+{
+    size_t cursor = 0;
+    sfp_span key, text;
+    const char *before = "";
+    fputs("\"metadata\":{", stdout);
+    while (sfp_next_metadata(file, &cursor, &key, &text)) {
+        fputs(before, stdout);
+        print_span(key);
+        putchar(':');
+        print_span(text);
+        before = ",";
+    }
+    putchar('}');
+}
+
+static void print_tensor(const sfp_tensor *t)
+{
+    static const char *const forms[] = {"null", "\"survivors\"", "\"all\"", "\"factors\""};
+    fputs("{\"name\":", stdout);
+    print_span(t->name);
+    printf(",\"dtype\":\"%s\",\"shape\":[", t->dtype);
+    for (size_t i = 0; i < t->rank; i++) {
+        printf("%s%" PRIu64, i > 0 ? "," : "", t->shape[i]);
+    }
+    printf("],\"coding\":\"%s\",\"mask\":%s,\"importance\":%s,\"multiplier\":%s}",
+           t->fingerprint ? "fingerprint" : "raw", t->pruned ? "true" : "false", forms[t->importance],
+           t->multiplier ? "true" : "false");
+}
+
+static int print_manifest(const sfp_file *file)
+{
+    fputs("{\"ok\":true,", stdout);
+    print_metadata(file);
+    fputs(",\"tensors\":[", stdout);
+    for (size_t i = 0; i < sfp_tensor_count(file); i++) {
+        sfp_tensor tensor;
+        if (sfp_describe(file, i, &tensor) == SFP_OK) {
+            fputs(i > 0 ? "," : "", stdout);
+            print_tensor(&tensor);
+        }
+    }
+    puts("]}");
+    return VALID;
+}
+
+/* --------------------------------------------------------------------------------------------------- files */
+
+/* All bytes of a file, or NULL. */
+static uint8_t *read_file(const char *path, size_t *length)
+{
+    size_t room = 1 << 16;
+    uint8_t *bytes = malloc(room);
+    FILE *stream = fopen(path, "rb");
+    *length = 0;
+    while (bytes != NULL && stream != NULL) {
+        *length += fread(bytes + *length, 1, room - *length, stream);
+        if (*length < room) {
+            break;
+        }
+        uint8_t *more = room <= SIZE_MAX / 2 ? realloc(bytes, room * 2) : NULL;
+        if (more == NULL) {
+            free(bytes);
+        }
+        bytes = more;
+        room *= 2;
+    }
+    if (stream == NULL || ferror(stream)) {
+        free(bytes);
+        bytes = NULL;
+    }
+    if (stream != NULL) {
+        fclose(stream);
+    }
+    return bytes;
+}
+
+/* Writes FOLDER/NUMBERsuffix, or nothing where there are no bytes to be written; false when that fails. */
+static bool write_file(const char *folder, size_t number, const char *suffix, const uint8_t *bytes, size_t length)
+{
+    if (bytes == NULL) {
+        return true;
+    }
+    size_t room = strlen(folder) + strlen(suffix) + 32;
+    char *path = malloc(room);
+    if (path == NULL) {
+        return false;
+    }
+    snprintf(path, room, "%s/%zu%s", folder, number, suffix);
+    FILE *stream = fopen(path, "wb");
+    free(path);
+    if (stream == NULL) {
+        return false;
+    }
+    bool written = fwrite(bytes, 1, length, stream) == length;
+    return fclose(stream) == 0 && written;
+}
+
+/* ------------------------------------------------------------------------------------------------ commands */
+
+static bool write_tensor(const char *folder, size_t number, const sfp_tensor *t, const sfp_decoded *got)
+{
+    size_t n = (size_t)t->positions; /* it has been decoded: its size fits */
+    return write_file(folder, number, ".bin", got->values, n * t->element_bytes) &&
+           write_file(folder, number, ".mask.bin", got->mask, n) &&
+           write_file(folder, number, ".importance.bin", got->importance, n * 4);
+}
+
+/* Decodes a tensor into a folder; VALID without having printed anything, or after a line another status. */
+static int decode_tensor(const sfp_file *file, size_t number, const char *folder)
+{
+    sfp_tensor tensor;
+    sfp_decoded got;
+    sfp_fault fault;
+    if (sfp_describe(file, number, &tensor) != SFP_OK) {
+        return print_failure("no such tensor");
+    }
+    unsigned wanted = SFP_VALUES | SFP_IMPORTANCE | (tensor.pruned ? (unsigned)SFP_MASK : 0);
+    sfp_status status = sfp_decode(file, number, wanted, &got, &fault);
+    if (status != SFP_OK) {
+        return print_outcome(status, &fault);
+    }
+    bool written = write_tensor(folder, number, &tensor, &got);
+    sfp_release(file, &got);
+    return written ? VALID : print_failure("a file cannot be written");
+}
+
+static int check_tensor(const sfp_file *file, size_t number)
+{
+    sfp_fault fault;
+    sfp_status status = sfp_check(file, number, &fault);
+    return status == SFP_OK ? VALID : print_outcome(status, &fault);
+}
+
+/* Checks all tensors, or decodes them where a folder is given. */
+static int treat_bytes(const uint8_t *bytes, size_t length, const sfp_limits *limits, const char *folder)
+{
+    sfp_file *file;
+    sfp_fault fault;
+    sfp_status status = sfp_open(bytes, length, limits, NULL, &file, &fault);
+    if (status != SFP_OK) {
+        return print_outcome(status, &fault);
+    }
+    int outcome = VALID;
+    for (size_t i = 0; outcome == VALID && i < sfp_tensor_count(file); i++) {
+        outcome = folder != NULL ? decode_tensor(file, i, folder) : check_tensor(file, i);
+    }
+    if (outcome == VALID) {
+        outcome = print_manifest(file);
+    }
+    sfp_close(file);
+    return outcome;
+}
+
+static int treat_file(const char *path, const sfp_limits *limits, const char *folder)
+{
+    size_t length;
+    uint8_t *bytes = read_file(path, &length);
+    if (bytes == NULL) {
+        return print_failure("the file cannot be read");
+    }
+    int outcome = treat_bytes(bytes, length, limits, folder);
+    free(bytes);
+    return outcome;
+}
+
+/* A command without `serve`. */
+static int obey(char **words, int count, const sfp_limits *limits)
+{
+    if (count == 2 && strcmp(words[0], "validate") == 0) {
+        return treat_file(words[1], limits, NULL);
+    }
+    if (count == 3 && strcmp(words[0], "decode") == 0) {
+        return treat_file(words[1], limits, words[2]);
+    }
+    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | serve");
+}
+
+/* Cuts a line at its tabs; how many words there are, more than 3 counted as 4. */
+static int split(char *line, char *words[3])
+{
+    int count = 0;
+    line[strcspn(line, "\n")] = '\0';
+    for (char *word = line; word != NULL;) {
+        char *tab = strchr(word, '\t');
+        if (count == 3) {
+            return 4;
+        }
+        words[count++] = word;
+        if (tab != NULL) {
+            *tab++ = '\0';
+        }
+        word = tab;
+    }
+    return count;
+}
+
+static int serve(const sfp_limits *limits)
+{
+    char line[8192];
+    while (fgets(line, sizeof line, stdin) != NULL) {
+        char *words[3];
+        int count = split(line, words);
+        obey(words, count, limits);
+        if (fflush(stdout) != 0) {
+            return FAILED;
+        }
+    }
+    return ferror(stdin) ? FAILED : VALID;
+}
+
+/* Takes LIMIT=NUMBER, a limit of SPEC.md chapter 19 with underscores for spaces; false if it is none. */
+static bool set_limit(sfp_limits *limits, const char *word)
+{
+    const struct {
+        const char *name;
+        uint64_t *limit;
+    } known[] = {
+        {"directory_bytes=", &limits->directory_bytes},
+        {"depth=", &limits->depth},
+        {"name_bytes=", &limits->name_bytes},
+        {"tensors=", &limits->tensors},
+        {"rank=", &limits->rank},
+        {"tensor_bytes=", &limits->tensor_bytes},
+        {"expansion=", &limits->expansion},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        size_t length = strlen(known[i].name);
+        if (strncmp(word, known[i].name, length) == 0) {
+            char *end;
+            *known[i].limit = strtoull(word + length, &end, 10);
+            return end > word + length && *end == '\0';
+        }
+    }
+    return false;
+}
+
+int main(int count, char **words)
+{
+    sfp_limits limits = sfp_default_limits();
+    int next = 1;
+    while (next < count && set_limit(&limits, words[next])) {
+        next++;
+    }
+    if (count - next == 1 && strcmp(words[next], "serve") == 0) {
+        return serve(&limits);
+    }
+    int outcome = obey(words + next, count - next, &limits);
+    return fflush(stdout) == 0 ? outcome : FAILED;
+}
