@@ -37,8 +37,8 @@ _MANTISSA_GAIN = 0.0075
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
-# Where a class for each number makes no more than this, by group, and levels are many, no other layout is tried:
-# what it saves is a part of the table.
+# Where a class for each number makes no more than this, by group, and levels are many, no other layout is
+# tried: what it saves is a part of the table.
 _FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
 _MANY_LEVELS = 1 << 16
 # A stream of numbers whose range is greater is not counted number by number in each segment.
