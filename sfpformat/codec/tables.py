@@ -25,7 +25,16 @@ from ..coding.planes import AnyLevels, Counts, trims_of
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
-from .codes import Choice, LevelBlocks, SymbolCounter, SymbolCounts, choose_codes, count_symbols, one_class
+from .codes import (
+    MAX_CODES_TRIED,
+    Choice,
+    LevelBlocks,
+    SymbolCounter,
+    SymbolCounts,
+    choose_codes,
+    count_symbols,
+    one_class,
+)
 from .options import Options
 
 # Classes of paired levels: the square of this must leave room for 256 used symbols in a short table.
@@ -35,6 +44,9 @@ _PAIR_CLASSES = 20
 _MANTISSA_GAIN = 0.0075
 # Whether it does is judged on this part of each chunk, of this many levels at least.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
+# An exact stream has a code for so many levels at most: its codes differ little (all of them save 0.03 %), and
+# making a reader's tables of one takes as long as decoding 40,000 levels.
+_LEVELS_A_CODE = 1 << 17
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
 # Where a class for each number makes no more than this, by group, and levels are many, no other layout is
@@ -160,7 +172,8 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if len(layout.extra) == 1:
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
         else:
-            choice = choose_codes(blocks, counts, layout, 1, options, engine)
+            most = max(min(MAX_CODES_TRIED, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
+            choice = choose_codes(blocks, counts, layout, 1, options.but(codes=options.codes or most), engine)
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments
             if options.trim:
