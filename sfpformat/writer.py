@@ -69,6 +69,7 @@ class Writer:
         self._entries: dict[str, TensorEntry] = {}
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
+        self._pool: ThreadPoolExecutor | None = None  # made for the first tensor of several chunks
         self._open = True
         self._whole = True  # no tensor is written in part
 
@@ -150,17 +151,18 @@ class Writer:
             return encode_chunk(plan, self._engine, job)
 
         jobs = chunk_jobs(plan)
-        if self._threads == 1:
+        if self._threads == 1 or -(-plan.entry.segments // plan.entry.chunk) < 2:
             yield from map(work, jobs)
             return
-        with ThreadPoolExecutor(self._threads) as pool:
-            ahead: deque[Future[Bytes]] = deque()
-            for job in jobs:
-                ahead.append(pool.submit(work, job))
-                if len(ahead) > self._threads:
-                    yield ahead.popleft().result()
-            while ahead:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads)
+        ahead: deque[Future[Bytes]] = deque()
+        for job in jobs:
+            ahead.append(self._pool.submit(work, job))
+            if len(ahead) > self._threads:
                 yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
     def _require_usable(self) -> None:
         if not self._open:
@@ -182,6 +184,7 @@ class Writer:
             return
         try:
             self._require_usable()
+            self._stop_threads()
             directory = Directory(self._entries, self._metadata)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()
@@ -197,7 +200,13 @@ class Writer:
         """Gives up; the target stays as it was. ``keep`` leaves the partial file of a resumable writer."""
         if self._open:
             self._open = False
+            self._stop_threads()
             self._sink.abort(keep)
+
+    def _stop_threads(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _check_name(name: str, taken: dict[str, TensorEntry]) -> None:

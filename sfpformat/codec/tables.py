@@ -44,8 +44,8 @@ _PAIR_CLASSES = 20
 _MANTISSA_GAIN = 0.0075
 # Whether it does is judged on this part of each chunk, of this many levels at least.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
-# An exact stream has a code for so many levels at most: its codes differ little (all of them save 0.03 %), and
-# making a reader's tables of one takes as long as decoding 40,000 levels.
+# An exact stream has a code for so many levels at most: its codes differ little (all of them save 0.03 %),
+# and to make a reader's table of one takes as long as to decode 40,000 levels.
 _LEVELS_A_CODE = 1 << 17
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
