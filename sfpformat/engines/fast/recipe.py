@@ -171,12 +171,16 @@ def stream_shape(table: CodeTable, levels: int) -> list[int]:
 
 def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
     """`shapes` and `lengths` of all streams."""
-    trimmed = entry.trimmed_streams()
+    trimmed, levels = entry.trimmed_streams(), weights
+    if (
+        entry.mask is not None
+    ):  # how many survive is not known yet; that a survivor takes four bits is near enough
+        levels = min(weights, 2 * entry.stored_bytes * weights // max(entry.positions, 1))
     shapes, end, lengths = [0] * (len(STREAMS) * SHAPE), 0, b""
     for stream, table in entry.streams().items():
         i = STREAMS.index(stream)
         # An octet has eight positions, and a run few survivors: either way tables this wide will do.
-        row = stream_shape(table, weights // 8 if i == MASK else weights)
+        row = stream_shape(table, weights // 8 if i == MASK else levels)
         row[COUNT_RULE_OF], row[TRIMMED_OF] = _count_rule(entry, stream), stream in trimmed
         row[START_OF], row[STOP_OF], row[LENGTHS_OF] = end, end + row[STOP_OF], len(lengths)
         shapes[i * SHAPE : (i + 1) * SHAPE], end = row, row[STOP_OF]
