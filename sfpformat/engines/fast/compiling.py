@@ -1,8 +1,9 @@
 """How kernels are compiled: without the GIL, IEEE arithmetic step by step, and kept on disk.
 
 Numba keeps compiled code beside its source, and looks at that one source file when it decides whether what
-it has is still good. A kernel contains the kernels that it calls, of other files; so all files of this
-package are made part of the stamp, and whoever updates one of them gets all of them compiled anew.
+it has is still good. A kernel contains the kernels that it calls, of other files, and constants of the layers
+below; so all files of these packages are made part of the stamp, and whoever updates one of them gets all of
+them compiled anew.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ _log = logging.getLogger("sfpformat")
 
 @cache
 def _sources_digest() -> str:
-    """A digest of all source files of this package."""
+    """A digest of all source files of this package, and of those whose constants its kernels contain."""
+    own = Path(__file__).parent
+    root = own.parent.parent
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in (own, root / "coding", root / "container"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
