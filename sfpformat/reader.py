@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,7 +31,7 @@ from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
 from .engines import Engine, get_engine, require_name
-from .errors import FileFault, MissingTensorError, fault, placed
+from .errors import FileFault, MismatchError, MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
 from .parallel import for_each
@@ -182,14 +182,26 @@ class SfpFile(Closing):
         entries = [self.entry(name) for name in (self if names is None else names)]
         for entry in entries:
             self._require_within_limits(entry)
-        out: dict[str, Values] = {}
-        jobs: list[Job] = []
-        for entry, memory in zip(entries, blocks_of([e.decoded_bytes for e in entries]), strict=True):
-            flat = memory.view(entry.dtype.numpy)
-            jobs += _jobs_of_range(entry, flat, 0, entry.positions)
-            out[entry.name] = flat.reshape(entry.shape)
-        self._decode(jobs, TensorDecoder.weights_into)
+        memory = blocks_of([entry.decoded_bytes for entry in entries])
+        out = {e.name: next(memory).view(e.dtype.numpy).reshape(e.shape) for e in entries}
+        self.read_into(out)
         return out
+
+    def read_into(self, out: Mapping[str, Values]) -> None:
+        """Decodes some whole tensors, side by side, into arrays of their dtypes and shapes, C order.
+
+        Raises:
+            MismatchError: an array is not like its tensor; nothing was written.
+            MissingTensorError, InvalidFileError, LimitError: the arrays may be written in part.
+        """
+        jobs: list[Job] = []
+        for name, array in out.items():
+            entry = self.entry(name)
+            self._require_within_limits(entry)
+            if (array.dtype, array.shape) != (entry.dtype.numpy, entry.shape) or not array.flags.c_contiguous:
+                raise MismatchError(f"tensor {name!r}: needs {entry.dtype.numpy} {entry.shape} in C order")
+            jobs += _jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
+        self._decode(jobs, TensorDecoder.weights_into)
 
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
@@ -219,8 +231,8 @@ class SfpFile(Closing):
         entry = self.entry(name)
         self._require_within_limits(entry)
         decoder = self.decoder(entry)
-        positions = [np.zeros(0, np.int64)] * len(entry.chunks)
-        values = [np.zeros(0, entry.dtype.numpy)] * len(entry.chunks)
+        positions = [np.zeros(0, np.int64)] * max(len(entry.chunks), 1)
+        values = [np.zeros(0, entry.dtype.numpy)] * max(len(entry.chunks), 1)
 
         def survivors(k: int) -> None:
             with self._placed(entry, k):
@@ -229,8 +241,6 @@ class SfpFile(Closing):
                 positions[k], values[k] = decoder.survivors(chunk, 0, stop - first)
 
         for_each(survivors, range(len(entry.chunks)), self._threads_for(entry.positions))
-        if not values:
-            return np.zeros(0, np.int64), np.zeros(0, entry.dtype.numpy)
         return np.concatenate(positions), np.concatenate(values)
 
     # ----------------------------------------------------------------------------- chunks and runs
@@ -293,10 +303,9 @@ class SfpFile(Closing):
 
     def _decode(self, jobs: list[Job], into: Into) -> None:
         """Does the jobs, in threads where that pays."""
-        wanted: dict[str, int] = {}
+        wanted: Counter[str] = Counter()
         for entry, _, runs in jobs:
-            for _, _, out in runs:
-                wanted[entry.name] = wanted.get(entry.name, 0) + out.size
+            wanted[entry.name] += sum(out.size for _, _, out in runs)
 
         def work(job: Job) -> None:
             entry, k, runs = job
@@ -309,7 +318,7 @@ class SfpFile(Closing):
                 error.place(entry.name, self.chunk_offset(entry, k))
                 raise
 
-        for_each(work, jobs, min(self._threads_for(sum(wanted.values())), len(jobs)))
+        for_each(work, jobs, min(self._threads_for(wanted.total()), len(jobs)))
 
     def _threads_for(self, positions: int) -> int:
         return self._threads if positions >= _WORTH_THREADS else 1
