@@ -81,7 +81,7 @@ class MissingTensorError(SfpError, KeyError):
 
 
 class MismatchError(SfpError, RuntimeError):
-    """What a file holds and what it is to go into do not fit together; nothing was changed.
+    """What a file holds and what it is to go into do not fit together.
 
     Attributes:
         missing: names that a module has and the file has not.

@@ -6,6 +6,7 @@ Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file
 from __future__ import annotations
 
 from .files import TorchFile, TorchSlice, load, load_file, safe_open, save, save_file
+from .models import load_model, save_model
 
 open = safe_open
 
@@ -14,8 +15,10 @@ __all__ = [
     "TorchSlice",
     "load",
     "load_file",
+    "load_model",
     "open",
     "safe_open",
     "save",
     "save_file",
+    "save_model",
 ]
