@@ -8,6 +8,7 @@ bytes that it was handed, and whoever handed them adds the place with `placed`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 
@@ -77,6 +78,20 @@ class MissingTensorError(SfpError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class MismatchError(SfpError, RuntimeError):
+    """What a file holds and what it is to go into do not fit together.
+
+    Attributes:
+        missing: names that a module has and the file has not.
+        unexpected: names that the file has and the module has no use for.
+    """
+
+    def __init__(self, detail: str, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        super().__init__(detail)
 
 
 class EngineError(SfpError, RuntimeError):

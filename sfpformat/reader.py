@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .checksum import crc32
 from .closing import Closing
 from .codec.decode import TensorDecoder, Values
+from .codec.jobs import Job, batches, fill_gaps, jobs_of_range, joined
 from .codec.selection import Index, Selection, select
 from .coding.bits import Bytes, as_bytes
 from .coding.mask import Mask
@@ -31,24 +32,16 @@ from .container.directory import Directory
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
 from .engines import Engine, Run, get_engine, require_name
-from .errors import FileFault, MissingTensorError, fault, placed
+from .errors import FileFault, MismatchError, MissingTensorError, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
 from .parallel import for_each
 from .source import Readable, Source, open_source
 
 Into = Callable[[TensorDecoder, Bytes, int, int, int, NDArray[Any]], None]
-# A chunk of a tensor, and the runs of its segments that are wanted: first, stop, and where they go.
-Job = tuple[TensorEntry, int, list[tuple[int, int, NDArray[Any]]]]
 
-# Segments between two that are needed are decoded too when they are at most this many: starting a run in the
-# reference engine takes as long as decoding about as many.
-_JOIN_GAP = 3
 # Decoders that are kept: with tables of what levels mean they take up to half a megabyte each.
 _DECODERS_KEPT = 32
-# Chunks are read and decoded together while their output takes at most so many bytes: a thread then works for
-# a millisecond without a word of Python, and what was read for the checksums is in its cache still.
-_BATCH = 2 << 20
 # Fewer positions than this are decoded before another thread has begun.
 _WORTH_THREADS = 1 << 18
 
@@ -185,14 +178,29 @@ class SfpFile(Closing):
         entries = [self.entry(name) for name in (self if names is None else names)]
         for entry in entries:
             self._require_within_limits(entry)
-        out: dict[str, Values] = {}
-        jobs: list[Job] = []
-        for entry, memory in zip(entries, blocks_of([e.decoded_bytes for e in entries]), strict=True):
-            flat = memory.view(entry.dtype.numpy)
-            jobs += _jobs_of_range(entry, flat, 0, entry.positions)
-            out[entry.name] = flat.reshape(entry.shape)
-        self._decode(jobs, TensorDecoder.weights_into)
+        memory = blocks_of([entry.decoded_bytes for entry in entries])
+        out = {e.name: next(memory).view(e.dtype.numpy).reshape(e.shape) for e in entries}
+        self.read_into(out)
         return out
+
+    def read_into(self, out: Mapping[str, Values]) -> None:
+        """Decodes some whole tensors, side by side, into arrays of their dtypes and shapes, C order.
+
+        Raises:
+            MismatchError: an array is not like its tensor; nothing was written.
+            MissingTensorError, InvalidFileError, LimitError: the arrays may be written in part.
+        """
+        jobs: list[Job] = []
+        for name, array in out.items():
+            entry = self.entry(name)
+            self._require_within_limits(entry)
+            like = (array.dtype, array.shape) == (entry.dtype.numpy, entry.shape)
+            if not (like and array.flags.c_contiguous and array.flags.writeable):
+                raise MismatchError(
+                    f"tensor {name!r}: needs {entry.dtype.numpy} {entry.shape} in C order, not read-only"
+                )
+            jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
+        self._decode(jobs, TensorDecoder.weights_into)
 
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
@@ -222,8 +230,8 @@ class SfpFile(Closing):
         entry = self.entry(name)
         self._require_within_limits(entry)
         decoder = self.decoder(entry)
-        positions = [np.zeros(0, np.int64)] * len(entry.chunks)
-        values = [np.zeros(0, entry.dtype.numpy)] * len(entry.chunks)
+        positions = [np.zeros(0, np.int64)] * max(len(entry.chunks), 1)
+        values = [np.zeros(0, entry.dtype.numpy)] * max(len(entry.chunks), 1)
 
         def survivors(k: int) -> None:
             with self._placed(entry, k):
@@ -232,8 +240,6 @@ class SfpFile(Closing):
                 positions[k], values[k] = decoder.survivors(chunk, 0, stop - first)
 
         for_each(survivors, range(len(entry.chunks)), self._threads_for(entry.positions))
-        if not values:
-            return np.zeros(0, np.int64), np.zeros(0, entry.dtype.numpy)
         return np.concatenate(positions), np.concatenate(values)
 
     # ----------------------------------------------------------------------------- chunks and runs
@@ -263,10 +269,10 @@ class SfpFile(Closing):
             first, stop = start * segment, min((start + 1) * segment, entry.positions)
             if first < low or stop > high:
                 ends.append((first, np.empty(stop - first, out.dtype)))
-                jobs += _jobs_of_range(entry, ends[-1][1], first, stop)
+                jobs += jobs_of_range(entry, ends[-1][1], first, stop)
         if whole_low < whole_high:
-            jobs += _jobs_of_range(entry, out[whole_low - low : whole_high - low], whole_low, whole_high)
-        self._decode(_joined(jobs), into)
+            jobs += jobs_of_range(entry, out[whole_low - low : whole_high - low], whole_low, whole_high)
+        self._decode(joined(jobs), into)
         for first, values in ends:
             clipped = values[max(low - first, 0) : high - first]
             out[max(first - low, 0) : max(first - low, 0) + len(clipped)] = clipped
@@ -275,7 +281,7 @@ class SfpFile(Closing):
         self, entry: TensorEntry, selection: Selection, out: NDArray[Any], into: Into
     ) -> None:
         """Decodes the segments side by side into a buffer, and gathers from it."""
-        segments = _fill_gaps(selection.segments(entry.segment))
+        segments = fill_gaps(selection.segments(entry.segment))
         place = np.zeros(int(segments[-1]) + 1, np.int64)
         place[segments] = np.arange(len(segments)) * entry.segment
         buffer = np.zeros(len(segments) * entry.segment, out.dtype)
@@ -288,8 +294,8 @@ class SfpFile(Closing):
         ):
             low, high = first * entry.segment, min((last + 1) * entry.segment, entry.positions)
             at = int(place[first])
-            jobs += _jobs_of_range(entry, buffer[at : at + high - low], low, high)
-        self._decode(_joined(jobs), into)
+            jobs += jobs_of_range(entry, buffer[at : at + high - low], low, high)
+        self._decode(joined(jobs), into)
         for at, positions in selection.blocks():
             segment, inside = np.divmod(positions, entry.segment)
             out[at : at + len(positions)] = buffer[place[segment] + inside]
@@ -301,8 +307,8 @@ class SfpFile(Closing):
             for _, _, out in runs:
                 wanted[entry.name] = wanted.get(entry.name, 0) + out.size
         threads = self._threads_for(sum(wanted.values()))
-        batches = list(_batches(jobs, threads))
-        for_each(lambda batch: self._decode_batch(batch, wanted, into), batches, min(threads, len(batches)))
+        together = list(batches(jobs, threads))
+        for_each(lambda batch: self._decode_batch(batch, wanted, into), together, min(threads, len(together)))
 
     def _decode_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
         """Reads the chunks of some jobs and decodes them: what an engine can at once, the rest one by one."""
@@ -431,53 +437,3 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
     preamble.require_directory(data)
     with placed(base=preamble.directory_offset):
         return preamble, Directory.from_bytes(data, preamble.directory_offset, limits)
-
-
-def _jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) -> list[Job]:
-    """The jobs that decode the positions from ``low`` up to ``high`` into ``out``.
-
-    Args:
-        low: where a segment begins.
-        high: where a segment or the tensor ends.
-    """
-    segment, size = entry.segment, entry.segment * entry.chunk
-    jobs: list[Job] = []
-    for k in range(low // size, -(-high // size)):
-        start, stop = max(low, k * size), min(high, (k + 1) * size)
-        first, last = (start - k * size) // segment, -(-(stop - k * size) // segment)
-        jobs.append((entry, k, [(first, last, out[start - low : stop - low])]))
-    return jobs
-
-
-def _batches(jobs: list[Job], threads: int) -> Iterator[list[Job]]:
-    """The jobs in their order, some together: enough for every thread, few enough for a cache."""
-    sizes = [sum([out.nbytes for _, _, out in runs]) for _, _, runs in jobs]
-    most = min(_BATCH, sum(sizes) // (4 * threads))
-    batch: list[Job] = []
-    size = 0
-    for job, more in zip(jobs, sizes, strict=True):
-        if batch and size + more > most:
-            yield batch
-            batch, size = [], 0
-        batch.append(job)
-        size += more
-    if batch:
-        yield batch
-
-
-def _joined(jobs: list[Job]) -> list[Job]:
-    """The jobs of a tensor with the runs of one chunk together, so that it is read once."""
-    by_chunk: dict[int, Job] = {}
-    for entry, k, runs in jobs:
-        by_chunk.setdefault(k, (entry, k, []))[2].extend(runs)
-    return list(by_chunk.values())
-
-
-def _fill_gaps(segments: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Adds the segments of gaps so short that decoding them costs less than starting a new run."""
-    gaps = np.diff(segments) - 1
-    short = np.flatnonzero((gaps > 0) & (gaps <= _JOIN_GAP))
-    if not len(short):
-        return segments
-    filling = [np.arange(segments[i] + 1, segments[i + 1]) for i in short]
-    return np.sort(np.concatenate([segments, *filling]))

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .closing import Closing
 from .codec.decode import Values
 from .coding.mask import Mask
@@ -206,6 +209,27 @@ class ShardedFile(Closing):
         """A whole tensor, as `SfpFile.get_tensor` gives it."""
         return self.file_of(name).get_tensor(name)
 
+    def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Values]:
+        """Some whole tensors, all where nothing is said, as `SfpFile.get_tensors` gives them."""
+        wanted = list(self.keys() if names is None else names)
+        found: dict[str, Values] = {}
+        for file, some in self._by_file(wanted):
+            found.update(file.get_tensors(some))
+        return {name: found[name] for name in wanted}
+
+    def read_into(self, out: Mapping[str, Values]) -> None:
+        """Decodes some whole tensors into arrays, as `SfpFile.read_into` does."""
+        for file, names in self._by_file(out):
+            file.read_into({name: out[name] for name in names})
+
+    def _by_file(self, names: Iterable[str]) -> list[tuple[SfpFile, list[str]]]:
+        """The files that have the tensors, and which of them."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            self.file_of(name)
+            found.setdefault(self.index.weight_map[name], []).append(name)
+        return [(self.files[file], some) for file, some in found.items()]
+
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed, as `SfpFile.get_slice` gives it."""
         return self.file_of(name).get_slice(name)
@@ -217,3 +241,7 @@ class ShardedFile(Closing):
     def get_importance(self, name: str) -> F32 | None:
         """The importance, as `SfpFile.get_importance` gives it."""
         return self.file_of(name).get_importance(name)
+
+    def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
+        """The survivors: positions and weights, as `SfpFile.get_survivors` gives them."""
+        return self.file_of(name).get_survivors(name)

@@ -1,0 +1,24 @@
+"""The door to torch: the functions that users of `safetensors.torch` know, for `.sfp`.
+
+Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+from .files import TorchFile, TorchSlice, load, load_file, safe_open, save, save_file
+from .models import load_model, save_model
+
+open = safe_open
+
+__all__ = [
+    "TorchFile",
+    "TorchSlice",
+    "load",
+    "load_file",
+    "load_model",
+    "open",
+    "safe_open",
+    "save",
+    "save_file",
+    "save_model",
+]

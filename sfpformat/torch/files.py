@@ -1,0 +1,364 @@
+"""Files of tensors: the functions of `safetensors.torch`, and `safe_open`, for `.sfp`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..closing import Closing
+from ..codec.options import Options
+from ..codec.plan import Importance
+from ..codec.selection import Index
+from ..coding.mask import Mask
+from ..errors import OptionError
+from ..limits import DEFAULT_LIMITS, Limits
+from ..reader import SfpFile, SfpSlice, TensorInfo
+from ..shards import INDEX_SUFFIX, ShardedFile
+from ..source import Buffer, Readable
+from ..writer import Writer
+from .sparse import Layout, layout_of, read_sparse
+from .tensors import array_of, tensor_of, torch_dtype
+
+Device = str | int | torch.device
+Numbers = torch.Tensor | NDArray[np.generic]
+ImportanceTensor = Numbers | tuple[Numbers, Numbers]
+
+# Tensors that go to another device are decoded so many bytes at a time: enough for all threads.
+_BATCH_BYTES = 64 << 20
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def save_file(
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: dict[str, str] | None = None,
+    *,
+    options: Options | Mapping[str, Options] | None = None,
+    masks: Mapping[str, Numbers] | None = None,
+    importances: Mapping[str, ImportanceTensor] | None = None,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> None:
+    """Writes tensors to a file; the file at ``path`` is replaced only when all went well.
+
+    Args:
+        tensors: name -> tensor: any shape, device and strides; every dtype that the format has a name for.
+            Sparse layouts are written as the dense tensor would be.
+        path: of the file.
+        metadata: strings of the caller's own.
+        options: for all tensors, or for each by name; lossless where nothing is said.
+        masks: name -> bool tensor of the tensor's shape, True for survivors.
+        importances: name -> float tensor of the tensor's shape, or two vectors (rows, columns).
+        threads: how many may work; the bytes do not depend on it.
+        engine: as in `sfpformat.open`; the bytes do not depend on it.
+
+    Raises:
+        OptionError: what is asked does not fit a tensor; or two names have the same memory, which a file
+            would hold twice: `save_model` keeps it once.
+        OSError: the file cannot be written.
+    """
+    require_unshared(tensors)
+    with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
+        add_all(writer, tensors, options, masks or {}, importances or {})
+
+
+def save(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    options: Options | Mapping[str, Options] | None = None,
+    masks: Mapping[str, Numbers] | None = None,
+    importances: Mapping[str, ImportanceTensor] | None = None,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> bytes:
+    """The bytes of a file; as `save_file`."""
+    require_unshared(tensors)
+    out = io.BytesIO()
+    with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
+        add_all(writer, tensors, options, masks or {}, importances or {})
+    return out.getvalue()
+
+
+def add_all(
+    writer: Writer,
+    tensors: Mapping[str, torch.Tensor],
+    options: Options | Mapping[str, Options] | None,
+    masks: Mapping[str, Numbers],
+    importances: Mapping[str, ImportanceTensor],
+) -> None:
+    """Adds tensors to a writer, each brought to the processor when its turn comes."""
+    for name, tensor in tensors.items():
+        chosen = options if isinstance(options, Options) or options is None else options.get(name)
+        mask, importance = masks.get(name), importances.get(name)
+        writer.add(
+            name,
+            array_of(tensor, name),
+            chosen,
+            mask=None if mask is None else cast(Mask, _array(mask, name)),
+            importance=None if importance is None else _importance(importance, name),
+        )
+
+
+def _array(numbers: Numbers, name: str) -> NDArray[np.generic]:
+    return array_of(numbers, name) if isinstance(numbers, torch.Tensor) else numbers
+
+
+def _importance(importance: ImportanceTensor, name: str) -> Importance:
+    if isinstance(importance, tuple):
+        rows, columns = importance
+        return cast(Importance, (_array(rows, name), _array(columns, name)))
+    return cast(Importance, _array(importance, name))
+
+
+def require_unshared(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses two names for one piece of memory.
+
+    Raises:
+        OptionError: that is so.
+    """
+    ends: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous():
+            start = 0 if tensor.is_meta else tensor.data_ptr()
+            if start and tensor.nbytes:
+                ends.setdefault(tensor.device, []).append((start, start + tensor.nbytes, name))
+    for places in ends.values():
+        places.sort()
+        for (_, stop, one), (start, _, other) in pairwise(places):
+            if start < stop:
+                raise OptionError(
+                    f"tensors {one!r} and {other!r} share memory, the file would hold it twice; "
+                    "use save_model, or give copies"
+                )
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    device: Device = "cpu",
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """All tensors of a file, by name, in the file's order.
+
+    Args:
+        path: of the file, or of the ``.sfp.index.json`` of a model in shards.
+        device: where the tensors are to be; ``"meta"`` gives shapes and dtypes without reading data.
+        limits, threads, engine: as in `sfpformat.open`.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError, OSError.
+        MismatchError: this version of torch has no such dtype.
+    """
+    with safe_open(path, device=device, limits=limits, threads=threads, engine=engine) as file:
+        return file.get_tensors()
+
+
+def load(
+    data: Buffer,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """All tensors of the bytes of a file, on the processor; as `load_file`."""
+    with safe_open(data, limits=limits, threads=threads, engine=engine) as file:
+        return file.get_tensors()
+
+
+def open_any(
+    readable: Readable,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> SfpFile | ShardedFile:
+    """Opens a file, or a model in shards where the path is that of its index."""
+    if isinstance(readable, (str, os.PathLike)) and os.fspath(readable).endswith(INDEX_SUFFIX):
+        return ShardedFile(readable, limits=limits, threads=threads, engine=engine)
+    return SfpFile(readable, limits=limits, threads=threads, engine=engine)
+
+
+class TorchFile(Closing):
+    """An open file that gives torch tensors; a context manager, made by `safe_open`. Safe in several threads.
+
+    Attributes:
+        file: the reader below, which gives arrays.
+        device: where tensors go.
+    """
+
+    def __init__(self, file: SfpFile | ShardedFile, device: torch.device) -> None:
+        """Takes a file that is open."""
+        self.file = file
+        self.device = device
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, in the order of the file."""
+        return self.file.keys()
+
+    def offset_keys(self) -> list[str]:
+        """As `keys`: the order of the file is that of its data."""
+        return self.file.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.file
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata."""
+        return self.file.metadata()
+
+    def info(self, name: str) -> TensorInfo:
+        """What the directory says about a tensor; reads no data."""
+        return self.file.info(name)
+
+    def get_tensor(self, name: str, layout: Layout = "strided") -> torch.Tensor:
+        """A whole tensor, in its dtype and shape.
+
+        Args:
+            name: of the tensor.
+            layout: ``"strided"``; or ``"coo"`` (coalesced) or ``"csr"`` (two dimensions): entries are the
+                survivors, indices int64, and the dense tensor is never made.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError.
+            MismatchError: the layout does not fit the shape, or this version of torch has no such dtype.
+        """
+        wanted = layout_of(layout)
+        if wanted == torch.strided:
+            return self.get_tensors([name])[name]
+        torch_dtype(self.info(name).dtype)
+        return read_sparse(self.file, name, wanted).to(self.device)
+
+    def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Some whole tensors, side by side: all, in the file's order, where nothing is said.
+
+        On another device than the processor, at most 64 MiB or one tensor wait on the processor at a time.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError, MismatchError.
+        """
+        infos = {name: self.info(name) for name in (self.keys() if names is None else names)}
+        dtypes = {name: torch_dtype(info.dtype) for name, info in infos.items()}
+        if self.device.type == "meta":
+            return {
+                name: torch.empty(info.shape, dtype=dtypes[name], device="meta")
+                for name, info in infos.items()
+            }
+        if self.device.type == "cpu":
+            return {name: tensor_of(array) for name, array in self.file.get_tensors(infos).items()}
+        out: dict[str, torch.Tensor] = {}
+        for batch in batches({name: info.decoded_bytes for name, info in infos.items()}):
+            for name, array in self.file.get_tensors(batch).items():
+                out[name] = tensor_of(array).to(self.device)
+        return out
+
+    def get_slice(self, name: str) -> TorchSlice:
+        """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
+        return TorchSlice(self.file.get_slice(name), self.device)
+
+    def get_mask(self, name: str) -> torch.Tensor:
+        """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask."""
+        return tensor_of(self.file.get_mask(name)).to(self.device)
+
+    def get_importance(self, name: str) -> torch.Tensor | None:
+        """The importance of every position, float32, in the tensor's shape, or None where there is none."""
+        importance = self.file.get_importance(name)
+        return None if importance is None else tensor_of(importance).to(self.device)
+
+
+class TorchSlice:
+    """A tensor that is decoded when it is indexed: the slice object of safetensors, for `.sfp`."""
+
+    def __init__(self, part: SfpSlice, device: torch.device) -> None:
+        """Takes a slice that gives arrays."""
+        self._slice = part
+        self._device = device
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return self._slice.get_shape()
+
+    def get_dtype(self) -> str:
+        """The name of the tensor's dtype, such as ``"BF16"``."""
+        return self._slice.get_dtype()
+
+    def __getitem__(self, index: Index) -> torch.Tensor:
+        """The selected part, a new tensor of the tensor's dtype; integers, slices with any step, and ``...``.
+
+        Raises:
+            IndexError: the index does not fit the shape.
+            InvalidFileError, LimitError, MismatchError.
+        """
+        return tensor_of(np.asarray(self._slice[index])).to(self._device)
+
+
+def safe_open(
+    readable: Readable,
+    framework: str = "pt",
+    device: Device = "cpu",
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> TorchFile:
+    """Opens a file for reading tensor by tensor; only preamble and directory are read.
+
+    Args:
+        readable: a path (of a file, or of the ``.sfp.index.json`` of a model in shards), bytes, an mmap, or
+            any seekable binary object.
+        framework: ``"pt"``, as safetensors calls torch.
+        device: where tensors go.
+        limits, threads, engine: as in `sfpformat.open`.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError, OSError.
+        OptionError: another framework.
+    """
+    if framework not in ("pt", "torch", "pytorch"):
+        raise OptionError(
+            f"framework is {framework!r}; this gives torch tensors, sfpformat.numpy gives arrays"
+        )
+    where = torch.device(device)
+    return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where)
+
+
+def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, in lots of at most 64 MiB or one tensor.
+
+    Args:
+        sizes: name -> bytes.
+    """
+    lot: list[str] = []
+    left = _BATCH_BYTES
+    for name, size in sizes.items():
+        if lot and size > left:
+            yield lot
+            lot, left = [], _BATCH_BYTES
+        lot.append(name)
+        left -= size
+    if lot:
+        yield lot
