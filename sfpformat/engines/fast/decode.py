@@ -37,7 +37,7 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
     if tables is None or len(tables) < room:
         _thread.tables = tables = np.empty(room, np.uint8)
         _thread.filled = np.zeros(chunks.FILLED, np.int64)
-    chunks.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), tables, _thread.filled, good)
+    batch.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), tables, _thread.filled, good)
     return cast(list[bool], good.tolist())
 
 
