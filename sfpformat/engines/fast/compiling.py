@@ -2,8 +2,9 @@
 
 Numba keeps compiled code beside its source, and looks at that one source file when it decides whether what
 it has is still good. A kernel contains the kernels that it calls, of other files, and constants of the layers
-below; so all files of these packages are made part of the stamp, and whoever updates one of them gets all of
-them compiled anew.
+below; so all files of these packages are made part of the version that Numba compares first, and whoever
+updates one of them gets all of them compiled anew. (It is compared before the rest of an index is unpickled,
+which may name records that the new sources do not have.)
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def kernel(function: Callable[..., Any]) -> Any:
     """The function compiled when it is first called with arguments of some types."""
     dispatcher = njit(nogil=True, error_model="numpy", cache=True)(function)
     cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(cache_file, "_source_stamp"):
-        cache_file._source_stamp = (cache_file._source_stamp, _sources_digest())
+    if hasattr(cache_file, "_version"):
+        cache_file._version = (cache_file._version, _sources_digest())
     return dispatcher
 
 

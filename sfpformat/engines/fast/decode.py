@@ -18,7 +18,7 @@ from ...coding.codetable import CodeTable
 from ...coding.planes import Levels, StreamSpan
 from ...coding.planes import decode_levels as decode_levels_plainly
 from ..interface import Run
-from . import chunks
+from . import batch, chunks
 from .lookup import lengths_of
 from .recipe import make_recipe, row_of_run, stream_shape
 
