@@ -53,7 +53,7 @@ class Limits:
         """Checks a tensor's decoded and stored sizes, in bytes, before memory is given to it."""
         self.require("tensor_bytes", decoded)
         if decoded > self.expansion_floor:
-            self.require("expansion", decoded // max(stored, 1))
+            self.require("expansion", -(-decoded // max(stored, 1)))
 
 
 DEFAULT_LIMITS = Limits()
