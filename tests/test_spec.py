@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from sfpformat.codec.options import MASKS
@@ -98,6 +100,18 @@ def test_the_dtypes_are_those_of_the_registry() -> None:
     assert found == ours
 
 
+def test_the_floats_are_laid_out_as_the_table_says() -> None:
+    rows = {row[0].strip("`"): row[1:] for row in rows_under("### 25.2 Floats")}
+    assert set(rows) == {d.name for d in DTYPES.values() if d.is_float}
+    for name, (exponent, mantissa, bias, _, infinities) in rows.items():
+        dtype = DTYPES[name]
+        about = ml_dtypes.finfo(dtype.numpy)
+        assert (dtype.exponent_bits, about.nmant) == (int(exponent), int(mantissa))
+        assert float(about.smallest_normal) == 2.0 ** (1 - int(bias))
+        pattern = np.array([dtype.nonfinite], dtype.pattern)
+        assert bool(np.isinf(pattern.view(dtype.numpy).astype(np.float64))[0]) == (infinities == "yes")
+
+
 def test_the_limits_are_those_of_the_table() -> None:
     rows = {row[0]: row[1] for row in rows_under("## 19 Limits") if len(row) == 3}
     listed = {}
@@ -125,7 +139,7 @@ def test_the_limits_are_those_of_the_table() -> None:
     ],
 )
 def test_the_words_are_those_of_the_registry(registry: str, words: tuple[str, ...]) -> None:
-    [row] = [row for row in rows_under("### 25.2 Words") if row[0] == registry]
+    [row] = [row for row in rows_under("### 25.3 Words") if row[0] == registry]
     assert tuple(re.findall(r"`([\w-]+)`", row[1])) == tuple(words)
 
 
