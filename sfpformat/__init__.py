@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .codec.budget import steps_for_budget
 from .codec.options import PRESETS, ImportanceOptions, Options
 from .errors import (
     ClosedFileError,
@@ -45,6 +46,7 @@ __all__ = [
     "UnsupportedError",
     "Writer",
     "open",
+    "steps_for_budget",
     "validate",
 ]
 

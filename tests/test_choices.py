@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sfpformat
 from sfpformat import OptionError, Options
 from sfpformat.codec.plan import default_segment
-from sfpformat.codec.quantise import lloyd_max, step_for_error, weighing_numbers
+from sfpformat.codec.quantise import Sampled, lloyd_max, step_for_error, weighing_numbers
 from sfpformat.coding.classes import FRACTION, best_layout, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.numpy import load, save
@@ -51,7 +51,7 @@ def test_a_target_of_error_is_met(target: float, rate_weight: float) -> None:
 
 def test_the_step_of_a_target_error_keeps_below_it() -> None:
     magnitudes = np.abs(NORMAL.reshape(-1))
-    step = step_for_error(magnitudes, -15.0, 0.12)
+    step = step_for_error(Sampled(magnitudes, len(magnitudes), None, 0.12), -15.0)
     numbers = weighing_numbers(magnitudes, step, 0.12)(magnitudes)
     assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
 
@@ -95,19 +95,19 @@ def test_weighted_centroids_go_where_the_importance_is() -> None:
     importance = np.where(np.abs(NORMAL) > 1.5, np.float32(100), np.float32(0.01))
     plain = Options(quantiser="table", centroids=4)
     results = {}
-    for options in (plain, plain.but(weighted=True)):
+    for options in (plain, plain.but(weighted="full")):
         data = save({"w": NORMAL}, options=options, importances={"w": importance})
         results[options.weighted] = (load(data)["w"] - NORMAL) ** 2
     important = importance > 1
-    assert results[True][important].mean() < 0.5 * results[False][important].mean()
-    assert results[True][~important].mean() > results[False][~important].mean()
+    assert results["full"][important].mean() < 0.5 * results[None][important].mean()
+    assert results["full"][~important].mean() > results[None][~important].mean()
 
 
 def test_weighted_needs_an_importance_and_a_table() -> None:
     with pytest.raises(OptionError, match="importance"):
-        save({"w": NORMAL}, options=Options(quantiser="table", centroids=4, weighted=True))
-    with pytest.raises(OptionError, match="table"):
-        Options(weighted=True)
+        save({"w": NORMAL}, options=Options(quantiser="table", centroids=4, weighted="root"))
+    with pytest.raises(OptionError, match="quantiser"):
+        Options(weighted="root")
 
 
 # -------------------------------------------------------------------------------------- classes and codes

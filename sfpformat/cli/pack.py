@@ -18,7 +18,7 @@ from .packing import Job, job_key, pack_file, pack_shards
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
-from .treat import bytes_of_passes, shares_of_model
+from .treat import Share, bytes_of_passes, shares_of_model, with_shared_bits
 from .trouble import Trouble, checked_target
 
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
@@ -134,10 +134,14 @@ def _job(
     options = [__version__, metadata, {name: dataclasses.asdict(t) for name, t in treatments.items()}]
     key = job_key(model, importances, options)
     passes = bytes_of_passes(model, treatments)
-    if not passes:
-        return Job(model, treatments, {}, importances, metadata, key)
-    with progress(passes, "magnitudes") as shown:
-        shares = shares_of_model(model, treatments, shown.advance)
+    shares: dict[str, Share] = {}
+    if passes:
+        with progress(passes, "magnitudes") as shown:
+            shares = shares_of_model(model, treatments, shown.advance)
+    sharing = sum(model.specs[name].nbytes for name, t in treatments.items() if t.shares_bits)
+    if sharing:
+        with progress(sharing, "bits") as shown:
+            treatments = with_shared_bits(model, treatments, shares, importances, shown.advance)
     return Job(model, treatments, shares, importances, metadata, key)
 
 

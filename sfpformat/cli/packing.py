@@ -14,10 +14,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from ..atomic import open_locked, replacing
 from ..errors import SfpError
@@ -28,7 +25,7 @@ from ..writer import Writer
 from .console import Progress
 from .models import Model
 from .rules import Treatment
-from .treat import Share, treated
+from .treat import Share, importance_of, treated
 from .trouble import about
 
 _FINISHED = ".finished"
@@ -102,9 +99,7 @@ def pack_file(job: Job, names: list[str], metadata: dict[str, str], target: Path
 
 
 def _add(job: Job, name: str, writer: Writer) -> None:
-    treatment, importance = job.treatments[name], None
-    if job.importances is not None and name in job.importances.specs:
-        importance = cast("NDArray[np.floating]", job.importances.read(name))
+    treatment, importance = job.treatments[name], importance_of(name, job.importances)
     array = treated(name, job.model.read(name), treatment, job.shares.get(name))
     writer.add(name, array, treatment.options, importance=importance)
 

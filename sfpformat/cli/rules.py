@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..codec.options import PRESETS, ImportanceOptions, Options
+from ..codec.options import PRESETS, WEIGHTED, ImportanceOptions, Options
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
 from ..safetensors import TensorSpec
 from .parser import Parser
@@ -23,7 +23,7 @@ from .trouble import Trouble
 
 LIKE = "--like"
 MIN_ELEMENTS = 4096
-_QUANTISER = ("bits", "step", "error_db", "table", "lossless")
+_QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
 # What changes values, and what belongs to it.
 _LOSSY = frozenset(
     (*_QUANTISER, "prune", "scope", "by", "scale", "scale_dtype", "rate_weight", "weighted", "dtype")
@@ -62,11 +62,19 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to one tensor: pruned, then cast, then encoded."""
+    """What is done to one tensor: pruned, then cast, then encoded.
+
+    Attributes:
+        options: how it is encoded.
+        pruning: which weights go, or None.
+        cast: to which dtype, or None.
+        shares_bits: whether the bits of its options are those of all tensors together that say so.
+    """
 
     options: Options
     pruning: Pruning | None = None
     cast: Dtype | None = None
+    shares_bits: bool = False
 
     @property
     def lossless(self) -> bool:
@@ -86,15 +94,11 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     )
     how = value.add_mutually_exclusive_group()
     _add(how, "--bits", float, "B", "uniform quantiser: about B bits a position, mask included")
+    _add(how, "--budget", float, "B", "as --bits, of all tensors with this B together")
     _add(how, "--step", float, "S", "uniform quantiser: multiples of S")
     _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
     _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
-    value.add_argument(
-        "--weighted",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="with --table and --importance: errors weigh by importance",
-    )
+    _add(value, "--weighted", str, "HOW", "errors count by the --importance (full) or its root", WEIGHTED)
     how.add_argument(
         "--lossless",
         action="store_true",
@@ -119,7 +123,7 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(coding, "--codes", int, "N", "at most N codes a stream, up to 16")
     _add(coding, "--code-limit", int, "L", "prefix codes of at most L bits, up to 12")
     _add(coding, "--mantissa-bits", int, "M", "of exact: M mantissa bits join the class")
-    _add(coding, "--importance-bits", int, "B", "bits of an importance (6), with --importance")
+    _add(coding, "--importance-bits", int, "B", "bits of an importance (6; 0: not kept), with --importance")
 
 
 def _add(
@@ -269,10 +273,16 @@ def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
     for key in ("bits", "step", "error_db"):
         if key in layer:
             changes |= {"quantiser": "uniform", key: layer[key]}
+    if "budget" in layer and "scale" in layer:
+        raise Trouble("--budget makes steps for weights as they are: it does not go with --scale")
+    if "budget" in layer:  # until its share of it is known
+        changes |= {"quantiser": "uniform", "bits": layer["budget"]}
     if "importance_bits" in layer:
-        changes["importance"] = ImportanceOptions(bits=layer["importance_bits"])
+        bits = layer["importance_bits"]
+        changes["importance"] = ImportanceOptions(bits=bits) if bits else None
     cast = DTYPES[layer["dtype"]] if "dtype" in layer else spec.dtype
-    return Treatment(options.but(**changes), _pruning_of(layer, spec), None if cast == spec.dtype else cast)
+    pruning = _pruning_of(layer, spec)
+    return Treatment(options.but(**changes), pruning, None if cast == spec.dtype else cast, "budget" in layer)
 
 
 def _pruning_of(layer: Layer, spec: TensorSpec) -> Pruning | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codec.budget import Candidate, candidate, share_bits
 from ..dtypes import Dtype
 from ..errors import OptionError
 from .magnitude import (
@@ -90,6 +92,48 @@ def _shares_of_group(model: Model, names: list[str], fraction: float, advance: A
         shares[name] = Share(threshold, ties, bits)
         left -= ties
     return shares
+
+
+def with_shared_bits(
+    model: Model,
+    treatments: dict[str, Treatment],
+    shares: dict[str, Share],
+    importances: Model | None,
+    advance: Advance,
+) -> dict[str, Treatment]:
+    """The treatments with a step for each tensor whose bits are those of several; reads those tensors once.
+
+    Args:
+        shares: of `shares_of_model`.
+        advance: called with the bytes of each tensor read.
+
+    Raises:
+        OptionError: a tensor is not finite, or lacks an importance that it needs.
+    """
+    groups: dict[float, dict[str, Candidate]] = {}
+    sharing = {name: t for name, t in treatments.items() if t.shares_bits}
+    for name, treatment in sharing.items():
+        array = treated(name, model.read(name), treatment, shares.get(name))
+        importance = importance_of(name, importances)
+        try:
+            found = candidate(array, None, importance, treatment.options, len(sharing))
+        except OptionError as error:
+            raise OptionError(f"tensor {name!r}: {error}") from None
+        assert treatment.options.bits is not None
+        groups.setdefault(treatment.options.bits, {})[name] = found
+        advance(model.specs[name].nbytes)
+    out = dict(treatments)
+    for bits, members in groups.items():
+        for name, step in zip(members, share_bits(members.values(), bits), strict=True):
+            out[name] = replace(out[name], options=out[name].options.but(bits=None, step=step))
+    return out
+
+
+def importance_of(name: str, importances: Model | None) -> NDArray[np.floating] | None:
+    """A tensor's importance, where there is one."""
+    if importances is None or name not in importances.specs:
+        return None
+    return cast("NDArray[np.floating]", importances.read(name))
 
 
 def treated(name: str, array: Array, treatment: Treatment, share: Share | None) -> Array:

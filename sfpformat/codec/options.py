@@ -13,6 +13,7 @@ CODINGS = ("auto", "raw", "fingerprint")
 QUANTISERS = ("lossless", "exact", "uniform", "table")
 MASKS = ("auto", "none", "runs", "octets")
 SCALES = ("tensor", "row", "column")
+WEIGHTED = ("root", "full")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -68,7 +69,9 @@ class Options:
             centroids (``table``).
         error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
         centroids: of ``table``: how many magnitudes.
-        weighted: of ``table``: whether errors weigh by the importance that comes with the tensor.
+        weighted: of ``uniform`` and ``table``: errors count by the importance that comes with the tensor
+            (``full``) or by its square root, or all alike (None). The root suits a Fisher information, which
+            tells of small errors only; ``python -m tests.figures.weighted`` compares them.
         rate_weight: of ``uniform``: how much bits weigh against error when a weight lies between two levels;
             0 rounds to nearest, 0.12 (about ln(2) / 6) gives the fewest bits at equal error.
         scale: ``tensor``, ``row``, ``column``, the positions of a group, or None.
@@ -80,7 +83,7 @@ class Options:
         code_limit: longest prefix code, at most 12; 8 suits the tables of a GPU.
         segment: positions a segment (a multiple of 32), or None.
         chunk: positions a chunk, rounded to whole segments.
-        importance: how an importance that comes with the tensor is stored.
+        importance: how an importance that comes with the tensor is stored; None: it is not, and only weighs.
     """
 
     coding: str = "auto"
@@ -92,7 +95,7 @@ class Options:
     bits: float | None = None
     error_db: float | None = None
     centroids: int | None = None
-    weighted: bool = False
+    weighted: str | None = None
     rate_weight: float = 0.12
     scale: str | int | None = None
     scale_dtype: str = "F16"
@@ -103,7 +106,7 @@ class Options:
     code_limit: int = MAX_CODE_BITS
     segment: int | None = None
     chunk: int = 1 << 18
-    importance: ImportanceOptions = ImportanceOptions()
+    importance: ImportanceOptions | None = ImportanceOptions()
 
     def __post_init__(self) -> None:
         _one_of("coding", self.coding, CODINGS)
@@ -145,8 +148,9 @@ class Options:
             _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
         if self.centroids is not None:
             _in_range("centroids", self.centroids, 1, 1 << 16)
-        if self.weighted and self.quantiser != "table":
-            raise OptionError("weighted needs the quantiser table")
+        _one_of("weighted", self.weighted, (None, *WEIGHTED))
+        if self.weighted and self.lossless:
+            raise OptionError("weighted needs the quantiser uniform or table")
         if self.lossless and self.scale is not None:
             raise OptionError("a scale needs the quantiser uniform or table")
 

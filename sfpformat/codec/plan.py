@@ -31,12 +31,13 @@ from ..errors import FileFault, OptionError
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
 from .options import ImportanceOptions, Options
-from .quantise import TableNumbers, UniformNumbers
+from .quantise import TableNumbers, UniformNumbers, error_weights
 from .sources import (
     ExactSource,
     FingerprintSource,
     ImportanceSource,
     NumberSource,
+    checked_importance,
     few_values,
     number_source,
     require_finite,
@@ -213,8 +214,8 @@ class _Planner:
                     best = plan, bits
         assert best is not None
         plan, bits = best
-        if importance is not None:
-            plan, more = self._with_importance(plan, importance)
+        if importance is not None and self.options.importance is not None:
+            plan, more = self._with_importance(plan, importance, self.options.importance)
             bits += more
         return plan, bits
 
@@ -242,7 +243,7 @@ class _Planner:
         if options.weighted:
             if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
                 raise OptionError("weighted needs an importance of the tensor's shape")
-            weights = importance.reshape(-1)
+            weights = error_weights(checked_importance(importance), options.weighted)
         source = number_source(flat, options, self.given_mask, scaling, weights, self.engine)
         vectors: dict[str, NDArray[np.generic]] = {}
         if isinstance(source.numbers, TableNumbers):
@@ -331,9 +332,11 @@ class _Planner:
         used[0] |= not used.any()
         return centroids[used]
 
-    def _with_importance(self, plan: Plan, importance: Importance) -> tuple[Plan, int]:
+    def _with_importance(
+        self, plan: Plan, importance: Importance, options: ImportanceOptions
+    ) -> tuple[Plan, int]:
         """The plan with the importance added, and about how many bits that takes."""
-        options, entry = self.options.importance, plan.entry
+        entry = plan.entry
         if isinstance(importance, tuple):
             dtype = DTYPES[options.dtype]
             record = ImportanceEntry("factors", options.role, dtype=dtype)
@@ -387,12 +390,7 @@ def _checked_factor(name: str, factor: NDArray[np.floating], size: int) -> F32:
 
 
 def _importance_source(importance: NDArray[np.floating], options: ImportanceOptions) -> ImportanceSource:
-    with np.errstate(over="ignore"):
-        flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
-        if options.quantiser == "exact":
-            flat = flat.astype(DTYPES[options.dtype].numpy).astype(np.float32)
-    if not np.isfinite(flat).all() or (flat < 0).any():
-        raise OptionError("importances must be finite and not negative")
+    flat = checked_importance(importance, DTYPES[options.dtype] if options.quantiser == "exact" else None)
     over_survivors = options.over == "survivors"
     if options.quantiser == "exact":
         return ImportanceSource(flat + np.float32(0), Exact(DTYPES[options.dtype]), over_survivors)

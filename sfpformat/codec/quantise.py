@@ -42,6 +42,41 @@ class UniformNumbers:
 
 
 @dataclass(frozen=True)
+class WeighedNumbers:
+    """Magnitude numbers of a uniform quantiser where the error of each weight counts as much as it says.
+
+    Of the nearest number, the one below it and 0 the one is taken for which
+    (weight * (error squared, in steps) + rate_weight * bits) is least; of equals the greatest.
+
+    Attributes:
+        step: the step.
+        costs: rate_weight * bits of each number; a greater number rounds to nearest.
+    """
+
+    step: np.float32
+    costs: F32
+
+    def __call__(self, magnitudes: F32, weights: F32) -> NDArray[np.uint32]:
+        """The number of each magnitude, shape [n]; weights, shape [n], are 1 in the mean."""
+        chosen = uniform_numbers(magnitudes, self.step, np.zeros(0, np.float32))
+        weighed = np.flatnonzero((chosen > 0) & (chosen < len(self.costs)))
+        steps, weights = magnitudes[weighed] / self.step, weights[weighed]
+        numbers = nearest = chosen[weighed]
+        with np.errstate(over="ignore", invalid="ignore"):  # a cost that is no number is not less
+            least = self._cost(steps, weights, nearest)
+            for candidate in (nearest - np.uint32(1), np.zeros_like(nearest)):
+                cost = self._cost(steps, weights, candidate)
+                numbers = np.where(cost < least, candidate, numbers)
+                least = np.minimum(cost, least)
+        chosen[weighed] = numbers
+        return chosen
+
+    def _cost(self, steps: F32, weights: F32, numbers: NDArray[np.uint32]) -> F32:
+        error = steps - numbers.astype(np.float32)
+        return np.asarray(weights * (error * error) + self.costs[numbers], np.float32)
+
+
+@dataclass(frozen=True)
 class TableNumbers:
     """Magnitude numbers of a table of centroids, ascending: the nearest, of two equally near the lower."""
 
@@ -73,16 +108,95 @@ def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: flo
     is less; the bits are those of the order-0 entropy when all round to nearest. At high rates
     rate_weight = ln(2) / 6 = 0.1155 is the slope of error against bits, hence no gain beyond it.
     """
-    plain = UniformNumbers(np.float32(step), np.zeros(0, np.float32))
     if not rate_weight:
-        return plain
-    counts = histogram(np.minimum(plain(magnitudes), np.uint32(4096)))
-    numbers = np.arange(len(counts))
-    # One is added to each count so that what did not occur in the sample still has a finite cost.
-    bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (numbers > 0)
-    rise = np.clip(np.diff(bits), 0, None)
+        return UniformNumbers(np.float32(step), np.zeros(0, np.float32))
+    rise = _rise_of_bits(magnitudes, np.float32(step))
     shift = np.minimum(rate_weight * rise / 2, 0.499)
-    return UniformNumbers(np.float32(step), (numbers[1:] - 0.5 + shift).astype(np.float32))
+    return UniformNumbers(np.float32(step), (np.arange(len(rise)) + 0.5 + shift).astype(np.float32))
+
+
+def weighed_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> WeighedNumbers:
+    """As `weighing_numbers`, for weights whose errors do not count alike."""
+    bits = np.cumsum(_rise_of_bits(magnitudes, np.float32(step)))
+    return WeighedNumbers(np.float32(step), np.concatenate(([0.0], rate_weight * bits)).astype(np.float32))
+
+
+def _rise_of_bits(magnitudes: F32, step: np.float32) -> F64:
+    """How many bits a number takes more than the one below, at least 0, by the entropy of the nearest."""
+    nearest = uniform_numbers(magnitudes, step, np.zeros(0, np.float32))
+    counts = histogram(np.minimum(nearest, np.uint32(4096)))
+    # One is added to each count so that what did not occur in the sample still has a finite cost.
+    bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (np.arange(len(counts)) > 0)
+    return np.clip(np.diff(bits), 0, None)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Some weights of a tensor, by which its step is chosen.
+
+    Attributes:
+        magnitudes: of the survivors among them, float32, divided by their scale.
+        positions: how many positions they stand for, pruned ones included.
+        weights: how much the error of each counts, 1 in the mean, float32; None for all alike.
+        rate_weight: as in `Options`.
+    """
+
+    magnitudes: F32
+    positions: int
+    weights: F32 | None
+    rate_weight: float
+
+    def quantiser(self, step: float | np.float32) -> UniformNumbers | WeighedNumbers:
+        """The quantiser of the whole tensor with that step."""
+        how = weighing_numbers if self.weights is None else weighed_numbers
+        return how(self.magnitudes, step, self.rate_weight)
+
+    def numbers(self, step: float) -> NDArray[np.uint32]:
+        """The numbers of the sample with that step."""
+        quantiser = self.quantiser(step)
+        if isinstance(quantiser, UniformNumbers):
+            return quantiser(self.magnitudes)
+        assert self.weights is not None
+        return quantiser(self.magnitudes, self.weights)
+
+    def bits(self, step: float) -> int:
+        """About how many bits (times 2^16) the sample takes with that step."""
+        if not len(self.magnitudes):
+            return 0
+        counts = histogram(self.numbers(step))
+        counts[0] += self.positions - len(self.magnitudes)
+        return numbers_bits(counts)
+
+    def error(self, step: float) -> float:
+        """The sum of the squared errors with that step, weighed."""
+        return self._weighed_sum(
+            self.magnitudes.astype(np.float64)
+            - self.numbers(step).astype(np.float64) * float(np.float32(step))
+        )
+
+    def power(self) -> float:
+        """The sum of the squares, weighed."""
+        return self._weighed_sum(self.magnitudes.astype(np.float64))
+
+    def _weighed_sum(self, numbers: F64) -> float:
+        squares = numbers * numbers
+        return exact_sum(squares if self.weights is None else squares * self.weights)
+
+
+def error_weights(importances: NDArray[np.floating], weighted: str) -> F32:
+    """How much errors count: the importances, float32, or their square roots.
+
+    Other powers would not be the same bits everywhere.
+    """
+    with np.errstate(over="ignore"):
+        wide = np.asarray(importances, np.float32)
+    return np.sqrt(wide) if weighted == "root" else wide
+
+
+def mean_of(weights: F32) -> np.float32:
+    """Their mean; 1 where that is no number to divide by."""
+    mean = np.float32(exact_sum(weights.astype(np.float64)) / max(len(weights), 1))
+    return mean if 0 < mean < np.inf else np.float32(1)
 
 
 def numbers_bits(counts: Histogram) -> int:
@@ -98,39 +212,29 @@ def numbers_bits(counts: Histogram) -> int:
     return mask + max(entropy_bits(others), least) + (alive << FRACTION)
 
 
-def step_for_bits(magnitudes: F32, positions: int, bits: float, rate_weight: float) -> float:
-    """The least step found that needs at most ``bits`` bits a position.
+def step_for_bits(sample: Sampled, bits: float) -> float:
+    """The least step found that needs at most ``bits`` bits a position."""
+    allowed = int(bits * sample.positions * (1 << FRACTION))
+    return turning_point(lambda step: sample.bits(step) <= allowed, _greatest(sample.magnitudes))[1]
+
+
+def step_for_error(sample: Sampled, error_db: float) -> float:
+    """The greatest step found whose mean squared error is at most ``error_db`` under the mean square."""
+    allowed = sample.power() * 10.0 ** (error_db / 10)
+    return turning_point(lambda step: sample.error(step) > allowed, _greatest(sample.magnitudes))[0]
+
+
+def _greatest(magnitudes: F32) -> float:
+    return float(magnitudes.max(initial=0))
+
+
+def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[float, float]:
+    """Two steps, 1 part in 10^5 apart: at the first something does not hold yet, at the second it does.
 
     Args:
-        magnitudes: a sample of the survivors' magnitudes.
-        positions: how many positions the sample stands for, pruned ones included.
+        holds: does not hold for small steps and does for great ones.
+        greatest: the greatest magnitude.
     """
-    pruned = positions - len(magnitudes)
-
-    def fits(step: float) -> bool:
-        counts = histogram(weighing_numbers(magnitudes, step, rate_weight)(magnitudes))
-        counts[0] += pruned
-        return numbers_bits(counts) <= int(bits * positions * (1 << FRACTION))
-
-    return _turning_point(fits, magnitudes)[1]
-
-
-def step_for_error(magnitudes: F32, error_db: float, rate_weight: float) -> float:
-    """The greatest step found whose mean squared error is at most ``error_db`` under the mean square."""
-    wide = magnitudes.astype(np.float64)
-    allowed = exact_sum(wide * wide) * 10.0 ** (error_db / 10)
-
-    def too_great(step: float) -> bool:
-        numbers = weighing_numbers(magnitudes, step, rate_weight)(magnitudes)
-        error = wide - numbers.astype(np.float64) * float(np.float32(step))
-        return bool(exact_sum(error * error) > allowed)
-
-    return _turning_point(too_great, magnitudes)[0]
-
-
-def _turning_point(holds: Callable[[float], bool], magnitudes: F32) -> tuple[float, float]:
-    """Two steps, 1 part in 10^5 apart: at the first something does not hold yet, at the second it does."""
-    greatest = float(magnitudes.max()) if len(magnitudes) else 0.0
     if greatest == 0.0:
         return 1.0, 1.0
     low = float(np.float32(greatest / (1 << 20)))

@@ -29,13 +29,15 @@ from .decode import scale_index
 from .options import Options
 from .quantise import (
     SAMPLE,
+    Sampled,
     TableNumbers,
     UniformNumbers,
+    WeighedNumbers,
     lloyd_max,
+    mean_of,
     sample,
     step_for_bits,
     step_for_error,
-    weighing_numbers,
 )
 
 Flat = NDArray[np.generic]
@@ -112,6 +114,7 @@ class NumberSource:
         flat: the tensor.
         quantiser: as stored.
         numbers: magnitude -> number.
+        weights: for `WeighedNumbers` how much the error of each position counts, float32, flat; else None.
         scaling: what magnitudes are divided by first, or None.
         zero_survives: whether a weight with the number 0 is a survivor (all but +0 are, where the table holds
             every value).
@@ -120,14 +123,15 @@ class NumberSource:
 
     flat: Flat
     quantiser: Quantiser
-    numbers: UniformNumbers | TableNumbers
+    numbers: UniformNumbers | WeighedNumbers | TableNumbers
     engine: Engine
+    weights: F32 | None = None
     scaling: Scaling | None = None
     zero_survives: bool = False
     kept: list[AnyLevels] = field(default_factory=list)
 
     def survives(self, block: slice) -> Mask:
-        if isinstance(self.numbers, UniformNumbers):
+        if not isinstance(self.numbers, TableNumbers):
             return np.asarray(self._uniform_levels(block) != 0)
         values = self.flat[block].astype(np.float32)
         if self.zero_survives:
@@ -141,7 +145,7 @@ class NumberSource:
         )
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        if isinstance(self.numbers, UniformNumbers):
+        if not isinstance(self.numbers, TableNumbers):
             levels = self._uniform_levels(block)
             return levels if mask is None else self.engine.chosen(levels, mask)
         values = self.flat[block] if mask is None else self.flat[block][mask]
@@ -162,10 +166,17 @@ class NumberSource:
         return self.kept[0][block]
 
     def _quantised(self, block: slice) -> AnyLevels:
-        assert isinstance(self.numbers, UniformNumbers)
         weights = self.flat[block].astype(np.float32, copy=False)
         factors = self._factors(block)
-        return self.engine.uniform_levels(weights, factors, self.numbers.step, self.numbers.thresholds)
+        if isinstance(self.numbers, UniformNumbers):
+            return self.engine.uniform_levels(weights, factors, self.numbers.step, self.numbers.thresholds)
+        assert isinstance(self.numbers, WeighedNumbers)
+        assert self.weights is not None
+        magnitudes = np.abs(weights)
+        if factors is not None:
+            magnitudes = scaled_down(magnitudes, factors)
+        levels = self.numbers(magnitudes, self.weights[block]) * np.uint32(2)
+        return levels + (np.signbit(weights) & (levels > 0))
 
     def _factors(self, block: slice) -> F32 | None:
         """What the magnitudes of a block are divided by."""
@@ -264,6 +275,17 @@ def require_finite(flat: Flat) -> None:
             )
 
 
+def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = None) -> F32:
+    """An importance as flat float32, through a narrower dtype where it is kept in one."""
+    with np.errstate(over="ignore"):
+        flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
+        if dtype is not None:
+            flat = flat.astype(dtype.numpy).astype(np.float32)
+    if not np.isfinite(flat).all() or (flat < 0).any():
+        raise OptionError("importances must be finite and not negative")
+    return flat
+
+
 def number_source(
     flat: Flat,
     options: Options,
@@ -278,11 +300,11 @@ def number_source(
         flat: the tensor.
         mask: the caller's mask, or None.
         scaling: what magnitudes are divided by.
-        weights: importances, flat, that weigh errors where centroids are chosen, or None.
+        weights: how much the error of each position counts, flat, or None for all alike.
     """
     if options.step is not None and not options.rate_weight:  # nothing to be chosen
         numbers = UniformNumbers(_checked_step(options.step), np.zeros(0, np.float32))
-        return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling)
+        return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling=scaling)
     size = min(len(flat), SAMPLE)
     chosen = np.arange(size) * len(flat) // max(size, 1)
     alive = flat[chosen] != 0 if mask is None else mask[chosen]
@@ -295,16 +317,21 @@ def number_source(
         centroids = lloyd_max(magnitudes, count, None if weights is None else weights[positions])
         if not len(centroids):
             centroids = np.zeros(1, np.float32)
-        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), engine, scaling)
+        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), engine, scaling=scaling)
+    if weights is not None:
+        weights = weights / mean_of(weights[positions])
+    some = Sampled(
+        magnitudes, len(chosen), None if weights is None else weights[positions], options.rate_weight
+    )
     if options.step is not None:
         step = options.step
     elif options.bits is not None:
-        step = step_for_bits(magnitudes, len(chosen), options.bits, options.rate_weight)
+        step = step_for_bits(some, options.bits)
     else:
         assert options.error_db is not None
-        step = step_for_error(magnitudes, options.error_db, options.rate_weight)
-    numbers = weighing_numbers(magnitudes, _checked_step(step), options.rate_weight)
-    return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling)
+        step = step_for_error(some, options.error_db)
+    quantiser = some.quantiser(_checked_step(step))
+    return NumberSource(flat, Uniform(quantiser.step), quantiser, engine, weights, scaling)
 
 
 def _checked_step(step: float) -> np.float32:
