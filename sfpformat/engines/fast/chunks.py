@@ -31,7 +31,7 @@ from .index import (
 )
 from .levels import decode_segment
 from .lookup import extras, firsts, prepare
-from .masks import mask_of_levels, spread, survivor_places
+from .masks import OCTETS, mask_of_levels, mask_of_slots, spread, survivor_places
 from .recipe import (
     BASE_OF,
     CLASSES_OF,
@@ -64,11 +64,13 @@ from .values import (
     OF_SURVIVORS,
     PATTERNS,
     looked_up,
+    looked_up_by_slot,
     multiply_by_place,
     multiply_by_product,
     patterns_of_levels,
     rounded,
     signed_magnitudes,
+    signed_patterns,
 )
 
 # `filled` of all streams: the number of the recipe that it is about, then each stream's of `lookup`.
@@ -161,8 +163,22 @@ def _decode_mask(
     good, slots = _slots_of_stream(data, index, MASK, first, stop, shapes, tables, filled, places)
     if not good:
         return False
-    levels = np.empty(segment, np.uint64)
+    octets_alone = whole[MASK_KIND] == OCTETS and shapes[MASK, CONSTANT_OF] == 0
+    levels = np.empty(0 if octets_alone else segment, np.uint64)
     for s in range(first, stop):
+        if octets_alone:
+            if not mask_of_slots(
+                firsts(tables),
+                slots,
+                places[s - first],
+                index[row_of(MASK, COUNTS), s],
+                positions[s],
+                index[ROW_SURVIVORS, s],
+                bits,
+                (s - first) * (segment >> 3),
+            ):
+                return False
+            continue
         if not _levels_of_segment(data, index, MASK, s, shapes, tables, slots, places[s - first], levels):
             return False
         if not mask_of_levels(
@@ -295,6 +311,10 @@ def decode_values(
     inside = np.arange(segment if mode == ARITHMETIC else 0)
     numbers = np.empty(segment if mode == ARITHMETIC else 0, np.float32)
     survivors = np.empty(segment * item if masked else 0, np.uint8)
+    signs_alone = mode == LOOKED_UP and shapes[FINGERPRINTS, CONSTANT_OF] == 1
+    by_slot = np.empty(512 if signs_alone else 0, np.uint32)
+    if signs_alone:
+        signed_patterns(patterns, firsts(own), by_slot)
     for s in range(first, stop):
         count, place, to = (
             index[row_of(FINGERPRINTS, COUNTS), s],
@@ -304,9 +324,12 @@ def decode_values(
         target, at, bit = out, to, (s - first) * (segment >> 3)
         if masked:
             target, at = survivors, 0
-        if not _levels_of_segment(data, index, FINGERPRINTS, s, shapes, own, slots, place, levels):
+        if signs_alone:
+            signs = index[row_of(FINGERPRINTS, RESIDUAL_START), s]
+            looked_up_by_slot(data, signs, count, by_slot, item, slots, place, target, at)
+        elif not _levels_of_segment(data, index, FINGERPRINTS, s, shapes, own, slots, place, levels):
             return False
-        if mode == PATTERNS:
+        elif mode == PATTERNS:
             patterns_of_levels(levels, count, item, target, at)
         elif mode == LOOKED_UP:
             looked_up(levels, count, patterns, item, target, at)

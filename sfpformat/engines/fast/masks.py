@@ -7,7 +7,21 @@ from typing import Any
 import numpy as np
 
 from .compiling import kernel
-from .memory import count_ones, load16, load32, load64, store16, store32, store64, trailing_zeros
+from .memory import (
+    count_ones,
+    load16,
+    load32,
+    load64,
+    prefetch,
+    store16,
+    store32,
+    store64,
+    trailing_zeros,
+)
+from .vectors import EXPANDED2, EXPANDED4, EXPANDS2, EXPANDS4, expand2, expand4
+
+# Bytes ahead of what is written that are fetched meanwhile.
+_AHEAD = 1024
 
 OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
 
@@ -40,10 +54,33 @@ def mask_of_levels(
             if p >= positions:
                 return False
             bits[at + (p >> 3)] ^= np.uint8(1 << (p & 7))
+    return _count_mask(bits, at, positions) == survivors
+
+
+@kernel
+def mask_of_slots(
+    first: Any, slots: Any, place: int, count: int, positions: int, survivors: int, bits: Any, at: int
+) -> bool:
+    """As `mask_of_levels` for octets of classes without residuals: each slot stands for one octet.
+
+    Args:
+        first: uint64 [256], the first level of each slot.
+        slots, place: the segment's slots begin at ``slots[place]``.
+    """
+    for i in range(count):
+        bits[at + i] = np.uint8(first[slots[place + i]])
+    if positions & 7 and bits[at + count - 1] >> np.uint8(positions & 7):
+        return False
+    return _count_mask(bits, at, positions) == survivors
+
+
+@kernel
+def _count_mask(bits: Any, at: int, positions: int) -> int:
+    """How many mask bits of a segment are one."""
     found = np.int64(0)
     for word in range((positions + 31) >> 5):
         found += np.int64(count_ones(np.uint64(load32(bits, at + 4 * word))))
-    return found == survivors
+    return found
 
 
 @kernel
@@ -62,16 +99,29 @@ def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
 def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any, to: int) -> None:
     """Writes the survivors of a segment to their positions and zero to all others.
 
-    From survivor to survivor, even where half the positions survive: a loop over all positions has to wait at
-    each for the one before.
-
     Args:
         values: uint8, the survivors' bit patterns of ``item`` bytes each.
         out: uint8, written from byte ``to`` on.
     """
-    out[to : to + positions * item] = 0
-    i = np.int64(0)
-    for start in range(0, positions, 32):
+    i, whole = np.int64(0), np.int64(0)
+    if EXPANDS4 and item == 4:
+        whole = positions & -32
+        for start in range(0, whole, EXPANDED4):
+            prefetch(out, to + 4 * start + _AHEAD)
+            word = np.uint64(load16(bits, at + (start >> 3)))
+            expand4(values, 4 * i, word, out, to + 4 * start)
+            i += np.int64(count_ones(word))
+    elif EXPANDS2 and item == 2:
+        whole = positions & -32
+        for start in range(0, whole, EXPANDED2):
+            prefetch(out, to + 2 * start + _AHEAD)
+            word = np.uint64(load32(bits, at + (start >> 3)))
+            expand2(values, 2 * i, word, out, to + 2 * start)
+            i += np.int64(count_ones(word))
+    # From survivor to survivor, even where half the positions survive: a loop over all positions has to wait
+    # at each for the one before.
+    out[to + whole * item : to + positions * item] = 0
+    for start in range(whole, positions, 32):
         word = np.uint64(load32(bits, at + (start >> 3)))
         while word:
             p = start + np.int64(trailing_zeros(word))

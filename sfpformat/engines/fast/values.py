@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .compiling import kernel
-from .memory import load32, store16, store32, store64
+from .memory import load32, load64, store16, store32, store64
 from .vectors import LANES16, LANES32, join16, join32
 
 # How levels become weights.
@@ -76,6 +76,49 @@ def looked_up(levels: Any, count: int, patterns: Any, item: int, out: Any, to: i
             store32(out, to + 4 * i, pattern)
         else:
             out[to + i] = np.uint8(pattern)
+
+
+@kernel
+def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
+    """The bit patterns of the two levels of each slot where every class has two, which differ in their sign.
+
+    Args:
+        patterns: uint32, of every level.
+        first: uint64 [256], the first level of each slot.
+        by_slot: uint32 [512], set: that of slot s and sign b at 2 * s + b.
+    """
+    for slot in range(256):
+        for sign in range(2):
+            level = first[slot] + np.uint64(sign)
+            by_slot[2 * slot + sign] = patterns[level] if level < np.uint64(patterns.size) else 0
+
+
+@kernel
+def looked_up_by_slot(
+    data: Any, start: int, count: int, by_slot: Any, item: int, slots: Any, place: int, out: Any, to: int
+) -> None:
+    """The weights of a segment whose residuals are signs alone.
+
+    Args:
+        data: uint8, the chunk; the signs lie 8 bytes inside (`index.read_index`).
+        start: bit offset in ``data`` of the signs.
+        by_slot: of `signed_patterns`.
+        slots, place: the segment's slots begin at ``slots[place]``.
+        out: uint8, written from byte ``to`` on.
+    """
+    one = np.uint64(1)
+    for i in range(0, count, 32):
+        bit = start + i
+        signs = load64(data, bit >> 3) >> np.uint64(bit & 7)
+        for j in range(i, min(i + 32, count)):
+            pattern = by_slot[np.uint64(slots[place + j]) << one | signs & one]
+            signs >>= one
+            if item == 4:
+                store32(out, to + 4 * j, pattern)
+            elif item == 2:
+                store16(out, to + 2 * j, np.uint16(pattern))
+            else:
+                out[to + j] = np.uint8(pattern)
 
 
 @kernel
