@@ -104,7 +104,7 @@ def load_model(
     """
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         places = places_of(model)
-        if _loads_its_own_way(model):
+        if loads_its_own_way(model):
             return _by_state_dict(model, places, file, strict, torch.device(device))
         found = match(places, file)
         if strict:
@@ -117,7 +117,7 @@ def load_model(
 _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm")
 
 
-def _loads_its_own_way(model: torch.nn.Module) -> bool:
+def loads_its_own_way(model: torch.nn.Module) -> bool:
     """Whether some part of a module takes part in loading."""
     return any(
         module._load_state_dict_pre_hooks

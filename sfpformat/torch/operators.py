@@ -1,0 +1,182 @@
+"""What a compressed layer computes, as operators that torch knows: compilers look past their inside.
+
+Rules: every operator is a function of the compressed bytes that it is given; what it is told about kept
+weights only spares work. A decoded weight never leaves an operator but as a new tensor, and none is saved for
+a gradient: it is decoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import packed
+from .kept import kept_by
+
+Operator = Callable[..., torch.Tensor]
+
+_HOW = "ScalarType dtype, ScalarType compute, str kept"
+
+
+def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
+    """Makes an operator known to torch, in the namespace ``sfpformat``.
+
+    Args:
+        signature: its name and arguments. ``data`` are the bytes of a weight, ``dtype`` is what the weight is
+            converted to, and ``compute`` what that is then converted to; ``kept`` says what keeps it.
+        compute: what it does.
+        fake: a tensor of the result's shape and dtype.
+    """
+    name, arguments = signature.split("(", 1)
+    schema = f"({arguments} -> Tensor"
+    made = torch.library.custom_op(f"sfpformat::{name}", compute, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made
+
+
+def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: str) -> torch.Tensor:
+    """A decoded weight, on the device of its bytes; to be read, not written."""
+    store = kept_by(kept)
+    found = None if store is None else store.find(data, dtype, compute)
+    if found is None:
+        found = packed.decode(data).to(data.device, dtype).to(compute)
+        if store is not None:
+            store.keep(data, dtype, compute, found)
+    return found
+
+
+def _decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept: str) -> torch.Tensor:
+    store = kept_by(kept)
+    found = None if store is None else store.find(data, dtype, dtype)
+    return packed.decode(data).to(data.device, dtype) if found is None else found.clone()
+
+
+def _fake_decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept: str) -> torch.Tensor:
+    return data.new_empty(shape, dtype=dtype)
+
+
+def _linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    data: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    return F.linear(x, _weight(data, dtype, compute, kept), bias).contiguous()
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    data: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+def _linear_back(
+    gradient: torch.Tensor,
+    data: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    return (gradient @ _weight(data, dtype, compute, kept)).contiguous()
+
+
+def _fake_linear_back(
+    gradient: torch.Tensor,
+    data: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], features)
+
+
+def _embedding(
+    ids: torch.Tensor, data: torch.Tensor, columns: int, dtype: torch.dtype, kept: str
+) -> torch.Tensor:
+    store = kept_by(kept)
+    whole = None if store is None else store.find(data, dtype, dtype)
+    if whole is None:
+        rows = packed.decode_rows(data, ids.detach().reshape(-1).to("cpu", torch.int64))
+        if rows is not None:
+            return rows.to(data.device, dtype).reshape(*ids.shape, columns)
+        whole = _weight(data, dtype, dtype, kept)
+    return F.embedding(ids, whole)
+
+
+def _fake_embedding(
+    ids: torch.Tensor, data: torch.Tensor, columns: int, dtype: torch.dtype, kept: str
+) -> torch.Tensor:
+    return data.new_empty(*ids.shape, columns, dtype=dtype)
+
+
+# The weight, a new tensor of that shape.
+decode = _operator(
+    "decode(Tensor data, SymInt[] shape, ScalarType dtype, str kept)",
+    _decode,
+    _fake_decode,
+)
+# x @ weight.T + bias; [..., columns] -> [..., features]
+linear = _operator(
+    f"linear(Tensor x, Tensor? bias, Tensor data, SymInt features, {_HOW})",
+    _linear,
+    _fake_linear,
+)
+# gradient @ weight; [..., rows] -> [..., features]
+linear_back = _operator(
+    f"linear_back(Tensor gradient, Tensor data, SymInt features, {_HOW})",
+    _linear_back,
+    _fake_linear_back,
+)
+# weight[ids]; [...] -> [..., columns]
+embedding = _operator(
+    "embedding(Tensor ids, Tensor data, SymInt columns, ScalarType dtype, str kept)",
+    _embedding,
+    _fake_embedding,
+)
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+#
+# Of what goes in and of the bias; the weight itself is frozen.
+
+
+def _remember_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, _, data, _, *ctx.how = inputs
+    ctx.save_for_backward(data)
+    ctx.columns = x.shape[-1]
+
+
+def _linear_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (data,) = ctx.saved_tensors
+    to_x = linear_back(gradient, data, ctx.columns, *ctx.how) if ctx.needs_input_grad[0] else None
+    to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+    return to_x, to_bias, None, None, None, None, None
+
+
+def _remember_linear_back(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    gradient, data, _, *ctx.how = inputs
+    ctx.save_for_backward(data)
+    ctx.rows = gradient.shape[-1]
+
+
+def _linear_back_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (data,) = ctx.saved_tensors
+    return linear(gradient, None, data, ctx.rows, *ctx.how), None, None, None, None, None
+
+
+linear.register_autograd(_linear_gradients, setup_context=_remember_linear)
+linear_back.register_autograd(_linear_back_gradients, setup_context=_remember_linear_back)
