@@ -30,11 +30,14 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
         compute: what it does.
         fake: a tensor of the result's shape and dtype.
     """
+    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
     name, arguments = signature.split("(", 1)
-    schema = f"({arguments} -> Tensor"
-    made = torch.library.custom_op(f"sfpformat::{name}", compute, mutates_args=(), schema=schema)
-    made.register_fake(fake)
-    return made
+    full_name = f"sfpformat::{name}"
+    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
+    torch.library.define(full_name, f"({arguments} -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(full_name, "CompositeExplicitAutograd", compute)
+    torch.library.register_fake(full_name, fake)
+    return getattr(torch.ops.sfpformat, name).default
 
 
 def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: str) -> torch.Tensor:
@@ -178,5 +181,7 @@ def _linear_back_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tens
     return linear(gradient, None, data, ctx.rows, *ctx.how), None, None, None, None, None
 
 
-linear.register_autograd(_linear_gradients, setup_context=_remember_linear)
-linear_back.register_autograd(_linear_back_gradients, setup_context=_remember_linear_back)
+torch.library.register_autograd("sfpformat::linear", _linear_gradients, setup_context=_remember_linear)
+torch.library.register_autograd(
+    "sfpformat::linear_back", _linear_back_gradients, setup_context=_remember_linear_back
+)
