@@ -110,8 +110,8 @@ def compress_model(
     else:
         if loads_its_own_way(model):
             raise OptionError(
-                "the model loads by methods of its own, or is compressed already: "
-                "load_model fills it, compress_model without a file compresses what it has then"
+                "the model loads by methods of its own, or is compressed already; for the former, "
+                "load_model fills it, and compress_model without a file compresses what it has then"
             )
         with open_any(source, limits=limits, threads=threads, engine=engine) as file:
             found = _from_file(model, places, file, choose, strict, torch.device(device))

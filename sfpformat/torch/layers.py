@@ -258,6 +258,16 @@ def compressed_class(module: nn.Module) -> type[Compressed] | None:
     return None
 
 
+def dense_names(model: nn.Module) -> dict[str, str]:
+    """Names in the ``state_dict``, those of compressed layers' bytes -> those of their weights once dense."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Compressed):
+            start = f"{path}." if path else ""
+            found[start + BYTES] = f"{start}weight"
+    return found
+
+
 def make_compressed(module: nn.Module, data: torch.Tensor, kept: KeptWeights) -> None:
     """Turns a dense layer into a compressed one. It stays the same object: whoever has it, has it still.
 

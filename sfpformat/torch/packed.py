@@ -11,14 +11,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..checksum import crc32
 from ..codec.decode import TensorDecoder
 from ..codec.options import Options
 from ..codec.selection import Selection
-from ..container.directory import Directory
-from ..container.preamble import SIZE, Preamble
+from ..coding.bits import Bytes
 from ..engines import get_engine
-from ..errors import MismatchError
+from ..errors import MismatchError, placed
 from ..reader import SfpFile
 from ..sink import MemorySink
 from ..writer import Writer
@@ -56,15 +54,40 @@ def cut_out(file: AnyFile, name: str) -> torch.Tensor:
         InvalidFileError: a chunk's checksum does not match.
         MismatchError: this version of torch has no such dtype.
     """
-    part = file if isinstance(file, SfpFile) else file.file_of(name)
-    entry = part.entry(name)
-    torch_dtype(entry.dtype.name)
-    directory = Directory({NAME: replace(entry, name=NAME)}, {}).to_bytes()
-    start = SIZE + entry.stored_bytes
-    head = Preamble(start, len(directory), start + len(directory), crc32(directory)).to_bytes()
-    first = 0 if entry.vectors is None else -1
-    chunks = (part.read_checked(entry, k).data for k in range(first, len(entry.chunks)))
-    return _bytes_tensor(b"".join([head, *chunks, directory]))
+    torch_dtype(file.info(name).dtype)
+    sink = MemorySink()
+    with Writer(sink, threads=1) as writer:
+        _copy_tensor(file if isinstance(file, SfpFile) else file.file_of(name), name, writer, NAME)
+    return _bytes_tensor(sink.data)
+
+
+def put_into(data: torch.Tensor, writer: Writer, name: str) -> None:
+    """Writes a weight into a larger file, under that name; the other way round than `cut_out`.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
+    """
+    with _opened(data) as file:
+        _copy_tensor(file, NAME, writer, name)
+
+
+def _copy_tensor(file: SfpFile, name: str, writer: Writer, new_name: str) -> None:
+    """Writes a tensor of one file into another as it is.
+
+    Raises:
+        MissingTensorError: there is no tensor of that name.
+        OptionError: the new name is taken.
+        InvalidFileError: a chunk's checksum does not match.
+    """
+    entry = file.entry(name)
+
+    def chunk(k: int) -> Bytes:
+        with placed(tensor=name, base=file.chunk_offset(entry, k)):
+            return file.read_checked(entry, k)
+
+    vectors = None if entry.vectors is None else chunk(-1)
+    chunks = map(chunk, range(len(entry.chunks)))
+    writer.add_encoded(replace(entry, name=new_name), vectors, chunks)
 
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:
