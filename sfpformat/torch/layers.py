@@ -174,10 +174,10 @@ class SfpLinear(Compressed, nn.Linear):
             InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
         """
         bias: torch.Tensor | None = self.bias
-        kind, compute = input.device.type, self.weight_dtype
-        # Operators of one's own are not cast by autocast, so this does what it does for the dense layer.
-        if torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, compute):
-            compute = torch.get_autocast_dtype(kind)
+        compute = self.weight_dtype
+        # Autocast does not cast for operators of one's own: this is what it does for the dense layer.
+        if _autocasts(input.device.type) and torch.float64 not in (input.dtype, compute):
+            compute = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute)
             bias = None if bias is None else bias.to(compute)
         out: torch.Tensor = operators.linear(
@@ -296,6 +296,11 @@ def make_dense(module: Compressed, weight: nn.Parameter) -> None:
     dense: nn.Module = module
     dense.__class__ = nn.Linear if isinstance(module, SfpLinear) else nn.Embedding
     dense._parameters = {"weight": weight, **others}
+
+
+def _autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
