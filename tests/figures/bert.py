@@ -45,6 +45,16 @@ def empty_model() -> nn.Module:
     return model.eval()
 
 
+def meta_model() -> nn.Module:
+    """The same architecture on the meta device, but for the two buffers that are in no file."""
+    with torch.device("meta"):
+        model = empty_model()
+    embeddings: Any = model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
+    return model
+
+
 def sentences() -> list[str]:
     """First sentences of docstrings of Python's standard library, by module; each once.
 
