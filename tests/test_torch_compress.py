@@ -231,6 +231,8 @@ def test_an_option_that_does_not_fit_leaves_the_model_as_it_was() -> None:
     model = Small()
     with pytest.raises(OptionError, match="no data"):
         compress_model(empty())
+    with pytest.raises(OptionError, match="are a Tensor, not Options"):
+        compress_model(model, model.state_dict())
     with torch.no_grad():
         model.mid[2].weight[0, 0] = torch.nan
     with pytest.raises(OptionError, match="finite"):

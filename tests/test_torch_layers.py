@@ -299,6 +299,7 @@ def test_a_model_is_exported_and_comes_back() -> None:
     assert bits(torch.export.load(file).module()(ids)) == bits(model(ids))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the check itself
 def test_the_operators_are_what_they_say_to_torch() -> None:
     data, dtype = packed.pack(pruned(6, 5)), torch.float32
     x, y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 6, requires_grad=True)

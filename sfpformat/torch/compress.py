@@ -175,7 +175,8 @@ def _from_memory(
         chosen = options
         if isinstance(options, Mapping):
             chosen = next((options[name] for name in group if name in options), None)
-        assert not isinstance(chosen, Mapping)
+        if not (chosen is None or isinstance(chosen, Options)):
+            raise OptionError(f"the options of {group[0]!r} are a {type(chosen).__name__}, not Options")
         weight = places[group[0]].tensor
         data = packed.pack(weight, chosen)
         if choose is not None or data.nbytes < weight.nbytes:

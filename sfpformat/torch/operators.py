@@ -18,6 +18,11 @@ from .kept import kept_by
 
 Operator = Callable[..., torch.Tensor]
 
+# Decoding on the processor cannot be part of a recorded CUDA graph; older versions of torch have no such tag.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
+
 _HOW = "ScalarType dtype, ScalarType compute, str kept"
 
 
@@ -34,7 +39,7 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
     name, arguments = signature.split("(", 1)
     full_name = f"sfpformat::{name}"
     # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
-    torch.library.define(full_name, f"({arguments} -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(full_name, f"({arguments} -> Tensor", tags=_TAGS)
     torch.library.impl(full_name, "CompositeExplicitAutograd", compute)
     torch.library.register_fake(full_name, fake)
     return getattr(torch.ops.sfpformat, name).default
