@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -131,6 +132,35 @@ def test_gradients_of_both_orders_are_right() -> None:
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
+def test_derivatives_of_other_kinds_are_those_of_the_dense_layer() -> None:
+    dense = linear(3, 4).double()
+    layer, x = SfpLinear.of(dense), torch.randn(2, 4, dtype=torch.float64)
+    x2 = torch.randn(2, 4, dtype=torch.float64)
+
+    def both(work: Callable[[nn.Module], torch.Tensor]) -> None:
+        torch.testing.assert_close(work(layer), work(dense), rtol=1e-12, atol=0)
+
+    both(lambda f: torch.func.grad(lambda x: f(x).square().sum())(x))
+    both(lambda f: torch.func.jvp(f, (x,), (x2,))[1])
+    both(lambda f: torch.func.vmap(f)(x))
+    both(lambda f: torch.func.jacfwd(f)(x))
+    both(lambda f: torch.func.jacrev(f)(x))
+    both(lambda f: torch.func.hessian(lambda x: f(x).square().sum())(x))
+    with torch.autograd.forward_ad.dual_level():
+        both(
+            lambda f: torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, x2)))[1]
+        )
+
+    def of_bias(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        rest = {name: tensor for name, tensor in module.state_dict().items() if name != "bias"}
+        return lambda bias: torch.func.functional_call(module, {**rest, "bias": bias}, (x,))
+
+    both(lambda f: torch.func.jacfwd(of_bias(f))(f.bias))
+    both(lambda f: torch.func.jacrev(of_bias(f))(f.bias))
+    both(lambda f: torch.func.vmap(of_bias(f))(torch.stack([f.bias, 2 * f.bias])))
 
 
 def test_no_decoded_weight_waits_for_the_gradient() -> None:
@@ -299,14 +329,12 @@ def test_a_model_is_exported_and_comes_back() -> None:
     assert bits(torch.export.load(file).module()(ids)) == bits(model(ids))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the check itself
 def test_the_operators_are_what_they_say_to_torch() -> None:
     data, dtype = packed.pack(pruned(6, 5)), torch.float32
-    x, y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 6, requires_grad=True)
-    bias = torch.randn(6, requires_grad=True)
+    x, y, bias = torch.randn(3, 5), torch.randn(3, 6), torch.randn(6)
     torch.library.opcheck(operators.decode, (data, [6, 5], dtype, ""))
-    torch.library.opcheck(operators.linear, (x, bias, data, 6, dtype, dtype, ""))
-    torch.library.opcheck(operators.linear_back, (y, data, 5, dtype, dtype, ""))
+    torch.library.opcheck(operators.linear, (x, bias, data, 6, False, dtype, dtype, ""))
+    torch.library.opcheck(operators.linear, (y, None, data, 5, True, dtype, dtype, ""))
     torch.library.opcheck(operators.embedding, (torch.tensor([[1, 5]]), data, 5, dtype, ""))
 
 

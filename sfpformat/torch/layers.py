@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..codec.options import Options
 from ..errors import MismatchError, SfpError
 from . import operators, packed
+from .derivatives import How, linear
 from .files import Device
 from .kept import KeptWeights
 
@@ -135,8 +136,8 @@ class Compressed(nn.Module):
 class SfpLinear(Compressed, nn.Linear):
     """A linear layer whose weight stays compressed and is decoded when the layer is called.
 
-    Gradients flow to input and bias. Made by `compress_model`, or by `of`; one that is constructed takes its
-    weight by ``load_state_dict``.
+    Gradients flow to input and bias, forward derivatives too outside of ``torch.compile``. Made by
+    `compress_model`, or by `of`; one that is constructed takes its weight by ``load_state_dict``.
     """
 
     def __init__(
@@ -180,10 +181,8 @@ class SfpLinear(Compressed, nn.Linear):
             compute = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute)
             bias = None if bias is None else bias.to(compute)
-        out: torch.Tensor = operators.linear(
-            input, bias, self.weight_sfp, self.out_features, self.weight_dtype, compute, self.kept.token
-        )
-        return out
+        how = How(self.out_features, False, self.weight_dtype, compute, self.kept.token)
+        return linear(input, bias, self.weight_sfp, how)
 
 
 class SfpEmbedding(Compressed, nn.Embedding):

@@ -23,8 +23,6 @@ _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
 
-_HOW = "ScalarType dtype, ScalarType compute, str kept"
-
 
 def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
     """Makes an operator known to torch, in the namespace ``sfpformat``.
@@ -71,11 +69,13 @@ def _linear(
     bias: torch.Tensor | None,
     data: torch.Tensor,
     features: int,
+    turned: bool,
     dtype: torch.dtype,
     compute: torch.dtype,
     kept: str,
 ) -> torch.Tensor:
-    return F.linear(x, _weight(data, dtype, compute, kept), bias).contiguous()
+    weight = _weight(data, dtype, compute, kept)
+    return (x @ weight if turned else F.linear(x, weight, bias)).contiguous()
 
 
 def _fake_linear(
@@ -83,33 +83,12 @@ def _fake_linear(
     bias: torch.Tensor | None,
     data: torch.Tensor,
     features: int,
+    turned: bool,
     dtype: torch.dtype,
     compute: torch.dtype,
     kept: str,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], features)
-
-
-def _linear_back(
-    gradient: torch.Tensor,
-    data: torch.Tensor,
-    features: int,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    kept: str,
-) -> torch.Tensor:
-    return (gradient @ _weight(data, dtype, compute, kept)).contiguous()
-
-
-def _fake_linear_back(
-    gradient: torch.Tensor,
-    data: torch.Tensor,
-    features: int,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    kept: str,
-) -> torch.Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], features)
 
 
 def _embedding(
@@ -137,56 +116,17 @@ decode = _operator(
     _decode,
     _fake_decode,
 )
-# x @ weight.T + bias; [..., columns] -> [..., features]
+# x @ weight.T + bias, [..., columns] -> [..., rows]; turned, it is x @ weight, [..., rows] -> [..., columns],
+# and there is no bias. ``features`` is the last size of the result.
 linear = _operator(
-    f"linear(Tensor x, Tensor? bias, Tensor data, SymInt features, {_HOW})",
+    "linear(Tensor x, Tensor? bias, Tensor data, SymInt features, bool turned, "
+    "ScalarType dtype, ScalarType compute, str kept)",
     _linear,
     _fake_linear,
-)
-# gradient @ weight; [..., rows] -> [..., features]
-linear_back = _operator(
-    f"linear_back(Tensor gradient, Tensor data, SymInt features, {_HOW})",
-    _linear_back,
-    _fake_linear_back,
 )
 # weight[ids]; [...] -> [..., columns]
 embedding = _operator(
     "embedding(Tensor ids, Tensor data, SymInt columns, ScalarType dtype, str kept)",
     _embedding,
     _fake_embedding,
-)
-
-
-# ---------------------------------------------------------------------------------------------- gradients
-#
-# Of what goes in and of the bias; the weight itself is frozen.
-
-
-def _remember_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, _, data, _, *ctx.how = inputs
-    ctx.save_for_backward(data)
-    ctx.columns = x.shape[-1]
-
-
-def _linear_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    (data,) = ctx.saved_tensors
-    to_x = linear_back(gradient, data, ctx.columns, *ctx.how) if ctx.needs_input_grad[0] else None
-    to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-    return to_x, to_bias, None, None, None, None, None
-
-
-def _remember_linear_back(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    gradient, data, _, *ctx.how = inputs
-    ctx.save_for_backward(data)
-    ctx.rows = gradient.shape[-1]
-
-
-def _linear_back_gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    (data,) = ctx.saved_tensors
-    return linear(gradient, None, data, ctx.rows, *ctx.how), None, None, None, None, None
-
-
-torch.library.register_autograd("sfpformat::linear", _linear_gradients, setup_context=_remember_linear)
-torch.library.register_autograd(
-    "sfpformat::linear_back", _linear_back_gradients, setup_context=_remember_linear_back
 )
