@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -418,3 +420,13 @@ def test_tied_layers_keep_one_weight_and_stay_tied_wherever_they_go(decoded: lis
     other.head._put(other.embed.weight_sfp)
     other.load_state_dict(model.state_dict())
     assert other.embed.weight_sfp is other.head.weight_sfp
+
+
+def test_a_call_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from sfpformat.torch import SfpLinear\n"
+        "SfpLinear.of(torch.nn.Linear(8, 8))(torch.randn(2, 8)).sum().backward()\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
