@@ -278,6 +278,17 @@ def test_a_model_that_is_one_layer_is_compressed_in_place() -> None:
     assert list(model.state_dict()) == ["bias", "weight_sfp"]
 
 
+def test_a_layer_under_two_names_is_compressed_once() -> None:
+    layer, x = nn.Linear(48, 48), torch.randn(2, 48)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    want = bits(model(x))
+    assert compress_model(model).layers == ("0",)
+    assert bits(model(x)) == want
+    decompress_model(model)
+    assert bits(model(x)) == want
+    assert model[0] is model[2] is layer
+
+
 def test_hooks_and_references_to_layers_stay_right() -> None:
     model, seen = Small(), []
     layer = model.mid[0]

@@ -323,6 +323,13 @@ def test_a_model_compiles_whole(limit: int) -> None:
         assert bits(compiled(ids[:1])) == bits(model(ids[:1]))
 
 
+def test_autocast_is_compiled_too() -> None:
+    layer, x = SfpLinear.of(linear()), torch.randn(3, 40)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert bits(compiled(x)) == bits(layer(x))
+
+
 def test_a_model_is_exported_and_comes_back() -> None:
     model, ids = Model(), torch.randint(0, 60, (2, 5))
     file = io.BytesIO()
@@ -382,6 +389,14 @@ def test_those_used_last_are_kept_within_the_limit(calls: list[int], room: int) 
     for i, layer in enumerate(layers):
         found = kept.find(layer.weight_sfp, torch.float32, torch.float32)
         assert (found is not None) == (i in last)
+
+
+def test_a_weight_beyond_the_limit_is_not_kept_and_pushes_none_out() -> None:
+    small, large = SfpLinear.of(linear(8, 8)), SfpLinear.of(linear(8, 9))
+    kept = keeping(8 * 8 * 4, small, large)
+    small(torch.randn(2, 8))
+    large(torch.randn(2, 9))
+    assert kept.nbytes == 8 * 8 * 4
 
 
 def test_a_kept_weight_goes_with_its_bytes() -> None:
