@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -125,14 +125,36 @@ class Writer:
         array = np.asanyarray(array)
         self._choose_engine(array.size)
         plan = plan_tensor(name, array, options or Options(), self._engine, mask, importance)
-        vectors = encode_vectors(plan)
+        return self._add(plan.entry, encode_vectors(plan), self._encoded(plan))
+
+    def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
+        """Writes a tensor as another file has it, nothing is encoded again.
+
+        Args:
+            entry: of the other file's directory, under the name that the tensor is to have here.
+            vectors, chunks: what `SfpFile.read_checked` gives for -1, where there are vectors, and 0, 1, ....
+
+        Returns:
+            The tensor's entry in this file's directory.
+
+        Raises:
+            OptionError: the name is taken. The writer can go on.
+            OSError: the file cannot be written, and cannot be finished any more.
+            ClosedFileError: it is finished already.
+        """
+        self._require_usable()
+        _check_name(entry.name, self._entries)
+        return self._add(entry, vectors, chunks)
+
+    def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
+        """Writes the chunks of a tensor and notes the entry, with the chunks' records."""
         self._whole = False
         vector_record = None if vectors is None else self._append(vectors)
-        records = [self._append(chunk) for chunk in self._encoded(plan)]
-        chunks = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
-        entry = replace(plan.entry, chunks=chunks, vectors=vector_record)
+        records = [self._append(chunk) for chunk in chunks]
+        there = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
+        entry = replace(entry, chunks=there, vectors=vector_record)
         entry.require_valid()
-        self._entries[name] = entry
+        self._entries[entry.name] = entry
         self._sink.tensor_done(entry)
         self._whole = True
         return entry

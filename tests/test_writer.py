@@ -609,3 +609,22 @@ def test_short_codes_make_coarse_classes(limit: int) -> None:
     with sfpformat.open(data) as file:
         tables = file.entry("w").streams().values()
         assert all(max(code.length) <= limit for table in tables for code in table.codes)
+
+
+def test_tensors_of_another_file_are_taken_as_they_are() -> None:
+    options = sfpformat.Options(quantiser="uniform", bits=4.0, scale="row", chunk=4096)
+    rng = np.random.default_rng(0)
+    tensors = {"a": rng.standard_normal((40, 300)), "b": np.arange(5), "c": np.zeros((0, 3), np.float32)}
+    first, again = io.BytesIO(), io.BytesIO()
+    with Writer(first) as writer:
+        for name, array in tensors.items():
+            writer.add(name, array, options if name == "a" else None)
+    with sfpformat.open(first) as file, Writer(again) as writer:
+        for name in file:
+            entry = file.entry(name)
+            vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+            chunks = (file.read_checked(entry, k) for k in range(len(entry.chunks)))
+            writer.add_encoded(entry, vectors, chunks)
+        with pytest.raises(OptionError, match="'a' was already written"):
+            writer.add_encoded(file.entry("a"), None, [])
+    assert again.getvalue() == first.getvalue()

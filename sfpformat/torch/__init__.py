@@ -5,14 +5,21 @@ Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file
 
 from __future__ import annotations
 
+from .compress import CompressionReport, compress_model, decompress_model
 from .files import TorchFile, TorchSlice, load, load_file, safe_open, save, save_file
+from .layers import SfpEmbedding, SfpLinear
 from .models import load_model, save_model
 
 open = safe_open
 
 __all__ = [
+    "CompressionReport",
+    "SfpEmbedding",
+    "SfpLinear",
     "TorchFile",
     "TorchSlice",
+    "compress_model",
+    "decompress_model",
     "load",
     "load_file",
     "load_model",

@@ -12,6 +12,8 @@ from ..errors import MismatchError, OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..writer import Writer
 from .files import Device, ImportanceTensor, Numbers, TorchFile, add_all, open_any
+from .layers import Compressed, dense_names
+from .packed import put_into
 from .places import AnyFile, Match, Place, fill, groups_of, match, places_of
 
 
@@ -29,6 +31,9 @@ def save_model(
 ) -> None:
     """Writes a module's ``state_dict``; a tensor that has several names is written once.
 
+    The weights of compressed layers are written under the names that they have in the dense model, as they
+    are, nothing is encoded again.
+
     Of the names of one tensor, the first in alphabetical order is kept, as safetensors does; metadata say for
     each other name which one was kept. Tensors that only overlap are written each in full.
 
@@ -45,7 +50,10 @@ def save_model(
         OptionError: a value of the ``state_dict`` is no tensor, or what is asked does not fit one.
         OSError: the file cannot be written.
     """
-    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    compressed = dense_names(model)
+    state: dict[str, torch.Tensor] = {
+        compressed.get(name, name): tensor for name, tensor in model.state_dict().items()
+    }
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     others = [name for name in state if name not in tensors]
     if others:
@@ -63,8 +71,13 @@ def save_model(
             if name != kept:
                 said.setdefault(name, kept)
                 del tensors[name]
+    as_they_are = set(compressed.values())
     with Writer(path, metadata=said, engine=engine, threads=threads) as writer:
-        add_all(writer, tensors, options, masks or {}, importances or {})
+        for name, tensor in tensors.items():
+            if name in as_they_are:
+                put_into(tensor, writer, name)
+            else:
+                add_all(writer, {name: tensor}, options, masks or {}, importances or {})
 
 
 def load_model(
@@ -98,13 +111,16 @@ def load_model(
     Raises:
         MismatchError: names (where strict) or shapes do not fit; the module is as it was, unless it loads
             by methods of its own.
+        OptionError: the module has compressed layers.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused; a note of the error
             says whether the module is as it was.
         OSError: the file cannot be read.
     """
+    if any(isinstance(module, Compressed) for module in model.modules()):
+        raise OptionError("the model has compressed layers: give compress_model a dense one, and the file")
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         places = places_of(model)
-        if _loads_its_own_way(model):
+        if loads_its_own_way(model):
             return _by_state_dict(model, places, file, strict, torch.device(device))
         found = match(places, file)
         if strict:
@@ -117,7 +133,7 @@ def load_model(
 _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm")
 
 
-def _loads_its_own_way(model: torch.nn.Module) -> bool:
+def loads_its_own_way(model: torch.nn.Module) -> bool:
     """Whether some part of a module takes part in loading."""
     return any(
         module._load_state_dict_pre_hooks

@@ -1,0 +1,229 @@
+"""Whole models whose weights stay compressed in memory: `compress_model`, and `decompress_model` back.
+
+Rules: what does not fit is told before the model is changed. Layers stay the objects that they are, so that
+hooks, ties and whoever refers to them stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..codec.options import Options
+from ..errors import OptionError
+from ..limits import DEFAULT_LIMITS, Limits
+from ..source import Readable
+from . import packed
+from .files import Device, open_any
+from .kept import KeptWeights
+from .layers import Compressed, compressed_class, make_compressed, make_dense
+from .models import loads_its_own_way
+from .places import AnyFile, Place, fill, groups_of, identity, match, places_of
+
+Choose = Callable[[str, nn.Module], bool]
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What `compress_model` did. Memory that several names share counts once.
+
+    Attributes:
+        layers: names of the layers that are compressed, as ``named_modules`` gives them.
+        weight_bytes_before: bytes of their weights when they were dense.
+        weight_bytes_after: bytes of their weights now.
+        model_bytes_before: bytes of all parameters and buffers of the model before.
+        model_bytes_after: the same now.
+        largest_weight_bytes: bytes of the largest of the weights once decoded: a call needs as many for a
+            moment, beyond those that are kept.
+        kept_bytes: how many bytes of decoded weights are kept at most.
+    """
+
+    layers: tuple[str, ...]
+    weight_bytes_before: int
+    weight_bytes_after: int
+    model_bytes_before: int
+    model_bytes_after: int
+    largest_weight_bytes: int
+    kept_bytes: int
+
+    def __str__(self) -> str:
+        share = self.model_bytes_after / max(self.model_bytes_before, 1)
+        return (
+            f"{len(self.layers)} layers compressed: the model took {self.model_bytes_before / 1e6:,.1f} MB, "
+            f"takes {self.model_bytes_after / 1e6:,.1f} ({share:.1%}), and in a call up to "
+            f"{self.largest_weight_bytes / 1e6:,.1f} more, {self.kept_bytes / 1e6:,.1f} of kept weights aside"
+        )
+
+
+def compress_model(
+    model: nn.Module,
+    source: Readable | Options | Mapping[str, Options] | None = None,
+    *,
+    keep: int = 0,
+    choose: Choose | None = None,
+    strict: bool = True,
+    device: Device = "cpu",
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+    engine: str | None = None,
+) -> CompressionReport:
+    """Lets the weights of linear layers and embeddings stay compressed in memory. Changes the model.
+
+    Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`, in its
+    place; a weight that would not be smaller, one that a layer of another kind has too, and subclasses, which
+    may compute in ways of their own, stay as they are. The weights are frozen from then on. ``state_dict``
+    has their bytes, ``module.weight`` is a decoded copy: writing to it changes nothing.
+
+    Decoding is done on the processor, for layers on other devices too.
+
+    Args:
+        model: any module. Where a file is given, its tensors are taken from there as by `load_model`, and a
+            model on the meta device is filled without its dense weights ever being in memory.
+        source: a file, as `safe_open` takes it, whose chunks are taken as they are; or how the weights that
+            the model has are encoded, all or by their names in the ``state_dict``: losslessly where nothing
+            is said. They are encoded before the first one is let go.
+        keep: bytes of decoded weights, those used last, that are kept for the next call; 0 for none.
+        choose: says for the name of a layer and the layer whether it is to be compressed, even where that
+            takes more memory; those of other kinds are not asked about.
+        strict: of a file: whether missing and unexpected names are refused.
+        device: of a file: where what is on the meta device goes; the rest stays where it is.
+        limits, threads, engine: of a file: as in `sfpformat.open`.
+
+    Raises:
+        OptionError: an option does not fit a weight; or a file is given for a model that is compressed
+            already or loads by methods of its own: `load_model` first, then this without a file.
+        MismatchError: names (where strict) or shapes do not fit.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+        OSError: the file cannot be read.
+
+        The model is as it was; where a tensor that is not to be compressed is damaged, a note of the error
+        says whether it is.
+    """
+    places = places_of(model)
+    dense_bytes = _bytes_of(model)
+    if source is None or isinstance(source, (Options, Mapping)):
+        found = _from_memory(model, places, source, choose)
+    else:
+        if loads_its_own_way(model):
+            raise OptionError(
+                "the model loads by methods of its own, or is compressed already; for the former, "
+                "load_model fills it, and compress_model without a file compresses what it has then"
+            )
+        with open_any(source, limits=limits, threads=threads, engine=engine) as file:
+            found = _from_file(model, places, file, choose, strict, torch.device(device))
+    weights = [places[group[0]].tensor.nbytes for group in found]
+    layers = {id(places[name].module) for group in found for name in group}
+    _exchange(places, found, KeptWeights(keep), torch.device(device))
+    return CompressionReport(
+        tuple(name for name, module in model.named_modules() if id(module) in layers),
+        sum(weights),
+        sum(data.nbytes for data in found.values()),
+        dense_bytes,
+        _bytes_of(model),
+        max(weights, default=0),
+        keep,
+    )
+
+
+def decompress_model(model: nn.Module) -> None:
+    """Makes the compressed layers of a model dense again, with the weights that they computed with.
+
+    All weights are decoded before the first layer is changed. What was compressed losslessly is as it was,
+    ties included, and trains again where it did.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError: the bytes of a layer are damaged; nothing was changed.
+    """
+    made: dict[tuple[object, ...], nn.Parameter] = {}
+    chosen: list[tuple[Compressed, nn.Parameter]] = []
+    for module in model.modules():
+        if isinstance(module, Compressed):
+            same = *identity(module.weight_sfp), module.weight_dtype
+            if same not in made:
+                made[same] = nn.Parameter(module.weight, module.weight_trains)
+            chosen.append((module, made[same]))
+    for module, weight in chosen:
+        make_dense(module, weight)
+
+
+def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | None) -> list[Group]:
+    """The names of each weight that all of its layers would let go."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def is_wanted(place: Place) -> bool:
+        if place.attribute != "weight" or compressed_class(place.module) is None:
+            return False
+        return choose is None or choose(paths[id(place.module)], place.module)
+
+    groups = groups_of({name: place.tensor for name, place in places.items()})
+    return [tuple(group) for group in groups if all(is_wanted(places[name]) for name in group)]
+
+
+def _from_memory(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    options: Options | Mapping[str, Options] | None,
+    choose: Choose | None,
+) -> dict[Group, torch.Tensor]:
+    """The bytes of the model's own weights, encoded now."""
+    found = {}
+    for group in _candidates(model, places, choose):
+        chosen = options
+        if isinstance(options, Mapping):
+            chosen = next((options[name] for name in group if name in options), None)
+        if not (chosen is None or isinstance(chosen, Options)):
+            raise OptionError(f"the options of {group[0]!r} are a {type(chosen).__name__}, not Options")
+        weight = places[group[0]].tensor
+        data = packed.pack(weight, chosen)
+        if choose is not None or data.nbytes < weight.nbytes:
+            found[group] = data
+    return found
+
+
+def _from_file(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    file: AnyFile,
+    choose: Choose | None,
+    strict: bool,
+    device: torch.device,
+) -> dict[Group, torch.Tensor]:
+    """The bytes of weights in a file; all its other tensors are decoded into the model."""
+    matched = match(places, file)
+    if strict:
+        matched.require_all(model)
+    found = {}
+    for group in _candidates(model, places, choose):
+        if group in matched.sources:
+            data = packed.cut_out(file, matched.sources[group])
+            if choose is not None or data.nbytes < places[group[0]].tensor.nbytes:
+                found[group] = data
+    rest = {group: name for group, name in matched.sources.items() if group not in found}
+    fill(places, file, rest, device)
+    return found
+
+
+def _exchange(
+    places: Mapping[str, Place],
+    found: Mapping[Group, torch.Tensor],
+    kept: KeptWeights,
+    device: torch.device,
+) -> None:
+    """Gives the layers bytes in place of their weights, where those were; ``device`` is for those on meta."""
+    for group, data in found.items():
+        weight = places[group[0]].tensor
+        there = data.to(device if weight.is_meta else weight.device)
+        for name in group:
+            module = places[name].module
+            if not isinstance(module, Compressed):  # else it has two names, and was done
+                make_compressed(module, there, kept)
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; those on the meta device count as if they were there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({identity(tensor): tensor.nbytes for tensor in tensors}.values())

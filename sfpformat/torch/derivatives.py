@@ -1,0 +1,113 @@
+"""Derivatives of a linear layer with a compressed weight, to its input and its bias; the weight is frozen.
+
+Rules: a derivative is the same operator, turned or not; the weight is decoded again for it, none is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import operators
+
+
+class How(NamedTuple):
+    """What the operator is told beside tensors, in its order.
+
+    Attributes:
+        features: last size of the result.
+        turned: whether to multiply by the weight, and not by its transpose.
+        dtype, compute: what the weight is converted to, and what that is then converted to.
+        kept: token of what keeps decoded weights.
+    """
+
+    features: int
+    turned: bool
+    dtype: torch.dtype
+    compute: torch.dtype
+    kept: str
+
+
+def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: How) -> torch.Tensor:
+    """x @ weight.T + bias, differentiable; turned, x @ weight.
+
+    Args:
+        x: [..., columns]; turned, [..., rows].
+        bias: [rows], or None, as it must be for turned.
+        data: the bytes of the weight.
+        how: features and the rest.
+
+    Returns:
+        [..., how.features].
+    """
+    # The compiler takes operators, and no functions that have forward derivatives of their own. (An operator
+    # has no forward derivative: torch would take 0 for it.)
+    if torch.compiler.is_compiling():
+        compiled: torch.Tensor = operators.linear(x, bias, data, *how)
+        return compiled
+    apply: Callable[..., torch.Tensor] = _Linear.apply
+    return apply(x, bias, data, *how)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, _, data, *how = inputs
+    ctx.save_for_backward(data)
+    ctx.how, ctx.width, ctx.shape = How(*how), x.shape[-1], output.shape
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """To the input, through the same operator the other way round, and to the bias."""
+    (data,) = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        other = ctx.how._replace(turned=not ctx.how.turned, features=ctx.width)
+        to_x = linear(gradient, None, data, other)
+    if ctx.needs_input_grad[1]:
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return to_x, to_bias, None, *(None for _ in ctx.how)
+
+
+torch.library.register_autograd("sfpformat::linear", _backward, setup_context=_remember)
+
+
+class _Linear(torch.autograd.Function):
+    """The operator, with forward derivatives and batches too."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, *how: Any) -> Any:
+        """Calls the operator."""
+        return operators.linear(x, bias, data, *how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Remembers the bytes."""
+        _remember(ctx, inputs, output)
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Of the one output."""
+        return _backward(ctx, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """It is linear."""
+        (data,) = ctx.saved_tensors
+        of_x, of_bias, *_ = tangents
+        out = None if of_x is None else linear(of_x, of_bias, data, ctx.how)
+        return of_bias.expand(ctx.shape) if out is None else out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Any, bias: Any, data: Any, *how: Any) -> tuple[Any, int]:
+        """The batch is one more dimension in front."""
+        of_x, of_bias, of_data, *_ = in_dims
+        if of_data is not None:
+            raise NotImplementedError("compressed weights cannot differ within a batch of vmap")
+        x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
+        if of_bias is None:
+            return linear(x, bias, data, How(*how)), 0
+        out = linear(x, None, data, How(*how))
+        each = bias.movedim(of_bias, 0)
+        return out + each.reshape(len(each), *(1 for _ in x.shape[2:]), each.shape[-1]), 0

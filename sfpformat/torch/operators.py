@@ -1,0 +1,132 @@
+"""What a compressed layer computes, as operators that torch knows: compilers look past their inside.
+
+Rules: every operator is a function of the compressed bytes that it is given; what it is told about kept
+weights only spares work. A decoded weight never leaves an operator but as a new tensor, and none is saved for
+a gradient: it is decoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import packed
+from .kept import kept_by
+
+Operator = Callable[..., torch.Tensor]
+
+# Decoding on the processor cannot be part of a recorded CUDA graph; older versions of torch have no such tag.
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
+
+
+def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
+    """Makes an operator known to torch, in the namespace ``sfpformat``.
+
+    Args:
+        signature: its name and arguments. ``data`` are the bytes of a weight, ``dtype`` is what the weight is
+            converted to, and ``compute`` what that is then converted to; ``kept`` says what keeps it.
+        compute: what it does.
+        fake: a tensor of the result's shape and dtype.
+    """
+    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
+    name, arguments = signature.split("(", 1)
+    full_name = f"sfpformat::{name}"
+    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
+    torch.library.define(full_name, f"({arguments} -> Tensor", tags=_TAGS)
+    torch.library.impl(full_name, "CompositeExplicitAutograd", compute)
+    torch.library.register_fake(full_name, fake)
+    return getattr(torch.ops.sfpformat, name).default
+
+
+def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: str) -> torch.Tensor:
+    """A decoded weight, on the device of its bytes; to be read, not written."""
+    store = kept_by(kept)
+    found = None if store is None else store.find(data, dtype, compute)
+    if found is None:
+        found = packed.decode(data).to(data.device, dtype).to(compute)
+        if store is not None:
+            store.keep(data, dtype, compute, found)
+    return found
+
+
+def _decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept: str) -> torch.Tensor:
+    store = kept_by(kept)
+    found = None if store is None else store.find(data, dtype, dtype)
+    return packed.decode(data).to(data.device, dtype) if found is None else found.clone()
+
+
+def _fake_decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept: str) -> torch.Tensor:
+    return data.new_empty(shape, dtype=dtype)
+
+
+def _linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    data: torch.Tensor,
+    features: int,
+    turned: bool,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    weight = _weight(data, dtype, compute, kept)
+    return (x @ weight if turned else F.linear(x, weight, bias)).contiguous()
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    data: torch.Tensor,
+    features: int,
+    turned: bool,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    kept: str,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+def _embedding(
+    ids: torch.Tensor, data: torch.Tensor, columns: int, dtype: torch.dtype, kept: str
+) -> torch.Tensor:
+    store = kept_by(kept)
+    whole = None if store is None else store.find(data, dtype, dtype)
+    if whole is None:
+        rows = packed.decode_rows(data, ids.detach().reshape(-1).to("cpu", torch.int64))
+        if rows is not None:
+            return rows.to(data.device, dtype).reshape(*ids.shape, columns)
+        whole = _weight(data, dtype, dtype, kept)
+    return F.embedding(ids, whole)
+
+
+def _fake_embedding(
+    ids: torch.Tensor, data: torch.Tensor, columns: int, dtype: torch.dtype, kept: str
+) -> torch.Tensor:
+    return data.new_empty(*ids.shape, columns, dtype=dtype)
+
+
+# The weight, a new tensor of that shape.
+decode = _operator(
+    "decode(Tensor data, SymInt[] shape, ScalarType dtype, str kept)",
+    _decode,
+    _fake_decode,
+)
+# x @ weight.T + bias, [..., columns] -> [..., rows]; turned, it is x @ weight, [..., rows] -> [..., columns],
+# and there is no bias. ``features`` is the last size of the result.
+linear = _operator(
+    "linear(Tensor x, Tensor? bias, Tensor data, SymInt features, bool turned, "
+    "ScalarType dtype, ScalarType compute, str kept)",
+    _linear,
+    _fake_linear,
+)
+# weight[ids]; [...] -> [..., columns]
+embedding = _operator(
+    "embedding(Tensor ids, Tensor data, SymInt columns, ScalarType dtype, str kept)",
+    _embedding,
+    _fake_embedding,
+)

@@ -1,0 +1,111 @@
+"""The real model, through transformers' own `BertModel`, and sentences that are there without a download."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .model import model_path
+
+PAIRS = 200
+_SEED = 0
+_LENGTHS = range(30, 160)  # characters of a sentence
+
+
+def transformers() -> Any:
+    """The package, without its progress bars."""
+    try:
+        package = importlib.import_module("transformers")
+    except ImportError:
+        raise SystemExit("pip install -r tests/figures/requirements.txt") from None
+    package.utils.logging.disable_progress_bar()
+    package.utils.logging.set_verbosity_error()
+    return package
+
+
+def dense_model() -> nn.Module:
+    """all-MiniLM-L6-v2 as transformers loads it from its safetensors file."""
+    model: nn.Module = transformers().BertModel.from_pretrained(model_path().parent)
+    return model.eval()
+
+
+def empty_model() -> nn.Module:
+    """The same architecture with other weights."""
+    package = transformers()
+    model: nn.Module = package.BertModel(package.AutoConfig.from_pretrained(model_path().parent))
+    return model.eval()
+
+
+def meta_model() -> nn.Module:
+    """The same architecture on the meta device, but for the two buffers that are in no file."""
+    with torch.device("meta"):
+        model = empty_model()
+    embeddings: Any = model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
+    embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
+    return model
+
+
+def sentences() -> list[str]:
+    """First sentences of docstrings of Python's standard library, by module; each once.
+
+    They are read from the sources, so that no module is imported. Other releases of Python have others.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, None] = {}
+    for module in sorted(pkgutil.iter_modules([str(folder)]), key=lambda module: module.name):
+        source = folder / f"{module.name}.py"
+        if not source.exists():
+            continue
+        for node in ast.walk(ast.parse(source.read_bytes())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                first = _first_sentence(ast.get_docstring(node) or "")
+                if len(first) in _LENGTHS and first.isascii():
+                    found.setdefault(first)
+    return list(found)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
+    return paragraph.split(". ")[0].rstrip(".")
+
+
+def sentence_pairs() -> list[tuple[str, str]]:
+    """200 pairs: every other one of neighbours, which often are alike, the rest drawn at random."""
+    rng = random.Random(_SEED)
+    every = sentences()
+    starts = rng.sample(range(len(every) - 1), PAIRS)
+    return [
+        (every[start], every[start + 1] if i % 2 else rng.choice(every)) for i, start in enumerate(starts)
+    ]
+
+
+class Encoder:
+    """Sentences to vectors as the model's authors do: the mean over the tokens, of length 1."""
+
+    def __init__(self, texts: list[str]) -> None:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(model_path().parent)
+        self._batches = [
+            tokenizer(texts[i : i + 50], padding=True, truncation=True, return_tensors="pt")
+            for i in range(0, len(texts), 50)
+        ]
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """Vectors, [sentences, 384]."""
+        out = []
+        with torch.inference_mode():
+            for batch in self._batches:
+                tokens = model(**batch).last_hidden_state
+                there = batch["attention_mask"][..., None].to(tokens.dtype)
+                mean = (tokens * there).sum(1) / there.sum(1)
+                out.append(nn.functional.normalize(mean))
+        return torch.cat(out)
