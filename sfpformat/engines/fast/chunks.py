@@ -72,6 +72,7 @@ from .values import (
     signed_magnitudes,
     signed_patterns,
 )
+from .vectors import BY_SLOT
 
 # `filled` of all streams: the number of the recipe that it is about, then each stream's of `lookup`.
 _FILLED_OF = 1 + MAX_CODES
@@ -312,7 +313,7 @@ def decode_values(
     numbers = np.empty(segment if mode == ARITHMETIC else 0, np.float32)
     survivors = np.empty(segment * item if masked else 0, np.uint8)
     signs_alone = mode == LOOKED_UP and shapes[FINGERPRINTS, CONSTANT_OF] == 1
-    by_slot = np.empty(512 if signs_alone else 0, np.uint32)
+    by_slot = np.empty(BY_SLOT if signs_alone else 0, np.uint32)
     if signs_alone:
         signed_patterns(patterns, firsts(own), by_slot)
     for s in range(first, stop):

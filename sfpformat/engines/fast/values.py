@@ -8,7 +8,7 @@ import numpy as np
 
 from .compiling import kernel
 from .memory import load32, load64, store16, store32, store64
-from .vectors import LANES16, LANES32, join16, join32
+from .vectors import LANES16, LANES32, LANES_LOOKED_UP, join16, join32, look_up2, look_up4
 
 # How levels become weights.
 PATTERNS, LOOKED_UP, ARITHMETIC = range(3)
@@ -106,19 +106,26 @@ def looked_up_by_slot(
         slots, place: the segment's slots begin at ``slots[place]``.
         out: uint8, written from byte ``to`` on.
     """
-    one = np.uint64(1)
-    for i in range(0, count, 32):
+    whole = count & -32 if item in (2, 4) else 0
+    for i in range(0, whole, 32):
         bit = start + i
         signs = load64(data, bit >> 3) >> np.uint64(bit & 7)
-        for j in range(i, min(i + 32, count)):
-            pattern = by_slot[np.uint64(slots[place + j]) << one | signs & one]
-            signs >>= one
+        for part in range(0, 32, LANES_LOOKED_UP):
             if item == 4:
-                store32(out, to + 4 * j, pattern)
-            elif item == 2:
-                store16(out, to + 2 * j, np.uint16(pattern))
+                look_up4(slots, place + i + part, signs, by_slot, out, to + 4 * (i + part))
             else:
-                out[to + j] = np.uint8(pattern)
+                look_up2(slots, place + i + part, signs, by_slot, out, to + 2 * (i + part))
+            signs >>= np.uint64(LANES_LOOKED_UP)
+    for i in range(whole, count):
+        bit = start + i
+        sign = load64(data, bit >> 3) >> np.uint64(bit & 7) & np.uint64(1)
+        pattern = by_slot[np.uint64(slots[place + i]) << np.uint64(1) | sign]
+        if item == 4:
+            store32(out, to + 4 * i, pattern)
+        elif item == 2:
+            store16(out, to + 2 * i, np.uint16(pattern))
+        else:
+            out[to + i] = np.uint8(pattern)
 
 
 @kernel
