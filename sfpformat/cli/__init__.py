@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "check a file against the specification",
     "diff": "compare two files tensor by tensor",
     "demo": "show on a small language model what pruning costs",
+    "conformance": "hold any reader or writer against the conformance suite",
     "bench": "measure size, speed and memory on a model, beside other packages",
 }
 

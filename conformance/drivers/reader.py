@@ -1,0 +1,42 @@
+"""A driver over a reader: what to copy for your own. Here it is this package's; replace `read`.
+
+sfp conformance run --decoder 'python conformance/drivers/reader.py'
+"""
+
+import json
+import pathlib
+import sys
+
+import sfpformat
+
+*limits, how = sys.argv[1:]
+LIMITS = sfpformat.Limits(**{name: int(n) for name, n in (word.split("=") for word in limits)})
+
+
+def read(path, folder):
+    """Decodes a file: describes its tensors, in order, and writes their arrays into a folder."""
+    tensors = []
+    with sfpformat.open(path, limits=LIMITS) as file:
+        for number, name in enumerate(file):
+            values, info = file.get_tensor(name), file.info(name)
+            (folder / f"{number}.bin").write_bytes(values.tobytes())
+            if info.mask:
+                (folder / f"{number}.mask.bin").write_bytes(file.get_mask(name).tobytes())
+            if info.importance:
+                (folder / f"{number}.importance.bin").write_bytes(file.get_importance(name).tobytes())
+            tensors.append({"name": name, "dtype": info.dtype, "shape": list(info.shape)})
+    return tensors
+
+
+def answer(question, *words):
+    """The answer to a line."""
+    if question != "decode":
+        return {"ok": False, "detail": f"unknown question {question!r}"}
+    try:
+        return {"ok": True, "tensors": read(words[0], pathlib.Path(words[1]))}
+    except sfpformat.FileFault as e:
+        return {"ok": False, "error": e.code, "clause": e.clause, "tensor": e.tensor, "offset": e.offset}
+
+
+for line in sys.stdin if how == "serve" else ():
+    print(json.dumps(answer(*line.rstrip("\n").split("\t"))), flush=True)

@@ -1,0 +1,165 @@
+"""``sfp conformance``: holding any program that reads or writes .sfp against the conformance suite."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tomllib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError
+from .console import progress, show_json, show_table
+from .parser import Parser, Subparsers, examples
+from .trouble import Trouble, about
+
+if TYPE_CHECKING:
+    from ..conformance.driver import Driver
+    from ..conformance.run import Results
+
+_FOLDER = Path(__file__).parent.parent.parent / "conformance"
+_DESCRIPTION = """Puts the golden files of the conformance suite to programs in any language, over the
+protocol of conformance/README.md. A decoder is judged by the contents that it gives back, a validator by its
+verdict, an encoder by what this package reads from what it wrote. The order is shuffled, and files have names
+that tell nothing. Exit code 0 where all went as it must, 1 where something did not."""
+_SHOWN = 30
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "conformance",
+        help="hold any reader or writer against the conformance suite",
+        description="The conformance suite: 'run' it against programs, or 'serve' as one of them.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_run(actions)
+    serve = actions.add_parser(
+        "serve",
+        help="answer the suite's questions with this package",
+        description="A driver over this package's own reader, writer and validator.",
+        epilog=examples(
+            ("sfp conformance serve -- validate model.sfp", "one question"),
+            ("sfp conformance serve --engine numba -- serve", "a question a line, words apart by tabs"),
+        ),
+    )
+    serve.add_argument("--engine", metavar="NAME", help="python, numba or auto")
+    serve.add_argument("words", metavar="WORD", nargs="*", help="LIMIT=N ..., then a question or 'serve'")
+    return parser
+
+
+def _add_run(actions: Subparsers[Parser]) -> None:
+    parser = actions.add_parser(
+        "run",
+        help="put the golden files to programs",
+        description=_DESCRIPTION,
+        epilog=examples(
+            ("sfp conformance run --engine python", "this package's own reader, writer and validator"),
+            ("sfp conformance run --decoder ./my_reader", "a reader that answers line by line"),
+            ("sfp conformance run --validator 'node check.js' --once --html report.html", "one call a file"),
+            ("sfp conformance run --decoder ./my_reader --profile core --level 1,2", "a partial reader"),
+        ),
+    )
+    parser.add_argument("--decoder", metavar="CMD", help="a program that decodes")
+    parser.add_argument("--validator", metavar="CMD", help="a program that validates")
+    parser.add_argument("--encoder", metavar="CMD", help="a program that encodes")
+    parser.add_argument("--engine", metavar="NAME", help="all three by this package, with that engine")
+    parser.add_argument("--suite", metavar="DIR", type=Path, default=_FOLDER, help="the folder conformance/")
+    parser.add_argument(
+        "--profile", metavar="NAME", default="full", help="core, full (default), or a feature"
+    )
+    parser.add_argument(
+        "--level", metavar="N,...", default="1,2,3,4", help="1 valid, 2 invalid, 3 hostile, 4 encoders"
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their id, or a clause")
+    parser.add_argument("--known", metavar="FILE", type=Path, help="expected failures, in TOML")
+    parser.add_argument("--once", action="store_true", help="the programs take one question a call")
+    parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="for one answer (10)")
+    parser.add_argument("--megabytes", metavar="M", type=int, help="address space of a program (all)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order (0)")
+    parser.add_argument("--junit", metavar="FILE", type=Path, help="write JUnit XML")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page")
+    parser.add_argument("--json", action="store_true", help="the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    return _serve(args) if args.action == "serve" else _run(args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from ..conformance.own import serve
+
+    return serve(args.engine, list(args.words), sys.stdin)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ..conformance.report import junit, page
+    from ..conformance.run import Settings, as_json, known_failures, run
+    from ..conformance.suite import Suite
+
+    suite = Suite.of(args.suite)
+    known = {}
+    if args.known is not None:
+        with about(args.known):
+            known = known_failures(tomllib.loads(args.known.read_text("utf-8")), datetime.now(UTC).date())
+    levels = frozenset(_levels(args.level))
+    settings = Settings(_drivers(args), args.profile, levels, args.only, args.seed, known)
+    with progress(len(suite.cases) * len(settings.drivers), "cases") as shown:
+        results = run(suite, settings, shown.advance)
+    for path, data in ((args.junit, junit), (args.html, lambda r: page(r).encode())):
+        if path is not None:
+            with about(path):
+                path.write_bytes(data(results))
+    if args.json:
+        show_json(as_json(results))
+    else:
+        _show(results)
+    return 1 if results.bad else 0
+
+
+def _levels(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word in ("1", "2", "3", "4") for word in words):
+        raise Trouble(f"--level {text!r}: numbers from 1 to 4, with commas between")
+    return [int(word) for word in words]
+
+
+def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
+    from ..conformance.driver import Driver
+
+    own = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", args.engine or "", "--"]
+    commands: dict[str, Sequence[str]] = {}
+    for role in ("decoder", "validator", "encoder"):
+        given = getattr(args, role)
+        if given is not None:
+            commands[role] = shlex.split(given)
+        elif args.engine is not None:
+            commands[role] = own
+    if not commands or not all(commands.values()):
+        raise OptionError("say what is to be tested: --decoder, --validator, --encoder or --engine")
+    return {
+        role: Driver(words, args.seconds, args.megabytes, not args.once) for role, words in commands.items()
+    }
+
+
+def _show(results: Results) -> None:
+    from ..conformance.judge import BAD, PASS, UNSUPPORTED
+    from ..conformance.report import counted
+
+    for outcome in results.bad[:_SHOWN]:
+        words = "passes, though a failure was expected" if outcome.known else outcome.verdict.words
+        print(f"{outcome.verdict.outcome}: {outcome.role}: {outcome.case.id}")
+        print(f"    {outcome.case.description}; {words}")
+    if len(results.bad) > _SHOWN:
+        print(f"... and {len(results.bad) - _SHOWN} more; --json, --junit or --html list all")
+    columns = (PASS, UNSUPPORTED, *BAD)
+    rows = []
+    for role in dict.fromkeys(outcome.role for outcome in results.outcomes):
+        counts = counted(outcome for outcome in results.outcomes if outcome.role == role)
+        rows.append([role, *(str(counts[word]) for word in columns)])
+    show_table(["role", *columns], rows)
+    print(f"{len(results.outcomes)} questions in {results.seconds:.1f} s")

@@ -1,0 +1,178 @@
+"""Programs under test, behind one protocol (`conformance/README.md`): a line in, a line of JSON out.
+
+A driver that serves is started once for each set of limits and asked case after case. One that does not is
+started for each case, and its exit status counts: 0 accepted, 1 refused, 3 not supported.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
+from typing import Any, cast
+
+Json = dict[str, Any]
+_STATUS = {0: {"ok": True}, 1: {"ok": False}, 3: {"ok": False, "unsupported": True}}
+_MOST_ANSWER = 64 << 20
+
+
+class DriverFailure(Exception):
+    """A program gave no answer; ``kind`` is ``crash``, ``timeout`` or ``nonsense``."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(words)
+        self.kind = kind
+
+
+@dataclass
+class Driver:
+    """A program under test.
+
+    Attributes:
+        command: its words.
+        seconds: it may take for one answer.
+        megabytes: of address space that it may have; None for as much as there is (sanitizers need much).
+        serves: whether one process answers many questions.
+    """
+
+    command: Sequence[str]
+    seconds: float = 10.0
+    megabytes: int | None = None
+    serves: bool = True
+    _running: dict[tuple[str, ...], _Process] = field(default_factory=dict)
+
+    def ask(self, words: Sequence[str], limits: dict[str, int] | None = None) -> Json:
+        """The answer to one question.
+
+        Args:
+            words: of the question: ``hello``, ``validate FILE``, ``decode FILE FOLDER`` or
+                ``encode FOLDER FILE``.
+            limits: those that are not the defaults.
+
+        Raises:
+            DriverFailure: it crashed, took too long, or said what is no answer.
+        """
+        given = tuple(f"{name}={value}" for name, value in sorted((limits or {}).items()))
+        if not self.serves:
+            return self._ask_once([*self.command, *given, *words])
+        process = self._running.get(given)
+        if process is None:
+            process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)
+        try:
+            return process.ask("\t".join(words), self.seconds)
+        except DriverFailure:
+            self._running.pop(given).kill()
+            raise
+
+    def _ask_once(self, words: Sequence[str]) -> Json:
+        try:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=self.seconds,
+                check=False,
+                preexec_fn=_limiter(self.megabytes),
+            )
+        except subprocess.TimeoutExpired:
+            raise DriverFailure("timeout", f"no answer within {self.seconds} s") from None
+        if done.returncode not in _STATUS:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise DriverFailure("crash", f"exit status {done.returncode}: {' / '.join(said[-3:])}")
+        lines = done.stdout.strip().splitlines()
+        said_more = _parsed(lines[-1]) if lines and lines[-1].startswith(b"{") else {}
+        return {**said_more, **_STATUS[done.returncode]}
+
+    def close(self) -> None:
+        """Ends its processes."""
+        for process in self._running.values():
+            process.kill()
+        self._running.clear()
+
+
+class _Process:
+    """A process that serves."""
+
+    def __init__(self, command: Sequence[str], megabytes: int | None) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_limiter(megabytes),
+        )
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._said, self._errors = b"", b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ, "answer")
+        self._selector.register(self._process.stderr, selectors.EVENT_READ, "errors")
+
+    def ask(self, line: str, seconds: float) -> Json:
+        """The answer to a line."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._crash() from None
+        until = time.monotonic() + seconds
+        while b"\n" not in self._said:
+            ready = self._selector.select(max(until - time.monotonic(), 0))
+            if not ready:
+                raise DriverFailure("timeout", f"no answer within {seconds} s")
+            for key, _ in ready:
+                self._take(key)
+        answer, _, self._said = self._said.partition(b"\n")
+        return _parsed(answer)
+
+    def _take(self, key: selectors.SelectorKey) -> None:
+        """Reads what there is of an answer, or of messages, of which the last are kept."""
+        piece = cast(BufferedReader, key.fileobj).read1(1 << 16)
+        if key.data == "errors":
+            self._errors = (self._errors + piece)[-4096:]
+            if not piece:
+                self._selector.unregister(key.fileobj)
+            return
+        if not piece:
+            raise self._crash()
+        self._said += piece
+        if len(self._said) > _MOST_ANSWER:
+            raise DriverFailure("nonsense", "an answer that does not end")
+
+    def _crash(self) -> DriverFailure:
+        self._process.kill()
+        _, errors = self._process.communicate()
+        words = (self._errors + errors).decode(errors="replace").strip().splitlines()
+        return DriverFailure(
+            "crash", f"ended with status {self._process.returncode}: {' / '.join(words[-3:])}"
+        )
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._selector.close()
+        self._process.kill()
+        self._process.communicate()
+
+
+def _parsed(line: bytes) -> Json:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise DriverFailure("nonsense", f"an answer that is no JSON: {line[:80]!r}") from None
+    if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
+        raise DriverFailure("nonsense", f"an answer without a truth value `ok`: {line[:80]!r}")
+    return answer
+
+
+def _limiter(megabytes: int | None) -> Callable[[], None] | None:
+    """What a new process calls to bound its memory."""
+    if megabytes is None:
+        return None
+    most = megabytes << 20
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -1,0 +1,118 @@
+"""Answers to verdicts: what a program said of a case, held against what the manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .suite import Case, Contents
+
+Json = dict[str, Any]
+
+PASS, FAIL, WRONG_CODE, UNSUPPORTED = "pass", "fail", "wrong code", "unsupported"
+CRASH, TIMEOUT, NONSENSE = "crash", "timeout", "nonsense"
+# What a run may not have, worst first.
+BAD = (CRASH, TIMEOUT, NONSENSE, FAIL, WRONG_CODE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a case.
+
+    Attributes:
+        outcome: one of the words above.
+        words: why, where it is not `pass`.
+        notes: what was right but could be better, such as a clause that was not named.
+    """
+
+    outcome: str
+    words: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def judge_answer(case: Case, answer: Json) -> Verdict:
+    """The verdict on accepting or refusing, for decoders and validators alike."""
+    if answer.get("unsupported"):
+        return Verdict(UNSUPPORTED, str(answer.get("detail", "")))
+    if answer["ok"]:
+        if not case.accepted:
+            fault = case.faults[0]
+            return Verdict(FAIL, f"accepted; must be refused by {fault['clause']} with {fault['error']}")
+        return Verdict(PASS)
+    said = answer.get("error")
+    if not case.faults:
+        return Verdict(FAIL, f"refused with {said} ({answer.get('clause')}); must be accepted")
+    allowed = [fault for fault in case.faults if fault["error"] == said]
+    if not allowed:
+        wanted = " or ".join(sorted({fault["error"] for fault in case.faults}))
+        return Verdict(WRONG_CODE, f"refused with {said}; {wanted} is the code")
+    return Verdict(PASS, notes=tuple(_notes(allowed, answer)))
+
+
+def _notes(allowed: list[Json], answer: Json) -> list[str]:
+    """What R-STR-002 says that an error should name."""
+    notes = []
+    fault = allowed[0]
+    if answer.get("clause") not in {fault["clause"] for fault in allowed}:
+        notes.append(f"names the clause {answer.get('clause')}, not {fault['clause']}")
+    if answer.get("tensor") != fault.get("tensor"):
+        notes.append(f"names the tensor {answer.get('tensor')!r}, not {fault.get('tensor')!r}")
+    offset = answer.get("offset")
+    if not (isinstance(offset, int) and fault["offset"][0] <= offset <= fault["offset"][1]):
+        notes.append(f"names the offset {offset}, not one from {fault['offset'][0]} to {fault['offset'][1]}")
+    return notes
+
+
+def judge_canonical(case: Case, answer: Json) -> Verdict:
+    """As `judge_answer`, for a validator: it must also tell whether the file is canonical (R-CAN-001)."""
+    verdict = judge_answer(case, answer)
+    if verdict.outcome != PASS or not answer["ok"] or "canonical" not in case.expect:
+        return verdict
+    if "canonical" not in answer:
+        return Verdict(PASS, notes=("does not say whether the file is canonical",))
+    if answer["canonical"] != case.expect["canonical"]:
+        by = ", ".join(case.expect.get("not_canonical_by", ()))
+        words = f"is not canonical, by {by}" if by else "is canonical"
+        return Verdict(FAIL, f"says canonical: {answer['canonical']}; the file {words}")
+    return verdict
+
+
+def judge_contents(case: Case, answer: Json, written: Callable[[str], bytes | None]) -> Verdict:
+    """As `judge_answer`, for a decoder: contents count, bit by bit.
+
+    Args:
+        written: what the program wrote under a name in its folder, None where there is nothing.
+    """
+    verdict = judge_answer(case, answer)
+    if verdict.outcome != PASS or not answer["ok"]:
+        return verdict
+    wrong = _difference(case.contents, answer, written)
+    return verdict if wrong is None else Verdict(FAIL, wrong)
+
+
+def _difference(contents: Contents, answer: Json, written: Callable[[str], bytes | None]) -> str | None:
+    """What is not as it must be, or None."""
+    tensors = answer.get("tensors")
+    if not isinstance(tensors, list) or len(tensors) != len(contents.tensors):
+        return f"the answer's `tensors` does not list the {len(contents.tensors)} tensors"
+    for number, (said, expected) in enumerate(zip(tensors, contents.tensors, strict=True)):
+        for key in ("name", "dtype", "shape"):
+            if said.get(key) != expected[key]:
+                return f"tensor {number}: {key} is {said.get(key)!r}, must be {expected[key]!r}"
+        for what, suffix in (("values", ".bin"), ("mask", ".mask.bin"), ("importance", ".importance.bin")):
+            if what not in expected:
+                continue
+            found, wanted = written(f"{number}{suffix}"), contents.array(expected[what])
+            if found is None:
+                return f"tensor {expected['name']!r}: {number}{suffix} was not written"
+            if found != wanted:
+                return f"tensor {expected['name']!r}: {what} differ, {_where(found, wanted)}"
+    return None
+
+
+def _where(found: bytes, wanted: bytes) -> str:
+    if len(found) != len(wanted):
+        return f"{len(found)} bytes instead of {len(wanted)}"
+    at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
+    return f"first at byte {at}: {found[at : at + 8].hex()} instead of {wanted[at : at + 8].hex()}"
