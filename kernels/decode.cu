@@ -1,0 +1,115 @@
+// The kernels: each finds its place and leaves the work to the functions of the other files.
+//
+// A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
+// IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
+#include "dense.cuh"
+
+static const u32 WARPS = 4, THREADS = WARPS * WARP;
+static const u32 IDLE = 0xFFFFFFFFu;
+
+struct Part {
+    u32 job;
+    u32 group;  // of 32 segments of the job's run
+};
+
+// A code whose look-up table is to be filled.
+struct Code {
+    u64 recipe;  // offset
+    u32 stream, code;
+};
+
+// One block a code.
+extern "C" __global__ void fill_tables(u8 *bytes, const Code *codes) {
+    const Code &own = codes[blockIdx.x];
+    const Stream &stream = ((const Recipe *)(bytes + own.recipe))->streams[own.stream];
+    const u16 *lengths = (const u16 *)(bytes + stream.lengths) + 16 * own.code;
+    const u16 *symbols = (const u16 *)(bytes + stream.symbols) + 256 * own.code;
+    u32 *entries = (u32 *)(bytes + stream.entries) + ((u64)own.code << stream.bits);
+    for (u32 window = threadIdx.x; window < 1u << stream.bits; window += blockDim.x) {
+        entries[window] = fill_entry(lengths, symbols, stream.bits, window);
+    }
+}
+
+// One warp a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
+extern "C" __global__ void index_chunks(const u8 *bytes, const Job *jobs, u32 count, u32 *index, u32 *status) {
+    u32 number = blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (number >= count) return;
+    const Job &job = jobs[number];
+    const Recipe &recipe = *(const Recipe *)(bytes + job.recipe);
+    u32 wrong = index_chunk(recipe, job, threadIdx.x % WARP, index);
+    if (wrong) atomicOr(&status[number], wrong);
+}
+
+// The error word of each segment of a warp, and what they say of its job.
+__device__ inline void report(const Job &job, u32 s, u32 wrong, u32 *errors, u32 *status) {
+    if (s < job.stop) errors[job.errors + (s - job.first)] = wrong;
+    if (wrong) atomicOr(status, wrong);
+}
+
+__device__ inline Warp warp_of(const u8 *bytes, const Job *jobs, Part part) {
+    const Job &job = jobs[part.job];
+    Warp warp = {(const Recipe *)(bytes + job.recipe), &job, job.first + WARP * part.group};
+    return warp;
+}
+
+// Whether nothing of a job matters any more; the same for all lanes, though other warps write the word.
+__device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status != 0); }
+
+template <u32 ITEM, bool PLAIN>
+__device__ inline void run_any(
+    const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(bytes, jobs, part);
+    u32 wrong = decode_any<ITEM, PLAIN>(bytes, warp, index, tiles[own], lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+template <u32 ITEM, u32 WIDTH, Tables TABLES>
+__device__ inline void run_dense(
+    const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    __shared__ u32 table[table_words(TABLES)];
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    Warp first = warp_of(bytes, jobs, parts[blockIdx.x * WARPS]);
+    fill_short<TABLES>(bytes, first.recipe->streams[FINGERPRINTS], (u16 *)table, threadIdx.x, THREADS);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(bytes, jobs, part);
+    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(bytes, warp, index, tiles[own], (u16 *)table, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+#define KERNEL(NAME, BODY)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                               \
+        const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors             \
+    ) {                                                                                                       \
+        BODY(bytes, jobs, parts, index, status, errors);                                                      \
+    }
+
+// Any tensor, by bytes a weight.
+KERNEL(any_1, (run_any<1, false>))
+KERNEL(any_2, (run_any<2, false>))
+KERNEL(any_4, (run_any<4, false>))
+KERNEL(any_8, (run_any<8, false>))
+// Tensors without a multiplier and without a scale of rows, columns or groups.
+KERNEL(plain_1, (run_any<1, true>))
+KERNEL(plain_2, (run_any<2, true>))
+KERNEL(plain_4, (run_any<4, true>))
+KERNEL(plain_8, (run_any<8, true>))
+// Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code of at most 8 bits, of more, or
+// with several codes.
+KERNEL(dense_2_8_short, (run_dense<2, 8, ONE_SHORT>))
+KERNEL(dense_2_8_long, (run_dense<2, 8, ONE_LONG>))
+KERNEL(dense_2_8_codes, (run_dense<2, 8, SEVERAL>))
+KERNEL(dense_4_24_short, (run_dense<4, 24, ONE_SHORT>))
+KERNEL(dense_4_24_long, (run_dense<4, 24, ONE_LONG>))
+KERNEL(dense_4_24_codes, (run_dense<4, 24, SEVERAL>))
+KERNEL(dense_1_0_codes, (run_dense<1, 0, SEVERAL>))
+KERNEL(dense_2_0_codes, (run_dense<2, 0, SEVERAL>))
+KERNEL(dense_4_0_codes, (run_dense<4, 0, SEVERAL>))

@@ -1,0 +1,169 @@
+// The kernels on the host: a library with a C interface, built and called by kernels/shim.py.
+#include <cstdlib>
+#include <ucontext.h>
+#include <vector>
+
+#include "host.h"
+#include "decode.cu"
+
+Dim threadIdx, blockIdx, blockDim;
+
+namespace {
+
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+const size_t STACK = 1 << 18;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    unsigned parity;  // of the mailbox that the next exchange uses
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+unsigned current, threads;
+unsigned long long mailboxes[2][1024];
+void (*body)(void *const *);
+void *const *arguments;
+
+void run_body() {
+    body(arguments);
+    fibers[current].state = DONE;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+void wait_as(State state) {
+    fibers[current].state = state;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Lets those go on whose companions have all arrived. A thread that is done is not waited for by its block.
+void release() {
+    bool all = true;
+    for (unsigned t = 0; t < threads; t++) all &= fibers[t].state == AT_BLOCK || fibers[t].state == DONE;
+    for (unsigned warp = 0; warp < threads; warp += 32) {
+        bool whole = true;
+        for (unsigned t = warp; t < warp + 32 && t < threads; t++) whole &= fibers[t].state == AT_WARP;
+        for (unsigned t = warp; t < warp + 32 && t < threads; t++) {
+            if (whole || (all && fibers[t].state == AT_BLOCK)) fibers[t].state = READY;
+        }
+    }
+}
+
+// Runs one block; false where some threads wait for others that never come. Backwards: the last thread first.
+bool run_block(bool backwards) {
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber &fiber = fibers[t];
+        fiber.state = READY;
+        fiber.parity = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_body, 0);
+    }
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (unsigned i = 0; i < threads; i++) {
+            current = backwards ? threads - 1 - i : i;
+            if (fibers[current].state != READY) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &fibers[current].context);
+            moved = true;
+        }
+        release();
+    }
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state != DONE) return false;
+    }
+    return true;
+}
+
+template <class T> T argument(void *const *arguments, int i) { return *(T *)arguments[i]; }
+
+struct Kernel {
+    const char *name;
+    void (*body)(void *const *);
+};
+
+#define DECODING(NAME)                                                                                        \
+    {#NAME, [](void *const *a) {                                                                              \
+         NAME(argument<const u8 *>(a, 0), argument<const Job *>(a, 1), argument<const Part *>(a, 2),          \
+              argument<u32 *>(a, 3), argument<u32 *>(a, 4), argument<u32 *>(a, 5));                           \
+     }}
+
+const Kernel KERNELS[] = {
+    {"fill_tables",
+     [](void *const *a) { fill_tables(argument<u8 *>(a, 0), argument<const Code *>(a, 1)); }},
+    {"index_chunks",
+     [](void *const *a) {
+         index_chunks(argument<const u8 *>(a, 0), argument<const Job *>(a, 1), argument<u32>(a, 2),
+                      argument<u32 *>(a, 3), argument<u32 *>(a, 4));
+     }},
+    DECODING(any_1),
+    DECODING(any_2),
+    DECODING(any_4),
+    DECODING(any_8),
+    DECODING(plain_1),
+    DECODING(plain_2),
+    DECODING(plain_4),
+    DECODING(plain_8),
+    DECODING(dense_2_8_short),
+    DECODING(dense_2_8_long),
+    DECODING(dense_2_8_codes),
+    DECODING(dense_4_24_short),
+    DECODING(dense_4_24_long),
+    DECODING(dense_4_24_codes),
+    DECODING(dense_1_0_codes),
+    DECODING(dense_2_0_codes),
+    DECODING(dense_4_0_codes),
+};
+
+}  // namespace
+
+void wait_for_warp() { wait_as(AT_WARP); }
+void wait_for_block() { wait_as(AT_BLOCK); }
+
+unsigned long long *exchange(unsigned long long value) {
+    unsigned long long *box = mailboxes[fibers[current].parity ^= 1];
+    box[current] = value;
+    unsigned warp = current / 32 * 32;
+    wait_as(AT_WARP);
+    return box + warp;
+}
+
+// Runs a kernel; 0, or 1 where there is none of that name, or 2 where a barrier is not met by all.
+//
+// Args: an address for each argument. Not for several threads at once.
+extern "C" int launch(const char *name, unsigned blocks, unsigned block, int backwards, void *const *args) {
+    for (const Kernel &kernel : KERNELS) {
+        if (strcmp(kernel.name, name) != 0) continue;
+        body = kernel.body;
+        arguments = args;
+        threads = block;
+        blockDim.x = block;
+        while (fibers.size() < block) {
+            fibers.emplace_back();
+            fibers.back().stack.resize(STACK);
+        }
+        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+            if (!run_block(backwards)) return 2;
+        }
+        return 0;
+    }
+    return 1;
+}
+
+// Bytes of the records, to be compared with sfpformat/engines/cuda/layout.py.
+extern "C" void record_sizes(unsigned *sizes) {
+    sizes[0] = sizeof(Stream);
+    sizes[1] = sizeof(Recipe);
+    sizes[2] = sizeof(Job);
+    sizes[3] = sizeof(Part);
+    sizes[4] = sizeof(Code);
+}
+
+// As `rounded` and `widened` of values.cuh, for tests of all patterns.
+extern "C" unsigned round_number(float number, unsigned dtype) { return rounded(number, dtype); }
+extern "C" float widen_pattern(unsigned pattern, unsigned dtype) { return widened(pattern, dtype); }
