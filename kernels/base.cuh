@@ -11,7 +11,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define ALL_LANES 0xFFFFFFFFu
-static const u32 WARP = 32;
+static const u32 WARP = 32, WARPS = 4, THREADS = WARPS * WARP;  // lanes a warp, warps and threads a block
 
 // What is wrong with a segment, or with the chunk that it is in; 0 where nothing is. An error word says that the
 // weights mean nothing and that the reference has to judge; it does not say which clause is broken.

@@ -4,7 +4,6 @@
 // IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
 #include "dense.cuh"
 
-static const u32 WARPS = 4, THREADS = WARPS * WARP;
 static const u32 IDLE = 0xFFFFFFFFu;
 
 struct Part {
@@ -14,14 +13,15 @@ struct Part {
 
 // A code whose look-up table is to be filled.
 struct Code {
-    u64 recipe;  // offset
+    u64 recipe;  // address
     u32 stream, code;
 };
 
 // One block a code.
-extern "C" __global__ void fill_tables(u8 *bytes, const Code *codes) {
+extern "C" __global__ void fill_tables(const Code *codes) {
     const Code &own = codes[blockIdx.x];
-    const Stream &stream = ((const Recipe *)(bytes + own.recipe))->streams[own.stream];
+    u8 *bytes = (u8 *)own.recipe;
+    const Stream &stream = ((const Recipe *)bytes)->streams[own.stream];
     const u16 *lengths = (const u16 *)(bytes + stream.lengths) + 16 * own.code;
     const u16 *symbols = (const u16 *)(bytes + stream.symbols) + 256 * own.code;
     u32 *entries = (u32 *)(bytes + stream.entries) + ((u64)own.code << stream.bits);
@@ -31,12 +31,11 @@ extern "C" __global__ void fill_tables(u8 *bytes, const Code *codes) {
 }
 
 // One warp a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
-extern "C" __global__ void index_chunks(const u8 *bytes, const Job *jobs, u32 count, u32 *index, u32 *status) {
+extern "C" __global__ void index_chunks(const Job *jobs, u32 count, u32 *index, u32 *status) {
     u32 number = blockIdx.x * WARPS + threadIdx.x / WARP;
     if (number >= count) return;
     const Job &job = jobs[number];
-    const Recipe &recipe = *(const Recipe *)(bytes + job.recipe);
-    u32 wrong = index_chunk(recipe, job, threadIdx.x % WARP, index);
+    u32 wrong = index_chunk(*(const Recipe *)job.recipe, job, threadIdx.x % WARP, index);
     if (wrong) atomicOr(&status[number], wrong);
 }
 
@@ -46,9 +45,9 @@ __device__ inline void report(const Job &job, u32 s, u32 wrong, u32 *errors, u32
     if (wrong) atomicOr(status, wrong);
 }
 
-__device__ inline Warp warp_of(const u8 *bytes, const Job *jobs, Part part) {
+__device__ inline Warp warp_of(const Job *jobs, Part part) {
     const Job &job = jobs[part.job];
-    Warp warp = {(const Recipe *)(bytes + job.recipe), &job, job.first + WARP * part.group};
+    Warp warp = {(const Recipe *)job.recipe, &job, job.first + WARP * part.group};
     return warp;
 }
 
@@ -57,39 +56,39 @@ __device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status
 
 template <u32 ITEM, bool PLAIN>
 __device__ inline void run_any(
-    const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
-    Warp warp = warp_of(bytes, jobs, part);
-    u32 wrong = decode_any<ITEM, PLAIN>(bytes, warp, index, tiles[own], lane);
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_any<ITEM, PLAIN>(warp, index, tiles[own], lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
 template <u32 ITEM, u32 WIDTH, Tables TABLES>
 __device__ inline void run_dense(
-    const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
     __shared__ u32 table[table_words(TABLES)];
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    Warp first = warp_of(bytes, jobs, parts[blockIdx.x * WARPS]);
-    fill_short<TABLES>(bytes, first.recipe->streams[FINGERPRINTS], (u16 *)table, threadIdx.x, THREADS);
+    Warp first = warp_of(jobs, parts[blockIdx.x * WARPS]);
+    fill_short<TABLES>(first, (u16 *)table, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
-    Warp warp = warp_of(bytes, jobs, part);
-    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(bytes, warp, index, tiles[own], (u16 *)table, lane);
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(warp, index, tiles[own], (u16 *)table, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
 #define KERNEL(NAME, BODY)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                               \
-        const u8 *bytes, const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors             \
+        const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors                              \
     ) {                                                                                                       \
-        BODY(bytes, jobs, parts, index, status, errors);                                                      \
+        BODY(jobs, parts, index, status, errors);                                                             \
     }
 
 // Any tensor, by bytes a weight.

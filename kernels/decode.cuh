@@ -163,7 +163,8 @@ __device__ inline u32 close_segment(const Lane &lane, const Warp &warp, u32 *ind
 //
 // Args: tile, 32 rows.
 template <u32 ITEM, bool PLAIN>
-__device__ inline u32 decode_any(const u8 *bytes, const Warp &warp, u32 *index, u32 *tile, u32 lane_number) {
+__device__ inline u32 decode_any(const Warp &warp, u32 *index, u32 *tile, u32 lane_number) {
+    const u8 *bytes = (const u8 *)warp.recipe;
     Recipe recipe = *warp.recipe;
     if (PLAIN) recipe.multiplier = NO_MULTIPLIER;
     if (PLAIN && recipe.scale_by != NO_SCALE) recipe.scale_by = SCALE_TENSOR;

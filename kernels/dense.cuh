@@ -23,16 +23,18 @@ __device__ constexpr u32 table_words(Tables tables) { return tables == SEVERAL ?
 
 // Fills a block's first look-ups. All threads take part, and wait for one another after it.
 template <Tables TABLES>
-__device__ inline void fill_short(const u8 *bytes, const Stream &stream, u16 *table, u32 thread, u32 threads) {
+__device__ inline void fill_short(const Warp &warp, u16 *table, u32 thread) {
+    const u8 *bytes = (const u8 *)warp.recipe;
+    const Stream &stream = warp.recipe->streams[FINGERPRINTS];
     const u32 *entries = (const u32 *)(bytes + stream.entries);
     u32 window = (1u << stream.bits) - 1;
     if (TABLES == SEVERAL) {
-        for (u32 i = thread; i < stream.codes * SHORT_ENTRIES; i += threads) {
+        for (u32 i = thread; i < stream.codes * SHORT_ENTRIES; i += THREADS) {
             u32 code = i >> SHORT, bits = i & (SHORT_ENTRIES - 1) & window;
             table[i] = short_entry(entries[(code << stream.bits) + bits]);
         }
     } else {
-        for (u32 i = thread; i < SHORT_ENTRIES * WARP; i += threads) table[i] = short_entry(entries[i / WARP & window]);
+        for (u32 i = thread; i < SHORT_ENTRIES * WARP; i += THREADS) table[i] = short_entry(entries[i / WARP & window]);
     }
 }
 
@@ -104,7 +106,10 @@ __device__ inline void fill_dense(DenseLane &lane, u32 count, u32 *row) {
 }
 
 template <u32 WIDTH, Tables TABLES>
-__device__ inline DenseLane open_dense(const u8 *bytes, const Warp &warp, u32 *index, const u16 *table, u32 s, u32 lane_number) {
+__device__ inline DenseLane open_dense(
+    const Warp &warp, u32 *index, const u16 *table, u32 s, u32 lane_number
+) {
+    const u8 *bytes = (const u8 *)warp.recipe;
     const Stream &stream = warp.recipe->streams[FINGERPRINTS];
     u32 code_and_trim = stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, CODE_ROW)[s];
     u32 code = code_and_trim & 0xFFFF;
@@ -124,13 +129,13 @@ __device__ inline DenseLane open_dense(const u8 *bytes, const Warp &warp, u32 *i
 // Decodes the warp's segments. Returns each lane's error word. `tile`: 32 rows; `table`: filled by `fill_short`.
 template <u32 ITEM, u32 WIDTH, Tables TABLES>
 __device__ inline u32 decode_dense(
-    const u8 *bytes, const Warp &warp, u32 *index, u32 *tile, const u16 *table, u32 lane_number
+    const Warp &warp, u32 *index, u32 *tile, const u16 *table, u32 lane_number
 ) {
     u32 s = warp.first + lane_number, rows = positions_of(*warp.recipe, *warp.job, warp.first);
     bool there = s < warp.job->stop;
     u32 positions = there ? positions_of(*warp.recipe, *warp.job, s) : 0;
     DenseLane lane = {};
-    if (there) lane = open_dense<WIDTH, TABLES>(bytes, warp, index, table, s, lane_number);
+    if (there) lane = open_dense<WIDTH, TABLES>(warp, index, table, s, lane_number);
     for (u32 done = 0; done < rows; done += tile_positions(ITEM)) {
         if (positions > done) {
             u32 count = least(tile_positions(ITEM), positions - done);

@@ -89,17 +89,17 @@ struct Kernel {
 
 #define DECODING(NAME)                                                                                        \
     {#NAME, [](void *const *a) {                                                                              \
-         NAME(argument<const u8 *>(a, 0), argument<const Job *>(a, 1), argument<const Part *>(a, 2),          \
-              argument<u32 *>(a, 3), argument<u32 *>(a, 4), argument<u32 *>(a, 5));                           \
+         NAME(argument<const Job *>(a, 0), argument<const Part *>(a, 1), argument<u32 *>(a, 2),               \
+              argument<u32 *>(a, 3), argument<u32 *>(a, 4));                                                  \
      }}
 
 const Kernel KERNELS[] = {
     {"fill_tables",
-     [](void *const *a) { fill_tables(argument<u8 *>(a, 0), argument<const Code *>(a, 1)); }},
+     [](void *const *a) { fill_tables(argument<const Code *>(a, 0)); }},
     {"index_chunks",
      [](void *const *a) {
-         index_chunks(argument<const u8 *>(a, 0), argument<const Job *>(a, 1), argument<u32>(a, 2),
-                      argument<u32 *>(a, 3), argument<u32 *>(a, 4));
+         index_chunks(argument<const Job *>(a, 0), argument<u32>(a, 1), argument<u32 *>(a, 2),
+                      argument<u32 *>(a, 3));
      }},
     DECODING(any_1),
     DECODING(any_2),

@@ -1,7 +1,7 @@
 // What the kernels know of a tensor, a chunk and a code; sfpformat/engines/cuda/layout.py has the same records.
 //
-// Everything that belongs to tensors lies in one piece of memory, `bytes`; offsets into it were made by the host
-// from a directory that was checked, and are trusted. Offsets that follow from a chunk are not.
+// A recipe is the first of some bytes, which hold all that it points to; its offsets are from their beginning. They
+// were made by the host from a directory that was checked, and are trusted. Offsets that follow from a chunk are not.
 #pragma once
 #include "base.cuh"
 
@@ -64,7 +64,7 @@ struct Job {
     u64 data;    // address of the chunk, a multiple of 16
     u64 out;     // address of the run's weights, a multiple of 4
     u64 start;   // position in the tensor of the chunk's first
-    u64 recipe;  // offset
+    u64 recipe;  // address of the tensor's recipe
     u64 index;   // where its part of `index` begins: (1 + 3 × streams) rows of segments + 1
     u64 errors;  // where its part of `errors` begins: one word a segment of the run
     u32 length;  // bytes of the chunk
