@@ -115,7 +115,6 @@ const Kernel KERNELS[] = {
     DECODING(dense_4_24_short),
     DECODING(dense_4_24_long),
     DECODING(dense_4_24_codes),
-    DECODING(dense_1_0_codes),
     DECODING(dense_2_0_codes),
     DECODING(dense_4_0_codes),
 };

@@ -31,6 +31,7 @@ FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-
 FLAGS += ["-fno-strict-aliasing", "-fPIC", "-shared"]
 PLAIN = ["-O2"]
 CHECKED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+CHECKED += ["-Wno-clobbered"]
 # What a process must be started with to load a library with `CHECKED`.
 CHECKED_ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"}
 _ALIGNMENT = 256  # of memory, as CUDA gives it
@@ -95,13 +96,27 @@ class HostMemory:
 
 
 class _Block:
-    """Memory between guards."""
+    """Memory between guards, which are poisoned for the address sanitiser or looked at."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, poison: bool) -> None:
         raw = np.full(size + 2 * _GUARD + _ALIGNMENT, _PATTERN, np.uint8)
         start = -(raw.ctypes.data + _GUARD) % _ALIGNMENT + _GUARD
         self.memory = HostMemory(raw.ctypes.data + start, raw[start : start + size])
         self._guards = raw[start - _GUARD : start], raw[start + size : start + size + _GUARD]
+        self._poisoned = poison
+        if poison:
+            self._tell("__asan_poison_memory_region")
+
+    def _tell(self, function: str) -> None:
+        """Has the sanitiser do something with the guards."""
+        for guard in self._guards:
+            ctypes.CDLL(None)[function](ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
+
+    def close(self) -> None:
+        """Looks at the guards for the last time."""
+        if self._poisoned:
+            self._tell("__asan_unpoison_memory_region")
+        self.require_guards()
 
     def require_guards(self) -> None:
         """Raises AssertionError where something was written beside the memory."""
@@ -117,12 +132,14 @@ class HostDevice:
         launched: the kernels in the order of their launches.
     """
 
-    def __init__(self, library: Path | None = None, *, backwards: bool = False) -> None:
+    def __init__(self, library: Path | None = None, *, backwards: bool = False, poison: bool = False) -> None:
         """Loads the library, by default that of `build`.
 
         Args:
             backwards: whether the last thread of a block goes first.
+            poison: whether the address sanitiser is there and told of the guards.
         """
+        self._poison = poison
         self._library = load(library or build())
         self._backwards = backwards
         self._queue: list[Callable[[], object]] = []
@@ -131,7 +148,7 @@ class HostDevice:
 
     def allocate(self, size: int) -> HostMemory:
         """See `Device`."""
-        block = _Block(size)
+        block = _Block(size, self._poison)
         given = HostMemory(block.memory.address, block.memory.bytes)
         self._blocks[given.address] = block
         # Freeing joins the queue, as everything does.
@@ -140,7 +157,7 @@ class HostDevice:
         return given
 
     def _free(self, address: int) -> None:
-        self._blocks.pop(address).require_guards()
+        self._blocks.pop(address).close()
 
     pin = allocate
 

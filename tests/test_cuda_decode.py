@@ -115,7 +115,6 @@ KERNELS: dict[str, list[Made]] = {
     "dense_4_24_short": [(np.float32, Options(codes=1, code_limit=8, trim=False), 1.0)],
     "dense_4_24_long": [(np.float32, Options(codes=1, trim=False), 1.0)],
     "dense_4_24_codes": [(np.float32, Options(codes=3, trim=False), 1.0)],
-    "dense_1_0_codes": [(ml_dtypes.float8_e4m3fn, Options(coding="fingerprint", group=1), 1.0)],
     "dense_2_0_codes": [(np.float16, Options(), 1.0), (BF16, Options(mantissa_bits=1), 1.0)],
     "dense_4_0_codes": [(np.float32, Options(trim=True), 1.0)],
 }
@@ -140,7 +139,8 @@ def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
                 assert device.launched[-1] == kernel, (kernel, device.launched[-3:])
 
 
-def test_tensors_of_many_kinds_share_a_launch(judged: Judged) -> None:
+def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfpformat.reader.batches", lambda jobs, _: [jobs])
     tensors = {
         f"{kernel} {i}": spread_weights(dtype, density, 20 + i)
         for i, (kernel, cases) in enumerate(KERNELS.items())
@@ -234,8 +234,10 @@ def edges(dtype: Any) -> Any:
     every = np.arange(1 << (8 * width), dtype=f"u{width}").view(dtype).astype(np.float32)
     every = np.sort(every[np.isfinite(every)])
     between = ((every[1:].astype(np.float64) + every[:-1]) / 2).astype(np.float32)
-    points = np.concatenate([every, between, every * np.float32(1.0009), [np.inf, -np.inf, 1e38, 1e-45, -1e-45]])
-    return np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf)]).astype("f4")
+    far = np.array([np.inf, -np.inf, 1e38, -1e38, 1e-45, -1e-45, 0.0], np.float32)
+    points = np.concatenate([every, between, far])
+    with np.errstate(over="ignore"):
+        return np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf)])
 
 
 @pytest.mark.parametrize("name", NARROW)

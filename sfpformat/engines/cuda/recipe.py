@@ -246,7 +246,7 @@ def kernel_of(entry: TensorEntry) -> str:
         return f"any_{item}"
     as_it_is = isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype
     width = table.constant_width
-    dense = as_it_is and entry.mask is None and item <= 4 and table.group == 1 and width is not None
+    dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         return f"plain_{item}"
     assert isinstance(quantiser, Exact)

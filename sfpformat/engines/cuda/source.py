@@ -36,5 +36,4 @@ def source() -> str:
 def kernels() -> list[str]:
     """The names of the kernels."""
     text = source()
-    named = re.findall(r"__global__ void (\w+)\(", text) + re.findall(r"^KERNEL\((\w+),", text, re.MULTILINE)
-    return [name for name in named if name != "NAME"]
+    return re.findall(r"__global__ void ([a-z]\w+)\(", text) + re.findall(r"^KERNEL\((\w+),", text, re.MULTILINE)
