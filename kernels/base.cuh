@@ -55,20 +55,20 @@ __device__ inline u32 field_at(Chunk chunk, u64 bit, u32 width) {
 
 // A plane of one segment, read from its first bit on: LSB-first (R-CNV-002). A lane has one of its own.
 //
-//   memory   16 bytes, 16 bytes, …      a lane loads them for itself, always one load ahead of its need
-//   coming   the 16 bytes after those held
-//   held     `left` words, the next one in `a`
-//   buffer   `bits` bits, the next one lowest; 33 or more after `refill`
+//   memory   16 bytes, 16 bytes, …     a lane loads them for itself, ahead of its need
+//   coming   `left` words, the next one in `a`
+//   a b c d  the words that come before; `place` is the next bit of the chunk, and in `a`
 //
-// What lies past the chunk's end reads as zero. Reading past a segment's end is harmless, and found by `spent`.
+// So 32 bits are always at hand. What lies past the chunk's end reads as zero. Reading past a segment's end is
+// harmless, and shows in `place`.
 struct Reader {
     const Words *data;
     u32 count;  // of 16 bytes in the chunk
     u32 next;   // the 16 bytes to load next
-    Words coming, held;
+    u32 a, b, c, d;
+    Words coming;
     u32 left;
-    u64 buffer;
-    u32 bits;
+    u32 place;
 };
 
 __device__ inline Words load_words(Reader &r) {
@@ -78,23 +78,19 @@ __device__ inline Words load_words(Reader &r) {
     return words;
 }
 
-__device__ inline void refill(Reader &r) {
-    if (r.bits > 32) return;
-    r.buffer |= (u64)r.held.a << r.bits;
-    r.bits += 32;
-    r.held.a = r.held.b;
-    r.held.b = r.held.c;
-    r.held.c = r.held.d;
+// Goes on by a word.
+__device__ inline void advance(Reader &r) {
+    r.a = r.b;
+    r.b = r.c;
+    r.c = r.d;
+    r.d = r.coming.a;
+    r.coming.a = r.coming.b;
+    r.coming.b = r.coming.c;
+    r.coming.c = r.coming.d;
     if (--r.left == 0) {
-        r.held = r.coming;
-        r.left = 4;
         r.coming = load_words(r);
+        r.left = 4;
     }
-}
-
-__device__ inline void skip(Reader &r, u32 bits) {
-    r.buffer >>= bits;
-    r.bits -= bits;
 }
 
 __device__ inline Reader reader_at(Chunk chunk, u32 bit) {
@@ -102,29 +98,31 @@ __device__ inline Reader reader_at(Chunk chunk, u32 bit) {
     r.data = (const Words *)chunk.data;
     r.count = chunk.length >> 4;
     r.next = bit >> 7;
-    r.held = load_words(r);
+    Words first = load_words(r);
+    r.a = first.a;
+    r.b = first.b;
+    r.c = first.c;
+    r.d = first.d;
     r.coming = load_words(r);
     r.left = 4;
-    r.buffer = 0;
-    r.bits = 0;
-    for (u32 words = bit >> 5 & 3; words; words--) {
-        refill(r);
-        skip(r, 32);
-    }
-    refill(r);
-    skip(r, bit & 31);
+    r.place = bit;
+    for (u32 words = bit >> 5 & 3; words; words--) advance(r);
     return r;
 }
 
-// The bit of the chunk that comes next.
-__device__ inline u64 place_of(const Reader &r) {
-    return (u64)r.next * 128 - 128 - 32 * r.left - r.bits;
+// The next 32 bits, which stay.
+__device__ inline u32 peek(const Reader &r) { return __funnelshift_r(r.a, r.b, r.place); }
+
+// Goes on by at most 32 bits.
+__device__ inline void skip(Reader &r, u32 bits) {
+    u32 offset = (r.place & 31) + bits;
+    r.place += bits;
+    if (offset & 32) advance(r);
 }
 
 // The next `width` bits, at most 32.
 __device__ inline u32 take_word(Reader &r, u32 width) {
-    refill(r);
-    u32 value = (u32)r.buffer & (u32)(((u64)1 << width) - 1);
+    u32 value = peek(r) & (u32)(((u64)1 << width) - 1);
     skip(r, width);
     return value;
 }

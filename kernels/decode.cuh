@@ -39,18 +39,41 @@ struct Warp {
     u32 first;
 };
 
-// Writes out the tile's rows, which hold the positions from `done` on. All lanes take part; rows are complete.
+// Where a row of a tile goes: the positions from `done` on of the warp's segment number `row`.
+template <u32 ITEM> __device__ inline u8 *place_of_row(const Warp &warp, u32 done, u32 row) {
+    u64 segment = warp.first - warp.job->first + row;
+    return (u8 *)warp.job->out + (segment * warp.recipe->segment + done) * ITEM;
+}
+
+// Writes out a tile whose rows are all there and full: words of `columns` lanes side by side.
+template <u32 ITEM> __device__ inline void write_full_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
+    const u32 columns = tile_words(ITEM) < WARP ? tile_words(ITEM) : WARP, rows_at_once = WARP / columns;
+    u32 row = lane / columns, column = lane % columns, step = rows_at_once * warp.recipe->segment * ITEM / 4;
+    u32 *to = (u32 *)place_of_row<ITEM>(warp, done, row) + column;
+    const u32 *from = tile + row * row_words(ITEM) + column;
+#pragma unroll 8
+    for (u32 i = 0; i < columns; i++) {
+#pragma unroll
+        for (u32 word = 0; word < tile_words(ITEM); word += columns) to[word] = from[word];
+        to += step;
+        from += rows_at_once * row_words(ITEM);
+    }
+}
+
+// Writes out the rows of the warp's segments, which hold the positions from `done` on. All lanes take part.
 template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
-    const u32 rows_at_once = WARP / least(WARP, tile_words(ITEM));
-    u32 rows = least(WARP, warp.job->stop - warp.first), segment = warp.recipe->segment;
-    u32 part = lane / least(WARP, tile_words(ITEM)), column = lane % least(WARP, tile_words(ITEM));
-    u8 *out = (u8 *)warp.job->out + ((u64)(warp.first - warp.job->first) * segment + done) * ITEM;
-    for (u32 row = part; row < rows; row += rows_at_once) {
+    u32 rows = least(WARP, warp.job->stop - warp.first);
+    u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
+    if (rows == WARP && last >= done + tile_positions(ITEM)) {
+        write_full_tile<ITEM>(warp, tile, done, lane);
+        return;
+    }
+    for (u32 row = 0; row < rows; row++) {
         u32 positions = positions_of(*warp.recipe, *warp.job, warp.first + row);
         if (positions <= done) continue;
         u32 bytes = least(positions - done, tile_positions(ITEM)) * ITEM;
-        u8 *to = out + (u64)row * segment * ITEM;
-        for (u32 word = column; word < tile_words(ITEM); word += WARP) {
+        u8 *to = place_of_row<ITEM>(warp, done, row);
+        for (u32 word = lane; 4 * word < bytes; word += WARP) {
             u32 value = tile[row * row_words(ITEM) + word];
             if (4 * word + 4 <= bytes) {
                 *(u32 *)(to + 4 * word) = value;

@@ -46,6 +46,17 @@ inline void atomicOr(unsigned *word, unsigned bits) { *word |= bits; }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return (unsigned)((low | (unsigned long long)high << 32) >> (shift & 31));
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+    unsigned long long both = low | (unsigned long long)high << 32;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(both >> 8 * (chosen >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+
 template <class To, class From> inline To same_bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "of one size");
     To to;

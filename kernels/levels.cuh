@@ -41,8 +41,7 @@ __device__ inline u32 next_slot(Levels &levels) {
         levels.pending = NO_SLOT;
         return slot;
     }
-    refill(levels.prefix);
-    u32 entry = levels.entries[(u32)levels.prefix.buffer & levels.window];
+    u32 entry = levels.entries[peek(levels.prefix) & levels.window];
     skip(levels.prefix, entry >> 16 & 15);
     if (levels.pairs) levels.pending = entry >> 8 & 255;
     return entry & 255;
@@ -60,8 +59,8 @@ __device__ inline u64 next_level(Levels &levels) {
 // What is wrong with the end of a segment's levels; the planes' ends are bits from the chunk's first.
 __device__ inline u32 wrong_end(const Levels &levels, u32 prefix_end, u32 residual_end) {
     u32 wrong = 0;
-    if (levels.window && place_of(levels.prefix) != prefix_end) wrong |= WRONG_END;
-    if (place_of(levels.residual) != residual_end) wrong |= WRONG_END;
+    if (levels.window && levels.prefix.place != prefix_end) wrong |= WRONG_END;
+    if (levels.residual.place != residual_end) wrong |= WRONG_END;
     if (levels.pending != NO_SLOT && levels.pending != 0) wrong |= WRONG_PAIR;
     return wrong;
 }
