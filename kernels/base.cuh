@@ -11,17 +11,19 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define ALL_LANES 0xFFFFFFFFu
-static const u32 WARP = 32, WARPS = 4, THREADS = WARPS * WARP;  // lanes a warp, warps and threads a block
+enum : u32 { WARP = 32, WARPS = 4, THREADS = WARPS * WARP };  // lanes a warp, warps and threads a block
 
 // What is wrong with a segment, or with the chunk that it is in; 0 where nothing is. An error word says that the
 // weights mean nothing and that the reference has to judge; it does not say which clause is broken.
-static const u32 WRONG_HEADER = 1;    // header or index fields (SPEC.md 15.2)
-static const u32 WRONG_LAYOUT = 2;    // parts that do not fit the chunk (SPEC.md 15.1)
-static const u32 WRONG_PADDING = 4;   // bits that must be zero
-static const u32 WRONG_END = 8;       // a segment that ends elsewhere than the index says (R-PLN-003)
-static const u32 WRONG_MASK = 16;     // R-MSK-004 to R-MSK-006
-static const u32 WRONG_PAIR = 32;     // the second class of a last symbol (R-PLN-002)
-static const u32 NOT_FOR_THIS = 64;   // a chunk whose bits cannot be counted in 32 bits
+enum : u32 {
+    WRONG_HEADER = 1,   // header or index fields (SPEC.md 15.2)
+    WRONG_LAYOUT = 2,   // parts that do not fit the chunk (SPEC.md 15.1)
+    WRONG_PADDING = 4,  // bits that must be zero
+    WRONG_END = 8,      // a segment that ends elsewhere than the index says (R-PLN-003)
+    WRONG_MASK = 16,    // R-MSK-004 to R-MSK-006
+    WRONG_PAIR = 32,    // the second class of a last symbol (R-PLN-002)
+    NOT_FOR_THIS = 64   // a chunk whose bits cannot be counted in 32 bits
+};
 
 // 16 bytes, loaded by one instruction.
 struct alignas(16) Words {

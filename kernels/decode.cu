@@ -4,7 +4,7 @@
 // IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
 #include "dense.cuh"
 
-static const u32 IDLE = 0xFFFFFFFFu;
+enum : u32 { IDLE = 0xFFFFFFFF };
 
 struct Part {
     u32 job;
@@ -84,30 +84,30 @@ __device__ inline void run_dense(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
-#define KERNEL(NAME, BODY)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                               \
+#define KERNEL(NAME, BLOCKS, BODY)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
         const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors                              \
     ) {                                                                                                       \
         BODY(jobs, parts, index, status, errors);                                                             \
     }
 
-// Any tensor, by bytes a weight.
-KERNEL(any_1, (run_any<1, false>))
-KERNEL(any_2, (run_any<2, false>))
-KERNEL(any_4, (run_any<4, false>))
-KERNEL(any_8, (run_any<8, false>))
+// Any tensor, by bytes a weight. The second number is how many blocks a multiprocessor is to have at least.
+KERNEL(any_1, 2, (run_any<1, false>))
+KERNEL(any_2, 2, (run_any<2, false>))
+KERNEL(any_4, 2, (run_any<4, false>))
+KERNEL(any_8, 2, (run_any<8, false>))
 // Tensors without a multiplier and without a scale of rows, columns or groups.
-KERNEL(plain_1, (run_any<1, true>))
-KERNEL(plain_2, (run_any<2, true>))
-KERNEL(plain_4, (run_any<4, true>))
-KERNEL(plain_8, (run_any<8, true>))
+KERNEL(plain_1, 3, (run_any<1, true>))
+KERNEL(plain_2, 3, (run_any<2, true>))
+KERNEL(plain_4, 3, (run_any<4, true>))
+KERNEL(plain_8, 3, (run_any<8, true>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code of at most 8 bits, of more, or
 // with several codes.
-KERNEL(dense_2_8_short, (run_dense<2, 8, ONE_SHORT>))
-KERNEL(dense_2_8_long, (run_dense<2, 8, ONE_LONG>))
-KERNEL(dense_2_8_codes, (run_dense<2, 8, SEVERAL>))
-KERNEL(dense_4_24_short, (run_dense<4, 24, ONE_SHORT>))
-KERNEL(dense_4_24_long, (run_dense<4, 24, ONE_LONG>))
-KERNEL(dense_4_24_codes, (run_dense<4, 24, SEVERAL>))
-KERNEL(dense_2_0_codes, (run_dense<2, 0, SEVERAL>))
-KERNEL(dense_4_0_codes, (run_dense<4, 0, SEVERAL>))
+KERNEL(dense_2_8_short, 6, (run_dense<2, 8, ONE_SHORT>))
+KERNEL(dense_2_8_long, 6, (run_dense<2, 8, ONE_LONG>))
+KERNEL(dense_2_8_codes, 6, (run_dense<2, 8, SEVERAL>))
+KERNEL(dense_4_24_short, 6, (run_dense<4, 24, ONE_SHORT>))
+KERNEL(dense_4_24_long, 6, (run_dense<4, 24, ONE_LONG>))
+KERNEL(dense_4_24_codes, 6, (run_dense<4, 24, SEVERAL>))
+KERNEL(dense_2_0_codes, 6, (run_dense<2, 0, SEVERAL>))
+KERNEL(dense_4_0_codes, 6, (run_dense<4, 0, SEVERAL>))

@@ -78,6 +78,7 @@ template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u3
             if (4 * word + 4 <= bytes) {
                 *(u32 *)(to + 4 * word) = value;
             } else {  // the end of a tensor
+#pragma unroll 1
                 for (u32 at = 4 * word; at < bytes; at++) to[at] = (u8)(value >> 8 * (at & 3));
             }
         }

@@ -9,8 +9,7 @@
 #pragma once
 #include "decode.cuh"
 
-static const u32 SHORT = 8;  // bits of the first look-up
-static const u32 SHORT_ENTRIES = 1u << SHORT;
+enum : u32 { SHORT = 8, SHORT_ENTRIES = 1u << SHORT };  // bits and entries of the first look-up
 
 // An entry of the first look-up: bits taken | slot << 8, or 0 for a longer codeword.
 __device__ inline u16 short_entry(u32 entry) {
@@ -23,14 +22,14 @@ enum Tables { ONE_SHORT, ONE_LONG, SEVERAL };
 
 // Words of shared memory that the first look-ups of a block take.
 __device__ constexpr u32 table_words(Tables tables) {
-    return (tables == SEVERAL ? 16 : WARP) * SHORT_ENTRIES / 2;
+    return (tables == SEVERAL ? 16 : (u32)WARP) * SHORT_ENTRIES / 2;
 }
 
 // Fills a block's first look-ups. All threads take part, and wait for one another after it.
 template <Tables TABLES> __device__ inline void fill_short(const Warp &warp, u16 *table, u32 thread) {
     const Stream &stream = warp.recipe->streams[FINGERPRINTS];
     const u32 *entries = (const u32 *)((const u8 *)warp.recipe + stream.entries);
-    u32 window = (1u << stream.bits) - 1, count = (TABLES == SEVERAL ? stream.codes : WARP) * SHORT_ENTRIES;
+    u32 window = (1u << stream.bits) - 1, count = (TABLES == SEVERAL ? stream.codes : (u32)WARP) * SHORT_ENTRIES;
     for (u32 i = thread; i < count; i += THREADS) {
         if (TABLES == SEVERAL) {
             table[i] = short_entry(entries[(i >> SHORT << stream.bits) + (i & (SHORT_ENTRIES - 1) & window)]);
@@ -174,5 +173,5 @@ __device__ inline u32 decode_dense(
     }
     // Residuals end where the index has it by their number and width.
     u32 end = there ? stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, PREFIX_ROW)[s + 1] : 0;
-    return there && lane.prefix.place != end ? WRONG_END : 0;
+    return there && lane.prefix.place != end ? (u32)WRONG_END : 0;
 }

@@ -3,10 +3,9 @@
 #pragma once
 #include "recipe.cuh"
 
-static const u32 QUANTITY_BYTES = 8, MAX_INDEX_WIDTH = 32, PART = 16, TAIL = 16, CHUNK_UNIT = 64;
-static const u32 MAX_QUANTITIES = 13;
+enum : u32 { QUANTITY_BYTES = 8, MAX_INDEX_WIDTH = 32, PART = 16, TAIL = 16, CHUNK_UNIT = 64, MAX_QUANTITIES = 13 };
 // Bit offsets of a chunk are u32.
-static const u32 MAX_CHUNK = 1u << 29;
+enum : u32 { MAX_CHUNK = 1u << 29 };
 
 __device__ inline u64 aligned(u64 x, u64 k) { return (x + k - 1) / k * k; }
 
@@ -33,13 +32,16 @@ __device__ inline bool some_bit(Chunk chunk, u64 start, u64 stop, u32 lane) {
 
 // The quantities of a tensor's index, those that it has, by what they say: the survivors; then for each stream
 // code, trim, prefix bits and residual bits.
-static const u32 ABSENT = 0xFFFFFFFFu;
+enum : u32 { ABSENT = 0xFFFFFFFF };
 struct Places {
     u32 number[MAX_QUANTITIES];  // which of the quantities present, or ABSENT
     u32 count;
 };
 
-__device__ inline u32 number_if(bool there, Places &places) { return there ? places.count++ : ABSENT; }
+__device__ inline u32 number_if(bool there, Places &places) {
+    if (!there) return ABSENT;
+    return places.count++;
+}
 
 __device__ inline Places places_of(const Recipe &recipe) {
     Places places;

@@ -13,7 +13,7 @@ struct Levels {
     u32 differing, constant, trim;
 };
 
-static const u32 NO_SLOT = 0xFFFFFFFFu;
+enum : u32 { NO_SLOT = 0xFFFFFFFF };
 
 __device__ inline Levels levels_at(
     const u8 *bytes, const Stream &stream, Chunk chunk, u32 prefix, u32 residual, u32 code_and_trim

@@ -2,7 +2,7 @@
 #pragma once
 #include "levels.cuh"
 
-static const u32 NEVER = 0xFFFFFFFFu;
+enum : u32 { NEVER = 0xFFFFFFFF };
 
 struct Mask {
     Levels levels;

@@ -5,16 +5,16 @@
 #pragma once
 #include "base.cuh"
 
-static const u32 MASK = 0, FINGERPRINTS = 1, IMPORTANCE = 2, STREAMS = 3;
+enum : u32 { MASK, FINGERPRINTS, IMPORTANCE, STREAMS };
 
 // How many levels of a stream a segment has.
-static const u32 COUNT_POSITIONS = 0, COUNT_SURVIVORS = 1, COUNT_PRUNED = 2, COUNT_OCTETS = 3;
-static const u32 NO_MASK = 0, OCTETS = 1, RUNS_OF_PRUNED = 2, RUNS_OF_SURVIVORS = 3;
-static const u32 EXACT = 0, UNIFORM = 1, TABLE = 2;
-static const u32 F64 = 0, F32 = 1, F16 = 2, BF16 = 3, F8_E4M3 = 4, F8_E5M2 = 5;
+enum : u32 { COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS };
+enum : u32 { NO_MASK, OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS };
+enum : u32 { EXACT, UNIFORM, TABLE };
+enum : u32 { F64, F32, F16, BF16, F8_E4M3, F8_E5M2 };
 // What the number of a scale factor is: 0, position div unit, position mod unit.
-static const u32 NO_SCALE = 0, SCALE_TENSOR = 1, SCALE_QUOTIENT = 2, SCALE_REMAINDER = 3;
-static const u32 NO_MULTIPLIER = 0, OF_SURVIVORS = 1, OF_POSITIONS = 2, OF_FACTORS = 3;
+enum : u32 { NO_SCALE, SCALE_TENSOR, SCALE_QUOTIENT, SCALE_REMAINDER };
+enum : u32 { NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, OF_FACTORS };
 
 // A stream. A *slot* is a byte that stands for a class: the class itself where there are at most 256, else its
 // place among those that are used.
@@ -88,8 +88,7 @@ __device__ inline Chunk chunk_of(const Job &job) {
 
 // Rows of a job's part of `index`: survivors; then for each stream of the tensor where each segment begins in its
 // planes, as bits from the chunk's first, the end last, and codes (low half) and trims (high half).
-static const u32 ROWS_A_STREAM = 3;
-static const u32 PREFIX_ROW = 0, RESIDUAL_ROW = 1, CODE_ROW = 2;
+enum : u32 { PREFIX_ROW, RESIDUAL_ROW, CODE_ROW, ROWS_A_STREAM };
 
 __device__ inline u32 *survivors_row(u32 *index, const Job &job) { return index + job.index; }
 
