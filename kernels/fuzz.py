@@ -1,8 +1,8 @@
-"""Damaged chunks to the kernels on the host: each must be judged as the reference judges it, and nothing else touched.
+"""Damaged chunks to the kernels on the host: each is judged as by the reference, and nothing else is touched.
 
-``python -m kernels.fuzz`` decodes 200,000 of them with address and undefined-behaviour sanitisers; every chunk, every
-output and every table lies in memory of its own whose surroundings are poisoned. Checksums are not compared: it is as
-if each had been mended.
+``python -m kernels.fuzz`` decodes 200,000 of them with address and undefined-behaviour sanitisers; every
+chunk, output and table lies in memory of its own whose surroundings are poisoned. Checksums are not compared:
+it is as if each had been mended.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INPUTS = 200_000
 _EXTREMES = (0, 1, 2, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
 
 
-# ---------------------------------------------------------------------------------------------- what is damaged
+# -------------------------------------------------------------------------------------------- what is damaged
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ __device__ inline Places places_of(const Recipe &recipe) {
 __device__ inline u32 read_header(Chunk chunk, u32 count, u32 segments, u32 lane, Quantity *quantities, u64 &end) {
     u64 pos = aligned((u64)QUANTITY_BYTES * count, PART);
     if (pos + TAIL > chunk.length) return WRONG_LAYOUT;
-    u32 wrong = some_bit(chunk, (u64)QUANTITY_BYTES * count * 8, pos, lane) ? WRONG_PADDING : 0;
+    u32 wrong = some_bit(chunk, (u64)QUANTITY_BYTES * count * 8, pos, lane) ? (u32)WRONG_PADDING : 0;
     for (u32 i = 0; i < count; i++) {
         u64 at = (u64)QUANTITY_BYTES * i;
         u32 second = word_at(chunk, at + 4);

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,7 @@ class HostDevice:
         given = HostMemory(block.memory.address, block.memory.bytes)
         self._blocks[given.address] = block
         # Freeing joins the queue, as everything does.
-        weakref.finalize(given, self._queue.append, lambda: self._free(given_address)).atexit = False
-        given_address = given.address
+        weakref.finalize(given, self._queue.append, partial(self._free, given.address)).atexit = False
         return given
 
     def _free(self, address: int) -> None:
@@ -176,7 +175,9 @@ class HostDevice:
         with _one_at_a_time:
             code = self._library.launch(kernel.encode(), blocks, layout.THREADS, self._backwards, pointers)
         if code:
-            raise RuntimeError(f"{kernel}: {'no such kernel' if code == 1 else 'a barrier that not all reach'}")
+            raise RuntimeError(
+                f"{kernel}: {'no such kernel' if code == 1 else 'a barrier that not all reach'}"
+            )
 
     def mark(self) -> HostMark:
         """See `Device`."""

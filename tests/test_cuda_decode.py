@@ -1,4 +1,4 @@
-"""The kernels, compiled for the host, against the reference: the same bits, the same faults, nothing beside memory."""
+"""The kernels, compiled for the host, against the reference: the same bits, the same faults."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import shim
 
 import sfpformat
+from kernels import shim
 from sfpformat import Options
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
@@ -171,7 +171,7 @@ def test_several_threads_each_have_a_queue() -> None:
     assert all(loaded[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
 
-# --------------------------------------------------------------------------------------------- the same faults
+# -------------------------------------------------------------------------------------------- the same faults
 
 
 @settings(max_examples=200)

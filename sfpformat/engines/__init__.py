@@ -16,7 +16,7 @@ from typing import cast
 from ..errors import EngineError
 from .interface import Engine, Run
 
-__all__ = ["Engine", "Run", "available", "get_engine", "require_name", "why_not"]
+__all__ = ["Engine", "Run", "available", "decodes_on_device", "get_engine", "require_name", "why_not"]
 
 ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
@@ -52,6 +52,16 @@ def require_name(name: str | None) -> None:
     reason = why_not(chosen)
     if reason is not None:
         raise EngineError(f"the engine {chosen!r} cannot be used: {reason}")
+
+
+def decodes_on_device(name: str | None) -> bool:
+    """Whether tensors for a CUDA device are decoded there: because it was asked for, or by ``"auto"``.
+
+    Args:
+        name: as in `get_engine`, checked by `require_name`.
+    """
+    chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
+    return chosen == "cuda" or (chosen == AUTO and why_not("cuda") is None)
 
 
 def get_engine(name: str | None = None, weights: int | None = None) -> Engine:

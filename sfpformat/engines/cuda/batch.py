@@ -1,7 +1,7 @@
-"""Many runs of segments of any chunks and tensors as one piece of work: one copy in, few launches, one word back.
+"""Many runs of segments of any chunks and tensors as one piece of work: a copy in, few launches, a word back.
 
-What is copied in, in this order: the chunks as they lie in the file, the jobs, the warps of each kernel, and a
-status word for each job, zero. What it takes on the device beside: the index and the error words.
+What is copied in, in this order: the chunks as they lie in the file, the jobs, the warps of each kernel, and
+for each job a status word, zero. What it takes on the device beside: the index and the error words.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def plan_batch(tasks: Sequence[Task]) -> Plan:
 
 
 def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
-    """The warps of each kernel; those of kernels with tables in shared memory begin a block with each tensor."""
+    """The warps of each kernel; where those of a block share tables, each tensor begins a new block."""
     lists: dict[str, list[NDArray[np.void]]] = {}
     counts: dict[str, int] = {}
     last: dict[str, int] = {}  # kernel -> the recipe that its last warp has
@@ -151,7 +151,7 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory) -> Running:
 
     Args:
         plan: its ``jobs`` get the addresses.
-        staging: at least ``plan.size`` bytes with the chunks in their places already (see `fill_chunks`), not to
+        staging: at least ``plan.size`` bytes, the chunks in their places already (see `fill_chunks`); not to
             be touched before the batch is done.
     """
     own = device.allocate(plan.size)

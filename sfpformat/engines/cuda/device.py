@@ -1,7 +1,7 @@
 """What decoding needs of a device: memory, copies, launches and marks, in one order of events.
 
-Rules: everything but `HostMemory.bytes` and `Mark.wait` only joins a queue and comes back at once. Memory that is
-let go of stays until the queue has passed that point.
+Rules: everything but `HostMemory.bytes` and `Mark.wait` only joins a queue and comes back at once. Memory of
+the device that is let go of stays until the queue has passed that point; pinned memory must be kept so long.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from ...coding.bits import Bytes
 class Memory(Protocol):
     """Memory of the device, at a multiple of 256 bytes; it is freed when nobody holds this any more."""
 
-    address: int
+    @property
+    def address(self) -> int:
+        """Where it begins."""
 
 
 class HostMemory(Protocol):
     """Memory of the host that the device copies from and to while the host works."""
 
-    address: int
-    bytes: Bytes
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+
+    @property
+    def bytes(self) -> Bytes:
+        """What is there."""
 
 
 class Mark(Protocol):

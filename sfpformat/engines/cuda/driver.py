@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...coding.bits import Bytes
+from ...coding.bits import Bytes, as_bytes
 from . import layout
 from .source import source
 
@@ -56,7 +56,8 @@ def _why_no_device() -> str | None:
     best = max(tuple(device.compute_capability) for device in devices)
     if best < OLDEST_DEVICE:
         major, minor = OLDEST_DEVICE
-        return f"the device is too old: compute capability {best[0]}.{best[1]}, at least {major}.{minor} is needed"
+        found = ".".join(map(str, best))
+        return f"the device is too old: compute capability {found}, at least {major}.{minor} is needed"
     return None
 
 
@@ -135,7 +136,7 @@ class CudaDevice:
         """See `Device`."""
         buffer = self._pinned.allocate(max(size, 1))
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(int(buffer.handle))
-        return _HostMemory(int(buffer.handle), np.frombuffer(memory, np.uint8), buffer)
+        return _HostMemory(int(buffer.handle), as_bytes(memoryview(memory).cast("B")), buffer)
 
     def copy(self, to: int, source: int, size: int) -> None:
         """See `Device`."""

@@ -1,7 +1,7 @@
-"""The engine for CUDA devices: weights are decoded there, everything else by the best engine of the processor.
+"""The engine for CUDA devices: weights are decoded there, the rest is done by the processor's best engine.
 
-Chunks travel as they lie in the file. What a kernel finds wrong it does not name: that run goes to the reference,
-which gives the weights or the fault.
+Chunks travel as they lie in the file. What a kernel finds wrong it does not name: that run goes to the
+reference, which gives the weights or the fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipes on the device: copied there once a tensor, many at a time, their look-up tables filled by a kernel."""
+"""Recipes on the device: copied once a tensor, many at a time; a kernel fills their look-up tables."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What the kernels need of a tensor, made once on the host; offsets are into the recipe's own bytes.
 
-Everything is in one piece of memory, so that the recipes of many tensors travel in one copy. The look-up tables
-are left empty: a kernel fills them from the code lengths.
+Everything is in one piece of memory, so that the recipes of many tensors travel in one copy. The look-up
+tables are left empty: a kernel fills them from the code lengths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The source of the kernels as one string without headers: what NVRTC compiles, and a cache knows by its bytes."""
+"""The kernels' source as one string without headers: what NVRTC compiles, and a cache knows by its bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-# In an installed package the files lie beside this one; in the repository, in the folder `kernels` at its top.
+# In an installed package the files lie beside this one; in the repository in its folder `kernels`.
 FOLDERS = (_PACKAGE, _PACKAGE.parents[2] / "kernels")
 MAIN = "decode.cu"
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
@@ -35,5 +35,5 @@ def source() -> str:
 
 def kernels() -> list[str]:
     """The names of the kernels."""
-    text = source()
-    return re.findall(r"__global__ void ([a-z]\w+)\(", text) + re.findall(r"^KERNEL\((\w+),", text, re.MULTILINE)
+    found = re.findall(r"^extern .*__global__ void (\w+)\(|^KERNEL\((\w+),", source(), re.MULTILINE)
+    return [plain or made for plain, made in found]

@@ -1,7 +1,7 @@
 """Runs of segments from the host's memory to the host's memory, by way of a device: what `Engine` asks for.
 
-Each thread has a queue of its own. Tensors that stay on the device are loaded by `loading`, which spares the way
-back.
+Each thread has a queue of its own. Tensors that stay on the device are loaded by `sfpformat.torch`, which
+spares the way back.
 """
 
 from __future__ import annotations
