@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import ImportanceOptions, Options
+from sfpformat.checksum import crc32
 from sfpformat.codec.decode import TensorDecoder
 from sfpformat.coding.bits import Bytes
+from sfpformat.container.preamble import SIZE, Preamble
 from sfpformat.engines import Engine, Run, get_engine
 from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.batch import Task, plan_batch
@@ -84,17 +86,24 @@ def _kinds() -> Iterator[tuple[str, Any, Options, float, str]]:
             yield f"{name} exact {form} {over}", dtype, options, 0.5, form
 
 
+def files(rows: int = 6, columns: int = 51) -> Iterator[tuple[str, bytes]]:
+    """For every kind of tensor its name, and a file with a tensor ``w`` of that shape."""
+    for name, dtype, options, density, form in _kinds():
+        array = _weights(rows, columns, density).astype(dtype)
+        importance: Any = np.abs(_weights(rows, columns, 1.0)) if form == "each" else None
+        if form == "factors":
+            each = np.arange(max(rows, columns), dtype=np.float32)
+            importance = each[:rows] + 1, each[:columns] / 7
+        given = {} if importance is None else {"w": importance}
+        yield name, save({"w": array}, options=options, importances=given, engine="python")
+
+
 def samples(engine: Engine) -> list[Sample]:
     """A chunk or two of every kind of tensor."""
     found = []
     reference = get_engine("python")
-    for name, dtype, options, density, form in _kinds():
-        array = _weights(6, 51, density).astype(dtype)
-        importance: Any = np.abs(_weights(6, 51, 1.0)) if form == "each" else None
-        if form == "factors":
-            importance = np.arange(1, 7, dtype=np.float32), np.arange(51, dtype=np.float32) / 7
-        given = {} if importance is None else {"w": importance}
-        with sfpformat.open(save({"w": array}, options=options, importances=given, engine="python")) as file:
+    for name, data in files():
+        with sfpformat.open(data) as file:
             entry = file.entry("w")
             vectors = None if entry.vectors is None else file.read_checked(entry, -1)
             for k in sorted({0, len(entry.chunks) - 1}):
@@ -121,6 +130,23 @@ def damage(data: Bytes, rng: np.random.Generator) -> Bytes:
             stop = min(at + int(rng.integers(1, 40)), len(out))
             out[at:stop] = rng.integers(0, 256, stop - at)
     return out
+
+
+def damaged_file(data: bytes, rng: np.random.Generator) -> bytes:
+    """A file with one tensor, one of its chunks damaged, its checksums mended."""
+    with sfpformat.open(data) as file:
+        entry, directory = file.entry("w"), file.directory
+        chunks = [file.read_checked(entry, k) for k in range(len(entry.chunks))]
+        vectors = [] if entry.vectors is None else [file.read_checked(entry, -1)]
+    k = int(rng.integers(len(chunks)))
+    chunks[k] = damage(chunks[k], rng)
+    records = entry.chunks.copy()
+    records["crc"][k] = crc32(chunks[k].data)
+    mended = replace(directory, tensors={"w": replace(entry, chunks=records)}).to_bytes()
+    body = b"".join(chunk.tobytes() for chunk in (*vectors, *chunks))
+    end = SIZE + len(body)
+    preamble = Preamble(end, len(mended), end + len(mended), crc32(mended))
+    return preamble.to_bytes() + body + mended
 
 
 # ---------------------------------------------------------------------------------------------- who judges

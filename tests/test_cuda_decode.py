@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfpformat
-from kernels import shim
+from kernels import check, fuzz, shim
 from sfpformat import Options
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
@@ -261,3 +261,42 @@ def test_patterns_are_widened_without_loss(name: str) -> None:
     dtype = layout.FLOATS.index(name)
     found = np.array([widen(pattern, dtype) for pattern in patterns[kept].tolist()], np.float32)
     assert found.tobytes() == numbers[kept].tobytes()
+
+
+# ----------------------------------------------------------------------------- what is run where a device is
+
+
+def test_the_check_of_a_device_passes_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = list(fuzz._kinds())[::9]
+    monkeypatch.setattr(fuzz, "_kinds", lambda: iter(some))
+    assert check.compare_with_reference(damaged=20) == 2 * len(some) + 20
+
+
+@pytest.mark.parametrize("name", check.MATRICES)
+def test_a_matrix_that_is_timed_is_decoded_each_time(name: str) -> None:
+    dtype, density, options = check.MATRICES[name]
+    data = save({"w": check.matrix_of(dtype, density, 96)}, options=options)
+    with sfpformat.open(data, engine="python") as file:
+        there = check.OnDevice(file, file.entry("w"), shim.HostDevice(), "cpu")
+        for _ in range(2):
+            there.out.zero_()
+            there.index()
+            there.decode()
+            there.device.mark().wait()
+            assert there.out.numpy().tobytes() == file.get_tensor("w").tobytes()
+
+
+def test_a_table_of_speeds_is_made_of_what_was_measured() -> None:
+    speed = check.Speed("m", "any_4", 30, 80, 0.5, 1.5, 1.0, 0.5, 10e3)
+    assert "| m | `any_4` | 12.00 | 0.500 | 1.500 | 1.000 | 50% | 0 |" in check.table_of([speed], 4e12)
+
+
+def test_damaged_files_are_damaged_inside_and_mended_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = list(fuzz._kinds())[::20]
+    monkeypatch.setattr(fuzz, "_kinds", lambda: iter(some))
+    rng = np.random.default_rng(0)
+    for _, data in fuzz.files():
+        damaged = fuzz.damaged_file(data, rng)
+        assert damaged != data
+        found = outcome(damaged, "python")
+        assert isinstance(found, list) or found[0] not in ("E_CRC", "E_ENCODING", "E_TRUNCATED")

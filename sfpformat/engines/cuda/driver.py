@@ -23,6 +23,7 @@ _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
 OLDEST_PACKAGE = (1, 2)  # of cuda-core: before, the namespace and some names were others
 OLDEST_DEVICE = (7, 0)  # compute capability: independent lanes in a warp
 _STANDARD = "c++17"
+_LEGACY = 1  # a handle that names the default stream, which torch calls 0
 
 
 def why_not() -> str | None:
@@ -123,7 +124,7 @@ class CudaDevice:
         self._driver = importlib.import_module("cuda.bindings.driver")
         self._device = self._core.Device(number)
         self._device.set_current()
-        self._stream = self._device.create_stream(None if stream is None else _Stream(stream))
+        self._stream = self._device.create_stream(None if stream is None else _Stream(stream or _LEGACY))
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._program = program_of(number, f"sm_{self._device.arch}")
 
