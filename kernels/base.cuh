@@ -124,7 +124,7 @@ __device__ inline void skip(Reader &r, u32 bits) {
 
 // The next `width` bits, at most 32.
 __device__ inline u32 take_word(Reader &r, u32 width) {
-    u32 value = peek(r) & (u32)(((u64)1 << width) - 1);
+    u32 value = peek(r) & (width < 32 ? (1u << width) - 1 : ~0u);
     skip(r, width);
     return value;
 }

@@ -96,7 +96,7 @@ KERNEL(any_1, 2, (run_any<1, false>))
 KERNEL(any_2, 2, (run_any<2, false>))
 KERNEL(any_4, 2, (run_any<4, false>))
 KERNEL(any_8, 2, (run_any<8, false>))
-// Tensors without a multiplier and without a scale of rows, columns or groups.
+// Tensors whose levels are bit patterns, or look them up.
 KERNEL(plain_1, 3, (run_any<1, true>))
 KERNEL(plain_2, 3, (run_any<2, true>))
 KERNEL(plain_4, 3, (run_any<4, true>))

@@ -156,20 +156,30 @@ __device__ inline void fill_row(const u8 *bytes, const Recipe &recipe, Lane &lan
     }
 }
 
-// As `fill_row`, for tensors without a multiplier and without a scale of rows, columns or groups: from survivor to
-// survivor, so that a warp does as many steps as its lane with the most survivors has.
+// The bit pattern of the next survivor of a tensor whose levels are patterns, or are looked up.
+template <u32 ITEM> __device__ inline u64 next_pattern(const u8 *bytes, const Recipe &recipe, Levels &levels) {
+    if constexpr (ITEM == 8) {
+        return pattern_of_level(next_level(levels), F64);
+    } else {
+        u32 level = next_short_level(levels);
+        if (recipe.looked_up) return ((const u32 *)(bytes + recipe.patterns))[level];
+        return level >> 1 | level << (8 * ITEM - 1);  // what is too high does not fit where it is put
+    }
+}
+
+// As `fill_row`, for tensors whose levels are patterns or are looked up: from survivor to survivor, so that a warp
+// does as many steps as its lane with the most survivors has.
 template <u32 ITEM>
 __device__ inline void fill_plain(const u8 *bytes, const Recipe &recipe, Lane &lane, u32 done, u32 count, u32 *row) {
-    u64 bits = ~(u64)0 >> (64 - count);
-    if (recipe.mask != NO_MASK) {
-        bits = next_bits(lane.mask, done, count);
-        for (u32 word = 0; word < tile_words(ITEM); word++) row[word] = 0;
+    if (recipe.mask == NO_MASK) {
+        for (u32 i = 0; i < count; i++) put<ITEM>(row, i, next_pattern<ITEM>(bytes, recipe, lane.fingerprints));
+        return;
     }
+    u64 bits = next_bits(lane.mask, done, count);
+    for (u32 word = 0; word < tile_words(ITEM); word++) row[word] = 0;
     for (; bits; bits &= bits - 1) {
-        u64 level = next_level(lane.fingerprints), pattern;
-        if (recipe.quantiser == EXACT) pattern = exact_weight(recipe, level, 0);
-        else pattern = quantised_weight(bytes, recipe, level, lane.scale, 0);
-        put<ITEM>(row, (u32)__ffsll((long long)bits) - 1, pattern);
+        u32 position = (u32)__ffsll((long long)bits) - 1;
+        put<ITEM>(row, position, next_pattern<ITEM>(bytes, recipe, lane.fingerprints));
     }
 }
 
@@ -190,8 +200,8 @@ template <u32 ITEM, bool PLAIN>
 __device__ inline u32 decode_any(const Warp &warp, u32 *index, u32 *tile, u32 lane_number) {
     const u8 *bytes = (const u8 *)warp.recipe;
     Recipe recipe = *warp.recipe;
-    if (PLAIN) recipe.multiplier = NO_MULTIPLIER;
-    if (PLAIN && recipe.scale_by != NO_SCALE) recipe.scale_by = SCALE_TENSOR;
+    if (PLAIN) recipe.multiplier = NO_MULTIPLIER;  // said to the compiler, which leaves out what it needs
+    if (PLAIN) recipe.scale_by = NO_SCALE;
     Warp own = {&recipe, warp.job, warp.first};
     u32 s = warp.first + lane_number, rows = positions_of(recipe, *warp.job, warp.first);
     u32 *row = tile + lane_number * row_words(ITEM);

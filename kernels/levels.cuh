@@ -56,6 +56,15 @@ __device__ inline u64 next_level(Levels &levels) {
     return levels.first[slot] + residual;
 }
 
+// As `next_level`, where no level of the table is 2^32 or more.
+__device__ inline u32 next_short_level(Levels &levels) {
+    u32 slot = next_slot(levels);
+    u32 width = (levels.differing ? levels.extra[slot] : levels.constant) - levels.trim;
+    u32 residual = take_word(levels.residual, width);
+    if (levels.trim) residual = (residual & 1) | residual >> 1 << (levels.trim + 1);
+    return ((const u32 *)levels.first)[2 * slot] + residual;
+}
+
 // What is wrong with the end of a segment's levels; the planes' ends are bits from the chunk's first.
 __device__ inline u32 wrong_end(const Levels &levels, u32 prefix_end, u32 residual_end) {
     u32 wrong = 0;

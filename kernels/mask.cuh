@@ -18,7 +18,7 @@ __device__ inline void next_run(Mask &mask, u32 before) {
     mask.next = NEVER;
     if (mask.left == 0) return;
     mask.left--;
-    mask.next = before + 1 + (u32)next_level(mask.levels);
+    mask.next = before + 1 + next_short_level(mask.levels);
 }
 
 // Args: levels, that is the minority positions of runs.
@@ -38,7 +38,7 @@ __device__ inline Mask mask_of(u32 kind, Levels levels, u32 count) {
 __device__ inline u64 next_bits(Mask &mask, u32 done, u32 count) {
     u64 all = ~(u64)0 >> (64 - count), bits = 0;
     if (mask.kind == OCTETS) {
-        for (u32 i = 0; i < count; i += 8) bits |= next_level(mask.levels) << i;
+        for (u32 i = 0; i < count; i += 8) bits |= (u64)next_short_level(mask.levels) << i;
         if (bits & ~all) mask.wrong = WRONG_MASK;  // past the last position (R-MSK-006)
         bits &= all;
     } else {

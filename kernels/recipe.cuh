@@ -43,6 +43,7 @@ struct Recipe {
     u64 importance_centroids;  // offset: float [count]
     u64 row_factors;           // offset: float
     u64 column_factors;        // offset: float
+    u64 patterns;              // offset: u32 [top], the bit pattern of each level
     u64 columns;               // positions a row, at least 1
     u64 scale_unit;
     float step;
@@ -56,7 +57,7 @@ struct Recipe {
     u32 multiplier;
     u32 importance_quantiser;
     u32 importance_coded;
-    u32 unused;
+    u32 looked_up;             // whether there are such patterns
 };
 
 // A run of neighbouring segments of a chunk.

@@ -36,6 +36,7 @@ RECIPE = np.dtype(
         ("importance_centroids", "<u8"),
         ("row_factors", "<u8"),
         ("column_factors", "<u8"),
+        ("patterns", "<u8"),
         ("columns", "<u8"),
         ("scale_unit", "<u8"),
         ("step", "<f4"),
@@ -49,7 +50,7 @@ RECIPE = np.dtype(
         ("multiplier", "<u4"),
         ("importance_quantiser", "<u4"),
         ("importance_coded", "<u4"),
-        ("unused", "<u4"),
+        ("looked_up", "<u4"),
     ]
 )
 JOB = np.dtype(

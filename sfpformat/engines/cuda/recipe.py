@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...coding.bits import Bytes, as_bytes
 from ...coding.codetable import CodeTable, PrefixCode
-from ...coding.quantiser import F32, Exact, Quantiser, Uniform
+from ...coding.quantiser import F32, Exact, Quantiser, Uniform, fingerprint_values
 from ...container.entry import MAX_POSITIONS, TensorEntry
 from . import layout
 
@@ -171,6 +171,8 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
         ("column_factors", "importance columns"),
     ):
         out[field] = pool.add(vectors[name].astype("<f4")) if name in vectors else 0
+    if _looks_up(entry):
+        out["patterns"], out["looked_up"] = pool.add(_patterns(entry, vectors)), 1
     out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
     out["dtype"] = layout.FLOATS.index(entry.dtype.name)
     out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
@@ -232,6 +234,34 @@ def _count_rule(entry: TensorEntry, stream: str) -> int:
     return layout.COUNT_SURVIVORS if entry.mask.polarity else layout.COUNT_PRUNED
 
 
+# So many patterns are made for the levels of a tensor, and no more than it has weights but for these few.
+_MOST_PATTERNS, _FEW_PATTERNS = 1 << 16, 1 << 12
+
+
+def _looks_up(entry: TensorEntry) -> bool:
+    """Whether the weights of a tensor are had from its levels by a table of patterns."""
+    fingerprints = entry.fingerprints
+    assert fingerprints is not None
+    quantiser, top = fingerprints.quantiser, fingerprints.table.top
+    return (
+        _multiplier(entry) == layout.NO_MULTIPLIER
+        and _scale(entry)[0] <= layout.SCALE_TENSOR
+        and entry.dtype.itemsize <= 4
+        and not (isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype)
+        and top <= min(_MOST_PATTERNS, max(entry.positions, _FEW_PATTERNS))
+    )
+
+
+def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
+    """The bit pattern of every level, by the reference itself."""
+    assert entry.fingerprints is not None
+    every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
+    centroids, scale = vectors.get("fingerprint centroids"), vectors.get("scale")
+    scales = None if scale is None else np.full(len(every), scale[0])
+    weights = fingerprint_values(every, entry.fingerprints.quantiser, entry.dtype, centroids, scales)
+    return weights.view(entry.dtype.pattern).astype(np.uint32)
+
+
 # Bytes a weight and residual bits that have a kernel of their own.
 _WHOLE_BYTES = ((2, 8), (4, 24))
 _SHORT_BITS = 8  # of the first look-up of those kernels
@@ -242,9 +272,9 @@ def kernel_of(entry: TensorEntry) -> str:
     fingerprints, item = entry.fingerprints, entry.dtype.itemsize
     assert fingerprints is not None
     quantiser, table = fingerprints.quantiser, fingerprints.table
-    if _multiplier(entry) != layout.NO_MULTIPLIER or _scale(entry)[0] > layout.SCALE_TENSOR:
-        return f"any_{item}"
     as_it_is = isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype
+    if _multiplier(entry) != layout.NO_MULTIPLIER or not (as_it_is or _looks_up(entry)):
+        return f"any_{item}"
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
