@@ -93,6 +93,12 @@ __device__ inline u32 two_patterns(u32 base, u32 slots, u32 residuals, u32 pick)
     return (levels >> 1 & 0x7FFF7FFF) | (levels << 15 & 0x80008000);
 }
 
+// A weight of 4 bytes whose residual is three, the slot above it.
+__device__ inline u32 one_pattern(u32 base, u32 slot_and_residual) {
+    u32 level = base + slot_and_residual;
+    return __funnelshift_r(level, level, 1);
+}
+
 // Writes four weights to a lane's row: `words`, at a multiple of four weights.
 template <u32 ITEM, u32 WIDTH, Tables TABLES> __device__ inline void put_four(DenseLane &lane, u32 *words) {
     u32 entries[4];
@@ -104,6 +110,21 @@ template <u32 ITEM, u32 WIDTH, Tables TABLES> __device__ inline void put_four(De
         advance(lane.residual);
         words[0] = two_patterns(lane.base, __byte_perm(entries[0], entries[1], 0x0051), residuals, 0x5140);
         words[1] = two_patterns(lane.base, __byte_perm(entries[2], entries[3], 0x0051), residuals, 0x5342);
+    } else if constexpr (ITEM == 4 && WIDTH == 24) {
+        // And three words have four of three bytes.
+        u32 residuals[3];
+#pragma unroll
+        for (u32 i = 0; i < 3; i++) {
+            residuals[i] = lane.residual.a;
+            advance(lane.residual);
+        }
+        lane.residual.place += 96;
+        u32 second = __funnelshift_r(residuals[0], residuals[1], 24);
+        u32 third = __funnelshift_r(residuals[1], residuals[2], 16);
+        words[0] = one_pattern(lane.base, __byte_perm(residuals[0], entries[0], 0x5210));
+        words[1] = one_pattern(lane.base, __byte_perm(second, entries[1], 0x5210));
+        words[2] = one_pattern(lane.base, __byte_perm(third, entries[2], 0x5210));
+        words[3] = one_pattern(lane.base, __byte_perm(residuals[2], entries[3], 0x5321));
     } else if constexpr (ITEM == 4) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) words[i] = dense_pattern<4>(lane, entries[i], dense_residual<WIDTH>(lane));

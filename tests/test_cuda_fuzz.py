@@ -1,4 +1,4 @@
-"""The kernels under the sanitisers of addresses and of undefined behaviour, shortly; `kernels.fuzz` does more."""
+"""The kernels under the sanitisers of addresses and of undefined behaviour; `kernels.fuzz` does more."""
 
 from __future__ import annotations
 
