@@ -2,7 +2,7 @@
 //
 // A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
 // IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
-#include "dense.cuh"
+#include "short.cuh"
 
 enum : u32 { IDLE = 0xFFFFFFFF };
 
@@ -84,6 +84,22 @@ __device__ inline void run_dense(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
+template <u32 ITEM>
+__device__ inline void run_short(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    __shared__ ShortMemory memory;
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    fill_memory(*warp_of(jobs, parts[blockIdx.x * WARPS]).recipe, memory, threadIdx.x);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_short<ITEM>(warp, index, tiles[own], memory, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
 #define KERNEL(NAME, BLOCKS, BODY)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
         const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors                              \
@@ -97,10 +113,13 @@ KERNEL(any_2, 2, (run_any<2, false>))
 KERNEL(any_4, 2, (run_any<4, false>))
 KERNEL(any_8, 2, (run_any<8, false>))
 // Tensors whose levels are bit patterns, or look them up.
-KERNEL(plain_1, 3, (run_any<1, true>))
 KERNEL(plain_2, 3, (run_any<2, true>))
 KERNEL(plain_4, 3, (run_any<4, true>))
 KERNEL(plain_8, 3, (run_any<8, true>))
+// The same with levels of at most 16 bits and at most 8 codes a stream.
+KERNEL(short_1, 4, (run_short<1>))
+KERNEL(short_2, 4, (run_short<2>))
+KERNEL(short_4, 4, (run_short<4>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code of at most 8 bits, of more, or
 // with several codes.
 KERNEL(dense_2_8_short, 6, (run_dense<2, 8, ONE_SHORT>))

@@ -89,7 +89,7 @@ template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u3
 struct Lane {
     u32 positions, survivors;
     Levels fingerprints, importance;
-    Mask mask;
+    Mask<Levels> mask;
     Place scale, factors;
     u32 streamed;  // whether a multiplier has levels
 };
@@ -102,7 +102,8 @@ __device__ inline Levels open_stream(const u8 *bytes, const Warp &warp, u32 *ind
     return levels_at(bytes, recipe.streams[stream], chunk_of(*warp.job), prefix, residual, code_and_trim);
 }
 
-__device__ inline u32 wrong_end_of(const Levels &levels, const Warp &warp, u32 *index, u32 stream, u32 s) {
+template <class L>
+__device__ inline u32 wrong_end_of(const L &levels, const Warp &warp, u32 *index, u32 stream, u32 s) {
     u32 prefix = stream_row(index, *warp.recipe, *warp.job, stream, PREFIX_ROW)[s + 1];
     u32 residual = stream_row(index, *warp.recipe, *warp.job, stream, RESIDUAL_ROW)[s + 1];
     return wrong_end(levels, prefix, residual);

@@ -66,7 +66,7 @@ __device__ inline u32 next_short_level(Levels &levels) {
 }
 
 // What is wrong with the end of a segment's levels; the planes' ends are bits from the chunk's first.
-__device__ inline u32 wrong_end(const Levels &levels, u32 prefix_end, u32 residual_end) {
+template <class L> __device__ inline u32 wrong_end(const L &levels, u32 prefix_end, u32 residual_end) {
     u32 wrong = 0;
     if (levels.window && levels.prefix.place != prefix_end) wrong |= WRONG_END;
     if (levels.residual.place != residual_end) wrong |= WRONG_END;

@@ -4,8 +4,9 @@
 
 enum : u32 { NEVER = 0xFFFFFFFF };
 
-struct Mask {
-    Levels levels;
+// L: `Levels`, or what else `next_short_level` takes.
+template <class L> struct Mask {
+    L levels;
     u32 kind;
     u32 left;   // runs: levels not read yet
     u32 next;   // runs: the next minority position of the segment, or NEVER
@@ -14,7 +15,7 @@ struct Mask {
 };
 
 // Reads the next minority position, which lies past `before` (one less than the segment's first, to begin with).
-__device__ inline void next_run(Mask &mask, u32 before) {
+template <class L> __device__ inline void next_run(Mask<L> &mask, u32 before) {
     mask.next = NEVER;
     if (mask.left == 0) return;
     mask.left--;
@@ -22,8 +23,8 @@ __device__ inline void next_run(Mask &mask, u32 before) {
 }
 
 // Args: levels, that is the minority positions of runs.
-__device__ inline Mask mask_of(u32 kind, Levels levels, u32 count) {
-    Mask mask;
+template <class L> __device__ inline Mask<L> mask_of(u32 kind, const L &levels, u32 count) {
+    Mask<L> mask;
     mask.levels = levels;
     mask.kind = kind;
     mask.left = count;
@@ -35,7 +36,7 @@ __device__ inline Mask mask_of(u32 kind, Levels levels, u32 count) {
 }
 
 // The mask bits of `count` positions, 1 to 64, the first one lowest; the first is position `done` of the segment.
-__device__ inline u64 next_bits(Mask &mask, u32 done, u32 count) {
+template <class L> __device__ inline u64 next_bits(Mask<L> &mask, u32 done, u32 count) {
     u64 all = ~(u64)0 >> (64 - count), bits = 0;
     if (mask.kind == OCTETS) {
         for (u32 i = 0; i < count; i += 8) bits |= (u64)next_short_level(mask.levels) << i;
@@ -53,6 +54,6 @@ __device__ inline u64 next_bits(Mask &mask, u32 done, u32 count) {
 }
 
 // What is wrong with a mask all of whose bits were read.
-__device__ inline u32 wrong_mask(const Mask &mask, u32 survivors) {
-    return mask.found != survivors || mask.next != NEVER ? WRONG_MASK : mask.wrong;
+template <class L> __device__ inline u32 wrong_mask(const Mask<L> &mask, u32 survivors) {
+    return mask.found != survivors || mask.next != NEVER ? (u32)WRONG_MASK : mask.wrong;
 }

@@ -33,7 +33,7 @@ struct Stream {
     u32 least;      // the fewest residual bits of a used class
     u32 bits;       // of the longest codeword
     u32 group;      // levels a symbol
-    u32 unused;
+    u32 slots;
 };
 
 struct Recipe {
@@ -57,7 +57,7 @@ struct Recipe {
     u32 multiplier;
     u32 importance_quantiser;
     u32 importance_coded;
-    u32 looked_up;             // whether there are such patterns
+    u32 looked_up;             // how many patterns there are, 0 where levels are not looked up
 };
 
 // A run of neighbouring segments of a chunk.

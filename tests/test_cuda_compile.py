@@ -20,7 +20,7 @@ from sfpformat.engines.cuda import driver, source
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Registers a thread that let a multiprocessor have the blocks that `decode.cu` asks for: 65,536 registers,
 # blocks of 128 threads, eight registers at a time.
-REGISTERS = {"dense": 80, "plain": 168, "any": 248, "fill": 64, "index": 128}
+REGISTERS = {"dense": 80, "short": 128, "plain": 168, "any": 248, "fill": 64, "index": 128}
 SHARED = 48 << 10  # bytes a block without asking the driver for more
 
 
@@ -28,7 +28,7 @@ def test_the_source_is_one_string_without_headers() -> None:
     text = source.source()
     assert "#include" not in text
     assert "#pragma once" not in text
-    for name in ("base", "recipe", "index", "levels", "mask", "values", "decode", "dense"):
+    for name in ("base", "recipe", "index", "levels", "mask", "values", "decode", "dense", "short"):
         parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
         assert text.count(parts) == 1
 

@@ -104,12 +104,20 @@ KERNELS: dict[str, list[Made]] = {
         (np.float64, Options(quantiser="uniform", bits=4.0, scale="row"), 0.2),
         (np.float64, Options(), 1.0),
     ],
-    "plain_1": [(ml_dtypes.float8_e4m3fn, Options(coding="fingerprint"), 0.3)],
-    "plain_2": [
+    "short_1": [
+        (ml_dtypes.float8_e4m3fn, Options(coding="fingerprint"), 0.3),
+        (ml_dtypes.float8_e5m2, Options(coding="fingerprint", mask="none", group=2), 1.0),
+    ],
+    "short_2": [
         (BF16, Options(mask="octets"), 0.5),
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs"), 0.1),
-        (np.float16, Options(quantiser="uniform", step=0.02, scale="tensor", group=2), 0.9),
+        (BF16, Options(quantiser="uniform", step=0.02, mask="runs", polarity=0, codes=1), 0.8),
+        (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
+        (np.float16, Options(quantiser="table", centroids=20), 0.5),
+        (BF16, Options(trim=True, mask="octets"), 0.4),
     ],
+    "short_4": [(np.float32, Options(quantiser="uniform", step=0.05), 0.5)],
+    "plain_2": [(BF16, Options(quantiser="uniform", step=0.0005), 0.9)],
     "plain_4": [(np.float32, Options(mask="runs", polarity=0), 0.9), (np.float32, Options(narrow=True), 0.5)],
     "plain_8": [(np.float64, Options(narrow=False), 1.0)],
     "dense_2_8_short": [(BF16, Options(codes=1, code_limit=8), 1.0)],

@@ -25,7 +25,7 @@ STREAM = np.dtype(
         ("least", "<u4"),
         ("bits", "<u4"),
         ("group", "<u4"),
-        ("unused", "<u4"),
+        ("slots", "<u4"),
     ]
 )
 RECIPE = np.dtype(
@@ -90,3 +90,7 @@ MAX_CHUNK = 1 << 29  # bytes; bit offsets are u32
 # Symbols a code, and code lengths, as the tables of codes have them.
 CODE_SYMBOLS = 256
 CODE_LENGTHS = 16
+# Of the kernels for short levels: levels, codes a stream, patterns.
+SHORT_TOP = 1 << 16
+SHORT_CODES = 8
+SHORT_PATTERNS = 1 << 10

@@ -107,7 +107,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         len(tables),
         entry.segment,
         entry.dtype.itemsize,
-        kernel.startswith("dense"),
+        kernel.startswith(("dense", "short")),
     )
 
 
@@ -138,7 +138,7 @@ def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[
     constant = table.constant_extra
     out["present"], out["codes"], out["group"] = 1, len(table.codes), table.group
     out["differing"], out["constant"] = constant is None, constant or 0
-    out["least"] = table.least_extra
+    out["least"], out["slots"] = table.least_extra, np.count_nonzero(kept)
     out["bits"] = max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
     return out
 
@@ -172,7 +172,8 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
     ):
         out[field] = pool.add(vectors[name].astype("<f4")) if name in vectors else 0
     if _looks_up(entry):
-        out["patterns"], out["looked_up"] = pool.add(_patterns(entry, vectors)), 1
+        patterns = _patterns(entry, vectors)
+        out["patterns"], out["looked_up"] = pool.add(patterns), len(patterns)
     out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
     out["dtype"] = layout.FLOATS.index(entry.dtype.name)
     out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
@@ -252,6 +253,15 @@ def _looks_up(entry: TensorEntry) -> bool:
     )
 
 
+def _is_short(entry: TensorEntry) -> bool:
+    """Whether the kernels with all tables in shared memory do."""
+    assert entry.fingerprints is not None
+    tables = [entry.fingerprints.table, *([entry.mask.table] if entry.mask is not None else [])]
+    few = entry.fingerprints.table.top <= layout.SHORT_PATTERNS or not _looks_up(entry)
+    short = all(t.top <= layout.SHORT_TOP and len(t.codes) <= layout.SHORT_CODES for t in tables)
+    return few and short and entry.dtype.itemsize <= 4
+
+
 def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
     """The bit pattern of every level, by the reference itself."""
     assert entry.fingerprints is not None
@@ -278,7 +288,8 @@ def kernel_of(entry: TensorEntry) -> str:
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
-        return f"plain_{item}"
+        kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
+        return f"{kind}_{item}"
     assert isinstance(quantiser, Exact)
     if quantiser.trim or (item, width) not in _WHOLE_BYTES:
         return f"dense_{item}_0_codes"
