@@ -37,12 +37,14 @@ CODE_BITS = 2.73
 
 # Kernels whose loops are counted: bytes a weight, residual bits.
 DENSE = {
-    "dense_2_8_short": (2, 8),
-    "dense_2_8_long": (2, 8),
-    "dense_2_8_codes": (2, 8),
-    "dense_4_24_short": (4, 24),
-    "dense_4_24_long": (4, 24),
-    "dense_4_24_codes": (4, 24),
+    "dense_2_8_one_short": (2, 8),
+    "dense_2_8_one_long": (2, 8),
+    "dense_2_8_many_short": (2, 8),
+    "dense_2_8_many_long": (2, 8),
+    "dense_4_24_one_short": (4, 24),
+    "dense_4_24_one_long": (4, 24),
+    "dense_4_24_many_short": (4, 24),
+    "dense_4_24_many_long": (4, 24),
 }
 # Not of the integer pipe: memory, control, and what the multiplier does.
 _MEMORY = ("LD", "LDG", "LDS", "ST", "STG", "STS", "LDC", "LDL", "STL")
@@ -225,16 +227,16 @@ def main() -> int:
     print(f"{args.arch}: registers a thread, shared memory a block, instructions")
     for kernel, used in sorted(usage.items()):
         spilled = f", {used.spilled} spilled" if used.spilled else ""
-        print(f"  {kernel:18} {used.registers:4} {used.shared:7,} {len(functions[kernel]):6}{spilled}")
+        print(f"  {kernel:22} {used.registers:4} {used.shared:7,} {len(functions[kernel]):6}{spilled}")
     print(
         "\nlane slots a weight, at least and at most, and the share of the memory floor that each pipe allows"
     )
-    print(f"  {'kernel':18} {'bytes':>6} {'issue':>11} {'integer':>11} {'memory':>7}   shares")
+    print(f"  {'kernel':22} {'bytes':>6} {'issue':>11} {'integer':>11} {'memory':>7}   shares")
     for kernel in DENSE:
         own = budget_of(kernel, functions[kernel])
         shares = ", ".join(f"{pipe} {share:.0%}" for pipe, share in own.shares().items())
         print(
-            f"  {kernel:18} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:5.1f} "
+            f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:5.1f} "
             f"{own.integer[0]:5.1f}-{own.integer[1]:5.1f} {own.memory:7.1f}   {shares}"
         )
     return 0

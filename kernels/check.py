@@ -54,6 +54,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 MATRICES: dict[str, tuple[Any, float, Options]] = {
     "BF16, default": (BF16, 1.0, Options()),
     "BF16, one code of 8 bits, segments of 512": (BF16, 1.0, Options(codes=1, code_limit=8, segment=512)),
+    "BF16, codes of 8 bits, segments of 512": (BF16, 1.0, Options(code_limit=8, segment=512)),
     "BF16, one code of 12 bits, segments of 512": (BF16, 1.0, Options(codes=1, segment=512)),
     "F32, one code of 8 bits, segments of 512": (
         np.dtype(np.float32),

@@ -17,21 +17,24 @@ __device__ inline u16 short_entry(u32 entry) {
     return bits > SHORT ? 0 : (u16)(bits | (entry & 255) << 8);
 }
 
-// Which first look-up a kernel takes. A short table holds all codewords of its code.
-enum Tables { ONE_SHORT, ONE_LONG, SEVERAL };
+// Which first look-ups a kernel has: of one code or of several; short ones hold all codewords.
+enum Tables { ONE_SHORT, ONE_LONG, MANY_SHORT, MANY_LONG };
+
+__device__ constexpr bool is_many(Tables tables) { return tables == MANY_SHORT || tables == MANY_LONG; }
+__device__ constexpr bool is_long(Tables tables) { return tables == ONE_LONG || tables == MANY_LONG; }
 
 // Words of shared memory that the first look-ups of a block take.
 __device__ constexpr u32 table_words(Tables tables) {
-    return (tables == SEVERAL ? 16 : (u32)WARP) * SHORT_ENTRIES / 2;
+    return (is_many(tables) ? 16 : (u32)WARP) * SHORT_ENTRIES / 2;
 }
 
 // Fills a block's first look-ups. All threads take part, and wait for one another after it.
 template <Tables TABLES> __device__ inline void fill_short(const Warp &warp, u16 *table, u32 thread) {
     const Stream &stream = warp.recipe->streams[FINGERPRINTS];
     const u32 *entries = (const u32 *)((const u8 *)warp.recipe + stream.entries);
-    u32 window = (1u << stream.bits) - 1, count = (TABLES == SEVERAL ? stream.codes : (u32)WARP) * SHORT_ENTRIES;
+    u32 window = (1u << stream.bits) - 1, count = (is_many(TABLES) ? stream.codes : (u32)WARP) * SHORT_ENTRIES;
     for (u32 i = thread; i < count; i += THREADS) {
-        if (TABLES == SEVERAL) {
+        if (is_many(TABLES)) {
             table[i] = short_entry(entries[(i >> SHORT << stream.bits) + (i & (SHORT_ENTRIES - 1) & window)]);
         } else {
             table[i] = short_entry(entries[i / WARP & window]);
@@ -51,8 +54,8 @@ struct DenseLane {
 // The first look-up's entry for some bits, the next one lowest.
 template <Tables TABLES> __device__ inline u32 look_up(const DenseLane &lane, u32 bits) {
     u32 first = bits & (SHORT_ENTRIES - 1);
-    u32 entry = lane.table[TABLES == SEVERAL ? first : first * WARP];
-    if (TABLES != ONE_SHORT && entry == 0) {
+    u32 entry = lane.table[is_many(TABLES) ? first : first * WARP];
+    if (is_long(TABLES) && entry == 0) {
         u32 whole = lane.entries[bits & lane.window];
         entry = (whole >> 16 & 15) | (whole & 255) << 8;
     }
@@ -62,7 +65,7 @@ template <Tables TABLES> __device__ inline u32 look_up(const DenseLane &lane, u3
 // The entries of the next four codewords. The sum of some entries has the bits that they take in its lowest byte,
 // at most 24 where it shifts: a funnel shift looks at the lowest 5 bits alone.
 template <Tables TABLES> __device__ inline void four_entries(DenseLane &lane, u32 *entries) {
-    const u32 at_once = TABLES == ONE_SHORT ? 4 : 2;
+    const u32 at_once = is_long(TABLES) ? 2 : 4;
 #pragma unroll
     for (u32 begin = 0; begin < 4; begin += at_once) {
         u32 bits = peek(lane.prefix), taken = 0;
@@ -163,7 +166,7 @@ __device__ inline DenseLane open_dense(const Warp &warp, u32 *index, const u16 *
     lane.prefix = reader_at(chunk, stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, PREFIX_ROW)[s]);
     lane.residual = reader_at(chunk, stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, RESIDUAL_ROW)[s]);
     lane.entries = (const u32 *)(bytes + stream.entries) + (code << stream.bits);
-    lane.table = table + (TABLES == SEVERAL ? code * SHORT_ENTRIES : lane_number);
+    lane.table = table + (is_many(TABLES) ? code * SHORT_ENTRIES : lane_number);
     lane.window = (1u << stream.bits) - 1;
     lane.trim = code_and_trim >> 16;
     lane.shift = WIDTH ? WIDTH : stream.constant;

@@ -68,7 +68,7 @@ def _kinds() -> Iterator[tuple[str, Any, Options, float, str]]:
     small = Options(segment=32, chunk=128)
     for dtype in (ml_dtypes.bfloat16, np.float32, np.float16, np.float64, ml_dtypes.float8_e4m3fn):
         name = np.dtype(dtype).name
-        for codes, limit in ((1, 8), (1, 12), (16, 12)):
+        for codes, limit in ((1, 8), (16, 8), (1, 12), (16, 12)):
             options = small.but(codes=codes, code_limit=limit, coding="fingerprint", mask="none", trim=False)
             yield f"{name} dense {codes} {limit}", dtype, options, 1.0, "none"
         yield f"{name} trims", dtype, small.but(coding="fingerprint", mask="none", narrow=False), 1.0, "none"

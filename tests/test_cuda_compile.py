@@ -76,7 +76,7 @@ def test_loops_are_found_and_what_is_jumped_over_is_counted_apart() -> None:
     assert (len(decode.every), len(decode.always), decode.weights) == (9, 8, 4)
     assert decode.a_weight(decode.every, ("LOP3",)) == 0.25
     assert (len(write.every), write.weights) == (9, 16)
-    own = budget.budget_of("dense_2_8_short", budget.instructions_of(LOOPS))
+    own = budget.budget_of("dense_2_8_one_short", budget.instructions_of(LOOPS))
     assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
     assert own.integer == (0.25, 0.25)
     assert set(own.shares().values()) == {1.0}

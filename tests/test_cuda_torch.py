@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
     """The devices that were opened; batches are small, so that some are on their way at once."""
     opened: list[shim.HostDevice] = []
 
-    def opening(_: torch.device) -> shim.HostDevice:
+    def opening(number: int, stream: int) -> shim.HostDevice:
         opened.append(shim.HostDevice())
         return opened[-1]
 
     monkeypatch.setattr(driver, "why_not", lambda: None)
     monkeypatch.setattr(device, "open_queue", opening)
+    monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device, "_thread", threading.local())
     monkeypatch.setattr(device, "BATCH_BYTES", 20_000)
     yield opened
     for own in opened:
@@ -137,6 +140,23 @@ def test_a_wrong_checksum_is_told_after_the_faults_before_it() -> None:
     data = bytearray(forge.build())
     data[forge.start_of("t6") + 200] ^= 1
     assert fault_of(bytes(data), loaded)[1] == "t5"
+
+
+def test_of_several_damaged_tensors_the_first_is_told_and_the_next_file_loads() -> None:
+    forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
+    for name in ("t2", "t5", "t8"):
+        taken = forge.part(name).take(0)
+        taken.quantities["survivors"][0] -= 1
+        forge.part(name).put(taken, 0)
+    assert fault_of(forge.build(), loaded)[1] == "t2"
+    assert_same(loaded(everything()), load(everything()))
+
+
+def test_memory_is_pinned_once_for_many_tensors(devices: list[shim.HostDevice]) -> None:
+    with on_device(save(many())) as file:
+        for name in file:
+            device.read_tensors(file.file, [name], CPU)
+    assert len(devices) == 1
 
 
 def test_limits_hold(devices: list[shim.HostDevice]) -> None:

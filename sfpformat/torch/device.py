@@ -8,6 +8,7 @@ tensor or the fault.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -32,13 +33,15 @@ BATCH_BYTES = 32 << 20
 _SLOTS = 2
 
 
-def _open(device: torch.device) -> Device:
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """The number of a CUDA device, and the handle of torch's current stream there."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return CudaDevice(index, torch.cuda.current_stream(index).cuda_stream)
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
-# What opens a queue for a device; its work is in the order of torch's current stream.
-open_queue: Callable[[torch.device], Device] = _open
+# What opens a queue, in the order of a stream: takes the number of a device, and the stream's handle.
+open_queue: Callable[[int, int], Device] = CudaDevice
+_thread = threading.local()
 
 
 @dataclass
@@ -87,7 +90,7 @@ def read_tensors(
             made[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=device)
             tensors.append(_Tensor(own, entry, recipe, made[name]))
     if tensors:
-        _Loader(open_queue(device)).load(tensors)
+        _loader_of(device).load(tensors)
     return made
 
 
@@ -103,6 +106,15 @@ def _by_processor(file: SfpFile, name: str, device: torch.device) -> torch.Tenso
     return tensor_of(file.get_tensor(name)).to(device)
 
 
+def _loader_of(device: torch.device) -> _Loader:
+    """The calling thread's loader for torch's current stream, kept: pinning memory takes long."""
+    index, stream = stream_of(device)
+    loaders: dict[tuple[int, int], _Loader] = _thread.__dict__.setdefault("loaders", {})
+    if (index, stream) not in loaders:
+        loaders[index, stream] = _Loader(open_queue(index, stream))
+    return loaders[index, stream]
+
+
 class _Loader:
     """A queue, and pinned memory that takes turns."""
 
@@ -112,21 +124,30 @@ class _Loader:
         self._slots = [_Slot() for _ in range(_SLOTS)]
 
     def load(self, tensors: Sequence[_Tensor]) -> None:
-        """Decodes the tensors into their memory; comes back when all is there."""
+        """Decodes the tensors into their memory; comes back when all is there.
+
+        Whatever it raises, nothing is on its way any more.
+        """
+        try:
+            self._load(tensors)
+        except BaseException:
+            self._device.mark().wait()
+            self._slots = [_Slot() for _ in range(_SLOTS)]
+            raise
+
+    def _load(self, tensors: Sequence[_Tensor]) -> None:
         self._recipes.load([tensor.recipe for tensor in tensors])
         turn = 0
-        try:
-            for batch in _batches(tensors):
-                slot = self._slots[turn % _SLOTS]
-                self._settle(slot)
-                self._start(slot, batch)
-                turn += 1
-        except FileFault:
-            self._settle_all(turn)  # a fault that lies before is told first
-            raise
-        except BaseException:
-            self._device.mark().wait()  # what is on its way has to end before its memory does
-            raise
+        for batch in _batches(tensors):
+            slot = self._slots[turn % _SLOTS]
+            self._settle(slot)
+            try:
+                data = _read(batch)
+            except FileFault:
+                self._settle_all(turn)  # a fault that lies before is told first
+                raise
+            self._start(slot, batch, data)
+            turn += 1
         self._settle_all(turn)
 
     def _settle_all(self, turn: int) -> None:
@@ -134,9 +155,8 @@ class _Loader:
         for i in range(_SLOTS):
             self._settle(self._slots[(turn + i) % _SLOTS])
 
-    def _start(self, slot: _Slot, batch: list[tuple[_Tensor, int]]) -> None:
-        """Reads the chunks of a batch and hands them to the device."""
-        data = _read(batch)
+    def _start(self, slot: _Slot, batch: list[tuple[_Tensor, int]], data: list[Bytes]) -> None:
+        """Hands the chunks of a batch to the device."""
         tasks = []
         for (tensor, k), chunk in zip(batch, data, strict=True):
             entry = tensor.entry
@@ -150,7 +170,7 @@ class _Loader:
             tasks.append(Task(tensor.recipe, at, chunk, total, start, 0, stop - first, out))
         plan = plan_batch(tasks)
         if slot.staging is None or len(slot.staging.bytes) < plan.size:
-            slot.staging = self._device.pin(max(plan.size, BATCH_BYTES + BATCH_BYTES // 4))
+            slot.staging = self._device.pin(plan.size + plan.size // 4)  # the next may be a little larger
         fill_chunks(plan, slot.staging)
         slot.running, slot.owners = (
             run_batch(self._device, plan, slot.staging),
@@ -164,11 +184,7 @@ class _Loader:
             return
         good = running.good()
         for tensor in {id(o): o for o, fine in zip(slot.owners, good, strict=True) if not fine}.values():
-            try:
-                tensor.out.copy_(_by_processor(tensor.file, tensor.entry.name, tensor.out.device))
-            except BaseException:
-                self._device.mark().wait()
-                raise
+            tensor.out.copy_(_by_processor(tensor.file, tensor.entry.name, tensor.out.device))
 
 
 def _batches(tensors: Sequence[_Tensor]) -> Iterator[list[tuple[_Tensor, int]]]:

@@ -292,8 +292,7 @@ def kernel_of(entry: TensorEntry) -> str:
         return f"{kind}_{item}"
     assert isinstance(quantiser, Exact)
     if quantiser.trim or (item, width) not in _WHOLE_BYTES:
-        return f"dense_{item}_0_codes"
-    if len(table.codes) > 1:
-        return f"dense_{item}_{width}_codes"
-    longest = int(table.codes[0].symbol_bits[-1])
-    return f"dense_{item}_{width}_{'short' if longest <= _SHORT_BITS else 'long'}"
+        return f"dense_{item}_0"
+    longest = max(int(code.symbol_bits[-1]) for code in table.codes)
+    many, length = "many" if len(table.codes) > 1 else "one", "short" if longest <= _SHORT_BITS else "long"
+    return f"dense_{item}_{width}_{many}_{length}"
