@@ -101,9 +101,11 @@ def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
 @pytest.fixture
 def nothing_remembered() -> Iterator[None]:
     """Asks for a device anew, in the test and after it."""
-    driver._why_no_device.cache_clear()
+    for remembers in (driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
     yield
-    driver._why_no_device.cache_clear()
+    for remembers in (driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def nothing_remembered() -> Iterator[None]:
             'no CUDA driver or device: "cuda" is an NVIDIA driver',
         ),
         ([], "there is no CUDA device"),
-        ([(6, 1)], "too old: compute capability 6.1, at least 7.0 is needed"),
+        ([(6, 1)], "too old: compute capability 6.1, at least 7.5 is needed"),
         ([(6, 1), (9, 0)], None),
     ],
 )
@@ -124,6 +126,18 @@ def test_what_is_missing_is_named(devices: Any, words: str | None, monkeypatch: 
     monkeypatch.setattr(driver, "why_no_package", lambda: None)
     reason = available()["cuda"]
     assert (reason is None) if words is None else words in (reason or "")
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("libnvrtc.so was not found")
+
+    monkeypatch.setitem(sys.modules, "cuda.core", fake_core([(9, 0)]))
+    assert driver.why_not() is None
+    driver._why_no_compiler.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", types.SimpleNamespace(nvrtcVersion=missing))
+    assert "no NVRTC, which compiles the kernels: libnvrtc.so was not found" in (driver.why_not() or "")
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,14 @@ from .source import source
 
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
 OLDEST_PACKAGE = (1, 2)  # of cuda-core: before, the namespace and some names were others
-OLDEST_DEVICE = (7, 0)  # compute capability: independent lanes in a warp
+OLDEST_DEVICE = (7, 5)  # compute capability: older ones NVRTC 13 does not compile for
 _STANDARD = "c++17"
 _LEGACY = 1  # a handle that names the default stream, which torch calls 0
 
 
 def why_not() -> str | None:
     """Why CUDA cannot be used here, or None. Asks the driver once, and starts nothing on a device."""
-    return why_no_package() or _why_no_device()
+    return why_no_package() or _why_no_device() or _why_no_compiler()
 
 
 def why_no_package() -> str | None:
@@ -59,6 +59,15 @@ def _why_no_device() -> str | None:
         major, minor = OLDEST_DEVICE
         found = ".".join(map(str, best))
         return f"the device is too old: compute capability {found}, at least {major}.{minor} is needed"
+    return None
+
+
+@cache
+def _why_no_compiler() -> str | None:
+    try:
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except Exception as error:  # the library is not there, or cannot be loaded
+        return _HOW_TO_INSTALL.format(f"no NVRTC, which compiles the kernels: {' '.join(str(error).split())}")
     return None
 
 
