@@ -83,7 +83,7 @@ def files_to_compare(damaged: int) -> Iterator[bytes]:
     """Files of every kind, small and of many tiles; then damaged ones, their checksums mended."""
     small = [data for _, data in fuzz.files()]
     yield from small
-    yield from (data for _, data in fuzz.files(24, 700))
+    yield from (data for _, data in fuzz.files(24, 700, chunk=1 << 13))
     rng = np.random.default_rng(3)
     for i in range(damaged):
         yield fuzz.damaged_file(small[i % len(small)], rng)
@@ -213,9 +213,8 @@ class OnDevice:
     def index(self) -> None:
         """Launches the first kernel."""
         jobs, count = self._parts[""]
-        status = np.uint64(self._own.address + self._plan.status_at)
-        arguments: list[np.generic] = [jobs, np.uint32(count), np.uint64(self._index.address), status]
-        self.device.launch("index_chunks", -(-count // WARPS), arguments)
+        places = (self._index.address, self._own.address + self._plan.status_at)
+        self.device.launch("index_chunks", count, [jobs, *map(np.uint64, places)])
 
     def decode(self) -> None:
         """Launches the second."""

@@ -30,13 +30,13 @@ extern "C" __global__ void fill_tables(const Code *codes) {
     }
 }
 
-// One warp a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
-extern "C" __global__ void index_chunks(const Job *jobs, u32 count, u32 *index, u32 *status) {
-    u32 number = blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (number >= count) return;
-    const Job &job = jobs[number];
-    u32 wrong = index_chunk(*(const Recipe *)job.recipe, job, threadIdx.x % WARP, index);
-    if (wrong) atomicOr(&status[number], wrong);
+// One block a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
+extern "C" __global__ void index_chunks(const Job *jobs, u32 *index, u32 *status) {
+    __shared__ IndexSums sums;
+    const Job &job = jobs[blockIdx.x];
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 wrong = index_chunk(*(const Recipe *)job.recipe, job, warp, lane, index, sums);
+    if (wrong) atomicOr(&status[blockIdx.x], wrong);
 }
 
 // The error word of each segment of a warp, and what they say of its job.

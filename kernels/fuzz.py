@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import ml_dtypes
@@ -63,9 +64,9 @@ def _weights(rows: int, columns: int, density: float) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _kinds() -> Iterator[tuple[str, Any, Options, float, str]]:
+def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
     """Name, dtype, options, density, form of the importance: every path that the kernels have."""
-    small = Options(segment=32, chunk=128)
+    small = Options(segment=32, chunk=chunk)
     for dtype in (ml_dtypes.bfloat16, np.float32, np.float16, np.float64, ml_dtypes.float8_e4m3fn):
         name = np.dtype(dtype).name
         for codes, limit in ((1, 8), (16, 8), (1, 12), (16, 12)):
@@ -86,9 +87,15 @@ def _kinds() -> Iterator[tuple[str, Any, Options, float, str]]:
             yield f"{name} exact {form} {over}", dtype, options, 0.5, form
 
 
-def files(rows: int = 6, columns: int = 51) -> Iterator[tuple[str, bytes]]:
-    """For every kind of tensor its name, and a file with a tensor ``w`` of that shape."""
-    for name, dtype, options, density, form in _kinds():
+def files(
+    rows: int = 6, columns: int = 51, *, chunk: int = 128, every: int = 1
+) -> Iterator[tuple[str, bytes]]:
+    """For every kind of tensor, or every so many, its name and a file with a tensor ``w`` of that shape.
+
+    Args:
+        chunk: positions a chunk; a segment has 32.
+    """
+    for name, dtype, options, density, form in islice(_kinds(chunk), 0, None, every):
         array = _weights(rows, columns, density).astype(dtype)
         importance: Any = np.abs(_weights(rows, columns, 1.0)) if form == "each" else None
         if form == "factors":
@@ -102,7 +109,8 @@ def samples(engine: Engine) -> list[Sample]:
     """A chunk or two of every kind of tensor."""
     found = []
     reference = get_engine("python")
-    for name, data in files():
+    # The larger ones give all warps of a block something to do.
+    for name, data in chain(files(), files(30, 160, chunk=1 << 13, every=7)):
         with sfpformat.open(data) as file:
             entry = file.entry("w")
             vectors = None if entry.vectors is None else file.read_checked(entry, -1)
@@ -183,7 +191,7 @@ class Kernels:
         jobs.bytes[:], warps.bytes[:] = plan.jobs.view(np.uint8), parts.view(np.uint8)
         status.bytes[:], errors.bytes[:], out.bytes[:] = 0, 0, 0
         places = [np.uint64(memory.address) for memory in (jobs, warps, index, status, errors)]
-        device.launch("index_chunks", 1, [places[0], np.uint32(1), places[2], places[3]])
+        device.launch("index_chunks", 1, [places[0], places[2], places[3]])
         device.launch(recipe.kernel, len(parts) // layout.WARPS, places)
         device.finish()
         word = int(status.bytes.view(np.uint32)[0])

@@ -98,8 +98,7 @@ const Kernel KERNELS[] = {
      [](void *const *a) { fill_tables(argument<const Code *>(a, 0)); }},
     {"index_chunks",
      [](void *const *a) {
-         index_chunks(argument<const Job *>(a, 0), argument<u32>(a, 1), argument<u32 *>(a, 2),
-                      argument<u32 *>(a, 3));
+         index_chunks(argument<const Job *>(a, 0), argument<u32 *>(a, 1), argument<u32 *>(a, 2));
      }},
     DECODING(any_1),
     DECODING(any_2),

@@ -1,5 +1,6 @@
-// The header and the segment index of a chunk (SPEC.md 15.1, 15.2), by one warp: checked, and summed up to where
-// each segment begins in each plane.
+// The header and the segment index of a chunk (SPEC.md 15.1, 15.2), by one block: checked, and summed up to where
+// each segment begins in each plane. Each warp has a part of the segments, one after another; it goes through them
+// twice: for the sums of its part, and, when all parts are known, for the places.
 #pragma once
 #include "recipe.cuh"
 
@@ -129,16 +130,103 @@ __device__ inline u32 read_segment(
 }
 
 // The sum of the values of the lanes up to this one.
-__device__ inline u64 sum_up_to(u64 value, u32 lane) {
+template <class Value> __device__ inline Value sum_up_to(Value value, u32 lane) {
     for (u32 step = 1; step < WARP; step *= 2) {
-        u64 below = __shfl_up_sync(ALL_LANES, value, step);
+        Value below = (Value)__shfl_up_sync(ALL_LANES, value, step);
         if (lane >= step) value += below;
     }
     return value;
 }
 
-// Writes a job's part of `index`; returns, in each lane, what it found wrong. All lanes of a warp take part.
-__device__ inline u32 index_chunk(const Recipe &recipe, const Job &job, u32 lane, u32 *index) {
+// What the warps of a block tell each other: bits of their segments in each plane, below 2^53 (2^19 segments of less
+// than 2^34 bits), and what they found wrong.
+enum : u32 { PLANES = 2 * STREAMS };
+struct IndexSums {
+    u64 bits[WARPS][PLANES];
+    u32 wrong[WARPS];
+};
+
+// The sums of the segments from `first` up to `stop`, by one warp.
+__device__ inline void sum_segments(
+    const Recipe &recipe, const Job &job, const Places &places, const Quantity *quantities, u32 first, u32 stop,
+    u32 warp, u32 lane, IndexSums &sums
+) {
+    u64 bits[PLANES] = {0, 0, 0, 0, 0, 0};
+    u32 wrong = 0;
+    for (u32 s = first + lane; s < stop; s += WARP) {
+        SegmentIndex segment;
+        u32 positions = positions_of(recipe, job, s);
+        wrong |= read_segment(chunk_of(job), recipe, places, quantities, positions, s, segment);
+        for (u32 i = 0; i < STREAMS; i++) {
+            bits[2 * i] += segment.prefix[i];
+            bits[2 * i + 1] += segment.residual[i];
+        }
+    }
+    bool any = __any_sync(ALL_LANES, wrong != 0);
+    for (u32 plane = 0; plane < PLANES; plane++) {
+        u64 sum = recipe.streams[plane / 2].present ? sum_up_to(bits[plane], lane) : 0;
+        if (lane == WARP - 1) sums.bits[warp][plane] = sum;
+    }
+    if (lane == 0) sums.wrong[warp] = any ? (u32)WRONG_HEADER : 0;
+}
+
+// The planes one after another, from byte `pos` on: where the part of a warp begins in each, as bits from the chunk's
+// first. Returns what is wrong, as far as this lane looks; all of the chunk after the index is looked at.
+__device__ inline u32 place_planes(
+    const Recipe &recipe, Chunk chunk, u64 pos, const IndexSums &sums, u32 warp, u32 lane, u32 *starts
+) {
+    u32 wrong = 0;
+    for (u32 plane = 0; plane < PLANES; plane++) {
+        starts[plane] = 0;
+        if (!recipe.streams[plane / 2].present) continue;
+        u64 bits = 0, before = 0;
+        for (u32 other = 0; other < WARPS; other++) {
+            if (other < warp) before += sums.bits[other][plane];
+            bits += sums.bits[other][plane];
+        }
+        u64 end = aligned(pos + (bits + 7) / 8, PART);
+        if (end + TAIL > chunk.length) return wrong | WRONG_LAYOUT;
+        if (some_bit(chunk, pos * 8 + bits, end, lane)) wrong |= WRONG_PADDING;
+        starts[plane] = (u32)(pos * 8 + before);
+        pos = end;
+    }
+    if (aligned(pos + TAIL, CHUNK_UNIT) != chunk.length) return wrong | WRONG_LAYOUT;
+    if (some_bit(chunk, pos * 8, chunk.length, lane)) wrong |= WRONG_PADDING;
+    return wrong;
+}
+
+// Writes the places of the segments from `first` up to `stop`, by one warp; `starts` is changed.
+__device__ inline void place_segments(
+    const Recipe &recipe, const Job &job, const Places &places, const Quantity *quantities, u32 first, u32 stop,
+    u32 lane, u32 *starts, u32 *index
+) {
+    for (u32 round = first; round < stop; round += WARP) {
+        u32 s = round + lane;
+        bool there = s < stop;
+        SegmentIndex segment = {};
+        if (there) {
+            u32 positions = positions_of(recipe, job, s);
+            read_segment(chunk_of(job), recipe, places, quantities, positions, s, segment);
+            survivors_row(index, job)[s] = segment.survivors;
+        }
+        for (u32 plane = 0; plane < PLANES; plane++) {
+            u32 stream = plane / 2;
+            if (!recipe.streams[stream].present) continue;
+            u64 bits = plane % 2 ? segment.residual[stream] : segment.prefix[stream];
+            u32 end = starts[plane] + sum_up_to((u32)bits, lane);
+            u32 *row = stream_row(index, recipe, job, stream, plane % 2 ? (u32)RESIDUAL_ROW : (u32)PREFIX_ROW);
+            if (s == 0) row[0] = starts[plane];
+            if (there) row[s + 1] = end;
+            starts[plane] = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
+            if (there && plane % 2) {
+                stream_row(index, recipe, job, stream, CODE_ROW)[s] = segment.code[stream] | segment.trim[stream] << 16;
+            }
+        }
+    }
+}
+
+// Writes a job's part of `index`; returns, in each lane, what it found wrong. All threads of a block take part.
+__device__ inline u32 index_chunk(const Recipe &recipe, const Job &job, u32 warp, u32 lane, u32 *index, IndexSums &sums) {
     Chunk chunk = chunk_of(job);
     u32 segments = segments_of(recipe, job);
     Places places = places_of(recipe);
@@ -146,54 +234,15 @@ __device__ inline u32 index_chunk(const Recipe &recipe, const Job &job, u32 lane
     u64 pos = 0;
     if (chunk.length > MAX_CHUNK) return NOT_FOR_THIS;
     u32 wrong = read_header(chunk, places.count, segments, lane, quantities, pos);
+    if (__any_sync(ALL_LANES, wrong != 0)) return wrong;  // as the other warps find it
+    u32 part = (segments + THREADS - 1) / THREADS * WARP;
+    u32 first = least(warp * part, segments), stop = least(first + part, segments);
+    sum_segments(recipe, job, places, quantities, first, stop, warp, lane, sums);
+    __syncthreads();
+    for (u32 other = 0; other < WARPS; other++) wrong |= sums.wrong[other];
+    u32 starts[PLANES];
+    wrong |= place_planes(recipe, chunk, pos, sums, warp, lane, starts);
     if (__any_sync(ALL_LANES, wrong != 0)) return wrong;
-    // Below 2^53: 2^19 segments of less than 2^34 bits.
-    u64 starts[2 * 3] = {0, 0, 0, 0, 0, 0};
-    u32 rounds = (segments + WARP - 1) / WARP;
-    for (u32 round = 0; round < rounds; round++) {
-        u32 s = round * WARP + lane;
-        if (s >= segments) break;
-        SegmentIndex segment;
-        wrong |= read_segment(chunk, recipe, places, quantities, positions_of(recipe, job, s), s, segment);
-        for (u32 i = 0; i < STREAMS; i++) {
-            starts[2 * i] += segment.prefix[i];
-            starts[2 * i + 1] += segment.residual[i];
-        }
-    }
-    // The planes one after another: from their bits to where each begins.
-    for (u32 plane = 0; plane < 2 * STREAMS; plane++) {
-        if (!recipe.streams[plane / 2].present) continue;
-        u64 bits = __shfl_sync(ALL_LANES, sum_up_to(starts[plane], lane), WARP - 1);
-        starts[plane] = pos * 8;
-        u64 end = aligned(pos + (bits + 7) / 8, PART);
-        if (end + TAIL > chunk.length) return wrong | WRONG_LAYOUT;
-        if (some_bit(chunk, pos * 8 + bits, end, lane)) wrong |= WRONG_PADDING;
-        pos = end;
-    }
-    if (aligned(pos + TAIL, CHUNK_UNIT) != chunk.length) return wrong | WRONG_LAYOUT;
-    if (some_bit(chunk, pos * 8, chunk.length, lane)) wrong |= WRONG_PADDING;
-    if (__any_sync(ALL_LANES, wrong != 0)) return wrong;
-    for (u32 round = 0; round < rounds; round++) {
-        u32 s = round * WARP + lane;
-        SegmentIndex segment = {};
-        bool there = s < segments;
-        if (there) read_segment(chunk, recipe, places, quantities, positions_of(recipe, job, s), s, segment);
-        if (there) survivors_row(index, job)[s] = segment.survivors;
-        for (u32 i = 0; i < STREAMS; i++) {
-            if (!recipe.streams[i].present) continue;
-            u64 prefix = starts[2 * i] + sum_up_to(segment.prefix[i], lane);
-            u64 residual = starts[2 * i + 1] + sum_up_to(segment.residual[i], lane);
-            u32 *prefixes = stream_row(index, recipe, job, i, PREFIX_ROW);
-            u32 *residuals = stream_row(index, recipe, job, i, RESIDUAL_ROW);
-            if (there) {
-                if (s == 0) prefixes[0] = (u32)starts[2 * i], residuals[0] = (u32)starts[2 * i + 1];
-                prefixes[s + 1] = (u32)prefix;
-                residuals[s + 1] = (u32)residual;
-                stream_row(index, recipe, job, i, CODE_ROW)[s] = segment.code[i] | segment.trim[i] << 16;
-            }
-            starts[2 * i] = __shfl_sync(ALL_LANES, prefix, WARP - 1);
-            starts[2 * i + 1] = __shfl_sync(ALL_LANES, residual, WARP - 1);
-        }
-    }
+    place_segments(recipe, job, places, quantities, first, stop, lane, starts, index);
     return 0;
 }

@@ -166,8 +166,7 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory) -> Running:
     device.copy(own.address, staging.address, plan.size)
     jobs, words = np.uint64(own.address + plan.jobs_at), np.uint64(own.address + plan.status_at)
     indices, faults = np.uint64(index.address), np.uint64(errors.address)
-    count = len(plan.jobs)
-    device.launch("index_chunks", -(-count // layout.WARPS), [jobs, np.uint32(count), indices, words])
+    device.launch("index_chunks", len(plan.jobs), [jobs, indices, words])
     for kernel, parts in plan.parts.items():
         arguments = [jobs, np.uint64(starts[kernel]), indices, words, faults]
         device.launch(kernel, len(parts) // layout.WARPS, arguments)
