@@ -226,7 +226,9 @@ __device__ inline void place_segments(
 }
 
 // Writes a job's part of `index`; returns, in each lane, what it found wrong. All threads of a block take part.
-__device__ inline u32 index_chunk(const Recipe &recipe, const Job &job, u32 warp, u32 lane, u32 *index, IndexSums &sums) {
+__device__ inline u32 index_chunk(
+    const Recipe &recipe, const Job &job, u32 warp, u32 lane, u32 *index, IndexSums &sums
+) {
     Chunk chunk = chunk_of(job);
     u32 segments = segments_of(recipe, job);
     Places places = places_of(recipe);

@@ -34,7 +34,9 @@ __device__ inline float widened(u32 pattern, u32 dtype) {
     Narrow narrow = narrow_of(dtype);
     u32 width = narrow.exponent + narrow.mantissa, bias = (1u << (narrow.exponent - 1)) - 1;
     u32 sign = pattern >> width << 31, rest = pattern & ((1u << width) - 1);
-    if (rest >> narrow.mantissa) return __uint_as_float(sign | ((rest << (23 - narrow.mantissa)) + ((127 - bias) << 23)));
+    if (rest >> narrow.mantissa) {
+        return __uint_as_float(sign | ((rest << (23 - narrow.mantissa)) + ((127 - bias) << 23)));
+    }
     if (narrow.exponent == 8) return __uint_as_float(sign | rest << (23 - narrow.mantissa));
     // Subnormal: an integer times the least number, which is a power of two.
     float least_number = __uint_as_float((128 - bias - narrow.mantissa) << 23);
