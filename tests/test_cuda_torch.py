@@ -17,7 +17,7 @@ from sfpformat.engines.cuda import driver
 from sfpformat.engines.cuda.batch import Running
 from sfpformat.numpy import save
 from sfpformat.shards import ShardIndex
-from sfpformat.torch import device, load, safe_open
+from sfpformat.torch import device, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile, open_any
 
 from .forge import Forge
@@ -98,6 +98,17 @@ def test_an_engine_asked_for_that_is_not_there_is_an_error(monkeypatch: pytest.M
     monkeypatch.setattr(driver, "why_not", lambda: "there is no CUDA device")
     with pytest.raises(EngineError, match="'cuda' cannot be used: there is no CUDA device"):
         safe_open(save(many(1)), device="cuda", engine="cuda")
+
+
+def test_a_module_is_filled_by_its_device(
+    devices: list[shim.HostDevice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfpformat.torch.places.is_decoded_on", lambda where, engine: where == CPU)
+    source, target = torch.nn.Linear(70, 90), torch.nn.Linear(70, 90).double()  # another dtype: not in place
+    save_model(source, tmp_path / "m")
+    assert load_model(target, tmp_path / "m") == ([], [])
+    assert torch.equal(target.weight, source.weight.double())
+    assert devices[0].launched[0] == "fill_tables"
 
 
 def test_models_in_shards_are_loaded(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class TorchFile(Closing):
         """Takes a file that is open; ``engine`` as it was opened with."""
         self.file = file
         self.device = device
-        self._on_device = device.type == "cuda" and decodes_on_device(engine)
+        self._on_device = is_decoded_on(device, engine)
 
     def close(self) -> None:
         """Closes the file."""
@@ -351,6 +351,11 @@ def safe_open(
         )
     where = torch.device(device)
     return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where, engine)
+
+
+def is_decoded_on(device: torch.device, engine: str | None) -> bool:
+    """Whether tensors for a device are decoded there, by the engine that a file was opened with."""
+    return device.type == "cuda" and decodes_on_device(engine)
 
 
 def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
