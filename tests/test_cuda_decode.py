@@ -20,7 +20,7 @@ from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
-from .forge import Forge
+from .forge import Forge, f32_bytes, hand_file, hand_part, table
 from .samples import everything, plain, weights
 from .strategies import Job, jobs, lossless_jobs, written
 from .test_hostile import mutate, mutate_chunk
@@ -166,6 +166,23 @@ def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytes
     accepted(data, judged)
     assert len(judged.good) == len(tensors)
     assert len(device.launched) - before <= 2 + len(KERNELS)
+
+
+@pytest.mark.parametrize(("used", "by_kernels"), [(range(20, 276), True), (range(44, 300), False)])
+def test_many_classes_are_decoded_as_long_as_a_byte_can_number_those_in_use(
+    used: range, by_kernels: bool, judged: Judged
+) -> None:
+    codes = [[8 * (c in own) for c in range(300)] for own in (range(20, 276), used)]
+    entry = {
+        "dtype": "F32",
+        "shape": [64],
+        "chunk": 2,
+        "fingerprints": {"quantiser": "uniform", "step": f32_bytes(0.5), **table([0] * 300, *codes)},
+    }
+    levels = [*range(20, 52), *reversed(range(used.stop - 32, used.stop))]
+    data = hand_file(hand_part(entry, {"fingerprints": levels}, codes={"fingerprints": [0, 1]}))
+    accepted(data, judged)
+    assert judged.good == ([True] if by_kernels else [])
 
 
 def test_slices_are_those_of_the_reference() -> None:
