@@ -46,6 +46,7 @@ DENSE = {
     "dense_4_24_many_short": (4, 24),
     "dense_4_24_many_long": (4, 24),
 }
+SHORT = ("short_1", "short_2", "short_4")  # kernels whose loop over survivors is counted
 # Not of the integer pipe: memory, control, and what the multiplier does.
 _MEMORY = ("LD", "LDG", "LDS", "ST", "STG", "STS", "LDC", "LDL", "STL")
 _CONTROL = ("BRA", "BSSY", "BSYNC", "NOP", "EXIT", "WARPSYNC", "BAR", "BREAK", "CALL", "RET")
@@ -116,6 +117,16 @@ def dense_loops(code: list[Instruction], item: int) -> tuple[Loop, Loop]:
         elif out >= 8 and not stored and not any(".U8" in name for name in names):
             writing.append(Loop(loop, always_executed(loop), out * 4 / item))
     return max(decoding, key=lambda loop: loop.weights), max(writing, key=lambda loop: loop.weights)
+
+
+def survivor_loop(code: list[Instruction]) -> Loop:
+    """The loop of a kernel for short levels in which each turn puts a survivor into the tile."""
+    found = []
+    for loop in inner_loops(code):
+        kinds = [i.kind for i in loop]
+        if kinds.count("STS") == 1 and kinds.count("LDS") >= 2 and "FLO" in kinds:
+            found.append(Loop(loop, always_executed(loop), 1))
+    return max(found, key=lambda loop: len(loop.every))
 
 
 @dataclass(frozen=True)
@@ -239,6 +250,10 @@ def main() -> int:
             f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:5.1f} "
             f"{own.integer[0]:5.1f}-{own.integer[1]:5.1f} {own.memory:7.1f}   {shares}"
         )
+    print("\ninstructions a survivor, at least and at most, the mask's own and the tile's not counted")
+    for kernel in SHORT:
+        loop = survivor_loop(functions[kernel])
+        print(f"  {kernel:22} {len(loop.always)}-{len(loop.every)}")
     return 0
 
 

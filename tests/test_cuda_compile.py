@@ -82,6 +82,21 @@ def test_loops_are_found_and_what_is_jumped_over_is_counted_apart() -> None:
     assert set(own.shares().values()) == {1.0}
 
 
+SURVIVORS = """
+        /*0000*/                   LDS R4, [R2] ;
+        /*0010*/                   FLO.U32 R5, R6 ;
+        /*0020*/              @!P0 BRA 0x40 ;
+        /*0030*/                   LDS R7, [R2+0x4] ;
+        /*0040*/                   STS.U16 [R3], R4 ;
+        /*0050*/               @P1 BRA 0x0 ;
+"""
+
+
+def test_the_loop_over_survivors_is_found() -> None:
+    loop = budget.survivor_loop(budget.instructions_of(SURVIVORS))
+    assert (len(loop.every), len(loop.always)) == (6, 5)
+
+
 # ------------------------------------------------------------------------------------------- why it cannot be
 
 
