@@ -38,17 +38,39 @@ void wait_as(State state) {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
-// Lets those go on whose companions have all arrived. A thread that is done is not waited for by its block.
-void release() {
-    bool all = true;
-    for (unsigned t = 0; t < threads; t++) all &= fibers[t].state == AT_BLOCK || fibers[t].state == DONE;
-    for (unsigned warp = 0; warp < threads; warp += 32) {
-        bool whole = true;
-        for (unsigned t = warp; t < warp + 32 && t < threads; t++) whole &= fibers[t].state == AT_WARP;
-        for (unsigned t = warp; t < warp + 32 && t < threads; t++) {
-            if (whole || (all && fibers[t].state == AT_BLOCK)) fibers[t].state = READY;
-        }
+// Lets the lanes of a warp go on if all wait for one another.
+void release_warp(unsigned warp) {
+    for (unsigned t = warp; t < warp + 32; t++) {
+        if (fibers[t].state != AT_WARP) return;
     }
+    for (unsigned t = warp; t < warp + 32; t++) fibers[t].state = READY;
+}
+
+// Lets the threads of a block go on if all wait for one another; whoever is done is not waited for.
+void release_block() {
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state != AT_BLOCK && fibers[t].state != DONE) return;
+    }
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state == AT_BLOCK) fibers[t].state = READY;
+    }
+}
+
+// Runs a warp until it waits for the block or is done; whether anything happened.
+bool run_warp(unsigned warp, bool backwards) {
+    bool any = false;
+    for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        for (unsigned i = 0; i < 32; i++) {
+            current = warp + (backwards ? 31 - i : i);
+            if (fibers[current].state != READY) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &fibers[current].context);
+            moved = true;
+        }
+        release_warp(warp);
+    }
+    return any;
 }
 
 // Runs one block; false where some threads wait for others that never come. Backwards: the last thread first.
@@ -63,16 +85,13 @@ bool run_block(bool backwards) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_body, 0);
     }
+    // A warp runs as far as it can before the next one begins: who relies on another without waiting is found out.
     for (bool moved = true; moved;) {
         moved = false;
-        for (unsigned i = 0; i < threads; i++) {
-            current = backwards ? threads - 1 - i : i;
-            if (fibers[current].state != READY) continue;
-            threadIdx.x = current;
-            swapcontext(&scheduler, &fibers[current].context);
-            moved = true;
+        for (unsigned warp = 0; warp < threads; warp += 32) {
+            moved |= run_warp(backwards ? threads - 32 - warp : warp, backwards);
         }
-        release();
+        release_block();
     }
     for (unsigned t = 0; t < threads; t++) {
         if (fibers[t].state != DONE) return false;
@@ -137,7 +156,7 @@ unsigned long long *exchange(unsigned long long value) {
 
 // Runs a kernel; 0, or 1 where there is none of that name, or 2 where a barrier is not met by all.
 //
-// Args: an address for each argument. Not for several threads at once.
+// Args: threads a block, a multiple of 32; an address for each argument. Not for several threads at once.
 extern "C" int launch(const char *name, unsigned blocks, unsigned block, int backwards, void *const *args) {
     for (const Kernel &kernel : KERNELS) {
         if (strcmp(kernel.name, name) != 0) continue;
