@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
     monkeypatch.setattr(driver, "why_not", lambda: None)
     monkeypatch.setattr(device, "open_queue", opening)
     monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device, "current", nullcontext)
     monkeypatch.setattr(device, "_thread", threading.local())
     monkeypatch.setattr(device, "BATCH_BYTES", 20_000)
     yield opened

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -41,6 +42,8 @@ def stream_of(device: torch.device) -> tuple[int, int]:
 
 # What opens a queue, in the order of a stream: takes the number of a device, and the stream's handle.
 open_queue: Callable[[int, int], Device] = CudaDevice
+# Makes a CUDA device the thread's current one for a while: what is launched goes there.
+current: Callable[[torch.device], AbstractContextManager[object]] = torch.cuda.device
 _thread = threading.local()
 
 
@@ -90,7 +93,8 @@ def read_tensors(
             made[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=device)
             tensors.append(_Tensor(own, entry, recipe, made[name]))
     if tensors:
-        _loader_of(device).load(tensors)
+        with current(device):
+            _loader_of(device).load(tensors)
     return made
 
 
