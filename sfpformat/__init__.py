@@ -63,8 +63,8 @@ def open(
     Args:
         readable: a path, bytes, an mmap, or any seekable binary object.
         limits: what a file may claim before it is refused.
-        engine: ``"python"``, or ``"auto"`` for the best there is; None takes the environment variable
-            ``SFPFORMAT_ENGINE``.
+        engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best there is; None takes the
+            environment variable ``SFPFORMAT_ENGINE``.
         threads: how many may decode; None takes the number of cores.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -364,6 +364,16 @@ class SfpFile(Closing):
         if crc32(data) != checksum:
             raise fault("R-LAY-004", "a chunk's checksum does not match", offset=0)
         return as_bytes(data)
+
+    def read_chunks(self, wanted: Sequence[tuple[TensorEntry, int]]) -> list[Bytes]:
+        """The bytes of some chunks, read side by side, as `read_checked`; a fault knows its place."""
+        out = [np.zeros(0, np.uint8)] * len(wanted)
+
+        def read(i: int) -> None:
+            out[i] = self._read_placed(*wanted[i])
+
+        for_each(read, range(len(wanted)), min(self._threads, max(len(wanted), 1)))
+        return out
 
     def _read_placed(self, entry: TensorEntry, k: int) -> Bytes:
         """As `read_checked`; a fault knows its place in the file."""

@@ -17,6 +17,7 @@ from ..codec.options import Options
 from ..codec.plan import Importance
 from ..codec.selection import Index
 from ..coding.mask import Mask
+from ..engines import decodes_on_device
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader import SfpFile, SfpSlice, TensorInfo
@@ -201,10 +202,11 @@ class TorchFile(Closing):
         device: where tensors go.
     """
 
-    def __init__(self, file: SfpFile | ShardedFile, device: torch.device) -> None:
-        """Takes a file that is open."""
+    def __init__(self, file: SfpFile | ShardedFile, device: torch.device, engine: str | None = None) -> None:
+        """Takes a file that is open; ``engine`` as it was opened with."""
         self.file = file
         self.device = device
+        self._on_device = is_decoded_on(device, engine)
 
     def close(self) -> None:
         """Closes the file."""
@@ -256,7 +258,8 @@ class TorchFile(Closing):
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Some whole tensors, side by side: all, in the file's order, where nothing is said.
 
-        On another device than the processor, at most 64 MiB or one tensor wait on the processor at a time.
+        A CUDA device decodes them itself, where the engine ``cuda`` can be used or was asked for. For others,
+        at most 64 MiB or one tensor wait on the processor at a time.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError, MismatchError.
@@ -270,6 +273,10 @@ class TorchFile(Closing):
             }
         if self.device.type == "cpu":
             return {name: tensor_of(array) for name, array in self.file.get_tensors(infos).items()}
+        if self._on_device:
+            from .device import read_tensors  # not before it is needed: it makes ready what kernels take
+
+            return read_tensors(self.file, list(infos), self.device)
         out: dict[str, torch.Tensor] = {}
         for batch in batches({name: info.decoded_bytes for name, info in infos.items()}):
             for name, array in self.file.get_tensors(batch).items():
@@ -343,7 +350,12 @@ def safe_open(
             f"framework is {framework!r}; this gives torch tensors, sfpformat.numpy gives arrays"
         )
     where = torch.device(device)
-    return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where)
+    return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where, engine)
+
+
+def is_decoded_on(device: torch.device, engine: str | None) -> bool:
+    """Whether tensors for a device are decoded there, by the engine that a file was opened with."""
+    return device.type == "cuda" and decodes_on_device(engine)
 
 
 def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

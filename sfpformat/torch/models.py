@@ -92,10 +92,11 @@ def load_model(
 ) -> tuple[list[str], list[str]]:
     """Fills a module from a file, straight into its memory: at the peak the module and a chunk a thread.
 
-    What is on another device than the processor, or has another dtype than in the file (numbers are converted
-    to the module's), waits on the processor first, 64 MiB or one tensor at a time. What is on the meta device
-    gets memory. Buffers that are not persistent are in no file and stay as they are. A module that takes part
-    in loading by hooks or by methods of its own is given all tensors by ``load_state_dict`` instead.
+    What is on another device than the processor, or has another dtype than in the file (numbers are
+    converted to the module's), waits first, 64 MiB or one tensor at a time: on the processor, or on the
+    CUDA device, where that decodes it. What is on the meta device gets memory. Buffers that are not
+    persistent are in no file and stay as they are. A module that takes part in loading by hooks or by
+    methods of its own is given all tensors by ``load_state_dict`` instead.
 
     Args:
         model: the module.
@@ -125,7 +126,7 @@ def load_model(
         found = match(places, file)
         if strict:
             found.require_all(model)
-        fill(places, file, found.sources, torch.device(device))
+        fill(places, file, found.sources, torch.device(device), engine)
         return found.missing, found.unexpected
 
 

@@ -16,7 +16,7 @@ import torch
 from ..errors import FileFault, MismatchError
 from ..reader import SfpFile
 from ..shards import ShardedFile
-from .files import batches
+from .files import batches, is_decoded_on
 from .tensors import format_dtype, memory_of, tensor_of, torch_dtype
 
 AnyFile = SfpFile | ShardedFile
@@ -130,7 +130,11 @@ def match(places: Mapping[str, Place], file: AnyFile, taken: Collection[str] = (
 
 
 def fill(
-    places: Mapping[str, Place], file: AnyFile, sources: Mapping[tuple[str, ...], str], device: torch.device
+    places: Mapping[str, Place],
+    file: AnyFile,
+    sources: Mapping[tuple[str, ...], str],
+    device: torch.device,
+    engine: str | None = None,
 ) -> None:
     """Decodes tensors of a file into a module.
 
@@ -139,6 +143,7 @@ def fill(
         file: open.
         sources: as in `Match`.
         device: where what is on the meta device goes.
+        engine: that the file was opened with.
 
     Raises:
         InvalidFileError, LimitError: with a note that says what became of the module.
@@ -162,11 +167,29 @@ def fill(
             for other in rest.pop(name, []):
                 other.copy_(tensor)
         for batch in batches({name: file.info(name).decoded_bytes for name in rest}):
-            for name, array in file.get_tensors(batch).items():
+            for name, tensor in _read(file, batch, rest, engine):
                 for other in rest[name]:
-                    other.copy_(tensor_of(array))
+                    other.copy_(tensor)
     for group, tensor in made.items():
         _put(places, group, tensor)
+
+
+def _read(
+    file: AnyFile, names: list[str], targets: Mapping[str, list[torch.Tensor]], engine: str | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Some tensors by name: decoded on the CUDA device of what they are for where that can be, else here."""
+    by_device: dict[torch.device | None, list[str]] = {}
+    for name in names:
+        where = targets[name][0].device
+        by_device.setdefault(where if is_decoded_on(where, engine) else None, []).append(name)
+    for device, some in by_device.items():
+        if device is None:
+            for name, array in file.get_tensors(some).items():
+                yield name, tensor_of(array)
+        else:
+            from .device import read_tensors  # not before it is needed: it makes ready what kernels take
+
+            yield from read_tensors(file, some, device).items()
 
 
 def _memory_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""GPU kernels: their source, and what tests and measures them; the engine is `sfpformat.engines.cuda`."""

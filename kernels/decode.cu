@@ -1,0 +1,134 @@
+// The kernels: each finds its place and leaves the work to the functions of the other files.
+//
+// A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
+// IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
+#include "short.cuh"
+
+enum : u32 { IDLE = 0xFFFFFFFF };
+
+struct Part {
+    u32 job;
+    u32 group;  // of 32 segments of the job's run
+};
+
+// A code whose look-up table is to be filled.
+struct Code {
+    u64 recipe;  // address
+    u32 stream, code;
+};
+
+// One block a code.
+extern "C" __global__ void fill_tables(const Code *codes) {
+    const Code &own = codes[blockIdx.x];
+    u8 *bytes = (u8 *)own.recipe;
+    const Stream &stream = ((const Recipe *)bytes)->streams[own.stream];
+    const u16 *lengths = (const u16 *)(bytes + stream.lengths) + 16 * own.code;
+    const u16 *symbols = (const u16 *)(bytes + stream.symbols) + 256 * own.code;
+    u32 *entries = (u32 *)(bytes + stream.entries) + ((u64)own.code << stream.bits);
+    for (u32 window = threadIdx.x; window < 1u << stream.bits; window += blockDim.x) {
+        entries[window] = fill_entry(lengths, symbols, stream.bits, window);
+    }
+}
+
+// One block a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
+extern "C" __global__ void index_chunks(const Job *jobs, u32 *index, u32 *status) {
+    __shared__ IndexSums sums;
+    const Job &job = jobs[blockIdx.x];
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 wrong = index_chunk(*(const Recipe *)job.recipe, job, warp, lane, index, sums);
+    if (wrong) atomicOr(&status[blockIdx.x], wrong);
+}
+
+// The error word of each segment of a warp, and what they say of its job.
+__device__ inline void report(const Job &job, u32 s, u32 wrong, u32 *errors, u32 *status) {
+    if (s < job.stop) errors[job.errors + (s - job.first)] = wrong;
+    if (wrong) atomicOr(status, wrong);
+}
+
+__device__ inline Warp warp_of(const Job *jobs, Part part) {
+    const Job &job = jobs[part.job];
+    Warp warp = {(const Recipe *)job.recipe, &job, job.first + WARP * part.group};
+    return warp;
+}
+
+// Whether nothing of a job matters any more; the same for all lanes, though other warps write the word.
+__device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status != 0); }
+
+template <u32 ITEM, bool PLAIN>
+__device__ inline void run_any(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_any<ITEM, PLAIN>(warp, index, tiles[own], lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+template <u32 ITEM, u32 WIDTH, Tables TABLES>
+__device__ inline void run_dense(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    __shared__ u32 table[table_words(TABLES)];
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    Warp first = warp_of(jobs, parts[blockIdx.x * WARPS]);
+    fill_short<TABLES>(first, (u16 *)table, threadIdx.x);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(warp, index, tiles[own], (u16 *)table, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+template <u32 ITEM>
+__device__ inline void run_short(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
+    __shared__ ShortMemory memory;
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    fill_memory(*warp_of(jobs, parts[blockIdx.x * WARPS]).recipe, memory, threadIdx.x);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part);
+    u32 wrong = decode_short<ITEM>(warp, index, tiles[own], memory, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+#define KERNEL(NAME, BLOCKS, BODY)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
+        const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors                              \
+    ) {                                                                                                       \
+        BODY(jobs, parts, index, status, errors);                                                             \
+    }
+
+// Any tensor, by bytes a weight. The second number is how many blocks a multiprocessor is to have at least.
+KERNEL(any_1, 2, (run_any<1, false>))
+KERNEL(any_2, 2, (run_any<2, false>))
+KERNEL(any_4, 2, (run_any<4, false>))
+KERNEL(any_8, 2, (run_any<8, false>))
+// Tensors whose levels are bit patterns, or look them up.
+KERNEL(plain_2, 3, (run_any<2, true>))
+KERNEL(plain_4, 3, (run_any<4, true>))
+KERNEL(plain_8, 3, (run_any<8, true>))
+// The same with levels of at most 16 bits and at most 8 codes a stream.
+KERNEL(short_1, 4, (run_short<1>))
+KERNEL(short_2, 4, (run_short<2>))
+KERNEL(short_4, 4, (run_short<4>))
+// Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
+// most 8 bits.
+KERNEL(dense_2_8_one_short, 6, (run_dense<2, 8, ONE_SHORT>))
+KERNEL(dense_2_8_one_long, 6, (run_dense<2, 8, ONE_LONG>))
+KERNEL(dense_2_8_many_short, 6, (run_dense<2, 8, MANY_SHORT>))
+KERNEL(dense_2_8_many_long, 6, (run_dense<2, 8, MANY_LONG>))
+KERNEL(dense_4_24_one_short, 6, (run_dense<4, 24, ONE_SHORT>))
+KERNEL(dense_4_24_one_long, 6, (run_dense<4, 24, ONE_LONG>))
+KERNEL(dense_4_24_many_short, 6, (run_dense<4, 24, MANY_SHORT>))
+KERNEL(dense_4_24_many_long, 6, (run_dense<4, 24, MANY_LONG>))
+KERNEL(dense_2_0, 6, (run_dense<2, 0, MANY_LONG>))
+KERNEL(dense_4_0, 6, (run_dense<4, 0, MANY_LONG>))

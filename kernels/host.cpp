@@ -1,0 +1,190 @@
+// The kernels on the host: a library with a C interface, built and called by kernels/shim.py.
+#include <cstdlib>
+#include <ucontext.h>
+#include <vector>
+
+#include "host.h"
+#include "decode.cu"
+
+Dim threadIdx, blockIdx, blockDim;
+
+namespace {
+
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+const size_t STACK = 1 << 18;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    unsigned parity;  // of the mailbox that the next exchange uses
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+unsigned current, threads;
+unsigned long long mailboxes[2][1024];
+void (*body)(void *const *);
+void *const *arguments;
+
+void run_body() {
+    body(arguments);
+    fibers[current].state = DONE;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+void wait_as(State state) {
+    fibers[current].state = state;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+// Lets the lanes of a warp go on if all wait for one another.
+void release_warp(unsigned warp) {
+    for (unsigned t = warp; t < warp + 32; t++) {
+        if (fibers[t].state != AT_WARP) return;
+    }
+    for (unsigned t = warp; t < warp + 32; t++) fibers[t].state = READY;
+}
+
+// Lets the threads of a block go on if all wait for one another; whoever is done is not waited for.
+void release_block() {
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state != AT_BLOCK && fibers[t].state != DONE) return;
+    }
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state == AT_BLOCK) fibers[t].state = READY;
+    }
+}
+
+// Runs a warp until it waits for the block or is done; whether anything happened.
+bool run_warp(unsigned warp, bool backwards) {
+    bool any = false;
+    for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        for (unsigned i = 0; i < 32; i++) {
+            current = warp + (backwards ? 31 - i : i);
+            if (fibers[current].state != READY) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &fibers[current].context);
+            moved = true;
+        }
+        release_warp(warp);
+    }
+    return any;
+}
+
+// Runs one block; false where some threads wait for others that never come. Backwards: the last thread first.
+bool run_block(bool backwards) {
+    for (unsigned t = 0; t < threads; t++) {
+        Fiber &fiber = fibers[t];
+        fiber.state = READY;
+        fiber.parity = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_body, 0);
+    }
+    // A warp runs as far as it can before the next one begins: who relies on another without waiting is found out.
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (unsigned warp = 0; warp < threads; warp += 32) {
+            moved |= run_warp(backwards ? threads - 32 - warp : warp, backwards);
+        }
+        release_block();
+    }
+    for (unsigned t = 0; t < threads; t++) {
+        if (fibers[t].state != DONE) return false;
+    }
+    return true;
+}
+
+template <class T> T argument(void *const *arguments, int i) { return *(T *)arguments[i]; }
+
+struct Kernel {
+    const char *name;
+    void (*body)(void *const *);
+};
+
+#define DECODING(NAME)                                                                                        \
+    {#NAME, [](void *const *a) {                                                                              \
+         NAME(argument<const Job *>(a, 0), argument<const Part *>(a, 1), argument<u32 *>(a, 2),               \
+              argument<u32 *>(a, 3), argument<u32 *>(a, 4));                                                  \
+     }}
+
+const Kernel KERNELS[] = {
+    {"fill_tables",
+     [](void *const *a) { fill_tables(argument<const Code *>(a, 0)); }},
+    {"index_chunks",
+     [](void *const *a) {
+         index_chunks(argument<const Job *>(a, 0), argument<u32 *>(a, 1), argument<u32 *>(a, 2));
+     }},
+    DECODING(any_1),
+    DECODING(any_2),
+    DECODING(any_4),
+    DECODING(any_8),
+    DECODING(plain_2),
+    DECODING(plain_4),
+    DECODING(plain_8),
+    DECODING(short_1),
+    DECODING(short_2),
+    DECODING(short_4),
+    DECODING(dense_2_8_one_short),
+    DECODING(dense_2_8_one_long),
+    DECODING(dense_2_8_many_short),
+    DECODING(dense_2_8_many_long),
+    DECODING(dense_4_24_one_short),
+    DECODING(dense_4_24_one_long),
+    DECODING(dense_4_24_many_short),
+    DECODING(dense_4_24_many_long),
+    DECODING(dense_2_0),
+    DECODING(dense_4_0),
+};
+
+}  // namespace
+
+void wait_for_warp() { wait_as(AT_WARP); }
+void wait_for_block() { wait_as(AT_BLOCK); }
+
+unsigned long long *exchange(unsigned long long value) {
+    unsigned long long *box = mailboxes[fibers[current].parity ^= 1];
+    box[current] = value;
+    unsigned warp = current / 32 * 32;
+    wait_as(AT_WARP);
+    return box + warp;
+}
+
+// Runs a kernel; 0, or 1 where there is none of that name, or 2 where a barrier is not met by all.
+//
+// Args: threads a block, a multiple of 32; an address for each argument. Not for several threads at once.
+extern "C" int launch(const char *name, unsigned blocks, unsigned block, int backwards, void *const *args) {
+    for (const Kernel &kernel : KERNELS) {
+        if (strcmp(kernel.name, name) != 0) continue;
+        body = kernel.body;
+        arguments = args;
+        threads = block;
+        blockDim.x = block;
+        while (fibers.size() < block) {
+            fibers.emplace_back();
+            fibers.back().stack.resize(STACK);
+        }
+        for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+            if (!run_block(backwards)) return 2;
+        }
+        return 0;
+    }
+    return 1;
+}
+
+// Bytes of the records, to be compared with sfpformat/engines/cuda/layout.py.
+extern "C" void record_sizes(unsigned *sizes) {
+    sizes[0] = sizeof(Stream);
+    sizes[1] = sizeof(Recipe);
+    sizes[2] = sizeof(Job);
+    sizes[3] = sizeof(Part);
+    sizes[4] = sizeof(Code);
+}
+
+// As `rounded` and `widened` of values.cuh, for tests of all patterns.
+extern "C" unsigned round_number(float number, unsigned dtype) { return rounded(number, dtype); }
+extern "C" float widen_pattern(unsigned pattern, unsigned dtype) { return widened(pattern, dtype); }

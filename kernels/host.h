@@ -1,0 +1,74 @@
+// What CUDA has and C++17 has not, for the host compiler: the kernels' source is compiled as it is.
+//
+// A block's threads are fibers that take turns; whoever waits for a warp or for the block lets the next one run. So
+// barriers and shuffles do what they say, shared memory is shared, and a lane that is missing from a barrier is an
+// error instead of a program that hangs.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads, blocks)
+
+struct Dim {
+    unsigned int x;
+};
+extern Dim threadIdx, blockIdx, blockDim;
+
+// Called by fibers. `exchange` puts a value into the warp's mailbox and waits for all lanes.
+void wait_for_warp();
+void wait_for_block();
+unsigned long long *exchange(unsigned long long value);
+
+inline void __syncwarp() { wait_for_warp(); }
+inline void __syncthreads() { wait_for_block(); }
+
+inline unsigned long long __shfl_sync(unsigned, unsigned long long value, unsigned lane) {
+    return exchange(value)[lane];
+}
+
+inline unsigned long long __shfl_up_sync(unsigned, unsigned long long value, unsigned step) {
+    unsigned lane = threadIdx.x % 32;
+    const unsigned long long *values = exchange(value);
+    return values[lane < step ? lane : lane - step];
+}
+
+inline bool __any_sync(unsigned, bool value) {
+    const unsigned long long *values = exchange(value);
+    bool any = false;
+    for (int lane = 0; lane < 32; lane++) any |= values[lane] != 0;
+    return any;
+}
+
+inline void atomicOr(unsigned *word, unsigned bits) { *word |= bits; }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return (unsigned)((low | (unsigned long long)high << 32) >> (shift & 31));
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+    unsigned long long both = low | (unsigned long long)high << 32;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(both >> 8 * (chosen >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+
+template <class To, class From> inline To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "of one size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// Compiled with -ffp-contract=off: nothing is fused, and every operation is one of IEEE 754.
+inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
+inline unsigned __float_as_uint(float number) { return same_bits<unsigned>(number); }
+inline double __longlong_as_double(long long bits) { return same_bits<double>(bits); }
+inline long long __double_as_longlong(double number) { return same_bits<long long>(number); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline float __uint2float_rn(unsigned number) { return (float)number; }

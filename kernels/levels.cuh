@@ -1,0 +1,75 @@
+// The levels of one stream of one segment (SPEC.md chapters 8 and 9), one after another. A lane's own.
+#pragma once
+#include "recipe.cuh"
+
+struct Levels {
+    const u32 *entries;  // of the segment's code; unused for one class
+    const u64 *first;
+    const u8 *extra;
+    Reader prefix, residual;
+    u32 window;    // the mask of a look-up's bits, 0 for one class
+    u32 pairs;     // whether a symbol stands for two levels
+    u32 pending;   // the slot of a pair's second level, or NO_SLOT
+    u32 differing, constant, trim;
+};
+
+enum : u32 { NO_SLOT = 0xFFFFFFFF };
+
+__device__ inline Levels levels_at(
+    const u8 *bytes, const Stream &stream, Chunk chunk, u32 prefix, u32 residual, u32 code_and_trim
+) {
+    Levels levels;
+    levels.first = (const u64 *)(bytes + stream.first);
+    levels.extra = bytes + stream.extra;
+    levels.entries = (const u32 *)(bytes + stream.entries) + ((u64)(code_and_trim & 0xFFFF) << stream.bits);
+    levels.window = stream.codes ? (1u << stream.bits) - 1 : 0;
+    levels.pairs = stream.group == 2;
+    levels.pending = NO_SLOT;
+    levels.differing = stream.differing;
+    levels.constant = stream.constant;
+    levels.trim = code_and_trim >> 16;
+    levels.prefix = reader_at(chunk, prefix);
+    levels.residual = reader_at(chunk, residual);
+    return levels;
+}
+
+// The slot of the next level.
+__device__ inline u32 next_slot(Levels &levels) {
+    if (levels.window == 0) return 0;
+    if (levels.pending != NO_SLOT) {
+        u32 slot = levels.pending;
+        levels.pending = NO_SLOT;
+        return slot;
+    }
+    u32 entry = levels.entries[peek(levels.prefix) & levels.window];
+    skip(levels.prefix, entry >> 16 & 15);
+    if (levels.pairs) levels.pending = entry >> 8 & 255;
+    return entry & 255;
+}
+
+// The next level. Of any bits the table makes a level below its `top` (R-TAB-008).
+__device__ inline u64 next_level(Levels &levels) {
+    u32 slot = next_slot(levels);
+    u32 width = (levels.differing ? levels.extra[slot] : levels.constant) - levels.trim;
+    u64 residual = take(levels.residual, width);
+    if (levels.trim) residual = (residual & 1) | residual >> 1 << (levels.trim + 1);
+    return levels.first[slot] + residual;
+}
+
+// As `next_level`, where no level of the table is 2^32 or more.
+__device__ inline u32 next_short_level(Levels &levels) {
+    u32 slot = next_slot(levels);
+    u32 width = (levels.differing ? levels.extra[slot] : levels.constant) - levels.trim;
+    u32 residual = take_word(levels.residual, width);
+    if (levels.trim) residual = (residual & 1) | residual >> 1 << (levels.trim + 1);
+    return ((const u32 *)levels.first)[2 * slot] + residual;
+}
+
+// What is wrong with the end of a segment's levels; the planes' ends are bits from the chunk's first.
+template <class L> __device__ inline u32 wrong_end(const L &levels, u32 prefix_end, u32 residual_end) {
+    u32 wrong = 0;
+    if (levels.window && levels.prefix.place != prefix_end) wrong |= WRONG_END;
+    if (levels.residual.place != residual_end) wrong |= WRONG_END;
+    if (levels.pending != NO_SLOT && levels.pending != 0) wrong |= WRONG_PAIR;
+    return wrong;
+}

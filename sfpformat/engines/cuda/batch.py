@@ -1,0 +1,186 @@
+"""Many runs of segments of any chunks and tensors as one piece of work: a copy in, few launches, a word back.
+
+What is copied in, in this order: the chunks as they lie in the file, the jobs, the warps of each kernel, and
+for each job a status word, zero. What it takes on the device beside: the index and the error words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...coding.bits import Bytes
+from . import layout
+from .device import Device, HostMemory, Mark, Memory
+from .recipe import Recipe
+
+_CHUNK_UNIT = 64
+
+
+class Task(NamedTuple):
+    """A run of neighbouring segments of a chunk.
+
+    Attributes:
+        recipe: the tensor's.
+        at: address of the recipe on the device.
+        data: all bytes of the chunk, its checksum compared.
+        total: positions of the chunk.
+        start: position in the tensor of the chunk's first.
+        first, stop: the run, numbered within the chunk.
+        out: address on the device of the run's weights, a multiple of 4.
+    """
+
+    recipe: Recipe
+    at: int
+    data: Bytes
+    total: int
+    start: int
+    first: int
+    stop: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything of a batch lies.
+
+    Attributes:
+        chunks: offset of each different chunk in what is copied in, and its bytes.
+        jobs: `layout.JOB`, one a task; ``data`` is an offset yet, ``index`` and ``errors`` count words.
+        parts: kernel -> `layout.PART`, `layout.WARPS` a block.
+        jobs_at, status_at: offsets of the jobs and of the status words; the parts lie between.
+        size: of what is copied in.
+        index_words, error_words: of the device's own memory.
+    """
+
+    chunks: list[tuple[int, Bytes]]
+    jobs: NDArray[np.void]
+    parts: dict[str, NDArray[np.void]]
+    jobs_at: int
+    status_at: int
+    size: int
+    index_words: int
+    error_words: int
+
+
+def plan_batch(tasks: Sequence[Task]) -> Plan:
+    """Finds a place for everything; touches no device."""
+    chunks: list[tuple[int, Bytes]] = []
+    places: dict[int, int] = {}  # address of a chunk -> its offset
+    jobs = np.zeros(len(tasks), layout.JOB)
+    size = index_words = error_words = 0
+    for job, task in zip(jobs, tasks, strict=True):
+        key = task.data.__array_interface__["data"][0]
+        if key not in places:
+            places[key] = size
+            chunks.append((size, task.data))
+            size += -(-len(task.data) // _CHUNK_UNIT) * _CHUNK_UNIT
+        segments = -(-task.total // task.recipe.segment)
+        job["data"], job["out"], job["start"], job["recipe"] = places[key], task.out, task.start, task.at
+        job["index"], job["errors"] = index_words, error_words
+        job["length"], job["total"], job["first"], job["stop"] = (
+            len(task.data),
+            task.total,
+            task.first,
+            task.stop,
+        )
+        index_words += (1 + layout.ROWS_A_STREAM * task.recipe.streams) * (segments + 1)
+        error_words += task.stop - task.first
+    parts = _parts(tasks)
+    jobs_at, size = size, size + jobs.nbytes
+    size += sum(some.nbytes for some in parts.values())
+    return Plan(chunks, jobs, parts, jobs_at, size, size + 4 * len(tasks), index_words, error_words)
+
+
+def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
+    """The warps of each kernel; where those of a block share tables, each tensor begins a new block."""
+    lists: dict[str, list[NDArray[np.void]]] = {}
+    counts: dict[str, int] = {}
+    last: dict[str, int] = {}  # kernel -> the recipe that its last warp has
+    for number, task in enumerate(tasks):
+        kernel = task.recipe.kernel
+        warps = -(-(task.stop - task.first) // layout.WARP)
+        own = np.zeros(warps, layout.PART)
+        own["job"], own["group"] = number, np.arange(warps)
+        count = counts.get(kernel, 0)
+        if task.recipe.shares_tables and last.get(kernel, task.at) != task.at:
+            lists[kernel].append(_idle(-count % layout.WARPS))
+            count += -count % layout.WARPS
+        lists.setdefault(kernel, []).append(own)
+        counts[kernel], last[kernel] = count + warps, task.at
+    return {
+        kernel: np.concatenate([*some, _idle(-counts[kernel] % layout.WARPS)])
+        for kernel, some in lists.items()
+    }
+
+
+def _idle(count: int) -> NDArray[np.void]:
+    """Warps with nothing to do."""
+    return np.full(count, np.array((layout.IDLE, 0), layout.PART))
+
+
+@dataclass
+class Running:
+    """A batch that is on its way.
+
+    Attributes:
+        mark: when it is done.
+        status: the status words, in pinned memory; they count once `mark` has passed.
+        errors: the error words of all segments, on the device.
+        kept: memory that must not be freed before.
+    """
+
+    mark: Mark
+    status: NDArray[np.uint32]
+    errors: Memory
+    kept: list[Memory]
+
+    def good(self) -> list[bool]:
+        """Waits; for each task whether its weights are there."""
+        self.mark.wait()
+        self.kept = []
+        return [not word for word in self.status.tolist()]
+
+
+def run_batch(device: Device, plan: Plan, staging: HostMemory) -> Running:
+    """Starts a batch.
+
+    Args:
+        plan: its ``jobs`` get the addresses.
+        staging: at least ``plan.size`` bytes, the chunks in their places already (see `fill_chunks`); not to
+            be touched before the batch is done.
+    """
+    own = device.allocate(plan.size)
+    index, errors = device.allocate(4 * plan.index_words), device.allocate(4 * plan.error_words)
+    plan.jobs["data"] += np.uint64(own.address)
+    at, starts = plan.jobs_at, {}
+    at = _put(staging, at, plan.jobs)
+    for kernel, parts in plan.parts.items():
+        starts[kernel], at = own.address + at, _put(staging, at, parts)
+    status = staging.bytes[plan.status_at : plan.size].view(np.uint32)
+    status[:] = 0
+    device.copy(own.address, staging.address, plan.size)
+    jobs, words = np.uint64(own.address + plan.jobs_at), np.uint64(own.address + plan.status_at)
+    indices, faults = np.uint64(index.address), np.uint64(errors.address)
+    device.launch("index_chunks", len(plan.jobs), [jobs, indices, words])
+    for kernel, parts in plan.parts.items():
+        arguments = [jobs, np.uint64(starts[kernel]), indices, words, faults]
+        device.launch(kernel, len(parts) // layout.WARPS, arguments)
+    device.copy(staging.address + plan.status_at, own.address + plan.status_at, status.nbytes)
+    return Running(device.mark(), status, errors, [own, index])
+
+
+def fill_chunks(plan: Plan, staging: HostMemory) -> None:
+    """Copies the chunks to their places."""
+    for at, data in plan.chunks:
+        staging.bytes[at : at + len(data)] = data
+
+
+def _put(staging: HostMemory, at: int, values: NDArray[np.void]) -> int:
+    """Writes records at an offset; returns where they end."""
+    staging.bytes[at : at + values.nbytes] = values.view(np.uint8).reshape(-1)
+    return at + values.nbytes

@@ -1,0 +1,96 @@
+"""The records that kernels read: as in ``kernels/recipe.cuh`` and ``kernels/decode.cu``, byte for byte."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...coding.codetable import MAX_CODE_BITS
+
+# A look-up table has an entry for each window of as many bits as the longest code.
+MAX_ENTRY_BITS = MAX_CODE_BITS
+
+STREAM = np.dtype(
+    [
+        ("first", "<u8"),
+        ("extra", "<u8"),
+        ("lengths", "<u8"),
+        ("symbols", "<u8"),
+        ("entries", "<u8"),
+        ("present", "<u4"),
+        ("rule", "<u4"),
+        ("codes", "<u4"),
+        ("trimmed", "<u4"),
+        ("differing", "<u4"),
+        ("constant", "<u4"),
+        ("least", "<u4"),
+        ("bits", "<u4"),
+        ("group", "<u4"),
+        ("slots", "<u4"),
+    ]
+)
+RECIPE = np.dtype(
+    [
+        ("streams", STREAM, (3,)),
+        ("centroids", "<u8"),
+        ("scale", "<u8"),
+        ("importance_centroids", "<u8"),
+        ("row_factors", "<u8"),
+        ("column_factors", "<u8"),
+        ("patterns", "<u8"),
+        ("columns", "<u8"),
+        ("scale_unit", "<u8"),
+        ("step", "<f4"),
+        ("importance_step", "<f4"),
+        ("segment", "<u4"),
+        ("mask", "<u4"),
+        ("quantiser", "<u4"),
+        ("coded", "<u4"),
+        ("dtype", "<u4"),
+        ("scale_by", "<u4"),
+        ("multiplier", "<u4"),
+        ("importance_quantiser", "<u4"),
+        ("importance_coded", "<u4"),
+        ("looked_up", "<u4"),
+    ]
+)
+JOB = np.dtype(
+    [
+        ("data", "<u8"),
+        ("out", "<u8"),
+        ("start", "<u8"),
+        ("recipe", "<u8"),
+        ("index", "<u8"),
+        ("errors", "<u8"),
+        ("length", "<u4"),
+        ("total", "<u4"),
+        ("first", "<u4"),
+        ("stop", "<u4"),
+    ]
+)
+PART = np.dtype([("job", "<u4"), ("group", "<u4")])
+CODE = np.dtype([("recipe", "<u8"), ("stream", "<u4"), ("code", "<u4")])
+
+STREAMS = ("mask", "fingerprints", "importance")
+ROWS_A_STREAM = 3  # of a job's part of the index
+# How many levels of a stream a segment has.
+COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS = range(4)
+NO_MASK, OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(4)
+EXACT, UNIFORM, TABLE = range(3)
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+NO_SCALE, SCALE_TENSOR, SCALE_QUOTIENT, SCALE_REMAINDER = range(4)
+NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, OF_FACTORS = range(4)
+
+# Threads of a block, warps of a block, segments of a warp.
+WARP = 32
+WARPS = 4
+THREADS = WARP * WARPS
+IDLE = 0xFFFFFFFF
+ALIGNMENT = 16  # of chunks and of what recipes have
+MAX_CHUNK = 1 << 29  # bytes; bit offsets are u32
+# Symbols a code, and code lengths, as the tables of codes have them.
+CODE_SYMBOLS = 256
+CODE_LENGTHS = 16
+# Of the kernels for short levels: levels, codes a stream, patterns.
+SHORT_TOP = 1 << 16
+SHORT_CODES = 8
+SHORT_PATTERNS = 1 << 10

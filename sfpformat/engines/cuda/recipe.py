@@ -1,0 +1,298 @@
+"""What the kernels need of a tensor, made once on the host; offsets are into the recipe's own bytes.
+
+Everything is in one piece of memory, so that the recipes of many tensors travel in one copy. The look-up
+tables are left empty: a kernel fills them from the code lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...coding.bits import Bytes, as_bytes
+from ...coding.codetable import CodeTable, PrefixCode
+from ...coding.quantiser import F32, Exact, Quantiser, Uniform, fingerprint_values
+from ...container.entry import MAX_POSITIONS, TensorEntry
+from . import layout
+
+_MOST_SLOTS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How the weights of a tensor are made; equal only to itself.
+
+    Attributes:
+        data: a `layout.RECIPE` and all that it points to, a multiple of 16 bytes; offsets from its beginning.
+        tables: bytes after ``data`` that the kernels fill with look-up tables, a multiple of 16.
+        codes: (stream, code) of every look-up table.
+        kernel: the name of the kernel that decodes the tensor.
+        streams: how many the tensor has.
+        segment: positions a segment.
+        item: bytes a weight.
+        shares_tables: whether the warps of a block must all be this tensor's.
+    """
+
+    data: Bytes
+    tables: int
+    codes: list[tuple[int, int]]
+    kernel: str
+    streams: int
+    segment: int
+    item: int
+    shares_tables: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of data and tables."""
+        return len(self.data) + self.tables
+
+
+class _Pool:
+    """Arrays one after another, each at a multiple of 16 bytes."""
+
+    def __init__(self, head: int) -> None:
+        self.parts: list[bytes] = [bytes(_aligned(head))]
+        self.size = _aligned(head)
+
+    def add(self, values: NDArray[Any]) -> int:
+        """Takes an array; its offset."""
+        raw, at = values.tobytes(), self.size
+        self.parts.append(raw + bytes(_aligned(len(raw)) - len(raw)))
+        self.size += _aligned(len(raw))
+        return at
+
+
+def _aligned(size: int) -> int:
+    return -(-size // layout.ALIGNMENT) * layout.ALIGNMENT
+
+
+def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
+    """The recipe of a tensor with coding ``fingerprint``.
+
+    Args:
+        entry: of the tensor.
+        vectors: those of its vector chunk, checked.
+
+    Returns:
+        None where the kernels do not know how: more than 256 classes are used, or it is a raw tensor.
+    """
+    if entry.fingerprints is None:
+        return None
+    tables = entry.streams()
+    slots = {stream: slots_of_classes(table) for stream, table in tables.items()}
+    if any(int(own.max(initial=0)) >= _MOST_SLOTS for own in slots.values()):
+        return None
+    out = np.zeros((), layout.RECIPE)
+    pool = _Pool(layout.RECIPE.itemsize)
+    codes: list[tuple[int, int]] = []
+    for stream, table in tables.items():
+        number = layout.STREAMS.index(stream)
+        out["streams"][number] = _stream(table, slots[stream], pool)
+        out["streams"][number]["rule"] = _count_rule(entry, stream)
+        out["streams"][number]["trimmed"] = stream in entry.trimmed_streams()
+        codes += [(number, code) for code in range(len(table.codes))]
+    _fill(out, entry, vectors, pool)
+    size = _place_tables(out, pool.size) - pool.size
+    parts = [out.tobytes().ljust(len(pool.parts[0]), b"\0"), *pool.parts[1:]]
+    kernel = kernel_of(entry)
+    return Recipe(
+        as_bytes(b"".join(parts)),
+        size,
+        codes,
+        kernel,
+        len(tables),
+        entry.segment,
+        entry.dtype.itemsize,
+        kernel.startswith(("dense", "short")),
+    )
+
+
+def slots_of_classes(table: CodeTable) -> NDArray[np.int64]:
+    """The slot of each class, -1 for one without: the class itself where there are at most 256 of them."""
+    if table.classes <= _MOST_SLOTS:
+        return np.arange(table.classes)
+    # More than 64 classes: the group is 1, and symbols are classes.
+    lengths = np.array([np.frombuffer(code.length, np.uint8) for code in table.codes])
+    used = lengths.any(axis=0)
+    return np.where(used, np.cumsum(used) - 1, -1)
+
+
+def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[np.void]:
+    """The record of a stream; its look-up tables have no place yet."""
+    out = np.zeros((), layout.STREAM)
+    kept = slots >= 0
+    out["first"] = pool.add(table.first[kept])
+    out["extra"] = pool.add(table.class_extra[kept])
+    lengths = np.zeros((len(table.codes), layout.CODE_LENGTHS), np.uint16)
+    symbols = np.zeros((len(table.codes), layout.CODE_SYMBOLS), np.uint16)
+    for i, code in enumerate(table.codes):
+        counts = code.codes_of_length
+        lengths[i, : len(counts)] = counts
+        lengths[i, 0] = 0
+        symbols[i, : len(code.symbols)] = _slots_of_symbols(code, table, slots)
+    out["lengths"], out["symbols"] = pool.add(lengths), pool.add(symbols)
+    constant = table.constant_extra
+    out["present"], out["codes"], out["group"] = 1, len(table.codes), table.group
+    out["differing"], out["constant"] = constant is None, constant or 0
+    out["least"], out["slots"] = table.least_extra, np.count_nonzero(kept)
+    out["bits"] = max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
+    return out
+
+
+def _slots_of_symbols(code: PrefixCode, table: CodeTable, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The slots of a code's symbols in canonical order; of a pair the second in the higher byte."""
+    if table.group == 1:
+        return np.asarray(slots[code.symbols])
+    second, first = np.divmod(code.symbols.astype(np.int64), table.classes)
+    return np.asarray(slots[first] | slots[second] << 8)
+
+
+def _place_tables(out: NDArray[np.void], at: int) -> int:
+    """Gives the look-up tables their places from ``at`` on; returns where they end."""
+    for stream in out["streams"]:
+        stream["entries"] = at
+        at += _aligned(4 * int(stream["codes"]) << int(stream["bits"]))
+    return at
+
+
+def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], pool: _Pool) -> None:
+    """Everything but the streams."""
+    fingerprints, importance = entry.fingerprints, entry.importance
+    assert fingerprints is not None
+    for field, name in (
+        ("centroids", "fingerprint centroids"),
+        ("scale", "scale"),
+        ("importance_centroids", "importance centroids"),
+        ("row_factors", "importance rows"),
+        ("column_factors", "importance columns"),
+    ):
+        out[field] = pool.add(vectors[name].astype("<f4")) if name in vectors else 0
+    if _looks_up(entry):
+        patterns = _patterns(entry, vectors)
+        out["patterns"], out["looked_up"] = pool.add(patterns), len(patterns)
+    out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
+    out["dtype"] = layout.FLOATS.index(entry.dtype.name)
+    out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
+    out["scale_by"], out["scale_unit"] = _scale(entry)
+    out["multiplier"], out["mask"] = _multiplier(entry), _mask(entry)
+    if importance is not None and importance.quantiser is not None:
+        kind, step, coded = _quantiser(importance.quantiser)
+        out["importance_quantiser"], out["importance_step"], out["importance_coded"] = kind, step, coded
+
+
+def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
+    """Kind, step and coded dtype."""
+    if isinstance(quantiser, Exact):
+        return layout.EXACT, 0.0, layout.FLOATS.index(quantiser.dtype.name)
+    if isinstance(quantiser, Uniform):
+        return layout.UNIFORM, float(quantiser.step), 0
+    return layout.TABLE, 0.0, 0
+
+
+def _scale(entry: TensorEntry) -> tuple[int, int]:
+    """What the number of a factor is, and the unit that positions are divided by."""
+    if entry.scale is None:
+        return layout.NO_SCALE, 1
+    if entry.scale.per == "tensor":
+        return layout.SCALE_TENSOR, 1
+    if entry.scale.per == "group":
+        return layout.SCALE_QUOTIENT, min(entry.scale.size, MAX_POSITIONS)
+    by = layout.SCALE_QUOTIENT if entry.scale.per == "row" else layout.SCALE_REMAINDER
+    return by, max(entry.columns, 1)
+
+
+def _multiplier(entry: TensorEntry) -> int:
+    importance = entry.importance
+    if importance is None or importance.role != "multiplier":
+        return layout.NO_MULTIPLIER
+    if importance.over == "factors":
+        return layout.OF_FACTORS
+    return layout.OF_POSITIONS if importance.over == "all" else layout.OF_SURVIVORS
+
+
+def _mask(entry: TensorEntry) -> int:
+    if entry.mask is None:
+        return layout.NO_MASK
+    if entry.mask.kind == "octets":
+        return layout.OCTETS
+    return layout.RUNS_OF_SURVIVORS if entry.mask.polarity else layout.RUNS_OF_PRUNED
+
+
+def _count_rule(entry: TensorEntry, stream: str) -> int:
+    """How many levels of a stream a segment has, as `container.chunk.stream_counts`."""
+    if stream == "fingerprints":
+        return layout.COUNT_SURVIVORS
+    if stream == "importance":
+        assert entry.importance is not None
+        return layout.COUNT_SURVIVORS if entry.importance.over == "survivors" else layout.COUNT_POSITIONS
+    assert entry.mask is not None
+    if entry.mask.kind == "octets":
+        return layout.COUNT_OCTETS
+    return layout.COUNT_SURVIVORS if entry.mask.polarity else layout.COUNT_PRUNED
+
+
+# So many patterns are made for the levels of a tensor, and no more than it has weights but for these few.
+_MOST_PATTERNS, _FEW_PATTERNS = 1 << 16, 1 << 12
+
+
+def _looks_up(entry: TensorEntry) -> bool:
+    """Whether the weights of a tensor are had from its levels by a table of patterns."""
+    fingerprints = entry.fingerprints
+    assert fingerprints is not None
+    quantiser, top = fingerprints.quantiser, fingerprints.table.top
+    return (
+        _multiplier(entry) == layout.NO_MULTIPLIER
+        and _scale(entry)[0] <= layout.SCALE_TENSOR
+        and entry.dtype.itemsize <= 4
+        and not (isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype)
+        and top <= min(_MOST_PATTERNS, max(entry.positions, _FEW_PATTERNS))
+    )
+
+
+def _is_short(entry: TensorEntry) -> bool:
+    """Whether the kernels with all tables in shared memory do."""
+    assert entry.fingerprints is not None
+    tables = [entry.fingerprints.table, *([entry.mask.table] if entry.mask is not None else [])]
+    few = entry.fingerprints.table.top <= layout.SHORT_PATTERNS or not _looks_up(entry)
+    short = all(t.top <= layout.SHORT_TOP and len(t.codes) <= layout.SHORT_CODES for t in tables)
+    return few and short and entry.dtype.itemsize <= 4
+
+
+def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
+    """The bit pattern of every level, by the reference itself."""
+    assert entry.fingerprints is not None
+    every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
+    centroids, scale = vectors.get("fingerprint centroids"), vectors.get("scale")
+    scales = None if scale is None else np.full(len(every), scale[0])
+    weights = fingerprint_values(every, entry.fingerprints.quantiser, entry.dtype, centroids, scales)
+    return weights.view(entry.dtype.pattern).astype(np.uint32)
+
+
+# Bytes a weight and residual bits that have a kernel of their own.
+_WHOLE_BYTES = ((2, 8), (4, 24))
+_SHORT_BITS = 8  # of the first look-up of those kernels
+
+
+def kernel_of(entry: TensorEntry) -> str:
+    """The kernel that decodes a tensor."""
+    fingerprints, item = entry.fingerprints, entry.dtype.itemsize
+    assert fingerprints is not None
+    quantiser, table = fingerprints.quantiser, fingerprints.table
+    as_it_is = isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype
+    if _multiplier(entry) != layout.NO_MULTIPLIER or not (as_it_is or _looks_up(entry)):
+        return f"any_{item}"
+    width = table.constant_width
+    dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
+    if not dense or not 1 < table.classes <= _MOST_SLOTS:
+        kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
+        return f"{kind}_{item}"
+    assert isinstance(quantiser, Exact)
+    if quantiser.trim or (item, width) not in _WHOLE_BYTES:
+        return f"dense_{item}_0"
+    longest = max(int(code.symbol_bits[-1]) for code in table.codes)
+    many, length = "many" if len(table.codes) > 1 else "one", "short" if longest <= _SHORT_BITS else "long"
+    return f"dense_{item}_{width}_{many}_{length}"

@@ -1,0 +1,39 @@
+"""The kernels' source as one string without headers: what NVRTC compiles, and a cache knows by its bytes."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+# In an installed package the files lie beside this one; in the repository in its folder `kernels`.
+FOLDERS = (_PACKAGE, _PACKAGE.parents[2] / "kernels")
+MAIN = "decode.cu"
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
+
+
+def folder() -> Path:
+    """The folder with the kernels' source."""
+    return next(folder for folder in FOLDERS if (folder / MAIN).is_file())
+
+
+@cache
+def source() -> str:
+    """All of it: every file once, before its first use."""
+    seen: set[str] = set()
+
+    def text_of(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (folder() / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda found: text_of(found[1]), text)
+
+    return text_of(MAIN)
+
+
+def kernels() -> list[str]:
+    """The names of the kernels."""
+    found = re.findall(r"^extern .*__global__ void (\w+)\(|^KERNEL\((\w+),", source(), re.MULTILINE)
+    return [plain or made for plain, made in found]

@@ -1,0 +1,83 @@
+"""Runs of segments from the host's memory to the host's memory, by way of a device: what `Engine` asks for.
+
+Each thread has a queue of its own. Tensors that stay on the device are loaded by `sfpformat.torch`, which
+spares the way back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...coding.quantiser import F32
+from ...container.entry import TensorEntry
+from ..interface import Run
+from . import recipe
+from .batch import Task, fill_chunks, plan_batch, run_batch
+from .device import Device, HostMemory
+from .driver import CudaDevice
+from .loaded import Recipes
+from .recipe import Recipe
+
+__all__ = ["decode_runs", "make_recipe"]
+
+# What opens a queue for a thread.
+open_device: Callable[[], Device] = CudaDevice
+_OUT_UNIT = 256
+_thread = threading.local()
+
+
+class _Queue:
+    """A thread's queue, the recipes that its device has, and pinned memory that grows as it must."""
+
+    def __init__(self) -> None:
+        self.device = open_device()
+        self.recipes = Recipes(self.device)
+        self._staging: HostMemory | None = None
+
+    def staging(self, size: int) -> HostMemory:
+        """Pinned memory of at least so many bytes; the same each time where it is enough."""
+        if self._staging is None or len(self._staging.bytes) < size:
+            self._staging = self.device.pin(size)
+        return self._staging
+
+
+def _own_queue() -> _Queue:
+    queue: _Queue | None = getattr(_thread, "queue", None)
+    if queue is None:
+        _thread.queue = queue = _Queue()
+    return queue
+
+
+def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Recipe | None:
+    """See `Engine.make_recipe`."""
+    return recipe.make_recipe(entry, vectors)
+
+
+def decode_runs(runs: Sequence[Run]) -> list[bool]:
+    """See `Engine.decode_runs`."""
+    queue = _own_queue()
+    queue.recipes.load([run.recipe for run in runs])
+    offsets, size = [], 0
+    for run in runs:
+        offsets.append(size)
+        size += -(-run.out.nbytes // _OUT_UNIT) * _OUT_UNIT
+    out = queue.device.allocate(size)
+    plan = plan_batch([_task(queue, run, out.address + at) for run, at in zip(runs, offsets, strict=True)])
+    staging = queue.staging(plan.size + size)
+    fill_chunks(plan, staging)
+    running = run_batch(queue.device, plan, staging)
+    queue.device.copy(staging.address + plan.size, out.address, size)
+    queue.device.mark().wait()
+    good = running.good()
+    for run, at, is_good in zip(runs, offsets, good, strict=True):
+        if is_good:
+            raw = staging.bytes[plan.size + at : plan.size + at + run.out.nbytes]
+            run.out[:] = raw.view(run.out.dtype)
+    return good
+
+
+def _task(queue: _Queue, run: Run, out: int) -> Task:
+    own: Any = run.recipe
+    return Task(own, queue.recipes.address(own), run.data, run.total, run.start, run.first, run.stop, out)

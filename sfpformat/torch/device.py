@@ -1,0 +1,215 @@
+"""Tensors decoded on the device where they are to be: chunks travel there as they lie in the file.
+
+Theory of operation: chunks are read, their checksums compared, and copied to pinned memory, some at a time.
+While the device copies and decodes some, the processor reads the next into other pinned memory. Nothing is
+returned before every segment was found good; what the kernels refuse goes to the processor, which gives the
+tensor or the fault.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+
+from ..codec.decode import TensorDecoder
+from ..coding.bits import Bytes
+from ..container.entry import TensorEntry
+from ..engines.cuda.batch import Running, Task, fill_chunks, plan_batch, run_batch
+from ..engines.cuda.device import Device, HostMemory
+from ..engines.cuda.driver import CudaDevice
+from ..engines.cuda.loaded import Recipes
+from ..engines.cuda.recipe import Recipe, make_recipe
+from ..errors import FileFault, placed
+from ..reader import SfpFile
+from ..shards import ShardedFile
+from .tensors import tensor_of, torch_dtype
+
+# Bytes of chunks that travel together: enough that launches and waiting do not count, and two of them pinned.
+BATCH_BYTES = 32 << 20
+_SLOTS = 2
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """The number of a CUDA device, and the handle of torch's current stream there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+# What opens a queue, in the order of a stream: takes the number of a device, and the stream's handle.
+open_queue: Callable[[int, int], Device] = CudaDevice
+# Makes a CUDA device the thread's current one for a while: what is launched goes there.
+current: Callable[[torch.device], AbstractContextManager[object]] = torch.cuda.device
+_thread = threading.local()
+
+
+@dataclass
+class _Tensor:
+    """A tensor that is decoded on the device."""
+
+    file: SfpFile
+    entry: TensorEntry
+    recipe: Recipe
+    out: torch.Tensor
+
+
+@dataclass
+class _Slot:
+    """Pinned memory, and the batch that uses it."""
+
+    staging: HostMemory | None = None
+    running: Running | None = None
+    owners: list[_Tensor] = field(default_factory=list)  # the tensor of each task
+
+
+def read_tensors(
+    file: SfpFile | ShardedFile, names: Sequence[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Some whole tensors, on a device.
+
+    Args:
+        file: open.
+        names: of tensors whose dtypes torch has.
+        device: a CUDA device.
+
+    Raises:
+        MissingTensorError, InvalidFileError, LimitError.
+    """
+    made: dict[str, torch.Tensor] = {}
+    tensors: list[_Tensor] = []
+    for name in names:
+        own = file.file_of(name) if isinstance(file, ShardedFile) else file
+        entry = own.entry(name)
+        with placed(tensor=name):
+            own.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+        recipe = _recipe_of(own, entry)
+        if recipe is None:
+            made[name] = _by_processor(own, name, device)
+        else:
+            made[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=device)
+            tensors.append(_Tensor(own, entry, recipe, made[name]))
+    if tensors:
+        with current(device):
+            _loader_of(device).load(tensors)
+    return made
+
+
+def _recipe_of(file: SfpFile, entry: TensorEntry) -> Recipe | None:
+    """The recipe of a tensor, None for what kernels do not decode; its vectors are read and checked."""
+    if entry.fingerprints is None or not entry.positions:
+        return None
+    decoder: TensorDecoder = file.decoder(entry)
+    return make_recipe(entry, decoder.vectors)
+
+
+def _by_processor(file: SfpFile, name: str, device: torch.device) -> torch.Tensor:
+    return tensor_of(file.get_tensor(name)).to(device)
+
+
+def _loader_of(device: torch.device) -> _Loader:
+    """The calling thread's loader for torch's current stream, kept: pinning memory takes long."""
+    index, stream = stream_of(device)
+    loaders: dict[tuple[int, int], _Loader] = _thread.__dict__.setdefault("loaders", {})
+    if (index, stream) not in loaders:
+        loaders[index, stream] = _Loader(open_queue(index, stream))
+    return loaders[index, stream]
+
+
+class _Loader:
+    """A queue, and pinned memory that takes turns."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._recipes = Recipes(device)
+        self._slots = [_Slot() for _ in range(_SLOTS)]
+
+    def load(self, tensors: Sequence[_Tensor]) -> None:
+        """Decodes the tensors into their memory; comes back when all is there.
+
+        Whatever it raises, nothing is on its way any more.
+        """
+        try:
+            self._load(tensors)
+        except BaseException:
+            self._device.mark().wait()
+            self._slots = [_Slot() for _ in range(_SLOTS)]
+            raise
+
+    def _load(self, tensors: Sequence[_Tensor]) -> None:
+        self._recipes.load([tensor.recipe for tensor in tensors])
+        turn = 0
+        for batch in _batches(tensors):
+            slot = self._slots[turn % _SLOTS]
+            self._settle(slot)
+            try:
+                data = _read(batch)
+            except FileFault:
+                self._settle_all(turn)  # a fault that lies before is told first
+                raise
+            self._start(slot, batch, data)
+            turn += 1
+        self._settle_all(turn)
+
+    def _settle_all(self, turn: int) -> None:
+        """Settles the slots, the one that has waited longest first."""
+        for i in range(_SLOTS):
+            self._settle(self._slots[(turn + i) % _SLOTS])
+
+    def _start(self, slot: _Slot, batch: list[tuple[_Tensor, int]], data: list[Bytes]) -> None:
+        """Hands the chunks of a batch to the device."""
+        tasks = []
+        for (tensor, k), chunk in zip(batch, data, strict=True):
+            entry = tensor.entry
+            first, stop = entry.segments_of_chunk(k)
+            start = first * entry.segment
+            total = min((stop - first) * entry.segment, entry.positions - start)
+            at, out = (
+                self._recipes.address(tensor.recipe),
+                tensor.out.data_ptr() + start * entry.dtype.itemsize,
+            )
+            tasks.append(Task(tensor.recipe, at, chunk, total, start, 0, stop - first, out))
+        plan = plan_batch(tasks)
+        if slot.staging is None or len(slot.staging.bytes) < plan.size:
+            slot.staging = self._device.pin(plan.size + plan.size // 4)  # the next may be a little larger
+        fill_chunks(plan, slot.staging)
+        slot.running, slot.owners = (
+            run_batch(self._device, plan, slot.staging),
+            [tensor for tensor, _ in batch],
+        )
+
+    def _settle(self, slot: _Slot) -> None:
+        """Waits for a slot's batch; tensors with a segment that was refused go to the processor."""
+        running, slot.running = slot.running, None
+        if running is None:
+            return
+        good = running.good()
+        for tensor in {id(o): o for o, fine in zip(slot.owners, good, strict=True) if not fine}.values():
+            tensor.out.copy_(_by_processor(tensor.file, tensor.entry.name, tensor.out.device))
+
+
+def _batches(tensors: Sequence[_Tensor]) -> Iterator[list[tuple[_Tensor, int]]]:
+    """The chunks of all tensors in order, in batches of at most `BATCH_BYTES` or one chunk."""
+    batch: list[tuple[_Tensor, int]] = []
+    left = BATCH_BYTES
+    for tensor in tensors:
+        for k, length in enumerate(tensor.entry.chunks["length"].tolist()):
+            if batch and length > left:
+                yield batch
+                batch, left = [], BATCH_BYTES
+            batch.append((tensor, k))
+            left -= length
+    if batch:
+        yield batch
+
+
+def _read(batch: list[tuple[_Tensor, int]]) -> list[Bytes]:
+    """The chunks of a batch, checksums compared; those of one file side by side."""
+    data: list[Bytes] = []
+    for _, some in groupby(batch, lambda item: id(item[0].file)):
+        own = list(some)
+        data += own[0][0].file.read_chunks([(tensor.entry, k) for tensor, k in own])
+    return data

@@ -1,0 +1,235 @@
+"""NVRTC compiles the kernels without a driver; the module that talks to CUDA says why it cannot be used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernels import budget
+from sfpformat import EngineError
+from sfpformat.engines import available, get_engine
+from sfpformat.engines.cuda import driver, source
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Registers a thread that let a multiprocessor have the blocks that `decode.cu` asks for: 65,536 registers,
+# blocks of 128 threads, eight registers at a time.
+REGISTERS = {"dense": 80, "short": 128, "plain": 168, "any": 248, "fill": 64, "index": 128}
+SHARED = 48 << 10  # bytes a block without asking the driver for more
+
+
+def test_the_source_is_one_string_without_headers() -> None:
+    text = source.source()
+    assert "#include" not in text
+    assert "#pragma once" not in text
+    for name in ("base", "recipe", "index", "levels", "mask", "values", "decode", "dense", "short"):
+        parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
+        assert text.count(parts) == 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
+    code, usage, said = budget.compile_with_usage(arch)
+    assert code.startswith(b"\x7fELF")
+    assert set(usage) == set(source.kernels())
+    assert "warning" not in said
+    for kernel, used in usage.items():
+        assert used.spilled == 0, kernel
+        assert used.registers <= REGISTERS[kernel.split("_")[0]], kernel
+        assert used.shared <= SHARED, kernel
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(driver, "source", lambda: 'extern "C" __global__ void short_source() {}')
+    first = driver.compile_for("sm_90").code
+    assert any(tmp_path.rglob("*"))
+    assert driver.compile_for("sm_90").code == first
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+LOOPS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDS.U16 R4, [R2] ;
+        /*0020*/              @P0 BRA 0x40 ;
+        /*0030*/                   LD.E.128 R8, desc[UR6][R6.64] ;
+        /*0040*/                   LDS.U16 R5, [R2+0x2] ;
+        /*0050*/                   LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT ;
+        /*0060*/                   LDS.U16 R5, [R2+0x4] ;
+        /*0070*/                   LDS.U16 R5, [R2+0x6] ;
+        /*0080*/                   STS [R3], R5 ;
+        /*0090*/              @!P1 BRA 0x10 ;
+""" + "".join(
+    f"        /*{0x100 + 16 * i:04x}*/                   ST.E desc[UR6][R2.64], R4 ;\n" for i in range(8)
+)
+LOOPS += "        /*0180*/              @!P1 BRA 0x100 ;\n        /*0190*/                   BRA 0x190 ;\n"
+
+
+def test_loops_are_found_and_what_is_jumped_over_is_counted_apart() -> None:
+    decode, write = budget.dense_loops(budget.instructions_of(LOOPS), 2)
+    assert (len(decode.every), len(decode.always), decode.weights) == (9, 8, 4)
+    assert decode.a_weight(decode.every, ("LOP3",)) == 0.25
+    assert (len(write.every), write.weights) == (9, 16)
+    own = budget.budget_of("dense_2_8_one_short", budget.instructions_of(LOOPS))
+    assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
+    assert own.integer == (0.25, 0.25)
+    assert set(own.shares().values()) == {1.0}
+
+
+SURVIVORS = """
+        /*0000*/                   LDS R4, [R2] ;
+        /*0010*/                   FLO.U32 R5, R6 ;
+        /*0020*/              @!P0 BRA 0x40 ;
+        /*0030*/                   LDS R7, [R2+0x4] ;
+        /*0040*/                   STS.U16 [R3], R4 ;
+        /*0050*/               @P1 BRA 0x0 ;
+"""
+
+
+def test_the_loop_over_survivors_is_found() -> None:
+    loop = budget.survivor_loop(budget.instructions_of(SURVIVORS))
+    assert (len(loop.every), len(loop.always)) == (6, 5)
+
+
+# ------------------------------------------------------------------------------------------- why it cannot be
+
+
+def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
+    """A `cuda.core` that has devices of those compute capabilities, or cannot say."""
+
+    class Device:
+        @classmethod
+        def get_all_devices(cls) -> Any:
+            if isinstance(devices, Exception):
+                raise devices
+            return tuple(types.SimpleNamespace(compute_capability=own) for own in devices)
+
+    return types.SimpleNamespace(Device=Device)
+
+
+@pytest.fixture
+def nothing_remembered() -> Iterator[None]:
+    """Asks for a device anew, in the test and after it."""
+    for remembers in (driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
+    yield
+    for remembers in (driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (
+            RuntimeError('"cuda" is an NVIDIA driver\n library'),
+            'no CUDA driver or device: "cuda" is an NVIDIA driver',
+        ),
+        ([], "there is no CUDA device"),
+        ([(6, 1)], "too old: compute capability 6.1, at least 7.5 is needed"),
+        ([(6, 1), (9, 0)], None),
+    ],
+)
+@pytest.mark.usefixtures("nothing_remembered")
+def test_what_is_missing_is_named(devices: Any, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", fake_core(devices))
+    monkeypatch.setattr(driver, "why_no_package", lambda: None)
+    reason = available()["cuda"]
+    assert (reason is None) if words is None else words in (reason or "")
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("libnvrtc.so was not found")
+
+    monkeypatch.setitem(sys.modules, "cuda.core", fake_core([(9, 0)]))
+    assert driver.why_not() is None
+    driver._why_no_compiler.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", types.SimpleNamespace(nvrtcVersion=missing))
+    assert "no NVRTC, which compiles the kernels: libnvrtc.so was not found" in (driver.why_not() or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("0.7.0", "0.7.0 is too old, 1.2 or later"), ("1.2.2", None), ("2.0rc1", None)]
+)
+def test_an_old_package_is_told(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    reason = driver.why_no_package()
+    assert (reason is None) if words is None else words in (reason or "")
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert driver.why_no_package() == "cuda-core is not installed; pip install 'sfpformat[cuda]'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EngineError, match=r"cuda-core is not installed; pip install 'sfpformat\[cuda\]'"):
+        get_engine("cuda")
+
+
+# --------------------------------------------------------------------------------------- the calls themselves
+
+
+class Recorder:
+    """Stands for any object of cuda.core: remembers what is called, gives itself or what it was told."""
+
+    def __init__(self, said: list[tuple[Any, ...]], name: str, gives: dict[str, Any]) -> None:
+        self._said, self._name, self._gives = said, name, gives
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._name}.{name}"
+        return self._gives[path] if path in self._gives else Recorder(self._said, path, self._gives)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self._said.append((self._name, *args, *options.items()))
+        return Recorder(self._said, f"{self._name}()", self._gives)
+
+
+def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = np.zeros(64, np.uint8)
+    said: list[tuple[Any, ...]] = []
+    gives: dict[str, Any] = {
+        "core.Device().arch": "90",
+        "core.Device().allocate().handle": 4096,
+        "core.Device().create_stream().handle": 77,
+        "core.LegacyPinnedMemoryResource().allocate().handle": pinned.ctypes.data,
+        "driver.CUresult": types.SimpleNamespace(CUDA_SUCCESS=0),
+        "driver.cuMemcpyAsync": lambda *args: said.append(("copy", *args)) or (0 if args[2] < 64 else 2,),
+    }
+    monkeypatch.setitem(sys.modules, "cuda.core", Recorder(said, "core", gives))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Recorder(said, "driver", gives))
+    monkeypatch.setattr(driver, "compile_for", lambda arch: Recorder(said, arch, gives))
+    monkeypatch.setattr(driver, "_programs", {})
+    device = driver.CudaDevice(3, stream=55)
+    assert ("core.Device", 3) in said
+    assert ("core.Device().set_current",) in said
+    stream = next(call[1] for call in said if call[0] == "core.Device().create_stream")
+    assert stream.__cuda_stream__() == (0, 55)
+    assert device.allocate(100).address == 4096
+    host = device.pin(64)
+    host.bytes[:] = 9
+    assert pinned.tolist() == [9] * 64
+    device.copy(1, 2, 3)
+    device.copy(1, 2, 0)
+    assert [call for call in said if call[0] == "copy"] == [("copy", 1, 2, 3, 77)]
+    with pytest.raises(RuntimeError, match="a copy of 64 bytes failed"):
+        device.copy(1, 2, 64)
+    device.launch("any_4", 5, [np.uint64(1), np.uint32(2)])
+    assert ("core.LaunchConfig", ("grid", 5), ("block", 128)) in said
+    assert ("sm_90.get_kernel", "any_4") in said
+    launched = next(call for call in said if call[0] == "core.launch")
+    assert [type(argument) for argument in launched[4:]] == [np.uint64, np.uint32]
+    device.mark().wait()
+    assert said[-2:] == [
+        ("core.Device().create_stream().record",),
+        ("core.Device().create_stream().record().sync",),
+    ]
