@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import textwrap
 from collections import Counter
@@ -13,6 +14,8 @@ from xml.etree import ElementTree
 import pytest
 
 from sfpformat.conformance.driver import Driver, DriverFailure
+from sfpformat.conformance.fuzz import fuzz
+from sfpformat.conformance.mutate import Pieces, damaged
 from sfpformat.conformance.report import page
 from sfpformat.conformance.run import Results, Settings, known_failures, run
 from sfpformat.conformance.suite import Suite, SuiteError
@@ -192,3 +195,48 @@ def test_a_driver_that_ended_is_started_again(tmp_path: Path) -> None:
         driver.ask(["end"])
     assert driver.ask(["hello"]) == {"ok": True}
     driver.close()
+
+
+# ------------------------------------------------------------------------------------------------- fuzzing
+
+
+def test_the_reader_in_c_and_the_reference_agree_on_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "files").mkdir()
+    driver = Driver([str(c_reader.built("sanitized", tmp_path / "c"))])
+    found = fuzz(driver, SUITE, 2000, 1, tmp_path / "files", None, lambda _: None)
+    assert found["finds"] == []
+    assert found["files"] == 2000
+    assert found["reference"]["valid"] > 100
+    assert len(found["reference"]) > 9
+
+
+def test_a_disagreement_is_made_small_and_kept(tmp_path: Path, capsys: Capture) -> None:
+    """A reader that does not mind bytes after the end."""
+    lying = """
+        import subprocess
+        own = subprocess.Popen(OWN + ['serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        def answer(words):
+            own.stdin.write('\\t'.join(words) + '\\n'); own.stdin.flush()
+            got = json.loads(own.stdout.readline())
+            return {'ok': True, 'tensors': []} if got.get('clause') == 'R-PRE-008' else got
+    """.replace("OWN", repr(OWN))
+    command = " ".join(program(tmp_path, lying))
+    words = ("--cases", 300, "--save", tmp_path / "finds", "--json")
+    assert sfp("conformance", "fuzz", "--decoder", command, *words) == 1
+    found = json.loads(capsys.readouterr().out)
+    [find] = found["finds"]
+    assert find["kind"] == "accepts"
+    assert "R-PRE-008" in find["words"]
+    data = (tmp_path / "finds" / find["file"]).read_bytes()
+    assert len(data) == find["bytes"] < 200
+    assert json.loads((tmp_path / "finds" / find["file"]).with_suffix(".json").read_text()) == find
+    assert sfp("conformance", "fuzz", "--decoder", command, "--cases", 3, "--seed", 5) in (0, 1)
+    assert "files" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_files() -> None:
+    [data] = [case.data() for case in SUITE.cases if case.id == "y-DIR-002-uniform"]
+    first, second = ([damaged(data, random.Random(seed)) for _ in range(1)] for seed in (7, 7))
+    assert first == second
+    assert Pieces.of(data).build() == data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_run(actions)
+    _add_fuzz(actions)
     serve = actions.add_parser(
         "serve",
         help="answer the suite's questions with this package",
@@ -85,9 +87,49 @@ def _add_run(actions: Subparsers[Parser]) -> None:
     parser.add_argument("--json", action="store_true", help="the results as JSON")
 
 
+def _add_fuzz(actions: Subparsers[Parser]) -> None:
+    parser = actions.add_parser(
+        "fuzz",
+        help="put damaged files to a decoder and to this package, and compare",
+        description="Changes the suite's valid files in a few places, lengths and checksums mended or not, "
+        "and asks a decoder and this package's. Where they differ, the file is made small.",
+        epilog=examples(
+            ("sfp conformance fuzz --decoder ./reader --cases 100000 --save finds", "and keep what is found")
+        ),
+    )
+    parser.add_argument("--decoder", metavar="CMD", required=True, help="a program that decodes")
+    parser.add_argument("--cases", metavar="N", type=int, default=10_000, help="how many files (10,000)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed, the same files (0)")
+    parser.add_argument("--save", metavar="DIR", type=Path, help="where what is found goes")
+    parser.add_argument("--suite", metavar="DIR", type=Path, default=_FOLDER, help="the folder conformance/")
+    parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="for one answer (10)")
+    parser.add_argument("--megabytes", metavar="M", type=int, help="address space of the program (all)")
+    parser.add_argument("--json", action="store_true", help="the results as JSON")
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    return _serve(args) if args.action == "serve" else _run(args)
+    return {"serve": _serve, "run": _run, "fuzz": _fuzz}[args.action](args)
+
+
+def _fuzz(args: argparse.Namespace) -> int:
+    from ..conformance.driver import Driver
+    from ..conformance.fuzz import fuzz
+    from ..conformance.suite import Suite
+
+    driver = Driver(shlex.split(args.decoder), args.seconds, args.megabytes)
+    suite = Suite.of(args.suite)
+    with tempfile.TemporaryDirectory() as folder, progress(args.cases, "files") as shown:
+        found = fuzz(driver, suite, args.cases, args.seed, Path(folder), args.save, shown.advance)
+    if args.json:
+        show_json(found)
+    else:
+        for find in found["finds"]:
+            print(f"{find['kind']}: {find['words']} ({find['bytes']} bytes, {find['file']})")
+        said = ", ".join(f"{n} {word}" for word, n in sorted(found["reference"].items()))
+        print(f"{found['files']} files, {found['files_per_second']} a second: {said}")
+        print(f"{len(found['finds'])} kinds of disagreement" if found["finds"] else "no disagreement")
+    return 1 if found["finds"] else 0
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -18,7 +18,9 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n { text-align: right; font-variant-numeric: tabular-nums; width: 5rem }
-code { font-size: .9em } td:first-child code { white-space: nowrap } .ok { color: var(--ok) } .bad { color: var(--bad); font-weight: 600 }
+code { font-size: .9em }
+td:first-child code { white-space: nowrap }
+.ok { color: var(--ok) } .bad { color: var(--bad); font-weight: 600 }
 .skip { color: var(--skip) } .none { opacity: .45 }
 .verdict { font-size: 1.2rem; padding: .6rem 1rem; border-left: .4rem solid }
 input { font: inherit; padding: .3rem .5rem; width: 20rem; margin: .3rem 0 }
