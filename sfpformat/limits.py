@@ -49,11 +49,15 @@ class Limits:
                 offset=offset,
             )
 
-    def require_tensor(self, decoded: int, stored: int) -> None:
-        """Checks a tensor's decoded and stored sizes, in bytes, before memory is given to it."""
-        self.require("tensor_bytes", decoded)
+    def require_tensor(self, decoded: int, stored: int, offset: int) -> None:
+        """Checks a tensor's decoded and stored sizes, in bytes, before memory is given to it.
+
+        Args:
+            offset: of the directory, which claims them.
+        """
+        self.require("tensor_bytes", decoded, offset)
         if decoded > self.expansion_floor:
-            self.require("expansion", -(-decoded // max(stored, 1)))
+            self.require("expansion", -(-decoded // max(stored, 1)), offset)
 
 
 DEFAULT_LIMITS = Limits()

@@ -344,7 +344,9 @@ class SfpFile(Closing):
 
     def _require_within_limits(self, entry: TensorEntry) -> None:
         with placed(tensor=entry.name):
-            self.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+            self.limits.require_tensor(
+                entry.decoded_bytes, entry.stored_bytes, self.preamble.directory_offset
+            )
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""

@@ -114,7 +114,9 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
     """Decodes a tensor chunk by chunk; a fault in one does not hide those of the next."""
     try:
         with placed(tensor=entry.name):
-            file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+            file.limits.require_tensor(
+                entry.decoded_bytes, entry.stored_bytes, file.preamble.directory_offset
+            )
         decoder = file.decoder(entry)
     except FileFault as error:
         report.faults.append(error)

@@ -27,6 +27,8 @@ from .test_cli import run as sfp
 from .test_cli_pack import Capture
 
 SUITE = Suite.of(ROOT / "conformance")
+JOBS = sum(case.kind == "job" for case in SUITE.cases)
+FILES = len(SUITE.cases) - JOBS
 OWN = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", "python", "--"]
 
 
@@ -58,8 +60,7 @@ def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Captu
     found = json.loads(capsys.readouterr().out)
     assert found["passed"]
     counts = Counter((o["role"], o["outcome"]) for o in found["outcomes"])
-    assert counts["decoder", "pass"] == counts["validator", "pass"] == len(SUITE.cases)
-    assert counts["encoder", "pass"] > 300
+    assert counts == {("decoder", "pass"): FILES, ("validator", "pass"): FILES, ("encoder", "pass"): JOBS}
     assert not any(o["notes"] for o in found["outcomes"])
     assert found["seconds"] < 60
     suites = ElementTree.parse(junit).getroot()
@@ -71,7 +72,7 @@ def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
     reader = str(c_reader.built("sanitized", tmp_path))
     results = results_of({"decoder": Driver([reader]), "validator": Driver([reader])})
     assert not results.bad
-    assert outcomes(results) == {"pass": 2 * len(SUITE.cases)}
+    assert outcomes(results) == {"pass": 2 * FILES}
 
 
 def test_a_program_may_take_one_question_a_call(tmp_path: Path) -> None:
@@ -127,10 +128,10 @@ def test_a_wrong_encoder_is_found(tmp_path: Path) -> None:
         import sfpformat
         def answer(words):
             if words[0] == 'encode':
-                sfpformat.Writer(words[2]).close()
+                sfpformat.Writer(words[3]).close()
             return {'ok': words[0] == 'encode'}
     """
-    results = results_of({"encoder": Driver(program(tmp_path, empty))}, only="DIR-002")
+    results = results_of({"encoder": Driver(program(tmp_path, empty))}, only="e-RAW-001")
     assert set(outcomes(results)) == {"fail"}
 
 
@@ -229,7 +230,7 @@ def test_a_disagreement_is_made_small_and_kept(tmp_path: Path, capsys: Capture) 
     assert find["kind"] == "accepts"
     assert "R-PRE-008" in find["words"]
     data = (tmp_path / "finds" / find["file"]).read_bytes()
-    assert len(data) == find["bytes"] < 200
+    assert len(data) == find["bytes"] < 400
     assert json.loads((tmp_path / "finds" / find["file"]).with_suffix(".json").read_text()) == find
     assert sfp("conformance", "fuzz", "--decoder", command, "--cases", 3, "--seed", 5) in (0, 1)
     assert "files" in capsys.readouterr().out

@@ -8,76 +8,85 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.clauses import clauses_of_spec
 
 from . import suite
-from .untestable import UNTESTABLE
+from .suite import Case
 
 FOLDER = Path(__file__).parent.parent
-EXAMPLES = """\
-examples:
-  write cases/ and manifest.json again:   python -m conformance.recipes
-  say what would change, write nothing:   python -m conformance.recipes --check
-"""
+
+
+def written(value: object) -> bytes:
+    """JSON as the suite has it."""
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def clause_digests() -> dict[str, str]:
-    """Clause -> digest of its text, by which a clause that was changed is noticed."""
-    return {
-        clause.id: hashlib.sha256(f"{clause.writer}|{clause.reader}|{clause.code}".encode()).hexdigest()[:16]
-        for clause in clauses_of_spec()
-    }
+    """Clause -> a digest of its row in SPEC.md, by which a changed text is seen."""
+    rows = {c.id: "|".join((c.writer, c.reader, c.code)) for c in clauses_of_spec()}
+    return {name: hashlib.sha256(row.encode()).hexdigest()[:16] for name, row in rows.items()}
 
 
-def files() -> dict[str, bytes]:
-    """Path in the suite -> bytes, for every golden file, its contents, and the manifest."""
-    cases = suite().cases.values()
-    out = {}
-    for case in cases:
-        out[case.file] = case.data
-        if case.contents is not None:
-            words = json.dumps(case.contents.description, ensure_ascii=False)
-            out[case.contents_file + ".json"] = (words + "\n").encode()
-            out[case.contents_file + ".bin"] = case.contents.data
-    head = {"$schema": "manifest.schema.json", "suite": 1, "format": "1.0", "clauses": clause_digests()}
-    head["untestable"] = UNTESTABLE
-    listed = ",\n".join(json.dumps(case.manifest(), ensure_ascii=False) for case in cases)
-    text = json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "cases": [\n' + listed + "\n]}\n"
-    out["manifest.json"] = text.encode()
+def files_of(cases: list[Case], digests: dict[str, str]) -> dict[str, bytes]:
+    """Path in the suite -> bytes, for every golden file, what lies beside it, and the manifest."""
+    out = {case.file: case.data for case in cases}
+    out |= {f"{case.stem}.json": written(case.contents) for case in cases if case.contents is not None}
+    out |= {f"{case.stem}.bin": case.arrays for case in cases if case.arrays is not None}
+    head = {"$schema": "manifest.schema.json", "suite": 1, "format": "1.0", "clauses": digests}
+    lines = [json.dumps(case.manifest(), ensure_ascii=False) for case in cases]
+    listed = ",\n".join(lines)
+    out["manifest.json"] = (json.dumps(head)[:-1] + ', "cases": [\n' + listed + "\n]}\n").encode()
     return out
+
+
+def kept_manifest() -> dict[str, Any]:
+    """The manifest that is there, or an empty one."""
+    path = FOLDER / "manifest.json"
+    empty: dict[str, Any] = {"clauses": {}, "cases": []}
+    return json.loads(path.read_bytes()) if path.exists() else empty
+
+
+def stale(manifest: dict[str, Any]) -> list[str]:
+    """The cases of clauses whose text is no longer what it was when the manifest was written."""
+    now = clause_digests()
+    changed = {name for name, digest in manifest["clauses"].items() if now.get(name) != digest}
+    return [case["id"] for case in manifest["cases"] if changed & set(case["clauses"])]
 
 
 def differences(made: dict[str, bytes]) -> list[str]:
     """The paths at which the folder is not what the recipes give."""
     there = {p.relative_to(FOLDER).as_posix() for p in (FOLDER / "cases").rglob("*") if p.is_file()}
-    there |= {"manifest.json"} & {p.name for p in FOLDER.iterdir()}
+    there |= {"manifest.json"} if (FOLDER / "manifest.json").exists() else set()
     changed = [p for p in there & set(made) if (FOLDER / p).read_bytes() != made[p]]
     return sorted([*(there ^ set(made)), *changed])
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        "python -m conformance.recipes",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--check", action="store_true", help="exit status 1 where a file would change")
-    args = parser.parse_args(words)
-    made = files()
-    if args.check:
+    parser = argparse.ArgumentParser(prog="python -m conformance.recipes", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 on a difference")
+    parser.add_argument("--write", action="store_true", help="write (what is done without --check)")
+    parser.add_argument("--reviewed", action="store_true", help="cases of changed clauses were looked at")
+    given = parser.parse_args(words)
+    kept = kept_manifest()
+    old = stale(kept)
+    if old and not given.reviewed:
+        print(f"the text of their clauses changed: {', '.join(old)}\nlook at them, then give --reviewed")
+        return 1
+    made = files_of(list(suite().cases.values()), clause_digests())
+    if given.check:
         wrong = differences(made)
-        print("\n".join(wrong) or f"{len(made)} files are what the recipes give")
+        print("\n".join(wrong) if wrong else f"{len(made)} files are what the recipes give")
         return 1 if wrong else 0
     shutil.rmtree(FOLDER / "cases", ignore_errors=True)
     for path, data in made.items():
         (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
         (FOLDER / path).write_bytes(data)
-    print(f"{len(made)} files, {sum(map(len, made.values())):,} bytes")
+    print(f"{len(made) - 1} files, {sum(map(len, made.values())):,} bytes")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -16,13 +16,12 @@ WRONG_TYPES: dict[type, dict[str, object]] = {
     list: {"map": {"a": 1}, "binary": b""},
     dict: {"array": [], "string": "exact"},
 }
-# Keys of an entry or its maps that may be left out: their absence means something else, or breaks another
-# clause.
+# Keys that may be left out: their absence means something else, or breaks another clause.
 OPTIONAL = {("entry", "mask"), ("entry", "scale"), ("entry", "importance"), ("scale", "size")}
 MAPS = ("mask", "fingerprints", "scale", "importance")
 
 
-def entry_edit(tensor: str, **changes: object) -> Edit:
+def entry_edit(tensor: str, /, **changes: object) -> Edit:
     """An edit of keys of a tensor's entry."""
     return lambda file: file.part(tensor).entry.update(changes)
 

@@ -178,8 +178,7 @@ def add(suite: Suite) -> None:
         hand_file(*list(made.values())[::-1], **rows),
     )
     for name, part in made.items():
-        of_raw = ("R-RAW-001", "R-LAY-005") if part.entry["coding"] == "raw" else ("R-STR-001",)
-        suite.valid(f"DIR-002-{name}", KINDS[name], hand_file(part), *of_raw)
+        suite.valid(f"DIR-002-{name}", KINDS[name], hand_file(part))
     suite.valid(
         "CNV-003-raw-bitmap-and-whole-fields",
         "one class a stream: each position a bit of the mask, each survivor 16 bits",

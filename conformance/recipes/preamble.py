@@ -65,10 +65,10 @@ def _versions(suite: Suite) -> None:
     for minor in (1, 255, 65535):
         file = Forge.of(suite.cases[PLAIN].data)
         file.preamble["minor"] = minor
-        suite.valid(f"PRE-005-minor-{minor}", f"minor {minor}", file.build(), "R-PRE-004")
+        suite.valid(f"PRE-005-minor-{minor}", f"minor {minor}", file.build(), "R-PRE-004", kind="f")
     for name, size, at in (("reserved", 4, 12), ("more_reserved", 16, 44)):
-        for byte in (0, size - 1):
-            for bit in (0, 7):
+        for byte in range(size):
+            for bit in {0, 7, byte % 8}:
                 zeros = bytearray(size)
                 zeros[byte] = 1 << bit
                 slug = f"byte-{at + byte}-bit-{bit}"

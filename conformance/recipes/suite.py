@@ -1,86 +1,104 @@
 """What a case is, and how each is proven before it is written.
 
-Rules: a valid file is read by the plain reader, which gives its expected contents; whether it is canonical
-the package's validator says. An invalid file is a valid one, its twin, with one edit; the plain reader must
-refuse it by the clause that its name says. Clause and error code come from SPEC.md's tables.
+Rules: a valid file is read by the plain reader, which gives its expected contents. A file to be refused is a
+valid one, its twin, with one edit; the plain reader must accept the twin, and refuse the file by the clause
+that its name says. Clause and error code come from SPEC.md's tables.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
-from sfpformat.limits import DEFAULT_LIMITS
-from sfpformat.validate import validate
 from tests import slow_reader
 from tests.clauses import clauses_of_spec
 from tests.forge import Forge
 
+from .contents import NOT_CORE, Json, contents, features_of
+
 Edit = Callable[[Forge], object]
-Json = dict[str, Any]
-# What a reader that does not refuse these would break besides: reading outside the file, memory for what is
-# not there, returning part of a tensor, naming no code.
-KEPT_BY = {
-    "R-PRE-007": ("R-LAY-005", "R-STR-002", "R-STR-003"),
-    "R-LAY-003": ("R-LAY-005",),
-    "R-MSG-007": ("R-MSG-008",),
-    "R-LAY-004": ("R-STR-001",),
-    "R-LIM-002": ("R-LIM-003",),
-}
-# What the first letter of an id says.
-KINDS = {"y": "valid", "n": "invalid", "i": "latitude", "h": "hostile", "f": "future"}
-KIND_OF_TAG = {"hostile": "h", "future": "f"}
 
 # Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
 IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
 IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
+UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
+SECONDS = 5  # a reader has this long for a file
+HOSTILE_MEMORY = 64 << 20  # bytes that a reader may take for a file that claims more than it has
 
 
 @dataclass
 class Case:
-    """A golden file and what the manifest says of it."""
+    """A golden file or a job for a writer, and what the manifest says of it.
+
+    Attributes:
+        id: class, area, number of a clause, and a slug.
+        clauses: what it is about; the first is the one in its name.
+        why: what is special about it, or wrong with it.
+        data: the bytes of its file.
+        features: what a reader must know.
+        expected: the verdict.
+        recipe: the module that makes it.
+        contents: what a valid file holds, written beside it.
+        arrays: little-endian, one after another: those of a valid file, or what a job for a writer is given.
+        twin: id of the valid file that it was made from.
+        flags: words for who selects cases.
+        in_force: limits of the reader that differ from the defaults.
+    """
 
     id: str
     clauses: list[str]
-    description: str
+    why: str
     data: bytes
     features: list[str]
-    expect: Json
+    expected: Json
+    recipe: str
+    contents: Json | None = None
+    arrays: bytes | None = None
     twin: str | None = None
-    limits: dict[str, int] = field(default_factory=dict)
-    contents: Contents | None = None
+    flags: list[str] = field(default_factory=list)
+    in_force: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Its class, a letter."""
+        return self.id[0]
+
+    @property
+    def stem(self) -> str:
+        """Its path in the suite without what comes after the dot."""
+        return f"cases/{self.id.split('-')[1]}/{self.id}"
 
     @property
     def file(self) -> str:
-        """Its path in the suite."""
-        return f"cases/{self.id.split('-')[1]}/{self.id}.sfp"
-
-    @property
-    def contents_file(self) -> str:
-        """The path of its contents in the suite, without the suffix."""
-        return self.file.removesuffix(".sfp")
+        """The path of its file."""
+        return f"{self.stem}.{'job.json' if self.kind == 'e' else 'sfp'}"
 
     def manifest(self) -> Json:
         """Its entry in the manifest."""
-        twin = {} if self.twin is None else {"twin": self.twin}
-        limits = {"limits": self.limits} if self.limits else {}
+        hostile = {"memory_bytes": HOSTILE_MEMORY} if self.kind == "h" else {}
+        force = {"in_force": self.in_force} if self.in_force else {}
+        beside = {} if self.contents is None else {"contents": f"{self.stem}.json"}
+        beside |= {} if self.arrays is None else {"arrays": f"{self.stem}.bin"}
         return {
             "id": self.id,
-            "kind": KINDS[self.id[0]],
+            "class": self.kind,
+            "roles": ["writer"] if self.kind == "e" else ["reader", "validator"],
+            "since": "1.0",
+            "profile": "full" if set(self.features) & NOT_CORE else "core",
+            "features": self.features,
+            "clauses": self.clauses,
             "file": self.file,
             "bytes": len(self.data),
             "sha256": hashlib.sha256(self.data).hexdigest(),
-            "clauses": self.clauses,
-            "roles": ["decoder", "validator"] + ["encoder"] * (self.contents is not None and not self.limits),
-            "profile": "full" if set(self.features) & NOT_CORE else "core",
-            "features": self.features,
-            "description": self.description,
-            **twin,
-            **limits,
-            "expect": self.expect,
+            **beside,
+            "recipe": self.recipe,
+            **({} if self.twin is None else {"twin": self.twin}),
+            "expected": self.expected,
+            "limits": {"seconds": SECONDS, **hostile, **force},
+            "why": self.why,
+            "flags": self.flags,
         }
 
 
@@ -90,125 +108,137 @@ class Suite:
     def __init__(self) -> None:
         self.cases: dict[str, Case] = {}
         self.codes = {clause.id: clause.code for clause in clauses_of_spec()}
+        self.recipe = ""
 
     def valid(
         self,
         name: str,
-        description: str,
+        why: str,
         data: bytes,
         *clauses: str,
-        limits: Mapping[str, int] | None = None,
+        canonical: bool | tuple[str, ...] | None = None,
+        in_force: dict[str, int] | None = None,
+        kind: str = "y",
     ) -> str:
         """Adds a file that must be accepted, and gives its id.
 
         Args:
-            name: its id without the kind: area and number of the clause that it is most about, a slug.
-            description: what is special about it.
+            name: its id without the class: area and number of the clause that it is most about, a slug.
+            why: what is special about it.
             data: the file.
             clauses: others that it is about.
-            limits: those in force that are not the defaults.
+            canonical: for validators: True, or the clauses of canonical form that it does not keep.
+            in_force: limits of the reader.
+            kind: `f` for a file of a later version that must be accepted, `h` for one that takes much.
         """
-        report = validate(data, limits=replace(DEFAULT_LIMITS, **(limits or {})))
-        assert report.ok, report.faults
-        notes = sorted({note[1 : note.index("]")] for note in report.notes})
-        expect: Json = {"accept": True, "canonical": report.canonical, "not_canonical_by": notes}
-        about = [clause for clause in notes if clause not in clauses]
-        clauses = (*clauses, "R-CAN-001", *about)
-        out = self._add("y", name, description, data, data, clauses, expect)
-        self.cases[out].limits = dict(limits or {})
-        self.cases[out].contents = contents(data)
-        return out
+        expected: Json = {"outcome": "accept"}
+        if canonical is not None:
+            notes = [] if isinstance(canonical, bool) else list(canonical)
+            expected["canonical"] = {"is": canonical is True, "clauses": notes}
+        case = Case(f"{kind}-{name}", [], why, data, features_of(data), expected, self.recipe)
+        (case.contents, case.arrays), case.in_force = contents(data), in_force or {}
+        return self.add(case, clauses)
 
     def invalid(
         self,
         name: str,
-        description: str,
+        why: str,
         twin: str,
         edit: Edit,
         *,
         tensor: str | None = None,
         plainly: str | None = "",
         tags: Iterable[str] = (),
-        limits: Mapping[str, int] | None = None,
+        in_force: dict[str, int] | None = None,
     ) -> str:
         """Adds a file that must be refused by the clause in its name: a valid file after one edit.
 
+        Its class is `h` with the tag `hostile`, `f` where what is wrong is a word that a later version may
+        define, else `n`.
+
         Args:
             name: as in `valid`; its clause is the one that is broken.
-            description: what is wrong.
+            why: what is wrong.
             twin: id of the valid file.
             edit: breaks it, by changing the pieces or by giving the bytes.
             tensor: the tensor that the fault belongs to.
             plainly: the clause that the plain reader names where that is another, just as right; None where
                 it cannot be asked, as of limits, which it has none of.
-            tags: ``hostile`` for what is meant to exhaust memory or time, ``future`` for what a later
-                document might allow.
-            limits: as in `valid`.
+            tags: words for who selects cases.
+            in_force: limits of the reader.
         """
         base = self.cases[twin].data
-        assert is_as_put_together(base), f"{twin} is not put together as it was"
         forge = Forge.of(base)
+        assert forge.build() == base, f"{twin} is not put together as it was"
         data = edited(forge, edit)
         clause = clause_of(name)
-        assert data != base or limits, f"{name}: nothing was changed"
+        assert data != base, f"{name}: nothing was changed"
         if plainly is not None:
             named = refusing_clause(data)
             assert named == (plainly or clause), f"{name}: the plain reader names {named}"
-        found = {"error": self.codes[clause], "clause": clause, "tensor": tensor}
-        found["offset"] = place(forge, clause, tensor, len(data))
-        [kind] = {KIND_OF_TAG[tag] for tag in tags} or {"n"}
-        out = self._add(kind, name, description, data, base, (), {"reject": [found]})
-        self.cases[out].twin = twin
-        self.cases[out].limits = dict(limits or {})
-        kept = self.cases[twin].clauses
-        kept += [each for each in self.cases[out].clauses if each not in kept]
-        return out
+        code = self.codes[clause]
+        kind = "h" if "hostile" in tags else "f" if code in UNKNOWN else "n"
+        expected = {
+            "outcome": "unsupported" if code in UNKNOWN else "reject",
+            "errors": [self.error(clause, tensor, place(forge, clause, tensor, len(data)))],
+        }
+        case = Case(f"{kind}-{name}", [], why, data, features_of(base), expected, self.recipe)
+        case.twin, case.flags, case.in_force = twin, list(tags), in_force or {}
+        return self.add(case, ())
 
     def either(
-        self, name: str, description: str, twin: str, edit: Edit, *clauses: str, accept: bool = False
+        self,
+        name: str,
+        why: str,
+        twin: str,
+        edit: Edit,
+        *clauses: str,
+        accept: bool = False,
+        tensor: str | None = None,
     ) -> str:
         """Adds a file on which the document leaves the reader a choice.
 
         Args:
-            name, description, twin, edit: as in `invalid`.
+            name, why, twin, edit, tensor: as in `invalid`.
             clauses: other clauses by which it may be refused.
             accept: whether it may be accepted too.
         """
         forge = Forge.of(self.cases[twin].data)
         data = edited(forge, edit)
-        allowed = [clause_of(name), *clauses]
-        expect: Json = {
-            "reject": [{"error": self.codes[c], "clause": c, "offset": [0, len(data)]} for c in allowed]
-        }
+        allowed = list(dict.fromkeys([clause_of(name), *clauses]))
+        errors = [self.error(c, tensor, [0, len(data)]) for c in allowed]
+        expected: Json = {"outcome": "either" if accept else "reject", "errors": errors}
+        case = Case(
+            f"i-{name}", [], why, data, features_of(self.cases[twin].data), expected, self.recipe, twin=twin
+        )
         if accept:
-            expect["accept"] = True
+            case.contents, case.arrays = contents(data)
         else:
-            assert refusing_clause(data) in allowed, f"{name}: the plain reader names {refusing_clause(data)}"
-        out = self._add("i", name, description, data, self.cases[twin].data, clauses, expect)
-        self.cases[out].twin = twin
-        return out
+            named = refusing_clause(data)
+            assert named in allowed, f"{name}: the plain reader names {named}"
+        return self.add(case, clauses)
 
-    def _add(
-        self,
-        kind: str,
-        name: str,
-        description: str,
-        data: bytes,
-        described: bytes,
-        clauses: Iterable[str],
-        expect: Json,
-    ) -> str:
-        case_id = f"{kind}-{name}"
-        assert case_id not in self.cases, f"{case_id} comes twice"
-        about = list(dict.fromkeys([clause_of(name), *clauses]))
-        if kind != "y" and self.codes[about[0]] == "E_RESERVED":
-            about.append("R-CNV-005")  # of which all such clauses are instances
-        if kind != "y":
-            about += [clause for clause in KEPT_BY.get(about[0], ()) if clause not in about]
-        unknown = set(about) - set(self.codes)
+    def error(self, clause: str, tensor: str | None, offset: list[int]) -> Json:
+        """An error that a refusing reader may give."""
+        return {"code": self.codes[clause], "clause": clause, "tensor": tensor, "offset": offset}
+
+    def add(self, case: Case, clauses: Iterable[str]) -> str:
+        """Adds a case under the clause in its name and others, and gives its id."""
+        case.id = slugged(case.id)
+        assert case.id not in self.cases, f"{case.id} comes twice"
+        case.clauses = list(dict.fromkeys([clause_of(case.id[2:]), *clauses]))
+        unknown = set(case.clauses) - set(self.codes)
         assert not unknown, unknown
-        self.cases[case_id] = Case(case_id, about, description, data, features_of(described), expect)
-        return case_id
+        self.cases[case.id] = case
+        return case.id
+
+
+def slugged(case_id: str) -> str:
+    """The id with a slug of small letters, digits and single hyphens."""
+    kind, area, number, slug = case_id.split("-", 3)
+    words = re.sub("[^a-z0-9]+", "-", slug.lower().replace("+", "-plus-")).strip("-")
+    assert words, f"{case_id} has no slug"
+    return f"{kind}-{area}-{number}-{words}"
 
 
 def edited(forge: Forge, edit: Edit) -> bytes:
@@ -239,86 +269,3 @@ def place(forge: Forge, clause: str, tensor: str | None, length: int) -> list[in
         start = forge.start_of(tensor)
         return [start, start + len(forge.part(tensor).data)]
     return [0, length] if tensor is None else [directory_at, length]
-
-
-# -------------------------------------------------------------------------------------- contents and features
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a valid file holds: a description, and all arrays one after another, which it refers to."""
-
-    description: Json
-    data: bytes
-
-
-def contents(data: bytes) -> Contents:
-    """What a valid file holds."""
-    file = slow_reader.read(data)
-    tensors, arrays = [], bytearray()
-
-    def placed(raw: bytes) -> Json:
-        start = len(arrays)
-        arrays.extend(raw)
-        return {"offset": start, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-
-    for entry, (name, tensor) in zip(file.root["tensors"], file.tensors.items(), strict=True):
-        out: Json = {"name": name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-        out["values"] = placed(tensor.data)
-        if "mask" in entry:
-            out["mask"] = placed(bytes(tensor.mask))
-        if "importance" in entry:
-            raw = b"".join(struct.pack("<I", slow_reader.pattern_of(x, "F32")) for x in known(tensor))
-            role = entry["importance"]["role"]
-            out["importance"] = {**placed(raw), "role": role}
-        tensors.append(out)
-    return Contents({"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays))
-
-
-def known(tensor: slow_reader.Tensor) -> Iterable[float]:
-    """The importances, 0 where the file keeps none; a -0 stays one."""
-    return (0.0 if x is None else x for x in tensor.importance)
-
-
-def is_as_put_together(data: bytes) -> bool:
-    """Whether a file taken apart and put together is the same: so undoing an edit mends what it broke."""
-    return Forge.of(data).build() == data
-
-
-# Features that lie outside the profile `core` (SPEC.md chapter 23).
-NOT_CORE = {"uniform", "table", "narrow", "group-2", "scale", "multiplier"}
-
-
-def features_of(data: bytes) -> list[str]:
-    """What a reader must know for a valid file, in words."""
-    root, _ = slow_reader.read_directory(data)
-    found: set[str] = set()
-    for entry in root["tensors"]:
-        found |= {entry["coding"], f"dtype-{entry['dtype']}"}
-        for stream in slow_reader.streams(entry):
-            found |= _stream_features(entry, stream)
-        if entry["coding"] == "fingerprint":
-            if "scale" in entry:
-                found |= {"scale", f"scale-{entry['scale']['per']}"}
-            if "importance" in entry:
-                importance = entry["importance"]
-                found |= {"importance", f"importance-{importance['over']}", importance["role"]}
-    return sorted(found)
-
-
-def _stream_features(entry: Json, stream: str) -> set[str]:
-    source = entry[stream]
-    found = {f"group-{source['group']}"}
-    if stream == "mask":
-        found |= {"mask", source["kind"]}
-    elif stream == "fingerprints":
-        found.add(source["quantiser"])
-        if source["quantiser"] == "exact" and source["dtype"] != entry["dtype"]:
-            found.add("narrow")
-    else:
-        found.add(f"importance-by-{source['quantiser']}")
-    if len(source["codes"]) > 1:
-        found.add("codes")
-    if source.get("quantiser") == "exact" and source["trim"]:
-        found.add("trim")
-    return found

@@ -195,7 +195,7 @@ def _show(results: Results) -> None:
     for outcome in results.bad[:_SHOWN]:
         words = "passes, though a failure was expected" if outcome.known else outcome.verdict.words
         print(f"{outcome.verdict.outcome}: {outcome.role}: {outcome.case.id}")
-        print(f"    {outcome.case.description}; {words}")
+        print(f"    {outcome.case.why}; {words}")
     if len(results.bad) > _SHOWN:
         print(f"... and {len(results.bad) - _SHOWN} more; --json, --junit or --html list all")
     columns = (PASS, UNSUPPORTED, *BAD)

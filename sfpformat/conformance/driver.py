@@ -51,7 +51,7 @@ class Driver:
 
         Args:
             words: of the question: ``hello``, ``validate FILE``, ``decode FILE FOLDER`` or
-                ``encode FOLDER FILE``.
+                ``encode JOB ARRAYS FILE``.
             limits: those that are not the defaults.
 
         Raises:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .suite import Case, Contents
+from .suite import Case, Contents, shape_of
 
 Json = dict[str, Any]
 
 PASS, FAIL, WRONG_CODE, UNSUPPORTED = "pass", "fail", "wrong code", "unsupported"
 CRASH, TIMEOUT, NONSENSE = "crash", "timeout", "nonsense"
+# What a decoder writes of a tensor, after its number.
+SUFFIXES = {"values": ".bin", "mask": ".mask.bin", "importance": ".importance.bin"}
 # What a run may not have, worst first.
 BAD = (CRASH, TIMEOUT, NONSENSE, FAIL, WRONG_CODE)
 
@@ -47,18 +49,17 @@ def judge_answer(case: Case, answer: Json) -> Verdict:
     if not allowed:
         wanted = " or ".join(sorted({fault["error"] for fault in case.faults}))
         return Verdict(WRONG_CODE, f"refused with {said}; {wanted} is the code")
-    return Verdict(PASS, notes=tuple(_notes(allowed, answer)))
+    fewest = min((_notes(fault, answer) for fault in allowed), key=len)
+    return Verdict(PASS, notes=tuple(fewest))
 
 
-def _notes(allowed: list[Json], answer: Json) -> list[str]:
-    """What R-STR-002 says that an error should name."""
-    notes = []
-    fault = allowed[0]
-    if answer.get("clause") not in {fault["clause"] for fault in allowed}:
+def _notes(fault: Json, answer: Json) -> list[str]:
+    """What R-STR-002 says that an error should name, and does not name of a fault."""
+    notes, offset = [], answer.get("offset")
+    if answer.get("clause") != fault["clause"]:
         notes.append(f"names the clause {answer.get('clause')}, not {fault['clause']}")
-    if answer.get("tensor") != fault.get("tensor"):
-        notes.append(f"names the tensor {answer.get('tensor')!r}, not {fault.get('tensor')!r}")
-    offset = answer.get("offset")
+    if answer.get("tensor") != fault["tensor"]:
+        notes.append(f"names the tensor {answer.get('tensor')!r}, not {fault['tensor']!r}")
     if not (isinstance(offset, int) and fault["offset"][0] <= offset <= fault["offset"][1]):
         notes.append(f"names the offset {offset}, not one from {fault['offset'][0]} to {fault['offset'][1]}")
     return notes
@@ -67,12 +68,12 @@ def _notes(allowed: list[Json], answer: Json) -> list[str]:
 def judge_canonical(case: Case, answer: Json) -> Verdict:
     """As `judge_answer`, for a validator: it must also tell whether the file is canonical (R-CAN-001)."""
     verdict = judge_answer(case, answer)
-    if verdict.outcome != PASS or not answer["ok"] or "canonical" not in case.expect:
+    if verdict.outcome != PASS or not answer["ok"] or case.canonical is None:
         return verdict
     if "canonical" not in answer:
         return Verdict(PASS, notes=("does not say whether the file is canonical",))
-    if answer["canonical"] != case.expect["canonical"]:
-        by = ", ".join(case.expect.get("not_canonical_by", ()))
+    if answer["canonical"] != case.canonical:
+        by = ", ".join(case.not_canonical_by)
         words = f"is not canonical, by {by}" if by else "is canonical"
         return Verdict(FAIL, f"says canonical: {answer['canonical']}; the file {words}")
     return verdict
@@ -97,15 +98,14 @@ def _difference(contents: Contents, answer: Json, written: Callable[[str], bytes
     if not isinstance(tensors, list) or len(tensors) != len(contents.tensors):
         return f"the answer's `tensors` does not list the {len(contents.tensors)} tensors"
     for number, (said, expected) in enumerate(zip(tensors, contents.tensors, strict=True)):
-        for key in ("name", "dtype", "shape"):
-            if said.get(key) != expected[key]:
-                return f"tensor {number}: {key} is {said.get(key)!r}, must be {expected[key]!r}"
-        for what, suffix in (("values", ".bin"), ("mask", ".mask.bin"), ("importance", ".importance.bin")):
-            if what not in expected:
-                continue
-            found, wanted = written(f"{number}{suffix}"), contents.array(expected[what])
+        told = {"name": expected["name"], "dtype": expected["dtype"], "shape": shape_of(expected)}
+        for key, right in told.items():
+            if said.get(key) != right:
+                return f"tensor {number}: {key} is {said.get(key)!r}, must be {right!r}"
+        for what, wanted in contents.arrays_of(expected).items():
+            found = written(f"{number}{SUFFIXES[what]}")
             if found is None:
-                return f"tensor {expected['name']!r}: {number}{suffix} was not written"
+                return f"tensor {expected['name']!r}: {number}{SUFFIXES[what]} was not written"
             if found != wanted:
                 return f"tensor {expected['name']!r}: {what} differ, {_where(found, wanted)}"
     return None

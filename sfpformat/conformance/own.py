@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..codec.options import ImportanceOptions, Options
+from ..codec.options import Options
 from ..dtypes import DTYPES
 from ..errors import FileFault, OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..reader import SfpFile
 from ..validate import validate
 from ..writer import Writer
-from .suite import Contents
+from .suite import Contents, shape_of
 
 Json = dict[str, Any]
 
@@ -69,26 +69,16 @@ class OwnDriver:
             stem.with_name(stem.name + ".importance.bin").write_bytes(importance.tobytes())
         return {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape)}
 
-    def encode(self, folder: str, path: str) -> Json:
-        """Writes a file that holds some contents."""
-        description = json.loads(Path(folder, "contents.json").read_text("utf-8"))
-        contents = Contents(description, Path(folder, "contents.bin").read_bytes())
-        kept = ImportanceOptions(over="all", quantiser="exact")
+    def encode(self, job: str, arrays: str, path: str) -> Json:
+        """Writes the file that a job asks for; its choices are `Options` by name."""
+        wanted = Contents(json.loads(Path(job).read_text("utf-8")), Path(arrays).read_bytes())
         try:
-            with Writer(path, metadata=description["metadata"], engine=self._engine) as writer:
-                for tensor in contents.tensors:
-                    dtype, shape = DTYPES[tensor["dtype"]], tuple(tensor["shape"])
-                    values = np.frombuffer(contents.array(tensor["values"]), dtype.numpy).reshape(shape)
-                    arrays: Json = {}
-                    if "mask" in tensor:
-                        arrays["mask"] = np.frombuffer(contents.array(tensor["mask"]), np.bool_).reshape(
-                            shape
-                        )
-                    if "importance" in tensor:
-                        raw = np.frombuffer(contents.array(tensor["importance"]), "<f4")
-                        arrays["importance"] = raw.reshape(shape)
-                    writer.add(tensor["name"], values, Options(importance=kept), **arrays)
-        except OptionError as error:  # such as a negative importance, which this writer does not take
+            with Writer(path, metadata=wanted.description["metadata"], engine=self._engine) as writer:
+                for tensor in wanted.tensors:
+                    values = np.frombuffer(wanted.array(tensor), DTYPES[tensor["dtype"]].numpy)
+                    options = Options(**tensor.get("choices", {}))
+                    writer.add(tensor["name"], values.reshape(shape_of(tensor)), options)
+        except OptionError as error:
             return {"ok": False, "unsupported": True, "detail": str(error)}
         return {"ok": True}
 

@@ -108,7 +108,7 @@ def _failures(bad: list[Outcome]) -> str:
         words = "passes, though a failure was expected" if o.known else o.verdict.words
         rows.append(
             f"<tr data-words='{_words(o)}'><td><code>{o.case.clauses[0]}</code><td>{o.role}"
-            f"<td class=bad>{o.verdict.outcome}<td>{html.escape(o.case.description)}<br>"
+            f"<td class=bad>{o.verdict.outcome}<td>{html.escape(o.case.why)}<br>"
             f"<code>{html.escape(o.case.id)}</code><td>{html.escape(words)}"
         )
     head = "<tr><th>clause<th>role<th>what<th>case<th>why"
@@ -127,7 +127,7 @@ def _matrix(results: Results) -> str:
 
 def _row(suite: Suite, clause: str, outcomes: list[Outcome]) -> str:
     if not outcomes:
-        why = suite.untestable.get(clause, "no case was asked")
+        why = "no case was asked, or none can show it"
         return f"<tr class=none data-words='{clause.lower()}'><td><code>{clause}</code><td colspan=4>{why}"
     failed = [o for o in outcomes if o.bad]
     skipped = [o for o in outcomes if o.verdict.outcome == UNSUPPORTED]
@@ -146,7 +146,7 @@ def _row(suite: Suite, clause: str, outcomes: list[Outcome]) -> str:
 
 
 def _words(o: Outcome) -> str:
-    return html.escape(f"{o.case.id} {o.case.description} {' '.join(o.case.clauses)}".lower(), quote=True)
+    return html.escape(f"{o.case.id} {o.case.why} {' '.join(o.case.clauses)}".lower(), quote=True)
 
 
 def _number(n: int, kind: str) -> str:

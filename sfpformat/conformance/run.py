@@ -17,7 +17,7 @@ from ..errors import FileFault
 from ..reader import SfpFile
 from .driver import Driver, DriverFailure
 from .judge import BAD, FAIL, PASS, UNSUPPORTED, Verdict, judge_canonical, judge_contents
-from .suite import ENCODERS_LEVEL, Case, Suite, SuiteError
+from .suite import Case, Suite, SuiteError, shape_of
 
 Json = dict[str, Any]
 ROLES = ("decoder", "validator", "encoder")
@@ -141,8 +141,7 @@ def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case
     for case in cases:
         wanted = settings.only in case.id or settings.only in case.clauses
         for role in ROLES:
-            level = ENCODERS_LEVEL if role == "encoder" else case.level
-            if wanted and role in settings.drivers and role in case.roles and level in settings.levels:
+            if wanted and role in settings.drivers and role in case.roles and case.level in settings.levels:
                 yield case, role
 
 
@@ -195,11 +194,11 @@ def _validate(case: Case, driver: Driver, folder: Path) -> Verdict:
 
 
 def _encode(case: Case, driver: Driver, folder: Path) -> Verdict:
-    """The file that a program writes for the contents, read by this package."""
-    (folder / "contents.json").write_bytes(case.path.with_suffix(".json").read_bytes())
-    (folder / "contents.bin").write_bytes(case.contents.arrays)
-    target = folder / "out" / "file.sfp"
-    answer = driver.ask(["encode", str(folder), str(target)], case.limits)
+    """The file that a program writes for a job, read by this package."""
+    job, arrays, target = folder / "job.json", folder / "job.bin", folder / "out" / "file.sfp"
+    job.write_bytes(case.data())
+    arrays.write_bytes(case.contents.arrays)
+    answer = driver.ask(["encode", str(job), str(arrays), str(target)], case.limits)
     if answer.get("unsupported"):
         return Verdict(UNSUPPORTED, str(answer.get("detail", "")))
     if not answer["ok"]:
@@ -215,14 +214,14 @@ def _reread(case: Case, file: SfpFile) -> Verdict:
     tensors = case.contents.tensors
     if list(file) != [tensor["name"] for tensor in tensors]:
         return Verdict(FAIL, "what was written has other tensors, or in another order")
+    if file.metadata() != case.contents.description["metadata"]:
+        return Verdict(FAIL, "what was written has other metadata")
     for tensor in tensors:
-        name = tensor["name"]
-        found = {"values": file.get_tensor(name).tobytes(), "mask": file.get_mask(name).tobytes()}
-        importance = file.get_importance(name)
-        found |= {} if importance is None else {"importance": importance.tobytes()}
-        for what in ("values", "mask", "importance"):
-            if what in tensor and found.get(what) != case.contents.array(tensor[what]):
-                return Verdict(FAIL, f"tensor {name!r}: what was written has other {what}")
+        name, info = tensor["name"], file.info(tensor["name"])
+        if (info.dtype, list(info.shape)) != (tensor["dtype"], shape_of(tensor)):
+            return Verdict(FAIL, f"tensor {name!r}: written as {info.dtype} {list(info.shape)}")
+        if file.get_tensor(name).tobytes() != case.contents.array(tensor):
+            return Verdict(FAIL, f"tensor {name!r}: what was written has other values")
     return Verdict(PASS)
 
 

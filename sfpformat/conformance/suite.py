@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from ..errors import SfpError
 
 Json = dict[str, Any]
 
-# The level at which a case is asked: what must be read, what must be refused, what is hostile or latitude;
-# and level 4, writing.
-LEVELS = {"valid": 1, "invalid": 2, "hostile": 3, "latitude": 3, "future": 3}
-ENCODERS_LEVEL = 4
+# The first letter of an id -> what the case is, and the level at which it is asked: what must be read, what
+# must be refused, what is hostile or latitude or of a later version; and level 4, writing.
+KINDS = {"y": "valid", "n": "invalid", "h": "hostile", "i": "latitude", "f": "future", "e": "job"}
+LEVELS = {"valid": 1, "invalid": 2, "hostile": 3, "latitude": 3, "future": 3, "job": 4}
+_ROLES = {"reader": "decoder", "validator": "validator", "writer": "encoder"}
 
 
 class SuiteError(SfpError):
@@ -25,45 +26,49 @@ class SuiteError(SfpError):
 
 @dataclass(frozen=True)
 class Case:
-    """A golden file.
+    """A golden file, or a job for an encoder.
 
     Attributes:
-        id, kind, profile, description: as in the manifest.
+        id: class, area and number of its first clause, words.
+        kind: one of `KINDS`.
+        profile: the least that has all it needs.
+        why: what is special about it, or wrong with it.
         clauses: those that it is about, the first one most of all.
         features: what a reader must know for it, in words.
         roles: which programs it is for.
-        path: of the file.
+        path: of the file, or of the job.
         sha256: its digest, as hex.
         limits: limits in force that are not the defaults.
-        expect: `accept`, `reject`, `canonical`, as in the manifest.
+        accepted: whether it may be accepted.
+        faults: by which it may be refused: `error`, `clause`, `tensor`, and the `offset`s from and to.
+        canonical: what a validator must say of canonical form, or None for either.
+        not_canonical_by: the clauses of canonical form that it does not keep.
     """
 
     id: str
     kind: str
     profile: str
-    description: str
+    why: str
     clauses: tuple[str, ...]
     features: frozenset[str]
     roles: frozenset[str]
     path: Path
     sha256: str
     limits: dict[str, int]
-    expect: Json
+    accepted: bool
+    faults: tuple[Json, ...]
+    canonical: bool | None
+    not_canonical_by: tuple[str, ...]
 
     @property
     def level(self) -> int:
-        """1 to 3, see `LEVELS`."""
+        """1 to 4, see `LEVELS`."""
         return LEVELS[self.kind]
 
     @property
-    def accepted(self) -> bool:
-        """Whether it may be accepted."""
-        return "accept" in self.expect
-
-    @property
-    def faults(self) -> list[Json]:
-        """The faults by which it may be refused."""
-        return list(self.expect.get("reject", ()))
+    def stem(self) -> Path:
+        """The path of what lies beside it, without the suffix."""
+        return self.path.with_name(self.id)
 
     def data(self) -> bytes:
         """The file.
@@ -78,9 +83,8 @@ class Case:
 
     @cached_property
     def contents(self) -> Contents:
-        """What a valid file holds."""
-        description = json.loads(_read(self.path.with_suffix(".json")))
-        return Contents(description, _read(self.path.with_suffix(".bin")))
+        """What a valid file holds, or what a job asks for."""
+        return Contents(json.loads(_read(Path(f"{self.stem}.json"))), _read(Path(f"{self.stem}.bin")))
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Contents:
     """What a file holds.
 
     Attributes:
-        description: `metadata` and `tensors`, whose arrays are places in ``arrays``.
+        description: `metadata` and `tensors`, whose arrays are places in ``arrays``; numbers are strings.
         arrays: little-endian, one after another.
     """
 
@@ -102,7 +106,18 @@ class Contents:
 
     def array(self, place: Json) -> bytes:
         """The bytes of an array."""
-        return self.arrays[place["offset"] : place["offset"] + place["bytes"]]
+        start = int(place.get("offset", 0))
+        return self.arrays[start : start + int(place["bytes"])]
+
+    def arrays_of(self, tensor: Json) -> dict[str, bytes]:
+        """The arrays of a tensor: `values`, and where they are `mask` and `importance`."""
+        out = {"values": self.array(tensor)}
+        return out | {what: self.array(tensor[what]) for what in ("mask", "importance") if what in tensor}
+
+
+def shape_of(tensor: Json) -> list[int]:
+    """A tensor's shape."""
+    return [int(size) for size in tensor["shape"]]
 
 
 @dataclass(frozen=True)
@@ -113,13 +128,11 @@ class Suite:
         folder: where the manifest is.
         cases: in the manifest's order.
         clauses: of the document, in its order.
-        untestable: clauses that no single file shows, each with the reason.
     """
 
     folder: Path
     cases: tuple[Case, ...]
     clauses: tuple[str, ...]
-    untestable: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Suite:
@@ -132,22 +145,28 @@ class Suite:
         if manifest.get("suite") != 1:
             raise SuiteError(f"{folder}: a suite of a layout that this runner does not know")
         cases = tuple(_case(folder, entry) for entry in manifest["cases"])
-        return cls(folder, cases, tuple(manifest["clauses"]), manifest["untestable"])
+        return cls(folder, cases, tuple(manifest["clauses"]))
 
 
 def _case(folder: Path, entry: Json) -> Case:
+    expected = entry["expected"]
+    canonical = expected.get("canonical", {})
+    faults = [{**fault, "error": fault["code"]} for fault in expected.get("errors", ())]
     return Case(
         id=entry["id"],
-        kind=entry["kind"],
+        kind=KINDS[entry["class"]],
         profile=entry["profile"],
-        description=entry["description"],
+        why=entry["why"],
         clauses=tuple(entry["clauses"]),
         features=frozenset(entry["features"]),
-        roles=frozenset(entry["roles"]),
+        roles=frozenset(_ROLES[role] for role in entry["roles"]),
         path=folder / entry["file"],
         sha256=entry["sha256"],
-        limits=entry.get("limits", {}),
-        expect=entry["expect"],
+        limits=entry["limits"].get("in_force", {}),
+        accepted=expected["outcome"] in ("accept", "either"),
+        faults=tuple(faults),
+        canonical=canonical.get("is"),
+        not_canonical_by=tuple(canonical.get("clauses", ())),
     )
 
 

@@ -85,7 +85,7 @@ def read_tensors(
         own = file.file_of(name) if isinstance(file, ShardedFile) else file
         entry = own.entry(name)
         with placed(tensor=name):
-            own.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes)
+            own.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, own.preamble.directory_offset)
         recipe = _recipe_of(own, entry)
         if recipe is None:
             made[name] = _by_processor(own, name, device)

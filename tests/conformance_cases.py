@@ -1,0 +1,113 @@
+"""The golden files as tests take them: the manifest, and how an answer compares with what it expects."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sfpformat
+from conformance.recipes.contents import array
+from sfpformat.codec.options import Options
+from sfpformat.dtypes import DTYPES
+from sfpformat.errors import FileFault
+from sfpformat.limits import Limits
+from sfpformat.numpy import save
+
+from .clauses import ROOT
+
+FOLDER = ROOT / "conformance"
+Case = dict[str, Any]
+
+
+@cache
+def manifest() -> dict[str, Any]:
+    """The manifest."""
+    out: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_bytes())
+    return out
+
+
+def cases(classes: str) -> list[Case]:
+    """The cases of some classes, given by their letters."""
+    return [case for case in manifest()["cases"] if case["class"] in classes]
+
+
+def data_of(case: Case) -> bytes:
+    """The bytes of its file."""
+    return (FOLDER / case["file"]).read_bytes()
+
+
+def path_of(case: Case) -> Path:
+    """Where its file is."""
+    return FOLDER / str(case["file"])
+
+
+def limits_of(case: Case) -> Limits:
+    """The limits in force."""
+    return Limits(**case["limits"].get("in_force", {}))
+
+
+def expected_contents(case: Case) -> Any:
+    """What an accepted file holds, without the places of its arrays."""
+    out = json.loads((FOLDER / case["contents"]).read_bytes())
+    for tensor in out["tensors"]:
+        for place in (tensor, tensor.get("mask", {}), tensor.get("importance", {})):
+            place.pop("offset", None)
+    return out
+
+
+def read_contents(data: bytes, limits: Limits) -> Any:
+    """What a file holds, as the package reads it; raises `FileFault`."""
+    with sfpformat.open(data, limits=limits, threads=1, engine="python") as file:
+        tensors = [_tensor(file, name) for name in file]
+        return {"metadata": file.metadata(), "tensors": tensors}
+
+
+def _tensor(file: sfpformat.SfpFile, name: str) -> dict[str, Any]:
+    info = file.info(name)
+    out = {"name": name, **array(info.dtype, info.shape, file.get_tensor(name).tobytes())}
+    if info.mask is not None:
+        out["mask"] = array("U8", info.shape, file.get_mask(name).tobytes())
+    found = file.get_importance(name)
+    if found is not None:
+        own = array("F32", info.shape, found.tobytes())
+        out["importance"] = {"role": info.role, "over": info.importance, **own}
+    return out
+
+
+def refusal(data: bytes, limits: Limits) -> FileFault | None:
+    """The fault by which the package refuses a file, or None."""
+    try:
+        read_contents(data, limits)
+    except FileFault as error:
+        return error
+    return None
+
+
+def wrong_refusal(case: Case, code: str, clause: str, tensor: object, offset: int | None) -> str | None:
+    """What is wrong with an error for a file that must be refused; None for nothing."""
+    for error in case["expected"]["errors"]:
+        low, high = error["offset"]
+        here = offset is None or low <= offset <= high
+        if (error["code"], error["clause"]) == (code, clause) and error["tensor"] == tensor and here:
+            return None
+    return f"{case['id']}: {code} {clause} {tensor!r} at {offset}, expected {case['expected']['errors']}"
+
+
+def encoded(case: Case) -> bytes:
+    """The file that the package's writer makes of a job."""
+    job = json.loads(data_of(case))
+    inputs = (FOLDER / case["arrays"]).read_bytes()
+    tensors: dict[str, NDArray[np.generic]] = {}
+    options: dict[str, Options] = {}
+    for tensor in job["tensors"]:
+        at, size = int(tensor["offset"]), int(tensor["bytes"])
+        kind = DTYPES[tensor["dtype"]].numpy
+        own = np.frombuffer(inputs[at : at + size], kind)
+        tensors[tensor["name"]] = own.reshape([int(n) for n in tensor["shape"]])
+        options[tensor["name"]] = Options(**tensor["choices"])
+    return save(tensors, job["metadata"], options=options, threads=1, engine="python")
