@@ -34,7 +34,12 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser = subparsers.add_parser(
         "conformance",
         help="hold any reader or writer against the conformance suite",
-        description="The conformance suite: 'run' it against programs, or 'serve' as one of them.",
+        description="Golden files and damaged ones for any program that reads or writes .sfp: 'run' puts the first "
+        "to it, 'fuzz' the others, 'serve' is such a program. The guide is conformance/README.md.",
+        epilog=examples(
+            ("sfp conformance run --decoder ./my_reader --html report.html", "the golden files"),
+            ("sfp conformance fuzz --decoder ./my_reader --cases 100000", "damaged files"),
+        ),
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_run(actions)
