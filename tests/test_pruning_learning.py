@@ -1,4 +1,4 @@
-"""Learned importances: budgets are met, what matters is found, an interrupted run goes on as if it were none."""
+"""Learned importances: budgets are met, what matters is found, an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_range_serves_every_sparsity_in_it() -> None:
 
 def test_weights_are_trained_too_where_that_is_asked_for() -> None:
     net, batches = trained_net()
-    together = Settings(steps=100, weight_rate=3e-3, objective="loss")
+    together = Settings(steps=100, weight_rate=1e-2, objective="loss")
     learned = learn_importance(net, batches, 0.85, settings=together)
     frozen = learn_importance(net, batches, 0.85, settings=Settings(steps=100, objective="loss"))
     assert not frozen.weights

@@ -127,10 +127,10 @@ class SoftGate(_Stateless):
 
 
 class HardConcrete:
-    """sigmoid(a / β) · (ζ − γ) + γ, clamped; penalty: λ · d + 200 · d², d the surplus of open gates."""
+    """sigmoid(a / β) · (ζ − γ) + γ, clamped; penalty: λ · d + 20 · d², d the surplus of open gates."""
 
     BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-    QUADRATIC = 200.0
+    QUADRATIC = 20.0
     RATE = 0.5  # of λ's ascent
 
     def __init__(self) -> None:
@@ -151,7 +151,9 @@ class HardConcrete:
             self._origin = float(threshold_of(scores, moment.sparsity)) - edge
         a = scores - self._origin
         gates = (torch.sigmoid(a / self.BETA) * (self.ZETA - self.GAMMA) + self.GAMMA).clamp(0, 1)
-        surplus = torch.sigmoid(a - edge).mean() - (1 - moment.sparsity)
+        # Counted as they are, which without noise is not their mean probability; gradients as of a sigmoid.
+        soft = torch.sigmoid((a - edge) / self.BETA)
+        surplus = ((gates.detach() > 0).float() + soft - soft.detach()).mean() - (1 - moment.sparsity)
         penalty = self._multiplier * surplus + self.QUADRATIC * surplus.square()
         self._multiplier += self.RATE * float(surplus.detach())
         return gates, penalty

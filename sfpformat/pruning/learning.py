@@ -97,8 +97,8 @@ class Learned:
     """What was learned.
 
     Attributes:
-        importances: by name, float32, not negative: softplus of the score less the last threshold, so that
-            what the target keeps is above ln 2; of hard-concrete gates, the gates, many of which are zero.
+        importances: by name, float32, not negative: softplus of the score less the threshold at the target (of a
+            range its middle), so that what it keeps is above ln 2.
         weights: by name, where they were trained too; else empty.
         history: the loss of each step, in nats, the penalty included.
         mlp: the state of the shared network, for another model.
@@ -263,11 +263,9 @@ class _Learner:
     def learned(self) -> Learned:
         """The importances as they are now."""
         with torch.no_grad():
+            # All gates rise with the score; the score still orders those that are all open or all shut.
             scores = self.network.scores()
-            if self.settings.gate == "hard-concrete":
-                flat, _ = self.gate(scores, self.moment())
-            else:
-                flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
+            flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
             importances = {name: part.clone() for name, part in self.network.split(flat).items()}
             trained = self.settings.weight_rate > 0
             weights = {name: w.detach().clone() for name, w in self.weights.items()} if trained else {}
