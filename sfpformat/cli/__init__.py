@@ -23,6 +23,7 @@ from .trouble import Trouble
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
 COMMANDS = {
     "pack": "write a safetensors checkpoint as .sfp",
+    "prune": "prune a file further, by the importances that it holds",
     "unpack": "write an .sfp file as safetensors",
     "info": "show what a file holds, and which bytes go where",
     "verify": "check a file against the specification",

@@ -1,0 +1,134 @@
+"""``sfp prune``: prunes an `.sfp` file further, by the importances that it holds."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SfpError
+from ..reader import SfpFile
+from .console import bytes_words, percent, show_json
+from .parser import Parser, Subparsers, examples
+from .trouble import Trouble, about, checked_target, require_file
+
+if TYPE_CHECKING:
+    from ..pruning.thresholds import Pattern, Threshold
+
+_DESCRIPTION = """Prunes a file further, without the data that its importances were learned from: tensors that
+carry an importance as metadata lose what lies under a threshold, by importance first and by magnitude among
+equals; everything else stays as it is. Survivors keep their values bit for bit.
+
+Importances come into a file by 'sfp pack --importance', or by sfpformat.pruning."""
+
+_THRESHOLDS = """thresholds:
+  --sparsity 0.8         80 % of all positions go, those included that are pruned already
+  --threshold 2:4        2 of every 4 neighbours in a row stay
+  --threshold otsu       where the importances fall into two classes; otsu-log looks at their logarithms
+  --threshold knee       where their sorted curve turns up
+  --threshold sigma:1    under their mean less 1 standard deviation
+  --threshold quantile:0.8   as --sparsity, but of equal importances all stay"""
+
+_EXAMPLES = examples(
+    ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "nine of ten go, one threshold over the model"),
+    ("sfp prune model.sfp --threshold 2:4 --exempt '*head*' -o smaller.sfp", "a pattern, the head left out"),
+    ("sfp prune model.sfp --sparsity 0.8 --scope tensor -o smaller.sfp", "80 % of each tensor"),
+)
+
+
+def add_parser(subparsers: Subparsers[Parser]) -> Parser:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "prune",
+        help="prune a file further, by the importances that it holds",
+        description=_DESCRIPTION,
+        epilog=f"{_THRESHOLDS}\n\n{_EXAMPLES}",
+    )
+    parser.add_argument("source", metavar="FILE.sfp", help="a file with importances")
+    parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--sparsity", metavar="S", type=float, help="the share that goes, such as 0.9")
+    how.add_argument("--threshold", metavar="T", help="another threshold, see below")
+    parser.add_argument("--scope", choices=("model", "tensor"), default="model", help="default: model")
+    parser.add_argument(
+        "--exempt", metavar="GLOB", action="append", default=[], help="names of tensors that stay as they are"
+    )
+    parser.add_argument(
+        "--floor", metavar="F", type=float, default=0.0, help="the share that each tensor keeps at least"
+    )
+    parser.add_argument("--drop-importance", action="store_true", help="do not keep the survivors'")
+    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    from ..pruning.reprune import reprune
+    from ..pruning.thresholds import Sparsity
+
+    start = time.monotonic()
+    threshold: Threshold | Pattern
+    threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
+    source = Path(args.source)
+    require_file(source)
+    target = checked_target(args.output, [source])
+    with about(source), SfpFile(source) as file:
+        found = reprune(
+            file,
+            target,
+            threshold,
+            scope=args.scope,
+            exempt=args.exempt,
+            floor=args.floor,
+            keep_importance=not args.drop_importance,
+        )
+    before, after = source.stat().st_size, target.stat().st_size
+    shares = [count / max(found.positions, 1) for count in (found.before, found.after)]
+    seconds = time.monotonic() - start
+    if args.json:
+        show_json(
+            {
+                "output": str(target),
+                "pruned_tensors": len(found.pruned),
+                "positions": found.positions,
+                "sparsity_before": shares[0],
+                "sparsity": shares[1],
+                "input_bytes": before,
+                "output_bytes": after,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return 0
+    print(f"{source.name} → {target.name}")
+    print(
+        f"{len(found.pruned)} tensors, {percent(shares[0])} → {percent(shares[1])} pruned; "
+        f"{bytes_words(before)} → {bytes_words(after)}; {seconds:.1f} s"
+    )
+    return 0
+
+
+def parse_threshold(words: str) -> Threshold | Pattern:
+    """A threshold as the command line names it.
+
+    Raises:
+        Trouble: there is none of this name, or its number is none.
+        OptionError: its number makes no sense.
+    """
+    from ..pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile
+
+    plain = {"otsu": Otsu(), "otsu-log": Otsu(log=True), "knee": Knee()}
+    if words in plain:
+        return plain[words]
+    first, colon, second = words.partition(":")
+    try:
+        if first == "sigma":
+            return MeanSigma(float(second))
+        if first == "quantile":
+            return Quantile(float(second))
+        if colon:
+            return Pattern(int(first), int(second))
+    except ValueError as error:
+        if isinstance(error, SfpError):
+            raise
+    raise Trouble(f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, N:M")

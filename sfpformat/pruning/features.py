@@ -1,0 +1,97 @@
+"""What the importance network sees of each weight.
+
+Rules: every feature is a number a weight, standardised over all weights of the model and clamped to ±5, so
+that one network fits all tensors and nothing depends on a model's units. Magnitudes enter as logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .statistics import Statistics
+from .task import as_matrix
+
+CLAMP = 5.0
+_TINY = 1e-30  # under a logarithm
+
+
+def _log(x: Tensor) -> Tensor:
+    return (x + _TINY).log()
+
+
+def _ranks(scores: Tensor, dim: int) -> Tensor:
+    """The rank of each element among those along a dimension, from 0 to 1."""
+    order = scores.argsort(dim)
+    count = scores.shape[dim]
+    shape = [1, 1]
+    shape[dim] = count
+    places = torch.linspace(0, 1, count, device=scores.device).reshape(shape).expand_as(scores)
+    return torch.empty_like(scores).scatter_(dim, order, places)
+
+
+class _Tensor:
+    """One weight as a matrix, with what several features are made of."""
+
+    def __init__(self, weight: Tensor, found: Statistics, depth: float) -> None:
+        self.w = as_matrix(weight.float())
+        self.g, self.fisher = as_matrix(found.gradient), as_matrix(found.fisher)
+        self.x = torch.ones(self.w.shape[1], device=self.w.device) if found.inputs is None else found.inputs
+        self.wanda = self.w.abs() * self.x.sqrt()
+        self.depth = depth
+
+
+def _constant(value: float) -> Tensor:
+    return torch.tensor([[value]])
+
+
+# Name -> the feature of a tensor, [rows, columns] or what broadcasts to it.
+FEATURES: dict[str, Callable[[_Tensor], Tensor]] = {
+    "sign": lambda t: t.w.sign(),
+    "log magnitude": lambda t: _log(t.w.abs()),
+    "log square of input": lambda t: _log(t.x)[None],
+    "log Fisher": lambda t: _log(t.fisher),
+    "log Fisher times square": lambda t: _log(t.fisher * t.w.square()),
+    "log gradient times weight": lambda t: _log((t.g * t.w).abs()),
+    "minus gradient times weight": lambda t: -t.g * t.w,
+    "rank in row": lambda t: _ranks(t.wanda, 1),
+    "rank in column": lambda t: _ranks(t.wanda, 0),
+    "log norm of row": lambda t: _log(t.w.norm(dim=1, keepdim=True)),
+    "log norm of column": lambda t: _log(t.w.norm(dim=0, keepdim=True)),
+    "log Fisher of row": lambda t: _log(t.fisher.mean(1, keepdim=True)),
+    "log Fisher of column": lambda t: _log(t.fisher.mean(0, keepdim=True)),
+    "log Fisher of layer": lambda t: _log(t.fisher.mean().reshape(1, 1)),
+    "log size of layer": lambda t: _constant(float(t.w.numel())).log(),
+    "log rows over columns": lambda t: _constant(t.w.shape[0] / t.w.shape[1]).log(),
+    "depth": lambda t: _constant(t.depth),
+}
+
+
+def features(weights: Mapping[str, Tensor], found: Mapping[str, Statistics]) -> Tensor:
+    """The features of all weights, tensor after tensor: float16 [weights, features].
+
+    Memory: two bytes a weight and feature; at the peak four more of one feature.
+    """
+    total = sum(weight.numel() for weight in weights.values())
+    device = next(iter(weights.values())).device
+    out = torch.empty(total, len(FEATURES), dtype=torch.float16, device=device)
+    views = [
+        _Tensor(weight, found[name], number / max(len(weights) - 1, 1))
+        for number, (name, weight) in enumerate(weights.items())
+    ]
+    for column, feature in enumerate(FEATURES.values()):
+        parts = [feature(view).to(device).expand_as(view.w).reshape(-1) for view in views]
+        out[:, column] = standardised(torch.cat(parts)).clamp(-CLAMP, CLAMP)
+    return out
+
+
+def standardised(values: Tensor) -> Tensor:
+    """With mean 0 and standard deviation 1; all zero where there is no spread."""
+    centred = values - values.mean()
+    spread = centred.square().mean().sqrt()
+    # Rounding leaves equal values a spread of their own, far under the values.
+    if float(spread.detach()) <= 1e-6 * float(values.detach().abs().max()):
+        return torch.zeros_like(values)
+    return centred / spread

@@ -1,0 +1,176 @@
+"""Pruning layer by layer, each from the inputs that the layers pruned before it give: Wanda and SparseGPT.
+
+Theory of operation: the layers are gone through in the order in which the model calls them. For each group
+of layers that take one and the same input (such as query, key and value), the calibration data run through
+the model as pruned so far, up to the group, and no further; H = 2/n Σ x xᵀ of the group's inputs is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .scores import rows_mask
+from .statistics import linear_layers
+from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
+
+BLOCK = 128  # columns that SparseGPT chooses together
+DAMPING = 0.01  # of the mean of H's diagonal, added to it
+
+
+@dataclass(frozen=True)
+class LayerwiseResult:
+    """What layer by layer pruning found.
+
+    Attributes:
+        masks: bool by name, True for survivors.
+        weights: by name, the weight's dtype; survivors as they were, or as SparseGPT changed them.
+    """
+
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class _Reached(Exception):
+    """The group's input was seen; the rest of the model need not run."""
+
+
+def prune_layerwise(
+    model: nn.Module,
+    data: Data,
+    sparsity: float,
+    method: str,
+    *,
+    task: Task = CLASSIFY,
+    batches: int = 64,
+    tensors: Sequence[str] | None = None,
+) -> LayerwiseResult:
+    """Prunes layer by layer; the model stays as it is.
+
+    Args:
+        model: any module; all tensors pruned are weights of `nn.Linear`.
+        data: batches, the first of which are the calibration data.
+        sparsity: share of each layer, with ``wanda`` of each row.
+        method: ``wanda``, ``sparsegpt`` (its mask, survivors as they were, which later layers see too) or
+            ``sparsegpt-updated`` (survivors changed to make up for what went).
+        batches: how many batches of calibration data.
+        tensors: names of parameters; None takes `task.prunable`.
+
+    Raises:
+        OptionError: a tensor is no linear layer's, or is never called; the method is none of these.
+    """
+    if method not in ("wanda", "sparsegpt", "sparsegpt-updated"):
+        raise OptionError(f"method is {method!r}, must be wanda, sparsegpt or sparsegpt-updated")
+    weights = chosen_weights(model, tensors)
+    masks: dict[str, Tensor] = {}
+    calibration = list(first(data, batches))
+    with evaluating(model), torch.no_grad():
+        for group in _groups(model, weights, calibration[0], task):
+            hessian = _hessian(model, weights, group[0], calibration, task)
+            for name in group:
+                masks[name], updated = _pruned(weights[name], hessian, sparsity, method)
+                weights[name] = updated.to(weights[name].dtype)
+    return LayerwiseResult(masks, weights)
+
+
+def _groups(model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task) -> list[list[str]]:
+    """Names in the order of their first calls; those with the same tensor as input together."""
+    layers = linear_layers(model, weights)
+    seen: list[tuple[Tensor, list[str]]] = []
+    called: set[str] = set()
+    handles = []
+    for name, module in layers.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            if name not in called:
+                called.add(name)
+                if not seen or seen[-1][0] is not args[0]:
+                    seen.append((args[0], []))
+                seen[-1][1].append(name)
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        task.run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in weights:
+        if name not in called:
+            raise OptionError(f"{name!r} is not the weight of a linear layer that is called")
+    return [names for _, names in seen]
+
+
+def _hessian(
+    model: nn.Module, weights: dict[str, Tensor], name: str, calibration: list[Any], task: Task
+) -> Tensor:
+    """2/n Σ x xᵀ of a layer's inputs, float32 [columns, columns]."""
+    columns = weights[name].shape[1]
+    total = torch.zeros(columns, columns, device=weights[name].device)
+    count = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        x = args[0].detach().flatten(0, -2).float()
+        total.addmm_(x.T, x)
+        count += len(x)
+        raise _Reached
+
+    handle = linear_layers(model, weights)[name].register_forward_pre_hook(hook)
+    try:
+        for batch in calibration:
+            try:
+                task.run(with_weights(model, weights), batch)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    return total * (2 / max(count, 1))
+
+
+def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tuple[Tensor, Tensor]:
+    """A layer's mask, and its pruned weight."""
+    if method == "wanda":
+        mask = rows_mask(weight.float().abs() * hessian.diagonal().sqrt(), sparsity)
+        return mask, weight * mask
+    mask, updated = sparsegpt(weight.float(), hessian, sparsity)
+    return mask, updated if method == "sparsegpt-updated" else weight * mask
+
+
+def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+    """SparseGPT (Frantar and Alistarh, 2023) of one layer.
+
+    Args:
+        weight: float32 [rows, columns].
+        hessian: float32 [columns, columns], 2/n Σ x xᵀ.
+        sparsity: share of each block of `BLOCK` columns that goes, over all rows together.
+
+    Returns:
+        The mask, bool, and the weight whose survivors make up for what went, float32.
+    """
+    rest, hessian = weight.clone(), hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    rest[:, dead] = 0
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    # The rows of this factor are those of the inverse of what is left of H when the columns before are done.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, weight.shape[1]))
+        scores = (rest[:, block] / factor.diagonal()[block]).square()
+        count = min(int(sparsity * scores.numel() + 0.5), scores.numel())
+        chosen = torch.ones(scores.numel(), dtype=torch.bool, device=weight.device)
+        chosen[scores.flatten().argsort(stable=True)[:count]] = False
+        mask[:, block] = chosen.view_as(scores)
+        errors = torch.empty_like(scores)
+        for column in range(block.start, block.stop):
+            error = torch.where(mask[:, column], 0, rest[:, column]) / factor[column, column]
+            rest[:, column : block.stop] -= torch.outer(error, factor[column, column : block.stop])
+            errors[:, column - start] = error
+        rest[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return mask, rest * mask

@@ -1,0 +1,146 @@
+"""Pruning a file again: what an `.sfp` file holds is enough, no data and no torch are needed.
+
+Rules: tensors with an importance kept as metadata are pruned, by importance first and by magnitude among
+equals; positions that are pruned already go first. What survives keeps its value bit for bit, and so does
+everything else; how tensors are coded is chosen anew, by their quantiser where that gives the same values. Of
+tensors with a multiplier the products are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codec.options import ImportanceOptions, Options
+from ..coding.mask import Mask
+from ..coding.quantiser import Exact, Uniform
+from ..container.entry import TensorEntry
+from ..errors import OptionError
+from ..reader import SfpFile
+from ..writer import Writer
+from .thresholds import Numbers, Pattern, Threshold, masks_of
+
+
+@dataclass(frozen=True)
+class Repruned:
+    """What became of a file.
+
+    Attributes:
+        pruned: the names of the tensors that were pruned.
+        positions: of these tensors.
+        before, after: how many of those positions were, and are, pruned.
+    """
+
+    pruned: tuple[str, ...]
+    positions: int
+    before: int
+    after: int
+
+
+def reprune(
+    file: SfpFile,
+    target: str | os.PathLike[str],
+    threshold: Threshold | Pattern,
+    *,
+    scope: str = "model",
+    exempt: Sequence[str] = (),
+    floor: float = 0.0,
+    keep_importance: bool = True,
+) -> Repruned:
+    """Writes a file with some of its tensors pruned further.
+
+    Args:
+        file: open.
+        target: the path of the new file, which appears only when all went well; not that of ``file``.
+        threshold, scope, exempt, floor: as in `thresholds.masks_of`; the share of a sparsity counts all
+            positions, those included that are pruned already.
+        keep_importance: whether the survivors' importances stay in the file.
+
+    Memory: all tensors with an importance, and 60 bytes a position of theirs.
+
+    Raises:
+        OptionError: no tensor has an importance that is metadata; a threshold that makes no sense.
+        InvalidFileError, LimitError, OSError.
+    """
+    names = [name for name in file if _is_prunable(file.entry(name))]
+    if not names:
+        raise OptionError("no tensor has an importance kept as metadata, by which it could be pruned")
+    tensors = {name: file.get_tensor(name) for name in names}
+    importances = {name: _importance(file, name) for name in names}
+    alive = {name: file.get_mask(name) for name in names}
+    masks = masks_of(
+        # What is pruned has the importance −1, under all others: it goes first.
+        {name: np.where(alive[name], importances[name], np.float32(-1)) for name in names},
+        threshold,
+        scope=scope,
+        exempt=exempt,
+        floor=floor,
+        tiebreak={name: _numbers(array) for name, array in tensors.items()},
+    )
+    masks = {name: mask & alive[name] for name, mask in masks.items()}
+    with Writer(target, metadata=file.metadata()) as writer:
+        for name in file:
+            entry = file.entry(name)
+            if name in masks:
+                importance = importances[name] if keep_importance else None
+                options = _options(entry, importance)
+                array = np.where(masks[name], tensors[name], tensors[name].dtype.type(0))
+                writer.add(name, array, options, mask=masks[name], importance=importance)
+            else:
+                _copy(file, entry, writer)
+    return Repruned(
+        tuple(masks),
+        sum(mask.size for mask in masks.values()),
+        sum(int(np.count_nonzero(~alive[name])) for name in masks),
+        sum(int(np.count_nonzero(~mask)) for mask in masks.values()),
+    )
+
+
+def _is_prunable(entry: TensorEntry) -> bool:
+    importance = entry.importance
+    return importance is not None and importance.role == "metadata"
+
+
+def _importance(file: SfpFile, name: str) -> NDArray[np.float32]:
+    importance = file.get_importance(name)
+    assert importance is not None
+    return importance
+
+
+def _numbers(array: NDArray[np.generic]) -> Numbers:
+    """The magnitudes, finite, as float32: what is not finite is greater than all else."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.nan_to_num(np.abs(array.astype(np.float32)), nan=np.inf, posinf=np.finfo(np.float32).max)
+
+
+def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Options:
+    """Options by which the survivors' values come back bit for bit, and importances nearly so."""
+    options = Options()
+    quantiser = entry.fingerprints.quantiser if entry.fingerprints is not None else None
+    multiplied = entry.importance is not None and entry.importance.role == "multiplier"
+    if isinstance(quantiser, Uniform) and entry.scale is None and not multiplied:
+        # The same step rounds every multiple of it back to itself.
+        options = Options(quantiser="uniform", step=float(quantiser.step), rate_weight=0.0)
+    if entry.importance is None or importance is None or entry.importance.over == "factors":
+        return options
+    stored = entry.importance.quantiser
+    if isinstance(stored, Exact):
+        kept = ImportanceOptions(over=entry.importance.over, quantiser="exact", dtype=stored.dtype.name)
+    else:
+        # As many levels as there were: the greatest importance stays, so that the step is the same.
+        step = float(stored.step) if isinstance(stored, Uniform) else 0.0
+        levels = round(float(importance.max()) / step) if step and importance.size else 63
+        kept = ImportanceOptions(over=entry.importance.over, bits=min(max(levels.bit_length(), 1), 24))
+    return options.but(importance=kept)
+
+
+def _copy(file: SfpFile, entry: TensorEntry, writer: Writer) -> None:
+    """A tensor as it is: its values, its mask, and its importance where there is one."""
+    mask: Mask | None = file.get_mask(entry.name) if entry.mask is not None else None
+    importance = file.get_importance(entry.name) if _is_prunable(entry) else None
+    options = _options(entry, importance)
+    writer.add(entry.name, file.get_tensor(entry.name), options, mask=mask, importance=importance)

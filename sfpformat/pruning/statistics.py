@@ -1,0 +1,115 @@
+"""What calibration data say about each weight: gradients, their squares, and the inputs it multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one weight tensor.
+
+    Attributes:
+        gradient: the mean gradient of the loss, float32, the weight's shape.
+        fisher: the mean square of the gradient, float32, the weight's shape: the diagonal of the empirical
+            Fisher information, the mean taken over batches, so that small batches are nearer to it.
+        inputs: the mean square of what each column multiplies, float32 [columns]; None where the weight is
+            not that of an `nn.Linear` that was called.
+    """
+
+    gradient: Tensor
+    fisher: Tensor
+    inputs: Tensor | None
+
+
+def statistics(
+    model: nn.Module,
+    data: Data,
+    *,
+    task: Task = CLASSIFY,
+    batches: int = 64,
+    tensors: Sequence[str] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of the weights to be pruned, from some batches; the model stays as it is.
+
+    Args:
+        model: any module.
+        data: batches, gone through from the start.
+        task: how a batch goes through the model.
+        batches: how many are looked at; begins again where there are fewer.
+        tensors: names of parameters; None takes `task.prunable`.
+
+    Memory: 12 bytes a weight beyond what a step of training needs without an optimiser.
+
+    Raises:
+        OptionError: a name is no matrix of the model; there are no data.
+    """
+    weights = chosen_weights(model, tensors)
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    squares = {name: torch.zeros_like(total) for name, total in sums.items()}
+    with evaluating(model), _squared_inputs(model, weights) as inputs:
+        for batch in first(data, batches):
+            loss = task.loss(task.run(with_weights(model, leaves), batch), batch)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    sums[name] += gradient
+                    squares[name] += gradient.float().square()
+    return {
+        name: Statistics(sums[name] / batches, squares[name] / batches, inputs.mean(name)) for name in weights
+    }
+
+
+class _Inputs:
+    """Running sums of squares by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        flat = x.detach().flatten(0, -2).float()
+        total = flat.square().sum(0)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + len(flat)
+
+    def mean(self, name: str) -> Tensor | None:
+        return self.sums[name] / self.counts[name] if self.counts.get(name) else None
+
+
+@contextmanager
+def _squared_inputs(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[_Inputs]:
+    """Collects the squares of the inputs of linear layers while the model runs."""
+    found = _Inputs()
+    handles = []
+    for name, module in linear_layers(model, weights).items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            found.add(name, args[0])
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_layers(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
+    """The linear layer of each weight that belongs to one, by the weight's name."""
+    layers = {}
+    for name in weights:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute == "weight" and isinstance(module, nn.Linear):
+            layers[name] = module
+    return layers

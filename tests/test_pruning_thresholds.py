@@ -1,0 +1,180 @@
+"""Thresholds and grades: numbers in, masks out; properties before examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sfpformat.codec.options import Options
+from sfpformat.errors import OptionError
+from sfpformat.numpy import save
+from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
+from sfpformat.pruning.thresholds import (
+    Knee,
+    MeanSigma,
+    Otsu,
+    Pattern,
+    Quantile,
+    Sparsity,
+    Threshold,
+    achieved,
+    masks_of,
+)
+from sfpformat.reader import SfpFile
+
+THRESHOLDS = (Sparsity(0.6), Quantile(0.6), MeanSigma(0.5), Otsu(), Otsu(log=True), Knee())
+
+
+def importances(seed: int, *shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {f"t{i}": rng.gamma(0.5, size=shape) * (i + 1) for i, shape in enumerate(shapes)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+    scope=st.sampled_from(["model", "tensor"]),
+    levels=st.sampled_from([None, 3]),
+)
+def test_a_sparsity_is_met_to_the_weight_ties_or_not(
+    seed: int, share: float, scope: str, levels: int | None
+) -> None:
+    found = importances(seed, (7, 11), (30,), (2, 3, 5))
+    if levels is not None:
+        found = {name: np.floor(array * levels) for name, array in found.items()}
+    masks = masks_of(found, Sparsity(share), scope=scope)
+    groups = [list(found)] if scope == "model" else [[name] for name in found]
+    for names in groups:
+        positions = sum(found[name].size for name in names)
+        pruned = sum(int((~masks[name]).sum()) for name in names)
+        assert pruned == int(np.floor(share * positions + 0.5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99), threshold=st.sampled_from(THRESHOLDS), scope=st.sampled_from(["model", "tensor"])
+)
+def test_no_survivor_is_less_important_than_what_was_pruned(
+    seed: int, threshold: Threshold, scope: str
+) -> None:
+    found = importances(seed, (9, 8), (40,))
+    masks = masks_of(found, threshold, scope=scope)
+    groups = [list(found)] if scope == "model" else [[name] for name in found]
+    for names in groups:
+        kept = np.concatenate([found[name][masks[name]] for name in names])
+        gone = np.concatenate([found[name][~masks[name]] for name in names])
+        assert not len(kept) or not len(gone) or kept.min() >= gone.max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), share=st.floats(0, 0.9), floor=st.floats(0.01, 0.1))
+def test_a_floor_keeps_its_share_and_the_whole_loses_as_many(seed: int, share: float, floor: float) -> None:
+    found = importances(seed, (50,), (6, 10), (20,))
+    found["weak"] = np.full((40,), 1e-9)
+    masks = masks_of(found, Sparsity(share), floor=floor)
+    assert all(mask.sum() >= floor * mask.size for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == int(np.floor(share * 170 + 0.5))
+
+
+def test_what_is_exempt_has_no_mask_and_no_part_in_the_distribution() -> None:
+    found = {"head.weight": np.zeros(100), "layers.0": np.arange(10.0), "layers.1": np.arange(10.0) + 10}
+    masks = masks_of(found, Sparsity(0.5), exempt=("head*",))
+    assert list(masks) == ["layers.0", "layers.1"]
+    assert not masks["layers.0"].any()
+    assert masks["layers.1"].all()
+
+
+def test_equal_importances_go_by_the_tiebreak() -> None:
+    weights = {"a": np.array([5.0, -1.0, 3.0, -4.0])}
+    masks = masks_of({"a": np.ones(4)}, Sparsity(0.5), tiebreak=weights)
+    assert masks["a"].tolist() == [True, False, False, True]
+
+
+def test_a_quantile_spares_what_is_equal_to_it() -> None:
+    masks = masks_of({"a": np.array([1.0, 2.0, 2.0, 2.0, 3.0])}, Quantile(0.5))
+    assert masks["a"].tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_otsu_cuts_between_two_heaps(log: bool) -> None:
+    rng = np.random.default_rng(1)
+    values = np.concatenate([rng.normal(1, 0.1, 700), rng.normal(8, 0.5, 300)])
+    masks = masks_of({"a": values}, Otsu(log=log))
+    assert np.array_equal(masks["a"], values > 4)
+
+
+def test_otsu_is_the_best_of_all_cuts() -> None:
+    values = np.sort(np.random.default_rng(2).gamma(1.0, size=60))
+    between = [cut * (60 - cut) * (values[:cut].mean() - values[cut:].mean()) ** 2 for cut in range(1, 60)]
+    assert Otsu().count(values) == int(np.argmax(between)) + 1
+
+
+def test_otsu_of_logarithms_lets_zeros_go() -> None:
+    values = np.concatenate([np.zeros(50), np.full(25, 1e-6), np.full(25, 1.0)])
+    assert Otsu(log=True).count(np.sort(values)) == 75
+
+
+def test_the_knee_is_where_the_curve_turns_up() -> None:
+    values = np.concatenate([np.linspace(0, 1, 80, endpoint=False), np.linspace(1, 100, 20)])
+    assert Knee().count(values) == 80
+
+
+@pytest.mark.parametrize("threshold", [Otsu(), Knee(), Quantile(0.5), MeanSigma(0.0)])
+def test_without_a_distribution_nothing_goes(threshold: Threshold) -> None:
+    assert achieved(masks_of({"a": np.full(20, 3.0)}, threshold)) == 0
+
+
+def test_a_pattern_keeps_so_many_of_so_many() -> None:
+    found = importances(3, (8, 12))
+    mask = masks_of(found, Pattern(2, 4))["t0"]
+    assert (mask.reshape(-1, 4).sum(1) == 2).all()
+    groups = found["t0"].reshape(-1, 4)
+    assert (np.where(mask.reshape(-1, 4), groups, np.inf).min(1) >= np.sort(groups, 1)[:, 1]).all()
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    nothing = {"a": np.array([1.0, np.nan, 2.0])}
+    for made in (
+        lambda: masks_of(nothing, Sparsity(0.5)),
+        lambda: masks_of({"a": np.ones(5)}, Sparsity(0.5), scope="row"),
+        lambda: masks_of({"a": np.ones(5)}, Pattern(2, 4)),
+        lambda: masks_of({"a": np.ones(5)}, Sparsity(0.5), floor=2),
+        lambda: Sparsity(1.5),
+        lambda: Quantile(-0.1),
+        lambda: Pattern(4, 4),
+        lambda: MeanSigma(float("nan")),
+        lambda: graded({"a": np.ones(3)}, (0.5, 0.4)),
+    ):
+        with pytest.raises(OptionError):
+            made()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99))
+def test_grades_keep_the_order_and_meet_their_boundaries(seed: int) -> None:
+    found = importances(seed, (40, 25), (1000,))
+    grades = graded(found)
+    flat = np.concatenate([array.reshape(-1) for array in found.values()])
+    grade = np.concatenate([array.reshape(-1) for array in grades.values()])
+    assert (np.diff(grade[np.argsort(flat, kind="stable")]) >= 0).all()
+    for number, share in enumerate(BOUNDARIES, 1):
+        assert (grade < number).sum() == int(np.floor(share * 2000 + 0.5))
+        by_grade = masks_of(grades, Sparsity(share), tiebreak=found)
+        by_rank = masks_of(found, Sparsity(share))
+        assert all(np.array_equal(by_grade[name], by_rank[name]) for name in found)
+
+
+def test_grades_come_back_from_a_file_as_they_were() -> None:
+    found = importances(5, (64, 64), (64, 96))
+    grades = graded(found)
+    weights = {name: array.astype(np.float32) for name, array in found.items()}
+    options = Options(importance=options_for_grades(over="all"))
+    with SfpFile(save(weights, options=options, importances=grades)) as file:
+        for name, grade in grades.items():
+            assert grade.max() == len(BOUNDARIES)
+            kept = file.get_importance(name)
+            assert kept is not None
+            np.testing.assert_array_equal(kept, grade)
