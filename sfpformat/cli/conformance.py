@@ -34,8 +34,8 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser = subparsers.add_parser(
         "conformance",
         help="hold any reader or writer against the conformance suite",
-        description="Golden files and damaged ones for programs that read or write .sfp: 'run' puts the first "
-        "to it, 'fuzz' the others, 'serve' is such a program. The guide is conformance/README.md.",
+        description="Golden files and damaged ones for programs that read or write .sfp: 'run' puts the "
+        "first to one, 'fuzz' the others, 'serve' is one. The guide is conformance/README.md.",
         epilog=examples(
             ("sfp conformance run --decoder ./my_reader --html report.html", "the golden files"),
             ("sfp conformance fuzz --decoder ./my_reader --cases 100000", "damaged files"),

@@ -117,7 +117,7 @@ def parse_threshold(words: str) -> Threshold | Pattern:
     """
     from ..pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile
 
-    plain = {"otsu": Otsu(), "otsu-log": Otsu(log=True), "knee": Knee()}
+    plain: dict[str, Threshold] = {"otsu": Otsu(), "otsu-log": Otsu(log=True), "knee": Knee()}
     if words in plain:
         return plain[words]
     first, colon, second = words.partition(":")

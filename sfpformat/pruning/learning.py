@@ -97,8 +97,8 @@ class Learned:
     """What was learned.
 
     Attributes:
-        importances: by name, float32, not negative: softplus of the score less the threshold at the target (of a
-            range its middle), so that what it keeps is above ln 2.
+        importances: by name, float32, not negative: softplus of the score less the threshold at the target
+            (of a range its middle), so that what it keeps is above ln 2.
         weights: by name, where they were trained too; else empty.
         history: the loss of each step, in nats, the penalty included.
         mlp: the state of the shared network, for another model.

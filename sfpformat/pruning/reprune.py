@@ -114,7 +114,9 @@ def _importance(file: SfpFile, name: str) -> NDArray[np.float32]:
 def _numbers(array: NDArray[np.generic]) -> Numbers:
     """The magnitudes, finite, as float32: what is not finite is greater than all else."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.nan_to_num(np.abs(array.astype(np.float32)), nan=np.inf, posinf=np.finfo(np.float32).max)
+        magnitudes: NDArray[np.float32] = np.abs(array.astype(np.float32))
+    most = np.finfo(np.float32).max
+    return np.where(np.isnan(magnitudes), np.float32(np.inf), np.minimum(magnitudes, most))
 
 
 def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Options:
