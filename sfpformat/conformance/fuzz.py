@@ -46,6 +46,8 @@ class Duel:
     def parts(self, data: bytes) -> tuple[str, str] | None:
         """The kind of disagreement, kept while a file is made small, and what it is; None for none."""
         self._file.write_bytes(data)
+        for left in self._ours.iterdir():  # of a file of which the first tensors were good
+            left.unlink()
         ours = self._reference.decode(str(self._file), str(self._ours))
         if ours["ok"]:  # a reader need not look at what no tensor needs, such as the factors of an empty one
             ours = {**self._reference.validate(str(self._file)), "tensors": ours["tensors"]}
@@ -79,10 +81,8 @@ class Duel:
                 return "contents", f"tensor {number} is described as {other}, must be {own}"
             for suffix in _SUFFIXES:
                 ours, found = self._ours / f"{number}{suffix}", self._theirs / f"{number}{suffix}"
-                if ours.exists():
-                    if not found.exists() or found.read_bytes() != ours.read_bytes():
-                        return "contents", f"tensor {own['name']!r}: {number}{suffix} differs"
-                    ours.unlink()
+                if ours.exists() and (not found.exists() or found.read_bytes() != ours.read_bytes()):
+                    return "contents", f"tensor {own['name']!r}: {number}{suffix} differs"
         return None
 
 
