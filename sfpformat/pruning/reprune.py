@@ -1,9 +1,8 @@
 """Pruning a file again: what an `.sfp` file holds is enough, no data and no torch are needed.
 
 Rules: tensors with an importance kept as metadata are pruned, by importance first and by magnitude among
-equals; positions that are pruned already go first. What survives keeps its value bit for bit, and so does
-everything else; how tensors are coded is chosen anew, by their quantiser where that gives the same values. Of
-tensors with a multiplier the products are kept.
+equals; positions that are pruned already go first. Survivors keep their values bit for bit; how they are coded
+is chosen anew, by their quantiser where that gives the same values. All other tensors are copied chunk by chunk.
 """
 
 from __future__ import annotations
@@ -123,8 +122,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
     """Options by which the survivors' values come back bit for bit, and importances nearly so."""
     options = Options()
     quantiser = entry.fingerprints.quantiser if entry.fingerprints is not None else None
-    multiplied = entry.importance is not None and entry.importance.role == "multiplier"
-    if isinstance(quantiser, Uniform) and entry.scale is None and not multiplied:
+    if isinstance(quantiser, Uniform) and entry.scale is None:
         # The same step rounds every multiple of it back to itself.
         options = Options(quantiser="uniform", step=float(quantiser.step), rate_weight=0.0)
     if entry.importance is None or importance is None or entry.importance.over == "factors":
@@ -141,8 +139,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
 
 
 def _copy(file: SfpFile, entry: TensorEntry, writer: Writer) -> None:
-    """A tensor as it is: its values, its mask, and its importance where there is one."""
-    mask: Mask | None = file.get_mask(entry.name) if entry.mask is not None else None
-    importance = file.get_importance(entry.name) if _is_prunable(entry) else None
-    options = _options(entry, importance)
-    writer.add(entry.name, file.get_tensor(entry.name), options, mask=mask, importance=importance)
+    """A tensor as it is, chunk by chunk."""
+    vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+    chunks = (file.read_checked(entry, k) for k in range(len(entry.chunks)))
+    writer.add_encoded(entry, vectors, chunks)

@@ -1,0 +1,225 @@
+"""The demonstration's model pruned by each method, so that they can be compared. Needs torch.
+
+Rules: every method sees the same windows of the training text (none of the held-out texts), prunes the same
+layers, and is asked for the same share over all of them. What is learned or tuned takes the same number of
+steps of the same batches, in turn. What several methods need, such as Fisher's information, is made once and
+its time counts for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..pruning import scores
+from ..pruning.layerwise import prune_layerwise
+from ..pruning.learning import Learned, Settings, learn_importance
+from ..pruning.pipeline import apply_masks, as_numbers
+from ..pruning.statistics import Statistics, statistics
+from ..pruning.thresholds import Sparsity, masks_of
+from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, scaled
+from .importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
+from .language import Windows, arrays_of, language_model, prunable_layers
+
+Tensors = dict[str, NDArray[np.generic]]
+Progress = Callable[[], None]
+
+# Peak rate of Adam where survivors are tuned: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
+TUNING_RATE = 1e-3
+FACTOR_STEPS = 120
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model.
+
+    Attributes:
+        masks: by name, bool, True for survivors.
+        weights: of the masked layers, by name, float32; pruned positions are zero, factors are not applied.
+        factors: of rows and columns, by name; else empty.
+        seconds: what it took, all that the method needs included.
+    """
+
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    factors: Factors
+    seconds: float
+
+    def applied(self) -> dict[str, Tensor]:
+        """The weights as they are used: times their factors, as a file stores these (F16)."""
+        return {
+            name: scaled(w, *(f.half() for f in self.factors[name])) if name in self.factors else w
+            for name, w in self.weights.items()
+        }
+
+
+@dataclass
+class Bench:
+    """Prunes one model by any method; what is made on the way is kept.
+
+    Attributes:
+        tensors: the model's weights.
+        steps: of everything that is learned or tuned.
+        seed: of the windows and of learning.
+        advance: called after each step of learning or tuning, and after each other method.
+    """
+
+    tensors: Tensors
+    steps: int = 200
+    seed: int = 0
+    advance: Progress = lambda: None
+    _learned: dict[tuple[object, bool], tuple[Learned, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = language_model(self.tensors)
+        self.names = prunable_layers(self.model)
+        self.calibration = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED + self.seed)
+        self.data = Windows(WINDOWS, self.steps, LEARNING_SEED + self.seed)
+
+    def prune(self, method: str, sparsity: float) -> Pruned:
+        """The model pruned by one of `METHODS`."""
+        masker, _, treatment = method.partition("-")
+        if method == "sparsegpt-updated":
+            return self._layerwise(method, sparsity)
+        pruned = MASKERS[masker](self, sparsity)
+        if treatment == "finetuned":
+            return self._fine_tuned(pruned)
+        return self._with_factors(pruned) if treatment == "factors" else pruned
+
+    def learned(self, sparsity: float | tuple[float, float], *, logits: bool = True) -> tuple[Learned, float]:
+        """What is learned for a sparsity or a range, and the seconds that it took."""
+        if (sparsity, logits) not in self._learned:
+            found, seconds = self._statistics
+            start = time.perf_counter()
+            # Alone, the network takes the greater rate: there is no other part that could learn.
+            settings = Settings(
+                steps=self.steps, seed=self.seed, logits=logits, network_rate=1e-3 if logits else 3e-3
+            )
+            learned = learn_importance(
+                self.model,
+                self.data,
+                sparsity,
+                settings=settings,
+                tensors=self.names,
+                found=found,
+                progress=self._step,
+            )
+            self._learned[sparsity, logits] = learned, seconds + time.perf_counter() - start
+        return self._learned[sparsity, logits]
+
+    def by_importance(
+        self, importances: scores.Importances, sparsity: float, scope: str, seconds: float
+    ) -> Pruned:
+        """Pruned by a threshold on importances."""
+        start = time.perf_counter()
+        found = masks_of(
+            {name: as_numbers(value) for name, value in importances.items()}, Sparsity(sparsity), scope=scope
+        )
+        masks = {name: torch.from_numpy(mask) for name, mask in found.items()}
+        weights = {name: self.model.get_parameter(name).detach() * mask for name, mask in masks.items()}
+        return Pruned(masks, weights, {}, seconds + time.perf_counter() - start)
+
+    @cached_property
+    def _statistics(self) -> tuple[dict[str, Statistics], float]:
+        start = time.perf_counter()
+        found = statistics(self.model, self.calibration, batches=CALIBRATION_BATCHES, tensors=self.names)
+        return found, time.perf_counter() - start
+
+    def _step(self, step: int, loss: float) -> None:
+        self.advance()
+
+    def _magnitude(self, sparsity: float) -> Pruned:
+        return self.by_importance(scores.magnitude(self.model, self.names), sparsity, "tensor", 0.0)
+
+    def _fisher(self, sparsity: float) -> Pruned:
+        found, seconds = self._statistics
+        return self.by_importance(scores.fisher(self.model, found), sparsity, "model", seconds)
+
+    def _layerwise(self, method: str, sparsity: float) -> Pruned:
+        start = time.perf_counter()
+        result = prune_layerwise(
+            self.model,
+            self.calibration,
+            sparsity,
+            method,
+            batches=CALIBRATION_BATCHES,
+            tensors=self.names,
+        )
+        return Pruned(result.masks, result.weights, {}, time.perf_counter() - start)
+
+    def _by_network(self, sparsity: float, *, logits: bool) -> Pruned:
+        learned, seconds = self.learned(sparsity, logits=logits)
+        return self.by_importance(learned.importances, sparsity, "model", seconds)
+
+    def _fine_tuned(self, pruned: Pruned) -> Pruned:
+        start = time.perf_counter()
+        model = self._pruned_model(pruned)
+        tuning = Tuning(self.steps, TUNING_RATE)
+        fine_tune(model, pruned.masks, self.data, teacher=self.model, tuning=tuning, progress=self._step)
+        weights = {name: model.get_parameter(name).detach() for name in pruned.masks}
+        return Pruned(pruned.masks, weights, {}, pruned.seconds + time.perf_counter() - start)
+
+    def _with_factors(self, pruned: Pruned) -> Pruned:
+        start = time.perf_counter()
+        factors = fit_factors(
+            self._pruned_model(pruned),
+            pruned.masks,
+            self.data,
+            teacher=self.model,
+            tuning=Tuning(FACTOR_STEPS),
+            progress=self._step,
+        )
+        return Pruned(pruned.masks, pruned.weights, factors, pruned.seconds + time.perf_counter() - start)
+
+    def _pruned_model(self, pruned: Pruned) -> torch.nn.Module:
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(pruned.weights, strict=False)
+        apply_masks(model, pruned.masks)
+        return model
+
+    def arrays(self, pruned: Pruned) -> Tensors:
+        """All weights of the pruned model, as it would be used."""
+        applied = {name: np.asarray(w.numpy()) for name, w in pruned.applied().items()}
+        return {**arrays_of(self.model), **applied}
+
+
+MASKERS: dict[str, Callable[[Bench, float], Pruned]] = {
+    "magnitude": lambda bench, s: bench._magnitude(s),
+    "wanda": lambda bench, s: bench._layerwise("wanda", s),
+    "sparsegpt": lambda bench, s: bench._layerwise("sparsegpt", s),
+    "fisher": lambda bench, s: bench._fisher(s),
+    "mlp": lambda bench, s: bench._by_network(s, logits=False),
+    "learned": lambda bench, s: bench._by_network(s, logits=True),
+}
+
+# Method -> what it is. A mask's name followed by ``finetuned`` or ``factors`` is tuned with the mask held.
+METHODS = {
+    "magnitude": "the least weights of each layer go",
+    "wanda": "|w| · norm of the input, in each row, layer by layer",
+    "sparsegpt": "SparseGPT's mask, survivors as they were",
+    "sparsegpt-updated": "SparseGPT",
+    "fisher": "w² g², over all layers",
+    "mlp": "the importance network alone: a function of a weight's features",
+    "learned": "the importance network, with a logit for each weight",
+    "learned-factors": "the same, with a factor for each row and column",
+    "magnitude-finetuned": "survivors tuned for as many steps as importances are learned",
+    "wanda-finetuned": "the same",
+    "sparsegpt-finetuned": "the same, SparseGPT's survivors as they were",
+    "fisher-finetuned": "the same",
+    "learned-finetuned": "learned, and then tuned for as many steps again",
+}
+
+
+def steps_of(method: str, steps: int) -> int:
+    """How often `Bench.advance` is called for a method, where nothing is kept from before."""
+    learned = steps if method.startswith(("learned", "mlp")) else 0
+    tuned = steps if method.endswith("-finetuned") else FACTOR_STEPS if method.endswith("-factors") else 0
+    return learned + tuned
