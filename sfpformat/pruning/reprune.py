@@ -1,8 +1,9 @@
 """Pruning a file again: what an `.sfp` file holds is enough, no data and no torch are needed.
 
 Rules: tensors with an importance kept as metadata are pruned, by importance first and by magnitude among
-equals; positions that are pruned already go first. Survivors keep their values bit for bit; how they are coded
-is chosen anew, by their quantiser where that gives the same values. All other tensors are copied chunk by chunk.
+equals; positions that are pruned already go first. Survivors keep their values bit for bit; how they are
+coded is chosen anew, by their quantiser where that gives the same values. All other tensors are copied chunk
+by chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec.options import ImportanceOptions, Options
-from ..coding.mask import Mask
 from ..coding.quantiser import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..errors import OptionError
