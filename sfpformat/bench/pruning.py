@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..demo.carried import TEXTS, weights
+from ..demo.importance import CALIBRATION_BATCHES
 from ..demo.methods import METHODS, Bench, Pruned, steps_of
 from ..demo.packing import evaluate
 from ..numpy import load_file
@@ -89,7 +90,7 @@ def rows(
         at(f"seed {seed}: the model")
         tensors, training = model_of(seed, plan.model_steps, plan.threads)
         dense = {kind: evaluate(tensors, kind) for kind in TEXTS}
-        bench = Bench(tensors, plan.steps, seed, advance=lambda: advance(1))
+        bench = Bench(tensors, plan.steps, seed, CALIBRATION_BATCHES, lambda: advance(1))
         advance(1)
         for sparsity in plan.sparsities:
             for method in plan.methods:
