@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import bench_pruning
 from .console import bytes_words, printable, progress, show_json, show_table
 from .models import open_model
 from .parser import Parser, Subparsers, examples
@@ -50,13 +51,14 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         ("sfp bench", "the small model that comes with the package"),
         ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model, cast, with a picture"),
         ("sfp bench model.safetensors --only lossless --rounds 1 --engines numba", "a quick look"),
+        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3", "perplexities of pruned models, by each method"),
         ("sfp bench model.sfp --json", "for a machine; the fields: sfpformat/bench/results.py"),
     )
     parser = subparsers.add_parser(
         "bench",
         help="measure size, speed and memory on a model, beside other packages",
         description=_DESCRIPTION,
-        epilog=f"{_SECTION_WORDS}\n\n{_PEER_WORDS}\n\n{cases}",
+        epilog=f"{_SECTION_WORDS}\n\n{bench_pruning.WORDS}\n\n{_PEER_WORDS}\n\n{cases}",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="a model (default: that of sfp demo)")
     parser.add_argument("--only", metavar="SECTIONS", help=f"of {','.join(_SECTIONS)} (default: all)")
@@ -69,6 +71,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--plot", metavar="PICTURE", help="size against decoding speed, as .png or .svg")
+    bench_pruning.add_options(parser)
     return parser
 
 
@@ -84,6 +87,9 @@ class _Outcome:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
+    if args.file == bench_pruning.NAME:  # a folder of that name is ./pruning
+        return bench_pruning.run(args)
+    bench_pruning.require_absent(args)
     sections = _chosen("section", args.only, _SECTIONS, _SECTIONS)
     picture = _picture(args.plot, args.file, sections)
     with tempfile.TemporaryDirectory(prefix="sfp-bench-") as folder:

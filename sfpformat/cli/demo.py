@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .console import number, percent, progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
+from .trouble import Trouble, checked_target
+
+if TYPE_CHECKING:
+    from ..demo.packing import Result, Tensors
 
 _DESCRIPTION = """Packs a small language model in several ways, verifies every file, loads it back, and prints
 its size, bits a weight, error, and the perplexity a character of the loaded model on text that it was never
 trained on: source code and English prose. The model has about a million weights and comes with the package;
-pruning goes by magnitude, over the linear layers."""
+pruning goes over the linear layers, by magnitude in each or by the learned importance that the model carries
+over all of them.
+
+With --learn, which needs torch, the importance is learned anew, in a minute or two, and the model is pruned
+by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -27,27 +38,57 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp demo", "under a minute, nothing is downloaded"),
             ("sfp demo --keep packed/", "keep the files, to look at with sfp info"),
             ("sfp demo --json", "for a machine"),
+            (
+                "sfp demo --learn --plot demo.png",
+                "learn the importance, compare, and draw (torch, matplotlib)",
+            ),
         ),
     )
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="keep the packed files there")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--learn", action="store_true", help="learn the importance anew, and compare methods")
+    parser.add_argument("--steps", metavar="N", type=int, help="of learning, with --learn (200)")
+    parser.add_argument(
+        "--plot", metavar="PICTURE", type=Path, help="perplexity against size, with --learn, as .png or .svg"
+    )
     return parser
+
+
+_KINDS = ("code", "prose")
+_HEADER = ("zeros", "bytes", "bits/weight", "error dB", *_KINDS, "verified")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     from ..demo.carried import model_bytes, weights
-    from ..demo.packing import VARIANTS, evaluate, run_all
 
     started = time.perf_counter()
+    if not args.learn and (args.steps is not None or args.plot is not None):
+        raise Trouble("--steps and --plot go with --learn")
+    if args.learn:
+        _require_learning(args)
     tensors = weights()
-    raw = sum(array.nbytes for array in tensors.values())
-    size = sum(array.size for array in tensors.values())
+    if not args.json:
+        size = sum(array.size for array in tensors.values())
+        print(
+            f"A language model of {size:,} weights, {_raw_bytes(tensors):,} bytes of BF16, carried in "
+            f"{len(model_bytes()):,} with an importance of each weight in its linear layers.\n"
+        )
     with ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        shown = stack.enter_context(progress(len(VARIANTS) + 1, "the model as it is", steps=True))
-        dense = {kind: evaluate(tensors, kind) for kind in ("code", "prose")}
+        code = (_learn if args.learn else _pack)(args, tensors, folder, started)
+    if args.keep and not args.json:
+        print(f"The files are in {folder}.")
+    return code
+
+
+def _pack(args: argparse.Namespace, tensors: Tensors, folder: Path, started: float) -> int:
+    """Packs every variant and shows what it came to."""
+    from ..demo.packing import VARIANTS, evaluate, run_all
+
+    with progress(len(VARIANTS) + 1, "the model as it is", steps=True) as shown:
+        dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
 
         def at(name: str) -> None:
             shown.advance(1)
@@ -56,36 +97,97 @@ def run(args: argparse.Namespace) -> int:
         results = list(run_all(tensors, folder, at))
     seconds = time.perf_counter() - started
     if args.json:
-        carried = {"weights": size, "raw_bytes": raw, "carried_bytes": len(model_bytes()), **dense}
-        show_json({"model": carried, "results": [r.as_json() for r in results], "seconds": seconds})
-        return 0 if all(result.verified for result in results) else 1
-    print(
-        f"A language model of {size:,} weights, {raw:,} bytes of BF16, carried in {len(model_bytes()):,}.\n"
-    )
-    header = ["packed", "zeros", "bytes", "bits/weight", "error dB", "code", "prose", "verified"]
-    rows = [["BF16, not packed", percent(0.0), f"{raw:,}", "16.00", "exact", *_perplexities(dense), "–"]]
-    for result in results:
-        error = "exact" if result.error_db is None else number(result.error_db, 1)
-        rows.append(
-            [
-                result.name,
-                percent(result.sparsity),
-                f"{result.file_bytes:,}",
-                number(result.bits_per_weight),
-                error,
-                *_perplexities({"code": result.code, "prose": result.prose}),
-                "yes" if result.verified else "NO",
-            ]
-        )
-    show_table(header, rows)
+        _show_json(tensors, dense, [result.as_json() for result in results], seconds)
+    else:
+        rows = [["BF16, not packed", *_as_it_was(tensors, dense)]]
+        show_table(["packed", *_HEADER], rows + [[result.name, *_cells(result)] for result in results])
+        _explain(seconds)
+    return 0 if all(result.verified for result in results) else 1
+
+
+def _learn(args: argparse.Namespace, tensors: Tensors, folder: Path, started: float) -> int:
+    """Learns importances, prunes by each method and shows what that came to."""
+    from ..demo.learned import COMPARED, STEPS, amount, rows
+    from ..demo.packing import evaluate
+
+    steps = STEPS if args.steps is None else args.steps
+    dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
+    with progress(amount(steps), "", steps=True) as shown:
+        found = list(rows(tensors, folder, steps, lambda: shown.advance(1), shown.at))
+    seconds = time.perf_counter() - started
+    if args.plot is not None:
+        from ..demo.plot import draw
+
+        draw(found, dense, args.plot)
+    if args.json:
+        _show_json(tensors, dense, [row.as_json() for row in found], seconds)
+    else:
+        ordered = sorted(found, key=lambda row: row.asked)
+        cells = [[COMPARED[row.method], *_cells(row.result)] for row in ordered]
+        show_table(["pruned by", *_HEADER], [["BF16, not pruned", *_as_it_was(tensors, dense)], *cells])
+        _explain(seconds)
+    return 0 if all(row.result.verified for row in found) else 1
+
+
+def _require_learning(args: argparse.Namespace) -> None:
+    """Refuses, before anything is done, what cannot be done here.
+
+    Raises:
+        Trouble: torch or matplotlib is not there, or an option makes no sense.
+    """
+    from ..bench.plot import SUFFIXES, why_not
+
+    if importlib.util.find_spec("torch") is None:
+        raise Trouble("--learn needs torch: pip install 'sfpformat[torch]'")
+    if args.steps is not None and args.steps < 1:
+        raise Trouble(f"--steps is {args.steps}, must be at least 1")
+    if args.plot is None:
+        return
+    if args.plot.suffix.lower() not in SUFFIXES:
+        raise Trouble(f"{args.plot}: a picture's name ends in {' or '.join(SUFFIXES)}")
+    reason = why_not()
+    if reason is not None:
+        raise Trouble(f"--plot: {reason}")
+    checked_target(args.plot, [])
+
+
+def _raw_bytes(tensors: Tensors) -> int:
+    return sum(array.nbytes for array in tensors.values())
+
+
+def _show_json(tensors: Tensors, dense: dict[str, float], results: Sequence[object], seconds: float) -> None:
+    from ..demo.carried import model_bytes
+
+    carried = {
+        "weights": sum(array.size for array in tensors.values()),
+        "raw_bytes": _raw_bytes(tensors),
+        "carried_bytes": len(model_bytes()),
+        **dense,
+    }
+    show_json({"model": carried, "results": results, "seconds": seconds})
+
+
+def _as_it_was(tensors: Tensors, dense: dict[str, float]) -> list[str]:
+    return [percent(0.0), f"{_raw_bytes(tensors):,}", "16.00", "exact", *_perplexities(dense), "–"]
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        percent(result.sparsity),
+        f"{result.file_bytes:,}",
+        number(result.bits_per_weight),
+        "exact" if result.error_db is None else number(result.error_db, 1),
+        *_perplexities({"code": result.code, "prose": result.prose}),
+        "yes" if result.verified else "NO",
+    ]
+
+
+def _explain(seconds: float) -> None:
     print(
         "\nzeros and error: of the linear layers. code, prose: perplexity a character of the model loaded"
         f"\nfrom the file, on held-out text; less is better. {seconds:.0f} seconds."
     )
-    if args.keep:
-        print(f"The files are in {folder}.")
-    return 0 if all(result.verified for result in results) else 1
 
 
 def _perplexities(values: dict[str, float]) -> list[str]:
-    return [number(values[kind], 3) for kind in ("code", "prose")]
+    return [number(values[kind], 3) for kind in _KINDS]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..numpy import load
+from ..reader import SfpFile
 from .model import encode_text
 
 MODEL = "model.sfp"
@@ -23,6 +24,18 @@ def model_bytes() -> bytes:
 def weights() -> dict[str, NDArray[np.generic]]:
     """The model's weights, BF16, by name."""
     return load(model_bytes())
+
+
+def importances() -> dict[str, NDArray[np.float32]]:
+    """The grades of the linear layers' weights (`sfpformat.pruning.grades`), by name, as `importance` learned
+    them."""
+    found = {}
+    with SfpFile(model_bytes()) as file:
+        for name in file:
+            importance = file.get_importance(name)
+            if importance is not None:
+                found[name] = importance
+    return found
 
 
 def heldout_tokens(kind: str, count: int) -> NDArray[np.uint8]:

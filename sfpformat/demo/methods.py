@@ -69,19 +69,21 @@ class Bench:
         tensors: the model's weights.
         steps: of everything that is learned or tuned.
         seed: of the windows and of learning.
+        calibration_batches: of two windows, for statistics and for layer by layer pruning.
         advance: called after each step of learning or tuning, and after each other method.
     """
 
     tensors: Tensors
     steps: int = 200
     seed: int = 0
+    calibration_batches: int = CALIBRATION_BATCHES
     advance: Progress = lambda: None
     _learned: dict[tuple[object, bool], tuple[Learned, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = language_model(self.tensors)
         self.names = prunable_layers(self.model)
-        self.calibration = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED + self.seed)
+        self.calibration = Windows(2, self.calibration_batches, CALIBRATION_SEED + self.seed)
         self.data = Windows(WINDOWS, self.steps, LEARNING_SEED + self.seed)
 
     def prune(self, method: str, sparsity: float) -> Pruned:
@@ -130,7 +132,7 @@ class Bench:
     @cached_property
     def _statistics(self) -> tuple[dict[str, Statistics], float]:
         start = time.perf_counter()
-        found = statistics(self.model, self.calibration, batches=CALIBRATION_BATCHES, tensors=self.names)
+        found = statistics(self.model, self.calibration, batches=self.calibration_batches, tensors=self.names)
         return found, time.perf_counter() - start
 
     def _step(self, step: int, loss: float) -> None:
@@ -150,7 +152,7 @@ class Bench:
             self.calibration,
             sparsity,
             method,
-            batches=CALIBRATION_BATCHES,
+            batches=self.calibration_batches,
             tensors=self.names,
         )
         return Pruned(result.masks, result.weights, {}, time.perf_counter() - start)

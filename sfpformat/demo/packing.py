@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec.options import Options
+from ..codec.plan import Importance
 from ..coding.mask import Mask
 from ..numpy import load_file, save_file
+from ..pruning.thresholds import Sparsity, Threshold, masks_of
 from ..validate import validate
-from .carried import heldout_tokens, linear_layers
+from .carried import heldout_tokens, importances, linear_layers
 from .model import Config, perplexity
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -28,13 +30,15 @@ class Variant:
 
     Attributes:
         name: what it is called in the table.
-        pruned: share of the weights that magnitude prunes, or the words ``2:4``.
+        pruned: share of the weights that are pruned, or the words ``2:4``.
         options: how the survivors are coded.
+        by: ``magnitude``, in each layer, or ``importance``, the one that the file carries, over all layers.
     """
 
     name: str
     pruned: float | str
     options: Options
+    by: str = "magnitude"
 
 
 def _uniform(bits: float) -> Options:
@@ -57,6 +61,10 @@ VARIANTS = (
     Variant("50 % pruned, -20 dB", 0.5, _error(-20)),
     Variant("70 % pruned, -20 dB", 0.7, _error(-20)),
     Variant("90 % pruned, -15 dB", 0.9, _error(-15)),
+    Variant("50 % by importance, -20 dB", 0.5, _error(-20), "importance"),
+    Variant("70 % by importance, -20 dB", 0.7, _error(-20), "importance"),
+    Variant("80 % by importance, -20 dB", 0.8, _error(-20), "importance"),
+    Variant("90 % by importance, -20 dB", 0.9, _error(-20), "importance"),
 )
 
 
@@ -105,20 +113,43 @@ def run_all(tensors: Tensors, folder: Path, done: Callable[[str], None]) -> Iter
 def run(tensors: Tensors, variant: Variant, path: Path) -> Result:
     """Packs one variant into a file, verifies it, loads it back and evaluates it."""
     layers = linear_layers(tensors)
-    masks = {name: magnitude_mask(tensors[name], variant.pruned) for name in layers}
+    if variant.by == "importance":
+        masks = importance_masks(tensors, Sparsity(float(variant.pruned)))
+    else:
+        masks = {name: magnitude_mask(tensors[name], variant.pruned) for name in layers}
     kept = {name: np.where(mask, tensors[name], tensors[name].dtype.type(0)) for name, mask in masks.items()}
-    save_file(
-        {**tensors, **kept},
-        path,
-        {"variant": variant.name},
-        options=dict.fromkeys(layers, variant.options),
-        masks=masks if variant.pruned else None,
-    )
+    shown = masks if variant.pruned else None
+    return measure(tensors, kept, shown, variant.name, dict.fromkeys(layers, variant.options), path)
+
+
+def measure(
+    tensors: Tensors,
+    changed: Tensors,
+    masks: dict[str, Mask] | None,
+    name: str,
+    options: dict[str, Options],
+    path: Path,
+    kept_importances: dict[str, Importance] | None = None,
+) -> Result:
+    """Packs a model of which some tensors changed, verifies the file, loads it back and evaluates it.
+
+    Args:
+        tensors: the model as it was.
+        changed: by name, those that are packed instead.
+        masks: by name, or None.
+        name: of the result.
+        options: by name; lossless where nothing is said.
+        path: of the file.
+        kept_importances: by name, to be kept in the file.
+    """
+    packed = {**tensors, **changed}
+    save_file(packed, path, {"variant": name}, options=options, masks=masks, importances=kept_importances)
     report = validate(path)
     loaded = load_file(path)
     size = path.stat().st_size
+    layers = linear_layers(tensors)
     return Result(
-        variant.name,
+        name,
         _sparsity(loaded, layers),
         size,
         8 * size / sum(array.size for array in tensors.values()),
@@ -127,6 +158,12 @@ def run(tensors: Tensors, variant: Variant, path: Path) -> Result:
         evaluate(loaded, "prose"),
         report.canonical,
     )
+
+
+def importance_masks(tensors: Tensors, threshold: Threshold) -> dict[str, Mask]:
+    """The masks of a threshold on the carried importance, over all linear layers; magnitudes settle ties."""
+    magnitudes = {name: tensors[name].astype(np.float32) for name in linear_layers(tensors)}
+    return masks_of(importances(), threshold, tiebreak=magnitudes)
 
 
 def evaluate(tensors: Tensors, kind: str) -> float:

@@ -1,0 +1,98 @@
+"""``sfp bench pruning``: what pruning costs by each method, on the small model of sfp demo."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .console import progress, show_json, show_table
+from .trouble import Trouble
+
+NAME = "pruning"
+WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and takes the
+perplexity on held-out code and prose; it needs torch. Models of further seeds are trained first, which takes
+longest, and kept in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). With --json: a list of
+objects, their fields in sfpformat/bench/pruning.py."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark alone; absent from the namespace where they are not given."""
+    group = parser.add_argument_group("options of sfp bench pruning")
+
+    def add(name: str, kind: Any, metavar: str, words: str) -> None:
+        group.add_argument(name, type=kind, metavar=metavar, help=words, default=argparse.SUPPRESS)
+
+    add("--sparsity", str, "S,...", "shares of the linear layers' weights (0.7,0.8)")
+    add("--seeds", int, "N", "of models and of learning (3); 1 takes only the model that is there")
+    add("--methods", str, "NAMES", "default: all")
+    add("--steps", int, "N", "of learning, and of tuning survivors (200)")
+    add("--model-steps", int, "N", "of training the models of further seeds (3000)")
+
+
+_OPTIONS = ("sparsity", "seeds", "methods", "steps", "model_steps")
+
+
+def require_absent(args: argparse.Namespace) -> None:
+    """Refuses these options where another benchmark is run.
+
+    Raises:
+        Trouble: one was given.
+    """
+    for name in _OPTIONS:
+        if hasattr(args, name):
+            raise Trouble(f"--{name.replace('_', '-')} is of 'sfp bench {NAME}'")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it."""
+    for name in ("only", "dtype", "engines", "presets", "plot"):
+        if getattr(args, name) is not None:
+            raise Trouble(f"'sfp bench {NAME}' does not take --{name}")
+    try:
+        import torch
+    except ImportError as error:
+        raise Trouble(f"'sfp bench {NAME}' needs torch: pip install 'sfpformat[torch]'") from error
+    from ..bench.pruning import Plan, rows, summary
+    from ..demo.methods import METHODS
+
+    given = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
+    if "methods" in given:
+        given["methods"] = _methods(given["methods"], tuple(METHODS))
+    if "sparsity" in given:
+        given["sparsities"] = _shares(given.pop("sparsity"))
+    for name in ("seeds", "steps", "model_steps"):
+        if given.get(name, 1) < 1:
+            raise Trouble(f"--{name.replace('_', '-')} is {given[name]}, must be at least 1")
+    plan = Plan(**given, threads=args.threads or torch.get_num_threads())
+    with progress(plan.amount(), NAME, steps=True) as shown:
+        found = list(rows(plan, shown.advance, shown.at))
+    if args.json:
+        show_json(found)
+        return 0
+    header, table = summary(found)
+    show_table(header, table, left=2)
+    print(
+        "\ncode, prose: mean perplexity a character over the seeds, on held-out text; least and greatest: of"
+        "\ncode. excess: the rise over the dense model's as a share of that by Fisher's mask."
+    )
+    return 0
+
+
+def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    for name in names:
+        if name not in known:
+            raise Trouble(f"there is no method {name!r}; there is: {', '.join(known)}")
+    if not names:
+        raise Trouble(f"no method is named; there is: {', '.join(known)}")
+    return tuple(names)
+
+
+def _shares(words: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(word) for word in words.split(","))
+    except ValueError as error:
+        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
+    if not all(0 < share < 1 for share in shares):
+        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
+    return shares

@@ -1,0 +1,97 @@
+"""The demonstration with learning: an importance learned anew, and files pruned by it and by other methods.
+
+Every file holds the linear layers' survivors quantised alike, at `ERROR_DB`, so that methods differ in what
+they prune alone. Needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..codec.options import Options
+from .importance import RANGE
+from .methods import Bench, Pruned
+from .packing import Result, Tensors, measure
+
+# Method -> what it is called in the table.
+COMPARED = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt-updated": "SparseGPT",
+    "fisher": "Fisher",
+    "learned": "learned",
+}
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+ERROR_DB = -20.0  # of the survivors
+STEPS = 200
+_CALIBRATION_BATCHES = 16  # of two windows: a quarter of what `sfp bench pruning` takes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file pruned by a method.
+
+    Attributes:
+        method: of `COMPARED`.
+        asked: the share that was to go.
+        result: what the file came to.
+    """
+
+    method: str
+    asked: float
+    result: Result
+
+    def as_json(self) -> dict[str, object]:
+        """The fields, flat."""
+        return {"method": self.method, "asked": self.asked, **self.result.as_json()}
+
+
+def amount(steps: int) -> int:
+    """How often `rows` calls ``advance``."""
+    return steps + len(COMPARED) * len(SPARSITIES)
+
+
+def rows(
+    tensors: Tensors, folder: Path, steps: int, advance: Callable[[], None], at: Callable[[str], None]
+) -> Iterator[Row]:
+    """Learns one importance for all sparsities, and packs, verifies, loads and evaluates a file a method.
+
+    Args:
+        tensors: the model's weights.
+        folder: where the files go.
+        steps: of learning.
+        advance: called after each step, and each file.
+        at: called with what is done next.
+    """
+    bench = Bench(tensors, steps, calibration_batches=_CALIBRATION_BATCHES, advance=advance)
+    at("learning importances")
+    bench.learned(RANGE)
+    for method, words in COMPARED.items():
+        for sparsity in SPARSITIES:
+            at(f"{words}, {sparsity:.0%}")
+            yield Row(method, sparsity, _packed(bench, method, sparsity, folder))
+            advance()
+
+
+def _packed(bench: Bench, method: str, sparsity: float, folder: Path) -> Result:
+    pruned = _pruned(bench, method, sparsity)
+    masks = {name: mask.numpy() for name, mask in pruned.masks.items()}
+    changed = {
+        name: np.asarray(w.numpy()).astype(bench.tensors[name].dtype) for name, w in pruned.weights.items()
+    }
+    options = dict.fromkeys(masks, Options(quantiser="uniform", error_db=ERROR_DB))
+    name = f"{COMPARED[method]}, {sparsity:.0%}"
+    path = folder / f"{method}-{round(100 * sparsity)}.sfp"
+    return measure(bench.tensors, changed, masks, name, options, path)
+
+
+def _pruned(bench: Bench, method: str, sparsity: float) -> Pruned:
+    """By the one importance that was learned for all sparsities, or by another method."""
+    if method != "learned":
+        return bench.prune(method, sparsity)
+    learned, seconds = bench.learned(RANGE)
+    return bench.by_importance(learned.importances, sparsity, "model", seconds)
