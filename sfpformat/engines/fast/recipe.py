@@ -36,9 +36,21 @@ MASK, FINGERPRINTS, IMPORTANCE = range(len(STREAMS))
 BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
 SHAPE = LENGTHS_OF + 1
 # Entries of `whole`: positions a segment; bytes a weight; mask kind as in `masks`; mode as in `values`; if
-# `values.join_whole_bytes` will do; scale_by, scale_unit and multiplier as in `values`; positions a row; a
-# number that no other recipe has.
-SEGMENT, ITEM, MASK_KIND, MODE, CONTIGUOUS, SCALE_BY, SCALE_UNIT, MULTIPLIER, COLUMNS, NUMBER = range(10)
+# `values.join_residuals` will do; if weights may go past the caches; scale_by, scale_unit and multiplier as in
+# `values`; positions a row; a number that no other recipe has.
+(
+    SEGMENT,
+    ITEM,
+    MASK_KIND,
+    MODE,
+    CONTIGUOUS,
+    STREAMED,
+    SCALE_BY,
+    SCALE_UNIT,
+    MULTIPLIER,
+    COLUMNS,
+    NUMBER,
+) = range(11)
 
 # A run of segments for a kernel is a row of int64: positions of the chunk, position in the tensor of its
 # first, the run's segments, and of each array its address and its bytes, two entries an array.
@@ -61,6 +73,8 @@ TOTAL, START, FIRST, STOP, ARRAYS_OF = range(5)
 _MOST_LEVELS = 1 << 17
 # and for more levels than the tensor has weights only where they are this few.
 _FEW_LEVELS = 1 << 12
+# Tensors of at least so many bytes are written past the caches: they would not be there for long.
+_STREAMED_BYTES = 1 << 20
 _numbers = itertools.count(1)
 
 
@@ -69,6 +83,7 @@ class Recipe:
 
     Attributes:
         room: bytes that the streams' tables take.
+        segment: positions a segment.
         places: address and bytes of each array that kernels take, in the order of a row.
     """
 
@@ -82,7 +97,7 @@ class Recipe:
         """Keeps the arrays, and where they are.
 
         Args:
-            whole: [10], what there is one of.
+            whole: [11], what there is one of.
             shapes: [3 * 13], a stream after another.
             lengths: of the streams, see `lookup.lengths_of`.
             numbers: uint32, level -> bit pattern (mode `values.LOOKED_UP`); and float32: number -> magnitude
@@ -92,6 +107,7 @@ class Recipe:
         fixed = (array("q", whole), array("q", shapes), array("B", lengths))  # their addresses are soon had
         self._alive = fixed, numbers
         self.room = max(shapes[STOP_OF::SHAPE])
+        self.segment = whole[SEGMENT]
         self.places: list[int] = []
         for some in fixed:
             address, count = some.buffer_info()
@@ -119,15 +135,14 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     assert entry.fingerprints is not None
     shapes, lengths = _shapes(entry, weights)
     table = entry.fingerprints.table
-    width = table.constant_width
-    whole_bytes = (entry.dtype.itemsize, width) in ((2, 8), (4, 24)) and not table.base % (1 << (width or 0))
     multiplier = _multiplier(entry)
     whole = [
         entry.segment,
         entry.dtype.itemsize,
         _mask_kind(entry),
         mode,
-        mode == values.PATTERNS and whole_bytes and 1 < table.classes <= 256,
+        mode == values.PATTERNS and _is_contiguous(entry, table),
+        weights * entry.dtype.itemsize >= _STREAMED_BYTES,
         *_scale(entry),
         multiplier,
         max(entry.columns, 1),
@@ -143,6 +158,16 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
         vectors.get("importance columns"),
     )
     return Recipe(whole, shapes, lengths, numbers)
+
+
+def _is_contiguous(entry: TensorEntry, table: CodeTable) -> bool:
+    """Whether `values.join_residuals` gives the weights: classes of one width, slots that are classes."""
+    width = table.constant_width
+    if width is None or not 1 < table.classes <= 256:
+        return False
+    if entry.dtype.itemsize == 2:
+        return width <= 8
+    return (entry.dtype.itemsize, width) == (4, 24) and table.base % (1 << 24) == 0
 
 
 def stream_shape(table: CodeTable, levels: int) -> list[int]:
