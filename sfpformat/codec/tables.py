@@ -26,7 +26,6 @@ from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
 from .codes import (
-    MAX_CODES_TRIED,
     Choice,
     LevelBlocks,
     SymbolCounter,
@@ -44,9 +43,9 @@ _PAIR_CLASSES = 20
 _MANTISSA_GAIN = 0.0075
 # Whether it does is judged on this part of each chunk, of this many levels at least.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
-# An exact stream has a code for so many levels at most: its codes differ little (all of them save 0.03 %),
-# and to make a reader's table of one takes as long as to decode 40,000 levels.
-_LEVELS_A_CODE = 1 << 17
+# An exact stream has a code for so many levels, and so many codes, at most: further ones save 0.02 %, and to
+# make a reader's table of one takes as long as to decode 20,000 levels.
+_LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
 # Where a class for each number makes no more than this, by group, and levels are many, no other layout is
@@ -172,7 +171,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if len(layout.extra) == 1:
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
         else:
-            most = max(min(MAX_CODES_TRIED, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
+            most = max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
             choice = choose_codes(blocks, counts, layout, 1, options.but(codes=options.codes or most), engine)
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments

@@ -9,6 +9,7 @@ from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import decode_levels, encode_levels, shared_zeros
 from ..coding.quantiser import F32, patterns_to_levels, uniform_levels
 from ..container.entry import TensorEntry
+from ..container.plain import PlainTensors
 from .interface import Run
 
 name = "python"
@@ -27,6 +28,7 @@ __all__ = [
     "make_recipe",
     "name",
     "patterns_to_levels",
+    "plan_plain",
     "shared_zeros",
     "survivors",
     "uniform_levels",
@@ -40,3 +42,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> No
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
     """None of them here."""
     return [False] * len(runs)
+
+
+def plan_plain(tensors: PlainTensors) -> None:
+    """None: it decodes chunk by chunk."""

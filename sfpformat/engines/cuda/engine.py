@@ -6,6 +6,7 @@ reference, which gives the weights or the fault.
 
 from __future__ import annotations
 
+from ...container.plain import PlainTensors
 from .. import get_engine, why_not
 from .work import decode_runs, make_recipe
 
@@ -40,7 +41,12 @@ __all__ = [
     "make_recipe",
     "name",
     "patterns_to_levels",
+    "plan_plain",
     "shared_zeros",
     "survivors",
     "uniform_levels",
 ]
+
+
+def plan_plain(tensors: PlainTensors) -> None:
+    """None: `decode_runs` takes many tensors at once."""

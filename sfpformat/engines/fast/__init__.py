@@ -17,6 +17,7 @@ from .encode import (
     survivors,
     uniform_levels,
 )
+from .plain import plan_plain
 
 name = "numba"
 
@@ -34,6 +35,7 @@ __all__ = [
     "make_recipe",
     "name",
     "patterns_to_levels",
+    "plan_plain",
     "shared_zeros",
     "survivors",
     "uniform_levels",

@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from .chunks import FILLED, decode_values
+from .chunks import FILLED, decode_raw, decode_values
 from .compiling import kernel
 from .index import STREAMS
 from .memory import bytes_at, fence
 from .recipe import (
-    ARRAYS_OF,
     COLUMN_FACTORS,
     DATA,
+    DATA_SIZE,
     FIRST,
     IMPORTANCES,
     LENGTHS,
     MAGNITUDES,
+    MODE,
     OUT,
+    OUT_SIZE,
     PATTERN_TABLE,
+    PLACES,
+    PLACES_SIZE,
     ROW_FACTORS,
     SCALE,
     SHAPE,
@@ -29,6 +33,7 @@ from .recipe import (
     TOTAL,
     WHOLE,
 )
+from .values import RAW
 
 
 @kernel
@@ -47,15 +52,20 @@ def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
     free = kept[8 * FILLED + tables_size :]
     for i in range(good.size):
         row = rows[i]
-        # The arrays whose addresses and sizes are in the row.
-        at = row[ARRAYS_OF:]
+        data: Any = bytes_at(row[DATA], row[DATA_SIZE])
+        out: Any = bytes_at(row[OUT], row[OUT_SIZE])
+        at = bytes_at(row[PLACES], 8 * PLACES_SIZE).view(np.int64)
+        whole = bytes_at(at[2 * WHOLE], at[2 * WHOLE + 1]).view(np.int64)
+        if whole[MODE] == RAW:
+            good[i] = decode_raw(data, row[TOTAL], row[FIRST], whole, out)
+            continue
         good[i] = decode_values(
-            bytes_at(at[2 * DATA], at[2 * DATA + 1]),
+            data,
             row[TOTAL],
             row[START],
             row[FIRST],
             row[STOP],
-            bytes_at(at[2 * WHOLE], at[2 * WHOLE + 1]).view(np.int64),
+            whole,
             bytes_at(at[2 * SHAPES], at[2 * SHAPES + 1]).view(np.int64).reshape(len(STREAMS), SHAPE),
             bytes_at(at[2 * LENGTHS], at[2 * LENGTHS + 1]),
             tables,
@@ -67,6 +77,6 @@ def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
             bytes_at(at[2 * IMPORTANCES], at[2 * IMPORTANCES + 1]).view(np.float32),
             bytes_at(at[2 * ROW_FACTORS], at[2 * ROW_FACTORS + 1]).view(np.float32),
             bytes_at(at[2 * COLUMN_FACTORS], at[2 * COLUMN_FACTORS + 1]).view(np.float32),
-            bytes_at(at[2 * OUT], at[2 * OUT + 1]),
+            out,
         )
     fence()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...coding.codetable import MAX_CODES
+from ...container.entry import CHUNK_ALIGNMENT
 from .compiling import kernel
 from .index import (
     CODES,
@@ -82,10 +83,11 @@ FILLED = 1 + len(STREAMS) * FILLED_OF
 
 @kernel
 def _any(values: Any) -> bool:
+    """Whether a value is not 0."""
+    seen = np.int64(0)
     for value in values:
-        if value:
-            return True
-    return False
+        seen |= value
+    return seen != 0
 
 
 @kernel
@@ -272,6 +274,27 @@ def _multiply(
 
 
 @kernel
+def decode_raw(data: Any, total: int, first: int, whole: Any, out: Any) -> bool:
+    """The elements of a run of segments of a raw chunk, as they are.
+
+    Args:
+        data: uint8, the whole chunk, its checksum compared.
+        total: positions of the chunk.
+        first: the run's first segment.
+        out: uint8, exactly the bytes of the run's elements.
+    """
+    size, start = total * whole[ITEM], first * whole[SEGMENT] * whole[ITEM]
+    if data.size != (size + CHUNK_ALIGNMENT - 1) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT:
+        return False
+    for i in range(size, data.size):
+        if data[i]:
+            return False
+    for i in range(out.size):
+        out[i] = data[start + i]
+    return True
+
+
+@kernel
 def decode_values(
     data: Any,
     total: int,
@@ -321,9 +344,7 @@ def decode_values(
         filled[:] = 0
         filled[0] = whole[NUMBER]
     for stream, needed in ((MASK, masked), (FINGERPRINTS, True), (IMPORTANCE, streamed)):
-        if needed and not _prepare_stream(
-            stream, shapes, lengths, tables, filled, working.class_slots
-        ):
+        if needed and not _prepare_stream(stream, shapes, lengths, tables, filled, working.class_slots):
             return False
     if masked and not _decode_mask(data, first, stop, whole, shapes, tables, filled, working):
         return False

@@ -38,26 +38,27 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
     tables_size = max([run.recipe.room for run in runs])
     working_size = max(
         [
-            _working_bytes(-(-run.total // run.recipe.segment), run.stop - run.first, run.recipe.segment)
+            working_size(-(-run.total // run.recipe.segment), run.stop - run.first, run.recipe.segment)
             for run in runs
         ]
     )
-    kept, tables_size = _memory(tables_size, working_size)
+    kept, tables_size = memory_for(tables_size, working_size)
     batch.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), kept, tables_size, good)
     return cast(list[bool], good.tolist())
 
 
 @cache
-def _working_bytes(segments: int, n: int, segment: int) -> int:
+def working_size(segments: int, n: int, segment: int) -> int:
     return cast(int, working_bytes(segments, n, segment))
 
 
-def _memory(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], int]:
+def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], int]:
     """Memory that is large enough, and how much of it is for tables; this thread's own if that will do."""
     kept: NDArray[np.uint8] | None = getattr(_thread, "kept", None)
-    if kept is not None and tables_size <= _thread.tables_size:
-        if 8 * chunks.FILLED + _thread.tables_size + working_size <= len(kept):
-            return kept, _thread.tables_size
+    if kept is not None and tables_size <= (there := _thread.tables_size):
+        tables_size = there
+    if kept is not None and 8 * chunks.FILLED + tables_size + working_size <= len(kept):
+        return kept, tables_size
     kept = np.empty(8 * chunks.FILLED + tables_size + working_size, np.uint8)
     kept[: 8 * chunks.FILLED] = 0
     if len(kept) <= _MOST_KEPT:

@@ -11,13 +11,13 @@ the used ones. The tables of a stream are these, one after another (`c` codes, l
     extra           uint8 [256]        its residual bits
     of_length       int64 [c, 13]      how many codewords of each length
     symbol_slots    uint16 [c, 256]    in canonical order: the slot, with g = 2 the second in the higher byte
-    symbol_length   uint8 [c, 4096]    length of the codeword of a slot, with g = 2 of slots s and t at s + 64 t
+    symbol_length   uint8 [c, 4096]    codeword's length, of slot s at s, with g = 2 of s and t at s + 64 t
     entries         uint64 [c, 2^b]    from the next b bits of a prefix plane to up to six slots at once
 
 An entry is
 
     bits  0 to  5   bits that its symbols take
-    bits  8 to 55   the slots, the first one lowest; behind those that count there are others that mean nothing
+    bits  8 to 55   the slots, the first one lowest; those behind the ones that count mean nothing
     bits 56 to 63   how many slots count, 1 to 6
 
 It is 0 where the next codeword is longer than the table is wide; those are rare, and `decode_one` reads them
@@ -114,7 +114,9 @@ def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
 
 
 @kernel
-def _slots_of_classes(base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any, slots: Any) -> bool:
+def _slots_of_classes(
+    base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any, slots: Any
+) -> bool:
     """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none; False where 256 are
     too few."""
     classes = extra.size

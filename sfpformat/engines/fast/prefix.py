@@ -7,10 +7,10 @@ through with its segment takes the next one while the others go on. `advance` de
 its segment's end; `finish` decodes the last slots of one; what is between is up to the caller.
 
 Why no read leaves the chunk: `advance` is given a segment only if all its slots, at the 12 bits that a
-codeword takes at most, end a whole word before the chunk does (`is_inside`); the others, the last of a plane at
-most, are left to `finish`, whose loads are cut to the last word of the chunk. A segment counts as decoded only
-if it ends exactly where the index says, so no load of one that counts was ever cut. Why no write leaves the
-slots: a look-up writes eight bytes from a place before the segment's end, and `SLACK` bytes follow there.
+codeword takes at most, end a whole word before the chunk does (`is_inside`); the others, the last of a plane
+at most, are left to `finish`, whose loads are cut to the last word of the chunk. A segment counts as decoded
+only if it ends exactly where the index says, so no load of one that counts was ever cut. Why no write leaves
+the slots: a look-up writes eight bytes from a place before the segment's end, and `SLACK` bytes follow there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOOKUPS = 5
 ROUND = _LOOKUPS * MAX_SLOTS
 # Bytes that a segment may write past its last slot.
 SLACK = 8
-# Rows of the state of the chains: the next bit, the next slot, and the last slot from which a round may begin.
+# Rows of the state of the chains: the next bit, the next slot, the last slot from which a round may begin.
 AT, TO, STOP = range(3)
 STATE = 3
 

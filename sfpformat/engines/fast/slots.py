@@ -1,4 +1,4 @@
-"""A stream's prefix planes to slots, or on to weights: which segments are decoded side by side (see `prefix`)."""
+"""A stream's prefix plane to slots, or on to weights: which segments are decoded side by side."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from .compiling import kernel
 from .index import CODES_OF, CONSTANT_OF
 from .levels import decode_segment
 from .lookup import classes_of, prepare
-from .recipe import BASE_OF, CLASSES_OF, GROUP_OF, STOP_OF
+from .recipe import BASE_OF, CLASSES_OF, GROUP_OF
 from .slots import Segments, Target, decode_codes, place_slots
 from .working import carve
 

@@ -22,7 +22,7 @@ from .vectors import (
 )
 
 # How levels become weights.
-PATTERNS, LOOKED_UP, ARITHMETIC = range(3)
+PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
 # What a scale factor or an importance goes by.
 NOTHING, WHOLE, BY_QUOTIENT, BY_REMAINDER = range(4)
 NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, FACTORS = range(4)
@@ -87,7 +87,11 @@ def _join_narrow(
         for i in range(0, whole, LANES16):
             join16(slots, place + i, residuals, start + i, low, shift, out, to + 2 * i)
     for i in range(whole, count):
-        level = (np.uint32(slots[place + i]) << np.uint32(width)) + np.uint32(low) + np.uint32(residuals[start + i])
+        level = (
+            (np.uint32(slots[place + i]) << np.uint32(width))
+            + np.uint32(low)
+            + np.uint32(residuals[start + i])
+        )
         level &= np.uint32(0xFFFF)
         store16(out, to + 2 * i, np.uint16(level >> np.uint32(1) | level << np.uint32(15)))
 

@@ -103,9 +103,7 @@ def _joiner32(streamed: bool) -> Any:
         residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), 3 * LANES32)
         # Room for the class above each residual: a byte of zero, taken from the second operand.
         none = ir.Constant(residuals.type, [0] * (3 * LANES32))
-        order = [
-            3 * lane + byte if byte < 3 else 3 * LANES32 for lane in range(LANES32) for byte in range(4)
-        ]
+        order = [3 * lane + byte if byte < 3 else 3 * LANES32 for lane in range(LANES32) for byte in range(4)]
         spread = builder.shuffle_vector(
             residuals, none, ir.Constant(ir.VectorType(_INDEX, len(order)), order)
         )

@@ -1,4 +1,4 @@
-"""Working memory of a run of segments, carved out of memory that the calling thread keeps (see `compiling`)."""
+"""Working memory of a run of segments, carved out of memory that the calling thread keeps."""
 
 from __future__ import annotations
 
