@@ -35,16 +35,16 @@ _MOST_KEPT = 16 << 20
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
     """See `Engine.decode_runs`."""
     good = np.zeros(len(runs), np.bool_)
-    tables_size = max([run.recipe.room for run in runs])
-    working_size = max(
-        [
-            working_size(-(-run.total // run.recipe.segment), run.stop - run.first, run.recipe.segment)
-            for run in runs
-        ]
-    )
-    kept, tables_size = memory_for(tables_size, working_size)
+    room = max([run.recipe.room for run in runs])
+    most = max([_working_size_of(run) for run in runs])
+    kept, tables_size = memory_for(room, most)
     batch.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), kept, tables_size, good)
     return cast(list[bool], good.tolist())
+
+
+def _working_size_of(run: Run) -> int:
+    segment = run.recipe.segment
+    return working_size(-(-run.total // segment), run.stop - run.first, segment)
 
 
 @cache
