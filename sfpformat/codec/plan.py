@@ -311,8 +311,8 @@ class _Planner:
                 alive = counts if mask is None else self.engine.survivors(mask, counts)
                 yield source.levels(block, mask), alive
 
-        stream = LevelBlocks(entry.segments, levels)
         quantiser = source.quantiser
+        stream = LevelBlocks(entry.segments, levels, isinstance(quantiser, Exact))
         bound = fingerprint_bound(quantiser, entry.dtype)
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
@@ -366,7 +366,7 @@ class _Planner:
                     self.engine.survivors(mask, counts) if few and mask is not None else counts,
                 )
 
-        stream = LevelBlocks(entry.segments, levels)
+        stream = LevelBlocks(entry.segments, levels, isinstance(source.quantiser, Exact))
         bound = importance_bound(source.quantiser)
         if isinstance(source.quantiser, Exact):
             choice = choose_exact(

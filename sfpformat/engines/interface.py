@@ -12,6 +12,7 @@ from ..coding.bits import Bytes
 from ..coding.classes import Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
+from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantiser import F32
@@ -93,11 +94,18 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
-    def patterns_to_levels(self, patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
-        """As `coding.quantiser.patterns_to_levels`."""
+    def count_exact(
+        self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int
+    ) -> Rows:
+        """As `coding.exact.count_exact`."""
 
-    def shared_zeros(self, levels: AnyLevels, counts: Counts) -> Counts:
-        """As `coding.planes.shared_zeros`."""
+    def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:
+        """As `coding.exact.exact_zeros`."""
+
+    def encode_exact(
+        self, patterns: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+    ) -> Planes:
+        """As `coding.exact.encode_exact`."""
 
     def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """As `coding.counts.count_classes`."""

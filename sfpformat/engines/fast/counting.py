@@ -11,7 +11,7 @@ from .compiling import allocating_kernel
 
 # Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
 # every fourth level has counters of its own.
-_COUNTERS = 4
+COUNTERS = 4
 
 
 @allocating_kernel
@@ -110,12 +110,12 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
     for s in range(counts.size):
         stop = at + np.uint64(counts[s])
         zero[:], one[:], two[:], three[:] = 0, 0, 0, 0
-        while at + np.uint64(_COUNTERS) <= stop:
+        while at + np.uint64(COUNTERS) <= stop:
             zero[(np.uint64(levels[at]) >> shift) - least] += more
             one[(np.uint64(levels[at + np.uint64(1)]) >> shift) - least] += more
             two[(np.uint64(levels[at + np.uint64(2)]) >> shift) - least] += more
             three[(np.uint64(levels[at + np.uint64(3)]) >> shift) - least] += more
-            at += np.uint64(_COUNTERS)
+            at += np.uint64(COUNTERS)
         while at < stop:
             zero[(np.uint64(levels[at]) >> shift) - least] += more
             at += np.uint64(1)
@@ -162,26 +162,4 @@ def count_symbols(
                     symbol += classes * class_of(np.uint64(levels[at]), base, constant, lookup, firsts)
                 at += 1
             rows[s, symbol] += np.int32(1)
-        at = stop
-
-
-@allocating_kernel
-def shared_zeros(levels: Any, counts: Any, bits: int, zeros: Any) -> None:
-    """Fills ``zeros`` (int64), as `coding.planes.shared_zeros`; ``bits`` is the width of the dtype."""
-    at = np.int64(0)
-    for s in range(counts.size):
-        stop = at + counts[s]
-        joined, i = np.uint64(0), at
-        # Almost always one of the first few levels says that there are none.
-        while i < stop and not joined & np.uint64(2):
-            joined |= np.uint64(levels[i])
-            i += 1
-        zeros[s] = 0
-        if stop > at:
-            joined = joined >> np.uint64(1) | np.uint64(1) << np.uint64(
-                bits - 1
-            )  # no more than there are bits
-            while not joined & np.uint64(1):
-                joined >>= np.uint64(1)
-                zeros[s] += 1
         at = stop

@@ -139,13 +139,6 @@ def pack_prefix(
 
 
 @allocating_kernel
-def lowest_bytes(levels: Any, plane: Any) -> None:
-    """The residual plane where all residuals are the lowest byte of their level."""
-    for i in range(levels.size):
-        plane[i] = np.uint8(levels[i])
-
-
-@allocating_kernel
 def pack_residuals(
     levels: Any,
     counts: Any,

@@ -18,6 +18,7 @@ from numba.extending import intrinsic, register_jitable
 from .memory import count_ones, pointer_to, require_inside
 
 LANES16, LANES32 = 32, 16  # weights a step: 64 bytes of output
+STEP_BYTES = 64
 
 # Positions that one step expands to weights of 2 and of 4 bytes, and whether that is one instruction here.
 EXPANDED2, EXPANDED4 = 32, 16
@@ -162,6 +163,49 @@ def stream32(slots: Any, place: int, data: Any, start: int, above: int, out: Any
     require_inside(data, start, 3 * LANES32)
     require_inside(out, to, 4 * LANES32)
     _stream32(slots, place, data, start, above, out, to)
+
+
+def _level_bytes(lanes: int, item: int) -> Any:
+    """A function that writes all but the highest byte of the levels of patterns of ``item`` bytes."""
+    words = ir.VectorType(ir.IntType(8 * item), lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_type, _, target_type, _ = signature.args
+        source, start, target, to = arguments
+        pointer = pointer_to(context, builder, source_type, source, start, 8)
+        patterns = builder.bitcast(_load_bytes(builder, pointer, lanes * item), words)
+        one, rest = (ir.Constant(words, [n] * lanes) for n in (1, 8 * item - 1))
+        levels = builder.or_(builder.shl(patterns, one), builder.lshr(patterns, rest))
+        every = builder.bitcast(levels, ir.VectorType(_BYTE, lanes * item))
+        order = [lane * item + byte for lane in range(lanes) for byte in range(item - 1)]
+        few = builder.shuffle_vector(every, every, ir.Constant(ir.VectorType(_INDEX, len(order)), order))
+        place = pointer_to(context, builder, target_type, target, to, 8)
+        builder.store(few, builder.bitcast(place, few.type.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    def write(typing_context: Any, source: Any, start: Any, target: Any, to: Any) -> Any:
+        return types.void(source, types.int64, target, types.int64), generate
+
+    return intrinsic(write)
+
+
+_level_bytes16, _level_bytes32 = _level_bytes(LANES16, 2), _level_bytes(LANES32, 4)
+
+
+@register_jitable
+def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
+    """The lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
+    require_inside(source, start, 2 * LANES16)
+    require_inside(target, to, LANES16)
+    _level_bytes16(source, start, target, to)
+
+
+@register_jitable
+def level_bytes32(source: Any, start: int, target: Any, to: int) -> None:
+    """The three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
+    require_inside(source, start, 4 * LANES32)
+    require_inside(target, to, 3 * LANES32)
+    _level_bytes32(source, start, target, to)
 
 
 @intrinsic
