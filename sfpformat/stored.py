@@ -50,8 +50,8 @@ class StoredChunks:
         return places
 
     def offset(self, entry: TensorEntry, k: int) -> int:
-        """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
-        return self._places_of(entry)[k].offset
+        """File offset of chunk k of a tensor; for k = -1 that of its vector chunk, or where one would be."""
+        return self._offsets[entry.name] if k < 0 else self._places_of(entry)[k].offset
 
     def start(self, name: str) -> int:
         """File offset of a tensor's first chunk."""
