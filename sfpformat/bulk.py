@@ -58,7 +58,7 @@ class Bulk:
         return np.asarray(before + np.repeat(starts - first, counts))
 
     def read_into(self, out: Mapping[str, NDArray[np.generic]], threads: int) -> bool:
-        """Decodes some of its tensors into arrays of their dtypes and shapes, C order; whether all is well."""
+        """Decodes some of its tensors into arrays of their dtypes and shapes, C order; if all is well."""
         numbers = np.array([self._number[name] for name in out], np.int64)
         places = np.array([array.__array_interface__["data"][0] for array in out.values()], np.int64)
         chunks, runs = self._runs(numbers, places)

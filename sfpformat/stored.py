@@ -84,7 +84,7 @@ class StoredChunks:
             raise
         for offset, length, checksum in places:
             chunk = data[offset - start : offset - start + length]
-            if crc32(chunk) != checksum:
+            if crc32(chunk.data) != checksum:
                 raise fault(
                     "R-LAY-004", "a chunk's checksum does not match", tensor=entry.name, offset=offset
                 )

@@ -22,7 +22,7 @@ from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
 from ..coding.counts import Rows
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts, trims_of
+from ..coding.planes import Counts, trims_of
 from ..coding.quantiser import patterns_to_levels
 from ..dtypes import Dtype
 from ..engines import Engine

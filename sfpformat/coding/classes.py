@@ -51,8 +51,11 @@ def _log2_fixed(counts: Histogram) -> NDArray[np.int64]:
 
 def entropy_bits(counts: Histogram) -> int:
     """Order-0 entropy of a histogram, in bits times 2^16."""
+    total = int(counts.sum())
+    if 0 < total < _SMALL * 64 and counts.max() < _SMALL:  # zeros add nothing
+        whole = int(log2_fixed(np.array([total]))[0])
+        return total * whole - int(counts @ _small_logarithms()[counts])
     used = counts[counts > 0].astype(np.int64)
-    total = int(used.sum())
     if len(used) < 2:
         return 0
     each = int(log2_fixed(np.array([total]))[0]) - log2_fixed(used)

@@ -2,8 +2,8 @@
 
 The directory of a dense model has hundreds of them and hardly anything else. What SPEC.md chapters 7, 8 and
 11 ask of their entries is checked here in a few passes over all of them, which takes a quarter of the time of
-making a `TensorEntry` of each. `plain_tensors` gives what these would hold, or nothing: what is wrong, or only
-unusual, is for `TensorEntry.from_map`.
+making a `TensorEntry` of each. `plain_tensors` gives what these would hold, or nothing: what is wrong, or
+only unusual, is for `TensorEntry.from_map`.
 """
 
 from __future__ import annotations

@@ -94,9 +94,7 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
-    def count_exact(
-        self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int
-    ) -> Rows:
+    def count_exact(self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """As `coding.exact.count_exact`."""
 
     def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:

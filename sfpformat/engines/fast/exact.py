@@ -1,4 +1,4 @@
-"""Encoding exact streams from bit patterns: as the functions of the same names in `coding.exact`, to the bit."""
+"""Exact streams from bit patterns: as the functions of the same names in `coding.exact`, to the bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def encode_exact(values: Patterns, counts: Counts, codes: Counts, trims: Counts,
         return encode.encode_levels(encode.patterns_to_levels(values), counts, codes, trims, table)
     values = np.ascontiguousarray(values)
     prefix, prefix_bits = _prefix_plane(values, counts, codes, table, width)
-    plane, sizes = np.empty(-(-len(values) * width // 8) + STEP_BYTES, np.uint8), np.empty(len(counts), np.int64)
+    plane, sizes = (
+        np.empty(-(-len(values) * width // 8) + STEP_BYTES, np.uint8),
+        np.empty(len(counts), np.int64),
+    )
     used = patterns.pack_residuals(values, values.view(np.uint8), counts, trims, width, plane, sizes)
     return Planes(codes, trims, prefix, prefix_bits, plane[:used], sizes)
 

@@ -257,7 +257,7 @@ def _fill_entries(
         rest = window >> length
         found = ((ends[rest] + length * ones) << eight | length) & low48
         slots = ((entries[rest] >> np.uint64(SLOTS_AT) & low48) << width | symbol >> eight) & low48
-        count = count_ones((inside - found) & highs & of_symbols)
+        count: Any = count_ones((inside - found) & highs & of_symbols)
         taken = found >> (eight * count - eight) & np.uint64(255)
         count *= np.uint64(group)
         if length:

@@ -1,8 +1,8 @@
 """Kernels on the bit patterns of floats, whose levels are never written down (SPEC.md chapter 11).
 
 The level of a pattern is the pattern with its sign moved from the highest bit to the lowest. Its class, of
-2^width levels, is what the pattern has above its lowest width - 1 bits, the sign left out: so classes of several
-patterns are cut out of one word.
+2^width levels, is what the pattern has above its lowest width - 1 bits, the sign left out: so classes of
+several patterns are cut out of one word.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def count_classes(patterns: Any, counts: Any, width: int, first: int, counters: 
         stop = at + np.uint64(counts[s])
         counters[:] = np.int32(0)
         while at + np.uint64(4) <= stop:
-            zeroth[(np.uint64(patterns[at]) << one & kept) >> shift - least] += more
-            oneth[(np.uint64(patterns[at + np.uint64(1)]) << one & kept) >> shift - least] += more
-            twoth[(np.uint64(patterns[at + np.uint64(2)]) << one & kept) >> shift - least] += more
-            third[(np.uint64(patterns[at + np.uint64(3)]) << one & kept) >> shift - least] += more
+            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
+            oneth[((np.uint64(patterns[at + np.uint64(1)]) << one & kept) >> shift) - least] += more
+            twoth[((np.uint64(patterns[at + np.uint64(2)]) << one & kept) >> shift) - least] += more
+            third[((np.uint64(patterns[at + np.uint64(3)]) << one & kept) >> shift) - least] += more
             at += np.uint64(4)
         while at < stop:
-            zeroth[(np.uint64(patterns[at]) << one & kept) >> shift - least] += more
+            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
             at += one
         for c in range(rows.shape[1]):
             rows[s, c] = zeroth[c] + oneth[c] + twoth[c] + third[c]
