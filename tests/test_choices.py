@@ -161,7 +161,7 @@ def test_entropy_is_that_of_the_definition() -> None:
 def test_classes_cover_every_number_that_occurs_and_keep_the_bound(counts: list[int], signed: bool) -> None:
     used = np.flatnonzero(counts)
     bound = int(used[-1]) + 1  # the tightest there is
-    layout = best_layout(np.array(counts), signed=signed, bound=bound)
+    layout = best_layout(np.array(counts), signed, bound)
     sign = 1 if signed else 0
     assert layout.base == int(used[0]) << sign
     assert layout.top == bound << sign

@@ -20,7 +20,7 @@ from sfpformat.coding import counts as counting
 from sfpformat.coding import exact, planes, quantiser
 from sfpformat.coding import mask as masks
 from sfpformat.coding.bits import MAX_FIELD_BITS
-from sfpformat.coding.classes import Layout
+from sfpformat.coding.classes import CLASS_COST, Layout, best_layout
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.dtypes import DTYPES as ALL_DTYPES
 from sfpformat.engines import fast
@@ -53,6 +53,15 @@ def outcome(job: Job, engine: str) -> bytes | str:
 
 
 # ------------------------------------------------------------------------------------------------ whole files
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs())
+def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
+    kept = outcome(job, "numba")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.codec.blocks._KEPT_BYTES", 0)
+        assert outcome(job, "numba") == kept
 
 
 @settings(max_examples=250, deadline=None)
@@ -175,6 +184,23 @@ def test_segments_are_clustered_and_assigned_alike(
     found_codes, found_totals = fast.assign(rows, costs)
     assert np.array_equal(found_codes, codes)
     assert np.array_equal(found_totals, totals)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 3000),
+    st.lists(st.sampled_from([0, 0, 1, 2, 7, 900, 10**6, 10**9]), min_size=1, max_size=3000).filter(any),
+    st.integers(0, 40),
+    st.integers(0, 16),
+    st.booleans(),
+)
+def test_the_same_classes_are_best(
+    before: int, counts: list[int], above: int, doublings: int, signed: bool
+) -> None:
+    numbers = np.array([0] * before + counts, np.int64)
+    bound = int(np.flatnonzero(numbers)[-1]) + 1 + above
+    want = best_layout(numbers, signed, bound, CLASS_COST << doublings)
+    assert fast.best_layout(numbers, signed, bound, CLASS_COST << doublings) == want
 
 
 @settings(max_examples=200, deadline=None)

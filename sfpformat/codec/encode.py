@@ -38,20 +38,19 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
 
 def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Bytes:
     """The bytes of a chunk; chunks do not depend on one another."""
-    if plan.fingerprints is None:
+    if plan.coded is None:
         return build_raw(plan.flat[job.block].view(np.uint8))
-    mask = None if plan.survives is None else plan.survives(job.block)
-    survivors = job.positions if mask is None else engine.survivors(mask, job.positions)
-    streams = {"fingerprints": (plan.fingerprints.levels(job.block, mask), survivors)}
+    mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)
+    streams = {"fingerprints": (survivors.levels, survivors.counts)}
     if mask is not None:
         assert plan.entry.mask is not None
         kind, polarity = plan.entry.mask.kind, plan.entry.mask.polarity
         streams["mask"] = engine.encode_mask(kind, polarity, mask, job.positions)
     if plan.importance is not None:
         levels = plan.importance.levels(job.block, mask)
-        streams["importance"] = (levels, survivors if plan.importance.over_survivors else job.positions)
+        streams["importance"] = levels, survivors.counts if plan.importance.over_survivors else job.positions
     planes = {stream: _encode_stream(plan, engine, stream, job.first, *streams[stream]) for stream in streams}
-    return build_chunk(plan.entry, survivors, planes)
+    return build_chunk(plan.entry, survivors.counts, planes)
 
 
 def _encode_stream(

@@ -28,6 +28,7 @@ from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
 from ..engines import Engine
 from ..errors import FileFault, OptionError
+from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
 from .options import ImportanceOptions, Options
@@ -68,23 +69,6 @@ _SEGMENT = 1536
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The positions of a tensor cut into chunks of whole segments."""
-
-    positions: int
-    segment: int
-    chunk: int
-
-    def __iter__(self) -> Iterator[tuple[slice, Counts]]:
-        """For each chunk its positions, and the number of positions of each of its segments."""
-        for start in range(0, self.positions, self.segment * self.chunk):
-            stop = min(start + self.segment * self.chunk, self.positions)
-            counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
-            counts[-1] -= len(counts) * self.segment - (stop - start)
-            yield slice(start, stop), counts
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a tensor will be written.
 
@@ -92,20 +76,18 @@ class Plan:
         entry: the directory entry, still without chunk records.
         flat: the array, one-dimensional, C order.
         blocks: its chunks.
-        fingerprints: the levels of a block's survivors; None for coding raw.
+        coded: masks and fingerprint levels of the chunks; None for coding raw.
         codes: stream -> the code of each segment.
         vectors: the vectors of the vector chunk, by name.
-        survives: the mask bits of a block of positions, or None.
         importance: the importance levels of a block.
     """
 
     entry: TensorEntry
     flat: NDArray[np.generic]
     blocks: Blocks
-    fingerprints: FingerprintSource | None = None
+    coded: CodedBlocks | None = None
     codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     vectors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    survives: Callable[[slice], Mask] | None = None
     importance: ImportanceSource | None = None
 
 
@@ -293,12 +275,15 @@ class _Planner:
         chunk = max(options.chunk // segment, 1)
         entry = replace(self.entry, segment=segment, chunk=chunk)
         blocks = Blocks(len(self.flat), segment, chunk)
+        coded = CodedBlocks(source, survives, self.engine)
         codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
         if survives is not None:
-            known = survives
 
             def masks() -> Iterator[tuple[Mask, Counts]]:
-                return ((known(block), counts) for block, counts in blocks)
+                for block, counts in blocks:
+                    mask = coded.mask(block)
+                    assert mask is not None
+                    yield mask, counts
 
             chosen = choose_mask(masks, entry.segments, density, options, self.engine)
             entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
@@ -306,10 +291,9 @@ class _Planner:
             bits += chosen.choice.bits + INDEX_BITS * entry.segments
 
         def levels() -> Iterator[tuple[AnyLevels, Counts]]:
-            for block, counts in blocks:
-                mask = None if survives is None else survives(block)
-                alive = counts if mask is None else self.engine.survivors(mask, counts)
-                yield source.levels(block, mask), alive
+            for block, positions in blocks:
+                survivors = coded.survivors(block, positions)
+                yield survivors.levels, survivors.counts
 
         quantiser = source.quantiser
         stream = LevelBlocks(entry.segments, levels, isinstance(quantiser, Exact))
@@ -323,7 +307,7 @@ class _Planner:
             bits += 32 * quantiser.count
         codes["fingerprints"] = choice.codes
         entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
-        plan = Plan(entry, self.flat, blocks, source, codes, dict(vectors), survives)
+        plan = Plan(entry, self.flat, blocks, coded, codes, dict(vectors))
         return plan, bits + choice.bits
 
     def _used_centroids(
@@ -358,13 +342,10 @@ class _Planner:
         source = _importance_source(importance, options)
 
         def levels() -> Iterator[tuple[AnyLevels, Counts]]:
-            for block, counts in plan.blocks:
-                mask = None if plan.survives is None else plan.survives(block)
-                few = mask is not None and source.over_survivors
-                yield (
-                    source.levels(block, mask),
-                    self.engine.survivors(mask, counts) if few and mask is not None else counts,
-                )
+            assert plan.coded is not None
+            for block, positions in plan.blocks:
+                counts = plan.coded.survivors(block, positions).counts if source.over_survivors else positions
+                yield source.levels(block, plan.coded.mask(block)), counts
 
         stream = LevelBlocks(entry.segments, levels, isinstance(source.quantiser, Exact))
         bound = importance_bound(source.quantiser)

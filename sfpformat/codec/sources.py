@@ -45,6 +45,7 @@ Flat = NDArray[np.generic]
 # A lossless tensor of at most so many different magnitudes may be a table of them.
 MAX_DISTINCT = 1024
 _BLOCK = 1 << 18  # positions looked at together
+_CACHED = 1 << 15  # the same, where what is made of them should stay in the nearest caches
 # Levels of tensors up to so many positions are made once: they are gone through three times.
 _KEPT_LEVELS = 1 << 25
 
@@ -283,9 +284,9 @@ def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | No
 
 def require_finite(flat: Flat) -> None:
     """Refuses what a lossy quantiser cannot take."""
-    for start in range(0, len(flat), 1 << 22):
+    for start in range(0, len(flat), _CACHED):
         with np.errstate(over="ignore", invalid="ignore"):
-            values = flat[start : start + (1 << 22)].astype(np.float32)
+            values = flat[start : start + _CACHED].astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise OptionError(
                 "a lossy quantiser takes finite float32 only, no infinities or NaNs; use lossless"

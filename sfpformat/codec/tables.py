@@ -9,11 +9,11 @@ import numpy as np
 
 from ..coding.bits import MAX_FIELD_BITS
 from ..coding.classes import (
+    CLASS_COST,
     FRACTION,
     Histogram,
     Layout,
     add_histograms,
-    best_layout,
     constant_layout,
     entropy_bits,
     histogram,
@@ -210,7 +210,7 @@ def choose_numbers(
         return _no_levels(blocks)
     best: Choice | None = None
     for group in _groups(counts.total, options):
-        for layout in _layouts(counts.total, bound >> sign, signed, group, options):
+        for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
             found = _choice(blocks, counts, layout, sign, group, options, engine)
             if found and (best is None or found.bits < best.bits):
                 best = found
@@ -249,13 +249,15 @@ def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
     return (1, 2) if bits <= _PAIR_BITS else (1,)
 
 
-def _layouts(counts: Histogram, limit: int, signed: bool, group: int, options: Options) -> list[Layout]:
+def _layouts(
+    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
+) -> list[Layout]:
     """The layouts to try."""
     singles = _singles(counts, signed)
     many = int(counts.sum()) >= _MANY_LEVELS
     if many and singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
         return [singles]
-    fitting = _fitting_layout(counts, limit, signed, group, options)
+    fitting = _fitting_layout(counts, limit, signed, group, options, engine)
     return [layout for layout in {fitting: None, singles: None} if layout is not None]
 
 
@@ -282,12 +284,12 @@ def _choice(
 
 
 def _fitting_layout(
-    counts: Histogram, limit: int, signed: bool, group: int, options: Options
+    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
 ) -> Layout | None:
     """The best layout with as few classes as groups of that size allow."""
     most = _PAIR_CLASSES if group == 2 else min(MAX_SYMBOLS, 1 << options.code_limit)
     for doubling in range(16):
-        layout = best_layout(counts, signed=signed, bound=limit, class_cost=(16 << FRACTION) << doubling)
+        layout = engine.best_layout(counts, signed, limit, CLASS_COST << doubling)
         if len(layout.extra) <= most:
             return layout
     return None

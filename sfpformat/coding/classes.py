@@ -24,7 +24,7 @@ LOG2 = np.array(
 )
 _SMALL = 1 << 14
 # What a class costs in the directory: a byte of `extra` and one of `length`.
-_CLASS_COST = 16 << FRACTION
+CLASS_COST = 16 << FRACTION
 # Class boundaries: every number below this; above, multiples of a power of two that keeps 7 leading bits.
 _FINE_NUMBERS = 128
 
@@ -96,7 +96,7 @@ def constant_layout(class_counts: Histogram, width: int) -> Layout:
     return Layout(int(used[0]) << width, bytes([width]) * int(used[-1] - used[0] + 1))
 
 
-def best_layout(counts: Histogram, *, signed: bool, bound: int, class_cost: int = _CLASS_COST) -> Layout:
+def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = CLASS_COST) -> Layout:
     """Dyadic classes of least estimated cost, by dynamic programming over their boundaries.
 
     A class of w = 2^e numbers that occur n times in N costs n (log2(N/n) + e) bits and its two bytes in the
@@ -111,40 +111,39 @@ def best_layout(counts: Histogram, *, signed: bool, bound: int, class_cost: int 
     """
     used = np.flatnonzero(counts)
     first, end = int(used[0]), int(used[-1]) + 1
-    points = _boundaries(first, end, bound)
-    place = {point: i for i, point in enumerate(points)}
+    points = boundaries(first, end, bound)
+    ends = np.array(points)
     below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
     total = int(below[-1])
     log_total = int(log2_fixed(np.array([total]))[0])
     # Of every class that may be: where it ends, and what it costs.
     exponents = np.arange((points[-1] - first).bit_length())
-    targets = np.array(points[:-1])[:, None] + (1 << exponents)
-    n = below[np.minimum(targets, end)] - below[np.minimum(points[:-1], end)][:, None]
+    targets = ends[:-1, None] + (1 << exponents)
+    at = np.minimum(np.searchsorted(ends, targets), len(points) - 1)
+    begins, which = np.nonzero(ends[at] == targets)
+    n = below[np.minimum(targets, end)] - below[np.minimum(ends[:-1], end)][:, None]
     costs = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
     costs += (n * exponents << FRACTION) + class_cost
-    best = [0] + [-1] * (len(points) - 1)
-    came: list[int] = [0] * len(points)
-    for i, (ends, bits) in enumerate(zip(targets.tolist(), costs.tolist(), strict=True)):
-        if best[i] < 0:
-            continue
-        for e, target in enumerate(ends):
-            if target > points[-1]:
-                break
-            j = place.get(target, -1)
-            if j >= 0 and (best[j] < 0 or best[i] + bits[e] < best[j]):
-                best[j], came[j] = best[i] + bits[e], e
-    finish = min((i for i, p in enumerate(points) if p >= end and best[i] >= 0), key=best.__getitem__)
-    widths, at = [], points[finish]
-    while at > first:
-        e = came[place[at]]
+    best: list[int | None] = [0] + [None] * (len(points) - 1)
+    came = [(0, 0)] * len(points)  # the place where the last class begins, and its exponent
+    ways = zip(
+        *(part.tolist() for part in (begins, at[begins, which], costs[begins, which], which)), strict=True
+    )
+    for i, j, bits, e in ways:
+        so_far, known = best[i], best[j]
+        if so_far is not None and (known is None or so_far + bits < known):
+            best[j], came[j] = so_far + bits, (i, e)
+    finish = min((bits, j) for j, bits in enumerate(best) if bits is not None and points[j] >= end)[1]
+    widths = []
+    while finish:
+        finish, e = came[finish]
         widths.append(e)
-        at -= 1 << e
     sign = 1 if signed else 0
     return Layout(first << sign, bytes(e + sign for e in reversed(widths)))
 
 
-def _boundaries(first: int, end: int, bound: int) -> list[int]:
-    """The numbers at which a class may begin or end: few enough, and always a way from first to end."""
+def boundaries(first: int, end: int, bound: int) -> list[int]:
+    """Where a class may begin or end, ascending: few numbers, and always a way from ``first`` to ``end``."""
     points = {first, end}
     point = first
     while point < end:

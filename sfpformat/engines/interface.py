@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
-from ..coding.classes import Layout
+from ..coding.classes import Histogram, Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
 from ..coding.exact import Patterns
@@ -110,6 +110,9 @@ class Engine(Protocol):
 
     def count_symbols(self, levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
         """As `coding.counts.count_symbols`."""
+
+    def best_layout(self, counts: Histogram, signed: bool, bound: int, class_cost: int) -> Layout:
+        """As `coding.classes.best_layout`."""
 
     def cluster(self, sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
         """As `coding.counts.cluster`."""

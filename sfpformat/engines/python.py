@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.exact import count_exact, encode_exact, exact_zeros
 from ..coding.mask import chosen, encode_mask, survivors
@@ -17,6 +18,7 @@ name = "python"
 
 __all__ = [
     "assign",
+    "best_layout",
     "chosen",
     "cluster",
     "count_classes",

@@ -14,6 +14,7 @@ name = "cuda"
 
 _processor = get_engine("numba" if why_not("numba") is None else "python")
 assign = _processor.assign
+best_layout = _processor.best_layout
 chosen = _processor.chosen
 cluster = _processor.cluster
 count_classes = _processor.count_classes
@@ -30,6 +31,7 @@ uniform_levels = _processor.uniform_levels
 
 __all__ = [
     "assign",
+    "best_layout",
     "chosen",
     "cluster",
     "count_classes",

@@ -6,6 +6,7 @@ from ...coding.mask import encode_mask
 from .decode import decode_levels, decode_runs, make_recipe
 from .encode import (
     assign,
+    best_layout,
     chosen,
     cluster,
     count_classes,
@@ -22,6 +23,7 @@ name = "numba"
 
 __all__ = [
     "assign",
+    "best_layout",
     "chosen",
     "cluster",
     "count_classes",

@@ -9,6 +9,7 @@ import numpy as np
 from ...coding.classes import FRACTION, LOG2, LOG2_BITS
 from ...coding.counts import COST_FRACTION, ROUNDS
 from .compiling import allocating_kernel
+from .memory import leading_zeros
 
 _MOST_BITS = 64
 
@@ -16,12 +17,63 @@ _MOST_BITS = 64
 @allocating_kernel
 def _log2(count: int) -> int:
     """As `coding.classes.log2_fixed`."""
-    exponent = 0
-    while count >> exponent > 1:
-        exponent += 1
+    exponent = np.int64(63) - np.int64(leading_zeros(np.uint64(count)))
     shift = exponent - LOG2_BITS
     mantissa = count >> shift if shift >= 0 else count << -shift
-    return (np.int64(exponent) << FRACTION) + LOG2[mantissa - (1 << LOG2_BITS)]
+    return (exponent << FRACTION) + LOG2[mantissa - (1 << LOG2_BITS)]
+
+
+@allocating_kernel
+def cheapest_classes(counts: Any, end: int, points: Any, class_cost: int, widths: Any) -> int:
+    """The classes of `coding.classes.best_layout`.
+
+    Args:
+        counts: int64, how often each number occurs; 0 from ``end`` on.
+        points: int64, of `coding.classes.boundaries`.
+        widths: uint8, filled from the last class to the first.
+
+    Returns:
+        How many classes there are.
+    """
+    size = points.size
+    below = np.empty(size, np.int64)  # how often numbers below each point occur
+    number, total = np.int64(0), np.int64(0)
+    for i in range(size):
+        while number < min(points[i], end):
+            total += counts[number]
+            number += 1
+        below[i] = total
+    log_total = _log2(total)
+    best, came = np.full(size, -1, np.int64), np.zeros(size, np.int64)
+    best[0] = 0
+    for i in range(size - 1):
+        if best[i] < 0:
+            continue
+        j, e = i, np.int64(0)
+        while points[i] + (np.int64(1) << e) <= points[size - 1]:
+            target = points[i] + (np.int64(1) << e)
+            while points[j] < target:
+                j += 1
+            if points[j] == target:
+                n = below[j] - below[i]
+                bits = best[i] + (n * e << FRACTION) + class_cost
+                if n:
+                    bits += n * (log_total - _log2(n))
+                if best[j] < 0 or bits < best[j]:
+                    best[j], came[j] = bits, e
+            e += 1
+    finish = np.int64(-1)
+    for j in range(size):
+        if best[j] >= 0 and points[j] >= end and (finish < 0 or best[j] < best[finish]):
+            finish = j
+    found = 0
+    while finish > 0:
+        widths[found] = came[finish]
+        begin = points[finish] - (np.int64(1) << came[finish])
+        while points[finish] > begin:
+            finish -= 1
+        found += 1
+    return found
 
 
 @allocating_kernel

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...coding.quantiser import MAX_NUMBER
 from .compiling import allocating_kernel
+from .memory import count_ones, load64
 
 # Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
 # every fourth level has counters of its own.
@@ -72,11 +73,14 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
     """Fills ``found``: how many bytes of each segment are 1; ``mask`` is uint8, of zeros and ones."""
     at = np.int64(0)
     for s in range(positions.size):
-        count = np.int64(0)
-        for i in range(at, at + positions[s]):
-            count += mask[i]
+        stop, count = at + positions[s], np.int64(0)
+        while at + 8 <= stop:
+            count += np.int64(count_ones(load64(mask, at)))
+            at += 8
+        while at < stop:
+            count += mask[at]
+            at += 1
         found[s] = count
-        at += positions[s]
 
 
 @allocating_kernel

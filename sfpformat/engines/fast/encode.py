@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
-from ...coding.classes import Layout
+from ...coding.classes import Histogram, Layout, boundaries
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from ...coding.counts import NUMBERS_OF_CODES, Costs, Rows
 from ...coding.mask import Mask
@@ -76,6 +76,17 @@ def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int)
     return rows
 
 
+def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int) -> Layout:
+    """As `coding.classes.best_layout`."""
+    used = np.flatnonzero(counts)
+    first, end = int(used[0]), int(used[-1]) + 1
+    points = np.array(boundaries(first, end, bound))
+    widths = np.empty(len(points), np.uint8)
+    found = clustering.cheapest_classes(counts, end, points, class_cost, widths)
+    sign = 1 if signed else 0
+    return Layout(first << sign, (widths[:found][::-1] + np.uint8(sign)).tobytes())
+
+
 def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
     """As `coding.counts.cluster`."""
     tried = [n for n in NUMBERS_OF_CODES if n <= most and n <= max(len(sample) // 2, 1)]
@@ -110,7 +121,12 @@ def encode_levels(
     prefix, prefix_bits = _prefix_plane(levels, counts, codes, table, base, constant, lookup, firsts)
     widest = int(extra.max())
     plane, sizes = np.empty(-(-len(levels) * widest // 8) + 8, np.uint8), np.empty(len(counts), np.int64)
-    used = packing.pack_residuals(levels, counts, trims, base, constant, lookup, firsts, extra, plane, sizes)
+    if 0 <= constant <= packing.MOST_TOGETHER and not trims.any():
+        used = packing.pack_residuals_of_one_width(levels, counts, base, constant, plane, sizes)
+    else:
+        used = packing.pack_residuals(
+            levels, counts, trims, base, constant, lookup, firsts, extra, plane, sizes
+        )
     return Planes(codes, trims, prefix, prefix_bits, plane[:used], sizes)
 
 

@@ -19,6 +19,8 @@ from .memory import store64
 # Symbols between two stores: 4 codewords of 12 bits are at most the 57 there is room for.
 _SYMBOLS = 4
 _WORD_BITS = np.uint64(MAX_CODE_BITS)
+# Residuals of so many bits are packed eight at a time.
+MOST_TOGETHER = 8
 
 
 @allocating_kernel
@@ -135,6 +137,45 @@ def pack_prefix(
     if taken:
         plane[to] = np.uint8(word)
         to += 1
+    return to
+
+
+@allocating_kernel
+def pack_residuals_of_one_width(
+    levels: Any, counts: Any, base: Any, width: int, plane: Any, sizes: Any
+) -> int:
+    """The residual plane where all classes have one width, at most `MOST_TOGETHER`, and nothing is trimmed.
+
+    Args:
+        levels, counts: of whole segments.
+        base: uint64, the table's.
+        width: residual bits of each level.
+        plane: uint8, filled; room for all residuals and 8 bytes more.
+        sizes: int64, set to the bits of each segment.
+
+    Returns:
+        How many bytes of the plane are used.
+    """
+    for s in range(counts.size):
+        sizes[s] = counts[s] * width
+    bits, mask = np.uint64(width), (np.uint64(1) << np.uint64(width)) - np.uint64(1)
+    at, to, size = np.uint64(0), np.int64(0), np.uint64(levels.size)
+    # Eight levels are whole bytes.
+    while at + np.uint64(8) <= size:
+        word = np.uint64(0)
+        for i in range(8):
+            word |= (np.uint64(levels[at + np.uint64(i)]) - base & mask) << np.uint64(i) * bits
+        store64(plane, to, word)
+        at += np.uint64(8)
+        to += width
+    word, taken = np.uint64(0), np.uint64(0)
+    while at < size:
+        word |= (np.uint64(levels[at]) - base & mask) << taken
+        taken += bits
+        at += np.uint64(1)
+    if taken:
+        store64(plane, to, word)
+        to += np.int64((taken + np.uint64(7)) >> np.uint64(3))
     return to
 
 

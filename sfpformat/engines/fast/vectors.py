@@ -1,29 +1,23 @@
 """Vector steps that a compiler does not find by itself, written in LLVM's vector types for any processor.
 
 Joining class and residual to a weight's bit pattern: Numba's integers widen to 64 bits, in which a loop over
-bytes runs at a third of the speed. Expanding survivors to their positions: one instruction for a vector where
-the processor has it; LLVM makes a branch a weight of it where not, so callers ask `EXPANDS2` and `EXPANDS4`
-first. Looking up by class and sign: half the time of a loop, which widens here too.
+bytes runs at a third of the speed. Looking up by class and sign: half the time of a loop, which widens here
+too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from .memory import count_ones, pointer_to, require_inside
+from .memory import pointer_to, require_inside
 
 LANES16, LANES32 = 32, 16  # weights a step: 64 bytes of output
 STEP_BYTES = 64
-
-# Positions that one step expands to weights of 2 and of 4 bytes, and whether that is one instruction here.
-EXPANDED2, EXPANDED4 = 32, 16
-_FEATURES = binding.get_host_cpu_features()
-EXPANDS2, EXPANDS4 = bool(_FEATURES.get("avx512vbmi2")), bool(_FEATURES.get("avx512f"))
 
 LANES_LOOKED_UP = 16  # weights that one step looks up
 BY_SLOT = 512  # entries of the table
@@ -218,49 +212,6 @@ def is_aligned(typing_context: Any, array: Any, offset: Any) -> Any:
         return builder.icmp_unsigned("==", below, ir.Constant(_ADDRESS, 0))
 
     return types.boolean(array, types.int64), codegen
-
-
-def _expander(item: int) -> Any:
-    """A function that writes values to the positions whose mask bits are set, and zero to the others."""
-    lanes, word = 64 // item, ir.IntType(8 * item)
-    vector, flags = ir.VectorType(word, lanes), ir.VectorType(ir.IntType(1), lanes)
-    name = f"llvm.masked.expandload.v{lanes}i{8 * item}"
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, place, mask, out, to = arguments
-        values_type, _, _, out_type, _ = signature.args
-        source = pointer_to(context, builder, values_type, values, place, 8 * item)
-        set_bits = builder.bitcast(builder.trunc(mask, ir.IntType(lanes)), flags)
-        kind = ir.FunctionType(vector, [source.type, flags, vector])
-        expand = cgutils.get_or_insert_function(builder.module, kind, name)
-        expanded = builder.call(expand, [source, set_bits, ir.Constant(vector, [0] * lanes)])
-        target = pointer_to(context, builder, out_type, out, to, 8)
-        builder.store(expanded, builder.bitcast(target, vector.as_pointer())).align = 1
-        return context.get_dummy_value()
-
-    def expand(typing_context: Any, values: Any, place: Any, mask: Any, out: Any, to: Any) -> Any:
-        return types.void(values, types.int64, types.uint64, out, types.int64), generate
-
-    return intrinsic(expand)
-
-
-_expand2, _expand4 = _expander(2), _expander(4)
-
-
-@register_jitable
-def expand2(values: Any, place: int, mask: Any, out: Any, to: int) -> None:
-    """Writes 32 weights of 2 bytes at byte ``to``, those of set mask bits from byte ``place`` on."""
-    require_inside(values, place, 2 * count_ones(mask))
-    require_inside(out, to, 2 * EXPANDED2)
-    _expand2(values, place, mask, out, to)
-
-
-@register_jitable
-def expand4(values: Any, place: int, mask: Any, out: Any, to: int) -> None:
-    """Writes 16 weights of 4 bytes at byte ``to``, those of set mask bits from byte ``place`` on."""
-    require_inside(values, place, 4 * count_ones(mask))
-    require_inside(out, to, 4 * EXPANDED4)
-    _expand4(values, place, mask, out, to)
 
 
 def _looker(item: int) -> Any:
