@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sfpformat.coding.bits import Bytes
 from sfpformat.engines.cuda import layout
-from sfpformat.engines.cuda.device import Device
+from sfpformat.engines.cuda.device import Device, Mark
 
 FOLDER = Path(__file__).parent
 # -ffp-contract=off: what the source multiplies and adds apart stays apart.
@@ -132,13 +132,23 @@ class HostDevice:
         launched: the kernels in the order of their launches.
     """
 
-    def __init__(self, library: Path | None = None, *, backwards: bool = False, poison: bool = False) -> None:
+    def __init__(
+        self,
+        library: Path | None = None,
+        *,
+        backwards: bool = False,
+        poison: bool = False,
+        at_once: bool = False,
+    ) -> None:
         """Loads the library, by default that of `build`.
 
         Args:
-            backwards: whether the last thread of a block goes first.
+            backwards: whether the last thread of a block goes first, and copies that a kernel begins are done
+                when it waits for them.
             poison: whether the address sanitiser is there and told of the guards.
+            at_once: whether the queue is done at once, for users whose other work does not join it.
         """
+        self._at_once = at_once
         self._poison = poison
         self._library = load(library or build())
         self._backwards = backwards
@@ -162,13 +172,18 @@ class HostDevice:
 
     def copy(self, to: int, source: int, size: int) -> None:
         """See `Device`."""
-        self._queue.append(lambda: ctypes.memmove(to, source, size))
+        self._enqueue(lambda: ctypes.memmove(to, source, size))
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[np.generic]) -> None:
         """See `Device`."""
         held = [np.array(argument) for argument in arguments]
         self.launched.append(kernel)
-        self._queue.append(lambda: self._run(kernel, blocks, held))
+        self._enqueue(lambda: self._run(kernel, blocks, held))
+
+    def _enqueue(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        if self._at_once:
+            self.finish()
 
     def _run(self, kernel: str, blocks: int, held: list[NDArray[Any]]) -> None:
         pointers = (ctypes.c_void_p * len(held))(*[value.ctypes.data for value in held])
@@ -182,6 +197,10 @@ class HostDevice:
     def mark(self) -> HostMark:
         """See `Device`."""
         return HostMark(self)
+
+    def wait_for(self, mark: Mark) -> None:
+        """See `Device`."""
+        self._enqueue(mark.wait)
 
     def finish(self) -> None:
         """Does all that waits."""

@@ -177,7 +177,7 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
     out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
     out["dtype"] = layout.FLOATS.index(entry.dtype.name)
     out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
-    out["scale_by"], out["scale_unit"] = _scale(entry)
+    out["scale_by"], out["scale_unit"] = scale_of(entry)
     out["multiplier"], out["mask"] = _multiplier(entry), _mask(entry)
     if importance is not None and importance.quantiser is not None:
         kind, step, coded = _quantiser(importance.quantiser)
@@ -193,7 +193,7 @@ def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
     return layout.TABLE, 0.0, 0
 
 
-def _scale(entry: TensorEntry) -> tuple[int, int]:
+def scale_of(entry: TensorEntry) -> tuple[int, int]:
     """What the number of a factor is, and the unit that positions are divided by."""
     if entry.scale is None:
         return layout.NO_SCALE, 1
@@ -246,7 +246,7 @@ def _looks_up(entry: TensorEntry) -> bool:
     quantiser, top = fingerprints.quantiser, fingerprints.table.top
     return (
         _multiplier(entry) == layout.NO_MULTIPLIER
-        and _scale(entry)[0] <= layout.SCALE_TENSOR
+        and scale_of(entry)[0] <= layout.SCALE_TENSOR
         and entry.dtype.itemsize <= 4
         and not (isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype)
         and top <= min(_MOST_PATTERNS, max(entry.positions, _FEW_PATTERNS))
