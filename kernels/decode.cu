@@ -3,7 +3,7 @@
 // A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
 // IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
 #include "product.cuh"
-#include "short.cuh"
+#include "sparse.cuh"
 
 enum : u32 { IDLE = 0xFFFFFFFF };
 
@@ -101,6 +101,22 @@ __device__ inline void run_short(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
+template <bool LONG>
+__device__ inline void run_sparse(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(2)];
+    __shared__ SparseTables tables;
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    fill_sparse(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, tables, threadIdx.x);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part, out);
+    u32 wrong = decode_sparse<LONG>(warp, index, tiles[own], tables, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
 // `out`: what the addresses of the jobs' weights are counted from.
 #define KERNEL(NAME, BLOCKS, BODY)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
@@ -122,6 +138,10 @@ KERNEL(plain_8, 3, (run_any<8, true>))
 KERNEL(short_1, 4, (run_short<1>))
 KERNEL(short_2, 4, (run_short<2>))
 KERNEL(short_4, 4, (run_short<4>))
+// Weights of two bytes, quantised, a codeword and a sign each or of one width, under octets or none; short: codewords
+// of at most 8 bits.
+KERNEL(sparse_2_short, 5, (run_sparse<false>))
+KERNEL(sparse_2_long, 5, (run_sparse<true>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
 // most 8 bits.
 KERNEL(dense_2_8_one_short, 6, (run_dense<2, 8, ONE_SHORT>))

@@ -145,6 +145,8 @@ const Kernel KERNELS[] = {
     DECODING(short_1),
     DECODING(short_2),
     DECODING(short_4),
+    DECODING(sparse_2_short),
+    DECODING(sparse_2_long),
     DECODING(dense_2_8_one_short),
     DECODING(dense_2_8_one_long),
     DECODING(dense_2_8_many_short),

@@ -53,6 +53,14 @@ inline unsigned atomicAdd(unsigned *word, unsigned more) {
 inline void __threadfence() {}
 inline float __ldcg(const float *number) { return *number; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+
+inline unsigned __brev(unsigned x) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i++) out |= (x >> i & 1) << (31 - i);
+    return out;
+}
+
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 

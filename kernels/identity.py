@@ -17,7 +17,7 @@ from sfpformat.engines.cuda.device import Device
 from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
 
-from . import fuzz
+from .inputs import damaged_file, files
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
 # Golden files, where this is a clone.
@@ -54,12 +54,12 @@ def golden_files(every: int = 1) -> Iterator[bytes]:
 def files_to_compare(damaged: int, every: int = 1) -> Iterator[bytes]:
     """Golden files; files of every kind, small and of many tiles; damaged ones, their checksums mended."""
     yield from golden_files(every)
-    small = [data for _, data in fuzz.files(every=every)]
+    small = [data for _, data in files(every=every)]
     yield from small
-    yield from (data for _, data in fuzz.files(24, 700, chunk=1 << 13, every=every))
+    yield from (data for _, data in files(24, 700, chunk=1 << 13, every=every))
     rng = np.random.default_rng(3)
     for i in range(damaged):
-        yield fuzz.damaged_file(small[i % len(small)], rng)
+        yield damaged_file(small[i % len(small)], rng)
 
 
 def compare_with_reference(damaged: int, every: int = 1) -> int:

@@ -69,6 +69,13 @@ class OnDevice:
         self.resident = Resident(device, recipes, recipe, entry, self._chunks.address)
         self.out = device.allocate(entry.decoded_bytes)
 
+    def overwrite(self, chunks: bytes | Bytes) -> None:
+        """Puts other chunks, as many bytes, in the place of those that are there."""
+        staging = self.device.pin(len(chunks))
+        staging.bytes[:] = np.frombuffer(chunks, np.uint8)
+        self.device.copy(self._chunks.address, staging.address, len(chunks))
+        self.device.mark().wait()
+
     def decode(self) -> None:
         """Writes the weights to `out`, in the queue's order."""
         self.resident.decode(self.device, self.out.address)

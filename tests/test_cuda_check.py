@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import check, fuzz, identity, peers, shim, speed
+from kernels import check, identity, inputs, peers, shim, speed
 from kernels.report import tables
 from sfpformat.engines.cuda import driver, work
 
@@ -32,15 +32,15 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None)
     monkeypatch.setattr(work, "open_device", shim.device_of())
     monkeypatch.setattr(work, "_thread", threading.local())
-    some = list(fuzz._kinds(1 << 10))[::9]
-    monkeypatch.setattr(fuzz, "_kinds", lambda chunk: iter(some))
+    some = list(inputs._kinds(1 << 10))[::9]
+    monkeypatch.setattr(inputs, "_kinds", lambda chunk: iter(some))
 
 
 @pytest.mark.usefixtures("on_host")
 def test_files_are_compared_on_any_device() -> None:
-    golden, made = len(list(identity.golden_files(60))), len(list(fuzz.files()))
+    golden, made = len(list(identity.golden_files(60))), len(list(inputs.files(every=60)))
     assert golden > 30
-    assert identity.compare_with_reference(damaged=20, every=60) == golden + 2 * -(-made // 60) + 20
+    assert identity.compare_with_reference(damaged=20, every=60) == golden + 2 * made + 20
 
 
 @pytest.mark.usefixtures("on_host")

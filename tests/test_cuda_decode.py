@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfpformat
-from kernels import fuzz, shim
-from sfpformat import Options
+from kernels import inputs, shim
+from sfpformat import PRESETS, Options
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
@@ -113,8 +113,20 @@ KERNELS: dict[str, list[Made]] = {
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs"), 0.1),
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs", polarity=0, codes=1), 0.8),
         (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
-        (np.float16, Options(quantiser="table", centroids=20), 0.5),
         (BF16, Options(trim=True, mask="octets"), 0.4),
+    ],
+    "sparse_2_short": [
+        (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
+        (BF16, PRESETS["gpu"].but(quantiser="uniform", step=0.1, codes=5), 0.5),
+        (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor"), 1.0),
+        (BF16, PRESETS["fused"].but(quantiser="table", centroids=8), 0.5),
+        (np.float16, PRESETS["fused"].but(quantiser="table", centroids=128), 0.3),
+        (BF16, PRESETS["fused"].but(quantiser="table", centroids=2), 1.0),
+    ],
+    "sparse_2_long": [
+        (np.float16, Options(quantiser="table", centroids=20, mask="octets"), 0.5),
+        (BF16, Options(quantiser="table", centroids=40, group=1, mask="octets"), 0.1),
+        (BF16, Options(quantiser="table", centroids=40, group=1, codes=4), 1.0),
     ],
     "short_4": [(np.float32, Options(quantiser="uniform", step=0.05), 0.5)],
     "plain_2": [(BF16, Options(quantiser="uniform", step=0.0005), 0.9)],
@@ -296,8 +308,8 @@ def test_patterns_are_widened_without_loss(name: str) -> None:
 
 def test_damaged_files_are_damaged_inside_and_mended_outside() -> None:
     rng = np.random.default_rng(0)
-    for _, data in fuzz.files(every=20):
-        damaged = fuzz.damaged_file(data, rng)
+    for _, data in inputs.files(every=20):
+        damaged = inputs.damaged_file(data, rng)
         assert damaged != data
         found = outcome(damaged, "python")
         assert isinstance(found, list) or found[0] not in ("E_CRC", "E_ENCODING", "E_TRUNCATED")
