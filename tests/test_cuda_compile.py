@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels import budget
+from kernels import budget, machine
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, source
@@ -49,7 +49,7 @@ def test_the_source_is_one_string_without_headers() -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
-    code, usage, said = budget.compile_with_usage(arch)
+    code, usage, said = machine.compile_with_usage(arch)
     assert code.startswith(b"\x7fELF")
     assert set(usage) == set(source.kernels())
     assert "warning" not in said
@@ -69,47 +69,83 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
 
 # ------------------------------------------------------------------------------------------------ the budget
 
-LOOPS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/                   LDS.U16 R4, [R2] ;
-        /*0020*/              @P0 BRA 0x40 ;
-        /*0030*/                   LD.E.128 R8, desc[UR6][R6.64] ;
-        /*0040*/                   LDS.U16 R5, [R2+0x2] ;
-        /*0050*/                   LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT ;
-        /*0060*/                   LDS.U16 R5, [R2+0x4] ;
-        /*0070*/                   LDS.U16 R5, [R2+0x6] ;
-        /*0080*/                   STS [R3], R5 ;
-        /*0090*/              @!P1 BRA 0x10 ;
-""" + "".join(
-    f"        /*{0x100 + 16 * i:04x}*/                   ST.E desc[UR6][R2.64], R4 ;\n" for i in range(8)
+
+def machine_code(*loops: str, at: int = 0) -> str:
+    """Lines as the disassembler prints them; a loop is lines, the last of which goes back to its first.
+
+    ``>`` before a line jumps over it, if it is to.
+    """
+    out = []
+    for loop in loops:
+        start = at
+        for line in loop.split(";"):
+            text = line.strip()
+            if text.startswith(">"):
+                out.append(f"        /*{at:04x}*/              @P0 BRA {at + 32:#x} ;")
+                at, text = at + 16, text[1:].strip()
+            out.append(f"        /*{at:04x}*/                   {text} ;")
+            at += 16
+        out.append(f"        /*{at:04x}*/              @!P1 BRA {start:#x} ;")
+        at += 16
+    return "\n".join(out)
+
+
+WRITES = ";".join(["ST.E desc[UR6][R2.64], R4"] * 8)
+DENSE = machine_code(
+    "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
+    "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
+    WRITES,
 )
-LOOPS += "        /*0180*/              @!P1 BRA 0x100 ;\n        /*0190*/                   BRA 0x190 ;\n"
 
 
-def test_loops_are_found_and_what_is_jumped_over_is_counted_apart() -> None:
-    decode, write = budget.dense_loops(budget.instructions_of(LOOPS), 2)
-    assert (len(decode.every), len(decode.always), decode.weights) == (9, 8, 4)
-    assert decode.a_weight(decode.every, ("LOP3",)) == 0.25
-    assert (len(write.every), write.weights) == (9, 16)
-    own = budget.budget_of("dense_2_8_one_short", budget.instructions_of(LOOPS))
+def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
+    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(DENSE))
+    assert own is not None
     assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
     assert own.integer == (0.25, 0.25)
     assert set(own.shares().values()) == {1.0}
+    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY)
 
 
-SURVIVORS = """
-        /*0000*/                   LDS R4, [R2] ;
-        /*0010*/                   FLO.U32 R5, R6 ;
-        /*0020*/              @!P0 BRA 0x40 ;
-        /*0030*/                   LDS R7, [R2+0x4] ;
-        /*0040*/                   STS.U16 [R3], R4 ;
-        /*0050*/               @P1 BRA 0x0 ;
-"""
+def nested(inner: str, before: str, *, around: str | None = None) -> str:
+    """A loop in a loop, and in a third where there is something around it."""
+    lines = machine_code(inner, at=16 * len(before.split(";"))).split("\n")
+    first = [
+        f"        /*{16 * i:04x}*/                   {line.strip()} ;"
+        for i, line in enumerate(before.split(";"))
+    ]
+    at = 16 * (len(first) + len(lines))
+    return "\n".join([*first, *lines, f"        /*{at:04x}*/              @!P1 BRA 0x0 ;"])
 
 
-def test_the_loop_over_survivors_is_found() -> None:
-    loop = budget.survivor_loop(budget.instructions_of(SURVIVORS))
-    assert (len(loop.every), len(loop.always)) == (6, 5)
+def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> None:
+    turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
+    code = nested(turn, "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5")
+    write = machine_code(WRITES, at=0x200)
+    own = budget.budget_of("sparse_2_short", machine.instructions_of(f"{code}\n{write}"))
+    assert own is not None
+    turns = budget.slowest(32, 1) / 32
+    assert 20 / 32 < turns < 24 / 32
+    assert own.issue[0] == pytest.approx(5 * turns + 3 / 32 + 9 / 16)
+    assert own.integer[0] == pytest.approx(turns + 1 / 32)
+
+
+def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
+    word = (
+        "PRMT R4, R4, R5, R6; HMMA.16816.F32.BF16 R4, R8, R12, R4; LDS R4, [R2]; LDS.128 R8, [R3];"
+        "> SHFL.UP R4, R4"
+    )
+    tile = nested(word, "LDG.E R4, desc[UR6][R2.64]")
+    own = budget.budget_of("multiply_bf16", machine.instructions_of(tile))
+    assert own is not None
+    assert own.issue[0] == pytest.approx(6 / 64 + 1 / 256 + 2 / 256)
+    assert own.integer[0] == pytest.approx(1 / 64)
+    assert own.memory == pytest.approx((budget.MEETING + 4) / 64 + 32 * budget.PLAIN_BITS / 8 / 128)
+
+
+def test_other_kernels_have_no_budget() -> None:
+    for kernel in ("any_4", "plain_2", "index_chunks", "short_1"):
+        assert budget.budget_of(kernel, []) is None
 
 
 # ------------------------------------------------------------------------------------------- why it cannot be
