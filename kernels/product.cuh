@@ -386,10 +386,12 @@ __device__ inline void multiply_rows(
         __syncwarp();
 #pragma unroll 1
         for (u32 i = 0; i < 4; i++) {
-            Queue queue = queue_at(above.levels, at), other_queue = queue_at(below.levels, other);
-            if (i == 3) {  // no level of this tile is in shared memory only
+            if (i == 3) {
                 count_levels(above, lane);
                 count_levels(below, lane);
+            }
+            Queue queue = queue_at(above.levels, at), other_queue = queue_at(below.levels, other);
+            if (i == 3) {  // no level of this tile is in shared memory only
                 __syncwarp();
                 copy_levels(matrix, above, lane);
                 copy_levels(matrix, below, lane);
@@ -450,7 +452,7 @@ __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memo
     }
     if (slices == 1) return;
     __threadfence();
-    __syncthreads();
+    __syncthreads();  // for other blocks
     if (threadIdx.x == 0) memory.is_last = atomicAdd(call.done + block, 1) == slices - 1;
     __syncthreads();
     if (!memory.is_last) return;
