@@ -19,8 +19,8 @@ from pathlib import Path
 from .shim import FOLDER
 
 _COPIED = ("kernels", "sfpformat", "tests", "pyproject.toml")
-_TEST = ("tests/test_cuda_decode.py", "tests/test_cuda_product.py")
-_TEST += ("-k", "every_kernel_decodes or unit_vectors or several_slices")
+_FILES = ("tests/test_cuda_decode.py", "tests/test_cuda_product.py")
+_TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
 _CALL = re.compile(r"(?<= )(?:__sync(?:warp|threads)|wait_for_copies)\(\)(?=;)(?!;  // for other blocks)")
 
 
@@ -35,7 +35,7 @@ def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
     """Whether the test fails without a barrier."""
     text = path.read_text()
     path.write_text(text[:start] + text[stop:])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TEST]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TESTS]
     done = subprocess.run(command, cwd=root, capture_output=True, check=False)
     path.write_text(text)
     return done.returncode != 0
