@@ -1,4 +1,4 @@
-"""What a weight costs each kernel, counted in its machine code, and what an H200 could do at that cost.
+"""What a weight costs each kernel, counted in its machine code, and what an H200 or an H100 could do then.
 
 ``python -m kernels.budget`` compiles the kernels with NVRTC (no driver is needed), disassembles them and
 counts the instructions of the loops in which they spend their time. No figure is measured on a device: they
@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .machine import Instruction, always_executed, compile_with_usage, disassemble, inner_loops, loops_of
 
-# An H200: multiprocessors; gigahertz; bytes a second that a copy reads and writes together; lanes a
-# multiprocessor that issue, that do integer work, and banks of its shared memory.
-MULTIPROCESSORS, CLOCK, COPY = 132, 1.98e9, 4.3e12
+# Of both: multiprocessors; turns a second; lanes a multiprocessor that issue, that do integer work, and banks
+# of its shared memory.
+MULTIPROCESSORS, CLOCK = 132, 1.98e9
 ISSUE, INTEGER, BANKS = 128, 64, 32
+# Bytes a second that a copy reads and writes together: measured on an H200, nine tenths of what its memory is
+# built for; the same part of an H100's 3.35e12.
+COPY = {"h200": 4.3e12, "h100": 3.0e12}
 # Turns that 32 lanes take for a look-up each, at places of 32 banks that have nothing to do with one another.
 MEETING = 3.4
 # Bits of a prefix code for the exponents of BF16 weights, as SPEC.md chapter 27 has them coded.
@@ -30,6 +33,9 @@ CODE_BITS = 2.73
 # Bits a position: 50 % pruned, 8 magnitudes, in the preset `gpu` and in the preset `fused`; losslessly.
 QUANTISED_BITS, PLAIN_BITS, EXACT_BITS = 2.95, 3.02, 1 + 0.5 * (CODE_BITS + 8)
 DENSITY = 0.5
+SEGMENT = 512  # positions, in both presets
+# Octets that the compiler takes a turn.
+_OCTETS = 2
 SIDE = 8192  # of the matrix whose product is predicted
 
 # Not of the integer pipe: memory, control, what the multiplier does, and pipes of their own.
@@ -63,6 +69,7 @@ class Budget:
         bytes: read and written, a weight.
         issue, integer: at least (branches not taken), at most (all taken).
         memory: of load-store units.
+        copy: bytes a second.
     """
 
     kernel: str
@@ -70,11 +77,12 @@ class Budget:
     issue: tuple[float, float]
     integer: tuple[float, float]
     memory: float
+    copy: float
 
     @property
     def floor(self) -> float:
         """Weights a clock a multiprocessor when memory is full."""
-        return COPY / self.bytes / (MULTIPROCESSORS * CLOCK)
+        return self.copy / self.bytes / (MULTIPROCESSORS * CLOCK)
 
     def shares(self) -> dict[str, float]:
         """Pipe -> the share of the memory floor that it allows, at most 1, at the greater count."""
@@ -87,18 +95,19 @@ class Budget:
 
     def seconds(self, weights: int) -> float:
         """For so many weights, the fullest pipe full."""
-        return weights * self.bytes / COPY / min(self.shares().values())
+        return weights * self.bytes / self.copy / min(self.shares().values())
 
 
 def budget_of_pieces(kernel: str, size: float, pieces: list[Piece], memory: float) -> Budget:
-    """The budget of pieces that are done for every weight."""
+    """The budget of pieces that are done for every weight, on an H200."""
     others = (*_MEMORY, *_CONTROL, *_MULTIPLIER, *_APART)
 
     def both(wanted: Callable[[Instruction], bool]) -> tuple[float, float]:
         counts = [(sum(map(wanted, piece.every)), piece) for piece in pieces]
         return sum(n * piece.least for n, piece in counts), sum(n * piece.most for n, piece in counts)
 
-    return Budget(kernel, size, both(lambda _: True), both(lambda i: i.kind not in others), memory)
+    integer = both(lambda i: i.kind not in others)
+    return Budget(kernel, size, both(lambda _: True), integer, memory, COPY["h200"])
 
 
 # ------------------------------------------------------------------------------------------------- loops
@@ -130,11 +139,12 @@ def tile_memory(item: int, bits: float) -> float:
 
 def dense(kernel: str, code: list[Instruction]) -> Budget:
     """A kernel for dense exact tensors: several weights a turn, four look-ups at least."""
-    item, width = (2, 8) if kernel.startswith("dense_2_8") else (4, 24)
+    item = int(kernel[6])
+    width = 8 * item - 8  # about as many where the kernel takes any
     loops = [loop for loop in inner_loops(code) if _count(loop, "LDS.U16") >= 4 and _count(loop, "STS")]
     loop = max((loop for loop in loops if not _written(loop)), key=lambda loop: _count(loop, "LDS.U16"))
     pieces = Piece.loop(loop, 1 / _count(loop, "LDS.U16")) + writing_loop(code, item)
-    look_up = MEETING if "many" in kernel else 1.0
+    look_up = 1.0 if "one" in kernel else MEETING
     memory = look_up + item / 4 + tile_memory(item, CODE_BITS + width)
     return budget_of_pieces(kernel, (CODE_BITS + width) / 8 + item, pieces, memory)
 
@@ -156,21 +166,42 @@ def sparse(kernel: str, code: list[Instruction]) -> Budget:
     return budget_of_pieces(kernel, QUANTISED_BITS / 8 + 2, pieces, memory)
 
 
-def short(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel for short levels, lossless, under octets: over these, over survivors, over tiles."""
+def survivors(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel that goes from survivor to survivor, lossless, under octets: over these, survivors, tiles."""
     item = int(kernel[-1])
-    loops = list(inner_loops(code))
-    survivor = max((loop for loop in loops if _count(loop, "FLO") and _count(loop, "STS") == 1), key=len)
-    octets = max((loop for loop in loops if _count(loop, "LDS") >= 4 and not _count(loop, "STS")), key=len)
-    levels = _count(octets, "LDS") // 4  # four places where an entry may come from
-    tile = next(own for own, inner in loops_of(code) if survivor in inner and octets in inner)
+    found = []
+    for own, inner in loops_of(code):
+        turns = [loop for loop in inner if _count(loop, "FLO") and _count(loop, "STS")]
+        if turns:
+            found.append((own, inner, turns[0]))
+    tile, inner, turn = min(found, key=lambda each: sum(map(len, each[1])))
+    octets = max((loop for loop in inner if not _count(loop, "STS") and not _written(loop)), key=len)
     positions = 64 if item <= 2 else 32
     slots = slowest(positions, 1) / positions
-    pieces = Piece.loop(survivor, slots) + Piece.loop(octets, 1 / 8 / levels)
+    pieces = Piece.loop(turn, slots) + Piece.loop(octets, 1 / 8 / _OCTETS)
     pieces += Piece.loop(tile, 1 / positions) + writing_loop(code, item)
     bits = EXACT_BITS + (item - 2) * 8 * DENSITY
-    memory = MEETING * (2 * slots + 1 / 8) + item / 4 + tile_memory(item, bits)
+    # Tables in shared memory: a code and a pattern a survivor; else a code, each lane from a line of its own.
+    look_ups = MEETING * (2 * slots + 1 / 8) if kernel.startswith("short") else BANKS * (slots + 1 / 8)
+    memory = look_ups + item / 4 + tile_memory(item, bits)
     return budget_of_pieces(kernel, bits / 8 + item, pieces, memory)
+
+
+def general(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel that goes from position to position, whatever the tensor has: at most, all of it."""
+    item = int(kernel[-1])
+    found = [(own, inner) for own, inner in loops_of(code) if _count(own, "STS") and not _written(own)]
+    turn, inner = max((pair for pair in found if _count(pair[0], "LD") > 16), key=lambda pair: len(pair[0]))
+    pieces = Piece.loop(turn, 1) + [Piece(loop, 0, 1) for loop in inner] + writing_loop(code, item)
+    look_ups = BANKS * (2 + 1 / 8)  # a code and a number a position
+    memory = look_ups + item / 4 + tile_memory(item, QUANTISED_BITS)
+    return budget_of_pieces(kernel, QUANTISED_BITS / 8 + item, pieces, memory)
+
+
+def index_slots(code: list[Instruction]) -> float:
+    """Slots a weight for issue that `index_chunks` takes at most: a segment a lane, twice."""
+    loops = [own for own, _ in loops_of(code) if _count(own, "LD") > 32]
+    return sum(map(len, loops)) / SEGMENT
 
 
 def product(kernel: str, code: list[Instruction]) -> Budget:
@@ -190,42 +221,49 @@ def product(kernel: str, code: list[Instruction]) -> Budget:
     return budget_of_pieces(kernel, PLAIN_BITS / 8, pieces, memory)
 
 
-FAMILIES = {"dense_2_8": dense, "dense_4_24": dense, "sparse": sparse, "short": short, "multiply": product}
+FAMILIES = {"dense": dense, "sparse": sparse, "short": survivors, "plain": survivors, "any": general}
+FAMILIES |= {"multiply": product}
 
 
 def budget_of(kernel: str, code: list[Instruction]) -> Budget | None:
-    """The budget of a kernel; None for those whose loops are not counted."""
-    family = next((own for start, own in FAMILIES.items() if kernel.startswith(start)), None)
-    return None if family is None or kernel == "short_1" else family(kernel, code)
+    """The budget of a kernel; None for those that do not go through weights."""
+    family = FAMILIES.get(kernel.split("_")[0])
+    return None if family is None else family(kernel, code)
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m kernels.budget", description=__doc__)
     parser.add_argument("--arch", default="sm_90", help="architecture (sm_90)")
+    parser.add_argument("--card", choices=list(COPY), default="h200", help="whose memory (h200)")
     args = parser.parse_args()
+    copy = COPY[args.card]
     code, usage, _ = compile_with_usage(args.arch)
     functions = disassemble(code)
     print(f"{args.arch}: registers a thread, shared memory a block, instructions")
     for kernel, used in sorted(usage.items()):
         spilled = f", {used.spilled} spilled" if used.spilled else ""
         print(f"  {kernel:22} {used.registers:4} {used.shared:7,} {len(functions[kernel]):6}{spilled}")
-    print("\nlane slots a weight, at least and at most, and the share of the floor that each pipe allows")
-    print(f"  {'kernel':22} {'bytes':>6} {'issue':>11} {'integer':>11} {'memory':>7}   shares")
+    print(f"\nlane slots a weight, at least and at most; shares of an {args.card.upper()}'s floor")
+    print(f"  {'kernel':22} {'bytes':>6} {'issue':>12} {'integer':>12} {'memory':>7}   shares")
     for kernel in sorted(functions):
-        own = budget_of(kernel, functions[kernel])
-        if own is None:
+        counted = budget_of(kernel, functions[kernel])
+        if counted is None:
             continue
+        own = replace(counted, copy=copy)
         shares = ", ".join(f"{pipe} {share:.0%}" for pipe, share in own.shares().items())
         print(
-            f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:5.1f} "
-            f"{own.integer[0]:5.1f}-{own.integer[1]:5.1f} {own.memory:7.1f}   {shares}"
+            f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:6.1f} "
+            f"{own.integer[0]:5.1f}-{own.integer[1]:6.1f} {own.memory:7.1f}   {shares}"
         )
+    slots = index_slots(functions["index_chunks"])
+    print(f"  index_chunks beside: at most {slots:.1f} issue slots, in segments of {SEGMENT}")
     print(f"\nproducts with {SIDE} × {SIDE} weights, microseconds; dense: at the rate of copying")
     for kernel, item in (("multiply_bf16", 2), ("multiply_f16", 2), ("multiply_f32", 4)):
-        own = budget_of(kernel, functions[kernel])
-        assert own is not None
-        taken, beside = own.seconds(SIDE * SIDE) * 1e6, SIDE * SIDE * item / COPY * 1e6
+        counted = budget_of(kernel, functions[kernel])
+        assert counted is not None
+        own = replace(counted, copy=copy)
+        taken, beside = own.seconds(SIDE * SIDE) * 1e6, SIDE * SIDE * item / copy * 1e6
         print(f"  {kernel:22} {taken:6.1f}, dense {beside:6.1f}: {beside / taken:.2f} times as fast")
     return 0
 

@@ -104,12 +104,12 @@ def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
     assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
     assert own.integer == (0.25, 0.25)
     assert set(own.shares().values()) == {1.0}
-    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY)
+    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY["h200"])
 
 
-def nested(inner: str, before: str, *, around: str | None = None) -> str:
-    """A loop in a loop, and in a third where there is something around it."""
-    lines = machine_code(inner, at=16 * len(before.split(";"))).split("\n")
+def nested(before: str, *inner: str) -> str:
+    """Loops, one after another, in a loop that begins with lines before them."""
+    lines = machine_code(*inner, at=16 * len(before.split(";"))).split("\n")
     first = [
         f"        /*{16 * i:04x}*/                   {line.strip()} ;"
         for i, line in enumerate(before.split(";"))
@@ -120,7 +120,7 @@ def nested(inner: str, before: str, *, around: str | None = None) -> str:
 
 def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> None:
     turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
-    code = nested(turn, "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5")
+    code = nested("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5", turn)
     write = machine_code(WRITES, at=0x200)
     own = budget.budget_of("sparse_2_short", machine.instructions_of(f"{code}\n{write}"))
     assert own is not None
@@ -135,7 +135,7 @@ def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
         "PRMT R4, R4, R5, R6; HMMA.16816.F32.BF16 R4, R8, R12, R4; LDS R4, [R2]; LDS.128 R8, [R3];"
         "> SHFL.UP R4, R4"
     )
-    tile = nested(word, "LDG.E R4, desc[UR6][R2.64]")
+    tile = nested("LDG.E R4, desc[UR6][R2.64]", word)
     own = budget.budget_of("multiply_bf16", machine.instructions_of(tile))
     assert own is not None
     assert own.issue[0] == pytest.approx(6 / 64 + 1 / 256 + 2 / 256)
@@ -143,8 +143,36 @@ def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
     assert own.memory == pytest.approx((budget.MEETING + 4) / 64 + 32 * budget.PLAIN_BITS / 8 / 128)
 
 
-def test_other_kernels_have_no_budget() -> None:
-    for kernel in ("any_4", "plain_2", "index_chunks", "short_1"):
+@pytest.mark.parametrize(("kernel", "look_ups"), [("short_2", 2 * budget.MEETING), ("plain_2", 32)])
+def test_survivors_octets_and_tiles_are_counted_where_each_has_a_loop(kernel: str, look_ups: float) -> None:
+    turn, octets = "FLO.U32.SH R5, R6; > LDS R4, [R2]; STS.U16 [R3], R4", ";".join(["LDS R4, [R2]"] * 8)
+    code = nested("POPC R5, R5", octets, turn) + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of(kernel, machine.instructions_of(code))
+    assert own is not None
+    turns = budget.slowest(64, 1) / 64
+    assert own.issue[0] == pytest.approx(4 * turns + 9 / 16 + 2 / 64 + 9 / 16)
+    assert own.issue[1] - own.issue[0] == pytest.approx(turns)
+    octet = budget.MEETING if kernel == "short_2" else 32
+    moved = 2 / 4 + budget.tile_memory(2, budget.EXACT_BITS)
+    assert own.memory == pytest.approx(look_ups * turns + octet / 8 + moved)
+
+
+def test_a_turn_of_the_kernel_for_all_is_a_position() -> None:
+    before = ";".join(["LD.E R4, desc[UR6][R2.64]"] * 17 + ["STS.U16 [R3], R4"])
+    code = nested(before, "IADD3 R4, R4, R5, R6") + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of("any_2", machine.instructions_of(code))
+    assert own is not None
+    assert own.issue == pytest.approx((19 + 9 / 16, 19 + 2 + 9 / 16))
+    assert own.integer == (0, 1)
+
+
+def test_the_index_is_counted_by_segments() -> None:
+    passes = machine_code(*[";".join(["LD.E R4, desc[UR6][R2.64]"] * 33)] * 2)
+    assert budget.index_slots(machine.instructions_of(passes)) == 2 * 34 / 512
+
+
+def test_kernels_that_do_not_go_through_weights_have_no_budget() -> None:
+    for kernel in ("fill_tables", "index_chunks", "place_matrix"):
         assert budget.budget_of(kernel, []) is None
 
 
