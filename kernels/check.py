@@ -1,5 +1,6 @@
 """Everything that needs a GPU, in one command: ``python -m kernels.check``, in less than ten minutes.
 
+* the kernels compiled for the device, with what each takes of it;
 * the engine against the reference: golden files, files of every kind, damaged ones; products against sums in
   double precision, and their bits from run to run;
 * how long decoding takes for matrices of 67 M weights, beside the floor: the bytes that must be read
@@ -7,7 +8,7 @@
   installed;
 * products with a matrix of 8192 × 8192 that stays compressed, beside torch's with the dense one;
 * a file to tensors on the device, beside safetensors;
-* the first of these under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
+* the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
 
 Each part is printed when it is done and written to ``kernels/results`` at once, as JSON and as a table. A
 part that fails is written down as failed, and the others go on; the exit code is 1 then, and 2 where there
@@ -29,10 +30,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sfpformat.bench import device as bench_device
 from sfpformat.engines.cuda.device import Device
-from sfpformat.engines.cuda.driver import CudaDevice, why_not
+from sfpformat.engines.cuda.driver import CudaDevice
 
-from . import identity, peers, speed
+from . import identity, machine, peers, speed
 from .report import tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +44,11 @@ _TOOL_SECONDS = 60.0
 _PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nvidia-nvcomp-cu13", "dfloat11")
 
 Part = tuple[str, Callable[[], Any]]
+
+
+def why_not() -> str | None:
+    """Why nothing can be checked here, or None."""
+    return bench_device.why_not("cuda")
 
 
 class Report:
@@ -99,6 +106,18 @@ class Report:
         whole = {**self.facts, "parts": self.parts}
         self._stem.with_suffix(".json").write_text(json.dumps(whole, indent=2) + "\n")
         self._stem.with_suffix(".md").write_text(tables(self.facts, self.parts))
+
+
+def compiled(arch: str) -> dict[str, Any]:
+    """What the kernels take of a device of that architecture.
+
+    Raises:
+        AssertionError: a register is spilled.
+    """
+    _, usage, _ = machine.compile_with_usage(arch)
+    spilled = [kernel for kernel, used in usage.items() if used.spilled]
+    assert not spilled, f"{arch}: registers are spilled in {', '.join(spilled)}"
+    return {"arch": arch, "registers": {kernel: used.registers for kernel, used in usage.items()}}
 
 
 def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
@@ -190,16 +209,19 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{name}: {work()}", flush=True)
         return 0
     torch: Any = importlib.import_module("torch")
-    device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
     facts = facts_of(words)
     stem = args.out / str(facts["device"]).lower().replace(" ", "-")
     report = Report(stem, facts, 60 * args.minutes)
-    for name, work in identity_parts(device, args.damaged, args.every):
-        report.run(name, work)
-    for name, work in speed_parts(device, args.side, report):
-        report.run(name, work)
-    for name, work in [] if args.no_sanitizer else sanitizer_parts(report):
-        report.run(name, work)
+    major, minor = facts["capability"]
+    report.run("kernels compiled", partial(compiled, f"sm_{major}{minor}"))
+    if not report.failed:  # nothing can be done without them
+        device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
+        for name, work in identity_parts(device, args.damaged, args.every):
+            report.run(name, work)
+        for name, work in speed_parts(device, args.side, report):
+            report.run(name, work)
+        for name, work in [] if args.no_sanitizer else sanitizer_parts(report):
+            report.run(name, work)
     print(tables(facts, report.parts))
     return 1 if report.failed else 0
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import check, identity, inputs, peers, shim, speed
+from kernels import check, identity, inputs, machine, peers, shim, speed
 from kernels.report import tables
 from sfpformat.engines.cuda import driver, work
 
 FACTS = {
     "device": "A Device",
+    "capability": [9, 0],
     "date": "2026-01-02",
     "command": "python -m kernels.check",
     "versions": {"torch": "2"},
@@ -203,6 +204,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "why_not", lambda: None)
     monkeypatch.setattr(check, "CudaDevice", lambda number, stream=None: shim.HostDevice())
     monkeypatch.setattr(check, "facts_of", lambda words: FACTS)
+    monkeypatch.setattr(check, "compiled", lambda arch: {"arch": arch})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     monkeypatch.setattr(identity, "compare_products", lambda device, every: [])
     monkeypatch.setattr(identity, "compare_with_reference", lambda damaged, every: 12)
@@ -221,7 +223,8 @@ def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
     assert check.main(["--out", str(tmp_path)]) == 0
     whole = json.loads((tmp_path / "a-device.json").read_text())
     names = [part["name"] for part in whole["parts"]]
-    assert names[:4] == [
+    assert names[:5] == [
+        "kernels compiled",
         "files as by the reference",
         "products as in double precision",
         "copy rate",
@@ -233,7 +236,35 @@ def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
     monkeypatch.setattr(speed, "copy_rate", fails)
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
-    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 3
+    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 4
+
+
+@pytest.mark.usefixtures("pretended")
+def test_nothing_is_tried_with_kernels_that_do_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "compiled", lambda arch: fails())
+    assert check.main(["--out", str(tmp_path)]) == 1
+    (part,) = json.loads((tmp_path / "a-device.json").read_text())["parts"]
+    assert (part["name"], "failure" in part) == ("kernels compiled", True)
+
+
+def test_spilled_registers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = {"any_1": machine.Usage(200, 0, 0), "any_2": machine.Usage(255, 8, 0)}
+    monkeypatch.setattr(machine, "compile_with_usage", lambda arch: (b"", usage, ""))
+    with pytest.raises(AssertionError, match="sm_90: registers are spilled in any_2"):
+        check.compiled("sm_90")
+    del usage["any_2"]
+    assert check.compiled("sm_90") == {"arch": "sm_90", "registers": {"any_1": 200}}
+
+
+def test_a_torch_without_devices_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert check.main([]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("pretended")
