@@ -1,8 +1,8 @@
 """Damaged chunks to the kernels on the host: each is judged as by the reference, and nothing else is touched.
 
 ``python -m kernels.fuzz`` decodes or multiplies 200,000 of them with address and undefined-behaviour
-sanitisers; every chunk, output and table lies in memory of its own whose surroundings are poisoned. Checksums
-are not compared: it is as if each had been mended.
+sanitisers, after those of the golden files; every chunk, output and table lies in memory of its own whose
+surroundings are poisoned. Checksums are not compared: it is as if each had been mended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,20 +30,22 @@ from sfpformat.engines import Engine, Run, get_engine
 from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.batch import Task, plan_batch
 from sfpformat.engines.cuda.loaded import Recipes
-from sfpformat.engines.cuda.recipe import make_recipe
-from sfpformat.errors import FileFault
+from sfpformat.engines.cuda.recipe import Recipe, make_recipe
+from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
 
 from . import shim
+from .identity import golden_files
 from .inputs import damage, files, normal_weights
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
 INPUTS = 200_000
 # Of so many inputs one is multiplied: a product takes as long on the host as decoding as many.
 _PRODUCTS_EVERY = 50
+_SHOWN = 5_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A chunk of a tensor, and who decodes it beside the kernels."""
 
@@ -68,6 +72,23 @@ def samples(engine: Engine) -> list[Sample]:
     return [sample for sample in found if sample.decoder.entry.coding == "fingerprint"]
 
 
+def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
+    """The chunks of every so many of the golden files, those that can be read and that kernels decode."""
+    reference = get_engine("python")
+    for number, data in enumerate(golden_files(every)):
+        with suppress(SfpError), sfpformat.open(data, engine="python") as file:
+            for name in file:
+                entry = file.entry(name)
+                if entry.fingerprints is not None:
+                    vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+                    own, plain = (TensorDecoder(entry, vectors, by) for by in (engine, reference))
+                    own.expect(entry.positions)
+                    if make_recipe(entry, own.vectors) is not None:
+                        for k in range(len(entry.chunks)):
+                            words = f"golden file {number}, {name!r}, chunk {k}"
+                            yield Sample(words, own, plain, file.read_checked(entry, k), k)
+
+
 # ---------------------------------------------------------------------------------------------- who judges
 
 
@@ -79,14 +100,17 @@ class Kernels:
         library = shim.build(shim.CHECKED if checked else shim.PLAIN)
         self.device = shim.HostDevice(library, poison=checked)
         self._recipes = Recipes(self.device)
-        self._made: dict[int, Any] = {}
+        self._made: dict[Sample, Recipe] = {}
 
     def weights(self, sample: Sample, data: Bytes) -> tuple[int, NDArray[np.uint32], bytes]:
         """The status word, the error words and the weights of a chunk."""
         entry = sample.decoder.entry
-        recipe = self._made.setdefault(id(sample), make_recipe(entry, sample.decoder.vectors))
-        assert recipe is not None
-        self._recipes.load([recipe])
+        if sample not in self._made:
+            made = make_recipe(entry, sample.decoder.vectors)
+            assert made is not None
+            self._made[sample] = made
+            self._recipes.load([made])
+        recipe = self._made[sample]
         first, stop = entry.segments_of_chunk(sample.k)
         start = first * entry.segment
         total = min((stop - first) * entry.segment, entry.positions - start)
@@ -203,9 +227,18 @@ def product_samples(device: shim.HostDevice) -> list[ProductSample]:
     return found
 
 
-def run(inputs: int, seed: int = 0, *, checked: bool = False, engine: str | None = None) -> int:
+def run_golden(kernels: Kernels, engine: Engine, every: int) -> int:
+    """Compares the chunks of every so many of the golden files; how many they are."""
+    count = 0
+    for sample in golden_samples(engine, every):
+        compare(kernels, sample, sample.data)
+        count += 1
+    return count
+
+
+def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
     """Compares so many damaged inputs, after the undamaged ones; how many of them were accepted."""
-    kernels, every = Kernels(checked), samples(get_engine(engine))
+    every = samples(engine)
     products = product_samples(kernels.device)
     for sample in every:
         assert compare(kernels, sample, sample.data), f"{sample.name}: refused as it was written"
@@ -220,7 +253,7 @@ def run(inputs: int, seed: int = 0, *, checked: bool = False, engine: str | None
         else:
             sample = every[int(rng.integers(len(every)))]
             good += compare(kernels, sample, damage(sample.data, rng))
-        if (i + 1) % 20_000 == 0:
+        if (i + 1) % _SHOWN == 0:
             print(f"{i + 1:,} inputs, {good:,} accepted, {time.monotonic() - begun:.0f} s", flush=True)
     return good
 
@@ -237,12 +270,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=INPUTS, help=f"how many ({INPUTS:,})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--golden", type=int, default=1, metavar="N", help="every Nth golden file (1), 0: none"
+    )
     parser.add_argument("--plain", action="store_true", help="without sanitisers")
     args = parser.parse_args()
     if not args.plain and not hasattr(ctypes.CDLL(None), "__asan_poison_memory_region"):
         again = [sys.executable, "-m", "kernels.fuzz", *sys.argv[1:]]
         return subprocess.run(again, env=checked_environment(), check=False).returncode
-    good = run(args.inputs, args.seed, checked=not args.plain)
+    kernels, engine = Kernels(checked=not args.plain), get_engine(None)
+    if args.golden:
+        print(f"{run_golden(kernels, engine, args.golden):,} chunks of golden files", flush=True)
+    good = run(kernels, engine, args.inputs, args.seed)
     print(f"{args.inputs:,} damaged inputs judged as by the reference, {good:,} of them accepted")
     return 0
 
