@@ -1,11 +1,13 @@
 """Whether a barrier that is missing would be noticed without a GPU: ``python -m kernels.barriers``.
 
-In a copy of the repository each barrier of the kernels is taken away in turn, and the test that runs every
-kernel on the host must fail.
+In a copy of the repository each barrier of the kernels, and each wait for copies, is taken away in turn, and
+the tests that run every kernel on the host must fail. Those marked as being for other blocks are left alone:
+the host runs one block after another.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -17,13 +19,15 @@ from pathlib import Path
 from .shim import FOLDER
 
 _COPIED = ("kernels", "sfpformat", "tests", "pyproject.toml")
-_TEST = ("tests/test_cuda_decode.py", "-k", "every_kernel_decodes")
+_FILES = ("tests/test_cuda_decode.py", "tests/test_cuda_product.py")
+_TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
+_CALL = re.compile(r"(?<= )(?:__sync(?:warp|threads)|wait_for_copies)\(\)(?=;)(?!;  // for other blocks)")
 
 
 def barriers(folder: Path) -> Iterator[tuple[Path, int, int]]:
     """Each barrier: its file, and where its call begins and ends in the text."""
     for path in sorted(folder.glob("*.cu*")):
-        for found in re.finditer(r"__sync(?:warp|threads)\(\)(?=;)", path.read_text()):
+        for found in _CALL.finditer(path.read_text()):
             yield path, found.start(), found.end()
 
 
@@ -31,7 +35,7 @@ def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
     """Whether the test fails without a barrier."""
     text = path.read_text()
     path.write_text(text[:start] + text[stop:])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TEST]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TESTS]
     done = subprocess.run(command, cwd=root, capture_output=True, check=False)
     path.write_text(text)
     return done.returncode != 0
@@ -39,6 +43,9 @@ def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
 
 def main() -> int:
     """The command."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.barriers", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of the kernels, such as product.cuh (all)")
+    wanted = parser.parse_args().files
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in _COPIED:
@@ -46,6 +53,8 @@ def main() -> int:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
         missed = 0
         for path, start, stop in list(barriers(root / "kernels")):
+            if wanted and path.name not in wanted:
+                continue
             noticed = is_noticed(root, path, start, stop)
             missed += not noticed
             line = path.read_text()[:start].count("\n") + 1

@@ -1,132 +1,64 @@
-"""What a weight costs each kernel, counted in its machine code, and what an H200 could do at that cost.
+"""What a weight costs each kernel, counted in its machine code, and what an H200 or an H100 could do then.
 
 ``python -m kernels.budget`` compiles the kernels with NVRTC (no driver is needed), disassembles them and
-counts the instructions of the two loops in which a dense kernel spends its time: the one that decodes weights
-into a tile, and the one that writes tiles out. No figure is measured on a device: they say which pipe of a
-multiprocessor would be full first, and how much of the time that memory alone takes.
+counts the instructions of the loops in which they spend their time. No figure is measured on a device: they
+say which pipe of a multiprocessor would be full first, and how much of the time that memory alone takes.
 
-Needs `cuobjdump` and `nvdisasm`: ``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or a CUDA
-toolkit.
+Counts are of lanes: what a warp does for the lane with the most to do counts for all. Needs `cuobjdump` and
+`nvdisasm`, as `kernels.machine` says.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import io
-import os
-import re
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from sfpformat.engines.cuda.source import source
+import numpy as np
 
-# An H200: multiprocessors; gigahertz; bytes a second that a copy reads and writes together; lanes a
-# multiprocessor that issue, that do integer work, and banks of its shared memory.
-MULTIPROCESSORS, CLOCK, COPY = 132, 1.98e9, 4.3e12
+from .machine import Instruction, always_executed, compile_with_usage, disassemble, inner_loops, loops_of
+
+# Of both: multiprocessors; turns a second; lanes a multiprocessor that issue, that do integer work, and banks
+# of its shared memory.
+MULTIPROCESSORS, CLOCK = 132, 1.98e9
 ISSUE, INTEGER, BANKS = 128, 64, 32
+# Bytes a second that a copy reads and writes together: measured on an H200, nine tenths of what its memory is
+# built for; the same part of an H100's 3.35e12.
+COPY = {"h200": 4.3e12, "h100": 3.0e12}
+# Turns that 32 lanes take for a look-up each, at places of 32 banks that have nothing to do with one another.
+MEETING = 3.4
 # Bits of a prefix code for the exponents of BF16 weights, as SPEC.md chapter 27 has them coded.
 CODE_BITS = 2.73
+# Bits a position: 50 % pruned, 8 magnitudes, in the preset `gpu` and in the preset `fused`; losslessly.
+QUANTISED_BITS, PLAIN_BITS, EXACT_BITS = 2.95, 3.02, 1 + 0.5 * (CODE_BITS + 8)
+DENSITY = 0.5
+SEGMENT = 512  # positions, in both presets
+# Octets that the compiler takes a turn.
+_OCTETS = 2
+SIDE = 8192  # of the matrix whose product is predicted
 
-# Kernels whose loops are counted: bytes a weight, residual bits.
-DENSE = {
-    "dense_2_8_one_short": (2, 8),
-    "dense_2_8_one_long": (2, 8),
-    "dense_2_8_many_short": (2, 8),
-    "dense_2_8_many_long": (2, 8),
-    "dense_4_24_one_short": (4, 24),
-    "dense_4_24_one_long": (4, 24),
-    "dense_4_24_many_short": (4, 24),
-    "dense_4_24_many_long": (4, 24),
-}
-SHORT = ("short_1", "short_2", "short_4")  # kernels whose loop over survivors is counted
-# Not of the integer pipe: memory, control, and what the multiplier does.
-_MEMORY = ("LD", "LDG", "LDS", "ST", "STG", "STS", "LDC", "LDL", "STL")
+# Not of the integer pipe: memory, control, what the multiplier does, and pipes of their own.
+_MEMORY = ("LD", "LDG", "LDS", "LDGSTS", "ST", "STG", "STS", "LDC", "LDL", "STL", "LDGDEPBAR", "DEPBAR")
 _CONTROL = ("BRA", "BSSY", "BSYNC", "NOP", "EXIT", "WARPSYNC", "BAR", "BREAK", "CALL", "RET")
-_MULTIPLIER = ("IMAD", "FMUL", "FADD", "FFMA", "DMUL")
-_LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);")
+_MULTIPLIER = ("IMAD", "FMUL", "FADD", "FFMA", "DMUL", "HFMA2", "CS2R")
+_APART = ("POPC", "FLO", "BREV", "HMMA", "SHFL", "MUFU", "F2I", "I2F", "F2FP", "S2R", "UMOV", "ULDC", "S2UR")
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """An instruction: its address, its name with what is appended, where it branches to."""
-
-    at: int
-    name: str
-    target: int | None
-
-    @property
-    def kind(self) -> str:
-        """The name alone."""
-        return self.name.split(".")[0]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop without loops in it: its instructions, those of every turn, and weights a lane a turn."""
+class Piece:
+    """Instructions, and how many times a weight they are done, at least and at most."""
 
     every: list[Instruction]
-    always: list[Instruction]
-    weights: float
+    least: float
+    most: float
 
-    def a_weight(self, instructions: list[Instruction], kinds: tuple[str, ...] | None = None) -> float:
-        """How many of some kinds (all, where nothing is said) a weight takes."""
-        return sum(kinds is None or i.kind in kinds for i in instructions) / self.weights
-
-
-def instructions_of(text: str) -> list[Instruction]:
-    """The instructions of a function, from what cuobjdump prints."""
-    found = []
-    for address, name, rest in _LINE.findall(text):
-        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
-        found.append(Instruction(int(address, 16), name, int(target[1], 16) if target else None))
-    return found
-
-
-def inner_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    """The loops that have no loop in them."""
-    spans = [(i.target, i.at) for i in code if i.target is not None and i.target < i.at]
-    for start, stop in spans:
-        if not any((start, stop) != other and start <= other[0] and other[1] <= stop for other in spans):
-            yield [i for i in code if start <= i.at <= stop]
-
-
-def always_executed(loop: list[Instruction]) -> list[Instruction]:
-    """Those of a loop that no forward branch in it jumps over."""
-    jumps = [(i.at, i.target) for i in loop if i.target is not None and i.target > i.at]
-    return [i for i in loop if not any(start < i.at < stop for start, stop in jumps)]
-
-
-def dense_loops(code: list[Instruction], item: int) -> tuple[Loop, Loop]:
-    """The loop of a dense kernel that decodes, and the one that writes out."""
-    decoding: list[Loop] = []
-    writing: list[Loop] = []
-    for loop in inner_loops(code):
-        names = [i.name for i in loop]
-        looked_up, stored = names.count("LDS.U16"), sum(i.kind == "STS" for i in loop)
-        out = sum(i.kind in ("ST", "STG") for i in loop)
-        if looked_up >= 4 and stored and not out:
-            decoding.append(Loop(loop, always_executed(loop), looked_up))
-        elif out >= 8 and not stored and not any(".U8" in name for name in names):
-            writing.append(Loop(loop, always_executed(loop), out * 4 / item))
-    return max(decoding, key=lambda loop: loop.weights), max(writing, key=lambda loop: loop.weights)
-
-
-def survivor_loop(code: list[Instruction]) -> Loop:
-    """The loop of a kernel for short levels in which each turn puts a survivor into the tile."""
-    found = []
-    for loop in inner_loops(code):
-        kinds = [i.kind for i in loop]
-        if kinds.count("STS") == 1 and kinds.count("LDS") >= 2 and "FLO" in kinds:
-            found.append(Loop(loop, always_executed(loop), 1))
-    return max(found, key=lambda loop: len(loop.every))
+    @classmethod
+    def loop(cls, every: list[Instruction], times: float) -> list[Piece]:
+        """A loop, of which what a forward branch jumps over may never be done."""
+        always = always_executed(every)
+        skipped = [i for i in every if i not in always]
+        return [cls(always, times, times), cls(skipped, 0, times)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +68,8 @@ class Budget:
     Attributes:
         bytes: read and written, a weight.
         issue, integer: at least (branches not taken), at most (all taken).
-        memory: of load-store units, bank conflicts of the look-ups left out.
+        memory: of load-store units.
+        copy: bytes a second.
     """
 
     kernel: str
@@ -144,116 +77,194 @@ class Budget:
     issue: tuple[float, float]
     integer: tuple[float, float]
     memory: float
+    copy: float
+
+    @property
+    def floor(self) -> float:
+        """Weights a clock a multiprocessor when memory is full."""
+        return self.copy / self.bytes / (MULTIPROCESSORS * CLOCK)
 
     def shares(self) -> dict[str, float]:
         """Pipe -> the share of the memory floor that it allows, at most 1, at the greater count."""
-        weights = COPY / self.bytes / (MULTIPROCESSORS * CLOCK)  # a clock a multiprocessor at the floor
         slots = {
-            "issue": ISSUE / weights / self.issue[1],
-            "integer": INTEGER / weights / self.integer[1],
-            "memory": BANKS / weights / self.memory,
+            "issue": ISSUE / self.floor / self.issue[1],
+            "integer": INTEGER / self.floor / self.integer[1],
+            "memory": BANKS / self.floor / self.memory,
         }
         return {pipe: min(share, 1.0) for pipe, share in slots.items()}
 
-
-def budget_of(kernel: str, code: list[Instruction]) -> Budget:
-    """The budget of a dense kernel."""
-    item, width = DENSE[kernel]
-    decode, write = dense_loops(code, item)
-
-    def both(kinds: tuple[str, ...] | None = None) -> tuple[float, float]:
-        least = decode.a_weight(decode.always, kinds) + write.a_weight(write.always, kinds)
-        return least, decode.a_weight(decode.every, kinds) + write.a_weight(write.every, kinds)
-
-    issue, others = both(), both((*_MEMORY, *_CONTROL, *_MULTIPLIER))
-    # A look-up, a store into the tile, a load from it, a store of four bytes; and for each plane loads of 16
-    # bytes, for which every lane goes to a line of its own.
-    memory = 1 + 3 * item / 4 + BANKS * (CODE_BITS + width) / 128
-    integer = issue[0] - others[0], issue[1] - others[1]
-    return Budget(kernel, (CODE_BITS + width) / 8 + item, issue, integer, memory)
+    def seconds(self, weights: int) -> float:
+        """For so many weights, the fullest pipe full."""
+        return weights * self.bytes / self.copy / min(self.shares().values())
 
 
-# ----------------------------------------------------------------------------------------------- machine code
+def budget_of_pieces(kernel: str, size: float, pieces: list[Piece], memory: float) -> Budget:
+    """The budget of pieces that are done for every weight, on an H200."""
+    others = (*_MEMORY, *_CONTROL, *_MULTIPLIER, *_APART)
+
+    def both(wanted: Callable[[Instruction], bool]) -> tuple[float, float]:
+        counts = [(sum(map(wanted, piece.every)), piece) for piece in pieces]
+        return sum(n * piece.least for n, piece in counts), sum(n * piece.most for n, piece in counts)
+
+    integer = both(lambda i: i.kind not in others)
+    return Budget(kernel, size, both(lambda _: True), integer, memory, COPY["h200"])
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What ptxas says of a kernel: registers a thread, bytes spilled, bytes of shared memory a block."""
-
-    registers: int
-    spilled: int
-    shared: int
+# ------------------------------------------------------------------------------------------------- loops
 
 
-def compile_with_usage(arch: str) -> tuple[bytes, dict[str, Usage], str]:
-    """The machine code, the usage of each kernel, and all that the compilers said. Needs no driver."""
-    core: Any = importlib.import_module("cuda.core")
-    said = io.StringIO()
-    options = core.ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
-    code = core.Program(source(), "c++", options).compile("cubin", logs=said)
-    return bytes(code.code), usage_of(said.getvalue()), said.getvalue()
+def _count(loop: list[Instruction], name: str) -> int:
+    return sum(i.name == name or i.kind == name for i in loop)
 
 
-def usage_of(text: str) -> dict[str, Usage]:
-    """The usage of each kernel, from what ptxas says."""
-    found = {}
-    for part in text.split("Compiling entry function ")[1:]:
-        registers = re.search(r"Used (\d+) registers", part)
-        shared = re.search(r"(\d+) bytes smem", part)
-        assert registers is not None
-        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", part)))
-        found[part.split("'")[1]] = Usage(int(registers[1]), spilled, int(shared[1]) if shared else 0)
-    return found
+def _written(loop: list[Instruction]) -> int:
+    return _count(loop, "ST") + _count(loop, "STG")
 
 
-def disassemble(code: bytes) -> dict[str, list[Instruction]]:
-    """Kernel -> its instructions.
+def writing_loop(code: list[Instruction], item: int) -> list[Piece]:
+    """The loop that writes tiles out, words of weights of ``item`` bytes."""
+    loops = [loop for loop in inner_loops(code) if _written(loop) >= 8 and not _count(loop, "STS")]
+    loops = [loop for loop in loops if not any(".U8" in i.name for i in loop)]
+    loop = max(loops, key=_written)
+    return Piece.loop(loop, item / 4 / _written(loop))
 
-    Raises:
-        FileNotFoundError: cuobjdump is not there.
+
+def tile_memory(item: int, bits: float) -> float:
+    """Slots of the load-store units a weight: the tile read and written out, and the planes.
+
+    These are loaded 16 bytes at a time, for which every lane goes to a line of its own.
     """
-    here = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
-    path = os.pathsep.join([str(here), os.environ.get("PATH", "")])
-    program = shutil.which("cuobjdump", path=path)
-    if program is None:
-        raise FileNotFoundError("cuobjdump is needed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernels.cubin"
-        file.write_bytes(code)
-        command = [program, "--dump-sass", str(file)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
-        )
-    parts = done.stdout.split("Function : ")[1:]
-    return {part.split("\n", 1)[0].strip(): instructions_of(part) for part in parts}
+    return 2 * item / 4 + BANKS * bits / 128
+
+
+def dense(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel for dense exact tensors: several weights a turn, four look-ups at least."""
+    item = int(kernel[6])
+    width = 8 * item - 8  # about as many where the kernel takes any
+    loops = [loop for loop in inner_loops(code) if _count(loop, "LDS.U16") >= 4 and _count(loop, "STS")]
+    loop = max((loop for loop in loops if not _written(loop)), key=lambda loop: _count(loop, "LDS.U16"))
+    pieces = Piece.loop(loop, 1 / _count(loop, "LDS.U16")) + writing_loop(code, item)
+    look_up = 1.0 if "one" in kernel else MEETING
+    memory = look_up + item / 4 + tile_memory(item, CODE_BITS + width)
+    return budget_of_pieces(kernel, (CODE_BITS + width) / 8 + item, pieces, memory)
+
+
+def slowest(positions: int, a_turn: int) -> float:
+    """Turns that the lane with the most survivors among so many positions takes, on average."""
+    survivors = np.random.default_rng(0).binomial(positions, DENSITY, (4000, 32))
+    return float(np.ceil(survivors / a_turn).max(1).mean())
+
+
+def sparse(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel for quantised weights of two bytes: a few survivors a turn, in the loop over 32 positions."""
+    found = [(own, inner) for own, inner in loops_of(code) if len(inner) == 1 and _count(inner[0], "STS.U16")]
+    word, (turn,) = min(found, key=lambda pair: len(pair[0]) + len(pair[1][0]))
+    slots = _count(turn, "STS.U16")
+    turns = slowest(32, slots) / 32
+    pieces = Piece.loop(turn, turns) + Piece.loop(word, 1 / 32) + writing_loop(code, 2)
+    memory = MEETING * (2 * turns * slots + 4 / 32) + 2 / 4 + tile_memory(2, QUANTISED_BITS)
+    return budget_of_pieces(kernel, QUANTISED_BITS / 8 + 2, pieces, memory)
+
+
+def survivors(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel that goes from survivor to survivor, lossless, under octets: over these, survivors, tiles."""
+    item = int(kernel[-1])
+    found = []
+    for own, inner in loops_of(code):
+        turns = [loop for loop in inner if _count(loop, "FLO") and _count(loop, "STS")]
+        if turns:
+            found.append((own, inner, turns[0]))
+    tile, inner, turn = min(found, key=lambda each: sum(map(len, each[1])))
+    octets = max((loop for loop in inner if not _count(loop, "STS") and not _written(loop)), key=len)
+    positions = 64 if item <= 2 else 32
+    slots = slowest(positions, 1) / positions
+    pieces = Piece.loop(turn, slots) + Piece.loop(octets, 1 / 8 / _OCTETS)
+    pieces += Piece.loop(tile, 1 / positions) + writing_loop(code, item)
+    bits = EXACT_BITS + (item - 2) * 8 * DENSITY
+    # Tables in shared memory: a code and a pattern a survivor; else a code, each lane from a line of its own.
+    look_ups = MEETING * (2 * slots + 1 / 8) if kernel.startswith("short") else BANKS * (slots + 1 / 8)
+    memory = look_ups + item / 4 + tile_memory(item, bits)
+    return budget_of_pieces(kernel, bits / 8 + item, pieces, memory)
+
+
+def general(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel that goes from position to position, whatever the tensor has: at most, all of it."""
+    item = int(kernel[-1])
+    found = [(own, inner) for own, inner in loops_of(code) if _count(own, "STS") and not _written(own)]
+    turn, inner = max((pair for pair in found if _count(pair[0], "LD") > 16), key=lambda pair: len(pair[0]))
+    pieces = Piece.loop(turn, 1) + [Piece(loop, 0, 1) for loop in inner] + writing_loop(code, item)
+    look_ups = BANKS * (2 + 1 / 8)  # a code and a number a position
+    memory = look_ups + item / 4 + tile_memory(item, QUANTISED_BITS)
+    return budget_of_pieces(kernel, QUANTISED_BITS / 8 + item, pieces, memory)
+
+
+def index_slots(code: list[Instruction]) -> float:
+    """Slots a weight for issue that `index_chunks` takes at most: a segment a lane, twice."""
+    loops = [own for own, _ in loops_of(code) if _count(own, "LD") > 32]
+    return sum(map(len, loops)) / SEGMENT
+
+
+def product(kernel: str, code: list[Instruction]) -> Budget:
+    """A kernel that multiplies: over words of the mask, 32 columns of two rows, in the loop over tiles."""
+    found = [(own, inner) for own, inner in loops_of(code) if any(_count(loop, "HMMA") for loop in inner)]
+    tile, inner = min(found, key=lambda pair: sum(map(len, pair[1])))
+    whole = next(loop for loop in inner if _count(loop, "HMMA"))
+    word = next(own for own, _ in loops_of(whole) if _count(own, "HMMA"))
+    copies = [loop for loop in inner_loops(whole) if _count(loop, "LDGSTS")]
+    always = always_executed(word)
+    once = [i for i in word if i not in always]  # in the last of the four words of a tile
+    pieces = [Piece(always, 1 / 64, 1 / 64), Piece(once, 1 / 256, 1 / 256), *Piece.loop(tile, 1 / 256)]
+    blocks = 512 * PLAIN_BITS / 128 / 4 + 1  # copies a lane and row
+    pieces += [Piece(loop, blocks / 256, blocks / 256) for loop in copies]
+    loads = sum(i.kind == "LDS" and ".128" not in i.name for i in always)
+    memory = (MEETING * loads + 4 * _count(always, "LDS.128")) / 64 + BANKS * PLAIN_BITS / 8 / 128
+    return budget_of_pieces(kernel, PLAIN_BITS / 8, pieces, memory)
+
+
+FAMILIES = {"dense": dense, "sparse": sparse, "short": survivors, "plain": survivors, "any": general}
+FAMILIES |= {"multiply": product}
+
+
+def budget_of(kernel: str, code: list[Instruction]) -> Budget | None:
+    """The budget of a kernel; None for those that do not go through weights."""
+    family = FAMILIES.get(kernel.split("_")[0])
+    return None if family is None else family(kernel, code)
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m kernels.budget", description=__doc__)
     parser.add_argument("--arch", default="sm_90", help="architecture (sm_90)")
+    parser.add_argument("--card", choices=list(COPY), default="h200", help="whose memory (h200)")
     args = parser.parse_args()
+    copy = COPY[args.card]
     code, usage, _ = compile_with_usage(args.arch)
     functions = disassemble(code)
     print(f"{args.arch}: registers a thread, shared memory a block, instructions")
     for kernel, used in sorted(usage.items()):
         spilled = f", {used.spilled} spilled" if used.spilled else ""
         print(f"  {kernel:22} {used.registers:4} {used.shared:7,} {len(functions[kernel]):6}{spilled}")
-    print(
-        "\nlane slots a weight, at least and at most, and the share of the memory floor that each pipe allows"
-    )
-    print(f"  {'kernel':22} {'bytes':>6} {'issue':>11} {'integer':>11} {'memory':>7}   shares")
-    for kernel in DENSE:
-        own = budget_of(kernel, functions[kernel])
+    print(f"\nlane slots a weight, at least and at most; shares of an {args.card.upper()}'s floor")
+    print(f"  {'kernel':22} {'bytes':>6} {'issue':>12} {'integer':>12} {'memory':>7}   shares")
+    for kernel in sorted(functions):
+        counted = budget_of(kernel, functions[kernel])
+        if counted is None:
+            continue
+        own = replace(counted, copy=copy)
         shares = ", ".join(f"{pipe} {share:.0%}" for pipe, share in own.shares().items())
         print(
-            f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:5.1f} "
-            f"{own.integer[0]:5.1f}-{own.integer[1]:5.1f} {own.memory:7.1f}   {shares}"
+            f"  {kernel:22} {own.bytes:6.2f} {own.issue[0]:5.1f}-{own.issue[1]:6.1f} "
+            f"{own.integer[0]:5.1f}-{own.integer[1]:6.1f} {own.memory:7.1f}   {shares}"
         )
-    print("\ninstructions a survivor, at least and at most, the mask's own and the tile's not counted")
-    for kernel in SHORT:
-        loop = survivor_loop(functions[kernel])
-        print(f"  {kernel:22} {len(loop.always)}-{len(loop.every)}")
+    slots = index_slots(functions["index_chunks"])
+    print(f"  index_chunks beside: at most {slots:.1f} issue slots, in segments of {SEGMENT}")
+    print(f"\nproducts with {SIDE} × {SIDE} weights, microseconds; dense: at the rate of copying")
+    for kernel, item in (("multiply_bf16", 2), ("multiply_f16", 2), ("multiply_f32", 4)):
+        counted = budget_of(kernel, functions[kernel])
+        assert counted is not None
+        own = replace(counted, copy=copy)
+        taken, beside = own.seconds(SIDE * SIDE) * 1e6, SIDE * SIDE * item / copy * 1e6
+        print(f"  {kernel:22} {taken:6.1f}, dense {beside:6.1f}: {beside / taken:.2f} times as fast")
     return 0
 
 

@@ -2,7 +2,8 @@
 //
 // A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
 // IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
-#include "short.cuh"
+#include "product.cuh"
+#include "sparse.cuh"
 
 enum : u32 { IDLE = 0xFFFFFFFF };
 
@@ -45,9 +46,9 @@ __device__ inline void report(const Job &job, u32 s, u32 wrong, u32 *errors, u32
     if (wrong) atomicOr(status, wrong);
 }
 
-__device__ inline Warp warp_of(const Job *jobs, Part part) {
+__device__ inline Warp warp_of(const Job *jobs, Part part, u64 out) {
     const Job &job = jobs[part.job];
-    Warp warp = {(const Recipe *)job.recipe, &job, job.first + WARP * part.group};
+    Warp warp = {(const Recipe *)job.recipe, &job, job.first + WARP * part.group, out + job.out};
     return warp;
 }
 
@@ -56,55 +57,72 @@ __device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status
 
 template <u32 ITEM, bool PLAIN>
 __device__ inline void run_any(
-    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
-    Warp warp = warp_of(jobs, part);
+    Warp warp = warp_of(jobs, part, out);
     u32 wrong = decode_any<ITEM, PLAIN>(warp, index, tiles[own], lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
 template <u32 ITEM, u32 WIDTH, Tables TABLES>
 __device__ inline void run_dense(
-    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
     __shared__ u32 table[table_words(TABLES)];
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    Warp first = warp_of(jobs, parts[blockIdx.x * WARPS]);
+    Warp first = warp_of(jobs, parts[blockIdx.x * WARPS], out);
     fill_short<TABLES>(first, (u16 *)table, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
-    Warp warp = warp_of(jobs, part);
+    Warp warp = warp_of(jobs, part, out);
     u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(warp, index, tiles[own], (u16 *)table, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
 template <u32 ITEM>
 __device__ inline void run_short(
-    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
     __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
     __shared__ ShortMemory memory;
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    fill_memory(*warp_of(jobs, parts[blockIdx.x * WARPS]).recipe, memory, threadIdx.x);
+    fill_memory(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, memory, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
-    Warp warp = warp_of(jobs, part);
+    Warp warp = warp_of(jobs, part, out);
     u32 wrong = decode_short<ITEM>(warp, index, tiles[own], memory, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
+template <bool LONG>
+__device__ inline void run_sparse(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
+) {
+    __shared__ u32 tiles[WARPS][WARP * row_words(2)];
+    __shared__ SparseTables tables;
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    fill_sparse(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, tables, threadIdx.x);
+    __syncthreads();
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part, out);
+    u32 wrong = decode_sparse<LONG>(warp, index, tiles[own], tables, lane);
+    report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
+// `out`: what the addresses of the jobs' weights are counted from.
 #define KERNEL(NAME, BLOCKS, BODY)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
-        const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors                              \
+        const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out                     \
     ) {                                                                                                       \
-        BODY(jobs, parts, index, status, errors);                                                             \
+        BODY(jobs, parts, index, status, errors, out);                                                        \
     }
 
 // Any tensor, by bytes a weight. The second number is how many blocks a multiprocessor is to have at least.
@@ -120,6 +138,10 @@ KERNEL(plain_8, 3, (run_any<8, true>))
 KERNEL(short_1, 4, (run_short<1>))
 KERNEL(short_2, 4, (run_short<2>))
 KERNEL(short_4, 4, (run_short<4>))
+// Weights of two bytes, quantised, a codeword and a sign each or of one width, under octets or none; short: codewords
+// of at most 8 bits.
+KERNEL(sparse_2_short, 5, (run_sparse<false>))
+KERNEL(sparse_2_long, 5, (run_sparse<true>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
 // most 8 bits.
 KERNEL(dense_2_8_one_short, 6, (run_dense<2, 8, ONE_SHORT>))
@@ -132,3 +154,29 @@ KERNEL(dense_4_24_many_short, 6, (run_dense<4, 24, MANY_SHORT>))
 KERNEL(dense_4_24_many_long, 6, (run_dense<4, 24, MANY_LONG>))
 KERNEL(dense_2_0, 6, (run_dense<2, 0, MANY_LONG>))
 KERNEL(dense_4_0, 6, (run_dense<4, 0, MANY_LONG>))
+
+// ------------------------------------------------------------------------------------------------- products
+
+// Makes a matrix ready: one block a job, each a whole chunk whose index was written. `status` as in `index_chunks`.
+extern "C" __global__ void place_matrix(const Job *jobs, const Matrix *matrix, u32 *index, u32 *status) {
+    if (is_lost(status[blockIdx.x])) return;
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 wrong = place_rows(jobs[blockIdx.x], *matrix, index, warp, lane);
+    if (wrong) atomicOr(&status[blockIdx.x], wrong);
+}
+
+// y = x @ matrix.T + bias; see `Call` for the arguments. Slices of the columns lie side by side in the grid.
+#define MULTIPLY(NAME, BLOCKS, KIND, PARTS)                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
+        const Matrix *matrix, const Words *x, const void *bias, void *y, float *sums, u32 *done, u32 batch,   \
+        u32 units                                                                                             \
+    ) {                                                                                                       \
+        __shared__ ProductMemory<PARTS> memory;                                                               \
+        Call call = {x, bias, y, sums, done, batch, units};                                                   \
+        if (HAS_TENSORS) multiply<KIND, PARTS>(*matrix, memory, call);                                        \
+    }
+
+MULTIPLY(multiply_bf16, 5, OF_BF16, 1)
+MULTIPLY(multiply_f16, 5, OF_F16, 1)
+// Numbers of 24 bits as three of 8.
+MULTIPLY(multiply_f32, 3, OF_BF16, 3)

@@ -32,17 +32,19 @@ template <u32 ITEM> __device__ inline void put(u32 *row, u32 position, u64 patte
     }
 }
 
-// Where the warp is: segments `first` to `first` + 31 of a job, as far as the run goes.
+// Where the warp is: segments `first` to `first` + 31 of a job, as far as the run goes; `out` is where the weights of
+// the run go.
 struct Warp {
     const Recipe *recipe;
     const Job *job;
     u32 first;
+    u64 out;
 };
 
 // Where a row of a tile goes: the positions from `done` on of the warp's segment number `row`.
 template <u32 ITEM> __device__ inline u8 *place_of_row(const Warp &warp, u32 done, u32 row) {
     u64 segment = warp.first - warp.job->first + row;
-    return (u8 *)warp.job->out + (segment * warp.recipe->segment + done) * ITEM;
+    return (u8 *)warp.out + (segment * warp.recipe->segment + done) * ITEM;
 }
 
 // Writes out a tile whose rows are all there and full: words of `columns` lanes side by side.
@@ -203,7 +205,7 @@ __device__ inline u32 decode_any(const Warp &warp, u32 *index, u32 *tile, u32 la
     Recipe recipe = *warp.recipe;
     if (PLAIN) recipe.multiplier = NO_MULTIPLIER;  // said to the compiler, which leaves out what it needs
     if (PLAIN) recipe.scale_by = NO_SCALE;
-    Warp own = {&recipe, warp.job, warp.first};
+    Warp own = {&recipe, warp.job, warp.first, warp.out};
     u32 s = warp.first + lane_number, rows = positions_of(recipe, *warp.job, warp.first);
     u32 *row = tile + lane_number * row_words(ITEM);
     bool there = s < warp.job->stop;

@@ -1,8 +1,8 @@
 """Damaged chunks to the kernels on the host: each is judged as by the reference, and nothing else is touched.
 
-``python -m kernels.fuzz`` decodes 200,000 of them with address and undefined-behaviour sanitisers; every
-chunk, output and table lies in memory of its own whose surroundings are poisoned. Checksums are not compared:
-it is as if each had been mended.
+``python -m kernels.fuzz`` decodes or multiplies 200,000 of them with address and undefined-behaviour
+sanitisers, after those of the golden files; every chunk, output and table lies in memory of its own whose
+surroundings are poisoned. Checksums are not compared: it is as if each had been mended.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import ImportanceOptions, Options
-from sfpformat.checksum import crc32
+from sfpformat import PRESETS
 from sfpformat.codec.decode import TensorDecoder
 from sfpformat.coding.bits import Bytes
-from sfpformat.container.preamble import SIZE, Preamble
 from sfpformat.engines import Engine, Run, get_engine
 from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.batch import Task, plan_batch
 from sfpformat.engines.cuda.loaded import Recipes
-from sfpformat.engines.cuda.recipe import make_recipe
-from sfpformat.errors import FileFault
+from sfpformat.engines.cuda.recipe import Recipe, make_recipe
+from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
 
 from . import shim
+from .identity import golden_files
+from .inputs import damage, files, normal_weights
+from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
 INPUTS = 200_000
-_EXTREMES = (0, 1, 2, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
+# Of so many inputs one is multiplied: a product takes as long on the host as decoding as many.
+_PRODUCTS_EVERY = 50
+_SHOWN = 5_000
+# Golden files that claim more, a few bytes each, are there for limits.
+_MOST_POSITIONS = 1 << 20
 
 
-# -------------------------------------------------------------------------------------------- what is damaged
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """A chunk of a tensor, and who decodes it beside the kernels."""
 
@@ -54,55 +56,6 @@ class Sample:
     reference: TensorDecoder
     data: Bytes
     k: int
-
-
-def _weights(rows: int, columns: int, density: float) -> NDArray[np.float32]:
-    rng = np.random.default_rng(rows * columns)
-    spread = 2.0 ** (-np.arange(rows) // 2)
-    values = rng.normal(size=(rows, columns)) * spread[:, None] * (rng.random((rows, columns)) < density)
-    values[:2] = values[:2].astype(np.float16)
-    return values.astype(np.float32)
-
-
-def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
-    """Name, dtype, options, density, form of the importance: every path that the kernels have."""
-    small = Options(segment=32, chunk=chunk)
-    for dtype in (ml_dtypes.bfloat16, np.float32, np.float16, np.float64, ml_dtypes.float8_e4m3fn):
-        name = np.dtype(dtype).name
-        for codes, limit in ((1, 8), (16, 8), (1, 12), (16, 12)):
-            options = small.but(codes=codes, code_limit=limit, coding="fingerprint", mask="none", trim=False)
-            yield f"{name} dense {codes} {limit}", dtype, options, 1.0, "none"
-        yield f"{name} trims", dtype, small.but(coding="fingerprint", mask="none", narrow=False), 1.0, "none"
-        for mask, polarity in (("octets", None), ("runs", 0), ("runs", 1)):
-            options = small.but(mask=mask, polarity=polarity, coding="fingerprint")
-            yield f"{name} {mask} {polarity}", dtype, options, 0.4, "none"
-        for scale in ("row", "column", 7):
-            options = small.but(quantiser="uniform", bits=3.0, scale=scale, group=2)
-            yield f"{name} scale {scale}", dtype, options, 0.6, "none"
-        for form, over in (("each", "survivors"), ("each", "all"), ("factors", "survivors")):
-            kept = ImportanceOptions(role="multiplier", over=over)
-            options = small.but(quantiser="table", centroids=9, importance=kept)
-            yield f"{name} {form} {over}", dtype, options, 0.5, form
-            options = small.but(quantiser="exact", narrow=True, coding="fingerprint", importance=kept)
-            yield f"{name} exact {form} {over}", dtype, options, 0.5, form
-
-
-def files(
-    rows: int = 6, columns: int = 51, *, chunk: int = 128, every: int = 1
-) -> Iterator[tuple[str, bytes]]:
-    """For every kind of tensor, or every so many, its name and a file with a tensor ``w`` of that shape.
-
-    Args:
-        chunk: positions a chunk; a segment has 32.
-    """
-    for name, dtype, options, density, form in islice(_kinds(chunk), 0, None, every):
-        array = _weights(rows, columns, density).astype(dtype)
-        importance: Any = np.abs(_weights(rows, columns, 1.0)) if form == "each" else None
-        if form == "factors":
-            each = np.arange(max(rows, columns), dtype=np.float32)
-            importance = each[:rows] + 1, each[:columns] / 7
-        given = {} if importance is None else {"w": importance}
-        yield name, save({"w": array}, options=options, importances=given, engine="python")
 
 
 def samples(engine: Engine) -> list[Sample]:
@@ -121,40 +74,21 @@ def samples(engine: Engine) -> list[Sample]:
     return [sample for sample in found if sample.decoder.entry.coding == "fingerprint"]
 
 
-def damage(data: Bytes, rng: np.random.Generator) -> Bytes:
-    """A copy with one to three changes, more of them in header and index."""
-    out = data.copy()
-    for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(len(out) if rng.random() < 0.5 else min(len(out), 96)))
-        what = rng.integers(5)
-        if what < 2:
-            out[at] ^= 1 << rng.integers(8)
-        elif what == 2:
-            out[at] = rng.choice([0, 1, 32, 33, 127, 128, 255])
-        elif what == 3:
-            value = np.array([rng.choice(_EXTREMES)], "<u4").view(np.uint8)
-            out[at // 4 * 4 : at // 4 * 4 + 4] = value
-        else:
-            stop = min(at + int(rng.integers(1, 40)), len(out))
-            out[at:stop] = rng.integers(0, 256, stop - at)
-    return out
-
-
-def damaged_file(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file with one tensor, one of its chunks damaged, its checksums mended."""
-    with sfpformat.open(data) as file:
-        entry, directory = file.entry("w"), file.directory
-        chunks = [file.read_checked(entry, k) for k in range(len(entry.chunks))]
-        vectors = [] if entry.vectors is None else [file.read_checked(entry, -1)]
-    k = int(rng.integers(len(chunks)))
-    chunks[k] = damage(chunks[k], rng)
-    records = entry.chunks.copy()
-    records["crc"][k] = crc32(chunks[k].data)
-    mended = replace(directory, tensors={"w": replace(entry, chunks=records)}).to_bytes()
-    body = b"".join(chunk.tobytes() for chunk in (*vectors, *chunks))
-    end = SIZE + len(body)
-    preamble = Preamble(end, len(mended), end + len(mended), crc32(mended))
-    return preamble.to_bytes() + body + mended
+def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
+    """The chunks of every so many of the golden files, those that can be read and that kernels decode."""
+    reference = get_engine("python")
+    for number, data in enumerate(golden_files(every)):
+        with suppress(SfpError), sfpformat.open(data, engine="python") as file:
+            for name in file:
+                entry = file.entry(name)
+                if entry.fingerprints is not None and entry.positions <= _MOST_POSITIONS:
+                    vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+                    own, plain = (TensorDecoder(entry, vectors, by) for by in (engine, reference))
+                    own.expect(entry.positions)
+                    if make_recipe(entry, own.vectors) is not None:
+                        for k in range(len(entry.chunks)):
+                            words = f"golden file {number}, {name!r}, chunk {k}"
+                            yield Sample(words, own, plain, file.read_checked(entry, k), k)
 
 
 # ---------------------------------------------------------------------------------------------- who judges
@@ -166,20 +100,23 @@ class Kernels:
     def __init__(self, checked: bool) -> None:
         """Compiles them."""
         library = shim.build(shim.CHECKED if checked else shim.PLAIN)
-        self._device = shim.HostDevice(library, poison=checked)
-        self._recipes = Recipes(self._device)
-        self._made: dict[int, Any] = {}
+        self.device = shim.HostDevice(library, poison=checked)
+        self._recipes = Recipes(self.device)
+        self._made: dict[Sample, Recipe] = {}
 
     def weights(self, sample: Sample, data: Bytes) -> tuple[int, NDArray[np.uint32], bytes]:
         """The status word, the error words and the weights of a chunk."""
         entry = sample.decoder.entry
-        recipe = self._made.setdefault(id(sample), make_recipe(entry, sample.decoder.vectors))
-        assert recipe is not None
-        self._recipes.load([recipe])
+        if sample not in self._made:
+            made = make_recipe(entry, sample.decoder.vectors)
+            assert made is not None
+            self._made[sample] = made
+            self._recipes.load([made])
+        recipe = self._made[sample]
         first, stop = entry.segments_of_chunk(sample.k)
         start = first * entry.segment
         total = min((stop - first) * entry.segment, entry.positions - start)
-        device = self._device
+        device = self.device
         chunk, out = device.allocate(len(data)), device.allocate(total * entry.dtype.itemsize)
         chunk.bytes[:] = data
         at = self._recipes.address(recipe)
@@ -192,7 +129,7 @@ class Kernels:
         status.bytes[:], errors.bytes[:], out.bytes[:] = 0, 0, 0
         places = [np.uint64(memory.address) for memory in (jobs, warps, index, status, errors)]
         device.launch("index_chunks", 1, [places[0], places[2], places[3]])
-        device.launch(recipe.kernel, len(parts) // layout.WARPS, places)
+        device.launch(recipe.kernel, len(parts) // layout.WARPS, [*places, np.uint64(0)])
         device.finish()
         word = int(status.bytes.view(np.uint32)[0])
         return word, errors.bytes.view(np.uint32).copy(), out.bytes.tobytes()
@@ -224,17 +161,101 @@ def compare(kernels: Kernels, sample: Sample, data: Bytes) -> bool:
     return status == 0
 
 
-def run(inputs: int, seed: int = 0, *, checked: bool = False, engine: str | None = None) -> int:
+# ------------------------------------------------------------------------------------------------ products
+
+
+class ProductSample:
+    """A matrix of one chunk that is multiplied, on the host, and its bytes as they were written."""
+
+    def __init__(self, name: str, data: bytes, device: shim.HostDevice) -> None:
+        """Makes it ready."""
+        self.name, self._device, self._file = name, device, sfpformat.open(data, engine="python")
+        self._entry = self._file.entry("w")
+        self.data = self._file.read_checked(self._entry, 0)
+        self._compute = self._entry.dtype.name
+        self._there = self._on_device(self.data)
+        placed = self._there.place(self._compute)
+        assert placed is not None, f"{name}: not multiplied"
+        rng = np.random.default_rng(0)
+        self._x = rng.normal(size=(3, self._entry.columns)).astype(self._entry.dtype.numpy)
+        self._product = Multiplication(device, placed, self._x, None)
+        self._reference = TensorDecoder(self._entry, self._vectors(), get_engine("python"))
+
+    def _vectors(self) -> Bytes | None:
+        return None if self._entry.vectors is None else self._file.read_checked(self._entry, -1)
+
+    def _on_device(self, data: Bytes) -> OnDevice:
+        return OnDevice(self._file, self._entry, self._device, data.tobytes())
+
+    def weights(self, data: Bytes) -> NDArray[Any] | None:
+        """By the reference; None where it refuses them."""
+        out = np.empty(self._entry.positions, self._entry.dtype.numpy)
+        try:
+            self._reference.weights_into(data, 0, 0, self._entry.segments, out)
+        except FileFault:
+            return None
+        return out.reshape(self._entry.shape)
+
+    def compare(self, data: Bytes) -> bool:
+        """Whether the chunk was accepted; raises AssertionError where the two do not agree.
+
+        It also stands where a good one was made ready: what comes out means nothing then, and nothing but the
+        chunk must be touched.
+        """
+        self._there.overwrite(data)
+        self._product.result()
+        self._there.overwrite(self.data)
+        weights, there = self.weights(data), self._on_device(data)
+        placed = there.place(self._compute)
+        assert (placed is None) == (weights is None), f"{self.name}: {placed}"
+        if placed is not None and weights is not None:
+            found = Multiplication(self._device, placed, self._x, None).result()
+            assert excess(found, self._x, weights, None) <= SUMMING, f"{self.name}: another product"
+        return weights is not None
+
+
+def product_samples(device: shim.HostDevice) -> list[ProductSample]:
+    """Matrices of every kind that the kernels tell apart."""
+    found = []
+    for dtype in NUMPY.values():
+        for columns, density, scale in ((128, 0.5, None), (384, 0.6, "row"), (640, 1.0, 128)):
+            array = normal_weights(5, columns, density)
+            array[0, :9] = np.arange(1, 10) / 4  # magnitudes enough
+            options = PRESETS["fused"].but(
+                quantiser="table", centroids=8, scale=scale, segment=64, coding="fingerprint"
+            )
+            data = save({"w": array.astype(dtype)}, options=options, engine="python")
+            found.append(ProductSample(f"{np.dtype(dtype).name} {columns} {scale}", data, device))
+    return found
+
+
+def run_golden(kernels: Kernels, engine: Engine, every: int) -> int:
+    """Compares the chunks of every so many of the golden files; how many they are."""
+    count = 0
+    for sample in golden_samples(engine, every):
+        compare(kernels, sample, sample.data)
+        count += 1
+    return count
+
+
+def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
     """Compares so many damaged inputs, after the undamaged ones; how many of them were accepted."""
-    kernels, every = Kernels(checked), samples(get_engine(engine))
+    every = samples(engine)
+    products = product_samples(kernels.device)
     for sample in every:
         assert compare(kernels, sample, sample.data), f"{sample.name}: refused as it was written"
+    for product in products:
+        assert product.compare(product.data), f"{product.name}: refused as it was written"
     rng = np.random.default_rng(seed)
     good, begun = 0, time.monotonic()
     for i in range(inputs):
-        sample = every[int(rng.integers(len(every)))]
-        good += compare(kernels, sample, damage(sample.data, rng))
-        if (i + 1) % 20_000 == 0:
+        if i % _PRODUCTS_EVERY == 0:
+            product = products[int(rng.integers(len(products)))]
+            good += product.compare(damage(product.data, rng))
+        else:
+            sample = every[int(rng.integers(len(every)))]
+            good += compare(kernels, sample, damage(sample.data, rng))
+        if (i + 1) % _SHOWN == 0:
             print(f"{i + 1:,} inputs, {good:,} accepted, {time.monotonic() - begun:.0f} s", flush=True)
     return good
 
@@ -251,12 +272,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=INPUTS, help=f"how many ({INPUTS:,})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--golden", type=int, default=1, metavar="N", help="every Nth golden file (1), 0: none"
+    )
     parser.add_argument("--plain", action="store_true", help="without sanitisers")
     args = parser.parse_args()
     if not args.plain and not hasattr(ctypes.CDLL(None), "__asan_poison_memory_region"):
         again = [sys.executable, "-m", "kernels.fuzz", *sys.argv[1:]]
         return subprocess.run(again, env=checked_environment(), check=False).returncode
-    good = run(args.inputs, args.seed, checked=not args.plain)
+    kernels, engine = Kernels(checked=not args.plain), get_engine(None)
+    if args.golden:
+        print(f"{run_golden(kernels, engine, args.golden):,} chunks of golden files", flush=True)
+    good = run(kernels, engine, args.inputs, args.seed)
     print(f"{args.inputs:,} damaged inputs judged as by the reference, {good:,} of them accepted")
     return 0
 

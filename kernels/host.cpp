@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "host.h"
+#include "host_tensor.h"
 #include "decode.cu"
 
 Dim threadIdx, blockIdx, blockDim;
@@ -13,16 +14,23 @@ namespace {
 enum State { READY, AT_WARP, AT_BLOCK, DONE };
 const size_t STACK = 1 << 18;
 
+struct Copy {
+    Words *to;
+    const Words *from;
+};
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     State state;
     unsigned parity;  // of the mailbox that the next exchange uses
+    std::vector<Copy> copies;  // that were begun
 };
 
 ucontext_t scheduler;
 std::vector<Fiber> fibers;
 unsigned current, threads;
+bool copies_wait;  // until somebody waits for them
 unsigned long long mailboxes[2][1024];
 void (*body)(void *const *);
 void *const *arguments;
@@ -79,6 +87,7 @@ bool run_block(bool backwards) {
         Fiber &fiber = fibers[t];
         fiber.state = READY;
         fiber.parity = 0;
+        fiber.copies.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -109,7 +118,14 @@ struct Kernel {
 #define DECODING(NAME)                                                                                        \
     {#NAME, [](void *const *a) {                                                                              \
          NAME(argument<const Job *>(a, 0), argument<const Part *>(a, 1), argument<u32 *>(a, 2),               \
-              argument<u32 *>(a, 3), argument<u32 *>(a, 4));                                                  \
+              argument<u32 *>(a, 3), argument<u32 *>(a, 4), argument<u64>(a, 5));                             \
+     }}
+
+#define MULTIPLYING(NAME)                                                                                     \
+    {#NAME, [](void *const *a) {                                                                              \
+         NAME(argument<const Matrix *>(a, 0), argument<const Words *>(a, 1), argument<const void *>(a, 2),    \
+              argument<void *>(a, 3), argument<float *>(a, 4), argument<u32 *>(a, 5), argument<u32>(a, 6),    \
+              argument<u32>(a, 7));                                                                           \
      }}
 
 const Kernel KERNELS[] = {
@@ -129,6 +145,8 @@ const Kernel KERNELS[] = {
     DECODING(short_1),
     DECODING(short_2),
     DECODING(short_4),
+    DECODING(sparse_2_short),
+    DECODING(sparse_2_long),
     DECODING(dense_2_8_one_short),
     DECODING(dense_2_8_one_long),
     DECODING(dense_2_8_many_short),
@@ -139,12 +157,31 @@ const Kernel KERNELS[] = {
     DECODING(dense_4_24_many_long),
     DECODING(dense_2_0),
     DECODING(dense_4_0),
+    {"place_matrix",
+     [](void *const *a) {
+         place_matrix(
+             argument<const Job *>(a, 0), argument<const Matrix *>(a, 1), argument<u32 *>(a, 2), argument<u32 *>(a, 3)
+         );
+     }},
+    MULTIPLYING(multiply_bf16),
+    MULTIPLYING(multiply_f16),
+    MULTIPLYING(multiply_f32),
 };
 
 }  // namespace
 
 void wait_for_warp() { wait_as(AT_WARP); }
 void wait_for_block() { wait_as(AT_BLOCK); }
+
+void copy_ahead(Words *to, const Words *from) {
+    if (copies_wait) fibers[current].copies.push_back({to, from});
+    else *to = *from;
+}
+
+void wait_for_copies() {
+    for (const Copy &copy : fibers[current].copies) *copy.to = *copy.from;
+    fibers[current].copies.clear();
+}
 
 unsigned long long *exchange(unsigned long long value) {
     unsigned long long *box = mailboxes[fibers[current].parity ^= 1];
@@ -163,6 +200,7 @@ extern "C" int launch(const char *name, unsigned blocks, unsigned block, int bac
         body = kernel.body;
         arguments = args;
         threads = block;
+        copies_wait = backwards;
         blockDim.x = block;
         while (fibers.size() < block) {
             fibers.emplace_back();
@@ -183,6 +221,7 @@ extern "C" void record_sizes(unsigned *sizes) {
     sizes[2] = sizeof(Job);
     sizes[3] = sizeof(Part);
     sizes[4] = sizeof(Code);
+    sizes[5] = sizeof(Matrix);
 }
 
 // As `rounded` and `widened` of values.cuh, for tests of all patterns.

@@ -43,11 +43,34 @@ inline bool __any_sync(unsigned, bool value) {
 }
 
 inline void atomicOr(unsigned *word, unsigned bits) { *word |= bits; }
+
+inline unsigned atomicAdd(unsigned *word, unsigned more) {
+    unsigned before = *word;
+    *word += more;
+    return before;
+}
+
+inline void __threadfence() {}
+inline float __ldcg(const float *number) { return *number; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+
+inline unsigned __brev(unsigned x) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i++) out |= (x >> i & 1) << (31 - i);
+    return out;
+}
+
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return (unsigned)((low | (unsigned long long)high << 32) >> (shift & 31));
+}
+
+// Shifts by 32 bits too.
+inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
+    return shift >= 32 ? high : __funnelshift_r(low, high, shift);
 }
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {

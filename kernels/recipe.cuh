@@ -63,7 +63,7 @@ struct Recipe {
 // A run of neighbouring segments of a chunk.
 struct Job {
     u64 data;    // address of the chunk, a multiple of 16
-    u64 out;     // address of the run's weights, a multiple of 4
+    u64 out;     // where the run's weights go, a multiple of 4
     u64 start;   // position in the tensor of the chunk's first
     u64 recipe;  // address of the tensor's recipe
     u64 index;   // where its part of `index` begins: (1 + 3 × streams) rows of segments + 1

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sfpformat.coding.bits import Bytes
 from sfpformat.engines.cuda import layout
-from sfpformat.engines.cuda.device import Device
+from sfpformat.engines.cuda.device import Device, Mark
 
 FOLDER = Path(__file__).parent
 # -ffp-contract=off: what the source multiplies and adds apart stays apart.
@@ -37,6 +37,7 @@ CHECKED_ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_re
 _ALIGNMENT = 256  # of memory, as CUDA gives it
 _GUARD = 64  # bytes before and after memory, to find what writes there
 _PATTERN = 0xA5
+_INTACT = bytes([_PATTERN]) * _GUARD
 _one_at_a_time = threading.Lock()  # the library has one set of threads
 
 
@@ -121,8 +122,8 @@ class _Block:
     def require_guards(self) -> None:
         """Raises AssertionError where something was written beside the memory."""
         before, after = self._guards
-        assert (before == _PATTERN).all(), "written before the memory"
-        assert (after == _PATTERN).all(), "written after the memory"
+        assert before.tobytes() == _INTACT, "written before the memory"
+        assert after.tobytes() == _INTACT, "written after the memory"
 
 
 class HostDevice:
@@ -132,13 +133,23 @@ class HostDevice:
         launched: the kernels in the order of their launches.
     """
 
-    def __init__(self, library: Path | None = None, *, backwards: bool = False, poison: bool = False) -> None:
+    def __init__(
+        self,
+        library: Path | None = None,
+        *,
+        backwards: bool = False,
+        poison: bool = False,
+        at_once: bool = False,
+    ) -> None:
         """Loads the library, by default that of `build`.
 
         Args:
-            backwards: whether the last thread of a block goes first.
+            backwards: whether the last thread of a block goes first, and copies that a kernel begins are done
+                when it waits for them.
             poison: whether the address sanitiser is there and told of the guards.
+            at_once: whether the queue is done at once, for users whose other work does not join it.
         """
+        self._at_once = at_once
         self._poison = poison
         self._library = load(library or build())
         self._backwards = backwards
@@ -162,13 +173,18 @@ class HostDevice:
 
     def copy(self, to: int, source: int, size: int) -> None:
         """See `Device`."""
-        self._queue.append(lambda: ctypes.memmove(to, source, size))
+        self._enqueue(lambda: ctypes.memmove(to, source, size))
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[np.generic]) -> None:
         """See `Device`."""
         held = [np.array(argument) for argument in arguments]
         self.launched.append(kernel)
-        self._queue.append(lambda: self._run(kernel, blocks, held))
+        self._enqueue(lambda: self._run(kernel, blocks, held))
+
+    def _enqueue(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        if self._at_once:
+            self.finish()
 
     def _run(self, kernel: str, blocks: int, held: list[NDArray[Any]]) -> None:
         pointers = (ctypes.c_void_p * len(held))(*[value.ctypes.data for value in held])
@@ -183,11 +199,15 @@ class HostDevice:
         """See `Device`."""
         return HostMark(self)
 
+    def wait_for(self, mark: Mark) -> None:
+        """See `Device`."""
+        self._enqueue(mark.wait)
+
     def finish(self) -> None:
         """Does all that waits."""
         while self._queue:
             self._queue.pop(0)()
-        for block in self._blocks.values():
+        for block in () if self._poison else self._blocks.values():  # the sanitiser sees it sooner
             block.require_guards()
 
 

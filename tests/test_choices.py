@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sfpformat
-from sfpformat import OptionError, Options
+from sfpformat import PRESETS, OptionError, Options
 from sfpformat.codec.plan import default_segment
 from sfpformat.codec.quantise import Sampled, lloyd_max, step_for_error, weighing_numbers
 from sfpformat.coding.classes import FRACTION, best_layout, entropy_bits, log2_fixed
@@ -19,6 +19,7 @@ from sfpformat.coding.codetable import code_lengths
 from sfpformat.numpy import load, save
 
 RNG = np.random.default_rng(11)
+PLAIN = PRESETS["fused"].but(quantiser="table", centroids=8)
 NORMAL = RNG.standard_normal((256, 384)).astype(np.float32)
 
 
@@ -214,6 +215,85 @@ def test_rows_from_a_narrower_float_are_trimmed() -> None:
 def test_segments_are_whole_rows_or_parts_of_rows(
     columns: int, density: float, exact: bool, expected: int
 ) -> None:
-    segment = default_segment(columns, density, exact)
+    segment = default_segment(columns, density, exact, Options())
     assert segment == expected
     assert segment % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "density", "near", "within"),
+    [
+        (4096, 1.0, 512, 512),
+        (4096, 0.1, 512, 512),
+        (768, 1.0, 384, 384),
+        (11008, 0.5, 256, 256),
+        (14336, 1.0, 512, 512),
+        (256, 1.0, 512, 256),
+        (128, 1.0, 512, 128),
+        (1001, 1.0, 512, 512),
+    ],
+)
+def test_segments_for_a_gpu_are_near_512_and_in_products_never_of_several_rows(
+    columns: int, density: float, near: int, within: int
+) -> None:
+    assert default_segment(columns, density, True, PRESETS["gpu"]) == near
+    assert default_segment(columns, density, False, PLAIN) == within
+    assert default_segment(columns, density, True, PRESETS["fused"]) == near
+
+
+# ------------------------------------------------------------------------------------------- fixed widths
+
+
+def half_pruned(rows: int = 64, columns: int = 768) -> np.ndarray:
+    return np.where(
+        np.abs(RNG.standard_normal((rows, columns))) > 0.67, RNG.standard_normal((rows, columns)), 0
+    )
+
+
+@pytest.mark.parametrize("scale", [None, "row"])
+def test_fixed_widths_change_no_weight_and_make_plain_planes_in_chunks_of_whole_rows(
+    scale: str | None,
+) -> None:
+    array = half_pruned().astype(np.float32)
+    options = PLAIN.but(scale=scale, chunk=3000)
+    data, coded = (save({"w": array}, options=o) for o in (options, options.but(fixed_width=False)))
+    assert load(data)["w"].tobytes() == load(coded)["w"].tobytes()
+    report = sfpformat.validate(data)
+    assert report.ok
+    assert report.canonical
+    with sfpformat.open(data) as file:
+        entry = file.entry("w")
+    assert entry.mask is not None
+    assert entry.fingerprints is not None
+    assert (entry.mask.table.extra, entry.fingerprints.table.extra) == (b"\x08", b"\x04")
+    assert (entry.segment, entry.chunk * entry.segment) == (384, 3 * 768)
+    assert 8 * entry.stored_bytes / entry.positions < 1 + 0.5 * 4 + 0.5
+
+
+@given(st.integers(1, 40), st.integers(0, 4))
+def test_levels_of_a_fixed_width_have_as_many_bits_as_the_greatest_needs(greatest: int, least: int) -> None:
+    numbers = RNG.integers(least, least + greatest + 1, (32, 256)).astype(np.float32)
+    numbers[0, :2] = least, least + greatest
+    options = PRESETS["fused"].but(quantiser="uniform", step=1.0, rate_weight=0.0, coding="fingerprint")
+    data = save({"w": numbers}, options=options)
+    assert (load(data)["w"] == numbers).all()
+    with sfpformat.open(data) as file:
+        fingerprints = file.entry("w").fingerprints
+    assert fingerprints is not None
+    low = max(least, 1) if file.entry("w").mask is not None else least
+    assert fingerprints.table.base == 2 * low
+    assert list(fingerprints.table.extra) == [(2 * (least + greatest) + 1 - 2 * low).bit_length()]
+
+
+def test_a_table_of_other_centroids_is_coded_as_ever() -> None:
+    array = half_pruned().astype(np.float32)
+    options = PLAIN.but(centroids=9)
+    with sfpformat.open(save({"w": array}, options=options)) as file:
+        fingerprints = file.entry("w").fingerprints
+    assert fingerprints is not None
+    assert fingerprints.table.classes == 9
+
+
+def test_fixed_widths_leave_lossless_tensors_coded() -> None:
+    data = save({"w": NORMAL}, options=PRESETS["fused"])
+    assert data == save({"w": NORMAL}, options=PRESETS["gpu"])

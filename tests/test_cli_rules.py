@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sfpformat import Options
+from sfpformat import PRESETS, Options
 from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
 from sfpformat.cli.rules import Rules, Treatment, parse_like
 from sfpformat.dtypes import DTYPES
@@ -116,8 +116,9 @@ def treatment(words: str) -> Treatment:
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("--preset gpu", Options(mantissa_bits=0, group=1, codes=1, code_limit=8)),
-        ("--preset gpu --codes 4", Options(mantissa_bits=0, group=1, codes=4, code_limit=8)),
+        ("--preset gpu", PRESETS["gpu"]),
+        ("--preset gpu --codes 4", PRESETS["gpu"].but(codes=4)),
+        ("--preset fused --table 8", PRESETS["fused"].but(quantiser="table", centroids=8)),
         ("--bits 4", Options(quantiser="uniform", bits=4)),
         ("--step 0.5 --rate-weight 0", Options(quantiser="uniform", step=0.5, rate_weight=0)),
         ("--error-db -30", Options(quantiser="uniform", error_db=-30)),

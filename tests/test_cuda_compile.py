@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels import budget
+from kernels import budget, machine
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, source
@@ -20,7 +20,8 @@ from sfpformat.engines.cuda import driver, source
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Registers a thread that let a multiprocessor have the blocks that `decode.cu` asks for: 65,536 registers,
 # blocks of 128 threads, eight registers at a time.
-REGISTERS = {"dense": 80, "short": 128, "plain": 168, "any": 248, "fill": 64, "index": 128}
+REGISTERS = {"dense": 80, "short": 128, "sparse": 96, "plain": 168, "any": 248, "fill": 64, "index": 128}
+REGISTERS |= {"place": 128, "multiply_bf16": 96, "multiply_f16": 96, "multiply_f32": 168}
 SHARED = 48 << 10  # bytes a block without asking the driver for more
 
 
@@ -28,20 +29,33 @@ def test_the_source_is_one_string_without_headers() -> None:
     text = source.source()
     assert "#include" not in text
     assert "#pragma once" not in text
-    for name in ("base", "recipe", "index", "levels", "mask", "values", "decode", "dense", "short"):
+    for name in (
+        "base",
+        "recipe",
+        "index",
+        "levels",
+        "mask",
+        "values",
+        "decode",
+        "dense",
+        "short",
+        "sparse",
+        "tensor",
+        "product",
+    ):
         parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
         assert text.count(parts) == 1
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
-    code, usage, said = budget.compile_with_usage(arch)
+    code, usage, said = machine.compile_with_usage(arch)
     assert code.startswith(b"\x7fELF")
     assert set(usage) == set(source.kernels())
     assert "warning" not in said
     for kernel, used in usage.items():
         assert used.spilled == 0, kernel
-        assert used.registers <= REGISTERS[kernel.split("_")[0]], kernel
+        assert used.registers <= (REGISTERS.get(kernel) or REGISTERS[kernel.split("_")[0]]), kernel
         assert used.shared <= SHARED, kernel
 
 
@@ -55,47 +69,111 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
 
 # ------------------------------------------------------------------------------------------------ the budget
 
-LOOPS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/                   LDS.U16 R4, [R2] ;
-        /*0020*/              @P0 BRA 0x40 ;
-        /*0030*/                   LD.E.128 R8, desc[UR6][R6.64] ;
-        /*0040*/                   LDS.U16 R5, [R2+0x2] ;
-        /*0050*/                   LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT ;
-        /*0060*/                   LDS.U16 R5, [R2+0x4] ;
-        /*0070*/                   LDS.U16 R5, [R2+0x6] ;
-        /*0080*/                   STS [R3], R5 ;
-        /*0090*/              @!P1 BRA 0x10 ;
-""" + "".join(
-    f"        /*{0x100 + 16 * i:04x}*/                   ST.E desc[UR6][R2.64], R4 ;\n" for i in range(8)
+
+def machine_code(*loops: str, at: int = 0) -> str:
+    """Lines as the disassembler prints them; a loop is lines, the last of which goes back to its first.
+
+    ``>`` before a line jumps over it, if it is to.
+    """
+    out = []
+    for loop in loops:
+        start = at
+        for line in loop.split(";"):
+            text = line.strip()
+            if text.startswith(">"):
+                out.append(f"        /*{at:04x}*/              @P0 BRA {at + 32:#x} ;")
+                at, text = at + 16, text[1:].strip()
+            out.append(f"        /*{at:04x}*/                   {text} ;")
+            at += 16
+        out.append(f"        /*{at:04x}*/              @!P1 BRA {start:#x} ;")
+        at += 16
+    return "\n".join(out)
+
+
+WRITES = ";".join(["ST.E desc[UR6][R2.64], R4"] * 8)
+DENSE = machine_code(
+    "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
+    "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
+    WRITES,
 )
-LOOPS += "        /*0180*/              @!P1 BRA 0x100 ;\n        /*0190*/                   BRA 0x190 ;\n"
 
 
-def test_loops_are_found_and_what_is_jumped_over_is_counted_apart() -> None:
-    decode, write = budget.dense_loops(budget.instructions_of(LOOPS), 2)
-    assert (len(decode.every), len(decode.always), decode.weights) == (9, 8, 4)
-    assert decode.a_weight(decode.every, ("LOP3",)) == 0.25
-    assert (len(write.every), write.weights) == (9, 16)
-    own = budget.budget_of("dense_2_8_one_short", budget.instructions_of(LOOPS))
+def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
+    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(DENSE))
+    assert own is not None
     assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
     assert own.integer == (0.25, 0.25)
     assert set(own.shares().values()) == {1.0}
+    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY["h200"])
 
 
-SURVIVORS = """
-        /*0000*/                   LDS R4, [R2] ;
-        /*0010*/                   FLO.U32 R5, R6 ;
-        /*0020*/              @!P0 BRA 0x40 ;
-        /*0030*/                   LDS R7, [R2+0x4] ;
-        /*0040*/                   STS.U16 [R3], R4 ;
-        /*0050*/               @P1 BRA 0x0 ;
-"""
+def nested(before: str, *inner: str) -> str:
+    """Loops, one after another, in a loop that begins with lines before them."""
+    lines = machine_code(*inner, at=16 * len(before.split(";"))).split("\n")
+    first = [
+        f"        /*{16 * i:04x}*/                   {line.strip()} ;"
+        for i, line in enumerate(before.split(";"))
+    ]
+    at = 16 * (len(first) + len(lines))
+    return "\n".join([*first, *lines, f"        /*{at:04x}*/              @!P1 BRA 0x0 ;"])
 
 
-def test_the_loop_over_survivors_is_found() -> None:
-    loop = budget.survivor_loop(budget.instructions_of(SURVIVORS))
-    assert (len(loop.every), len(loop.always)) == (6, 5)
+def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> None:
+    turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
+    code = nested("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5", turn)
+    write = machine_code(WRITES, at=0x200)
+    own = budget.budget_of("sparse_2_short", machine.instructions_of(f"{code}\n{write}"))
+    assert own is not None
+    turns = budget.slowest(32, 1) / 32
+    assert 20 / 32 < turns < 24 / 32
+    assert own.issue[0] == pytest.approx(5 * turns + 3 / 32 + 9 / 16)
+    assert own.integer[0] == pytest.approx(turns + 1 / 32)
+
+
+def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
+    word = (
+        "PRMT R4, R4, R5, R6; HMMA.16816.F32.BF16 R4, R8, R12, R4; LDS R4, [R2]; LDS.128 R8, [R3];"
+        "> SHFL.UP R4, R4"
+    )
+    tile = nested("LDG.E R4, desc[UR6][R2.64]", word)
+    own = budget.budget_of("multiply_bf16", machine.instructions_of(tile))
+    assert own is not None
+    assert own.issue[0] == pytest.approx(6 / 64 + 1 / 256 + 2 / 256)
+    assert own.integer[0] == pytest.approx(1 / 64)
+    assert own.memory == pytest.approx((budget.MEETING + 4) / 64 + 32 * budget.PLAIN_BITS / 8 / 128)
+
+
+@pytest.mark.parametrize(("kernel", "look_ups"), [("short_2", 2 * budget.MEETING), ("plain_2", 32)])
+def test_survivors_octets_and_tiles_are_counted_where_each_has_a_loop(kernel: str, look_ups: float) -> None:
+    turn, octets = "FLO.U32.SH R5, R6; > LDS R4, [R2]; STS.U16 [R3], R4", ";".join(["LDS R4, [R2]"] * 8)
+    code = nested("POPC R5, R5", octets, turn) + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of(kernel, machine.instructions_of(code))
+    assert own is not None
+    turns = budget.slowest(64, 1) / 64
+    assert own.issue[0] == pytest.approx(4 * turns + 9 / 16 + 2 / 64 + 9 / 16)
+    assert own.issue[1] - own.issue[0] == pytest.approx(turns)
+    octet = budget.MEETING if kernel == "short_2" else 32
+    moved = 2 / 4 + budget.tile_memory(2, budget.EXACT_BITS)
+    assert own.memory == pytest.approx(look_ups * turns + octet / 8 + moved)
+
+
+def test_a_turn_of_the_kernel_for_all_is_a_position() -> None:
+    before = ";".join(["LD.E R4, desc[UR6][R2.64]"] * 17 + ["STS.U16 [R3], R4"])
+    code = nested(before, "IADD3 R4, R4, R5, R6") + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of("any_2", machine.instructions_of(code))
+    assert own is not None
+    assert own.issue == pytest.approx((19 + 9 / 16, 19 + 2 + 9 / 16))
+    assert own.integer == (0, 1)
+
+
+def test_the_index_is_counted_by_segments() -> None:
+    passes = machine_code(*[";".join(["LD.E R4, desc[UR6][R2.64]"] * 33)] * 2)
+    assert budget.index_slots(machine.instructions_of(passes)) == 2 * 34 / 512
+
+
+def test_kernels_that_do_not_go_through_weights_have_no_budget() -> None:
+    for kernel in ("fill_tables", "index_chunks", "place_matrix"):
+        assert budget.budget_of(kernel, []) is None
 
 
 # ------------------------------------------------------------------------------------------- why it cannot be

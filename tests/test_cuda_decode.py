@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfpformat
-from kernels import check, fuzz, shim
-from sfpformat import Options
+from kernels import inputs, shim
+from sfpformat import PRESETS, Options
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
@@ -113,8 +113,20 @@ KERNELS: dict[str, list[Made]] = {
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs"), 0.1),
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs", polarity=0, codes=1), 0.8),
         (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
-        (np.float16, Options(quantiser="table", centroids=20), 0.5),
         (BF16, Options(trim=True, mask="octets"), 0.4),
+    ],
+    "sparse_2_short": [
+        (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
+        (BF16, PRESETS["gpu"].but(quantiser="uniform", step=0.1, codes=5), 0.5),
+        (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor"), 1.0),
+        (BF16, PRESETS["fused"].but(quantiser="table", centroids=8), 0.5),
+        (np.float16, PRESETS["fused"].but(quantiser="table", centroids=128), 0.3),
+        (BF16, PRESETS["fused"].but(quantiser="table", centroids=2), 1.0),
+    ],
+    "sparse_2_long": [
+        (np.float16, Options(quantiser="table", centroids=20, mask="octets"), 0.5),
+        (BF16, Options(quantiser="table", centroids=40, group=1, mask="octets"), 0.1),
+        (BF16, Options(quantiser="table", centroids=40, group=1, codes=4), 1.0),
     ],
     "short_4": [(np.float32, Options(quantiser="uniform", step=0.05), 0.5)],
     "plain_2": [(BF16, Options(quantiser="uniform", step=0.0005), 0.9)],
@@ -142,7 +154,8 @@ def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 70
 
 
 def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
-    assert set(KERNELS) | {"fill_tables", "index_chunks"} == set(source.kernels())
+    others = {kernel for kernel in source.kernels() if kernel.startswith(("multiply", "place"))}
+    assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(source.kernels())
     for kernel, cases in KERNELS.items():
         for dtype, options, density in cases:
             for segment in (96, 512):
@@ -244,9 +257,9 @@ def test_random_planes_are_judged_as_by_the_reference(job: Job, seed: int) -> No
 
 
 def test_records_have_the_sizes_that_the_kernels_expect() -> None:
-    sizes = (ctypes.c_uint * 5)()
+    sizes = (ctypes.c_uint * 6)()
     shim.load(shim.build()).record_sizes(sizes)
-    records = (layout.STREAM, layout.RECIPE, layout.JOB, layout.PART, layout.CODE)
+    records = (layout.STREAM, layout.RECIPE, layout.JOB, layout.PART, layout.CODE, layout.MATRIX)
     assert list(sizes) == [record.itemsize for record in records]
 
 
@@ -293,38 +306,10 @@ def test_patterns_are_widened_without_loss(name: str) -> None:
     assert found.tobytes() == numbers[kept].tobytes()
 
 
-# ----------------------------------------------------------------------------- what is run where a device is
-
-
-def test_the_check_of_a_device_passes_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = list(fuzz._kinds(1 << 10))[::9]
-    monkeypatch.setattr(fuzz, "_kinds", lambda chunk: iter(some))
-    assert check.compare_with_reference(damaged=20) == 2 * len(some) + 20
-
-
-@pytest.mark.parametrize("name", check.MATRICES)
-def test_a_matrix_that_is_timed_is_decoded_each_time(name: str) -> None:
-    dtype, density, options = check.MATRICES[name]
-    data = save({"w": check.matrix_of(dtype, density, 96)}, options=options)
-    with sfpformat.open(data, engine="python") as file:
-        there = check.OnDevice(file, file.entry("w"), shim.HostDevice(), "cpu")
-        for _ in range(2):
-            there.out.zero_()
-            there.index()
-            there.decode()
-            there.device.mark().wait()
-            assert there.out.numpy().tobytes() == file.get_tensor("w").tobytes()
-
-
-def test_a_table_of_speeds_is_made_of_what_was_measured() -> None:
-    speed = check.Speed("m", "any_4", 30, 80, 0.5, 1.5, 1.0, 0.5, 10e3)
-    assert "| m | `any_4` | 12.00 | 0.500 | 1.500 | 1.000 | 50% | 0 |" in check.table_of([speed], 4e12)
-
-
 def test_damaged_files_are_damaged_inside_and_mended_outside() -> None:
     rng = np.random.default_rng(0)
-    for _, data in fuzz.files(every=20):
-        damaged = fuzz.damaged_file(data, rng)
+    for _, data in inputs.files(every=20):
+        damaged = inputs.damaged_file(data, rng)
         assert damaged != data
         found = outcome(damaged, "python")
         assert isinstance(found, list) or found[0] not in ("E_CRC", "E_ENCODING", "E_TRUNCATED")

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kernels import fuzz
+from kernels import fuzz, shim
+from sfpformat.engines import get_engine
+from sfpformat.engines.cuda import source
+from sfpformat.engines.cuda.recipe import kernel_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,8 +31,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_damaged_chunks_are_judged_as_by_the_reference_and_nothing_else_is_touched() -> None:
-    done = run("-m", "kernels.fuzz", "--inputs", "400", "--seed", "7")
+    done = run("-m", "kernels.fuzz", "--inputs", "400", "--seed", "7", "--golden", "40")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "chunks of golden files" in done.stdout
     assert "400 damaged inputs judged as by the reference" in done.stdout
 
 
@@ -37,3 +41,13 @@ def test_the_sanitiser_sees_an_access_outside() -> None:
     done = run("-c", OUTSIDE)
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr
+
+
+def test_chunks_for_every_kernel_are_damaged() -> None:
+    damaged = {kernel_of(sample.decoder.entry) for sample in fuzz.samples(get_engine("python"))}
+    others = {"fill_tables", "index_chunks", "place_matrix", "multiply_bf16", "multiply_f16", "multiply_f32"}
+    assert damaged | others == set(source.kernels())
+    device = shim.HostDevice()
+    multiplied = [sample.compare(sample.data) for sample in fuzz.product_samples(device)]
+    assert all(multiplied)
+    assert others - set(device.launched) == {"fill_tables"}  # no stream has a code

@@ -94,9 +94,14 @@ class OurRunner(CodecRunner):
         """Nothing is prepared."""
         return self._save
 
-    def decode(self) -> Tensors:
+    @property
+    def data(self) -> bytes:
+        """The file, once it was made."""
+        return self._files[self._key]
+
+    def decode(self) -> Any:
         """All tensors."""
-        return load(self._files[self._key], engine=self.contender.engine, threads=self.contender.threads)
+        return load(self.data, engine=self.contender.engine, threads=self.contender.threads)
 
     def measure_size(self) -> int:
         """The whole file."""

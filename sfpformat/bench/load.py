@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..numpy import load_file
+from . import device
 from .codecs import require_same_bits
 from .files import Files
 from .measure import Contender, Record, Runner, Spread, break_even, seconds_of
@@ -15,7 +18,7 @@ from .settings import Settings
 from .subject import Array, Subject
 
 NAME = "load"
-Load = Callable[[Path], Mapping[str, Array]]
+Load = Callable[[Path], Mapping[str, Any]]
 
 
 def safetensors_load_file(path: Path) -> Mapping[str, Array]:
@@ -37,13 +40,23 @@ WAYS: dict[str, Load] = {"load_file": safetensors_load_file, "safe_open": safete
 class LoadRunner(Runner):
     """Loads a file; the first time, in `check`, brings it into the page cache."""
 
-    def __init__(self, contender: Contender, files: Files, path: Callable[[], Path], load: Load) -> None:
+    def __init__(
+        self,
+        contender: Contender,
+        files: Files,
+        path: Callable[[], Path],
+        load: Load,
+        arrays_of: Callable[[Mapping[str, Any]], Mapping[str, Array]] = lambda arrays: arrays,
+    ) -> None:
+        """Args:
+        arrays_of: makes arrays of what is loaded, where it is something else.
+        """
         super().__init__(contender)
-        self._files, self._path, self._load = files, path, load
+        self._files, self._path, self._load, self._arrays_of = files, path, load, arrays_of
 
     def check(self) -> None:
         """Every bit."""
-        require_same_bits(self._files.tensors, self._load(self._path()))
+        require_same_bits(self._files.tensors, self._arrays_of(self._load(self._path())))
 
     def facts(self) -> dict[str, float]:
         """Sizes."""
@@ -59,10 +72,26 @@ class LoadRunner(Runner):
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
     """Ours with every engine, preset and number of threads, and the ways of safetensors."""
     files = Files(subject.tensors, settings.folder)
+    if settings.device is not None:
+        return _on_device(files, settings, settings.device)
     out: list[Runner] = [_ours(contender, files) for contender in settings.ours()]
     for name in settings.peers(NAME):
         for way, load in WAYS.items():
             out.append(LoadRunner(Contender(name, case=way), files, files.raw, load))
+    return out
+
+
+def _on_device(files: Files, settings: Settings, name: str) -> list[Runner]:
+    """Ours, and safetensors, to tensors on a device."""
+    arrays = device.arrays_of
+    out: list[Runner] = []
+    for contender in settings.ours():
+        path = partial(files.packed, contender.preset or "default")
+        load = partial(device.load, name=name, threads=contender.threads)
+        out.append(LoadRunner(contender, files, path, load, arrays))
+    for peer in settings.peers(NAME):
+        load = partial(device.safetensors_load_file, name=name)
+        out.append(LoadRunner(Contender(peer, case="load_file"), files, files.raw, load, arrays))
     return out
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..codec.options import PRESETS
-from .codecs import OurRunner, PackerRunner
+from .codecs import PackerRunner
+from .device import our_runner
 from .measure import Contender, Runner
 from .peers import PEERS
 from .settings import Settings
@@ -16,7 +17,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
     """Ours with every engine, preset and number of threads, and the peers that pack."""
     files: dict[tuple[str | None, str | None], bytes] = {}
     out: list[Runner] = [
-        OurRunner(contender, subject.tensors, PRESETS[contender.preset or "default"], files)
+        our_runner(settings, contender, subject.tensors, PRESETS[contender.preset or "default"], files)
         for contender in settings.ours()
     ]
     for name in settings.peers(NAME):

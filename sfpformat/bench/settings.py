@@ -19,6 +19,7 @@ class Settings:
         threads: the numbers of threads, 1 the first.
         rounds: how often each contender runs.
         folder: for the files that are loaded; empty at first.
+        device: of torch's, where tensors are decoded to it; None for arrays.
     """
 
     engines: tuple[str, ...]
@@ -26,6 +27,7 @@ class Settings:
     threads: tuple[int, ...]
     rounds: int
     folder: Path
+    device: str | None = None
 
     def ours(
         self,
@@ -47,5 +49,7 @@ class Settings:
         ]
 
     def peers(self, section: str) -> list[str]:
-        """The peers of a section that can be used here."""
+        """The peers of a section that can be used here; on a device only those that load to it."""
+        if self.device is not None and section != "load":
+            return []
         return [name for name, peer in PEERS.items() if peer.section == section and why_not(name) is None]

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..codec.options import PRESETS, Options
 from . import nncodec
-from .codecs import CodecRunner, OurRunner
+from .codecs import CodecRunner
+from .device import our_runner
 from .measure import Contender, Runner, WrongBitsError
 from .settings import Settings
 from .subject import F32, Array, Subject, Tensors, matrices, pruned, sample, step_of_bits
@@ -41,7 +42,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
         judge = _judge(tensors, steps)
         for contender in settings.ours(threads=(1,), case=case):
             preset = PRESETS[contender.preset or "default"]
-            out.append(OurRunner(contender, generic, options_of(preset, steps), files, judge))
+            out.append(our_runner(settings, contender, generic, options_of(preset, steps), files, judge))
         for name in settings.peers(NAME):
             out.append(NncodecRunner(Contender(name, case=case), generic, steps, judge))
     return out

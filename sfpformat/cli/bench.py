@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ..bench.subject import Subject
 
 _SECTIONS = ("lossless", "sparse", "load", "memory", "startup")
+_DEVICE_SECTIONS = ("lossless", "sparse", "load")
 _PRESETS = ("default", "speed", "size")
+_DEVICE_PRESETS = ("default", "gpu")
 _ROUNDS = 7
 _DESCRIPTION = """Measures size, encoding and decoding speed and memory on a model, of every engine and preset
 and of the peers that are installed: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE is an
@@ -38,7 +40,10 @@ _SECTION_WORDS = """sections:
   sparse    matrices pruned to 50 % and 90 %, the rest in levels of 4 bits, one thread, beside nncodec
   load      from a path to arrays, page cache warm, beside safetensors; the disk speed that decides
   memory    the peak of loading beyond the arrays, in fresh processes
-  startup   seconds of processes that import, or decode a small file"""
+  startup   seconds of processes that import, or decode a small file
+
+With --device tensors are decoded by the engine cuda to that device: the sections are lossless, sparse and
+load, and bytes on their way there count. It needs torch."""
 _PEER_WORDS = """peers:
   pip install 'sfpformat[bench]'                     zstandard, pcodec, safetensors, matplotlib
   pip install --no-deps zipnn==0.5.4 nncodec==2.1.3  without what they would bring; zipnn imports torch
@@ -51,6 +56,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         ("sfp bench", "the small model that comes with the package"),
         ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model, cast, with a picture"),
         ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3", "perplexities of pruned models, by each method"),
+        ("sfp bench model.safetensors --device cuda", "decoded on a GPU, to tensors there"),
         ("sfp bench model.sfp --json", "for a machine; the fields: sfpformat/bench/results.py"),
     )
     parser = subparsers.add_parser(
@@ -63,6 +69,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("--only", metavar="SECTIONS", help=f"of {','.join(_SECTIONS)} (default: all)")
     parser.add_argument("--rounds", metavar="N", default=_ROUNDS, type=int, help=f"default: {_ROUNDS}")
     parser.add_argument("--dtype", choices=("bf16", "f32"), help="cast the float weights first")
+    parser.add_argument("--device", metavar="DEVICE", help="decode to tensors on cuda, or cuda:N")
     parser.add_argument("--engines", metavar="NAMES", help="default: all that can be used here")
     parser.add_argument("--presets", metavar="NAMES", help=f"default: {','.join(_PRESETS)}")
     parser.add_argument(
@@ -89,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     if args.file == bench_pruning.NAME:  # a folder of that name is ./pruning
         return bench_pruning.run(args)
     bench_pruning.require_absent(args)
-    sections = _chosen("section", args.only, _SECTIONS, _SECTIONS)
+    known = _SECTIONS if args.device is None else _DEVICE_SECTIONS
+    sections = _chosen("section", args.only, known, known)
+    _require_device(args)
     picture = _picture(args.plot, args.file, sections)
     with tempfile.TemporaryDirectory(prefix="sfp-bench-") as folder:
         settings = _settings(args, Path(folder))
@@ -98,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show_json(_as_json(subject, settings, outcomes))
     else:
-        _show(subject, outcomes)
+        _show(subject, settings, outcomes)
     if picture is not None:
         from ..bench.plot import draw
 
@@ -138,6 +147,19 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
     return checked_target(path, [Path(source)] if source is not None and Path(source).is_file() else [])
 
 
+def _require_device(args: argparse.Namespace) -> None:
+    """Refuses a device on which nothing can be decoded, and says why."""
+    if args.device is None:
+        return
+    if args.engines is not None:
+        raise Trouble("--device goes with the engine cuda: leave --engines out")
+    from ..bench.device import why_not
+
+    reason = why_not(args.device)
+    if reason is not None:
+        raise Trouble(f"--device {args.device}: {reason}")
+
+
 def _settings(args: argparse.Namespace, folder: Path) -> Settings:
     from ..bench.environment import cores
     from ..bench.settings import Settings
@@ -150,12 +172,16 @@ def _settings(args: argparse.Namespace, folder: Path) -> Settings:
         raise Trouble(f"--threads is {args.threads}, must be at least 1")
     engines = available()
     usable = [name for name, reason in engines.items() if reason is None]
+    if args.device is not None:
+        usable = ["cuda"]
     chosen = _chosen("engine", args.engines, list(engines), usable)
     for name in chosen:
         require_name(name)
-    presets = _chosen("preset", args.presets, list(PRESETS), _PRESETS)
+    usual = _PRESETS if args.device is None else _DEVICE_PRESETS
+    presets = _chosen("preset", args.presets, list(PRESETS), usual)
     several = args.threads or cores()
-    return Settings(chosen, presets, (1, several) if several > 1 else (1,), args.rounds, folder)
+    threads = (1, several) if several > 1 else (1,)
+    return Settings(chosen, presets, threads, args.rounds, folder, args.device)
 
 
 def _subject(file: str | None, dtype: str | None) -> Subject:
@@ -207,6 +233,7 @@ def _as_json(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome])
         },
         "rounds": {outcome.name: outcome.rounds for outcome in outcomes},
         "threads": list(settings.threads),
+        "device": settings.device,
         "results": [result.to_json() for outcome in outcomes for result in outcome.results],
         "refused": [
             refusal_json(outcome.name, refusal) for outcome in outcomes for refusal in outcome.refusals
@@ -227,7 +254,7 @@ def _title(subject: Subject, settings: Settings) -> str:
     )
 
 
-def _show(subject: Subject, outcomes: Sequence[_Outcome]) -> None:
+def _show(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome]) -> None:
     from ..bench.environment import facts, not_installed
     from ..bench.sections import SECTIONS
     from ..bench.tables import table
@@ -237,6 +264,7 @@ def _show(subject: Subject, outcomes: Sequence[_Outcome]) -> None:
         f"{printable(subject.name)}: {len(subject.tensors)} tensors, {subject.weights:,} weights, "
         f"{bytes_words(subject.raw_bytes)} of {', '.join(subject.dtypes)}; Python {here['python']}, "
         f"{here['machine']}, {here['cores']} cores"
+        + (f", decoded on {settings.device}" if settings.device else "")
     )
     for outcome in outcomes:
         print(f"\n{outcome.name}: {SECTIONS[outcome.name].about}; {_rounds(outcome.rounds)}\n")

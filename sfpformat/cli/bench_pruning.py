@@ -45,7 +45,7 @@ def require_absent(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    for name in ("only", "dtype", "engines", "presets", "plot"):
+    for name in ("only", "dtype", "device", "engines", "presets", "plot"):
         if getattr(args, name) is not None:
             raise Trouble(f"'sfp bench {NAME}' does not take --{name}")
     try:

@@ -81,7 +81,12 @@ class Options:
         group: levels a symbol, 1 or 2, or None.
         codes: the most codes that the segments of a stream may choose from, 1 to 16; None: up to 8.
         code_limit: longest prefix code, at most 12; 8 suits the tables of a GPU.
+        fixed_width: of ``uniform`` and ``table``: one class each for mask and fingerprints, so that the mask
+            is a plain bitmap and all levels have as many bits (of a table, where the number of its centroids
+            is a power of two), and chunks of whole rows: what a product reads where it lies.
         segment: positions a segment (a multiple of 32), or None.
+        segment_near: where ``segment`` is None: about how many, of whole rows or a whole part of a row where
+            that is possible; None: more the fewer survive.
         chunk: positions a chunk, rounded to whole segments.
         importance: how an importance that comes with the tensor is stored; None: it is not, and only weighs.
     """
@@ -104,7 +109,9 @@ class Options:
     group: int | None = None
     codes: int | None = None
     code_limit: int = MAX_CODE_BITS
+    fixed_width: bool = False
     segment: int | None = None
+    segment_near: int | None = None
     chunk: int = 1 << 18
     importance: ImportanceOptions | None = ImportanceOptions()
 
@@ -124,6 +131,8 @@ class Options:
             _in_range("mantissa_bits", self.mantissa_bits, -8, 52)
         if self.segment is not None and (self.segment % 32 or not 32 <= self.segment <= 1 << 16):
             raise OptionError(f"segment is {self.segment}, must be a multiple of 32 up to 65536")
+        if self.segment_near is not None:
+            _in_range("segment_near", self.segment_near, 32, 1 << 16)
         if isinstance(self.scale, str):
             _one_of("scale", self.scale, SCALES)
         elif self.scale is not None:
@@ -159,10 +168,19 @@ class Options:
         """Whether the survivors come back bit for bit."""
         return self.quantiser in ("lossless", "exact")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``fixed_width`` is asked for and has a meaning."""
+        return self.fixed_width and not self.lossless
+
     def but(self, **changes: Any) -> Options:
         """The same options with some changed."""
         return replace(self, **changes)
 
+
+# One code a stream, of codewords that an 8-bit look-up holds, and residuals of whole bytes; segments short
+# enough that a chunk has work for many lanes, each a part of a row.
+_GPU = Options(mantissa_bits=0, trim=False, group=1, codes=1, code_limit=8, segment_near=512)
 
 PRESETS: dict[str, Options] = {
     "default": Options(),
@@ -171,6 +189,8 @@ PRESETS: dict[str, Options] = {
     "speed": Options(mantissa_bits=0, group=1, codes=1, segment=3072),
     # Two mantissa bits join the class.
     "size": Options(mantissa_bits=2, codes=16),
-    # As speed, with one code a stream that fits an 8-bit table.
-    "gpu": Options(mantissa_bits=0, group=1, codes=1, code_limit=8),
+    # Decoded on a GPU.
+    "gpu": _GPU,
+    # Multiplied there without being decoded, where weights are quantised to 8 magnitudes.
+    "fused": _GPU.but(fixed_width=True),
 }

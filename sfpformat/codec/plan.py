@@ -23,7 +23,7 @@ from ..coding.quantiser import (
     importance_bound,
     narrowest_exact,
 )
-from ..container.entry import CHUNK_RECORD, TensorEntry
+from ..container.entry import CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
 from ..engines import Engine
@@ -167,21 +167,33 @@ def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options
     )
 
 
-def default_segment(columns: int, density: float, exact: bool) -> int:
+def default_segment(columns: int, density: float, exact: bool, options: Options) -> int:
     """Positions a segment: whole rows or a whole part of a row where that is possible.
 
     Args:
         columns: positions a row.
         density: survivors a position, from 0 to 1.
         exact: whether the quantiser is.
+        options: in plain streams no segment has several rows.
     """
-    wanted = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
+    usual = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
     if exact and density > _DENSE:
-        wanted = 2 * _SEGMENT
+        usual = 2 * _SEGMENT
+    wanted = options.segment_near or usual
     parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
-    fits = [s for s in parts + [columns * k for k in range(2, 64)] if s % 32 == 0]
-    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted]
+    rows = [] if options.is_plain else [columns * k for k in range(2, 64)]
+    fits = [s for s in parts + rows if s % 32 == 0]
+    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted] or (fits if options.is_plain else [])
     return min(near, key=lambda s: (max(s, wanted) * 1000 // min(s, wanted), s)) if near else wanted
+
+
+def default_chunk(columns: int, segment: int, options: Options) -> int:
+    """Segments a chunk; in plain streams those of whole rows, where no segment has parts of two."""
+    chunk = max(options.chunk // segment, 1)
+    if not options.is_plain or not columns or columns % segment or columns > MAX_CHUNK_POSITIONS:
+        return chunk
+    row = columns // segment
+    return max(chunk // row, 1) * row
 
 
 class _Planner:
@@ -271,8 +283,8 @@ class _Planner:
             source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
             vectors = {**vectors, "fingerprint centroids": kept}
         exact = isinstance(source.quantiser, Exact)
-        segment = options.segment or default_segment(self.entry.columns, density, exact)
-        chunk = max(options.chunk // segment, 1)
+        segment = options.segment or default_segment(self.entry.columns, density, exact, options)
+        chunk = default_chunk(self.entry.columns, segment, options)
         entry = replace(self.entry, segment=segment, chunk=chunk)
         blocks = Blocks(len(self.flat), segment, chunk)
         coded = CodedBlocks(source, survives, self.engine)
@@ -354,7 +366,8 @@ class _Planner:
                 stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine
             )
         else:
-            choice = choose_numbers(stream, bound, self.options, self.engine, signed=False)
+            coded = self.options.but(fixed_width=False)  # no product reads it
+            choice = choose_numbers(stream, bound, coded, self.engine, signed=False)
         quantiser = source.quantiser
         if isinstance(quantiser, Exact):
             quantiser = replace(quantiser, trim=choice.trim)

@@ -208,6 +208,10 @@ def choose_numbers(
     counts = _number_counts(blocks, sign, engine)
     if not counts.total.any():
         return _no_levels(blocks)
+    if options.is_plain:
+        plain = _plain_layout(counts.total, bound, sign)
+        if plain is not None:
+            return one_class(blocks, plain, int(counts.total.sum()))
     best: Choice | None = None
     for group in _groups(counts.total, options):
         for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
@@ -219,6 +223,14 @@ def choose_numbers(
     if best is None:
         raise OptionError("no class layout for this stream; allow longer codes")
     return best
+
+
+def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
+    """One class for all numbers, the least that it must have; None where that would reach the bound."""
+    used = np.flatnonzero(counts)
+    first, stop = int(used[0]) << sign, int(used[-1] + 1) << sign
+    bits = (stop - first - 1).bit_length()
+    return Layout(first, bytes([bits])) if first + (1 << bits) <= bound else None
 
 
 def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
@@ -316,6 +328,8 @@ def choose_mask(
     kind = options.mask
     if kind not in ("runs", "octets"):
         kind = "octets" if 0.08 <= density <= 0.92 else "runs"
+    if options.is_plain:
+        kind = "octets"
     blocks = LevelBlocks(
         segments,
         lambda: (engine.encode_mask(kind, polarity, mask, counts) for mask, counts in masks()),
@@ -328,6 +342,8 @@ def choose_mask(
     octets = counter.counts(0, 256)
     if not octets.total.any():
         return MaskChoice("octets", 0, _no_levels(blocks))
+    if options.is_plain:
+        return MaskChoice("octets", 0, one_class(blocks, _BITMAP, int(octets.total.sum())))
     layout = constant_layout(octets.total, 0)
     first, stop = layout.base, layout.base + len(layout.extra)
     used = SymbolCounts(
@@ -342,8 +358,9 @@ def choose_mask(
     else:
         choice = one_class(blocks, layout, int(octets.total.sum()))
     if choice is None:
-        choice = one_class(blocks, Layout(0, b"\x08"), int(octets.total.sum()))
+        choice = one_class(blocks, _BITMAP, int(octets.total.sum()))
     return MaskChoice("octets", 0, choice)
 
 
+_BITMAP = Layout(0, b"\x08")
 _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)

@@ -1,9 +1,9 @@
 """Tensors decoded on the device where they are to be: chunks travel there as they lie in the file.
 
 Theory of operation: chunks are read, their checksums compared, and copied to pinned memory, some at a time.
-While the device copies and decodes some, the processor reads the next into other pinned memory. Nothing is
-returned before every segment was found good; what the kernels refuse goes to the processor, which gives the
-tensor or the fault.
+While some are decoded, the next are copied to the device by a queue of its own, and the processor reads those
+after them. Nothing is returned before every segment was found good; what the kernels refuse goes to the
+processor, which gives the tensor or the fault.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -29,9 +30,10 @@ from ..reader import SfpFile
 from ..shards import ShardedFile
 from .tensors import tensor_of, torch_dtype
 
-# Bytes of chunks that travel together: enough that launches and waiting do not count, and two of them pinned.
+# Bytes of chunks that travel together: enough that launches and waiting do not count. Three are pinned: what
+# is read, what is copied, what is decoded.
 BATCH_BYTES = 32 << 20
-_SLOTS = 2
+_SLOTS = 3
 
 
 def stream_of(device: torch.device) -> tuple[int, int]:
@@ -40,8 +42,9 @@ def stream_of(device: torch.device) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-# What opens a queue, in the order of a stream: takes the number of a device, and the stream's handle.
-open_queue: Callable[[int, int], Device] = CudaDevice
+# What opens a queue: takes the number of a device, and the handle of the stream in whose order it is, or
+# None for one of its own.
+open_queue: Callable[[int, int | None], Device] = CudaDevice
 # Makes a CUDA device the thread's current one for a while: what is launched goes there.
 current: Callable[[torch.device], AbstractContextManager[object]] = torch.cuda.device
 _thread = threading.local()
@@ -94,7 +97,7 @@ def read_tensors(
             tensors.append(_Tensor(own, entry, recipe, made[name]))
     if tensors:
         with current(device):
-            _loader_of(device).load(tensors)
+            loader_of(device).load(tensors)
     return made
 
 
@@ -110,22 +113,39 @@ def _by_processor(file: SfpFile, name: str, device: torch.device) -> torch.Tenso
     return tensor_of(file.get_tensor(name)).to(device)
 
 
-def _loader_of(device: torch.device) -> _Loader:
+def loader_of(device: torch.device) -> Loader:
     """The calling thread's loader for torch's current stream, kept: pinning memory takes long."""
     index, stream = stream_of(device)
-    loaders: dict[tuple[int, int], _Loader] = _thread.__dict__.setdefault("loaders", {})
+    loaders: dict[tuple[int, int], Loader] = _thread.__dict__.setdefault("loaders", {})
     if (index, stream) not in loaders:
-        loaders[index, stream] = _Loader(open_queue(index, stream))
+        loaders[index, stream] = Loader(open_queue(index, stream), lambda: open_queue(index, None))
     return loaders[index, stream]
 
 
-class _Loader:
-    """A queue, and pinned memory that takes turns."""
+class Loader:
+    """A queue in the order of a stream of torch's, one for copies, and pinned memory that takes turns.
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._recipes = Recipes(device)
+    Attributes:
+        queue: that of torch's stream.
+        recipes: which its device has.
+    """
+
+    def __init__(self, queue: Device, open_copying: Callable[[], Device]) -> None:
+        self.queue = queue
+        self.recipes = Recipes(queue)
+        self._open_copying = open_copying
         self._slots = [_Slot() for _ in range(_SLOTS)]
+        self._counters = torch.zeros(0, dtype=torch.int32)
+
+    @cached_property
+    def _copying(self) -> Device:
+        return self._open_copying()
+
+    def counters(self, count: int, device: torch.device) -> int:
+        """The address of some words of 32 bits that are zero, and that kernels leave zero."""
+        if len(self._counters) < count:
+            self._counters = torch.zeros(count, dtype=torch.int32, device=device)
+        return self._counters.data_ptr()
 
     def load(self, tensors: Sequence[_Tensor]) -> None:
         """Decodes the tensors into their memory; comes back when all is there.
@@ -135,12 +155,13 @@ class _Loader:
         try:
             self._load(tensors)
         except BaseException:
-            self._device.mark().wait()
+            self._copying.mark().wait()
+            self.queue.mark().wait()
             self._slots = [_Slot() for _ in range(_SLOTS)]
             raise
 
     def _load(self, tensors: Sequence[_Tensor]) -> None:
-        self._recipes.load([tensor.recipe for tensor in tensors])
+        self.recipes.load([tensor.recipe for tensor in tensors])
         turn = 0
         for batch in _batches(tensors):
             slot = self._slots[turn % _SLOTS]
@@ -168,16 +189,16 @@ class _Loader:
             start = first * entry.segment
             total = min((stop - first) * entry.segment, entry.positions - start)
             at, out = (
-                self._recipes.address(tensor.recipe),
+                self.recipes.address(tensor.recipe),
                 tensor.out.data_ptr() + start * entry.dtype.itemsize,
             )
             tasks.append(Task(tensor.recipe, at, chunk, total, start, 0, stop - first, out))
         plan = plan_batch(tasks)
         if slot.staging is None or len(slot.staging.bytes) < plan.size:
-            slot.staging = self._device.pin(plan.size + plan.size // 4)  # the next may be a little larger
+            slot.staging = self.queue.pin(plan.size + plan.size // 4)  # the next may be a little larger
         fill_chunks(plan, slot.staging)
         slot.running, slot.owners = (
-            run_batch(self._device, plan, slot.staging),
+            run_batch(self.queue, plan, slot.staging, self._copying),
             [tensor for tensor, _ in batch],
         )
 

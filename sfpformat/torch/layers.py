@@ -2,7 +2,7 @@
 
 Rules: a layer keeps the face of its dense class, its hooks and its bias. Its weight is frozen: no parameter
 any more, and a copy for whoever reads it. What it computes is, bit for bit, what the dense layer computes
-from the decoded weight.
+from the decoded weight; where a CUDA device multiplies without decoding, sums have an order of their own.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from . import packed
+from .files import is_decoded_on
 from .kept import kept_by
 
 Operator = Callable[..., torch.Tensor]
 
-# Decoding on the processor cannot be part of a recorded CUDA graph; older versions of torch have no such tag.
+# Bytes are looked at on the processor, which cannot be part of a recorded CUDA graph; older versions of
+# torch have no such tag.
 _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
@@ -74,6 +76,12 @@ def _linear(
     compute: torch.dtype,
     kept: str,
 ) -> torch.Tensor:
+    if not turned and x.dtype == compute and is_decoded_on(data.device, None):
+        from . import resident  # not before it is needed: it makes ready what kernels take
+
+        out = resident.multiply(x, bias, data, dtype)
+        if out is not None:
+            return out
     weight = _weight(data, dtype, compute, kept)
     return (x @ weight if turned else F.linear(x, weight, bias)).contiguous()
 

@@ -7,18 +7,22 @@ new memory of torch's own, so that arithmetic meets the alignment that it would 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..codec.decode import TensorDecoder
 from ..codec.options import Options
 from ..codec.selection import Selection
+from ..container.entry import TensorEntry
 from ..engines import get_engine
 from ..errors import MismatchError
 from ..reader import SfpFile
 from ..sink import MemorySink
 from ..writer import Writer
+from .files import is_decoded_on
 from .places import AnyFile
 from .tensors import array_of, memory_of, tensor_of, torch_dtype
 
@@ -66,7 +70,7 @@ def put_into(data: torch.Tensor, writer: Writer, name: str) -> None:
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
-    with _opened(data) as file:
+    with opened(data) as file:
         _copy_tensor(file, NAME, writer, name)
 
 
@@ -97,7 +101,7 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
     """
     if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
         raise MismatchError("the bytes of a weight are a tensor, uint8 [bytes]")
-    with _opened(data) as file:
+    with opened(data) as file:
         if file.keys() != [NAME]:
             raise MismatchError(f"the file has the tensors {file.keys()}, not {NAME!r} alone")
         info = file.info(NAME)
@@ -107,7 +111,10 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def decode(data: torch.Tensor) -> torch.Tensor:
-    """The weight, a new tensor on the processor, in the dtype that it was stored in.
+    """The weight, a new tensor in the dtype that it was stored in.
+
+    It is on the device of its bytes where that is a CUDA device and the engine ``cuda`` can be used, else on
+    the processor.
 
     Args:
         data: as `pack` and `cut_out` give it, on any device.
@@ -115,7 +122,13 @@ def decode(data: torch.Tensor) -> torch.Tensor:
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
-    with _opened(data) as file, torch.inference_mode(False):  # what is kept may be used outside later
+    if is_decoded_on(data.device, None):
+        from . import resident  # not before it is needed: it makes ready what kernels take
+
+        weight = resident.decode(data)
+        if weight is not None:
+            return weight
+    with opened(data) as file, torch.inference_mode(False):  # what is kept may be used outside later
         info = file.info(NAME)
         out = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
         _engines.expect(out.numel())
@@ -131,29 +144,61 @@ def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         rows: numbers, int64 [n], on the processor.
 
     Returns:
-        A new tensor on the processor, [n, columns]; None where the whole should be decoded.
+        A new tensor, [n, columns], where `decode` has it; None where the whole should be decoded.
 
     Raises:
         IndexError: there is no such row.
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
-    with _opened(data) as file:
+    if is_decoded_on(data.device, None):
+        from . import resident  # not before it is needed: it makes ready what kernels take
+
+        entry = resident.entry_of(data)
+        few = None if entry is None else _few_rows(entry, rows)
+        if entry is not None:
+            if few is None:
+                return None
+            part = resident.decode_rows(data, few.numbers)
+            if part is not None:
+                return part[few.places.to(part.device)]
+    with opened(data) as file:
         entry = file.entry(NAME)
-        height, columns = entry.shape
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < height:
-            raise IndexError(f"a row beyond the {height} of the weight")
-        few, places = torch.unique(rows, return_inverse=True)
-        # A row that begins or ends inside a segment takes all of it.
-        if 2 * len(few) * (columns + entry.segment) >= entry.positions:
+        few = _few_rows(entry, rows)
+        if few is None:
             return None
-        starts = few.numpy() * columns
-        chosen = Selection((len(few), columns), starts, range(columns))
+        chosen = Selection(
+            (len(few.numbers), entry.columns), few.numbers * entry.columns, range(entry.columns)
+        )
         _engines.expect(chosen.size)
-        part = file.decode(entry, chosen, entry.dtype.numpy, TensorDecoder.weights_into)
-    return tensor_of(part)[places]
+        part = tensor_of(file.decode(entry, chosen, entry.dtype.numpy, TensorDecoder.weights_into))
+    return part[few.places]
 
 
-def _opened(data: torch.Tensor) -> SfpFile:
+class _Few(NamedTuple):
+    """Different rows, ascending, and for each row that was asked for its place among them."""
+
+    numbers: NDArray[np.int64]
+    places: torch.Tensor
+
+
+def _few_rows(entry: TensorEntry, rows: torch.Tensor) -> _Few | None:
+    """The rows to decode alone; None where decoding all is less work.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    height, columns = entry.shape
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < height:
+        raise IndexError(f"a row beyond the {height} of the weight")
+    few, places = torch.unique(rows, return_inverse=True)
+    # A row that begins or ends inside a segment takes all of it.
+    if 2 * len(few) * (columns + entry.segment) >= entry.positions:
+        return None
+    return _Few(few.numpy(), places)
+
+
+def opened(data: torch.Tensor) -> SfpFile:
+    """The file, read on the processor; bytes on another device are copied there."""
     if not data.numel():
         raise MismatchError("the layer has no weight yet; load_state_dict gives it one")
     return SfpFile(data.detach().cpu().numpy().data, threads=torch.get_num_threads())

@@ -6,7 +6,7 @@ for each job a status word, zero. What it takes on the device beside: the index 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,13 @@ from .recipe import Recipe
 _CHUNK_UNIT = 64
 
 
+class OnDevice(NamedTuple):
+    """A chunk that is on the device already: its address there, a multiple of 16, and its bytes."""
+
+    address: int
+    length: int
+
+
 class Task(NamedTuple):
     """A run of neighbouring segments of a chunk.
 
@@ -31,12 +38,12 @@ class Task(NamedTuple):
         total: positions of the chunk.
         start: position in the tensor of the chunk's first.
         first, stop: the run, numbered within the chunk.
-        out: address on the device of the run's weights, a multiple of 4.
+        out: where on the device the run's weights go, a multiple of 4.
     """
 
     recipe: Recipe
     at: int
-    data: Bytes
+    data: Bytes | OnDevice
     total: int
     start: int
     first: int
@@ -50,7 +57,8 @@ class Plan:
 
     Attributes:
         chunks: offset of each different chunk in what is copied in, and its bytes.
-        jobs: `layout.JOB`, one a task; ``data`` is an offset yet, ``index`` and ``errors`` count words.
+        jobs: `layout.JOB`, one a task; ``data`` is an offset yet, unless the chunk is on the device already;
+            ``index`` and ``errors`` count words.
         parts: kernel -> `layout.PART`, `layout.WARPS` a block.
         jobs_at, status_at: offsets of the jobs and of the status words; the parts lie between.
         size: of what is copied in.
@@ -74,20 +82,19 @@ def plan_batch(tasks: Sequence[Task]) -> Plan:
     jobs = np.zeros(len(tasks), layout.JOB)
     size = index_words = error_words = 0
     for job, task in zip(jobs, tasks, strict=True):
-        key = task.data.__array_interface__["data"][0]
-        if key not in places:
-            places[key] = size
-            chunks.append((size, task.data))
-            size += -(-len(task.data) // _CHUNK_UNIT) * _CHUNK_UNIT
+        if isinstance(task.data, OnDevice):
+            job["data"], job["length"] = task.data
+        else:
+            key = task.data.__array_interface__["data"][0]
+            if key not in places:
+                places[key] = size
+                chunks.append((size, task.data))
+                size += -(-len(task.data) // _CHUNK_UNIT) * _CHUNK_UNIT
+            job["data"], job["length"] = places[key], len(task.data)
         segments = -(-task.total // task.recipe.segment)
-        job["data"], job["out"], job["start"], job["recipe"] = places[key], task.out, task.start, task.at
+        job["out"], job["start"], job["recipe"] = task.out, task.start, task.at
         job["index"], job["errors"] = index_words, error_words
-        job["length"], job["total"], job["first"], job["stop"] = (
-            len(task.data),
-            task.total,
-            task.first,
-            task.stop,
-        )
+        job["total"], job["first"], job["stop"] = task.total, task.first, task.stop
         index_words += (1 + layout.ROWS_A_STREAM * task.recipe.streams) * (segments + 1)
         error_words += task.stop - task.first
     parts = _parts(tasks)
@@ -146,16 +153,19 @@ class Running:
         return [not word for word in self.status.tolist()]
 
 
-def run_batch(device: Device, plan: Plan, staging: HostMemory) -> Running:
+def run_batch(device: Device, plan: Plan, staging: HostMemory, copying: Device | None = None) -> Running:
     """Starts a batch.
 
     Args:
+        device: decodes.
         plan: its ``jobs`` get the addresses.
         staging: at least ``plan.size`` bytes, the chunks in their places already (see `fill_chunks`); not to
             be touched before the batch is done.
+        copying: a queue of its own for copies to the device, so that they go on while it decodes what came
+            before.
     """
-    own = device.allocate(plan.size)
-    index, errors = device.allocate(4 * plan.index_words), device.allocate(4 * plan.error_words)
+    source = copying or device
+    own = source.allocate(plan.size)
     plan.jobs["data"] += np.uint64(own.address)
     at, starts = plan.jobs_at, {}
     at = _put(staging, at, plan.jobs)
@@ -163,15 +173,42 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory) -> Running:
         starts[kernel], at = own.address + at, _put(staging, at, parts)
     status = staging.bytes[plan.status_at : plan.size].view(np.uint32)
     status[:] = 0
-    device.copy(own.address, staging.address, plan.size)
-    jobs, words = np.uint64(own.address + plan.jobs_at), np.uint64(own.address + plan.status_at)
-    indices, faults = np.uint64(index.address), np.uint64(errors.address)
-    device.launch("index_chunks", len(plan.jobs), [jobs, indices, words])
-    for kernel, parts in plan.parts.items():
-        arguments = [jobs, np.uint64(starts[kernel]), indices, words, faults]
-        device.launch(kernel, len(parts) // layout.WARPS, arguments)
+    source.copy(own.address, staging.address, plan.size)
+    if copying is not None:
+        device.wait_for(copying.mark())
+    index, errors = device.allocate(4 * plan.index_words), device.allocate(4 * plan.error_words)
+    places = Places(own.address + plan.jobs_at, index.address, own.address + plan.status_at, errors.address)
+    launch(device, places, len(plan.jobs), {k: (starts[k], len(p)) for k, p in plan.parts.items()})
     device.copy(staging.address + plan.status_at, own.address + plan.status_at, status.nbytes)
     return Running(device.mark(), status, errors, [own, index])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Addresses on the device: of the jobs, the index, the status words (zero), and the error words."""
+
+    jobs: int
+    index: int
+    status: int
+    errors: int
+
+
+def launch(
+    device: Device, places: Places, jobs: int, parts: Mapping[str, tuple[int, int]], out: int = 0
+) -> None:
+    """Launches all kernels that some jobs need.
+
+    Args:
+        jobs: how many.
+        parts: kernel -> the address of its warps, and how many they are.
+        out: what the addresses of the jobs' weights are counted from.
+    """
+    own, index = np.uint64(places.jobs), np.uint64(places.index)
+    status, errors = np.uint64(places.status), np.uint64(places.errors)
+    device.launch("index_chunks", jobs, [own, index, status])
+    for kernel, (at, count) in parts.items():
+        arguments = [own, np.uint64(at), index, status, errors, np.uint64(out)]
+        device.launch(kernel, count // layout.WARPS, arguments)
 
 
 def fill_chunks(plan: Plan, staging: HostMemory) -> None:

@@ -58,3 +58,6 @@ class Device(Protocol):
 
     def mark(self) -> Mark:
         """This point in the queue."""
+
+    def wait_for(self, mark: Mark) -> None:
+        """Lets what follows in the queue wait for a mark of another queue of the device."""

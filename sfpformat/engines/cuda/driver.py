@@ -17,6 +17,7 @@ import numpy as np
 
 from ...coding.bits import Bytes, as_bytes
 from . import layout
+from .device import Mark
 from .source import source
 
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
@@ -163,6 +164,11 @@ class CudaDevice:
     def mark(self) -> _Mark:
         """See `Device`."""
         return _Mark(self._stream.record())
+
+    def wait_for(self, mark: Mark) -> None:
+        """See `Device`."""
+        assert isinstance(mark, _Mark)
+        self._stream.wait(mark.event)
 
 
 _programs: dict[int, Any] = {}

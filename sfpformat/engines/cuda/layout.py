@@ -67,6 +67,23 @@ JOB = np.dtype(
         ("stop", "<u4"),
     ]
 )
+MATRIX = np.dtype(
+    [
+        ("data", "<u8"),
+        ("bytes", "<u8"),
+        ("masks", "<u8"),
+        ("places", "<u8"),
+        ("scale", "<u8"),
+        ("rows", "<u4"),
+        ("columns", "<u4"),
+        ("chunk_rows", "<u4"),
+        ("masked", "<u4"),
+        ("scale_runs", "<u4"),
+        ("magnitudes", "<f4", (8,)),
+        ("patterns", "<u4", (3, 4)),
+        ("padding", "<u4"),
+    ]
+)
 PART = np.dtype([("job", "<u4"), ("group", "<u4")])
 CODE = np.dtype([("recipe", "<u8"), ("stream", "<u4"), ("code", "<u4")])
 
@@ -94,3 +111,12 @@ CODE_LENGTHS = 16
 SHORT_TOP = 1 << 16
 SHORT_CODES = 8
 SHORT_PATTERNS = 1 << 10
+
+# Of the kernels for products: columns from place to place, columns that a lane has, rows of a block; rows of
+# x a launch, and bits of a level.
+UNIT = 1024
+RUN = 128
+BLOCK_ROWS = 64
+BATCH = 8
+LEVEL_BITS = 4
+MAGNITUDES = 8

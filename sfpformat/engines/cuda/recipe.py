@@ -19,6 +19,7 @@ from ...container.entry import MAX_POSITIONS, TensorEntry
 from . import layout
 
 _MOST_SLOTS = 256
+_SHORT_BITS = 8  # of first look-ups
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         len(tables),
         entry.segment,
         entry.dtype.itemsize,
-        kernel.startswith(("dense", "short")),
+        kernel.startswith(("dense", "short", "sparse")),
     )
 
 
@@ -139,7 +140,7 @@ def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[
     out["present"], out["codes"], out["group"] = 1, len(table.codes), table.group
     out["differing"], out["constant"] = constant is None, constant or 0
     out["least"], out["slots"] = table.least_extra, np.count_nonzero(kept)
-    out["bits"] = max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
+    out["bits"] = _longest(table)
     return out
 
 
@@ -177,7 +178,7 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
     out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
     out["dtype"] = layout.FLOATS.index(entry.dtype.name)
     out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
-    out["scale_by"], out["scale_unit"] = _scale(entry)
+    out["scale_by"], out["scale_unit"] = scale_of(entry)
     out["multiplier"], out["mask"] = _multiplier(entry), _mask(entry)
     if importance is not None and importance.quantiser is not None:
         kind, step, coded = _quantiser(importance.quantiser)
@@ -193,7 +194,7 @@ def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
     return layout.TABLE, 0.0, 0
 
 
-def _scale(entry: TensorEntry) -> tuple[int, int]:
+def scale_of(entry: TensorEntry) -> tuple[int, int]:
     """What the number of a factor is, and the unit that positions are divided by."""
     if entry.scale is None:
         return layout.NO_SCALE, 1
@@ -246,7 +247,7 @@ def _looks_up(entry: TensorEntry) -> bool:
     quantiser, top = fingerprints.quantiser, fingerprints.table.top
     return (
         _multiplier(entry) == layout.NO_MULTIPLIER
-        and _scale(entry)[0] <= layout.SCALE_TENSOR
+        and scale_of(entry)[0] <= layout.SCALE_TENSOR
         and entry.dtype.itemsize <= 4
         and not (isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype)
         and top <= min(_MOST_PATTERNS, max(entry.positions, _FEW_PATTERNS))
@@ -262,6 +263,29 @@ def _is_short(entry: TensorEntry) -> bool:
     return few and short and entry.dtype.itemsize <= 4
 
 
+def _is_sparse(entry: TensorEntry) -> bool:
+    """Whether the kernels do that look weights of two bytes up by their codewords, signs aside."""
+    assert entry.fingerprints is not None
+    table, mask = entry.fingerprints.table, entry.mask
+    if entry.dtype.itemsize != 2 or isinstance(entry.fingerprints.quantiser, Exact):
+        return False
+    if table.classes == 1:
+        plain = table.extra[0] <= _SHORT_BITS
+    else:  # each class a magnitude and its negative
+        plain = table.group == 1 and table.constant_extra == 1 and table.base % 2 == 0
+    if mask is not None:
+        octets = (mask.table.base, mask.table.extra) == (0, b"\x08")
+        coded = mask.table.classes > 1 and mask.table.group == 1 and mask.table.constant_extra == 0
+        plain = plain and mask.kind == "octets" and (octets or coded)
+    few = all(len(t.codes) <= layout.SHORT_CODES for t in entry.streams().values())
+    return plain and few and _looks_up(entry)
+
+
+def _longest(table: CodeTable) -> int:
+    """Bits of the longest codeword."""
+    return max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
+
+
 def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
     """The bit pattern of every level, by the reference itself."""
     assert entry.fingerprints is not None
@@ -274,7 +298,6 @@ def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]
 
 # Bytes a weight and residual bits that have a kernel of their own.
 _WHOLE_BYTES = ((2, 8), (4, 24))
-_SHORT_BITS = 8  # of the first look-up of those kernels
 
 
 def kernel_of(entry: TensorEntry) -> str:
@@ -287,12 +310,15 @@ def kernel_of(entry: TensorEntry) -> str:
         return f"any_{item}"
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
+    if _is_sparse(entry):
+        tables = [table, *([entry.mask.table] if entry.mask is not None else [])]
+        return f"sparse_2_{'short' if max(map(_longest, tables)) <= _SHORT_BITS else 'long'}"
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
         return f"{kind}_{item}"
     assert isinstance(quantiser, Exact)
     if quantiser.trim or (item, width) not in _WHOLE_BYTES:
         return f"dense_{item}_0"
-    longest = max(int(code.symbol_bits[-1]) for code in table.codes)
-    many, length = "many" if len(table.codes) > 1 else "one", "short" if longest <= _SHORT_BITS else "long"
+    many = "many" if len(table.codes) > 1 else "one"
+    length = "short" if _longest(table) <= _SHORT_BITS else "long"
     return f"dense_{item}_{width}_{many}_{length}"

@@ -35,5 +35,7 @@ def source() -> str:
 
 def kernels() -> list[str]:
     """The names of the kernels."""
-    found = re.findall(r"^extern .*__global__ void (\w+)\(|^KERNEL\((\w+),", source(), re.MULTILINE)
+    found = re.findall(
+        r"^extern .*__global__ void (\w+)\(|^(?:KERNEL|MULTIPLY)\((\w+),", source(), re.MULTILINE
+    )
     return [plain or made for plain, made in found]

@@ -1,0 +1,46 @@
+// The functions of tensor.cuh for the host compiler.
+#pragma once
+#include "tensor.cuh"
+
+enum : u32 { HAS_TENSORS = 1 };
+
+inline u32 permuted(u32 low, u32 high, u32 chosen) { return __byte_perm(low, high, chosen); }
+
+// Copies that were begun: done at once, or when the lane waits; both are allowed, and a kernel must bear both.
+void copy_ahead(Words *to, const Words *from);
+void wait_for_copies();
+
+inline u32 dtype_of(Kind kind) { return kind == OF_BF16 ? BF16 : F16; }
+
+inline u32 rounded_or_nan(float number, u32 dtype) {
+    return number == number ? rounded(number, dtype) : narrow_of(dtype).infinity + 1;
+}
+
+template <Kind KIND> inline u32 two_rounded(float low, float high) {
+    return rounded_or_nan(low, dtype_of(KIND)) | rounded_or_nan(high, dtype_of(KIND)) << 16;
+}
+
+inline double number_of(u32 pattern, u32 dtype) {
+    u32 size = pattern & 0x7FFF, infinity = narrow_of(dtype).infinity;
+    if (size < infinity) return widened(pattern, dtype);
+    return size == infinity ? (pattern == size ? 1 : -1) * (double)__builtin_inff() : (double)__builtin_nanf("");
+}
+
+// The products of a step are added in double precision and rounded once, which no device does better.
+template <Kind KIND> inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    u32 words[6] = {a0, a1, a2, a3, b0, b1}, all[WARP][6];
+    for (u32 i = 0; i < 6; i++) {
+        const unsigned long long *of_lanes = exchange(words[i]);
+        for (u32 lane = 0; lane < WARP; lane++) all[lane][i] = (u32)of_lanes[lane];
+    }
+    u32 lane = threadIdx.x % WARP, row = lane / 4, two = lane % 4 * 2, dtype = dtype_of(KIND);
+    for (u32 i = 0; i < 4; i++) {
+        double total = sum[i];
+        for (u32 k = 0; k < 16; k++) {
+            u32 quad = k % 8 / 2, upper = k / 8, shift = k % 2 * 16;
+            u32 a = all[row * 4 + quad][2 * upper + i / 2], b = all[(two + i % 2) * 4 + quad][4 + upper];
+            total += number_of(a >> shift & 0xFFFF, dtype) * number_of(b >> shift & 0xFFFF, dtype);
+        }
+        sum[i] = (float)total;
+    }
+}

@@ -1,0 +1,468 @@
+// Products with a matrix that stays compressed: its mask is a plain bitmap, a level has four bits. Weights go from the
+// bytes of the file to registers, and from there into tensor cores; they are never in memory.
+//
+// Theory of operation. A warp has 16 rows, and 512 columns of them at a time. Four lanes, a *quad*, share the rows g
+// and g + 8, where each lane has 128 neighbouring columns, the same in both: 16 bytes of the mask, loaded at once. Its
+// levels begin where those of the lanes before it end, which the bits of the mask tell. All levels of a row lie
+// together; the quad copies them to shared memory, 16 bytes a copy, while the warp computes with those before.
+//
+//   32 columns    a word of the mask, and the 32 levels that begin with its first survivor's, in four words
+//   4 columns     four levels; `permuted` looks up the upper bytes of their patterns, and the lower ones; puts each
+//                 where the mask has a survivor, and zeros between; and joins them to two words of two weights
+//   8 × 32 lanes  two steps of `multiply_add`: 16 rows, 16 columns a step. Which columns a step has does not matter,
+//                 as long as those of x are the same: eight of each lane of a quad
+//
+// Bounds: beyond the matrix there are no mask bits; copies end with the file; of a row a quad never takes more than
+// 512 levels, for which there is room, whatever the mask says.
+#pragma once
+#include "index.cuh"
+#include "tensor.cuh"
+
+enum : u32 {
+    UNIT = 1024,  // columns from one of the places of a row to the next, see `Matrix`
+    TILE = 512,   // columns of a warp at a time
+    RUN = 128,    // columns of a lane at a time
+    WARP_ROWS = 16,
+    BLOCK_ROWS = WARPS * WARP_ROWS,
+    MAX_BATCH = 8,
+    LEVEL_BITS = 4,
+    LEVELS_A_COPY = 32,
+    // Words of the levels of a row: of 512, of up to 31 before them, four more that are read, and what it takes for
+    // the rows to begin in different banks.
+    ROW_WORDS = 76,
+    MAGNITUDES = 8,
+    ALL_OCTETS = 256
+};
+
+// A matrix that was made ready; all that it points to is on the device.
+struct Matrix {
+    u64 data;    // address of the first chunk, a multiple of 16
+    u64 bytes;   // of all chunks, a multiple of 16
+    u64 masks;   // address: u32 [chunks], where the mask of each begins, in bytes from `data`
+    u64 places;  // address: u32 [rows, units], where the levels of each unit begin, in levels from `data`
+    u64 scale;   // address: float [factors], or 0
+    u32 rows, columns;
+    u32 chunk_rows;  // rows a chunk
+    u32 masked;
+    u32 scale_runs;  // runs of 128 positions a factor
+    float magnitudes[MAGNITUDES];  // of the levels, to be multiplied by the scale
+    u32 patterns[3][4];  // without a scale: the bytes of each part of the magnitudes, as in `Patterns`
+};
+
+// ------------------------------------------------------------------------------------------------- from the index
+
+// Fills in the masks and places of a chunk, by one block. Returns what a lane finds wrong: a mask that has other
+// survivors than the index says (R-MSK-005), which is all that such a tensor leaves to be checked.
+__device__ inline u32 place_rows(const Job &job, const Matrix &matrix, u32 *index, u32 warp, u32 lane) {
+    const Recipe &recipe = *(const Recipe *)job.recipe;
+    u64 before = job.data - matrix.data, mask = 0;
+    u32 first = (u32)(job.start / matrix.columns), rows = job.total / matrix.columns;
+    u32 words = matrix.columns / 32, units = (matrix.columns + UNIT - 1) / UNIT, wrong = 0;
+    if (matrix.masked) mask = stream_row(index, recipe, job, MASK, RESIDUAL_ROW)[0] / 8;
+    if (warp == 0 && lane == 0) ((u32 *)matrix.masks)[first / matrix.chunk_rows] = (u32)(before + mask);
+    const u32 *levels = stream_row(index, recipe, job, FINGERPRINTS, RESIDUAL_ROW);
+    for (u32 row = warp; row < rows; row += WARPS) {
+        const u32 *of_row = levels + row * (matrix.columns / recipe.segment);
+        u32 level = (u32)(before * 2) + of_row[0] / LEVEL_BITS;
+        for (u32 round = 0; round < words; round += WARP) {
+            u32 word = round + lane, bits = 0;
+            if (word < words) bits = matrix.masked ? word_at(chunk_of(job), mask + 4 * (row * words + word)) : 0xFFFFFFFF;
+            u32 end = level + sum_up_to((u32)__popc(bits), lane), column = 32 * (word + 1);
+            if (word < words && column % recipe.segment == 0) {
+                u32 said = (u32)(before * 2) + of_row[column / recipe.segment] / LEVEL_BITS;
+                if (said != end) wrong = WRONG_MASK;
+            }
+            if (lane == 0) ((u32 *)matrix.places)[(u64)(first + row) * units + round / WARP] = level;
+            level = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
+        }
+    }
+    return wrong;
+}
+
+// ------------------------------------------------------------------------------------------------- weights
+
+// What looks up the weights of levels: the bytes of 8 patterns of 16 bits, the upper ones and the lower ones.
+struct Patterns {
+    u32 upper[2], lower[2];
+};
+
+template <Kind KIND> __device__ inline Patterns patterns_of(const float *numbers) {
+    u32 pairs[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) pairs[i] = two_rounded<KIND>(numbers[2 * i], numbers[2 * i + 1]);
+    Patterns patterns;
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+        patterns.upper[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531);
+        patterns.lower[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420);
+    }
+    return patterns;
+}
+
+// Takes the upper 16 bits out of some numbers. So three parts, the sum of which it is, are left of a number of 24
+// bits, each a BF16.
+template <u32 COUNT> __device__ inline void take_uppers(float *numbers, float *uppers) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) {
+        uppers[i] = __uint_as_float(__float_as_uint(numbers[i]) & 0xFFFF0000);
+        numbers[i] -= uppers[i];
+    }
+}
+
+// The patterns of a run of 128 positions: of the matrix, or with the factor of that run.
+template <Kind KIND, u32 PARTS>
+__device__ inline void load_patterns(const Matrix &matrix, u32 run, Patterns *patterns) {
+    if (matrix.scale == 0) {
+#pragma unroll
+        for (u32 part = 0; part < PARTS; part++) {
+            const u32 *bytes = matrix.patterns[part];
+            patterns[part] = {{bytes[0], bytes[1]}, {bytes[2], bytes[3]}};
+        }
+        return;
+    }
+    u32 last = (u32)((u64)matrix.rows * matrix.columns / RUN) - 1;  // of what is not there no weight is used
+    float factor = ((const float *)matrix.scale)[least(run, last) / matrix.scale_runs];
+    float numbers[MAGNITUDES], uppers[MAGNITUDES];
+#pragma unroll
+    for (u32 i = 0; i < MAGNITUDES; i++) numbers[i] = __fmul_rn(matrix.magnitudes[i], factor);
+#pragma unroll
+    for (u32 part = 0; part < PARTS; part++) {
+        if (PARTS > 1) take_uppers<MAGNITUDES>(numbers, uppers);
+        patterns[part] = patterns_of<KIND>(PARTS > 1 ? uppers : numbers);
+    }
+}
+
+// What moves the bytes of four survivors to their positions, for eight mask bits: a nibble a position, of the lower
+// four positions in the lower half. A survivor's is its number among those of its four; a pruned position's is 4.
+__device__ inline u32 selectors_of(u32 octet) {
+    u32 selectors = 0;
+    for (u32 shift = 0; shift < 32; shift += 16, octet >>= 4) {
+        for (u32 i = 0, rank = 0; i < 4; i++) {
+            bool alive = octet >> i & 1;
+            selectors |= (alive ? rank : 4) << (shift + 4 * i);
+            rank += alive;
+        }
+    }
+    return selectors;
+}
+
+// The weights of four positions, two a word. Args: levels: the survivors' and what comes after, the first lowest;
+// numbers: the same without their signs; selectors: the lower half counts.
+__device__ inline void expand_four(const Patterns &patterns, u32 levels, u32 numbers, u32 selectors, u32 *words) {
+    u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers);
+    u32 lower = permuted(patterns.lower[0], patterns.lower[1], numbers);
+    // The sign, a level's lowest bit, goes to the highest of its byte.
+    upper ^= permuted(levels << 7, levels << 3, 0x5140) & 0x80808080;
+    upper = permuted(upper, 0, selectors);
+    lower = permuted(lower, 0, selectors);
+    words[0] = permuted(lower, upper, 0x5140);
+    words[1] = permuted(lower, upper, 0x7362);
+}
+
+// The weights of eight positions, of each part.
+template <u32 PARTS>
+__device__ inline void expand_octet(
+    const Patterns *patterns, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
+) {
+    u32 numbers = levels >> 1 & 0x77777777, past = LEVEL_BITS * __popc(octet & 15);
+#pragma unroll
+    for (u32 part = 0; part < PARTS; part++) {
+        expand_four(patterns[part], levels, numbers, selectors, words[part]);
+        expand_four(patterns[part], levels >> past, numbers >> past, selectors >> 16, words[part] + 2);
+    }
+}
+
+// The next 32 levels of a row.
+struct Queue {
+    u32 words[4];
+};
+
+// Args: row: in shared memory; level: which of its levels comes first.
+__device__ inline Queue queue_at(const u32 *row, u32 level) {
+    const u32 *from = row + level / 8;
+    Queue queue;
+    u32 word = from[0];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        u32 next = from[i + 1];
+        queue.words[i] = __funnelshift_r(word, next, LEVEL_BITS * level);
+        word = next;
+    }
+    return queue;
+}
+
+// Goes on by the survivors of an octet; after it `left` words count.
+__device__ inline void skip_octet(Queue &queue, u32 octet, u32 left) {
+    u32 bits = LEVEL_BITS * __popc(octet);
+#pragma unroll
+    for (u32 i = 0; i < left; i++) queue.words[i] = __funnelshift_rc(queue.words[i], queue.words[i + 1], bits);
+}
+
+// ------------------------------------------------------------------------------------------------- rows
+
+// A lane's part of a row, as the warp goes along it.
+struct Row {
+    const Words *mask;  // of the next tile
+    u32 runs;           // how many this lane has left; none in rows beyond the matrix
+    Words words;        // of the mask of the tile that comes next
+    u32 own;            // how many survivors they have
+    u32 level;          // where the quad's levels of that tile begin, from the first of the file
+    u32 all;            // how many it has
+    u32 at;             // where this lane's begin in shared memory
+    u32 *levels;        // the row in shared memory
+};
+
+// Where a part of a row begins. Args: unit: its first; columns: how many it has at most.
+__device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 columns, u32 lane, u32 *levels) {
+    Row row = {};
+    row.levels = levels;
+    if (number >= matrix.rows) return row;
+    u32 column = unit * UNIT + lane % 4 * RUN, stop = least(unit * UNIT + columns, matrix.columns);
+    u32 units = (matrix.columns + UNIT - 1) / UNIT;
+    u64 bit = (u64)(number % matrix.chunk_rows) * matrix.columns + column;
+    row.mask = (const Words *)(matrix.data + ((const u32 *)matrix.masks)[number / matrix.chunk_rows] + bit / 8);
+    row.level = ((const u32 *)matrix.places)[(u64)number * units + unit];
+    if (column < stop) row.runs = (stop - column + TILE - 1) / TILE;
+    return row;
+}
+
+// Loads the mask of the next tile.
+__device__ inline void load_mask(const Matrix &matrix, Row &row) {
+    u32 all = matrix.masked || row.runs == 0 ? 0 : 0xFFFFFFFF;
+    row.words = {all, all, all, all};
+    if (row.runs && matrix.masked) row.words = *row.mask;
+    row.mask += TILE / RUN;
+    if (row.runs) row.runs--;
+}
+
+// Counts the levels of the next tile, whose mask was loaded, and goes past those of the one before.
+__device__ inline void count_levels(Row &row, u32 lane) {
+    u32 quad = lane % 4;
+    row.level += row.all;
+    row.own = __popc(row.words.a) + __popc(row.words.b) + __popc(row.words.c) + __popc(row.words.d);
+    u32 end = row.own;
+#pragma unroll
+    for (u32 step = 1; step < 4; step *= 2) {
+        u32 below = (u32)__shfl_up_sync(ALL_LANES, end, step);
+        if (quad >= step) end += below;
+    }
+    row.all = (u32)__shfl_sync(ALL_LANES, end, lane | 3);
+    row.at = row.level % LEVELS_A_COPY + end - row.own;
+}
+
+// Begins to copy them to shared memory.
+__device__ inline void copy_levels(const Matrix &matrix, const Row &row, u32 lane) {
+    u32 first = row.level / LEVELS_A_COPY, there = (u32)(matrix.bytes / sizeof(Words));
+    u32 stop = least((row.level + row.all + LEVELS_A_COPY - 1) / LEVELS_A_COPY, there);
+    Words *to = (Words *)row.levels + lane % 4;
+#pragma unroll 1
+    for (u32 i = first + lane % 4; i < stop; i += 4, to += 4) copy_ahead(to, (const Words *)matrix.data + i);
+}
+
+// ------------------------------------------------------------------------------------------------- products
+
+template <u32 PARTS> struct ProductMemory {
+    // Octets of x: 8 columns of x, or 4 in three parts, as far as a unit goes.
+    static const u32 OCTETS_OF_X = (PARTS == 1 ? MAX_BATCH : MAX_BATCH / 2 * PARTS) * UNIT / 8;
+    Words x[OCTETS_OF_X + 1];  // the last one is zero
+    Words levels[WARPS][WARP_ROWS * ROW_WORDS / 4];
+    u32 selectors[ALL_OCTETS];
+    u32 is_last;
+};
+
+// Puts some columns of x into shared memory in the order in which lanes take them: of one octet after another of a
+// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero.
+template <Kind KIND, u32 PARTS>
+__device__ inline void fill_x(
+    const Matrix &matrix, ProductMemory<PARTS> &memory, const Words *x, u32 batch, u32 first, u32 columns, u32 thread
+) {
+    const Words zero = {0, 0, 0, 0};
+    u32 octets = (columns + TILE - 1) / TILE * (TILE / 8), of_part = octets * batch;
+    if (thread == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = zero;
+    for (u32 i = thread; i < of_part; i += THREADS) {
+        u32 octet = i % octets, row = i / octets, column = first + 8 * octet, in_run = octet % (RUN / 8);
+        u32 quad = octet / (RUN / 8) % 4, tile = octet / (TILE / 8);
+        Words *to = memory.x + ((tile * (RUN / 8) + in_run) * batch + row) * 4 + quad;
+        bool there = column < matrix.columns;
+        u64 from = ((u64)row * matrix.columns + column) / 8;
+        if (PARTS == 1) {
+            *to = there ? x[from] : zero;
+            continue;
+        }
+        Words low = there ? x[2 * from] : zero, high = there ? x[2 * from + 1] : zero;
+        u32 bits[8] = {low.a, low.b, low.c, low.d, high.a, high.b, high.c, high.d};
+        float numbers[8], uppers[8];
+#pragma unroll
+        for (u32 k = 0; k < 8; k++) numbers[k] = __uint_as_float(bits[k]);
+#pragma unroll
+        for (u32 part = 0; part < PARTS; part++) {
+            take_uppers<8>(numbers, uppers);
+            to[part * of_part] = {
+                two_rounded<KIND>(uppers[0], uppers[1]), two_rounded<KIND>(uppers[2], uppers[3]),
+                two_rounded<KIND>(uppers[4], uppers[5]), two_rounded<KIND>(uppers[6], uppers[7])
+            };
+        }
+    }
+}
+
+// Where a lane takes its octets of x.
+struct Columns {
+    const Words *next;
+    u32 step;  // from octet to octet
+    u32 part;  // from part to part
+};
+
+// Adds the products of an octet of each lane, in both rows. Of parts, those products count that are not below the last
+// bit of the greatest.
+template <Kind KIND, u32 PARTS>
+__device__ inline void add_octet(float *sum, const u32 above[PARTS][4], const u32 below[PARTS][4], Columns &x) {
+#pragma unroll
+    for (u32 of_x = 0; of_x < PARTS; of_x++) {
+        Words b = x.next[of_x * x.part];
+#pragma unroll
+        for (u32 part = 0; part + of_x < PARTS; part++) {
+            multiply_add<KIND>(sum, above[part][0], below[part][0], above[part][1], below[part][1], b.a, b.b);
+            multiply_add<KIND>(sum, above[part][2], below[part][2], above[part][3], below[part][3], b.c, b.d);
+        }
+    }
+    x.next += x.step;
+}
+
+// The weights of a lane's two rows.
+template <u32 PARTS> struct Looks {
+    Patterns above[PARTS], below[PARTS];
+};
+
+// Adds the products of 32 columns of each lane, in both rows. Args: above, below: words of the mask.
+template <Kind KIND, u32 PARTS>
+__device__ inline void add_word(
+    float *sum, const u32 *selectors, const Looks<PARTS> &looks, u32 above, u32 below, Queue of_above, Queue of_below,
+    Columns &x
+) {
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        u32 octet = permuted(above, 0, 0x4440 + i), other = permuted(below, 0, 0x4440 + i);
+        u32 weights[PARTS][4], others[PARTS][4];
+        expand_octet<PARTS>(looks.above, of_above.words[0], octet, selectors[octet], weights);
+        expand_octet<PARTS>(looks.below, of_below.words[0], other, selectors[other], others);
+        add_octet<KIND, PARTS>(sum, weights, others, x);
+        skip_octet(of_above, octet, 3 - i);
+        skip_octet(of_below, other, 3 - i);
+    }
+}
+
+// The sums of a warp's rows over some columns: `sum` as `multiply_add` has it. Args: first: the first row; unit: the
+// first of the columns.
+template <Kind KIND, u32 PARTS>
+__device__ inline void multiply_rows(
+    const Matrix &matrix, ProductMemory<PARTS> &memory, u32 first, u32 unit, u32 columns, u32 batch, u32 warp,
+    u32 lane, float *sum
+) {
+    u32 g = lane / 4, *levels = (u32 *)memory.levels[warp];
+    Row above = open_row(matrix, first + g, unit, columns, lane, levels + g * ROW_WORDS);
+    Row below = open_row(matrix, first + g + 8, unit, columns, lane, levels + (g + 8) * ROW_WORDS);
+    u32 tiles = (columns + TILE - 1) / TILE;
+    Columns x = {memory.x + ProductMemory<PARTS>::OCTETS_OF_X, 0, 0};
+    if (g < batch) x = {memory.x + 4 * g + lane % 4, 4 * batch, tiles * (TILE / 8) * batch};
+    u32 row_runs = matrix.columns / RUN, run = (first + g) * row_runs + unit * (UNIT / RUN) + lane % 4;
+    Looks<PARTS> looks;
+    load_mask(matrix, above);
+    load_mask(matrix, below);
+    count_levels(above, lane);
+    count_levels(below, lane);
+    copy_levels(matrix, above, lane);
+    copy_levels(matrix, below, lane);
+#pragma unroll 1
+    for (u32 tile = 0; tile < tiles; tile++, run += TILE / RUN) {
+        if (tile == 0 || matrix.scale_runs < row_runs) {
+            load_patterns<KIND, PARTS>(matrix, run, looks.above);
+            load_patterns<KIND, PARTS>(matrix, run + 8 * row_runs, looks.below);
+        }
+        Words words = above.words, others = below.words;
+        u32 at = above.at, other = below.at;
+        load_mask(matrix, above);
+        load_mask(matrix, below);
+        wait_for_copies();
+        __syncwarp();
+#pragma unroll 1
+        for (u32 i = 0; i < 4; i++) {
+            if (i == 3) {
+                count_levels(above, lane);
+                count_levels(below, lane);
+            }
+            Queue queue = queue_at(above.levels, at), other_queue = queue_at(below.levels, other);
+            if (i == 3) {  // no level of this tile is in shared memory only
+                __syncwarp();
+                copy_levels(matrix, above, lane);
+                copy_levels(matrix, below, lane);
+            }
+            add_word<KIND, PARTS>(sum, memory.selectors, looks, words.a, others.a, queue, other_queue, x);
+            at += __popc(words.a);
+            other += __popc(others.a);
+            words = {words.b, words.c, words.d, 0};
+            others = {others.b, others.c, others.d, 0};
+        }
+    }
+}
+
+// Writes an element of the result, rounded to its dtype. Args: y: [batch, rows]; bias: [rows], of the same dtype, or
+// null.
+template <Kind KIND, u32 PARTS>
+__device__ inline void write_element(const Matrix &matrix, u32 row, u32 column, float sum, const void *bias, void *y) {
+    u64 at = (u64)column * matrix.rows + row;
+    if (PARTS > 1) {
+        ((float *)y)[at] = bias ? sum + ((const float *)bias)[row] : sum;
+        return;
+    }
+    if (bias) sum += widened(((const u16 *)bias)[row], KIND == OF_BF16 ? (u32)BF16 : (u32)F16);
+    ((u16 *)y)[at] = (u16)two_rounded<KIND>(sum, 0);
+}
+
+// What a launch is told beside the matrix.
+struct Call {
+    const Words *x;    // [batch, columns], at a multiple of 16
+    const void *bias;  // [rows], or null
+    void *y;           // [batch, rows]
+    float *sums;       // [slices, rows, batch], where there are several slices
+    u32 *done;         // [blocks of rows], zero, and zero again afterwards: how many slices of each were summed up
+    u32 batch;
+    u32 units;         // of a slice
+};
+
+// The product of a block: 64 rows, a slice of the columns. Of several slices the block that is done last adds up the
+// sums of all, always in the same order.
+template <Kind KIND, u32 PARTS>
+__device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memory, const Call &call) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, batch = call.batch;
+    u32 units = (matrix.columns + UNIT - 1) / UNIT, slices = (units + call.units - 1) / call.units;
+    u32 slice = blockIdx.x % slices, block = blockIdx.x / slices, unit = slice * call.units;
+    u32 columns = least(call.units * UNIT, matrix.columns - unit * UNIT);
+    for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
+    fill_x<KIND, PARTS>(matrix, memory, call.x, batch, unit * UNIT, columns, threadIdx.x);
+    __syncthreads();
+    float sum[4] = {0, 0, 0, 0};
+    u32 first = block * BLOCK_ROWS + warp * WARP_ROWS;
+    multiply_rows<KIND, PARTS>(matrix, memory, first, unit, columns, batch, warp, lane, sum);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        u32 row = first + lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        if (row >= matrix.rows || column >= batch) continue;
+        if (slices == 1) write_element<KIND, PARTS>(matrix, row, column, sum[i], call.bias, call.y);
+        else call.sums[((u64)slice * matrix.rows + row) * batch + column] = sum[i];
+    }
+    if (slices == 1) return;
+    __threadfence();
+    __syncthreads();  // for other blocks
+    if (threadIdx.x == 0) memory.is_last = atomicAdd(call.done + block, 1) == slices - 1;
+    __syncthreads();
+    if (!memory.is_last) return;
+    __threadfence();
+    for (u32 i = threadIdx.x; i < BLOCK_ROWS * batch; i += THREADS) {
+        u32 row = block * BLOCK_ROWS + i / batch, column = i % batch;
+        if (row >= matrix.rows) break;
+        float total = 0;
+        for (u32 s = 0; s < slices; s++) total += __ldcg(call.sums + ((u64)s * matrix.rows + row) * batch + column);
+        write_element<KIND, PARTS>(matrix, row, column, total, call.bias, call.y);
+    }
+    if (threadIdx.x == 0) call.done[block] = 0;
+}

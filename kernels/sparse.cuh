@@ -1,0 +1,212 @@
+// Weights of 2 bytes of pruned tensors that are quantised: octets as a mask, and levels that are each a codeword and a
+// sign, or all of one width. What a codeword stands for is known with its first look-up: the octet, or the pattern
+// of a magnitude.
+//
+// 32 positions at a time: a word of the mask, which is four look-ups; then four survivors a turn, each put where the
+// next bit of that word is. Their signs are the next bits of the residual plane, as many as the word has survivors. A
+// stream of one class has its levels, signs included, in the residual plane, and is looked up there.
+#pragma once
+#include "short.cuh"
+
+// Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern << 16, or octet << 8.
+struct SparseTables {
+    u32 levels[SHORT_CODES * SHORT_ENTRIES];
+    u16 octets[SHORT_CODES * SHORT_ENTRIES];
+};
+
+// Entries of a codeword, from what `fill_entry` gives.
+__device__ inline u32 level_entry(const u8 *bytes, const Recipe &recipe, u32 entry) {
+    const u64 *first = (const u64 *)(bytes + recipe.streams[FINGERPRINTS].first);
+    const u32 *patterns = (const u32 *)(bytes + recipe.patterns);
+    return (entry >> 16 & 15) | patterns[first[entry & 255]] << 16;
+}
+
+__device__ inline u32 octet_entry(const u8 *bytes, const Stream &stream, u32 entry) {
+    const u64 *first = (const u64 *)(bytes + stream.first);
+    return (entry >> 16 & 15) | (u32)first[entry & 255] << 8;
+}
+
+// Fills the tables. All threads take part, and wait for one another after it.
+__device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u32 thread) {
+    const u8 *bytes = (const u8 *)&recipe;
+    const Stream &levels = recipe.streams[FINGERPRINTS], &mask = recipe.streams[MASK];
+    const u32 *of_levels = (const u32 *)(bytes + levels.entries), *of_mask = (const u32 *)(bytes + mask.entries);
+    u32 window = (1u << levels.bits) - 1, base = (u32) * (const u64 *)(bytes + levels.first);
+    for (u32 i = thread; i < (levels.codes ? levels.codes : 1) * SHORT_ENTRIES; i += THREADS) {
+        if (levels.codes == 0) {
+            u32 level = base + (i & ((1u << levels.constant) - 1));
+            tables.levels[i] = levels.constant | ((const u32 *)(bytes + recipe.patterns))[level] << 16;
+            continue;
+        }
+        u32 entry = of_levels[(i >> SHORT << levels.bits) + (i & (SHORT_ENTRIES - 1) & window)];
+        tables.levels[i] = (entry >> 16 & 15) > SHORT ? 0 : level_entry(bytes, recipe, entry);
+    }
+    if (recipe.mask == NO_MASK) return;
+    window = (1u << mask.bits) - 1;
+    for (u32 i = thread; i < (mask.codes ? mask.codes : 1) * SHORT_ENTRIES; i += THREADS) {
+        u32 entry = i << 8 | SHORT;
+        if (mask.codes) {
+            u32 whole = of_mask[(i >> SHORT << mask.bits) + (i & (SHORT_ENTRIES - 1) & window)];
+            entry = (whole >> 16 & 15) > SHORT ? 0 : octet_entry(bytes, mask, whole);
+        }
+        tables.octets[i] = (u16)entry;
+    }
+}
+
+// A stream that is looked up in one plane: that of its codewords, or of its residuals where it has no code.
+template <class Entry> struct SparseStream {
+    Reader reader;
+    const Entry *table;  // first look-up of the segment's code
+    u32 code;            // its number
+};
+
+template <class Entry>
+__device__ inline SparseStream<Entry> sparse_stream_at(
+    const Warp &warp, u32 *index, const Entry *tables, u32 number, u32 s
+) {
+    const Recipe &recipe = *warp.recipe;
+    u32 row = recipe.streams[number].codes ? (u32)PREFIX_ROW : (u32)RESIDUAL_ROW;
+    SparseStream<Entry> out;
+    out.code = stream_row(index, recipe, *warp.job, number, CODE_ROW)[s] & 0xFFFF;
+    out.reader = reader_at(chunk_of(*warp.job), stream_row(index, recipe, *warp.job, number, row)[s]);
+    out.table = tables + out.code * SHORT_ENTRIES;
+    return out;
+}
+
+template <class Entry>
+__device__ inline u32 wrong_end_of(
+    const SparseStream<Entry> &stream, const Warp &warp, u32 *index, u32 number, u32 s
+) {
+    const Recipe &recipe = *warp.recipe;
+    u32 row = recipe.streams[number].codes ? (u32)PREFIX_ROW : (u32)RESIDUAL_ROW;
+    u32 end = stream_row(index, recipe, *warp.job, number, row)[s + 1];
+    return stream.reader.place != end ? (u32)WRONG_END : 0;
+}
+
+struct SparseLane {
+    SparseStream<u32> levels;
+    SparseStream<u16> mask;
+    Reader signs;
+    u32 positions, survivors, found, wrong;
+    u32 masked, has_signs;
+};
+
+// What the whole table has for some bits, the next one lowest, where the first look-up has nothing.
+__device__ inline u32 long_entry(const Stream &stream, const u8 *bytes, u32 code, u32 bits) {
+    const u32 *entries = (const u32 *)(bytes + stream.entries) + (code << stream.bits);
+    return entries[bits & ((1u << stream.bits) - 1)];
+}
+
+// The entry for some bits; LONG: of codewords of more than 8 bits too.
+template <bool LONG>
+__device__ inline u32 level_of(const Recipe &recipe, const SparseStream<u32> &levels, u32 bits) {
+    u32 entry = levels.table[bits & (SHORT_ENTRIES - 1)];
+    if (LONG && (entry & 15) == 0) {
+        const u8 *bytes = (const u8 *)&recipe;
+        entry = level_entry(bytes, recipe, long_entry(recipe.streams[FINGERPRINTS], bytes, levels.code, bits));
+    }
+    return entry;
+}
+
+template <bool LONG>
+__device__ inline u32 octet_of(const Recipe &recipe, const SparseStream<u16> &mask, u32 bits) {
+    u32 entry = mask.table[bits & (SHORT_ENTRIES - 1)];
+    if (LONG && (entry & 15) == 0) {
+        const u8 *bytes = (const u8 *)&recipe;
+        const Stream &stream = recipe.streams[MASK];
+        entry = octet_entry(bytes, stream, long_entry(stream, bytes, mask.code, bits));
+    }
+    return entry;
+}
+
+// Codewords that lie in 32 bits for certain: so many are looked up before the reader goes on.
+template <bool LONG> __device__ constexpr u32 at_once() { return LONG ? 2 : 4; }
+
+// The mask bits of `count` positions, at most 32, the first one lowest.
+template <bool LONG> __device__ inline u32 next_word(const Recipe &recipe, SparseLane &lane, u32 count) {
+    u32 all = 0xFFFFFFFF >> (32 - count), word = 0;
+    if (!lane.masked) return all;
+#pragma unroll
+    for (u32 begin = 0; begin < 4; begin += at_once<LONG>()) {
+        u32 bits = peek(lane.mask.reader), taken = 0;
+#pragma unroll
+        for (u32 i = begin; i < begin + at_once<LONG>(); i++) {
+            u32 entry = octet_of<LONG>(recipe, lane.mask, __funnelshift_r(bits, 0, taken));
+            bool there = 8 * i < count;
+            taken += there ? entry & 15 : 0;
+            word |= there ? entry >> 8 << 8 * i : 0;
+        }
+        skip(lane.mask.reader, taken);
+    }
+    if (word & ~all) lane.wrong = WRONG_MASK;  // past the last position (R-MSK-006)
+    word &= all;
+    lane.found += __popc(word);
+    return word;
+}
+
+// Puts the weights of 32 positions into a lane's row, zeros where there is no survivor. After the last survivor of a
+// turn weights go to position 32, which nobody reads, or which is put after these.
+//
+// Args: word: of the mask.
+template <bool LONG> __device__ inline void put_word(const Recipe &recipe, SparseLane &lane, u32 word, u32 *row) {
+    u32 signs = 0, left = __brev(word);  // the first position, and the next sign, highest
+    if (lane.has_signs) {
+        signs = __brev(peek(lane.signs));
+        skip(lane.signs, __popc(word));
+    }
+#pragma unroll
+    for (u32 i = 0; i < 16; i++) row[i] = 0;
+    while (left) {
+        u32 bits = peek(lane.levels.reader), survivors = __popc(left), taken = 0, sum = 0;
+#pragma unroll
+        for (u32 i = 0; i < at_once<LONG>(); i++) {
+            // A funnel shift looks at the lowest 5 bits alone: at most 24 where it shifts by a sum.
+            u32 entry = level_of<LONG>(recipe, lane.levels, __funnelshift_r(bits, 0, sum));
+            u32 place = (u32)__clz((int)left);
+            ((u16 *)row)[place] = (u16)((entry ^ (signs & 0x80000000)) >> 16);
+            left &= ~__funnelshift_r(0x80000000, 0x80000000, place);
+            signs <<= 1;
+            sum += entry;
+            if (i < survivors) taken = sum;
+        }
+        skip(lane.levels.reader, taken & 63);
+    }
+}
+
+// Decodes the warp's segments. Returns each lane's error word. `tile`: 32 rows.
+template <bool LONG>
+__device__ inline u32 decode_sparse(
+    const Warp &warp, u32 *index, u32 *tile, const SparseTables &tables, u32 lane_number
+) {
+    const Recipe &recipe = *warp.recipe;
+    u32 s = warp.first + lane_number, rows = positions_of(recipe, *warp.job, warp.first);
+    u32 *row = tile + lane_number * row_words(2);
+    bool there = s < warp.job->stop;
+    SparseLane lane = {};
+    lane.masked = recipe.mask != NO_MASK;
+    lane.has_signs = recipe.streams[FINGERPRINTS].codes != 0;
+    if (there) {
+        lane.positions = positions_of(recipe, *warp.job, s);
+        lane.survivors = survivors_row(index, *warp.job)[s];
+        lane.levels = sparse_stream_at(warp, index, tables.levels, FINGERPRINTS, s);
+        if (lane.masked) lane.mask = sparse_stream_at(warp, index, tables.octets, MASK, s);
+        u32 place = stream_row(index, recipe, *warp.job, FINGERPRINTS, RESIDUAL_ROW)[s];
+        lane.signs = reader_at(chunk_of(*warp.job), place);
+    }
+    for (u32 done = 0; done < rows; done += tile_positions(2)) {
+#pragma unroll 1
+        for (u32 half = 0; half < tile_positions(2); half += 32) {
+            if (lane.positions <= done + half) continue;
+            u32 word = next_word<LONG>(recipe, lane, least(32, lane.positions - done - half));
+            put_word<LONG>(recipe, lane, word, row + half / 2);
+        }
+        __syncwarp();
+        write_tile<2>(warp, tile, done, lane_number);
+        __syncwarp();
+    }
+    if (!there) return 0;
+    u32 wrong = wrong_end_of(lane.levels, warp, index, FINGERPRINTS, s);
+    if (!lane.masked) return wrong;
+    wrong |= lane.wrong | wrong_end_of(lane.mask, warp, index, MASK, s);
+    return lane.found != lane.survivors ? wrong | WRONG_MASK : wrong;
+}

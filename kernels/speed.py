@@ -1,0 +1,204 @@
+"""How long decoding and products take on a GPU, beside the floor.
+
+The floor: the bytes that must be read and written, at the rate at which the device copies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+import sfpformat
+from sfpformat import PRESETS, Options
+from sfpformat.engines.cuda.device import Device
+from sfpformat.numpy import save
+
+from .ondevice import Multiplication, OnDevice
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+SIDE = 8192  # of the matrices that are timed
+BATCHES = (1, 2, 4, 8)
+_ROUNDS = 20
+# Bytes that no cache of a device holds: what is timed goes round among copies of as many.
+_BEYOND_CACHES = 200 << 20
+_HEAD_START = 20_000_000  # clocks that the device waits while work is put into its queue
+
+GPU = PRESETS["gpu"]
+FOUR_BITS = GPU.but(quantiser="table", centroids=8)
+# Name -> dtype, share of survivors, options.
+MATRICES: dict[str, tuple[Any, float, Options]] = {
+    "BF16, preset gpu": (BF16, 1.0, GPU),
+    "BF16, preset gpu, several codes": (BF16, 1.0, GPU.but(codes=8)),
+    "BF16, default": (BF16, 1.0, Options()),
+    "F32, preset gpu": (np.dtype(np.float32), 1.0, GPU),
+    "BF16, 50 % pruned, exact, preset gpu": (BF16, 0.5, GPU),
+    "BF16, 50 % pruned, 4 bits, preset gpu": (BF16, 0.5, FOUR_BITS),
+    "BF16, 50 % pruned, 4 bits, default": (BF16, 0.5, Options(quantiser="table", centroids=8)),
+    "BF16, 50 % pruned, 4 bits, preset fused": (BF16, 0.5, FOUR_BITS.but(fixed_width=True)),
+    "BF16, 90 % pruned, 4 bits, preset gpu": (BF16, 0.1, FOUR_BITS),
+}
+
+Works = Sequence[Callable[[], object]]
+# The milliseconds that each of some works takes on the device, done one after another, again and again.
+Clock = Callable[[Works], float]
+
+
+def milliseconds(works: Works) -> float:
+    """The median over rounds, on torch's current stream, all of a round in the queue before it begins."""
+    torch: Any = importlib.import_module("torch")
+    times: list[float] = []
+    for i in range(_ROUNDS + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_HEAD_START)
+        begin.record()
+        for work in works:
+            work()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(begin.elapsed_time(end) / len(works))
+    return statistics.median(times)
+
+
+def copy_rate(clock: Clock = milliseconds) -> float:
+    """Bytes a second that a copy within the device reads and writes together."""
+    torch: Any = importlib.import_module("torch")
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * int(source.nbytes) / (clock([lambda: target.copy_(source)]) / 1e3)
+
+
+@cache
+def _normal(side: int) -> NDArray[np.float32]:
+    """Normal weights of a spread that differs from row to row."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((side, side), np.float32) * np.float32(0.02)
+    weights *= np.exp2(rng.normal(size=(side, 1)) / 4).astype(np.float32)
+    return weights
+
+
+def matrix_of(dtype: Any, density: float, side: int) -> Any:
+    """Normal weights, the least of them pruned."""
+    weights = _normal(side)
+    if density < 1:
+        threshold = np.quantile(np.abs(weights[:: max(side // 128, 1)]), 1 - density)
+        weights = np.where(np.abs(weights) < threshold, np.float32(0), weights)
+    return weights.astype(dtype)
+
+
+def decoding(
+    name: str, device: Device, rate: float, side: int, clock: Clock = milliseconds
+) -> dict[str, Any]:
+    """Times a matrix, after its weights were compared: index and weights together."""
+    dtype, density, options = MATRICES[name]
+    with sfpformat.open(save({"w": matrix_of(dtype, density, side)}, options=options)) as file:
+        entry = file.entry("w")
+        there = OnDevice(file, entry, device)
+        assert there.weights() == file.get_tensor("w").tobytes(), "other weights"
+    taken = clock([there.decode])
+    floor = (entry.stored_bytes + entry.decoded_bytes) / rate * 1e3
+    return {
+        "kernel": there.kernel,
+        "bits_a_weight": 8 * entry.stored_bytes / entry.positions,
+        "ms": taken,
+        "floor_ms": floor,
+        "share_of_floor": floor / taken,
+        "output_bytes_a_second": entry.decoded_bytes / taken * 1e3,
+        "weights_a_second": entry.positions / taken * 1e3,
+    }
+
+
+def products(device: Device, rate: float, side: int, clock: Clock = milliseconds) -> list[dict[str, Any]]:
+    """Times products with a matrix of 4 bits and 50 % survivors beside torch's with the dense one, BF16."""
+    torch: Any = importlib.import_module("torch")
+    array = matrix_of(BF16, 0.5, side)
+    data = save({"w": array}, options=FOUR_BITS.but(fixed_width=True))
+    with sfpformat.open(data) as file:
+        entry = file.entry("w")
+        copies = max(_BEYOND_CACHES // entry.stored_bytes, 1) if side >= 4096 else 1
+        there = [OnDevice(file, entry, device) for _ in range(copies)]
+    placed = [own.place("BF16") for own in there]
+    dense = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).cuda()
+    found = []
+    for batch in BATCHES:
+        x = np.random.default_rng(batch).standard_normal((batch, side)).astype(BF16)
+        own = [Multiplication(device, each, x, None).start for each in placed if each is not None]
+        assert len(own) == copies, "not multiplied"
+        there_x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
+        taken = clock(own)
+        beside = clock([partial(torch.nn.functional.linear, there_x, dense)] * 2)
+        floor = entry.stored_bytes / rate * 1e3
+        found.append(
+            {
+                "batch": batch,
+                "bits_a_weight": 8 * entry.stored_bytes / entry.positions,
+                "ms": taken,
+                "dense_ms": beside,
+                "times_as_fast": beside / taken,
+                "share_of_floor": floor / taken,
+            }
+        )
+    return found
+
+
+def layers(side: int) -> list[dict[str, Any]]:
+    """Seconds of whole calls of a compressed layer and of the dense one, with all that Python does."""
+    torch: Any = importlib.import_module("torch")
+    door: Any = importlib.import_module("sfpformat.torch")
+    dense = torch.nn.Linear(side, side, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        dense.weight.copy_(torch.from_numpy(matrix_of(np.float32, 0.5, side)))
+    layer = door.SfpLinear.of(dense, FOUR_BITS.but(fixed_width=True)).cuda()
+    dense = dense.cuda()
+    found = []
+    for batch in (1, 8, 64):
+        x = torch.randn(batch, side, dtype=torch.bfloat16, device="cuda")
+        with torch.inference_mode():
+            times = [_seconds_of_calls(module, x) for module in (layer, dense)]
+        found.append({"batch": batch, "compressed_s": times[0], "dense_s": times[1]})
+    return found
+
+
+def _seconds_of_calls(module: Any, x: Any, calls: int = 50) -> float:
+    torch: Any = importlib.import_module("torch")
+    for _ in range(3):
+        module(x)
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(calls):
+        module(x)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / calls
+
+
+def loading(side: int) -> dict[str, float]:
+    """Seconds from a file in the page cache to tensors on the device: this package, and safetensors."""
+    torch: Any = importlib.import_module("torch")
+    doors: dict[str, Any] = {"sfp": importlib.import_module("sfpformat.torch")}
+    doors["safetensors"] = importlib.import_module("safetensors.torch")
+    tensors = {f"t{i}": torch.from_numpy(matrix_of(np.float32, 1.0, side)).bfloat16() + i for i in range(4)}
+    times = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, door in doors.items():
+            path = Path(folder) / name
+            more = {"options": GPU} if name == "sfp" else {}
+            door.save_file(tensors, path, **more)
+            runs = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                found = door.load_file(path, device="cuda")
+                torch.cuda.synchronize()
+                runs.append(time.perf_counter() - begun)
+            assert all(torch.equal(found[key].cpu(), tensors[key]) for key in tensors)
+            times[name] = statistics.median(runs)
+    return times

@@ -1,0 +1,70 @@
+// Instructions of a GPU that CUDA C++ has no function for: bytes by unmasked selectors, copies that do not wait, two
+// numbers rounded at once, products on tensor cores. The last three need compute capability 8.0; on older devices
+// the kernels of product.cuh are there and do nothing. What stands in for them on the host is in host_tensor.h.
+#pragma once
+#include "values.cuh"
+
+// The numbers that are multiplied.
+enum Kind { OF_BF16, OF_F16 };
+
+#ifdef __CUDACC__
+
+// For each of the lowest four nibbles of `chosen`, all under 8, a byte: of `low` (0 to 3) or of `high` (4 to 7). As
+// `__byte_perm`, which clears the other bits of the nibbles first.
+__device__ inline u32 permuted(u32 low, u32 high, u32 chosen) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(chosen));
+    return bytes;
+}
+
+#if __CUDA_ARCH__ >= 800
+
+enum : u32 { HAS_TENSORS = 1 };
+
+// Begins to copy 16 bytes to shared memory.
+__device__ inline void copy_ahead(Words *to, const Words *from) {
+    u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+// Waits for the copies that this lane began.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Two numbers in the halves of a word, rounded to nearest, ties to even.
+template <Kind KIND> __device__ inline u32 two_rounded(float low, float high) {
+    u32 both;
+    if (KIND == OF_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// sum [16, 8] += a [16, 16] @ b [16, 8], by a warp. With row = lane / 4 and two = 2 × (lane % 4) a lane has
+//
+//   sum  [row, two], [row, two + 1], [row + 8, two], [row + 8, two + 1]
+//   a    two numbers a word: [row, two …], [row + 8, two …], [row, two + 8 …], [row + 8, two + 8 …]
+//   b    two numbers a word: [two …, row], [two + 8 …, row]
+template <Kind KIND>
+__device__ inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (KIND == OF_BF16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+}
+
+#else
+
+enum : u32 { HAS_TENSORS = 0 };
+__device__ inline void copy_ahead(Words *, const Words *) {}
+__device__ inline void wait_for_copies() {}
+template <Kind KIND> __device__ inline u32 two_rounded(float, float) { return 0; }
+template <Kind KIND> __device__ inline void multiply_add(float *, u32, u32, u32, u32, u32, u32) {}
+
+#endif
+#endif

@@ -1,0 +1,99 @@
+"""Tensors on a CUDA device, decoded there: what the sections are run on where ``--device`` is given.
+
+Bytes in memory or a file become tensors on the device: opening, checksums, the way there and decoding count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..codec.options import Options
+from ..engines import why_not as why_no_engine
+from .codecs import Judge, OurRunner
+from .measure import Contender
+from .peers import imported
+from .settings import Settings
+from .subject import Tensors
+
+
+def device_of(name: str) -> Any:
+    """torch's device of that name."""
+    return imported("torch").device(name)
+
+
+def why_not(name: str) -> str | None:
+    """Why tensors cannot be decoded on a device of that name, or None."""
+    try:
+        torch = imported("torch")
+        device = device_of(name)
+    except ImportError:
+        return "torch is not installed; pip install 'sfpformat[torch]'"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    if device.type != "cuda":
+        return f"tensors are decoded on CUDA devices only, not on {name!r}"
+    reason = why_no_engine("cuda")
+    if reason is not None:
+        return reason
+    count: int = torch.cuda.device_count()
+    if not count:
+        return f"torch {torch.__version__} sees no CUDA device"
+    if device.index is not None and device.index >= count:
+        return f"there is no device {name!r}, torch sees {count}"
+    return None
+
+
+def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
+    """All tensors of a file, on a device."""
+    from ..torch.device import read_tensors
+    from ..torch.files import open_any
+
+    with open_any(readable, threads=threads) as file:
+        return read_tensors(file, list(file), device_of(name))
+
+
+def safetensors_load_file(path: Path, name: str) -> dict[str, Any]:
+    """All tensors of a safetensors file, on a device."""
+    device = device_of(name)
+    loaded: dict[str, Any] = imported("safetensors.torch").load_file(path, device=str(device))
+    if device.type == "cuda":
+        imported("torch").cuda.synchronize(device)
+    return loaded
+
+
+def arrays_of(tensors: Mapping[str, Any]) -> Tensors:
+    """Tensors brought back, as arrays."""
+    from ..torch.tensors import array_of
+
+    return {name: array_of(tensor) for name, tensor in tensors.items()}
+
+
+class DeviceRunner(OurRunner):
+    """As `OurRunner`, but the tensors that it decodes stay on a device."""
+
+    def __init__(self, name: str, *given: Any) -> None:
+        super().__init__(*given)
+        self._name = name
+
+    def decode(self) -> dict[str, Any]:
+        """All tensors."""
+        return load(self.data, self._name, self.contender.threads)
+
+    def judge(self, decoded: Any) -> dict[str, float]:
+        """As asked for, of what is brought back."""
+        return super().judge(arrays_of(decoded))
+
+
+def our_runner(
+    settings: Settings,
+    contender: Contender,
+    tensors: Tensors,
+    options: Options | Mapping[str, Options],
+    files: dict[tuple[str | None, str | None], bytes],
+    judge: Judge | None = None,
+) -> OurRunner:
+    """A runner of ours, for arrays or for a device."""
+    given = contender, tensors, options, files, judge
+    return OurRunner(*given) if settings.device is None else DeviceRunner(settings.device, *given)

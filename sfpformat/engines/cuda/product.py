@@ -1,0 +1,192 @@
+"""The host's part of products with a matrix that stays compressed, which ``kernels/product.cuh`` computes.
+
+Which matrices those are, what they must be told of one, and how its columns are shared among blocks. Nothing
+here touches a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...coding.quantiser import F32, Exact, fingerprint_values, magnitudes
+from ...container.entry import TensorEntry
+from ...dtypes import DTYPES, Dtype
+from . import layout
+from .recipe import scale_of
+
+# Dtype of the activations and of the result -> kernel, the parts that a number has there, the rows of x a
+# launch.
+KERNELS = {"BF16": ("multiply_bf16", 1, 8), "F16": ("multiply_f16", 1, 8), "F32": ("multiply_f32", 3, 4)}
+_OLDEST_DEVICE = (8, 0)  # compute capability: tensor cores for these numbers, copies that do not wait
+_MOST_BYTES = 1 << 30  # of chunks: levels are counted in 32 bits
+# Blocks that let every multiprocessor of the largest devices have some.
+_BLOCKS = 3 * 132
+_WIDE = ("F32", "F64")  # which hold every number of float32
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What the kernels are told of a matrix.
+
+    Attributes:
+        kernel: its name.
+        parts: into which every number is taken apart.
+        most: rows of x a launch, at most.
+        record: a `layout.MATRIX`, without addresses.
+        factors: the scale of rows or groups, or None.
+        rows, columns: of the matrix.
+        chunks: how many it has.
+    """
+
+    kernel: str
+    parts: int
+    most: int
+    record: NDArray[np.void]
+    factors: F32 | None
+    rows: int
+    columns: int
+    chunks: int
+
+    @property
+    def units(self) -> int:
+        """Of columns, whose levels' places are known."""
+        return -(-self.columns // layout.UNIT)
+
+    @property
+    def blocks(self) -> int:
+        """Of rows."""
+        return -(-self.rows // layout.BLOCK_ROWS)
+
+    def units_of_slice(self, batch: int) -> int:
+        """How many units a block takes of its rows, for so many rows of x; of the shape alone, so that the
+        order of additions, and with it every bit, is the same on every device.
+        """
+        room = self.most // batch
+        return max(min(room, self.blocks * self.units // _BLOCKS, self.units), 1)
+
+    def slices(self, batch: int) -> int:
+        """Of the columns, for so many rows of x."""
+        return -(-self.units // self.units_of_slice(batch))
+
+
+def has_kernels(capability: Sequence[int]) -> bool:
+    """Whether a device of that compute capability has what the kernels need."""
+    return tuple(capability) >= _OLDEST_DEVICE
+
+
+def make_product(entry: TensorEntry, vectors: dict[str, F32], dtype: str, compute: str) -> Product | None:
+    """What the kernels are told of a matrix; None where they do not know how.
+
+    They take plain bitmaps as masks or none, levels of four bits, and scales of the tensor, of rows, or of
+    groups that are whole runs of 128 positions; rows that are whole runs and whole segments; chunks of whole
+    rows.
+
+    Args:
+        entry: of the tensor.
+        vectors: those of its vector chunk, checked.
+        dtype: what decoded weights are converted to, by its name in the format.
+        compute: what these are then converted to, which is the dtype of x.
+    """
+    if compute not in KERNELS or not _has_fixed_width(entry) or not _has_whole_rows(entry):
+        return None
+    weights = _weights(entry, vectors, [DTYPES[dtype], DTYPES[compute]])
+    record = np.zeros((), layout.MATRIX)
+    factors = None
+    if weights is not None:
+        record["patterns"] = _patterns(weights, compute)
+    elif _rounds_once(entry, dtype, compute) and _has_whole_groups(entry):
+        assert entry.fingerprints is not None
+        numbers = np.arange(layout.MAGNITUDES, dtype=np.uint64) + np.uint64(
+            entry.fingerprints.table.base // 2
+        )
+        centroids = vectors.get("fingerprint centroids")
+        record["magnitudes"] = magnitudes(numbers, entry.fingerprints.quantiser, centroids)
+        record["scale_runs"] = scale_of(entry)[1] // layout.RUN
+        factors = vectors["scale"]
+    else:
+        return None
+    rows, columns = entry.rows, entry.columns
+    record["rows"], record["columns"], record["masked"] = rows, columns, entry.mask is not None
+    record["chunk_rows"] = rows if len(entry.chunks) == 1 else entry.chunk * entry.segment // columns
+    if factors is None:
+        record["scale_runs"] = columns // layout.RUN
+    kernel, parts, most = KERNELS[compute]
+    return Product(kernel, parts, most, record, factors, rows, columns, len(entry.chunks))
+
+
+def _has_fixed_width(entry: TensorEntry) -> bool:
+    """Whether mask and levels lie there as the kernels read them."""
+    fingerprints, mask, importance = entry.fingerprints, entry.mask, entry.importance
+    if fingerprints is None or isinstance(fingerprints.quantiser, Exact):
+        return False
+    if importance is not None and importance.role == "multiplier":
+        return False
+    if mask is not None and (mask.kind != "octets" or (mask.table.base, mask.table.extra) != (0, b"\x08")):
+        return False
+    # The lowest bit of a level is its sign: with an odd base it is not that of its residual.
+    table = fingerprints.table
+    return table.extra == bytes([layout.LEVEL_BITS]) and table.base % 2 == 0
+
+
+def _has_whole_rows(entry: TensorEntry) -> bool:
+    """Whether rows are whole runs and whole segments, and chunks are whole rows."""
+    if not entry.positions or int(entry.chunks["length"].sum()) > _MOST_BYTES:
+        return False
+    columns, whole = entry.columns, len(entry.chunks) == 1 or not entry.chunk * entry.segment % entry.columns
+    return whole and not columns % layout.RUN and not columns % entry.segment
+
+
+def _has_whole_groups(entry: TensorEntry) -> bool:
+    by, unit = scale_of(entry)
+    return by == layout.SCALE_QUOTIENT and not unit % layout.RUN
+
+
+def _weights(
+    entry: TensorEntry, vectors: dict[str, F32], conversions: Sequence[Dtype]
+) -> NDArray[np.generic] | None:
+    """The weights of the magnitudes, decoded and converted, where all positions have the same.
+
+    None also where one is infinite and would have to be taken apart.
+    """
+    if scale_of(entry)[0] > layout.SCALE_TENSOR:
+        return None
+    assert entry.fingerprints is not None
+    levels = np.arange(2 * layout.MAGNITUDES, dtype=np.uint64) + np.uint64(entry.fingerprints.table.base)
+    scale = vectors.get("scale")
+    scales = None if scale is None else np.full(len(levels), scale[0])
+    centroids = vectors.get("fingerprint centroids")
+    weights = fingerprint_values(levels, entry.fingerprints.quantiser, entry.dtype, centroids, scales)
+    with np.errstate(over="ignore"):
+        for dtype in conversions:
+            weights = weights.astype(dtype.numpy)
+    return weights[::2] if conversions[-1].name != "F32" or np.isfinite(weights).all() else None
+
+
+def _rounds_once(entry: TensorEntry, dtype: str, compute: str) -> bool:
+    """Whether float32 becomes ``compute`` at once on the way of conversions, as the kernels have it."""
+    return all(name == compute or name in _WIDE for name in (entry.dtype.name, dtype))
+
+
+def _patterns(weights: NDArray[np.generic], compute: str) -> NDArray[np.uint32]:
+    """The bytes of the magnitudes, shape [parts, 4]: upper ones of the first four, of the last four, lower
+    ones.
+
+    A number of 24 bits is the sum of three numbers of 8: its upper half, the upper half of what is left, the
+    rest.
+    """
+    out = np.zeros((3, 4), np.uint32)
+    rest: NDArray[Any] = weights
+    for part in range(KERNELS[compute][1]):
+        if compute == "F32":
+            upper = (rest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+            rest, patterns = rest - upper, upper.view(np.uint32) >> np.uint32(16)
+        else:
+            patterns = weights.view(np.uint16)
+        raw = patterns.astype("<u2").view(np.uint8).reshape(-1, 2)
+        out[part] = np.concatenate([raw[:, 1], raw[:, 0]]).view("<u4")
+    return out

@@ -1,0 +1,205 @@
+"""A tensor whose chunks lie on the device, to be decoded and multiplied there as often as wanted.
+
+Theory of operation. What does not change is copied there once: recipe, jobs, warps. A call takes memory for
+the segment index and what it gives, launches, and comes back: everything else is the queue's. Whether the
+data are good is asked once, by whoever has them first; the same data are good again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...container.entry import TensorEntry
+from . import layout
+from .batch import OnDevice, Places, Plan, Task, launch, plan_batch
+from .device import Device, HostMemory, Memory
+from .loaded import Recipes
+from .product import Product
+from .recipe import Recipe
+
+Run = tuple[int, int, int, int]  # a chunk, the first of its segments, the one after the last, where they go
+
+
+class Resident:
+    """A tensor with coding ``fingerprint`` whose chunks are on a device, one after another."""
+
+    def __init__(self, device: Device, recipes: Recipes, recipe: Recipe, entry: TensorEntry, at: int) -> None:
+        """Copies what the kernels are told.
+
+        Args:
+            device: a queue of the device.
+            recipes: that queue's, with this recipe.
+            recipe: of the tensor.
+            entry: of the tensor, which has positions.
+            at: address of its first chunk, a multiple of 16; the memory must outlive this, unchanged.
+        """
+        self.entry, self._recipe, self._recipes, self._at = entry, recipe, recipes, at
+        self._zeros = device.pin(4 * len(entry.chunks))
+        self._zeros.bytes[:] = 0
+        self._whole = _Work(device, self.plan_runs(self._every_run()))
+
+    def _every_run(self) -> list[Run]:
+        size, runs = self.entry.chunk * self.entry.segment * self.entry.dtype.itemsize, []
+        for k in range(len(self.entry.chunks)):
+            first, stop = self.entry.segments_of_chunk(k)
+            runs.append((k, 0, stop - first, k * size))
+        return runs
+
+    def plan_runs(self, runs: Sequence[Run]) -> Plan:
+        """Work on some runs of segments, whose places count from wherever the weights will go."""
+        entry, tasks = self.entry, []
+        ends = np.cumsum(entry.chunks["length"], dtype=np.int64)
+        size, at = entry.chunk * entry.segment, self._recipes.address(self._recipe)
+        for k, first, stop, out in runs:
+            length, start = int(entry.chunks["length"][k]), k * size
+            data = OnDevice(self._at + int(ends[k]) - length, length)
+            total = min(size, entry.positions - start)
+            tasks.append(Task(self._recipe, at, data, total, start, first, stop, out))
+        return plan_batch(tasks)
+
+    def decode(self, device: Device, out: int) -> None:
+        """Writes all weights to an address, a multiple of 16, in the queue's order."""
+        self._whole.start(device, self._zeros, out)
+
+    def is_good(self, device: Device, out: int) -> bool:
+        """As `decode`, and waits; whether every segment is good. If not, the weights mean nothing."""
+        return self._whole.judge(device, self._zeros, out)
+
+    def decode_runs(self, device: Device, runs: Sequence[Run], out: int) -> bool:
+        """Writes the weights of some runs of segments, and waits; whether all are good."""
+        return _Work(device, self.plan_runs(runs)).judge(device, device.pin(4 * len(runs)), out)
+
+    def place(self, device: Device, product: Product) -> Placed | None:
+        """Makes the tensor ready to be multiplied, and waits; None where some segment is not good."""
+        placed = Placed(device, product, self._at, self.entry)
+        good = self._whole.judge(device, self._zeros, None, placed.matrix)
+        return placed if good else None
+
+
+class _Work:
+    """Jobs and warps on the device."""
+
+    def __init__(self, device: Device, plan: Plan) -> None:
+        records = [plan.jobs, *plan.parts.values()]
+        size = sum(some.nbytes for some in records)
+        self._plan, staging = plan, device.pin(size)
+        self._memory = device.allocate(size)
+        self._parts: dict[str, tuple[int, int]] = {}
+        at = 0
+        for name, some in (("", plan.jobs), *plan.parts.items()):
+            staging.bytes[at : at + some.nbytes] = some.view(np.uint8).reshape(-1)
+            self._parts[name] = self._memory.address + at, len(some)
+            at += some.nbytes
+        device.copy(self._memory.address, staging.address, size)
+        device.mark().wait()  # the pinned memory goes now
+
+    def start(
+        self, device: Device, zeros: HostMemory, out: int | None, matrix: Memory | None = None
+    ) -> Memory:
+        """Launches all kernels; returns the status words.
+
+        Args:
+            zeros: pinned, a word a job.
+            out: where the weights go, or None where none are wanted.
+            matrix: a `layout.MATRIX` to be made ready, or None.
+        """
+        jobs = len(self._plan.jobs)
+        status, index = device.allocate(4 * jobs), device.allocate(4 * self._plan.index_words)
+        errors = device.allocate(4 * self._plan.error_words)
+        device.copy(status.address, zeros.address, 4 * jobs)
+        places = Places(self._parts[""][0], index.address, status.address, errors.address)
+        parts = {name: part for name, part in self._parts.items() if name and out is not None}
+        launch(device, places, jobs, parts, out or 0)
+        if matrix is not None:
+            addresses = (places.jobs, matrix.address, places.index, places.status)
+            device.launch("place_matrix", jobs, [np.uint64(address) for address in addresses])
+        return status
+
+    def judge(self, device: Device, words: HostMemory, out: int | None, matrix: Memory | None = None) -> bool:
+        """As `start`, and waits; whether all is good. ``words`` are zero afterwards."""
+        size = 4 * len(self._plan.jobs)
+        words.bytes[:size] = 0
+        status = self.start(device, words, out, matrix)
+        device.copy(words.address, status.address, size)
+        device.mark().wait()
+        good = not words.bytes[:size].any()
+        words.bytes[:size] = 0
+        return good
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a matrix is multiplied with, and what comes out, in its dtype: addresses on the device.
+
+    Attributes:
+        x: [batch, columns], at a multiple of 16.
+        bias: [rows], or 0.
+        y: [batch, rows].
+        batch: at least 1.
+        done: a word of 32 bits for each `Product.blocks`: zero, and zero again when the queue has passed.
+    """
+
+    x: int
+    bias: int
+    y: int
+    batch: int
+    done: int
+
+
+class Placed:
+    """A matrix that is ready to be multiplied.
+
+    Attributes:
+        product: what is known of it.
+        matrix: its `layout.MATRIX`, on the device.
+    """
+
+    def __init__(self, device: Device, product: Product, at: int, entry: TensorEntry) -> None:
+        """Copies what is known of it; the rest is found by ``place_matrix``."""
+        self.product = product
+        sizes = [layout.MATRIX.itemsize, 4 * product.chunks, 4 * product.rows * product.units]
+        factors = product.factors
+        if factors is not None:
+            sizes.append(factors.nbytes)
+        starts = np.cumsum([0, *(-(-size // layout.ALIGNMENT) * layout.ALIGNMENT for size in sizes)])
+        self._memory = device.allocate(int(starts[-1]))
+        self.matrix: Memory = self._memory  # the record is the first
+        record = product.record.copy()
+        record["data"], record["bytes"] = at, int(entry.chunks["length"].sum())
+        for name, start in zip(("masks", "places", "scale"), starts[1:-1], strict=False):
+            record[name] = self._memory.address + int(start)
+        staging = device.pin(record.nbytes + (0 if factors is None else factors.nbytes))
+        staging.bytes[: record.nbytes] = _octets(record)
+        device.copy(self._memory.address, staging.address, record.nbytes)
+        if factors is not None:
+            staging.bytes[record.nbytes :] = _octets(factors)
+            at = self._memory.address + int(starts[3])
+            device.copy(at, staging.address + record.nbytes, factors.nbytes)
+        device.mark().wait()  # the pinned memory goes now
+
+    def multiply(self, device: Device, operands: Operands) -> None:
+        """y = x @ matrix.T + bias, in the queue's order."""
+        product, item = self.product, 4 if self.product.parts > 1 else 2
+        for first in range(0, operands.batch, product.most):
+            batch = min(operands.batch - first, product.most)
+            slices = product.slices(batch)
+            sums = device.allocate(4 * slices * product.rows * batch if slices > 1 else 0)
+            addresses = (
+                self.matrix.address,
+                operands.x + first * product.columns * item,
+                operands.bias,
+                operands.y + first * product.rows * item,
+                sums.address,
+                operands.done,
+            )
+            arguments: list[np.generic] = [np.uint64(address) for address in addresses]
+            arguments += [np.uint32(batch), np.uint32(product.units_of_slice(batch))]
+            device.launch(product.kernel, product.blocks * slices, arguments)
+
+
+def _octets(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return np.frombuffer(values.tobytes(), np.uint8)

@@ -1,0 +1,246 @@
+"""Weights whose compressed bytes lie on a CUDA device: decoded there, or multiplied there without being
+decoded.
+
+Rules: bytes are looked at once, on the processor, where their checksums are compared; what is known of them
+then is found by their memory, and let go with it or when it is written to. What the kernels refuse, or do
+not know, is left to the processor, which gives the weight or the fault.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..codec.jobs import fill_gaps
+from ..codec.selection import Selection
+from ..coding.quantiser import F32
+from ..container.entry import TensorEntry
+from ..engines.cuda.product import KERNELS, Product, has_kernels, make_product
+from ..engines.cuda.recipe import make_recipe
+from ..engines.cuda.resident import Operands, Placed, Resident, Run
+from ..errors import FileFault
+from . import device as devices
+from . import packed
+from .tensors import format_dtype, torch_dtype
+
+MOST_ROWS = 8  # of activations that are multiplied without decoding: with more, decoding pays
+_ALIGNMENT = 16  # of what kernels load at once
+
+# The compute capability of a device.
+capability_of: Callable[[torch.device], tuple[int, int]] = torch.cuda.get_device_capability
+
+
+@dataclass
+class _Weight:
+    """What is known of the bytes of a weight.
+
+    Attributes:
+        entry: of the weight.
+        vectors: those of its vector chunk.
+        resident: its chunks, on the device.
+        is_checked: whether all of them were decoded once.
+        placed: dtypes -> what multiplies with it, or None.
+    """
+
+    entry: TensorEntry
+    vectors: dict[str, F32]
+    resident: Resident
+    is_checked: bool = False
+    placed: dict[tuple[str, str], Placed | None] = field(default_factory=dict)
+
+
+class _Known(NamedTuple):
+    bytes_there: weakref.ref[torch.UntypedStorage]
+    version: int
+    weight: _Weight | None
+
+
+_known: dict[tuple[int, int], _Known] = {}
+_lock = threading.RLock()  # memory that is let go while it is held comes back to `_forget`
+
+
+def decode(data: torch.Tensor) -> torch.Tensor | None:
+    """The weight, a new tensor on the device of its bytes; None where the processor has to decode it.
+
+    Args:
+        data: a file with one tensor, uint8 [bytes], on a CUDA device.
+    """
+    with devices.current(data.device), torch.inference_mode(False):
+        weight = _weight_of(data)
+        if weight is None:
+            return None
+        entry, queue = weight.entry, devices.loader_of(data.device).queue
+        out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=data.device)
+        if weight.is_checked:
+            weight.resident.decode(queue, out.data_ptr())
+        elif weight.resident.is_good(queue, out.data_ptr()):
+            weight.is_checked = True
+        else:
+            _remember(data, None)
+            return None
+        return out
+
+
+def entry_of(data: torch.Tensor) -> TensorEntry | None:
+    """What the directory says of the weight; None where the processor has to decode it.
+
+    Args:
+        data: as for `decode`.
+    """
+    with devices.current(data.device):
+        weight = _weight_of(data)
+        return None if weight is None else weight.entry
+
+
+def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | None:
+    """Some rows of a matrix, a new tensor on the device of its bytes; None where the processor has to.
+
+    Args:
+        data: as for `decode`.
+        rows: their numbers, ascending.
+    """
+    with devices.current(data.device), torch.inference_mode(False):
+        weight = _weight_of(data)
+        if weight is None:
+            return None
+        entry, queue = weight.entry, devices.loader_of(data.device).queue
+        starts, columns, segment = rows * entry.columns, entry.columns, entry.segment
+        wanted = Selection((len(starts), columns), starts, range(columns)).segments(segment)
+        segments = fill_gaps(wanted)
+        size = len(segments) * segment
+        out = torch.empty(size, dtype=torch_dtype(entry.dtype.name), device=data.device)
+        if not weight.resident.decode_runs(queue, _runs(entry, segments), out.data_ptr()):
+            return None
+        first = np.searchsorted(segments, starts // segment) * segment + starts % segment
+        places = torch.from_numpy(first).to(data.device)[:, None] + torch.arange(columns, device=data.device)
+        return out[places]
+
+
+def _runs(entry: TensorEntry, segments: NDArray[np.int64]) -> list[Run]:
+    """Neighbouring segments of a chunk together, one after another in what is decoded."""
+    chunks, inside = np.divmod(segments, entry.chunk)
+    breaks = np.flatnonzero((np.diff(segments) > 1) | (np.diff(chunks) > 0)) + 1
+    item = entry.segment * entry.dtype.itemsize
+    return [
+        (int(chunks[first]), int(inside[first]), int(inside[stop - 1]) + 1, first * item)
+        for first, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(segments)], strict=True)
+    ]
+
+
+def multiply(
+    x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """x @ weight.T + bias without decoding the weight; None where that cannot be, or does not pay.
+
+    The weights are those that decoding gives, products are added in float32, always in the same order.
+
+    Args:
+        x: [..., columns].
+        bias: [rows], or None.
+        data: as for `decode`.
+        dtype: what the weight is converted to before it is converted to the dtype of x.
+    """
+    batch = x.numel() // max(x.shape[-1], 1)
+    if not 1 <= batch <= MOST_ROWS or x.device != data.device:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        return None
+    with devices.current(data.device):
+        loader = devices.loader_of(data.device)
+        weight = _weight_of(data)
+        placed = None if weight is None else _placed(weight, data, dtype, x.dtype)
+        if weight is None or placed is None or x.shape[-1] != weight.entry.columns:
+            return None
+        rows, own = weight.entry.rows, _aligned(x)
+        y = x.new_empty(*x.shape[:-1], rows)
+        offset = None if bias is None else bias.contiguous()
+        done = loader.counters(placed.product.blocks, data.device)
+        at = 0 if offset is None else offset.data_ptr()
+        placed.multiply(loader.queue, Operands(own.data_ptr(), at, y.data_ptr(), batch, done))
+        return y
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Placed | None:
+    """What multiplies with a weight, made when it is first asked for."""
+    names = format_dtype(dtype), format_dtype(compute)
+    if names[0] is None or names[1] is None or names[1].name not in KERNELS:
+        return None
+    key = names[0].name, names[1].name
+    with _lock:
+        if key not in weight.placed:
+            product: Product | None = None
+            if has_kernels(capability_of(data.device)):
+                product = make_product(weight.entry, weight.vectors, *key)
+            queue = devices.loader_of(data.device).queue
+            weight.placed[key] = None if product is None else weight.resident.place(queue, product)
+        return weight.placed[key]
+
+
+# ------------------------------------------------------------------------------------------ what is known
+
+
+def _weight_of(data: torch.Tensor) -> _Weight | None:
+    """What is known of some bytes; they are looked at where nothing is."""
+    version = _version(data)
+    with _lock:
+        found = _known.get(_key(data))
+        if found is None or found.version != version or found.bytes_there() is None:
+            _remember(data, _look_at(data))
+            found = _known[_key(data)]
+        return found.weight
+
+
+def _look_at(data: torch.Tensor) -> _Weight | None:
+    """Reads the bytes on the processor; None where it has to decode them."""
+    if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
+        return None
+    try:
+        with packed.opened(data) as file:
+            entry = file.entry(packed.NAME)
+            if entry.fingerprints is None or not entry.positions:
+                return None
+            file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, len(data))
+            decoder = file.decoder(entry)
+            recipe = make_recipe(entry, decoder.vectors)
+            if recipe is None:
+                return None
+            file.read_chunks([(entry, k) for k in range(len(entry.chunks))])
+            at = data.data_ptr() + file.chunk_offset(entry, 0)
+    except FileFault:  # the processor tells which
+        return None
+    loader = devices.loader_of(data.device)
+    loader.recipes.load([recipe])
+    resident = Resident(loader.queue, loader.recipes, recipe, entry, at)
+    return _Weight(entry, decoder.vectors, resident)
+
+
+def _remember(data: torch.Tensor, weight: _Weight | None) -> None:
+    key = _key(data)
+
+    def forget(_: object) -> None:
+        with _lock:
+            _known.pop(key, None)
+
+    with _lock:
+        _known[key] = _Known(weakref.ref(data.untyped_storage(), forget), _version(data), weight)
+
+
+def _key(data: torch.Tensor) -> tuple[int, int]:
+    return data.untyped_storage()._cdata, int(data.storage_offset())
+
+
+def _version(data: torch.Tensor) -> int:
+    """Counts writes to the memory; tensors made in inference mode do not."""
+    return 0 if data.is_inference() else data._version

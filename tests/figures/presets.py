@@ -1,0 +1,45 @@
+"""What the presets for GPUs cost: all-MiniLM-L6-v2, its matrices in BF16, bits a position of the whole file.
+
+``python -m tests.figures.presets``
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from sfpformat import PRESETS
+from sfpformat import numpy as sfp
+
+from .masks import magnitude_mask
+from .model import Tensors, as_bf16, load_f32, matrices
+
+_CENTROIDS = 8  # of 4 bits a level, sign included
+
+
+def bits_by_preset(tensors: Tensors, names: list[str], **changes: object) -> dict[str, float]:
+    """Preset -> bits a position."""
+    positions = sum(array.size for array in tensors.values())
+    sizes = {name: len(sfp.save(tensors, options=PRESETS[name].but(**changes))) for name in names}
+    return {name: round(8 * size / positions, 3) for name, size in sizes.items()}
+
+
+def main() -> None:
+    dense = matrices(as_bf16(load_f32()))
+    pruned = {
+        name: np.where(magnitude_mask(array, 0.5), array, array.dtype.type(0))
+        for name, array in dense.items()
+    }
+    results = {
+        "lossless": bits_by_preset(dense, ["default", "gpu"]),
+        "50 % pruned, lossless": bits_by_preset(pruned, ["default", "gpu"]),
+        "50 % pruned, 4 bits a level": bits_by_preset(
+            pruned, ["default", "gpu", "fused"], quantiser="table", centroids=_CENTROIDS
+        ),
+    }
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
