@@ -13,6 +13,7 @@ from __future__ import annotations
 from . import (
     canonical,
     chunks,
+    combinations,
     directory,
     encode,
     entries,
@@ -33,7 +34,7 @@ from .suite import Suite
 
 # In this order: later recipes break files of earlier ones.
 AREAS = (gallery, preamble, directory, entries, tables, planes, masks, quantisers, scales, numbers, chunks)
-AREAS += (vectors, shapes, limits, canonical, latitude, encode)
+AREAS += (vectors, shapes, combinations, limits, canonical, latitude, encode)
 
 
 def suite() -> Suite:

@@ -3,12 +3,13 @@
  *     sfp_driver [LIMIT=NUMBER ...] validate FILE
  *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
  *     sfp_driver [LIMIT=NUMBER ...] serve
+ *     sfp_driver hello
  *
  * `validate` checks everything that a reader can check. `decode` also writes each tensor into FOLDER, which
  * must exist: NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, where it is pruned;
  * NUMBER.importance.bin, an F32 for each position, where it has an importance. Each prints one line of JSON on
  * standard output: what the file has, or the first fault. `serve` takes commands from standard input, a line
- * each, its words apart by tabs, and answers each with that line, until the input ends.
+ * each, its words apart by tabs, and answers each with that line, until the input ends. `hello` says who this is.
  *
  * Exit status: 0 the file is valid, 1 it is not, 2 wrong usage or a failure of the system.
  */
@@ -251,13 +252,17 @@ static int treat_file(const char *path, const sfp_limits *limits, const char *fo
 /* A command without `serve`. */
 static int obey(char **words, int count, const sfp_limits *limits)
 {
+    if (count == 1 && strcmp(words[0], "hello") == 0) {
+        puts("{\"ok\":true,\"name\":\"sfp.c\",\"version\":\"1.0\",\"profile\":\"full\"}");
+        return VALID;
+    }
     if (count == 2 && strcmp(words[0], "validate") == 0) {
         return treat_file(words[1], limits, NULL);
     }
     if (count == 3 && strcmp(words[0], "decode") == 0) {
         return treat_file(words[1], limits, words[2]);
     }
-    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | serve");
+    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | serve | hello");
 }
 
 /* Cuts a line at its tabs; how many words there are, more than 3 counted as 4. */
