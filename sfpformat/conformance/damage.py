@@ -148,7 +148,7 @@ def _change_encoding(file: Forge, choices: Choices) -> str:
         file.directory = bytes(out)
         return f"the directory: {words}"
     if what == 1:
-        file.directory = good[: choices.below(len(good))]
+        file.directory = good[: choices.below(len(good) or 1)]
         return f"the directory cut at {len(file.directory)}"
     if what == 2:
         file.directory = good + choices.pick((b"\0", b"\xc1", good))
