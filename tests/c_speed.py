@@ -3,8 +3,7 @@
     python -m tests.c_speed              # a model of 64 MiB of weights, made up, half of it pruned
     python -m tests.c_speed MODEL.sfp    # any other
 
-Times are processor times, the least of some rounds: the file lies in memory, is opened, and all its weights are
-decoded.
+Times are processor times, the least of some rounds: a file in memory is opened, and all its weights decoded.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ def main(words: list[str]) -> int:
         ("C", c_seconds(data)),
         ("numba", engine_seconds(data, "numba")),
     ):
-        print(
-            f"{name}: {decoded / 1e6:.1f} MB of weights in {seconds:.3f} s, {decoded / seconds / 1e9:.2f} GB/s"
-        )
+        rate = decoded / seconds / 1e9
+        print(f"{name}: {decoded / 1e6:.1f} MB of weights in {seconds:.3f} s, {rate:.2f} GB/s")
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 import sfpformat
+from conformance.recipes.__main__ import regressions
 from sfpformat.conformance import slow_reader
 from sfpformat.conformance.choices import Choices, Noise, Thrown
 from sfpformat.conformance.contents import contents
@@ -200,6 +201,7 @@ def test_a_find_is_kept_as_a_case_and_its_twin(tmp_path: Path, capsys: Capture) 
     saved = sorted(path.name for path in (tmp_path / "finds").iterdir())
     assert saved == find["saved"]
     entries = [json.loads((tmp_path / "finds" / name).read_bytes()) for name in saved if "entry" in name]
+    assert regressions(tmp_path / "finds") == entries
     broken, twin = entries
     assert broken["expected"]["errors"][0]["clause"] == "R-PRE-008"
     assert broken["twin"] == twin["id"]

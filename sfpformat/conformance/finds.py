@@ -59,7 +59,7 @@ def _entry(data: bytes, kind: str, clause: str, why: str) -> Json:
         "file": f"regress/{name}.sfp",
         "bytes": len(data),
         "sha256": digest,
-        "recipe": "recipes.regress",
+        "recipe": "regress",
         "limits": {"seconds": _SECONDS, "in_force": IN_FORCE},
         "why": why,
         "flags": ["find"],
