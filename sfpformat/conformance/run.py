@@ -155,7 +155,7 @@ def _processor_time() -> float:
 def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case, str]]:
     """The cases that are asked, each with a role."""
     for case in cases:
-        wanted = settings.only in case.id or settings.only in case.clauses
+        wanted = any(settings.only in name for name in (case.id, *case.clauses))
         for role in ROLES:
             asked = {"decoder", "encoder"} if role == ROUND_TRIP else {role}
             is_for = ("encoder" if role == ROUND_TRIP else role) in case.roles
