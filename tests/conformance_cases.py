@@ -7,16 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import sfpformat
-from conformance.recipes.contents import array
-from sfpformat.codec.options import Options
-from sfpformat.dtypes import DTYPES
+from sfpformat.conformance.contents import array
+from sfpformat.conformance.own import OwnDriver
 from sfpformat.errors import FileFault
 from sfpformat.limits import Limits
-from sfpformat.numpy import save
 
 from .clauses import ROOT
 
@@ -98,16 +93,9 @@ def wrong_refusal(case: Case, code: str, clause: str, tensor: object, offset: in
     return f"{case['id']}: {code} {clause} {tensor!r} at {offset}, expected {case['expected']['errors']}"
 
 
-def encoded(case: Case) -> bytes:
+def encoded(case: Case, folder: Path) -> bytes:
     """The file that the package's writer makes of a job."""
-    job = json.loads(data_of(case))
-    inputs = (FOLDER / case["arrays"]).read_bytes()
-    tensors: dict[str, NDArray[np.generic]] = {}
-    options: dict[str, Options] = {}
-    for tensor in job["tensors"]:
-        at, size = int(tensor["offset"]), int(tensor["bytes"])
-        kind = DTYPES[tensor["dtype"]].numpy
-        own = np.frombuffer(inputs[at : at + size], kind)
-        tensors[tensor["name"]] = own.reshape([int(n) for n in tensor["shape"]])
-        options[tensor["name"]] = Options(**tensor["choices"])
-    return save(tensors, job["metadata"], options=options, threads=1, engine="python")
+    path = folder / "written.sfp"
+    answer = OwnDriver("python", {}).encode(str(path_of(case)), str(FOLDER / case["arrays"]), str(path))
+    assert answer["ok"], (case["id"], answer)
+    return path.read_bytes()

@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from . import slow_reader
+from sfpformat.conformance import slow_reader
+
 from .clauses import clauses_of_spec
 from .conformance_cases import cases, data_of, manifest
 

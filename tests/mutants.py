@@ -30,7 +30,7 @@ from .conformance_cases import Case, cases, data_of, limits_of, refusal
 
 MODULES = ("coding.codetable", "coding.mask", "coding.planes", "coding.quantiser", "container.chunk")
 MODULES += ("container.directory", "container.entry", "container.fields", "container.messagepack")
-MODULES += ("container.preamble", "container.streams", "codec.decode", "limits", "reader")
+MODULES += ("container.preamble", "container.streams", "codec.decode", "limits", "reader", "stored")
 _SECONDS = 5.0  # for one file: a reader without a check may not end
 
 # Checks that another one repeats for whatever a file can hold: function and clause, and which other it is.

@@ -8,9 +8,9 @@ import tracemalloc
 import pytest
 
 import sfpformat
+from sfpformat.conformance import slow_reader
 from sfpformat.numpy import save
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, accepted, fault_of, refused, refused_bytes
 from .samples import everything, plain, weights

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sfpformat import InvalidFileError
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths, pack_lengths, unpack_lengths
+from sfpformat.conformance import slow_reader
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import (
     Forge,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import sys
-import textwrap
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -14,14 +11,13 @@ from xml.etree import ElementTree
 import pytest
 
 from sfpformat.conformance.driver import Driver, DriverFailure
-from sfpformat.conformance.fuzz import fuzz
-from sfpformat.conformance.mutate import Pieces, damaged
 from sfpformat.conformance.report import page
 from sfpformat.conformance.run import Results, Settings, known_failures, run
 from sfpformat.conformance.suite import Suite, SuiteError
 
 from . import c_reader
 from .clauses import ROOT
+from .conformance_programs import OWN, lying_program, program
 from .test_cli import error_of
 from .test_cli import run as sfp
 from .test_cli_pack import Capture
@@ -29,19 +25,6 @@ from .test_cli_pack import Capture
 SUITE = Suite.of(ROOT / "conformance")
 JOBS = sum(case.kind == "job" for case in SUITE.cases)
 FILES = len(SUITE.cases) - JOBS
-OWN = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", "python", "--"]
-
-
-def program(folder: Path, body: str) -> list[str]:
-    """A driver that serves: ``answer(words)`` gives a dictionary."""
-    path = folder / "driver.py"
-    path.write_text(
-        f"import json, os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        + textwrap.dedent(body)
-        + "\nfor line in sys.stdin:\n"
-        + "    print(json.dumps(answer(line.rstrip('\\n').split('\\t'))), flush=True)\n"
-    )
-    return [sys.executable, str(path)]
 
 
 def results_of(drivers: dict[str, Driver], **settings: object) -> Results:
@@ -60,11 +43,12 @@ def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Captu
     found = json.loads(capsys.readouterr().out)
     assert found["passed"]
     counts = Counter((o["role"], o["outcome"]) for o in found["outcomes"])
-    assert counts == {("decoder", "pass"): FILES, ("validator", "pass"): FILES, ("encoder", "pass"): JOBS}
+    each = {"decoder": FILES, "validator": FILES, "encoder": JOBS, "round trip": JOBS}
+    assert counts == {(role, "pass"): count for role, count in each.items()}
     assert not any(o["notes"] for o in found["outcomes"])
-    assert found["seconds"] < 60
+    assert found["processor_seconds"] < 60
     suites = ElementTree.parse(junit).getroot()
-    assert [s.get("failures") for s in suites] == ["0", "0", "0"]
+    assert [s.get("failures") for s in suites] == ["0", "0", "0", "0"]
     assert "All is well" in html.read_text("utf-8")
 
 
@@ -103,21 +87,15 @@ def test_each_way_to_be_wrong_is_told(what: str, tmp_path: Path) -> None:
 def test_contents_are_compared_bit_by_bit(tmp_path: Path) -> None:
     """A decoder that takes every -0 for 0."""
     lying = """
-        import subprocess
-        own = subprocess.Popen(OWN + ['serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        def answer(words):
-            own.stdin.write('\\t'.join(words) + '\\n'); own.stdin.flush()
-            got = json.loads(own.stdout.readline())
-            for i, t in enumerate(got.get('tensors', ())):
-                path = os.path.join(words[2], f'{i}.bin')
-                data = open(path, 'rb').read()
-                if t['dtype'] == 'BF16':
-                    pairs = [data[j:j + 2] for j in range(0, len(data), 2)]
-                    data = b''.join(b'\\0\\0' if p == b'\\0\\x80' else p for p in pairs)
-                    open(path, 'wb').write(data)
-            return got
-    """.replace("OWN", repr(OWN))
-    results = results_of({"decoder": Driver(program(tmp_path, lying))}, only="R-REC-001")
+        for i, t in enumerate(got.get('tensors', ())):
+            path = os.path.join(words[2], f'{i}.bin')
+            data = open(path, 'rb').read()
+            if t['dtype'] == 'BF16':
+                pairs = [data[j:j + 2] for j in range(0, len(data), 2)]
+                data = b''.join(b'\\0\\0' if p == b'\\0\\x80' else p for p in pairs)
+                open(path, 'wb').write(data)
+    """
+    results = results_of({"decoder": Driver(lying_program(tmp_path, lying))}, only="R-REC-001")
     bad = [outcome for outcome in results.bad if "0080" in outcome.verdict.words]
     assert bad
     assert len(bad) < len(results.outcomes)
@@ -145,6 +123,66 @@ def test_a_partial_reader_is_judged_on_its_profile(tmp_path: Path) -> None:
     assert kinds == {("core", "fail"), ("full", "unsupported")}
 
 
+def test_a_program_is_judged_on_the_profile_that_it_names(tmp_path: Path) -> None:
+    little = """
+        def answer(words):
+            hello = {'ok': True, 'name': 'little', 'profile': 'core'}
+            return hello if words == ['hello'] else {'ok': False, 'unsupported': True}
+    """
+    driver = Driver(program(tmp_path, little))
+    results = results_of({"decoder": driver}, only="DIR-002", levels=frozenset((1,)))
+    assert results.programs["decoder"]["name"] == "little"
+    kinds = {(o.case.profile, o.verdict.outcome) for o in results.outcomes}
+    assert kinds == {("core", "fail"), ("full", "unsupported")}
+
+
+def test_a_program_that_skips_everything_has_shown_nothing(tmp_path: Path) -> None:
+    driver = Driver(program(tmp_path, "def answer(words): return {'ok': False, 'skip': 'no GPU here'}"))
+    results = results_of({"decoder": driver}, only="DIR-002")
+    assert set(outcomes(results)) == {"skip"}
+    assert not results.bad
+    assert not results.passed
+
+
+def test_what_a_hostile_file_costs_in_memory_is_watched(tmp_path: Path) -> None:
+    """A decoder that takes 200 MB for each file it is asked about, and gives them back."""
+    greedy = lying_program(tmp_path, "taken = b'x' * 200_000_000; del taken")
+    results = results_of({"decoder": Driver(greedy)}, only="h-LIM-002", levels=frozenset((3,)))
+    assert set(outcomes(results)) == {"memory"}
+    assert "are allowed" in results.bad[0].verdict.words
+
+
+def test_a_writer_that_claims_canonical_form_is_held_to_it(tmp_path: Path) -> None:
+    """A writer whose directory has a key that canonical files do not have."""
+    lie = """
+        if words[0] == 'encode':
+            from sfpformat.conformance.forge import Forge
+            file = Forge.of(open(words[3], 'rb').read())
+            file.preamble['minor'] = 1
+            open(words[3], 'wb').write(file.build())
+    """
+    claiming = lying_program(tmp_path, lie)
+    results = results_of({"encoder": Driver(claiming)}, only="e-RAW-001-u8")
+    assert set(outcomes(results)) == {"fail"}
+    assert "not canonical" in results.bad[0].verdict.words
+    modest = lying_program(tmp_path, lie + "\n        got.pop('canonical', None)")
+    results = results_of({"encoder": Driver(modest)}, only="e-RAW-001-u8")
+    assert not results.bad
+    assert all("not canonical" in outcome.verdict.notes[0] for outcome in results.outcomes)
+
+
+def test_a_decoder_reads_what_an_encoder_wrote(tmp_path: Path) -> None:
+    """Of a writer and a reader that agree on nothing, the round trip fails while the writer is right."""
+    (tmp_path / "reader").mkdir()
+    deaf = program(tmp_path / "reader", "def answer(words): return {'ok': False, 'error': 'E_LIMIT'}")
+    drivers = {"encoder": Driver(OWN), "decoder": Driver(deaf)}
+    results = results_of(drivers, only="e-REC-001")
+    assert {(o.role, o.verdict.outcome) for o in results.outcomes} == {
+        ("encoder", "pass"),
+        ("round trip", "fail"),
+    }
+
+
 def test_a_program_that_takes_too_much_memory_ends(tmp_path: Path) -> None:
     greedy = "def answer(words): return {'ok': len(bytearray(2_000_000_000)) < 0}"
     driver = Driver(program(tmp_path, greedy), megabytes=500)
@@ -163,6 +201,21 @@ def test_expected_failures_pass_and_unexpected_passes_fail(tmp_path: Path) -> No
     assert [outcome.case.id for outcome in own.bad] == [first]
     with pytest.raises(SuiteError, match="of no case"):
         results_of({"decoder": driver}, known={"n-XXX-001-x": "?"}, **settings)
+
+
+def test_the_suite_has_lists_of_the_programs_that_it_knows(tmp_path: Path) -> None:
+    """A program is judged by `known/NAME.toml`, the name being what it calls itself."""
+    body = "def answer(words): return {'ok': words == ['hello'], 'name': 'mine', 'error': 'E_CRC'}"
+    [case] = [case for case in SUITE.cases if case.id == "n-PRE-001-bit-0-of-byte-0"]
+    suite = Suite(tmp_path, (case,), SUITE.clauses)
+    settings = Settings({"decoder": Driver(program(tmp_path, body))})
+    assert not run(suite, settings, lambda _: None).passed
+    (tmp_path / "known").mkdir()
+    listed = f'[[known]]\nid = "{case.id}"\nreason = "says E_CRC of it"\n'
+    (tmp_path / "known" / "mine.toml").write_text(listed)
+    results = run(suite, settings, lambda _: None)
+    assert [outcome.known for outcome in results.outcomes] == ["says E_CRC of it"]
+    assert not results.bad
 
 
 def test_lists_of_expected_failures_need_reasons_and_run_out() -> None:
@@ -196,48 +249,3 @@ def test_a_driver_that_ended_is_started_again(tmp_path: Path) -> None:
         driver.ask(["end"])
     assert driver.ask(["hello"]) == {"ok": True}
     driver.close()
-
-
-# ------------------------------------------------------------------------------------------------- fuzzing
-
-
-def test_the_reader_in_c_and_the_reference_agree_on_damaged_files(tmp_path: Path) -> None:
-    (tmp_path / "c").mkdir()
-    (tmp_path / "files").mkdir()
-    driver = Driver([str(c_reader.built("sanitized", tmp_path / "c"))])
-    found = fuzz(driver, SUITE, 2000, 1, tmp_path / "files", None, lambda _: None)
-    assert found["finds"] == []
-    assert found["files"] == 2000
-    assert found["reference"]["valid"] > 100
-    assert len(found["reference"]) > 9
-
-
-def test_a_disagreement_is_made_small_and_kept(tmp_path: Path, capsys: Capture) -> None:
-    """A reader that does not mind bytes after the end."""
-    lying = """
-        import subprocess
-        own = subprocess.Popen(OWN + ['serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        def answer(words):
-            own.stdin.write('\\t'.join(words) + '\\n'); own.stdin.flush()
-            got = json.loads(own.stdout.readline())
-            return {'ok': True, 'tensors': []} if got.get('clause') == 'R-PRE-008' else got
-    """.replace("OWN", repr(OWN))
-    command = " ".join(program(tmp_path, lying))
-    words = ("--cases", 300, "--save", tmp_path / "finds", "--json")
-    assert sfp("conformance", "fuzz", "--decoder", command, *words) == 1
-    found = json.loads(capsys.readouterr().out)
-    [find] = found["finds"]
-    assert find["kind"] == "accepts"
-    assert "R-PRE-008" in find["words"]
-    data = (tmp_path / "finds" / find["file"]).read_bytes()
-    assert len(data) == find["bytes"] < 400
-    assert json.loads((tmp_path / "finds" / find["file"]).with_suffix(".json").read_text()) == find
-    assert sfp("conformance", "fuzz", "--decoder", command, "--cases", 3, "--seed", 5) in (0, 1)
-    assert "files" in capsys.readouterr().out
-
-
-def test_the_same_seed_gives_the_same_files() -> None:
-    [data] = [case.data() for case in SUITE.cases if case.id == "y-DIR-002-uniform"]
-    first, second = ([damaged(data, random.Random(seed)) for _ in range(1)] for seed in (7, 7))
-    assert first == second
-    assert Pieces.of(data).build() == data

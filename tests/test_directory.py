@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import sfpformat
 from sfpformat import FileFault, Limits, Options
+from sfpformat.conformance import slow_reader
 from sfpformat.container import messagepack
 from sfpformat.numpy import save
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Part, accepted, hand_file, hand_part, pack, refused, refused_bytes, table
 from .samples import everything, plain, weights

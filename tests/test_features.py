@@ -10,11 +10,11 @@ import pytest
 import sfpformat
 from sfpformat import ImportanceOptions, Options, UnsupportedError
 from sfpformat.coding.codetable import code_lengths
+from sfpformat.conformance import slow_reader
 from sfpformat.container.directory import Directory
 from sfpformat.numpy import save
 from sfpformat.validate import validate
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Part, accepted, exact, f32_bytes, hand_file, hand_part, patterns, refused, table
 from .samples import everything, importance, weights

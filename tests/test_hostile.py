@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import sfpformat
 from sfpformat import FileFault, LimitError, Limits
+from sfpformat.conformance import slow_reader
 from sfpformat.validate import validate
 
-from . import slow_reader
 from .clauses import ROOT, clauses
 from .forge import Forge, Pairs, Part, Raw, accepted, pack, read_all
 from .samples import coded, everything, plain

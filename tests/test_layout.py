@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import sfpformat
+from sfpformat.conformance import slow_reader
 from sfpformat.errors import FileFault
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, accepted, record, refused
 from .samples import coded, everything

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfpformat.coding.mask import decode_mask, encode_mask
+from sfpformat.conformance import slow_reader
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Part, accepted, exact, hand_file, hand_part, mask_levels, refused, table
 from .samples import everything, plain

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfpformat.conformance import slow_reader
 from sfpformat.container import messagepack
 from sfpformat.container.messagepack import Map
 from sfpformat.errors import FileFault
 from sfpformat.limits import DEFAULT_LIMITS
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Pairs, Raw, accepted, fault_of, pack, refused, refused_bytes
 from .samples import everything, plain

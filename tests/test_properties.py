@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfpformat
+from sfpformat.conformance import slow_reader
 from sfpformat.numpy import load, load_file, save, save_file
 from sfpformat.validate import validate
 
-from . import slow_reader
 from .clauses import clauses
 from .samples import everything, weights
 from .strategies import Job, indices, jobs, lossless_jobs, shapes, written

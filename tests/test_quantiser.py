@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import sfpformat
+from sfpformat.conformance import slow_reader
 from sfpformat.numpy import save
 
-from . import slow_reader
 from .clauses import clauses
 from .forge import Forge, Part, accepted, exact, f32_bytes, hand_file, hand_part, patterns, refused, table
 from .samples import everything, weights

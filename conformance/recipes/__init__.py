@@ -13,6 +13,8 @@ from __future__ import annotations
 from . import (
     canonical,
     chunks,
+    combinations,
+    crowds,
     directory,
     encode,
     entries,
@@ -33,7 +35,7 @@ from .suite import Suite
 
 # In this order: later recipes break files of earlier ones.
 AREAS = (gallery, preamble, directory, entries, tables, planes, masks, quantisers, scales, numbers, chunks)
-AREAS += (vectors, shapes, limits, canonical, latitude, encode)
+AREAS += (vectors, shapes, combinations, crowds, limits, canonical, latitude, encode)
 
 
 def suite() -> Suite:

@@ -29,13 +29,24 @@ def clause_digests() -> dict[str, str]:
     return {name: hashlib.sha256(row.encode()).hexdigest()[:16] for name, row in rows.items()}
 
 
+def regressions(folder: Path) -> list[Any]:
+    """The manifest entries of finds that were kept (`sfp conformance fuzz --save`), each held to its file."""
+    entries = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.entry.json"))]
+    for entry in entries:
+        data = (folder / f"{entry['id']}.sfp").read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{entry['id']}: the file is not what its entry says")
+    return entries
+
+
 def files_of(cases: list[Case], digests: dict[str, str]) -> dict[str, bytes]:
     """Path in the suite -> bytes, for every golden file, what lies beside it, and the manifest."""
     out = {case.file: case.data for case in cases}
     out |= {f"{case.stem}.json": written(case.contents) for case in cases if case.contents is not None}
     out |= {f"{case.stem}.bin": case.arrays for case in cases if case.arrays is not None}
     head = {"$schema": "manifest.schema.json", "suite": 1, "format": "1.0", "clauses": digests}
-    lines = [json.dumps(case.manifest(), ensure_ascii=False) for case in cases]
+    entries = [*(case.manifest() for case in cases), *regressions(FOLDER / "regress")]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     listed = ",\n".join(lines)
     out["manifest.json"] = (json.dumps(head)[:-1] + ', "cases": [\n' + listed + "\n]}\n").encode()
     return out

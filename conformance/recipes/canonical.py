@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.forge import exact, f32_bytes, patterns, table
+from sfpformat.conformance.forge import exact, f32_bytes, patterns, table
 
 from .edits import one_file
 from .suite import Suite
@@ -38,6 +38,18 @@ def _canonical() -> dict[str, tuple[str, bytes]]:
         "no-levels": ("an empty tensor", one_file(ZERO, [], "F16", shape=[0])),
         "two-codes": ("two codes, each used", one_file(two, halves, "F16", codes={"fingerprints": [0, 1]})),
         "table": ("a table whose centroids are all used", one_file(counted, [0, 3, 1], "F32", **centroids)),
+        "trim-of-nothing": (
+            "trims, and a chunk without levels",
+            one_file(
+                exact("F16", trim=1, **table([6])),
+                [0b100001, 0],
+                "F16",
+                mask=[0] * 32 + [1, 1] + [0] * 30,
+                mask_map={"kind": "octets", **table([8])},
+                chunk=1,
+                trims={"fingerprints": [0, 4]},
+            ),
+        ),
         "trim": (
             "the greatest trims",
             one_file(exact("F16", trim=1, **table([6])), [0b100001, 0], "F16", trims={"fingerprints": [4]}),

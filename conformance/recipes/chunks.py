@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from tests.forge import Forge, Taken
+from sfpformat.conformance.forge import Forge, Taken
 
 from .edits import bit_flip, of_chunk, opened, put_bytes
 from .gallery import ONE
@@ -38,6 +38,12 @@ def _lengths(suite: Suite, name: str) -> None:
 
     words = "a chunk that lacks its last 64 bytes"
     suite.invalid(f"IDX-003-{name}-shorter", words, ONE[name], shorter, tensor=name)
+
+    def stub(file: Forge) -> None:
+        del file.part(name).chunks[0][64:]
+
+    words = "a chunk of 64 bytes, in which header and index have no room"
+    suite.invalid(f"IDX-003-{name}-64-bytes", words, ONE[name], stub, tensor=name)
 
 
 def _header(suite: Suite, name: str) -> None:

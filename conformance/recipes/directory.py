@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.forge import Forge, Pairs, Raw, pack
-from tests.slow_reader import MessagePack
+from sfpformat.conformance.forge import Forge, Pairs, Raw, pack
+from sfpformat.conformance.slow_reader import MessagePack
 
 from .gallery import ALL, ONE, PLAIN, parts
 from .suite import Edit, Suite

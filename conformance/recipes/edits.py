@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests import slow_reader
-from tests.forge import Forge, Part, Taken, exact, hand_file, hand_part, table
+from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, Taken, exact, hand_file, hand_part, table
 
 from .suite import Edit
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.forge import Forge, exact, hand_file, hand_part, patterns, table
+from sfpformat.conformance.forge import Forge, exact, hand_file, hand_part, patterns, raw_part, table
 
-from .gallery import ALL, ONE, parts, raw_part
+from .gallery import ALL, ONE, parts
 from .suite import Edit, Suite
 
 WRONG_TYPES: dict[type, dict[str, object]] = {

@@ -5,26 +5,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sfpformat.conformance.forge import (
+    Forge,
+    Part,
+    exact,
+    f32_bytes,
+    hand_file,
+    hand_part,
+    patterns,
+    raw_part,
+    table,
+    table_for,
+)
+from sfpformat.conformance.slow_reader import BYTES
 from tests.clauses import SPEC
-from tests.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table, table_for
 from tests.samples import coded, plain
-from tests.slow_reader import BYTES, align, positions
 
 from .suite import Suite
 
 RUNS = table([0, 1, 2, 3, 4], [2, 2, 2, 3, 3])  # levels 0 to 30
 MASK = [int(p % 5 in (1, 2) or p % 7 == 3) for p in range(96)]
 SURVIVORS = sum(MASK)
-
-
-def raw_part(name: str, dtype: str, shape: list[int], raw: bytes, segment: int = 32, chunk: int = 1) -> Part:
-    """A tensor with coding `raw`."""
-    entry = {"name": name, "coding": "raw", "dtype": dtype, "shape": shape}
-    entry |= {"segment": segment, "chunk": chunk}
-    assert len(raw) == positions(entry) * BYTES[dtype]
-    size = segment * chunk * BYTES[dtype]
-    pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
-    return Part(entry, [bytearray(piece + bytes(align(len(piece), 64) - len(piece))) for piece in pieces])
 
 
 def spread(count: int, top: int, seed: int = 1) -> list[int]:

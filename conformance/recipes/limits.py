@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 import zlib
 
-from tests.forge import Forge, exact, hand_file, table
+from sfpformat.conformance.forge import Forge, exact, hand_file, raw_part, table
 
 from .edits import one
-from .gallery import ONE, PLAIN, raw_part
+from .gallery import ONE, PLAIN
 from .suite import Edit, Suite
 
 

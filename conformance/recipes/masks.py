@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.forge import Taken, flat_code, table
+from sfpformat.conformance.forge import Taken, flat_code, table
 
 from .edits import masked, of_chunk, of_map
 from .gallery import ONE, PLAIN

@@ -6,7 +6,7 @@ import struct
 import zlib
 from typing import Any
 
-from tests.forge import Forge, hand_file, record
+from sfpformat.conformance.forge import Forge, hand_file, record
 from tests.samples import coded
 
 from .gallery import ALL, ONE, PLAIN, parts

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.forge import exact, hand_file, table
+from sfpformat.conformance.forge import exact, hand_file, raw_part, table
 
 from .edits import one
-from .gallery import raw_part
 from .suite import Suite
 
 RANKS = (
@@ -37,6 +36,8 @@ def add(suite: Suite) -> None:
     for count in (2, 15, 16, 17, 300):
         many = [raw_part(f"t{i:05d}", "U8", [1], bytes([i % 256])) for i in range(count)]
         suite.valid(f"LAY-001-{count}-tensors", f"{count} tensors", hand_file(*many), "R-TEN-001")
+    part = one(exact("F16", **table([1])), [p % 2 for p in range(400)], "F16", shape=[4, 100], chunk=2)
+    suite.valid("TEN-006-rows-of-several-segments", "rows of more than three segments", hand_file(part))
     for segment in (32, 64, 96, 1024, 65536):
         for count in (segment - 1, segment, segment + 1):
             levels = [i % 2 for i in range(count)]

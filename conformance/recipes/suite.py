@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from tests import slow_reader
+from sfpformat.conformance import slow_reader
+from sfpformat.conformance.contents import NOT_CORE, Json, contents, features_of
+from sfpformat.conformance.forge import Forge
 from tests.clauses import clauses_of_spec
-from tests.forge import Forge
-
-from .contents import NOT_CORE, Json, contents, features_of
 
 Edit = Callable[[Forge], object]
 
@@ -24,7 +23,7 @@ Edit = Callable[[Forge], object]
 IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
 IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
 UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
-SECONDS = 5  # a reader has this long for a file
+SECONDS = 10  # a program has this long for a file, on a slow machine too
 HOSTILE_MEMORY = 64 << 20  # bytes that a reader may take for a file that claims more than it has
 
 

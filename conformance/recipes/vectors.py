@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.forge import Forge, hand_file
-from tests.slow_reader import BYTES
+from sfpformat.conformance.forge import Forge, hand_file, raw_part
+from sfpformat.conformance.slow_reader import BYTES
 
 from .edits import bit_flip, put_bytes, vector_places
-from .gallery import ONE, raw_part
+from .gallery import ONE
 from .suite import Edit, Suite
 
 

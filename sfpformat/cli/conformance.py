@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
-import tempfile
+import time
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from .console import progress, show_json, show_table
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent.parent.parent / "conformance"
 _DESCRIPTION = """Puts the golden files of the conformance suite to programs in any language, over the
 protocol of conformance/README.md. A decoder is judged by the contents that it gives back, a validator by its
-verdict, an encoder by what this package reads from what it wrote. The order is shuffled, and files have names
-that tell nothing. Exit code 0 where all went as it must, 1 where something did not."""
+verdict, an encoder by what this package reads from what it wrote and by canonical form; with an encoder and a
+decoder, the one must also read what the other wrote. The order is shuffled, and files have names that tell
+nothing. Exit code 0 where all went as it must, 1 where something did not."""
 _SHOWN = 30
 
 
@@ -68,6 +70,7 @@ def _add_run(actions: Subparsers[Parser]) -> None:
             ("sfp conformance run --decoder ./my_reader", "a reader that answers line by line"),
             ("sfp conformance run --validator 'node check.js' --once --html report.html", "one call a file"),
             ("sfp conformance run --decoder ./my_reader --profile core --level 1,2", "a partial reader"),
+            ("sfp conformance run --decoder ./my_reader --encoder ./my_writer", "and what the writer wrote"),
         ),
     )
     parser.add_argument("--decoder", metavar="CMD", help="a program that decodes")
@@ -76,15 +79,20 @@ def _add_run(actions: Subparsers[Parser]) -> None:
     parser.add_argument("--engine", metavar="NAME", help="all three by this package, with that engine")
     parser.add_argument("--suite", metavar="DIR", type=Path, default=_FOLDER, help="the folder conformance/")
     parser.add_argument(
-        "--profile", metavar="NAME", default="full", help="core, full (default), or a feature"
+        "--profile", metavar="NAME", help="core, full, or a feature (what the programs say that they have)"
     )
     parser.add_argument(
         "--level", metavar="N,...", default="1,2,3,4", help="1 valid, 2 invalid, 3 hostile, 4 encoders"
     )
     parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their id, or a clause")
-    parser.add_argument("--known", metavar="FILE", type=Path, help="expected failures, in TOML")
+    parser.add_argument(
+        "--known",
+        metavar="FILE",
+        type=Path,
+        help="expected failures, in TOML (known/PROGRAM.toml of the suite)",
+    )
     parser.add_argument("--once", action="store_true", help="the programs take one question a call")
-    parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="for one answer (10)")
+    parser.add_argument("--seconds", metavar="S", type=float, help="for one answer (what the case gives)")
     parser.add_argument("--megabytes", metavar="M", type=int, help="address space of a program (all)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order (0)")
     parser.add_argument("--junit", metavar="FILE", type=Path, help="write JUnit XML")
@@ -95,18 +103,24 @@ def _add_run(actions: Subparsers[Parser]) -> None:
 def _add_fuzz(actions: Subparsers[Parser]) -> None:
     parser = actions.add_parser(
         "fuzz",
-        help="put damaged files to a decoder and to this package, and compare",
-        description="Changes the suite's valid files in a few places, lengths and checksums mended or not, "
-        "and asks a decoder and this package's. Where they differ, the file is made small.",
+        help="put made files, valid and damaged, to a decoder and to this package, and compare",
+        description="Makes files of every kind, damages them and the suite's in a few places, lengths and "
+        "checksums mended or not, and asks a decoder and this package's. Where they differ, Hypothesis makes "
+        "the file small.",
         epilog=examples(
-            ("sfp conformance fuzz --decoder ./reader --cases 100000 --save finds", "and keep what is found")
+            ("sfp conformance fuzz --decoder ./reader", "10,000 files that Hypothesis draws"),
+            ("sfp conformance fuzz --decoder ./reader --save finds", "and keep what is found, as cases"),
+            ("sfp conformance fuzz --decoder ./reader --cases 1000000 --fast", "files that a seed throws"),
         ),
     )
     parser.add_argument("--decoder", metavar="CMD", required=True, help="a program that decodes")
     parser.add_argument("--cases", metavar="N", type=int, default=10_000, help="how many files (10,000)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed, the same files (0)")
-    parser.add_argument("--save", metavar="DIR", type=Path, help="where what is found goes")
-    parser.add_argument("--suite", metavar="DIR", type=Path, default=_FOLDER, help="the folder conformance/")
+    parser.add_argument(
+        "--fast", action="store_true", help="throw the files; Hypothesis only makes finds small"
+    )
+    parser.add_argument("--save", metavar="DIR", type=Path, help="where what is found goes, as cases")
+    parser.add_argument("--suite", metavar="DIR", type=Path, help="the folder conformance/, for its files")
     parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="for one answer (10)")
     parser.add_argument("--megabytes", metavar="M", type=int, help="address space of the program (all)")
     parser.add_argument("--json", action="store_true", help="the results as JSON")
@@ -118,23 +132,52 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fuzz(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("hypothesis") is None:
+        raise Trouble("fuzzing needs Hypothesis: pip install 'sfpformat[conformance]'")
     from ..conformance.driver import Driver
-    from ..conformance.fuzz import fuzz
+    from ..conformance.finds import doubt, save
+    from ..conformance.fuzz import Duel, as_json, fuzz
+    from ..conformance.scratch import scratch
     from ..conformance.suite import Suite
 
+    golden = []
+    if args.suite is not None or _FOLDER.is_dir():
+        suite = Suite.of(args.suite or _FOLDER)
+        golden = [case.data() for case in suite.cases if case.kind == "valid" and not case.limits]
     driver = Driver(shlex.split(args.decoder), args.seconds, args.megabytes)
-    suite = Suite.of(args.suite)
-    with tempfile.TemporaryDirectory() as folder, progress(args.cases, "files") as shown:
-        found = fuzz(driver, suite, args.cases, args.seed, Path(folder), args.save, shown.advance)
+    begin = time.monotonic()
+    try:
+        with (
+            scratch() as folder,
+            progress(args.cases, "files", steps=True) as shown,
+        ):
+            duel = Duel(driver, Path(folder))
+            results = fuzz(duel, golden, args.cases, seed=args.seed, fast=args.fast, advance=shown.advance)
+    finally:
+        driver.close()
+    told = as_json(results, time.monotonic() - begin)
+    for find, entry in zip(results.finds, told["finds"], strict=True):
+        entry["doubt"] = doubt(find.example)
+        entry["saved"] = save(find, args.save) if args.save is not None else []
     if args.json:
-        show_json(found)
+        show_json(told)
     else:
-        for find in found["finds"]:
-            print(f"{find['kind']}: {find['words']} ({find['bytes']} bytes, {find['file']})")
-        said = ", ".join(f"{n} {word}" for word, n in sorted(found["reference"].items()))
-        print(f"{found['files']} files, {found['files_per_second']} a second: {said}")
-        print(f"{len(found['finds'])} kinds of disagreement" if found["finds"] else "no disagreement")
-    return 1 if found["finds"] else 0
+        _show_finds(told)
+    return 1 if results.finds else 0
+
+
+def _show_finds(told: dict[str, Any]) -> None:
+    for find in told["finds"]:
+        print(f"{find['kind']}: {find['words']}")
+        print(f"    {find['bytes']} bytes; {find['damage'] or 'a valid file'}")
+        for line in (find["doubt"], ", ".join(find["saved"])):
+            if line:
+                print(f"    {line}")
+    said = ", ".join(f"{n} {word}" for word, n in told["reference"].items())
+    print(f"{told['files']} files, {told['files_per_second']} a second; by the reference {said}")
+    print(f"{told['same_code']} of {told['both_refused']} that both refused have the same code")
+    count = len(told["finds"])
+    print(f"{count} kinds of disagreement" if count else "no disagreement")
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -149,13 +192,13 @@ def _run(args: argparse.Namespace) -> int:
     from ..conformance.suite import Suite
 
     suite = Suite.of(args.suite)
-    known = {}
+    known = None
     if args.known is not None:
         with about(args.known):
             known = known_failures(tomllib.loads(args.known.read_text("utf-8")), datetime.now(UTC).date())
     levels = frozenset(_levels(args.level))
     settings = Settings(_drivers(args), args.profile, levels, args.only, args.seed, known)
-    with progress(len(suite.cases) * len(settings.drivers), "cases") as shown:
+    with progress(len(suite.cases) * len(settings.drivers), "cases", steps=True) as shown:
         results = run(suite, settings, shown.advance)
     for path, data in ((args.junit, junit), (args.html, lambda r: page(r).encode())):
         if path is not None:
@@ -165,7 +208,7 @@ def _run(args: argparse.Namespace) -> int:
         show_json(as_json(results))
     else:
         _show(results)
-    return 1 if results.bad else 0
+    return 0 if results.passed else 1
 
 
 def _levels(text: str) -> list[int]:
@@ -194,7 +237,7 @@ def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
 
 
 def _show(results: Results) -> None:
-    from ..conformance.judge import BAD, PASS, UNSUPPORTED
+    from ..conformance.judge import BAD, PASS, SKIP, UNSUPPORTED
     from ..conformance.report import counted
 
     for outcome in results.bad[:_SHOWN]:
@@ -203,10 +246,13 @@ def _show(results: Results) -> None:
         print(f"    {outcome.case.why}; {words}")
     if len(results.bad) > _SHOWN:
         print(f"... and {len(results.bad) - _SHOWN} more; --json, --junit or --html list all")
-    columns = (PASS, UNSUPPORTED, *BAD)
+    columns = (PASS, UNSUPPORTED, SKIP, *BAD)
     rows = []
     for role in dict.fromkeys(outcome.role for outcome in results.outcomes):
         counts = counted(outcome for outcome in results.outcomes if outcome.role == role)
         rows.append([role, *(str(counts[word]) for word in columns)])
     show_table(["role", *columns], rows)
-    print(f"{len(results.outcomes)} questions in {results.seconds:.1f} s")
+    print(
+        f"{len(results.outcomes)} questions in {results.seconds:.1f} s, "
+        f"{results.processor:.1f} s of processor time"
+    )

@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, cast
 
 Json = dict[str, Any]
 _STATUS = {0: {"ok": True}, 1: {"ok": False}, 3: {"ok": False, "unsupported": True}}
 _MOST_ANSWER = 64 << 20
+SECONDS = 10.0  # for an answer, where nothing else is said
+START_SECONDS = 20.0  # for a program to come up, beside its first answer
 
 
 class DriverFailure(Exception):
-    """A program gave no answer; ``kind`` is ``crash``, ``timeout`` or ``nonsense``."""
+    """A program gave no answer that counts: ``kind`` is ``crash``, ``timeout``, ``memory``, ``nonsense``."""
 
     def __init__(self, kind: str, words: str) -> None:
         super().__init__(words)
@@ -35,52 +38,63 @@ class Driver:
 
     Attributes:
         command: its words.
-        seconds: it may take for one answer.
+        seconds: it may take for an answer, whatever a case gives it; None for what the case gives.
         megabytes: of address space that it may have; None for as much as there is (sanitizers need much).
         serves: whether one process answers many questions.
     """
 
     command: Sequence[str]
-    seconds: float = 10.0
+    seconds: float | None = None
     megabytes: int | None = None
     serves: bool = True
     _running: dict[tuple[str, ...], _Process] = field(default_factory=dict)
 
-    def ask(self, words: Sequence[str], limits: dict[str, int] | None = None) -> Json:
+    def ask(
+        self,
+        words: Sequence[str],
+        limits: dict[str, int] | None = None,
+        seconds: float = SECONDS,
+        memory: int | None = None,
+    ) -> Json:
         """The answer to one question.
 
         Args:
             words: of the question: ``hello``, ``validate FILE``, ``decode FILE FOLDER`` or
                 ``encode JOB ARRAYS FILE``.
             limits: those that are not the defaults.
+            seconds: it may take; a program that has to be started first is given `START_SECONDS` more.
+            memory: bytes that it may take beyond what it had before; watched where the system tells, of
+                programs that serve.
 
         Raises:
-            DriverFailure: it crashed, took too long, or said what is no answer.
+            DriverFailure: it crashed, took too long or too much, or said what is no answer.
         """
         given = tuple(f"{name}={value}" for name, value in sorted((limits or {}).items()))
+        seconds = self.seconds or seconds
         if not self.serves:
-            return self._ask_once([*self.command, *given, *words])
+            return self._ask_once([*self.command, *given, *words], START_SECONDS + seconds)
         process = self._running.get(given)
         if process is None:
             process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)
+            seconds += START_SECONDS
         try:
-            return process.ask("\t".join(words), self.seconds)
+            return process.ask("\t".join(words), seconds, memory)
         except DriverFailure:
             self._running.pop(given).kill()
             raise
 
-    def _ask_once(self, words: Sequence[str]) -> Json:
+    def _ask_once(self, words: Sequence[str], seconds: float) -> Json:
         try:
             done = subprocess.run(
                 words,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=self.seconds,
+                timeout=seconds,
                 check=False,
                 preexec_fn=_limiter(self.megabytes),
             )
         except subprocess.TimeoutExpired:
-            raise DriverFailure("timeout", f"no answer within {self.seconds} s") from None
+            raise DriverFailure("timeout", f"no answer within {seconds:g} s") from None
         if done.returncode not in _STATUS:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise DriverFailure("crash", f"exit status {done.returncode}: {' / '.join(said[-3:])}")
@@ -113,8 +127,31 @@ class _Process:
         self._selector.register(self._process.stdout, selectors.EVENT_READ, "answer")
         self._selector.register(self._process.stderr, selectors.EVENT_READ, "errors")
 
-    def ask(self, line: str, seconds: float) -> Json:
+    def ask(self, line: str, seconds: float, memory: int | None) -> Json:
         """The answer to a line."""
+        rest = None if memory is None else self._memory_at_rest()
+        answer = self._answer(line, seconds)
+        if memory is not None and rest is not None:
+            taken = self._memory("VmHWM") - rest
+            if taken > memory:
+                words = f"took {taken >> 20} MiB beyond what it had, {memory >> 20} MiB are allowed"
+                raise DriverFailure("memory", words)
+        return answer
+
+    def _memory_at_rest(self) -> int | None:
+        """The bytes it has now, from where its peak is counted anew; None where the system does not tell."""
+        try:
+            Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+            return self._memory("VmRSS")
+        except OSError:
+            return None
+
+    def _memory(self, what: str) -> int:
+        """A line of its status in /proc, in bytes."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
+
+    def _answer(self, line: str, seconds: float) -> Json:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line.encode() + b"\n")
@@ -125,7 +162,7 @@ class _Process:
         while b"\n" not in self._said:
             ready = self._selector.select(max(until - time.monotonic(), 0))
             if not ready:
-                raise DriverFailure("timeout", f"no answer within {seconds} s")
+                raise DriverFailure("timeout", f"no answer within {seconds:g} s")
             for key, _ in ready:
                 self._take(key)
         answer, _, self._said = self._said.partition(b"\n")

@@ -1,190 +1,247 @@
-"""A program and the reference on any number of files; what they judge unlike is made small and kept."""
+"""A program and the reference on any number of files; what they judge unlike is made small and kept.
+
+Rules: Hypothesis draws the files, or a seed throws them, which is faster, both by the same code from choices
+(`choices`). Whichever found a file, it is Hypothesis that makes it small, by fewer and smaller choices.
+Disagreements of one kind are told once.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import FileFault
 from ..limits import DEFAULT_LIMITS, Limits
+from ..reader import SfpFile
+from ..validate import validate
+from .choices import Thrown
 from .driver import Driver, DriverFailure
-from .mutate import Pieces, damaged
-from .own import OwnDriver
-from .suite import Suite, SuiteError
+from .examples import Example, example
+from .judge import SUFFIXES
+from .own import arrays_of, described
 
 Json = dict[str, Any]
 # Limits for hostile files: neither side may be busy with what a few bytes claim.
 SMALL = Limits(directory_bytes=1 << 16, name_bytes=256, tensors=256, tensor_bytes=1 << 20)
-_LIMITS = {name: n for name, n in asdict(SMALL).items() if n != getattr(DEFAULT_LIMITS, name)}
-_FILE_BYTES = 8192  # of a golden file that is changed; small ones go through faster
-_TRIES = 2000  # files that making one small may take
-_SUFFIXES = (".bin", ".mask.bin", ".importance.bin")
+IN_FORCE = {name: n for name, n in asdict(SMALL).items() if n != getattr(DEFAULT_LIMITS, name)}
+VALID = "valid"
+GOLDEN_BYTES = 8192  # of a golden file that is damaged; small ones go through faster
+_BATCH = 500  # examples that Hypothesis makes before it forgets which it has made
+
+
+@dataclass(frozen=True)
+class Parting:
+    """How a program and the reference part.
+
+    Attributes:
+        kind: ``accepts``, ``refuses``, ``contents``, or what kept the program from answering.
+        about: what tells it from others of its kind: a clause, or a code.
+        words: for people.
+    """
+
+    kind: str
+    about: str
+    words: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """By which it is known again while its file is made small."""
+        return self.kind, self.about
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What came of a file.
+
+    Attributes:
+        ours: what the reference said: a code, or ``valid``.
+        theirs: what the program said: a code, ``valid``, ``unsupported``, or what kept it from answering.
+        parting: where they part, or None.
+    """
+
+    ours: str
+    theirs: str
+    parting: Parting | None = None
 
 
 class Duel:
-    """Asks a program and the reference, and says where they part.
-
-    Attributes:
-        counts: how often the reference said what: a code, or ``valid``.
-    """
+    """Asks a program and the reference, and says where they part."""
 
     def __init__(self, driver: Driver, folder: Path) -> None:
         """Takes an empty folder for files."""
-        self.counts: Counter[str] = Counter()
-        self._driver, self._reference = driver, OwnDriver("auto", _LIMITS)
-        self._file, self._theirs, self._ours = (folder / name for name in ("file.sfp", "theirs", "ours"))
-        self._theirs.mkdir()
-        self._ours.mkdir()
+        self._driver, self._file, self._out = driver, folder / "file.sfp", folder / "out"
+        self._out.mkdir()
 
-    def parts(self, data: bytes) -> tuple[str, str] | None:
-        """The kind of disagreement, kept while a file is made small, and what it is; None for none."""
+    def meet(self, data: bytes) -> Meeting:
+        """Puts a file to both."""
         self._file.write_bytes(data)
-        for left in self._ours.iterdir():  # of a file of which the first tensors were good
-            left.unlink()
-        ours = self._reference.decode(str(self._file), str(self._ours))
-        if ours["ok"]:  # a reader need not look at what no tensor needs, such as the factors of an empty one
-            ours = {**self._reference.validate(str(self._file)), "tensors": ours["tensors"]}
-        either = not ours["ok"] and "tensors" in ours
-        self.counts["valid" if ours["ok"] else ours["error"]] += 1
+        ours = reference(data)
+        said = ours.code if isinstance(ours, FileFault) else VALID
         try:
-            theirs = self._driver.ask(["decode", str(self._file), str(self._theirs)], _LIMITS)
+            theirs = self._driver.ask(["decode", str(self._file), str(self._out)], IN_FORCE)
         except DriverFailure as failure:
-            return failure.kind, str(failure)
+            return Meeting(said, failure.kind, Parting(failure.kind, "", str(failure)))
         if theirs.get("unsupported"):
-            return None
-        if either:
-            return None
-        if theirs["ok"] and not ours["ok"]:
-            return "accepts", f"accepts what breaks {ours['clause']}: {ours['detail']}"
-        if ours["ok"] and not theirs["ok"]:
-            return "refuses", f"refuses a valid file with {theirs.get('error')} ({theirs.get('clause')})"
-        return self._contents(ours["tensors"], theirs) if ours["ok"] else None
+            return Meeting(said, "unsupported")
+        if isinstance(ours, FileFault):
+            return Meeting(said, _word(theirs), _accepts(ours) if theirs["ok"] else None)
+        if theirs["ok"]:
+            return Meeting(said, VALID, self._contents(ours, theirs))
+        # A reader need not look at what no tensor needs, such as the factors of an empty one.
+        if validate(data, limits=SMALL, engine="python").ok:
+            return Meeting(said, _word(theirs), _refuses(theirs))
+        return Meeting(said, _word(theirs))
 
-    def is_still(self, kind: str, data: bytes) -> bool:
-        """Whether both part in this way."""
-        found = self.parts(data)
-        return found is not None and found[0] == kind
-
-    def _contents(self, tensors: list[Json], theirs: Json) -> tuple[str, str] | None:
+    def _contents(self, ours: list[tuple[Json, dict[str, bytes]]], theirs: Json) -> Parting | None:
         said = theirs.get("tensors")
-        if not isinstance(said, list) or len(said) != len(tensors):
-            return "contents", "lists other tensors"
-        for number, (own, other) in enumerate(zip(tensors, said, strict=True)):
+        if not isinstance(said, list) or len(said) != len(ours):
+            return Parting("contents", "tensors", "lists other tensors")
+        for number, ((own, arrays), other) in enumerate(zip(ours, said, strict=True)):
             if any(other.get(key) != own[key] for key in own):
-                return "contents", f"tensor {number} is described as {other}, must be {own}"
-            for suffix in _SUFFIXES:
-                ours, found = self._ours / f"{number}{suffix}", self._theirs / f"{number}{suffix}"
-                if ours.exists() and (not found.exists() or found.read_bytes() != ours.read_bytes()):
-                    return "contents", f"tensor {own['name']!r}: {number}{suffix} differs"
+                return Parting("contents", "tensors", f"tensor {number} is {other}, must be {own}")
+            for what, wanted in arrays.items():
+                found = self._out / f"{number}{SUFFIXES[what]}"
+                if not found.exists() or found.read_bytes() != wanted:
+                    return Parting("contents", what, f"the {what} of tensor {own['name']!r} differ")
         return None
 
 
+def _word(theirs: Json) -> str:
+    return VALID if theirs["ok"] else str(theirs.get("error"))
+
+
+def _accepts(ours: FileFault) -> Parting:
+    return Parting("accepts", ours.clause, f"accepts what breaks {ours.clause}: {ours.detail}")
+
+
+def _refuses(theirs: Json) -> Parting:
+    said = f"{theirs.get('error')} ({theirs.get('clause')}): {theirs.get('detail', '')}"
+    return Parting("refuses", str(theirs.get("clause")), f"refuses a valid file with {said}")
+
+
+def reference(data: bytes) -> list[tuple[Json, dict[str, bytes]]] | FileFault:
+    """What the reference finds in a file: its tensors, or the fault."""
+    try:
+        with SfpFile(data, limits=SMALL, engine="python", threads=1) as file:
+            return [(described(file, name), arrays_of(file, name)) for name in file]
+    except FileFault as error:
+        return error
+
+
+@dataclass(frozen=True)
+class Find:
+    """A disagreement, and the smallest file that was found to show it."""
+
+    parting: Parting
+    example: Example
+
+
+@dataclass
+class Results:
+    """What came of a run.
+
+    Attributes:
+        files: how many were put to both.
+        said: what the reference and the program said, and how often.
+        finds: the disagreements, one of each kind.
+    """
+
+    files: int = 0
+    said: Counter[tuple[str, str]] = field(default_factory=Counter)
+    finds: list[Find] = field(default_factory=list)
+
+
+class _Look:
+    """Looks at file after file for a disagreement of a new kind, and from then on for that one again."""
+
+    def __init__(self, duel: Duel, results: Results, advance: Callable[[int], None]) -> None:
+        self._duel, self._results, self._advance = duel, results, advance
+        self._known: set[tuple[str, str]] = set()
+        self._found: Find | None = None
+
+    def __call__(self, made: Example) -> bool:
+        """Whether a file shows what is looked for; counts the files until one does."""
+        meeting = self._duel.meet(made.data)
+        if self._found is None:
+            self._results.files += 1
+            self._results.said[meeting.ours, meeting.theirs] += 1
+            self._advance(1)
+        parting = meeting.parting
+        wanted = None if self._found is None else self._found.parting.key
+        if parting is None or parting.key in self._known or parting.key != (wanted or parting.key):
+            return False
+        self._found = Find(parting, made)
+        return True
+
+    def take(self, smallest: Example | None) -> None:
+        """Adds what was found, if anything was, to the results, and forgets it.
+
+        Args:
+            smallest: the file that Hypothesis made of it; None where it did not succeed, since the program
+                does not always do the same.
+        """
+        if self._found is None:
+            return
+        find, self._found = self._found, None
+        if smallest is not None:
+            find = Find(self._duel.meet(smallest.data).parting or find.parting, smallest)
+        self._known.add(find.parting.key)
+        self._results.finds.append(find)
+
+
 def fuzz(
-    driver: Driver,
-    suite: Suite,
+    duel: Duel,
+    golden: Sequence[bytes],
     cases: int,
-    seed: int,
-    folder: Path,
-    save: Path | None,
-    advance: Callable[[int], None],
-) -> Json:
-    """Puts so many files to a program: valid ones now and then, others with damage, mended or not.
+    *,
+    seed: int = 0,
+    fast: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Results:
+    """Puts so many files to a program, most of them damaged.
 
     Args:
-        suite: its valid files are what is changed.
+        golden: valid files that are damaged beside new ones.
         seed: the same seed gives the same files.
-        folder: an empty folder.
-        save: where what is judged unlike goes, one file of each kind, with what is known of it.
-        advance: called with 1 after each file.
-
-    Returns:
-        Files, seconds, files a second, how often the reference said what, and the finds.
-
-    Raises:
-        SuiteError: the suite has no valid file.
+        fast: whether a seed throws the files, not Hypothesis.
+        advance: called with 1 after each.
     """
-    seeds = [case.data() for case in suite.cases if case.kind == "valid" and not case.limits]
-    seeds = [data for data in seeds if len(data) <= _FILE_BYTES]
-    if not seeds:
-        raise SuiteError(f"{suite.folder}: has no valid file to start from")
-    rng, duel, finds = random.Random(seed), Duel(driver, folder), dict[tuple[str, str], Json]()
-    begin = time.monotonic()
-    try:
-        for _ in range(cases):
-            data = rng.choice(seeds)
-            if rng.randrange(50):
-                data = damaged(data, rng)
-            found = duel.parts(data)
-            if found is not None:
-                key = found[0], found[1].partition(":")[0]  # what differs, not by how much
-                if key not in finds:
-                    finds[key] = kept(shrunk(data, partial(duel.is_still, found[0])), *found, save)
-            advance(1)
-    finally:
-        driver.close()
-    seconds = time.monotonic() - begin
+    from .strategies import hunt, made_small  # not before it is needed: it asks for Hypothesis
+
+    golden = sorted((data for data in golden if len(data) <= GOLDEN_BYTES), key=len)
+    results = Results()
+    look = _Look(duel, results, advance)
+    while results.files < cases:
+        named = f"{seed}/{results.files}"
+        if not fast:
+            look.take(hunt(golden, look, most=min(_BATCH, cases - results.files), seed=named))
+            continue
+        thrown = Thrown(named)
+        if look(example(thrown, golden)):
+            look.take(made_small(golden, look, thrown.made))
+    return results
+
+
+def as_json(results: Results, seconds: float) -> Json:
+    """The results for a program that reads them."""
+    ours: Counter[str] = Counter()
+    both: Counter[bool] = Counter()
+    for (own, their), count in results.said.items():
+        ours[own] += count
+        if own.startswith("E_") and their.startswith("E_"):
+            both[own == their] += count
     return {
-        "files": cases,
+        "files": results.files,
         "seconds": round(seconds, 2),
-        "files_per_second": round(cases / max(seconds, 1e-9)),
-        "reference": dict(duel.counts),
-        "finds": list(finds.values()),
+        "files_per_second": round(results.files / max(seconds, 1e-9)),
+        "reference": dict(sorted(ours.items())),
+        "both_refused": both.total(),
+        "same_code": both[True],
+        "finds": [
+            {**asdict(find.parting), "bytes": len(find.example.data), "damage": find.example.words}
+            for find in results.finds
+        ],
     }
-
-
-def shrunk(data: bytes, still: Callable[[bytes], bool]) -> bytes:
-    """A file as small as greedy steps make it of which ``still`` holds."""
-    tries, better = 0, True
-    while better:
-        better = False
-        for one in _smaller(data):
-            tries += 1
-            if tries > _TRIES:
-                return data
-            if len(one) < len(data) and still(one):
-                data, better = one, True
-                break
-    return data
-
-
-def _smaller(data: bytes) -> Iterator[bytes]:
-    """Smaller files: without a tensor or a key, mended; then without a run of bytes, as it is."""
-    try:
-        pieces = Pieces.of(data)
-        tensors, root = len(pieces.chunks), list(pieces.root)
-    except Exception:  # of a damaged file anything may be wrong: it is then made small as bytes
-        tensors, root = 0, []
-    for k in range(tensors):
-        one = Pieces.of(data)
-        del one.root["tensors"][k], one.chunks[k]
-        yield one.build()
-    for key in root:
-        if key != "tensors":
-            one = Pieces.of(data)
-            del one.root[key]
-            yield one.build()
-    size = len(data) // 2
-    while size:
-        for at in range(0, len(data), size):
-            yield data[:at] + data[at + size :]
-        size //= 2
-
-
-def kept(data: bytes, kind: str, words: str, save: Path | None) -> Json:
-    """What is known of a find; saved with its file where a folder is given."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"find-{digest[:12]}.sfp"
-    entry: Json = {"file": name, "bytes": len(data), "sha256": digest, "kind": kind, "words": words}
-    entry["limits"] = _LIMITS
-    if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
-        (save / name).write_bytes(data)
-        (save / name).with_suffix(".json").write_text(json.dumps(entry, indent=1) + "\n")
-    return entry

@@ -10,12 +10,13 @@ from .suite import Case, Contents, shape_of
 
 Json = dict[str, Any]
 
-PASS, FAIL, WRONG_CODE, UNSUPPORTED = "pass", "fail", "wrong code", "unsupported"
-CRASH, TIMEOUT, NONSENSE = "crash", "timeout", "nonsense"
+PASS, FAIL, WRONG_CODE = "pass", "fail", "wrong code"
+UNSUPPORTED, SKIP = "unsupported", "skip"  # by its profile a program need not; here it cannot
+CRASH, TIMEOUT, MEMORY, NONSENSE = "crash", "timeout", "memory", "nonsense"
 # What a decoder writes of a tensor, after its number.
 SUFFIXES = {"values": ".bin", "mask": ".mask.bin", "importance": ".importance.bin"}
 # What a run may not have, worst first.
-BAD = (CRASH, TIMEOUT, NONSENSE, FAIL, WRONG_CODE)
+BAD = (CRASH, TIMEOUT, MEMORY, NONSENSE, FAIL, WRONG_CODE)
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,19 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def judge_answer(case: Case, answer: Json) -> Verdict:
-    """The verdict on accepting or refusing, for decoders and validators alike."""
+def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
+    """The verdict on accepting or refusing, for decoders and validators alike.
+
+    Args:
+        within: whether the program claims to have what the case needs. What it does not claim it must refuse
+            (R-PRO-001), by whatever code.
+    """
+    if answer.get("skip"):
+        return Verdict(SKIP, str(answer["skip"]))
+    if not within and not answer["ok"]:
+        return Verdict(UNSUPPORTED, f"refused with {answer.get('error')}" if "error" in answer else "")
     if answer.get("unsupported"):
-        return Verdict(UNSUPPORTED, str(answer.get("detail", "")))
+        return Verdict(FAIL, "not supported, though the program claims to have it")
     if answer["ok"]:
         if not case.accepted:
             fault = case.faults[0]
@@ -65,9 +75,9 @@ def _notes(fault: Json, answer: Json) -> list[str]:
     return notes
 
 
-def judge_canonical(case: Case, answer: Json) -> Verdict:
+def judge_canonical(case: Case, answer: Json, *, within: bool = True) -> Verdict:
     """As `judge_answer`, for a validator: it must also tell whether the file is canonical (R-CAN-001)."""
-    verdict = judge_answer(case, answer)
+    verdict = judge_answer(case, answer, within=within)
     if verdict.outcome != PASS or not answer["ok"] or case.canonical is None:
         return verdict
     if "canonical" not in answer:
@@ -79,34 +89,55 @@ def judge_canonical(case: Case, answer: Json) -> Verdict:
     return verdict
 
 
-def judge_contents(case: Case, answer: Json, written: Callable[[str], bytes | None]) -> Verdict:
+def judge_contents(
+    case: Case,
+    answer: Json,
+    written: Callable[[str], bytes | None],
+    *,
+    within: bool = True,
+    may_ignore: frozenset[str] = frozenset(),
+) -> Verdict:
     """As `judge_answer`, for a decoder: contents count, bit by bit.
 
     Args:
         written: what the program wrote under a name in its folder, None where there is nothing.
+        may_ignore: arrays that its profile need not give.
     """
-    verdict = judge_answer(case, answer)
+    verdict = judge_answer(case, answer, within=within)
     if verdict.outcome != PASS or not answer["ok"]:
         return verdict
-    wrong = _difference(case.contents, answer, written)
-    return verdict if wrong is None else Verdict(FAIL, wrong)
+    wrong = _wrong_description(case.contents, answer) or _wrong_arrays(case.contents, written, may_ignore)
+    if wrong is not None:
+        return Verdict(FAIL, wrong)
+    return verdict if "metadata" in answer else Verdict(PASS, notes=("does not tell the metadata",))
 
 
-def _difference(contents: Contents, answer: Json, written: Callable[[str], bytes | None]) -> str | None:
-    """What is not as it must be, or None."""
-    tensors = answer.get("tensors")
+def _wrong_description(contents: Contents, answer: Json) -> str | None:
+    """What a decoder says and is not so, or None."""
+    metadata, tensors = answer.get("metadata"), answer.get("tensors")
+    if metadata not in (None, contents.description["metadata"]):
+        return f"the metadata are {metadata}, must be {contents.description['metadata']}"
     if not isinstance(tensors, list) or len(tensors) != len(contents.tensors):
         return f"the answer's `tensors` does not list the {len(contents.tensors)} tensors"
     for number, (said, expected) in enumerate(zip(tensors, contents.tensors, strict=True)):
         told = {"name": expected["name"], "dtype": expected["dtype"], "shape": shape_of(expected)}
         for key, right in told.items():
-            if said.get(key) != right:
-                return f"tensor {number}: {key} is {said.get(key)!r}, must be {right!r}"
+            found = said.get(key) if isinstance(said, dict) else None
+            if found != right:
+                return f"tensor {number}: {key} is {found!r}, must be {right!r}"
+    return None
+
+
+def _wrong_arrays(
+    contents: Contents, written: Callable[[str], bytes | None], may_ignore: frozenset[str]
+) -> str | None:
+    """What a decoder wrote and is not so, or None."""
+    for number, expected in enumerate(contents.tensors):
         for what, wanted in contents.arrays_of(expected).items():
             found = written(f"{number}{SUFFIXES[what]}")
-            if found is None:
+            if found is None and what not in may_ignore:
                 return f"tensor {expected['name']!r}: {number}{SUFFIXES[what]} was not written"
-            if found != wanted:
+            if found is not None and found != wanted:
                 return f"tensor {expected['name']!r}: {what} differ, {_where(found, wanted)}"
     return None
 

@@ -7,19 +7,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from xml.etree import ElementTree
 
-from .judge import BAD, PASS, UNSUPPORTED
+from .judge import BAD, PASS, SKIP, UNSUPPORTED
 from .run import Outcome, Results
 from .suite import Suite
 
+_LEFT_OUT = (UNSUPPORTED, SKIP)
+_SHOWN = 3  # failures of a clause; the others unfold
 _STYLE = """
 :root { color-scheme: light dark; --ok: #2e7d32; --bad: #c62828; --skip: #8a6d00; --line: #8884; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n { text-align: right; font-variant-numeric: tabular-nums; width: 5rem }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; width: 5rem }
 code { font-size: .9em }
 td:first-child code { white-space: nowrap }
+h3 { font-size: 1rem; margin: 1.4rem 0 .2rem } a { color: inherit }
+.chips a { display: inline-block; border: 1px solid var(--bad); border-radius: 1rem; padding: .1rem .7rem;
+  margin: .15rem .3rem .15rem 0; text-decoration: none; white-space: nowrap }
+.chips b { color: var(--bad) }
 .ok { color: var(--ok) } .bad { color: var(--bad); font-weight: 600 }
 .skip { color: var(--skip) } .none { opacity: .45 }
 .verdict { font-size: 1.2rem; padding: .6rem 1rem; border-left: .4rem solid }
@@ -48,7 +54,7 @@ def junit(results: Results) -> bytes:
         by_role[outcome.role].append(outcome)
     for role, outcomes in by_role.items():
         failed = sum(o.bad for o in outcomes)
-        skipped = sum(o.verdict.outcome == UNSUPPORTED for o in outcomes)
+        skipped = sum(o.verdict.outcome in _LEFT_OUT for o in outcomes)
         numbers = {"tests": str(len(outcomes)), "failures": str(failed), "skipped": str(skipped)}
         suite = ElementTree.SubElement(root, "testsuite", {"name": f"sfp {role}", **numbers})
         for o in outcomes:
@@ -58,7 +64,7 @@ def junit(results: Results) -> bytes:
             if o.bad:
                 message = "passes, though a failure was expected" if o.known else o.verdict.words
                 ElementTree.SubElement(test, "failure", type=o.verdict.outcome, message=_printable(message))
-            elif o.verdict.outcome == UNSUPPORTED:
+            elif o.verdict.outcome in _LEFT_OUT:
                 ElementTree.SubElement(test, "skipped", message=_printable(o.verdict.words))
     ElementTree.indent(root)
     return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
@@ -94,25 +100,39 @@ def _programs(results: Results) -> str:
         said = results.programs.get(role, {})
         name = f"{said.get('name', 'unnamed')} {said.get('version', '')}".strip()
         counts = counted(o for o in results.outcomes if o.role == role)
-        cells = "".join(_number(counts[word], _class_of(word)) for word in (PASS, UNSUPPORTED, *BAD))
+        cells = "".join(_number(counts[word], _class_of(word)) for word in (PASS, *_LEFT_OUT, *BAD))
         rows.append(f"<tr><th>{role}<td>{html.escape(name)}{cells}")
-    heads = "".join(f"<th>{word}" for word in (PASS, UNSUPPORTED, *BAD))
+    heads = "".join(f"<th class=n>{word}" for word in (PASS, *_LEFT_OUT, *BAD))
     return f"<table><tr><th>role<th>program{heads}{''.join(rows)}</table>"
 
 
 def _failures(bad: list[Outcome]) -> str:
-    if not bad:
-        return ""
-    rows = []
+    """The clauses that fail, most failures first, and below each of them its cases."""
+    by_clause: dict[str, list[Outcome]] = defaultdict(list)
     for o in bad:
-        words = "passes, though a failure was expected" if o.known else o.verdict.words
-        rows.append(
-            f"<tr data-words='{_words(o)}'><td><code>{o.case.clauses[0]}</code><td>{o.role}"
-            f"<td class=bad>{o.verdict.outcome}<td>{html.escape(o.case.why)}<br>"
-            f"<code>{html.escape(o.case.id)}</code><td>{html.escape(words)}"
-        )
-    head = "<tr><th>clause<th>role<th>what<th>case<th>why"
-    return f"<h2>Failures</h2><table>{head}{''.join(rows)}</table>"
+        by_clause[o.case.clauses[0]].append(o)
+    ordered = sorted(by_clause.items(), key=lambda item: (-len(item[1]), item[0]))
+    if not ordered:
+        return ""
+    chips = "".join(f"<a href='#fail-{clause}'>{clause} <b>{len(own)}</b></a>" for clause, own in ordered)
+    groups = "".join(_failing_clause(clause, own) for clause, own in ordered)
+    return f"<h2>Failing clauses</h2><p class=chips>{chips}</p>{groups}"
+
+
+def _failing_clause(clause: str, bad: list[Outcome]) -> str:
+    rows = [_failure(o) for o in bad]
+    head = "<table><tr><th>role<th>what<th>case<th>why"
+    shown, others = (f"{head}{''.join(some)}</table>" for some in (rows[:_SHOWN], rows[_SHOWN:]))
+    more = f"<details><summary>{len(rows) - _SHOWN} more</summary>{others}</details>"
+    return f"<h3 id='fail-{clause}'>{clause}</h3>{shown}{more if len(rows) > _SHOWN else ''}"
+
+
+def _failure(o: Outcome) -> str:
+    words = "passes, though a failure was expected" if o.known else o.verdict.words
+    return (
+        f"<tr data-words='{_words(o)}'><td>{o.role}<td class=bad>{o.verdict.outcome}"
+        f"<td>{html.escape(o.case.why)}<br><code>{html.escape(o.case.id)}</code><td>{html.escape(words)}"
+    )
 
 
 def _matrix(results: Results) -> str:
@@ -122,7 +142,8 @@ def _matrix(results: Results) -> str:
         for clause in outcome.case.clauses:
             by_clause[clause].append(outcome)
     rows = [_row(results.suite, clause, by_clause[clause]) for clause in results.suite.clauses]
-    return f"<table><tr><th>clause<th>passed<th>failed<th>unsupported<th>cases{''.join(rows)}</table>"
+    head = "<tr><th>clause<th class=n>passed<th class=n>failed<th class=n>left out<th>cases"
+    return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _row(suite: Suite, clause: str, outcomes: list[Outcome]) -> str:
@@ -130,7 +151,7 @@ def _row(suite: Suite, clause: str, outcomes: list[Outcome]) -> str:
         why = "no case was asked, or none can show it"
         return f"<tr class=none data-words='{clause.lower()}'><td><code>{clause}</code><td colspan=4>{why}"
     failed = [o for o in outcomes if o.bad]
-    skipped = [o for o in outcomes if o.verdict.outcome == UNSUPPORTED]
+    skipped = [o for o in outcomes if o.verdict.outcome in _LEFT_OUT]
     passed = len(outcomes) - len(failed) - len(skipped)
     listed = "".join(
         f"<div class={_class_of(o.verdict.outcome)}>{html.escape(o.case.id)} ({o.role})"
@@ -154,4 +175,4 @@ def _number(n: int, kind: str) -> str:
 
 
 def _class_of(outcome: str) -> str:
-    return "ok" if outcome == PASS else "skip" if outcome == UNSUPPORTED else "bad"
+    return "ok" if outcome == PASS else "skip" if outcome in _LEFT_OUT else "bad"

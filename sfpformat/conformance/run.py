@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
-import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import FileFault
-from ..reader import SfpFile
 from .driver import Driver, DriverFailure
-from .judge import BAD, FAIL, PASS, UNSUPPORTED, Verdict, judge_canonical, judge_contents
-from .suite import Case, Suite, SuiteError, shape_of
+from .encoded import judge_written
+from .judge import BAD, FAIL, PASS, SKIP, UNSUPPORTED, Verdict, judge_canonical, judge_contents
+from .scratch import scratch
+from .suite import Case, Suite, SuiteError
 
 Json = dict[str, Any]
-ROLES = ("decoder", "validator", "encoder")
+# What a program is asked; with an encoder and a decoder, the one also reads what the other wrote.
+ROUND_TRIP = "round trip"
+ROLES = ("decoder", "validator", "encoder", ROUND_TRIP)
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,20 @@ class Settings:
 
     Attributes:
         drivers: role -> the program.
-        profile: what the programs claim to have: ``core``, ``full``, or one feature's name.
+        profile: what the programs claim to have: ``core``, ``full``, or one feature's name; None for what
+            each says of itself, or ``full``.
         levels: which of 1 to 4.
         only: a part of ids, or of clauses' ids, or nothing for all.
         seed: of the order.
-        known: id -> why a failure is expected.
+        known: id -> why a failure is expected; None for the lists that the suite has of the programs.
     """
 
     drivers: dict[str, Driver]
-    profile: str = "full"
+    profile: str | None = None
     levels: frozenset[int] = frozenset((1, 2, 3, 4))
     only: str = ""
     seed: int = 0
-    known: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,19 @@ class Results:
         programs: role -> what the program said of itself.
         outcomes: in the order of the suite.
         seconds: the whole run.
+        processor: seconds of processor time that this process and the programs took.
     """
 
     suite: Suite
     programs: dict[str, Json]
     outcomes: list[Outcome]
     seconds: float
+    processor: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all went as it must, and something did: who skips all has shown nothing."""
+        return not self.bad and any(o.verdict.outcome == PASS for o in self.outcomes)
 
     @property
     def bad(self) -> list[Outcome]:
@@ -113,35 +124,42 @@ def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Res
     Raises:
         SuiteError: a file of the suite is not there, or no case is left to ask.
     """
-    start = time.monotonic()
+    start, used = time.monotonic(), _processor_time()
     questions = list(_questions(suite.cases, settings))
     if not questions:
         raise SuiteError("no case is left to ask: see --profile, --level and --only")
-    strangers = set(settings.known) - {case.id for case in suite.cases}
-    if strangers:
-        raise SuiteError(f"expected failures of no case: {', '.join(sorted(strangers))}")
     order = list(range(len(questions)))
     random.Random(settings.seed).shuffle(order)
     found: dict[int, Outcome] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         try:
             programs = {role: _hello(driver) for role, driver in settings.drivers.items()}
+            known = _known(suite, settings, programs)
             for number in order:
-                found[number] = _asked(*questions[number], settings, Path(folder))
+                case, role = questions[number]
+                found[number] = _asked(case, role, settings, programs, known, Path(folder))
                 advance(1)
         finally:
             for driver in settings.drivers.values():
                 driver.close()
     outcomes = [found[number] for number in range(len(questions))]
-    return Results(suite, programs, outcomes, time.monotonic() - start)
+    return Results(suite, programs, outcomes, time.monotonic() - start, _processor_time() - used)
+
+
+def _processor_time() -> float:
+    """Seconds of processor time of this process, and of the programs that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case, str]]:
     """The cases that are asked, each with a role."""
     for case in cases:
-        wanted = settings.only in case.id or settings.only in case.clauses
+        wanted = any(settings.only in name for name in (case.id, *case.clauses))
         for role in ROLES:
-            if wanted and role in settings.drivers and role in case.roles and case.level in settings.levels:
+            asked = {"decoder", "encoder"} if role == ROUND_TRIP else {role}
+            is_for = ("encoder" if role == ROUND_TRIP else role) in case.roles
+            if wanted and is_for and asked <= set(settings.drivers) and case.level in settings.levels:
                 yield case, role
 
 
@@ -154,81 +172,128 @@ def _hello(driver: Driver) -> Json:
     return answer if answer["ok"] else {}
 
 
-def _asked(case: Case, role: str, settings: Settings, folder: Path) -> Outcome:
+def _known(suite: Suite, settings: Settings, programs: dict[str, Json]) -> dict[str, str]:
+    """The expected failures: those of the settings, or of the programs' own lists in the suite.
+
+    Raises:
+        SuiteError: a list is of cases that there are not.
+    """
+    known = settings.known
+    if known is None:
+        lists = {suite.folder / "known" / f"{said.get('name')}.toml" for said in programs.values()}
+        known = {}
+        for path in sorted(path for path in lists if path.is_file()):
+            known |= known_failures(tomllib.loads(path.read_text("utf-8")), datetime.now(UTC).date())
+    strangers = set(known) - {case.id for case in suite.cases}
+    if strangers:
+        raise SuiteError(f"expected failures of no case: {', '.join(sorted(strangers))}")
+    return known
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A case in one role.
+
+    Attributes:
+        profile: what the program claims to have.
+        claims_canonical: whether it says that it writes canonical files.
+        folder: an empty one.
+    """
+
+    case: Case
+    drivers: dict[str, Driver]
+    profile: str
+    claims_canonical: bool
+    folder: Path
+
+    @property
+    def within(self) -> bool:
+        """Whether the program must do right by the case."""
+        if self.profile == "core":
+            return self.case.profile == "core"
+        return self.profile == "full" or self.profile in self.case.features
+
+    def ask(self, role: str, *words: object) -> Json:
+        """An answer, within what the case allows."""
+        case = self.case
+        return self.drivers[role].ask([*map(str, words)], case.limits, case.seconds, case.memory)
+
+    def file(self) -> Path:
+        """The case's file, under a name that tells nothing."""
+        path = self.folder / "file.sfp"
+        path.write_bytes(self.case.data())
+        return path
+
+
+def _asked(
+    case: Case, role: str, settings: Settings, programs: dict[str, Json], known: dict[str, str], folder: Path
+) -> Outcome:
     """Puts a case to the program of a role."""
     start = time.monotonic()
     shutil.rmtree(folder / "case", ignore_errors=True)
     (folder / "case" / "out").mkdir(parents=True)
+    own = programs["decoder" if role == ROUND_TRIP else role]
+    profile = settings.profile or str(own.get("profile", "full"))
+    canonical = own.get("canonical") is True
     try:
-        verdict = _ASK[role](case, settings.drivers[role], folder / "case")
+        verdict = _ASK[role](_Question(case, settings.drivers, profile, canonical, folder / "case"))
     except DriverFailure as failure:
         verdict = Verdict(failure.kind, str(failure))
-    if verdict.outcome != UNSUPPORTED and not _within(case, settings.profile) and verdict.outcome in BAD:
-        verdict = Verdict(UNSUPPORTED, f"outside the profile: {verdict.words}")
-    elif verdict.outcome == UNSUPPORTED and role != "encoder" and _within(case, settings.profile):
-        verdict = Verdict(FAIL, f"not supported, though the profile {settings.profile} has it")
-    return Outcome(case, role, verdict, time.monotonic() - start, settings.known.get(case.id))
+    return Outcome(case, role, verdict, time.monotonic() - start, known.get(case.id))
 
 
-def _within(case: Case, profile: str) -> bool:
-    """Whether a program of that profile must do right by the case."""
-    if profile == "full":
-        return True
-    return case.profile == "core" if profile == "core" else profile in case.features
+def _decode(question: _Question) -> Verdict:
+    return _decoded(question, question.file())
 
 
-def _decode(case: Case, driver: Driver, folder: Path) -> Verdict:
-    (folder / "file.sfp").write_bytes(case.data())
-    out = folder / "out"
+def _decoded(question: _Question, path: Path) -> Verdict:
+    """What a decoder makes of a file that holds what the case says."""
+    out = question.folder / "out"
 
     def written(name: str) -> bytes | None:
         return (out / name).read_bytes() if (out / name).is_file() else None
 
-    answer = driver.ask(["decode", str(folder / "file.sfp"), str(out)], case.limits)
-    return judge_contents(case, answer, written)
+    answer = question.ask("decoder", "decode", path, out)
+    may_ignore = frozenset(("importance",) if question.profile == "core" else ())
+    return judge_contents(question.case, answer, written, within=question.within, may_ignore=may_ignore)
 
 
-def _validate(case: Case, driver: Driver, folder: Path) -> Verdict:
-    (folder / "file.sfp").write_bytes(case.data())
-    return judge_canonical(case, driver.ask(["validate", str(folder / "file.sfp")], case.limits))
+def _validate(question: _Question) -> Verdict:
+    answer = question.ask("validator", "validate", question.file())
+    return judge_canonical(question.case, answer, within=question.within)
 
 
-def _encode(case: Case, driver: Driver, folder: Path) -> Verdict:
-    """The file that a program writes for a job, read by this package."""
-    job, arrays, target = folder / "job.json", folder / "job.bin", folder / "out" / "file.sfp"
+def _encode(question: _Question) -> Verdict:
+    """The file that a program writes for a job, as this package reads it."""
+    return _written(question)[0]
+
+
+def _written(question: _Question) -> tuple[Verdict, Path]:
+    case, folder = question.case, question.folder
+    job, arrays, target = folder / "job.json", folder / "job.bin", folder / "written.sfp"
     job.write_bytes(case.data())
     arrays.write_bytes(case.contents.arrays)
-    answer = driver.ask(["encode", str(job), str(arrays), str(target)], case.limits)
+    answer = question.ask("encoder", "encode", job, arrays, target)
+    if answer.get("skip"):
+        return Verdict(SKIP, str(answer["skip"])), target
     if answer.get("unsupported"):
-        return Verdict(UNSUPPORTED, str(answer.get("detail", "")))
+        return Verdict(UNSUPPORTED, str(answer.get("detail", ""))), target
     if not answer["ok"]:
-        return Verdict(FAIL, f"not encoded: {answer.get('detail')}")
-    try:
-        with SfpFile(target, engine="python", threads=1) as file:
-            return _reread(case, file)
-    except (OSError, FileFault) as error:
-        return Verdict(FAIL, f"what was written cannot be read: {error}")
+        return Verdict(FAIL, f"not encoded: {answer.get('detail')}"), target
+    return judge_written(case, target, claims_canonical=question.claims_canonical), target
 
 
-def _reread(case: Case, file: SfpFile) -> Verdict:
-    tensors = case.contents.tensors
-    if list(file) != [tensor["name"] for tensor in tensors]:
-        return Verdict(FAIL, "what was written has other tensors, or in another order")
-    if file.metadata() != case.contents.description["metadata"]:
-        return Verdict(FAIL, "what was written has other metadata")
-    for tensor in tensors:
-        name, info = tensor["name"], file.info(tensor["name"])
-        if (info.dtype, list(info.shape)) != (tensor["dtype"], shape_of(tensor)):
-            return Verdict(FAIL, f"tensor {name!r}: written as {info.dtype} {list(info.shape)}")
-        if file.get_tensor(name).tobytes() != case.contents.array(tensor):
-            return Verdict(FAIL, f"tensor {name!r}: what was written has other values")
-    return Verdict(PASS)
+def _round_trip(question: _Question) -> Verdict:
+    """The file that one program writes for a job, as another reads it."""
+    verdict, target = _written(question)
+    return _decoded(question, target) if verdict.outcome == PASS else verdict
 
 
-_ASK: dict[str, Callable[[Case, Driver, Path], Verdict]] = {
+_ASK: dict[str, Callable[[_Question], Verdict]] = {
     "decoder": _decode,
     "validator": _validate,
     "encoder": _encode,
+    ROUND_TRIP: _round_trip,
 }
 
 
@@ -238,7 +303,8 @@ def as_json(results: Results) -> Json:
         "runner": __version__,
         "programs": results.programs,
         "seconds": round(results.seconds, 3),
-        "passed": not results.bad,
+        "processor_seconds": round(results.processor, 3),
+        "passed": results.passed,
         "outcomes": [
             {
                 "id": o.case.id,

@@ -39,10 +39,13 @@ class Case:
         path: of the file, or of the job.
         sha256: its digest, as hex.
         limits: limits in force that are not the defaults.
+        seconds: a program may take for an answer.
+        memory: bytes that it may take beyond what it has at rest, or None for any.
         accepted: whether it may be accepted.
         faults: by which it may be refused: `error`, `clause`, `tensor`, and the `offset`s from and to.
         canonical: what a validator must say of canonical form, or None for either.
         not_canonical_by: the clauses of canonical form that it does not keep.
+        written: of a job that leaves no choice, the SHA-256 of the canonical file, as hex; else None.
     """
 
     id: str
@@ -55,10 +58,13 @@ class Case:
     path: Path
     sha256: str
     limits: dict[str, int]
+    seconds: float
+    memory: int | None
     accepted: bool
     faults: tuple[Json, ...]
     canonical: bool | None
     not_canonical_by: tuple[str, ...]
+    written: str | None
 
     @property
     def level(self) -> int:
@@ -163,10 +169,13 @@ def _case(folder: Path, entry: Json) -> Case:
         path=folder / entry["file"],
         sha256=entry["sha256"],
         limits=entry["limits"].get("in_force", {}),
+        seconds=entry["limits"]["seconds"],
+        memory=entry["limits"].get("memory_bytes"),
         accepted=expected["outcome"] in ("accept", "either"),
         faults=tuple(faults),
         canonical=canonical.get("is"),
         not_canonical_by=tuple(canonical.get("clauses", ())),
+        written=expected.get("written", {}).get("sha256"),
     )
 
 

@@ -2670,9 +2670,9 @@ static bool check_size(const sfp_file *file, const entry *e, uint64_t offset, sf
     if (bytes > file->limits.tensor_bytes) {
         return refuse(fault, R_LIM_002, offset, "tensor bytes are above their limit");
     }
-    uint64_t stored = e->told.stored_bytes;
-    uint64_t expansion = file->limits.expansion > 0 ? file->limits.expansion : 1;
-    if (bytes > UINT64_C(1) << 28 && (bytes - 1) / expansion >= stored) { /* bytes > expansion * stored */
+    uint64_t expansion = file->limits.expansion;
+    if (bytes > UINT64_C(1) << 28 &&
+        (expansion == 0 || (bytes - 1) / expansion >= e->told.stored_bytes)) { /* bytes > expansion * stored */
         return refuse(fault, R_LIM_002, offset, "the expansion is above its limit");
     }
     return true;

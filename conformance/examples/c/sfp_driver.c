@@ -2,13 +2,16 @@
  *
  *     sfp_driver [LIMIT=NUMBER ...] validate FILE
  *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
+ *     sfp_driver [LIMIT=NUMBER ...] time FILE ROUNDS
  *     sfp_driver [LIMIT=NUMBER ...] serve
+ *     sfp_driver hello
  *
  * `validate` checks everything that a reader can check. `decode` also writes each tensor into FOLDER, which
  * must exist: NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, where it is pruned;
  * NUMBER.importance.bin, an F32 for each position, where it has an importance. Each prints one line of JSON on
  * standard output: what the file has, or the first fault. `serve` takes commands from standard input, a line
- * each, its words apart by tabs, and answers each with that line, until the input ends.
+ * each, its words apart by tabs, and answers each with that line, until the input ends. `hello` says who this is.
+ * `time` opens a file in memory and decodes all its weights, so many times, and tells the least processor time.
  *
  * Exit status: 0 the file is valid, 1 it is not, 2 wrong usage or a failure of the system.
  */
@@ -18,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { VALID = 0, INVALID = 1, FAILED = 2 };
 
@@ -248,16 +252,67 @@ static int treat_file(const char *path, const sfp_limits *limits, const char *fo
     return outcome;
 }
 
+/* Opens bytes and decodes the weights of all tensors; how many bytes they have. */
+static sfp_status decode_weights(const uint8_t *bytes, size_t length, const sfp_limits *limits, sfp_fault *fault,
+                                 uint64_t *decoded)
+{
+    sfp_file *file;
+    sfp_status status = sfp_open(bytes, length, limits, NULL, &file, fault);
+    *decoded = 0;
+    for (size_t i = 0; status == SFP_OK && i < sfp_tensor_count(file); i++) {
+        sfp_tensor tensor;
+        sfp_decoded got;
+        sfp_describe(file, i, &tensor);
+        status = sfp_decode(file, i, SFP_VALUES, &got, fault);
+        sfp_release(file, &got);
+        *decoded += tensor.positions * tensor.element_bytes;
+    }
+    sfp_close(file);
+    return status;
+}
+
+static int time_file(const char *path, long rounds, const sfp_limits *limits)
+{
+    size_t length;
+    uint64_t decoded = 0;
+    double least = 0;
+    sfp_fault fault;
+    sfp_status status = SFP_OK;
+    uint8_t *bytes = read_file(path, &length);
+    if (bytes == NULL) {
+        return print_failure("the file cannot be read");
+    }
+    for (long round = 0; status == SFP_OK && round < rounds; round++) {
+        clock_t start = clock();
+        status = decode_weights(bytes, length, limits, &fault, &decoded);
+        double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        least = round == 0 || seconds < least ? seconds : least;
+    }
+    free(bytes);
+    if (status != SFP_OK) {
+        return print_outcome(status, &fault);
+    }
+    printf("{\"ok\":true,\"bytes\":%" PRIu64 ",\"seconds\":%.6f}\n", decoded, least);
+    return VALID;
+}
+
 /* A command without `serve`. */
 static int obey(char **words, int count, const sfp_limits *limits)
 {
+    if (count == 1 && strcmp(words[0], "hello") == 0) {
+        puts("{\"ok\":true,\"name\":\"sfp.c\",\"version\":\"1.0\",\"profile\":\"full\"}");
+        return VALID;
+    }
     if (count == 2 && strcmp(words[0], "validate") == 0) {
         return treat_file(words[1], limits, NULL);
     }
     if (count == 3 && strcmp(words[0], "decode") == 0) {
         return treat_file(words[1], limits, words[2]);
     }
-    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | serve");
+    if (count == 3 && strcmp(words[0], "time") == 0) {
+        return time_file(words[1], strtol(words[2], NULL, 10), limits);
+    }
+    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | time FILE ROUNDS | serve | hello");
 }
 
 /* Cuts a line at its tabs; how many words there are, more than 3 counted as 4. */

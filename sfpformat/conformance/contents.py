@@ -1,0 +1,98 @@
+"""What a valid file holds, as tagged JSON, and which features a reader must know for it."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from . import slow_reader
+
+Json = dict[str, Any]
+
+# Features that lie outside the profile `core` (SPEC.md chapter 23).
+NOT_CORE = {"uniform", "table", "narrow", "group-2", "scale", "multiplier"}
+SHOWN = 4  # elements at either end of an array
+
+
+def contents(data: bytes) -> tuple[Json, bytes]:
+    """What a valid file holds, as the plain reader gives it, and all arrays one after another."""
+    file = slow_reader.read(data)
+    tensors, arrays = [], bytearray()
+
+    def placed(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
+        arrays.extend(raw)
+        return {"offset": str(len(arrays) - len(raw)), **array(dtype, shape, raw)}
+
+    for entry, (name, tensor) in zip(file.root["tensors"], file.tensors.items(), strict=True):
+        out: Json = {"name": name, **placed(tensor.dtype, tensor.shape, tensor.data)}
+        if "mask" in entry:
+            out["mask"] = placed("U8", tensor.shape, bytes(tensor.mask))
+        if "importance" in entry:
+            raw = b"".join(struct.pack("<I", slow_reader.pattern_of(x, "F32")) for x in _kept(tensor))
+            role, over = entry["importance"]["role"], entry["importance"]["over"]
+            out["importance"] = {"role": role, "over": over, **placed("F32", tensor.shape, raw)}
+        tensors.append(out)
+    return {"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
+
+
+def array(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
+    """An array: dtype, shape, SHA-256 of its little-endian bytes, bit patterns of elements at both ends."""
+    size = slow_reader.BYTES[dtype]
+    patterns = [f"0x{raw[at : at + size][::-1].hex()}" for at in _ends(len(raw) // size, size)]
+    half = min(len(patterns), SHOWN)
+    return {
+        "dtype": dtype,
+        "shape": list(map(str, shape)),
+        "bytes": str(len(raw)),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "first": patterns[:half],
+        "last": patterns[-half:] if half else [],
+    }
+
+
+def _ends(count: int, size: int) -> list[int]:
+    """Byte offsets of the first and the last elements, none twice."""
+    places = sorted({*range(min(SHOWN, count)), *range(max(count - SHOWN, 0), count)})
+    return [place * size for place in places]
+
+
+def _kept(tensor: slow_reader.Tensor) -> Iterable[float]:
+    """The importances, 0 where the file keeps none; a -0 stays one."""
+    return (0.0 if x is None else x for x in tensor.importance)
+
+
+def features_of(data: bytes) -> list[str]:
+    """What a reader must know for a valid file, in words."""
+    root, _ = slow_reader.read_directory(data)
+    found: set[str] = set()
+    for entry in root["tensors"]:
+        found |= {entry["coding"], f"dtype-{entry['dtype']}"}
+        for stream in slow_reader.streams(entry):
+            found |= _stream_features(entry, stream)
+        if entry["coding"] == "fingerprint":
+            if "scale" in entry:
+                found |= {"scale", f"scale-{entry['scale']['per']}"}
+            if "importance" in entry:
+                importance = entry["importance"]
+                found |= {"importance", f"importance-{importance['over']}", importance["role"]}
+    return sorted(found)
+
+
+def _stream_features(entry: Json, stream: str) -> set[str]:
+    source = entry[stream]
+    found = {f"group-{source['group']}"}
+    if stream == "mask":
+        found |= {"mask", source["kind"]}
+    elif stream == "fingerprints":
+        found.add(source["quantiser"])
+        if source["quantiser"] == "exact" and source["dtype"] != entry["dtype"]:
+            found.add("narrow")
+    else:
+        found.add(f"importance-by-{source['quantiser']}")
+    if len(source["codes"]) > 1:
+        found.add("codes")
+    if source.get("quantiser") == "exact" and source["trim"]:
+        found.add("trim")
+    return found

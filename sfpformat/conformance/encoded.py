@@ -1,0 +1,56 @@
+"""What an encoder wrote for a job, judged: by what the reference reads in it, and by canonical form."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ..errors import FileFault
+from ..reader import SfpFile
+from ..validate import validate
+from .judge import FAIL, PASS, Verdict
+from .suite import Case, shape_of
+
+
+def judge_written(case: Case, path: Path, *, claims_canonical: bool) -> Verdict:
+    """The verdict on a file that was written for a job.
+
+    Args:
+        claims_canonical: whether the encoder says that it writes canonical files (R-CAN-001): it is then held
+            to it, and to the very bytes where the job leaves no choice.
+    """
+    try:
+        with SfpFile(path, engine="python", threads=1) as file:
+            wrong = _difference(case, file)
+        report = validate(path, engine="python")
+    except (OSError, FileFault) as error:
+        return Verdict(FAIL, f"what was written cannot be read: {error}")
+    if wrong is None and report.faults:
+        wrong = f"a validator finds in what was written: {report.faults[0]}"
+    if wrong is not None:
+        return Verdict(FAIL, wrong)
+    is_other = case.written is not None and hashlib.sha256(path.read_bytes()).hexdigest() != case.written
+    notes = [*report.notes, *(["other bytes than the canonical ones"] if is_other else [])]
+    if notes and claims_canonical:
+        return Verdict(FAIL, f"what was written is not canonical: {'; '.join(notes)}")
+    return Verdict(PASS, notes=tuple(f"not canonical: {note}" for note in notes))
+
+
+def _difference(case: Case, file: SfpFile) -> str | None:
+    """What a file holds and should not, or None."""
+    contents, tensors = case.contents, case.contents.tensors
+    if list(file) != [tensor["name"] for tensor in tensors]:
+        return "what was written has other tensors, or in another order"
+    if file.metadata() != contents.description["metadata"]:
+        return "what was written has other metadata"
+    for tensor in tensors:
+        name, info = tensor["name"], file.info(tensor["name"])
+        if (info.dtype, list(info.shape)) != (tensor["dtype"], shape_of(tensor)):
+            return f"tensor {name!r}: written as {info.dtype} {list(info.shape)}"
+        if file.get_tensor(name).tobytes() != contents.array(tensor):
+            return f"tensor {name!r}: what was written has other values"
+        if "importance" in tensor:
+            found = file.get_importance(name)
+            if found is None or found.tobytes() != contents.array(tensor["importance"]):
+                return f"tensor {name!r}: what was written has another importance"
+    return None

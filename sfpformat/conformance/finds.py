@@ -1,0 +1,100 @@
+"""Finds of the fuzzer as cases of the suite: the file, its twin, what they hold, and their manifest entries.
+
+What is saved can be put into `conformance/regress/` as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileFault
+from .contents import NOT_CORE, contents, features_of
+from .examples import Example
+from .fuzz import IN_FORCE, Find, reference
+from .slow_reader import Bad, read
+
+Json = dict[str, Any]
+_CLAUSE = re.compile(r"R-[A-Z]{3}-\d{3}")
+_SECONDS = 10
+_UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
+
+
+def entries_of(find: Find) -> list[tuple[Json, bytes]]:
+    """The manifest entries of a find and of its twin, each with its file."""
+    made, ours = find.example, reference(find.example.data)
+    why = f"{find.parting.words}; {made.words or 'a valid file'}"
+    if not isinstance(ours, FileFault):
+        clause = find.parting.about if _CLAUSE.fullmatch(find.parting.about) else "R-REC-001"
+        return [(_valid(made.data, clause, why), made.data)]
+    twin = _valid(made.twin, ours.clause, f"before the damage: {made.words}")
+    entry = _entry(made.data, "f" if ours.code in _UNKNOWN else "n", ours.clause, why)
+    error = {"code": ours.code, "clause": ours.clause, "tensor": ours.tensor, "offset": [0, len(made.data)]}
+    outcome = "unsupported" if ours.code in _UNKNOWN else "reject"
+    entry |= {"twin": twin["id"], "expected": {"outcome": outcome, "errors": [error]}}
+    entry |= {"features": twin["features"], "profile": twin["profile"]}
+    return [(entry, made.data), (twin, made.twin)]
+
+
+def _valid(data: bytes, clause: str, why: str) -> Json:
+    features = features_of(data)
+    profile = "full" if set(features) & NOT_CORE else "core"
+    entry = _entry(data, "y", clause, why) | {"features": features, "profile": profile}
+    stem = f"regress/{entry['id']}"
+    return entry | {"contents": f"{stem}.json", "arrays": f"{stem}.bin", "expected": {"outcome": "accept"}}
+
+
+def _entry(data: bytes, kind: str, clause: str, why: str) -> Json:
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"{kind}-{clause.removeprefix('R-')}-find-{digest[:8]}"
+    return {
+        "id": name,
+        "class": kind,
+        "roles": ["reader", "validator"],
+        "since": "1.0",
+        "clauses": [clause],
+        "file": f"regress/{name}.sfp",
+        "bytes": len(data),
+        "sha256": digest,
+        "recipe": "regress",
+        "limits": {"seconds": _SECONDS, "in_force": IN_FORCE},
+        "why": why,
+        "flags": ["find"],
+    }
+
+
+def doubt(example: Example) -> str | None:
+    """Why the reference itself may be wrong about a file: the slow reader judges it otherwise."""
+    ours = reference(example.data)
+    try:
+        read(example.data)
+    except Bad as error:
+        return None if isinstance(ours, FileFault) else f"the slow reader refuses it by {error}"
+    if isinstance(ours, FileFault) and ours.code != "E_LIMIT":  # it knows no limits
+        return "the slow reader accepts it"
+    return None
+
+
+def save(find: Find, folder: Path) -> list[str]:
+    """Writes a find as the suite has its cases; gives the names of the files.
+
+    For each case ``ID.sfp`` and its manifest entry, ``ID.entry.json``; for a valid one what it holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for entry, data in entries_of(find):
+        written[f"{entry['id']}.sfp"] = data
+        written[f"{entry['id']}.entry.json"] = _json(entry)
+        if "contents" in entry:
+            description, arrays = contents(data)
+            written[f"{entry['id']}.json"], written[f"{entry['id']}.bin"] = _json(description), arrays
+    for name, data in written.items():
+        (folder / name).write_bytes(data)
+    return sorted(written)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

@@ -1,0 +1,40 @@
+"""Programs that the tests have the runner drive: some say anything, some are right but for a lie."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+from .clauses import ROOT
+
+OWN = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", "python", "--"]
+_SERVED = """
+for line in sys.stdin:
+    print(json.dumps(answer(line.rstrip('\\n').split('\\t'))), flush=True)
+"""
+
+
+def program(folder: Path, body: str) -> list[str]:
+    """A driver that serves: ``body`` has a function ``answer(words)``, which gives a dictionary."""
+    path = folder / "driver.py"
+    head = f"import json, os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+    path.write_text(head + textwrap.dedent(body) + _SERVED)
+    return [sys.executable, str(path)]
+
+
+def lying_program(folder: Path, lie: str) -> list[str]:
+    """A driver that answers as the reference does, but for a lie.
+
+    Args:
+        lie: statements that may change ``got``, the right answer to ``words``, or what was written.
+    """
+    body = """
+from sfpformat.conformance.own import OwnDriver
+own = OwnDriver("python", {name: int(n) for name, n in (word.split("=") for word in sys.argv[1:-1])})
+def answer(words):
+    got = own.answer(words)
+LIE
+    return got
+"""
+    return program(folder, body.replace("LIE", textwrap.indent(textwrap.dedent(lie).strip("\n"), "    ")))
