@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import progress, show_json, show_table
+from .prune import parse_shares
 from .trouble import Trouble, checked_target
 
 NAME = "pruning"
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if "methods" in given:
         given["methods"] = _methods(given["methods"], tuple(METHODS))
     if "sparsity" in given:
-        given["sparsities"] = _shares(given.pop("sparsity"))
+        given["sparsities"] = parse_shares(given.pop("sparsity"))
     for name in ("seeds", "steps", "model_steps"):
         if given.get(name, 1) < 1:
             raise Trouble(f"--{name.replace('_', '-')} is {given[name]}, must be at least 1")
@@ -97,13 +98,3 @@ def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise Trouble(f"no method is named; there is: {', '.join(known)}")
     return tuple(names)
-
-
-def _shares(words: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(word) for word in words.split(","))
-    except ValueError as error:
-        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
-    if not all(0 < share < 1 for share in shares):
-        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
-    return shares

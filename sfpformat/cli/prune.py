@@ -64,7 +64,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    from ..pruning.reprune import reprune
+    from ..pruning.files import reprune
     from ..pruning.thresholds import Sparsity
 
     start = time.monotonic()
@@ -132,3 +132,18 @@ def parse_threshold(words: str) -> Threshold | Pattern:
         if isinstance(error, SfpError):
             raise
     raise Trouble(f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, N:M")
+
+
+def parse_shares(words: str) -> tuple[float, ...]:
+    """Shares to be pruned, as ``--sparsity`` has them where it takes several.
+
+    Raises:
+        Trouble: they are none.
+    """
+    try:
+        shares = tuple(float(word) for word in words.split(","))
+    except ValueError as error:
+        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
+    if not all(0 < share < 1 for share in shares):
+        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
+    return shares

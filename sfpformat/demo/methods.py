@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..pruning import scores
+from ..pruning.calibration import Statistics, statistics
 from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import Learned, Settings, learn_importance
 from ..pruning.pipeline import apply_masks, as_numbers
-from ..pruning.statistics import Statistics, statistics
 from ..pruning.thresholds import Sparsity, masks_of
-from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, scaled
+from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 from .importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
 from .language import Windows, arrays_of, language_model, prunable_layers
 
@@ -92,9 +92,8 @@ class Bench:
         if method == "sparsegpt-updated":
             return self._layerwise(method, sparsity)
         pruned = MASKERS[masker](self, sparsity)
-        if treatment == "finetuned":
-            return self._fine_tuned(pruned)
-        return self._with_factors(pruned) if treatment == "factors" else pruned
+        treat = _TREATMENTS.get(treatment)
+        return pruned if treat is None else treat(self, pruned)
 
     def learned(self, sparsity: float | tuple[float, float], *, logits: bool = True) -> tuple[Learned, float]:
         """What is learned for a sparsity or a range, and the seconds that it took."""
@@ -181,6 +180,19 @@ class Bench:
         )
         return Pruned(pruned.masks, pruned.weights, factors, pruned.seconds + time.perf_counter() - start)
 
+    def _with_multipliers(self, pruned: Pruned) -> Pruned:
+        start = time.perf_counter()
+        multipliers = fit_multipliers(
+            self._pruned_model(pruned),
+            pruned.masks,
+            self.data,
+            teacher=self.model,
+            tuning=Tuning(self.steps),
+            progress=self._step,
+        )
+        weights = {name: weight * multipliers[name] for name, weight in pruned.weights.items()}
+        return Pruned(pruned.masks, weights, {}, pruned.seconds + time.perf_counter() - start)
+
     def _pruned_model(self, pruned: Pruned) -> torch.nn.Module:
         model = copy.deepcopy(self.model)
         model.load_state_dict(pruned.weights, strict=False)
@@ -202,7 +214,13 @@ MASKERS: dict[str, Callable[[Bench, float], Pruned]] = {
     "learned": lambda bench, s: bench._by_network(s, logits=True),
 }
 
-# Method -> what it is. A mask's name followed by ``finetuned`` or ``factors`` is tuned with the mask held.
+_TREATMENTS: dict[str, Callable[[Bench, Pruned], Pruned]] = {
+    "finetuned": Bench._fine_tuned,
+    "factors": Bench._with_factors,
+    "multipliers": Bench._with_multipliers,
+}
+
+# Method -> what it is. A mask's name followed by one of `_TREATMENTS` is tuned with the mask held.
 METHODS = {
     "magnitude": "the least weights of each layer go",
     "wanda": "|w| · norm of the input, in each row, layer by layer",
@@ -217,11 +235,14 @@ METHODS = {
     "sparsegpt-finetuned": "the same, SparseGPT's survivors as they were",
     "fisher-finetuned": "the same",
     "learned-finetuned": "learned, and then tuned for as many steps again",
+    "learned-multipliers": "learned, and then a factor for each survivor, which is tuning by another name",
 }
 
 
 def steps_of(method: str, steps: int) -> int:
     """How often `Bench.advance` is called for a method, where nothing is kept from before."""
     learned = steps if method.startswith(("learned", "mlp")) else 0
-    tuned = steps if method.endswith("-finetuned") else FACTOR_STEPS if method.endswith("-factors") else 0
+    tuned = {"finetuned": steps, "multipliers": steps, "factors": FACTOR_STEPS}.get(
+        method.partition("-")[2], 0
+    )
     return learned + tuned

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MismatchError, OptionError
+from .calibration import Statistics, statistics
 from .features import FEATURES
 from .gates import GATES, Gate, Moment, make_gate, threshold_of
 from .network import ImportanceNetwork
-from .statistics import Statistics, statistics
 from .task import (
     CLASSIFY,
     Data,
@@ -37,6 +37,7 @@ from .task import (
     divergence,
     endless,
     evaluating,
+    finite,
     with_weights,
 )
 
@@ -162,6 +163,7 @@ def learn_importance(
     Raises:
         OptionError: settings or names that make no sense; no data.
         MismatchError: the checkpoint is of other settings, tensors or sparsities.
+        LossError: a loss is not finite; the last checkpoint stays.
     """
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
@@ -229,12 +231,13 @@ class _Learner:
             for name, gate in self.network.split(gates).items()
         }
         loss = self._cost(with_weights(self.model, gated), batch) + penalty
+        value = finite(loss, f"step {self.step + 1}")
         leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         self._update()
-        self.history.append(float(loss.detach()))
-        return self.history[-1]
+        self.history.append(value)
+        return value
 
     def _cost(self, gated: Model, batch: Any) -> Tensor:
         outputs = self.task.run(gated, batch)
