@@ -48,7 +48,7 @@ def empty_model() -> nn.Module:
 
 
 def model_of_slices(path: Path) -> nn.Module:
-    """The model as transformers makes it of the slices of an `.sfp` file, each decoded when its turn comes."""
+    """The model as transformers makes it of a file's slices, each decoded when its turn comes."""
     package = transformers()
     config = package.AutoConfig.from_pretrained(model_path().parent, dtype="float32")
     with safe_open(path) as file:
