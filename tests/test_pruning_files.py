@@ -258,7 +258,14 @@ def test_the_command_prunes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     "words",
-    [["--threshold", "best"], ["--threshold", "sigma:x"], ["--sparsity", "2"], ["--threshold", "4:2"], []],
+    [
+        ["--sparsity", "0.9", "--exempt", "guess*"],
+        ["--threshold", "best"],
+        ["--threshold", "sigma:x"],
+        ["--sparsity", "2"],
+        ["--threshold", "4:2"],
+        [],
+    ],
 )
 def test_the_command_refuses_thresholds_that_make_no_sense(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

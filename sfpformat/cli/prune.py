@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     require_file(source)
     target = checked_target(args.output, [source])
     with about(source), SfpFile(source) as file:
+        for pattern in args.exempt:
+            if not any(fnmatchcase(name, pattern) for name in file):
+                raise Trouble(f"--exempt {pattern!r}: no tensor of {source} has a name like this")
         found = reprune(
             file,
             target,
@@ -102,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{source.name} → {target.name}")
     print(
-        f"{len(found.pruned)} tensors, {percent(shares[0])} → {percent(shares[1])} pruned; "
+        f"{len(found.pruned)} tensor{'s' * (len(found.pruned) != 1)}, "
+        f"{percent(shares[0])} → {percent(shares[1])} pruned; "
         f"{bytes_words(before)} → {bytes_words(after)}; {seconds:.1f} s"
     )
     return 0
