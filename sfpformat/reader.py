@@ -8,42 +8,36 @@ returned only when all of them was decoded (R-STR-001).
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .checksum import crc32
 from .closing import Closing
 from .codec.decode import TensorDecoder, Values
-from .codec.jobs import Job, batches, fill_gaps, jobs_of_range, joined
+from .codec.jobs import Job, fill_gaps, jobs_of_range, joined
 from .codec.selection import Index, Selection, select
-from .coding.bits import Bytes, as_bytes
+from .coding.bits import Bytes
 from .coding.mask import Mask
 from .coding.quantiser import F32
-from .container.chunk import ChunkIndex, greatest_head, parse_head
+from .container.chunk import ChunkIndex
 from .container.directory import Directory
 from .container.entry import TensorEntry
+from .container.plain import Outline
 from .container.preamble import SIZE, Preamble
-from .engines import Engine, Run, get_engine, require_name
-from .errors import FileFault, MismatchError, MissingTensorError, fault, placed
+from .decoding import Decoding, Into
+from .engines import require_name
+from .errors import MismatchError, MissingTensorError, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
 from .parallel import for_each
 from .source import Readable, Source, open_source
+from .stored import StoredChunks
 
-Into = Callable[[TensorDecoder, Bytes, int, int, int, NDArray[Any]], None]
-
-# Decoders that are kept: with tables of what levels mean they take up to half a megabyte each.
-_DECODERS_KEPT = 32
-# Fewer positions than this are decoded before another thread has begun.
-_WORTH_THREADS = 1 << 18
+# From so many tensors on it pays to decode plain ones together.
+_WORTH_BULK = 4
 
 
 @dataclass(frozen=True)
@@ -90,21 +84,18 @@ class SfpFile(Closing):
     ) -> None:
         """Opens a file and reads its directory; see `sfpformat.open`."""
         require_name(engine)
-        self._engine_name = engine
-        self._engine: Engine | None = None  # found when it is first needed
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
+        # No limit of the sizes of tensors is beyond one of so many bytes.
+        self._sure_bytes = min(limits.tensor_bytes, limits.expansion_floor)
         self._source: Source = open_source(readable)
         try:
             self.preamble, self.directory = read_directory(self._source, limits)
         except BaseException:
             self._source.close()
             raise
-        self._offsets = self.directory.offsets()
-        self._decoders: OrderedDict[str, TensorDecoder] = OrderedDict()
-        self._starts: dict[str, list[int]] = {}  # name -> offsets of its vector chunk and its chunks
-        self._weights = sum(entry.positions for entry in self.directory.tensors.values())
-        self._lock = threading.Lock()
+        self._stored = StoredChunks(self._source, self.directory)
+        self._decoding = Decoding(self._stored, self.directory, engine, self._threads)
 
     def close(self) -> None:
         """Closes the file; a seekable object that was given stays open."""
@@ -135,9 +126,20 @@ class SfpFile(Closing):
         Raises:
             MissingTensorError: there is no tensor of that name.
         """
+        self._require_present(name)
+        return self.directory.tensors[name]
+
+    def _require_present(self, name: str) -> None:
         if name not in self.directory.tensors:
             raise MissingTensorError(f"no tensor {name!r} in the file")
-        return self.directory.tensors[name]
+
+    def _outline(self, name: str) -> Outline:
+        """That of a tensor whose size is within the limits."""
+        self._require_present(name)
+        outline = self.directory.outline(name)
+        if outline.decoded_bytes > self._sure_bytes:
+            self._require_within_limits(self.entry(name))
+        return outline
 
     def info(self, name: str) -> TensorInfo:
         """What the directory says about a tensor; reads no data."""
@@ -175,12 +177,13 @@ class SfpFile(Closing):
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
         """
-        entries = [self.entry(name) for name in (self if names is None else names)]
-        for entry in entries:
-            self._require_within_limits(entry)
-        memory = blocks_of([entry.decoded_bytes for entry in entries])
-        out = {e.name: next(memory).view(e.dtype.numpy).reshape(e.shape) for e in entries}
-        self.read_into(out)
+        outlines = {name: self._outline(name) for name in (self if names is None else names)}
+        memory = blocks_of([outline.decoded_bytes for outline in outlines.values()])
+        out = {
+            name: next(memory).view(outline.dtype.numpy).reshape(outline.shape)
+            for name, outline in outlines.items()
+        }
+        self._read_into(out)
         return out
 
     def read_into(self, out: Mapping[str, Values]) -> None:
@@ -190,17 +193,26 @@ class SfpFile(Closing):
             MismatchError: an array is not like its tensor; nothing was written.
             MissingTensorError, InvalidFileError, LimitError: the arrays may be written in part.
         """
+        for name, array in out.items():
+            dtype, shape, _, _ = self._outline(name)
+            like = (array.dtype, array.shape) == (dtype.numpy, shape)
+            if not (like and array.flags.c_contiguous and array.flags.writeable):
+                raise MismatchError(f"tensor {name!r}: needs {dtype.numpy} {shape} in C order, not read-only")
+        self._read_into(out)
+
+    def _read_into(self, out: Mapping[str, Values]) -> None:
+        """As `read_into`, for names and arrays that were checked: plain tensors together, then the rest."""
+        bulk = self._decoding.bulk if len(out) >= _WORTH_BULK else None
+        together = {} if bulk is None else {name: array for name, array in out.items() if name in bulk}
+        positions = sum([array.size for array in together.values()])
+        if bulk is not None and not bulk.read_into(together, self._decoding.threads_for(positions)):
+            together = {}  # the jobs tell what is wrong
         jobs: list[Job] = []
         for name, array in out.items():
-            entry = self.entry(name)
-            self._require_within_limits(entry)
-            like = (array.dtype, array.shape) == (entry.dtype.numpy, entry.shape)
-            if not (like and array.flags.c_contiguous and array.flags.writeable):
-                raise MismatchError(
-                    f"tensor {name!r}: needs {entry.dtype.numpy} {entry.shape} in C order, not read-only"
-                )
-            jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
-        self._decode(jobs, TensorDecoder.weights_into)
+            if name not in together:
+                entry = self.entry(name)
+                jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
+        self._decoding.do(jobs, TensorDecoder.weights_into)
 
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
@@ -234,12 +246,13 @@ class SfpFile(Closing):
         values = [np.zeros(0, entry.dtype.numpy)] * max(len(entry.chunks), 1)
 
         def survivors(k: int) -> None:
-            with self._placed(entry, k):
+            data = self._stored.read(entry, k)
+            with self._stored.placed(entry, k):
                 first, stop = entry.segments_of_chunk(k)
-                chunk = decoder.open_chunk(self.read_checked(entry, k), k)
+                chunk = decoder.open_chunk(data, k)
                 positions[k], values[k] = decoder.survivors(chunk, 0, stop - first)
 
-        for_each(survivors, range(len(entry.chunks)), self._threads_for(entry.positions))
+        for_each(survivors, range(len(entry.chunks)), self._decoding.threads_for(entry.positions))
         return np.concatenate(positions), np.concatenate(values)
 
     # ----------------------------------------------------------------------------- chunks and runs
@@ -272,7 +285,7 @@ class SfpFile(Closing):
                 jobs += jobs_of_range(entry, ends[-1][1], first, stop)
         if whole_low < whole_high:
             jobs += jobs_of_range(entry, out[whole_low - low : whole_high - low], whole_low, whole_high)
-        self._decode(joined(jobs), into)
+        self._decoding.do(joined(jobs), into)
         for first, values in ends:
             clipped = values[max(low - first, 0) : high - first]
             out[max(first - low, 0) : max(first - low, 0) + len(clipped)] = clipped
@@ -295,52 +308,10 @@ class SfpFile(Closing):
             low, high = first * entry.segment, min((last + 1) * entry.segment, entry.positions)
             at = int(place[first])
             jobs += jobs_of_range(entry, buffer[at : at + high - low], low, high)
-        self._decode(joined(jobs), into)
+        self._decoding.do(joined(jobs), into)
         for at, positions in selection.blocks():
             segment, inside = np.divmod(positions, entry.segment)
             out[at : at + len(positions)] = buffer[place[segment] + inside]
-
-    def _decode(self, jobs: list[Job], into: Into) -> None:
-        """Does the jobs, some at a time, in threads where that pays."""
-        wanted: dict[str, int] = {}
-        for entry, _, runs in jobs:
-            for _, _, out in runs:
-                wanted[entry.name] = wanted.get(entry.name, 0) + out.size
-        threads = self._threads_for(sum(wanted.values()))
-        together = list(batches(jobs, threads))
-        for_each(lambda batch: self._decode_batch(batch, wanted, into), together, min(threads, len(together)))
-
-    def _decode_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
-        """Reads the chunks of some jobs and decodes them: what an engine can at once, the rest one by one."""
-        pieces: list[tuple[TensorDecoder, Bytes, int, int, int, NDArray[Any]]] = []
-        at_once: list[tuple[int, Run]] = []
-        unread: FileFault | None = None
-        for entry, k, runs in jobs:
-            try:
-                decoder = self.decoder(entry, wanted[entry.name])
-                data = self._read_placed(entry, k)
-            except FileFault as error:
-                unread = error  # raised after the faults of the chunks before
-                break
-            for first, stop, out in runs:
-                run = decoder.run(data, k, first, stop, out) if into is TensorDecoder.weights_into else None
-                if run is not None:
-                    at_once.append((len(pieces), run))
-                pieces.append((decoder, data, k, first, stop, out))
-        done: set[int] = set()
-        if at_once:
-            assert self._engine is not None
-            good = self._engine.decode_runs([run for _, run in at_once])
-            done = {number for (number, _), is_good in zip(at_once, good, strict=True) if is_good}
-        for number, (decoder, data, k, first, stop, out) in enumerate(pieces):
-            if number not in done:
-                with self._placed(decoder.entry, k):
-                    into(decoder, data, k, first, stop, out)
-        if unread is not None:
-            raise unread
-
-    def _threads_for(self, positions: int) -> int:
-        return self._threads if positions >= _WORTH_THREADS else 1
 
     def _require_within_limits(self, entry: TensorEntry) -> None:
         with placed(tensor=entry.name):
@@ -350,68 +321,29 @@ class SfpFile(Closing):
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
-        starts = self._starts.get(entry.name)
-        if starts is None:
-            lengths = [] if entry.vectors is None else entry.vectors["length"].tolist()
-            lengths += entry.chunks["length"].tolist()
-            starts = list(accumulate(lengths, initial=self._offsets[entry.name]))
-            self._starts[entry.name] = starts
-        return starts[k + (entry.vectors is not None)] if k >= 0 else starts[0]
+        return self._stored.offset(entry, k)
 
     def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
         """The bytes of chunk k of a tensor (its vector chunk for k = -1), checksum compared (R-LAY-004)."""
-        record = entry.vectors[0] if k < 0 and entry.vectors is not None else entry.chunks[k]
-        length, checksum = record.item()
-        data = self._source.read(self.chunk_offset(entry, k), length)
-        if crc32(data) != checksum:
-            raise fault("R-LAY-004", "a chunk's checksum does not match", offset=0)
-        return as_bytes(data)
+        return self._stored.read(entry, k)
 
     def read_chunks(self, wanted: Sequence[tuple[TensorEntry, int]]) -> list[Bytes]:
-        """The bytes of some chunks, read side by side, as `read_checked`; a fault knows its place."""
+        """The bytes of some chunks, read side by side, as `read_checked`."""
         out = [np.zeros(0, np.uint8)] * len(wanted)
 
         def read(i: int) -> None:
-            out[i] = self._read_placed(*wanted[i])
+            out[i] = self._stored.read(*wanted[i])
 
         for_each(read, range(len(wanted)), min(self._threads, max(len(wanted), 1)))
         return out
 
-    def _read_placed(self, entry: TensorEntry, k: int) -> Bytes:
-        """As `read_checked`; a fault knows its place in the file."""
-        try:  # not `placed`: this is done for every chunk, and the place is seldom needed
-            return self.read_checked(entry, k)
-        except FileFault as error:
-            error.place(entry.name, self.chunk_offset(entry, k))
-            raise
-
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
         """The segment index of chunk k, from the chunk's first bytes; its checksum is not compared."""
-        with self._placed(entry, k):
-            length = int(entry.chunks["length"][k])
-            segments = entry.segments_of_chunk(k)[1] - entry.segments_of_chunk(k)[0]
-            head = min(length, greatest_head(entry, segments))
-            data = self._source.read(self.chunk_offset(entry, k), head)
-            return parse_head(as_bytes(data), entry, k)[0]
+        return self._stored.read_head(entry, k)
 
-    def _placed(self, entry: TensorEntry, k: int) -> AbstractContextManager[None]:
-        return placed(tensor=entry.name, base=self.chunk_offset(entry, k))
-
-    def decoder(self, entry: TensorEntry, weights: int = 0) -> TensorDecoder:
-        """The decoder of a tensor, its vectors read and checked; about so many weights will be decoded."""
-        with self._lock:
-            decoder = self._decoders.get(entry.name)
-            if decoder is None:
-                if self._engine is None:
-                    self._engine = get_engine(self._engine_name, self._weights)
-                with self._placed(entry, -1):
-                    data = None if entry.vectors is None else self.read_checked(entry, -1)
-                    decoder = TensorDecoder(entry, data, self._engine)
-                self._decoders[entry.name] = decoder
-                if len(self._decoders) > _DECODERS_KEPT:
-                    self._decoders.popitem(last=False)
-        decoder.expect(weights)
-        return decoder
+    def decoder(self, entry: TensorEntry) -> TensorDecoder:
+        """The decoder of a tensor, its vectors read and checked."""
+        return self._decoding.decoder(entry)
 
 
 class SfpSlice:

@@ -126,8 +126,9 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
     excess: list[tuple[str, str]] = []
     for k in range(len(entry.chunks)):
         try:
+            data = file.read_checked(entry, k)
             with placed(tensor=entry.name, base=file.chunk_offset(entry, k)):
-                chunk = decoder.open_chunk(file.read_checked(entry, k), k)
+                chunk = decoder.open_chunk(data, k)
                 _decode_everything(decoder, chunk, usage)
                 if chunk.index is not None and not excess:
                     excess = list(excess_in_index(chunk.data, entry, chunk.index))

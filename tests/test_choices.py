@@ -196,19 +196,24 @@ def test_rows_from_a_narrower_float_are_trimmed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "density", "expected"),
+    ("columns", "density", "exact", "expected"),
     [
-        (384, 1.0, 1536),
-        (1536, 1.0, 1536),
-        (4096, 1.0, 2048),
-        (11008, 1.0, 1376),
-        (768, 0.5, 1536),
-        (384, 0.1, 12288),
-        (1001, 1.0, 1536),
-        (1, 1.0, 1536),
+        (384, 1.0, False, 1536),
+        (384, 1.0, True, 3072),
+        (1536, 1.0, False, 1536),
+        (4096, 1.0, False, 2048),
+        (4096, 1.0, True, 4096),
+        (11008, 1.0, False, 1376),
+        (768, 0.5, False, 1536),
+        (768, 0.5, True, 1536),
+        (384, 0.1, False, 12288),
+        (1001, 1.0, False, 1536),
+        (1, 1.0, True, 3072),
     ],
 )
-def test_segments_are_whole_rows_or_parts_of_rows(columns: int, density: float, expected: int) -> None:
-    segment = default_segment(columns, density)
+def test_segments_are_whole_rows_or_parts_of_rows(
+    columns: int, density: float, exact: bool, expected: int
+) -> None:
+    segment = default_segment(columns, density, exact)
     assert segment == expected
     assert segment % 32 == 0

@@ -153,7 +153,7 @@ def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
 
 
 def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfpformat.reader.batches", lambda jobs, _: [jobs])
+    monkeypatch.setattr("sfpformat.decoding.batches", lambda jobs, _: [jobs])
     tensors = {
         f"{kernel} {i}": spread_weights(dtype, density, 20 + i)
         for i, (kernel, cases) in enumerate(KERNELS.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from sfpformat import Options, Writer
 from sfpformat.coding import counts as counting
+from sfpformat.coding import exact, planes, quantiser
 from sfpformat.coding import mask as masks
-from sfpformat.coding import planes, quantiser
+from sfpformat.coding.bits import MAX_FIELD_BITS
 from sfpformat.coding.classes import Layout
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.dtypes import DTYPES as ALL_DTYPES
@@ -118,15 +120,42 @@ def test_symbols_are_counted_alike(seed: int, dtype: Any, group: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.integers(0, 63))
-def test_shared_zeros_and_rotations_are_alike(seed: int, dtype: Any, zeros: int) -> None:
+def test_shared_zeros_of_bit_patterns_are_alike(seed: int, dtype: Any, zeros: int) -> None:
     rng = np.random.default_rng(seed)
     counts = segments(rng)
     bits = 8 * np.dtype(dtype).itemsize
-    levels = (rng.integers(0, 1 << 32, int(counts.sum()), np.uint64) << np.uint64(zeros)).astype(dtype)
-    levels |= rng.integers(0, 2, len(levels)).astype(dtype)
-    assert np.array_equal(fast.shared_zeros(levels, counts), planes.shared_zeros(levels, counts))
-    assert planes.shared_zeros(levels, counts).max(initial=0) < bits
-    assert np.array_equal(fast.patterns_to_levels(levels), quantiser.patterns_to_levels(levels))
+    patterns = (rng.integers(0, 1 << 32, int(counts.sum()), np.uint64) << np.uint64(zeros)).astype(dtype)
+    want = exact.exact_zeros(patterns, counts)
+    assert np.array_equal(fast.exact_zeros(patterns, counts), want)
+    assert want.max(initial=0) < bits
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.data())
+def test_bit_patterns_are_counted_and_packed_alike(seed: int, dtype: Any, data: Any) -> None:
+    rng = np.random.default_rng(seed)
+    bits = 8 * np.dtype(dtype).itemsize
+    width = data.draw(st.integers(min(max(bits - 9, 1), 50), min(bits - 1, MAX_FIELD_BITS)))
+    trim = data.draw(st.integers(0, width - 1))
+    counts = segments(rng)
+    # Any signs; few classes; as many zeros below as the trim leaves out.
+    first = int(rng.integers(0, 1 << (bits - width)))
+    classes = int(rng.integers(1, min(1 << (bits - width), first + 40) - first + 1))
+    size = int(counts.sum())
+    classed = rng.integers(first, first + classes, size).astype(np.uint64) << np.uint64(width - 1)
+    rest = rng.integers(0, 1 << (width - 1), size).astype(np.uint64) >> np.uint64(trim) << np.uint64(trim)
+    sign = rng.integers(0, 2, size).astype(np.uint64) << np.uint64(bits - 1)
+    patterns = (classed | rest | sign).astype(dtype)
+    rows = exact.count_exact(patterns, counts, width, first, classes)
+    assert np.array_equal(fast.count_exact(patterns, counts, width, first, classes), rows)
+    codes = tuple(PrefixCode(code_lengths(rng.integers(1, 99, classes))) for _ in range(2 * (classes > 1)))
+    table = CodeTable(first << width, bytes([width]) * classes, codes)
+    numbers = rng.integers(0, max(len(codes), 1), len(counts))
+    trims = np.where(rng.random(len(counts)) < 0.5, trim, 0)
+    one = exact.encode_exact(patterns, counts, numbers, trims, table)
+    other = fast.encode_exact(patterns, counts, numbers, trims, table)
+    for field in dataclasses.fields(one):
+        assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
 @settings(max_examples=120, deadline=None)

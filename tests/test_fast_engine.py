@@ -212,7 +212,7 @@ def prefix_codes(draw: st.DrawFn, symbols: int) -> PrefixCode:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), st.sampled_from([1, 2]), st.integers(2, 15), st.integers(6, 12))
+@given(st.data(), st.sampled_from([1, 2]), st.integers(2, 15), st.integers(6, lookup.MAX_BITS))
 def test_a_look_up_gives_the_symbols_that_its_bits_begin_with(
     data: Any, group: int, classes: int, bits: int
 ) -> None:
@@ -220,27 +220,30 @@ def test_a_look_up_gives_the_symbols_that_its_bits_begin_with(
     table = CodeTable(0, bytes(classes), (code,), group)
     tables = np.empty(lookup.table_bytes(1, bits), np.uint8)
     filled, lengths = np.zeros(2, np.int64), np.frombuffer(lookup.lengths_of(table), np.uint8)
-    assert lookup.prepare(np.uint64(0), classes, lengths, 1, group, tables, filled)
-    entries = lookup.entries_of_code(tables, 1, bits, 0, group, filled)
+    free = np.empty(classes + 13, np.int64), np.empty(1 << bits, np.uint32), np.empty(1 << bits, np.uint64)
+    assert lookup.prepare(np.uint64(0), classes, lengths, 1, group, tables, filled, free[0])
+    lookup.code_of(tables, 1, bits, 0, group, filled, *free[1:])
+    found = lookup.code_at.py_func(tables, 1, bits, 0, group)
     assert filled.tolist() == [1, 1]
+    for symbol, word in zip(code.symbols.tolist(), code.codewords, strict=True):
+        assert found.symbol_length[symbol % classes + 64 * (symbol // classes)] == len(word)
     words = dict(zip(code.codewords, code.symbols.tolist(), strict=True))
     for window in range(1 << bits):
-        left, slots, ends = format(window, f"0{bits}b")[::-1], [], [0]
-        while len(slots) < 4:
+        left, slots, taken = format(window, f"0{bits}b")[::-1], [], 0
+        while len(slots) + group <= lookup.MAX_SLOTS:
             word = next((left[:n] for n in range(1, len(left) + 1) if left[:n] in words), None)
             if word is None:
                 break
             slots += [words[word]] if group == 1 else [words[word] % classes, words[word] // classes]
-            ends += [15] * (group - 1) + [ends[-1] + len(word)]
+            taken += len(word)
             left = left[len(word) :]
-        entry = int(entries[window])
+        entry = int(found.entries[window])
         if not slots:
             assert entry == lookup.LONG
             continue
-        assert entry & 255 == ends[-1]
-        assert entry >> 8 & 15 == len(slots)
-        assert [entry >> (12 + 4 * n) & 15 for n in range(5)] == ends + [15] * (5 - len(ends))
-        assert [entry >> (32 + 8 * n) & 255 for n in range(4)] == slots + [0] * (4 - len(slots))
+        assert entry & 255 == taken
+        assert entry >> lookup.COUNT_AT == len(slots)
+        assert [entry >> (lookup.SLOTS_AT + 8 * n) & 255 for n in range(len(slots))] == slots
 
 
 @settings(max_examples=200, deadline=None)
@@ -254,7 +257,8 @@ def test_levels_are_those_of_the_reference(
     # Codes that use every symbol: any level can be written.
     code = PrefixCode(code_lengths(rng.integers(1, 1000, classes**group))) if classes > 1 else None
     table = CodeTable(data.draw(st.integers(0, 70)), extra, (code,) * codes if code else (), group)
-    counts = rng.integers(0, 90, data.draw(st.integers(1, 9)))
+    # Segments of no, of few and of so many levels that they are decoded side by side.
+    counts = rng.integers(0, data.draw(st.sampled_from([9, 90, 400])), data.draw(st.integers(1, 15)))
     levels = rng.integers(table.base, table.top, int(counts.sum())).astype(np.uint64)
     numbers = rng.integers(0, max(len(table.codes), 1), len(counts))
     planes = encode_levels(levels, counts, numbers, np.zeros(len(counts), np.int64), table)

@@ -17,6 +17,7 @@ from ..coding.classes import Histogram, Layout
 from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode
 from ..coding.counts import Costs, Rows
 from ..coding.planes import AnyLevels, Counts
+from ..coding.quantiser import patterns_to_levels
 from ..engines import Engine
 from .options import Options
 
@@ -32,13 +33,26 @@ INDEX_BITS = 9
 @dataclass(frozen=True)
 class LevelBlocks:
     """A stream's levels, to be gone through as often as needed: for each chunk the levels, and how many each
-    of its segments has."""
+    of its segments has.
+
+    Attributes:
+        segments: how many the stream has.
+        start: begins to go through the chunks.
+        exact: whether it gives the bit patterns of which an exact stream's levels are made.
+    """
 
     segments: int
     start: Callable[[], Iterator[tuple[AnyLevels, Counts]]]
+    exact: bool = False
 
     def __iter__(self) -> Iterator[tuple[AnyLevels, Counts]]:
+        """Levels, or bit patterns, chunk by chunk."""
         return self.start()
+
+    def levels(self) -> Iterator[tuple[AnyLevels, Counts]]:
+        """Levels, chunk by chunk."""
+        for levels, counts in self.start():
+            yield patterns_to_levels(levels) if self.exact else levels, counts
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ def _assigned(
         else:
             parts = [
                 engine.assign(engine.count_symbols(levels, each, layout, group), costs)
-                for levels, each in blocks
+                for levels, each in blocks.levels()
             ]
             codes = np.concatenate([part for part, _ in parts])
             totals = np.stack([part for _, part in parts]).sum(0)

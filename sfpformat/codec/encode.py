@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.bits import Bytes
-from ..coding.planes import AnyLevels, Counts, Planes, greatest_trims
+from ..coding.planes import AnyLevels, Counts, Planes, trims_of
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
 from .plan import Plan
@@ -61,6 +61,8 @@ def _encode_stream(
     table = plan.entry.streams()[stream]
     codes = plan.codes[stream][first : first + len(counts)].astype(np.int64)
     trims = np.zeros(len(counts), np.int64)
+    if stream not in plan.entry.exact_streams():
+        return engine.encode_levels(levels, counts, codes, trims, table)
     if stream in plan.entry.trimmed_streams():
-        trims = greatest_trims(levels, counts, table.least_extra)
-    return engine.encode_levels(levels, counts, codes, trims, table)
+        trims = trims_of(engine.exact_zeros(levels, counts), table.least_extra)
+    return engine.encode_exact(levels, counts, codes, trims, table)

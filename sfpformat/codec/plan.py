@@ -62,7 +62,8 @@ _NEARLY_ALL = 0.995
 # A table of all values is tried where the tensor has at least this many bits for each of them.
 _CENTROID_BITS = 64
 # Default segments have about this many positions when dense, more the fewer survive, so that the segment
-# index stays a small part of what it indexes (SPEC.md chapter 27 has the figures).
+# index stays a small part of what it indexes (SPEC.md chapter 27 has the figures); twice as many where all
+# weights are kept exactly, whose codes differ less from segment to segment.
 _SEGMENT = 1536
 
 
@@ -184,14 +185,17 @@ def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options
     )
 
 
-def default_segment(columns: int, density: float) -> int:
+def default_segment(columns: int, density: float, exact: bool) -> int:
     """Positions a segment: whole rows or a whole part of a row where that is possible.
 
     Args:
         columns: positions a row.
         density: survivors a position, from 0 to 1.
+        exact: whether the quantiser is.
     """
     wanted = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
+    if exact and density > _DENSE:
+        wanted = 2 * _SEGMENT
     parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
     fits = [s for s in parts + [columns * k for k in range(2, 64)] if s % 32 == 0]
     near = [s for s in fits if wanted <= 2 * s <= 4 * wanted]
@@ -284,7 +288,8 @@ class _Planner:
             kept = self._used_centroids(source, source.numbers.centroids, survives)
             source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
             vectors = {**vectors, "fingerprint centroids": kept}
-        segment = options.segment or default_segment(self.entry.columns, density)
+        exact = isinstance(source.quantiser, Exact)
+        segment = options.segment or default_segment(self.entry.columns, density, exact)
         chunk = max(options.chunk // segment, 1)
         entry = replace(self.entry, segment=segment, chunk=chunk)
         blocks = Blocks(len(self.flat), segment, chunk)
@@ -306,8 +311,8 @@ class _Planner:
                 alive = counts if mask is None else self.engine.survivors(mask, counts)
                 yield source.levels(block, mask), alive
 
-        stream = LevelBlocks(entry.segments, levels)
         quantiser = source.quantiser
+        stream = LevelBlocks(entry.segments, levels, isinstance(quantiser, Exact))
         bound = fingerprint_bound(quantiser, entry.dtype)
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
@@ -361,7 +366,7 @@ class _Planner:
                     self.engine.survivors(mask, counts) if few and mask is not None else counts,
                 )
 
-        stream = LevelBlocks(entry.segments, levels)
+        stream = LevelBlocks(entry.segments, levels, isinstance(source.quantiser, Exact))
         bound = importance_bound(source.quantiser)
         if isinstance(source.quantiser, Exact):
             choice = choose_exact(

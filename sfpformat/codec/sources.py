@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from ..coding.quantiser import (
     Table,
     Uniform,
     float_patterns,
-    patterns_to_levels,
     scaled_down,
 )
 from ..container.entry import TensorEntry
@@ -63,7 +63,7 @@ class FingerprintSource(Protocol):
         """How many positions of the tensor `survives` has."""
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """The levels of a block's survivors (all positions without a mask)."""
+        """The levels of a block's survivors (all positions without a mask); of `exact` the bit patterns."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ExactSource:
             values = self.engine.chosen(values.view(self.dtype.pattern), mask).view(self.dtype.numpy)
         if self.coded != self.dtype:
             values = values.astype(self.coded.numpy)
-        return self.engine.patterns_to_levels(float_patterns(values, self.coded))
+        return float_patterns(values, self.coded)
 
 
 @dataclass(frozen=True)
@@ -195,29 +195,25 @@ class ImportanceSource:
     numbers: UniformNumbers | None = field(default=None)
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """The levels of a block: of its survivors, or of all its positions."""
+        """The levels of a block, of `exact` the bit patterns: of its survivors, or of all its positions."""
         values = self.flat[block]
         if mask is not None and self.over_survivors:
             values = values[mask]
         if isinstance(self.quantiser, Exact):
             coded = self.quantiser.dtype
-            patterns = float_patterns(values.astype(coded.numpy), coded)
-            return patterns_to_levels(patterns)
+            return float_patterns(values.astype(coded.numpy), coded)
         assert self.numbers is not None
         return self.numbers(values)
 
 
 def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
     """All magnitudes of a tensor, ascending, where they are few, finite and fit float32; else None."""
-    seen: NDArray[np.unsignedinteger] = np.zeros(0, dtype.pattern)
     sign = dtype.pattern.type((1 << (dtype.bits - 1)) - 1)
-    blocks = [sample(flat, 4 * MAX_DISTINCT)]  # most tensors are told by a sample
-    blocks += [flat[i : i + SAMPLE] for i in range(0, len(flat), SAMPLE)]
-    for block in blocks:
-        seen = _union(seen, float_patterns(np.ascontiguousarray(block), dtype) & sign)
-        if len(seen) > MAX_DISTINCT:
+    seen = _Seen(dtype.pattern)
+    for block in _growing_blocks(flat):
+        if seen.add(float_patterns(np.ascontiguousarray(block), dtype) & sign) > MAX_DISTINCT:
             return None
-    exact = seen.view(dtype.numpy)
+    exact = seen.values().view(dtype.numpy)
     with np.errstate(over="ignore", invalid="ignore"):
         values = exact.astype(np.float32)
     if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
@@ -225,15 +221,36 @@ def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
     return values
 
 
-def _union(
-    seen: NDArray[np.unsignedinteger], more: NDArray[np.unsignedinteger]
-) -> NDArray[np.unsignedinteger]:
-    """The values of both, ascending, each once."""
-    if seen.itemsize > 2:
-        return np.union1d(seen, more)
-    found = np.zeros(1 << 8 * seen.itemsize, np.bool_)
-    found[seen] = found[more] = True
-    return np.flatnonzero(found).astype(seen.dtype)
+def _growing_blocks(flat: Flat) -> Iterator[Flat]:
+    """A sample, which tells most tensors, and then all values, a few at first."""
+    yield sample(flat, 4 * MAX_DISTINCT)
+    start, size = 0, 16 * MAX_DISTINCT
+    while start < len(flat):
+        yield flat[start : start + size]
+        start, size = start + size, min(4 * size, SAMPLE)
+
+
+class _Seen:
+    """The different values of some unsigned integers."""
+
+    def __init__(self, dtype: np.dtype[np.unsignedinteger]) -> None:
+        self._values: NDArray[np.unsignedinteger] = np.zeros(0, dtype)
+        # One of so few values is noted where it stands.
+        self._flags = np.zeros(1 << 8 * dtype.itemsize, np.bool_) if dtype.itemsize <= 2 else None
+
+    def add(self, more: NDArray[np.unsignedinteger]) -> int:
+        """Adds values; returns how many different ones there are."""
+        if self._flags is not None:
+            self._flags[more] = True
+            return int(np.count_nonzero(self._flags))
+        self._values = np.union1d(self._values, more)
+        return len(self._values)
+
+    def values(self) -> NDArray[np.unsignedinteger]:
+        """All of them, ascending."""
+        if self._flags is not None:
+            return np.flatnonzero(self._flags).astype(self._values.dtype)
+        return self._values
 
 
 def table_of_values(flat: Flat, values: F32, engine: Engine) -> NumberSource:

@@ -20,13 +20,14 @@ from ..coding.classes import (
 )
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
 from ..coding.counts import Rows
+from ..coding.exact import Patterns
 from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts, trims_of
+from ..coding.planes import Counts, trims_of
+from ..coding.quantiser import patterns_to_levels
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
 from .codes import (
-    MAX_CODES_TRIED,
     Choice,
     LevelBlocks,
     SymbolCounter,
@@ -44,9 +45,9 @@ _PAIR_CLASSES = 20
 _MANTISSA_GAIN = 0.0075
 # Whether it does is judged on this part of each chunk, of this many levels at least.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
-# An exact stream has a code for so many levels at most: its codes differ little (all of them save 0.03 %),
-# and to make a reader's table of one takes as long as to decode 40,000 levels.
-_LEVELS_A_CODE = 1 << 17
+# An exact stream has a code for so many levels, and so many codes, at most: further ones save 0.02 %, and to
+# make a reader's table of one takes as long as to decode 20,000 levels.
+_LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
 # Where a class for each number makes no more than this, by group, and levels are many, no other layout is
@@ -88,9 +89,10 @@ class _ExactSurvey:
     def __init__(
         self, blocks: LevelBlocks, bits: int, width: int, engine: Engine, fine: int | None = None
     ) -> None:
-        """Goes through the levels.
+        """Goes through the bit patterns.
 
         Args:
+            blocks: exact.
             bits: of a level.
             width: residual bits of the classes to count in each segment.
             fine: residual bits of classes to count in a part of the levels, or None.
@@ -99,26 +101,27 @@ class _ExactSurvey:
         self.zeros: list[tuple[Counts, Counts]] = []
         self._counter = SymbolCounter(blocks.segments)
         self._fine = np.zeros(0, np.int64)
-        for levels, counts in blocks:
-            self._counter.add(*self._rows(levels, counts, bits, engine))
-            self.zeros.append((engine.shared_zeros(levels, counts), counts))
+        for patterns, counts in blocks:
+            self._counter.add(*self._rows(patterns, counts, bits, engine))
+            self.zeros.append((engine.exact_zeros(patterns, counts), counts))
             if fine is not None:
-                part = levels[: max(len(levels) // _JUDGED_PART, _JUDGED_LEVELS)]
+                part = patterns_to_levels(patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)])
                 self._fine = add_histograms(self._fine, histogram(part >> part.dtype.type(fine)))
 
-    def _rows(self, levels: AnyLevels, counts: Counts, bits: int, engine: Engine) -> tuple[int, Rows]:
+    def _rows(self, patterns: Patterns, counts: Counts, bits: int, engine: Engine) -> tuple[int, Rows]:
         """The first class that occurs in a chunk, and how often each from it on occurs in each segment."""
         least, most = 0, 1 << (bits - self.width)
-        if most > MAX_CLASSES[1] and len(levels):
+        rows = np.zeros((len(counts), 0), np.int32)
+        if not len(patterns):
+            return 0, rows
+        if most > MAX_CLASSES[1]:
+            levels = patterns_to_levels(patterns)
             least = int(levels.min()) >> self.width
             most = (int(levels.max()) >> self.width) - least + 1
-        rows = np.zeros((len(counts), 0), np.int32)
-        if not len(levels):
-            return 0, rows
         if most > MAX_CLASSES[1]:  # too many to be coded
             self._see(least, least + most - 1)
             return 0, rows
-        rows = engine.count_classes(levels, counts, self.width, least, most)
+        rows = engine.count_exact(patterns, counts, self.width, least, most)
         used = np.flatnonzero(rows.any(0))
         first, last = int(used[0]), int(used[-1])
         self._see(least + first, least + last)
@@ -172,7 +175,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if len(layout.extra) == 1:
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
         else:
-            most = max(min(MAX_CODES_TRIED, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
+            most = max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
             choice = choose_codes(blocks, counts, layout, 1, options.but(codes=options.codes or most), engine)
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments

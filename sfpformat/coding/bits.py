@@ -87,8 +87,9 @@ def write_fields(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
     if width == 8:
         return values.astype(np.uint8)
     if count * width < _FEW_BITS:
-        bits = values[:, None] >> np.arange(width, dtype=np.uint64) & np.uint64(1)
-        return np.packbits(bits.astype(np.uint8), bitorder="little")
+        bytes_of = np.ascontiguousarray(values, "<u8").view(np.uint8).reshape(count, 8)
+        bits = np.unpackbits(bytes_of, axis=1, count=width, bitorder="little")
+        return np.packbits(bits.reshape(-1), bitorder="little")
     groups = -(-count // 8)
     padded = np.zeros((groups, 8), np.uint64)
     padded.reshape(-1)[:count] = values

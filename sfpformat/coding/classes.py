@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ LOG2 = np.array(
     [round(math.log2(1 + i / (1 << LOG2_BITS)) * (1 << FRACTION)) for i in range(1 << LOG2_BITS)],
     np.int64,
 )
+_SMALL = 1 << 14
 # What a class costs in the directory: a byte of `extra` and one of `length`.
 _CLASS_COST = 16 << FRACTION
 # Class boundaries: every number below this; above, multiples of a power of two that keeps 7 leading bits.
@@ -29,6 +31,18 @@ _FINE_NUMBERS = 128
 
 def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
     """log2 of positive integers, times 2^16, to about 12 bits of the mantissa."""
+    if counts.size and counts.max() < _SMALL:
+        return np.asarray(_small_logarithms()[counts])
+    return _log2_fixed(counts)
+
+
+@cache
+def _small_logarithms() -> NDArray[np.int64]:
+    """Those of the integers below `_SMALL`: most counts are; that of 0 means nothing."""
+    return _log2_fixed(np.maximum(np.arange(_SMALL), 1))
+
+
+def _log2_fixed(counts: Histogram) -> NDArray[np.int64]:
     exponent = np.frexp(counts.astype(np.float64))[1] - 1  # exact: counts are below 2^53
     shift = exponent.astype(np.int64) - LOG2_BITS
     mantissa = np.where(shift >= 0, counts >> np.maximum(shift, 0), counts << np.maximum(-shift, 0))
@@ -37,8 +51,11 @@ def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
 
 def entropy_bits(counts: Histogram) -> int:
     """Order-0 entropy of a histogram, in bits times 2^16."""
+    total = int(counts.sum())
+    if 0 < total < _SMALL * 64 and counts.max() < _SMALL:  # zeros add nothing
+        whole = int(log2_fixed(np.array([total]))[0])
+        return total * whole - int(counts @ _small_logarithms()[counts])
     used = counts[counts > 0].astype(np.int64)
-    total = int(used.sum())
     if len(used) < 2:
         return 0
     each = int(log2_fixed(np.array([total]))[0]) - log2_fixed(used)

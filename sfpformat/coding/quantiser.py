@@ -258,7 +258,7 @@ def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
     return dtype
 
 
-_NARROW_FIRST, _NARROW_BLOCK = 1 << 10, 1 << 20  # values compared at a time: bounds the memory
+_NARROW_FIRST, _NARROW_BLOCK = 1 << 6, 1 << 20  # values compared at a time: bounds the memory
 
 
 def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:

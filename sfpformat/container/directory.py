@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -11,10 +11,41 @@ from ..limits import Limits
 from . import messagepack
 from .entry import TensorEntry
 from .fields import Fields, place_of, required, typed
+from .plain import Outline, PlainTensors, looks_plain, plain_tensors
 from .preamble import SIZE
 
 KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)
 _KNOWN_KEYS = frozenset(("tensors", "metadata", "features"))
+# From so many on it pays to check plain tensors together.
+_WORTH_COLUMNS = 8
+
+
+class Entries(Mapping[str, TensorEntry]):
+    """Name -> entry, in the order of the file; entries of plain tensors are made when they are asked for."""
+
+    def __init__(self, items: dict[str, TensorEntry | Fields], limits: Limits) -> None:
+        """Args:
+        items: entries, or maps of which `plain_tensors` has seen that they are valid within the limits.
+        """
+        self._items = items
+        self._limits = limits
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        item = self._items[name]
+        if isinstance(item, TensorEntry):
+            return item
+        entry = TensorEntry.from_map(item, self._limits)
+        self._items[name] = entry
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
 
 
 @dataclass(frozen=True)
@@ -23,15 +54,26 @@ class Directory:
 
     Attributes:
         tensors: name -> entry, in the order of the file.
+        stored: bytes of the chunks of each tensor, in that order.
+        plain: the plain ones among them in columns, where there are many; else None.
         metadata: the user's own strings.
         features: names that a reader must know, ascending.
         other: root keys that this version does not know (R-DIR-005).
     """
 
-    tensors: dict[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry]
     metadata: dict[str, str] = field(default_factory=dict)
     features: tuple[str, ...] = ()
     other: dict[str, object] = field(default_factory=dict)
+    stored: list[int] | None = field(default=None, compare=False)
+    plain: PlainTensors | None = field(default=None, compare=False)
+
+    def outline(self, name: str) -> Outline:
+        """That of a tensor; makes no entry of a plain one."""
+        if self.plain is not None and name in self.plain.outlines:
+            return self.plain.outlines[name]
+        entry = self.tensors[name]
+        return Outline(entry.dtype, entry.shape, entry.decoded_bytes, entry.stored_bytes)
 
     def to_bytes(self) -> bytes:
         """The directory's bytes."""
@@ -75,25 +117,59 @@ class Directory:
         if "keyed" in root:
             raise fault("R-KEY-001", "the file has keyed tables", offset=place_of(root, "keyed"))
         metadata = _metadata(root)
-        tensors: dict[str, TensorEntry] = {}
-        for item in _tensor_maps(root, limits):
-            try:
-                entry = TensorEntry.from_map(item, limits)
-                if entry.name in tensors:
-                    raise fault("R-TEN-001", "the name comes twice", offset=place_of(item, "name"))
-            except FileFault as error:
-                error.place(_name_if_any(item), None)
-                raise
-            tensors[entry.name] = entry
-        if chunks_end != SIZE + sum([entry.stored_bytes for entry in tensors.values()]):
+        maps = _tensor_maps(root, limits)
+        tensors, stored, plain = _in_columns(maps, limits) or _one_by_one(maps, limits)
+        if chunks_end != SIZE + sum(stored):
             raise fault("R-LAY-003", "the chunks' lengths do not add up to where the directory begins")
         other = {key: value for key, value in root.items() if key not in _KNOWN_KEYS}
-        return cls(tensors, metadata, features, other)
+        return cls(tensors, metadata, features, other, stored, plain)
 
     def offsets(self) -> dict[str, int]:
         """Name -> file offset of the tensor's first chunk (R-LAY-001)."""
-        sizes = [entry.stored_bytes for entry in self.tensors.values()]
+        sizes = self.stored or [entry.stored_bytes for entry in self.tensors.values()]
         return dict(zip(self.tensors, accumulate(sizes, initial=SIZE), strict=False))
+
+
+_Tensors = tuple[Mapping[str, TensorEntry], list[int], PlainTensors | None]
+
+
+def _one_by_one(maps: list[Fields], limits: Limits) -> _Tensors:
+    """The entries of all maps, and the bytes of each one's chunks."""
+    tensors: dict[str, TensorEntry] = {}
+    for item in maps:
+        try:
+            entry = TensorEntry.from_map(item, limits)
+            if entry.name in tensors:
+                raise fault("R-TEN-001", "the name comes twice", offset=place_of(item, "name"))
+        except FileFault as error:
+            error.place(_name_if_any(item), None)
+            raise
+        tensors[entry.name] = entry
+    return tensors, [entry.stored_bytes for entry in tensors.values()], None
+
+
+def _in_columns(maps: list[Fields], limits: Limits) -> _Tensors | None:
+    """As `_one_by_one`, plain tensors in columns; None where that does not pay, or an entry is at fault."""
+    are_plain = [looks_plain(item) for item in maps]
+    if sum(are_plain) < _WORTH_COLUMNS:
+        return None
+    plain = plain_tensors([item for item, is_plain in zip(maps, are_plain, strict=True) if is_plain], limits)
+    if plain is None:
+        return None
+    items: dict[str, TensorEntry | Fields] = {}
+    stored, sizes = [], iter(plain.stored_bytes.tolist())
+    for item, is_plain in zip(maps, are_plain, strict=True):
+        if is_plain:
+            items[str(item["name"])] = item
+            stored.append(next(sizes))
+            continue
+        try:
+            entry = TensorEntry.from_map(item, limits)
+        except FileFault:
+            return None
+        items[entry.name] = entry
+        stored.append(entry.stored_bytes)
+    return (Entries(items, limits), stored, plain) if len(items) == len(maps) else None
 
 
 def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:

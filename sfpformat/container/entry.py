@@ -138,14 +138,18 @@ class TensorEntry:
             out["importance"] = self.importance.table
         return out
 
+    def exact_streams(self) -> dict[str, Exact]:
+        """The quantisers of the streams that are exact."""
+        records = {"fingerprints": self.fingerprints, "importance": self.importance}
+        return {
+            stream: record.quantiser
+            for stream, record in records.items()
+            if record is not None and isinstance(record.quantiser, Exact)
+        }
+
     def trimmed_streams(self) -> list[str]:
         """The streams whose segments have trims."""
-        records = {"fingerprints": self.fingerprints, "importance": self.importance}
-        return [
-            stream
-            for stream, record in records.items()
-            if record is not None and isinstance(record.quantiser, Exact) and record.quantiser.trim
-        ]
+        return [stream for stream, quantiser in self.exact_streams().items() if quantiser.trim]
 
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""

@@ -14,9 +14,19 @@ import sys
 from typing import cast
 
 from ..errors import EngineError
-from .interface import Engine, Run
+from .interface import Engine, PlainPlan, PlainRuns, Run
 
-__all__ = ["Engine", "Run", "available", "decodes_on_device", "get_engine", "require_name", "why_not"]
+__all__ = [
+    "Engine",
+    "PlainPlan",
+    "PlainRuns",
+    "Run",
+    "available",
+    "decodes_on_device",
+    "get_engine",
+    "require_name",
+    "why_not",
+]
 
 ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"

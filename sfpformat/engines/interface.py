@@ -12,10 +12,12 @@ from ..coding.bits import Bytes
 from ..coding.classes import Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
+from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantiser import F32
 from ..container.entry import TensorEntry
+from ..container.plain import PlainTensors
 
 
 class Run(NamedTuple):
@@ -39,6 +41,51 @@ class Run(NamedTuple):
     out: NDArray[Any]
 
 
+class PlainRuns(NamedTuple):
+    """Whole chunks of plain tensors, in columns, int64 [m].
+
+    Attributes:
+        tensor: the number of each one's tensor.
+        total: its positions.
+        start: position in the tensor of its first.
+        length: its bytes.
+        out, out_size: address and bytes of where its weights go.
+    """
+
+    tensor: NDArray[np.int64]
+    total: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    out: NDArray[np.int64]
+    out_size: NDArray[np.int64]
+
+
+class PlainPlan(Protocol):
+    """How an engine decodes the plain tensors of a file.
+
+    Attributes:
+        known: bool [n], which of them.
+    """
+
+    known: NDArray[np.bool_]
+
+    def prepare(self, runs: PlainRuns) -> Any:
+        """What `decode` needs of some chunks of tensors that it knows."""
+
+    def decode(self, prepared: Any, regions: Sequence[tuple[int, int, Bytes]]) -> bool:
+        """The weights of some of the chunks that were prepared; used by any number of threads.
+
+        Args:
+            prepared: of `prepare`.
+            regions: the number of the first of neighbouring chunks, that behind the last, and the bytes of
+                all of them one after another; their checksums were compared.
+
+        Returns:
+            Whether all is well. If not, what was written means nothing, and the caller goes the way of
+            `Engine.decode_runs`, which gives the weights or the fault.
+        """
+
+
 class Engine(Protocol):
     """What an engine does."""
 
@@ -47,11 +94,16 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
-    def patterns_to_levels(self, patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
-        """As `coding.quantiser.patterns_to_levels`."""
+    def count_exact(self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
+        """As `coding.exact.count_exact`."""
 
-    def shared_zeros(self, levels: AnyLevels, counts: Counts) -> Counts:
-        """As `coding.planes.shared_zeros`."""
+    def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:
+        """As `coding.exact.exact_zeros`."""
+
+    def encode_exact(
+        self, patterns: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
+    ) -> Planes:
+        """As `coding.exact.encode_exact`."""
 
     def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """As `coding.counts.count_classes`."""
@@ -103,3 +155,6 @@ class Engine(Protocol):
             For each run whether its ``out`` now has the weights. If not, ``out`` means nothing, and the
             caller goes the way of levels, which gives the weights or the fault.
         """
+
+    def plan_plain(self, tensors: PlainTensors) -> PlainPlan | None:
+        """How it decodes plain tensors many at once; None where it does not."""

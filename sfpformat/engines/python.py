@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
+from ..coding.exact import count_exact, encode_exact, exact_zeros
 from ..coding.mask import chosen, encode_mask, survivors
-from ..coding.planes import decode_levels, encode_levels, shared_zeros
-from ..coding.quantiser import F32, patterns_to_levels, uniform_levels
+from ..coding.planes import decode_levels, encode_levels
+from ..coding.quantiser import F32, uniform_levels
 from ..container.entry import TensorEntry
+from ..container.plain import PlainTensors
 from .interface import Run
 
 name = "python"
@@ -18,16 +20,18 @@ __all__ = [
     "chosen",
     "cluster",
     "count_classes",
+    "count_exact",
     "count_symbols",
     "decode_levels",
     "decode_runs",
+    "encode_exact",
     "encode_levels",
     "encode_mask",
+    "exact_zeros",
     "lengths_of_codes",
     "make_recipe",
     "name",
-    "patterns_to_levels",
-    "shared_zeros",
+    "plan_plain",
     "survivors",
     "uniform_levels",
 ]
@@ -40,3 +44,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> No
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
     """None of them here."""
     return [False] * len(runs)
+
+
+def plan_plain(tensors: PlainTensors) -> None:
+    """None: it decodes chunk by chunk."""

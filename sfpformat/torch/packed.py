@@ -14,9 +14,8 @@ import torch
 from ..codec.decode import TensorDecoder
 from ..codec.options import Options
 from ..codec.selection import Selection
-from ..coding.bits import Bytes
 from ..engines import get_engine
-from ..errors import MismatchError, placed
+from ..errors import MismatchError
 from ..reader import SfpFile
 from ..sink import MemorySink
 from ..writer import Writer
@@ -80,13 +79,8 @@ def _copy_tensor(file: SfpFile, name: str, writer: Writer, new_name: str) -> Non
         InvalidFileError: a chunk's checksum does not match.
     """
     entry = file.entry(name)
-
-    def chunk(k: int) -> Bytes:
-        with placed(tensor=name, base=file.chunk_offset(entry, k)):
-            return file.read_checked(entry, k)
-
-    vectors = None if entry.vectors is None else chunk(-1)
-    chunks = map(chunk, range(len(entry.chunks)))
+    vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+    chunks = (file.read_checked(entry, k) for k in range(len(entry.chunks)))
     writer.add_encoded(replace(entry, name=new_name), vectors, chunks)
 
 

@@ -6,6 +6,7 @@ reference, which gives the weights or the fault.
 
 from __future__ import annotations
 
+from ...container.plain import PlainTensors
 from .. import get_engine, why_not
 from .work import decode_runs, make_recipe
 
@@ -16,13 +17,14 @@ assign = _processor.assign
 chosen = _processor.chosen
 cluster = _processor.cluster
 count_classes = _processor.count_classes
+count_exact = _processor.count_exact
 count_symbols = _processor.count_symbols
 decode_levels = _processor.decode_levels
+encode_exact = _processor.encode_exact
 encode_levels = _processor.encode_levels
 encode_mask = _processor.encode_mask
+exact_zeros = _processor.exact_zeros
 lengths_of_codes = _processor.lengths_of_codes
-patterns_to_levels = _processor.patterns_to_levels
-shared_zeros = _processor.shared_zeros
 survivors = _processor.survivors
 uniform_levels = _processor.uniform_levels
 
@@ -31,16 +33,22 @@ __all__ = [
     "chosen",
     "cluster",
     "count_classes",
+    "count_exact",
     "count_symbols",
     "decode_levels",
     "decode_runs",
+    "encode_exact",
     "encode_levels",
     "encode_mask",
+    "exact_zeros",
     "lengths_of_codes",
     "make_recipe",
     "name",
-    "patterns_to_levels",
-    "shared_zeros",
+    "plan_plain",
     "survivors",
     "uniform_levels",
 ]
+
+
+def plan_plain(tensors: PlainTensors) -> None:
+    """None: `decode_runs` takes many tensors at once."""

@@ -12,11 +12,11 @@ from .encode import (
     count_symbols,
     encode_levels,
     lengths_of_codes,
-    patterns_to_levels,
-    shared_zeros,
     survivors,
     uniform_levels,
 )
+from .exact import count_exact, encode_exact, exact_zeros
+from .plain import plan_plain
 
 name = "numba"
 
@@ -25,16 +25,18 @@ __all__ = [
     "chosen",
     "cluster",
     "count_classes",
+    "count_exact",
     "count_symbols",
     "decode_levels",
     "decode_runs",
+    "encode_exact",
     "encode_levels",
     "encode_mask",
+    "exact_zeros",
     "lengths_of_codes",
     "make_recipe",
     "name",
-    "patterns_to_levels",
-    "shared_zeros",
+    "plan_plain",
     "survivors",
     "uniform_levels",
 ]

@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from .chunks import decode_values
+from .chunks import FILLED, decode_raw, decode_values
 from .compiling import kernel
 from .index import STREAMS
-from .memory import bytes_at
+from .memory import bytes_at, fence
 from .recipe import (
-    ARRAYS_OF,
     COLUMN_FACTORS,
     DATA,
+    DATA_SIZE,
     FIRST,
     IMPORTANCES,
     LENGTHS,
     MAGNITUDES,
+    MODE,
     OUT,
+    OUT_SIZE,
     PATTERN_TABLE,
+    PLACES,
+    PLACES_SIZE,
     ROW_FACTORS,
     SCALE,
     SHAPE,
@@ -29,42 +33,50 @@ from .recipe import (
     TOTAL,
     WHOLE,
 )
+from .values import RAW
 
 
 @kernel
-def _array_of(row: Any, which: int) -> Any:
-    """The array whose address and size are in a row, as bytes."""
-    at = ARRAYS_OF + 2 * which
-    return bytes_at(row[at], row[at + 1])
-
-
-@kernel
-def decode_runs(rows: Any, tables: Any, filled: Any, good: Any) -> None:
+def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
     """Decodes some runs of segments, of any chunks and tensors.
 
     Args:
         rows: int64, a run a row, see `recipe.row_of_run`.
-        tables, filled: memory that the calling thread keeps, see `decode_values`.
+        kept: uint8, memory that the calling thread keeps: what tables are filled, the tables, then room for
+            `working.carve`.
+        tables_size: bytes of the tables.
         good: bool, set to whether each run's weights are there.
     """
+    filled = kept[: 8 * FILLED].view(np.int64)
+    tables = kept[8 * FILLED : 8 * FILLED + tables_size]
+    free = kept[8 * FILLED + tables_size :]
     for i in range(good.size):
         row = rows[i]
+        data: Any = bytes_at(row[DATA], row[DATA_SIZE])
+        out: Any = bytes_at(row[OUT], row[OUT_SIZE])
+        at = bytes_at(row[PLACES], 8 * PLACES_SIZE).view(np.int64)
+        whole = bytes_at(at[2 * WHOLE], at[2 * WHOLE + 1]).view(np.int64)
+        if whole[MODE] == RAW:
+            good[i] = decode_raw(data, row[TOTAL], row[FIRST], whole, out)
+            continue
         good[i] = decode_values(
-            _array_of(row, DATA),
+            data,
             row[TOTAL],
             row[START],
             row[FIRST],
             row[STOP],
-            _array_of(row, WHOLE).view(np.int64),
-            _array_of(row, SHAPES).view(np.int64).reshape(len(STREAMS), SHAPE),
-            _array_of(row, LENGTHS),
+            whole,
+            bytes_at(at[2 * SHAPES], at[2 * SHAPES + 1]).view(np.int64).reshape(len(STREAMS), SHAPE),
+            bytes_at(at[2 * LENGTHS], at[2 * LENGTHS + 1]),
             tables,
             filled,
-            _array_of(row, PATTERN_TABLE).view(np.uint32),
-            _array_of(row, MAGNITUDES).view(np.float32),
-            _array_of(row, SCALE).view(np.float32),
-            _array_of(row, IMPORTANCES).view(np.float32),
-            _array_of(row, ROW_FACTORS).view(np.float32),
-            _array_of(row, COLUMN_FACTORS).view(np.float32),
-            _array_of(row, OUT),
+            free,
+            bytes_at(at[2 * PATTERN_TABLE], at[2 * PATTERN_TABLE + 1]).view(np.uint32),
+            bytes_at(at[2 * MAGNITUDES], at[2 * MAGNITUDES + 1]).view(np.float32),
+            bytes_at(at[2 * SCALE], at[2 * SCALE + 1]).view(np.float32),
+            bytes_at(at[2 * IMPORTANCES], at[2 * IMPORTANCES + 1]).view(np.float32),
+            bytes_at(at[2 * ROW_FACTORS], at[2 * ROW_FACTORS + 1]).view(np.float32),
+            bytes_at(at[2 * COLUMN_FACTORS], at[2 * COLUMN_FACTORS + 1]).view(np.float32),
+            out,
         )
+    fence()

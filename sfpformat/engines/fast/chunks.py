@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...coding.codetable import MAX_CODES
+from ...container.entry import CHUNK_ALIGNMENT
 from .compiling import kernel
 from .index import (
     CODES,
@@ -23,15 +24,15 @@ from .index import (
     RESIDUAL_BITS,
     RESIDUAL_START,
     ROW_SURVIVORS,
-    ROWS,
     STREAMS,
     TRIMS,
     read_index,
     row_of,
 )
 from .levels import decode_segment
-from .lookup import extras, firsts, prepare
+from .lookup import classes_of, prepare
 from .masks import OCTETS, mask_of_levels, mask_of_slots, spread, survivor_places
+from .prefix import CHAINS, SLACK
 from .recipe import (
     BASE_OF,
     CLASSES_OF,
@@ -52,8 +53,9 @@ from .recipe import (
     SEGMENT,
     START_OF,
     STOP_OF,
+    STREAMED,
 )
-from .slots import decode_and_join, decode_slots
+from .slots import Segments, Target, decode_codes, place_slots
 from .values import (
     ARITHMETIC,
     FACTORS,
@@ -72,57 +74,115 @@ from .values import (
     signed_magnitudes,
     signed_patterns,
 )
-from .vectors import BY_SLOT
+from .working import carve, working_bytes
 
 # `filled` of all streams: the number of the recipe that it is about, then each stream's of `lookup`.
-_FILLED_OF = 1 + MAX_CODES
-FILLED = 1 + len(STREAMS) * _FILLED_OF
+FILLED_OF = 1 + MAX_CODES
+FILLED = 1 + len(STREAMS) * FILLED_OF
 
 
 @kernel
-def _filled_of(filled: Any, stream: int) -> Any:
-    at = 1 + stream * _FILLED_OF
-    return filled[at : at + _FILLED_OF]
+def _any(values: Any) -> bool:
+    """Whether a value is not 0."""
+    seen = np.int64(0)
+    for value in values:
+        seen |= value
+    return seen != 0
 
 
 @kernel
-def _prepare_stream(stream: int, shapes: Any, lengths: Any, tables: Any, filled: Any) -> bool:
+def _of_stream(stream: int, shapes: Any, tables: Any, filled: Any) -> tuple[Any, Any]:
+    """A stream's part of ``tables`` and of ``filled``."""
+    at = 1 + stream * FILLED_OF
+    return tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]], filled[at : at + FILLED_OF]
+
+
+@kernel
+def _prepare_stream(
+    stream: int, shapes: Any, lengths: Any, tables: Any, filled: Any, class_slots: Any
+) -> bool:
     """Has the tables of a stream's classes made, if they are not there."""
     shape = shapes[stream]
+    own, own_filled = _of_stream(stream, shapes, tables, filled)
     return prepare(
         np.uint64(shape[BASE_OF]),
         shape[CLASSES_OF],
         lengths[shape[LENGTHS_OF] :],
         shape[CODES_OF],
         shape[GROUP_OF],
-        tables[shape[START_OF] : shape[STOP_OF]],
-        _filled_of(filled, stream),
+        own,
+        own_filled,
+        class_slots,
     )
 
 
 @kernel
-def _slots_of_stream(
+def _segments_of(index: Any, stream: int, first: int, stop: int) -> Any:
+    return Segments(
+        index[row_of(stream, PREFIX_START), first:stop],
+        index[row_of(stream, PREFIX_BITS), first:stop],
+        index[row_of(stream, COUNTS), first:stop],
+        index[row_of(stream, CODES), first:stop],
+        index[row_of(stream, RESIDUAL_START), first:stop],
+    )
+
+
+@kernel
+def _decode_slots(
     data: Any,
-    index: Any,
     stream: int,
     first: int,
     stop: int,
     shapes: Any,
     tables: Any,
     filled: Any,
-    places: Any,
-) -> tuple[bool, Any]:
-    """The slots of a stream over a run of segments, and where each segment's begin; whether all is well."""
-    return decode_slots(
-        data,
-        index[row_of(stream, PREFIX_START), first:stop],
-        index[row_of(stream, PREFIX_BITS), first:stop],
-        index[row_of(stream, COUNTS), first:stop],
-        index[row_of(stream, CODES), first:stop],
-        shapes[stream],
-        tables,
-        _filled_of(filled, stream),
-        places,
+    working: Any,
+    slots: Any,
+) -> bool:
+    """The slots of a stream over a run of segments, at ``working.places[stream]``; whether all is well."""
+    segments = _segments_of(working.index, stream, first, stop)
+    places = working.places[stream]
+    spare = place_slots(segments.counts, places)
+    target = Target(False, 0, np.uint64(0), 0, working.residuals, False, slots)
+    own, own_filled = _of_stream(stream, shapes, tables, filled)
+    return decode_codes(
+        data, segments, target, shapes[stream], own, own_filled, places, spare, working, slots
+    )
+
+
+@kernel
+def _decode_and_join(
+    data: Any,
+    first: int,
+    stop: int,
+    whole: Any,
+    shapes: Any,
+    tables: Any,
+    filled: Any,
+    working: Any,
+    out: Any,
+) -> bool:
+    """The weights of a run without mask and trims whose slots follow one another as their levels do.
+
+    Slots are joined with residuals a segment at a time, while they are in the nearest cache.
+    """
+    segments = _segments_of(working.index, FINGERPRINTS, first, stop)
+    own, own_filled = _of_stream(FINGERPRINTS, shapes, tables, filled)
+    shape = shapes[FINGERPRINTS]
+    target = Target(
+        True,
+        shape[CONSTANT_OF],
+        classes_of(own).first[0],
+        whole[SEGMENT] * whole[ITEM],
+        working.residuals,
+        whole[STREAMED] != 0,
+        out,
+    )
+    places, room = working.chain_places, whole[SEGMENT] + 1 + SLACK
+    for k in range(CHAINS):
+        places[k] = k * room
+    return decode_codes(
+        data, segments, target, shape, own, own_filled, places, CHAINS * room, working, working.slots
     )
 
 
@@ -130,7 +190,8 @@ def _slots_of_stream(
 def _levels_of_segment(
     data: Any, index: Any, stream: int, s: int, shapes: Any, tables: Any, slots: Any, place: int, levels: Any
 ) -> bool:
-    """The levels of segment ``s``."""
+    """The levels of segment ``s`` of the chunk."""
+    first, extra = classes_of(tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]])
     return decode_segment(
         data,
         index[row_of(stream, RESIDUAL_START), s],
@@ -138,8 +199,8 @@ def _levels_of_segment(
         index[row_of(stream, COUNTS), s],
         index[row_of(stream, TRIMS), s],
         shapes[stream, CONSTANT_OF],
-        firsts(tables),
-        extras(tables),
+        first,
+        extra,
         slots,
         place,
         levels,
@@ -148,49 +209,27 @@ def _levels_of_segment(
 
 @kernel
 def _decode_mask(
-    data: Any,
-    index: Any,
-    positions: Any,
-    first: int,
-    stop: int,
-    whole: Any,
-    shapes: Any,
-    tables: Any,
-    filled: Any,
-    bits: Any,
+    data: Any, first: int, stop: int, whole: Any, shapes: Any, tables: Any, filled: Any, working: Any
 ) -> bool:
-    """The mask bits of a run, ``segment / 8`` bytes a segment."""
-    places, segment = np.empty(stop - first, np.int64), whole[SEGMENT]
-    good, slots = _slots_of_stream(data, index, MASK, first, stop, shapes, tables, filled, places)
-    if not good:
+    """The mask bits of a run, ``segment / 8`` bytes a segment, into ``working.bits``."""
+    slots, index, bits, segment = working.slots, working.index, working.bits, whole[SEGMENT]
+    if not _decode_slots(data, MASK, first, stop, shapes, tables, filled, working, slots):
         return False
+    places = working.places[MASK]
     octets_alone = whole[MASK_KIND] == OCTETS and shapes[MASK, CONSTANT_OF] == 0
-    levels = np.empty(0 if octets_alone else segment, np.uint64)
+    first_levels = classes_of(_of_stream(MASK, shapes, tables, filled)[0]).first
+    bits[:] = 0
     for s in range(first, stop):
+        count, survivors = index[row_of(MASK, COUNTS), s], index[ROW_SURVIVORS, s]
+        place, at, positions = places[s - first], (s - first) * (segment >> 3), working.positions[s]
         if octets_alone:
-            if not mask_of_slots(
-                firsts(tables),
-                slots,
-                places[s - first],
-                index[row_of(MASK, COUNTS), s],
-                positions[s],
-                index[ROW_SURVIVORS, s],
-                bits,
-                (s - first) * (segment >> 3),
-            ):
+            if not mask_of_slots(first_levels, slots, place, count, positions, survivors, bits, at):
                 return False
             continue
-        if not _levels_of_segment(data, index, MASK, s, shapes, tables, slots, places[s - first], levels):
+        levels = working.levels
+        if not _levels_of_segment(data, index, MASK, s, shapes, tables, slots, place, levels):
             return False
-        if not mask_of_levels(
-            whole[MASK_KIND],
-            levels,
-            index[row_of(MASK, COUNTS), s],
-            positions[s],
-            index[ROW_SURVIVORS, s],
-            bits,
-            (s - first) * (segment >> 3),
-        ):
+        if not mask_of_levels(whole[MASK_KIND], levels, count, positions, survivors, bits, at):
             return False
     return True
 
@@ -198,45 +237,60 @@ def _decode_mask(
 @kernel
 def _multiply(
     data: Any,
-    index: Any,
     s: int,
     start: int,
     whole: Any,
     shapes: Any,
     tables: Any,
-    slots: Any,
     place: int,
     scale: Any,
     importances: Any,
     rows: Any,
     across: Any,
-    levels: Any,
-    places: Any,
+    working: Any,
     count: int,
-    numbers: Any,
 ) -> bool:
     """Multiplies the numbers of segment ``s`` by their scale factors and importances (R-REC-001).
 
     Args:
         start: the segment's first position in the tensor.
-        tables, slots, place: of the importance stream.
+        place: where the slots of its importances begin.
         scale, importances, rows, across: as in `decode_values`.
-        levels: uint64, free for use.
-        places: int64, the position of each number in the segment.
-        count: how many numbers.
-        numbers: float32, changed in place.
+        count: how many numbers ``working.numbers`` has; ``working.inside`` says where in the segment each is.
     """
-    multiplier = whole[MULTIPLIER]
+    multiplier, numbers, inside = whole[MULTIPLIER], working.numbers, working.inside
     if whole[SCALE_BY] != NOTHING:
-        multiply_by_place(numbers, count, places, start, whole[SCALE_UNIT], whole[SCALE_BY], scale)
+        multiply_by_place(numbers, count, inside, start, whole[SCALE_UNIT], whole[SCALE_BY], scale)
     if multiplier == FACTORS:
-        multiply_by_product(numbers, count, places, start, whole[COLUMNS], rows, across)
+        multiply_by_product(numbers, count, inside, start, whole[COLUMNS], rows, across)
     elif multiplier != NO_MULTIPLIER:
+        index, slots, levels = working.index, working.importance_slots, working.levels
         if not _levels_of_segment(data, index, IMPORTANCE, s, shapes, tables, slots, place, levels):
             return False
         for i in range(count):
-            at = places[i] if multiplier == OF_POSITIONS else i
+            at = inside[i] if multiplier == OF_POSITIONS else i
             numbers[i] = numbers[i] * importances[levels[at]]
+    return True
+
+
+@kernel
+def decode_raw(data: Any, total: int, first: int, whole: Any, out: Any) -> bool:
+    """The elements of a run of segments of a raw chunk, as they are.
+
+    Args:
+        data: uint8, the whole chunk, its checksum compared.
+        total: positions of the chunk.
+        first: the run's first segment.
+        out: uint8, exactly the bytes of the run's elements.
+    """
+    size, start = total * whole[ITEM], first * whole[SEGMENT] * whole[ITEM]
+    if data.size != (size + CHUNK_ALIGNMENT - 1) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT:
+        return False
+    for i in range(size, data.size):
+        if data[i]:
+            return False
+    for i in range(out.size):
+        out[i] = data[start + i]
     return True
 
 
@@ -252,6 +306,7 @@ def decode_values(
     lengths: Any,
     tables: Any,
     filled: Any,
+    memory: Any,
     patterns: Any,
     numbers_of: Any,
     scale: Any,
@@ -270,13 +325,17 @@ def decode_values(
         whole, shapes, lengths, patterns, numbers_of, scale, importances, rows, across: of `recipe.Recipe`.
         tables: uint8, room for the tables of all streams, see `lookup`.
         filled: int64 [FILLED], which of them are there, and of which recipe.
+        memory: uint8, for `working.carve`.
         out: uint8, exactly the bytes of the run's weights.
     """
     segment, item, mode = whole[SEGMENT], whole[ITEM], whole[MODE]
     segments = (total + segment - 1) // segment
-    positions = np.full(segments, segment)
+    if working_bytes(segments, stop - first, segment) > memory.size:
+        return False
+    working = carve(memory, segments, stop - first, segment)
+    positions, index = working.positions, working.index
+    positions[:] = segment
     positions[segments - 1] -= segments * segment - total
-    index = np.empty((ROWS, segments), np.int64)
     if not read_index(data, shapes, positions, index):
         return False
     masked = shapes[MASK, PRESENT_OF] != 0
@@ -285,139 +344,63 @@ def decode_values(
         filled[:] = 0
         filled[0] = whole[NUMBER]
     for stream, needed in ((MASK, masked), (FINGERPRINTS, True), (IMPORTANCE, streamed)):
-        if needed and not _prepare_stream(stream, shapes, lengths, tables, filled):
+        if needed and not _prepare_stream(stream, shapes, lengths, tables, filled, working.class_slots):
             return False
-    own = tables[shapes[FINGERPRINTS, START_OF] : shapes[FINGERPRINTS, STOP_OF]]
-    bits = np.zeros((stop - first) * (segment >> 3) if masked else 0, np.uint8)
-    if masked:
-        of_mask = tables[shapes[MASK, START_OF] : shapes[MASK, STOP_OF]]
-        if not _decode_mask(data, index, positions, first, stop, whole, shapes, of_mask, filled, bits):
-            return False
-    if whole[CONTIGUOUS] and not masked and not index[row_of(FINGERPRINTS, TRIMS), first:stop].any():
-        own_filled = _filled_of(filled, FINGERPRINTS)
-        return decode_and_join(data, index, first, stop, whole, shapes, own, own_filled, out)
-    places = np.empty(stop - first, np.int64)
-    good, slots = _slots_of_stream(data, index, FINGERPRINTS, first, stop, shapes, own, filled, places)
-    if not good:
+    if masked and not _decode_mask(data, first, stop, whole, shapes, tables, filled, working):
         return False
-    of_importance = tables[shapes[IMPORTANCE, START_OF] : shapes[IMPORTANCE, STOP_OF]]
-    importance_places, importance_slots = np.zeros(stop - first, np.int64), slots
-    if streamed:
-        good, importance_slots = _slots_of_stream(
-            data, index, IMPORTANCE, first, stop, shapes, of_importance, filled, importance_places
-        )
-        if not good:
-            return False
-    levels = np.empty(segment, np.uint64)
-    inside = np.arange(segment if mode == ARITHMETIC else 0)
-    numbers = np.empty(segment if mode == ARITHMETIC else 0, np.float32)
-    survivors = np.empty(segment * item if masked else 0, np.uint8)
+    if whole[CONTIGUOUS] and not masked and not _any(index[row_of(FINGERPRINTS, TRIMS), first:stop]):
+        return _decode_and_join(data, first, stop, whole, shapes, tables, filled, working, out)
+    if streamed and not _decode_slots(
+        data, IMPORTANCE, first, stop, shapes, tables, filled, working, working.importance_slots
+    ):
+        return False
+    slots, places = working.slots, working.places[FINGERPRINTS]
+    if not _decode_slots(data, FINGERPRINTS, first, stop, shapes, tables, filled, working, slots):
+        return False
+    own = _of_stream(FINGERPRINTS, shapes, tables, filled)[0]
+    bits, levels, by_slot = working.bits, working.levels, working.by_slot
     signs_alone = mode == LOOKED_UP and shapes[FINGERPRINTS, CONSTANT_OF] == 1
-    by_slot = np.empty(BY_SLOT if signs_alone else 0, np.uint32)
     if signs_alone:
-        signed_patterns(patterns, firsts(own), by_slot)
+        signed_patterns(patterns, classes_of(own).first, by_slot)
+    if mode == ARITHMETIC and not masked:
+        for i in range(segment):
+            working.inside[i] = i
     for s in range(first, stop):
-        count, place, to = (
-            index[row_of(FINGERPRINTS, COUNTS), s],
-            places[s - first],
-            (s - first) * segment * item,
-        )
-        target, at, bit = out, to, (s - first) * (segment >> 3)
+        count, place = index[row_of(FINGERPRINTS, COUNTS), s], places[s - first]
+        to, bit = (s - first) * segment * item, (s - first) * (segment >> 3)
+        target, at = out, to
         if masked:
-            target, at = survivors, 0
+            target, at = working.survivors, 0
         if signs_alone:
             signs = index[row_of(FINGERPRINTS, RESIDUAL_START), s]
             looked_up_by_slot(data, signs, count, by_slot, item, slots, place, target, at)
-        elif not _levels_of_segment(data, index, FINGERPRINTS, s, shapes, own, slots, place, levels):
+        elif not _levels_of_segment(data, index, FINGERPRINTS, s, shapes, tables, slots, place, levels):
             return False
         elif mode == PATTERNS:
             patterns_of_levels(levels, count, item, target, at)
         elif mode == LOOKED_UP:
             looked_up(levels, count, patterns, item, target, at)
         else:
-            signed_magnitudes(levels, count, numbers_of, numbers)
+            signed_magnitudes(levels, count, numbers_of, working.numbers)
             if masked:
-                survivor_places(bits, bit, positions[s], inside)
+                survivor_places(bits, bit, positions[s], working.inside)
             if not _multiply(
                 data,
-                index,
                 s,
                 start + s * segment,
                 whole,
                 shapes,
-                of_importance,
-                importance_slots,
-                importance_places[s - first],
+                tables,
+                working.places[IMPORTANCE, s - first],
                 scale,
                 importances,
                 rows,
                 across,
-                levels,
-                inside,
+                working,
                 count,
-                numbers,
             ):
                 return False
-            rounded(numbers, count, item, target, at)
+            rounded(working.numbers, count, item, target, at)
         if masked:
-            spread(bits, bit, positions[s], survivors, item, out, to)
-    return True
-
-
-@kernel
-def decode_levels(
-    data: Any,
-    prefix_start: int,
-    prefix_bits: Any,
-    residual_start: int,
-    residual_bits: Any,
-    counts: Any,
-    codes: Any,
-    trims: Any,
-    shape: Any,
-    lengths: Any,
-    levels: Any,
-) -> bool:
-    """The levels of a run of segments, one segment's after another's.
-
-    Args:
-        data: uint8, the chunk, at least 8 bytes. Where all classes have one width, the residuals were checked
-            to lie 8 bytes inside.
-        prefix_start, residual_start: bit offsets of the run in the two planes.
-        prefix_bits, residual_bits, counts, codes, trims: int64 [n], of each segment.
-        shape: int64, of `recipe.stream_shape`.
-        lengths: uint8, of `lookup.lengths_of`.
-        levels: uint64, as many as all counts.
-    """
-    n = counts.size
-    tables, filled = np.empty(shape[STOP_OF], np.uint8), np.zeros(_FILLED_OF, np.int64)
-    base = np.uint64(shape[BASE_OF])
-    if not prepare(base, shape[CLASSES_OF], lengths, shape[CODES_OF], shape[GROUP_OF], tables, filled):
-        return False
-    places, starts = np.empty(n, np.int64), np.empty(n, np.int64)
-    at = prefix_start
-    for s in range(n):
-        starts[s] = at
-        at += prefix_bits[s]
-    good, slots = decode_slots(data, starts, prefix_bits, counts, codes, shape, tables, filled, places)
-    if not good:
-        return False
-    at, done = residual_start, np.int64(0)
-    for s in range(n):
-        if not decode_segment(
-            data,
-            at,
-            residual_bits[s],
-            counts[s],
-            trims[s],
-            shape[CONSTANT_OF],
-            firsts(tables),
-            extras(tables),
-            slots,
-            places[s],
-            levels[done : done + counts[s]],
-        ):
-            return False
-        at += residual_bits[s]
-        done += counts[s]
+            spread(bits, bit, positions[s], target, item, out, to)
     return True

@@ -8,12 +8,12 @@ import numpy as np
 
 from ...coding.classes import FRACTION, LOG2, LOG2_BITS
 from ...coding.counts import COST_FRACTION, ROUNDS
-from .compiling import kernel
+from .compiling import allocating_kernel
 
 _MOST_BITS = 64
 
 
-@kernel
+@allocating_kernel
 def _log2(count: int) -> int:
     """As `coding.classes.log2_fixed`."""
     exponent = 0
@@ -24,7 +24,7 @@ def _log2(count: int) -> int:
     return (np.int64(exponent) << FRACTION) + LOG2[mantissa - (1 << LOG2_BITS)]
 
 
-@kernel
+@allocating_kernel
 def _fill_costs(totals: Any, costs: Any) -> None:
     """Fills ``costs`` (int32), as `coding.counts.symbol_costs`."""
     codes, symbols = totals.shape
@@ -38,7 +38,7 @@ def _fill_costs(totals: Any, costs: Any) -> None:
             costs[code, symbol] = np.int32(bits >> (FRACTION - COST_FRACTION))
 
 
-@kernel
+@allocating_kernel
 def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
     """The cheapest code of a segment, of equally cheap ones the first, and what it costs."""
     best, least = 0, np.int32(0x7FFFFFFF)
@@ -51,7 +51,7 @@ def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
     return best, np.int64(least)
 
 
-@kernel
+@allocating_kernel
 def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> int:
     """As `coding.counts.cluster`.
 
@@ -100,7 +100,7 @@ def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> i
     return best
 
 
-@kernel
+@allocating_kernel
 def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
     """As `coding.counts.assign`: fills ``codes`` (uint8) and ``totals`` (int64, zeros)."""
     for s in range(rows.shape[0]):
@@ -111,7 +111,7 @@ def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
             own[symbol] += rows[s, symbol]
 
 
-@kernel
+@allocating_kernel
 def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
     """The code lengths of the symbols of one code, as `coding.codetable.code_lengths`.
 
@@ -159,7 +159,7 @@ def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
         taken = 2 * (taken - chosen)
 
 
-@kernel
+@allocating_kernel
 def fill_all_lengths(totals: Any, limit: int, lengths: Any) -> None:
     """`fill_lengths` for each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
     for code in range(totals.shape[0]):

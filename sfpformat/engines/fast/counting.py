@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 
 from ...coding.quantiser import MAX_NUMBER
-from .compiling import kernel
+from .compiling import allocating_kernel
 
 # Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
 # every fourth level has counters of its own.
-_COUNTERS = 4
+COUNTERS = 4
 
 
-@kernel
+@allocating_kernel
 def patterns_to_levels(patterns: Any, top: int, levels: Any) -> None:
     """Moves the sign from bit ``top`` of each pattern to the lowest."""
     for i in range(patterns.size):
         levels[i] = patterns[i] << 1 | patterns[i] >> top
 
 
-@kernel
+@allocating_kernel
 def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> int:
     """Fills ``levels``, as `coding.quantiser.uniform_levels`, float32 operation by operation.
 
@@ -67,7 +67,7 @@ def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, level
     return np.int64(1) << 40 if beyond else np.int64(greatest)
 
 
-@kernel
+@allocating_kernel
 def survivors(mask: Any, positions: Any, found: Any) -> None:
     """Fills ``found``: how many bytes of each segment are 1; ``mask`` is uint8, of zeros and ones."""
     at = np.int64(0)
@@ -79,7 +79,7 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
         at += positions[s]
 
 
-@kernel
+@allocating_kernel
 def chosen(values: Any, mask: Any, out: Any) -> int:
     """Fills ``out`` with the values whose mask is 1, and one more that means nothing; returns how many."""
     to = np.uint64(0)
@@ -89,7 +89,7 @@ def chosen(values: Any, mask: Any, out: Any) -> int:
     return np.int64(to)
 
 
-@kernel
+@allocating_kernel
 def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
@@ -110,12 +110,12 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
     for s in range(counts.size):
         stop = at + np.uint64(counts[s])
         zero[:], one[:], two[:], three[:] = 0, 0, 0, 0
-        while at + np.uint64(_COUNTERS) <= stop:
+        while at + np.uint64(COUNTERS) <= stop:
             zero[(np.uint64(levels[at]) >> shift) - least] += more
             one[(np.uint64(levels[at + np.uint64(1)]) >> shift) - least] += more
             two[(np.uint64(levels[at + np.uint64(2)]) >> shift) - least] += more
             three[(np.uint64(levels[at + np.uint64(3)]) >> shift) - least] += more
-            at += np.uint64(_COUNTERS)
+            at += np.uint64(COUNTERS)
         while at < stop:
             zero[(np.uint64(levels[at]) >> shift) - least] += more
             at += np.uint64(1)
@@ -123,7 +123,7 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
             rows[s, c] = zero[c] + one[c] + two[c] + three[c]
 
 
-@kernel
+@allocating_kernel
 def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> int:
     """The class of a level.
 
@@ -140,7 +140,7 @@ def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> 
     return np.searchsorted(firsts, level, side="right") - 1
 
 
-@kernel
+@allocating_kernel
 def count_symbols(
     levels: Any, counts: Any, base: Any, constant: int, lookup: Any, firsts: Any, group: int, rows: Any
 ) -> None:
@@ -162,26 +162,4 @@ def count_symbols(
                     symbol += classes * class_of(np.uint64(levels[at]), base, constant, lookup, firsts)
                 at += 1
             rows[s, symbol] += np.int32(1)
-        at = stop
-
-
-@kernel
-def shared_zeros(levels: Any, counts: Any, bits: int, zeros: Any) -> None:
-    """Fills ``zeros`` (int64), as `coding.planes.shared_zeros`; ``bits`` is the width of the dtype."""
-    at = np.int64(0)
-    for s in range(counts.size):
-        stop = at + counts[s]
-        joined, i = np.uint64(0), at
-        # Almost always one of the first few levels says that there are none.
-        while i < stop and not joined & np.uint64(2):
-            joined |= np.uint64(levels[i])
-            i += 1
-        zeros[s] = 0
-        if stop > at:
-            joined = joined >> np.uint64(1) | np.uint64(1) << np.uint64(
-                bits - 1
-            )  # no more than there are bits
-            while not joined & np.uint64(1):
-                joined >>= np.uint64(1)
-                zeros[s] += 1
         at = stop

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -18,27 +19,51 @@ from ...coding.codetable import CodeTable
 from ...coding.planes import Levels, StreamSpan
 from ...coding.planes import decode_levels as decode_levels_plainly
 from ..interface import Run
-from . import batch, chunks
+from . import batch, chunks, streams
 from .lookup import lengths_of
-from .recipe import make_recipe, row_of_run, stream_shape
+from .recipe import STOP_OF, make_recipe, row_of_run, stream_shape
+from .working import working_bytes
 
 __all__ = ["decode_levels", "decode_runs", "make_recipe"]
 
-# Memory of each thread: `tables` for the tables of the tensor that it decodes, half a megabyte a stream at
-# most, and `filled` for which tensor that is and which of them are there.
+# Memory of each thread: `kept`, see `batch.decode_runs`, and `tables_size`, how much of it is for tables.
 _thread = threading.local()
+# More than this is not kept from call to call; only chunks of millions of positions need more.
+_MOST_KEPT = 16 << 20
 
 
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
     """See `Engine.decode_runs`."""
     good = np.zeros(len(runs), np.bool_)
     room = max([run.recipe.room for run in runs])
-    tables: NDArray[np.uint8] | None = getattr(_thread, "tables", None)
-    if tables is None or len(tables) < room:
-        _thread.tables = tables = np.empty(room, np.uint8)
-        _thread.filled = np.zeros(chunks.FILLED, np.int64)
-    batch.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), tables, _thread.filled, good)
+    most = max([_working_size_of(run) for run in runs])
+    kept, tables_size = memory_for(room, most)
+    batch.decode_runs(np.array([row_of_run(run) for run in runs], np.int64), kept, tables_size, good)
     return cast(list[bool], good.tolist())
+
+
+def _working_size_of(run: Run) -> int:
+    segment = run.recipe.segment
+    return working_size(-(-run.total // segment), run.stop - run.first, segment)
+
+
+@cache
+def working_size(segments: int, n: int, segment: int) -> int:
+    return cast(int, working_bytes(segments, n, segment))
+
+
+def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], int]:
+    """Memory that is large enough, and how much of it is for tables; this thread's own if that will do."""
+    kept: NDArray[np.uint8] | None = getattr(_thread, "kept", None)
+    if kept is not None and tables_size <= (there := _thread.tables_size):
+        tables_size = there
+    if kept is not None and 8 * chunks.FILLED + tables_size + working_size <= len(kept):
+        return kept, tables_size
+    kept = np.empty(8 * chunks.FILLED + tables_size + working_size, np.uint8)
+    kept[: 8 * chunks.FILLED] = 0
+    if len(kept) <= _MOST_KEPT:
+        _thread.kept, _thread.tables_size = kept, tables_size
+    return kept, tables_size
 
 
 def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
@@ -46,7 +71,8 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
     levels = np.empty(int(span.counts.sum()), np.uint64)
     if len(levels) and _is_inside(data, span, table):
         shape = np.array(stream_shape(table, len(levels)), np.int64)
-        if chunks.decode_levels(
+        n, most = len(span.counts), int(span.counts.max())
+        if streams.decode_levels(
             data,
             span.prefix_start,
             span.prefix_bits,
@@ -57,6 +83,11 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
             span.trims,
             shape,
             np.frombuffer(lengths_of(table), np.uint8),
+            np.empty(shape[STOP_OF], np.uint8),
+            np.zeros(chunks.FILLED_OF, np.int64),
+            np.empty((2, n), np.int64),
+            most,
+            np.empty(working_bytes(n, n, most), np.uint8),
             levels,
         ):
             return levels

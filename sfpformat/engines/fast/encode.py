@@ -76,13 +76,6 @@ def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int)
     return rows
 
 
-def shared_zeros(levels: AnyLevels, counts: Counts) -> Counts:
-    """As `coding.planes.shared_zeros`."""
-    zeros = np.empty(len(counts), np.int64)
-    counting.shared_zeros(np.ascontiguousarray(levels), counts, 8 * levels.itemsize, zeros)
-    return zeros
-
-
 def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
     """As `coding.counts.cluster`."""
     tried = [n for n in NUMBERS_OF_CODES if n <= most and n <= max(len(sample) // 2, 1)]
@@ -115,10 +108,6 @@ def encode_levels(
     extra = table.class_extra
     base, constant, lookup, firsts = _class_tables(table.base, extra)
     prefix, prefix_bits = _prefix_plane(levels, counts, codes, table, base, constant, lookup, firsts)
-    if constant == 8 and not int(base) & 255 and not trims.any():
-        residual = np.empty(len(levels), np.uint8)
-        packing.lowest_bytes(levels, residual)
-        return Planes(codes, trims, prefix, prefix_bits, residual, counts * 8)
     widest = int(extra.max())
     plane, sizes = np.empty(-(-len(levels) * widest // 8) + 8, np.uint8), np.empty(len(counts), np.int64)
     used = packing.pack_residuals(levels, counts, trims, base, constant, lookup, firsts, extra, plane, sizes)

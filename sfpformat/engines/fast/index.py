@@ -136,7 +136,8 @@ def read_index(data: Any, shapes: Any, positions: Any, index: Any) -> bool:
             if survivors[s] > positions[s]:
                 return False
     else:
-        survivors[:] = positions
+        for s in range(n):
+            survivors[s] = positions[s]
     for stream in range(3):
         base = row_of(stream, 0)
         index[base : base + ROWS_A_STREAM] = 0

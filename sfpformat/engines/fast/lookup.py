@@ -1,8 +1,8 @@
 """The tables that decoding a stream needs, laid out in bytes: classes, codewords, and look-up tables.
 
 They are made in memory that each thread keeps, when the first segment asks for them: those of the classes by
-`prepare`, the look-up table of a code by `fill_entries`. A stream's `filled` says which are there: the first
-element for the classes, one more for each code.
+`prepare`, the look-up table of a code by `code_of`. A stream's `filled` says which are there: the
+first element for the classes, one more for each code.
 
 A *slot* is a byte that stands for a class: the class itself where there are at most 256, else its place among
 the used ones. The tables of a stream are these, one after another (`c` codes, look-up tables `b` bits wide):
@@ -11,41 +11,48 @@ the used ones. The tables of a stream are these, one after another (`c` codes, l
     extra           uint8 [256]        its residual bits
     of_length       int64 [c, 13]      how many codewords of each length
     symbol_slots    uint16 [c, 256]    in canonical order: the slot, with g = 2 the second in the higher byte
-    entries         uint64 [c, 2^b]    from the next b bits of a prefix plane to up to four slots at once
+    symbol_length   uint8 [c, 4096]    codeword's length, of slot s at s, with g = 2 of s and t at s + 64 t
+    entries         uint64 [c, 2^b]    from the next b bits of a prefix plane to up to six slots at once
 
 An entry is
 
-    bits  0 to  7   bits that all its symbols take
-    bits  8 to 11   how many slots it gives, 1 to 4
-    bits 12 to 31   four bits each: bits taken by the symbols of its first 0, 1, 2, 3, 4 slots, 15 for those
-                    that it does not give
-    bits 32 to 63   the slots, the first one lowest
+    bits  0 to  5   bits that its symbols take
+    bits  8 to 55   the slots, the first one lowest; those behind the ones that count mean nothing
+    bits 56 to 63   how many slots count, 1 to 6
 
-so that the sum of some entries has the sum of their bits and of their slots in its two lowest bytes. It is
-`LONG` where the next codeword is longer than the table is wide; those are rare, and `decode_one` reads them
+It is 0 where the next codeword is longer than the table is wide; those are rare, and `decode_one` reads them
 bit by bit.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from .compiling import kernel
+from .memory import count_ones
 
-MAX_SLOTS = 4
-# Four look-ups of at most this many bits take at most the 57 that one unaligned load of 64 is sure to give.
-MAX_BITS = 12
+MAX_SLOTS = 6
+# Five look-ups of at most this many bits take at most the 57 that one unaligned load of 64 is sure to give; a
+# table of 2^11 entries leaves half of a first cache of 32 KiB to what goes through it.
+MAX_BITS = 11
 _MIN_BITS = 9
-# The entry that gives nothing and takes nothing.
-LONG = 0xFFFF0000
+# The entry of a codeword that is longer than the table is wide.
+LONG = 0
+# Where in an entry its slots are, and how many of them count.
+SLOTS_AT, COUNT_AT = 8, 56
 # An entry should serve at least 2^5 levels: making it takes about as long as decoding 8.
 _LEVELS_AN_ENTRY = 5
 
 _EXTRA, _OF_LENGTH = 256 * 8, 256 * 9
 _LENGTHS = MAX_CODE_BITS + 1
+# Bytes a code beside its look-up table: of_length, symbol_slots, symbol_length.
+_SYMBOLS = 64 * 64
+_A_CODE = 8 * _LENGTHS + 512 + _SYMBOLS
+# For sums and comparisons of six bytes at once.
+_ONES, _HIGHS, _BYTES = 0x010101010101, 0x808080808080, 0xFFFFFFFFFFFF
 
 
 def table_bits(codes: int, levels: int) -> int:
@@ -57,7 +64,7 @@ def table_bits(codes: int, levels: int) -> int:
 
 def table_bytes(codes: int, bits: int) -> int:
     """Bytes that the tables of a stream take."""
-    return _OF_LENGTH + codes * (8 * _LENGTHS + 512 + (8 << bits))
+    return _OF_LENGTH + codes * (_A_CODE + (8 << bits))
 
 
 def lengths_of(table: CodeTable) -> bytes:
@@ -65,48 +72,58 @@ def lengths_of(table: CodeTable) -> bytes:
     return b"".join([table.extra, *[code.length for code in table.codes]])
 
 
-@kernel
-def firsts(tables: Any) -> Any:
-    """The first level of each slot."""
-    return tables[:_EXTRA].view(np.uint64)
+class Classes(NamedTuple):
+    """The tables of a stream's classes: ``first`` and ``extra`` of each slot."""
+
+    first: Any
+    extra: Any
+
+
+class Code(NamedTuple):
+    """The tables of one code, as described above; ``mask`` is the number of entries less one."""
+
+    group: int
+    of_length: Any
+    symbol_slots: Any
+    symbol_length: Any
+    entries: Any
+    mask: Any
 
 
 @kernel
-def extras(tables: Any) -> Any:
-    """The residual bits of each slot."""
-    return tables[_EXTRA:_OF_LENGTH]
+def classes_of(tables: Any) -> Any:
+    """The `Classes` of a stream's tables."""
+    return Classes(tables[:_EXTRA].view(np.uint64), tables[_EXTRA:_OF_LENGTH])
 
 
 @kernel
-def of_length_of(tables: Any, code: int) -> Any:
-    """How many codewords of each length a code has."""
-    at = _OF_LENGTH + code * 8 * _LENGTHS
-    return tables[at : at + 8 * _LENGTHS].view(np.int64)
+def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
+    """Where the tables of a code are, filled or not."""
+    lengths = _OF_LENGTH + code * 8 * _LENGTHS
+    slots = _OF_LENGTH + codes * 8 * _LENGTHS + code * 512
+    symbols = _OF_LENGTH + codes * (8 * _LENGTHS + 512) + code * _SYMBOLS
+    entries = _OF_LENGTH + codes * _A_CODE + code * (8 << bits)
+    return Code(
+        group,
+        tables[lengths : lengths + 8 * _LENGTHS].view(np.int64),
+        tables[slots : slots + 512].view(np.uint16),
+        tables[symbols : symbols + _SYMBOLS],
+        tables[entries : entries + (8 << bits)].view(np.uint64),
+        np.uint64((1 << bits) - 1),
+    )
 
 
 @kernel
-def symbol_slots_of(tables: Any, codes: int, code: int) -> Any:
-    """The slots of a code's symbols."""
-    at = _OF_LENGTH + codes * 8 * _LENGTHS + code * 512
-    return tables[at : at + 512].view(np.uint16)
-
-
-@kernel
-def entries_of(tables: Any, codes: int, bits: int, code: int) -> Any:
-    """The look-up table of a code."""
-    at = _OF_LENGTH + codes * (8 * _LENGTHS + 512) + code * (8 << bits)
-    return tables[at : at + (8 << bits)].view(np.uint64)
-
-
-@kernel
-def _slot_of_class(base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any) -> Any:
-    """Fills `first` and `extra`. The slot of each class, -1 for none; shape [0] where 256 are too few."""
+def _slots_of_classes(
+    base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any, slots: Any
+) -> bool:
+    """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none; False where 256 are
+    too few."""
     classes = extra.size
-    slots = np.full(classes, -1)
-    symbols = classes * group if group == 1 else classes * classes
-    if classes <= 256:
-        slots[:] = np.arange(classes)
-    else:  # more than 64 classes: the group is 1
+    symbols = classes if group == 1 else classes * classes
+    for c in range(classes):
+        slots[c] = c if classes <= 256 else -1
+    if classes > 256:  # more than 64 classes: the group is 1
         for i in range(codes * symbols):
             if lengths[i]:
                 slots[i % symbols] = 0
@@ -116,19 +133,21 @@ def _slot_of_class(base: Any, extra: Any, lengths: Any, codes: int, group: int, 
                 slots[c] = used
                 used += 1
         if used > 256:
-            return slots[:0]
-    first, width = firsts(tables), extras(tables)
+            return False
+    first, width = classes_of(tables)
     first[:], width[:] = np.uint64(0), np.uint8(0)
     level = base
     for c in range(classes):
         if slots[c] >= 0:
             first[slots[c]], width[slots[c]] = level, extra[c]
         level += np.uint64(1) << np.uint64(extra[c])
-    return slots
+    return True
 
 
 @kernel
-def prepare(base: Any, classes: int, lengths: Any, codes: int, group: int, tables: Any, filled: Any) -> bool:
+def prepare(
+    base: Any, classes: int, lengths: Any, codes: int, group: int, tables: Any, filled: Any, slots: Any
+) -> bool:
     """Fills the tables of a stream but for the entries; False where its codes use more than 256 classes.
 
     Args:
@@ -136,22 +155,23 @@ def prepare(base: Any, classes: int, lengths: Any, codes: int, group: int, table
         lengths: uint8, of `lengths_of`.
         tables: uint8 [table_bytes].
         filled: int64 [1 + codes], set to 1 and zeros.
+        slots: int64 [MAX_CLASSES + 13], free for use.
     """
     if filled[0]:
         return True
     extra, lengths = lengths[:classes], lengths[classes:]
-    slots = _slot_of_class(base, extra, lengths, codes, group, tables)
-    if slots.size == 0:
+    if not _slots_of_classes(base, extra, lengths, codes, group, tables, slots):
         return False
+    ranks = slots[classes : classes + _LENGTHS]
     symbols = classes if group == 1 else classes * classes
     for code in range(codes):
-        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, codes, code)
+        of_length, symbol_slots, symbol_length = code_at(tables, codes, 0, code, group)[1:4]
         of_length[:] = 0
         own = lengths[code * symbols : (code + 1) * symbols]
         for symbol in range(symbols):
             of_length[own[symbol]] += 1
         of_length[0] = 0
-        ranks = np.zeros(_LENGTHS, np.int64)
+        ranks[:] = 0
         for length in range(1, MAX_CODE_BITS):
             ranks[length + 1] = ranks[length] + of_length[length]
         for symbol in range(symbols):
@@ -159,7 +179,11 @@ def prepare(base: Any, classes: int, lengths: Any, codes: int, group: int, table
             if length:
                 slot = slots[symbol % classes]
                 if group == 2:
-                    slot |= slots[symbol // classes] << 8
+                    second = slots[symbol // classes]
+                    symbol_length[slot + 64 * second] = length
+                    slot |= second << 8
+                else:
+                    symbol_length[slot] = length
                 symbol_slots[ranks[length]] = slot
                 ranks[length] += 1
     filled[:] = 0
@@ -168,26 +192,34 @@ def prepare(base: Any, classes: int, lengths: Any, codes: int, group: int, table
 
 
 @kernel
-def entries_of_code(tables: Any, codes: int, bits: int, code: int, group: int, filled: Any) -> Any:
-    """The look-up table of a code, filled if it was not."""
-    entries = entries_of(tables, codes, bits, code)
+def code_of(
+    tables: Any, codes: int, bits: int, code: int, group: int, filled: Any, single: Any, ends: Any
+) -> Any:
+    """The tables of a code, `Code`; its look-up table is filled if it was not."""
+    found = code_at(tables, codes, bits, code, group)
     if not filled[1 + code]:
-        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, codes, code)
-        _fill_entries(of_length, symbol_slots, group, bits, entries)
+        _fill_entries(found.of_length, found.symbol_slots, group, bits, single, ends, found.entries)
         filled[1 + code] = 1
-    return entries
+    return found
 
 
 @kernel
-def _fill_entries(of_length: Any, symbol_slots: Any, group: int, bits: int, entries: Any) -> None:
+def _fill_entries(
+    of_length: Any, symbol_slots: Any, group: int, bits: int, single: Any, ends: Any, entries: Any
+) -> None:
     """Fills the look-up table of one code.
 
-    What a window of bits gives is its first symbol and then what the window of the rest gives, as far as that
-    does not look beyond the end; windows ascend, so the rest's entry is there already.
+    Args:
+        single, ends: uint32, uint64 [2^bits or more], free for use.
+
+    What a window of bits gives is its first symbol and then what the window of the rest gives, zeros behind
+    it; the rest is the lesser number, so that its entry is there already. Where the symbols end decides how
+    many of them are of the window: six ends, a byte each, are carried along and compared at once.
     """
-    single = np.empty(np.int64(1) << bits, np.uint32)  # of each window the first symbol: slots, and length
     size = np.int64(1) << bits
-    single[:] = np.uint32(0)
+    single[:size] = np.uint32(0)  # of each window the first symbol: slots, and length
+    # Unsigned from here on: signed subscripts are tested for being negative.
+    stop = np.uint64(size)
     codeword, rank = np.int64(0), np.int64(0)
     for length in range(1, bits + 1):
         for _ in range(of_length[length]):
@@ -195,58 +227,45 @@ def _fill_entries(of_length: Any, symbol_slots: Any, group: int, bits: int, entr
             for b in range(length):
                 first |= ((codeword >> b) & 1) << (length - 1 - b)
             symbol = np.uint32(symbol_slots[rank]) << np.uint32(8) | np.uint32(length)
-            for window in range(first, size, np.int64(1) << length):
+            window, every = np.uint64(first), np.uint64(1) << np.uint64(length)
+            while window < stop:
                 single[window] = symbol
+                window += every
             codeword += 1
             rank += 1
         codeword <<= 1
-    entries[0] = _entry_of_zeros(np.uint64(single[0]), group, bits)
-    low4, all16 = np.uint64(15), np.uint64(0xFFFF)
-    for window in range(1, size):
+    ones, highs, low48 = np.uint64(_ONES), np.uint64(_HIGHS), np.uint64(_BYTES)
+    eight, width = np.uint64(8), np.uint64(8 * group)
+    of_symbols = np.uint64((1 << (8 * (MAX_SLOTS // group))) - 1)
+    inside = (np.uint64(0x80) + np.uint64(bits)) * ones
+    # The window of zeros gives the same symbol again and again.
+    symbol = np.uint64(single[0])
+    length = symbol & np.uint64(255)
+    same, end = symbol >> eight, np.uint64(0)
+    entries[0], ends[0] = np.uint64(0), np.uint64(0x40) * ones
+    if length:
+        ends[0] = np.uint64(0)
+        for i in range(MAX_SLOTS):
+            end += length
+            ends[0] |= end << np.uint64(8 * i)
+        for i in range(MAX_SLOTS // group):
+            entries[0] |= same << np.uint64(SLOTS_AT + 8 * group * i)
+    window = np.uint64(0)
+    while window < stop:
         symbol = np.uint64(single[window])
         length = symbol & np.uint64(255)
-        if length == np.uint64(0):
-            entries[window] = np.uint64(LONG)
-            continue
-        tail = entries[np.uint64(window) >> length]
-        rest = np.uint64(bits) - length
-        ends = tail >> np.uint64(16) & all16
-        if group == 1:
-            more = np.uint64(ends & low4 <= rest)
-            more += np.uint64(ends >> np.uint64(4) & low4 <= rest)
-            more += np.uint64(ends >> np.uint64(8) & low4 <= rest)
-            given = (np.uint64(1) << np.uint64(4) * more) - np.uint64(1)
-            moved = (ends & given) + length * (np.uint64(0x111) & given)
-            taken = (moved << np.uint64(4)) | length
-            total = taken >> np.uint64(4) * more & low4
-            taken |= all16 << np.uint64(4) * (more + np.uint64(1))
+        rest = window >> length
+        found = ((ends[rest] + length * ones) << eight | length) & low48
+        slots = ((entries[rest] >> np.uint64(SLOTS_AT) & low48) << width | symbol >> eight) & low48
+        count: Any = count_ones((inside - found) & highs & of_symbols)
+        taken = found >> (eight * count - eight) & np.uint64(255)
+        count *= np.uint64(group)
+        if length:
+            ends[window] = found
+            entries[window] = taken | slots << np.uint64(SLOTS_AT) | count << np.uint64(COUNT_AT)
         else:
-            second = ends >> np.uint64(4) & low4
-            more = np.uint64(2) * np.uint64(second <= rest)
-            total = length + (second if more else np.uint64(0))
-            taken = np.uint64(0x0F0F) | length << np.uint64(4)
-            taken |= (total if more else low4) << np.uint64(12)
-        slots = tail >> np.uint64(32) & ((np.uint64(1) << np.uint64(8) * more) - np.uint64(1))
-        slots = slots << np.uint64(8 * group) | symbol >> np.uint64(8)
-        count = more + np.uint64(group)
-        entries[window] = (
-            total | count << np.uint64(8) | (taken & all16) << np.uint64(16) | slots << np.uint64(32)
-        )
-
-
-@kernel
-def _entry_of_zeros(symbol: Any, group: int, bits: int) -> Any:
-    """The entry of the window whose bits are all zero: the same symbol again and again."""
-    length, slots = symbol & np.uint64(255), symbol >> np.uint64(8)
-    if length == np.uint64(0):
-        return np.uint64(LONG)
-    entry, taken, count = np.uint64(0xFFFF0000), np.uint64(0), np.uint64(0)
-    while count < np.uint64(MAX_SLOTS) and taken + length <= np.uint64(bits):
-        entry |= slots << np.uint64(32) + np.uint64(8) * count
-        taken += length
-        count += np.uint64(group)
-        entry ^= (taken ^ np.uint64(15)) << np.uint64(12) + np.uint64(4) * count
-    return entry | taken | count << np.uint64(8)
+            entries[window], ends[window] = np.uint64(LONG), np.uint64(0x40) * ones
+        window += np.uint64(1)
 
 
 @kernel

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
-from numba.np.numpy_support import carray
+from numba.np.arrayobj import make_array, populate_array
 
 CHECKED = os.environ.get("SFPFORMAT_CHECKED") == "1"
 
@@ -129,17 +129,19 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
-def _pointer_at(typing_context: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.CPointer(types.uint8)(types.int64), codegen
-
-
-@register_jitable
-def bytes_at(address: int, size: int) -> Any:
+def bytes_at(typing_context: Any, address: Any, size: Any) -> Any:
     """The memory at an address as a uint8 array; whoever passes the address keeps the memory alive."""
-    return carray(_pointer_at(address), (size,))
+    array_type = types.Array(types.uint8, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, length = arguments
+        array = make_array(array_type)(context, builder)
+        one = ir.Constant(length.type, 1)
+        data = builder.inttoptr(start, array.data.type)
+        populate_array(array, data=data, shape=[length], strides=[one], itemsize=one, meminfo=None)
+        return array._getvalue()
+
+    return array_type(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -160,3 +162,24 @@ def count_ones(typing_context: Any, word: Any) -> Any:
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def leading_zeros(typing_context: Any, word: Any) -> Any:
+    """How many zero bits a uint64 other than 0 has above its highest one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def fence(typing_context: Any) -> Any:
+    """Has all stores so far, those past the caches too, seen by other threads before what follows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS
-from .compiling import kernel
+from .compiling import allocating_kernel
 from .counting import class_of
 from .memory import store64
 
@@ -21,7 +21,7 @@ _SYMBOLS = 4
 _WORD_BITS = np.uint64(MAX_CODE_BITS)
 
 
-@kernel
+@allocating_kernel
 def fill_words(lengths: Any, words: Any) -> None:
     """Fills ``words`` (uint32 [codes, symbols]): a codeword, its first bit lowest, from bit 16 its length.
 
@@ -42,7 +42,7 @@ def fill_words(lengths: Any, words: Any) -> None:
             codeword <<= 1
 
 
-@kernel
+@allocating_kernel
 def pack_prefix_of_one_width(
     levels: Any, counts: Any, codes: Any, first: int, width: int, words: Any, plane: Any, sizes: Any
 ) -> int:
@@ -94,7 +94,7 @@ def pack_prefix_of_one_width(
     return to
 
 
-@kernel
+@allocating_kernel
 def pack_prefix(
     levels: Any,
     counts: Any,
@@ -138,14 +138,7 @@ def pack_prefix(
     return to
 
 
-@kernel
-def lowest_bytes(levels: Any, plane: Any) -> None:
-    """The residual plane where all residuals are the lowest byte of their level."""
-    for i in range(levels.size):
-        plane[i] = np.uint8(levels[i])
-
-
-@kernel
+@allocating_kernel
 def pack_residuals(
     levels: Any,
     counts: Any,

@@ -36,16 +36,27 @@ MASK, FINGERPRINTS, IMPORTANCE = range(len(STREAMS))
 BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
 SHAPE = LENGTHS_OF + 1
 # Entries of `whole`: positions a segment; bytes a weight; mask kind as in `masks`; mode as in `values`; if
-# `values.join_whole_bytes` will do; scale_by, scale_unit and multiplier as in `values`; positions a row; a
-# number that no other recipe has.
-SEGMENT, ITEM, MASK_KIND, MODE, CONTIGUOUS, SCALE_BY, SCALE_UNIT, MULTIPLIER, COLUMNS, NUMBER = range(10)
+# `values.join_residuals` will do; if weights may go past the caches; scale_by, scale_unit and multiplier as
+# in `values`; positions a row; a number that no other recipe has.
+(
+    SEGMENT,
+    ITEM,
+    MASK_KIND,
+    MODE,
+    CONTIGUOUS,
+    STREAMED,
+    SCALE_BY,
+    SCALE_UNIT,
+    MULTIPLIER,
+    COLUMNS,
+    NUMBER,
+) = range(11)
 
 # A run of segments for a kernel is a row of int64: positions of the chunk, position in the tensor of its
-# first, the run's segments, and of each array its address and its bytes, two entries an array.
-TOTAL, START, FIRST, STOP, ARRAYS_OF = range(5)
+# first, the run's segments, address and bytes of the chunk and of where the weights go, and the address of
+# the recipe's `places`, two entries an array.
+TOTAL, START, FIRST, STOP, DATA, DATA_SIZE, OUT, OUT_SIZE, PLACES = range(9)
 (
-    DATA,
-    OUT,
     WHOLE,
     SHAPES,
     LENGTHS,
@@ -55,12 +66,16 @@ TOTAL, START, FIRST, STOP, ARRAYS_OF = range(5)
     IMPORTANCES,
     ROW_FACTORS,
     COLUMN_FACTORS,
-) = range(11)
+) = range(9)
+PLACES_SIZE = 2 * 9
+ROW_SIZE = PLACES + 1
 
 # Tables of what every level means are made for at most so many levels,
 _MOST_LEVELS = 1 << 17
 # and for more levels than the tensor has weights only where they are this few.
 _FEW_LEVELS = 1 << 12
+# Tensors of at least so many bytes are written past the caches: they would not be there for long.
+_STREAMED_BYTES = 1 << 20
 _numbers = itertools.count(1)
 
 
@@ -69,7 +84,8 @@ class Recipe:
 
     Attributes:
         room: bytes that the streams' tables take.
-        places: address and bytes of each array that kernels take, in the order of a row.
+        segment: positions a segment.
+        places: where the addresses and bytes of all arrays are that kernels take.
     """
 
     def __init__(
@@ -82,7 +98,7 @@ class Recipe:
         """Keeps the arrays, and where they are.
 
         Args:
-            whole: [10], what there is one of.
+            whole: [11], what there is one of.
             shapes: [3 * 13], a stream after another.
             lengths: of the streams, see `lookup.lengths_of`.
             numbers: uint32, level -> bit pattern (mode `values.LOOKED_UP`); and float32: number -> magnitude
@@ -90,14 +106,16 @@ class Recipe:
                 and the importance factors of rows and of columns. None for what is not needed.
         """
         fixed = (array("q", whole), array("q", shapes), array("B", lengths))  # their addresses are soon had
-        self._alive = fixed, numbers
         self.room = max(shapes[STOP_OF::SHAPE])
-        self.places: list[int] = []
+        self.segment = whole[SEGMENT]
+        places = array("q")
         for some in fixed:
             address, count = some.buffer_info()
-            self.places += address, count * some.itemsize
+            places.extend((address, count * some.itemsize))
         for many in numbers:
-            self.places += (0, 0) if many is None else place_of(many)
+            places.extend((0, 0) if many is None else place_of(many))
+        self._alive = fixed, numbers, places
+        self.places = places.buffer_info()[0]
 
 
 def place_of(some: NDArray[Any]) -> tuple[int, int]:
@@ -105,10 +123,17 @@ def place_of(some: NDArray[Any]) -> tuple[int, int]:
     return some.__array_interface__["data"][0], some.nbytes
 
 
-def row_of_run(run: Run) -> list[int]:
+def row_of_run(run: Run) -> tuple[int, ...]:
     """A run as kernels take it; all its arrays must outlive the call."""
-    places = (*place_of(run.data), *place_of(run.out))
-    return [run.total, run.start, run.first, run.stop, *places, *run.recipe.places]
+    return (
+        run.total,
+        run.start,
+        run.first,
+        run.stop,
+        *place_of(run.data),
+        *place_of(run.out),
+        run.recipe.places,
+    )
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Recipe | None:
@@ -116,18 +141,22 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     mode = _mode(entry)
     if mode is None:
         return None
+    if mode == values.RAW:
+        return Recipe(
+            whole_of_raw(entry.dtype.itemsize, entry.segment), [0] * (len(STREAMS) * SHAPE), b"", ()
+        )
     assert entry.fingerprints is not None
     shapes, lengths = _shapes(entry, weights)
     table = entry.fingerprints.table
-    width = table.constant_width
-    whole_bytes = (entry.dtype.itemsize, width) in ((2, 8), (4, 24)) and not table.base % (1 << (width or 0))
     multiplier = _multiplier(entry)
     whole = [
         entry.segment,
         entry.dtype.itemsize,
         _mask_kind(entry),
         mode,
-        mode == values.PATTERNS and whole_bytes and 1 < table.classes <= 256,
+        mode == values.PATTERNS
+        and is_contiguous(entry.dtype.itemsize, table.constant_width, table.classes, table.base),
+        weights * entry.dtype.itemsize >= _STREAMED_BYTES,
         *_scale(entry),
         multiplier,
         max(entry.columns, 1),
@@ -145,28 +174,51 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     return Recipe(whole, shapes, lengths, numbers)
 
 
+def is_contiguous(itemsize: int, width: int | None, classes: int, base: int) -> bool:
+    """Whether `values.join_residuals` gives the weights: classes of one width, slots that are classes."""
+    if width is None or not 1 < classes <= 256:
+        return False
+    if itemsize == 2:
+        return width <= 8
+    return (itemsize, width) == (4, 24) and base % (1 << 24) == 0
+
+
+def whole_of_exact(itemsize: int, segment: int, contiguous: bool, weights: int) -> list[int]:
+    """`whole` of a lossless tensor without anything beside its weights."""
+    streamed = weights * itemsize >= _STREAMED_BYTES
+    alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
+    return [segment, itemsize, masks.OCTETS, values.PATTERNS, contiguous, streamed, *alone, next(_numbers)]
+
+
+def whole_of_raw(itemsize: int, segment: int) -> list[int]:
+    """`whole` of a raw tensor."""
+    alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
+    return [segment, itemsize, masks.OCTETS, values.RAW, 0, 0, *alone, next(_numbers)]
+
+
 def stream_shape(table: CodeTable, levels: int) -> list[int]:
     """The columns of `shapes` for a code table alone."""
-    codes = len(table.codes)
-    bits = table_bits(codes, levels)
-    constant = -1 if table.constant_extra is None else table.constant_extra
-    # The base may be any of 64 bits; a kernel takes it as the same bits, signed.
-    base = table.base - (table.base >> 63 << 64)
-    return [
-        1,
-        0,
-        codes,
-        0,
-        constant,
+    constant = table.constant_extra
+    return shape_of(
+        len(table.codes),
+        -1 if constant is None else constant,
         table.least_extra,
-        bits,
         table.group,
-        0,
-        table_bytes(codes, bits),
-        base,
+        table.base,
         table.classes,
-        0,
-    ]
+        levels,
+    )
+
+
+def shape_of(
+    codes: int, constant: int, least: int, group: int, base: int, classes: int, levels: int
+) -> list[int]:
+    """The columns of `shapes` of a stream of about so many levels."""
+    bits = table_bits(codes, levels)
+    # The base may be any of 64 bits; a kernel takes it as the same bits, signed.
+    signed = base - (base >> 63 << 64)
+    room = table_bytes(codes, bits)
+    return [1, COUNT_POSITIONS, codes, 0, constant, least, bits, group, 0, room, signed, classes, 0]
 
 
 def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
@@ -191,8 +243,8 @@ def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
 def _mode(entry: TensorEntry) -> int | None:
     """How levels become weights; None for what is left to the reference."""
     fingerprints, importance = entry.fingerprints, entry.importance
-    if fingerprints is None:
-        return None
+    if fingerprints is None:  # each BOOL is looked at by the reference
+        return None if entry.dtype.name == "BOOL" else values.RAW
     multiplied = importance is not None and importance.role == "multiplier"
     if isinstance(fingerprints.quantiser, Exact) and fingerprints.quantiser.dtype == entry.dtype:
         return None if multiplied else values.PATTERNS

@@ -1,174 +1,231 @@
-"""A stream's prefix planes to slots: the segments of a run in fours that share a code (see `prefix`)."""
+"""A stream's prefix plane to slots, or on to weights: which segments are decoded side by side."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...coding.codetable import MAX_CODES
-from .compiling import kernel
-from .index import (
-    CODES,
-    CODES_OF,
-    CONSTANT_OF,
-    COUNTS,
-    PREFIX_BITS,
-    PREFIX_START,
-    RESIDUAL_START,
-    row_of,
-)
-from .lookup import entries_of_code, firsts, of_length_of, symbol_slots_of
-from .prefix import CHAINS, SLACK, decode_four, order_by_code, slot_places
-from .recipe import BITS_OF, FINGERPRINTS, GROUP_OF, ITEM, SEGMENT
-from .values import join_whole_bytes
+from .compiling import inlined_kernel, kernel
+from .index import CODES_OF
+from .lookup import code_of
+from .prefix import AT, CHAINS, ROUND, SLACK, STOP, TO, advance, finish, is_inside, order_by_code
+from .prefix import pass_long_codewords as pass_long
+from .recipe import BITS_OF, GROUP_OF
+from .values import join_residuals
 
-# Rows of `four`, what `decode_four` takes: see there.
-_STARTS, _COUNTS, _PLACES, _TARGETS, _ENDS, _SEGMENTS = range(6)
+# What `_take` says of a chain: that there is no segment left for it, or one that does not end as it must.
+_NONE, _BAD = -1, -2
+
+
+class Segments(NamedTuple):
+    """The segments of a stream in a run.
+
+    Attributes:
+        starts, sizes: int64 [n], bit offset in the chunk and bits of each in the prefix plane.
+        counts, codes: int64 [n], levels and number of the code of each.
+        residuals: int64 [n], bit offset in the chunk of each one's residuals.
+    """
+
+    starts: Any
+    sizes: Any
+    counts: Any
+    codes: Any
+    residuals: Any
+
+
+class Target(NamedTuple):
+    """Where weights go that are joined of slots and residuals as soon as a segment has its slots.
+
+    Attributes:
+        joined: whether they are; if not, slots stay at their places, and the rest means nothing.
+        width: bits of each residual.
+        base: uint64, first level of slot 0.
+        unit: bytes of a segment's weights.
+        spread: uint8 [segment + 8], free for use.
+        streamed: whether weights may go past the caches.
+        out: uint8, all weights of the run.
+    """
+
+    joined: bool
+    width: int
+    base: Any
+    unit: int
+    spread: Any
+    streamed: bool
+    out: Any
+
+
+@inlined_kernel
+def _complete(
+    data: Any, segments: Any, target: Any, s: int, end: int, group: int, slots: Any, place: int
+) -> bool:
+    """Ends segment ``s``, whose codewords end at bit ``end``; False where it does not end as it must."""
+    count = segments.counts[s]
+    if end != segments.starts[s] + segments.sizes[s]:  # R-PLN-003
+        return False
+    if group == 2 and count & 1 and slots[place + count]:  # R-PLN-002; class 0 has slot 0
+        return False
+    if target.joined:
+        join_residuals(
+            data,
+            segments.residuals[s],
+            count,
+            target.width,
+            target.base,
+            slots,
+            place,
+            target.spread,
+            target.streamed,
+            target.out,
+            s * target.unit,
+        )
+    return True
+
+
+@inlined_kernel
+def _take(
+    data: Any,
+    order: Any,
+    at: int,
+    code: Any,
+    segments: Any,
+    target: Any,
+    places: Any,
+    k: int,
+    state: Any,
+    slots: Any,
+) -> tuple[int, int]:
+    """Gives chain ``k`` the next segment that `prefix.advance` may decode; others are decoded on the way.
+
+    Returns:
+        The segment, or `_NONE` or `_BAD`; and where in ``order`` to go on.
+    """
+    while at < order.size:
+        s = order[at]
+        at += 1
+        place, start = places[k if target.joined else s], segments.starts[s]
+        padded = segments.counts[s] + (segments.counts[s] & (code.group - 1))
+        if padded >= 2 * ROUND and is_inside(data.size, start, padded):
+            state[AT, k], state[TO, k], state[STOP, k] = start, place, place + padded - ROUND
+            return s, at
+        end = finish(data, start, place, place + padded, code, slots)
+        if not _complete(data, segments, target, s, end, code.group, slots, place):
+            return _BAD, at
+    return _NONE, at
 
 
 @kernel
-def _choose_four(order: Any, at: int, stop: int, starts: Any, counts: Any, group: int, four: Any) -> None:
-    """Fills starts, counts and segments of the four from ``at`` on; where fewer are left, the last again."""
+def _decode_code(
+    data: Any,
+    order: Any,
+    code: Any,
+    segments: Any,
+    target: Any,
+    places: Any,
+    spare: int,
+    state: Any,
+    taken: Any,
+    slots: Any,
+) -> bool:
+    """Decodes the segments of ``order``, which share a code; False where one does not end as it must."""
+    at, busy, idle = 0, 0, np.int64(_NONE)
     for k in range(CHAINS):
-        s = order[min(at + k, stop - 1)]
-        four[_SEGMENTS, k], four[_STARTS, k] = s, starts[s]
-        four[_COUNTS, k] = counts[s] + (counts[s] & (group - 1))
-
-
-@kernel
-def _end_well(starts: Any, sizes: Any, counts: Any, group: int, slots: Any, four: Any) -> bool:
-    """Whether four segments end where they must (R-PLN-003), and odd ones with class 0 (R-PLN-002)."""
-    for k in range(CHAINS):
-        s = four[_SEGMENTS, k]
-        if four[_ENDS, k] != starts[s] + sizes[s]:
+        taken[k], at = _take(data, order, at, code, segments, target, places, k, state, slots)
+        if taken[k] == _BAD:
             return False
-        if group == 2 and counts[s] & 1 and slots[four[_PLACES, k] + counts[s]]:  # class 0 has slot 0
-            return False
+        if taken[k] == _NONE:
+            state[TO, k], state[STOP, k] = 1, 0  # through already
+        else:
+            busy, idle = busy + 1, taken[k]
+    while busy:
+        through = False
+        for k in range(CHAINS):
+            if state[TO, k] <= state[STOP, k]:
+                continue
+            through = True
+            s = taken[k]
+            if s != _NONE:
+                stop = state[STOP, k] + ROUND
+                end = finish(data, state[AT, k], state[TO, k], stop, code, slots)
+                place = stop - (segments.counts[s] + (segments.counts[s] & (code.group - 1)))
+                if not _complete(data, segments, target, s, end, code.group, slots, place):
+                    return False
+                taken[k], at = _take(data, order, at, code, segments, target, places, k, state, slots)
+                if taken[k] == _BAD:
+                    return False
+                busy -= taken[k] == _NONE
+            if taken[k] == _NONE:  # it goes through any segment again while the others have work
+                padded = segments.counts[idle] + (segments.counts[idle] & (code.group - 1))
+                state[AT, k], state[TO, k] = segments.starts[idle], spare
+                state[STOP, k] = spare + padded - ROUND
+        if not through:
+            pass_long(data, state, code, slots)
+        advance(data, state, code, slots)
     return True
 
 
 @kernel
-def decode_slots(
+def place_slots(counts: Any, places: Any) -> int:
+    """Where the slots of each segment begin, each with `SLACK` and one for an odd count; the next place."""
+    at = np.int64(0)
+    for s in range(counts.size):
+        places[s] = at
+        at += counts[s] + 1 + SLACK
+    return at
+
+
+@kernel
+def decode_codes(
     data: Any,
-    starts: Any,
-    sizes: Any,
-    counts: Any,
-    codes: Any,
+    segments: Any,
+    target: Any,
     shape: Any,
     tables: Any,
     filled: Any,
     places: Any,
-) -> tuple[bool, Any]:
-    """The slots of some segments of a stream; False where one does not end as it must.
+    spare: int,
+    working: Any,
+    slots: Any,
+) -> bool:
+    """Decodes segments, code after code; False where one does not end as it must.
 
     Args:
         data: uint8, the chunk, at least 8 bytes.
-        starts, sizes: int64 [n], bit offset in ``data`` and bits of each segment in the prefix plane.
-        counts, codes: int64 [n], levels and code of each.
         shape: int64, the stream's row of the recipe.
         tables, filled: the stream's, see `lookup`.
-        places: int64 [n], set to where each segment's slots begin.
-
-    Returns:
-        Whether all is well, and the slots.
+        places: int64, where the slots of each segment begin; where they are joined, those of each chain.
+        spare: a place for one more segment's slots, which are written and never read.
+        slots: uint8, filled.
     """
-    room, spare = slot_places(counts, places)
-    all_codes, bits, group = shape[CODES_OF], shape[BITS_OF], shape[GROUP_OF]
-    if all_codes == 0:
-        return True, np.zeros(room, np.uint8)
-    slots = np.empty(room, np.uint8)
-    order, begins = np.empty(counts.size, np.int64), np.empty(MAX_CODES + 1, np.int64)
-    order_by_code(codes, order, begins)
-    four = np.empty((6, CHAINS), np.int64)
-    at = 0
-    for code in range(all_codes):
-        if at == begins[code]:
-            continue
-        entries = entries_of_code(tables, all_codes, bits, code, group, filled)
-        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, all_codes, code)
-        while at < begins[code]:
-            _choose_four(order, at, begins[code], starts, counts, group, four)
-            for k in range(CHAINS):
-                four[_PLACES, k] = places[four[_SEGMENTS, k]] if at + k < begins[code] else spare
-            decode_four(
-                data,
-                four[_STARTS],
-                four[_COUNTS],
-                four[_PLACES],
-                four[_ENDS],
-                bits,
-                entries,
-                of_length,
-                symbol_slots,
-                group,
-                slots,
-                None,
-                four[_TARGETS],
-                0,
+    if shape[CODES_OF] == 0:
+        slots[:spare] = 0
+    begins, begin = working.begins, 0
+    order_by_code(segments.codes, working.order, begins)
+    for number in range(shape[CODES_OF]):
+        if begin < begins[number]:
+            code = code_of(
+                tables,
+                shape[CODES_OF],
+                shape[BITS_OF],
+                number,
+                shape[GROUP_OF],
+                filled,
+                working.single,
+                working.ends,
             )
-            if not _end_well(starts, sizes, counts, group, slots, four):
-                return False, slots
-            at += CHAINS
-        at = begins[code]
-    return True, slots
-
-
-@kernel
-def decode_and_join(
-    data: Any, index: Any, first: int, stop: int, whole: Any, shapes: Any, tables: Any, filled: Any, out: Any
-) -> bool:
-    """The weights of a run without mask and trims whose residuals are whole bytes.
-
-    Slots are joined with residuals four segments at a time, while they are in the nearest cache. The weights
-    go to memory that is in no cache yet, and stores that wait for it would hold up the look-ups of the next
-    four; so that memory is fetched while the slots are decoded (measured 1.3 times as fast).
-    """
-    shape = shapes[FINGERPRINTS]
-    starts = index[row_of(FINGERPRINTS, PREFIX_START), first:stop]
-    sizes = index[row_of(FINGERPRINTS, PREFIX_BITS), first:stop]
-    counts = index[row_of(FINGERPRINTS, COUNTS), first:stop]
-    codes = index[row_of(FINGERPRINTS, CODES), first:stop]
-    residuals = index[row_of(FINGERPRINTS, RESIDUAL_START), first:stop]
-    all_codes, bits, group, constant = shape[CODES_OF], shape[BITS_OF], shape[GROUP_OF], shape[CONSTANT_OF]
-    order, begins = np.empty(stop - first, np.int64), np.empty(MAX_CODES + 1, np.int64)
-    order_by_code(codes, order, begins)
-    room, item = whole[SEGMENT] + 1 + SLACK, whole[ITEM]
-    slots, base = np.empty(CHAINS * room, np.uint8), firsts(tables)[0]
-    four = np.empty((6, CHAINS), np.int64)
-    at = 0
-    for code in range(all_codes):
-        if at == begins[code]:
-            continue
-        entries = entries_of_code(tables, all_codes, bits, code, group, filled)
-        of_length, symbol_slots = of_length_of(tables, code), symbol_slots_of(tables, all_codes, code)
-        while at < begins[code]:
-            _choose_four(order, at, begins[code], starts, counts, group, four)
-            for k in range(CHAINS):
-                four[_PLACES, k] = k * room
-                four[_TARGETS, k] = item * (four[_SEGMENTS, k] * whole[SEGMENT] - k * room)
-            decode_four(
+            if not _decode_code(
                 data,
-                four[_STARTS],
-                four[_COUNTS],
-                four[_PLACES],
-                four[_ENDS],
-                bits,
-                entries,
-                of_length,
-                symbol_slots,
-                group,
+                working.order[begin : begins[number]],
+                code,
+                segments,
+                target,
+                places,
+                spare,
+                working.state,
+                working.taken,
                 slots,
-                out,
-                four[_TARGETS],
-                item,
-            )
-            if not _end_well(starts, sizes, counts, group, slots, four):
+            ):
                 return False
-            for k in range(min(CHAINS, begins[code] - at)):
-                s = four[_SEGMENTS, k]
-                to = s * whole[SEGMENT] * item
-                join_whole_bytes(data, residuals[s] >> 3, counts[s], constant, base, slots, k * room, out, to)
-            at += CHAINS
-        at = begins[code]
+        begin = begins[number]
     return True

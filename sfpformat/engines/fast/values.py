@@ -8,44 +8,130 @@ import numpy as np
 
 from .compiling import kernel
 from .memory import load32, load64, store16, store32, store64
-from .vectors import LANES16, LANES32, LANES_LOOKED_UP, join16, join32, look_up2, look_up4
+from .vectors import (
+    LANES16,
+    LANES32,
+    LANES_LOOKED_UP,
+    is_aligned,
+    join16,
+    join32,
+    look_up2,
+    look_up4,
+    stream16,
+    stream32,
+)
 
 # How levels become weights.
-PATTERNS, LOOKED_UP, ARITHMETIC = range(3)
+PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
 # What a scale factor or an importance goes by.
 NOTHING, WHOLE, BY_QUOTIENT, BY_REMAINDER = range(4)
 NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, FACTORS = range(4)
 
 
 @kernel
-def join_whole_bytes(
-    data: Any, start: int, count: int, constant: int, base: Any, slots: Any, place: int, out: Any, to: int
+def join_residuals(
+    data: Any,
+    start: int,
+    count: int,
+    width: int,
+    base: Any,
+    slots: Any,
+    place: int,
+    spread: Any,
+    streamed: bool,
+    out: Any,
+    to: int,
 ) -> None:
-    """Weights of 2 bytes with residuals of 1, or of 4 with residuals of 3: no level is ever written down.
+    """Exact weights of 2 bytes with residuals of at most 8 bits, or of 4 with 24: no level is written down.
 
     Args:
-        start: byte offset in ``data`` of the segment's residuals.
-        constant: residual bits, 8 or 24.
-        base: uint64, the first level of slot 0, a multiple of 2^constant; slots follow one another.
+        data: uint8, the chunk; the residuals lie 8 bytes inside (`index.read_index`).
+        start: bit offset in ``data`` of the segment's residuals.
+        width: bits of each.
+        base: uint64, the first level of slot 0; slots follow one another, each of 2^width levels. With 24
+            bits a multiple of 2^24.
         slots, place: the segment's slots begin at ``slots[place]``.
+        spread: uint8 [count + 7 or more], free for use.
+        streamed: whether weights may go past the caches.
         out: uint8, written from byte ``to`` on.
     """
-    above = np.uint8(base >> np.uint64(constant))
-    if constant == 8:
-        whole = count - count % LANES16
+    if width == 24:
+        _join_wide(data, start >> 3, count, np.uint8(base >> np.uint64(24)), slots, place, streamed, out, to)
+    elif width == 8 and start & 7 == 0:
+        _join_narrow(data, start >> 3, count, width, base, slots, place, streamed, out, to)
+    else:
+        _spread_fields(data, start, count, width, spread)
+        _join_narrow(spread, 0, count, width, base, slots, place, streamed, out, to)
+
+
+@kernel
+def _join_narrow(
+    residuals: Any,
+    start: int,
+    count: int,
+    width: int,
+    base: Any,
+    slots: Any,
+    place: int,
+    streamed: bool,
+    out: Any,
+    to: int,
+) -> None:
+    """Joins slots with residuals of a byte each, from byte ``start`` on."""
+    low, shift = np.uint16(base), np.uint16(width)
+    whole = count - count % LANES16
+    if streamed and is_aligned(out, to):
         for i in range(0, whole, LANES16):
-            join16(slots, place + i, data, start + i, above, out, to + 2 * i)
-        for i in range(whole, count):
-            level = np.uint32(np.uint8(slots[place + i] + above)) << np.uint32(8) | np.uint32(data[start + i])
-            store16(out, to + 2 * i, np.uint16(level >> np.uint32(1) | level << np.uint32(15)))
-        return
+            stream16(slots, place + i, residuals, start + i, low, shift, out, to + 2 * i)
+    else:
+        for i in range(0, whole, LANES16):
+            join16(slots, place + i, residuals, start + i, low, shift, out, to + 2 * i)
+    for i in range(whole, count):
+        level = (
+            (np.uint32(slots[place + i]) << np.uint32(width))
+            + np.uint32(low)
+            + np.uint32(residuals[start + i])
+        )
+        level &= np.uint32(0xFFFF)
+        store16(out, to + 2 * i, np.uint16(level >> np.uint32(1) | level << np.uint32(15)))
+
+
+@kernel
+def _join_wide(
+    data: Any, start: int, count: int, above: int, slots: Any, place: int, streamed: bool, out: Any, to: int
+) -> None:
+    """Joins slots with residuals of three bytes each, from byte ``start`` on."""
     whole = count - count % LANES32
-    for i in range(0, whole, LANES32):
-        join32(slots, place + i, data, start + 3 * i, above, out, to + 4 * i)
+    if streamed and is_aligned(out, to):
+        for i in range(0, whole, LANES32):
+            stream32(slots, place + i, data, start + 3 * i, above, out, to + 4 * i)
+    else:
+        for i in range(0, whole, LANES32):
+            join32(slots, place + i, data, start + 3 * i, above, out, to + 4 * i)
     for i in range(whole, count):
         low = load32(data, start + 3 * i) & np.uint32(0xFFFFFF)  # one byte further is inside: TAIL_BYTES
         level = np.uint32(np.uint8(slots[place + i] + above)) << np.uint32(24) | np.uint32(low)
         store32(out, to + 4 * i, np.uint32(level >> np.uint32(1) | level << np.uint32(31)))
+
+
+@kernel
+def _spread_fields(data: Any, start: int, count: int, width: int, out: Any) -> None:
+    """Fields of at most 8 bits, from bit ``start`` on, to a byte each: eight at a time, by halves.
+
+    Args:
+        out: uint8, room for ``count`` and 7 more.
+    """
+    w = np.uint64(width)
+    four = (np.uint64(1) << np.uint64(4) * w) - np.uint64(1)
+    two = ((np.uint64(1) << np.uint64(2) * w) - np.uint64(1)) * np.uint64(0x0000000100000001)
+    one = ((np.uint64(1) << w) - np.uint64(1)) * np.uint64(0x0001000100010001)
+    for i in range(0, count, 8):
+        bit = start + i * width
+        word = load64(data, bit >> 3) >> np.uint64(bit & 7)
+        word = word & four | (word >> np.uint64(4) * w & four) << np.uint64(32)
+        word = word & two | (word >> np.uint64(2) * w & two) << np.uint64(16)
+        word = word & one | (word >> w & one) << np.uint64(8)
+        store64(out, i, word)
 
 
 @kernel

@@ -18,6 +18,7 @@ from numba.extending import intrinsic, register_jitable
 from .memory import count_ones, pointer_to, require_inside
 
 LANES16, LANES32 = 32, 16  # weights a step: 64 bytes of output
+STEP_BYTES = 64
 
 # Positions that one step expands to weights of 2 and of 4 bytes, and whether that is one instruction here.
 EXPANDED2, EXPANDED4 = 32, 16
@@ -44,40 +45,72 @@ def _splat(builder: Any, value: Any, lanes: int) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INDEX, lanes), [0] * lanes))
 
 
-def _joiner(lanes: int, residual_bytes: int) -> Any:
-    """A function that joins ``lanes`` classes of a byte with residuals of some bytes, and moves the sign."""
-    word_bits = 8 * (residual_bytes + 1)
-    words = ir.VectorType(ir.IntType(word_bits), lanes)
+def _store(builder: Any, value: Any, target: Any, streamed: bool) -> None:
+    """Stores 64 bytes at a pointer: anywhere, or past the caches at a multiple of 64."""
+    store = builder.store(value, builder.bitcast(target, value.type.as_pointer()))
+    store.align = 64 if streamed else 1
+    if streamed:
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INDEX, 1)]))
 
-    def constant(value: int) -> Any:
-        return ir.Constant(words, [value] * lanes)
+
+def _signs_moved(builder: Any, levels: Any, bits: int) -> Any:
+    """Bit patterns of levels, whose lowest bit is the sign."""
+    words = levels.type
+    one, rest = (ir.Constant(words, [n] * words.count) for n in (1, bits - 1))
+    return builder.or_(builder.lshr(levels, one), builder.shl(levels, rest))
+
+
+def _joiner16(streamed: bool) -> Any:
+    """A function that joins 32 classes of a byte with residuals of a byte, and moves the sign."""
+    words = ir.VectorType(ir.IntType(16), LANES16)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        slots, place, data, start, base, width, out, to = arguments
+        slots_type, _, data_type, _, _, _, out_type, _ = signature.args
+        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES16)
+        residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), LANES16)
+        levels = builder.shl(builder.zext(classes, words), _splat(builder, width, LANES16))
+        low = builder.add(builder.zext(residuals, words), _splat(builder, base, LANES16))
+        patterns = _signs_moved(builder, builder.add(levels, low), 16)
+        _store(builder, patterns, pointer_to(context, builder, out_type, out, to, 8), streamed)
+        return context.get_dummy_value()
+
+    def join(
+        typing_context: Any,
+        slots: Any,
+        place: Any,
+        data: Any,
+        start: Any,
+        base: Any,
+        width: Any,
+        out: Any,
+        to: Any,
+    ) -> Any:
+        given = slots, types.int64, data, types.int64, types.uint16, types.uint16, out, types.int64
+        return types.void(*given), generate
+
+    return intrinsic(join)
+
+
+def _joiner32(streamed: bool) -> Any:
+    """A function that joins 16 classes of a byte with residuals of three bytes, and moves the sign."""
+    words = ir.VectorType(_INDEX, LANES32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         slots, place, data, start, above, out, to = arguments
         slots_type, _, data_type, _, _, out_type, _ = signature.args
-        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), lanes)
-        classes = builder.zext(builder.add(classes, _splat(builder, above, lanes)), words)
-        residuals = _load_bytes(
-            builder, pointer_to(context, builder, data_type, data, start, 8), residual_bytes * lanes
-        )
+        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES32)
+        classes = builder.zext(builder.add(classes, _splat(builder, above, LANES32)), words)
+        residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), 3 * LANES32)
         # Room for the class above each residual: a byte of zero, taken from the second operand.
-        none = ir.Constant(residuals.type, [0] * (residual_bytes * lanes))
-        order = [
-            lane * residual_bytes + byte if byte < residual_bytes else residual_bytes * lanes
-            for lane in range(lanes)
-            for byte in range(residual_bytes + 1)
-        ]
+        none = ir.Constant(residuals.type, [0] * (3 * LANES32))
+        order = [3 * lane + byte if byte < 3 else 3 * LANES32 for lane in range(LANES32) for byte in range(4)]
         spread = builder.shuffle_vector(
             residuals, none, ir.Constant(ir.VectorType(_INDEX, len(order)), order)
         )
-        levels = builder.or_(
-            builder.bitcast(spread, words), builder.shl(classes, constant(8 * residual_bytes))
-        )
-        patterns = builder.or_(
-            builder.lshr(levels, constant(1)), builder.shl(levels, constant(word_bits - 1))
-        )
-        target = pointer_to(context, builder, out_type, out, to, 8)
-        builder.store(patterns, builder.bitcast(target, words.as_pointer())).align = 1
+        above_residuals = builder.shl(classes, ir.Constant(words, [24] * LANES32))
+        patterns = _signs_moved(builder, builder.or_(builder.bitcast(spread, words), above_residuals), 32)
+        _store(builder, patterns, pointer_to(context, builder, out_type, out, to, 8), streamed)
         return context.get_dummy_value()
 
     def join(
@@ -88,16 +121,30 @@ def _joiner(lanes: int, residual_bytes: int) -> Any:
     return intrinsic(join)
 
 
-_join16, _join32 = _joiner(LANES16, 1), _joiner(LANES32, 3)
+_join16, _stream16 = _joiner16(False), _joiner16(True)
+_join32, _stream32 = _joiner32(False), _joiner32(True)
 
 
 @register_jitable
-def join16(slots: Any, place: int, data: Any, start: int, above: int, out: Any, to: int) -> None:
-    """Writes 32 weights of 2 bytes at byte ``to``: (class + above) and residual byte, sign moved."""
+def join16(
+    slots: Any, place: int, residuals: Any, start: int, base: int, width: int, out: Any, to: int
+) -> None:
+    """Writes 32 weights of 2 bytes at byte ``to``: level base + (slot << width) + residual, sign moved."""
     require_inside(slots, place, LANES16)
-    require_inside(data, start, LANES16)
+    require_inside(residuals, start, LANES16)
     require_inside(out, to, 2 * LANES16)
-    _join16(slots, place, data, start, above, out, to)
+    _join16(slots, place, residuals, start, base, width, out, to)
+
+
+@register_jitable
+def stream16(
+    slots: Any, place: int, residuals: Any, start: int, base: int, width: int, out: Any, to: int
+) -> None:
+    """As `join16`, past the caches; only where `is_aligned`."""
+    require_inside(slots, place, LANES16)
+    require_inside(residuals, start, LANES16)
+    require_inside(out, to, 2 * LANES16)
+    _stream16(slots, place, residuals, start, base, width, out, to)
 
 
 @register_jitable
@@ -107,6 +154,70 @@ def join32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, 
     require_inside(data, start, 3 * LANES32)
     require_inside(out, to, 4 * LANES32)
     _join32(slots, place, data, start, above, out, to)
+
+
+@register_jitable
+def stream32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, to: int) -> None:
+    """As `join32`, past the caches; only where `is_aligned`."""
+    require_inside(slots, place, LANES32)
+    require_inside(data, start, 3 * LANES32)
+    require_inside(out, to, 4 * LANES32)
+    _stream32(slots, place, data, start, above, out, to)
+
+
+def _level_bytes(lanes: int, item: int) -> Any:
+    """A function that writes all but the highest byte of the levels of patterns of ``item`` bytes."""
+    words = ir.VectorType(ir.IntType(8 * item), lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_type, _, target_type, _ = signature.args
+        source, start, target, to = arguments
+        pointer = pointer_to(context, builder, source_type, source, start, 8)
+        patterns = builder.bitcast(_load_bytes(builder, pointer, lanes * item), words)
+        one, rest = (ir.Constant(words, [n] * lanes) for n in (1, 8 * item - 1))
+        levels = builder.or_(builder.shl(patterns, one), builder.lshr(patterns, rest))
+        every = builder.bitcast(levels, ir.VectorType(_BYTE, lanes * item))
+        order = [lane * item + byte for lane in range(lanes) for byte in range(item - 1)]
+        few = builder.shuffle_vector(every, every, ir.Constant(ir.VectorType(_INDEX, len(order)), order))
+        place = pointer_to(context, builder, target_type, target, to, 8)
+        builder.store(few, builder.bitcast(place, few.type.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    def write(typing_context: Any, source: Any, start: Any, target: Any, to: Any) -> Any:
+        return types.void(source, types.int64, target, types.int64), generate
+
+    return intrinsic(write)
+
+
+_level_bytes16, _level_bytes32 = _level_bytes(LANES16, 2), _level_bytes(LANES32, 4)
+
+
+@register_jitable
+def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
+    """The lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
+    require_inside(source, start, 2 * LANES16)
+    require_inside(target, to, LANES16)
+    _level_bytes16(source, start, target, to)
+
+
+@register_jitable
+def level_bytes32(source: Any, start: int, target: Any, to: int) -> None:
+    """The three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
+    require_inside(source, start, 4 * LANES32)
+    require_inside(target, to, 3 * LANES32)
+    _level_bytes32(source, start, target, to)
+
+
+@intrinsic
+def is_aligned(typing_context: Any, array: Any, offset: Any) -> Any:
+    """Whether a byte of an array lies at a multiple of 64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
+        below = builder.and_(builder.ptrtoint(pointer, _ADDRESS), ir.Constant(_ADDRESS, 63))
+        return builder.icmp_unsigned("==", below, ir.Constant(_ADDRESS, 0))
+
+    return types.boolean(array, types.int64), codegen
 
 
 def _expander(item: int) -> Any:

@@ -1,0 +1,263 @@
+"""Plain tensors, many at once: raw ones, and lossless ones in their own dtype with nothing beside them.
+
+The directory of a dense model has hundreds of them and hardly anything else. What SPEC.md chapters 7, 8 and
+11 ask of their entries is checked here in a few passes over all of them, which takes a quarter of the time of
+making a `TensorEntry` of each. `plain_tensors` gives what these would hold, or nothing: what is wrong, or
+only unusual, is for `TensorEntry.from_map`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.bits import MAX_FIELD_BITS
+from ..coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_CODES, MAX_SYMBOLS
+from ..dtypes import DTYPES, Dtype
+from ..limits import Limits
+from .entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, MAX_POSITIONS, MAX_SEGMENT
+from .fields import Fields
+
+Numbers = NDArray[np.int64]
+
+# The keys of the maps, in the order that a directory has them.
+_RAW_KEYS = ("chunk", "chunks", "coding", "dtype", "name", "segment", "shape")
+_EXACT_KEYS = ("chunk", "chunks", "coding", "dtype", "fingerprints", "name", "segment", "shape")
+_STREAM_KEYS = ("base", "codes", "dtype", "extra", "group", "quantiser", "trim")
+_EXTRAS = bytes(range(MAX_FIELD_BITS + 1))
+
+
+class PlainTable(NamedTuple):
+    """A lossless tensor's code table, group 1.
+
+    Attributes:
+        base: first level of class 0.
+        extra: residual bits of each class.
+        codes: how many codes.
+        lengths: of the codewords of one code after another, a byte for each class.
+        trim: whether segments have trims.
+    """
+
+    base: int
+    extra: bytes
+    codes: int
+    lengths: bytes
+    trim: bool
+
+
+class Outline(NamedTuple):
+    """What memory for a tensor depends on: its dtype and shape, its bytes once decoded and in the file."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    decoded_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class PlainTensors:
+    """Some plain tensors, in columns.
+
+    Attributes:
+        names, dtypes, shapes: of each.
+        positions, segment, chunk: of each, as in `TensorEntry`, int64 [n].
+        tables: of each, None for raw ones.
+        first_chunk: int64 [n + 1], where the chunks of each begin among those of all.
+        lengths, checksums: int64 [m], of the chunks of all.
+    """
+
+    names: list[str]
+    dtypes: list[Dtype]
+    shapes: list[tuple[int, ...]]
+    positions: Numbers
+    segment: Numbers
+    chunk: Numbers
+    tables: list[PlainTable | None]
+    first_chunk: Numbers
+    lengths: Numbers
+    checksums: Numbers
+
+    @cached_property
+    def outlines(self) -> dict[str, Outline]:
+        """Those of all, by name."""
+        sizes = (self.positions * self.itemsize).tolist(), self.stored_bytes.tolist()
+        outlines = map(Outline, self.dtypes, self.shapes, *sizes)
+        return dict(zip(self.names, outlines, strict=True))
+
+    @property
+    def itemsize(self) -> Numbers:
+        """Bytes of an element of each."""
+        return np.array([dtype.itemsize for dtype in self.dtypes], np.int64)
+
+    @property
+    def stored_bytes(self) -> Numbers:
+        """Bytes of the chunks of each."""
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])[self.first_chunk]
+        return np.asarray(np.diff(ends))
+
+
+def looks_plain(entry: Fields) -> bool:
+    """Whether an entry has the keys of a plain tensor, and is not of another kind."""
+    keys = tuple(entry)
+    if keys == _RAW_KEYS:
+        return entry["coding"] == "raw"
+    stream = entry.get("fingerprints")
+    return (
+        keys == _EXACT_KEYS
+        and entry["coding"] == "fingerprint"
+        and type(stream) is dict
+        and tuple(stream) == _STREAM_KEYS
+        and stream["quantiser"] == "exact"
+        and stream["dtype"] == entry["dtype"]
+        and stream["group"] == 1
+    )
+
+
+def plain_tensors(entries: Sequence[Fields], limits: Limits) -> PlainTensors | None:
+    """What entries say that all look plain; None unless all of it is as SPEC.md asks.
+
+    Args:
+        entries: maps of a directory whose encoding was checked, so that a value is an int of at most 64 bits
+            without a sign, a str, bytes, a list or a dict.
+        limits: what they may claim.
+    """
+    names, dtypes = _names(entries, limits), _dtypes(entries)
+    sizes = _shapes(entries, limits)
+    if names is None or dtypes is None or sizes is None:
+        return None
+    shapes, positions = sizes
+    cut = _cutting(entries)
+    if cut is None:
+        return None
+    segment, chunk = cut
+    segments = (positions + segment - 1) // segment
+    records = _records(entries, (segments + chunk - 1) // chunk)
+    tables = _tables(entries, dtypes)
+    if records is None or tables is None:
+        return None
+    first_chunk, lengths, checksums = records
+    return PlainTensors(
+        names, dtypes, shapes, positions, segment, chunk, tables, first_chunk, lengths, checksums
+    )
+
+
+def _names(entries: Sequence[Fields], limits: Limits) -> list[str] | None:
+    names = [name for entry in entries if type(name := entry["name"]) is str]
+    fit = len(names) == len(entries) and all(names)
+    return names if fit and max(map(len, map(str.encode, names)), default=0) <= limits.name_bytes else None
+
+
+def _dtypes(entries: Sequence[Fields]) -> list[Dtype] | None:
+    dtypes = [DTYPES[name] for entry in entries if type(name := entry["dtype"]) is str and name in DTYPES]
+    return dtypes if len(dtypes) == len(entries) else None
+
+
+def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, ...]], Numbers] | None:
+    """The shapes and their positions."""
+    shapes: list[tuple[int, ...]] = []
+    for entry in entries:
+        shape = entry["shape"]
+        if type(shape) is not list or len(shape) > limits.rank:
+            return None
+        for size in shape:
+            if type(size) is not int:
+                return None
+        if math.prod([size for size in shape if size]) > MAX_POSITIONS:
+            return None
+        shapes.append(tuple(shape))
+    return shapes, np.array([math.prod(shape) for shape in shapes], np.int64)
+
+
+def _cutting(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
+    """S and C."""
+    found = []
+    for key in ("segment", "chunk"):
+        numbers = [n for entry in entries if type(n := entry[key]) is int and 1 <= n <= MAX_CHUNK_POSITIONS]
+        if len(numbers) != len(entries):
+            return None
+        found.append(np.array(numbers, np.int64))
+    segment, chunk = found
+    fits = (segment % 32 == 0) & (segment <= MAX_SEGMENT) & (segment * chunk <= MAX_CHUNK_POSITIONS)
+    return (segment, chunk) if fits.all() else None
+
+
+def _records(entries: Sequence[Fields], expected: Numbers) -> tuple[Numbers, Numbers, Numbers] | None:
+    """Where the records of each begin, and lengths and checksums of all."""
+    parts = [part for entry in entries if type(part := entry["chunks"]) is bytes]
+    if len(parts) != len(entries):
+        return None
+    sizes = np.array([len(part) for part in parts], np.int64)
+    if not np.array_equal(sizes, 8 * expected):
+        return None
+    records = np.frombuffer(b"".join(parts), CHUNK_RECORD)
+    lengths = records["length"].astype(np.int64)
+    if (lengths % CHUNK_ALIGNMENT).any() or not lengths.all():
+        return None
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(expected)])
+    return first, lengths, records["crc"].astype(np.int64)
+
+
+def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTable | None] | None:
+    """The code tables."""
+    tables: list[PlainTable | None] = []
+    packed: list[bytes] = []  # the lengths of all codes, two a byte
+    for entry, dtype in zip(entries, dtypes, strict=True):
+        stream = entry.get("fingerprints")
+        if stream is None:
+            tables.append(None)
+            continue
+        assert isinstance(stream, dict)  # `looks_plain`
+        base, extra, codes, trim = stream["base"], stream["extra"], stream["codes"], stream["trim"]
+        if not (dtype.is_float and type(base) is int and type(extra) is bytes and type(codes) is list):
+            return None
+        classes = len(extra)
+        if trim not in (0, 1) or type(trim) is not int or not 1 <= classes <= MAX_CLASSES[1]:
+            return None
+        if not (len(codes) == 0 if classes == 1 else 1 <= len(codes) <= MAX_CODES):
+            return None
+        same = not extra.strip(extra[:1])
+        levels = classes << extra[0] if same else sum([1 << bits for bits in extra])
+        if extra.translate(None, _EXTRAS) or base + levels > 1 << dtype.bits:
+            return None
+        for code in codes:
+            if type(code) is not bytes or len(code) != (classes + 1) // 2:
+                return None
+        packed += codes
+        tables.append(PlainTable(base, extra, len(codes), b"", bool(trim)))
+    return _with_lengths(tables, packed)
+
+
+def _with_lengths(tables: list[PlainTable | None], packed: list[bytes]) -> list[PlainTable | None] | None:
+    """The tables with the code lengths of all of them unpacked and checked (R-TAB-005 to -007, -010)."""
+    if not packed:
+        return tables
+    pairs = np.frombuffer(b"".join(packed), np.uint8)
+    lengths = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)
+    sizes = np.array([len(code) for code in packed], np.int64) * 2
+    starts = np.cumsum(sizes) - sizes
+    classes = [len(table.extra) for table in tables if table is not None for _ in range(table.codes)]
+    # A code of an odd number of classes has four bits more, which must be zero.
+    odd = np.array(classes, np.int64) != sizes
+    if lengths[(starts + sizes - 1)[odd]].any() or lengths.max() > MAX_CODE_BITS:
+        return None
+    shares = np.left_shift(1, MAX_CODE_BITS - lengths.astype(np.int64)) * (lengths != 0)
+    used = np.add.reduceat((lengths != 0).astype(np.int64), starts)
+    if used.min() < 2 or used.max() > MAX_SYMBOLS:
+        return None
+    if not (np.add.reduceat(shares, starts) == 1 << MAX_CODE_BITS).all():
+        return None
+    raw, at, out = lengths.tobytes(), iter(starts.tolist()), list[PlainTable | None]()
+    for table in tables:
+        if table is not None:
+            classes_of_table = len(table.extra)
+            own = b"".join([raw[start : start + classes_of_table] for start in islice(at, table.codes)])
+            table = table._replace(lengths=own)
+        out.append(table)
+    return out

@@ -1,0 +1,226 @@
+"""Kernels on the bit patterns of floats, whose levels are never written down (SPEC.md chapter 11).
+
+The level of a pattern is the pattern with its sign moved from the highest bit to the lowest. Its class, of
+2^width levels, is what the pattern has above its lowest width - 1 bits, the sign left out: so classes of
+several patterns are cut out of one word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .memory import load64, store64, trailing_zeros
+from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
+
+# Look-up tables of pairs have at most 2^16 entries.
+MAX_PAIR_BITS = 16
+# Of an entry: bits of both codewords, and from here on how many.
+_LENGTH_AT = 24
+
+
+@kernel
+def count_classes(patterns: Any, counts: Any, width: int, first: int, counters: Any, rows: Any) -> None:
+    """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
+
+    Args:
+        patterns: unsigned, of whole segments, all in the classes from ``first`` on that ``rows`` has.
+        counts: int64, patterns in each segment.
+        counters: int32 [4, classes], free for use: neighbours often share a class, and an increment waits for
+            the last one of the same counter, so every fourth has counters of its own.
+    """
+    # Unsigned throughout: signed subscripts are tested for being negative.
+    bits = np.uint64(8 * patterns.itemsize)
+    shift, least, more, one = np.uint64(width), np.uint64(first), np.int32(1), np.uint64(1)
+    kept = ~np.uint64(0) >> (np.uint64(64) - bits)
+    zeroth, oneth, twoth, third = counters[0], counters[1], counters[2], counters[3]
+    at = np.uint64(0)
+    for s in range(counts.size):
+        stop = at + np.uint64(counts[s])
+        counters[:] = np.int32(0)
+        while at + np.uint64(4) <= stop:
+            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
+            oneth[((np.uint64(patterns[at + np.uint64(1)]) << one & kept) >> shift) - least] += more
+            twoth[((np.uint64(patterns[at + np.uint64(2)]) << one & kept) >> shift) - least] += more
+            third[((np.uint64(patterns[at + np.uint64(3)]) << one & kept) >> shift) - least] += more
+            at += np.uint64(4)
+        while at < stop:
+            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
+            at += one
+        for c in range(rows.shape[1]):
+            rows[s, c] = zeroth[c] + oneth[c] + twoth[c] + third[c]
+
+
+@kernel
+def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
+    """Fills ``zeros`` (int64), as `coding.planes.shared_zeros` of the levels."""
+    top = np.uint64(1) << np.uint64(8 * patterns.itemsize - 1)
+    at = np.int64(0)
+    for s in range(counts.size):
+        stop = at + counts[s]
+        joined, i = np.uint64(0), at
+        # Almost always one of the first few patterns says that there are none.
+        while i < stop and not joined & np.uint64(1):
+            joined |= np.uint64(patterns[i])
+            i += 1
+        zeros[s] = np.int64(trailing_zeros(joined | top)) if stop > at else 0
+        at = stop
+
+
+@kernel
+def fill_pairs(words: Any, first: int, class_bits: int, pairs: Any) -> None:
+    """Fills ``pairs`` (uint32 [codes, 2^(2 class_bits)]): the codewords of class a and then class b at
+    a + b * 2^class_bits, from bit 24 on their length; entries of classes without a codeword mean nothing.
+
+    Args:
+        words: uint32 [codes, classes], of `packing.fill_words`.
+        first: the class that has symbol 0.
+    """
+    low, sixteen = np.uint32(0xFFFF), np.uint32(16)
+    for code in range(words.shape[0]):
+        own = words[code]
+        for b in range(own.size):
+            if own[b] == 0:
+                continue
+            for a in range(own.size):
+                length = own[a] >> sixteen
+                joined = own[a] & low | (own[b] & low) << length
+                whole = length + (own[b] >> sixteen)
+                pairs[code, (first + a) | (first + b) << class_bits] = np.uint32(
+                    joined | whole << np.uint32(_LENGTH_AT)
+                )
+
+
+@kernel
+def pack_prefix(
+    patterns: Any,
+    raw: Any,
+    counts: Any,
+    codes: Any,
+    first: int,
+    width: int,
+    words: Any,
+    pairs: Any,
+    plane: Any,
+    sizes: Any,
+) -> int:
+    """The prefix plane of patterns of 2 or 4 bytes, two codewords at a time where there are pairs.
+
+    Args:
+        patterns: of whole segments; ``raw``: the same as uint8.
+        counts, codes: int64, patterns and code of each.
+        first: the class that has symbol 0.
+        words, pairs: of `packing.fill_words` and `fill_pairs`; without any columns where pairs are too many.
+        plane: uint8, filled; room for all codewords and 8 bytes more.
+        sizes: int64, set to the bits of each segment.
+
+    Returns:
+        How many bytes of the plane are used.
+    """
+    item = np.int64(patterns.itemsize)
+    bits, one = np.uint64(8 * item), np.uint64(1)
+    class_bits = bits - np.uint64(width)
+    cut = np.uint64(width - 1)  # bits below the class
+    low = (one << class_bits) - one
+    high, apart = low << class_bits, bits - class_bits
+    kept = ~np.uint64(0) >> (np.uint64(64) - bits)
+    low24, length_at, three, seven = np.uint64(0xFFFFFF), np.uint64(_LENGTH_AT), np.uint64(3), np.uint64(7)
+    low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
+    word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
+    at = np.int64(0)
+    for s in range(counts.size):
+        stop = at + counts[s]
+        before = to * 8 + np.int64(taken)
+        own, alone = pairs[codes[s]], words[codes[s]]
+        # Four codewords of 12 bits are at most the 57 there is room for.
+        while own.size and at + 4 <= stop:
+            if item == 2:
+                some = load64(raw, 2 * at) >> cut
+                zeroth = own[some & low | some >> apart & high]
+                some >>= np.uint64(32)
+                oneth = own[some & low | some >> apart & high]
+            else:
+                some = load64(raw, 4 * at) >> cut
+                zeroth = own[some & low | some >> apart & high]
+                some = load64(raw, 4 * at + 8) >> cut
+                oneth = own[some & low | some >> apart & high]
+            word |= (np.uint64(zeroth) & low24) << taken
+            taken += np.uint64(zeroth) >> length_at
+            word |= (np.uint64(oneth) & low24) << taken
+            taken += np.uint64(oneth) >> length_at
+            at += 4
+            store64(plane, to, word)
+            to += np.int64(taken >> three)
+            word >>= taken & ~seven
+            taken &= seven
+        while at < stop:
+            number = (np.uint64(patterns[at]) << one & kept) >> np.uint64(width)
+            entry = np.uint64(alone[number - np.uint64(first)])
+            word |= (entry & low16) << taken
+            taken += entry >> sixteen
+            at += 1
+            store64(plane, to, word)
+            to += np.int64(taken >> three)
+            word >>= taken & ~seven
+            taken &= seven
+        sizes[s] = to * 8 + np.int64(taken) - before
+    if taken:
+        plane[to] = np.uint8(word)
+        to += 1
+    return to
+
+
+@kernel
+def pack_residuals(
+    patterns: Any, raw: Any, counts: Any, trims: Any, width: int, plane: Any, sizes: Any
+) -> int:
+    """The residual plane of patterns of 2 or 4 bytes whose residuals are the lowest bits of their levels.
+
+    Args:
+        patterns: of whole segments; ``raw``: the same as uint8.
+        counts, trims: int64, patterns of each, and residual bits that it leaves out.
+        plane: uint8, filled; room for all residuals and `vectors.STEP_BYTES` more.
+        sizes: int64, set to the bits of each segment.
+
+    Returns:
+        How many bytes of the plane are used.
+    """
+    item = np.int64(patterns.itemsize)
+    bits, one, three, seven = np.uint64(8 * item), np.uint64(1), np.uint64(3), np.uint64(7)
+    sign, low = bits - one, (one << np.uint64(width)) - one
+    word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
+    at = np.int64(0)
+    for s in range(counts.size):
+        stop = at + counts[s]
+        trim = np.uint64(trims[s])
+        sizes[s] = counts[s] * (width - trims[s])
+        if not taken and not trim:  # whole bytes
+            if item == 2 and width == 8:
+                while at + LANES16 <= stop:
+                    level_bytes16(raw, 2 * at, plane, to)
+                    at += LANES16
+                    to += LANES16
+            elif item == 4 and width == 24:
+                while at + LANES32 <= stop:
+                    level_bytes32(raw, 4 * at, plane, to)
+                    at += LANES32
+                    to += 3 * LANES32
+        each = np.uint64(width) - trim
+        while at < stop:
+            pattern = np.uint64(patterns[at])
+            residual = (pattern << one | pattern >> sign) & low
+            if trim:
+                residual = residual & one | residual >> (trim + one) << one
+            word |= residual << taken
+            taken += each
+            store64(plane, to, word)
+            to += np.int64(taken >> three)
+            word >>= taken & ~seven
+            taken &= seven
+            at += 1
+    if taken:
+        plane[to] = np.uint8(word)
+        to += 1
+    return to

@@ -1,0 +1,89 @@
+"""The levels of one stream, for callers that want them and not weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .index import CODES_OF, CONSTANT_OF
+from .levels import decode_segment
+from .lookup import classes_of, prepare
+from .recipe import BASE_OF, CLASSES_OF, GROUP_OF
+from .slots import Segments, Target, decode_codes, place_slots
+from .working import carve
+
+
+@kernel
+def decode_levels(
+    data: Any,
+    prefix_start: int,
+    prefix_bits: Any,
+    residual_start: int,
+    residual_bits: Any,
+    counts: Any,
+    codes: Any,
+    trims: Any,
+    shape: Any,
+    lengths: Any,
+    tables: Any,
+    filled: Any,
+    bits_before: Any,
+    most: int,
+    memory: Any,
+    levels: Any,
+) -> bool:
+    """The levels of a run of segments, one segment's after another's.
+
+    Args:
+        data: uint8, the chunk, at least 8 bytes. Where all classes have one width, the residuals were checked
+            to lie 8 bytes inside.
+        prefix_start, residual_start: bit offsets of the run in the two planes.
+        prefix_bits, residual_bits, counts, codes, trims: int64 [n], of each segment.
+        shape: int64, of `recipe.stream_shape`.
+        lengths: uint8, of `lookup.lengths_of`.
+        tables: uint8, ``shape[STOP_OF]`` bytes; ``filled``: int64 [FILLED_OF], zeros.
+        bits_before: int64 [2, n], free for use.
+        most: the greatest count; ``memory``: uint8, for `working.carve` of n segments of so many.
+        levels: uint64, as many as all counts.
+    """
+    n = counts.size
+    working = carve(memory, n, n, most)
+    base = np.uint64(shape[BASE_OF])
+    codes_of_stream, group, slots_of_classes = shape[CODES_OF], shape[GROUP_OF], working.class_slots
+    if not prepare(
+        base, shape[CLASSES_OF], lengths, codes_of_stream, group, tables, filled, slots_of_classes
+    ):
+        return False
+    starts, residuals = bits_before[0], bits_before[1]
+    at, residual = prefix_start, residual_start
+    for s in range(n):
+        starts[s], residuals[s] = at, residual
+        at += prefix_bits[s]
+        residual += residual_bits[s]
+    slots, places = working.slots, working.places[0]
+    spare = place_slots(counts, places)
+    segments = Segments(starts, prefix_bits, counts, codes, residuals)
+    target = Target(False, 0, np.uint64(0), 0, working.residuals, False, slots)
+    if not decode_codes(data, segments, target, shape, tables, filled, places, spare, working, slots):
+        return False
+    first, extra = classes_of(tables)
+    done = np.int64(0)
+    for s in range(n):
+        if not decode_segment(
+            data,
+            residuals[s],
+            residual_bits[s],
+            counts[s],
+            trims[s],
+            shape[CONSTANT_OF],
+            first,
+            extra,
+            slots,
+            places[s],
+            levels[done : done + counts[s]],
+        ):
+            return False
+        done += counts[s]
+    return True

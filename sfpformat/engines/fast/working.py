@@ -1,0 +1,165 @@
+"""Working memory of a run of segments, carved out of memory that the calling thread keeps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_CODES
+from .compiling import kernel
+from .index import ROWS
+from .lookup import MAX_BITS
+from .memory import require_inside
+from .prefix import CHAINS, SLACK, STATE
+from .vectors import BY_SLOT
+
+_ALIGNMENT = 64
+_CLASS_SLOTS = MAX_CLASSES[1] + MAX_CODE_BITS + 1
+
+
+class Working(NamedTuple):
+    """What a run needs for a while; ``n`` segments of ``segment`` positions, of a chunk of ``m``.
+
+    Attributes:
+        positions: int64 [m], of each segment.
+        index: int64 [ROWS, m], see `index.read_index`.
+        order, begins: int64 [n], [MAX_CODES + 1], see `prefix.order_by_code`.
+        places: int64 [3, n], for each stream where the slots of each segment begin.
+        slots: uint8, of the stream in hand; ``importance_slots`` of the importance, which are kept meanwhile.
+        state, taken, chain_places: int64 [STATE, CHAINS], [CHAINS], [CHAINS], see `slots`.
+        bits: uint8 [n * segment / 8], mask bits.
+        levels, inside, numbers: uint64, int64, float32 [segment].
+        residuals: uint8 [segment + 8], one after another.
+        survivors: uint8 [8 * segment], bit patterns.
+        by_slot: uint32 [BY_SLOT], see `values.signed_patterns`.
+        class_slots: int64 [most classes + 13], for `lookup.prepare`.
+        single, ends: uint32, uint64 [2^MAX_BITS], for `lookup.code_of`.
+    """
+
+    positions: Any
+    index: Any
+    order: Any
+    begins: Any
+    places: Any
+    slots: Any
+    importance_slots: Any
+    state: Any
+    taken: Any
+    chain_places: Any
+    bits: Any
+    levels: Any
+    inside: Any
+    numbers: Any
+    residuals: Any
+    survivors: Any
+    by_slot: Any
+    class_slots: Any
+    single: Any
+    ends: Any
+
+
+@kernel
+def _aligned(size: int) -> int:
+    return (size + _ALIGNMENT - 1) & -_ALIGNMENT
+
+
+@kernel
+def slots_room(n: int, segment: int) -> int:
+    """Bytes for the slots of ``n`` segments and one more, of at most ``segment`` levels each."""
+    return (n + 1) * (segment + 1 + SLACK)
+
+
+@kernel
+def _sizes(m: int, n: int, segment: int) -> Any:
+    """Bytes of each field of `Working`, in order."""
+    slots = max(slots_room(n, segment), slots_room(CHAINS, segment))
+    return (
+        8 * m,
+        8 * ROWS * m,
+        8 * n,
+        8 * (MAX_CODES + 1),
+        8 * 3 * n,
+        slots,
+        slots,
+        8 * STATE * CHAINS,
+        8 * CHAINS,
+        8 * CHAINS,
+        n * (segment >> 3),
+        8 * segment,
+        8 * segment,
+        4 * segment,
+        segment + 8,
+        8 * segment,
+        4 * BY_SLOT,
+        8 * _CLASS_SLOTS,
+        4 << MAX_BITS,
+        8 << MAX_BITS,
+    )
+
+
+@kernel
+def working_bytes(m: int, n: int, segment: int) -> int:
+    """Bytes that `carve` takes."""
+    total = 0
+    for size in _sizes(m, n, segment):
+        total += _aligned(size)
+    return total
+
+
+@kernel
+def _carve(memory: Any, used: int, size: int) -> tuple[Any, int]:
+    require_inside(memory, used, size)
+    return memory[used : used + size], used + _aligned(size)
+
+
+@kernel
+def carve(memory: Any, m: int, n: int, segment: int) -> Any:
+    """Working memory for ``n`` segments of a chunk of ``m``.
+
+    Args:
+        memory: uint8 [`working_bytes`] or more, at a multiple of 8.
+    """
+    sizes = _sizes(m, n, segment)
+    positions, at = _carve(memory, 0, sizes[0])
+    index, at = _carve(memory, at, sizes[1])
+    order, at = _carve(memory, at, sizes[2])
+    begins, at = _carve(memory, at, sizes[3])
+    places, at = _carve(memory, at, sizes[4])
+    slots, at = _carve(memory, at, sizes[5])
+    importance_slots, at = _carve(memory, at, sizes[6])
+    state, at = _carve(memory, at, sizes[7])
+    taken, at = _carve(memory, at, sizes[8])
+    chain_places, at = _carve(memory, at, sizes[9])
+    bits, at = _carve(memory, at, sizes[10])
+    levels, at = _carve(memory, at, sizes[11])
+    inside, at = _carve(memory, at, sizes[12])
+    numbers, at = _carve(memory, at, sizes[13])
+    residuals, at = _carve(memory, at, sizes[14])
+    survivors, at = _carve(memory, at, sizes[15])
+    by_slot, at = _carve(memory, at, sizes[16])
+    class_slots, at = _carve(memory, at, sizes[17])
+    single, at = _carve(memory, at, sizes[18])
+    ends, at = _carve(memory, at, sizes[19])
+    return Working(
+        positions.view(np.int64),
+        index.view(np.int64).reshape(ROWS, m),
+        order.view(np.int64),
+        begins.view(np.int64),
+        places.view(np.int64).reshape(3, n),
+        slots,
+        importance_slots,
+        state.view(np.int64).reshape(STATE, CHAINS),
+        taken.view(np.int64),
+        chain_places.view(np.int64),
+        bits,
+        levels.view(np.uint64),
+        inside.view(np.int64),
+        numbers.view(np.float32),
+        residuals,
+        survivors,
+        by_slot.view(np.uint32),
+        class_slots.view(np.int64),
+        single.view(np.uint32),
+        ends.view(np.uint64),
+    )
