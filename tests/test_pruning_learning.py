@@ -14,10 +14,10 @@ from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.features import CLAMP, FEATURES, features, standardised
 from sfpformat.pruning.gates import GATES, Moment, make_gate
-from sfpformat.pruning.learning import Learned, Settings, _Learner, bytes_per_weight, learn_importance
+from sfpformat.pruning.learning import Learned, Settings, bytes_per_weight, learn_importance
 from sfpformat.pruning.network import ImportanceNetwork
 from sfpformat.pruning.pipeline import prune
-from sfpformat.pruning.task import CLASSIFY, Task, chosen_weights, endless, evaluating
+from sfpformat.pruning.task import Task, chosen_weights
 from sfpformat.pruning.thresholds import Sparsity
 from sfpformat.pruning.tuning import Tuning, fine_tune
 
@@ -84,27 +84,6 @@ def test_a_range_serves_every_sparsity_in_it() -> None:
     fisher = scores.fisher(net, statistics(net, batches))
     for sparsity in (0.5, 0.7, 0.85):
         assert pruned_loss(learned.importances, sparsity) < pruned_loss(fisher, sparsity)
-
-
-def test_importances_settle_and_weights_go_on() -> None:
-    net, batches = trained_net()
-    found = statistics(net, batches)
-    seen: dict[int, dict[str, torch.Tensor]] = {}
-    for steps in (20, 40):  # as far as the importances settle, and to the end
-        settings = Settings(steps=40, weight_rate=1e-2, settle=0.5)
-        learner = _Learner(net, chosen_weights(net, None), found, CLASSIFY, settings, (0.7, 0.7))
-        stream = endless(batches)
-        with evaluating(net):
-            for _ in range(steps):
-                learner.learn(next(stream))
-        done = learner.learned()
-        seen[steps] = {**done.importances, **{f"{name} w": w for name, w in done.weights.items()}}
-    for name in chosen_weights(net, None):
-        assert torch.equal(seen[20][name], seen[40][name])
-        kept = seen[40][name] > math.log(2)
-        moved = seen[20][f"{name} w"] != seen[40][f"{name} w"]
-        assert moved[kept].float().mean() > 0.9
-    assert sum(learner.history[-8:]) < 0.8 * sum(learner.history[12:20])  # a round of the data each
 
 
 def test_weights_are_trained_too_where_that_is_asked_for() -> None:
@@ -282,7 +261,6 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         lambda: Settings(objective="accuracy"),
         lambda: Settings(steps=0),
         lambda: Settings(start=1.0),
-        lambda: Settings(settle=0.0),
         lambda: make_gate("topk", 0.0),
         lambda: learn_importance(net, batches, 1.0),
         lambda: learn_importance(net, batches, (0.8, 0.5)),

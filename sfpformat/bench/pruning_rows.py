@@ -99,7 +99,7 @@ def _identity(row: Row) -> tuple[object, ...]:
 
 
 # Kind of text -> the field of its perplexity, and that of the dense model's.
-_RISES = {
+RISES = {
     "code": ("perplexity", "dense_perplexity"),
     "prose": ("prose_perplexity", "dense_prose_perplexity"),
 }
@@ -111,14 +111,14 @@ def summary(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     ``excess`` is the rise of the perplexity over the dense model's, over that of Fisher's mask.
     """
     header = ["sparsity", "method"]
-    for kind in _RISES:
+    for kind in RISES:
         header += [kind, "least", "greatest", "excess"]
     out = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in found):
         here = [row for row in found if row["sparsity"] == sparsity]
         for method in dict.fromkeys(row["method"] for row in here):
             cells = [f"{sparsity}", str(method)]
-            for kind in _RISES:
+            for kind in RISES:
                 cells += _cells(here, method, kind)
             cells.append(f"{_numbers(here, method, 'seconds').mean():.0f}")
             out.append(cells)
@@ -127,15 +127,21 @@ def summary(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _cells(found: Sequence[Row], method: object, kind: str) -> list[str]:
     """Mean, least and greatest perplexity, and the excess."""
-    values = _numbers(found, method, _RISES[kind][0])
+    values = _numbers(found, method, RISES[kind][0])
     spread = [f"{number:.3f}" for number in (values.mean(), values.min(), values.max())]
-    whole = _rises(found, "fisher", kind)
-    return [*spread, f"{(_rises(found, method, kind) / whole).mean():.3f}" if len(whole) else "–"]
+    whole = rises(found, "fisher", kind)
+    return [*spread, f"{(rises(found, method, kind) / whole).mean():.3f}" if len(whole) else "–"]
 
 
-def _rises(found: Sequence[Row], method: object, kind: str) -> NDArray[np.float64]:
-    """By how much the perplexity rose, a number a seed."""
-    after, before = _RISES[kind]
+def rises(found: Sequence[Row], method: object, kind: str) -> NDArray[np.float64]:
+    """By how much the perplexity rose over the dense model's, a number a row of a method.
+
+    Args:
+        found: rows of one sparsity.
+        method: as in `FIELDS`.
+        kind: of the text, of `RISES`.
+    """
+    after, before = RISES[kind]
     return _numbers(found, method, after) - _numbers(found, method, before)
 
 

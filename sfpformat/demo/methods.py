@@ -249,6 +249,11 @@ METHODS = {
 }
 
 
+def weights_change(method: str) -> bool:
+    """Whether a method trains or updates survivors; factors of rows and columns leave them as they are."""
+    return method.endswith(("-updated", "-finetuned", "-multipliers")) or method == "together"
+
+
 def steps_of(method: str, steps: int) -> int:
     """How often `Bench.advance` is called for a method, where nothing is kept from before."""
     learned = steps if method.startswith(("learned", "mlp", "together")) else 0

@@ -7,8 +7,8 @@ schedule's start to the target along a cubic, then stays; where a range is asked
 share from the range, so that one importance serves every sparsity in it.
 
 The MLP changes slowly and costs as much as the model itself: it learns every `Settings.network_every` steps,
-from the gradient gathered meanwhile. Where weights learn too, the importances settle before the end, so that
-the survivors can make up for what went.
+from the gradient gathered meanwhile. Where weights learn too, logits go more slowly, so that a mask does not
+change faster than its survivors can make up for what went.
 """
 
 from __future__ import annotations
@@ -54,13 +54,12 @@ class Settings:
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
         logits: whether each weight has a logit of its own beside the shared MLP.
-        logit_rate, network_rate: peak rates of Adam, in scores' units a step.
+        logit_rate, network_rate: peak rates of Adam, in scores' units a step; None takes 0.05 for logits, and
+            0.01 where weights learn too.
         weight_rate: of the weights themselves, which are frozen at 0.
-        settle: where weights are trained too: share of the steps after which importances stay as they are and
-            only weights go on learning.
         temperature: of the gate.
         start: share pruned in the first step.
-        ramp: share of the steps in which importances learn after which the target is reached.
+        ramp: share of the steps after which the target is reached.
         network_every: steps from one step of the MLP to the next.
         seed: of the MLP's start and of the shares drawn from a range.
     """
@@ -69,10 +68,9 @@ class Settings:
     gate: str = "topk"
     objective: str = "divergence"
     logits: bool = True
-    logit_rate: float = 0.05
+    logit_rate: float | None = None
     network_rate: float = 1e-3
     weight_rate: float = 0.0
-    settle: float = 0.5
     temperature: float = 0.5
     start: float = 0.3
     ramp: float = 0.6
@@ -86,18 +84,15 @@ class Settings:
             raise OptionError(f"objective is {self.objective!r}, must be one of {', '.join(OBJECTIVES)}")
         if self.steps < 1 or self.network_every < 1:
             raise OptionError("steps and network_every must be at least 1")
-        if not (0 <= self.start < 1 and 0 <= self.ramp <= 1 and 0 < self.settle <= 1):
-            raise OptionError("start, ramp and settle must be shares")
-
-    @property
-    def importance_steps(self) -> int:
-        """The number of steps in which importances learn."""
-        return max(1, round(self.steps * self.settle)) if self.weight_rate > 0 else self.steps
+        if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
+            raise OptionError("start and ramp must be shares")
 
 
 # Adam as the recipe has it: gradients a weight are tiny, so that the usual 1e-8 would drown them.
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
+_LOGIT_RATE = 0.05
+_LOGIT_RATE_TOGETHER = 0.01
 _WARMUP = 10  # steps
 _FINAL = 0.05  # of the peak rates, at the end of half a cosine
 
@@ -213,21 +208,21 @@ class _Learner:
         self.gate: Gate = make_gate(settings.gate, settings.temperature)
         trained = settings.weight_rate > 0
         self.weights = {name: w.clone().requires_grad_() if trained else w for name, w in weights.items()}
-        learned: list[tuple[list[Any], float, int]] = [
-            (list(self.network.mlp.parameters()), settings.network_rate, settings.importance_steps)
-        ]
+        groups = [{"params": list(self.network.mlp.parameters()), "peak": settings.network_rate}]
         if self.network.logits is not None:
-            learned.append(([self.network.logits], settings.logit_rate, settings.importance_steps))
+            rate = settings.logit_rate
+            if rate is None:
+                rate = _LOGIT_RATE_TOGETHER if trained else _LOGIT_RATE
+            groups.append({"params": [self.network.logits], "peak": rate})
         if trained:
-            learned.append((list(self.weights.values()), settings.weight_rate, settings.steps))
-        groups = [{"params": what, "peak": rate, "steps": steps} for what, rate, steps in learned]
+            groups.append({"params": list(self.weights.values()), "peak": settings.weight_rate})
         self.optimiser = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
         self.step = 0
         self.history: list[float] = []
 
     def moment(self) -> Moment:
         """The share to be pruned in this step: a cubic up to the target, then the target."""
-        progress = min(1.0, self.step / self.settings.importance_steps)
+        progress = self.step / self.settings.steps
         low, high = self.sparsities
         # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
         generator = torch.Generator().manual_seed(self.settings.seed << 32 | self.step)
@@ -237,34 +232,19 @@ class _Learner:
 
     def learn(self, batch: Any) -> float:
         """One step; returns the loss."""
-        gates, penalty = self._gates()
+        gates, penalty = self.gate(self.network.scores(), self.moment())
         gated = {
             name: self.weights[name] * gate.to(self.weights[name].dtype)
             for name, gate in self.network.split(gates).items()
         }
         loss = self._cost(with_weights(self.model, gated), batch) + penalty
         value = finite(loss, f"step {self.step + 1}")
-        leaves = list(self.weights.values())
-        if not self._settled:
-            leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
+        leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         self._update()
         self.history.append(value)
         return value
-
-    @property
-    def _settled(self) -> bool:
-        """Whether importances stay as they are from this step on."""
-        return self.step >= self.settings.importance_steps
-
-    def _gates(self) -> tuple[Tensor, Tensor]:
-        """The gates of this step, and their penalty; once importances have settled, the masks they mean."""
-        if not self._settled:
-            return self.gate(self.network.scores(), self.moment())
-        scores = self.network.scores().detach()
-        masks = scores > threshold_of(scores, self.moment().sparsity)
-        return masks.to(scores.dtype), scores.new_zeros(())
 
     def _cost(self, gated: Model, batch: Any) -> Tensor:
         outputs = self.task.run(gated, batch)
@@ -276,11 +256,11 @@ class _Learner:
 
     def _update(self) -> None:
         warmup = min(1.0, (self.step + 1) / _WARMUP)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.settings.steps))
         for group in self.optimiser.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / group["steps"])))
             group["lr"] = group["peak"] * warmup * (_FINAL + (1 - _FINAL) * cosine)
-        due = not self._settled and (self.step + 1) % self.settings.network_every == 0
         self.step += 1
+        due = self.step % self.settings.network_every == 0
         if due:
             self.network.learn_base()
         self.optimiser.step()
