@@ -94,6 +94,10 @@ class MismatchError(SfpError, RuntimeError):
         super().__init__(detail)
 
 
+class LossError(SfpError, ArithmeticError):
+    """A loss, or what calibration data give, is not finite; nothing can be learned from it."""
+
+
 class EngineError(SfpError, RuntimeError):
     """The engine asked for is not available here; the message says why."""
 

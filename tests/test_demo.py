@@ -111,3 +111,18 @@ def test_the_command_prints_a_row_for_each_variant(
     assert main(["demo"]) == 0
     table = capsys.readouterr().out
     assert all(variant.name in table for variant in packing.VARIANTS)
+
+
+def test_the_command_prunes_to_any_share_by_the_learned_importance(
+    short_texts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--sparsity", "0.65,0.925", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [row["name"] for row in rows] == [
+        f"{share} % by {by}, -20 dB" for share in ("65", "92.5") for by in ("magnitude", "importance")
+    ]
+    for magnitude, importance in zip(rows[::2], rows[1::2], strict=True):
+        assert magnitude["sparsity"] == pytest.approx(importance["sparsity"], abs=0.01)
+        assert importance["code"] < 0.7 * magnitude["code"]
+    assert rows[1]["sparsity"] == pytest.approx(0.65, abs=0.02)
+    assert rows[3]["sparsity"] == pytest.approx(0.925, abs=0.02)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sfpformat
-from sfpformat.bench import pruning
+from sfpformat.bench import pruning, pruning_rows
 from sfpformat.cli import main
 from sfpformat.demo import carried, importance, language, learned, methods, packing
 from sfpformat.demo.methods import METHODS, Bench, steps_of
@@ -33,6 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(importance, "WINDOWS", 1)
     monkeypatch.setattr(importance, "CALIBRATION_BATCHES", 2)
     monkeypatch.setattr(pruning, "CALIBRATION_BATCHES", 2)
+    monkeypatch.setattr(pruning, "EVALUATED_TOKENS", 512)
     monkeypatch.setattr(learned, "_CALIBRATION_BATCHES", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,12 +123,45 @@ def test_the_benchmark_prints_a_list_of_objects(capsys: pytest.CaptureFixture[st
         (method, sparsity, 0) for sparsity in (0.7, 0.8) for method in ("magnitude", "learned")
     ]
     for row in rows:
-        assert list(row) == list(pruning.FIELDS)
+        assert list(row) == list(pruning_rows.FIELDS)
         assert row["perplexity"] > row["dense_perplexity"]
         assert row["training_seconds"] is None
-    header, table = pruning.summary(rows)
+    header, table = pruning_rows.summary(rows)
     assert len(table) == 4
     assert all(len(cells) == len(header) for cells in table)
+
+
+def test_rows_are_kept_as_they_come_and_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    words = ["bench", "pruning", "--seeds", "1", "--sparsity", "0.7", "--steps", "1", "--threads", "1"]
+    words += ["--rows", str(path), "--json"]
+    assert main([*words, "--methods", "magnitude"]) == 0
+    (magnitude,) = json.loads(capsys.readouterr().out)
+    lines = path.read_bytes()
+    path.write_bytes(lines + lines[:40])  # the process was ended in the middle of a row
+    asked = []
+    prune = Bench.prune
+    monkeypatch.setattr(Bench, "prune", lambda *args: asked.append(args[1]) or prune(*args))
+    assert main([*words, "--methods", "magnitude,fisher"]) == 0
+    assert asked == ["fisher"]
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == magnitude
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [first, second]
+    assert main([*words, "--methods", "fisher", "--steps", "2"]) == 0  # rows of other steps are others
+    assert asked == ["fisher", "fisher"]
+
+
+@pytest.mark.parametrize("text", ["no rows", "no rows\n", "3\n", '{"method": "guess"}\n'])
+def test_a_file_of_something_else_is_left_as_it_is(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine"
+    path.write_text(text)
+    assert main(["bench", "pruning", "--seeds", "1", "--rows", str(path)]) == 2
+    assert "give another file" in capsys.readouterr().err
+    assert path.read_text() == text
 
 
 def test_a_model_of_another_seed_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

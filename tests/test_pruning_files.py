@@ -16,11 +16,11 @@ from sfpformat.codec.options import ImportanceOptions, Options
 from sfpformat.errors import OptionError
 from sfpformat.numpy import load_file, save_file
 from sfpformat.pruning import scores
+from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.files import reprune
 from sfpformat.pruning.pipeline import apply_masks, give_masks, pack, prune, take_masks
-from sfpformat.pruning.reprune import reprune
-from sfpformat.pruning.statistics import statistics
 from sfpformat.pruning.thresholds import Sparsity, masks_of
-from sfpformat.pruning.tuning import Tuning, fine_tune, fit_factors, scaled
+from sfpformat.pruning.tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 from sfpformat.reader import SfpFile
 from sfpformat.torch import load_model
 
@@ -87,6 +87,23 @@ def test_a_file_keeps_masks_survivors_and_grades(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "a.sfp")
     for name, tensor in net.state_dict().items():
         np.testing.assert_array_equal(loaded[name], tensor.numpy())
+
+
+def test_multipliers_make_up_for_a_part_and_take_no_bits(tmp_path: Path) -> None:
+    (net, batches), (dense, _) = trained_net(), trained_net()
+    masks = prune(net, scores.fisher(net, statistics(net, batches)), Sparsity(0.8))
+    weights = {name: net.get_parameter(name).detach().clone() for name in masks}
+    before = loss_of(net, batches)
+    found = fit_multipliers(net, masks, batches, teacher=dense, tuning=Tuning(150))
+    assert all(torch.equal(net.get_parameter(name).detach(), weights[name]) for name in masks)
+    assert all((found[name][~mask] == 1).all() for name, mask in masks.items())
+    pack(net, tmp_path / "folded.sfp", masks, multipliers=found)
+    with sfpformat.open(tmp_path / "folded.sfp") as file:
+        assert file.info("0.weight").role is None
+    load_model(net, tmp_path / "folded.sfp")
+    for name, multiplier in found.items():
+        assert torch.equal(net.get_parameter(name).detach(), weights[name] * multiplier)
+    assert loss_of(net, batches) < 0.8 * before
 
 
 def test_multipliers_are_folded_into_what_is_written_alone(tmp_path: Path) -> None:
@@ -241,7 +258,14 @@ def test_the_command_prunes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     "words",
-    [["--threshold", "best"], ["--threshold", "sigma:x"], ["--sparsity", "2"], ["--threshold", "4:2"], []],
+    [
+        ["--sparsity", "0.9", "--exempt", "guess*"],
+        ["--threshold", "best"],
+        ["--threshold", "sigma:x"],
+        ["--sparsity", "2"],
+        ["--threshold", "4:2"],
+        [],
+    ],
 )
 def test_the_command_refuses_thresholds_that_make_no_sense(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -261,6 +285,14 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         lambda: prune(net, wrong, Sparsity(0.5)),
         lambda: prune(net, {"x": torch.ones(3, 3)}, Sparsity(0.5)),
         lambda: apply_masks(net, {"x": torch.ones(3, 3)}),
+        lambda: apply_masks(net, wrong),
+        lambda: give_masks(net, wrong),
+        lambda: pack(net, tmp_path / "a.sfp", wrong),
+        lambda: pack(net, tmp_path / "a.sfp", masks, importances=wrong),
+        lambda: pack(net, tmp_path / "a.sfp", masks, multipliers=wrong),
+        lambda: pack(net, tmp_path / "a.sfp", masks, factors={"0.weight": pair[::-1]}),
+        lambda: fit_factors(net, masks, [], teacher=net),
+        lambda: fit_multipliers(net, wrong, batches, teacher=net),
         lambda: give_masks(net, {"x": torch.ones(3, 3)}),
         lambda: fine_tune(net, masks, batches),
         lambda: fine_tune(net, wrong, batches, teacher=net),

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from sfpformat.errors import MismatchError, OptionError
+from sfpformat.errors import LossError, MismatchError, OptionError
 from sfpformat.pruning import scores
+from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.features import CLAMP, FEATURES, features, standardised
 from sfpformat.pruning.gates import GATES, Moment, make_gate
 from sfpformat.pruning.learning import Learned, Settings, bytes_per_weight, learn_importance
 from sfpformat.pruning.network import ImportanceNetwork
 from sfpformat.pruning.pipeline import prune
-from sfpformat.pruning.statistics import statistics
 from sfpformat.pruning.task import Task, chosen_weights
 from sfpformat.pruning.thresholds import Sparsity
+from sfpformat.pruning.tuning import Tuning, fine_tune
 
 from .pruning_nets import loss_of, trained_net
 
@@ -132,6 +133,42 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
     learn_importance(net, batches, 0.5, settings=Settings(steps=2), checkpoint=path)
     with pytest.raises(MismatchError):
         learn_importance(net, batches, 0.6, settings=Settings(steps=2), checkpoint=path)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_loss_that_is_no_number_stops_learning_and_leaves_the_checkpoint(tmp_path: Path, gate: str) -> None:
+    net, batches = trained_net()
+    found = statistics(net, batches)
+    path = tmp_path / "checkpoint.pt"
+    settings = Settings(steps=20, gate=gate)
+    x, labels = batches[5]
+    broken = [*batches[:5], (torch.full_like(x, torch.nan), labels), *batches[6:]]
+    with pytest.raises(LossError, match="the loss is nan at step 6"):
+        learn_importance(net, broken, 0.5, found=found, settings=settings, checkpoint=path, every=5)
+    whole = learn_importance(net, batches, 0.5, found=found, settings=settings)
+    resumed = learn_importance(net, batches, 0.5, found=found, settings=settings, checkpoint=path)
+    assert resumed.history == whole.history
+    with pytest.raises(LossError, match="batch 6 of the calibration data"):
+        statistics(net, broken)
+
+
+def test_a_loss_that_is_no_number_stops_tuning_and_leaves_the_model() -> None:
+    net, batches = trained_net()
+    masks = prune(net, scores.magnitude(net), Sparsity(0.5))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    broken = [batches[0], (torch.full_like(batches[0][0], torch.inf), batches[0][1])]
+    with pytest.raises(LossError, match="at step 2"):
+        fine_tune(net, masks, broken, tuning=Tuning(4, objective="loss"))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_model_without_outputs_that_are_understood_is_told_so() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+            return (super().forward(input),)
+
+    with pytest.raises(OptionError, match="returns a tuple"):
+        learn_importance(Pair(12, 5), trained_net()[1], 0.5)
 
 
 def test_any_module_and_loader_will_do() -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from sfpformat.errors import OptionError
 from sfpformat.pruning import layerwise, scores
+from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.layerwise import prune_layerwise, sparsegpt
-from sfpformat.pruning.statistics import statistics
 from sfpformat.pruning.task import endless, evaluating, prunable
 
 from .pruning_nets import WIDTH, loss_of, trained_net

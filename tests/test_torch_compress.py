@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +339,69 @@ def test_a_compressed_model_is_saved_under_the_names_of_the_dense_one(tmp_path: 
     other = Small(1)
     assert load_model(other, tmp_path / "m") == ([], [])
     assert_same(state(other), state(dense))
+
+
+# ----------------------------------------------------------------------------- larger than memory allows
+
+LARGER = """
+import copy, resource, sys, torch
+from torch import nn
+from sfpformat.torch import compress_model, load_model
+
+torch.set_num_threads(1)
+
+def taken():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmData")) * 1024
+
+def empty(layers):
+    with torch.device("meta"):
+        layer = nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16)
+        return nn.Sequential(*[copy.deepcopy(layer) for _ in range(layers)])
+
+x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+small = empty(1)
+compress_model(small, sys.argv[2])
+with torch.inference_mode():
+    small(x)  # what is imported and made once
+room = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_DATA, (taken() + room, taken() + room))
+model = empty(8)
+report = compress_model(model, sys.argv[1])
+assert report.model_bytes_before > room > report.model_bytes_after
+with torch.inference_mode():
+    torch.save(model(x), sys.argv[4])
+del model
+try:
+    load_model(empty(8), sys.argv[1])
+except RuntimeError as error:
+    assert "memory" in str(error), error
+else:
+    raise SystemExit("the dense model has room")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no such limit")
+def test_a_model_larger_than_memory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    dense = nn.Sequential(*[nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16) for _ in range(8)])
+    for weight in dense.parameters():
+        kept = torch.rand(weight.shape, generator=generator) < 0.1
+        weight.data = torch.where(kept, torch.randn(weight.shape, generator=generator), 0).bfloat16()
+    save_model(dense, tmp_path / "m")
+    save_model(nn.Sequential(dense[0]), tmp_path / "s")
+    room = 40 << 20  # of 64 MiB dense
+    monkeypatch.setenv("SFPFORMAT_ENGINE", "python")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that what is let go can be had again
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", LARGER, tmp_path / "m", tmp_path / "s", str(room), out]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            assert torch.equal(torch.load(out), dense(x))
+    finally:
+        torch.set_num_threads(threads)

@@ -2,7 +2,8 @@
 
 The first model is the one that the package carries. Those of the other seeds are trained as it was, for fewer
 steps, by `sfpformat.demo.train` in a process of its own; they are kept in the user's cache. Perplexities are
-taken on the held-out texts, which neither training nor calibration sees. Needs torch.
+taken on the held-out texts, which neither training nor calibration sees. Rows can be kept in a file as they
+come, so that a run that was broken off goes on. Needs torch.
 """
 
 from __future__ import annotations
@@ -11,38 +12,28 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..demo.carried import TEXTS, weights
+from ..demo.carried import TEXTS, heldout_tokens, weights
 from ..demo.importance import CALIBRATION_BATCHES
-from ..demo.methods import METHODS, Bench, Pruned, steps_of
-from ..demo.packing import evaluate
+from ..demo.methods import METHODS, Bench, steps_of
+from ..demo.model import Config, perplexity
 from ..numpy import load_file
 from ..pruning.thresholds import achieved
 from .child import run_python
+from .pruning_rows import FIELDS, KeptRows, Row
 
 MODEL_STEPS = 3000  # of training another seed's model: an eighth of those of the carried one
 CACHE = "SFPFORMAT_CACHE"  # the folder for trained models, else that of the user's caches
-
-# Field of a row -> what it is.
-FIELDS = {
-    "method": "one of sfpformat.demo.methods.METHODS",
-    "sparsity": "the share of the linear layers' weights that was asked for",
-    "achieved_sparsity": "the share that the masks prune",
-    "seed": "of the model, of the windows and of learning",
-    "perplexity": "a character of held-out code",
-    "dense_perplexity": "the same of the model before",
-    "prose_perplexity": "a character of held-out prose",
-    "dense_prose_perplexity": "the same of the model before",
-    "seconds": "of pruning, with all that the method needs, such as calibration, learning and tuning",
-    "steps": "of learning and of tuning",
-    "training_seconds": "of the model, or null for the one that the package carries",
-}
+EVALUATED_TOKENS = 1 << 14  # of each held-out text; one more is read, as first context
 
 
 @dataclass(frozen=True)
@@ -68,51 +59,93 @@ class Plan:
     def amount(self) -> int:
         """How often the progress of `rows` is advanced, about."""
         once = sum(steps_of(method, self.steps) + 1 for method in self.methods)
-        return self.seeds * (1 + len(self.sparsities) * once)
+        return self.seeds * len(self.sparsities) * once
+
+    def identity(self, seed: int, sparsity: float, method: str) -> tuple[object, ...]:
+        """The fields of a row that tell it from others, as in `pruning_rows.IDENTITY`."""
+        return method, sparsity, seed, self.steps, self.model_steps if seed else None
 
 
 def rows(
-    plan: Plan, advance: Callable[[int], None], at: Callable[[str], None]
-) -> Iterator[dict[str, object]]:
+    plan: Plan, advance: Callable[[int], None], at: Callable[[str], None], path: Path | None = None
+) -> Iterator[Row]:
     """A row of `FIELDS` for each seed, sparsity and method, as soon as it is measured.
 
     Args:
         plan: what is measured.
         advance, at: of the progress.
+        path: of a file to which rows are added, and whose rows are taken instead of measuring again.
 
     Raises:
         ChildError: a model could not be trained.
+        LockedFileError, MismatchError, OSError: of the file.
     """
     import torch
 
     torch.set_num_threads(plan.threads)
-    for seed in range(plan.seeds):
-        at(f"seed {seed}: the model")
-        tensors, training = model_of(seed, plan.model_steps, plan.threads)
-        dense = {kind: evaluate(tensors, kind) for kind in TEXTS}
-        bench = Bench(tensors, plan.steps, seed, CALIBRATION_BATCHES, lambda: advance(1))
-        advance(1)
-        for sparsity in plan.sparsities:
-            for method in plan.methods:
-                at(f"seed {seed}, {sparsity:.0%}: {method}")
-                pruned = bench.prune(method, sparsity)
+    with nullcontext() if path is None else KeptRows(path) as kept:
+        for seed in range(plan.seeds):
+            subject = _Subject(plan, seed, advance, at)
+            for sparsity, method in product(plan.sparsities, plan.methods):
+                row = None if kept is None else kept.find(*plan.identity(seed, sparsity, method))
+                if row is None:
+                    row = subject.row(method, sparsity)
+                    if kept is not None:
+                        kept.add(row)
+                else:
+                    advance(steps_of(method, plan.steps))
                 advance(1)
-                row = _row(bench, pruned, dense)
-                known = {"method": method, "sparsity": sparsity, "seed": seed, "training_seconds": training}
-                yield {name: {**known, **row}[name] for name in FIELDS}
+                yield row
 
 
-def _row(bench: Bench, pruned: Pruned, dense: dict[str, float]) -> dict[str, object]:
-    arrays = bench.arrays(pruned)
-    return {
-        "achieved_sparsity": achieved({name: mask.numpy() for name, mask in pruned.masks.items()}),
-        "perplexity": evaluate(arrays, "code"),
-        "dense_perplexity": dense["code"],
-        "prose_perplexity": evaluate(arrays, "prose"),
-        "dense_prose_perplexity": dense["prose"],
-        "seconds": round(pruned.seconds, 2),
-        "steps": bench.steps,
-    }
+class _Subject:
+    """A seed's model, and what is measured on it; nothing is done before the first row."""
+
+    def __init__(
+        self, plan: Plan, seed: int, advance: Callable[[int], None], at: Callable[[str], None]
+    ) -> None:
+        self._plan, self._seed, self._advance, self._at = plan, seed, advance, at
+
+    @cached_property
+    def _model(self) -> tuple[dict[str, NDArray[np.generic]], float | None]:
+        self._at(f"seed {self._seed}: the model")
+        return model_of(self._seed, self._plan.model_steps, self._plan.threads)
+
+    @cached_property
+    def _dense(self) -> dict[str, float]:
+        return {kind: _evaluated(self._model[0], kind) for kind in TEXTS}
+
+    @cached_property
+    def _bench(self) -> Bench:
+        return Bench(
+            self._model[0], self._plan.steps, self._seed, CALIBRATION_BATCHES, lambda: self._advance(1)
+        )
+
+    def row(self, method: str, sparsity: float) -> Row:
+        """The fields of `FIELDS`, in their order."""
+        bench, dense = self._bench, self._dense
+        self._at(f"seed {self._seed}, {sparsity:.0%}: {method}")
+        pruned = bench.prune(method, sparsity)
+        arrays = bench.arrays(pruned)
+        found: Row = {
+            "method": method,
+            "sparsity": sparsity,
+            "seed": self._seed,
+            "achieved_sparsity": achieved({name: mask.numpy() for name, mask in pruned.masks.items()}),
+            "perplexity": _evaluated(arrays, "code"),
+            "dense_perplexity": dense["code"],
+            "prose_perplexity": _evaluated(arrays, "prose"),
+            "dense_prose_perplexity": dense["prose"],
+            "seconds": round(pruned.seconds, 2),
+            "steps": self._plan.steps,
+            "model_steps": self._plan.model_steps if self._seed else None,
+            "training_seconds": self._model[1],
+        }
+        return {name: found[name] for name in FIELDS}
+
+
+def _evaluated(tensors: dict[str, NDArray[np.generic]], kind: str) -> float:
+    return perplexity(tensors, Config(), heldout_tokens(kind, EVALUATED_TOKENS + 1))
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -146,47 +179,3 @@ def model_of(seed: int, steps: int, threads: int) -> tuple[dict[str, NDArray[np.
         run_python(words)
         note.write_text(json.dumps({"seconds": round(time.monotonic() - start), "python": sys.version}))
     return load_file(path), float(json.loads(note.read_text())["seconds"])
-
-
-# --------------------------------------------------------------------------------------------- summaries
-
-
-def summary(found: Sequence[dict[str, object]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table: means over the seeds, and the least and greatest perplexity of them.
-
-    ``excess`` is the rise of the perplexity over the dense model's, over that of Fisher's mask.
-    """
-    header = ["sparsity", "method", "code", "least", "greatest", "prose", "excess", "seconds"]
-    out = []
-    for sparsity in dict.fromkeys(row["sparsity"] for row in found):
-        rises = {
-            method: _rises([r for r in found if r["sparsity"] == sparsity and r["method"] == method])
-            for method in dict.fromkeys(row["method"] for row in found)
-        }
-        for method, rise in rises.items():
-            chosen = [r for r in found if r["sparsity"] == sparsity and r["method"] == method]
-            code, prose, seconds = (
-                _numbers(chosen, field) for field in ("perplexity", "prose_perplexity", "seconds")
-            )
-            whole = rises.get("fisher")
-            out.append(
-                [
-                    f"{sparsity}",
-                    str(method),
-                    f"{code.mean():.3f}",
-                    f"{code.min():.3f}",
-                    f"{code.max():.3f}",
-                    f"{prose.mean():.3f}",
-                    "–" if whole is None else f"{(rise / whole).mean():.3f}",
-                    f"{seconds.mean():.0f}",
-                ]
-            )
-    return header, out
-
-
-def _numbers(found: Sequence[dict[str, object]], field: str) -> NDArray[np.float64]:
-    return np.array([row[field] for row in found], np.float64)
-
-
-def _rises(found: Sequence[dict[str, object]]) -> NDArray[np.float64]:
-    return _numbers(found, "perplexity") - _numbers(found, "dense_perplexity")

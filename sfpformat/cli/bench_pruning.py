@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .console import progress, show_json, show_table
-from .trouble import Trouble
+from .prune import parse_shares
+from .trouble import Trouble, checked_target
 
 NAME = "pruning"
 WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and takes the
 perplexity on held-out code and prose; it needs torch. Models of further seeds are trained first, which takes
-longest, and kept in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). With --json: a list of
-objects, their fields in sfpformat/bench/pruning.py."""
+longest, and kept in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). All methods take some 10
+minutes a seed and sparsity on one core; with --rows a run that was broken off goes on. With --json: a list of
+objects, their fields in sfpformat/bench/pruning_rows.py."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +30,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--methods", str, "NAMES", "default: all")
     add("--steps", int, "N", "of learning, and of tuning survivors (200)")
     add("--model-steps", int, "N", "of training the models of further seeds (3000)")
+    add(
+        "--rows",
+        Path,
+        "FILE",
+        "each row is added to it, as a line of JSON; what it has is not measured again",
+    )
 
 
-_OPTIONS = ("sparsity", "seeds", "methods", "steps", "model_steps")
+_OPTIONS = ("sparsity", "seeds", "methods", "steps", "model_steps", "rows")
 
 
 def require_absent(args: argparse.Namespace) -> None:
@@ -52,28 +61,31 @@ def run(args: argparse.Namespace) -> int:
         import torch
     except ImportError as error:
         raise Trouble(f"'sfp bench {NAME}' needs torch: pip install 'sfpformat[torch]'") from error
-    from ..bench.pruning import Plan, rows, summary
+    from ..bench.pruning import Plan, rows
+    from ..bench.pruning_rows import summary
     from ..demo.methods import METHODS
 
     given = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     if "methods" in given:
         given["methods"] = _methods(given["methods"], tuple(METHODS))
     if "sparsity" in given:
-        given["sparsities"] = _shares(given.pop("sparsity"))
+        given["sparsities"] = parse_shares(given.pop("sparsity"))
     for name in ("seeds", "steps", "model_steps"):
         if given.get(name, 1) < 1:
             raise Trouble(f"--{name.replace('_', '-')} is {given[name]}, must be at least 1")
+    kept = None if "rows" not in given else checked_target(given.pop("rows"), [])
     plan = Plan(**given, threads=args.threads or torch.get_num_threads())
     with progress(plan.amount(), NAME, steps=True) as shown:
-        found = list(rows(plan, shown.advance, shown.at))
+        found = list(rows(plan, shown.advance, shown.at, kept))
     if args.json:
         show_json(found)
         return 0
     header, table = summary(found)
     show_table(header, table, left=2)
     print(
-        "\ncode, prose: mean perplexity a character over the seeds, on held-out text; least and greatest: of"
-        "\ncode. excess: the rise over the dense model's as a share of that by Fisher's mask."
+        "\ncode, prose: mean perplexity a character over the seeds, on held-out text; its least and greatest;"
+        "\nexcess: its rise over the dense model's as a share of that by Fisher's mask; seconds: of"
+        "\npruning, with all that it needs."
     )
     return 0
 
@@ -86,13 +98,3 @@ def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise Trouble(f"no method is named; there is: {', '.join(known)}")
     return tuple(names)
-
-
-def _shares(words: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(word) for word in words.split(","))
-    except ValueError as error:
-        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
-    if not all(0 < share < 1 for share in shares):
-        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
-    return shares

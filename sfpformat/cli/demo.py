@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .console import number, percent, progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
+from .prune import parse_shares
 from .trouble import Trouble, checked_target
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _DESCRIPTION = """Packs a small language model in several ways, verifies every f
 its size, bits a weight, error, and the perplexity a character of the loaded model on text that it was never
 trained on: source code and English prose. The model has about a million weights and comes with the package;
 pruning goes over the linear layers, by magnitude in each or by the learned importance that the model carries
-over all of them.
+over all of them. With --sparsity, by both of them to the shares that you give.
 
 With --learn, which needs torch, the importance is learned anew, in a minute or two, and the model is pruned
 by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
@@ -36,6 +37,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         description=_DESCRIPTION,
         epilog=examples(
             ("sfp demo", "under a minute, nothing is downloaded"),
+            ("sfp demo --sparsity 0.6,0.85", "pruned by magnitude and by importance to any shares"),
             ("sfp demo --keep packed/", "keep the files, to look at with sfp info"),
             ("sfp demo --json", "for a machine"),
             (
@@ -44,6 +46,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ),
         ),
     )
+    parser.add_argument("--sparsity", metavar="S,...", help="shares of the linear layers' weights that go")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="keep the packed files there")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--learn", action="store_true", help="learn the importance anew, and compare methods")
@@ -67,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise Trouble("--steps and --plot go with --learn")
     if args.learn:
         _require_learning(args)
+    shares = None if args.sparsity is None else parse_shares(args.sparsity)
     tensors = weights()
     if not args.json:
         size = sum(array.size for array in tensors.values())
@@ -77,24 +81,27 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        code = (_learn if args.learn else _pack)(args, tensors, folder, started)
+        code = (_learn if args.learn else _pack)(args, shares, tensors, folder, started)
     if args.keep and not args.json:
         print(f"The files are in {folder}.")
     return code
 
 
-def _pack(args: argparse.Namespace, tensors: Tensors, folder: Path, started: float) -> int:
+def _pack(
+    args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
+) -> int:
     """Packs every variant and shows what it came to."""
-    from ..demo.packing import VARIANTS, evaluate, run_all
+    from ..demo.packing import VARIANTS, evaluate, run_all, variants_of
 
-    with progress(len(VARIANTS) + 1, "the model as it is", steps=True) as shown:
+    variants = VARIANTS if shares is None else variants_of(shares)
+    with progress(len(variants) + 1, "the model as it is", steps=True) as shown:
         dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
 
         def at(name: str) -> None:
             shown.advance(1)
             shown.at(name)
 
-        results = list(run_all(tensors, folder, at))
+        results = list(run_all(tensors, variants, folder, at))
     seconds = time.perf_counter() - started
     if args.json:
         _show_json(tensors, dense, [result.as_json() for result in results], seconds)
@@ -105,15 +112,18 @@ def _pack(args: argparse.Namespace, tensors: Tensors, folder: Path, started: flo
     return 0 if all(result.verified for result in results) else 1
 
 
-def _learn(args: argparse.Namespace, tensors: Tensors, folder: Path, started: float) -> int:
+def _learn(
+    args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
+) -> int:
     """Learns importances, prunes by each method and shows what that came to."""
-    from ..demo.learned import COMPARED, STEPS, amount, rows
+    from ..demo.learned import COMPARED, SPARSITIES, STEPS, amount, rows
     from ..demo.packing import evaluate
 
+    sparsities = SPARSITIES if shares is None else shares
     steps = STEPS if args.steps is None else args.steps
     dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
-    with progress(amount(steps), "", steps=True) as shown:
-        found = list(rows(tensors, folder, steps, lambda: shown.advance(1), shown.at))
+    with progress(amount(steps, sparsities), "", steps=True) as shown:
+        found = list(rows(tensors, sparsities, folder, steps, lambda: shown.advance(1), shown.at))
     seconds = time.perf_counter() - started
     if args.plot is not None:
         from ..demo.plot import draw

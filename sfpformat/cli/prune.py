@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    from ..pruning.reprune import reprune
+    from ..pruning.files import reprune
     from ..pruning.thresholds import Sparsity
 
     start = time.monotonic()
@@ -74,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     require_file(source)
     target = checked_target(args.output, [source])
     with about(source), SfpFile(source) as file:
+        for pattern in args.exempt:
+            if not any(fnmatchcase(name, pattern) for name in file):
+                raise Trouble(f"--exempt {pattern!r}: no tensor of {source} has a name like this")
         found = reprune(
             file,
             target,
@@ -102,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{source.name} → {target.name}")
     print(
-        f"{len(found.pruned)} tensors, {percent(shares[0])} → {percent(shares[1])} pruned; "
+        f"{len(found.pruned)} tensor{'s' * (len(found.pruned) != 1)}, "
+        f"{percent(shares[0])} → {percent(shares[1])} pruned; "
         f"{bytes_words(before)} → {bytes_words(after)}; {seconds:.1f} s"
     )
     return 0
@@ -132,3 +137,18 @@ def parse_threshold(words: str) -> Threshold | Pattern:
         if isinstance(error, SfpError):
             raise
     raise Trouble(f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, N:M")
+
+
+def parse_shares(words: str) -> tuple[float, ...]:
+    """Shares to be pruned, as ``--sparsity`` has them where it takes several.
+
+    Raises:
+        Trouble: they are none.
+    """
+    try:
+        shares = tuple(float(word) for word in words.split(","))
+    except ValueError as error:
+        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
+    if not all(0 < share < 1 for share in shares):
+        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
+    return shares

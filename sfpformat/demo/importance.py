@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ..codec.options import Options
 from ..numpy import load_file, save_file
+from ..pruning.calibration import statistics
 from ..pruning.grades import graded, options_for_grades
 from ..pruning.learning import Progress, Settings, learn_importance
-from ..pruning.statistics import statistics
 from .carried import linear_layers
 from .language import Windows, language_model
 

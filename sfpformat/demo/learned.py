@@ -6,7 +6,7 @@ they prune alone. Needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +50,24 @@ class Row:
         return {"method": self.method, "asked": self.asked, **self.result.as_json()}
 
 
-def amount(steps: int) -> int:
+def amount(steps: int, sparsities: Sequence[float]) -> int:
     """How often `rows` calls ``advance``."""
-    return steps + len(COMPARED) * len(SPARSITIES)
+    return steps + len(COMPARED) * len(sparsities)
 
 
 def rows(
-    tensors: Tensors, folder: Path, steps: int, advance: Callable[[], None], at: Callable[[str], None]
+    tensors: Tensors,
+    sparsities: Sequence[float],
+    folder: Path,
+    steps: int,
+    advance: Callable[[], None],
+    at: Callable[[str], None],
 ) -> Iterator[Row]:
     """Learns one importance for all sparsities, and packs, verifies, loads and evaluates a file a method.
 
     Args:
         tensors: the model's weights.
+        sparsities: to prune to.
         folder: where the files go.
         steps: of learning.
         advance: called after each step, and each file.
@@ -71,7 +77,7 @@ def rows(
     at("learning importances")
     bench.learned(RANGE)
     for method, words in COMPARED.items():
-        for sparsity in SPARSITIES:
+        for sparsity in sparsities:
             at(f"{words}, {sparsity:.0%}")
             yield Row(method, sparsity, _packed(bench, method, sparsity, folder))
             advance()
@@ -84,8 +90,8 @@ def _packed(bench: Bench, method: str, sparsity: float, folder: Path) -> Result:
         name: np.asarray(w.numpy()).astype(bench.tensors[name].dtype) for name, w in pruned.weights.items()
     }
     options = dict.fromkeys(masks, Options(quantiser="uniform", error_db=ERROR_DB))
-    name = f"{COMPARED[method]}, {sparsity:.0%}"
-    path = folder / f"{method}-{round(100 * sparsity)}.sfp"
+    name = f"{COMPARED[method]}, {100 * sparsity:.4g} %"
+    path = folder / f"{method}-{100 * sparsity:.4g}.sfp"
     return measure(bench.tensors, changed, masks, name, options, path)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..pruning import scores
+from ..pruning.calibration import Statistics, statistics
 from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import Learned, Settings, learn_importance
 from ..pruning.pipeline import apply_masks, as_numbers
-from ..pruning.statistics import Statistics, statistics
 from ..pruning.thresholds import Sparsity, masks_of
-from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, scaled
+from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 from .importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
 from .language import Windows, arrays_of, language_model, prunable_layers
 
@@ -35,6 +35,10 @@ Progress = Callable[[], None]
 # Peak rate of Adam where survivors are tuned: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
 TUNING_RATE = 1e-3
 FACTOR_STEPS = 120
+FROZEN = Settings()
+# The network alone takes the greater rate: there is no other part that could learn.
+ALONE = Settings(logits=False, network_rate=3e-3)
+TOGETHER = Settings(weight_rate=TUNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Bench:
     seed: int = 0
     calibration_batches: int = CALIBRATION_BATCHES
     advance: Progress = lambda: None
-    _learned: dict[tuple[object, bool], tuple[Learned, float]] = field(default_factory=dict)
+    _learned: dict[tuple[object, Settings], tuple[Learned, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = language_model(self.tensors)
@@ -92,19 +96,20 @@ class Bench:
         if method == "sparsegpt-updated":
             return self._layerwise(method, sparsity)
         pruned = MASKERS[masker](self, sparsity)
-        if treatment == "finetuned":
-            return self._fine_tuned(pruned)
-        return self._with_factors(pruned) if treatment == "factors" else pruned
+        treat = _TREATMENTS.get(treatment)
+        return pruned if treat is None else treat(self, pruned)
 
-    def learned(self, sparsity: float | tuple[float, float], *, logits: bool = True) -> tuple[Learned, float]:
-        """What is learned for a sparsity or a range, and the seconds that it took."""
-        if (sparsity, logits) not in self._learned:
+    def learned(
+        self, sparsity: float | tuple[float, float], settings: Settings = FROZEN
+    ) -> tuple[Learned, float]:
+        """What is learned for a sparsity or a range, and the seconds that it took.
+
+        Steps and seed of the settings are those of this benchmark.
+        """
+        settings = replace(settings, steps=self.steps, seed=self.seed)
+        if (sparsity, settings) not in self._learned:
             found, seconds = self._statistics
             start = time.perf_counter()
-            # Alone, the network takes the greater rate: there is no other part that could learn.
-            settings = Settings(
-                steps=self.steps, seed=self.seed, logits=logits, network_rate=1e-3 if logits else 3e-3
-            )
             learned = learn_importance(
                 self.model,
                 self.data,
@@ -114,8 +119,8 @@ class Bench:
                 found=found,
                 progress=self._step,
             )
-            self._learned[sparsity, logits] = learned, seconds + time.perf_counter() - start
-        return self._learned[sparsity, logits]
+            self._learned[sparsity, settings] = learned, seconds + time.perf_counter() - start
+        return self._learned[sparsity, settings]
 
     def by_importance(
         self, importances: scores.Importances, sparsity: float, scope: str, seconds: float
@@ -157,9 +162,11 @@ class Bench:
         )
         return Pruned(result.masks, result.weights, {}, time.perf_counter() - start)
 
-    def _by_network(self, sparsity: float, *, logits: bool) -> Pruned:
-        learned, seconds = self.learned(sparsity, logits=logits)
-        return self.by_importance(learned.importances, sparsity, "model", seconds)
+    def _by_network(self, sparsity: float, settings: Settings) -> Pruned:
+        learned, seconds = self.learned(sparsity, settings)
+        pruned = self.by_importance(learned.importances, sparsity, "model", seconds)
+        trained = {name: weight * pruned.masks[name] for name, weight in learned.weights.items()}
+        return replace(pruned, weights=trained or pruned.weights)
 
     def _fine_tuned(self, pruned: Pruned) -> Pruned:
         start = time.perf_counter()
@@ -181,6 +188,19 @@ class Bench:
         )
         return Pruned(pruned.masks, pruned.weights, factors, pruned.seconds + time.perf_counter() - start)
 
+    def _with_multipliers(self, pruned: Pruned) -> Pruned:
+        start = time.perf_counter()
+        multipliers = fit_multipliers(
+            self._pruned_model(pruned),
+            pruned.masks,
+            self.data,
+            teacher=self.model,
+            tuning=Tuning(self.steps),
+            progress=self._step,
+        )
+        weights = {name: weight * multipliers[name] for name, weight in pruned.weights.items()}
+        return Pruned(pruned.masks, weights, {}, pruned.seconds + time.perf_counter() - start)
+
     def _pruned_model(self, pruned: Pruned) -> torch.nn.Module:
         model = copy.deepcopy(self.model)
         model.load_state_dict(pruned.weights, strict=False)
@@ -198,11 +218,18 @@ MASKERS: dict[str, Callable[[Bench, float], Pruned]] = {
     "wanda": lambda bench, s: bench._layerwise("wanda", s),
     "sparsegpt": lambda bench, s: bench._layerwise("sparsegpt", s),
     "fisher": lambda bench, s: bench._fisher(s),
-    "mlp": lambda bench, s: bench._by_network(s, logits=False),
-    "learned": lambda bench, s: bench._by_network(s, logits=True),
+    "mlp": lambda bench, s: bench._by_network(s, ALONE),
+    "learned": lambda bench, s: bench._by_network(s, FROZEN),
+    "together": lambda bench, s: bench._by_network(s, TOGETHER),
 }
 
-# Method -> what it is. A mask's name followed by ``finetuned`` or ``factors`` is tuned with the mask held.
+_TREATMENTS: dict[str, Callable[[Bench, Pruned], Pruned]] = {
+    "finetuned": Bench._fine_tuned,
+    "factors": Bench._with_factors,
+    "multipliers": Bench._with_multipliers,
+}
+
+# Method -> what it is. A mask's name followed by one of `_TREATMENTS` is tuned with the mask held.
 METHODS = {
     "magnitude": "the least weights of each layer go",
     "wanda": "|w| · norm of the input, in each row, layer by layer",
@@ -216,12 +243,21 @@ METHODS = {
     "wanda-finetuned": "the same",
     "sparsegpt-finetuned": "the same, SparseGPT's survivors as they were",
     "fisher-finetuned": "the same",
+    "together": "importances and weights learned together, in as many steps",
     "learned-finetuned": "learned, and then tuned for as many steps again",
+    "learned-multipliers": "learned, and then a factor for each survivor, which is tuning by another name",
 }
+
+
+def weights_change(method: str) -> bool:
+    """Whether a method trains or updates survivors; factors of rows and columns leave them as they are."""
+    return method.endswith(("-updated", "-finetuned", "-multipliers")) or method == "together"
 
 
 def steps_of(method: str, steps: int) -> int:
     """How often `Bench.advance` is called for a method, where nothing is kept from before."""
-    learned = steps if method.startswith(("learned", "mlp")) else 0
-    tuned = steps if method.endswith("-finetuned") else FACTOR_STEPS if method.endswith("-factors") else 0
+    learned = steps if method.startswith(("learned", "mlp", "together")) else 0
+    tuned = {"finetuned": steps, "multipliers": steps, "factors": FACTOR_STEPS}.get(
+        method.partition("-")[2], 0
+    )
     return learned + tuned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,6 +68,15 @@ VARIANTS = (
 )
 
 
+def variants_of(shares: Sequence[float]) -> tuple[Variant, ...]:
+    """Magnitude and importance side by side, at each of some shares pruned; survivors quantised at -20 dB."""
+    return tuple(
+        Variant(f"{100 * share:.4g} % by {by}, -20 dB", share, _error(-20), by)
+        for share in shares
+        for by in ("magnitude", "importance")
+    )
+
+
 @dataclass(frozen=True)
 class Result:
     """What a variant cost.
@@ -97,16 +106,19 @@ class Result:
         return asdict(self)
 
 
-def run_all(tensors: Tensors, folder: Path, done: Callable[[str], None]) -> Iterator[Result]:
+def run_all(
+    tensors: Tensors, variants: Sequence[Variant], folder: Path, at: Callable[[str], None]
+) -> Iterator[Result]:
     """Packs every variant into a file, verifies it, loads it back and evaluates what was loaded.
 
     Args:
         tensors: the model's weights.
+        variants: ways of packing.
         folder: where the files go.
-        done: called with each variant's name before it is packed.
+        at: called with each variant's name before it is packed.
     """
-    for variant in VARIANTS:
-        done(variant.name)
+    for variant in variants:
+        at(variant.name)
         yield run(tensors, variant, folder / f"{_file_name(variant.name)}.sfp")
 
 

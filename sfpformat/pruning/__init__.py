@@ -4,8 +4,120 @@ Each weight gets an importance: from a score, or learned by a small network that
 its importance and is trained through the model, which stays as it is. A threshold found from the
 distribution of the importances prunes what lies under it. A file holds what is left.
 
-`thresholds`, `grades` and `reprune` need numpy alone; the rest needs torch, and is imported when it is
-first asked for.
+The names below are imported from their modules when they are first asked for: `thresholds`, `grades` and
+`files` need numpy alone, the others torch.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .calibration import Statistics, statistics
+    from .files import Repruned, reprune
+    from .gates import GATES
+    from .grades import BOUNDARIES, graded, options_for_grades
+    from .layerwise import LayerwiseResult, prune_layerwise
+    from .learning import Learned, Settings, bytes_per_weight, learn_importance
+    from .pipeline import apply_masks, give_masks, pack, prune, take_masks
+    from .scores import fisher, magnitude, wanda
+    from .task import CLASSIFY, Task, prunable
+    from .thresholds import (
+        Knee,
+        MeanSigma,
+        Otsu,
+        Pattern,
+        Quantile,
+        Sparsity,
+        Threshold,
+        achieved,
+        masks_of,
+    )
+    from .tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
+
+# Module -> the names that are the package's too.
+_NAMES = {
+    "calibration": ("Statistics", "statistics"),
+    "files": ("Repruned", "reprune"),
+    "gates": ("GATES",),
+    "grades": ("BOUNDARIES", "graded", "options_for_grades"),
+    "layerwise": ("LayerwiseResult", "prune_layerwise"),
+    "learning": ("Learned", "Settings", "bytes_per_weight", "learn_importance"),
+    "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
+    "scores": ("fisher", "magnitude", "wanda"),
+    "task": ("CLASSIFY", "Task", "prunable"),
+    "thresholds": (
+        *("Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
+        *("achieved", "masks_of"),
+    ),
+    "tuning": ("Tuning", "fine_tune", "fit_factors", "fit_multipliers", "scaled"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "BOUNDARIES",
+    "CLASSIFY",
+    "GATES",
+    "Knee",
+    "LayerwiseResult",
+    "Learned",
+    "MeanSigma",
+    "Otsu",
+    "Pattern",
+    "Quantile",
+    "Repruned",
+    "Settings",
+    "Sparsity",
+    "Statistics",
+    "Task",
+    "Threshold",
+    "Tuning",
+    "achieved",
+    "apply_masks",
+    "bytes_per_weight",
+    "fine_tune",
+    "fisher",
+    "fit_factors",
+    "fit_multipliers",
+    "give_masks",
+    "graded",
+    "learn_importance",
+    "magnitude",
+    "masks_of",
+    "options_for_grades",
+    "pack",
+    "prunable",
+    "prune",
+    "prune_layerwise",
+    "reprune",
+    "scaled",
+    "statistics",
+    "take_masks",
+    "wanda",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the module that a name is from.
+
+    Raises:
+        AttributeError: there is no such name.
+        ModuleNotFoundError: it needs torch, which is not installed.
+    """
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found: object = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs torch: pip install 'sfpformat[torch]'", name="torch"
+        ) from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

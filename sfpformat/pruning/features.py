@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .statistics import Statistics
+from .calibration import Statistics
 from .task import as_matrix
 
 CLAMP = 5.0

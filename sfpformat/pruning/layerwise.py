@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .calibration import linear_layers
 from .scores import rows_mask
-from .statistics import linear_layers
 from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
 
 BLOCK = 128  # columns that SparseGPT chooses together

@@ -7,7 +7,8 @@ schedule's start to the target along a cubic, then stays; where a range is asked
 share from the range, so that one importance serves every sparsity in it.
 
 The MLP changes slowly and costs as much as the model itself: it learns every `Settings.network_every` steps,
-from the gradient gathered meanwhile.
+from the gradient gathered meanwhile. Where weights learn too, logits go more slowly, so that a mask does not
+change faster than its survivors can make up for what went.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MismatchError, OptionError
+from .calibration import Statistics, statistics
 from .features import FEATURES
 from .gates import GATES, Gate, Moment, make_gate, threshold_of
 from .network import ImportanceNetwork
-from .statistics import Statistics, statistics
 from .task import (
     CLASSIFY,
     Data,
@@ -37,6 +38,7 @@ from .task import (
     divergence,
     endless,
     evaluating,
+    finite,
     with_weights,
 )
 
@@ -52,7 +54,8 @@ class Settings:
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
         logits: whether each weight has a logit of its own beside the shared MLP.
-        logit_rate, network_rate: peak rates of Adam, in scores' units a step.
+        logit_rate, network_rate: peak rates of Adam, in scores' units a step; None takes 0.05 for logits, and
+            0.01 where weights learn too.
         weight_rate: of the weights themselves, which are frozen at 0.
         temperature: of the gate.
         start: share pruned in the first step.
@@ -65,7 +68,7 @@ class Settings:
     gate: str = "topk"
     objective: str = "divergence"
     logits: bool = True
-    logit_rate: float = 0.05
+    logit_rate: float | None = None
     network_rate: float = 1e-3
     weight_rate: float = 0.0
     temperature: float = 0.5
@@ -88,6 +91,8 @@ class Settings:
 # Adam as the recipe has it: gradients a weight are tiny, so that the usual 1e-8 would drown them.
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
+_LOGIT_RATE = 0.05
+_LOGIT_RATE_TOGETHER = 0.01
 _WARMUP = 10  # steps
 _FINAL = 0.05  # of the peak rates, at the end of half a cosine
 
@@ -162,6 +167,7 @@ def learn_importance(
     Raises:
         OptionError: settings or names that make no sense; no data.
         MismatchError: the checkpoint is of other settings, tensors or sparsities.
+        LossError: a loss is not finite; the last checkpoint stays.
     """
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
@@ -204,7 +210,10 @@ class _Learner:
         self.weights = {name: w.clone().requires_grad_() if trained else w for name, w in weights.items()}
         groups = [{"params": list(self.network.mlp.parameters()), "peak": settings.network_rate}]
         if self.network.logits is not None:
-            groups.append({"params": [self.network.logits], "peak": settings.logit_rate})
+            rate = settings.logit_rate
+            if rate is None:
+                rate = _LOGIT_RATE_TOGETHER if trained else _LOGIT_RATE
+            groups.append({"params": [self.network.logits], "peak": rate})
         if trained:
             groups.append({"params": list(self.weights.values()), "peak": settings.weight_rate})
         self.optimiser = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
@@ -229,12 +238,13 @@ class _Learner:
             for name, gate in self.network.split(gates).items()
         }
         loss = self._cost(with_weights(self.model, gated), batch) + penalty
+        value = finite(loss, f"step {self.step + 1}")
         leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         self._update()
-        self.history.append(float(loss.detach()))
-        return self.history[-1]
+        self.history.append(value)
+        return value
 
     def _cost(self, gated: Model, batch: Any) -> Tensor:
         outputs = self.task.run(gated, batch)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import Statistics
 from .features import FEATURES, features, standardised
-from .statistics import Statistics
 
 WIDTH = 32
 _CHUNK = 1 << 16  # weights that the MLP sees at once

@@ -16,7 +16,7 @@ from ..errors import OptionError
 from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
 from .grades import graded, options_for_grades
-from .task import chosen_weights
+from .task import chosen_weights, require_shapes
 from .thresholds import Numbers, Pattern, Threshold, masks_of
 from .tuning import Masks
 
@@ -47,9 +47,7 @@ def prune(
         OptionError: an importance is none of the model's, or as `thresholds.masks_of`; nothing was pruned.
     """
     weights = chosen_weights(model, list(importances))
-    for name, weight in weights.items():
-        if importances[name].shape != weight.shape:
-            raise OptionError(f"the importance of {name!r} has another shape than its weight")
+    require_shapes(weights, importances, "importance")
     found = masks_of(
         {name: as_numbers(importance) for name, importance in importances.items()},
         threshold,
@@ -64,9 +62,15 @@ def prune(
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:
-    """Sets what masks prune to +0, in place."""
+    """Sets what masks prune to +0, in place.
+
+    Raises:
+        OptionError: a mask is none of the model's; nothing was pruned.
+    """
+    weights = chosen_weights(model, list(masks))
+    require_shapes(weights, masks, "mask")
     with torch.no_grad():
-        for name, weight in chosen_weights(model, list(masks)).items():
+        for name, weight in weights.items():
             weight.masked_fill_(~masks[name].to(weight.device, torch.bool), 0)
 
 
@@ -93,14 +97,19 @@ def pack(
             as multipliers that enter reconstruction. A tensor has factors or a graded importance, not both.
         multipliers: by name, a factor for each weight; they are folded into the weights that are written,
             before these are quantised, and take no bits.
-        options: how tensors with a mask are coded; all others are lossless.
+        options: how tensors with a mask are coded, all others are lossless; where errors are `weighted`,
+            they count by the grades.
         metadata: strings of the caller's own.
 
     Raises:
         OptionError: names or shapes that do not fit.
         OSError: the file cannot be written.
     """
-    chosen_weights(model, [*masks, *(importances or {}), *(factors or {}), *(multipliers or {})] or None)
+    names = [*masks, *(importances or {}), *(factors or {}), *(multipliers or {})]
+    weights = chosen_weights(model, names) if names else {}
+    given = {"mask": masks, "importance": importances, "multiplier": multipliers}
+    for what, numbers in given.items():
+        require_shapes(weights, numbers or {}, what)
     both = set(importances or {}) & set(factors or {})
     if both:
         raise OptionError(f"{min(both)!r} has factors and an importance; a file holds one of them")
@@ -171,7 +180,7 @@ def give_masks(model: nn.Module, masks: Masks) -> None:
     Raises:
         OptionError: a mask is none of the model's.
     """
-    chosen_weights(model, list(masks))
+    require_shapes(chosen_weights(model, list(masks)), masks, "mask")
     for name, mask in masks.items():
         path, _, attribute = name.rpartition(".")
         _torch.custom_from_mask(model.get_submodule(path), attribute, mask)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .statistics import Statistics
+from .calibration import Statistics
 from .task import as_matrix, chosen_weights
 
 Importances = dict[str, Tensor]

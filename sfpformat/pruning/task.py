@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import OptionError
+from ..errors import LossError, OptionError
 
 # What is called with a batch's inputs: a module, or a module with other weights.
 Model = Callable[..., Any]
@@ -31,12 +32,20 @@ def run_model(model: Model, batch: Any) -> Tensor:
 
     Returns:
         [..., classes]: what the model returns, or its attribute ``logits``.
+
+    Raises:
+        OptionError: it returns something else.
     """
     if isinstance(batch, Mapping):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     else:
         outputs = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    result: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+    result = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(result, Tensor):
+        raise OptionError(
+            f"the model returns a {type(outputs).__name__}, not a tensor and nothing with logits; "
+            "give a Task whose run takes the outputs from it"
+        )
     return result
 
 
@@ -114,6 +123,41 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
     if not chosen:
         raise OptionError("the model has no linear or convolutional layers; name the tensors")
     return {name: parameters[name].detach() for name in chosen}
+
+
+def require_shapes(weights: Weights, given: Weights, what: str) -> None:
+    """Refuses numbers of other shapes than the weights of the same names.
+
+    Args:
+        weights: by name, those of ``given`` among them.
+        given: by name.
+        what: they are, such as "mask".
+
+    Raises:
+        OptionError: a shape is another.
+    """
+    for name, numbers in given.items():
+        if numbers.shape != weights[name].shape:
+            raise OptionError(
+                f"the {what} of {name!r} has shape {list(numbers.shape)}, not {list(weights[name].shape)}"
+            )
+
+
+def finite(loss: Tensor, when: str) -> float:
+    """A loss as a number.
+
+    Args:
+        when: it was taken, such as "step 3".
+
+    Raises:
+        LossError: it is infinite or no number.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise LossError(
+            f"the loss is {value} at {when}: look at the batch and the model's weights, or take a lower rate"
+        )
+    return value
 
 
 def as_matrix(weight: Tensor) -> Tensor:

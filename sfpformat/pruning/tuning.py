@@ -1,4 +1,5 @@
-"""What can still be learned when masks are held: survivors (fine-tuning), or a factor a row and a column."""
+"""What can still be learned when masks are held: survivors (fine-tuning), a factor for each of them, or one
+for each row and column."""
 
 from __future__ import annotations
 
@@ -11,7 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .task import CLASSIFY, Data, Model, Task, chosen_weights, divergence, endless, evaluating, with_weights
+from .task import (
+    CLASSIFY,
+    Data,
+    Model,
+    Task,
+    chosen_weights,
+    divergence,
+    endless,
+    evaluating,
+    finite,
+    require_shapes,
+    with_weights,
+)
 
 Progress = Callable[[int, float], None]
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -28,7 +41,7 @@ class Tuning:
 
     Attributes:
         steps: of Adam, a batch each.
-        rate: the peak, under half a cosine; None takes 3e-4 for survivors and 1e-2 for factors.
+        rate: the peak, under half a cosine; None takes 3e-4 for survivors, 1e-2 for factors and multipliers.
         objective: ``divergence`` from a teacher's outputs, or the task's ``loss``.
     """
 
@@ -70,6 +83,7 @@ def fine_tune(
 
     Raises:
         OptionError: a mask is none of the model's; ``divergence`` without a teacher.
+        LossError: a loss is not finite; the model is as it was.
     """
     kept = _checked(model, masks)
     leaves = {name: (weight * kept[name]).requires_grad_() for name, weight in _weights(model, masks).items()}
@@ -109,7 +123,7 @@ def fit_factors(
         By name, float32 [rows] and [columns], of the weight as the matrix of SPEC.md chapter 2.
 
     Raises:
-        OptionError: as `fine_tune`.
+        OptionError, LossError: as `fine_tune`.
     """
     kept = _checked(model, masks)
     pruned = {name: weight * kept[name] for name, weight in _weights(model, masks).items()}
@@ -127,6 +141,44 @@ def fit_factors(
     flat = [leaf for pair in leaves.values() for leaf in pair]
     _tune(model, flat, weights, data, teacher, task, tuning, tuning.rate or 1e-2, progress)
     return {name: (rows.detach(), columns.detach()) for name, (rows, columns) in leaves.items()}
+
+
+def fit_multipliers(
+    model: nn.Module,
+    masks: Masks,
+    data: Data,
+    *,
+    teacher: nn.Module | None = None,
+    task: Task = CLASSIFY,
+    tuning: Tuning = Tuning(),
+    progress: Progress = lambda step, loss: None,
+) -> dict[str, Tensor]:
+    """Fits a multiplier for each survivor; masks and weights stay as they are.
+
+    This is training of the weights under another name, at rates in proportion to them: compare it with
+    `fine_tune`. `pipeline.pack` folds multipliers into the weights, where they take no bits.
+
+    Args:
+        As `fine_tune`.
+
+    Returns:
+        By name, float32, of the weights' shapes; 1 where a mask prunes.
+
+    Raises:
+        OptionError, LossError: as `fine_tune`.
+    """
+    kept = _checked(model, masks)
+    pruned = {name: weight * kept[name] for name, weight in _weights(model, masks).items()}
+    leaves = {
+        name: torch.ones_like(weight, dtype=torch.float32, requires_grad=True)
+        for name, weight in pruned.items()
+    }
+
+    def weights() -> dict[str, Tensor]:
+        return {name: pruned[name] * leaf.to(pruned[name].dtype) for name, leaf in leaves.items()}
+
+    _tune(model, list(leaves.values()), weights, data, teacher, task, tuning, tuning.rate or 1e-2, progress)
+    return {name: leaf.detach() for name, leaf in leaves.items()}
 
 
 def scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -160,10 +212,10 @@ def _tune(
                 group["lr"] = rate
             batch = next(batches)
             loss = _cost(with_weights(model, weights()), batch, teacher, task, tuning)
+            history.append(finite(loss, f"step {step + 1}"))
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             optimiser.step()
-            history.append(float(loss.detach()))
             progress(step + 1, history[-1])
     return history
 
@@ -184,9 +236,5 @@ def _weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
 def _checked(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """The masks as bool where the weights are."""
     weights = _weights(model, masks)
-    for name, weight in weights.items():
-        if masks[name].shape != weight.shape:
-            raise OptionError(
-                f"the mask of {name!r} has shape {list(masks[name].shape)}, not {list(weight.shape)}"
-            )
+    require_shapes(weights, masks, "mask")
     return {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}

@@ -5,6 +5,11 @@ Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file
 
 from __future__ import annotations
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError("sfpformat.torch needs torch: pip install 'sfpformat[torch]'", name="torch")
+
 from .compress import CompressionReport, compress_model, decompress_model
 from .files import TorchFile, TorchSlice, load, load_file, safe_open, save, save_file
 from .layers import SfpEmbedding, SfpLinear

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfpformat.torch import safe_open
+
 from .model import model_path
 
 PAIRS = 200
@@ -43,6 +45,20 @@ def empty_model() -> nn.Module:
     package = transformers()
     model: nn.Module = package.BertModel(package.AutoConfig.from_pretrained(model_path().parent))
     return model.eval()
+
+
+def model_of_slices(path: Path) -> nn.Module:
+    """The model as transformers makes it of a file's slices, each decoded when its turn comes."""
+    package = transformers()
+    config = package.AutoConfig.from_pretrained(model_path().parent, dtype="float32")
+    with safe_open(path) as file:
+        slices = {name: file.get_slice(name) for name in file}
+        model, info = package.BertModel.from_pretrained(
+            None, config=config, state_dict=slices, output_loading_info=True
+        )
+    assert not info["missing_keys"], info
+    result: nn.Module = model
+    return result.eval()
 
 
 def meta_model() -> nn.Module:

@@ -7,7 +7,7 @@ the dense model. The sentences are first sentences of docstrings of the standard
 neighbours in a source and the rest at random; so they tell how far similarities move, not how good they are.
 
 Asserted: losslessly, every bit of the embeddings is that of the dense model; and `compress_model` gives for
-every file the bits that `load_model` gives.
+every file the bits that `load_model` gives, and so does transformers from the file's slices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from sfpformat import Options
 from sfpformat.torch import compress_model, load_model, save_model
 
-from .bert import Encoder, dense_model, empty_model, sentence_pairs
+from .bert import Encoder, dense_model, empty_model, model_of_slices, sentence_pairs
 from .masks import magnitude_mask
 
 BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -78,6 +78,7 @@ class Trial:
         vectors = self._encode(loaded)
         if options is None and not share:
             assert torch.equal(vectors, self._vectors), "a lossless file changed an embedding"
+        assert torch.equal(self._encode(model_of_slices(self._path)), vectors), "slices are something else"
         compress_model(loaded, self._path)
         assert torch.equal(self._encode(loaded), vectors), "a compressed layer computed something else"
         moved = spearman(self._similarities(vectors), self._similarities(self._vectors))

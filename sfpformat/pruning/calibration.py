@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
+from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, finite, first, with_weights
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ def statistics(
 
     Raises:
         OptionError: a name is no matrix of the model; there are no data.
+        LossError: the loss of a batch is not finite.
     """
     weights = chosen_weights(model, tensors)
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     squares = {name: torch.zeros_like(total) for name, total in sums.items()}
     with evaluating(model), _squared_inputs(model, weights) as inputs:
-        for batch in first(data, batches):
+        for number, batch in enumerate(first(data, batches), 1):
             loss = task.loss(task.run(with_weights(model, leaves), batch), batch)
+            finite(loss, f"batch {number} of the calibration data")
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:

@@ -1,0 +1,297 @@
+"""Size at equal perplexity: the smallest file of each way whose loaded model is within 1 % of the dense one.
+
+``python -m tests.figures.equal`` packs the demonstration's model in each way, at several rates, and prints of
+the smallest file that is good enough: bits a weight, the size over that of BF16, and the perplexity of the
+loaded model over the dense model's, on the held-out code by which the file was chosen, and on the held-out
+prose, which had no say. The ways:
+
+* BF16 as it is, by zstandard, and as a lossless `.sfp` file;
+* whole levels of so many bits with an F16 scale for each 32 weights of a row, as is usual, not entropy-coded
+  (counted, not written): 4 bits, and as many as it takes;
+* the quantiser `uniform`, nothing pruned: every matrix with the same bits; and steps and roundings by the
+  root of the Fisher information, with bits shared among the matrices;
+* the latter after pruning by an importance that was learned through the frozen weights, at each of
+  `SPARSITIES`;
+* and, apart, after weights have learned too: the survivors of that mask, or all weights, for as many steps.
+
+Embedding and head are quantised as well; the norms' gains are kept. Takes torch and zstandard, and some hours
+on one core; ``--keep FOLDER`` keeps what was learned, so that a run that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+
+from sfpformat import Options, steps_for_budget
+from sfpformat.demo import carried
+from sfpformat.demo.importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
+from sfpformat.demo.language import Windows, arrays_of, language_model
+from sfpformat.demo.methods import TUNING_RATE
+from sfpformat.demo.model import Config, perplexity
+from sfpformat.demo.train import MEASURED_TOKENS
+from sfpformat.numpy import load, save
+from sfpformat.pruning import (
+    Settings,
+    Sparsity,
+    Tuning,
+    apply_masks,
+    fine_tune,
+    learn_importance,
+    masks_of,
+    statistics,
+)
+
+ALLOWED = 1.01  # perplexity over the dense model's
+SPARSITIES = (0.3, 0.4, 0.5, 0.6)
+STEPS = 400
+ROUNDS = 7  # of the search for a rate
+GROUP = 32  # weights that share a scale, where levels are whole
+
+Tensors = dict[str, NDArray[np.generic]]
+Masks = dict[str, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a way came to.
+
+    Attributes:
+        way: what was done.
+        bits: a weight, of the whole file.
+        size: over that of BF16.
+        code, prose: perplexity of the loaded model over the dense model's.
+    """
+
+    way: str
+    bits: float
+    size: float
+    code: float
+    prose: float
+
+
+class Trial:
+    """The model, the texts, and how files are judged."""
+
+    def __init__(self) -> None:
+        self.tensors: Tensors = carried.weights()
+        self.layers = carried.linear_layers(self.tensors)
+        self.matrices = [name for name, array in self.tensors.items() if array.ndim == 2]
+        self._texts = {kind: carried.heldout_tokens(kind, MEASURED_TOKENS) for kind in carried.TEXTS}
+        self._dense = {kind: self._perplexity(self.tensors, kind) for kind in carried.TEXTS}
+        self.weights = sum(array.size for array in self.tensors.values())
+
+    def _perplexity(self, tensors: Tensors, kind: str) -> float:
+        return perplexity(tensors, Config(), self._texts[kind])
+
+    def ratio(self, tensors: Tensors, kind: str = "code") -> float:
+        """Perplexity over the dense model's."""
+        return self._perplexity(tensors, kind) / self._dense[kind]
+
+    def row(self, way: str, size: float, tensors: Tensors) -> Row:
+        """Of a file of so many bytes, and the model in it."""
+        bits = 8 * size / self.weights
+        return Row(way, bits, bits / 16, self.ratio(tensors), self.ratio(tensors, "prose"))
+
+    def smallest(self, way: str, make: Callable[[float], bytes], low: float, high: float) -> Row:
+        """The smallest file found that is good enough.
+
+        Args:
+            way: what is done.
+            make: bits a weight -> a file.
+            low, high: between which rates to look; at the higher one the file is good enough, or none is.
+        """
+        best = make(high)
+        for _ in range(ROUNDS):
+            middle = math.sqrt(low * high)
+            data = make(middle)
+            if self.ratio(load(data)) <= ALLOWED:
+                high, best = middle, data
+            else:
+                low = middle
+        return self.row(way, len(best), load(best))
+
+    # ------------------------------------------------------------------------------------- without pruning
+
+    def without_loss(self) -> Iterator[Row]:
+        """BF16 and its lossless files."""
+        raw = b"".join(array.tobytes() for array in self.tensors.values())
+        yield self.row("BF16", len(raw), self.tensors)
+        for level in (3, 19):
+            packed = zstandard.ZstdCompressor(level=level).compress(raw)
+            yield self.row(f"BF16, zstandard −{level}", len(packed), self.tensors)
+        data = save(self.tensors)
+        yield self.row(".sfp, lossless", len(data), load(data))
+
+    def whole_levels(self) -> Iterator[Row]:
+        """Four bits, and the first number of bits that is good enough."""
+        for bits in range(4, 9):
+            tensors, size = dict(self.tensors), 0.0
+            for name, array in self.tensors.items():
+                if name in self.matrices:
+                    tensors[name] = rounded(array, bits)
+                    size += array.size * (bits + 16 / GROUP) / 8
+                else:
+                    size += array.nbytes
+            row = self.row(f"{bits} bits, a scale for {GROUP}", size, tensors)
+            if bits == 4 or row.code <= ALLOWED:
+                yield row
+            if row.code <= ALLOWED:
+                return
+
+    def not_pruned(self) -> Iterator[Row]:
+        """The quantiser alone."""
+        yield self.smallest(".sfp, uniform", self._same_bits, 2.5, 8)
+        fisher = self.fisher(self.model)
+        shared = self.shared_bits(self.tensors, {}, fisher)
+        yield self.smallest(".sfp, uniform, weighted, shared bits", shared, 2.5, 8)
+
+    def _same_bits(self, bits: float) -> bytes:
+        options = Options(quantiser="uniform", bits=bits)
+        return save(self.tensors, options=dict.fromkeys(self.matrices, options))
+
+    def shared_bits(
+        self, tensors: Tensors, masks: Masks, fisher: dict[str, NDArray[np.float32]]
+    ) -> Callable[[float], bytes]:
+        """Bits a weight -> the file in which all matrices share so many."""
+        arrays = {name: tensors[name].astype(np.float32) for name in self.matrices}
+
+        def make(bits: float) -> bytes:
+            steps = steps_for_budget(arrays, bits, masks=masks, importances=fisher, weighted="root")
+            options = {
+                name: Options(quantiser="uniform", step=step, weighted="root", importance=None)
+                for name, step in steps.items()
+            }
+            return save(tensors, options=options, masks=masks, importances=fisher)
+
+        return make
+
+    # ---------------------------------------------------------------------------------------- with pruning
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The dense model."""
+        return language_model(self.tensors)
+
+    def fisher(self, model: torch.nn.Module) -> dict[str, NDArray[np.float32]]:
+        """The Fisher information of all matrices of a model."""
+        windows = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED)
+        found = statistics(model, windows, batches=CALIBRATION_BATCHES, tensors=self.matrices)
+        return {name: np.asarray(of.fisher.numpy()) for name, of in found.items()}
+
+    def pruned(self, way: str, model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> Row:
+        """The smallest file of a pruned model."""
+        as_stored = {name: array.dtype for name, array in self.tensors.items()}
+        tensors: Tensors = {name: a.astype(as_stored[name]) for name, a in arrays_of(model).items()}
+        arrays = {name: np.asarray(mask.numpy()) for name, mask in masks.items()}
+        return self.smallest(way, self.shared_bits(tensors, arrays, self.fisher(model)), 1.0, 8)
+
+
+def rounded(array: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
+    """Each weight to the nearest of 2^bits − 1 levels, its group's greatest magnitude the last of them."""
+    groups = array.astype(np.float32).reshape(-1, GROUP)
+    last = np.float32(2 ** (bits - 1) - 1)
+    scales = np.abs(groups).max(axis=1, keepdims=True) / last
+    scales = np.maximum(scales.astype(np.float16).astype(np.float32), np.float32(1e-7))
+    levels = np.clip(np.rint(groups / scales), -last, last)
+    return np.asarray((levels * scales).reshape(array.shape), np.float32)
+
+
+class Learner:
+    """What is learned for a sparsity, kept in a folder."""
+
+    def __init__(self, trial: Trial, steps: int, folder: Path | None) -> None:
+        self._trial, self._steps, self._folder = trial, steps, folder
+        self._data = Windows(WINDOWS, steps, LEARNING_SEED)
+
+    @cached_property
+    def _statistics(self) -> Any:
+        windows = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED)
+        return statistics(self._trial.model, windows, batches=CALIBRATION_BATCHES, tensors=self._trial.layers)
+
+    def _learned(
+        self, sparsity: float, settings: Settings
+    ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        """The pruned model, and its masks."""
+        path = None
+        if self._folder is not None:
+            name = hashlib.sha256(f"{sparsity} {settings}".encode()).hexdigest()[:12]
+            path = self._folder / f"{name}.learning"
+        learned = learn_importance(
+            self._trial.model,
+            self._data,
+            sparsity,
+            settings=settings,
+            tensors=self._trial.layers,
+            found=self._statistics,
+            checkpoint=path,
+        )
+        found = masks_of(
+            {name: np.asarray(value.numpy()) for name, value in learned.importances.items()},
+            Sparsity(sparsity),
+        )
+        masks = {name: torch.from_numpy(mask) for name, mask in found.items()}
+        model = copy.deepcopy(self._trial.model)
+        model.load_state_dict(learned.weights, strict=False)
+        apply_masks(model, masks)
+        return model, masks
+
+    def rows(self, sparsity: float) -> Iterator[Row]:
+        """Frozen weights, tuned survivors, weights that learned together with the importance."""
+        frozen = Settings(steps=self._steps)
+        model, masks = self._learned(sparsity, frozen)
+        words = f".sfp, {sparsity:.0%} pruned by learned importance, weighted, shared bits"
+        yield self._trial.pruned(words, model, masks)
+        fine_tune(
+            model, masks, self._data, teacher=self._trial.model, tuning=Tuning(self._steps, TUNING_RATE)
+        )
+        yield self._trial.pruned(f"{words}, survivors tuned", model, masks)
+        model, masks = self._learned(sparsity, Settings(steps=self._steps, weight_rate=TUNING_RATE))
+        yield self._trial.pruned(f"{words}, weights learned together", model, masks)
+
+
+def rows(steps: int, folder: Path | None) -> Iterator[Row]:
+    """All rows."""
+    trial = Trial()
+    yield from trial.without_loss()
+    yield from trial.whole_levels()
+    yield from trial.not_pruned()
+    learner = Learner(trial, steps, folder)
+    for sparsity in SPARSITIES:
+        yield from learner.rows(sparsity)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m tests.figures.equal", description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of learning; default: %(default)s")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where checkpoints of learning are kept")
+    parser.add_argument("--json", action="store_true", help="objects, a line each")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.keep is not None:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    for row in rows(args.steps, args.keep):
+        if args.json:
+            print(json.dumps(asdict(row)))
+        else:
+            print(f"{row.way:<82}{row.bits:7.3f}{row.size:8.4f}{row.code:9.4f}{row.prose:9.4f}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
