@@ -43,6 +43,8 @@ VARIANTS = {
     "no trims": sfpformat.Options(trim=False),
     "segments of 384": sfpformat.Options(segment=384),
     "segments of 768": sfpformat.Options(segment=768),
+    "segments of 1,536": sfpformat.Options(segment=1536),
+    "eight codes a stream": sfpformat.Options(codes=8),
     "one mantissa bit in the class": sfpformat.Options(mantissa_bits=1),
 }
 
