@@ -1,8 +1,8 @@
 """Survivors to their positions, a vector at a time, where the processor has instructions for it.
 
 One instruction expands 64 bytes where there is AVX-512; with AVX2 the survivors of eight positions are
-permuted by a table. LLVM makes a branch a weight of the first where it is not there, and the others have no
-name in its vector types, so callers ask `WAY2` and `WAY4` first.
+permuted by a table. A processor without either does better survivor by survivor, so callers ask `WAY2` and
+`WAY4` first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ _FEATURES = binding.get_host_cpu_features()
 ONE_BY_ONE, PERMUTED, EXPANDED = range(3)
 WAY2 = EXPANDED if _FEATURES.get("avx512vbmi2") else PERMUTED if _FEATURES.get("ssse3") else ONE_BY_ONE
 WAY4 = EXPANDED if _FEATURES.get("avx512f") else PERMUTED if _FEATURES.get("avx2") else ONE_BY_ONE
-# Positions of a step.
-EXPANDED2, EXPANDED4, PERMUTED_AT_ONCE = 32, 16, 8
+PERMUTED_AT_ONCE = 8  # positions
 
 _PRUNED = 0x80  # in place of a number
 # For each mask byte the number of the survivor at each of eight positions, and the same for each byte of
@@ -69,22 +68,6 @@ def _expander(item: int) -> Any:
 _expand2, _expand4 = _expander(2), _expander(4)
 
 
-@register_jitable
-def expand2(values: Any, place: int, mask: Any, out: Any, to: int) -> None:
-    """Writes 32 weights of 2 bytes at byte ``to``, those of set mask bits from byte ``place`` on."""
-    require_inside(values, place, 2 * count_ones(mask))
-    require_inside(out, to, 2 * EXPANDED2)
-    _expand2(values, place, mask, out, to)
-
-
-@register_jitable
-def expand4(values: Any, place: int, mask: Any, out: Any, to: int) -> None:
-    """Writes 16 weights of 4 bytes at byte ``to``, those of set mask bits from byte ``place`` on."""
-    require_inside(values, place, 4 * count_ones(mask))
-    require_inside(out, to, 4 * EXPANDED4)
-    _expand4(values, place, mask, out, to)
-
-
 @intrinsic
 def _permute2(
     typing_context: Any, values: Any, place: Any, numbers: Any, mask: Any, out: Any, to: Any
@@ -93,6 +76,8 @@ def _permute2(
     vector = ir.VectorType(ir.IntType(8), 16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not _FEATURES.get("ssse3"):  # compiled all the same, where LLVM does not know it
+            return context.get_dummy_value()
         values_type, _, numbers_type, _, out_type, _ = signature.args
         source, place, numbers, mask, out, to = arguments
         survivors = _load(context, builder, values_type, source, place, vector)
@@ -114,6 +99,8 @@ def _permute4(
     bytes8, vector = ir.VectorType(ir.IntType(8), 8), ir.VectorType(ir.IntType(32), 8)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not _FEATURES.get("avx2"):  # compiled all the same, where LLVM does not know it
+            return context.get_dummy_value()
         values_type, _, numbers_type, _, out_type, _ = signature.args
         source, place, numbers, mask, out, to = arguments
         survivors = _load(context, builder, values_type, source, place, vector)
@@ -145,24 +132,39 @@ def _store(context: Any, builder: Any, kind: Any, array: Any, offset: Any, value
 
 
 @register_jitable
-def permute2(values: Any, place: int, mask: int, out: Any, to: int) -> None:
-    """Writes 8 weights of 2 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
+def expand2(values: Any, place: int, mask: int, out: Any, to: int) -> None:
+    """Writes 32 weights of 2 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
 
-    16 bytes are read, however few bits are set.
+    Up to 16 bytes are read beyond the last of them. Not where `WAY2` is `ONE_BY_ONE`.
     """
-    require_inside(values, place, 2 * PERMUTED_AT_ONCE)
-    require_inside(NUMBERS2, mask << 4, 16)
-    require_inside(out, to, 2 * PERMUTED_AT_ONCE)
-    _permute2(values, place, NUMBERS2, mask, out, to)
+    require_inside(out, to, 64)
+    if WAY2 == EXPANDED:
+        require_inside(values, place, 2 * count_ones(mask))
+        _expand2(values, place, mask, out, to)
+    else:
+        for start in range(0, 32, PERMUTED_AT_ONCE):
+            eight = np.int64(mask >> np.uint64(start) & np.uint64(255))
+            require_inside(values, place, 2 * PERMUTED_AT_ONCE)
+            _permute2(values, place, NUMBERS2, eight, out, to + 2 * start)
+            place += 2 * np.int64(count_ones(np.uint64(eight)))
 
 
 @register_jitable
-def permute4(values: Any, place: int, mask: int, out: Any, to: int) -> None:
-    """Writes 8 weights of 4 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
+def expand4(values: Any, place: int, mask: int, out: Any, to: int) -> None:
+    """Writes 32 weights of 4 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
 
-    32 bytes are read, however few bits are set.
+    Up to 32 bytes are read beyond the last of them. Not where `WAY4` is `ONE_BY_ONE`.
     """
-    require_inside(values, place, 4 * PERMUTED_AT_ONCE)
-    require_inside(NUMBERS4, mask << 3, 8)
-    require_inside(out, to, 4 * PERMUTED_AT_ONCE)
-    _permute4(values, place, NUMBERS4, mask, out, to)
+    require_inside(out, to, 128)
+    if WAY4 == EXPANDED:
+        for start in range(0, 32, 16):
+            few = mask >> np.uint64(start) & np.uint64(0xFFFF)
+            require_inside(values, place, 4 * count_ones(few))
+            _expand4(values, place, few, out, to + 4 * start)
+            place += 4 * np.int64(count_ones(few))
+    else:
+        for start in range(0, 32, PERMUTED_AT_ONCE):
+            eight = np.int64(mask >> np.uint64(start) & np.uint64(255))
+            require_inside(values, place, 4 * PERMUTED_AT_ONCE)
+            _permute4(values, place, NUMBERS4, eight, out, to + 4 * start)
+            place += 4 * np.int64(count_ones(np.uint64(eight)))

@@ -7,19 +7,7 @@ from typing import Any
 import numpy as np
 
 from .compiling import kernel
-from .expanding import (
-    EXPANDED,
-    EXPANDED2,
-    EXPANDED4,
-    PERMUTED,
-    PERMUTED_AT_ONCE,
-    WAY2,
-    WAY4,
-    expand2,
-    expand4,
-    permute2,
-    permute4,
-)
+from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
 from .memory import (
     count_ones,
     load16,
@@ -116,32 +104,16 @@ def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any,
         out: uint8, written from byte ``to`` on.
     """
     i, whole = np.int64(0), np.int64(0)
-    if WAY4 == EXPANDED and item == 4:
+    if (item == 2 and WAY2 != ONE_BY_ONE) or (item == 4 and WAY4 != ONE_BY_ONE):
         whole = positions & -32
-        for start in range(0, whole, EXPANDED4):
-            prefetch(out, to + 4 * start + _AHEAD)
-            word = np.uint64(load16(bits, at + (start >> 3)))
+    for start in range(0, whole, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        prefetch(out, to + item * start + _AHEAD)
+        if item == 4:
             expand4(values, 4 * i, word, out, to + 4 * start)
-            i += np.int64(count_ones(word))
-    elif WAY2 == EXPANDED and item == 2:
-        whole = positions & -32
-        for start in range(0, whole, EXPANDED2):
-            prefetch(out, to + 2 * start + _AHEAD)
-            word = np.uint64(load32(bits, at + (start >> 3)))
+        else:
             expand2(values, 2 * i, word, out, to + 2 * start)
-            i += np.int64(count_ones(word))
-    elif WAY4 == PERMUTED and item == 4:
-        whole = positions & -32
-        for start in range(0, whole, PERMUTED_AT_ONCE):
-            mask = np.int64(bits[at + (start >> 3)])
-            permute4(values, 4 * i, mask, out, to + 4 * start)
-            i += np.int64(count_ones(np.uint64(mask)))
-    elif WAY2 == PERMUTED and item == 2:
-        whole = positions & -32
-        for start in range(0, whole, PERMUTED_AT_ONCE):
-            mask = np.int64(bits[at + (start >> 3)])
-            permute2(values, 2 * i, mask, out, to + 2 * start)
-            i += np.int64(count_ones(np.uint64(mask)))
+        i += np.int64(count_ones(word))
     # From survivor to survivor, even where half the positions survive: a loop over all positions has to wait
     # at each for the one before.
     out[to + whole * item : to + positions * item] = 0
