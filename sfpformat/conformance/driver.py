@@ -12,6 +12,7 @@ import selectors
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -77,6 +78,9 @@ class Driver:
         if process is None:
             process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)
             seconds += START_SECONDS
+            if memory is not None:  # what it has at rest is seen once it is up, which any answer tells
+                with suppress(DriverFailure):
+                    process.ask("hello", seconds, None)
         try:
             return process.ask("\t".join(words), seconds, memory)
         except DriverFailure:
