@@ -23,11 +23,9 @@ from ..reader import SfpFile
 from ..sink import MemorySink
 from ..writer import Writer
 from .files import is_decoded_on
+from .one import NAME, opened
 from .places import AnyFile
 from .tensors import array_of, memory_of, tensor_of, torch_dtype
-
-# The tensor's name in its file.
-NAME = "weight"
 
 
 def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
@@ -195,13 +193,6 @@ def _few_rows(entry: TensorEntry, rows: torch.Tensor) -> _Few | None:
     if 2 * len(few) * (columns + entry.segment) >= entry.positions:
         return None
     return _Few(few.numpy(), places)
-
-
-def opened(data: torch.Tensor) -> SfpFile:
-    """The file, read on the processor; bytes on another device are copied there."""
-    if not data.numel():
-        raise MismatchError("the layer has no weight yet; load_state_dict gives it one")
-    return SfpFile(data.detach().cpu().numpy().data, threads=torch.get_num_threads())
 
 
 class _Engines:

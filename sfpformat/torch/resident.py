@@ -27,7 +27,7 @@ from ..engines.cuda.recipe import make_recipe
 from ..engines.cuda.resident import Operands, Placed, Resident, Run
 from ..errors import FileFault
 from . import device as devices
-from . import packed
+from .one import NAME, opened
 from .tensors import format_dtype, torch_dtype
 
 MOST_ROWS = 8  # of activations that are multiplied without decoding: with more, decoding pays
@@ -207,8 +207,8 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
     if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
         return None
     try:
-        with packed.opened(data) as file:
-            entry = file.entry(packed.NAME)
+        with opened(data) as file:
+            entry = file.entry(NAME)
             if entry.fingerprints is None or not entry.positions:
                 return None
             file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, len(data))

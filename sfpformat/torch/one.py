@@ -1,0 +1,23 @@
+"""A file of one tensor: what it is called there, and how it is opened."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import MismatchError
+from ..reader import SfpFile
+
+# The tensor's name in its file.
+NAME = "weight"
+
+
+def opened(data: torch.Tensor) -> SfpFile:
+    """The file, read on the processor; bytes on another device are copied there.
+
+    Raises:
+        MismatchError: there are no bytes.
+        InvalidFileError, UnsupportedError, LimitError: they are damaged or refused.
+    """
+    if not data.numel():
+        raise MismatchError("the layer has no weight yet; load_state_dict gives it one")
+    return SfpFile(data.detach().cpu().numpy().data, threads=torch.get_num_threads())
