@@ -21,6 +21,8 @@ from sfpformat.numpy import load_file
 from sfpformat.pruning.grades import BOUNDARIES
 from sfpformat.pruning.thresholds import Sparsity, achieved
 
+from .figures.pruning import ROWS, counts, read, table
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -151,6 +153,25 @@ def test_rows_are_kept_as_they_come_and_are_not_measured_again(
     assert [json.loads(line) for line in path.read_text().splitlines()] == [first, second]
     assert main([*words, "--methods", "fisher", "--steps", "2"]) == 0  # rows of other steps are others
     assert asked == ["fisher", "fisher"]
+
+
+def test_the_readme_shows_the_rows_that_are_kept_beside_the_tests() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    found = read(ROWS)
+    assert all(list(row) == list(pruning_rows.FIELDS) for row in found)
+    assert "\n".join(table(found)) in readme
+
+
+def test_a_cell_is_the_mean_over_the_seeds_and_half_of_their_spread() -> None:
+    def row(seed: int, perplexity: float) -> pruning_rows.Row:
+        whole = {"method": "fisher", "sparsity": 0.7, "seed": seed, "seconds": 3 - seed}
+        code = {"perplexity": perplexity, "dense_perplexity": 2.0}
+        return {**whole, **code, "prose_perplexity": 4.0, "dense_prose_perplexity": 3.5}
+
+    found = [row(0, 2.5), row(1, 4.5)]
+    assert table(found)[-1] == "| `fisher` | 1.50 ± 1.00, 0.50 ± 0.00 | 2 |"
+    assert table(found[:1])[-1] == "| `fisher` | 0.50, 0.50 | 3 |"
+    assert counts(found) == ["70 %, methods: 1 of seed 0, 1 of seed 1"]
 
 
 @pytest.mark.parametrize("text", ["no rows", "no rows\n", "3\n", '{"method": "guess"}\n'])

@@ -86,15 +86,22 @@ def test_a_range_serves_every_sparsity_in_it() -> None:
         assert pruned_loss(learned.importances, sparsity) < pruned_loss(fisher, sparsity)
 
 
-def test_weights_are_trained_too_where_that_is_asked_for() -> None:
+@pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
+def test_learning_together_beats_tuning_what_fisher_leaves_in_as_many_steps(sparsity: float) -> None:
     net, batches = trained_net()
     together = Settings(steps=100, weight_rate=1e-2, objective="loss")
-    learned = learn_importance(net, batches, 0.85, settings=together)
-    frozen = learn_importance(net, batches, 0.85, settings=Settings(steps=100, objective="loss"))
-    assert not frozen.weights
+    learned = learn_importance(net, batches, sparsity, settings=together)
     net.load_state_dict(learned.weights, strict=False)
-    prune(net, learned.importances, Sparsity(0.85))
-    assert loss_of(net, batches) < pruned_loss(frozen.importances, 0.85)
+    prune(net, learned.importances, Sparsity(sparsity))
+    tuned, _ = trained_net()
+    masks = prune(tuned, scores.fisher(tuned, statistics(tuned, batches)), Sparsity(sparsity))
+    fine_tune(tuned, masks, batches, tuning=Tuning(100, 1e-2, objective="loss"))
+    assert loss_of(net, batches) < 0.9 * loss_of(tuned, batches)
+
+
+def test_weights_that_are_frozen_are_not_given_back() -> None:
+    net, batches = trained_net()
+    assert not learn_importance(net, batches, 0.5, settings=Settings(steps=1)).weights
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""What pruning costs by each method: the rows of ``sfp bench pruning`` as tables in Markdown.
+"""What pruning costs by each method: the rows of ``sfp bench pruning`` as a table in Markdown.
 
-``python -m tests.figures.pruning`` prints them of the rows that lie beside this file, or of those in the file
-named, made by ``sfp bench pruning --rows FILE``. A cell is the rise of the perplexity over the dense model's:
-the mean over the seeds that are there and, where these are several, the least and greatest in brackets. What
-has no row stays empty.
+``python -m tests.figures.pruning`` prints it of the rows that lie beside this file, or of those in the file
+named, made by ``sfp bench pruning --rows FILE``. A cell is the rise of the perplexity over the dense model's,
+on code and on prose: the mean over the seeds that are there and, where there are several, half of the way
+from the least to the greatest. Seconds are the least of all rows of a method, since a busy machine adds to
+them. What has no row stays empty.
 """
 
 from __future__ import annotations
@@ -24,47 +25,55 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def tables(found: Sequence[Row]) -> str:
-    """A table for each kind of text, frozen weights before those that change, and what seeds there are."""
-    sparsities = sorted({float(str(row["sparsity"])) for row in found})
-    lines = []
-    for kind in RISES:
-        lines += [
-            "| " + " | ".join([kind, *(f"{share:.0%}".replace("%", " %") for share in sparsities)]) + " |"
-        ]
-        lines += ["|---" * (1 + len(sparsities)) + "|"]
-        for change in (False, True):
-            for method in METHODS:
-                if weights_change(method) == change:
-                    cells = [_cell(found, method, share, kind) for share in sparsities]
-                    lines += ["| " + " | ".join([f"`{method}`", *cells]) + " |"] if any(cells) else []
-        lines += [""]
-    return "\n".join([*lines, *_counts(found, sparsities)])
-
-
-def _cell(found: Sequence[Row], method: str, sparsity: float, kind: str) -> str:
-    values = rises([row for row in found if row["sparsity"] == sparsity], method, kind)
-    if not len(values):
-        return ""
-    spread = f" ({values.min():.2f}–{values.max():.2f})" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
-
-
-def _counts(found: Sequence[Row], sparsities: Sequence[float]) -> list[str]:
-    """How many rows there are of each sparsity and seed."""
-    lines = []
-    for sparsity in sparsities:
-        seeds = [row["seed"] for row in found if row["sparsity"] == sparsity]
-        counts = ", ".join(f"{seeds.count(seed)} of seed {seed}" for seed in dict.fromkeys(seeds))
-        lines.append(f"{100 * sparsity:.4g} %, methods: {counts}")
+def table(found: Sequence[Row]) -> list[str]:
+    """The lines of the table: methods through frozen weights before those that change them."""
+    sparsities = _sparsities(found)
+    header = ["", *(f"{100 * sparsity:.4g} %" for sparsity in sparsities), "seconds"]
+    lines = [_line(header), "|---" * len(header) + "|"]
+    for method in sorted(METHODS, key=weights_change):
+        own = [row for row in found if row["method"] == method]
+        if own:
+            cells = [_cell([row for row in own if row["sparsity"] == sparsity]) for sparsity in sparsities]
+            least = min(float(str(row["seconds"])) for row in own)
+            lines.append(_line([f"`{method}`", *cells, f"{least:.0f}"]))
     return lines
+
+
+def counts(found: Sequence[Row]) -> list[str]:
+    """How many rows there are of each sparsity and seed, a line a sparsity."""
+    lines = []
+    for sparsity in _sparsities(found):
+        seeds = [row["seed"] for row in found if row["sparsity"] == sparsity]
+        words = ", ".join(f"{seeds.count(seed)} of seed {seed}" for seed in dict.fromkeys(seeds))
+        lines.append(f"{100 * sparsity:.4g} %, methods: {words}")
+    return lines
+
+
+def _sparsities(found: Sequence[Row]) -> list[float]:
+    return sorted({float(str(row["sparsity"])) for row in found})
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(found: Sequence[Row]) -> str:
+    """Mean and half of the spread, of code and of prose."""
+    parts = []
+    for kind in RISES:
+        values = rises(found, found[0]["method"], kind) if found else ()
+        if len(values):
+            spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+            parts.append(f"{sum(values) / len(values):.2f}{spread}")
+    return ", ".join(parts)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser("python -m tests.figures.pruning", description=__doc__)
     parser.add_argument("file", type=Path, nargs="?", default=ROWS, help="default: %(default)s")
-    print(tables(read(parser.parse_args().file)))
+    found = read(parser.parse_args().file)
+    print("\n".join([*table(found), "", *counts(found)]))
 
 
 if __name__ == "__main__":
