@@ -55,9 +55,8 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     cases = examples(
         ("sfp bench", "the small model that comes with the package"),
         ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model, cast, with a picture"),
-        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3", "perplexities of pruned models, by each method"),
+        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3 --json", "what pruning costs, by each method"),
         ("sfp bench model.safetensors --device cuda", "decoded on a GPU, to tensors there"),
-        ("sfp bench model.sfp --json", "for a machine; the fields: sfpformat/bench/results.py"),
     )
     parser = subparsers.add_parser(
         "bench",

@@ -25,8 +25,8 @@ trained on: source code and English prose. The model has about a million weights
 pruning goes over the linear layers, by magnitude in each or by the learned importance that the model carries
 over all of them. With --sparsity, by both of them to the shares that you give.
 
-With --learn, which needs torch, the importance is learned anew, in a minute or two, and the model is pruned
-by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
+With --learn, which needs torch, the importance is learned anew, in some minutes, and the model is
+pruned by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -39,7 +39,6 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp demo", "under a minute, nothing is downloaded"),
             ("sfp demo --sparsity 0.6,0.85", "pruned by magnitude and by importance to any shares"),
             ("sfp demo --keep packed/", "keep the files, to look at with sfp info"),
-            ("sfp demo --json", "for a machine"),
             (
                 "sfp demo --learn --plot demo.png",
                 "learn the importance, compare, and draw (torch, matplotlib)",
