@@ -141,14 +141,16 @@ class _ExactSurvey:
         layout = Layout(self.first << self.width, bytes([self.width]) * classes)
         return self._counter.counts(self.first, classes), layout
 
-    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Histogram]]:
-        """For classes of each width, the finest first: about a level's bits, and how often each occurs."""
-        counts = self._fine
+    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
+        """For classes of each width, the finest first: about a level's bits, and the classes that occur."""
+        classes = np.flatnonzero(self._fine)
+        counts = self._fine[classes]
         levels = int(counts.sum())
         for width in range(fine, coarsest + 1):
-            yield width, entropy_bits(counts) / (levels << FRACTION) + width, counts
-            even = add_histograms(counts, np.zeros(len(counts) + len(counts) % 2, np.int64))
-            counts = even.reshape(-1, 2).sum(1)
+            yield width, entropy_bits(counts) / (levels << FRACTION) + width, classes
+            classes = classes >> 1
+            starts = np.flatnonzero(np.diff(classes, prepend=-1))
+            classes, counts = classes[starts], np.add.reduceat(counts, starts)
 
 
 def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
@@ -188,8 +190,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
 def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
     """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
     best: tuple[float, int] | None = None
-    for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
-        used = np.flatnonzero(counts)
+    for candidate, bits, used in survey.bits_by_width(fine, width) if fine < width else ():
         few = len(used) <= min(MAX_SYMBOLS, 1 << options.code_limit)
         fits = int(used[-1] + 1) << candidate <= bound and used[-1] - used[0] < MAX_CLASSES[1]
         if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
