@@ -28,10 +28,14 @@ class Blocks:
 
     def __iter__(self) -> Iterator[tuple[slice, Counts]]:
         """For each chunk its positions, and the number of positions of each of its segments."""
-        for start in range(0, self.positions, self.segment * self.chunk):
-            stop = min(start + self.segment * self.chunk, self.positions)
-            counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
-            counts[-1] -= len(counts) * self.segment - (stop - start)
+        size = self.segment * self.chunk
+        whole = np.full(self.chunk if self.positions >= size else 0, self.segment, np.int64)
+        for start in range(0, self.positions, size):
+            stop = min(start + size, self.positions)
+            counts = whole
+            if stop - start < size:
+                counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
+                counts[-1] -= len(counts) * self.segment - (stop - start)
             yield slice(start, stop), counts
 
 

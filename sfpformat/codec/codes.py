@@ -159,12 +159,14 @@ def choose_codes(
     options: Options,
     engine: Engine,
     order: NDArray[np.int64] | None = None,
+    most: int = MAX_CODES_TRIED,
 ) -> Choice | None:
     """The table of a layout of several classes: how many codes, which segments share one, and their lengths.
 
     Args:
         counts: of the layout's symbols.
         order: what orders segments at first, a weight for each symbol; None takes the classes themselves.
+        most: codes, where the options do not say how many.
 
     Returns:
         The choice, or None where there are too many symbols for a code.
@@ -176,8 +178,7 @@ def choose_codes(
     numbers = np.arange(classes**group)
     if order is None:
         order = numbers if group == 1 else numbers % classes + numbers // classes
-    most = options.codes or MAX_CODES_TRIED
-    costs = engine.cluster(counts.sample, order, most, counts.segments)
+    costs = engine.cluster(counts.sample, order, options.codes or most, counts.segments)
     codes, totals = _assigned(blocks, counts, layout, group, engine, costs)
     lengths = engine.lengths_of_codes(totals, options.code_limit)
     table = CodeTable(layout.base, layout.extra, tuple(PrefixCode(row.tobytes()) for row in lengths), group)

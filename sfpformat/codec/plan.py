@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,11 +180,16 @@ def default_segment(columns: int, density: float, exact: bool, options: Options)
     usual = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
     if exact and density > _DENSE:
         usual = 2 * _SEGMENT
-    wanted = options.segment_near or usual
+    return _segment_near(columns, options.segment_near or usual, options.is_plain)
+
+
+@lru_cache(maxsize=256)
+def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
+    """About so many positions that are whole rows, or a whole part of one; a row at most, if so asked."""
     parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
-    rows = [] if options.is_plain else [columns * k for k in range(2, 64)]
+    rows = [] if of_one_row else [columns * k for k in range(2, 64)]
     fits = [s for s in parts + rows if s % 32 == 0]
-    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted] or (fits if options.is_plain else [])
+    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted] or (fits if of_one_row else [])
     return min(near, key=lambda s: (max(s, wanted) * 1000 // min(s, wanted), s)) if near else wanted
 
 

@@ -105,8 +105,9 @@ class _ExactSurvey:
             self._counter.add(*self._rows(patterns, counts, bits, engine))
             self.zeros.append((engine.exact_zeros(patterns, counts), counts))
             if fine is not None:
-                part = patterns_to_levels(patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)])
-                self._fine = add_histograms(self._fine, histogram(part >> part.dtype.type(fine)))
+                part = patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)]
+                seen = engine.count_exact(part, np.array([len(part)]), fine, 0, 1 << (bits - fine))
+                self._fine = add_histograms(self._fine, seen[0])
 
     def _rows(self, patterns: Patterns, counts: Counts, bits: int, engine: Engine) -> tuple[int, Rows]:
         """The first class that occurs in a chunk, and how often each from it on occurs in each segment."""
@@ -178,7 +179,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
         else:
             most = max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
-            choice = choose_codes(blocks, counts, layout, 1, options.but(codes=options.codes or most), engine)
+            choice = choose_codes(blocks, counts, layout, 1, options, engine, most=most)
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments
             if options.trim:

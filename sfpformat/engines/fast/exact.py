@@ -20,7 +20,8 @@ def count_exact(values: Patterns, counts: Counts, width: int, first: int, classe
     """As `coding.exact.count_exact`."""
     rows = np.empty((len(counts), classes), np.int32)
     counters = np.empty((COUNTERS, classes), np.int32)
-    patterns.count_classes(np.ascontiguousarray(values), counts, width, first, counters, rows)
+    values = np.ascontiguousarray(values)
+    patterns.count_classes(values, values.view(np.uint8), counts, width, first, counters, rows)
     return rows
 
 

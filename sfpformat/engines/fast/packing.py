@@ -1,9 +1,4 @@
-"""Levels to prefix and residual planes, as `coding.planes.encode_levels`; and a mask to octets or runs.
-
-Theory of operation: a bit writer is a word, how many of its lowest bits are taken, and the byte that it goes
-to. It is stored whole, 8 bytes, and moved on by the bytes that are full; so at most 7 bits are left in it,
-and 57 may be added between two stores. Planes have room for 8 bytes after their last one.
-"""
+"""Levels to prefix and residual planes, as `coding.planes.encode_levels`."""
 
 from __future__ import annotations
 
@@ -12,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS
+from .bitwriter import close, flush
 from .compiling import allocating_kernel
 from .counting import class_of
 from .memory import store64
 
-# Symbols between two stores: 4 codewords of 12 bits are at most the 57 there is room for.
+# Symbols between two flushes: 4 codewords of 12 bits are at most the 57 there is room for.
 _SYMBOLS = 4
-_WORD_BITS = np.uint64(MAX_CODE_BITS)
 # Residuals of so many bits are packed eight at a time.
 MOST_TOGETHER = 8
 
@@ -62,7 +57,7 @@ def pack_prefix_of_one_width(
         How many bytes of the plane are used.
     """
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
-    low16, sixteen, seven, three = np.uint64(0xFFFF), np.uint64(16), np.uint64(7), np.uint64(3)
+    low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
     # Unsigned throughout: signed subscripts are tested for being negative.
     shift, least, one = np.uint64(width), np.uint64(first), np.uint64(1)
     at = np.uint64(0)
@@ -76,24 +71,15 @@ def pack_prefix_of_one_width(
                 word |= (entry & low16) << taken
                 taken += entry >> sixteen
                 at += one
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
         while at < stop:
             entry = np.uint64(own[(np.uint64(levels[at]) >> shift) - least])
             word |= (entry & low16) << taken
             taken += entry >> sixteen
             at += one
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
         sizes[s] = to * 8 + np.int64(taken) - before
-    if taken:
-        plane[to] = np.uint8(word)
-        to += 1
-    return to
+    return close(plane, to, word, taken)
 
 
 @allocating_kernel
@@ -112,7 +98,7 @@ def pack_prefix(
 ) -> int:
     """The prefix plane of any stream; see `pack_prefix_of_one_width` and `counting.class_of`."""
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
-    low16, sixteen, seven, three = np.uint64(0xFFFF), np.uint64(16), np.uint64(7), np.uint64(3)
+    low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
     at, classes = np.int64(0), firsts.size
     for s in range(counts.size):
         stop = at + counts[s]
@@ -128,16 +114,10 @@ def pack_prefix(
             entry = np.uint64(own[symbol])
             word |= (entry & low16) << taken
             taken += entry >> sixteen
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
         at = stop
         sizes[s] = to * 8 + np.int64(taken) - before
-    if taken:
-        plane[to] = np.uint8(word)
-        to += 1
-    return to
+    return close(plane, to, word, taken)
 
 
 @allocating_kernel
@@ -206,7 +186,7 @@ def pack_residuals(
         How many bytes of the plane are used.
     """
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
-    one, seven, three = np.uint64(1), np.uint64(7), np.uint64(3)
+    one = np.uint64(1)
     at = np.int64(0)
     for s in range(counts.size):
         stop = at + counts[s]
@@ -221,13 +201,7 @@ def pack_residuals(
                 width -= trim
             word |= residual << taken  # at most 7 + 56 bits
             taken += width
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
             at += 1
         sizes[s] = to * 8 + np.int64(taken) - before
-    if taken:
-        plane[to] = np.uint8(word)
-        to += 1
-    return to
+    return close(plane, to, word, taken)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .compiling import kernel
-from .memory import load64, store64, trailing_zeros
+from .bitwriter import close, flush
+from .compiling import inlined_kernel, kernel
+from .memory import load32, load64, trailing_zeros
 from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
 
 # Look-up tables of pairs have at most 2^16 entries.
@@ -21,36 +22,73 @@ MAX_PAIR_BITS = 16
 _LENGTH_AT = 24
 
 
+@inlined_kernel
+def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int, int, int, int]:
+    """The classes of four patterns of ``item`` bytes from number ``at`` on.
+
+    Args:
+        cut: bits below the class.
+        low: uint64, ones where a class has bits.
+    """
+    if item == 1:
+        some = np.uint64(load32(raw, at)) >> cut
+        return (
+            some & low,
+            some >> np.uint64(8) & low,
+            some >> np.uint64(16) & low,
+            some >> np.uint64(24) & low,
+        )
+    if item == 2:
+        some = load64(raw, 2 * at) >> cut
+        return (
+            some & low,
+            some >> np.uint64(16) & low,
+            some >> np.uint64(32) & low,
+            some >> np.uint64(48) & low,
+        )
+    if item == 4:
+        some, more = load64(raw, 4 * at) >> cut, load64(raw, 4 * at + 8) >> cut
+        return some & low, some >> np.uint64(32) & low, more & low, more >> np.uint64(32) & low
+    zeroth, oneth = load64(raw, 8 * at) >> cut, load64(raw, 8 * at + 8) >> cut
+    twoth, third = load64(raw, 8 * at + 16) >> cut, load64(raw, 8 * at + 24) >> cut
+    return zeroth & low, oneth & low, twoth & low, third & low
+
+
 @kernel
-def count_classes(patterns: Any, counts: Any, width: int, first: int, counters: Any, rows: Any) -> None:
+def count_classes(
+    patterns: Any, raw: Any, counts: Any, width: int, first: int, counters: Any, rows: Any
+) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
     Args:
         patterns: unsigned, of whole segments, all in the classes from ``first`` on that ``rows`` has.
+        raw: the same as uint8.
         counts: int64, patterns in each segment.
+        width: at least 1.
         counters: int32 [4, classes], free for use: neighbours often share a class, and an increment waits for
             the last one of the same counter, so every fourth has counters of its own.
     """
     # Unsigned throughout: signed subscripts are tested for being negative.
-    bits = np.uint64(8 * patterns.itemsize)
-    shift, least, more, one = np.uint64(width), np.uint64(first), np.int32(1), np.uint64(1)
-    kept = ~np.uint64(0) >> (np.uint64(64) - bits)
+    item, more = np.int64(patterns.itemsize), np.int32(1)
+    cut, least = np.uint64(width - 1), np.uint64(first)
+    low = (np.uint64(1) << np.uint64(8 * item - width)) - np.uint64(1)
     zeroth, oneth, twoth, third = counters[0], counters[1], counters[2], counters[3]
-    at = np.uint64(0)
+    at = np.int64(0)
     for s in range(counts.size):
-        stop = at + np.uint64(counts[s])
+        stop = at + counts[s]
         counters[:] = np.int32(0)
-        while at + np.uint64(4) <= stop:
-            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
-            oneth[((np.uint64(patterns[at + np.uint64(1)]) << one & kept) >> shift) - least] += more
-            twoth[((np.uint64(patterns[at + np.uint64(2)]) << one & kept) >> shift) - least] += more
-            third[((np.uint64(patterns[at + np.uint64(3)]) << one & kept) >> shift) - least] += more
-            at += np.uint64(4)
+        while at + 4 <= stop:
+            a, b, c, d = _four_classes(raw, item, at, cut, low)
+            zeroth[a - least] += more
+            oneth[b - least] += more
+            twoth[c - least] += more
+            third[d - least] += more
+            at += 4
         while at < stop:
-            zeroth[((np.uint64(patterns[at]) << one & kept) >> shift) - least] += more
-            at += one
-        for c in range(rows.shape[1]):
-            rows[s, c] = zeroth[c] + oneth[c] + twoth[c] + third[c]
+            zeroth[(np.uint64(patterns[at]) >> cut & low) - least] += more
+            at += 1
+        for k in range(rows.shape[1]):
+            rows[s, k] = zeroth[k] + oneth[k] + twoth[k] + third[k]
 
 
 @kernel
@@ -126,7 +164,7 @@ def pack_prefix(
     low = (one << class_bits) - one
     high, apart = low << class_bits, bits - class_bits
     kept = ~np.uint64(0) >> (np.uint64(64) - bits)
-    low24, length_at, three, seven = np.uint64(0xFFFFFF), np.uint64(_LENGTH_AT), np.uint64(3), np.uint64(7)
+    low24, length_at = np.uint64(0xFFFFFF), np.uint64(_LENGTH_AT)
     low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     at = np.int64(0)
@@ -151,25 +189,16 @@ def pack_prefix(
             word |= (np.uint64(oneth) & low24) << taken
             taken += np.uint64(oneth) >> length_at
             at += 4
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
         while at < stop:
             number = (np.uint64(patterns[at]) << one & kept) >> np.uint64(width)
             entry = np.uint64(alone[number - np.uint64(first)])
             word |= (entry & low16) << taken
             taken += entry >> sixteen
             at += 1
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
         sizes[s] = to * 8 + np.int64(taken) - before
-    if taken:
-        plane[to] = np.uint8(word)
-        to += 1
-    return to
+    return close(plane, to, word, taken)
 
 
 @kernel
@@ -188,7 +217,7 @@ def pack_residuals(
         How many bytes of the plane are used.
     """
     item = np.int64(patterns.itemsize)
-    bits, one, three, seven = np.uint64(8 * item), np.uint64(1), np.uint64(3), np.uint64(7)
+    bits, one = np.uint64(8 * item), np.uint64(1)
     sign, low = bits - one, (one << np.uint64(width)) - one
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     at = np.int64(0)
@@ -215,12 +244,6 @@ def pack_residuals(
                 residual = residual & one | residual >> (trim + one) << one
             word |= residual << taken
             taken += each
-            store64(plane, to, word)
-            to += np.int64(taken >> three)
-            word >>= taken & ~seven
-            taken &= seven
+            to, word, taken = flush(plane, to, word, taken)
             at += 1
-    if taken:
-        plane[to] = np.uint8(word)
-        to += 1
-    return to
+    return close(plane, to, word, taken)
