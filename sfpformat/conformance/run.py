@@ -133,7 +133,7 @@ def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Res
     found: dict[int, Outcome] = {}
     with scratch() as folder:
         try:
-            programs = {role: _hello(driver) for role, driver in settings.drivers.items()}
+            programs = {role: driver.said for role, driver in settings.drivers.items()}
             known = _known(suite, settings, programs)
             for number in order:
                 case, role = questions[number]
@@ -161,15 +161,6 @@ def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case
             is_for = ("encoder" if role == ROUND_TRIP else role) in case.roles
             if wanted and is_for and asked <= set(settings.drivers) and case.level in settings.levels:
                 yield case, role
-
-
-def _hello(driver: Driver) -> Json:
-    """What a program says of itself; nothing where it does not know the question."""
-    try:
-        answer = driver.ask(["hello"])
-    except DriverFailure:
-        return {}
-    return answer if answer["ok"] else {}
 
 
 def _known(suite: Suite, settings: Settings, programs: dict[str, Json]) -> dict[str, str]:
