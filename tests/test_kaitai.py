@@ -69,7 +69,7 @@ def plain(value: Any) -> Any:
 
 @pytest.mark.skipif(
     "KAITAI_FOLDER" not in os.environ,
-    reason="KAITAI_FOLDER names no folder with the compiler, a package of npm: .ci/run installs it where npm is",
+    reason="KAITAI_FOLDER names no folder of the compiler; .ci/run installs that, where there is npm",
 )
 def test_the_description_takes_every_valid_file_apart(tmp_path: Path) -> None:
     parser = compiled(tmp_path)
