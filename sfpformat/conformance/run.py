@@ -63,6 +63,12 @@ class Outcome:
         """Whether it makes the run fail: a failure that is not known, or a known one that is none now."""
         return (self.verdict.outcome in BAD) != (self.known is not None)
 
+    @property
+    def words(self) -> str:
+        """Why it is bad, or left out."""
+        is_too_good = self.bad and self.known is not None
+        return "passes, though a failure was expected" if is_too_good else self.verdict.words
+
 
 @dataclass(frozen=True)
 class Results:
