@@ -1,6 +1,6 @@
 """Files that nobody thought of: all readers judge them alike, and what they do not is made small and kept.
 
-There are as many of them as two minutes of one core afford, a few thousand; ``sfp conformance fuzz`` takes a
+There are a few thousand of them, which is what a run of all tests affords; ``sfp conformance fuzz`` takes a
 decoder through as many as one has time for, by the same code.
 """
 
