@@ -96,6 +96,6 @@ def wrong_refusal(case: Case, code: str, clause: str, tensor: object, offset: in
 def encoded(case: Case, folder: Path) -> bytes:
     """The file that the package's writer makes of a job."""
     path = folder / "written.sfp"
-    answer = OwnDriver("python", {}).encode(str(path_of(case)), str(FOLDER / case["arrays"]), str(path))
+    answer = OwnDriver("python").encode(str(path_of(case)), str(FOLDER / case["arrays"]), str(path))
     assert answer["ok"], (case["id"], answer)
     return path.read_bytes()

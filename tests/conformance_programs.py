@@ -30,10 +30,11 @@ def lying_program(folder: Path, lie: str) -> list[str]:
         lie: statements that may change ``got``, the right answer to ``words``, or what was written.
     """
     body = """
-from sfpformat.conformance.own import OwnDriver
-own = OwnDriver("python", {name: int(n) for name, n in (word.split("=") for word in sys.argv[1:-1])})
+from sfpformat.conformance.own import OwnDriver, limits_of
+from sfpformat.limits import DEFAULT_LIMITS
 def answer(words):
-    got = own.answer(words)
+    limits, words = limits_of(words, DEFAULT_LIMITS)
+    got = OwnDriver("python", limits).answer(words)
 LIE
     return got
 """

@@ -9,57 +9,12 @@ import pytest
 
 import sfpformat
 from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import (
-    Forge,
-    Pairs,
-    Part,
-    Raw,
-    Taken,
-    bits_to_bytes,
-    exact,
-    f32_bytes,
-    flat_code,
-    hand_file,
-    hand_part,
-    mask_levels,
-    nibbles,
-    pack,
-    patterns,
-    record,
-    segment_bits,
-    table,
-    table_for,
-)
+from sfpformat.conformance.forge import Forge
 from sfpformat.errors import CODE_OF_CLAUSE, FileFault, InvalidFileError, LimitError, UnsupportedError
 from sfpformat.limits import DEFAULT_LIMITS, Limits
 from sfpformat.validate import validate
 
-__all__ = [
-    "Forge",
-    "Pairs",
-    "Part",
-    "Raw",
-    "Taken",
-    "accepted",
-    "bits_to_bytes",
-    "exact",
-    "f32_bytes",
-    "fault_of",
-    "flat_code",
-    "hand_file",
-    "hand_part",
-    "mask_levels",
-    "nibbles",
-    "pack",
-    "patterns",
-    "read_all",
-    "record",
-    "refused",
-    "refused_bytes",
-    "segment_bits",
-    "table",
-    "table_for",
-]
+from .clauses import IN_CHUNKS
 
 
 def read_all(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
@@ -87,9 +42,6 @@ def accepted(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarr
     return tensors
 
 
-# Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
-_IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
-_IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
 _CLASSES = {"E_FEATURE": UnsupportedError, "E_VERSION": UnsupportedError, "E_LIMIT": LimitError}
 
 
@@ -148,7 +100,7 @@ def refused(
     error = refused_bytes(data, clause, tensor=tensor, limits=limits)
     assert error.offset is not None
     directory_at = 64 + sum(len(part.data) for part in forge.parts)
-    if clause.startswith(_IN_CHUNKS) and tensor is not None:
+    if clause.startswith(IN_CHUNKS) and tensor is not None:
         start = forge.start_of(tensor)
         assert start <= error.offset < start + len(forge.part(tensor).data)
     elif tensor is not None:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfpformat import ImportanceOptions, Options
+from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.numpy import save
-
-from .forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
 
 def weights(*shape: int, density: float = 0.4, seed: int = 0) -> NDArray[np.float32]:

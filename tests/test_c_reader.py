@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 
 import sfpformat
 from sfpformat import Limits
+from sfpformat.conformance.forge import Forge, exact, f32_bytes, hand_file, hand_part, table
 from sfpformat.conformance.slow_reader import FLOATS
 from sfpformat.errors import CODE_OF_CLAUSE
 from sfpformat.validate import validate
 
 from .c_reader import SOURCE, Answer, Reader, Readers, built
 from .clauses import ROOT, clauses_of_spec
-from .forge import Forge, exact, f32_bytes, hand_file, hand_part, table
 from .samples import everything, importance, plain, weights
 from .strategies import Job, jobs, written
 from .test_hostile import SMALL, mutate, mutate_chunk

@@ -9,10 +9,11 @@ import pytest
 
 import sfpformat
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge
 from sfpformat.numpy import save
 
 from .clauses import clauses
-from .forge import Forge, accepted, fault_of, refused, refused_bytes
+from .forge import accepted, fault_of, refused, refused_bytes
 from .samples import everything, plain, weights
 
 

@@ -14,21 +14,19 @@ from hypothesis import strategies as st
 from sfpformat import InvalidFileError
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths, pack_lengths, unpack_lengths
 from sfpformat.conformance import slow_reader
-
-from .clauses import clauses
-from .forge import (
+from sfpformat.conformance.forge import (
     Forge,
-    accepted,
     exact,
     f32_bytes,
     hand_file,
     hand_part,
     nibbles,
     patterns,
-    refused,
-    refused_bytes,
     table,
 )
+
+from .clauses import clauses
+from .forge import accepted, refused, refused_bytes
 from .samples import everything
 
 

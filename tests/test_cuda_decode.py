@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 import sfpformat
 from kernels import inputs, shim
 from sfpformat import PRESETS, Options
+from sfpformat.conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
-from .forge import Forge, f32_bytes, hand_file, hand_part, table
 from .samples import everything, plain, weights
 from .strategies import Job, jobs, lossless_jobs, written
 from .test_hostile import mutate, mutate_chunk

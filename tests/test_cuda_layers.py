@@ -13,6 +13,7 @@ from torch import nn
 
 from kernels import shim
 from sfpformat import PRESETS, InvalidFileError, Options
+from sfpformat.conformance.forge import Forge
 from sfpformat.torch import (
     SfpEmbedding,
     SfpLinear,
@@ -25,7 +26,6 @@ from sfpformat.torch import (
 )
 from sfpformat.torch.kept import KeptWeights
 
-from .forge import Forge
 from .test_torch_files import bits
 from .test_torch_layers import linear
 

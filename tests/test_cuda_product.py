@@ -15,11 +15,10 @@ import sfpformat
 from kernels import shim
 from kernels.ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 from sfpformat import PRESETS, ImportanceOptions, Options
+from sfpformat.conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.product import make_product
 from sfpformat.numpy import save
-
-from .forge import Forge, f32_bytes, hand_file, hand_part, table
 
 FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
 

@@ -13,6 +13,7 @@ import torch
 
 from kernels import shim
 from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
+from sfpformat.conformance.forge import Forge
 from sfpformat.engines import decodes_on_device
 from sfpformat.engines.cuda import driver
 from sfpformat.engines.cuda.batch import Running
@@ -21,7 +22,6 @@ from sfpformat.shards import ShardIndex
 from sfpformat.torch import device, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile, open_any
 
-from .forge import Forge
 from .samples import everything, weights
 from .test_torch_files import assert_same
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 import sfpformat
 from sfpformat import FileFault, Limits, Options
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, hand_file, hand_part, pack, table
 from sfpformat.container import messagepack
 from sfpformat.numpy import save
 
 from .clauses import clauses
-from .forge import Forge, Part, accepted, hand_file, hand_part, pack, refused, refused_bytes, table
+from .forge import accepted, refused, refused_bytes
 from .samples import everything, plain, weights
 from .strategies import jobs, written
 from .test_hostile import mutate

@@ -20,6 +20,7 @@ import sfpformat
 from sfpformat import Options
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
+from sfpformat.conformance.forge import Forge
 from sfpformat.engines import fast, get_engine
 from sfpformat.engines.fast import lookup
 from sfpformat.engines.fast.compiling import kernel
@@ -27,7 +28,6 @@ from sfpformat.engines.fast.memory import load64
 from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
 
-from .forge import Forge
 from .samples import everything, plain, weights
 from .strategies import Job, indices, jobs, shapes, written
 from .test_hostile import mutate, mutate_chunk

@@ -11,12 +11,13 @@ import sfpformat
 from sfpformat import ImportanceOptions, Options, UnsupportedError
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.container.directory import Directory
 from sfpformat.numpy import save
 from sfpformat.validate import validate
 
 from .clauses import clauses
-from .forge import Forge, Part, accepted, exact, f32_bytes, hand_file, hand_part, patterns, refused, table
+from .forge import accepted, refused
 from .samples import everything, importance, weights
 
 

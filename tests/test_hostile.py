@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import sfpformat
 from sfpformat import FileFault, LimitError, Limits
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Pairs, Part, Raw, pack
 from sfpformat.validate import validate
 
 from .clauses import ROOT, clauses
-from .forge import Forge, Pairs, Part, Raw, accepted, pack, read_all
+from .forge import accepted, read_all
 from .samples import coded, everything, plain
 from .strategies import jobs, written
 

@@ -11,10 +11,11 @@ import pytest
 
 import sfpformat
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, record
 from sfpformat.errors import FileFault
 
 from .clauses import clauses
-from .forge import Forge, accepted, record, refused
+from .forge import accepted, refused
 from .samples import coded, everything
 
 

@@ -11,11 +11,12 @@ import pytest
 
 import sfpformat
 from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options
+from sfpformat.conformance.forge import Forge, Raw, exact, hand_file, hand_part, table
 from sfpformat.numpy import save
 from sfpformat.validate import validate
 
 from .clauses import clauses
-from .forge import Forge, Raw, accepted, exact, hand_file, hand_part, refused, refused_bytes, table
+from .forge import accepted, refused, refused_bytes
 from .samples import everything, weights
 
 

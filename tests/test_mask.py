@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from sfpformat.coding.mask import decode_mask, encode_mask
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, exact, hand_file, hand_part, mask_levels, table
 
 from .clauses import clauses
-from .forge import Forge, Part, accepted, exact, hand_file, hand_part, mask_levels, refused, table
+from .forge import accepted, refused
 from .samples import everything, plain
 
 

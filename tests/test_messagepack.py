@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.recipes.directory import CLAIMS, FORBIDDEN, LONG
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Pairs, Raw, pack
 from sfpformat.container import messagepack
 from sfpformat.container.messagepack import Map
 from sfpformat.errors import FileFault
 from sfpformat.limits import DEFAULT_LIMITS
 
 from .clauses import clauses
-from .forge import Forge, Pairs, Raw, accepted, fault_of, pack, refused, refused_bytes
+from .forge import accepted, fault_of, refused, refused_bytes
 from .samples import everything, plain
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
@@ -69,29 +71,6 @@ def with_value(raw: bytes) -> bytes:
     return file.build()
 
 
-FORBIDDEN = {
-    "nil": b"\xc0",
-    "never used": b"\xc1",
-    "false": b"\xc2",
-    "true": b"\xc3",
-    "negative fixint": b"\xff",
-    "int 8": b"\xd0\x01",
-    "int 16": b"\xd1\x00\x01",
-    "int 32": b"\xd2\x00\x00\x00\x01",
-    "int 64": b"\xd3" + bytes(8),
-    "float 32": b"\xca" + bytes(4),
-    "float 64": b"\xcb" + bytes(8),
-    "fixext 1": b"\xd4\x01\x00",
-    "fixext 2": b"\xd5\x01\x00\x00",
-    "fixext 4": b"\xd6\x01" + bytes(4),
-    "fixext 8": b"\xd7\x01" + bytes(8),
-    "fixext 16": b"\xd8\x01" + bytes(16),
-    "ext 8": b"\xc7\x01\x01\x00",
-    "ext 16": b"\xc8\x00\x01\x01\x00",
-    "ext 32": b"\xc9\x00\x00\x00\x01\x01\x00",
-}
-
-
 @clauses("R-MSG-001")
 @pytest.mark.parametrize("kind", FORBIDDEN)
 def test_types_outside_the_subset_are_refused(kind: str) -> None:
@@ -106,24 +85,6 @@ def test_a_key_that_is_no_string_is_refused(key: object) -> None:
         file.root["x-a"] = Pairs([(key, 1)])
 
     refused("R-MSG-001", edit, plain())
-
-
-LONG = {
-    "uint 8 for a fixint": b"\xcc\x7f",
-    "uint 16 for a uint 8": b"\xcd\x00\xff",
-    "uint 32 for a uint 16": b"\xce\x00\x00\xff\xff",
-    "uint 64 for a uint 32": b"\xcf" + bytes(4) + b"\xff" * 4,
-    "uint 64 for 0": b"\xcf" + bytes(8),
-    "str 8 for a fixstr": b"\xd9\x1f" + b"x" * 31,
-    "str 16 for a str 8": b"\xda\x00\xff" + b"x" * 255,
-    "str 32 for a str 16": b"\xdb\x00\x00\xff\xff" + b"x" * 65535,
-    "bin 16 for a bin 8": b"\xc5\x00\xff" + b"x" * 255,
-    "bin 32 for a bin 16": b"\xc6\x00\x00\xff\xff" + b"x" * 65535,
-    "array 16 for a fixarray": b"\xdc\x00\x0f" + b"\1" * 15,
-    "array 32 for an array 16": b"\xdd\x00\x00\xff\xff" + b"\1" * 65535,
-    "map 16 for a fixmap": b"\xde\x00\x01\xa1a\1",
-    "map 32 for a fixmap": b"\xdf\x00\x00\x00\x01\xa1a\1",
-}
 
 
 @clauses("R-MSG-002")
@@ -195,17 +156,6 @@ def test_a_directory_that_ends_too_early_is_refused_wherever_it_ends() -> None:
         broken = Forge.of(plain())
         broken.directory = whole[:length]
         refused_bytes(broken.build(), "R-MSG-007")
-
-
-CLAIMS = {
-    "array 16": b"\xdc\xff\xff",
-    "array 32": b"\xdd\xff\xff\xff\xff",
-    "map 16": b"\xde\xff\xff",
-    "map 32": b"\xdf\xff\xff\xff\xff",
-    "str 32": b"\xdb\xff\xff\xff\xff",
-    "bin 32": b"\xc6\xff\xff\xff\xff",
-    "nested arrays": b"\xdd\x00\x01\x00\x00" * 10,
-}
 
 
 @clauses("R-MSG-007", "R-MSG-008")

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from sfpformat.coding import planes
 from sfpformat.coding.bits import read_bits, read_fields, write_bits, write_fields
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, bits_to_bytes, exact, hand_file, hand_part, table
 
 from .clauses import clauses
-from .forge import Forge, Part, accepted, bits_to_bytes, exact, hand_file, hand_part, refused, table
+from .forge import accepted, refused
 from .samples import coded, everything, plain
 
 SLACK = b"\xff" * 16

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import sfpformat
+from sfpformat.conformance.forge import Forge, bits_to_bytes
 from sfpformat.container.preamble import Preamble
 from sfpformat.errors import CODE_OF_CLAUSE
 from sfpformat.numpy import save
 
 from .clauses import clauses
-from .forge import Forge, accepted, bits_to_bytes, refused, refused_bytes
+from .forge import accepted, refused, refused_bytes
 from .samples import everything, plain
 
 

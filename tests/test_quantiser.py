@@ -10,10 +10,11 @@ import pytest
 
 import sfpformat
 from sfpformat.conformance import slow_reader
+from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.numpy import save
 
 from .clauses import clauses
-from .forge import Forge, Part, accepted, exact, f32_bytes, hand_file, hand_part, patterns, refused, table
+from .forge import accepted, refused
 from .samples import everything, weights
 
 NOT_A_NUMBER = 0x7FC00000

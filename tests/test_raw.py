@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 import sfpformat
 from sfpformat import Options
+from sfpformat.conformance.forge import Forge
 from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import load, save
 
 from .clauses import clauses
-from .forge import Forge, accepted, refused
+from .forge import accepted, refused
 from .samples import everything
 
 

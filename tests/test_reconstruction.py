@@ -15,11 +15,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfpformat.conformance.forge import (
+    Part,
+    exact,
+    f32_bytes,
+    hand_file,
+    hand_part,
+    patterns,
+    table,
+    table_for,
+)
 from sfpformat.conformance.slow_reader import FLOATS, number_of, pattern_of
 from sfpformat.dtypes import DTYPES
 
 from .clauses import clauses
-from .forge import Part, accepted, exact, f32_bytes, hand_file, hand_part, patterns, table, table_for
+from .forge import accepted
 
 NARROW = ["F16", "BF16", "F8_E4M3", "F8_E5M2"]
 WIDER = [(narrow, wide) for narrow, kind in FLOATS.items() for wide in kind.widens]

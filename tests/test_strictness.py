@@ -9,11 +9,12 @@ import pytest
 
 import sfpformat
 from sfpformat import FileFault, SfpError
+from sfpformat.conformance.forge import Forge
 from sfpformat.errors import CODE_OF_CLAUSE, fault, placed
 from sfpformat.validate import validate
 
 from .clauses import clauses
-from .forge import Forge, accepted, refused
+from .forge import accepted, refused
 from .samples import everything
 
 

@@ -10,17 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sfpformat.conformance.finds import written
 from tests.clauses import clauses_of_spec
 
 from . import suite
 from .suite import Case
 
 FOLDER = Path(__file__).parent.parent
-
-
-def written(value: object) -> bytes:
-    """JSON as the suite has it."""
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def clause_digests() -> dict[str, str]:

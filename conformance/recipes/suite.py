@@ -14,16 +14,12 @@ from dataclasses import dataclass, field
 
 from sfpformat.conformance import slow_reader
 from sfpformat.conformance.contents import NOT_CORE, Json, contents, features_of
+from sfpformat.conformance.finds import SECONDS, UNKNOWN
 from sfpformat.conformance.forge import Forge
-from tests.clauses import clauses_of_spec
+from tests.clauses import IN_CHUNKS, clauses_of_spec
 
 Edit = Callable[[Forge], object]
 
-# Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
-IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
-IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
-UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
-SECONDS = 10  # a program has this long for a file, on a slow machine too
 HOSTILE_MEMORY = 64 << 20  # bytes that a reader may take for a file that claims more than it has
 
 

@@ -187,6 +187,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..conformance.own import compile_once
     from ..conformance.report import junit, page
     from ..conformance.run import Settings, as_json, known_failures, run
     from ..conformance.suite import Suite
@@ -198,6 +199,8 @@ def _run(args: argparse.Namespace) -> int:
             known = known_failures(tomllib.loads(args.known.read_text("utf-8")), datetime.now(UTC).date())
     levels = frozenset(_levels(args.level))
     settings = Settings(_drivers(args), args.profile, levels, args.only, args.seed, known)
+    if args.engine is not None:
+        compile_once(args.engine, (case for case in suite.cases if case.kind == "job"))
     with progress(len(suite.cases) * len(settings.drivers), "cases", steps=True) as shown:
         results = run(suite, settings, shown.advance)
     for path, data in ((args.junit, junit), (args.html, lambda r: page(r).encode())):
@@ -241,9 +244,8 @@ def _show(results: Results) -> None:
     from ..conformance.report import counted
 
     for outcome in results.bad[:_SHOWN]:
-        words = "passes, though a failure was expected" if outcome.known else outcome.verdict.words
         print(f"{outcome.verdict.outcome}: {outcome.role}: {outcome.case.id}")
-        print(f"    {outcome.case.why}; {words}")
+        print(f"    {outcome.case.why}; {outcome.words}")
     if len(results.bad) > _SHOWN:
         print(f"... and {len(results.bad) - _SHOWN} more; --json, --junit or --html list all")
     columns = (PASS, UNSUPPORTED, SKIP, *BAD)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,6 +33,10 @@ class Choices(ABC):
     def seldom(self, one_in: int) -> bool:
         """Whether what is not simple is to be done: once in so many times."""
         return self.below(one_in) == one_in - 1
+
+    def together(self, make: Callable[[Choices], T]) -> T:
+        """What is made of choices that a source may leave out together, such as one thing of several."""
+        return make(self)
 
     def noise(self) -> Noise:
         """Many numbers for one choice; the simplest noise is silence."""

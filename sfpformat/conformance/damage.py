@@ -50,7 +50,7 @@ def damaged(file: Forge, choices: Choices) -> tuple[bytes, str]:
     """The file after one change or a few, and what was changed; ``file`` is used up."""
     words = [choices.pick(_CHANGES)(file, choices)]
     for _ in range(choices.pick((0, 0, 1, 2))):
-        words.append(choices.pick(_LATER_CHANGES)(file, choices))
+        words.append(choices.together(lambda own: own.pick(_LATER_CHANGES)(file, own)))
     data = file.build()
     if choices.seldom(12):
         data, more = _as_bytes(data, choices)

@@ -1,7 +1,8 @@
 """Programs under test, behind one protocol (`conformance/README.md`): a line in, a line of JSON out.
 
-A driver that serves is started once for each set of limits and asked case after case. One that does not is
-started for each case, and its exit status counts: 0 accepted, 1 refused, 3 not supported.
+A driver that serves is started once and asked case after case; for other limits than the defaults once more,
+unless it says that it takes them with a question. One that does not serve is started for each case, and its
+exit status counts: 0 accepted, 1 refused, 3 not supported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +52,15 @@ class Driver:
     serves: bool = True
     _running: dict[tuple[str, ...], _Process] = field(default_factory=dict)
 
+    @cached_property
+    def said(self) -> Json:
+        """What it says of itself; nothing where it does not know the question."""
+        try:
+            answer = self.ask(["hello"])
+        except DriverFailure:
+            return {}
+        return answer if answer["ok"] else {}
+
     def ask(
         self,
         words: Sequence[str],
@@ -74,6 +85,8 @@ class Driver:
         seconds = self.seconds or seconds
         if not self.serves:
             return self._ask_once([*self.command, *given, *words], START_SECONDS + seconds)
+        if given and self.said.get("limits") is True:
+            given, words = (), [*given, *words]
         process = self._running.get(given)
         if process is None:
             process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)

@@ -19,8 +19,8 @@ from .slow_reader import Bad, read
 
 Json = dict[str, Any]
 _CLAUSE = re.compile(r"R-[A-Z]{3}-\d{3}")
-_SECONDS = 10
-_UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
+SECONDS = 10  # a program has this long for a file, on a slow machine too
+UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
 
 
 def entries_of(find: Find) -> list[tuple[Json, bytes]]:
@@ -31,9 +31,9 @@ def entries_of(find: Find) -> list[tuple[Json, bytes]]:
         clause = find.parting.about if _CLAUSE.fullmatch(find.parting.about) else "R-REC-001"
         return [(_valid(made.data, clause, why), made.data)]
     twin = _valid(made.twin, ours.clause, f"before the damage: {made.words}")
-    entry = _entry(made.data, "f" if ours.code in _UNKNOWN else "n", ours.clause, why)
+    entry = _entry(made.data, "f" if ours.code in UNKNOWN else "n", ours.clause, why)
     error = {"code": ours.code, "clause": ours.clause, "tensor": ours.tensor, "offset": [0, len(made.data)]}
-    outcome = "unsupported" if ours.code in _UNKNOWN else "reject"
+    outcome = "unsupported" if ours.code in UNKNOWN else "reject"
     entry |= {"twin": twin["id"], "expected": {"outcome": outcome, "errors": [error]}}
     entry |= {"features": twin["features"], "profile": twin["profile"]}
     return [(entry, made.data), (twin, made.twin)]
@@ -60,7 +60,7 @@ def _entry(data: bytes, kind: str, clause: str, why: str) -> Json:
         "bytes": len(data),
         "sha256": digest,
         "recipe": "regress",
-        "limits": {"seconds": _SECONDS, "in_force": IN_FORCE},
+        "limits": {"seconds": SECONDS, "in_force": IN_FORCE},
         "why": why,
         "flags": ["find"],
     }
@@ -84,17 +84,18 @@ def save(find: Find, folder: Path) -> list[str]:
     For each case ``ID.sfp`` and its manifest entry, ``ID.entry.json``; for a valid one what it holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written = {}
+    files = {}
     for entry, data in entries_of(find):
-        written[f"{entry['id']}.sfp"] = data
-        written[f"{entry['id']}.entry.json"] = _json(entry)
+        files[f"{entry['id']}.sfp"] = data
+        files[f"{entry['id']}.entry.json"] = written(entry)
         if "contents" in entry:
             description, arrays = contents(data)
-            written[f"{entry['id']}.json"], written[f"{entry['id']}.bin"] = _json(description), arrays
-    for name, data in written.items():
+            files[f"{entry['id']}.json"], files[f"{entry['id']}.bin"] = written(description), arrays
+    for name, data in files.items():
         (folder / name).write_bytes(data)
-    return sorted(written)
+    return sorted(files)
 
 
-def _json(value: object) -> bytes:
+def written(value: object) -> bytes:
+    """JSON as the suite has it."""
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +23,64 @@ from ..reader import SfpFile
 from ..validate import validate
 from ..writer import Writer
 from .judge import SUFFIXES
-from .suite import Contents, shape_of
+from .scratch import scratch
+from .suite import Case, Contents, shape_of
 
 Json = dict[str, Any]
 
 
+@dataclass(frozen=True)
 class OwnDriver:
-    """Answers questions with this package."""
+    """Answers questions with this package.
 
-    def __init__(self, engine: str | None, limits: dict[str, int]) -> None:
-        self._engine, self._limits = engine, replace(DEFAULT_LIMITS, **limits)
-        try:
-            require_name(engine)
-            if engine is not None:
-                _warmed(engine)
-            self._missing = ""
-        except EngineError as error:
-            self._missing = str(error)
-        self._commands: dict[str, Callable[..., Json]] = {
-            "hello": self.hello,
-            "validate": self.validate,
-            "decode": self.decode,
-            "encode": self.encode,
+    Attributes:
+        engine: as in `sfpformat.open`.
+        limits: in force where a question brings none.
+    """
+
+    engine: str | None
+    limits: Limits = DEFAULT_LIMITS
+
+    def answer(self, words: Sequence[str]) -> Json:
+        """The answer to a question; an engine that cannot be used here leaves all out.
+
+        Args:
+            words: ``LIMIT=NUMBER`` as often as wanted, which hold for this question, then those of it.
+        """
+        limits, (question, *rest) = limits_of(words, self.limits)
+        missing = _loaded(self.engine)
+        if question == "hello":
+            return self.hello()
+        if missing:
+            return {"ok": False, "skip": missing}
+        own = replace(self, limits=limits)
+        commands: dict[str, Callable[..., Json]] = {
+            "validate": own.validate,
+            "decode": own.decode,
+            "encode": own.encode,
         }
-
-    def answer(self, words: list[str]) -> Json:
-        """The answer to a question; an engine that cannot be used here leaves all out."""
-        if self._missing and words[0] != "hello":
-            return {"ok": False, "skip": self._missing}
-        return self._commands[words[0]](*words[1:])
+        return commands[question](*rest)
 
     def hello(self) -> Json:
         """Who answers."""
-        name = f"sfpformat-{self._engine or 'auto'}"
-        return {"ok": True, "name": name, "version": __version__, "profile": "full", "canonical": True}
+        return {
+            "ok": True,
+            "name": f"sfpformat-{self.engine or 'auto'}",
+            "version": __version__,
+            "profile": "full",
+            "canonical": True,
+            "limits": True,
+        }
 
     def validate(self, path: str) -> Json:
         """Whether a file is valid, and canonical."""
-        report = validate(path, limits=self._limits, engine=self._engine)
+        report = validate(path, limits=self.limits, engine=self.engine)
         return {"ok": True, "canonical": report.canonical} if report.ok else _refusal(report.faults[0])
 
     def decode(self, path: str, folder: str) -> Json:
         """What a file holds, arrays as files in a folder."""
         try:
-            with SfpFile(path, limits=self._limits, engine=self._engine, threads=1) as file:
+            with SfpFile(path, limits=self.limits, engine=self.engine, threads=1) as file:
                 tensors = [self._decoded(file, name, Path(folder, str(i))) for i, name in enumerate(file)]
                 return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
         except FileFault as error:
@@ -80,7 +95,7 @@ class OwnDriver:
         """Writes the file that a job asks for."""
         wanted = Contents(json.loads(Path(job).read_text("utf-8")), Path(arrays).read_bytes())
         try:
-            with Writer(path, metadata=wanted.description["metadata"], engine=self._engine) as writer:
+            with Writer(path, metadata=wanted.description["metadata"], engine=self.engine) as writer:
                 for tensor in wanted.tensors:
                     values = np.frombuffer(wanted.array(tensor), DTYPES[tensor["dtype"]].numpy)
                     importance = None
@@ -96,12 +111,33 @@ class OwnDriver:
         return {"ok": True}
 
 
-def _warmed(engine: str) -> None:
-    """Has an engine load what it needs, which is not what a case takes."""
-    get_engine(engine)
-    plain = {str(i): np.arange(40, dtype=np.float16) for i in range(9)}
-    with SfpFile(save(plain, engine=engine, threads=1), engine=engine, threads=1) as file:
-        file.get_tensors()
+@cache
+def _loaded(engine: str | None) -> str:
+    """Has an engine load what it needs, which is not what a case takes; says why it cannot, or nothing."""
+    try:
+        require_name(engine)
+        if engine is not None:
+            get_engine(engine)
+            plain = {str(i): np.arange(40, dtype=np.float16) for i in range(9)}
+            with SfpFile(save(plain, engine=engine, threads=1), engine=engine, threads=1) as file:
+                file.get_tensors()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+def compile_once(engine: str, jobs: Iterable[Case]) -> None:
+    """Does some jobs, so that an engine that compiles has compiled for this machine what they need.
+
+    It keeps that on disk. Which takes longer than a case gives, on a machine where it was never done.
+    """
+    driver = OwnDriver(engine)
+    with scratch() as folder:
+        arrays, written = Path(folder, "arrays.bin"), Path(folder, "written.sfp")
+        for job in jobs:
+            arrays.write_bytes(job.contents.arrays)
+            if driver.answer(["encode", str(job.path), str(arrays), str(written)])["ok"]:
+                driver.answer(["decode", str(written), folder])
 
 
 def options_of(tensor: Json) -> Options:
@@ -155,19 +191,27 @@ def serve(engine: str | None, words: list[str], lines: Iterable[str]) -> int:
         words: ``LIMIT=NUMBER`` as often as wanted, then the question.
         lines: the questions after ``serve``, words apart by tabs.
     """
-    limits = {}
-    while words and "=" in words[0]:
-        name, _, number = words.pop(0).partition("=")
-        limits[name] = int(number)
-    unknown = set(limits) - set(Limits.__dataclass_fields__)
-    if unknown or not words:
-        raise OptionError(f"not limits: {', '.join(unknown)}" if unknown else "no question")
+    limits, question = limits_of(words, DEFAULT_LIMITS)
     driver = OwnDriver(engine, limits)
-    if words != ["serve"]:
-        answer = driver.answer(words)
+    if question != ["serve"]:
+        answer = driver.answer(question)
         print(json.dumps(answer))
         return 0 if answer["ok"] else 3 if answer.get("unsupported") else 1
     for line in lines:
-        print(json.dumps(driver.answer(line.rstrip("\n").split("\t"))))
-        sys.stdout.flush()
+        print(json.dumps(driver.answer(line.rstrip("\n").split("\t"))), flush=True)
     return 0
+
+
+def limits_of(words: Sequence[str], limits: Limits) -> tuple[Limits, list[str]]:
+    """Limits changed by the words ``LIMIT=NUMBER`` that stand first, and the words after them.
+
+    Raises:
+        OptionError: there is no such limit, or nothing after them.
+    """
+    given = [word.partition("=") for word in takewhile(lambda word: "=" in word, words)]
+    unknown = {name for name, _, _ in given} - set(Limits.__dataclass_fields__)
+    if unknown:
+        raise OptionError(f"not limits: {', '.join(sorted(unknown))}")
+    if len(given) == len(words):
+        raise OptionError("no question")
+    return replace(limits, **{name: int(number) for name, _, number in given}), list(words[len(given) :])

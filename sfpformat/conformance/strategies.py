@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase, choices_to_bytes
 from hypothesis.errors import Flaky, NoSuchExample
 
-from .choices import Choices
+from .choices import Choices, T
 from .examples import Example, example
 
 Look = Callable[[Example], bool]
@@ -30,6 +30,15 @@ class _Drawn(Choices):
     def _number(self, bound: int) -> int:
         return self._draw(_below(bound))
 
+    def together(self, make: Callable[[Choices], T]) -> T:
+        """Drawn as one, so that Hypothesis tries to do without all of it."""
+        return self._draw(_made(make))
+
+
+@st.composite
+def _made(draw: st.DrawFn, make: Callable[[Choices], T]) -> T:
+    return make(_Drawn(draw))
+
 
 @cache
 def _below(bound: int) -> st.SearchStrategy[int]:
@@ -39,11 +48,7 @@ def _below(bound: int) -> st.SearchStrategy[int]:
 def examples(golden: Sequence[bytes] = (), *, valid: bool | None = None) -> st.SearchStrategy[Example]:
     """Files as `example` makes them."""
 
-    @st.composite
-    def drawn(draw: st.DrawFn) -> Example:
-        return example(_Drawn(draw), golden, valid=valid)
-
-    return drawn()
+    return _made(lambda choices: example(choices, golden, valid=valid))
 
 
 def valid_files() -> st.SearchStrategy[bytes]:

@@ -1,0 +1,163 @@
+"""Chunks down to levels: index, places of the planes, code words, segments (chapters 8, 9, 15)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from .entries import lengths, positions, streams
+from .numbers import Bits, Entry, align, need, zero
+
+
+def codewords(lengths: list[int]) -> dict[str, int]:
+    """Codeword, first bit first -> symbol (R-COD-001)."""
+    used = [symbol for symbol, length in enumerate(lengths) if length]
+    out, word = {}, 0
+    for n in range(1, 13):
+        for symbol in used:
+            if lengths[symbol] == n:
+                out[format(word, f"0{n}b")] = symbol
+                word += 1
+        word *= 2
+    return out
+
+
+def used_extra(table: Entry) -> list[int]:
+    """The different `extra` of the classes that are used (15.2)."""
+    k = len(table["extra"])
+    if k == 1:
+        return [table["extra"][0]]
+    symbols = {s for code in lengths(table) for s, length in enumerate(code) if length}
+    return sorted({table["extra"][s // k**j % k] for s in symbols for j in range(table["group"])})
+
+
+@dataclass
+class Chunk:
+    """A chunk's index and planes.
+
+    Attributes:
+        sizes: positions of each segment.
+        minimum, width: of each quantity present, by its name, in order.
+        values: quantity -> its value for each segment.
+        planes: plane -> its bit offset in the chunk, and how many bits each segment has in it.
+    """
+
+    sizes: list[int]
+    minimum: dict[str, int] = field(default_factory=dict)
+    width: dict[str, int] = field(default_factory=dict)
+    values: dict[str, list[int]] = field(default_factory=dict)
+    planes: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+
+
+def segment_sizes(entry: Entry, k: int) -> list[int]:
+    """Positions of the segments of chunk k (15.1)."""
+    n, s, c = positions(entry), entry["segment"], entry["chunk"]
+    count = -(-n // s)
+    return [min(s, n - i * s) for i in range(k * c, min((k + 1) * c, count))]
+
+
+def quantities(entry: Entry) -> list[str]:
+    """The quantities that are present (15.2)."""
+    out = ["survivors"] * ("mask" in entry)
+    for stream in streams(entry):
+        table = entry[stream]
+        out += [f"{stream} code"] * (len(table["codes"]) > 1)
+        out += [f"{stream} trim"] * (table.get("quantiser") == "exact" and table["trim"] == 1)
+        out += [f"{stream} prefix"] * (len(table["extra"]) > 1)
+        out += [f"{stream} residual"] * (len(used_extra(table)) > 1)
+    return out
+
+
+def level_counts(entry: Entry, stream: str, sizes: list[int], survivors: list[int]) -> list[int]:
+    """Levels of each segment of a stream."""
+    if stream == "mask":
+        if entry["mask"]["kind"] == "octets":
+            return [-(-n // 8) for n in sizes]
+        ones = entry["mask"]["polarity"] == 1
+        return [k if ones else n - k for n, k in zip(sizes, survivors, strict=True)]
+    everywhere = stream == "importance" and entry["importance"]["over"] == "all"
+    return sizes if everywhere else survivors
+
+
+def open_chunk(data: bytes, entry: Entry, k: int) -> Chunk:
+    """Header, index and places of the planes of chunk k (15.1, 15.2)."""
+    chunk = Chunk(segment_sizes(entry, k))
+    names = quantities(entry)
+    pos = align(8 * len(names), 16)
+    need(pos + 16 <= len(data), "R-IDX-003")
+    for i, name in enumerate(names):
+        minimum, width, reserved = struct.unpack_from("<IB3s", data, 8 * i)
+        need(reserved == bytes(3), "R-CHK-002")
+        need(width <= 32, "R-IDX-001")
+        end = pos + -(-len(chunk.sizes) * width // 8)
+        need(end + 16 <= len(data), "R-IDX-003")
+        bits = Bits(data, 8 * pos, 8 * end)
+        chunk.minimum[name], chunk.width[name] = minimum, width
+        chunk.values[name] = [minimum + bits.field(width) for _ in chunk.sizes]
+        zero(data, bits.at, 8 * end, "R-IDX-004")
+        zero(data, 8 * end, 8 * align(end, 16), "R-CHK-003")
+        pos = align(end, 16)
+    zero(data, 64 * len(names), 8 * align(8 * len(names), 16), "R-CHK-003")
+    survivors = chunk.values.get("survivors", chunk.sizes)
+    need(all(k <= n for k, n in zip(survivors, chunk.sizes, strict=True)), "R-IDX-002")
+    for stream in streams(entry):
+        table, counts = entry[stream], level_counts(entry, stream, chunk.sizes, survivors)
+        codes = chunk.values.get(f"{stream} code", [0])
+        need(len(table["extra"]) == 1 or max(codes) < len(table["codes"]), "R-IDX-005")
+        trims = chunk.values.get(f"{stream} trim", [0] * len(counts))
+        need(all(z == 0 or z < used_extra(table)[0] for z in trims), "R-IDX-006")
+        constant = [n * (used_extra(table)[0] - z) for n, z in zip(counts, trims, strict=True)]
+        for plane, implied in (("prefix", [0] * len(counts)), ("residual", constant)):
+            bits_of = chunk.values.get(f"{stream} {plane}", implied)
+            chunk.planes[f"{stream} {plane}"] = 8 * pos, bits_of
+            end = 8 * pos + sum(bits_of)
+            need(align(-(-end // 8), 16) + 16 <= len(data), "R-IDX-003")
+            pos = align(-(-end // 8), 16)
+    need(len(data) == align(pos + 16, 64), "R-CHK-001")
+    for start, bits_of in chunk.planes.values():
+        end = start + sum(bits_of)
+        zero(data, end, 8 * align(-(-end // 8), 16), "R-PLN-004")
+    zero(data, 8 * pos, 8 * len(data), "R-CHK-003")
+    return chunk
+
+
+def read_segment(
+    table: Entry, words: dict[str, int], n: int, z: int, prefix: Bits, residual: Bits
+) -> list[int]:
+    """The levels of a segment: `read_segment` of chapter 9."""
+    extra, k, g = table["extra"], len(table["extra"]), table["group"]
+    first = [table["base"] + sum(1 << e for e in extra[:c]) for c in range(k)]
+    levels: list[int] = []
+    for i in range(0, n, g):
+        s, bits = 0, ""
+        while k > 1 and bits not in words:
+            bits += str(prefix.bit())
+        if k > 1:
+            s = words[bits]
+        for j in range(g):
+            c = s // k**j % k
+            if i + j < n:
+                r = residual.field(extra[c] - z)
+                levels.append(first[c] + r % 2 + (r // 2 << (z + 1)))
+            else:
+                need(c == 0, "R-PLN-002")
+    return levels
+
+
+def stream_levels(data: bytes, entry: Entry, chunk: Chunk, stream: str) -> list[list[int]]:
+    """The levels of each segment of a stream."""
+    table = entry[stream]
+    survivors = chunk.values.get("survivors", chunk.sizes)
+    counts = level_counts(entry, stream, chunk.sizes, survivors)
+    codes = chunk.values.get(f"{stream} code", [0] * len(counts))
+    trims = chunk.values.get(f"{stream} trim", [0] * len(counts))
+    words = [codewords(code) for code in lengths(table)] or [{}]
+    out, planes = [], []
+    for plane in ("prefix", "residual"):
+        start, sizes = chunk.planes[f"{stream} {plane}"]
+        starts = [start + sum(sizes[:i]) for i in range(len(sizes))]
+        planes.append([Bits(data, at, at + size) for at, size in zip(starts, sizes, strict=True)])
+    for n, code, z, prefix, residual in zip(counts, codes, trims, *planes, strict=True):
+        out.append(read_segment(table, words[code], n, z, prefix, residual))
+        need(prefix.at == prefix.stop and residual.at == residual.stop, "R-PLN-003")
+    return out

@@ -1,0 +1,167 @@
+"""Levels and vectors to mask bits, importances and weights (chapters 10 to 16)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from .entries import matrix, positions, step_of, streams, top, vectors
+from .numbers import BYTES, FLOATS, Entry, align, f32, need, number_of, pattern_of, zero
+from .planes import open_chunk, segment_sizes, stream_levels
+
+
+def mask_bits(mask: Entry, levels: list[int], n: int, survivors: int) -> list[int]:
+    """The mask bits of a segment (chapter 10)."""
+    if mask["kind"] == "octets":
+        bits = [level >> j & 1 for level in levels for j in range(8)]
+        need(not any(bits[n:]), "R-MSK-006")
+    else:
+        bits, p = [1 - mask["polarity"]] * n, -1
+        for level in levels:
+            p += 1 + level
+            need(p < n, "R-MSK-004")
+            bits[p] = mask["polarity"]
+    need(sum(bits[:n]) == survivors, "R-MSK-005")
+    return bits[:n]
+
+
+@dataclass
+class Tensor:
+    """A decoded tensor: its elements as bytes, and for each position mask bit and importance (None: none)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    mask: list[int]
+    importance: list[float | None]
+
+
+def read_vectors(entry: Entry, data: bytes) -> dict[str, list[float]]:
+    """The vector chunk (15.3), its values checked."""
+    out, pos = {}, 0
+    for name, count, dtype in vectors(entry):
+        size = BYTES[dtype]
+        need(pos + count * size <= len(data), "R-VEC-001")
+        raw = [int.from_bytes(data[pos + i * size :][:size], "little") for i in range(count)]
+        out[name] = [number_of(pattern, dtype) for pattern in raw]
+        end = pos + count * size
+        zero(data, 8 * end, 8 * min(align(end, 16), len(data)), "R-VEC-002")
+        pos = align(end, 16)
+    need(len(data) == align(pos, 64), "R-VEC-001")
+    zero(data, 8 * pos, 8 * len(data), "R-VEC-002")
+    check_vectors(entry, out)
+    return out
+
+
+def check_vectors(entry: Entry, found: dict[str, list[float]]) -> None:
+    """The values of the vectors."""
+    for name in ("fingerprint centroids", "importance centroids"):
+        centroids = found.get(name, [])
+        need(all(math.isfinite(x) and math.copysign(1, x) > 0 for x in centroids), "R-QNT-005")
+        need(all(a < b for a, b in pairwise(centroids)), "R-QNT-007")
+    if found.get("scale"):
+        need(all(map(math.isfinite, found["scale"])), "R-SCL-004")
+        fingerprints = entry["fingerprints"]
+        if fingerprints["quantiser"] == "uniform":
+            greatest = f32(f32((top(fingerprints) - 1) // 2) * step_of(fingerprints))
+        else:
+            greatest = found["fingerprint centroids"][-1]
+        need(math.isfinite(f32(greatest * max(map(abs, found["scale"])))), "R-SCL-006")
+    if found.get("rows"):
+        need(all(map(math.isfinite, found["rows"] + found["columns"])), "R-IMP-004")
+        product = max(map(abs, found["rows"])) * max(map(abs, found["columns"]))
+        need(math.isfinite(f32(product)), "R-IMP-005")
+
+
+def exact_pattern(level: int, dtype: str) -> int:
+    """The sign back from the lowest bit to the highest (chapter 11)."""
+    return (level >> 1) | ((level % 2) << (FLOATS[dtype].bits - 1))
+
+
+def importance_of(source: Entry, level: int, found: dict[str, list[float]]) -> float:
+    """The importance that a level stands for (chapter 13)."""
+    if source["quantiser"] == "uniform":
+        return f32(f32(level) * step_of(source))
+    if source["quantiser"] == "table":
+        return found["importance centroids"][level]
+    return number_of(exact_pattern(level, source["dtype"]), source["dtype"])
+
+
+def scale_of(entry: Entry, p: int, found: dict[str, list[float]]) -> float:
+    """The scale factor of a position (chapter 12)."""
+    scale, (_, columns) = entry["scale"], matrix(entry)
+    place = {"tensor": 0, "row": p // columns, "column": p % columns, "group": p // scale.get("size", 1)}
+    return found["scale"][int(place[scale["per"]])]
+
+
+def reconstruct(entry: Entry, p: int, v: int, importance: float | None, found: dict[str, list[float]]) -> int:
+    """The pattern of a survivor: `value(p)` of chapter 14."""
+    source, dtype = entry["fingerprints"], entry["dtype"]
+    multiplier = None
+    if "importance" in entry and entry["importance"]["role"] == "multiplier":
+        multiplier = importance
+    if source["quantiser"] == "exact":
+        pattern, coded = exact_pattern(v, source["dtype"]), source["dtype"]
+        x = number_of(pattern, coded)
+        if coded != dtype:
+            pattern = pattern_of(x, dtype)
+        if multiplier is None or not math.isfinite(x):
+            return pattern
+        return pattern_of(x * multiplier if dtype == "F64" else f32(x * multiplier), dtype)
+    m, s = v // 2, v % 2
+    if source["quantiser"] == "uniform":
+        x = f32(f32(m) * step_of(source))
+    else:
+        x = found["fingerprint centroids"][m]
+    x = -x if s else x
+    if "scale" in entry:
+        x = f32(x * scale_of(entry, p, found))
+    if multiplier is not None:
+        x = f32(x * multiplier)
+    return pattern_of(x, dtype)
+
+
+def read_fingerprints(entry: Entry, chunks: list[bytes], found: dict[str, list[float]]) -> Tensor:
+    """A tensor with coding `fingerprint`."""
+    patterns: list[int] = []
+    mask: list[int] = []
+    importances: list[float | None] = []
+    _, columns = matrix(entry)
+    for k, data in enumerate(chunks):
+        chunk = open_chunk(data, entry, k)
+        levels = {stream: stream_levels(data, entry, chunk, stream) for stream in streams(entry)}
+        for i, n in enumerate(chunk.sizes):
+            bits = [1] * n
+            if "mask" in entry:
+                bits = mask_bits(entry["mask"], levels["mask"][i], n, chunk.values["survivors"][i])
+            fingerprints = iter(levels["fingerprints"][i])
+            marks = iter(levels["importance"][i]) if "importance" in levels else iter(())
+            for bit in bits:
+                p = len(patterns)
+                importance = None
+                if "importance" in entry:
+                    over = entry["importance"]["over"]
+                    if over == "factors":
+                        importance = f32(found["rows"][p // columns] * found["columns"][p % columns])
+                    elif over == "all" or bit:
+                        importance = importance_of(entry["importance"], next(marks), found)
+                mask.append(bit)
+                importances.append(importance)
+                patterns.append(reconstruct(entry, p, next(fingerprints), importance, found) if bit else 0)
+    size = BYTES[entry["dtype"]]
+    raw = b"".join(pattern.to_bytes(size, "little") for pattern in patterns)
+    return Tensor(entry["dtype"], tuple(entry["shape"]), raw, mask, importances)
+
+
+def read_raw(entry: Entry, chunks: list[bytes]) -> Tensor:
+    """A tensor with coding `raw` (chapter 16)."""
+    out = b""
+    for k, data in enumerate(chunks):
+        size = sum(segment_sizes(entry, k)) * BYTES[entry["dtype"]]
+        need(len(data) == align(size, 64), "R-RAW-002")
+        need(not any(data[size:]), "R-RAW-003")
+        need(entry["dtype"] != "BOOL" or max(data[:size]) <= 1, "R-RAW-004")
+        out += data[:size]
+    n = positions(entry)
+    return Tensor(entry["dtype"], tuple(entry["shape"]), out, [1] * n, [None] * n)
