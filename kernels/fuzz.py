@@ -114,8 +114,7 @@ class Kernels:
             self._recipes.load([made])
         recipe = self._made[sample]
         first, stop = entry.segments_of_chunk(sample.k)
-        start = first * entry.segment
-        total = min((stop - first) * entry.segment, entry.positions - start)
+        start, total = entry.positions_of_chunk(sample.k)
         device = self.device
         chunk, out = device.allocate(len(data)), device.allocate(total * entry.dtype.itemsize)
         chunk.bytes[:] = data
@@ -139,8 +138,7 @@ def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
     """The weights of a chunk by the processor; None where it is refused."""
     entry = sample.decoder.entry
     first, stop = entry.segments_of_chunk(sample.k)
-    positions = min((stop - first) * entry.segment, entry.positions - first * entry.segment)
-    out = np.empty(positions, entry.dtype.numpy)
+    out = np.empty(entry.positions_of_chunk(sample.k)[1], entry.dtype.numpy)
     run: Run | None = sample.decoder.run(data, sample.k, 0, stop - first, out)
     if run is not None and sample.decoder.engine.decode_runs([run])[0]:
         return out.tobytes()

@@ -2,6 +2,9 @@
 #include <cstdlib>
 #include <ucontext.h>
 #include <vector>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "host.h"
 #include "host_tensor.h"
@@ -11,39 +14,59 @@ Dim threadIdx, blockIdx, blockDim;
 
 namespace {
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
-const size_t STACK = 1 << 18;
+enum State { NEW, READY, AT_WARP, AT_BLOCK, DONE };
+const size_t STACK = 1 << 16;  // bytes; all functions of a kernel take a tenth of it with sanitisers
 
 struct Copy {
     Words *to;
     const Words *from;
 };
 
+// Where a fiber, or who runs them, goes on. These jumps keep no mask of signals and forget nothing that is known of
+// a stack: `swapcontext` asks the system each time, and has the address sanitiser clear what it knows.
+typedef void *Place[5];
+
 struct Fiber {
-    ucontext_t context;
+    ucontext_t start;
+    Place place;
     std::vector<char> stack;
     State state;
     unsigned parity;  // of the mailbox that the next exchange uses
     std::vector<Copy> copies;  // that were begun
 };
 
-ucontext_t scheduler;
+Place scheduler;
 std::vector<Fiber> fibers;
 unsigned current, threads;
 bool copies_wait;  // until somebody waits for them
-unsigned long long mailboxes[2][1024];
+Mail mailboxes[2][1024];
 void (*body)(void *const *);
 void *const *arguments;
 
-void run_body() {
-    body(arguments);
-    fibers[current].state = DONE;
-    swapcontext(&fibers[current].context, &scheduler);
+// Others run before such a function returns, so no caller may know which registers it leaves alone (noipa); and what
+// is on the stack stays there, for whoever comes back, which the sanitiser would not expect of a jump.
+#define JUMPING __attribute__((noipa, no_sanitize_address))
+
+// On its own: these jumps must not begin in a function that one of them leads to.
+[[noreturn]] JUMPING void go_to(Place &place) { __builtin_longjmp(place, 1); }
+
+JUMPING void wait_as(State state) {
+    fibers[current].state = state;
+    if (!__builtin_setjmp(fibers[current].place)) go_to(scheduler);
 }
 
-void wait_as(State state) {
-    fibers[current].state = state;
-    swapcontext(&fibers[current].context, &scheduler);
+void run_body() {
+    body(arguments);
+    wait_as(DONE);
+}
+
+// Runs a thread until it waits or is done.
+JUMPING void run_thread(unsigned thread) {
+    current = threadIdx.x = thread;
+    bool begins = fibers[thread].state == NEW;
+    if (__builtin_setjmp(scheduler)) return;
+    if (begins) setcontext(&fibers[thread].start);
+    go_to(fibers[thread].place);
 }
 
 // Lets the lanes of a warp go on if all wait for one another.
@@ -70,10 +93,9 @@ bool run_warp(unsigned warp, bool backwards) {
     for (bool moved = true; moved; any |= moved) {
         moved = false;
         for (unsigned i = 0; i < 32; i++) {
-            current = warp + (backwards ? 31 - i : i);
-            if (fibers[current].state != READY) continue;
-            threadIdx.x = current;
-            swapcontext(&scheduler, &fibers[current].context);
+            unsigned thread = warp + (backwards ? 31 - i : i);
+            if (fibers[thread].state > READY) continue;
+            run_thread(thread);
             moved = true;
         }
         release_warp(warp);
@@ -81,18 +103,28 @@ bool run_warp(unsigned warp, bool backwards) {
     return any;
 }
 
+// Tells the sanitiser that a stack is begun anew: the last thread that had it never returned from its functions.
+void forget_frames(const std::vector<char> &stack) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(stack.data(), stack.size());
+#else
+    (void)stack;
+#endif
+}
+
 // Runs one block; false where some threads wait for others that never come. Backwards: the last thread first.
 bool run_block(bool backwards) {
     for (unsigned t = 0; t < threads; t++) {
         Fiber &fiber = fibers[t];
-        fiber.state = READY;
+        fiber.state = NEW;
         fiber.parity = 0;
         fiber.copies.clear();
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_body, 0);
+        forget_frames(fiber.stack);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.data();
+        fiber.start.uc_stack.ss_size = fiber.stack.size();
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, run_body, 0);
     }
     // A warp runs as far as it can before the next one begins: who relies on another without waiting is found out.
     for (bool moved = true; moved;) {
@@ -183,9 +215,9 @@ void wait_for_copies() {
     fibers[current].copies.clear();
 }
 
-unsigned long long *exchange(unsigned long long value) {
-    unsigned long long *box = mailboxes[fibers[current].parity ^= 1];
-    box[current] = value;
+const Mail *exchange(const Mail &mail) {
+    Mail *box = mailboxes[fibers[current].parity ^= 1];
+    box[current] = mail;
     unsigned warp = current / 32 * 32;
     wait_as(AT_WARP);
     return box + warp;

@@ -17,28 +17,35 @@ struct Dim {
 };
 extern Dim threadIdx, blockIdx, blockDim;
 
-// Called by fibers. `exchange` puts a value into the warp's mailbox and waits for all lanes.
+// What a lane tells the others at once.
+struct Mail {
+    unsigned words[6];
+};
+
+// Called by fibers. `exchange` puts mail into the warp's mailbox and waits for all lanes; it gives that of each.
 void wait_for_warp();
 void wait_for_block();
-unsigned long long *exchange(unsigned long long value);
+const Mail *exchange(const Mail &mail);
+
+inline unsigned long long value_of(const Mail &mail) { return mail.words[0] | (unsigned long long)mail.words[1] << 32; }
+inline const Mail *exchange(unsigned long long value) { return exchange({{(unsigned)value, (unsigned)(value >> 32)}}); }
 
 inline void __syncwarp() { wait_for_warp(); }
 inline void __syncthreads() { wait_for_block(); }
 
 inline unsigned long long __shfl_sync(unsigned, unsigned long long value, unsigned lane) {
-    return exchange(value)[lane];
+    return value_of(exchange(value)[lane]);
 }
 
 inline unsigned long long __shfl_up_sync(unsigned, unsigned long long value, unsigned step) {
     unsigned lane = threadIdx.x % 32;
-    const unsigned long long *values = exchange(value);
-    return values[lane < step ? lane : lane - step];
+    return value_of(exchange(value)[lane < step ? lane : lane - step]);
 }
 
 inline bool __any_sync(unsigned, bool value) {
-    const unsigned long long *values = exchange(value);
+    const Mail *all = exchange(value);
     bool any = false;
-    for (int lane = 0; lane < 32; lane++) any |= values[lane] != 0;
+    for (int lane = 0; lane < 32; lane++) any |= value_of(all[lane]) != 0;
     return any;
 }
 

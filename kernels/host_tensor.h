@@ -28,17 +28,13 @@ inline double number_of(u32 pattern, u32 dtype) {
 
 // The products of a step are added in double precision and rounded once, which no device does better.
 template <Kind KIND> inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    u32 words[6] = {a0, a1, a2, a3, b0, b1}, all[WARP][6];
-    for (u32 i = 0; i < 6; i++) {
-        const unsigned long long *of_lanes = exchange(words[i]);
-        for (u32 lane = 0; lane < WARP; lane++) all[lane][i] = (u32)of_lanes[lane];
-    }
+    const Mail *all = exchange({{a0, a1, a2, a3, b0, b1}});
     u32 lane = threadIdx.x % WARP, row = lane / 4, two = lane % 4 * 2, dtype = dtype_of(KIND);
     for (u32 i = 0; i < 4; i++) {
         double total = sum[i];
         for (u32 k = 0; k < 16; k++) {
             u32 quad = k % 8 / 2, upper = k / 8, shift = k % 2 * 16;
-            u32 a = all[row * 4 + quad][2 * upper + i / 2], b = all[(two + i % 2) * 4 + quad][4 + upper];
+            u32 a = all[row * 4 + quad].words[2 * upper + i / 2], b = all[(two + i % 2) * 4 + quad].words[4 + upper];
             total += number_of(a >> shift & 0xFFFF, dtype) * number_of(b >> shift & 0xFFFF, dtype);
         }
         sum[i] = (float)total;

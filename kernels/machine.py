@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfpformat.engines.cuda.driver import STANDARD
 from sfpformat.engines.cuda.source import source
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);")
@@ -87,7 +88,7 @@ def compile_with_usage(arch: str) -> tuple[bytes, dict[str, Usage], str]:
     """The machine code, the usage of each kernel, and all that the compilers said. Needs no driver."""
     core: Any = importlib.import_module("cuda.core")
     said = io.StringIO()
-    options = core.ProgramOptions(arch=arch, std="c++17", ptxas_options=["-v"])
+    options = core.ProgramOptions(arch=arch, std=STANDARD, ptxas_options=["-v"])
     code = core.Program(source(), "c++", options).compile("cubin", logs=said)
     return bytes(code.code), usage_of(said.getvalue()), said.getvalue()
 

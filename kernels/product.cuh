@@ -1,5 +1,5 @@
-// Products with a matrix that stays compressed: its mask is a plain bitmap, a level has four bits. Weights go from the
-// bytes of the file to registers, and from there into tensor cores; they are never in memory.
+// Products with a matrix that stays compressed. Weights go from the bytes of the file to registers, and from there into
+// tensor cores; they are never in memory.
 //
 // Theory of operation. A warp has 16 rows, and 512 columns of them at a time. Four lanes, a *quad*, share the rows g
 // and g + 8, where each lane has 128 neighbouring columns, the same in both: 16 bytes of the mask, loaded at once. Its
@@ -7,196 +7,25 @@
 // together; the quad copies them to shared memory, 16 bytes a copy, while the warp computes with those before.
 //
 //   32 columns    a word of the mask, and the 32 levels that begin with its first survivor's, in four words
-//   4 columns     four levels; `permuted` looks up the upper bytes of their patterns, and the lower ones; puts each
-//                 where the mask has a survivor, and zeros between; and joins them to two words of two weights
+//   4 columns     four levels, which operands.cuh turns into two words of two weights, zeros between
 //   8 × 32 lanes  two steps of `multiply_add`: 16 rows, 16 columns a step. Which columns a step has does not matter,
 //                 as long as those of x are the same: eight of each lane of a quad
 //
 // Bounds: beyond the matrix there are no mask bits; copies end with the file; of a row a quad never takes more than
 // 512 levels, for which there is room, whatever the mask says.
 #pragma once
-#include "index.cuh"
-#include "tensor.cuh"
+#include "operands.cuh"
 
 enum : u32 {
-    UNIT = 1024,  // columns from one of the places of a row to the next, see `Matrix`
-    TILE = 512,   // columns of a warp at a time
-    RUN = 128,    // columns of a lane at a time
+    TILE = 512,  // columns of a warp at a time
     WARP_ROWS = 16,
     BLOCK_ROWS = WARPS * WARP_ROWS,
     MAX_BATCH = 8,
-    LEVEL_BITS = 4,
     LEVELS_A_COPY = 32,
     // Words of the levels of a row: of 512, of up to 31 before them, four more that are read, and what it takes for
     // the rows to begin in different banks.
-    ROW_WORDS = 76,
-    MAGNITUDES = 8,
-    ALL_OCTETS = 256
+    ROW_WORDS = 76
 };
-
-// A matrix that was made ready; all that it points to is on the device.
-struct Matrix {
-    u64 data;    // address of the first chunk, a multiple of 16
-    u64 bytes;   // of all chunks, a multiple of 16
-    u64 masks;   // address: u32 [chunks], where the mask of each begins, in bytes from `data`
-    u64 places;  // address: u32 [rows, units], where the levels of each unit begin, in levels from `data`
-    u64 scale;   // address: float [factors], or 0
-    u32 rows, columns;
-    u32 chunk_rows;  // rows a chunk
-    u32 masked;
-    u32 scale_runs;  // runs of 128 positions a factor
-    float magnitudes[MAGNITUDES];  // of the levels, to be multiplied by the scale
-    u32 patterns[3][4];  // without a scale: the bytes of each part of the magnitudes, as in `Patterns`
-};
-
-// ------------------------------------------------------------------------------------------------- from the index
-
-// Fills in the masks and places of a chunk, by one block. Returns what a lane finds wrong: a mask that has other
-// survivors than the index says (R-MSK-005), which is all that such a tensor leaves to be checked.
-__device__ inline u32 place_rows(const Job &job, const Matrix &matrix, u32 *index, u32 warp, u32 lane) {
-    const Recipe &recipe = *(const Recipe *)job.recipe;
-    u64 before = job.data - matrix.data, mask = 0;
-    u32 first = (u32)(job.start / matrix.columns), rows = job.total / matrix.columns;
-    u32 words = matrix.columns / 32, units = (matrix.columns + UNIT - 1) / UNIT, wrong = 0;
-    if (matrix.masked) mask = stream_row(index, recipe, job, MASK, RESIDUAL_ROW)[0] / 8;
-    if (warp == 0 && lane == 0) ((u32 *)matrix.masks)[first / matrix.chunk_rows] = (u32)(before + mask);
-    const u32 *levels = stream_row(index, recipe, job, FINGERPRINTS, RESIDUAL_ROW);
-    for (u32 row = warp; row < rows; row += WARPS) {
-        const u32 *of_row = levels + row * (matrix.columns / recipe.segment);
-        u32 level = (u32)(before * 2) + of_row[0] / LEVEL_BITS;
-        for (u32 round = 0; round < words; round += WARP) {
-            u32 word = round + lane, bits = 0;
-            if (word < words) bits = matrix.masked ? word_at(chunk_of(job), mask + 4 * (row * words + word)) : 0xFFFFFFFF;
-            u32 end = level + sum_up_to((u32)__popc(bits), lane), column = 32 * (word + 1);
-            if (word < words && column % recipe.segment == 0) {
-                u32 said = (u32)(before * 2) + of_row[column / recipe.segment] / LEVEL_BITS;
-                if (said != end) wrong = WRONG_MASK;
-            }
-            if (lane == 0) ((u32 *)matrix.places)[(u64)(first + row) * units + round / WARP] = level;
-            level = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
-        }
-    }
-    return wrong;
-}
-
-// ------------------------------------------------------------------------------------------------- weights
-
-// What looks up the weights of levels: the bytes of 8 patterns of 16 bits, the upper ones and the lower ones.
-struct Patterns {
-    u32 upper[2], lower[2];
-};
-
-template <Kind KIND> __device__ inline Patterns patterns_of(const float *numbers) {
-    u32 pairs[4];
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) pairs[i] = two_rounded<KIND>(numbers[2 * i], numbers[2 * i + 1]);
-    Patterns patterns;
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-        patterns.upper[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531);
-        patterns.lower[i] = __byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420);
-    }
-    return patterns;
-}
-
-// Takes the upper 16 bits out of some numbers. So three parts, the sum of which it is, are left of a number of 24
-// bits, each a BF16.
-template <u32 COUNT> __device__ inline void take_uppers(float *numbers, float *uppers) {
-#pragma unroll
-    for (u32 i = 0; i < COUNT; i++) {
-        uppers[i] = __uint_as_float(__float_as_uint(numbers[i]) & 0xFFFF0000);
-        numbers[i] -= uppers[i];
-    }
-}
-
-// The patterns of a run of 128 positions: of the matrix, or with the factor of that run.
-template <Kind KIND, u32 PARTS>
-__device__ inline void load_patterns(const Matrix &matrix, u32 run, Patterns *patterns) {
-    if (matrix.scale == 0) {
-#pragma unroll
-        for (u32 part = 0; part < PARTS; part++) {
-            const u32 *bytes = matrix.patterns[part];
-            patterns[part] = {{bytes[0], bytes[1]}, {bytes[2], bytes[3]}};
-        }
-        return;
-    }
-    u32 last = (u32)((u64)matrix.rows * matrix.columns / RUN) - 1;  // of what is not there no weight is used
-    float factor = ((const float *)matrix.scale)[least(run, last) / matrix.scale_runs];
-    float numbers[MAGNITUDES], uppers[MAGNITUDES];
-#pragma unroll
-    for (u32 i = 0; i < MAGNITUDES; i++) numbers[i] = __fmul_rn(matrix.magnitudes[i], factor);
-#pragma unroll
-    for (u32 part = 0; part < PARTS; part++) {
-        if (PARTS > 1) take_uppers<MAGNITUDES>(numbers, uppers);
-        patterns[part] = patterns_of<KIND>(PARTS > 1 ? uppers : numbers);
-    }
-}
-
-// What moves the bytes of four survivors to their positions, for eight mask bits: a nibble a position, of the lower
-// four positions in the lower half. A survivor's is its number among those of its four; a pruned position's is 4.
-__device__ inline u32 selectors_of(u32 octet) {
-    u32 selectors = 0;
-    for (u32 shift = 0; shift < 32; shift += 16, octet >>= 4) {
-        for (u32 i = 0, rank = 0; i < 4; i++) {
-            bool alive = octet >> i & 1;
-            selectors |= (alive ? rank : 4) << (shift + 4 * i);
-            rank += alive;
-        }
-    }
-    return selectors;
-}
-
-// The weights of four positions, two a word. Args: levels: the survivors' and what comes after, the first lowest;
-// numbers: the same without their signs; selectors: the lower half counts.
-__device__ inline void expand_four(const Patterns &patterns, u32 levels, u32 numbers, u32 selectors, u32 *words) {
-    u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers);
-    u32 lower = permuted(patterns.lower[0], patterns.lower[1], numbers);
-    // The sign, a level's lowest bit, goes to the highest of its byte.
-    upper ^= permuted(levels << 7, levels << 3, 0x5140) & 0x80808080;
-    upper = permuted(upper, 0, selectors);
-    lower = permuted(lower, 0, selectors);
-    words[0] = permuted(lower, upper, 0x5140);
-    words[1] = permuted(lower, upper, 0x7362);
-}
-
-// The weights of eight positions, of each part.
-template <u32 PARTS>
-__device__ inline void expand_octet(
-    const Patterns *patterns, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
-) {
-    u32 numbers = levels >> 1 & 0x77777777, past = LEVEL_BITS * __popc(octet & 15);
-#pragma unroll
-    for (u32 part = 0; part < PARTS; part++) {
-        expand_four(patterns[part], levels, numbers, selectors, words[part]);
-        expand_four(patterns[part], levels >> past, numbers >> past, selectors >> 16, words[part] + 2);
-    }
-}
-
-// The next 32 levels of a row.
-struct Queue {
-    u32 words[4];
-};
-
-// Args: row: in shared memory; level: which of its levels comes first.
-__device__ inline Queue queue_at(const u32 *row, u32 level) {
-    const u32 *from = row + level / 8;
-    Queue queue;
-    u32 word = from[0];
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        u32 next = from[i + 1];
-        queue.words[i] = __funnelshift_r(word, next, LEVEL_BITS * level);
-        word = next;
-    }
-    return queue;
-}
-
-// Goes on by the survivors of an octet; after it `left` words count.
-__device__ inline void skip_octet(Queue &queue, u32 octet, u32 left) {
-    u32 bits = LEVEL_BITS * __popc(octet);
-#pragma unroll
-    for (u32 i = 0; i < left; i++) queue.words[i] = __funnelshift_rc(queue.words[i], queue.words[i + 1], bits);
-}
 
 // ------------------------------------------------------------------------------------------------- rows
 

@@ -88,6 +88,12 @@ def load(path: Path) -> Any:
     return library
 
 
+@cache
+def _process() -> Any:
+    """What was loaded with the process, the address sanitiser among it."""
+    return ctypes.CDLL(None)
+
+
 @dataclass(frozen=True)
 class HostMemory:
     """Memory that was given out."""
@@ -111,7 +117,8 @@ class _Block:
     def _tell(self, function: str) -> None:
         """Has the sanitiser do something with the guards."""
         for guard in self._guards:
-            ctypes.CDLL(None)[function](ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
+            tell = getattr(_process(), function)  # unlike an item, kept
+            tell(ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
 
     def close(self) -> None:
         """Looks at the guards for the last time."""

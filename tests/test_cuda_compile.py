@@ -41,6 +41,8 @@ def test_the_source_is_one_string_without_headers() -> None:
         "short",
         "sparse",
         "tensor",
+        "matrix",
+        "operands",
         "product",
     ):
         parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]

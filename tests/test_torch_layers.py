@@ -165,6 +165,13 @@ def test_derivatives_of_other_kinds_are_those_of_the_dense_layer() -> None:
     both(lambda f: torch.func.vmap(of_bias(f))(torch.stack([f.bias, 2 * f.bias])))
 
 
+def test_a_batch_of_compressed_weights_is_refused() -> None:
+    layer, x = SfpLinear.of(linear(3, 4)), torch.randn(2, 4)
+    state = {name: torch.stack([tensor, tensor]) for name, tensor in layer.state_dict().items()}
+    with pytest.raises(MismatchError, match="a batch of compressed weights"):
+        torch.func.vmap(lambda own: torch.func.functional_call(layer, own, (x,)))(state)
+
+
 def test_no_decoded_weight_waits_for_the_gradient() -> None:
     saved: list[torch.Tensor] = []
     layer, x = SfpLinear.of(linear(200, 100)), torch.randn(1, 100, requires_grad=True)

@@ -85,10 +85,8 @@ class TensorDecoder:
         """The run as an engine takes it, or None where this tensor goes the way of levels."""
         if self._recipe is None:
             return None
-        entry = self.entry
-        size = entry.chunk * entry.segment
-        start = k * size
-        return Run(self._recipe, data, min(size, entry.positions - start), start, first, stop, out)
+        start, total = self.entry.positions_of_chunk(k)
+        return Run(self._recipe, data, total, start, first, stop, out)
 
     def weights_into(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> None:
         """The weights of all positions of a run, by their levels."""

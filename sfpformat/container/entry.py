@@ -120,6 +120,11 @@ class TensorEntry:
         """First segment of chunk k and the one after its last."""
         return k * self.chunk, min((k + 1) * self.chunk, self.segments)
 
+    def positions_of_chunk(self, k: int) -> tuple[int, int]:
+        """The first position of chunk ``k``, and how many it has."""
+        start = k * self.chunk * self.segment
+        return start, min(self.chunk * self.segment, self.positions - start)
+
     def segment_positions(self, first: int, stop: int) -> Counts:
         """Positions of the segments from ``first`` up to ``stop``."""
         counts = np.full(stop - first, self.segment, np.int64)

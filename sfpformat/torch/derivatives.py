@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import MismatchError
 from . import operators
 
 
@@ -101,10 +102,17 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Any, bias: Any, data: Any, *how: Any) -> tuple[Any, int]:
-        """The batch is one more dimension in front."""
+        """The batch is one more dimension in front.
+
+        Raises:
+            MismatchError: it is a batch of weights, too.
+        """
         of_x, of_bias, of_data, *_ = in_dims
-        if of_data is not None:
-            raise NotImplementedError("compressed weights cannot differ within a batch of vmap")
+        if of_data is not None:  # files that happen to be equally long: nothing that models have
+            raise MismatchError(
+                "vmap has a batch of compressed weights, which is one weight for the layer; "
+                "call the layers in turn, or decompress them"
+            )
         x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
         if of_bias is None:
             return linear(x, bias, data, How(*how)), 0

@@ -186,8 +186,7 @@ class Loader:
         for (tensor, k), chunk in zip(batch, data, strict=True):
             entry = tensor.entry
             first, stop = entry.segments_of_chunk(k)
-            start = first * entry.segment
-            total = min((stop - first) * entry.segment, entry.positions - start)
+            start, total = entry.positions_of_chunk(k)
             at, out = (
                 self.recipes.address(tensor.recipe),
                 tensor.out.data_ptr() + start * entry.dtype.itemsize,

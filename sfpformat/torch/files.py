@@ -288,7 +288,10 @@ class TorchFile(Closing):
         return TorchSlice(self.file.get_slice(name), self.device)
 
     def get_mask(self, name: str) -> torch.Tensor:
-        """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask."""
+        """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask.
+
+        The processor decodes it, and the importance, for any device: what kernels write is weights.
+        """
         return tensor_of(self.file.get_mask(name)).to(self.device)
 
     def get_importance(self, name: str) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from .source import source
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
 OLDEST_PACKAGE = (1, 2)  # of cuda-core: before, the namespace and some names were others
 OLDEST_DEVICE = (7, 5)  # compute capability: older ones NVRTC 13 does not compile for
-_STANDARD = "c++17"
+STANDARD = "c++17"  # of the kernels' source
 _LEGACY = 1  # a handle that names the default stream, which torch calls 0
 
 
@@ -81,7 +81,7 @@ def compile_for(arch: str) -> Any:
         arch: such as ``"sm_90"``.
     """
     core, utils = importlib.import_module("cuda.core"), importlib.import_module("cuda.core.utils")
-    program = core.Program(source(), "c++", core.ProgramOptions(arch=arch, std=_STANDARD))
+    program = core.Program(source(), "c++", core.ProgramOptions(arch=arch, std=STANDARD))
     try:
         with utils.FileStreamProgramCache() as kept:
             return program.compile("cubin", cache=kept)

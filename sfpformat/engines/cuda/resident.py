@@ -53,11 +53,10 @@ class Resident:
         """Work on some runs of segments, whose places count from wherever the weights will go."""
         entry, tasks = self.entry, []
         ends = np.cumsum(entry.chunks["length"], dtype=np.int64)
-        size, at = entry.chunk * entry.segment, self._recipes.address(self._recipe)
+        at = self._recipes.address(self._recipe)
         for k, first, stop, out in runs:
-            length, start = int(entry.chunks["length"][k]), k * size
+            length, (start, total) = int(entry.chunks["length"][k]), entry.positions_of_chunk(k)
             data = OnDevice(self._at + int(ends[k]) - length, length)
-            total = min(size, entry.positions - start)
             tasks.append(Task(self._recipe, at, data, total, start, first, stop, out))
         return plan_batch(tasks)
 
