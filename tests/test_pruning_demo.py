@@ -31,9 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Little text and little calibration; one thread, since the arrays are small."""
     monkeypatch.setattr(packing, "EVALUATED_TOKENS", {"code": 512, "prose": 256})
     monkeypatch.setattr(methods, "FACTOR_STEPS", 1)
-    monkeypatch.setattr(methods, "WINDOWS", 1)
-    monkeypatch.setattr(importance, "WINDOWS", 1)
-    monkeypatch.setattr(importance, "CALIBRATION_BATCHES", 2)
+    monkeypatch.setattr(language, "WINDOWS", 1)
     monkeypatch.setattr(pruning, "CALIBRATION_BATCHES", 2)
     monkeypatch.setattr(pruning, "EVALUATED_TOKENS", 512)
     monkeypatch.setattr(learned, "_CALIBRATION_BATCHES", 1)
@@ -62,10 +60,9 @@ def test_the_carried_importance_has_a_grade_for_each_weight_of_the_linear_layers
 def test_the_carried_importance_costs_a_quarter_of_magnitudes_perplexity(
     share: float, weights: packing.Tensors
 ) -> None:
-    layers = carried.linear_layers(weights)
     by = {
         "importance": packing.importance_masks(weights, Sparsity(share)),
-        "magnitude": {name: packing.magnitude_mask(weights[name], share) for name in layers},
+        "magnitude": packing.magnitude_masks(weights, Sparsity(share)),
     }
     rises = {}
     for method, masks in by.items():
@@ -105,7 +102,7 @@ def test_held_out_text_is_in_no_window() -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("wanda-", "sparsegpt-f", "mag"))])
 def test_every_method_prunes_as_much_as_it_is_asked_to(method: str, weights: packing.Tensors) -> None:
     calls = []
-    bench = Bench(weights, 2, calibration_batches=1, advance=lambda: calls.append(1))
+    bench = Bench(weights, 2, calibration_batches=1, progress=lambda step, loss: calls.append(step))
     pruned = bench.prune(method, 0.7)
     masks = {name: mask.numpy() for name, mask in pruned.masks.items()}
     assert list(masks) == carried.linear_layers(weights)
@@ -206,7 +203,10 @@ def test_a_model_of_another_seed_is_trained_once(tmp_path: Path, monkeypatch: py
         ["bench", "--seeds", "3"],
         ["demo", "--plot", "a.png"],
         ["demo", "--learn", "--plot", "a.txt"],
+        ["demo", "--sparsity", "0.7", "--plot", "a.txt"],
+        ["demo", "--sparsity", "0.7", "--plot", "nowhere/a.png"],
         ["demo", "--learn", "--steps", "0"],
+        ["demo", "--sparsity", "0.7", "--steps", "3"],
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,9 +237,14 @@ def test_the_demonstration_learns_compares_and_draws(
     assert markers == 8  # two panels, two methods, two sparsities
 
 
-def test_the_command_learns_the_importance_of_a_file(tmp_path: Path, weights: packing.Tensors) -> None:
+def test_the_command_learns_the_importance_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: packing.Tensors
+) -> None:
     path = tmp_path / "model.sfp"
     path.write_bytes(carried.model_bytes())
+    monkeypatch.setattr(
+        importance, "Bench", lambda *args, progress: Bench(*args, calibration_batches=2, progress=progress)
+    )
     importance.main([str(path), "--steps", "1"])
     assert [file.name for file in tmp_path.iterdir()] == ["model.sfp"]
     with sfpformat.open(path) as file:

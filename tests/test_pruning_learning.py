@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from sfpformat.errors import LossError, MismatchError, OptionError
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.descent import rate_at
 from sfpformat.pruning.features import CLAMP, FEATURES, features, standardised
 from sfpformat.pruning.gates import GATES, Moment, make_gate
 from sfpformat.pruning.learning import Learned, Settings, bytes_per_weight, learn_importance
@@ -44,10 +46,16 @@ def test_learning_beats_the_scores_it_starts_from(gate: str) -> None:
 def test_the_model_stays_as_it_is() -> None:
     net, batches = trained_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
+    gradients = {name: torch.full_like(value, 7.0) for name, value in net.named_parameters()}
+    for name, parameter in net.named_parameters():
+        parameter.grad = gradients[name].clone()
     learn_importance(net, batches, 0.5, settings=Settings(steps=3))
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert all(parameter.grad is None or parameter.requires_grad for parameter in net.parameters())
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradients[name])
 
 
 def test_before_the_first_step_importances_order_as_fisher_does() -> None:
@@ -259,6 +267,15 @@ def test_features_are_standardised_and_clamped() -> None:
 def test_memory_is_stated_and_grows_with_what_is_learned() -> None:
     assert bytes_per_weight(Settings(logits=False)) < bytes_per_weight() < 120
     assert bytes_per_weight() < bytes_per_weight(Settings(weight_rate=1e-3))
+
+
+def test_rates_warm_up_and_fall_to_what_is_left_at_the_end() -> None:
+    rates = [rate_at(2.0, step, 400, warmup=20, final=0.1) for step in range(401)]
+    assert rates[0] == pytest.approx(2.0 / 20)
+    assert all(before < after for before, after in pairwise(rates[:20]))
+    assert all(before > after for before, after in pairwise(rates[19:]))
+    assert rates[200] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert rates[400] == pytest.approx(0.2)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

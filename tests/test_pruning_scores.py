@@ -181,10 +181,12 @@ def test_data_begin_again_and_can_be_entered_anywhere() -> None:
 def test_modes_are_put_back_one_by_one() -> None:
     net, _ = trained_net()
     net[0].eval()
-    with evaluating(net):
-        assert not any(module.training for module in net.modules())
+    other, _ = trained_net()
+    with evaluating(net, other):
+        assert not any(module.training for module in (*net.modules(), *other.modules()))
     assert not net[0].training
     assert net[2].training
+    assert other.training
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..demo.carried import TEXTS, heldout_tokens, weights
-from ..demo.importance import CALIBRATION_BATCHES
+from ..demo.language import CALIBRATION_BATCHES
 from ..demo.methods import METHODS, Bench, steps_of
 from ..demo.model import Config, perplexity
 from ..numpy import load_file
@@ -117,9 +117,10 @@ class _Subject:
 
     @cached_property
     def _bench(self) -> Bench:
-        return Bench(
-            self._model[0], self._plan.steps, self._seed, CALIBRATION_BATCHES, lambda: self._advance(1)
-        )
+        def progress(step: int, loss: float) -> None:
+            self._advance(1)
+
+        return Bench(self._model[0], self._plan.steps, self._seed, CALIBRATION_BATCHES, progress)
 
     def row(self, method: str, sparsity: float) -> Row:
         """The fields of `FIELDS`, in their order."""

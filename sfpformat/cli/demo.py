@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ from .prune import parse_shares
 from .trouble import Trouble, checked_target
 
 if TYPE_CHECKING:
-    from ..demo.packing import Result, Tensors
+    from ..demo.packing import Result, Row, Tensors
 
 _DESCRIPTION = """Packs a small language model in several ways, verifies every file, loads it back, and prints
 its size, bits a weight, error, and the perplexity a character of the loaded model on text that it was never
 trained on: source code and English prose. The model has about a million weights and comes with the package;
 pruning goes over the linear layers, by magnitude in each or by the learned importance that the model carries
-over all of them. With --sparsity, by both of them to the shares that you give.
+over all of them. With --sparsity, by both of them to the shares that you give; --plot draws their curves.
 
 With --learn, which needs torch, the importance is learned anew, in some minutes, and the model is
 pruned by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
@@ -37,7 +37,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         description=_DESCRIPTION,
         epilog=examples(
             ("sfp demo", "under a minute, nothing is downloaded"),
-            ("sfp demo --sparsity 0.6,0.85", "pruned by magnitude and by importance to any shares"),
+            (
+                "sfp demo --sparsity 0.5,0.7,0.9 --plot demo.png",
+                "pruned by magnitude and by importance to any shares, and drawn (matplotlib)",
+            ),
             ("sfp demo --keep packed/", "keep the files, to look at with sfp info"),
             (
                 "sfp demo --learn --plot demo.png",
@@ -51,7 +54,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("--learn", action="store_true", help="learn the importance anew, and compare methods")
     parser.add_argument("--steps", metavar="N", type=int, help="of learning, with --learn (200)")
     parser.add_argument(
-        "--plot", metavar="PICTURE", type=Path, help="perplexity against size, with --learn, as .png or .svg"
+        "--plot",
+        metavar="PICTURE",
+        type=Path,
+        help="perplexity against size, with --sparsity or --learn, as .png or .svg",
     )
     return parser
 
@@ -65,10 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from ..demo.carried import model_bytes, weights
 
     started = time.perf_counter()
-    if not args.learn and (args.steps is not None or args.plot is not None):
-        raise Trouble("--steps and --plot go with --learn")
-    if args.learn:
-        _require_learning(args)
+    _require_learning(args)
+    _require_plot(args)
     shares = None if args.sparsity is None else parse_shares(args.sparsity)
     tensors = weights()
     if not args.json:
@@ -90,7 +94,7 @@ def _pack(
     args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
 ) -> int:
     """Packs every variant and shows what it came to."""
-    from ..demo.packing import VARIANTS, evaluate, run_all, variants_of
+    from ..demo.packing import PRUNED_BY, VARIANTS, evaluate, rows_of, run_all, variants_of
 
     variants = VARIANTS if shares is None else variants_of(shares)
     with progress(len(variants) + 1, "the model as it is", steps=True) as shown:
@@ -101,6 +105,7 @@ def _pack(
             shown.at(name)
 
         results = list(run_all(tensors, variants, folder, at))
+    _draw(args, rows_of(variants, results), PRUNED_BY, dense)
     seconds = time.perf_counter() - started
     if args.json:
         _show_json(tensors, dense, [result.as_json() for result in results], seconds)
@@ -123,11 +128,8 @@ def _learn(
     dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
     with progress(amount(steps, sparsities), "", steps=True) as shown:
         found = list(rows(tensors, sparsities, folder, steps, lambda: shown.advance(1), shown.at))
+    _draw(args, found, COMPARED, dense)
     seconds = time.perf_counter() - started
-    if args.plot is not None:
-        from ..demo.plot import draw
-
-        draw(found, dense, args.plot)
     if args.json:
         _show_json(tensors, dense, [row.as_json() for row in found], seconds)
     else:
@@ -138,20 +140,41 @@ def _learn(
     return 0 if all(row.result.verified for row in found) else 1
 
 
+def _draw(
+    args: argparse.Namespace, found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]
+) -> None:
+    if args.plot is not None:
+        from ..demo.plot import draw
+
+        draw(found, words, dense, args.plot)
+
+
 def _require_learning(args: argparse.Namespace) -> None:
-    """Refuses, before anything is done, what cannot be done here.
+    """Refuses, before anything is done, to learn what cannot be learned here.
 
     Raises:
-        Trouble: torch or matplotlib is not there, or an option makes no sense.
+        Trouble: torch is not there, or an option makes no sense.
     """
-    from ..bench.plot import SUFFIXES, why_not
-
-    if importlib.util.find_spec("torch") is None:
+    if args.steps is not None and not args.learn:
+        raise Trouble("--steps goes with --learn")
+    if args.learn and importlib.util.find_spec("torch") is None:
         raise Trouble("--learn needs torch: pip install 'sfpformat[torch]'")
     if args.steps is not None and args.steps < 1:
         raise Trouble(f"--steps is {args.steps}, must be at least 1")
+
+
+def _require_plot(args: argparse.Namespace) -> None:
+    """Refuses, before anything is done, to draw what cannot be drawn here.
+
+    Raises:
+        Trouble: matplotlib is not there, there are no curves, or the picture cannot be written there.
+    """
+    from ..bench.plot import SUFFIXES, why_not
+
     if args.plot is None:
         return
+    if not args.learn and args.sparsity is None:
+        raise Trouble("--plot goes with --sparsity or --learn")
     if args.plot.suffix.lower() not in SUFFIXES:
         raise Trouble(f"{args.plot}: a picture's name ends in {' or '.join(SUFFIXES)}")
     reason = why_not()

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from .carried import linear_layers
 from .model import Config, encode_text
-from .train import LanguageModel, training_text
+from .train import LanguageModel, draw_windows, training_text
 
 Batch = tuple[Tensor, Tensor]
+
+WINDOWS = 8  # a batch of what is learned from
+CALIBRATION_WINDOWS = 2  # a batch of what statistics are taken of: for Fisher's information, few are better
+CALIBRATION_BATCHES = 64
+# Seeds of the windows begin there; those of training are far under them.
+_CALIBRATION_SEED, _LEARNING_SEED = 1 << 20, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,17 @@ class Windows:
         tokens, context = training_tokens(), Config().context
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.batches):
-            starts = torch.randint(len(tokens) - context, (self.windows, 1), generator=generator)
-            found = tokens[starts + torch.arange(context + 1)].long()
-            yield found[:, :-1], found[:, 1:]
+            yield draw_windows(tokens, context, self.windows, generator)
+
+
+def calibration_windows(seed: int, batches: int) -> Windows:
+    """What statistics are taken of."""
+    return Windows(CALIBRATION_WINDOWS, batches, _CALIBRATION_SEED + seed)
+
+
+def learning_windows(seed: int, steps: int) -> Windows:
+    """What importances and survivors learn from, a batch a step."""
+    return Windows(WINDOWS, steps, _LEARNING_SEED + seed)
 
 
 @cache

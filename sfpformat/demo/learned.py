@@ -7,7 +7,6 @@ they prune alone. Needs torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from ..codec.options import Options
 from .importance import RANGE
 from .methods import Bench, Pruned
-from .packing import Result, Tensors, measure
+from .packing import Result, Row, Tensors, measure
 
 # Method -> what it is called in the table.
 COMPARED = {
@@ -28,26 +27,7 @@ COMPARED = {
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 ERROR_DB = -20.0  # of the survivors
 STEPS = 200
-_CALIBRATION_BATCHES = 16  # of two windows: a quarter of what `sfp bench pruning` takes
-
-
-@dataclass(frozen=True)
-class Row:
-    """A file pruned by a method.
-
-    Attributes:
-        method: of `COMPARED`.
-        asked: the share that was to go.
-        result: what the file came to.
-    """
-
-    method: str
-    asked: float
-    result: Result
-
-    def as_json(self) -> dict[str, object]:
-        """The fields, flat."""
-        return {"method": self.method, "asked": self.asked, **self.result.as_json()}
+_CALIBRATION_BATCHES = 16  # a quarter of what `sfp bench pruning` takes
 
 
 def amount(steps: int, sparsities: Sequence[float]) -> int:
@@ -73,7 +53,9 @@ def rows(
         advance: called after each step, and each file.
         at: called with what is done next.
     """
-    bench = Bench(tensors, steps, calibration_batches=_CALIBRATION_BATCHES, advance=advance)
+    bench = Bench(
+        tensors, steps, calibration_batches=_CALIBRATION_BATCHES, progress=lambda step, loss: advance()
+    )
     at("learning importances")
     bench.learned(RANGE)
     for method, words in COMPARED.items():

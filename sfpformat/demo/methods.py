@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..pruning import scores
@@ -24,13 +25,18 @@ from ..pruning.calibration import Statistics, statistics
 from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import Learned, Settings, learn_importance
 from ..pruning.pipeline import apply_masks, as_numbers
+from ..pruning.task import Data, Progress
 from ..pruning.thresholds import Sparsity, masks_of
-from ..pruning.tuning import Factors, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
-from .importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
-from .language import Windows, arrays_of, language_model, prunable_layers
-
-Tensors = dict[str, NDArray[np.generic]]
-Progress = Callable[[], None]
+from ..pruning.tuning import Factors, Masks, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
+from .language import (
+    CALIBRATION_BATCHES,
+    arrays_of,
+    calibration_windows,
+    language_model,
+    learning_windows,
+    prunable_layers,
+)
+from .packing import Tensors
 
 # Peak rate of Adam where survivors are tuned: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
 TUNING_RATE = 1e-3
@@ -65,6 +71,24 @@ class Pruned:
         }
 
 
+Fitted = TypeVar("Fitted", covariant=True)
+
+
+class _Fit(Protocol[Fitted]):
+    """`fine_tune` and what else is fitted with masks held."""
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        masks: Masks,
+        data: Data,
+        *,
+        teacher: torch.nn.Module,
+        tuning: Tuning,
+        progress: Progress,
+    ) -> Fitted: ...
+
+
 @dataclass
 class Bench:
     """Prunes one model by any method; what is made on the way is kept.
@@ -73,22 +97,22 @@ class Bench:
         tensors: the model's weights.
         steps: of everything that is learned or tuned.
         seed: of the windows and of learning.
-        calibration_batches: of two windows, for statistics and for layer by layer pruning.
-        advance: called after each step of learning or tuning, and after each other method.
+        calibration_batches: for statistics and for layer by layer pruning.
+        progress: called after each step of learning or tuning, with its number and its loss.
     """
 
     tensors: Tensors
     steps: int = 200
     seed: int = 0
     calibration_batches: int = CALIBRATION_BATCHES
-    advance: Progress = lambda: None
+    progress: Progress = lambda step, loss: None
     _learned: dict[tuple[object, Settings], tuple[Learned, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = language_model(self.tensors)
         self.names = prunable_layers(self.model)
-        self.calibration = Windows(2, self.calibration_batches, CALIBRATION_SEED + self.seed)
-        self.data = Windows(WINDOWS, self.steps, LEARNING_SEED + self.seed)
+        self.calibration = calibration_windows(self.seed, self.calibration_batches)
+        self.data = learning_windows(self.seed, self.steps)
 
     def prune(self, method: str, sparsity: float) -> Pruned:
         """The model pruned by one of `METHODS`."""
@@ -100,11 +124,16 @@ class Bench:
         return pruned if treat is None else treat(self, pruned)
 
     def learned(
-        self, sparsity: float | tuple[float, float], settings: Settings = FROZEN
+        self,
+        sparsity: float | tuple[float, float],
+        settings: Settings = FROZEN,
+        checkpoint: Path | None = None,
     ) -> tuple[Learned, float]:
         """What is learned for a sparsity or a range, and the seconds that it took.
 
-        Steps and seed of the settings are those of this benchmark.
+        Args:
+            sparsity, checkpoint: as in `learn_importance`.
+            settings: how; its steps and seed are those of this benchmark.
         """
         settings = replace(settings, steps=self.steps, seed=self.seed)
         if (sparsity, settings) not in self._learned:
@@ -117,7 +146,8 @@ class Bench:
                 settings=settings,
                 tensors=self.names,
                 found=found,
-                progress=self._step,
+                checkpoint=checkpoint,
+                progress=self.progress,
             )
             self._learned[sparsity, settings] = learned, seconds + time.perf_counter() - start
         return self._learned[sparsity, settings]
@@ -139,9 +169,6 @@ class Bench:
         start = time.perf_counter()
         found = statistics(self.model, self.calibration, batches=self.calibration_batches, tensors=self.names)
         return found, time.perf_counter() - start
-
-    def _step(self, step: int, loss: float) -> None:
-        self.advance()
 
     def _magnitude(self, sparsity: float) -> Pruned:
         return self.by_importance(scores.magnitude(self.model, self.names), sparsity, "tensor", 0.0)
@@ -169,37 +196,27 @@ class Bench:
         return replace(pruned, weights=trained or pruned.weights)
 
     def _fine_tuned(self, pruned: Pruned) -> Pruned:
-        start = time.perf_counter()
-        model = self._pruned_model(pruned)
-        tuning = Tuning(self.steps, TUNING_RATE)
-        fine_tune(model, pruned.masks, self.data, teacher=self.model, tuning=tuning, progress=self._step)
+        model, _, seconds = self._fitted(fine_tune, pruned, Tuning(self.steps, TUNING_RATE))
         weights = {name: model.get_parameter(name).detach() for name in pruned.masks}
-        return Pruned(pruned.masks, weights, {}, pruned.seconds + time.perf_counter() - start)
+        return replace(pruned, weights=weights, seconds=seconds)
 
     def _with_factors(self, pruned: Pruned) -> Pruned:
-        start = time.perf_counter()
-        factors = fit_factors(
-            self._pruned_model(pruned),
-            pruned.masks,
-            self.data,
-            teacher=self.model,
-            tuning=Tuning(FACTOR_STEPS),
-            progress=self._step,
-        )
-        return Pruned(pruned.masks, pruned.weights, factors, pruned.seconds + time.perf_counter() - start)
+        _, factors, seconds = self._fitted(fit_factors, pruned, Tuning(FACTOR_STEPS))
+        return replace(pruned, factors=factors, seconds=seconds)
 
     def _with_multipliers(self, pruned: Pruned) -> Pruned:
-        start = time.perf_counter()
-        multipliers = fit_multipliers(
-            self._pruned_model(pruned),
-            pruned.masks,
-            self.data,
-            teacher=self.model,
-            tuning=Tuning(self.steps),
-            progress=self._step,
-        )
+        _, multipliers, seconds = self._fitted(fit_multipliers, pruned, Tuning(self.steps))
         weights = {name: weight * multipliers[name] for name, weight in pruned.weights.items()}
-        return Pruned(pruned.masks, weights, {}, pruned.seconds + time.perf_counter() - start)
+        return replace(pruned, weights=weights, seconds=seconds)
+
+    def _fitted(
+        self, fit: _Fit[Fitted], pruned: Pruned, tuning: Tuning
+    ) -> tuple[torch.nn.Module, Fitted, float]:
+        """The pruned model after a fit, what that gave, and the seconds of all."""
+        start = time.perf_counter()
+        model = self._pruned_model(pruned)
+        found = fit(model, pruned.masks, self.data, teacher=self.model, tuning=tuning, progress=self.progress)
+        return model, found, pruned.seconds + time.perf_counter() - start
 
     def _pruned_model(self, pruned: Pruned) -> torch.nn.Module:
         model = copy.deepcopy(self.model)
@@ -255,7 +272,7 @@ def weights_change(method: str) -> bool:
 
 
 def steps_of(method: str, steps: int) -> int:
-    """How often `Bench.advance` is called for a method, where nothing is kept from before."""
+    """How often `Bench.progress` is called for a method, where nothing is kept from before."""
     learned = steps if method.startswith(("learned", "mlp", "together")) else 0
     tuned = {"finetuned": steps, "multipliers": steps, "factors": FACTOR_STEPS}.get(
         method.partition("-")[2], 0

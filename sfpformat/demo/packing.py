@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec.options import Options
-from ..codec.plan import Importance
 from ..coding.mask import Mask
 from ..numpy import load_file, save_file
-from ..pruning.thresholds import Sparsity, Threshold, masks_of
+from ..pruning.thresholds import Pattern, Sparsity, Threshold, masks_of
 from ..validate import validate
 from .carried import heldout_tokens, importances, linear_layers
 from .model import Config, perplexity
@@ -24,19 +23,26 @@ Tensors = dict[str, NDArray[np.generic]]
 EVALUATED_TOKENS = {"code": 1 << 13, "prose": 1 << 12}
 
 
+# What prunes -> what it is called in a picture.
+PRUNED_BY = {
+    "magnitude": "magnitude, in each layer",
+    "importance": "the carried importance, over all layers",
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way of packing the linear layers; all other tensors are kept bit for bit.
 
     Attributes:
         name: what it is called in the table.
-        pruned: share of the weights that are pruned, or the words ``2:4``.
+        pruned: what goes, or None where nothing does.
         options: how the survivors are coded.
-        by: ``magnitude``, in each layer, or ``importance``, the one that the file carries, over all layers.
+        by: of `PRUNED_BY`.
     """
 
     name: str
-    pruned: float | str
+    pruned: Sparsity | Pattern | None
     options: Options
     by: str = "magnitude"
 
@@ -50,30 +56,30 @@ def _error(decibels: float) -> Options:
 
 
 VARIANTS = (
-    Variant("lossless", 0.0, Options()),
-    Variant("6 bits", 0.0, _uniform(6)),
-    Variant("4 bits", 0.0, _uniform(4)),
-    Variant("3 bits", 0.0, _uniform(3)),
-    Variant("table of 8", 0.0, Options(quantiser="table", centroids=8)),
-    Variant("50 % pruned, exact", 0.5, Options()),
-    Variant("2:4 pruned, exact", "2:4", Options()),
-    Variant("30 % pruned, -25 dB", 0.3, _error(-25)),
-    Variant("50 % pruned, -20 dB", 0.5, _error(-20)),
-    Variant("70 % pruned, -20 dB", 0.7, _error(-20)),
-    Variant("90 % pruned, -15 dB", 0.9, _error(-15)),
-    Variant("50 % by importance, -20 dB", 0.5, _error(-20), "importance"),
-    Variant("70 % by importance, -20 dB", 0.7, _error(-20), "importance"),
-    Variant("80 % by importance, -20 dB", 0.8, _error(-20), "importance"),
-    Variant("90 % by importance, -20 dB", 0.9, _error(-20), "importance"),
+    Variant("lossless", None, Options()),
+    Variant("6 bits", None, _uniform(6)),
+    Variant("4 bits", None, _uniform(4)),
+    Variant("3 bits", None, _uniform(3)),
+    Variant("table of 8", None, Options(quantiser="table", centroids=8)),
+    Variant("50 % pruned, exact", Sparsity(0.5), Options()),
+    Variant("2:4 pruned, exact", Pattern(2, 4), Options()),
+    Variant("30 % pruned, -25 dB", Sparsity(0.3), _error(-25)),
+    Variant("50 % pruned, -20 dB", Sparsity(0.5), _error(-20)),
+    Variant("70 % pruned, -20 dB", Sparsity(0.7), _error(-20)),
+    Variant("90 % pruned, -15 dB", Sparsity(0.9), _error(-15)),
+    Variant("50 % by importance, -20 dB", Sparsity(0.5), _error(-20), "importance"),
+    Variant("70 % by importance, -20 dB", Sparsity(0.7), _error(-20), "importance"),
+    Variant("80 % by importance, -20 dB", Sparsity(0.8), _error(-20), "importance"),
+    Variant("90 % by importance, -20 dB", Sparsity(0.9), _error(-20), "importance"),
 )
 
 
 def variants_of(shares: Sequence[float]) -> tuple[Variant, ...]:
     """Magnitude and importance side by side, at each of some shares pruned; survivors quantised at -20 dB."""
     return tuple(
-        Variant(f"{100 * share:.4g} % by {by}, -20 dB", share, _error(-20), by)
+        Variant(f"{100 * share:.4g} % by {by}, -20 dB", Sparsity(share), _error(-20), by)
         for share in shares
-        for by in ("magnitude", "importance")
+        for by in PRUNED_BY
     )
 
 
@@ -106,6 +112,34 @@ class Result:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A file pruned by a method.
+
+    Attributes:
+        method: its name.
+        asked: the share that was to go.
+        result: what the file came to.
+    """
+
+    method: str
+    asked: float
+    result: Result
+
+    def as_json(self) -> dict[str, object]:
+        """The fields, flat."""
+        return {"method": self.method, "asked": self.asked, **self.result.as_json()}
+
+
+def rows_of(variants: Sequence[Variant], results: Sequence[Result]) -> list[Row]:
+    """The results of those variants that were pruned to a share."""
+    return [
+        Row(variant.by, variant.pruned.share, result)
+        for variant, result in zip(variants, results, strict=True)
+        if isinstance(variant.pruned, Sparsity)
+    ]
+
+
 def run_all(
     tensors: Tensors, variants: Sequence[Variant], folder: Path, at: Callable[[str], None]
 ) -> Iterator[Result]:
@@ -124,38 +158,34 @@ def run_all(
 
 def run(tensors: Tensors, variant: Variant, path: Path) -> Result:
     """Packs one variant into a file, verifies it, loads it back and evaluates it."""
-    layers = linear_layers(tensors)
-    if variant.by == "importance":
-        masks = importance_masks(tensors, Sparsity(float(variant.pruned)))
-    else:
-        masks = {name: magnitude_mask(tensors[name], variant.pruned) for name in layers}
+    masks: dict[str, Mask] = {}
+    if variant.pruned is not None:
+        masks = (magnitude_masks if variant.by == "magnitude" else importance_masks)(tensors, variant.pruned)
     kept = {name: np.where(mask, tensors[name], tensors[name].dtype.type(0)) for name, mask in masks.items()}
-    shown = masks if variant.pruned else None
-    return measure(tensors, kept, shown, variant.name, dict.fromkeys(layers, variant.options), path)
+    options = dict.fromkeys(linear_layers(tensors), variant.options)
+    return measure(tensors, kept, masks, variant.name, options, path)
 
 
 def measure(
     tensors: Tensors,
     changed: Tensors,
-    masks: dict[str, Mask] | None,
+    masks: dict[str, Mask],
     name: str,
     options: dict[str, Options],
     path: Path,
-    kept_importances: dict[str, Importance] | None = None,
 ) -> Result:
     """Packs a model of which some tensors changed, verifies the file, loads it back and evaluates it.
 
     Args:
         tensors: the model as it was.
         changed: by name, those that are packed instead.
-        masks: by name, or None.
+        masks: of those that are pruned, by name.
         name: of the result.
         options: by name; lossless where nothing is said.
         path: of the file.
-        kept_importances: by name, to be kept in the file.
     """
     packed = {**tensors, **changed}
-    save_file(packed, path, {"variant": name}, options=options, masks=masks, importances=kept_importances)
+    save_file(packed, path, {"variant": name}, options=options, masks=masks)
     report = validate(path)
     loaded = load_file(path)
     size = path.stat().st_size
@@ -172,29 +202,23 @@ def measure(
     )
 
 
-def importance_masks(tensors: Tensors, threshold: Threshold) -> dict[str, Mask]:
+def magnitude_masks(tensors: Tensors, threshold: Threshold | Pattern) -> dict[str, Mask]:
+    """The masks of a threshold on the magnitudes in each linear layer."""
+    return masks_of(_magnitudes(tensors), threshold, scope="tensor")
+
+
+def importance_masks(tensors: Tensors, threshold: Threshold | Pattern) -> dict[str, Mask]:
     """The masks of a threshold on the carried importance, over all linear layers; magnitudes settle ties."""
-    magnitudes = {name: tensors[name].astype(np.float32) for name in linear_layers(tensors)}
-    return masks_of(importances(), threshold, tiebreak=magnitudes)
+    return masks_of(importances(), threshold, tiebreak=_magnitudes(tensors))
+
+
+def _magnitudes(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
+    return {name: np.abs(tensors[name].astype(np.float32)) for name in linear_layers(tensors)}
 
 
 def evaluate(tensors: Tensors, kind: str) -> float:
     """The perplexity a character of a model on held-out text, ``code`` or ``prose``."""
     return perplexity(tensors, Config(), heldout_tokens(kind, EVALUATED_TOKENS[kind] + 1))
-
-
-def magnitude_mask(array: NDArray[np.generic], pruned: float | str) -> Mask:
-    """True for the weights that magnitude keeps: of the whole tensor, or two of every four neighbours."""
-    magnitudes = np.abs(array.astype(np.float32))
-    if pruned == "2:4":
-        groups = magnitudes.reshape(-1, 4)
-        mask = np.zeros(groups.shape, np.bool_)
-        np.put_along_axis(mask, np.argsort(groups, axis=1, kind="stable")[:, 2:], True, axis=1)
-        return mask.reshape(array.shape)
-    flat = np.ones(array.size, np.bool_)
-    order = np.argsort(magnitudes.reshape(-1), kind="stable")
-    flat[order[: round(array.size * float(pruned))]] = False
-    return flat.reshape(array.shape)
 
 
 def _sparsity(tensors: Tensors, layers: list[str]) -> float:

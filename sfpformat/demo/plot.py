@@ -1,4 +1,4 @@
-"""The picture of ``sfp demo --learn``: perplexity against size, a curve for each method."""
+"""The picture of ``sfp demo``: perplexity against size, a curve for each method."""
 
 from __future__ import annotations
 
@@ -6,30 +6,42 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .learned import COMPARED, Row
-from .packing import EVALUATED_TOKENS
+from .packing import EVALUATED_TOKENS, Row
 
-# In colours that are told apart by most eyes, with markers of their own.
+# In colours that are told apart by most eyes, with markers of their own; learned ones are never together.
+_LEARNED = ("#d1495b", "o")
 _STYLES = {
     "magnitude": ("#888888", "s"),
     "wanda": ("#e09f3e", "^"),
     "sparsegpt-updated": ("#6a4c93", "D"),
     "fisher": ("#2a6f97", "v"),
-    "learned": ("#d1495b", "o"),
+    "learned": _LEARNED,
+    "importance": _LEARNED,
 }
 _WIDTH, _HEIGHT, _DPI = 6.4, 5.2, 150  # inches a panel, dots an inch
+_MARGINS = 0.1  # of each side, for the labels
 
 
-def draw(found: Sequence[Row], dense: Mapping[str, float], path: Path) -> None:
-    """Draws a panel for each kind of held-out text.
+def draw(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float], path: Path) -> None:
+    """Draws the picture.
 
     Args:
-        found: rows of all methods.
-        dense: the perplexity of the model as it was, by kind of text.
+        found, words, dense: as in `figure_of`.
         path: of the picture; its suffix says the kind.
 
     Raises:
         OSError: it cannot be written.
+    """
+    figure_of(found, words, dense).savefig(path, format=path.suffix[1:].lower())
+
+
+def figure_of(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]) -> Any:
+    """A figure of matplotlib with a panel for each kind of held-out text.
+
+    Args:
+        found: rows of all methods.
+        words: method -> what it is called; the last one's points are labelled with the shares that went.
+        dense: the perplexity of the model as it was, by kind of text.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,31 +52,32 @@ def draw(found: Sequence[Row], dense: Mapping[str, float], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(kinds), sharex=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
-        _draw_panel(axis, found, dense[kind], kind)
+        _draw_panel(axis, found, words, dense[kind], kind)
     axes[0].set_ylabel("perplexity a character (lower is better)")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, format=path.suffix[1:].lower())
+    return figure
 
 
-def _draw_panel(axis: Any, found: Sequence[Row], dense: float, kind: str) -> None:
-    axis.axhline(dense, color="black", lw=1, ls="--")
-    axis.annotate(
-        "the model as it was", (1, dense), (-4, 4), ("axes fraction", "data"), "offset points", ha="right"
-    )
-    for method, words in COMPARED.items():
-        rows = sorted((row for row in found if row.method == method), key=lambda row: row.asked)
-        colour, marker = _STYLES[method]
-        sizes = [row.result.bits_per_weight for row in rows]
-        axis.plot(
-            sizes, [row.result.as_json()[kind] for row in rows], marker=marker, color=colour, label=words
-        )
-    learned = [row for row in found if row.method == "learned"]
-    for row in learned:
-        value = getattr(row.result, kind)
-        axis.annotate(
-            f"{row.asked:.0%}", (row.result.bits_per_weight, value), (0, -14), textcoords="offset points"
-        )
+def _draw_panel(axis: Any, found: Sequence[Row], words: Mapping[str, str], dense: float, kind: str) -> None:
     axis.set_yscale("log")
+    axis.margins(_MARGINS)
+    for method, name in words.items():
+        rows = sorted((row for row in found if row.method == method), key=lambda row: row.asked)
+        points = [(row.result.bits_per_weight, float(getattr(row.result, kind))) for row in rows]
+        colour, marker = _STYLES[method]
+        axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
+    axis.axhline(dense, color="black", lw=1, ls="--", label=f"the model as it was: {dense:.2f}")
+    # Under that line there is nothing else.
+    for row, (bits, value) in zip(rows, points, strict=True):
+        axis.plot([bits, bits], [value, dense], color=colour, lw=1, ls=":")
+        axis.annotate(
+            f"{100 * row.asked:.4g} %",
+            (bits, dense),
+            (0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+        )
+    axis.legend(frameon=False, loc="upper right")
     axis.yaxis.set_major_formatter(_plain_number)
     axis.yaxis.set_minor_formatter(_plain_number)
     axis.grid(True, which="both", alpha=0.25)

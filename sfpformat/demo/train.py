@@ -28,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfpformat.atomic import replacing
 from sfpformat.demo.model import Config, FloatArray, encode_text, perplexity, rotary_angles
 from sfpformat.numpy import save_file
+from sfpformat.pruning.descent import rate_at
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELDOUT_MODULES = ("bisect.py", "fnmatch.py", "sched.py", "shlex.py", "textwrap.py")
@@ -170,6 +172,15 @@ def _texts(names: Iterable[str]) -> str:
     return "\n".join((LIBRARY / name).read_text("utf-8") for name in names)
 
 
+def draw_windows(
+    tokens: Tensor, context: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random windows of a text: tokens, int64 [count, context], and their successors."""
+    starts = torch.randint(len(tokens) - context, (count, 1), generator=generator)
+    windows = tokens[starts + torch.arange(context + 1)].long()
+    return windows[:, :-1], windows[:, 1:]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How to train: ``batch`` windows of the context length in each of ``steps`` steps."""
@@ -181,9 +192,7 @@ class Schedule:
 
     def rate_at(self, step: int) -> float:
         """The learning rate: a linear warm-up under half a cosine down to almost nothing."""
-        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.rate * warmup * (FINAL_RATE_FRACTION + (1 - FINAL_RATE_FRACTION) * cosine)
+        return rate_at(self.rate, step, self.steps, warmup=WARMUP_STEPS, final=FINAL_RATE_FRACTION)
 
 
 class Trainer:
@@ -217,10 +226,7 @@ class Trainer:
         """Random windows [batch, context] and their successors."""
         # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
         generator = torch.Generator().manual_seed(self.schedule.seed << 32 | self.step)
-        choices = len(self.tokens) - self.config.context
-        starts = torch.randint(choices, (self.schedule.batch, 1), generator=generator)
-        windows = self.tokens[starts + torch.arange(self.config.context + 1)].long()
-        return windows[:, :-1], windows[:, 1:]
+        return draw_windows(self.tokens, self.config.context, self.schedule.batch, generator)
 
     def weights(self) -> dict[str, FloatArray]:
         """The weights as float32 arrays, by the names of ``model.weight_shapes``."""
@@ -228,10 +234,9 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
-        unfinished = path.with_suffix(".unfinished")
         states = self.model.state_dict(), self.optimiser.state_dict()
-        torch.save((asdict(self.schedule), self.step, *states), unfinished)
-        unfinished.replace(path)
+        with replacing(path) as file:
+            torch.save((asdict(self.schedule), self.step, *states), file)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, which must be of the same schedule."""

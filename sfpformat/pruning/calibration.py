@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def statistics(
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     squares = {name: torch.zeros_like(total) for name, total in sums.items()}
-    with evaluating(model), _squared_inputs(model, weights) as inputs:
+    inputs = _SquaredInputs()
+    with evaluating(model), watched(linear_layers(model, weights), inputs.add):
         for number, batch in enumerate(first(data, batches), 1):
             loss = task.loss(task.run(with_weights(model, leaves), batch), batch)
             finite(loss, f"batch {number} of the calibration data")
@@ -71,15 +73,15 @@ def statistics(
     }
 
 
-class _Inputs:
-    """Running sums of squares by name."""
+class _SquaredInputs:
+    """Running sums over the inputs of layers, by name."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, x: Tensor) -> None:
-        flat = x.detach().flatten(0, -2).float()
+        flat = flat_inputs(x)
         total = flat.square().sum(0)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + len(flat)
@@ -88,30 +90,32 @@ class _Inputs:
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
 
 
-@contextmanager
-def _squared_inputs(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[_Inputs]:
-    """Collects the squares of the inputs of linear layers while the model runs."""
-    found = _Inputs()
-    handles = []
-    for name, module in linear_layers(model, weights).items():
-
-        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            found.add(name, args[0])
-
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def flat_inputs(x: Tensor) -> Tensor:
+    """The inputs of a linear layer, [..., columns], as float32 [inputs, columns]."""
+    return x.detach().flatten(0, -2).float()
 
 
-def linear_layers(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     """The linear layer of each weight that belongs to one, by the weight's name."""
     layers = {}
-    for name in weights:
+    for name in names:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if attribute == "weight" and isinstance(module, nn.Linear):
             layers[name] = module
     return layers
+
+
+@contextmanager
+def watched(layers: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it lasts, ``see`` gets the name and the inputs of each layer that is called, before it runs."""
+    handles = [layer.register_forward_pre_hook(partial(_show, see, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _show(see: Callable[[str, Tensor], None], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    see(name, args[0])

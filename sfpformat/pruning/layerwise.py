@@ -8,6 +8,7 @@ the model as pruned so far, up to the group, and no further; H = 2/n Σ x xᵀ o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .calibration import linear_layers
+from .calibration import flat_inputs, linear_layers, watched
 from .scores import rows_mask
 from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
 
@@ -80,25 +81,18 @@ def prune_layerwise(
 
 def _groups(model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task) -> list[list[str]]:
     """Names in the order of their first calls; those with the same tensor as input together."""
-    layers = linear_layers(model, weights)
     seen: list[tuple[Tensor, list[str]]] = []
     called: set[str] = set()
-    handles = []
-    for name, module in layers.items():
 
-        def hook(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            if name not in called:
-                called.add(name)
-                if not seen or seen[-1][0] is not args[0]:
-                    seen.append((args[0], []))
-                seen[-1][1].append(name)
+    def see(name: str, x: Tensor) -> None:
+        if name not in called:
+            called.add(name)
+            if not seen or seen[-1][0] is not x:
+                seen.append((x, []))
+            seen[-1][1].append(name)
 
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
+    with watched(linear_layers(model, weights), see):
         task.run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name in weights:
         if name not in called:
             raise OptionError(f"{name!r} is not the weight of a linear layer that is called")
@@ -113,22 +107,17 @@ def _hessian(
     total = torch.zeros(columns, columns, device=weights[name].device)
     count = 0
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def see(name: str, x: Tensor) -> None:
         nonlocal count
-        x = args[0].detach().flatten(0, -2).float()
-        total.addmm_(x.T, x)
-        count += len(x)
+        flat = flat_inputs(x)
+        total.addmm_(flat.T, flat)
+        count += len(flat)
         raise _Reached
 
-    handle = linear_layers(model, weights)[name].register_forward_pre_hook(hook)
-    try:
+    with watched(linear_layers(model, [name]), see):
         for batch in calibration:
-            try:
+            with suppress(_Reached):
                 task.run(with_weights(model, weights), batch)
-            except _Reached:
-                continue
-    finally:
-        handle.remove()
     return total * (2 / max(count, 1))
 
 

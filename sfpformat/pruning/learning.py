@@ -13,9 +13,8 @@ change faster than its survivors can make up for what went.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..atomic import replacing
 from ..errors import MismatchError, OptionError
 from .calibration import Statistics, statistics
+from .descent import adam, set_rates
 from .features import FEATURES
 from .gates import GATES, Gate, Moment, make_gate, threshold_of
 from .network import ImportanceNetwork
 from .task import (
     CLASSIFY,
     Data,
-    Model,
+    Progress,
     Task,
     chosen_weights,
-    divergence,
+    cost,
     endless,
     evaluating,
     finite,
+    require_objective,
     with_weights,
 )
-
-OBJECTIVES = ("divergence", "loss")
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise OptionError(f"gate is {self.gate!r}, must be one of {', '.join(GATES)}")
-        if self.objective not in OBJECTIVES:
-            raise OptionError(f"objective is {self.objective!r}, must be one of {', '.join(OBJECTIVES)}")
+        require_objective(self.objective)
         if self.steps < 1 or self.network_every < 1:
             raise OptionError("steps and network_every must be at least 1")
         if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
             raise OptionError("start and ramp must be shares")
 
 
-# Adam as the recipe has it: gradients a weight are tiny, so that the usual 1e-8 would drown them.
-_BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
+_EPSILON = 1e-12  # of Adam: gradients a weight are tiny, the usual 1e-8 would drown them
 _LOGIT_RATE = 0.05
 _LOGIT_RATE_TOGETHER = 0.01
-_WARMUP = 10  # steps
-_FINAL = 0.05  # of the peak rates, at the end of half a cosine
 
 
 @dataclass(frozen=True)
@@ -115,7 +110,6 @@ class Learned:
     mlp: dict[str, Tensor]
 
 
-Progress = Callable[[int, float], None]
 Sparsities = float | tuple[float, float]
 
 
@@ -216,7 +210,8 @@ class _Learner:
             groups.append({"params": [self.network.logits], "peak": rate})
         if trained:
             groups.append({"params": list(self.weights.values()), "peak": settings.weight_rate})
-        self.optimiser = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+        self.optimiser = adam(groups, epsilon=_EPSILON)
+        self.dense = model if settings.objective == "divergence" else None
         self.step = 0
         self.history: list[float] = []
 
@@ -237,36 +232,22 @@ class _Learner:
             name: self.weights[name] * gate.to(self.weights[name].dtype)
             for name, gate in self.network.split(gates).items()
         }
-        loss = self._cost(with_weights(self.model, gated), batch) + penalty
+        loss = cost(with_weights(self.model, gated), batch, self.task, self.dense) + penalty
         value = finite(loss, f"step {self.step + 1}")
         leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
-        for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        torch.autograd.backward(loss, inputs=leaves)
         self._update()
         self.history.append(value)
         return value
 
-    def _cost(self, gated: Model, batch: Any) -> Tensor:
-        outputs = self.task.run(gated, batch)
-        if self.settings.objective == "loss":
-            return self.task.loss(outputs, batch)
-        with torch.no_grad():
-            dense = self.task.run(self.model, batch)
-        return divergence(outputs, dense)
-
     def _update(self) -> None:
-        warmup = min(1.0, (self.step + 1) / _WARMUP)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.settings.steps))
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * warmup * (_FINAL + (1 - _FINAL) * cosine)
+        set_rates(self.optimiser, self.step, self.settings.steps)
         self.step += 1
         due = self.step % self.settings.network_every == 0
         if due:
             self.network.learn_base()
         self.optimiser.step()
-        for group in self.optimiser.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None  # an MLP that is not due has none, and Adam leaves it alone
+        self.optimiser.zero_grad()  # to None: Adam leaves an MLP alone that is not due
         if due:
             self.network.refresh()
 
@@ -288,7 +269,6 @@ class _Learner:
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, whole or not at all."""
-        unfinished = path.with_name(path.name + ".unfinished")
         state = {
             "job": self._job(),
             "step": self.step,
@@ -299,8 +279,8 @@ class _Learner:
             "optimiser": self.optimiser.state_dict(),
             "weights": [w.detach() for w in self.weights.values()] if self.settings.weight_rate else [],
         }
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint.

@@ -20,6 +20,10 @@ from ..errors import LossError, OptionError
 Model = Callable[..., Any]
 Data = Iterable[Any]
 Weights = Mapping[str, Tensor]
+# Called after each step of what learns, with its number and its loss.
+Progress = Callable[[int, float], None]
+
+OBJECTIVES = ("divergence", "loss")
 
 
 def run_model(model: Model, batch: Any) -> Tensor:
@@ -79,6 +83,33 @@ def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
     """
     log_p, log_q = dense.float().log_softmax(-1), outputs.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def require_objective(objective: str) -> None:
+    """Refuses what is none of `OBJECTIVES`.
+
+    Raises:
+        OptionError: it is another.
+    """
+    if objective not in OBJECTIVES:
+        raise OptionError(f"objective is {objective!r}, must be {' or '.join(OBJECTIVES)}")
+
+
+def cost(pruned: Model, batch: Any, task: Task, dense: Model | None) -> Tensor:
+    """What a batch costs, in nats: the divergence from the dense model's outputs, or the task's loss.
+
+    Args:
+        pruned: the model, through which gradients go.
+        batch: as the loader gives it.
+        task: how it goes through both.
+        dense: the dense model; None takes the loss.
+    """
+    outputs = task.run(pruned, batch)
+    if dense is None:
+        return task.loss(outputs, batch)
+    with torch.no_grad():
+        wanted = task.run(dense, batch)
+    return divergence(outputs, wanted)
 
 
 def with_weights(model: nn.Module, weights: Weights) -> Model:
@@ -191,17 +222,13 @@ def first(data: Data, count: int) -> Iterator[Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, so that dropout and running statistics are still; put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode, so that dropout and running statistics are still; put back afterwards."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter of a model is."""
-    return next(model.parameters()).device

@@ -3,36 +3,33 @@ for each row and column."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .descent import adam, set_rates
 from .task import (
     CLASSIFY,
     Data,
-    Model,
+    Progress,
     Task,
     chosen_weights,
-    divergence,
+    cost,
     endless,
     evaluating,
     finite,
+    require_objective,
     require_shapes,
     with_weights,
 )
 
-Progress = Callable[[int, float], None]
 Factors = dict[str, tuple[Tensor, Tensor]]
 Masks = Mapping[str, Tensor]
 
-_BETAS = (0.9, 0.95)
-_WARMUP = 10  # steps
-_FINAL = 0.05  # of the peak rate
+_RATE, _FACTORS_RATE = 3e-4, 1e-2  # where none is given
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class Tuning:
     objective: str = "divergence"
 
     def __post_init__(self) -> None:
-        if self.objective not in ("divergence", "loss"):
-            raise OptionError(f"objective is {self.objective!r}, must be divergence or loss")
+        require_objective(self.objective)
 
 
 def fine_tune(
@@ -85,15 +81,14 @@ def fine_tune(
         OptionError: a mask is none of the model's; ``divergence`` without a teacher.
         LossError: a loss is not finite; the model is as it was.
     """
-    kept = _checked(model, masks)
-    leaves = {name: (weight * kept[name]).requires_grad_() for name, weight in _weights(model, masks).items()}
+    kept, pruned = _pruned(model, masks)
+    leaves = {name: weight.requires_grad_() for name, weight in pruned.items()}
 
     def weights() -> dict[str, Tensor]:
         return {name: leaf * kept[name] for name, leaf in leaves.items()}
 
-    history = _tune(
-        model, list(leaves.values()), weights, data, teacher, task, tuning, tuning.rate or 3e-4, progress
-    )
+    through = _Through(model, data, teacher, task, tuning, progress)
+    history = through.tune(list(leaves.values()), weights, _RATE)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in weights().items():
@@ -125,8 +120,7 @@ def fit_factors(
     Raises:
         OptionError, LossError: as `fine_tune`.
     """
-    kept = _checked(model, masks)
-    pruned = {name: weight * kept[name] for name, weight in _weights(model, masks).items()}
+    _, pruned = _pruned(model, masks)
     leaves = {
         name: (
             torch.ones(w.shape[0], device=w.device, requires_grad=True),
@@ -139,7 +133,7 @@ def fit_factors(
         return {name: scaled(pruned[name], *pair) for name, pair in leaves.items()}
 
     flat = [leaf for pair in leaves.values() for leaf in pair]
-    _tune(model, flat, weights, data, teacher, task, tuning, tuning.rate or 1e-2, progress)
+    _Through(model, data, teacher, task, tuning, progress).tune(flat, weights, _FACTORS_RATE)
     return {name: (rows.detach(), columns.detach()) for name, (rows, columns) in leaves.items()}
 
 
@@ -167,8 +161,7 @@ def fit_multipliers(
     Raises:
         OptionError, LossError: as `fine_tune`.
     """
-    kept = _checked(model, masks)
-    pruned = {name: weight * kept[name] for name, weight in _weights(model, masks).items()}
+    _, pruned = _pruned(model, masks)
     leaves = {
         name: torch.ones_like(weight, dtype=torch.float32, requires_grad=True)
         for name, weight in pruned.items()
@@ -177,7 +170,8 @@ def fit_multipliers(
     def weights() -> dict[str, Tensor]:
         return {name: pruned[name] * leaf.to(pruned[name].dtype) for name, leaf in leaves.items()}
 
-    _tune(model, list(leaves.values()), weights, data, teacher, task, tuning, tuning.rate or 1e-2, progress)
+    through = _Through(model, data, teacher, task, tuning, progress)
+    through.tune(list(leaves.values()), weights, _FACTORS_RATE)
     return {name: leaf.detach() for name, leaf in leaves.items()}
 
 
@@ -187,54 +181,44 @@ def scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return (weight.float() * product).to(weight.dtype)
 
 
-def _tune(
-    model: nn.Module,
-    leaves: list[Tensor],
-    weights: Callable[[], dict[str, Tensor]],
-    data: Data,
-    teacher: nn.Module | None,
-    task: Task,
-    tuning: Tuning,
-    peak: float,
-    progress: Progress,
-) -> list[float]:
-    """Adam on some leaves, through what ``weights`` makes of them; returns the loss of each step."""
-    if tuning.objective == "divergence" and teacher is None:
-        raise OptionError("the objective divergence needs a teacher, the dense model")
-    optimiser = torch.optim.Adam(leaves, lr=peak, betas=_BETAS)
-    batches = endless(data)
-    history: list[float] = []
-    with evaluating(model):
-        for step in range(tuning.steps):
-            cosine = 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
-            rate = peak * min(1.0, (step + 1) / _WARMUP) * (_FINAL + (1 - _FINAL) * cosine)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            batch = next(batches)
-            loss = _cost(with_weights(model, weights()), batch, teacher, task, tuning)
-            history.append(finite(loss, f"step {step + 1}"))
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
-            optimiser.step()
-            progress(step + 1, history[-1])
-    return history
+@dataclass(frozen=True)
+class _Through:
+    """What leaves are tuned through; as in `fine_tune`."""
+
+    model: nn.Module
+    data: Data
+    teacher: nn.Module | None
+    task: Task
+    tuning: Tuning
+    progress: Progress
+
+    def tune(
+        self, leaves: list[Tensor], weights: Callable[[], dict[str, Tensor]], usual_rate: float
+    ) -> list[float]:
+        """Adam on the leaves, through what ``weights`` makes of them; returns the loss of each step."""
+        dense = self.teacher if self.tuning.objective == "divergence" else None
+        if dense is None and self.tuning.objective == "divergence":
+            raise OptionError("the objective divergence needs a teacher, the dense model")
+        peak = usual_rate if self.tuning.rate is None else self.tuning.rate
+        optimiser = adam([{"params": leaves, "peak": peak}])
+        batches = endless(self.data)
+        history: list[float] = []
+        with evaluating(self.model, *([] if dense is None else [dense])):
+            for step in range(self.tuning.steps):
+                set_rates(optimiser, step, self.tuning.steps)
+                pruned = with_weights(self.model, weights())
+                loss = cost(pruned, next(batches), self.task, dense)
+                history.append(finite(loss, f"step {step + 1}"))
+                optimiser.zero_grad()
+                torch.autograd.backward(loss, inputs=leaves)
+                optimiser.step()
+                self.progress(step + 1, history[-1])
+        return history
 
 
-def _cost(pruned: Model, batch: Any, teacher: nn.Module | None, task: Task, tuning: Tuning) -> Tensor:
-    outputs = task.run(pruned, batch)
-    if tuning.objective == "loss" or teacher is None:
-        return task.loss(outputs, batch)
-    with evaluating(teacher), torch.no_grad():
-        dense = task.run(teacher, batch)
-    return divergence(outputs, dense)
-
-
-def _weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
-    return chosen_weights(model, list(masks))
-
-
-def _checked(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
-    """The masks as bool where the weights are."""
-    weights = _weights(model, masks)
+def _pruned(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks as bool where the weights are, and the weights times them; the model's stay."""
+    weights = chosen_weights(model, list(masks))
     require_shapes(weights, masks, "mask")
-    return {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}
+    kept = {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}
+    return kept, {name: weight * kept[name] for name, weight in weights.items()}

@@ -21,16 +21,12 @@ on one core; ``--keep FOLDER`` keeps what was learned, so that a run that was br
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,22 +35,13 @@ from numpy.typing import NDArray
 
 from sfpformat import Options, steps_for_budget
 from sfpformat.demo import carried
-from sfpformat.demo.importance import CALIBRATION_BATCHES, CALIBRATION_SEED, LEARNING_SEED, WINDOWS
-from sfpformat.demo.language import Windows, arrays_of, language_model
-from sfpformat.demo.methods import TUNING_RATE
+from sfpformat.demo.language import CALIBRATION_BATCHES, calibration_windows, language_model
+from sfpformat.demo.methods import FROZEN, TOGETHER, Bench
 from sfpformat.demo.model import Config, perplexity
+from sfpformat.demo.packing import Tensors
 from sfpformat.demo.train import MEASURED_TOKENS
 from sfpformat.numpy import load, save
-from sfpformat.pruning import (
-    Settings,
-    Sparsity,
-    Tuning,
-    apply_masks,
-    fine_tune,
-    learn_importance,
-    masks_of,
-    statistics,
-)
+from sfpformat.pruning import statistics
 
 ALLOWED = 1.01  # perplexity over the dense model's
 SPARSITIES = (0.3, 0.4, 0.5, 0.6)
@@ -62,7 +49,6 @@ STEPS = 400
 ROUNDS = 7  # of the search for a rate
 GROUP = 32  # weights that share a scale, where levels are whole
 
-Tensors = dict[str, NDArray[np.generic]]
 Masks = dict[str, NDArray[np.bool_]]
 
 
@@ -89,7 +75,6 @@ class Trial:
 
     def __init__(self) -> None:
         self.tensors: Tensors = carried.weights()
-        self.layers = carried.linear_layers(self.tensors)
         self.matrices = [name for name, array in self.tensors.items() if array.ndim == 2]
         self._texts = {kind: carried.heldout_tokens(kind, MEASURED_TOKENS) for kind in carried.TEXTS}
         self._dense = {kind: self._perplexity(self.tensors, kind) for kind in carried.TEXTS}
@@ -156,7 +141,7 @@ class Trial:
     def not_pruned(self) -> Iterator[Row]:
         """The quantiser alone."""
         yield self.smallest(".sfp, uniform", self._same_bits, 2.5, 8)
-        fisher = self.fisher(self.model)
+        fisher = self.fisher(self.tensors)
         shared = self.shared_bits(self.tensors, {}, fisher)
         yield self.smallest(".sfp, uniform, weighted, shared bits", shared, 2.5, 8)
 
@@ -182,23 +167,18 @@ class Trial:
 
     # ---------------------------------------------------------------------------------------- with pruning
 
-    @cached_property
-    def model(self) -> torch.nn.Module:
-        """The dense model."""
-        return language_model(self.tensors)
-
-    def fisher(self, model: torch.nn.Module) -> dict[str, NDArray[np.float32]]:
+    def fisher(self, tensors: Tensors) -> dict[str, NDArray[np.float32]]:
         """The Fisher information of all matrices of a model."""
-        windows = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED)
+        windows = calibration_windows(0, CALIBRATION_BATCHES)
+        model = language_model(tensors)
         found = statistics(model, windows, batches=CALIBRATION_BATCHES, tensors=self.matrices)
         return {name: np.asarray(of.fisher.numpy()) for name, of in found.items()}
 
-    def pruned(self, way: str, model: torch.nn.Module, masks: dict[str, torch.Tensor]) -> Row:
+    def pruned(self, way: str, pruned: Tensors, masks: dict[str, torch.Tensor]) -> Row:
         """The smallest file of a pruned model."""
-        as_stored = {name: array.dtype for name, array in self.tensors.items()}
-        tensors: Tensors = {name: a.astype(as_stored[name]) for name, a in arrays_of(model).items()}
+        tensors: Tensors = {name: a.astype(self.tensors[name].dtype) for name, a in pruned.items()}
         arrays = {name: np.asarray(mask.numpy()) for name, mask in masks.items()}
-        return self.smallest(way, self.shared_bits(tensors, arrays, self.fisher(model)), 1.0, 8)
+        return self.smallest(way, self.shared_bits(tensors, arrays, self.fisher(pruned)), 1.0, 8)
 
 
 def rounded(array: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
@@ -211,57 +191,29 @@ def rounded(array: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
     return np.asarray((levels * scales).reshape(array.shape), np.float32)
 
 
-class Learner:
-    """What is learned for a sparsity, kept in a folder."""
+# What is learned -> its settings, and the methods of `Bench` that go by it, each with its words.
+LEARNED = {
+    "frozen": (FROZEN, {"learned": "", "learned-finetuned": ", survivors tuned"}),
+    "together": (TOGETHER, {"together": ", weights learned together"}),
+}
 
-    def __init__(self, trial: Trial, steps: int, folder: Path | None) -> None:
-        self._trial, self._steps, self._folder = trial, steps, folder
-        self._data = Windows(WINDOWS, steps, LEARNING_SEED)
 
-    @cached_property
-    def _statistics(self) -> Any:
-        windows = Windows(2, CALIBRATION_BATCHES, CALIBRATION_SEED)
-        return statistics(self._trial.model, windows, batches=CALIBRATION_BATCHES, tensors=self._trial.layers)
+def learned_rows(trial: Trial, bench: Bench, sparsity: float, folder: Path | None) -> Iterator[Row]:
+    """Frozen weights, tuned survivors, weights that learned together with the importance.
 
-    def _learned(
-        self, sparsity: float, settings: Settings
-    ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-        """The pruned model, and its masks."""
-        path = None
-        if self._folder is not None:
-            name = hashlib.sha256(f"{sparsity} {settings}".encode()).hexdigest()[:12]
-            path = self._folder / f"{name}.learning"
-        learned = learn_importance(
-            self._trial.model,
-            self._data,
-            sparsity,
-            settings=settings,
-            tensors=self._trial.layers,
-            found=self._statistics,
-            checkpoint=path,
-        )
-        found = masks_of(
-            {name: np.asarray(value.numpy()) for name, value in learned.importances.items()},
-            Sparsity(sparsity),
-        )
-        masks = {name: torch.from_numpy(mask) for name, mask in found.items()}
-        model = copy.deepcopy(self._trial.model)
-        model.load_state_dict(learned.weights, strict=False)
-        apply_masks(model, masks)
-        return model, masks
-
-    def rows(self, sparsity: float) -> Iterator[Row]:
-        """Frozen weights, tuned survivors, weights that learned together with the importance."""
-        frozen = Settings(steps=self._steps)
-        model, masks = self._learned(sparsity, frozen)
-        words = f".sfp, {sparsity:.0%} pruned by learned importance, weighted, shared bits"
-        yield self._trial.pruned(words, model, masks)
-        fine_tune(
-            model, masks, self._data, teacher=self._trial.model, tuning=Tuning(self._steps, TUNING_RATE)
-        )
-        yield self._trial.pruned(f"{words}, survivors tuned", model, masks)
-        model, masks = self._learned(sparsity, Settings(steps=self._steps, weight_rate=TUNING_RATE))
-        yield self._trial.pruned(f"{words}, weights learned together", model, masks)
+    Args:
+        trial: what judges files.
+        bench: what prunes.
+        sparsity: of the linear layers.
+        folder: where checkpoints are kept, if anywhere.
+    """
+    for name, (settings, methods) in LEARNED.items():
+        kept = folder / f"{name}-{sparsity}-{bench.steps}.learning" if folder is not None else None
+        bench.learned(sparsity, settings, kept)
+        for method, words in methods.items():
+            way = f".sfp, {sparsity:.0%} pruned by learned importance, weighted, shared bits{words}"
+            pruned = bench.prune(method, sparsity)
+            yield trial.pruned(way, bench.arrays(pruned), pruned.masks)
 
 
 def rows(steps: int, folder: Path | None) -> Iterator[Row]:
@@ -270,9 +222,9 @@ def rows(steps: int, folder: Path | None) -> Iterator[Row]:
     yield from trial.without_loss()
     yield from trial.whole_levels()
     yield from trial.not_pruned()
-    learner = Learner(trial, steps, folder)
+    bench = Bench(trial.tensors, steps)
     for sparsity in SPARSITIES:
-        yield from learner.rows(sparsity)
+        yield from learned_rows(trial, bench, sparsity, folder)
 
 
 def main() -> None:
