@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,11 +134,11 @@ def test_the_command_prunes_to_any_share_by_the_learned_importance(
 def test_the_command_draws_a_curve_by_magnitude_and_one_by_importance(
     short_texts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    drawn: list[object] = []
+    drawn: list[Any] = []
     figure_of = plot.figure_of
 
-    def kept(*args: object) -> object:
-        drawn.append(figure_of(*args))  # type: ignore[arg-type]
+    def kept(*args: Any) -> Any:
+        drawn.append(figure_of(*args))
         return drawn[-1]
 
     monkeypatch.setattr(plot, "figure_of", kept)
@@ -146,7 +147,7 @@ def test_the_command_draws_a_curve_by_magnitude_and_one_by_importance(
     results = json.loads(capsys.readouterr().out)["results"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     (figure,) = drawn
-    for axis, kind in zip(figure.axes, ("code", "prose"), strict=True):  # type: ignore[attr-defined]
+    for axis, kind in zip(figure.axes, ("code", "prose"), strict=True):
         for line, by in zip(axis.lines, packing.PRUNED_BY, strict=False):
             assert line.get_label() == packing.PRUNED_BY[by]
             own = [row for row in reversed(results) if by in row["name"]]
