@@ -10,6 +10,6 @@ except ImportError:
     from zlib import crc32 as _crc32
 
 
-def crc32(data: Buffer) -> int:
-    """The CRC-32 of some bytes."""
-    return _crc32(data)
+def crc32(data: Buffer, before: int = 0) -> int:
+    """The CRC-32 of some bytes; ``before`` is that of those that they follow."""
+    return _crc32(data, before)

@@ -144,12 +144,12 @@ class Writer:
         """
         self._require_usable()
         _check_name(entry.name, self._entries)
-        return self._add(entry, vectors, chunks)
+        return self._add(entry, vectors, ([chunk] for chunk in chunks))
 
-    def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
-        """Writes the chunks of a tensor and notes the entry, with the chunks' records."""
+    def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[list[Bytes]]) -> TensorEntry:
+        """Writes the chunks of a tensor, each in parts, and notes the entry, with the chunks' records."""
         self._whole = False
-        vector_record = None if vectors is None else self._append(vectors)
+        vector_record = None if vectors is None else self._append([vectors])
         records = [self._append(chunk) for chunk in chunks]
         there = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
         entry = replace(entry, chunks=there, vectors=vector_record)
@@ -166,10 +166,10 @@ class Writer:
             self._engine = get_engine(self._engine_name, self._weights)
             self._chosen_for = self._weights
 
-    def _encoded(self, plan: Plan) -> Iterator[Bytes]:
+    def _encoded(self, plan: Plan) -> Iterator[list[Bytes]]:
         """The chunks of a plan in order, some encoded ahead where there are threads."""
 
-        def work(job: ChunkJob) -> Bytes:
+        def work(job: ChunkJob) -> list[Bytes]:
             return encode_chunk(plan, self._engine, job)
 
         jobs = chunk_jobs(plan)
@@ -178,7 +178,7 @@ class Writer:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads)
-        ahead: deque[Future[Bytes]] = deque()
+        ahead: deque[Future[list[Bytes]]] = deque()
         for job in jobs:
             ahead.append(self._pool.submit(work, job))
             if len(ahead) > self._threads:
@@ -192,13 +192,16 @@ class Writer:
         if not self._whole:
             raise SfpError("a tensor was written only in part: the file cannot be finished")
 
-    def _append(self, chunk: Bytes) -> NDArray[np.void]:
-        """Writes a chunk and returns its record, shape [1]."""
-        if len(chunk) >= 1 << 32:
-            raise OptionError(f"a chunk of {len(chunk)} bytes; the format ends below 4 GiB")
-        data = chunk.data
-        self._sink.append(data)
-        return np.array([(len(chunk), crc32(data))], CHUNK_RECORD)
+    def _append(self, chunk: list[Bytes]) -> NDArray[np.void]:
+        """Writes a chunk, given in parts, and returns its record, shape [1]."""
+        length = sum(map(len, chunk))
+        if length >= 1 << 32:
+            raise OptionError(f"a chunk of {length} bytes; the format ends below 4 GiB")
+        checksum = 0
+        for part in chunk:
+            checksum = crc32(part.data, checksum)
+            self._sink.append(part.data)
+        return np.array([(length, checksum)], CHUNK_RECORD)
 
     def close(self) -> None:
         """Writes the directory and makes the file the target."""

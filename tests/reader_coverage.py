@@ -80,6 +80,7 @@ EXCUSED: dict[str, tuple[str, ...]] = {
     ),
     "for compiled engines: the reference prepares nothing, and decodes by levels": (
         "codec.decode.TensorDecoder.run",
+        "container.entry.TensorEntry.positions_of_chunk",
         "engines.python.decode_runs",
         "reader.SfpFile._read_into: together = {}",
         "reader.SfpFile._read_into: if name not in together:",

@@ -14,7 +14,7 @@ import sfpformat
 from sfpformat import PRESETS, OptionError, Options
 from sfpformat.codec.plan import default_segment
 from sfpformat.codec.quantise import Sampled, lloyd_max, step_for_error, weighing_numbers
-from sfpformat.coding.classes import FRACTION, best_layout, entropy_bits, log2_fixed
+from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.numpy import load, save
 
@@ -153,6 +153,13 @@ def test_logarithms_are_right_to_a_thousandth(n: int) -> None:
 def test_entropy_is_that_of_the_definition() -> None:
     counts = np.array([50, 25, 0, 25])
     assert entropy_bits(counts) / (1 << FRACTION) == pytest.approx(150, rel=1e-4)
+
+
+@given(st.lists(st.integers(0, 1 << 38), min_size=1, max_size=4))
+def test_entropies_of_several_histograms_are_those_of_each(counts: list[int]) -> None:
+    fine = np.array([0, *counts, 0, 0, 0])[: len(counts) // 2 * 2 + 2].astype(np.int64)
+    histograms = [fine, fine[0::2] + fine[1::2]]
+    assert entropies(histograms) == [entropy_bits(each) for each in histograms]
 
 
 @given(

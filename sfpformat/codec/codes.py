@@ -111,9 +111,12 @@ class SymbolCounter:
         self._bytes = self._seen = 0
         self._whole = True
 
-    def add(self, first: int, rows: Rows) -> None:
-        """Takes the counts of a chunk's segments, whose columns are the symbols from ``first`` on."""
-        self._totals.append((first, rows.sum(0, dtype=np.int64)))
+    def add(self, first: int, rows: Rows, totals: Histogram | None = None) -> None:
+        """Takes the counts of a chunk's segments, whose columns are the symbols from ``first`` on.
+
+        ``totals`` are those of all its segments, where the caller has them.
+        """
+        self._totals.append((first, total_of(rows) if totals is None else totals))
         self._bytes += rows.nbytes
         if self._whole and self._bytes > KEPT_BYTES:
             self._whole, seen = False, 0
@@ -141,6 +144,12 @@ class SymbolCounter:
                 at += len(rows)
         sample = joined[:: _every(self._segments)] if self._whole else joined
         return SymbolCounts(total, sample, self._segments, joined if self._whole else None)
+
+
+def total_of(rows: Rows) -> Histogram:
+    """The sum of the counts of a chunk's segments; a chunk has fewer positions than 2^31."""
+    # Widened row by row it would take twice as long.
+    return np.asarray(rows.sum(0, dtype=np.int32).astype(np.int64))
 
 
 def count_symbols(blocks: LevelBlocks, layout: Layout, group: int, engine: Engine) -> SymbolCounts:

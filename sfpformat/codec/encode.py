@@ -36,10 +36,10 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
         first += len(positions)
 
 
-def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Bytes:
-    """The bytes of a chunk; chunks do not depend on one another."""
+def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
+    """The bytes of a chunk, in parts; chunks do not depend on one another."""
     if plan.coded is None:
-        return build_raw(plan.flat[job.block].view(np.uint8))
+        return [build_raw(plan.flat[job.block].view(np.uint8))]
     mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)
     streams = {"fingerprints": (survivors.levels, survivors.counts)}
     if mask is not None:

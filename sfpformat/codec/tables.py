@@ -15,11 +15,11 @@ from ..coding.classes import (
     Layout,
     add_histograms,
     constant_layout,
+    entropies,
     entropy_bits,
     histogram,
 )
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
-from ..coding.counts import Rows
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import Counts, trims_of
@@ -35,6 +35,7 @@ from .codes import (
     choose_codes,
     count_symbols,
     one_class,
+    total_of,
 )
 from .options import Options
 
@@ -102,31 +103,32 @@ class _ExactSurvey:
         self._counter = SymbolCounter(blocks.segments)
         self._fine = np.zeros(0, np.int64)
         for patterns, counts in blocks:
-            self._counter.add(*self._rows(patterns, counts, bits, engine))
+            self._count(patterns, counts, bits, engine)
             self.zeros.append((engine.exact_zeros(patterns, counts), counts))
             if fine is not None:
                 part = patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)]
                 seen = engine.count_exact(part, np.array([len(part)]), fine, 0, 1 << (bits - fine))
                 self._fine = add_histograms(self._fine, seen[0])
 
-    def _rows(self, patterns: Patterns, counts: Counts, bits: int, engine: Engine) -> tuple[int, Rows]:
-        """The first class that occurs in a chunk, and how often each from it on occurs in each segment."""
+    def _count(self, patterns: Patterns, counts: Counts, bits: int, engine: Engine) -> None:
+        """Counts how often each class occurs in each segment of a chunk."""
         least, most = 0, 1 << (bits - self.width)
-        rows = np.zeros((len(counts), 0), np.int32)
         if not len(patterns):
-            return 0, rows
+            self._counter.add(0, np.zeros((len(counts), 0), np.int32))
+            return
         if most > MAX_CLASSES[1]:
             levels = patterns_to_levels(patterns)
             least = int(levels.min()) >> self.width
             most = (int(levels.max()) >> self.width) - least + 1
         if most > MAX_CLASSES[1]:  # too many to be coded
             self._see(least, least + most - 1)
-            return 0, rows
+            return
         rows = engine.count_exact(patterns, counts, self.width, least, most)
-        used = np.flatnonzero(rows.any(0))
-        first, last = int(used[0]), int(used[-1])
-        self._see(least + first, least + last)
-        return least + first, rows[:, first : last + 1]
+        totals = total_of(rows)
+        used = np.flatnonzero(totals)
+        first, stop = int(used[0]), int(used[-1]) + 1
+        self._see(least + first, least + stop - 1)
+        self._counter.add(least + first, rows[:, first:stop], totals[first:stop])
 
     def _see(self, first: int, last: int) -> None:
         self.first = first if self.first < 0 else min(self.first, first)
@@ -143,15 +145,13 @@ class _ExactSurvey:
         return self._counter.counts(self.first, classes), layout
 
     def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
-        """For classes of each width, the finest first: about a level's bits, and the classes that occur."""
-        classes = np.flatnonzero(self._fine)
-        counts = self._fine[classes]
-        levels = int(counts.sum())
-        for width in range(fine, coarsest + 1):
-            yield width, entropy_bits(counts) / (levels << FRACTION) + width, classes
-            classes = classes >> 1
-            starts = np.flatnonzero(np.diff(classes, prepend=-1))
-            classes, counts = classes[starts], np.add.reduceat(counts, starts)
+        """For classes of each width, the finest first: about a level's bits, and how often each occurs."""
+        widths = [self._fine]
+        for _ in range(fine, coarsest):
+            widths.append(widths[-1][0::2] + widths[-1][1::2])
+        levels = int(self._fine.sum())
+        for i, bits in enumerate(entropies(widths)):
+            yield fine + i, bits / (levels << FRACTION) + fine + i, widths[i]
 
 
 def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
@@ -191,7 +191,8 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
 def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
     """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
     best: tuple[float, int] | None = None
-    for candidate, bits, used in survey.bits_by_width(fine, width) if fine < width else ():
+    for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
+        used = np.flatnonzero(counts)
         few = len(used) <= min(MAX_SYMBOLS, 1 << options.code_limit)
         fits = int(used[-1] + 1) << candidate <= bound and used[-1] - used[0] < MAX_CLASSES[1]
         if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
@@ -248,8 +249,9 @@ def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCoun
             total = add_histograms(total, histogram(levels >> levels.dtype.type(sign)))
         else:
             rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
-            total = add_histograms(total, rows.sum(0, dtype=np.int64))
-            counter.add(0, rows)
+            totals = total_of(rows)
+            total = add_histograms(total, totals)
+            counter.add(0, rows, totals)
     if wide:
         return SymbolCounts(total, np.zeros((0, len(total)), np.int32), blocks.segments, None)
     return counter.counts(0, len(total))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,20 @@ def entropy_bits(counts: Histogram) -> int:
     if total < 1 << 40:  # the sum stays below 2^63
         return int(used @ each)
     return sum(int(n) * int(bits) for n, bits in zip(used, each, strict=True))
+
+
+def entropies(histograms: list[Histogram]) -> list[int]:
+    """`entropy_bits` of several histograms of the same levels, each of at least one entry."""
+    total = int(histograms[0].sum())
+    if not 0 < total < 1 << 40:
+        return [entropy_bits(counts) for counts in histograms]
+    joined = np.concatenate(histograms)
+    at = np.flatnonzero(joined)
+    used = joined[at]
+    starts = np.searchsorted(at, [0, *accumulate(map(len, histograms[:-1]))])
+    sums = np.add.reduceat(used * log2_fixed(used), starts)
+    whole = total * int(log2_fixed(np.array([total]))[0])
+    return [whole - part for part in sums.tolist()]
 
 
 def histogram(levels: NDArray[np.integer], size: int = 0) -> Histogram:
@@ -145,11 +160,12 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = C
 def boundaries(first: int, end: int, bound: int) -> list[int]:
     """Where a class may begin or end, ascending: few numbers, and always a way from ``first`` to ``end``."""
     points = {first, end}
-    point = first
+    point, step = first, 1
     while point < end:
-        step = 1 << max((point - first).bit_length() - 7, 0)
-        points.update((point, min(point + step, bound)))
-        point += step
+        octave = range(point, min(first + _FINE_NUMBERS * step, end), step)
+        points.update(octave)
+        point, step = octave[-1] + step, 2 * step
+    points.add(min(point, bound))
     # From the last coarse point below the end the rest is reached by ever smaller powers of two.
     coarse = max(p for p in points if p < end) if end > first else first
     rest = end - coarse

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,8 @@ PART_ALIGNMENT = 16
 TAIL_BYTES = 16  # readable after the last plane, so that wide loads stay inside the chunk
 MAX_INDEX_WIDTH = 32  # R-IDX-001
 _QUANTITY = struct.Struct("<IB3s")  # minimum, width, reserved
+_ZEROS = np.zeros(CHUNK_ALIGNMENT + PART_ALIGNMENT, np.uint8)
+_ZEROS.flags.writeable = False
 
 
 def align(x: int, k: int) -> int:
@@ -236,33 +237,35 @@ def _require_zero(data: Bytes, start_bit: int, stop: int, clause: str) -> None:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> Bytes:
-    """The bytes of a chunk.
+def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> list[Bytes]:
+    """The bytes of a chunk, in parts of which each follows the one before: planes are not copied.
 
     Args:
         entry: only its streams are used.
         survivors: of each segment of the chunk.
         planes: stream -> its planes over the segments of the chunk.
     """
-    names = quantities(entry)
-    values = [_quantity(survivors, planes, *name) for name in names]
-    header, parts = b"", []
-    for quantity in values:
+    header, fields = b"", []
+    for name in quantities(entry):
+        quantity = _quantity(survivors, planes, *name)
         minimum = int(quantity.min())
         width = int(quantity.max() - minimum).bit_length()
         header += _QUANTITY.pack(minimum, width, bytes(3))
-        parts.append(write_fields((quantity - minimum).astype(np.uint64), width))
-    parts.insert(0, as_bytes(header))
+        fields.append(write_fields((quantity - minimum).astype(np.uint64), width))
+    parts, end = [], 0
+    for part in (as_bytes(header), *fields, *_data_of(entry, planes)):
+        padding = -len(part) % PART_ALIGNMENT
+        parts += [part, _ZEROS[:padding]] if padding else [part]
+        end += len(part) + padding
+    parts.append(_ZEROS[: chunk_length(end) - end])
+    return parts
+
+
+def _data_of(entry: TensorEntry, planes: dict[str, Planes]) -> Iterator[Bytes]:
+    """The planes of all streams, in order."""
     for stream in entry.streams():
-        parts += [planes[stream].prefix, planes[stream].residual]
-    ends = list(accumulate(align(len(part), PART_ALIGNMENT) for part in parts))
-    out = np.empty(chunk_length(ends[-1]), np.uint8)
-    for part, end in zip(parts, ends, strict=True):
-        start = end - align(len(part), PART_ALIGNMENT)
-        out[start : start + len(part)] = part
-        out[start + len(part) : end] = 0
-    out[ends[-1] :] = 0
-    return out
+        yield planes[stream].prefix
+        yield planes[stream].residual
 
 
 def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: str) -> Counts:

@@ -43,8 +43,8 @@ def encode(value: Mapping[str, object]) -> bytes:
 
 def _sorted(value: object) -> object:
     """The value with the keys of all maps in ascending order of their UTF-8 bytes (R-MSG-004)."""
-    if isinstance(value, Mapping):
-        return {key: _sorted(value[key]) for key in sorted(value, key=lambda k: k.encode())}
+    if isinstance(value, dict):  # strings compare by code point, which is the order of their UTF-8
+        return {key: _sorted(value[key]) for key in sorted(value)}
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return value

@@ -58,7 +58,7 @@ def _prefix_plane(
     used = patterns.pack_prefix(
         values, values.view(np.uint8), counts, codes, first, width, words, pairs, plane, sizes
     )
-    return plane[:used], sizes
+    return plane[:used].copy(), sizes  # much smaller than what it could have been
 
 
 @lru_cache(maxsize=4)

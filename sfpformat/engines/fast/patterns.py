@@ -54,6 +54,34 @@ def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int
     return zeroth & low, oneth & low, twoth & low, third & low
 
 
+@inlined_kernel
+def _classes_of_eight(raw: Any, item: int, at: int, cut: int, lows: int) -> int:
+    """The classes of eight patterns of 1, 2 or 4 bytes from number ``at`` on, one a byte, in any order.
+
+    Args:
+        cut: bits below the class.
+        lows: uint64, ones where a class of each pattern in a word has bits, at most 8.
+    """
+    eight, sixteen = np.uint64(8), np.uint64(16)
+    if item == 1:
+        return load64(raw, at) >> cut & lows
+    if item == 2:
+        return load64(raw, 2 * at) >> cut & lows | (load64(raw, 2 * at + 8) >> cut & lows) << eight
+    some = load64(raw, 4 * at) >> cut & lows | (load64(raw, 4 * at + 8) >> cut & lows) << eight
+    more = load64(raw, 4 * at + 16) >> cut & lows | (load64(raw, 4 * at + 24) >> cut & lows) << eight
+    return some | more << sixteen
+
+
+@kernel
+def _in_each(low: int, bits: int) -> int:
+    """A word with ``low`` in every pattern of ``bits`` bits, uint64."""
+    word, filled = low, bits
+    while filled < np.uint64(64):
+        word |= word << filled
+        filled += filled
+    return word
+
+
 @kernel
 def count_classes(
     patterns: Any, raw: Any, counts: Any, width: int, first: int, counters: Any, rows: Any
@@ -72,11 +100,24 @@ def count_classes(
     item, more = np.int64(patterns.itemsize), np.int32(1)
     cut, least = np.uint64(width - 1), np.uint64(first)
     low = (np.uint64(1) << np.uint64(8 * item - width)) - np.uint64(1)
+    lows, low8 = _in_each(low, np.uint64(8 * item)), np.uint64(0xFF)
+    in_bytes = item <= 4 and low <= low8 and first == 0
     zeroth, oneth, twoth, third = counters[0], counters[1], counters[2], counters[3]
     at = np.int64(0)
     for s in range(counts.size):
         stop = at + counts[s]
         counters[:] = np.int32(0)
+        while in_bytes and at + 8 <= stop:
+            some = _classes_of_eight(raw, item, at, cut, lows)
+            zeroth[some & low8] += more
+            oneth[some >> np.uint64(8) & low8] += more
+            twoth[some >> np.uint64(16) & low8] += more
+            third[some >> np.uint64(24) & low8] += more
+            zeroth[some >> np.uint64(32) & low8] += more
+            oneth[some >> np.uint64(40) & low8] += more
+            twoth[some >> np.uint64(48) & low8] += more
+            third[some >> np.uint64(56)] += more
+            at += 8
         while at + 4 <= stop:
             a, b, c, d = _four_classes(raw, item, at, cut, low)
             zeroth[a - least] += more
@@ -162,10 +203,10 @@ def pack_prefix(
     class_bits = bits - np.uint64(width)
     cut = np.uint64(width - 1)  # bits below the class
     low = (one << class_bits) - one
-    high, apart = low << class_bits, bits - class_bits
+    lows, apart, both = _in_each(low, bits), bits - class_bits, low << class_bits | low
     kept = ~np.uint64(0) >> (np.uint64(64) - bits)
     low24, length_at = np.uint64(0xFFFFFF), np.uint64(_LENGTH_AT)
-    low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
+    low16, sixteen, thirtytwo = np.uint64(0xFFFF), np.uint64(16), np.uint64(32)
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     at = np.int64(0)
     for s in range(counts.size):
@@ -174,20 +215,16 @@ def pack_prefix(
         own, alone = pairs[codes[s]], words[codes[s]]
         # Four codewords of 12 bits are at most the 57 there is room for.
         while own.size and at + 4 <= stop:
-            if item == 2:
-                some = load64(raw, 2 * at) >> cut
-                zeroth = own[some & low | some >> apart & high]
-                some >>= np.uint64(32)
-                oneth = own[some & low | some >> apart & high]
-            else:
-                some = load64(raw, 4 * at) >> cut
-                zeroth = own[some & low | some >> apart & high]
-                some = load64(raw, 4 * at + 8) >> cut
-                oneth = own[some & low | some >> apart & high]
-            word |= (np.uint64(zeroth) & low24) << taken
-            taken += np.uint64(zeroth) >> length_at
-            word |= (np.uint64(oneth) & low24) << taken
-            taken += np.uint64(oneth) >> length_at
+            some = load64(raw, item * at) >> cut & lows
+            some |= some >> apart
+            more = some >> thirtytwo
+            if item == 4:
+                more = load64(raw, 4 * at + 8) >> cut & lows
+                more |= more >> apart
+            zeroth, oneth = np.uint64(own[some & both]), np.uint64(own[more & both])
+            length = zeroth >> length_at
+            word |= (zeroth & low24 | (oneth & low24) << length) << taken
+            taken += length + (oneth >> length_at)
             at += 4
             to, word, taken = flush(plane, to, word, taken)
         while at < stop:
