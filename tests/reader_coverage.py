@@ -62,6 +62,7 @@ EXCUSED: dict[str, tuple[str, ...]] = {
         "coding.quantiser.scaled_down",
         "coding.quantiser.uniform_levels",
         "coding.quantiser.uniform_numbers",
+        "container.chunk._data_of",
         "container.chunk._quantity",
         "container.chunk.build_chunk",
         "container.chunk.build_raw",
