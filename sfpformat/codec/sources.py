@@ -42,9 +42,8 @@ from .quantise import (
 
 Flat = NDArray[np.generic]
 
-# A lossless tensor of at most so many different magnitudes may be a table of them, and of no more than this
-# many octaves' worth of all that its dtype has: numbers of those take about as many bits as exact classes.
-MAX_DISTINCT, _DISTINCT_OCTAVES = 1024, 4
+# A lossless tensor of at most so many different magnitudes may be a table of them.
+MAX_DISTINCT = 1024
 _BLOCK = 1 << 18  # positions looked at together
 _CACHED = 1 << 15  # the same, where what is made of them should stay in the nearest caches
 # Levels of tensors up to so many positions are made once: they are gone through three times.
@@ -211,10 +210,9 @@ class ImportanceSource:
 def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
     """All magnitudes of a tensor, ascending, where they are few, finite and fit float32; else None."""
     sign = dtype.pattern.type((1 << (dtype.bits - 1)) - 1)
-    most = min(MAX_DISTINCT, _DISTINCT_OCTAVES << (dtype.bits - dtype.exponent_bits - 1))
     seen = _Seen(dtype.pattern)
     for block in _growing_blocks(flat):
-        if seen.add(float_patterns(np.ascontiguousarray(block), dtype) & sign) > most:
+        if seen.add(float_patterns(np.ascontiguousarray(block), dtype) & sign) > MAX_DISTINCT:
             return None
     exact = seen.values().view(dtype.numpy)
     with np.errstate(over="ignore", invalid="ignore"):

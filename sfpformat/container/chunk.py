@@ -1,6 +1,6 @@
 """Chunks (SPEC.md chapter 15): the segment index and the places of the planes, to and from bytes.
 
-`_parts` walks the parts of a chunk once, for reader and writer alike, so that they cannot part ways.
+`quantities` says what a chunk has, for reader and writer alike, so that they cannot part ways.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ package. It gives what `decode` gives, or nothing: what is wrong with a director
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -35,7 +35,7 @@ class Map(dict[str, object]):
         self.at: dict[str, int] = {}
 
 
-def encode(value: Mapping[str, object]) -> bytes:
+def encode(value: dict[str, object]) -> bytes:
     """The one encoding of a value made of maps, lists, strings, bytes and non-negative integers."""
     packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
     return packed
