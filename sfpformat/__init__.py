@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .codec.budget import steps_for_budget
+import importlib
+from typing import TYPE_CHECKING
+
 from .codec.options import PRESETS, ImportanceOptions, Options
 from .errors import (
     ClosedFileError,
@@ -21,9 +23,15 @@ from .limits import DEFAULT_LIMITS, Limits
 from .reader import SfpFile, SfpSlice, TensorInfo
 from .source import Readable
 from .validate import Report, validate
-from .writer import Writer
+
+if TYPE_CHECKING:
+    from .codec.budget import steps_for_budget
+    from .writer import Writer
 
 __version__ = "1.0.0.dev0"
+
+# Imported when they are first asked for: who only reads does without the encoder, a third of all modules.
+_MODULE_OF = {"Writer": ".writer", "steps_for_budget": ".codec.budget"}
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -76,3 +84,20 @@ def open(
         OSError: it cannot be read.
     """
     return SfpFile(readable, limits=limits, engine=engine, threads=threads)
+
+
+def __getattr__(name: str) -> object:
+    """Imports the module that a name is from.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

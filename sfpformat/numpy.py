@@ -1,21 +1,26 @@
-"""The door to numpy: the functions that users of safetensors know, for `.sfp`."""
+"""The door to numpy: the functions that users of safetensors know, for `.sfp`.
+
+What writes is imported when something is written: who only reads need not wait for the encoder.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .codec.options import Options
-from .codec.plan import Importance
 from .coding.mask import Mask
 from .limits import DEFAULT_LIMITS, Limits
 from .reader import SfpFile
-from .sink import MemorySink
 from .source import Buffer
-from .writer import Writer
+
+if TYPE_CHECKING:
+    from .codec.plan import Importance
+    from .writer import Writer
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -47,6 +52,8 @@ def save_file(
         OptionError: what is asked does not fit a tensor.
         OSError: the file cannot be written.
     """
+    from .writer import Writer
+
     with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks or {}, importances or {})
 
@@ -62,6 +69,9 @@ def save(
     engine: str | None = None,
 ) -> bytes:
     """The bytes of a file; as `save_file`."""
+    from .sink import MemorySink
+    from .writer import Writer
+
     out = MemorySink()
     with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks or {}, importances or {})
