@@ -2,7 +2,7 @@
 
 * the kernels compiled for the device, with what each takes of it;
 * the engine against the reference: golden files, files of every kind, damaged ones; products against sums in
-  double precision, and their bits from run to run;
+  double precision, and their bits from run to run; layers of torch against dense ones;
 * how long decoding takes for matrices of 67 M weights, beside the floor: the bytes that must be read
   and written, at the rate at which this device copies; beside nvCOMP, DFloat11 and DietGPU where they are
   installed;
@@ -125,6 +125,7 @@ def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
     return [
         ("files as by the reference", partial(identity.compare_with_reference, damaged, every)),
         ("products as in double precision", partial(identity.compare_products, device, every)),
+        ("layers as dense ones", identity.compare_layers),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 import sfpformat
-from sfpformat import PRESETS
+from sfpformat import PRESETS, Options
+from sfpformat.checksum import crc32
 from sfpformat.engines.cuda.device import Device
 from sfpformat.errors import FileFault, SfpError
 from sfpformat.numpy import save
@@ -63,12 +65,27 @@ def files_to_compare(damaged: int, every: int = 1) -> Iterator[bytes]:
 
 
 def compare_with_reference(damaged: int, every: int = 1) -> int:
-    """How many files the engine gave as the reference; raises AssertionError at one that it did not."""
-    count = 0
+    """How many files the engine gave as the reference.
+
+    Raises:
+        AssertionError: there are some that it did not; it names the first.
+    """
+    count, first, others = 0, "", 0
     for data in files_to_compare(damaged, every):
-        assert outcome(data, "cuda") == outcome(data, "python"), f"file {count} differs"
+        found, expected = outcome(data, "cuda"), outcome(data, "python")
+        if found != expected:
+            others += 1
+            first = first or f"file {count}: {_short(found)}, by the reference {_short(expected)}"
         count += 1
+    assert not others, f"{others} of {count} files differ; {first}"
     return count
+
+
+def _short(found: Any) -> str:
+    """What came of a file, in a few words."""
+    if isinstance(found, tuple):
+        return " ".join(map(str, found))
+    return f"tensors of {', '.join(map(str, map(len, found)))} bytes with CRC {crc32(b''.join(found)):08x}"
 
 
 def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
@@ -102,6 +119,45 @@ def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
             assert unit.tobytes() == (weight.T[7 : 7 + batch] + 0).tobytes(), f"{name}: other weights"
             found.append({"dtype": name, "shape": [rows, columns], "batch": batch, "off": off})
     return found
+
+
+def compare_layers(where: str = "cuda") -> int:
+    """How many calls of layers that stay compressed on a device came to what the dense ones give there.
+
+    Raises:
+        AssertionError: one did not.
+    """
+    torch: Any = importlib.import_module("torch")
+    door: Any = importlib.import_module("sfpformat.torch")
+    torch.manual_seed(0)
+    count = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for options in (_FUSED, PRESETS["gpu"], Options()):
+            dense = torch.nn.Linear(1152, 300, dtype=dtype)
+            with torch.no_grad():
+                dense.weight.mul_(torch.rand(300, 1152) < 0.5)
+            layer = door.SfpLinear.of(dense, options).to(where)
+            dense.weight = torch.nn.Parameter(door.load(layer.weight_sfp.cpu().numpy().tobytes())["weight"])
+            dense = dense.to(where)
+            torch.compiler.reset()  # there is a limit to how many are remembered
+            compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+            for batch in (1, 8, 33):
+                x = torch.randn(batch, 1152, dtype=dtype, device=where, requires_grad=True)
+                wanted, found = dense(x), layer(x)
+                torch.testing.assert_close(found, wanted)
+                assert torch.equal(compiled(x), found), f"{dtype}, {batch} rows: compiled, it differs"
+                if batch == 33:
+                    assert torch.equal(found, wanted), f"{dtype}: other weights"
+                gradient = torch.randn_like(wanted)
+                (one,), (other,) = (torch.autograd.grad(y, x, gradient) for y in (found, wanted))
+                assert torch.equal(one, other), f"{dtype}, {batch} rows: another gradient"
+                count += 1
+        rows = torch.nn.Embedding(3000, 96, dtype=dtype)
+        embedding, ids = door.SfpEmbedding.of(rows).to(where), torch.randint(3000, (7, 5))
+        for some in (ids, ids.new_zeros(0), torch.arange(3000)):
+            assert torch.equal(embedding(some.to(where)).cpu(), rows(some)), f"{dtype}: other rows"
+            count += 1
+    return count
 
 
 def sanitize(tool: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:

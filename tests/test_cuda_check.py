@@ -46,8 +46,8 @@ def test_files_are_compared_on_any_device() -> None:
 
 @pytest.mark.usefixtures("on_host")
 def test_a_difference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "outcome", lambda data, engine: engine)
-    with pytest.raises(AssertionError, match="file 0 differs"):
+    monkeypatch.setattr(identity, "outcome", lambda data, engine: [engine.encode()])
+    with pytest.raises(AssertionError, match=r"files differ; file 0: "):
         identity.compare_with_reference(damaged=0, every=60)
 
 
@@ -208,6 +208,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     monkeypatch.setattr(identity, "compare_products", lambda device, every: [])
     monkeypatch.setattr(identity, "compare_with_reference", lambda damaged, every: 12)
+    monkeypatch.setattr(identity, "compare_layers", lambda: 3)
     monkeypatch.setattr(identity, "sanitize", lambda tool, arguments, seconds: {"said": tool})
     monkeypatch.setattr(speed, "copy_rate", lambda: 4e12)
     monkeypatch.setattr(speed, "products", lambda device, rate, side: [])
@@ -223,10 +224,11 @@ def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
     assert check.main(["--out", str(tmp_path)]) == 0
     whole = json.loads((tmp_path / "a-device.json").read_text())
     names = [part["name"] for part in whole["parts"]]
-    assert names[:5] == [
+    assert names[:6] == [
         "kernels compiled",
         "files as by the reference",
         "products as in double precision",
+        "layers as dense ones",
         "copy rate",
         "products",
     ]
@@ -236,7 +238,7 @@ def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
     monkeypatch.setattr(speed, "copy_rate", fails)
     assert check.main(["--out", str(tmp_path), "--no-sanitizer"]) == 1
-    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 4
+    assert len(json.loads((tmp_path / "a-device.json").read_text())["parts"]) == 5
 
 
 @pytest.mark.usefixtures("pretended")

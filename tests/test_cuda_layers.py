@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import shim
+from kernels import identity, shim
 from sfpformat import PRESETS, InvalidFileError, Options
 from sfpformat.conformance.forge import Forge
 from sfpformat.torch import (
@@ -287,3 +287,7 @@ def test_raw_bytes_and_empty_weights_are_left_to_the_processor() -> None:
     layer = SfpLinear.of(dense, Options(coding="raw"))
     x = torch.randn(1, 5, dtype=torch.bfloat16)
     assert bits(layer(x)) == bits(dense(x))
+
+
+def test_the_check_of_layers_needs_no_device_of_its_own() -> None:
+    assert identity.compare_layers("cpu") == 3 * (3 * 3 + 3)

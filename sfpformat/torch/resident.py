@@ -112,6 +112,8 @@ def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | N
             return None
         entry, queue = weight.entry, devices.loader_of(data.device).queue
         starts, columns, segment = rows * entry.columns, entry.columns, entry.segment
+        if not len(rows):
+            return torch.empty(0, columns, dtype=torch_dtype(entry.dtype.name), device=data.device)
         wanted = Selection((len(starts), columns), starts, range(columns)).segments(segment)
         segments = fill_gaps(wanted)
         size = len(segments) * segment
