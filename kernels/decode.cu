@@ -72,16 +72,14 @@ template <u32 ITEM, u32 WIDTH, Tables TABLES>
 __device__ inline void run_dense(
     const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
-    __shared__ u32 tiles[WARPS][WARP * row_words(ITEM)];
-    __shared__ u32 table[table_words(TABLES)];
+    __shared__ DenseMemory<ITEM, WIDTH, TABLES> memory;
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    Warp first = warp_of(jobs, parts[blockIdx.x * WARPS], out);
-    fill_short<TABLES>(first, (u16 *)table, threadIdx.x);
+    fill_dense_tables<TABLES>(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, memory.tables, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
     Warp warp = warp_of(jobs, part, out);
-    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(warp, index, tiles[own], (u16 *)table, lane);
+    u32 wrong = decode_dense<ITEM, WIDTH, TABLES>(warp, index, memory, own, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 

@@ -18,8 +18,9 @@ enum State { NEW, READY, AT_WARP, AT_BLOCK, DONE };
 const size_t STACK = 1 << 16;  // bytes; all functions of a kernel take a tenth of it with sanitisers
 
 struct Copy {
-    Words *to;
-    const Words *from;
+    u32 *to;
+    const u32 *from;
+    u32 words, group;
 };
 
 // Where a fiber, or who runs them, goes on. These jumps keep no mask of signals and forget nothing that is known of
@@ -33,6 +34,7 @@ struct Fiber {
     State state;
     unsigned parity;  // of the mailbox that the next exchange uses
     std::vector<Copy> copies;  // that were begun
+    u32 group;                 // that they are in
 };
 
 Place scheduler;
@@ -205,14 +207,27 @@ const Kernel KERNELS[] = {
 void wait_for_warp() { wait_as(AT_WARP); }
 void wait_for_block() { wait_as(AT_BLOCK); }
 
-void copy_ahead(Words *to, const Words *from) {
-    if (copies_wait) fibers[current].copies.push_back({to, from});
-    else *to = *from;
+void copy_words(u32 *to, const u32 *from, u32 words) {
+    Fiber &own = fibers[current];
+    if (copies_wait) own.copies.push_back({to, from, words, own.group});
+    else memcpy(to, from, 4 * words);
+}
+
+void close_copies() { fibers[current].group++; }
+
+void wait_for_groups(u32 but) {
+    Fiber &own = fibers[current];
+    size_t done = 0;
+    for (; done < own.copies.size() && own.copies[done].group + but < own.group; done++) {
+        const Copy &copy = own.copies[done];
+        memcpy(copy.to, copy.from, 4 * copy.words);
+    }
+    own.copies.erase(own.copies.begin(), own.copies.begin() + (long)done);
 }
 
 void wait_for_copies() {
-    for (const Copy &copy : fibers[current].copies) *copy.to = *copy.from;
-    fibers[current].copies.clear();
+    close_copies();
+    wait_for_groups(0);
 }
 
 const Mail *exchange(const Mail &mail) {

@@ -7,8 +7,19 @@ enum : u32 { HAS_TENSORS = 1 };
 inline u32 permuted(u32 low, u32 high, u32 chosen) { return __byte_perm(low, high, chosen); }
 
 // Copies that were begun: done at once, or when the lane waits; both are allowed, and a kernel must bear both.
-void copy_ahead(Words *to, const Words *from);
+void copy_words(u32 *to, const u32 *from, u32 words);
+void close_copies();
+void wait_for_groups(u32 but);
 void wait_for_copies();
+
+inline void copy_ahead(Words *to, const Words *from) { copy_words((u32 *)to, (const u32 *)from, 4); }
+
+template <u32 WORDS> inline void copy_if(u32 *to, const u32 *from, bool there) {
+    static const u32 zeros[WORDS] = {};
+    copy_words(to, there ? from : zeros, WORDS);
+}
+
+template <u32 GROUPS> inline void wait_for_all_but() { wait_for_groups(GROUPS); }
 
 inline u32 dtype_of(Kind kind) { return kind == OF_BF16 ? BF16 : F16; }
 

@@ -1,6 +1,6 @@
 // Instructions of a GPU that CUDA C++ has no function for: bytes by unmasked selectors, copies that do not wait, two
 // numbers rounded at once, products on tensor cores. The last three need compute capability 8.0; on older devices
-// the kernels of product.cuh are there and do nothing. What stands in for them on the host is in host_tensor.h.
+// copies wait, and the kernels of product.cuh are there and do nothing. What stands in for them on the host is in host_tensor.h.
 #pragma once
 #include "values.cuh"
 
@@ -25,6 +25,24 @@ enum : u32 { HAS_TENSORS = 1 };
 __device__ inline void copy_ahead(Words *to, const Words *from) {
     u32 address = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+// Begins to copy `WORDS` words, 2 or 4, to shared memory; zeros where nothing is there, and nothing is read then.
+template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
+    u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 4 * WORDS : 0;
+    if (WORDS == 4) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    }
+}
+
+// The copies that this lane began since it last did this are a group.
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the copies that this lane began, but for those of its last `GROUPS` groups.
+template <u32 GROUPS> __device__ inline void wait_for_all_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 // Waits for the copies that this lane began.
@@ -62,6 +80,12 @@ __device__ inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, 
 
 enum : u32 { HAS_TENSORS = 0 };
 __device__ inline void copy_ahead(Words *, const Words *) {}
+template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
+#pragma unroll
+    for (u32 i = 0; i < WORDS; i++) to[i] = there ? from[i] : 0;
+}
+__device__ inline void close_copies() {}
+template <u32 GROUPS> __device__ inline void wait_for_all_but() {}
 __device__ inline void wait_for_copies() {}
 template <Kind KIND> __device__ inline u32 two_rounded(float, float) { return 0; }
 template <Kind KIND> __device__ inline void multiply_add(float *, u32, u32, u32, u32, u32, u32) {}
