@@ -103,15 +103,14 @@ template <bool LONG>
 __device__ inline void run_sparse(
     const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
-    __shared__ u32 tiles[WARPS][WARP * row_words(2)];
-    __shared__ SparseTables tables;
+    __shared__ SparseMemory memory;
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    fill_sparse(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, tables, threadIdx.x);
+    fill_sparse(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, memory.tables, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
     Warp warp = warp_of(jobs, part, out);
-    u32 wrong = decode_sparse<LONG>(warp, index, tiles[own], tables, lane);
+    u32 wrong = decode_sparse<LONG>(warp, index, memory, own, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
@@ -142,16 +141,16 @@ KERNEL(sparse_2_short, 5, (run_sparse<false>))
 KERNEL(sparse_2_long, 5, (run_sparse<true>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
 // most 8 bits.
-KERNEL(dense_2_8_one_short, 6, (run_dense<2, 8, ONE_SHORT>))
-KERNEL(dense_2_8_one_long, 6, (run_dense<2, 8, ONE_LONG>))
-KERNEL(dense_2_8_many_short, 6, (run_dense<2, 8, MANY_SHORT>))
-KERNEL(dense_2_8_many_long, 6, (run_dense<2, 8, MANY_LONG>))
-KERNEL(dense_4_24_one_short, 6, (run_dense<4, 24, ONE_SHORT>))
-KERNEL(dense_4_24_one_long, 6, (run_dense<4, 24, ONE_LONG>))
-KERNEL(dense_4_24_many_short, 6, (run_dense<4, 24, MANY_SHORT>))
-KERNEL(dense_4_24_many_long, 6, (run_dense<4, 24, MANY_LONG>))
-KERNEL(dense_2_0, 6, (run_dense<2, 0, MANY_LONG>))
-KERNEL(dense_4_0, 6, (run_dense<4, 0, MANY_LONG>))
+KERNEL(dense_2_8_one_short, 8, (run_dense<2, 8, ONE_SHORT>))
+KERNEL(dense_2_8_one_long, 7, (run_dense<2, 8, ONE_LONG>))
+KERNEL(dense_2_8_many_short, 8, (run_dense<2, 8, MANY_SHORT>))
+KERNEL(dense_2_8_many_long, 7, (run_dense<2, 8, MANY_LONG>))
+KERNEL(dense_4_24_one_short, 8, (run_dense<4, 24, ONE_SHORT>))
+KERNEL(dense_4_24_one_long, 7, (run_dense<4, 24, ONE_LONG>))
+KERNEL(dense_4_24_many_short, 8, (run_dense<4, 24, MANY_SHORT>))
+KERNEL(dense_4_24_many_long, 7, (run_dense<4, 24, MANY_LONG>))
+KERNEL(dense_2_0, 5, (run_dense<2, 0, MANY_LONG>))
+KERNEL(dense_4_0, 5, (run_dense<4, 0, MANY_LONG>))
 
 // ------------------------------------------------------------------------------------------------- products
 

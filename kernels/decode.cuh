@@ -62,21 +62,16 @@ template <u32 ITEM> __device__ inline void write_full_tile(const Warp &warp, con
     }
 }
 
-// Writes out the rows of the warp's segments, which hold the positions from `done` on. All lanes take part.
-template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
-    u32 rows = least(WARP, warp.job->stop - warp.first);
-    u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
-    if (rows == WARP && last >= done + tile_positions(ITEM)) {
-        write_full_tile<ITEM>(warp, tile, done, lane);
-        return;
-    }
+// Writes out a tile some of whose rows are missing or short. All lanes take part. Args: stride: words from row to row.
+template <u32 ITEM, u32 POSITIONS>
+__device__ inline void write_part(const Warp &warp, const u32 *tile, u32 stride, u32 done, u32 rows, u32 lane) {
     for (u32 row = 0; row < rows; row++) {
         u32 positions = positions_of(*warp.recipe, *warp.job, warp.first + row);
         if (positions <= done) continue;
-        u32 bytes = least(positions - done, tile_positions(ITEM)) * ITEM;
+        u32 bytes = least(positions - done, POSITIONS) * ITEM;
         u8 *to = place_of_row<ITEM>(warp, done, row);
         for (u32 word = lane; 4 * word < bytes; word += WARP) {
-            u32 value = tile[row * row_words(ITEM) + word];
+            u32 value = tile[row * stride + word];
             if (4 * word + 4 <= bytes) {
                 *(u32 *)(to + 4 * word) = value;
             } else {  // the end of a tensor
@@ -85,6 +80,14 @@ template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u3
             }
         }
     }
+}
+
+// Writes out the rows of the warp's segments, which hold the positions from `done` on. All lanes take part.
+template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
+    u32 rows = least(WARP, warp.job->stop - warp.first);
+    u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
+    if (rows == WARP && last >= done + tile_positions(ITEM)) write_full_tile<ITEM>(warp, tile, done, lane);
+    else write_part<ITEM, tile_positions(ITEM)>(warp, tile, row_words(ITEM), done, rows, lane);
 }
 
 // The state of one lane that can decode every kind of tensor.

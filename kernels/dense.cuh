@@ -348,7 +348,7 @@ __device__ inline u32 decode_dense(
         }
         __syncwarp();
     }
-    wait_for_copies();
+    wait_for_copies();  // for other blocks, which get this one's shared memory
     // Residuals end where the index has it by their number and width.
     u32 end = there ? stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, PREFIX_ROW)[s + 1] : 0;
     return there && lane.prefix.place != end ? (u32)WRONG_END : 0;

@@ -8,6 +8,9 @@
 #pragma once
 #include "short.cuh"
 
+// A tile: 32 positions, and a word between the rows.
+enum : u32 { SPARSE_TILE = 32, SPARSE_ROW = SPARSE_TILE / 2 + 1 };
+
 // Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern << 16, or octet << 8.
 struct SparseTables {
     u32 levels[SHORT_CODES * SHORT_ENTRIES];
@@ -54,28 +57,30 @@ __device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u
 }
 
 // A stream that is looked up in one plane: that of its codewords, or of its residuals where it has no code.
-template <class Entry> struct SparseStream {
-    Reader reader;
+template <class Entry, u32 WORDS> struct SparseStream {
+    Ring<WORDS> reader;
     const Entry *table;  // first look-up of the segment's code
     u32 code;            // its number
 };
 
-template <class Entry>
-__device__ inline SparseStream<Entry> sparse_stream_at(
-    const Warp &warp, u32 *index, const Entry *tables, u32 number, u32 s
+// Args: ring: the warp's.
+template <class Entry, u32 WORDS>
+__device__ inline SparseStream<Entry, WORDS> sparse_stream_at(
+    const Warp &warp, u32 *index, const Entry *tables, u32 *ring, u32 number, u32 s, u32 lane_number
 ) {
     const Recipe &recipe = *warp.recipe;
     u32 row = recipe.streams[number].codes ? (u32)PREFIX_ROW : (u32)RESIDUAL_ROW;
-    SparseStream<Entry> out;
+    u32 place = stream_row(index, recipe, *warp.job, number, row)[s];
+    SparseStream<Entry, WORDS> out;
     out.code = stream_row(index, recipe, *warp.job, number, CODE_ROW)[s] & 0xFFFF;
-    out.reader = reader_at(chunk_of(*warp.job), stream_row(index, recipe, *warp.job, number, row)[s]);
+    out.reader = ring_at<WORDS>(chunk_of(*warp.job), place, ring, lane_number);
     out.table = tables + out.code * SHORT_ENTRIES;
     return out;
 }
 
-template <class Entry>
+template <class Entry, u32 WORDS>
 __device__ inline u32 wrong_end_of(
-    const SparseStream<Entry> &stream, const Warp &warp, u32 *index, u32 number, u32 s
+    const SparseStream<Entry, WORDS> &stream, const Warp &warp, u32 *index, u32 number, u32 s
 ) {
     const Recipe &recipe = *warp.recipe;
     u32 row = recipe.streams[number].codes ? (u32)PREFIX_ROW : (u32)RESIDUAL_ROW;
@@ -83,10 +88,25 @@ __device__ inline u32 wrong_end_of(
     return stream.reader.place != end ? (u32)WRONG_END : 0;
 }
 
+// Words of the rings: of levels 32 positions take up to 256 bits, of octets and signs up to 48.
+enum : u32 { LEVEL_WORDS = 4, MASK_WORDS = 2, SIGN_WORDS = 2 };
+typedef SparseStream<u32, LEVEL_WORDS> LevelStream;
+typedef SparseStream<u16, MASK_WORDS> OctetStream;
+
+// What a block has in shared memory.
+struct SparseMemory {
+    alignas(16) u32 levels[WARPS][ring_words<LEVEL_WORDS>()];
+    alignas(16) u32 octets[WARPS][ring_words<MASK_WORDS>()];
+    alignas(16) u32 signs[WARPS][ring_words<SIGN_WORDS>()];
+    SparseTables tables;
+    u32 tiles[WARPS][WARP * SPARSE_ROW];
+};
+
 struct SparseLane {
-    SparseStream<u32> levels;
-    SparseStream<u16> mask;
-    Reader signs;
+    LevelStream levels;
+    OctetStream mask;
+    Ring<SIGN_WORDS> signs;
+    u32 held;  // where the levels that are there end, as a bit of the chunk
     u32 positions, survivors, found, wrong;
     u32 masked, has_signs;
 };
@@ -99,7 +119,7 @@ __device__ inline u32 long_entry(const Stream &stream, const u8 *bytes, u32 code
 
 // The entry for some bits; LONG: of codewords of more than 8 bits too.
 template <bool LONG>
-__device__ inline u32 level_of(const Recipe &recipe, const SparseStream<u32> &levels, u32 bits) {
+__device__ inline u32 level_of(const Recipe &recipe, const LevelStream &levels, u32 bits) {
     u32 entry = levels.table[bits & (SHORT_ENTRIES - 1)];
     if (LONG && (entry & 15) == 0) {
         const u8 *bytes = (const u8 *)&recipe;
@@ -109,7 +129,7 @@ __device__ inline u32 level_of(const Recipe &recipe, const SparseStream<u32> &le
 }
 
 template <bool LONG>
-__device__ inline u32 octet_of(const Recipe &recipe, const SparseStream<u16> &mask, u32 bits) {
+__device__ inline u32 octet_of(const Recipe &recipe, const OctetStream &mask, u32 bits) {
     u32 entry = mask.table[bits & (SHORT_ENTRIES - 1)];
     if (LONG && (entry & 15) == 0) {
         const u8 *bytes = (const u8 *)&recipe;
@@ -121,6 +141,25 @@ __device__ inline u32 octet_of(const Recipe &recipe, const SparseStream<u16> &ma
 
 // Codewords that lie in 32 bits for certain: so many are looked up before the reader goes on.
 template <bool LONG> __device__ constexpr u32 at_once() { return LONG ? 2 : 4; }
+
+// Before each word. Of levels a piece is on its way, at most two; the others are there.
+__device__ inline void begin_word(SparseLane &lane) {
+    lane.held = (lane.levels.reader.next) * piece_bits<LEVEL_WORDS>();
+    top_up(lane.levels.reader);
+    top_up(lane.levels.reader);
+    if (lane.masked) top_up(lane.mask.reader);
+    if (lane.has_signs) top_up(lane.signs);
+    close_copies();
+    wait_for_all_but<1>();
+}
+
+// Where more levels were read than came: seldom.
+__device__ inline void catch_up(SparseLane &lane) {
+    top_up(lane.levels.reader);
+    top_up(lane.levels.reader);
+    lane.held = lane.levels.reader.next * piece_bits<LEVEL_WORDS>();
+    wait_for_copies();
+}
 
 // The mask bits of `count` positions, at most 32, the first one lowest.
 template <bool LONG> __device__ inline u32 next_word(const Recipe &recipe, SparseLane &lane, u32 count) {
@@ -157,6 +196,7 @@ template <bool LONG> __device__ inline void put_word(const Recipe &recipe, Spars
 #pragma unroll
     for (u32 i = 0; i < 16; i++) row[i] = 0;
     while (left) {
+        if (lane.held - lane.levels.reader.place < 2 * WARP) catch_up(lane);
         u32 bits = peek(lane.levels.reader), survivors = __popc(left), taken = 0, sum = 0;
 #pragma unroll
         for (u32 i = 0; i < at_once<LONG>(); i++) {
@@ -173,37 +213,57 @@ template <bool LONG> __device__ inline void put_word(const Recipe &recipe, Spars
     }
 }
 
-// Decodes the warp's segments. Returns each lane's error word. `tile`: 32 rows.
+// Writes out a tile whose rows are all there and full: a row is 16 words, two rows at a time.
+__device__ inline void write_full_sparse(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
+    const u32 words = SPARSE_TILE / 2;
+    u32 column = lane % words, row = lane / words, step = warp.recipe->segment;
+    u32 *to = (u32 *)place_of_row<2>(warp, done, row) + column;
+    tile += row * SPARSE_ROW + column;
+#pragma unroll 8
+    for (u32 i = 0; i < WARP / 2; i++, to += step, tile += 2 * SPARSE_ROW) *to = *tile;
+}
+
+// Decodes the warp's segments. Returns each lane's error word.
 template <bool LONG>
 __device__ inline u32 decode_sparse(
-    const Warp &warp, u32 *index, u32 *tile, const SparseTables &tables, u32 lane_number
+    const Warp &warp, u32 *index, SparseMemory &memory, u32 own, u32 lane_number
 ) {
     const Recipe &recipe = *warp.recipe;
-    u32 s = warp.first + lane_number, rows = positions_of(recipe, *warp.job, warp.first);
-    u32 *row = tile + lane_number * row_words(2);
-    bool there = s < warp.job->stop;
+    u32 s = warp.first + lane_number, positions = positions_of(recipe, *warp.job, warp.first);
+    u32 *tile = memory.tiles[own], *row = tile + lane_number * SPARSE_ROW;
+    u32 rows = least(WARP, warp.job->stop - warp.first);
+    u32 last = positions_of(recipe, *warp.job, warp.first + rows - 1);
+    bool there = lane_number < rows;
     SparseLane lane = {};
     lane.masked = recipe.mask != NO_MASK;
     lane.has_signs = recipe.streams[FINGERPRINTS].codes != 0;
     if (there) {
         lane.positions = positions_of(recipe, *warp.job, s);
         lane.survivors = survivors_row(index, *warp.job)[s];
-        lane.levels = sparse_stream_at(warp, index, tables.levels, FINGERPRINTS, s);
-        if (lane.masked) lane.mask = sparse_stream_at(warp, index, tables.octets, MASK, s);
+        lane.levels = sparse_stream_at<u32, LEVEL_WORDS>(
+            warp, index, memory.tables.levels, memory.levels[own], FINGERPRINTS, s, lane_number
+        );
+        if (lane.masked) {
+            lane.mask = sparse_stream_at<u16, MASK_WORDS>(
+                warp, index, memory.tables.octets, memory.octets[own], MASK, s, lane_number
+            );
+        }
         u32 place = stream_row(index, recipe, *warp.job, FINGERPRINTS, RESIDUAL_ROW)[s];
-        lane.signs = reader_at(chunk_of(*warp.job), place);
+        lane.signs = ring_at<SIGN_WORDS>(chunk_of(*warp.job), place, memory.signs[own], lane_number);
+        close_copies();
     }
-    for (u32 done = 0; done < rows; done += tile_positions(2)) {
-#pragma unroll 1
-        for (u32 half = 0; half < tile_positions(2); half += 32) {
-            if (lane.positions <= done + half) continue;
-            u32 word = next_word<LONG>(recipe, lane, least(32, lane.positions - done - half));
-            put_word<LONG>(recipe, lane, word, row + half / 2);
+    for (u32 done = 0; done < positions; done += SPARSE_TILE) {
+        if (lane.positions > done) {
+            begin_word(lane);
+            u32 word = next_word<LONG>(recipe, lane, least(SPARSE_TILE, lane.positions - done));
+            put_word<LONG>(recipe, lane, word, row);
         }
         __syncwarp();
-        write_tile<2>(warp, tile, done, lane_number);
+        if (rows == WARP && last >= done + SPARSE_TILE) write_full_sparse(warp, tile, done, lane_number);
+        else write_part<2, SPARSE_TILE>(warp, tile, SPARSE_ROW, done, rows, lane_number);
         __syncwarp();
     }
+    wait_for_copies();  // for other blocks, which get this one's shared memory
     if (!there) return 0;
     u32 wrong = wrong_end_of(lane.levels, warp, index, FINGERPRINTS, s);
     if (!lane.masked) return wrong;

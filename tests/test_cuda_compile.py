@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -15,13 +16,11 @@ import pytest
 from kernels import budget, machine
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
-from sfpformat.engines.cuda import driver, source
+from sfpformat.engines.cuda import driver, layout, source
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Registers a thread that let a multiprocessor have the blocks that `decode.cu` asks for: 65,536 registers,
-# blocks of 128 threads, eight registers at a time.
-REGISTERS = {"dense": 80, "short": 128, "sparse": 96, "plain": 168, "any": 248, "fill": 64, "index": 128}
-REGISTERS |= {"place": 128, "multiply_bf16": 96, "multiply_f16": 96, "multiply_f32": 168}
+# A multiprocessor's registers, and shared memory, of which a block takes some more than it declares.
+REGISTERS, SHARED_OF_ALL, SHARED_BESIDE = 65536, {"sm_90": 228 << 10, "sm_100": 228 << 10}, 1 << 10
 SHARED = 48 << 10  # bytes a block without asking the driver for more
 
 
@@ -38,6 +37,7 @@ def test_the_source_is_one_string_without_headers() -> None:
         "values",
         "decode",
         "dense",
+        "ring",
         "short",
         "sparse",
         "tensor",
@@ -55,10 +55,16 @@ def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
     assert code.startswith(b"\x7fELF")
     assert set(usage) == set(source.kernels())
     assert "warning" not in said
+    blocks = {
+        name: int(count)
+        for name, count in re.findall(r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", source.source(), re.MULTILINE)
+    }
     for kernel, used in usage.items():
         assert used.spilled == 0, kernel
-        assert used.registers <= (REGISTERS.get(kernel) or REGISTERS[kernel.split("_")[0]]), kernel
+        assert used.registers * layout.THREADS * blocks.get(kernel, 4) <= REGISTERS, kernel
         assert used.shared <= SHARED, kernel
+        if arch in SHARED_OF_ALL:
+            assert (used.shared + SHARED_BESIDE) * blocks.get(kernel, 4) <= SHARED_OF_ALL[arch], kernel
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
