@@ -1,25 +1,29 @@
-// Weights of 2 bytes of pruned tensors that are quantised: octets as a mask, and levels that are each a codeword and a
-// sign, or all of one width. What a codeword stands for is known with its first look-up: the octet, or the pattern
-// of a magnitude.
+// Weights of 2 bytes of pruned tensors: octets as a mask or none, and levels that are each a codeword and a residual of
+// WIDTH bits: 1, the sign of a magnitude of a quantised tensor, or 8, mantissa and sign of an exact one. Or quantised
+// levels that are all of one width. What a codeword stands for is known with its first look-up: the octet, the pattern
+// of the magnitude, or the class's first level.
 //
 // 32 positions at a time: a word of the mask, which is four look-ups; then four survivors a turn, each put where the
-// next bit of that word is. Their signs are the next bits of the residual plane, as many as the word has survivors. A
-// stream of one class has its levels, signs included, in the residual plane, and is looked up there.
+// next bit of that word is. Signs are the next bits of the residual plane, as many as the word has survivors; of bytes
+// four are taken a turn. A stream of one class has its levels, signs included, in the residual plane, and is looked up
+// there.
 #pragma once
 #include "short.cuh"
 
 // A tile: 32 positions, and a word between the rows.
 enum : u32 { SPARSE_TILE = 32, SPARSE_ROW = SPARSE_TILE / 2 + 1 };
 
-// Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern << 16, or octet << 8.
+// Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern or first level << 16, or
+// octet << 8.
 struct SparseTables {
     u32 levels[SHORT_CODES * SHORT_ENTRIES];
     u16 octets[SHORT_CODES * SHORT_ENTRIES];
 };
 
 // Entries of a codeword, from what `fill_entry` gives.
-__device__ inline u32 level_entry(const u8 *bytes, const Recipe &recipe, u32 entry) {
+template <u32 WIDTH> __device__ inline u32 level_entry(const u8 *bytes, const Recipe &recipe, u32 entry) {
     const u64 *first = (const u64 *)(bytes + recipe.streams[FINGERPRINTS].first);
+    if (WIDTH == 8) return (entry >> 16 & 15) | (u32)first[entry & 255] << 16;
     const u32 *patterns = (const u32 *)(bytes + recipe.patterns);
     return (entry >> 16 & 15) | patterns[first[entry & 255]] << 16;
 }
@@ -30,7 +34,7 @@ __device__ inline u32 octet_entry(const u8 *bytes, const Stream &stream, u32 ent
 }
 
 // Fills the tables. All threads take part, and wait for one another after it.
-__device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u32 thread) {
+template <u32 WIDTH> __device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u32 thread) {
     const u8 *bytes = (const u8 *)&recipe;
     const Stream &levels = recipe.streams[FINGERPRINTS], &mask = recipe.streams[MASK];
     const u32 *of_levels = (const u32 *)(bytes + levels.entries), *of_mask = (const u32 *)(bytes + mask.entries);
@@ -42,7 +46,7 @@ __device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u
             continue;
         }
         u32 entry = of_levels[(i >> SHORT << levels.bits) + (i & (SHORT_ENTRIES - 1) & window)];
-        tables.levels[i] = (entry >> 16 & 15) > SHORT ? 0 : level_entry(bytes, recipe, entry);
+        tables.levels[i] = (entry >> 16 & 15) > SHORT ? 0 : level_entry<WIDTH>(bytes, recipe, entry);
     }
     if (recipe.mask == NO_MASK) return;
     window = (1u << mask.bits) - 1;
@@ -88,27 +92,29 @@ __device__ inline u32 wrong_end_of(
     return stream.reader.place != end ? (u32)WRONG_END : 0;
 }
 
-// Words of the rings: of levels 32 positions take up to 256 bits, of octets and signs up to 48.
-enum : u32 { LEVEL_WORDS = 4, MASK_WORDS = 2, SIGN_WORDS = 2 };
+// Words of the rings: of levels, and of residuals that are bytes, 32 positions take up to 256 bits, of octets and signs
+// up to 48.
+enum : u32 { LEVEL_WORDS = 4, MASK_WORDS = 2 };
+template <u32 WIDTH> __device__ constexpr u32 residual_words() { return WIDTH == 8 ? 4 : 2; }
 typedef SparseStream<u32, LEVEL_WORDS> LevelStream;
 typedef SparseStream<u16, MASK_WORDS> OctetStream;
 
 // What a block has in shared memory.
-struct SparseMemory {
+template <u32 WIDTH> struct SparseMemory {
     alignas(16) u32 levels[WARPS][ring_words<LEVEL_WORDS>()];
     alignas(16) u32 octets[WARPS][ring_words<MASK_WORDS>()];
-    alignas(16) u32 signs[WARPS][ring_words<SIGN_WORDS>()];
+    alignas(16) u32 residuals[WARPS][ring_words<residual_words<WIDTH>()>()];
     SparseTables tables;
     u32 tiles[WARPS][WARP * SPARSE_ROW];
 };
 
-struct SparseLane {
+template <u32 WIDTH> struct SparseLane {
     LevelStream levels;
     OctetStream mask;
-    Ring<SIGN_WORDS> signs;
-    u32 held;  // where the levels that are there end, as a bit of the chunk
+    Ring<residual_words<WIDTH>()> residuals;
+    u32 held, residuals_held;  // where the levels and residuals that are there end, as bits of the chunk
     u32 positions, survivors, found, wrong;
-    u32 masked, has_signs;
+    u32 masked, has_residuals;
 };
 
 // What the whole table has for some bits, the next one lowest, where the first look-up has nothing.
@@ -118,12 +124,12 @@ __device__ inline u32 long_entry(const Stream &stream, const u8 *bytes, u32 code
 }
 
 // The entry for some bits; LONG: of codewords of more than 8 bits too.
-template <bool LONG>
+template <bool LONG, u32 WIDTH>
 __device__ inline u32 level_of(const Recipe &recipe, const LevelStream &levels, u32 bits) {
     u32 entry = levels.table[bits & (SHORT_ENTRIES - 1)];
     if (LONG && (entry & 15) == 0) {
         const u8 *bytes = (const u8 *)&recipe;
-        entry = level_entry(bytes, recipe, long_entry(recipe.streams[FINGERPRINTS], bytes, levels.code, bits));
+        entry = level_entry<WIDTH>(bytes, recipe, long_entry(recipe.streams[FINGERPRINTS], bytes, levels.code, bits));
     }
     return entry;
 }
@@ -142,27 +148,43 @@ __device__ inline u32 octet_of(const Recipe &recipe, const OctetStream &mask, u3
 // Codewords that lie in 32 bits for certain: so many are looked up before the reader goes on.
 template <bool LONG> __device__ constexpr u32 at_once() { return LONG ? 2 : 4; }
 
-// Before each word. Of levels a piece is on its way, at most two; the others are there.
-__device__ inline void begin_word(SparseLane &lane) {
-    lane.held = (lane.levels.reader.next) * piece_bits<LEVEL_WORDS>();
+// Begins to copy what comes after the levels, and residuals that are bytes, that will be there next.
+template <u32 WIDTH> __device__ inline void go_on(SparseLane<WIDTH> &lane) {
+    lane.held = lane.levels.reader.next * piece_bits<LEVEL_WORDS>();
     top_up(lane.levels.reader);
     top_up(lane.levels.reader);
+    if (WIDTH == 8) {
+        lane.residuals_held = lane.residuals.next * piece_bits<residual_words<WIDTH>()>();
+        top_up(lane.residuals);
+        top_up(lane.residuals);
+    }
+}
+
+// Before each word: what was copied before the last word is there.
+template <u32 WIDTH> __device__ inline void begin_word(SparseLane<WIDTH> &lane) {
+    go_on(lane);
     if (lane.masked) top_up(lane.mask.reader);
-    if (lane.has_signs) top_up(lane.signs);
+    if (WIDTH == 1 && lane.has_residuals) top_up(lane.residuals);
     close_copies();
     wait_for_all_but<1>();
 }
 
-// Where more levels were read than came: seldom.
-__device__ inline void catch_up(SparseLane &lane) {
-    top_up(lane.levels.reader);
-    top_up(lane.levels.reader);
-    lane.held = lane.levels.reader.next * piece_bits<LEVEL_WORDS>();
+// Whether more was read than came, so that the next turn has to wait: seldom.
+template <u32 WIDTH> __device__ inline bool is_behind(const SparseLane<WIDTH> &lane) {
+    bool levels = lane.held - lane.levels.reader.place < 2 * WARP;
+    return levels || (WIDTH == 8 && lane.residuals_held - lane.residuals.place < 2 * WARP);
+}
+
+template <u32 WIDTH> __device__ inline void catch_up(SparseLane<WIDTH> &lane) {
+    go_on(lane);
     wait_for_copies();
+    go_on(lane);
+    close_copies();
 }
 
 // The mask bits of `count` positions, at most 32, the first one lowest.
-template <bool LONG> __device__ inline u32 next_word(const Recipe &recipe, SparseLane &lane, u32 count) {
+template <bool LONG, u32 WIDTH>
+__device__ inline u32 next_word(const Recipe &recipe, SparseLane<WIDTH> &lane, u32 count) {
     u32 all = 0xFFFFFFFF >> (32 - count), word = 0;
     if (!lane.masked) return all;
 #pragma unroll
@@ -187,25 +209,34 @@ template <bool LONG> __device__ inline u32 next_word(const Recipe &recipe, Spars
 // turn weights go to position 32, which nobody reads, or which is put after these.
 //
 // Args: word: of the mask.
-template <bool LONG> __device__ inline void put_word(const Recipe &recipe, SparseLane &lane, u32 word, u32 *row) {
-    u32 signs = 0, left = __brev(word);  // the first position, and the next sign, highest
-    if (lane.has_signs) {
-        signs = __brev(peek(lane.signs));
-        skip(lane.signs, __popc(word));
+template <bool LONG, u32 WIDTH>
+__device__ inline void put_word(const Recipe &recipe, SparseLane<WIDTH> &lane, u32 word, u32 *row) {
+    u32 residuals = 0, left = __brev(word);  // the first position, and the next sign, highest
+    if (WIDTH == 1 && lane.has_residuals) {
+        residuals = __brev(peek(lane.residuals));
+        skip(lane.residuals, __popc(word));
     }
 #pragma unroll
     for (u32 i = 0; i < 16; i++) row[i] = 0;
     while (left) {
-        if (lane.held - lane.levels.reader.place < 2 * WARP) catch_up(lane);
+        if (is_behind(lane)) catch_up(lane);
         u32 bits = peek(lane.levels.reader), survivors = __popc(left), taken = 0, sum = 0;
+        if (WIDTH == 8) {
+            residuals = peek(lane.residuals);
+            skip(lane.residuals, 8 * least(survivors, at_once<LONG>()));
+        }
 #pragma unroll
         for (u32 i = 0; i < at_once<LONG>(); i++) {
             // A funnel shift looks at the lowest 5 bits alone: at most 24 where it shifts by a sum.
-            u32 entry = level_of<LONG>(recipe, lane.levels, __funnelshift_r(bits, 0, sum));
-            u32 place = (u32)__clz((int)left);
-            ((u16 *)row)[place] = (u16)((entry ^ (signs & 0x80000000)) >> 16);
+            u32 entry = level_of<LONG, WIDTH>(recipe, lane.levels, __funnelshift_r(bits, 0, sum));
+            u32 place = (u32)__clz((int)left), pattern = (entry ^ (residuals & 0x80000000)) >> 16;
+            if (WIDTH == 8) {
+                u32 level = (entry >> 16) + (residuals >> 8 * i & 255);
+                pattern = level >> 1 | level << 15;
+            }
+            ((u16 *)row)[place] = (u16)pattern;
             left &= ~__funnelshift_r(0x80000000, 0x80000000, place);
-            signs <<= 1;
+            if (WIDTH == 1) residuals <<= 1;
             sum += entry;
             if (i < survivors) taken = sum;
         }
@@ -224,9 +255,9 @@ __device__ inline void write_full_sparse(const Warp &warp, const u32 *tile, u32 
 }
 
 // Decodes the warp's segments. Returns each lane's error word.
-template <bool LONG>
+template <bool LONG, u32 WIDTH>
 __device__ inline u32 decode_sparse(
-    const Warp &warp, u32 *index, SparseMemory &memory, u32 own, u32 lane_number
+    const Warp &warp, u32 *index, SparseMemory<WIDTH> &memory, u32 own, u32 lane_number
 ) {
     const Recipe &recipe = *warp.recipe;
     u32 s = warp.first + lane_number, positions = positions_of(recipe, *warp.job, warp.first);
@@ -234,9 +265,9 @@ __device__ inline u32 decode_sparse(
     u32 rows = least(WARP, warp.job->stop - warp.first);
     u32 last = positions_of(recipe, *warp.job, warp.first + rows - 1);
     bool there = lane_number < rows;
-    SparseLane lane = {};
+    SparseLane<WIDTH> lane = {};
     lane.masked = recipe.mask != NO_MASK;
-    lane.has_signs = recipe.streams[FINGERPRINTS].codes != 0;
+    lane.has_residuals = recipe.streams[FINGERPRINTS].codes != 0;
     if (there) {
         lane.positions = positions_of(recipe, *warp.job, s);
         lane.survivors = survivors_row(index, *warp.job)[s];
@@ -249,14 +280,16 @@ __device__ inline u32 decode_sparse(
             );
         }
         u32 place = stream_row(index, recipe, *warp.job, FINGERPRINTS, RESIDUAL_ROW)[s];
-        lane.signs = ring_at<SIGN_WORDS>(chunk_of(*warp.job), place, memory.signs[own], lane_number);
+        lane.residuals = ring_at<residual_words<WIDTH>()>(
+            chunk_of(*warp.job), place, memory.residuals[own], lane_number
+        );
         close_copies();
     }
     for (u32 done = 0; done < positions; done += SPARSE_TILE) {
         if (lane.positions > done) {
             begin_word(lane);
             u32 word = next_word<LONG>(recipe, lane, least(SPARSE_TILE, lane.positions - done));
-            put_word<LONG>(recipe, lane, word, row);
+            put_word<LONG, WIDTH>(recipe, lane, word, row);
         }
         __syncwarp();
         if (rows == WARP && last >= done + SPARSE_TILE) write_full_sparse(warp, tile, done, lane_number);

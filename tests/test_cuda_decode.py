@@ -109,13 +109,13 @@ KERNELS: dict[str, list[Made]] = {
         (ml_dtypes.float8_e5m2, Options(coding="fingerprint", mask="none", group=2), 1.0),
     ],
     "short_2": [
-        (BF16, Options(mask="octets"), 0.5),
+        (BF16, Options(mask="octets", group=2), 0.5),
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs"), 0.1),
         (BF16, Options(quantiser="uniform", step=0.02, mask="runs", polarity=0, codes=1), 0.8),
         (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
         (BF16, Options(trim=True, mask="octets"), 0.4),
     ],
-    "sparse_2_short": [
+    "sparse_2_1_short": [
         (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
         (BF16, PRESETS["gpu"].but(quantiser="uniform", step=0.1, codes=5), 0.5),
         (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor"), 1.0),
@@ -123,10 +123,18 @@ KERNELS: dict[str, list[Made]] = {
         (np.float16, PRESETS["fused"].but(quantiser="table", centroids=128), 0.3),
         (BF16, PRESETS["fused"].but(quantiser="table", centroids=2), 1.0),
     ],
-    "sparse_2_long": [
+    "sparse_2_1_long": [
         (np.float16, Options(quantiser="table", centroids=20, mask="octets"), 0.5),
         (BF16, Options(quantiser="table", centroids=40, group=1, mask="octets"), 0.1),
         (BF16, Options(quantiser="table", centroids=40, group=1, codes=4), 1.0),
+    ],
+    "sparse_2_8_short": [
+        (BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact", codes=n), d)
+        for n, d in ((1, 0.5), (4, 0.95))
+    ],
+    "sparse_2_8_long": [
+        (BF16, Options(mask="octets", quantiser="exact", mantissa_bits=0, group=1, codes=n), d)
+        for n, d in ((1, 0.05), (6, 0.5))
     ],
     "short_4": [(np.float32, Options(quantiser="uniform", step=0.05), 0.5)],
     "plain_2": [(BF16, Options(quantiser="uniform", step=0.0005), 0.9)],

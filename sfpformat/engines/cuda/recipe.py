@@ -263,22 +263,26 @@ def _is_short(entry: TensorEntry) -> bool:
     return few and short and entry.dtype.itemsize <= 4
 
 
-def _is_sparse(entry: TensorEntry) -> bool:
-    """Whether the kernels do that look weights of two bytes up by their codewords, signs aside."""
+def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
+    """Residual bits of the kernels that look weights of two bytes up by their codewords; None where none does it."""
     assert entry.fingerprints is not None
-    table, mask = entry.fingerprints.table, entry.mask
-    if entry.dtype.itemsize != 2 or isinstance(entry.fingerprints.quantiser, Exact):
-        return False
+    quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
+    if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):
+        return None
+    if mask is not None:
+        octets = (mask.table.base, mask.table.extra) == (0, b"\x08")
+        coded = mask.table.classes > 1 and mask.table.group == 1 and mask.table.constant_extra == 0
+        if mask.kind != "octets" or not (octets or coded):
+            return None
+    if isinstance(quantiser, Exact):
+        bytewise = 1 < table.classes <= _MOST_SLOTS and table.group == 1 and table.constant_extra == 8
+        whole = quantiser.dtype == entry.dtype and not quantiser.trim
+        return 8 if mask is not None and bytewise and whole else None
     if table.classes == 1:
         plain = table.extra[0] <= _SHORT_BITS
     else:  # each class a magnitude and its negative
         plain = table.group == 1 and table.constant_extra == 1 and table.base % 2 == 0
-    if mask is not None:
-        octets = (mask.table.base, mask.table.extra) == (0, b"\x08")
-        coded = mask.table.classes > 1 and mask.table.group == 1 and mask.table.constant_extra == 0
-        plain = plain and mask.kind == "octets" and (octets or coded)
-    few = all(len(t.codes) <= layout.SHORT_CODES for t in entry.streams().values())
-    return plain and few and _looks_up(entry)
+    return 1 if plain and _looks_up(entry) else None
 
 
 def _longest(table: CodeTable) -> int:
@@ -310,9 +314,11 @@ def kernel_of(entry: TensorEntry) -> str:
         return f"any_{item}"
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None
-    if _is_sparse(entry):
+    residual_bits = _residual_bits_of_sparse(entry)
+    if residual_bits is not None:
         tables = [table, *([entry.mask.table] if entry.mask is not None else [])]
-        return f"sparse_2_{'short' if max(map(_longest, tables)) <= _SHORT_BITS else 'long'}"
+        length = "short" if max(map(_longest, tables)) <= _SHORT_BITS else "long"
+        return f"sparse_2_{residual_bits}_{length}"
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
         return f"{kind}_{item}"
