@@ -113,24 +113,24 @@ __device__ inline Words staged_words(Chunk chunk, u32 at, const IndexMemory &mem
 enum : u32 { ANY = 0xFFFFFFFF };  // a limit that all numbers of bits that a chunk can have stay below
 
 // Whether a tensor's index has the quantity of a number: the survivors; then for each stream code, trim, prefix bits
-// and residual bits. If so, what is known of it.
+// and residual bits. If so, what is known of it. Nothing is branched on: lanes ask for different numbers.
 __device__ inline bool has_quantity(const Recipe &recipe, u32 number, Quantity &own) {
-    u32 stream_number = number ? (number - 1) / 4 : (u32)MASK;
-    const Stream &stream = recipe.streams[least(stream_number, STREAMS - 1)];
-    u32 row = 1 + ROWS_A_STREAM * stream_number, what = (number - 1) % 4;
-    own = {0, 0, 0, ANY, 0, 0, 0};
-    if (number == 0) return stream.present;
-    if (number >= MAX_QUANTITIES || !stream.present) return false;
-    own.row = row + (what < 2 ? (u32)CODE_ROW : what == 2 ? (u32)PREFIX_ROW : (u32)RESIDUAL_ROW);
-    own.shift = what == 1 ? 16 : 0;
-    if (what == 0) own.limit = stream.codes;
-    if (what == 1) own.limit = stream.least ? stream.least : 1;
-    return what == 0 ? stream.codes > 1 : what == 1 ? stream.trimmed : what == 2 ? stream.codes > 0 : stream.differing;
+    enum : u32 { CODE, TRIM, PREFIX, RESIDUAL, OF_A_STREAM };
+    u32 place = number ? (number - 1) / OF_A_STREAM : (u32)MASK, what = (number - 1) % OF_A_STREAM;
+    const Stream &stream = recipe.streams[least(place, STREAMS - 1)];
+    u32 codes = stream.codes, least_bits = stream.least;
+    u32 those = (codes > 1) << CODE | (stream.trimmed != 0) << TRIM | (codes > 0) << PREFIX;
+    those |= (stream.differing != 0) << RESIDUAL;
+    u32 row = 1 + ROWS_A_STREAM * place + (what < PREFIX ? (u32)CODE_ROW : what - PREFIX + PREFIX_ROW);
+    own.row = number ? row : 0;
+    own.shift = what == TRIM ? 16 : 0;
+    own.limit = what == CODE ? codes : what == TRIM ? least_bits + (least_bits == 0) : ANY;
+    return (number < MAX_QUANTITIES) & (stream.present != 0) & ((number == 0) | (those >> what & 1));
 }
 
 // Reads the header and checks all zeros up to the planes, by one warp. Returns what a lane finds wrong.
 __device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segments, u32 lane, IndexMemory &memory) {
-    Quantity own;
+    Quantity own = {};
     bool there = has_quantity(recipe, lane, own);
     u32 present = __ballot_sync(ALL_LANES, there), count = (u32)__popc(present), wrong = 0, bits = 0;
     u32 number = (u32)__popc(present & ((1u << lane) - 1)), head = part_bytes(8 * QUANTITY_BYTES * count);
@@ -142,6 +142,7 @@ __device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segment
         bits = segments * own.width;
     }
     u32 end = head + sum_up_to(part_bytes(bits), lane), at = end - part_bytes(bits);
+    if (chunk.length > MAX_CHUNK) wrong |= NOT_FOR_THIS;
     if ((there ? at + (bits + 7) / 8 : head) + TAIL > chunk.length) wrong |= WRONG_LAYOUT;
     // The last lane has no quantity; it looks at what comes after the header.
     if (lane == WARP - 1) at = 0, bits = 8 * QUANTITY_BYTES * count;
@@ -208,10 +209,12 @@ __device__ inline u32 sum_segments(
 ) {
     bool wrong = false, masked = recipe.streams[MASK].present;
     Four positions, survivors = memory.rows[0][thread];
+    u32 left = first < segments ? job.total - first * recipe.segment : 0;
     for (u32 i = 0; i < EACH; i++) {
-        positions.of[i] = first + i < segments ? positions_of(recipe, job, first + i) : 0;
+        positions.of[i] = least(recipe.segment, left);
+        left -= positions.of[i];
         bool beyond = survivors.of[i] > positions.of[i];
-        wrong |= first + i < segments && beyond;
+        wrong |= positions.of[i] && beyond;  // without positions there is no segment
         if (beyond || !masked) survivors.of[i] = positions.of[i];
     }
     memory.rows[0][thread] = survivors;
@@ -226,7 +229,7 @@ __device__ inline u32 sum_segments(
             // At most 2^24 levels a chunk (R-TEN-007), 64 bits each.
             u32 levels = levels_of(stream.rule, positions.of[i], survivors.of[i]);
             if (!stream.differing) residual.of[i] = levels * (stream.constant - (code.of[i] >> 16));
-            if (first + i >= segments) prefix.of[i] = residual.of[i] = 0;
+            if (!positions.of[i]) prefix.of[i] = residual.of[i] = 0;
         }
         ((u32 *)memory.sums[2 * number])[thread] = sum_up(prefix);
         ((u32 *)memory.sums[2 * number + 1])[thread] = sum_up(residual);
@@ -317,7 +320,6 @@ __device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, Index
     const Recipe &recipe = *(const Recipe *)memory.recipe;
     u32 thread = warp * WARP + lane, wrong = 0, round = 0;
     stage(job, thread, memory);
-    if (chunk.length > MAX_CHUNK) return NOT_FOR_THIS;
     __syncthreads();
     u32 segments = segments_of(recipe, job), rounds = (segments + ROUND - 1) / ROUND;
     if (warp == 0) wrong = read_header(chunk, recipe, segments, lane, memory);
