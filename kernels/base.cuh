@@ -38,21 +38,16 @@ struct Chunk {
     u32 length;
 };
 
-// The byte at an offset, 0 outside of the chunk.
-__device__ inline u32 byte_at(Chunk chunk, u64 offset) {
-    return offset < chunk.length ? chunk.data[offset] : 0;
-}
-
 // The 4 bytes from an offset on that is a multiple of 4, 0 outside of the chunk.
 __device__ inline u32 word_at(Chunk chunk, u64 offset) {
     return offset + 4 <= chunk.length ? *(const u32 *)(chunk.data + offset) : 0;
 }
 
-// `width` bits, at most 32, from a bit of the chunk on.
-__device__ inline u32 field_at(Chunk chunk, u64 bit, u32 width) {
-    u64 at = bit >> 5 << 2;
-    u64 both = word_at(chunk, at) | (u64)word_at(chunk, at + 4) << 32;
-    return (u32)((both >> (bit & 31)) & (((u64)1 << width) - 1));
+// The 16 bytes from an offset on that is a multiple of 16, 0 outside of the chunk.
+__device__ inline Words words_at(Chunk chunk, u32 offset) {
+    Words words = {0, 0, 0, 0};
+    if (offset < chunk.length && chunk.length - offset >= sizeof(Words)) words = *(const Words *)(chunk.data + offset);
+    return words;
 }
 
 // A plane of one segment, read from its first bit on: LSB-first (R-CNV-002). A lane has one of its own.

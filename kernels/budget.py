@@ -36,6 +36,8 @@ DENSITY = 0.5
 SEGMENT = 512  # positions, in both presets
 # Octets that the compiler takes a turn.
 _OCTETS = 2
+# Of `index_chunks`: segments of a thread in a round; quantities and streams, over which it goes in loops.
+_SEGMENTS, _QUANTITIES, _STREAMS = 4, 13, 3
 SIDE = 8192  # of the matrix whose product is predicted
 
 # Not of the integer pipe: memory, control, what the multiplier does, and pipes of their own.
@@ -199,9 +201,14 @@ def general(kernel: str, code: list[Instruction]) -> Budget:
 
 
 def index_slots(code: list[Instruction]) -> float:
-    """Slots a weight for issue that `index_chunks` takes at most: a segment a lane, twice."""
-    loops = [own for own, _ in loops_of(code) if _count(own, "LD") > 32]
-    return sum(map(len, loops)) / SEGMENT
+    """Slots a weight for issue that `index_chunks` takes at most, in chunks of one full round."""
+    end = max(i.at for i in code if i.kind == "EXIT")  # what comes after is for warps whose lanes parted
+    slots = sum(i.at <= end for i in code)
+    for loop in inner_loops(code):
+        if loop[-1].at < end:
+            # Only fields may have to be loaded from the chunk.
+            slots += (_QUANTITIES if _count(loop, "LD") else _STREAMS) * len(loop) - len(loop)
+    return slots / _SEGMENTS / SEGMENT
 
 
 def product(kernel: str, code: list[Instruction]) -> Budget:

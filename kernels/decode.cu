@@ -33,10 +33,9 @@ extern "C" __global__ void fill_tables(const Code *codes) {
 
 // One block a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
 extern "C" __global__ void index_chunks(const Job *jobs, u32 *index, u32 *status) {
-    __shared__ IndexSums sums;
-    const Job &job = jobs[blockIdx.x];
+    __shared__ IndexMemory memory;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 wrong = index_chunk(*(const Recipe *)job.recipe, job, warp, lane, index, sums);
+    u32 wrong = index_chunk(jobs[blockIdx.x], warp, lane, index, memory);
     if (wrong) atomicOr(&status[blockIdx.x], wrong);
 }
 

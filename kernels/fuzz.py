@@ -62,8 +62,9 @@ def samples(engine: Engine) -> list[Sample]:
     """A chunk or two of every kind of tensor."""
     found = []
     reference = get_engine("python")
-    # The larger ones give all warps of a block something to do.
-    for name, data in chain(files(), files(30, 160, chunk=1 << 13, every=7)):
+    # The larger ones give all warps of a block something to do; the largest have an index of several rounds.
+    larger = files(30, 160, chunk=1 << 13, every=7), files(120, 320, chunk=1 << 16, every=23)
+    for name, data in chain(files(), *larger):
         with sfpformat.open(data) as file:
             entry = file.entry("w")
             vectors = None if entry.vectors is None else file.read_checked(entry, -1)

@@ -49,6 +49,13 @@ inline bool __any_sync(unsigned, bool value) {
     return any;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+    const Mail *all = exchange(value);
+    unsigned lanes = 0;
+    for (unsigned lane = 0; lane < 32; lane++) lanes |= (unsigned)(value_of(all[lane]) != 0) << lane;
+    return lanes;
+}
+
 inline void atomicOr(unsigned *word, unsigned bits) { *word |= bits; }
 
 inline unsigned atomicAdd(unsigned *word, unsigned more) {

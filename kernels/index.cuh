@@ -1,96 +1,194 @@
 // The header and the segment index of a chunk (SPEC.md 15.1, 15.2), by one block: checked, and summed up to where
-// each segment begins in each plane. Each warp has a part of the segments, one after another; it goes through them
-// twice: for the sums of its part, and, when all parts are known, for the places.
+// each segment begins in each plane.
+//
+// There are few chunks, so what counts is how often a block waits. It loads from global memory three times: the job;
+// the recipe together with the chunk's first bytes, which all go to shared memory; what lies around the planes, while
+// it writes. One warp reads the header, a lane a quantity. Then a thread has four segments: it reads their fields,
+// and sums up their bits in each plane; a warp a plane sums up the sums of the threads.
+//
+// A round is as many segments as a block has at a time, and most chunks have one. Of more, the rounds are summed up
+// first, from the first on; when the last one is reached it is known where the planes begin, and the rounds are
+// written, from the last on.
 #pragma once
 #include "recipe.cuh"
 
 enum : u32 { QUANTITY_BYTES = 8, MAX_INDEX_WIDTH = 32, PART = 16, TAIL = 16, CHUNK_UNIT = 64, MAX_QUANTITIES = 13 };
 // Bit offsets of a chunk are u32.
 enum : u32 { MAX_CHUNK = 1u << 29 };
-
-__device__ inline u64 aligned(u64 x, u64 k) { return (x + k - 1) / k * k; }
-
-// A quantity of the index: its fields begin at byte `at`.
-struct Quantity {
-    u64 at;
-    u32 minimum, width;
+enum : u32 {
+    EACH = 4,               // segments of a thread
+    ROUND = EACH * THREADS,  // segments of a block
+    STAGED = 4096,          // first bytes of a chunk that go to shared memory: most have no more in header and index
+    PLANES = 2 * STREAMS,
+    PLANES_A_WARP = (PLANES + WARPS - 1) / WARPS,
+    ROWS = 1 + ROWS_A_STREAM * STREAMS,
+    TURNS = STAGED / (THREADS * sizeof(Words)),  // that the block takes to bring these bytes there
+    RECIPE_WORDS = sizeof(Recipe) / sizeof(Words)
 };
 
-__device__ inline u64 value_at(Chunk chunk, Quantity q, u32 s) {
-    return (u64)q.minimum + field_at(chunk, q.at * 8 + (u64)s * q.width, q.width);
+// A number of each of a thread's segments.
+struct alignas(16) Four {
+    u32 of[EACH];
+};
+
+// A quantity of the index.
+struct alignas(16) Quantity {
+    u32 bit;      // of the chunk where its fields begin
+    u32 minimum;
+    u32 width;
+    u32 limit;    // what its values must stay below
+    u32 row;      // of `IndexMemory` where they go
+    u32 shift;    // by how many bits to the left
+    u32 staged;   // whether its fields are in shared memory
+};
+
+// What a block has in shared memory. Streams have their places here whether the tensor has them or not.
+struct IndexMemory {
+    Words recipe[RECIPE_WORDS];
+    Words staged[TURNS * THREADS];
+    Quantity quantities[MAX_QUANTITIES];
+    // What a round adds to the job's part of `index`; bits in planes are counted from the first of the thread's.
+    Four rows[ROWS][THREADS];
+    Four sums[PLANES][WARP];  // a number a thread: its bits in the plane, then those of all segments before it
+    u32 totals[PLANES];       // bits of all segments so far
+    u32 count;                // of quantities
+    u32 end;                  // byte where the planes begin
+    u32 wrong;                // with the header
+};
+static_assert(RECIPE_WORDS * sizeof(Words) == sizeof(Recipe) && (u32)RECIPE_WORDS <= (u32)THREADS, "a word a thread");
+static_assert((u32)WARP * (u32)EACH == (u32)THREADS, "a lane has the sums of four threads");
+
+// As many bits as a chunk cannot have stand for any greater number: sums that leave 32 bits are found out with that.
+__device__ inline u32 sum_of(u32 bits, u32 more) {
+    u32 sum = bits + more;
+    return sum < bits ? ~0u : sum;
 }
 
-// Whether some bit from bit `start` up to byte `stop` is set, as far as this lane looks.
-__device__ inline bool some_bit(Chunk chunk, u64 start, u64 stop, u32 lane) {
-    u64 first = start >> 3;
-    u32 seen = 0;
-    for (u64 at = first + lane; at < stop; at += WARP) {
-        u32 byte = byte_at(chunk, at);
-        seen |= at == first ? byte >> (start & 7) : byte;
+// The sum of the values of the lanes up to this one.
+__device__ inline u32 sum_up_to(u32 value, u32 lane) {
+    for (u32 step = 1; step < WARP; step *= 2) {
+        u32 below = (u32)__shfl_up_sync(ALL_LANES, value, step);
+        if (lane >= step) value += below;
     }
+    return value;
+}
+
+// The same of bits.
+__device__ inline u32 bits_up_to(u32 bits, u32 lane) {
+    for (u32 step = 1; step < WARP; step *= 2) {
+        u32 below = (u32)__shfl_up_sync(ALL_LANES, bits, step);
+        bits = sum_of(bits, lane >= step ? below : 0);
+    }
+    return bits;
+}
+
+// Bytes of a part with so many bits, and the zeros after it.
+__device__ inline u32 part_bytes(u32 bits) { return ((bits >> 7) + ((bits & 127) != 0)) * PART; }
+
+// Whether bit `from` of 16 bytes or a later one is set.
+__device__ inline bool is_set(Words words, u32 from) {
+    u32 own = ~0u << (from & 31), seen = from < 128 ? words.d & (from < 96 ? ~0u : own) : 0;
+    if (from < 96) seen |= words.c & (from < 64 ? ~0u : own);
+    if (from < 64) seen |= words.b & (from < 32 ? ~0u : own);
+    if (from < 32) seen |= words.a & own;
     return seen != 0;
 }
 
-// The quantities of a tensor's index, those that it has, by what they say: the survivors; then for each stream
-// code, trim, prefix bits and residual bits.
-enum : u32 { ABSENT = 0xFFFFFFFF };
-struct Places {
-    u32 number[MAX_QUANTITIES];  // which of the quantities present, or ABSENT
-    u32 count;
-};
-
-__device__ inline u32 number_if(bool there, Places &places) {
-    if (!there) return ABSENT;
-    return places.count++;
+// Brings the recipe and the chunk's first bytes to shared memory; what the chunk has not is zero.
+__device__ inline void stage(const Job &job, u32 thread, IndexMemory &memory) {
+    Words words[TURNS], of_recipe = {0, 0, 0, 0};
+    // All loads are on their way before the first is waited for.
+    for (u32 i = 0; i < TURNS; i++) words[i] = words_at(chunk_of(job), (i * THREADS + thread) * sizeof(Words));
+    if (thread < RECIPE_WORDS) of_recipe = ((const Words *)job.recipe)[thread];
+    for (u32 row = 0; row < ROWS; row++) memory.rows[row][thread] = Four{};
+    for (u32 i = 0; i < TURNS; i++) memory.staged[i * THREADS + thread] = words[i];
+    if (thread < RECIPE_WORDS) memory.recipe[thread] = of_recipe;
 }
 
-__device__ inline Places places_of(const Recipe &recipe) {
-    Places places;
-    places.count = 0;
-    places.number[0] = number_if(recipe.streams[MASK].present, places);
-    for (u32 i = 0; i < STREAMS; i++) {
-        const Stream &stream = recipe.streams[i];
-        places.number[1 + 4 * i] = number_if(stream.present && stream.codes > 1, places);
-        places.number[2 + 4 * i] = number_if(stream.present && stream.trimmed, places);
-        places.number[3 + 4 * i] = number_if(stream.present && stream.codes > 0, places);
-        places.number[4 + 4 * i] = number_if(stream.present && stream.differing, places);
-    }
-    return places;
+// 16 bytes of the chunk from a multiple of 16 on.
+__device__ inline Words staged_words(Chunk chunk, u32 at, const IndexMemory &memory) {
+    return at < STAGED ? memory.staged[at / sizeof(Words)] : words_at(chunk, at);
 }
 
-// Reads the header: all lanes alike, but for the zeros. Returns what is wrong, and in `end` where the planes begin.
-__device__ inline u32 read_header(Chunk chunk, u32 count, u32 segments, u32 lane, Quantity *quantities, u64 &end) {
-    u64 pos = aligned((u64)QUANTITY_BYTES * count, PART);
-    if (pos + TAIL > chunk.length) return WRONG_LAYOUT;
-    u32 wrong = some_bit(chunk, (u64)QUANTITY_BYTES * count * 8, pos, lane) ? (u32)WRONG_PADDING : 0;
-    for (u32 i = 0; i < count; i++) {
-        u64 at = (u64)QUANTITY_BYTES * i;
-        u32 second = word_at(chunk, at + 4);
-        u32 width = second & 255;
-        if (second >> 8 || width > MAX_INDEX_WIDTH) return WRONG_HEADER;
-        u64 bits = (u64)segments * width, size = (bits + 7) / 8;
-        if (pos + size + TAIL > chunk.length) return WRONG_LAYOUT;
-        quantities[i].at = pos;
-        quantities[i].minimum = word_at(chunk, at);
-        quantities[i].width = width;
-        end = aligned(pos + size, PART);
-        if (some_bit(chunk, pos * 8 + bits, end, lane)) wrong |= WRONG_PADDING;
-        pos = end;
+enum : u32 { ANY = 0xFFFFFFFF };  // a limit that all numbers of bits that a chunk can have stay below
+
+// Whether a tensor's index has the quantity of a number: the survivors; then for each stream code, trim, prefix bits
+// and residual bits. If so, what is known of it. Nothing is branched on: lanes ask for different numbers.
+__device__ inline bool has_quantity(const Recipe &recipe, u32 number, Quantity &own) {
+    enum : u32 { CODE, TRIM, PREFIX, RESIDUAL, OF_A_STREAM };
+    u32 place = number ? (number - 1) / OF_A_STREAM : (u32)MASK, what = (number - 1) % OF_A_STREAM;
+    const Stream &stream = recipe.streams[least(place, STREAMS - 1)];
+    u32 codes = stream.codes, least_bits = stream.least;
+    u32 those = (codes > 1) << CODE | (stream.trimmed != 0) << TRIM | (codes > 0) << PREFIX;
+    those |= (stream.differing != 0) << RESIDUAL;
+    u32 row = 1 + ROWS_A_STREAM * place + (what < PREFIX ? (u32)CODE_ROW : what - PREFIX + PREFIX_ROW);
+    own.row = number ? row : 0;
+    own.shift = what == TRIM ? 16 : 0;
+    own.limit = what == CODE ? codes : what == TRIM ? least_bits + (least_bits == 0) : ANY;
+    return (number < MAX_QUANTITIES) & (stream.present != 0) & ((number == 0) | (those >> what & 1));
+}
+
+// Reads the header and checks all zeros up to the planes, by one warp. Returns what a lane finds wrong.
+__device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segments, u32 lane, IndexMemory &memory) {
+    Quantity own = {};
+    bool there = has_quantity(recipe, lane, own);
+    u32 present = __ballot_sync(ALL_LANES, there), count = (u32)__popc(present), wrong = 0, bits = 0;
+    u32 number = (u32)__popc(present & ((1u << lane) - 1)), head = part_bytes(8 * QUANTITY_BYTES * count);
+    if (there) {
+        const u32 *header = (const u32 *)memory.staged + QUANTITY_BYTES / 4 * number;
+        own.minimum = header[0];
+        own.width = header[1] & 255;
+        if (header[1] >> 8 || own.width > MAX_INDEX_WIDTH) wrong = WRONG_HEADER, own.width = 0;
+        bits = segments * own.width;
     }
-    end = pos;
+    u32 end = head + sum_up_to(part_bytes(bits), lane), at = end - part_bytes(bits);
+    if (chunk.length > MAX_CHUNK) wrong |= NOT_FOR_THIS;
+    if ((there ? at + (bits + 7) / 8 : head) + TAIL > chunk.length) wrong |= WRONG_LAYOUT;
+    // The last lane has no quantity; it looks at what comes after the header.
+    if (lane == WARP - 1) at = 0, bits = 8 * QUANTITY_BYTES * count;
+    if (bits % 128 && is_set(staged_words(chunk, at + bits / 128 * PART, memory), bits % 128)) wrong |= WRONG_PADDING;
+    own.bit = at * 8;
+    own.staged = end + PART <= STAGED;  // a load of a field's words goes past its end
+    if (there) memory.quantities[number] = own;
+    bool any = __any_sync(ALL_LANES, wrong != 0);
+    if (lane == WARP - 1) memory.count = count, memory.end = end, memory.wrong = any;
     return wrong;
 }
 
-// What the index says of one segment.
-struct SegmentIndex {
-    u32 survivors;
-    u32 code[3], trim[3];
-    u64 prefix[3], residual[3];  // bits
+// The chunk's first bytes, as `Chunk`; whoever reads there knows that it lies in them.
+struct Staged {
+    const u32 *words;
 };
 
-__device__ inline u64 quantity_of(Chunk chunk, const Places &places, const Quantity *quantities, u32 which, u32 s) {
-    u32 number = places.number[which];
-    return number == ABSENT ? 0 : value_at(chunk, quantities[number], s);
+__device__ inline u32 word_at(Staged staged, u32 offset) { return staged.words[offset / 4]; }
+
+// The values of a quantity from segment `first` on; after the chunk's last segment they are its again.
+template <class Source> __device__ inline Four values_of(Source source, const Quantity &q, u32 first, u32 last) {
+    Four out;
+    for (u32 i = 0; i < EACH; i++) {
+        u32 bit = q.bit + least(first + i, last) * q.width, at = bit / 32 * 4;
+        u32 field = __funnelshift_r(word_at(source, at), word_at(source, at + 4), bit);
+        out.of[i] = sum_of(q.minimum, q.width < 32 ? field & ((1u << q.width) - 1) : field);
+    }
+    return out;
+}
+
+// Reads what the index says of a thread's segments, from `first` on, into rows that are zero; returns what is wrong.
+__device__ inline u32 read_quantities(Chunk chunk, u32 first, u32 segments, u32 thread, IndexMemory &memory) {
+    bool wrong = false;
+#pragma unroll 1
+    for (u32 i = 0; i < memory.count; i++) {
+        Quantity q = memory.quantities[i];
+        Staged staged = {(const u32 *)memory.staged};
+        Four values = q.staged ? values_of(staged, q, first, segments - 1) : values_of(chunk, q, first, segments - 1);
+        Four row = memory.rows[q.row][thread];
+        for (u32 k = 0; k < EACH; k++) {
+            wrong |= values.of[k] >= q.limit;
+            row.of[k] |= values.of[k] << q.shift;
+        }
+        memory.rows[q.row][thread] = row;
+    }
+    return wrong ? (u32)WRONG_HEADER : 0;
 }
 
 __device__ inline u32 levels_of(u32 rule, u32 positions, u32 survivors) {
@@ -99,152 +197,160 @@ __device__ inline u32 levels_of(u32 rule, u32 positions, u32 survivors) {
     return rule == COUNT_PRUNED ? positions - survivors : (positions + 7) / 8;
 }
 
-// Reads what the index says of segment `s`; returns what is wrong.
-__device__ inline u32 read_segment(
-    Chunk chunk, const Recipe &recipe, const Places &places, const Quantity *quantities, u32 positions, u32 s,
-    SegmentIndex &segment
+// Sums up the bits of a thread's segments; gives their sum, and in their place those up to each.
+__device__ inline u32 sum_up(Four &bits) {
+    for (u32 i = 1; i < EACH; i++) bits.of[i] = sum_of(bits.of[i - 1], bits.of[i]);
+    return bits.of[EACH - 1];
+}
+
+// Fills in what the index says nothing of, and sums up the bits of a thread's segments; returns what is wrong.
+__device__ inline u32 sum_segments(
+    const Recipe &recipe, const Job &job, u32 first, u32 segments, u32 thread, IndexMemory &memory
 ) {
-    segment.survivors = positions;
-    if (places.number[0] != ABSENT) {
-        u64 survivors = quantity_of(chunk, places, quantities, 0, s);
-        if (survivors > positions) return WRONG_HEADER;
-        segment.survivors = (u32)survivors;
+    bool wrong = false, masked = recipe.streams[MASK].present;
+    Four positions, survivors = memory.rows[0][thread];
+    u32 left = first < segments ? job.total - first * recipe.segment : 0;
+    for (u32 i = 0; i < EACH; i++) {
+        positions.of[i] = least(recipe.segment, left);
+        left -= positions.of[i];
+        bool beyond = survivors.of[i] > positions.of[i];
+        wrong |= positions.of[i] && beyond;  // without positions there is no segment
+        if (beyond || !masked) survivors.of[i] = positions.of[i];
     }
-    u32 wrong = 0;
-    for (u32 i = 0; i < STREAMS; i++) {
-        const Stream &stream = recipe.streams[i];
-        u64 code = quantity_of(chunk, places, quantities, 1 + 4 * i, s);
-        u64 trim = quantity_of(chunk, places, quantities, 2 + 4 * i, s);
-        if (stream.codes > 1 && code >= stream.codes) wrong = WRONG_HEADER, code = 0;
-        if (stream.trimmed && trim > 0 && trim >= stream.least) wrong = WRONG_HEADER, trim = 0;
-        segment.code[i] = (u32)code;
-        segment.trim[i] = (u32)trim;
-        segment.prefix[i] = quantity_of(chunk, places, quantities, 3 + 4 * i, s);
-        segment.residual[i] = quantity_of(chunk, places, quantities, 4 + 4 * i, s);
-        if (stream.present && !stream.differing) {
-            u64 levels = levels_of(stream.rule, positions, segment.survivors);
-            segment.residual[i] = levels * (stream.constant - segment.trim[i]);
+    memory.rows[0][thread] = survivors;
+#pragma unroll 1
+    for (u32 number = 0; number < STREAMS; number++) {
+        const Stream &stream = recipe.streams[number];
+        if (!stream.present) continue;
+        Four *rows = &memory.rows[1 + ROWS_A_STREAM * number][thread];
+        Four prefix = rows[THREADS * PREFIX_ROW], residual = rows[THREADS * RESIDUAL_ROW];
+        Four code = rows[THREADS * CODE_ROW];
+        for (u32 i = 0; i < EACH; i++) {
+            // At most 2^24 levels a chunk (R-TEN-007), 64 bits each.
+            u32 levels = levels_of(stream.rule, positions.of[i], survivors.of[i]);
+            if (!stream.differing) residual.of[i] = levels * (stream.constant - (code.of[i] >> 16));
+            if (!positions.of[i]) prefix.of[i] = residual.of[i] = 0;
         }
+        ((u32 *)memory.sums[2 * number])[thread] = sum_up(prefix);
+        ((u32 *)memory.sums[2 * number + 1])[thread] = sum_up(residual);
+        rows[THREADS * PREFIX_ROW] = prefix;
+        rows[THREADS * RESIDUAL_ROW] = residual;
     }
-    return wrong;
+    return wrong ? (u32)WRONG_HEADER : 0;
 }
 
-// The sum of the values of the lanes up to this one.
-template <class Value> __device__ inline Value sum_up_to(Value value, u32 lane) {
-    for (u32 step = 1; step < WARP; step *= 2) {
-        Value below = (Value)__shfl_up_sync(ALL_LANES, value, step);
-        if (lane >= step) value += below;
-    }
-    return value;
+// Sums up the sums of the threads in a plane, by one warp. `edge`, the bits of all segments before the round: of the
+// round after this one, where `backwards`; else changed to those before the round that comes next, unless it is the last.
+__device__ inline void sum_threads(u32 plane, u32 lane, bool backwards, bool last, u32 &edge, IndexMemory &memory) {
+    Four own = memory.sums[plane][lane], before;
+    u32 up_to = bits_up_to(sum_up(own), lane), round = (u32)__shfl_sync(ALL_LANES, up_to, WARP - 1);
+    u32 below = (u32)__shfl_up_sync(ALL_LANES, up_to, 1);
+    if (backwards) edge -= round;
+    before.of[0] = sum_of(edge, lane ? below : 0);
+    for (u32 i = 1; i < EACH; i++) before.of[i] = sum_of(before.of[0], own.of[i - 1]);
+    memory.sums[plane][lane] = before;
+    if (backwards) return;
+    u32 total = sum_of(edge, round);
+    if (lane == 0) memory.totals[plane] = total;
+    if (!last) edge = total;
 }
 
-// What the warps of a block tell each other: bits of their segments in each plane, below 2^53 (2^19 segments of less
-// than 2^34 bits), and what they found wrong.
-enum : u32 { PLANES = 2 * STREAMS };
-struct IndexSums {
-    u64 bits[WARPS][PLANES];
-    u32 wrong[WARPS];
+// Where the planes lie, a lane a plane, and 16 bytes for some lanes that must be zero from bit `from` on.
+struct PlanePlaces {
+    u32 start;  // as bits from the chunk's first
+    u32 from;
+    Words around;
 };
 
-// The sums of the segments from `first` up to `stop`, by one warp.
-__device__ inline void sum_segments(
-    const Recipe &recipe, const Job &job, const Places &places, const Quantity *quantities, u32 first, u32 stop,
-    u32 warp, u32 lane, IndexSums &sums
-) {
-    u64 bits[PLANES] = {0, 0, 0, 0, 0, 0};
-    u32 wrong = 0;
-    for (u32 s = first + lane; s < stop; s += WARP) {
-        SegmentIndex segment;
-        u32 positions = positions_of(recipe, job, s);
-        wrong |= read_segment(chunk_of(job), recipe, places, quantities, positions, s, segment);
-        for (u32 i = 0; i < STREAMS; i++) {
-            bits[2 * i] += segment.prefix[i];
-            bits[2 * i + 1] += segment.residual[i];
-        }
-    }
-    bool any = __any_sync(ALL_LANES, wrong != 0);
-    for (u32 plane = 0; plane < PLANES; plane++) {
-        u64 sum = recipe.streams[plane / 2].present ? sum_up_to(bits[plane], lane) : 0;
-        if (lane == WARP - 1) sums.bits[warp][plane] = sum;
-    }
-    if (lane == 0) sums.wrong[warp] = any ? (u32)WRONG_HEADER : 0;
-}
-
-// The planes one after another, from byte `pos` on: where the part of a warp begins in each, as bits from the chunk's
-// first. Returns what is wrong, as far as this lane looks; all of the chunk after the index is looked at.
+// Places the planes; returns what is wrong. All of the chunk after the index is looked at: the end of each plane, and
+// what lies behind the last one.
 __device__ inline u32 place_planes(
-    const Recipe &recipe, Chunk chunk, u64 pos, const IndexSums &sums, u32 warp, u32 lane, u32 *starts
+    const Recipe &recipe, Chunk chunk, u32 lane, const IndexMemory &memory, PlanePlaces &places
 ) {
-    u32 wrong = 0;
-    for (u32 plane = 0; plane < PLANES; plane++) {
-        starts[plane] = 0;
-        if (!recipe.streams[plane / 2].present) continue;
-        u64 bits = 0, before = 0;
-        for (u32 other = 0; other < WARPS; other++) {
-            if (other < warp) before += sums.bits[other][plane];
-            bits += sums.bits[other][plane];
-        }
-        u64 end = aligned(pos + (bits + 7) / 8, PART);
-        if (end + TAIL > chunk.length) return wrong | WRONG_LAYOUT;
-        if (some_bit(chunk, pos * 8 + bits, end, lane)) wrong |= WRONG_PADDING;
-        starts[plane] = (u32)(pos * 8 + before);
-        pos = end;
-    }
-    if (aligned(pos + TAIL, CHUNK_UNIT) != chunk.length) return wrong | WRONG_LAYOUT;
-    if (some_bit(chunk, pos * 8, chunk.length, lane)) wrong |= WRONG_PADDING;
-    return wrong;
+    bool there = lane < PLANES && recipe.streams[least(lane, PLANES - 1) / 2].present;
+    u32 bits = there ? memory.totals[lane] : 0;
+    u32 end = memory.end + sum_up_to(part_bytes(bits), lane), planes_end = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
+    places.start = (end - part_bytes(bits)) * 8;
+    if ((planes_end + TAIL + CHUNK_UNIT - 1) / CHUNK_UNIT * CHUNK_UNIT != chunk.length) return WRONG_LAYOUT;
+    // What lies behind the planes is less than the remaining lanes look at.
+    if (lane < PLANES) places.from = bits % 128 ? bits % 128 : 128;
+    places.around = words_at(chunk, lane < PLANES ? end - PART : planes_end + (lane - PLANES) * PART);
+    return 0;
 }
 
-// Writes the places of the segments from `first` up to `stop`, by one warp; `starts` is changed.
-__device__ inline void place_segments(
-    const Recipe &recipe, const Job &job, const Places &places, const Quantity *quantities, u32 first, u32 stop,
-    u32 lane, u32 *starts, u32 *index
+// Writes a row of a round, the part of a warp; `before`: what is to be added for each thread, or null.
+__device__ inline void write_row(
+    u32 *out, const Four *row, const u32 *before, u32 start, u32 first, u32 segments, u32 lane
 ) {
-    for (u32 round = first; round < stop; round += WARP) {
-        u32 s = round + lane;
-        bool there = s < stop;
-        SegmentIndex segment = {};
-        if (there) {
-            u32 positions = positions_of(recipe, job, s);
-            read_segment(chunk_of(job), recipe, places, quantities, positions, s, segment);
-            survivors_row(index, job)[s] = segment.survivors;
+    for (u32 i = 0; i < EACH; i++) {
+        u32 own = i * WARP + lane;
+        u32 value = ((const u32 *)row)[own] + start + (before ? before[own / EACH] : 0);
+        if (first + own < segments) out[first + own] = value;
+    }
+}
+
+// Writes what a round adds to the job's part of `index`: each warp the segments of its threads, from `first` on, which
+// lie side by side in memory.
+__device__ inline void write_round(
+    const Recipe &recipe, const PlanePlaces &places, u32 first, u32 segments, u32 warp, u32 lane, u32 *out,
+    const IndexMemory &memory
+) {
+    u32 thread = warp * WARP;
+    write_row(out, &memory.rows[0][thread], nullptr, 0, first, segments, lane);
+    out += segments + 1;
+#pragma unroll 1
+    for (u32 number = 0; number < STREAMS; number++) {
+        if (!recipe.streams[number].present) continue;
+        const Four *rows = &memory.rows[1 + ROWS_A_STREAM * number][thread];
+        for (u32 row = PREFIX_ROW; row <= RESIDUAL_ROW; row++) {
+            u32 plane = 2 * number + row, start = (u32)__shfl_sync(ALL_LANES, places.start, plane);
+            const u32 *before = (const u32 *)memory.sums[plane] + thread;
+            if (first == 0 && lane == 0) out[0] = start;
+            write_row(out + 1, rows + THREADS * row, before, start, first, segments, lane);
+            out += segments + 1;
         }
-        for (u32 plane = 0; plane < PLANES; plane++) {
-            u32 stream = plane / 2;
-            if (!recipe.streams[stream].present) continue;
-            u64 bits = plane % 2 ? segment.residual[stream] : segment.prefix[stream];
-            u32 end = starts[plane] + sum_up_to((u32)bits, lane);
-            u32 *row = stream_row(index, recipe, job, stream, plane % 2 ? (u32)RESIDUAL_ROW : (u32)PREFIX_ROW);
-            if (s == 0) row[0] = starts[plane];
-            if (there) row[s + 1] = end;
-            starts[plane] = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
-            if (there && plane % 2) {
-                stream_row(index, recipe, job, stream, CODE_ROW)[s] = segment.code[stream] | segment.trim[stream] << 16;
-            }
-        }
+        write_row(out, rows + THREADS * CODE_ROW, nullptr, 0, first, segments, lane);
+        out += segments + 1;
     }
 }
 
 // Writes a job's part of `index`; returns, in each lane, what it found wrong. All threads of a block take part.
-__device__ inline u32 index_chunk(
-    const Recipe &recipe, const Job &job, u32 warp, u32 lane, u32 *index, IndexSums &sums
-) {
+__device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, IndexMemory &memory) {
     Chunk chunk = chunk_of(job);
-    u32 segments = segments_of(recipe, job);
-    Places places = places_of(recipe);
-    Quantity quantities[MAX_QUANTITIES];
-    u64 pos = 0;
-    if (chunk.length > MAX_CHUNK) return NOT_FOR_THIS;
-    u32 wrong = read_header(chunk, places.count, segments, lane, quantities, pos);
-    if (__any_sync(ALL_LANES, wrong != 0)) return wrong;  // as the other warps find it
-    u32 part = (segments + THREADS - 1) / THREADS * WARP;
-    u32 first = least(warp * part, segments), stop = least(first + part, segments);
-    sum_segments(recipe, job, places, quantities, first, stop, warp, lane, sums);
+    const Recipe &recipe = *(const Recipe *)memory.recipe;
+    u32 thread = warp * WARP + lane, wrong = 0, round = 0;
+    stage(job, thread, memory);
     __syncthreads();
-    for (u32 other = 0; other < WARPS; other++) wrong |= sums.wrong[other];
-    u32 starts[PLANES];
-    wrong |= place_planes(recipe, chunk, pos, sums, warp, lane, starts);
-    if (__any_sync(ALL_LANES, wrong != 0)) return wrong;
-    place_segments(recipe, job, places, quantities, first, stop, lane, starts, index);
-    return 0;
+    u32 segments = segments_of(recipe, job), rounds = (segments + ROUND - 1) / ROUND;
+    if (warp == 0) wrong = read_header(chunk, recipe, segments, lane, memory);
+    __syncthreads();
+    if (memory.wrong) return wrong;
+    u32 edges[PLANES_A_WARP] = {};
+    PlanePlaces places = {};
+    for (bool writing = false;;) {
+        u32 first = round * ROUND + thread * EACH;
+        wrong |= read_quantities(chunk, first, segments, thread, memory);
+        wrong |= sum_segments(recipe, job, first, segments, thread, memory);
+        __syncthreads();
+        for (u32 i = 0; i < PLANES_A_WARP; i++) {
+            u32 plane = i * WARPS + warp;
+            if (plane >= PLANES || !recipe.streams[plane / 2].present) continue;
+            sum_threads(plane, lane, writing, round + 1 == rounds, edges[i], memory);
+        }
+        __syncthreads();
+        if (round + 1 < rounds && !writing) {
+            round++;
+        } else {
+            if (!writing) wrong |= place_planes(recipe, chunk, lane, memory, places);
+            writing = true;
+            if (wrong & WRONG_LAYOUT) return wrong;
+            write_round(recipe, places, first - lane * EACH, segments, warp, lane, index + job.index, memory);
+            if (round == 0) break;
+            round--;
+            __syncwarp();  // the rows of the other lanes were read
+        }
+        for (u32 row = 0; row < ROWS; row++) memory.rows[row][thread] = Four{};
+    }
+    if (warp == 0 && is_set(places.around, places.from)) wrong |= WRONG_PADDING;
+    return wrong;
 }

@@ -174,9 +174,10 @@ def test_a_turn_of_the_kernel_for_all_is_a_position() -> None:
     assert own.integer == (0, 1)
 
 
-def test_the_index_is_counted_by_segments() -> None:
-    passes = machine_code(*[";".join(["LD.E R4, desc[UR6][R2.64]"] * 33)] * 2)
-    assert budget.index_slots(machine.instructions_of(passes)) == 2 * 34 / 512
+def test_the_index_is_counted_by_rounds_of_four_segments_a_thread() -> None:
+    loops = machine_code("LDS R4, [R2]; LD.E R5, desc[UR6][R2.64]", "LDS R4, [R2]")
+    after = "\n        /*0050*/                   EXIT ;\n        /*0060*/                   BRA 0x40 ;"
+    assert budget.index_slots(machine.instructions_of(loops + after)) == (13 * 3 + 3 * 2 + 1) / 4 / 512
 
 
 def test_kernels_that_do_not_go_through_weights_have_no_budget() -> None:

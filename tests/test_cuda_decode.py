@@ -173,6 +173,16 @@ def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
                 assert device.launched[-1] == kernel, (kernel, device.launched[-3:])
 
 
+def test_every_kernel_decodes_chunks_with_an_index_of_several_rounds(judged: Judged) -> None:
+    for kernel in ("short_2", "sparse_2_short", "dense_2_8_many_short", "dense_4_0"):
+        dtype, options, density = KERNELS[kernel][-1]
+        array = spread_weights(dtype, density, 120)
+        with sfpformat.open(data := save({"w": array}, options=options.but(segment=32))) as file:
+            entry = file.entry("w")
+            assert (len(entry.chunks), entry.segments) == (1, 2625)
+        accepted(data, judged)
+
+
 def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sfpformat.decoding.batches", lambda jobs, _: [jobs])
     tensors = {
