@@ -21,7 +21,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Registers a thread that let a multiprocessor have the blocks that `decode.cu` asks for: 65,536 registers,
 # blocks of 128 threads, eight registers at a time.
 REGISTERS = {"dense": 80, "short": 128, "sparse": 96, "plain": 168, "any": 248, "fill": 64, "index": 128}
-REGISTERS |= {"place": 128, "multiply_bf16": 96, "multiply_f16": 96, "multiply_f32": 168}
+REGISTERS |= {"place": 128, "multiply_bf16": 128, "multiply_f16": 128, "multiply_f32": 168}
 SHARED = 48 << 10  # bytes a block without asking the driver for more
 
 
