@@ -117,14 +117,15 @@ template <u32 PARTS>
 __device__ inline void expand_octet(
     const Looks<PARTS> &looks, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
 ) {
-    u32 numbers = levels >> 1 & 0x77777777, signs = levels << 3, past = LEVEL_BITS * __popc(octet & 15);
+    u32 numbers = shifted_right<1>(levels) & 0x77777777, signs = levels << 3, past = LEVEL_BITS * __popc(octet & 15);
     // A level's lowest bit is its sign; here the highest of a nibble, which makes `permuted` give 0 instead of 1.
+    u32 of_others = shifted_right<16>(selectors);
     u32 flips = permuted(0x01010101, 0x01010101, signs) * looks.flip;
     u32 others = permuted(0x01010101, 0x01010101, signs >> past) * looks.flip;
 #pragma unroll
     for (u32 part = 0; part < PARTS; part++) {
         expand_four(looks.parts[part], numbers, flips, selectors, words[part]);
-        expand_four(looks.parts[part], numbers >> past, others, selectors >> 16, words[part] + 2);
+        expand_four(looks.parts[part], numbers >> past, others, of_others, words[part] + 2);
     }
 }
 

@@ -153,12 +153,15 @@ __device__ inline Activations<PARTS> activations_of(
 }
 
 // Begins to put a tile of x into shared memory in the order in which lanes take it: of one octet after another of a
-// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero.
+// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero. Args: place:
+// under `Activations::room`.
 template <Kind KIND, u32 PARTS>
-__device__ inline void fill_x(ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 tile, u32 thread) {
+__device__ inline void fill_x(
+    ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 tile, u32 place, u32 thread
+) {
     const Words zero = {0, 0, 0, 0};
     u32 of_part = TILE / 8 * own.batch;
-    Words *tile_in_memory = memory.x + tile % own.room * own.octets;
+    Words *tile_in_memory = memory.x + place * own.octets;
     for (u32 i = thread; i < of_part; i += THREADS) {
         // Two neighbours are 32 bytes of memory; those of a quad lie together in shared memory.
         u32 quad = i / 2 % 4, in_run = i / 8 % 8 * 2 + i % 2, row = i / (TILE / 8);
@@ -235,18 +238,20 @@ __device__ inline void multiply_rows(
     const Matrix &matrix, ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 first, u32 unit, u32 columns,
     u32 warp, u32 lane, float *sum
 ) {
-    u32 g = lane / 4, *in_memory = (u32 *)memory.levels[warp];
+    u32 g = lane / 4;
+    // What comes from another lane, be it the same, is kept in a register and not computed anew for every word.
+    u32 *in_memory = (u32 *)memory.levels + (u32)__shfl_sync(ALL_LANES, (warp * WARP_ROWS + g) * ROW_WORDS, lane);
     StoredLevels levels = {(const Words *)matrix.data, (u32)(matrix.bytes / sizeof(Words))};
     bool masked = matrix.masked;
     Rows rows = {
-        open_row(matrix, first + g, unit, columns, lane, in_memory + g * ROW_WORDS),
-        open_row(matrix, first + g + 8, unit, columns, lane, in_memory + (g + 8) * ROW_WORDS)
+        open_row(matrix, first + g, unit, columns, lane, in_memory),
+        open_row(matrix, first + g + 8, unit, columns, lane, in_memory + 8 * ROW_WORDS)
     };
     load_masks(rows, masked);
     fetch_levels(levels, rows.above.level, lane);
     fetch_levels(levels, rows.below.level, lane);
     // While these are on their way:
-    for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, threadIdx.x);
+    for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
     if (threadIdx.x == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = {0, 0, 0, 0};
     for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
     u32 row_runs = matrix.columns / RUN, run = (first + g) * row_runs + unit * (UNIT / RUN) + lane % 4;
@@ -256,6 +261,7 @@ __device__ inline void multiply_rows(
     load_looks<KIND>(matrix, run + 8 * row_runs, looks[1]);
     count_levels(rows, lane);
     copy_levels(levels, rows, lane);
+    u32 place = 0;  // of the tile of x
 #pragma unroll 1
     for (u32 tile = 0; tile < own.tiles; tile++) {
         if (tile && by_tile) {
@@ -270,12 +276,13 @@ __device__ inline void multiply_rows(
         else __syncwarp();
         load_masks(rows, masked);
         // Nobody needs the tile of x before this one any more.
-        u32 coming = tile + own.room - 1;
-        if (tile && coming < own.tiles) fill_x<KIND>(memory, own, coming, threadIdx.x);
+        u32 coming = tile + own.room - 1, free = (place ? place : own.room) - 1;
+        if (tile && coming < own.tiles) fill_x<KIND>(memory, own, coming, free, threadIdx.x);
         Columns x = {memory.x + ProductMemory<PARTS>::OCTETS_OF_X, 0, 0};
         if (g < own.batch) {
-            x = {memory.x + tile % own.room * own.octets + 4 * g + lane % 4, 4 * own.batch, own.octets / PARTS};
+            x = {memory.x + place * own.octets + 4 * g + lane % 4, 4 * own.batch, own.octets / PARTS};
         }
+        if (++place == own.room) place = 0;
 #pragma unroll 1
         for (u32 i = 0; i < 4; i++) {
             if (i == 3) count_levels(rows, lane);

@@ -17,6 +17,18 @@ __device__ inline u32 permuted(u32 low, u32 high, u32 chosen) {
     return bytes;
 }
 
+// A word shifted by a fixed number of bits, which is multiplied: for code that has more integer instructions than
+// multiplications, since both have a pipe of their own.
+template <u32 BITS> __device__ inline u32 shifted_right(u32 word) {
+#ifdef SHIFT_BY_SHIFTING
+    return word >> BITS;
+#else
+    u32 upper;
+    asm("mul.hi.u32 %0, %1, %2;" : "=r"(upper) : "r"(word), "n"(1u << (32 - BITS)));
+    return upper;
+#endif
+}
+
 #if __CUDA_ARCH__ >= 800
 
 enum : u32 { HAS_TENSORS = 1 };
