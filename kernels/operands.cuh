@@ -25,7 +25,15 @@ struct Patterns {
 template <u32 PARTS> struct Looks {
     Patterns parts[PARTS];
     u32 flip;
+    u32 ones;  // 1 in each byte, see `kept`
 };
+
+// A value that stays in its register: of what comes from another lane, be it the same, the compiler does not know how
+// to compute it anew whenever it is needed. What all lanes have it would see through.
+__device__ inline u32 kept(u32 value) {
+    u32 lane = threadIdx.x % WARP;
+    return (u32)__shfl_sync(ALL_LANES, value + lane, lane) - lane;
+}
 
 // Gives all patterns the sign that a level marked as negative has.
 template <u32 PARTS> __device__ inline void mark_negative(Looks<PARTS> &looks) {
@@ -120,8 +128,8 @@ __device__ inline void expand_octet(
     u32 numbers = shifted_right<1>(levels) & 0x77777777, signs = levels << 3, past = LEVEL_BITS * __popc(octet & 15);
     // A level's lowest bit is its sign; here the highest of a nibble, which makes `permuted` give 0 instead of 1.
     u32 of_others = shifted_right<16>(selectors);
-    u32 flips = permuted(0x01010101, 0x01010101, signs) * looks.flip;
-    u32 others = permuted(0x01010101, 0x01010101, signs >> past) * looks.flip;
+    u32 flips = permuted(looks.ones, looks.ones, signs) * looks.flip;
+    u32 others = permuted(looks.ones, looks.ones, signs >> past) * looks.flip;
 #pragma unroll
     for (u32 part = 0; part < PARTS; part++) {
         expand_four(looks.parts[part], numbers, flips, selectors, words[part]);

@@ -31,7 +31,8 @@ enum : u32 {
 
 // A lane's part of a row, as the warp goes along it.
 struct Row {
-    const Words *mask;  // of the next tile
+    const Words *mask;  // of the next tile, had the chunk no other parts before its mask
+    u32 before;         // bytes of these
     u32 runs;           // how many this lane has left; none in rows beyond the matrix
     Words words;        // of the mask of the tile that comes next
     u32 own;            // how many survivors they have
@@ -61,7 +62,8 @@ __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 c
     u32 column = unit * UNIT + lane % 4 * RUN, stop = least(unit * UNIT + columns, matrix.columns);
     u32 units = (matrix.columns + UNIT - 1) / UNIT;
     u64 bit = (u64)(number % matrix.chunk_rows) * matrix.columns + column;
-    row.mask = (const Words *)(matrix.data + ((const u32 *)matrix.masks)[number / matrix.chunk_rows] + bit / 8);
+    row.mask = (const Words *)(matrix.data + bit / 8);
+    row.before = ((const u32 *)matrix.masks)[number / matrix.chunk_rows];
     row.level = ((const u32 *)matrix.places)[(u64)number * units + unit];
     if (column < stop) row.runs = (stop - column + TILE - 1) / TILE;
     return row;
@@ -71,7 +73,7 @@ __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 c
 __device__ inline void load_mask(Row &row, bool masked) {
     u32 all = masked || row.runs == 0 ? 0 : 0xFFFFFFFF;
     row.words = {all, all, all, all};
-    if (row.runs && masked) row.words = *row.mask;
+    if (row.runs && masked) row.words = *(const Words *)((const u8 *)row.mask + row.before);
     row.mask += TILE / RUN;
     if (row.runs) row.runs--;
 }
@@ -239,24 +241,24 @@ __device__ inline void multiply_rows(
     u32 warp, u32 lane, float *sum
 ) {
     u32 g = lane / 4;
-    // What comes from another lane, be it the same, is kept in a register and not computed anew for every word.
-    u32 *in_memory = (u32 *)memory.levels + (u32)__shfl_sync(ALL_LANES, (warp * WARP_ROWS + g) * ROW_WORDS, lane);
+    u32 *in_memory = (u32 *)memory.levels + kept((warp * WARP_ROWS + g) * ROW_WORDS);
     StoredLevels levels = {(const Words *)matrix.data, (u32)(matrix.bytes / sizeof(Words))};
     bool masked = matrix.masked;
     Rows rows = {
         open_row(matrix, first + g, unit, columns, lane, in_memory),
         open_row(matrix, first + g + 8, unit, columns, lane, in_memory + 8 * ROW_WORDS)
     };
+    // One thing after another is on its way while something else is done.
+    for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
     load_masks(rows, masked);
     fetch_levels(levels, rows.above.level, lane);
     fetch_levels(levels, rows.below.level, lane);
-    // While these are on their way:
-    for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
     if (threadIdx.x == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = {0, 0, 0, 0};
     for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
     u32 row_runs = matrix.columns / RUN, run = (first + g) * row_runs + unit * (UNIT / RUN) + lane % 4;
     bool by_tile = matrix.scale_runs < row_runs;
     Looks<PARTS> looks[2];
+    looks[0].ones = looks[1].ones = kept(0x01010101);
     load_looks<KIND>(matrix, run, looks[0]);
     load_looks<KIND>(matrix, run + 8 * row_runs, looks[1]);
     count_levels(rows, lane);
@@ -352,12 +354,22 @@ __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memo
     }
     __syncthreads();
     if (!memory.is_last) return;
-    for (u32 i = threadIdx.x; i < BLOCK_ROWS * batch; i += THREADS) {
-        u32 row = block * BLOCK_ROWS + i / batch, column = i % batch;
-        if (row >= matrix.rows) break;
-        float total = 0;
-        for (u32 s = 0; s < slices; s++) total += __ldcg(call.sums + ((u64)s * matrix.rows + row) * batch + column);
-        write_element<KIND, PARTS>(matrix, row, column, total, call.bias, call.y);
+    const u32 most = BLOCK_ROWS * MAX_BATCH / THREADS;  // of the block's elements for a thread, summed up at once
+    u32 elements = matrix.rows * batch, first_element = block * BLOCK_ROWS * batch + threadIdx.x;
+    u32 stop = least(elements, (block + 1) * BLOCK_ROWS * batch);
+    float totals[most] = {};
+    for (u32 s = 0; s < slices; s++) {
+#pragma unroll
+        for (u32 k = 0; k < most; k++) {
+            u32 element = first_element + k * THREADS;
+            if (element < stop) totals[k] += __ldcg(call.sums + (u64)s * elements + element);
+        }
+    }
+#pragma unroll
+    for (u32 k = 0; k < most; k++) {
+        u32 element = first_element + k * THREADS;
+        if (element >= stop) break;
+        write_element<KIND, PARTS>(matrix, element / batch, element % batch, totals[k], call.bias, call.y);
     }
     if (threadIdx.x == 0) call.done[block] = 0;
 }
