@@ -174,7 +174,7 @@ extern "C" __global__ void place_matrix(const Job *jobs, const Matrix *matrix, u
         if (HAS_TENSORS) multiply<KIND, PARTS>(*matrix, memory, call);                                        \
     }
 
-MULTIPLY(multiply_bf16, 5, OF_BF16, 1)
-MULTIPLY(multiply_f16, 5, OF_F16, 1)
+MULTIPLY(multiply_bf16, 4, OF_BF16, 1)
+MULTIPLY(multiply_f16, 4, OF_F16, 1)
 // Numbers of 24 bits as three of 8.
 MULTIPLY(multiply_f32, 3, OF_BF16, 3)

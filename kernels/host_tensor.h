@@ -4,7 +4,19 @@
 
 enum : u32 { HAS_TENSORS = 1 };
 
-inline u32 permuted(u32 low, u32 high, u32 chosen) { return __byte_perm(low, high, chosen); }
+inline u32 permuted(u32 low, u32 high, u32 chosen) {
+    u32 bytes = __byte_perm(low, high, chosen), out = 0;
+    for (u32 i = 0; i < 4; i++) {
+        u32 byte = bytes >> 8 * i & 255;
+        if (chosen >> 4 * i & 8) byte = byte & 128 ? 255 : 0;
+        out |= byte << 8 * i;
+    }
+    return out;
+}
+
+template <u32 BITS> inline u32 shifted_right(u32 word) { return word >> BITS; }
+
+inline void fetch_ahead(const void *) {}
 
 // Copies that were begun: done at once, or when the lane waits; both are allowed, and a kernel must bear both.
 void copy_words(u32 *to, const u32 *from, u32 words);

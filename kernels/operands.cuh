@@ -3,6 +3,9 @@
 //
 //   4 columns     four levels; `permuted` looks up the upper bytes of their patterns, and the lower ones; puts each
 //                 where the mask has a survivor, and zeros between; and joins them to two words of two weights
+//
+// Integer instructions but for multiplications are what a multiprocessor has too few of: half a warp a turn. So signs
+// are added by multiplying.
 #pragma once
 #include "matrix.cuh"
 #include "tensor.cuh"
@@ -16,6 +19,33 @@ enum : u32 {
 struct Patterns {
     u32 upper[2], lower[2];
 };
+
+// The weights of a row, whose magnitudes have one sign, that of their factor: `flip` times 1 added to the upper byte of
+// a pattern gives the pattern of a level that is not marked as negative.
+template <u32 PARTS> struct Looks {
+    Patterns parts[PARTS];
+    u32 flip;
+    u32 ones;  // 1 in each byte, see `kept`
+};
+
+// A value that stays in its register: of what comes from another lane, be it the same, the compiler does not know how
+// to compute it anew whenever it is needed. What all lanes have it would see through.
+__device__ inline u32 kept(u32 value) {
+    u32 lane = threadIdx.x % WARP;
+    return (u32)__shfl_sync(ALL_LANES, value + lane, lane) - lane;
+}
+
+// Gives all patterns the sign that a level marked as negative has.
+template <u32 PARTS> __device__ inline void mark_negative(Looks<PARTS> &looks) {
+    // Whatever is zero may have either sign; the greatest magnitude is the last to be.
+    u32 sign = looks.parts[0].upper[1] >> 31 ? 0 : 0x80808080;
+    looks.flip = sign ? 0u - 0x80 : 0x80;
+#pragma unroll
+    for (u32 part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) looks.parts[part].upper[i] = (looks.parts[part].upper[i] & 0x7F7F7F7F) | sign;
+    }
+}
 
 template <Kind KIND> __device__ inline Patterns patterns_of(const float *numbers) {
     u32 pairs[4];
@@ -40,15 +70,16 @@ template <u32 COUNT> __device__ inline void take_uppers(float *numbers, float *u
     }
 }
 
-// The patterns of a run of 128 positions: of the matrix, or with the factor of that run.
+// The weights of a run of 128 positions: those of the matrix, or with the factor of that run.
 template <Kind KIND, u32 PARTS>
-__device__ inline void load_patterns(const Matrix &matrix, u32 run, Patterns *patterns) {
+__device__ inline void load_looks(const Matrix &matrix, u32 run, Looks<PARTS> &looks) {
     if (matrix.scale == 0) {
 #pragma unroll
         for (u32 part = 0; part < PARTS; part++) {
             const u32 *bytes = matrix.patterns[part];
-            patterns[part] = {{bytes[0], bytes[1]}, {bytes[2], bytes[3]}};
+            looks.parts[part] = {{bytes[0], bytes[1]}, {bytes[2], bytes[3]}};
         }
+        mark_negative(looks);
         return;
     }
     u32 last = (u32)((u64)matrix.rows * matrix.columns / RUN) - 1;  // of what is not there no weight is used
@@ -59,8 +90,9 @@ __device__ inline void load_patterns(const Matrix &matrix, u32 run, Patterns *pa
 #pragma unroll
     for (u32 part = 0; part < PARTS; part++) {
         if (PARTS > 1) take_uppers<MAGNITUDES>(numbers, uppers);
-        patterns[part] = patterns_of<KIND>(PARTS > 1 ? uppers : numbers);
+        looks.parts[part] = patterns_of<KIND>(PARTS > 1 ? uppers : numbers);
     }
+    mark_negative(looks);
 }
 
 // What moves the bytes of four survivors to their positions, for eight mask bits: a nibble a position, of the lower
@@ -77,13 +109,11 @@ __device__ inline u32 selectors_of(u32 octet) {
     return selectors;
 }
 
-// The weights of four positions, two a word. Args: levels: the survivors' and what comes after, the first lowest;
-// numbers: the same without their signs; selectors: the lower half counts.
-__device__ inline void expand_four(const Patterns &patterns, u32 levels, u32 numbers, u32 selectors, u32 *words) {
-    u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers);
+// The weights of four positions, two a word. Args: numbers: of the survivors' levels and what comes after, the first
+// lowest; flips: what to add to the upper byte of each; selectors: the lower half counts.
+__device__ inline void expand_four(const Patterns &patterns, u32 numbers, u32 flips, u32 selectors, u32 *words) {
+    u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers) + flips;
     u32 lower = permuted(patterns.lower[0], patterns.lower[1], numbers);
-    // The sign, a level's lowest bit, goes to the highest of its byte.
-    upper ^= permuted(levels << 7, levels << 3, 0x5140) & 0x80808080;
     upper = permuted(upper, 0, selectors);
     lower = permuted(lower, 0, selectors);
     words[0] = permuted(lower, upper, 0x5140);
@@ -93,13 +123,17 @@ __device__ inline void expand_four(const Patterns &patterns, u32 levels, u32 num
 // The weights of eight positions, of each part.
 template <u32 PARTS>
 __device__ inline void expand_octet(
-    const Patterns *patterns, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
+    const Looks<PARTS> &looks, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
 ) {
-    u32 numbers = levels >> 1 & 0x77777777, past = LEVEL_BITS * __popc(octet & 15);
+    u32 numbers = shifted_right<1>(levels) & 0x77777777, signs = levels << 3, past = LEVEL_BITS * __popc(octet & 15);
+    // A level's lowest bit is its sign; here the highest of a nibble, which makes `permuted` give 0 instead of 1.
+    u32 of_others = shifted_right<16>(selectors);
+    u32 flips = permuted(looks.ones, looks.ones, signs) * looks.flip;
+    u32 others = permuted(looks.ones, looks.ones, signs >> past) * looks.flip;
 #pragma unroll
     for (u32 part = 0; part < PARTS; part++) {
-        expand_four(patterns[part], levels, numbers, selectors, words[part]);
-        expand_four(patterns[part], levels >> past, numbers >> past, selectors >> 16, words[part] + 2);
+        expand_four(looks.parts[part], numbers, flips, selectors, words[part]);
+        expand_four(looks.parts[part], numbers >> past, others, of_others, words[part] + 2);
     }
 }
 

@@ -31,7 +31,8 @@ enum : u32 {
 
 // A lane's part of a row, as the warp goes along it.
 struct Row {
-    const Words *mask;  // of the next tile
+    const Words *mask;  // of the next tile, had the chunk no other parts before its mask
+    u32 before;         // bytes of these
     u32 runs;           // how many this lane has left; none in rows beyond the matrix
     Words words;        // of the mask of the tile that comes next
     u32 own;            // how many survivors they have
@@ -41,6 +42,18 @@ struct Row {
     u32 *levels;        // the row in shared memory
 };
 
+// The levels of all rows, as they lie in the file.
+struct StoredLevels {
+    const Words *data;
+    u32 count;  // of 32 each
+};
+
+// Has the levels from one on brought near: half of what 512 columns can have, a part by each lane of a quad.
+__device__ inline void fetch_levels(const StoredLevels &levels, u32 level, u32 lane) {
+    u32 next = level / LEVELS_A_COPY + lane % 4 * 2;
+    if (next < levels.count) fetch_ahead(levels.data + next);
+}
+
 // Where a part of a row begins. Args: unit: its first; columns: how many it has at most.
 __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 columns, u32 lane, u32 *levels) {
     Row row = {};
@@ -49,17 +62,18 @@ __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 c
     u32 column = unit * UNIT + lane % 4 * RUN, stop = least(unit * UNIT + columns, matrix.columns);
     u32 units = (matrix.columns + UNIT - 1) / UNIT;
     u64 bit = (u64)(number % matrix.chunk_rows) * matrix.columns + column;
-    row.mask = (const Words *)(matrix.data + ((const u32 *)matrix.masks)[number / matrix.chunk_rows] + bit / 8);
+    row.mask = (const Words *)(matrix.data + bit / 8);
+    row.before = ((const u32 *)matrix.masks)[number / matrix.chunk_rows];
     row.level = ((const u32 *)matrix.places)[(u64)number * units + unit];
     if (column < stop) row.runs = (stop - column + TILE - 1) / TILE;
     return row;
 }
 
 // Loads the mask of the next tile.
-__device__ inline void load_mask(const Matrix &matrix, Row &row) {
-    u32 all = matrix.masked || row.runs == 0 ? 0 : 0xFFFFFFFF;
+__device__ inline void load_mask(Row &row, bool masked) {
+    u32 all = masked || row.runs == 0 ? 0 : 0xFFFFFFFF;
     row.words = {all, all, all, all};
-    if (row.runs && matrix.masked) row.words = *row.mask;
+    if (row.runs && masked) row.words = *(const Words *)((const u8 *)row.mask + row.before);
     row.mask += TILE / RUN;
     if (row.runs) row.runs--;
 }
@@ -80,12 +94,34 @@ __device__ inline void count_levels(Row &row, u32 lane) {
 }
 
 // Begins to copy them to shared memory.
-__device__ inline void copy_levels(const Matrix &matrix, const Row &row, u32 lane) {
-    u32 first = row.level / LEVELS_A_COPY, there = (u32)(matrix.bytes / sizeof(Words));
-    u32 stop = least((row.level + row.all + LEVELS_A_COPY - 1) / LEVELS_A_COPY, there);
+__device__ inline void copy_levels(const StoredLevels &levels, const Row &row, u32 lane) {
+    u32 stop = least((row.level + row.all + LEVELS_A_COPY - 1) / LEVELS_A_COPY, levels.count);
     Words *to = (Words *)row.levels + lane % 4;
 #pragma unroll 1
-    for (u32 i = first + lane % 4; i < stop; i += 4, to += 4) copy_ahead(to, (const Words *)matrix.data + i);
+    for (u32 i = row.level / LEVELS_A_COPY + lane % 4; i < stop; i += 4, to += 4) copy_ahead(to, levels.data + i);
+}
+
+// What a warp has of a tile: both rows of each lane.
+struct Rows {
+    Row above, below;
+};
+
+__device__ inline void load_masks(Rows &rows, bool masked) {
+    load_mask(rows.above, masked);
+    load_mask(rows.below, masked);
+}
+
+__device__ inline void count_levels(Rows &rows, u32 lane) {
+    count_levels(rows.above, lane);
+    count_levels(rows.below, lane);
+}
+
+// Begins to copy the levels of the next tile, and has those after it brought near.
+__device__ inline void copy_levels(const StoredLevels &levels, const Rows &rows, u32 lane) {
+    copy_levels(levels, rows.above, lane);
+    copy_levels(levels, rows.below, lane);
+    fetch_levels(levels, rows.above.level + rows.above.all, lane);
+    fetch_levels(levels, rows.below.level + rows.below.all, lane);
 }
 
 // ------------------------------------------------------------------------------------------------- products
@@ -99,26 +135,48 @@ template <u32 PARTS> struct ProductMemory {
     u32 is_last;
 };
 
-// Puts some columns of x into shared memory in the order in which lanes take them: of one octet after another of a
-// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero.
+// The columns of x that a block takes: a tile after the other, of which there is room for a few, two at least.
+template <u32 PARTS> struct Activations {
+    const Words *x;
+    u32 columns, batch;
+    u32 first;  // the first column of the block
+    u32 tiles;
+    u32 octets;  // of a tile in shared memory: of all rows and parts
+    u32 room;    // for tiles
+};
+
+template <u32 PARTS>
+__device__ inline Activations<PARTS> activations_of(
+    const Matrix &matrix, const Words *x, u32 batch, u32 first, u32 columns
+) {
+    u32 octets = TILE / 8 * PARTS * batch;
+    u32 room = ProductMemory<PARTS>::OCTETS_OF_X / octets;
+    return {x, matrix.columns, batch, first, (columns + TILE - 1) / TILE, octets, room};
+}
+
+// Begins to put a tile of x into shared memory in the order in which lanes take it: of one octet after another of a
+// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero. Args: place:
+// under `Activations::room`.
 template <Kind KIND, u32 PARTS>
 __device__ inline void fill_x(
-    const Matrix &matrix, ProductMemory<PARTS> &memory, const Words *x, u32 batch, u32 first, u32 columns, u32 thread
+    ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 tile, u32 place, u32 thread
 ) {
     const Words zero = {0, 0, 0, 0};
-    u32 octets = (columns + TILE - 1) / TILE * (TILE / 8), of_part = octets * batch;
-    if (thread == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = zero;
+    u32 of_part = TILE / 8 * own.batch;
+    Words *tile_in_memory = memory.x + place * own.octets;
     for (u32 i = thread; i < of_part; i += THREADS) {
-        u32 octet = i % octets, row = i / octets, column = first + 8 * octet, in_run = octet % (RUN / 8);
-        u32 quad = octet / (RUN / 8) % 4, tile = octet / (TILE / 8);
-        Words *to = memory.x + ((tile * (RUN / 8) + in_run) * batch + row) * 4 + quad;
-        bool there = column < matrix.columns;
-        u64 from = ((u64)row * matrix.columns + column) / 8;
+        // Two neighbours are 32 bytes of memory; those of a quad lie together in shared memory.
+        u32 quad = i / 2 % 4, in_run = i / 8 % 8 * 2 + i % 2, row = i / (TILE / 8);
+        u32 column = own.first + tile * TILE + quad * RUN + 8 * in_run;
+        Words *to = tile_in_memory + (in_run * own.batch + row) * 4 + quad;
+        bool there = column < own.columns;
+        u64 from = ((u64)row * own.columns + column) / 8;
         if (PARTS == 1) {
-            *to = there ? x[from] : zero;
+            if (there) copy_ahead(to, own.x + from);
+            else *to = zero;
             continue;
         }
-        Words low = there ? x[2 * from] : zero, high = there ? x[2 * from + 1] : zero;
+        Words low = there ? own.x[2 * from] : zero, high = there ? own.x[2 * from + 1] : zero;
         u32 bits[8] = {low.a, low.b, low.c, low.d, high.a, high.b, high.c, high.d};
         float numbers[8], uppers[8];
 #pragma unroll
@@ -157,73 +215,83 @@ __device__ inline void add_octet(float *sum, const u32 above[PARTS][4], const u3
     x.next += x.step;
 }
 
-// The weights of a lane's two rows.
-template <u32 PARTS> struct Looks {
-    Patterns above[PARTS], below[PARTS];
-};
-
 // Adds the products of 32 columns of each lane, in both rows. Args: above, below: words of the mask.
 template <Kind KIND, u32 PARTS>
 __device__ inline void add_word(
-    float *sum, const u32 *selectors, const Looks<PARTS> &looks, u32 above, u32 below, Queue of_above, Queue of_below,
+    float *sum, const u32 *selectors, const Looks<PARTS> looks[2], u32 above, u32 below, Queue of_above, Queue of_below,
     Columns &x
 ) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         u32 octet = permuted(above, 0, 0x4440 + i), other = permuted(below, 0, 0x4440 + i);
         u32 weights[PARTS][4], others[PARTS][4];
-        expand_octet<PARTS>(looks.above, of_above.words[0], octet, selectors[octet], weights);
-        expand_octet<PARTS>(looks.below, of_below.words[0], other, selectors[other], others);
+        expand_octet(looks[0], of_above.words[0], octet, selectors[octet], weights);
+        expand_octet(looks[1], of_below.words[0], other, selectors[other], others);
         add_octet<KIND, PARTS>(sum, weights, others, x);
         skip_octet(of_above, octet, 3 - i);
         skip_octet(of_below, other, 3 - i);
     }
 }
 
-// The sums of a warp's rows over some columns: `sum` as `multiply_add` has it. Args: first: the first row; unit: the
-// first of the columns.
+// The sums of a warp's rows over the columns of its block: `sum` as `multiply_add` has it. Args: first: the first row;
+// unit: the first of the columns.
 template <Kind KIND, u32 PARTS>
 __device__ inline void multiply_rows(
-    const Matrix &matrix, ProductMemory<PARTS> &memory, u32 first, u32 unit, u32 columns, u32 batch, u32 warp,
-    u32 lane, float *sum
+    const Matrix &matrix, ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 first, u32 unit, u32 columns,
+    u32 warp, u32 lane, float *sum
 ) {
-    u32 g = lane / 4, *levels = (u32 *)memory.levels[warp];
-    Row above = open_row(matrix, first + g, unit, columns, lane, levels + g * ROW_WORDS);
-    Row below = open_row(matrix, first + g + 8, unit, columns, lane, levels + (g + 8) * ROW_WORDS);
-    u32 tiles = (columns + TILE - 1) / TILE;
-    Columns x = {memory.x + ProductMemory<PARTS>::OCTETS_OF_X, 0, 0};
-    if (g < batch) x = {memory.x + 4 * g + lane % 4, 4 * batch, tiles * (TILE / 8) * batch};
+    u32 g = lane / 4;
+    u32 *in_memory = (u32 *)memory.levels + kept((warp * WARP_ROWS + g) * ROW_WORDS);
+    StoredLevels levels = {(const Words *)matrix.data, (u32)(matrix.bytes / sizeof(Words))};
+    bool masked = matrix.masked;
+    Rows rows = {
+        open_row(matrix, first + g, unit, columns, lane, in_memory),
+        open_row(matrix, first + g + 8, unit, columns, lane, in_memory + 8 * ROW_WORDS)
+    };
+    // One thing after another is on its way while something else is done.
+    for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
+    load_masks(rows, masked);
+    fetch_levels(levels, rows.above.level, lane);
+    fetch_levels(levels, rows.below.level, lane);
+    if (threadIdx.x == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = {0, 0, 0, 0};
+    for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
     u32 row_runs = matrix.columns / RUN, run = (first + g) * row_runs + unit * (UNIT / RUN) + lane % 4;
-    Looks<PARTS> looks;
-    load_mask(matrix, above);
-    load_mask(matrix, below);
-    count_levels(above, lane);
-    count_levels(below, lane);
-    copy_levels(matrix, above, lane);
-    copy_levels(matrix, below, lane);
+    bool by_tile = matrix.scale_runs < row_runs;
+    Looks<PARTS> looks[2];
+    looks[0].ones = looks[1].ones = kept(0x01010101);
+    load_looks<KIND>(matrix, run, looks[0]);
+    load_looks<KIND>(matrix, run + 8 * row_runs, looks[1]);
+    count_levels(rows, lane);
+    copy_levels(levels, rows, lane);
+    u32 place = 0;  // of the tile of x
 #pragma unroll 1
-    for (u32 tile = 0; tile < tiles; tile++, run += TILE / RUN) {
-        if (tile == 0 || matrix.scale_runs < row_runs) {
-            load_patterns<KIND, PARTS>(matrix, run, looks.above);
-            load_patterns<KIND, PARTS>(matrix, run + 8 * row_runs, looks.below);
+    for (u32 tile = 0; tile < own.tiles; tile++) {
+        if (tile && by_tile) {
+            run += TILE / RUN;
+            load_looks<KIND>(matrix, run, looks[0]);
+            load_looks<KIND>(matrix, run + 8 * row_runs, looks[1]);
         }
-        Words words = above.words, others = below.words;
-        u32 at = above.at, other = below.at;
-        load_mask(matrix, above);
-        load_mask(matrix, below);
+        Words words = rows.above.words, others = rows.below.words;
+        u32 at = rows.above.at, other = rows.below.at;
         wait_for_copies();
-        __syncwarp();
+        if (tile == 0 || own.room < own.tiles) __syncthreads();
+        else __syncwarp();
+        load_masks(rows, masked);
+        // Nobody needs the tile of x before this one any more.
+        u32 coming = tile + own.room - 1, free = (place ? place : own.room) - 1;
+        if (tile && coming < own.tiles) fill_x<KIND>(memory, own, coming, free, threadIdx.x);
+        Columns x = {memory.x + ProductMemory<PARTS>::OCTETS_OF_X, 0, 0};
+        if (g < own.batch) {
+            x = {memory.x + place * own.octets + 4 * g + lane % 4, 4 * own.batch, own.octets / PARTS};
+        }
+        if (++place == own.room) place = 0;
 #pragma unroll 1
         for (u32 i = 0; i < 4; i++) {
-            if (i == 3) {
-                count_levels(above, lane);
-                count_levels(below, lane);
-            }
-            Queue queue = queue_at(above.levels, at), other_queue = queue_at(below.levels, other);
+            if (i == 3) count_levels(rows, lane);
+            Queue queue = queue_at(rows.above.levels, at), other_queue = queue_at(rows.below.levels, other);
             if (i == 3) {  // no level of this tile is in shared memory only
                 __syncwarp();
-                copy_levels(matrix, above, lane);
-                copy_levels(matrix, below, lane);
+                copy_levels(levels, rows, lane);
             }
             add_word<KIND, PARTS>(sum, memory.selectors, looks, words.a, others.a, queue, other_queue, x);
             at += __popc(words.a);
@@ -266,12 +334,10 @@ __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memo
     u32 units = (matrix.columns + UNIT - 1) / UNIT, slices = (units + call.units - 1) / call.units;
     u32 slice = blockIdx.x % slices, block = blockIdx.x / slices, unit = slice * call.units;
     u32 columns = least(call.units * UNIT, matrix.columns - unit * UNIT);
-    for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
-    fill_x<KIND, PARTS>(matrix, memory, call.x, batch, unit * UNIT, columns, threadIdx.x);
-    __syncthreads();
+    Activations<PARTS> own = activations_of<PARTS>(matrix, call.x, batch, unit * UNIT, columns);
     float sum[4] = {0, 0, 0, 0};
     u32 first = block * BLOCK_ROWS + warp * WARP_ROWS;
-    multiply_rows<KIND, PARTS>(matrix, memory, first, unit, columns, batch, warp, lane, sum);
+    multiply_rows<KIND>(matrix, memory, own, first, unit, columns, warp, lane, sum);
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
         u32 row = first + lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -280,18 +346,30 @@ __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memo
         else call.sums[((u64)slice * matrix.rows + row) * batch + column] = sum[i];
     }
     if (slices == 1) return;
-    __threadfence();
     __syncthreads();  // for other blocks
-    if (threadIdx.x == 0) memory.is_last = atomicAdd(call.done + block, 1) == slices - 1;
+    if (threadIdx.x == 0) {
+        __threadfence();  // for what all threads of the block wrote, which the barrier lets this one see
+        memory.is_last = atomicAdd(call.done + block, 1) == slices - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!memory.is_last) return;
-    __threadfence();
-    for (u32 i = threadIdx.x; i < BLOCK_ROWS * batch; i += THREADS) {
-        u32 row = block * BLOCK_ROWS + i / batch, column = i % batch;
-        if (row >= matrix.rows) break;
-        float total = 0;
-        for (u32 s = 0; s < slices; s++) total += __ldcg(call.sums + ((u64)s * matrix.rows + row) * batch + column);
-        write_element<KIND, PARTS>(matrix, row, column, total, call.bias, call.y);
+    const u32 most = BLOCK_ROWS * MAX_BATCH / THREADS;  // of the block's elements for a thread, summed up at once
+    u32 elements = matrix.rows * batch, first_element = block * BLOCK_ROWS * batch + threadIdx.x;
+    u32 stop = least(elements, (block + 1) * BLOCK_ROWS * batch);
+    float totals[most] = {};
+    for (u32 s = 0; s < slices; s++) {
+#pragma unroll
+        for (u32 k = 0; k < most; k++) {
+            u32 element = first_element + k * THREADS;
+            if (element < stop) totals[k] += __ldcg(call.sums + (u64)s * elements + element);
+        }
+    }
+#pragma unroll
+    for (u32 k = 0; k < most; k++) {
+        u32 element = first_element + k * THREADS;
+        if (element >= stop) break;
+        write_element<KIND, PARTS>(matrix, element / batch, element % batch, totals[k], call.bias, call.y);
     }
     if (threadIdx.x == 0) call.done[block] = 0;
 }

@@ -9,17 +9,32 @@ enum Kind { OF_BF16, OF_F16 };
 
 #ifdef __CUDACC__
 
-// For each of the lowest four nibbles of `chosen`, all under 8, a byte: of `low` (0 to 3) or of `high` (4 to 7). As
-// `__byte_perm`, which clears the other bits of the nibbles first.
+// For each of the lowest four nibbles of `chosen` a byte: of `low` (0 to 3) or of `high` (4 to 7), or, of a nibble with
+// 8 more, that byte's highest bit eight times. As `__byte_perm`, which clears the highest bits of the nibbles first.
 __device__ inline u32 permuted(u32 low, u32 high, u32 chosen) {
     u32 bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(chosen));
     return bytes;
 }
 
+// A word shifted by a fixed number of bits, which is multiplied: for code that has more integer instructions than
+// multiplications, since both have a pipe of their own.
+template <u32 BITS> __device__ inline u32 shifted_right(u32 word) {
+#ifdef SHIFT_BY_SHIFTING
+    return word >> BITS;
+#else
+    u32 upper;
+    asm("mul.hi.u32 %0, %1, %2;" : "=r"(upper) : "r"(word), "n"(1u << (32 - BITS)));
+    return upper;
+#endif
+}
+
 #if __CUDA_ARCH__ >= 800
 
 enum : u32 { HAS_TENSORS = 1 };
+
+// Has memory brought to the cache that all multiprocessors share.
+__device__ inline void fetch_ahead(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Begins to copy 16 bytes to shared memory.
 __device__ inline void copy_ahead(Words *to, const Words *from) {
@@ -79,6 +94,7 @@ __device__ inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, 
 #else
 
 enum : u32 { HAS_TENSORS = 0 };
+__device__ inline void fetch_ahead(const void *) {}
 __device__ inline void copy_ahead(Words *, const Words *) {}
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
 #pragma unroll

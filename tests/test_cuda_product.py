@@ -16,7 +16,7 @@ from kernels import shim
 from kernels.ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 from sfpformat import PRESETS, ImportanceOptions, Options
 from sfpformat.conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
-from sfpformat.engines.cuda import layout
+from sfpformat.engines.cuda import layout, product
 from sfpformat.engines.cuda.product import make_product
 from sfpformat.numpy import save
 
@@ -121,8 +121,23 @@ def test_several_slices_and_blocks_of_rows_are_added_up_in_one_order() -> None:
         results.append(own.multiply(x).tobytes())
         placed = own.there.place("BF16")
         assert placed is not None
-        assert (placed.product.slices(3), placed.product.blocks) == (4, 3)
+        assert (placed.product.slices, placed.product.blocks) == (4, 3)
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_several_slices_of_many_tiles_of_x(dtype: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(product, "_BLOCKS_EACH", 2)
+    array = matrix(70, 5248).astype(NUMPY[dtype])
+    for backwards in (False, True):
+        own = made(array, backwards=backwards)
+        x = activations(batch, 5248, dtype)
+        assert excess(own.multiply(x), x, own.weight, None) <= SUMMING
+        placed = own.there.place(dtype)
+        assert placed is not None
+        assert (placed.product.slices, placed.product.units_of_slice) == (1, 6)
 
 
 def test_a_matrix_without_a_mask_is_multiplied() -> None:
@@ -264,12 +279,13 @@ def test_an_odd_base_is_left_to_decoding() -> None:
         assert (product_of(data, "F32") is not None) == possible
 
 
-def test_slices_depend_on_the_shape_alone_and_fit_the_memory() -> None:
-    product = product_of(file_of(FUSED, matrix(64, 9088)))
-    assert product.units == 9
-    for batch in range(1, 9):
-        assert product.units_of_slice(batch) * batch <= 8
-        assert product.slices(batch) * product.units_of_slice(batch) >= 9
+@pytest.mark.parametrize(
+    ("rows", "columns", "units", "slices"),
+    [(64, 9088, 1, 9), (8192, 8192, 2, 4), (4096, 4096, 1, 4), (14336, 4096, 1, 4), (4096, 14336, 1, 14)],
+)
+def test_slices_depend_on_the_shape_alone(rows: int, columns: int, units: int, slices: int) -> None:
+    own = product.Product("", 1, 8, np.zeros((), layout.MATRIX), None, rows, columns, 1)
+    assert (own.units_of_slice, own.slices) == (units, slices)
 
 
 # ------------------------------------------------------------------------------------------------- damage

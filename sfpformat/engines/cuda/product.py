@@ -24,8 +24,11 @@ from .recipe import scale_of
 KERNELS = {"BF16": ("multiply_bf16", 1, 8), "F16": ("multiply_f16", 1, 8), "F32": ("multiply_f32", 3, 4)}
 _OLDEST_DEVICE = (8, 0)  # compute capability: tensor cores for these numbers, copies that do not wait
 _MOST_BYTES = 1 << 30  # of chunks: levels are counted in 32 bits
-# Blocks that let every multiprocessor of the largest devices have some.
-_BLOCKS = 3 * 132
+# Of the largest devices that were measured, and how many blocks let each of them wait for memory and go on.
+_MULTIPROCESSORS = 132
+_BLOCKS_EACH = 3
+# What a block does before its first unit and after its last, in units.
+_AROUND = 0.25
 _WIDE = ("F32", "F64")  # which hold every number of float32
 
 
@@ -62,16 +65,24 @@ class Product:
         """Of rows."""
         return -(-self.rows // layout.BLOCK_ROWS)
 
-    def units_of_slice(self, batch: int) -> int:
-        """How many units a block takes of its rows, for so many rows of x; of the shape alone, so that the
-        order of additions, and with it every bit, is the same on every device.
+    @property
+    def units_of_slice(self) -> int:
+        """How many units a block takes of its rows: those with which the multiprocessor that has the most
+        is done first. Of the shape alone, so that the order of additions, and with it every bit, is the same
+        on every device.
         """
-        room = self.most // batch
-        return max(min(room, self.blocks * self.units // _BLOCKS, self.units), 1)
+        most = self.blocks * self.units // (_MULTIPROCESSORS * _BLOCKS_EACH)
 
-    def slices(self, batch: int) -> int:
-        """Of the columns, for so many rows of x."""
-        return -(-self.units // self.units_of_slice(batch))
+        def work(units: int) -> tuple[float, int]:
+            blocks = -(-self.blocks * -(-self.units // units) // _MULTIPROCESSORS)
+            return blocks * (units + _AROUND), -units
+
+        return min(range(1, max(min(most, self.units), 1) + 1), key=work)
+
+    @property
+    def slices(self) -> int:
+        """Of the columns."""
+        return -(-self.units // self.units_of_slice)
 
 
 def has_kernels(capability: Sequence[int]) -> bool:

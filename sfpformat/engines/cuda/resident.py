@@ -185,7 +185,7 @@ class Placed:
         product, item = self.product, 4 if self.product.parts > 1 else 2
         for first in range(0, operands.batch, product.most):
             batch = min(operands.batch - first, product.most)
-            slices = product.slices(batch)
+            slices = product.slices
             sums = device.allocate(4 * slices * product.rows * batch if slices > 1 else 0)
             addresses = (
                 self.matrix.address,
@@ -196,7 +196,7 @@ class Placed:
                 operands.done,
             )
             arguments: list[np.generic] = [np.uint64(address) for address in addresses]
-            arguments += [np.uint32(batch), np.uint32(product.units_of_slice(batch))]
+            arguments += [np.uint32(batch), np.uint32(product.units_of_slice)]
             device.launch(product.kernel, product.blocks * slices, arguments)
 
 
