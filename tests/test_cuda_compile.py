@@ -197,10 +197,10 @@ def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
 @pytest.fixture
 def nothing_remembered() -> Iterator[None]:
     """Asks for a device anew, in the test and after it."""
-    for remembers in (driver._why_no_device, driver._why_no_compiler):
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
         remembers.cache_clear()
     yield
-    for remembers in (driver._why_no_device, driver._why_no_compiler):
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
         remembers.cache_clear()
 
 
@@ -239,12 +239,22 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "words"), [("0.7.0", "0.7.0 is too old, 1.2 or later"), ("1.2.2", None), ("2.0rc1", None)]
 )
+@pytest.mark.usefixtures("nothing_remembered")
 def test_an_old_package_is_told(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     reason = driver.why_no_package()
     assert (reason is None) if words is None else words in (reason or "")
 
 
+@pytest.mark.usefixtures("nothing_remembered")
+def test_the_package_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.2.2")
+    assert [driver.why_no_package() for _ in range(3)] == [None] * 3
+    assert asked == ["cuda-core"]
+
+
+@pytest.mark.usefixtures("nothing_remembered")
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise importlib.metadata.PackageNotFoundError

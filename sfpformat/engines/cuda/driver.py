@@ -37,13 +37,19 @@ def why_no_package() -> str | None:
     if importlib.util.find_spec("cuda") is None:
         return _HOW_TO_INSTALL.format("cuda-core is not installed")
     try:
-        found = importlib.metadata.version("cuda-core")
+        found = _version_of_package()
     except importlib.metadata.PackageNotFoundError:
         return _HOW_TO_INSTALL.format("cuda-core is not installed")
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_PACKAGE:
         needed = ".".join(map(str, OLDEST_PACKAGE))
         return _HOW_TO_INSTALL.format(f"cuda-core {found} is too old, {needed} or later is needed")
     return None
+
+
+@cache
+def _version_of_package() -> str:
+    """That of cuda-core. Looked up once where it is there: that takes most of a millisecond."""
+    return importlib.metadata.version("cuda-core")
 
 
 @cache
