@@ -136,6 +136,7 @@ def test_gradients_of_both_orders_are_right() -> None:
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
 def test_calls_without_forward_derivatives_do_without_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*given: object) -> None:
         raise AssertionError("a function was made")
