@@ -38,6 +38,11 @@ struct Chunk {
     u32 length;
 };
 
+// The byte at an offset, 0 outside of the chunk.
+__device__ inline u32 byte_at(Chunk chunk, u64 offset) {
+    return offset < chunk.length ? chunk.data[offset] : 0;
+}
+
 // The 4 bytes from an offset on that is a multiple of 4, 0 outside of the chunk.
 __device__ inline u32 word_at(Chunk chunk, u64 offset) {
     return offset + 4 <= chunk.length ? *(const u32 *)(chunk.data + offset) : 0;

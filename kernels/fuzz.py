@@ -127,9 +127,9 @@ class Kernels:
         index, errors = device.allocate(4 * plan.index_words), device.allocate(4 * plan.error_words)
         jobs.bytes[:], warps.bytes[:] = plan.jobs.view(np.uint8), parts.view(np.uint8)
         status.bytes[:], errors.bytes[:], out.bytes[:] = 0, 0, 0
-        places = [np.uint64(memory.address) for memory in (jobs, warps, index, status, errors)]
+        places = [memory.address for memory in (jobs, warps, index, status, errors)]
         device.launch("index_chunks", 1, [places[0], places[2], places[3]])
-        device.launch(recipe.kernel, len(parts) // layout.WARPS, [*places, np.uint64(0)])
+        device.launch(recipe.kernel, len(parts) // layout.WARPS, [*places, 0])
         device.finish()
         word = int(status.bytes.view(np.uint32)[0])
         return word, errors.bytes.view(np.uint32).copy(), out.bytes.tobytes()

@@ -105,8 +105,10 @@ class Multiplication:
         self._bias = None if bias is None else put(device, bias.tobytes())
         self._y = put(device, b"\xff" * (x.itemsize * len(x) * placed.product.rows))  # numbers that are none
         bias_at = 0 if self._bias is None else self._bias.address
-        done = self._done.address
-        self._operands = Operands(self._x.address, bias_at, self._y.address, len(x), done)
+        self._sums = device.allocate(placed.product.sums_bytes(len(x)))
+        self._operands = Operands(
+            self._x.address, bias_at, self._y.address, len(x), self._sums.address, self._done.address
+        )
 
     def start(self) -> None:
         """Computes it, in the queue's order."""

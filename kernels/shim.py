@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sfpformat.coding.bits import Bytes
 from sfpformat.engines.cuda import layout
 from sfpformat.engines.cuda.device import Device, Mark
+from sfpformat.engines.cuda.driver import pointers_to
 
 FOLDER = Path(__file__).parent
 # -ffp-contract=off: what the source multiplies and adds apart stays apart.
@@ -182,9 +182,9 @@ class HostDevice:
         """See `Device`."""
         self._enqueue(lambda: ctypes.memmove(to, source, size))
 
-    def launch(self, kernel: str, blocks: int, arguments: Sequence[np.generic]) -> None:
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
         """See `Device`."""
-        held = [np.array(argument) for argument in arguments]
+        held = (ctypes.c_uint64 * len(arguments))(*arguments)  # of which a kernel takes the lower bytes
         self.launched.append(kernel)
         self._enqueue(lambda: self._run(kernel, blocks, held))
 
@@ -193,8 +193,8 @@ class HostDevice:
         if self._at_once:
             self.finish()
 
-    def _run(self, kernel: str, blocks: int, held: list[NDArray[Any]]) -> None:
-        pointers = (ctypes.c_void_p * len(held))(*[value.ctypes.data for value in held])
+    def _run(self, kernel: str, blocks: int, held: ctypes.Array[ctypes.c_uint64]) -> None:
+        pointers = pointers_to(held)
         with _one_at_a_time:
             code = self._library.launch(kernel.encode(), blocks, layout.THREADS, self._backwards, pointers)
         if code:

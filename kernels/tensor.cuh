@@ -1,6 +1,7 @@
 // Instructions of a GPU that CUDA C++ has no function for: bytes by unmasked selectors, copies that do not wait, two
 // numbers rounded at once, products on tensor cores. The last three need compute capability 8.0; on older devices
-// copies wait, and the kernels of product.cuh are there and do nothing. What stands in for them on the host is in host_tensor.h.
+// copies wait, and the kernels of product.cuh are there and do nothing. What stands in for them on the host is in
+// host_tensor.h.
 #pragma once
 #include "values.cuh"
 

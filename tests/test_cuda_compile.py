@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import re
 import sys
@@ -204,10 +205,10 @@ def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
 @pytest.fixture
 def nothing_remembered() -> Iterator[None]:
     """Asks for a device anew, in the test and after it."""
-    for remembers in (driver._why_no_device, driver._why_no_compiler):
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
         remembers.cache_clear()
     yield
-    for remembers in (driver._why_no_device, driver._why_no_compiler):
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
         remembers.cache_clear()
 
 
@@ -246,12 +247,22 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "words"), [("0.7.0", "0.7.0 is too old, 1.2 or later"), ("1.2.2", None), ("2.0rc1", None)]
 )
+@pytest.mark.usefixtures("nothing_remembered")
 def test_an_old_package_is_told(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     reason = driver.why_no_package()
     assert (reason is None) if words is None else words in (reason or "")
 
 
+@pytest.mark.usefixtures("nothing_remembered")
+def test_the_package_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.2.2")
+    assert [driver.why_no_package() for _ in range(3)] == [None] * 3
+    assert asked == ["cuda-core"]
+
+
+@pytest.mark.usefixtures("nothing_remembered")
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise importlib.metadata.PackageNotFoundError
@@ -284,11 +295,21 @@ class Recorder:
 def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = np.zeros(64, np.uint8)
     said: list[tuple[Any, ...]] = []
+
+    def launched(*given: Any) -> tuple[int]:
+        addresses = (ctypes.c_void_p * 2).from_address(given[9])
+        values = [ctypes.c_uint64.from_address(address or 0).value for address in addresses]
+        said.append(("launch", *given[:9], values, *given[10:]))
+        return (0 if given[1] < 1 << 31 else 1,)
+
     gives: dict[str, Any] = {
         "core.Device().arch": "90",
         "core.Device().allocate().handle": 4096,
         "core.Device().create_stream().handle": 77,
         "core.LegacyPinnedMemoryResource().allocate().handle": pinned.ctypes.data,
+        "sm_90.get_kernel().handle": 9,
+        "driver.CUfunction": lambda handle: 100 * handle,
+        "driver.cuLaunchKernel": launched,
         "driver.CUresult": types.SimpleNamespace(CUDA_SUCCESS=0),
         "driver.cuMemcpyAsync": lambda *args: said.append(("copy", *args)) or (0 if args[2] < 64 else 2,),
     }
@@ -310,11 +331,15 @@ def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> No
     assert [call for call in said if call[0] == "copy"] == [("copy", 1, 2, 3, 77)]
     with pytest.raises(RuntimeError, match="a copy of 64 bytes failed"):
         device.copy(1, 2, 64)
-    device.launch("any_4", 5, [np.uint64(1), np.uint32(2)])
-    assert ("core.LaunchConfig", ("grid", 5), ("block", 128)) in said
-    assert ("sm_90.get_kernel", "any_4") in said
-    launched = next(call for call in said if call[0] == "core.launch")
-    assert [type(argument) for argument in launched[4:]] == [np.uint64, np.uint32]
+    for given in ([1 << 40, 2], [7, 8]):
+        device.launch("any_4", 5, given)
+    assert [call for call in said if call[0] == "launch"] == [
+        ("launch", 900, 5, 1, 1, 128, 1, 1, 0, 77, [1 << 40, 2], 0),
+        ("launch", 900, 5, 1, 1, 128, 1, 1, 0, 77, [7, 8], 0),
+    ]
+    assert said.count(("sm_90.get_kernel", "any_4")) == 1
+    with pytest.raises(RuntimeError, match="a launch of any_4 failed"):
+        device.launch("any_4", 1 << 31, [1, 2])
     device.mark().wait()
     assert said[-2:] == [
         ("core.Device().create_stream().record",),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sfpformat import InvalidFileError, MismatchError, Options
-from sfpformat.torch import SfpEmbedding, SfpLinear, operators, packed
+from sfpformat.torch import SfpEmbedding, SfpLinear, derivatives, operators, packed
 from sfpformat.torch import save as save_tensors
 from sfpformat.torch.kept import KeptWeights
 
@@ -134,6 +134,22 @@ def test_gradients_of_both_orders_are_right() -> None:
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
+def test_calls_without_forward_derivatives_do_without_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*given: object) -> None:
+        raise AssertionError("a function was made")
+
+    layer, x = SfpLinear.of(linear()), torch.randn(2, 40, requires_grad=True)
+    monkeypatch.setattr(derivatives._Linear, "apply", slow)
+    layer(x).square().sum().backward()
+    with torch.inference_mode():
+        layer(x)
+    with torch.autograd.forward_ad.dual_level():
+        layer(x)
+        with pytest.raises(AssertionError):
+            layer(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
@@ -335,6 +351,20 @@ def test_autocast_is_compiled_too() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert bits(compiled(x)) == bits(layer(x))
+
+
+def test_calls_do_not_ask_what_some_compilers_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untraceable(kind: str) -> bool:
+        raise AssertionError(f"asked for {kind}")
+
+    layer, x = SfpLinear.of(linear()), torch.randn(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.amp, "is_autocast_available", untraceable)
+            assert bits(layer(x)) == bits(wanted)
+        monkeypatch.setattr("sfpformat.torch.layers._AUTOCAST_IS_THERE", {})  # as for somebody's own kind
+        assert bits(layer(x)) == bits(wanted)
 
 
 def test_a_model_is_exported_and_comes_back() -> None:

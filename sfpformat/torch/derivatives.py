@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import MismatchError
 from . import operators
@@ -44,12 +45,23 @@ def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: 
         [..., how.features].
     """
     # The compiler takes operators, and no functions that have forward derivatives of their own. (An operator
-    # has no forward derivative: torch would take 0 for it.)
-    if torch.compiler.is_compiling():
-        compiled: torch.Tensor = operators.linear(x, bias, data, *how)
-        return compiled
+    # has no forward derivative: torch would take 0 for it.) Outside of it, too, functions are for those alone
+    # who need them: torch inspects their signature at every call, which takes longer than the product.
+    if torch.compiler.is_compiling() or not (_is_transformed() or _has_tangent(x) or _has_tangent(bias)):
+        out: torch.Tensor = operators.linear(x, bias, data, *how)
+        return out
     apply: Callable[..., torch.Tensor] = _Linear.apply
     return apply(x, bias, data, *how)
+
+
+# Whether a transform of torch.func is on.
+_is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def _has_tangent(tensor: torch.Tensor | None) -> bool:
+    """Whether forward derivatives are taken with respect to a tensor."""
+    unpack: Callable[..., Any] = forward_ad.unpack_dual
+    return tensor is not None and unpack(tensor).tangent is not None
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

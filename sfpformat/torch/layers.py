@@ -25,6 +25,12 @@ from .kept import KeptWeights
 # Where a layer's bytes are in its ``state_dict``.
 BYTES = "weight_sfp"
 
+# Kind of device -> whether autocast knows of it. Asked here: the compilers of some versions of torch cannot
+# trace the question.
+_AUTOCAST_IS_THERE: dict[str, bool] = {
+    kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta", "mps", "xla", "xpu")
+}
+
 # Bytes that a layer had -> those that it has now, so that tied layers get the same ones again.
 _now: MutableMapping[torch.Tensor, weakref.ref[torch.Tensor]] = WeakTensorKeyDictionary()
 
@@ -299,7 +305,10 @@ def make_dense(module: Compressed, weight: nn.Parameter) -> None:
 
 def _autocasts(kind: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    there = _AUTOCAST_IS_THERE.get(kind)
+    if there is None:  # a kind of somebody's own
+        there = torch.amp.is_autocast_available(kind)
+    return there and torch.is_autocast_enabled(kind)
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -46,14 +46,14 @@ class _Weight:
         vectors: those of its vector chunk.
         resident: its chunks, on the device.
         is_checked: whether all of them were decoded once.
-        placed: dtypes -> what multiplies with it, or None.
+        placed: dtypes, as `multiply` is told of them -> what multiplies with it, or None.
     """
 
     entry: TensorEntry
     vectors: dict[str, F32]
     resident: Resident
     is_checked: bool = False
-    placed: dict[tuple[str, str], Placed | None] = field(default_factory=dict)
+    placed: dict[tuple[torch.dtype, torch.dtype], Placed | None] = field(default_factory=dict)
 
 
 class _Known(NamedTuple):
@@ -155,17 +155,24 @@ def multiply(
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
         return None
     with devices.current(data.device):
-        loader = devices.loader_of(data.device)
         weight = _weight_of(data)
         placed = None if weight is None else _placed(weight, data, dtype, x.dtype)
         if weight is None or placed is None or x.shape[-1] != weight.entry.columns:
             return None
-        rows, own = weight.entry.rows, _aligned(x)
-        y = x.new_empty(*x.shape[:-1], rows)
+        loader, product, own = devices.loader_of(data.device), placed.product, _aligned(x)
+        y = x.new_empty(*x.shape[:-1], product.rows)
+        # Torch keeps what is let go of for the next who wants memory in the order of this stream.
+        sums = x.new_empty(product.sums_bytes(batch), dtype=torch.uint8)
         offset = None if bias is None else bias.contiguous()
-        done = loader.counters(placed.product.blocks, data.device)
-        at = 0 if offset is None else offset.data_ptr()
-        placed.multiply(loader.queue, Operands(own.data_ptr(), at, y.data_ptr(), batch, done))
+        operands = Operands(
+            own.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            y.data_ptr(),
+            batch,
+            sums.data_ptr(),
+            loader.counters(product.blocks, data.device),
+        )
+        placed.multiply(loader.queue, operands)
         return y
 
 
@@ -176,18 +183,25 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Placed | None:
     """What multiplies with a weight, made when it is first asked for."""
-    names = format_dtype(dtype), format_dtype(compute)
-    if names[0] is None or names[1] is None or names[1].name not in KERNELS:
-        return None
-    key = names[0].name, names[1].name
+    key = dtype, compute
     with _lock:
         if key not in weight.placed:
-            product: Product | None = None
-            if has_kernels(capability_of(data.device)):
-                product = make_product(weight.entry, weight.vectors, *key)
+            product = _product(weight, data.device, dtype, compute)
             queue = devices.loader_of(data.device).queue
             weight.placed[key] = None if product is None else weight.resident.place(queue, product)
         return weight.placed[key]
+
+
+def _product(
+    weight: _Weight, device: torch.device, dtype: torch.dtype, compute: torch.dtype
+) -> Product | None:
+    """What kernels are told of a weight; None where they do not know how, or the device has none."""
+    names = format_dtype(dtype), format_dtype(compute)
+    if names[0] is None or names[1] is None or names[1].name not in KERNELS:
+        return None
+    if not has_kernels(capability_of(device)):
+        return None
+    return make_product(weight.entry, weight.vectors, names[0].name, names[1].name)
 
 
 # ------------------------------------------------------------------------------------------ what is known
@@ -195,12 +209,12 @@ def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: to
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
     """What is known of some bytes; they are looked at where nothing is."""
-    version = _version(data)
+    key, version = _key(data), _version(data)
     with _lock:
-        found = _known.get(_key(data))
+        found = _known.get(key)
         if found is None or found.version != version or found.bytes_there() is None:
             _remember(data, _look_at(data))
-            found = _known[_key(data)]
+            found = _known[key]
         return found.weight
 
 

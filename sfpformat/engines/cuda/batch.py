@@ -203,11 +203,9 @@ def launch(
         parts: kernel -> the address of its warps, and how many they are.
         out: what the addresses of the jobs' weights are counted from.
     """
-    own, index = np.uint64(places.jobs), np.uint64(places.index)
-    status, errors = np.uint64(places.status), np.uint64(places.errors)
-    device.launch("index_chunks", jobs, [own, index, status])
+    device.launch("index_chunks", jobs, [places.jobs, places.index, places.status])
     for kernel, (at, count) in parts.items():
-        arguments = [own, np.uint64(at), index, status, errors, np.uint64(out)]
+        arguments = [places.jobs, at, places.index, places.status, places.errors, out]
         device.launch(kernel, count // layout.WARPS, arguments)
 
 

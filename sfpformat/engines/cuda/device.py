@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from ...coding.bits import Bytes
 
 
@@ -53,8 +51,14 @@ class Device(Protocol):
     def copy(self, to: int, source: int, size: int) -> None:
         """Copies bytes between addresses of the device or of pinned memory."""
 
-    def launch(self, kernel: str, blocks: int, arguments: Sequence[np.generic]) -> None:
-        """Runs a kernel, `layout.THREADS` threads a block."""
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
+        """Runs a kernel, `layout.THREADS` threads a block.
+
+        Args:
+            kernel: its name.
+            blocks: how many.
+            arguments: unsigned; a kernel takes all 64 bits of an address, the lower 32 of a count.
+        """
 
     def mark(self) -> Mark:
         """This point in the queue."""

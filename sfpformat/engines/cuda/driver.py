@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from ...coding.bits import Bytes, as_bytes
 from . import layout
 from .device import Mark
@@ -37,13 +35,19 @@ def why_no_package() -> str | None:
     if importlib.util.find_spec("cuda") is None:
         return _HOW_TO_INSTALL.format("cuda-core is not installed")
     try:
-        found = importlib.metadata.version("cuda-core")
+        found = _version_of_package()
     except importlib.metadata.PackageNotFoundError:
         return _HOW_TO_INSTALL.format("cuda-core is not installed")
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_PACKAGE:
         needed = ".".join(map(str, OLDEST_PACKAGE))
         return _HOW_TO_INSTALL.format(f"cuda-core {found} is too old, {needed} or later is needed")
     return None
+
+
+@cache
+def _version_of_package() -> str:
+    """That of cuda-core. Looked up once where it is there: that takes most of a millisecond."""
+    return importlib.metadata.version("cuda-core")
 
 
 @cache
@@ -110,6 +114,28 @@ class _Mark:
         self.event.sync()
 
 
+def pointers_to(values: ctypes.Array[ctypes.c_uint64]) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of some values, as launches want them."""
+    at, size = ctypes.addressof(values), ctypes.sizeof(ctypes.c_uint64)
+    return (ctypes.c_void_p * len(values))(*[at + i * size for i in range(len(values))])
+
+
+class _Kernel:
+    """A kernel, and memory for what it is given: the driver reads that before a launch comes back.
+
+    Attributes:
+        function: the driver's.
+        values: of its arguments. A kernel takes as many bytes of each as its argument has, the lower ones.
+        addresses: where the addresses of the values are.
+    """
+
+    def __init__(self, function: Any, arguments: int) -> None:
+        self.function = function
+        self.values = (ctypes.c_uint64 * arguments)()
+        self._pointers = pointers_to(self.values)
+        self.addresses = ctypes.addressof(self._pointers)
+
+
 @dataclass(frozen=True)
 class _Stream:
     """What cuda.core takes for a stream of somebody else's."""
@@ -135,6 +161,9 @@ class CudaDevice:
         self._device = self._core.Device(number)
         self._device.set_current()
         self._stream = self._device.create_stream(None if stream is None else _Stream(stream or _LEGACY))
+        self._handle = self._stream.handle
+        self._good = self._driver.CUresult.CUDA_SUCCESS
+        self._kernels: dict[str, _Kernel] = {}
         self._pinned = self._core.LegacyPinnedMemoryResource()
         self._program = program_of(number, f"sm_{self._device.arch}")
 
@@ -152,14 +181,23 @@ class CudaDevice:
     def copy(self, to: int, source: int, size: int) -> None:
         """See `Device`."""
         if size:
-            (error,) = self._driver.cuMemcpyAsync(to, source, size, self._stream.handle)
-            if error != self._driver.CUresult.CUDA_SUCCESS:
+            (error,) = self._driver.cuMemcpyAsync(to, source, size, self._handle)
+            if error != self._good:
                 raise RuntimeError(f"a copy of {size} bytes failed: {error!r}")
 
-    def launch(self, kernel: str, blocks: int, arguments: Sequence[np.generic]) -> None:
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
         """See `Device`."""
-        config = self._core.LaunchConfig(grid=blocks, block=layout.THREADS)
-        self._core.launch(self._stream, config, self._program.get_kernel(kernel), *arguments)
+        own = self._kernels.get(kernel)
+        if own is None:
+            handle = self._program.get_kernel(kernel).handle
+            own = self._kernels[kernel] = _Kernel(self._driver.CUfunction(int(handle)), len(arguments))
+        own.values[:] = [*arguments]
+        # Not `cuda.core.launch`, which makes anew for every launch what stays the same.
+        (error,) = self._driver.cuLaunchKernel(
+            own.function, blocks, 1, 1, layout.THREADS, 1, 1, 0, self._handle, own.addresses, 0
+        )
+        if error != self._good:
+            raise RuntimeError(f"a launch of {kernel} failed: {error!r}")
 
     def mark(self) -> _Mark:
         """See `Device`."""

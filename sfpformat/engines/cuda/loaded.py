@@ -38,7 +38,7 @@ class Recipes:
         staging.bytes[size : size + codes.nbytes] = codes.view(np.uint8)
         self._device.copy(memory.address, staging.address, size + codes.nbytes)
         if len(codes):
-            self._device.launch("fill_tables", len(codes), [np.uint64(memory.address + size)])
+            self._device.launch("fill_tables", len(codes), [memory.address + size])
         self._device.mark().wait()  # the pinned memory goes now
 
     def address(self, recipe: Recipe) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,12 @@ class Product:
     columns: int
     chunks: int
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Of columns, whose levels' places are known."""
         return -(-self.columns // layout.UNIT)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Of rows."""
         return -(-self.rows // layout.BLOCK_ROWS)
@@ -83,6 +84,12 @@ class Product:
     def slices(self) -> int:
         """Of the columns."""
         return -(-self.units // self.units_of_slice)
+
+    def sums_bytes(self, batch: int) -> int:
+        """Of memory for what slices add up to, for any number of rows of x."""
+        batch = min(batch, self.most)  # a smaller launch takes no more
+        slices = self.slices
+        return 4 * slices * self.rows * batch if slices > 1 else 0
 
 
 def has_kernels(capability: Sequence[int]) -> bool:

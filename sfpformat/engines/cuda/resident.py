@@ -21,6 +21,7 @@ from .loaded import Recipes
 from .product import Product
 from .recipe import Recipe
 
+_PIECE = 256  # bytes: what pieces of memory begin at multiples of
 Run = tuple[int, int, int, int]  # a chunk, the first of its segments, the one after the last, where they go
 
 
@@ -106,17 +107,19 @@ class _Work:
             out: where the weights go, or None where none are wanted.
             matrix: a `layout.MATRIX` to be made ready, or None.
         """
-        jobs = len(self._plan.jobs)
-        status, index = device.allocate(4 * jobs), device.allocate(4 * self._plan.index_words)
-        errors = device.allocate(4 * self._plan.error_words)
-        device.copy(status.address, zeros.address, 4 * jobs)
-        places = Places(self._parts[""][0], index.address, status.address, errors.address)
+        jobs, plan = len(self._plan.jobs), self._plan
+        # One piece of memory: taking it is most of what a call costs the processor. Status words come first.
+        first = -(-4 * jobs // _PIECE) * _PIECE
+        memory = device.allocate(first + 4 * (plan.index_words + plan.error_words))
+        index = memory.address + first
+        device.copy(memory.address, zeros.address, 4 * jobs)
+        errors = index + 4 * plan.index_words
+        places = Places(self._parts[""][0], index, memory.address, errors)
         parts = {name: part for name, part in self._parts.items() if name and out is not None}
         launch(device, places, jobs, parts, out or 0)
         if matrix is not None:
-            addresses = (places.jobs, matrix.address, places.index, places.status)
-            device.launch("place_matrix", jobs, [np.uint64(address) for address in addresses])
-        return status
+            device.launch("place_matrix", jobs, [places.jobs, matrix.address, places.index, places.status])
+        return memory
 
     def judge(self, device: Device, words: HostMemory, out: int | None, matrix: Memory | None = None) -> bool:
         """As `start`, and waits; whether all is good. ``words`` are zero afterwards."""
@@ -139,6 +142,7 @@ class Operands:
         bias: [rows], or 0.
         y: [batch, rows].
         batch: at least 1.
+        sums: `Product.sums_bytes`, with whatever was there; free again when the queue has passed.
         done: a word of 32 bits for each `Product.blocks`: zero, and zero again when the queue has passed.
     """
 
@@ -146,6 +150,7 @@ class Operands:
     bias: int
     y: int
     batch: int
+    sums: int
     done: int
 
 
@@ -185,19 +190,17 @@ class Placed:
         product, item = self.product, 4 if self.product.parts > 1 else 2
         for first in range(0, operands.batch, product.most):
             batch = min(operands.batch - first, product.most)
-            slices = product.slices
-            sums = device.allocate(4 * slices * product.rows * batch if slices > 1 else 0)
-            addresses = (
+            arguments = [
                 self.matrix.address,
                 operands.x + first * product.columns * item,
                 operands.bias,
                 operands.y + first * product.rows * item,
-                sums.address,
+                operands.sums,
                 operands.done,
-            )
-            arguments: list[np.generic] = [np.uint64(address) for address in addresses]
-            arguments += [np.uint32(batch), np.uint32(product.units_of_slice)]
-            device.launch(product.kernel, product.blocks * slices, arguments)
+                batch,
+                product.units_of_slice,
+            ]
+            device.launch(product.kernel, product.blocks * product.slices, arguments)
 
 
 def _octets(values: NDArray[np.generic]) -> NDArray[np.uint8]:
