@@ -8,12 +8,14 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfpformat import InvalidFileError, MismatchError, Options
 from sfpformat.torch import SfpEmbedding, SfpLinear, derivatives, operators, packed
@@ -150,6 +152,29 @@ def test_calls_without_forward_derivatives_do_without_a_function(monkeypatch: py
         layer(x)
         with pytest.raises(AssertionError):
             layer(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.*deprecated")
+def test_who_looks_on_sees_the_operator() -> None:
+    class Looking(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    layer, x = SfpLinear.of(linear()), torch.randn(2, 40)
+    with torch.no_grad():
+        wanted = layer(x)
+        with Looking():
+            assert bits(layer(x)) == bits(wanted)
+        with torch.autograd.profiler.profile() as profile:
+            layer(x)
+        traced = torch.jit.trace(layer, (x,))
+    assert "sfpformat::linear" in Looking.seen
+    assert "sfpformat::linear" in {event.name for event in profile.function_events or ()}
+    assert "sfpformat::linear" in str(traced.inlined_graph)
+    assert layer.to("meta")(x.to("meta")).is_meta
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself

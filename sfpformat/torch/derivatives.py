@@ -48,7 +48,8 @@ def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: 
     # has no forward derivative: torch would take 0 for it.) Outside of it, too, functions are for those alone
     # who need them: torch inspects their signature at every call, which takes longer than the product.
     if torch.compiler.is_compiling() or not (_is_transformed() or _has_tangent(x) or _has_tangent(bias)):
-        out: torch.Tensor = operators.linear(x, bias, data, *how)
+        call = operators.compute_linear if _is_plain(x, bias, data) else operators.linear
+        out: torch.Tensor = call(x, bias, data, *how)
         return out
     apply: Callable[..., torch.Tensor] = _Linear.apply
     return apply(x, bias, data, *how)
@@ -56,6 +57,27 @@ def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: 
 
 # Whether a transform of torch.func is on.
 _is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def _is_plain(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor) -> bool:
+    """Whether torch need not know of a call: there is no gradient, and nobody who traces or looks on.
+
+    Half of what a call costs the processor is torch's way from an operator to what it does.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    if type(x) is not torch.Tensor or type(data) is not torch.Tensor or type(bias) not in _PLAIN:
+        return False
+    if x.is_meta or x.device != data.device or torch._C._get_tracing_state() is not None:
+        return False
+    return not (_modes() or torch._C._autograd._profiler_enabled())
+
+
+_PLAIN = (type(None), torch.Tensor, torch.nn.Parameter)
+# How many modes want to see what operators are called.
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def _has_tangent(tensor: torch.Tensor | None) -> bool:

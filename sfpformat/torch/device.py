@@ -34,6 +34,7 @@ from .tensors import tensor_of, torch_dtype
 # is read, what is copied, what is decoded.
 BATCH_BYTES = 32 << 20
 _SLOTS = 3
+_MOST_COPYING = 8  # threads that copy to pinned memory: more do not make memory faster
 
 
 def stream_of(device: torch.device) -> tuple[int, int]:
@@ -195,7 +196,7 @@ class Loader:
         plan = plan_batch(tasks)
         if slot.staging is None or len(slot.staging.bytes) < plan.size:
             slot.staging = self.queue.pin(plan.size + plan.size // 4)  # the next may be a little larger
-        fill_chunks(plan, slot.staging)
+        fill_chunks(plan, slot.staging, min(torch.get_num_threads(), _MOST_COPYING))
         slot.running, slot.owners = (
             run_batch(self.queue, plan, slot.staging, self._copying),
             [tensor for tensor, _ in batch],

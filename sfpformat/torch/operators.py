@@ -66,7 +66,7 @@ def _fake_decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept:
     return data.new_empty(shape, dtype=dtype)
 
 
-def _linear(
+def compute_linear(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     data: torch.Tensor,
@@ -76,6 +76,7 @@ def _linear(
     compute: torch.dtype,
     kept: str,
 ) -> torch.Tensor:
+    """What the operator ``linear`` does."""
     if not turned and x.dtype == compute and is_decoded_on(data.device, None):
         from . import resident  # not before it is needed: it makes ready what kernels take
 
@@ -129,7 +130,7 @@ decode = _operator(
 linear = _operator(
     "linear(Tensor x, Tensor? bias, Tensor data, SymInt features, bool turned, "
     "ScalarType dtype, ScalarType compute, str kept)",
-    _linear,
+    compute_linear,
     _fake_linear,
 )
 # weight[ids]; [...] -> [..., columns]

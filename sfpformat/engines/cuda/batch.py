@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
+from ...parallel import for_each
 from . import layout
 from .device import Device, HostMemory, Mark, Memory
 from .recipe import Recipe
@@ -209,10 +210,14 @@ def launch(
         device.launch(kernel, count // layout.WARPS, arguments)
 
 
-def fill_chunks(plan: Plan, staging: HostMemory) -> None:
-    """Copies the chunks to their places."""
-    for at, data in plan.chunks:
+def fill_chunks(plan: Plan, staging: HostMemory, threads: int = 1) -> None:
+    """Copies the chunks to their places, side by side: one thread does not keep up with a device."""
+
+    def fill(chunk: tuple[int, Bytes]) -> None:
+        at, data = chunk
         staging.bytes[at : at + len(data)] = data
+
+    for_each(fill, plan.chunks, min(threads, len(plan.chunks)))
 
 
 def _put(staging: HostMemory, at: int, values: NDArray[np.void]) -> int:
