@@ -11,6 +11,10 @@
 //   8 × 32 lanes  two steps of `multiply_add`: 16 rows, 16 columns a step. Which columns a step has does not matter,
 //                 as long as those of x are the same: eight of each lane of a quad
 //
+// What is needed next is on its way meanwhile: the mask of the next tile of 512 columns in registers that nobody looks
+// at before; its levels to shared memory, as soon as the last of this tile are in registers; those of the tile after it
+// to the cache of all multiprocessors; and x, of which there is room for a few tiles, where a block has more.
+//
 // Bounds: beyond the matrix there are no mask bits; copies end with the file; of a row a quad never takes more than
 // 512 levels, for which there is room, whatever the mask says.
 #pragma once
