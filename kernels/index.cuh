@@ -16,9 +16,9 @@ enum : u32 { QUANTITY_BYTES = 8, MAX_INDEX_WIDTH = 32, PART = 16, TAIL = 16, CHU
 // Bit offsets of a chunk are u32.
 enum : u32 { MAX_CHUNK = 1u << 29 };
 enum : u32 {
-    EACH = 4,               // segments of a thread
+    EACH = 4,                // segments of a thread
     ROUND = EACH * THREADS,  // segments of a block
-    STAGED = 4096,          // first bytes of a chunk that go to shared memory: most have no more in header and index
+    STAGED = 4096,           // first bytes of a chunk, which go to shared memory: most headers and indexes end there
     PLANES = 2 * STREAMS,
     PLANES_A_WARP = (PLANES + WARPS - 1) / WARPS,
     ROWS = 1 + ROWS_A_STREAM * STREAMS,
@@ -64,9 +64,9 @@ __device__ inline u32 sum_of(u32 bits, u32 more) {
     return sum < bits ? ~0u : sum;
 }
 
-// The sum of the values of the lanes up to this one.
-__device__ inline u32 sum_up_to(u32 value, u32 lane) {
-    for (u32 step = 1; step < WARP; step *= 2) {
+// The sum of the values of the lanes up to this one, one of the first `LANES`.
+template <u32 LANES = WARP> __device__ inline u32 sum_up_to(u32 value, u32 lane) {
+    for (u32 step = 1; step < LANES; step *= 2) {
         u32 below = (u32)__shfl_up_sync(ALL_LANES, value, step);
         if (lane >= step) value += below;
     }
@@ -92,6 +92,13 @@ __device__ inline bool is_set(Words words, u32 from) {
     if (from < 64) seen |= words.b & (from < 32 ? ~0u : own);
     if (from < 32) seen |= words.a & own;
     return seen != 0;
+}
+
+// The streams that a tensor has, a bit each.
+__device__ inline u32 streams_of(const Recipe &recipe) {
+    u32 streams = 0;
+    for (u32 i = 0; i < STREAMS; i++) streams |= (recipe.streams[i].present != 0) << i;
+    return streams;
 }
 
 // Brings the recipe and the chunk's first bytes to shared memory; what the chunk has not is zero.
@@ -141,17 +148,17 @@ __device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segment
         if (header[1] >> 8 || own.width > MAX_INDEX_WIDTH) wrong = WRONG_HEADER, own.width = 0;
         bits = segments * own.width;
     }
-    u32 end = head + sum_up_to(part_bytes(bits), lane), at = end - part_bytes(bits);
+    u32 end = head + sum_up_to<MAX_QUANTITIES>(part_bytes(bits), lane), at = end - part_bytes(bits);
     if (chunk.length > MAX_CHUNK) wrong |= NOT_FOR_THIS;
     if ((there ? at + (bits + 7) / 8 : head) + TAIL > chunk.length) wrong |= WRONG_LAYOUT;
-    // The last lane has no quantity; it looks at what comes after the header.
-    if (lane == WARP - 1) at = 0, bits = 8 * QUANTITY_BYTES * count;
+    // This lane has no quantity; it looks at what comes after the header.
+    if (lane == MAX_QUANTITIES) at = 0, bits = 8 * QUANTITY_BYTES * count;
     if (bits % 128 && is_set(staged_words(chunk, at + bits / 128 * PART, memory), bits % 128)) wrong |= WRONG_PADDING;
     own.bit = at * 8;
     own.staged = end + PART <= STAGED;  // a load of a field's words goes past its end
     if (there) memory.quantities[number] = own;
     bool any = __any_sync(ALL_LANES, wrong != 0);
-    if (lane == WARP - 1) memory.count = count, memory.end = end, memory.wrong = any;
+    if (lane == MAX_QUANTITIES - 1) memory.count = count, memory.end = end, memory.wrong = any;
     return wrong;
 }
 
@@ -176,8 +183,9 @@ template <class Source> __device__ inline Four values_of(Source source, const Qu
 // Reads what the index says of a thread's segments, from `first` on, into rows that are zero; returns what is wrong.
 __device__ inline u32 read_quantities(Chunk chunk, u32 first, u32 segments, u32 thread, IndexMemory &memory) {
     bool wrong = false;
+    u32 count = memory.count;
 #pragma unroll 1
-    for (u32 i = 0; i < memory.count; i++) {
+    for (u32 i = 0; i < count; i++) {
         Quantity q = memory.quantities[i];
         Staged staged = {(const u32 *)memory.staged};
         Four values = q.staged ? values_of(staged, q, first, segments - 1) : values_of(chunk, q, first, segments - 1);
@@ -205,9 +213,9 @@ __device__ inline u32 sum_up(Four &bits) {
 
 // Fills in what the index says nothing of, and sums up the bits of a thread's segments; returns what is wrong.
 __device__ inline u32 sum_segments(
-    const Recipe &recipe, const Job &job, u32 first, u32 segments, u32 thread, IndexMemory &memory
+    const Recipe &recipe, const Job &job, u32 streams, u32 first, u32 segments, u32 thread, IndexMemory &memory
 ) {
-    bool wrong = false, masked = recipe.streams[MASK].present;
+    bool wrong = false, masked = streams >> MASK & 1;
     Four positions, survivors = memory.rows[0][thread];
     u32 left = first < segments ? job.total - first * recipe.segment : 0;
     for (u32 i = 0; i < EACH; i++) {
@@ -220,8 +228,8 @@ __device__ inline u32 sum_segments(
     memory.rows[0][thread] = survivors;
 #pragma unroll 1
     for (u32 number = 0; number < STREAMS; number++) {
+        if (!(streams >> number & 1)) continue;
         const Stream &stream = recipe.streams[number];
-        if (!stream.present) continue;
         Four *rows = &memory.rows[1 + ROWS_A_STREAM * number][thread];
         Four prefix = rows[THREADS * PREFIX_ROW], residual = rows[THREADS * RESIDUAL_ROW];
         Four code = rows[THREADS * CODE_ROW];
@@ -239,8 +247,9 @@ __device__ inline u32 sum_segments(
     return wrong ? (u32)WRONG_HEADER : 0;
 }
 
-// Sums up the sums of the threads in a plane, by one warp. `edge`, the bits of all segments before the round: of the
-// round after this one, where `backwards`; else changed to those before the round that comes next, unless it is the last.
+// Sums up the sums of the threads in a plane, by one warp. `edge` is the bits of all segments before the round: when
+// `backwards`, of the round after this one, which becomes this one's; else it becomes the next one's, unless this is
+// the last.
 __device__ inline void sum_threads(u32 plane, u32 lane, bool backwards, bool last, u32 &edge, IndexMemory &memory) {
     Four own = memory.sums[plane][lane], before;
     u32 up_to = bits_up_to(sum_up(own), lane), round = (u32)__shfl_sync(ALL_LANES, up_to, WARP - 1);
@@ -265,11 +274,11 @@ struct PlanePlaces {
 // Places the planes; returns what is wrong. All of the chunk after the index is looked at: the end of each plane, and
 // what lies behind the last one.
 __device__ inline u32 place_planes(
-    const Recipe &recipe, Chunk chunk, u32 lane, const IndexMemory &memory, PlanePlaces &places
+    Chunk chunk, u32 streams, u32 lane, const IndexMemory &memory, PlanePlaces &places
 ) {
-    bool there = lane < PLANES && recipe.streams[least(lane, PLANES - 1) / 2].present;
-    u32 bits = there ? memory.totals[lane] : 0;
-    u32 end = memory.end + sum_up_to(part_bytes(bits), lane), planes_end = (u32)__shfl_sync(ALL_LANES, end, WARP - 1);
+    u32 bits = streams >> lane / 2 & 1 ? memory.totals[lane] : 0;
+    u32 end = memory.end + sum_up_to<PLANES>(part_bytes(bits), lane);
+    u32 planes_end = (u32)__shfl_sync(ALL_LANES, end, PLANES - 1);
     places.start = (end - part_bytes(bits)) * 8;
     if ((planes_end + TAIL + CHUNK_UNIT - 1) / CHUNK_UNIT * CHUNK_UNIT != chunk.length) return WRONG_LAYOUT;
     // What lies behind the planes is less than the remaining lanes look at.
@@ -292,7 +301,7 @@ __device__ inline void write_row(
 // Writes what a round adds to the job's part of `index`: each warp the segments of its threads, from `first` on, which
 // lie side by side in memory.
 __device__ inline void write_round(
-    const Recipe &recipe, const PlanePlaces &places, u32 first, u32 segments, u32 warp, u32 lane, u32 *out,
+    u32 streams, const PlanePlaces &places, u32 first, u32 segments, u32 warp, u32 lane, u32 *out,
     const IndexMemory &memory
 ) {
     u32 thread = warp * WARP;
@@ -300,7 +309,7 @@ __device__ inline void write_round(
     out += segments + 1;
 #pragma unroll 1
     for (u32 number = 0; number < STREAMS; number++) {
-        if (!recipe.streams[number].present) continue;
+        if (!(streams >> number & 1)) continue;
         const Four *rows = &memory.rows[1 + ROWS_A_STREAM * number][thread];
         for (u32 row = PREFIX_ROW; row <= RESIDUAL_ROW; row++) {
             u32 plane = 2 * number + row, start = (u32)__shfl_sync(ALL_LANES, places.start, plane);
@@ -321,7 +330,7 @@ __device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, Index
     u32 thread = warp * WARP + lane, wrong = 0, round = 0;
     stage(job, thread, memory);
     __syncthreads();
-    u32 segments = segments_of(recipe, job), rounds = (segments + ROUND - 1) / ROUND;
+    u32 streams = streams_of(recipe), segments = segments_of(recipe, job), rounds = (segments + ROUND - 1) / ROUND;
     if (warp == 0) wrong = read_header(chunk, recipe, segments, lane, memory);
     __syncthreads();
     if (memory.wrong) return wrong;
@@ -330,21 +339,20 @@ __device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, Index
     for (bool writing = false;;) {
         u32 first = round * ROUND + thread * EACH;
         wrong |= read_quantities(chunk, first, segments, thread, memory);
-        wrong |= sum_segments(recipe, job, first, segments, thread, memory);
+        wrong |= sum_segments(recipe, job, streams, first, segments, thread, memory);
         __syncthreads();
         for (u32 i = 0; i < PLANES_A_WARP; i++) {
             u32 plane = i * WARPS + warp;
-            if (plane >= PLANES || !recipe.streams[plane / 2].present) continue;
-            sum_threads(plane, lane, writing, round + 1 == rounds, edges[i], memory);
+            if (streams >> plane / 2 & 1) sum_threads(plane, lane, writing, round + 1 == rounds, edges[i], memory);
         }
         __syncthreads();
         if (round + 1 < rounds && !writing) {
             round++;
         } else {
-            if (!writing) wrong |= place_planes(recipe, chunk, lane, memory, places);
+            if (!writing) wrong |= place_planes(chunk, streams, lane, memory, places);
             writing = true;
             if (wrong & WRONG_LAYOUT) return wrong;
-            write_round(recipe, places, first - lane * EACH, segments, warp, lane, index + job.index, memory);
+            write_round(streams, places, first - lane * EACH, segments, warp, lane, index + job.index, memory);
             if (round == 0) break;
             round--;
             __syncwarp();  // the rows of the other lanes were read
