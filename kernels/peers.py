@@ -141,12 +141,12 @@ def dietgpu(side: int, clock: Clock = milliseconds) -> Timed:
     rows, columns = ops.max_float_compressed_output_size([source])
     coded = torch.empty([rows, columns], dtype=torch.uint8, device="cuda")
     sizes = torch.zeros([1], dtype=torch.int, device="cuda")
-    coded, sizes, _ = ops.compress_data(True, [source], scratch, coded, sizes)
+    coded, sizes, _ = ops.compress_data(True, [source], False, scratch, coded, sizes)
     status = torch.empty([1], dtype=torch.uint8, device="cuda")
     lengths, parts = torch.empty([1], dtype=torch.int32, device="cuda"), [*coded]
 
     def decode() -> None:
-        ops.decompress_data(True, parts, [target], scratch, status, lengths)
+        ops.decompress_data(True, parts, [target], False, scratch, status, lengths)
 
     decode()
     assert torch.equal(target.view(torch.int16), source.view(torch.int16)), "other weights"
