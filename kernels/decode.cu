@@ -98,18 +98,18 @@ __device__ inline void run_short(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
-template <bool LONG, u32 WIDTH>
+template <bool LONG, u32 WIDTH, u32 CODES>
 __device__ inline void run_sparse(
     const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
 ) {
-    __shared__ SparseMemory<WIDTH> memory;
+    __shared__ SparseMemory<LONG, WIDTH, CODES> memory;
     u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    fill_sparse<WIDTH>(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, memory.tables, threadIdx.x);
+    fill_sparse<WIDTH, CODES>(*warp_of(jobs, parts[blockIdx.x * WARPS], out).recipe, memory.tables, threadIdx.x);
     __syncthreads();
     Part part = parts[blockIdx.x * WARPS + own];
     if (part.job == IDLE || is_lost(status[part.job])) return;
     Warp warp = warp_of(jobs, part, out);
-    u32 wrong = decode_sparse<LONG, WIDTH>(warp, index, memory, own, lane);
+    u32 wrong = decode_sparse<LONG, WIDTH, CODES>(warp, index, memory, own, lane);
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
@@ -135,11 +135,13 @@ KERNEL(short_1, 4, (run_short<1>))
 KERNEL(short_2, 4, (run_short<2>))
 KERNEL(short_4, 4, (run_short<4>))
 // Weights of two bytes, quantised, a codeword and a sign each or of one width, under octets or none; and exact ones, a
-// codeword and a byte each, under octets. Short: codewords of at most 8 bits.
-KERNEL(sparse_2_1_short, 5, (run_sparse<false, 1>))
-KERNEL(sparse_2_1_long, 5, (run_sparse<true, 1>))
-KERNEL(sparse_2_8_short, 4, (run_sparse<false, 8>))
-KERNEL(sparse_2_8_long, 4, (run_sparse<true, 8>))
+// codeword and a byte each, under octets. Streams of one code, or of several; short: codewords of at most 8 bits.
+KERNEL(sparse_2_1_one_short, 8, (run_sparse<false, 1, 1>))
+KERNEL(sparse_2_1_many_short, 6, (run_sparse<false, 1, SHORT_CODES>))
+KERNEL(sparse_2_1_many_long, 5, (run_sparse<true, 1, SHORT_CODES>))
+KERNEL(sparse_2_8_one_short, 6, (run_sparse<false, 8, 1>))
+KERNEL(sparse_2_8_many_short, 5, (run_sparse<false, 8, SHORT_CODES>))
+KERNEL(sparse_2_8_many_long, 4, (run_sparse<true, 8, SHORT_CODES>))
 // Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
 // most 8 bits.
 KERNEL(dense_2_8_one_short, 8, (run_dense<2, 8, ONE_SHORT>))

@@ -177,7 +177,7 @@ template <u32 ITEM, Tables TABLES> __device__ inline void fill_dense(DenseLane &
 
 // ------------------------------------------------------------------------------------------------- whole bytes
 
-// A tile of slots: a byte each. Rows begin in different banks.
+// A tile of slots: a byte each. DenseRows begin in different banks.
 enum : u32 { SLOTS = 64, SLOT_WORDS = SLOTS / 4, SLOT_ROW = SLOT_WORDS + 1 };
 
 // Fills a lane's row with the slots of the next `count` weights.
@@ -225,61 +225,84 @@ struct alignas(8) Two {
     u32 a, b;
 };
 
-// Writes out a tile whose rows are all there and full, joined with their residuals: four weights a lane, two rows at a
-// time. All lanes take part. Args: residuals: where this lane's segment's begin.
+// Where the weights and residuals of the warp's rows are, two rows at a time, four weights a lane: what does not change
+// from tile to tile.
+struct DenseRows {
+    Chunk chunk;
+    u32 residuals;  // where this lane's segment's begin
+    u32 base;       // as `DenseLane`
+    u8 *to;         // where this lane's first four weights go
+    u32 step;       // bytes from two rows to the next two
+    u32 segment;    // positions of a full row
+    bool are_full;  // whether all are there, as long as the first, and can be written by four weights
+};
+
+template <u32 ITEM> __device__ inline DenseRows rows_of(const Warp &warp, const DenseLane &lane, u32 lane_number) {
+    u32 rows = least(WARP, warp.job->stop - warp.first);
+    u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
+    DenseRows out;
+    out.chunk = chunk_of(*warp.job);
+    out.residuals = lane.residuals;
+    out.base = (u32)__shfl_sync(ALL_LANES, lane.base, 0);  // lanes without a segment write, too
+    out.to = place_of_row<ITEM>(warp, lane_number % SLOT_WORDS * 4, lane_number / SLOT_WORDS);
+    out.segment = warp.recipe->segment;
+    out.step = 2 * out.segment * ITEM;
+    out.are_full = rows == WARP && last == out.segment && warp.out % (4 * ITEM) == 0;
+    return out;
+}
+
+// Four bytes of a chunk, or some others of it where its end comes before: nothing waits for a comparison then.
+__device__ inline u32 some_word(Chunk chunk, u32 offset) {
+    return *(const u32 *)(chunk.data + least(offset, chunk.length - 4));
+}
+
+// Writes out a tile whose rows are all there and full, joined with their residuals. All lanes take part.
 template <u32 ITEM>
-__device__ inline void write_full_slots(
-    const Warp &warp, Chunk chunk, u32 base, u32 residuals, const u32 *tile, u32 done, u32 lane
-) {
-    const u32 words = ITEM == 2 ? 1 : 3;  // of the residuals of four weights
-    u32 column = lane % SLOT_WORDS, second = lane / SLOT_WORDS, step = 2 * warp.recipe->segment * ITEM;
-    u8 *to = place_of_row<ITEM>(warp, done + 4 * column, second);
-    u32 from = done * (ITEM - 1) + column * 4 * words;
+__device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, u32 done, u32 lane) {
+    const u32 words = ITEM == 2 ? 1 : 3, at_once = ITEM == 2 ? 16 : 4;  // words of the residuals of four weights
+    u32 column = lane % SLOT_WORDS, second = lane / SLOT_WORDS, from = (done + 4 * column) * (ITEM - 1);
+    u8 *to = rows.to + done * ITEM;
     tile += second * SLOT_ROW + column;
 #pragma unroll
-    for (u32 begin = 0; begin < WARP; begin += ITEM == 2 ? 16 : 8) {
-        u32 loaded[(ITEM == 2 ? 8 : 4) * words];
+    for (u32 begin = 0; begin < WARP; begin += 2 * at_once) {
+        u32 loaded[at_once * words];
 #pragma unroll
-        for (u32 i = 0; i < (ITEM == 2 ? 8 : 4); i++) {  // all are on their way before the first is needed
-            u32 at = (u32)__shfl_sync(ALL_LANES, residuals, begin + 2 * i + second) + from;
+        for (u32 i = 0; i < at_once; i++) {  // all are on their way before the first is needed
+            u32 at = (u32)__shfl_sync(ALL_LANES, rows.residuals, begin + 2 * i + second) + from;
 #pragma unroll
-            for (u32 k = 0; k < words; k++) loaded[i * words + k] = word_at(chunk, at + 4 * k);
+            for (u32 k = 0; k < words; k++) loaded[i * words + k] = some_word(rows.chunk, at + 4 * k);
         }
 #pragma unroll
-        for (u32 i = 0; i < (ITEM == 2 ? 8 : 4); i++) {
+        for (u32 i = 0; i < at_once; i++) {
             u32 slots = tile[(begin + 2 * i) * SLOT_ROW], out[ITEM];
             if constexpr (ITEM == 2) {
-                join_2(base, slots, loaded[i], out);
+                join_2(rows.base, slots, loaded[i], out);
                 *(Two *)to = {out[0], out[1]};
             } else {
-                join_4(base, slots, loaded + 3 * i, out);
+                join_4(rows.base, slots, loaded + 3 * i, out);
                 *(Words *)to = {out[0], out[1], out[2], out[3]};
             }
-            to += step;
+            to += rows.step;
         }
     }
 }
 
 // Writes out the rows of the warp's segments, which hold the slots from `done` on. All lanes take part.
 template <u32 ITEM>
-__device__ inline void write_slots(
-    const Warp &warp, Chunk chunk, u32 base, u32 residuals, const u32 *tile, u32 done, u32 lane
-) {
-    u32 rows = least(WARP, warp.job->stop - warp.first);
-    u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
-    if (rows == WARP && last >= done + SLOTS && warp.out % (4 * ITEM) == 0) {
-        write_full_slots<ITEM>(warp, chunk, base, residuals, tile, done, lane);
+__device__ inline void write_slots(const Warp &warp, const DenseRows &rows, const u32 *tile, u32 done, u32 lane) {
+    if (rows.are_full && done + SLOTS <= rows.segment) {
+        write_full_slots<ITEM>(rows, tile, done, lane);
         return;
     }
-    for (u32 row = 0; row < rows; row++) {
+    for (u32 row = 0; row < least(WARP, warp.job->stop - warp.first); row++) {
         u32 positions = positions_of(*warp.recipe, *warp.job, warp.first + row);
-        u32 at = (u32)__shfl_sync(ALL_LANES, residuals, row);
+        u32 at = (u32)__shfl_sync(ALL_LANES, rows.residuals, row);
         if (positions <= done) continue;
         u8 *to = place_of_row<ITEM>(warp, done, row);
         for (u32 i = lane; i < least(positions - done, SLOTS); i += WARP) {
             u32 slot = ((const u8 *)(tile + row * SLOT_ROW))[i], residual = 0;
-            for (u32 k = 0; k < ITEM - 1; k++) residual |= byte_at(chunk, at + (done + i) * (ITEM - 1) + k) << 8 * k;
-            put<ITEM>((u32 *)to, i, pattern_of<ITEM>(base, slot << 8 * (ITEM - 1), residual));
+            for (u32 k = 0; k < ITEM - 1; k++) residual |= byte_at(rows.chunk, at + (done + i) * (ITEM - 1) + k) << 8 * k;
+            put<ITEM>((u32 *)to, i, pattern_of<ITEM>(rows.base, slot << 8 * (ITEM - 1), residual));
         }
     }
 }
@@ -334,13 +357,16 @@ __device__ inline u32 decode_dense(
     u32 positions = there ? positions_of(*warp.recipe, *warp.job, s) : 0, *tile = memory.tiles[own];
     DenseLane lane = {};
     if (there) lane = open_dense<ITEM, WIDTH, TABLES>(warp, index, memory.tables, memory.rings[own], s, lane_number);
-    u32 base = (u32)__shfl_sync(ALL_LANES, lane.base, 0);  // lanes without a segment write, too
+    DenseRows all = rows_of<ITEM>(warp, lane, lane_number);
     for (u32 done = 0; done < rows; done += columns) {
         u32 count = positions > done ? least(columns, positions - done) : 0;
         if constexpr (WIDTH) {
-            if (count) fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
+            if (count) {
+                fetch_ahead(all.chunk.data + least(lane.residuals + (done + SLOTS) * (ITEM - 1), all.chunk.length - 4));
+                fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
+            }
             __syncwarp();
-            write_slots<ITEM>(warp, chunk_of(*warp.job), base, lane.residuals, tile, done, lane_number);
+            write_slots<ITEM>(warp, all, tile, done, lane_number);
         } else {
             if (count) fill_dense<ITEM, TABLES>(lane, count, tile + lane_number * row_words(ITEM));
             __syncwarp();

@@ -52,12 +52,6 @@ struct StoredLevels {
     u32 count;  // of 32 each
 };
 
-// Has the levels from one on brought near: half of what 512 columns can have, a part by each lane of a quad.
-__device__ inline void fetch_levels(const StoredLevels &levels, u32 level, u32 lane) {
-    u32 next = level / LEVELS_A_COPY + lane % 4 * 2;
-    if (next < levels.count) fetch_ahead(levels.data + next);
-}
-
 // Where a part of a row begins. Args: unit: its first; columns: how many it has at most.
 __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 columns, u32 lane, u32 *levels) {
     Row row = {};
@@ -120,12 +114,10 @@ __device__ inline void count_levels(Rows &rows, u32 lane) {
     count_levels(rows.below, lane);
 }
 
-// Begins to copy the levels of the next tile, and has those after it brought near.
+// Begins to copy the levels of the next tile.
 __device__ inline void copy_levels(const StoredLevels &levels, const Rows &rows, u32 lane) {
     copy_levels(levels, rows.above, lane);
     copy_levels(levels, rows.below, lane);
-    fetch_levels(levels, rows.above.level + rows.above.all, lane);
-    fetch_levels(levels, rows.below.level + rows.below.all, lane);
 }
 
 // ------------------------------------------------------------------------------------------------- products
@@ -255,8 +247,6 @@ __device__ inline void multiply_rows(
     // One thing after another is on its way while something else is done.
     for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
     load_masks(rows, masked);
-    fetch_levels(levels, rows.above.level, lane);
-    fetch_levels(levels, rows.below.level, lane);
     if (threadIdx.x == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = {0, 0, 0, 0};
     for (u32 i = threadIdx.x; i < ALL_OCTETS; i += THREADS) memory.selectors[i] = selectors_of(i);
     u32 row_runs = matrix.columns / RUN, run = (first + g) * row_runs + unit * (UNIT / RUN) + lane % 4;

@@ -14,7 +14,7 @@
 
 enum : u32 { PIECES = 4 };
 
-// WORDS: of a piece, 2 or 4.
+// WORDS: of a piece, 1, 2 or 4.
 template <u32 WORDS> struct Ring {
     const u32 *data;
     u32 count;   // of pieces in the chunk
@@ -23,8 +23,8 @@ template <u32 WORDS> struct Ring {
     u32 *words;  // the lane's part of shared memory
 };
 
-// Words of shared memory a lane, and a warp. The pieces of a lane lie side by side; between lanes there are two words,
-// or four, so that they begin in different banks.
+// Words of shared memory a lane, and a warp. The pieces of a lane lie side by side; between lanes there is a piece more,
+// so that they begin in different banks.
 template <u32 WORDS> __device__ constexpr u32 ring_stride() { return (PIECES + 1) * WORDS; }
 template <u32 WORDS> __device__ constexpr u32 ring_words() { return WARP * ring_stride<WORDS>(); }
 

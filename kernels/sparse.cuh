@@ -15,9 +15,9 @@ enum : u32 { SPARSE_TILE = 32, SPARSE_ROW = SPARSE_TILE / 2 + 1 };
 
 // Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern or first level << 16, or
 // octet << 8.
-struct SparseTables {
-    u32 levels[SHORT_CODES * SHORT_ENTRIES];
-    u16 octets[SHORT_CODES * SHORT_ENTRIES];
+template <u32 CODES> struct SparseTables {
+    u32 levels[CODES * SHORT_ENTRIES];
+    u16 octets[CODES * SHORT_ENTRIES];
 };
 
 // Entries of a codeword, from what `fill_entry` gives.
@@ -34,7 +34,8 @@ __device__ inline u32 octet_entry(const u8 *bytes, const Stream &stream, u32 ent
 }
 
 // Fills the tables. All threads take part, and wait for one another after it.
-template <u32 WIDTH> __device__ inline void fill_sparse(const Recipe &recipe, SparseTables &tables, u32 thread) {
+template <u32 WIDTH, u32 CODES>
+__device__ inline void fill_sparse(const Recipe &recipe, SparseTables<CODES> &tables, u32 thread) {
     const u8 *bytes = (const u8 *)&recipe;
     const Stream &levels = recipe.streams[FINGERPRINTS], &mask = recipe.streams[MASK];
     const u32 *of_levels = (const u32 *)(bytes + levels.entries), *of_mask = (const u32 *)(bytes + mask.entries);
@@ -92,25 +93,26 @@ __device__ inline u32 wrong_end_of(
     return stream.reader.place != end ? (u32)WRONG_END : 0;
 }
 
-// Words of the rings: of levels, and of residuals that are bytes, 32 positions take up to 256 bits, of octets and signs
-// up to 48.
-enum : u32 { LEVEL_WORDS = 4, MASK_WORDS = 2 };
-template <u32 WIDTH> __device__ constexpr u32 residual_words() { return WIDTH == 8 ? 4 : 2; }
+// Words of the rings' pieces: of levels, and of residuals that are bytes, 32 positions take up to 256 bits, of signs 32,
+// of octets 32, or 48 where codewords are longer.
+enum : u32 { LEVEL_WORDS = 4 };
+template <u32 WIDTH> __device__ constexpr u32 residual_words() { return WIDTH == 8 ? 4 : 1; }
+template <bool LONG> __device__ constexpr u32 octet_words() { return LONG ? 2 : 1; }
 typedef SparseStream<u32, LEVEL_WORDS> LevelStream;
-typedef SparseStream<u16, MASK_WORDS> OctetStream;
+template <bool LONG> using OctetStream = SparseStream<u16, octet_words<LONG>()>;
 
 // What a block has in shared memory.
-template <u32 WIDTH> struct SparseMemory {
+template <bool LONG, u32 WIDTH, u32 CODES> struct SparseMemory {
     alignas(16) u32 levels[WARPS][ring_words<LEVEL_WORDS>()];
-    alignas(16) u32 octets[WARPS][ring_words<MASK_WORDS>()];
+    alignas(16) u32 octets[WARPS][ring_words<octet_words<LONG>()>()];
     alignas(16) u32 residuals[WARPS][ring_words<residual_words<WIDTH>()>()];
-    SparseTables tables;
+    SparseTables<CODES> tables;
     u32 tiles[WARPS][WARP * SPARSE_ROW];
 };
 
-template <u32 WIDTH> struct SparseLane {
+template <bool LONG, u32 WIDTH> struct SparseLane {
     LevelStream levels;
-    OctetStream mask;
+    OctetStream<LONG> mask;
     Ring<residual_words<WIDTH>()> residuals;
     u32 held, residuals_held;  // where the levels and residuals that are there end, as bits of the chunk
     u32 positions, survivors, found, wrong;
@@ -135,7 +137,7 @@ __device__ inline u32 level_of(const Recipe &recipe, const LevelStream &levels, 
 }
 
 template <bool LONG>
-__device__ inline u32 octet_of(const Recipe &recipe, const OctetStream &mask, u32 bits) {
+__device__ inline u32 octet_of(const Recipe &recipe, const OctetStream<LONG> &mask, u32 bits) {
     u32 entry = mask.table[bits & (SHORT_ENTRIES - 1)];
     if (LONG && (entry & 15) == 0) {
         const u8 *bytes = (const u8 *)&recipe;
@@ -149,7 +151,7 @@ __device__ inline u32 octet_of(const Recipe &recipe, const OctetStream &mask, u3
 template <bool LONG> __device__ constexpr u32 at_once() { return LONG ? 2 : 4; }
 
 // Begins to copy what comes after the levels, and residuals that are bytes, that will be there next.
-template <u32 WIDTH> __device__ inline void go_on(SparseLane<WIDTH> &lane) {
+template <bool LONG, u32 WIDTH> __device__ inline void go_on(SparseLane<LONG, WIDTH> &lane) {
     lane.held = lane.levels.reader.next * piece_bits<LEVEL_WORDS>();
     top_up(lane.levels.reader);
     top_up(lane.levels.reader);
@@ -161,7 +163,7 @@ template <u32 WIDTH> __device__ inline void go_on(SparseLane<WIDTH> &lane) {
 }
 
 // Before each word: what was copied before the last word is there.
-template <u32 WIDTH> __device__ inline void begin_word(SparseLane<WIDTH> &lane) {
+template <bool LONG, u32 WIDTH> __device__ inline void begin_word(SparseLane<LONG, WIDTH> &lane) {
     go_on(lane);
     if (lane.masked) top_up(lane.mask.reader);
     if (WIDTH == 1 && lane.has_residuals) top_up(lane.residuals);
@@ -170,12 +172,12 @@ template <u32 WIDTH> __device__ inline void begin_word(SparseLane<WIDTH> &lane) 
 }
 
 // Whether more was read than came, so that the next turn has to wait: seldom.
-template <u32 WIDTH> __device__ inline bool is_behind(const SparseLane<WIDTH> &lane) {
+template <bool LONG, u32 WIDTH> __device__ inline bool is_behind(const SparseLane<LONG, WIDTH> &lane) {
     bool levels = lane.held - lane.levels.reader.place < 2 * WARP;
     return levels || (WIDTH == 8 && lane.residuals_held - lane.residuals.place < 2 * WARP);
 }
 
-template <u32 WIDTH> __device__ inline void catch_up(SparseLane<WIDTH> &lane) {
+template <bool LONG, u32 WIDTH> __device__ inline void catch_up(SparseLane<LONG, WIDTH> &lane) {
     go_on(lane);
     wait_for_copies();
     go_on(lane);
@@ -184,7 +186,7 @@ template <u32 WIDTH> __device__ inline void catch_up(SparseLane<WIDTH> &lane) {
 
 // The mask bits of `count` positions, at most 32, the first one lowest.
 template <bool LONG, u32 WIDTH>
-__device__ inline u32 next_word(const Recipe &recipe, SparseLane<WIDTH> &lane, u32 count) {
+__device__ inline u32 next_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &lane, u32 count) {
     u32 all = 0xFFFFFFFF >> (32 - count), word = 0;
     if (!lane.masked) return all;
 #pragma unroll
@@ -210,7 +212,7 @@ __device__ inline u32 next_word(const Recipe &recipe, SparseLane<WIDTH> &lane, u
 //
 // Args: word: of the mask.
 template <bool LONG, u32 WIDTH>
-__device__ inline void put_word(const Recipe &recipe, SparseLane<WIDTH> &lane, u32 word, u32 *row) {
+__device__ inline void put_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &lane, u32 word, u32 *row) {
     u32 residuals = 0, left = __brev(word);  // the first position, and the next sign, highest
     if (WIDTH == 1 && lane.has_residuals) {
         residuals = __brev(peek(lane.residuals));
@@ -255,9 +257,9 @@ __device__ inline void write_full_sparse(const Warp &warp, const u32 *tile, u32 
 }
 
 // Decodes the warp's segments. Returns each lane's error word.
-template <bool LONG, u32 WIDTH>
+template <bool LONG, u32 WIDTH, u32 CODES>
 __device__ inline u32 decode_sparse(
-    const Warp &warp, u32 *index, SparseMemory<WIDTH> &memory, u32 own, u32 lane_number
+    const Warp &warp, u32 *index, SparseMemory<LONG, WIDTH, CODES> &memory, u32 own, u32 lane_number
 ) {
     const Recipe &recipe = *warp.recipe;
     u32 s = warp.first + lane_number, positions = positions_of(recipe, *warp.job, warp.first);
@@ -265,7 +267,7 @@ __device__ inline u32 decode_sparse(
     u32 rows = least(WARP, warp.job->stop - warp.first);
     u32 last = positions_of(recipe, *warp.job, warp.first + rows - 1);
     bool there = lane_number < rows;
-    SparseLane<WIDTH> lane = {};
+    SparseLane<LONG, WIDTH> lane = {};
     lane.masked = recipe.mask != NO_MASK;
     lane.has_residuals = recipe.streams[FINGERPRINTS].codes != 0;
     if (there) {
@@ -275,7 +277,7 @@ __device__ inline u32 decode_sparse(
             warp, index, memory.tables.levels, memory.levels[own], FINGERPRINTS, s, lane_number
         );
         if (lane.masked) {
-            lane.mask = sparse_stream_at<u16, MASK_WORDS>(
+            lane.mask = sparse_stream_at<u16, octet_words<LONG>()>(
                 warp, index, memory.tables.octets, memory.octets[own], MASK, s, lane_number
             );
         }
@@ -288,7 +290,7 @@ __device__ inline u32 decode_sparse(
     for (u32 done = 0; done < positions; done += SPARSE_TILE) {
         if (lane.positions > done) {
             begin_word(lane);
-            u32 word = next_word<LONG>(recipe, lane, least(SPARSE_TILE, lane.positions - done));
+            u32 word = next_word<LONG, WIDTH>(recipe, lane, least(SPARSE_TILE, lane.positions - done));
             put_word<LONG, WIDTH>(recipe, lane, word, row);
         }
         __syncwarp();

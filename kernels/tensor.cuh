@@ -43,13 +43,14 @@ __device__ inline void copy_ahead(Words *to, const Words *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Begins to copy `WORDS` words, 2 or 4, to shared memory; zeros where nothing is there, and nothing is read then.
+// Begins to copy `WORDS` words, 1, 2 or 4, to shared memory; zeros where nothing is there, and nothing is read then.
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
     u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 4 * WORDS : 0;
     if (WORDS == 4) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(bytes), "n"(4 * WORDS)
+                     : "memory");
     }
 }
 

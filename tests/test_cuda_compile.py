@@ -131,7 +131,7 @@ def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> Non
     turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
     code = nested("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5", turn)
     write = machine_code(WRITES, at=0x200)
-    own = budget.budget_of("sparse_2_1_short", machine.instructions_of(f"{code}\n{write}"))
+    own = budget.budget_of("sparse_2_1_one_short", machine.instructions_of(f"{code}\n{write}"))
     assert own is not None
     turns = budget.slowest(32, 1) / 32
     assert 20 / 32 < turns < 24 / 32

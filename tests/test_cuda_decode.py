@@ -115,24 +115,25 @@ KERNELS: dict[str, list[Made]] = {
         (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
         (BF16, Options(trim=True, mask="octets"), 0.4),
     ],
-    "sparse_2_1_short": [
-        (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
+    "sparse_2_1_many_short": [
         (BF16, PRESETS["gpu"].but(quantiser="uniform", step=0.1, codes=5), 0.5),
+        (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor", codes=3), 1.0),
+    ],
+    "sparse_2_1_one_short": [
+        (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
         (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor"), 1.0),
         (BF16, PRESETS["fused"].but(quantiser="table", centroids=8), 0.5),
         (np.float16, PRESETS["fused"].but(quantiser="table", centroids=128), 0.3),
         (BF16, PRESETS["fused"].but(quantiser="table", centroids=2), 1.0),
     ],
-    "sparse_2_1_long": [
+    "sparse_2_1_many_long": [
         (np.float16, Options(quantiser="table", centroids=20, mask="octets"), 0.5),
         (BF16, Options(quantiser="table", centroids=40, group=1, mask="octets"), 0.1),
         (BF16, Options(quantiser="table", centroids=40, group=1, codes=4), 1.0),
     ],
-    "sparse_2_8_short": [
-        (BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact", codes=n), d)
-        for n, d in ((1, 0.5), (4, 0.95))
-    ],
-    "sparse_2_8_long": [
+    "sparse_2_8_one_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact"), 0.5)],
+    "sparse_2_8_many_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact", codes=4), 0.95)],
+    "sparse_2_8_many_long": [
         (BF16, Options(mask="octets", quantiser="exact", mantissa_bits=0, group=1, codes=n), d)
         for n, d in ((1, 0.05), (6, 0.5))
     ],
@@ -174,7 +175,7 @@ def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
 
 
 def test_every_kernel_decodes_chunks_with_an_index_of_several_rounds(judged: Judged) -> None:
-    for kernel in ("short_2", "sparse_2_short", "dense_2_8_many_short", "dense_4_0"):
+    for kernel in ("short_2", "sparse_2_1_one_short", "dense_2_8_many_short", "dense_4_0"):
         dtype, options, density = KERNELS[kernel][-1]
         array = spread_weights(dtype, density, 120)
         with sfpformat.open(data := save({"w": array}, options=options.but(segment=32))) as file:

@@ -109,7 +109,7 @@ def test_more_rows_and_none_are_decoded(shape: tuple[int, ...], opened: list[shi
     x = torch.randn(*shape, 256, dtype=torch.bfloat16)
     assert bits(layer(x)) == bits(dense_of(layer)(x))
     kernels = launched(opened)
-    assert "sparse_2_1_short" in kernels
+    assert "sparse_2_1_one_short" in kernels
     assert not any(kernel.startswith("multiply") for kernel in kernels)
 
 
@@ -139,7 +139,7 @@ def test_a_device_without_tensor_cores_decodes(
 ) -> None:
     monkeypatch.setattr(resident, "capability_of", lambda _: (7, 5))
     fused_linear()(torch.randn(1, 256, dtype=torch.bfloat16))
-    assert "sparse_2_1_short" in launched(opened)
+    assert "sparse_2_1_one_short" in launched(opened)
 
 
 def test_an_input_of_another_dtype_is_refused_as_by_the_dense_layer() -> None:

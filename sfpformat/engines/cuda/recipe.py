@@ -317,8 +317,9 @@ def kernel_of(entry: TensorEntry) -> str:
     residual_bits = _residual_bits_of_sparse(entry)
     if residual_bits is not None:
         tables = [table, *([entry.mask.table] if entry.mask is not None else [])]
-        length = "short" if max(map(_longest, tables)) <= _SHORT_BITS else "long"
-        return f"sparse_2_{residual_bits}_{length}"
+        is_short = max(map(_longest, tables)) <= _SHORT_BITS
+        many = "one" if is_short and all(len(t.codes) <= 1 for t in tables) else "many"
+        return f"sparse_2_{residual_bits}_{many}_{'short' if is_short else 'long'}"
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
         return f"{kind}_{item}"
