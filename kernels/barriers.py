@@ -21,9 +21,8 @@ from .shim import FOLDER
 _COPIED = ("kernels", "sfpformat", "tests", "pyproject.toml")
 _FILES = ("tests/test_cuda_decode.py", "tests/test_cuda_product.py")
 _TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
-_CALL = re.compile(
-    r"(?<= )(?:__sync(?:warp|threads)|wait_for_copies|wait_for_all_but<\d>)\(\)(?=;)(?!;  // for other blocks)"
-)
+_WAITS = "__syncwarp", "__syncthreads", "wait_for_copies", r"wait_for_all_but<\d>"
+_CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!;  // for other blocks)")
 
 
 def barriers(folder: Path) -> Iterator[tuple[Path, int, int]]:

@@ -125,7 +125,6 @@ def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
     return [
         ("files as by the reference", partial(identity.compare_with_reference, damaged, every)),
         ("products as in double precision", partial(identity.compare_products, device, every)),
-        ("layers as dense ones", identity.compare_layers),
     ]
 
 
@@ -188,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--damaged", type=int, default=DAMAGED, help=f"damaged files ({DAMAGED})")
     made.add_argument("--every", type=int, default=1, metavar="N", help="every Nth of the other files (1)")
     made.add_argument("--side", type=int, default=speed.SIDE, help=f"rows and columns ({speed.SIDE})")
-    made.add_argument("--only-identity", action="store_true", help="no speeds, no sanitisers, no results")
+    made.add_argument("--only-identity", action="store_true", help="files and products alone, no results")
     made.add_argument("--no-sanitizer", action="store_true", help="no sanitisers")
     made.add_argument(
         "--minutes", type=float, default=MINUTES, help=f"no part begins after them ({MINUTES:g})"
@@ -219,6 +218,7 @@ def main(words: Sequence[str] | None = None) -> int:
         device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
         for name, work in identity_parts(device, args.damaged, args.every):
             report.run(name, work)
+        report.run("layers as dense ones", identity.compare_layers)
         for name, work in speed_parts(device, args.side, report):
             report.run(name, work)
         for name, work in [] if args.no_sanitizer else sanitizer_parts(report):

@@ -14,7 +14,7 @@
 #include "decode.cuh"
 #include "ring.cuh"
 
-// Bits and entries of the first look-up; copies of it where there is one code.
+// Bits and entries of the first look-up; its copies where there is one code; entries of the second.
 enum : u32 { SHORT = 8, SHORT_ENTRIES = 1u << SHORT, COPIES = 16, LONG_ENTRIES = 2048 };
 
 // An entry of the first look-up: bits taken | slot << 8, or 0 for a longer codeword.
@@ -259,7 +259,7 @@ __device__ inline u32 some_word(Chunk chunk, u32 offset) {
 // Writes out a tile whose rows are all there and full, joined with their residuals. All lanes take part.
 template <u32 ITEM>
 __device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, u32 done, u32 lane) {
-    const u32 words = ITEM == 2 ? 1 : 3, at_once = ITEM == 2 ? 16 : 4;  // words of the residuals of four weights
+    const u32 words = ITEM == 2 ? 1 : 3, at_once = ITEM == 2 ? 16 : 4;  // words of four weights' residuals
     u32 column = lane % SLOT_WORDS, second = lane / SLOT_WORDS, from = (done + 4 * column) * (ITEM - 1);
     u8 *to = rows.to + done * ITEM;
     tile += second * SLOT_ROW + column;
@@ -362,7 +362,8 @@ __device__ inline u32 decode_dense(
         u32 count = positions > done ? least(columns, positions - done) : 0;
         if constexpr (WIDTH) {
             if (count) {
-                fetch_ahead(all.chunk.data + least(lane.residuals + (done + SLOTS) * (ITEM - 1), all.chunk.length - 4));
+                u32 coming = lane.residuals + (done + SLOTS) * (ITEM - 1);
+                fetch_ahead(all.chunk.data + least(coming, all.chunk.length - 4));
                 fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
             }
             __syncwarp();

@@ -80,6 +80,8 @@ def skewed_files(chunk: int = 1 << 11) -> Iterator[tuple[str, bytes]]:
             array, own = _skewed(codes > 1), small.but(codes=codes, code_limit=limit)
             options = own.but(quantiser="exact", mantissa_bits=0)
             yield f"{name} skewed {codes} {limit}", save({"w": array.astype(dtype)}, options=options)
+            masked = np.where(np.random.default_rng(7).random(array.shape) < 0.3, 0, array).astype(dtype)
+            yield f"{name} masked {codes} {limit}", save({"w": masked}, options=options.but(mask="octets"))
             few = np.sign(array) * np.exp2(np.floor(np.log2(np.abs(array))))
             options = own.but(quantiser="table", centroids=16)
             yield f"{name} few {codes} {limit}", save({"w": few.astype(dtype)}, options=options)

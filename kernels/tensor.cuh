@@ -47,7 +47,7 @@ __device__ inline void copy_ahead(Words *to, const Words *from) {
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
     u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 4 * WORDS : 0;
     if (WORDS == 4) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(bytes), "n"(4 * WORDS)
                      : "memory");

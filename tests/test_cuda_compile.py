@@ -60,6 +60,8 @@ def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
         name: int(count)
         for name, count in re.findall(r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", source.source(), re.MULTILINE)
     }
+    if arch == "sm_100":
+        blocks = {kernel: min(count, 7) for kernel, count in blocks.items()}
     for kernel, used in usage.items():
         assert used.spilled == 0, kernel
         assert used.registers * layout.THREADS * blocks.get(kernel, 4) <= REGISTERS, kernel

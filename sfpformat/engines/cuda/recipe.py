@@ -264,7 +264,7 @@ def _is_short(entry: TensorEntry) -> bool:
 
 
 def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
-    """Residual bits of the kernels that look weights of two bytes up by their codewords; None where none does it."""
+    """Residual bits of the kernels that know a weight of two bytes by its codeword; None where none does."""
     assert entry.fingerprints is not None
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from ...container.entry import TensorEntry
 from . import layout
 from .batch import OnDevice, Places, Plan, Task, launch, plan_batch
-from .device import Device, HostMemory, Memory
+from .device import Device, Memory
 from .loaded import Recipes
 from .product import Product
 from .recipe import Recipe
 
-_PIECE = 256  # bytes: what pieces of memory begin at multiples of
 Run = tuple[int, int, int, int]  # a chunk, the first of its segments, the one after the last, where they go
 
 
@@ -39,8 +38,6 @@ class Resident:
             at: address of its first chunk, a multiple of 16; the memory must outlive this, unchanged.
         """
         self.entry, self._recipe, self._recipes, self._at = entry, recipe, recipes, at
-        self._zeros = device.pin(4 * len(entry.chunks))
-        self._zeros.bytes[:] = 0
         self._whole = _Work(device, self.plan_runs(self._every_run()))
 
     def _every_run(self) -> list[Run]:
@@ -63,29 +60,30 @@ class Resident:
 
     def decode(self, device: Device, out: int) -> None:
         """Writes all weights to an address, a multiple of 16, in the queue's order."""
-        self._whole.start(device, self._zeros, out)
+        self._whole.start(device, out)
 
     def is_good(self, device: Device, out: int) -> bool:
         """As `decode`, and waits; whether every segment is good. If not, the weights mean nothing."""
-        return self._whole.judge(device, self._zeros, out)
+        return self._whole.judge(device, out)
 
     def decode_runs(self, device: Device, runs: Sequence[Run], out: int) -> bool:
         """Writes the weights of some runs of segments, and waits; whether all are good."""
-        return _Work(device, self.plan_runs(runs)).judge(device, device.pin(4 * len(runs)), out)
+        return _Work(device, self.plan_runs(runs)).judge(device, out)
 
     def place(self, device: Device, product: Product) -> Placed | None:
         """Makes the tensor ready to be multiplied, and waits; None where some segment is not good."""
         placed = Placed(device, product, self._at, self.entry)
-        good = self._whole.judge(device, self._zeros, None, placed.matrix)
+        good = self._whole.judge(device, None, placed.matrix)
         return placed if good else None
 
 
 class _Work:
-    """Jobs and warps on the device."""
+    """Jobs and warps on the device, and a status word a job: zero, as long as its data are found good."""
 
     def __init__(self, device: Device, plan: Plan) -> None:
         records = [plan.jobs, *plan.parts.values()]
-        size = sum(some.nbytes for some in records)
+        self._status_at = sum(some.nbytes for some in records)
+        size = self._status_at + 4 * len(plan.jobs)
         self._plan, staging = plan, device.pin(size)
         self._memory = device.allocate(size)
         self._parts: dict[str, tuple[int, int]] = {}
@@ -94,42 +92,39 @@ class _Work:
             staging.bytes[at : at + some.nbytes] = some.view(np.uint8).reshape(-1)
             self._parts[name] = self._memory.address + at, len(some)
             at += some.nbytes
+        staging.bytes[at:size] = 0
         device.copy(self._memory.address, staging.address, size)
         device.mark().wait()  # the pinned memory goes now
 
-    def start(
-        self, device: Device, zeros: HostMemory, out: int | None, matrix: Memory | None = None
-    ) -> Memory:
-        """Launches all kernels; returns the status words.
+    def start(self, device: Device, out: int | None, matrix: Memory | None = None) -> None:
+        """Launches all kernels.
 
         Args:
-            zeros: pinned, a word a job.
             out: where the weights go, or None where none are wanted.
             matrix: a `layout.MATRIX` to be made ready, or None.
         """
         jobs, plan = len(self._plan.jobs), self._plan
-        # One piece of memory: taking it is most of what a call costs the processor. Status words come first.
-        first = -(-4 * jobs // _PIECE) * _PIECE
-        memory = device.allocate(first + 4 * (plan.index_words + plan.error_words))
-        index = memory.address + first
-        device.copy(memory.address, zeros.address, 4 * jobs)
-        errors = index + 4 * plan.index_words
-        places = Places(self._parts[""][0], index, memory.address, errors)
+        # One piece of memory: taking it is most of what a call costs the processor.
+        memory = device.allocate(4 * (plan.index_words + plan.error_words))
+        errors = memory.address + 4 * plan.index_words
+        status = self._memory.address + self._status_at
+        places = Places(self._parts[""][0], memory.address, status, errors)
         parts = {name: part for name, part in self._parts.items() if name and out is not None}
         launch(device, places, jobs, parts, out or 0)
         if matrix is not None:
             device.launch("place_matrix", jobs, [places.jobs, matrix.address, places.index, places.status])
-        return memory
 
-    def judge(self, device: Device, words: HostMemory, out: int | None, matrix: Memory | None = None) -> bool:
-        """As `start`, and waits; whether all is good. ``words`` are zero afterwards."""
-        size = 4 * len(self._plan.jobs)
-        words.bytes[:size] = 0
-        status = self.start(device, words, out, matrix)
-        device.copy(words.address, status.address, size)
+    def judge(self, device: Device, out: int | None, matrix: Memory | None = None) -> bool:
+        """As `start`, and waits; whether all is good, now and whenever it was started without waiting."""
+        self.start(device, out, matrix)
+        status, words = self._memory.address + self._status_at, device.pin(4 * len(self._plan.jobs))
+        device.copy(words.address, status, len(words.bytes))
         device.mark().wait()
-        good = not words.bytes[:size].any()
-        words.bytes[:size] = 0
+        good = not words.bytes.any()
+        if not good:
+            words.bytes[:] = 0
+            device.copy(status, words.address, len(words.bytes))
+            device.mark().wait()
         return good
 
 
