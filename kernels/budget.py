@@ -131,6 +131,13 @@ def writing_loop(code: list[Instruction], item: int) -> list[Piece]:
     return Piece.loop(loop, item / 4 / _written(loop))
 
 
+def joining(code: list[Instruction]) -> list[Piece]:
+    """What joins a tile of slots with their residuals and writes it out, without a branch: 64 weights a lane."""
+    stores = [i.at for i in code if _written([i]) and (".64" in i.name or ".128" in i.name)]
+    begin = max(i.at for i in code if i.kind in _CONTROL and i.at < stores[0])
+    return [Piece([i for i in code if begin < i.at <= stores[-1]], 1 / 64, 1 / 64)]
+
+
 def tile_memory(item: int, bits: float) -> float:
     """Slots of the load-store units a weight: the tile read and written out, and the planes.
 
@@ -145,7 +152,8 @@ def dense(kernel: str, code: list[Instruction]) -> Budget:
     width = 8 * item - 8  # about as many where the kernel takes any
     loops = [loop for loop in inner_loops(code) if _count(loop, "LDS.U16") >= 4 and _count(loop, "STS")]
     loop = max((loop for loop in loops if not _written(loop)), key=lambda loop: _count(loop, "LDS.U16"))
-    pieces = Piece.loop(loop, 1 / _count(loop, "LDS.U16")) + writing_loop(code, item)
+    written = writing_loop(code, item) if kernel.endswith("_0") else joining(code)
+    pieces = Piece.loop(loop, 1 / _count(loop, "LDS.U16")) + written
     look_up = 1.0 if "one" in kernel else MEETING
     memory = look_up + item / 4 + tile_memory(item, CODE_BITS + width)
     return budget_of_pieces(kernel, (CODE_BITS + width) / 8 + item, pieces, memory)
@@ -159,8 +167,8 @@ def slowest(positions: int, a_turn: int) -> float:
 
 def sparse(kernel: str, code: list[Instruction]) -> Budget:
     """A kernel for quantised weights of two bytes: a few survivors a turn, in the loop over 32 positions."""
-    found = [(own, inner) for own, inner in loops_of(code) if len(inner) == 1 and _count(inner[0], "STS.U16")]
-    word, (turn,) = min(found, key=lambda pair: len(pair[0]) + len(pair[1][0]))
+    found = [(own, turn) for own, inner in loops_of(code) for turn in inner if _count(turn, "STS.U16")]
+    word, turn = min(found, key=lambda pair: len(pair[0]) + len(pair[1]))
     slots = _count(turn, "STS.U16")
     turns = slowest(32, slots) / 32
     pieces = Piece.loop(turn, turns) + Piece.loop(word, 1 / 32) + writing_loop(code, 2)

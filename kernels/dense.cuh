@@ -361,11 +361,7 @@ __device__ inline u32 decode_dense(
     for (u32 done = 0; done < rows; done += columns) {
         u32 count = positions > done ? least(columns, positions - done) : 0;
         if constexpr (WIDTH) {
-            if (count) {
-                u32 coming = lane.residuals + (done + SLOTS) * (ITEM - 1);
-                fetch_ahead(all.chunk.data + least(coming, all.chunk.length - 4));
-                fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
-            }
+            if (count) fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
             __syncwarp();
             write_slots<ITEM>(warp, all, tile, done, lane_number);
         } else {

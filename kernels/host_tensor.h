@@ -16,8 +16,6 @@ inline u32 permuted(u32 low, u32 high, u32 chosen) {
 
 template <u32 BITS> inline u32 shifted_right(u32 word) { return word >> BITS; }
 
-inline void fetch_ahead(const void *) {}
-
 // Copies that were begun: done at once, or when the lane waits; both are allowed, and a kernel must bear both.
 void copy_words(u32 *to, const u32 *from, u32 words);
 void close_copies();

@@ -149,10 +149,11 @@ def compare_layers(where: str = "cuda") -> int:
                     wide, weight = x.double(), dense.weight.double()
                     exact, size = wide @ weight.T + dense.bias, wide.abs() @ weight.abs().T + dense.bias.abs()
                     off = (found - exact).abs() - ROUNDING[names[dtype]] * exact.abs()
-                assert batch > 8 or (off <= SUMMING * size).all(), f"{dtype}, {batch} rows: another product"
+                if options is _FUSED and batch <= 8:
+                    assert (off <= SUMMING * size).all(), f"{dtype}, {batch} rows: another product"
+                else:
+                    assert torch.equal(found, wanted), f"{dtype}, {batch} rows: other weights"
                 assert torch.equal(compiled(x), found), f"{dtype}, {batch} rows: compiled, it differs"
-                if batch == 33:
-                    assert torch.equal(found, wanted), f"{dtype}: other weights"
                 gradient = torch.randn_like(wanted)
                 (one,), (other,) = (torch.autograd.grad(y, x, gradient) for y in (found, wanted))
                 assert torch.equal(one, other), f"{dtype}, {batch} rows: another gradient"
@@ -189,7 +190,8 @@ def sanitize(tool: str, arguments: Sequence[str], seconds: float) -> dict[str, A
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done within {seconds:.0f} s") from None
-    last = (done.stdout + done.stderr).strip().splitlines()[-3:]
+    lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
-        raise RuntimeError(f"exit {done.returncode}: {' | '.join(last)}")
-    return {"said": " | ".join(last)}
+        first = next((i for i, line in enumerate(lines) if line.startswith("========= ") and i), 0)
+        raise RuntimeError(f"exit {done.returncode}: {' | '.join([*lines[first : first + 6], lines[-1]])}")
+    return {"said": lines[-1]}

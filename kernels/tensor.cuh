@@ -34,9 +34,6 @@ template <u32 BITS> __device__ inline u32 shifted_right(u32 word) {
 
 enum : u32 { HAS_TENSORS = 1 };
 
-// Has memory brought to the cache that all multiprocessors share.
-__device__ inline void fetch_ahead(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // Begins to copy 16 bytes to shared memory.
 __device__ inline void copy_ahead(Words *to, const Words *from) {
     u32 address = (u32)__cvta_generic_to_shared(to);
@@ -47,7 +44,7 @@ __device__ inline void copy_ahead(Words *to, const Words *from) {
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
     u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 4 * WORDS : 0;
     if (WORDS == 4) {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(bytes), "n"(4 * WORDS)
                      : "memory");
@@ -96,7 +93,6 @@ __device__ inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, 
 #else
 
 enum : u32 { HAS_TENSORS = 0 };
-__device__ inline void fetch_ahead(const void *) {}
 __device__ inline void copy_ahead(Words *, const Words *) {}
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
 #pragma unroll

@@ -105,15 +105,16 @@ WRITES = ";".join(["ST.E desc[UR6][R2.64], R4"] * 8)
 DENSE = machine_code(
     "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
     "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
-    WRITES,
 )
+JOINS = "SHFL.IDX PT, R4, R5, R6, 0x1f; LD.E R8, desc[UR6][R6.64]; PRMT R4, R8, R5, R6; ST.E.64 desc[UR6][R2.64], R4"
 
 
 def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
-    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(DENSE))
+    joins = machine_code(JOINS, at=0x100)
+    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(f"{DENSE}\n{joins}"))
     assert own is not None
-    assert own.issue == (8 / 4 + 9 / 16, 9 / 4 + 9 / 16)
-    assert own.integer == (0.25, 0.25)
+    assert own.issue == (8 / 4 + 4 / 64, 9 / 4 + 4 / 64)
+    assert own.integer == (0.25 + 1 / 64, 0.25 + 1 / 64)
     assert set(own.shares().values()) == {1.0}
     assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY["h200"])
 
