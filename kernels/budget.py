@@ -132,7 +132,7 @@ def writing_loop(code: list[Instruction], item: int) -> list[Piece]:
 
 
 def joining(code: list[Instruction]) -> list[Piece]:
-    """What joins a tile of slots with their residuals and writes it out, without a branch: 64 weights a lane."""
+    """What joins a tile of slots with residuals and writes it out, no branch in it: 64 weights a lane."""
     stores = [i.at for i in code if _written([i]) and (".64" in i.name or ".128" in i.name)]
     begin = max(i.at for i in code if i.kind in _CONTROL and i.at < stores[0])
     return [Piece([i for i in code if begin < i.at <= stores[-1]], 1 / 64, 1 / 64)]

@@ -106,7 +106,9 @@ DENSE = machine_code(
     "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
     "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
 )
-JOINS = "SHFL.IDX PT, R4, R5, R6, 0x1f; LD.E R8, desc[UR6][R6.64]; PRMT R4, R8, R5, R6; ST.E.64 desc[UR6][R2.64], R4"
+JOINS = (
+    "SHFL.IDX PT, R4, R5, R6; LD.E R8, desc[UR6][R6.64]; PRMT R4, R8, R5, R6; ST.E.64 desc[UR6][R2.64], R4"
+)
 
 
 def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
