@@ -12,7 +12,8 @@ prose, which had no say. The ways:
   root of the Fisher information, with bits shared among the matrices;
 * the latter after pruning by an importance that was learned through the frozen weights, at each of
   `SPARSITIES`;
-* and, apart, after weights have learned too: the survivors of that mask, or all weights, for as many steps.
+* and, apart, after weights have learned too: the survivors of that mask, or all weights, for as many steps;
+  and, to compare with, all weights of the dense model, nothing pruned.
 
 Embedding and head are quantised as well; the norms' gains are kept. Takes torch and zstandard, and some hours
 on one core; ``--keep FOLDER`` keeps what was learned, so that a run that was broken off goes on.
@@ -216,6 +217,13 @@ def learned_rows(trial: Trial, bench: Bench, sparsity: float, folder: Path | Non
             yield trial.pruned(way, bench.arrays(pruned), pruned.masks)
 
 
+def tuned_row(trial: Trial, bench: Bench) -> Row:
+    """The dense model, trained on for as many steps."""
+    tuned = bench.prune("magnitude-finetuned", 0.0)
+    way = ".sfp, nothing pruned, weighted, shared bits, weights tuned"
+    return trial.pruned(way, bench.arrays(tuned), tuned.masks)
+
+
 def rows(steps: int, folder: Path | None) -> Iterator[Row]:
     """All rows."""
     trial = Trial()
@@ -223,6 +231,7 @@ def rows(steps: int, folder: Path | None) -> Iterator[Row]:
     yield from trial.whole_levels()
     yield from trial.not_pruned()
     bench = Bench(trial.tensors, steps)
+    yield tuned_row(trial, bench)
     for sparsity in SPARSITIES:
         yield from learned_rows(trial, bench, sparsity, folder)
 
