@@ -67,14 +67,14 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
     plan = plan_batch([_task(queue, run, out.address + at) for run, at in zip(runs, offsets, strict=True)])
     staging = queue.staging(plan.size + size)
     fill_chunks(plan, staging)
-    running = run_batch(queue.device, plan, staging)
-    queue.device.copy(staging.address + plan.size, out.address, size)
+    good = run_batch(queue.device, plan, staging).good()
+    done = [(run, at) for run, at, is_good in zip(runs, offsets, good, strict=True) if is_good]
+    for run, at in done:  # what was not written is not read
+        queue.device.copy(staging.address + plan.size + at, out.address + at, run.out.nbytes)
     queue.device.mark().wait()
-    good = running.good()
-    for run, at, is_good in zip(runs, offsets, good, strict=True):
-        if is_good:
-            raw = staging.bytes[plan.size + at : plan.size + at + run.out.nbytes]
-            run.out[:] = raw.view(run.out.dtype)
+    for run, at in done:
+        raw = staging.bytes[plan.size + at : plan.size + at + run.out.nbytes]
+        run.out[:] = raw.view(run.out.dtype)
     return good
 
 
