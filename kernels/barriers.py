@@ -1,8 +1,8 @@
 """Whether a barrier that is missing would be noticed without a GPU: ``python -m kernels.barriers``.
 
 In a copy of the repository each barrier of the kernels, and each wait for copies, is taken away in turn, and
-the tests that run every kernel on the host must fail. Those marked as being for other blocks are left alone:
-the host runs one block after another.
+the tests that run every kernel on the host must fail. Those marked as being for other blocks, or before a
+shuffle, are left alone: the host runs one block after another, and its lanes wait at a shuffle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _COPIED = ("kernels", "sfpformat", "tests", "pyproject.toml")
 _FILES = ("tests/test_cuda_decode.py", "tests/test_cuda_product.py")
 _TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
 _WAITS = "__syncwarp", "__syncthreads", "wait_for_copies", r"wait_for_all_but<\d>"
-_CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!;  // for other blocks)")
+_LEFT_ALONE = r";  // (?:for other blocks|before a shuffle)"
+_CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!{_LEFT_ALONE})")
 
 
 def barriers(folder: Path) -> Iterator[tuple[Path, int, int]]:

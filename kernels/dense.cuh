@@ -362,7 +362,7 @@ __device__ inline u32 decode_dense(
         u32 count = positions > done ? least(columns, positions - done) : 0;
         if constexpr (WIDTH) {
             if (count) fill_slots<TABLES>(lane, count, tile + lane_number * SLOT_ROW);
-            __syncwarp();
+            __syncwarp();  // before a shuffle, which does not order memory
             write_slots<ITEM>(warp, all, tile, done, lane_number);
         } else {
             if (count) fill_dense<ITEM, TABLES>(lane, count, tile + lane_number * row_words(ITEM));
