@@ -2,7 +2,7 @@
 //
 // Rules: no header is included, so that the source is one string, which NVRTC compiles without a path and a cache
 // can name by its bytes. What CUDA has and C++17 has not is given by host.h, which only the host compiler sees.
-// Bytes of a file are read by `Chunk` and `Reader` alone, and both compare every offset with the chunk's length.
+// Bytes of a file are read by `Chunk`, `Reader` and `Ring` alone, which compare every offset with the chunk's length.
 #pragma once
 
 typedef unsigned char u8;

@@ -47,24 +47,27 @@ template <u32 ITEM> __device__ inline u8 *place_of_row(const Warp &warp, u32 don
     return (u8 *)warp.out + (segment * warp.recipe->segment + done) * ITEM;
 }
 
-// Writes out a tile whose rows are all there and full: words of `columns` lanes side by side.
-template <u32 ITEM> __device__ inline void write_full_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
-    const u32 columns = tile_words(ITEM) < WARP ? tile_words(ITEM) : WARP, rows_at_once = WARP / columns;
+// Writes out a tile whose rows are all there and full: words of `columns` lanes side by side. POSITIONS: of a row, which
+// is a word longer than they are.
+template <u32 ITEM, u32 POSITIONS>
+__device__ inline void write_full_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
+    const u32 words = POSITIONS * ITEM / 4, columns = words < WARP ? words : WARP, rows_at_once = WARP / columns;
     u32 row = lane / columns, column = lane % columns, step = rows_at_once * warp.recipe->segment * ITEM / 4;
     u32 *to = (u32 *)place_of_row<ITEM>(warp, done, row) + column;
-    const u32 *from = tile + row * row_words(ITEM) + column;
+    const u32 *from = tile + row * (words + 1) + column;
 #pragma unroll 8
     for (u32 i = 0; i < columns; i++) {
 #pragma unroll
-        for (u32 word = 0; word < tile_words(ITEM); word += columns) to[word] = from[word];
+        for (u32 word = 0; word < words; word += columns) to[word] = from[word];
         to += step;
-        from += rows_at_once * row_words(ITEM);
+        from += rows_at_once * (words + 1);
     }
 }
 
-// Writes out a tile some of whose rows are missing or short. All lanes take part. Args: stride: words from row to row.
+// Writes out a tile some of whose rows are missing or short. All lanes take part.
 template <u32 ITEM, u32 POSITIONS>
-__device__ inline void write_part(const Warp &warp, const u32 *tile, u32 stride, u32 done, u32 rows, u32 lane) {
+__device__ inline void write_part(const Warp &warp, const u32 *tile, u32 done, u32 rows, u32 lane) {
+    const u32 stride = POSITIONS * ITEM / 4 + 1;
     for (u32 row = 0; row < rows; row++) {
         u32 positions = positions_of(*warp.recipe, *warp.job, warp.first + row);
         if (positions <= done) continue;
@@ -86,8 +89,8 @@ __device__ inline void write_part(const Warp &warp, const u32 *tile, u32 stride,
 template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
     u32 rows = least(WARP, warp.job->stop - warp.first);
     u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
-    if (rows == WARP && last >= done + tile_positions(ITEM)) write_full_tile<ITEM>(warp, tile, done, lane);
-    else write_part<ITEM, tile_positions(ITEM)>(warp, tile, row_words(ITEM), done, rows, lane);
+    if (rows == WARP && last >= done + tile_positions(ITEM)) write_full_tile<ITEM, tile_positions(ITEM)>(warp, tile, done, lane);
+    else write_part<ITEM, tile_positions(ITEM)>(warp, tile, done, rows, lane);
 }
 
 // The state of one lane that can decode every kind of tensor.

@@ -246,16 +246,6 @@ __device__ inline void put_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &l
     }
 }
 
-// Writes out a tile whose rows are all there and full: a row is 16 words, two rows at a time.
-__device__ inline void write_full_sparse(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
-    const u32 words = SPARSE_TILE / 2;
-    u32 column = lane % words, row = lane / words, step = warp.recipe->segment;
-    u32 *to = (u32 *)place_of_row<2>(warp, done, row) + column;
-    tile += row * SPARSE_ROW + column;
-#pragma unroll 8
-    for (u32 i = 0; i < WARP / 2; i++, to += step, tile += 2 * SPARSE_ROW) *to = *tile;
-}
-
 // Decodes the warp's segments. Returns each lane's error word.
 template <bool LONG, u32 WIDTH, u32 CODES>
 __device__ inline u32 decode_sparse(
@@ -294,8 +284,8 @@ __device__ inline u32 decode_sparse(
             put_word<LONG, WIDTH>(recipe, lane, word, row);
         }
         __syncwarp();
-        if (rows == WARP && last >= done + SPARSE_TILE) write_full_sparse(warp, tile, done, lane_number);
-        else write_part<2, SPARSE_TILE>(warp, tile, SPARSE_ROW, done, rows, lane_number);
+        if (rows == WARP && last >= done + SPARSE_TILE) write_full_tile<2, SPARSE_TILE>(warp, tile, done, lane_number);
+        else write_part<2, SPARSE_TILE>(warp, tile, done, rows, lane_number);
         __syncwarp();
     }
     wait_for_copies();  // for other blocks, which get this one's shared memory

@@ -66,7 +66,7 @@ class Product:
         """Of rows."""
         return -(-self.rows // layout.BLOCK_ROWS)
 
-    @property
+    @cached_property
     def units_of_slice(self) -> int:
         """How many units a block takes of its rows: those with which the multiprocessor that has the most
         is done first. Of the shape alone, so that the order of additions, and with it every bit, is the same
@@ -80,7 +80,7 @@ class Product:
 
         return min(range(1, max(min(most, self.units), 1) + 1), key=work)
 
-    @property
+    @cached_property
     def slices(self) -> int:
         """Of the columns."""
         return -(-self.units // self.units_of_slice)
@@ -88,8 +88,7 @@ class Product:
     def sums_bytes(self, batch: int) -> int:
         """Of memory for what slices add up to, for any number of rows of x."""
         batch = min(batch, self.most)  # a smaller launch takes no more
-        slices = self.slices
-        return 4 * slices * self.rows * batch if slices > 1 else 0
+        return 4 * self.slices * self.rows * batch if self.slices > 1 else 0
 
 
 def has_kernels(capability: Sequence[int]) -> bool:
