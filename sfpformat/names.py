@@ -1,0 +1,79 @@
+"""Error messages for unknown names: which known name is nearest, and how the refusal is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from .errors import OptionError
+
+# `difflib` needs about 10 µs a name; a hint is not worth seconds.
+_MOST_COMPARED = 20_000
+
+# How many names a message lists before it only counts them.
+MOST_LISTED = 10
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, or None where none is similar.
+
+    A name that differs in case alone comes first, then one that differs by leading parts (``module.`` and the
+    like), then the most similar one by `difflib`.
+
+    Args:
+        name: unknown.
+        known: the names there are, in any order; among equally near ones the first is taken.
+    """
+    candidates = list(known)
+    folded = name.casefold()
+    for candidate in candidates:
+        if candidate.casefold() == folded:
+            return candidate
+    for candidate in candidates:
+        if candidate and (name.endswith(f".{candidate}") or candidate.endswith(f".{name}")):
+            return candidate
+    close = get_close_matches(name, candidates[:_MOST_COMPARED], n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_name(name: str, known: Iterable[str], kind: str = "tensor") -> str:
+    """The refusal of an unknown name: ``no tensor is named 'W'; the nearest is 'w'``.
+
+    Args:
+        name: unknown.
+        known: the names there are.
+        kind: what the names are names of, a noun in the singular.
+    """
+    hint = nearest(name, known)
+    return f"no {kind} is named {name!r}" + ("" if hint is None else f"; the nearest is {hint!r}")
+
+
+def require_known(
+    given: Iterable[str], known: Iterable[str], argument: str | None = None, kind: str = "tensor"
+) -> None:
+    """Refuses names that name nothing.
+
+    Args:
+        given: names that a caller gave.
+        known: the names there are.
+        argument: the caller's argument, with which the message begins.
+        kind: what the names are names of, a noun in the singular.
+
+    Raises:
+        OptionError: a given name is not known; the first one is named with the nearest known name, the rest
+            are listed up to `MOST_LISTED` and counted.
+    """
+    there = dict.fromkeys(known)
+    unknown = [name for name in given if name not in there]
+    if not unknown:
+        return
+    first, *others = unknown
+    said = unknown_name(first, there, kind) if isinstance(first, str) else f"no {kind} is named {first!r}"
+    said = f"{argument}: {said}" if argument else said
+    raise OptionError(f"{said}; unknown, too: {listed(others)}" if others else said)
+
+
+def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
+    """Names for a message, quoted: the first ``most``, then how many more there are."""
+    said = ", ".join(map(repr, names[:most]))
+    return f"{said} and {len(names) - most:,} more" if len(names) > most else said
