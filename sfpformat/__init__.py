@@ -17,6 +17,7 @@ from .errors import (
     MissingTensorError,
     OptionError,
     SfpError,
+    SfpWarning,
     UnsupportedError,
 )
 from .limits import DEFAULT_LIMITS, Limits
@@ -52,6 +53,7 @@ __all__ = [
     "SfpError",
     "SfpFile",
     "SfpSlice",
+    "SfpWarning",
     "TensorInfo",
     "UnsupportedError",
     "Writer",

@@ -16,6 +16,10 @@ class SfpError(Exception):
     """Base of all errors that this package raises on purpose."""
 
 
+class SfpWarning(UserWarning):
+    """Something was done, but not quite as asked or as well as usual; the command shows it in one line."""
+
+
 class FileFault(SfpError):
     """A file is not what SPEC.md asks for. Raised as one of the three subclasses.
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sfpformat
+from sfpformat import SfpWarning
 from sfpformat.cli import COMMANDS, main
 from sfpformat.cli.console import bytes_words, number, percent, printable
 from sfpformat.cli.rules import split_rules
@@ -224,6 +226,17 @@ def test_too_little_memory_is_told(
 
     monkeypatch.setattr("sfpformat.cli.info.open_model", greedy)
     assert "not enough memory" in error_of(capsys, "info", "x")
+
+
+def test_a_warning_is_one_line_and_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubtful(as_json: bool) -> None:
+        warnings.warn("two\nlines", SfpWarning, stacklevel=1)
+
+    monkeypatch.setattr("sfpformat.cli.info._show_engines", doubtful)
+    assert run("info", "--engines") == 0
+    assert capsys.readouterr().err == "sfp: warning: two lines\n"
 
 
 def test_signals_end_as_a_shell_expects(

@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TextIO
 
 from .. import __version__
-from ..errors import SfpError
+from ..errors import SfpError, SfpWarning
 from .parser import EXIT_CODES, Parser, examples
 from .trouble import Trouble
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _signals_as_interrupts():
+        with _signals_as_interrupts(), _warnings_in_one_line():
             code = _run(words)
             sys.stdout.flush()
             return code
@@ -126,6 +128,30 @@ def _words(error: Exception) -> str:
 def _complain(words: str, kind: str = "error: ") -> None:
     with suppress(OSError):  # stderr may have gone too
         print(f"sfp: {kind}{' '.join(words.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Shows every warning of this package as one line on stderr, and all others as Python does."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, SfpWarning):
+            _complain(str(message), "warning: ")
+        else:
+            shown_before(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        shown_before = warnings.showwarning
+        warnings.showwarning = show
+        warnings.simplefilter("always", SfpWarning)
+        yield
 
 
 @contextmanager
