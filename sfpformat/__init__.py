@@ -18,6 +18,7 @@ from .errors import (
     OptionError,
     SfpError,
     SfpWarning,
+    UnknownPresetError,
     UnsupportedError,
 )
 from .limits import DEFAULT_LIMITS, Limits
@@ -34,6 +35,7 @@ __version__ = "1.0.0.dev0"
 # Imported when they are first asked for: who only reads does without the encoder, a third of all modules.
 _MODULE_OF = {"Writer": ".writer", "steps_for_budget": ".codec.budget"}
 
+# Without `open`, which must not hide Python's own in ``from sfpformat import *``.
 __all__ = [
     "DEFAULT_LIMITS",
     "PRESETS",
@@ -55,9 +57,9 @@ __all__ = [
     "SfpSlice",
     "SfpWarning",
     "TensorInfo",
+    "UnknownPresetError",
     "UnsupportedError",
     "Writer",
-    "open",
     "steps_for_budget",
     "validate",
 ]

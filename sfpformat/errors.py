@@ -77,6 +77,13 @@ class OptionError(SfpError, ValueError):
     """A writer was asked for something that it cannot do with this tensor."""
 
 
+class UnknownPresetError(OptionError, KeyError):
+    """There is no preset of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class MissingTensorError(SfpError, KeyError):
     """There is no tensor of that name in the file."""
 

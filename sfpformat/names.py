@@ -1,11 +1,14 @@
-"""Error messages for unknown names: which known name is nearest, and how the refusal is worded."""
+"""Arguments keyed by the names of tensors: unknown names are refused, with the nearest known name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
 
 from .errors import OptionError
+
+T = TypeVar("T")
 
 # `difflib` needs about 10 µs a name; a hint is not worth seconds.
 _MOST_COMPARED = 20_000
@@ -71,6 +74,34 @@ def require_known(
     said = unknown_name(first, there, kind) if isinstance(first, str) else f"no {kind} is named {first!r}"
     said = f"{argument}: {said}" if argument else said
     raise OptionError(f"{said}; unknown, too: {listed(others)}" if others else said)
+
+
+def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argument: str) -> Mapping[str, T]:
+    """What a caller gave for some tensors by their names; nothing for None.
+
+    Args:
+        given: by name.
+        known: the names there are.
+        argument: the caller's argument, for errors.
+
+    Raises:
+        OptionError: it is no mapping, or a name is not known.
+    """
+    if given is None:
+        return {}
+    require_mapping(given, argument)
+    require_known(given, known, argument)
+    return given
+
+
+def require_mapping(given: object, argument: str) -> None:
+    """Refuses what is no mapping.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{argument}: a {type(given).__name__} is no mapping")
 
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec.options import Options
+from .codec.options import Options, options_by_name
 from .coding.mask import Mask
 from .limits import DEFAULT_LIMITS, Limits
+from .names import checked_by_name, require_mapping
 from .reader import SfpFile
 from .source import Buffer
 
@@ -49,13 +50,13 @@ def save_file(
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor.
+        OptionError: what is asked does not fit a tensor, or a name in an argument is no tensor's.
         OSError: the file cannot be written.
     """
     from .writer import Writer
 
     with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
-        _add_all(writer, tensors, options, masks or {}, importances or {})
+        _add_all(writer, tensors, options, masks, importances)
 
 
 def save(
@@ -74,7 +75,7 @@ def save(
 
     out = MemorySink()
     with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
-        _add_all(writer, tensors, options, masks or {}, importances or {})
+        _add_all(writer, tensors, options, masks, importances)
     return out.data
 
 
@@ -110,9 +111,12 @@ def _add_all(
     writer: Writer,
     tensors: Arrays,
     options: Options | Mapping[str, Options] | None,
-    masks: Mapping[str, Mask],
-    importances: Mapping[str, Importance],
+    masks: Mapping[str, Mask] | None,
+    importances: Mapping[str, Importance] | None,
 ) -> None:
+    require_mapping(tensors, "tensors")
+    chosen = options_by_name(options, tensors)
+    masks = checked_by_name(masks, tensors, "masks")
+    importances = checked_by_name(importances, tensors, "importances")
     for name, array in tensors.items():
-        chosen = options if isinstance(options, Options) or options is None else options.get(name)
-        writer.add(name, array, chosen, mask=masks.get(name), importance=importances.get(name))
+        writer.add(name, array, chosen[name], mask=masks.get(name), importance=importances.get(name))

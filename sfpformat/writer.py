@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .checksum import crc32
 from .codec.encode import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
-from .codec.options import Options
+from .codec.options import Options, require_options
 from .codec.plan import Importance, Plan, plan_tensor
 from .coding.bits import Bytes
 from .coding.mask import Mask
@@ -29,6 +29,7 @@ from .container.preamble import SIZE, Preamble
 from .engines import get_engine
 from .errors import ClosedFileError, OptionError, SfpError
 from .limits import DEFAULT_LIMITS
+from .names import require_mapping
 from .sink import MemorySink, ResumableSink, open_sink
 
 
@@ -123,8 +124,10 @@ class Writer:
         self._require_usable()
         _check_name(name, self._entries)
         array = np.asanyarray(array)
+        options = require_options(options, f"the options of {name!r}")
+        _require_arrays(name, mask, importance)
         self._choose_engine(array.size)
-        plan = plan_tensor(name, array, options or Options(), self._engine, mask, importance)
+        plan = plan_tensor(name, array, options, self._engine, mask, importance)
         return self._add(plan.entry, encode_vectors(plan), self._encoded(plan))
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
@@ -241,7 +244,23 @@ def _check_name(name: str, taken: dict[str, TensorEntry]) -> None:
         raise OptionError(f"{name!r} cannot be a tensor's name: 1 to 1024 bytes of UTF-8")
 
 
+def _require_arrays(name: str, mask: object, importance: object) -> None:
+    """Refuses a mask or an importance that is no array.
+
+    Raises:
+        OptionError: one is something else.
+    """
+    if not (mask is None or isinstance(mask, np.ndarray)):
+        raise OptionError(f"the mask of {name!r} is a {type(mask).__name__}, not an array")
+    if isinstance(importance, tuple) and len(importance) != 2:
+        raise OptionError(f"the importance of {name!r} is {len(importance)} vectors, not rows and columns")
+    for vector in importance if isinstance(importance, tuple) else (importance,):
+        if not (importance is None or isinstance(vector, np.ndarray)):
+            raise OptionError(f"the importance of {name!r} is a {type(vector).__name__}, not an array")
+
+
 def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    require_mapping(metadata, "metadata")
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str) and _is_text(key + value)):
             raise OptionError(f"metadata must be strings of UTF-8 without U+0000: {key!r}: {value!r}")

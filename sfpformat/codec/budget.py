@@ -19,6 +19,7 @@ from ..coding.classes import FRACTION
 from ..coding.mask import Mask
 from ..coding.quantiser import F32
 from ..errors import OptionError
+from ..names import checked_by_name
 from .options import Options
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 from .sources import checked_importance, require_finite
@@ -66,10 +67,12 @@ def steps_for_budget(
         Name -> step, for ``Options(quantiser="uniform", step=...)``.
 
     Raises:
-        OptionError: a tensor is not finite, or its importance is missing or not like it.
+        OptionError: a tensor is not finite, its importance is missing or not like it, or a name in an
+            argument is no tensor's.
     """
     options = Options(quantiser="uniform", bits=bits, weighted=weighted, rate_weight=rate_weight)
-    masks, importances = masks or {}, importances or {}
+    masks = checked_by_name(masks, tensors, "masks")
+    importances = checked_by_name(importances, tensors, "importances")
     found = {}
     for name, array in tensors.items():
         try:

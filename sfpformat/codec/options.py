@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from ..coding.codetable import MAX_CODE_BITS, MAX_CODES
 from ..dtypes import FACTOR_DTYPES
-from ..errors import OptionError
+from ..errors import OptionError, UnknownPresetError
+from ..names import require_known, unknown_name
 
 CODINGS = ("auto", "raw", "fingerprint")
 QUANTISERS = ("lossless", "exact", "uniform", "table")
@@ -21,9 +24,22 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise OptionError(f"{name} is {value!r}, must be one of {', '.join(map(str, allowed))}")
 
 
-def _in_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise OptionError(f"{name} is {value}, must be from {low} to {high}")
+def _in_range(name: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, Real) or not low <= float(value) <= high:
+        raise OptionError(f"{name} is {value!r}, must be from {low} to {high}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if not hasattr(value, "__index__") or not low <= value <= high:
+        raise OptionError(f"{name} is {value!r}, must be a whole number from {low} to {high}")
+
+
+def _use_plain_numbers(options: ImportanceOptions | Options) -> None:
+    """Makes numbers of numpy Python's own, which a directory can hold."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, Real) and hasattr(value, "item"):
+            object.__setattr__(options, field.name, value.item())
 
 
 @dataclass(frozen=True)
@@ -45,11 +61,12 @@ class ImportanceOptions:
     dtype: str = "F32"
 
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         _one_of("role", self.role, ("metadata", "multiplier"))
         _one_of("over", self.over, ("survivors", "all"))
         _one_of("quantiser", self.quantiser, ("uniform", "exact"))
         _one_of("dtype", self.dtype, FACTOR_DTYPES)
-        _in_range("bits", self.bits, 1, 24)
+        _whole("bits", self.bits, 1, 24)
 
 
 @dataclass(frozen=True)
@@ -116,27 +133,34 @@ class Options:
     importance: ImportanceOptions | None = ImportanceOptions()
 
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         _one_of("coding", self.coding, CODINGS)
         _one_of("quantiser", self.quantiser, QUANTISERS)
         _one_of("mask", self.mask, MASKS)
         _one_of("scale_dtype", self.scale_dtype, FACTOR_DTYPES)
         _one_of("polarity", self.polarity, (None, 0, 1))
         _one_of("group", self.group, (None, 1, 2))
-        _in_range("code_limit", self.code_limit, 1, MAX_CODE_BITS)
+        for name in ("narrow", "trim", "fixed_width"):
+            _one_of(name, getattr(self, name), (True, False))
+        _whole("code_limit", self.code_limit, 1, MAX_CODE_BITS)
         if self.codes is not None:
-            _in_range("codes", self.codes, 1, MAX_CODES)
-        _in_range("chunk", self.chunk, 1, 1 << 24)
+            _whole("codes", self.codes, 1, MAX_CODES)
+        _whole("chunk", self.chunk, 1, 1 << 24)
         _in_range("rate_weight", self.rate_weight, 0, 10)
         if self.mantissa_bits is not None:
-            _in_range("mantissa_bits", self.mantissa_bits, -8, 52)
-        if self.segment is not None and (self.segment % 32 or not 32 <= self.segment <= 1 << 16):
-            raise OptionError(f"segment is {self.segment}, must be a multiple of 32 up to 65536")
+            _whole("mantissa_bits", self.mantissa_bits, -8, 52)
+        if self.segment is not None:
+            _whole("segment", self.segment, 32, 1 << 16)
+            if self.segment % 32:
+                raise OptionError(f"segment is {self.segment}, must be a multiple of 32")
         if self.segment_near is not None:
-            _in_range("segment_near", self.segment_near, 32, 1 << 16)
+            _whole("segment_near", self.segment_near, 32, 1 << 16)
         if isinstance(self.scale, str):
             _one_of("scale", self.scale, SCALES)
         elif self.scale is not None:
-            _in_range("scale", self.scale, 1, 1 << 48)
+            _whole("scale", self.scale, 1, 1 << 48)
+        if self.importance is not None and not isinstance(self.importance, ImportanceOptions):
+            raise OptionError(f"importance is {self.importance!r}, must be ImportanceOptions or None")
         self._require_one_target()
 
     def _require_one_target(self) -> None:
@@ -151,12 +175,14 @@ class Options:
             raise OptionError(f"quantiser {self.quantiser!r} does not take {', '.join(given)}")
         if targets and len(given) != 1:
             raise OptionError(f"quantiser {self.quantiser!r} takes one of {', '.join(targets)}")
-        if self.step is not None and not 0 < self.step < float("inf"):
-            raise OptionError(f"step is {self.step}, must be above 0")
+        if self.step is not None and not (isinstance(self.step, Real) and 0 < self.step < float("inf")):
+            raise OptionError(f"step is {self.step!r}, must be above 0")
+        if self.error_db is not None and not isinstance(self.error_db, Real):
+            raise OptionError(f"error_db is {self.error_db!r}, must be a number of dB")
         if self.bits is not None:
             _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
         if self.centroids is not None:
-            _in_range("centroids", self.centroids, 1, 1 << 16)
+            _whole("centroids", self.centroids, 1, 1 << 16)
         _one_of("weighted", self.weighted, (None, *WEIGHTED))
         if self.weighted and self.lossless:
             raise OptionError("weighted needs the quantiser uniform or table")
@@ -182,15 +208,82 @@ class Options:
 # enough that a chunk has work for many lanes, each a part of a row.
 _GPU = Options(mantissa_bits=0, trim=False, group=1, codes=1, code_limit=8, segment_near=512)
 
-PRESETS: dict[str, Options] = {
-    "default": Options(),
-    # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. One code a stream: one look-up
-    # table to make and to keep in the cache; long segments: fewer beginnings and ends.
-    "speed": Options(mantissa_bits=0, group=1, codes=1, segment=3072),
-    # Two mantissa bits join the class.
-    "size": Options(mantissa_bits=2, codes=16),
-    # Decoded on a GPU.
-    "gpu": _GPU,
-    # Multiplied there without being decoded, where weights are quantised to 8 magnitudes.
-    "fused": _GPU.but(fixed_width=True),
-}
+
+class _Presets(Mapping[str, Options]):
+    """Options by the name of a preset; read-only. The error for an unknown name lists the presets."""
+
+    def __init__(self, presets: dict[str, Options]) -> None:
+        self._presets = presets
+
+    def __getitem__(self, name: str) -> Options:
+        """The options of a preset.
+
+        Raises:
+            UnknownPresetError: there is none of that name.
+        """
+        if name not in self._presets:
+            raise UnknownPresetError(f"{unknown_name(name, self, 'preset')}; there are {', '.join(self)}")
+        return self._presets[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._presets)
+
+    def __len__(self) -> int:
+        return len(self._presets)
+
+    def __repr__(self) -> str:
+        return f"PRESETS({', '.join(self)})"
+
+
+PRESETS: Mapping[str, Options] = _Presets(
+    {
+        "default": Options(),
+        # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. One code a stream: one
+        # look-up table to make and to keep in the cache; long segments: fewer beginnings and ends.
+        "speed": Options(mantissa_bits=0, group=1, codes=1, segment=3072),
+        # Two mantissa bits join the class.
+        "size": Options(mantissa_bits=2, codes=16),
+        # Decoded on a GPU.
+        "gpu": _GPU,
+        # Multiplied there without being decoded, where weights are quantised to 8 magnitudes.
+        "fused": _GPU.but(fixed_width=True),
+    }
+)
+
+
+def require_options(options: object, what: str) -> Options:
+    """Options that a caller gave.
+
+    Args:
+        options: what was given; None means lossless.
+        what: they are, for errors, such as ``the options of 'w'``.
+
+    Raises:
+        OptionError: they are something else.
+    """
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        hint = f"; PRESETS[{options!r}] are" if isinstance(options, str) and options in PRESETS else ""
+        raise OptionError(f"{what}: a {type(options).__name__}, {options!r}, is not Options{hint}")
+    return options
+
+
+def options_by_name(
+    options: Options | Mapping[str, Options] | None, names: Iterable[str]
+) -> dict[str, Options]:
+    """The options of each tensor.
+
+    Args:
+        options: for all tensors, or for each by name; None, and a tensor not named, means lossless.
+        names: of all tensors.
+
+    Raises:
+        OptionError: a key is no tensor's name, or a value is not Options.
+    """
+    names = list(names)
+    if not isinstance(options, Mapping):
+        return dict.fromkeys(names, require_options(options, "options"))
+    require_known(options, names, "options")
+    chosen = {name: require_options(given, f"the options of {name!r}") for name, given in options.items()}
+    return {name: chosen.get(name) or Options() for name in names}

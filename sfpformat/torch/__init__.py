@@ -17,6 +17,7 @@ from .models import load_model, save_model
 
 open = safe_open
 
+# Without `open`, which must not hide Python's own in ``from sfpformat.torch import *``.
 __all__ = [
     "CompressionReport",
     "SfpEmbedding",
@@ -28,7 +29,6 @@ __all__ = [
     "load",
     "load_file",
     "load_model",
-    "open",
     "safe_open",
     "save",
     "save_file",

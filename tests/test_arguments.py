@@ -1,0 +1,158 @@
+"""Arguments that match nothing, or are of the wrong kind, are refused by name before a file is written."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sfpformat
+import sfpformat.numpy
+from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, Writer, steps_for_budget
+
+WEIGHTS = np.ones((4, 8), np.float32)
+MASK = np.ones((4, 8), np.bool_)
+Save = Callable[..., object]
+
+
+def save_arrays(tmp_path: Path, **given: Any) -> None:
+    sfpformat.numpy.save_file({"w": WEIGHTS}, tmp_path / "m.sfp", **given)
+
+
+def arrays_as_bytes(tmp_path: Path, **given: Any) -> None:
+    sfpformat.numpy.save({"w": WEIGHTS}, **given)
+
+
+DOORS = pytest.mark.parametrize("save", [save_arrays, arrays_as_bytes])
+
+
+# ---------------------------------------------------------------------------------------- names of tensors
+
+
+@DOORS
+@pytest.mark.parametrize(
+    ("argument", "value"), [("masks", MASK), ("importances", WEIGHTS), ("options", Options())]
+)
+def test_a_name_that_is_no_tensors_is_refused_with_the_nearest(
+    save: Save, argument: str, value: object, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=f"^{argument}: no tensor is named 'W'; the nearest is 'w'$"):
+        save(tmp_path, **{argument: {"w": value, "W": value}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argument", ["masks", "importances"])
+def test_shared_bits_refuse_names_that_are_no_tensors(argument: str) -> None:
+    with pytest.raises(OptionError, match=f"^{argument}: no tensor is named 'v'"):
+        steps_for_budget({"w": WEIGHTS}, 3.0, **{argument: {"v": WEIGHTS}})  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------- kinds of arguments
+
+
+@DOORS
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"options": "speed"}, r"options: a str, 'speed', is not Options; PRESETS\['speed'\] are"),
+        ({"options": {"w": "sped"}}, "the options of 'w': a str, 'sped', is not Options$"),
+        ({"options": 4}, "options: a int, 4, is not Options"),
+        ({"masks": [MASK]}, "masks: a list is no mapping"),
+        ({"masks": {"w": [True]}}, "the mask of 'w' is a list, not an array"),
+        ({"importances": {"w": 0.5}}, "the importance of 'w' is a float, not an array"),
+        ({"importances": {"w": (WEIGHTS[0],)}}, "the importance of 'w' is 1 vectors, not rows and columns"),
+        ({"importances": {"w": (None, WEIGHTS[0])}}, "the importance of 'w' is a NoneType, not an array"),
+        ({"metadata": "pt"}, "metadata: a str is no mapping"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(
+    save: Save, given: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        save(tmp_path, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(OptionError, match="tensors: a list is no mapping"):
+        sfpformat.numpy.save([WEIGHTS])  # type: ignore[arg-type]
+
+
+def test_a_writer_refuses_options_of_another_kind_and_goes_on(tmp_path: Path) -> None:
+    with Writer(tmp_path / "m.sfp") as writer:
+        with pytest.raises(OptionError, match=r"the options of 'w': a str, 'fast', is not Options$"):
+            writer.add("w", WEIGHTS, "fast")  # type: ignore[arg-type]
+        writer.add("w", WEIGHTS)
+    assert sfpformat.numpy.load_file(tmp_path / "m.sfp")["w"].tobytes() == WEIGHTS.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"quantiser": "uniform", "bits": "4"}, "bits is '4', must be from 0.05 to 16"),
+        ({"quantiser": "uniform", "step": "1"}, "step is '1', must be above 0"),
+        ({"quantiser": "uniform", "error_db": "-20"}, "error_db is '-20', must be a number of dB"),
+        ({"quantiser": "table", "centroids": 8.0}, "centroids is 8.0, must be a whole number"),
+        ({"segment": "64"}, "segment is '64', must be a whole number"),
+        ({"chunk": None}, "chunk is None, must be a whole number"),
+        ({"codes": 2.5}, "codes is 2.5, must be a whole number from 1 to 16"),
+        ({"trim": "no"}, "trim is 'no', must be one of True, False"),
+        ({"importance": 6}, "importance is 6, must be ImportanceOptions or None"),
+    ],
+)
+def test_options_refuse_values_of_another_type(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Options(**given)
+
+
+def test_options_take_the_numbers_of_numpy() -> None:
+    options = Options(
+        quantiser="uniform",
+        bits=np.float32(3),
+        chunk=np.int64(4096),
+        importance=ImportanceOptions(bits=np.int8(5)),
+    )
+    plain = Options(quantiser="uniform", bits=3.0, chunk=4096, importance=ImportanceOptions(bits=5))
+    assert options == plain
+    given: dict[str, Any] = {"importances": {"w": WEIGHTS}}
+    assert sfpformat.numpy.save({"w": WEIGHTS}, options=options, **given) == sfpformat.numpy.save(
+        {"w": WEIGHTS}, options=plain, **given
+    )
+
+
+# ------------------------------------------------------------------------------------------------- presets
+
+
+def test_an_unknown_preset_is_refused_with_the_presets_there_are() -> None:
+    with pytest.raises(OptionError, match=r"^no preset is named 'fast'; there are default, speed, size, gpu"):
+        PRESETS["fast"]
+    with pytest.raises(KeyError, match="the nearest is 'speed'"):
+        PRESETS["sped"]
+
+
+def test_presets_are_a_mapping_that_cannot_be_changed() -> None:
+    assert PRESETS.get("fast") is None
+    assert "fast" not in PRESETS
+    assert dict(PRESETS)["speed"] == PRESETS["speed"]
+    assert len(PRESETS) == len(list(PRESETS)) == 5
+    assert dict(pickle.loads(pickle.dumps(PRESETS))) == dict(PRESETS)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        PRESETS["fast"] = Options()  # type: ignore[index]
+
+
+# ------------------------------------------------------------------------------------------- names of Python
+
+
+@pytest.mark.parametrize("module", ["sfpformat", "sfpformat.torch", "sfpformat.numpy", "sfpformat.pruning"])
+def test_importing_all_names_hides_none_of_pythons(module: str) -> None:
+    there: dict[str, object] = {}
+    exec(f"from {module} import *", there)
+    assert not (set(there) - {"__builtins__"}) & set(dir(builtins))
+    found = importlib.import_module(module)
+    assert module not in ("sfpformat", "sfpformat.torch") or callable(found.open)
