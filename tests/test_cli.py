@@ -228,15 +228,16 @@ def test_too_little_memory_is_told(
     assert "not enough memory" in error_of(capsys, "info", "x")
 
 
-def test_a_warning_is_one_line_and_no_error(
+def test_a_warning_is_one_line_once_and_no_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def doubtful(as_json: bool) -> None:
-        warnings.warn("two\nlines", SfpWarning, stacklevel=1)
+        for _ in range(2):
+            warnings.warn("two\nlines\x1b", SfpWarning, stacklevel=1)
 
     monkeypatch.setattr("sfpformat.cli.info._show_engines", doubtful)
     assert run("info", "--engines") == 0
-    assert capsys.readouterr().err == "sfp: warning: two lines\n"
+    assert capsys.readouterr().err == "sfp: warning: two lines\\x1b\n"
 
 
 def test_signals_end_as_a_shell_expects(
@@ -329,3 +330,88 @@ def test_figures_for_people() -> None:
 def test_the_words_after_each_like_belong_to_it() -> None:
     words = ["pack", "m", "--like", "a", "--bits", "2", "--like=b", "--lossless"]
     assert split_rules(words) == (["pack", "m"], [["a", "--bits", "2"], ["b", "--lossless"]])
+
+
+# ------------------------------------------------------------------------------------------------- outputs
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "shift_jis", "utf-8"])
+def test_an_output_of_any_encoding_takes_everything(encoding: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "m.safetensors", {"größe→": np.ones((80, 80), np.float32)})
+    target = tmp_path / "m.sfp"
+    for words in (
+        ("pack", source, "-o", target),
+        ("info", target),
+        ("verify", target, "--canonical"),
+        ("diff", source, target, "--all"),
+    ):
+        process = child(*words, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, ""), words
+        assert out
+        if words[0] == "pack":
+            arrow = "→" if encoding in ("utf-8", "shift_jis") else "->"
+            assert out.startswith(f"m.safetensors {arrow} m.sfp\n")
+        if words[0] == "info" and encoding == "ascii":
+            assert "gr\\xf6\\xdfe->  F32    80x80" in out
+
+
+def test_a_file_name_that_is_not_utf_8_is_shown_escaped(tmp_path: Path) -> None:
+    source = make(tmp_path / "m.safetensors")
+    strange = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.safetensors"))
+    source.rename(strange)
+    process = child("pack", strange, "-o", tmp_path / "m.sfp")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith("\\udcff.safetensors → m.sfp\n")
+
+
+def test_the_error_handler_of_an_output_is_as_it_was_afterwards() -> None:
+    before = sys.stdout.errors, sys.stderr.errors
+    assert run("--version") == 0
+    assert (sys.stdout.errors, sys.stderr.errors) == before
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_output_is_no_error(closed: int, tmp_path: Path) -> None:
+    source = make(tmp_path / "m.safetensors")
+    for words, code in ((("pack", source, "-o", tmp_path / "m.sfp"), 0), (("info", tmp_path / "n.sfp"), 2)):
+        command = [sys.executable, "-c", _CHILD + _MAIN, *map(str, words)]
+        process = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert process.returncode == code
+        assert (process.stdout if closed == 1 else process.stderr) == ""
+        assert "sfp: error" not in process.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("words", [("info", "--engines"), ("--version",)])
+def test_an_output_without_space_is_told(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", _CHILD + _MAIN, *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert process.returncode == 2
+    assert process.stderr == "sfp: error: No space left on device\n"
+
+
+def test_a_help_whose_reader_goes_away_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-c", _CHILD + _MAIN, "pack", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, "")

@@ -19,6 +19,7 @@ from typing import TextIO
 
 from .. import __version__
 from ..errors import SfpError, SfpWarning
+from .console import any_output, printable
 from .parser import EXIT_CODES, Parser, examples
 from .trouble import Trouble
 
@@ -58,16 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with any_output():
+        return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
+    """Runs the command, and tells on stderr why it failed where it did."""
     try:
         with _signals_as_interrupts(), _warnings_in_one_line():
-            code = _run(words)
+            try:
+                code = _run(words)
+            except SystemExit as end:  # of --help and --version
+                code = end.code if isinstance(end.code, int) else 0
             sys.stdout.flush()
             return code
-    except SystemExit as end:  # of --help and --version
-        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten()  # the reader of our output has gone: there is nothing to say
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", "")
@@ -76,7 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("SFP_DEBUG") == "1":
             traceback.print_exc()
         _complain(_words(error))
+        _drop_unwritten()
         return error.code if isinstance(error, Trouble) else 2
+
+
+def _drop_unwritten() -> None:
+    """Writes what is left for stdout, or drops it where that fails: Python would fail again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
@@ -127,12 +144,13 @@ def _words(error: Exception) -> str:
 
 def _complain(words: str, kind: str = "error: ") -> None:
     with suppress(OSError):  # stderr may have gone too
-        print(f"sfp: {kind}{' '.join(words.split())}", file=sys.stderr)
+        print(f"sfp: {kind}{printable(' '.join(words.split()))}", file=sys.stderr)
 
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Shows every warning of this package as one line on stderr, and all others as Python does."""
+    """Shows every warning of this package once, as a line on stderr, and all others as Python does."""
+    told: set[str] = set()
 
     def show(
         message: Warning | str,
@@ -143,7 +161,9 @@ def _warnings_in_one_line() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, SfpWarning):
-            _complain(str(message), "warning: ")
+            if str(message) not in told:
+                told.add(str(message))
+                _complain(str(message), "warning: ")
         else:
             shown_before(message, category, filename, lineno, file, line)
 

@@ -2,11 +2,54 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol, TextIO
+
+# What stands for a character that an output cannot encode, such as one of LANG=C or code page 1252.
+_PLAIN = {"→": "->", "×": "x", "–": "-", "−": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "µ": "u"}
+_PLAIN_ERRORS = "sfpformat.plain"
+
+
+def _plain_characters(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `codecs`: plain words for what cannot be encoded, escapes for all else."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    unknown = error.object[error.start : error.end]
+    plain = [_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in unknown]
+    return "".join(plain), error.end
+
+
+codecs.register_error(_PLAIN_ERRORS, _plain_characters)
+
+
+@contextmanager
+def any_output() -> Iterator[None]:
+    """Makes every text printable: an output of any encoding takes it, and one that is closed drops it."""
+    before: list[tuple[Any, str | None]] = []
+    outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
+    opened: list[TextIO] = []
+    try:
+        for name, stream in outputs.items():
+            if stream is None:  # print() would take the other output for one that is closed
+                opened.append(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+                setattr(sys, name, opened[-1])
+            elif hasattr(stream, "reconfigure"):
+                before.append((stream, stream.errors))
+                stream.reconfigure(errors=_PLAIN_ERRORS)
+        yield
+    finally:
+        for stream, errors in before:
+            with suppress(OSError, ValueError):  # it may be closed, or lead nowhere
+                stream.reconfigure(errors=errors)
+        for name, stream in outputs.items():
+            setattr(sys, name, stream)
+        for stream in opened:
+            stream.close()
 
 
 class Progress(Protocol):

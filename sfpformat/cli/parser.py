@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from .trouble import Trouble
 
@@ -20,6 +21,13 @@ SFP_DEBUG=1 shows where an error came from; NO_COLOR=1 leaves out colours."""
 HELP_WIDTH = 100
 
 
+class SupportsWrite(Protocol):
+    """A file that takes text."""
+
+    def write(self, text: str, /) -> object:
+        """Writes a text."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `Trouble` and does not guess at shortened options."""
 
@@ -33,6 +41,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print and exit with."""
         raise Trouble(f"{message} (see '{self.prog} --help')")
+
+    def _print_message(self, message: str, file: SupportsWrite | None = None) -> None:
+        """Writes a help; argparse's own drops the error when it cannot be written."""
+        (file or sys.stderr).write(message)
 
 
 Subparsers = argparse._SubParsersAction  # argparse has no public name for it
