@@ -440,7 +440,7 @@ def test_a_model_without_matrices_has_nothing_sparse(tmp_path: Path, capsys: Cap
         (["--rounds", "many"], "--rounds"),
         (["--threads", "0"], "--threads is 0"),
         (["--dtype", "f16"], "--dtype"),
-        (["--plot", "bench.pdf"], "ends in .png or .svg"),
+        (["--plot", "bench.pdf"], "--plot writes .png or .svg; name it bench.png"),
         (["--plot", "bench.png", "--only", "load"], "--plot needs the section lossless"),
         (["a", "b"], "unknown: b"),
     ],

@@ -118,15 +118,56 @@ def test_the_target_of_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
 
 def test_what_must_not_be_replaced_is_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors")
-    assert "is what is read" in error_of(capsys, "pack", source, "-o", source)
     assert "not a file" in error_of(capsys, "pack", source, "-o", os.devnull)
-    assert "not a file" in error_of(capsys, "pack", source, "-o", tmp_path)
     assert "no folder" in error_of(capsys, "pack", source, "-o", tmp_path / "no" / "m.sfp")
     assert run("pack", source, "-o", tmp_path / "m.sfp") == 0
     capsys.readouterr()
     assert "is .sfp already" in error_of(capsys, "pack", tmp_path / "m.sfp", "-o", tmp_path / "n.sfp")
-    assert "is what is read" in error_of(capsys, "unpack", tmp_path / "m.sfp", "-o", tmp_path / "m.sfp")
-    assert "is safetensors already" in error_of(capsys, "unpack", source, "-o", tmp_path / "n")
+    assert "is safetensors already" in error_of(capsys, "unpack", source, "-o", tmp_path / "n.safetensors")
+    os.link(source, tmp_path / "same.sfp")
+    assert "is what is read" in error_of(capsys, "pack", source, "-o", tmp_path / "same.sfp")
+    os.link(tmp_path / "m.sfp", tmp_path / "same.safetensors")
+    told = error_of(capsys, "unpack", tmp_path / "m.sfp", "-o", tmp_path / "same.safetensors")
+    assert "is what is read" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "right"),
+    [
+        ("pack", "x.safetensors", "x.sfp"),
+        ("pack", "x.pt", "x.sfp"),
+        ("pack", "x", "x.sfp"),
+        ("pack", "model-0.5B", "model-0.5B.sfp"),
+        ("pack", "model.safetensors.index.json", "model.sfp"),
+        ("pack --single", "x.gguf", "x.sfp"),
+        ("unpack", "x.pt", "x.safetensors"),
+        ("unpack", "x.sfp", "x.safetensors"),
+        ("unpack --sharded", "x.bin", "x.safetensors"),
+        ("prune --sparsity 0.5", "x.safetensors", "x.sfp"),
+        ("prune --sparsity 0.5", "x.sfp.tmp", "x.sfp"),
+    ],
+)
+def test_a_name_that_promises_another_kind_of_file_is_refused(
+    command: str, name: str, right: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sharded(tmp_path / "in")
+    told = error_of(capsys, *command.split(), "in", "-o", name)
+    assert told.endswith(f"; name it {right}\n")
+    assert f"'sfp {command.split()[0]}' writes {Path(right).suffix}; " in told
+    (tmp_path / name).mkdir()
+    told = error_of(capsys, *command.split(), "in", "-o", name)
+    assert "is a folder" in told or Path(name).suffix == Path(right).suffix
+    assert sorted(os.listdir(tmp_path)) == sorted(["in", name])
+
+
+def test_a_link_to_another_kind_of_file_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    source = make(tmp_path / "m.safetensors")
+    (tmp_path / "x.pt").write_bytes(b"old")
+    (tmp_path / "m.sfp").symlink_to("x.pt")
+    told = error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp")
+    assert told.endswith(f"x.pt: 'sfp pack' writes .sfp; name it {tmp_path / 'x.sfp'}\n")
+    assert (tmp_path / "x.pt").read_bytes() == b"old"
 
 
 def test_bad_options_leave_nothing_behind(tmp_path: Path, capsys: Capture) -> None:
@@ -199,7 +240,6 @@ def test_some_tensors_are_unpacked(tmp_path: Path, capsys: Capture) -> None:
 
 def test_what_is_wrong_with_shards_is_told(tmp_path: Path, capsys: Capture) -> None:
     index = sharded(tmp_path / "in")
-    assert "ends in .sfp" in error_of(capsys, "pack", index, "-o", tmp_path / "m")
     (tmp_path / "in" / "other.safetensors.index.json").write_text("{}")
     assert "several models" in error_of(capsys, "pack", tmp_path / "in", "-o", tmp_path / "m.sfp")
     fields = json.loads(index.read_text())

@@ -13,7 +13,7 @@ from . import bench_pruning
 from .console import bytes_words, printable, progress, show_json, show_table
 from .models import open_model
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, checked_target
+from .trouble import Trouble, checked_target, require_suffix
 
 if TYPE_CHECKING:
     from ..bench.measure import Refusal
@@ -136,8 +136,7 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
         return None
     from ..bench.plot import SUFFIXES, why_not
 
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise Trouble(f"{path}: a picture's name ends in {' or '.join(SUFFIXES)}")
+    require_suffix(path, *SUFFIXES, what="--plot")
     if "lossless" not in sections:
         raise Trouble("--plot needs the section lossless")
     reason = why_not()

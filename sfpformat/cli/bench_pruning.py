@@ -8,7 +8,7 @@ from typing import Any
 
 from .console import progress, show_json, show_table
 from .prune import parse_shares
-from .trouble import Trouble, checked_target
+from .trouble import Trouble, checked_target, require_suffix
 
 NAME = "pruning"
 WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and takes the
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.pruning_rows import summary
     from ..demo.methods import METHODS
 
+    if hasattr(args, "rows"):
+        require_suffix(args.rows, ".jsonl", ".json", what="--rows")
     given = {name: getattr(args, name) for name in _OPTIONS if hasattr(args, name)}
     if "methods" in given:
         given["methods"] = _methods(given["methods"], tuple(METHODS))

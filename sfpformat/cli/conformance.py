@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OptionError
 from .console import progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about
+from .trouble import Trouble, about, require_suffix
 
 if TYPE_CHECKING:
     from ..conformance.driver import Driver
@@ -187,6 +187,12 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    for path, what, suffixes in (
+        (args.junit, "--junit", (".xml",)),
+        (args.html, "--html", (".html", ".htm")),
+    ):
+        if path is not None:
+            require_suffix(path, *suffixes, what=what)
     from ..conformance.own import compile_once
     from ..conformance.report import junit, page
     from ..conformance.run import Settings, as_json, known_failures, run

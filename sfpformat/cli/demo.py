@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .console import number, percent, progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
 from .prune import parse_shares
-from .trouble import Trouble, checked_target
+from .trouble import Trouble, checked_target, require_suffix
 
 if TYPE_CHECKING:
     from ..demo.packing import Result, Row, Tensors
@@ -175,8 +175,7 @@ def _require_plot(args: argparse.Namespace) -> None:
         return
     if not args.learn and args.sparsity is None:
         raise Trouble("--plot goes with --sparsity or --learn")
-    if args.plot.suffix.lower() not in SUFFIXES:
-        raise Trouble(f"{args.plot}: a picture's name ends in {' or '.join(SUFFIXES)}")
+    require_suffix(args.plot, *SUFFIXES, what="--plot")
     reason = why_not()
     if reason is not None:
         raise Trouble(f"--plot: {reason}")

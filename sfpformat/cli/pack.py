@@ -19,7 +19,7 @@ from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, shares_of_model, with_shared_bits
-from .trouble import Trouble, checked_target
+from .trouble import Trouble, checked_target, require_suffix
 
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
@@ -74,6 +74,7 @@ _NOT_TENSOR_OPTIONS = frozenset(
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     start = time.monotonic()
+    require_suffix(args.output, ".sfp", what="'sfp pack'")
     base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
@@ -147,10 +148,7 @@ def _job(
 
 def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
     sharded = len(job.model.files) > 1 and not args.single
-    target = Path(args.output)
-    if sharded and target.suffix != ".sfp":
-        raise Trouble(f"{target}: shards need a name that ends in .sfp; --single writes one file")
-    target = checked_target(target, job.model.paths())
+    target = checked_target(args.output, job.model.paths())
     with progress(job.model.nbytes, target.name) as shown:
         if sharded:
             return pack_shards(job, target.with_suffix(""), shown)

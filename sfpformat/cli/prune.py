@@ -12,7 +12,7 @@ from ..errors import SfpError
 from ..reader import SfpFile
 from .console import bytes_words, percent, show_json
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about, checked_target, require_file
+from .trouble import Trouble, about, checked_target, require_file, require_suffix
 
 if TYPE_CHECKING:
     from ..pruning.thresholds import Pattern, Threshold
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pruning.thresholds import Sparsity
 
     start = time.monotonic()
+    require_suffix(args.output, ".sfp", what="'sfp prune'")
     threshold: Threshold | Pattern
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
     source = Path(args.source)

@@ -45,6 +45,39 @@ def require_file(path: PathLike) -> None:
         raise Trouble(f"{path}: not a file that can be read at any place (a folder, pipe or device)")
 
 
+# Suffixes that promise another kind of file; a new name replaces them and keeps all others (``model-0.5B``).
+_OTHER_KINDS = (
+    *(".sfp", ".safetensors", ".json", ".index", ".jsonl", ".partial", ".tmp"),
+    *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".npz", ".npy", ".h5"),
+    *(".hdf5", ".pb", ".tflite", ".msgpack", ".zip", ".gz", ".zst", ".xz", ".tar"),
+    *(".txt", ".xml", ".html", ".htm", ".png", ".svg", ".pdf", ".jpg"),
+)
+
+
+def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
+    """Refuses a name that promises another kind of file than the one that is written; devices have any name.
+
+    Args:
+        target: the file to write.
+        suffixes: those that are right, the usual one first.
+        what: who writes, for the message.
+
+    Raises:
+        Trouble: the name ends otherwise; the message says which name to give.
+    """
+    for path in (Path(target), Path(os.path.realpath(target))):  # a link is followed when it is replaced
+        device = path.exists() and not (path.is_file() or path.is_dir())
+        if path.suffix.lower() in suffixes or device:
+            continue
+        if path.is_dir():
+            raise Trouble(f"{target}: is a folder; name a file in it, such as {path / f'model{suffixes[0]}'}")
+        name = path.name
+        while Path(name).suffix.lower() in _OTHER_KINDS:
+            name = Path(name).stem
+        right = " or ".join(suffixes)
+        raise Trouble(f"{path}: {what} writes {right}; name it {path.with_name(name + suffixes[0])}")
+
+
 def checked_target(target: PathLike, sources: list[Path]) -> Path:
     """The file that a command will replace, with links followed.
 

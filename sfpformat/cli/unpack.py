@@ -18,7 +18,7 @@ from ..shards import ShardIndex, index_name, shard_name
 from .console import Progress, bytes_words, progress
 from .models import Model, open_model
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about, checked_target
+from .trouble import Trouble, about, checked_target, require_suffix
 
 _SUFFIX = ".safetensors"
 
@@ -46,6 +46,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     start = time.monotonic()
+    require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
     with open_model(args.source) as model:
         if model.kind != "sfp":
             raise Trouble(f"{args.source}: is safetensors already")
@@ -57,8 +58,6 @@ def run(args: argparse.Namespace) -> int:
             for name, spec in model.specs.items()
             if args.tensor is None or any(fnmatchcase(name, pattern) for pattern in args.tensor)
         }
-        if args.sharded and Path(args.output).suffix != _SUFFIX:
-            raise Trouble(f"{args.output}: the shards need a name that ends in {_SUFFIX}")
         target = checked_target(args.output, model.paths())
         size = sum(spec.nbytes for spec in chosen.values())
         with progress(size, target.name) as shown, about(target):
