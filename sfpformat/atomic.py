@@ -1,20 +1,22 @@
-"""Files that appear whole or not at all, and files that one process at a time may write."""
+"""Files that appear whole or not at all.
+
+Rules: a new file is made beside its target, under a random name that no file has. It takes owner, group,
+access list and mode of the file that it replaces; where there is none, those of any new file. Symbolic links
+are followed; other hard links to a replaced file keep the old contents. After an error nothing is left; a
+process that is killed by SIGKILL leaves its ``.NAME.….partial``.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import OptionError, SfpError
-
-
-class LockedFileError(SfpError):
-    """Another process is writing the same file."""
+from .errors import OptionError
+from .filesystem import beside, create, creation_mode, remove, rename, sync, take_attributes
 
 
 def real_target(target: str | os.PathLike[str]) -> Path:
@@ -33,43 +35,61 @@ class AtomicFile:
     """A temporary file beside its target, which it replaces in one step when it is committed.
 
     Attributes:
+        target: the path that it takes.
+        path: where it is until then.
         file: open for writing, empty at first.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, like: Path | None = None) -> None:
         """Makes the temporary file.
+
+        Args:
+            target: the path that it will take, links followed.
+            like: the file whose owner and mode it takes, where that exists; else those of ``target``.
 
         Raises:
             OSError: it cannot be made.
         """
-        self._target = target
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        self._path = Path(name)
-        self.file: BinaryIO = os.fdopen(handle, "wb")
+        self.target, self._like = target, like
+        mode = creation_mode(target, like)
+        while True:
+            self.path = beside(target, f".{secrets.token_hex(6)}.partial", prefix=".")
+            with contextlib.suppress(FileExistsError):
+                self.file: BinaryIO = os.fdopen(create(self.path, os.O_WRONLY | os.O_EXCL, mode), "wb")
+                return
+
+    def finish(self) -> None:
+        """Makes what was written last, and closes the file; only its name is missing."""
+        self.file.flush()
+        take_attributes(self.file.fileno(), self.target, self._like)
+        sync(self.file.fileno())
+        self.file.close()
 
     def commit(self) -> None:
-        """Syncs the file, gives it the mode of a new file, and its name."""
-        self.file.flush()
-        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
-        os.fsync(self.file.fileno())
-        self.file.close()
-        rename(self._path, self._target)
+        """Finishes the file and replaces the target."""
+        self.finish()
+        rename(self.path, self.target)
 
     def abort(self) -> None:
         """Removes the file; the target is as it was."""
         with contextlib.suppress(OSError):
             self.file.close()
-        self._path.unlink(missing_ok=True)
+        remove(self.path)
 
 
 @contextlib.contextmanager
-def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(target: str | os.PathLike[str], *, like: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the target's name at the end of the block; after an error nothing is left.
 
+    Args:
+        target: its path; links are followed.
+        like: the file whose owner and mode it takes, where that exists; else those of ``target``.
+
     Raises:
+        OptionError: something else than a file is there.
         OSError: it cannot be written; the target is as it was.
     """
-    new = AtomicFile(real_target(target))
+    new = AtomicFile(real_target(target), like=like)
     try:
         yield new.file
         new.commit()
@@ -78,40 +98,79 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def rename(source: Path, target: Path) -> None:
-    """Gives a synced file its name in one step, and makes the step last."""
-    os.replace(source, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+class ReplacedTogether:
+    """New files that take their names together, and the index that lists them; a context manager.
+
+    See `take_names`; after an error before that all is as it was.
+    """
+
+    def __init__(self, index: Path) -> None:
+        """Begins with the index.
+
+        Args:
+            index: its path, links followed.
+
+        Raises:
+            OSError: its temporary file cannot be made.
+        """
+        self._new = [AtomicFile(index)]
+
+    @property
+    def index(self) -> BinaryIO:
+        """The index, open for writing."""
+        return self._new[0].file
+
+    def add(self, target: str | os.PathLike[str]) -> BinaryIO:
+        """Another new file, open for writing.
+
+        Raises:
+            OptionError: something else than a file is there.
+            OSError: its temporary file cannot be made.
+        """
+        self._new.append(AtomicFile(real_target(target)))
+        return self._new[-1].file
+
+    def __enter__(self) -> ReplacedTogether:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                for new in self._new:
+                    new.finish()
+                index, *others = [(new.path, new.target) for new in self._new]
+                take_names(others, index)
+        finally:
+            for new in self._new:
+                new.abort()
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """The file, made where it is not there, open for reading and writing, and locked until it is closed.
+_Pair = tuple[Path, Path]
+
+
+def take_names(files: Sequence[_Pair], index: _Pair) -> None:
+    """Gives synced files their names, and last the index that lists them.
+
+    An old index goes before the first old file does, so that a mixture is never taken for a model; where the
+    first file cannot be renamed, the index comes back, and all is as it was.
+
+    Args:
+        files: where each is, and the path that it takes.
+        index: the same for the index.
 
     Raises:
-        LockedFileError: another process has it.
-        OSError: it cannot be opened.
+        OSError: a file could not be renamed.
     """
-    while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had the lock may have renamed or removed the file between our two steps.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        except BlockingIOError:
-            file.close()
-            raise LockedFileError(f"{path.name} is locked: another process is writing it") from None
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    old = beside(index[1], ".replaced")
+    try:
+        if index[1].exists() and any(target.exists() for _, target in files):
+            rename(index[1], old)
+        for source, target in files:
+            rename(source, target)
+        rename(*index)
+    except BaseException:
+        if old.exists() and files[0][0].exists():  # the first was not renamed
+            rename(old, index[1])
+        raise
+    finally:
+        remove(old)

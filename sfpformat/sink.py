@@ -1,29 +1,18 @@
-"""Where a writer's bytes go: a temporary file that takes its target's name at the end, or a binary object.
-
-A resumable sink has fixed names, ``TARGET.partial`` and ``TARGET.partial.journal``. The journal is a sequence
-of MessagePack values: the job's key, then the entry of each tensor that is complete. After a crash the next
-writer with the same key checks what the journal names against its checksums, drops the rest, and goes on.
-"""
+"""Where a writer's bytes go: a temporary file that takes its target's name at the end, or a binary object."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
+import io
 import os
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
-import msgpack
-import numpy as np
-
-from .atomic import AtomicFile, open_locked, real_target, rename
-from .checksum import crc32
-from .container import messagepack
+from .atomic import AtomicFile, real_target
 from .container.entry import TensorEntry
-from .container.fields import typed
-from .container.messagepack import Map
 from .container.preamble import SIZE
-from .errors import OptionError, SfpError
-from .limits import DEFAULT_LIMITS
+from .errors import OptionError
+from .resume import ResumableSink
 from .source import Buffer
 
 
@@ -98,12 +87,30 @@ class StreamSink:
     """A seekable binary object of the caller's, written from its start; a failure leaves it half written."""
 
     def __init__(self, stream: BinaryIO) -> None:
+        """Begins at the start of the stream.
+
+        Raises:
+            OptionError: the stream cannot be written at any place: it is text, read-only, closed, a pipe, or
+                was opened to append.
+            OSError: it cannot be written.
+        """
+        _require_writable(stream)
         self._stream = stream
         stream.seek(0)
-        stream.write(bytes(SIZE))
+        self.append(bytes(SIZE))
+        self._require_place(SIZE)
 
     def append(self, data: Buffer) -> None:
-        self._stream.write(data)
+        view = memoryview(data)
+        while len(view):  # an unbuffered stream may take less than it is given
+            count: int | None = self._stream.write(view)
+            if count is None and isinstance(self._stream, io.RawIOBase):
+                raise BlockingIOError("the stream takes nothing now, and does not wait")
+            if count is None:  # objects of other libraries say nothing
+                return
+            if not 0 < count <= len(view):
+                raise OSError(f"the stream took {count} of {len(view)} bytes")
+            view = view[count:]
 
     def tensor_done(self, entry: TensorEntry) -> None:
         pass
@@ -112,117 +119,61 @@ class StreamSink:
         end = self._stream.tell()
         self._stream.truncate()
         self._stream.seek(0)
-        self._stream.write(preamble)
+        self.append(preamble)
+        self._require_place(SIZE)
         self._stream.seek(end)
         self._stream.flush()
+
+    def _require_place(self, place: int) -> None:
+        """Refuses a stream that writes elsewhere than at its position."""
+        if self._stream.tell() != place:
+            raise OptionError("the stream writes elsewhere than where it stands; open it with mode 'wb'")
 
     def abort(self, keep: bool) -> None:
         pass
 
 
-class ResumableSink:
-    """A temporary file that survives the death of its writer, and its journal.
+def _require_writable(stream: Any) -> None:
+    """Raises `OptionError` where a stream says that it cannot be written at any place."""
+    if isinstance(stream, io.TextIOBase) or not all(
+        hasattr(stream, method) for method in ("write", "seek", "tell", "truncate", "flush")
+    ):
+        kind = type(stream).__name__
+        raise OptionError(f"cannot write to a {kind}: give a path, or a binary stream opened with mode 'wb'")
+    if getattr(stream, "closed", False):
+        raise OptionError("the stream is closed")
+    if hasattr(stream, "writable") and not stream.writable():
+        raise OptionError("the stream was opened for reading only; open it with mode 'wb'")
+    if hasattr(stream, "seekable") and not stream.seekable():
+        raise OptionError("the stream cannot seek (a pipe or socket?); write to io.BytesIO or a path first")
+    if _appends(stream):
+        raise OptionError("the stream was opened to append; open it with mode 'wb'")
 
-    Attributes:
-        entries: the tensors that an earlier writer with the same key left complete, in order.
-    """
 
-    def __init__(self, target: Path, key: str) -> None:
-        """Takes up what an earlier writer left, or begins.
-
-        Args:
-            key: tells the job: what is written from what with which options. Another key begins anew.
-
-        Raises:
-            LockedFileError: another process is writing this target.
-            OSError: there is no space, or no permission; nothing is left behind.
-        """
-        self._target = target
-        self._path = target.with_name(target.name + ".partial")
-        self._journal_path = target.with_name(target.name + ".partial.journal")
-        self._file = open_locked(self._path)
-        self._journal: BinaryIO | None = None
-        try:
-            self.entries, end = self._complete_tensors(key)
-            self._file.truncate(end)
-            self._file.seek(end)
-            self._journal = self._journal_path.open("wb")
-            self._journal.write(msgpack.packb(key))
-            for entry in self.entries:
-                self._journal.write(messagepack.encode(entry.to_map()))
-            self._journal.flush()
-        except BaseException as error:
-            self.abort(keep=isinstance(error, KeyboardInterrupt))
-            raise
-
-    def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
-        """The journal's tensors whose bytes are all there and match, and where they end."""
-        if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
-            self._file.truncate(0)
-            self._file.write(bytes(SIZE))
-            return [], SIZE
-        entries: list[TensorEntry] = []
-        with self._journal_path.open("rb") as journal, contextlib.suppress(*_CUT_OFF):
-            unpacker = msgpack.Unpacker(journal)
-            if unpacker.unpack() != key:
-                return [], SIZE
-            self._file.seek(SIZE)
-            for fields in unpacker:
-                decoded = messagepack.decode(messagepack.encode(fields), DEFAULT_LIMITS)
-                entry = TensorEntry.from_map(typed(decoded, Map, "an entry", 0), DEFAULT_LIMITS)
-                if not self._matches(entry):
-                    break
-                entries.append(entry)
-        return entries, SIZE + sum(entry.stored_bytes for entry in entries)
-
-    def _matches(self, entry: TensorEntry) -> bool:
-        records = [entry.chunks] if entry.vectors is None else [entry.vectors, entry.chunks]
-        for record in np.concatenate(records):
-            data = self._file.read(int(record["length"]))
-            if len(data) != record["length"] or crc32(data) != record["crc"]:
-                return False
+def _appends(stream: Any) -> bool:
+    """Whether the system puts what is written at the end, wherever the stream stands."""
+    mode = getattr(stream, "mode", "")
+    if isinstance(mode, str) and "a" in mode:
         return True
-
-    def append(self, data: Buffer) -> None:
-        self._file.write(data)
-
-    def tensor_done(self, entry: TensorEntry) -> None:
-        assert self._journal is not None
-        self._file.flush()
-        self._journal.write(messagepack.encode(entry.to_map()))
-        self._journal.flush()
-
-    def commit(self, preamble: bytes) -> None:
-        assert self._journal is not None
-        self._journal.close()
-        self._file.seek(0)
-        self._file.write(preamble)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        rename(self._path, self._target)
-        self._journal_path.unlink(missing_ok=True)
-        self._file.close()
-
-    def abort(self, keep: bool) -> None:
-        if self._journal is not None:
-            with contextlib.suppress(OSError):
-                self._journal.close()
-        if not keep:
-            self._path.unlink(missing_ok=True)
-            self._journal_path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._file.close()
+    try:
+        return bool(fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND)
+    except (AttributeError, OSError, ValueError, TypeError):  # no file of the system's
+        return False
 
 
-# What reading a journal raises whose last record was cut off or damaged: work goes on from before it.
-_CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
+Target = str | os.PathLike[str] | BinaryIO | MemorySink | ResumableSink
 
 
-def open_sink(target: str | os.PathLike[str] | BinaryIO | MemorySink, resume_key: str | None) -> Sink:
-    """The sink for whatever a writer was given."""
+def open_sink(target: Target, resume_key: str | None) -> Sink:
+    """The sink for what a writer was given.
+
+    Raises:
+        OptionError: it cannot be written, or not be resumed.
+        OSError: the temporary file cannot be made.
+    """
     if isinstance(target, (str, os.PathLike)):
         path = real_target(target)
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key)
     if resume_key is not None:
         raise OptionError("only a path can be resumed")
-    return target if isinstance(target, MemorySink) else StreamSink(target)
+    return target if isinstance(target, (MemorySink, ResumableSink)) else StreamSink(target)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,8 @@ from .engines import get_engine
 from .errors import ClosedFileError, OptionError, SfpError
 from .limits import DEFAULT_LIMITS
 from .names import require_mapping
-from .sink import MemorySink, ResumableSink, open_sink
+from .resume import ResumableSink
+from .sink import Target, open_sink
 
 
 class Writer:
@@ -41,7 +41,7 @@ class Writer:
 
     def __init__(
         self,
-        target: str | os.PathLike[str] | BinaryIO | MemorySink,
+        target: Target,
         *,
         metadata: dict[str, str] | None = None,
         engine: str | None = None,
@@ -51,7 +51,7 @@ class Writer:
         """Begins a file.
 
         Args:
-            target: a path, or a seekable binary object, which is written from its start, or memory.
+            target: a path, or a seekable binary object, which is written from its start, or a sink.
             metadata: strings of the caller's own.
             engine: as in `sfpformat.open`.
             threads: how many may encode; None takes the number of cores. The bytes do not depend on it.

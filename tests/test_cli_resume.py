@@ -131,11 +131,14 @@ def test_shards_that_are_finished_are_not_written_again(tmp_path: Path) -> None:
 
 
 @clauses("R-SHD-003")
-def test_a_pack_killed_between_two_names_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_pack_killed_between_two_names_leaves_no_index_and_goes_on(tmp_path: Path, replaced: bool) -> None:
     index = sharded(tmp_path / "in", cuts=2)
     expected = unbroken(tmp_path / "whole", index)
     folder = tmp_path / "out"
     folder.mkdir()
+    if replaced:
+        assert run("pack", index, "-o", folder / "m.sfp", "--preset", "gpu") == 0
     stop = "import os; real = os.replace; os.replace = lambda a, b: "
     stop += "os._exit(9) if str(a).endswith('00002-of-00002.sfp.finished') else real(a, b); "
     process = child("pack", index, "-o", folder / "m.sfp", before=stop)
@@ -207,7 +210,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(words: tuple[str, ...]
 
 
 @clauses("R-SHD-003", "R-STR-005")
-def test_a_full_disk_leaves_an_old_model_in_shards_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_finished_shards_and_the_old_model(tmp_path: Path) -> None:
     arrays = {"a": np.ones(8, np.float32), **large(6)}
     index = sharded(tmp_path / "in", arrays, cuts=7)
     folder = tmp_path / "out"
@@ -216,7 +219,23 @@ def test_a_full_disk_leaves_an_old_model_in_shards_as_it_was(tmp_path: Path) -> 
     process = child("pack", index, "-o", folder / "m.sfp", before=small)
     _, err = process.communicate()
     assert process.returncode == 2
-    assert "File too large" in err
+    assert "File too large; 1 of 7 shards are finished and kept" in err
+    kept = contents(folder)
+    assert {name: kept.pop(name) for name in old} == old
+    assert sorted(kept) == ["m-00001-of-00007.sfp.finished", "m.sfp.index.json.partial"]
+    out, _ = child("pack", index, "-o", folder / "m.sfp").communicate()
+    assert "went on after 1 of 7 tensors" in out
+    assert contents(folder) == unbroken(tmp_path / "whole", index)
+
+
+@clauses("R-SHD-003", "R-STR-005")
+def test_a_disk_without_room_for_the_first_shard_keeps_nothing_of_the_pack(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "in", large(6), cuts=2)
+    folder = tmp_path / "out"
+    old = unbroken(folder, index, "--preset", "gpu")
+    process = child("pack", index, "-o", folder / "m.sfp", before=_SMALL.replace(str(_ROOM), str(1 << 18)))
+    _, err = process.communicate()
+    assert (process.returncode, "kept" in err) == (2, False)
     assert contents(folder) == old
 
 
@@ -259,5 +278,5 @@ def test_a_folder_without_permission_is_told(
 ) -> None:
     source = make(tmp_path / "m.safetensors")
     (tmp_path / "d").mkdir(mode=0o500)
-    refuse_root(monkeypatch, "sfpformat.atomic.os", "open")
+    refuse_root(monkeypatch, "sfpformat.filesystem.os", "open")
     assert "Permission denied" in error_of(capsys, "pack", source, "-o", tmp_path / "d" / "m.sfp")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import sfpformat
-from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Writer, atomic, sink
+from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Writer, filesystem, sink
 from sfpformat.numpy import load, save
 
 from .clauses import clauses
@@ -248,7 +248,7 @@ def test_the_old_file_is_there_until_the_new_one_is_complete(target: Path) -> No
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.fixture(params=["append", "fsync", "replace", "seek"])
+@pytest.fixture(params=["append", "fsync", "seek"])
 def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full, at one place of several."""
 
@@ -260,8 +260,6 @@ def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(sink.ResumableSink, "append", fails)
     elif request.param == "fsync":
         monkeypatch.setattr(sink.os, "fsync", fails)
-    elif request.param == "replace":
-        monkeypatch.setattr(sink.os, "replace", fails)
     else:
         monkeypatch.setattr(sink.FileSink, "commit", fails)
         monkeypatch.setattr(sink.ResumableSink, "commit", fails)
@@ -531,14 +529,14 @@ def test_a_writer_that_comes_as_another_finishes_does_not_destroy_its_file(
 ) -> None:
     first = Writer(target, resume_key="job")
     first.add("a", one)
-    lock = atomic.fcntl.flock
+    lock = filesystem.fcntl.flock
 
     def lock_late(file: Any, how: int) -> None:
-        monkeypatch.setattr(atomic.fcntl, "flock", lock)
+        monkeypatch.setattr(filesystem.fcntl, "flock", lock)
         first.close()  # between the second writer's opening of the partial file and its lock
         lock(file, how)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", lock_late)
+    monkeypatch.setattr(filesystem.fcntl, "flock", lock_late)
     second = Writer(target, resume_key="job")
     assert list(accepted(target.read_bytes())) == ["a"]
     second.add("b", one)

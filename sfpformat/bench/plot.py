@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing
 from .labels import Box, place
 from .results import Result
 
@@ -57,7 +58,8 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     canvas.draw()
     for axis, rows in zip(axes, panels.values(), strict=True):
         _draw_labels(axis, rows, canvas.get_renderer())
-    figure.savefig(path, format=path.suffix[1:].lower())
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower())
 
 
 def _panels(results: Sequence[Result]) -> dict[int, list[Result]]:

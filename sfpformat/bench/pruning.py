@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..atomic import replacing
 from ..demo.carried import TEXTS, heldout_tokens, weights
 from ..demo.language import CALIBRATION_BATCHES
 from ..demo.methods import METHODS, Bench, steps_of
@@ -178,5 +179,7 @@ def model_of(seed: int, steps: int, threads: int) -> tuple[dict[str, NDArray[np.
         words += ["--resume"] if path.with_suffix(".checkpoint").exists() else []
         start = time.monotonic()
         run_python(words)
-        note.write_text(json.dumps({"seconds": round(time.monotonic() - start), "python": sys.version}))
+        seconds = round(time.monotonic() - start)
+        with replacing(note) as file:
+            file.write(json.dumps({"seconds": seconds, "python": sys.version}).encode())
     return load_file(path), float(json.loads(note.read_text())["seconds"])

@@ -12,8 +12,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import open_locked
+from ..atomic import real_target
 from ..errors import MismatchError
+from ..filesystem import open_locked
 
 Row = dict[str, object]
 
@@ -49,9 +50,10 @@ class KeptRows:
         Raises:
             LockedFileError: another process has it.
             MismatchError: it holds something else than rows.
+            OptionError: it is not a file.
             OSError: it cannot be read.
         """
-        self._file = open_locked(path)
+        self._file, _ = open_locked(real_target(path))
         try:
             self._rows = {_identity(row): row for row in self._read(path)}
         except BaseException:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import replacing
 from ..errors import OptionError
 from .console import progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
@@ -211,8 +212,8 @@ def _run(args: argparse.Namespace) -> int:
         results = run(suite, settings, shown.advance)
     for path, data in ((args.junit, junit), (args.html, lambda r: page(r).encode())):
         if path is not None:
-            with about(path):
-                path.write_bytes(data(results))
+            with about(path), replacing(path) as file:
+                file.write(data(results))
     if args.json:
         show_json(as_json(results))
     else:

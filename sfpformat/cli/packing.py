@@ -2,8 +2,8 @@
 
 Rules: shards are written under names that end in ``.finished``; only when all are complete do they take
 their own names, and the index comes last. So a pack that fails leaves an older model of the same name as it
-was, and one that is killed can go on. The state file ``STEM.sfp.index.json.partial`` names the job and the
-finished shards; it is locked while a pack is at work.
+was, and one that is killed, or for which the disk had no room, can go on. The state file
+``STEM.sfp.index.json.partial`` names the job and the finished shards; it is locked while a pack is at work.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import open_locked, replacing
+from ..atomic import replacing, take_names
 from ..errors import SfpError
+from ..filesystem import beside, open_locked, remove
 from ..reader import SfpFile
+from ..resume import ResumableSink
 from ..safetensors import SafetensorsError, strict_json
 from ..shards import ShardIndex, index_name, shard_name
 from ..writer import Writer
@@ -67,18 +70,29 @@ def job_key(model: Model, importances: Model | None, options: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def pack_file(job: Job, names: list[str], metadata: dict[str, str], target: Path, progress: Progress) -> int:
+def pack_file(
+    job: Job,
+    names: list[str],
+    metadata: dict[str, str],
+    target: Path,
+    progress: Progress,
+    like: Path | None = None,
+) -> int:
     """Writes tensors to one file, or goes on where an earlier run with the same key was stopped.
+
+    Args:
+        like: the file whose owner and mode the new one takes, where that exists; else those of ``target``.
 
     Returns:
         How many tensors an earlier run had written.
 
     Raises:
-        Trouble, OptionError, OSError: nothing is left behind.
+        Trouble, OptionError, OSError: nothing is left behind, unless the message says so.
         KeyboardInterrupt: the partial file is kept; the message says how to go on.
     """
     with about(target):
-        writer = Writer(target, metadata={**metadata, **job.metadata}, resume_key=job.key)
+        sink = ResumableSink(target, job.key, like=like)
+        writer = Writer(sink, metadata={**metadata, **job.metadata})
         done = set(writer.done)
         for name in done:
             progress.advance(job.model.specs[name].nbytes)
@@ -128,17 +142,28 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
     try:
         for file_name, target in zip(files, targets, strict=True):
             names = job.model.names_in(file_name)
-            finished = target.with_name(target.name + _FINISHED)
+            finished = _finished(target)
             if state.has(finished, target):
                 resumed += len(names)
                 progress.advance(sum(job.model.specs[name].nbytes for name in names))
                 continue
             metadata = job.model.metadata_of(file_name)
-            resumed += pack_file(job, names, metadata, finished, progress)
+            resumed += pack_file(job, names, metadata, finished, progress, like=target)
             state.add(finished)
         _take_names(job, stem, dict(zip(files, targets, strict=True)))
     except KeyboardInterrupt:
         state.close()
+        raise
+    except (OSError, MemoryError) as error:
+        if not state.count:
+            state.discard()
+            raise
+        state.close()
+        if isinstance(error, OSError):
+            error.strerror = (
+                f"{error.strerror or error}; {state.count} of {len(files)} shards are finished and kept: "
+                "the same command goes on after them"
+            )
         raise
     except BaseException:
         state.discard()
@@ -147,21 +172,25 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
     return targets, resumed
 
 
+def _finished(target: Path) -> Path:
+    """The name of a file that is complete, before it takes its own."""
+    return beside(target, _FINISHED)
+
+
 def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
     """Gives all shards their names, and writes the index (R-SHD-003)."""
-    for target in targets.values():
-        finished = target.with_name(target.name + _FINISHED)
-        if finished.exists():
-            os.replace(finished, target)
+    waiting = {target: _finished(target) for target in targets.values() if _finished(target).exists()}
     weight_map = {
         name: target.name for file_name, target in targets.items() for name in job.model.names_in(file_name)
     }
     total = 0
     for target in targets.values():
-        with SfpFile(target) as file:
+        with SfpFile(waiting.get(target, target)) as file:
             total += sum(file.entry(name).decoded_bytes for name in file)
-    with replacing(stem.with_name(index_name(stem.name))) as file:
+    index = stem.with_name(index_name(stem.name))
+    with replacing(_finished(index), like=index) as file:
         file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())
+    take_names([(finished, target) for target, finished in waiting.items()], (_finished(index), index))
 
 
 def _directory_crc(path: Path) -> int:
@@ -170,42 +199,63 @@ def _directory_crc(path: Path) -> int:
 
 
 class _State:
-    """The finished shards of a job, in a locked file."""
+    """The finished shards of a job, in a locked file: a line of JSON for the job, and one for each shard."""
 
     def __init__(self, stem: Path, count: int, key: str) -> None:
         """Takes up the state of an earlier run with the same key, or begins; what another job left goes.
 
         Raises:
             LockedFileError: another process is writing this model.
+            OSError: the state cannot be written; nothing is left behind but what an earlier run left.
         """
-        self._stem, self._count, self._key = stem, count, key
-        self._path = stem.with_name(index_name(stem.name) + ".partial")
-        self._file = open_locked(self._path)
-        fields = self._read()
+        self._stem = stem
+        self._path = beside(stem.with_name(index_name(stem.name)), ".partial")
+        self._shards = count
         self._crcs: dict[str, int] = {}
-        if fields.get("key") == key:
-            self._crcs = fields["shards"]
-        elif fields:
-            self._remove_shards(fields["count"])
-        self._write()
-
-    def _read(self) -> dict[str, Any]:
-        """What an earlier run wrote, or nothing where that makes no sense."""
-        data = self._file.read()
+        self._file, _ = open_locked(self._path)
         try:
-            fields = strict_json(data, "the state of the pack") if data else {}
-        except SafetensorsError:
-            return {}
-        shards, count = fields.get("shards"), fields.get("count")
-        good = isinstance(shards, dict) and all(type(crc) is int for crc in shards.values())
-        return fields if good and type(count) is int and 0 <= count < 100_000 else {}
+            lines = self._read()
+            header = next(lines, {})
+            if header == {"key": key, "count": count}:
+                for line in lines:
+                    self._crcs[line["shard"]] = line["crc"]
+            else:
+                if type(header.get("count")) is int and 0 <= header["count"] < 100_000:
+                    self._remove_shards(header["count"])
+                self._file.seek(0)
+            self._file.truncate()
+            if not self._file.tell():
+                self._append({"key": key, "count": count})
+        except BaseException:
+            if self._crcs:
+                self.close()
+            else:
+                self.remove()
+            raise
 
-    def _write(self) -> None:
-        fields = {"key": self._key, "count": self._count, "shards": self._crcs}
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(fields).encode())
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """The lines that an earlier run wrote, up to the first damaged one, where the file then stands."""
+        while line := self._file.readline():
+            start = self._file.tell() - len(line)
+            try:
+                fields = strict_json(line, "the state of the pack")
+            except SafetensorsError:
+                fields = {}
+            job = type(fields.get("key")) is str and type(fields.get("count")) is int
+            shard = type(fields.get("shard")) is str and type(fields.get("crc")) is int
+            if not line.endswith(b"\n") or not (shard if start else job):
+                self._file.seek(start)
+                return
+            yield fields
+
+    def _append(self, fields: dict[str, object]) -> None:
+        self._file.write(json.dumps(fields).encode() + b"\n")
         self._file.flush()
+
+    @property
+    def count(self) -> int:
+        """How many shards are finished."""
+        return len(self._crcs)
 
     def has(self, finished: Path, target: Path) -> bool:
         """Whether a shard is complete, be it that it has its own name already."""
@@ -220,26 +270,31 @@ class _State:
 
     def add(self, finished: Path) -> None:
         """Notes a finished shard."""
-        self._crcs[finished.name] = _directory_crc(finished)
-        self._write()
+        crc = _directory_crc(finished)
+        self._append({"shard": finished.name, "crc": crc})
+        self._crcs[finished.name] = crc
 
     def _remove_shards(self, count: int) -> None:
+        """Removes what is not under its own name yet, of a model of so many shards."""
         for number in range(1, count + 1):
-            for end in (_FINISHED, _FINISHED + ".partial", _FINISHED + ".partial.journal"):
-                name = shard_name(self._stem.name, number, count) + end
-                self._stem.with_name(name).unlink(missing_ok=True)
+            finished = _finished(self._stem.with_name(shard_name(self._stem.name, number, count)))
+            for path in (finished, beside(finished, ".partial"), beside(finished, ".partial.journal")):
+                remove(path)
+        index = self._stem.with_name(index_name(self._stem.name))
+        remove(_finished(index))
+        remove(beside(index, ".replaced"))
 
     def close(self) -> None:
         """Leaves everything for a later run."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def remove(self) -> None:
-        """The job is done."""
-        self._path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what could not be written is not wanted any more
-            self._file.close()
+        """Removes the state: the job is done, or has failed."""
+        remove(self._path)
+        self.close()
 
     def discard(self) -> None:
         """The job failed: nothing of it stays."""
-        self._remove_shards(self._count)
+        self._remove_shards(self._shards)
         self.remove()

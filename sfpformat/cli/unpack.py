@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import replacing
+from ..atomic import ReplacedTogether, replacing
 from ..safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..shards import ShardIndex, index_name, shard_name
 from .console import Progress, bytes_words, progress
@@ -91,16 +90,14 @@ def _write_shards(model: Model, chosen: dict[str, TensorSpec], stem: Path, shown
     }
     weight_map: dict[str, str] = {}
     size = sum(spec.nbytes for spec in chosen.values())
-    with ExitStack() as files:
-        # What is entered first takes its name last.
-        index = files.enter_context(replacing(stem.with_name(index_name(stem.name, _SUFFIX))))
+    with ReplacedTogether(stem.with_name(index_name(stem.name, _SUFFIX))) as new:
         for number, (file_name, specs) in enumerate(by_file.items(), 1):
             target = stem.with_name(shard_name(stem.name, number, len(by_file), _SUFFIX))
-            file = files.enter_context(replacing(target))
+            file = new.add(target)
             ordered = in_aligned_order(specs)
             write_tensors(file, ordered, model.metadata_of(file_name), _arrays(model, ordered, shown))
             weight_map |= dict.fromkeys((spec.name for spec in ordered), target.name)
-        index.write(ShardIndex(weight_map, {"total_size": size}).to_bytes())
+        new.index.write(ShardIndex(weight_map, {"total_size": size}).to_bytes())
 
 
 def _arrays(model: Model, specs: list[TensorSpec], shown: Progress) -> Iterator[NDArray[np.generic]]:

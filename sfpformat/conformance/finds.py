@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing
 from ..errors import FileFault
 from .contents import NOT_CORE, contents, features_of
 from .examples import Example
@@ -92,7 +93,8 @@ def save(find: Find, folder: Path) -> list[str]:
             description, arrays = contents(data)
             files[f"{entry['id']}.json"], files[f"{entry['id']}.bin"] = written(description), arrays
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        with replacing(folder / name) as file:
+            file.write(data)
     return sorted(files)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing
 from .packing import EVALUATED_TOKENS, Row
 
 # In colours that are told apart by most eyes, with markers of their own; learned ones are never together.
@@ -32,7 +33,9 @@ def draw(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, flo
     Raises:
         OSError: it cannot be written.
     """
-    figure_of(found, words, dense).savefig(path, format=path.suffix[1:].lower())
+    figure = figure_of(found, words, dense)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower())
 
 
 def figure_of(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]) -> Any:

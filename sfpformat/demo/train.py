@@ -300,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = {name: array.astype(ml_dtypes.bfloat16) for name, array in trainer.weights().items()}
     save_file(weights, options.out)
     for name, text in (("heldout.txt", heldout_code()), ("heldout_prose.txt", heldout_prose())):
-        options.out.with_name(name).write_text(text, "utf-8", newline="\n")
+        with replacing(options.out.with_name(name)) as file:
+            file.write(text.encode())
 
 
 if __name__ == "__main__":
