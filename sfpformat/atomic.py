@@ -40,28 +40,33 @@ class AtomicFile:
         file: open for writing, empty at first.
     """
 
-    def __init__(self, target: Path, *, like: Path | None = None) -> None:
+    def __init__(self, target: Path, *, path: Path | None = None) -> None:
         """Makes the temporary file.
 
         Args:
             target: the path that it will take, links followed.
-            like: the file whose owner and mode it takes, where that exists; else those of ``target``.
+            path: where it is until then, for a caller that keeps others from writing there; what a process
+                that was killed left is overwritten. None for a random name.
 
         Raises:
             OSError: it cannot be made.
         """
-        self.target, self._like = target, like
-        mode = creation_mode(target, like)
+        self.target = target
+        mode = creation_mode(target)
+        if path is not None:
+            self.path = path
+            self.file: BinaryIO = os.fdopen(create(path, os.O_WRONLY | os.O_TRUNC, mode), "wb")
+            return
         while True:
             self.path = beside(target, f".{secrets.token_hex(6)}.partial", prefix=".")
             with contextlib.suppress(FileExistsError):
-                self.file: BinaryIO = os.fdopen(create(self.path, os.O_WRONLY | os.O_EXCL, mode), "wb")
+                self.file = os.fdopen(create(self.path, os.O_WRONLY | os.O_EXCL, mode), "wb")
                 return
 
     def finish(self) -> None:
         """Makes what was written last, and closes the file; only its name is missing."""
         self.file.flush()
-        take_attributes(self.file.fileno(), self.target, self._like)
+        take_attributes(self.file.fileno(), self.target)
         sync(self.file.fileno())
         self.file.close()
 
@@ -78,18 +83,17 @@ class AtomicFile:
 
 
 @contextlib.contextmanager
-def replacing(target: str | os.PathLike[str], *, like: Path | None = None) -> Iterator[BinaryIO]:
+def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that takes the target's name at the end of the block; after an error nothing is left.
 
     Args:
         target: its path; links are followed.
-        like: the file whose owner and mode it takes, where that exists; else those of ``target``.
 
     Raises:
         OptionError: something else than a file is there.
         OSError: it cannot be written; the target is as it was.
     """
-    new = AtomicFile(real_target(target), like=like)
+    new = AtomicFile(real_target(target))
     try:
         yield new.file
         new.commit()
@@ -140,6 +144,7 @@ class ReplacedTogether:
                     new.finish()
                 index, *others = [(new.path, new.target) for new in self._new]
                 take_names(others, index)
+                self._new = []
         finally:
             for new in self._new:
                 new.abort()
@@ -162,15 +167,16 @@ def take_names(files: Sequence[_Pair], index: _Pair) -> None:
         OSError: a file could not be renamed.
     """
     old = beside(index[1], ".replaced")
+    moved = index[1].exists() and any(target.exists() for _, target in files)
     try:
-        if index[1].exists() and any(target.exists() for _, target in files):
-            rename(index[1], old)
+        if moved:
+            os.replace(index[1], old)
         for source, target in files:
             rename(source, target)
         rename(*index)
     except BaseException:
-        if old.exists() and files[0][0].exists():  # the first was not renamed
-            rename(old, index[1])
+        if moved and files[0][0].exists() and old.exists():  # no file was renamed
+            os.replace(old, index[1])
         raise
     finally:
         remove(old)

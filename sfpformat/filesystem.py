@@ -36,6 +36,10 @@ class LockedFileError(SfpError):
     """Another process is writing the same file."""
 
 
+class UnnamedFileError(OSError):
+    """A file is complete, but could not take its name; it is kept for the next run of the same job."""
+
+
 def beside(target: Path, suffix: str, *, prefix: str = "") -> Path:
     """The path of a file that belongs to a target: its name with prefix and suffix.
 

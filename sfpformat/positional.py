@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from io import FileIO
 
@@ -44,4 +45,5 @@ class PositionalFile(Closing):
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # all that was read is there
+            self._file.close()

@@ -24,6 +24,7 @@ from .container.preamble import SIZE, Preamble
 from .errors import SfpError
 from .filesystem import (
     LockedFileError,
+    UnnamedFileError,
     beside,
     create,
     creation_mode,
@@ -68,7 +69,7 @@ class ResumableSink:
         self._finished = False  # complete on disk; only the name is missing
         try:
             self.entries, end = self._complete_tensors(key)
-            self._file.truncate(end)
+            os.ftruncate(self._file.fileno(), end)
             self._file.seek(end)
             journal = create(self._journal_path, os.O_WRONLY | os.O_TRUNC, mode)
             self._journal = os.fdopen(journal, "wb")
@@ -83,7 +84,7 @@ class ResumableSink:
     def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
         """The journal's tensors whose bytes are all there and match, and where they end."""
         if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
-            self._file.truncate(0)
+            os.ftruncate(self._file.fileno(), 0)
             self._file.write(bytes(SIZE))
             return [], SIZE
         entries: list[TensorEntry] = []
@@ -120,7 +121,8 @@ class ResumableSink:
 
     def commit(self, preamble: bytes) -> None:
         assert self._journal is not None
-        self._journal.close()
+        with contextlib.suppress(OSError):  # it is not needed any more
+            self._journal.close()
         end = self._file.tell()
         self._file.seek(0)
         self._file.write(preamble)
@@ -137,7 +139,7 @@ class ResumableSink:
                 raise
             words = f"{error.strerror}: the new file is complete, but could not be renamed; it is kept as "
             words += f"{self._path.name}, and the same job goes on from there"
-            raise OSError(error.errno, words, os.fspath(self._target)) from error
+            raise UnnamedFileError(error.errno, words, os.fspath(self._target)) from error
         remove(self._journal_path)
         with contextlib.suppress(OSError):  # it is synced
             self._file.close()

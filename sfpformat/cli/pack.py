@@ -19,7 +19,7 @@ from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, shares_of_model, with_shared_bits
-from .trouble import Trouble, checked_target, require_suffix
+from .trouble import Trouble, about, checked_target, require_suffix
 
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
@@ -159,7 +159,7 @@ def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
 def _totals(outputs: list[Path]) -> Totals:
     reports, size = [], 0
     for path in outputs:
-        with Model(path) as packed:
+        with about(path), Model(path) as packed:
             reports += report_model(packed)
             size += packed.stored_bytes
     return total(reports, size)

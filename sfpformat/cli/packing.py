@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing, take_names
+from ..atomic import AtomicFile, take_names
 from ..errors import SfpError
-from ..filesystem import beside, open_locked, remove
+from ..filesystem import UnnamedFileError, beside, open_locked, remove
 from ..reader import SfpFile
 from ..resume import ResumableSink
 from ..safetensors import SafetensorsError, strict_json
@@ -137,7 +137,8 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
     targets = [
         stem.with_name(shard_name(stem.name, number, len(files))) for number in range(1, len(files) + 1)
     ]
-    state = _State(stem, len(files), job.key)
+    with about(stem.with_name(index_name(stem.name))):
+        state = _State(stem, len(files), job.key)
     resumed = 0
     try:
         for file_name, target in zip(files, targets, strict=True):
@@ -149,17 +150,18 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
                 continue
             metadata = job.model.metadata_of(file_name)
             resumed += pack_file(job, names, metadata, finished, progress, like=target)
-            state.add(finished)
+            with about(finished):
+                state.add(finished)
         _take_names(job, stem, dict(zip(files, targets, strict=True)))
     except KeyboardInterrupt:
         state.close()
         raise
     except (OSError, MemoryError) as error:
-        if not state.count:
+        if not state.count and not isinstance(error, UnnamedFileError):
             state.discard()
             raise
         state.close()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and state.count:
             error.strerror = (
                 f"{error.strerror or error}; {state.count} of {len(files)} shards are finished and kept: "
                 "the same command goes on after them"
@@ -188,9 +190,12 @@ def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
         with SfpFile(waiting.get(target, target)) as file:
             total += sum(file.entry(name).decoded_bytes for name in file)
     index = stem.with_name(index_name(stem.name))
-    with replacing(_finished(index), like=index) as file:
-        file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())
-    take_names([(finished, target) for target, finished in waiting.items()], (_finished(index), index))
+    with about(index):
+        new = AtomicFile(index, path=_finished(index))
+        with new.file:
+            new.file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())
+            new.finish()
+        take_names([(finished, target) for target, finished in waiting.items()], (new.path, index))
 
 
 def _directory_crc(path: Path) -> int:
@@ -223,7 +228,7 @@ class _State:
                 if type(header.get("count")) is int and 0 <= header["count"] < 100_000:
                     self._remove_shards(header["count"])
                 self._file.seek(0)
-            self._file.truncate()
+            os.ftruncate(self._file.fileno(), self._file.tell())
             if not self._file.tell():
                 self._append({"key": key, "count": count})
         except BaseException:
