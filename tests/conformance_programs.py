@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .clauses import ROOT
 
-OWN = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", "python", "--"]
+OWN = [sys.executable, "-m", "sfpformat.cli", "conformance", "driver", "--engine", "python", "--"]
 _SERVED = """
 for line in sys.stdin:
     print(json.dumps(answer(line.rstrip('\\n').split('\\t'))), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,8 @@ from sfpformat.shards import ShardedFile
 
 from .test_cli import make, sharded
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -47,3 +49,11 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert main(words[1:]) == (1 if words[1] == "diff" else 0), line
     with ShardedFile(tmp_path / "packed" / "model.sfp.index.json") as model:
         assert len(model)
+
+
+def test_the_job_that_the_guide_of_the_suite_prints_is_a_golden_one() -> None:
+    suite = ROOT / "conformance"
+    printed = re.search(r"```json\n(.*?)```", (suite / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert printed is not None
+    golden = suite / "cases" / "IMP" / "e-IMP-001-bf16-survivors-runs.job.json"
+    assert json.loads(printed[1]) == json.loads(golden.read_text(encoding="utf-8"))

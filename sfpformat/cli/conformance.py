@@ -38,7 +38,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "conformance",
         help="hold any reader or writer against the conformance suite",
         description="Golden files and damaged ones for programs that read or write .sfp: 'run' puts the "
-        "first to one, 'fuzz' the others, 'serve' is one. The guide is conformance/README.md.",
+        "first to one, 'fuzz' the others, 'driver' is one. The guide is conformance/README.md.",
         epilog=examples(
             ("sfp conformance run --decoder ./my_reader --html report.html", "the golden files"),
             ("sfp conformance fuzz --decoder ./my_reader --cases 100000", "damaged files"),
@@ -47,17 +47,17 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_run(actions)
     _add_fuzz(actions)
-    serve = actions.add_parser(
-        "serve",
+    driver = actions.add_parser(
+        "driver",
         help="answer the suite's questions with this package",
         description="A driver over this package's own reader, writer and validator.",
         epilog=examples(
-            ("sfp conformance serve -- validate model.sfp", "one question"),
-            ("sfp conformance serve --engine numba -- serve", "a question a line, words apart by tabs"),
+            ("sfp conformance driver -- validate model.sfp", "one question"),
+            ("sfp conformance driver --engine numba -- serve", "a question a line, words apart by tabs"),
         ),
     )
-    serve.add_argument("--engine", metavar="NAME", help="python, numba or auto")
-    serve.add_argument("words", metavar="WORD", nargs="*", help="LIMIT=N ..., then a question or 'serve'")
+    driver.add_argument("--engine", metavar="NAME", help="python, numba or auto")
+    driver.add_argument("words", metavar="WORD", nargs="*", help="LIMIT=N ..., then a question or 'serve'")
     return parser
 
 
@@ -129,7 +129,7 @@ def _add_fuzz(actions: Subparsers[Parser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    return {"serve": _serve, "run": _run, "fuzz": _fuzz}[args.action](args)
+    return {"driver": _driver, "run": _run, "fuzz": _fuzz}[args.action](args)
 
 
 def _fuzz(args: argparse.Namespace) -> int:
@@ -181,7 +181,7 @@ def _show_finds(told: dict[str, Any]) -> None:
     print(f"{count} kinds of disagreement" if count else "no disagreement")
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _driver(args: argparse.Namespace) -> int:
     from ..conformance.own import serve
 
     return serve(args.engine, list(args.words), sys.stdin)
@@ -231,7 +231,16 @@ def _levels(text: str) -> list[int]:
 def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
     from ..conformance.driver import Driver
 
-    own = [sys.executable, "-m", "sfpformat.cli", "conformance", "serve", "--engine", args.engine or "", "--"]
+    own = [
+        sys.executable,
+        "-m",
+        "sfpformat.cli",
+        "conformance",
+        "driver",
+        "--engine",
+        args.engine or "",
+        "--",
+    ]
     commands: dict[str, Sequence[str]] = {}
     for role in ("decoder", "validator", "encoder"):
         given = getattr(args, role)
@@ -261,6 +270,10 @@ def _show(results: Results) -> None:
         counts = counted(outcome for outcome in results.outcomes if outcome.role == role)
         rows.append([role, *(str(counts[word]) for word in columns)])
     show_table(["role", *columns], rows)
+    notes = sum(len(outcome.verdict.notes) for outcome in results.outcomes)
+    if notes:
+        words = "note" if notes == 1 else "notes"
+        print(f"{notes} {words}: other clauses, places or bytes than expected; --json and --html list them")
     print(
         f"{len(results.outcomes)} questions in {results.seconds:.1f} s, "
         f"{results.processor:.1f} s of processor time"
