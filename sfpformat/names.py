@@ -16,6 +16,9 @@ _MOST_COMPARED = 20_000
 # How many names a message lists before it only counts them.
 MOST_LISTED = 10
 
+# How many characters of a name a message shows: names can have a megabyte.
+_MOST_SHOWN = 120
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, or None where none is similar.
@@ -106,5 +109,12 @@ def require_mapping(given: object, argument: str) -> None:
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
     """Names for a message, quoted: the first ``most``, then how many more there are."""
-    said = ", ".join(map(repr, names[:most]))
+    said = ", ".join(map(quoted, names[:most]))
     return f"{said} and {len(names) - most:,} more" if len(names) > most else said
+
+
+def quoted(name: object, most: int = _MOST_SHOWN) -> str:
+    """A name for a message: in quotes, and of a long one its beginning and its end."""
+    if not isinstance(name, str) or len(name) <= most:
+        return repr(name)
+    return f"{name[: most // 2] + '…' + name[-most // 3 :]!r} ({len(name):,} characters)"

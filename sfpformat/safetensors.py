@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from .closing import Closing
 from .dtypes import DTYPES, Dtype, of_numpy
-from .errors import MissingTensorError, SfpError
+from .errors import MissingTensorError, SfpError, SfpWarning
+from .names import quoted
 from .positional import PositionalFile
 
 # The reference implementation refuses longer headers.
@@ -31,18 +33,54 @@ _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
 # Of the dtypes that the two formats know, safetensors has all but this one.
 _NOT_IN_SAFETENSORS = frozenset({"C128"})
+# Dtypes of safetensors whose elements have fewer bits than a byte -> those bits. SPEC.md 25.1 reserves their
+# names; their tensors are held as the bytes that they are packed into.
+SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 class SafetensorsError(SfpError):
     """A safetensors file or index is damaged, or cannot hold what it was asked to hold."""
 
 
+class SubByte(NamedTuple):
+    """What safetensors says of a tensor whose elements are smaller than a byte: a key of `SUB_BYTE_BITS`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def as_bytes(self) -> tuple[int, ...] | None:
+        """The shape of its bytes, None where the last byte would not be full.
+
+        It is that of the elements with a shorter last dimension where rows are whole bytes, else flat.
+        """
+        bits = SUB_BYTE_BITS[self.dtype]
+        size = math.prod(self.shape) * bits
+        if size % 8:
+            return None
+        if self.shape and self.shape[-1] * bits % 8 == 0:
+            return (*self.shape[:-1], self.shape[-1] * bits // 8)
+        return (size // 8,)
+
+
 class TensorSpec(NamedTuple):
-    """A tensor before its data are there: name, dtype and shape."""
+    """A tensor before its data are there.
+
+    Attributes:
+        name: of the tensor.
+        dtype, shape: of its array.
+        sub_byte: what the array's bytes stand for, where safetensors has a dtype for it and we have none.
+    """
 
     name: str
     dtype: Dtype
     shape: tuple[int, ...]
+    sub_byte: SubByte | None = None
+
+    @property
+    def words(self) -> str:
+        """Dtype and shape as safetensors has them."""
+        dtype, shape = self.sub_byte or (self.dtype.name, self.shape)
+        return f"{dtype} {list(shape)}"
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +162,8 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
         start, stop = _size_list(name, value, "data_offsets", 2)
         if stop - start != spec.nbytes:
             raise SafetensorsError(
-                f"tensor {name!r}: data_offsets cover {stop - start} bytes, its shape and dtype {spec.nbytes}"
+                f"tensor {quoted(name)}: data_offsets cover {stop - start} bytes, its shape and dtype "
+                f"{spec.nbytes}"
             )
         found.append((start, stop, spec))
     found.sort(key=lambda place: place[:2])
@@ -132,11 +171,13 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
     for start, stop, spec in found:
         if start != end:
             word = "overlaps the tensor before it" if start < end else "leaves a hole before it"
-            raise SafetensorsError(f"tensor {spec.name!r} {word}: it starts at {start}, not at {end}")
+            raise SafetensorsError(f"tensor {quoted(spec.name)} {word}: it starts at {start}, not at {end}")
         end = stop
     if end != data_bytes:
         word = "is cut off" if end > data_bytes else "goes on after the last tensor"
-        raise SafetensorsError(f"the file {word}: it has {data_bytes} bytes of data, the header names {end}")
+        raise SafetensorsError(
+            f"the file {word}: it has {data_bytes:,} bytes of data, the header names {end:,}; get it again"
+        )
     base = _LENGTH.size + len(data)
     return Header(
         {spec.name: spec for _, _, spec in found},
@@ -147,6 +188,8 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
 
 
 def _metadata(value: object) -> dict[str, str]:
+    if value is None:  # as the reference implementation has it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise SafetensorsError(f"{_METADATA} of the safetensors header must map strings to strings")
     return value
@@ -154,13 +197,20 @@ def _metadata(value: object) -> dict[str, str]:
 
 def _spec(name: str, value: object) -> TensorSpec:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
-        raise SafetensorsError(f"tensor {name!r}: the header must give dtype, shape and data_offsets")
-    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
-    if dtype is None or dtype.name in _NOT_IN_SAFETENSORS:
-        raise SafetensorsError(f"tensor {name!r}: the dtype {value['dtype']!r} is not known")
+        raise SafetensorsError(f"tensor {quoted(name)}: the header must give dtype, shape and data_offsets")
     shape = tuple(_size_list(name, value, "shape", None))
     if math.prod(size or 1 for size in shape) >= 1 << 63:
-        raise SafetensorsError(f"tensor {name!r}: a shape of {list(shape)} is too large")
+        raise SafetensorsError(f"tensor {quoted(name)}: a shape of {list(shape[:32])} is too large")
+    word = value["dtype"]
+    if isinstance(word, str) and word in SUB_BYTE_BITS:
+        sub_byte = SubByte(word, shape)
+        of_bytes = sub_byte.as_bytes()
+        if of_bytes is None:
+            raise SafetensorsError(f"tensor {quoted(name)}: {word} {list(shape)} does not fill whole bytes")
+        return TensorSpec(name, DTYPES["U8"], of_bytes, sub_byte)
+    dtype = DTYPES.get(word) if isinstance(word, str) else None
+    if dtype is None or dtype.name in _NOT_IN_SAFETENSORS:
+        raise SafetensorsError(f"tensor {quoted(name)}: the dtype {quoted(word, 20)} is not known")
     return TensorSpec(name, dtype, shape)
 
 
@@ -169,7 +219,7 @@ def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) ->
     sizes = value[key]
     good = isinstance(sizes, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
     if not good or (count is not None and len(sizes) != count):
-        raise SafetensorsError(f"tensor {name!r}: {key} must be a list of sizes")
+        raise SafetensorsError(f"tensor {quoted(name)}: {key} must be a list of sizes")
     return list(sizes)
 
 
@@ -179,11 +229,12 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> by
     end = 0
     for spec in specs:
         if spec.name in fields or spec.name == _METADATA:
-            raise SafetensorsError(f"{spec.name!r} cannot be a tensor's name here, or comes twice")
+            raise SafetensorsError(f"{quoted(spec.name)} cannot be a tensor's name here, or comes twice")
         if spec.dtype.name in _NOT_IN_SAFETENSORS:
-            raise SafetensorsError(f"tensor {spec.name!r}: safetensors has no dtype {spec.dtype.name}")
+            raise SafetensorsError(f"tensor {quoted(spec.name)}: safetensors has no dtype {spec.dtype.name}")
         offsets = [end, end + spec.nbytes]
-        fields[spec.name] = {"dtype": spec.dtype.name, "shape": list(spec.shape), "data_offsets": offsets}
+        dtype, shape = spec.sub_byte or (spec.dtype.name, spec.shape)
+        fields[spec.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         end += spec.nbytes
     data = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
@@ -237,17 +288,23 @@ class SafetensorsFile(Closing):
     def read(self, name: str) -> NDArray[np.generic]:
         """A tensor, in its dtype and shape (`ml_dtypes` gives BF16 and FP8), writable.
 
+        Any byte of a BOOL that is not 0 is true, as other readers have it; it becomes 1, with an
+        `SfpWarning`.
+
         Raises:
             MissingTensorError: there is no tensor of that name.
-            SafetensorsError: the file became shorter, or a BOOL is neither 0 nor 1.
+            SafetensorsError: the file became shorter.
             OSError: the file cannot be read.
         """
         if name not in self.header.tensors:
-            raise MissingTensorError(f"no tensor {name!r} in the file")
+            raise MissingTensorError(f"no tensor {quoted(name)} in the file")
         spec = self.header.tensors[name]
         data = self._pread(self.header.starts[name], spec.nbytes)
         if spec.dtype.name == "BOOL" and spec.nbytes and data.max() > 1:
-            raise SafetensorsError(f"tensor {name!r}: a BOOL is neither 0 nor 1")
+            count = int(np.count_nonzero(data > 1))
+            words = f"tensor {quoted(name)}: {count:,} of its BOOLs are neither 0 nor 1; they are taken as 1"
+            warnings.warn(words, SfpWarning, stacklevel=2)
+            np.minimum(data, 1, out=data)
         return data.view(spec.dtype.numpy).reshape(spec.shape)
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
@@ -284,7 +341,7 @@ def write_tensors(
         array = next(arrays, None)
         if array is None or of_numpy(array.dtype) != spec.dtype or array.shape != spec.shape:
             raise SafetensorsError(
-                f"tensor {spec.name!r} is not {spec.dtype.name} {list(spec.shape)} as announced"
+                f"tensor {quoted(spec.name)} is not {spec.dtype.name} {list(spec.shape)} as announced"
             )
         flat = np.ascontiguousarray(array, spec.dtype.numpy).reshape(-1)
         if flat.nbytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -22,13 +22,14 @@ from .codec.options import Options, require_options
 from .codec.plan import Importance, Plan, plan_tensor
 from .coding.bits import Bytes
 from .coding.mask import Mask
+from .container import messagepack
 from .container.directory import Directory
 from .container.entry import CHUNK_RECORD, TensorEntry
 from .container.preamble import SIZE, Preamble
 from .engines import get_engine
-from .errors import ClosedFileError, OptionError, SfpError
+from .errors import ClosedFileError, FileFault, OptionError, SfpError
 from .limits import DEFAULT_LIMITS
-from .names import require_mapping
+from .names import quoted, require_mapping
 from .resume import ResumableSink
 from .sink import Target, open_sink
 
@@ -102,6 +103,7 @@ class Writer:
         *,
         mask: Mask | None = None,
         importance: Importance | None = None,
+        other: Mapping[str, object] | None = None,
     ) -> TensorEntry:
         """Writes a tensor.
 
@@ -112,6 +114,9 @@ class Writer:
             mask: bool, the array's shape, True for survivors; without it what is not zero survives.
             importance: float, the array's shape, finite and not negative; or two vectors, a number a row
                 and a number a column.
+            other: more keys of the tensor's entry in the directory (R-DIR-005): names that begin with ``x-``;
+                their values are maps, lists, strings, bytes and integers from 0 to 2^64 - 1. Readers give
+                them back as `TensorInfo.unknown`.
 
         Returns:
             The tensor's entry in the directory.
@@ -127,8 +132,11 @@ class Writer:
         options = require_options(options, f"the options of {name!r}")
         _require_arrays(name, mask, importance)
         self._choose_engine(array.size)
+        keys = _checked_keys(name, {} if other is None else other)
         plan = plan_tensor(name, array, options, self._engine, mask, importance)
-        return self._add(plan.entry, encode_vectors(plan), self._encoded(plan))
+        return self._add(
+            replace(plan.entry, other=keys) if keys else plan.entry, encode_vectors(plan), self._encoded(plan)
+        )
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Writes a tensor as another file has it, nothing is encoded again.
@@ -239,9 +247,47 @@ class Writer:
 
 def _check_name(name: str, taken: dict[str, TensorEntry]) -> None:
     if name in taken:
-        raise OptionError(f"tensor {name!r} was already written")
-    if not 1 <= len(name.encode(errors="replace")) <= DEFAULT_LIMITS.name_bytes or not _is_text(name):
-        raise OptionError(f"{name!r} cannot be a tensor's name: 1 to 1024 bytes of UTF-8")
+        raise OptionError(f"tensor {quoted(name)} was already written")
+    require_name(name)
+
+
+def require_name(name: str) -> None:
+    """Refuses what cannot be a tensor's name in a file (R-TEN-002, R-MSG-003, R-LIM-001).
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if not name:
+        raise OptionError("a tensor has an empty name, which .sfp does not allow; rename it")
+    if not is_text(name):
+        raise OptionError(
+            f"{quoted(name)} cannot be a tensor's name: names are UTF-8 without U+0000; rename it"
+        )
+    size, most = len(name.encode()), DEFAULT_LIMITS.name_bytes
+    if size > most:
+        raise OptionError(f"{quoted(name)} has {size:,} bytes, a tensor's name at most {most:,}; rename it")
+
+
+def _checked_keys(name: str, other: Mapping[str, object]) -> dict[str, object]:
+    """More keys of an entry, refused where no reader would take them.
+
+    Raises:
+        OptionError: a name does not begin with ``x-``, or a value has a type that the directory has not.
+    """
+    require_mapping(other, f"other keys of {quoted(name)}")
+    keys = dict(other)
+    if not keys:
+        return keys
+    for key in keys:
+        if not isinstance(key, str) or not key.startswith("x-"):
+            raise OptionError(f"tensor {quoted(name)}: the key {quoted(key)} does not begin with 'x-'")
+    try:
+        as_deep_as_an_entry: dict[str, object] = {"": {"": keys}}
+        messagepack.decode(messagepack.encode(as_deep_as_an_entry), DEFAULT_LIMITS)
+    except (FileFault, TypeError, ValueError, OverflowError) as error:
+        said = error.detail if isinstance(error, FileFault) else error
+        raise OptionError(f"tensor {quoted(name)}: other keys cannot be written: {said}") from None
+    return keys
 
 
 def _require_arrays(name: str, mask: object, importance: object) -> None:
@@ -262,12 +308,12 @@ def _require_arrays(name: str, mask: object, importance: object) -> None:
 def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
     require_mapping(metadata, "metadata")
     for key, value in metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str) and _is_text(key + value)):
+        if not (isinstance(key, str) and isinstance(value, str) and is_text(key + value)):
             raise OptionError(f"metadata must be strings of UTF-8 without U+0000: {key!r}: {value!r}")
     return dict(metadata)
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Whether the directory can hold a string (R-MSG-003)."""
     try:
         return "\0" not in text and bool(text.encode() or True)

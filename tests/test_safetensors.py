@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sfpformat.atomic import replacing
 from sfpformat.dtypes import DTYPES, of_numpy
-from sfpformat.errors import MissingTensorError, SfpError
+from sfpformat.errors import MissingTensorError, SfpError, SfpWarning
 from sfpformat.safetensors import (
     SafetensorsError,
     SafetensorsFile,
@@ -164,7 +164,9 @@ ATTACKS: list[tuple[str, object, str]] = [
     ("three offsets", {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8, 8]}}, "data_offsets must"),
     ("unknown dtype", {"a": entry(0, 8, "F99")}, "not known"),
     ("dtype of ours only", {"a": entry(0, 8, "C128")}, "not known"),
-    ("half a byte each", {"a": entry(0, 8, "F4", [16])}, "not known"),
+    ("half a byte left", {"a": entry(0, 8, "F4", [15])}, "F4 .15. does not fill whole bytes"),
+    ("six bits left", {"a": entry(0, 8, "F6_E2M3", [9])}, "F6_E2M3 .9. does not fill whole bytes"),
+    ("sixteen in seven", {"a": entry(0, 7, "F4", [16])}, "cover 7 bytes, its shape and dtype 8"),
     ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "not known"),
     ("no shape", {"a": {"dtype": "U8", "data_offsets": [0, 8]}}, "must give"),
     ("not a map", {"a": [0, 8]}, "must give"),
@@ -233,13 +235,61 @@ def test_a_file_without_tensors_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "m") == {}
 
 
-def test_a_bool_that_is_neither_0_nor_1_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "m", {"t": np.array([True, False])})
+def test_a_bool_that_is_neither_0_nor_1_is_true_with_a_warning(tmp_path: Path) -> None:
+    write(tmp_path / "m", {"t": np.array([True, False, True, False])})
     data = bytearray((tmp_path / "m").read_bytes())
-    data[-1] = 2
+    data[-4:] = bytes([255, 0, 1, 2])
     (tmp_path / "m").write_bytes(data)
-    with SafetensorsFile(tmp_path / "m") as file, pytest.raises(SafetensorsError, match="BOOL"):
-        file.read("t")
+    words = "'t': 2 of its BOOLs are neither 0 nor 1; they are taken as 1"
+    with SafetensorsFile(tmp_path / "m") as file, pytest.warns(SfpWarning, match=words):
+        found = file.read("t")
+    assert found.view(np.uint8).tolist() == [1, 0, 1, 1]
+    with safetensors.safe_open(tmp_path / "m", "pt") as theirs:
+        assert theirs.get_tensor("t").bool().tolist() == found.tolist()
+
+
+def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": None, "a": entry(0, 8)}).encode()
+    assert parse_header(header, 8).metadata == {}
+    (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with safetensors.safe_open(tmp_path / "m", "np") as theirs:
+        assert theirs.metadata() is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "as_bytes"),
+    [
+        ("F4", [3, 32], (3, 16)),
+        ("F4", [32, 3], (48,)),
+        ("F4", [2, 0, 7], (0,)),
+        ("F4", [0, 4], (0, 2)),
+        ("F6_E2M3", [2, 64], (2, 48)),
+        ("F6_E3M2", [64, 2], (96,)),
+    ],
+)
+def test_elements_smaller_than_a_byte_are_held_as_bytes_and_written_as_they_were(
+    dtype: str, shape: list[int], as_bytes: tuple[int, ...], tmp_path: Path
+) -> None:
+    data = np.arange(np.prod(as_bytes), dtype=np.uint8)
+    header = json.dumps({"t": entry(0, data.size, dtype, shape)}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + data.tobytes())
+    with safetensors.safe_open(tmp_path / "a", "pt") as theirs:
+        assert theirs.get_slice("t").get_dtype() == dtype
+    with SafetensorsFile(tmp_path / "a") as file, replacing(tmp_path / "b") as new:
+        spec = file.header.tensors["t"]
+        assert (spec.dtype.name, spec.shape, spec.words) == ("U8", as_bytes, f"{dtype} {shape}")
+        array = file.read("t")
+        assert (array.shape, array.tobytes()) == (as_bytes, data.tobytes())
+        write_tensors(new, [spec], {}, iter([array]))
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_names_in_messages_are_short() -> None:
+    with pytest.raises(SafetensorsError) as caught:
+        parse_header(json.dumps({"layer." * 10_000 + "weight": entry(0, 8, "F99")}).encode(), 8)
+    assert len(str(caught.value)) < 250
+    assert "layer.weight' (60,006 characters): the dtype 'F99' is not known" in str(caught.value)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -171,6 +171,48 @@ def test_names_that_the_format_cannot_hold_are_told(name: str) -> None:
     assert list(accepted(out.getvalue())) == ["taken"]
 
 
+@clauses("R-DIR-005")
+def test_more_keys_of_an_entry_come_back() -> None:
+    keys = {"x-a": {"b": [1, "c", b"d", (1 << 64) - 1]}, "x-": ""}
+    out = io.BytesIO()
+    with Writer(out) as writer:
+        writer.add("raw", np.ones(3, np.int8), other=keys)
+        writer.add("coded", np.ones((64, 64), np.float32), other=keys)
+        writer.add("none", np.ones(3, np.int8), other={})
+    with sfpformat.open(out.getvalue()) as file:
+        assert [file.info(name).unknown for name in file] == [keys, keys, {}]
+        assert np.array_equal(file.get_tensor("coded"), np.ones((64, 64)))
+    assert sfpformat.validate(out.getvalue()).ok
+
+
+DEEP: dict[str, Any] = {}
+for _ in range(16):
+    DEEP = {"": DEEP}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"mask": 1}, "the key 'mask' does not begin with 'x-'"),
+        ({1: 1}, "the key 1 does not begin with 'x-'"),
+        ({"x-a": -1}, "cannot be written"),
+        ({"x-a": 1 << 64}, "cannot be written"),
+        ({"x-a": 1.5}, "cannot be written"),
+        ({"x-a": None}, "cannot be written"),
+        ({"x-a": True}, "cannot be written"),
+        ({"x-a": {1: 2}}, "cannot be written"),
+        ({"x-a": "\0"}, "cannot be written"),
+        ({"x-a": "\ud800"}, "cannot be written"),
+        ({"x-a": object()}, "cannot be written"),
+        ({"x-a": DEEP}, "cannot be written"),
+        ([], "no mapping"),
+    ],
+)
+def test_more_keys_that_no_reader_takes_are_refused(keys: Any, told: str) -> None:
+    with Writer(io.BytesIO()) as writer, pytest.raises(OptionError, match=told):
+        writer.add("w", one, other=keys)
+
+
 @clauses("R-MSG-003")
 @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"a": "b\0"}, {"\0": "b"}, {"a": "\udc00"}])
 def test_metadata_that_the_format_cannot_hold_are_told_before_anything_is_made(

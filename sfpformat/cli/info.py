@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..container.preamble import MAJOR
 from .console import bytes_words, number, percent, printable, show_json, show_table
-from .models import Model, open_model
+from .models import Model, open_model, sub_byte_of
 from .parser import Parser, Subparsers, examples
 from .report import TensorReport, Totals, report_tensor, total
 from .trouble import Trouble, about
@@ -139,10 +139,11 @@ def _row(report: TensorReport) -> list[str]:
         report.bits["other"],
         8 * entry.stored_bytes,
     )
+    sub_byte = sub_byte_of(entry)
     share = [None if bits is None or not entry.positions else bits / entry.positions for bits in parts]
     return [
         entry.name,
-        entry.dtype.name,
+        entry.dtype.name if sub_byte is None else f"{entry.dtype.name} of {sub_byte.dtype}",
         "×".join(map(str, entry.shape)) or "scalar",
         report.coding,
         percent(report.sparsity),

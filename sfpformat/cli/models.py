@@ -12,11 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..closing import Closing
+from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
+from ..names import listed
 from ..reader import SfpFile
-from ..safetensors import SafetensorsError, SafetensorsFile, TensorSpec
+from ..safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
 from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
+from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 from .trouble import PathLike, Trouble, about, require_file
+
+# The key of a tensor's entry under which the command keeps a dtype that only safetensors has.
+_SUB_BYTE = "x-safetensors"
+# Suffixes of models of other packages, to be named where a folder has no other model.
+_OTHER_MODELS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"))
 
 
 class Model(Closing):
@@ -28,6 +36,7 @@ class Model(Closing):
         files: file name -> the open file, an `SfpFile` or a `SafetensorsFile`; one, or all shards.
         specs: tensor name -> what it is, in the order of the files.
         sharded: whether there is an index.
+        keeps_metadata: whether `metadata` and `metadata_of` give the metadata of the files, or nothing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +46,7 @@ class Model(Closing):
             Trouble, OSError.
         """
         self.path = path
+        self.keeps_metadata = True
         require_file(path)
         self.files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -56,12 +66,13 @@ class Model(Closing):
 
     def _open_one(self) -> str:
         with self.path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(HEAD_BYTES)
         if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
             self.files[self.path.name] = self._stack.enter_context(SfpFile(self.path))
             return "sfp"
-        if start[8:] != b"{" and self.path.suffix != ".safetensors":
-            raise Trouble(f"{self.path}: neither an .sfp nor a safetensors file")
+        if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
+            words = describe(start, self.path.name, self.path.stat().st_size)
+            raise Trouble(f"{self.path}: " + (f"is {words}" if words else "is no .sfp or safetensors file"))
         self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
         return "safetensors"
 
@@ -109,6 +120,8 @@ class Model(Closing):
     def metadata_of(self, file_name: str) -> dict[str, str]:
         """The metadata of one file."""
         file = self.files[file_name]
+        if not self.keeps_metadata:
+            return {}
         return file.metadata() if isinstance(file, SfpFile) else dict(file.header.metadata)
 
     def metadata(self) -> dict[str, str]:
@@ -137,7 +150,28 @@ def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:
     if isinstance(file, SafetensorsFile):
         return file.header.tensors.values()
     entries = (file.entry(name) for name in file)
-    return [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
+    return [TensorSpec(entry.name, entry.dtype, entry.shape, sub_byte_of(entry)) for entry in entries]
+
+
+def sub_byte_keys(spec: TensorSpec) -> dict[str, object]:
+    """The key of a tensor's entry that keeps what safetensors says of elements smaller than a byte."""
+    if spec.sub_byte is None:
+        return {}
+    return {_SUB_BYTE: {"dtype": spec.sub_byte.dtype, "shape": list(spec.sub_byte.shape)}}
+
+
+def sub_byte_of(entry: TensorEntry) -> SubByte | None:
+    """What `sub_byte_keys` kept; None where there is nothing that fits the tensor."""
+    kept = entry.other.get(_SUB_BYTE)
+    if not isinstance(kept, dict) or entry.dtype.name != "U8":
+        return None
+    dtype, shape = kept.get("dtype"), kept.get("shape")
+    if not (isinstance(dtype, str) and dtype in SUB_BYTE_BITS and isinstance(shape, list)):
+        return None
+    if not all(type(size) is int for size in shape):
+        return None
+    found = SubByte(dtype, tuple(shape))
+    return found if found.as_bytes() == entry.shape else None
 
 
 def as_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -165,4 +199,21 @@ def _model_in(folder: Path) -> Path:
         if found:
             names = ", ".join(path.name for path in found[:4])
             raise Trouble(f"{folder}: has several models, name one: {names}{', …' if len(found) > 4 else ''}")
-    raise Trouble(f"{folder}: has no .safetensors file and no index of shards")
+    raise Trouble(f"{folder}: has no .safetensors file and no index of shards{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a model has: folders with models, or models of another kind."""
+    inside = sorted(folder.iterdir())
+    folders = [path.name for path in inside if path.is_dir() and any(map(_is_model, path.iterdir()))]
+    if folders:
+        return f"; name one of its folders: {listed(folders)}"
+    for path in inside:
+        words = describe_file(path) if path.is_file() and path.suffix in _OTHER_MODELS else None
+        if words is not None:
+            return f"; {path.name} is {words}"
+    return ""
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".sfp") and path.is_file()

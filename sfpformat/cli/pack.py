@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..names import quoted
 from ..shards import index_name
+from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, progress, show_json
 from .info import report_model
 from .models import Model, as_bits, open_model
@@ -27,7 +29,9 @@ each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them
 
 Options after --like GLOB, up to the next --like, are only for the tensors with names like GLOB; of two rules
 the later counts. What is there already is replaced in one step, when all went well. A pack that was stopped
-goes on after its last complete tensor when the same command is given again."""
+goes on after its last complete tensor when the same command is given again.
+
+Tensors of F4 and F6, which .sfp has no dtypes for, are kept as bytes (U8); 'sfp unpack' restores them."""
 
 _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
@@ -60,6 +64,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument(
         "--metadata", metavar="KEY=VALUE", action="append", default=[], help="added to the checkpoint's"
     )
+    parser.add_argument("--no-metadata", action="store_true", help="leave out the checkpoint's metadata")
     parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     add_tensor_options(parser)
@@ -67,7 +72,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 _NOT_TENSOR_OPTIONS = frozenset(
-    ("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "verify", "json", "run")
+    (
+        *("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "no_metadata"),
+        *("verify", "json", "run"),
+    )
 )
 
 
@@ -81,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     with open_model(args.source) as model:
         if model.kind != "safetensors":
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
+        model.keeps_metadata = not args.no_metadata
+        _require_storable(model, metadata)
         treatments = rules.treatments(model.specs.values())
         importances = _importances(args.importance, model)
         try:
@@ -105,6 +115,25 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
             raise Trouble(f"--metadata {key!r}: keys that begin with 'sfp.' are the format's own")
         out[key] = value
     return out
+
+
+def _require_storable(model: Model, metadata: dict[str, str]) -> None:
+    """Refuses names and metadata that safetensors has and `.sfp` has not, before anything is written.
+
+    Args:
+        metadata: the caller's own, which override the checkpoint's.
+    """
+    with about(model.path):
+        for name in model.specs:
+            require_name(name)
+    for file_name in model.files:
+        for key, value in model.metadata_of(file_name).items():
+            if is_text(key) and (is_text(value) or key in metadata):
+                continue
+            way_out = (
+                f"--metadata {key}=VALUE replaces it" if is_text(key) else "--no-metadata leaves all out"
+            )
+            raise Trouble(f"{model.path}: metadata {quoted(key)}: .sfp keeps UTF-8 without U+0000; {way_out}")
 
 
 def _importances(path: str | None, model: Model) -> Model | None:
@@ -132,7 +161,12 @@ def _importances(path: str | None, model: Model) -> Model | None:
 def _job(
     model: Model, treatments: dict[str, Treatment], importances: Model | None, metadata: dict[str, str]
 ) -> Job:
-    options = [__version__, metadata, {name: dataclasses.asdict(t) for name, t in treatments.items()}]
+    options = [
+        __version__,
+        model.keeps_metadata,
+        metadata,
+        {name: dataclasses.asdict(t) for name, t in treatments.items()},
+    ]
     key = job_key(model, importances, options)
     passes = bytes_of_passes(model, treatments)
     shares: dict[str, Share] = {}

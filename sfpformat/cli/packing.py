@@ -26,7 +26,7 @@ from ..safetensors import SafetensorsError, strict_json
 from ..shards import ShardIndex, index_name, shard_name
 from ..writer import Writer
 from .console import Progress
-from .models import Model
+from .models import Model, sub_byte_keys
 from .rules import Treatment
 from .treat import Share, importance_of, treated
 from .trouble import about
@@ -115,7 +115,8 @@ def pack_file(
 def _add(job: Job, name: str, writer: Writer) -> None:
     treatment, importance = job.treatments[name], importance_of(name, job.importances)
     array = treated(name, job.model.read(name), treatment, job.shares.get(name))
-    writer.add(name, array, treatment.options, importance=importance)
+    keys = sub_byte_keys(job.model.specs[name])
+    writer.add(name, array, treatment.options, importance=importance, other=keys)
 
 
 # ---------------------------------------------------------------------------------------------- shards

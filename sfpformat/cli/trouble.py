@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import SfpError
+from ..errors import FileFault, SfpError
+from ..safetensors import SafetensorsError
+from .foreign import describe_file
 
 PathLike = str | os.PathLike[str]
 
@@ -23,15 +25,34 @@ class Trouble(Exception):
 
 @contextmanager
 def about(path: PathLike) -> Iterator[None]:
-    """Adds the file to what is raised inside."""
+    """Adds the file to what is raised inside; of a file of another kind it says which."""
     try:
         yield
     except SfpError as error:
-        raise Trouble(f"{path}: {error}") from error
+        words = other_kind(path, error)
+        raise Trouble(f"{path}: {error}" if words is None else f"{path}: is {words}") from error
     except OSError as error:
         if error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def other_kind(path: PathLike, error: SfpError) -> str | None:
+    """What a file is that could not be opened because it is neither `.sfp` nor safetensors; else None.
+
+    Args:
+        error: by which it was refused.
+    """
+    path = Path(path)
+    is_about_it = isinstance(error, SafetensorsError) or (
+        isinstance(error, FileFault) and error.code in ("E_MAGIC", "E_TRUNCATED")
+    )
+    if not is_about_it or path.suffix == ".json":  # what is wrong with an index the error says
+        return None
+    try:
+        return describe_file(path)
+    except OSError:
+        return None
 
 
 def require_file(path: PathLike) -> None:

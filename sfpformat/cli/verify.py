@@ -11,7 +11,7 @@ from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
 from ..validate import Report, validate
 from .console import bytes_words, printable, progress, show_json
 from .parser import Parser, Subparsers, examples
-from .trouble import about, require_file
+from .trouble import about, other_kind, require_file
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -109,13 +109,22 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
         "bytes": report.bytes,
         "faults": faults,
         "notes": report.notes,
+        "kind": _kind(path, report),
     }
+
+
+def _kind(path: Path, report: Report) -> str | None:
+    """What a file is that is no `.sfp` file."""
+    return next((words for fault in report.faults if (words := other_kind(path, fault))), None)
 
 
 def _show(path: Path, report: Report, with_notes: bool) -> None:
     name = printable(str(path))
     for fault in report.faults:
         print(f"{name}: {printable(str(fault))}")
+    kind = _kind(path, report)
+    if kind is not None:
+        print(f"{name}: is {printable(kind)}")
     if with_notes:
         for note in report.notes:
             print(f"{name}: not canonical: {printable(note)}")

@@ -1,0 +1,134 @@
+"""Files that are neither `.sfp` nor safetensors: what they are, and what their user can do.
+
+Rules: a file is recognised by its first bytes, and by its name only where those tell nothing. Nothing is
+unpickled or unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..container.preamble import MAGIC
+
+# As many bytes as the marks below need; the one of a tar archive is at 257.
+HEAD_BYTES = 512
+
+_PICKLE = (
+    "a PyTorch checkpoint in pickles, which sfp does not load because pickles run code; load it with "
+    "torch.load(FILE, weights_only=True) and write its tensors with safetensors.torch.save_file or "
+    "sfpformat.torch.save_file"
+)
+_NPZ = "a NumPy archive; load it with numpy.load and write its arrays with sfpformat.numpy.save_file"
+_NPY = "a single NumPy array; load it with numpy.load and write it with sfpformat.numpy.save_file"
+_HDF5 = "an HDF5 file, such as Keras writes; read it with h5py and write it with sfpformat.numpy.save_file"
+_GGUF = "a model of llama.cpp; sfp packs the safetensors checkpoint that it was made from"
+_ONNX = "an ONNX model; sfp packs checkpoints of tensors, such as the safetensors that it was exported from"
+_TFLITE = "a TensorFlow Lite model; sfp packs checkpoints of tensors in safetensors"
+_TENSORFLOW = "a TensorFlow graph or checkpoint; write its tensors with safetensors first"
+_FLAX = "a Flax checkpoint; write its arrays with safetensors.flax.save_file first"
+_ARCHIVE = "a compressed file or an archive; unpack it first"
+_LFS = "a Git LFS pointer and not the file itself; fetch that with 'git lfs pull'"
+_PAGE = "a web page: the download went wrong, or needed a login; download the file again"
+_ZEROS = "a file of zeros at its start, such as a download leaves that was not finished; download it again"
+
+# First bytes -> what a file that begins with them is.
+_MARKS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs.github.com/spec/", _LFS),
+    (b"GGUF", f"a GGUF file, {_GGUF}"),
+    (b"lmgg", f"a GGML file, {_GGUF}"),
+    (b"fmgg", f"a GGML file, {_GGUF}"),
+    (b"tjgg", f"a GGML file, {_GGUF}"),
+    (b"\x93NUMPY", _NPY),
+    (b"\x89HDF\r\n\x1a\n", _HDF5),
+    (b"\x1f\x8b", _ARCHIVE),  # gzip
+    (b"\x28\xb5\x2f\xfd", _ARCHIVE),  # zstandard
+    (b"\xfd7zXZ\0", _ARCHIVE),
+    (b"BZh", _ARCHIVE),
+    (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
+)
+# Suffix -> what a file of that name is, where its first bytes are no mark.
+_SUFFIXES = {
+    ".onnx": _ONNX,
+    ".pb": _TENSORFLOW,
+    ".index": _TENSORFLOW,
+    ".msgpack": _FLAX,
+}
+
+
+def is_like_safetensors(head: bytes) -> bool:
+    """Whether a file begins as safetensors do: eight bytes, of which the last are 0, and a JSON object."""
+    return head[5:8] == bytes(3) and head[8:].lstrip()[:1] == b"{"
+
+
+def describe(head: bytes, name: str, size: int) -> str | None:
+    """What a file is that is neither `.sfp` nor safetensors, for "FILE is ...", or None where nothing tells.
+
+    Args:
+        head: its first `HEAD_BYTES` bytes.
+        name: of the file.
+        size: of the file, in bytes.
+    """
+    if head.startswith(MAGIC[:4]) or is_like_safetensors(head):
+        return None
+    if not size:
+        return "empty: a download or a copy that failed; get the file again"
+    for mark, words in _MARKS:
+        if head.startswith(mark):
+            return words
+    if head.startswith(b"PK\x03\x04"):
+        return _of_zip(head)
+    if head[4:8] == b"TFL3":
+        return _TFLITE
+    if head[257:262] == b"ustar":
+        return _ARCHIVE
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):  # PROTO of a pickle
+        return _PICKLE
+    if len(head) >= 16 and not any(head):
+        return _ZEROS
+    return _of_text(head, size) or _SUFFIXES.get(Path(name).suffix.lower())
+
+
+def _of_zip(head: bytes) -> str:
+    """What a zip archive is, by the name of its first member."""
+    length = int.from_bytes(head[26:28], "little")
+    member = head[30 : 30 + length].decode(errors="replace")
+    if member.endswith(("/data.pkl", "/version", "/.format_version", "/byteorder")):
+        return _PICKLE
+    if member.endswith(".npy"):
+        return _NPZ
+    if member.endswith((".h5", "config.json", "metadata.json")):
+        return "a Keras model; write its arrays with safetensors or sfpformat.numpy.save_file first"
+    return "a zip archive; unpack it first"
+
+
+def _of_text(head: bytes, size: int) -> str | None:
+    """What a text is: a web page, the message of a server, JSON."""
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # not a character that the end of the head cuts
+            return None
+        text = head[: error.start].decode()
+    if any(not c.isprintable() and not c.isspace() for c in text):
+        return None
+    start = text.lstrip().lower()
+    if start.startswith(("<!doctype", "<html", "<?xml", "<head", "<body")):
+        return _PAGE
+    shown = json.dumps(" ".join(text.split())[:60], ensure_ascii=False)
+    if start.startswith(("{", "[")):
+        return f"JSON, which begins with {shown}, and not a file of tensors"
+    if size < 1 << 20:
+        return f"a text, which begins with {shown}, and not a file of tensors; download the file again"
+    return None
+
+
+def describe_file(path: Path) -> str | None:
+    """As `describe`, of a file that is there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        return describe(head, path.name, file.seek(0, 2))
