@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .padding import CountedInputs
 from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, finite, first, with_weights
 
 
@@ -58,10 +59,12 @@ def statistics(
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     squares = {name: torch.zeros_like(total) for name, total in sums.items()}
-    inputs = _SquaredInputs()
-    with evaluating(model), watched(linear_layers(model, weights), inputs.add):
+    counted = CountedInputs(model)
+    inputs = _SquaredInputs(counted)
+    with evaluating(model), counted.watching(), watched(linear_layers(model, weights), inputs.add):
         for number, batch in enumerate(first(data, batches), 1):
-            loss = task.loss(task.run(with_weights(model, leaves), batch), batch)
+            counted.take(batch, task.unpadded(batch))
+            loss = task.loss_of(with_weights(model, leaves), batch)
             finite(loss, f"batch {number} of the calibration data")
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
@@ -76,23 +79,19 @@ def statistics(
 class _SquaredInputs:
     """Running sums over the inputs of layers, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: CountedInputs) -> None:
+        self._counted = counted
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, name: str, x: Tensor) -> None:
-        flat = flat_inputs(x)
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        flat = self._counted.of(name, layer, x)
         total = flat.square().sum(0)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + len(flat)
 
     def mean(self, name: str) -> Tensor | None:
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
-
-
-def flat_inputs(x: Tensor) -> Tensor:
-    """The inputs of a linear layer, [..., columns], as float32 [inputs, columns]."""
-    return x.detach().flatten(0, -2).float()
 
 
 def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
@@ -107,9 +106,12 @@ def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear
 
 
 @contextmanager
-def watched(layers: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While it lasts, ``see`` gets the name and the inputs of each layer that is called, before it runs."""
-    handles = [layer.register_forward_pre_hook(partial(_show, see, name)) for name, layer in layers.items()]
+def watched(layers: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """While it lasts, ``see`` gets the weight's name, the layer and the inputs of each call of a layer."""
+    handles = [
+        layer.register_forward_pre_hook(partial(_show, see, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -117,5 +119,11 @@ def watched(layers: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None])
             handle.remove()
 
 
-def _show(see: Callable[[str, Tensor], None], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    see(name, args[0])
+def _show(
+    see: Callable[[str, nn.Module, Tensor], None],
+    name: str,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    see(name, layer, args[0] if args else next(iter(kwargs.values())))

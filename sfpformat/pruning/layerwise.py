@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .calibration import flat_inputs, linear_layers, watched
+from .calibration import linear_layers, watched
+from .padding import CountedInputs
 from .scores import rows_mask
 from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
 
@@ -84,7 +85,7 @@ def _groups(model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task
     seen: list[tuple[Tensor, list[str]]] = []
     called: set[str] = set()
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
         if name not in called:
             called.add(name)
             if not seen or seen[-1][0] is not x:
@@ -106,19 +107,23 @@ def _hessian(
     columns = weights[name].shape[1]
     total = torch.zeros(columns, columns, device=weights[name].device)
     count = 0
+    counted = CountedInputs(model)
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
         nonlocal count
-        flat = flat_inputs(x)
+        flat = counted.of(name, layer, x)
         total.addmm_(flat.T, flat)
         count += len(flat)
         raise _Reached
 
-    with watched(linear_layers(model, [name]), see):
+    with counted.watching(), watched(linear_layers(model, [name]), see):
         for batch in calibration:
+            counted.take(batch, task.unpadded(batch))
             with suppress(_Reached):
                 task.run(with_weights(model, weights), batch)
-    return total * (2 / max(count, 1))
+    if not count:
+        raise OptionError(f"no input of {name!r} in the calibration data counts: all is padding")
+    return total * (2 / count)
 
 
 def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import LossError, OptionError
+from .batches import (
+    IGNORED,
+    Kind,
+    arguments_of,
+    kind_of,
+    labels_of,
+    require_unshifted,
+    required_labels,
+    takes_labels,
+)
+from .padding import counted_labels, counted_outputs, unpadded
 
 # What is called with a batch's inputs: a module, or a module with other weights.
 Model = Callable[..., Any]
@@ -30,59 +41,203 @@ def run_model(model: Model, batch: Any) -> Tensor:
     """The outputs of a batch.
 
     Args:
-        model: called with the batch, with its first element where it is a tuple or list, or with its items
-            but ``labels`` as keywords where it is a mapping.
-        batch: as the loader gives it.
+        model: called with the batch's inputs, or with the items of a mapping as keywords. It gets the labels
+            only if it is an encoder and decoder (transformers' ``is_encoder_decoder``), which make the
+            decoder's inputs of them.
+        batch: a mapping, a pair of inputs and labels, or inputs alone.
 
     Returns:
-        [..., classes]: what the model returns, or its attribute ``logits``.
+        [..., classes]: what the model returns, or its ``logits``.
 
     Raises:
-        OptionError: it returns something else.
+        OptionError: it returns something else, or the batch is a tuple of more than two elements.
     """
-    if isinstance(batch, Mapping):
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-    else:
-        outputs = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    result = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-    if not isinstance(result, Tensor):
+    decodes = kind_of(module_of(model)) is Kind.SEQ2SEQ
+    return logits_of(_call(model, batch, labels_of(batch) if decodes else None))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """What a model returns, if it is a tensor [..., classes], or its item or attribute ``logits``.
+
+    Raises:
+        OptionError: there is no such tensor.
+    """
+    result = outputs
+    if isinstance(outputs, Mapping):
+        result = outputs.get("logits")
+    elif not isinstance(outputs, Tensor):
+        result = getattr(outputs, "logits", None)
+    if not isinstance(result, Tensor) or result.dim() < 1:
         raise OptionError(
-            f"the model returns a {type(outputs).__name__}, not a tensor and nothing with logits; "
-            "give a Task whose run takes the outputs from it"
+            f"the model returns a {type(outputs).__name__} without logits: give a model with a head, or a "
+            "Task whose run returns the outputs [..., classes]"
         )
     return result
 
 
+def _call(model: Model, batch: Any, labels: Any) -> Any:
+    """What a model returns for a batch; labels that are None are not given."""
+    args, named = arguments_of(batch)
+    if labels is not None:
+        named["labels"] = labels
+    return model(*args, **named)
+
+
 def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
-    """The mean negative log-likelihood, in nats, of the labels: a batch's second element, or ``labels``."""
-    labels = batch["labels"] if isinstance(batch, Mapping) else batch[1]
-    return F.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+    """The mean negative log-likelihood of a batch's labels, each at the position of its output.
+
+    Args:
+        outputs: unnormalised log-probabilities [..., classes].
+        batch: a pair whose second element, or a mapping whose ``labels`` are class numbers, one for each
+            output, or probabilities of the outputs' shape. Labels of -100 do not count.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        OptionError: there are no labels, or their shape does not fit.
+        LossError: no label counts.
+    """
+    return likelihood(outputs, required_labels(batch))
+
+
+def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tensor:
+    """As `cross_entropy`, of labels.
+
+    Args:
+        causal: whether output t is compared with label t + 1; the labels are then [batch, positions].
+    """
+    if labels.is_floating_point():
+        if labels.shape != outputs.shape:
+            raise OptionError(
+                f"float labels have shape {list(labels.shape)}, the outputs {list(outputs.shape)}: "
+                "probabilities need the same shape; for another loss give a Task"
+            )
+        return F.cross_entropy(outputs.flatten(0, -2), labels.flatten(0, -2))
+    leading = outputs.shape[:-1]
+    same = [n for n in labels.shape if n != 1] == [n for n in leading if n != 1]
+    if not leading or labels.numel() != math.prod(leading) or not (same or labels.dim() == 1):
+        raise OptionError(
+            f"the labels have shape {list(labels.shape)}, the outputs {list(outputs.shape)}: each needs "
+            "a label, classes last; for another loss give a Task"
+        )
+    if causal and labels.shape == leading and labels.dim() > 1:
+        outputs, labels = outputs[..., :-1, :], labels[..., 1:]
+    flat = labels.flatten().long()
+    if not bool((flat != IGNORED).any()):
+        raise LossError(f"no label of the batch counts: all are {IGNORED} or padding")
+    return F.cross_entropy(outputs.flatten(0, -2), flat)
 
 
 @dataclass(frozen=True)
 class Task:
     """How a batch goes through a model, and what it costs.
 
+    By default a model that takes ``labels`` computes its own loss, as those of transformers do; of others
+    it is the `cross_entropy`, for causal language models of the label after each output. Padding does not
+    count, neither in a loss nor in a divergence nor in what is learned of layers' inputs.
+
+    Example: ``Task(run=lambda model, batch: model(**batch).prediction_logits)``.
+
     Attributes:
         run: (model, batch) -> outputs [..., classes].
-        loss: (outputs, batch) -> a scalar.
+        loss: (outputs, batch) -> a scalar, in nats; None takes the default. Where ``run`` is given and this
+            is not, it is the cross-entropy.
+        unpadded: batch -> bool [batch, positions], False for padding; or None where nothing is.
     """
 
     run: Callable[[Model, Any], Tensor] = run_model
-    loss: Callable[[Tensor, Any], Tensor] = cross_entropy
+    loss: Callable[[Tensor, Any], Tensor] | None = None
+    unpadded: Callable[[Any], Tensor | None] = unpadded
+
+    def loss_of(self, model: Model, batch: Any) -> Tensor:
+        """What a batch costs, a scalar in nats; gradients go through the model.
+
+        Raises:
+            OptionError: the batch has no labels, or outputs and labels do not fit.
+            LossError: no label counts.
+        """
+        if self.loss is not None:
+            return _scalar(self.loss(self.run(model, batch), batch))
+        module = module_of(model)
+        require_unshifted(module, batch)
+        kind = kind_of(module)
+        labels = counted_labels(labels_of(batch), self.unpadded(batch), kind)
+        if self.run is run_model:
+            returned = _call(model, batch, labels if takes_labels(module) else None)
+            own = _own_loss(returned)
+            if own is not None:
+                return own
+            outputs = logits_of(returned)
+        else:
+            outputs = self.run(model, batch)
+        if not isinstance(labels, Tensor):
+            labels = required_labels(batch)
+        return likelihood(outputs, labels, causal=kind is Kind.CAUSAL)
+
+    def divergence_of(self, model: Model, dense: Model, batch: Any) -> Tensor:
+        """The divergence of a batch's outputs from the dense model's, as `divergence`; padding is left out.
+
+        Raises:
+            OptionError: the outputs do not fit each other or the padding mask.
+            LossError: nothing but padding.
+        """
+        outputs = self.run(model, batch)
+        with torch.no_grad():
+            wanted = self.run(dense, batch)
+        kind = kind_of(module_of(model))
+        return divergence(outputs, wanted, counted_outputs(outputs, batch, self.unpadded(batch), kind))
+
+
+def _own_loss(returned: Any) -> Tensor | None:
+    """The loss among what a model returns: ``loss``, or a scalar that is all or comes first."""
+    if isinstance(returned, Mapping):
+        found = returned.get("loss")
+    elif isinstance(returned, (Tensor, tuple)):
+        found = returned[0] if isinstance(returned, tuple) and returned else returned
+        if not isinstance(found, Tensor) or found.dim():
+            return None
+    else:
+        found = getattr(returned, "loss", None)
+    # Models on several devices give a loss for each.
+    return found.mean() if isinstance(found, Tensor) else None
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise OptionError(f"the loss of the Task is a {shape}, must be a tensor of one number")
+    return loss.reshape(())
 
 
 CLASSIFY = Task()
 
 
-def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
+def divergence(outputs: Tensor, dense: Tensor, counted: Tensor | None = None) -> Tensor:
     """The Kullback-Leibler divergence of outputs from the dense model's, in nats, mean over the positions.
 
     Args:
         outputs, dense: unnormalised log-probabilities [..., classes].
+        counted: bool [...], True for the positions that count; None counts all.
+
+    Raises:
+        OptionError: the shapes differ, or there is one class alone, of which the divergence is always 0.
+        LossError: no position counts.
     """
+    if outputs.shape != dense.shape:
+        raise OptionError(
+            f"the outputs have shape {list(outputs.shape)}, the dense model's {list(dense.shape)}"
+        )
+    if outputs.shape[-1] < 2:
+        raise OptionError("the divergence of outputs of one class is always 0; take the objective loss")
+    if counted is not None:
+        outputs, dense = outputs[counted], dense[counted]
+    if not outputs.numel():
+        raise LossError("no position of the batch counts: all is padding or has no label")
     log_p, log_q = dense.float().log_softmax(-1), outputs.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    p = log_p.exp()
+    # A class that the dense model rules out, at -inf, adds nothing.
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(-1).mean()
 
 
 def require_objective(objective: str) -> None:
@@ -104,21 +259,34 @@ def cost(pruned: Model, batch: Any, task: Task, dense: Model | None) -> Tensor:
         task: how it goes through both.
         dense: the dense model; None takes the loss.
     """
-    outputs = task.run(pruned, batch)
-    if dense is None:
-        return task.loss(outputs, batch)
-    with torch.no_grad():
-        wanted = task.run(dense, batch)
-    return divergence(outputs, wanted)
+    return task.loss_of(pruned, batch) if dense is None else task.divergence_of(pruned, dense, batch)
 
 
-def with_weights(model: nn.Module, weights: Weights) -> Model:
-    """The model as a function, with other weights in the place of some of its own; tied ones in all."""
+@dataclass(frozen=True)
+class WithWeights:
+    """A model as a function, with other weights in the place of some of its own.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, dict(weights), args, kwargs)
+    Attributes:
+        module: the model, which stays as it is.
+        weights: by name; a tied weight is replaced in all its places.
+    """
 
-    return call
+    module: nn.Module
+    weights: Weights
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, dict(self.weights), args, kwargs)
+
+
+def with_weights(model: nn.Module, weights: Weights) -> WithWeights:
+    """The model with other weights, as a function."""
+    return WithWeights(model, weights)
+
+
+def module_of(model: Model) -> nn.Module | None:
+    """The module that is called; None for any other function."""
+    found = model.module if isinstance(model, WithWeights) else model
+    return found if isinstance(found, nn.Module) else None
 
 
 def prunable(model: nn.Module) -> list[str]:
