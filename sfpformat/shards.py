@@ -19,6 +19,7 @@ from .coding.quantiser import F32
 from .container.entry import TensorEntry
 from .errors import FileFault, MissingTensorError, fault
 from .limits import DEFAULT_LIMITS, Limits
+from .names import listed, quoted
 from .reader import SfpFile, SfpSlice, TensorInfo
 from .safetensors import SafetensorsError, strict_json
 
@@ -38,11 +39,40 @@ def index_name(stem: str, suffix: str = ".sfp") -> str:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Which file each tensor of a safetensors index is read from, and where files and index disagree.
+
+    Attributes:
+        files: tensor name -> name of the file that it is read from.
+        missing: tensors of the index that no file has.
+        unlisted: tensors of the files that the index does not list.
+        moved: tensors that only another file has than the index says.
+        repeated: tensors that are in several files, and also in the one that the index says.
+    """
+
+    files: dict[str, str]
+    missing: list[str]
+    unlisted: list[str]
+    moved: list[str]
+    repeated: list[str]
+
+    def disagreements(self) -> list[str]:
+        """One sentence for each kind of disagreement, with the number and some names of the tensors."""
+        kinds = (
+            ("left out because no file has them", self.missing),
+            ("left out because the index does not list them", self.unlisted),
+            ("read from another file than the index says", self.moved),
+            ("in several files, and read from the one that the index says", self.repeated),
+        )
+        return [f"tensors {words} ({len(names):,}): {listed(names)}" for words, names in kinds if names]
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """Which file has which tensor.
 
     Attributes:
-        weight_map: tensor name -> file name, without any directory part.
+        weight_map: tensor name -> file name; without a directory part where the files are `.sfp`.
         metadata: the object of that name; ``total_size`` is the bytes of all tensors once decoded.
     """
 
@@ -55,11 +85,16 @@ class ShardIndex:
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ShardIndex:
-        """Reads the JSON text, of `.sfp` or of safetensors files.
+    def from_bytes(cls, data: bytes, *, subfolders: bool = False) -> ShardIndex:
+        """Reads the JSON text.
+
+        Args:
+            data: UTF-8.
+            subfolders: whether files may lie in folders below that of the index, as those of safetensors may.
+                `.sfp` files may not.
 
         Raises:
-            SafetensorsError: it is not such a JSON text.
+            SafetensorsError: it is not such a JSON text, or a file lies elsewhere than below the index.
             InvalidFileError: a file name has a directory part (R-SHD-002).
         """
         fields = strict_json(data, "the index")
@@ -69,13 +104,20 @@ class ShardIndex:
         if not isinstance(metadata, dict):
             raise SafetensorsError("the 'metadata' of the index are not an object")
         for name, file in weight_map.items():
-            if file in ("", ".", "..") or any(mark in file for mark in "/\\\0"):
-                raise fault("R-SHD-002", f"{file!r} is not a plain file name", tensor=name)
+            if subfolders and not _is_below(file):
+                words = f"the index names {quoted(file)}, which is no path in the index's folder or below it"
+                raise SafetensorsError(f"tensor {quoted(name)}: {words}")
+            if not subfolders and ("/" in file or not _is_below(file)):
+                raise fault("R-SHD-002", f"{quoted(file)} is not a plain file name", tensor=name)
         return cls(weight_map, metadata)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> ShardIndex:
+    def read(cls, path: str | os.PathLike[str], *, subfolders: bool = False) -> ShardIndex:
         """Reads an index file.
+
+        Args:
+            path: of the file.
+            subfolders: as in `from_bytes`.
 
         Raises:
             SafetensorsError, InvalidFileError: as `from_bytes`.
@@ -85,7 +127,7 @@ class ShardIndex:
             data = file.read(MAX_INDEX_BYTES + 1)
         if len(data) > MAX_INDEX_BYTES:
             raise SafetensorsError(f"the index has more than {MAX_INDEX_BYTES:,} bytes")
-        return cls.from_bytes(data)
+        return cls.from_bytes(data, subfolders=subfolders)
 
     def files(self) -> list[str]:
         """The names of the files, ascending."""
@@ -109,6 +151,36 @@ class ShardIndex:
             if name not in there:
                 return name, f"it is not in {file!r}, where the index says"
         return None
+
+    def placed(self, found: Mapping[str, Iterable[str]]) -> Placement:
+        """Where each tensor is read from when the index decides; see `misplaced` for the strict rule.
+
+        Args:
+            found: file name -> names of the tensors that it has.
+        """
+        places: dict[str, list[str]] = {}
+        for file, names in found.items():
+            for name in names:
+                places.setdefault(name, []).append(file)
+        files: dict[str, str] = {}
+        missing, moved, repeated = [], [], []
+        for name, said in self.weight_map.items():
+            there = places.get(name, [])
+            if not there:
+                missing.append(name)
+                continue
+            files[name] = said if said in there else there[0]
+            if said not in there:
+                moved.append(name)
+            elif len(there) > 1:
+                repeated.append(name)
+        unlisted = [name for name in places if name not in self.weight_map]
+        return Placement(files, missing, unlisted, moved, repeated)
+
+
+def _is_below(file: str) -> bool:
+    """Whether a name is a relative path without ``.``, ``..``, empty parts, backslashes and U+0000."""
+    return not any(part in ("", ".", "..") for part in file.split("/")) and not any(c in file for c in "\\\0")
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def test_what_is_wrong_with_shards_is_told(tmp_path: Path, capsys: Capture) -> N
     fields = json.loads(index.read_text())
     fields["weight_map"]["more"] = fields["weight_map"]["ids"]
     index.write_text(json.dumps(fields))
-    assert "'more'" in error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp")
+    assert "'more'" in error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp", "--strict-index")
     assert os.listdir(tmp_path) == ["in"]
 
 

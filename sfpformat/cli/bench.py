@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import bench_pruning
 from .console import bytes_words, printable, progress, show_json, show_table
-from .models import open_model
+from .models import add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, checked_target, require_suffix
 
@@ -74,6 +74,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument(
         "--threads", metavar="N", type=int, help="in the runs with several threads (default: all cores)"
     )
+    add_strict_index(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--plot", metavar="PICTURE", help="size against decoding speed, as .png or .svg")
     bench_pruning.add_options(parser)
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     picture = _picture(args.plot, args.file, sections)
     with tempfile.TemporaryDirectory(prefix="sfp-bench-") as folder:
         settings = _settings(args, Path(folder))
-        subject = _subject(args.file, args.dtype)
+        subject = _subject(args.file, args.dtype, args.strict_index)
         outcomes = [_run_section(name, subject, settings) for name in sections]
     if args.json:
         show_json(_as_json(subject, settings, outcomes))
@@ -182,7 +183,7 @@ def _settings(args: argparse.Namespace, folder: Path) -> Settings:
     return Settings(chosen, presets, threads, args.rounds, folder, args.device)
 
 
-def _subject(file: str | None, dtype: str | None) -> Subject:
+def _subject(file: str | None, dtype: str | None, strict_index: bool) -> Subject:
     from ..bench.subject import CASTS, Subject, cast
 
     if file is None:
@@ -190,7 +191,7 @@ def _subject(file: str | None, dtype: str | None) -> Subject:
 
         name, tensors = "the model of sfp demo", weights()
     else:
-        with open_model(file) as model:
+        with open_model(file, strict_index=strict_index) as model:
             name = model.path.name
             tensors = {tensor: model.read(tensor) for tensor in model.specs}
     if not any(array.size for array in tensors.values()):

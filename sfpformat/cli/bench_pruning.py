@@ -54,9 +54,9 @@ def require_absent(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    for name in ("only", "dtype", "device", "engines", "presets", "plot"):
-        if getattr(args, name) is not None:
-            raise Trouble(f"'sfp bench {NAME}' does not take --{name}")
+    for name in ("only", "dtype", "device", "engines", "presets", "plot", "strict_index"):
+        if getattr(args, name) not in (None, False):
+            raise Trouble(f"'sfp bench {NAME}' does not take --{name.replace('_', '-')}")
     try:
         import torch
     except ImportError as error:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import of_numpy
 from .console import number, percent, printable, progress, show_json, show_table
-from .models import Model, open_model
+from .models import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
 _BLOCK = 1 << 20
@@ -40,6 +40,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("b", metavar="B")
     parser.add_argument("--all", action="store_true", help="list also tensors that are equal")
     parser.add_argument("--json", action="store_true", help="as JSON, with all tensors")
+    add_strict_index(parser)
     return parser
 
 
@@ -144,7 +145,8 @@ def _words(array: NDArray[np.generic]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    with open_model(args.a) as a, open_model(args.b) as b:
+    strict = args.strict_index
+    with open_model(args.a, strict_index=strict) as a, open_model(args.b, strict_index=strict) as b:
         common = [name for name in a.specs if name in b.specs]
         only_a = [name for name in a.specs if name not in b.specs]
         only_b = [name for name in b.specs if name not in a.specs]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from ..closing import Closing
 from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
-from ..names import listed
+from ..errors import SfpWarning
+from ..names import listed, quoted
 from ..reader import SfpFile
 from ..safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
 from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
@@ -36,20 +39,25 @@ class Model(Closing):
         files: file name -> the open file, an `SfpFile` or a `SafetensorsFile`; one, or all shards.
         specs: tensor name -> what it is, in the order of the files.
         sharded: whether there is an index.
+        strict_index: whether an index of safetensors that disagrees with its files is refused.
         keeps_metadata: whether `metadata` and `metadata_of` give the metadata of the files, or nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, strict_index: bool = False) -> None:
         """Opens a file or index by what it is, not by what it is called.
+
+        Where an index of safetensors disagrees with its files, the index decides, with an `SfpWarning`.
 
         Raises:
             Trouble, OSError.
         """
         self.path = path
+        self.strict_index = strict_index
         self.keeps_metadata = True
         require_file(path)
         self.files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._placed: dict[str, str] | None = None  # of an index of safetensors: tensor name -> file name
         self.specs: dict[str, TensorSpec] = {}
         self._stack = ExitStack()
         self.sharded = path.name.endswith(".json")
@@ -61,8 +69,9 @@ class Model(Closing):
             raise
         for file_name, file in self.files.items():
             for spec in _specs(file):
-                self.specs[spec.name] = spec
-                self._file_of[spec.name] = file_name
+                if self._placed is None or self._placed.get(spec.name) == file_name:
+                    self.specs[spec.name] = spec
+                    self._file_of[spec.name] = file_name
 
     def _open_one(self) -> str:
         with self.path.open("rb") as file:
@@ -77,19 +86,44 @@ class Model(Closing):
         return "safetensors"
 
     def _open_shards(self) -> str:
-        index = ShardIndex.read(self.path)
+        index = ShardIndex.read(self.path, subfolders=not self.path.name.endswith(f".sfp{INDEX_SUFFIX}"))
         names = index.files()
         if names and all(name.endswith(".sfp") for name in names):
             self.files = dict(self._stack.enter_context(ShardedFile(self.path)).files)
             return "sfp"
         for name in names:
             shard = self.path.parent / name
+            _require_below(shard.parent, self.path.parent)
             with about(shard):
                 self.files[name] = self._stack.enter_context(SafetensorsFile(shard))
-        wrong = index.misplaced({name: file.header.tensors for name, file in self.files.items()})
+        found = {name: file.header.tensors for name, file in self.files.items()}
+        wrong = index.misplaced(found) if self.strict_index else None
         if wrong is not None:
-            raise SafetensorsError(f"tensor {wrong[0]!r}: {wrong[1]}")
+            raise SafetensorsError(f"tensor {quoted(wrong[0])}: {wrong[1]}")
+        self._follow(index, found)
         return "safetensors"
+
+    def _follow(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
+        """Takes each tensor from the file that the index says, and warns where the files disagree.
+
+        Args:
+            found: file name -> names of the tensors that it has.
+        """
+        placement = index.placed(found)
+        if index.weight_map and not placement.files:
+            raise SafetensorsError("its files have none of the tensors that the index lists")
+        forgotten = _unlisted_shards(self.path.parent, found)
+        if self.strict_index and forgotten:
+            raise SafetensorsError(f"the index does not name the file {forgotten[0]!r}")
+        disagreements = placement.disagreements()
+        if forgotten:
+            words = f"files left out because the index does not name them ({len(forgotten):,})"
+            disagreements.append(f"{words}: {listed(forgotten)}")
+        for words in disagreements:
+            warnings.warn(f"{self.path}: {words}; --strict-index refuses this", SfpWarning, stacklevel=2)
+        self._placed = placement.files
+        for name in set(self.files) - set(placement.files.values()):
+            self.files.pop(name).close()
 
     def close(self) -> None:
         """Closes all files."""
@@ -179,15 +213,46 @@ def as_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
-def open_model(path: PathLike) -> Model:
+def _require_below(folder: Path, top: Path) -> None:
+    """Refuses a folder that links lead out of another.
+
+    The files in it may be links themselves: the cache of the Hugging Face hub has them so.
+
+    Raises:
+        SafetensorsError: it lies elsewhere.
+    """
+    if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(top)):
+        raise SafetensorsError(f"{folder} is a link that leads out of the folder of the index")
+
+
+def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
+    """The files of a folder that are named as shards of safetensors and are not among those found."""
+    shards = (path.name for path in folder.glob("*-?????-of-?????.safetensors"))
+    return sorted(set(shards) - set(found))
+
+
+def open_model(path: PathLike, *, strict_index: bool = False) -> Model:
     """Opens a file, an index, or the one of either that a folder has.
+
+    Args:
+        path: of the file, index or folder.
+        strict_index: as in `Model`.
 
     Raises:
         Trouble: it is not a model, or is damaged.
         OSError: it cannot be read.
     """
     path = Path(path)
-    return Model(_model_in(path) if path.is_dir() else path)
+    return Model(_model_in(path) if path.is_dir() else path, strict_index=strict_index)
+
+
+def add_strict_index(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that refuses an index which disagrees with its files."""
+    parser.add_argument(
+        "--strict-index",
+        action="store_true",
+        help="refuse an index of safetensors that its files contradict",
+    )
 
 
 def _model_in(folder: Path) -> Path:

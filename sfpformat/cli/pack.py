@@ -15,7 +15,7 @@ from ..shards import index_name
 from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, progress, show_json
 from .info import report_model
-from .models import Model, as_bits, open_model
+from .models import Model, add_strict_index, as_bits, open_model
 from .packing import Job, job_key, pack_file, pack_shards
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
@@ -26,6 +26,7 @@ from .trouble import Trouble, about, checked_target, require_suffix
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
 each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them, unless --single is given.
+Where the files disagree with their index, the index decides, with a warning; --strict-index refuses that.
 
 Options after --like GLOB, up to the next --like, are only for the tensors with names like GLOB; of two rules
 the later counts. What is there already is replaced in one step, when all went well. A pack that was stopped
@@ -65,6 +66,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "--metadata", metavar="KEY=VALUE", action="append", default=[], help="added to the checkpoint's"
     )
     parser.add_argument("--no-metadata", action="store_true", help="leave out the checkpoint's metadata")
+    add_strict_index(parser)
     parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     add_tensor_options(parser)
@@ -74,7 +76,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 _NOT_TENSOR_OPTIONS = frozenset(
     (
         *("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "no_metadata"),
-        *("verify", "json", "run"),
+        *("strict_index", "verify", "json", "run"),
     )
 )
 
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
-    with open_model(args.source) as model:
+    with open_model(args.source, strict_index=args.strict_index) as model:
         if model.kind != "safetensors":
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
@@ -139,7 +141,7 @@ def _require_storable(model: Model, metadata: dict[str, str]) -> None:
 def _importances(path: str | None, model: Model) -> Model | None:
     if path is None:
         return None
-    found = open_model(path)
+    found = open_model(path, strict_index=model.strict_index)
     try:
         if found.kind != "safetensors":
             raise Trouble(f"{path}: importances must be safetensors")
