@@ -8,8 +8,12 @@ bytes that it was handed, and whoever handed them adds the place with `placed`.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class SfpError(Exception):
@@ -18,6 +22,14 @@ class SfpError(Exception):
 
 class SfpWarning(UserWarning):
     """Something was done, but not quite as asked or as well as usual; the command shows it in one line."""
+
+
+def warn(message: str) -> None:
+    """Gives an `SfpWarning` that points to the caller outside of this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SfpWarning, stacklevel=level)
 
 
 class FileFault(SfpError):

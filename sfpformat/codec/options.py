@@ -264,8 +264,9 @@ def require_options(options: object, what: str) -> Options:
     if options is None:
         return Options()
     if not isinstance(options, Options):
+        given = f", {options!r}," if isinstance(options, (str, int, float)) else ""
         hint = f"; PRESETS[{options!r}] are" if isinstance(options, str) and options in PRESETS else ""
-        raise OptionError(f"{what}: a {type(options).__name__}, {options!r}, is not Options{hint}")
+        raise OptionError(f"{what}: a {type(options).__name__}{given} is not Options{hint}")
     return options
 
 

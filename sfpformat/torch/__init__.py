@@ -13,6 +13,7 @@ if importlib.util.find_spec("torch") is None:
 from .compress import CompressionReport, compress_model, decompress_model
 from .files import TorchFile, TorchSlice, load, load_file, safe_open, save, save_file
 from .layers import SfpEmbedding, SfpLinear
+from .meta import parameters_on_meta
 from .models import load_model, save_model
 
 open = safe_open
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "load_file",
     "load_model",
+    "parameters_on_meta",
     "safe_open",
     "save",
     "save_file",

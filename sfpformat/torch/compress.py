@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..codec.options import Options
-from ..errors import OptionError
+from ..codec.options import Options, require_options
+from ..errors import OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
 from ..source import Readable
 from . import packed
-from .files import Device, open_any
+from .files import Device, open_any, require_device
 from .kept import KeptWeights
-from .layers import Compressed, compressed_class, make_compressed, make_dense
-from .models import loads_its_own_way
-from .places import AnyFile, Place, fill, groups_of, identity, match, places_of
+from .layers import Compressed, compressed_class, dense_names, make_compressed, make_dense
+from .meta import require_none_left
+from .models import loads_its_own_way, warn_of_ignored
+from .places import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
+from .tensors import require_known_shapes
+from .ties import TiedNames
 
 Choose = Callable[[str, nn.Module], bool]
-Group = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,24 @@ def compress_model(
             model on the meta device is filled without its dense weights ever being in memory.
         source: a file, as `safe_open` takes it, whose chunks are taken as they are; or how the weights that
             the model has are encoded, all or by their names in the ``state_dict``: losslessly where nothing
-            is said. They are encoded before the first one is let go.
+            is said; a weight that has several names by any of them. They are encoded before the first one is
+            let go.
         keep: bytes of decoded weights, those used last, that are kept for the next call; 0 for none.
         choose: says for the name of a layer and the layer whether it is to be compressed, even where that
             takes more memory; those of other kinds are not asked about.
-        strict: of a file: whether missing and unexpected names are refused.
+        strict: of a file: whether missing and unexpected names are refused, and tensors that would stay on
+            the meta device; as in `load_model`.
         device: of a file: where what is on the meta device goes; the rest stays where it is.
         limits, threads, engine: of a file: as in `sfpformat.open`.
 
+    Warns:
+        SfpWarning: ``choose`` or an option has no effect; or as `load_model`.
+
     Raises:
-        OptionError: an option does not fit a weight; or a file is given for a model that is compressed
-            already or loads by methods of its own: `load_model` first, then this without a file.
+        OptionError: an option does not fit a weight; a name in ``source`` is no weight that is compressed; a
+            tensor has no memory, or is of a lazy module; there is no such device; or a file is given for a
+            model that is compressed already or loads by methods of its own: `load_model` first, then this
+            without a file.
         MismatchError: names (where strict) or shapes do not fit.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
         OSError: the file cannot be read.
@@ -103,7 +112,9 @@ def compress_model(
         The model is as it was; where a tensor that is not to be compressed is damaged, a note of the error
         says whether it is.
     """
+    where = require_device(device)
     places = places_of(model)
+    require_known_shapes(model)
     dense_bytes = _bytes_of(model)
     if source is None or isinstance(source, (Options, Mapping)):
         found = _from_memory(model, places, source, choose)
@@ -114,10 +125,10 @@ def compress_model(
                 "load_model fills it, and compress_model without a file compresses what it has then"
             )
         with open_any(source, limits=limits, threads=threads, engine=engine) as file:
-            found = _from_file(model, places, file, choose, strict, torch.device(device))
+            found = _from_file(model, places, file, choose, strict, where)
     weights = [places[group[0]].tensor.nbytes for group in found]
     layers = {id(places[name].module) for group in found for name in group}
-    _exchange(places, found, KeptWeights(keep), torch.device(device))
+    _exchange(places, found, KeptWeights(keep), where)
     return CompressionReport(
         tuple(name for name, module in model.named_modules() if id(module) in layers),
         sum(weights),
@@ -157,10 +168,19 @@ def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | 
     def is_wanted(place: Place) -> bool:
         if place.attribute != "weight" or compressed_class(place.module) is None:
             return False
-        return choose is None or choose(paths[id(place.module)], place.module)
+        return choose is None or bool(choose(paths[id(place.module)], place.module))
 
-    groups = groups_of({name: place.tensor for name, place in places.items()})
-    return [tuple(group) for group in groups if all(is_wanted(places[name]) for name in group)]
+    found = []
+    for group in groups_of({name: place.tensor for name, place in places.items()}):
+        wanted = [name for name in group if is_wanted(places[name])]
+        if len(wanted) == len(group):
+            found.append(tuple(group))
+        elif wanted and choose is not None:
+            other = min(set(group) - set(wanted))
+            warn(f"{wanted[0]!r} stays dense: it is also {other!r}, which is not chosen or of another kind")
+    if choose is not None and not found:
+        warn("choose takes no layer whose weight can be compressed: nothing is")
+    return found
 
 
 def _from_memory(
@@ -170,18 +190,51 @@ def _from_memory(
     choose: Choose | None,
 ) -> dict[Group, torch.Tensor]:
     """The bytes of the model's own weights, encoded now."""
+    candidates = _candidates(model, places, choose)
+    chosen = _chosen_options(model, places, options, candidates)
     found = {}
-    for group in _candidates(model, places, choose):
-        chosen = options
-        if isinstance(options, Mapping):
-            chosen = next((options[name] for name in group if name in options), None)
-        if not (chosen is None or isinstance(chosen, Options)):
-            raise OptionError(f"the options of {group[0]!r} are a {type(chosen).__name__}, not Options")
+    for group in candidates:
         weight = places[group[0]].tensor
-        data = packed.pack(weight, chosen)
+        try:
+            data = packed.pack(weight, chosen.get(group))
+        except OptionError as error:
+            raise OptionError(f"weight {group[0]!r} cannot be compressed: {error}") from error
         if choose is not None or data.nbytes < weight.nbytes:
             found[group] = data
+        elif isinstance(options, Mapping) and group in chosen:
+            warn(f"the options of {group[0]!r} have no effect: its bytes would be more than those it has")
     return found
+
+
+def _chosen_options(
+    model: nn.Module,
+    places: Mapping[str, Place],
+    options: Options | Mapping[str, Options] | None,
+    candidates: list[Group],
+) -> dict[Group, Options]:
+    """The options of each weight to be compressed; those of a tied weight by any of its names.
+
+    Raises:
+        OptionError: a name is no tensor's, or that of a tensor that is not to be compressed; two names of one
+            tensor have different options; or a value is not Options.
+    """
+    if not isinstance(options, Mapping):
+        return dict.fromkeys(candidates, require_options(options, "options"))
+    done = set(dense_names(model).values()) & set(options)
+    if done:
+        raise OptionError(f"options: {min(done)!r} is compressed already; decompress_model makes it dense")
+    by_name = {name: group for group in candidates for name in group}
+    ties = TiedNames({name: place.tensor for name, place in places.items()})
+    out = {}
+    for name, given in ties.one_each(options, "options").items():
+        checked = require_options(given, f"the options of {name!r}")
+        if name not in by_name:
+            raise OptionError(
+                f"options: {name!r} is not compressed; only weights of Linear and Embedding are, where "
+                "choose takes all layers that have them"
+            )
+        out[by_name[name]] = checked
+    return out
 
 
 def _from_file(
@@ -193,9 +246,10 @@ def _from_file(
     device: torch.device,
 ) -> dict[Group, torch.Tensor]:
     """The bytes of weights in a file; all its other tensors are decoded into the model."""
-    matched = match(places, file)
+    matched = match(model, places, file)
     if strict:
         matched.require_all(model)
+    require_none_left(model, matched.filled, strict)
     found = {}
     for group in _candidates(model, places, choose):
         if group in matched.sources:
@@ -203,7 +257,8 @@ def _from_file(
             if choose is not None or data.nbytes < places[group[0]].tensor.nbytes:
                 found[group] = data
     rest = {group: name for group, name in matched.sources.items() if group not in found}
-    fill(places, file, rest, device)
+    fill(places, file, rest, device, counters=matched.counters)
+    warn_of_ignored(model, file, matched.ignored)
     return found
 
 

@@ -13,19 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from ..closing import Closing
-from ..codec.options import Options
+from ..codec.options import Options, options_by_name
 from ..codec.plan import Importance
 from ..codec.selection import Index
 from ..coding.mask import Mask
 from ..engines import decodes_on_device
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
+from ..names import checked_by_name, require_mapping
 from ..reader import SfpFile, SfpSlice, TensorInfo
 from ..shards import INDEX_SUFFIX, ShardedFile
 from ..source import Buffer, Readable
 from ..writer import Writer
 from .sparse import Layout, layout_of, read_sparse
-from .tensors import array_of, tensor_of, torch_dtype
+from .tensors import address_of, array_of, first_line, tensor_of, torch_dtype
 
 Device = str | int | torch.device
 Numbers = torch.Tensor | NDArray[np.generic]
@@ -63,13 +64,14 @@ def save_file(
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor; or two names have the same memory, which a file
-            would hold twice: `save_model` keeps it once.
+        OptionError: what is asked does not fit a tensor; a name in an argument is no tensor's; a tensor has
+            no memory of its own (freed, on the meta device, made of other tensors); or two names have the
+            same memory, which a file would hold twice: `save_model` keeps it once.
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
     with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
-        add_all(writer, tensors, options, masks or {}, importances or {})
+        _add_all(writer, tensors, options, masks, importances)
 
 
 def save(
@@ -86,53 +88,72 @@ def save(
     require_unshared(tensors)
     out = io.BytesIO()
     with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
-        add_all(writer, tensors, options, masks or {}, importances or {})
+        _add_all(writer, tensors, options, masks, importances)
     return out.getvalue()
 
 
-def add_all(
+def _add_all(
     writer: Writer,
     tensors: Mapping[str, torch.Tensor],
     options: Options | Mapping[str, Options] | None,
-    masks: Mapping[str, Numbers],
-    importances: Mapping[str, ImportanceTensor],
+    masks: Mapping[str, Numbers] | None,
+    importances: Mapping[str, ImportanceTensor] | None,
 ) -> None:
     """Adds tensors to a writer, each brought to the processor when its turn comes."""
+    chosen = options_by_name(options, tensors)
+    masks = checked_by_name(masks, tensors, "masks")
+    importances = checked_by_name(importances, tensors, "importances")
     for name, tensor in tensors.items():
-        chosen = options if isinstance(options, Options) or options is None else options.get(name)
-        mask, importance = masks.get(name), importances.get(name)
-        writer.add(
-            name,
-            array_of(tensor, name),
-            chosen,
-            mask=None if mask is None else cast(Mask, _array(mask, name)),
-            importance=None if importance is None else _importance(importance, name),
-        )
+        add_tensor(writer, name, tensor, chosen[name], masks.get(name), importances.get(name))
 
 
-def _array(numbers: Numbers, name: str) -> NDArray[np.generic]:
-    return array_of(numbers, name) if isinstance(numbers, torch.Tensor) else numbers
+def add_tensor(
+    writer: Writer,
+    name: str,
+    tensor: torch.Tensor,
+    options: Options,
+    mask: Numbers | None,
+    importance: ImportanceTensor | None,
+) -> None:
+    """Adds a tensor to a writer; the arguments are as in `save_file`, of this tensor.
+
+    Raises:
+        OptionError: they do not fit, or the tensor has no memory.
+    """
+    writer.add(
+        name,
+        array_of(tensor, name),
+        options,
+        mask=None if mask is None else cast(Mask, _array(mask, name, "mask of")),
+        importance=None if importance is None else _importance(importance, name),
+    )
+
+
+def _array(numbers: Numbers, name: str, kind: str) -> NDArray[np.generic]:
+    return array_of(numbers, name, kind) if isinstance(numbers, torch.Tensor) else numbers
 
 
 def _importance(importance: ImportanceTensor, name: str) -> Importance:
+    kind = "importance of"
     if isinstance(importance, tuple):
-        rows, columns = importance
-        return cast(Importance, (_array(rows, name), _array(columns, name)))
-    return cast(Importance, _array(importance, name))
+        return cast(Importance, tuple(_array(vector, name, kind) for vector in importance))
+    return cast(Importance, _array(importance, name, kind))
 
 
 def require_unshared(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuses two names for one piece of memory.
 
     Raises:
-        OptionError: that is so.
+        OptionError: that is so, or ``tensors`` is no mapping.
     """
+    require_mapping(tensors, "tensors")
     ends: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous():
-            start = 0 if tensor.is_meta else tensor.data_ptr()
-            if start and tensor.nbytes:
-                ends.setdefault(tensor.device, []).append((start, start + tensor.nbytes, name))
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            continue
+        start = address_of(tensor)
+        if start and tensor.nbytes and tensor.is_contiguous():
+            ends.setdefault(tensor.device, []).append((start, start + tensor.nbytes, name))
     for places in ends.values():
         places.sort()
         for (_, stop, one), (start, _, other) in pairwise(places):
@@ -164,6 +185,7 @@ def load_file(
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
         MismatchError: this version of torch has no such dtype.
+        OptionError: there is no such device.
     """
     with safe_open(path, device=device, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
@@ -346,14 +368,40 @@ def safe_open(
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
-        OptionError: another framework.
+        OptionError: another framework, or there is no such device.
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise OptionError(
             f"framework is {framework!r}; this gives torch tensors, sfpformat.numpy gives arrays"
         )
-    where = torch.device(device)
+    where = require_device(device)
     return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where, engine)
+
+
+def require_device(device: Device) -> torch.device:
+    """A device by its name or number, which must be there.
+
+    Raises:
+        OptionError: torch knows no such device, or cannot use it here.
+    """
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"device {device!r}: {first_line(error)}") from error
+    if where.type in ("cpu", "meta"):
+        return where
+    if where.type == "cuda":
+        # Without a context on the device, so that a process can still fork.
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if there <= (where.index or 0):
+            built = "" if torch.version.cuda or torch.version.hip else "; this torch is built without CUDA"
+            raise OptionError(f"device {device!r}: torch finds {there or 'no'} CUDA devices{built}")
+        return where
+    try:
+        torch.empty(0, device=where)
+    except Exception as error:  # each backend has exceptions of its own
+        raise OptionError(f"device {device!r} cannot be used: {first_line(error)}") from error
+    return where
 
 
 def is_decoded_on(device: torch.device, engine: str | None) -> bool:

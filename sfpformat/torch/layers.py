@@ -19,7 +19,7 @@ from ..codec.options import Options
 from ..errors import MismatchError, SfpError
 from . import operators, packed
 from .derivatives import How, linear
-from .files import Device
+from .files import Device, require_device
 from .kept import KeptWeights
 
 # Where a layer's bytes are in its ``state_dict``.
@@ -154,10 +154,15 @@ class SfpLinear(Compressed, nn.Linear):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """As `torch.nn.Linear`, without a weight yet; the bias is 0."""
+        """As `torch.nn.Linear`, without a weight yet; the bias is 0.
+
+        Raises:
+            OptionError: there is no such device.
+        """
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        device = None if device is None else require_device(device)
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._begin((out_features, in_features), dtype, torch.empty(0, dtype=torch.uint8, device=device))
@@ -209,6 +214,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
 
         Raises:
             MismatchError: ``padding_idx`` is no row.
+            OptionError: there is no such device.
         """
         nn.Module.__init__(self)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -217,6 +223,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        device = None if device is None else require_device(device)
         self._begin((num_embeddings, embedding_dim), dtype, torch.empty(0, dtype=torch.uint8, device=device))
 
     @classmethod

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 
 import torch
+from torch.nn.parameter import is_lazy
 
-from ..codec.options import Options
-from ..errors import MismatchError, OptionError
+from ..codec.options import Options, options_by_name
+from ..errors import MismatchError, OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
+from ..names import MOST_LISTED, listed
 from ..writer import Writer
-from .files import Device, ImportanceTensor, Numbers, TorchFile, add_all, open_any
+from .files import (
+    Device,
+    ImportanceTensor,
+    Numbers,
+    TorchFile,
+    add_tensor,
+    open_any,
+    require_device,
+)
 from .layers import Compressed, dense_names
+from .meta import require_none_left
 from .packed import put_into
-from .places import AnyFile, Match, Place, fill, groups_of, match, places_of
+from .places import (
+    AnyFile,
+    Place,
+    fill,
+    groups_of,
+    is_counter,
+    is_shape_of,
+    match,
+    non_persistent,
+    places_of,
+    require_fillable,
+    require_same_names,
+)
+from .tensors import is_wrapper, require_known_shapes, require_memory, tensor_of
+from .ties import TiedNames
 
 
 def save_model(
@@ -43,13 +69,16 @@ def save_model(
         metadata: strings of the caller's own.
         force_contiguous: False refuses tensors that are not contiguous; else their elements are written in
             the order of their indices.
-        options, masks, importances: by the names kept; as in `save_file`.
+        options, masks, importances: as in `save_file`; a tensor that has several names by any of them.
         threads, engine: as in `save_file`.
 
     Raises:
-        OptionError: a value of the ``state_dict`` is no tensor, or what is asked does not fit one.
+        OptionError: a value of the ``state_dict`` is no tensor or has no memory; what is asked does not fit
+            one; a name in an argument is no tensor's, is that of a compressed weight, or is given another
+            value than another name of its tensor.
         OSError: the file cannot be written.
     """
+    require_known_shapes(model)
     compressed = dense_names(model)
     state: dict[str, torch.Tensor] = {
         compressed.get(name, name): tensor for name, tensor in model.state_dict().items()
@@ -60,24 +89,45 @@ def save_model(
         raise OptionError(
             f"{others[0]!r} of the state_dict is a {type(state[others[0]]).__name__}, no tensor"
         )
+    for name, tensor in tensors.items():
+        require_memory(tensor, f"tensor {name!r}")
     loose = [name for name, tensor in tensors.items() if tensor.layout == torch.strided]
     loose = [name for name in loose if not tensors[name].is_contiguous()]
     if loose and not force_contiguous:
         raise OptionError(f"tensor {loose[0]!r} is not contiguous; force_contiguous=True writes it as if")
+    ties = TiedNames(tensors)
+    as_they_are = {ties.kept(name) for name in compressed.values()}
+    chosen = options if not isinstance(options, Mapping) else ties.by_kept(options, "options")
+    masks, importances = ties.by_kept(masks, "masks"), ties.by_kept(importances, "importances")
+    for argument, given in (("options", chosen), ("masks", masks), ("importances", importances)):
+        _require_not_compressed(argument, as_they_are & set(given if isinstance(given, Mapping) else ()))
     said = dict(metadata or {})
-    for group in groups_of(tensors):
-        kept = min(group)
-        for name in group:
-            if name != kept:
-                said.setdefault(name, kept)
-                del tensors[name]
-    as_they_are = set(compressed.values())
+    for name in list(tensors):
+        kept = ties.kept(name)
+        if name != kept:
+            said.setdefault(name, kept)
+            del tensors[name]
+    options_of = options_by_name(chosen, tensors)
     with Writer(path, metadata=said, engine=engine, threads=threads) as writer:
         for name, tensor in tensors.items():
             if name in as_they_are:
                 put_into(tensor, writer, name)
             else:
-                add_all(writer, {name: tensor}, options, masks or {}, importances or {})
+                mask, importance = masks.get(name), importances.get(name)
+                add_tensor(writer, name, tensor, options_of[name], mask, importance)
+
+
+def _require_not_compressed(argument: str, names: Collection[str]) -> None:
+    """Refuses arguments for weights that are not encoded again.
+
+    Raises:
+        OptionError: there is one.
+    """
+    if names:
+        raise OptionError(
+            f"{argument}: {min(names)!r} is compressed already and is written as it is; "
+            "decompress_model makes the model dense"
+        )
 
 
 def load_model(
@@ -95,13 +145,17 @@ def load_model(
     What is on another device than the processor, or has another dtype than in the file (numbers are
     converted to the module's), waits first, 64 MiB or one tensor at a time: on the processor, or on the
     CUDA device, where that decodes it. What is on the meta device gets memory. Buffers that are not
-    persistent are in no file and stay as they are. A module that takes part in loading by hooks or by
-    methods of its own is given all tensors by ``load_state_dict`` instead.
+    persistent are in no file and stay as they are: `parameters_on_meta` makes a module with such buffers. A
+    module that takes part in loading by hooks or by methods of its own, such as a lazy one, is given all
+    tensors by ``load_state_dict`` instead.
+
+    As in torch, the counter of a batch norm may be missing, and a scalar takes a vector of one element.
 
     Args:
         model: the module.
         path: of the file, or of the ``.sfp.index.json`` of a model in shards.
-        strict: whether missing and unexpected names are refused.
+        strict: whether missing and unexpected names are refused, and tensors that would stay on the meta
+            device. The name of a buffer that is not persistent, which older files can have, is not refused.
         device: where what is on the meta device goes; the rest stays where it is.
         limits, threads, engine: as in `sfpformat.open`.
 
@@ -109,25 +163,56 @@ def load_model(
         The names of the module that the file did not fill, and the names in the file that filled nothing. Of
         the names of one tensor, one is enough; a second in the file is unexpected.
 
+    Warns:
+        SfpWarning: where not strict, tensors stay on the meta device; or the file has other numbers than a
+            buffer that is not persistent.
+
     Raises:
         MismatchError: names (where strict) or shapes do not fit; the module is as it was, unless it loads
             by methods of its own.
-        OptionError: the module has compressed layers.
+        OptionError: the module has compressed layers, or tensors that cannot be filled, such as one whose
+            memory was freed; or there is no such device.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused; a note of the error
             says whether the module is as it was.
         OSError: the file cannot be read.
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise OptionError("the model has compressed layers: give compress_model a dense one, and the file")
+    where = require_device(device)
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         places = places_of(model)
         if loads_its_own_way(model):
-            return _by_state_dict(model, places, file, strict, torch.device(device))
-        found = match(places, file)
+            return _by_state_dict(model, places, file, strict, where)
+        found = match(model, places, file)
         if strict:
             found.require_all(model)
-        fill(places, file, found.sources, torch.device(device), engine)
-        return found.missing, found.unexpected
+        require_none_left(model, found.filled, strict)
+        fill(places, file, found.sources, where, engine, found.counters)
+        warn_of_ignored(model, file, found.ignored)
+        return found.missing, found.unexpected + found.ignored
+
+
+def warn_of_ignored(model: torch.nn.Module, file: AnyFile, names: Sequence[str]) -> None:
+    """Says which buffers that are not persistent have other numbers in a file: the module's stay."""
+    buffers = non_persistent(model)
+    differ = [name for name in names if not _has_numbers_of(buffers[name], file, name)]
+    if differ:
+        warn(
+            f"the file has other numbers for {listed(differ)} than the module, which makes these buffers "
+            "itself (they are not persistent); the module's stay"
+        )
+
+
+def _has_numbers_of(buffer: torch.Tensor, file: AnyFile, name: str) -> bool:
+    """Whether a buffer has the numbers of a tensor in a file; True where it has none to compare."""
+    info = file.info(name)
+    if buffer.is_meta or is_wrapper(buffer):
+        return True
+    if info.shape != tuple(buffer.shape):
+        return False
+    # In the file's dtype, which may be coarser.
+    stored = tensor_of(file.get_tensor(name))
+    return torch.equal(buffer.detach().to("cpu", stored.dtype), stored)
 
 
 # Where modules load as `torch.nn.Module` does; batch norm only adds a counter that very old files lack.
@@ -135,7 +220,7 @@ _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm")
 
 
 def loads_its_own_way(model: torch.nn.Module) -> bool:
-    """Whether some part of a module takes part in loading."""
+    """Whether some part of a module takes part in loading, or has no shape until it is loaded."""
     return any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
@@ -143,13 +228,19 @@ def loads_its_own_way(model: torch.nn.Module) -> bool:
         or type(module).set_extra_state is not torch.nn.Module.set_extra_state
         or type(module).load_state_dict is not torch.nn.Module.load_state_dict
         for module in model.modules()
-    )
+    ) or any(map(is_lazy, chain(model.parameters(), model.buffers())))
 
 
 def _by_state_dict(
     model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile, strict: bool, device: torch.device
 ) -> tuple[list[str], list[str]]:
     """Loads through ``load_state_dict``: names are known to fit only when it is done."""
+    for name, place in places.items():
+        if not is_lazy(place.tensor):
+            require_fillable(name, place.tensor)
+    own_buffers = non_persistent(model)
+    if strict:
+        require_none_left(model, places.keys(), strict)
     groups = groups_of({name: place.tensor for name, place in places.items()})
     aliases = file.metadata()
     tensors = TorchFile(file, torch.device("cpu")).get_tensors()
@@ -159,11 +250,16 @@ def _by_state_dict(
         old = places[group[0]].tensor
         names = [*group, *(aliases[name] for name in group if name in aliases)]
         source = next((name for name in names if name in tensors), None)
-        if source is None or tensors[source].shape != old.shape:
+        if source is None:
+            if on_meta and is_counter(places[group[0]]):
+                tensors |= {name: torch.zeros((), dtype=old.dtype, device=device) for name in group}
+            continue
+        if not is_lazy(old) and not is_shape_of(tuple(tensors[source].shape), tuple(old.shape)):
             continue
         tensor = tensors[source]
         if on_meta:  # tensors are taken as they are, so they must be what the module wants
             tensor = tensor.to(device if old.is_meta else old.device, old.dtype)
+            tensor = tensor if is_lazy(old) else tensor.reshape(old.shape)
             if isinstance(old, torch.nn.Parameter):
                 tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
             tensors[source] = tensor
@@ -174,8 +270,15 @@ def _by_state_dict(
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=on_meta)
     except RuntimeError as error:
-        raise MismatchError(f"{error}\nSome of the module's weights may be overwritten.") from error
-    found = Match({}, list(missing), [name for name in unexpected if name not in used])
+        lines = str(error).splitlines()
+        said = "\n".join(line[:300] for line in lines[: MOST_LISTED + 1])
+        more = f"\n\tand {len(lines) - MOST_LISTED - 1:,} more" if len(lines) > MOST_LISTED + 1 else ""
+        raise MismatchError(f"{said}{more}\nSome of the module's weights may be overwritten.") from error
+    unexpected = [name for name in unexpected if name not in used]
+    ignored = [name for name in unexpected if name in own_buffers]
+    refused = [name for name in unexpected if name not in own_buffers]
     if strict:
-        found.require_all(model)
-    return found.missing, found.unexpected
+        require_same_names(model, missing, refused)
+    require_none_left(model, (), strict)
+    warn_of_ignored(model, file, ignored)
+    return list(missing), refused + ignored

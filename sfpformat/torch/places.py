@@ -7,19 +7,32 @@ all of it was decoded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import FileFault, MismatchError
+from ..errors import FileFault, MismatchError, OptionError
+from ..names import MOST_LISTED, listed
 from ..reader import SfpFile
 from ..shards import ShardedFile
 from .files import batches, is_decoded_on
-from .tensors import format_dtype, memory_of, tensor_of, torch_dtype
+from .hints import hint
+from .tensors import (
+    address_of,
+    first_line,
+    format_dtype,
+    is_wrapper,
+    memory_of,
+    missing_memory,
+    tensor_of,
+    torch_dtype,
+)
 
 AnyFile = SfpFile | ShardedFile
+Group = tuple[str, ...]  # the names of one tensor
+_COUNTER = "num_batches_tracked"
 # Strided memory without a behaviour of its own: what other subclasses of Tensor do is up to them.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
 
@@ -46,9 +59,10 @@ def places_of(model: torch.nn.Module) -> dict[str, Place]:
 
 def identity(tensor: torch.Tensor) -> tuple[object, ...]:
     """Equal for tensors that are one and the same: the same elements of the same memory."""
-    if tensor.is_meta or tensor.layout != torch.strided or not tensor.nbytes or not tensor.data_ptr():
+    start = address_of(tensor) if tensor.layout == torch.strided else 0
+    if not start or not tensor.nbytes:
         return (id(tensor),)
-    view = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    view = start, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return (tensor.device, *view)
 
 
@@ -68,11 +82,16 @@ class Match:
         sources: the names of a group of `groups_of` -> the name in the file.
         missing: names of the module that nothing in the file fills.
         unexpected: names in the file that fill nothing.
+        ignored: names in the file that fill nothing because the module makes them itself: buffers that are
+            not persistent.
+        counters: groups that may be missing: what batch norm counts its batches with.
     """
 
-    sources: dict[tuple[str, ...], str]
+    sources: dict[Group, str]
     missing: list[str]
     unexpected: list[str]
+    ignored: list[str]
+    counters: list[Group]
 
     def require_all(self, model: torch.nn.Module) -> None:
         """Refuses missing and unexpected names.
@@ -80,61 +99,131 @@ class Match:
         Raises:
             MismatchError: there are some.
         """
-        if self.missing or self.unexpected:
-            said = [
-                f"{word} in the file: {', '.join(map(repr, names))}"
-                for word, names in (("missing", self.missing), ("unexpected", self.unexpected))
-                if names
-            ]
-            raise MismatchError(
-                f"the file does not fit {type(model).__name__}: {'; '.join(said)}",
-                self.missing,
-                self.unexpected,
-            )
+        require_same_names(model, self.missing, self.unexpected)
+
+    @property
+    def filled(self) -> set[str]:
+        """The names of the module that get numbers."""
+        return {name for group in (*self.sources, *self.counters) for name in group}
 
 
-def match(places: Mapping[str, Place], file: AnyFile, taken: Collection[str] = ()) -> Match:
+def require_same_names(model: torch.nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Refuses names that a module or a file has alone.
+
+    Raises:
+        MismatchError: there are some; the message has the first ones and a reason, where that is known.
+    """
+    if missing or unexpected:
+        said = [
+            f"{word} in the file: {listed(names)}"
+            for word, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        reason = hint(missing, unexpected)
+        raise MismatchError(
+            f"the file does not fit {type(model).__name__}: {'; '.join(said)}{reason and f'. {reason}'}",
+            missing,
+            unexpected,
+        )
+
+
+def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) -> Match:
     """Finds for each tensor of a module the one in a file: by a name of its own, else by an alias.
 
     An alias is what `save_model` and safetensors write for names of one tensor: metadata name -> name kept.
+    As in torch, the counter of batch norm may be missing, and a scalar may be a vector of one element.
 
     Args:
-        places: of the module.
+        model: the module.
+        places: of the module; no tensor of a lazy module.
         file: open.
-        taken: names in the file that are used elsewhere.
 
     Raises:
         MismatchError: a shape is another, or this version of torch has no such dtype.
+        OptionError: a tensor of the module cannot be filled, such as one whose memory was freed.
     """
     aliases = file.metadata()
-    sources: dict[tuple[str, ...], str] = {}
+    sources: dict[Group, str] = {}
     missing: list[str] = []
+    counters: list[Group] = []
     wrong: list[str] = []
     for group in groups_of({name: place.tensor for name, place in places.items()}):
-        shape = tuple(places[group[0]].tensor.shape)
+        place = places[group[0]]
+        shape = tuple(place.tensor.shape)
         own = next((name for name in group if name in file), None)
         also = (aliases[name] for name in group if name in aliases)
         source = own or next((name for name in also if name in file and file.info(name).shape == shape), None)
         if source is None:
-            missing += group
+            if is_counter(place):
+                counters.append(tuple(group))
+            else:
+                missing += group
             continue
         info = file.info(source)
         torch_dtype(info.dtype)
         sources[tuple(group)] = source
-        if info.shape != shape:
+        if not is_shape_of(info.shape, shape):
             wrong.append(f"{source!r} is {list(info.shape)} in the file, {list(shape)} in the module")
+        require_fillable(group[0], place.tensor)
     if wrong:
-        raise MismatchError(f"shapes differ: {'; '.join(wrong)}")
-    used = {*sources.values(), *taken}
-    return Match(sources, missing, [name for name in file if name not in used])
+        more = f" and {len(wrong) - MOST_LISTED:,} more" if len(wrong) > MOST_LISTED else ""
+        raise MismatchError(f"shapes differ: {'; '.join(wrong[:MOST_LISTED])}{more}")
+    used = set(sources.values())
+    unused = [name for name in file if name not in used]
+    own_buffers = non_persistent(model)
+    return Match(
+        sources,
+        missing,
+        [name for name in unused if name not in own_buffers],
+        [name for name in unused if name in own_buffers],
+        counters,
+    )
+
+
+def is_counter(place: Place) -> bool:
+    """Whether a place is the counter of a batch norm, which files older than it do not have."""
+    return place.attribute == _COUNTER and isinstance(place.module, torch.nn.modules.batchnorm._NormBase)
+
+
+def is_shape_of(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored shape fills a tensor's: as in torch, one element fills a scalar."""
+    return stored == shape or (stored == (1,) and shape == ())
+
+
+def require_fillable(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor of a module that numbers of a file cannot be written to.
+
+    Raises:
+        OptionError: its memory was freed or cut, it is spread over processes, or has a dtype of torch alone.
+    """
+    reason = missing_memory(tensor)
+    if hasattr(tensor, "full_tensor"):
+        reason = "is a DTensor, spread over processes; load the model before it is distributed"
+    elif tensor.is_quantized or tensor.is_nested:
+        reason = f"is a {'quantised' if tensor.is_quantized else 'nested'} tensor of torch"
+    elif tensor.is_meta and is_wrapper(tensor):
+        reason = f"is a {type(tensor).__name__} on the meta device"
+    if reason is not None:
+        raise OptionError(f"{name!r} of the module {reason}")
+
+
+def non_persistent(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of a module that are not in its ``state_dict``, by name."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
 
 
 def fill(
     places: Mapping[str, Place],
     file: AnyFile,
-    sources: Mapping[tuple[str, ...], str],
+    sources: Mapping[Group, str],
     device: torch.device,
     engine: str | None = None,
+    counters: Sequence[Group] = (),
 ) -> None:
     """Decodes tensors of a file into a module.
 
@@ -144,11 +233,13 @@ def fill(
         sources: as in `Match`.
         device: where what is on the meta device goes.
         engine: that the file was opened with.
+        counters: as in `Match`; those on the meta device begin at 0.
 
     Raises:
         InvalidFileError, LimitError: with a note that says what became of the module.
+        MismatchError: a tensor's class does not take the numbers; with the same note.
     """
-    made: dict[tuple[str, ...], torch.Tensor] = {}
+    made: dict[Group, torch.Tensor] = {}
     direct: dict[str, torch.Tensor] = {}  # name in the file -> what it is decoded into
     rest: dict[str, list[torch.Tensor]] = {}  # name in the file -> what it is copied to
     for group, source in sources.items():
@@ -160,16 +251,22 @@ def fill(
             direct[source] = target
         else:
             rest.setdefault(source, []).append(target)
-    with _noted(len(made) == len(sources)), torch.no_grad():
-        file.read_into({name: memory_of(tensor) for name, tensor in direct.items()})
+    for group in counters:
+        tensor = places[group[0]].tensor
+        if tensor.is_meta:
+            made[group] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    with _noted(all(group in made for group in sources)), torch.no_grad():
+        file.read_into(
+            {name: memory_of(tensor).reshape(file.info(name).shape) for name, tensor in direct.items()}
+        )
         for name, tensor in direct.items():
             _count_change(tensor)
             for other in rest.pop(name, []):
-                other.copy_(tensor)
+                _copy(name, tensor, other)
         for batch in batches({name: file.info(name).decoded_bytes for name in rest}):
             for name, tensor in _read(file, batch, rest, engine):
                 for other in rest[name]:
-                    other.copy_(tensor)
+                    _copy(name, tensor, other)
     for group, tensor in made.items():
         _put(places, group, tensor)
 
@@ -212,17 +309,30 @@ def _fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
     )
 
 
-def _put(places: Mapping[str, Place], group: tuple[str, ...], tensor: torch.Tensor) -> None:
+def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
+    """Writes numbers of a file to a tensor of a module, which may be of a class of its own.
+
+    Raises:
+        MismatchError: it does not take them.
+    """
+    try:
+        target.copy_(tensor.reshape(target.shape))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise MismatchError(
+            f"{name!r} of the module is a {type(target).__name__} that does not take the file's numbers: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> None:
     """Gives memory that was made to all places of a group; a parameter stays one parameter."""
     old = places[group[0]].tensor
     parameter = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else None
     (tensor if parameter is None else parameter).__dict__.update(old.__dict__)
     for name in group:
         module, attribute = places[name].module, places[name].attribute
-        if attribute in module._parameters:
-            module._parameters[attribute] = parameter
-        else:
-            module._buffers[attribute] = tensor if parameter is None else parameter
+        # By `setattr`, as torch's own loading: an LSTM, for one, keeps its weights in a list, too.
+        setattr(module, attribute, tensor if parameter is None else parameter)
 
 
 def _count_change(tensor: torch.Tensor) -> None:
@@ -236,7 +346,7 @@ def _noted(untouched: bool) -> Iterator[None]:
     """Adds to a fault what became of the module."""
     try:
         yield
-    except FileFault as error:
+    except (FileFault, MismatchError) as error:
         error.add_note(
             "The module is as it was."
             if untouched

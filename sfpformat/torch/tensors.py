@@ -6,11 +6,13 @@ width. Nothing here converts a number.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.parameter import is_lazy
 
 from ..dtypes import DTYPES, Dtype, of_numpy
 from ..errors import MismatchError, OptionError
@@ -86,26 +88,139 @@ def memory_of(tensor: torch.Tensor) -> Array:
     return np.asarray(plain.view(as_torch).numpy().view(dtype.numpy))
 
 
-def array_of(tensor: torch.Tensor, name: str = "") -> Array:
+def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Array:
     """A tensor as an array of the same shape and bits; its own memory where that is possible.
 
     Args:
         tensor: any device; any strides; a sparse layout is made dense.
-        name: for errors.
+        name: of the tensor, for errors.
+        kind: what it is, for errors: ``tensor``, or such as ``mask of``.
 
     Raises:
-        OptionError: it is no tensor, has no data, or its dtype has no name in the format.
+        OptionError: it is no tensor, has no data (as `require_memory`), or its dtype has no name in the
+            format.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise OptionError(f"tensor {name!r}: a {type(tensor).__name__} is no tensor")
-    if tensor.is_meta:
-        raise OptionError(f"tensor {name!r}: has no data, it is on the meta device")
+    what = f"{kind} {name!r}"
+    require_memory(tensor, what)
     if tensor.dtype not in _FROM_TORCH:
-        raise OptionError(f"tensor {name!r}: dtype {tensor.dtype} has no name in the format")
+        raise OptionError(f"{what}: dtype {tensor.dtype} has no name in the format")
     plain = tensor.detach()
-    if plain.layout != torch.strided:
-        plain = plain.to_dense()
-    return memory_of(plain.to("cpu").resolve_conj().resolve_neg().contiguous())
+    try:
+        if plain.layout != torch.strided:
+            plain = plain.to_dense()
+        return memory_of(plain.to("cpu").resolve_conj().resolve_neg().contiguous())
+    except (RuntimeError, TypeError) as error:  # such as inside of torch.func.vmap
+        raise OptionError(f"{what}: torch does not give its numbers: {first_line(error)}") from error
+
+
+def require_memory(tensor: object, what: str) -> None:
+    """Refuses what has no memory with all of its numbers.
+
+    Args:
+        tensor: any object.
+        what: it is, for errors, such as ``tensor 'w'``.
+
+    Raises:
+        OptionError: it is no tensor, or one without data: on the meta device, of a lazy module, with freed
+            memory; or a tensor made of other tensors: a DTensor, a nested, a quantised or another wrapper.
+    """
+    reason = _reason_against(tensor)
+    if reason is None and isinstance(tensor, torch.Tensor):
+        reason = missing_memory(tensor)
+        if tensor.is_meta:
+            reason = "has no data, it is on the meta device"
+    if reason is not None:
+        raise OptionError(f"{what}: {reason}")
+
+
+def _reason_against(tensor: object) -> str | None:
+    """Why an object is no tensor with memory of its own, or None."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__} is no tensor"
+    if is_lazy(tensor):
+        return "has no shape yet, it is of a lazy module: call the module once before"
+    if tensor.is_nested:
+        return "is a nested tensor; give its values and offsets, or to_padded_tensor() of it"
+    if tensor.is_quantized:
+        return "is quantised by torch; give dequantize() of it, or its int_repr(), scale and zero point"
+    if is_wrapper(tensor):
+        if hasattr(tensor, "full_tensor"):
+            return "is a DTensor, spread over processes; give full_tensor() of it"
+        return f"is a {type(tensor).__name__}, which wraps other tensors; give those, or a plain tensor of it"
+    return None
+
+
+def require_known_shapes(model: torch.nn.Module) -> None:
+    """Refuses a module with lazy modules that have no shape yet.
+
+    Raises:
+        OptionError: there is one.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise OptionError(
+                f"{name!r} has no shape yet, it is of a lazy module: call the model once, or use load_model"
+            )
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's class has operators of its own, so that it may have no memory."""
+    return type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+
+
+def missing_memory(tensor: torch.Tensor) -> str | None:
+    """What is wrong where the memory of a tensor is smaller than its shape and strides say; else None.
+
+    Such memory was freed or resized under the tensor, as FSDP does between calls.
+    """
+    for part in _parts_of(tensor):
+        if part.is_meta or not part.numel():
+            continue
+        try:
+            there = part.untyped_storage().nbytes()
+        except (RuntimeError, NotImplementedError):  # torch shows none, such as inside of torch.func.vmap
+            continue
+        last = part.storage_offset() + sum(
+            (n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)
+        )
+        needed = (last + 1) * part.itemsize
+        if there < needed:
+            return (
+                f"has {there:,} bytes of memory and needs {needed:,}: its storage was freed or resized; "
+                "gather or load the weights first"
+            )
+    return None
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where the memory of a strided tensor begins; 0 where it has none that torch shows."""
+    if is_lazy(tensor) or is_wrapper(tensor) or tensor.is_meta:
+        return 0
+    try:
+        return int(tensor.data_ptr())
+    except (RuntimeError, NotImplementedError):  # such as inside of torch.func.vmap
+        return 0
+
+
+def _parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The strided tensors that a tensor consists of; none where torch does not show them."""
+    if is_wrapper(tensor) or is_lazy(tensor):
+        return []
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of an error's message: those of torch can be long."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def tensor_of(array: Array) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfpformat.torch import safe_open
+from sfpformat.torch import parameters_on_meta, safe_open
 
 from .model import model_path
 
@@ -62,13 +62,9 @@ def model_of_slices(path: Path) -> nn.Module:
 
 
 def meta_model() -> nn.Module:
-    """The same architecture on the meta device, but for the two buffers that are in no file."""
-    with torch.device("meta"):
-        model = empty_model()
-    embeddings: Any = model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]
-    embeddings.token_type_ids = torch.zeros_like(embeddings.position_ids)
-    return model
+    """The same architecture without memory for its weights."""
+    with parameters_on_meta():
+        return empty_model()
 
 
 def sentences() -> list[str]:

@@ -1,0 +1,68 @@
+"""Why the names of a file and those of a module differ: the usual reasons, recognised by how names differ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+# Part of a name -> where it comes from, and what to do.
+_PARTS = {
+    "_orig_mod.": "torch.compile adds it: load into, and save, the module that was compiled",
+    "module.": "DataParallel and DistributedDataParallel add it: load into, and save, their module",
+    "base_model.model.": "peft adds it: load into, and save, the model of merge_and_unload()",
+    "base_layer.": "peft adds it: load into, and save, the model of merge_and_unload()",
+    "_fsdp_wrapped_module.": "FSDP adds it: load and save the state_dict of the whole model",
+    "_checkpoint_wrapped_module.": "activation checkpointing adds it",
+}
+# The end of a name -> the same.
+_PRUNED = "torch.nn.utils.prune adds it: sfpformat.pruning.take_masks makes the model plain"
+_NORMED = "torch.nn.utils.weight_norm adds it: remove_weight_norm makes the model plain"
+_ENDS = {
+    "_orig": _PRUNED,
+    "_mask": _PRUNED,
+    "_g": _NORMED,
+    "_v": _NORMED,
+    "_sfp": "compressed layers add it: save and load the model by save_model and compress_model",
+}
+_PARAMETRISED = "a parametrization adds it: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+
+
+def hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What probably is the reason, as a sentence; "" where none is recognised.
+
+    Args:
+        missing: names that the module has alone.
+        unexpected: names that the file has alone.
+    """
+    for names, others, whose in ((unexpected, missing, "file"), (missing, unexpected, "module")):
+        known = set(others)
+        for part, reason in _PARTS.items():
+            if any(part in name and name.replace(part, "") in known for name in names):
+                return f"names in the {whose} have {part!r} in them; {reason}"
+        for part, reason in _ENDS.items():
+            if any(name.endswith(part) and name.removesuffix(part) in known for name in names):
+                return f"names in the {whose} end in {part!r}; {reason}"
+        if any(_without_parametrization(name) in known for name in names):
+            return f"names in the {whose} have 'parametrizations.' in them; {_PARAMETRISED}"
+    return _prefix_hint(missing, unexpected)
+
+
+def _without_parametrization(name: str) -> str:
+    """``fc.parametrizations.weight.original`` or ``...original0`` -> ``fc.weight``."""
+    before, part, after = name.rpartition("parametrizations.")
+    return before + after.rpartition(".original")[0] if part else ""
+
+
+def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """A prefix that all names of one side have too many."""
+    for names, others, whose in ((unexpected, missing, "file"), (missing, unexpected, "module")):
+        prefix = _common_prefix(names)
+        known: Collection[str] = set(others)
+        if prefix and any(name.removeprefix(prefix) in known for name in names):
+            return f"names in the {whose} begin with {prefix!r}, which the others do not have"
+    return ""
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The part up to the first dot, where all names have the same."""
+    first = {name.partition(".")[0] for name in names if "." in name}
+    return f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""

@@ -1,0 +1,93 @@
+"""Modules whose parameters get no memory until a file fills them, and what must not stay without memory.
+
+Rules: a buffer that is not persistent is in no file; only the module's own code can make it. So buffers are
+made as usual, and parameters alone are put on the meta device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import MismatchError, warn
+from ..names import listed
+from .tensors import is_wrapper
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that are made inside have their parameters on the meta device, where they take no memory.
+
+    Their buffers are computed as usual, so that `load_model` and `compress_model`, which give the parameters
+    memory, leave nothing on the meta device. ``torch.device("meta")`` puts buffers there, too, and those that
+    are not persistent are in no file: positions, rotary frequencies and the like.
+
+    Ties stay ties. Parameters of lazy modules, and of classes with operators of their own, stay as they are.
+    It holds for the thread that enters it.
+
+    Example:
+        ``with parameters_on_meta(): model = LlamaForCausalLM(config)``, then ``load_model(model, path)``.
+    """
+    thread = threading.get_ident()
+    made = WeakIdKeyDictionary()  # a parameter that two modules are given -> the one that both get
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None
+        if parameter.is_meta or is_lazy(parameter) or is_wrapper(parameter):
+            return None
+        if parameter not in made:
+            there = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            there.__dict__.update(parameter.__dict__)
+            made[parameter] = there
+        found: nn.Parameter = made[parameter]
+        return found
+
+    hook: Any = on_meta  # torch's type leaves out that a hook can return a parameter
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def left_on_meta(model: nn.Module, filled: Collection[str]) -> list[str]:
+    """The names of parameters and buffers that are on the meta device and will stay there.
+
+    Args:
+        model: any module.
+        filled: the names of what will get memory.
+    """
+    tensors = chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return [name for name, tensor in tensors if name not in filled and not is_lazy(tensor) and tensor.is_meta]
+
+
+def require_none_left(model: nn.Module, filled: Collection[str], strict: bool) -> None:
+    """Refuses, or warns of, tensors that stay on the meta device.
+
+    Args:
+        model, filled: as in `left_on_meta`.
+        strict: whether they are refused.
+
+    Raises:
+        MismatchError: some stay.
+    """
+    left = left_on_meta(model, filled)
+    if not left:
+        return
+    words = f"the file does not fill {listed(left)}, which would stay on the meta device"
+    if set(left) & dict(model.named_buffers(remove_duplicate=False)).keys():
+        words += "; make the model under sfpformat.torch.parameters_on_meta(), which computes its buffers"
+    if strict:
+        raise MismatchError(words, left)
+    warn(words)

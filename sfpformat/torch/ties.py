@@ -1,0 +1,98 @@
+"""Tied tensors: one tensor of a model under several names, any of which may be used in an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..errors import OptionError
+from ..names import checked_by_name, require_known
+from .places import groups_of
+
+T = TypeVar("T")
+
+
+class TiedNames:
+    """The names of a model's tensors; those of one and the same tensor mean the same."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Args:
+        tensors: by name, each under all of its names.
+        """
+        self._groups = {name: group for group in groups_of(tensors) for name in group}
+
+    def kept(self, name: str) -> str:
+        """The name under which `save_model` writes a tensor: the first in alphabetical order."""
+        return min(self._groups[name])
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of a tensor."""
+        return self._groups[name]
+
+    def like(self, pattern: str) -> set[str]:
+        """The names whose tensor has a name that matches a pattern (as a shell's)."""
+        return {
+            name
+            for name, group in self._groups.items()
+            if any(fnmatchcase(other, pattern) for other in group)
+        }
+
+    def once(self, names: Iterable[str]) -> list[str]:
+        """The names without those that mean the tensor of an earlier one.
+
+        Raises:
+            OptionError: a name is not known.
+        """
+        names = list(names)
+        require_known(names, self._groups)
+        first: dict[str, str] = {}
+        for name in names:
+            first.setdefault(self.kept(name), name)
+        return list(first.values())
+
+    def one_each(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
+        """What was given for some tensors, once for each: under the first of its names that was used.
+
+        Args:
+            given: by name; None for nothing.
+            argument: the caller's argument, for errors.
+
+        Raises:
+            OptionError: it is no mapping, a name is not known, or two names of one tensor have different
+                values.
+        """
+        out: dict[str, T] = {}
+        used: dict[str, str] = {}
+        for name, value in checked_by_name(given, self._groups, argument).items():
+            first = used.setdefault(self.kept(name), name)
+            if first == name:
+                out[name] = value
+            elif not _same(out[first], value):
+                raise OptionError(f"{argument}: {first!r} and {name!r} are one tensor and differ; give one")
+        return out
+
+    def by_kept(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
+        """As `one_each`, under the names that `save_model` writes."""
+        return {self.kept(name): value for name, value in self.one_each(given, argument).items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal: numbers by their elements."""
+    if one is other:
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, (torch.Tensor, np.ndarray)) or isinstance(other, (torch.Tensor, np.ndarray)):
+        return np.array_equal(_numbers(one), _numbers(other))
+    return bool(one == other)
+
+
+def _numbers(values: Any) -> Any:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
