@@ -23,8 +23,8 @@ _MOST_SHOWN = 120
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, or None where none is similar.
 
-    A name that differs in case alone comes first, then one that differs by leading parts (``module.`` and the
-    like), then the most similar one by `difflib`.
+    A name that differs in case alone comes first, then one that is the same but for whole parts before or
+    after it (``module.``, ``.weight``), then the most similar one by `difflib`.
 
     Args:
         name: unknown.
@@ -36,7 +36,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         if candidate.casefold() == folded:
             return candidate
     for candidate in candidates:
-        if candidate and (name.endswith(f".{candidate}") or candidate.endswith(f".{name}")):
+        one, other = f".{name}.", f".{candidate}."
+        if name and candidate and (one in other or other in one):
             return candidate
     close = get_close_matches(name, candidates[:_MOST_COMPARED], n=1, cutoff=0.6)
     return close[0] if close else None

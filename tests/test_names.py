@@ -14,10 +14,13 @@ from sfpformat.names import listed, nearest, require_known, unknown_name
         ("W", ["x", "w"], "w"),  # another case
         ("module.fc.weight", ["fc.bias", "fc.weight"], "fc.weight"),  # a prefix too many
         ("fc.weight", ["fc.bias", "model.fc.weight"], "model.fc.weight"),  # a prefix too few
+        ("fc", ["bias", "fc.weight"], "fc.weight"),  # the layer's
+        ("fc.weight_orig", ["fc", "fc.bias"], "fc"),
         ("fc.wieght", ["fc.bias", "fc.weight"], "fc.weight"),  # misspelt
         ("encoder", ["w", "b"], None),
         ("w", [], None),
         ("w", [""], None),
+        ("", ["w"], None),
     ],
 )
 def test_the_nearest_name_is_the_one_that_was_probably_meant(
