@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .errors import OptionError, fault
 
@@ -35,6 +35,10 @@ class Limits:
     expansion_floor: int = 1 << 28
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not hasattr(value, "__index__") or isinstance(value, bool) or value < 0:
+                raise OptionError(f"the limit {field.name} is {value!r}, must be a whole number, 0 or more")
         if self.depth > MAX_DEPTH or self.rank > MAX_RANK:
             raise OptionError(f"depth can be raised to {MAX_DEPTH} at most, rank to {MAX_RANK}")
 
@@ -45,7 +49,7 @@ class Limits:
             raise fault(
                 "R-LIM-002",
                 f"{limit} is {value:,}, above the limit of {allowed:,}; "
-                f"pass limits=Limits({limit}=...) if you trust this file",
+                f"pass limits=Limits({limit}=...), or --limit {limit}=... to sfp, if you trust this file",
                 offset=offset,
             )
 
@@ -59,5 +63,41 @@ class Limits:
         if decoded > self.expansion_floor:
             self.require("expansion", -(-decoded // max(stored, 1)), offset)
 
+    def require_written(self, limit: str, value: int, what: str) -> None:
+        """Refuses to write what readers with these limits would refuse (R-LIM-001).
+
+        Args:
+            limit: the name of a limit.
+            value: what the file would have.
+            what: names what is at fault, for the error.
+
+        Raises:
+            OptionError: the value is above the limit.
+        """
+        allowed: int = getattr(self, limit)
+        if value > allowed:
+            raise OptionError(
+                f"{what}: readers would refuse {value:,} as {limit}, their limit is {allowed:,}; "
+                f"{_INSTEAD[limit]}, or have writer and readers take limits=Limits({limit}={value}) "
+                f"(--limit {limit}={value} of sfp)"
+            )
+
+    def require_written_tensor(self, decoded: int, stored: int, what: str) -> None:
+        """`require_written` for a tensor's decoded and stored sizes, in bytes."""
+        self.require_written("tensor_bytes", decoded, what)
+        if decoded > self.expansion_floor:
+            self.require_written("expansion", -(-decoded // max(stored, 1)), what)
+
+
+# Limit -> how to stay within it.
+_INSTEAD = {
+    "directory_bytes": "write several files, or larger chunks",
+    "depth": "drop the entry's unknown keys",
+    "name_bytes": "shorten the name",
+    "tensors": "write several files",
+    "rank": "reshape it",
+    "tensor_bytes": "write it in parts",
+    "expansion": "use smaller chunks or segments",
+}
 
 DEFAULT_LIMITS = Limits()

@@ -34,6 +34,7 @@ def save_file(
     options: Options | Mapping[str, Options] | None = None,
     masks: Mapping[str, Mask] | None = None,
     importances: Mapping[str, Importance] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
@@ -46,16 +47,18 @@ def save_file(
         options: for all tensors, or for each by name; lossless where nothing is said.
         masks: name -> bool array of the tensor's shape, True for survivors.
         importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
+        limits: what readers allow; they need the same ones where these are not the default.
         threads: how many may work; the bytes do not depend on it.
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor, or a name in an argument is no tensor's.
+        OptionError: what is asked does not fit a tensor, readers would refuse one by their limits, or a name
+            in an argument is no tensor's.
         OSError: the file cannot be written.
     """
     from .writer import Writer
 
-    with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
+    with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
 
 
@@ -66,6 +69,7 @@ def save(
     options: Options | Mapping[str, Options] | None = None,
     masks: Mapping[str, Mask] | None = None,
     importances: Mapping[str, Importance] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
@@ -74,7 +78,7 @@ def save(
     from .writer import Writer
 
     out = MemorySink()
-    with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
+    with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
     return out.data
 

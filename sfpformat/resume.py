@@ -34,7 +34,7 @@ from .filesystem import (
     sync,
     take_attributes,
 )
-from .limits import DEFAULT_LIMITS
+from .limits import DEFAULT_LIMITS, Limits
 from .source import Buffer
 
 # What reading a journal raises whose last record was cut off or damaged: work goes on from before it.
@@ -48,19 +48,22 @@ class ResumableSink:
         entries: the tensors that are complete, those included that an earlier writer with the same key left.
     """
 
-    def __init__(self, target: Path, key: str, *, like: Path | None = None) -> None:
+    def __init__(
+        self, target: Path, key: str, *, like: Path | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         """Takes up what an earlier writer left, or begins.
 
         Args:
             target: the path that the file will take, links followed.
             key: tells the job: what is written from what with which options. Another key begins anew.
             like: the file whose owner and mode it takes, where that exists; else those of ``target``.
+            limits: those that an earlier writer kept to.
 
         Raises:
             LockedFileError: another process is writing this target.
             OSError: there is no space, or no permission; nothing is left behind.
         """
-        self._target, self._like = target, like
+        self._target, self._like, self._limits = target, like, limits
         self._path = beside(target, ".partial")
         self._journal_path = beside(target, ".partial.journal")
         mode = creation_mode(target, like)
@@ -94,8 +97,8 @@ class ResumableSink:
                 return [], SIZE
             self._file.seek(SIZE)
             for fields in unpacker:
-                decoded = messagepack.decode(messagepack.encode(fields), DEFAULT_LIMITS)
-                entry = TensorEntry.from_map(typed(decoded, Map, "an entry", 0), DEFAULT_LIMITS)
+                decoded = messagepack.decode(messagepack.encode(fields), self._limits)
+                entry = TensorEntry.from_map(typed(decoded, Map, "an entry", 0), self._limits)
                 if not self._matches(entry):
                     break
                 entries.append(entry)

@@ -12,6 +12,7 @@ from .atomic import AtomicFile, real_target
 from .container.entry import TensorEntry
 from .container.preamble import SIZE
 from .errors import OptionError
+from .limits import DEFAULT_LIMITS, Limits
 from .resume import ResumableSink
 from .source import Buffer
 
@@ -164,7 +165,7 @@ def _appends(stream: Any) -> bool:
 Target = str | os.PathLike[str] | BinaryIO | MemorySink | ResumableSink
 
 
-def open_sink(target: Target, resume_key: str | None) -> Sink:
+def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_LIMITS) -> Sink:
     """The sink for what a writer was given.
 
     Raises:
@@ -173,7 +174,7 @@ def open_sink(target: Target, resume_key: str | None) -> Sink:
     """
     if isinstance(target, (str, os.PathLike)):
         path = real_target(target)
-        return FileSink(path) if resume_key is None else ResumableSink(path, resume_key)
+        return FileSink(path) if resume_key is None else ResumableSink(path, resume_key, limits=limits)
     if resume_key is not None:
         raise OptionError("only a path can be resumed")
     return target if isinstance(target, (MemorySink, ResumableSink)) else StreamSink(target)

@@ -25,13 +25,16 @@ from .coding.mask import Mask
 from .container import messagepack
 from .container.directory import Directory
 from .container.entry import CHUNK_RECORD, TensorEntry
+from .container.messagepack import depth_of
 from .container.preamble import SIZE, Preamble
 from .engines import get_engine
 from .errors import ClosedFileError, FileFault, OptionError, SfpError
-from .limits import DEFAULT_LIMITS
+from .limits import DEFAULT_LIMITS, Limits
 from .names import quoted, require_mapping
 from .resume import ResumableSink
 from .sink import Target, open_sink
+
+_DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 
 
 class Writer:
@@ -48,6 +51,7 @@ class Writer:
         engine: str | None = None,
         threads: int | None = None,
         resume_key: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Begins a file.
 
@@ -58,16 +62,21 @@ class Writer:
             threads: how many may encode; None takes the number of cores. The bytes do not depend on it.
             resume_key: what tells this job from others. With it a writer that was killed leaves a partial
                 file, and the next with the same key goes on after its last complete tensor: see `done`.
+            limits: those of the readers: what they would refuse is not written. Readers need the same ones
+                where they are not the default.
 
         Raises:
-            OptionError: metadata that are not strings.
+            OptionError: metadata that are not strings; a target that cannot be written.
             OSError: the temporary file cannot be made.
         """
         self._metadata = _checked_metadata(metadata or {})
+        self._limits = limits
+        self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._engine_name, self._engine = engine, get_engine(engine, weights=0)
         self._weights = self._chosen_for = 0
         self._threads = threads or os.cpu_count() or 1
-        self._sink = open_sink(target, resume_key)
+        self._require_room("the metadata")
+        self._sink = open_sink(target, resume_key, limits)
         self._entries: dict[str, TensorEntry] = {}
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
@@ -122,21 +131,21 @@ class Writer:
             The tensor's entry in the directory.
 
         Raises:
-            OptionError: the options do not fit the tensor, or the name is taken. The writer can go on.
+            OptionError: the options do not fit the tensor, the name is taken, or readers would refuse the
+                tensor by their limits. The writer can go on, unless that shows only when all is encoded.
             OSError: the file cannot be written, and cannot be finished any more.
             ClosedFileError: it is finished already.
         """
-        self._require_usable()
-        _check_name(name, self._entries)
         array = np.asanyarray(array)
+        self._require_addable(name, array.ndim, array.nbytes)
         options = require_options(options, f"the options of {name!r}")
         _require_arrays(name, mask, importance)
         self._choose_engine(array.size)
-        keys = _checked_keys(name, {} if other is None else other)
-        plan = plan_tensor(name, array, options, self._engine, mask, importance)
-        return self._add(
-            replace(plan.entry, other=keys) if keys else plan.entry, encode_vectors(plan), self._encoded(plan)
-        )
+        keys = _checked_keys(name, {} if other is None else other, self._limits)
+        plan = plan_tensor(name, array, options, self._engine, mask, importance, self._limits)
+        entry = replace(plan.entry, other=keys) if keys else plan.entry
+        self._require_depth(entry)
+        return self._add(entry, encode_vectors(plan), self._encoded(plan))
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Writes a tensor as another file has it, nothing is encoded again.
@@ -149,12 +158,15 @@ class Writer:
             The tensor's entry in this file's directory.
 
         Raises:
-            OptionError: the name is taken. The writer can go on.
+            OptionError: the name is taken, or readers would refuse the tensor by their limits. The writer can
+                go on.
             OSError: the file cannot be written, and cannot be finished any more.
             ClosedFileError: it is finished already.
         """
-        self._require_usable()
-        _check_name(entry.name, self._entries)
+        self._require_addable(entry.name, len(entry.shape), entry.decoded_bytes)
+        what = f"tensor {quoted(entry.name)}"
+        self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
+        self._require_depth(entry)
         return self._add(entry, vectors, ([chunk] for chunk in chunks))
 
     def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[list[Bytes]]) -> TensorEntry:
@@ -165,10 +177,36 @@ class Writer:
         there = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
         entry = replace(entry, chunks=there, vectors=vector_record)
         entry.require_valid()
+        what = f"tensor {quoted(entry.name)}"
+        self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
+        # Much of the directory is names and the records of chunks: a file of too many is refused early.
+        self._directory_bytes += len(entry.name.encode()) + there.nbytes
+        self._require_room(what)
         self._entries[entry.name] = entry
         self._sink.tensor_done(entry)
         self._whole = True
         return entry
+
+    def _require_addable(self, name: str, rank: int, decoded: int) -> None:
+        """Raises an error where a tensor cannot be added, before anything of it is written."""
+        self._require_usable()
+        require_name(name, self._limits)
+        if name in self._entries:
+            raise OptionError(f"tensor {quoted(name)} was already written")
+        what = f"tensor {quoted(name)}"
+        self._limits.require_written("tensors", len(self._entries) + 1, what)
+        self._limits.require_written("rank", rank, what)
+        self._limits.require_written("tensor_bytes", decoded, what)
+
+    def _require_depth(self, entry: TensorEntry) -> None:
+        """Raises `OptionError` where an entry is nested deeper than readers allow."""
+        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # what this version writes is not deep
+            depth = _DEPTH_OF_ENTRIES + depth_of(entry.to_map())
+            self._limits.require_written("depth", depth, f"tensor {quoted(entry.name)}")
+
+    def _require_room(self, what: str) -> None:
+        """Raises `OptionError` where the directory is larger than readers allow."""
+        self._limits.require_written("directory_bytes", self._directory_bytes, what)
 
     def _choose_engine(self, weights: int) -> None:
         """Looks for a faster engine when much more is to be written than what the last was chosen for."""
@@ -224,6 +262,7 @@ class Writer:
             directory = Directory(self._entries, self._metadata)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()
+            self._limits.require_written("directory_bytes", len(data), "the file")
             preamble = Preamble(offset, len(data), offset + len(data), crc32(data))
             self._sink.append(data)
             self._sink.commit(preamble.to_bytes())
@@ -245,30 +284,24 @@ class Writer:
             self._pool = None
 
 
-def _check_name(name: str, taken: dict[str, TensorEntry]) -> None:
-    if name in taken:
-        raise OptionError(f"tensor {quoted(name)} was already written")
-    require_name(name)
-
-
-def require_name(name: str) -> None:
+def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
     """Refuses what cannot be a tensor's name in a file (R-TEN-002, R-MSG-003, R-LIM-001).
 
     Raises:
         OptionError: it cannot.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"{name!r} cannot be a tensor's name: it is a {type(name).__name__}, not a string")
     if not name:
         raise OptionError("a tensor has an empty name, which .sfp does not allow; rename it")
     if not is_text(name):
         raise OptionError(
             f"{quoted(name)} cannot be a tensor's name: names are UTF-8 without U+0000; rename it"
         )
-    size, most = len(name.encode()), DEFAULT_LIMITS.name_bytes
-    if size > most:
-        raise OptionError(f"{quoted(name)} has {size:,} bytes, a tensor's name at most {most:,}; rename it")
+    limits.require_written("name_bytes", len(name.encode()), f"tensor {quoted(name)}")
 
 
-def _checked_keys(name: str, other: Mapping[str, object]) -> dict[str, object]:
+def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dict[str, object]:
     """More keys of an entry, refused where no reader would take them.
 
     Raises:
@@ -283,7 +316,7 @@ def _checked_keys(name: str, other: Mapping[str, object]) -> dict[str, object]:
             raise OptionError(f"tensor {quoted(name)}: the key {quoted(key)} does not begin with 'x-'")
     try:
         as_deep_as_an_entry: dict[str, object] = {"": {"": keys}}
-        messagepack.decode(messagepack.encode(as_deep_as_an_entry), DEFAULT_LIMITS)
+        messagepack.decode(messagepack.encode(as_deep_as_an_entry), limits)
     except (FileFault, TypeError, ValueError, OverflowError) as error:
         said = error.detail if isinstance(error, FileFault) else error
         raise OptionError(f"tensor {quoted(name)}: other keys cannot be written: {said}") from None

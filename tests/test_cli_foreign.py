@@ -258,7 +258,7 @@ def test_what_a_file_cannot_hold_is_told_before_anything_is_written(tmp_path: Pa
         ({"a\0": tensor()}, "'a\\x00' cannot be a tensor's name: names are UTF-8 without U+0000; rename it"),
         (
             {"layer." * 200 + "w": tensor()},
-            "(1,201 characters) has 1,201 bytes, a tensor's name at most 1,024",
+            "(1,201 characters): readers would refuse 1,201 as name_bytes, their limit is 1,024",
         ),
         (
             {"__metadata__": {"a": "\0"}, "w": tensor()},

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import of_numpy
 from .console import number, percent, printable, progress, show_json, show_table
+from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
@@ -41,6 +42,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("--all", action="store_true", help="list also tensors that are equal")
     parser.add_argument("--json", action="store_true", help="as JSON, with all tensors")
     add_strict_index(parser)
+    add_limits(parser)
     return parser
 
 
@@ -145,8 +147,11 @@ def _words(array: NDArray[np.generic]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
-    strict = args.strict_index
-    with open_model(args.a, strict_index=strict) as a, open_model(args.b, strict_index=strict) as b:
+    strict, limits = args.strict_index, limits_of(args.limit)
+    with (
+        open_model(args.a, strict_index=strict, limits=limits) as a,
+        open_model(args.b, strict_index=strict, limits=limits) as b,
+    ):
         common = [name for name in a.specs if name in b.specs]
         only_a = [name for name in a.specs if name not in b.specs]
         only_b = [name for name in b.specs if name not in a.specs]

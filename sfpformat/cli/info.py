@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from ..container.preamble import MAJOR
 from .console import bytes_words, number, percent, printable, show_json, show_table
+from .limits import add_limits, limits_of
 from .models import Model, open_model, sub_byte_of
 from .parser import Parser, Subparsers, examples
 from .report import TensorReport, Totals, report_tensor, total
@@ -35,6 +36,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, or an .sfp.index.json")
     parser.add_argument("--json", action="store_true", help="as JSON: sizes in bytes, parts in bits")
     parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names like this")
+    add_limits(parser)
     parser.add_argument("--engines", action="store_true", help="which engines can be used here")
     return parser
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     if args.file is None:
         raise Trouble("which file? (see 'sfp info --help')")
-    with open_model(args.file) as model:
+    with open_model(args.file, limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise Trouble(f"{args.file}: a safetensors file; 'sfp pack' makes an .sfp file of it")
         reports = report_model(model)

@@ -17,6 +17,7 @@ from ..closing import Closing
 from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
 from ..errors import SfpWarning
+from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
 from ..reader import SfpFile
 from ..safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
@@ -43,15 +44,20 @@ class Model(Closing):
         keeps_metadata: whether `metadata` and `metadata_of` give the metadata of the files, or nothing.
     """
 
-    def __init__(self, path: Path, *, strict_index: bool = False) -> None:
+    def __init__(self, path: Path, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> None:
         """Opens a file or index by what it is, not by what it is called.
 
         Where an index of safetensors disagrees with its files, the index decides, with an `SfpWarning`.
 
+        Args:
+            path: of the file or index.
+            strict_index: whether such an index is refused.
+            limits: what an `.sfp` file may claim.
+
         Raises:
             Trouble, OSError.
         """
-        self.path = path
+        self.path, self._limits = path, limits
         self.strict_index = strict_index
         self.keeps_metadata = True
         require_file(path)
@@ -77,7 +83,7 @@ class Model(Closing):
         with self.path.open("rb") as file:
             start = file.read(HEAD_BYTES)
         if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
-            self.files[self.path.name] = self._stack.enter_context(SfpFile(self.path))
+            self.files[self.path.name] = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
             return "sfp"
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
             words = describe(start, self.path.name, self.path.stat().st_size)
@@ -89,7 +95,7 @@ class Model(Closing):
         index = ShardIndex.read(self.path, subfolders=not self.path.name.endswith(f".sfp{INDEX_SUFFIX}"))
         names = index.files()
         if names and all(name.endswith(".sfp") for name in names):
-            self.files = dict(self._stack.enter_context(ShardedFile(self.path)).files)
+            self.files = dict(self._stack.enter_context(ShardedFile(self.path, limits=self._limits)).files)
             return "sfp"
         for name in names:
             shard = self.path.parent / name
@@ -231,19 +237,20 @@ def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
     return sorted(set(shards) - set(found))
 
 
-def open_model(path: PathLike, *, strict_index: bool = False) -> Model:
+def open_model(path: PathLike, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> Model:
     """Opens a file, an index, or the one of either that a folder has.
 
     Args:
         path: of the file, index or folder.
         strict_index: as in `Model`.
+        limits: what an `.sfp` file may claim.
 
     Raises:
         Trouble: it is not a model, or is damaged.
         OSError: it cannot be read.
     """
     path = Path(path)
-    return Model(_model_in(path) if path.is_dir() else path, strict_index=strict_index)
+    return Model(_model_in(path) if path.is_dir() else path, strict_index=strict_index, limits=limits)
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:

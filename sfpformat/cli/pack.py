@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..limits import Limits
 from ..names import quoted
 from ..shards import index_name
 from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, progress, show_json
 from .info import report_model
+from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
 from .packing import Job, job_key, pack_file, pack_shards
 from .parser import Parser, Subparsers, examples
@@ -69,6 +71,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     add_strict_index(parser)
     parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    add_limits(parser, "raise or lower what readers allow, who then need the same")
     add_tensor_options(parser)
     return parser
 
@@ -76,7 +79,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 _NOT_TENSOR_OPTIONS = frozenset(
     (
         *("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "no_metadata"),
-        *("strict_index", "verify", "json", "run"),
+        *("strict_index", "verify", "json", "limit", "run"),
     )
 )
 
@@ -88,21 +91,22 @@ def run(args: argparse.Namespace) -> int:
     base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
+    limits = limits_of(args.limit)
     with open_model(args.source, strict_index=args.strict_index) as model:
         if model.kind != "safetensors":
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
-        _require_storable(model, metadata)
+        _require_storable(model, metadata, limits)
         treatments = rules.treatments(model.specs.values())
         importances = _importances(args.importance, model)
         try:
-            job = _job(model, treatments, importances, metadata)
+            job = _job(model, treatments, importances, metadata, limits)
             outputs, resumed = _write(job, args)
         finally:
             if importances is not None:
                 importances.close()
-        totals = _totals(outputs)
-        faults = _verify(outputs, model, treatments) if args.verify else []
+        totals = _totals(outputs, limits)
+        faults = _verify(outputs, model, treatments, limits) if args.verify else []
     _show(args, model, outputs, totals, resumed, faults, time.monotonic() - start)
     return 1 if faults else 0
 
@@ -119,15 +123,17 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
     return out
 
 
-def _require_storable(model: Model, metadata: dict[str, str]) -> None:
-    """Refuses names and metadata that safetensors has and `.sfp` has not, before anything is written.
+def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) -> None:
+    """Refuses names, shapes and metadata that `.sfp` or its readers do not take, before anything is written.
 
     Args:
         metadata: the caller's own, which override the checkpoint's.
+        limits: what readers allow.
     """
     with about(model.path):
-        for name in model.specs:
-            require_name(name)
+        for name, spec in model.specs.items():
+            require_name(name, limits)
+            limits.require_written("rank", len(spec.shape), f"tensor {quoted(name)}")
     for file_name in model.files:
         for key, value in model.metadata_of(file_name).items():
             if is_text(key) and (is_text(value) or key in metadata):
@@ -161,12 +167,17 @@ def _importances(path: str | None, model: Model) -> Model | None:
 
 
 def _job(
-    model: Model, treatments: dict[str, Treatment], importances: Model | None, metadata: dict[str, str]
+    model: Model,
+    treatments: dict[str, Treatment],
+    importances: Model | None,
+    metadata: dict[str, str],
+    limits: Limits,
 ) -> Job:
     options = [
         __version__,
         model.keeps_metadata,
         metadata,
+        dataclasses.asdict(limits),
         {name: dataclasses.asdict(t) for name, t in treatments.items()},
     ]
     key = job_key(model, importances, options)
@@ -179,7 +190,7 @@ def _job(
     if sharing:
         with progress(sharing, "bits") as shown:
             treatments = with_shared_bits(model, treatments, shares, importances, shown.advance)
-    return Job(model, treatments, shares, importances, metadata, key)
+    return Job(model, treatments, shares, importances, metadata, key, limits)
 
 
 def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
@@ -192,24 +203,24 @@ def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
         return [target], resumed
 
 
-def _totals(outputs: list[Path]) -> Totals:
+def _totals(outputs: list[Path], limits: Limits) -> Totals:
     reports, size = [], 0
     for path in outputs:
-        with about(path), Model(path) as packed:
+        with about(path), Model(path, limits=limits) as packed:
             reports += report_model(packed)
             size += packed.stored_bytes
     return total(reports, size)
 
 
-def _verify(outputs: list[Path], model: Model, treatments: dict[str, Treatment]) -> list[str]:
+def _verify(outputs: list[Path], model: Model, treatments: dict[str, Treatment], limits: Limits) -> list[str]:
     """What is wrong with what was written."""
     from ..validate import validate
 
     faults = []
     with progress(model.nbytes, "verify") as shown:
         for path in outputs:
-            faults += [f"{path}: {fault}" for fault in validate(path).faults]
-            with Model(path) as packed:
+            faults += [f"{path}: {fault}" for fault in validate(path, limits=limits).faults]
+            with Model(path, limits=limits) as packed:
                 for name, spec in packed.specs.items():
                     shown.at(name)
                     if treatments[name].lossless:

@@ -20,6 +20,7 @@ from typing import Any
 from ..atomic import AtomicFile, take_names
 from ..errors import SfpError
 from ..filesystem import UnnamedFileError, beside, open_locked, remove
+from ..limits import DEFAULT_LIMITS, Limits
 from ..reader import SfpFile
 from ..resume import ResumableSink
 from ..safetensors import SafetensorsError, strict_json
@@ -45,6 +46,7 @@ class Job:
         importances: a model with tensors of the same names, or None.
         metadata: the caller's own, which override the checkpoint's.
         key: the same for the same sources, options and version only.
+        limits: what readers allow.
     """
 
     model: Model
@@ -53,6 +55,7 @@ class Job:
     importances: Model | None
     metadata: dict[str, str]
     key: str
+    limits: Limits = DEFAULT_LIMITS
 
 
 def job_key(model: Model, importances: Model | None, options: object) -> str:
@@ -91,8 +94,8 @@ def pack_file(
         KeyboardInterrupt: the partial file is kept; the message says how to go on.
     """
     with about(target):
-        sink = ResumableSink(target, job.key, like=like)
-        writer = Writer(sink, metadata={**metadata, **job.metadata})
+        sink = ResumableSink(target, job.key, like=like, limits=job.limits)
+        writer = Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits)
         done = set(writer.done)
         for name in done:
             progress.advance(job.model.specs[name].nbytes)
@@ -139,7 +142,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
         stem.with_name(shard_name(stem.name, number, len(files))) for number in range(1, len(files) + 1)
     ]
     with about(stem.with_name(index_name(stem.name))):
-        state = _State(stem, len(files), job.key)
+        state = _State(stem, len(files), job.key, job.limits)
     resumed = 0
     try:
         for file_name, target in zip(files, targets, strict=True):
@@ -188,7 +191,7 @@ def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
     }
     total = 0
     for target in targets.values():
-        with SfpFile(waiting.get(target, target)) as file:
+        with SfpFile(waiting.get(target, target), limits=job.limits) as file:
             total += sum(file.entry(name).decoded_bytes for name in file)
     index = stem.with_name(index_name(stem.name))
     with about(index):
@@ -199,22 +202,22 @@ def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
         take_names([(finished, target) for target, finished in waiting.items()], (new.path, index))
 
 
-def _directory_crc(path: Path) -> int:
-    with SfpFile(path) as file:
+def _directory_crc(path: Path, limits: Limits) -> int:
+    with SfpFile(path, limits=limits) as file:
         return file.preamble.directory_crc
 
 
 class _State:
     """The finished shards of a job, in a locked file: a line of JSON for the job, and one for each shard."""
 
-    def __init__(self, stem: Path, count: int, key: str) -> None:
+    def __init__(self, stem: Path, count: int, key: str, limits: Limits) -> None:
         """Takes up the state of an earlier run with the same key, or begins; what another job left goes.
 
         Raises:
             LockedFileError: another process is writing this model.
             OSError: the state cannot be written; nothing is left behind but what an earlier run left.
         """
-        self._stem = stem
+        self._stem, self._limits = stem, limits
         self._path = beside(stem.with_name(index_name(stem.name)), ".partial")
         self._shards = count
         self._crcs: dict[str, int] = {}
@@ -268,7 +271,7 @@ class _State:
         crc = self._crcs.get(finished.name)
         for path in (finished, target):
             try:
-                if crc is not None and _directory_crc(path) == crc:
+                if crc is not None and _directory_crc(path, self._limits) == crc:
                     return True
             except (OSError, SfpError):
                 pass
@@ -276,7 +279,7 @@ class _State:
 
     def add(self, finished: Path) -> None:
         """Notes a finished shard."""
-        crc = _directory_crc(finished)
+        crc = _directory_crc(finished, self._limits)
         self._append({"shard": finished.name, "crc": crc})
         self._crcs[finished.name] = crc
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import SfpError
 from ..reader import SfpFile
 from .console import bytes_words, percent, show_json
+from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, about, checked_target, require_file, require_suffix
 
@@ -60,6 +61,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     )
     parser.add_argument("--drop-importance", action="store_true", help="do not keep the survivors'")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    add_limits(parser)
     return parser
 
 
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     source = Path(args.source)
     require_file(source)
     target = checked_target(args.output, [source])
-    with about(source), SfpFile(source) as file:
+    with about(source), SfpFile(source, limits=limits_of(args.limit)) as file:
         for pattern in args.exempt:
             if not any(fnmatchcase(name, pattern) for name in file):
                 raise Trouble(f"--exempt {pattern!r}: no tensor of {source} has a name like this")

@@ -15,6 +15,7 @@ from ..atomic import ReplacedTogether, replacing
 from ..safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..shards import ShardIndex, index_name, shard_name
 from .console import Progress, bytes_words, progress
+from .limits import add_limits, limits_of
 from .models import Model, open_model
 from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, about, checked_target, require_suffix
@@ -39,6 +40,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True, help="the file to write")
     parser.add_argument("--sharded", action="store_true", help="a file for each shard, and their index")
     parser.add_argument("--tensor", metavar="GLOB", action="append", help="only tensors with names like this")
+    add_limits(parser)
     return parser
 
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs it."""
     start = time.monotonic()
     require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
-    with open_model(args.source) as model:
+    with open_model(args.source, limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise Trouble(f"{args.source}: is safetensors already")
         for pattern in args.tensor or []:

@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 from ..errors import FileFault, SfpError
+from ..limits import Limits
 from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
 from ..validate import Report, validate
 from .console import bytes_words, printable, progress, show_json
+from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 from .trouble import about, other_kind, require_file
 
@@ -30,15 +32,17 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, or .sfp.index.json")
     parser.add_argument("--canonical", action="store_true", help="what is not canonical counts as faulty")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_limits(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     code, results = 0, []
+    limits = limits_of(args.limit)
     for path in (shard for name in args.files for shard in _with_shards(Path(name))):
         with about(path):
-            report = _validate(path)
+            report = _validate(path, limits)
         good = report.canonical if args.canonical else report.ok
         code = code if good else 1
         results.append(_as_json(path, report))
@@ -61,10 +65,10 @@ def _with_shards(path: Path) -> list[Path]:
     return [path, *(path.with_name(name) for name in names)]
 
 
-def _validate(path: Path) -> Report:
+def _validate(path: Path, limits: Limits) -> Report:
     require_file(path)
     if path.name.endswith(INDEX_SUFFIX):
-        return _validate_index(path)
+        return _validate_index(path, limits)
     with progress(os.stat(path).st_size, path.name) as shown:
         last = 0
 
@@ -73,14 +77,14 @@ def _validate(path: Path) -> Report:
             shown.advance(done - last)
             last = done
 
-        return validate(path, progress=advance)
+        return validate(path, limits=limits, progress=advance)
 
 
-def _validate_index(path: Path) -> Report:
+def _validate_index(path: Path, limits: Limits) -> Report:
     """Whether the shards have what the index says (SPEC.md chapter 18); faults inside shards are theirs."""
     report = Report(bytes=os.stat(path).st_size)
     try:
-        with ShardedFile(path) as model:
+        with ShardedFile(path, limits=limits) as model:
             report.tensors = len(model)
     except FileFault as error:
         if error.clause.startswith("R-SHD"):

@@ -67,6 +67,10 @@ class CodedBlocks:
         self._survivors: dict[int, Survivors] = {}
         self._room = _KEPT_BYTES
 
+    def in_other_chunks(self) -> CodedBlocks:
+        """The same for a tensor cut differently: what is kept of these chunks is not used."""
+        return CodedBlocks(self.source, self._survives, self._engine)
+
     def mask(self, block: slice) -> Mask | None:
         """The mask of a chunk, given its positions."""
         if self._survives is None:

@@ -104,7 +104,8 @@ class Options:
         segment: positions a segment (a multiple of 32), or None.
         segment_near: where ``segment`` is None: about how many, of whole rows or a whole part of a row where
             that is possible; None: more the fewer survive.
-        chunk: positions a chunk, rounded to whole segments.
+        chunk: positions a chunk, rounded to whole segments; fewer where readers would otherwise refuse a
+            large tensor of few bits, such as one of zeros, because it expands too far (`Limits.expansion`).
         importance: how an importance that comes with the tensor is stored; None: it is not, and only weighs.
     """
 

@@ -24,11 +24,12 @@ from ..coding.quantiser import (
     importance_bound,
     narrowest_exact,
 )
-from ..container.entry import CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
+from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
 from ..engines import Engine
 from ..errors import FileFault, OptionError
+from ..limits import DEFAULT_LIMITS, Limits
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
@@ -99,6 +100,7 @@ def plan_tensor(
     engine: Engine,
     mask: Mask | None = None,
     importance: Importance | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Plan:
     """Decides how a tensor is written.
 
@@ -110,6 +112,7 @@ def plan_tensor(
         mask: bool, the tensor's shape: True for survivors. None: what is not zero survives.
         importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
             one a column.
+        limits: of readers; chunks become smaller than asked for where a tensor would expand beyond them.
 
     Raises:
         OptionError: the options do not fit the tensor.
@@ -136,7 +139,33 @@ def plan_tensor(
         _require_readable(plan)
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
-    return raw if may_be_raw and bits >= flat.nbytes * 8 else plan
+    return raw if may_be_raw and bits >= flat.nbytes * 8 else _within_expansion(plan, bits, limits)
+
+
+def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
+    """The plan, with smaller chunks where a tensor of so few bits would be refused by readers.
+
+    A chunk has 64 bytes at least (SPEC.md 15.1), so that enough of them keep any tensor within the limit.
+
+    Args:
+        bits: about how many the plan takes.
+    """
+    entry = plan.entry
+    least = -(-entry.decoded_bytes // max(limits.expansion, 1))
+    stored = max(bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
+    # The bits are an estimate.
+    if entry.decoded_bytes <= limits.expansion_floor or stored >= 2 * least:
+        return plan
+    chunk = max(entry.segments // -(-least // CHUNK_ALIGNMENT), 1)
+    if chunk >= entry.chunk:
+        return plan
+    assert plan.coded is not None
+    return replace(
+        plan,
+        entry=replace(entry, chunk=chunk),
+        blocks=Blocks(entry.positions, entry.segment, chunk),
+        coded=plan.coded.in_other_chunks(),
+    )
 
 
 def _require_readable(plan: Plan) -> None:

@@ -41,6 +41,13 @@ def encode(value: dict[str, object]) -> bytes:
     return packed
 
 
+def depth_of(value: object) -> int:
+    """How many maps and lists lie inside one another, the value included."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(depth_of, value), default=0) if isinstance(value, (list, tuple)) else 0
+
+
 def _sorted(value: object) -> object:
     """The value with the keys of all maps in ascending order of their UTF-8 bytes (R-MSG-004)."""
     if isinstance(value, dict):  # strings compare by code point, which is the order of their UTF-8

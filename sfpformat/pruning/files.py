@@ -53,7 +53,7 @@ def reprune(
     """Writes a file with some of its tensors pruned further.
 
     Args:
-        file: open.
+        file: open; the new file keeps to its limits.
         target: the path of the new file, which appears only when all went well; not that of ``file``.
         threshold, scope, exempt, floor: as in `thresholds.masks_of`; the share of a sparsity counts all
             positions, those included that are pruned already.
@@ -81,7 +81,7 @@ def reprune(
         tiebreak={name: _numbers(array) for name, array in tensors.items()},
     )
     masks = {name: mask & alive[name] for name, mask in masks.items()}
-    with Writer(target, metadata=file.metadata()) as writer:
+    with Writer(target, metadata=file.metadata(), limits=file.limits) as writer:
         for name in file:
             entry = file.entry(name)
             if name in masks:

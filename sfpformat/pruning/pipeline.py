@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..codec.options import ImportanceOptions, Options
 from ..errors import OptionError
+from ..limits import DEFAULT_LIMITS, Limits
 from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
 from .grades import graded, options_for_grades
@@ -84,6 +85,7 @@ def pack(
     multipliers: Mapping[str, Tensor] | None = None,
     options: Options | None = None,
     metadata: dict[str, str] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Writes a pruned model: masks, survivors, and what is known of their importance.
 
@@ -100,9 +102,10 @@ def pack(
         options: how tensors with a mask are coded, all others are lossless; where errors are `weighted`,
             they count by the grades.
         metadata: strings of the caller's own.
+        limits: what readers allow; they need the same ones where these are not the default.
 
     Raises:
-        OptionError: names or shapes that do not fit.
+        OptionError: names or shapes that do not fit, or readers would refuse a tensor by their limits.
         OSError: the file cannot be written.
     """
     names = [*masks, *(importances or {}), *(factors or {}), *(multipliers or {})]
@@ -126,7 +129,7 @@ def pack(
         stored = ImportanceOptions(role="multiplier", dtype="F16")
         per_tensor[name] = per_tensor.get(name, Options()).but(importance=stored)
     with _folded(model, multipliers or {}):
-        save_model(model, path, metadata, options=per_tensor, masks=masks, importances=kept)
+        save_model(model, path, metadata, options=per_tensor, masks=masks, importances=kept, limits=limits)
 
 
 class _folded:

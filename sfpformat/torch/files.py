@@ -47,6 +47,7 @@ def save_file(
     options: Options | Mapping[str, Options] | None = None,
     masks: Mapping[str, Numbers] | None = None,
     importances: Mapping[str, ImportanceTensor] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
@@ -60,17 +61,19 @@ def save_file(
         options: for all tensors, or for each by name; lossless where nothing is said.
         masks: name -> bool tensor of the tensor's shape, True for survivors.
         importances: name -> float tensor of the tensor's shape, or two vectors (rows, columns).
+        limits: what readers allow; they need the same ones where these are not the default.
         threads: how many may work; the bytes do not depend on it.
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor; a name in an argument is no tensor's; a tensor has
-            no memory of its own (freed, on the meta device, made of other tensors); or two names have the
-            same memory, which a file would hold twice: `save_model` keeps it once.
+        OptionError: what is asked does not fit a tensor; readers would refuse one by their limits; a name in
+            an argument is no tensor's; a tensor has no memory of its own (freed, on the meta device, made of
+            other tensors); or two names have the same memory, which a file would hold twice: `save_model`
+            keeps it once.
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
-    with Writer(path, metadata=metadata, engine=engine, threads=threads) as writer:
+    with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
 
 
@@ -81,13 +84,14 @@ def save(
     options: Options | Mapping[str, Options] | None = None,
     masks: Mapping[str, Numbers] | None = None,
     importances: Mapping[str, ImportanceTensor] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
     """The bytes of a file; as `save_file`."""
     require_unshared(tensors)
     out = io.BytesIO()
-    with Writer(out, metadata=metadata, engine=engine, threads=threads) as writer:
+    with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
     return out.getvalue()
 

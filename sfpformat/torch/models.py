@@ -52,6 +52,7 @@ def save_model(
     options: Options | Mapping[str, Options] | None = None,
     masks: Mapping[str, Numbers] | None = None,
     importances: Mapping[str, ImportanceTensor] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
@@ -70,7 +71,7 @@ def save_model(
         force_contiguous: False refuses tensors that are not contiguous; else their elements are written in
             the order of their indices.
         options, masks, importances: as in `save_file`; a tensor that has several names by any of them.
-        threads, engine: as in `save_file`.
+        limits, threads, engine: as in `save_file`.
 
     Raises:
         OptionError: a value of the ``state_dict`` is no tensor or has no memory; what is asked does not fit
@@ -108,7 +109,7 @@ def save_model(
             said.setdefault(name, kept)
             del tensors[name]
     options_of = options_by_name(chosen, tensors)
-    with Writer(path, metadata=said, engine=engine, threads=threads) as writer:
+    with Writer(path, metadata=said, limits=limits, engine=engine, threads=threads) as writer:
         for name, tensor in tensors.items():
             if name in as_they_are:
                 put_into(tensor, writer, name)

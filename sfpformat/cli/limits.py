@@ -1,0 +1,51 @@
+"""The option ``--limit``: what files may claim (SPEC.md chapter 19), as several commands take it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from ..errors import OptionError
+from ..limits import DEFAULT_LIMITS, Limits
+from ..names import unknown_name
+from .trouble import Trouble
+
+_NAMES = tuple(field.name for field in fields(Limits))
+
+
+def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower what a file may claim") -> None:
+    """Adds the option, which can be given several times."""
+    parser.add_argument(
+        "--limit",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help=f"{words}: {', '.join(_NAMES)}",
+    )
+
+
+def limits_of(given: list[str]) -> Limits:
+    """The default limits, but for those given; of two with the same name the later counts.
+
+    Args:
+        given: words such as ``expansion=1000000``.
+
+    Raises:
+        Trouble: there is no limit of that name, or the value is no number that it can have.
+    """
+    changes = {name: getattr(DEFAULT_LIMITS, name) for name in _NAMES}
+    for words in given:
+        name, equals, value = words.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise Trouble(f"--limit {words!r} is not NAME=VALUE")
+        if name not in _NAMES:
+            raise Trouble(f"--limit: {unknown_name(name, _NAMES, 'limit')}; there are {', '.join(_NAMES)}")
+        try:
+            changes[name] = int(value)
+        except ValueError:
+            raise Trouble(f"--limit {words!r}: {value!r} is not a whole number") from None
+    try:
+        return Limits(**changes)
+    except OptionError as error:
+        raise Trouble(f"--limit: {error}") from error
