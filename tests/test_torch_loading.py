@@ -139,6 +139,48 @@ def test_all_loaders_refuse_it(load: Callable[..., None], own_way: bool, case: s
         load(model, tensors, tmp_path / "m")
 
 
+@pytest.mark.parametrize("own_way", [False, True])
+@pytest.mark.parametrize(
+    ("stored", "held", "lost"),
+    [
+        (torch.tensor([1.0, 1e6]), torch.float16, True),
+        (torch.tensor([1.0, float("inf"), float("nan")]), torch.float16, False),
+        (torch.tensor([float("inf"), -1e6]), torch.float16, True),
+        (torch.tensor([float("inf"), float("nan")]), torch.float16, False),
+        (torch.tensor([65519.0, -65519.0]), torch.float16, False),  # rounded to the greatest
+        (torch.tensor([1.0, -65521.0]), torch.float16, True),
+        (torch.zeros(0), torch.float16, False),
+        (torch.tensor([1.0, 1 / 3]), torch.bfloat16, False),  # rounded, as by torch
+        (torch.tensor([1.0, 1e300], dtype=torch.float64), torch.float32, True),
+        (torch.tensor([70000, 1]), torch.float16, True),
+        (torch.tensor([300, 1]), torch.int8, True),
+        (torch.tensor([100, 1]), torch.int8, False),
+        (torch.tensor([0.5, 1]), torch.int64, True),
+        (torch.tensor([2.0, 1]), torch.int64, False),
+        (torch.tensor([2.0, 1]).to(torch.float8_e5m2), torch.bool, True),
+        (torch.tensor([40000.0, 1]).to(torch.float8_e5m2), torch.float8_e4m3fn, True),
+    ],
+)
+def test_numbers_that_the_modules_dtype_does_not_hold_are_told(
+    stored: torch.Tensor, held: torch.dtype, lost: bool, own_way: bool, tmp_path: Path
+) -> None:
+    def make() -> nn.Module:
+        model = nn.Module()
+        model.register_buffer("w", torch.zeros(stored.shape).to(held))
+        return model
+
+    save_file({"w": stored}, tmp_path / "m")
+    for meta in (False, True):
+        model = (hooked(make) if own_way else make)().to("meta" if meta else "cpu")
+        if lost:
+            with pytest.warns(SfpWarning, match="dtype does not hold all numbers .* for 'w'") as told:
+                load_model(model, tmp_path / "m")
+            assert told[0].filename == __file__
+        else:
+            load_model(model, tmp_path / "m")
+        assert torch.equal(model.w.float(), stored.to(held).float()) or stored.isnan().any()
+
+
 # --------------------------------------------------------------------------------------------------- lazy
 
 

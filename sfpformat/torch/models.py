@@ -33,11 +33,13 @@ from .places import (
     groups_of,
     is_counter,
     is_shape_of,
+    loses_numbers,
     match,
     non_persistent,
     places_of,
     require_fillable,
     require_same_names,
+    warn_of_lost,
 )
 from .tensors import is_wrapper, require_known_shapes, require_memory, tensor_of
 from .ties import TiedNames
@@ -165,8 +167,8 @@ def load_model(
         the names of one tensor, one is enough; a second in the file is unexpected.
 
     Warns:
-        SfpWarning: where not strict, tensors stay on the meta device; or the file has other numbers than a
-            buffer that is not persistent.
+        SfpWarning: where not strict, tensors stay on the meta device; the file has other numbers than a
+            buffer that is not persistent; or the module's dtype does not hold the file's numbers.
 
     Raises:
         MismatchError: names (where strict) or shapes do not fit; the module is as it was, unless it loads
@@ -246,6 +248,7 @@ def _by_state_dict(
     aliases = file.metadata()
     tensors = TorchFile(file, torch.device("cpu")).get_tensors()
     on_meta = any(place.tensor.is_meta for place in places.values())
+    lost: list[str] = []
     used: set[str] = set()  # names that the module need not take for itself
     for group in groups:
         old = places[group[0]].tensor
@@ -258,6 +261,8 @@ def _by_state_dict(
         if not is_lazy(old) and not is_shape_of(tuple(tensors[source].shape), tuple(old.shape)):
             continue
         tensor = tensors[source]
+        if loses_numbers(tensor, tensor.to(old.dtype)):
+            lost.append(source)
         if on_meta:  # tensors are taken as they are, so they must be what the module wants
             tensor = tensor.to(device if old.is_meta else old.device, old.dtype)
             tensor = tensor if is_lazy(old) else tensor.reshape(old.shape)
@@ -281,5 +286,6 @@ def _by_state_dict(
     if strict:
         require_same_names(model, missing, refused)
     require_none_left(model, (), strict)
+    warn_of_lost(lost)
     warn_of_ignored(model, file, ignored)
     return list(missing), refused + ignored

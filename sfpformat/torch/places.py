@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import FileFault, MismatchError, OptionError
+from ..errors import FileFault, MismatchError, OptionError, warn
 from ..names import MOST_LISTED, listed
 from ..reader import SfpFile
 from ..shards import ShardedFile
@@ -235,11 +235,15 @@ def fill(
         engine: that the file was opened with.
         counters: as in `Match`; those on the meta device begin at 0.
 
+    Warns:
+        SfpWarning: numbers do not fit into the module's dtype.
+
     Raises:
         InvalidFileError, LimitError: with a note that says what became of the module.
         MismatchError: a tensor's class does not take the numbers; with the same note.
     """
     made: dict[Group, torch.Tensor] = {}
+    lost: list[str] = []
     direct: dict[str, torch.Tensor] = {}  # name in the file -> what it is decoded into
     rest: dict[str, list[torch.Tensor]] = {}  # name in the file -> what it is copied to
     for group, source in sources.items():
@@ -262,13 +266,14 @@ def fill(
         for name, tensor in direct.items():
             _count_change(tensor)
             for other in rest.pop(name, []):
-                _copy(name, tensor, other)
+                _copy(name, tensor, other, lost)
         for batch in batches({name: file.info(name).decoded_bytes for name in rest}):
             for name, tensor in _read(file, batch, rest, engine):
                 for other in rest[name]:
-                    _copy(name, tensor, other)
+                    _copy(name, tensor, other, lost)
     for group, tensor in made.items():
         _put(places, group, tensor)
+    warn_of_lost(lost)
 
 
 def _read(
@@ -309,8 +314,11 @@ def _fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
     )
 
 
-def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
+def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]) -> None:
     """Writes numbers of a file to a tensor of a module, which may be of a class of its own.
+
+    Args:
+        lost: gets the name where the module's dtype does not hold the numbers.
 
     Raises:
         MismatchError: it does not take them.
@@ -322,6 +330,46 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
             f"{name!r} of the module is a {type(target).__name__} that does not take the file's numbers: "
             f"{first_line(error)}"
         ) from error
+    if loses_numbers(tensor, target):
+        lost.append(name)
+
+
+def loses_numbers(tensor: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether numbers of a file do not fit into a module's dtype: they are beyond it, or no whole numbers.
+
+    Args:
+        tensor: of the file.
+        target: of the module, on any device; if its dtype is of whole numbers, with what ``tensor`` became.
+    """
+    if is_wrapper(target) or tensor.dtype == target.dtype or tensor.is_complex() or target.is_complex():
+        return False
+    if tensor.is_floating_point() and tensor.itemsize < 2:
+        tensor = tensor.float()  # torch has few operators for FP8
+    if target.is_floating_point():
+        held = torch.finfo(target.dtype)
+        if tensor.is_floating_point() and held.max >= torch.finfo(tensor.dtype).max:
+            return False
+        # What is beyond becomes infinite, a NaN, or in some dtypes the greatest number.
+        return _greatest(tensor) > held.max * (1 + held.eps / 4)
+    return not torch.equal(target.to(tensor.device, tensor.dtype).reshape(tensor.shape), tensor)
+
+
+def _greatest(tensor: torch.Tensor) -> float:
+    """The greatest finite magnitude; 0 where there is none."""
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    if not tensor.numel():
+        return 0.0
+    ends = torch.stack(torch.aminmax(tensor)).abs()
+    if not torch.isfinite(ends).all():
+        ends = tensor[torch.isfinite(tensor)].abs()
+    return float(ends.max()) if ends.numel() else 0.0
+
+
+def warn_of_lost(names: Sequence[str]) -> None:
+    """Warns of tensors with numbers that `loses_numbers`."""
+    if names:
+        warn(f"the module's dtype does not hold all numbers that the file has for {listed(names)}")
 
 
 def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> None:
