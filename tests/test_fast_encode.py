@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sfpformat import Options, Writer
 from sfpformat.coding import counts as counting
-from sfpformat.coding import exact, planes, quantiser
+from sfpformat.coding import exact, magnitudes, planes, quantiser
 from sfpformat.coding import mask as masks
 from sfpformat.coding.bits import MAX_FIELD_BITS
 from sfpformat.coding.classes import CLASS_COST, Layout, best_layout
@@ -64,6 +64,34 @@ def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
         assert outcome(job, "numba") == kept
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    seeds,
+    st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3"]),
+    st.sampled_from([1, 2, 3, 9, 40]),
+    st.sampled_from([0.3, 0.7, 1.0]),
+    st.sampled_from([Options(coding="fingerprint"), Options(mantissa_bits=2), Options(trim=False)]),
+)
+def test_bit_patterns_get_no_plan_only_where_it_would_be_larger(
+    seed: int, dtype: str, distinct: int, density: float, options: Options
+) -> None:
+    rng = np.random.default_rng(seed)
+    few = (rng.standard_normal(distinct) * 2.0 ** rng.integers(-4, 4, distinct)).round(rng.integers(0, 5))
+    array = np.where(rng.random(6000) < density, rng.choice(few, 6000), 0).astype(ALL_DTYPES[dtype].numpy)
+    job = Job(array + array.dtype.type(0), options)
+    written = outcome(job, "python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.codec.plan.takes_more_bits", lambda *_: False)
+        assert outcome(job, "python") == written
+
+
+def test_a_table_of_few_values_spares_the_plan_of_their_bit_patterns() -> None:
+    array = np.random.default_rng(0).choice(np.array([0.1, 0.2, -0.7], np.float32), 5000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.codec.plan.choose_exact", lambda *_: pytest.fail("it was planned"))
+        assert outcome(Job(array, Options()), "python") == outcome(Job(array, Options()), "numba")
+
+
 @settings(max_examples=250, deadline=None)
 @given(jobs())
 def test_both_engines_write_the_same_bytes(job: Job) -> None:
@@ -99,6 +127,42 @@ def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- its pieces
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.sampled_from([1, 2, 7, 120]), st.sampled_from([1, 6, 7, 100, 1024]))
+def test_few_magnitudes_are_found_and_translated_alike(
+    seed: int, dtype: Any, distinct: int, most: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    known = rng.integers(0, np.iinfo(dtype).max, distinct, dtype, endpoint=True)
+    patterns = rng.choice(known, int(rng.integers(0, 5000)))
+    low = magnitudes.magnitude_bits(patterns.dtype)
+    every = np.unique(patterns & low)
+    found = fast.few_magnitudes(patterns, most)
+    for few in (found, magnitudes.few_magnitudes(patterns, most)):
+        assert (few is None) if len(every) > most else np.array_equal(few, every)
+    if found is None:
+        return
+    meanings = rng.integers(0, 200, 2 * len(found)).astype(rng.choice([np.uint8, np.uint16]))
+    number = 2 * np.searchsorted(found, patterns & low) + (patterns > low)
+    for translate in (fast.translate, magnitudes.translate):
+        assert np.array_equal(translate(patterns, found, meanings), meanings[number])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seeds, st.sampled_from(["runs", "octets"]), st.sampled_from([0, 1]), st.sampled_from([0, 1, 0.02, 0.5])
+)
+def test_masks_are_encoded_alike(seed: int, kind: str, polarity: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    positions = np.full(int(rng.integers(1, 5)), rng.choice([32, 96, 1 << 16]))
+    positions[-1] -= rng.integers(0, 31)
+    mask = rng.random(int(positions.sum())) < density
+    levels, counts = masks.encode_mask(kind, polarity, mask, positions)
+    found, found_counts = fast.encode_mask(kind, polarity, mask, positions)
+    assert np.array_equal(found, levels)
+    assert np.array_equal(found_counts, counts)
 
 
 @settings(max_examples=150, deadline=None)

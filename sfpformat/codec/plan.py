@@ -21,6 +21,7 @@ from ..coding.quantiser import (
     Table,
     Uniform,
     fingerprint_bound,
+    float_patterns,
     importance_bound,
     narrowest_exact,
 )
@@ -36,18 +37,19 @@ from .decode import require_valid_vectors
 from .options import ImportanceOptions, Options
 from .quantise import TableNumbers, UniformNumbers, error_weights
 from .sources import (
+    MAX_DISTINCT,
     ExactSource,
     FingerprintSource,
     ImportanceSource,
     NumberSource,
+    ValueSource,
     checked_importance,
-    few_values,
     number_source,
     require_finite,
     scaling_of,
-    table_of_values,
+    value_source,
 )
-from .tables import choose_exact, choose_mask, choose_numbers
+from .tables import choose_exact, choose_mask, choose_numbers, takes_more_bits
 
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -240,17 +242,37 @@ class _Planner:
 
     def plan(self, importance: Importance | None) -> tuple[Plan, int]:
         """The plan, and about how many bits it takes; of several lossless ways the smallest."""
-        best: tuple[Plan, int] | None = None
-        for source, vectors in self._sources(importance):
-            for plan, bits in self._with_and_without_mask(source, vectors):
-                if best is None or bits < best[1]:
-                    best = plan, bits
-        assert best is not None
-        plan, bits = best
+        plan, bits = self._smallest(self._sources(importance))
         if importance is not None and self.options.importance is not None:
             plan, more = self._with_importance(plan, importance, self.options.importance)
             bits += more
         return plan, bits
+
+    def _smallest(
+        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]
+    ) -> tuple[Plan, int]:
+        """The smallest plan of some sources; of several the first source's, with a mask.
+
+        The last source goes first: a table of all values is mostly so much smaller that a bound on what bit
+        patterns take shows that they need no plan.
+        """
+        best: tuple[Plan, int] | None = None
+        for source, vectors in reversed(sources):
+            if best is not None and self._is_larger(source, best[1]):
+                continue
+            plans = list(self._with_and_without_mask(source, vectors))
+            found = min(plans, key=lambda plan: plan[1])
+            if best is None or found[1] <= best[1]:
+                best = found
+        assert best is not None
+        return best
+
+    def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
+        """Whether every plan of bit patterns in the tensor's own dtype takes more than so many bits."""
+        if not isinstance(source, ExactSource) or source.coded != source.dtype or self.given_mask is not None:
+            return False
+        patterns = float_patterns(self.flat, source.dtype)
+        return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
 
     def _sources(
         self, importance: Importance | None
@@ -260,13 +282,17 @@ class _Planner:
         if options.lossless:
             # A narrower dtype leaves no room for coarse classes, so it needs codes of some length.
             narrow = options.narrow and options.code_limit >= 8
-            coded = narrowest_exact(flat, dtype) if narrow else dtype
+            magnitudes = self.engine.few_magnitudes(float_patterns(flat, dtype), MAX_DISTINCT)
+            # Signs decide nothing about a dtype, so the magnitudes stand for the whole where they are few.
+            all_values = flat if magnitudes is None else magnitudes.view(dtype.numpy)
+            coded = narrowest_exact(all_values, dtype) if narrow else dtype
             exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
-                (ExactSource(flat, dtype, coded, self.engine), {})
+                (ExactSource(flat, dtype, coded, magnitudes, self.engine), {})
             ]
-            values = few_values(flat, dtype) if options.quantiser == "lossless" else None
-            if values is not None and 0 < len(values) * _CENTROID_BITS < flat.nbytes * 8:
-                exact.append((table_of_values(flat, values, self.engine), {"fingerprint centroids": values}))
+            if options.quantiser == "lossless":
+                values = value_source(flat, dtype, magnitudes, self.engine)
+                if values is not None and len(values.centroids) * _CENTROID_BITS < flat.nbytes * 8:
+                    exact.append((values, {"fingerprint centroids": values.centroids}))
             return exact
         require_finite(flat)
         scaling = scaling_of(flat, self.entry, options, self.given_mask)
@@ -299,6 +325,8 @@ class _Planner:
         alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
         density = alive / len(self.flat) if len(self.flat) else 1.0
         optional = given is None and kind == "auto"
+        if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
+            source = source.with_kept_levels()
         if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
             yield self._plan_streams(source, vectors, survives, density)
         if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
@@ -314,9 +342,12 @@ class _Planner:
         """The plan for one source, with or without a mask."""
         options = self.options
         if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
-            kept = self._used_centroids(source, source.numbers.centroids, survives)
+            kept = source.numbers.centroids[self._used_numbers(source, survives)]
             source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
             vectors = {**vectors, "fingerprint centroids": kept}
+        elif isinstance(source, ValueSource) and survives is not None:
+            source = source.of_survivors(self.given_mask)
+            vectors = {**vectors, "fingerprint centroids": source.centroids}
         exact = isinstance(source.quantiser, Exact)
         segment = options.segment or default_segment(self.entry.columns, density, exact, options)
         chunk = default_chunk(self.entry.columns, segment, options)
@@ -357,16 +388,15 @@ class _Planner:
         plan = Plan(entry, self.flat, blocks, coded, codes, dict(vectors))
         return plan, bits + choice.bits
 
-    def _used_centroids(
-        self, source: NumberSource, centroids: F32, survives: Callable[[slice], Mask] | None
-    ) -> F32:
-        """Those centroids that some level uses (R-CAN-007); the first where there is no level."""
-        used = np.zeros(len(centroids), np.bool_)
+    def _used_numbers(self, source: NumberSource, survives: Callable[[slice], Mask] | None) -> Mask:
+        """Which centroids some level uses (R-CAN-007); the first where there is no level."""
+        assert isinstance(source.quantiser, Table)
+        used = np.zeros(source.quantiser.count, np.bool_)
         for block, _ in Blocks(len(self.flat), 1 << 16, 4):
             levels = source.levels(block, None if survives is None else survives(block))
-            used[(levels >> np.uint64(1)).astype(np.int64)] = True
+            used |= np.bincount((levels >> levels.dtype.type(1)).astype(np.int64), minlength=len(used)) > 0
         used[0] |= not used.any()
-        return centroids[used]
+        return used
 
     def _with_importance(
         self, plan: Plan, importance: Importance, options: ImportanceOptions

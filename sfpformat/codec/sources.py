@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
 from ..coding.quantiser import (
@@ -35,7 +35,6 @@ from .quantise import (
     WeighedNumbers,
     lloyd_max,
     mean_of,
-    sample,
     step_for_bits,
     step_for_error,
 )
@@ -69,12 +68,19 @@ class FingerprintSource(Protocol):
 
 @dataclass(frozen=True)
 class ExactSource:
-    """Bit patterns in the dtype ``coded``, which holds all values of ``flat``."""
+    """Bit patterns in the dtype ``coded``, which holds all values of ``flat``.
+
+    Attributes:
+        magnitudes: the patterns of all magnitudes, ascending, where they are few; else None.
+        kept: the coded patterns of all positions, if they were made and kept.
+    """
 
     flat: Flat
     dtype: Dtype
     coded: Dtype
+    magnitudes: Patterns | None
     engine: Engine
+    kept: Patterns | None = None
 
     @property
     def quantiser(self) -> Quantiser:
@@ -87,12 +93,24 @@ class ExactSource:
         return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        values = self.flat[block]
+        kept = self.kept is not None
+        patterns = self.kept[block] if self.kept is not None else float_patterns(self.flat[block], self.dtype)
         if mask is not None:
-            values = self.engine.chosen(values.view(self.dtype.pattern), mask).view(self.dtype.numpy)
-        if self.coded != self.dtype:
-            values = values.astype(self.coded.numpy)
-        return float_patterns(values, self.coded)
+            patterns = self.engine.chosen(patterns, mask)
+        if kept or self.coded == self.dtype:
+            return patterns
+        if self.magnitudes is None:
+            return float_patterns(patterns.view(self.dtype.numpy).astype(self.coded.numpy), self.coded)
+        values = np.repeat(self.magnitudes.view(self.dtype.numpy).astype(self.coded.numpy), 2)
+        meanings = float_patterns(values, self.coded)
+        meanings[1::2] |= self.coded.pattern.type(1 << (self.coded.bits - 1))
+        return self.engine.translate(patterns, self.magnitudes, meanings)
+
+    def with_kept_levels(self) -> ExactSource:
+        """As `ValueSource.with_kept_levels`."""
+        if self.coded == self.dtype or len(self.flat) > _KEPT_LEVELS:
+            return self
+        return replace(self, kept=self.levels(slice(0, len(self.flat)), None))
 
 
 @dataclass(frozen=True)
@@ -117,8 +135,6 @@ class NumberSource:
         numbers: magnitude -> number.
         weights: for `WeighedNumbers` how much the error of each position counts, float32, flat; else None.
         scaling: what magnitudes are divided by first, or None.
-        zero_survives: whether a weight with the number 0 is a survivor (all but +0 are, where the table holds
-            every value).
         kept: the levels of all positions, if they were made and kept.
     """
 
@@ -128,16 +144,12 @@ class NumberSource:
     engine: Engine
     weights: F32 | None = None
     scaling: Scaling | None = None
-    zero_survives: bool = False
     kept: list[AnyLevels] = field(default_factory=list)
 
     def survives(self, block: slice) -> Mask:
         if not isinstance(self.numbers, TableNumbers):
             return np.asarray(self._uniform_levels(block) != 0)
-        values = self.flat[block].astype(np.float32)
-        if self.zero_survives:
-            return np.asarray((values != 0) | np.signbit(values))
-        return np.asarray(values != 0)
+        return np.asarray(self.flat[block].astype(np.float32) != 0)
 
     def count_survivors(self) -> int:
         return sum(
@@ -207,57 +219,91 @@ class ImportanceSource:
         return self.numbers(values)
 
 
-def few_values(flat: Flat, dtype: Dtype) -> F32 | None:
-    """All magnitudes of a tensor, ascending, where they are few, finite and fit float32; else None."""
-    sign = dtype.pattern.type((1 << (dtype.bits - 1)) - 1)
-    seen = _Seen(dtype.pattern)
-    for block in _growing_blocks(flat):
-        if seen.add(float_patterns(np.ascontiguousarray(block), dtype) & sign) > MAX_DISTINCT:
-            return None
-    exact = seen.values().view(dtype.numpy)
+@dataclass(frozen=True)
+class ValueSource:
+    """Numbers of a lossless table: every magnitude of the tensor is a centroid, and all but +0 survives.
+
+    Attributes:
+        flat: the tensor.
+        dtype: its dtype.
+        magnitudes: the patterns of its magnitudes, ascending.
+        centroids: the same as numbers.
+        kept: the levels of all positions, if they were made and kept.
+        kept_zero: 1 where they were made when the magnitude 0 was still there, else 0.
+    """
+
+    flat: Flat
+    dtype: Dtype
+    magnitudes: Patterns
+    centroids: F32
+    engine: Engine
+    kept: AnyLevels | None = None
+    kept_zero: int = 0
+
+    @property
+    def quantiser(self) -> Quantiser:
+        return Table(len(self.centroids))
+
+    def survives(self, block: slice) -> Mask:
+        return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
+
+    def count_survivors(self) -> int:
+        return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        if self.kept is not None:
+            levels = self.kept[block] if mask is None else self.engine.chosen(self.kept[block], mask)
+            return levels - levels.dtype.type(2 * self.kept_zero) if self.kept_zero else levels
+        patterns = float_patterns(self.flat[block], self.dtype)
+        if mask is not None:
+            patterns = self.engine.chosen(patterns, mask)
+        count = 2 * len(self.magnitudes)
+        meanings = np.arange(count, dtype=np.min_scalar_type(max(count - 1, 0)))
+        return self.engine.translate(patterns, self.magnitudes, meanings)
+
+    def with_kept_levels(self) -> ValueSource:
+        """The same, its levels made: for who goes through them both with and without a mask."""
+        if len(self.flat) > _KEPT_LEVELS:
+            return self
+        return replace(self, kept=self.levels(slice(0, len(self.flat)), None))
+
+    def of_survivors(self, mask: Mask | None) -> ValueSource:
+        """The same with the centroids of the survivors alone, one at least (R-CAN-007).
+
+        Args:
+            mask: the caller's, flat; None: all but +0 survives.
+        """
+        if mask is None:
+            gone = int(self._has_positive_zero_alone() and len(self.magnitudes) > 1)
+            return replace(
+                self, magnitudes=self.magnitudes[gone:], centroids=self.centroids[gone:], kept_zero=gone
+            )
+        occur = np.zeros(len(self.magnitudes), np.bool_)
+        for start in range(0, len(self.flat), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            levels = self.levels(block, mask[block])
+            occur |= np.bincount(levels >> levels.dtype.type(1), minlength=len(occur)) > 0
+        occur[0] |= not occur.any()
+        return replace(self, magnitudes=self.magnitudes[occur], centroids=self.centroids[occur], kept=None)
+
+    def _has_positive_zero_alone(self) -> bool:
+        """Whether +0 occurs and -0 does not."""
+        if self.magnitudes[0]:
+            return False
+        negative = self.dtype.pattern.type(1 << (self.dtype.bits - 1))
+        return not (float_patterns(self.flat, self.dtype) == negative).any()
+
+
+def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: Engine) -> ValueSource | None:
+    """The source of a tensor whose magnitudes are few, finite and float32; None for any other."""
+    if magnitudes is None or not len(magnitudes):
+        return None
+    exact = magnitudes.view(dtype.numpy)
     with np.errstate(over="ignore", invalid="ignore"):
         values = exact.astype(np.float32)
     if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
         return None
-    return values
-
-
-def _growing_blocks(flat: Flat) -> Iterator[Flat]:
-    """A sample, which tells most tensors, and then all values, a few at first."""
-    yield sample(flat, 4 * MAX_DISTINCT)
-    start, size = 0, 16 * MAX_DISTINCT
-    while start < len(flat):
-        yield flat[start : start + size]
-        start, size = start + size, min(4 * size, SAMPLE)
-
-
-class _Seen:
-    """The different values of some unsigned integers."""
-
-    def __init__(self, dtype: np.dtype[np.unsignedinteger]) -> None:
-        self._values: NDArray[np.unsignedinteger] = np.zeros(0, dtype)
-        # One of so few values is noted where it stands.
-        self._flags = np.zeros(1 << 8 * dtype.itemsize, np.bool_) if dtype.itemsize <= 2 else None
-
-    def add(self, more: NDArray[np.unsignedinteger]) -> int:
-        """Adds values; returns how many different ones there are."""
-        if self._flags is not None:
-            self._flags[more] = True
-            return int(np.count_nonzero(self._flags))
-        self._values = np.union1d(self._values, more)
-        return len(self._values)
-
-    def values(self) -> NDArray[np.unsignedinteger]:
-        """All of them, ascending."""
-        if self._flags is not None:
-            return np.flatnonzero(self._flags).astype(self._values.dtype)
-        return self._values
-
-
-def table_of_values(flat: Flat, values: F32, engine: Engine) -> NumberSource:
-    """A lossless source: every magnitude of the tensor is a centroid."""
-    # The patterns ascend with the magnitudes, so `values` does too.
-    return NumberSource(flat, Table(len(values)), TableNumbers(values), engine, zero_survives=True)
+    return ValueSource(flat, dtype, magnitudes, values, engine)
 
 
 def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:

@@ -49,6 +49,8 @@ _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # An exact stream has a code for so many levels, and so many codes, at most: further ones save 0.02 %, and to
 # make a reader's table of one takes as long as to decode 20,000 levels.
 _LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
+# Patterns of which the least bits are found at once.
+_BOUND_BLOCK = 1 << 16
 # About what trims cost in the segment index, in bits a segment.
 _TRIM_BITS = 5
 # Where a class for each number makes no more than this, by group, and levels are many, no other layout is
@@ -159,11 +161,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
 
     No class may reach the stream's ``bound``, not even where no level occurs (R-TAB-008).
     """
-    whole = dtype.bits - dtype.exponent_bits  # the width where the class is the exponent
-    if options.mantissa_bits is None:
-        fine, width = max(whole - 3, 1), whole
-    else:
-        fine = width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
+    fine, width = _widths(dtype, options)
     survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
     if survey.last < 0:
         return _no_levels(blocks)
@@ -186,6 +184,36 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
                 saved += sum(int(trims_of(zeros, candidate) @ counts) for zeros, counts in survey.zeros)
             return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
     raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
+
+
+def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
+    """The least and the greatest residual bits that are judged: mantissa bits may join the class."""
+    whole = dtype.bits - dtype.exponent_bits  # the width where the class is the exponent
+    if options.mantissa_bits is None:
+        return max(whole - 3, 1), whole
+    width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
+    return width, width
+
+
+def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Options, engine: Engine) -> bool:
+    """Whether `choose_exact` would surely take more than so many bits for all patterns that are not 0.
+
+    The residuals alone have at least the judged width, less what trims leave out.
+    """
+    if options.code_limit < 8:  # codes may then be too short for classes of that width
+        return False
+    fine, _ = _widths(dtype, options)
+    least = 0
+    for start in range(0, len(patterns), _BOUND_BLOCK):
+        block = patterns[start : start + _BOUND_BLOCK]
+        # All segments are made of whole ones of this size, whose trims are at least as great.
+        counts = np.full(-(-len(block) // 32), 32, np.int64)
+        counts[-1] -= 32 * len(counts) - len(block)
+        trims = trims_of(engine.exact_zeros(block, counts), fine) if options.trim else 0
+        least += int((engine.survivors(block != 0, counts) * (fine - trims)).sum())
+        if least > bits:
+            return True
+    return False
 
 
 def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:

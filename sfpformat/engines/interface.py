@@ -94,6 +94,14 @@ class Engine(Protocol):
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         """As `coding.planes.decode_levels`."""
 
+    def few_magnitudes(self, patterns: Patterns, most: int) -> Patterns | None:
+        """As `coding.magnitudes.few_magnitudes`."""
+
+    def translate(
+        self, patterns: Patterns, magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]
+    ) -> NDArray[np.unsignedinteger]:
+        """As `coding.magnitudes.translate`."""
+
     def count_exact(self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """As `coding.exact.count_exact`."""
 

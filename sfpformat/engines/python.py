@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.exact import count_exact, encode_exact, exact_zeros
+from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import decode_levels, encode_levels
 from ..coding.quantiser import F32, uniform_levels
@@ -30,11 +31,13 @@ __all__ = [
     "encode_levels",
     "encode_mask",
     "exact_zeros",
+    "few_magnitudes",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "plan_plain",
     "survivors",
+    "translate",
     "uniform_levels",
 ]
 

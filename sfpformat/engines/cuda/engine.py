@@ -25,8 +25,10 @@ encode_exact = _processor.encode_exact
 encode_levels = _processor.encode_levels
 encode_mask = _processor.encode_mask
 exact_zeros = _processor.exact_zeros
+few_magnitudes = _processor.few_magnitudes
 lengths_of_codes = _processor.lengths_of_codes
 survivors = _processor.survivors
+translate = _processor.translate
 uniform_levels = _processor.uniform_levels
 
 __all__ = [
@@ -43,11 +45,13 @@ __all__ = [
     "encode_levels",
     "encode_mask",
     "exact_zeros",
+    "few_magnitudes",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "plan_plain",
     "survivors",
+    "translate",
     "uniform_levels",
 ]
 

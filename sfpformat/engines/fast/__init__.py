@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...coding.mask import encode_mask
 from .decode import decode_levels, decode_runs, make_recipe
 from .encode import (
     assign,
@@ -12,11 +11,13 @@ from .encode import (
     count_classes,
     count_symbols,
     encode_levels,
+    encode_mask,
     lengths_of_codes,
     survivors,
     uniform_levels,
 )
 from .exact import count_exact, encode_exact, exact_zeros
+from .magnitudes import few_magnitudes, translate
 from .plain import plan_plain
 
 name = "numba"
@@ -35,10 +36,12 @@ __all__ = [
     "encode_levels",
     "encode_mask",
     "exact_zeros",
+    "few_magnitudes",
     "lengths_of_codes",
     "make_recipe",
     "name",
     "plan_plain",
     "survivors",
+    "translate",
     "uniform_levels",
 ]

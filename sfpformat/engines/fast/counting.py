@@ -84,6 +84,33 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
 
 
 @allocating_kernel
+def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> int:
+    """Fills ``levels`` with the runs of some whole segments, and ``counts`` with how many each has.
+
+    Args:
+        mask: uint8, of zeros and ones.
+        positions: int64, positions of each segment.
+        minority: the value of the positions that end a run.
+        levels: uint16, room for one of each position and one more, which means nothing.
+
+    Returns:
+        How many levels there are.
+    """
+    at, to = np.int64(0), np.int64(0)
+    for s in range(positions.size):
+        start, stop, before = to, at + positions[s], at - 1
+        for i in range(at, stop):
+            # Written for each position, kept only for the minority: nothing branches on a mask.
+            levels[to] = np.uint16(i - before - 1)
+            ends = mask[i] == minority
+            before = i if ends else before
+            to += np.int64(ends)
+        counts[s] = to - start
+        at = stop
+    return to
+
+
+@allocating_kernel
 def chosen(values: Any, mask: Any, out: Any) -> int:
     """Fills ``out`` with the values whose mask is 1, and one more that means nothing; returns how many."""
     to = np.uint64(0)

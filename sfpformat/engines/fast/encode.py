@@ -12,6 +12,7 @@ from ...coding.classes import Histogram, Layout, boundaries
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from ...coding.counts import NUMBERS_OF_CODES, Costs, Rows
 from ...coding.mask import Mask
+from ...coding.mask import encode_mask as encode_mask_plainly
 from ...coding.planes import AnyLevels, Counts, Levels, Planes
 from ...coding.quantiser import F32
 from ...coding.quantiser import uniform_levels as uniform_levels_plainly
@@ -58,6 +59,15 @@ def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
     out = np.empty(len(values) + 1, values.dtype)
     ones = np.ascontiguousarray(mask).view(np.uint8)
     return out[: counting.chosen(np.ascontiguousarray(values), ones, out)]
+
+
+def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[AnyLevels, Counts]:
+    """As `coding.mask.encode_mask`."""
+    if kind == "octets":
+        return encode_mask_plainly(kind, polarity, mask, positions)
+    levels, counts = np.empty(len(mask) + 1, np.uint16), np.empty(len(positions), np.int64)
+    found = counting.runs(np.ascontiguousarray(mask).view(np.uint8), positions, polarity, levels, counts)
+    return levels[:found].copy(), counts  # mostly a part of what there was room for
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:

@@ -20,6 +20,8 @@ from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
 MAX_PAIR_BITS = 16
 # Of an entry: bits of both codewords, and from here on how many.
 _LENGTH_AT = 24
+# Patterns whose common zeros are found together.
+_TOGETHER = 64
 
 
 @inlined_kernel
@@ -140,7 +142,18 @@ def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
     for s in range(counts.size):
         stop = at + counts[s]
         joined, i = np.uint64(0), at
-        # Almost always one of the first few patterns says that there are none.
+        # Almost always one of the first few patterns says that there are none; if not, many are looked at
+        # together, which the compiler makes vector instructions of.
+        few = min(at + 8, stop)
+        while i < few and not joined & np.uint64(1):
+            joined |= np.uint64(patterns[i])
+            i += 1
+        while i + _TOGETHER <= stop and not joined & np.uint64(1):
+            some = patterns[i]
+            for j in range(1, _TOGETHER):
+                some |= patterns[i + j]
+            joined |= np.uint64(some)
+            i += _TOGETHER
         while i < stop and not joined & np.uint64(1):
             joined |= np.uint64(patterns[i])
             i += 1
