@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
+from ..codec.weights import Kind, Reason, not_weights
 from ..limits import Limits
-from ..names import quoted
+from ..names import listed, quoted
 from ..shards import index_name
 from ..writer import is_text, require_name
-from .console import bytes_words, number, percent, progress, show_json
+from .console import bytes_words, number, percent, printable, progress, show_json
 from .info import report_model
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
@@ -22,7 +24,7 @@ from .packing import Job, job_key, pack_file, pack_shards
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
-from .treat import Share, bytes_of_passes, shares_of_model, with_shared_bits
+from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
 from .trouble import Trouble, about, checked_target, require_suffix
 
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
         _require_storable(model, metadata, limits)
-        treatments = rules.treatments(model.specs.values())
+        treatments, lossless = _treatments(rules, model)
         importances = _importances(args.importance, model)
         try:
             job = _job(model, treatments, importances, metadata, limits)
@@ -107,8 +109,23 @@ def run(args: argparse.Namespace) -> int:
                 importances.close()
         totals = _totals(outputs, limits)
         faults = _verify(outputs, model, treatments, limits) if args.verify else []
-    _show(args, model, outputs, totals, resumed, faults, time.monotonic() - start)
+    _show(args, model, outputs, totals, resumed, lossless, faults, time.monotonic() - start)
     return 1 if faults else 0
+
+
+def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
+    """What is done to each tensor, and why some stay lossless; reads the tensors that are changed."""
+    specs = model.specs.values()
+    left = not_weights(specs)
+    treatments = rules.treatments(specs, left)
+    size = sum(model.specs[name].nbytes for name, treatment in treatments.items() if not treatment.lossless)
+    if size:
+        with progress(size, "infinities") as shown, about(model.path):
+            beyond = require_or_leave_finite(model, treatments, shown.advance)
+        if beyond:
+            left = {**left, **beyond}
+            treatments = rules.treatments(specs, left)
+    return treatments, rules.why_lossless(specs, treatments, left)
 
 
 def _metadata(pairs: list[str]) -> dict[str, str]:
@@ -237,6 +254,7 @@ def _show(
     outputs: list[Path],
     totals: Totals,
     resumed: int,
+    lossless: dict[str, Reason],
     faults: list[str],
     seconds: float,
 ) -> None:
@@ -252,6 +270,10 @@ def _show(
                 "sparsity": totals.sparsity,
                 "tensors": totals.tensors,
                 "resumed_tensors": resumed,
+                "lossless": [
+                    {"name": name, "kind": reason.kind.name.lower(), "because": reason.because}
+                    for name, reason in lossless.items()
+                ],
                 "verified": not faults if args.verify else None,
                 "faults": faults,
                 "seconds": round(seconds, 3),
@@ -269,6 +291,20 @@ def _show(
         f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
         f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
     )
+    for line in _by_kind(lossless):
+        print(printable(line))
+
+
+def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:
+    """The tensors that stayed lossless although others did not: a line for each reason, with some names."""
+    by_kind: dict[Kind, list[str]] = {}
+    for name, reason in lossless.items():
+        by_kind.setdefault(reason.kind, []).append(name)
+    for kind in Kind:
+        names = by_kind.get(kind, [])
+        if not names:
+            continue
+        yield f"{len(names):,} lossless, {kind.value}: {listed(names, 3)}"
 
 
 def _index(shard: Path) -> str:

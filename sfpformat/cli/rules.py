@@ -1,7 +1,8 @@
 """What ``sfp pack`` does to each tensor: options for all, and rules after ``--like`` for those they name.
 
-Rules: an option that changes values reaches, without ``--like``, only the tensors that are usually
-compressed: float, of rank 2 or more, of at least 4,096 elements. A later rule overrides an earlier one,
+Rules: an option that changes values reaches, without ``--like``, only the weights that are usually
+compressed: float, of rank 2 or more, of at least 4,096 elements, and none that `not_weights` gives a reason
+for. A ``--like`` reaches every float tensor that it names. A later rule overrides an earlier one,
 option by option; the quantiser's options (bits, step, error, table, lossless) override each other, and
 lossless undoes all that changes values, pruning too.
 """
@@ -10,13 +11,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..codec.options import PRESETS, WEIGHTED, ImportanceOptions, Options
+from ..codec.weights import Kind, Reason, not_weights
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
+from ..errors import SfpWarning
+from ..names import listed
 from ..safetensors import TensorSpec
 from .parser import Parser
 from .trouble import Trouble
@@ -69,12 +75,14 @@ class Treatment:
         pruning: which weights go, or None.
         cast: to which dtype, or None.
         shares_bits: whether the bits of its options are those of all tensors together that say so.
+        named: whether a ``--like`` rule says something that changes its values.
     """
 
     options: Options
     pruning: Pruning | None = None
     cast: Dtype | None = None
     shares_bits: bool = False
+    named: bool = False
 
     @property
     def lossless(self) -> bool:
@@ -90,7 +98,10 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     value = parser.add_argument_group(
         "options that change values",
         f"Without --like they reach float tensors of rank 2 or more with at least {MIN_ELEMENTS:,}\n"
-        "elements; all others stay lossless. Tensors that are not float are never changed.",
+        "elements, but not: scales, zero points and storage of weights that are quantised already\n"
+        "(GPTQ, AWQ, bitsandbytes, FP8 with scales, ...), buffers such as masks, biases, gains of\n"
+        "normalisations, and tensors with infinities or NaNs. These stay lossless and are listed with\n"
+        "the reason; --like GLOB reaches them. Tensors that are not float are never changed.",
     )
     how = value.add_mutually_exclusive_group()
     _add(how, "--bits", float, "B", "uniform quantiser: about B bits a position, mask included")
@@ -208,39 +219,104 @@ class Rules:
     likes: list[tuple[str, Layer]]
     keep: list[str]
 
-    def treatments(self, specs: Iterable[TensorSpec]) -> dict[str, Treatment]:
+    def treatments(
+        self, specs: Iterable[TensorSpec], left: Mapping[str, Reason] | None = None
+    ) -> dict[str, Treatment]:
         """Tensor name -> what is done to it.
+
+        Args:
+            specs: the tensors.
+            left: why some of them are left lossless, but where a ``--like`` names them; None takes
+                `not_weights`.
 
         Raises:
             Trouble: a pattern names no tensor, or an option reaches none.
             OptionError: options that contradict each other.
         """
         specs = list(specs)
-        self._require_effect(specs)
-        return {spec.name: self._treatment(spec) for spec in specs}
+        left = not_weights(specs) if left is None else left
+        self._require_effect(specs, left)
+        return {spec.name: self._treatment(spec, left) for spec in specs}
 
-    def _require_effect(self, specs: list[TensorSpec]) -> None:
+    @property
+    def changes_values(self) -> bool:
+        """Whether an option that changes values is given at all."""
+        return any(_changes_values(layer) for layer in (self.base, *(layer for _, layer in self.likes)))
+
+    def why_lossless(
+        self, specs: Iterable[TensorSpec], treatments: Mapping[str, Treatment], left: Mapping[str, Reason]
+    ) -> dict[str, Reason]:
+        """Tensor name -> why it stays lossless; empty where no option that changes values is given.
+
+        Args:
+            specs: the tensors.
+            treatments: what `treatments` gave for them and ``left``.
+            left: as there.
+        """
+        if not self.changes_values:
+            return {}
+        return {spec.name: self._why(spec, left) for spec in specs if treatments[spec.name].lossless}
+
+    def _why(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Reason:
+        kept = next((pattern for pattern in self.keep if fnmatchcase(spec.name, pattern)), None)
+        if kept is not None:
+            return Reason(Kind.ASKED, f"--keep {kept!r}")
+        if not spec.dtype.is_float:
+            return Reason(Kind.NOT_FLOAT, spec.words)
+        likes = [pattern for pattern, layer in self.likes if "lossless" in layer]
+        undone = next((pattern for pattern in likes if fnmatchcase(spec.name, pattern)), None)
+        if undone is not None:
+            return Reason(Kind.ASKED, f"--like {undone!r} --lossless")
+        if not _is_usual(spec):
+            return Reason(Kind.SMALL, spec.words)
+        return left.get(spec.name) or Reason(Kind.ASKED, "no option that changes values reaches it")
+
+    def _require_effect(self, specs: list[TensorSpec], left: Mapping[str, Reason]) -> None:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
             if not any(fnmatchcase(spec.name, pattern) for spec in specs):
                 raise Trouble(f"no tensor has a name like {pattern!r}")
-        if _LOSSY & set(self.base) and not any(map(_is_usual, specs)):
+        usual = [spec for spec in specs if _is_usual(spec)] if _changes_values(self.base) else []
+        if _changes_values(self.base) and not usual:
             raise Trouble(
                 f"no tensor is float, of rank 2 or more and of {MIN_ELEMENTS:,} elements or more, so "
                 f"{_flags(self.base)} would reach none; name those you mean with --like"
             )
+        if usual and all(spec.name in left for spec in usual):
+            counts = Counter(left[spec.name].kind for spec in usual)
+            kinds = ", ".join(f"{kind.value} ({counts[kind]:,})" for kind in Kind if kind in counts)
+            words = f"{_flags(self.base)} changes nothing: there are only {kinds}; --like GLOB reaches those"
+            warnings.warn(words, SfpWarning, stacklevel=2)
         for pattern, layer in self.likes:
             named = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
             if _LOSSY & set(layer) and not any(spec.dtype.is_float for spec in named):
                 raise Trouble(f"no tensor like {pattern!r} is float: {_flags(layer)} would reach none")
+            if _changes_values(layer):
+                self._warn_of_quantised(pattern, named, left)
 
-    def _treatment(self, spec: TensorSpec) -> Treatment:
+    def _warn_of_quantised(self, pattern: str, named: list[TensorSpec], left: Mapping[str, Reason]) -> None:
+        """Warns that a rule changes parts of weights that are quantised already."""
+        names = [
+            spec.name
+            for spec in named
+            if spec.dtype.is_float
+            and spec.name in left
+            and left[spec.name].kind in (Kind.STORAGE, Kind.COMPANION)
+            and not any(fnmatchcase(spec.name, keep) for keep in self.keep)
+        ]
+        if names:
+            words = f"--like {pattern!r} changes parts of weights that are quantised already ({len(names):,})"
+            warnings.warn(f"{words}: {listed(names)}; --keep excludes them", SfpWarning, stacklevel=3)
+
+    def _treatment(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Treatment:
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
-        named = spec.dtype.is_float and not kept
-        merged = _reaching(self.base, named and _is_usual(spec))
+        can_change = spec.dtype.is_float and not kept
+        merged = _reaching(self.base, can_change and _is_usual(spec) and spec.name not in left)
+        named = False
         for pattern, layer in self.likes:
             if fnmatchcase(spec.name, pattern):
-                merged = _merged(merged, _reaching(layer, named))
-        return _treatment_of(merged, spec)
+                merged = _merged(merged, _reaching(layer, can_change))
+                named = named or (can_change and _changes_values(layer))
+        return replace(_treatment_of(merged, spec), named=named)
 
 
 def _is_usual(spec: TensorSpec) -> bool:
@@ -249,6 +325,10 @@ def _is_usual(spec: TensorSpec) -> bool:
 
 def _reaching(layer: Layer, lossy: bool) -> Layer:
     return layer if lossy else {key: value for key, value in layer.items() if key not in _LOSSY}
+
+
+def _changes_values(layer: Layer) -> bool:
+    return bool((_LOSSY - {"lossless"}) & set(layer))
 
 
 def _flags(layer: Layer) -> str:

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codec.budget import Candidate, candidate, share_bits
+from ..codec.weights import Kind, Reason, has_values_beyond
 from ..dtypes import Dtype
 from ..errors import OptionError
+from ..names import quoted
 from .magnitude import (
     Patterns,
     Threshold,
@@ -38,6 +40,36 @@ class Share:
     threshold: Threshold
     ties: int
     bits: int
+
+
+def require_or_leave_finite(
+    model: Model, treatments: dict[str, Treatment], advance: Advance
+) -> dict[str, Reason]:
+    """Tensor name -> why it must stay lossless, for tensors whose values the treatment cannot take.
+
+    Reads all tensors that are treated.
+
+    Args:
+        advance: called with the bytes of each tensor read.
+
+    Raises:
+        OptionError: a ``--like`` rule quantises such a tensor, which it names.
+    """
+    found: dict[str, Reason] = {}
+    for name, treatment in treatments.items():
+        if treatment.lossless:
+            continue
+        quantised = not treatment.options.lossless
+        if has_values_beyond(model.read(name), float32=quantised):
+            if treatment.named and quantised:
+                raise OptionError(
+                    f"tensor {quoted(name)} has infinities, NaNs or values beyond float32, which cannot be "
+                    f"quantised; leave it lossless with --keep {name!r}"
+                )
+            if not treatment.named:
+                found[name] = Reason(Kind.NOT_FINITE, model.specs[name].words)
+        advance(model.specs[name].nbytes)
+    return found
 
 
 def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Advance) -> dict[str, Share]:
