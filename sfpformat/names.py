@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from .errors import OptionError
 
 T = TypeVar("T")
 
-# `difflib` needs about 10 µs a name; a hint is not worth seconds.
+# `difflib` needs about 10 µs a name, and time in proportion to the square of a length; a hint is not worth
+# seconds.
 _MOST_COMPARED = 20_000
+_LONGEST_COMPARED = 256
 
 # How many names a message lists before it only counts them.
 MOST_LISTED = 10
@@ -39,7 +42,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         one, other = f".{name}.", f".{candidate}."
         if name and candidate and (one in other or other in one):
             return candidate
-    close = get_close_matches(name, candidates[:_MOST_COMPARED], n=1, cutoff=0.6)
+    if len(name) > _LONGEST_COMPARED:
+        return None
+    short = [candidate for candidate in candidates[:_MOST_COMPARED] if len(candidate) <= _LONGEST_COMPARED]
+    close = get_close_matches(name, short, n=1, cutoff=0.6)
     return close[0] if close else None
 
 
@@ -52,7 +58,25 @@ def unknown_name(name: str, known: Iterable[str], kind: str = "tensor") -> str:
         kind: what the names are names of, a noun in the singular.
     """
     hint = nearest(name, known)
-    return f"no {kind} is named {name!r}" + ("" if hint is None else f"; the nearest is {hint!r}")
+    return f"no {kind} is named {quoted(name)}" + ("" if hint is None else f"; the nearest is {quoted(hint)}")
+
+
+def unmatched(pattern: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """The refusal of a pattern of tensor names, as a shell's, that matches none.
+
+    ``no tensor has a name like 'W'; the nearest is 'w'``, where the pattern is a plain name.
+
+    Args:
+        pattern: that matches nothing.
+        known: the names there are.
+        aliases: other names of tensors -> the names that these are kept under.
+    """
+    said = f"no tensor has a name like {quoted(pattern)}"
+    for other, kept in (aliases or {}).items():
+        if fnmatchcase(other, pattern):
+            return f"{said}; {quoted(other)} is kept as {quoted(kept)}"
+    hint = None if any(mark in pattern for mark in "*?[") else nearest(pattern, known)
+    return said if hint is None else f"{said}; the nearest is {quoted(hint)}"
 
 
 def require_known(

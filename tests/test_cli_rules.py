@@ -258,7 +258,7 @@ def test_importances_are_stored_for_the_tensors_that_have_one(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "array", "told"),
     [
-        ("unknown", np.ones(3, np.float32), "no tensor 'unknown'"),
+        ("unknown", np.ones(3, np.float32), "no tensor of the checkpoint is named 'unknown'"),
         ("norm", np.ones(3, np.float32), "same shape"),
         ("norm", np.ones(64, np.int64), "float"),
         ("ids", np.ones(40, np.float32), "float"),

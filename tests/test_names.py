@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sfpformat.errors import OptionError
-from sfpformat.names import listed, nearest, require_known, unknown_name
+from sfpformat.names import listed, nearest, require_known, unknown_name, unmatched
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,18 @@ def test_a_refusal_names_the_nearest_name() -> None:
     assert unknown_name("W", ["w"]) == "no tensor is named 'W'; the nearest is 'w'"
     assert unknown_name("abc", ["w"]) == "no tensor is named 'abc'"
     assert unknown_name("fast", ["faster"], "preset") == "no preset is named 'fast'; the nearest is 'faster'"
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_what_is_near() -> None:
+    assert unmatched("W", ["w"]) == "no tensor has a name like 'W'; the nearest is 'w'"
+    assert unmatched("W*", ["w"]) == "no tensor has a name like 'W*'"
+    said = "no tensor has a name like 'em*'; 'embed' is kept as 'head'"
+    assert unmatched("em*", ["head"], {"embed": "head"}) == said
+
+
+@pytest.mark.parametrize("name", ["w" * 1_000_000, "w"])
+def test_long_names_cost_no_time_and_stay_short_in_messages(name: str) -> None:
+    assert len(unknown_name(name, ["v" * 1_000_000, name.upper() + "x"])) < 500
 
 
 def test_names_that_are_known_pass() -> None:

@@ -6,6 +6,7 @@ import argparse
 from fnmatch import fnmatchcase
 
 from ..container.preamble import MAJOR
+from ..names import unmatched
 from .console import bytes_words, number, percent, printable, show_json, show_table
 from .limits import add_limits, limits_of
 from .models import Model, open_model, sub_byte_of
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if args.tensors is not None:
             reports = [report for report in reports if fnmatchcase(report.entry.name, args.tensors)]
             if not reports:
-                raise Trouble(f"{args.file}: no tensor has a name like {args.tensors!r}")
+                words = unmatched(args.tensors, model.specs, model.aliases())
+                raise Trouble(f"{args.file}: {words}")
         if args.json:
             _show_json(model, reports, totals)
         else:

@@ -63,6 +63,7 @@ class Model(Closing):
         require_file(path)
         self.files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
+        self._stored_name: dict[str, str] = {}  # of tensors that were renamed
         self._placed: dict[str, str] | None = None  # of an index of safetensors: tensor name -> file name
         self.specs: dict[str, TensorSpec] = {}
         self._stack = ExitStack()
@@ -171,6 +172,21 @@ class Model(Closing):
             out = {**self.metadata_of(file_name), **out}
         return out
 
+    def aliases(self) -> dict[str, str]:
+        """Other names of tensors -> the names that these have here: what the metadata say of tied tensors."""
+        said = self.metadata().items()
+        return {name: kept for name, kept in said if kept in self.specs and name not in self.specs}
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Lets a tensor be found under another name, which none has; files stay as they are."""
+        self.specs[new_name] = self.specs.pop(name)._replace(name=new_name)
+        self._file_of[new_name] = self._file_of.pop(name)
+        self._stored_name[new_name] = name
+
+    def drop(self, name: str) -> None:
+        """Leaves out a tensor; files stay as they are."""
+        del self.specs[name], self._file_of[name]
+
     def read(self, name: str) -> NDArray[np.generic]:
         """A whole tensor.
 
@@ -183,7 +199,7 @@ class Model(Closing):
         with about(self.path.parent / file_name):
             read: Callable[[str], NDArray[np.generic]]
             read = file.get_tensor if isinstance(file, SfpFile) else file.read
-            return read(name)
+            return read(self._stored_name.get(name, name))
 
 
 def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:

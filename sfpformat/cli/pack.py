@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .. import __version__
 from ..codec.weights import Kind, Reason, not_weights
 from ..limits import Limits
-from ..names import listed, quoted
+from ..names import listed, quoted, unknown_name
 from ..shards import index_name
 from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, printable, progress, show_json
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
         _require_storable(model, metadata, limits)
-        treatments, lossless = _treatments(rules, model)
+        treatments, lossless = _treatments(rules.with_aliases(model.specs, model.aliases()), model)
         importances = _importances(args.importance, model)
         try:
             job = _job(model, treatments, importances, metadata, limits)
@@ -168,10 +168,11 @@ def _importances(path: str | None, model: Model) -> Model | None:
     try:
         if found.kind != "safetensors":
             raise Trouble(f"{path}: importances must be safetensors")
+        _use_kept_names(found, model.aliases())
         for name, spec in found.specs.items():
             tensor = model.specs.get(name)
             if tensor is None:
-                raise Trouble(f"{path}: the checkpoint has no tensor {name!r}")
+                raise Trouble(f"{path}: {unknown_name(name, model.specs, 'tensor of the checkpoint')}")
             if tensor.shape != spec.shape or not (spec.dtype.is_float and tensor.dtype.is_float):
                 raise Trouble(
                     f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, the tensor "
@@ -181,6 +182,24 @@ def _importances(path: str | None, model: Model) -> Model | None:
         found.close()
         raise
     return found
+
+
+def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
+    """Gives importances under other names of tensors the names that these have.
+
+    Raises:
+        Trouble: two importances are of one tensor, and differ.
+    """
+    for name in list(importances.specs):
+        kept = aliases.get(name)
+        if kept is None:
+            continue
+        if kept not in importances.specs:
+            importances.rename(name, kept)
+        elif np.array_equal(as_bits(importances.read(name)), as_bits(importances.read(kept))):
+            importances.drop(name)
+        else:
+            raise Trouble(f"{importances.path}: {name!r} and {kept!r} are one tensor and differ; give one")
 
 
 def _job(

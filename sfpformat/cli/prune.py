@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SfpError
+from ..names import unmatched
 from ..reader import SfpFile
 from .console import bytes_words, percent, show_json
 from .limits import add_limits, limits_of
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     with about(source), SfpFile(source, limits=limits_of(args.limit)) as file:
         for pattern in args.exempt:
             if not any(fnmatchcase(name, pattern) for name in file):
-                raise Trouble(f"--exempt {pattern!r}: no tensor of {source} has a name like this")
+                raise Trouble(f"--exempt: {source}: {unmatched(pattern, file)}")
         found = reprune(
             file,
             target,

@@ -16,13 +16,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 from ..codec.options import PRESETS, WEIGHTED, ImportanceOptions, Options
 from ..codec.weights import Kind, Reason, not_weights
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
 from ..errors import SfpWarning
-from ..names import listed
+from ..names import listed, unmatched
 from ..safetensors import TensorSpec
 from .parser import Parser
 from .trouble import Trouble
@@ -219,6 +220,26 @@ class Rules:
     likes: list[tuple[str, Layer]]
     keep: list[str]
 
+    def with_aliases(self, names: Iterable[str], aliases: Mapping[str, str]) -> Rules:
+        """The same rules, where a pattern that matches another name of a tensor reaches the tensor.
+
+        Args:
+            names: of the tensors.
+            aliases: other names of tensors -> the names that these have.
+        """
+        there = list(names)
+
+        def reached(pattern: str) -> list[str]:
+            kept = dict.fromkeys(kept for name, kept in aliases.items() if fnmatchcase(name, pattern))
+            own = any(fnmatchcase(name, pattern) for name in there)
+            return [*([pattern] if own or not kept else []), *map(escape, kept)]
+
+        return Rules(
+            self.base,
+            [(found, layer) for pattern, layer in self.likes for found in reached(pattern)],
+            [found for pattern in self.keep for found in reached(pattern)],
+        )
+
     def treatments(
         self, specs: Iterable[TensorSpec], left: Mapping[str, Reason] | None = None
     ) -> dict[str, Treatment]:
@@ -274,7 +295,7 @@ class Rules:
     def _require_effect(self, specs: list[TensorSpec], left: Mapping[str, Reason]) -> None:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
             if not any(fnmatchcase(spec.name, pattern) for spec in specs):
-                raise Trouble(f"no tensor has a name like {pattern!r}")
+                raise Trouble(unmatched(pattern, [spec.name for spec in specs]))
         usual = [spec for spec in specs if _is_usual(spec)] if _changes_values(self.base) else []
         if _changes_values(self.base) and not usual:
             raise Trouble(

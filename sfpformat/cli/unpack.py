@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..atomic import ReplacedTogether, replacing
+from ..names import unmatched
 from ..safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..shards import ShardIndex, index_name, shard_name
 from .console import Progress, bytes_words, progress
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
             raise Trouble(f"{args.source}: is safetensors already")
         for pattern in args.tensor or []:
             if not any(fnmatchcase(name, pattern) for name in model.specs):
-                raise Trouble(f"{args.source}: no tensor has a name like {pattern!r}")
+                words = unmatched(pattern, model.specs, model.aliases())
+                raise Trouble(f"{args.source}: {words}")
         chosen = {
             name: spec
             for name, spec in model.specs.items()
