@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
     """What is done to each tensor, and why some stay lossless; reads the tensors that are changed."""
     specs = model.specs.values()
-    left = not_weights(specs)
+    left = not_weights(specs) if rules.changes_values else {}
     treatments = rules.treatments(specs, left)
     size = sum(model.specs[name].nbytes for name, treatment in treatments.items() if not treatment.lossless)
     if size:

@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -125,6 +126,8 @@ _COMPANION_PAIR = re.compile(
     r"(?:^|\.)(?:(?:res_|outlier_)?centroids\.weight"  # VPTQ
     r"|(?:weight|bias|input|output)_quantizer\.(?:scale|zero_point|_amax|_scale))$"  # Quark, ModelOpt
 )
+# Of so many parts, with underscores between, is the end of a name that names a scale: "_weight_scale_inv".
+_MOST_PARTS = 5
 # Parts of names that belong to a scale or a zero point where there is FP8 beside it.
 _SCALE = re.compile(r"scale|zero|shift|amax|absmax|quant")
 _BUFFER = _pattern(
@@ -204,9 +207,11 @@ class _Model:
                 some += [name] if len(some) < 2 else []
             if _SCALE.search(last):
                 scales.setdefault(module, name)
-                for match in re.finditer("_", last):
-                    if _SCALE.search(last, match.end()):
-                        scales.setdefault(name[: len(name) - len(last) + match.start()], name)
+                end = len(last)
+                for _ in range(_MOST_PARTS):
+                    end = last.rfind("_", 0, end)
+                    if end > 0 and _SCALE.search(last, end + 1):
+                        scales.setdefault(name[: len(name) - len(last) + end], name)
         return cls(known, stored, scales)
 
     def reason(self, name: str) -> Reason | None:
@@ -214,18 +219,17 @@ class _Model:
         tensor = self.tensors[name]
         _, last = _parts(name)
         words = f"named {last!r}"
-        if _STORAGE.fullmatch(last):
-            return Reason(Kind.STORAGE, words)
-        if _COMPANION.fullmatch(last) or _COMPANION_PAIR.search(name):
+        kind = _kind_by_last(last)
+        if kind in (Kind.STORAGE, Kind.COMPANION):
+            return Reason(kind, words)
+        if _COMPANION_PAIR.search(name):
             return Reason(Kind.COMPANION, words)
         if not re.fullmatch(r"(\w+_)?bias", last) or last == "weight_bias":  # that of VPTQ is a companion
             found = self._companion(name) or (self._storage(name) if tensor.dtype.is_float else None)
             if found is not None:
                 return found
-        if _BUFFER.fullmatch(last):
-            return Reason(Kind.BUFFER, words)
-        if _BIAS.fullmatch(last):
-            return Reason(Kind.BIAS, words)
+        if kind is not None:
+            return Reason(kind, words)
         return Reason(Kind.NORM, words) if _NORM.search(name) else None
 
     def _companion(self, name: str) -> Reason | None:
@@ -251,6 +255,13 @@ class _Model:
         dtype = self.tensors[name].dtype
         scale = self.scales.get(name) or (self.scales.get(module) if last == "weight" else None)
         return Reason(Kind.STORAGE, f"{dtype.name} with {scale!r}") if scale and _is_fp8(dtype) else None
+
+
+@lru_cache(1 << 14)  # the names of a model have few last parts
+def _kind_by_last(last: str) -> Kind | None:
+    """What the last part of a name alone tells."""
+    tables = {Kind.STORAGE: _STORAGE, Kind.COMPANION: _COMPANION, Kind.BUFFER: _BUFFER, Kind.BIAS: _BIAS}
+    return next((kind for kind, table in tables.items() if table.fullmatch(last)), None)
 
 
 def _parts(name: str) -> tuple[str, str]:
