@@ -16,6 +16,15 @@ from types import TracebackType
 _PACKAGE = __name__.partition(".")[0]
 
 
+# How many characters of a fault's words and of a name a message shows. A file may hold names of megabytes.
+MOST_DETAIL, MOST_NAME = 400, 120
+
+
+def shortened(text: str, most: int) -> str:
+    """A text, or of a long one its beginning and its end, ``most`` characters in all."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
+
+
 class SfpError(Exception):
     """Base of all errors that this package raises on purpose."""
 
@@ -38,7 +47,7 @@ class FileFault(SfpError):
     Attributes:
         code: one of the error codes of SPEC.md chapter 20, such as ``E_CRC``.
         clause: the requirement that is broken, such as ``R-LAY-004``.
-        detail: what is wrong, in words.
+        detail: what is wrong, in words; of any length, ``str()`` of the error shortens it.
         tensor: the tensor's name, or None.
         offset: byte offset in the file, or None where there is no single place.
     """
@@ -66,11 +75,11 @@ class FileFault(SfpError):
     def __str__(self) -> str:
         where = []
         if self.tensor is not None:
-            where.append(f"tensor {self.tensor!r}")
+            where.append(f"tensor {shortened(self.tensor, MOST_NAME)!r}")
         if self.offset is not None:
             where.append(f"byte {self.offset}")
         place = f" ({', '.join(where)})" if where else ""
-        return f"{self.code} [{self.clause}] {self.detail}{place}"
+        return f"{self.code} [{self.clause}] {shortened(self.detail, MOST_DETAIL)}{place}"
 
 
 class InvalidFileError(FileFault):

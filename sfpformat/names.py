@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from .errors import OptionError
+from .errors import MOST_NAME, OptionError, shortened
 
 T = TypeVar("T")
 
@@ -18,9 +18,6 @@ _LONGEST_COMPARED = 256
 
 # How many names a message lists before it only counts them.
 MOST_LISTED = 10
-
-# How many characters of a name a message shows: names can have a megabyte.
-_MOST_SHOWN = 120
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -138,8 +135,8 @@ def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
     return f"{said} and {len(names) - most:,} more" if len(names) > most else said
 
 
-def quoted(name: object, most: int = _MOST_SHOWN) -> str:
+def quoted(name: object, most: int = MOST_NAME) -> str:
     """A name for a message: in quotes, and of a long one its beginning and its end."""
     if not isinstance(name, str) or len(name) <= most:
         return repr(name)
-    return f"{name[: most // 2] + '…' + name[-most // 3 :]!r} ({len(name):,} characters)"
+    return f"{shortened(name, most)!r} ({len(name):,} characters)"

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -278,3 +279,104 @@ def test_quantisers_are_named(tmp_path: Path) -> None:
     with sfpformat.open(tmp_path / "m.sfp") as file:
         words = [report_tensor(file, name).coding for name in "abc"]
     assert words == ["table 8 per 32", "exact F32", "raw"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error"),
+    [
+        (np.array([1 << 53, 5], np.int64), np.array([(1 << 53) + 1, 5], np.int64), 1),
+        (np.array([-(1 << 63)], np.int64), np.array([(1 << 63) - 1], np.int64), (1 << 64) - 1),
+        (np.array([(1 << 64) - 1], np.uint64), np.array([(1 << 64) - 2], np.uint64), 1),
+        (
+            np.array([(1 << 64) - 1, 0], np.uint64),
+            np.array([-(1 << 63), 0], np.int64),
+            (1 << 64) - 1 + (1 << 63),
+        ),
+        (np.array([255], np.uint8), np.array([-128], np.int8), 383),
+        (np.array([True, False]), np.array([False, False]), 1),
+        (np.array([True]), np.array([(1 << 64) - 1], np.uint64), (1 << 64) - 2),
+        (np.array([(1 << 53) + 1], np.int64), np.array([2.0**53]), 1),
+        (np.array([7], np.int32), np.array([7.5], np.float32), 0.5),
+    ],
+)
+def test_integers_are_compared_exactly(a: Any, b: Any, error: float) -> None:
+    for one, other in ((a, b), (b, a)):
+        found = compare("t", one, other)
+        assert not found.identical
+        assert found.max_error == error
+        assert type(found.max_error) is type(error) or found.max_error == float(error)
+
+
+def test_equal_integers_of_other_dtypes_have_no_error_and_differ() -> None:
+    found = compare("t", np.array([1, 0], np.int64), np.array([1, 0], np.uint8))
+    assert (found.identical, found.max_error, found.zeros_a, found.zeros_differ) == (False, 0, 0.5, 0)
+
+
+def test_a_large_integer_error_is_shown_in_full(tmp_path: Path, capsys: Capture) -> None:
+    a, b = np.array([1 << 60], np.int64), np.array([0], np.int64)
+    source, other = make(tmp_path / "a.safetensors", {"n": a}), make(tmp_path / "b.safetensors", {"n": b})
+    assert "1,152,921,504,606,846,976" in output(capsys, "diff", source, other, code=1)
+    assert (
+        json.loads(output(capsys, "diff", source, other, "--json", code=1))["tensors"][0]["max_error"]
+        == 1 << 60
+    )
+
+
+def test_e8m0_has_no_zeros() -> None:
+    a = np.arange(8, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu)
+    assert compare("t", a, a[::-1].copy()).zeros_a == 0
+
+
+def test_signs_of_zeros_are_named_as_bits_that_differ(tmp_path: Path, capsys: Capture) -> None:
+    a, b = np.zeros(3, np.float32), np.array([0, -0.0, 0], np.float32)
+    source, other = make(tmp_path / "a.safetensors", {"z": a}), make(tmp_path / "b.safetensors", {"z": b})
+    assert "0, bits differ" in output(capsys, "diff", source, other, code=1)
+
+
+def test_bytes_that_stand_for_other_dtypes_differ(tmp_path: Path, capsys: Capture) -> None:
+    with sfpformat.Writer(tmp_path / "a.sfp") as writer:
+        other = {"x-safetensors": {"dtype": "F4", "shape": [96]}}
+        writer.add("w", np.zeros(48, np.uint8), other=other)
+    save_sfp({"w": np.zeros(48, np.uint8)}, tmp_path / "b.sfp")
+    out = output(capsys, "diff", tmp_path / "a.sfp", tmp_path / "b.sfp", code=1)
+    assert "F4 [96]" in out
+    assert "0 of 1 tensors identical" in out
+
+
+# -------------------------------------------------------------------------------------------- short answers
+
+
+def test_a_long_comparison_is_counted_and_all_lists_it(tmp_path: Path, capsys: Capture) -> None:
+    many = {f"{'layer.' * 50}{i:04}": np.zeros(1, np.float32) for i in range(500)}
+    more = {f"more.{i:04}": np.zeros(1, np.float32) for i in range(300)}
+    source = make(tmp_path / "a.safetensors", many | more)
+    other = make(tmp_path / "b.safetensors", {name: array + 1 for name, array in many.items()})
+    out = output(capsys, "diff", source, other, code=1)
+    assert "300 more tensors differ, which --all lists" in out
+    assert "only in A: 100 more, which --all lists" in out
+    assert len(out) < 80_000
+    assert max(map(len, out.splitlines())) < 300
+    everything = output(capsys, "diff", source, other, "--all", code=1)
+    assert everything.count("only in A: more.") == 300
+    assert "more, which" not in everything
+
+
+def test_faults_are_shown_short_and_counted(tmp_path: Path, capsys: Capture) -> None:
+    tensors = {f"{'t' * 1000}{i:03}": np.ones(64, np.int8) for i in range(150)}
+    save_sfp(tensors, tmp_path / "m.sfp")
+    data = bytearray((tmp_path / "m.sfp").read_bytes())
+    data[64 : 64 + 64 * 150] = bytes(64 * 150)
+    (tmp_path / "m.sfp").write_bytes(data)
+    out = output(capsys, "verify", tmp_path / "m.sfp", code=1)
+    assert out.count("E_CRC") == 100
+    assert "m.sfp: 50 more faults, which --json lists" in out
+    assert "m.sfp: 150 faults" in out
+    assert max(map(len, out.splitlines())) < 400
+    found = json.loads(output(capsys, "verify", tmp_path / "m.sfp", "--json", code=1))[0]["faults"]
+    assert [fault["tensor"] for fault in found] == list(tensors)
+
+
+def test_a_fault_with_a_long_word_of_the_file_is_shown_short(tmp_path: Path, capsys: Capture) -> None:
+    fault = sfpformat.InvalidFileError("R-TEN-003", f"unknown dtype {'F' * 1_000_000!r}", tensor="t" * 1000)
+    assert len(str(fault)) < 600
+    assert len(fault.detail) > 1_000_000

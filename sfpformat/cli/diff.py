@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import of_numpy
+from ..errors import MOST_NAME, shortened
 from .console import number, percent, printable, progress, show_json, show_table
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
 _BLOCK = 1 << 20
+# More rows and names are only counted, but with --all.
+_MOST_ROWS = 200
 _HEADER = ("tensor", "A", "B", "max error", "error dB", "zero in A", "zero in B", "zeros differ")
 
 _DESCRIPTION = """Compares two models, each an .sfp or safetensors file, an index of shards or a folder.
@@ -55,7 +58,8 @@ class Difference:
         a, b: dtype and shape.
         is_float: in both; others are left out of the figures over all tensors.
         identical: dtype, shape and all bits are the same.
-        max_error: greatest absolute difference; None where there is no finite one (or the shapes differ).
+        max_error: greatest absolute difference, exact of integers; None where there is no finite one, or
+            where the shapes differ.
         error_sum, square_sum: sums of squared errors, and of the squares of A.
         zeros_a, zeros_b: the share of positions that are zero.
         zeros_differ: positions that are zero in one only.
@@ -100,39 +104,74 @@ def _db(error: float, square: float) -> float | None:
 
 
 def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Difference:
-    """Compares two arrays, block by block. NaNs in the same place count as equal numbers."""
+    """Compares two arrays, block by block: integers exactly, NaNs in the same place as equal numbers."""
     out = Difference(name, _words(a), _words(b), _is_float(a) and _is_float(b))
     if a.shape != b.shape:
         return out
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     out.identical = a.dtype == b.dtype
-    greatest, error_sum, square_sum, zeros_a, zeros_b, zeros_differ = 0.0, 0.0, 0.0, 0, 0, 0
+    errors_of = _integer_errors if _is_integer(a) and _is_integer(b) else _errors
+    out.error_sum = out.square_sum = 0.0
+    greatest: float = 0
+    zeros_a, zeros_b, zeros_differ = 0, 0, 0
     for start in range(0, flat_a.size, _BLOCK):
         block_a, block_b = flat_a[start : start + _BLOCK], flat_b[start : start + _BLOCK]
         if out.identical:
             out.identical = np.array_equal(block_a.view(np.uint8), block_b.view(np.uint8))
-        wide_a, wide_b = _wide(block_a), _wide(block_b)
+        errors, most = errors_of(block_a, block_b)
+        greatest = max(greatest, most)
         with np.errstate(all="ignore"):
-            error = np.abs(wide_a - wide_b)
-            error[(wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))] = 0
-            error[np.isnan(error)] = np.inf
-            square_sum += float(np.square(np.abs(wide_a)).sum())
-            error_sum += float(np.square(error).sum())
-        greatest = max(greatest, float(error.max()))
-        zero_a, zero_b = wide_a == 0, wide_b == 0
+            out.square_sum += float(np.square(np.abs(_wide(block_a))).sum())
+            out.error_sum += float(np.square(errors).sum())
+        zero_a, zero_b = _is_zero(block_a), _is_zero(block_b)
         zeros_a += int(np.count_nonzero(zero_a))
         zeros_b += int(np.count_nonzero(zero_b))
         zeros_differ += int(np.count_nonzero(zero_a != zero_b))
     out.max_error = greatest if greatest < math.inf else None
-    out.error_sum, out.square_sum = error_sum, square_sum
     if flat_a.size:
         out.zeros_a, out.zeros_b = zeros_a / flat_a.size, zeros_b / flat_a.size
     out.zeros_differ = zeros_differ
     return out
 
 
-def _wide(block: NDArray[np.generic]) -> NDArray[np.inexact]:
-    return block.astype(np.complex128 if block.dtype.kind == "c" else np.float64)
+def _errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], float]:
+    """The absolute differences, where one is not a number infinity, and the greatest of them.
+
+    Integers of 64 bits against floats are compared in the widest float of the machine, which holds them.
+    """
+    long = any(_is_integer(array) and array.dtype.itemsize == 8 for array in (a, b))
+    wide_a, wide_b = (_wide(array, np.longdouble if long else np.float64) for array in (a, b))
+    with np.errstate(all="ignore"):
+        errors = np.abs(wide_a - wide_b)
+        errors[(wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))] = 0
+        errors[np.isnan(errors)] = np.inf
+    return errors, float(errors.max(initial=0))
+
+
+def _integer_errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], int]:
+    """The absolute differences of integers as float64, and the greatest of them, which is exact."""
+    if np.uint64 not in (a.dtype, b.dtype):
+        whole_a, whole_b = a.astype(np.int64), b.astype(np.int64)
+    elif all(array.dtype.kind != "i" for array in (a, b)):
+        whole_a, whole_b = a.astype(np.uint64), b.astype(np.uint64)
+    else:  # no dtype holds all values of both
+        exact = np.abs(a.astype(object) - b.astype(object))
+        return exact.astype(np.float64), int(exact.max(initial=0))
+    # The difference of two integers of 64 bits fits into 64 bits without a sign, modulo 2^64.
+    exact = np.maximum(whole_a, whole_b).view(np.uint64) - np.minimum(whole_a, whole_b).view(np.uint64)
+    return exact.astype(np.float64), int(exact.max(initial=0))
+
+
+def _wide(block: NDArray[np.generic], real: type[np.floating] = np.float64) -> NDArray[np.inexact]:
+    return block.astype(np.result_type(real, np.complex128) if block.dtype.kind == "c" else real)
+
+
+def _is_zero(block: NDArray[np.generic]) -> NDArray[np.bool_]:
+    return np.asarray((block if _is_integer(block) else _wide(block)) == 0, np.bool_)
+
+
+def _is_integer(array: NDArray[np.generic]) -> bool:
+    return array.dtype.kind in "biu"
 
 
 def _is_float(array: NDArray[np.generic]) -> bool:
@@ -170,7 +209,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare_tensor(name: str, a: Model, b: Model) -> Difference:
-    return compare(name, a.read(name), b.read(name))
+    found = compare(name, a.read(name), b.read(name))
+    if a.specs[name].sub_byte != b.specs[name].sub_byte:  # equal bytes with another meaning
+        found.a, found.b, found.identical = a.specs[name].words, b.specs[name].words, False
+    return found
 
 
 def _overall(differences: list[Difference]) -> dict[str, float | None]:
@@ -197,11 +239,16 @@ def _as_json(
 
 def _show(differences: list[Difference], only_a: list[str], only_b: list[str], everything: bool) -> None:
     listed = [d for d in differences if everything or not d.identical]
-    if listed:
-        show_table(_HEADER, [_row(d) for d in listed], 3)
+    shown = listed if everything else listed[:_MOST_ROWS]
+    if shown:
+        show_table(_HEADER, [_row(d) for d in shown], 3)
+    if len(listed) > len(shown):
+        print(f"{len(listed) - len(shown):,} more tensors differ, which --all lists")
     for word, names in (("A", only_a), ("B", only_b)):
-        for name in names:
-            print(f"only in {word}: {printable(name)}")
+        for name in names if everything else names[:_MOST_ROWS]:
+            print(f"only in {word}: {printable(shortened(name, MOST_NAME))}")
+        if len(names) > _MOST_ROWS and not everything:
+            print(f"only in {word}: {len(names) - _MOST_ROWS:,} more, which --all lists")
     equal = sum(d.identical for d in differences)
     print(f"{equal} of {len(differences)} tensors identical", end="")
     print(f", {len(only_a)} only in A, {len(only_b)} only in B" if only_a or only_b else "", end="")
@@ -218,7 +265,15 @@ def _row(d: Difference) -> list[str]:
     elif d.zeros_differ is None:
         error, db = "shapes differ", ""
     else:
-        error = "not finite" if d.max_error is None else f"{d.max_error:.3g}"
+        error = _error_words(d)
         db = number(d.error_db)
     differ = "–" if d.zeros_differ is None else f"{d.zeros_differ:,}"
-    return [d.name, d.a, d.b, error, db, percent(d.zeros_a), percent(d.zeros_b), differ]
+    return [shortened(d.name, MOST_NAME), d.a, d.b, error, db, percent(d.zeros_a), percent(d.zeros_b), differ]
+
+
+def _error_words(d: Difference) -> str:
+    if d.max_error is None:
+        return "not finite"
+    if not d.max_error:  # other dtypes, signs of zeros, or payloads of NaNs
+        return "0, bits differ"
+    return f"{d.max_error:,}" if isinstance(d.max_error, int) else f"{d.max_error:.3g}"

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import FileFault, SfpError
+from ..errors import MOST_DETAIL, FileFault, SfpError, shortened
 from ..limits import Limits
 from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
 from ..validate import Report, validate
@@ -14,6 +14,9 @@ from .console import bytes_words, printable, progress, show_json
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 from .trouble import about, other_kind, require_file
+
+# More faults or notes of a file are only counted.
+_MOST_LINES = 100
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -101,7 +104,7 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
             "clause": fault.clause,
             "tensor": fault.tensor,
             "offset": fault.offset,
-            "detail": fault.detail,
+            "detail": shortened(fault.detail, MOST_DETAIL),
         }
         for fault in report.faults
     ]
@@ -124,14 +127,18 @@ def _kind(path: Path, report: Report) -> str | None:
 
 def _show(path: Path, report: Report, with_notes: bool) -> None:
     name = printable(str(path))
-    for fault in report.faults:
+    for fault in report.faults[:_MOST_LINES]:
         print(f"{name}: {printable(str(fault))}")
+    if len(report.faults) > _MOST_LINES:
+        print(f"{name}: {len(report.faults) - _MOST_LINES:,} more faults, which --json lists")
     kind = _kind(path, report)
     if kind is not None:
         print(f"{name}: is {printable(kind)}")
     if with_notes:
-        for note in report.notes:
-            print(f"{name}: not canonical: {printable(note)}")
+        for note in report.notes[:_MOST_LINES]:
+            print(f"{name}: not canonical: {printable(shortened(note, MOST_DETAIL))}")
+        if len(report.notes) > _MOST_LINES:
+            print(f"{name}: {len(report.notes) - _MOST_LINES:,} more notes, which --json lists")
     if report.faults:
         print(f"{name}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
         return
