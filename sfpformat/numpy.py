@@ -6,7 +6,7 @@ What writes is imported when something is written: who only reads need not wait 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .codec.options import Options, options_by_name
 from .coding.mask import Mask
+from .dtypes import of_numpy
 from .limits import DEFAULT_LIMITS, Limits
 from .names import checked_by_name, require_mapping
 from .reader import SfpFile
@@ -21,6 +22,7 @@ from .source import Buffer
 
 if TYPE_CHECKING:
     from .codec.plan import Importance
+    from .codec.weights import Outline
     from .writer import Writer
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -44,7 +46,8 @@ def save_file(
         tensors: name -> array, any shape, any dtype of the format (`ml_dtypes` for BF16 and FP8).
         path: of the file.
         metadata: strings of the caller's own.
-        options: for all tensors, or for each by name; lossless where nothing is said.
+        options: for all tensors, or for each by name; lossless where nothing is said. One `Options` that is
+            lossy reaches every float tensor; `options_for_weights` gives options for the weights alone.
         masks: name -> bool array of the tensor's shape, True for survivors.
         importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
         limits: what readers allow; they need the same ones where these are not the default.
@@ -111,6 +114,36 @@ def load(
         return file.get_tensors()
 
 
+def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]:
+    """Options by name, for the weights alone: what `sfp pack` changes by default.
+
+    These stay lossless: tensors of rank under 2 or of fewer than 4,096 elements; scales, zero points and
+    storage of weights that are quantised already; buffers, biases, gains of normalisations; tensors with
+    infinities, NaNs or values beyond float32.
+
+    ``save_file(t, "m.sfp", options=options_for_weights(t, Options(quantiser="uniform", bits=4)))``
+
+    Args:
+        tensors: all of a model: what a tensor is may depend on others.
+        options: for its weights.
+    """
+    from .codec.weights import has_values_beyond, options_for
+
+    require_mapping(tensors, "tensors")
+    chosen = options_for(_outlines(tensors), options)
+    return {name: o for name, o in chosen.items() if not has_values_beyond(tensors[name], float32=True)}
+
+
+def _outlines(tensors: Arrays) -> Iterator[Outline]:
+    """The arrays whose dtypes the format knows, without their data."""
+    from .codec.weights import Outline
+
+    for name, array in tensors.items():
+        dtype = of_numpy(array.dtype) if isinstance(array, np.ndarray) else None
+        if dtype is not None and isinstance(name, str):
+            yield Outline(name, dtype, array.shape)
+
+
 def _add_all(
     writer: Writer,
     tensors: Arrays,
@@ -118,9 +151,12 @@ def _add_all(
     masks: Mapping[str, Mask] | None,
     importances: Mapping[str, Importance] | None,
 ) -> None:
+    from .codec.weights import warn_of_quantised
+
     require_mapping(tensors, "tensors")
     chosen = options_by_name(options, tensors)
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
+    warn_of_quantised(_outlines(tensors), options)
     for name, array in tensors.items():
         writer.add(name, array, chosen[name], mask=masks.get(name), importance=importances.get(name))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sfpformat
+import sfpformat.numpy
 from sfpformat.atomic import replacing
 from sfpformat.codec.weights import Kind, has_values_beyond, not_weights
 from sfpformat.dtypes import DTYPES, of_numpy
@@ -435,3 +436,78 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> No
     described = [TensorSpec(name, dtype, arrays[name].shape) for name, dtype in dtypes.items() if dtype]
     with replacing(path) as file:
         write_tensors(file, described, {}, iter(arrays.values()))
+
+
+# ------------------------------------------------------------------------------------------------- Python
+
+FOUR_BITS = sfpformat.Options(quantiser="uniform", bits=4)
+
+
+def state() -> dict[str, np.ndarray[Any, Any]]:
+    """A model with one weight, beside all that stays lossless."""
+    return {
+        "a.qweight": rng.integers(0, 9, (80, 80), np.int32),
+        "a.scales": large(np.float16),
+        "b.weight": large(),
+        "b.bias": np.ones(80, np.float32),
+        "norm.weight": large(),
+        "mask": np.full((80, 80), -np.inf, np.float32),
+        "table": np.where(large() > 2, np.nan, large()).astype(np.float32),
+        "f64": np.full((80, 80), 1e300),
+    }
+
+
+def test_options_for_weights_name_the_weights_alone() -> None:
+    chosen = sfpformat.numpy.options_for_weights(state(), FOUR_BITS)
+    assert chosen == {"b.weight": FOUR_BITS}
+    with sfpformat.open(sfpformat.numpy.save(state(), options=chosen)) as file:
+        assert file.info("b.weight").quantiser == "uniform"
+        assert file.info("a.scales").quantiser != "uniform"
+
+
+@pytest.mark.parametrize(
+    "door", ["numpy save", "numpy save_file", "torch save", "torch save_file", "save_model"]
+)
+def test_lossy_options_for_all_warn_of_quantised_weights(door: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import sfpformat.torch as t
+
+    arrays = {name: array for name, array in state().items() if name not in ("mask", "table", "f64")}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    module = torch.nn.Module()
+    module.a = torch.nn.Module()
+    module.a.register_buffer("qweight", tensors["a.qweight"])
+    module.a.register_buffer("scales", tensors["a.scales"])
+    path = tmp_path / "m.sfp"
+    write = {
+        "numpy save": lambda o: sfpformat.numpy.save(arrays, options=o),
+        "numpy save_file": lambda o: sfpformat.numpy.save_file(arrays, path, options=o),
+        "torch save": lambda o: t.save(tensors, options=o),
+        "torch save_file": lambda o: t.save_file(tensors, path, options=o),
+        "save_model": lambda o: t.save_model(module, path, options=o),
+    }[door]
+    with pytest.warns(
+        sfpformat.SfpWarning, match=r"quantised already \(1\): 'a.scales'; options_for_weights"
+    ):
+        write(FOUR_BITS)
+    write(sfpformat.Options())
+    write({"a.scales": FOUR_BITS})
+
+
+def test_torch_gives_the_same_options_for_weights_as_numpy() -> None:
+    torch = pytest.importorskip("torch")
+    import sfpformat.torch as t
+
+    tensors = {name: torch.from_numpy(array) for name, array in state().items()}
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float64):
+        tensors[f"w{dtype}"] = torch.ones(80, 80).to(dtype)
+    expected = {"b.weight", *(name for name in tensors if name.startswith("wtorch"))}
+    assert set(t.options_for_weights(tensors, FOUR_BITS)) == expected
+    assert set(t.options_for_weights({"m": torch.ones(80, 80, device="meta")}, FOUR_BITS)) == {"m"}
+
+
+def test_lossy_options_that_reach_infinities_name_the_tensor_and_the_way_out() -> None:
+    with pytest.raises(
+        sfpformat.OptionError, match=r"tensor 'mask': .* leave the tensor out of the lossy options"
+    ):
+        sfpformat.numpy.save({"mask": state()["mask"]}, options=FOUR_BITS)

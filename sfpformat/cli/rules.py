@@ -20,7 +20,7 @@ from glob import escape
 from typing import Any
 
 from ..codec.options import PRESETS, WEIGHTED, ImportanceOptions, Options
-from ..codec.weights import Kind, Reason, not_weights
+from ..codec.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, not_weights
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
 from ..errors import SfpWarning
 from ..names import listed, unmatched
@@ -29,7 +29,6 @@ from .parser import Parser
 from .trouble import Trouble
 
 LIKE = "--like"
-MIN_ELEMENTS = 4096
 _QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
 # What changes values, and what belongs to it.
 _LOSSY = frozenset(
@@ -288,7 +287,7 @@ class Rules:
         undone = next((pattern for pattern in likes if fnmatchcase(spec.name, pattern)), None)
         if undone is not None:
             return Reason(Kind.ASKED, f"--like {undone!r} --lossless")
-        if not _is_usual(spec):
+        if not is_large_float(spec):
             return Reason(Kind.SMALL, spec.words)
         return left.get(spec.name) or Reason(Kind.ASKED, "no option that changes values reaches it")
 
@@ -296,7 +295,7 @@ class Rules:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
             if not any(fnmatchcase(spec.name, pattern) for spec in specs):
                 raise Trouble(unmatched(pattern, [spec.name for spec in specs]))
-        usual = [spec for spec in specs if _is_usual(spec)] if _changes_values(self.base) else []
+        usual = [spec for spec in specs if is_large_float(spec)] if _changes_values(self.base) else []
         if _changes_values(self.base) and not usual:
             raise Trouble(
                 f"no tensor is float, of rank 2 or more and of {MIN_ELEMENTS:,} elements or more, so "
@@ -331,17 +330,13 @@ class Rules:
     def _treatment(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Treatment:
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
         can_change = spec.dtype.is_float and not kept
-        merged = _reaching(self.base, can_change and _is_usual(spec) and spec.name not in left)
+        merged = _reaching(self.base, can_change and is_large_float(spec) and spec.name not in left)
         named = False
         for pattern, layer in self.likes:
             if fnmatchcase(spec.name, pattern):
                 merged = _merged(merged, _reaching(layer, can_change))
                 named = named or (can_change and _changes_values(layer))
         return replace(_treatment_of(merged, spec), named=named)
-
-
-def _is_usual(spec: TensorSpec) -> bool:
-    return spec.dtype.is_float and len(spec.shape) >= 2 and math.prod(spec.shape) >= MIN_ELEMENTS
 
 
 def _reaching(layer: Layer, lossy: bool) -> Layer:

@@ -336,7 +336,8 @@ def require_finite(flat: Flat) -> None:
             extremes = np.array([values.min(), values.max()])  # both are NaN where one value is
         if not np.isfinite(extremes).all():
             raise OptionError(
-                "a lossy quantiser takes finite float32 only, no infinities or NaNs; use lossless"
+                "a lossy quantiser takes finite float32 only, no infinities or NaNs; leave the tensor out of "
+                "the lossy options, such as by options={name: ...} for the others"
             )
 
 

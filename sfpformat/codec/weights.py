@@ -21,7 +21,9 @@ The tables are taken from the code that writes such checkpoints:
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +34,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Dtype, of_numpy
+from ..errors import SfpWarning
+from ..names import listed
+from .options import Options
 
+# Tensors of fewer elements are not worth a loss.
+MIN_ELEMENTS = 4096
 # Elements that are looked at together.
 _BLOCK = 1 << 20
 
@@ -48,6 +55,14 @@ class Described(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+class Outline(NamedTuple):
+    """A tensor without its data, from an array or a tensor of torch."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
 
 
 class Kind(Enum):
@@ -177,6 +192,39 @@ def not_weights(tensors: Iterable[Described]) -> dict[str, Reason]:
             words = f"{model.tensors[name].dtype.name}, as {scaled!r}, which has a scale"
             out.setdefault(name, Reason(Kind.STORAGE, words))
     return out
+
+
+def is_large_float(tensor: Described) -> bool:
+    """Whether a tensor is float, of rank 2 or more and of `MIN_ELEMENTS` elements or more."""
+    return tensor.dtype.is_float and len(tensor.shape) >= 2 and math.prod(tensor.shape) >= MIN_ELEMENTS
+
+
+def options_for(tensors: Iterable[Described], options: Options) -> dict[str, Options]:
+    """The options by the name of each weight that pruning and quantising reach by default."""
+    known = list(tensors)
+    left = not_weights(known)
+    return {t.name: options for t in known if is_large_float(t) and t.name not in left}
+
+
+def warn_of_quantised(tensors: Iterable[Described], options: object) -> None:
+    """Warns where lossy options for all tensors change parts of weights that are quantised already.
+
+    Args:
+        tensors: all that are written.
+        options: for all of them, or for some by name. These are what the caller names, and warn of nothing.
+    """
+    if not isinstance(options, Options) or options.lossless:
+        return
+    known = {tensor.name: tensor for tensor in tensors}
+    names = [
+        name
+        for name, reason in not_weights(known.values()).items()
+        if reason.kind in (Kind.STORAGE, Kind.COMPANION) and known[name].dtype.is_float
+    ]
+    if names:
+        words = f"options for all change parts of weights that are quantised already ({len(names):,})"
+        advice = "options_for_weights gives options for the weights alone"
+        warnings.warn(f"{words}: {listed(names)}; {advice}", SfpWarning, stacklevel=5)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..closing import Closing
 from ..codec.options import Options, options_by_name
 from ..codec.plan import Importance
 from ..codec.selection import Index
+from ..codec.weights import Outline, options_for, warn_of_quantised
 from ..coding.mask import Mask
 from ..engines import decodes_on_device
 from ..errors import OptionError
@@ -26,7 +27,7 @@ from ..shards import INDEX_SUFFIX, ShardedFile
 from ..source import Buffer, Readable
 from ..writer import Writer
 from .sparse import Layout, layout_of, read_sparse
-from .tensors import address_of, array_of, first_line, tensor_of, torch_dtype
+from .tensors import address_of, array_of, first_line, format_dtype, tensor_of, torch_dtype
 
 Device = str | int | torch.device
 Numbers = torch.Tensor | NDArray[np.generic]
@@ -58,7 +59,8 @@ def save_file(
             Sparse layouts are written as the dense tensor would be.
         path: of the file.
         metadata: strings of the caller's own.
-        options: for all tensors, or for each by name; lossless where nothing is said.
+        options: for all tensors, or for each by name; lossless where nothing is said. One `Options` that is
+            lossy reaches every float tensor; `options_for_weights` gives options for the weights alone.
         masks: name -> bool tensor of the tensor's shape, True for survivors.
         importances: name -> float tensor of the tensor's shape, or two vectors (rows, columns).
         limits: what readers allow; they need the same ones where these are not the default.
@@ -107,8 +109,37 @@ def _add_all(
     chosen = options_by_name(options, tensors)
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
+    warn_of_quantised(outlines(tensors), options)
     for name, tensor in tensors.items():
         add_tensor(writer, name, tensor, chosen[name], masks.get(name), importances.get(name))
+
+
+def options_for_weights(tensors: Mapping[str, torch.Tensor], options: Options) -> dict[str, Options]:
+    """Options by name, for the weights alone, as `sfpformat.numpy.options_for_weights` gives them.
+
+    Args:
+        tensors: all of a model, such as its ``state_dict()``: what a tensor is may depend on others.
+        options: for its weights.
+    """
+    chosen = options_for(outlines(tensors), options)
+    single = torch.finfo(torch.float32).max
+    return {name: o for name, o in chosen.items() if _greatest(tensors[name]) <= single}
+
+
+def _greatest(tensor: torch.Tensor) -> float:
+    """The greatest magnitude, NaN where there is one."""
+    if tensor.is_meta:
+        return 0.0
+    values = tensor.detach()
+    return float((values.float() if values.element_size() == 1 else values).abs().max())
+
+
+def outlines(tensors: Mapping[str, torch.Tensor]) -> Iterator[Outline]:
+    """The tensors whose dtypes the format knows, without their data."""
+    for name, tensor in tensors.items():
+        dtype = format_dtype(tensor.dtype) if isinstance(tensor, torch.Tensor) else None
+        if dtype is not None and isinstance(name, str):
+            yield Outline(name, dtype, tuple(tensor.shape))
 
 
 def add_tensor(

@@ -10,6 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ..codec.options import Options, options_by_name
+from ..codec.weights import warn_of_quantised
 from ..errors import MismatchError, OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
@@ -21,6 +22,7 @@ from .files import (
     TorchFile,
     add_tensor,
     open_any,
+    outlines,
     require_device,
 )
 from .layers import Compressed, dense_names
@@ -111,6 +113,8 @@ def save_model(
             said.setdefault(name, kept)
             del tensors[name]
     options_of = options_by_name(chosen, tensors)
+    encoded = {name: tensor for name, tensor in tensors.items() if name not in as_they_are}
+    warn_of_quantised(outlines(encoded), options)
     with Writer(path, metadata=said, limits=limits, engine=engine, threads=threads) as writer:
         for name, tensor in tensors.items():
             if name in as_they_are:
