@@ -129,6 +129,25 @@ def require_mapping(given: object, argument: str) -> None:
         raise OptionError(f"{argument}: a {type(given).__name__} is no mapping")
 
 
+def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str) -> None:
+    """Refuses patterns of tensor names, as a shell's, that match nothing.
+
+    Args:
+        patterns: that a caller gave.
+        known: the names there are.
+        argument: the caller's argument, with which the message begins.
+
+    Raises:
+        OptionError: a pattern matches no name; it is named with the nearest known name.
+    """
+    there = list(known)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise OptionError(f"{argument}: {pattern!r} is no pattern of names")
+        if not any(fnmatchcase(name, pattern) for name in there):
+            raise OptionError(f"{argument}: {unmatched(pattern, there)}")
+
+
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
     """Names for a message, quoted: the first ``most``, then how many more there are."""
     said = ", ".join(map(quoted, names[:most]))

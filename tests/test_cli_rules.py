@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import sfpformat
 from sfpformat import PRESETS, Options
+from sfpformat.cli import magnitude, main
 from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
 from sfpformat.cli.rules import Rules, Treatment, parse_like
 from sfpformat.dtypes import DTYPES
+from sfpformat.pruning.thresholds import Pattern, masks_of
 from sfpformat.safetensors import TensorSpec
 
 from .test_cli import checkpoint, error_of, make
@@ -81,7 +85,15 @@ def test_keep_has_the_last_word(tmp_path: Path) -> None:
         ("--like ids --bits 4", "no tensor like 'ids' is float"),
         ("--scope model", "--scope and --by need --prune"),
         ("--prune 2:4 --scope model", "needs a fraction"),
-        ("--prune 2:7", "'embed.weight' of shape [128, 64] has no rows of whole groups of 7"),
+        ("--prune 2:7", "--prune fits no tensor: 'embed.weight' (its shape [128, 64] has 64 inputs along"),
+        ("--prune 0.5 --like embed.weight --prune 2:7", "--prune after --like 'embed.weight' fits no tensor"),
+        (
+            "--prune 2:4 --pattern-dim 2",
+            "fits no tensor: 'embed.weight' (its shape [128, 64] has no dimension 2",
+        ),
+        ("--pattern-dim 1", "--pattern-dim needs a pattern"),
+        ("--prune 0.5 --pattern-dim 1", "--pattern-dim needs a pattern"),
+        ("--prune 2:4 --pattern-dim x", "is no dimension"),
         ("--scale row", "a scale needs the quantiser"),
         ("--segment 33", "segment is 33"),
         ("--importance-bits 99", "bits is 99"),
@@ -195,14 +207,93 @@ def test_thresholds_are_found_in_blocks_of_any_size() -> None:
 
 def test_two_of_four_neighbours_stay() -> None:
     array = np.array([[1, -5, 3, 2, 7, 7, -7, 7]], np.float32)
-    assert prune_pattern(array, 2, 4) == 4
+    assert prune_pattern(array, 2, 4, 1) == 4
     assert array.tolist() == [[0, -5, 3, 0, 0, 0, -7, 7]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 1 << 20])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((6, 8), 1), ((8, 6), 0), ((3, 8, 2, 5), 1), ((2, 3, 4), 2), ((8,), 0)]
+)
+def test_patterns_run_along_any_dimension_in_blocks_of_any_size(
+    shape: tuple[int, ...], dim: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(magnitude, "BLOCK", block)
+    array = np.random.default_rng(3).integers(-4, 5, shape).astype(np.float32)
+    pruned = array.copy()
+    assert prune_pattern(pruned, 2, 4, dim) == array.size // 2
+    expected = masks_of({"a": np.abs(array)}, Pattern(2, 4), along={"a": (dim, 1)})["a"]
+    assert_bits(pruned, np.where(expected, array, np.float32(0)))
+
+
+def test_nothing_goes_of_an_empty_tensor() -> None:
+    assert prune_pattern(np.zeros((3, 4, 0), np.float32), 2, 4, 1) == 0
 
 
 def test_a_pattern_is_packed(tmp_path: Path) -> None:
     with packed(tmp_path, "--prune", "2:4") as sfp:
         back = sfp.get_tensor("embed.weight").reshape(-1, 4)
         assert (np.count_nonzero(back, axis=1) == 2).all()
+
+
+def kernels() -> dict[str, np.ndarray[Any, Any]]:
+    """Weights of a network; a pattern does not fit all, and fits one in its first dimension alone."""
+    rng = np.random.default_rng(4)
+    shapes = {
+        "stem.weight": (64, 3, 5, 5),
+        "conv.weight": (64, 64, 3, 3),
+        "conv1d.weight": (64, 64, 3),
+        "experts.weight": (3, 12, 132),
+        "odd.weight": (65, 65),
+        "c_attn.weight": (64, 65),
+        "fc.weight": (64, 64),
+    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def assert_two_of_four(array: np.ndarray[Any, Any], dim: int) -> None:
+    groups = np.moveaxis(array, dim, -1).reshape(-1, 4)
+    assert (np.count_nonzero(groups, axis=1) == 2).all()
+
+
+def test_a_pattern_prunes_what_it_fits_and_lists_the_rest(tmp_path: Path, capsys: Capture) -> None:
+    arrays = kernels()
+    source, target = make(tmp_path / "m.safetensors", arrays), tmp_path / "m.sfp"
+    assert main(["pack", str(source), "-o", str(target), "--prune", "2:4", "--json", "--verify"]) == 0
+    left = json.loads(capsys.readouterr().out)["unpruned"]
+    assert sorted(entry["name"] for entry in left) == ["c_attn.weight", "odd.weight", "stem.weight"]
+    reasons = {entry["name"]: entry["because"] for entry in left}
+    assert "3 inputs along dimension 1" in reasons["stem.weight"]
+    with sfpformat.open(target) as sfp:
+        for name in reasons:
+            assert_bits(sfp.get_tensor(name), arrays[name])
+        for name, dim in (("conv.weight", 1), ("conv1d.weight", 1), ("experts.weight", 2), ("fc.weight", 1)):
+            assert_two_of_four(sfp.get_tensor(name), dim)
+    assert main(["pack", str(source), "-o", str(target), "--prune", "2:4"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"'{name}' ({reason})" in shown for name, reason in reasons.items())
+
+
+def test_the_dimension_of_a_pattern_can_be_said_for_a_tensor(tmp_path: Path, capsys: Capture) -> None:
+    words = ("--prune", "2:4", "--like", "c_*", "--pattern-dim", "0", "--like", "[es]*", "--prune", "0.5")
+    with packed(tmp_path, *words, arrays=kernels()) as sfp:
+        assert_two_of_four(sfp.get_tensor("c_attn.weight"), 0)
+        assert_two_of_four(sfp.get_tensor("fc.weight"), 1)
+        assert np.count_nonzero(sfp.get_tensor("stem.weight")) == 64 * 75 // 2
+    assert "1 not pruned, the pattern does not fit: 'odd.weight'" in capsys.readouterr().out
+
+
+def test_of_the_tensors_like_a_pattern_of_names_those_are_left_that_do_not_fit(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    with packed(tmp_path, "--like", "[cfo]*", "--prune", "2:4", arrays=kernels()) as sfp:
+        assert_two_of_four(sfp.get_tensor("fc.weight"), 1)
+    assert "'odd.weight'" in capsys.readouterr().out
+    source = tmp_path / "m.safetensors"
+    told = error_of(
+        capsys, "pack", source, "-o", tmp_path / "b.sfp", "--like", "odd.weight", "--prune", "2:4"
+    )
+    assert "--prune after --like 'odd.weight' fits no tensor" in told
 
 
 @pytest.mark.parametrize("wide", [False, True])

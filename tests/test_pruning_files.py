@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import sfpformat
 from sfpformat.cli import main
 from sfpformat.codec.options import ImportanceOptions, Options
-from sfpformat.errors import OptionError
+from sfpformat.errors import OptionError, SfpWarning
 from sfpformat.numpy import load_file, save_file
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.files import reprune
 from sfpformat.pruning.pipeline import apply_masks, give_masks, pack, prune, take_masks
-from sfpformat.pruning.thresholds import Sparsity, masks_of
+from sfpformat.pruning.thresholds import Pattern, Sparsity, masks_of
 from sfpformat.pruning.tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 from sfpformat.reader import SfpFile
 from sfpformat.torch import load_model
@@ -131,6 +133,112 @@ def test_torchs_masks_are_taken_and_given() -> None:
     assert all(torch.equal(again[name], mask) for name, mask in masks.items())
 
 
+class Everything(nn.Module):
+    """Parameters of every rank, a float buffer, and one that is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 20)
+        self.norm = nn.BatchNorm1d(20)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.embedding = nn.Embedding(9, 8)
+        self.recurrent = nn.GRU(4, 4)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("table", torch.randn(5, 6))
+        self.register_buffer("passing", torch.randn(5, 6), persistent=False)
+
+
+@pytest.mark.parametrize("path", ["layer", "norm", "conv", "embedding"])
+def test_what_is_taken_of_torchs_masks_is_packed_whatever_it_is_of(path: str, tmp_path: Path) -> None:
+    model = Everything()
+    module = model.get_submodule(path)
+    for name in [name for name, _ in module.named_parameters()]:
+        torch_prune.l1_unstructured(module, name, amount=0.5)
+    masks = take_masks(model)
+    assert set(masks) == {f"{path}.{name}" for name, _ in module.named_parameters()}
+    pack(model, tmp_path / "a.sfp", masks)
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(file.get_mask(name), mask.numpy())
+            np.testing.assert_array_equal(file.get_tensor(name), model.get_parameter(name).detach().numpy())
+    give_masks(model, masks)
+    assert torch_prune.is_pruned(module)
+
+
+def test_tensors_of_every_rank_and_buffers_have_masks_importances_and_multipliers(tmp_path: Path) -> None:
+    model = Everything()
+    state = model.state_dict()
+    names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+    assert len(names) == 15
+    masks = {name: torch.rand(state[name].shape) > 0.4 for name in names}
+    before = {name: state[name].clone() for name in names}
+    apply_masks(model, {name: mask.float() for name, mask in masks.items()})
+    for name, mask in masks.items():
+        assert torch.equal(state[name], torch.where(mask, before[name], 0.0))
+    importances = {name: torch.rand(state[name].shape) for name in names}
+    doubled = {name: torch.full(state[name].shape, 2.0) for name in names}
+    pack(model, tmp_path / "a.sfp", masks, importances=importances, multipliers=doubled)
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(file.get_mask(name), mask.numpy())
+            np.testing.assert_array_equal(file.get_tensor(name), 2 * state[name].numpy())
+            assert (file.get_importance(name) is None) == (not name)
+
+
+def test_importances_of_every_rank_prune_and_survivors_of_every_rank_are_tuned() -> None:
+    net, batches = trained_net()
+    names = ["0.weight", "0.bias", "5.weight"]
+    masks = prune(net, scores.magnitude(net, names), 0.5)
+    assert list(masks) == names
+    assert int((~masks["0.bias"]).sum()) > 0
+    bias = net.get_parameter("0.bias").detach().clone()
+    fine_tune(net, masks, batches, tuning=Tuning(3, objective="loss"))
+    tuned = net.get_parameter("0.bias").detach()
+    assert not torch.equal(tuned, bias)
+    assert (tuned[~masks["0.bias"]] == 0).all()
+    factors = fit_factors(net, masks, batches, tuning=Tuning(2, objective="loss"))
+    assert list(factors) == ["0.weight", "5.weight"]
+    assert list(fit_multipliers(net, masks, batches, tuning=Tuning(2, objective="loss"))) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_every_float_dtype_are_pruned_to_plus_zero(dtype: torch.dtype) -> None:
+    layer = nn.Linear(8, 8, bias=False)
+    layer.to(dtype)
+    before = layer.weight.detach().double()
+    mask = prune(layer, scores.magnitude(layer), Sparsity(0.25))["weight"]
+    after = layer.weight.detach().double()
+    assert int((~mask).sum()) == 16
+    assert torch.equal(after, torch.where(mask, before, 0.0))
+    assert not torch.signbit(after[~mask]).any()
+
+
+def test_importances_in_double_precision_are_not_rounded() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    close = torch.tensor([[1 + 3e-9, 1 + 1e-9], [1 + 2e-9, 1.0]], dtype=torch.float64)
+    assert prune(layer, {"weight": close}, 0.5)["weight"].tolist() == [[True, False], [True, False]]
+
+
+def test_two_names_of_one_tensor_are_once_and_must_agree(tmp_path: Path) -> None:
+    head, embedding = nn.Linear(4, 6, bias=False), nn.Embedding(6, 4)
+    head.weight = embedding.weight
+    model = nn.ModuleDict({"head": head, "embedding": embedding})
+    mask = torch.rand(6, 4) > 0.5
+    both = {"head.weight": mask, "embedding.weight": mask.clone()}
+    apply_masks(model, both)
+    pack(model, tmp_path / "a.sfp", both, importances={"head.weight": torch.rand(6, 4)})
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        np.testing.assert_array_equal(file.get_mask("embedding.weight"), mask.numpy())
+        assert file.get_importance("embedding.weight") is not None
+    for differ in (apply_masks, lambda model, masks: pack(model, tmp_path / "b.sfp", masks), give_masks):
+        with pytest.raises(OptionError, match="are one tensor and differ"):
+            differ(model, {**both, "embedding.weight": ~mask})
+    ones = torch.rand(6, 4)
+    with pytest.raises(OptionError, match="are one tensor and differ"):
+        prune(model, {"head.weight": ones, "embedding.weight": ones + 1}, 0.5)
+    assert list(prune(model, {"head.weight": ones, "embedding.weight": ones}, 0.5)) == ["head.weight"]
+
+
 # ------------------------------------------------------------------------------------ pruning a file again
 
 
@@ -237,6 +345,51 @@ def test_tensors_with_multipliers_are_copied_as_they_are(tmp_path: Path) -> None
             assert pruned.info("m") == file.info("m")
 
 
+def mixed_file(path: Path) -> None:
+    """Writes a file of a matrix, kernels and an odd matrix, all with importances of few grades."""
+    rng = np.random.default_rng(1)
+    shapes = {"fits": (6, 8), "kernel": (4, 8, 3, 3), "stem": (4, 3, 3, 3), "odd": (5, 7)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    importances = {name: rng.integers(0, 4, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(weights, path, options=CODINGS["all"], importances=importances)
+
+
+def test_a_pattern_prunes_the_tensors_of_a_file_that_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed_file(tmp_path / "a.sfp")
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        before = {name: file.get_tensor(name) for name in file}
+        with pytest.warns(SfpWarning, match="2:4 does not fit 'stem' .*'odd'"):
+            found = reprune(file, tmp_path / "b.sfp", Pattern(2, 4))
+    assert found.pruned == ("fits", "kernel")
+    assert list(found.unfit) == ["stem", "odd"]
+    assert "3 inputs along dimension 1" in found.unfit["stem"]
+    after = load_file(tmp_path / "b.sfp")
+    assert all(np.array_equal(after[name], before[name]) for name in found.unfit)
+    for name in found.pruned:
+        groups = np.moveaxis(after[name], 1, -1).reshape(-1, 4)
+        assert (np.count_nonzero(groups, axis=1) == 2).all()
+    words = ["prune", str(tmp_path / "a.sfp"), "-o", str(tmp_path / "c.sfp"), "--threshold", "2:4"]
+    assert main([*words, "--json"]) == 0
+    told = capsys.readouterr()
+    assert [entry["name"] for entry in json.loads(told.out)["unpruned"]] == ["stem", "odd"]
+    assert "7 inputs" in json.loads(told.out)["unpruned"][1]["because"]
+    assert told.err.startswith("sfp: warning: 2:4 does not fit 'stem'")
+    assert (tmp_path / "b.sfp").read_bytes() == (tmp_path / "c.sfp").read_bytes()
+    assert main([*words, "--exempt", "fits", "--exempt", "kernel"]) == 2
+    assert "nothing would be pruned" in capsys.readouterr().err
+
+
+def test_of_equal_importances_in_a_file_a_pattern_keeps_the_greatest_weights(tmp_path: Path) -> None:
+    weights = np.array([[4, -1, 3, 2], [-1, 2, -3, 4]], np.float32)
+    equal = np.ones((2, 4), np.float32)
+    save_file({"w": weights}, tmp_path / "a.sfp", options=CODINGS["all"], importances={"w": equal})
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        reprune(file, tmp_path / "b.sfp", Pattern(2, 4))
+    assert load_file(tmp_path / "b.sfp")["w"].tolist() == [[4, 0, 3, 0], [0, 0, -3, 4]]
+
+
 def test_the_command_prunes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graded_file(tmp_path / "a.sfp", CODINGS["exact"], 0.5)
     source, target = str(tmp_path / "a.sfp"), str(tmp_path / "b.sfp")
@@ -281,6 +434,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     masks = {"0.weight": torch.ones(24, 12, dtype=torch.bool)}
     wrong = {"0.weight": torch.ones(3, 3)}
     pair = (torch.ones(24), torch.ones(12))
+    made: Any
     for made in (
         lambda: prune(net, wrong, Sparsity(0.5)),
         lambda: prune(net, {"x": torch.ones(3, 3)}, Sparsity(0.5)),
@@ -297,6 +451,31 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         lambda: fine_tune(net, masks, batches),
         lambda: fine_tune(net, wrong, batches, teacher=net),
         lambda: Tuning(objective="accuracy"),
+        lambda: Tuning(steps=0),
+        lambda: Tuning(rate=-1.0),
+        lambda: Tuning(rate=float("nan")),
+        lambda: prune(net, {}, Sparsity(0.5)),
+        lambda: prune(net, scores.magnitude(net), "0.5"),
+        lambda: prune(net, scores.magnitude(net), 1.5),
+        lambda: prune(net, scores.magnitude(net), 0.5, exempt=("x*",)),
+        lambda: prune(net, scores.magnitude(net), 0.5, exempt="*"),
+        lambda: prune(net, scores.magnitude(net), 0.5, floor=-0.1),
+        lambda: prune(net, {"0.weight": torch.full((24, 12), torch.nan)}, 0.5),
+        lambda: prune(net, {"0.weight": np.ones((24, 12))}, 0.5),
+        lambda: apply_masks(net, {"0.weight": torch.full((24, 12), 0.5)}),
+        lambda: apply_masks(net, {}),
+        lambda: give_masks(net, {"0.weight": torch.full((24, 12), 0.5)}),
+        lambda: pack(net, tmp_path / "a.sfp", masks, options={"0.weight": Options()}),
+        lambda: pack(net, tmp_path / "a.sfp", {"0.weight": torch.full((24, 12), 0.5)}),
+        lambda: pack(
+            net, tmp_path / "a.sfp", masks, importances={"0.weight": torch.full((24, 12), torch.nan)}
+        ),
+        lambda: pack(net, tmp_path / "a.sfp", masks, factors={"0.bias": (torch.ones(24), torch.ones(1))}),
+        lambda: pack(Everything(), tmp_path / "a.sfp", {"passing": torch.ones(5, 6, dtype=torch.bool)}),
+        lambda: pack(
+            Everything(), tmp_path / "a.sfp", {"norm.num_batches_tracked": torch.ones((), dtype=torch.bool)}
+        ),
+        lambda: fit_factors(net, {"0.bias": torch.ones(24, dtype=torch.bool)}, batches, teacher=net),
         lambda: pack(net, tmp_path / "a.sfp", {"x": masks["0.weight"]}),
         lambda: pack(
             net,

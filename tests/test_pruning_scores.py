@@ -9,8 +9,9 @@ from torch import nn
 from sfpformat.errors import OptionError
 from sfpformat.pruning import layerwise, scores
 from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.layers import prunable
 from sfpformat.pruning.layerwise import prune_layerwise, sparsegpt
-from sfpformat.pruning.task import endless, evaluating, prunable
+from sfpformat.pruning.task import endless, evaluating
 
 from .pruning_nets import WIDTH, loss_of, trained_net
 
@@ -170,7 +171,7 @@ def test_layers_of_one_input_are_one_group() -> None:
     batch = (torch.arange(7)[None], torch.arange(7)[None])
     weights = dict(Shared().named_parameters())
     names = {name: weights[name] for name in ("one.weight", "two.weight")}
-    assert layerwise._groups(Shared(), names, batch, layerwise.CLASSIFY) == [list(names)]
+    assert layerwise._groups(Shared(), names, batch, layerwise.CLASSIFY) == ([list(names)], [])
 
 
 def test_data_begin_again_and_can_be_entered_anywhere() -> None:
@@ -202,6 +203,14 @@ def test_what_makes_no_sense_is_refused() -> None:
         lambda: scores.wanda(conv, statistics(conv, images)),
         lambda: prune_layerwise(conv, images, 0.5, "wanda"),
         lambda: next(endless([])),
+        lambda: statistics(net, batches, batches=0),
+        lambda: statistics(net, batches, tensors=[]),
+        lambda: statistics(net, batches, tensors="0.weight"),
+        lambda: prune_layerwise(net, batches, 1.5, "wanda"),
+        lambda: prune_layerwise(net, batches, -0.5, "sparsegpt"),
+        lambda: prune_layerwise(net, batches, 0.5, "wanda", batches=0),
+        lambda: sparsegpt(torch.ones(2, 2), torch.eye(2), -0.5),
+        lambda: scores.rows_mask(torch.ones(2, 4), 1.5),
     ):
         with pytest.raises(OptionError):
             made()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfpformat.codec.options import Options
-from sfpformat.errors import OptionError
+from sfpformat.errors import OptionError, SfpWarning
 from sfpformat.numpy import save
 from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
 from sfpformat.pruning.thresholds import (
@@ -135,21 +137,136 @@ def test_a_pattern_keeps_so_many_of_so_many() -> None:
     assert (np.where(mask.reshape(-1, 4), groups, np.inf).min(1) >= np.sort(groups, 1)[:, 1]).all()
 
 
-def test_what_makes_no_sense_is_refused() -> None:
-    nothing = {"a": np.array([1.0, np.nan, 2.0])}
-    for made in (
-        lambda: masks_of(nothing, Sparsity(0.5)),
-        lambda: masks_of({"a": np.ones(5)}, Sparsity(0.5), scope="row"),
-        lambda: masks_of({"a": np.ones(5)}, Pattern(2, 4)),
-        lambda: masks_of({"a": np.ones(5)}, Sparsity(0.5), floor=2),
-        lambda: Sparsity(1.5),
-        lambda: Quantile(-0.1),
-        lambda: Pattern(4, 4),
-        lambda: MeanSigma(float("nan")),
-        lambda: graded({"a": np.ones(3)}, (0.5, 0.4)),
-    ):
-        with pytest.raises(OptionError):
-            made()
+def test_a_number_is_the_share_that_goes() -> None:
+    found = importances(7, (8, 9), (11,))
+    by_number, by_share = (masks_of(found, threshold) for threshold in (0.3, Sparsity(0.3)))
+    assert all(np.array_equal(by_number[name], by_share[name]) for name in found)
+    assert achieved(masks_of(found, np.float32(0.5))) == pytest.approx(0.5, abs=0.01)
+    assert achieved(masks_of(found, 0)) == 0
+    assert achieved(masks_of(found, 1)) == 1
+
+
+def test_one_pattern_of_exempt_names_is_no_list_of_letters() -> None:
+    found = {"head.weight": np.zeros(9), "a.weight": np.arange(10.0)}
+    assert list(masks_of(found, 0.5, exempt="head*")) == ["a.weight"]
+
+
+def test_a_floor_that_keeps_more_than_the_threshold_leaves_is_told() -> None:
+    with pytest.warns(SfpWarning, match="50 positions are pruned, not 80"):
+        masks = masks_of({"a": np.arange(100.0)}, Sparsity(0.8), floor=0.5)
+    assert achieved(masks) == 0.5
+
+
+class Counting:
+    """A threshold of a caller's own."""
+
+    def __init__(self, count: object) -> None:
+        self._count = count
+
+    def count(self, ascending: np.ndarray) -> object:
+        return self._count
+
+
+A = {"a.weight": np.arange(8.0).reshape(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ("'b' is not finite", lambda: masks_of({**A, "b": np.array([1.0, np.nan, 2.0])}, Sparsity(0.5))),
+        ("'b' is not finite", lambda: masks_of({"b": np.array([np.inf])}, Pattern(2, 4))),
+        ("'b' is no array of numbers", lambda: masks_of({"b": np.array(["x"])}, Sparsity(0.5))),
+        ("no importances", lambda: masks_of({}, Sparsity(0.5))),
+        ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
+        ("like 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
+        ("exempt: 3 is no pattern", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
+        ("scope is 'row'", lambda: masks_of(A, Sparsity(0.5), scope="row")),
+        ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),
+        ("floor is '0'", lambda: masks_of(A, 0.5, floor="0")),  # type: ignore[arg-type]
+        ("floor is nan", lambda: masks_of(A, 0.5, floor=float("nan"))),
+        ("2:4 keeps 0.5", lambda: masks_of(A, Pattern(2, 4), floor=0.6)),
+        ("tiebreak: no tensor is named 'b'", lambda: masks_of(A, 0.5, tiebreak={"b": np.ones(8)})),
+        ("tiebreak of 'a.weight' has 3", lambda: masks_of(A, 0.5, tiebreak={"a.weight": np.ones(3)})),
+        ("along: no tensor is named 'b'", lambda: masks_of(A, Pattern(2, 4), along={"b": (0, 1)})),
+        ("the class Knee; give Knee", lambda: masks_of(A, Knee)),  # type: ignore[arg-type]
+        ("the threshold is '0.5'", lambda: masks_of(A, "0.5")),  # type: ignore[arg-type]
+        ("the threshold is None", lambda: masks_of(A, None)),  # type: ignore[arg-type]
+        ("the threshold is True", lambda: masks_of(A, True)),
+        ("the threshold is \\[0.5\\]", lambda: masks_of(A, [0.5])),  # type: ignore[arg-type]
+        ("sparsity is 1.5", lambda: masks_of(A, 1.5)),
+        ("prunes -3 of 8", lambda: masks_of(A, Counting(-3))),  # type: ignore[arg-type]
+        ("prunes 9 of 8", lambda: masks_of(A, Counting(9))),  # type: ignore[arg-type]
+        ("prunes 0.5 of 8", lambda: masks_of(A, Counting(0.5))),  # type: ignore[arg-type]
+        ("sparsity is 1.5", lambda: Sparsity(1.5)),
+        ("sparsity is '0.5'", lambda: Sparsity("0.5")),  # type: ignore[arg-type]
+        ("quantile is -0.1", lambda: Quantile(-0.1)),
+        ("4 of 4", lambda: Pattern(4, 4)),
+        ("2.0 of 4", lambda: Pattern(2.0, 4)),  # type: ignore[arg-type]
+        ("k is nan", lambda: MeanSigma(float("nan"))),
+        ("k is 1", lambda: MeanSigma("1")),  # type: ignore[arg-type]
+        ("ascend", lambda: graded({"a": np.ones(3)}, (0.5, 0.4))),
+        ("'a' is not finite", lambda: graded({"a": np.array([1.0, np.nan])})),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words: str, made: Callable[[], object]) -> None:
+    with pytest.raises(OptionError, match=words):
+        made()
+
+
+# ------------------------------------------------------------------------------------------- N:M patterns
+
+
+def assert_two_of_four(mask: np.ndarray, dim: int) -> None:
+    moved = np.moveaxis(mask, dim, -1)
+    assert (moved.reshape(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((8, 12), 1), ((6, 8, 3), 1), ((6, 8, 3, 3), 1), ((2, 4, 3, 3, 3), 1), ((3, 8, 132), 2), ((8,), 0)],
+)
+def test_a_pattern_runs_along_the_inputs(shape: tuple[int, ...], dim: int) -> None:
+    found = np.random.default_rng(4).gamma(0.5, size=shape)
+    mask = masks_of({"a": found}, Pattern(2, 4))["a"]
+    assert_two_of_four(mask, dim)
+    assert found[mask].sum() > 2 * found[~mask].sum()
+
+
+def test_a_kernel_is_cut_as_nvidias_asp_cuts_it() -> None:
+    kernel = np.random.default_rng(5).gamma(0.5, size=(6, 8, 3, 2))
+    # ASP brings a kernel [K, C, R, S] to rows of C, one for each R, S and K, and prunes along the rows.
+    rows = kernel.transpose(2, 3, 0, 1).reshape(-1, 8)
+    expected = masks_of({"a": rows}, Pattern(2, 4))["a"].reshape(3, 2, 6, 8).transpose(2, 3, 0, 1)
+    assert np.array_equal(masks_of({"a": kernel}, Pattern(2, 4))["a"], expected)
+
+
+def test_where_a_pattern_runs_can_be_said() -> None:
+    found = np.random.default_rng(6).gamma(0.5, size=(8, 6))
+    mask = masks_of({"a": found}, Pattern(2, 4), along={"a": (0, 1)})["a"]
+    assert_two_of_four(mask, 0)
+    assert np.array_equal(mask, masks_of({"a": found.T}, Pattern(2, 4))["a"].T)
+
+
+def test_what_a_pattern_does_not_fit_is_left_and_named() -> None:
+    found = {"fits": np.ones((3, 8)), "odd": np.ones((3, 7)), "stem": np.ones((4, 3, 3, 3))}
+    with pytest.warns(SfpWarning, match=r"2:4 does not fit 'odd' .* 7 inputs .*, 'stem' .* 3 inputs"):
+        masks = masks_of(found, Pattern(2, 4))
+    assert list(masks) == ["fits"]
+    with pytest.warns(SfpWarning, match="4 inputs along dimension 0 in each of 3 groups"):
+        masks_of({"a": np.ones((12, 4)), "b": np.ones((2, 8))}, Pattern(2, 8), along={"a": (0, 3)})
+
+
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    found = {"odd": np.ones((3, 7)), "none": np.ones((3, 0)), "flat": np.ones((4, 4))}
+    with pytest.raises(OptionError, match=r"2:4 does not fit 'odd'.*'none'.*'flat'.*no dimension 2"):
+        masks_of(found, Pattern(2, 4), along={"flat": (2, 1)})
+
+
+def test_equal_importances_of_a_pattern_go_by_the_tiebreak_then_by_place() -> None:
+    weights = {"a": np.array([[5.0, -1.0, 3.0, -4.0]])}
+    equal = {"a": np.ones((1, 4))}
+    assert masks_of(equal, Pattern(2, 4), tiebreak=weights)["a"].tolist() == [[True, False, False, True]]
+    assert masks_of(equal, Pattern(2, 4))["a"].tolist() == [[False, False, True, True]]
 
 
 @settings(max_examples=20, deadline=None)

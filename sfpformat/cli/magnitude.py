@@ -118,18 +118,28 @@ def prune_fraction(array: NDArray[np.generic], fraction: float) -> int:
     return prune_below(array, threshold, threshold.ties, bits)
 
 
-def prune_pattern(array: NDArray[np.generic], keep: int, of: int) -> int:
-    """Keeps the ``keep`` greatest of every ``of`` neighbours in a row, in place; returns how many went.
+def prune_pattern(array: NDArray[np.generic], keep: int, of: int, dim: int) -> int:
+    """Keeps the ``keep`` greatest of every ``of`` neighbours along a dimension, in place; counts what went.
 
-    Of equal magnitudes the last stay. The last dimension is a multiple of ``of``.
+    Of equal magnitudes the last stay.
+
+    Args:
+        array: contiguous, float.
+        dim: a dimension whose size is a multiple of ``of``.
     """
-    groups = array.reshape(-1, of)
+    if not array.size:
+        return 0
     dtype = of_numpy(array.dtype)
     assert dtype is not None
-    step = max(BLOCK // of, 1)
+    bits = key_bits([dtype])
+    # [groups, members of a group, what lies after the dimension]
+    groups = array.reshape(-1, of, math.prod(array.shape[dim + 1 :]))
+    width = min(groups.shape[2], max(BLOCK // of, 1))
+    step = max(BLOCK // (of * width), 1)
     for start in range(0, len(groups), step):
-        part = groups[start : start + step]
-        keys = np.concatenate(list(patterns(part, key_bits([dtype])))).reshape(part.shape)
-        going = np.argsort(keys, axis=1, kind="stable")[:, : of - keep]
-        np.put_along_axis(part, going, part.dtype.type(0), axis=1)
-    return len(groups) * (of - keep)
+        for left in range(0, groups.shape[2], width):
+            part = groups[start : start + step, :, left : left + width]
+            keys = np.concatenate(list(patterns(part, bits))).reshape(part.shape)
+            going = np.argsort(keys, axis=1, kind="stable")[:, : of - keep]
+            np.put_along_axis(part, going, part.dtype.type(0), axis=1)
+    return array.size // of * (of - keep)

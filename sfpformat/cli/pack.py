@@ -14,6 +14,7 @@ from .. import __version__
 from ..codec.weights import Kind, Reason, not_weights
 from ..limits import Limits
 from ..names import listed, quoted, unknown_name
+from ..pruning.thresholds import reasons
 from ..shards import index_name
 from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, printable, progress, show_json
@@ -109,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
                 importances.close()
         totals = _totals(outputs, limits)
         faults = _verify(outputs, model, treatments, limits) if args.verify else []
-    _show(args, model, outputs, totals, resumed, lossless, faults, time.monotonic() - start)
+    unfit = {name: treatment.unfit for name, treatment in treatments.items() if treatment.unfit}
+    _show(args, model, outputs, totals, resumed, lossless, unfit, faults, time.monotonic() - start)
     return 1 if faults else 0
 
 
@@ -274,6 +276,7 @@ def _show(
     totals: Totals,
     resumed: int,
     lossless: dict[str, Reason],
+    unfit: dict[str, str],
     faults: list[str],
     seconds: float,
 ) -> None:
@@ -293,6 +296,7 @@ def _show(
                     {"name": name, "kind": reason.kind.name.lower(), "because": reason.because}
                     for name, reason in lossless.items()
                 ],
+                "unpruned": [{"name": name, "because": because} for name, because in unfit.items()],
                 "verified": not faults if args.verify else None,
                 "faults": faults,
                 "seconds": round(seconds, 3),
@@ -310,6 +314,8 @@ def _show(
         f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
         f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
     )
+    if unfit:
+        print(printable(f"{len(unfit):,} not pruned, the pattern does not fit: {reasons(unfit)}"))
     for line in _by_kind(lossless):
         print(printable(line))
 
@@ -318,6 +324,8 @@ def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:
     """The tensors that stayed lossless although others did not: a line for each reason, with some names."""
     by_kind: dict[Kind, list[str]] = {}
     for name, reason in lossless.items():
+        if reason.kind is Kind.PATTERN:
+            continue  # listed with its reason already
         by_kind.setdefault(reason.kind, []).append(name)
     for kind in Kind:
         names = by_kind.get(kind, [])

@@ -27,7 +27,8 @@ Importances come into a file by 'sfp pack --importance', or by sfpformat.pruning
 
 _THRESHOLDS = """thresholds:
   --sparsity 0.8         80 % of all positions go, those included that are pruned already
-  --threshold 2:4        2 of every 4 neighbours in a row stay
+  --threshold 2:4        2 of every 4 consecutive inputs of each output stay: along the rows of a matrix,
+                         along the input channels of a kernel; what this does not fit is left, and named
   --threshold otsu       where the importances fall into two classes; otsu-log looks at their logarithms
   --threshold knee       where their sorted curve turns up
   --threshold sigma:1    under their mean less 1 standard deviation
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "output": str(target),
                 "pruned_tensors": len(found.pruned),
+                "unpruned": [{"name": name, "because": because} for name, because in found.unfit.items()],
                 "positions": found.positions,
                 "sparsity_before": shares[0],
                 "sparsity": shares[1],

@@ -4,7 +4,8 @@ Rules: an option that changes values reaches, without ``--like``, only the weigh
 compressed: float, of rank 2 or more, of at least 4,096 elements, and none that `not_weights` gives a reason
 for. A ``--like`` reaches every float tensor that it names. A later rule overrides an earlier one,
 option by option; the quantiser's options (bits, step, error, table, lossless) override each other, and
-lossless undoes all that changes values, pruning too.
+lossless undoes all that changes values, pruning too. A pattern to prune, such as 2:4, runs along a tensor's
+inputs; of the tensors that a rule reaches those that it does not fit are left, and there must be one it fits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..codec.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, not_weig
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
 from ..errors import SfpWarning
 from ..names import listed, unmatched
+from ..pruning.thresholds import Pattern, pattern_dim, reasons
 from ..safetensors import TensorSpec
 from .parser import Parser
 from .trouble import Trouble
@@ -32,7 +34,18 @@ LIKE = "--like"
 _QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
 # What changes values, and what belongs to it.
 _LOSSY = frozenset(
-    (*_QUANTISER, "prune", "scope", "by", "scale", "scale_dtype", "rate_weight", "weighted", "dtype")
+    (
+        *_QUANTISER,
+        "prune",
+        "pattern_dim",
+        "scope",
+        "by",
+        "scale",
+        "scale_dtype",
+        "rate_weight",
+        "weighted",
+        "dtype",
+    )
 )
 # Options that are `Options` of the same name.
 _PLAIN = (
@@ -56,14 +69,16 @@ class Pruning:
 
     Attributes:
         fraction: of all positions, or 0 with a pattern.
-        keep, of: with a pattern, how many of so many neighbours in a row stay; else 0.
+        keep, of: with a pattern, how many of so many neighbours stay; else 0.
         scope: ``tensor``, or ``model`` for one threshold over all tensors with this pruning.
+        dim: with a pattern, the dimension along which the neighbours lie.
     """
 
     fraction: float = 0.0
     keep: int = 0
     of: int = 0
     scope: str = "tensor"
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,7 @@ class Treatment:
         cast: to which dtype, or None.
         shares_bits: whether the bits of its options are those of all tensors together that say so.
         named: whether a ``--like`` rule says something that changes its values.
+        unfit: why it is not pruned by the pattern that it was to be pruned by; else empty.
     """
 
     options: Options
@@ -83,6 +99,7 @@ class Treatment:
     cast: Dtype | None = None
     shares_bits: bool = False
     named: bool = False
+    unfit: str = ""
 
     @property
     def lossless(self) -> bool:
@@ -117,6 +134,13 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
         help="every bit as it is (the default); undoes what was said before",
     )
     _add(value, "--prune", _pruning, "P", "prune the fraction P, such as 0.5, or keep n of m, such as 2:4")
+    _add(
+        value,
+        "--pattern-dim",
+        _dimension,
+        "D",
+        "n of m along dimension D (the inputs: the last of a matrix, 1 of a kernel)",
+    )
     _add(value, "--by", str, "HOW", "what decides: magnitude (the default, and all there is)", ("magnitude",))
     _add(value, "--scope", str, "WHERE", "prune so in each tensor, or over the model", ("tensor", "model"))
     _add(value, "--scale", _scale, "PER", "scale factors per tensor, row, column, or of so many positions")
@@ -159,6 +183,12 @@ def _pruning(text: str) -> Pruning:
         if 0 <= fraction <= 1:
             return Pruning(fraction)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction from 0 to 1 nor a pattern such as 2:4")
+
+
+def _dimension(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no dimension: 0, 1, …")
 
 
 def _scale(text: str) -> str | int:
@@ -256,7 +286,9 @@ class Rules:
         specs = list(specs)
         left = not_weights(specs) if left is None else left
         self._require_effect(specs, left)
-        return {spec.name: self._treatment(spec, left) for spec in specs}
+        treatments = {spec.name: self._treatment(spec, left) for spec in specs}
+        self._require_fit(treatments)
+        return treatments
 
     @property
     def changes_values(self) -> bool:
@@ -275,14 +307,20 @@ class Rules:
         """
         if not self.changes_values:
             return {}
-        return {spec.name: self._why(spec, left) for spec in specs if treatments[spec.name].lossless}
+        return {
+            spec.name: self._why(spec, treatments[spec.name].unfit, left)
+            for spec in specs
+            if treatments[spec.name].lossless
+        }
 
-    def _why(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Reason:
+    def _why(self, spec: TensorSpec, unfit: str, left: Mapping[str, Reason]) -> Reason:
         kept = next((pattern for pattern in self.keep if fnmatchcase(spec.name, pattern)), None)
         if kept is not None:
             return Reason(Kind.ASKED, f"--keep {kept!r}")
         if not spec.dtype.is_float:
             return Reason(Kind.NOT_FLOAT, spec.words)
+        if unfit:
+            return Reason(Kind.PATTERN, unfit)
         likes = [pattern for pattern, layer in self.likes if "lossless" in layer]
         undone = next((pattern for pattern in likes if fnmatchcase(spec.name, pattern)), None)
         if undone is not None:
@@ -312,6 +350,29 @@ class Rules:
                 raise Trouble(f"no tensor like {pattern!r} is float: {_flags(layer)} would reach none")
             if _changes_values(layer):
                 self._warn_of_quantised(pattern, named, left)
+
+    def _require_fit(self, treatments: dict[str, Treatment]) -> None:
+        """Refuses a pattern to prune that fits none of the tensors that its rule reaches."""
+        by_rule: dict[int, dict[str, Treatment]] = {}
+        for name, treatment in treatments.items():
+            if treatment.unfit or (treatment.pruning is not None and treatment.pruning.of):
+                by_rule.setdefault(self._pruned_by(name), {})[name] = treatment
+        for rule, found in by_rule.items():
+            if all(treatment.unfit for treatment in found.values()):
+                like = "" if rule < 0 else f" after --like {self.likes[rule][0]!r}"
+                told = reasons({name: treatment.unfit for name, treatment in found.items()})
+                raise Trouble(f"--prune{like} fits no tensor: {told}")
+
+    def _pruned_by(self, name: str) -> int:
+        """The number of the last ``--like`` that says how a tensor is pruned; -1 for the options for all."""
+        return max(
+            (
+                number
+                for number, (pattern, layer) in enumerate(self.likes)
+                if "prune" in layer and fnmatchcase(name, pattern)
+            ),
+            default=-1,
+        )
 
     def _warn_of_quantised(self, pattern: str, named: list[TensorSpec], left: Mapping[str, Reason]) -> None:
         """Warns that a rule changes parts of weights that are quantised already."""
@@ -353,8 +414,9 @@ def _flags(layer: Layer) -> str:
 
 def _merged(earlier: Layer, later: Layer) -> Layer:
     """Both, the later's options first; what does not go with those is dropped."""
-    if "prune" in later and later["prune"].of:
-        earlier = {key: value for key, value in earlier.items() if key != "scope"}
+    if "prune" in later:
+        other = "scope" if later["prune"].of else "pattern_dim"
+        earlier = {key: value for key, value in earlier.items() if key != other}
     if any(key in later for key in _QUANTISER):
         dropped = _LOSSY if "lossless" in later else set(_QUANTISER)
         earlier = {key: value for key, value in earlier.items() if key not in dropped}
@@ -377,24 +439,25 @@ def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
         bits = layer["importance_bits"]
         changes["importance"] = ImportanceOptions(bits=bits) if bits else None
     cast = DTYPES[layer["dtype"]] if "dtype" in layer else spec.dtype
-    pruning = _pruning_of(layer, spec)
-    return Treatment(options.but(**changes), pruning, None if cast == spec.dtype else cast, "budget" in layer)
+    pruning, unfit = _pruning_of(layer, spec)
+    to = None if cast == spec.dtype else cast
+    return Treatment(options.but(**changes), pruning, to, "budget" in layer, unfit=unfit)
 
 
-def _pruning_of(layer: Layer, spec: TensorSpec) -> Pruning | None:
+def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
+    """Which weights of a tensor go, and why a pattern does not prune it; else empty."""
     pruning: Pruning | None = layer.get("prune")
     scope = layer.get("scope", "tensor")
+    if pruning is None and ("scope" in layer or "by" in layer):
+        raise Trouble("--scope and --by need --prune")
+    if "pattern_dim" in layer and not (pruning is not None and pruning.of):
+        raise Trouble("--pattern-dim needs a pattern to prune, such as --prune 2:4")
     if pruning is None:
-        if "scope" in layer or "by" in layer:
-            raise Trouble("--scope and --by need --prune")
-        return None
+        return None, ""
     if pruning.of:
         if scope == "model":
             raise Trouble("--scope model needs a fraction to prune, not a pattern")
-        if not spec.shape or spec.shape[-1] % pruning.of:
-            raise Trouble(
-                f"tensor {spec.name!r} of shape {list(spec.shape)} has no rows of whole groups of "
-                f"{pruning.of}; leave it out with --keep"
-            )
-        return pruning
-    return Pruning(pruning.fraction, scope=scope) if pruning.fraction else None
+        dim = layer.get("pattern_dim", pattern_dim(spec.shape))
+        unfit = Pattern(pruning.keep, pruning.of).why_not(spec.shape, (dim, 1))
+        return (None, unfit) if unfit else (replace(pruning, dim=dim), "")
+    return (Pruning(pruning.fraction, scope=scope) if pruning.fraction else None), ""

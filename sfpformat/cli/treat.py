@@ -178,7 +178,7 @@ def treated(name: str, array: Array, treatment: Treatment, share: Share | None) 
     if share is not None:
         prune_below(array, share.threshold, share.ties, share.bits)
     elif pruning is not None and pruning.of:
-        prune_pattern(array, pruning.keep, pruning.of)
+        prune_pattern(array, pruning.keep, pruning.of, pruning.dim)
     elif pruning is not None:
         prune_fraction(array, pruning.fraction)
     return array if treatment.cast is None else _cast(name, array, treatment.cast)

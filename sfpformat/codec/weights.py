@@ -75,6 +75,7 @@ class Kind(Enum):
     NORM = "gains of normalisations"
     NOT_FINITE = "with infinities, NaNs or values beyond float32"
     NOT_FLOAT = "not float"
+    PATTERN = "that the pattern to prune does not fit"
     SMALL = "of rank under 2, or small"
     ASKED = "as asked"
 

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from .files import Repruned, reprune
     from .gates import GATES
     from .grades import BOUNDARIES, graded, options_for_grades
+    from .layers import prunable
     from .layerwise import LayerwiseResult, prune_layerwise
     from .learning import Learned, Settings, bytes_per_weight, learn_importance
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
     from .scores import fisher, magnitude, wanda
-    from .task import CLASSIFY, Task, prunable
+    from .task import CLASSIFY, Task
     from .thresholds import (
         Knee,
         MeanSigma,
@@ -42,11 +43,12 @@ _NAMES = {
     "files": ("Repruned", "reprune"),
     "gates": ("GATES",),
     "grades": ("BOUNDARIES", "graded", "options_for_grades"),
+    "layers": ("prunable",),
     "layerwise": ("LayerwiseResult", "prune_layerwise"),
     "learning": ("Learned", "Settings", "bytes_per_weight", "learn_importance"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
     "scores": ("fisher", "magnitude", "wanda"),
-    "task": ("CLASSIFY", "Task", "prunable"),
+    "task": ("CLASSIFY", "Task"),
     "thresholds": (
         *("Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
         *("achieved", "masks_of"),

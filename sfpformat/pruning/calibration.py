@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
+from ..names import listed
+from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
-from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, finite, first, with_weights
+from .task import CLASSIFY, Data, Task, evaluating, finite, first, with_weights
+
+_ROWS = Layout(1)
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,15 @@ class Statistics:
         gradient: the mean gradient of the loss, float32, the weight's shape.
         fisher: the mean square of the gradient, float32, the weight's shape: the diagonal of the empirical
             Fisher information, the mean taken over batches, so that small batches are nearer to it.
-        inputs: the mean square of what each column multiplies, float32 [columns]; None where the weight is
-            not that of an `nn.Linear` that was called.
+        inputs: the mean square of each input, padding left out, float32 [inputs]; None where the weight is
+            not that of an `nn.Linear` or of a ``Conv1D`` of transformers that was called.
+        layout: where the weight's inputs are.
     """
 
     gradient: Tensor
     fisher: Tensor
     inputs: Tensor | None
+    layout: Layout = _ROWS
 
 
 def statistics(
@@ -47,7 +54,9 @@ def statistics(
         data: batches, gone through from the start.
         task: how a batch goes through the model.
         batches: how many are looked at; begins again where there are fewer.
-        tensors: names of parameters; None takes `task.prunable`.
+        tensors: names of parameters; None takes `layers.prunable`.
+
+    Warns: the loss does not depend on a weight, whose gradient is then 0.
 
     Memory: 12 bytes a weight beyond what a step of training needs without an optimiser.
 
@@ -57,6 +66,7 @@ def statistics(
     """
     weights = chosen_weights(model, tensors)
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    used: set[str] = set()
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     squares = {name: torch.zeros_like(total) for name, total in sums.items()}
     counted = CountedInputs(model)
@@ -69,10 +79,17 @@ def statistics(
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
+                    used.add(name)
                     sums[name] += gradient
                     squares[name] += gradient.float().square()
+    unused = [name for name in weights if name not in used]
+    if unused:
+        warn(f"the loss depends on none of {listed(unused)} in the calibration data: their gradients are 0")
     return {
-        name: Statistics(sums[name] / batches, squares[name] / batches, inputs.mean(name)) for name in weights
+        name: Statistics(
+            sums[name] / batches, squares[name] / batches, inputs.mean(name), layout_of(model, name)
+        )
+        for name in weights
     }
 
 
@@ -92,17 +109,6 @@ class _SquaredInputs:
 
     def mean(self, name: str) -> Tensor | None:
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
-
-
-def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
-    """The linear layer of each weight that belongs to one, by the weight's name."""
-    layers = {}
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute == "weight" and isinstance(module, nn.Linear):
-            layers[name] = module
-    return layers
 
 
 @contextmanager

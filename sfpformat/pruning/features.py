@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .calibration import Statistics
-from .task import as_matrix
 
 CLAMP = 5.0
 _TINY = 1e-30  # under a logarithm
@@ -33,14 +32,19 @@ def _ranks(scores: Tensor, dim: int) -> Tensor:
 
 
 class _Tensor:
-    """One weight as a matrix, with what several features are made of."""
+    """One weight as a matrix [outputs, inputs], with what several features are made of."""
 
     def __init__(self, weight: Tensor, found: Statistics, depth: float) -> None:
-        self.w = as_matrix(weight.float())
-        self.g, self.fisher = as_matrix(found.gradient), as_matrix(found.fisher)
+        matrix = found.layout.matrix
+        self.w, self.g, self.fisher = matrix(weight.float()), matrix(found.gradient), matrix(found.fisher)
         self.x = torch.ones(self.w.shape[1], device=self.w.device) if found.inputs is None else found.inputs
         self.wanda = self.w.abs() * self.x.sqrt()
         self.depth = depth
+        self._weight, self._layout = weight, found.layout
+
+    def flat(self, feature: Tensor) -> Tensor:
+        """A feature, [rows, columns] or what broadcasts to it, in the order of the weight's elements."""
+        return self._layout.back(feature.to(self.w.device).expand_as(self.w), self._weight).reshape(-1)
 
 
 def _constant(value: float) -> Tensor:
@@ -82,7 +86,7 @@ def features(weights: Mapping[str, Tensor], found: Mapping[str, Statistics]) -> 
         for number, (name, weight) in enumerate(weights.items())
     ]
     for column, feature in enumerate(FEATURES.values()):
-        parts = [feature(view).to(device).expand_as(view.w).reshape(-1) for view in views]
+        parts = [view.flat(feature(view)).to(device) for view in views]
         out[:, column] = standardised(torch.cat(parts)).clamp(-CLAMP, CLAMP)
     return out
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,10 @@ from ..codec.options import ImportanceOptions, Options
 from ..coding.quantiser import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..errors import OptionError
+from ..names import require_matches
 from ..reader import SfpFile
 from ..writer import Writer
-from .thresholds import Numbers, Pattern, Threshold, masks_of
+from .thresholds import Numbers, Pattern, Threshold, masks_of, pattern_dim
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Repruned:
 
     Attributes:
         pruned: the names of the tensors that were pruned.
+        unfit: the names of the tensors that a pattern did not fit, which are as they were -> why not.
         positions: of these tensors.
         before, after: how many of those positions were, and are, pruned.
     """
@@ -38,15 +41,16 @@ class Repruned:
     positions: int
     before: int
     after: int
+    unfit: dict[str, str] = field(default_factory=dict)
 
 
 def reprune(
     file: SfpFile,
     target: str | os.PathLike[str],
-    threshold: Threshold | Pattern,
+    threshold: Threshold | Pattern | float,
     *,
     scope: str = "model",
-    exempt: Sequence[str] = (),
+    exempt: str | Sequence[str] = (),
     floor: float = 0.0,
     keep_importance: bool = True,
 ) -> Repruned:
@@ -55,11 +59,14 @@ def reprune(
     Args:
         file: open; the new file keeps to its limits.
         target: the path of the new file, which appears only when all went well; not that of ``file``.
-        threshold, scope, exempt, floor: as in `thresholds.masks_of`; the share of a sparsity counts all
-            positions, those included that are pruned already.
+        threshold, scope, floor: as in `thresholds.masks_of`; the share of a sparsity counts all positions,
+            those included that are pruned already. A pattern runs along `thresholds.pattern_dim`.
+        exempt: patterns of the file's tensor names that are not pruned.
         keep_importance: whether the survivors' importances stay in the file.
 
     Memory: all tensors with an importance, and 60 bytes a position of theirs.
+
+    Warns: as `thresholds.masks_of`.
 
     Raises:
         OptionError: no tensor has an importance that is metadata; a threshold that makes no sense.
@@ -68,6 +75,11 @@ def reprune(
     names = [name for name in file if _is_prunable(file.entry(name))]
     if not names:
         raise OptionError("no tensor has an importance kept as metadata, by which it could be pruned")
+    patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+    require_matches(patterns, file, "exempt")
+    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not names:
+        raise OptionError("all tensors with an importance are exempt: nothing would be pruned")
     tensors = {name: file.get_tensor(name) for name in names}
     importances = {name: _importance(file, name) for name in names}
     alive = {name: file.get_mask(name) for name in names}
@@ -76,7 +88,6 @@ def reprune(
         {name: np.where(alive[name], importances[name], np.float32(-1)) for name in names},
         threshold,
         scope=scope,
-        exempt=exempt,
         floor=floor,
         tiebreak={name: _numbers(array) for name, array in tensors.items()},
     )
@@ -96,7 +107,16 @@ def reprune(
         sum(mask.size for mask in masks.values()),
         sum(int(np.count_nonzero(~alive[name])) for name in masks),
         sum(int(np.count_nonzero(~mask)) for mask in masks.values()),
+        _unfit(file, [name for name in names if name not in masks], threshold),
     )
+
+
+def _unfit(file: SfpFile, names: list[str], threshold: object) -> dict[str, str]:
+    """Why a pattern does not fit each of these tensors."""
+    if not isinstance(threshold, Pattern):
+        return {}
+    shapes = {name: file.entry(name).shape for name in names}
+    return {name: threshold.why_not(shape, (pattern_dim(shape), 1)) for name, shape in shapes.items()}
 
 
 def _is_prunable(entry: TensorEntry) -> bool:

@@ -31,11 +31,14 @@ def graded(
         boundaries: the shares of all positions that lie under grade 1, 2, …, ascending.
 
     Raises:
-        OptionError: the boundaries do not ascend from 0 to 1.
+        OptionError: the boundaries do not ascend from 0 to 1, or an importance is not finite.
     """
     shares = np.asarray(boundaries, np.float64)
     if not len(shares) or (np.diff(shares) <= 0).any() or not 0 < shares[0] <= shares[-1] < 1:
         raise OptionError("boundaries must ascend between 0 and 1")
+    for name, array in importances.items():
+        if not np.isfinite(array).all():
+            raise OptionError(f"the importance of {name!r} is not finite everywhere")
     flat = np.concatenate([np.asarray(array, np.float64).reshape(-1) for array in importances.values()])
     ranks = np.empty(len(flat), np.int64)
     ranks[np.argsort(flat, kind="stable")] = np.arange(len(flat))

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
-from .calibration import linear_layers, watched
+from ..errors import OptionError, warn
+from ..names import listed
+from .calibration import watched
+from .layers import chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
 from .scores import rows_mask
-from .task import CLASSIFY, Data, Task, chosen_weights, evaluating, first, with_weights
+from .task import CLASSIFY, Data, Task, evaluating, first, with_weights
+from .thresholds import require_share
 
 BLOCK = 128  # columns that SparseGPT chooses together
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
@@ -55,33 +58,46 @@ def prune_layerwise(
     """Prunes layer by layer; the model stays as it is.
 
     Args:
-        model: any module; all tensors pruned are weights of `nn.Linear`.
+        model: any module; what is pruned are weights of `nn.Linear` and of transformers' ``Conv1D``.
         data: batches, the first of which are the calibration data.
         sparsity: share of each layer, with ``wanda`` of each row.
         method: ``wanda``, ``sparsegpt`` (its mask, survivors as they were, which later layers see too) or
             ``sparsegpt-updated`` (survivors changed to make up for what went).
         batches: how many batches of calibration data.
-        tensors: names of parameters; None takes `task.prunable`.
+        tensors: names of parameters; None takes those of `layers.prunable` that fit, and warns of the others.
 
     Raises:
-        OptionError: a tensor is no linear layer's, or is never called; the method is none of these.
+        OptionError: a tensor that is named is no linear layer's, or is never called; nothing is left to
+            prune; the method or the sparsity is none.
     """
+    require_share("sparsity", sparsity)
     if method not in ("wanda", "sparsegpt", "sparsegpt-updated"):
         raise OptionError(f"method is {method!r}, must be wanda, sparsegpt or sparsegpt-updated")
     weights = chosen_weights(model, tensors)
     masks: dict[str, Tensor] = {}
     calibration = list(first(data, batches))
     with evaluating(model), torch.no_grad():
-        for group in _groups(model, weights, calibration[0], task):
+        groups, uncalled = _groups(model, weights, calibration[0], task)
+        if uncalled:
+            words = f"{listed(uncalled)}: not the weights of linear layers that are called"
+            if tensors is not None or not groups:
+                raise OptionError(words)
+            warn(f"{words}, left as they are")
+        for group in groups:
             hessian = _hessian(model, weights, group[0], calibration, task)
             for name in group:
-                masks[name], updated = _pruned(weights[name], hessian, sparsity, method)
-                weights[name] = updated.to(weights[name].dtype)
-    return LayerwiseResult(masks, weights)
+                layout, weight = layout_of(model, name), weights[name]
+                mask, updated = _pruned(layout.matrix(weight), hessian, sparsity, method)
+                masks[name] = layout.back(mask, weight).contiguous()
+                weights[name] = layout.back(updated, weight).to(weight.dtype).contiguous()
+    return LayerwiseResult(masks, {name: weights[name] for name in masks})
 
 
-def _groups(model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task) -> list[list[str]]:
-    """Names in the order of their first calls; those with the same tensor as input together."""
+def _groups(
+    model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task
+) -> tuple[list[list[str]], list[str]]:
+    """Names in the order of their first calls, those with the same tensor as input together; and the names
+    of weights that no linear layer was called with."""
     seen: list[tuple[Tensor, list[str]]] = []
     called: set[str] = set()
 
@@ -94,17 +110,14 @@ def _groups(model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task
 
     with watched(linear_layers(model, weights), see):
         task.run(model, batch)
-    for name in weights:
-        if name not in called:
-            raise OptionError(f"{name!r} is not the weight of a linear layer that is called")
-    return [names for _, names in seen]
+    return [names for _, names in seen], [name for name in weights if name not in called]
 
 
 def _hessian(
     model: nn.Module, weights: dict[str, Tensor], name: str, calibration: list[Any], task: Task
 ) -> Tensor:
-    """2/n Σ x xᵀ of a layer's inputs, float32 [columns, columns]."""
-    columns = weights[name].shape[1]
+    """2/n Σ x xᵀ of a layer's inputs, padding left out, float32 [inputs, inputs]."""
+    columns = layout_of(model, name).matrix(weights[name]).shape[1]
     total = torch.zeros(columns, columns, device=weights[name].device)
     count = 0
     counted = CountedInputs(model)
@@ -127,7 +140,7 @@ def _hessian(
 
 
 def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tuple[Tensor, Tensor]:
-    """A layer's mask, and its pruned weight."""
+    """The mask of a layer's weight [outputs, inputs], and the weight pruned."""
     if method == "wanda":
         mask = rows_mask(weight.float().abs() * hessian.diagonal().sqrt(), sparsity)
         return mask, weight * mask
@@ -145,7 +158,11 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor,
 
     Returns:
         The mask, bool, and the weight whose survivors make up for what went, float32.
+
+    Raises:
+        OptionError: the sparsity is no share.
     """
+    require_share("sparsity", sparsity)
     rest, hessian = weight.clone(), hessian.clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1

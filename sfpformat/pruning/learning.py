@@ -148,7 +148,7 @@ def learn_importance(
             the importance is to hold.
         task: how a batch goes through the model.
         settings: how.
-        tensors: names of parameters; None takes `task.prunable`.
+        tensors: names of parameters; None takes `layers.prunable`.
         found: statistics of these tensors; None makes them of the data.
         mlp: the shared network to start from, of another model's `Learned`.
         checkpoint: a file that is written every so many steps, whole or not at all, and gone on from when

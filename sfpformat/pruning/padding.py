@@ -7,7 +7,6 @@ also nothing counts that comes after a row's last label, since no later output i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, SfpWarning
+from ..errors import OptionError, warn
 from ..names import listed
 from .batches import IGNORED, Kind, kind_of, labels_of
 
@@ -194,11 +193,9 @@ class CountedInputs:
                 handle.remove()
         if self._unmatched:
             first = next(iter(self._unmatched.values()))
-            warnings.warn(
+            warn(
                 f"padding counts among the inputs of {listed(list(self._unmatched))}: their shape, such as "
-                f"{list(first)}, does not fit the padding mask",
-                SfpWarning,
-                stacklevel=4,
+                f"{list(first)}, does not fit the padding mask"
             )
 
 

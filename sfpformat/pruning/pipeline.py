@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ..codec.options import ImportanceOptions, Options
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
+from ..names import require_matches
 from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
+from ..torch.ties import TiedNames
 from .grades import graded, options_for_grades
-from .task import chosen_weights, require_shapes
+from .layers import chosen_tensors, chosen_weights, layout_of, require_masks, require_shapes
 from .thresholds import Numbers, Pattern, Threshold, masks_of
 from .tuning import Masks
 
@@ -28,51 +30,94 @@ _MASK, _ORIGINAL = "_mask", "_orig"  # what torch.nn.utils.prune adds to names
 def prune(
     model: nn.Module,
     importances: Mapping[str, Tensor],
-    threshold: Threshold | Pattern,
+    threshold: Threshold | Pattern | float,
     *,
     scope: str = "model",
-    exempt: Sequence[str] = (),
+    exempt: str | Sequence[str] = (),
     floor: float = 0.0,
 ) -> dict[str, Tensor]:
     """Prunes a model in place: what a threshold finds too unimportant becomes +0.
 
+    A `Pattern` runs along the inputs of each layer: along rows of a linear layer, along the columns of
+    transformers' ``Conv1D``, along the input channels of a convolution for each output channel and kernel
+    position.
+
+    Example: ``masks = prune(model, magnitude(model), 0.5)``.
+
     Args:
         model: any module.
-        importances: by parameter name, of the parameters' shapes.
-        threshold, scope, exempt, floor: as in `thresholds.masks_of`.
+        importances: by parameter name, of the parameters' shapes; every name of a tied parameter will do.
+        threshold, scope, floor: as in `thresholds.masks_of`.
+        exempt: patterns of the model's parameter names that are not pruned.
 
     Returns:
-        The masks: bool by name, True for survivors, where the weights are.
+        The masks: bool by name, True for survivors, where the weights are. Tensors that are exempt, or that
+        a pattern does not fit, have none.
+
+    Warns: as `thresholds.masks_of`.
 
     Raises:
         OptionError: an importance is none of the model's, or as `thresholds.masks_of`; nothing was pruned.
     """
-    weights = chosen_weights(model, list(importances))
+    importances = _named_once(model, importances, "importances")
+    weights = chosen_tensors(model, list(importances))
     require_shapes(weights, importances, "importance")
+    chosen = _not_exempt(model, importances, (exempt,) if isinstance(exempt, str) else tuple(exempt))
+    layouts = {name: layout_of(model, name) for name in chosen}
     found = masks_of(
-        {name: as_numbers(importance) for name, importance in importances.items()},
+        {name: as_numbers(importances[name]) for name in chosen},
         threshold,
         scope=scope,
-        exempt=exempt,
         floor=floor,
-        tiebreak={name: as_numbers(weight) for name, weight in weights.items()},
+        tiebreak={name: as_numbers(weights[name]) for name in chosen},
+        along={name: (layout.inputs, layout.groups) for name, layout in layouts.items()},
     )
     masks = {name: torch.from_numpy(mask).to(weights[name].device) for name, mask in found.items()}
     apply_masks(model, masks)
     return masks
 
 
+def _named_once(model: nn.Module, given: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+    """What was given by names, once for each tensor; names of hidden weights are left for later errors.
+
+    Raises:
+        OptionError: two names of one tensor have different numbers.
+    """
+    there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    there |= dict(model.named_buffers(remove_duplicate=False))
+    known = {name: numbers for name, numbers in given.items() if name in there}
+    once = TiedNames(there).one_each(known, argument)
+    return {name: numbers for name, numbers in given.items() if name in once or name not in there}
+
+
+def _not_exempt(model: nn.Module, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names of which no other name of the same parameter is exempt, either."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    require_matches(patterns, parameters, "exempt")
+    ties = TiedNames(parameters)
+    exempt = {name for pattern in patterns for name in ties.like(pattern)}
+    chosen = [name for name in names if name not in exempt]
+    if not chosen:
+        raise OptionError("all tensors are exempt: nothing would be pruned")
+    return chosen
+
+
 def apply_masks(model: nn.Module, masks: Masks) -> None:
     """Sets what masks prune to +0, in place.
+
+    Args:
+        masks: by name of a float parameter or buffer, of its shape: bool, or numbers that are 0 or 1.
 
     Raises:
         OptionError: a mask is none of the model's; nothing was pruned.
     """
-    weights = chosen_weights(model, list(masks))
-    require_shapes(weights, masks, "mask")
+    masks = _named_once(model, masks, "masks")
+    weights = chosen_tensors(model, list(masks), buffers=True)
+    require_masks(weights, masks)
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.masked_fill_(~masks[name].to(weight.device, torch.bool), 0)
+            kept = masks[name].to(weight.device, torch.bool)
+            weight.copy_(torch.where(kept, weight, torch.zeros_like(weight)))
 
 
 def pack(
@@ -90,9 +135,11 @@ def pack(
     """Writes a pruned model: masks, survivors, and what is known of their importance.
 
     Args:
-        model: its state is written; weights with a mask are stored by it.
+        model: its state is written; weights with a mask are stored by it. Every name of a tied tensor will
+            do in what follows.
         path: of the file, which is replaced only when all went well.
-        masks: bool by name, True for survivors.
+        masks: by name of a float parameter or buffer of any rank, True for survivors: what `prune` and
+            `take_masks` give.
         importances: by name; a file keeps the grade of each survivor (`grades`), as metadata, which is enough
             to prune it again without the data (``sfp prune``).
         factors: by name, of rows and columns, as `tuning.fit_factors` gives them; a file keeps them as F16,
@@ -105,15 +152,21 @@ def pack(
         limits: what readers allow; they need the same ones where these are not the default.
 
     Raises:
-        OptionError: names or shapes that do not fit, or readers would refuse a tensor by their limits.
+        OptionError: names or shapes that do not fit, importances that are not finite, or readers would
+            refuse a tensor by their limits.
         OSError: the file cannot be written.
     """
-    names = [*masks, *(importances or {}), *(factors or {}), *(multipliers or {})]
-    weights = chosen_weights(model, names) if names else {}
-    given = {"mask": masks, "importance": importances, "multiplier": multipliers}
-    for what, numbers in given.items():
-        require_shapes(weights, numbers or {}, what)
-    both = set(importances or {}) & set(factors or {})
+    if not isinstance(options, Options | None):
+        raise OptionError(f"options is a {type(options).__name__}, must be Options, for all masked tensors")
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    ties = TiedNames(state)
+    masks = _by_kept(model, ties, masks, "mask")
+    importances = _by_kept(model, ties, importances, "importance")
+    multipliers = _by_kept(model, ties, multipliers, "multiplier")
+    factors = ties.by_kept(factors, "factors")
+    if factors:
+        chosen_weights(model, list(factors))
+    both = set(importances) & set(factors)
     if both:
         raise OptionError(f"{min(both)!r} has factors and an importance; a file holds one of them")
     base = options or Options()
@@ -124,12 +177,31 @@ def pack(
         for name, grade in grades.items():
             kept[name] = grade
             per_tensor[name] = per_tensor.get(name, Options()).but(importance=options_for_grades())
-    for name, pair in (factors or {}).items():
+    for name, pair in factors.items():
         kept[name] = pair
         stored = ImportanceOptions(role="multiplier", dtype="F16")
         per_tensor[name] = per_tensor.get(name, Options()).but(importance=stored)
-    with _folded(model, multipliers or {}):
+    with _folded(model, multipliers):
         save_model(model, path, metadata, options=per_tensor, masks=masks, importances=kept, limits=limits)
+
+
+def _by_kept(
+    model: nn.Module, ties: TiedNames, given: Mapping[str, Tensor] | None, what: str
+) -> dict[str, Tensor]:
+    """Masks or other numbers by the names that tensors have in the file.
+
+    Raises:
+        OptionError: a name is no float tensor of the model's state, or numbers do not fit.
+    """
+    found = ties.by_kept(given, f"{what}s")
+    if not found:
+        return {}
+    weights = chosen_tensors(model, list(found), buffers=True)
+    if what == "mask":
+        require_masks(weights, found)
+        return {name: mask.bool() for name, mask in found.items()}
+    require_shapes(weights, found, what)
+    return found
 
 
 class _folded:
@@ -137,7 +209,7 @@ class _folded:
 
     def __init__(self, model: nn.Module, multipliers: Mapping[str, Tensor]) -> None:
         self._multipliers = multipliers
-        self._weights = chosen_weights(model, list(multipliers)) if multipliers else {}
+        self._weights = chosen_tensors(model, list(multipliers), buffers=True) if multipliers else {}
         self._before = {name: weight.clone() for name, weight in self._weights.items()}
 
     def __enter__(self) -> None:
@@ -150,15 +222,16 @@ class _folded:
 
 
 def as_numbers(tensor: Tensor) -> Numbers:
-    """A tensor as float32 numbers of numpy, on the processor."""
-    return cast(Numbers, np.asarray(tensor.detach().float().cpu().numpy()))
+    """A tensor as numbers of numpy, on the processor: float32, or float64 where it is that."""
+    plain = tensor.detach().cpu()
+    return cast(Numbers, np.asarray((plain if plain.dtype is torch.float64 else plain.float()).numpy()))
 
 
 # ------------------------------------------------------------------------------- torch.nn.utils.prune
 
 
 def take_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of a model that `torch.nn.utils.prune` pruned: bool, by the weights' plain names.
+    """The masks of a model that `torch.nn.utils.prune` pruned: bool, by the parameters' plain names.
 
     The model becomes plain: what was hidden as ``weight_orig`` is ``weight`` again, pruned.
     """
@@ -178,12 +251,13 @@ def give_masks(model: nn.Module, masks: Masks) -> None:
 
     Args:
         model: plain; its parameters are then named ``weight_orig`` beside ``weight_mask``, as torch does.
-        masks: bool by the weights' names.
+        masks: by name of a float parameter of any rank: bool, or numbers that are 0 or 1.
 
     Raises:
         OptionError: a mask is none of the model's.
     """
-    require_shapes(chosen_weights(model, list(masks)), masks, "mask")
+    masks = _named_once(model, masks, "masks")
+    require_masks(chosen_tensors(model, list(masks)), masks)
     for name, mask in masks.items():
         path, _, attribute = name.rpartition(".")
         _torch.custom_from_mask(model.get_submodule(path), attribute, mask)

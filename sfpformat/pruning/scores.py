@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, warn
+from ..names import listed
 from .calibration import Statistics
-from .task import as_matrix, chosen_weights
+from .layers import as_matrix, chosen_tensors, chosen_weights
+from .thresholds import require_share
 
 Importances = dict[str, Tensor]
 
 
-def magnitude(model: nn.Module, tensors: list[str] | None = None) -> Importances:
-    """|w|, float32, by name. To be compared within a tensor: scopes over the model favour wide layers."""
-    return {name: weight.float().abs() for name, weight in chosen_weights(model, tensors).items()}
+def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importances:
+    """|w|, float32, by name. To be compared within a tensor: scopes over the model favour wide layers.
+
+    Args:
+        tensors: names of parameters of any rank; None takes `layers.prunable`.
+
+    Raises:
+        OptionError: a name is no float parameter, or there are none.
+    """
+    chosen = chosen_weights(model, None) if tensors is None else chosen_tensors(model, tensors)
+    return {name: weight.float().abs() for name, weight in chosen.items()}
 
 
 def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
@@ -28,17 +38,25 @@ def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
 
 
 def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
-    """|w| · root mean square of its input, float32 (Sun et al., Wanda, 2023). To be compared within a row.
+    """|w| · root mean square of its input, float32 (Sun et al., Wanda, 2023), compared within an output.
+
+    Warns: some tensors have no statistics of inputs; they are left out.
 
     Raises:
-        OptionError: a tensor has no statistics of inputs.
+        OptionError: no tensor has statistics of inputs.
     """
-    out = {}
+    out, left = {}, []
     for name, weight in chosen_weights(model, list(found)).items():
-        inputs = found[name].inputs
+        inputs, layout = found[name].inputs, found[name].layout
         if inputs is None:
-            raise OptionError(f"{name!r} is not the weight of a linear layer that was called")
-        out[name] = (as_matrix(weight.float()).abs() * inputs.sqrt()).reshape(weight.shape)
+            left.append(name)
+        else:
+            out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
+    if left:
+        words = f"Wanda needs the weights of linear layers that are called, which {listed(left)} are not"
+        if not out:
+            raise OptionError(words)
+        warn(f"{words}: they have no importance")
     return out
 
 
@@ -50,6 +68,7 @@ def rows_mask(scores: Tensor, sparsity: float) -> Tensor:
         sparsity: share of each row that goes, to the nearest whole number.
     """
     matrix = as_matrix(scores)
+    require_share("sparsity", sparsity)
     count = min(int(sparsity * matrix.shape[1] + 0.5), matrix.shape[1])
     mask = torch.ones_like(matrix, dtype=torch.bool)
     mask.scatter_(1, matrix.argsort(dim=1, stable=True)[:, :count], False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,12 +25,14 @@ from .batches import (
     required_labels,
     takes_labels,
 )
+from .layers import Weights
+from .layers import as_matrix as as_matrix
+from .layers import chosen_weights as chosen_weights
 from .padding import counted_labels, counted_outputs, unpadded
 
 # What is called with a batch's inputs: a module, or a module with other weights.
 Model = Callable[..., Any]
 Data = Iterable[Any]
-Weights = Mapping[str, Tensor]
 # Called after each step of what learns, with its number and its loss.
 Progress = Callable[[int, float], None]
 
@@ -289,59 +291,6 @@ def module_of(model: Model) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def prunable(model: nn.Module) -> list[str]:
-    """The names of the weights of linear and convolutional layers, each once.
-
-    An embedding, and what is tied to one, is not among them.
-    """
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    found: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kinds) and id(module.weight) not in embeddings:
-            found.setdefault(id(module.weight), f"{name}.weight" if name else "weight")
-    return list(found.values())
-
-
-def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
-    """The weights that are pruned, detached, by name.
-
-    Args:
-        names: of the parameters; None takes those of `prunable`.
-
-    Raises:
-        OptionError: a name is no float parameter of rank 2 or more, or there are none.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    chosen = list(names) if names is not None else prunable(model)
-    for name in chosen:
-        if name not in parameters:
-            raise OptionError(f"the model has no parameter {name!r}")
-        if parameters[name].dim() < 2 or not parameters[name].is_floating_point():
-            raise OptionError(f"{name!r} is no float matrix")
-    if not chosen:
-        raise OptionError("the model has no linear or convolutional layers; name the tensors")
-    return {name: parameters[name].detach() for name in chosen}
-
-
-def require_shapes(weights: Weights, given: Weights, what: str) -> None:
-    """Refuses numbers of other shapes than the weights of the same names.
-
-    Args:
-        weights: by name, those of ``given`` among them.
-        given: by name.
-        what: they are, such as "mask".
-
-    Raises:
-        OptionError: a shape is another.
-    """
-    for name, numbers in given.items():
-        if numbers.shape != weights[name].shape:
-            raise OptionError(
-                f"the {what} of {name!r} has shape {list(numbers.shape)}, not {list(weights[name].shape)}"
-            )
-
-
 def finite(loss: Tensor, when: str) -> float:
     """A loss as a number.
 
@@ -357,11 +306,6 @@ def finite(loss: Tensor, when: str) -> float:
             f"the loss is {value} at {when}: look at the batch and the model's weights, or take a lower rate"
         )
     return value
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
-    return weight.flatten(1)
 
 
 def endless(data: Data, start: int = 0) -> Iterator[Any]:
@@ -385,7 +329,13 @@ def endless(data: Data, start: int = 0) -> Iterator[Any]:
 
 
 def first(data: Data, count: int) -> Iterator[Any]:
-    """The first ``count`` batches, beginning again where there are fewer."""
+    """The first ``count`` batches, beginning again where there are fewer.
+
+    Raises:
+        OptionError: there is no batch, or none is wanted.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise OptionError(f"batches is {count!r}, must be a whole number of at least 1")
     return islice(endless(data), count)
 
 

@@ -3,26 +3,38 @@
 Rules: a threshold is a rule that looks at importances in ascending order and says how many go. So exact
 targets and cuts found in the curve are one kind of thing, and ties are settled in one place: of equal
 importances those of least ``tiebreak`` go first, then the first in the order of tensors and positions.
+
+An N:M pattern looks at groups of consecutive inputs of each output, as sparse tensor cores read them: along
+the rows of a matrix, and along the input channels of a kernel for each output channel and kernel position
+(as NVIDIA's ASP lays them out). Tensors whose inputs do not divide into groups have no mask.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..errors import OptionError
+from ..errors import OptionError, warn
+from ..names import MOST_LISTED, require_known, require_matches
 
 Numbers = NDArray[np.floating]
 F64 = NDArray[np.float64]
 
+# The dimension of a tensor's inputs, and in how many separate groups of equal size they lie.
+Along = tuple[int, int]
+
 SCOPES = ("model", "tensor")
+
+# A tensor of rank 3 with more in its last dimension is no kernel of a convolution but a stack of matrices.
+_LONGEST_KERNEL = 128
 
 
 class Threshold(Protocol):
@@ -43,7 +55,7 @@ class Sparsity:
     share: float
 
     def __post_init__(self) -> None:
-        _require_share("sparsity", self.share)
+        require_share("sparsity", self.share)
 
     def count(self, ascending: F64) -> int:
         return min(math.floor(self.share * len(ascending) + 0.5), len(ascending))
@@ -56,7 +68,7 @@ class Quantile:
     share: float
 
     def __post_init__(self) -> None:
-        _require_share("quantile", self.share)
+        require_share("quantile", self.share)
 
     def count(self, ascending: F64) -> int:
         return _below(ascending, float(np.quantile(ascending, self.share)))
@@ -69,7 +81,7 @@ class MeanSigma:
     k: float
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.k):
+        if not _is_number(self.k) or not math.isfinite(self.k):
             raise OptionError(f"k is {self.k}, must be finite")
 
     def count(self, ascending: F64) -> int:
@@ -120,62 +132,151 @@ class Knee:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The ``keep`` greatest of every ``of`` neighbours in a row stay, as in 2:4; of equal ones the last."""
+    """The ``keep`` greatest of every ``of`` consecutive inputs of an output stay, as in 2:4.
+
+    Of equal importances those of greatest ``tiebreak`` stay, then the last.
+    """
 
     keep: int
     of: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < self.of:
+        whole = all(isinstance(n, numbers.Integral) for n in (self.keep, self.of))
+        if not whole or not 0 < self.keep < self.of:
             raise OptionError(f"a pattern keeps some of its positions, not {self.keep} of {self.of}")
+
+    def why_not(self, shape: Sequence[int], along: Along) -> str:
+        """Why the pattern does not fit a tensor, in words; empty where it does."""
+        dim, groups = along
+        if not 0 <= dim < len(shape):
+            return f"its shape {list(shape)} has no dimension {dim}"
+        inputs = shape[dim] // groups
+        if inputs % self.of or not inputs:
+            within = f" in each of {groups} groups" if groups > 1 else ""
+            return (
+                f"its shape {list(shape)} has {inputs:,} inputs along dimension {dim}{within}, "
+                f"which are no whole groups of {self.of}"
+            )
+        return ""
+
+
+def pattern_dim(shape: Sequence[int]) -> int:
+    """The dimension of a tensor's inputs, as far as its shape tells.
+
+    The last one of a matrix [outputs, inputs] and of a vector, dimension 1 of a kernel [outputs, inputs, …].
+    A tensor of rank 3 whose last dimension is greater than 128 is taken for a stack of matrices
+    [matrices, outputs, inputs].
+    """
+    if len(shape) == 3 and shape[2] > _LONGEST_KERNEL:
+        return 2
+    return 1 if len(shape) > 1 else 0
 
 
 def masks_of(
     importances: Mapping[str, Numbers],
-    threshold: Threshold | Pattern,
+    threshold: Threshold | Pattern | float,
     *,
     scope: str = "model",
-    exempt: Sequence[str] = (),
+    exempt: str | Sequence[str] = (),
     floor: float = 0.0,
     tiebreak: Mapping[str, Numbers] | None = None,
+    along: Mapping[str, Along] | None = None,
 ) -> dict[str, Mask]:
     """The masks that a threshold gives: bool, True for survivors, of each importance's shape.
 
     Args:
         importances: tensor name -> finite numbers of any shape; greater ones matter more.
-        threshold: the rule.
+        threshold: the rule; a number is the share of a `Sparsity`.
         scope: ``model`` for one threshold over all tensors, or ``tensor`` for one in each.
         exempt: patterns of names (as a shell's) that are not pruned; they have no part in the distribution
             and no mask.
         floor: the share of its positions that each tensor keeps at least. Over the model, what the floor
             keeps is pruned elsewhere instead, so that the whole loses as many as without.
-        tiebreak: numbers by name that settle equal importances, such as magnitudes.
+        tiebreak: numbers by name that settle equal importances, such as magnitudes, of any shape with one
+            number or as many as the importance has.
+        along: where a `Pattern` runs, by name; of others, along `pattern_dim`.
+
+    Warns: a `Pattern` does not fit some tensors, which have no mask then; the floor keeps more than the
+    threshold leaves.
 
     Memory: about 40 bytes a position of what shares a threshold.
 
     Raises:
-        OptionError: importances that are not finite, a scope or share that is none, a pattern that does not
-            divide a row.
+        OptionError: there are no importances, or none that is not exempt; they are not finite; a name in
+            ``exempt``, ``tiebreak`` or ``along`` matches none; a scope, share or threshold that is none; a
+            pattern that fits no tensor.
     """
+    rule = _rule(threshold)
     if scope not in SCOPES:
         raise OptionError(f"scope is {scope!r}, must be one of {', '.join(SCOPES)}")
-    _require_share("floor", floor)
+    require_share("floor", floor)
+    if not importances:
+        raise OptionError("there are no importances: nothing would be pruned")
+    patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+    require_matches(patterns, importances, "exempt")
+    for argument, given in (("tiebreak", tiebreak), ("along", along)):
+        require_known(given or {}, importances, argument)
     chosen = {
-        name: np.asarray(array)
+        name: _finite(name, array)
         for name, array in importances.items()
-        if not any(fnmatchcase(name, pattern) for pattern in exempt)
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
     }
-    for name, array in chosen.items():
-        if not np.isfinite(array).all():
-            raise OptionError(f"the importance of {name!r} is not finite everywhere")
-    if isinstance(threshold, Pattern):
-        return {name: _patterned(name, array, threshold) for name, array in chosen.items()}
-    ties = tiebreak or {}
+    if not chosen:
+        raise OptionError("all tensors are exempt: nothing would be pruned")
+    ties = {name: _ties(name, (tiebreak or {}).get(name), array.size) for name, array in chosen.items()}
+    if isinstance(rule, Pattern):
+        if floor > rule.keep / rule.of:
+            raise OptionError(f"floor is {floor}, but {rule.keep}:{rule.of} keeps {rule.keep / rule.of:.3g}")
+        return _patterned(chosen, rule, along or {}, ties)
     groups = [list(chosen)] if scope == "model" else [[name] for name in chosen]
     out: dict[str, Mask] = {}
     for names in groups:
-        out |= _masks_of_group({name: chosen[name] for name in names}, threshold, floor, ties)
+        out |= _masks_of_group({name: chosen[name] for name in names}, rule, floor, ties)
     return out
+
+
+def _rule(threshold: Any) -> Threshold | Pattern:
+    if _is_number(threshold):
+        return Sparsity(float(threshold))
+    if isinstance(threshold, type):
+        raise OptionError(f"the threshold is the class {threshold.__name__}; give {threshold.__name__}(…)")
+    # Strings and sequences have a method of this name, which counts something else.
+    countable = callable(getattr(threshold, "count", None)) and not isinstance(
+        threshold, (str, bytes, Sequence)
+    )
+    if not isinstance(threshold, Pattern) and not countable:
+        raise OptionError(
+            f"the threshold is {threshold!r}; give a share such as 0.5, Pattern(2, 4), or another of "
+            "sfpformat.pruning"
+        )
+    checked: Threshold | Pattern = threshold
+    return checked
+
+
+def _finite(name: str, array: Numbers) -> Numbers:
+    """An importance as an array.
+
+    Raises:
+        OptionError: it is not finite everywhere.
+    """
+    found = np.asarray(array)
+    try:
+        finite = bool(np.isfinite(found).all())
+    except TypeError:
+        raise OptionError(f"the importance of {name!r} is no array of numbers") from None
+    if not finite:
+        raise OptionError(f"the importance of {name!r} is not finite everywhere")
+    return found
+
+
+def _ties(name: str, given: Numbers | None, size: int) -> F64 | None:
+    """What settles equal importances of a tensor, float64 [size]; None where nothing does."""
+    if given is None:
+        return None
+    numbers = np.abs(np.asarray(given)).reshape(-1)
+    if len(numbers) not in (1, size):
+        raise OptionError(f"the tiebreak of {name!r} has {len(numbers):,} numbers, the importance {size:,}")
+    return np.broadcast_to(numbers.astype(np.float64), (size,))
 
 
 def achieved(masks: Mapping[str, Mask]) -> float:
@@ -186,7 +287,7 @@ def achieved(masks: Mapping[str, Mask]) -> float:
 
 
 def _masks_of_group(
-    arrays: Mapping[str, Numbers], threshold: Threshold, floor: float, tiebreak: Mapping[str, Numbers]
+    arrays: Mapping[str, Numbers], threshold: Threshold, floor: float, ties: Mapping[str, F64 | None]
 ) -> dict[str, Mask]:
     """The masks of tensors that share a threshold."""
     sizes = np.array([array.size for array in arrays.values()], np.int64)
@@ -194,20 +295,30 @@ def _masks_of_group(
     values = _joined([array.reshape(-1) for array in arrays.values()])
     if not len(values):
         return {name: np.ones(array.shape, np.bool_) for name, array in arrays.items()}
-    seconds = [np.abs(np.asarray(tiebreak.get(name, np.zeros(1)))) for name in arrays]
-    second = _joined(
-        [np.broadcast_to(s.reshape(-1), (n,)) for s, n in zip(seconds, sizes, strict=True)]
-        if tiebreak
-        else [np.zeros(len(values))]
-    )
-    order = np.lexsort((second, values))
+    order = np.lexsort((_seconds(arrays, ties), values))
     count = threshold.count(values[order])
+    if not isinstance(count, numbers.Integral) or not 0 <= count <= len(values):
+        raise OptionError(f"{threshold!r} prunes {count!r} of {len(values):,} positions")
+    going = _going(order, owner, sizes, int(count), floor)
+    if len(going) < count:
+        warn(
+            f"the floor {floor} keeps more than the threshold leaves: {len(going):,} positions are pruned, "
+            f"not {count:,}"
+        )
     alive = np.ones(len(values), np.bool_)
-    alive[_going(order, owner, sizes, count, floor)] = False
+    alive[going] = False
     parts = np.split(alive, np.cumsum(sizes)[:-1])
     return {
         name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)
     }
+
+
+def _seconds(arrays: Mapping[str, Numbers], ties: Mapping[str, F64 | None]) -> F64:
+    """What settles equal importances of several tensors, one after the other; 0 where nothing does."""
+    found = {name: ties[name] for name in arrays}
+    return _joined(
+        [np.zeros(array.size) if (tie := found[name]) is None else tie for name, array in arrays.items()]
+    )
 
 
 def _going(
@@ -234,22 +345,63 @@ def _joined(parts: list[Numbers]) -> F64:
     return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
-def _patterned(name: str, array: Numbers, pattern: Pattern) -> Mask:
-    if array.ndim == 0 or array.shape[-1] % pattern.of:
-        raise OptionError(
-            f"tensor {name!r} of shape {list(array.shape)} has no rows of whole groups of {pattern.of}"
-        )
-    groups = array.reshape(-1, pattern.of)
+def _patterned(
+    arrays: Mapping[str, Numbers],
+    pattern: Pattern,
+    along: Mapping[str, Along],
+    ties: Mapping[str, F64 | None],
+) -> dict[str, Mask]:
+    """The masks of the tensors that a pattern fits; warns of the others."""
+    where = {name: along.get(name, (pattern_dim(array.shape), 1)) for name, array in arrays.items()}
+    left = {name: pattern.why_not(array.shape, where[name]) for name, array in arrays.items()}
+    left = {name: reason for name, reason in left.items() if reason}
+    if left:
+        words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
+        if len(left) == len(arrays):
+            raise OptionError(f"{words}: nothing would be pruned")
+        warn(f"{words}: left as they are")
+    return {
+        name: _pattern_mask(array, pattern, where[name][0], ties[name])
+        for name, array in arrays.items()
+        if name not in left
+    }
+
+
+def _pattern_mask(array: Numbers, pattern: Pattern, dim: int, ties: F64 | None) -> Mask:
+    if not array.size:
+        return np.ones(array.shape, np.bool_)
+    # [what is before, groups, members of a group, what is after]
+    shape = (math.prod(array.shape[:dim]), -1, pattern.of, math.prod(array.shape[dim + 1 :]))
+    groups = array.reshape(shape)
+    if ties is None:
+        order = np.argsort(groups, axis=2, kind="stable")
+    else:
+        order = np.lexsort((ties.reshape(shape), groups), axis=2)
     mask = np.ones(groups.shape, np.bool_)
-    going = np.argsort(groups, axis=1, kind="stable")[:, : pattern.of - pattern.keep]
-    np.put_along_axis(mask, going, False, axis=1)
+    np.put_along_axis(mask, order[:, :, : pattern.of - pattern.keep], False, axis=2)
     return mask.reshape(array.shape)
+
+
+def reasons(left: Mapping[str, str]) -> str:
+    """Tensors with the reason why each is left as it is, for a message."""
+    words = [f"{name!r} ({reason})" for name, reason in list(left.items())[:MOST_LISTED]]
+    more = f" and {len(left) - MOST_LISTED:,} more" if len(left) > MOST_LISTED else ""
+    return ", ".join(words) + more
 
 
 def _below(ascending: F64, value: float) -> int:
     return int(np.searchsorted(ascending, value, side="left"))
 
 
-def _require_share(what: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise OptionError(f"{what} is {share}, must be from 0 to 1")
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def require_share(what: str, share: Any) -> None:
+    """Refuses what is no share.
+
+    Raises:
+        OptionError: it is no number from 0 to 1.
+    """
+    if not _is_number(share) or not 0 <= share <= 1:
+        raise OptionError(f"{what} is {share!r}, must be a number from 0 to 1")

@@ -3,6 +3,7 @@ for each row and column."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,18 +12,17 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .descent import adam, set_rates
+from .layers import chosen_tensors, require_masks
 from .task import (
     CLASSIFY,
     Data,
     Progress,
     Task,
-    chosen_weights,
     cost,
     endless,
     evaluating,
     finite,
     require_objective,
-    require_shapes,
     with_weights,
 )
 
@@ -48,6 +48,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         require_objective(self.objective)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise OptionError(f"steps is {self.steps!r}, must be a whole number of at least 1")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise OptionError(f"rate is {self.rate}, must be above 0")
 
 
 def fine_tune(
@@ -115,22 +119,28 @@ def fit_factors(
         As `fine_tune`.
 
     Returns:
-        By name, float32 [rows] and [columns], of the weight as the matrix of SPEC.md chapter 2.
+        By name, float32 [rows] and [columns], of the weight as the matrix of SPEC.md chapter 2. Weights of
+        rank 0 and 1 are pruned, and have no factors.
 
     Raises:
-        OptionError, LossError: as `fine_tune`.
+        OptionError: as `fine_tune`; no mask is of a matrix.
+        LossError: as `fine_tune`.
     """
     _, pruned = _pruned(model, masks)
+    plain = {name: weight for name, weight in pruned.items() if weight.dim() < 2}
+    if len(plain) == len(pruned):
+        raise OptionError("no mask is of a tensor of rank 2 or more: there are no rows and columns")
     leaves = {
         name: (
             torch.ones(w.shape[0], device=w.device, requires_grad=True),
             torch.ones(w[0].numel(), device=w.device, requires_grad=True),
         )
         for name, w in pruned.items()
+        if name not in plain
     }
 
     def weights() -> dict[str, Tensor]:
-        return {name: scaled(pruned[name], *pair) for name, pair in leaves.items()}
+        return plain | {name: scaled(pruned[name], *pair) for name, pair in leaves.items()}
 
     flat = [leaf for pair in leaves.values() for leaf in pair]
     _Through(model, data, teacher, task, tuning, progress).tune(flat, weights, _FACTORS_RATE)
@@ -218,7 +228,7 @@ class _Through:
 
 def _pruned(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks as bool where the weights are, and the weights times them; the model's stay."""
-    weights = chosen_weights(model, list(masks))
-    require_shapes(weights, masks, "mask")
+    weights = chosen_tensors(model, list(masks))
+    require_masks(weights, masks)
     kept = {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}
     return kept, {name: weight * kept[name] for name, weight in weights.items()}

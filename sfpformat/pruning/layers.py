@@ -1,0 +1,311 @@
+"""The weights of a model: which are pruned, and in which of their dimensions the inputs lie.
+
+Rules: a weight is known by the layer that it belongs to, since its shape does not say where its inputs are:
+`nn.Linear` stores [outputs, inputs], the ``Conv1D`` of transformers' GPT-2 [inputs, outputs], convolutions
+[outputs, inputs / groups, …], transposed ones [inputs, outputs / groups, …], and transformers' layers of
+experts [experts, …]. What is left alone without being asked for is named in a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ..errors import OptionError, warn
+from ..names import listed, require_known
+from .thresholds import pattern_dim
+
+Weights = Mapping[str, Tensor]
+
+# The weight matrices of transformers' layers of experts, stored one after the other in one tensor.
+_EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+# Matrices of layers that are not known here are named in a warning from this size on, together: a share of
+# what is pruned. Under it they are such things as embeddings of positions.
+_WORTH_A_WARNING = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the inputs of a weight are.
+
+    Attributes:
+        inputs: the dimension along which they lie.
+        stacked: whether the first dimension counts matrices that have nothing to do with each other.
+        groups: in how many groups of equal size the inputs lie, that have nothing to do with each other.
+    """
+
+    inputs: int
+    stacked: bool = False
+    groups: int = 1
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight of rank 2 or more as [outputs, inputs of each output]; a view where that is possible."""
+        if self.stacked:
+            return self._swapped(weight).flatten(0, -2)
+        return (weight.transpose(0, 1) if self.inputs == 0 else weight).flatten(1)
+
+    def back(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Undoes `matrix`.
+
+        Args:
+            matrix: [outputs, inputs of each output], of any dtype.
+            like: a tensor of the weight's shape.
+        """
+        if self.stacked:
+            return self._swapped(matrix.reshape(self._swapped(like).shape))
+        if self.inputs == 0:
+            return matrix.reshape(like.transpose(0, 1).shape).transpose(0, 1)
+        return matrix.reshape(like.shape)
+
+    def _swapped(self, stack: Tensor) -> Tensor:
+        """With the inputs last, or as they were; of matrices in a stack."""
+        return stack.transpose(1, 2) if self.inputs == 1 else stack
+
+
+def layout_of(model: nn.Module, name: str) -> Layout:
+    """Where the inputs of a parameter are; as `thresholds.pattern_dim` where its module is not known.
+
+    Args:
+        name: of the parameter.
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    weight = getattr(module, attribute)
+    if attribute not in _matrices(module):
+        return Layout(pattern_dim(tuple(weight.shape)))
+    if isinstance(module, _ConvTransposeNd):
+        return Layout(0, groups=module.groups)
+    if isinstance(module, _ConvNd):
+        return Layout(1)
+    if is_conv1d(module):
+        return Layout(0)
+    if attribute in _EXPERTS:
+        return Layout(1 if getattr(module, "is_transposed", False) else 2, stacked=True)
+    if isinstance(module, nn.Bilinear):
+        return Layout(2)
+    return Layout(pattern_dim(tuple(weight.shape)))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, a linear layer whose weight is [inputs, outputs]."""
+    return any(
+        one.__name__ == "Conv1D" and one.__module__.partition(".")[0] == "transformers"
+        for one in type(module).__mro__
+    )
+
+
+def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layer of each weight that belongs to one, ``Conv1D`` included, by the weight's name."""
+    layers = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
+            layers[name] = module
+    return layers
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
+    return weight.flatten(1)
+
+
+# ------------------------------------------------------------------------------------ what can be pruned
+
+
+def prunable(model: nn.Module) -> list[str]:
+    """The names of the weight matrices that are pruned unless others are named, each once.
+
+    They belong to linear, bilinear and convolutional layers (transposed ones and ``Conv1D`` of transformers
+    included), recurrent ones, attention, and transformers' experts. An embedding, and what is tied to one,
+    is not among them.
+    """
+    return _found(model)[0]
+
+
+def _found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """The names as of `prunable`, and the weights of such layers that cannot be pruned, with the reason."""
+    embeddings = {
+        id(module._parameters.get("weight"))
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+    names: dict[int, str] = {}
+    left: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for attribute in _matrices(module):
+            name = f"{path}.{attribute}" if path else attribute
+            weight = module._parameters.get(attribute)
+            reason = _why_not(module, attribute, weight)
+            if reason:
+                left[name] = reason
+            elif weight is not None and id(weight) not in embeddings:
+                names.setdefault(id(weight), name)
+    return list(names.values()), left
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """The attributes of a module that are weight matrices, whether they are parameters now or hidden."""
+    if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) or is_conv1d(module):
+        return ["weight"]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        names = [name.removesuffix("_orig") for name in module._parameters]
+        return [name for name in names if name.startswith("weight")]
+    if isinstance(module, nn.MultiheadAttention):
+        return [name for name in _ATTENTION if getattr(module, name, None) is not None]
+    if isinstance(getattr(module, "is_transposed", None), bool):
+        there = {name: module._parameters.get(name) for name in _EXPERTS}
+        return [name for name, weight in there.items() if weight is not None and weight.dim() == 3]
+    return []
+
+
+def _is_hidden(module: nn.Module, attribute: str) -> bool:
+    """Whether a module computes an attribute from parameters or buffers of other names."""
+    return (
+        f"{attribute}_orig" in module._parameters
+        or f"{attribute}_sfp" in module._buffers
+        or parametrize.is_parametrized(module, attribute)
+    )
+
+
+def _why_not(module: nn.Module, attribute: str, weight: Tensor | None) -> str:
+    """Why a weight cannot be pruned, and what helps; empty where it can."""
+    if weight is None:
+        if f"{attribute}_orig" in module._parameters:
+            return "torch.nn.utils.prune keeps its mask; take_masks makes it plain"
+        if f"{attribute}_sfp" in module._buffers:
+            return "the layer is compressed; decompress_model makes it dense"
+        if parametrize.is_parametrized(module, attribute):
+            return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+        return "it is no parameter"
+    if is_lazy(weight):
+        return "it has no shape before a batch goes through the model"
+    if not weight.is_floating_point():
+        return f"its dtype is {weight.dtype}"
+    return "it is on the meta device, without data" if weight.is_meta else ""
+
+
+def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """The weights that are pruned, detached, by name.
+
+    Args:
+        names: of the parameters; None takes those of `prunable`, and warns of layers whose weights cannot be
+            pruned, and of large matrices of other modules.
+
+    Raises:
+        OptionError: a name is no float parameter of rank 2 or more, two names are one tensor, or there are
+            none.
+    """
+    if names is None:
+        names, left = _found(model)
+        _warn_of_left(model, names, left)
+        if not names:
+            raise OptionError("the model has no linear or convolutional layers; name the tensors")
+    chosen = chosen_tensors(model, names)
+    for name, weight in chosen.items():
+        if weight.dim() < 2:
+            raise OptionError(f"{name!r} has shape {list(weight.shape)}, must be a matrix or of higher rank")
+    return chosen
+
+
+def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = False) -> dict[str, Tensor]:
+    """Float parameters of any rank, detached, by name.
+
+    Args:
+        names: every name of a tied parameter will do.
+        buffers: whether names of buffers will do, too.
+
+    Raises:
+        OptionError: no name is given, a name is no float parameter, or two names are one tensor.
+    """
+    if isinstance(names, str):
+        raise OptionError(f"tensors is one name, {names!r}; give a list of names")
+    if not names:
+        raise OptionError("no tensors are named: there is nothing to prune")
+    there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    if buffers:
+        there |= dict(model.named_buffers(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen: dict[str, Tensor] = {}
+    name_of: dict[int, str] = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+        weight = there.get(name)
+        module = modules.get(path)
+        if weight is None and (module is None or not _is_hidden(module, attribute)):
+            require_known([name], there, kind="parameter")
+        reason = "" if module is None else _why_not(module, attribute, weight)
+        if weight is None or reason:
+            raise OptionError(f"{name!r} cannot be pruned: {reason}")
+        other = name_of.setdefault(id(weight), name)
+        if other != name:
+            raise OptionError(f"{other!r} and {name!r} are one tensor; give one of these names")
+        chosen[name] = weight.detach()
+    return chosen
+
+
+def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str]) -> None:
+    """Warns of what `prunable` does not name."""
+    if left:
+        (name, reason), *others = left.items()
+        also = f"; nor can {listed([other for other, _ in others])}" if others else ""
+        warn(f"{name!r} cannot be pruned: {reason}{also}")
+    known = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, parametrize.ParametrizationList))
+        or _matrices(module)
+        for weight in module._parameters.values()
+    }
+    unknown = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if id(weight) not in known and not is_lazy(weight)
+        if weight.dim() > 1 and weight.is_floating_point()
+    }
+    size = sum(unknown.values())
+    if size > _WORTH_A_WARNING * sum(model.get_parameter(name).numel() for name in names):
+        warn(
+            f"{listed(list(unknown))}: {size:,} weights of modules whose layout is not known are not pruned; "
+            "name them in tensors to prune them, too"
+        )
+
+
+def require_shapes(weights: Weights, given: Weights, what: str) -> None:
+    """Refuses numbers of other shapes than the weights of the same names.
+
+    Args:
+        weights: by name, those of ``given`` among them.
+        given: by name.
+        what: they are, such as "mask".
+
+    Raises:
+        OptionError: one is no tensor, or a shape is another.
+    """
+    for name, numbers in given.items():
+        if not isinstance(numbers, Tensor):
+            raise OptionError(f"the {what} of {name!r} is a {type(numbers).__name__}, must be a tensor")
+        if numbers.shape != weights[name].shape:
+            raise OptionError(
+                f"the {what} of {name!r} has shape {list(numbers.shape)}, not {list(weights[name].shape)}"
+            )
+
+
+def require_masks(weights: Weights, masks: Weights) -> None:
+    """Refuses what is no mask of the weights of the same names.
+
+    Raises:
+        OptionError: a shape is another, or there are numbers that are neither 0 nor 1.
+    """
+    require_shapes(weights, masks, "mask")
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise OptionError(f"the mask of {name!r} has numbers other than 0 and 1; True keeps a weight")
