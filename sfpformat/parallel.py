@@ -3,10 +3,61 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """Threads that work ahead of the caller, who takes the results in order. They start when first needed."""
+
+    def __init__(self, threads: int = 1) -> None:
+        """Starts nothing.
+
+        Args:
+            threads: how many work side by side; with 1 the caller does the work.
+        """
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """What ``work`` gives for each item, in order; a few items are worked on ahead.
+
+        A failure is raised in its turn, so what is raised does not depend on timing.
+
+        Args:
+            work: called from any of the threads.
+            items: gone through by the caller's thread.
+        """
+        rest = iter(items)
+        first = list(islice(rest, 2))
+        if self._threads <= 1 or len(first) < 2:
+            yield from map(work, chain(first, rest))
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads)
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in chain(first, rest):
+                ahead.append(self._pool.submit(work, item))
+                if len(ahead) > self._threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def stop(self) -> None:
+        """Ends the threads, when what they are working on is done."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def for_each(work: Callable[[T], object], items: Iterable[T], threads: int) -> None:

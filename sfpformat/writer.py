@@ -7,9 +7,7 @@ Rules: what is written goes to a temporary file, which is synced and takes the t
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
@@ -31,6 +29,7 @@ from .engines import get_engine
 from .errors import ClosedFileError, FileFault, OptionError, SfpError
 from .limits import DEFAULT_LIMITS, Limits
 from .names import quoted, require_mapping
+from .parallel import Workers
 from .resume import ResumableSink
 from .sink import Target, open_sink
 
@@ -74,13 +73,12 @@ class Writer:
         self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._engine_name, self._engine = engine, get_engine(engine, weights=0)
         self._weights = self._chosen_for = 0
-        self._threads = threads or os.cpu_count() or 1
+        self._workers = Workers(threads or os.cpu_count() or 1)
         self._require_room("the metadata")
         self._sink = open_sink(target, resume_key, limits)
         self._entries: dict[str, TensorEntry] = {}
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
-        self._pool: ThreadPoolExecutor | None = None  # made for the first tensor of several chunks
         self._open = True
         self._whole = True  # no tensor is written in part
 
@@ -142,7 +140,7 @@ class Writer:
         _require_arrays(name, mask, importance)
         self._choose_engine(array.size)
         keys = _checked_keys(name, {} if other is None else other, self._limits)
-        plan = plan_tensor(name, array, options, self._engine, mask, importance, self._limits)
+        plan = plan_tensor(name, array, options, self._engine, mask, importance, self._limits, self._workers)
         entry = replace(plan.entry, other=keys) if keys else plan.entry
         self._require_depth(entry)
         return self._add(entry, encode_vectors(plan), self._encoded(plan))
@@ -221,19 +219,7 @@ class Writer:
         def work(job: ChunkJob) -> list[Bytes]:
             return encode_chunk(plan, self._engine, job)
 
-        jobs = chunk_jobs(plan)
-        if self._threads == 1 or -(-plan.entry.segments // plan.entry.chunk) < 2:
-            yield from map(work, jobs)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads)
-        ahead: deque[Future[list[Bytes]]] = deque()
-        for job in jobs:
-            ahead.append(self._pool.submit(work, job))
-            if len(ahead) > self._threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        return self._workers.map(work, chunk_jobs(plan))
 
     def _require_usable(self) -> None:
         if not self._open:
@@ -258,7 +244,7 @@ class Writer:
             return
         try:
             self._require_usable()
-            self._stop_threads()
+            self._workers.stop()
             directory = Directory(self._entries, self._metadata)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()
@@ -275,13 +261,8 @@ class Writer:
         """Gives up; the target stays as it was. ``keep`` leaves the partial file of a resumable writer."""
         if self._open:
             self._open = False
-            self._stop_threads()
+            self._workers.stop()
             self._sink.abort(keep)
-
-    def _stop_threads(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
 
 
 def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:

@@ -82,6 +82,12 @@ class CodedBlocks:
                 self._masks[block.start] = mask
         return mask
 
+    def known_mask(self, block: slice) -> Mask:
+        """The mask of a chunk of a tensor that has one."""
+        mask = self.mask(block)
+        assert mask is not None
+        return mask
+
     def survivors(self, block: slice, positions: Counts) -> Survivors:
         """The survivors of a chunk, given its positions and how many each segment has."""
         found = self._survivors.get(block.start)

@@ -7,8 +7,10 @@ a sample is kept, and its levels are gone through once more to give each segment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,10 @@ from ..coding.counts import Costs, Rows
 from ..coding.planes import AnyLevels, Counts
 from ..coding.quantiser import patterns_to_levels
 from ..engines import Engine
+from ..parallel import Workers
 from .options import Options
+
+T = TypeVar("T")
 
 MAX_CODES_TRIED = 8
 # Segments that codes are learned from, evenly spaced.
@@ -37,22 +42,27 @@ class LevelBlocks:
 
     Attributes:
         segments: how many the stream has.
-        start: begins to go through the chunks.
+        blocks: the positions of each chunk, and how many each of its segments has.
+        make: gives the levels of a chunk, and how many each of its segments has; called from any thread.
         exact: whether it gives the bit patterns of which an exact stream's levels are made.
+        workers: make and count the levels.
     """
 
     segments: int
-    start: Callable[[], Iterator[tuple[AnyLevels, Counts]]]
+    blocks: Iterable[tuple[slice, Counts]]
+    make: Callable[[slice, Counts], tuple[AnyLevels, Counts]]
     exact: bool = False
+    workers: Workers = field(default_factory=Workers)
 
-    def __iter__(self) -> Iterator[tuple[AnyLevels, Counts]]:
-        """Levels, or bit patterns, chunk by chunk."""
-        return self.start()
+    def map(self, work: Callable[[AnyLevels, Counts], T]) -> Iterator[T]:
+        """What ``work`` gives for the levels, or bit patterns, of each chunk, in order."""
+        return self.workers.map(lambda block: work(*self.make(*block)), self.blocks)
 
-    def levels(self) -> Iterator[tuple[AnyLevels, Counts]]:
-        """Levels, chunk by chunk."""
-        for levels, counts in self.start():
-            yield patterns_to_levels(levels) if self.exact else levels, counts
+    def map_levels(self, work: Callable[[AnyLevels, Counts], T]) -> Iterator[T]:
+        """As `map`, always for levels."""
+        if not self.exact:
+            return self.map(work)
+        return self.map(lambda patterns, counts: work(patterns_to_levels(patterns), counts))
 
 
 @dataclass(frozen=True)
@@ -155,8 +165,8 @@ def total_of(rows: Rows) -> Histogram:
 def count_symbols(blocks: LevelBlocks, layout: Layout, group: int, engine: Engine) -> SymbolCounts:
     """The counts of a layout's symbols in one pass over the levels."""
     counter = SymbolCounter(blocks.segments)
-    for levels, counts in blocks:
-        counter.add(0, engine.count_symbols(levels, counts, layout, group))
+    for rows in blocks.map_levels(lambda levels, each: engine.count_symbols(levels, each, layout, group)):
+        counter.add(0, rows)
     return counter.counts(0, len(layout.extra) ** group)
 
 
@@ -200,6 +210,13 @@ def choose_codes(
     return Choice(table, codes, bits)
 
 
+def _assigned_chunk(
+    levels: AnyLevels, counts: Counts, layout: Layout, group: int, engine: Engine, costs: Costs
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """As `Engine.assign`, for the segments of a chunk."""
+    return engine.assign(engine.count_symbols(levels, counts, layout, group), costs)
+
+
 def one_class(blocks: LevelBlocks, layout: Layout, levels: int) -> Choice:
     """The table of one class: no codes, ``levels`` residuals of one width."""
     table = CodeTable(layout.base, layout.extra)
@@ -218,10 +235,11 @@ def _assigned(
         if counts.rows is not None:
             codes, totals = engine.assign(counts.rows, costs)
         else:
-            parts = [
-                engine.assign(engine.count_symbols(levels, each, layout, group), costs)
-                for levels, each in blocks.levels()
-            ]
+            parts = list(
+                blocks.map_levels(
+                    partial(_assigned_chunk, layout=layout, group=group, engine=engine, costs=costs)
+                )
+            )
             codes = np.concatenate([part for part, _ in parts])
             totals = np.stack([part for _, part in parts]).sum(0)
         poor = np.count_nonzero(totals, axis=1) < 2

@@ -31,6 +31,7 @@ from ..dtypes import DTYPES, Dtype, of_numpy
 from ..engines import Engine
 from ..errors import FileFault, OptionError
 from ..limits import DEFAULT_LIMITS, Limits
+from ..parallel import Workers
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
@@ -103,6 +104,7 @@ def plan_tensor(
     mask: Mask | None = None,
     importance: Importance | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    workers: Workers | None = None,
 ) -> Plan:
     """Decides how a tensor is written.
 
@@ -115,6 +117,7 @@ def plan_tensor(
         importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
             one a column.
         limits: of readers; chunks become smaller than asked for where a tensor would expand beyond them.
+        workers: make and count levels; None: the calling thread does.
 
     Raises:
         OptionError: the options do not fit the tensor.
@@ -136,7 +139,7 @@ def plan_tensor(
     if may_be_raw and flat.nbytes < _MIN_BYTES:
         return raw
     try:
-        planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape))
+        planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape), workers or Workers())
         plan, bits = planner.plan(importance)
         _require_readable(plan)
     except OptionError as error:
@@ -236,7 +239,10 @@ def default_chunk(columns: int, segment: int, options: Options) -> int:
 class _Planner:
     """Plans a tensor with coding fingerprint."""
 
-    def __init__(self, raw: Plan, options: Options, engine: Engine, mask: Mask | None) -> None:
+    def __init__(
+        self, raw: Plan, options: Options, engine: Engine, mask: Mask | None, workers: Workers
+    ) -> None:
+        self.workers = workers
         self.flat, self.options, self.engine, self.given_mask = raw.flat, options, engine, mask
         self.entry = replace(raw.entry, coding="fingerprint")
 
@@ -326,7 +332,7 @@ class _Planner:
         density = alive / len(self.flat) if len(self.flat) else 1.0
         optional = given is None and kind == "auto"
         if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
-            source = source.with_kept_levels()
+            source = source.with_kept_levels(self.workers)
         if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
             yield self._plan_streams(source, vectors, survives, density)
         if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
@@ -356,25 +362,17 @@ class _Planner:
         coded = CodedBlocks(source, survives, self.engine)
         codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
         if survives is not None:
-
-            def masks() -> Iterator[tuple[Mask, Counts]]:
-                for block, counts in blocks:
-                    mask = coded.mask(block)
-                    assert mask is not None
-                    yield mask, counts
-
-            chosen = choose_mask(masks, entry.segments, density, options, self.engine)
+            chosen = choose_mask(blocks, coded.known_mask, density, options, self.engine, self.workers)
             entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
             codes["mask"] = chosen.choice.codes
             bits += chosen.choice.bits + INDEX_BITS * entry.segments
 
-        def levels() -> Iterator[tuple[AnyLevels, Counts]]:
-            for block, positions in blocks:
-                survivors = coded.survivors(block, positions)
-                yield survivors.levels, survivors.counts
+        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
+            survivors = coded.survivors(block, positions)
+            return survivors.levels, survivors.counts
 
         quantiser = source.quantiser
-        stream = LevelBlocks(entry.segments, levels, isinstance(quantiser, Exact))
+        stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
         bound = fingerprint_bound(quantiser, entry.dtype)
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
@@ -418,13 +416,13 @@ class _Planner:
             raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
         source = _importance_source(importance, options)
 
-        def levels() -> Iterator[tuple[AnyLevels, Counts]]:
+        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
             assert plan.coded is not None
-            for block, positions in plan.blocks:
-                counts = plan.coded.survivors(block, positions).counts if source.over_survivors else positions
-                yield source.levels(block, plan.coded.mask(block)), counts
+            counts = plan.coded.survivors(block, positions).counts if source.over_survivors else positions
+            return source.levels(block, plan.coded.mask(block)), counts
 
-        stream = LevelBlocks(entry.segments, levels, isinstance(source.quantiser, Exact))
+        is_exact = isinstance(source.quantiser, Exact)
+        stream = LevelBlocks(entry.segments, plan.blocks, levels, is_exact, self.workers)
         bound = importance_bound(source.quantiser)
         if isinstance(source.quantiser, Exact):
             choice = choose_exact(

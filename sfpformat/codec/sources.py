@@ -25,6 +25,7 @@ from ..container.streams import ScaleEntry
 from ..dtypes import DTYPES, Dtype
 from ..engines import Engine
 from ..errors import OptionError
+from ..parallel import Workers
 from .decode import scale_index
 from .options import Options
 from .quantise import (
@@ -106,11 +107,11 @@ class ExactSource:
         meanings[1::2] |= self.coded.pattern.type(1 << (self.coded.bits - 1))
         return self.engine.translate(patterns, self.magnitudes, meanings)
 
-    def with_kept_levels(self) -> ExactSource:
+    def with_kept_levels(self, workers: Workers) -> ExactSource:
         """As `ValueSource.with_kept_levels`."""
         if self.coded == self.dtype or len(self.flat) > _KEPT_LEVELS:
             return self
-        return replace(self, kept=self.levels(slice(0, len(self.flat)), None))
+        return replace(self, kept=_all_levels(self, len(self.flat), workers))
 
 
 @dataclass(frozen=True)
@@ -261,11 +262,11 @@ class ValueSource:
         meanings = np.arange(count, dtype=np.min_scalar_type(max(count - 1, 0)))
         return self.engine.translate(patterns, self.magnitudes, meanings)
 
-    def with_kept_levels(self) -> ValueSource:
-        """The same, its levels made: for who goes through them both with and without a mask."""
+    def with_kept_levels(self, workers: Workers) -> ValueSource:
+        """The same, its levels made: for a caller that needs them both with and without a mask."""
         if len(self.flat) > _KEPT_LEVELS:
             return self
-        return replace(self, kept=self.levels(slice(0, len(self.flat)), None))
+        return replace(self, kept=_all_levels(self, len(self.flat), workers))
 
     def of_survivors(self, mask: Mask | None) -> ValueSource:
         """The same with the centroids of the survivors alone, one at least (R-CAN-007).
@@ -292,6 +293,12 @@ class ValueSource:
             return False
         negative = self.dtype.pattern.type(1 << (self.dtype.bits - 1))
         return not (float_patterns(self.flat, self.dtype) == negative).any()
+
+
+def _all_levels(source: ExactSource | ValueSource, positions: int, workers: Workers) -> AnyLevels:
+    """The levels of all positions of a tensor."""
+    blocks = (slice(start, start + _BLOCK) for start in range(0, positions, _BLOCK))
+    return np.concatenate(list(workers.map(lambda block: source.levels(block, None), blocks)))
 
 
 def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: Engine) -> ValueSource | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +22,16 @@ from ..coding.classes import (
     histogram,
 )
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
+from ..coding.counts import Rows
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
-from ..coding.planes import Counts, trims_of
+from ..coding.planes import AnyLevels, Counts, trims_of
 from ..coding.quantiser import patterns_to_levels
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
+from ..parallel import Workers
+from .blocks import Blocks
 from .codes import (
     Choice,
     LevelBlocks,
@@ -80,6 +85,55 @@ def _no_levels(blocks: LevelBlocks) -> Choice:
 # -------------------------------------------------------------------------------------------- exact streams
 
 
+class _ChunkSurvey(NamedTuple):
+    """What an exact stream's levels in a chunk tell.
+
+    Attributes:
+        counts: levels of each segment.
+        zeros: see `planes.shared_zeros`.
+        first, last: of the classes that occur; -1 where none does.
+        rows: how often each class from the first to the last occurs in each segment; None where they are too
+            many to be coded.
+        totals: the same of all segments.
+        fine: how often each fine class occurs in a part of the levels, or None.
+    """
+
+    counts: Counts
+    zeros: Counts
+    first: int = -1
+    last: int = -1
+    rows: Rows | None = None
+    totals: Histogram | None = None
+    fine: Histogram | None = None
+
+
+def _survey_chunk(
+    patterns: Patterns, counts: Counts, bits: int, width: int, engine: Engine, fine: int | None
+) -> _ChunkSurvey:
+    """Surveys a chunk; see `_ExactSurvey` for the arguments."""
+    survey = _ChunkSurvey(counts, engine.exact_zeros(patterns, counts))
+    if not len(patterns):
+        return survey._replace(rows=np.zeros((len(counts), 0), np.int32))
+    if fine is not None:
+        part = patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)]
+        seen = engine.count_exact(part, np.array([len(part)]), fine, 0, 1 << (bits - fine))
+        survey = survey._replace(fine=seen[0].astype(np.int64))
+    least, most = 0, 1 << (bits - width)
+    if most > MAX_CLASSES[1]:
+        levels = patterns_to_levels(patterns)
+        least = int(levels.min()) >> width
+        most = (int(levels.max()) >> width) - least + 1
+    if most > MAX_CLASSES[1]:  # too many to be coded
+        return survey._replace(first=least, last=least + most - 1)
+    rows = engine.count_exact(patterns, counts, width, least, most)
+    totals = total_of(rows)
+    used = np.flatnonzero(totals)
+    first, stop = int(used[0]), int(used[-1]) + 1
+    return survey._replace(
+        first=least + first, last=least + stop - 1, rows=rows[:, first:stop], totals=totals[first:stop]
+    )
+
+
 class _ExactSurvey:
     """What one pass over the levels of an exact stream tells.
 
@@ -104,33 +158,15 @@ class _ExactSurvey:
         self.zeros: list[tuple[Counts, Counts]] = []
         self._counter = SymbolCounter(blocks.segments)
         self._fine = np.zeros(0, np.int64)
-        for patterns, counts in blocks:
-            self._count(patterns, counts, bits, engine)
-            self.zeros.append((engine.exact_zeros(patterns, counts), counts))
-            if fine is not None:
-                part = patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)]
-                seen = engine.count_exact(part, np.array([len(part)]), fine, 0, 1 << (bits - fine))
-                self._fine = add_histograms(self._fine, seen[0])
-
-    def _count(self, patterns: Patterns, counts: Counts, bits: int, engine: Engine) -> None:
-        """Counts how often each class occurs in each segment of a chunk."""
-        least, most = 0, 1 << (bits - self.width)
-        if not len(patterns):
-            self._counter.add(0, np.zeros((len(counts), 0), np.int32))
-            return
-        if most > MAX_CLASSES[1]:
-            levels = patterns_to_levels(patterns)
-            least = int(levels.min()) >> self.width
-            most = (int(levels.max()) >> self.width) - least + 1
-        if most > MAX_CLASSES[1]:  # too many to be coded
-            self._see(least, least + most - 1)
-            return
-        rows = engine.count_exact(patterns, counts, self.width, least, most)
-        totals = total_of(rows)
-        used = np.flatnonzero(totals)
-        first, stop = int(used[0]), int(used[-1]) + 1
-        self._see(least + first, least + stop - 1)
-        self._counter.add(least + first, rows[:, first:stop], totals[first:stop])
+        work = partial(_survey_chunk, bits=bits, width=width, engine=engine, fine=fine)
+        for chunk in blocks.map(work):
+            self.zeros.append((chunk.zeros, chunk.counts))
+            if chunk.first >= 0:
+                self._see(chunk.first, chunk.last)
+            if chunk.rows is not None:
+                self._counter.add(max(chunk.first, 0), chunk.rows, chunk.totals)
+            if chunk.fine is not None:
+                self._fine = add_histograms(self._fine, chunk.fine)
 
     def _see(self, first: int, last: int) -> None:
         self.first = first if self.first < 0 else min(self.first, first)
@@ -266,19 +302,22 @@ def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
 
 def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
     """How often each number from 0 on occurs; in each segment only where none is great."""
-    counter = SymbolCounter(blocks.segments)
-    total, wide = np.zeros(0, np.int64), False
-    for levels, counts in blocks:
+
+    def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
         greatest = int(levels.max()) >> sign if len(levels) else -1
         if greatest >= 1 << 24:
             raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
-        wide = wide or greatest >= _MOST_COLUMNS
-        if wide:
-            total = add_histograms(total, histogram(levels >> levels.dtype.type(sign)))
-        else:
-            rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
-            totals = total_of(rows)
-            total = add_histograms(total, totals)
+        if greatest >= _MOST_COLUMNS:
+            return histogram(levels >> levels.dtype.type(sign)), None
+        rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
+        return total_of(rows), rows
+
+    counter = SymbolCounter(blocks.segments)
+    total, wide = np.zeros(0, np.int64), False
+    for totals, rows in blocks.map(count):
+        total = add_histograms(total, totals)
+        wide = wide or rows is None
+        if rows is not None and not wide:
             counter.add(0, rows, totals)
     if wide:
         return SymbolCounts(total, np.zeros((0, len(total)), np.int32), blocks.segments, None)
@@ -349,33 +388,43 @@ def _singles(counts: Histogram, signed: bool) -> Layout | None:
 
 
 def choose_mask(
-    masks: Callable[[], Iterator[tuple[Mask, Counts]]],
-    segments: int,
+    blocks: Blocks,
+    mask_of: Callable[[slice], Mask],
     density: float,
     options: Options,
     engine: Engine,
+    workers: Workers,
 ) -> MaskChoice:
-    """The kind, polarity and table of a mask; ``density`` is survivors a position."""
+    """The kind, polarity and table of a mask.
+
+    Args:
+        blocks: the tensor's chunks.
+        mask_of: gives the mask of a chunk.
+        density: survivors a position.
+    """
     polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
     kind = options.mask
     if kind not in ("runs", "octets"):
         kind = "octets" if 0.08 <= density <= 0.92 else "runs"
     if options.is_plain:
         kind = "octets"
-    blocks = LevelBlocks(
+    segments = -(-blocks.positions // blocks.segment)
+    stream = LevelBlocks(
         segments,
-        lambda: (engine.encode_mask(kind, polarity, mask, counts) for mask, counts in masks()),
+        blocks,
+        lambda block, counts: engine.encode_mask(kind, polarity, mask_of(block), counts),
+        workers=workers,
     )
     if kind == "runs":
-        return MaskChoice("runs", polarity, choose_numbers(blocks, 1 << 16, options, engine, signed=False))
+        return MaskChoice("runs", polarity, choose_numbers(stream, 1 << 16, options, engine, signed=False))
     counter = SymbolCounter(segments)
-    for levels, counts in blocks:
-        counter.add(0, engine.count_classes(levels, counts, 0, 0, 256))
+    for rows in stream.map(lambda levels, counts: engine.count_classes(levels, counts, 0, 0, 256)):
+        counter.add(0, rows)
     octets = counter.counts(0, 256)
     if not octets.total.any():
-        return MaskChoice("octets", 0, _no_levels(blocks))
+        return MaskChoice("octets", 0, _no_levels(stream))
     if options.is_plain:
-        return MaskChoice("octets", 0, one_class(blocks, _BITMAP, int(octets.total.sum())))
+        return MaskChoice("octets", 0, one_class(stream, _BITMAP, int(octets.total.sum())))
     layout = constant_layout(octets.total, 0)
     first, stop = layout.base, layout.base + len(layout.extra)
     used = SymbolCounts(
@@ -386,11 +435,11 @@ def choose_mask(
     )
     choice = None
     if len(layout.extra) > 1:
-        choice = choose_codes(blocks, used, layout, 1, options, engine, _POPCOUNT[first:stop])
+        choice = choose_codes(stream, used, layout, 1, options, engine, _POPCOUNT[first:stop])
     else:
-        choice = one_class(blocks, layout, int(octets.total.sum()))
+        choice = one_class(stream, layout, int(octets.total.sum()))
     if choice is None:
-        choice = one_class(blocks, _BITMAP, int(octets.total.sum()))
+        choice = one_class(stream, _BITMAP, int(octets.total.sum()))
     return MaskChoice("octets", 0, choice)
 
 
