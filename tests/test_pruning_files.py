@@ -488,3 +488,15 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OptionError):
             made()
     assert not list(tmp_path.iterdir())
+
+
+def test_other_keys_of_an_entry_are_kept_when_a_file_is_pruned_again(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)
+    keys = {"x-note": {"a": 1}}
+    with sfpformat.Writer(tmp_path / "a.sfp") as writer:
+        writer.add("pruned", weights, importance=np.abs(weights), other=keys)
+        writer.add("copied", weights, other=keys)
+    with sfpformat.open(tmp_path / "a.sfp") as file:
+        assert reprune(file, tmp_path / "b.sfp", Sparsity(0.5)).pruned == ("pruned",)
+    with sfpformat.open(tmp_path / "b.sfp") as file:
+        assert [file.info(name).unknown for name in file] == [keys, keys]

@@ -99,7 +99,9 @@ def reprune(
                 importance = importances[name] if keep_importance else None
                 options = _options(entry, importance)
                 array = np.where(masks[name], tensors[name], tensors[name].dtype.type(0))
-                writer.add(name, array, options, mask=masks[name], importance=importance)
+                others = {key: value for key, value in entry.other.items() if key.startswith("x-")}
+                mask = masks[name]
+                writer.add(name, array, options, mask=mask, importance=importance, other=others)
             else:
                 _copy(file, entry, writer)
     return Repruned(
