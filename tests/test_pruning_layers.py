@@ -19,6 +19,7 @@ from sfpformat.pruning import (
     Pattern,
     Settings,
     Sparsity,
+    Statistics,
     fisher,
     learn_importance,
     magnitude,
@@ -35,7 +36,11 @@ from sfpformat.torch import compress_model
 
 from .pruning_transformers import made, tokens
 
-QUICK = Settings(steps=2)
+
+def learned(model: nn.Module, data: list[Any], found: dict[str, Statistics]) -> dict[str, Tensor]:
+    return learn_importance(
+        model, data, 0.5, found=found, held_out=data, settings=Settings(steps=2)
+    ).importances
 
 
 def text(seed: int = 0) -> list[dict[str, Tensor]]:
@@ -82,7 +87,7 @@ def test_the_conv1d_of_gpt2_is_pruned_as_the_linear_layer_that_it_is() -> None:
         lambda model, found: magnitude(model),
         fisher,
         wanda,
-        lambda model, found: learn_importance(model, text(), 0.5, found=found, settings=QUICK).importances,
+        lambda model, found: learned(model, text(), found),
     ):
         ours, theirs = score(original, found), score(linear, expected)
         for name in names:
@@ -175,8 +180,7 @@ def test_layers_of_all_kinds_are_pruned_by_what_depends_on_gradients() -> None:
     assert prunable(nn.LSTM(4, 8, proj_size=2)) == ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
     found = statistics(model, data, batches=1)
     assert all(bool((found[name].fisher > 0).any()) for name in ZOO)
-    learned = learn_importance(model, data, 0.5, found=found, settings=QUICK)
-    masks = prune(model, learned.importances, Sparsity(0.5))
+    masks = prune(model, learned(model, data, found), Sparsity(0.5))
     for name, mask in masks.items():
         assert (model.get_parameter(name).detach()[~mask] == 0).all()
     assert list(masks) == list(ZOO)
@@ -242,7 +246,7 @@ def test_experts_of_transformers_are_pruned_each_along_its_inputs() -> None:
     for name in experts:
         assert (masks[name].reshape(-1, 4).sum(1) == 2).all()
     found = statistics(model, text(), batches=1)
-    learn_importance(model, text(), 0.5, found=found, settings=QUICK)
+    learned(model, text(), found)
 
 
 def test_an_embedding_tied_to_the_head_is_pruned_by_either_name(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def test_learning_and_fisher_see_a_causal_models_own_loss() -> None:
     weight = model.model.layers[0].mlp.up_proj.weight.detach()
     torch.testing.assert_close(fisher, torch.stack(gradients).square().mean(0) * weight.square())
     settings = Settings(steps=1, objective="loss", start=0.0)
-    learned = learn_importance(model, [together], 0.0, settings=settings, found=found)
+    learned = learn_importance(model, [together], 0.0, settings=settings, found=found, held_out=alone)
     assert learned.history[0] == pytest.approx(float(model(**together).loss.detach()))
 
 

@@ -41,7 +41,8 @@ from .packing import Tensors
 # Peak rate of Adam where survivors are tuned: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
 TUNING_RATE = 1e-3
 FACTOR_STEPS = 120
-FROZEN = Settings()
+FROZEN = Settings(method="weights")
+LEVELS = Settings(method="levels")
 # The network alone takes the greater rate: there is no other part that could learn.
 ALONE = Settings(logits=False, network_rate=3e-3)
 TOGETHER = Settings(weight_rate=TUNING_RATE)
@@ -237,6 +238,7 @@ MASKERS: dict[str, Callable[[Bench, float], Pruned]] = {
     "fisher": lambda bench, s: bench._fisher(s),
     "mlp": lambda bench, s: bench._by_network(s, ALONE),
     "learned": lambda bench, s: bench._by_network(s, FROZEN),
+    "levels": lambda bench, s: bench._by_network(s, LEVELS),
     "together": lambda bench, s: bench._by_network(s, TOGETHER),
 }
 
@@ -255,7 +257,8 @@ METHODS = {
     "fisher": "w² g², over all layers",
     "mlp": "the importance network alone: a function of a weight's features",
     "learned": "the importance network, with a logit for each weight",
-    "learned-factors": "the same, with a factor for each row and column",
+    "levels": "logits of layers, rows, columns and weights, each as far as its gradients are signal",
+    "learned-factors": "learned, with a factor for each row and column",
     "magnitude-finetuned": "survivors tuned for as many steps as importances are learned",
     "wanda-finetuned": "the same",
     "sparsegpt-finetuned": "the same, SparseGPT's survivors as they were",
@@ -273,7 +276,7 @@ def weights_change(method: str) -> bool:
 
 def steps_of(method: str, steps: int) -> int:
     """How often `Bench.progress` is called for a method, where nothing is kept from before."""
-    learned = steps if method.startswith(("learned", "mlp", "together")) else 0
+    learned = steps if method.startswith(("learned", "levels", "mlp", "together")) else 0
     tuned = {"finetuned": steps, "multipliers": steps, "factors": FACTOR_STEPS}.get(
         method.partition("-")[2], 0
     )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import warn
+from ..atomic import replacing
+from ..errors import MismatchError, OptionError, warn
 from ..names import listed
 from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
-from .task import CLASSIFY, Data, Task, evaluating, finite, first, with_weights
+from .task import CLASSIFY, Data, Progress, Task, evaluating, finite, with_weights
 
 _ROWS = Layout(1)
 
@@ -46,51 +50,167 @@ def statistics(
     task: Task = CLASSIFY,
     batches: int = 64,
     tensors: Sequence[str] | None = None,
+    single: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 16,
+    progress: Progress = lambda batch, loss: None,
 ) -> dict[str, Statistics]:
     """Statistics of the weights to be pruned, from some batches; the model stays as it is.
 
     Args:
         model: any module.
-        data: batches, gone through from the start.
+        data: batches, gone through once from the start.
         task: how a batch goes through the model.
-        batches: how many are looked at; begins again where there are fewer.
+        batches: how many are looked at, at most; with ``single``, how many examples.
         tensors: names of parameters; None takes `layers.prunable`.
+        single: whether each example of a batch is looked at by itself. The mean square of gradients is then
+            nearer to Fisher's information, and takes longer than that of batches.
+        checkpoint: a file that is written every so many batches and at the end, whole or not at all, and gone
+            on from where it is there.
+        every: batches from one checkpoint to the next.
+        progress: called after each batch with its number, from 1 on, and its loss.
 
     Warns: the loss does not depend on a weight, whose gradient is then 0.
 
-    Memory: 12 bytes a weight beyond what a step of training needs without an optimiser.
+    Memory: 8 bytes a weight, and the gradients of a few tensors, beyond what a forward and a backward pass
+    need.
 
     Raises:
-        OptionError: a name is no matrix of the model; there are no data.
+        OptionError: a name is no matrix of the model; there are no data, or no first dimension to split.
+        MismatchError: the checkpoint is of other tensors or options.
         LossError: the loss of a batch is not finite.
     """
     weights = chosen_weights(model, tensors)
-    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    used: set[str] = set()
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    squares = {name: torch.zeros_like(total) for name, total in sums.items()}
+    if not isinstance(batches, int) or batches < 1:
+        raise OptionError(f"batches is {batches!r}, must be a whole number of at least 1")
     counted = CountedInputs(model)
-    inputs = _SquaredInputs(counted)
-    with evaluating(model), counted.watching(), watched(linear_layers(model, weights), inputs.add):
-        for number, batch in enumerate(first(data, batches), 1):
+    seen = _Seen(weights, counted, {"batches": batches, "single": single})
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        seen.load(path)
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    for name, leaf in leaves.items():
+        untyped: Any = leaf
+        untyped.register_post_accumulate_grad_hook(partial(seen.add, name))
+    source = chain.from_iterable(map(examples_of, data)) if single else iter(data)
+    layers = linear_layers(model, weights)
+    with evaluating(model), counted.watching(), watched(layers, seen.inputs.add):
+        for batch in islice(source, seen.count, batches):
             counted.take(batch, task.unpadded(batch))
             loss = task.loss_of(with_weights(model, leaves), batch)
-            finite(loss, f"batch {number} of the calibration data")
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    used.add(name)
-                    sums[name] += gradient
-                    squares[name] += gradient.float().square()
-    unused = [name for name in weights if name not in used]
+            value = finite(loss, f"batch {seen.count + 1} of the calibration data")
+            torch.autograd.backward(loss, inputs=list(leaves.values()))
+            seen.count += 1
+            progress(seen.count, value)
+            if path is not None and (seen.count % every == 0 or seen.count == batches):
+                seen.save(path)
+    if not seen.count:
+        raise OptionError("the data have no batch")
+    unused = [name for name in weights if name not in seen.used]
     if unused:
         warn(f"the loss depends on none of {listed(unused)} in the calibration data: their gradients are 0")
-    return {
-        name: Statistics(
-            sums[name] / batches, squares[name] / batches, inputs.mean(name), layout_of(model, name)
+    return seen.statistics({name: layout_of(model, name) for name in weights})
+
+
+def examples_of(batch: Any) -> Iterator[Any]:
+    """A batch as batches of one example each: slices of its tensors along their first dimension.
+
+    Args:
+        batch: a tensor, or a mapping, tuple or list, whose tensors have the same first dimension; scalars and
+            what is no tensor go with each example.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if isinstance(batch, Tensor):
+        yield from torch.split(batch, 1)
+        return
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    sizes = {len(v) for v in values if isinstance(v, Tensor) and v.dim()} if _is_batch(values) else set()
+    if len(sizes) != 1:
+        raise OptionError(
+            "a batch cannot be split into examples: it is no tensor, and no mapping, tuple or list of "
+            "tensors with the same first dimension; give batches of one example, without single"
         )
-        for name in weights
-    }
+    for i in range(sizes.pop()):
+        parts = [v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for v in values]
+        if isinstance(batch, Mapping):
+            yield dict(zip(batch, parts, strict=True))
+        else:
+            yield parts if isinstance(batch, list) else tuple(parts)
+
+
+def _is_batch(values: object) -> bool:
+    return isinstance(values, (tuple, list))
+
+
+class _Seen:
+    """Sums over the batches that were seen.
+
+    Attributes:
+        count: of batches.
+        inputs: sums over the inputs of layers.
+        used: the names of the weights that had a gradient.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], counted: CountedInputs, options: Mapping[str, object]
+    ) -> None:
+        self._shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        self._options = dict(options)
+        self._sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+        self._squares = {name: torch.zeros_like(total) for name, total in self._sums.items()}
+        self.count, self.inputs = 0, _SquaredInputs(counted)
+        self.used: set[str] = set()
+
+    def add(self, name: str, leaf: Tensor) -> None:
+        """Adds the gradient of a leaf, and drops it."""
+        assert leaf.grad is not None
+        self.used.add(name)
+        gradient = leaf.grad.float()
+        self._sums[name] += gradient
+        self._squares[name].addcmul_(gradient, gradient)
+        leaf.grad = None
+
+    def statistics(self, layouts: Mapping[str, Layout]) -> dict[str, Statistics]:
+        """The means; the sums are used up."""
+        return {
+            name: Statistics(
+                total.div_(self.count),
+                self._squares[name].div_(self.count),
+                self.inputs.mean(name),
+                layouts[name],
+            )
+            for name, total in self._sums.items()
+        }
+
+    def save(self, path: Path) -> None:
+        state = {
+            "shapes": self._shapes,
+            "options": self._options,
+            "count": self.count,
+            "used": sorted(self.used),
+            "sums": self._sums,
+            "squares": self._squares,
+            "input sums": self.inputs.sums,
+            "input counts": self.inputs.counts,
+        }
+        with replacing(path) as file:
+            torch.save(state, file)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        if state.get("shapes") != self._shapes or state.get("options") != self._options:
+            raise MismatchError(
+                f"{path} holds statistics of other tensors or options: remove it, or give another name"
+            )
+        self.count, self.used = state["count"], set(state["used"])
+        for name, total in self._sums.items():
+            total.copy_(state["sums"][name])
+            self._squares[name].copy_(state["squares"][name])
+        device = next(iter(self._sums.values())).device
+        self.inputs.sums = {name: total.to(device) for name, total in state["input sums"].items()}
+        self.inputs.counts = dict(state["input counts"])
 
 
 class _SquaredInputs:

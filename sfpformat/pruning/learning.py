@@ -1,10 +1,14 @@
 """Learning importances through a model whose weights stay as they are (or learn with them, if asked).
 
-Theory of operation: each step draws a batch, turns the scores of all weights into gates, runs the model with
-every weight times its gate, and takes the divergence from the dense model's outputs (or the task's loss),
-and the gate's penalty. Gradients reach the scores through the gates. The share that is pruned rises from the
-schedule's start to the target along a cubic, then stays; where a range is asked for, each step draws its
-share from the range, so that one importance serves every sparsity in it.
+There are two methods. ``levels`` (`hierarchy`) learns logits that layers, rows, columns and single weights
+have, each level as far as its gradients are signal, and gives back what helps on held-out batches.
+``weights`` is below: a network that all weights share, and a logit for each weight.
+
+Theory of operation of ``weights``: each step draws a batch, turns the scores of all weights into gates, runs
+the model with every weight times its gate, and takes the divergence from the dense model's outputs (or the
+task's loss), and the gate's penalty. Gradients reach the scores through the gates. The share that is pruned
+rises from the schedule's start to the target along a cubic, then stays; where a range is asked for, each step
+draws its share from the range, so that one importance serves every sparsity in it.
 
 The MLP changes slowly and costs as much as the model itself: it learns every `Settings.network_every` steps,
 from the gradient gathered meanwhile. Where weights learn too, logits go more slowly, so that a mask does not
@@ -25,11 +29,15 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..errors import MismatchError, OptionError
+from ..names import require_known
 from .calibration import Statistics, statistics
 from .descent import adam, set_rates
 from .features import FEATURES
 from .gates import GATES, Gate, Moment, make_gate, threshold_of
+from .hierarchy import Learner, Plan, Rates
+from .holdout import Choice
 from .network import ImportanceNetwork
+from .scores import fisher
 from .task import (
     CLASSIFY,
     Data,
@@ -44,49 +52,98 @@ from .task import (
     with_weights,
 )
 
+METHODS = ("levels", "weights")
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How importances are learned. The defaults were measured on the demonstration's model.
+    """How importances are learned.
 
     Attributes:
         steps: of the optimiser, a batch each.
+        method: ``levels`` or ``weights``; None takes ``levels``, and ``weights`` where it is asked for what
+            that method alone has: another gate than ``topk``, no logits, or weights that learn too.
+        minutes: after which learning ends, steps left or not; None sets no limit. Of ``levels`` alone.
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
-        logits: whether each weight has a logit of its own beside the shared MLP.
-        logit_rate, network_rate: peak rates of Adam, in scores' units a step; None takes 0.05 for logits, and
-            0.01 where weights learn too.
+        logits: whether each weight has a logit of its own.
+        logit_rate: peak rate of those logits, in standard deviations of the scores a step; None takes 0.05,
+            and 0.01 where weights learn too.
+        shared_rate: peak rate of the logits of layers, rows and columns. Of ``levels`` alone.
+        network_rate: peak rate of the shared network; None takes 1e-3, and none with ``levels``, which then
+            have no network.
         weight_rate: of the weights themselves, which are frozen at 0.
         temperature: of the gate.
         start: share pruned in the first step.
         ramp: share of the steps after which the target is reached.
-        network_every: steps from one step of the MLP to the next.
-        seed: of the MLP's start and of the shares drawn from a range.
+        network_every: steps from one step of the network to the next; None takes 4, with ``levels`` 10.
+        held_out: batches that the result is chosen by, at most. Of ``levels`` alone.
+        seed: of the network's start and of the shares drawn from a range.
     """
 
     steps: int = 200
+    method: str | None = None
+    minutes: float | None = None
     gate: str = "topk"
     objective: str = "divergence"
     logits: bool = True
     logit_rate: float | None = None
-    network_rate: float = 1e-3
+    shared_rate: float = 0.02
+    network_rate: float | None = None
     weight_rate: float = 0.0
     temperature: float = 0.5
     start: float = 0.3
     ramp: float = 0.6
-    network_every: int = 4
+    network_every: int | None = None
+    held_out: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise OptionError(f"gate is {self.gate!r}, must be one of {', '.join(GATES)}")
         require_objective(self.objective)
-        if self.steps < 1 or self.network_every < 1:
+        if self.method not in (None, *METHODS):
+            raise OptionError(f"method is {self.method!r}, must be {' or '.join(METHODS)}")
+        if self.steps < 1 or (self.network_every is not None and self.network_every < 1):
             raise OptionError("steps and network_every must be at least 1")
         if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
             raise OptionError("start and ramp must be shares")
+        if self.method == "levels" and self._needs_weights():
+            raise OptionError(
+                "levels have the gate topk and frozen weights; without logits they need a shared_rate "
+                "or a network_rate"
+            )
+        if self.chosen_method == "weights" and self.minutes is not None:
+            raise OptionError("minutes is of the method levels")
+
+    def _needs_weights(self) -> bool:
+        return self.gate != "topk" or self.weight_rate > 0
+
+    @property
+    def chosen_method(self) -> str:
+        """``levels`` or ``weights``."""
+        if self.method is not None:
+            return self.method
+        return "weights" if self._needs_weights() or not self.logits else "levels"
+
+    def plan(self) -> Plan:
+        """The settings of ``levels``."""
+        own = _LOGIT_RATE if self.logit_rate is None else self.logit_rate
+        return Plan(
+            steps=self.steps,
+            minutes=self.minutes,
+            objective=self.objective,
+            rates=Rates(self.network_rate or 0.0, self.shared_rate, own if self.logits else 0.0),
+            temperature=self.temperature,
+            start=self.start,
+            ramp=self.ramp,
+            network_every=self.network_every or 10,
+            held_out=self.held_out,
+            seed=self.seed,
+        )
 
 
+_NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # of the method `weights`
 _EPSILON = 1e-12  # of Adam: gradients a weight are tiny, the usual 1e-8 would drown them
 _LOGIT_RATE = 0.05
 _LOGIT_RATE_TOGETHER = 0.01
@@ -101,20 +158,27 @@ class Learned:
             (of a range its middle), so that what it keeps is above ln 2.
         weights: by name, where they were trained too; else empty.
         history: the loss of each step, in nats, the penalty included.
-        mlp: the state of the shared network, for another model.
+        mlp: the state of the shared network, for another model; empty where there was none.
+        choice: how far each level goes, and the loss of held-out batches at the start and now; None with the
+            method ``weights``.
     """
 
     importances: dict[str, Tensor]
     weights: dict[str, Tensor]
     history: list[float]
     mlp: dict[str, Tensor]
+    choice: Choice | None = None
 
 
 Sparsities = float | tuple[float, float]
 
 
 def bytes_per_weight(settings: Settings = Settings()) -> int:
-    """Memory a weight beyond the model's own activations, in bytes: what is counted below."""
+    """Memory a weight beyond the model and its activations, in bytes: what is counted below."""
+    if settings.chosen_method == "levels":
+        plan = settings.plan()
+        held = 4 + 4 + (2 if plan.rates.network else 0)  # start; importances at the end; network's output
+        return held + (4 * 4 if plan.rates.own else 0)  # logit, its gradient, two moments
     features = 2 * len(FEATURES)
     scores = 4 * (2 + 2)  # start, base and its gradient; the scores
     logits = 4 * 4 if settings.logits else 0  # value, gradient, two moments
@@ -134,6 +198,8 @@ def learn_importance(
     settings: Settings = Settings(),
     tensors: Sequence[str] | None = None,
     found: Mapping[str, Statistics] | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    held_out: Data | None = None,
     mlp: Mapping[str, Tensor] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
@@ -150,7 +216,12 @@ def learn_importance(
         settings: how.
         tensors: names of parameters; None takes `layers.prunable`.
         found: statistics of these tensors; None makes them of the data.
-        mlp: the shared network to start from, of another model's `Learned`.
+        start: importances of these tensors to start from, not negative and comparable over all of them; None
+            takes Fisher's of ``found``. Of the method ``levels`` alone.
+        held_out: batches that the result is chosen by and that are not among ``data``; None holds out every
+            eighth of the first batches of ``data``, which a loader that shuffles does not keep apart. Of the
+            method ``levels`` alone.
+        mlp: the shared network to start from, of another model's `Learned` by the same method.
         checkpoint: a file that is written every so many steps, whole or not at all, and gone on from when
             it is there; the data are then gone through up to where they were.
         every: steps from one checkpoint to the next.
@@ -166,6 +237,25 @@ def learn_importance(
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
         raise OptionError(f"sparsity is {sparsity}, must be a share under 1, or two that ascend")
+    path = None if checkpoint is None else Path(checkpoint)
+    if settings.chosen_method == "levels":
+        return _learn_levels(
+            model,
+            data,
+            (low, high),
+            task,
+            settings,
+            tensors,
+            found,
+            start,
+            held_out,
+            mlp,
+            path,
+            every,
+            progress,
+        )
+    if start is not None or held_out is not None:
+        raise OptionError("start and held_out are of the method levels")
     weights = chosen_weights(model, tensors)
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
@@ -173,7 +263,6 @@ def learn_importance(
     if mlp is not None:
         learner.network.mlp.load_state_dict(dict(mlp))
         learner.network.refresh()
-    path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         learner.load(path)
     batches = endless(data, learner.step)
@@ -183,6 +272,65 @@ def learn_importance(
             if path is not None and (learner.step % every == 0 or learner.step == settings.steps):
                 learner.save(path)
     return learner.learned()
+
+
+def _learn_levels(
+    model: nn.Module,
+    data: Data,
+    sparsities: tuple[float, float],
+    task: Task,
+    settings: Settings,
+    tensors: Sequence[str] | None,
+    found: Mapping[str, Statistics] | None,
+    start: Mapping[str, Tensor] | None,
+    held_out: Data | None,
+    mlp: Mapping[str, Tensor] | None,
+    path: Path | None,
+    every: int,
+    progress: Progress,
+) -> Learned:
+    names = list(chosen_weights(model, tensors))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {name: parameters[name] for name in names}
+    if start is None:
+        if found is None:
+            found = statistics(model, data, task=task, tensors=names)
+        start = fisher(model, {name: found[name] for name in names})
+        found = None  # its memory
+    learner = Learner(model, weights, _required(start, weights), task, settings.plan(), sparsities)
+    start = None
+    network = learner.levels.network
+    if mlp is not None:
+        if network is None:
+            raise OptionError("levels have a network only where network_rate is above 0")
+        try:
+            network.load_state_dict(dict(mlp))
+        except RuntimeError as error:
+            raise OptionError("mlp is not the network of a model learned by levels") from error
+        learner.levels.refresh()
+    choice = learner.run(data, progress, held_out, path, every)
+    importances = learner.levels.importances(sum(sparsities) / 2)
+    state = {} if network is None else {name: value.clone() for name, value in network.state_dict().items()}
+    return Learned(importances, {}, learner.history, state, choice)
+
+
+def _required(start: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The importances of all weights.
+
+    Raises:
+        OptionError: one is missing, of another shape, negative or not finite.
+    """
+    require_known(start, weights, "start")
+    for name, weight in weights.items():
+        if name not in start:
+            raise OptionError(f"start has no importance of {name!r}")
+        if start[name].shape != weight.shape:
+            raise OptionError(
+                f"the start of {name!r} has shape {list(start[name].shape)}, not {list(weight.shape)}"
+            )
+        if not bool(torch.isfinite(start[name]).all()) or bool((start[name] < 0).any()):
+            raise OptionError(f"the start of {name!r} is not finite and at least 0 everywhere")
+    return {name: start[name].to(weight.device) for name, weight in weights.items()}
 
 
 class _Learner:
@@ -202,7 +350,8 @@ class _Learner:
         self.gate: Gate = make_gate(settings.gate, settings.temperature)
         trained = settings.weight_rate > 0
         self.weights = {name: w.clone().requires_grad_() if trained else w for name, w in weights.items()}
-        groups = [{"params": list(self.network.mlp.parameters()), "peak": settings.network_rate}]
+        network_rate = _NETWORK_RATE if settings.network_rate is None else settings.network_rate
+        groups = [{"params": list(self.network.mlp.parameters()), "peak": network_rate}]
         if self.network.logits is not None:
             rate = settings.logit_rate
             if rate is None:
@@ -243,7 +392,7 @@ class _Learner:
     def _update(self) -> None:
         set_rates(self.optimiser, self.step, self.settings.steps)
         self.step += 1
-        due = self.step % self.settings.network_every == 0
+        due = self.step % (self.settings.network_every or _NETWORK_EVERY) == 0
         if due:
             self.network.learn_base()
         self.optimiser.step()

@@ -1,0 +1,261 @@
+"""Learning the scores of `levels` through a model whose weights stay as they are.
+
+Theory of operation: each step sets the threshold that the step's sparsity asks for, runs the model with its
+weights masked and takes the divergence from the dense model's outputs, or the task's loss. Gradients reach
+the logits of layers, rows, columns and weights in the backward pass of `masked`, and the shared network,
+every some steps, from a sample of the weights. Each level steps as far as its gradients are signal
+(`signal`). At the end, shares of the levels are chosen on batches that were not learned from (`holdout`).
+
+The sparsity of a step rises along a cubic to the target, and rates fall along half a cosine, by the steps
+that are done or by the time that is used, whichever is further.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..atomic import replacing
+from ..errors import MismatchError, OptionError, warn
+from ..names import listed
+from .holdout import Choice, Split, choose
+from .levels import Levels
+from .masked import MaskedModel, Masking
+from .signal import SignalAdam
+from .task import Data, Progress, Task, cost, evaluating, finite, require_objective
+
+_WARMUP = 5  # steps in which rates rise
+_FINAL = 0.05  # of the peak rate, at the end
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates, in standard deviations of the start a step, of parameters whose gradient is all signal.
+
+    Attributes:
+        network: of the shared network's parameters; 0 leaves it out.
+        shared: of the logits of layers, rows and columns.
+        own: of the logits of single weights; 0 leaves them out.
+    """
+
+    network: float = 0.0
+    shared: float = 0.02
+    own: float = 0.05
+
+    def of(self, level: str) -> float:
+        """The rate of one of `masked.LEVELS`."""
+        return {"network": self.network, "weight": self.own}.get(level, self.shared)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How levels are learned.
+
+    Attributes:
+        steps: of the optimiser, a batch each.
+        minutes: after which learning ends, steps left or not; None sets no limit.
+        objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
+        rates: of the levels.
+        temperature: of a mask's derivative.
+        start: share pruned in the first step.
+        ramp: share of the steps after which the target is reached.
+        network_every: steps from one step of the shared network to the next.
+        held_out: batches that the result is chosen by, at most.
+        seed: of sampled weights, of the network's start, and of the sparsities drawn from a range.
+    """
+
+    steps: int = 200
+    minutes: float | None = None
+    objective: str = "divergence"
+    rates: Rates = Rates()
+    temperature: float = 0.5
+    start: float = 0.3
+    ramp: float = 0.6
+    network_every: int = 10
+    held_out: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_objective(self.objective)
+        if self.steps < 1 or self.network_every < 1 or self.held_out < 1:
+            raise OptionError("steps, network_every and held_out must be at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise OptionError(f"minutes is {self.minutes}, must be above 0")
+        if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
+            raise OptionError("start and ramp must be shares")
+        if not self.temperature > 0:
+            raise OptionError(f"temperature is {self.temperature}, must be above 0")
+
+
+class Learner:
+    """All that changes from step to step.
+
+    Attributes:
+        levels: the scores.
+        step: steps taken.
+        history: the loss of each step, in nats.
+        seconds: that the steps took.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        task: Task,
+        plan: Plan,
+        sparsities: tuple[float, float],
+    ) -> None:
+        """Args:
+        model: run in evaluation mode by whoever calls `run`.
+        weights: the model's own parameters, by name.
+        start: importances by the same names.
+        task: how a batch goes through the model.
+        plan: how.
+        sparsities: the least and the greatest.
+        """
+        self._model, self._task, self._plan, self._sparsities = model, task, plan, sparsities
+        rates = plan.rates
+        self.levels = Levels(
+            weights,
+            start,
+            network=rates.network > 0,
+            own=rates.own > 0,
+            temperature=plan.temperature,
+            seed=plan.seed,
+        )
+        self._masking = Masking(weights, self.levels.scored)
+        self._pruned = MaskedModel(model, {}, self._masking)
+        self._optimiser = SignalAdam(self.levels.parameters(), plan.steps)
+        self._dense = model if plan.objective == "divergence" else None
+        self.step, self.seconds = 0, 0.0
+        self.history: list[float] = []
+
+    def run(
+        self, data: Data, progress: Progress, held_out: Data | None, path: Path | None, every: int
+    ) -> Choice:
+        """Learns, and chooses how far each level goes.
+
+        Args:
+            data, held_out: as in `holdout.Split`.
+            progress: called after each step with its number and its loss.
+            path: of the checkpoint, from which learning goes on where it is there; None keeps none.
+            every: steps from one checkpoint to the next.
+        """
+        if path is not None and path.exists():
+            self.load(path)
+        split = Split(data, self._plan.held_out, held_out)
+        batches = split.learned_from(self.step)
+        with evaluating(self._model):
+            while not self.done:
+                begun = time.monotonic()
+                loss = self.learn(next(batches))
+                self.seconds += time.monotonic() - begun
+                progress(self.step, loss)
+                if path is not None and (self.step % every == 0 or self.done):
+                    self.save(path)
+            self._require_used()
+            low, high = self._sparsities
+            return choose(
+                self.levels, self._pruned, self._dense, self._task, split.held_out, sorted({low, high})
+            )
+
+    @property
+    def done(self) -> bool:
+        """Whether steps or time are used up."""
+        return self.progress >= 1
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1, of the steps or of the time."""
+        minutes = self._plan.minutes
+        used = 0.0 if minutes is None else self.seconds / (60 * minutes)
+        return max(self.step / self._plan.steps, min(used, 1.0))
+
+    def sparsity(self) -> float:
+        """The share to be pruned in this step: a cubic up to the target, then the target."""
+        low, high = self._sparsities
+        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
+        generator = torch.Generator().manual_seed(self._plan.seed << 32 | self.step)
+        target = low + (high - low) * float(torch.rand((), generator=generator))
+        left = max(0.0, 1 - self.progress / self._plan.ramp) if self._plan.ramp else 0.0
+        return target + (min(self._plan.start, target) - target) * left**3
+
+    def learn(self, batch: Any) -> float:
+        """One step; returns the loss."""
+        self.levels.set_threshold(self.sparsity())
+        loss = cost(self._pruned, batch, self._task, self._dense)
+        value = finite(loss, f"step {self.step + 1}")
+        parameters = self.levels.parameters()
+        leaves = [leaf for level, tensors in parameters.items() if level != "network" for leaf in tensors]
+        if loss.requires_grad:
+            torch.autograd.backward(loss, inputs=leaves)
+        progress = self.progress
+        self.step += 1
+        falling = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * progress))
+        for level in parameters:
+            rate = self._plan.rates.of(level) * min(1.0, self.step / _WARMUP) * falling
+            if level != "network":
+                self._optimiser.step(level, rate)
+            elif self.step % self._plan.network_every == 0:
+                self.levels.learn_network()
+                self._optimiser.step(level, rate)
+                self.levels.refresh()
+        self.history.append(value)
+        return value
+
+    def gains(self) -> dict[str, float]:
+        """The mean gain of each level in the last step."""
+        return {level: sum(g) / len(g) for level, g in self._optimiser.gains.items() if g}
+
+    def _require_used(self) -> None:
+        unused = [name for name in self.levels.scored if name not in self._masking.used]
+        if unused and self.step:
+            warn(
+                f"the model's outputs did not depend on {listed(unused)}; "
+                "these are pruned by the importance that learning started from"
+            )
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def _job(self) -> dict[str, Any]:
+        shapes = {name: list(part.weight.shape) for name, part in self.levels.scored.items()}
+        plan = {**asdict(self._plan), "minutes": None}  # more time may be given later
+        return {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        state = {
+            "job": self._job(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "used": sorted(self._masking.used),
+            "levels": self.levels.state(),
+            "optimiser": self._optimiser.state(),
+        }
+        with replacing(path) as file:
+            torch.save(state, file)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            MismatchError: it is of another job.
+        """
+        state = torch.load(path, weights_only=True)
+        if state.get("job") != self._job():
+            raise MismatchError(
+                f"{path} is a checkpoint of other settings or tensors: remove it, or give another name"
+            )
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self._masking.used |= set(state["used"])
+        self.levels.restore(state["levels"])
+        self._optimiser.restore(state["optimiser"])

@@ -1,0 +1,177 @@
+"""Batches that are not learned from, and what is chosen by them.
+
+Rules: what was learned is given back only as far as it helps on batches that it was not learned from. The
+start is always among the candidates, so that no result is worse on these batches than the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OptionError, warn
+from .levels import Levels, Shares
+from .masked import LEVELS
+from .task import Data, Model, Task, WithWeights, cost, finite
+
+_EVERY = 8  # of the first batches, every eighth is held out
+_JOINT = (0.25, 0.5, 0.75, 1.0, 1.25)  # how far all levels together may go
+_SINGLE = (0.0, 0.5, 1.5)  # factors on the share of one level
+
+
+class Split:
+    """Data in two parts: batches that are held out, and the others.
+
+    Attributes:
+        held_out: the batches that are not learned from.
+    """
+
+    def __init__(self, data: Data, count: int, given: Data | None = None) -> None:
+        """Args:
+        data: batches; every eighth of the first ones is held out, or the last one where there are fewer.
+        count: how many are held out at most.
+        given: batches to hold out instead of some of ``data``.
+
+        Raises:
+            OptionError: there are no batches, or they can be gone through only once.
+        """
+        if iter(data) is data:
+            raise OptionError("the data can be gone through only once; give a list or a loader")
+        self._data = data
+        self._places: set[int] = set()
+        if given is not None:
+            self.held_out = list(given)
+            if not self.held_out:
+                raise OptionError("held_out has no batch")
+            return
+        first = list(islice(data, _EVERY * count))
+        if not first:
+            raise OptionError("the data have no batch")
+        places = list(range(_EVERY - 1, len(first), _EVERY)) or [len(first) - 1]
+        self.held_out = [first[place] for place in places]
+        if len(first) > 1:
+            self._places = set(places)
+        else:
+            warn("there is one batch only: results are chosen by the batch that they were learned from")
+
+    def learned_from(self, start: int) -> Iterator[Any]:
+        """The other batches over and over, from the number ``start`` on, which counts through all rounds."""
+        skipped = start
+        while True:
+            seen = 0
+            for place, batch in enumerate(self._data):
+                if place in self._places:
+                    continue
+                seen += 1
+                if skipped:
+                    skipped -= 1
+                    continue
+                yield batch
+            if not seen:
+                raise OptionError("the data have no batch left to learn from")
+            skipped %= seen
+
+
+@dataclass(frozen=True)
+class _Once(WithWeights):
+    """A model that runs once, and gives the same outputs from then on.
+
+    Attributes:
+        outputs: of the run.
+    """
+
+    outputs: list[Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.outputs:
+            self.outputs.append(self.module(*args, **kwargs))
+        return self.outputs[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        shares: factors on the levels.
+        start: the loss of the held-out batches with the start's mask, in nats, by sparsity.
+        chosen: the same with the mask of what was chosen; nowhere above ``start``.
+    """
+
+    shares: dict[str, float]
+    start: tuple[float, ...]
+    chosen: tuple[float, ...]
+
+
+def choose(
+    levels: Levels,
+    pruned: Model,
+    dense: nn.Module | None,
+    task: Task,
+    batches: Sequence[Any],
+    sparsities: Sequence[float],
+    progress: Callable[[], None] = lambda: None,
+) -> Choice:
+    """Finds how far each level goes, by a line search on held-out batches, and sets the shares of ``levels``.
+
+    Args:
+        levels: what was learned.
+        pruned: the model under the masks of ``levels``.
+        dense: the dense model, whose outputs are to be met; None takes the task's loss.
+        task: how a batch goes through both.
+        batches: held out.
+        sparsities: at each of which the result must not be worse than the start.
+        progress: called after each batch.
+
+    Raises:
+        LossError: a loss is not finite.
+    """
+    learned = [level for level in LEVELS if level in levels.parameters()]
+
+    def losses(candidates: Sequence[Shares]) -> list[tuple[float, ...]]:
+        thresholds = []
+        for candidate in candidates:
+            levels.take(candidate)
+            thresholds.append([levels.set_threshold(sparsity, exact=True) for sparsity in sparsities])
+        # Batch by batch, so that the dense model's outputs need not be kept.
+        totals = [[0.0] * len(sparsities) for _ in candidates]
+        for number, batch in enumerate(batches, 1):
+            wanted = None if dense is None else _Once(dense, {}, [])
+            for total, candidate, found in zip(totals, candidates, thresholds, strict=True):
+                levels.take(candidate)
+                for i, threshold in enumerate(found):
+                    levels.take_threshold(threshold)
+                    with torch.no_grad():
+                        loss = cost(pruned, batch, task, wanted)
+                    total[i] += finite(loss, f"batch {number} of those held out") / len(batches)
+            progress()
+        return [tuple(total) for total in totals]
+
+    none: dict[str, float] = dict.fromkeys(LEVELS, 0.0)
+    candidates = [none, *({**none, **dict.fromkeys(learned, share)} for share in _JOINT)]
+    first = losses(candidates)
+    start = first[0]
+
+    def rise(loss: tuple[float, ...]) -> float:
+        """The mean loss as a share of the start's; infinite where one is above the start's."""
+        if any(new > old for new, old in zip(loss, start, strict=True)):
+            return float("inf")
+        return sum(new / old if old > 0 else 1.0 for new, old in zip(loss, start, strict=True)) / len(start)
+
+    best, at = candidates[0], start
+    for candidate, loss in zip(candidates[1:], first[1:], strict=True):
+        if rise(loss) < rise(at):
+            best, at = candidate, loss
+    if any(best.values()) and len(learned) > 1:
+        for level in reversed(learned):
+            candidates = [{**best, level: best[level] * factor} for factor in _SINGLE]
+            for candidate, loss in zip(candidates, losses(candidates), strict=True):
+                if rise(loss) < rise(at):
+                    best, at = candidate, loss
+    levels.take(best)
+    return Choice(best, start, at)

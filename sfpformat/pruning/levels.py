@@ -1,0 +1,305 @@
+"""The scores of all weights of a model as a hierarchy: what many weights share, down to a logit for each.
+
+score = start + share · network + share · layer + share · rows + share · columns + share · weights
+
+The start is the logarithm of an importance that needs no learning, standardised over the model. A network
+that all weights share adds a function of a weight's features. Layers, rows and columns have a logit each,
+and single weights too, where asked for. All logits begin at zero, so that before the first step scores order
+weights as the start does. The shares say how far each level goes; they are 1 while the levels learn.
+
+Thresholds come from histograms: during learning of a sample of the weights, which is the whole of a small
+model; at the end of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .masked import LEVELS, ScoredWeight
+from .task import as_matrix
+
+Shares = Mapping[str, float]
+
+_BINS = 1 << 13
+_LIMIT = 12.0  # of a start, in standard deviations; zeros and outliers lie there
+_SAMPLE = 1 << 20  # weights of the model whose scores give the thresholds of the steps
+_LEAST_SAMPLE = 1 << 10  # of a tensor
+_BLOCK = 1 << 17  # weights that the network sees at once
+_WIDTH = 16  # of the network's hidden layers
+
+
+class Levels:
+    """The scores of a model's weights.
+
+    Attributes:
+        scored: by name, the scores of each weight tensor.
+        network: features [n, features] -> [n], or None.
+        shares: factors on the levels, by the names of `LEVELS`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        *,
+        network: bool,
+        own: bool,
+        temperature: float,
+        seed: int = 0,
+    ) -> None:
+        """Args:
+        weights: by name.
+        start: importances, not negative, by the same names.
+        network: whether there is a shared network.
+        own: whether each weight has a logit of its own.
+        temperature: of the derivative of a mask.
+        seed: of the sample and of the network's first layers.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        standard = standard_starts(start)
+        total = sum(weight.numel() for weight in weights.values())
+        self.scored: dict[str, ScoredWeight] = {}
+        for name, weight in weights.items():
+            sample = _sample(weight.numel(), total, generator).to(weight.device)
+            self.scored[name] = ScoredWeight(weight, standard[name], sample, own=own, temperature=temperature)
+        self._sizes = {
+            name: weight.numel() / len(self.scored[name].sample) for name, weight in weights.items()
+        }
+        self.shares = dict.fromkeys(LEVELS, 1.0)
+        self.network = _network(seed) if network else None
+        self._features = _Features(self.scored) if network else None
+        self.refresh()
+
+    def parameters(self) -> dict[str, list[Tensor]]:
+        """What learns, by level; of the levels but the network, a tensor for each weight tensor."""
+        found: dict[str, list[Tensor]] = {}
+        if self.network is not None:
+            found["network"] = list(self.network.parameters())
+        for level, logits in zip(
+            LEVELS[1:], zip(*(part.logits() for part in self.scored.values()), strict=True), strict=True
+        ):
+            given = [logit for logit in logits if logit is not None]
+            if given:
+                found[level] = given
+        return found
+
+    def take(self, shares: Shares) -> None:
+        """Takes other shares."""
+        self.shares = {**self.shares, **shares}
+        for part in self.scored.values():
+            part.shares = self.shares
+
+    def set_threshold(self, sparsity: float, *, exact: bool = False) -> float:
+        """Sets and returns the threshold under which a share of all weights lies.
+
+        Args:
+            sparsity: the share.
+            exact: whether all weights are looked at and not the sample alone.
+        """
+        if exact:
+            found = quantile(self._all_scores, sparsity)
+        else:
+            parts = [(part.sampled_scores(), self._sizes[name]) for name, part in self.scored.items()]
+            found = quantile(lambda: parts, sparsity)
+        self.take_threshold(found)
+        return found
+
+    def take_threshold(self, threshold: float) -> None:
+        """Takes a threshold that was found before."""
+        for part in self.scored.values():
+            part.threshold = threshold
+
+    def _all_scores(self) -> Iterable[tuple[Tensor, float]]:
+        return ((part.scores(block), 1.0) for part in self.scored.values() for block in part.blocks())
+
+    def learn_network(self) -> None:
+        """Brings the gradients of the sample to the network's parameters; starts them anew."""
+        assert self.network is not None
+        assert self._features is not None
+        for name, part in self.scored.items():
+            for first in range(0, len(part.sample), _BLOCK):
+                piece = slice(first, first + _BLOCK)
+                out = self.network(self._features.at(name, part.sample[piece]))[:, 0]
+                torch.autograd.backward(out, part.sampled[piece] * self._sizes[name])
+            part.sampled.zero_()
+
+    def refresh(self) -> None:
+        """Computes what the network gives for each weight anew."""
+        if self.network is None or self._features is None:
+            return
+        with torch.no_grad():
+            for name, part in self.scored.items():
+                if part.network is None:
+                    part.network = torch.zeros_like(part.start, dtype=torch.float16)
+                flat = part.network.view(-1)
+                for first in range(0, len(flat), _BLOCK):
+                    last = min(first + _BLOCK, len(flat))
+                    positions = torch.arange(first, last, device=flat.device)
+                    flat[first:last] = self.network(self._features.at(name, positions))[:, 0].half()
+
+    def importances(self, sparsity: float) -> dict[str, Tensor]:
+        """softplus(score − threshold), by name, float32, of the weights' shapes."""
+        threshold = self.set_threshold(sparsity, exact=True)
+        out = {}
+        for name, part in self.scored.items():
+            scores = torch.empty_like(part.start)
+            for block in part.blocks():
+                scores[block] = nn.functional.softplus(part.scores(block) - threshold)
+            out[name] = scores.view(part.weight.shape)
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; starts are made anew."""
+        return {
+            "logits": {name: [_plain(x) for x in part.logits()] for name, part in self.scored.items()},
+            "given by the network": {name: part.network for name, part in self.scored.items()},
+            "sampled": {name: part.sampled for name, part in self.scored.items()},
+            "network": None if self.network is None else self.network.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up the state of an earlier run."""
+        with torch.no_grad():
+            for name, part in self.scored.items():
+                for logit, kept in zip(part.logits(), state["logits"][name], strict=True):
+                    if logit is not None:
+                        logit.copy_(kept)
+                part.network = state["given by the network"][name]
+                part.sampled.copy_(state["sampled"][name])
+        if self.network is not None:
+            self.network.load_state_dict(state["network"])
+
+
+def _plain(logit: Tensor | None) -> Tensor | None:
+    return None if logit is None else logit.detach()
+
+
+def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The logarithms of importances, with mean 0 and standard deviation 1 over all that are above 0.
+
+    Returns:
+        float32 by name, clamped to ±`_LIMIT`; importances of 0 lie at −`_LIMIT`.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for importance in start.values():
+        logs = importance[importance > 0].double().log()
+        count, total = count + logs.numel(), total + float(logs.sum())
+        squares += float(logs.square().sum())
+    mean = total / max(count, 1)
+    spread = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
+    # Rounding leaves equal values a spread of their own, far under the values.
+    scale = 1 / spread if spread > 1e-6 * max(abs(mean), 1e-30) else 0.0
+    out = {}
+    for name, importance in start.items():
+        logs = importance.float().log().sub_(mean).mul_(scale).clamp_(-_LIMIT, _LIMIT)
+        out[name] = torch.where(importance > 0, logs, -_LIMIT)
+    return out
+
+
+def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) -> float:
+    """A number that the given share of all numbers does not exceed, from histograms of histograms.
+
+    Args:
+        parts: gives tensors of numbers, each with what a number of it counts; called several times.
+        share: from 0 on, under 1.
+
+    Returns:
+        The upper edge of the bin that the quantile lies in, after the second histogram; −∞ where no number is
+        to lie under it.
+    """
+    if share <= 0:
+        return -math.inf
+    low, high, total = math.inf, -math.inf, 0.0
+    for values, weight in parts():
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        total += weight * values.numel()
+    wanted, below = math.floor(share * total + 0.5), 0.0  # as `thresholds.Sparsity` rounds
+    if not wanted:
+        return -math.inf
+    # Outwards by a little, so that rounding leaves no number outside of the bins.
+    low, high = low - 1e-6 - abs(low) * 1e-6, high + 1e-6 + abs(high) * 1e-6
+    for _ in range(2):
+        counts = torch.zeros(_BINS, dtype=torch.float64)
+        for values, weight in parts():
+            counts += weight * torch.histc(values, _BINS, low, high).double().cpu()
+        sums = counts.cumsum(0) + below
+        place = min(int(torch.searchsorted(sums, wanted)), _BINS - 1)
+        below = float(sums[place] - counts[place])
+        width = (high - low) / _BINS
+        low, high = low + place * width, low + (place + 1) * width
+        if high - low <= 1e-7 * max(abs(low), abs(high), 1e-30):
+            break
+    return high
+
+
+def _sample(size: int, total: int, generator: torch.Generator) -> Tensor:
+    """Positions in a flat tensor, one at random of each of equal parts: int64, ascending."""
+    count = min(size, max(_LEAST_SAMPLE, round(_SAMPLE * size / total))) if total > _SAMPLE else size
+    edges = torch.linspace(0, size, count + 1, dtype=torch.float64).round().long()
+    spans = edges[1:] - edges[:-1]
+    return edges[:-1] + (torch.rand(count, generator=generator, dtype=torch.float64) * spans).long()
+
+
+class _Features:
+    """What the shared network sees of a weight: its start, its value, and what is known of its row, column
+    and layer, made when it is needed. Values are logarithms relative to the layer's root mean square."""
+
+    COUNT = 9
+
+    def __init__(self, scored: Mapping[str, ScoredWeight]) -> None:
+        self._layers = {}
+        for number, (name, part) in enumerate(scored.items()):
+            depth = number / max(len(scored) - 1, 1)
+            self._layers[name] = _Layer(part, depth)
+
+    def at(self, name: str, positions: Tensor) -> Tensor:
+        """The features of the weights at positions of the flat tensor, float32 [n, COUNT]."""
+        return self._layers[name].at(positions)
+
+
+class _Layer:
+    def __init__(self, part: ScoredWeight, depth: float) -> None:
+        matrix = as_matrix(part.weight).float()
+        height, width = matrix.shape
+        self._start, self._matrix, self._width = part.start.view(-1), as_matrix(part.weight), width
+        norms = [(matrix.square().mean(dim) + 1e-30).log() / 2 for dim in (1, 0)]
+        self._log_rms = float((matrix.square().mean() + 1e-30).log() / 2)
+        self._rows = torch.stack([norms[0] - self._log_rms, part.start.mean(1)], 1)
+        self._columns = torch.stack([norms[1] - self._log_rms, part.start.mean(0)], 1)
+        self._layer = torch.tensor(
+            [depth, math.log(height / width), float(part.start.mean())], device=matrix.device
+        )
+
+    def at(self, positions: Tensor) -> Tensor:
+        row, column = positions // self._width, positions % self._width
+        start = self._start[positions]
+        values = self._matrix[row, column].float()
+        log = ((values.abs() + 1e-30).log() - self._log_rms).clamp(-5, 5)
+        return torch.cat(
+            [
+                torch.stack([start.clamp(-5, 5), log], 1),
+                self._rows[row],
+                self._columns[column],
+                self._layer.expand(len(positions), -1),
+            ],
+            1,
+        )
+
+
+def _network(seed: int) -> nn.Sequential:
+    """A small network whose last layer is zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second, last = (
+            nn.Linear(_Features.COUNT, _WIDTH),
+            nn.Linear(_WIDTH, _WIDTH),
+            nn.Linear(_WIDTH, 1),
+        )
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)

@@ -1,0 +1,275 @@
+"""Weights under a mask that a score decides, used in a model without a copy of the mask or of its gradient.
+
+Theory of operation: a `ScoredWeight` has a score for each weight, the sum of a base and of logits that whole
+layers, rows and columns share. The mask keeps scores above a threshold. The forward pass uses the mask as it
+is; the backward pass takes its derivative as that of sigmoid((score − threshold) / temperature) (straight
+through). Both passes compute the scores anew, some rows at a time, and the gradient of the scores is summed
+over rows, columns and the layer as soon as it is there. No array of the weight's size stays from the
+forward pass to the backward pass.
+
+`Masking` is what puts scored weights into a model: while it is active, every torch function that gets such
+a weight as an argument works with the masked weight instead. Products by linear layers have the backward
+pass above; other functions get the masked weight as a tensor, which they may keep until the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .task import WithWeights, as_matrix
+
+# The parts of a score beside its start, from those that most weights share to those of single weights.
+LEVELS = ("network", "layer", "row", "column", "weight")
+
+_CHUNK = 1 << 20  # weights whose scores are computed at once: about 16 MiB of float32 working memory
+
+
+class ScoredWeight:
+    """A weight, and the parts of its scores.
+
+    score[r, c] = start[r, c] + network[r, c] + layer + rows[r] + columns[c] + own[r, c]
+
+    Attributes:
+        weight: the weight, detached, of rank 2 or more; rows and columns are those of `task.as_matrix`.
+        start: float32 [rows, columns].
+        network: what the shared network gives, float16 [rows, columns], or None where there is none. It does
+            not learn here, but from the gradients of a sample of the weights.
+        layer: float32 [].
+        rows: float32 [rows, 1].
+        columns: float32 [1, columns].
+        own: float32 [rows, columns], or None where single weights have no logit.
+        shares: factors on the parts of the score, by level; 1 for those without.
+        threshold: scores above it keep their weight.
+        temperature: of the derivative, in units of the score.
+        sample: positions of the sampled weights in the flat weight, int64 [n], ascending.
+        sampled: the gradients of the sample's scores, float32 [n], summed over backward passes.
+    """
+
+    def __init__(
+        self, weight: Tensor, start: Tensor, sample: Tensor, *, own: bool, temperature: float
+    ) -> None:
+        self.weight, self.temperature, self.threshold = weight.detach(), temperature, 0.0
+        matrix = as_matrix(self.weight)
+        height, width = matrix.shape
+        self.start = start.reshape(height, width)
+        self.network: Tensor | None = None
+        self.shares = dict.fromkeys(LEVELS, 1.0)
+        self.sample, self.sampled = sample, torch.zeros(len(sample), device=weight.device)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=weight.device).requires_grad_()
+
+        self.layer, self.rows, self.columns = zeros(), zeros(height, 1), zeros(1, width)
+        self.own = zeros(height, width) if own else None
+
+    def logits(self) -> tuple[Tensor | None, ...]:
+        """What learns of the score, in the order of `LEVELS` from the second on."""
+        return self.layer, self.rows, self.columns, self.own
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows, some at a time."""
+        height, width = self.start.shape
+        step = max(1, _CHUNK // max(width, 1))
+        return (slice(start, min(start + step, height)) for start in range(0, height, step))
+
+    def scores(self, block: slice) -> Tensor:
+        """The scores of some rows, float32 [rows of the block, columns]."""
+        share = self.shares
+        with torch.no_grad():
+            out = self.start[block] + (share["layer"] * self.layer + share["row"] * self.rows[block])
+            out += share["column"] * self.columns
+            if self.network is not None and share["network"]:
+                out.add_(self.network[block], alpha=share["network"])
+            if self.own is not None and share["weight"]:
+                out.add_(self.own[block], alpha=share["weight"])
+        return out
+
+    def sampled_scores(self) -> Tensor:
+        """The scores of the sample, float32 [n]."""
+        row, column = self.sample // self.start.shape[1], self.sample % self.start.shape[1]
+        share = self.shares
+        with torch.no_grad():
+            out = self.start.reshape(-1)[self.sample] + share["layer"] * self.layer
+            out += share["row"] * self.rows[row, 0] + share["column"] * self.columns[0, column]
+            if self.network is not None:
+                out += share["network"] * self.network.reshape(-1)[self.sample].float()
+            if self.own is not None:
+                out += share["weight"] * self.own.reshape(-1)[self.sample]
+        return out
+
+    def masked(self) -> Tensor:
+        """The weight with +0 where the score is not above the threshold."""
+        matrix = as_matrix(self.weight)
+        out = torch.empty_like(matrix)
+        for block in self.blocks():
+            out[block] = torch.where(self.scores(block) > self.threshold, matrix[block], 0)
+        return out.view(self.weight.shape)
+
+    def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of `logits`; those of the sample are added to `sampled`.
+
+        Args:
+            gradient_of: rows -> the gradient of the masked weight in these rows, [rows, columns].
+        """
+        matrix, width = as_matrix(self.weight), self.start.shape[1]
+        rows = torch.empty_like(self.rows)
+        columns = torch.zeros_like(self.columns)
+        own = None if self.own is None else torch.empty_like(self.own)
+        for block in self.blocks():
+            gate = self.scores(block).sub_(self.threshold).div_(self.temperature).sigmoid_()
+            part = (1 - gate).mul_(gate).mul_(gradient_of(block)).mul_(matrix[block])
+            part /= self.temperature
+            rows[block] = part.sum(1, keepdim=True)
+            columns += part.sum(0, keepdim=True)
+            if own is not None:
+                own[block] = part
+            edges = torch.tensor([block.start * width, block.stop * width], device=self.sample.device)
+            first, last = torch.searchsorted(self.sample, edges).tolist()
+            self.sampled[first:last] += part.reshape(-1)[self.sample[first:last] - block.start * width]
+        return rows.sum(), rows, columns, own
+
+
+class _MaskedWeight(torch.autograd.Function):
+    """From the logits to the masked weight."""
+
+    @staticmethod
+    def forward(ctx: Any, scored: ScoredWeight, *logits: Tensor | None) -> Tensor:
+        ctx.scored = scored
+        return scored.masked()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        matrix = as_matrix(gradient)
+        return (None, *ctx.scored.gradients(lambda block: matrix[block]))
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """x wᵀ + b with the masked weight w [out, in], or x w + b with w [in, out]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, scored: ScoredWeight, turned: bool, *logits: Tensor | None
+    ) -> Tensor:
+        ctx.scored, ctx.turned = scored, turned
+        ctx.save_for_backward(x)
+        weight = scored.masked()
+        return F.linear(x, weight.T if turned else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scored: ScoredWeight = ctx.scored
+        (x,) = ctx.saved_tensors
+        outer = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
+        inner = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = scored.masked()
+            of_x = gradient @ (weight.T if ctx.turned else weight)
+        if ctx.needs_input_grad[1]:
+            of_bias = outer.sum(0)
+        left, right = (inner, outer) if ctx.turned else (outer, inner)
+        logits = scored.gradients(lambda block: left[:, block].T @ right)
+        return (of_x, of_bias, None, None, *logits)
+
+
+# Methods and attributes that say something about a tensor and do not look at its values.
+_ABOUT = {
+    *("__len__", "__hash__", "__repr__", "data_ptr", "dim", "element_size", "get_device", "is_complex"),
+    *("is_contiguous", "is_floating_point", "is_pinned", "is_signed", "ndimension", "nelement", "numel"),
+    *("requires_grad_", "size", "storage_offset", "stride", "untyped_storage"),
+}
+_ATTRIBUTES = ("__get__", "__set__", "__delete__")
+_tensor: Any = Tensor
+_VIEWS = tuple(getattr(_tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data"))
+# Typed here, since torch's functions have no types.
+_masked_weight: Any = _MaskedWeight.apply
+_masked_product: Any = _MaskedProduct.apply
+
+
+class Masking(TorchFunctionMode):
+    """Context manager: the weights of a model are used under their masks.
+
+    Attributes:
+        used: the names of the weights that were used since it was made.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], scored: Mapping[str, ScoredWeight]) -> None:
+        """Args:
+        weights: the model's own parameters, by name.
+        scored: of the same names.
+        """
+        super().__init__()
+        self._scored = {id(weights[name]): (name, part) for name, part in scored.items()}
+        self._weights = dict(weights)  # keeps their ids from being given to others
+        self.used: set[str] = set()
+
+    def _find(self, value: object) -> ScoredWeight | None:
+        found = self._scored.get(id(value))
+        if found is None:
+            return None
+        self.used.add(found[0])
+        return found[1]
+
+    def _masked(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found = self._find(value)
+            return value if found is None else _masked_weight(found, *found.logits())
+        if type(value) in (tuple, list):
+            return type(value)(self._masked(part) for part in value)
+        return value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls a torch function, with masked weights among its arguments."""
+        named = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _ABOUT or (name in _ATTRIBUTES and func not in _VIEWS):
+            return func(*args, **named)
+        product = _product_of(func, args, named)
+        if product is not None and not torch.is_autocast_enabled(product[0].device.type):
+            x, bias, weight, turned = product
+            found = self._find(weight)
+            if found is not None:
+                return _masked_product(x, bias, found, turned, *found.logits())
+        args = self._masked(args)
+        named = {key: self._masked(value) for key, value in named.items()}
+        return func(*args, **named)
+
+
+@dataclass(frozen=True)
+class MaskedModel(WithWeights):
+    """A model as a function, with its weights under their masks.
+
+    Attributes:
+        masking: of its weights.
+    """
+
+    masking: Masking
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.masking:
+            return self.module(*args, **kwargs)
+
+
+def _product_of(
+    func: Any, args: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None, Any, bool] | None:
+    """Input, bias, weight, and whether it is [in, out], where a function is a linear layer's product."""
+    if func is F.linear:
+        words = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(named)
+        if set(words) <= {"input", "weight", "bias"} and isinstance(words.get("input"), Tensor):
+            return words["input"], words.get("bias"), words.get("weight"), False
+    # How transformers' Conv1D multiplies.
+    if func is torch.addmm and len(args) == 3 and not named and isinstance(args[1], Tensor):
+        bias, x, weight = args
+        if isinstance(bias, Tensor) and bias.dim() == 1:
+            return x, bias, weight, True
+    return None

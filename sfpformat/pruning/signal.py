@@ -1,0 +1,96 @@
+"""Adam whose steps shrink to what is signal in the gradients.
+
+Theory of operation: where there are many parameters and few batches, the gradient of one parameter is nearly
+all noise, and Adam's normalised steps would move it at random as fast as any other. The mean of m̂² / v̂ over
+many parameters says how much of their gradients is signal: of noise alone it is a number f that follows from
+Adam's first coefficient; of a gradient that is the same in all batches it is 1. With q = (mean − f) /
+(1 − f), the share of signal in a gradient's power, a sum over n batches has n² q of signal for n (1 − q) of
+noise. The step is multiplied by the share of the first in both, n q / (n q + 1 − q), n the number of steps of
+the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.95)
+_TINY = 1e-24  # of a mean square gradient, under which there is none
+_MEMORY = 0.9  # of the running mean of the share of signal
+_POOL = 16  # parameters that a tensor has at least to be judged by itself
+
+
+class SignalAdam:
+    """The optimiser of groups of tensors.
+
+    Attributes:
+        gains: by group, the factors on the last steps of its tensors.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[Tensor]], steps: int) -> None:
+        """Args:
+        groups: by name, tensors of like nature, float32.
+        steps: of the run.
+        """
+        self._groups = {name: list(tensors) for name, tensors in groups.items()}
+        self._steps = steps
+        self._moments = {
+            name: [(torch.zeros_like(x), torch.zeros_like(x)) for x in tensors]
+            for name, tensors in self._groups.items()
+        }
+        self._taken = dict.fromkeys(self._groups, 0)
+        self._shares = {name: [0.0] * len(tensors) for name, tensors in self._groups.items()}
+        self.gains: dict[str, list[float]] = {name: [] for name in self._groups}
+
+    @torch.no_grad()
+    def step(self, name: str, rate: float) -> None:
+        """Takes a step of one group, and drops its gradients.
+
+        Args:
+            rate: the step of a parameter whose gradient is all signal.
+        """
+        tensors, moments = self._groups[name], self._moments[name]
+        self._taken[name] += 1
+        count = self._taken[name]
+        first, second = BETAS
+        of_noise = (1 - first) / (1 + first) * (1 + first**count) / (1 - first**count)
+        corrections = 1 - first**count, 1 - second**count
+        powers = []
+        for x, (mean, square) in zip(tensors, moments, strict=True):
+            gradient = torch.zeros_like(x) if x.grad is None else x.grad
+            mean.lerp_(gradient, 1 - first)
+            square.lerp_(gradient.square(), 1 - second)
+            x.grad = None
+            ratio = (mean / corrections[0]).square_().div_(square / corrections[1] + _TINY)
+            alive = int((square > _TINY).sum())
+            powers.append((float(ratio.sum()), alive))
+        if max((x.numel() for x in tensors), default=0) < _POOL:
+            pooled = [sum(part) for part in zip(*powers, strict=True)]
+            powers = [(pooled[0], pooled[1])] * len(powers)
+        self.gains[name] = []
+        for i, (x, (mean, square), (power, alive)) in enumerate(zip(tensors, moments, powers, strict=True)):
+            # In the first step nothing tells signal from noise.
+            share = (power / max(alive, 1) - of_noise) / (1 - of_noise) if count > 1 else 0.0
+            self._shares[name][i] += (1 - _MEMORY) * (share - self._shares[name][i])
+            share = self._shares[name][i] / (1 - _MEMORY**count)
+            share = min(max(share, 0.0), 1.0)
+            gain = self._steps * share / (self._steps * share + 1 - share)
+            self.gains[name].append(gain)
+            step = (mean / corrections[0]).div_((square / corrections[1]).sqrt_().add_(_TINY**0.5))
+            x.sub_(step, alpha=rate * gain)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"moments": self._moments, "taken": self._taken, "shares": self._shares}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up the state of an earlier run."""
+        for name, moments in self._moments.items():
+            for own, kept in zip(moments, state["moments"][name], strict=True):
+                own[0].copy_(kept[0])
+                own[1].copy_(kept[1])
+        self._taken = dict(state["taken"])
+        self._shares = {name: list(shares) for name, shares in state["shares"].items()}
