@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfpformat.codec.options import Options
 from sfpformat.errors import OptionError, SfpWarning
 from sfpformat.numpy import save
+from sfpformat.pruning.allocation import Outliers, Rising
 from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
+from sfpformat.pruning.layers import chosen_weights
+from sfpformat.pruning.pipeline import prune
+from sfpformat.pruning.scores import rows_mask
 from sfpformat.pruning.thresholds import (
     Knee,
     MeanSigma,
@@ -180,7 +185,7 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
         ("like 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
         ("exempt: 3 is no pattern", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
-        ("scope is 'row'", lambda: masks_of(A, Sparsity(0.5), scope="row")),
+        ("scope is 'layer'", lambda: masks_of(A, Sparsity(0.5), scope="layer")),
         ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),
         ("floor is '0'", lambda: masks_of(A, 0.5, floor="0")),  # type: ignore[arg-type]
         ("floor is nan", lambda: masks_of(A, 0.5, floor=float("nan"))),
@@ -295,3 +300,107 @@ def test_grades_come_back_from_a_file_as_they_were() -> None:
             kept = file.get_importance(name)
             assert kept is not None
             np.testing.assert_array_equal(kept, grade)
+
+
+# --------------------------------------------------------------------------------- rows, and shares a tensor
+
+
+def test_within_rows_each_loses_the_same_number_and_its_least() -> None:
+    importances = np.random.default_rng(0).random((20, 3, 11))
+    mask = masks_of({"w": importances}, Sparsity(0.3), scope="row")["w"]
+    rows, kept = importances.reshape(20, 33), mask.reshape(20, 33)
+    assert (kept.sum(1) == 33 - 10).all()
+    for values, row in zip(rows, kept, strict=True):
+        assert values[~row].max() < values[row].min()
+
+
+def test_within_rows_masks_are_those_of_wandas_own_function() -> None:
+    scores = torch.rand(12, 40, generator=torch.Generator().manual_seed(0))
+    found = masks_of({"w": scores.numpy()}, Sparsity(0.55), scope="row")["w"]
+    assert np.array_equal(found, rows_mask(scores, 0.55).numpy())
+
+
+def test_within_rows_ties_and_floors_hold_as_elsewhere() -> None:
+    importances, magnitudes = np.zeros((2, 4)), np.array([[3.0, -1.0, 2.0, -4.0], [1.0, 2.0, 3.0, 4.0]])
+    tied = masks_of({"w": importances}, Sparsity(0.5), scope="row", tiebreak={"w": magnitudes})["w"]
+    assert tied.tolist() == [[True, False, False, True], [False, False, True, True]]
+    with pytest.warns(SfpWarning, match="in 2 of 2 rows"):
+        kept = masks_of({"w": magnitudes**2}, Sparsity(1.0), scope="row", floor=0.3)["w"]
+    assert (kept.sum(1) == 2).all()
+    assert masks_of({"v": np.arange(4.0), "e": np.zeros((0, 3))}, Sparsity(0.5), scope="row")["v"].sum() == 2
+
+
+def test_each_row_has_a_cut_of_its_own() -> None:
+    rows = np.concatenate([np.full((1, 9), 1.0), np.full((1, 9), 100.0)])
+    rows[0, :3], rows[1, :6] = 0.1, 10.0
+    mask = masks_of({"w": rows}, Otsu(), scope="row")["w"]
+    assert mask.sum(1).tolist() == [6, 3]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_tensors_with_more_outliers_lose_less_and_the_whole_loses_its_share(scope: str) -> None:
+    generator = np.random.default_rng(0)
+    importances = {name: generator.random((40, 100)) for name in "abc"}
+    importances["b"][:, :10] *= 50
+    importances["c"][:, :3] *= 50
+    masks = masks_of(importances, Outliers(0.6, spread=0.1), scope=scope)
+    lost = {name: 1 - float(mask.mean()) for name, mask in masks.items()}
+    assert lost["a"] > lost["c"] > lost["b"]
+    assert lost["a"] - lost["b"] == pytest.approx(0.2, abs=0.01)
+    assert achieved(masks) == pytest.approx(0.6, abs=0.005)
+
+
+def test_without_outliers_all_lose_the_same() -> None:
+    assert Outliers(0.4).shares({"a": np.ones((3, 3)), "b": np.ones((2, 8))}) == pytest.approx(
+        {"a": 0.4, "b": 0.4}
+    )
+
+
+def test_a_rising_profile_rises_by_equal_steps_and_meets_its_share() -> None:
+    importances = {name: np.ones((4, n)) for name, n in (("a", 10), ("b", 30), ("c", 20))}
+    shares = Rising(0.5, rise=0.3).shares(importances)
+    assert shares["b"] - shares["a"] == pytest.approx(0.15)
+    assert shares["c"] - shares["b"] == pytest.approx(0.15)
+    assert sum(shares[name] * array.size for name, array in importances.items()) == pytest.approx(0.5 * 240)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.97, 1.0])
+def test_shares_stay_within_their_bounds_and_still_meet_the_whole(share: float) -> None:
+    importances = {str(i): np.ones((2, 10 + i)) for i in range(7)}
+    shares = Rising(share, rise=0.5).shares(importances)
+    assert all(0 <= value <= 1 for value in shares.values())
+    size = sum(array.size for array in importances.values())
+    assert sum(shares[name] * a.size for name, a in importances.items()) == pytest.approx(share * size)
+
+
+def test_shares_that_make_no_sense_are_refused() -> None:
+    for made in (
+        lambda: Outliers(1.5),
+        lambda: Outliers(0.5, spread=-0.1),
+        lambda: Outliers(0.5, multiple=0.0),
+        lambda: Rising(-0.1),
+        lambda: Rising(0.5, rise=2.0),
+        lambda: masks_of({"a": np.ones((2, 2))}, Rising(0.5)),
+    ):
+        with pytest.raises(OptionError):
+            made()
+
+
+def test_a_models_rows_are_the_inputs_of_each_output_wherever_they_are_stored() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 3), torch.nn.Conv2d(4, 6, 2), torch.nn.ConvTranspose1d(10, 3, 2)
+    )
+    importances = {
+        name: torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+        for name, weight in chosen_weights(model, None).items()
+    }
+    masks = prune(model, importances, 0.5, scope="row")
+    assert (masks["0.weight"].sum(1) == 4).all()
+    assert (masks["1.weight"].flatten(1).sum(1) == 8).all()
+    assert (masks["2.weight"].transpose(0, 1).flatten(1).sum(1) == 10).all()
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
+
+
+def test_rows_of_a_stack_of_matrices_are_those_of_each() -> None:
+    stack = np.random.default_rng(0).random((2, 3, 200))
+    assert (masks_of({"experts": stack}, Sparsity(0.3), scope="row")["experts"].sum(2) == 140).all()

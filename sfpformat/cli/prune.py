@@ -17,7 +17,7 @@ from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, about, checked_target, require_file, require_suffix
 
 if TYPE_CHECKING:
-    from ..pruning.thresholds import Pattern, Threshold
+    from ..pruning.thresholds import Allocation, Pattern, Threshold
 
 _DESCRIPTION = """Prunes a file further, without the data that its importances were learned from: tensors that
 carry an importance as metadata lose what lies under a threshold, by importance first and by magnitude among
@@ -32,7 +32,9 @@ _THRESHOLDS = """thresholds:
   --threshold otsu       where the importances fall into two classes; otsu-log looks at their logarithms
   --threshold knee       where their sorted curve turns up
   --threshold sigma:1    under their mean less 1 standard deviation
-  --threshold quantile:0.8   as --sparsity, but of equal importances all stay"""
+  --threshold quantile:0.8   as --sparsity, but of equal importances all stay
+  --threshold outliers:0.7   70 % of all; tensors with more importances far above their mean lose less
+  --threshold rising:0.7     70 % of all; each tensor loses more than the one before"""
 
 _EXAMPLES = examples(
     ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "nine of ten go, one threshold over the model"),
@@ -54,7 +56,11 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--sparsity", metavar="S", type=float, help="the share that goes, such as 0.9")
     how.add_argument("--threshold", metavar="T", help="another threshold, see below")
-    parser.add_argument("--scope", choices=("model", "tensor"), default="model", help="default: model")
+    parser.add_argument(
+        "--scope",
+        choices=("model", "tensor", "row"),
+        help="where the threshold is one (model; tensor with outliers and rising)",
+    )
     parser.add_argument(
         "--exempt", metavar="GLOB", action="append", default=[], help="names of tensors that stay as they are"
     )
@@ -70,11 +76,11 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     from ..pruning.files import reprune
-    from ..pruning.thresholds import Sparsity
+    from ..pruning.thresholds import Allocation, Sparsity
 
     start = time.monotonic()
     require_suffix(args.output, ".sfp", what="'sfp prune'")
-    threshold: Threshold | Pattern
+    threshold: Threshold | Pattern | Allocation
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
     source = Path(args.source)
     require_file(source)
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             file,
             target,
             threshold,
-            scope=args.scope,
+            scope=args.scope or ("tensor" if isinstance(threshold, Allocation) else "model"),
             exempt=args.exempt,
             floor=args.floor,
             keep_importance=not args.drop_importance,
@@ -119,13 +125,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_threshold(words: str) -> Threshold | Pattern:
+def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
     """A threshold as the command line names it.
 
     Raises:
         Trouble: there is none of this name, or its number is none.
         OptionError: its number makes no sense.
     """
+    from ..pruning.allocation import Outliers, Rising
     from ..pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile
 
     plain: dict[str, Threshold] = {"otsu": Otsu(), "otsu-log": Otsu(log=True), "knee": Knee()}
@@ -137,12 +144,19 @@ def parse_threshold(words: str) -> Threshold | Pattern:
             return MeanSigma(float(second))
         if first == "quantile":
             return Quantile(float(second))
+        if first == "outliers":
+            return Outliers(float(second))
+        if first == "rising":
+            return Rising(float(second))
         if colon:
             return Pattern(int(first), int(second))
     except ValueError as error:
         if isinstance(error, SfpError):
             raise
-    raise Trouble(f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, N:M")
+    raise Trouble(
+        f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, "
+        "outliers:S, rising:S, N:M"
+    )
 
 
 def parse_shares(words: str) -> tuple[float, ...]:

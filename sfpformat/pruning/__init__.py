@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .allocation import Outliers, Rising
     from .calibration import Statistics, statistics
     from .files import Repruned, reprune
     from .gates import GATES
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .scores import fisher, magnitude, wanda
     from .task import CLASSIFY, Task
     from .thresholds import (
+        Allocation,
         Knee,
         MeanSigma,
         Otsu,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 # Module -> the names that are the package's too.
 _NAMES = {
+    "allocation": ("Outliers", "Rising"),
     "calibration": ("Statistics", "statistics"),
     "files": ("Repruned", "reprune"),
     "gates": ("GATES",),
@@ -50,7 +53,7 @@ _NAMES = {
     "scores": ("fisher", "magnitude", "wanda"),
     "task": ("CLASSIFY", "Task"),
     "thresholds": (
-        *("Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
+        *("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
         *("achieved", "masks_of"),
     ),
     "tuning": ("Tuning", "fine_tune", "fit_factors", "fit_multipliers", "scaled"),
@@ -61,14 +64,17 @@ __all__ = [
     "BOUNDARIES",
     "CLASSIFY",
     "GATES",
+    "Allocation",
     "Knee",
     "LayerwiseResult",
     "Learned",
     "MeanSigma",
     "Otsu",
+    "Outliers",
     "Pattern",
     "Quantile",
     "Repruned",
+    "Rising",
     "Settings",
     "Sparsity",
     "Statistics",

@@ -23,7 +23,7 @@ from ..errors import OptionError
 from ..names import require_matches
 from ..reader import SfpFile
 from ..writer import Writer
-from .thresholds import Numbers, Pattern, Threshold, masks_of, pattern_dim
+from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of, pattern_dim
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Repruned:
 def reprune(
     file: SfpFile,
     target: str | os.PathLike[str],
-    threshold: Threshold | Pattern | float,
+    threshold: Threshold | Pattern | Allocation | float,
     *,
     scope: str = "model",
     exempt: str | Sequence[str] = (),

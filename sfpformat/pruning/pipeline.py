@@ -19,8 +19,8 @@ from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
 from ..torch.ties import TiedNames
 from .grades import graded, options_for_grades
-from .layers import chosen_tensors, chosen_weights, layout_of, require_masks, require_shapes
-from .thresholds import Numbers, Pattern, Threshold, masks_of
+from .layers import Layout, chosen_tensors, chosen_weights, layout_of, require_masks, require_shapes
+from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of
 from .tuning import Masks
 
 _torch: Any = torch.nn.utils.prune  # its functions have no types
@@ -30,7 +30,7 @@ _MASK, _ORIGINAL = "_mask", "_orig"  # what torch.nn.utils.prune adds to names
 def prune(
     model: nn.Module,
     importances: Mapping[str, Tensor],
-    threshold: Threshold | Pattern | float,
+    threshold: Threshold | Pattern | Allocation | float,
     *,
     scope: str = "model",
     exempt: str | Sequence[str] = (),
@@ -47,7 +47,7 @@ def prune(
     Args:
         model: any module.
         importances: by parameter name, of the parameters' shapes; every name of a tied parameter will do.
-        threshold, scope, floor: as in `thresholds.masks_of`.
+        threshold, scope, floor: as in `thresholds.masks_of`; rows are the inputs of one output.
         exempt: patterns of the model's parameter names that are not pruned.
 
     Returns:
@@ -64,6 +64,8 @@ def prune(
     require_shapes(weights, importances, "importance")
     chosen = _not_exempt(model, importances, (exempt,) if isinstance(exempt, str) else tuple(exempt))
     layouts = {name: layout_of(model, name) for name in chosen}
+    if scope == "row" and not isinstance(threshold, Pattern):
+        return _pruned_by_rows(model, weights, importances, layouts, threshold, floor)
     found = masks_of(
         {name: as_numbers(importances[name]) for name in chosen},
         threshold,
@@ -73,6 +75,32 @@ def prune(
         along={name: (layout.inputs, layout.groups) for name, layout in layouts.items()},
     )
     masks = {name: torch.from_numpy(mask).to(weights[name].device) for name, mask in found.items()}
+    apply_masks(model, masks)
+    return masks
+
+
+def _pruned_by_rows(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    importances: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout],
+    threshold: Threshold | Allocation | float,
+    floor: float,
+) -> dict[str, Tensor]:
+    """Prunes each output's inputs, wherever a layer stores them."""
+
+    def rows(tensors: Mapping[str, Tensor]) -> dict[str, Numbers]:
+        return {
+            name: as_numbers(layout.matrix(tensors[name]) if tensors[name].dim() > 1 else tensors[name])
+            for name, layout in layouts.items()
+        }
+
+    found = masks_of(rows(importances), threshold, scope="row", floor=floor, tiebreak=rows(weights))
+    masks = {}
+    for name, layout in layouts.items():
+        mask, weight = torch.from_numpy(found[name]), weights[name]
+        mask = layout.back(mask, weight).contiguous() if weight.dim() > 1 else mask
+        masks[name] = mask.to(weight.device)
     apply_masks(model, masks)
     return masks
 

@@ -16,7 +16,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ F64 = NDArray[np.float64]
 # The dimension of a tensor's inputs, and in how many separate groups of equal size they lie.
 Along = tuple[int, int]
 
-SCOPES = ("model", "tensor")
+SCOPES = ("model", "tensor", "row")
 
 # A tensor of rank 3 with more in its last dimension is no kernel of a convolution but a stack of matrices.
 _LONGEST_KERNEL = 128
@@ -172,9 +172,21 @@ def pattern_dim(shape: Sequence[int]) -> int:
     return 1 if len(shape) > 1 else 0
 
 
+@runtime_checkable
+class Allocation(Protocol):
+    """How much each tensor loses; within it, or within each of its rows, the least importances go."""
+
+    def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
+        """The sparsity of each tensor, from 0 to 1, by name.
+
+        Args:
+            importances: finite, by name, in the order of the model's layers.
+        """
+
+
 def masks_of(
     importances: Mapping[str, Numbers],
-    threshold: Threshold | Pattern | float,
+    threshold: Threshold | Pattern | Allocation | float,
     *,
     scope: str = "model",
     exempt: str | Sequence[str] = (),
@@ -187,11 +199,14 @@ def masks_of(
     Args:
         importances: tensor name -> finite numbers of any shape; greater ones matter more.
         threshold: the rule; a number is the share of a `Sparsity`.
-        scope: ``model`` for one threshold over all tensors, or ``tensor`` for one in each.
+        scope: ``model`` for one threshold over all tensors, ``tensor`` for one in each, or ``row`` for one in
+            each row, which are the positions of one index in the first dimension, and in a stack of matrices
+            the rows of each. An `Allocation` has a threshold in each tensor or row.
         exempt: patterns of names (as a shell's) that are not pruned; they have no part in the distribution
             and no mask.
-        floor: the share of its positions that each tensor keeps at least. Over the model, what the floor
-            keeps is pruned elsewhere instead, so that the whole loses as many as without.
+        floor: the share of its positions that each tensor keeps at least, or each row, where that is the
+            scope. Over the model, what the floor keeps is pruned elsewhere instead, so that the whole loses
+            as many as without.
         tiebreak: numbers by name that settle equal importances, such as magnitudes, of any shape with one
             number or as many as the importance has.
         along: where a `Pattern` runs, by name; of others, along `pattern_dim`.
@@ -228,18 +243,29 @@ def masks_of(
         if floor > rule.keep / rule.of:
             raise OptionError(f"floor is {floor}, but {rule.keep}:{rule.of} keeps {rule.keep / rule.of:.3g}")
         return _patterned(chosen, rule, along or {}, ties)
+    rules: dict[str, Threshold]
+    if isinstance(rule, Allocation):
+        if scope == "model":
+            raise OptionError(f"{rule!r} gives each tensor its own sparsity: take the scope tensor or row")
+        rules = {name: Sparsity(share) for name, share in rule.shares(chosen).items()}
+    else:
+        rules = dict.fromkeys(chosen, rule)
+    if scope == "row":
+        return {name: _rows_masked(array, rules[name], floor, ties[name]) for name, array in chosen.items()}
     groups = [list(chosen)] if scope == "model" else [[name] for name in chosen]
     out: dict[str, Mask] = {}
     for names in groups:
-        out |= _masks_of_group({name: chosen[name] for name in names}, rule, floor, ties)
+        out |= _masks_of_group({name: chosen[name] for name in names}, rules[names[0]], floor, ties)
     return out
 
 
-def _rule(threshold: Any) -> Threshold | Pattern:
+def _rule(threshold: Any) -> Threshold | Pattern | Allocation:
     if _is_number(threshold):
         return Sparsity(float(threshold))
     if isinstance(threshold, type):
         raise OptionError(f"the threshold is the class {threshold.__name__}; give {threshold.__name__}(…)")
+    if isinstance(threshold, Allocation):
+        return threshold
     # Strings and sequences have a method of this name, which counts something else.
     countable = callable(getattr(threshold, "count", None)) and not isinstance(
         threshold, (str, bytes, Sequence)
@@ -286,6 +312,40 @@ def achieved(masks: Mapping[str, Mask]) -> float:
     return 1 - kept / positions if positions else 0.0
 
 
+def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 | None) -> Mask:
+    """The mask of a tensor whose rows have a threshold each."""
+    if not array.size:
+        return np.ones(array.shape, np.bool_)
+    stacked = array.ndim > 2 and pattern_dim(array.shape) == 2
+    shape = (-1, array.shape[-1]) if stacked or array.ndim < 2 else (array.shape[0], -1)
+    rows = array.reshape(shape).astype(np.float64)
+    second = np.zeros(rows.shape) if ties is None else ties.reshape(rows.shape)
+    order = np.lexsort((second, rows), axis=-1)
+    width = rows.shape[1]
+    most = width - math.ceil(floor * width)
+    mask = np.ones(rows.shape, np.bool_)
+    fewer = 0
+    for row, places in enumerate(order):
+        count = _counted(threshold, rows[row, places])
+        fewer += count > most
+        mask[row, places[: min(count, most)]] = False
+    if fewer:
+        warn(f"the floor {floor} keeps more than the threshold leaves, in {fewer:,} of {len(rows):,} rows")
+    return mask.reshape(array.shape)
+
+
+def _counted(threshold: Threshold, ascending: F64) -> int:
+    """How many go.
+
+    Raises:
+        OptionError: the threshold gives no number of them.
+    """
+    count = threshold.count(ascending)
+    if not isinstance(count, numbers.Integral) or not 0 <= count <= len(ascending):
+        raise OptionError(f"{threshold!r} prunes {count!r} of {len(ascending):,} positions")
+    return int(count)
+
+
 def _masks_of_group(
     arrays: Mapping[str, Numbers], threshold: Threshold, floor: float, ties: Mapping[str, F64 | None]
 ) -> dict[str, Mask]:
@@ -296,10 +356,8 @@ def _masks_of_group(
     if not len(values):
         return {name: np.ones(array.shape, np.bool_) for name, array in arrays.items()}
     order = np.lexsort((_seconds(arrays, ties), values))
-    count = threshold.count(values[order])
-    if not isinstance(count, numbers.Integral) or not 0 <= count <= len(values):
-        raise OptionError(f"{threshold!r} prunes {count!r} of {len(values):,} positions")
-    going = _going(order, owner, sizes, int(count), floor)
+    count = _counted(threshold, values[order])
+    going = _going(order, owner, sizes, count, floor)
     if len(going) < count:
         warn(
             f"the floor {floor} keeps more than the threshold leaves: {len(going):,} positions are pruned, "

@@ -1,0 +1,92 @@
+"""How much each tensor loses of what the model is to lose: thresholds of their own. Numpy alone.
+
+Rules: an allocation gives each tensor a sparsity, so that all together lose the share asked for, to the
+nearest whole number in each tensor or row; within these the least importances go. So importances that are
+comparable within a tensor or a row alone, such as Wanda's, get a budget for each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import OptionError
+from .thresholds import Numbers, require_share
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Tensors with more outliers lose less (Yin et al., Outlier Weighed Layerwise Sparsity, 2023).
+
+    An outlier is an importance above ``multiple`` times the mean of its tensor. A tensor's sparsity falls
+    linearly with its share of outliers; from the greatest sparsity to the least it is twice the spread. Made
+    for Wanda's importances.
+
+    Attributes:
+        share: of all positions that goes.
+        spread: half of the way from the least sparsity of a tensor to the greatest.
+        multiple: of a tensor's mean importance, above which one is an outlier.
+    """
+
+    share: float
+    spread: float = 0.08
+    multiple: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_share("share", self.share)
+        require_share("spread", self.spread)
+        if not 0 < self.multiple < math.inf:
+            raise OptionError(f"multiple is {self.multiple}, must be above 0 and finite")
+
+    def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
+        """As `thresholds.Allocation`."""
+        ratios = {name: self._ratio(array) for name, array in importances.items()}
+        low, high = min(ratios.values(), default=0.0), max(ratios.values(), default=0.0)
+        scale = 2 * self.spread / (high - low) if high > low else 0.0
+        wanted = {name: -scale * ratio for name, ratio in ratios.items()}
+        return _allocated(wanted, {name: array.size for name, array in importances.items()}, self.share)
+
+    def _ratio(self, array: Numbers) -> float:
+        values = np.maximum(array.astype(np.float64), 0)  # what is pruned already may be negative
+        return float((values > self.multiple * values.mean()).mean()) if values.size else 0.0
+
+
+@dataclass(frozen=True)
+class Rising:
+    """Tensors lose more, the later they are: sparsities rise by equal steps (as in ATP, Huang et al., 2025).
+
+    Attributes:
+        share: of all positions that goes.
+        rise: from the first tensor's sparsity to the last's; negative to fall.
+    """
+
+    share: float
+    rise: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_share("share", self.share)
+        if not -1 <= self.rise <= 1:
+            raise OptionError(f"rise is {self.rise}, must be from -1 to 1")
+
+    def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
+        """As `thresholds.Allocation`."""
+        last = max(len(importances) - 1, 1)
+        wanted = {name: self.rise * place / last for place, name in enumerate(importances)}
+        return _allocated(wanted, {name: array.size for name, array in importances.items()}, self.share)
+
+
+def _allocated(wanted: Mapping[str, float], sizes: Mapping[str, int], share: float) -> dict[str, float]:
+    """Sparsities that differ as wanted, moved together and clipped to 0 and 1: the whole loses the share."""
+    total = sum(sizes.values())
+
+    def lost(shift: float) -> float:
+        return sum(size * min(max(wanted[name] + shift, 0.0), 1.0) for name, size in sizes.items())
+
+    low, high = -1 - max(wanted.values(), default=0.0), 1 - min(wanted.values(), default=0.0)
+    for _ in range(60):  # halves the interval to the precision of float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if lost(middle) < share * total else (low, middle)
+    return {name: min(max(value + high, 0.0), 1.0) for name, value in wanted.items()}
