@@ -141,7 +141,7 @@ def test_a_warning_lists_some_names_and_counts_the_rest(tmp_path: Path, capsys: 
     err = capsys.readouterr().err
     assert "(3,000): 'layers.0000.mtp'," in err
     assert "and 2,990 more; --strict-index" in err
-    assert len(err) < 600
+    assert len(err) - len(str(tmp_path)) < 600
 
 
 def test_an_index_of_another_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
