@@ -95,7 +95,7 @@ class LimitError(FileFault):
 
 
 class OptionError(SfpError, ValueError):
-    """A writer was asked for something that it cannot do with this tensor."""
+    """A caller's argument is wrong, or does not fit the tensor that it is for."""
 
 
 class UnknownPresetError(OptionError, KeyError):

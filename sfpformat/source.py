@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 
-from .errors import ClosedFileError, fault
+from .errors import ClosedFileError, OptionError, fault
 from .positional import PositionalFile
 
 Buffer = bytes | bytearray | memoryview
@@ -32,12 +33,30 @@ class Source(Protocol):
 
 
 def open_source(readable: Readable) -> Source:
-    """The source for whatever a reader was given."""
+    """The source for what a reader was given.
+
+    Raises:
+        OptionError: it is no path, bytes or stream; or a stream of text, a pipe, write-only or closed.
+        OSError: it cannot be read.
+    """
     if isinstance(readable, (str, os.PathLike)):
         return _FileSource(readable)
-    if hasattr(readable, "seek") and hasattr(readable, "read") and not _is_buffer(readable):
-        return _ObjectSource(cast(BinaryIO, readable))
-    return _BufferSource(memoryview(cast(Buffer, readable)).cast("B"))
+    if _is_buffer(readable):
+        return _BufferSource(memoryview(cast(Buffer, readable)).cast("B"))
+    _require_readable(readable)
+    return _ObjectSource(cast(BinaryIO, readable))
+
+
+def _require_readable(stream: Any) -> None:
+    if isinstance(stream, io.TextIOBase) or not (hasattr(stream, "seek") and hasattr(stream, "read")):
+        kind = type(stream).__name__
+        raise OptionError(f"cannot read a {kind}: give a path, bytes, or a stream opened with mode 'rb'")
+    if getattr(stream, "closed", False):
+        raise OptionError("the stream is closed")
+    if hasattr(stream, "readable") and not stream.readable():
+        raise OptionError("the stream was opened for writing only; open it with mode 'rb'")
+    if hasattr(stream, "seekable") and not stream.seekable():
+        raise OptionError("the stream cannot seek (a pipe or socket?); give the bytes that it has")
 
 
 def _is_buffer(value: object) -> bool:
