@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, BinaryIO, overload
 
 from .codec.options import PRESETS, ImportanceOptions, Options
 from .errors import (
@@ -22,18 +23,20 @@ from .errors import (
     UnsupportedError,
 )
 from .limits import DEFAULT_LIMITS, Limits
+from .opening import open_any
 from .reader import SfpFile, SfpSlice, TensorInfo
-from .source import Readable
+from .source import Buffer, Readable
 from .validate import Report, validate
 
 if TYPE_CHECKING:
     from .codec.budget import steps_for_budget
+    from .shards import ShardedFile
     from .writer import Writer
 
 __version__ = "1.0.0.dev0"
 
 # Imported when they are first asked for: who only reads does without the encoder, a third of all modules.
-_MODULE_OF = {"Writer": ".writer", "steps_for_budget": ".codec.budget"}
+_MODULE_OF = {"ShardedFile": ".shards", "Writer": ".writer", "steps_for_budget": ".codec.budget"}
 
 # Without `open`, which must not hide Python's own in ``from sfpformat import *``.
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "SfpFile",
     "SfpSlice",
     "SfpWarning",
+    "ShardedFile",
     "TensorInfo",
     "UnknownPresetError",
     "UnsupportedError",
@@ -65,17 +69,38 @@ __all__ = [
 ]
 
 
+@overload
+def open(
+    readable: Buffer | BinaryIO,
+    *,
+    limits: Limits = ...,
+    engine: str | None = ...,
+    threads: int | None = ...,
+) -> SfpFile: ...
+
+
+@overload
+def open(
+    readable: str | os.PathLike[str],
+    *,
+    limits: Limits = ...,
+    engine: str | None = ...,
+    threads: int | None = ...,
+) -> SfpFile | ShardedFile: ...
+
+
 def open(
     readable: Readable,
     *,
     limits: Limits = DEFAULT_LIMITS,
     engine: str | None = None,
     threads: int | None = None,
-) -> SfpFile:
-    """Opens an `.sfp` file for reading; only preamble and directory are read.
+) -> SfpFile | ShardedFile:
+    """Opens an `.sfp` file, or a model in shards, for reading; only preamble and directory are read.
 
     Args:
-        readable: a path, bytes, an mmap, or any seekable binary object.
+        readable: the path of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
+            exactly one of these; or bytes, an mmap, or any seekable binary object.
         limits: what a file may claim before it is refused.
         engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best there is; None takes the
             environment variable ``SFPFORMAT_ENGINE``.
@@ -85,9 +110,11 @@ def open(
         InvalidFileError: the file is damaged.
         UnsupportedError: it needs a version or feature that this reader does not know.
         LimitError: it goes beyond a limit.
+        OptionError: a folder has no model or several; a stream that cannot be read at any place.
+        SafetensorsError: an index is not the JSON that it should be.
         OSError: it cannot be read.
     """
-    return SfpFile(readable, limits=limits, engine=engine, threads=threads)
+    return open_any(readable, limits=limits, engine=engine, threads=threads)
 
 
 def __getattr__(name: str) -> object:

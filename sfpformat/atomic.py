@@ -112,12 +112,13 @@ class ReplacedTogether:
         """Begins with the index.
 
         Args:
-            index: its path, links followed.
+            index: its path; links are followed.
 
         Raises:
+            OptionError: something else than a file is there.
             OSError: its temporary file cannot be made.
         """
-        self._new = [AtomicFile(index)]
+        self._new = [AtomicFile(real_target(index))]
 
     @property
     def index(self) -> BinaryIO:

@@ -17,6 +17,7 @@ from .coding.mask import Mask
 from .dtypes import of_numpy
 from .limits import DEFAULT_LIMITS, Limits
 from .names import checked_by_name, require_mapping
+from .opening import open_any
 from .reader import SfpFile
 from .source import Buffer
 
@@ -95,10 +96,17 @@ def load_file(
 ) -> dict[str, NDArray[np.generic]]:
     """All tensors of a file, by name, in the file's order.
 
+    Args:
+        path: of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has one of
+            these.
+        limits, threads, engine: as in `sfpformat.open`.
+
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
+        OptionError: a folder has no model or several.
+        SafetensorsError: an index is not the JSON that it should be.
     """
-    with SfpFile(path, limits=limits, threads=threads, engine=engine) as file:
+    with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from io import FileIO
 
 from .closing import Closing
@@ -24,6 +25,7 @@ class PositionalFile(Closing):
             OSError: it cannot be opened.
         """
         self._file = FileIO(os.fspath(path))
+        weakref.finalize(self, self._file.close)  # a forgotten one is closed without a warning
         self.length = os.fstat(self._file.fileno()).st_size
 
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -42,6 +44,11 @@ class PositionalFile(Closing):
                 break
             filled += got
         return filled
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._file.closed
 
     def close(self) -> None:
         """Closes the file."""

@@ -33,6 +33,7 @@ from .errors import MismatchError, MissingTensorError, placed
 from .limits import DEFAULT_LIMITS, Limits
 from .memory import blocks_of
 from .parallel import for_each
+from .pickling import Settings, reopened
 from .source import Readable, Source, open_source
 from .stored import StoredChunks
 
@@ -72,7 +73,11 @@ class TensorInfo:
 
 
 class SfpFile(Closing):
-    """An open `.sfp` file; a context manager. Made by `sfpformat.open`. Safe to use from several threads."""
+    """An open `.sfp` file; a context manager. Made by `sfpformat.open`. Safe to use from several threads.
+
+    It can be pickled, as workers in other processes need it: they open the file again by its path, and get a
+    `MismatchError` where it was written anew meanwhile. Of bytes in memory up to 64 MiB are pickled.
+    """
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class SfpFile(Closing):
     ) -> None:
         """Opens a file and reads its directory; see `sfpformat.open`."""
         require_name(engine)
+        self._settings = Settings(limits, engine, threads)
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
         # No limit of the sizes of tensors is beyond one of so many bytes.
@@ -100,6 +106,29 @@ class SfpFile(Closing):
     def close(self) -> None:
         """Closes the file; a seekable object that was given stays open."""
         self._source.close()
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Length and directory checksum, which differ where contents do: the directory has all checksums."""
+        return self.preamble.file_length, self.preamble.directory_crc
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How the file is pickled.
+
+        Raises:
+            OptionError: it is read from a stream, or has too many bytes in memory.
+            ClosedFileError: it is closed.
+        """
+        return reopened, (SfpFile, self._source.again(), self._settings, self.identity)
+
+    def file_of(self, name: str) -> SfpFile:
+        """The file that has a tensor: this one; that of a model in shards may be another.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+        """
+        self._require_present(name)
+        return self
 
     # ------------------------------------------------------------------------------------ directory
 
@@ -352,6 +381,10 @@ class SfpSlice:
     def __init__(self, file: SfpFile, entry: TensorEntry) -> None:
         self._file = file
         self._entry = entry
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How the slice is pickled: with its file, which is opened again."""
+        return SfpFile.get_slice, (self._file, self._entry.name)
 
     def get_shape(self) -> list[int]:
         """The tensor's shape."""

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .closing import Closing
-from .codec.decode import Values
+from .codec.decode import TensorDecoder, Values
+from .codec.selection import Selection
+from .coding.bits import Bytes
 from .coding.mask import Mask
 from .coding.quantiser import F32
+from .container.chunk import ChunkIndex
 from .container.entry import TensorEntry
+from .decoding import Into
 from .errors import FileFault, MissingTensorError, fault
 from .limits import DEFAULT_LIMITS, Limits
 from .names import listed, quoted
+from .paths import INDEX_SUFFIX
+from .pickling import Settings, reopened
 from .reader import SfpFile, SfpSlice, TensorInfo
 from .safetensors import SafetensorsError, strict_json
 
-INDEX_SUFFIX = ".index.json"
 # As many bytes as a directory may have: an index says less about a tensor than a directory.
 MAX_INDEX_BYTES = DEFAULT_LIMITS.directory_bytes
 
@@ -134,10 +140,15 @@ class ShardIndex:
         return sorted(set(self.weight_map.values()))
 
     def misplaced(self, found: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
-        """The first tensor that is missing, elsewhere, twice, or not listed, and what is wrong with it.
+        """The first of `all_misplaced`, or None."""
+        return next(self.all_misplaced(found), None)
+
+    def all_misplaced(self, found: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
+        """The tensors that are missing, elsewhere, twice, or not listed, each with what is wrong with it.
 
         Args:
-            found: file name -> names of the tensors that it has.
+            found: file name -> names of the tensors that it has. Nothing is said of tensors that the index
+                lists in other files.
         """
         there: set[str] = set()
         for file, names in found.items():
@@ -146,11 +157,10 @@ class ShardIndex:
                 listed = self.weight_map.get(name)
                 if listed != file:
                     says = "does not list it" if listed is None else f"says {listed!r}"
-                    return name, f"it is in {file!r}, the index {says}"
+                    yield name, f"it is in {file!r}, the index {says}"
         for name, file in self.weight_map.items():
-            if name not in there:
-                return name, f"it is not in {file!r}, where the index says"
-        return None
+            if name not in there and file in found:
+                yield name, f"it is not in {file!r}, where the index says"
 
     def placed(self, found: Mapping[str, Iterable[str]]) -> Placement:
         """Where each tensor is read from when the index decides; see `misplaced` for the strict rule.
@@ -196,7 +206,11 @@ def in_shard(name: str) -> Iterator[None]:
 class ShardedFile(Closing):
     """An open model in several `.sfp` files; a context manager that is used as an `SfpFile` is.
 
+    What takes or gives an entry does so for the shard that has the tensor; offsets are those in that shard.
+    Pickled as an `SfpFile` is.
+
     Attributes:
+        limits: those that the shards were opened with.
         index: the index.
         files: file name -> the open file, in the order of the names.
     """
@@ -216,11 +230,16 @@ class ShardedFile(Closing):
             limits, engine, threads: as in `sfpformat.open`.
 
         Raises:
-            SafetensorsError: the index is not the JSON that it should be.
+            SafetensorsError: the index is not the JSON that it should be, or one of safetensors files.
             InvalidFileError, UnsupportedError, LimitError: a file is damaged, or the index is wrong.
             OSError: a file cannot be read.
         """
-        self.index = ShardIndex.read(path)
+        self.limits = limits
+        self._path, self._settings = os.path.abspath(path), Settings(limits, engine, threads)
+        of_safetensors = os.fspath(path).endswith(f".safetensors{INDEX_SUFFIX}")
+        self.index = ShardIndex.read(path, subfolders=of_safetensors)
+        if of_safetensors:
+            raise SafetensorsError(f"{path} is an index of safetensors files; 'sfp pack' makes .sfp of them")
         self.files: dict[str, SfpFile] = {}
         folder = Path(path).parent
         try:
@@ -238,6 +257,21 @@ class ShardedFile(Closing):
         """Closes all shards."""
         for file in self.files.values():
             file.close()
+
+    @property
+    def identity(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """The name and the `SfpFile.identity` of each shard."""
+        return tuple((name, file.identity) for name, file in self.files.items())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How the model is pickled: its shards are opened again.
+
+        Raises:
+            ClosedFileError: it is closed.
+        """
+        for file in self.files.values():
+            file.__reduce__()
+        return reopened, (ShardedFile, self._path, self._settings, self.identity)
 
     def keys(self) -> list[str]:
         """The names of the tensors, shard by shard, in the order of each."""
@@ -258,9 +292,12 @@ class ShardedFile(Closing):
         Raises:
             MissingTensorError: there is no tensor of that name.
         """
+        return self.files[self._name_of_file(name)]
+
+    def _name_of_file(self, name: str) -> str:
         if name not in self.index.weight_map:
             raise MissingTensorError(f"no tensor {name!r} in the model")
-        return self.files[self.index.weight_map[name]]
+        return self.index.weight_map[name]
 
     def metadata(self) -> dict[str, str]:
         """The metadata of all shards; where two have the same key, those of the first count."""
@@ -298,8 +335,7 @@ class ShardedFile(Closing):
         """The files that have the tensors, and which of them."""
         found: dict[str, list[str]] = {}
         for name in names:
-            self.file_of(name)
-            found.setdefault(self.index.weight_map[name], []).append(name)
+            found.setdefault(self._name_of_file(name), []).append(name)
         return [(self.files[file], some) for file, some in found.items()]
 
     def get_slice(self, name: str) -> SfpSlice:
@@ -317,3 +353,36 @@ class ShardedFile(Closing):
     def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
         """The survivors: positions and weights, as `SfpFile.get_survivors` gives them."""
         return self.file_of(name).get_survivors(name)
+
+    def decode(
+        self, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], into: Into
+    ) -> NDArray[Any]:
+        """The selected positions, as `SfpFile.decode` gives them."""
+        return self.file_of(entry.name).decode(entry, selection, dtype, into)
+
+    def decoder(self, entry: TensorEntry) -> TensorDecoder:
+        """The decoder of a tensor, as `SfpFile.decoder` gives it."""
+        return self.file_of(entry.name).decoder(entry)
+
+    def chunk_offset(self, entry: TensorEntry, k: int) -> int:
+        """Offset of chunk k of a tensor in its shard, as `SfpFile.chunk_offset` gives it."""
+        return self.file_of(entry.name).chunk_offset(entry, k)
+
+    def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
+        """The bytes of chunk k of a tensor, as `SfpFile.read_checked` gives them."""
+        return self.file_of(entry.name).read_checked(entry, k)
+
+    def read_chunks(self, wanted: Sequence[tuple[TensorEntry, int]]) -> list[Bytes]:
+        """The bytes of some chunks, as `SfpFile.read_chunks` gives them."""
+        out = [np.zeros(0, np.uint8)] * len(wanted)
+        places: dict[str, list[int]] = {}
+        for i, (entry, _) in enumerate(wanted):
+            places.setdefault(self._name_of_file(entry.name), []).append(i)
+        for name, here in places.items():
+            for i, data in zip(here, self.files[name].read_chunks([wanted[i] for i in here]), strict=True):
+                out[i] = data
+        return out
+
+    def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
+        """The segment index of chunk k of a tensor, as `SfpFile.read_head` gives it."""
+        return self.file_of(entry.name).read_head(entry, k)

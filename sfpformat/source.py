@@ -12,6 +12,9 @@ import numpy as np
 from .errors import ClosedFileError, OptionError, fault
 from .positional import PositionalFile
 
+# More bytes in memory than these are not pickled.
+MOST_PICKLED = 1 << 26
+
 Buffer = bytes | bytearray | memoryview
 Readable = str | os.PathLike[str] | Buffer | BinaryIO
 
@@ -28,8 +31,16 @@ class Source(Protocol):
             InvalidFileError: E_TRUNCATED when there are fewer; its offset is relative to ``offset``.
         """
 
+    def again(self) -> str | bytes:
+        """What opens the same source in another process: a path, or bytes that are not many.
+
+        Raises:
+            OptionError: there is no such thing.
+            ClosedFileError: the source is closed.
+        """
+
     def close(self) -> None:
-        """Lets go of what the source itself opened."""
+        """Closes what the source itself opened."""
 
 
 def open_source(readable: Readable) -> Source:
@@ -78,6 +89,7 @@ class _FileSource:
     """A file of the source's own."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.path.abspath(path)  # another process may have another folder as its own
         self._file = PositionalFile(path)
         self.length = self._file.length
 
@@ -85,6 +97,11 @@ class _FileSource:
         # Not a bytearray, which would be filled with zeros first.
         view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
         return _require_all(view[: self._file.read_into(view, offset)], size)
+
+    def again(self) -> str:
+        if self._file.closed:
+            raise ClosedFileError(f"{self._path} is closed and cannot be pickled")
+        return self._path
 
     def close(self) -> None:
         self._file.close()
@@ -101,6 +118,16 @@ class _BufferSource:
         if self._view is None:
             raise ClosedFileError("the file is closed")
         return _require_all(self._view[offset : offset + size], size)
+
+    def again(self) -> bytes:
+        if self._view is None:
+            raise ClosedFileError("the file is closed and cannot be pickled")
+        if self.length > MOST_PICKLED:
+            raise OptionError(
+                f"a file of {self.length:,} bytes in memory is not pickled, {MOST_PICKLED:,} at most are; "
+                "open it by its path"
+            )
+        return bytes(self._view)
 
     def close(self) -> None:
         self._view = None
@@ -125,6 +152,9 @@ class _ObjectSource:
                 parts.append(part)
                 left -= len(part)
         return _require_all(b"".join(parts), size)
+
+    def again(self) -> str:
+        raise OptionError("a file that is read from a stream cannot be pickled; open it by its path")
 
     def close(self) -> None:
         self._stream = None

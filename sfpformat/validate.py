@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +20,9 @@ from .container.chunk import excess_in_index
 from .container.directory import entry_faults
 from .container.entry import TensorEntry
 from .container.preamble import SIZE, Preamble
-from .errors import FileFault, placed
+from .errors import FileFault, fault, placed
 from .limits import DEFAULT_LIMITS, Limits
+from .paths import is_index, model_path
 from .reader import SfpFile
 from .source import Readable, open_source
 
@@ -61,6 +65,8 @@ def validate(
 ) -> Report:
     """Checks structure and checksums, decodes everything, and tells whether the file is canonical.
 
+    Of a model in shards the index and all shards are looked at; faults and notes name the shard.
+
     Args:
         readable: as `sfpformat.open` takes it.
         limits: what the file may claim.
@@ -69,7 +75,13 @@ def validate(
 
     Raises:
         OSError: the file cannot be read. Faults of the file are reported, not raised.
+        OptionError: as `sfpformat.open`.
+        SafetensorsError: an index is not the JSON that it should be.
     """
+    if isinstance(readable, (str, os.PathLike)):
+        readable = model_path(readable)
+        if is_index(readable):
+            return _validate_model(readable, limits, engine, progress)
     report = Report()
     try:
         file = SfpFile(readable, limits=limits, engine=engine, threads=1)
@@ -89,6 +101,67 @@ def validate(
     if progress is not None:
         progress(report.bytes, report.bytes)
     return report
+
+
+def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
+    """Whether the shards have what an index says (SPEC.md chapter 18).
+
+    Faults inside the shards are left to `validate`; of a shard without a readable directory nothing is said.
+
+    Args:
+        path: of the index.
+        limits: what a shard may claim.
+
+    Returns:
+        What is wrong, and the names of the shards.
+
+    Raises:
+        SafetensorsError: the index is not the JSON that it should be.
+        OSError: it, or a shard, cannot be read.
+    """
+    from .shards import ShardIndex  # most files are no shards
+
+    report = Report(bytes=path.stat().st_size)
+    try:
+        index = ShardIndex.read(path)
+    except FileFault as error:
+        report.faults.append(error)
+        return report, []
+    found: dict[str, list[str]] = {}
+    for name in index.files():
+        with (
+            contextlib.suppress(FileFault),
+            SfpFile(path.with_name(name), limits=limits, threads=1) as shard,
+        ):
+            found[name] = shard.keys()
+    report.tensors = len(index.weight_map)
+    report.faults += [fault("R-SHD-001", words, tensor=name) for name, words in index.all_misplaced(found)]
+    return report, index.files()
+
+
+def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Progress | None) -> Report:
+    """`validate` of an index and its shards."""
+    whole, names = validate_index(path, limits)
+    shards = [path.with_name(name) for name in names]
+    sizes = [shard.stat().st_size for shard in shards]
+    whole.tensors, whole.bytes = 0, whole.bytes + sum(sizes)
+    before = 0
+    for shard, size in zip(shards, sizes, strict=True):
+
+        def advance(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, whole.bytes)
+
+        report = validate(shard, limits=limits, engine=engine, progress=advance)
+        for error in report.faults:
+            error.detail = f"in {shard.name!r}: {error.detail}"
+        whole.faults += report.faults
+        whole.notes += [note.replace("] ", f"] in {shard.name!r}: ", 1) for note in report.notes]
+        whole.tensors += report.tensors
+        before += size
+    if progress is not None:
+        progress(whole.bytes, whole.bytes)
+    return whole
 
 
 def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> list[FileFault]:

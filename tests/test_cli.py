@@ -132,11 +132,11 @@ def test_version_names_package_and_format(capsys: pytest.CaptureFixture[str]) ->
         (["info", "a", "b"], "unknown: b"),
         (["info"], "which file"),
         (["info", "missing.sfp"], "missing.sfp: No such file"),
-        (["info", "/"], "has no .safetensors file"),
+        (["info", "/"], "has no .safetensors or .sfp file"),
         (["info", os.devnull], "not a file"),
         (["info", "x", "--like", "y", "--bits", "2"], "only 'sfp pack' takes --like"),
         (["verify", "missing.sfp"], "missing.sfp: No such file"),
-        (["verify", "/"], "not a file"),
+        (["verify", "/"], "has no .sfp file"),
         (["diff", "missing.sfp", "b"], "missing.sfp: No such file"),
         (["unpack", "missing.sfp", "-o", "x.safetensors"], "missing.sfp: No such file"),
         (["pack", "missing", "-o", "x.sfp"], "missing: No such file"),
@@ -207,7 +207,7 @@ def test_a_file_without_permission_is_told(
 def test_a_fault_of_the_command_itself_is_one_line_and_on_request_a_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: object) -> None:
+    def broken(path: object, **settings: object) -> None:
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr("sfpformat.cli.info.open_model", broken)
@@ -220,7 +220,7 @@ def test_a_fault_of_the_command_itself_is_one_line_and_on_request_a_traceback(
 def test_too_little_memory_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(path: object) -> None:
+    def greedy(path: object, **settings: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("sfpformat.cli.info.open_model", greedy)
@@ -243,7 +243,11 @@ def test_signals_end_as_a_shell_expects(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number_, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
-        monkeypatch.setattr("sfpformat.cli.info.open_model", lambda path, n=number_: signal.raise_signal(n))
+
+        def interrupted(path: object, n: int = number_, **settings: object) -> None:
+            signal.raise_signal(n)
+
+        monkeypatch.setattr("sfpformat.cli.info.open_model", interrupted)
         handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
         assert run("info", "x") == code
         assert capsys.readouterr().err == "sfp: interrupted\n"

@@ -18,9 +18,10 @@ from sfpformat.engines import decodes_on_device
 from sfpformat.engines.cuda import driver
 from sfpformat.engines.cuda.batch import Running
 from sfpformat.numpy import save
+from sfpformat.opening import open_any
 from sfpformat.shards import ShardIndex
 from sfpformat.torch import device, load, load_model, safe_open, save_model
-from sfpformat.torch.files import TorchFile, open_any
+from sfpformat.torch.files import TorchFile
 
 from .samples import everything, weights
 from .test_torch_files import assert_same

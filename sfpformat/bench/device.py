@@ -47,8 +47,8 @@ def why_not(name: str) -> str | None:
 
 def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
     """All tensors of a file, on a device."""
+    from ..opening import open_any
     from ..torch.device import read_tensors
-    from ..torch.files import open_any
 
     with open_any(readable, threads=threads) as file:
         return read_tensors(file, list(file), device_of(name))

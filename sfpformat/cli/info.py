@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp info --engines", "what can decode here"),
         ),
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, or an .sfp.index.json")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, .sfp.index.json or folder")
     parser.add_argument("--json", action="store_true", help="as JSON: sizes in bytes, parts in bits")
     parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names like this")
     add_limits(parser)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     if args.file is None:
         raise Trouble("which file? (see 'sfp info --help')")
-    with open_model(args.file, limits=limits_of(args.limit)) as model:
+    with open_model(args.file, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise Trouble(f"{args.file}: a safetensors file; 'sfp pack' makes an .sfp file of it")
         reports = report_model(model)

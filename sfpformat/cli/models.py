@@ -19,9 +19,10 @@ from ..container.preamble import MAGIC
 from ..errors import SfpWarning
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
+from ..paths import INDEX_SUFFIX, models_in
 from ..reader import SfpFile
 from ..safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
-from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
+from ..shards import ShardedFile, ShardIndex
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 from .trouble import PathLike, Trouble, about, require_file
 
@@ -253,11 +254,18 @@ def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
     return sorted(set(shards) - set(found))
 
 
-def open_model(path: PathLike, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> Model:
+def open_model(
+    path: PathLike,
+    *,
+    kind: str | None = None,
+    strict_index: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Model:
     """Opens a file, an index, or the one of either that a folder has.
 
     Args:
         path: of the file, index or folder.
+        kind: ``sfp`` or ``safetensors``: what is wanted of a folder that has both.
         strict_index: as in `Model`.
         limits: what an `.sfp` file may claim.
 
@@ -266,7 +274,7 @@ def open_model(path: PathLike, *, strict_index: bool = False, limits: Limits = D
         OSError: it cannot be read.
     """
     path = Path(path)
-    return Model(_model_in(path) if path.is_dir() else path, strict_index=strict_index, limits=limits)
+    return Model(_model_in(path, kind) if path.is_dir() else path, strict_index=strict_index, limits=limits)
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:
@@ -278,16 +286,22 @@ def add_strict_index(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _model_in(folder: Path) -> Path:
-    """The index of a folder, or its one file."""
-    for suffixes in ((f".safetensors{INDEX_SUFFIX}", f".sfp{INDEX_SUFFIX}"), (".safetensors", ".sfp")):
-        found = sorted(path for path in folder.iterdir() if path.name.endswith(suffixes))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(path.name for path in found[:4])
-            raise Trouble(f"{folder}: has several models, name one: {names}{', …' if len(found) > 4 else ''}")
-    raise Trouble(f"{folder}: has no .safetensors file and no index of shards{_instead(folder)}")
+def _model_in(folder: Path, kind: str | None) -> Path:
+    """The one model of a folder; of two of different kinds the one of the kind that is wanted."""
+    there = {"sfp": models_in(folder), "safetensors": _safetensors_in(folder)}
+    found = there.get(kind or "") or [name for names in there.values() for name in names]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise Trouble(f"{folder}: has several models, name one: {listed(found)}")
+    raise Trouble(f"{folder}: has no .safetensors or .sfp file and no index of shards{_instead(folder)}")
+
+
+def _safetensors_in(folder: Path) -> list[str]:
+    """The names of a folder's indices of safetensors; where there is none, of its safetensors files."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    indices = [name for name in names if name.endswith(f".safetensors{INDEX_SUFFIX}")]
+    return indices or [name for name in names if name.endswith(".safetensors")]
 
 
 def _instead(folder: Path) -> str:

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
     limits = limits_of(args.limit)
-    with open_model(args.source, strict_index=args.strict_index) as model:
+    with open_model(args.source, kind="safetensors", strict_index=args.strict_index) as model:
         if model.kind != "safetensors":
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
@@ -166,7 +166,7 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
 def _importances(path: str | None, model: Model) -> Model | None:
     if path is None:
         return None
-    found = open_model(path, strict_index=model.strict_index)
+    found = open_model(path, kind="safetensors", strict_index=model.strict_index)
     try:
         if found.kind != "safetensors":
             raise Trouble(f"{path}: importances must be safetensors")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SfpError
 from ..names import unmatched
-from ..reader import SfpFile
+from ..opening import open_any
+from ..paths import model_path
+from ..shards import ShardedFile, index_name, shard_name
 from .console import bytes_words, percent, show_json
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Prunes a file further, without the data that its importances were learned from: tensors that
 carry an importance as metadata lose what lies under a threshold, by importance first and by magnitude among
-equals; everything else stays as it is. Survivors keep their values bit for bit.
+equals; everything else stays as it is. Survivors keep their values bit for bit. Of a model in shards each
+shard is written anew, as OUT-00001-of-0000N.sfp with OUT.sfp.index.json beside them, unless --single is
+given.
 
 Importances come into a file by 'sfp pack --importance', or by sfpformat.pruning."""
 
@@ -51,7 +54,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         description=_DESCRIPTION,
         epilog=f"{_THRESHOLDS}\n\n{_EXAMPLES}",
     )
-    parser.add_argument("source", metavar="FILE.sfp", help="a file with importances")
+    parser.add_argument("source", metavar="FILE.sfp", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--sparsity", metavar="S", type=float, help="the share that goes, such as 0.9")
@@ -68,6 +71,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "--floor", metavar="F", type=float, default=0.0, help="the share that each tensor keeps at least"
     )
     parser.add_argument("--drop-importance", action="store_true", help="do not keep the survivors'")
+    parser.add_argument("--single", action="store_true", help="one file, also of a model in shards")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     add_limits(parser)
     return parser
@@ -82,10 +86,18 @@ def run(args: argparse.Namespace) -> int:
     require_suffix(args.output, ".sfp", what="'sfp prune'")
     threshold: Threshold | Pattern | Allocation
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
-    source = Path(args.source)
+    with about(args.source):
+        source = model_path(args.source)
     require_file(source)
     target = checked_target(args.output, [source])
-    with about(source), SfpFile(source, limits=limits_of(args.limit)) as file:
+    with about(source), open_any(source, limits=limits_of(args.limit)) as file:
+        shards = list(file.files) if isinstance(file, ShardedFile) else [source.name]
+        sources = [source.with_name(name) for name in shards]
+        sharded = isinstance(file, ShardedFile) and not args.single
+        if sharded:
+            stem = target.with_suffix("")
+            for number in range(1, len(shards) + 1):
+                checked_target(stem.with_name(shard_name(stem.name, number, len(shards))), sources)
         for pattern in args.exempt:
             if not any(fnmatchcase(name, pattern) for name in file):
                 raise Trouble(f"--exempt: {source}: {unmatched(pattern, file)}")
@@ -97,14 +109,16 @@ def run(args: argparse.Namespace) -> int:
             exempt=args.exempt,
             floor=args.floor,
             keep_importance=not args.drop_importance,
+            single=args.single,
         )
-    before, after = source.stat().st_size, target.stat().st_size
+    before, after = (sum(path.stat().st_size for path in paths) for paths in (sources, found.outputs))
+    written = stem.with_name(index_name(stem.name)) if sharded else target
     shares = [count / max(found.positions, 1) for count in (found.before, found.after)]
     seconds = time.monotonic() - start
     if args.json:
         show_json(
             {
-                "output": str(target),
+                "output": str(written),
                 "pruned_tensors": len(found.pruned),
                 "unpruned": [{"name": name, "because": because} for name, because in found.unfit.items()],
                 "positions": found.positions,
@@ -116,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(f"{source.name} → {target.name}")
+    print(f"{source.name} → {written.name}")
     print(
         f"{len(found.pruned)} tensor{'s' * (len(found.pruned) != 1)}, "
         f"{percent(shares[0])} → {percent(shares[1])} pruned; "

@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp unpack model.sfp.index.json -o model.safetensors --sharded", "shard by shard"),
         ),
     )
-    parser.add_argument("source", metavar="FILE", help="an .sfp file, or an .sfp.index.json")
+    parser.add_argument("source", metavar="FILE", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True, help="the file to write")
     parser.add_argument("--sharded", action="store_true", help="a file for each shard, and their index")
     parser.add_argument("--tensor", metavar="GLOB", action="append", help="only tensors with names like this")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs it."""
     start = time.monotonic()
     require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
-    with open_model(args.source, limits=limits_of(args.limit)) as model:
+    with open_model(args.source, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise Trouble(f"{args.source}: is safetensors already")
         for pattern in args.tensor or []:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import MOST_DETAIL, FileFault, SfpError, shortened
+from ..errors import MOST_DETAIL, shortened
 from ..limits import Limits
-from ..shards import INDEX_SUFFIX, ShardedFile, ShardIndex
-from ..validate import Report, validate
+from ..paths import is_index, model_path
+from ..validate import Report, validate, validate_index
 from .console import bytes_words, printable, progress, show_json
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
@@ -32,7 +33,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp verify shards/*.sfp --json", "several files, for a machine"),
         ),
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, or .sfp.index.json")
+    parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, .sfp.index.json, or folders")
     parser.add_argument("--canonical", action="store_true", help="what is not canonical counts as faulty")
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_limits(parser)
@@ -43,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs it."""
     code, results = 0, []
     limits = limits_of(args.limit)
-    for path in (shard for name in args.files for shard in _with_shards(Path(name))):
-        with about(path):
-            report = _validate(path, limits)
+    for path, report in (pair for name in args.files for pair in _reports(Path(name), limits)):
         good = report.canonical if args.canonical else report.ok
         code = code if good else 1
         results.append(_as_json(path, report))
@@ -56,23 +55,24 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _with_shards(path: Path) -> list[Path]:
-    """The file, and after an index its shards."""
-    if not path.name.endswith(INDEX_SUFFIX):
-        return [path]
+def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
+    """A report on the file; or one on the index and on each shard of what is a model in shards."""
     with about(path):
-        try:
-            names = ShardIndex.read(path).files()
-        except FileFault:
-            return [path]
-    return [path, *(path.with_name(name) for name in names)]
+        path = model_path(path)
+    if not is_index(path):
+        yield path, _validate(path, limits)
+        return
+    require_file(path)
+    with about(path):
+        report, shards = validate_index(path, limits)
+    yield path, report
+    for name in shards:
+        yield path.with_name(name), _validate(path.with_name(name), limits)
 
 
 def _validate(path: Path, limits: Limits) -> Report:
     require_file(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        return _validate_index(path, limits)
-    with progress(os.stat(path).st_size, path.name) as shown:
+    with about(path), progress(os.stat(path).st_size, path.name) as shown:
         last = 0
 
         def advance(done: int, total: int) -> None:
@@ -81,20 +81,6 @@ def _validate(path: Path, limits: Limits) -> Report:
             last = done
 
         return validate(path, limits=limits, progress=advance)
-
-
-def _validate_index(path: Path, limits: Limits) -> Report:
-    """Whether the shards have what the index says (SPEC.md chapter 18); faults inside shards are theirs."""
-    report = Report(bytes=os.stat(path).st_size)
-    try:
-        with ShardedFile(path, limits=limits) as model:
-            report.tensors = len(model)
-    except FileFault as error:
-        if error.clause.startswith("R-SHD"):
-            report.faults.append(error)
-    except SfpError:
-        raise
-    return report
 
 
 def _as_json(path: Path, report: Report) -> dict[str, object]:

@@ -9,19 +9,23 @@ by chunk.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..atomic import ReplacedTogether
 from ..codec.options import ImportanceOptions, Options
 from ..coding.quantiser import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..errors import OptionError
 from ..names import require_matches
+from ..paths import SUFFIX
 from ..reader import SfpFile
+from ..shards import ShardedFile, ShardIndex, index_name, shard_name
 from ..writer import Writer
 from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of, pattern_dim
 
@@ -35,17 +39,19 @@ class Repruned:
         unfit: the names of the tensors that a pattern did not fit, which are as they were -> why not.
         positions: of these tensors.
         before, after: how many of those positions were, and are, pruned.
+        outputs: the files that were written, the index of shards left out.
     """
 
     pruned: tuple[str, ...]
     positions: int
     before: int
     after: int
+    outputs: tuple[Path, ...]
     unfit: dict[str, str] = field(default_factory=dict)
 
 
 def reprune(
-    file: SfpFile,
+    file: SfpFile | ShardedFile,
     target: str | os.PathLike[str],
     threshold: Threshold | Pattern | Allocation | float,
     *,
@@ -53,23 +59,27 @@ def reprune(
     exempt: str | Sequence[str] = (),
     floor: float = 0.0,
     keep_importance: bool = True,
+    single: bool = False,
 ) -> Repruned:
     """Writes a file with some of its tensors pruned further.
 
     Args:
-        file: open; the new file keeps to its limits.
-        target: the path of the new file, which appears only when all went well; not that of ``file``.
+        file: open; the new file keeps to its limits. Of a model in shards each shard is written anew.
+        target: the path of the new file, which appears only when all went well; not that of ``file``. Shards
+            are named after it, with an index beside them, so that it ends in ``.sfp``.
         threshold, scope, floor: as in `thresholds.masks_of`; the share of a sparsity counts all positions,
             those included that are pruned already. A pattern runs along `thresholds.pattern_dim`.
         exempt: patterns of the file's tensor names that are not pruned.
         keep_importance: whether the survivors' importances stay in the file.
+        single: whether a model in shards becomes one file.
 
     Memory: all tensors with an importance, and 60 bytes a position of theirs.
 
     Warns: as `thresholds.masks_of`.
 
     Raises:
-        OptionError: no tensor has an importance that is metadata; a threshold that makes no sense.
+        OptionError: no tensor has an importance that is metadata; a threshold that makes no sense; a target
+            that is one of the files read, or cannot name shards.
         InvalidFileError, LimitError, OSError.
     """
     names = [name for name in file if _is_prunable(file.entry(name))]
@@ -92,28 +102,36 @@ def reprune(
         tiebreak={name: _numbers(array) for name, array in tensors.items()},
     )
     masks = {name: mask & alive[name] for name, mask in masks.items()}
-    with Writer(target, metadata=file.metadata(), limits=file.limits) as writer:
-        for name in file:
+
+    def put(names: Iterable[str], writer: Writer) -> None:
+        for name in names:
             entry = file.entry(name)
-            if name in masks:
-                importance = importances[name] if keep_importance else None
-                options = _options(entry, importance)
-                array = np.where(masks[name], tensors[name], tensors[name].dtype.type(0))
-                others = {key: value for key, value in entry.other.items() if key.startswith("x-")}
-                mask = masks[name]
-                writer.add(name, array, options, mask=mask, importance=importance, other=others)
-            else:
+            if name not in masks:
                 _copy(file, entry, writer)
+                continue
+            importance = importances[name] if keep_importance else None
+            options = _options(entry, importance)
+            array = np.where(masks[name], tensors[name], tensors[name].dtype.type(0))
+            keys = {key: value for key, value in entry.other.items() if key.startswith("x-")}
+            writer.add(name, array, options, mask=masks[name], importance=importance, other=keys)
+
+    if isinstance(file, ShardedFile) and not single:
+        outputs = _write_shards(file, Path(target), put)
+    else:
+        outputs = [Path(target)]
+        with Writer(target, metadata=file.metadata(), limits=file.limits) as writer:
+            put(file, writer)
     return Repruned(
         tuple(masks),
         sum(mask.size for mask in masks.values()),
         sum(int(np.count_nonzero(~alive[name])) for name in masks),
         sum(int(np.count_nonzero(~mask)) for mask in masks.values()),
+        tuple(outputs),
         _unfit(file, [name for name in names if name not in masks], threshold),
     )
 
 
-def _unfit(file: SfpFile, names: list[str], threshold: object) -> dict[str, str]:
+def _unfit(file: SfpFile | ShardedFile, names: list[str], threshold: object) -> dict[str, str]:
     """Why a pattern does not fit each of these tensors."""
     if not isinstance(threshold, Pattern):
         return {}
@@ -121,12 +139,37 @@ def _unfit(file: SfpFile, names: list[str], threshold: object) -> dict[str, str]
     return {name: threshold.why_not(shape, (pattern_dim(shape), 1)) for name, shape in shapes.items()}
 
 
+def _write_shards(
+    model: ShardedFile, target: Path, put: Callable[[Iterable[str], Writer], None]
+) -> list[Path]:
+    """Writes a shard for each of a model's, and the index; all take their names together.
+
+    Args:
+        put: writes tensors of some names.
+    """
+    if target.suffix != SUFFIX:
+        raise OptionError(f"{target}: shards need a name that ends in {SUFFIX}; single=True writes one file")
+    stem, count = target.with_suffix(""), len(model.files)
+    weight_map: dict[str, str] = {}
+    outputs = []
+    with ReplacedTogether(stem.with_name(index_name(stem.name))) as new:
+        for number, shard in enumerate(model.files.values(), 1):
+            output = stem.with_name(shard_name(stem.name, number, count))
+            with Writer(new.add(output), metadata=shard.metadata(), limits=model.limits) as writer:
+                put(shard, writer)
+            weight_map |= dict.fromkeys(shard, output.name)
+            outputs.append(output)
+        size = sum(model.entry(name).decoded_bytes for name in model)
+        new.index.write(ShardIndex(weight_map, {"total_size": size}).to_bytes())
+    return outputs
+
+
 def _is_prunable(entry: TensorEntry) -> bool:
     importance = entry.importance
     return importance is not None and importance.role == "metadata"
 
 
-def _importance(file: SfpFile, name: str) -> NDArray[np.float32]:
+def _importance(file: SfpFile | ShardedFile, name: str) -> NDArray[np.float32]:
     importance = file.get_importance(name)
     assert importance is not None
     return importance
@@ -160,7 +203,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
     return options.but(importance=kept)
 
 
-def _copy(file: SfpFile, entry: TensorEntry, writer: Writer) -> None:
+def _copy(file: SfpFile | ShardedFile, entry: TensorEntry, writer: Writer) -> None:
     """A tensor as it is, chunk by chunk."""
     vectors = None if entry.vectors is None else file.read_checked(entry, -1)
     chunks = (file.read_checked(entry, k) for k in range(len(entry.chunks)))

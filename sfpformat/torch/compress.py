@@ -15,9 +15,10 @@ from torch import nn
 from ..codec.options import Options, require_options
 from ..errors import OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
+from ..opening import open_any
 from ..source import Readable
 from . import packed
-from .files import Device, open_any, require_device
+from .files import Device, require_device
 from .kept import KeptWeights
 from .layers import Compressed, compressed_class, dense_names, make_compressed, make_dense
 from .meta import require_none_left

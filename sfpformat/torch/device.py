@@ -86,7 +86,7 @@ def read_tensors(
     made: dict[str, torch.Tensor] = {}
     tensors: list[_Tensor] = []
     for name in names:
-        own = file.file_of(name) if isinstance(file, ShardedFile) else file
+        own = file.file_of(name)
         entry = own.entry(name)
         with placed(tensor=name):
             own.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, own.preamble.directory_offset)

@@ -22,8 +22,9 @@ from ..engines import decodes_on_device
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import checked_by_name, require_mapping
+from ..opening import open_any
 from ..reader import SfpFile, SfpSlice, TensorInfo
-from ..shards import INDEX_SUFFIX, ShardedFile
+from ..shards import ShardedFile
 from ..source import Buffer, Readable
 from ..writer import Writer
 from .sparse import Layout, layout_of, read_sparse
@@ -213,7 +214,8 @@ def load_file(
     """All tensors of a file, by name, in the file's order.
 
     Args:
-        path: of the file, or of the ``.sfp.index.json`` of a model in shards.
+        path: of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has one of
+            these.
         device: where the tensors are to be; ``"meta"`` gives shapes and dtypes without reading data.
         limits, threads, engine: as in `sfpformat.open`.
 
@@ -238,19 +240,6 @@ def load(
         return file.get_tensors()
 
 
-def open_any(
-    readable: Readable,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    threads: int | None = None,
-    engine: str | None = None,
-) -> SfpFile | ShardedFile:
-    """Opens a file, or a model in shards where the path is that of its index."""
-    if isinstance(readable, (str, os.PathLike)) and os.fspath(readable).endswith(INDEX_SUFFIX):
-        return ShardedFile(readable, limits=limits, threads=threads, engine=engine)
-    return SfpFile(readable, limits=limits, threads=threads, engine=engine)
-
-
 class TorchFile(Closing):
     """An open file that gives torch tensors; a context manager, made by `safe_open`. Safe in several threads.
 
@@ -263,11 +252,16 @@ class TorchFile(Closing):
         """Takes a file that is open; ``engine`` as it was opened with."""
         self.file = file
         self.device = device
+        self._engine = engine
         self._on_device = is_decoded_on(device, engine)
 
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How the file is pickled: it is opened again, see `SfpFile`."""
+        return TorchFile, (self.file, self.device, self._engine)
 
     def keys(self) -> list[str]:
         """The names of the tensors, in the order of the file."""
@@ -395,8 +389,7 @@ def safe_open(
     """Opens a file for reading tensor by tensor; only preamble and directory are read.
 
     Args:
-        readable: a path (of a file, or of the ``.sfp.index.json`` of a model in shards), bytes, an mmap, or
-            any seekable binary object.
+        readable: as in `sfpformat.open`.
         framework: ``"pt"``, as safetensors calls torch.
         device: where tensors go.
         limits, threads, engine: as in `sfpformat.open`.

@@ -14,6 +14,7 @@ from ..codec.weights import warn_of_quantised
 from ..errors import MismatchError, OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
+from ..opening import open_any
 from ..writer import Writer
 from .files import (
     Device,
@@ -21,7 +22,6 @@ from .files import (
     Numbers,
     TorchFile,
     add_tensor,
-    open_any,
     outlines,
     require_device,
 )

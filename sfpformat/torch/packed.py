@@ -58,7 +58,7 @@ def cut_out(file: AnyFile, name: str) -> torch.Tensor:
     torch_dtype(file.info(name).dtype)
     sink = MemorySink()
     with Writer(sink, threads=1) as writer:
-        _copy_tensor(file if isinstance(file, SfpFile) else file.file_of(name), name, writer, NAME)
+        _copy_tensor(file.file_of(name), name, writer, NAME)
     return _bytes_tensor(sink.data)
 
 
