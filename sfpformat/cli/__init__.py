@@ -27,6 +27,7 @@ from .trouble import Trouble
 COMMANDS = {
     "pack": "write a safetensors checkpoint as .sfp",
     "prune": "prune a file further, by the importances that it holds",
+    "learn": "learn which weights of a transformers model matter, and prune it",
     "unpack": "write an .sfp file as safetensors",
     "info": "show what a file holds, and which bytes go where",
     "verify": "check a file against the specification",
