@@ -49,6 +49,27 @@ class Dtype:
             raise ValueError(f"{self.name} is not a float type")
         return {64: 11, 32: 8}.get(self.bits) or {"F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5}[self.name]
 
+    def value_of(self, pattern: int) -> float:
+        """The number of a bit pattern of a float type."""
+        return float(np.array(pattern, self.pattern).view(self.numpy))
+
+    @property
+    def greatest(self) -> float:
+        """The greatest finite number of a float type (SPEC.md 25.2)."""
+        if self.nonfinite is None:
+            raise ValueError(f"{self.name} is not a float type")
+        return self.value_of(self.nonfinite - 1)
+
+    @property
+    def least_normal(self) -> float:
+        """The least positive number of a float type that has all bits of its mantissa."""
+        return self.value_of(1 << (self.bits - 1 - self.exponent_bits))
+
+    @property
+    def least(self) -> float:
+        """The least positive number of a float type."""
+        return self.value_of(1)
+
 
 def _plain(name: str, code: str) -> Dtype:
     dtype = np.dtype(code)

@@ -52,7 +52,9 @@ def test_a_target_of_error_is_met(target: float, rate_weight: float) -> None:
 
 def test_the_step_of_a_target_error_keeps_below_it() -> None:
     magnitudes = np.abs(NORMAL.reshape(-1))
-    step = step_for_error(Sampled(magnitudes, len(magnitudes), None, 0.12), -15.0)
+    allowed = 10**-1.5 * float(np.mean(magnitudes.astype(np.float64) ** 2))
+    step = step_for_error(Sampled(magnitudes, len(magnitudes), None, 0.12), allowed)
+    assert step is not None
     numbers = weighing_numbers(magnitudes, step, 0.12)(magnitudes)
     assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
 

@@ -118,6 +118,18 @@ def test_multipliers_are_folded_into_what_is_written_alone(tmp_path: Path) -> No
     np.testing.assert_array_equal(load_file(tmp_path / "a.sfp")["0.weight"], 2 * before.numpy())
 
 
+def test_a_multiplier_that_makes_a_weight_infinite_is_refused_and_the_model_is_as_it_was(
+    tmp_path: Path,
+) -> None:
+    net = nn.Sequential(nn.Linear(8, 8)).half()
+    nn.init.constant_(net[0].weight, 60000)
+    masks = {"0.weight": torch.ones(8, 8, dtype=torch.bool)}
+    with pytest.raises(OptionError, match=r"'0.weight'.*multiplier.*float16"):
+        pack(net, tmp_path / "a.sfp", masks, multipliers={"0.weight": torch.full((8, 8), 2.0)})
+    assert not (tmp_path / "a.sfp").exists()
+    assert (net[0].weight == 60000).all()
+
+
 def test_torchs_masks_are_taken_and_given() -> None:
     net, _ = trained_net()
     torch_prune.l1_unstructured(net[0], "weight", amount=0.4)

@@ -81,10 +81,37 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "a step beyond float32": (one, {"options": Options(quantiser="uniform", step=1e39)}),
     "a step that is 0 in float32": (one, {"options": Options(quantiser="uniform", step=1e-60)}),
     "a step far too small": (one, {"options": Options(quantiser="uniform", step=1e-30)}),
-    "a step whose greatest product is infinite": (
-        great,
-        {"options": Options(quantiser="uniform", step=1.9e38)},
+    "a step beyond float16": (
+        np.full((4, 8), 65504, np.float16),
+        {"options": Options(quantiser="uniform", step=1e5)},
     ),
+    "a step in standard deviations beyond float16": (
+        np.full((4, 8), 65504, np.float16),
+        {"options": Options(quantiser="uniform", step=1.5, scale="row")},
+    ),
+    "doubles below float32": (np.full((4, 8), 1e-60), {"options": Options(quantiser="uniform", bits=4)}),
+    "weights beyond bfloat16 once multiplied": (
+        great.astype(ml_dtypes.bfloat16),
+        {
+            "importance": (np.full(4, 2.0), np.ones(8)),
+            "options": Options(importance=ImportanceOptions(role="multiplier")),
+        },
+    ),
+    "factors that are 0 in float16": (
+        one,
+        {
+            "importance": (np.full(4, 1e-9), np.full(8, 1e9)),
+            "options": Options(importance=ImportanceOptions(dtype="F16")),
+        },
+    ),
+    "an exact importance that is 0 in float16": (
+        one,
+        {
+            "importance": np.full((4, 8), 1e-9, np.float32),
+            "options": Options(importance=ImportanceOptions(quantiser="exact", dtype="F16")),
+        },
+    ),
+    "importances that are 0 in float32": (one, {"importance": np.full((4, 8), 1e-60)}),
     "doubles beyond float32": (
         np.full((4, 8), 1e300),
         {"options": Options(quantiser="uniform", step=1.0)},

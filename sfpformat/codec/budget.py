@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from ..coding.classes import FRACTION
 from ..coding.mask import Mask
 from ..coding.quantiser import F32
+from ..dtypes import DTYPES, of_numpy
 from ..errors import OptionError
 from ..names import checked_by_name
+from .importances import checked_importance
+from .lossy import require_finite, sampled_survivors
 from .options import Options
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
-from .sources import checked_importance, require_finite
 
 # The samples of all tensors together have at most about so many weights: the search goes over them 24 times.
 _ALL_SAMPLES = 1 << 21
@@ -103,17 +105,19 @@ def candidate(
     flat = np.ascontiguousarray(array).reshape(-1)
     require_finite(flat)
     size = min(len(flat), SAMPLE, max(_ALL_SAMPLES // max(tensors, 1), _LEAST_SAMPLE))
-    chosen = np.arange(size) * len(flat) // max(size, 1)
-    alive = flat[chosen] != 0 if mask is None else mask.reshape(-1)[chosen]
-    magnitudes = np.abs(flat[chosen[alive]].astype(np.float32))
+    chosen, represented = sampled_survivors(flat, None if mask is None else mask.reshape(-1), size)
+    magnitudes = np.abs(flat[chosen].astype(np.float32))
     weights, mean = None, np.float32(1)
     if options.weighted is not None:
         if not isinstance(importance, np.ndarray) or importance.shape != array.shape:
             raise OptionError("weighted needs an importance of the tensor's shape")
-        given = error_weights(checked_importance(importance)[chosen[alive]], options.weighted)
+        given = error_weights(checked_importance(importance)[chosen], options.weighted)
         mean = mean_of(given)
         weights = given / mean
-    sample = Sampled(magnitudes, size, weights, options.rate_weight)
+    dtype = of_numpy(flat.dtype)
+    if dtype is None or not dtype.is_float:
+        raise OptionError(f"dtype {flat.dtype} is no float of the format")
+    sample = Sampled(magnitudes, represented, weights, options.rate_weight, dtype)
     return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted))
 
 
@@ -151,7 +155,9 @@ def share_bits(candidates: Iterable[Candidate], bits: float) -> list[float]:
 
 
 def _step(candidate: Candidate, common: float) -> float:
-    """As float32, kept within what numbers of the sample can be coded and what is no infinity."""
-    greatest = float(candidate.sample.magnitudes.max(initial=0))
-    least = greatest / (1 << 24) if greatest else float(np.finfo(np.float32).tiny)
-    return float(np.float32(min(max(common * candidate.unit, least), float(np.finfo(np.float32).max))))
+    """As float32, kept within what numbers of the sample can be coded and what the tensor's dtype holds."""
+    sample, single = candidate.sample, DTYPES["F32"]
+    greatest = float(sample.magnitudes.max(initial=0))
+    least = max(greatest / (1 << 24), single.least) if greatest else single.least_normal
+    most = min(sample.dtype.greatest, single.greatest)
+    return float(np.float32(min(max(common * candidate.unit, least), most)))

@@ -81,10 +81,12 @@ class Options:
         mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
         narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
         trim: of ``exact``: whether segments may leave out mantissa bits that are all zero.
-        step: of ``uniform``: the step.
+        step: of ``uniform``: the step; with a ``scale`` in root mean squares of what shares a factor. Numbers
+            whose product would leave the tensor's dtype are lowered to the greatest that does not.
         bits: about so many bits a position, mask included, index and tables not (``uniform``); 2^(bits - 1)
             centroids (``table``).
-        error_db: target: 10 log10 (mean squared error / mean square) of the survivors.
+        error_db: at most this error, in dB and below 0: 10 log10 (mean squared error / mean square) of the
+            survivors as a reader gives them, before an importance multiplies them; weighed if ``weighted``.
         centroids: of ``table``: how many magnitudes.
         weighted: of ``uniform`` and ``table``: errors count by the importance that comes with the tensor
             (``full``) or by its square root, or all alike (None). The root suits a Fisher information, which
@@ -180,6 +182,8 @@ class Options:
             raise OptionError(f"step is {self.step!r}, must be above 0")
         if self.error_db is not None and not isinstance(self.error_db, Real):
             raise OptionError(f"error_db is {self.error_db!r}, must be a number of dB")
+        if self.error_db is not None and not self.error_db < 0:
+            raise OptionError(f"error_db is {self.error_db}, must be below 0, such as -30")
         if self.bits is not None:
             _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
         if self.centroids is not None:

@@ -35,19 +35,25 @@ from ..parallel import Workers
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .decode import require_valid_vectors
+from .finite import greatest_codable
+from .importances import (
+    ImportanceSource,
+    Multiplier,
+    StoredFactors,
+    checked_factor,
+    checked_importance,
+    importance_source,
+    require_finite_products,
+)
+from .lossy import LossyTensor, require_finite, scaling_of
 from .options import ImportanceOptions, Options
-from .quantise import TableNumbers, UniformNumbers, error_weights
+from .quantise import TableNumbers, error_weights
 from .sources import (
     MAX_DISTINCT,
     ExactSource,
     FingerprintSource,
-    ImportanceSource,
     NumberSource,
     ValueSource,
-    checked_importance,
-    number_source,
-    require_finite,
-    scaling_of,
     value_source,
 )
 from .tables import choose_exact, choose_mask, choose_numbers, takes_more_bits
@@ -56,7 +62,6 @@ Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.float
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
 _NO_FACTORS = np.zeros(0, np.float32)
-_LEAST = np.finfo(np.float32).smallest_subnormal
 # Tensors of fewer bytes are kept raw by coding="auto": tables and index take most of what is saved, and
 # reading those takes longer.
 _MIN_BYTES = 2048
@@ -184,7 +189,8 @@ def _require_readable(plan: Plan) -> None:
         plan.entry.require_valid_streams()
         require_valid_vectors(plan.entry, stored)
     except FileFault as error:
-        raise OptionError(error.detail) from None
+        remedy = "" if error.clause.startswith("R-IMP") else "; use lossless"
+        raise OptionError(f"{error.detail}{remedy}") from None
 
 
 def _flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
@@ -248,9 +254,10 @@ class _Planner:
 
     def plan(self, importance: Importance | None) -> tuple[Plan, int]:
         """The plan, and about how many bits it takes; of several lossless ways the smallest."""
-        plan, bits = self._smallest(self._sources(importance))
-        if importance is not None and self.options.importance is not None:
-            plan, more = self._with_importance(plan, importance, self.options.importance)
+        stored = self._stored_importance(importance)
+        plan, bits = self._smallest(self._sources(importance, stored))
+        if stored is not None:
+            plan, more = self._with_importance(plan, stored, self.options.importance or ImportanceOptions())
             bits += more
         return plan, bits
 
@@ -280,10 +287,62 @@ class _Planner:
         patterns = float_patterns(self.flat, source.dtype)
         return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
 
+    def _stored_importance(self, importance: Importance | None) -> ImportanceSource | StoredFactors | None:
+        """The importance as it will be stored; None where none is.
+
+        Raises:
+            OptionError: it has another shape or cannot be stored, or as a multiplier leaves the tensor's
+                dtype.
+        """
+        entry, options = self.entry, self.options.importance
+        if importance is None or options is None:
+            return None
+        stored: ImportanceSource | StoredFactors
+        if isinstance(importance, tuple):
+            given = self._factors(importance, DTYPES[options.dtype])
+            dtype = DTYPES[options.dtype].numpy
+            stored = StoredFactors(*(f.astype(dtype).astype(np.float32) for f in (given.rows, given.columns)))
+            products = given.stored
+        else:
+            if importance.shape != entry.shape:
+                raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
+            exact_weights = (self.flat, entry.dtype) if self.options.lossless else None
+            stored = importance_source(importance, options, exact_weights)
+            flat = stored.flat
+
+            def products(where: slice | NDArray[np.int64]) -> F32:
+                return flat[where]
+
+        if options.role == "multiplier":
+            exact = self.options.lossless
+            self._require_finite_products(products, exact=exact)
+            if exact and isinstance(stored, StoredFactors):
+                self._require_finite_products(stored.stored, exact=True)
+        return stored
+
+    def _factors(
+        self, factors: tuple[NDArray[np.floating], NDArray[np.floating]], dtype: Dtype
+    ) -> StoredFactors:
+        entry = self.entry
+        if not entry.positions:  # an empty tensor's factors have no elements (SPEC.md 15.3)
+            return StoredFactors(_NO_FACTORS, _NO_FACTORS)
+        sizes = {"importance rows": entry.rows, "importance columns": entry.columns}
+        return StoredFactors(
+            *(checked_factor(name, f, n, dtype) for (name, n), f in zip(sizes.items(), factors, strict=True))
+        )
+
+    def _require_finite_products(self, multiplier: Multiplier, *, exact: bool) -> None:
+        require_finite_products(self.flat, self.entry.dtype, multiplier, self.given_mask, exact=exact)
+
     def _sources(
-        self, importance: Importance | None
+        self, importance: Importance | None, stored: ImportanceSource | StoredFactors | None
     ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
-        """What can turn the tensor into levels, each with its vectors."""
+        """What can turn the tensor into levels, each with its vectors.
+
+        Args:
+            importance: as given, by which errors may be weighed.
+            stored: as it will be stored, by which weights may be multiplied.
+        """
         flat, dtype, options = self.flat, self.entry.dtype, self.options
         if options.lossless:
             # A narrower dtype leaves no room for coarse classes, so it needs codes of some length.
@@ -309,7 +368,11 @@ class _Planner:
             if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
                 raise OptionError("weighted needs an importance of the tensor's shape")
             weights = error_weights(checked_importance(importance), options.weighted)
-        source = number_source(flat, options, self.given_mask, scaling, weights, self.engine)
+        multiplier = None
+        if stored is not None and options.importance is not None and options.importance.role == "multiplier":
+            multiplier = stored.stored
+        tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
+        source = tensor.source(options)
         vectors: dict[str, NDArray[np.generic]] = {}
         if isinstance(source.numbers, TableNumbers):
             vectors["fingerprint centroids"] = source.numbers.centroids
@@ -374,6 +437,10 @@ class _Planner:
         quantiser = source.quantiser
         stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
         bound = fingerprint_bound(quantiser, entry.dtype)
+        if isinstance(quantiser, Uniform):
+            scale = vectors.get("scale", _NO_FACTORS)
+            greatest = greatest_codable(quantiser.step, np.abs(scale).max(initial=0) or np.float32(1))
+            bound = min(bound, 2 * greatest + 2)
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
             quantiser = replace(quantiser, trim=choice.trim)
@@ -397,24 +464,16 @@ class _Planner:
         return used
 
     def _with_importance(
-        self, plan: Plan, importance: Importance, options: ImportanceOptions
+        self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
     ) -> tuple[Plan, int]:
         """The plan with the importance added, and about how many bits that takes."""
         entry = plan.entry
-        if isinstance(importance, tuple):
+        if isinstance(source, StoredFactors):
             dtype = DTYPES[options.dtype]
-            record = ImportanceEntry("factors", options.role, dtype=dtype)
-            entry = replace(entry, importance=record)
-            vectors = dict(plan.vectors)
-            names = ("importance rows", "importance columns")
-            for name, factor, size in zip(names, importance, (entry.rows, entry.columns), strict=True):
-                # An empty tensor's factors have no elements (SPEC.md 15.3).
-                vectors[name] = _checked_factor(name, factor, size) if entry.positions else _NO_FACTORS
+            entry = replace(entry, importance=ImportanceEntry("factors", options.role, dtype=dtype))
+            factors = {"importance rows": source.rows, "importance columns": source.columns}
             bits = 8 * dtype.itemsize * (entry.rows + entry.columns)
-            return replace(plan, entry=entry, vectors=vectors), bits
-        if importance.shape != entry.shape:
-            raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
-        source = _importance_source(importance, options)
+            return replace(plan, entry=entry, vectors={**plan.vectors, **factors}), bits
 
         def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
             assert plan.coded is not None
@@ -442,25 +501,3 @@ class _Planner:
 
 def _survivors_of(mask: Mask) -> Callable[[slice], Mask]:
     return lambda block: mask[block]
-
-
-def _checked_factor(name: str, factor: NDArray[np.floating], size: int) -> F32:
-    if factor.shape != (size,) or not np.isfinite(factor).all():
-        raise OptionError(f"{name} must be {size} finite numbers")
-    with np.errstate(over="ignore"):
-        return np.asarray(factor, np.float32)
-
-
-def _importance_source(importance: NDArray[np.floating], options: ImportanceOptions) -> ImportanceSource:
-    flat = checked_importance(importance, DTYPES[options.dtype] if options.quantiser == "exact" else None)
-    over_survivors = options.over == "survivors"
-    if options.quantiser == "exact":
-        return ImportanceSource(flat + np.float32(0), Exact(DTYPES[options.dtype]), over_survivors)
-    greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
-    most = np.float32((1 << options.bits) - 1)
-    step = np.float32(greatest / most) or (_LEAST if greatest else np.float32(1))
-    # The quotient is rounded: a step too small would give the greatest importance a number too many.
-    while np.floor(greatest / step + np.float32(0.5)) > most:
-        step = np.nextafter(step, np.float32(np.inf))
-    numbers = UniformNumbers(step, np.zeros(0, np.float32))
-    return ImportanceSource(flat, Uniform(step), over_survivors, numbers)

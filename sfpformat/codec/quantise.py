@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.classes import FRACTION, Histogram, entropy_bits, histogram, log2_fixed
-from ..coding.quantiser import F32, uniform_numbers
+from ..coding.quantiser import F32, Uniform, uniform_numbers
+from ..dtypes import DTYPES, Dtype
+from .finite import Reconstruction
 
 F64 = NDArray[np.float64]
 
@@ -139,25 +141,38 @@ class Sampled:
         positions: how many positions they stand for, pruned ones included.
         weights: how much the error of each counts, 1 in the mean, float32; None for all alike.
         rate_weight: as in `Options`.
+        dtype: the tensor's.
+        originals: the magnitudes as they are in the tensor, float64; None where there is no scale.
+        scale: the scale factor of each, or None.
+        multiplier: the importance of each, as stored, where it multiplies the weights; else None.
     """
 
     magnitudes: F32
     positions: int
     weights: F32 | None
     rate_weight: float
+    dtype: Dtype = DTYPES["F32"]
+    originals: F64 | None = None
+    scale: F32 | None = None
+    multiplier: F32 | None = None
 
     def quantiser(self, step: float | np.float32) -> UniformNumbers | WeighedNumbers:
         """The quantiser of the whole tensor with that step."""
         how = weighing_numbers if self.weights is None else weighed_numbers
         return how(self.magnitudes, step, self.rate_weight)
 
-    def numbers(self, step: float) -> NDArray[np.uint32]:
+    def numbers(self, step: float) -> NDArray[np.unsignedinteger]:
         """The numbers of the sample with that step."""
         quantiser = self.quantiser(step)
         if isinstance(quantiser, UniformNumbers):
-            return quantiser(self.magnitudes)
-        assert self.weights is not None
-        return quantiser(self.magnitudes, self.weights)
+            numbers = quantiser(self.magnitudes)
+        else:
+            assert self.weights is not None
+            numbers = quantiser(self.magnitudes, self.weights)
+        return self._reconstruction(step).lowered(numbers, self.scale, self.multiplier)
+
+    def _reconstruction(self, step: float) -> Reconstruction:
+        return Reconstruction(self.dtype, Uniform(np.float32(step)))
 
     def bits(self, step: float) -> int:
         """About how many bits (times 2^16) the sample takes with that step."""
@@ -168,15 +183,16 @@ class Sampled:
         return numbers_bits(counts)
 
     def error(self, step: float) -> float:
-        """The sum of the squared errors with that step, weighed."""
-        return self._weighed_sum(
-            self.magnitudes.astype(np.float64)
-            - self.numbers(step).astype(np.float64) * float(np.float32(step))
-        )
+        """The sum of the squared errors with that step, weighed, before any importance multiplies."""
+        values = self._reconstruction(step).values(self.numbers(step), self.scale, None)
+        return self._weighed_sum(self._originals() - values.astype(np.float64))
 
     def power(self) -> float:
         """The sum of the squares, weighed."""
-        return self._weighed_sum(self.magnitudes.astype(np.float64))
+        return self._weighed_sum(self._originals())
+
+    def _originals(self) -> F64:
+        return self.magnitudes.astype(np.float64) if self.originals is None else self.originals
 
     def _weighed_sum(self, numbers: F64) -> float:
         squares = numbers * numbers
@@ -218,10 +234,11 @@ def step_for_bits(sample: Sampled, bits: float) -> float:
     return turning_point(lambda step: sample.bits(step) <= allowed, _greatest(sample.magnitudes))[1]
 
 
-def step_for_error(sample: Sampled, error_db: float) -> float:
-    """The greatest step found whose mean squared error is at most ``error_db`` under the mean square."""
-    allowed = sample.power() * 10.0 ** (error_db / 10)
-    return turning_point(lambda step: sample.error(step) > allowed, _greatest(sample.magnitudes))[0]
+def step_for_error(sample: Sampled, allowed: float) -> float | None:
+    """The greatest step found whose mean squared error is at most ``allowed``; None where none is."""
+    most = allowed * len(sample.magnitudes)
+    step = turning_point(lambda step: sample.error(step) > most, _greatest(sample.magnitudes))[0]
+    return step if sample.error(step) <= most else None
 
 
 def _greatest(magnitudes: F32) -> float:
@@ -237,7 +254,8 @@ def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[floa
     """
     if greatest == 0.0:
         return 1.0, 1.0
-    low = float(np.float32(greatest / (1 << 20)))
+    least = float(np.finfo(np.float32).smallest_subnormal)
+    low = max(float(np.float32(greatest / (1 << 20))), least)
     high = float(np.float32(min(greatest * 4, float(np.finfo(np.float32).max))))
     if holds(low):
         return low, low

@@ -11,41 +11,22 @@ from numpy.typing import NDArray
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
-from ..coding.quantiser import (
-    F32,
-    Exact,
-    Quantiser,
-    Table,
-    Uniform,
-    float_patterns,
-    scaled_down,
-)
+from ..coding.quantiser import F32, Exact, Quantiser, Table, Uniform, float_patterns, scaled_down
 from ..container.entry import TensorEntry
-from ..container.streams import ScaleEntry
-from ..dtypes import DTYPES, Dtype
+from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
 from ..parallel import Workers
 from .decode import scale_index
-from .options import Options
-from .quantise import (
-    SAMPLE,
-    Sampled,
-    TableNumbers,
-    UniformNumbers,
-    WeighedNumbers,
-    lloyd_max,
-    mean_of,
-    step_for_bits,
-    step_for_error,
-)
+from .finite import Reconstruction
+from .importances import Multiplier
+from .quantise import TableNumbers, UniformNumbers, WeighedNumbers, exact_sum
 
 Flat = NDArray[np.generic]
 
 # A lossless tensor of at most so many different magnitudes may be a table of them.
 MAX_DISTINCT = 1024
 _BLOCK = 1 << 18  # positions looked at together
-_CACHED = 1 << 15  # the same, where what is made of them should stay in the nearest caches
 # Levels of tensors up to so many positions are made once: they are gone through three times.
 _KEPT_LEVELS = 1 << 25
 
@@ -116,10 +97,18 @@ class ExactSource:
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scale of a tensor: its factors, as stored and widened to float32."""
+    """The scale of a tensor.
+
+    Attributes:
+        entry: the tensor's, with the scale.
+        factors: as stored, widened to float32.
+        unit: the root mean square over its factor, a power of two that all factors have in common. A step in
+            root mean squares is stored times this.
+    """
 
     entry: TensorEntry
     factors: F32
+    unit: float = 1.0
 
     def of(self, positions: NDArray[np.int64]) -> F32:
         """The factor of each position."""
@@ -132,20 +121,33 @@ class NumberSource:
 
     Attributes:
         flat: the tensor.
+        dtype: the tensor's.
         quantiser: as stored.
         numbers: magnitude -> number.
         weights: for `WeighedNumbers` how much the error of each position counts, float32, flat; else None.
         scaling: what magnitudes are divided by first, or None.
+        multiplier: the importance of some positions, as stored, where it multiplies the weights; else None.
+        given_step: whether the caller gave the step: it is refused where the only finite number of a weight
+            is 0 although the nearest is another.
         kept: the levels of all positions, if they were made and kept.
     """
 
     flat: Flat
-    quantiser: Quantiser
+    dtype: Dtype
+    quantiser: Uniform | Table
     numbers: UniformNumbers | WeighedNumbers | TableNumbers
     engine: Engine
     weights: F32 | None = None
     scaling: Scaling | None = None
+    multiplier: Multiplier | None = None
+    given_step: bool = False
     kept: list[AnyLevels] = field(default_factory=list)
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """What a reader makes of the numbers."""
+        centroids = self.numbers.centroids if isinstance(self.numbers, TableNumbers) else None
+        return Reconstruction(self.dtype, self.quantiser, centroids)
 
     def survives(self, block: slice) -> Mask:
         if not isinstance(self.numbers, TableNumbers):
@@ -162,13 +164,15 @@ class NumberSource:
         if not isinstance(self.numbers, TableNumbers):
             levels = self._uniform_levels(block)
             return levels if mask is None else self.engine.chosen(levels, mask)
-        values = self.flat[block] if mask is None else self.flat[block][mask]
-        weights = values.astype(np.float32)
-        magnitudes = np.abs(weights)
-        factors = self._factors(block)
-        if factors is not None:
-            magnitudes = scaled_down(magnitudes, factors if mask is None else factors[mask])
-        return self.numbers(magnitudes) * np.uint64(2) + np.signbit(weights)
+        chosen = slice(None) if mask is None else mask
+        weights = self.flat[block][chosen].astype(np.float32)
+        magnitudes, (scale, multiplier) = np.abs(weights), self._factors(block)
+        scale = None if scale is None else scale[chosen]
+        multiplier = None if multiplier is None else multiplier[chosen]
+        if scale is not None:
+            magnitudes = scaled_down(magnitudes, scale)
+        numbers = self.reconstruction.lowered(self.numbers(magnitudes), scale, multiplier)
+        return numbers * np.uint64(2) + np.signbit(weights)
 
     def _uniform_levels(self, block: slice) -> AnyLevels:
         """The levels of all positions of a block, kept where the tensor is not too large."""
@@ -181,43 +185,62 @@ class NumberSource:
 
     def _quantised(self, block: slice) -> AnyLevels:
         weights = self.flat[block].astype(np.float32, copy=False)
-        factors = self._factors(block)
+        scale, multiplier = self._factors(block)
         if isinstance(self.numbers, UniformNumbers):
-            return self.engine.uniform_levels(weights, factors, self.numbers.step, self.numbers.thresholds)
+            levels = self.engine.uniform_levels(weights, scale, self.numbers.step, self.numbers.thresholds)
+            return self._finite(levels, scale, multiplier)
         assert isinstance(self.numbers, WeighedNumbers)
         assert self.weights is not None
         magnitudes = np.abs(weights)
-        if factors is not None:
-            magnitudes = scaled_down(magnitudes, factors)
+        if scale is not None:
+            magnitudes = scaled_down(magnitudes, scale)
         levels = self.numbers(magnitudes, self.weights[block]) * np.uint32(2)
-        return levels + (np.signbit(weights) & (levels > 0))
+        return self._finite(levels + (np.signbit(weights) & (levels > 0)), scale, multiplier)
 
-    def _factors(self, block: slice) -> F32 | None:
-        """What the magnitudes of a block are divided by."""
-        if self.scaling is None:
-            return None
-        return self.scaling.of(np.arange(block.start, min(block.stop, len(self.flat))))
+    def _finite(self, levels: AnyLevels, scale: F32 | None, multiplier: F32 | None) -> AnyLevels:
+        """The levels of a `Uniform`, those lowered that a reader would not make finite."""
+        reconstruction, one = self.reconstruction, levels.dtype.type(1)
+        if not len(levels) or reconstruction.is_finite(int(levels.max()) >> 1, scale, multiplier):
+            return levels
+        nearest = levels >> one
+        numbers = reconstruction.lowered(nearest, scale, multiplier)
+        lost = (numbers == 0) & (nearest > 0)
+        if self.given_step and lost.any():
+            at = int(np.flatnonzero(lost)[0])
+            factor = "" if scale is None else f" times the scale factor {scale[at]!s}"
+            assert isinstance(self.quantiser, Uniform)
+            raise OptionError(
+                f"a step of {self.quantiser.step!s}{factor} is too great for {self.dtype.name}; "
+                "use a smaller step"
+            )
+        return np.asarray(numbers << one | (levels & one & (numbers > 0)), levels.dtype)
 
+    def mean_error(self, mask: Mask | None) -> float:
+        """The mean of the squared errors of the survivors, weighed by `weights`, before any importance
+        multiplies.
 
-@dataclass(frozen=True)
-class ImportanceSource:
-    """The importance levels of a tensor: numbers of a uniform quantiser, or bit patterns."""
+        Args:
+            mask: the survivors, flat; None: what is not zero.
+        """
+        error, count = 0.0, 0
+        for start in range(0, len(self.flat), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(self.flat)))
+            originals = self.flat[block].astype(np.float64)
+            alive = originals != 0 if mask is None else mask[block]
+            levels = self.levels(block, None)
+            numbers = levels >> levels.dtype.type(1)
+            scale, _ = self._factors(block)
+            values = self.reconstruction.values(numbers, scale, None).astype(np.float64)
+            squares = np.square(np.abs(originals) - values)[alive]
+            error += exact_sum(squares if self.weights is None else squares * self.weights[block][alive])
+            count += len(squares)
+        return error / max(count, 1)
 
-    flat: F32
-    quantiser: Quantiser
-    over_survivors: bool
-    numbers: UniformNumbers | None = field(default=None)
-
-    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """The levels of a block, of `exact` the bit patterns: of its survivors, or of all its positions."""
-        values = self.flat[block]
-        if mask is not None and self.over_survivors:
-            values = values[mask]
-        if isinstance(self.quantiser, Exact):
-            coded = self.quantiser.dtype
-            return float_patterns(values.astype(coded.numpy), coded)
-        assert self.numbers is not None
-        return self.numbers(values)
+    def _factors(self, block: slice) -> tuple[F32 | None, F32 | None]:
+        """What the numbers of a block are multiplied by: scale factors and importances, or None."""
+        block = slice(block.start, min(block.stop, len(self.flat)))
+        scale = None if self.scaling is None else self.scaling.of(np.arange(block.start, block.stop))
+        return scale, None if self.multiplier is None else self.multiplier(block)
 
 
 @dataclass(frozen=True)
@@ -311,105 +334,3 @@ def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: 
     if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
         return None
     return ValueSource(flat, dtype, magnitudes, values, engine)
-
-
-def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
-    """The scale that the options ask for: root mean squares of what shares a factor, survivors only."""
-    if options.scale is None:
-        return None
-    per = options.scale if isinstance(options.scale, str) else "group"
-    size = 0 if isinstance(options.scale, str) else int(options.scale)
-    dtype = DTYPES[options.scale_dtype]
-    shaped = replace(entry, scale=ScaleEntry(per, size, dtype))
-    count = next(v.size for v in shaped.vector_list() if v.name == "scale")
-    squares, counts = np.zeros(count), np.zeros(count, np.int64)
-    for start in range(0, len(flat), SAMPLE):
-        block = slice(start, min(start + SAMPLE, len(flat)))
-        index = scale_index(shaped, np.arange(block.start, block.stop))
-        values = flat[block].astype(np.float64)
-        alive = values != 0 if mask is None else mask[block]
-        squares += np.bincount(index[alive], values[alive] ** 2, count)
-        counts += np.bincount(index[alive], minlength=count)
-    with np.errstate(over="ignore"):
-        factors = np.sqrt(squares / np.maximum(counts, 1)).astype(dtype.numpy).astype(np.float32)
-    return Scaling(shaped, np.minimum(factors, np.finfo(np.float32).max / 4))
-
-
-def require_finite(flat: Flat) -> None:
-    """Refuses what a lossy quantiser cannot take."""
-    for start in range(0, len(flat), _CACHED):
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = flat[start : start + _CACHED].astype(np.float32, copy=False)
-            extremes = np.array([values.min(), values.max()])  # both are NaN where one value is
-        if not np.isfinite(extremes).all():
-            raise OptionError(
-                "a lossy quantiser takes finite float32 only, no infinities or NaNs; leave the tensor out of "
-                "the lossy options, such as by options={name: ...} for the others"
-            )
-
-
-def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = None) -> F32:
-    """An importance as flat float32, through a narrower dtype where it is kept in one."""
-    with np.errstate(over="ignore"):
-        flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
-        if dtype is not None:
-            flat = flat.astype(dtype.numpy).astype(np.float32)
-    if not np.isfinite(flat).all() or (flat < 0).any():
-        raise OptionError("importances must be finite and not negative")
-    return flat
-
-
-def number_source(
-    flat: Flat,
-    options: Options,
-    mask: Mask | None,
-    scaling: Scaling | None,
-    weights: F32 | None,
-    engine: Engine,
-) -> NumberSource:
-    """The source of a lossy quantiser, its step or centroids chosen on a sample.
-
-    Args:
-        flat: the tensor.
-        mask: the caller's mask, or None.
-        scaling: what magnitudes are divided by.
-        weights: how much the error of each position counts, flat, or None for all alike.
-    """
-    if options.step is not None and not options.rate_weight:  # nothing to be chosen
-        numbers = UniformNumbers(_checked_step(options.step), np.zeros(0, np.float32))
-        return NumberSource(flat, Uniform(numbers.step), numbers, engine, scaling=scaling)
-    size = min(len(flat), SAMPLE)
-    chosen = np.arange(size) * len(flat) // max(size, 1)
-    alive = flat[chosen] != 0 if mask is None else mask[chosen]
-    positions = chosen[alive]
-    magnitudes = np.abs(flat[positions].astype(np.float32))
-    if scaling is not None:
-        magnitudes = scaled_down(magnitudes, scaling.of(positions))
-    if options.quantiser == "table":
-        count = options.centroids or max(round(2 ** (options.bits or 1)) // 2, 1)
-        centroids = lloyd_max(magnitudes, count, None if weights is None else weights[positions])
-        if not len(centroids):
-            centroids = np.zeros(1, np.float32)
-        return NumberSource(flat, Table(len(centroids)), TableNumbers(centroids), engine, scaling=scaling)
-    if weights is not None:
-        weights = weights / mean_of(weights[positions])
-    some = Sampled(
-        magnitudes, len(chosen), None if weights is None else weights[positions], options.rate_weight
-    )
-    if options.step is not None:
-        step = options.step
-    elif options.bits is not None:
-        step = step_for_bits(some, options.bits)
-    else:
-        assert options.error_db is not None
-        step = step_for_error(some, options.error_db)
-    quantiser = some.quantiser(_checked_step(step))
-    return NumberSource(flat, Uniform(quantiser.step), quantiser, engine, weights, scaling)
-
-
-def _checked_step(step: float) -> np.float32:
-    with np.errstate(over="ignore"):
-        rounded = np.float32(step)
-    if not 0 < rounded < np.inf:
-        raise OptionError(f"a step of {step} is no float32 above 0")
-    return rounded

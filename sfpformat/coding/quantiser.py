@@ -210,7 +210,7 @@ def fingerprint_values(
         exact = levels_to_patterns(levels, quantiser.dtype).view(quantiser.dtype.numpy)
         if quantiser.dtype != dtype:
             exact = exact.astype(dtype.numpy)
-        return exact if multiplier is None else _multiply_exact(exact, multiplier, dtype)
+        return exact if multiplier is None else multiplied(exact, multiplier, dtype)
     values = magnitudes(levels >> np.uint64(1), quantiser, centroids)
     np.negative(values, out=values, where=(levels & np.uint64(1)).astype(bool))
     if scale is not None:
@@ -221,8 +221,8 @@ def fingerprint_values(
     return round_to(values, dtype)
 
 
-def _multiply_exact(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDArray[np.generic]:
-    """Multiplies what is finite; an infinity or a NaN stays as it is (R-REC-004)."""
+def multiplied(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDArray[np.generic]:
+    """Exact weights times their importances; an infinity or a NaN stays as it is (R-REC-004)."""
     wide = np.float64 if dtype.name == "F64" else np.float32
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(exact)

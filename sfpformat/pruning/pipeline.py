@@ -236,13 +236,23 @@ class _folded:
     """Context manager: the model's weights times multipliers, put back afterwards."""
 
     def __init__(self, model: nn.Module, multipliers: Mapping[str, Tensor]) -> None:
-        self._multipliers = multipliers
+        """Multiplies nothing yet.
+
+        Raises:
+            OptionError: a finite weight times its multiplier is not finite in the weight's dtype.
+        """
         self._weights = chosen_tensors(model, list(multipliers), buffers=True) if multipliers else {}
         self._before = {name: weight.clone() for name, weight in self._weights.items()}
+        self._after = {name: weight * multipliers[name].to(weight) for name, weight in self._before.items()}
+        for name, after in self._after.items():
+            if (after.isfinite() != self._before[name].isfinite()).any():
+                raise OptionError(
+                    f"tensor {name!r}: a weight times its multiplier is too great for {after.dtype}"
+                )
 
     def __enter__(self) -> None:
         for name, weight in self._weights.items():
-            weight.mul_(self._multipliers[name].to(weight))
+            weight.copy_(self._after[name])
 
     def __exit__(self, *raised: object) -> None:
         for name, weight in self._weights.items():

@@ -1,0 +1,109 @@
+"""Numbers that a reader turns into finite weights (the encoder's side of SPEC.md chapter 14).
+
+A reader multiplies a number by the step (or looks its centroid up), by the scale factor and by the importance
+in float32, and rounds the product to the tensor's dtype. The nearest number of a weight near the greatest of
+its dtype may so become an infinity, or in F8_E4M3 a NaN. The encoder takes the greatest number instead that
+stays finite.
+
+Reconstruction never falls while the number grows: each operation rounds a product with a factor that is not
+negative. So the numbers that stay finite are those from 0 on up to a greatest one, which bisection finds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.quantiser import F32, Table, Uniform, fingerprint_values
+from ..dtypes import Dtype
+from ..errors import OptionError
+
+Numbers = NDArray[np.uint64]
+
+# A number above this could not be coded: levels are below 2^32 (SPEC.md chapter 8).
+_MOST = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a reader makes of the numbers of a lossy quantiser.
+
+    Attributes:
+        dtype: the tensor's.
+        quantiser: as stored.
+        centroids: of a `Table`, ascending.
+    """
+
+    dtype: Dtype
+    quantiser: Uniform | Table
+    centroids: F32 | None = None
+
+    def values(
+        self, numbers: NDArray[np.unsignedinteger], scale: F32 | None, multiplier: F32 | None
+    ) -> NDArray[np.generic]:
+        """The magnitudes that a reader gives, in the tensor's dtype, shape [n].
+
+        Args:
+            numbers: shape [n].
+            scale: the scale factor of each, shape [n], or None.
+            multiplier: the importance of each where that is a multiplier, shape [n], or None.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            levels = numbers.astype(np.uint64) << np.uint64(1)
+            return fingerprint_values(levels, self.quantiser, self.dtype, self.centroids, scale, multiplier)
+
+    def lowered(
+        self, numbers: NDArray[np.unsignedinteger], scale: F32 | None, multiplier: F32 | None
+    ) -> NDArray[np.unsignedinteger]:
+        """The numbers, those that are not finite replaced by the greatest below that are.
+
+        Args:
+            numbers, scale, multiplier: as of `values`.
+
+        Raises:
+            OptionError: for some position no number is finite.
+        """
+        if not len(numbers) or self.is_finite(int(numbers.max()), scale, multiplier):
+            return numbers
+        over = np.flatnonzero(~np.isfinite(self.values(numbers, scale, multiplier)))
+        if not len(over):
+            return numbers
+        some_scale = None if scale is None else scale[over]
+        some_multiplier = None if multiplier is None else multiplier[over]
+        low, high = np.full(len(over), -1, np.int64), numbers[over].astype(np.int64)
+        while (high - low > 1).any():
+            middle = (low + high) >> 1
+            finite = np.isfinite(
+                self.values(np.maximum(middle, 0).astype(np.uint64), some_scale, some_multiplier)
+            )
+            low, high = np.where(finite, middle, low), np.where(finite, high, middle)
+        if (low < 0).any():
+            raise OptionError(
+                f"no centroid times its scale factor is finite in {self.dtype.name}; use more centroids"
+            )
+        out = numbers.copy()
+        out[over] = low.astype(numbers.dtype)
+        return out
+
+    def is_finite(self, number: int, scale: F32 | None, multiplier: F32 | None) -> bool:
+        """Whether a number, and so every lower one, is finite with each of some factors.
+
+        Args:
+            number: from 0 on.
+            scale, multiplier: at least one each, or None.
+        """
+        each = [None if factors is None else np.abs(factors).max()[None] for factors in (scale, multiplier)]
+        return bool(np.isfinite(self.values(np.array([number], np.uint64), *each))[0])
+
+
+def greatest_codable(step: np.float32, greatest_scale: np.float32) -> int:
+    """The greatest number that a code table may have with a step and a scale (R-QNT-006, R-SCL-006)."""
+    low, high = 0, _MOST + 1
+    with np.errstate(over="ignore"):
+        while high - low > 1:
+            middle = (low + high) >> 1
+            finite = np.isfinite(np.float32(middle) * step * greatest_scale)
+            low, high = (middle, high) if finite else (low, middle)
+    return low
