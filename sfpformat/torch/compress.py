@@ -18,9 +18,11 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..opening import open_any
 from ..source import Readable
 from . import packed
+from .decoded import holders_of
 from .files import Device, require_device
 from .kept import KeptWeights
-from .layers import Compressed, compressed_class, dense_names, make_compressed, make_dense
+from .layers import Compressed, compressed_class, compressed_weights, make_compressed, make_dense
+from .libraries import in_adapters, save_as_before, save_dense
 from .meta import require_none_left
 from .models import loads_its_own_way, warn_of_ignored
 from .places import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
@@ -78,8 +80,11 @@ def compress_model(
 
     Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`, in its
     place; a weight that would not be smaller, one that a layer of another kind has too, and subclasses, which
-    may compute in ways of their own, stay as they are. The weights are frozen from then on. ``state_dict``
-    has their bytes, ``module.weight`` is a decoded copy: writing to it changes nothing.
+    may compute in ways of their own, stay as they are, as do the adapters of peft, which train. The weights
+    are frozen from then on: they are no parameters, and make no gradient. ``module.weight`` decodes them;
+    what is written to it is encoded again, losslessly. ``state_dict`` has their bytes, under the names of the
+    dense model, which refuses them by their shape; ``save_pretrained``, where the model has it, writes dense
+    weights.
 
     Decoding is done on the processor, for layers on other devices too.
 
@@ -130,6 +135,7 @@ def compress_model(
     weights = [places[group[0]].tensor.nbytes for group in found]
     layers = {id(places[name].module) for group in found for name in group}
     _exchange(places, found, KeptWeights(keep), where)
+    save_dense(model)
     return CompressionReport(
         tuple(name for name, module in model.named_modules() if id(module) in layers),
         sum(weights),
@@ -145,29 +151,35 @@ def decompress_model(model: nn.Module) -> None:
     """Makes the compressed layers of a model dense again, with the weights that they computed with.
 
     All weights are decoded before the first layer is changed. What was compressed losslessly is as it was,
-    ties included, and trains again where it did.
+    ties included, and trains again where it did. Of a part of a model, layers outside of it that share a
+    weight with one inside become dense with it.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes of a layer are damaged; nothing was changed.
     """
     made: dict[tuple[object, ...], nn.Parameter] = {}
-    chosen: list[tuple[Compressed, nn.Parameter]] = []
+    chosen: dict[Compressed, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, Compressed):
             same = *identity(module.weight_sfp), module.weight_dtype
             if same not in made:
-                made[same] = nn.Parameter(module.weight, module.weight_trains)
-            chosen.append((module, made[same]))
-    for module, weight in chosen:
+                made[same] = nn.Parameter(module.decoded_weight(), module.weight_trains)
+            chosen[module] = made[same]
+            for other in holders_of(module.weight_sfp):
+                if isinstance(other, Compressed):
+                    chosen.setdefault(other, made[same])
+    for module, weight in chosen.items():
         make_dense(module, weight)
+    save_as_before(model)
 
 
 def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | None) -> list[Group]:
     """The names of each weight that all of its layers would let go."""
     paths = {id(module): path for path, module in model.named_modules()}
+    adapters = in_adapters(model)
 
     def is_wanted(place: Place) -> bool:
-        if place.attribute != "weight" or compressed_class(place.module) is None:
+        if place.attribute != "weight" or compressed_class(place.module) is None or place.module in adapters:
             return False
         return choose is None or bool(choose(paths[id(place.module)], place.module))
 
@@ -221,7 +233,7 @@ def _chosen_options(
     """
     if not isinstance(options, Mapping):
         return dict.fromkeys(candidates, require_options(options, "options"))
-    done = set(dense_names(model).values()) & set(options)
+    done = compressed_weights(model) & set(options)
     if done:
         raise OptionError(f"options: {min(done)!r} is compressed already; decompress_model makes it dense")
     by_name = {name: group for group in candidates for name in group}
@@ -276,7 +288,7 @@ def _exchange(
         for name in group:
             module = places[name].module
             if not isinstance(module, Compressed):  # else it has two names, and was done
-                make_compressed(module, there, kept)
+                make_compressed(module, there, kept, name.rpartition(".")[0])
 
 
 def _bytes_of(model: nn.Module) -> int:

@@ -75,6 +75,11 @@ def _is_plain(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor) ->
     return not (_modes() or torch._C._autograd._profiler_enabled())
 
 
+def is_observed() -> bool:
+    """Whether a tracer, a mode or a transform of torch looks on: tensors that are made now may be its own."""
+    return bool(_is_transformed() or _modes() or torch._C._get_tracing_state() is not None)
+
+
 _PLAIN = (type(None), torch.Tensor, torch.nn.Parameter)
 # How many modes want to see what operators are called.
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack

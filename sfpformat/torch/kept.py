@@ -62,7 +62,7 @@ class KeptWeights:
 
     def find(self, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor | None:
         """The weight of these bytes in these dtypes, if it is kept. Not to be written to."""
-        key, version = _key(data, dtype, compute), _version(data)
+        key, version = _key(data, dtype, compute), version_of(data)
         with self._lock:
             found = self._kept.get(key)
             if found is None or found.version != version or found.bytes_there() is None:
@@ -80,7 +80,7 @@ class KeptWeights:
         there = weakref.ref(data.untyped_storage(), self._forgetter(key))
         with self._lock:
             self._forget(key)
-            self._kept[key] = _Kept(there, _version(data), weight)
+            self._kept[key] = _Kept(there, version_of(data), weight)
             self._bytes += weight.nbytes
             while self._bytes > self.limit:
                 self._forget(next(iter(self._kept)))
@@ -111,6 +111,6 @@ def _key(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Key:
     return data.untyped_storage()._cdata, int(data.storage_offset()), dtype, compute
 
 
-def _version(data: torch.Tensor) -> int:
-    """Counts writes to the memory; tensors made in inference mode do not."""
-    return 0 if data.is_inference() else data._version
+def version_of(tensor: torch.Tensor) -> int:
+    """How often memory was written to, as torch counts it; 0 for tensors made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version

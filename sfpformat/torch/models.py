@@ -25,7 +25,7 @@ from .files import (
     outlines,
     require_device,
 )
-from .layers import Compressed, dense_names
+from .layers import Compressed, compressed_weights
 from .meta import require_none_left
 from .packed import put_into
 from .places import (
@@ -84,10 +84,8 @@ def save_model(
         OSError: the file cannot be written.
     """
     require_known_shapes(model)
-    compressed = dense_names(model)
-    state: dict[str, torch.Tensor] = {
-        compressed.get(name, name): tensor for name, tensor in model.state_dict().items()
-    }
+    compressed = compressed_weights(model)
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     others = [name for name in state if name not in tensors]
     if others:
@@ -101,7 +99,7 @@ def save_model(
     if loose and not force_contiguous:
         raise OptionError(f"tensor {loose[0]!r} is not contiguous; force_contiguous=True writes it as if")
     ties = TiedNames(tensors)
-    as_they_are = {ties.kept(name) for name in compressed.values()}
+    as_they_are = {ties.kept(name) for name in compressed}
     chosen = options if not isinstance(options, Mapping) else ties.by_kept(options, "options")
     masks, importances = ties.by_kept(masks, "masks"), ties.by_kept(importances, "importances")
     for argument, given in (("options", chosen), ("masks", masks), ("importances", importances)):

@@ -90,6 +90,11 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
+def may_be_bytes(value: object) -> bool:
+    """Whether something has the type of the bytes of a weight, which no weight has."""
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
+
 def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Refuses bytes that are no file of one weight of that shape; reads its directory alone.
 
@@ -97,7 +102,7 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
         MismatchError: the file has another tensor, or none.
         InvalidFileError, UnsupportedError, LimitError: it is damaged or refused.
     """
-    if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8 or data.dim() != 1:
+    if not may_be_bytes(data):
         raise MismatchError("the bytes of a weight are a tensor, uint8 [bytes]")
     with opened(data) as file:
         if file.keys() != [NAME]:
@@ -128,7 +133,8 @@ def decode(data: torch.Tensor) -> torch.Tensor:
             return weight
     with opened(data) as file, torch.inference_mode(False):  # what is kept may be used outside later
         info = file.info(NAME)
-        out = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        # The processor is named: a default device of torch's may be another.
+        out = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="cpu")
         _engines.expect(out.numel())
         file.read_into({NAME: memory_of(out)})
     return out

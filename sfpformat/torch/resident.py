@@ -27,6 +27,7 @@ from ..engines.cuda.recipe import make_recipe
 from ..engines.cuda.resident import Operands, Placed, Resident, Run
 from ..errors import FileFault
 from . import device as devices
+from .kept import version_of
 from .one import NAME, opened
 from .tensors import format_dtype, torch_dtype
 
@@ -209,7 +210,7 @@ def _product(
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
     """What is known of some bytes; they are looked at where nothing is."""
-    key, version = _key(data), _version(data)
+    key, version = _key(data), version_of(data)
     with _lock:
         found = _known.get(key)
         if found is None or found.version != version or found.bytes_there() is None:
@@ -250,13 +251,8 @@ def _remember(data: torch.Tensor, weight: _Weight | None) -> None:
             _known.pop(key, None)
 
     with _lock:
-        _known[key] = _Known(weakref.ref(data.untyped_storage(), forget), _version(data), weight)
+        _known[key] = _Known(weakref.ref(data.untyped_storage(), forget), version_of(data), weight)
 
 
 def _key(data: torch.Tensor) -> tuple[int, int]:
     return data.untyped_storage()._cdata, int(data.storage_offset())
-
-
-def _version(data: torch.Tensor) -> int:
-    """Counts writes to the memory; tensors made in inference mode do not."""
-    return 0 if data.is_inference() else data._version

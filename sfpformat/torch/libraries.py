@@ -1,0 +1,130 @@
+"""Compressed models in other libraries: ``save_pretrained`` of transformers and others, adapters of peft.
+
+Rules: nothing here imports those libraries; what they do is recognised by the names of methods and of
+submodules, which are part of their interfaces.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..errors import OptionError
+from . import packed
+from .layers import Compressed, dense_states
+from .places import identity
+
+SAVE = "save_pretrained"
+
+
+class SavesDense:
+    """Stands for a model's own ``save_pretrained`` while it has compressed layers: it writes dense weights.
+
+    They are decoded all at once for it; where adapters alone are written, only the embeddings are, which
+    peft may write with them. Copies and pickles of the model have one of their own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method of the model's class with the same arguments."""
+        save: Callable[..., Any] = getattr(type(self.model), SAVE)
+        given = inspect.signature(save).bind(self.model, *args, **kwargs)
+        words = given.arguments if "state_dict" in given.arguments else given.arguments.get("kwargs", {})
+        layers = _embeddings(self.model) if _saves_adapters(self.model) else _compressed(self.model)
+        if words.get("state_dict") is not None:
+            words["state_dict"] = _decoded(self.model, layers, words["state_dict"])
+        with dense_states(layers):
+            return save(*given.args, **given.kwargs)
+
+
+def save_dense(model: nn.Module) -> None:
+    """Lets ``save_pretrained`` write dense weights, where the model or a part of it has such a method."""
+    for module in model.modules():
+        if hasattr(type(module), SAVE) and _compressed(module):
+            setattr(module, SAVE, SavesDense(module))
+
+
+def save_as_before(model: nn.Module) -> None:
+    """Takes back `save_dense` where no layer is compressed any more."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get(SAVE), SavesDense) and not _compressed(module):
+            delattr(module, SAVE)
+
+
+def in_adapters(model: nn.Module) -> set[nn.Module]:
+    """The layers that peft adds to a model, which train: adapters, and copies of ``modules_to_save``."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        children = module._modules
+        names = children.keys() - {"base_layer"} if "base_layer" in children else set()
+        for name in names | (children.keys() & {"modules_to_save"}):
+            child = children[name]
+            if child is not None:
+                found.update(child.modules())
+    return found
+
+
+def _compressed(model: nn.Module) -> set[Compressed]:
+    return {module for module in model.modules() if isinstance(module, Compressed)}
+
+
+def _embeddings(model: nn.Module) -> set[Compressed]:
+    """The compressed layers in the input and output embeddings of a model of transformers."""
+    found: set[Compressed] = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, name)()
+        except (AttributeError, NotImplementedError):
+            continue
+        found |= set() if embedding is None else _compressed(embedding)
+    return found
+
+
+def _saves_adapters(model: nn.Module) -> bool:
+    """Whether ``save_pretrained`` writes the adapters of peft and leaves the model."""
+    return type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _decoded(model: nn.Module, layers: set[Compressed], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``state_dict`` of the model with decoded weights of some layers in the place of bytes; ties stay."""
+    made: dict[tuple[object, ...], torch.Tensor] = {}
+    out = dict(state)
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = f"{path}.weight" if path else "weight"
+        data: Any = out.get(name)
+        if isinstance(module, Compressed) and module in layers and packed.may_be_bytes(data):
+            same = *identity(data), module.weight_dtype
+            if same not in made:
+                made[same] = packed.decode(data).to(data.device, module.weight_dtype)
+            out[name] = made[same]
+    return out
+
+
+def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Called by torch for each submodule that any module is given, before it is.
+
+    Raises:
+        OptionError: ``modules_to_save`` would train a copy of a compressed layer, which cannot train.
+    """
+    if child is None or name not in ("base_model", "original_module"):
+        return
+    if name == "base_model" and type(module).__module__.startswith("peft.") and hasattr(type(module), SAVE):
+        if _compressed(child):
+            setattr(module, SAVE, SavesDense(module))
+    elif type(module).__name__ == "ModulesToSaveWrapper":
+        titles = sorted(layer.title() for layer in _compressed(child))
+        if titles:
+            raise OptionError(
+                f"modules_to_save would train a copy of {titles[0]}, which is compressed and frozen: give "
+                "that module to decompress_model first"
+            )
+
+
+register_module_module_registration_hook(_watch_peft)
