@@ -456,7 +456,7 @@ def test_wrong_use_is_told(
 
 def test_bad_and_empty_files_are_told(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "m").write_bytes(b"hello")
-    assert "neither an .sfp nor a safetensors file" in error_of(capsys, "bench", tmp_path / "m")
+    assert "not a file of tensors" in error_of(capsys, "bench", tmp_path / "m")
     empty = make(tmp_path / "e.safetensors", {"none": np.zeros((0, 4), np.float32)})
     assert "has no weights" in error_of(capsys, "bench", empty)
 
