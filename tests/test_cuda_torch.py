@@ -20,7 +20,7 @@ from sfpformat.engines.cuda.batch import Running
 from sfpformat.numpy import save
 from sfpformat.opening import open_any
 from sfpformat.shards import ShardIndex
-from sfpformat.torch import device, load, load_model, safe_open, save_model
+from sfpformat.torch import device, files, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile
 
 from .samples import everything, weights
@@ -80,6 +80,7 @@ def test_batches_take_turns_and_every_weight_arrives(devices: list[shim.HostDevi
 
 def test_a_door_for_a_cuda_device_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     data, asked = save(many(2)), []
+    monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
     monkeypatch.setattr(device, "read_tensors", lambda file, names, where: asked.append((names, where)) or {})
     with safe_open(data, device="cuda:0") as file:
         file.get_tensors()
@@ -98,6 +99,7 @@ def test_auto_takes_what_is_there_and_names_what_they_name(
 
 
 def test_an_engine_asked_for_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
     monkeypatch.setattr(driver, "why_not", lambda: "there is no CUDA device")
     with pytest.raises(EngineError, match="'cuda' cannot be used: there is no CUDA device"):
         safe_open(save(many(1)), device="cuda", engine="cuda")
