@@ -175,7 +175,7 @@ def test_a_cell_is_the_mean_over_the_seeds_and_half_of_their_spread() -> None:
 def test_a_file_of_something_else_is_left_as_it_is(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "mine"
+    path = tmp_path / "mine.jsonl"
     path.write_text(text)
     assert main(["bench", "pruning", "--seeds", "1", "--rows", str(path)]) == 2
     assert "give another file" in capsys.readouterr().err

@@ -35,6 +35,12 @@ _LEAST = np.finfo(np.float32).smallest_subnormal
 _BLOCK = 1 << 18  # positions looked at together
 
 
+def _are_finite(values: Flat) -> Mask:
+    """Where values are finite; a signalling NaN of a dtype of `ml_dtypes` raises no warning."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.isfinite(values))
+
+
 @dataclass(frozen=True)
 class ImportanceSource:
     """The importance levels of a tensor: numbers of a uniform quantiser, or bit patterns.
@@ -89,9 +95,9 @@ class ImportanceSource:
         The importance itself gives a finite product (`require_finite_products`), and the level below the
         nearest is not above it.
         """
-        counts = np.isfinite(weights) & alive
+        counts = _are_finite(weights) & alive
         while True:
-            over = ~np.isfinite(multiplied(weights, self._values(levels), dtype)) & counts
+            over = ~_are_finite(multiplied(weights, self._values(levels), dtype)) & counts
             if not over.any():
                 return levels
             levels = levels - over.astype(levels.dtype)
@@ -225,7 +231,7 @@ def require_finite_products(
         else:
             with np.errstate(over="ignore"):
                 products = round_to(weights.astype(np.float32) * factors, dtype)
-        over = ~np.isfinite(products) & np.isfinite(weights)
+        over = ~_are_finite(products) & _are_finite(weights)
         if mask is not None:
             over &= mask[block]
         if over.any():

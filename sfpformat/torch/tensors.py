@@ -163,9 +163,14 @@ def require_known_shapes(model: torch.nn.Module) -> None:
             )
 
 
+class ReadsAsPlain:
+    """A mark of tensor classes whose operators are their own and give what those of a plain tensor give."""
+
+
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether a tensor's class has operators of its own, so that it may have no memory."""
-    return type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+    own = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+    return own and not isinstance(tensor, ReadsAsPlain)
 
 
 def missing_memory(tensor: torch.Tensor) -> str | None:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ..errors import OptionError
 from .decoded import Decoded, decoded_of, encoded, expire, holders_of, require_matrix, take
 from .kept import version_of
+from .tensors import ReadsAsPlain
 
 
 def _dispatch(
@@ -45,7 +46,7 @@ def _dispatch(
     return _wrapped(out, weights)
 
 
-class DecodedWeight(torch.Tensor):
+class DecodedWeight(ReadsAsPlain, torch.Tensor):
     """The weight of a compressed layer, [rows, columns], or a view of it.
 
     Reads as the dense weight does, and gives plain tensors. In-place functions, ``out=``, assignment to
