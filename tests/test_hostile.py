@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sfpformat
-from sfpformat import FileFault, LimitError, Limits
+from sfpformat import FileFault, LimitError, Limits, OptionError
 from sfpformat.conformance import slow_reader
 from sfpformat.conformance.forge import Forge, Pairs, Part, Raw, pack
 from sfpformat.validate import validate
@@ -455,10 +455,10 @@ def test_a_closed_file_is_an_error_of_its_own(tmp_path: Any) -> None:
             file.get_tensor("runs")
 
 
-def test_a_missing_file_and_a_folder_are_errors_of_the_system(tmp_path: Any) -> None:
+def test_a_missing_file_and_a_folder_without_one_are_refused(tmp_path: Any) -> None:
     with pytest.raises(FileNotFoundError):
         sfpformat.open(tmp_path / "none.sfp")
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OptionError, match=r"has no \.sfp file"):
         sfpformat.open(tmp_path)
 
 
