@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -232,11 +232,12 @@ class _SquaredInputs:
 
 
 @contextmanager
-def watched(layers: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+def watched(
+    layers: Iterable[tuple[str, nn.Module]], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
     """While it lasts, ``see`` gets the weight's name, the layer and the inputs of each call of a layer."""
     handles = [
-        layer.register_forward_pre_hook(partial(_show, see, name), with_kwargs=True)
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(_show, see, name), with_kwargs=True) for name, layer in layers
     ]
     try:
         yield

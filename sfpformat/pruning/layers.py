@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import OptionError, warn
-from ..names import listed, require_known
+from ..names import listed, require_known, require_mapping
+from ..torch.tensors import missing_memory
+from ..torch.ties import TiedNames
 from .thresholds import pattern_dim
 
+T = TypeVar("T")
 Weights = Mapping[str, Tensor]
 
 # The weight matrices of transformers' layers of experts, stored one after the other in one tensor.
@@ -74,13 +78,17 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     """Where the inputs of a parameter are; as `thresholds.pattern_dim` where its module is not known.
 
     Args:
-        name: of the parameter.
+        name: of the parameter; a tied one is that of a layer, where it has one, whichever name is used.
     """
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    weight = getattr(module, attribute)
-    if attribute not in _matrices(module):
-        return Layout(pattern_dim(tuple(weight.shape)))
+    weight = model.get_parameter(name)
+    for module, attribute in holders(model)[id(weight)]:
+        if attribute in _matrices(module):
+            return _layout_in(module, attribute, weight)
+    return Layout(pattern_dim(tuple(weight.shape)))
+
+
+def _layout_in(module: nn.Module, attribute: str, weight: Tensor) -> Layout:
+    """Where the inputs of a weight matrix of a module are."""
     if isinstance(module, _ConvTransposeNd):
         return Layout(0, groups=module.groups)
     if isinstance(module, _ConvNd):
@@ -94,6 +102,16 @@ def layout_of(model: nn.Module, name: str) -> Layout:
     return Layout(pattern_dim(tuple(weight.shape)))
 
 
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that have a parameter, and its attribute there: several of a tied one, by its `id`."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, attribute))
+    return found
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' ``Conv1D``, a linear layer whose weight is [inputs, outputs]."""
     return any(
@@ -102,15 +120,19 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def linear_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layer of each weight that belongs to one, ``Conv1D`` included, by the weight's name."""
-    layers = {}
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
-            layers[name] = module
-    return layers
+def linear_layers(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
+    """The weights that belong to linear layers, ``Conv1D`` included, each with its layer.
+
+    Args:
+        names: of parameters; a tied one comes with each of its layers, whichever name is used.
+    """
+    there = holders(model)
+    return [
+        (name, module)
+        for name in names
+        for module, attribute in there[id(model.get_parameter(name))]
+        if attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
+    ]
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -190,7 +212,10 @@ def _why_not(module: nn.Module, attribute: str, weight: Tensor | None) -> str:
         return "it has no shape before a batch goes through the model"
     if not weight.is_floating_point():
         return f"its dtype is {weight.dtype}"
-    return "it is on the meta device, without data" if weight.is_meta else ""
+    if weight.is_meta:
+        return "it is on the meta device, without data"
+    missing = missing_memory(weight)
+    return f"it {missing}" if missing else ""
 
 
 def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
@@ -277,6 +302,24 @@ def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str
             f"{listed(list(unknown))}: {size:,} weights of modules whose layout is not known are not pruned; "
             "name them in tensors to prune them, too"
         )
+
+
+def named_once(model: nn.Module, given: Mapping[str, T], argument: str) -> dict[str, T]:
+    """What was given by names, once for each tensor; names that are none are left for `chosen_tensors`.
+
+    Args:
+        given: by name, every name of a tied tensor will do.
+        argument: the caller's argument, for errors.
+
+    Raises:
+        OptionError: it is no mapping, or two names of one tensor have different values.
+    """
+    require_mapping(given, argument)
+    there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    there |= dict(model.named_buffers(remove_duplicate=False))
+    known = {name: value for name, value in given.items() if name in there}
+    once = TiedNames(there).one_each(known, argument)
+    return {name: value for name, value in given.items() if name in once or name not in there}
 
 
 def require_shapes(weights: Weights, given: Weights, what: str) -> None:

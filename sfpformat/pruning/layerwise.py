@@ -121,16 +121,23 @@ def _hessian(
     total = torch.zeros(columns, columns, device=weights[name].device)
     count = 0
     counted = CountedInputs(model)
+    layers = linear_layers(model, [name])
+    awaited: set[nn.Module] = set()  # layers of the weight that the batch has not reached
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
         nonlocal count
+        if layer not in awaited:
+            return
+        awaited.remove(layer)
         flat = counted.of(name, layer, x)
         total.addmm_(flat.T, flat)
         count += len(flat)
-        raise _Reached
+        if not awaited:
+            raise _Reached
 
-    with counted.watching(), watched(linear_layers(model, [name]), see):
+    with counted.watching(), watched(layers, see):
         for batch in calibration:
+            awaited.update(layer for _, layer in layers)
             counted.take(batch, task.unpadded(batch))
             with suppress(_Reached):
                 task.run(with_weights(model, weights), batch)

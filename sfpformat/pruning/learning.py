@@ -21,7 +21,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..errors import MismatchError, OptionError
-from ..names import require_known
+from ..names import listed, require_known
+from ..torch.ties import TiedNames
 from .calibration import Statistics, statistics
 from .descent import adam, set_rates
 from .features import FEATURES
@@ -53,6 +54,9 @@ from .task import (
 )
 
 METHODS = ("levels", "weights")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,7 @@ def learn_importance(
     weights = chosen_weights(model, tensors)
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
+    found = _of_weights(model, found, weights, "found")
     learner = _Learner(model, weights, found, task, settings, (low, high))
     if mlp is not None:
         learner.network.mlp.load_state_dict(dict(mlp))
@@ -295,9 +300,9 @@ def _learn_levels(
     if start is None:
         if found is None:
             found = statistics(model, data, task=task, tensors=names)
-        start = fisher(model, {name: found[name] for name in names})
+        start = fisher(model, _of_weights(model, found, weights, "found"))
         found = None  # its memory
-    learner = Learner(model, weights, _required(start, weights), task, settings.plan(), sparsities)
+    learner = Learner(model, weights, _required(model, start, weights), task, settings.plan(), sparsities)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -314,16 +319,18 @@ def _learn_levels(
     return Learned(importances, {}, learner.history, state, choice)
 
 
-def _required(start: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The importances of all weights.
+def _required(
+    model: nn.Module, start: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The importances of all weights, by the names that these have here.
 
     Raises:
-        OptionError: one is missing, of another shape, negative or not finite.
+        OptionError: one is missing, of another shape, negative or not finite, or of no weight that learns.
     """
-    require_known(start, weights, "start")
+    ties = TiedNames(dict(model.named_parameters(remove_duplicate=False)))
+    require_known(start, [other for name in weights for other in ties.names_of(name)], "start")
+    start = _of_weights(model, start, weights, "start")
     for name, weight in weights.items():
-        if name not in start:
-            raise OptionError(f"start has no importance of {name!r}")
         if start[name].shape != weight.shape:
             raise OptionError(
                 f"the start of {name!r} has shape {list(start[name].shape)}, not {list(weight.shape)}"
@@ -331,6 +338,23 @@ def _required(start: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dic
         if not bool(torch.isfinite(start[name]).all()) or bool((start[name] < 0).any()):
             raise OptionError(f"the start of {name!r} is not finite and at least 0 everywhere")
     return {name: start[name].to(weight.device) for name, weight in weights.items()}
+
+
+def _of_weights(
+    model: nn.Module, given: Mapping[str, T], weights: Mapping[str, Tensor], argument: str
+) -> dict[str, T]:
+    """What was given for each weight, which may be under another of its names.
+
+    Raises:
+        OptionError: a weight has none, a name is no parameter's, or two names of one tensor have different
+            values.
+    """
+    ties = TiedNames(dict(model.named_parameters(remove_duplicate=False)))
+    by_kept = ties.by_kept(given, argument)
+    missing = [name for name in weights if ties.kept(name) not in by_kept]
+    if missing:
+        raise OptionError(f"{argument}: nothing for {listed(missing)}")
+    return {name: by_kept[ties.kept(name)] for name in weights}
 
 
 class _Learner:

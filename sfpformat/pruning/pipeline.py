@@ -19,7 +19,16 @@ from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
 from ..torch.ties import TiedNames
 from .grades import graded, options_for_grades
-from .layers import Layout, chosen_tensors, chosen_weights, layout_of, require_masks, require_shapes
+from .layers import (
+    Layout,
+    chosen_tensors,
+    chosen_weights,
+    holders,
+    layout_of,
+    named_once,
+    require_masks,
+    require_shapes,
+)
 from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of
 from .tuning import Masks
 
@@ -59,7 +68,7 @@ def prune(
     Raises:
         OptionError: an importance is none of the model's, or as `thresholds.masks_of`; nothing was pruned.
     """
-    importances = _named_once(model, importances, "importances")
+    importances = named_once(model, importances, "importances")
     weights = chosen_tensors(model, list(importances))
     require_shapes(weights, importances, "importance")
     chosen = _not_exempt(model, importances, (exempt,) if isinstance(exempt, str) else tuple(exempt))
@@ -105,19 +114,6 @@ def _pruned_by_rows(
     return masks
 
 
-def _named_once(model: nn.Module, given: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
-    """What was given by names, once for each tensor; names of hidden weights are left for later errors.
-
-    Raises:
-        OptionError: two names of one tensor have different numbers.
-    """
-    there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    there |= dict(model.named_buffers(remove_duplicate=False))
-    known = {name: numbers for name, numbers in given.items() if name in there}
-    once = TiedNames(there).one_each(known, argument)
-    return {name: numbers for name, numbers in given.items() if name in once or name not in there}
-
-
 def _not_exempt(model: nn.Module, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names of which no other name of the same parameter is exempt, either."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -139,7 +135,7 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
     Raises:
         OptionError: a mask is none of the model's; nothing was pruned.
     """
-    masks = _named_once(model, masks, "masks")
+    masks = named_once(model, masks, "masks")
     weights = chosen_tensors(model, list(masks), buffers=True)
     require_masks(weights, masks)
     with torch.no_grad():
@@ -289,13 +285,16 @@ def give_masks(model: nn.Module, masks: Masks) -> None:
 
     Args:
         model: plain; its parameters are then named ``weight_orig`` beside ``weight_mask``, as torch does.
-        masks: by name of a float parameter of any rank: bool, or numbers that are 0 or 1.
+        masks: by name of a float parameter of any rank: bool, or numbers that are 0 or 1. All modules that
+            have a tied parameter get its mask, and stay tied.
 
     Raises:
-        OptionError: a mask is none of the model's.
+        OptionError: a mask is none of the model's; nothing was changed.
     """
-    masks = _named_once(model, masks, "masks")
+    masks = named_once(model, masks, "masks")
     require_masks(chosen_tensors(model, list(masks)), masks)
-    for name, mask in masks.items():
-        path, _, attribute = name.rpartition(".")
-        _torch.custom_from_mask(model.get_submodule(path), attribute, mask)
+    there = holders(model)
+    held = [(there[id(model.get_parameter(name))], mask) for name, mask in masks.items()]
+    for places, mask in held:
+        for module, attribute in places:
+            _torch.custom_from_mask(module, attribute, mask)

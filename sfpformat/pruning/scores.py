@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from .calibration import Statistics
-from .layers import as_matrix, chosen_tensors, chosen_weights
+from .layers import as_matrix, chosen_tensors, chosen_weights, named_once
 from .thresholds import require_share
 
 Importances = dict[str, Tensor]
@@ -33,7 +33,7 @@ def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
     """w² g², float32: the rise of the loss when a weight goes, to second order with the empirical Fisher
     information in the place of the Hessian (as in LeCun et al., Optimal Brain Damage, 1990). Comparable over
     the whole model."""
-    weights = chosen_weights(model, list(found))
+    weights = chosen_weights(model, list(named_once(model, found, "found")))
     return {name: weight.float().square() * found[name].fisher for name, weight in weights.items()}
 
 
@@ -46,7 +46,7 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
         OptionError: no tensor has statistics of inputs.
     """
     out, left = {}, []
-    for name, weight in chosen_weights(model, list(found)).items():
+    for name, weight in chosen_weights(model, list(named_once(model, found, "found"))).items():
         inputs, layout = found[name].inputs, found[name].layout
         if inputs is None:
             left.append(name)

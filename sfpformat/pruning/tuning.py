@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .descent import adam, set_rates
-from .layers import chosen_tensors, require_masks
+from .layers import chosen_tensors, named_once, require_masks
 from .task import (
     CLASSIFY,
     Data,
@@ -228,6 +228,7 @@ class _Through:
 
 def _pruned(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The masks as bool where the weights are, and the weights times them; the model's stay."""
+    masks = named_once(model, masks, "masks")
     weights = chosen_tensors(model, list(masks))
     require_masks(weights, masks)
     kept = {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}
