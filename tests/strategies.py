@@ -170,11 +170,15 @@ def jobs(draw: st.DrawFn) -> Job:
 
 
 def written(job: Job) -> bytes:
-    """The file of a job; gives the example up where short codes cannot hold the stream."""
+    """The file of a job.
+
+    Gives the example up where short codes cannot hold the stream, and where a step or a multiplier makes a
+    weight too great for its dtype.
+    """
     try:
         return job.data
-    except OptionError:
-        if job.options.code_limit < 8:
+    except OptionError as error:
+        if job.options.code_limit < 8 or "too great for" in str(error):
             reject()
         raise
 
