@@ -6,6 +6,10 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Several workers share the cores, so torch's threads would only wait for each other (OpenMP waits busily).
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "bounded",
     max_examples=40,

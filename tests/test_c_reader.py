@@ -103,7 +103,7 @@ def test_files_with_every_coding_are_read_alike(c_reader: Reader) -> None:
     same(c_reader, hand_file())
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(jobs())
 def test_every_written_file_is_read_alike(c_reader: Reader, job: Job) -> None:
     same(c_reader, written(job))

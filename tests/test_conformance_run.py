@@ -81,7 +81,7 @@ WRONG = {
 @pytest.mark.parametrize("what", list(WRONG))
 def test_each_way_to_be_wrong_is_told(what: str, tmp_path: Path) -> None:
     driver = Driver(program(tmp_path, WRONG[what]), seconds=0.7)
-    results = results_of(Settings({"decoder": driver}, only="R-MSK-002", levels=frozenset((2,))))
+    results = results_of(Settings({"decoder": driver}, only="y-MSK-002-half"))
     assert set(outcomes(results)) == {what}
     assert len(results.bad) == len(results.outcomes) > 1
     assert all(outcome.verdict.words for outcome in results.bad)
@@ -151,7 +151,8 @@ def test_a_program_that_skips_everything_has_shown_nothing(tmp_path: Path) -> No
 def test_what_a_hostile_file_costs_in_memory_is_watched(tmp_path: Path) -> None:
     """A decoder that takes 200 MB for each file it is asked about, and gives them back."""
     greedy = lying_program(tmp_path, "taken = b'x' * 200_000_000; del taken")
-    results = results_of(Settings({"decoder": Driver(greedy)}, only="h-LIM-002", levels=frozenset((3,))))
+    settings = Settings({"decoder": Driver(greedy)}, only="h-LIM-002-bytes", levels=frozenset((3,)))
+    results = results_of(settings)
     assert set(outcomes(results)) == {"memory"}
     assert "are allowed" in results.bad[0].verdict.words
 
