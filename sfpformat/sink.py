@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -79,6 +80,38 @@ class MemorySink:
     def commit(self, preamble: bytes) -> None:
         self.data = b"".join([preamble, *self._parts])
         self._parts = []
+
+    def abort(self, keep: bool) -> None:
+        self._parts = []
+
+
+class CountingSink:
+    """Counts the bytes of a file, and gives each tensor away when it is complete.
+
+    Attributes:
+        size: of the file so far, in bytes.
+    """
+
+    def __init__(self, take: Callable[[TensorEntry, bytes], None]) -> None:
+        """Begins.
+
+        Args:
+            take: called with the entry of each tensor and the bytes of its chunks.
+        """
+        self.size = 0
+        self._take = take
+        self._parts: list[Buffer] = []
+
+    def append(self, data: Buffer) -> None:
+        self.size += memoryview(data).nbytes
+        self._parts.append(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        self._take(entry, b"".join(self._parts))
+        self._parts = []
+
+    def commit(self, preamble: bytes) -> None:
+        self.size += len(preamble)
 
     def abort(self, keep: bool) -> None:
         self._parts = []
@@ -162,7 +195,7 @@ def _appends(stream: Any) -> bool:
         return False
 
 
-Target = str | os.PathLike[str] | BinaryIO | MemorySink | ResumableSink
+Target = str | os.PathLike[str] | BinaryIO | MemorySink | CountingSink | ResumableSink
 
 
 def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_LIMITS) -> Sink:
@@ -177,4 +210,4 @@ def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_L
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key, limits=limits)
     if resume_key is not None:
         raise OptionError("only a path can be resumed")
-    return target if isinstance(target, (MemorySink, ResumableSink)) else StreamSink(target)
+    return target if isinstance(target, (MemorySink, CountingSink, ResumableSink)) else StreamSink(target)

@@ -15,7 +15,7 @@ from .codec.decode import Chunk, TensorDecoder
 from .coding.classes import Histogram, add_histograms, histogram
 from .coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
 from .coding.planes import greatest_trims, symbol_counts, symbols_of_classes
-from .coding.quantiser import Table
+from .coding.quantiser import Exact, Table
 from .container.chunk import excess_in_index
 from .container.directory import entry_faults
 from .container.entry import TensorEntry
@@ -38,12 +38,15 @@ class Report:
         notes: why a file without faults is not canonical; each begins with a clause in brackets.
         tensors: how many tensors were looked at.
         bytes: length of the file.
+        not_finite: name of a tensor -> how many of its weights a lossy quantiser decodes to an infinity or a
+            NaN. The format allows it; the weights were finite, so a writer lost them.
     """
 
     faults: list[FileFault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tensors: int = 0
     bytes: int = 0
+    not_finite: dict[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -157,6 +160,7 @@ def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Pr
             error.detail = f"in {shard.name!r}: {error.detail}"
         whole.faults += report.faults
         whole.notes += [note.replace("] ", f"] in {shard.name!r}: ", 1) for note in report.notes]
+        whole.not_finite |= report.not_finite
         whole.tensors += report.tensors
         before += size
     if progress is not None:
@@ -202,7 +206,9 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
             data = file.read_checked(entry, k)
             with placed(tensor=entry.name, base=file.chunk_offset(entry, k)):
                 chunk = decoder.open_chunk(data, k)
-                _decode_everything(decoder, chunk, usage)
+                lost = _decode_everything(decoder, chunk, usage)
+                if lost:
+                    report.not_finite[entry.name] = report.not_finite.get(entry.name, 0) + lost
                 if chunk.index is not None and not excess:
                     excess = list(excess_in_index(chunk.data, entry, chunk.index))
         except FileFault as error:
@@ -212,11 +218,12 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
         report.notes += [f"[{clause}] tensor {entry.name!r}: {words}" for clause, words in notes]
 
 
-def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _StreamUsage]) -> None:
+def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _StreamUsage]) -> int:
+    """Decodes a chunk; gives how many weights of a lossy quantiser are not finite."""
     segments = np.diff(decoder.entry.segments_of_chunk(chunk.k))[0]
-    decoder.values(chunk, 0, int(segments))
+    values = decoder.values(chunk, 0, int(segments))
     if chunk.index is None:
-        return
+        return 0
     if decoder.entry.importance is not None:
         decoder.importance(chunk, 0, int(segments))
     trimmed = decoder.entry.trimmed_streams()
@@ -226,6 +233,10 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
         counted.add(levels, counts, chunk.index.codes[stream])
         if stream in trimmed:
             counted.add_trims(levels, counts, chunk.index.trims[stream])
+    fingerprints = decoder.entry.fingerprints
+    if fingerprints is None or isinstance(fingerprints.quantiser, Exact):
+        return 0
+    return int(np.count_nonzero(~np.isfinite(values)))
 
 
 class _StreamUsage:

@@ -157,7 +157,7 @@ def jobs(draw: st.DrawFn) -> Job:
     if lossy:
         quantiser = draw(st.sampled_from(["uniform", "table"]))
         target = {
-            "uniform": [{"step": 0.05}, {"step": 3.0}, {"bits": 2.0}, {"error_db": -20.0}],
+            "uniform": [{"step": 0.05}, {"step": 3.0}, {"bits": 2.0}, {"budget": 2.0}, {"error_db": -20.0}],
             "table": [{"centroids": 1}, {"centroids": 7}, {"bits": 5.0}],
         }[quantiser]
         fields |= {"quantiser": quantiser, **draw(st.sampled_from(target))}

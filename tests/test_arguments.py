@@ -95,7 +95,7 @@ def test_a_writer_refuses_options_of_another_kind_and_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"quantiser": "uniform", "bits": "4"}, "bits is '4', must be from 0.05 to 16"),
+        ({"quantiser": "uniform", "bits": "4"}, "bits is '4', must be from 0.05 to 32"),
         ({"quantiser": "uniform", "step": "1"}, "step is '1', must be above 0"),
         ({"quantiser": "uniform", "error_db": "-20"}, "error_db is '-20', must be a number of dB"),
         ({"quantiser": "table", "centroids": 8.0}, "centroids is 8.0, must be a whole number"),

@@ -71,14 +71,15 @@ def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
     st.sampled_from([1, 2, 3, 9, 40]),
     st.sampled_from([0.3, 0.7, 1.0]),
     st.sampled_from([Options(coding="fingerprint"), Options(mantissa_bits=2), Options(trim=False)]),
+    st.booleans(),
 )
 def test_bit_patterns_get_no_plan_only_where_it_would_be_larger(
-    seed: int, dtype: str, distinct: int, density: float, options: Options
+    seed: int, dtype: str, distinct: int, density: float, options: Options, masked: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     few = (rng.standard_normal(distinct) * 2.0 ** rng.integers(-4, 4, distinct)).round(rng.integers(0, 5))
     array = np.where(rng.random(6000) < density, rng.choice(few, 6000), 0).astype(ALL_DTYPES[dtype].numpy)
-    job = Job(array + array.dtype.type(0), options)
+    job = Job(array + array.dtype.type(0), options, rng.random(6000) < 0.6 if masked else None)
     written = outcome(job, "python")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sfpformat.codec.plan.takes_more_bits", lambda *_: False)

@@ -136,10 +136,12 @@ def test_an_error_counts_weights_as_a_reader_rounds_them() -> None:
         assert -26 < decibels(weights, found) <= -24 + 1e-6
 
 
-def test_an_error_that_no_step_meets_is_refused() -> None:
+def test_weights_whose_error_no_step_makes_so_small_are_kept_lossless() -> None:
     weights = np.random.default_rng(4).standard_normal((64, 64)).astype(np.float32)
+    options = Options(quantiser="uniform", error_db=-200.0)
+    assert np.array_equal(decoded(weights, options), weights)
     with pytest.raises(OptionError, match=r"'w'.*-200.*lossless"):
-        save({"w": weights}, options=Options(quantiser="uniform", error_db=-200.0))
+        save({"w": weights}, options=options.but(fixed_width=True))  # asks for levels of a step
 
 
 @pytest.mark.parametrize("error_db", [0.0, 30.0])
@@ -227,6 +229,7 @@ def lossy_options(draw: st.DrawFn, greatest: float) -> Options:
             "step": max(greatest, 1e-30) * draw(st.sampled_from([0.003, 0.3, 0.7, 1.5])),
         },
         {"quantiser": "uniform", "bits": draw(st.sampled_from([0.5, 2.0, 6.0, 16.0]))},
+        {"quantiser": "uniform", "budget": draw(st.sampled_from([1.0, 3.0, 10.0]))},
         {"quantiser": "uniform", "error_db": draw(st.sampled_from([-3.0, -20.0, -60.0]))},
         {"quantiser": "table", "centroids": draw(st.sampled_from([1, 2, 7, 500]))},
         {},

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import sfpformat
+from sfpformat import Options
 from sfpformat.conformance import slow_reader
 from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
-from sfpformat.numpy import save
+from sfpformat.numpy import load, save
 
 from .clauses import clauses
 from .forge import accepted, refused
@@ -401,3 +402,18 @@ def test_the_importance_that_is_read_is_the_one_that_was_given(role: str, over: 
         assert found[kept].tobytes() == given[kept].tobytes()
     else:
         assert np.abs(found[kept] - given[kept]).max() <= given.max() / 4095 * 0.51
+
+
+@pytest.mark.parametrize("engine", ["python", "numba"])
+@pytest.mark.parametrize("mask", ["auto", "none", "runs"])
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.5])
+@pytest.mark.parametrize("scale", [None, "row"])
+def test_a_table_of_centroids_gives_zeros_back_as_zeros(
+    share: float, mask: str, scale: str | None, engine: str
+) -> None:
+    rng = np.random.default_rng(5)
+    weights = (rng.standard_normal((64, 128)) * (rng.random((64, 128)) >= share)).astype(np.float32)
+    options = Options(quantiser="table", centroids=5, mask=mask, scale=scale)
+    found = load(save({"w": weights}, options=options, engine=engine))["w"]
+    assert not found[weights == 0].any()
+    assert np.square(found - weights).sum() < 0.1 * np.square(weights).sum()

@@ -39,7 +39,10 @@ COMMANDS = {
 
 _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
-    ("sfp pack model.safetensors -o model.sfp --prune 0.5 --bits 4", "half the weights, 4 bits each"),
+    (
+        "sfp pack model.safetensors -o model.sfp --prune 0.5 --bits 4",
+        "half the weights, 4 bits for each that is left",
+    ),
     ("sfp info model.sfp", "where the bytes are"),
     ("sfp unpack model.sfp -o model.safetensors", "and back"),
 )

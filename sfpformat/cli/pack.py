@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from ..names import listed, quoted, unknown_name
 from ..pruning.thresholds import reasons
 from ..shards import index_name
 from ..writer import is_text, require_name
-from .console import bytes_words, number, percent, printable, progress, show_json
-from .info import report_model
+from .console import bytes_words, number, percent, printable, progress, show_json, show_table
+from .dry import sizes_of_file
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
-from .packing import Job, job_key, pack_file, pack_shards
+from .outcome import Group, Outcome, groups, lines, outcome
+from .packing import Job, job_key, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
@@ -44,7 +46,11 @@ _EXAMPLES = examples(
     ("sfp pack checkpoint/ -o model.sfp --prune 0.5 --scope model", "the smallest half of all weights goes"),
     (
         "sfp pack m.safetensors -o m.sfp --bits 4 --like '*embed*' --bits 6 --like 'lm_head*' --lossless",
-        "4 bits a weight, embeddings 6, the head as it is",
+        "levels of 4 bits, of embeddings 6, the head as it is",
+    ),
+    (
+        "sfp pack m.safetensors -o m.sfp --prune 0.5 --budget 3 --dry-run",
+        "3 bits a position, masks included: what it would take",
     ),
     ("sfp pack m.safetensors -o m.sfp --prune 2:4 --error-db -30 --scale row", "2 of 4 stay, quantised"),
 )
@@ -73,6 +79,9 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument("--no-metadata", action="store_true", help="leave out the checkpoint's metadata")
     add_strict_index(parser)
     parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="encode everything, show the sizes, and write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     add_limits(parser, "raise or lower what readers allow, who then need the same")
     add_tensor_options(parser)
@@ -82,7 +91,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 _NOT_TENSOR_OPTIONS = frozenset(
     (
         *("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "no_metadata"),
-        *("strict_index", "verify", "json", "limit", "run"),
+        *("strict_index", "verify", "dry_run", "json", "limit", "run"),
     )
 )
 
@@ -90,6 +99,8 @@ _NOT_TENSOR_OPTIONS = frozenset(
 def run(args: argparse.Namespace) -> int:
     """Runs it."""
     start = time.monotonic()
+    if args.dry_run and args.verify:
+        raise Trouble("--verify compares what was written, and --dry-run writes nothing")
     require_suffix(args.output, ".sfp", what="'sfp pack'")
     base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
@@ -104,15 +115,43 @@ def run(args: argparse.Namespace) -> int:
         importances = _importances(args.importance, model)
         try:
             job = _job(model, treatments, importances, metadata, limits)
-            outputs, resumed = _write(job, args)
+            result = _result(job, treatments, args)
         finally:
             if importances is not None:
                 importances.close()
-        totals = _totals(outputs, limits)
-        faults = _verify(outputs, model, treatments, limits) if args.verify else []
     unfit = {name: treatment.unfit for name, treatment in treatments.items() if treatment.unfit}
-    _show(args, model, outputs, totals, resumed, lossless, unfit, faults, time.monotonic() - start)
-    return 1 if faults else 0
+    _show(args, model, result, lossless, unfit, time.monotonic() - start)
+    return 1 if result.faults else 0
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a pack, or a dry run, came to.
+
+    Attributes:
+        outputs: the files, written or not.
+        resumed: how many tensors an earlier run had written.
+        outcomes: of all tensors.
+        totals: over all tensors and files.
+        faults: what ``--verify`` found.
+    """
+
+    outputs: list[Path]
+    resumed: int
+    outcomes: list[Outcome]
+    totals: Totals
+    faults: list[str]
+
+
+def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> _Result:
+    """Writes the files, or with ``--dry-run`` encodes them only; measures what was quantised."""
+    if args.dry_run:
+        outputs, outcomes, size = _dry_run(job, asked, args)
+        resumed, faults = 0, list[str]()
+    else:
+        outputs, resumed = _write(job, args)
+        outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
+    return _Result(outputs, resumed, outcomes, total((each.report for each in outcomes), size), faults)
 
 
 def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
@@ -231,6 +270,25 @@ def _job(
     return Job(model, treatments, shares, importances, metadata, key, limits)
 
 
+def _dry_run(
+    job: Job, asked: dict[str, Treatment], args: argparse.Namespace
+) -> tuple[list[Path], list[Outcome], int]:
+    """The files that would be written, the outcome of each tensor, and the bytes of all files."""
+    model, target = job.model, checked_target(args.output, job.model.paths())
+    parts = {target: (list(model.specs), model.metadata())}
+    if len(model.files) > 1 and not args.single:
+        paths = shard_paths(target.with_suffix(""), len(model.files))
+        contents = ((model.names_in(name), model.metadata_of(name)) for name in model.files)
+        parts = dict(zip(paths, contents, strict=True))
+    outcomes, size = list[Outcome](), 0
+    with progress(model.nbytes, "encode") as shown:
+        for names, metadata in parts.values():
+            found, more = sizes_of_file(job, asked, names, metadata, shown)
+            outcomes += found
+            size += more
+    return list(parts), outcomes, size
+
+
 def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
     sharded = len(job.model.files) > 1 and not args.single
     target = checked_target(args.output, job.model.paths())
@@ -241,46 +299,37 @@ def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
         return [target], resumed
 
 
-def _totals(outputs: list[Path], limits: Limits) -> Totals:
-    reports, size = [], 0
-    for path in outputs:
-        with about(path), Model(path, limits=limits) as packed:
-            reports += report_model(packed)
-            size += packed.stored_bytes
-    return total(reports, size)
-
-
-def _verify(outputs: list[Path], model: Model, treatments: dict[str, Treatment], limits: Limits) -> list[str]:
-    """What is wrong with what was written."""
+def _outcomes(
+    job: Job, asked: dict[str, Treatment], outputs: list[Path], *, verify: bool
+) -> tuple[list[Outcome], int, list[str]]:
+    """The outcome of each tensor in the files, the bytes of all files, and with ``verify`` what is wrong."""
     from ..validate import validate
 
-    faults = []
-    with progress(model.nbytes, "verify") as shown:
+    outcomes, size, faults = list[Outcome](), 0, list[str]()
+    with progress(job.model.nbytes, "verify" if verify else "measure") as shown:
         for path in outputs:
-            faults += [f"{path}: {fault}" for fault in validate(path, limits=limits).faults]
-            with Model(path, limits=limits) as packed:
+            if verify:
+                faults += [f"{path}: {fault}" for fault in validate(path, limits=job.limits).faults]
+            with about(path), Model(path, limits=job.limits) as packed:
+                size += packed.stored_bytes
                 for name, spec in packed.specs.items():
                     shown.at(name)
-                    if treatments[name].lossless:
-                        was, is_now = model.read(name), packed.read(name)
-                        same = np.array_equal(as_bits(was), as_bits(is_now))
-                        faults += [] if same else [f"{path}: tensor {name!r} is not what it was"]
+                    found = outcome(job, asked[name], packed.file_of(name), name, compare=verify)
+                    outcomes.append(found)
+                    faults += [f"{path}: {words}" for words in found.faults] if verify else []
                     shown.advance(spec.nbytes)
-    return faults
+    return outcomes, size, faults
 
 
 def _show(
     args: argparse.Namespace,
     model: Model,
-    outputs: list[Path],
-    totals: Totals,
-    resumed: int,
+    result: _Result,
     lossless: dict[str, Reason],
     unfit: dict[str, str],
-    faults: list[str],
     seconds: float,
 ) -> None:
-    size = model.stored_bytes
+    size, outputs, totals, faults = model.stored_bytes, result.outputs, result.totals, result.faults
     if args.json:
         show_json(
             {
@@ -291,7 +340,11 @@ def _show(
                 "bits_per_weight": totals.bits_per_weight,
                 "sparsity": totals.sparsity,
                 "tensors": totals.tensors,
-                "resumed_tensors": resumed,
+                "resumed_tensors": result.resumed,
+                "dry_run": args.dry_run,
+                "quantised": [group.to_json() for group in groups(result.outcomes)],
+                "kept_lossless": [each.name for each in result.outcomes if each.kept_lossless],
+                **({"sizes": [_sizes(each) for each in result.outcomes]} if args.dry_run else {}),
                 "lossless": [
                     {"name": name, "kind": reason.kind.name.lower(), "because": reason.because}
                     for name, reason in lossless.items()
@@ -305,19 +358,69 @@ def _show(
         return
     for words in faults:
         print(words)
-    if resumed:
-        print(f"went on after {resumed} of {totals.tensors} tensors")
+    if args.dry_run:
+        show_table(_SIZES, [_row(each) for each in result.outcomes], 4)
+    if result.resumed:
+        print(f"went on after {result.resumed} of {totals.tensors} tensors")
     written = outputs[0].name if len(outputs) == 1 else f"{len(outputs)} shards, {_index(outputs[0])}"
-    print(f"{model.path.name} → {written}")
+    print(f"{model.path.name} → {written}{', not written' if args.dry_run else ''}")
     print(
         f"{bytes_words(size)} → {bytes_words(totals.file_bytes)}, ratio {size / totals.file_bytes:.2f}; "
         f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
         f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
     )
+    for line in lines(result.outcomes):
+        print(printable(line))
     if unfit:
         print(printable(f"{len(unfit):,} not pruned, the pattern does not fit: {reasons(unfit)}"))
     for line in _by_kind(lossless):
         print(printable(line))
+
+
+_SIZES = (
+    "tensor",
+    "dtype",
+    "shape",
+    "asked",
+    "pruned",
+    "bits a survivor",
+    "bits a position",
+    "error dB",
+    "bytes",
+)
+
+
+def _sizes(each: Outcome) -> dict[str, object]:
+    """One tensor of a dry run, for a machine."""
+    alone, entry = Group(each.asked, [each]), each.report.entry
+    return {
+        "name": each.name,
+        "dtype": entry.dtype.name,
+        "shape": list(entry.shape),
+        "asked": each.asked,
+        "quantised": each.is_quantised,
+        "sparsity": each.report.sparsity,
+        "bits_per_survivor": alone.bits_per_survivor,
+        "bits_per_position": alone.bits_per_position,
+        "error_db": alone.error_db,
+        "stored_bytes": entry.stored_bytes,
+    }
+
+
+def _row(each: Outcome) -> list[str]:
+    alone, entry = Group(each.asked, [each]), each.report.entry
+    asked = f"{each.asked} (kept lossless)" if each.kept_lossless else each.asked or "lossless"
+    return [
+        each.name,
+        entry.dtype.name,
+        "×".join(map(str, entry.shape)),
+        asked,
+        percent(each.report.sparsity),
+        number(alone.bits_per_survivor, 3),
+        number(alone.bits_per_position, 3),
+        number(alone.error_db),
+        f"{entry.stored_bytes:,}",
+    ]
 
 
 def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:

@@ -104,7 +104,7 @@ def pack_file(
                 for name in names:
                     if name not in done:
                         progress.at(name)
-                        _add(job, name, writer)
+                        add_tensor(job, name, writer)
                         progress.advance(job.model.specs[name].nbytes)
         except KeyboardInterrupt as error:
             error.args = (
@@ -115,7 +115,8 @@ def pack_file(
     return len(done)
 
 
-def _add(job: Job, name: str, writer: Writer) -> None:
+def add_tensor(job: Job, name: str, writer: Writer) -> None:
+    """Prunes, casts and encodes one tensor of a job."""
     treatment, importance = job.treatments[name], importance_of(name, job.importances)
     array = treated(name, job.model.read(name), treatment, job.shares.get(name))
     keys = sub_byte_keys(job.model.specs[name])
@@ -123,6 +124,15 @@ def _add(job: Job, name: str, writer: Writer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- shards
+
+
+def shard_paths(stem: Path, count: int) -> list[Path]:
+    """The paths of so many shards.
+
+    Args:
+        stem: of all of them, up to what numbers them.
+    """
+    return [stem.with_name(shard_name(stem.name, number, count)) for number in range(1, count + 1)]
 
 
 def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], int]:
@@ -138,9 +148,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
         As `pack_file`.
     """
     files = list(job.model.files)
-    targets = [
-        stem.with_name(shard_name(stem.name, number, len(files))) for number in range(1, len(files) + 1)
-    ]
+    targets = shard_paths(stem, len(files))
     with about(stem.with_name(index_name(stem.name))):
         state = _State(stem, len(files), job.key, job.limits)
     resumed = 0

@@ -36,6 +36,7 @@ _QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
 _LOSSY = frozenset(
     (
         *_QUANTISER,
+        "budget_scope",
         "prune",
         "pattern_dim",
         "scope",
@@ -89,7 +90,7 @@ class Treatment:
         options: how it is encoded.
         pruning: which weights go, or None.
         cast: to which dtype, or None.
-        shares_bits: whether the bits of its options are those of all tensors together that say so.
+        shares_bits: whether the budget of its options is that of all tensors together that say so.
         named: whether a ``--like`` rule says something that changes its values.
         unfit: why it is not pruned by the pattern that it was to be pruned by; else empty.
     """
@@ -121,11 +122,19 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
         "the reason; --like GLOB reaches them. Tensors that are not float are never changed.",
     )
     how = value.add_mutually_exclusive_group()
-    _add(how, "--bits", float, "B", "uniform quantiser: about B bits a position, mask included")
-    _add(how, "--budget", float, "B", "as --bits, of all tensors with this B together")
+    _add(how, "--bits", float, "B", "uniform quantiser: about B bits for the level of each weight left")
+    _add(how, "--budget", float, "B", "uniform quantiser: about B bits a position, mask and levels together")
     _add(how, "--step", float, "S", "uniform quantiser: multiples of S")
     _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
     _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
+    _add(
+        value,
+        "--budget-scope",
+        str,
+        "WHERE",
+        "a --budget of all its tensors together (model, the default), or of each",
+        ("tensor", "model"),
+    )
     _add(value, "--weighted", str, "HOW", "errors count by the --importance (full) or its root", WEIGHTED)
     how.add_argument(
         "--lossless",
@@ -418,7 +427,7 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
         other = "scope" if later["prune"].of else "pattern_dim"
         earlier = {key: value for key, value in earlier.items() if key != other}
     if any(key in later for key in _QUANTISER):
-        dropped = _LOSSY if "lossless" in later else set(_QUANTISER)
+        dropped = _LOSSY if "lossless" in later else {*_QUANTISER, "budget_scope"}
         earlier = {key: value for key, value in earlier.items() if key not in dropped}
     return {**earlier, **later}
 
@@ -428,20 +437,21 @@ def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
     changes = {key: layer[key] for key in _PLAIN if key in layer}
     if "table" in layer:
         changes |= {"quantiser": "table", "centroids": layer["table"]}
-    for key in ("bits", "step", "error_db"):
+    for key in ("bits", "budget", "step", "error_db"):
         if key in layer:
             changes |= {"quantiser": "uniform", key: layer[key]}
-    if "budget" in layer and "scale" in layer:
-        raise Trouble("--budget makes steps for weights as they are: it does not go with --scale")
-    if "budget" in layer:  # until its share of it is known
-        changes |= {"quantiser": "uniform", "bits": layer["budget"]}
+    if "budget_scope" in layer and "budget" not in layer:
+        raise Trouble("--budget-scope needs --budget")
+    shares = "budget" in layer and layer.get("budget_scope", "model") == "model"
+    if shares and "scale" in layer:
+        raise Trouble("a --budget of all tensors does not go with --scale; --budget-scope tensor does")
     if "importance_bits" in layer:
         bits = layer["importance_bits"]
         changes["importance"] = ImportanceOptions(bits=bits) if bits else None
     cast = DTYPES[layer["dtype"]] if "dtype" in layer else spec.dtype
     pruning, unfit = _pruning_of(layer, spec)
     to = None if cast == spec.dtype else cast
-    return Treatment(options.but(**changes), pruning, to, "budget" in layer, unfit=unfit)
+    return Treatment(options.but(**changes), pruning, to, shares, unfit=unfit)
 
 
 def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:

@@ -133,7 +133,9 @@ def with_shared_bits(
     importances: Model | None,
     advance: Advance,
 ) -> dict[str, Treatment]:
-    """The treatments with a step for each tensor whose bits are those of several; reads those tensors once.
+    """The treatments with a step for each tensor that shares a budget; reads those tensors once.
+
+    A tensor that takes no more bits without loss becomes lossless.
 
     Args:
         shares: of `shares_of_model`.
@@ -151,13 +153,15 @@ def with_shared_bits(
             found = candidate(array, None, importance, treatment.options, len(sharing))
         except OptionError as error:
             raise OptionError(f"tensor {name!r}: {error}") from None
-        assert treatment.options.bits is not None
-        groups.setdefault(treatment.options.bits, {})[name] = found
+        assert treatment.options.budget is not None
+        groups.setdefault(treatment.options.budget, {})[name] = found
         advance(model.specs[name].nbytes)
     out = dict(treatments)
-    for bits, members in groups.items():
-        for name, step in zip(members, share_bits(members.values(), bits), strict=True):
-            out[name] = replace(out[name], options=out[name].options.but(bits=None, step=step))
+    for budget, members in groups.items():
+        for name, step in zip(members, share_bits(members.values(), budget), strict=True):
+            options = out[name].options
+            shared = options.without_loss() if step is None else options.but(budget=None, step=step)
+            out[name] = replace(out[name], options=shared)
     return out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import MOST_DETAIL, shortened
 from ..limits import Limits
+from ..names import quoted
 from ..paths import is_index, model_path
 from ..validate import Report, validate, validate_index
 from .console import bytes_words, printable, progress, show_json
@@ -26,7 +27,8 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "verify",
         help="check a file against the specification",
         description="Checks every checksum and every rule of SPEC.md, decodes everything, and reports every "
-        "fault with its code, clause, tensor and place. Of an index all shards are checked.",
+        "fault with its code, clause, tensor and place. Of an index all shards are checked. Quantised "
+        "weights that are infinite or NaN are reported, too: the format allows them, but no weight was so.",
         epilog=examples(
             ("sfp verify model.sfp", "exit code 0 if there are no faults, else 1"),
             ("sfp verify model.sfp --canonical", "also 1 if the file is not canonical"),
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     limits = limits_of(args.limit)
     for path, report in (pair for name in args.files for pair in _reports(Path(name), limits)):
         good = report.canonical if args.canonical else report.ok
-        code = code if good else 1
+        code = code if good and not report.not_finite else 1
         results.append(_as_json(path, report))
         if not args.json:
             _show(path, report, args.canonical)
@@ -102,6 +104,7 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
         "bytes": report.bytes,
         "faults": faults,
         "notes": report.notes,
+        "not_finite": report.not_finite,
         "kind": _kind(path, report),
     }
 
@@ -125,6 +128,11 @@ def _show(path: Path, report: Report, with_notes: bool) -> None:
             print(f"{name}: not canonical: {printable(shortened(note, MOST_DETAIL))}")
         if len(report.notes) > _MOST_LINES:
             print(f"{name}: {len(report.notes) - _MOST_LINES:,} more notes, which --json lists")
+    for tensor, count in list(report.not_finite.items())[:_MOST_LINES]:
+        words = f"tensor {quoted(tensor)}: {count:,} quantised weights are infinite or NaN; pack it again"
+        print(f"{name}: {printable(words)}")
+    if len(report.not_finite) > _MOST_LINES:
+        print(f"{name}: {len(report.not_finite) - _MOST_LINES:,} more such tensors, which --json lists")
     if report.faults:
         print(f"{name}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
         return

@@ -24,11 +24,16 @@ from ..names import checked_by_name
 from .importances import checked_importance
 from .lossy import require_finite, sampled_survivors
 from .options import Options
+from .plan import exact_bits
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 
 # The samples of all tensors together have at most about so many weights: the search goes over them 24 times.
 _ALL_SAMPLES = 1 << 21
 _LEAST_SAMPLE = 1 << 12
+# Segments, and positions each, by which it is told what a tensor takes without loss.
+_EXACT_SEGMENTS, _EXACT_SEGMENT = 16, 3072
+# A tensor is quantised where that takes a smaller part of its lossless bits than this: both are estimates.
+_EXACT_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,33 @@ class Candidate:
         sample: some of its weights.
         positions: how many it has.
         unit: its step over that of the others, times a number that all have in common.
+        exact: about how many bits a position it takes without loss.
     """
 
     sample: Sampled
     positions: int
     unit: float
+    exact: float
+
+    def bits(self, step: float) -> float:
+        """About how many bits (times 2^16) it takes with that step."""
+        return self._whole(self.sample.bits(step)[1])
+
+    def mask_bits(self) -> float:
+        """About how many of them the mask takes whatever the step (times 2^16)."""
+        return self._whole(self.sample.mask_bits())
+
+    def exact_bits(self) -> float:
+        """About how many bits (times 2^16) it takes without loss."""
+        return self.exact * self.positions * (1 << FRACTION)
+
+    def _whole(self, of_sample: int) -> float:
+        return of_sample * (self.positions / self.sample.positions) if self.sample.positions else 0.0
 
 
 def steps_for_budget(
     tensors: Mapping[str, NDArray[np.generic]],
-    bits: float,
+    budget: float,
     *,
     masks: Mapping[str, Mask] | None = None,
     importances: Mapping[str, NDArray[np.floating]] | None = None,
@@ -57,22 +79,25 @@ def steps_for_budget(
 ) -> dict[str, float]:
     """The step of each tensor with which all together take about so many bits a position.
 
+    A tensor that takes no more bits without loss than with its step is left out of the result, so that it is
+    kept lossless where options are given by name, and its bits go to the others.
+
     Args:
         tensors: name -> float array of any shape, finite.
-        bits: a position, masks included, index and tables not.
+        budget: bits a position, masks included, index and tables not.
         masks: name -> bool array of the tensor's shape; without one what is not zero survives.
         importances: name -> float array of the tensor's shape, finite and not negative; the same measure in
             all tensors. Needed where ``weighted`` says how errors count by it.
         weighted, rate_weight: as in `Options`, and to be given there again.
 
     Returns:
-        Name -> step, for ``Options(quantiser="uniform", step=...)``.
+        Name -> step, for ``Options(quantiser="uniform", step=...)``, of the tensors that are to be quantised.
 
     Raises:
-        OptionError: a tensor is not finite, its importance is missing or not like it, or a name in an
-            argument is no tensor's.
+        OptionError: a tensor is not finite, its importance is missing or not like it, a name in an argument
+            is no tensor's, or the masks alone take more than the budget.
     """
-    options = Options(quantiser="uniform", bits=bits, weighted=weighted, rate_weight=rate_weight)
+    options = Options(quantiser="uniform", budget=budget, weighted=weighted, rate_weight=rate_weight)
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
     found = {}
@@ -81,8 +106,8 @@ def steps_for_budget(
             found[name] = candidate(array, masks.get(name), importances.get(name), options, len(tensors))
         except OptionError as error:
             raise OptionError(f"tensor {name!r}: {error}") from None
-    steps = share_bits(found.values(), bits)
-    return dict(zip(found, steps, strict=True))
+    steps = share_bits(found.values(), budget)
+    return {name: step for name, step in zip(found, steps, strict=True) if step is not None}
 
 
 def candidate(
@@ -96,16 +121,20 @@ def candidate(
 
     Args:
         array, mask, importance: as in `steps_for_budget`.
-        options: how it will be quantised; `weighted` and `rate_weight` count here.
+        options: how it will be quantised; `weighted`, `rate_weight` and `fixed_width` count here.
         tensors: how many share.
 
     Raises:
         OptionError: as `steps_for_budget`.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
+    dtype = of_numpy(flat.dtype)
+    if dtype is None or not dtype.is_float:
+        raise OptionError(f"dtype {flat.dtype} is no float of the format")
     require_finite(flat)
+    flat_mask = None if mask is None else mask.reshape(-1)
     size = min(len(flat), SAMPLE, max(_ALL_SAMPLES // max(tensors, 1), _LEAST_SAMPLE))
-    chosen, represented = sampled_survivors(flat, None if mask is None else mask.reshape(-1), size)
+    chosen, represented = sampled_survivors(flat, flat_mask, size)
     magnitudes = np.abs(flat[chosen].astype(np.float32))
     weights, mean = None, np.float32(1)
     if options.weighted is not None:
@@ -114,11 +143,28 @@ def candidate(
         given = error_weights(checked_importance(importance)[chosen], options.weighted)
         mean = mean_of(given)
         weights = given / mean
-    dtype = of_numpy(flat.dtype)
-    if dtype is None or not dtype.is_float:
-        raise OptionError(f"dtype {flat.dtype} is no float of the format")
-    sample = Sampled(magnitudes, represented, weights, options.rate_weight, dtype)
-    return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted))
+    sample = Sampled(
+        magnitudes,
+        represented,
+        weights,
+        options.rate_weight,
+        dtype,
+        masked=mask is not None,
+        widest=float(np.abs(flat).max(initial=0)) if options.fixed_width else None,
+    )
+    # A tensor of a fixed width is wanted for its structure.
+    exact = math.inf if options.fixed_width else _exact_bits(flat, flat_mask)
+    return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted), exact)
+
+
+def _exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> float:
+    """About how many bits a position a tensor takes without loss, by some of its segments."""
+    every = max(len(flat) // (_EXACT_SEGMENTS * _EXACT_SEGMENT), 1)
+    starts = range(0, max(len(flat), 1), every * _EXACT_SEGMENT)
+    segments = [flat[start : start + _EXACT_SEGMENT] for start in starts]
+    masks = None if mask is None else [mask[start : start + _EXACT_SEGMENT] for start in starts]
+    some = np.concatenate(segments)
+    return exact_bits(some, None if masks is None else np.concatenate(masks)) / max(len(some), 1)
 
 
 def _unit(magnitudes: F32, mean_weight: float, weighted: str | None) -> float:
@@ -136,20 +182,47 @@ def _unit(magnitudes: F32, mean_weight: float, weighted: str | None) -> float:
     return (math.sqrt(math.sqrt(power)) if weighted == "root" else 1.0) / math.sqrt(mean_weight)
 
 
-def share_bits(candidates: Iterable[Candidate], bits: float) -> list[float]:
-    """The steps with which the candidates together take at most ``bits`` bits a position, each a float32."""
+def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | None]:
+    """The steps with which the candidates together take at most ``budget`` bits a position, each a float32.
+
+    None for a candidate that takes no more bits without loss, whose bits then go to the others, and for all
+    that are left where all fit without loss.
+
+    Raises:
+        OptionError: the masks alone take more.
+    """
     candidates = list(candidates)
-    allowed = bits * sum(c.positions for c in candidates) * (1 << FRACTION)
+    left = budget * sum(c.positions for c in candidates) * (1 << FRACTION)
+    if sum(c.mask_bits() for c in candidates) > left:
+        raise OptionError(f"the masks alone take more than a budget of {budget:g} bits a position")
+    steps: list[float | None] = [None] * len(candidates)
+    quantised = dict(enumerate(candidates))
+    while quantised:
+        if sum(c.exact_bits() for c in quantised.values()) <= left:
+            break
+        found = _steps(list(quantised.values()), left)
+        taken = dict(zip(quantised, found, strict=True))
+        exact = [
+            i
+            for i, step in taken.items()
+            if quantised[i].bits(step) >= _EXACT_SHARE * quantised[i].exact_bits()
+        ]
+        if not exact:
+            for i, step in taken.items():
+                steps[i] = step
+            break
+        left -= sum(quantised.pop(i).exact_bits() for i in exact)
+    return steps
 
-    def fits(common: float) -> bool:
-        taken = 0.0
-        for c in candidates:
-            if c.sample.positions:
-                taken += c.sample.bits(_step(c, common)) * (c.positions / c.sample.positions)
-        return taken <= allowed
 
+def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
+    """The steps with which the candidates together take at most so many bits (times 2^16)."""
     # What the greatest magnitude of any tensor is in common units bounds the search.
     greatest = max([float(c.sample.magnitudes.max(initial=0)) / c.unit for c in candidates], default=0.0)
+
+    def fits(common: float) -> bool:
+        return sum(c.bits(_step(c, common)) for c in candidates) <= allowed
+
     common = turning_point(fits, greatest)[1]
     return [_step(c, common) for c in candidates]
 

@@ -29,6 +29,7 @@ from .quantise import (
     lloyd_max,
     mean_of,
     step_for_bits,
+    step_for_budget,
     step_for_error,
 )
 from .sources import Flat, NumberSource, Scaling
@@ -69,11 +70,11 @@ class LossyTensor:
     multiplier: Multiplier | None
     engine: Engine
 
-    def source(self, options: Options) -> NumberSource:
-        """The source that the options ask for.
+    def source(self, options: Options) -> NumberSource | None:
+        """The source that the options ask for; None where no step meets the error that they ask for.
 
         Raises:
-            OptionError: the step that they give is none, or no step meets the error that they ask for.
+            OptionError: the step that they give is none, or the mask alone takes more than their budget.
         """
         step = options.step
         if step is not None and self.scaling is not None:
@@ -90,7 +91,7 @@ class LossyTensor:
 
     def _by_sample(
         self, positions: NDArray[np.int64], represented: int, options: Options, step: float | None
-    ) -> NumberSource:
+    ) -> NumberSource | None:
         """The `Uniform` source with a step, or with that which a sample of the survivors asks for."""
         originals = np.abs(self.flat[positions].astype(np.float64))
         some = Sampled(
@@ -102,19 +103,26 @@ class LossyTensor:
             originals,
             None if self.scaling is None else self.scaling.of(positions),
             None if self.multiplier is None else self.multiplier(positions),
+            self.mask is not None,
+            self._widest() if options.fixed_width else None,
         )
         if step is not None:
             return self._uniform(some.quantiser(_checked_step(step)), given=True)
+        if options.error_db is not None:
+            return self._for_error(some, options.error_db)
         if options.bits is not None:
-            return self._uniform(some.quantiser(_checked_step(step_for_bits(some, options.bits))))
-        assert options.error_db is not None
-        return self._for_error(some, options.error_db)
+            step = step_for_bits(some, options.bits)
+        else:
+            assert options.budget is not None
+            step = step_for_budget(some, options.budget)
+        if step is None:
+            raise OptionError(f"the mask alone takes more than a budget of {options.budget} bits a position")
+        return self._uniform(some.quantiser(_checked_step(step)))
 
-    def _for_error(self, some: Sampled, error_db: float) -> NumberSource:
+    def _for_error(self, some: Sampled, error_db: float) -> NumberSource | None:
         """The source whose mean squared error is at most ``error_db`` under the mean square of the survivors.
 
-        Raises:
-            OptionError: no step does.
+        None where no step makes it so small.
         """
         sampled = len(self.flat) > SAMPLE
         power = self._mean_power() if sampled else some.power() / max(len(some.magnitudes), 1)
@@ -122,7 +130,7 @@ class LossyTensor:
         step = step_for_error(some, allowed)
         for _ in range(_ERROR_ROUNDS):
             if step is None:
-                break
+                return None
             source = self._uniform(some.quantiser(_checked_step(step)))
             if not sampled:
                 return source
@@ -130,7 +138,13 @@ class LossyTensor:
             if error <= allowed * _ERROR_TOLERANCE:
                 return source
             step *= 0.99 * math.sqrt(allowed / error)
-        raise OptionError(f"no step brings the error to {error_db} dB; use lossless")
+        return None
+
+    def _widest(self) -> float:
+        """The greatest magnitude, divided by its scale."""
+        starts = range(0, len(self.flat), _BLOCK)
+        blocks = (np.arange(start, min(start + _BLOCK, len(self.flat))) for start in starts)
+        return max((float(self._magnitudes(block).max()) for block in blocks), default=0.0)
 
     def _mean_power(self) -> float:
         """The mean square of the survivors, weighed by `weights`."""

@@ -17,6 +17,8 @@ QUANTISERS = ("lossless", "exact", "uniform", "table")
 MASKS = ("auto", "none", "runs", "octets")
 SCALES = ("tensor", "row", "column")
 WEIGHTED = ("root", "full")
+# Bits of a level, or of a position, that may be asked for.
+BITS = (0.05, 32)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -76,15 +78,21 @@ class Options:
     Attributes:
         coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for the float dtypes where it is smaller.
         quantiser: ``lossless`` is ``exact``, or a ``table`` of all values where they are few; ``exact``;
-            ``uniform`` takes one of ``step``, ``bits``, ``error_db``; ``table`` takes ``centroids`` or
-            ``bits``.
+            ``uniform`` takes one of ``step``, ``bits``, ``budget``, ``error_db``; ``table`` takes
+            ``centroids`` or ``bits``. A tensor that takes no more bits without loss than as ``bits``,
+            ``budget``, ``error_db`` or a table ask for, or whose ``error_db`` no step meets, is kept
+            lossless; not with ``step`` or ``fixed_width``.
         mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
         narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
         trim: of ``exact``: whether segments may leave out mantissa bits that are all zero.
         step: of ``uniform``: the step; with a ``scale`` in root mean squares of what shares a factor. Numbers
             whose product would leave the tensor's dtype are lowered to the greatest that does not.
-        bits: about so many bits a position, mask included, index and tables not (``uniform``); 2^(bits - 1)
-            centroids (``table``).
+        bits: of ``uniform``: about so many bits for the level of each survivor, its sign included and the
+            mask not; never more than so many a position with the mask, which counts where few are pruned
+            (with a mask that is given to within 1 %, and not where that alone takes more than half of them).
+            Of ``table``: 2^(bits - 1) centroids.
+        budget: of ``uniform``: about so many bits a position for mask and levels together, index and tables
+            not.
         error_db: at most this error, in dB and below 0: 10 log10 (mean squared error / mean square) of the
             survivors as a reader gives them, before an importance multiplies them; weighed if ``weighted``.
         centroids: of ``table``: how many magnitudes.
@@ -118,6 +126,7 @@ class Options:
     trim: bool = True
     step: float | None = None
     bits: float | None = None
+    budget: float | None = None
     error_db: float | None = None
     centroids: int | None = None
     weighted: str | None = None
@@ -168,11 +177,13 @@ class Options:
 
     def _require_one_target(self) -> None:
         targets = {
-            "uniform": ("step", "bits", "error_db"),
+            "uniform": ("step", "bits", "budget", "error_db"),
             "table": ("centroids", "bits"),
         }.get(self.quantiser, ())
         given = [
-            name for name in ("step", "bits", "error_db", "centroids") if getattr(self, name) is not None
+            name
+            for name in ("step", "bits", "budget", "error_db", "centroids")
+            if getattr(self, name) is not None
         ]
         if set(given) - set(targets):
             raise OptionError(f"quantiser {self.quantiser!r} does not take {', '.join(given)}")
@@ -185,7 +196,9 @@ class Options:
         if self.error_db is not None and not self.error_db < 0:
             raise OptionError(f"error_db is {self.error_db}, must be below 0, such as -30")
         if self.bits is not None:
-            _in_range("bits", self.bits, 0.05 if self.quantiser == "uniform" else 1, 16)
+            _in_range("bits", self.bits, *(BITS if self.quantiser == "uniform" else (1, 16)))
+        if self.budget is not None:
+            _in_range("budget", self.budget, *BITS)
         if self.centroids is not None:
             _whole("centroids", self.centroids, 1, 1 << 16)
         _one_of("weighted", self.weighted, (None, *WEIGHTED))
@@ -203,6 +216,16 @@ class Options:
     def is_plain(self) -> bool:
         """Whether ``fixed_width`` is asked for and has a meaning."""
         return self.fixed_width and not self.lossless
+
+    @property
+    def may_be_lossless(self) -> bool:
+        """Whether a tensor that takes no more bits without loss is kept so: all but a step or a structure."""
+        return not self.lossless and self.step is None and not self.fixed_width
+
+    def without_loss(self) -> Options:
+        """The same options with the quantiser ``lossless``."""
+        none = dict.fromkeys(("step", "bits", "budget", "error_db", "centroids", "weighted", "scale"))
+        return self.but(quantiser="lossless", **none)
 
     def but(self, **changes: Any) -> Options:
         """The same options with some changed."""

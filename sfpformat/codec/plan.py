@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coding.classes import FRACTION, entropy_bits
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts
 from ..coding.quantiser import (
@@ -28,7 +29,7 @@ from ..coding.quantiser import (
 from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
 from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype, of_numpy
-from ..engines import Engine
+from ..engines import Engine, get_engine
 from ..errors import FileFault, OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..parallel import Workers
@@ -140,16 +141,62 @@ def plan_tensor(
         if options.coding == "fingerprint" or extras or (dtype.is_float and not options.lossless):
             raise OptionError(f"tensor {name!r}: coding raw has no mask, importance or quantiser")
         return raw
-    may_be_raw = options.coding == "auto" and not extras and options.lossless
-    if may_be_raw and flat.nbytes < _MIN_BYTES:
+    may_be_raw = options.coding == "auto" and not extras
+    if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
         return raw
     try:
         planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape), workers or Workers())
-        plan, bits = planner.plan(importance)
+        found = planner.plan(importance)
+        is_lossless = options.lossless
+        if options.may_be_lossless:
+            at_most = None if found is None else max(found[1], planner.allowance())
+            exact = _lossless_plan(planner, importance, at_most)
+            if exact is None and may_be_raw and (at_most is None or flat.nbytes * 8 <= at_most):
+                exact = raw, flat.nbytes * 8
+            if exact is not None:
+                found, is_lossless = exact, True
+        if found is None:
+            raise OptionError(f"no step brings the error to {options.error_db} dB; use lossless")
+        plan, bits = found
         _require_readable(plan)
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
-    return raw if may_be_raw and bits >= flat.nbytes * 8 else _within_expansion(plan, bits, limits)
+    if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
+        return raw
+    return _within_expansion(plan, bits, limits)
+
+
+def _lossless_plan(
+    planner: _Planner, importance: Importance | None, at_most: int | None
+) -> tuple[Plan, int] | None:
+    """The lossless plan of a tensor that is to be quantised; None where it takes more than ``at_most`` bits.
+
+    Raises:
+        OptionError: there is no other plan (``at_most`` is None), and this one is refused.
+    """
+    try:
+        return planner.without_loss().plan(importance, at_most)
+    except OptionError:
+        if at_most is None:
+            raise
+        return None  # such as a multiplier that makes an exact weight infinite, where a number is lowered
+
+
+def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
+    """About how many bits some weights take without loss.
+
+    Args:
+        flat: floats of a registered dtype, shape [n].
+        mask: True for survivors, shape [n]; None: what is not zero.
+    """
+    dtype = of_numpy(flat.dtype)
+    assert dtype is not None
+    options = Options()
+    entry = _raw_entry("", dtype, flat.shape, options)
+    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
+    found = _Planner(raw, options, get_engine(None, flat.size), mask, Workers()).plan(None)
+    assert found is not None
+    return found[1]
 
 
 def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
@@ -249,42 +296,72 @@ class _Planner:
         self, raw: Plan, options: Options, engine: Engine, mask: Mask | None, workers: Workers
     ) -> None:
         self.workers = workers
-        self.flat, self.options, self.engine, self.given_mask = raw.flat, options, engine, mask
+        self.raw, self.flat, self.options, self.engine, self.given_mask = raw, raw.flat, options, engine, mask
         self.entry = replace(raw.entry, coding="fingerprint")
 
-    def plan(self, importance: Importance | None) -> tuple[Plan, int]:
-        """The plan, and about how many bits it takes; of several lossless ways the smallest."""
+    def allowance(self) -> int:
+        """How many bits the options grant for mask and levels; 0 where they name no number of bits."""
+        options, positions = self.options, len(self.flat)
+        if options.budget is not None:
+            return int(options.budget * positions)
+        if options.bits is None or options.quantiser != "uniform":
+            return 0
+        mask = self.given_mask
+        survivors = int(np.count_nonzero(self.flat != 0 if mask is None else mask))
+        mask_bits = entropy_bits(np.array([positions - survivors, survivors])) >> FRACTION
+        return int(options.bits * survivors) + mask_bits
+
+    def without_loss(self) -> _Planner:
+        """The planner of the same tensor with lossless options."""
+        options = self.options.without_loss()
+        return _Planner(self.raw, options, self.engine, self.given_mask, self.workers)
+
+    def plan(self, importance: Importance | None, at_most: int | None = None) -> tuple[Plan, int] | None:
+        """The plan, and about how many bits it takes; of several lossless ways the smallest.
+
+        Args:
+            importance: as of `plan_tensor`.
+            at_most: how many bits it may take.
+
+        Returns:
+            None where it would take more, or no step meets the error that the options ask for.
+        """
         stored = self._stored_importance(importance)
-        plan, bits = self._smallest(self._sources(importance, stored))
-        if stored is not None:
-            plan, more = self._with_importance(plan, stored, self.options.importance or ImportanceOptions())
-            bits += more
-        return plan, bits
+        found = self._smallest(self._sources(importance, stored), at_most)
+        if found is not None and stored is not None:
+            options = self.options.importance or ImportanceOptions()
+            plan, more = self._with_importance(found[0], stored, options)
+            found = plan, found[1] + more
+        return None if found is not None and at_most is not None and found[1] > at_most else found
 
     def _smallest(
-        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]
-    ) -> tuple[Plan, int]:
+        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]], at_most: int | None
+    ) -> tuple[Plan, int] | None:
         """The smallest plan of some sources; of several the first source's, with a mask.
+
+        None where there is no source, or each would surely take more than ``at_most`` bits.
 
         The last source goes first: a table of all values is mostly so much smaller that a bound on what bit
         patterns take shows that they need no plan.
         """
         best: tuple[Plan, int] | None = None
         for source, vectors in reversed(sources):
-            if best is not None and self._is_larger(source, best[1]):
+            bound = at_most if best is None else best[1]
+            if bound is not None and self._is_larger(source, bound):
                 continue
             plans = list(self._with_and_without_mask(source, vectors))
             found = min(plans, key=lambda plan: plan[1])
             if best is None or found[1] <= best[1]:
                 best = found
-        assert best is not None
         return best
 
     def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
         """Whether every plan of bit patterns in the tensor's own dtype takes more than so many bits."""
-        if not isinstance(source, ExactSource) or source.coded != source.dtype or self.given_mask is not None:
+        if not isinstance(source, ExactSource) or source.coded != source.dtype:
             return False
         patterns = float_patterns(self.flat, source.dtype)
+        if self.given_mask is not None:
+            patterns = np.where(self.given_mask, patterns, patterns.dtype.type(0))
         return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
 
     def _stored_importance(self, importance: Importance | None) -> ImportanceSource | StoredFactors | None:
@@ -373,6 +450,8 @@ class _Planner:
             multiplier = stored.stored
         tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
         source = tensor.source(options)
+        if source is None:
+            return []
         vectors: dict[str, NDArray[np.generic]] = {}
         if isinstance(source.numbers, TableNumbers):
             vectors["fingerprint centroids"] = source.numbers.centroids
@@ -388,12 +467,20 @@ class _Planner:
         if kind == "none":
             if given is not None and not given.all():
                 raise OptionError("a mask was given and mask is 'none'")
+            if isinstance(source, NumberSource) and source.count_survivors() < len(self.flat):
+                source = source.with_zero()
             yield self._plan_streams(source, vectors, None, 1.0)
             return
         survives = source.survives if given is None else _survivors_of(given)
         alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
         density = alive / len(self.flat) if len(self.flat) else 1.0
         optional = given is None and kind == "auto"
+        if (
+            isinstance(source, NumberSource)
+            and isinstance(source.numbers, TableNumbers)
+            and alive < len(self.flat)
+        ):
+            optional = False  # without a mask zeros would become centroids
         if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
             source = source.with_kept_levels(self.workers)
         if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):

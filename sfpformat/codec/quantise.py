@@ -6,6 +6,7 @@ depend on a platform's vector units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ F64 = NDArray[np.float64]
 # Search a step on at most so many weights, evenly spaced: the estimate's error is under 0.5 %.
 SAMPLE = 1 << 16
 _SEARCH_ROUNDS = 24
+_CODE_LOSS = 32  # about one part in so many that prefix codes of a mask and levels take beyond entropy
+_CLASS_BITS = 10  # numbers of more bits are counted by so many leading ones
 _LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
 
@@ -145,6 +148,9 @@ class Sampled:
         originals: the magnitudes as they are in the tensor, float64; None where there is no scale.
         scale: the scale factor of each, or None.
         multiplier: the importance of each, as stored, where it multiplies the weights; else None.
+        masked: whether there is a mask in which survivors stay survivors though their number becomes 0.
+        widest: the greatest magnitude of the whole tensor, divided by its scale, where all levels have one
+            width; else None.
     """
 
     magnitudes: F32
@@ -155,6 +161,8 @@ class Sampled:
     originals: F64 | None = None
     scale: F32 | None = None
     multiplier: F32 | None = None
+    masked: bool = False
+    widest: float | None = None
 
     def quantiser(self, step: float | np.float32) -> UniformNumbers | WeighedNumbers:
         """The quantiser of the whole tensor with that step."""
@@ -174,13 +182,42 @@ class Sampled:
     def _reconstruction(self, step: float) -> Reconstruction:
         return Reconstruction(self.dtype, Uniform(np.float32(step)))
 
-    def bits(self, step: float) -> int:
-        """About how many bits (times 2^16) the sample takes with that step."""
+    @property
+    def pruned(self) -> int:
+        """How many of the positions are pruned."""
+        return self.positions - len(self.magnitudes)
+
+    def mask_bits(self) -> int:
+        """About how many bits (times 2^16) the mask takes whatever the step; 0 where that depends on it."""
+        if self.widest is not None:
+            return self.positions << FRACTION if self.masked or self.pruned else 0
+        return entropy_bits(np.array([self.pruned, len(self.magnitudes)])) if self.masked else 0
+
+    def bits(self, step: float) -> tuple[int, int]:
+        """About how many bits (times 2^16) the sample takes with that step: its levels, and all of it.
+
+        Survivors that become 0 are pruned like others, except where there is a mask.
+        """
         if not len(self.magnitudes):
-            return 0
+            return 0, self.mask_bits()
         counts = histogram(self.numbers(step))
-        counts[0] += self.positions - len(self.magnitudes)
-        return numbers_bits(counts)
+        if self.widest is not None:
+            return self._fixed_bits(step, int(counts[0]))
+        levels = numbers_bits(counts)
+        if self.masked:
+            levels += int(counts[0]) << FRACTION  # a survivor that becomes 0 has a sign in the file, too
+            return levels, self.mask_bits() + levels
+        counts[0] += self.pruned
+        return levels, numbers_bits(counts)
+
+    def _fixed_bits(self, step: float, zeros: int) -> tuple[int, int]:
+        """As `bits` where all levels have one width, and the mask is a bit a position where there is one."""
+        assert self.widest is not None
+        greatest = math.floor(np.float32(self.widest) / np.float32(step) + np.float32(0.5))
+        width = (2 * greatest + 1).bit_length() if greatest else 0
+        levels = width * len(self.magnitudes) << FRACTION
+        kept = len(self.magnitudes) - (0 if self.masked or not self.pruned else zeros)
+        return levels, self.mask_bits() + (width * kept << FRACTION)
 
     def error(self, step: float) -> float:
         """The sum of the squared errors with that step, weighed, before any importance multiplies."""
@@ -225,13 +262,52 @@ def numbers_bits(counts: Histogram) -> int:
     alive = int(others.sum())
     mask = entropy_bits(np.array([total - alive, alive]))
     least = alive << (FRACTION - 1) if np.count_nonzero(others) > 1 else 0
-    return mask + max(entropy_bits(others), least) + (alive << FRACTION)
+    classes, residuals = _in_classes(others)
+    return mask + max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
+
+
+def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
+    """A histogram whose great numbers are joined into classes, and the residual bits that these take.
+
+    A sample has too few weights to show the entropy of numbers that are many: of n different ones it would be
+    log2 n at most. Numbers of a class are taken to be equally frequent.
+    """
+    if len(counts) <= 1 << _CLASS_BITS:
+        return counts, 0
+    numbers = np.flatnonzero(counts)
+    often = counts[numbers]
+    widths = np.maximum(np.frexp(numbers.astype(np.float64))[1].astype(np.int64) - _CLASS_BITS, 0)
+    classes = (numbers >> widths) + (widths << (_CLASS_BITS - 1))
+    joined = np.bincount(classes, weights=often.astype(np.float64)).astype(np.int64)  # exact below 2^53
+    return joined, int(often @ widths)
 
 
 def step_for_bits(sample: Sampled, bits: float) -> float:
-    """The least step found that needs at most ``bits`` bits a position."""
-    allowed = int(bits * sample.positions * (1 << FRACTION))
-    return turning_point(lambda step: sample.bits(step) <= allowed, _greatest(sample.magnitudes))[1]
+    """The least step found with which a survivor's level takes at most ``bits`` bits, and a position no more.
+
+    With the second condition pruning makes no tensor larger; it counts where few are pruned. A mask that
+    stays as it is and alone takes more than half of ``bits`` a position would leave too little for the
+    levels: it is not counted.
+    """
+    levels = int(bits * len(sample.magnitudes) * (1 << FRACTION))
+    whole = int(bits * sample.positions * (1 << FRACTION))
+    counted = sample.pruned > 0 and 2 * sample.mask_bits() <= whole
+    if sample.masked:
+        whole -= whole // _CODE_LOSS  # two streams instead of one
+
+    def holds(step: float) -> bool:
+        found = sample.bits(step)
+        return found[0] <= levels and not (counted and found[1] > whole)
+
+    return turning_point(holds, _greatest(sample.magnitudes))[1]
+
+
+def step_for_budget(sample: Sampled, budget: float) -> float | None:
+    """The least step found with which a position takes at most ``budget`` bits; None where none does."""
+    allowed = int(budget * sample.positions * (1 << FRACTION))
+    if sample.mask_bits() > allowed:
+        return None
+    return turning_point(lambda step: sample.bits(step)[1] <= allowed, _greatest(sample.magnitudes))[1]
 
 
 def step_for_error(sample: Sampled, allowed: float) -> float | None:

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
-from ..coding.quantiser import F32, Exact, Quantiser, Table, Uniform, float_patterns, scaled_down
+from ..coding.quantiser import (
+    F32,
+    MAX_CENTROIDS,
+    Exact,
+    Quantiser,
+    Table,
+    Uniform,
+    float_patterns,
+    scaled_down,
+)
 from ..container.entry import TensorEntry
 from ..dtypes import Dtype
 from ..engines import Engine
@@ -173,6 +182,14 @@ class NumberSource:
             magnitudes = scaled_down(magnitudes, scale)
         numbers = self.reconstruction.lowered(self.numbers(magnitudes), scale, multiplier)
         return numbers * np.uint64(2) + np.signbit(weights)
+
+    def with_zero(self) -> NumberSource:
+        """The same with a number for 0; of a table: one more centroid, of a full one the least replaced."""
+        if not isinstance(self.numbers, TableNumbers) or self.numbers.centroids[0] == 0:
+            return self
+        others = self.numbers.centroids[-(MAX_CENTROIDS - 1) :]
+        centroids = np.concatenate((np.zeros(1, np.float32), others))
+        return replace(self, quantiser=Table(len(centroids)), numbers=TableNumbers(centroids))
 
     def _uniform_levels(self, block: slice) -> AnyLevels:
         """The levels of all positions of a block, kept where the tensor is not too large."""

@@ -48,7 +48,7 @@ class Variant:
 
 
 def _uniform(bits: float) -> Options:
-    return Options(quantiser="uniform", bits=bits)
+    return Options(quantiser="uniform", budget=bits)
 
 
 def _error(decibels: float) -> Options:

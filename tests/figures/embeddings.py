@@ -92,7 +92,7 @@ def main() -> None:
         print(f"{'':<34}{'size':>8}{'Spearman':>12}")
         print(trial.line("lossless"), flush=True)
         for bits in BITS[::-1]:
-            options = Options(quantiser="uniform", bits=bits)
+            options = Options(quantiser="uniform", budget=bits)
             print(trial.line(f"{bits:g} bits a position", options), flush=True)
         for share in SHARES:
             for error in ERRORS:

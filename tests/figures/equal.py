@@ -147,7 +147,7 @@ class Trial:
         yield self.smallest(".sfp, uniform, weighted, shared bits", shared, 2.5, 8)
 
     def _same_bits(self, bits: float) -> bytes:
-        options = Options(quantiser="uniform", bits=bits)
+        options = Options(quantiser="uniform", budget=bits)
         return save(self.tensors, options=dict.fromkeys(self.matrices, options))
 
     def shared_bits(
@@ -158,10 +158,9 @@ class Trial:
 
         def make(bits: float) -> bytes:
             steps = steps_for_budget(arrays, bits, masks=masks, importances=fisher, weighted="root")
-            options = {
-                name: Options(quantiser="uniform", step=step, weighted="root", importance=None)
-                for name, step in steps.items()
-            }
+            options = dict.fromkeys(arrays, Options(importance=None))  # lossless where there is no step
+            for name, step in steps.items():
+                options[name] = Options(quantiser="uniform", step=step, weighted="root", importance=None)
             return save(tensors, options=options, masks=masks, importances=fisher)
 
         return make

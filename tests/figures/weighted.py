@@ -73,15 +73,14 @@ class Bench:
 
     def same_bits(self, bits: float, weighted: str | None) -> bytes:
         """The file in which every tensor has the same bits."""
-        return self._saved(Options(quantiser="uniform", bits=bits, weighted=weighted, importance=None))
+        return self._saved(Options(quantiser="uniform", budget=bits, weighted=weighted, importance=None))
 
     def shared_bits(self, bits: float, weighted: str | None) -> bytes:
         """The file in which the tensors share bits."""
         steps = steps_for_budget(self.linear, bits, importances=self.importances, weighted=weighted)
-        options = {
-            name: Options(quantiser="uniform", step=step, weighted=weighted, importance=None)
-            for name, step in steps.items()
-        }
+        options = dict.fromkeys(self.linear, Options(importance=None))  # lossless where there is no step
+        for name, step in steps.items():
+            options[name] = Options(quantiser="uniform", step=step, weighted=weighted, importance=None)
         return self._saved(options)
 
     def _saved(self, options: Options | dict[str, Options]) -> bytes:

@@ -1,0 +1,52 @@
+"""A pack that writes nothing: every tensor is encoded, its size counted and its error measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..container.entry import TensorEntry
+from ..reader import SfpFile
+from ..sink import CountingSink, MemorySink
+from ..writer import Writer
+from .console import Progress
+from .outcome import Outcome, outcome
+from .packing import Job, add_tensor
+from .rules import Treatment
+
+
+def sizes_of_file(
+    job: Job, asked: dict[str, Treatment], names: list[str], metadata: dict[str, str], progress: Progress
+) -> tuple[list[Outcome], int]:
+    """What `packing.pack_file` would write: the outcome of each tensor, and the bytes of the file.
+
+    Args:
+        asked: name -> what is done to each tensor, before budgets were shared.
+        names, metadata: as there.
+    """
+    outcomes: list[Outcome] = []
+
+    def take(entry: TensorEntry, chunks: bytes) -> None:
+        with _file_of(entry, chunks, job) as file:
+            outcomes.append(outcome(job, asked[entry.name], file, entry.name, compare=False))
+
+    sink = CountingSink(take)
+    with Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits) as writer:
+        for name in names:
+            progress.at(name)
+            add_tensor(job, name, writer)
+            progress.advance(job.model.specs[name].nbytes)
+    return outcomes, sink.size
+
+
+def _file_of(entry: TensorEntry, chunks: bytes, job: Job) -> SfpFile:
+    """A file in memory with one tensor that is encoded already."""
+    records = ([] if entry.vectors is None else [entry.vectors]) + [entry.chunks]
+    parts, at = [], 0
+    for length in (int(size) for record in records for size in record["length"]):
+        parts.append(np.frombuffer(chunks, np.uint8, length, at))
+        at += length
+    vectors = parts.pop(0) if entry.vectors is not None else None
+    target = MemorySink()
+    with Writer(target, limits=job.limits) as writer:
+        writer.add_encoded(entry, vectors, parts)
+    return SfpFile(target.data, limits=job.limits)
