@@ -52,7 +52,6 @@ _EXAMPLES = examples(
         "sfp pack m.safetensors -o m.sfp --prune 0.5 --budget 3 --dry-run",
         "3 bits a position, masks included: what it would take",
     ),
-    ("sfp pack m.safetensors -o m.sfp --prune 2:4 --error-db -30 --scale row", "2 of 4 stay, quantised"),
 )
 
 
