@@ -148,7 +148,7 @@ def plan_tensor(
         planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
         is_lossless = options.lossless
-        if options.may_be_lossless:
+        if options.may_be_lossless and len(flat):
             at_most = None if found is None else max(found[1], planner.allowance())
             exact = _lossless_plan(planner, importance, at_most)
             if exact is None and may_be_raw and (at_most is None or flat.nbytes * 8 <= at_most):
