@@ -21,7 +21,6 @@ _ENDS = {
     "_mask": _PRUNED,
     "_g": _NORMED,
     "_v": _NORMED,
-    "_sfp": "compressed layers add it: save and load the model by save_model and compress_model",
 }
 _PARAMETRISED = "a parametrization adds it: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
 

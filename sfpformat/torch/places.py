@@ -33,6 +33,10 @@ from .tensors import (
 AnyFile = SfpFile | ShardedFile
 Group = tuple[str, ...]  # the names of one tensor
 _COUNTER = "num_batches_tracked"
+_OF_COMPRESSED = (
+    ". A vector of U8 for a weight is probably of the state_dict of a compressed model, which save_model "
+    "writes so that load_model and compress_model take it"
+)
 # Strided memory without a behaviour of its own: what other subclasses of Tensor do is up to them.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
 
@@ -147,6 +151,7 @@ def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) ->
     missing: list[str] = []
     counters: list[Group] = []
     wrong: list[str] = []
+    compressed = False  # whether the file seems to have bytes of compressed layers
     for group in groups_of({name: place.tensor for name, place in places.items()}):
         place = places[group[0]]
         shape = tuple(place.tensor.shape)
@@ -163,11 +168,13 @@ def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) ->
         torch_dtype(info.dtype)
         sources[tuple(group)] = source
         if not is_shape_of(info.shape, shape):
+            compressed |= info.dtype == "U8" and len(info.shape) == 1 and place.tensor.is_floating_point()
             wrong.append(f"{source!r} is {list(info.shape)} in the file, {list(shape)} in the module")
         require_fillable(group[0], place.tensor)
     if wrong:
         more = f" and {len(wrong) - MOST_LISTED:,} more" if len(wrong) > MOST_LISTED else ""
-        raise MismatchError(f"shapes differ: {'; '.join(wrong[:MOST_LISTED])}{more}")
+        reason = _OF_COMPRESSED if compressed else ""
+        raise MismatchError(f"shapes differ: {'; '.join(wrong[:MOST_LISTED])}{more}{reason}")
     used = set(sources.values())
     unused = [name for name in file if name not in used]
     own_buffers = non_persistent(model)
