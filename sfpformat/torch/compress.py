@@ -28,6 +28,7 @@ from .models import loads_its_own_way, warn_of_ignored
 from .places import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
 from .tensors import require_known_shapes
 from .ties import TiedNames
+from .training import unwatch, watch
 
 Choose = Callable[[str, nn.Module], bool]
 
@@ -86,6 +87,10 @@ def compress_model(
     dense model, which refuses them by their shape; ``save_pretrained``, where the model has it, writes dense
     weights.
 
+    Training does not change compressed weights. ``model.requires_grad_(True)`` warns of that; so does the
+    first step of an optimizer that has the dense weights from before, or all parameters of a model in which
+    nothing else is frozen.
+
     Decoding is done on the processor, for layers on other devices too.
 
     Args:
@@ -134,8 +139,10 @@ def compress_model(
             found = _from_file(model, places, file, choose, strict, where)
     weights = [places[group[0]].tensor.nbytes for group in found]
     layers = {id(places[name].module) for group in found for name in group}
+    replaced = {name.rpartition(".")[0]: places[name].tensor for group in found for name in group}
     _exchange(places, found, KeptWeights(keep), where)
     save_dense(model)
+    watch(model, replaced)
     return CompressionReport(
         tuple(name for name, module in model.named_modules() if id(module) in layers),
         sum(weights),
@@ -171,6 +178,7 @@ def decompress_model(model: nn.Module) -> None:
     for module, weight in chosen.items():
         make_dense(module, weight)
     save_as_before(model)
+    unwatch(model)
 
 
 def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | None) -> list[Group]:

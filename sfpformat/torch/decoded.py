@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -45,11 +46,19 @@ class Holder(Protocol):
 _lock = threading.RLock()
 _holders: weakref.WeakSet[Holder] = weakref.WeakSet()
 _decoded: weakref.WeakValueDictionary[tuple[object, ...], Decoded] = weakref.WeakValueDictionary()
+_awaited: list[Callable[[], object]] = []
+
+
+def before_first_layer(action: Callable[[], object]) -> None:
+    """Has something done once, before the process has its first compressed layer."""
+    _awaited.append(action)
 
 
 def register(layer: Holder) -> None:
     """Notes a layer, so that writes to a weight find all layers that share it."""
     with _lock:
+        while _awaited:
+            _awaited.pop()()
         _holders.add(layer)
 
 

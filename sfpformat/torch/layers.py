@@ -128,7 +128,8 @@ class Compressed(nn.Module):
         Writes are encoded into this layer and those tied to it, losslessly: in-place functions, ``out=``,
         elements, ``.data``, ``torch.nn.init``. Setting it gives this layer another weight: the weight of
         another compressed layer is shared with it, other tensors are encoded. Inside ``torch.compile`` and
-        ``torch.export`` it is a plain copy, and writes there are lost.
+        ``torch.export`` it is a plain copy. Writes there are lost without an error, as are those past torch,
+        through ``untyped_storage()`` and ``data_ptr()``: neither can be noticed.
 
         Raises:
             OptionError: what is written or set cannot reach the layer: it needs a gradient, is a Parameter,
@@ -198,6 +199,7 @@ class Compressed(nn.Module):
                 f"{self.title()} is compressed and its weight is frozen: make it dense with decompress_model "
                 "to train it; layer.bias.requires_grad_() is for the bias alone"
             )
+        self.weight_trains = False
         super().requires_grad_(False)
         return self
 

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import OptionError
 from . import packed
+from .decoded import before_first_layer
 from .layers import Compressed, dense_states
 from .places import identity
 
@@ -127,4 +128,5 @@ def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
             )
 
 
-register_module_module_registration_hook(_watch_peft)
+# The hook is torch's only one for this, and holds for all modules of the process: none before it is needed.
+before_first_layer(lambda: register_module_module_registration_hook(_watch_peft))
