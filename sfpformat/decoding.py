@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .bulk import Bulk
+from .bulk import Bulk, SmallRaw
 from .codec.decode import TensorDecoder
 from .codec.jobs import Job, batches
 from .coding.bits import Bytes
@@ -83,6 +83,12 @@ class Decoding:
         plain = self._directory.plain
         plan = None if plain is None else self._engine.plan_plain(plain)
         return None if plain is None or plan is None else Bulk(plain, plan, self._stored)
+
+    @cached_property
+    def small_raw(self) -> SmallRaw | None:
+        """What makes small raw tensors, where there are many plain tensors."""
+        plain = self._directory.plain
+        return None if plain is None else SmallRaw(plain, self._stored)
 
     def do(self, jobs: list[Job], into: Into) -> None:
         """Does the jobs, some at a time, in threads where that pays.

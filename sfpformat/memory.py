@@ -1,36 +1,43 @@
-"""Memory for many arrays at once: few large pieces, which systems hand out faster than many small ones."""
+"""Memory for many arrays at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Numpy asks for huge pages from 4 MiB on. Smaller arrays share blocks of this size, so that whoever keeps one
-# of them alive keeps no more than this alive.
-_BLOCK = 8 << 20
+# Arrays from SHARING bytes to under _OWN come in blocks, of at most _BLOCK bytes: systems hand out a large
+# piece faster than many of middle size (measured: loading takes up to a quarter longer without), and numpy
+# asks for huge pages from 4 MiB on. An array that is kept keeps its block alive, so a block has at most
+# _SHARE times the bytes of any array in it; smaller arrays have memory of their own.
+SHARING = 64 << 10
 _OWN = 4 << 20
+_BLOCK = 8 << 20
+_SHARE = 8
 _ALIGNMENT = 64
 
 
-def blocks_of(sizes: list[int]) -> Iterator[NDArray[np.uint8]]:
-    """Memory for each of some sizes, in bytes: uint8, flat, aligned to 64 bytes, not initialised."""
+def arrays_of(
+    kinds: Iterable[tuple[tuple[int, ...], np.dtype[Any], int]],
+) -> Iterator[NDArray[Any]]:
+    """An array of each of some shapes, dtypes and sizes in bytes; C order, not initialised.
+
+    Those of 64 KiB and more are aligned to 64 bytes.
+    """
     shared, used = np.empty(0, np.uint8), 0
-    left = sum(_aligned(size) for size in sizes if size < _OWN)
-    for size in sizes:
-        if size >= _OWN:
-            yield _aligned_block(size)
+    for shape, dtype, size in kinds:
+        if size < SHARING:
+            yield np.empty(shape, dtype)
             continue
-        if used + size > len(shared):
-            shared, used = _aligned_block(max(min(left, _BLOCK), size)), 0
-        yield shared[used : used + size]
-        used += _aligned(size)
-        left -= _aligned(size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+        if size >= _OWN:
+            yield _aligned_block(size).view(dtype).reshape(shape)
+            continue
+        if used + size > len(shared) or len(shared) > _SHARE * size:
+            shared, used = _aligned_block(min(_SHARE * size, _BLOCK)), 0
+        yield shared[used : used + size].view(dtype).reshape(shape)
+        used += -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _aligned_block(size: int) -> NDArray[np.uint8]:

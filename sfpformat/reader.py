@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .bulk import Bulk
 from .closing import Closing
 from .codec.decode import TensorDecoder, Values
 from .codec.jobs import Job, fill_gaps, jobs_of_range, joined
@@ -31,7 +32,7 @@ from .decoding import Decoding, Into
 from .engines import require_name
 from .errors import MismatchError, MissingTensorError, placed
 from .limits import DEFAULT_LIMITS, Limits
-from .memory import blocks_of
+from .memory import SHARING, arrays_of
 from .parallel import for_each
 from .pickling import Settings, reopened
 from .source import Readable, Source, open_source
@@ -201,19 +202,29 @@ class SfpFile(Closing):
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Values]:
         """Some whole tensors, side by side: all, in the file's order, where nothing is said.
 
-        Tensors under 4 MiB share pieces of memory of 8 MiB; copy one that is to outlive the others by long.
+        Tensors of 64 KiB to 4 MiB may share blocks of memory, of at most eight times the bytes of any tensor
+        in them: a tensor that is kept keeps no more than that alive.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
         """
-        outlines = {name: self._outline(name) for name in (self if names is None else names)}
-        memory = blocks_of([outline.decoded_bytes for outline in outlines.values()])
-        out = {
-            name: next(memory).view(outline.dtype.numpy).reshape(outline.shape)
-            for name, outline in outlines.items()
-        }
+        wanted = list(dict.fromkeys(self if names is None else names))
+        made = self._small_raw(wanted)
+        rest = {name: self._outline(name) for name in wanted if name not in made}
+        kinds = [(shape, dtype.numpy, size) for dtype, shape, size, _ in rest.values()]
+        out = dict(zip(rest, arrays_of(kinds), strict=True))
         self._read_into(out)
-        return out
+        return {name: made[name] if name in made else out[name] for name in wanted} if made else out
+
+    def _small_raw(self, names: Sequence[str]) -> dict[str, Values]:
+        """The small raw ones of some tensors, where they are many; none where one of them is at fault."""
+        if len(names) < _WORTH_BULK or self._sure_bytes < SHARING or self._decoding.small_raw is None:
+            return {}
+        small = self._decoding.small_raw
+        known = [name for name in names if name in small.numbers]
+        if len(known) < _WORTH_BULK:
+            return {}
+        return small.read(known) or {}  # if not, the jobs tell what is wrong
 
     def read_into(self, out: Mapping[str, Values]) -> None:
         """Decodes some whole tensors, side by side, into arrays of their dtypes and shapes, C order.
@@ -227,21 +238,29 @@ class SfpFile(Closing):
             like = (array.dtype, array.shape) == (dtype.numpy, shape)
             if not (like and array.flags.c_contiguous and array.flags.writeable):
                 raise MismatchError(f"tensor {name!r}: needs {dtype.numpy} {shape} in C order, not read-only")
-        self._read_into(out)
+        made = self._small_raw(list(out))
+        for name, values in made.items():
+            out[name][...] = values
+        self._read_into({name: array for name, array in out.items() if name not in made})
 
     def _read_into(self, out: Mapping[str, Values]) -> None:
         """As `read_into`, for names and arrays that were checked: plain tensors together, then the rest."""
         bulk = self._decoding.bulk if len(out) >= _WORTH_BULK else None
-        together = {} if bulk is None else {name: array for name, array in out.items() if name in bulk}
-        positions = sum([array.size for array in together.values()])
-        if bulk is not None and not bulk.read_into(together, self._decoding.threads_for(positions)):
-            together = {}  # the jobs tell what is wrong
+        rest = out if bulk is None else self._left_by(bulk, out)
         jobs: list[Job] = []
-        for name, array in out.items():
-            if name not in together:
-                entry = self.entry(name)
-                jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
+        for name, array in rest.items():
+            entry = self.entry(name)
+            jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
         self._decoding.do(jobs, TensorDecoder.weights_into)
+
+    def _left_by(self, bulk: Bulk, out: Mapping[str, Values]) -> Mapping[str, Values]:
+        """Decodes plain tensors together; gives the others, or all where one of them is at fault."""
+        known = bulk.numbers
+        together = {name: array for name, array in out.items() if name in known}
+        positions = sum([array.size for array in together.values()])
+        if not bulk.read_into(together, self._decoding.threads_for(positions)):
+            return out
+        return {name: array for name, array in out.items() if name not in known}
 
     def get_slice(self, name: str) -> SfpSlice:
         """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""

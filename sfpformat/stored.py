@@ -5,7 +5,7 @@ Rules: a chunk is read whole and its checksum compared before any byte of it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import NamedTuple
@@ -53,9 +53,9 @@ class StoredChunks:
         """File offset of chunk k of a tensor; for k = -1 that of its vector chunk, or where one would be."""
         return self._offsets[entry.name] if k < 0 else self._places_of(entry)[k].offset
 
-    def start(self, name: str) -> int:
-        """File offset of a tensor's first chunk."""
-        return self._offsets[name]
+    def starts(self, names: Iterable[str]) -> list[int]:
+        """File offset of the first chunk of each of some tensors."""
+        return list(map(self._offsets.__getitem__, names))
 
     def placed(self, entry: TensorEntry, k: int) -> AbstractContextManager[None]:
         """Gives a fault within chunk k its tensor and its place in the file."""

@@ -330,6 +330,25 @@ def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
     return data[:size]
 
 
+def are_raw_lengths(lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+    """Whether raw chunks of so many bytes of elements have the right lengths (R-RAW-002)."""
+    return np.array_equal(lengths, -(-sizes // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT)
+
+
+def has_zero_padding(data: Bytes, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+    """Whether raw chunks have only zeros behind their elements (R-RAW-003).
+
+    Args:
+        data: the chunks, one after another, of at least a byte each.
+        lengths, sizes: bytes of each chunk and of its elements, for which `are_raw_lengths` holds.
+    """
+    ends = np.cumsum(lengths)
+    padded = sizes < lengths
+    # Where padding begins and where it ends, in turns: every other result is one of padding.
+    turns = np.stack([(ends - lengths + sizes)[padded], ends[padded]], axis=1).reshape(-1)
+    return not np.bitwise_or.reduceat(data, turns[turns < len(data)])[0::2].any()
+
+
 def build_raw(elements: Bytes) -> Bytes:
     """The bytes of a raw chunk."""
     out = np.zeros(align(len(elements), CHUNK_ALIGNMENT), np.uint8)

@@ -70,8 +70,9 @@ class Directory:
 
     def outline(self, name: str) -> Outline:
         """That of a tensor; makes no entry of a plain one."""
-        if self.plain is not None and name in self.plain.outlines:
-            return self.plain.outlines[name]
+        plain = None if self.plain is None else self.plain.outline(name)
+        if plain is not None:
+            return plain
         entry = self.tensors[name]
         return Outline(entry.dtype, entry.shape, entry.decoded_bytes, entry.stored_bytes)
 
@@ -156,12 +157,18 @@ def _in_columns(maps: list[Fields], limits: Limits) -> _Tensors | None:
     plain = plain_tensors([item for item, is_plain in zip(maps, are_plain, strict=True) if is_plain], limits)
     if plain is None:
         return None
-    items: dict[str, TensorEntry | Fields] = {}
-    stored, sizes = [], iter(plain.stored_bytes.tolist())
+    if all(are_plain):
+        items: dict[str, TensorEntry | Fields] = dict(zip(plain.names, maps, strict=True))
+        return (
+            (Entries(items, limits), plain.stored_bytes.tolist(), plain) if len(items) == len(maps) else None
+        )
+    items, stored = {}, []
+    columns = zip(plain.names, plain.stored_bytes.tolist(), strict=True)
     for item, is_plain in zip(maps, are_plain, strict=True):
         if is_plain:
-            items[str(item["name"])] = item
-            stored.append(next(sizes))
+            name, size = next(columns)
+            items[name] = item
+            stored.append(size)
             continue
         try:
             entry = TensorEntry.from_map(item, limits)

@@ -10,8 +10,8 @@ package. It gives what `decode` gives, or nothing: what is wrong with a director
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from itertools import chain
+from typing import cast
 
 import msgpack
 
@@ -100,36 +100,29 @@ def _unpack(data: bytes) -> dict[str, object]:
 
 def _is_allowed(root: dict[str, object], depth: int) -> bool:
     """Whether types, keys, strings and depth of a value are those of the subset (see `decode_quickly`)."""
-    sorted_keys: set[tuple[str, ...]] = set()  # most maps have the keys of another
-    level: list[dict[str, object] | list[object]] = [root]  # those equally deep
-    while level:
-        if depth == 0:
+    # All values equally deep are looked at together, by what the interpreter does in one call.
+    dicts: list[dict[object, object]] = [cast("dict[object, object]", root)]
+    lists: list[list[object]] = []
+    while dicts or lists:
+        if depth == 0 or not all(map(_are_sorted, set(map(tuple, dicts)))):
             return False
-        deeper: list[dict[str, object] | list[object]] = []
-        for container in level:
-            values: Iterable[Any] = container
-            if type(container) is dict:
-                keys = tuple(container)
-                if keys not in sorted_keys:
-                    if not _are_sorted(keys):
-                        return False
-                    sorted_keys.add(keys)
-                values = container.values()
-            for value in values:
-                # The very types: for `isinstance` True would be an integer.
-                kind = type(value)
-                if kind is int:
-                    if value < 0:
-                        return False
-                elif kind is str:
-                    if "\0" in value:
-                        return False
-                elif kind is dict or kind is list:
-                    deeper.append(value)
-                elif kind is not bytes:
-                    return False
-        level, depth = deeper, depth - 1
+        values = list(chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists)))
+        # The very types: for `isinstance` True would be an integer.
+        kinds = set(map(type, values))
+        if not kinds <= _TYPES:
+            return False
+        if min([value for value in values if type(value) is int], default=0) < 0:
+            return False
+        if str in kinds and "\0" in "".join([value for value in values if type(value) is str]):
+            return False
+        dicts = [value for value in values if type(value) is dict]
+        lists = [value for value in values if type(value) is list]
+        depth -= 1
     return True
+
+
+# What a directory's values are (R-MSG-001).
+_TYPES = {int, str, bytes, dict, list}
 
 
 def _are_sorted(keys: tuple[object, ...]) -> bool:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -85,18 +85,23 @@ class PlainTensors:
     checksums: Numbers
 
     @cached_property
-    def outlines(self) -> dict[str, Outline]:
-        """Those of all, by name."""
-        sizes = (self.positions * self.itemsize).tolist(), self.stored_bytes.tolist()
-        outlines = map(Outline, self.dtypes, self.shapes, *sizes)
-        return dict(zip(self.names, outlines, strict=True))
+    def _numbers(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
 
-    @property
+    def outline(self, name: str) -> Outline | None:
+        """That of a tensor; None where it is none of these."""
+        i = self._numbers.get(name)
+        if i is None:
+            return None
+        size = int(self.positions[i]) * self.dtypes[i].itemsize
+        return Outline(self.dtypes[i], self.shapes[i], size, int(self.stored_bytes[i]))
+
+    @cached_property
     def itemsize(self) -> Numbers:
         """Bytes of an element of each."""
-        return np.array([dtype.itemsize for dtype in self.dtypes], np.int64)
+        return np.asarray(np.array([dtype.bits for dtype in self.dtypes], np.int64) // 8)
 
-    @property
+    @cached_property
     def stored_bytes(self) -> Numbers:
         """Bytes of the chunks of each."""
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])[self.first_chunk]
@@ -161,18 +166,20 @@ def _dtypes(entries: Sequence[Fields]) -> list[Dtype] | None:
 
 def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, ...]], Numbers] | None:
     """The shapes and their positions."""
-    shapes: list[tuple[int, ...]] = []
-    for entry in entries:
-        shape = entry["shape"]
-        if type(shape) is not list or len(shape) > limits.rank:
+    lists = [shape for entry in entries if type(shape := entry["shape"]) is list]
+    if len(lists) != len(entries) or max(map(len, lists), default=0) > limits.rank:
+        return None
+    if not set(map(type, chain.from_iterable(lists))) <= {int}:
+        return None
+    shapes = list(map(tuple, lists))
+    positions = list(map(math.prod, shapes))
+    if max(positions, default=0) > MAX_POSITIONS:
+        return None
+    # Zeros are left out of the product (R-TEN-005).
+    for shape, product in zip(shapes, positions, strict=True):
+        if not product and math.prod([size for size in shape if size]) > MAX_POSITIONS:
             return None
-        for size in shape:
-            if type(size) is not int:
-                return None
-        if math.prod([size for size in shape if size]) > MAX_POSITIONS:
-            return None
-        shapes.append(tuple(shape))
-    return shapes, np.array([math.prod(shape) for shape in shapes], np.int64)
+    return shapes, np.array(positions, np.int64)
 
 
 def _cutting(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
@@ -206,13 +213,12 @@ def _records(entries: Sequence[Fields], expected: Numbers) -> tuple[Numbers, Num
 
 def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTable | None] | None:
     """The code tables."""
-    tables: list[PlainTable | None] = []
+    tables: list[PlainTable | None] = [None] * len(entries)
     packed: list[bytes] = []  # the lengths of all codes, two a byte
-    for entry, dtype in zip(entries, dtypes, strict=True):
-        stream = entry.get("fingerprints")
-        if stream is None:
-            tables.append(None)
+    for i, (entry, dtype) in enumerate(zip(entries, dtypes, strict=True)):
+        if "fingerprints" not in entry:
             continue
+        stream = entry["fingerprints"]
         assert isinstance(stream, dict)  # `looks_plain`
         base, extra, codes, trim = stream["base"], stream["extra"], stream["codes"], stream["trim"]
         if not (dtype.is_float and type(base) is int and type(extra) is bytes and type(codes) is list):
@@ -230,7 +236,7 @@ def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTab
             if type(code) is not bytes or len(code) != (classes + 1) // 2:
                 return None
         packed += codes
-        tables.append(PlainTable(base, extra, len(codes), b"", bool(trim)))
+        tables[i] = PlainTable(base, extra, len(codes), b"", bool(trim))
     return _with_lengths(tables, packed)
 
 

@@ -315,6 +315,8 @@ class TorchFile(Closing):
         Raises:
             MissingTensorError, InvalidFileError, LimitError, MismatchError.
         """
+        if self.device.type == "cpu":
+            return {name: tensor_of(array) for name, array in self.file.get_tensors(names).items()}
         infos = {name: self.info(name) for name in (self.keys() if names is None else names)}
         dtypes = {name: torch_dtype(info.dtype) for name, info in infos.items()}
         if self.device.type == "meta":
@@ -322,8 +324,6 @@ class TorchFile(Closing):
                 name: torch.empty(info.shape, dtype=dtypes[name], device="meta")
                 for name, info in infos.items()
             }
-        if self.device.type == "cpu":
-            return {name: tensor_of(array) for name, array in self.file.get_tensors(infos).items()}
         if self._on_device:
             from .device import read_tensors  # not before it is needed: it makes ready what kernels take
 

@@ -1,0 +1,107 @@
+"""Speed where tensors are many and small, or weights have few bits or few values.
+
+``python -m tests.figures.unusual`` prints, as JSON, one row a line:
+
+* loading 200,000 tensors of 1 to 64 F32 weights, by each engine, beside safetensors, and sizes of files;
+* packing 16 million weights of BF16, of both FP8 dtypes, and of F32 with 256 values, by each number of
+  threads up to that of the processor, in millions of weights a second, and bits a weight.
+
+Each time is the best of three, in one process, of files that the system has in memory. Takes safetensors and
+Numba.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from sfpformat.numpy import load_file, save, save_file
+
+RUNS = 3
+TENSORS, MOST_WEIGHTS = 200_000, 64
+WEIGHTS = 16_000_000
+VALUES = 256
+
+
+def best_of(action: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs."""
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def show(**row: object) -> None:
+    """Prints a row."""
+    print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+def load_many(folder: Path) -> None:
+    """Rows of loading many small tensors."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, MOST_WEIGHTS + 1, TENSORS).tolist()
+    tensors = {f"layer.{i}.weight": rng.standard_normal(n).astype(np.float32) for i, n in enumerate(sizes)}
+    ours, theirs = folder / "many.sfp", folder / "many.safetensors"
+    save_file(tensors, ours)
+    safetensors.numpy.save_file(tensors, theirs)
+    del tensors
+    seconds = best_of(lambda: safetensors.numpy.load_file(theirs))
+    show(load="safetensors", tensors=TENSORS, seconds=seconds, bytes=theirs.stat().st_size)
+    for engine in ("python", "numba"):
+        load_file(ours, engine=engine)  # compiled before it is timed
+        seconds = best_of(lambda engine=engine: load_file(ours, engine=engine))  # type: ignore[misc]
+        show(load=engine, tensors=TENSORS, seconds=seconds, bytes=ours.stat().st_size)
+
+
+def kinds() -> dict[str, NDArray[np.generic]]:
+    """Weights to pack, by what they are."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(WEIGHTS, np.float32) * np.float32(0.02)
+    codebook = np.sort(rng.standard_normal(VALUES).astype(np.float32))
+    return {
+        "BF16": normal.astype(ml_dtypes.bfloat16),
+        "F8_E4M3": (normal * 400).astype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": normal.astype(ml_dtypes.float8_e5m2),
+        f"F32 of {VALUES} values": codebook[rng.integers(0, VALUES, WEIGHTS)],
+    }
+
+
+def pack() -> None:
+    """Rows of packing."""
+    for kind, weights in kinds().items():
+        for threads in range(1, (os.cpu_count() or 1) + 1):
+            packed = [save({"w": weights}, engine="numba", threads=threads)]
+            seconds = best_of(
+                lambda weights=weights, threads=threads: save(  # type: ignore[misc]
+                    {"w": weights}, engine="numba", threads=threads
+                )
+            )
+            speed, bits = WEIGHTS / seconds / 1e6, 8 * len(packed[0]) / WEIGHTS
+            show(pack=kind, threads=threads, millions_a_second=speed, bits_a_weight=bits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed where tensors are small or weights have few values.")
+    parser.add_argument("what", nargs="*", choices=["load", "pack", []], help="all where none is given")
+    what = parser.parse_args().what or ["load", "pack"]
+    if "load" in what:
+        with tempfile.TemporaryDirectory() as name:
+            load_many(Path(name))
+    if "pack" in what:
+        pack()
+
+
+if __name__ == "__main__":
+    main()
