@@ -59,12 +59,15 @@ class Job:
 
 @st.composite
 def arrays(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOATS, *, finite: bool = False) -> Array:
-    """Arrays of arbitrary bits, of pruned normal weights, of few values, of one value, of narrower floats."""
+    """Arrays of arbitrary bits, of pruned normal weights, of few values, of one value, of narrower floats, of
+    weights beside zeros of both signs."""
     dtype = DTYPES[draw(st.sampled_from(dtypes))]
     shape = draw(shapes)
     rng = np.random.default_rng(draw(seeds))
     kinds = (
-        ["weights", "few", "constant", "rows"] if finite else ["bits", "weights", "few", "constant", "narrow"]
+        ["weights", "few", "constant", "rows", "signed"]
+        if finite
+        else ["bits", "weights", "few", "constant", "narrow", "signed"]
     )
     kind = draw(st.sampled_from(kinds))
     count = math.prod(shape)
@@ -83,7 +86,12 @@ def arrays(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOATS, *, finite: bool = 
     if kind == "narrow":
         numbers = numbers.astype(np.float16).astype(np.float64)
     density = draw(st.sampled_from([0.0, 0.01, 0.1, 0.4, 0.9, 1.0]))
-    numbers = np.where(rng.random(count) < density, np.clip(numbers, -448, 448), 0.0)
+    zeros = (
+        np.copysign(0.0, rng.random(count) - draw(st.sampled_from([0.02, 0.5, 1.0])))
+        if kind == "signed"
+        else 0.0
+    )
+    numbers = np.where(rng.random(count) < density, np.clip(numbers, -448, 448), zeros)
     return numbers.astype(np.float32).astype(dtype.numpy).reshape(shape)
 
 

@@ -17,8 +17,10 @@ from .trouble import Trouble, about
 _HEADER = ("tensor", "dtype", "shape", "coding", "pruned", "mask", "weights", "import.", "index", "all")
 _TEXT_COLUMNS = 4
 _DESCRIPTION = """Shows the tensors of an .sfp file, or of all shards of an index: dtype, shape, coding, the
-share of pruned positions, and the bits a weight of mask, weights (fingerprints and vectors, or raw elements),
-importance, and segment index with padding take. Only the directory and the segment indices are read."""
+share of pruned weights, and the bits a weight of mask, weights (fingerprints and vectors, or raw elements),
+importance, and segment index with padding take. Pruned is what is zero, of either sign: what masks leave out,
+and in lossless tensors the zeros that are stored, such as -0, where the code table has a class for zeros
+alone. Those tensors are decoded; of all others only the directory and the segment indices are read."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -125,7 +127,9 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
         if totals.bits[part]
     )
     directory = bytes_words(totals.file_bytes - totals.stored_bytes)
-    print(f"{totals.tensors} tensors, {totals.positions:,} weights, {percent(totals.sparsity)} pruned")
+    stored = f", {totals.stored_zeros:,} of them stored as zeros" if totals.stored_zeros else ""
+    pruned = f"{percent(totals.sparsity)} pruned{stored}"
+    print(f"{totals.tensors} tensors, {totals.positions:,} weights, {pruned}")
     print(f"{totals.file_bytes:,} bytes: {parts}{', ' if parts else ''}preamble and directory {directory}")
     print(
         f"{number(totals.bits_per_weight, 3)} bits a weight; "

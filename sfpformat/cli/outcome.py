@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..codec.decode import scale_index
 from ..codec.options import Options
 from ..codec.quantise import error_weights
+from ..codec.zeros import with_positive_zeros
 from ..coding.quantiser import F32, Table, Uniform
 from ..container.entry import TensorEntry
 from ..dtypes import DTYPES
@@ -19,10 +20,10 @@ from ..names import listed, quoted
 from ..reader import SfpFile
 from .console import number
 from .models import as_bits
-from .packing import Job
+from .packing import Job, is_quantised
 from .report import TensorReport, report_tensor
 from .rules import Pruning, Treatment
-from .treat import importance_of, treated
+from .treat import Array, importance_of, treated
 
 # By how much an error may miss the one asked for: steps are chosen to 0.05 dB, sums differ in their order.
 TOLERANCE_DB = 0.1
@@ -80,17 +81,15 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
             measured.
     """
     report = report_tensor(file, name)
-    fingerprints = report.entry.fingerprints
-    wanted = not asked.options.lossless
-    expected = Uniform if asked.options.quantiser == "uniform" else Table
-    is_quantised = wanted and fingerprints is not None and isinstance(fingerprints.quantiser, expected)
+    quantised = is_quantised(asked.options, report.entry)
     words = "" if asked.lossless else _words(asked)
-    kept_lossless = wanted and not is_quantised
-    if not is_quantised and not compare:
+    kept_lossless = not asked.options.lossless and not quantised
+    if not quantised and not compare:
         return Outcome(report, words, False, kept_lossless)
     before = treated(name, job.model.read(name), job.treatments[name], job.shares.get(name))
     after = file.get_tensor(name)
-    if not is_quantised:
+    if not quantised:
+        before = _as_written(before, asked.options)
         same = np.array_equal(as_bits(before), as_bits(after))
         faults = () if same else (f"tensor {quoted(name)} is not what it was",)
         return Outcome(report, words, False, kept_lossless, faults=faults)
@@ -103,6 +102,13 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
     found = _compare(before.reshape(-1), after.reshape(-1), weights, bound)
     wrong = tuple(found.faults(name, asked.options))
     return Outcome(report, words, True, False, found.error, found.power, wrong)
+
+
+def _as_written(array: Array, options: Options) -> Array:
+    """A tensor as it must come back from lossless coding."""
+    if options.zeros == "keep":
+        return array
+    return with_positive_zeros(array.reshape(-1)).reshape(array.shape)
 
 
 @dataclass

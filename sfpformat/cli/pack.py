@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,15 @@ from .dry import sizes_of_file
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
 from .outcome import Group, Outcome, groups, lines, outcome
-from .packing import Job, job_key, pack_file, pack_shards, shard_paths
+from .packing import Job, NegativeZeros, job_key, look_at_zeros, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
 from .rules import Rules, Treatment, add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
 from .trouble import Trouble, about, checked_target, require_suffix
 
+# The summary says what -0 costs from this part of the output on.
+_WORTH_SAYING = 100
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
 each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them, unless --single is given.
@@ -38,6 +40,9 @@ Where the files disagree with their index, the index decides, with a warning; --
 Options after --like GLOB, up to the next --like, are only for the tensors with names like GLOB; of two rules
 the later counts. What is there already is replaced in one step, when all went well. A pack that was stopped
 goes on after its last complete tensor when the same command is given again.
+
+Weights pruned by multiplying with a mask, as torch.nn.utils.prune does, are half -0. These are kept, at about
+a bit for each zero; --zeros positive writes +0, an equal number. The summary says what that would save.
 
 Tensors of F4 and F6, which .sfp has no dtypes for, are kept as bytes (U8); 'sfp unpack' restores them."""
 
@@ -133,6 +138,7 @@ class _Result:
         outcomes: of all tensors.
         totals: over all tensors and files.
         faults: what ``--verify`` found.
+        zeros: the -0 of each tensor.
     """
 
     outputs: list[Path]
@@ -140,6 +146,7 @@ class _Result:
     outcomes: list[Outcome]
     totals: Totals
     faults: list[str]
+    zeros: Collection[NegativeZeros]
 
 
 def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> _Result:
@@ -150,13 +157,15 @@ def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> 
     else:
         outputs, resumed = _write(job, args)
         outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
-    return _Result(outputs, resumed, outcomes, total((each.report for each in outcomes), size), faults)
+    look_at_zeros(job, [each.report.entry for each in outcomes])
+    totals = total((each.report for each in outcomes), size)
+    return _Result(outputs, resumed, outcomes, totals, faults, job.zeros.values())
 
 
 def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
     """What is done to each tensor, and why some stay lossless; reads the tensors that are changed."""
     specs = model.specs.values()
-    left = not_weights(specs) if rules.changes_values else {}
+    left = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
     treatments = rules.treatments(specs, left)
     size = sum(model.specs[name].nbytes for name, treatment in treatments.items() if not treatment.lossless)
     if size:
@@ -329,6 +338,7 @@ def _show(
     seconds: float,
 ) -> None:
     size, outputs, totals, faults = model.stored_bytes, result.outputs, result.totals, result.faults
+    zeros = result.zeros
     if args.json:
         show_json(
             {
@@ -338,6 +348,12 @@ def _show(
                 "ratio": size / totals.file_bytes,
                 "bits_per_weight": totals.bits_per_weight,
                 "sparsity": totals.sparsity,
+                "stored_zeros": totals.stored_zeros,
+                "negative_zeros": {
+                    "kept": sum(each.number for each in zeros if not each.positive),
+                    "made_positive": sum(each.number for each in zeros if each.positive),
+                    "saving_bytes": sum(each.saving for each in zeros),
+                },
                 "tensors": totals.tensors,
                 "resumed_tensors": result.resumed,
                 "dry_run": args.dry_run,
@@ -370,6 +386,8 @@ def _show(
     )
     for line in lines(result.outcomes):
         print(printable(line))
+    for line in _about_zeros(totals, zeros):
+        print(line)
     if unfit:
         print(printable(f"{len(unfit):,} not pruned, the pattern does not fit: {reasons(unfit)}"))
     for line in _by_kind(lossless):
@@ -420,6 +438,27 @@ def _row(each: Outcome) -> list[str]:
         number(alone.error_db),
         f"{entry.stored_bytes:,}",
     ]
+
+
+def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[str]:
+    """What became of -0, and whether it would pay to write +0."""
+    made = [each.number for each in zeros if each.positive]
+    if made:
+        tensors = sum(number > 0 for number in made)
+        yield (
+            f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} are -0 and become +0"
+            if tensors
+            else "--zeros positive changed nothing: no weight is -0"
+        )
+    saving = sum(each.saving for each in zeros)
+    if saving * _WORTH_SAYING > totals.file_bytes:
+        costly = [each for each in zeros if each.saving]
+        count = sum(each.number for each in costly)
+        yield (
+            f"{percent(count / totals.positions)} of all weights are -0, in {len(costly):,} "
+            f"tensor{'s' * (len(costly) != 1)}: --zeros positive writes them as +0 and saves about "
+            f"{bytes_words(saving)} ({percent(saving / totals.file_bytes)})"
+        )
 
 
 def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:

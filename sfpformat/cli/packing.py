@@ -12,15 +12,27 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..atomic import AtomicFile, take_names
+from ..codec.options import Options
+from ..codec.plan import plan_tensor
+from ..codec.weights import is_packed_storage, not_weights
+from ..codec.zeros import zeros_of
+from ..coding.quantiser import Table, Uniform
+from ..container.entry import TensorEntry
+from ..engines import get_engine
 from ..errors import SfpError
 from ..filesystem import UnnamedFileError, beside, open_locked, remove
 from ..limits import DEFAULT_LIMITS, Limits
+from ..parallel import Workers
 from ..reader import SfpFile
 from ..resume import ResumableSink
 from ..safetensors import SafetensorsError, strict_json
@@ -32,7 +44,23 @@ from .rules import Treatment
 from .treat import Share, importance_of, treated
 from .trouble import about
 
+# What -0 costs is found out where more than this part of a tensor is.
+_MANY_ZEROS = 100
 _FINISHED = ".finished"
+
+
+class NegativeZeros(NamedTuple):
+    """The -0 of a tensor.
+
+    Attributes:
+        number: how many there are; 0 where the tensor is quantised, unless ``positive``.
+        positive: whether they are written as +0.
+        saving: about how many bytes less they would take as +0; 0 where they are few, or written so.
+    """
+
+    number: int = 0
+    positive: bool = False
+    saving: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,7 @@ class Job:
         metadata: the caller's own, which override the checkpoint's.
         key: the same for the same sources, options and version only.
         limits: what readers allow.
+        zeros: tensor name -> its -0, of the tensors that were looked at.
     """
 
     model: Model
@@ -56,6 +85,13 @@ class Job:
     metadata: dict[str, str]
     key: str
     limits: Limits = DEFAULT_LIMITS
+    zeros: dict[str, NegativeZeros] = field(default_factory=dict)
+
+    @cached_property
+    def packed_storage(self) -> frozenset[str]:
+        """The float tensors that store packed weights, whose bits are no numbers."""
+        reasons = not_weights(self.model.specs.values())
+        return frozenset(name for name in reasons if is_packed_storage(self.model.specs[name], reasons))
 
 
 def job_key(model: Model, importances: Model | None, options: object) -> str:
@@ -120,7 +156,49 @@ def add_tensor(job: Job, name: str, writer: Writer) -> None:
     treatment, importance = job.treatments[name], importance_of(name, job.importances)
     array = treated(name, job.model.read(name), treatment, job.shares.get(name))
     keys = sub_byte_keys(job.model.specs[name])
-    writer.add(name, array, treatment.options, importance=importance, other=keys)
+    entry = writer.add(name, array, treatment.options, importance=importance, other=keys)
+    job.zeros[name] = _negative_zeros(job, array, importance, entry)
+
+
+def is_quantised(options: Options, entry: TensorEntry) -> bool:
+    """Whether the weights of an encoded tensor are numbers of the lossy quantiser that is asked for."""
+    expected = Uniform if options.quantiser == "uniform" else Table
+    fingerprints = entry.fingerprints
+    return not options.lossless and fingerprints is not None and isinstance(fingerprints.quantiser, expected)
+
+
+def _negative_zeros(
+    job: Job,
+    array: NDArray[np.generic],
+    importance: NDArray[np.floating] | None,
+    entry: TensorEntry,
+) -> NegativeZeros:
+    """The -0 of a tensor as it is before it is encoded; ``entry``: of the tensor in the file."""
+    treatment = job.treatments[entry.name]
+    options = treatment.options
+    positive = options.zeros == "positive"
+    count = zeros_of(array).negative if positive or not is_quantised(options, entry) else 0
+    if positive or count * _MANY_ZEROS < array.size or not count or not treatment.signs_may_go:
+        return NegativeZeros(count, positive)
+    if entry.name in job.packed_storage:  # asked last: it looks at all names
+        return NegativeZeros(count)
+    engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
+    try:
+        wanted = options.but(zeros="positive")
+        plan = plan_tensor("", array, wanted, engine, importance=importance, workers=workers)
+    finally:
+        workers.stop()
+    return NegativeZeros(count, positive, max(entry.stored_bytes - plan.bits // 8, 0))
+
+
+def look_at_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
+    """Notes the -0 of those of some tensors that an earlier run wrote."""
+    for entry in entries:
+        if entry.name in job.zeros:
+            continue
+        treatment, importance = job.treatments[entry.name], importance_of(entry.name, job.importances)
+        array = treated(entry.name, job.model.read(entry.name), treatment, job.shares.get(entry.name))
+        job.zeros[entry.name] = _negative_zeros(job, array, importance, entry)
 
 
 # ---------------------------------------------------------------------------------------------- shards

@@ -1,12 +1,19 @@
-"""Where the bytes of `.sfp` files are, from directories and segment indices alone: no data are decoded."""
+"""Where the bytes of `.sfp` files are, and how many weights are zero.
+
+Rules: sizes are from directories and segment indices alone. A weight that is zero, of either sign, counts as
+pruned. What a mask leaves out is in the index; zeros that are stored are not, so tensors that can have many
+are decoded and counted: lossless ones whose code table has a class for zeros alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..coding.quantiser import Exact, Uniform
+from ..codec.zeros import zeros_of
+from ..coding.quantiser import Exact, Table, Uniform
 from ..container.entry import TensorEntry
+from ..errors import FileFault
 from ..reader import SfpFile
 
 # What the bits of a tensor are for; "other" is the segment index and padding.
@@ -19,19 +26,29 @@ class TensorReport:
 
     Attributes:
         entry: its directory entry.
-        survivors: how many positions are left; None for a tensor without a mask.
+        survivors: how many positions are stored; None for a tensor without a mask, which stores all.
+        stored_zeros: how many of those are zero, where a lossless tensor's code table has a class for zeros
+            alone, else 0; None where the chunks are damaged.
         bits: part -> bits in the file, for each of `PARTS`; their sum is that of the tensor's chunks.
     """
 
     entry: TensorEntry
     survivors: int | None
+    stored_zeros: int | None
     bits: dict[str, int]
 
     @property
+    def zeros(self) -> int:
+        """How many weights are known to be zero: what the mask leaves out, and the zeros that are stored."""
+        pruned = 0 if self.survivors is None else self.entry.positions - self.survivors
+        return pruned + (self.stored_zeros or 0)
+
+    @property
     def sparsity(self) -> float | None:
-        """The share of positions that are pruned; None where there is no mask."""
-        positions = self.entry.positions
-        return None if self.survivors is None or not positions else 1 - self.survivors / positions
+        """The share of weights that are zero; None where there is neither a mask nor a stored zero."""
+        if not self.entry.positions or (self.survivors is None and not self.stored_zeros):
+            return None
+        return self.zeros / self.entry.positions
 
     @property
     def coding(self) -> str:
@@ -70,6 +87,7 @@ class TensorReport:
             "chunk": entry.chunk,
             "positions": entry.positions,
             "survivors": self.survivors,
+            "stored_zeros": self.stored_zeros,
             "sparsity": self.sparsity,
             "bits": self.bits,
             "stored_bytes": entry.stored_bytes,
@@ -83,7 +101,8 @@ class Totals:
 
     Attributes:
         tensors, positions: how many.
-        pruned: positions that masks leave out.
+        zeros: weights that are known to be zero.
+        stored_zeros: those of them that no mask leaves out.
         bits: part -> bits, as in `TensorReport`.
         stored_bytes: of all chunks.
         decoded_bytes: of all tensors once decoded.
@@ -92,7 +111,8 @@ class Totals:
 
     tensors: int
     positions: int
-    pruned: int
+    zeros: int
+    stored_zeros: int
     bits: dict[str, int]
     stored_bytes: int
     decoded_bytes: int
@@ -100,8 +120,8 @@ class Totals:
 
     @property
     def sparsity(self) -> float | None:
-        """The share of all positions that is pruned."""
-        return self.pruned / self.positions if self.positions else None
+        """The share of all weights that are zero."""
+        return self.zeros / self.positions if self.positions else None
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -119,6 +139,7 @@ class Totals:
             "tensors": self.tensors,
             "positions": self.positions,
             "sparsity": self.sparsity,
+            "stored_zeros": self.stored_zeros,
             "bits": self.bits,
             "bits_per_weight": self.bits_per_weight,
             "stored_bytes": self.stored_bytes,
@@ -130,7 +151,7 @@ class Totals:
 
 
 def report_tensor(file: SfpFile, name: str) -> TensorReport:
-    """Reads the segment indices of a tensor.
+    """Reads the segment indices of a tensor, and its chunks where they can hold many zeros.
 
     Raises:
         InvalidFileError: an index is damaged.
@@ -150,7 +171,26 @@ def report_tensor(file: SfpFile, name: str) -> TensorReport:
                 survivors += int(index.survivors.sum())
         bits["vectors"] = 8 * sum(vector.size * vector.dtype.itemsize for vector in entry.vector_list())
     bits["other"] = 8 * entry.stored_bytes - sum(bits.values())
-    return TensorReport(entry, survivors, bits)
+    return TensorReport(entry, survivors, _stored_zeros(file, entry, survivors), bits)
+
+
+def _stored_zeros(file: SfpFile, entry: TensorEntry, survivors: int | None) -> int | None:
+    """See `TensorReport.stored_zeros`."""
+    fingerprints = entry.fingerprints
+    if fingerprints is None or not fingerprints.table.has_class_of_zeros:
+        return 0
+    quantiser = fingerprints.quantiser
+    if isinstance(quantiser, Uniform):
+        return 0  # where weights become zero in masses, they are left out by a mask
+    try:
+        least = file.decoder(entry).vectors.get("fingerprint centroids") if entry.has_vectors() else None
+        if isinstance(quantiser, Table) and least is not None and least[0]:
+            return 0  # no magnitude is zero
+        zeros = sum(zeros_of(file.get_tensor(entry.name)))
+    except FileFault:
+        return None
+    pruned = 0 if survivors is None else entry.positions - survivors
+    return zeros - pruned
 
 
 def total(reports: Iterable[TensorReport], file_bytes: int) -> Totals:
@@ -163,7 +203,8 @@ def total(reports: Iterable[TensorReport], file_bytes: int) -> Totals:
     return Totals(
         len(reports),
         sum(report.entry.positions for report in reports),
-        sum(report.entry.positions - report.survivors for report in reports if report.survivors is not None),
+        sum(report.zeros for report in reports),
+        sum(report.stored_zeros or 0 for report in reports),
         {part: sum(report.bits[part] for report in reports) for part in PARTS},
         sum(report.entry.stored_bytes for report in reports),
         sum(report.entry.decoded_bytes for report in reports),

@@ -20,8 +20,8 @@ from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
-from ..codec.options import PRESETS, WEIGHTED, ImportanceOptions, Options
-from ..codec.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, not_weights
+from ..codec.options import PRESETS, WEIGHTED, ZEROS, ImportanceOptions, Options
+from ..codec.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, is_packed_storage, not_weights
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
 from ..errors import SfpWarning
 from ..names import listed, unmatched
@@ -61,7 +61,11 @@ _PLAIN = (
     "mantissa_bits",
     "rate_weight",
     "weighted",
+    "zeros",
 )
+# What changes the signs of zeros, but no values. It reaches every float tensor but those of --keep, and those
+# that store packed weights, whose bits are no numbers, where no --like names them.
+_SIGNS = frozenset(("zeros",))
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Treatment:
         shares_bits: whether the budget of its options is that of all tensors together that say so.
         named: whether a ``--like`` rule says something that changes its values.
         unfit: why it is not pruned by the pattern that it was to be pruned by; else empty.
+        signs_may_go: whether ``--zeros positive`` for all tensors reaches it, or would; what stores packed
+            weights is known only where ``left`` was given to `Rules.treatments`.
     """
 
     options: Options
@@ -101,10 +107,11 @@ class Treatment:
     shares_bits: bool = False
     named: bool = False
     unfit: str = ""
+    signs_may_go: bool = True
 
     @property
     def lossless(self) -> bool:
-        """Whether every bit comes back."""
+        """Whether every bit comes back, those of zeros as the options say."""
         return self.options.lossless and self.pruning is None and self.cast is None
 
 
@@ -157,8 +164,9 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(value, "--rate-weight", float, "W", "how much bits weigh against error, 0 for nearest (0.12)")
     _add(value, "--dtype", str, "DTYPE", "cast to F32, F16 or BF16 first", FACTOR_DTYPES)
     coding = parser.add_argument_group(
-        "options of the coding", "They change no values and reach all tensors."
+        "options of the coding", "They change no values (+0 equals -0) and reach all tensors."
     )
+    _add(coding, "--zeros", str, "HOW", "keep -0 (the default), or write +0 for it: positive", ZEROS)
     _add(coding, "--preset", str, "NAME", f"what the others start from: {', '.join(PRESETS)}", tuple(PRESETS))
     _add(coding, "--mask", str, "KIND", "auto, none, runs or octets", ("auto", "none", "runs", "octets"))
     _add(coding, "--group", int, "G", "levels a symbol", (1, 2))
@@ -304,6 +312,13 @@ class Rules:
         """Whether an option that changes values is given at all."""
         return any(_changes_values(layer) for layer in (self.base, *(layer for _, layer in self.likes)))
 
+    @property
+    def changes_signs(self) -> bool:
+        """Whether -0 becomes +0 in some tensors."""
+        return any(
+            layer.get("zeros") == "positive" for layer in (self.base, *(layer for _, layer in self.likes))
+        )
+
     def why_lossless(
         self, specs: Iterable[TensorSpec], treatments: Mapping[str, Treatment], left: Mapping[str, Reason]
     ) -> dict[str, Reason]:
@@ -353,12 +368,18 @@ class Rules:
             kinds = ", ".join(f"{kind.value} ({counts[kind]:,})" for kind in Kind if kind in counts)
             words = f"{_flags(self.base)} changes nothing: there are only {kinds}; --like GLOB reaches those"
             warnings.warn(words, SfpWarning, stacklevel=2)
+        if _SIGNS & set(self.base) and not any(self._signs_may_go(spec, left) for spec in specs):
+            raise Trouble(f"no tensor is float and may change: {_flags(self.base, _SIGNS)} would reach none")
         for pattern, layer in self.likes:
             named = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
-            if _LOSSY & set(layer) and not any(spec.dtype.is_float for spec in named):
-                raise Trouble(f"no tensor like {pattern!r} is float: {_flags(layer)} would reach none")
+            if (_LOSSY | _SIGNS) & set(layer) and not any(spec.dtype.is_float for spec in named):
+                flags = _flags(layer, _LOSSY | _SIGNS)
+                raise Trouble(f"no tensor like {pattern!r} is float: {flags} would reach none")
             if _changes_values(layer):
                 self._warn_of_quantised(pattern, named, left)
+            elif layer.get("zeros") == "positive":
+                packed = [spec for spec in named if is_packed_storage(spec, left)]
+                self._warn_of_quantised(pattern, packed, left)
 
     def _require_fit(self, treatments: dict[str, Treatment]) -> None:
         """Refuses a pattern to prune that fits none of the tensors that its rule reaches."""
@@ -400,13 +421,23 @@ class Rules:
     def _treatment(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Treatment:
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
         can_change = spec.dtype.is_float and not kept
+        signs_may_go = self._signs_may_go(spec, left)
         merged = _reaching(self.base, can_change and is_large_float(spec) and spec.name not in left)
+        if not signs_may_go:
+            merged = {key: value for key, value in merged.items() if key not in _SIGNS}
         named = False
         for pattern, layer in self.likes:
             if fnmatchcase(spec.name, pattern):
                 merged = _merged(merged, _reaching(layer, can_change))
                 named = named or (can_change and _changes_values(layer))
-        return replace(_treatment_of(merged, spec), named=named)
+        if not can_change:
+            merged = {key: value for key, value in merged.items() if key not in _SIGNS}
+        return replace(_treatment_of(merged, spec), named=named, signs_may_go=signs_may_go)
+
+    def _signs_may_go(self, spec: TensorSpec, left: Mapping[str, Reason]) -> bool:
+        """Whether ``--zeros`` for all tensors reaches this one."""
+        kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
+        return spec.dtype.is_float and not kept and not is_packed_storage(spec, left)
 
 
 def _reaching(layer: Layer, lossy: bool) -> Layer:
@@ -417,8 +448,8 @@ def _changes_values(layer: Layer) -> bool:
     return bool((_LOSSY - {"lossless"}) & set(layer))
 
 
-def _flags(layer: Layer) -> str:
-    return ", ".join(f"--{key.replace('_', '-')}" for key in layer if key in _LOSSY)
+def _flags(layer: Layer, keys: frozenset[str] = _LOSSY) -> str:
+    return ", ".join(f"--{key.replace('_', '-')}" for key in layer if key in keys)
 
 
 def _merged(earlier: Layer, later: Layer) -> Layer:
@@ -427,7 +458,7 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
         other = "scope" if later["prune"].of else "pattern_dim"
         earlier = {key: value for key, value in earlier.items() if key != other}
     if any(key in later for key in _QUANTISER):
-        dropped = _LOSSY if "lossless" in later else {*_QUANTISER, "budget_scope"}
+        dropped = _LOSSY | _SIGNS if "lossless" in later else {*_QUANTISER, "budget_scope"}
         earlier = {key: value for key, value in earlier.items() if key not in dropped}
     return {**earlier, **later}
 

@@ -19,6 +19,7 @@ SCALES = ("tensor", "row", "column")
 WEIGHTED = ("root", "full")
 # Bits of a level, or of a position, that may be asked for.
 BITS = (0.05, 32)
+ZEROS = ("keep", "positive")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -117,6 +118,10 @@ class Options:
         chunk: positions a chunk, rounded to whole segments; fewer where readers would otherwise refuse a
             large tensor of few bits, such as one of zeros, because it expands too far (`Limits.expansion`).
         importance: how an importance that comes with the tensor is stored; None: it is not, and only weighs.
+        zeros: of float tensors: ``keep`` gives back -0 as -0, at the cost of about a bit for each zero where
+            both signs are common; ``positive`` writes +0 for -0, an equal number, so that all zeros are
+            pruned. What multiplies weights by a mask, as `torch.nn.utils.prune` does, leaves -0 where a
+            negative weight was.
     """
 
     coding: str = "auto"
@@ -143,10 +148,12 @@ class Options:
     segment_near: int | None = None
     chunk: int = 1 << 18
     importance: ImportanceOptions | None = ImportanceOptions()
+    zeros: str = "keep"
 
     def __post_init__(self) -> None:
         _use_plain_numbers(self)
         _one_of("coding", self.coding, CODINGS)
+        _one_of("zeros", self.zeros, ZEROS)
         _one_of("quantiser", self.quantiser, QUANTISERS)
         _one_of("mask", self.mask, MASKS)
         _one_of("scale_dtype", self.scale_dtype, FACTOR_DTYPES)
@@ -209,7 +216,7 @@ class Options:
 
     @property
     def lossless(self) -> bool:
-        """Whether the survivors come back bit for bit."""
+        """Whether the survivors come back bit for bit (zeros as ``zeros`` says)."""
         return self.quantiser in ("lossless", "exact")
 
     @property

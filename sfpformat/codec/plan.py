@@ -58,6 +58,7 @@ from .sources import (
     value_source,
 )
 from .tables import choose_exact, choose_mask, choose_numbers, takes_more_bits
+from .zeros import with_positive_zeros, zeros_of
 
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -71,6 +72,9 @@ _DENSE = 0.6
 # With more than this a mask is not tried at all: it could save a few parts in a thousand, and decoding it
 # takes longer than all the rest.
 _NEARLY_ALL = 0.995
+# Where more than this part of the weights is -0, a mask of +0 tells little: a sparser tensor is also tried
+# without one. That must save this part of the whole, for masks tell readers what is pruned.
+_MANY_ZEROS, _MASK_WORTH = 16, 50
 # A table of all values is tried where the tensor has at least this many bits for each of them.
 _CENTROID_BITS = 64
 # Default segments have about this many positions when dense, more the fewer survive, so that the segment
@@ -91,6 +95,7 @@ class Plan:
         codes: stream -> the code of each segment.
         vectors: the vectors of the vector chunk, by name.
         importance: the importance levels of a block.
+        bits: about how many it takes.
     """
 
     entry: TensorEntry
@@ -100,6 +105,7 @@ class Plan:
     codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     vectors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     importance: ImportanceSource | None = None
+    bits: int = 0
 
 
 def plan_tensor(
@@ -134,8 +140,10 @@ def plan_tensor(
     flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
     if dtype.name == "BOOL":
         flat = flat.view(np.uint8) != 0  # memory may hold other true bytes than 1 (R-RAW-004)
+    if dtype.is_float and options.zeros == "positive":
+        flat = with_positive_zeros(flat)
     entry = _raw_entry(name, dtype, array.shape, options)
-    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
+    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk), bits=flat.nbytes * 8)
     extras = mask is not None or importance is not None
     if options.coding == "raw" or not dtype.is_float:
         if options.coding == "fingerprint" or extras or (dtype.is_float and not options.lossless):
@@ -161,6 +169,7 @@ def plan_tensor(
         _require_readable(plan)
     except OptionError as error:
         raise OptionError(f"tensor {name!r}: {error}") from None
+    plan = replace(plan, bits=bits)
     if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
         return raw
     return _within_expansion(plan, bits, limits)
@@ -483,10 +492,22 @@ class _Planner:
             optional = False  # without a mask zeros would become centroids
         if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
             source = source.with_kept_levels(self.workers)
+        masked: tuple[Plan, int] | None = None
         if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
-            yield self._plan_streams(source, vectors, survives, density)
+            masked = self._plan_streams(source, vectors, survives, density)
+            yield masked
         if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
             yield self._plan_streams(source, vectors, None, 1.0)
+        elif masked is not None and optional and self._has_many_negative_zeros(source):
+            plain = self._plan_streams(source, vectors, None, 1.0)
+            if plain[1] * _MASK_WORTH < masked[1] * (_MASK_WORTH - 1):
+                yield plain
+
+    def _has_many_negative_zeros(self, source: FingerprintSource) -> bool:
+        """Whether so many weights are -0, which survives, that a mask of +0 alone says little."""
+        if not isinstance(source, ExactSource | ValueSource):
+            return False
+        return zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
 
     def _plan_streams(
         self,
@@ -532,7 +553,8 @@ class _Planner:
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
             quantiser = replace(quantiser, trim=choice.trim)
         else:
-            choice = choose_numbers(stream, bound, options, self.engine, signed=True)
+            zero_first = isinstance(source, ValueSource) and not source.magnitudes[0]
+            choice = choose_numbers(stream, bound, options, self.engine, signed=True, zero_first=zero_first)
         if isinstance(quantiser, Table):
             bits += 32 * quantiser.count
         codes["fingerprints"] = choice.codes

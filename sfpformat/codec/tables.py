@@ -24,6 +24,7 @@ from ..coding.classes import (
 from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
 from ..coding.counts import Rows
 from ..coding.exact import Patterns
+from ..coding.magnitudes import magnitude_bits
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, trims_of
 from ..coding.quantiser import patterns_to_levels
@@ -33,6 +34,7 @@ from ..errors import OptionError
 from ..parallel import Workers
 from .blocks import Blocks
 from .codes import (
+    MAX_CODES_TRIED,
     Choice,
     LevelBlocks,
     SymbolCounter,
@@ -43,6 +45,7 @@ from .codes import (
     total_of,
 )
 from .options import Options
+from .zeros import cheaper_with_zeros
 
 # Classes of paired levels: the square of this must leave room for 256 used symbols in a short table.
 _PAIR_CLASSES = 20
@@ -212,14 +215,25 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if len(layout.extra) == 1:
             choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
         else:
-            most = max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
-            choice = choose_codes(blocks, counts, layout, 1, options, engine, most=most)
+            choice = choose_codes(blocks, counts, layout, 1, options, engine, most=_exact_codes(counts))
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments
             if options.trim:
                 saved += sum(int(trims_of(zeros, candidate) @ counts) for zeros, counts in survey.zeros)
-            return replace(choice, bits=choice.bits - saved, trim=True) if saved > 0 else choice
+            if saved > 0:
+                choice = replace(choice, bits=choice.bits - saved, trim=True)
+            if survey.first > 0:
+                return choice  # the class of zeros does not occur
+            widths, first = range(candidate, min(fine, candidate) - 1, -1), int(counts.total[0])
+            return cheaper_with_zeros(
+                choice, blocks, widths, bound, options, engine, _exact_codes(counts), first
+            )
     raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
+
+
+def _exact_codes(counts: SymbolCounts) -> int:
+    """The most codes of an exact stream."""
+    return max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
 
 
 def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
@@ -232,21 +246,22 @@ def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
 
 
 def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Options, engine: Engine) -> bool:
-    """Whether `choose_exact` would surely take more than so many bits for all patterns that are not 0.
+    """Whether `choose_exact` would surely take more than so many bits for all patterns but +0.
 
-    The residuals alone have at least the judged width, less what trims leave out.
+    The residuals of weights alone have at least the judged width, less what trims leave out; those of -0 may
+    have none.
     """
     if options.code_limit < 8:  # codes may then be too short for classes of that width
         return False
     fine, _ = _widths(dtype, options)
-    least = 0
+    least, low = 0, magnitude_bits(patterns.dtype)
     for start in range(0, len(patterns), _BOUND_BLOCK):
         block = patterns[start : start + _BOUND_BLOCK]
         # All segments are made of whole ones of this size, whose trims are at least as great.
         counts = np.full(-(-len(block) // 32), 32, np.int64)
         counts[-1] -= 32 * len(counts) - len(block)
         trims = trims_of(engine.exact_zeros(block, counts), fine) if options.trim else 0
-        least += int((engine.survivors(block != 0, counts) * (fine - trims)).sum())
+        least += int((engine.survivors(block & low != 0, counts) * (fine - trims)).sum())
         if least > bits:
             return True
     return False
@@ -268,9 +283,21 @@ def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, optio
 
 
 def choose_numbers(
-    blocks: LevelBlocks, bound: int, options: Options, engine: Engine, *, signed: bool
+    blocks: LevelBlocks,
+    bound: int,
+    options: Options,
+    engine: Engine,
+    *,
+    signed: bool,
+    zero_first: bool = False,
 ) -> Choice:
-    """The table of a stream of numbers (with signs: levels 2m + s): dyadic classes, single or paired."""
+    """The table of a stream of numbers (with signs: levels 2m + s): dyadic classes, single or paired.
+
+    Args:
+        blocks, bound: the stream, and the bound on its levels.
+        signed: whether levels have signs.
+        zero_first: whether the number 0 is the magnitude 0, whose two levels are kept apart.
+    """
     sign = 1 if signed else 0
     counts = _number_counts(blocks, sign, engine)
     if not counts.total.any():
@@ -286,9 +313,13 @@ def choose_numbers(
             if found and (best is None or found.bits < best.bits):
                 best = found
     if best is None and options.group == 2:
-        return choose_numbers(blocks, bound, options.but(group=1), engine, signed=signed)
+        single = options.but(group=1)
+        return choose_numbers(blocks, bound, single, engine, signed=signed, zero_first=zero_first)
     if best is None:
         raise OptionError("no class layout for this stream; allow longer codes")
+    if zero_first and counts.total[0]:
+        widths, first = range(1, 0, -1), int(counts.total[0])
+        return cheaper_with_zeros(best, blocks, widths, bound, options, engine, MAX_CODES_TRIED, first)
     return best
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -200,6 +200,18 @@ def is_large_float(tensor: Described) -> bool:
     return tensor.dtype.is_float and len(tensor.shape) >= 2 and math.prod(tensor.shape) >= MIN_ELEMENTS
 
 
+def is_packed_storage(tensor: Described, reasons: Mapping[str, Reason]) -> bool:
+    """Whether a float tensor stores packed weights: its elements are bits, and -0 means something else.
+
+    Args:
+        tensor: any.
+        reasons: what `not_weights` gives for all tensors.
+    """
+    reason = reasons.get(tensor.name)
+    is_storage = reason is not None and reason.kind is Kind.STORAGE
+    return is_storage and tensor.dtype.is_float and not _is_fp8(tensor.dtype)
+
+
 def options_for(tensors: Iterable[Described], options: Options) -> dict[str, Options]:
     """The options by the name of each weight that pruning and quantising reach by default."""
     known = list(tensors)
@@ -208,20 +220,26 @@ def options_for(tensors: Iterable[Described], options: Options) -> dict[str, Opt
 
 
 def warn_of_quantised(tensors: Iterable[Described], options: object) -> None:
-    """Warns where lossy options for all tensors change parts of weights that are quantised already.
+    """Warns where options for all tensors change parts of weights that are quantised already.
+
+    Lossy options change all such parts that are float. ``zeros="positive"`` alone changes float tensors that
+    store packed weights.
 
     Args:
         tensors: all that are written.
         options: for all of them, or for some by name. These are what the caller names, and warn of nothing.
     """
-    if not isinstance(options, Options) or options.lossless:
+    if not isinstance(options, Options) or (options.lossless and options.zeros == "keep"):
         return
     known = {tensor.name: tensor for tensor in tensors}
+    reasons = not_weights(known.values())
     names = [
         name
-        for name, reason in not_weights(known.values()).items()
+        for name, reason in reasons.items()
         if reason.kind in (Kind.STORAGE, Kind.COMPANION) and known[name].dtype.is_float
     ]
+    if options.lossless:
+        names = [name for name in names if is_packed_storage(known[name], reasons)]
     if names:
         words = f"options for all change parts of weights that are quantised already ({len(names):,})"
         advice = "options_for_weights gives options for the weights alone"

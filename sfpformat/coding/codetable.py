@@ -180,6 +180,11 @@ class CodeTable:
             each = [self.extra * self.classes, b"".join([bytes((n,)) * self.classes for n in self.extra])]
         return {n for code in self.codes for extra in each for n in set(compress(extra, code.length))}
 
+    @property
+    def has_class_of_zeros(self) -> bool:
+        """Whether a class has the levels 0 or 1, those of +0 and -0 in a stream with signs, and no other."""
+        return self.base + (1 << self.extra[0]) <= 2
+
     def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
         """The class of each level; the levels must lie from `base` up to below `top`."""
         if self.classes == 1:

@@ -162,7 +162,10 @@ class Bench:
             {name: as_numbers(value) for name, value in importances.items()}, Sparsity(sparsity), scope=scope
         )
         masks = {name: torch.from_numpy(mask) for name, mask in found.items()}
-        weights = {name: self.model.get_parameter(name).detach() * mask for name, mask in masks.items()}
+        weights = {
+            name: torch.where(mask, self.model.get_parameter(name).detach(), 0)
+            for name, mask in masks.items()
+        }
         return Pruned(masks, weights, {}, seconds + time.perf_counter() - start)
 
     @cached_property

@@ -1,9 +1,9 @@
 """Pruning a file again: what an `.sfp` file holds is enough, no data and no torch are needed.
 
 Rules: tensors with an importance kept as metadata are pruned, by importance first and by magnitude among
-equals; positions that are pruned already go first. Survivors keep their values bit for bit; how they are
-coded is chosen anew, by their quantiser where that gives the same values. All other tensors are copied chunk
-by chunk.
+equals; what is zero already, of either sign, goes first. Survivors keep their values bit for bit; how they
+are coded is chosen anew, by their quantiser where that gives the same values. All other tensors are copied
+chunk by chunk.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..atomic import ReplacedTogether
 from ..codec.options import ImportanceOptions, Options
+from ..coding.mask import Mask
 from ..coding.quantiser import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..errors import OptionError
@@ -38,7 +39,8 @@ class Repruned:
         pruned: the names of the tensors that were pruned.
         unfit: the names of the tensors that a pattern did not fit, which are as they were -> why not.
         positions: of these tensors.
-        before, after: how many of those positions were, and are, pruned.
+        before, after: how many of those positions were, and are, pruned; stored zeros count, but for those
+            of a uniform quantiser.
         outputs: the files that were written, the index of shards left out.
     """
 
@@ -92,7 +94,7 @@ def reprune(
         raise OptionError("all tensors with an importance are exempt: nothing would be pruned")
     tensors = {name: file.get_tensor(name) for name in names}
     importances = {name: _importance(file, name) for name in names}
-    alive = {name: file.get_mask(name) for name in names}
+    alive = {name: _alive(file, name, tensors[name]) for name in names}
     masks = masks_of(
         # What is pruned has the importance −1, under all others: it goes first.
         {name: np.where(alive[name], importances[name], np.float32(-1)) for name in names},
@@ -167,6 +169,19 @@ def _write_shards(
 def _is_prunable(entry: TensorEntry) -> bool:
     importance = entry.importance
     return importance is not None and importance.role == "metadata"
+
+
+def _alive(file: SfpFile | ShardedFile, name: str, array: NDArray[np.generic]) -> Mask:
+    """The positions that are not pruned yet.
+
+    A stored zero, of either sign, is pruned to everyone who reads the values. The zeros of a uniform
+    quantiser are weights that were rounded: these are ranked by their importance.
+    """
+    fingerprints = file.entry(name).fingerprints
+    mask = file.get_mask(name)
+    if fingerprints is not None and isinstance(fingerprints.quantiser, Uniform):
+        return mask
+    return np.asarray(mask & (array != 0))
 
 
 def _importance(file: SfpFile | ShardedFile, name: str) -> NDArray[np.float32]:

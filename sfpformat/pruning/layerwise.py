@@ -150,9 +150,9 @@ def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tu
     """The mask of a layer's weight [outputs, inputs], and the weight pruned."""
     if method == "wanda":
         mask = rows_mask(weight.float().abs() * hessian.diagonal().sqrt(), sparsity)
-        return mask, weight * mask
+        return mask, torch.where(mask, weight, 0)
     mask, updated = sparsegpt(weight.float(), hessian, sparsity)
-    return mask, updated if method == "sparsegpt-updated" else weight * mask
+    return mask, updated if method == "sparsegpt-updated" else torch.where(mask, weight, 0)
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -191,4 +191,4 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor,
             rest[:, column : block.stop] -= torch.outer(error, factor[column, column : block.stop])
             errors[:, column - start] = error
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return mask, rest * mask
+    return mask, torch.where(mask, rest, 0)

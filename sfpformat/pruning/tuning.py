@@ -227,9 +227,9 @@ class _Through:
 
 
 def _pruned(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The masks as bool where the weights are, and the weights times them; the model's stay."""
+    """The masks as bool where the weights are, and the weights, 0 where they go; the model's stay."""
     masks = named_once(model, masks, "masks")
     weights = chosen_tensors(model, list(masks))
     require_masks(weights, masks)
     kept = {name: masks[name].to(weight.device, torch.bool) for name, weight in weights.items()}
-    return kept, {name: weight * kept[name] for name, weight in weights.items()}
+    return kept, {name: torch.where(kept[name], weight, 0) for name, weight in weights.items()}

@@ -168,6 +168,9 @@ def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> 
         return np.int64(level - base >> np.uint64(constant))
     if lookup.size:
         return np.int64(lookup[level])
+    # The first classes are often those of zeros, which are most of the levels.
+    if firsts.size > 2 and level < firsts[2]:
+        return np.int64(level >= firsts[1])
     return np.searchsorted(firsts, level, side="right") - 1
 
 
