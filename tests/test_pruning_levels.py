@@ -94,6 +94,8 @@ def test_gradients_of_scores_are_those_of_a_mask_straight_through(make: Any, x: 
         )
         for name, weight in weights.items()
     }
+    for part in scored.values():
+        part.network = torch.randn(part.start.shape).half()
     logits = [logit for part in scored.values() for logit in part.logits()]
     with torch.no_grad():
         for logit in logits:
@@ -108,7 +110,8 @@ def test_gradients_of_scores_are_those_of_a_mask_straight_through(make: Any, x: 
     def masked(name: str) -> Tensor:
         part = scored[name]
         layer, rows, columns, own = part.logits()
-        score = part.start + layer + rows + columns + own
+        assert part.network is not None
+        score = part.start + part.network.float() + layer + rows + columns + own
         soft = torch.sigmoid(score / 0.5)
         gate = (score > 0).float() + soft - soft.detach()
         return gate.view(weights[name].shape) * weights[name].detach()

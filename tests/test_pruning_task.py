@@ -382,6 +382,26 @@ def test_an_encoder_and_decoder_is_run_with_its_labels() -> None:
     assert len(prunable(model)) > 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_divergence_taken_in_parts_has_the_value_and_gradient_of_the_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfpformat.pruning.task._AT_ONCE", {"cpu": 2 * 7})
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(3, 5, 7, generator=generator).to(dtype).requires_grad_()
+    dense = torch.randn(3, 5, 7, generator=generator).to(dtype)
+    log_p, log_q = dense.float().log_softmax(-1), outputs.float().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    found = divergence(outputs, dense)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(3 * found, outputs)
+    (wanted,) = torch.autograd.grad(3 * expected, outputs)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(divergence(outputs, dense), expected)
+
+
 def test_a_class_that_is_ruled_out_adds_nothing_to_a_divergence() -> None:
     outputs, dense = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
     with torch.no_grad():

@@ -20,8 +20,11 @@ from .masked import LEVELS
 from .task import Data, Model, Task, WithWeights, cost, finite
 
 _EVERY = 8  # of the first batches, every eighth is held out
-_JOINT = (0.25, 0.5, 0.75, 1.0, 1.25)  # how far all levels together may go
-_SINGLE = (0.0, 0.5, 1.5)  # factors on the share of one level
+_JOINT = (0.25, 0.5, 1.0, 1.5)  # how far all levels together may go
+# Levels that go equally far, and factors on what was found for all: a pass over the batches each. The factors
+# are those of every group but the first that was learned, since all together were searched before.
+_GROUPS = (("layer", "row", "column"), ("network",), ("weight",))
+_SINGLE = (0.0, 0.5, 1.5)
 
 
 class Split:
@@ -117,7 +120,9 @@ def choose(
     sparsities: Sequence[float],
     progress: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """Finds how far each level goes, by a line search on held-out batches, and sets the shares of ``levels``.
+    """Finds how far levels go, by a line search on held-out batches, and sets the shares of ``levels``.
+
+    The search takes eight passes over the batches, and three more where there is a shared network.
 
     Args:
         levels: what was learned.
@@ -167,9 +172,10 @@ def choose(
     for candidate, loss in zip(candidates[1:], first[1:], strict=True):
         if rise(loss) < rise(at):
             best, at = candidate, loss
-    if any(best.values()) and len(learned) > 1:
-        for level in reversed(learned):
-            candidates = [{**best, level: best[level] * factor} for factor in _SINGLE]
+    if any(best.values()):
+        groups = [[level for level in group if level in learned] for group in _GROUPS]
+        for group in reversed([group for group in groups if group][1:]):
+            candidates = [{**best, **{level: best[level] * factor for level in group}} for factor in _SINGLE]
             for candidate, loss in zip(candidates, losses(candidates), strict=True):
                 if rise(loss) < rise(at):
                     best, at = candidate, loss

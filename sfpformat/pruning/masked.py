@@ -124,12 +124,14 @@ class ScoredWeight:
         own = None if self.own is None else torch.empty_like(self.own)
         for block in self.blocks():
             gate = self.scores(block).sub_(self.threshold).div_(self.temperature).sigmoid_()
-            part = (1 - gate).mul_(gate).mul_(gradient_of(block)).mul_(matrix[block])
-            part /= self.temperature
+            of_mask = (gradient_of(block) * matrix[block]).div_(self.temperature)
+            part = torch.ops.aten.sigmoid_backward(of_mask, gate)  # of_mask · gate · (1 − gate), in one pass
             rows[block] = part.sum(1, keepdim=True)
             columns += part.sum(0, keepdim=True)
             if own is not None:
                 own[block] = part
+            if self.network is None:
+                continue
             edges = torch.tensor([block.start * width, block.stop * width], device=self.sample.device)
             first, last = torch.searchsorted(self.sample, edges).tolist()
             self.sampled[first:last] += part.reshape(-1)[self.sample[first:last] - block.start * width]

