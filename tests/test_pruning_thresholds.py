@@ -60,6 +60,38 @@ def test_a_sparsity_is_met_to_the_weight_ties_or_not(
         assert pruned == int(np.floor(share * positions + 0.5))
 
 
+class Sorted(Sparsity):
+    """A sparsity of which the sort of all positions is made, as of thresholds that look at it."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+    scope=st.sampled_from(["model", "tensor", "row"]),
+    levels=st.sampled_from([None, 1, 3]),
+    dtypes=st.tuples(*[st.sampled_from([np.float32, np.float64, np.int16])] * 3),
+    tied=st.booleans(),
+)
+def test_a_sparsity_loses_what_a_sort_of_all_positions_says(
+    seed: int, share: float, scope: str, levels: int | None, dtypes: tuple[type, ...], tied: bool
+) -> None:
+    found = importances(seed, (7, 11), (), (2, 3, 5))
+    if levels is not None:
+        found = {name: np.floor(array * levels) for name, array in found.items()}
+    found = {
+        name: np.asarray(array, dtype, order="F")
+        for (name, array), dtype in zip(found.items(), dtypes, strict=True)
+    }
+    rng = np.random.default_rng(seed)
+    ties = {name: rng.integers(-3, 3, array.shape) for name, array in found.items()} if tied else None
+    masks = masks_of(found, Sparsity(share), scope=scope, tiebreak=ties)
+    expected = masks_of(found, Sorted(share), scope=scope, tiebreak=ties)
+    for name, mask in masks.items():
+        assert mask.shape == found[name].shape
+        assert (mask == expected[name]).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 99), threshold=st.sampled_from(THRESHOLDS), scope=st.sampled_from(["model", "tensor"])

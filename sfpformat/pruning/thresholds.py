@@ -58,7 +58,11 @@ class Sparsity:
         require_share("sparsity", self.share)
 
     def count(self, ascending: F64) -> int:
-        return min(math.floor(self.share * len(ascending) + 0.5), len(ascending))
+        return self.count_of(len(ascending))
+
+    def count_of(self, positions: int) -> int:
+        """How many of so many positions go."""
+        return min(math.floor(self.share * positions + 0.5), positions)
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def masks_of(
     Warns: a `Pattern` does not fit some tensors, which have no mask then; the floor keeps more than the
     threshold leaves.
 
-    Memory: about 40 bytes a position of what shares a threshold.
+    Memory: about 40 bytes a position of what shares a threshold; of a `Sparsity` without a floor about 16.
 
     Raises:
         OptionError: there are no importances, or none that is not exempt; they are not finite; a name in
@@ -317,18 +321,29 @@ def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 |
     if not array.size:
         return np.ones(array.shape, np.bool_)
     stacked = array.ndim > 2 and pattern_dim(array.shape) == 2
+    if not array.ndim:
+        return _rows_masked(array.reshape(1), threshold, floor, ties).reshape(())
     shape = (-1, array.shape[-1]) if stacked or array.ndim < 2 else (array.shape[0], -1)
-    rows = array.reshape(shape).astype(np.float64)
-    second = np.zeros(rows.shape) if ties is None else ties.reshape(rows.shape)
-    order = np.lexsort((second, rows), axis=-1)
+    rows = array.reshape(shape)
     width = rows.shape[1]
     most = width - math.ceil(floor * width)
     mask = np.ones(rows.shape, np.bool_)
-    fewer = 0
-    for row, places in enumerate(order):
-        count = _counted(threshold, rows[row, places])
-        fewer += count > most
-        mask[row, places[: min(count, most)]] = False
+    if type(threshold) is Sparsity:
+        count = threshold.count_of(width)
+        fewer = len(rows) if count > most else 0
+        count = min(count, most)
+        if count:
+            np.greater(rows, np.partition(rows, count - 1, axis=-1)[:, count - 1 : count], out=mask)
+        # Where several importances equal the last one to go, more went than are to go.
+        left = [(int(row), count) for row in np.flatnonzero((~mask).sum(1) > count)]
+    else:
+        counts = [_counted(threshold, row) for row in np.sort(rows.astype(np.float64), axis=-1)]
+        fewer = sum(count > most for count in counts)
+        left = [(row, min(count, most)) for row, count in enumerate(counts)]
+    second = np.zeros(rows.shape) if ties is None else ties.reshape(rows.shape)
+    for row, count in left:
+        mask[row] = True
+        mask[row, np.lexsort((second[row], rows[row]))[:count]] = False
     if fewer:
         warn(f"the floor {floor} keeps more than the threshold leaves, in {fewer:,} of {len(rows):,} rows")
     return mask.reshape(array.shape)
@@ -350,6 +365,8 @@ def _masks_of_group(
     arrays: Mapping[str, Numbers], threshold: Threshold, floor: float, ties: Mapping[str, F64 | None]
 ) -> dict[str, Mask]:
     """The masks of tensors that share a threshold."""
+    if type(threshold) is Sparsity and floor <= 0:
+        return _least_masked(arrays, threshold, ties)
     sizes = np.array([array.size for array in arrays.values()], np.int64)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     values = _joined([array.reshape(-1) for array in arrays.values()])
@@ -369,6 +386,38 @@ def _masks_of_group(
     return {
         name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)
     }
+
+
+def _least_masked(
+    arrays: Mapping[str, Numbers], threshold: Sparsity, ties: Mapping[str, F64 | None]
+) -> dict[str, Mask]:
+    """The masks without so many of the least importances, as by a sort of all, but without sorting."""
+    total = sum(array.size for array in arrays.values())
+    count = threshold.count_of(total)
+    if not count:
+        return {name: np.ones(array.shape, np.bool_) for name, array in arrays.items()}
+    joined = np.concatenate([array.reshape(-1) for array in arrays.values()])
+    joined.partition(count - 1)
+    last = joined[count - 1]
+    left = count - int(np.count_nonzero(joined < last))
+    del joined
+    masks = {
+        name: np.greater(array, last, out=np.empty(array.shape, np.bool_)) for name, array in arrays.items()
+    }
+    # Of importances that equal the last one to go, those with the least ties go, and the first of these.
+    equal = {name: np.flatnonzero(array == last) for name, array in arrays.items()}
+    seconds = _joined(
+        [
+            np.zeros(len(places)) if (tie := ties[name]) is None else tie[places]
+            for name, places in equal.items()
+        ]
+    )
+    stays = np.ones(len(seconds), np.bool_)
+    stays[np.argsort(seconds, kind="stable")[:left]] = False
+    parts = np.split(stays, np.cumsum([len(places) for places in equal.values()])[:-1])
+    for (name, places), part in zip(equal.items(), parts, strict=True):
+        masks[name].reshape(-1)[places] = part
+    return masks
 
 
 def _seconds(arrays: Mapping[str, Numbers], ties: Mapping[str, F64 | None]) -> F64:
