@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sfpformat.errors import MismatchError, OptionError, SfpWarning
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.hierarchy import Learner, Plan
 from sfpformat.pruning.holdout import Split, choose
 from sfpformat.pruning.learning import Learned, Settings, learn_importance
 from sfpformat.pruning.levels import Levels, quantile, standard_starts
@@ -280,6 +281,47 @@ def test_gradients_that_agree_move_all_at_the_full_rate() -> None:
     x, gain = moved(3.0)
     assert gain > 0.98
     assert float(x.mean()) < -0.01 * 60 * 0.8
+
+
+@pytest.mark.parametrize("sizes", [(40, 30), (1, 1, 1)])
+def test_tensors_that_step_one_by_one_go_where_they_go_together(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ways = [[torch.zeros(size, requires_grad=True) for size in sizes] for _ in range(2)]
+    together, alone = (SignalAdam({"x": tensors}, 9) for tensors in ways)
+    for i in range(9):
+        gradients = [torch.randn(size, generator=generator) + 1 for size in sizes]
+        for tensors in ways:
+            for x, gradient in zip(tensors, gradients, strict=True):
+                x.grad = gradient.clone()
+        together.step("x", 0.01)
+        alone.begin("x", 0.01)
+        alone.advance("x", len(sizes) - 1)  # the backward pass comes to the last ones first
+        if i % 2:
+            alone.advance("x", 0)
+        alone.end("x")
+        assert all(x.grad is None for x in ways[1])
+    assert all(torch.equal(a, b) for a, b in zip(*ways, strict=True))
+    assert together.gains == alone.gains
+    assert float(ways[0][0].detach().mean()) < 0
+
+
+def test_logits_of_weights_hold_no_gradients_after_their_step() -> None:
+    net, batches = trained_net()
+    start = scores.fisher(net, statistics(net, batches))
+    weights = {name: net.get_parameter(name) for name in start}
+    learner = Learner(net, weights, start, CLASSIFY, Plan(steps=9), (0.5, 0.5))
+    own = learner.levels.parameters()["weight"]
+    alive: list[int] = []
+    for x in own:  # after the learner's own hook
+        untyped: Any = x
+        untyped.register_post_accumulate_grad_hook(
+            lambda x: alive.append(sum(y.grad is not None for y in own))
+        )
+    before = [x.detach().clone() for x in own]
+    for batch in batches[:6]:
+        learner.learn(batch)
+    assert alive == [0] * (6 * len(own))
+    assert not all(torch.equal(x, y) for x, y in zip(own, before, strict=True))
 
 
 def test_gains_rise_with_the_signal() -> None:

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ class Learner:
         self._masking = Masking(weights, self.levels.scored)
         self._pruned = MaskedModel(model, {}, self._masking)
         self._optimiser = SignalAdam(self.levels.parameters(), plan.steps)
+        # Weights' own logits step within the backward pass, so that one tensor's gradient is there at a time.
+        for place, logits in enumerate(self.levels.parameters().get("weight", [])):
+            untyped: Any = logits
+            untyped.register_post_accumulate_grad_hook(partial(self._advance, place))
         self._dense = model if plan.objective == "divergence" else None
         self.step, self.seconds = 0, 0.0
         self.history: list[float] = []
@@ -161,6 +166,7 @@ class Learner:
                 progress(self.step, loss)
                 if path is not None and (self.step % every == 0 or self.done):
                     self.save(path)
+            self._optimiser.release()
             self._require_used()
             low, high = self._sparsities
             return choose(
@@ -195,14 +201,20 @@ class Learner:
         value = finite(loss, f"step {self.step + 1}")
         parameters = self.levels.parameters()
         leaves = [leaf for level, tensors in parameters.items() if level != "network" for leaf in tensors]
+        falling = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * self.progress))
+        self.step += 1
+        rates = {
+            level: self._plan.rates.of(level) * min(1.0, self.step / _WARMUP) * falling
+            for level in parameters
+        }
+        if "weight" in parameters:
+            self._optimiser.begin("weight", rates["weight"])
         if loss.requires_grad:
             torch.autograd.backward(loss, inputs=leaves)
-        progress = self.progress
-        self.step += 1
-        falling = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * progress))
-        for level in parameters:
-            rate = self._plan.rates.of(level) * min(1.0, self.step / _WARMUP) * falling
-            if level != "network":
+        for level, rate in rates.items():
+            if level == "weight":
+                self._optimiser.end(level)
+            elif level != "network":
                 self._optimiser.step(level, rate)
             elif self.step % self._plan.network_every == 0:
                 self.levels.learn_network()
@@ -210,6 +222,9 @@ class Learner:
                 self.levels.refresh()
         self.history.append(value)
         return value
+
+    def _advance(self, place: int, logits: Tensor) -> None:
+        self._optimiser.advance("weight", place)
 
     def gains(self) -> dict[str, float]:
         """The mean gain of each level in the last step."""

@@ -181,8 +181,9 @@ def bytes_per_weight(settings: Settings = Settings()) -> int:
     """Memory a weight beyond the model and its activations, in bytes: what is counted below."""
     if settings.chosen_method == "levels":
         plan = settings.plan()
-        held = 4 + 4 + (2 if plan.rates.network else 0)  # start; importances at the end; network's output
-        return held + (4 * 4 if plan.rates.own else 0)  # logit, its gradient, two moments
+        held = 4 + (2 if plan.rates.network else 0)  # start; network's output
+        # While it learns a logit and two moments; at the end a logit and the importances.
+        return held + (4 * 3 if plan.rates.own else 4)
     features = 2 * len(FEATURES)
     scores = 4 * (2 + 2)  # start, base and its gradient; the scores
     logits = 4 * 4 if settings.logits else 0  # value, gradient, two moments

@@ -43,52 +43,87 @@ class SignalAdam:
         }
         self._taken = dict.fromkeys(self._groups, 0)
         self._shares = {name: [0.0] * len(tensors) for name, tensors in self._groups.items()}
+        # Of a step that has begun: its rate, and the places that are left, in order.
+        self._rates: dict[str, float] = {}
+        self._left: dict[str, dict[int, None]] = {}
         self.gains: dict[str, list[float]] = {name: [] for name in self._groups}
 
-    @torch.no_grad()
     def step(self, name: str, rate: float) -> None:
         """Takes a step of one group, and drops its gradients.
 
         Args:
             rate: the step of a parameter whose gradient is all signal.
         """
-        tensors, moments = self._groups[name], self._moments[name]
-        self._taken[name] += 1
-        count = self._taken[name]
-        first, second = BETAS
-        corrections = 1 - first**count, 1 - second**count
-        corrected = corrections[1] ** 0.5 / corrections[0]  # of mean / √square
-        steps, powers = [], []
-        pooling = max((x.numel() for x in tensors), default=0) < _POOL
-        self.gains[name] = []
-        for i, (x, (mean, square)) in enumerate(zip(tensors, moments, strict=True)):
-            gradient = torch.zeros_like(x) if x.grad is None else x.grad
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            x.grad = None
-            step = mean / square.sqrt().add_((_TINY * corrections[1]) ** 0.5)
-            flat = step.reshape(-1)
-            power = float(flat @ flat) * corrected**2, int((square > _TINY).sum())
-            if pooling:
-                steps.append(step)
-                powers.append(power)
-            else:
-                gain = self._gain(name, i, power, count)
-                x.sub_(step, alpha=rate * gain * corrected)
-        if pooling:
-            pooled = sum(power for power, _ in powers), sum(alive for _, alive in powers)
-            for i, (x, step) in enumerate(zip(tensors, steps, strict=True)):
-                x.sub_(step, alpha=rate * self._gain(name, i, pooled, count) * corrected)
+        self.begin(name, rate)
+        self.end(name)
 
-    def _gain(self, name: str, place: int, power: tuple[float, int], count: int) -> float:
+    def begin(self, name: str, rate: float) -> None:
+        """Begins a step of one group, of which `advance` may then be called for each tensor."""
+        self._taken[name] += 1
+        self._rates[name] = rate
+        self._left[name] = dict.fromkeys(range(len(self._groups[name])))
+        self.gains[name] = [0.0] * len(self._groups[name])
+
+    @torch.no_grad()
+    def advance(self, name: str, place: int) -> None:
+        """Takes the step of one tensor as soon as its gradient is there, and drops the gradient.
+
+        Args:
+            place: of the tensor in its group.
+        """
+        if self._pools(name) or place not in self._left[name]:
+            return
+        del self._left[name][place]
+        step, power = self._direction(name, place)
+        self._groups[name][place].sub_(step, alpha=self._rates[name] * self._gain(name, place, power))
+
+    @torch.no_grad()
+    def end(self, name: str) -> None:
+        """Takes the steps of the tensors that `advance` was not called for."""
+        if not self._pools(name):
+            for place in list(self._left[name]):
+                self.advance(name, place)
+            return
+        found = [self._direction(name, place) for place in self._left[name]]
+        power = sum(power for _, (power, _) in found), sum(alive for _, (_, alive) in found)
+        for place, (step, _) in enumerate(found):
+            self._groups[name][place].sub_(step, alpha=self._rates[name] * self._gain(name, place, power))
+
+    def release(self) -> None:
+        """Gives the memory of the moments back; no step can be taken afterwards."""
+        self._moments = {name: [] for name in self._groups}
+
+    def _pools(self, name: str) -> bool:
+        """Whether the signal of a group is judged over all its tensors, which are small."""
+        return max((x.numel() for x in self._groups[name]), default=0) < _POOL
+
+    def _direction(self, name: str, place: int) -> tuple[Tensor, tuple[float, int]]:
+        """Updates the moments of a tensor, and drops its gradient.
+
+        Returns:
+            m̂ / √v̂, and the sum of its squares with the number of parameters that have gradients.
+        """
+        x, (mean, square) = self._groups[name][place], self._moments[name][place]
+        first, second = BETAS
+        count = self._taken[name]
+        corrections = 1 - first**count, 1 - second**count
+        gradient = torch.zeros_like(x) if x.grad is None else x.grad
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        x.grad = None
+        scale = corrections[1] ** 0.5 / corrections[0]
+        step = torch.sqrt(square).add_((_TINY * corrections[1]) ** 0.5).reciprocal_().mul_(mean).mul_(scale)
+        flat = step.reshape(-1)
+        return step, (float(flat @ flat), int((square > _TINY).sum()))
+
+    def _gain(self, name: str, place: int, power: tuple[float, int]) -> float:
         """The factor on the step of a tensor; its share of signal is kept.
 
         Args:
             place: of the tensor in its group.
             power: the sum of m̂² / v̂, and over how many parameters that have gradients.
-            count: of the group's steps, this one included.
         """
-        first = BETAS[0]
+        first, count = BETAS[0], self._taken[name]
         of_noise = (1 - first) / (1 + first) * (1 + first**count) / (1 - first**count)
         # In the first step nothing tells signal from noise.
         share = (power[0] / max(power[1], 1) - of_noise) / (1 - of_noise) if count > 1 else 0.0
@@ -96,7 +131,7 @@ class SignalAdam:
         shares[place] += (1 - _MEMORY) * (share - shares[place])
         share = min(max(shares[place] / (1 - _MEMORY**count), 0.0), 1.0)
         gain = self._steps * share / (self._steps * share + 1 - share)
-        self.gains[name].append(gain)
+        self.gains[name][place] = gain
         return gain
 
     def state(self) -> dict[str, Any]:
