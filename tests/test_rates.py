@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import PRESETS, OptionError, Options, steps_for_budget
-from sfpformat.codec.quantise import numbers_bits
+from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, steps_for_budget
+from sfpformat.codec.quantise import numbers_bits, pairs_bits
 from sfpformat.coding.classes import FRACTION
 from sfpformat.coding.quantiser import Exact, Uniform
 from sfpformat.numpy import load, save
@@ -77,14 +77,16 @@ def test_where_nothing_is_pruned_bits_and_budget_are_the_same(bits: float) -> No
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bits", [2.0, 5.0])
 @pytest.mark.parametrize("array", [NORMAL, HEAVY], ids=["normal", "heavy tails"])
-def test_pruning_never_makes_a_file_of_so_many_bits_larger(array: Array, bits: float, masked: bool) -> None:
+def test_pruning_makes_no_file_of_so_many_bits_more_than_one_percent_larger(
+    array: Array, bits: float, masked: bool
+) -> None:
     options = Options(quantiser="uniform", bits=bits)
     dense = size(array, options)
-    for share in (0.02, 0.2, 0.9):
+    for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.9):
         sparse = pruned(array, share)
         found = size(sparse, options, sparse != 0 if masked else None)
-        # What a mask that is given takes is estimated, to 1 %.
-        assert found <= (1.01 * dense if masked else dense)
+        # The step is chosen by an estimate of levels and mask; index and tables come on top.
+        assert found <= 1.01 * dense
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -109,6 +111,12 @@ def test_many_different_numbers_are_not_taken_for_fewer_bits_than_they_have() ->
     """A sample of so many numbers of 20 bits each shows an entropy of 12 bits only."""
     counts = np.bincount(RNG.integers(1 << 19, 1 << 20, 1 << 12), minlength=1 << 20)
     assert numbers_bits(counts) / (1 << FRACTION) / (1 << 12) == pytest.approx(19 + 1, abs=0.2)
+
+
+def test_a_number_far_more_frequent_than_the_others_takes_the_bits_of_a_code_of_pairs() -> None:
+    """Of 64 pairs 49 have one bit, 7 two, and 8 three; the one number above 0 has a sign."""
+    found = pairs_bits(np.array([7, 1]) * 1000)
+    assert found / (1 << FRACTION) / 8000 == pytest.approx((49 + 2 * 7 + 3 * 8) / 128 + 1 / 8, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bits", "budget"])
@@ -139,6 +147,28 @@ def test_a_table_of_more_centroids_than_pay_is_kept_lossless() -> None:
     array = NORMAL[:16].astype(np.float16)
     data = save({"w": array}, options=Options(quantiser="table", centroids=4096))
     assert load(data)["w"].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("coding", ["auto", "fingerprint"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("asked", [{"bits": 32.0}, {"budget": 32.0}, {"centroids": 4096}], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_a_small_tensor_whose_bytes_as_they_are_fit_is_kept_as_it_is(
+    coding: Any, given: bool, asked: dict[str, Any], count: int
+) -> None:
+    """The bit patterns are random, so that nothing can be saved."""
+    array = np.random.default_rng(3).integers(1 << 20, 1 << 30, count, np.uint32).view(np.float32)
+    how = "table" if "centroids" in asked else "uniform"
+    options = Options(coding=coding, quantiser=how, importance=ImportanceOptions(), **asked)
+    importances = {"w": np.ones(count, np.float32)} if given else {}
+    data = save({"w": array}, options=options, importances=importances)
+    with sfpformat.open(data) as file:
+        kept_raw = file.entry("w").coding == "raw"
+    assert load(data)["w"].shape == array.shape
+    if count == 100:
+        assert kept_raw == (coding == "auto" and not given)
+    if kept_raw:
+        assert load(data)["w"].tobytes() == array.tobytes()
 
 
 def test_a_step_and_a_fixed_width_are_kept_to_whatever_they_take() -> None:

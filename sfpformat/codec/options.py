@@ -89,8 +89,9 @@ class Options:
         step: of ``uniform``: the step; with a ``scale`` in root mean squares of what shares a factor. Numbers
             whose product would leave the tensor's dtype are lowered to the greatest that does not.
         bits: of ``uniform``: about so many bits for the level of each survivor, its sign included and the
-            mask not; never more than so many a position with the mask, which counts where few are pruned
-            (with a mask that is given to within 1 %, and not where that alone takes more than half of them).
+            mask not; with the mask about so many a position at most, which counts where few are pruned: the
+            file is at most 1 % larger than without pruning (not so where a mask that is given takes more than
+            half of them alone).
             Of ``table``: 2^(bits - 1) centroids.
         budget: of ``uniform``: about so many bits a position for mask and levels together, index and tables
             not.

@@ -159,8 +159,8 @@ def plan_tensor(
         if options.may_be_lossless and len(flat):
             at_most = None if found is None else max(found[1], planner.allowance())
             exact = _lossless_plan(planner, importance, at_most)
-            if exact is None and may_be_raw and (at_most is None or flat.nbytes * 8 <= at_most):
-                exact = raw, flat.nbytes * 8
+            if exact is None and may_be_raw and (at_most is None or raw.bits <= at_most):
+                return raw  # without streams, so nothing of it can be refused
             if exact is not None:
                 found, is_lossless = exact, True
         if found is None:

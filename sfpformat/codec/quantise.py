@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ SAMPLE = 1 << 16
 _SEARCH_ROUNDS = 24
 _CODE_LOSS = 32  # about one part in so many that prefix codes of a mask and levels take beyond entropy
 _CLASS_BITS = 10  # numbers of more bits are counted by so many leading ones
+_MOST_IN_PAIRS = 8  # with more different numbers, a code of pairs takes about their entropy
 _LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
 
@@ -205,7 +207,8 @@ class Sampled:
             return self._fixed_bits(step, int(counts[0]))
         levels = numbers_bits(counts)
         if self.masked:
-            levels += int(counts[0]) << FRACTION  # a survivor that becomes 0 has a sign in the file, too
+            # The survivors that become 0 share a stream with the others, and have signs, too.
+            levels = max(levels, pairs_bits(counts)) + (int(counts[0]) << FRACTION)
             return levels, self.mask_bits() + levels
         counts[0] += self.pruned
         return levels, numbers_bits(counts)
@@ -266,6 +269,26 @@ def numbers_bits(counts: Histogram) -> int:
     return mask + max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
 
 
+def pairs_bits(counts: Histogram) -> int:
+    """How many bits (times 2^16) numbers and the signs of those above 0 take with a Huffman code of pairs.
+
+    It is well above the entropy where one number is much more frequent than the others: 0.68 bits a number
+    instead of 0.54 where seven in eight are 0. Returns 0 where many numbers occur, whose entropy is close.
+    """
+    often = [int(count) for count in counts if count]
+    if len(often) > _MOST_IN_PAIRS or len(counts) > 1 << _CLASS_BITS:
+        return 0
+    total = sum(often)
+    pairs = [one * other for one in often for other in often]
+    heapify(pairs)
+    length = 0  # of all codewords, each times how often it occurs among total^2 pairs
+    while len(pairs) > 1:
+        joined = heappop(pairs) + heappop(pairs)
+        length += joined
+        heappush(pairs, joined)
+    return (length << FRACTION) // max(2 * total, 1) + ((total - int(counts[0])) << FRACTION)
+
+
 def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
     """A histogram whose great numbers are joined into classes, and the residual bits that these take.
 
@@ -285,9 +308,9 @@ def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
 def step_for_bits(sample: Sampled, bits: float) -> float:
     """The least step found with which a survivor's level takes at most ``bits`` bits, and a position no more.
 
-    With the second condition pruning makes no tensor larger; it counts where few are pruned. A mask that
-    stays as it is and alone takes more than half of ``bits`` a position would leave too little for the
-    levels: it is not counted.
+    With the second condition pruning makes no tensor more than 1 % larger; it counts where few are pruned. A
+    mask that stays as it is and alone takes more than half of ``bits`` a position would leave too little for
+    the levels: it is not counted.
     """
     levels = int(bits * len(sample.magnitudes) * (1 << FRACTION))
     whole = int(bits * sample.positions * (1 << FRACTION))
