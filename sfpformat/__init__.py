@@ -6,7 +6,9 @@ import importlib
 import os
 from typing import TYPE_CHECKING, BinaryIO, overload
 
-from .codec.options import PRESETS, ImportanceOptions, Options
+from .decode.opening import open_any
+from .decode.reader import SfpFile, SfpSlice, TensorInfo
+from .decode.validate import Report, validate
 from .errors import (
     ClosedFileError,
     EngineError,
@@ -22,21 +24,23 @@ from .errors import (
     UnknownPresetError,
     UnsupportedError,
 )
+from .io.source import Buffer, Readable
 from .limits import DEFAULT_LIMITS, Limits
-from .opening import open_any
-from .reader import SfpFile, SfpSlice, TensorInfo
-from .source import Buffer, Readable
-from .validate import Report, validate
+from .options import PRESETS, ImportanceOptions, Options
 
 if TYPE_CHECKING:
-    from .codec.budget import steps_for_budget
-    from .shards import ShardedFile
-    from .writer import Writer
+    from .decode.shards import ShardedFile
+    from .encode.budget import steps_for_budget
+    from .encode.writer import Writer
 
 __version__ = "1.0.0.dev0"
 
 # Imported when they are first asked for: who only reads does without the encoder, a third of all modules.
-_MODULE_OF = {"ShardedFile": ".shards", "Writer": ".writer", "steps_for_budget": ".codec.budget"}
+_MODULE_OF = {
+    "ShardedFile": ".decode.shards",
+    "Writer": ".encode.writer",
+    "steps_for_budget": ".encode.budget",
+}
 
 # Without `open`, which must not hide Python's own in ``from sfpformat import *``.
 __all__ = [

@@ -139,7 +139,7 @@ class ClosedFileError(SfpError, ValueError):
 
 
 # Clause -> error code, for every clause of SPEC.md whose breach a reader refuses. The test
-# `tests/test_spec.py` holds this table against SPEC.md.
+# `tests/format/test_spec.py` holds this table against SPEC.md.
 CODE_OF_CLAUSE: dict[str, str] = {
     clause: code
     for code, clauses in {

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .codec.options import Options, options_by_name
 from .coding.mask import Mask
+from .decode.opening import open_any
+from .decode.reader import SfpFile
 from .dtypes import of_numpy
+from .io.source import Buffer
 from .limits import DEFAULT_LIMITS, Limits
 from .names import checked_by_name, require_mapping
-from .opening import open_any
-from .reader import SfpFile
-from .source import Buffer
+from .options import Options, options_by_name
 
 if TYPE_CHECKING:
-    from .codec.plan import Importance
-    from .codec.weights import Outline
-    from .writer import Writer
+    from .encode.plan import Importance
+    from .encode.weights import Outline
+    from .encode.writer import Writer
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -60,7 +60,7 @@ def save_file(
             in an argument is no tensor's.
         OSError: the file cannot be written.
     """
-    from .writer import Writer
+    from .encode.writer import Writer
 
     with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
@@ -78,8 +78,8 @@ def save(
     engine: str | None = None,
 ) -> bytes:
     """The bytes of a file; as `save_file`."""
-    from .sink import MemorySink
-    from .writer import Writer
+    from .encode.sink import MemorySink
+    from .encode.writer import Writer
 
     out = MemorySink()
     with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
@@ -135,7 +135,7 @@ def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]
         tensors: all of a model: what a tensor is may depend on others.
         options: for its weights.
     """
-    from .codec.weights import has_values_beyond, options_for
+    from .encode.weights import has_values_beyond, options_for
 
     require_mapping(tensors, "tensors")
     chosen = options_for(_outlines(tensors), options)
@@ -144,7 +144,7 @@ def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]
 
 def _outlines(tensors: Arrays) -> Iterator[Outline]:
     """The arrays whose dtypes the format knows, without their data."""
-    from .codec.weights import Outline
+    from .encode.weights import Outline
 
     for name, array in tensors.items():
         dtype = of_numpy(array.dtype) if isinstance(array, np.ndarray) else None
@@ -159,7 +159,7 @@ def _add_all(
     masks: Mapping[str, Mask] | None,
     importances: Mapping[str, Importance] | None,
 ) -> None:
-    from .codec.weights import warn_of_quantised
+    from .encode.weights import warn_of_quantised
 
     require_mapping(tensors, "tensors")
     chosen = options_by_name(options, tensors)

@@ -1,1 +1,1 @@
-"""Tests of sfpformat. Each names the clauses of SPEC.md that it holds the code to: see `tests.clauses`."""
+"""Tests of sfpformat. Each names its clauses of SPEC.md: see `tests.support.clauses`."""

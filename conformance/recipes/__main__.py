@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sfpformat.conformance.finds import written
-from tests.clauses import clauses_of_spec
+from tests.support.clauses import clauses_of_spec
 
 from . import suite
 from .suite import Case

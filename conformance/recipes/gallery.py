@@ -18,8 +18,8 @@ from sfpformat.conformance.forge import (
     table_for,
 )
 from sfpformat.conformance.slow_reader import BYTES
-from tests.clauses import SPEC
-from tests.samples import coded, plain
+from tests.support.clauses import SPEC
+from tests.support.samples import coded, plain
 
 from .suite import Suite
 

@@ -7,7 +7,7 @@ import zlib
 from typing import Any
 
 from sfpformat.conformance.forge import Forge, hand_file, record
-from tests.samples import coded
+from tests.support.samples import coded
 
 from .gallery import ALL, ONE, PLAIN, parts
 from .suite import Edit, Suite

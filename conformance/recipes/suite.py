@@ -16,7 +16,7 @@ from sfpformat.conformance import slow_reader
 from sfpformat.conformance.contents import NOT_CORE, Json, contents, features_of
 from sfpformat.conformance.finds import SECONDS, UNKNOWN
 from sfpformat.conformance.forge import Forge
-from tests.clauses import IN_CHUNKS, clauses_of_spec
+from tests.support.clauses import IN_CHUNKS, clauses_of_spec
 
 Edit = Callable[[Forge], object]
 

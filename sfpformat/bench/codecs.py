@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.options import Options
 from ..numpy import load, save
+from ..options import Options
 from .measure import Contender, Runner, WrongBitsError, seconds_of
 from .peers import Packer
 from .subject import Array, Tensors, bits_of, same_bits

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..codec.options import Options
 from ..engines import why_not as why_no_engine
+from ..options import Options
 from .codecs import Judge, OurRunner
 from .measure import Contender
 from .peers import imported
@@ -47,7 +47,7 @@ def why_not(name: str) -> str | None:
 
 def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
     """All tensors of a file, on a device."""
-    from ..opening import open_any
+    from ..decode.opening import open_any
     from ..torch.device import read_tensors
 
     with open_any(readable, threads=threads) as file:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from ..atomic import replacing
-from ..codec.options import PRESETS
 from ..dtypes import of_numpy
+from ..io.atomic import replacing
+from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..numpy import save_file
-from ..safetensors import TensorSpec, in_aligned_order, write_tensors
+from ..options import PRESETS
 from .subject import Tensors, heads
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..codec.options import PRESETS
+from ..options import PRESETS
 from .codecs import PackerRunner
 from .device import our_runner
 from .measure import Contender, Runner

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing
+from ..io.atomic import replacing
 from .labels import Box, place
 from .results import Result
 

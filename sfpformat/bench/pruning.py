@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import replacing
 from ..demo.carried import TEXTS, heldout_tokens, weights
 from ..demo.language import CALIBRATION_BATCHES
 from ..demo.methods import METHODS, Bench, steps_of
 from ..demo.model import Config, perplexity
+from ..io.atomic import replacing
 from ..numpy import load_file
 from ..pruning.thresholds import achieved
 from .child import run_python

@@ -12,9 +12,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import real_target
 from ..errors import MismatchError
-from ..filesystem import open_locked
+from ..io.atomic import real_target
+from ..io.filesystem import open_locked
 
 Row = dict[str, object]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codec.options import PRESETS, Options
+from ..options import PRESETS, Options
 from . import nncodec
 from .codecs import CodecRunner
 from .device import our_runner

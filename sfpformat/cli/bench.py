@@ -162,8 +162,8 @@ def _require_device(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace, folder: Path) -> Settings:
     from ..bench.environment import cores
     from ..bench.settings import Settings
-    from ..codec.options import PRESETS
     from ..engines import available, require_name
+    from ..options import PRESETS
 
     if args.rounds < 1:
         raise Trouble(f"--rounds is {args.rounds}, must be at least 1")

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import replacing
 from ..errors import OptionError
+from ..io.atomic import replacing
 from .console import progress, show_json, show_table
 from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, about, require_suffix

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..container.entry import TensorEntry
-from ..reader import SfpFile
-from ..sink import CountingSink, MemorySink
-from ..writer import Writer
+from ..decode.reader import SfpFile
+from ..encode.sink import CountingSink, MemorySink
+from ..encode.writer import Writer
 from .console import Progress
 from .outcome import Outcome, outcome
 from .packing import Job, add_tensor

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..closing import Closing
 from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile, ShardIndex
 from ..errors import SfpWarning
+from ..io.closing import Closing
+from ..io.paths import INDEX_SUFFIX, models_in
+from ..io.safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
-from ..paths import INDEX_SUFFIX, models_in
-from ..reader import SfpFile
-from ..safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
-from ..shards import ShardedFile, ShardIndex
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 from .trouble import PathLike, Trouble, about, require_file
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.decode import scale_index
-from ..codec.options import Options
-from ..codec.quantise import error_weights
-from ..codec.zeros import with_positive_zeros
 from ..coding.quantiser import F32, Table, Uniform
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..decode.tensor import scale_index
 from ..dtypes import DTYPES
+from ..encode.quantise import error_weights
+from ..encode.zeros import with_positive_zeros
 from ..names import listed, quoted
-from ..reader import SfpFile
+from ..options import Options
 from .console import number
 from .models import as_bits
 from .packing import Job, is_quantised

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..codec.weights import Kind, Reason, not_weights
+from ..decode.shards import index_name
+from ..encode.weights import Kind, Reason, not_weights
+from ..encode.writer import is_text, require_name
 from ..limits import Limits
 from ..names import listed, quoted, unknown_name
 from ..pruning.thresholds import reasons
-from ..shards import index_name
-from ..writer import is_text, require_name
 from .console import bytes_words, number, percent, printable, progress, show_json, show_table
 from .dry import sizes_of_file
 from .limits import add_limits, limits_of
@@ -311,7 +311,7 @@ def _outcomes(
     job: Job, asked: dict[str, Treatment], outputs: list[Path], *, verify: bool
 ) -> tuple[list[Outcome], int, list[str]]:
     """The outcome of each tensor in the files, the bytes of all files, and with ``verify`` what is wrong."""
-    from ..validate import validate
+    from ..decode.validate import validate
 
     outcomes, size, faults = list[Outcome](), 0, list[str]()
     with progress(job.model.nbytes, "verify" if verify else "measure") as shown:

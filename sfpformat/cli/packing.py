@@ -21,23 +21,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import AtomicFile, take_names
-from ..codec.options import Options
-from ..codec.plan import plan_tensor
-from ..codec.weights import is_packed_storage, not_weights
-from ..codec.zeros import zeros_of
 from ..coding.quantiser import Table, Uniform
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardIndex, index_name, shard_name
+from ..encode.plan import plan_tensor
+from ..encode.resume import ResumableSink
+from ..encode.weights import is_packed_storage, not_weights
+from ..encode.writer import Writer
+from ..encode.zeros import zeros_of
 from ..engines import get_engine
 from ..errors import SfpError
-from ..filesystem import UnnamedFileError, beside, open_locked, remove
+from ..io.atomic import AtomicFile, take_names
+from ..io.filesystem import UnnamedFileError, beside, open_locked, remove
+from ..io.safetensors import SafetensorsError, strict_json
+from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
-from ..parallel import Workers
-from ..reader import SfpFile
-from ..resume import ResumableSink
-from ..safetensors import SafetensorsError, strict_json
-from ..shards import ShardIndex, index_name, shard_name
-from ..writer import Writer
+from ..options import Options
 from .console import Progress
 from .models import Model, sub_byte_keys
 from .rules import Treatment

@@ -7,11 +7,11 @@ import time
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from ..decode.opening import open_any
+from ..decode.shards import ShardedFile, index_name, shard_name
 from ..errors import SfpError
+from ..io.paths import model_path
 from ..names import unmatched
-from ..opening import open_any
-from ..paths import model_path
-from ..shards import ShardedFile, index_name, shard_name
 from .console import bytes_words, percent, show_json
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples

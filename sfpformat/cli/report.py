@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..codec.zeros import zeros_of
 from ..coding.quantiser import Exact, Table, Uniform
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..encode.zeros import zeros_of
 from ..errors import FileFault
-from ..reader import SfpFile
 
 # What the bits of a tensor are for; "other" is the segment index and padding.
 PARTS = ("mask", "fingerprints", "importance", "vectors", "raw", "other")

@@ -20,13 +20,13 @@ from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
-from ..codec.options import PRESETS, WEIGHTED, ZEROS, ImportanceOptions, Options
-from ..codec.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, is_packed_storage, not_weights
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
+from ..encode.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, is_packed_storage, not_weights
 from ..errors import SfpWarning
+from ..io.safetensors import TensorSpec
 from ..names import listed, unmatched
+from ..options import PRESETS, WEIGHTED, ZEROS, ImportanceOptions, Options
 from ..pruning.thresholds import Pattern, pattern_dim, reasons
-from ..safetensors import TensorSpec
 from .parser import Parser
 from .trouble import Trouble
 

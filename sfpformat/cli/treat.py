@@ -9,9 +9,9 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.budget import Candidate, candidate, share_bits
-from ..codec.weights import Kind, Reason, has_values_beyond
 from ..dtypes import Dtype
+from ..encode.budget import Candidate, candidate, share_bits
+from ..encode.weights import Kind, Reason, has_values_beyond
 from ..errors import OptionError
 from ..names import quoted
 from .magnitude import (

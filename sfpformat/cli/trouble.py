@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import FileFault, SfpError
-from ..safetensors import SafetensorsError
+from ..io.safetensors import SafetensorsError
 from .foreign import describe_file
 
 PathLike = str | os.PathLike[str]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import ReplacedTogether, replacing
+from ..decode.shards import ShardIndex, index_name, shard_name
+from ..io.atomic import ReplacedTogether, replacing
+from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..names import unmatched
-from ..safetensors import TensorSpec, in_aligned_order, write_tensors
-from ..shards import ShardIndex, index_name, shard_name
 from .console import Progress, bytes_words, progress
 from .limits import add_limits, limits_of
 from .models import Model, open_model

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..decode.validate import Report, validate, validate_index
 from ..errors import MOST_DETAIL, shortened
+from ..io.paths import is_index, model_path
 from ..limits import Limits
 from ..names import quoted
-from ..paths import is_index, model_path
-from ..validate import Report, validate, validate_index
 from .console import bytes_words, printable, progress, show_json
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples

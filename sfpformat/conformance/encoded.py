@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from ..decode.reader import SfpFile
+from ..decode.validate import validate
 from ..errors import FileFault
-from ..reader import SfpFile
-from ..validate import validate
 from .judge import FAIL, PASS, Verdict
 from .suite import Case, shape_of
 

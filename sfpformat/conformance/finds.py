@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing
 from ..errors import FileFault
+from ..io.atomic import replacing
 from .contents import NOT_CORE, contents, features_of
 from .examples import Example
 from .fuzz import IN_FORCE, Find, reference

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..decode.reader import SfpFile
+from ..decode.validate import validate
 from ..errors import FileFault
 from ..limits import DEFAULT_LIMITS, Limits
-from ..reader import SfpFile
-from ..validate import validate
 from .choices import Thrown
 from .driver import Driver, DriverFailure
 from .examples import Example, example

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..codec.options import ImportanceOptions, Options
+from ..decode.reader import SfpFile
+from ..decode.validate import validate
 from ..dtypes import DTYPES
+from ..encode.writer import Writer
 from ..engines import get_engine, require_name
 from ..errors import EngineError, FileFault, OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..numpy import save
-from ..reader import SfpFile
-from ..validate import validate
-from ..writer import Writer
+from ..options import ImportanceOptions, Options
 from .judge import SUFFIXES
 from .scratch import scratch
 from .suite import Case, Contents, shape_of

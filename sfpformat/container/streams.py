@@ -11,13 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from ..coding.codetable import (
-    CodeTable,
-    PrefixCode,
-    pack_lengths,
-    require_shape,
-    unpack_lengths,
-)
+from ..coding.codetable import CodeTable, PrefixCode, pack_lengths, require_shape, unpack_lengths
 from ..coding.mask import KINDS
 from ..coding.quantiser import Exact, Quantiser, Table, Uniform
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype

@@ -7,8 +7,8 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
+from ..decode.reader import SfpFile
 from ..numpy import load
-from ..reader import SfpFile
 from .model import encode_text
 
 MODEL = "model.sfp"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..codec.options import Options
 from ..numpy import load_file, save_file
+from ..options import Options
 from ..pruning.grades import graded, options_for_grades
 from ..pruning.pipeline import as_numbers
 from .methods import Bench

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codec.options import Options
+from ..options import Options
 from .importance import RANGE
 from .methods import Bench, Pruned
 from .packing import Result, Row, Tensors, measure

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.options import Options
 from ..coding.mask import Mask
+from ..decode.validate import validate
 from ..numpy import load_file, save_file
+from ..options import Options
 from ..pruning.thresholds import Pattern, Sparsity, Threshold, masks_of
-from ..validate import validate
 from .carried import heldout_tokens, importances, linear_layers
 from .model import Config, perplexity
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing
+from ..io.atomic import replacing
 from .packing import EVALUATED_TOKENS, Row
 
 # In colours that are told apart by most eyes, with markers of their own; learned ones are never together.

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfpformat.atomic import replacing
 from sfpformat.demo.model import Config, FloatArray, encode_text, perplexity, rotary_angles
+from sfpformat.io.atomic import replacing
 from sfpformat.numpy import save_file
 from sfpformat.pruning.descent import rate_at
 

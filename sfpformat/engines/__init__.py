@@ -31,7 +31,7 @@ __all__ = [
 ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
 # Engine -> its module.
-_MODULES = {"python": "python", "numba": "fast", "cuda": "cuda.engine"}
+_MODULES = {"python": "reference", "numba": "numba", "cuda": "cuda.engine"}
 # Fewer weights than this the reference decodes in the time that importing Numba takes.
 _WORTH_NUMBA = 8_000_000
 

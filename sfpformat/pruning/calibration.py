@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replacing
 from ..errors import MismatchError, OptionError, warn
+from ..io.atomic import replacing
 from ..names import listed
 from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs

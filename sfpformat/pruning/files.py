@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import ReplacedTogether
-from ..codec.options import ImportanceOptions, Options
 from ..coding.mask import Mask
 from ..coding.quantiser import Exact, Uniform
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile, ShardIndex, index_name, shard_name
+from ..encode.writer import Writer
 from ..errors import OptionError
+from ..io.atomic import ReplacedTogether
+from ..io.paths import SUFFIX
 from ..names import require_matches
-from ..paths import SUFFIX
-from ..reader import SfpFile
-from ..shards import ShardedFile, ShardIndex, index_name, shard_name
-from ..writer import Writer
+from ..options import ImportanceOptions, Options
 from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of, pattern_dim
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec.options import ImportanceOptions
 from ..errors import OptionError
+from ..options import ImportanceOptions
 from .thresholds import Numbers
 
 # Sixteen grades, finer where models are usually pruned: about 3.5 bits a weight in a file.

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replacing
 from ..errors import MismatchError, OptionError, warn
+from ..io.atomic import replacing
 from ..names import listed
 from .holdout import Choice, Split, choose
 from .levels import Levels

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..atomic import replacing
 from ..errors import MismatchError, OptionError
+from ..io.atomic import replacing
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
 from .calibration import Statistics, statistics

@@ -11,10 +11,10 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-from ..codec.options import ImportanceOptions, Options
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import require_matches
+from ..options import ImportanceOptions, Options
 from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
 from ..torch.ties import TiedNames

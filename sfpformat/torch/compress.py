@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..codec.options import Options, require_options
+from ..decode.opening import open_any
 from ..errors import OptionError, warn
+from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
-from ..opening import open_any
-from ..source import Readable
+from ..options import Options, require_options
 from . import packed
 from .decoded import holders_of
 from .files import Device, require_device

@@ -17,17 +17,17 @@ from itertools import groupby
 
 import torch
 
-from ..codec.decode import TensorDecoder
 from ..coding.bits import Bytes
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile
+from ..decode.tensor import TensorDecoder
 from ..engines.cuda.batch import Running, Task, fill_chunks, plan_batch, run_batch
 from ..engines.cuda.device import Device, HostMemory
 from ..engines.cuda.driver import CudaDevice
 from ..engines.cuda.loaded import Recipes
 from ..engines.cuda.recipe import Recipe, make_recipe
 from ..errors import FileFault, placed
-from ..reader import SfpFile
-from ..shards import ShardedFile
 from .tensors import tensor_of, torch_dtype
 
 # Bytes of chunks that travel together: enough that launches and waiting do not count. Three are pinned: what

@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..closing import Closing
-from ..codec.options import Options, options_by_name
-from ..codec.plan import Importance
-from ..codec.selection import Index
-from ..codec.weights import Outline, options_for, warn_of_quantised
 from ..coding.mask import Mask
+from ..decode.opening import open_any
+from ..decode.reader import SfpFile, SfpSlice, TensorInfo
+from ..decode.selection import Index
+from ..decode.shards import ShardedFile
+from ..encode.plan import Importance
+from ..encode.weights import Outline, options_for, warn_of_quantised
+from ..encode.writer import Writer
 from ..engines import decodes_on_device
 from ..errors import OptionError
+from ..io.closing import Closing
+from ..io.source import Buffer, Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import checked_by_name, require_mapping
-from ..opening import open_any
-from ..reader import SfpFile, SfpSlice, TensorInfo
-from ..shards import ShardedFile
-from ..source import Buffer, Readable
-from ..writer import Writer
+from ..options import Options, options_by_name
 from .sparse import Layout, layout_of, read_sparse
 from .tensors import address_of, array_of, first_line, format_dtype, tensor_of, torch_dtype
 

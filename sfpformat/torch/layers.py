@@ -19,8 +19,8 @@ import torch.fx
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codec.options import Options
 from ..errors import MismatchError, OptionError, SfpError
+from ..options import Options
 from . import operators, packed
 from .decoded import (
     BYTES,

@@ -9,22 +9,14 @@ from itertools import chain
 import torch
 from torch.nn.parameter import is_lazy
 
-from ..codec.options import Options, options_by_name
-from ..codec.weights import warn_of_quantised
+from ..decode.opening import open_any
+from ..encode.weights import warn_of_quantised
+from ..encode.writer import Writer
 from ..errors import MismatchError, OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
-from ..opening import open_any
-from ..writer import Writer
-from .files import (
-    Device,
-    ImportanceTensor,
-    Numbers,
-    TorchFile,
-    add_tensor,
-    outlines,
-    require_device,
-)
+from ..options import Options, options_by_name
+from .files import Device, ImportanceTensor, Numbers, TorchFile, add_tensor, outlines, require_device
 from .layers import Compressed, compressed_weights
 from .meta import require_none_left
 from .packed import put_into

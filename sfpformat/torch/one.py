@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..decode.reader import SfpFile
 from ..errors import MismatchError, OptionError
-from ..reader import SfpFile
 from .tensors import missing_memory
 
 # The tensor's name in its file.

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..codec.decode import TensorDecoder
-from ..codec.options import Options
-from ..codec.selection import Selection
 from ..container.entry import TensorEntry
+from ..decode.reader import SfpFile
+from ..decode.selection import Selection
+from ..decode.tensor import TensorDecoder
+from ..encode.sink import MemorySink
+from ..encode.writer import Writer
 from ..engines import get_engine
 from ..errors import MismatchError
-from ..reader import SfpFile
-from ..sink import MemorySink
-from ..writer import Writer
+from ..options import Options
 from .files import is_decoded_on
 from .one import NAME, opened
 from .places import AnyFile

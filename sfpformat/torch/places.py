@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile
 from ..errors import FileFault, MismatchError, OptionError, warn
 from ..names import MOST_LISTED, listed
-from ..reader import SfpFile
-from ..shards import ShardedFile
 from .files import batches, is_decoded_on
 from .hints import hint
 from .tensors import (

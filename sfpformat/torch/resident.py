@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..codec.jobs import fill_gaps
-from ..codec.selection import Selection
 from ..coding.quantiser import F32
 from ..container.entry import TensorEntry
+from ..decode.jobs import fill_gaps
+from ..decode.selection import Selection
 from ..engines.cuda.product import KERNELS, Product, has_kernels, make_product
 from ..engines.cuda.recipe import make_recipe
 from ..engines.cuda.resident import Operands, Placed, Resident, Run

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile
 from ..dtypes import DTYPES
 from ..errors import MismatchError, OptionError
-from ..reader import SfpFile
-from ..shards import ShardedFile
 from .tensors import Array, tensor_of
 
 Layout = str | torch.layout

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sfpformat.atomic import replacing
 from sfpformat.dtypes import DTYPES
-from sfpformat.safetensors import TensorSpec, write_tensors
+from sfpformat.io.atomic import replacing
+from sfpformat.io.safetensors import TensorSpec, write_tensors
 
 SHARDS, TENSORS_A_SHARD = 4, 8
 SHAPE = (4096, 4096)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from sfpformat.safetensors import SafetensorsFile
+from sfpformat.io.safetensors import SafetensorsFile
 
 Tensors = dict[str, NDArray[np.generic]]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
-from ...parallel import for_each
+from ...io.threads import for_each
 from . import layout
 from .device import Device, HostMemory, Mark, Memory
 from .recipe import Recipe

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-# In an installed package the files lie beside this one; in the repository in its folder `kernels`.
-FOLDERS = (_PACKAGE, _PACKAGE.parents[2] / "kernels")
+# In an installed package the files lie in `kernels` beside this one; in the repository in `kernels/source`.
+FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parents[2] / "kernels" / "source")
 MAIN = "decode.cu"
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 

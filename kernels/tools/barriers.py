@@ -1,0 +1,68 @@
+"""Whether a barrier that is missing would be noticed without a GPU: ``python -m kernels.tools.barriers``.
+
+In a copy of the repository each barrier of the kernels, and each wait for copies, is taken away in turn, and
+the tests that run every kernel on the host must fail. Those marked as being for other blocks, or before a
+shuffle, are left alone: the host runs one block after another, and its lanes wait at a shuffle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .shim import SOURCE
+
+_COPIED = ("kernels", "sfpformat", "tests", "pyproject.toml")
+_FILES = ("tests/cuda/test_decode.py", "tests/cuda/test_product.py")
+_TESTS = (*_FILES, "-k", "every_kernel_decodes or unit_vectors or several_slices")
+_WAITS = "__syncwarp", "__syncthreads", "wait_for_copies", r"wait_for_all_but<\d>"
+_LEFT_ALONE = r";  // (?:for other blocks|before a shuffle)"
+_CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!{_LEFT_ALONE})")
+
+
+def barriers(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Each barrier: its file, and where its call begins and ends in the text."""
+    for path in sorted(folder.glob("*.cu*")):
+        for found in _CALL.finditer(path.read_text()):
+            yield path, found.start(), found.end()
+
+
+def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
+    """Whether the test fails without a barrier."""
+    text = path.read_text()
+    path.write_text(text[:start] + text[stop:])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TESTS]
+    done = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    path.write_text(text)
+    return done.returncode != 0
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.tools.barriers", description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="of the kernels, such as product.cuh (all)")
+    wanted = parser.parse_args().files
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in _COPIED:
+            source = SOURCE.parent / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+        missed = 0
+        for path, start, stop in list(barriers(root / "kernels")):
+            if wanted and path.name not in wanted:
+                continue
+            noticed = is_noticed(root, path, start, stop)
+            missed += not noticed
+            line = path.read_text()[:start].count("\n") + 1
+            print(f"{path.name}, line {line}: {'noticed' if noticed else 'MISSED'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

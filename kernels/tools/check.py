@@ -1,0 +1,231 @@
+"""Everything that needs a GPU, in one command: ``python -m kernels.tools.check``, in less than ten minutes.
+
+* the kernels compiled for the device, with what each takes of it;
+* the engine against the reference: golden files, files of every kind, damaged ones; products against sums in
+  double precision, and their bits from run to run; layers of torch against dense ones;
+* how long decoding takes for matrices of 67 M weights, beside the floor: the bytes that must be read
+  and written, at the rate at which this device copies; beside nvCOMP, DFloat11 and DietGPU where they are
+  installed;
+* products with a matrix of 8192 × 8192 that stays compressed, beside torch's with the dense one;
+* a file to tensors on the device, beside safetensors;
+* the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
+
+Each part is printed when it is done and written to ``kernels/results`` at once, as JSON and as a table. A
+part that fails is written down as failed, and the others go on; the exit code is 1 then, and 2 where there
+is no device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sfpformat.bench import device as bench_device
+from sfpformat.engines.cuda.device import Device
+from sfpformat.engines.cuda.driver import CudaDevice
+
+from . import identity, machine, peers, speed
+from .report import tables
+
+RESULTS = Path(__file__).parents[1] / "results"
+MINUTES = 9.0
+DAMAGED = 1000
+_TOOL_SECONDS = 60.0
+_PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "torch", "nvidia-nvcomp-cu13", "dfloat11")
+
+Part = tuple[str, Callable[[], Any]]
+
+
+def why_not() -> str | None:
+    """Why nothing can be checked here, or None."""
+    return bench_device.why_not("cuda")
+
+
+class Report:
+    """What the parts came to, on disk after each of them.
+
+    Attributes:
+        facts: of the device and the run.
+        parts: name, seconds, and a result, a failure, or why there is neither.
+    """
+
+    def __init__(self, stem: Path, facts: dict[str, Any], seconds: float) -> None:
+        """Args:
+        stem: of the files, without what they end in.
+        seconds: after which no further part begins.
+        """
+        self.facts, self.parts = facts, list[dict[str, Any]]()
+        self._stem, self._begun, self._seconds = stem, time.monotonic(), seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._seconds - (time.monotonic() - self._begun)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a part failed, or had no time."""
+        return any("result" not in part and "missing" not in part for part in self.parts)
+
+    def result(self, name: str) -> Any:
+        """Of a part; None where it has none."""
+        return next((part.get("result") for part in self.parts if part["name"] == name), None)
+
+    def run(self, name: str, work: Callable[[], Any]) -> None:
+        """Does a part, whatever comes of it, prints it and writes all down."""
+        part: dict[str, Any] = {"name": name}
+        begun = time.monotonic()
+        if self.left <= 0:
+            part["failure"] = "there was no time left"
+        else:
+            try:
+                part["result"] = work()
+            except peers.Missing as missing:
+                part["missing"] = str(missing)
+            except Exception as error:
+                part["failure"] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+        part["seconds"] = round(time.monotonic() - begun, 1)
+        self.parts.append(part)
+        said = next(part[key] for key in ("result", "missing", "failure") if key in part)
+        print(f"{name} ({part['seconds']} s): {json.dumps(said)}", flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        self._stem.parent.mkdir(parents=True, exist_ok=True)
+        whole = {**self.facts, "parts": self.parts}
+        self._stem.with_suffix(".json").write_text(json.dumps(whole, indent=2) + "\n")
+        self._stem.with_suffix(".md").write_text(tables(self.facts, self.parts))
+
+
+def compiled(arch: str) -> dict[str, Any]:
+    """What the kernels take of a device of that architecture.
+
+    Raises:
+        AssertionError: a register is spilled.
+    """
+    _, usage, _ = machine.compile_with_usage(arch)
+    spilled = [kernel for kernel, used in usage.items() if used.spilled]
+    assert not spilled, f"{arch}: registers are spilled in {', '.join(spilled)}"
+    return {"arch": arch, "registers": {kernel: used.registers for kernel, used in usage.items()}}
+
+
+def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
+    """What is compared."""
+    return [
+        ("files as by the reference", partial(identity.compare_with_reference, damaged, every)),
+        ("products as in double precision", partial(identity.compare_products, device, every)),
+    ]
+
+
+def speed_parts(device: Device, side: int, report: Report) -> Iterator[Part]:
+    """What is timed."""
+    yield "copy rate", speed.copy_rate
+    rate = report.result("copy rate")
+    if rate is None:
+        return
+    yield "products", lambda: speed.products(device, rate, side)
+    for name in speed.MATRICES:
+        yield f"decoding: {name}", partial(speed.decoding, name, device, rate, side)
+    for name, peer in peers.PEERS.items():
+        yield f"peer: {name}", partial(_timed, peer, side)
+    yield "layers", lambda: speed.layers(side)
+    yield "loading", lambda: speed.loading(side // 2)
+
+
+def _timed(peer: Callable[[int], peers.Timed], side: int) -> dict[str, Any]:
+    return peer(side)._asdict()
+
+
+def sanitizer_parts(report: Report) -> list[Part]:
+    """What is looked at by tools."""
+    arguments = ("--only-identity", "--damaged", "40", "--every", "40")
+
+    def sanitize(tool: str) -> dict[str, Any]:
+        return identity.sanitize(tool, arguments, max(min(_TOOL_SECONDS, report.left), 1.0))
+
+    return [(f"compute-sanitizer: {tool}", partial(sanitize, tool)) for tool in identity.TOOLS]
+
+
+def facts_of(words: Sequence[str]) -> dict[str, Any]:
+    """Of the device, the run and the packages."""
+    torch: Any = importlib.import_module("torch")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python -m kernels.tools.check", *words]),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m kernels.tools.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--damaged", type=int, default=DAMAGED, help=f"damaged files ({DAMAGED})")
+    made.add_argument("--every", type=int, default=1, metavar="N", help="every Nth of the other files (1)")
+    made.add_argument("--side", type=int, default=speed.SIDE, help=f"rows and columns ({speed.SIDE})")
+    made.add_argument("--only-identity", action="store_true", help="files and products alone, no results")
+    made.add_argument("--no-sanitizer", action="store_true", help="no sanitisers")
+    made.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"no part begins after them ({MINUTES:g})"
+    )
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command."""
+    words = sys.argv[1:] if words is None else words
+    args = parser().parse_args(words)
+    reason = why_not()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    if args.only_identity:
+        for name, work in identity_parts(CudaDevice(0), args.damaged, args.every):
+            print(f"{name}: {work()}", flush=True)
+        return 0
+    torch: Any = importlib.import_module("torch")
+    facts = facts_of(words)
+    stem = args.out / str(facts["device"]).lower().replace(" ", "-")
+    report = Report(stem, facts, 60 * args.minutes)
+    major, minor = facts["capability"]
+    report.run("kernels compiled", partial(compiled, f"sm_{major}{minor}"))
+    if not report.failed:  # nothing can be done without them
+        device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
+        for name, work in identity_parts(device, args.damaged, args.every):
+            report.run(name, work)
+        report.run("layers as dense ones", identity.compare_layers)
+        for name, work in speed_parts(device, args.side, report):
+            report.run(name, work)
+        for name, work in [] if args.no_sanitizer else sanitizer_parts(report):
+            report.run(name, work)
+    print(tables(facts, report.parts))
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

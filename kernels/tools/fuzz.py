@@ -1,0 +1,291 @@
+"""Damaged chunks to the kernels on the host: each is judged as by the reference, and nothing else is touched.
+
+``python -m kernels.tools.fuzz`` decodes or multiplies 200,000 of them with address and undefined-behaviour
+sanitisers, after those of the golden files; every chunk, output and table lies in memory of its own whose
+surroundings are poisoned. Checksums are not compared: it is as if each had been mended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sfpformat
+from sfpformat import PRESETS
+from sfpformat.coding.bits import Bytes
+from sfpformat.decode.tensor import TensorDecoder
+from sfpformat.engines import Engine, Run, get_engine
+from sfpformat.engines.cuda import layout
+from sfpformat.engines.cuda.batch import Task, plan_batch
+from sfpformat.engines.cuda.loaded import Recipes
+from sfpformat.engines.cuda.recipe import Recipe, make_recipe
+from sfpformat.errors import FileFault, SfpError
+from sfpformat.numpy import save
+
+from . import shim
+from .identity import golden_files
+from .inputs import damage, files, normal_weights
+from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
+
+INPUTS = 200_000
+# Of so many inputs one is multiplied: a product takes as long on the host as decoding as many.
+_PRODUCTS_EVERY = 50
+_SHOWN = 5_000
+# Golden files that claim more, a few bytes each, are there for limits.
+_MOST_POSITIONS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A chunk of a tensor, and who decodes it beside the kernels."""
+
+    name: str
+    decoder: TensorDecoder
+    reference: TensorDecoder
+    data: Bytes
+    k: int
+
+
+def samples(engine: Engine) -> list[Sample]:
+    """A chunk or two of every kind of tensor."""
+    found = []
+    reference = get_engine("python")
+    # The larger ones give all warps of a block something to do; the largest have an index of several rounds.
+    larger = files(30, 160, chunk=1 << 13, every=7), files(120, 320, chunk=1 << 16, every=23)
+    for name, data in chain(files(), *larger):
+        with sfpformat.open(data) as file:
+            entry = file.entry("w")
+            vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+            for k in sorted({0, len(entry.chunks) - 1}):
+                own, plain = TensorDecoder(entry, vectors, engine), TensorDecoder(entry, vectors, reference)
+                own.expect(entry.positions)
+                found.append(Sample(f"{name}, chunk {k}", own, plain, file.read_checked(entry, k), k))
+    return [sample for sample in found if sample.decoder.entry.coding == "fingerprint"]
+
+
+def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
+    """The chunks of every so many of the golden files, those that can be read and that kernels decode."""
+    reference = get_engine("python")
+    for number, data in enumerate(golden_files(every)):
+        with suppress(SfpError), sfpformat.open(data, engine="python") as file:
+            for name in file:
+                entry = file.entry(name)
+                if entry.fingerprints is not None and entry.positions <= _MOST_POSITIONS:
+                    vectors = None if entry.vectors is None else file.read_checked(entry, -1)
+                    own, plain = (TensorDecoder(entry, vectors, by) for by in (engine, reference))
+                    own.expect(entry.positions)
+                    if make_recipe(entry, own.vectors) is not None:
+                        for k in range(len(entry.chunks)):
+                            words = f"golden file {number}, {name!r}, chunk {k}"
+                            yield Sample(words, own, plain, file.read_checked(entry, k), k)
+
+
+# ---------------------------------------------------------------------------------------------- who judges
+
+
+class Kernels:
+    """The kernels on the host, everything in memory of its own."""
+
+    def __init__(self, checked: bool) -> None:
+        """Compiles them."""
+        library = shim.build(shim.CHECKED if checked else shim.PLAIN)
+        self.device = shim.HostDevice(library, poison=checked)
+        self._recipes = Recipes(self.device)
+        self._made: dict[Sample, Recipe] = {}
+
+    def weights(self, sample: Sample, data: Bytes) -> tuple[int, NDArray[np.uint32], bytes]:
+        """The status word, the error words and the weights of a chunk."""
+        entry = sample.decoder.entry
+        if sample not in self._made:
+            made = make_recipe(entry, sample.decoder.vectors)
+            assert made is not None
+            self._made[sample] = made
+            self._recipes.load([made])
+        recipe = self._made[sample]
+        first, stop = entry.segments_of_chunk(sample.k)
+        start, total = entry.positions_of_chunk(sample.k)
+        device = self.device
+        chunk, out = device.allocate(len(data)), device.allocate(total * entry.dtype.itemsize)
+        chunk.bytes[:] = data
+        at = self._recipes.address(recipe)
+        plan = plan_batch([Task(recipe, at, data, total, start, 0, stop - first, out.address)])
+        plan.jobs["data"] = chunk.address
+        jobs, parts = device.allocate(plan.jobs.nbytes), plan.parts[recipe.kernel]
+        warps, status = device.allocate(parts.nbytes), device.allocate(4)
+        index, errors = device.allocate(4 * plan.index_words), device.allocate(4 * plan.error_words)
+        jobs.bytes[:], warps.bytes[:] = plan.jobs.view(np.uint8), parts.view(np.uint8)
+        status.bytes[:], errors.bytes[:], out.bytes[:] = 0, 0, 0
+        places = [memory.address for memory in (jobs, warps, index, status, errors)]
+        device.launch("index_chunks", 1, [places[0], places[2], places[3]])
+        device.launch(recipe.kernel, len(parts) // layout.WARPS, [*places, 0])
+        device.finish()
+        word = int(status.bytes.view(np.uint32)[0])
+        return word, errors.bytes.view(np.uint32).copy(), out.bytes.tobytes()
+
+
+def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
+    """The weights of a chunk by the processor; None where it is refused."""
+    entry = sample.decoder.entry
+    first, stop = entry.segments_of_chunk(sample.k)
+    out = np.empty(entry.positions_of_chunk(sample.k)[1], entry.dtype.numpy)
+    run: Run | None = sample.decoder.run(data, sample.k, 0, stop - first, out)
+    if run is not None and sample.decoder.engine.decode_runs([run])[0]:
+        return out.tobytes()
+    try:
+        sample.reference.weights_into(data, sample.k, 0, stop - first, out)
+    except FileFault:
+        return None
+    return out.tobytes()
+
+
+def compare(kernels: Kernels, sample: Sample, data: Bytes) -> bool:
+    """Whether the chunk was accepted; raises AssertionError where the two do not agree."""
+    status, errors, found = kernels.weights(sample, data)
+    expected = reference_weights(sample, data)
+    assert (status == 0) == (expected is not None), f"{sample.name}: status {status}, {expected is not None}"
+    assert expected is None or found == expected, f"{sample.name}: other weights"
+    assert np.bitwise_or.reduce(errors) & ~np.uint32(status) == 0, f"{sample.name}: {errors} but {status}"
+    return status == 0
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+class ProductSample:
+    """A matrix of one chunk that is multiplied, on the host, and its bytes as they were written."""
+
+    def __init__(self, name: str, data: bytes, device: shim.HostDevice) -> None:
+        """Makes it ready."""
+        self.name, self._device, self._file = name, device, sfpformat.open(data, engine="python")
+        self._entry = self._file.entry("w")
+        self.data = self._file.read_checked(self._entry, 0)
+        self._compute = self._entry.dtype.name
+        self._there = self._on_device(self.data)
+        placed = self._there.place(self._compute)
+        assert placed is not None, f"{name}: not multiplied"
+        rng = np.random.default_rng(0)
+        self._x = rng.normal(size=(3, self._entry.columns)).astype(self._entry.dtype.numpy)
+        self._product = Multiplication(device, placed, self._x, None)
+        self._reference = TensorDecoder(self._entry, self._vectors(), get_engine("python"))
+
+    def _vectors(self) -> Bytes | None:
+        return None if self._entry.vectors is None else self._file.read_checked(self._entry, -1)
+
+    def _on_device(self, data: Bytes) -> OnDevice:
+        return OnDevice(self._file, self._entry, self._device, data.tobytes())
+
+    def weights(self, data: Bytes) -> NDArray[Any] | None:
+        """By the reference; None where it refuses them."""
+        out = np.empty(self._entry.positions, self._entry.dtype.numpy)
+        try:
+            self._reference.weights_into(data, 0, 0, self._entry.segments, out)
+        except FileFault:
+            return None
+        return out.reshape(self._entry.shape)
+
+    def compare(self, data: Bytes) -> bool:
+        """Whether the chunk was accepted; raises AssertionError where the two do not agree.
+
+        It also stands where a good one was made ready: what comes out means nothing then, and nothing but the
+        chunk must be touched.
+        """
+        self._there.overwrite(data)
+        self._product.result()
+        self._there.overwrite(self.data)
+        weights, there = self.weights(data), self._on_device(data)
+        placed = there.place(self._compute)
+        assert (placed is None) == (weights is None), f"{self.name}: {placed}"
+        if placed is not None and weights is not None:
+            found = Multiplication(self._device, placed, self._x, None).result()
+            assert excess(found, self._x, weights, None) <= SUMMING, f"{self.name}: another product"
+        return weights is not None
+
+
+def product_samples(device: shim.HostDevice) -> list[ProductSample]:
+    """Matrices of every kind that the kernels tell apart."""
+    found = []
+    for dtype in NUMPY.values():
+        for columns, density, scale in ((128, 0.5, None), (384, 0.6, "row"), (640, 1.0, 128)):
+            array = normal_weights(5, columns, density)
+            array[0, :9] = np.arange(1, 10) / 4  # magnitudes enough
+            options = PRESETS["fused"].but(
+                quantiser="table", centroids=8, scale=scale, segment=64, coding="fingerprint"
+            )
+            data = save({"w": array.astype(dtype)}, options=options, engine="python")
+            found.append(ProductSample(f"{np.dtype(dtype).name} {columns} {scale}", data, device))
+    return found
+
+
+def run_golden(kernels: Kernels, engine: Engine, every: int) -> int:
+    """Compares the chunks of every so many of the golden files; how many they are."""
+    count = 0
+    for sample in golden_samples(engine, every):
+        compare(kernels, sample, sample.data)
+        count += 1
+    return count
+
+
+def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
+    """Compares so many damaged inputs, after the undamaged ones; how many of them were accepted."""
+    every = samples(engine)
+    products = product_samples(kernels.device)
+    for sample in every:
+        assert compare(kernels, sample, sample.data), f"{sample.name}: refused as it was written"
+    for product in products:
+        assert product.compare(product.data), f"{product.name}: refused as it was written"
+    rng = np.random.default_rng(seed)
+    good, begun = 0, time.monotonic()
+    for i in range(inputs):
+        if i % _PRODUCTS_EVERY == 0:
+            product = products[int(rng.integers(len(products)))]
+            good += product.compare(damage(product.data, rng))
+        else:
+            sample = every[int(rng.integers(len(every)))]
+            good += compare(kernels, sample, damage(sample.data, rng))
+        if (i + 1) % _SHOWN == 0:
+            print(f"{i + 1:,} inputs, {good:,} accepted, {time.monotonic() - begun:.0f} s", flush=True)
+    return good
+
+
+def checked_environment() -> dict[str, str]:
+    """The environment in which Python can load a library with sanitisers."""
+    command = ["g++", "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {**os.environ, **shim.CHECKED_ENVIRONMENT, "LD_PRELOAD": library}
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.tools.fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=INPUTS, help=f"how many ({INPUTS:,})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--golden", type=int, default=1, metavar="N", help="every Nth golden file (1), 0: none"
+    )
+    parser.add_argument("--plain", action="store_true", help="without sanitisers")
+    args = parser.parse_args()
+    if not args.plain and not hasattr(ctypes.CDLL(None), "__asan_poison_memory_region"):
+        again = [sys.executable, "-m", "kernels.tools.fuzz", *sys.argv[1:]]
+        return subprocess.run(again, env=checked_environment(), check=False).returncode
+    kernels, engine = Kernels(checked=not args.plain), get_engine(None)
+    if args.golden:
+        print(f"{run_golden(kernels, engine, args.golden):,} chunks of golden files", flush=True)
+    good = run(kernels, engine, args.inputs, args.seed)
+    print(f"{args.inputs:,} damaged inputs judged as by the reference, {good:,} of them accepted")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

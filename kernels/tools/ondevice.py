@@ -1,0 +1,139 @@
+"""A tensor of a file on a device, to be decoded and multiplied there: for tests, fuzzing and measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from sfpformat.coding.bits import Bytes
+from sfpformat.container.entry import TensorEntry
+from sfpformat.decode.reader import SfpFile
+from sfpformat.engines.cuda.device import Device, Memory
+from sfpformat.engines.cuda.loaded import Recipes
+from sfpformat.engines.cuda.product import make_product
+from sfpformat.engines.cuda.recipe import make_recipe
+from sfpformat.engines.cuda.resident import Operands, Placed, Resident
+
+NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+# Half a unit in the last place over the number, at most.
+ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+# A sum of products on tensor cores is off by at most this part of the sum of their magnitudes: 24 bits are
+# kept of each sum of 16 products, one after another, a few of them cut off.
+SUMMING = 2.0**-15
+
+
+def put(device: Device, raw: bytes | Bytes) -> Memory:
+    """Bytes, copied to memory of the device."""
+    memory, staging = device.allocate(len(raw)), device.pin(len(raw))
+    staging.bytes[:] = np.frombuffer(raw, np.uint8)
+    device.copy(memory.address, staging.address, len(raw))
+    device.mark().wait()
+    return memory
+
+
+def fetch(device: Device, memory: Memory, size: int) -> bytes:
+    """Bytes of memory of the device, after all that is in its queue."""
+    staging = device.pin(size)
+    device.copy(staging.address, memory.address, size)
+    device.mark().wait()
+    return staging.bytes.tobytes()
+
+
+class OnDevice:
+    """A tensor whose chunks, one after another, are on a device.
+
+    Attributes:
+        entry: of the tensor.
+        kernel: that decodes it.
+        resident: the tensor there.
+        out: memory for its weights.
+    """
+
+    def __init__(
+        self, file: SfpFile, entry: TensorEntry, device: Device, chunks: bytes | None = None
+    ) -> None:
+        """Copies the chunks there, or others in their place."""
+        self.entry, self.device = entry, device
+        self._vectors = file.decoder(entry).vectors
+        recipe = make_recipe(entry, self._vectors)
+        assert recipe is not None
+        self.kernel, recipes = recipe.kernel, Recipes(device)
+        recipes.load([recipe])
+        if chunks is None:
+            wanted = [(entry, k) for k in range(len(entry.chunks))]
+            chunks = b"".join(chunk.tobytes() for chunk in file.read_chunks(wanted))
+        self._chunks = put(device, chunks)
+        self.resident = Resident(device, recipes, recipe, entry, self._chunks.address)
+        self.out = device.allocate(entry.decoded_bytes)
+
+    def overwrite(self, chunks: bytes | Bytes) -> None:
+        """Puts other chunks, as many bytes, in the place of those that are there."""
+        staging = self.device.pin(len(chunks))
+        staging.bytes[:] = np.frombuffer(chunks, np.uint8)
+        self.device.copy(self._chunks.address, staging.address, len(chunks))
+        self.device.mark().wait()
+
+    def decode(self) -> None:
+        """Writes the weights to `out`, in the queue's order."""
+        self.resident.decode(self.device, self.out.address)
+
+    def weights(self) -> bytes | None:
+        """The weights; None where some segment is not good."""
+        good = self.resident.is_good(self.device, self.out.address)
+        return fetch(self.device, self.out, self.entry.decoded_bytes) if good else None
+
+    def place(self, compute: str) -> Placed | None:
+        """What multiplies with the tensor in a dtype; None where that is not possible, or it is not good."""
+        product = make_product(self.entry, self._vectors, compute, compute)
+        return None if product is None else self.resident.place(self.device, product)
+
+
+class Multiplication:
+    """A product whose operands are on the device, ready to be computed again and again."""
+
+    def __init__(self, device: Device, placed: Placed, x: NDArray[Any], bias: NDArray[Any] | None) -> None:
+        """Args:
+        x: [batch, columns].
+        bias: [rows], or None.
+        """
+        self._device, self._placed, self._dtype = device, placed, x.dtype
+        self._shape = len(x), placed.product.rows
+        self._x, self._done = put(device, x.tobytes()), put(device, bytes(4 * placed.product.blocks))
+        self._bias = None if bias is None else put(device, bias.tobytes())
+        self._y = put(device, b"\xff" * (x.itemsize * len(x) * placed.product.rows))  # numbers that are none
+        bias_at = 0 if self._bias is None else self._bias.address
+        self._sums = device.allocate(placed.product.sums_bytes(len(x)))
+        self._operands = Operands(
+            self._x.address, bias_at, self._y.address, len(x), self._sums.address, self._done.address
+        )
+
+    def start(self) -> None:
+        """Computes it, in the queue's order."""
+        self._placed.multiply(self._device, self._operands)
+
+    def result(self) -> NDArray[Any]:
+        """Computes it, and waits; [batch, rows]."""
+        self.start()
+        raw = fetch(self._device, self._y, int(np.prod(self._shape)) * self._dtype.itemsize)
+        return np.frombuffer(raw, self._dtype).reshape(self._shape)
+
+
+def excess(found: NDArray[Any], x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None) -> float:
+    """How far a product is off, beyond its rounding, over the sum of the products' magnitudes.
+
+    Args:
+        found: [batch, rows], of a dtype that is multiplied.
+        x: [batch, columns].
+        weight: [rows, columns], as it is decoded.
+        bias: [rows], or None.
+    """
+    wide, matrix = x.astype(np.float64), weight.astype(np.float64)
+    exact, size = wide @ matrix.T, np.abs(wide) @ np.abs(matrix).T
+    if bias is not None:
+        exact, size = exact + bias.astype(np.float64), size + np.abs(bias.astype(np.float64))
+    name = next(name for name, dtype in NUMPY.items() if found.dtype == np.dtype(dtype))
+    off = np.abs(found.astype(np.float64) - exact) - ROUNDING[name] * np.abs(exact)
+    return float(np.nanmax(np.where(np.isnan(off), np.inf, off / np.maximum(size, 1e-300)), initial=0))

@@ -1,0 +1,235 @@
+"""The kernels compiled by the host's compiler, and a device that runs them: for machines without a GPU.
+
+Needs g++. The source is the same, byte for byte, that a GPU gets; `host.h` says what takes the place of CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfpformat.coding.bits import Bytes
+from sfpformat.engines.cuda import layout
+from sfpformat.engines.cuda.device import Device, Mark
+from sfpformat.engines.cuda.driver import pointers_to
+
+HOST = Path(__file__).parent / "host"
+SOURCE = Path(__file__).parents[1] / "source"
+# -ffp-contract=off: what the source multiplies and adds apart stays apart.
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS += ["-fno-strict-aliasing", "-fPIC", "-shared"]
+PLAIN = ["-O2"]
+CHECKED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+CHECKED += ["-Wno-clobbered"]
+# What a process must be started with to load a library with `CHECKED`.
+CHECKED_ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"}
+_ALIGNMENT = 256  # of memory, as CUDA gives it
+_GUARD = 64  # bytes before and after memory, to find what writes there
+_PATTERN = 0xA5
+_INTACT = bytes([_PATTERN]) * _GUARD
+_one_at_a_time = threading.Lock()  # the library has one set of threads
+
+
+def sources() -> list[Path]:
+    """The files that the library is made of."""
+    return sorted(path for folder in (HOST, SOURCE) for path in folder.iterdir())
+
+
+def build(options: Sequence[str] = PLAIN, folder: Path | None = None) -> Path:
+    """The library, compiled where it was not yet.
+
+    Raises:
+        RuntimeError: g++ is missing, or it has something to say.
+    """
+    text = b"".join(path.read_bytes() for path in sources())
+    key = hashlib.sha256(text + repr([FLAGS, options]).encode()).hexdigest()[:16]
+    place = folder or Path(tempfile.gettempdir()) / f"sfpformat-kernels-{os.getuid()}"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    library = place / f"{key}.so"
+    if not library.exists():
+        made = place / f"{key}-{os.getpid()}.tmp"
+        command = ["g++", *FLAGS, *options, f"-I{SOURCE}", str(HOST / "host.cpp"), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise RuntimeError("g++ is needed to compile the kernels for the host") from None
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        made.rename(library)
+    return library
+
+
+@cache
+def load(path: Path) -> Any:
+    """The library."""
+    library: Any = ctypes.CDLL(str(path))
+    library.launch.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_void_p),
+    ]
+    library.round_number.argtypes = [ctypes.c_float, ctypes.c_uint]
+    library.round_number.restype = ctypes.c_uint
+    library.widen_pattern.argtypes = [ctypes.c_uint, ctypes.c_uint]
+    library.widen_pattern.restype = ctypes.c_float
+    return library
+
+
+@cache
+def _process() -> Any:
+    """What was loaded with the process, the address sanitiser among it."""
+    return ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Memory that was given out."""
+
+    address: int
+    bytes: Bytes
+
+
+class _Block:
+    """Memory between guards, which are poisoned for the address sanitiser or looked at."""
+
+    def __init__(self, size: int, poison: bool) -> None:
+        raw = np.full(size + 2 * _GUARD + _ALIGNMENT, _PATTERN, np.uint8)
+        start = -(raw.ctypes.data + _GUARD) % _ALIGNMENT + _GUARD
+        self.memory = HostMemory(raw.ctypes.data + start, raw[start : start + size])
+        self._guards = raw[start - _GUARD : start], raw[start + size : start + size + _GUARD]
+        self._poisoned = poison
+        if poison:
+            self._tell("__asan_poison_memory_region")
+
+    def _tell(self, function: str) -> None:
+        """Has the sanitiser do something with the guards."""
+        for guard in self._guards:
+            tell = getattr(_process(), function)  # unlike an item, kept
+            tell(ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
+
+    def close(self) -> None:
+        """Looks at the guards for the last time."""
+        if self._poisoned:
+            self._tell("__asan_unpoison_memory_region")
+        self.require_guards()
+
+    def require_guards(self) -> None:
+        """Raises AssertionError where something was written beside the memory."""
+        before, after = self._guards
+        assert before.tobytes() == _INTACT, "written before the memory"
+        assert after.tobytes() == _INTACT, "written after the memory"
+
+
+class HostDevice:
+    """A device whose queue is done when somebody waits, and not before: what is touched too early shows.
+
+    Attributes:
+        launched: the kernels in the order of their launches.
+    """
+
+    def __init__(
+        self,
+        library: Path | None = None,
+        *,
+        backwards: bool = False,
+        poison: bool = False,
+        at_once: bool = False,
+    ) -> None:
+        """Loads the library, by default that of `build`.
+
+        Args:
+            backwards: whether the last thread of a block goes first, and copies that a kernel begins are done
+                when it waits for them.
+            poison: whether the address sanitiser is there and told of the guards.
+            at_once: whether the queue is done at once, for users whose other work does not join it.
+        """
+        self._at_once = at_once
+        self._poison = poison
+        self._library = load(library or build())
+        self._backwards = backwards
+        self._queue: list[Callable[[], object]] = []
+        self._blocks: dict[int, _Block] = {}
+        self.launched: list[str] = []
+
+    def allocate(self, size: int) -> HostMemory:
+        """See `Device`."""
+        block = _Block(size, self._poison)
+        given = HostMemory(block.memory.address, block.memory.bytes)
+        self._blocks[given.address] = block
+        # Freeing joins the queue, as everything does.
+        weakref.finalize(given, self._queue.append, partial(self._free, given.address)).atexit = False
+        return given
+
+    def _free(self, address: int) -> None:
+        self._blocks.pop(address).close()
+
+    pin = allocate
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """See `Device`."""
+        self._enqueue(lambda: ctypes.memmove(to, source, size))
+
+    def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
+        """See `Device`."""
+        held = (ctypes.c_uint64 * len(arguments))(*arguments)  # of which a kernel takes the lower bytes
+        self.launched.append(kernel)
+        self._enqueue(lambda: self._run(kernel, blocks, held))
+
+    def _enqueue(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        if self._at_once:
+            self.finish()
+
+    def _run(self, kernel: str, blocks: int, held: ctypes.Array[ctypes.c_uint64]) -> None:
+        pointers = pointers_to(held)
+        with _one_at_a_time:
+            code = self._library.launch(kernel.encode(), blocks, layout.THREADS, self._backwards, pointers)
+        if code:
+            raise RuntimeError(
+                f"{kernel}: {'no such kernel' if code == 1 else 'a barrier that not all reach'}"
+            )
+
+    def mark(self) -> HostMark:
+        """See `Device`."""
+        return HostMark(self)
+
+    def wait_for(self, mark: Mark) -> None:
+        """See `Device`."""
+        self._enqueue(mark.wait)
+
+    def finish(self) -> None:
+        """Does all that waits."""
+        while self._queue:
+            self._queue.pop(0)()
+        for block in () if self._poison else self._blocks.values():  # the sanitiser sees it sooner
+            block.require_guards()
+
+
+class HostMark:
+    """The end of a `HostDevice`'s queue."""
+
+    def __init__(self, device: HostDevice) -> None:
+        self._device = device
+
+    def wait(self) -> None:
+        """See `Mark`."""
+        self._device.finish()
+
+
+def device_of(**options: Any) -> Callable[[], Device]:
+    """What `sfpformat.engines.cuda.work.open_device` can be instead."""
+    return lambda: HostDevice(**options)

@@ -1,0 +1,1 @@
+"""From a file to tensors: the reader, the validator, and what decodes chunks."""

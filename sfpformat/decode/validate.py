@@ -1,0 +1,317 @@
+"""Validating a file (SPEC.md chapters 20, 22): every fault that can be met, and whether it is canonical."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.classes import Histogram, add_histograms, histogram
+from ..coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
+from ..coding.planes import greatest_trims, symbol_counts, symbols_of_classes
+from ..coding.quantiser import Exact, Table
+from ..container.chunk import excess_in_index
+from ..container.directory import entry_faults
+from ..container.entry import TensorEntry
+from ..container.preamble import SIZE, Preamble
+from ..errors import FileFault, fault, placed
+from ..io.paths import is_index, model_path
+from ..io.source import Readable, open_source
+from ..limits import DEFAULT_LIMITS, Limits
+from .reader import SfpFile
+from .tensor import Chunk, TensorDecoder
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Report:
+    """What a validator found.
+
+    Attributes:
+        faults: every fault met, in the order of the file.
+        notes: why a file without faults is not canonical; each begins with a clause in brackets.
+        tensors: how many tensors were looked at.
+        bytes: length of the file.
+        not_finite: name of a tensor -> how many of its weights a lossy quantiser decodes to an infinity or a
+            NaN. The format allows it; the weights were finite, so a writer lost them.
+    """
+
+    faults: list[FileFault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tensors: int = 0
+    bytes: int = 0
+    not_finite: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether a reader accepts the file."""
+        return not self.faults
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the file is the one encoding of its contents under its writer's choices."""
+        return not self.faults and not self.notes
+
+
+def validate(
+    readable: Readable,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    engine: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks structure and checksums, decodes everything, and tells whether the file is canonical.
+
+    Of a model in shards the index and all shards are looked at; faults and notes name the shard.
+
+    Args:
+        readable: as `sfpformat.open` takes it.
+        limits: what the file may claim.
+        engine: as in `sfpformat.open`.
+        progress: called with the bytes done and the bytes of the file, now and then.
+
+    Raises:
+        OSError: the file cannot be read. Faults of the file are reported, not raised.
+        OptionError: as `sfpformat.open`.
+        SafetensorsError: an index is not the JSON that it should be.
+    """
+    if isinstance(readable, (str, os.PathLike)):
+        readable = model_path(readable)
+        if is_index(readable):
+            return _validate_model(readable, limits, engine, progress)
+    report = Report()
+    try:
+        file = SfpFile(readable, limits=limits, engine=engine, threads=1)
+    except FileFault as error:
+        report.faults = _directory_faults(readable, limits, error)
+        return report
+    with file:
+        report.bytes = file.preamble.file_length
+        done = SIZE
+        for name in file:
+            entry = file.entry(name)
+            _validate_tensor(file, entry, report)
+            report.tensors += 1
+            done += entry.stored_bytes
+            if progress is not None:
+                progress(done, report.bytes)
+    if progress is not None:
+        progress(report.bytes, report.bytes)
+    return report
+
+
+def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
+    """Whether the shards have what an index says (SPEC.md chapter 18).
+
+    Faults inside the shards are left to `validate`; of a shard without a readable directory nothing is said.
+
+    Args:
+        path: of the index.
+        limits: what a shard may claim.
+
+    Returns:
+        What is wrong, and the names of the shards.
+
+    Raises:
+        SafetensorsError: the index is not the JSON that it should be.
+        OSError: it, or a shard, cannot be read.
+    """
+    from .shards import ShardIndex  # most files are no shards
+
+    report = Report(bytes=path.stat().st_size)
+    try:
+        index = ShardIndex.read(path)
+    except FileFault as error:
+        report.faults.append(error)
+        return report, []
+    found: dict[str, list[str]] = {}
+    for name in index.files():
+        with (
+            contextlib.suppress(FileFault),
+            SfpFile(path.with_name(name), limits=limits, threads=1) as shard,
+        ):
+            found[name] = shard.keys()
+    report.tensors = len(index.weight_map)
+    report.faults += [fault("R-SHD-001", words, tensor=name) for name, words in index.all_misplaced(found)]
+    return report, index.files()
+
+
+def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Progress | None) -> Report:
+    """`validate` of an index and its shards."""
+    whole, names = validate_index(path, limits)
+    shards = [path.with_name(name) for name in names]
+    sizes = [shard.stat().st_size for shard in shards]
+    whole.tensors, whole.bytes = 0, whole.bytes + sum(sizes)
+    before = 0
+    for shard, size in zip(shards, sizes, strict=True):
+
+        def advance(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, whole.bytes)
+
+        report = validate(shard, limits=limits, engine=engine, progress=advance)
+        for error in report.faults:
+            error.detail = f"in {shard.name!r}: {error.detail}"
+        whole.faults += report.faults
+        whole.notes += [note.replace("] ", f"] in {shard.name!r}: ", 1) for note in report.notes]
+        whole.not_finite |= report.not_finite
+        whole.tensors += report.tensors
+        before += size
+    if progress is not None:
+        progress(whole.bytes, whole.bytes)
+    return whole
+
+
+def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> list[FileFault]:
+    """The first fault, and those of other tensor entries where the directory could be read at all."""
+    source = open_source(readable)
+    try:
+        preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
+        limits.require("directory_bytes", preamble.directory_length)
+        data = bytes(source.read(preamble.directory_offset, preamble.directory_length))
+        preamble.require_directory(data)
+    except FileFault:
+        return [first]
+    finally:
+        source.close()
+    others = entry_faults(data, limits)
+    for other in others:
+        other.offset = preamble.directory_offset + (other.offset or 0)
+    met = {(fault.clause, fault.tensor) for fault in others}
+    return others if (first.clause, first.tensor) in met else [first, *others]
+
+
+def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
+    """Decodes a tensor chunk by chunk; a fault in one does not hide those of the next."""
+    try:
+        with placed(tensor=entry.name):
+            file.limits.require_tensor(
+                entry.decoded_bytes, entry.stored_bytes, file.preamble.directory_offset
+            )
+        decoder = file.decoder(entry)
+    except FileFault as error:
+        report.faults.append(error)
+        return
+    before = len(report.faults)
+    usage = {stream: _StreamUsage(table) for stream, table in entry.streams().items()}
+    excess: list[tuple[str, str]] = []
+    for k in range(len(entry.chunks)):
+        try:
+            data = file.read_checked(entry, k)
+            with placed(tensor=entry.name, base=file.chunk_offset(entry, k)):
+                chunk = decoder.open_chunk(data, k)
+                lost = _decode_everything(decoder, chunk, usage)
+                if lost:
+                    report.not_finite[entry.name] = report.not_finite.get(entry.name, 0) + lost
+                if chunk.index is not None and not excess:
+                    excess = list(excess_in_index(chunk.data, entry, chunk.index))
+        except FileFault as error:
+            report.faults.append(error)
+    if len(report.faults) == before:
+        notes = [*excess, *_canonical_notes(entry, usage)]
+        report.notes += [f"[{clause}] tensor {entry.name!r}: {words}" for clause, words in notes]
+
+
+def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _StreamUsage]) -> int:
+    """Decodes a chunk; gives how many weights of a lossy quantiser are not finite."""
+    segments = np.diff(decoder.entry.segments_of_chunk(chunk.k))[0]
+    values = decoder.values(chunk, 0, int(segments))
+    if chunk.index is None:
+        return 0
+    if decoder.entry.importance is not None:
+        decoder.importance(chunk, 0, int(segments))
+    trimmed = decoder.entry.trimmed_streams()
+    for stream, counted in usage.items():
+        levels = decoder.levels(chunk, stream, 0, int(segments))
+        counts = chunk.index.counts[stream]
+        counted.add(levels, counts, chunk.index.codes[stream])
+        if stream in trimmed:
+            counted.add_trims(levels, counts, chunk.index.trims[stream])
+    fingerprints = decoder.entry.fingerprints
+    if fingerprints is None or isinstance(fingerprints.quantiser, Exact):
+        return 0
+    return int(np.count_nonzero(~np.isfinite(values)))
+
+
+class _StreamUsage:
+    """What occurs in a stream: its symbols by code, its classes, its levels, the order of its codes."""
+
+    def __init__(self, table: CodeTable) -> None:
+        self.table = table
+        symbols = table.classes**table.group
+        self.symbols = np.zeros((max(len(table.codes), 1), symbols), np.int64)
+        self.first_use: list[int] = []
+        self.numbers: Histogram = np.zeros(0, np.int64)
+        self.levels = 0
+        self.trims: tuple[int, int] | None = None  # the sum of those written, and of the greatest possible
+
+    def add(self, levels: NDArray[np.uint64], counts: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
+        """Counts the levels of a chunk."""
+        table = self.table
+        self.levels += len(levels)
+        if table.top <= 1 << 18:
+            self.numbers = add_histograms(self.numbers, histogram(levels))
+        for code in dict.fromkeys(codes.tolist()):
+            if code not in self.first_use:
+                self.first_use.append(code)
+        symbols = symbols_of_classes(table.class_of(levels), counts, table.classes, table.group)
+        row = np.repeat(codes, symbol_counts(counts, table.group)) * self.symbols.shape[1]
+        flat = np.bincount(row + symbols, minlength=self.symbols.size)
+        self.symbols += flat.reshape(self.symbols.shape)
+
+    def add_trims(
+        self, levels: NDArray[np.uint64], counts: NDArray[np.int64], trims: NDArray[np.int64]
+    ) -> None:
+        """Compares the trims of a chunk with the greatest possible."""
+        residuals = levels - self.table.first[self.table.class_of(levels)]
+        possible = greatest_trims(residuals, counts, self.table.least_extra)
+        before = self.trims or (0, 0)
+        self.trims = before[0] + int(trims.sum()), before[1] + int(possible.sum())
+
+    def notes(self) -> Iterator[tuple[str, str]]:
+        """What is not canonical in the stream's table."""
+        table = self.table
+        if self.trims is not None and (self.trims[0] != self.trims[1] or not self.trims[0]):
+            yield "R-CAN-009", f"trims of {self.trims[0]} bits, {self.trims[1]} possible"
+        if not self.levels:
+            if table != EMPTY_TABLE:
+                yield "R-CAN-006", "a table for a stream without levels"
+            return
+        numbers = np.flatnonzero(self.symbols.sum(0))
+        used = np.concatenate([numbers // table.classes**j % table.classes for j in range(table.group)])
+        if used.min() != 0 or used.max() != table.classes - 1:
+            yield "R-CAN-006", "the first or the last class is not used"
+        if not table.codes:
+            return
+        for number, (code, counts) in enumerate(zip(table.codes, self.symbols, strict=True)):
+            if not np.array_equal(np.frombuffer(code.length, np.uint8) > 0, counts > 0):
+                yield "R-CAN-004", f"code {number} has symbols that do not occur"
+            elif code.length not in (
+                code_lengths(counts, MAX_CODE_BITS),
+                code_lengths(counts, max(code.length)),
+            ):
+                yield "R-CAN-005", f"code {number} does not have the lengths of the algorithm"
+        if self.first_use != sorted(self.first_use):
+            yield "R-CAN-008", "the codes are not in the order of their first use"
+
+
+def _canonical_notes(entry: TensorEntry, usage: dict[str, _StreamUsage]) -> Iterator[tuple[str, str]]:
+    for stream, counted in usage.items():
+        for clause, words in counted.notes():
+            yield clause, f"{stream}: {words}"
+    quantisers = {
+        "fingerprints": (entry.fingerprints and entry.fingerprints.quantiser, 1),
+        "importance": (entry.importance and entry.importance.quantiser, 0),
+    }
+    for stream, (quantiser, sign) in quantisers.items():
+        if isinstance(quantiser, Table):
+            levels = usage[stream].numbers
+            found = len(np.unique(np.flatnonzero(levels) >> sign))
+            if max(found, 1) != quantiser.count:
+                yield "R-CAN-007", f"{stream}: {found} of {quantiser.count} centroids are used"

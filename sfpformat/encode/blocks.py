@@ -1,0 +1,105 @@
+"""A tensor's chunks and what of each is coded: gone through several times, made once where memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels, Counts
+from ..engines import Engine
+from .streams import FingerprintSource
+
+# Masks and levels of a tensor that are kept, in bytes.
+_KEPT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The positions of a tensor cut into chunks of whole segments."""
+
+    positions: int
+    segment: int
+    chunk: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Counts]]:
+        """For each chunk its positions, and the number of positions of each of its segments."""
+        size = self.segment * self.chunk
+        whole = np.full(self.chunk if self.positions >= size else 0, self.segment, np.int64)
+        for start in range(0, self.positions, size):
+            stop = min(start + size, self.positions)
+            counts = whole
+            if stop - start < size:
+                counts = np.full(-(-(stop - start) // self.segment), self.segment, np.int64)
+                counts[-1] -= len(counts) * self.segment - (stop - start)
+            yield slice(start, stop), counts
+
+
+class Survivors(NamedTuple):
+    """The survivors of a chunk: how many each segment has, and their fingerprint levels."""
+
+    counts: Counts
+    levels: AnyLevels
+
+
+class CodedBlocks:
+    """The chunks of a tensor that has coding fingerprint. Several threads may use one."""
+
+    def __init__(
+        self,
+        source: FingerprintSource,
+        survives: Callable[[slice], Mask] | None,
+        engine: Engine,
+    ) -> None:
+        """Looks at nothing.
+
+        Args:
+            source: of the levels.
+            survives: the mask bits of a block of positions; None where no position is pruned.
+        """
+        self.source = source
+        self._survives, self._engine = survives, engine
+        self._masks: dict[int, Mask] = {}
+        self._survivors: dict[int, Survivors] = {}
+        self._room = _KEPT_BYTES
+
+    def in_other_chunks(self) -> CodedBlocks:
+        """The same for a tensor cut differently: what is kept of these chunks is not used."""
+        return CodedBlocks(self.source, self._survives, self._engine)
+
+    def mask(self, block: slice) -> Mask | None:
+        """The mask of a chunk, given its positions."""
+        if self._survives is None:
+            return None
+        mask = self._masks.get(block.start)
+        if mask is None:
+            mask = self._survives(block)
+            if self._has_room(mask):
+                self._masks[block.start] = mask
+        return mask
+
+    def known_mask(self, block: slice) -> Mask:
+        """The mask of a chunk of a tensor that has one."""
+        mask = self.mask(block)
+        assert mask is not None
+        return mask
+
+    def survivors(self, block: slice, positions: Counts) -> Survivors:
+        """The survivors of a chunk, given its positions and how many each segment has."""
+        found = self._survivors.get(block.start)
+        if found is None:
+            mask = self.mask(block)
+            counts = positions if mask is None else self._engine.survivors(mask, positions)
+            found = Survivors(counts, self.source.levels(block, mask))
+            if self._has_room(found.levels):
+                self._survivors[block.start] = found
+        return found
+
+    def _has_room(self, array: NDArray[np.generic]) -> bool:
+        """Whether an array can be kept."""
+        self._room -= array.nbytes
+        return self._room >= 0

@@ -1,0 +1,242 @@
+"""Importances as they will be stored (the encoder's side of SPEC.md chapter 13), times weights too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels
+from ..coding.quantiser import (
+    F32,
+    Exact,
+    Quantiser,
+    Uniform,
+    float_patterns,
+    importance_values,
+    multiplied,
+    patterns_to_levels,
+    round_to,
+)
+from ..dtypes import DTYPES, Dtype
+from ..errors import OptionError
+from ..options import ImportanceOptions
+from .quantise import UniformNumbers
+
+Flat = NDArray[np.generic]
+# Positions of a tensor: neighbouring ones, or any in ascending order.
+Where = slice | NDArray[np.int64]
+Multiplier = Callable[[Where], F32]
+
+_LEAST = np.finfo(np.float32).smallest_subnormal
+_BLOCK = 1 << 18  # positions looked at together
+
+
+def _are_finite(values: Flat) -> Mask:
+    """Where values are finite; a signalling NaN of a dtype of `ml_dtypes` raises no warning."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.isfinite(values))
+
+
+@dataclass(frozen=True)
+class ImportanceSource:
+    """The importance levels of a tensor: numbers of a uniform quantiser, or bit patterns.
+
+    Attributes:
+        flat: the importance of each position, float32, flat.
+        quantiser: as stored.
+        over_survivors: whether pruned positions have no level.
+        numbers: of a `Uniform`: importance -> number.
+        exact_weights: the tensor, flat, where the importance multiplies weights that are kept exactly: an
+            importance is then rounded down where its product with the weight would else not be finite. None
+            elsewhere.
+    """
+
+    flat: F32
+    quantiser: Quantiser
+    over_survivors: bool
+    numbers: UniformNumbers | None = None
+    exact_weights: tuple[Flat, Dtype] | None = None
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        """The levels of a block, of `exact` the bit patterns: of its survivors, or of all its positions."""
+        chosen = mask if self.over_survivors else None
+        values = self.flat[block] if chosen is None else self.flat[block][chosen]
+        levels = self._rounded(values)
+        if self.exact_weights is not None:
+            weights, dtype = self.exact_weights
+            some = weights[block] if chosen is None else weights[block][chosen]
+            alive = mask if mask is not None and chosen is None else np.ones(len(some), np.bool_)
+            levels = self._with_finite_products(levels, some, alive, dtype)
+        return levels
+
+    def stored(self, where: Where) -> F32:
+        """The importances of some positions as a reader gives them."""
+        return self._values(self._rounded(self.flat[where]))
+
+    def _rounded(self, values: F32) -> AnyLevels:
+        """The nearest level of each importance, of `exact` the bit pattern."""
+        if isinstance(self.quantiser, Exact):
+            coded = self.quantiser.dtype
+            return float_patterns(values.astype(coded.numpy), coded)
+        assert self.numbers is not None
+        return self.numbers(values)
+
+    def _values(self, levels: AnyLevels) -> F32:
+        coded = patterns_to_levels(levels) if isinstance(self.quantiser, Exact) else levels
+        return importance_values(coded.astype(np.uint64), self.quantiser, None)
+
+    def _with_finite_products(self, levels: AnyLevels, weights: Flat, alive: Mask, dtype: Dtype) -> AnyLevels:
+        """Levels lowered where the product with the weight of a survivor is not finite.
+
+        The importance itself gives a finite product (`require_finite_products`), and the level below the
+        nearest is not above it.
+        """
+        counts = _are_finite(weights) & alive
+        while True:
+            over = ~_are_finite(multiplied(weights, self._values(levels), dtype)) & counts
+            if not over.any():
+                return levels
+            levels = levels - over.astype(levels.dtype)
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """An importance as the product of a factor a row and one a column.
+
+    Attributes:
+        rows, columns: as a reader gives them, float32.
+    """
+
+    rows: F32
+    columns: F32
+
+    def stored(self, where: Where) -> F32:
+        """The importances of some positions as a reader gives them."""
+        if isinstance(where, slice):
+            where = np.arange(where.start, min(where.stop, len(self.rows) * len(self.columns)))
+        row, column = np.divmod(where, max(len(self.columns), 1))
+        return self.rows[row] * self.columns[column]
+
+
+def importance_source(
+    importance: NDArray[np.floating],
+    options: ImportanceOptions,
+    exact_weights: tuple[Flat, Dtype] | None = None,
+) -> ImportanceSource:
+    """The source of an importance for each position.
+
+    Args:
+        importance: of any shape, finite and not negative.
+        options: how it is stored.
+        exact_weights: as of `ImportanceSource`; used where the importance is a multiplier.
+
+    Raises:
+        OptionError: an importance is not finite or negative, or leaves the dtype in which it is kept exactly.
+    """
+    over_survivors = options.over == "survivors"
+    if options.role != "multiplier":
+        exact_weights = None
+    if options.quantiser == "exact":
+        flat = checked_importance(importance, DTYPES[options.dtype])
+        return ImportanceSource(
+            flat + np.float32(0), Exact(DTYPES[options.dtype]), over_survivors, None, exact_weights
+        )
+    flat = checked_importance(importance)
+    greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
+    most = np.float32((1 << options.bits) - 1)
+    step = np.float32(greatest / most) or (_LEAST if greatest else np.float32(1))
+    # The quotient is rounded: a step too small would give the greatest importance a number too many.
+    while np.floor(greatest / step + np.float32(0.5)) > most:
+        step = np.nextafter(step, np.float32(np.inf))
+    numbers = UniformNumbers(step, np.zeros(0, np.float32))
+    return ImportanceSource(flat, Uniform(step), over_survivors, numbers, exact_weights)
+
+
+def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = None) -> F32:
+    """An importance as flat float32, finite and not negative.
+
+    Args:
+        importance: of any shape.
+        dtype: in which it will be kept exactly, or None.
+
+    Raises:
+        OptionError: an importance is not finite or negative; one is beyond ``dtype`` or becomes 0 there; or
+            all become 0 in float32.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
+    if not np.isfinite(flat).all() or (flat < 0).any():
+        raise OptionError("importances must be finite and not negative")
+    if dtype is not None:
+        _require_stored("an importance", np.ascontiguousarray(importance).reshape(-1), dtype)
+    elif not flat.any() and np.any(importance):
+        raise OptionError("the importances are too small for float32; multiply them by a common factor")
+    return flat
+
+
+def checked_factor(name: str, factor: NDArray[np.floating], size: int, dtype: Dtype) -> F32:
+    """A vector of importance factors as float32.
+
+    Args:
+        name: of the vector, for messages.
+        factor: shape [size], finite.
+        size: how many there must be.
+        dtype: in which they will be kept.
+
+    Raises:
+        OptionError: the shape is another, a factor is not finite, is beyond ``dtype`` or becomes 0 there.
+    """
+    if factor.shape != (size,) or not np.isfinite(factor).all():
+        raise OptionError(f"{name} must be {size} finite numbers")
+    _require_stored(f"one of the {name}", factor, dtype)
+    return np.asarray(factor, np.float32)
+
+
+def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> None:
+    """Raises OptionError where a value is beyond a dtype, or is not 0 and becomes 0 in it."""
+    with np.errstate(over="ignore", under="ignore"):
+        stored = values.astype(np.float32).astype(dtype.numpy)
+    wrongs = {"great": ~np.isfinite(stored), "small": (stored == 0) & (values != 0)}
+    for word, wrong in wrongs.items():
+        if wrong.any():
+            value = float(values[np.flatnonzero(wrong)[0]])
+            wider = "" if dtype.name == "F32" else "; keep it as BF16 or F32"
+            raise OptionError(f"{what}, {value:.4g}, is too {word} for {dtype.name}{wider}")
+
+
+def require_finite_products(
+    flat: Flat, dtype: Dtype, multiplier: Multiplier, mask: Mask | None, *, exact: bool
+) -> None:
+    """Refuses an importance that multiplies a finite weight to one beyond the tensor's dtype.
+
+    Args:
+        flat: the tensor.
+        dtype: the tensor's.
+        multiplier: the importance of some positions.
+        mask: the survivors, flat; None for all positions.
+        exact: whether the weights are kept exactly; else their product is a float32 one.
+
+    Raises:
+        OptionError: a product is not finite.
+    """
+    for start in range(0, len(flat), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(flat)))
+        weights, factors = flat[block], multiplier(block)
+        if exact:
+            products = multiplied(weights, factors, dtype)
+        else:
+            with np.errstate(over="ignore"):
+                products = round_to(weights.astype(np.float32) * factors, dtype)
+        over = ~_are_finite(products) & _are_finite(weights)
+        if mask is not None:
+            over &= mask[block]
+        if over.any():
+            at = int(np.flatnonzero(over)[0])
+            raise OptionError(
+                f"the weight {float(weights[at])!r} times its importance {factors[at]!s} is too great for "
+                f"{dtype.name}"
+            )

@@ -1,0 +1,313 @@
+"""Choosing the source of a lossy quantiser: its scale, and by a sample its step or its centroids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.mask import Mask
+from ..coding.quantiser import F32, Table, Uniform, scaled_down
+from ..container.entry import TensorEntry
+from ..container.streams import ScaleEntry
+from ..decode.tensor import scale_index
+from ..dtypes import DTYPES, Dtype
+from ..engines import Engine
+from ..errors import OptionError
+from ..options import Options
+from .importances import Multiplier
+from .quantise import (
+    F64,
+    SAMPLE,
+    Sampled,
+    TableNumbers,
+    UniformNumbers,
+    WeighedNumbers,
+    exact_sum,
+    lloyd_max,
+    mean_of,
+    step_for_bits,
+    step_for_budget,
+    step_for_error,
+)
+from .streams import Flat, NumberSource, Scaling
+
+_BLOCK = 1 << 18  # positions looked at together
+_CACHED = 1 << 15  # the same, where what is made of them should stay in the nearest caches
+# With fewer survivors in a sample of a larger tensor, survivors are looked for in all of it.
+_LEAST_SAMPLED = 1 << 10
+# Powers of two by which factors may be moved: a step is moved the other way and must stay a normal float32.
+_MOST_MOVED = 120
+# Exponent that the greatest of moved factors gets: F16 has room for 2^-24 to 2^15, BF16 and F32 for far more.
+_MOVED_TO = {"F16": 14, "BF16": 100, "F32": 100}
+# How often a step is made smaller whose error over the whole tensor is more than over the sample, and what is
+# close enough: 0.05 dB.
+_ERROR_ROUNDS = 8
+_ERROR_TOLERANCE = 10.0**0.005
+
+
+@dataclass(frozen=True)
+class LossyTensor:
+    """A tensor that is to be quantised.
+
+    Attributes:
+        flat: its weights, finite as float32, one-dimensional.
+        dtype: its dtype.
+        mask: the survivors, flat; None: what is not zero.
+        scaling: what magnitudes are divided by, or None.
+        weights: how much the error of each position counts, flat, or None for all alike.
+        multiplier: the importance of some positions, as stored, where it multiplies the weights; else None.
+        engine: does the work on bits.
+    """
+
+    flat: Flat
+    dtype: Dtype
+    mask: Mask | None
+    scaling: Scaling | None
+    weights: F32 | None
+    multiplier: Multiplier | None
+    engine: Engine
+
+    def source(self, options: Options) -> NumberSource | None:
+        """The source that the options ask for; None where no step meets the error that they ask for.
+
+        Raises:
+            OptionError: the step that they give is none, or the mask alone takes more than their budget.
+        """
+        step = options.step
+        if step is not None and self.scaling is not None:
+            step *= self.scaling.unit
+        if step is not None and not options.rate_weight:  # nothing to be chosen
+            return self._uniform(UniformNumbers(_checked_step(step), np.zeros(0, np.float32)), given=True)
+        positions, represented = sampled_survivors(self.flat, self.mask, SAMPLE)
+        if options.quantiser == "table":
+            return self._table(positions, options)
+        if self.weights is not None:
+            weighed = replace(self, weights=self.weights / mean_of(self.weights[positions]))
+            return weighed._by_sample(positions, represented, options, step)
+        return self._by_sample(positions, represented, options, step)
+
+    def _by_sample(
+        self, positions: NDArray[np.int64], represented: int, options: Options, step: float | None
+    ) -> NumberSource | None:
+        """The `Uniform` source with a step, or with that which a sample of the survivors asks for."""
+        originals = np.abs(self.flat[positions].astype(np.float64))
+        some = Sampled(
+            self._magnitudes(positions),
+            represented,
+            None if self.weights is None else self.weights[positions],
+            options.rate_weight,
+            self.dtype,
+            originals,
+            None if self.scaling is None else self.scaling.of(positions),
+            None if self.multiplier is None else self.multiplier(positions),
+            self.mask is not None,
+            self._widest() if options.fixed_width else None,
+        )
+        if step is not None:
+            return self._uniform(some.quantiser(_checked_step(step)), given=True)
+        if options.error_db is not None:
+            return self._for_error(some, options.error_db)
+        if options.bits is not None:
+            step = step_for_bits(some, options.bits)
+        else:
+            assert options.budget is not None
+            step = step_for_budget(some, options.budget)
+        if step is None:
+            raise OptionError(f"the mask alone takes more than a budget of {options.budget} bits a position")
+        return self._uniform(some.quantiser(_checked_step(step)))
+
+    def _for_error(self, some: Sampled, error_db: float) -> NumberSource | None:
+        """The source whose mean squared error is at most ``error_db`` under the mean square of the survivors.
+
+        None where no step makes it so small.
+        """
+        sampled = len(self.flat) > SAMPLE
+        power = self._mean_power() if sampled else some.power() / max(len(some.magnitudes), 1)
+        allowed = power * 10.0 ** (error_db / 10)
+        step = step_for_error(some, allowed)
+        for _ in range(_ERROR_ROUNDS):
+            if step is None:
+                return None
+            source = self._uniform(some.quantiser(_checked_step(step)))
+            if not sampled:
+                return source
+            error = source.mean_error(self.mask)
+            if error <= allowed * _ERROR_TOLERANCE:
+                return source
+            step *= 0.99 * math.sqrt(allowed / error)
+        return None
+
+    def _widest(self) -> float:
+        """The greatest magnitude, divided by its scale."""
+        starts = range(0, len(self.flat), _BLOCK)
+        blocks = (np.arange(start, min(start + _BLOCK, len(self.flat))) for start in starts)
+        return max((float(self._magnitudes(block).max()) for block in blocks), default=0.0)
+
+    def _mean_power(self) -> float:
+        """The mean square of the survivors, weighed by `weights`."""
+        power, count = 0.0, 0
+        for start in range(0, len(self.flat), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            values = self.flat[block].astype(np.float64)
+            alive = values != 0 if self.mask is None else self.mask[block]
+            squares = np.square(values[alive])
+            power += exact_sum(squares if self.weights is None else squares * self.weights[block][alive])
+            count += len(squares)
+        return power / max(count, 1)
+
+    def _table(self, positions: NDArray[np.int64], options: Options) -> NumberSource:
+        count = options.centroids or max(round(2 ** (options.bits or 1)) // 2, 1)
+        weights = None if self.weights is None else self.weights[positions]
+        centroids = lloyd_max(self._magnitudes(positions), count, weights)
+        if not len(centroids):
+            centroids = np.zeros(1, np.float32)
+        return self._made(Table(len(centroids)), TableNumbers(centroids), None, given=False)
+
+    def _uniform(self, numbers: UniformNumbers | WeighedNumbers, *, given: bool = False) -> NumberSource:
+        weights = self.weights if isinstance(numbers, WeighedNumbers) else None
+        return self._made(Uniform(numbers.step), numbers, weights, given=given)
+
+    def _made(
+        self,
+        quantiser: Uniform | Table,
+        numbers: UniformNumbers | WeighedNumbers | TableNumbers,
+        weights: F32 | None,
+        *,
+        given: bool,
+    ) -> NumberSource:
+        return NumberSource(
+            self.flat,
+            self.dtype,
+            quantiser,
+            numbers,
+            self.engine,
+            weights,
+            self.scaling,
+            self.multiplier,
+            given,
+        )
+
+    def _magnitudes(self, positions: NDArray[np.int64]) -> F32:
+        """The magnitudes of some positions, float32, divided by their scale."""
+        magnitudes = np.abs(self.flat[positions].astype(np.float32))
+        return magnitudes if self.scaling is None else scaled_down(magnitudes, self.scaling.of(positions))
+
+
+def sampled_survivors(flat: Flat, mask: Mask | None, size: int) -> tuple[NDArray[np.int64], int]:
+    """Some survivors of a tensor, evenly spaced, and how many positions they stand for, pruned ones included.
+
+    Args:
+        flat: the tensor.
+        mask: the survivors, flat; None: what is not zero.
+        size: about how many positions are looked at.
+    """
+    size = min(len(flat), size)
+    chosen = np.arange(size) * len(flat) // max(size, 1)
+    alive = flat[chosen] != 0 if mask is None else mask[chosen]
+    positions = chosen[alive]
+    if size == len(flat) or len(positions) >= _LEAST_SAMPLED:
+        return positions, size
+    found = []
+    for start in range(0, len(flat), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found.append(start + np.flatnonzero(flat[block] != 0 if mask is None else mask[block]))
+    survivors = np.concatenate(found)
+    if not len(survivors):
+        return survivors, size
+    kept = min(len(survivors), size)
+    return survivors[np.arange(kept) * len(survivors) // kept], len(flat) * kept // len(survivors)
+
+
+def _checked_step(step: float) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(step)
+    if not 0 < rounded < np.inf:
+        raise OptionError(f"a step of {step} is no float32 above 0")
+    return rounded
+
+
+# ------------------------------------------------------------------------------------------------- scales
+
+
+def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
+    """The scale that the options ask for: root mean squares of what shares a factor, survivors only."""
+    if options.scale is None:
+        return None
+    per = options.scale if isinstance(options.scale, str) else "group"
+    size = 0 if isinstance(options.scale, str) else int(options.scale)
+    dtype = DTYPES[options.scale_dtype]
+    shaped = replace(entry, scale=ScaleEntry(per, size, dtype))
+    count = next(v.size for v in shaped.vector_list() if v.name == "scale")
+    squares, counts = np.zeros(count), np.zeros(count, np.int64)
+    for start in range(0, len(flat), SAMPLE):
+        block = slice(start, min(start + SAMPLE, len(flat)))
+        index = scale_index(shaped, np.arange(block.start, block.stop))
+        values = flat[block].astype(np.float64)
+        alive = values != 0 if mask is None else mask[block]
+        squares += np.bincount(index[alive], values[alive] ** 2, count)
+        counts += np.bincount(index[alive], minlength=count)
+    return Scaling(shaped, *_stored_factors(np.sqrt(squares / np.maximum(counts, 1)), dtype, entry.dtype))
+
+
+def _stored_factors(roots: F64, dtype: Dtype, of_weights: Dtype) -> tuple[F32, float]:
+    """The factors for some root mean squares, as stored and widened to float32, and their `Scaling.unit`.
+
+    Where a factor would be beyond its dtype or subnormal there, all are moved by one power of two, and the
+    step the other way. A factor that is still too small becomes the least that is not 0, so that no weight is
+    lost to it.
+
+    Args:
+        roots: of the survivors of each factor, 0 where there are none.
+        dtype: in which factors are stored.
+        of_weights: the tensor's dtype.
+    """
+    greatest = float(roots.max(initial=0))
+    unit = 1.0
+    if greatest > dtype.greatest or ((roots > 0) & (roots < dtype.least_normal)).any():
+        moved = _MOVED_TO[dtype.name] - math.frexp(greatest)[1]
+        unit = math.ldexp(1.0, -min(max(moved, -_MOST_MOVED), _MOST_MOVED))
+    # A factor is no greater than a weight can be, and leaves room for the numbers of other groups in float32.
+    limit = min(of_weights.greatest, DTYPES["F32"].greatest / 4) / unit
+    with np.errstate(over="ignore", under="ignore"):
+        factors = np.minimum(roots / unit, limit).astype(dtype.numpy)
+        rounded_up = factors.astype(np.float64) > limit
+        patterns = factors.view(dtype.pattern)
+        patterns[rounded_up] -= dtype.pattern.type(1)
+    factors[(factors == 0) & (roots > 0)] = dtype.numpy.type(dtype.least)
+    return factors.astype(np.float32), unit
+
+
+# --------------------------------------------------------------------------------------------- what is taken
+
+
+def require_finite(flat: Flat) -> None:
+    """Refuses what a lossy quantiser cannot take.
+
+    Raises:
+        OptionError: a weight is not finite, or not as float32; or all are too small for float32.
+    """
+    for start in range(0, len(flat), _CACHED):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = flat[start : start + _CACHED].astype(np.float32, copy=False)
+            extremes = np.array([values.min(), values.max()])  # both are NaN where one value is
+        if not np.isfinite(extremes).all():
+            raise OptionError(
+                "a lossy quantiser takes finite float32 only, no infinities or NaNs; leave the tensor out of "
+                "the lossy options, such as by options={name: ...} for the others"
+            )
+    if flat.dtype == np.float64 and np.any(flat) and not _has_normal_float32(flat):
+        raise OptionError(
+            "all weights are too small for float32, in which a lossy quantiser works; use lossless"
+        )
+
+
+def _has_normal_float32(flat: Flat) -> bool:
+    """Whether the magnitude of some weight is a normal number as float32."""
+    least = DTYPES["F32"].least_normal
+    return any(
+        bool((np.abs(flat[start : start + _BLOCK].astype(np.float64)) >= least).any())
+        for start in range(0, len(flat), _BLOCK)
+    )

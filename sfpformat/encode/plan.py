@@ -1,0 +1,605 @@
+"""Planning a tensor: from an array and options to code tables, before the first byte is written.
+
+A plan holds no levels: it holds what turns any block of positions into levels, and is asked twice, once for
+the histograms that the tables are made from, once for the bytes. Memory stays bounded by a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.classes import FRACTION, entropy_bits
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels, Counts
+from ..coding.quantiser import (
+    F32,
+    Exact,
+    Table,
+    Uniform,
+    fingerprint_bound,
+    float_patterns,
+    importance_bound,
+    narrowest_exact,
+)
+from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
+from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
+from ..decode.tensor import require_valid_vectors
+from ..dtypes import DTYPES, Dtype, of_numpy
+from ..engines import Engine, get_engine
+from ..errors import FileFault, OptionError
+from ..io.threads import Workers
+from ..limits import DEFAULT_LIMITS, Limits
+from ..options import ImportanceOptions, Options
+from .blocks import Blocks, CodedBlocks
+from .codes import INDEX_BITS, LevelBlocks
+from .finite import greatest_codable
+from .importances import (
+    ImportanceSource,
+    Multiplier,
+    StoredFactors,
+    checked_factor,
+    checked_importance,
+    importance_source,
+    require_finite_products,
+)
+from .lossy import LossyTensor, require_finite, scaling_of
+from .quantise import TableNumbers, error_weights
+from .streams import MAX_DISTINCT, ExactSource, FingerprintSource, NumberSource, ValueSource, value_source
+from .tables import choose_exact, choose_mask, choose_numbers, takes_more_bits
+from .zeros import with_positive_zeros, zeros_of
+
+Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
+
+_NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
+_NO_FACTORS = np.zeros(0, np.float32)
+# Tensors of fewer bytes are kept raw by coding="auto": tables and index take most of what is saved, and
+# reading those takes longer.
+_MIN_BYTES = 2048
+# With more survivors than this a tensor is also tried without a mask.
+_DENSE = 0.6
+# With more than this a mask is not tried at all: it could save a few parts in a thousand, and decoding it
+# takes longer than all the rest.
+_NEARLY_ALL = 0.995
+# Where more than this part of the weights is -0, a mask of +0 tells little: a sparser tensor is also tried
+# without one. That must save this part of the whole, for masks tell readers what is pruned.
+_MANY_ZEROS, _MASK_WORTH = 16, 50
+# A table of all values is tried where the tensor has at least this many bits for each of them.
+_CENTROID_BITS = 64
+# Default segments have about this many positions when dense, more the fewer survive, so that the segment
+# index stays a small part of what it indexes (SPEC.md chapter 27 has the figures); twice as many where all
+# weights are kept exactly, whose codes differ less from segment to segment.
+_SEGMENT = 1536
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tensor will be written.
+
+    Attributes:
+        entry: the directory entry, still without chunk records.
+        flat: the array, one-dimensional, C order.
+        blocks: its chunks.
+        coded: masks and fingerprint levels of the chunks; None for coding raw.
+        codes: stream -> the code of each segment.
+        vectors: the vectors of the vector chunk, by name.
+        importance: the importance levels of a block.
+        bits: about how many it takes.
+    """
+
+    entry: TensorEntry
+    flat: NDArray[np.generic]
+    blocks: Blocks
+    coded: CodedBlocks | None = None
+    codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    vectors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    importance: ImportanceSource | None = None
+    bits: int = 0
+
+
+def plan_tensor(
+    name: str,
+    array: NDArray[np.generic],
+    options: Options,
+    engine: Engine,
+    mask: Mask | None = None,
+    importance: Importance | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    workers: Workers | None = None,
+) -> Plan:
+    """Decides how a tensor is written.
+
+    Args:
+        name: the tensor's name.
+        array: the tensor; any registered dtype.
+        options: the caller's choices.
+        engine: does the counting.
+        mask: bool, the tensor's shape: True for survivors. None: what is not zero survives.
+        importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
+            one a column.
+        limits: of readers; chunks become smaller than asked for where a tensor would expand beyond them.
+        workers: make and count levels; None: the calling thread does.
+
+    Raises:
+        OptionError: the options do not fit the tensor.
+    """
+    dtype = of_numpy(array.dtype)
+    if dtype is None:
+        raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format")
+    flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
+    if dtype.name == "BOOL":
+        flat = flat.view(np.uint8) != 0  # memory may hold other true bytes than 1 (R-RAW-004)
+    if dtype.is_float and options.zeros == "positive":
+        flat = with_positive_zeros(flat)
+    entry = _raw_entry(name, dtype, array.shape, options)
+    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk), bits=flat.nbytes * 8)
+    extras = mask is not None or importance is not None
+    if options.coding == "raw" or not dtype.is_float:
+        if options.coding == "fingerprint" or extras or (dtype.is_float and not options.lossless):
+            raise OptionError(f"tensor {name!r}: coding raw has no mask, importance or quantiser")
+        return raw
+    may_be_raw = options.coding == "auto" and not extras
+    if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
+        return raw
+    try:
+        planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape), workers or Workers())
+        found = planner.plan(importance)
+        is_lossless = options.lossless
+        if options.may_be_lossless and len(flat):
+            at_most = None if found is None else max(found[1], planner.allowance())
+            exact = _lossless_plan(planner, importance, at_most)
+            if exact is None and may_be_raw and (at_most is None or raw.bits <= at_most):
+                return raw  # without streams, so nothing of it can be refused
+            if exact is not None:
+                found, is_lossless = exact, True
+        if found is None:
+            raise OptionError(f"no step brings the error to {options.error_db} dB; use lossless")
+        plan, bits = found
+        _require_readable(plan)
+    except OptionError as error:
+        raise OptionError(f"tensor {name!r}: {error}") from None
+    plan = replace(plan, bits=bits)
+    if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
+        return raw
+    return _within_expansion(plan, bits, limits)
+
+
+def _lossless_plan(
+    planner: _Planner, importance: Importance | None, at_most: int | None
+) -> tuple[Plan, int] | None:
+    """The lossless plan of a tensor that is to be quantised; None where it takes more than ``at_most`` bits.
+
+    Raises:
+        OptionError: there is no other plan (``at_most`` is None), and this one is refused.
+    """
+    try:
+        return planner.without_loss().plan(importance, at_most)
+    except OptionError:
+        if at_most is None:
+            raise
+        return None  # such as a multiplier that makes an exact weight infinite, where a number is lowered
+
+
+def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
+    """About how many bits some weights take without loss.
+
+    Args:
+        flat: floats of a registered dtype, shape [n].
+        mask: True for survivors, shape [n]; None: what is not zero.
+    """
+    dtype = of_numpy(flat.dtype)
+    assert dtype is not None
+    options = Options()
+    entry = _raw_entry("", dtype, flat.shape, options)
+    raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
+    found = _Planner(raw, options, get_engine(None, flat.size), mask, Workers()).plan(None)
+    assert found is not None
+    return found[1]
+
+
+def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
+    """The plan, with smaller chunks where a tensor of so few bits would be refused by readers.
+
+    A chunk has 64 bytes at least (SPEC.md 15.1), so that enough of them keep any tensor within the limit.
+
+    Args:
+        bits: about how many the plan takes.
+    """
+    entry = plan.entry
+    least = -(-entry.decoded_bytes // max(limits.expansion, 1))
+    stored = max(bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
+    # The bits are an estimate.
+    if entry.decoded_bytes <= limits.expansion_floor or stored >= 2 * least:
+        return plan
+    chunk = max(entry.segments // -(-least // CHUNK_ALIGNMENT), 1)
+    if chunk >= entry.chunk:
+        return plan
+    assert plan.coded is not None
+    return replace(
+        plan,
+        entry=replace(entry, chunk=chunk),
+        blocks=Blocks(entry.positions, entry.segment, chunk),
+        coded=plan.coded.in_other_chunks(),
+    )
+
+
+def _require_readable(plan: Plan) -> None:
+    """Raises OptionError for numbers that a reader would refuse: beyond float32, or a factor's dtype."""
+    with np.errstate(over="ignore"):
+        stored = {
+            vector.name: plan.vectors[vector.name].astype(vector.dtype.numpy).astype(np.float32)
+            for vector in plan.entry.vector_list()
+        }
+    try:
+        plan.entry.require_valid_streams()
+        require_valid_vectors(plan.entry, stored)
+    except FileFault as error:
+        remedy = "" if error.clause.startswith("R-IMP") else "; use lossless"
+        raise OptionError(f"{error.detail}{remedy}") from None
+
+
+def _flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
+    if mask is None:
+        return None
+    if mask.shape != shape or mask.dtype != np.bool_:
+        raise OptionError(f"the mask must be bool of shape {shape}, it is {mask.dtype} {mask.shape}")
+    return np.ascontiguousarray(mask).reshape(-1)
+
+
+def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options) -> TensorEntry:
+    segment = options.segment or _SEGMENT
+    return TensorEntry(
+        name, dtype, tuple(shape), "raw", segment, max(options.chunk // segment, 1), _NO_CHUNKS
+    )
+
+
+def default_segment(columns: int, density: float, exact: bool, options: Options) -> int:
+    """Positions a segment: whole rows or a whole part of a row where that is possible.
+
+    Args:
+        columns: positions a row.
+        density: survivors a position, from 0 to 1.
+        exact: whether the quantiser is.
+        options: in plain streams no segment has several rows.
+    """
+    usual = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
+    if exact and density > _DENSE:
+        usual = 2 * _SEGMENT
+    return _segment_near(columns, options.segment_near or usual, options.is_plain)
+
+
+@lru_cache(maxsize=256)
+def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
+    """About so many positions that are whole rows, or a whole part of one; a row at most, if so asked."""
+    parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
+    rows = [] if of_one_row else [columns * k for k in range(2, 64)]
+    fits = [s for s in parts + rows if s % 32 == 0]
+    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted] or (fits if of_one_row else [])
+    return min(near, key=lambda s: (max(s, wanted) * 1000 // min(s, wanted), s)) if near else wanted
+
+
+def default_chunk(columns: int, segment: int, options: Options) -> int:
+    """Segments a chunk; in plain streams those of whole rows, where no segment has parts of two."""
+    chunk = max(options.chunk // segment, 1)
+    if not options.is_plain or not columns or columns % segment or columns > MAX_CHUNK_POSITIONS:
+        return chunk
+    row = columns // segment
+    return max(chunk // row, 1) * row
+
+
+class _Planner:
+    """Plans a tensor with coding fingerprint."""
+
+    def __init__(
+        self, raw: Plan, options: Options, engine: Engine, mask: Mask | None, workers: Workers
+    ) -> None:
+        self.workers = workers
+        self.raw, self.flat, self.options, self.engine, self.given_mask = raw, raw.flat, options, engine, mask
+        self.entry = replace(raw.entry, coding="fingerprint")
+
+    def allowance(self) -> int:
+        """How many bits the options grant for mask and levels; 0 where they name no number of bits."""
+        options, positions = self.options, len(self.flat)
+        if options.budget is not None:
+            return int(options.budget * positions)
+        if options.bits is None or options.quantiser != "uniform":
+            return 0
+        mask = self.given_mask
+        survivors = int(np.count_nonzero(self.flat != 0 if mask is None else mask))
+        mask_bits = entropy_bits(np.array([positions - survivors, survivors])) >> FRACTION
+        return int(options.bits * survivors) + mask_bits
+
+    def without_loss(self) -> _Planner:
+        """The planner of the same tensor with lossless options."""
+        options = self.options.without_loss()
+        return _Planner(self.raw, options, self.engine, self.given_mask, self.workers)
+
+    def plan(self, importance: Importance | None, at_most: int | None = None) -> tuple[Plan, int] | None:
+        """The plan, and about how many bits it takes; of several lossless ways the smallest.
+
+        Args:
+            importance: as of `plan_tensor`.
+            at_most: how many bits it may take.
+
+        Returns:
+            None where it would take more, or no step meets the error that the options ask for.
+        """
+        stored = self._stored_importance(importance)
+        found = self._smallest(self._sources(importance, stored), at_most)
+        if found is not None and stored is not None:
+            options = self.options.importance or ImportanceOptions()
+            plan, more = self._with_importance(found[0], stored, options)
+            found = plan, found[1] + more
+        return None if found is not None and at_most is not None and found[1] > at_most else found
+
+    def _smallest(
+        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]], at_most: int | None
+    ) -> tuple[Plan, int] | None:
+        """The smallest plan of some sources; of several the first source's, with a mask.
+
+        None where there is no source, or each would surely take more than ``at_most`` bits.
+
+        The last source goes first: a table of all values is mostly so much smaller that a bound on what bit
+        patterns take shows that they need no plan.
+        """
+        best: tuple[Plan, int] | None = None
+        for source, vectors in reversed(sources):
+            bound = at_most if best is None else best[1]
+            if bound is not None and self._is_larger(source, bound):
+                continue
+            plans = list(self._with_and_without_mask(source, vectors))
+            found = min(plans, key=lambda plan: plan[1])
+            if best is None or found[1] <= best[1]:
+                best = found
+        return best
+
+    def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
+        """Whether every plan of bit patterns in the tensor's own dtype takes more than so many bits."""
+        if not isinstance(source, ExactSource) or source.coded != source.dtype:
+            return False
+        patterns = float_patterns(self.flat, source.dtype)
+        if self.given_mask is not None:
+            patterns = np.where(self.given_mask, patterns, patterns.dtype.type(0))
+        return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
+
+    def _stored_importance(self, importance: Importance | None) -> ImportanceSource | StoredFactors | None:
+        """The importance as it will be stored; None where none is.
+
+        Raises:
+            OptionError: it has another shape or cannot be stored, or as a multiplier leaves the tensor's
+                dtype.
+        """
+        entry, options = self.entry, self.options.importance
+        if importance is None or options is None:
+            return None
+        stored: ImportanceSource | StoredFactors
+        if isinstance(importance, tuple):
+            given = self._factors(importance, DTYPES[options.dtype])
+            dtype = DTYPES[options.dtype].numpy
+            stored = StoredFactors(*(f.astype(dtype).astype(np.float32) for f in (given.rows, given.columns)))
+            products = given.stored
+        else:
+            if importance.shape != entry.shape:
+                raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
+            exact_weights = (self.flat, entry.dtype) if self.options.lossless else None
+            stored = importance_source(importance, options, exact_weights)
+            flat = stored.flat
+
+            def products(where: slice | NDArray[np.int64]) -> F32:
+                return flat[where]
+
+        if options.role == "multiplier":
+            exact = self.options.lossless
+            self._require_finite_products(products, exact=exact)
+            if exact and isinstance(stored, StoredFactors):
+                self._require_finite_products(stored.stored, exact=True)
+        return stored
+
+    def _factors(
+        self, factors: tuple[NDArray[np.floating], NDArray[np.floating]], dtype: Dtype
+    ) -> StoredFactors:
+        entry = self.entry
+        if not entry.positions:  # an empty tensor's factors have no elements (SPEC.md 15.3)
+            return StoredFactors(_NO_FACTORS, _NO_FACTORS)
+        sizes = {"importance rows": entry.rows, "importance columns": entry.columns}
+        return StoredFactors(
+            *(checked_factor(name, f, n, dtype) for (name, n), f in zip(sizes.items(), factors, strict=True))
+        )
+
+    def _require_finite_products(self, multiplier: Multiplier, *, exact: bool) -> None:
+        require_finite_products(self.flat, self.entry.dtype, multiplier, self.given_mask, exact=exact)
+
+    def _sources(
+        self, importance: Importance | None, stored: ImportanceSource | StoredFactors | None
+    ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
+        """What can turn the tensor into levels, each with its vectors.
+
+        Args:
+            importance: as given, by which errors may be weighed.
+            stored: as it will be stored, by which weights may be multiplied.
+        """
+        flat, dtype, options = self.flat, self.entry.dtype, self.options
+        if options.lossless:
+            # A narrower dtype leaves no room for coarse classes, so it needs codes of some length.
+            narrow = options.narrow and options.code_limit >= 8
+            magnitudes = self.engine.few_magnitudes(float_patterns(flat, dtype), MAX_DISTINCT)
+            # Signs decide nothing about a dtype, so the magnitudes stand for the whole where they are few.
+            all_values = flat if magnitudes is None else magnitudes.view(dtype.numpy)
+            coded = narrowest_exact(all_values, dtype) if narrow else dtype
+            exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
+                (ExactSource(flat, dtype, coded, magnitudes, self.engine), {})
+            ]
+            if options.quantiser == "lossless":
+                values = value_source(flat, dtype, magnitudes, self.engine)
+                if values is not None and len(values.centroids) * _CENTROID_BITS < flat.nbytes * 8:
+                    exact.append((values, {"fingerprint centroids": values.centroids}))
+            return exact
+        require_finite(flat)
+        scaling = scaling_of(flat, self.entry, options, self.given_mask)
+        if scaling is not None:
+            self.entry = scaling.entry
+        weights = None
+        if options.weighted:
+            if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
+                raise OptionError("weighted needs an importance of the tensor's shape")
+            weights = error_weights(checked_importance(importance), options.weighted)
+        multiplier = None
+        if stored is not None and options.importance is not None and options.importance.role == "multiplier":
+            multiplier = stored.stored
+        tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
+        source = tensor.source(options)
+        if source is None:
+            return []
+        vectors: dict[str, NDArray[np.generic]] = {}
+        if isinstance(source.numbers, TableNumbers):
+            vectors["fingerprint centroids"] = source.numbers.centroids
+        if scaling is not None:
+            vectors["scale"] = scaling.factors
+        return [(source, vectors)]
+
+    def _with_and_without_mask(
+        self, source: FingerprintSource, vectors: dict[str, NDArray[np.generic]]
+    ) -> Iterator[tuple[Plan, int]]:
+        """Plans with the mask that the options ask for, or with and without one where both are sensible."""
+        kind, given = self.options.mask, self.given_mask
+        if kind == "none":
+            if given is not None and not given.all():
+                raise OptionError("a mask was given and mask is 'none'")
+            if isinstance(source, NumberSource) and source.count_survivors() < len(self.flat):
+                source = source.with_zero()
+            yield self._plan_streams(source, vectors, None, 1.0)
+            return
+        survives = source.survives if given is None else _survivors_of(given)
+        alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
+        density = alive / len(self.flat) if len(self.flat) else 1.0
+        optional = given is None and kind == "auto"
+        if (
+            isinstance(source, NumberSource)
+            and isinstance(source.numbers, TableNumbers)
+            and alive < len(self.flat)
+        ):
+            optional = False  # without a mask zeros would become centroids
+        if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
+            source = source.with_kept_levels(self.workers)
+        masked: tuple[Plan, int] | None = None
+        if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
+            masked = self._plan_streams(source, vectors, survives, density)
+            yield masked
+        if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
+            yield self._plan_streams(source, vectors, None, 1.0)
+        elif masked is not None and optional and self._has_many_negative_zeros(source):
+            plain = self._plan_streams(source, vectors, None, 1.0)
+            if plain[1] * _MASK_WORTH < masked[1] * (_MASK_WORTH - 1):
+                yield plain
+
+    def _has_many_negative_zeros(self, source: FingerprintSource) -> bool:
+        """Whether so many weights are -0, which survives, that a mask of +0 alone says little."""
+        if not isinstance(source, ExactSource | ValueSource):
+            return False
+        return zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
+
+    def _plan_streams(
+        self,
+        source: FingerprintSource,
+        vectors: dict[str, NDArray[np.generic]],
+        survives: Callable[[slice], Mask] | None,
+        density: float,
+    ) -> tuple[Plan, int]:
+        """The plan for one source, with or without a mask."""
+        options = self.options
+        if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
+            kept = source.numbers.centroids[self._used_numbers(source, survives)]
+            source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
+            vectors = {**vectors, "fingerprint centroids": kept}
+        elif isinstance(source, ValueSource) and survives is not None:
+            source = source.of_survivors(self.given_mask)
+            vectors = {**vectors, "fingerprint centroids": source.centroids}
+        exact = isinstance(source.quantiser, Exact)
+        segment = options.segment or default_segment(self.entry.columns, density, exact, options)
+        chunk = default_chunk(self.entry.columns, segment, options)
+        entry = replace(self.entry, segment=segment, chunk=chunk)
+        blocks = Blocks(len(self.flat), segment, chunk)
+        coded = CodedBlocks(source, survives, self.engine)
+        codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
+        if survives is not None:
+            chosen = choose_mask(blocks, coded.known_mask, density, options, self.engine, self.workers)
+            entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
+            codes["mask"] = chosen.choice.codes
+            bits += chosen.choice.bits + INDEX_BITS * entry.segments
+
+        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
+            survivors = coded.survivors(block, positions)
+            return survivors.levels, survivors.counts
+
+        quantiser = source.quantiser
+        stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
+        bound = fingerprint_bound(quantiser, entry.dtype)
+        if isinstance(quantiser, Uniform):
+            scale = vectors.get("scale", _NO_FACTORS)
+            greatest = greatest_codable(quantiser.step, np.abs(scale).max(initial=0) or np.float32(1))
+            bound = min(bound, 2 * greatest + 2)
+        if isinstance(quantiser, Exact):
+            choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
+            quantiser = replace(quantiser, trim=choice.trim)
+        else:
+            zero_first = isinstance(source, ValueSource) and not source.magnitudes[0]
+            choice = choose_numbers(stream, bound, options, self.engine, signed=True, zero_first=zero_first)
+        if isinstance(quantiser, Table):
+            bits += 32 * quantiser.count
+        codes["fingerprints"] = choice.codes
+        entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
+        plan = Plan(entry, self.flat, blocks, coded, codes, dict(vectors))
+        return plan, bits + choice.bits
+
+    def _used_numbers(self, source: NumberSource, survives: Callable[[slice], Mask] | None) -> Mask:
+        """Which centroids some level uses (R-CAN-007); the first where there is no level."""
+        assert isinstance(source.quantiser, Table)
+        used = np.zeros(source.quantiser.count, np.bool_)
+        for block, _ in Blocks(len(self.flat), 1 << 16, 4):
+            levels = source.levels(block, None if survives is None else survives(block))
+            used |= np.bincount((levels >> levels.dtype.type(1)).astype(np.int64), minlength=len(used)) > 0
+        used[0] |= not used.any()
+        return used
+
+    def _with_importance(
+        self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
+    ) -> tuple[Plan, int]:
+        """The plan with the importance added, and about how many bits that takes."""
+        entry = plan.entry
+        if isinstance(source, StoredFactors):
+            dtype = DTYPES[options.dtype]
+            entry = replace(entry, importance=ImportanceEntry("factors", options.role, dtype=dtype))
+            factors = {"importance rows": source.rows, "importance columns": source.columns}
+            bits = 8 * dtype.itemsize * (entry.rows + entry.columns)
+            return replace(plan, entry=entry, vectors={**plan.vectors, **factors}), bits
+
+        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
+            assert plan.coded is not None
+            counts = plan.coded.survivors(block, positions).counts if source.over_survivors else positions
+            return source.levels(block, plan.coded.mask(block)), counts
+
+        is_exact = isinstance(source.quantiser, Exact)
+        stream = LevelBlocks(entry.segments, plan.blocks, levels, is_exact, self.workers)
+        bound = importance_bound(source.quantiser)
+        if isinstance(source.quantiser, Exact):
+            choice = choose_exact(
+                stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine
+            )
+        else:
+            coded = self.options.but(fixed_width=False)  # no product reads it
+            choice = choose_numbers(stream, bound, coded, self.engine, signed=False)
+        quantiser = source.quantiser
+        if isinstance(quantiser, Exact):
+            quantiser = replace(quantiser, trim=choice.trim)
+        record = ImportanceEntry(options.over, options.role, quantiser, choice.table)
+        codes = {**plan.codes, "importance": choice.codes}
+        plan = replace(plan, entry=replace(entry, importance=record), codes=codes, importance=source)
+        return plan, choice.bits
+
+
+def _survivors_of(mask: Mask) -> Callable[[slice], Mask]:
+    return lambda block: mask[block]

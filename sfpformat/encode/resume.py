@@ -1,0 +1,170 @@
+"""A sink that goes on where an earlier writer was stopped: ``TARGET.partial`` and ``TARGET.partial.journal``.
+
+The journal is a sequence of MessagePack values: the job's key, then the entry of each tensor that is
+complete. After a crash the next writer with the same key checks what the journal names against its checksums,
+drops the rest, and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import msgpack
+import numpy as np
+
+from ..container import messagepack
+from ..container.entry import TensorEntry
+from ..container.fields import typed
+from ..container.messagepack import Map
+from ..container.preamble import SIZE, Preamble
+from ..errors import SfpError
+from ..io.checksum import crc32
+from ..io.filesystem import (
+    LockedFileError,
+    UnnamedFileError,
+    beside,
+    create,
+    creation_mode,
+    open_locked,
+    remove,
+    rename,
+    sync,
+    take_attributes,
+)
+from ..io.source import Buffer
+from ..limits import DEFAULT_LIMITS, Limits
+
+# What reading a journal raises whose last record was cut off or damaged: work goes on from before it.
+_CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
+
+
+class ResumableSink:
+    """A temporary file that survives the death of its writer, and its journal.
+
+    Attributes:
+        entries: the tensors that are complete, those included that an earlier writer with the same key left.
+    """
+
+    def __init__(
+        self, target: Path, key: str, *, like: Path | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        """Takes up what an earlier writer left, or begins.
+
+        Args:
+            target: the path that the file will take, links followed.
+            key: tells the job: what is written from what with which options. Another key begins anew.
+            like: the file whose owner and mode it takes, where that exists; else those of ``target``.
+            limits: those that an earlier writer kept to.
+
+        Raises:
+            LockedFileError: another process is writing this target.
+            OSError: there is no space, or no permission; nothing is left behind.
+        """
+        self._target, self._like, self._limits = target, like, limits
+        self._path = beside(target, ".partial")
+        self._journal_path = beside(target, ".partial.journal")
+        mode = creation_mode(target, like)
+        self._file, self._locked = open_locked(self._path, mode)
+        self._journal: BinaryIO | None = None
+        self._finished = False  # complete on disk; only the name is missing
+        try:
+            self.entries, end = self._complete_tensors(key)
+            os.ftruncate(self._file.fileno(), end)
+            self._file.seek(end)
+            journal = create(self._journal_path, os.O_WRONLY | os.O_TRUNC, mode)
+            self._journal = os.fdopen(journal, "wb")
+            self._journal.write(msgpack.packb(key))
+            for entry in self.entries:
+                self._journal.write(messagepack.encode(entry.to_map()))
+            self._journal.flush()
+        except BaseException as error:
+            self.abort(keep=isinstance(error, KeyboardInterrupt))
+            raise
+
+    def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
+        """The journal's tensors whose bytes are all there and match, and where they end."""
+        if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
+            os.ftruncate(self._file.fileno(), 0)
+            self._file.write(bytes(SIZE))
+            return [], SIZE
+        entries: list[TensorEntry] = []
+        with self._journal_path.open("rb") as journal, contextlib.suppress(*_CUT_OFF):
+            unpacker = msgpack.Unpacker(journal)
+            if unpacker.unpack() != key:
+                return [], SIZE
+            self._file.seek(SIZE)
+            for fields in unpacker:
+                decoded = messagepack.decode(messagepack.encode(fields), self._limits)
+                entry = TensorEntry.from_map(typed(decoded, Map, "an entry", 0), self._limits)
+                if not self._matches(entry):
+                    break
+                entries.append(entry)
+        return entries, SIZE + sum(entry.stored_bytes for entry in entries)
+
+    def _matches(self, entry: TensorEntry) -> bool:
+        records = [entry.chunks] if entry.vectors is None else [entry.vectors, entry.chunks]
+        for record in np.concatenate(records):
+            data = self._file.read(int(record["length"]))
+            if len(data) != record["length"] or crc32(data) != record["crc"]:
+                return False
+        return True
+
+    def append(self, data: Buffer) -> None:
+        self._file.write(data)
+
+    def tensor_done(self, entry: TensorEntry) -> None:
+        assert self._journal is not None
+        self._file.flush()
+        self._journal.write(messagepack.encode(entry.to_map()))
+        self._journal.flush()
+        self.entries.append(entry)
+
+    def commit(self, preamble: bytes) -> None:
+        assert self._journal is not None
+        with contextlib.suppress(OSError):  # it is not needed any more
+            self._journal.close()
+        end = self._file.tell()
+        self._file.seek(0)
+        self._file.write(preamble)
+        self._file.flush()
+        if not self._locked:
+            self._require_own(preamble, end)
+        take_attributes(self._file.fileno(), self._target, self._like)
+        sync(self._file.fileno())
+        self._finished = True
+        try:
+            rename(self._path, self._target)
+        except OSError as error:
+            if not self._path.exists():
+                raise
+            words = f"{error.strerror}: the new file is complete, but could not be renamed; it is kept as "
+            words += f"{self._path.name}, and the same job goes on from there"
+            raise UnnamedFileError(error.errno, words, os.fspath(self._target)) from error
+        remove(self._journal_path)
+        with contextlib.suppress(OSError):  # it is synced
+            self._file.close()
+
+    def _require_own(self, preamble: bytes, end: int) -> None:
+        """Reads everything again, as another process may have written where files cannot be locked.
+
+        Raises:
+            LockedFileError: it did.
+        """
+        self._file.seek(SIZE)
+        own = all(map(self._matches, self.entries))
+        rest = self._file.read() if own else b""
+        if crc32(rest) != Preamble.from_bytes(preamble, end).directory_crc:
+            raise LockedFileError(f"{self._path.name} was changed by another process; pack again")
+
+    def abort(self, keep: bool) -> None:
+        if self._journal is not None:
+            with contextlib.suppress(OSError):
+                self._journal.close()
+        if not keep and not (self._finished and self._path.exists()):
+            remove(self._path)
+            remove(self._journal_path)
+        with contextlib.suppress(OSError):
+            self._file.close()

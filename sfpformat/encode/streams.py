@@ -1,0 +1,353 @@
+"""What turns a block of a tensor's positions into levels, for each quantiser (the encoder's side)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.exact import Patterns
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels
+from ..coding.quantiser import (
+    F32,
+    MAX_CENTROIDS,
+    Exact,
+    Quantiser,
+    Table,
+    Uniform,
+    float_patterns,
+    scaled_down,
+)
+from ..container.entry import TensorEntry
+from ..decode.tensor import scale_index
+from ..dtypes import Dtype
+from ..engines import Engine
+from ..errors import OptionError
+from ..io.threads import Workers
+from .finite import Reconstruction
+from .importances import Multiplier
+from .quantise import TableNumbers, UniformNumbers, WeighedNumbers, exact_sum
+
+Flat = NDArray[np.generic]
+
+# A lossless tensor of at most so many different magnitudes may be a table of them.
+MAX_DISTINCT = 1024
+_BLOCK = 1 << 18  # positions looked at together
+# Levels of tensors up to so many positions are made once: they are gone through three times.
+_KEPT_LEVELS = 1 << 25
+
+
+class FingerprintSource(Protocol):
+    """The fingerprint levels of a tensor."""
+
+    @property
+    def quantiser(self) -> Quantiser:
+        """As stored."""
+
+    def survives(self, block: slice) -> Mask:
+        """Which positions of a block have a weight that is not coded as zero."""
+
+    def count_survivors(self) -> int:
+        """How many positions of the tensor `survives` has."""
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        """The levels of a block's survivors (all positions without a mask); of `exact` the bit patterns."""
+
+
+@dataclass(frozen=True)
+class ExactSource:
+    """Bit patterns in the dtype ``coded``, which holds all values of ``flat``.
+
+    Attributes:
+        magnitudes: the patterns of all magnitudes, ascending, where they are few; else None.
+        kept: the coded patterns of all positions, if they were made and kept.
+    """
+
+    flat: Flat
+    dtype: Dtype
+    coded: Dtype
+    magnitudes: Patterns | None
+    engine: Engine
+    kept: Patterns | None = None
+
+    @property
+    def quantiser(self) -> Quantiser:
+        return Exact(self.coded)
+
+    def survives(self, block: slice) -> Mask:
+        return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
+
+    def count_survivors(self) -> int:
+        return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        kept = self.kept is not None
+        patterns = self.kept[block] if self.kept is not None else float_patterns(self.flat[block], self.dtype)
+        if mask is not None:
+            patterns = self.engine.chosen(patterns, mask)
+        if kept or self.coded == self.dtype:
+            return patterns
+        if self.magnitudes is None:
+            return float_patterns(patterns.view(self.dtype.numpy).astype(self.coded.numpy), self.coded)
+        values = np.repeat(self.magnitudes.view(self.dtype.numpy).astype(self.coded.numpy), 2)
+        meanings = float_patterns(values, self.coded)
+        meanings[1::2] |= self.coded.pattern.type(1 << (self.coded.bits - 1))
+        return self.engine.translate(patterns, self.magnitudes, meanings)
+
+    def with_kept_levels(self, workers: Workers) -> ExactSource:
+        """As `ValueSource.with_kept_levels`."""
+        if self.coded == self.dtype or len(self.flat) > _KEPT_LEVELS:
+            return self
+        return replace(self, kept=_all_levels(self, len(self.flat), workers))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scale of a tensor.
+
+    Attributes:
+        entry: the tensor's, with the scale.
+        factors: as stored, widened to float32.
+        unit: the root mean square over its factor, a power of two that all factors have in common. A step in
+            root mean squares is stored times this.
+    """
+
+    entry: TensorEntry
+    factors: F32
+    unit: float = 1.0
+
+    def of(self, positions: NDArray[np.int64]) -> F32:
+        """The factor of each position."""
+        return self.factors[scale_index(self.entry, positions)]
+
+
+@dataclass(frozen=True)
+class NumberSource:
+    """Magnitude numbers and signs, of a `Uniform` or `Table` quantiser.
+
+    Attributes:
+        flat: the tensor.
+        dtype: the tensor's.
+        quantiser: as stored.
+        numbers: magnitude -> number.
+        weights: for `WeighedNumbers` how much the error of each position counts, float32, flat; else None.
+        scaling: what magnitudes are divided by first, or None.
+        multiplier: the importance of some positions, as stored, where it multiplies the weights; else None.
+        given_step: whether the caller gave the step: it is refused where the only finite number of a weight
+            is 0 although the nearest is another.
+        kept: the levels of all positions, if they were made and kept.
+    """
+
+    flat: Flat
+    dtype: Dtype
+    quantiser: Uniform | Table
+    numbers: UniformNumbers | WeighedNumbers | TableNumbers
+    engine: Engine
+    weights: F32 | None = None
+    scaling: Scaling | None = None
+    multiplier: Multiplier | None = None
+    given_step: bool = False
+    kept: list[AnyLevels] = field(default_factory=list)
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """What a reader makes of the numbers."""
+        centroids = self.numbers.centroids if isinstance(self.numbers, TableNumbers) else None
+        return Reconstruction(self.dtype, self.quantiser, centroids)
+
+    def survives(self, block: slice) -> Mask:
+        if not isinstance(self.numbers, TableNumbers):
+            return np.asarray(self._uniform_levels(block) != 0)
+        return np.asarray(self.flat[block].astype(np.float32) != 0)
+
+    def count_survivors(self) -> int:
+        return sum(
+            int(np.count_nonzero(self.survives(slice(start, min(start + _BLOCK, len(self.flat))))))
+            for start in range(0, len(self.flat), _BLOCK)
+        )
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        if not isinstance(self.numbers, TableNumbers):
+            levels = self._uniform_levels(block)
+            return levels if mask is None else self.engine.chosen(levels, mask)
+        chosen = slice(None) if mask is None else mask
+        weights = self.flat[block][chosen].astype(np.float32)
+        magnitudes, (scale, multiplier) = np.abs(weights), self._factors(block)
+        scale = None if scale is None else scale[chosen]
+        multiplier = None if multiplier is None else multiplier[chosen]
+        if scale is not None:
+            magnitudes = scaled_down(magnitudes, scale)
+        numbers = self.reconstruction.lowered(self.numbers(magnitudes), scale, multiplier)
+        return numbers * np.uint64(2) + np.signbit(weights)
+
+    def with_zero(self) -> NumberSource:
+        """The same with a number for 0; of a table: one more centroid, of a full one the least replaced."""
+        if not isinstance(self.numbers, TableNumbers) or self.numbers.centroids[0] == 0:
+            return self
+        others = self.numbers.centroids[-(MAX_CENTROIDS - 1) :]
+        centroids = np.concatenate((np.zeros(1, np.float32), others))
+        return replace(self, quantiser=Table(len(centroids)), numbers=TableNumbers(centroids))
+
+    def _uniform_levels(self, block: slice) -> AnyLevels:
+        """The levels of all positions of a block, kept where the tensor is not too large."""
+        if len(self.flat) > _KEPT_LEVELS:
+            return self._quantised(block)
+        if not self.kept:
+            starts = range(0, max(len(self.flat), 1), _BLOCK)
+            self.kept.append(np.concatenate([self._quantised(slice(i, i + _BLOCK)) for i in starts]))
+        return self.kept[0][block]
+
+    def _quantised(self, block: slice) -> AnyLevels:
+        weights = self.flat[block].astype(np.float32, copy=False)
+        scale, multiplier = self._factors(block)
+        if isinstance(self.numbers, UniformNumbers):
+            levels = self.engine.uniform_levels(weights, scale, self.numbers.step, self.numbers.thresholds)
+            return self._finite(levels, scale, multiplier)
+        assert isinstance(self.numbers, WeighedNumbers)
+        assert self.weights is not None
+        magnitudes = np.abs(weights)
+        if scale is not None:
+            magnitudes = scaled_down(magnitudes, scale)
+        levels = self.numbers(magnitudes, self.weights[block]) * np.uint32(2)
+        return self._finite(levels + (np.signbit(weights) & (levels > 0)), scale, multiplier)
+
+    def _finite(self, levels: AnyLevels, scale: F32 | None, multiplier: F32 | None) -> AnyLevels:
+        """The levels of a `Uniform`, those lowered that a reader would not make finite."""
+        reconstruction, one = self.reconstruction, levels.dtype.type(1)
+        if not len(levels) or reconstruction.is_finite(int(levels.max()) >> 1, scale, multiplier):
+            return levels
+        nearest = levels >> one
+        numbers = reconstruction.lowered(nearest, scale, multiplier)
+        lost = (numbers == 0) & (nearest > 0)
+        if self.given_step and lost.any():
+            at = int(np.flatnonzero(lost)[0])
+            factor = "" if scale is None else f" times the scale factor {scale[at]!s}"
+            assert isinstance(self.quantiser, Uniform)
+            raise OptionError(
+                f"a step of {self.quantiser.step!s}{factor} is too great for {self.dtype.name}; "
+                "use a smaller step"
+            )
+        return np.asarray(numbers << one | (levels & one & (numbers > 0)), levels.dtype)
+
+    def mean_error(self, mask: Mask | None) -> float:
+        """The mean of the squared errors of the survivors, weighed by `weights`, before any importance
+        multiplies.
+
+        Args:
+            mask: the survivors, flat; None: what is not zero.
+        """
+        error, count = 0.0, 0
+        for start in range(0, len(self.flat), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(self.flat)))
+            originals = self.flat[block].astype(np.float64)
+            alive = originals != 0 if mask is None else mask[block]
+            levels = self.levels(block, None)
+            numbers = levels >> levels.dtype.type(1)
+            scale, _ = self._factors(block)
+            values = self.reconstruction.values(numbers, scale, None).astype(np.float64)
+            squares = np.square(np.abs(originals) - values)[alive]
+            error += exact_sum(squares if self.weights is None else squares * self.weights[block][alive])
+            count += len(squares)
+        return error / max(count, 1)
+
+    def _factors(self, block: slice) -> tuple[F32 | None, F32 | None]:
+        """What the numbers of a block are multiplied by: scale factors and importances, or None."""
+        block = slice(block.start, min(block.stop, len(self.flat)))
+        scale = None if self.scaling is None else self.scaling.of(np.arange(block.start, block.stop))
+        return scale, None if self.multiplier is None else self.multiplier(block)
+
+
+@dataclass(frozen=True)
+class ValueSource:
+    """Numbers of a lossless table: every magnitude of the tensor is a centroid, and all but +0 survives.
+
+    Attributes:
+        flat: the tensor.
+        dtype: its dtype.
+        magnitudes: the patterns of its magnitudes, ascending.
+        centroids: the same as numbers.
+        kept: the levels of all positions, if they were made and kept.
+        kept_zero: 1 where they were made when the magnitude 0 was still there, else 0.
+    """
+
+    flat: Flat
+    dtype: Dtype
+    magnitudes: Patterns
+    centroids: F32
+    engine: Engine
+    kept: AnyLevels | None = None
+    kept_zero: int = 0
+
+    @property
+    def quantiser(self) -> Quantiser:
+        return Table(len(self.centroids))
+
+    def survives(self, block: slice) -> Mask:
+        return np.asarray(float_patterns(self.flat[block], self.dtype) != 0)
+
+    def count_survivors(self) -> int:
+        return int(np.count_nonzero(float_patterns(self.flat, self.dtype)))
+
+    def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        if self.kept is not None:
+            levels = self.kept[block] if mask is None else self.engine.chosen(self.kept[block], mask)
+            return levels - levels.dtype.type(2 * self.kept_zero) if self.kept_zero else levels
+        patterns = float_patterns(self.flat[block], self.dtype)
+        if mask is not None:
+            patterns = self.engine.chosen(patterns, mask)
+        count = 2 * len(self.magnitudes)
+        meanings = np.arange(count, dtype=np.min_scalar_type(max(count - 1, 0)))
+        return self.engine.translate(patterns, self.magnitudes, meanings)
+
+    def with_kept_levels(self, workers: Workers) -> ValueSource:
+        """The same, its levels made: for a caller that needs them both with and without a mask."""
+        if len(self.flat) > _KEPT_LEVELS:
+            return self
+        return replace(self, kept=_all_levels(self, len(self.flat), workers))
+
+    def of_survivors(self, mask: Mask | None) -> ValueSource:
+        """The same with the centroids of the survivors alone, one at least (R-CAN-007).
+
+        Args:
+            mask: the caller's, flat; None: all but +0 survives.
+        """
+        if mask is None:
+            gone = int(self._has_positive_zero_alone() and len(self.magnitudes) > 1)
+            return replace(
+                self, magnitudes=self.magnitudes[gone:], centroids=self.centroids[gone:], kept_zero=gone
+            )
+        occur = np.zeros(len(self.magnitudes), np.bool_)
+        for start in range(0, len(self.flat), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            levels = self.levels(block, mask[block])
+            occur |= np.bincount(levels >> levels.dtype.type(1), minlength=len(occur)) > 0
+        occur[0] |= not occur.any()
+        return replace(self, magnitudes=self.magnitudes[occur], centroids=self.centroids[occur], kept=None)
+
+    def _has_positive_zero_alone(self) -> bool:
+        """Whether +0 occurs and -0 does not."""
+        if self.magnitudes[0]:
+            return False
+        negative = self.dtype.pattern.type(1 << (self.dtype.bits - 1))
+        return not (float_patterns(self.flat, self.dtype) == negative).any()
+
+
+def _all_levels(source: ExactSource | ValueSource, positions: int, workers: Workers) -> AnyLevels:
+    """The levels of all positions of a tensor."""
+    blocks = (slice(start, start + _BLOCK) for start in range(0, positions, _BLOCK))
+    return np.concatenate(list(workers.map(lambda block: source.levels(block, None), blocks)))
+
+
+def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: Engine) -> ValueSource | None:
+    """The source of a tensor whose magnitudes are few, finite and float32; None for any other."""
+    if magnitudes is None or not len(magnitudes):
+        return None
+    exact = magnitudes.view(dtype.numpy)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = exact.astype(np.float32)
+    if not np.isfinite(values).all() or not np.array_equal(values.astype(dtype.numpy), exact):
+        return None
+    return ValueSource(flat, dtype, magnitudes, values, engine)

@@ -1,0 +1,478 @@
+"""Choosing the classes of a tensor's streams from what one pass over their levels counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from ..coding.bits import MAX_FIELD_BITS
+from ..coding.classes import (
+    CLASS_COST,
+    FRACTION,
+    Histogram,
+    Layout,
+    add_histograms,
+    constant_layout,
+    entropies,
+    entropy_bits,
+    histogram,
+)
+from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
+from ..coding.counts import Rows
+from ..coding.exact import Patterns
+from ..coding.magnitudes import magnitude_bits
+from ..coding.mask import Mask
+from ..coding.planes import AnyLevels, Counts, trims_of
+from ..coding.quantiser import patterns_to_levels
+from ..dtypes import Dtype
+from ..engines import Engine
+from ..errors import OptionError
+from ..io.threads import Workers
+from ..options import Options
+from .blocks import Blocks
+from .codes import (
+    MAX_CODES_TRIED,
+    Choice,
+    LevelBlocks,
+    SymbolCounter,
+    SymbolCounts,
+    choose_codes,
+    count_symbols,
+    one_class,
+    total_of,
+)
+from .zeros import cheaper_with_zeros
+
+# Classes of paired levels: the square of this must leave room for 256 used symbols in a short table.
+_PAIR_CLASSES = 20
+# A further mantissa bit joins the class of an exact stream only where it saves this part of the whole:
+# residuals of whole bytes decode faster.
+_MANTISSA_GAIN = 0.0075
+# Whether it does is judged on this part of each chunk, of this many levels at least.
+_JUDGED_PART, _JUDGED_LEVELS = 16, 4096
+# An exact stream has a code for so many levels, and so many codes, at most: further ones save 0.02 %, and to
+# make a reader's table of one takes as long as to decode 20,000 levels.
+_LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
+# Patterns of which the least bits are found at once.
+_BOUND_BLOCK = 1 << 16
+# About what trims cost in the segment index, in bits a segment.
+_TRIM_BITS = 5
+# Where a class for each number makes no more than this, by group, and levels are many, no other layout is
+# tried: what it saves is a part of the table.
+_FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
+_MANY_LEVELS = 1 << 16
+# A stream of numbers whose range is greater is not counted number by number in each segment.
+_MOST_COLUMNS = 1024
+# Numbers of more bits than this gain less by pairs than a second try takes time.
+_PAIR_BITS = 3
+
+
+@dataclass(frozen=True)
+class MaskChoice:
+    """How the mask is coded."""
+
+    kind: str
+    polarity: int
+    choice: Choice
+
+
+def _no_levels(blocks: LevelBlocks) -> Choice:
+    """The table of a stream without levels."""
+    return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)
+
+
+# -------------------------------------------------------------------------------------------- exact streams
+
+
+class _ChunkSurvey(NamedTuple):
+    """What an exact stream's levels in a chunk tell.
+
+    Attributes:
+        counts: levels of each segment.
+        zeros: see `planes.shared_zeros`.
+        first, last: of the classes that occur; -1 where none does.
+        rows: how often each class from the first to the last occurs in each segment; None where they are too
+            many to be coded.
+        totals: the same of all segments.
+        fine: how often each fine class occurs in a part of the levels, or None.
+    """
+
+    counts: Counts
+    zeros: Counts
+    first: int = -1
+    last: int = -1
+    rows: Rows | None = None
+    totals: Histogram | None = None
+    fine: Histogram | None = None
+
+
+def _survey_chunk(
+    patterns: Patterns, counts: Counts, bits: int, width: int, engine: Engine, fine: int | None
+) -> _ChunkSurvey:
+    """Surveys a chunk; see `_ExactSurvey` for the arguments."""
+    survey = _ChunkSurvey(counts, engine.exact_zeros(patterns, counts))
+    if not len(patterns):
+        return survey._replace(rows=np.zeros((len(counts), 0), np.int32))
+    if fine is not None:
+        part = patterns[: max(len(patterns) // _JUDGED_PART, _JUDGED_LEVELS)]
+        seen = engine.count_exact(part, np.array([len(part)]), fine, 0, 1 << (bits - fine))
+        survey = survey._replace(fine=seen[0].astype(np.int64))
+    least, most = 0, 1 << (bits - width)
+    if most > MAX_CLASSES[1]:
+        levels = patterns_to_levels(patterns)
+        least = int(levels.min()) >> width
+        most = (int(levels.max()) >> width) - least + 1
+    if most > MAX_CLASSES[1]:  # too many to be coded
+        return survey._replace(first=least, last=least + most - 1)
+    rows = engine.count_exact(patterns, counts, width, least, most)
+    totals = total_of(rows)
+    used = np.flatnonzero(totals)
+    first, stop = int(used[0]), int(used[-1]) + 1
+    return survey._replace(
+        first=least + first, last=least + stop - 1, rows=rows[:, first:stop], totals=totals[first:stop]
+    )
+
+
+class _ExactSurvey:
+    """What one pass over the levels of an exact stream tells.
+
+    Attributes:
+        width: residual bits of the classes that are counted.
+        first, last: of the classes that occur; -1 where none does.
+        zeros: for each chunk `planes.shared_zeros`, and how many levels each segment has.
+    """
+
+    def __init__(
+        self, blocks: LevelBlocks, bits: int, width: int, engine: Engine, fine: int | None = None
+    ) -> None:
+        """Goes through the bit patterns.
+
+        Args:
+            blocks: exact.
+            bits: of a level.
+            width: residual bits of the classes to count in each segment.
+            fine: residual bits of classes to count in a part of the levels, or None.
+        """
+        self.width, self.first, self.last = width, -1, -1
+        self.zeros: list[tuple[Counts, Counts]] = []
+        self._counter = SymbolCounter(blocks.segments)
+        self._fine = np.zeros(0, np.int64)
+        work = partial(_survey_chunk, bits=bits, width=width, engine=engine, fine=fine)
+        for chunk in blocks.map(work):
+            self.zeros.append((chunk.zeros, chunk.counts))
+            if chunk.first >= 0:
+                self._see(chunk.first, chunk.last)
+            if chunk.rows is not None:
+                self._counter.add(max(chunk.first, 0), chunk.rows, chunk.totals)
+            if chunk.fine is not None:
+                self._fine = add_histograms(self._fine, chunk.fine)
+
+    def _see(self, first: int, last: int) -> None:
+        self.first = first if self.first < 0 else min(self.first, first)
+        self.last = max(self.last, last)
+
+    def fits(self, bound: int) -> bool:
+        """Whether the classes can be coded: they are not too many, and none reaches the bound."""
+        return (self.last + 1) << self.width <= bound and self.last - self.first < MAX_CLASSES[1]
+
+    def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
+        """The counts of the classes from the first used to the last, and these as a layout."""
+        classes = self.last - self.first + 1
+        layout = Layout(self.first << self.width, bytes([self.width]) * classes)
+        return self._counter.counts(self.first, classes), layout
+
+    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
+        """For classes of each width, the finest first: about a level's bits, and how often each occurs."""
+        widths = [self._fine]
+        for _ in range(fine, coarsest):
+            widths.append(widths[-1][0::2] + widths[-1][1::2])
+        levels = int(self._fine.sum())
+        for i, bits in enumerate(entropies(widths)):
+            yield fine + i, bits / (levels << FRACTION) + fine + i, widths[i]
+
+
+def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
+    """The table of an exact stream: classes of one width, by how many mantissa bits join the class.
+
+    No class may reach the stream's ``bound``, not even where no level occurs (R-TAB-008).
+    """
+    fine, width = _widths(dtype, options)
+    survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
+    if survey.last < 0:
+        return _no_levels(blocks)
+    best = _judged_width(survey, fine, width, bound, options)
+    widest = min(dtype.bits, MAX_FIELD_BITS)
+    for candidate in (*range(best, widest + 1), *range(best - 1, 0, -1)):
+        if candidate != survey.width:
+            survey = _ExactSurvey(blocks, dtype.bits, candidate, engine)
+        if not survey.fits(bound):
+            continue
+        counts, layout = survey.symbol_counts()
+        if len(layout.extra) == 1:
+            choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
+        else:
+            choice = choose_codes(blocks, counts, layout, 1, options, engine, most=_exact_codes(counts))
+        if choice is not None:
+            saved = -_TRIM_BITS * blocks.segments
+            if options.trim:
+                saved += sum(int(trims_of(zeros, candidate) @ counts) for zeros, counts in survey.zeros)
+            if saved > 0:
+                choice = replace(choice, bits=choice.bits - saved, trim=True)
+            if survey.first > 0:
+                return choice  # the class of zeros does not occur
+            widths, first = range(candidate, min(fine, candidate) - 1, -1), int(counts.total[0])
+            return cheaper_with_zeros(
+                choice, blocks, widths, bound, options, engine, _exact_codes(counts), first
+            )
+    raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
+
+
+def _exact_codes(counts: SymbolCounts) -> int:
+    """The most codes of an exact stream."""
+    return max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
+
+
+def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
+    """The least and the greatest residual bits that are judged: mantissa bits may join the class."""
+    whole = dtype.bits - dtype.exponent_bits  # the width where the class is the exponent
+    if options.mantissa_bits is None:
+        return max(whole - 3, 1), whole
+    width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
+    return width, width
+
+
+def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Options, engine: Engine) -> bool:
+    """Whether `choose_exact` would surely take more than so many bits for all patterns but +0.
+
+    The residuals of weights alone have at least the judged width, less what trims leave out; those of -0 may
+    have none.
+    """
+    if options.code_limit < 8:  # codes may then be too short for classes of that width
+        return False
+    fine, _ = _widths(dtype, options)
+    least, low = 0, magnitude_bits(patterns.dtype)
+    for start in range(0, len(patterns), _BOUND_BLOCK):
+        block = patterns[start : start + _BOUND_BLOCK]
+        # All segments are made of whole ones of this size, whose trims are at least as great.
+        counts = np.full(-(-len(block) // 32), 32, np.int64)
+        counts[-1] -= 32 * len(counts) - len(block)
+        trims = trims_of(engine.exact_zeros(block, counts), fine) if options.trim else 0
+        least += int((engine.survivors(block & low != 0, counts) * (fine - trims)).sum())
+        if least > bits:
+            return True
+    return False
+
+
+def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
+    """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
+    best: tuple[float, int] | None = None
+    for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
+        used = np.flatnonzero(counts)
+        few = len(used) <= min(MAX_SYMBOLS, 1 << options.code_limit)
+        fits = int(used[-1] + 1) << candidate <= bound and used[-1] - used[0] < MAX_CLASSES[1]
+        if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
+            best = min(best[0], bits) if best else bits, candidate
+    return width if best is None else best[1]
+
+
+# ------------------------------------------------------------------------------------------ numbers, masks
+
+
+def choose_numbers(
+    blocks: LevelBlocks,
+    bound: int,
+    options: Options,
+    engine: Engine,
+    *,
+    signed: bool,
+    zero_first: bool = False,
+) -> Choice:
+    """The table of a stream of numbers (with signs: levels 2m + s): dyadic classes, single or paired.
+
+    Args:
+        blocks, bound: the stream, and the bound on its levels.
+        signed: whether levels have signs.
+        zero_first: whether the number 0 is the magnitude 0, whose two levels are kept apart.
+    """
+    sign = 1 if signed else 0
+    counts = _number_counts(blocks, sign, engine)
+    if not counts.total.any():
+        return _no_levels(blocks)
+    if options.is_plain:
+        plain = _plain_layout(counts.total, bound, sign)
+        if plain is not None:
+            return one_class(blocks, plain, int(counts.total.sum()))
+    best: Choice | None = None
+    for group in _groups(counts.total, options):
+        for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
+            found = _choice(blocks, counts, layout, sign, group, options, engine)
+            if found and (best is None or found.bits < best.bits):
+                best = found
+    if best is None and options.group == 2:
+        single = options.but(group=1)
+        return choose_numbers(blocks, bound, single, engine, signed=signed, zero_first=zero_first)
+    if best is None:
+        raise OptionError("no class layout for this stream; allow longer codes")
+    if zero_first and counts.total[0]:
+        widths, first = range(1, 0, -1), int(counts.total[0])
+        return cheaper_with_zeros(best, blocks, widths, bound, options, engine, MAX_CODES_TRIED, first)
+    return best
+
+
+def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
+    """One class for all numbers, the least that it must have; None where that would reach the bound."""
+    used = np.flatnonzero(counts)
+    first, stop = int(used[0]) << sign, int(used[-1] + 1) << sign
+    bits = (stop - first - 1).bit_length()
+    return Layout(first, bytes([bits])) if first + (1 << bits) <= bound else None
+
+
+def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
+    """How often each number from 0 on occurs; in each segment only where none is great."""
+
+    def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
+        greatest = int(levels.max()) >> sign if len(levels) else -1
+        if greatest >= 1 << 24:
+            raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
+        if greatest >= _MOST_COLUMNS:
+            return histogram(levels >> levels.dtype.type(sign)), None
+        rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
+        return total_of(rows), rows
+
+    counter = SymbolCounter(blocks.segments)
+    total, wide = np.zeros(0, np.int64), False
+    for totals, rows in blocks.map(count):
+        total = add_histograms(total, totals)
+        wide = wide or rows is None
+        if rows is not None and not wide:
+            counter.add(0, rows, totals)
+    if wide:
+        return SymbolCounts(total, np.zeros((0, len(total)), np.int32), blocks.segments, None)
+    return counter.counts(0, len(total))
+
+
+def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
+    """The groups to try."""
+    if options.group:
+        return (options.group,)
+    bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
+    return (1, 2) if bits <= _PAIR_BITS else (1,)
+
+
+def _layouts(
+    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
+) -> list[Layout]:
+    """The layouts to try."""
+    singles = _singles(counts, signed)
+    many = int(counts.sum()) >= _MANY_LEVELS
+    if many and singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
+        return [singles]
+    fitting = _fitting_layout(counts, limit, signed, group, options, engine)
+    return [layout for layout in {fitting: None, singles: None} if layout is not None]
+
+
+def _choice(
+    blocks: LevelBlocks,
+    counts: SymbolCounts,
+    layout: Layout,
+    sign: int,
+    group: int,
+    options: Options,
+    engine: Engine,
+) -> Choice | None:
+    """The best codes of a layout; ``counts`` are those of numbers."""
+    if len(layout.extra) == 1:
+        return one_class(blocks, layout, int(counts.total.sum()))
+    if len(layout.extra) > MAX_CLASSES[group]:
+        return None
+    if group == 2 or not len(counts.sample):
+        of_symbols = count_symbols(blocks, layout, group, engine)
+    else:
+        sizes = np.int64(1) << (np.frombuffer(layout.extra, np.uint8).astype(np.int64) - sign)
+        of_symbols = counts.summed((layout.base >> sign) + np.cumsum(sizes) - sizes)
+    return choose_codes(blocks, of_symbols, layout, group, options, engine)
+
+
+def _fitting_layout(
+    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
+) -> Layout | None:
+    """The best layout with as few classes as groups of that size allow."""
+    most = _PAIR_CLASSES if group == 2 else min(MAX_SYMBOLS, 1 << options.code_limit)
+    for doubling in range(16):
+        layout = engine.best_layout(counts, signed, limit, CLASS_COST << doubling)
+        if len(layout.extra) <= most:
+            return layout
+    return None
+
+
+def _singles(counts: Histogram, signed: bool) -> Layout | None:
+    """A class for each number: all residuals have one width, so the index need not say how long they are."""
+    used = np.flatnonzero(counts)
+    sign = 1 if signed else 0
+    if used[-1] - used[0] >= MAX_SYMBOLS:
+        return None
+    return Layout(int(used[0]) << sign, bytes([sign]) * int(used[-1] - used[0] + 1))
+
+
+def choose_mask(
+    blocks: Blocks,
+    mask_of: Callable[[slice], Mask],
+    density: float,
+    options: Options,
+    engine: Engine,
+    workers: Workers,
+) -> MaskChoice:
+    """The kind, polarity and table of a mask.
+
+    Args:
+        blocks: the tensor's chunks.
+        mask_of: gives the mask of a chunk.
+        density: survivors a position.
+    """
+    polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
+    kind = options.mask
+    if kind not in ("runs", "octets"):
+        kind = "octets" if 0.08 <= density <= 0.92 else "runs"
+    if options.is_plain:
+        kind = "octets"
+    segments = -(-blocks.positions // blocks.segment)
+    stream = LevelBlocks(
+        segments,
+        blocks,
+        lambda block, counts: engine.encode_mask(kind, polarity, mask_of(block), counts),
+        workers=workers,
+    )
+    if kind == "runs":
+        return MaskChoice("runs", polarity, choose_numbers(stream, 1 << 16, options, engine, signed=False))
+    counter = SymbolCounter(segments)
+    for rows in stream.map(lambda levels, counts: engine.count_classes(levels, counts, 0, 0, 256)):
+        counter.add(0, rows)
+    octets = counter.counts(0, 256)
+    if not octets.total.any():
+        return MaskChoice("octets", 0, _no_levels(stream))
+    if options.is_plain:
+        return MaskChoice("octets", 0, one_class(stream, _BITMAP, int(octets.total.sum())))
+    layout = constant_layout(octets.total, 0)
+    first, stop = layout.base, layout.base + len(layout.extra)
+    used = SymbolCounts(
+        octets.total[first:stop],
+        octets.sample[:, first:stop],
+        segments,
+        None if octets.rows is None else octets.rows[:, first:stop],
+    )
+    choice = None
+    if len(layout.extra) > 1:
+        choice = choose_codes(stream, used, layout, 1, options, engine, _POPCOUNT[first:stop])
+    else:
+        choice = one_class(stream, layout, int(octets.total.sum()))
+    if choice is None:
+        choice = one_class(stream, _BITMAP, int(octets.total.sum()))
+    return MaskChoice("octets", 0, choice)
+
+
+_BITMAP = Layout(0, b"\x08")
+_POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)

@@ -1,0 +1,123 @@
+"""Mask levels to mask bits, and survivors to their positions (SPEC.md chapter 10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiling import kernel
+from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
+from .memory import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
+
+# Bytes ahead of what is written that are fetched meanwhile.
+_AHEAD = 1024
+
+OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
+
+
+@kernel
+def mask_of_levels(
+    kind: int, levels: Any, count: int, positions: int, survivors: int, bits: Any, at: int
+) -> bool:
+    """The mask bits of a segment; False where they break R-MSK-004 to R-MSK-006.
+
+    Args:
+        kind: one of the constants above.
+        levels: uint64, ``count`` of them.
+        bits: uint8, filled from byte ``at`` on, all zero before; a multiple of 4 bytes a segment.
+    """
+    if kind == OCTETS:
+        for i in range(count):
+            bits[at + i] = np.uint8(levels[i])
+        if positions & 7 and bits[at + count - 1] >> np.uint8(positions & 7):
+            return False
+    else:
+        if kind == RUNS_OF_PRUNED:
+            for i in range(positions >> 3):
+                bits[at + i] = 255
+            if positions & 7:
+                bits[at + (positions >> 3)] = (1 << (positions & 7)) - 1
+        p = np.int64(-1)
+        for i in range(count):
+            p += np.int64(levels[i]) + 1
+            if p >= positions:
+                return False
+            bits[at + (p >> 3)] ^= np.uint8(1 << (p & 7))
+    return _count_mask(bits, at, positions) == survivors
+
+
+@kernel
+def mask_of_slots(
+    first: Any, slots: Any, place: int, count: int, positions: int, survivors: int, bits: Any, at: int
+) -> bool:
+    """As `mask_of_levels` for octets of classes without residuals: each slot stands for one octet.
+
+    Args:
+        first: uint64 [256], the first level of each slot.
+        slots, place: the segment's slots begin at ``slots[place]``.
+    """
+    for i in range(count):
+        bits[at + i] = np.uint8(first[slots[place + i]])
+    if positions & 7 and bits[at + count - 1] >> np.uint8(positions & 7):
+        return False
+    return _count_mask(bits, at, positions) == survivors
+
+
+@kernel
+def _count_mask(bits: Any, at: int, positions: int) -> int:
+    """How many mask bits of a segment are one."""
+    found = np.int64(0)
+    for word in range((positions + 31) >> 5):
+        found += np.int64(count_ones(np.uint64(load32(bits, at + 4 * word))))
+    return found
+
+
+@kernel
+def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
+    """The positions in its segment of each survivor, into ``places`` (int64)."""
+    i = 0
+    for start in range(0, positions, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        while word:
+            places[i] = start + np.int64(trailing_zeros(word))
+            word &= word - np.uint64(1)
+            i += 1
+
+
+@kernel
+def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any, to: int) -> None:
+    """Writes the survivors of a segment to their positions and zero to all others.
+
+    Args:
+        values: uint8, the survivors' bit patterns of ``item`` bytes each; room for 8 more.
+        out: uint8, written from byte ``to`` on.
+    """
+    i, whole = np.int64(0), np.int64(0)
+    if (item == 2 and WAY2 != ONE_BY_ONE) or (item == 4 and WAY4 != ONE_BY_ONE):
+        whole = positions & -32
+    for start in range(0, whole, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        prefetch(out, to + item * start + _AHEAD)
+        if item == 4:
+            expand4(values, 4 * i, word, out, to + 4 * start)
+        else:
+            expand2(values, 2 * i, word, out, to + 2 * start)
+        i += np.int64(count_ones(word))
+    # From survivor to survivor, even where half the positions survive: a loop over all positions has to wait
+    # at each for the one before.
+    out[to + whole * item : to + positions * item] = 0
+    for start in range(whole, positions, 32):
+        word = np.uint64(load32(bits, at + (start >> 3)))
+        while word:
+            p = start + np.int64(trailing_zeros(word))
+            if item == 2:
+                store16(out, to + 2 * p, load16(values, 2 * i))
+            elif item == 4:
+                store32(out, to + 4 * p, load32(values, 4 * i))
+            elif item == 1:
+                out[to + p] = values[i]
+            else:
+                store64(out, to + 8 * p, load64(values, 8 * i))
+            word &= word - np.uint64(1)
+            i += 1

@@ -1,0 +1,56 @@
+"""Files read at any place, from any thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from io import FileIO
+
+from ..errors import ClosedFileError
+from .closing import Closing
+
+
+class PositionalFile(Closing):
+    """A file read by `os.preadv`: no shared position, and no mapped pages that count as memory.
+
+    Attributes:
+        length: bytes that the file had when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens a file.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._file = FileIO(os.fspath(path))
+        weakref.finalize(self, self._file.close)  # a forgotten one is closed without a warning
+        self.length = os.fstat(self._file.fileno()).st_size
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fills a buffer from ``offset`` on; returns how many bytes there were, fewer only at the file's end.
+
+        Raises:
+            ClosedFileError: the file was closed.
+            OSError: it cannot be read.
+        """
+        if self._file.closed:
+            raise ClosedFileError("the file is closed")
+        filled = 0
+        while filled < len(view):
+            got = os.preadv(self._file.fileno(), [view[filled:]], offset + filled)
+            if got == 0:
+                break
+            filled += got
+        return filled
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._file.closed
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):  # all that was read is there
+            self._file.close()

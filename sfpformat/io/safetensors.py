@@ -1,0 +1,351 @@
+"""Safetensors files: their header under bounds checks, one tensor at a time, and a streaming writer.
+
+Rules: nothing is mapped into memory, so that a checkpoint of any size costs the memory of its largest tensor.
+A file begins with the length of its header (u64, little-endian) and the header, a JSON object: tensor name ->
+dtype, shape and the place in the data, which fill the rest of the file without holes or overlaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..dtypes import DTYPES, Dtype, of_numpy
+from ..errors import MissingTensorError, SfpError, SfpWarning
+from ..names import quoted
+from .closing import Closing
+from .positional import PositionalFile
+
+# The reference implementation refuses longer headers.
+MAX_HEADER_BYTES = 100_000_000
+_LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+# Of the dtypes that the two formats know, safetensors has all but this one.
+_NOT_IN_SAFETENSORS = frozenset({"C128"})
+# Dtypes of safetensors whose elements have fewer bits than a byte -> those bits. SPEC.md 25.1 reserves their
+# names; their tensors are held as the bytes that they are packed into.
+SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+
+class SafetensorsError(SfpError):
+    """A safetensors file or index is damaged, or cannot hold what it was asked to hold."""
+
+
+class SubByte(NamedTuple):
+    """What safetensors says of a tensor whose elements are smaller than a byte: a key of `SUB_BYTE_BITS`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def as_bytes(self) -> tuple[int, ...] | None:
+        """The shape of its bytes, None where the last byte would not be full.
+
+        It is that of the elements with a shorter last dimension where rows are whole bytes, else flat.
+        """
+        bits = SUB_BYTE_BITS[self.dtype]
+        size = math.prod(self.shape) * bits
+        if size % 8:
+            return None
+        if self.shape and self.shape[-1] * bits % 8 == 0:
+            return (*self.shape[:-1], self.shape[-1] * bits // 8)
+        return (size // 8,)
+
+
+class TensorSpec(NamedTuple):
+    """A tensor before its data are there.
+
+    Attributes:
+        name: of the tensor.
+        dtype, shape: of its array.
+        sub_byte: what the array's bytes stand for, where safetensors has a dtype for it and we have none.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    sub_byte: SubByte | None = None
+
+    @property
+    def words(self) -> str:
+        """Dtype and shape as safetensors has them."""
+        dtype, shape = self.sub_byte or (self.dtype.name, self.shape)
+        return f"{dtype} {list(shape)}"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data, in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of a safetensors file says, checked.
+
+    Attributes:
+        tensors: name -> what it is, in the order of the data.
+        starts: name -> file offset of the tensor's first byte.
+        metadata: the strings under ``__metadata__``.
+        sha256: of the header's bytes, as hex.
+    """
+
+    tensors: dict[str, TensorSpec]
+    starts: dict[str, int]
+    metadata: dict[str, str]
+    sha256: str
+
+
+# ---------------------------------------------------------------------------------------------- header
+
+
+def strict_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object in which no key comes twice and every number is an integer or finite.
+
+    Args:
+        data: UTF-8.
+        what: how errors call it.
+
+    Raises:
+        SafetensorsError: it is not that.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except RecursionError:
+        raise SafetensorsError(f"{what} is nested too deep") from None
+    except UnicodeDecodeError:
+        raise SafetensorsError(f"{what} is not UTF-8") from None
+    except ValueError as error:
+        raise SafetensorsError(f"{what} is not the JSON that it should be: {error}") from None
+    if not isinstance(value, dict):
+        raise SafetensorsError(f"{what} is not a JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"the key {twice!r} comes twice")
+    return found
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a number of JSON")
+
+
+def parse_header(data: bytes, data_bytes: int) -> Header:
+    """The header of a file.
+
+    Args:
+        data: the header's bytes, without its length.
+        data_bytes: how many bytes follow it in the file.
+
+    Raises:
+        SafetensorsError: it is damaged, or the tensors do not fill the data exactly.
+    """
+    fields = strict_json(data, "the safetensors header")
+    metadata = _metadata(fields.pop(_METADATA, {}))
+    found: list[tuple[int, int, TensorSpec]] = []
+    for name, value in fields.items():
+        spec = _spec(name, value)
+        start, stop = _size_list(name, value, "data_offsets", 2)
+        if stop - start != spec.nbytes:
+            raise SafetensorsError(
+                f"tensor {quoted(name)}: data_offsets cover {stop - start} bytes, its shape and dtype "
+                f"{spec.nbytes}"
+            )
+        found.append((start, stop, spec))
+    found.sort(key=lambda place: place[:2])
+    end = 0
+    for start, stop, spec in found:
+        if start != end:
+            word = "overlaps the tensor before it" if start < end else "leaves a hole before it"
+            raise SafetensorsError(f"tensor {quoted(spec.name)} {word}: it starts at {start}, not at {end}")
+        end = stop
+    if end != data_bytes:
+        word = "is cut off" if end > data_bytes else "goes on after the last tensor"
+        raise SafetensorsError(
+            f"the file {word}: it has {data_bytes:,} bytes of data, the header names {end:,}; get it again"
+        )
+    base = _LENGTH.size + len(data)
+    return Header(
+        {spec.name: spec for _, _, spec in found},
+        {spec.name: base + start for start, _, spec in found},
+        metadata,
+        hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _metadata(value: object) -> dict[str, str]:
+    if value is None:  # as the reference implementation has it
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise SafetensorsError(f"{_METADATA} of the safetensors header must map strings to strings")
+    return value
+
+
+def _spec(name: str, value: object) -> TensorSpec:
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= set(value):
+        raise SafetensorsError(f"tensor {quoted(name)}: the header must give dtype, shape and data_offsets")
+    shape = tuple(_size_list(name, value, "shape", None))
+    if math.prod(size or 1 for size in shape) >= 1 << 63:
+        raise SafetensorsError(f"tensor {quoted(name)}: a shape of {list(shape[:32])} is too large")
+    word = value["dtype"]
+    if isinstance(word, str) and word in SUB_BYTE_BITS:
+        sub_byte = SubByte(word, shape)
+        of_bytes = sub_byte.as_bytes()
+        if of_bytes is None:
+            raise SafetensorsError(f"tensor {quoted(name)}: {word} {list(shape)} does not fill whole bytes")
+        return TensorSpec(name, DTYPES["U8"], of_bytes, sub_byte)
+    dtype = DTYPES.get(word) if isinstance(word, str) else None
+    if dtype is None or dtype.name in _NOT_IN_SAFETENSORS:
+        raise SafetensorsError(f"tensor {quoted(name)}: the dtype {quoted(word, 20)} is not known")
+    return TensorSpec(name, dtype, shape)
+
+
+def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) -> list[int]:
+    """A list of integers from 0 to 2^63 - 1 (``count`` of them, where that is given)."""
+    sizes = value[key]
+    good = isinstance(sizes, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+    if not good or (count is not None and len(sizes) != count):
+        raise SafetensorsError(f"tensor {quoted(name)}: {key} must be a list of sizes")
+    return list(sizes)
+
+
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The header's length and the header, padded to a multiple of 8, for tensors in that order."""
+    fields: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for spec in specs:
+        if spec.name in fields or spec.name == _METADATA:
+            raise SafetensorsError(f"{quoted(spec.name)} cannot be a tensor's name here, or comes twice")
+        if spec.dtype.name in _NOT_IN_SAFETENSORS:
+            raise SafetensorsError(f"tensor {quoted(spec.name)}: safetensors has no dtype {spec.dtype.name}")
+        offsets = [end, end + spec.nbytes]
+        dtype, shape = spec.sub_byte or (spec.dtype.name, spec.shape)
+        fields[spec.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += spec.nbytes
+    data = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    if len(data) > MAX_HEADER_BYTES:
+        raise SafetensorsError(f"the header would have {len(data):,} bytes, more than {MAX_HEADER_BYTES:,}")
+    return _LENGTH.pack(len(data)) + data
+
+
+def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The tensors, wide elements first, so that every tensor lies at a multiple of its element's size."""
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+class SafetensorsFile(Closing):
+    """An open safetensors file; a context manager. Each tensor is read when it is asked for."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Reads and checks the header.
+
+        Raises:
+            SafetensorsError: it is damaged.
+            OSError: the file cannot be read.
+        """
+        self.path = Path(path)
+        self._file = PositionalFile(path)
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> Header:
+        size = self._file.length
+        if size < _LENGTH.size:
+            raise SafetensorsError(f"not a safetensors file: it has only {size} bytes")
+        (length,) = _LENGTH.unpack(self._pread(0, _LENGTH.size).data)
+        rest = size - _LENGTH.size
+        if length > MAX_HEADER_BYTES:
+            raise SafetensorsError("not a safetensors file: its header would have more than 100 MB")
+        if length > rest:
+            raise SafetensorsError(f"cut off, or not safetensors: a header of {length} bytes, {rest} left")
+        return parse_header(self._pread(_LENGTH.size, length).tobytes(), rest - length)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """A tensor, in its dtype and shape (`ml_dtypes` gives BF16 and FP8), writable.
+
+        Any byte of a BOOL that is not 0 is true, as other readers have it; it becomes 1, with an
+        `SfpWarning`.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+            SafetensorsError: the file became shorter.
+            OSError: the file cannot be read.
+        """
+        if name not in self.header.tensors:
+            raise MissingTensorError(f"no tensor {quoted(name)} in the file")
+        spec = self.header.tensors[name]
+        data = self._pread(self.header.starts[name], spec.nbytes)
+        if spec.dtype.name == "BOOL" and spec.nbytes and data.max() > 1:
+            count = int(np.count_nonzero(data > 1))
+            words = f"tensor {quoted(name)}: {count:,} of its BOOLs are neither 0 nor 1; they are taken as 1"
+            warnings.warn(words, SfpWarning, stacklevel=2)
+            np.minimum(data, 1, out=data)
+        return data.view(spec.dtype.numpy).reshape(spec.shape)
+
+    def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """``size`` bytes from ``offset`` on, straight into their array."""
+        out = np.empty(size, np.uint8)
+        if self._file.read_into(out.data, offset) != size:
+            raise SafetensorsError("the file became shorter while it was read")
+        return out
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    file: BinaryIO,
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str],
+    arrays: Iterator[NDArray[np.generic]],
+) -> None:
+    """Writes a whole safetensors file, tensor by tensor.
+
+    Args:
+        file: written from where it stands.
+        specs: what the tensors are, in the order of the data; `in_aligned_order` gives a good one.
+        metadata: strings of the caller's own.
+        arrays: the tensors in the same order; each is let go before the next is asked for.
+
+    Raises:
+        SafetensorsError: an array is not what its spec says, or there are too few or too many.
+        OSError: the file cannot be written.
+    """
+    file.write(header_bytes(specs, metadata))
+    for spec in specs:
+        array = next(arrays, None)
+        if array is None or of_numpy(array.dtype) != spec.dtype or array.shape != spec.shape:
+            raise SafetensorsError(
+                f"tensor {quoted(spec.name)} is not {spec.dtype.name} {list(spec.shape)} as announced"
+            )
+        flat = np.ascontiguousarray(array, spec.dtype.numpy).reshape(-1)
+        if flat.nbytes:
+            file.write(flat.view(np.uint8).data)
+        del array, flat
+    if next(arrays, None) is not None:
+        raise SafetensorsError("more tensors than were announced")

@@ -1,0 +1,160 @@
+"""Where a reader's bytes come from: a file, bytes, an mmap, or any seekable binary object."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import Any, BinaryIO, Protocol, cast
+
+import numpy as np
+
+from ..errors import ClosedFileError, OptionError, fault
+from .positional import PositionalFile
+
+# More bytes in memory than these are not pickled.
+MOST_PICKLED = 1 << 26
+
+Buffer = bytes | bytearray | memoryview
+Readable = str | os.PathLike[str] | Buffer | BinaryIO
+
+
+class Source(Protocol):
+    """Random access to the bytes of a file, from any thread."""
+
+    length: int
+
+    def read(self, offset: int, size: int) -> Buffer:
+        """``size`` bytes from ``offset`` on.
+
+        Raises:
+            InvalidFileError: E_TRUNCATED when there are fewer; its offset is relative to ``offset``.
+        """
+
+    def again(self) -> str | bytes:
+        """What opens the same source in another process: a path, or bytes that are not many.
+
+        Raises:
+            OptionError: there is no such thing.
+            ClosedFileError: the source is closed.
+        """
+
+    def close(self) -> None:
+        """Closes what the source itself opened."""
+
+
+def open_source(readable: Readable) -> Source:
+    """The source for what a reader was given.
+
+    Raises:
+        OptionError: it is no path, bytes or stream; or a stream of text, a pipe, write-only or closed.
+        OSError: it cannot be read.
+    """
+    if isinstance(readable, (str, os.PathLike)):
+        return _FileSource(readable)
+    if _is_buffer(readable):
+        return _BufferSource(memoryview(cast(Buffer, readable)).cast("B"))
+    _require_readable(readable)
+    return _ObjectSource(cast(BinaryIO, readable))
+
+
+def _require_readable(stream: Any) -> None:
+    if isinstance(stream, io.TextIOBase) or not (hasattr(stream, "seek") and hasattr(stream, "read")):
+        kind = type(stream).__name__
+        raise OptionError(f"cannot read a {kind}: give a path, bytes, or a stream opened with mode 'rb'")
+    if getattr(stream, "closed", False):
+        raise OptionError("the stream is closed")
+    if hasattr(stream, "readable") and not stream.readable():
+        raise OptionError("the stream was opened for writing only; open it with mode 'rb'")
+    if hasattr(stream, "seekable") and not stream.seekable():
+        raise OptionError("the stream cannot seek (a pipe or socket?); give the bytes that it has")
+
+
+def _is_buffer(value: object) -> bool:
+    """Whether a value gives its bytes without reading (an mmap has `read`, but is one)."""
+    try:
+        memoryview(cast(Buffer, value))
+    except TypeError:
+        return False
+    return True
+
+
+def _require_all(data: Buffer, size: int) -> Buffer:
+    if len(data) != size:
+        raise fault("R-PRE-007", f"{size} bytes wanted, the file gave {len(data)}", offset=len(data))
+    return data
+
+
+class _FileSource:
+    """A file of the source's own."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.path.abspath(path)  # another process may have another folder as its own
+        self._file = PositionalFile(path)
+        self.length = self._file.length
+
+    def read(self, offset: int, size: int) -> Buffer:
+        # Not a bytearray, which would be filled with zeros first.
+        view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
+        return _require_all(view[: self._file.read_into(view, offset)], size)
+
+    def again(self) -> str:
+        if self._file.closed:
+            raise ClosedFileError(f"{self._path} is closed and cannot be pickled")
+        return self._path
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BufferSource:
+    """Bytes in memory; what is read is a view of them."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view: memoryview | None = view
+        self.length = len(view)
+
+    def read(self, offset: int, size: int) -> Buffer:
+        if self._view is None:
+            raise ClosedFileError("the file is closed")
+        return _require_all(self._view[offset : offset + size], size)
+
+    def again(self) -> bytes:
+        if self._view is None:
+            raise ClosedFileError("the file is closed and cannot be pickled")
+        if self.length > MOST_PICKLED:
+            raise OptionError(
+                f"a file of {self.length:,} bytes in memory is not pickled, {MOST_PICKLED:,} at most are; "
+                "open it by its path"
+            )
+        return bytes(self._view)
+
+    def close(self) -> None:
+        self._view = None
+
+
+class _ObjectSource:
+    """A seekable binary object; the caller's own, so it is not closed here."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream: BinaryIO | None = stream
+        self._lock = threading.Lock()
+        self.length = stream.seek(0, os.SEEK_END)
+
+    def read(self, offset: int, size: int) -> Buffer:
+        if self._stream is None:
+            raise ClosedFileError("the file is closed")
+        size_there = min(size, max(self.length - offset, 0))
+        with self._lock:
+            self._stream.seek(offset)
+            parts, left = [], size_there
+            while left > 0 and (part := self._stream.read(left)):
+                parts.append(part)
+                left -= len(part)
+        return _require_all(b"".join(parts), size)
+
+    def again(self) -> str:
+        raise OptionError("a file that is read from a stream cannot be pickled; open it by its path")
+
+    def close(self) -> None:
+        self._stream = None

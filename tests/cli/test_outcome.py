@@ -1,0 +1,278 @@
+"""What ``sfp pack`` says was asked for and met, before anything is written and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import sfpformat
+from sfpformat import OptionError, Options
+from sfpformat.cli import outcome
+from sfpformat.cli.outcome import _Bound, _compare, decibels
+from sfpformat.coding.quantiser import Exact
+from sfpformat.dtypes import DTYPES
+from sfpformat.numpy import load_file, save
+
+from ..encode.test_finite import at_the_ends, lossy_options
+from ..support.strategies import FLOATS, seeds
+from .test_main import error_of, run
+from .test_pack import Capture
+
+RNG = np.random.default_rng(3)
+TENSORS = {
+    "a.weight": RNG.standard_normal((96, 256)).astype(np.float32),
+    "b.weight": (RNG.standard_normal((64, 128)) * 0.02).astype(np.float16),
+    "a.bias": np.ones(96, np.float32),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint of two matrices and a bias."""
+    save_file(TENSORS, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def summary(capsys: Capture, source: Path, *words: object) -> dict[str, Any]:
+    """What the command prints as JSON."""
+    run("pack", source, "-o", source.with_name("m.sfp"), "--json", *words)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_summary_says_what_was_asked_for_and_what_was_met(source: Path, capsys: Capture) -> None:
+    (group,) = summary(capsys, source, "--prune", "0.5", "--bits", "4")["quantised"]
+    assert group["asked"] == "4 bits a survivor, 50 % pruned"
+    assert group["tensors"] == ["a.weight", "b.weight"]
+    assert group["bits_per_survivor"] == pytest.approx(4, rel=0.05)
+    assert group["bits_per_position"] == pytest.approx(3.1, abs=0.15)
+    found = load_file(source.with_name("m.sfp"))
+    errors, power = 0.0, 0.0
+    for name in group["tensors"]:
+        wide = TENSORS[name].astype(np.float64)
+        wide = np.where(np.abs(wide) > np.quantile(np.abs(wide), 0.5), wide, 0)
+        errors += float(np.square(found[name].astype(np.float64) - wide).sum())
+        power += float(np.square(wide).sum())
+    assert group["error_db"] == pytest.approx(decibels(errors, power), abs=0.01)
+    run("pack", source, "-o", source.with_name("m.sfp"), "--prune", "0.5", "--bits", "4")
+    assert "4 bits a survivor, 50 % pruned: 2 tensors with 4." in capsys.readouterr().out
+
+
+def test_pruning_makes_a_file_of_so_many_bits_smaller(source: Path, capsys: Capture) -> None:
+    dense = summary(capsys, source, "--bits", "4")["output_bytes"]
+    assert summary(capsys, source, "--bits", "4", "--prune", "0.5")["output_bytes"] < 0.85 * dense
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--bits", "4", "--prune", "0.5"),
+        ("--budget", "3", "--like", "b*", "--table", "8", "--scale", "row"),
+        ("--budget", "3", "--budget-scope", "tensor", "--metadata", "a=b"),
+    ],
+    ids=" ".join,
+)
+def test_a_dry_run_shows_the_sizes_of_the_pack_to_the_byte_and_writes_nothing(
+    source: Path, capsys: Capture, words: tuple[str, ...]
+) -> None:
+    dry = summary(capsys, source, "--dry-run", *words)
+    assert [path.name for path in source.parent.iterdir()] == [source.name]
+    real = summary(capsys, source, *words)
+    target = source.with_name("m.sfp")
+    assert dry["output_bytes"] == real["output_bytes"] == target.stat().st_size
+    assert dry["quantised"] == real["quantised"]
+    assert dry["dry_run"]
+    assert not real["dry_run"]
+    with sfpformat.open(target) as file:
+        assert {row["name"]: row["stored_bytes"] for row in dry["sizes"]} == {
+            name: file.entry(name).stored_bytes for name in file
+        }
+
+
+def test_a_dry_run_leaves_an_older_file_and_prints_a_table(source: Path, capsys: Capture) -> None:
+    target = source.with_name("m.sfp")
+    target.write_bytes(b"old")
+    assert run("pack", source, "-o", target, "--bits", "4", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert target.read_bytes() == b"old"
+    assert "bits a survivor" in out
+    assert "a.weight" in out
+    assert "not written" in out
+
+
+def test_a_dry_run_counts_shards(source: Path, capsys: Capture) -> None:
+    folder = source.parent / "checkpoint"
+    folder.mkdir()
+    index = {}
+    for number, name in enumerate(TENSORS, 1):
+        shard = f"model-{number:05}-of-00003.safetensors"
+        save_file({name: TENSORS[name]}, folder / shard)
+        index[name] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    target = source.with_name("shards.sfp")
+    words = ("pack", folder, "-o", target, "--bits", "4", "--json")
+    run(*words, "--dry-run")
+    dry = json.loads(capsys.readouterr().out)
+    assert not list(source.parent.glob("shards*"))
+    run(*words)
+    real = json.loads(capsys.readouterr().out)
+    assert dry["outputs"] == real["outputs"]
+    assert dry["output_bytes"] == real["output_bytes"]
+
+
+def test_what_takes_no_more_bits_without_loss_is_listed(source: Path, capsys: Capture) -> None:
+    for words in (("--bits", "30"), ("--budget", "30"), ("--error-db", "-300")):
+        found = summary(capsys, source, *words, "--verify")
+        assert found["kept_lossless"] == ["a.weight", "b.weight"]
+        assert found["quantised"] == []
+        assert found["verified"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--error-db", "-30", "--scale", "row"),
+        ("--bits", "3", "--prune", "2:4"),
+        ("--budget", "4", "--prune", "0.7"),
+        ("--prune", "0.5", "--dtype", "BF16"),
+        ("--table", "8"),
+    ],
+    ids=" ".join,
+)
+def test_verify_accepts_every_lossy_pack(source: Path, capsys: Capture, words: tuple[str, ...]) -> None:
+    assert run("pack", source, "-o", source.with_name("m.sfp"), *words, "--verify") == 0
+    assert "verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "fault"),
+    [
+        (lambda a: np.where(np.abs(a) == np.abs(a).max(), np.inf, a), ("--bits", "4"), "infinite or NaN"),
+        (lambda a: np.where(a == 0, 1, a), ("--bits", "4", "--prune", "0.5"), "pruned weights are not 0"),
+        (lambda a: a * 1.2, ("--error-db", "-30"), "not -30 dB"),
+        (lambda a: a + (np.arange(a.size) == 7).reshape(a.shape) * 9, ("--bits", "4"), ": 1 weights moved"),
+        (lambda a: a + (np.arange(a.size) == 7).reshape(a.shape) * 9, ("--table", "64"), ": 1 weights moved"),
+        (lambda a: a * 1.2, ("--prune", "0.5"), "is not what it was"),
+    ],
+    ids=[
+        "not finite",
+        "not pruned",
+        "too great an error",
+        "beyond a step",
+        "beyond a centroid",
+        "not lossless",
+    ],
+)
+def test_verify_tells_what_is_wrong_with_a_lossy_tensor(
+    source: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, damage: Any, words: Any, fault: str
+) -> None:
+    real = outcome.SfpFile.get_tensor
+    monkeypatch.setattr(
+        outcome.SfpFile,
+        "get_tensor",
+        lambda self, name: damage(real(self, name)).astype(TENSORS[name].dtype),
+    )
+    assert run("pack", source, "-o", source.with_name("m.sfp"), *words, "--verify", "--keep", "a.bias") == 1
+    assert fault in capsys.readouterr().out
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FLOATS), st.data())
+def test_no_weight_moves_further_than_its_quantiser_may_move_it(name: str, data: st.DataObject) -> None:
+    array = data.draw(at_the_ends(DTYPES[name]))
+    greatest = float(np.abs(array.astype(np.float64)).max(initial=0))
+    options = data.draw(lossy_options(min(greatest, 2e38)))
+    weighted = data.draw(st.sampled_from([None, "root", "full"])) if not options.lossless else None
+    importance = np.random.default_rng(data.draw(seeds)).random(array.shape).astype(np.float32)
+    options = options.but(weighted=weighted, importance=None)
+    importances = {} if weighted is None else {"w": importance}
+    try:
+        written = save({"w": array}, options=options, importances=importances)
+    except OptionError:
+        return  # a step that is too great
+    with sfpformat.open(written) as file:
+        entry = file.entry("w")
+        if entry.fingerprints is None or isinstance(entry.fingerprints.quantiser, Exact):
+            return
+        bound = _Bound.of(file, entry, weighted=weighted is not None)
+        found = _compare(array.reshape(-1), file.get_tensor("w").reshape(-1), None, bound)
+        assert (found.far, found.not_finite, found.alive) == (0, 0, 0)
+        beyond = np.abs(array.astype(np.float64)).reshape(-1) + 1.01 * bound.errors(
+            0, array.astype(np.float64).reshape(-1)
+        )
+        if beyond.size:
+            assert _compare(array.reshape(-1), beyond, None, bound).far > 0
+
+
+def test_sfp_verify_names_tensors_whose_quantised_weights_are_not_finite(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Such files were written before numbers were lowered."""
+    tensors = {"a": np.full((8, 64), 65504, np.float16), "b": np.float32([[1.0, np.inf]])}
+    options = {"a": Options(quantiser="uniform", step=26000.0, rate_weight=0, coding="fingerprint")}
+    path = tmp_path / "m.sfp"
+    path.write_bytes(save(tensors, options=options))
+    assert run("verify", path) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.encode.finite.Reconstruction.lowered", lambda self, numbers, *_: numbers)
+        path.write_bytes(save(tensors, options=options, engine="python"))
+    capsys.readouterr()
+    assert run("verify", path) == 1
+    out = capsys.readouterr().out
+    assert "tensor 'a': 512 quantised weights are infinite or NaN" in out
+    assert "no faults" in out  # SPEC.md allows such a file
+    assert run("verify", path, "--json") == 1
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["not_finite"] == {"a": 512}
+    assert report["ok"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--budget-scope", "tensor"), "--budget-scope needs --budget"),
+        (("--budget", "3", "--scale", "row"), "--budget-scope tensor"),
+        (("--verify", "--dry-run"), "--dry-run writes nothing"),
+        (("--error-db", "30"), "below 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told(
+    source: Path, capsys: Capture, words: tuple[str, ...], message: str
+) -> None:
+    assert message in error_of(capsys, "pack", source, "-o", source.with_name("m.sfp"), *words)
+
+
+def test_a_budget_of_each_tensor_takes_a_scale(source: Path, capsys: Capture) -> None:
+    words = ("--budget", "4", "--budget-scope", "tensor", "--scale", "row")
+    (group,) = summary(capsys, source, *words)["quantised"]
+    assert group["asked"] == "4 bits a position"
+    assert group["bits_per_position"] == pytest.approx(4.1, abs=0.2)
+
+
+def test_a_budget_is_met_beside_the_importances_that_are_stored(source: Path, capsys: Capture) -> None:
+    importances = {
+        name: RNG.random(TENSORS[name].shape).astype(np.float32) for name in ("a.weight", "b.weight")
+    }
+    save_file(importances, source.with_name("i.safetensors"))
+    words = (
+        "--budget",
+        "3",
+        "--importance",
+        source.with_name("i.safetensors"),
+        "--weighted",
+        "root",
+        "--verify",
+    )
+    (group,) = summary(capsys, source, *words)["quantised"]
+    assert group["bits_per_position"] == pytest.approx(3.1, abs=0.15)
+    assert group["importance_bits"] > 5 * 24576
+    run("pack", source, "-o", source.with_name("m.sfp"), *words)
+    assert "a position without the importances, error" in capsys.readouterr().out

@@ -1,0 +1,366 @@
+"""``sfp pack``: which tensors its options reach, what goes when it prunes, and importances."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import sfpformat
+from sfpformat import PRESETS, Options
+from sfpformat.cli import magnitude, main
+from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
+from sfpformat.cli.rules import Rules, Treatment, parse_like
+from sfpformat.dtypes import DTYPES
+from sfpformat.io.safetensors import TensorSpec
+from sfpformat.pruning.thresholds import Pattern, masks_of
+
+from .test_main import checkpoint, error_of, make
+from .test_pack import Capture, assert_bits, packed
+
+# -------------------------------------------------------------------------------------------- what changes
+
+
+def test_without_like_values_change_in_large_float_tensors_only(tmp_path: Path) -> None:
+    arrays = checkpoint()
+    with packed(tmp_path, "--bits", "4", "--prune", "0.5") as sfp:
+        for name, array in arrays.items():
+            back = sfp.get_tensor(name)
+            if array.ndim == 2 and array.size >= 4096:
+                assert sfp.info(name).quantiser == "uniform"
+                assert np.count_nonzero(back) <= array.size // 2
+            else:
+                assert_bits(back, array)
+
+
+def test_like_rules_override_each_other_in_order(tmp_path: Path) -> None:
+    words = "--bits 3 --like layer.* --table 8 --like *.bias --lossless --like embed* --step 0.5 --scale row"
+    arrays = checkpoint()
+    with packed(tmp_path, *words.split()) as sfp:
+        found = {name: sfp.info(name).quantiser for name in arrays}
+        assert found["layer.0.weight"] == found["layer.1.weight"] == "table"
+        assert found["embed.weight"] == "uniform"
+        assert_bits(sfp.get_tensor("layer.0.bias"), arrays["layer.0.bias"])
+        scale = sfp.entry("embed.weight").scale
+        assert scale is not None
+        assert scale.per == "row"
+        assert sfp.entry("layer.0.weight").scale is None
+
+
+def test_lossless_undoes_pruning_and_casts_too(tmp_path: Path) -> None:
+    words = "--bits 3 --prune 0.5 --dtype BF16 --like embed* --lossless"
+    with packed(tmp_path, *words.split()) as sfp:
+        assert_bits(sfp.get_tensor("embed.weight"), checkpoint()["embed.weight"])
+        assert np.count_nonzero(sfp.get_mask("layer.0.weight")) <= checkpoint()["layer.0.weight"].size // 2
+
+
+def test_a_like_rule_reaches_small_tensors_that_it_names(tmp_path: Path) -> None:
+    with packed(tmp_path, "--like=*.bias", "--step", "0.5") as sfp:
+        assert sfp.info("layer.0.bias").quantiser == "uniform"
+        assert sfp.info("embed.weight").quantiser == "exact"
+
+
+def test_keep_has_the_last_word(tmp_path: Path) -> None:
+    arrays = checkpoint()
+    words = ("--prune", "0.9", "--keep", "embed*", "--dtype", "BF16", "--like", "*", "--bits", "2")
+    with packed(tmp_path, *words) as sfp:
+        assert_bits(sfp.get_tensor("embed.weight"), arrays["embed.weight"])
+        assert_bits(sfp.get_tensor("ids"), arrays["ids"])
+        assert sfp.info("layer.0.weight").dtype == "BF16"
+        assert sfp.info("norm").dtype == "F32"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--like nothing* --bits 4", "no tensor has a name like 'nothing*'"),
+        ("--keep nothing*", "no tensor has a name like 'nothing*'"),
+        ("--like ids --bits 4", "no tensor like 'ids' is float"),
+        ("--scope model", "--scope and --by need --prune"),
+        ("--prune 2:4 --scope model", "needs a fraction"),
+        ("--prune 2:7", "--prune fits no tensor: 'embed.weight' (its shape [128, 64] has 64 inputs along"),
+        ("--prune 0.5 --like embed.weight --prune 2:7", "--prune after --like 'embed.weight' fits no tensor"),
+        (
+            "--prune 2:4 --pattern-dim 2",
+            "fits no tensor: 'embed.weight' (its shape [128, 64] has no dimension 2",
+        ),
+        ("--pattern-dim 1", "--pattern-dim needs a pattern"),
+        ("--prune 0.5 --pattern-dim 1", "--pattern-dim needs a pattern"),
+        ("--prune 2:4 --pattern-dim x", "is no dimension"),
+        ("--scale row", "a scale needs the quantiser"),
+        ("--segment 33", "segment is 33"),
+        ("--importance-bits 99", "bits is 99"),
+    ],
+)
+def test_rules_that_cannot_be_followed_are_told(
+    words: str, told: str, tmp_path: Path, capsys: Capture
+) -> None:
+    source = make(tmp_path / "m.safetensors")
+    assert told in error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", *words.split())
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_options_that_would_reach_no_tensor_are_told(tmp_path: Path, capsys: Capture) -> None:
+    source = make(tmp_path / "m.safetensors", {"small": np.ones((8, 8), np.float32)})
+    assert "--bits would reach none" in error_of(
+        capsys, "pack", source, "-o", tmp_path / "m.sfp", "--bits", "4"
+    )
+
+
+SPEC = TensorSpec("w", DTYPES["F32"], (64, 64))
+
+
+def treatment(words: str) -> Treatment:
+    """What a command line does to a large tensor named w."""
+    head, *rules = words.split("--like ")
+    base = parse_like(["w", *head.split()])[1] if head.strip() else {}
+    likes = [parse_like(rule.split()) for rule in rules]
+    return Rules(base, likes, []).treatments([SPEC])["w"]
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--preset gpu", PRESETS["gpu"]),
+        ("--preset gpu --codes 4", PRESETS["gpu"].but(codes=4)),
+        ("--preset fused --table 8", PRESETS["fused"].but(quantiser="table", centroids=8)),
+        ("--bits 4", Options(quantiser="uniform", bits=4)),
+        ("--step 0.5 --rate-weight 0", Options(quantiser="uniform", step=0.5, rate_weight=0)),
+        ("--error-db -30", Options(quantiser="uniform", error_db=-30)),
+        ("--table 9 --scale 64", Options(quantiser="table", centroids=9, scale=64)),
+        ("--mask runs --group 1 --segment 64", Options(mask="runs", group=1, segment=64)),
+        ("--chunk 4096 --code-limit 8 --mantissa-bits 1", Options(chunk=4096, code_limit=8, mantissa_bits=1)),
+        ("--bits 4 --scale row --like w --lossless", Options()),
+        ("--bits 4 --like w --table 8", Options(quantiser="table", centroids=8)),
+        ("--bits 4 --like w --scale row", Options(quantiser="uniform", bits=4, scale="row")),
+        ("--bits 4 --like x* --bits 3 --like w --bits 2", None),
+    ],
+)
+def test_command_lines_become_options(words: str, options: Options | None) -> None:
+    if options is None:
+        with pytest.raises(Exception, match="no tensor has a name like"):
+            treatment(words)
+    else:
+        assert treatment(words).options == options
+
+
+def test_a_later_pattern_drops_an_earlier_scope() -> None:
+    pruning = treatment("--prune 0.5 --scope model --like w --prune 2:4").pruning
+    assert pruning is not None
+    assert (pruning.keep, pruning.of) == (2, 4)
+    assert treatment("--prune 0.5 --like w --prune 0").pruning is None
+
+
+def test_a_cast_that_would_lose_the_range_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    source = make(tmp_path / "m.safetensors", {"w": np.full((80, 80), 1e6, np.float32)})
+    told = error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", "--dtype", "F16")
+    assert "too great for F16" in told
+
+
+# ------------------------------------------------------------------------------------------------ pruning
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.9, 1.0])
+def test_exactly_the_fraction_asked_for_goes_and_it_is_the_smallest(dtype: Any, fraction: float) -> None:
+    array = np.random.default_rng(1).standard_normal((53, 97)).astype(dtype)
+    pruned = array.copy()
+    count = int(fraction * array.size + 0.5)
+    assert prune_fraction(pruned, fraction) == count
+    gone = pruned.astype(np.float64) == 0
+    assert np.count_nonzero(gone) == count
+    assert_bits(pruned[~gone], array[~gone])
+    if 0 < count < array.size:
+        sizes = np.abs(array.astype(np.float64))
+        assert sizes[gone].max() <= sizes[~gone].min()
+
+
+def test_of_equal_magnitudes_the_first_go() -> None:
+    array = np.array([1, -1, 2, 1, -1, 1], np.float32)
+    prune_fraction(array, 0.5)
+    assert array.tolist() == [0, 0, 2, 0, -1, 1]
+
+
+def test_nans_go_last() -> None:
+    array = np.array([np.nan, np.inf, -np.nan, 1], np.float32)
+    prune_fraction(array, 0.5)
+    assert np.array_equal(array, [np.nan, 0, np.nan, 0], equal_nan=True)
+
+
+def test_thresholds_are_found_in_blocks_of_any_size() -> None:
+    array = np.abs(np.random.default_rng(2).standard_normal(3000)).astype(np.float32)
+    keys = next(patterns(array, 32))
+    ordered = np.sort(keys)
+    for count in (1, 2, 1500, 2999, 3000):
+        found = find_threshold(lambda: iter([keys[:7], keys[7:7], keys[7:]]), count, 32)
+        assert found.pattern == ordered[count - 1]
+        assert found.ties == found.equal == 1
+    assert find_threshold(lambda: iter([keys]), 0, 32).ties == 0
+
+
+def test_two_of_four_neighbours_stay() -> None:
+    array = np.array([[1, -5, 3, 2, 7, 7, -7, 7]], np.float32)
+    assert prune_pattern(array, 2, 4, 1) == 4
+    assert array.tolist() == [[0, -5, 3, 0, 0, 0, -7, 7]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 1 << 20])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((6, 8), 1), ((8, 6), 0), ((3, 8, 2, 5), 1), ((2, 3, 4), 2), ((8,), 0)]
+)
+def test_patterns_run_along_any_dimension_in_blocks_of_any_size(
+    shape: tuple[int, ...], dim: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(magnitude, "BLOCK", block)
+    array = np.random.default_rng(3).integers(-4, 5, shape).astype(np.float32)
+    pruned = array.copy()
+    assert prune_pattern(pruned, 2, 4, dim) == array.size // 2
+    expected = masks_of({"a": np.abs(array)}, Pattern(2, 4), along={"a": (dim, 1)})["a"]
+    assert_bits(pruned, np.where(expected, array, np.float32(0)))
+
+
+def test_nothing_goes_of_an_empty_tensor() -> None:
+    assert prune_pattern(np.zeros((3, 4, 0), np.float32), 2, 4, 1) == 0
+
+
+def test_a_pattern_is_packed(tmp_path: Path) -> None:
+    with packed(tmp_path, "--prune", "2:4") as sfp:
+        back = sfp.get_tensor("embed.weight").reshape(-1, 4)
+        assert (np.count_nonzero(back, axis=1) == 2).all()
+
+
+def kernels() -> dict[str, np.ndarray[Any, Any]]:
+    """Weights of a network; a pattern does not fit all, and fits one in its first dimension alone."""
+    rng = np.random.default_rng(4)
+    shapes = {
+        "stem.weight": (64, 3, 5, 5),
+        "conv.weight": (64, 64, 3, 3),
+        "conv1d.weight": (64, 64, 3),
+        "experts.weight": (3, 12, 132),
+        "odd.weight": (65, 65),
+        "c_attn.weight": (64, 65),
+        "fc.weight": (64, 64),
+    }
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def assert_two_of_four(array: np.ndarray[Any, Any], dim: int) -> None:
+    groups = np.moveaxis(array, dim, -1).reshape(-1, 4)
+    assert (np.count_nonzero(groups, axis=1) == 2).all()
+
+
+def test_a_pattern_prunes_what_it_fits_and_lists_the_rest(tmp_path: Path, capsys: Capture) -> None:
+    arrays = kernels()
+    source, target = make(tmp_path / "m.safetensors", arrays), tmp_path / "m.sfp"
+    assert main(["pack", str(source), "-o", str(target), "--prune", "2:4", "--json", "--verify"]) == 0
+    left = json.loads(capsys.readouterr().out)["unpruned"]
+    assert sorted(entry["name"] for entry in left) == ["c_attn.weight", "odd.weight", "stem.weight"]
+    reasons = {entry["name"]: entry["because"] for entry in left}
+    assert "3 inputs along dimension 1" in reasons["stem.weight"]
+    with sfpformat.open(target) as sfp:
+        for name in reasons:
+            assert_bits(sfp.get_tensor(name), arrays[name])
+        for name, dim in (("conv.weight", 1), ("conv1d.weight", 1), ("experts.weight", 2), ("fc.weight", 1)):
+            assert_two_of_four(sfp.get_tensor(name), dim)
+    assert main(["pack", str(source), "-o", str(target), "--prune", "2:4"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"'{name}' ({reason})" in shown for name, reason in reasons.items())
+
+
+def test_the_dimension_of_a_pattern_can_be_said_for_a_tensor(tmp_path: Path, capsys: Capture) -> None:
+    words = ("--prune", "2:4", "--like", "c_*", "--pattern-dim", "0", "--like", "[es]*", "--prune", "0.5")
+    with packed(tmp_path, *words, arrays=kernels()) as sfp:
+        assert_two_of_four(sfp.get_tensor("c_attn.weight"), 0)
+        assert_two_of_four(sfp.get_tensor("fc.weight"), 1)
+        assert np.count_nonzero(sfp.get_tensor("stem.weight")) == 64 * 75 // 2
+    assert "1 not pruned, the pattern does not fit: 'odd.weight'" in capsys.readouterr().out
+
+
+def test_of_the_tensors_like_a_pattern_of_names_those_are_left_that_do_not_fit(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    with packed(tmp_path, "--like", "[cfo]*", "--prune", "2:4", arrays=kernels()) as sfp:
+        assert_two_of_four(sfp.get_tensor("fc.weight"), 1)
+    assert "'odd.weight'" in capsys.readouterr().out
+    source = tmp_path / "m.safetensors"
+    told = error_of(
+        capsys, "pack", source, "-o", tmp_path / "b.sfp", "--like", "odd.weight", "--prune", "2:4"
+    )
+    assert "--prune after --like 'odd.weight' fits no tensor" in told
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_one_threshold_over_the_model_takes_exactly_what_was_asked(tmp_path: Path, wide: bool) -> None:
+    arrays = checkpoint()
+    names = ["embed.weight", "layer.0.weight", "layer.1.weight"]
+    for name in names:  # few values, so that many lie at the threshold
+        arrays[name] = np.round(arrays[name] * 4) / 4
+    if wide:
+        arrays["layer.1.weight"] = arrays["layer.1.weight"].astype(np.float64)
+    with packed(tmp_path, "--prune", "0.6", "--scope", "model", arrays=arrays) as sfp:
+        order = [name for name in load_order(tmp_path / "m.safetensors") if name in names]
+        was = np.concatenate([arrays[name].reshape(-1).astype(np.float64) for name in order])
+        back = np.concatenate([sfp.get_tensor(name).reshape(-1).astype(np.float64) for name in order])
+    going = np.argsort(np.abs(was), kind="stable")[: int(0.6 * len(was) + 0.5)]
+    expected = was.copy()
+    expected[going] = 0
+    assert np.array_equal(back, expected)
+
+
+def load_order(path: Path) -> list[str]:
+    """The tensors of a safetensors file in the order of their data."""
+    with safe_open(path, "np") as file:
+        return list(file.offset_keys())
+
+
+def test_different_fractions_over_the_model_have_their_own_thresholds(tmp_path: Path) -> None:
+    words = ("--prune", "0.5", "--scope", "model", "--like", "embed*", "--prune", "0.25")
+    with packed(tmp_path, *words) as sfp:
+        zeros = {name: np.count_nonzero(sfp.get_tensor(name) == 0) for name in sfp}
+    assert zeros["embed.weight"] == 128 * 64 // 4
+    assert zeros["layer.0.weight"] + zeros["layer.1.weight"] == 64 * 96
+    assert zeros["layer.1.weight"] > zeros["layer.0.weight"]
+
+
+# --------------------------------------------------------------------------------------------- importance
+
+
+def test_importances_are_stored_for_the_tensors_that_have_one(tmp_path: Path) -> None:
+    arrays = checkpoint()
+    importances = {"embed.weight": np.abs(arrays["embed.weight"]), "layer.0.bias": np.ones(96, np.float32)}
+    save_file(importances, tmp_path / "i.safetensors")
+    with packed(tmp_path, "--importance", tmp_path / "i.safetensors", "--importance-bits", "8") as sfp:
+        assert sfp.info("embed.weight").role == "metadata"
+        assert sfp.info("layer.0.weight").importance is None
+        back = sfp.get_importance("embed.weight")
+        assert back is not None
+        greatest = importances["embed.weight"].max()
+        assert np.abs(back - importances["embed.weight"]).max() <= 0.51 * greatest / 255
+        assert_bits(sfp.get_tensor("embed.weight"), arrays["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "told"),
+    [
+        ("unknown", np.ones(3, np.float32), "no tensor of the checkpoint is named 'unknown'"),
+        ("norm", np.ones(3, np.float32), "same shape"),
+        ("norm", np.ones(64, np.int64), "float"),
+        ("ids", np.ones(40, np.float32), "float"),
+        ("norm", np.full(64, -1, np.float32), "not negative"),
+    ],
+)
+def test_importances_that_do_not_fit_are_told(
+    name: str, array: np.ndarray[Any, Any], told: str, tmp_path: Path, capsys: Capture
+) -> None:
+    save_file({name: array}, tmp_path / "i.safetensors")
+    source = make(tmp_path / "m.safetensors")
+    words = ("--importance", tmp_path / "i.safetensors")
+    assert told in error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", *words)
+    assert sorted(os.listdir(tmp_path)) == ["i.safetensors", "m.safetensors"]

@@ -1,0 +1,80 @@
+"""Every golden file is judged and read as the manifest says: by reader, validator, plain reader, writer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from sfpformat.conformance import slow_reader
+from sfpformat.decode.validate import validate
+from sfpformat.limits import Limits
+
+from ..support.c_reader import Readers, built
+from ..support.conformance_cases import (
+    cases,
+    data_of,
+    encoded,
+    expected_contents,
+    limits_of,
+    read_contents,
+    refusal,
+    wrong_refusal,
+)
+
+AREAS = sorted({case["id"].split("-")[1] for case in cases("ynihf")})
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_reader_and_validator_judge_every_file_as_the_manifest_says(area: str) -> None:
+    for case in (case for case in cases("ynihf") if case["id"].split("-")[1] == area):
+        data, limits = data_of(case), limits_of(case)
+        report = validate(data, limits=limits, engine="python")
+        if case["expected"]["outcome"] == "accept":
+            assert read_contents(data, limits) == expected_contents(case), case["id"]
+            assert report.ok, case["id"]
+            continue
+        error = refusal(data, limits)
+        assert error is not None, case["id"]
+        wrong = wrong_refusal(case, error.code, error.clause, error.tensor, error.offset)
+        assert wrong is None, wrong
+        assert (error.clause, error.tensor) in {(f.clause, f.tensor) for f in report.faults}, case["id"]
+
+
+def test_the_validator_tells_which_files_are_canonical_and_which_clauses_the_others_break() -> None:
+    told = [case for case in cases("y") if "canonical" in case["expected"]]
+    assert len(told) > 20
+    for case in told:
+        report = validate(data_of(case), engine="python")
+        expected = case["expected"]["canonical"]
+        assert report.canonical == expected["is"], case["id"]
+        assert sorted({note[1:10] for note in report.notes}) == sorted(expected["clauses"]), case["id"]
+
+
+def test_every_job_of_a_writer_gives_a_file_with_the_contents_asked_for(tmp_path: Path) -> None:
+    for case in cases("e"):
+        data = encoded(case, tmp_path)
+        slow_reader.read(data)
+        found = read_contents(data, Limits())
+        for tensor in found["tensors"]:
+            tensor.pop("mask", None)  # which zeros are pruned is the writer's choice
+        assert found == expected_contents(case), case["id"]
+        assert validate(data, engine="python").canonical, case["id"]
+        if "written" in case["expected"]:
+            assert hashlib.sha256(data).hexdigest() == case["expected"]["written"]["sha256"], case["id"]
+
+
+def test_the_reader_in_c_judges_every_file_as_the_manifest_says(tmp_path: Path) -> None:
+    for folder in ("build", "served"):
+        (tmp_path / folder).mkdir()
+    readers = Readers(built("all", tmp_path / "build"), tmp_path / "served")
+    for case in cases("ynihf"):
+        answer = readers.reader(limits_of(case)).ask("validate", data_of(case))
+        if case["expected"]["outcome"] == "accept":
+            assert answer["ok"], (case["id"], answer)
+            continue
+        assert not answer["ok"], case["id"]
+        wrong = wrong_refusal(case, answer["error"], answer["clause"], answer["tensor"], answer["offset"])
+        assert wrong is None, wrong
+    readers.end()

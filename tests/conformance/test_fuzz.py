@@ -1,0 +1,228 @@
+"""Files that nobody thought of: all readers judge them alike, and what they do not is made small and kept.
+
+There are a few thousand of them, which is what a run of all tests affords; ``sfp conformance fuzz`` takes a
+decoder through as many as one has time for, by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import sfpformat
+from conformance.recipes.__main__ import regressions
+from sfpformat.conformance import slow_reader
+from sfpformat.conformance.choices import Choices, Noise, Thrown
+from sfpformat.conformance.contents import contents
+from sfpformat.conformance.driver import Driver
+from sfpformat.conformance.examples import Example, example
+from sfpformat.conformance.finds import doubt
+from sfpformat.conformance.fuzz import SMALL, Duel, Results, fuzz, reference
+from sfpformat.conformance.strategies import damaged_files, examples, valid_files
+from sfpformat.conformance.suite import Suite
+from sfpformat.decode.validate import validate
+from sfpformat.errors import FileFault
+
+from ..cli.test_main import error_of
+from ..cli.test_main import run as sfp
+from ..cli.test_pack import Capture
+from ..support import c_reader
+from ..support.clauses import ROOT
+from ..support.conformance_programs import lying_program
+
+FOLDER = ROOT / "conformance"
+SUITE = Suite.of(FOLDER)
+GOLDEN = [case.data() for case in SUITE.cases if case.kind == "valid" and not case.limits]
+
+
+def fuzzed(
+    command: list[str], folder: Path, cases: int, *, fast: bool, golden: Sequence[bytes] = GOLDEN
+) -> Results:
+    driver = Driver(command)
+    try:
+        return fuzz(Duel(driver, folder), golden, cases, seed=1, fast=fast)
+    finally:
+        driver.close()
+
+
+# -------------------------------------------------------------------------------------------- our own readers
+
+
+@settings(max_examples=200)
+@given(valid_files())
+def test_every_made_file_is_valid_and_read_alike_by_all_our_readers(data: bytes) -> None:
+    plain = slow_reader.read(data)
+    report = validate(data, engine="python")
+    assert report.ok, report.faults
+    for engine in ("python", "numba"):
+        with sfpformat.open(data, engine=engine, threads=1) as file:
+            assert list(file) == list(plain.tensors)
+            for name, tensor in plain.tensors.items():
+                assert file.get_tensor(name).tobytes() == tensor.data, (engine, name)
+                assert file.get_mask(name).reshape(-1).tolist() == tensor.mask, (engine, name)
+                _same_importance(file.get_importance(name), tensor)
+
+
+def _same_importance(found: np.ndarray | None, tensor: slow_reader.Tensor) -> None:
+    if found is None:
+        assert set(tensor.importance) <= {None}
+        return
+    wanted = np.array([x or 0.0 if x is None else x for x in tensor.importance], np.float32)
+    assert found.tobytes() == wanted.tobytes()
+
+
+@settings(max_examples=300)
+@given(examples(GOLDEN, valid=False))
+def test_damaged_files_are_judged_alike_by_all_our_readers(made: Example) -> None:
+    found = [judged(made.data, engine) for engine in ("python", "numba")]
+    assert found[0] == found[1]
+    assert doubt(made) is None
+
+
+def judged(data: bytes, engine: str) -> object:
+    """The fault of a file, or all that it holds."""
+    try:
+        with sfpformat.open(data, limits=SMALL, engine=engine, threads=1) as file:
+            return [(name, file.get_tensor(name).tobytes(), file.get_mask(name).tobytes()) for name in file]
+    except FileFault as fault:
+        return fault.code, fault.clause, fault.tensor, fault.offset
+
+
+@settings(max_examples=60)
+@given(damaged_files())
+def test_what_a_validator_accepts_a_reader_reads(data: bytes) -> None:
+    if validate(data, limits=SMALL, engine="python").ok:
+        assert not isinstance(reference(data), FileFault)
+
+
+@settings(max_examples=30)
+@given(valid_files())
+def test_no_beginning_of_a_valid_file_is_valid(data: bytes) -> None:
+    for length in (*range(min(len(data), 96)), *range(96, len(data), 97)):
+        fault = reference(data[:length])
+        assert isinstance(fault, FileFault)
+        assert fault.code in ("E_TRUNCATED", "E_MAGIC")
+
+
+# ------------------------------------------------------------------------------------------------ the choices
+
+
+class Zeros(Choices):
+    """The simplest of everything."""
+
+    def _number(self, bound: int) -> int:
+        return 0
+
+
+def test_the_simplest_choices_make_the_simplest_file() -> None:
+    made = example(Zeros(), valid=True)
+    with sfpformat.open(made.data) as file:
+        [name] = file
+        assert file.get_tensor(name).shape == (1,)
+    assert len(made.data) < 400
+
+
+def test_the_same_seed_throws_the_same_files_and_others_do_not() -> None:
+    files = [example(Thrown(seed), GOLDEN).data for seed in ("1/7", "1/7", "1/8")]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_noise_is_the_same_for_a_seed_and_silent_for_none() -> None:
+    assert [Noise(0).below(100) for _ in range(5)] == [0] * 5
+    first, second = ([noise.below(1000) for _ in range(50)] for noise in (Noise(3), Noise(3)))
+    assert first == second
+    assert len(set(first)) > 40
+
+
+# ------------------------------------------------------------------------------------------ a foreign program
+
+
+@pytest.mark.parametrize(("fast", "files"), [(False, 300), (True, 2000)])
+def test_the_reader_in_c_and_the_reference_agree(fast: bool, files: int, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "files").mkdir()
+    program = str(c_reader.built("sanitized", tmp_path / "c"))
+    found = fuzzed([program], tmp_path / "files", files, fast=fast)
+    assert [find.parting for find in found.finds] == []
+    assert found.files == files
+    codes = {ours for ours, _ in found.said}
+    assert {"valid", "E_ENCODING", "E_LAYOUT", "E_RESERVED"} <= codes
+
+
+NO_TRAILING = "if got.get('clause') == 'R-PRE-008': got = {'ok': True, 'tensors': []}"
+NO_NEGATIVE_ZERO = """
+    for i, t in enumerate(got.get('tensors', ())):
+        if t['dtype'] == 'F16':
+            path = os.path.join(words[2], f'{i}.bin')
+            data = open(path, 'rb').read()
+            pairs = [data[j:j + 2] for j in range(0, len(data), 2)]
+            open(path, 'wb').write(b''.join(b'\\0\\0' if p == b'\\0\\x80' else p for p in pairs))
+"""
+FEW_DIMENSIONS = """
+    if got.get('ok') and any(len(t['shape']) >= 3 for t in got.get('tensors', ())):
+        got = {'ok': False, 'error': 'E_LIMIT', 'clause': 'R-LIM-002'}
+"""
+CRASHING = "if got.get('clause') == 'R-CHK-003': os._exit(3)"
+
+
+@pytest.mark.parametrize(
+    ("lie", "kind", "about", "fast", "files"),
+    [
+        (NO_NEGATIVE_ZERO, "contents", "values", True, 800),
+        (FEW_DIMENSIONS, "refuses", "R-LIM-002", False, 800),
+        (CRASHING, "crash", "", True, 100),
+    ],
+    ids=["negative zeros", "many dimensions", "a crash"],
+)
+def test_a_wrong_reader_is_found_out_by_a_small_file(
+    lie: str, kind: str, about: str, fast: bool, files: int, tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    command = lying_program(tmp_path, lie)
+    found = fuzzed(command, tmp_path / "files", files, fast=fast)
+    [find] = found.finds
+    assert find.parting.key == (kind, about)
+    assert len(find.example.data) <= 512
+    assert doubt(find.example) is None
+
+
+def test_a_find_is_kept_as_a_case_and_its_twin(tmp_path: Path, capsys: Capture) -> None:
+    command = " ".join(lying_program(tmp_path, NO_TRAILING))
+    words = ("--cases", 600, "--fast", "--save", tmp_path / "finds", "--json")
+    assert sfp("conformance", "fuzz", "--decoder", command, *words) == 1
+    [find] = json.loads(capsys.readouterr().out)["finds"]
+    assert find["kind"] == "accepts"
+    assert "R-PRE-008" in find["words"]
+    assert find["doubt"] is None
+    saved = sorted(path.name for path in (tmp_path / "finds").iterdir())
+    assert saved == find["saved"]
+    entries = [json.loads((tmp_path / "finds" / name).read_bytes()) for name in saved if "entry" in name]
+    assert regressions(tmp_path / "finds") == entries
+    broken, twin = entries
+    assert broken["expected"]["errors"][0]["clause"] == "R-PRE-008"
+    assert broken["twin"] == twin["id"]
+    assert len((tmp_path / "finds" / f"{broken['id']}.sfp").read_bytes()) == broken["bytes"] == find["bytes"]
+    assert contents((tmp_path / "finds" / f"{twin['id']}.sfp").read_bytes())
+    schema = json.loads((FOLDER / "manifest.schema.json").read_bytes())
+    case = {**schema["$defs"]["case"], "$defs": schema["$defs"]}
+    for entry in entries:
+        jsonschema.Draft202012Validator(case).validate(entry)
+
+
+def test_a_program_that_agrees_is_told_so(tmp_path: Path, capsys: Capture) -> None:
+    command = " ".join(lying_program(tmp_path, "pass"))
+    assert sfp("conformance", "fuzz", "--decoder", command, "--cases", 20, "--seed", 5) == 0
+    said = capsys.readouterr().out
+    assert "20 files" in said
+    assert "no disagreement" in said
+
+
+def test_fuzzing_without_a_program_is_told(capsys: Capture) -> None:
+    assert "no-such-program" in error_of(capsys, "conformance", "fuzz", "--decoder", "no-such-program")

@@ -1,0 +1,294 @@
+"""The runner of the conformance suite: good programs pass, and each way to be wrong is told as what it is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from sfpformat.conformance.driver import Driver, DriverFailure
+from sfpformat.conformance.own import OwnDriver
+from sfpformat.conformance.report import page
+from sfpformat.conformance.run import Results, Settings, known_failures, run
+from sfpformat.conformance.suite import Suite, SuiteError
+from sfpformat.errors import OptionError
+from sfpformat.limits import Limits
+
+from ..cli.test_main import error_of
+from ..cli.test_main import run as sfp
+from ..cli.test_pack import Capture
+from ..support import c_reader
+from ..support.clauses import ROOT
+from ..support.conformance_programs import OWN, lying_program, program
+
+SUITE = Suite.of(ROOT / "conformance")
+JOBS = sum(case.kind == "job" for case in SUITE.cases)
+FILES = len(SUITE.cases) - JOBS
+
+
+def results_of(settings: Settings) -> Results:
+    return run(SUITE, settings, lambda _: None)
+
+
+def outcomes(results: Results) -> Counter[str]:
+    return Counter(outcome.verdict.outcome for outcome in results.outcomes)
+
+
+@pytest.mark.parametrize("engine", ["python", "numba"])
+def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Capture) -> None:
+    junit, html = tmp_path / "r.xml", tmp_path / "r.html"
+    words = ("conformance", "run", "--engine", engine, "--json", "--junit", junit, "--html", html)
+    assert sfp(*words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    counts = Counter((o["role"], o["outcome"]) for o in found["outcomes"])
+    each = {"decoder": FILES, "validator": FILES, "encoder": JOBS, "round trip": JOBS}
+    assert counts == {(role, "pass"): count for role, count in each.items()}
+    assert not any(o["notes"] for o in found["outcomes"])
+    assert found["processor_seconds"] < 60
+    suites = ElementTree.parse(junit).getroot()
+    assert [s.get("failures") for s in suites] == ["0", "0", "0", "0"]
+    assert "All is well" in html.read_text("utf-8")
+
+
+def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
+    reader = str(c_reader.built("sanitized", tmp_path))
+    results = results_of(Settings({"decoder": Driver([reader]), "validator": Driver([reader])}))
+    assert not results.bad
+    assert outcomes(results) == {"pass": 2 * FILES}
+
+
+def test_a_program_may_take_one_question_a_call(tmp_path: Path) -> None:
+    reader = str(c_reader.built("all", tmp_path))
+    results = results_of(Settings({"decoder": Driver([reader], serves=False)}, only="R-PRE-004"))
+    assert outcomes(results) == {"pass": len(results.outcomes)}
+
+
+WRONG = {
+    "crash": "def answer(words): os._exit(3) if words[0] == 'decode' else {'ok': False}",
+    "timeout": "def answer(words): time.sleep(60)",
+    "nonsense": "def answer(words): return ['ok']",
+    "wrong code": "def answer(words): return {'ok': False, 'error': 'E_NEW'}",
+    "fail": "def answer(words): return {'ok': True, 'tensors': []}",
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_each_way_to_be_wrong_is_told(what: str, tmp_path: Path) -> None:
+    driver = Driver(program(tmp_path, WRONG[what]), seconds=0.7)
+    results = results_of(Settings({"decoder": driver}, only="y-MSK-002-half"))
+    assert set(outcomes(results)) == {what}
+    assert len(results.bad) == len(results.outcomes) > 1
+    assert all(outcome.verdict.words for outcome in results.bad)
+    assert results.bad[0].case.id in page(results)
+
+
+def test_contents_are_compared_bit_by_bit(tmp_path: Path) -> None:
+    """A decoder that takes every -0 for 0."""
+    lying = """
+        for i, t in enumerate(got.get('tensors', ())):
+            path = os.path.join(words[2], f'{i}.bin')
+            data = open(path, 'rb').read()
+            if t['dtype'] == 'BF16':
+                pairs = [data[j:j + 2] for j in range(0, len(data), 2)]
+                data = b''.join(b'\\0\\0' if p == b'\\0\\x80' else p for p in pairs)
+                open(path, 'wb').write(data)
+    """
+    results = results_of(Settings({"decoder": Driver(lying_program(tmp_path, lying))}, only="R-REC-001"))
+    bad = [outcome for outcome in results.bad if "0080" in outcome.verdict.words]
+    assert bad
+    assert len(bad) < len(results.outcomes)
+
+
+def test_a_wrong_encoder_is_found(tmp_path: Path) -> None:
+    empty = """
+        import sfpformat
+        def answer(words):
+            if words[0] == 'encode':
+                sfpformat.Writer(words[3]).close()
+            return {'ok': words[0] == 'encode'}
+    """
+    results = results_of(Settings({"encoder": Driver(program(tmp_path, empty))}, only="e-RAW-001"))
+    assert set(outcomes(results)) == {"fail"}
+
+
+def test_a_partial_reader_is_judged_on_its_profile(tmp_path: Path) -> None:
+    nothing = "def answer(words): return {'ok': False, 'unsupported': True}"
+    driver = Driver(program(tmp_path, nothing))
+    full = results_of(Settings({"decoder": driver}, only="DIR-002", levels=frozenset((1,))))
+    assert set(outcomes(full)) == {"fail"}
+    core = results_of(Settings({"decoder": driver}, only="DIR-002", levels=frozenset((1,)), profile="core"))
+    kinds = {(o.case.profile, o.verdict.outcome) for o in core.outcomes}
+    assert kinds == {("core", "fail"), ("full", "unsupported")}
+
+
+def test_a_program_is_judged_on_the_profile_that_it_names(tmp_path: Path) -> None:
+    little = """
+        def answer(words):
+            hello = {'ok': True, 'name': 'little', 'profile': 'core'}
+            return hello if words == ['hello'] else {'ok': False, 'unsupported': True}
+    """
+    driver = Driver(program(tmp_path, little))
+    results = results_of(Settings({"decoder": driver}, only="DIR-002", levels=frozenset((1,))))
+    assert results.programs["decoder"]["name"] == "little"
+    kinds = {(o.case.profile, o.verdict.outcome) for o in results.outcomes}
+    assert kinds == {("core", "fail"), ("full", "unsupported")}
+
+
+def test_a_program_that_skips_everything_has_shown_nothing(tmp_path: Path) -> None:
+    driver = Driver(program(tmp_path, "def answer(words): return {'ok': False, 'skip': 'no GPU here'}"))
+    results = results_of(Settings({"decoder": driver}, only="DIR-002"))
+    assert set(outcomes(results)) == {"skip"}
+    assert not results.bad
+    assert not results.passed
+
+
+def test_what_a_hostile_file_costs_in_memory_is_watched(tmp_path: Path) -> None:
+    """A decoder that takes 200 MB for each file it is asked about, and gives them back."""
+    greedy = lying_program(tmp_path, "taken = b'x' * 200_000_000; del taken")
+    settings = Settings({"decoder": Driver(greedy)}, only="h-LIM-002-bytes", levels=frozenset((3,)))
+    results = results_of(settings)
+    assert set(outcomes(results)) == {"memory"}
+    assert "are allowed" in results.bad[0].verdict.words
+
+
+def test_a_writer_that_claims_canonical_form_is_held_to_it(tmp_path: Path) -> None:
+    """A writer whose directory has a key that canonical files do not have."""
+    lie = """
+        if words[0] == 'encode':
+            from sfpformat.conformance.forge import Forge
+            file = Forge.of(open(words[3], 'rb').read())
+            file.preamble['minor'] = 1
+            open(words[3], 'wb').write(file.build())
+    """
+    claiming = lying_program(tmp_path, lie)
+    results = results_of(Settings({"encoder": Driver(claiming)}, only="e-RAW-001-u8"))
+    assert set(outcomes(results)) == {"fail"}
+    assert "not canonical" in results.bad[0].verdict.words
+    modest = lying_program(tmp_path, lie + "\n        got.pop('canonical', None)")
+    results = results_of(Settings({"encoder": Driver(modest)}, only="e-RAW-001-u8"))
+    assert not results.bad
+    assert all("not canonical" in outcome.verdict.notes[0] for outcome in results.outcomes)
+
+
+def test_a_decoder_reads_what_an_encoder_wrote(tmp_path: Path) -> None:
+    """Of a writer and a reader that agree on nothing, the round trip fails while the writer is right."""
+    (tmp_path / "reader").mkdir()
+    deaf = program(tmp_path / "reader", "def answer(words): return {'ok': False, 'error': 'E_LIMIT'}")
+    drivers = {"encoder": Driver(OWN), "decoder": Driver(deaf)}
+    results = results_of(Settings(drivers, only="e-REC-001"))
+    assert {(o.role, o.verdict.outcome) for o in results.outcomes} == {
+        ("encoder", "pass"),
+        ("round trip", "fail"),
+    }
+
+
+def test_a_program_that_takes_too_much_memory_ends(tmp_path: Path) -> None:
+    greedy = "def answer(words): return {'ok': len(bytearray(2_000_000_000)) < 0}"
+    driver = Driver(program(tmp_path, greedy), megabytes=500)
+    results = results_of(Settings({"decoder": driver}, only="PRE-004"))
+    assert set(outcomes(results)) == {"crash"}
+    assert "MemoryError" in results.bad[0].verdict.words
+
+
+def test_expected_failures_pass_and_unexpected_passes_fail(tmp_path: Path) -> None:
+    driver = Driver(program(tmp_path, WRONG["fail"]))
+    first, *others = [c.id for c in SUITE.cases if c.clauses[0] == "R-MSK-002" and c.kind == "invalid"]
+    asked = Settings(
+        {"decoder": driver}, levels=frozenset((2,)), only="R-MSK-002", known={first: "to be done"}
+    )
+    results = results_of(asked)
+    assert [outcome.case.id for outcome in results.bad] == others
+    own = results_of(replace(asked, drivers={"decoder": Driver(OWN)}))
+    assert [outcome.case.id for outcome in own.bad] == [first]
+    with pytest.raises(SuiteError, match="of no case"):
+        results_of(replace(asked, known={"n-PRE-999-none": "?"}))
+
+
+def test_the_suite_has_lists_of_the_programs_that_it_knows(tmp_path: Path) -> None:
+    """A program is judged by `known/NAME.toml`, the name being what it calls itself."""
+    body = "def answer(words): return {'ok': words == ['hello'], 'name': 'mine', 'error': 'E_CRC'}"
+    case = next(case for case in SUITE.cases if case.clauses[0] == "R-PRE-001" and case.kind == "invalid")
+    suite = Suite(tmp_path, (case,), SUITE.clauses)
+    settings = Settings({"decoder": Driver(program(tmp_path, body))})
+    assert not run(suite, settings, lambda _: None).passed
+    (tmp_path / "known").mkdir()
+    listed = f'[[known]]\nid = "{case.id}"\nreason = "says E_CRC of it"\n'
+    (tmp_path / "known" / "mine.toml").write_text(listed)
+    results = run(suite, settings, lambda _: None)
+    assert [outcome.known for outcome in results.outcomes] == ["says E_CRC of it"]
+    assert not results.bad
+
+
+def test_lists_of_expected_failures_need_reasons_and_run_out() -> None:
+    entry = {"id": "n-MSK-002-x", "reason": "to be done", "until": date(2026, 1, 1)}
+    assert known_failures({"known": [entry]}, date(2026, 1, 1)) == {"n-MSK-002-x": "to be done"}
+    with pytest.raises(SuiteError, match="until 2026-01-01"):
+        known_failures({"known": [entry]}, date(2026, 1, 2))
+    with pytest.raises(SuiteError, match="reason"):
+        known_failures({"known": [{"id": "n-MSK-002-x"}]}, date(2026, 1, 1))
+
+
+def test_a_command_that_cannot_run_is_told(tmp_path: Path, capsys: Capture) -> None:
+    assert "--decoder" in error_of(capsys, "conformance", "run")
+    assert "manifest.json" in error_of(
+        capsys, "conformance", "run", "--engine", "python", "--suite", tmp_path
+    )
+    assert "--level" in error_of(capsys, "conformance", "run", "--engine", "python", "--level", "5")
+    assert "no case" in error_of(capsys, "conformance", "run", "--engine", "python", "--only", "no such case")
+    assert "no such" in error_of(capsys, "conformance", "run", "--decoder", "no-such-program").lower()
+
+
+def test_a_driver_that_ended_is_started_again(tmp_path: Path) -> None:
+    ending = """
+        def answer(words):
+            if words[0] == 'end':
+                os._exit(0)
+            return {'ok': True}
+    """
+    driver = Driver(program(tmp_path, ending))
+    with pytest.raises(DriverFailure, match="ended with status 0"):
+        driver.ask(["end"])
+    assert driver.ask(["hello"]) == {"ok": True}
+    driver.close()
+
+
+ECHO = """
+    def answer(words):
+        return {'ok': True, 'limits': LIMITS, 'words': words, 'called': sys.argv[1:], 'process': os.getpid()}
+"""
+
+
+@pytest.mark.parametrize("takes_limits", [True, False])
+def test_limits_go_with_a_question_or_to_a_process_of_their_own(takes_limits: bool, tmp_path: Path) -> None:
+    driver = Driver(program(tmp_path, ECHO.replace("LIMITS", str(takes_limits))))
+    plain = driver.ask(["validate", "file"])
+    limited = [driver.ask(["validate", "file"], {"rank": rank, "depth": 9}) for rank in (1, 2, 1)]
+    driver.close()
+    wanted = [["depth=9", f"rank={rank}"] for rank in (1, 2, 1)]
+    assert plain["words"] == ["validate", "file"]
+    if takes_limits:
+        assert [answer["words"] for answer in limited] == [[*given, "validate", "file"] for given in wanted]
+        assert {answer["process"] for answer in limited} == {plain["process"]}
+    else:
+        assert [answer["called"] for answer in limited] == [[*given, "serve"] for given in wanted]
+        assert all(answer["words"] == ["validate", "file"] for answer in limited)
+        assert len({answer["process"] for answer in [plain, *limited]}) == 3
+
+
+def test_our_driver_takes_limits_from_its_start_and_with_each_question() -> None:
+    """A limit that comes with a question holds for it alone, over those of the start."""
+    path = str(next(case.path for case in SUITE.cases if case.id == "y-LAY-001-all-kinds"))
+    strict = OwnDriver("python", Limits(rank=1))
+    assert strict.answer(["validate", path])["error"] == "E_LIMIT"
+    assert strict.answer(["rank=2", "validate", path])["ok"]
+    assert strict.answer(["rank=2", "tensors=1", "validate", path])["error"] == "E_LIMIT"
+    assert strict.answer(["validate", path])["error"] == "E_LIMIT"
+    for words, trouble in ((["ranks=2", "validate", path], "ranks"), (["rank=2"], "no question")):
+        with pytest.raises(OptionError, match=trouble):
+            strict.answer(words)

@@ -1,0 +1,1 @@
+"""Tests of the CUDA engine, most of them without a GPU."""

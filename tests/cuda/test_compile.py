@@ -1,0 +1,352 @@
+"""NVRTC compiles the kernels without a driver; the module that talks to CUDA says why it cannot be used."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernels.tools import budget, machine
+from sfpformat import EngineError
+from sfpformat.engines import available, get_engine
+from sfpformat.engines.cuda import driver, layout, source
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# A multiprocessor's registers, and shared memory, of which a block takes some more than it declares.
+REGISTERS, SHARED_OF_ALL, SHARED_BESIDE = 65536, {"sm_90": 228 << 10, "sm_100": 228 << 10}, 1 << 10
+SHARED = 48 << 10  # bytes a block without asking the driver for more
+
+
+def test_the_source_is_one_string_without_headers() -> None:
+    text = source.source()
+    assert "#include" not in text
+    assert "#pragma once" not in text
+    for name in (
+        "base",
+        "recipe",
+        "index",
+        "levels",
+        "mask",
+        "values",
+        "decode",
+        "dense",
+        "ring",
+        "short",
+        "sparse",
+        "tensor",
+        "matrix",
+        "operands",
+        "product",
+    ):
+        parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
+        assert text.count(parts) == 1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
+    code, usage, said = machine.compile_with_usage(arch)
+    assert code.startswith(b"\x7fELF")
+    assert set(usage) == set(source.kernels())
+    assert "warning" not in said
+    blocks = {
+        name: int(count)
+        for name, count in re.findall(r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", source.source(), re.MULTILINE)
+    }
+    if arch == "sm_100":
+        blocks = {kernel: min(count, 7) for kernel, count in blocks.items()}
+    for kernel, used in usage.items():
+        assert used.spilled == 0, kernel
+        assert used.registers * layout.THREADS * blocks.get(kernel, 4) <= REGISTERS, kernel
+        assert used.shared <= SHARED, kernel
+        if arch in SHARED_OF_ALL:
+            assert (used.shared + SHARED_BESIDE) * blocks.get(kernel, 4) <= SHARED_OF_ALL[arch], kernel
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(driver, "source", lambda: 'extern "C" __global__ void short_source() {}')
+    first = driver.compile_for("sm_90").code
+    assert any(tmp_path.rglob("*"))
+    assert driver.compile_for("sm_90").code == first
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+
+def machine_code(*loops: str, at: int = 0) -> str:
+    """Lines as the disassembler prints them; a loop is lines, the last of which goes back to its first.
+
+    ``>`` before a line jumps over it, if it is to.
+    """
+    out = []
+    for loop in loops:
+        start = at
+        for line in loop.split(";"):
+            text = line.strip()
+            if text.startswith(">"):
+                out.append(f"        /*{at:04x}*/              @P0 BRA {at + 32:#x} ;")
+                at, text = at + 16, text[1:].strip()
+            out.append(f"        /*{at:04x}*/                   {text} ;")
+            at += 16
+        out.append(f"        /*{at:04x}*/              @!P1 BRA {start:#x} ;")
+        at += 16
+    return "\n".join(out)
+
+
+WRITES = ";".join(["ST.E desc[UR6][R2.64], R4"] * 8)
+DENSE = machine_code(
+    "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
+    "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
+)
+JOINS = (
+    "SHFL.IDX PT, R4, R5, R6; LD.E R8, desc[UR6][R6.64]; PRMT R4, R8, R5, R6; ST.E.64 desc[UR6][R2.64], R4"
+)
+
+
+def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
+    joins = machine_code(JOINS, at=0x100)
+    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(f"{DENSE}\n{joins}"))
+    assert own is not None
+    assert own.issue == (8 / 4 + 4 / 64, 9 / 4 + 4 / 64)
+    assert own.integer == (0.25 + 1 / 64, 0.25 + 1 / 64)
+    assert set(own.shares().values()) == {1.0}
+    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY["h200"])
+
+
+def nested(before: str, *inner: str) -> str:
+    """Loops, one after another, in a loop that begins with lines before them."""
+    lines = machine_code(*inner, at=16 * len(before.split(";"))).split("\n")
+    first = [
+        f"        /*{16 * i:04x}*/                   {line.strip()} ;"
+        for i, line in enumerate(before.split(";"))
+    ]
+    at = 16 * (len(first) + len(lines))
+    return "\n".join([*first, *lines, f"        /*{at:04x}*/              @!P1 BRA 0x0 ;"])
+
+
+def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> None:
+    turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
+    code = nested("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5", turn)
+    write = machine_code(WRITES, at=0x200)
+    own = budget.budget_of("sparse_2_1_one_short", machine.instructions_of(f"{code}\n{write}"))
+    assert own is not None
+    turns = budget.slowest(32, 1) / 32
+    assert 20 / 32 < turns < 24 / 32
+    assert own.issue[0] == pytest.approx(5 * turns + 3 / 32 + 9 / 16)
+    assert own.integer[0] == pytest.approx(turns + 1 / 32)
+
+
+def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
+    word = (
+        "PRMT R4, R4, R5, R6; HMMA.16816.F32.BF16 R4, R8, R12, R4; LDS R4, [R2]; LDS.128 R8, [R3];"
+        "> SHFL.UP R4, R4"
+    )
+    tile = nested("LDG.E R4, desc[UR6][R2.64]", word)
+    own = budget.budget_of("multiply_bf16", machine.instructions_of(tile))
+    assert own is not None
+    assert own.issue[0] == pytest.approx(6 / 64 + 1 / 256 + 2 / 256)
+    assert own.integer[0] == pytest.approx(1 / 64)
+    assert own.memory == pytest.approx((budget.MEETING + 4) / 64 + 32 * budget.PLAIN_BITS / 8 / 128)
+
+
+@pytest.mark.parametrize(("kernel", "look_ups"), [("short_2", 2 * budget.MEETING), ("plain_2", 32)])
+def test_survivors_octets_and_tiles_are_counted_where_each_has_a_loop(kernel: str, look_ups: float) -> None:
+    turn, octets = "FLO.U32.SH R5, R6; > LDS R4, [R2]; STS.U16 [R3], R4", ";".join(["LDS R4, [R2]"] * 8)
+    code = nested("POPC R5, R5", octets, turn) + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of(kernel, machine.instructions_of(code))
+    assert own is not None
+    turns = budget.slowest(64, 1) / 64
+    assert own.issue[0] == pytest.approx(4 * turns + 9 / 16 + 2 / 64 + 9 / 16)
+    assert own.issue[1] - own.issue[0] == pytest.approx(turns)
+    octet = budget.MEETING if kernel == "short_2" else 32
+    moved = 2 / 4 + budget.tile_memory(2, budget.EXACT_BITS)
+    assert own.memory == pytest.approx(look_ups * turns + octet / 8 + moved)
+
+
+def test_a_turn_of_the_kernel_for_all_is_a_position() -> None:
+    before = ";".join(["LD.E R4, desc[UR6][R2.64]"] * 17 + ["STS.U16 [R3], R4"])
+    code = nested(before, "IADD3 R4, R4, R5, R6") + "\n" + machine_code(WRITES, at=0x200)
+    own = budget.budget_of("any_2", machine.instructions_of(code))
+    assert own is not None
+    assert own.issue == pytest.approx((19 + 9 / 16, 19 + 2 + 9 / 16))
+    assert own.integer == (0, 1)
+
+
+def test_the_index_is_counted_by_rounds_of_four_segments_a_thread() -> None:
+    loops = machine_code("LDS R4, [R2]; LD.E R5, desc[UR6][R2.64]", "LDS R4, [R2]")
+    after = "\n        /*0050*/                   EXIT ;\n        /*0060*/                   BRA 0x40 ;"
+    assert budget.index_slots(machine.instructions_of(loops + after)) == (13 * 3 + 3 * 2 + 1) / 4 / 512
+
+
+def test_kernels_that_do_not_go_through_weights_have_no_budget() -> None:
+    for kernel in ("fill_tables", "index_chunks", "place_matrix"):
+        assert budget.budget_of(kernel, []) is None
+
+
+# ------------------------------------------------------------------------------------------- why it cannot be
+
+
+def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
+    """A `cuda.core` that has devices of those compute capabilities, or cannot say."""
+
+    class Device:
+        @classmethod
+        def get_all_devices(cls) -> Any:
+            if isinstance(devices, Exception):
+                raise devices
+            return tuple(types.SimpleNamespace(compute_capability=own) for own in devices)
+
+    return types.SimpleNamespace(Device=Device)
+
+
+@pytest.fixture
+def nothing_remembered() -> Iterator[None]:
+    """Asks for a device anew, in the test and after it."""
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
+    yield
+    for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
+        remembers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (
+            RuntimeError('"cuda" is an NVIDIA driver\n library'),
+            'no CUDA driver or device: "cuda" is an NVIDIA driver',
+        ),
+        ([], "there is no CUDA device"),
+        ([(6, 1)], "too old: compute capability 6.1, at least 7.5 is needed"),
+        ([(6, 1), (9, 0)], None),
+    ],
+)
+@pytest.mark.usefixtures("nothing_remembered")
+def test_what_is_missing_is_named(devices: Any, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", fake_core(devices))
+    monkeypatch.setattr(driver, "why_no_package", lambda: None)
+    reason = available()["cuda"]
+    assert (reason is None) if words is None else words in (reason or "")
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("libnvrtc.so was not found")
+
+    monkeypatch.setitem(sys.modules, "cuda.core", fake_core([(9, 0)]))
+    assert driver.why_not() is None
+    driver._why_no_compiler.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", types.SimpleNamespace(nvrtcVersion=missing))
+    assert "no NVRTC, which compiles the kernels: libnvrtc.so was not found" in (driver.why_not() or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("0.7.0", "0.7.0 is too old, 1.2 or later"), ("1.2.2", None), ("2.0rc1", None)]
+)
+@pytest.mark.usefixtures("nothing_remembered")
+def test_an_old_package_is_told(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    reason = driver.why_no_package()
+    assert (reason is None) if words is None else words in (reason or "")
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_the_package_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.2.2")
+    assert [driver.why_no_package() for _ in range(3)] == [None] * 3
+    assert asked == ["cuda-core"]
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert driver.why_no_package() == "cuda-core is not installed; pip install 'sfpformat[cuda]'"
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EngineError, match=r"cuda-core is not installed; pip install 'sfpformat\[cuda\]'"):
+        get_engine("cuda")
+
+
+# --------------------------------------------------------------------------------------- the calls themselves
+
+
+class Recorder:
+    """Stands for any object of cuda.core: remembers what is called, gives itself or what it was told."""
+
+    def __init__(self, said: list[tuple[Any, ...]], name: str, gives: dict[str, Any]) -> None:
+        self._said, self._name, self._gives = said, name, gives
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._name}.{name}"
+        return self._gives[path] if path in self._gives else Recorder(self._said, path, self._gives)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self._said.append((self._name, *args, *options.items()))
+        return Recorder(self._said, f"{self._name}()", self._gives)
+
+
+def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = np.zeros(64, np.uint8)
+    said: list[tuple[Any, ...]] = []
+
+    def launched(*given: Any) -> tuple[int]:
+        addresses = (ctypes.c_void_p * 2).from_address(given[9])
+        values = [ctypes.c_uint64.from_address(address or 0).value for address in addresses]
+        said.append(("launch", *given[:9], values, *given[10:]))
+        return (0 if given[1] < 1 << 31 else 1,)
+
+    gives: dict[str, Any] = {
+        "core.Device().arch": "90",
+        "core.Device().allocate().handle": 4096,
+        "core.Device().create_stream().handle": 77,
+        "core.LegacyPinnedMemoryResource().allocate().handle": pinned.ctypes.data,
+        "sm_90.get_kernel().handle": 9,
+        "driver.CUfunction": lambda handle: 100 * handle,
+        "driver.cuLaunchKernel": launched,
+        "driver.CUresult": types.SimpleNamespace(CUDA_SUCCESS=0),
+        "driver.cuMemcpyAsync": lambda *args: said.append(("copy", *args)) or (0 if args[2] < 64 else 2,),
+    }
+    monkeypatch.setitem(sys.modules, "cuda.core", Recorder(said, "core", gives))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Recorder(said, "driver", gives))
+    monkeypatch.setattr(driver, "compile_for", lambda arch: Recorder(said, arch, gives))
+    monkeypatch.setattr(driver, "_programs", {})
+    device = driver.CudaDevice(3, stream=55)
+    assert ("core.Device", 3) in said
+    assert ("core.Device().set_current",) in said
+    stream = next(call[1] for call in said if call[0] == "core.Device().create_stream")
+    assert stream.__cuda_stream__() == (0, 55)
+    assert device.allocate(100).address == 4096
+    host = device.pin(64)
+    host.bytes[:] = 9
+    assert pinned.tolist() == [9] * 64
+    device.copy(1, 2, 3)
+    device.copy(1, 2, 0)
+    assert [call for call in said if call[0] == "copy"] == [("copy", 1, 2, 3, 77)]
+    with pytest.raises(RuntimeError, match="a copy of 64 bytes failed"):
+        device.copy(1, 2, 64)
+    for given in ([1 << 40, 2], [7, 8]):
+        device.launch("any_4", 5, given)
+    assert [call for call in said if call[0] == "launch"] == [
+        ("launch", 900, 5, 1, 1, 128, 1, 1, 0, 77, [1 << 40, 2], 0),
+        ("launch", 900, 5, 1, 1, 128, 1, 1, 0, 77, [7, 8], 0),
+    ]
+    assert said.count(("sm_90.get_kernel", "any_4")) == 1
+    with pytest.raises(RuntimeError, match="a launch of any_4 failed"):
+        device.launch("any_4", 1 << 31, [1, 2])
+    device.mark().wait()
+    assert said[-2:] == [
+        ("core.Device().create_stream().record",),
+        ("core.Device().create_stream().record().sync",),
+    ]

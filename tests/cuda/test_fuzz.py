@@ -1,0 +1,53 @@
+"""The kernels under the sanitisers for addresses and undefined behaviour; `kernels.tools.fuzz` does more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from kernels.tools import fuzz, shim
+from sfpformat.engines import get_engine
+from sfpformat.engines.cuda import source
+from sfpformat.engines.cuda.recipe import kernel_of
+
+ROOT = Path(__file__).parents[2]
+
+# Reads a byte after some memory, which the sanitiser must see: else it is not there.
+OUTSIDE = """
+import ctypes
+from kernels import fuzz, shim
+device = shim.HostDevice(shim.build(shim.CHECKED), poison=True)
+memory, elsewhere = device.allocate(64), device.allocate(64)
+device.copy(elsewhere.address, memory.address + 1, 64)
+device.finish()
+"""
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=fuzz.checked_environment(), capture_output=True, text=True
+    )
+
+
+def test_damaged_chunks_are_judged_as_by_the_reference_and_nothing_else_is_touched() -> None:
+    done = run("-m", "kernels.tools.fuzz", "--inputs", "400", "--seed", "7", "--golden", "40")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "chunks of golden files" in done.stdout
+    assert "400 damaged inputs judged as by the reference" in done.stdout
+
+
+def test_the_sanitiser_sees_an_access_outside() -> None:
+    done = run("-c", OUTSIDE)
+    assert done.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in done.stderr
+
+
+def test_chunks_for_every_kernel_are_damaged() -> None:
+    damaged = {kernel_of(sample.decoder.entry) for sample in fuzz.samples(get_engine("python"))}
+    others = {"fill_tables", "index_chunks", "place_matrix", "multiply_bf16", "multiply_f16", "multiply_f32"}
+    assert damaged | others == set(source.kernels())
+    device = shim.HostDevice()
+    multiplied = [sample.compare(sample.data) for sample in fuzz.product_samples(device)]
+    assert all(multiplied)
+    assert others - set(device.launched) == {"fill_tables"}  # no stream has a code

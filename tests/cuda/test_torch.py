@@ -1,0 +1,193 @@
+"""Tensors that a device decodes for torch: kernels on the host, a queue that is done only when one waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.tools import shim
+from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
+from sfpformat.conformance.forge import Forge
+from sfpformat.decode.opening import open_any
+from sfpformat.decode.shards import ShardIndex
+from sfpformat.engines import decodes_on_device
+from sfpformat.engines.cuda import driver
+from sfpformat.engines.cuda.batch import Running
+from sfpformat.numpy import save
+from sfpformat.torch import device, files, load, load_model, safe_open, save_model
+from sfpformat.torch.files import TorchFile
+
+from ..support.samples import everything, weights
+from ..torch.test_files import assert_same
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
+    """The devices that were opened; batches are small, so that some are on their way at once."""
+    opened: list[shim.HostDevice] = []
+
+    def opening(number: int, stream: int | None) -> shim.HostDevice:
+        opened.append(shim.HostDevice())
+        return opened[-1]
+
+    monkeypatch.setattr(driver, "why_not", lambda: None)
+    monkeypatch.setattr(device, "open_queue", opening)
+    monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device, "current", nullcontext)
+    monkeypatch.setattr(device, "_thread", threading.local())
+    monkeypatch.setattr(device, "BATCH_BYTES", 20_000)
+    yield opened
+    for own in opened:
+        own.finish()
+
+
+def on_device(data: Any, **options: Any) -> TorchFile:
+    """The file opened as for a CUDA device, whose memory is the processor's."""
+    file = TorchFile(open_any(data, **options), CPU)
+    file.device = torch.device("cuda")
+    file._on_device = True
+    return file
+
+
+def loaded(data: Any, **options: Any) -> dict[str, torch.Tensor]:
+    with on_device(data, **options) as file:
+        return device.read_tensors(file.file, list(file), CPU)
+
+
+def many(count: int = 9) -> dict[str, Any]:
+    return {f"t{i}": weights(90 + i, 200, density=0.3 + 0.07 * i, seed=i) for i in range(count)}
+
+
+def test_every_kind_of_tensor_is_loaded(devices: list[shim.HostDevice]) -> None:
+    assert_same(loaded(everything()), load(everything()))
+    assert {"any_4", "plain_4", "index_chunks"} <= set(devices[0].launched)
+
+
+def test_batches_take_turns_and_every_weight_arrives(devices: list[shim.HostDevice]) -> None:
+    data = save(many(), options=Options(segment=96, chunk=96 * 40))
+    assert_same(loaded(data), load(data))
+    assert devices[0].launched.count("index_chunks") > 4
+    assert devices[0].launched.count("fill_tables") == 1
+
+
+def test_a_door_for_a_cuda_device_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = save(many(2)), []
+    monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
+    monkeypatch.setattr(device, "read_tensors", lambda file, names, where: asked.append((names, where)) or {})
+    with safe_open(data, device="cuda:0") as file:
+        file.get_tensors()
+        file.get_tensors(["t1"])
+    assert asked == [(["t0", "t1"], torch.device("cuda:0")), (["t1"], torch.device("cuda:0"))]
+
+
+@pytest.mark.parametrize(
+    ("engine", "there", "kernels"), [(None, True, True), (None, False, False), ("python", True, False)]
+)
+def test_auto_takes_what_is_there_and_names_what_they_name(
+    engine: str | None, there: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "why_not", lambda: None if there else "no device")
+    assert decodes_on_device(engine) is kernels
+
+
+def test_an_engine_asked_for_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
+    monkeypatch.setattr(driver, "why_not", lambda: "there is no CUDA device")
+    with pytest.raises(EngineError, match="'cuda' cannot be used: there is no CUDA device"):
+        safe_open(save(many(1)), device="cuda", engine="cuda")
+
+
+def test_a_module_is_filled_by_its_device(
+    devices: list[shim.HostDevice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfpformat.torch.places.is_decoded_on", lambda where, engine: where == CPU)
+    source, target = torch.nn.Linear(70, 90), torch.nn.Linear(70, 90).double()  # another dtype: not in place
+    save_model(source, tmp_path / "m")
+    assert load_model(target, tmp_path / "m") == ([], [])
+    assert torch.equal(target.weight, source.weight.double())
+    assert devices[0].launched[0] == "fill_tables"
+
+
+def test_models_in_shards_are_loaded(tmp_path: Path) -> None:
+    tensors = many(4)
+    (tmp_path / "1.sfp").write_bytes(save({name: tensors[name] for name in ("t0", "t1")}))
+    (tmp_path / "2.sfp").write_bytes(save({name: tensors[name] for name in ("t2", "t3")}))
+    index = ShardIndex({"t0": "1.sfp", "t1": "1.sfp", "t2": "2.sfp", "t3": "2.sfp"}, {})
+    path = tmp_path / "m.sfp.index.json"
+    path.write_bytes(index.to_bytes())
+    assert_same(loaded(path), {name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+
+
+def fault_of(data: bytes, load_it: Any) -> tuple[Any, ...]:
+    with pytest.raises(InvalidFileError) as caught:
+        load_it(data)
+    error = caught.value
+    return error.clause, error.tensor, error.offset, error.detail
+
+
+@pytest.mark.parametrize("name", ["t0", "t4", "t8"])
+def test_a_damaged_tensor_gives_the_fault_of_the_reference(name: str) -> None:
+    forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
+    taken = forge.part(name).take(1)
+    plane = next(plane for plane, bits in taken.planes.items() if sum(map(len, bits)))
+    taken.planes[plane][0] = taken.planes[plane][0][:-1]
+    taken.recount()
+    forge.part(name).put(taken, 1)
+    data = forge.build()
+    assert fault_of(data, loaded) == fault_of(data, lambda data: load(data, engine="python", threads=1))
+
+
+def test_a_wrong_checksum_is_told_after_the_faults_before_it() -> None:
+    forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
+    data = bytearray(forge.build())
+    data[forge.start_of("t6") + 200] ^= 1
+    assert fault_of(bytes(data), loaded)[:2] == ("R-LAY-004", "t6")
+    taken = forge.part("t5").take(0)
+    taken.quantities["survivors"][0] -= 1
+    forge.part("t5").put(taken, 0)
+    data = bytearray(forge.build())
+    data[forge.start_of("t6") + 200] ^= 1
+    assert fault_of(bytes(data), loaded)[1] == "t5"
+
+
+def test_of_several_damaged_tensors_the_first_is_told_and_the_next_file_loads() -> None:
+    forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
+    for name in ("t2", "t5", "t8"):
+        taken = forge.part(name).take(0)
+        taken.quantities["survivors"][0] -= 1
+        forge.part(name).put(taken, 0)
+    assert fault_of(forge.build(), loaded)[1] == "t2"
+    assert_same(loaded(everything()), load(everything()))
+
+
+def test_memory_is_pinned_once_for_many_tensors(devices: list[shim.HostDevice]) -> None:
+    with on_device(save(many())) as file:
+        for name in file:
+            device.read_tensors(file.file, [name], CPU)
+    assert len(devices) == 2  # one of them for copies
+
+
+def test_limits_hold(devices: list[shim.HostDevice]) -> None:
+    with pytest.raises(LimitError):
+        loaded(save(many(1)), limits=Limits(tensor_bytes=1000))
+    assert not devices
+
+
+def test_a_chunk_that_kernels_refuse_but_is_good_comes_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(running: Running) -> list[bool]:
+        running.mark.wait()
+        return [False] * len(running.status)
+
+    monkeypatch.setattr(Running, "good", refuse)
+    expected = {name: torch.from_numpy(tensor) for name, tensor in many(3).items()}
+    assert_same(loaded(save(many(3))), expected)

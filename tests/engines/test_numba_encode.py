@@ -1,0 +1,391 @@
+"""The fast engine's encoding against the reference: the same counts, the same choices, the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sfpformat import Options, Writer
+from sfpformat.coding import counts as counting
+from sfpformat.coding import exact, magnitudes, planes, quantiser
+from sfpformat.coding import mask as masks
+from sfpformat.coding.bits import MAX_FIELD_BITS
+from sfpformat.coding.classes import CLASS_COST, Layout, best_layout
+from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
+from sfpformat.dtypes import DTYPES as ALL_DTYPES
+from sfpformat.encode.sink import MemorySink
+from sfpformat.engines import numba as fast
+from sfpformat.errors import OptionError
+from sfpformat.numpy import save
+
+from ..support.samples import weights
+from ..support.strategies import Job, jobs
+
+DTYPES = [np.uint8, np.uint16, np.uint32, np.uint64]
+seeds = st.integers(0, 2**32 - 1)
+
+
+def segments(rng: np.random.Generator, most: int = 90) -> NDArray[np.int64]:
+    """Levels of some segments, of which some may be empty."""
+    sizes = rng.integers(0, most, rng.integers(1, 9))
+    return sizes * (rng.random(len(sizes)) < 0.9)
+
+
+def outcome(job: Job, engine: str) -> bytes | str:
+    """The file of a job, or why there is none."""
+    out = MemorySink()
+    try:
+        with Writer(out, metadata=job.metadata, engine=engine, threads=1) as writer:
+            writer.add("tensor", job.array, job.options, mask=job.mask, importance=job.importance)
+    except OptionError as error:
+        return str(error)
+    return out.data
+
+
+# ------------------------------------------------------------------------------------------------ whole files
+
+
+@settings(max_examples=60, deadline=None)
+@given(jobs())
+def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
+    kept = outcome(job, "numba")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.encode.blocks._KEPT_BYTES", 0)
+        assert outcome(job, "numba") == kept
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seeds,
+    st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3"]),
+    st.sampled_from([1, 2, 3, 9, 40]),
+    st.sampled_from([0.3, 0.7, 1.0]),
+    st.sampled_from([Options(coding="fingerprint"), Options(mantissa_bits=2), Options(trim=False)]),
+    st.booleans(),
+)
+def test_bit_patterns_get_no_plan_only_where_it_would_be_larger(
+    seed: int, dtype: str, distinct: int, density: float, options: Options, masked: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    few = (rng.standard_normal(distinct) * 2.0 ** rng.integers(-4, 4, distinct)).round(rng.integers(0, 5))
+    array = np.where(rng.random(6000) < density, rng.choice(few, 6000), 0).astype(ALL_DTYPES[dtype].numpy)
+    job = Job(array + array.dtype.type(0), options, rng.random(6000) < 0.6 if masked else None)
+    written = outcome(job, "python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.encode.plan.takes_more_bits", lambda *_: False)
+        assert outcome(job, "python") == written
+
+
+def test_a_table_of_few_values_spares_the_plan_of_their_bit_patterns() -> None:
+    array = np.random.default_rng(0).choice(np.array([0.1, 0.2, -0.7], np.float32), 5000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfpformat.encode.plan.choose_exact", lambda *_: pytest.fail("it was planned"))
+        assert outcome(Job(array, Options()), "python") == outcome(Job(array, Options()), "numba")
+
+
+@settings(max_examples=250, deadline=None)
+@given(jobs())
+def test_both_engines_write_the_same_bytes(job: Job) -> None:
+    assert outcome(job, "numba") == outcome(job, "python")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64", "F8_E4M3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(codes=16, segment=32),
+        Options(mantissa_bits=2),
+        Options(quantiser="lossless", group=2),
+        Options(mask="runs", group=2),
+        Options(mask="octets", trim=False),
+    ],
+)
+def test_lossless_tensors_of_every_size_of_level_are_the_same(dtype: str, options: Options) -> None:
+    tensors = {
+        "a": weights(300, 70).astype(ALL_DTYPES[dtype].numpy),
+        "b": (weights(64, 64, seed=1) * 3).round().astype(ALL_DTYPES[dtype].numpy),
+    }
+    assert save(tensors, options=options, engine="numba") == save(tensors, options=options, engine="python")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
+    tensors = {"a": weights(700, 900), "b": weights(3, 5)}
+    options = Options(quantiser="uniform", bits=3, chunk=1 << 15)
+    data = save(tensors, options=options, engine="numba", threads=threads)
+    assert data == save(tensors, options=options, engine="python", threads=1)
+
+
+# ------------------------------------------------------------------------------------------------- its pieces
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.sampled_from([1, 2, 7, 120]), st.sampled_from([1, 6, 7, 100, 1024]))
+def test_few_magnitudes_are_found_and_translated_alike(
+    seed: int, dtype: Any, distinct: int, most: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    known = rng.integers(0, np.iinfo(dtype).max, distinct, dtype, endpoint=True)
+    patterns = rng.choice(known, int(rng.integers(0, 5000)))
+    low = magnitudes.magnitude_bits(patterns.dtype)
+    every = np.unique(patterns & low)
+    found = fast.few_magnitudes(patterns, most)
+    for few in (found, magnitudes.few_magnitudes(patterns, most)):
+        assert (few is None) if len(every) > most else np.array_equal(few, every)
+    if found is None:
+        return
+    meanings = rng.integers(0, 200, 2 * len(found)).astype(rng.choice([np.uint8, np.uint16]))
+    number = 2 * np.searchsorted(found, patterns & low) + (patterns > low)
+    for translate in (fast.translate, magnitudes.translate):
+        assert np.array_equal(translate(patterns, found, meanings), meanings[number])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seeds, st.sampled_from(["runs", "octets"]), st.sampled_from([0, 1]), st.sampled_from([0, 1, 0.02, 0.5])
+)
+def test_masks_are_encoded_alike(seed: int, kind: str, polarity: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    positions = np.full(int(rng.integers(1, 5)), rng.choice([32, 96, 1 << 16]))
+    positions[-1] -= rng.integers(0, 31)
+    mask = rng.random(int(positions.sum())) < density
+    levels, counts = masks.encode_mask(kind, polarity, mask, positions)
+    found, found_counts = fast.encode_mask(kind, polarity, mask, positions)
+    assert np.array_equal(found, levels)
+    assert np.array_equal(found_counts, counts)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.integers(0, 9), st.integers(0, 3))
+def test_classes_are_counted_alike(seed: int, dtype: Any, width: int, first: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts, classes = segments(rng), int(rng.integers(1, 40))
+    low, high = first << width, min((first + classes) << width, np.iinfo(dtype).max)
+    if low >= high:
+        return
+    levels = rng.integers(low, high, int(counts.sum())).astype(dtype)
+    want = counting.count_classes(levels, counts, width, first, classes)
+    assert np.array_equal(fast.count_classes(levels, counts, width, first, classes), want)
+    assert want.sum() == len(levels)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
+def test_symbols_are_counted_alike(seed: int, dtype: Any, group: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = segments(rng)
+    extra = bytes(rng.choice([0, 0, 1, 2, 3], int(rng.integers(2, 12))).astype(np.uint8))
+    layout = Layout(int(rng.integers(0, 20)), extra)
+    levels = rng.integers(layout.base, layout.top, int(counts.sum())).astype(dtype)
+    want = counting.count_symbols(levels, counts, layout, group)
+    assert np.array_equal(fast.count_symbols(levels, counts, layout, group), want)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.integers(0, 63))
+def test_shared_zeros_of_bit_patterns_are_alike(seed: int, dtype: Any, zeros: int) -> None:
+    rng = np.random.default_rng(seed)
+    counts = segments(rng)
+    bits = 8 * np.dtype(dtype).itemsize
+    patterns = (rng.integers(0, 1 << 32, int(counts.sum()), np.uint64) << np.uint64(zeros)).astype(dtype)
+    want = exact.exact_zeros(patterns, counts)
+    assert np.array_equal(fast.exact_zeros(patterns, counts), want)
+    assert want.max(initial=0) < bits
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.sampled_from(DTYPES), st.data())
+def test_bit_patterns_are_counted_and_packed_alike(seed: int, dtype: Any, data: Any) -> None:
+    rng = np.random.default_rng(seed)
+    bits = 8 * np.dtype(dtype).itemsize
+    width = data.draw(st.integers(min(max(bits - 9, 1), 50), min(bits - 1, MAX_FIELD_BITS)))
+    trim = data.draw(st.integers(0, width - 1))
+    counts = segments(rng)
+    # Any signs; few classes; as many zeros below as the trim leaves out.
+    first = int(rng.integers(0, 1 << (bits - width)))
+    classes = int(rng.integers(1, min(1 << (bits - width), first + 40) - first + 1))
+    size = int(counts.sum())
+    classed = rng.integers(first, first + classes, size).astype(np.uint64) << np.uint64(width - 1)
+    rest = rng.integers(0, 1 << (width - 1), size).astype(np.uint64) >> np.uint64(trim) << np.uint64(trim)
+    sign = rng.integers(0, 2, size).astype(np.uint64) << np.uint64(bits - 1)
+    patterns = (classed | rest | sign).astype(dtype)
+    rows = exact.count_exact(patterns, counts, width, first, classes)
+    assert np.array_equal(fast.count_exact(patterns, counts, width, first, classes), rows)
+    codes = tuple(PrefixCode(code_lengths(rng.integers(1, 99, classes))) for _ in range(2 * (classes > 1)))
+    table = CodeTable(first << width, bytes([width]) * classes, codes)
+    numbers = rng.integers(0, max(len(codes), 1), len(counts))
+    trims = np.where(rng.random(len(counts)) < 0.5, trim, 0)
+    one = exact.encode_exact(patterns, counts, numbers, trims, table)
+    other = fast.encode_exact(patterns, counts, numbers, trims, table)
+    for field in dataclasses.fields(one):
+        assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+@settings(max_examples=120, deadline=None)
+@given(seeds, st.integers(2, 70), st.integers(1, 300), st.sampled_from([1, 2, 8, 16]), st.booleans())
+def test_segments_are_clustered_and_assigned_alike(
+    seed: int, symbols: int, size: int, most: int, skewed: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.full(symbols, 0.3), 4)[rng.integers(0, 4, size)]
+    rows = rng.poisson(shares * 800).astype(np.int32)
+    if skewed:
+        rows[:, rng.integers(0, symbols)] += 40_000
+    order = rng.integers(0, 1 << 12, symbols)
+    costs = counting.cluster(rows, order, most, size * 3)
+    assert np.array_equal(fast.cluster(rows, order, most, size * 3), costs)
+    codes, totals = counting.assign(rows, costs)
+    found_codes, found_totals = fast.assign(rows, costs)
+    assert np.array_equal(found_codes, codes)
+    assert np.array_equal(found_totals, totals)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 3000),
+    st.lists(st.sampled_from([0, 0, 1, 2, 7, 900, 10**6, 10**9]), min_size=1, max_size=3000).filter(any),
+    st.integers(0, 40),
+    st.integers(0, 16),
+    st.booleans(),
+)
+def test_the_same_classes_are_best(
+    before: int, counts: list[int], above: int, doublings: int, signed: bool
+) -> None:
+    numbers = np.array([0] * before + counts, np.int64)
+    bound = int(np.flatnonzero(numbers)[-1]) + 1 + above
+    want = best_layout(numbers, signed, bound, CLASS_COST << doublings)
+    assert fast.best_layout(numbers, signed, bound, CLASS_COST << doublings) == want
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 1, 2, 7, 900, 10**6, 10**12]), min_size=2, max_size=300),
+    st.integers(9, 12),
+)
+def test_code_lengths_are_alike(counts: list[int], limit: int) -> None:
+    counts[0] += 1
+    counts[1] += 1
+    totals = np.array([counts, counts[::-1]], np.int64)
+    want = counting.lengths_of_codes(totals, limit)
+    assert np.array_equal(fast.lengths_of_codes(totals, limit), want)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    seeds, st.sampled_from([1, 2]), st.integers(1, 12), st.integers(1, 3), st.integers(0, 6), st.booleans()
+)
+def test_levels_are_packed_alike(
+    seed: int, group: int, classes: int, codes: int, trim: int, one_width: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    extra = bytes(rng.choice([1, 8] if one_width else [0, 1, 3, 8, 20], classes).astype(np.uint8))
+    extra = extra[:1] * classes if one_width else extra
+    group = group if classes > 1 else 1
+    symbols = max(classes**group, 2)
+    made = [PrefixCode(code_lengths(rng.integers(1, 1000, symbols))) for _ in range(codes)]
+    base = int(rng.integers(0, 4)) << (extra[0] if rng.random() < 0.5 else 0)
+    table = CodeTable(base, extra, tuple(made) if classes > 1 else (), group)
+    counts = segments(rng)
+    trims = np.full(len(counts), max(min(trim, min(extra) - 1), 0))
+    levels = rng.integers(table.base, table.top, int(counts.sum())).astype(np.uint64)
+    classes_of = table.class_of(levels)
+    residuals = levels - table.first[classes_of]
+    keep = ~(((np.uint64(1) << np.uint64(int(trims[0]))) - np.uint64(1)) << np.uint64(1))
+    levels = table.first[classes_of] + (residuals & keep)
+    numbers = rng.integers(0, max(len(table.codes), 1), len(counts))
+    want = planes.encode_levels(levels, counts, numbers, trims, table)
+    for dtype in DTYPES:
+        if table.top - 1 <= np.iinfo(dtype).max:
+            found = fast.encode_levels(levels.astype(dtype), counts, numbers, trims, table)
+            for part in ("prefix", "prefix_bits", "residual", "residual_bits"):
+                assert np.array_equal(getattr(found, part), getattr(want, part)), part
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds, st.floats(1e-3, 10), st.booleans(), st.integers(0, 6))
+def test_weights_are_quantised_alike(seed: int, step: float, scaled: bool, thresholds: int) -> None:
+    rng = np.random.default_rng(seed)
+    flat = (rng.standard_normal(int(rng.integers(0, 400))) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
+    flat[rng.random(len(flat)) < 0.1] = -0.0
+    factors = rng.choice([0.0, 0.1, 3.0], len(flat)).astype(np.float32) if scaled else None
+    least = (np.arange(thresholds) + rng.uniform(0.3, 0.9, thresholds)).astype(np.float32)
+    want = quantiser.uniform_levels(flat, factors, np.float32(step), least)
+    found = fast.uniform_levels(flat, factors, np.float32(step), least)
+    assert found.dtype == want.dtype
+    assert np.array_equal(found, want)
+
+
+def test_a_step_that_is_too_small_is_refused_alike() -> None:
+    for engine in ("python", "numba"):
+        with pytest.raises(OptionError, match="too small for weights of"):
+            save({"w": weights(40, 40) * 1e6}, options=Options(quantiser="uniform", step=1e-9), engine=engine)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.sampled_from(DTYPES))
+def test_survivors_are_counted_and_chosen_alike(seed: int, dtype: Any) -> None:
+    rng = np.random.default_rng(seed)
+    counts = segments(rng)
+    mask = rng.random(int(counts.sum())) < rng.random()
+    values = rng.integers(0, 256, len(mask)).astype(dtype)
+    assert np.array_equal(fast.survivors(mask, counts), masks.survivors(mask, counts))
+    assert np.array_equal(fast.chosen(values, mask), masks.chosen(values, mask))
+
+
+# ------------------------------------------------------------------------------------ engines, checked builds
+
+
+def test_a_writer_takes_the_fast_engine_for_much_work_only() -> None:
+    program = (
+        "import sys, numpy as np, sfpformat.numpy as n;"
+        "n.save({'w': np.ones(int(sys.argv[1]), np.float32)}); print('numba' in sys.modules)"
+    )
+    for size, imported in (("5000", "False"), ("9000000", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, size],
+            capture_output=True,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key != "SFPFORMAT_ENGINE"},
+            check=True,
+        )
+        assert done.stdout.strip() == imported
+
+
+def test_no_access_leaves_its_array_in_a_build_that_checks_each(tmp_path: Path) -> None:
+    if os.environ.get("SFPFORMAT_CHECKED"):  # this is that build
+        return
+    checked = {
+        **os.environ,
+        "SFPFORMAT_CHECKED": "1",
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "alike or same_bytes",
+        ],
+        env=checked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,1 @@
+"""Tests of what SPEC.md says, chapter by chapter."""

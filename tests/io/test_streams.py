@@ -1,0 +1,211 @@
+"""Streams that a file is written to or read from: which are refused, and what those that are not hold."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import mmap
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+
+import sfpformat
+from sfpformat import OptionError, Writer
+from sfpformat.numpy import load, save
+
+from ..support.clauses import clauses
+from ..support.samples import weights
+
+OLD = b"an older file " * 400
+TENSORS = {"a": np.ones((4, 8), np.float32), "w": weights(40, 60)}
+EXPECTED = save(TENSORS)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A path with an older file."""
+    old = tmp_path / "m.sfp"
+    old.write_bytes(OLD)
+    return old
+
+
+def write(stream: Any) -> None:
+    """Writes the tensors."""
+    with Writer(stream) as writer:
+        for name, array in TENSORS.items():
+            writer.add(name, array)
+
+
+def opened_to_append(path: Path) -> BinaryIO:
+    """A stream that does not say that it appends."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "ab": (lambda path: path.open("ab"), "append"),
+    "a+b": (lambda path: path.open("a+b"), "append"),
+    "ab, unbuffered": (lambda path: path.open("ab", buffering=0), "append"),
+    "a flag of the descriptor": (opened_to_append, "append"),
+    "text": (lambda path: path.open("r+"), "binary stream"),
+    "text in memory": (lambda path: io.StringIO(), "binary stream"),
+    "text over bytes": (lambda path: io.TextIOWrapper(io.BytesIO()), "binary stream"),
+    "read only": (lambda path: path.open("rb"), "reading only"),
+    "compressed": (lambda path: gzip.GzipFile(path.with_name("x.gz")), "reading only"),
+}
+
+
+@clauses("R-STR-005")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_stream_that_cannot_be_written_anywhere_is_refused_and_left_alone(path: Path, case: str) -> None:
+    make, told = REFUSED[case]
+    path.with_name("x.gz").write_bytes(b"")
+    with make(path) as stream, pytest.raises(OptionError, match=told):
+        Writer(stream)
+    assert path.read_bytes() == OLD
+
+
+def test_a_pipe_and_a_socket_are_refused() -> None:
+    ends = os.pipe()
+    with (
+        os.fdopen(ends[1], "wb") as pipe,
+        os.fdopen(ends[0], "rb"),
+        pytest.raises(OptionError, match="cannot seek"),
+    ):
+        Writer(pipe)
+    one, other = socket.socketpair()
+    with one, other, one.makefile("wb") as stream, pytest.raises(OptionError, match="cannot seek"):
+        Writer(stream)
+
+
+def test_what_is_no_stream_or_a_closed_one_is_refused(path: Path) -> None:
+    closed = io.BytesIO()
+    closed.close()
+    things: list[Any] = [closed, None, 7, [], object(), mmap.mmap(-1, 4096)]
+    for thing in things:
+        with pytest.raises(OptionError, match=r"closed|cannot write to a"):
+            Writer(thing)
+
+
+class _Appending(io.BytesIO):
+    """A stream of another library that appends, and does not say so."""
+
+    def write(self, data: Any) -> int:
+        self.seek(0, os.SEEK_END)
+        return super().write(data)
+
+
+@pytest.mark.parametrize("before", [b"", OLD])
+def test_a_stream_that_writes_elsewhere_than_it_stands_is_refused(before: bytes) -> None:
+    with pytest.raises(OptionError, match="elsewhere"):
+        write(_Appending(before))
+
+
+@pytest.mark.parametrize("mode", ["wb", "r+b", "w+b"])
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_a_file_opened_to_be_written_is_replaced_whole(path: Path, mode: str, buffering: int) -> None:
+    with path.open(mode, buffering=buffering) as stream:
+        write(stream)
+        assert stream.tell() == len(EXPECTED)
+    assert path.read_bytes() == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "make", [tempfile.TemporaryFile, tempfile.NamedTemporaryFile, tempfile.SpooledTemporaryFile]
+)
+def test_temporary_files_are_written_and_read(make: Callable[[], Any]) -> None:
+    with make() as stream:
+        write(stream)
+        assert load_from(stream) == EXPECTED
+
+
+def load_from(stream: Any) -> bytes:
+    """The file that a stream has, by way of its tensors."""
+    with sfpformat.open(stream) as file:
+        return save(file.get_tensors())
+
+
+@pytest.mark.parametrize("position", [0, 77, 10_000])
+def test_a_stream_is_the_file_wherever_it_stands(position: int) -> None:
+    stream = io.BytesIO(OLD)
+    stream.seek(position)
+    write(stream)
+    assert stream.getvalue() == EXPECTED
+    stream.seek(position)
+    assert load_from(stream) == EXPECTED
+
+
+class _Slow(io.FileIO):
+    """An unbuffered file that takes at most 100 bytes at once, as a device may."""
+
+    def write(self, data: Any) -> int:
+        return super().write(bytes(data)[:100]) or 0
+
+
+class _Silent(io.BytesIO):
+    """A stream of another library, which does not say how many bytes it took."""
+
+    def write(self, data: Any) -> None:  # type: ignore[override]
+        super().write(data)
+
+
+def test_a_stream_that_takes_few_bytes_at_once_gets_all(path: Path) -> None:
+    with _Slow(path, "w+") as stream:
+        write(stream)
+    assert path.read_bytes() == EXPECTED
+    silent = _Silent()
+    write(silent)
+    assert silent.getvalue() == EXPECTED
+
+
+class _Full(_Slow):
+    """A device that takes nothing more."""
+
+    def write(self, data: Any) -> int:
+        return 0
+
+
+def test_a_stream_that_takes_nothing_is_an_error(path: Path) -> None:
+    with _Full(path, "w+") as stream, pytest.raises(OSError, match="took 0 of 64 bytes"):
+        write(stream)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.open("r"), "opened with mode 'rb'"),
+        (lambda path: path.open("ab"), "writing only"),
+        (lambda path: 7, "cannot read a int"),
+        (lambda path: None, "cannot read a NoneType"),
+    ],
+)
+def test_what_cannot_be_read_at_any_place_is_refused(
+    path: Path, make: Callable[[Path], Any], told: str
+) -> None:
+    stream = make(path)
+    with pytest.raises(OptionError, match=told):
+        sfpformat.open(stream)
+    if hasattr(stream, "close"):
+        stream.close()
+        with pytest.raises(OptionError):
+            sfpformat.open(stream)
+
+
+def test_a_pipe_is_refused_by_readers() -> None:
+    ends = os.pipe()
+    with (
+        os.fdopen(ends[1], "wb"),
+        os.fdopen(ends[0], "rb") as pipe,
+        pytest.raises(OptionError, match="cannot seek"),
+    ):
+        sfpformat.open(pipe)
+
+
+def test_bytes_of_any_kind_are_read() -> None:
+    for data in (EXPECTED, bytearray(EXPECTED), memoryview(EXPECTED), np.frombuffer(EXPECTED, np.uint8)):
+        assert load(data)["a"].tobytes() == TENSORS["a"].tobytes()  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""Work done in threads: results come in order, and failures do not depend on timing."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from sfpformat import Options
+from sfpformat.io.threads import Workers
+from sfpformat.numpy import save
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_workers_give_results_in_the_order_of_the_items(threads: int, count: int) -> None:
+    workers = Workers(threads)
+
+    def work(item: int) -> int:
+        time.sleep(0.001 * (item % 3 == 0))
+        return item * item
+
+    assert list(workers.map(work, iter(range(count)))) == [item * item for item in range(count)]
+    assert list(workers.map(work, range(3))) == [0, 1, 4]  # they can be asked again
+    workers.stop()
+
+
+def test_the_first_failure_in_the_order_of_the_items_is_raised_after_the_results_before() -> None:
+    workers = Workers(4)
+
+    def work(item: int) -> int:
+        time.sleep(0.01 * (item == 3))
+        if item in (3, 4):
+            raise ValueError(item)
+        return item
+
+    results = workers.map(work, range(100))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="3"):
+        next(results)
+    workers.stop()
+
+
+def test_one_item_is_done_by_the_calling_thread_and_several_by_others() -> None:
+    workers = Workers(2)
+    own = threading.get_ident()
+    assert list(workers.map(lambda _: threading.get_ident(), range(1))) == [own]
+    assert own not in set(workers.map(lambda _: threading.get_ident(), range(4)))
+    workers.stop()
+
+
+@pytest.mark.parametrize("kind", ["dense", "few", "pruned", "quantised", "weighed"])
+@pytest.mark.parametrize("engine", ["python", "numba"])
+def test_planning_in_threads_gives_the_same_bytes(kind: str, engine: str) -> None:
+    weights = np.random.default_rng(0).standard_normal((120, 500)).astype(np.float32)
+    if kind == "few":
+        weights = weights.round()
+    if kind == "pruned":
+        weights[abs(weights) < 1] = 0
+    options = Options(chunk=1 << 13)
+    if kind in ("quantised", "weighed"):
+        options = options.but(quantiser="uniform", bits=3)
+    importances = {"w": np.abs(weights)} if kind == "weighed" else {}
+    files = [
+        save({"w": weights}, options=options, importances=importances, engine=engine, threads=threads)
+        for threads in (1, 4)
+    ]
+    assert files[0] == files[1]

@@ -1,0 +1,265 @@
+"""The demonstration's learning, and the benchmark of pruning methods: on the carried model, a step or two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import sfpformat
+from sfpformat.bench import pruning, pruning_rows
+from sfpformat.cli import main
+from sfpformat.demo import carried, importance, language, learned, methods, packing
+from sfpformat.demo.methods import METHODS, Bench, steps_of
+from sfpformat.demo.model import logits
+from sfpformat.numpy import load_file
+from sfpformat.pruning.grades import BOUNDARIES
+from sfpformat.pruning.thresholds import Sparsity, achieved
+
+from ..figures.pruning import ROWS, counts, read, table
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Little text and little calibration; one thread, since the arrays are small."""
+    monkeypatch.setattr(packing, "EVALUATED_TOKENS", {"code": 512, "prose": 256})
+    monkeypatch.setattr(methods, "FACTOR_STEPS", 1)
+    monkeypatch.setattr(language, "WINDOWS", 1)
+    monkeypatch.setattr(pruning, "CALIBRATION_BATCHES", 2)
+    monkeypatch.setattr(pruning, "EVALUATED_TOKENS", 512)
+    monkeypatch.setattr(learned, "_CALIBRATION_BATCHES", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def weights() -> packing.Tensors:
+    return carried.weights()
+
+
+def test_the_carried_importance_has_a_grade_for_each_weight_of_the_linear_layers(
+    weights: packing.Tensors,
+) -> None:
+    found = carried.importances()
+    assert list(found) == carried.linear_layers(weights)
+    flat = np.concatenate([grades.reshape(-1) for grades in found.values()])
+    shares = np.bincount(np.rint(flat).astype(np.int64), minlength=len(BOUNDARIES) + 1) / flat.size
+    np.testing.assert_allclose(np.cumsum(shares)[:-1], BOUNDARIES, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_the_carried_importance_costs_a_quarter_of_magnitudes_perplexity(
+    share: float, weights: packing.Tensors
+) -> None:
+    by = {
+        "importance": packing.importance_masks(weights, Sparsity(share)),
+        "magnitude": packing.magnitude_masks(weights, Sparsity(share)),
+    }
+    rises = {}
+    for method, masks in by.items():
+        assert achieved(masks) == pytest.approx(share, abs=1e-5)
+        zero = {name: np.where(mask, weights[name], 0).astype(np.float32) for name, mask in masks.items()}
+        rises[method] = packing.evaluate({**weights, **zero}, "code") - packing.evaluate(weights, "code")
+    assert rises["importance"] < rises["magnitude"] / 4
+
+
+def test_the_torch_model_is_the_numpy_one(weights: packing.Tensors) -> None:
+    model = language.language_model(weights)
+    ((inputs, _),) = list(language.Windows(2, 1, 0))
+    with torch.no_grad():
+        ours = model(inputs).numpy()
+    np.testing.assert_allclose(ours, logits(weights, model_config(), inputs.numpy()), atol=2e-3)
+
+
+def model_config() -> packing.Config:
+    return packing.Config()
+
+
+def test_windows_are_the_same_each_time_and_no_other_seeds() -> None:
+    one = language.Windows(2, 3, 5)
+    for (first, successors), (again, _), (other, _) in zip(one, one, language.Windows(2, 3, 6), strict=True):
+        assert torch.equal(first, again)
+        assert torch.equal(first[:, 1:], successors[:, :-1])
+        assert not torch.equal(first, other)
+
+
+def test_held_out_text_is_in_no_window() -> None:
+    text = language.training_tokens().numpy().tobytes()
+    for kind in carried.TEXTS:
+        tokens = carried.heldout_tokens(kind, 4096)
+        assert not any(tokens[i : i + 256].tobytes() in text for i in range(0, 4096, 256))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("wanda-", "sparsegpt-f", "mag"))])
+def test_every_method_prunes_as_much_as_it_is_asked_to(method: str, weights: packing.Tensors) -> None:
+    calls = []
+    bench = Bench(weights, 2, calibration_batches=1, progress=lambda step, loss: calls.append(step))
+    pruned = bench.prune(method, 0.7)
+    masks = {name: mask.numpy() for name, mask in pruned.masks.items()}
+    assert list(masks) == carried.linear_layers(weights)
+    assert achieved(masks) == pytest.approx(0.7, abs=0.002)
+    assert len(calls) == steps_of(method, 2)
+    assert all(bool((pruned.weights[name][~mask] == 0).all()) for name, mask in pruned.masks.items())
+    assert bool(pruned.factors) == method.endswith("factors")
+    assert np.isfinite(packing.evaluate(bench.arrays(pruned), "code"))
+
+
+def test_the_benchmark_prints_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "pruning", "--seeds", "1", "--sparsity", "0.7,0.8", "--methods", "magnitude,learned"]
+    words += ["--steps", "1", "--threads", "1"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["sparsity"], row["seed"]) for row in rows] == [
+        (method, sparsity, 0) for sparsity in (0.7, 0.8) for method in ("magnitude", "learned")
+    ]
+    for row in rows:
+        assert list(row) == list(pruning_rows.FIELDS)
+        assert row["perplexity"] > row["dense_perplexity"]
+        assert row["training_seconds"] is None
+    header, table = pruning_rows.summary(rows)
+    assert len(table) == 4
+    assert all(len(cells) == len(header) for cells in table)
+
+
+def test_rows_are_kept_as_they_come_and_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    words = ["bench", "pruning", "--seeds", "1", "--sparsity", "0.7", "--steps", "1", "--threads", "1"]
+    words += ["--rows", str(path), "--json"]
+    assert main([*words, "--methods", "magnitude"]) == 0
+    (magnitude,) = json.loads(capsys.readouterr().out)
+    lines = path.read_bytes()
+    path.write_bytes(lines + lines[:40])  # the process was ended in the middle of a row
+    asked = []
+    prune = Bench.prune
+    monkeypatch.setattr(Bench, "prune", lambda *args: asked.append(args[1]) or prune(*args))
+    assert main([*words, "--methods", "magnitude,fisher"]) == 0
+    assert asked == ["fisher"]
+    first, second = json.loads(capsys.readouterr().out)
+    assert first == magnitude
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [first, second]
+    assert main([*words, "--methods", "fisher", "--steps", "2"]) == 0  # rows of other steps are others
+    assert asked == ["fisher", "fisher"]
+
+
+def test_the_readme_shows_the_rows_that_are_kept_beside_the_tests() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = read(ROWS)
+    assert all(list(row) == list(pruning_rows.FIELDS) for row in found)
+    assert "\n".join(table(found)) in readme
+
+
+def test_a_cell_is_the_mean_over_the_seeds_and_half_of_their_spread() -> None:
+    def row(seed: int, perplexity: float) -> pruning_rows.Row:
+        whole = {"method": "fisher", "sparsity": 0.7, "seed": seed, "seconds": 3 - seed}
+        code = {"perplexity": perplexity, "dense_perplexity": 2.0}
+        return {**whole, **code, "prose_perplexity": 4.0, "dense_prose_perplexity": 3.5}
+
+    found = [row(0, 2.5), row(1, 4.5)]
+    assert table(found)[-1] == "| `fisher` | 1.50 ± 1.00, 0.50 ± 0.00 | 2 |"
+    assert table(found[:1])[-1] == "| `fisher` | 0.50, 0.50 | 3 |"
+    assert counts(found) == ["70 %, methods: 1 of seed 0, 1 of seed 1"]
+
+
+@pytest.mark.parametrize("text", ["no rows", "no rows\n", "3\n", '{"method": "guess"}\n'])
+def test_a_file_of_something_else_is_left_as_it_is(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    assert main(["bench", "pruning", "--seeds", "1", "--rows", str(path)]) == 2
+    assert "give another file" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_a_model_of_another_seed_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pruning.CACHE, str(tmp_path))
+    first, seconds = pruning.model_of(1, 2, 1)
+    assert seconds is not None
+    monkeypatch.setattr(pruning, "run_python", lambda words: pytest.fail("trained again"))
+    again, _ = pruning.model_of(1, 2, 1)
+    assert all(first[name].tobytes() == again[name].tobytes() for name in first)
+    assert first["head.weight"].tobytes() != carried.weights()["head.weight"].tobytes()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "pruning", "--methods", "guess"],
+        ["bench", "pruning", "--sparsity", "most"],
+        ["bench", "pruning", "--sparsity", "1"],
+        ["bench", "pruning", "--seeds", "0"],
+        ["bench", "pruning", "--only", "load"],
+        ["bench", "--seeds", "3"],
+        ["demo", "--plot", "a.png"],
+        ["demo", "--learn", "--plot", "a.txt"],
+        ["demo", "--sparsity", "0.7", "--plot", "a.txt"],
+        ["demo", "--sparsity", "0.7", "--plot", "nowhere/a.png"],
+        ["demo", "--learn", "--steps", "0"],
+        ["demo", "--sparsity", "0.7", "--steps", "3"],
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith("sfp: error: ")
+
+
+def test_the_demonstration_learns_compares_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(learned, "SPARSITIES", (0.6, 0.8))
+    monkeypatch.setattr(learned, "COMPARED", {"magnitude": "magnitude", "learned": "learned"})
+    picture = tmp_path / "picture.svg"
+    words = ["demo", "--learn", "--steps", "2", "--keep", str(tmp_path), "--plot", str(picture)]
+    assert main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["asked"]) for row in shown["results"]] == [
+        (method, share) for method in ("magnitude", "learned") for share in (0.6, 0.8)
+    ]
+    for row in shown["results"]:
+        assert row["verified"]
+        assert row["sparsity"] == pytest.approx(row["asked"], abs=0.02)
+        path = tmp_path / f"{row['method']}-{round(100 * row['asked'])}.sfp"
+        assert path.stat().st_size == row["file_bytes"]
+        assert packing.evaluate(load_file(path), "code") == row["code"]
+    curves = [group for group in ElementTree.parse(picture).iter(f"{SVG}g") if "clip-path" in group.attrib]
+    markers = sum(len(group.findall(f"{SVG}use")) for group in curves)
+    assert markers == 8  # two panels, two methods, two sparsities
+
+
+def test_the_command_learns_the_importance_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: packing.Tensors
+) -> None:
+    path = tmp_path / "model.sfp"
+    path.write_bytes(carried.model_bytes())
+    monkeypatch.setattr(
+        importance, "Bench", lambda *args, progress: Bench(*args, calibration_batches=2, progress=progress)
+    )
+    importance.main([str(path), "--steps", "1"])
+    assert [file.name for file in tmp_path.iterdir()] == ["model.sfp"]
+    with sfpformat.open(path) as file:
+        for name, array in weights.items():
+            assert file.get_tensor(name).tobytes() == array.tobytes()
+            assert (file.get_importance(name) is not None) == (name in carried.linear_layers(weights))
+    assert sfpformat.validate(path).canonical
+    assert path.stat().st_size < 2_000_000
+
+
+def test_the_carried_file_is_pruned_by_the_command(tmp_path: Path, weights: packing.Tensors) -> None:
+    source, target = tmp_path / "model.sfp", tmp_path / "pruned.sfp"
+    source.write_bytes(carried.model_bytes())
+    assert main(["prune", str(source), "--sparsity", "0.8", "-o", str(target)]) == 0
+    expected = packing.importance_masks(weights, Sparsity(0.8))
+    with sfpformat.open(target) as file:
+        for name, mask in expected.items():
+            np.testing.assert_array_equal(file.get_mask(name), mask)

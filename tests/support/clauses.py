@@ -1,0 +1,131 @@
+"""Which test holds the code to which clause of SPEC.md.
+
+A test names its clauses with the decorator `clauses`. The listing reads SPEC.md and the source of the tests,
+and imports neither the tests nor the package::
+
+    python -m tests.support.clauses            # every clause and its tests
+    python -m tests.support.clauses --missing  # the clauses without a test; exit status 1 where there are any
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "SPEC.md"
+
+# Clauses that no test can hold this package to, each with the reason.
+UNTESTED: dict[str, str] = {
+    "R-PRO-001": "the package has no reader of a partial profile",
+}
+
+# Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
+IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
+IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def clauses(*ids: str) -> Callable[[F], F]:
+    """Marks a test with the clauses of SPEC.md that it holds the code to; only the listing reads the mark."""
+
+    def mark(function: F) -> F:
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Clause:
+    """A row of one of SPEC.md's tables of requirements; ``code`` is empty where the row names no error."""
+
+    id: str
+    writer: str
+    reader: str
+    code: str
+    line: int
+
+
+@dataclass(frozen=True)
+class MarkedTest:
+    """A test function: where it is, the clauses it names, and the strings that its body and data hold."""
+
+    place: str
+    ids: tuple[str, ...]
+    strings: frozenset[str]
+
+
+def table_rows(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of all tables of a Markdown text: line number and cells."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("|"):
+            yield number, [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def clauses_of_spec(text: str | None = None) -> list[Clause]:
+    """All clauses, in the order of SPEC.md."""
+    found = []
+    for line, cells in table_rows(SPEC.read_text() if text is None else text):
+        match = re.fullmatch(r"\[(R-[A-Z]+-\d{3})\]", cells[0])
+        if match:
+            writer, reader, code, *_ = [*cells[1:], "", "", ""]
+            found.append(Clause(match[1], writer, reader, code.strip("`"), line))
+    return found
+
+
+def marked_tests() -> list[MarkedTest]:
+    """All test functions that name clauses."""
+    folder = ROOT / "tests"
+    found = []
+    for path in sorted(folder.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.FunctionDef):
+                marks = [mark for mark in node.decorator_list if _is_mark(mark)]
+                ids = [arg.value for mark in marks for arg in mark.args if isinstance(arg, ast.Constant)]
+                if ids:
+                    place = f"{path.relative_to(folder.parent)}:{node.lineno} {node.name}"
+                    rest = [n for n in ast.iter_child_nodes(node) if n not in marks]
+                    found.append(MarkedTest(place, tuple(ids), _strings(rest)))
+    return found
+
+
+def _is_mark(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "clauses"
+
+
+def _strings(nodes: list[ast.AST]) -> frozenset[str]:
+    inner = (leaf for node in nodes for leaf in ast.walk(node))
+    return frozenset(
+        leaf.value for leaf in inner if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
+    )
+
+
+def missing(spec: list[Clause], tests: list[MarkedTest]) -> list[str]:
+    """The clauses that no test names and that are not in `UNTESTED`."""
+    named = {clause for test in tests for clause in test.ids}
+    return [clause.id for clause in spec if clause.id not in named and clause.id not in UNTESTED]
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    spec, tests = clauses_of_spec(), marked_tests()
+    gaps = missing(spec, tests)
+    if "--missing" in arguments:
+        print("\n".join(gaps))
+        return 1 if gaps else 0
+    for clause in spec:
+        print(clause.id, UNTESTED.get(clause.id, ""))
+        for test in tests:
+            if clause.id in test.ids:
+                print(f"    {test.place}")
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

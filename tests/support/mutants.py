@@ -1,0 +1,226 @@
+"""Mutant readers: each check of the reference reader is disabled in turn; a golden file must notice.
+
+A check is an ``if`` whose body raises `fault` by a clause, or a call of a function that requires something by
+one. The condition is made False, or the call left out, in the function's compiled code, in this process; then
+the cases that cite the clause are put to reader and validator. A mutant is killed when one of them is judged
+otherwise than the manifest says::
+
+    python -m tests.support.mutants            # what survives; exit status 1 where something does
+    python -m tests.support.mutants --verbose  # every mutant, with the case that kills it
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfpformat.decode.validate import validate
+from sfpformat.errors import FileFault
+
+from .clauses import ROOT
+from .conformance_cases import Case, cases, data_of, limits_of, refusal
+
+MODULES = ("coding.codetable", "coding.mask", "coding.planes", "coding.quantiser", "container.chunk")
+MODULES += ("container.directory", "container.entry", "container.fields", "container.messagepack")
+MODULES += ("container.preamble", "container.streams", "decode.tensor", "limits", "decode.reader")
+MODULES += ("decode.stored_chunks",)
+_SECONDS = 5.0  # for one file: a reader without a check may not end
+
+# Checks that another one repeats for whatever a file can hold: function and clause, and which other it is.
+REPEATED = {
+    ("CodeTable.__post_init__", "R-TAB-004"): "the bytes of `codes` are measured before they are lengths",
+    ("parse_head", "R-IDX-003"): "where header or index do not fit, neither do the planes behind them",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A check that can be disabled.
+
+    Attributes:
+        module: its name inside the package.
+        function: qualified name of the function that has it.
+        line: where it is.
+        clauses: by which it refuses.
+    """
+
+    module: str
+    function: str
+    line: int
+    clauses: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a reader of the report."""
+        return f"sfpformat/{self.module.replace('.', '/')}.py:{self.line} {self.function}"
+
+
+def mutants() -> list[Mutant]:
+    """All checks, in the order of the modules."""
+    out = []
+    for module in MODULES:
+        for function, node in _checks(_tree(module)):
+            out.append(Mutant(module, function, node.lineno, _clauses_of(node)))
+    return out
+
+
+def _tree(module: str) -> ast.Module:
+    path = ROOT / "sfpformat" / Path(*module.split(".")).with_suffix(".py")
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+def _checks(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.If | ast.Expr]]:
+    """Each check, with the function that has it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield from _checks(node, (*inside, node.name))
+            continue
+        if isinstance(node, (ast.If, ast.Expr)) and _clauses_of(node) and inside:
+            yield ".".join(inside), node
+        yield from _checks(node, inside)
+
+
+def _clauses_of(node: ast.If | ast.Expr) -> tuple[str, ...]:
+    """The clauses by which a check refuses; conditions inside an ``if`` are checks of their own."""
+    if isinstance(node, ast.If):
+        return tuple(c for s in node.body if isinstance(s, ast.Raise) for c in _constants(s))
+    if not isinstance(node.value, ast.Call):
+        return ()
+    called = node.value.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    if not name.lstrip("_").startswith("require"):
+        return ()
+    is_limit = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name | ast.Attribute)
+    limits = is_limit and ast.unparse(called.value).endswith("limits")
+    return ("R-LIM-002",) if limits else _constants(node)
+
+
+def _constants(node: ast.AST) -> tuple[str, ...]:
+    """The clauses that are written somewhere in a node."""
+    found = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return tuple(value for value in found if isinstance(value, str) and value.startswith("R-"))
+
+
+@contextmanager
+def disabled(mutant: Mutant) -> Iterator[None]:
+    """The package with that check disabled."""
+    tree = _tree(mutant.module)
+    for function, node in _checks(tree):
+        if (function, node.lineno) == (mutant.function, mutant.line):
+            if isinstance(node, ast.If):
+                node.test = ast.copy_location(ast.Constant(False), node.test)
+            else:
+                node.value = ast.copy_location(ast.Constant(None), node.value)
+    code = compile(tree, mutant.place, "exec", dont_inherit=True)
+    for name in mutant.function.split("."):
+        code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    target = _function(mutant)
+    kept = target.__code__
+    target.__code__ = code
+    try:
+        yield
+    finally:
+        target.__code__ = kept
+
+
+def _function(mutant: Mutant) -> Any:
+    """The function object, without its decorators; of a function inside another that one is not found."""
+    found: Any = importlib.import_module(f"sfpformat.{mutant.module}")
+    for name in mutant.function.split("."):
+        found = vars(found)[name] if isinstance(found, type) else getattr(found, name)
+    found = getattr(found, "__func__", found)
+    found = found.fget if isinstance(found, property) else found
+    return getattr(found, "__wrapped__", found)
+
+
+def killer(mutant: Mutant, by_clause: dict[str, list[Case]]) -> str | None:
+    """The first case of its clauses that is judged otherwise than the manifest says."""
+    with disabled(mutant):
+        for clause in mutant.clauses:
+            for case in by_clause.get(clause, ()):
+                if _is_judged_otherwise(case):
+                    return str(case["id"])
+    return None
+
+
+def _is_judged_otherwise(case: Case) -> bool:
+    data, limits = data_of(case), limits_of(case)
+    try:
+        with _within(_SECONDS):
+            found = refusal(data, limits)
+            report = validate(data, limits=limits, engine="python")
+    except FileFault:
+        return False
+    except Exception:  # a reader that trusts what it did not check may do anything
+        return True
+    right = {(error["code"], error["clause"]) for error in case["expected"].get("errors", ())}
+    faults = {(fault.code, fault.clause) for fault in report.faults}
+    return found is None or (found.code, found.clause) not in right or not right & faults
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after some seconds."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    kept = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, kept)
+
+
+def cases_by_clause() -> dict[str, list[Case]]:
+    """The cases that must be refused, under the first clause that each cites, small files first."""
+    out: dict[str, list[Case]] = {}
+    for case in sorted(cases("nhf"), key=lambda case: int(case["bytes"])):
+        if case["expected"]["outcome"] != "accept":
+            out.setdefault(case["clauses"][0], []).append(case)
+    return out
+
+
+def survivors(every: list[Mutant], *, verbose: bool = False) -> list[Mutant]:
+    """Those that no case kills."""
+    by_clause, out = cases_by_clause(), []
+    for mutant in every:
+        found = killer(mutant, by_clause)
+        if found is None:
+            out.append(mutant)
+        if verbose:
+            print(f"{mutant.place}: {', '.join(mutant.clauses)}: {found or 'survives'}")
+    return out
+
+
+def is_repeated(mutant: Mutant) -> bool:
+    """Whether another check refuses the same files by the same clause."""
+    return any((mutant.function, clause) in REPEATED for clause in mutant.clauses)
+
+
+def main(words: list[str]) -> int:
+    """The command."""
+    every = mutants()
+    left = survivors(every, verbose="--verbose" in words)
+    wrong = [mutant for mutant in left if not is_repeated(mutant)]
+    for mutant in wrong:
+        print(f"survives: {mutant.place}: {', '.join(mutant.clauses)}")
+    print(
+        f"{len(every)} mutants: {len(every) - len(left)} killed, {len(left) - len(wrong)} repeated by others"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))

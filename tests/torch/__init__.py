@@ -1,0 +1,1 @@
+"""Tests of PyTorch models, layers and tensors."""

@@ -1,0 +1,113 @@
+"""Slices of a file as transformers takes them: models load lazily, tensor by tensor, without a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sfpformat import Options
+from sfpformat.decode.shards import ShardIndex
+from sfpformat.torch import TorchSlice, load_file, safe_open, save_file, save_model
+
+from .test_files import assert_same
+from .test_models import state
+
+# As saved configurations do, it names a dtype; without one transformers asks its slices for theirs.
+CONFIG = transformers.BertConfig(
+    dtype="float32",
+    vocab_size=120,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=96,
+)
+IDS = torch.arange(30).reshape(2, 15)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No bar on the terminal."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def bert(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return transformers.BertModel(CONFIG).eval()
+
+
+def loaded(slices: dict[str, TorchSlice], **words: Any) -> Any:
+    """The model that transformers makes of slices; it is told of nothing missing and nothing unexpected."""
+    model, info = transformers.BertModel.from_pretrained(
+        None, config=CONFIG, state_dict=slices, output_loading_info=True, **words
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def test_bert_takes_the_slices_of_a_file_bit_for_bit(tmp_path: Path) -> None:
+    dense = bert(0)
+    save_model(dense, tmp_path / "m.sfp")
+    with safe_open(tmp_path / "m.sfp") as file:
+        model = loaded({name: file.get_slice(name) for name in file})
+    assert_same(state(model), state(dense))
+    with torch.inference_mode():
+        assert torch.equal(model(IDS).last_hidden_state, dense(IDS).last_hidden_state)
+
+
+def test_each_slice_is_decoded_once_when_its_turn_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(bert(0), tmp_path / "m.sfp")
+    read: list[str] = []
+    real = TorchSlice.__getitem__
+    with safe_open(tmp_path / "m.sfp") as file:
+        slices = {name: file.get_slice(name) for name in file}
+        names = {id(part): name for name, part in slices.items()}
+
+        def noting(part: TorchSlice, index: Any) -> torch.Tensor:
+            read.append(names[id(part)])
+            return real(part, index)
+
+        monkeypatch.setattr(TorchSlice, "__getitem__", noting)
+        assert not read
+        loaded(slices)
+        assert sorted(read) == sorted(file.keys())
+
+
+def test_slices_are_converted_to_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    dense = bert(0)
+    save_model(dense, tmp_path / "m.sfp")
+    with safe_open(tmp_path / "m.sfp") as file:
+        model = loaded({name: file.get_slice(name) for name in file}, dtype=torch.bfloat16)
+    assert_same(state(model), state(dense.bfloat16()))
+
+
+def test_pruned_and_quantised_slices_are_what_the_file_means(tmp_path: Path) -> None:
+    dense = bert(0)
+    names = [name for name, weight in dense.named_parameters() if weight.dim() == 2]
+    masks = {name: dense.get_parameter(name).abs() > 0.02 for name in names}
+    options = dict.fromkeys(names, Options(quantiser="uniform", bits=3.0))
+    save_model(dense, tmp_path / "m.sfp", masks=masks, options=options)
+    tensors = load_file(tmp_path / "m.sfp")
+    with safe_open(tmp_path / "m.sfp") as file:
+        model = loaded({name: file.get_slice(name) for name in file})
+    assert_same(dict(sorted(state(model).items())), dict(sorted(tensors.items())))
+
+
+def test_a_model_in_shards_is_taken_too(tmp_path: Path) -> None:
+    tensors = state(bert(0))
+    halves = {"1.sfp": list(tensors)[::2], "2.sfp": list(tensors)[1::2]}
+    for shard, names in halves.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / shard)
+    index = ShardIndex({name: shard for shard, names in halves.items() for name in names}, {})
+    (tmp_path / "m.sfp.index.json").write_bytes(index.to_bytes())
+    with safe_open(tmp_path / "m.sfp.index.json") as file:
+        model = loaded({name: file.get_slice(name) for name in file})
+    assert_same(state(model), tensors)
