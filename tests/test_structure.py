@@ -21,7 +21,7 @@ LAYERS = (
     ("decode",),
     ("encode",),
     ("", "numpy", "torch"),  # "" is the package's own __init__
-    ("conformance", "pruning"),
+    ("pruning",),
     ("demo",),
     ("bench",),
     ("cli",),

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sfpformat.conformance.finds import written
-from tests.support.clauses import clauses_of_spec
+from sfp_conformance.finds import written
+
+from conformance.clauses import clauses_of_spec
 
 from . import suite
 from .suite import Case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfpformat.conformance.forge import exact, f32_bytes, patterns, table
+from sfp_conformance.forge import exact, f32_bytes, patterns, table
 
 from .edits import one_file
 from .suite import Suite

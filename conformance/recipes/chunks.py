@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from sfpformat.conformance.forge import Forge, Taken
+from sfp_conformance.forge import Forge, Taken
 
 from .edits import bit_flip, of_chunk, opened, put_bytes
 from .gallery import ONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from sfpformat.conformance.forge import exact, f32_bytes, patterns, table
+from sfp_conformance.forge import exact, f32_bytes, patterns, table
 
 from .edits import one_file
 from .gallery import spread

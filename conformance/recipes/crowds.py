@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from sfpformat.conformance.forge import Forge, Part, exact, hand_file, hand_part, nibbles, raw_part, table
+from sfp_conformance.forge import Forge, Part, exact, hand_file, hand_part, nibbles, raw_part, table
 
 from .edits import bit_flip, of_chunk, of_map
 from .entries import entry_edit

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sfpformat.conformance.forge import Forge, Pairs, Raw, pack
-from sfpformat.conformance.slow_reader import MessagePack
+from sfp_conformance.forge import Forge, Pairs, Raw, pack
+from sfp_conformance.slow_reader import MessagePack
 
 from .gallery import ALL, ONE, PLAIN, parts
 from .suite import Edit, Suite

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, Taken, exact, hand_file, hand_part, table
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, Taken, exact, hand_file, hand_part, table
 
 from .suite import Edit
 

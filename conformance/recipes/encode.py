@@ -14,9 +14,9 @@ import struct
 from itertools import product
 from typing import Any
 
-from sfpformat.conformance.contents import array
-from sfpformat.conformance.forge import hand_file, raw_part
-from sfpformat.conformance.slow_reader import BYTES, FLOATS, pattern_of
+from sfp_conformance.contents import array
+from sfp_conformance.forge import hand_file, raw_part
+from sfp_conformance.slow_reader import BYTES, FLOATS, pattern_of
 
 from .numbers import specials
 from .suite import Case, Json, Suite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfpformat.conformance.forge import Forge, exact, hand_file, hand_part, patterns, raw_part, table
+from sfp_conformance.forge import Forge, exact, hand_file, hand_part, patterns, raw_part, table
 
 from .gallery import ALL, ONE, parts
 from .suite import Edit, Suite

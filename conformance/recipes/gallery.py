@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sfpformat.conformance.forge import (
+from sfp_conformance.forge import (
     Forge,
     Part,
     exact,
@@ -17,10 +17,11 @@ from sfpformat.conformance.forge import (
     table,
     table_for,
 )
-from sfpformat.conformance.slow_reader import BYTES
-from tests.support.clauses import SPEC
-from tests.support.samples import coded, plain
+from sfp_conformance.slow_reader import BYTES
 
+from conformance.clauses import SPEC
+
+from .samples import coded, plain
 from .suite import Suite
 
 RUNS = table([0, 1, 2, 3, 4], [2, 2, 2, 3, 3])  # levels 0 to 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from sfpformat.conformance.forge import Forge
+from sfp_conformance.forge import Forge
 
 from .edits import bit_flip, of_map, put_bytes
 from .gallery import ONE, PLAIN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 
-from sfpformat.conformance.forge import Forge, exact, hand_file, raw_part, table
+from sfp_conformance.forge import Forge, exact, hand_file, raw_part, table
 
 from .edits import one
 from .gallery import ONE, PLAIN

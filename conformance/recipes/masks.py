@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfpformat.conformance.forge import Taken, flat_code, table
+from sfp_conformance.forge import Taken, flat_code, table
 
 from .edits import masked, of_chunk, of_map
 from .gallery import ONE, PLAIN

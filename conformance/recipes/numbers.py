@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfpformat.conformance.forge import exact, f32_bytes, patterns, table, table_for
-from sfpformat.conformance.slow_reader import FLOATS
+from sfp_conformance.forge import exact, f32_bytes, patterns, table, table_for
+from sfp_conformance.slow_reader import FLOATS
 
 from .edits import one_file
 from .suite import Suite

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfpformat.conformance.forge import Taken, exact, table, table_for
+from sfp_conformance.forge import Taken, exact, table, table_for
 
 from .edits import bit_flip, of_chunk, one_file, opened
 from .gallery import ONE

@@ -6,10 +6,10 @@ import struct
 import zlib
 from typing import Any
 
-from sfpformat.conformance.forge import Forge, hand_file, record
-from tests.support.samples import coded
+from sfp_conformance.forge import Forge, hand_file, record
 
 from .gallery import ALL, ONE, PLAIN, parts
+from .samples import coded
 from .suite import Edit, Suite
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from sfpformat.conformance.forge import Forge, exact, f32_bytes, patterns, table, table_for
+from sfp_conformance.forge import Forge, exact, f32_bytes, patterns, table, table_for
 
 from .edits import of_map, one_file, put_bytes, vector_places
 from .gallery import ONE

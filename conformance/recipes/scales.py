@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfpformat.conformance.forge import f32_bytes, patterns, table
-from sfpformat.conformance.slow_reader import BYTES, FLOATS, matrix, pattern_of
+from sfp_conformance.forge import f32_bytes, patterns, table
+from sfp_conformance.slow_reader import BYTES, FLOATS, matrix, pattern_of
 
 from .edits import of_map, one_file, put_bytes, vector_places, without
 from .gallery import ONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfpformat.conformance.forge import exact, hand_file, raw_part, table
+from sfp_conformance.forge import exact, hand_file, raw_part, table
 
 from .edits import one
 from .suite import Suite

@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.contents import NOT_CORE, Json, contents, features_of
-from sfpformat.conformance.finds import SECONDS, UNKNOWN
-from sfpformat.conformance.forge import Forge
-from tests.support.clauses import IN_CHUNKS, clauses_of_spec
+from sfp_conformance import slow_reader
+from sfp_conformance.contents import NOT_CORE, Json, contents, features_of
+from sfp_conformance.finds import SECONDS, UNKNOWN
+from sfp_conformance.forge import Forge
+
+from conformance.clauses import IN_CHUNKS, clauses_of_spec
 
 Edit = Callable[[Forge], object]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfpformat.conformance.forge import exact, f32_bytes, flat_code, nibbles, patterns, table, table_for
+from sfp_conformance.forge import exact, f32_bytes, flat_code, nibbles, patterns, table, table_for
 
 from .edits import masked, of_map, one_file
 from .gallery import ONE

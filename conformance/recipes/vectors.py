@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sfpformat.conformance.forge import Forge, hand_file, raw_part
-from sfpformat.conformance.slow_reader import BYTES
+from sfp_conformance.forge import Forge, hand_file, raw_part
+from sfp_conformance.slow_reader import BYTES
 
 from .edits import bit_flip, put_bytes, vector_places
 from .gallery import ONE

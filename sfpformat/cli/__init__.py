@@ -14,6 +14,8 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
 from typing import TextIO
 
@@ -33,9 +35,13 @@ COMMANDS = {
     "verify": "check a file against the specification",
     "diff": "compare two files tensor by tensor",
     "demo": "show on a small language model what pruning costs",
-    "conformance": "hold any reader or writer against the conformance suite",
     "bench": "measure size, speed and memory on a model, beside other packages",
 }
+
+# Packages add subcommands by entry points of this group: each names a module with ``add_parser`` and ``run``.
+COMMANDS_GROUP = "sfpformat.commands"
+# Subcommands that packages of this project add -> how to install them.
+ADDED = {"conformance": "pip install ./conformance in a clone of the repository"}
 
 _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
@@ -105,7 +111,9 @@ def _run(words: list[str]) -> int:
 
     words, likes = split_rules(words)
     name = next((word for word in words if not word.startswith("-")), None)
-    if name is not None and name not in COMMANDS:
+    if name is not None and name not in COMMANDS and name not in _added():
+        if name in ADDED:
+            raise Trouble(f"the command {name!r} is in a package of its own: {ADDED[name]}")
         raise Trouble(f"there is no command {name!r} (see 'sfp --help')")
     args, unknown = _parser(name).parse_known_args(words)
     if unknown:
@@ -132,7 +140,17 @@ def _parser(name: str | None) -> Parser:
             module.add_parser(subparsers).set_defaults(run=module.run)
         else:
             subparsers.add_parser(command, help=line)
+    if name not in COMMANDS:  # looking for other packages takes time, so only where it matters
+        for entry in _added().values():
+            module = entry.load()
+            module.add_parser(subparsers).set_defaults(run=module.run)
     return parser
+
+
+@cache
+def _added() -> dict[str, EntryPoint]:
+    """The subcommands that other packages add."""
+    return {entry.name: entry for entry in entry_points(group=COMMANDS_GROUP)}
 
 
 def _words(error: Exception) -> str:

@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance.forge import Forge, exact, f32_bytes, hand_file, hand_part, table
+from sfp_conformance.slow_reader import FLOATS
 
 import sfpformat
+from conformance.recipes.samples import everything, importance, plain, weights
 from sfpformat import Limits
-from sfpformat.conformance.forge import Forge, exact, f32_bytes, hand_file, hand_part, table
-from sfpformat.conformance.slow_reader import FLOATS
 from sfpformat.decode.validate import validate
 from sfpformat.errors import CODE_OF_CLAUSE
 
 from ..format.test_hostile import SMALL, mutate, mutate_chunk
 from ..support.c_reader import SOURCE, Answer, Reader, Readers, built
 from ..support.clauses import ROOT, clauses_of_spec
-from ..support.samples import everything, importance, plain, weights
 from ..support.strategies import Job, jobs, written
 
 

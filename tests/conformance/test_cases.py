@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from sfp_conformance import slow_reader
 
-from sfpformat.conformance import slow_reader
 from sfpformat.decode.validate import validate
 from sfpformat.limits import Limits
 

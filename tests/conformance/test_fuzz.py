@@ -14,18 +14,18 @@ import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from sfp_conformance import slow_reader
+from sfp_conformance.choices import Choices, Noise, Thrown
+from sfp_conformance.contents import contents
+from sfp_conformance.driver import Driver
+from sfp_conformance.examples import Example, example
+from sfp_conformance.finds import doubt
+from sfp_conformance.fuzz import SMALL, Duel, Results, fuzz, reference
+from sfp_conformance.strategies import damaged_files, examples, valid_files
+from sfp_conformance.suite import Suite
 
 import sfpformat
 from conformance.recipes.__main__ import regressions
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.choices import Choices, Noise, Thrown
-from sfpformat.conformance.contents import contents
-from sfpformat.conformance.driver import Driver
-from sfpformat.conformance.examples import Example, example
-from sfpformat.conformance.finds import doubt
-from sfpformat.conformance.fuzz import SMALL, Duel, Results, fuzz, reference
-from sfpformat.conformance.strategies import damaged_files, examples, valid_files
-from sfpformat.conformance.suite import Suite
 from sfpformat.decode.validate import validate
 from sfpformat.errors import FileFault
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from sfp_conformance.driver import Driver, DriverFailure
+from sfp_conformance.own import OwnDriver
+from sfp_conformance.report import page
+from sfp_conformance.run import Results, Settings, known_failures, run
+from sfp_conformance.suite import Suite, SuiteError
 
-from sfpformat.conformance.driver import Driver, DriverFailure
-from sfpformat.conformance.own import OwnDriver
-from sfpformat.conformance.report import page
-from sfpformat.conformance.run import Results, Settings, known_failures, run
-from sfpformat.conformance.suite import Suite, SuiteError
 from sfpformat.errors import OptionError
 from sfpformat.limits import Limits
 
@@ -161,7 +161,7 @@ def test_a_writer_that_claims_canonical_form_is_held_to_it(tmp_path: Path) -> No
     """A writer whose directory has a key that canonical files do not have."""
     lie = """
         if words[0] == 'encode':
-            from sfpformat.conformance.forge import Forge
+            from sfp_conformance.forge import Forge
             file = Forge.of(open(words[3], 'rb').read())
             file.preamble['minor'] = 1
             open(words[3], 'wb').write(file.build())

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 
 import sfpformat
+from conformance.recipes.samples import everything, plain, weights
 from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Options
-from sfpformat.conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
 from ..format.test_hostile import mutate, mutate_chunk
-from ..support.samples import everything, plain, weights
 from ..support.strategies import Job, jobs, lossless_jobs, written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

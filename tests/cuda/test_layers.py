@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from sfp_conformance.forge import Forge
 from torch import nn
 
 from kernels.tools import identity, shim
 from sfpformat import PRESETS, InvalidFileError, Options
-from sfpformat.conformance.forge import Forge
 from sfpformat.torch import (
     SfpEmbedding,
     SfpLinear,

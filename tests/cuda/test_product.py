@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 
 import sfpformat
 from kernels.tools import shim
 from kernels.tools.ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 from sfpformat import PRESETS, ImportanceOptions, Options
-from sfpformat.conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 from sfpformat.engines.cuda import layout, product
 from sfpformat.engines.cuda.product import make_product
 from sfpformat.numpy import save

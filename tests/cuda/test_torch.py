@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from sfp_conformance.forge import Forge
 
+from conformance.recipes.samples import everything, weights
 from kernels.tools import shim
 from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
-from sfpformat.conformance.forge import Forge
 from sfpformat.decode.opening import open_any
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.engines import decodes_on_device
@@ -23,7 +24,6 @@ from sfpformat.numpy import save
 from sfpformat.torch import device, files, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile
 
-from ..support.samples import everything, weights
 from ..torch.test_files import assert_same
 
 CPU = torch.device("cpu")

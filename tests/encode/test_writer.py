@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import sfpformat
+from conformance.recipes.samples import importance, weights
 from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Writer
 from sfpformat.encode import sink
 from sfpformat.io import filesystem
@@ -23,7 +24,6 @@ from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted
-from ..support.samples import importance, weights
 
 OLD = b"an older file"
 

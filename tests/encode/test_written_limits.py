@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sfp_conformance.forge import Forge, Raw
 
 import sfpformat
+from conformance.recipes.samples import everything, weights
 from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options, Writer
-from sfpformat.conformance.forge import Forge, Raw
 from sfpformat.decode.validate import validate
 from sfpformat.numpy import load, save, save_file
 
 from ..cli.test_main import error_of, make, run
 from ..support.clauses import clauses
 from ..support.forge import accepted
-from ..support.samples import everything, weights
 
 Capture = pytest.CaptureFixture[str]
 ONE = np.ones((4, 8), np.float32)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance.forge import Forge
 
 import sfpformat
+from conformance.recipes.samples import everything, plain, weights
 from sfpformat import Options
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
-from sfpformat.conformance.forge import Forge
 from sfpformat.engines import get_engine
 from sfpformat.engines import numba as fast
 from sfpformat.engines.numba import lookup
@@ -30,7 +31,6 @@ from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
 
 from ..format.test_hostile import mutate, mutate_chunk
-from ..support.samples import everything, plain, weights
 from ..support.strategies import Job, indices, jobs, shapes, written
 
 

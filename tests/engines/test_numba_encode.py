@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from conformance.recipes.samples import weights
 from sfpformat import Options, Writer
 from sfpformat.coding import counts as counting
 from sfpformat.coding import exact, magnitudes, planes, quantiser
@@ -28,7 +29,6 @@ from sfpformat.engines import numba as fast
 from sfpformat.errors import OptionError
 from sfpformat.numpy import save
 
-from ..support.samples import weights
 from ..support.strategies import Job, jobs
 
 DTYPES = [np.uint8, np.uint16, np.uint32, np.uint64]

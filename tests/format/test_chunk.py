@@ -6,15 +6,15 @@ import struct
 import tracemalloc
 
 import pytest
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge
 
 import sfpformat
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge
+from conformance.recipes.samples import everything, plain, weights
 from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, fault_of, refused, refused_bytes
-from ..support.samples import everything, plain, weights
 
 
 def header_at(name: str, quantity: str) -> int:

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from sfpformat import InvalidFileError
-from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths, pack_lengths, unpack_lengths
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import (
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import (
     Forge,
     exact,
     f32_bytes,
@@ -25,9 +22,12 @@ from sfpformat.conformance.forge import (
     table,
 )
 
+from conformance.recipes.samples import everything
+from sfpformat import InvalidFileError
+from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths, pack_lengths, unpack_lengths
+
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused, refused_bytes
-from ..support.samples import everything
 
 
 def with_table(source: dict[str, Any], *, dtype: str = "F64") -> bytes:

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, hand_file, hand_part, pack, table
 
 import sfpformat
+from conformance.recipes.samples import everything, plain, weights
 from sfpformat import FileFault, Limits, Options
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, hand_file, hand_part, pack, table
 from sfpformat.container import messagepack
 from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused, refused_bytes
-from ..support.samples import everything, plain, weights
 from ..support.strategies import jobs, written
 from .test_hostile import mutate
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
 import sfpformat
+from conformance.recipes.samples import everything, importance, weights
 from sfpformat import ImportanceOptions, Options, UnsupportedError
 from sfpformat.coding.codetable import code_lengths
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.container.directory import Directory
 from sfpformat.decode.validate import validate
 from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import everything, importance, weights
 
 
 @clauses("R-FEA-001")

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Pairs, Part, Raw, pack
 
 import sfpformat
+from conformance.recipes.samples import coded, everything, plain
 from sfpformat import FileFault, LimitError, Limits, OptionError
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Pairs, Part, Raw, pack
 from sfpformat.decode.validate import validate
 
 from ..support.clauses import ROOT, clauses
 from ..support.forge import accepted, read_all
-from ..support.samples import coded, everything, plain
 from ..support.strategies import jobs, written
 
 SMALL = Limits(

@@ -8,15 +8,15 @@ import zlib
 
 import numpy as np
 import pytest
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, record
 
 import sfpformat
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, record
+from conformance.recipes.samples import coded, everything
 from sfpformat.errors import FileFault
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import coded, everything
 
 
 @clauses("R-LAY-001")

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sfp_conformance.forge import Forge, Raw, exact, hand_file, hand_part, table
 
 import sfpformat
+from conformance.recipes.samples import everything, weights
 from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options
-from sfpformat.conformance.forge import Forge, Raw, exact, hand_file, hand_part, table
 from sfpformat.decode.validate import validate
 from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused, refused_bytes
-from ..support.samples import everything, weights
 
 
 def limits_but(**changes: int) -> Limits:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, exact, hand_file, hand_part, mask_levels, table
 
+from conformance.recipes.samples import everything, plain
 from sfpformat.coding.mask import decode_mask, encode_mask
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, exact, hand_file, hand_part, mask_levels, table
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import everything, plain
 
 
 def masked(kind: str, bits: list[int], polarity: int = 1, segment: int = 32, **source: object) -> Part:

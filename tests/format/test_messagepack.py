@@ -10,10 +10,11 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Pairs, Raw, pack
 
 from conformance.recipes.directory import CLAIMS, FORBIDDEN, LONG
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Pairs, Raw, pack
+from conformance.recipes.samples import everything, plain
 from sfpformat.container import messagepack
 from sfpformat.container.messagepack import Map
 from sfpformat.errors import FileFault
@@ -21,7 +22,6 @@ from sfpformat.limits import DEFAULT_LIMITS
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, fault_of, refused, refused_bytes
-from ..support.samples import everything, plain
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
 values = st.recursive(

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, bits_to_bytes, exact, hand_file, hand_part, table
 
+from conformance.recipes.samples import coded, everything, plain
 from sfpformat.coding import planes
 from sfpformat.coding.bits import read_bits, read_fields, write_bits, write_fields
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, bits_to_bytes, exact, hand_file, hand_part, table
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import coded, everything, plain
 
 SLACK = b"\xff" * 16
 

@@ -8,16 +8,16 @@ import zlib
 
 import numpy as np
 import pytest
+from sfp_conformance.forge import Forge, bits_to_bytes
 
 import sfpformat
-from sfpformat.conformance.forge import Forge, bits_to_bytes
+from conformance.recipes.samples import everything, plain
 from sfpformat.container.preamble import Preamble
 from sfpformat.errors import CODE_OF_CLAUSE
 from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused, refused_bytes
-from ..support.samples import everything, plain
 
 
 @clauses("R-CNV-001", "R-PRE-001", "R-PRE-005")

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sfp_conformance import slow_reader
 
 import sfpformat
-from sfpformat.conformance import slow_reader
+from conformance.recipes.samples import everything, weights
 from sfpformat.decode.validate import validate
 from sfpformat.numpy import load, load_file, save, save_file
 
 from ..support.clauses import clauses
-from ..support.samples import everything, weights
 from ..support.strategies import Job, indices, jobs, lossless_jobs, shapes, written
 
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
 import sfpformat
+from conformance.recipes.samples import everything, weights
 from sfpformat import Options
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import everything, weights
 
 NOT_A_NUMBER = 0x7FC00000
 INFINITY = 0x7F800000

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sfp_conformance.forge import Forge
 
 import sfpformat
+from conformance.recipes.samples import everything
 from sfpformat import Options
-from sfpformat.conformance.forge import Forge
 from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import everything
 
 
 @clauses("R-RAW-001", "R-RAW-002", "R-RAW-003", "R-RAW-004", "R-CNV-001")

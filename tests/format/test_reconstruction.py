@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from sfpformat.conformance.forge import (
+from sfp_conformance.forge import (
     Part,
     exact,
     f32_bytes,
@@ -25,7 +24,8 @@ from sfpformat.conformance.forge import (
     table,
     table_for,
 )
-from sfpformat.conformance.slow_reader import FLOATS, number_of, pattern_of
+from sfp_conformance.slow_reader import FLOATS, number_of, pattern_of
+
 from sfpformat.dtypes import DTYPES
 
 from ..support.clauses import clauses

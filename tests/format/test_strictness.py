@@ -6,16 +6,16 @@ import pickle
 
 import numpy as np
 import pytest
+from sfp_conformance.forge import Forge
 
 import sfpformat
+from conformance.recipes.samples import everything
 from sfpformat import FileFault, SfpError
-from sfpformat.conformance.forge import Forge
 from sfpformat.decode.validate import validate
 from sfpformat.errors import CODE_OF_CLAUSE, fault, placed
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused
-from ..support.samples import everything
 
 
 def damage(file: Forge, name: str, k: int = 0) -> None:

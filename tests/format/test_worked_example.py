@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sfp_conformance import forge
 
 import sfpformat
 from sfpformat import numpy as sfp
-from sfpformat.conformance import forge
 
 SPEC = Path(__file__).parents[2] / "SPEC.md"
 

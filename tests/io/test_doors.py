@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sfp_conformance.forge import exact, hand_file, hand_part, table
 
 import sfpformat
 import sfpformat.numpy
+from conformance.recipes.samples import importance, weights
 from sfpformat import MismatchError, OptionError, Options, SfpError, SfpFile, ShardedFile
 from sfpformat.cli.models import open_model
-from sfpformat.conformance.forge import exact, hand_file, hand_part, table
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.io.paths import models_in
 from sfpformat.io.source import MOST_PICKLED
@@ -29,7 +30,6 @@ from sfpformat.pruning.thresholds import Sparsity
 
 from ..cli.test_main import error_of, make, run
 from ..support.clauses import clauses
-from ..support.samples import importance, weights
 
 torch = pytest.importorskip("torch")
 sfp_torch = pytest.importorskip("sfpformat.torch")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sfp_conformance.forge import Forge
 
 import sfpformat
 from sfpformat import Options
-from sfpformat.conformance.forge import Forge
 from sfpformat.decode.allocation import SHARING, arrays_of
 from sfpformat.dtypes import DTYPES
 from sfpformat.errors import FileFault, LimitError, MissingTensorError

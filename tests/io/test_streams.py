@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import sfpformat
+from conformance.recipes.samples import weights
 from sfpformat import OptionError, Writer
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
-from ..support.samples import weights
 
 OLD = b"an older file " * 400
 TENSORS = {"a": np.ones((4, 8), np.float32), "w": weights(40, 60)}

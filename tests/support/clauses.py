@@ -10,24 +10,20 @@ and imports neither the tests nor the package::
 from __future__ import annotations
 
 import ast
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-ROOT = Path(__file__).parents[2]
-SPEC = ROOT / "SPEC.md"
+from conformance.clauses import IN_CHUNKS, ROOT, SPEC, Clause, clauses_of_spec, table_rows
+
+__all__ = ["IN_CHUNKS", "ROOT", "SPEC", "Clause", "clauses", "clauses_of_spec", "table_rows"]
+
 
 # Clauses that no test can hold this package to, each with the reason.
 UNTESTED: dict[str, str] = {
     "R-PRO-001": "the package has no reader of a partial profile",
 }
-
-# Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
-IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
-IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -42,41 +38,12 @@ def clauses(*ids: str) -> Callable[[F], F]:
 
 
 @dataclass(frozen=True)
-class Clause:
-    """A row of one of SPEC.md's tables of requirements; ``code`` is empty where the row names no error."""
-
-    id: str
-    writer: str
-    reader: str
-    code: str
-    line: int
-
-
-@dataclass(frozen=True)
 class MarkedTest:
     """A test function: where it is, the clauses it names, and the strings that its body and data hold."""
 
     place: str
     ids: tuple[str, ...]
     strings: frozenset[str]
-
-
-def table_rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of all tables of a Markdown text: line number and cells."""
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("|"):
-            yield number, [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def clauses_of_spec(text: str | None = None) -> list[Clause]:
-    """All clauses, in the order of SPEC.md."""
-    found = []
-    for line, cells in table_rows(SPEC.read_text() if text is None else text):
-        match = re.fullmatch(r"\[(R-[A-Z]+-\d{3})\]", cells[0])
-        if match:
-            writer, reader, code, *_ = [*cells[1:], "", "", ""]
-            found.append(Clause(match[1], writer, reader, code.strip("`"), line))
-    return found
 
 
 def marked_tests() -> list[MarkedTest]:

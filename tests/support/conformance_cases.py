@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sfp_conformance.contents import array
+from sfp_conformance.own import OwnDriver
+
 import sfpformat
-from sfpformat.conformance.contents import array
-from sfpformat.conformance.own import OwnDriver
 from sfpformat.errors import FileFault
 from sfpformat.limits import Limits
 

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from sfpformat.conformance import slow_reader
+from sfp_conformance import slow_reader
 
 from .clauses import clauses_of_spec
 from .conformance_cases import cases, data_of, manifest

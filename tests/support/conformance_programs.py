@@ -30,7 +30,7 @@ def lying_program(folder: Path, lie: str) -> list[str]:
         lie: statements that may change ``got``, the right answer to ``words``, or what was written.
     """
     body = """
-from sfpformat.conformance.own import OwnDriver, limits_of
+from sfp_conformance.own import OwnDriver, limits_of
 from sfpformat.limits import DEFAULT_LIMITS
 def answer(words):
     limits, words = limits_of(words, DEFAULT_LIMITS)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from sfp_conformance import slow_reader
+from sfp_conformance.forge import Forge
 
 import sfpformat
-from sfpformat.conformance import slow_reader
-from sfpformat.conformance.forge import Forge
 from sfpformat.decode.validate import validate
 from sfpformat.errors import CODE_OF_CLAUSE, FileFault, InvalidFileError, LimitError, UnsupportedError
 from sfpformat.limits import DEFAULT_LIMITS, Limits

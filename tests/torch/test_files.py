@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sfpformat.numpy
+from conformance.recipes.samples import everything
 from sfpformat import (
     InvalidFileError,
     LimitError,
@@ -25,8 +26,6 @@ from sfpformat.decode.shards import ShardIndex
 from sfpformat.dtypes import DTYPES
 from sfpformat.torch import load, load_file, safe_open, save, save_file
 from sfpformat.torch.tensors import array_of, format_dtype, torch_dtype
-
-from ..support.samples import everything
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

@@ -13,17 +13,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError
-from ..io.atomic import replacing
-from .console import progress, show_json, show_table
-from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about, require_suffix
+from sfpformat.cli.console import progress, show_json, show_table
+from sfpformat.cli.parser import Parser, Subparsers, examples
+from sfpformat.cli.trouble import Trouble, about, require_suffix
+from sfpformat.errors import OptionError
+from sfpformat.io.atomic import replacing
 
 if TYPE_CHECKING:
-    from ..conformance.driver import Driver
-    from ..conformance.run import Results
+    from .driver import Driver
+    from .run import Results
 
-_FOLDER = Path(__file__).parent.parent.parent / "conformance"
+# An installed package has the cases beside its modules; a clone has them one folder up.
+_PACKAGE = Path(__file__).parent
+_FOLDER = _PACKAGE / "suite" if (_PACKAGE / "suite").is_dir() else _PACKAGE.parent
 _DESCRIPTION = """Puts the golden files of the conformance suite to programs in any language, over the
 protocol of conformance/README.md. A decoder is judged by the contents that it gives back, a validator by its
 verdict, an encoder by what this package reads from what it wrote and by canonical form; with an encoder and a
@@ -134,12 +136,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _fuzz(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("hypothesis") is None:
-        raise Trouble("fuzzing needs Hypothesis: pip install 'sfpformat[conformance]'")
-    from ..conformance.driver import Driver
-    from ..conformance.finds import doubt, save
-    from ..conformance.fuzz import Duel, as_json, fuzz
-    from ..conformance.scratch import scratch
-    from ..conformance.suite import Suite
+        raise Trouble("fuzzing needs Hypothesis: pip install hypothesis")
+    from .driver import Driver
+    from .finds import doubt, save
+    from .fuzz import Duel, as_json, fuzz
+    from .scratch import scratch
+    from .suite import Suite
 
     golden = []
     if args.suite is not None or _FOLDER.is_dir():
@@ -182,7 +184,7 @@ def _show_finds(told: dict[str, Any]) -> None:
 
 
 def _driver(args: argparse.Namespace) -> int:
-    from ..conformance.own import serve
+    from .own import serve
 
     return serve(args.engine, list(args.words), sys.stdin)
 
@@ -194,10 +196,10 @@ def _run(args: argparse.Namespace) -> int:
     ):
         if path is not None:
             require_suffix(path, *suffixes, what=what)
-    from ..conformance.own import compile_once
-    from ..conformance.report import junit, page
-    from ..conformance.run import Settings, as_json, known_failures, run
-    from ..conformance.suite import Suite
+    from .own import compile_once
+    from .report import junit, page
+    from .run import Settings, as_json, known_failures, run
+    from .suite import Suite
 
     suite = Suite.of(args.suite)
     known = None
@@ -229,7 +231,7 @@ def _levels(text: str) -> list[int]:
 
 
 def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
-    from ..conformance.driver import Driver
+    from .driver import Driver
 
     own = [
         sys.executable,
@@ -256,8 +258,8 @@ def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
 
 
 def _show(results: Results) -> None:
-    from ..conformance.judge import BAD, PASS, SKIP, UNSUPPORTED
-    from ..conformance.report import counted
+    from .judge import BAD, PASS, SKIP, UNSUPPORTED
+    from .report import counted
 
     for outcome in results.bad[:_SHOWN]:
         print(f"{outcome.verdict.outcome}: {outcome.role}: {outcome.case.id}")

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileFault
-from ..io.atomic import replacing
+from sfpformat.errors import FileFault
+from sfpformat.io.atomic import replacing
+
 from .contents import NOT_CORE, contents, features_of
 from .examples import Example
 from .fuzz import IN_FORCE, Find, reference

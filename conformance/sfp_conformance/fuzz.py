@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..decode.reader import SfpFile
-from ..decode.validate import validate
-from ..errors import FileFault
-from ..limits import DEFAULT_LIMITS, Limits
+from sfpformat.decode.reader import SfpFile
+from sfpformat.decode.validate import validate
+from sfpformat.errors import FileFault
+from sfpformat.limits import DEFAULT_LIMITS, Limits
+
 from .choices import Thrown
 from .driver import Driver, DriverFailure
 from .examples import Example, example

@@ -7,9 +7,9 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
 from sfpformat import ImportanceOptions, Options
-from sfpformat.conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 from sfpformat.numpy import save
 
 

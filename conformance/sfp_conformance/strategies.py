@@ -1,6 +1,6 @@
 """Hypothesis strategies of `.sfp` files, and the hunt for a file of a certain kind, which it makes small.
 
-Needs Hypothesis, which nothing else of the package does: ``pip install 'sfpformat[conformance]'``.
+Needs Hypothesis, which nothing else of the package does: ``pip install hypothesis``.
 """
 
 from __future__ import annotations

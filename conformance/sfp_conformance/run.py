@@ -13,7 +13,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from sfpformat import __version__
+
 from .driver import Driver, DriverFailure
 from .encoded import judge_written
 from .judge import BAD, FAIL, PASS, SKIP, UNSUPPORTED, Verdict, judge_canonical, judge_contents

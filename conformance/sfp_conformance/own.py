@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
-from ..decode.reader import SfpFile
-from ..decode.validate import validate
-from ..dtypes import DTYPES
-from ..encode.writer import Writer
-from ..engines import get_engine, require_name
-from ..errors import EngineError, FileFault, OptionError
-from ..limits import DEFAULT_LIMITS, Limits
-from ..numpy import save
-from ..options import ImportanceOptions, Options
+from sfpformat import __version__
+from sfpformat.decode.reader import SfpFile
+from sfpformat.decode.validate import validate
+from sfpformat.dtypes import DTYPES
+from sfpformat.encode.writer import Writer
+from sfpformat.engines import get_engine, require_name
+from sfpformat.errors import EngineError, FileFault, OptionError
+from sfpformat.limits import DEFAULT_LIMITS, Limits
+from sfpformat.numpy import save
+from sfpformat.options import ImportanceOptions, Options
+
 from .judge import SUFFIXES
 from .scratch import scratch
 from .suite import Case, Contents, shape_of

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..decode.reader import SfpFile
-from ..decode.validate import validate
-from ..errors import FileFault
+from sfpformat.decode.reader import SfpFile
+from sfpformat.decode.validate import validate
+from sfpformat.errors import FileFault
+
 from .judge import FAIL, PASS, Verdict
 from .suite import Case, shape_of
 

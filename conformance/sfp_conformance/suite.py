@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import SfpError
+from sfpformat.errors import SfpError
 
 Json = dict[str, Any]
 
