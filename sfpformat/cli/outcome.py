@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantiser import F32, Table, Uniform
+from ..coding.quantisers import F32, Table, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.tensor import scale_index

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantiser import Table, Uniform
+from ..coding.quantisers import Table, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardIndex, index_name, shard_name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..coding.quantiser import Exact, Table, Uniform
+from ..coding.quantisers import Exact, Table, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..encode.zeros import zeros_of
@@ -57,12 +57,7 @@ class TensorReport:
         if fingerprints is None:
             return "raw"
         quantiser = fingerprints.quantiser
-        if isinstance(quantiser, Exact):
-            words = f"exact {quantiser.dtype.name}"
-        elif isinstance(quantiser, Uniform):
-            words = f"uniform {float(quantiser.step):.4g}"
-        else:
-            words = f"table {quantiser.count}"
+        words = str(quantiser)
         if scale is None:
             return words
         return f"{words} per {scale.size or ''}{'' if scale.size else scale.per}"
@@ -76,7 +71,7 @@ class TensorReport:
             "dtype": entry.dtype.name,
             "shape": list(entry.shape),
             "coding": entry.coding,
-            "quantiser": type(quantiser).__name__.lower() if quantiser else None,
+            "quantiser": quantiser.NAME if quantiser else None,
             "step": float(quantiser.step) if isinstance(quantiser, Uniform) else None,
             "coded_dtype": quantiser.dtype.name if isinstance(quantiser, Exact) else None,
             "scale": (entry.scale.size or entry.scale.per) if entry.scale else None,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .codetable import CodeTable
 from .counts import Rows, count_classes
 from .planes import Counts, Planes, encode_levels, shared_zeros
-from .quantiser import patterns_to_levels
+from .quantisers import patterns_to_levels
 
 Patterns = NDArray[np.unsignedinteger]
 

@@ -11,14 +11,9 @@ from numpy.typing import NDArray
 
 from ..coding.codetable import CodeTable
 from ..coding.planes import Counts
-from ..coding.quantiser import (
+from ..coding.quantisers import (
     Exact,
     Quantiser,
-    Table,
-    Uniform,
-    fingerprint_bound,
-    importance_bound,
-    require_finite_step,
 )
 from ..dtypes import DTYPES, Dtype
 from ..errors import FileFault, fault
@@ -159,8 +154,8 @@ class TensorEntry:
     def vector_list(self) -> list[Vector]:
         """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
         out = []
-        if self.fingerprints is not None and isinstance(self.fingerprints.quantiser, Table):
-            out.append(Vector("fingerprint centroids", self.fingerprints.quantiser.count, DTYPES["F32"]))
+        if self.fingerprints is not None and self.fingerprints.quantiser.centroids:
+            out.append(Vector("fingerprint centroids", self.fingerprints.quantiser.centroids, DTYPES["F32"]))
         if self.scale is not None:
             counts = {
                 "tensor": 1,
@@ -171,8 +166,8 @@ class TensorEntry:
             count = counts[self.scale.per] if self.positions else 0
             out.append(Vector("scale", count, self.scale.dtype))
         if self.importance is not None:
-            if isinstance(self.importance.quantiser, Table):
-                out.append(Vector("importance centroids", self.importance.quantiser.count, DTYPES["F32"]))
+            if self.importance.quantiser is not None and self.importance.quantiser.centroids:
+                out.append(Vector("importance centroids", self.importance.quantiser.centroids, DTYPES["F32"]))
             if self.importance.dtype is not None:
                 rows, columns = (self.rows, self.columns) if self.positions else (0, 0)
                 out.append(Vector("importance rows", rows, self.importance.dtype))
@@ -255,14 +250,9 @@ class TensorEntry:
             raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
         assert self.fingerprints is not None
         quantiser, table = self.fingerprints.quantiser, self.fingerprints.table
-        if isinstance(quantiser, Exact):
-            if quantiser.dtype.name != self.dtype.name and self.dtype.name not in quantiser.dtype.widens_to:
-                raise fault("R-QNT-002", f"{quantiser.dtype.name} does not widen to {self.dtype.name}")
-            if self.scale is not None:
-                raise fault("R-SCL-005", "a scale with the quantiser exact")
-        table.require_top(fingerprint_bound(quantiser, self.dtype))
-        if isinstance(quantiser, Uniform):
-            require_finite_step(quantiser, (table.top - 1) // 2, "R-QNT-006")
+        quantiser.require_fits(self.dtype, scaled=self.scale is not None)
+        table.require_top(quantiser.fingerprint_bound(self.dtype))
+        quantiser.require_finite((table.top - 1) // 2, "R-QNT-006")
         self._require_valid_importance()
 
     def _require_valid_importance(self) -> None:
@@ -270,9 +260,8 @@ class TensorEntry:
             return
         quantiser: Quantiser | None = self.importance.quantiser
         assert quantiser is not None
-        self.importance.table.require_top(importance_bound(quantiser))
-        if isinstance(quantiser, Uniform):
-            require_finite_step(quantiser, self.importance.table.top - 1, "R-IMP-006")
+        self.importance.table.require_top(quantiser.importance_bound())
+        quantiser.require_finite(self.importance.table.top - 1, "R-IMP-006")
 
 
 def _shape(source: Fields, limits: Limits) -> tuple[int, ...]:

@@ -7,29 +7,30 @@ needs the tensor (its dtype, its size) in `container.entry`. SPEC.md chapters 8 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-
-import numpy as np
+from typing import NamedTuple, TypeVar
 
 from ..coding.codetable import CodeTable, PrefixCode, pack_lengths, require_shape, unpack_lengths
 from ..coding.mask import KINDS
-from ..coding.quantiser import Exact, Quantiser, Table, Uniform
+from ..coding.quantisers import KINDS as QUANTISERS
+from ..coding.quantisers import Exact, Quantiser
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
-from ..errors import FileFault, fault, placed
+from ..errors import FileFault, fault
 from .fields import Fields, place_of, required
+
+T = TypeVar("T")
 
 SCALES = ("tensor", "row", "column", "group")
 OVERS = ("survivors", "all", "factors")
 ROLES = ("multiplier", "metadata")
 
-# The keys that maps have: those of a code table, of a mask by its kind, of a stream by its quantiser.
+# The keys that maps have: those of a code table, and of a mask by its kind.
 _TABLE_KEYS = ("base", "extra", "codes", "group")
 _MASK_KEYS = {"runs": ("kind", "polarity", *_TABLE_KEYS), "octets": ("kind", *_TABLE_KEYS)}
-_STREAM_KEYS: dict[type, tuple[str, ...]] = {
-    Exact: ("quantiser", "dtype", "trim", *_TABLE_KEYS),
-    Uniform: ("quantiser", "step", *_TABLE_KEYS),
-    Table: ("quantiser", "count", *_TABLE_KEYS),
-}
+
+
+def _stream_keys(quantiser: Quantiser) -> tuple[str, ...]:
+    """The keys of the map of a stream, by its quantiser."""
+    return ("quantiser", *quantiser.KEYS, *_TABLE_KEYS)
 
 
 def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
@@ -75,42 +76,27 @@ def table_from_map(source: Fields) -> CodeTable:
 
 def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
     """The quantiser's name and its keys."""
-    if isinstance(quantiser, Exact):
-        return {
-            "quantiser": "exact",
-            "dtype": quantiser.dtype.name,
-            "trim": int(quantiser.trim),
-        }
-    if isinstance(quantiser, Uniform):
-        return {"quantiser": "uniform", "step": np.float32(quantiser.step).tobytes()}
-    return {"quantiser": "table", "count": quantiser.count}
+    return {"quantiser": quantiser.NAME, **quantiser.to_map()}
 
 
 def quantiser_from_map(source: Fields) -> Quantiser:
     """The quantiser of a stream's map."""
-    kind = word(source, "quantiser", ("exact", "uniform", "table"), "R-QNT-001")
-    if kind == "exact":
-        name = required(source, "dtype", str)
-        if name not in DTYPES:
-            raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=place_of(source, "dtype"))
-        trim = required(source, "trim", int)
-        if trim not in (0, 1):
-            raise fault("R-QNT-008", f"trim is {trim}", offset=place_of(source, "trim"))
-        return _exact(name, trim)
-    if kind == "uniform":
-        step = required(source, "step", bytes)
-        with placed(base=place_of(source, "step")):
-            if len(step) != 4:
-                raise fault("R-QNT-003", f"a step of {len(step)} bytes, must be 4")
-            return Uniform(np.frombuffer(step, "<f4")[0])
-    count = required(source, "count", int)
-    with placed(base=place_of(source, "count")):
-        return Table(count)
+    kind = word(source, "quantiser", tuple(QUANTISERS), "R-QNT-001")
+    return QUANTISERS[kind].from_map(_StreamMap(source))
 
 
-@cache
-def _exact(dtype: str, trim: int) -> Exact:
-    return Exact(DTYPES[dtype], bool(trim))
+class _StreamMap(NamedTuple):
+    """The map of a stream, as `coding.quantisers` reads it."""
+
+    source: Fields
+
+    def required(self, key: str, kind: type[T]) -> T:
+        """The value of a key that must be there."""
+        return required(self.source, key, kind)
+
+    def place(self, key: str) -> int:
+        """The byte offset of the value of a key."""
+        return place_of(self.source, key)
 
 
 def factor_dtype(source: Fields, clause: str) -> Dtype:
@@ -175,7 +161,7 @@ class FingerprintsEntry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `to_map`, made without the map."""
-        return _STREAM_KEYS[type(self.quantiser)]
+        return _stream_keys(self.quantiser)
 
     @classmethod
     def from_map(cls, source: Fields) -> FingerprintsEntry:
@@ -239,7 +225,7 @@ class ImportanceEntry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of `to_map`, made without the map."""
-        coded = ("dtype",) if self.quantiser is None else _STREAM_KEYS[type(self.quantiser)]
+        coded = ("dtype",) if self.quantiser is None else _stream_keys(self.quantiser)
         return ("over", "role", *coded)
 
     @classmethod

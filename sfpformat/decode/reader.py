@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
 from ..coding.mask import Mask
-from ..coding.quantiser import F32
+from ..coding.quantisers import F32
 from ..container.chunk import ChunkIndex
 from ..container.directory import Directory
 from ..container.entry import TensorEntry

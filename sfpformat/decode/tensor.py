@@ -12,13 +12,7 @@ from numpy.typing import NDArray
 from ..coding.bits import Bytes
 from ..coding.mask import Mask, decode_mask
 from ..coding.planes import Levels
-from ..coding.quantiser import (
-    F32,
-    fingerprint_values,
-    greatest_magnitude,
-    importance_values,
-    require_centroids,
-)
+from ..coding.quantisers import F32, NumberQuantiser, require_centroids
 from ..container.chunk import ChunkIndex, read_index, read_raw, read_vectors
 from ..container.entry import MAX_POSITIONS, TensorEntry
 from ..engines import Engine, Run
@@ -183,9 +177,8 @@ class TensorDecoder:
             multiplier = self._importances(chunk, first, stop, mask)
             if mask is not None and importance.over == "all":
                 multiplier = multiplier[mask]
-        return fingerprint_values(
+        return fingerprints.quantiser.fingerprint_values(
             self.levels(chunk, "fingerprints", first, stop),
-            fingerprints.quantiser,
             self.entry.dtype,
             self.vectors.get("fingerprint centroids"),
             self._scale_of_survivors(chunk, first, stop, mask),
@@ -211,7 +204,7 @@ class TensorDecoder:
             return row[rows] * column[columns]
         assert importance.quantiser is not None
         levels = self.levels(chunk, "importance", first, stop)
-        return importance_values(levels, importance.quantiser, self.vectors.get("importance centroids"))
+        return importance.quantiser.importance_values(levels, self.vectors.get("importance centroids"))
 
 
 def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -238,11 +231,10 @@ def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
             if not np.isfinite(scale).all():
                 raise fault("R-SCL-004", "a scale factor is not finite")
             assert entry.fingerprints is not None
-            greatest = greatest_magnitude(
-                entry.fingerprints.quantiser,
-                entry.fingerprints.table,
-                vectors.get("fingerprint centroids"),
-            )
+            quantiser, top = entry.fingerprints.quantiser, entry.fingerprints.table.top
+            assert isinstance(quantiser, NumberQuantiser)  # R-SCL-005
+            centroids = vectors.get("fingerprint centroids")
+            greatest = quantiser.greatest_magnitude((top - 1) // 2, centroids, "R-QNT-006")
             if not np.isfinite(greatest * np.abs(scale).max()):
                 raise fault("R-SCL-006", "the greatest weight times the greatest scale is not finite")
         if "importance rows" in vectors and len(vectors["importance rows"]):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..coding.classes import Histogram, add_histograms, histogram
 from ..coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
 from ..coding.planes import greatest_trims, symbol_counts, symbols_of_classes
-from ..coding.quantiser import Exact, Table
+from ..coding.quantisers import Exact, Quantiser
 from ..container.chunk import excess_in_index
 from ..container.directory import entry_faults
 from ..container.entry import TensorEntry
@@ -310,8 +310,8 @@ def _canonical_notes(entry: TensorEntry, usage: dict[str, _StreamUsage]) -> Iter
         "importance": (entry.importance and entry.importance.quantiser, 0),
     }
     for stream, (quantiser, sign) in quantisers.items():
-        if isinstance(quantiser, Table):
+        if isinstance(quantiser, Quantiser) and quantiser.centroids:
             levels = usage[stream].numbers
             found = len(np.unique(np.flatnonzero(levels) >> sign))
-            if max(found, 1) != quantiser.count:
-                yield "R-CAN-007", f"{stream}: {found} of {quantiser.count} centroids are used"
+            if max(found, 1) != quantiser.centroids:
+                yield "R-CAN-007", f"{stream}: {found} of {quantiser.centroids} centroids are used"

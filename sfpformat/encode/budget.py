@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..coding.classes import FRACTION
 from ..coding.mask import Mask
-from ..coding.quantiser import F32
+from ..coding.quantisers import F32
 from ..dtypes import DTYPES, of_numpy
 from ..errors import OptionError
 from ..names import checked_by_name

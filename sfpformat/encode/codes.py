@@ -19,7 +19,7 @@ from ..coding.classes import Histogram, Layout
 from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode
 from ..coding.counts import Costs, Rows
 from ..coding.planes import AnyLevels, Counts
-from ..coding.quantiser import patterns_to_levels
+from ..coding.quantisers import patterns_to_levels
 from ..engines import Engine
 from ..io.threads import Workers
 from ..options import Options

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantiser import F32, Table, Uniform, fingerprint_values
+from ..coding.quantisers import F32, Table, Uniform
 from ..dtypes import Dtype
 from ..errors import OptionError
 
@@ -52,7 +52,7 @@ class Reconstruction:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             levels = numbers.astype(np.uint64) << np.uint64(1)
-            return fingerprint_values(levels, self.quantiser, self.dtype, self.centroids, scale, multiplier)
+            return self.quantiser.fingerprint_values(levels, self.dtype, self.centroids, scale, multiplier)
 
     def lowered(
         self, numbers: NDArray[np.unsignedinteger], scale: F32 | None, multiplier: F32 | None

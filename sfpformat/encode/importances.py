@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
-from ..coding.quantiser import (
+from ..coding.quantisers import (
     F32,
     Exact,
     Quantiser,
     Uniform,
     float_patterns,
-    importance_values,
     multiplied,
     patterns_to_levels,
     round_to,
@@ -87,7 +86,7 @@ class ImportanceSource:
 
     def _values(self, levels: AnyLevels) -> F32:
         coded = patterns_to_levels(levels) if isinstance(self.quantiser, Exact) else levels
-        return importance_values(coded.astype(np.uint64), self.quantiser, None)
+        return self.quantiser.importance_values(coded.astype(np.uint64), None)
 
     def _with_finite_products(self, levels: AnyLevels, weights: Flat, alive: Mask, dtype: Dtype) -> AnyLevels:
         """Levels lowered where the product with the weight of a survivor is not finite.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..coding.quantiser import F32, Table, Uniform, scaled_down
+from ..coding.quantisers import F32, Table, Uniform, scaled_down
 from ..container.entry import TensorEntry
 from ..container.streams import ScaleEntry
 from ..decode.tensor import scale_index

@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from ..coding.classes import FRACTION, entropy_bits
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts
-from ..coding.quantiser import (
+from ..coding.quantisers import (
     F32,
     Exact,
     Table,
     Uniform,
-    fingerprint_bound,
     float_patterns,
-    importance_bound,
     narrowest_exact,
 )
 from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
@@ -537,7 +535,7 @@ class _Planner:
 
         quantiser = source.quantiser
         stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
-        bound = fingerprint_bound(quantiser, entry.dtype)
+        bound = quantiser.fingerprint_bound(entry.dtype)
         if isinstance(quantiser, Uniform):
             scale = vectors.get("scale", _NO_FACTORS)
             greatest = greatest_codable(quantiser.step, np.abs(scale).max(initial=0) or np.float32(1))
@@ -584,7 +582,7 @@ class _Planner:
 
         is_exact = isinstance(source.quantiser, Exact)
         stream = LevelBlocks(entry.segments, plan.blocks, levels, is_exact, self.workers)
-        bound = importance_bound(source.quantiser)
+        bound = source.quantiser.importance_bound()
         if isinstance(source.quantiser, Exact):
             choice = choose_exact(
                 stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine

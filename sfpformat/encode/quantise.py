@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.classes import FRACTION, Histogram, entropy_bits, histogram, log2_fixed
-from ..coding.quantiser import F32, Uniform, uniform_numbers
+from ..coding.quantisers import F32, Uniform, uniform_numbers
 from ..dtypes import DTYPES, Dtype
 from .finite import Reconstruction
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
-from ..coding.quantiser import (
+from ..coding.quantisers import (
     F32,
     MAX_CENTROIDS,
     Exact,

@@ -27,7 +27,7 @@ from ..coding.exact import Patterns
 from ..coding.magnitudes import magnitude_bits
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, trims_of
-from ..coding.quantiser import patterns_to_levels
+from ..coding.quantisers import patterns_to_levels
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError

@@ -21,7 +21,7 @@ from ..coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_SYMBOLS
 from ..coding.exact import Patterns
 from ..coding.magnitudes import magnitude_bits
 from ..coding.planes import AnyLevels, Counts
-from ..coding.quantiser import float_patterns
+from ..coding.quantisers import float_patterns
 from ..dtypes import of_numpy
 from ..engines import Engine
 from ..options import Options

@@ -15,7 +15,7 @@ from ..coding.counts import Costs, Rows
 from ..coding.exact import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
-from ..coding.quantiser import F32
+from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
 from ..container.plain import PlainTensors
 

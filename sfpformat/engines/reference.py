@@ -10,7 +10,7 @@ from ..coding.exact import count_exact, encode_exact, exact_zeros
 from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import decode_levels, encode_levels
-from ..coding.quantiser import F32, uniform_levels
+from ..coding.quantisers import F32, uniform_levels
 from ..container.entry import TensorEntry
 from ..container.plain import PlainTensors
 from .interface import Run

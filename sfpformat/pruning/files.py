@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.mask import Mask
-from ..coding.quantiser import Exact, Uniform
+from ..coding.quantisers import Exact, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardedFile, ShardIndex, index_name, shard_name

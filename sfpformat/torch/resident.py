@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..coding.quantiser import F32
+from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
 from ..decode.jobs import fill_gaps
 from ..decode.selection import Selection

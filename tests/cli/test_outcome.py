@@ -16,7 +16,7 @@ import sfpformat
 from sfpformat import OptionError, Options
 from sfpformat.cli import outcome
 from sfpformat.cli.outcome import _Bound, _compare, decibels
-from sfpformat.coding.quantiser import Exact
+from sfpformat.coding.quantisers import Exact
 from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import load_file, save
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import ImportanceOptions, OptionError, Options
-from sfpformat.coding.quantiser import Table, Uniform
+from sfpformat.coding.quantisers import Table, Uniform
 from sfpformat.decode.validate import validate
 from sfpformat.dtypes import DTYPES, Dtype
 from sfpformat.encode.finite import Reconstruction, greatest_codable

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import sfpformat
 from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, steps_for_budget
 from sfpformat.coding.classes import FRACTION
-from sfpformat.coding.quantiser import Exact, Uniform
+from sfpformat.coding.quantisers import Exact, Uniform
 from sfpformat.encode.quantise import numbers_bits, pairs_bits
 from sfpformat.numpy import load, save
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import sfpformat
 from sfpformat import numpy as sfp
-from sfpformat.coding.quantiser import patterns_to_levels
+from sfpformat.coding.quantisers import patterns_to_levels
 
 from .model import Tensors, as_bf16, load_f32, matrices, nbytes
 

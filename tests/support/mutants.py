@@ -28,7 +28,8 @@ from sfpformat.errors import FileFault
 from .clauses import ROOT
 from .conformance_cases import Case, cases, data_of, limits_of, refusal
 
-MODULES = ("coding.codetable", "coding.mask", "coding.planes", "coding.quantiser", "container.chunk")
+MODULES = ("coding.codetable", "coding.mask", "coding.planes", "container.chunk")
+MODULES += ("coding.quantisers.exact", "coding.quantisers.table", "coding.quantisers.uniform")
 MODULES += ("container.directory", "container.entry", "container.fields", "container.messagepack")
 MODULES += ("container.preamble", "container.streams", "decode.tensor", "limits", "decode.reader")
 MODULES += ("decode.stored_chunks",)

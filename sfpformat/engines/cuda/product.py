@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...coding.quantiser import F32, Exact, fingerprint_values, magnitudes
+from ...coding.quantisers import F32, Exact, NumberQuantiser
 from ...container.entry import TensorEntry
 from ...dtypes import DTYPES, Dtype
 from . import layout
@@ -122,7 +122,8 @@ def make_product(entry: TensorEntry, vectors: dict[str, F32], dtype: str, comput
             entry.fingerprints.table.base // 2
         )
         centroids = vectors.get("fingerprint centroids")
-        record["magnitudes"] = magnitudes(numbers, entry.fingerprints.quantiser, centroids)
+        assert isinstance(entry.fingerprints.quantiser, NumberQuantiser)
+        record["magnitudes"] = entry.fingerprints.quantiser.magnitudes(numbers, centroids)
         record["scale_runs"] = scale_of(entry)[1] // layout.RUN
         factors = vectors["scale"]
     else:
@@ -177,7 +178,7 @@ def _weights(
     scale = vectors.get("scale")
     scales = None if scale is None else np.full(len(levels), scale[0])
     centroids = vectors.get("fingerprint centroids")
-    weights = fingerprint_values(levels, entry.fingerprints.quantiser, entry.dtype, centroids, scales)
+    weights = entry.fingerprints.quantiser.fingerprint_values(levels, entry.dtype, centroids, scales)
     with np.errstate(over="ignore"):
         for dtype in conversions:
             weights = weights.astype(dtype.numpy)

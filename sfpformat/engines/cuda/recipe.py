@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...coding.bits import Bytes, as_bytes
 from ...coding.codetable import CodeTable, PrefixCode
-from ...coding.quantiser import F32, Exact, Quantiser, Uniform, fingerprint_values
+from ...coding.quantisers import F32, Exact, Quantiser, Uniform
 from ...container.entry import MAX_POSITIONS, TensorEntry
 from . import layout
 
@@ -296,7 +296,7 @@ def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]
     every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
     centroids, scale = vectors.get("fingerprint centroids"), vectors.get("scale")
     scales = None if scale is None else np.full(len(every), scale[0])
-    weights = fingerprint_values(every, entry.fingerprints.quantiser, entry.dtype, centroids, scales)
+    weights = entry.fingerprints.quantiser.fingerprint_values(every, entry.dtype, centroids, scales)
     return weights.view(entry.dtype.pattern).astype(np.uint32)
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...coding.quantiser import F32
+from ...coding.quantisers import F32
 from ...container.entry import TensorEntry
 from ..interface import Run
 from . import recipe

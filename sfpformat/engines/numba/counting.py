@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...coding.quantiser import MAX_NUMBER
+from ...coding.quantisers import MAX_NUMBER
 from .compiling import allocating_kernel
 from .memory import count_ones, load64
 

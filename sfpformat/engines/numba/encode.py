@@ -14,8 +14,8 @@ from ...coding.counts import NUMBERS_OF_CODES, Costs, Rows
 from ...coding.mask import Mask
 from ...coding.mask import encode_mask as encode_mask_plainly
 from ...coding.planes import AnyLevels, Counts, Levels, Planes
-from ...coding.quantiser import F32
-from ...coding.quantiser import uniform_levels as uniform_levels_plainly
+from ...coding.quantisers import F32
+from ...coding.quantisers import uniform_levels as uniform_levels_plainly
 from . import clustering, counting, packing
 
 # Tables whose levels end before this have a table from level to class.

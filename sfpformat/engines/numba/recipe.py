@@ -13,7 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.codetable import CodeTable
-from ...coding.quantiser import F32, Exact, fingerprint_values, importance_values, magnitudes
+from ...coding.quantisers import (
+    F32,
+    Exact,
+    NumberQuantiser,
+)
 from ...container.entry import MAX_POSITIONS, TensorEntry
 from ..interface import Run
 from . import masks, values
@@ -264,8 +268,8 @@ def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]
     """The bit pattern of every level."""
     assert entry.fingerprints is not None
     every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
-    weights = fingerprint_values(
-        every, entry.fingerprints.quantiser, entry.dtype, vectors.get("fingerprint centroids")
+    weights = entry.fingerprints.quantiser.fingerprint_values(
+        every, entry.dtype, vectors.get("fingerprint centroids")
     )
     return weights.view(entry.dtype.pattern).astype(np.uint32)
 
@@ -274,7 +278,8 @@ def _magnitudes(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
     """The magnitude of every number."""
     assert entry.fingerprints is not None
     every = np.arange((entry.fingerprints.table.top + 1) // 2, dtype=np.uint64)
-    return magnitudes(every, entry.fingerprints.quantiser, vectors.get("fingerprint centroids"))
+    assert isinstance(entry.fingerprints.quantiser, NumberQuantiser)
+    return entry.fingerprints.quantiser.magnitudes(every, vectors.get("fingerprint centroids"))
 
 
 def _importances(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
@@ -284,7 +289,7 @@ def _importances(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
     assert importance.table is not None
     assert importance.quantiser is not None
     every = np.arange(importance.table.top, dtype=np.uint64)
-    return importance_values(every, importance.quantiser, vectors.get("importance centroids"))
+    return importance.quantiser.importance_values(every, vectors.get("importance centroids"))
 
 
 def _multiplier(entry: TensorEntry) -> int:

@@ -1,0 +1,133 @@
+"""The kind ``exact``: levels are bit patterns of a float dtype, with the sign moved to the lowest bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import DTYPES, Dtype
+from ...errors import fault
+from ..planes import AnyLevels, Levels
+from .kind import F32, Quantiser, StreamMap, round_to
+
+
+@dataclass(frozen=True)
+class Exact(Quantiser):
+    """Levels are the bit patterns of ``dtype``, sign lowest; with ``trim`` segments leave out zero bits."""
+
+    dtype: Dtype
+    trim: bool = False
+
+    NAME: ClassVar[str] = "exact"
+    KEYS: ClassVar[tuple[str, ...]] = ("dtype", "trim")
+
+    def __str__(self) -> str:
+        return f"exact {self.dtype.name}"
+
+    def to_map(self) -> dict[str, object]:
+        return {"dtype": self.dtype.name, "trim": int(self.trim)}
+
+    @classmethod
+    def from_map(cls, source: StreamMap) -> Exact:
+        name = source.required("dtype", str)
+        if name not in DTYPES:
+            raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=source.place("dtype"))
+        trim = source.required("trim", int)
+        if trim not in (0, 1):
+            raise fault("R-QNT-008", f"trim is {trim}", offset=source.place("trim"))
+        return _shared(name, trim)
+
+    def fingerprint_bound(self, dtype: Dtype) -> int:
+        return 1 << dtype.bits if self.dtype == dtype else finite_bound(self.dtype)
+
+    def importance_bound(self) -> int:
+        return finite_bound(self.dtype)
+
+    def require_fits(self, dtype: Dtype, *, scaled: bool) -> None:
+        if self.dtype.name != dtype.name and dtype.name not in self.dtype.widens_to:
+            raise fault("R-QNT-002", f"{self.dtype.name} does not widen to {dtype.name}")
+        if scaled:
+            raise fault("R-SCL-005", "a scale with the quantiser exact")
+
+    def fingerprint_values(
+        self,
+        levels: Levels,
+        dtype: Dtype,
+        centroids: F32 | None = None,
+        scale: F32 | None = None,
+        multiplier: F32 | None = None,
+    ) -> NDArray[np.generic]:
+        exact = levels_to_patterns(levels, self.dtype).view(self.dtype.numpy)
+        if self.dtype != dtype:
+            exact = exact.astype(dtype.numpy)
+        return exact if multiplier is None else multiplied(exact, multiplier, dtype)
+
+    def importance_values(self, levels: Levels, centroids: F32 | None) -> F32:
+        return levels_to_patterns(levels, self.dtype).view(self.dtype.numpy).astype(np.float32)
+
+
+@cache
+def _shared(dtype: str, trim: int) -> Exact:
+    return Exact(DTYPES[dtype], bool(trim))
+
+
+def finite_bound(dtype: Dtype) -> int:
+    """One past the greatest level whose pattern is finite."""
+    assert dtype.nonfinite is not None
+    return 2 * dtype.nonfinite
+
+
+def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
+    """Moves the sign from the highest bit of each pattern to the lowest; same dtype."""
+    one, top = patterns.dtype.type(1), patterns.dtype.type(8 * patterns.itemsize - 1)
+    return np.asarray((patterns << one) | (patterns >> top))
+
+
+def levels_to_patterns(levels: Levels, dtype: Dtype) -> NDArray[np.unsignedinteger]:
+    """The inverse of `patterns_to_levels`."""
+    narrow = levels.astype(dtype.pattern)
+    one = dtype.pattern.type(1)
+    return np.asarray((narrow >> one) | (narrow << dtype.pattern.type(dtype.bits - 1)))
+
+
+def float_patterns(values: NDArray[np.generic], dtype: Dtype) -> NDArray[np.unsignedinteger]:
+    """The bit patterns of a one-dimensional array of ``dtype``."""
+    return values.view(dtype.pattern)
+
+
+def multiplied(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDArray[np.generic]:
+    """Exact weights times their importances; an infinity or a NaN stays as it is (R-REC-004)."""
+    wide = np.float64 if dtype.name == "F64" else np.float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(exact)
+        product = round_to(exact.astype(wide) * multiplier.astype(wide), dtype)
+    return np.where(finite, product, exact)
+
+
+_NARROW_FIRST, _NARROW_BLOCK = 1 << 6, 1 << 20  # values compared at a time: bounds the memory
+
+
+def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
+    """The narrowest dtype that widens to ``dtype`` and holds all the values bit for bit (R-QNT-002)."""
+    for name in ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32"):
+        narrow = DTYPES[name]
+        # The first block is short: almost all tensors fail it.
+        starts = [0, *range(_NARROW_FIRST, len(values), _NARROW_BLOCK)]
+        if dtype.name in narrow.widens_to and all(
+            _holds(narrow, values[start : start + (_NARROW_BLOCK if start else _NARROW_FIRST)], dtype)
+            for start in starts
+        ):
+            return narrow
+    return dtype
+
+
+def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:
+    """Whether a narrower dtype holds the values of ``dtype`` bit for bit, and all are finite."""
+    with np.errstate(all="ignore"):
+        back = values.astype(narrow.numpy)
+        same = back.astype(dtype.numpy).view(dtype.pattern) == values.view(dtype.pattern)
+        return bool(same.all() and np.isfinite(back).all())

@@ -1,0 +1,105 @@
+"""The kind ``uniform``: the magnitude is a whole number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import Dtype
+from ...errors import OptionError, fault, placed
+from ..planes import AnyLevels, Levels
+from .kind import F32, NumberQuantiser, StreamMap, scaled_down
+
+# A number this great would need classes for 2^30 levels; a step so small asks for `exact`.
+MAX_NUMBER = (1 << 30) - 1
+
+
+@dataclass(frozen=True)
+class Uniform(NumberQuantiser):
+    """The magnitude is its number times ``step``, a finite float32 above 0 (R-QNT-003)."""
+
+    step: np.float32
+
+    NAME: ClassVar[str] = "uniform"
+    KEYS: ClassVar[tuple[str, ...]] = ("step",)
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.step) and self.step > 0):
+            raise fault("R-QNT-003", f"the step is {self.step}, must be finite and above 0")
+
+    def __str__(self) -> str:
+        return f"uniform {float(self.step):.4g}"
+
+    def to_map(self) -> dict[str, object]:
+        return {"step": np.float32(self.step).tobytes()}
+
+    @classmethod
+    def from_map(cls, source: StreamMap) -> Uniform:
+        step = source.required("step", bytes)
+        with placed(base=source.place("step")):
+            if len(step) != 4:
+                raise fault("R-QNT-003", f"a step of {len(step)} bytes, must be 4")
+            return cls(np.frombuffer(step, "<f4")[0])
+
+    def fingerprint_bound(self, dtype: Dtype) -> int:
+        return 1 << 32
+
+    def importance_bound(self) -> int:
+        return 1 << 31
+
+    def require_finite(self, greatest_number: int, clause: str) -> None:
+        self.greatest_magnitude(greatest_number, None, clause)
+
+    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
+        with np.errstate(over="ignore"):
+            greatest = np.float32(greatest_number) * self.step
+        if not np.isfinite(greatest):
+            raise fault(clause, f"step {self.step} times {greatest_number} is not finite")
+        return np.float32(greatest)
+
+    def magnitudes(self, numbers: Levels, centroids: F32 | None) -> F32:
+        return numbers.astype(np.float32) * self.step
+
+
+def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArray[np.uint32]:
+    """The number of each magnitude, shape [n].
+
+    Args:
+        thresholds: entry m - 1 is the least magnitude, in steps, that gets the number m instead of m - 1, for
+            numbers up to len(thresholds); greater ones round to nearest. Empty: all round to nearest.
+
+    Raises:
+        OptionError: a number is beyond `MAX_NUMBER`.
+    """
+    with np.errstate(over="ignore"):
+        steps = magnitudes / step
+    nearest = np.floor(steps + np.float32(0.5))
+    if len(nearest) and nearest.max() > MAX_NUMBER:
+        raise OptionError(f"a step of {step} is too small for weights of {magnitudes.max()}")
+    numbers = nearest.astype(np.int64)
+    if len(thresholds):
+        low = np.minimum(numbers, len(thresholds))
+        numbers -= (numbers == low) & (low > 0) & (steps < thresholds[np.maximum(low, 1) - 1])
+    return np.asarray(numbers, np.uint32)
+
+
+def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, thresholds: F32) -> AnyLevels:
+    """The level of each weight: twice its number, one more where it is negative; 0 for all that becomes zero.
+
+    Args:
+        weights: finite, shape [n].
+        factors: what magnitudes are divided by first (those of 0 give 0), shape [n], or None.
+        step, thresholds: as in `uniform_numbers`.
+
+    Returns:
+        The levels, uint8, uint16 or uint32, whichever is enough.
+    """
+    magnitudes = np.abs(weights)
+    if factors is not None:
+        magnitudes = scaled_down(magnitudes, factors)
+    levels = uniform_numbers(magnitudes, step, thresholds) * np.uint32(2)
+    levels += np.signbit(weights) & (levels > 0)
+    return levels.astype(np.min_scalar_type(int(levels.max(initial=0))))
