@@ -153,7 +153,7 @@ def test_rows_are_kept_as_they_come_and_are_not_measured_again(
 
 
 def test_the_readme_shows_the_rows_that_are_kept_beside_the_tests() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "figures" / "README.md").read_text(encoding="utf-8")
     found = read(ROWS)
     assert all(list(row) == list(pruning_rows.FIELDS) for row in found)
     assert "\n".join(table(found)) in readme
