@@ -57,7 +57,7 @@ def everything() -> bytes:
         "table": base.but(quantiser="table", centroids=5, scale="column", mask="octets"),
         "group": base.but(
             quantiser="uniform",
-            bits=2.5,
+            step=0.1314,
             scale=7,
             scale_dtype="BF16",
             group=1,

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Reads a byte after some memory, which the sanitiser must see: else it is not there.
 OUTSIDE = """
 import ctypes
-from kernels import fuzz, shim
+from kernels.tools import fuzz, shim
 device = shim.HostDevice(shim.build(shim.CHECKED), poison=True)
 memory, elsewhere = device.allocate(64), device.allocate(64)
 device.copy(elsewhere.address, memory.address + 1, 64)

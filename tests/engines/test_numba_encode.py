@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from conformance.recipes.samples import weights
 from sfpformat import Options, Writer
 from sfpformat.coding import counts as counting
-from sfpformat.coding import exact, magnitudes, planes, quantiser
+from sfpformat.coding import exact, magnitudes, planes
 from sfpformat.coding import mask as masks
 from sfpformat.coding.bits import MAX_FIELD_BITS
 from sfpformat.coding.classes import CLASS_COST, Layout, best_layout
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
+from sfpformat.coding.quantisers import uniform_levels
 from sfpformat.dtypes import DTYPES as ALL_DTYPES
 from sfpformat.encode.sink import MemorySink
 from sfpformat.engines import numba as fast
@@ -320,7 +321,7 @@ def test_weights_are_quantised_alike(seed: int, step: float, scaled: bool, thres
     flat[rng.random(len(flat)) < 0.1] = -0.0
     factors = rng.choice([0.0, 0.1, 3.0], len(flat)).astype(np.float32) if scaled else None
     least = (np.arange(thresholds) + rng.uniform(0.3, 0.9, thresholds)).astype(np.float32)
-    want = quantiser.uniform_levels(flat, factors, np.float32(step), least)
+    want = uniform_levels(flat, factors, np.float32(step), least)
     found = fast.uniform_levels(flat, factors, np.float32(step), least)
     assert found.dtype == want.dtype
     assert np.array_equal(found, want)

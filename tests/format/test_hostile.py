@@ -328,11 +328,11 @@ def test_memory_and_time_stay_small_whatever_a_small_file_claims(seed: int) -> N
 _CHILD = """
 import resource, sys
 import sfpformat
-from sfpformat.validate import validate
+from sfpformat import validate
 data = sys.stdin.buffer.read()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), used + (256 << 20)))
-report = validate(data)
+report = validate(data, engine="python")
 print(report.faults[0].clause if report.faults else "accepted")
 """
 

@@ -1,4 +1,4 @@
-"""The records that kernels read: as in ``kernels/recipe.cuh`` and ``kernels/decode.cu``, byte for byte."""
+"""The records that kernels read: as in ``recipe.cuh`` and ``decode.cu`` of ``kernels/source``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host's part of products with a matrix that stays compressed, which ``kernels/product.cuh`` computes.
+"""The host's part of products with a compressed matrix, which ``kernels/source/product.cuh`` computes.
 
 Which matrices those are, what they must be told of one, and how its columns are shared among blocks. Nothing
 here touches a device.
