@@ -1,4 +1,4 @@
-"""The door to torch: the functions that users of `safetensors.torch` know, for `.sfp`.
+"""PyTorch API: the functions of `safetensors.torch`, for `.sfp` files.
 
 Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file is ever executed.
 """
@@ -18,7 +18,7 @@ from .models import load_model, save_model
 
 open = safe_open
 
-# Without `open`, which must not hide Python's own in ``from sfpformat.torch import *``.
+# `open` is left out: ``from sfpformat.torch import *`` must not shadow the built-in.
 __all__ = [
     "CompressionReport",
     "SfpEmbedding",

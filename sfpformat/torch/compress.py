@@ -1,7 +1,7 @@
-"""Whole models whose weights stay compressed in memory: `compress_model`, and `decompress_model` back.
+"""`compress_model` keeps the weights of a model compressed in memory; `decompress_model` reverses it.
 
-Rules: what does not fit is told before the model is changed. Layers stay the objects that they are, so that
-hooks, ties and whoever refers to them stay right.
+Rules: errors are raised before the model is changed. Layers keep their object identity, so that hooks, ties
+and other references to them stay valid.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Choose = Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress_model` did. Memory that several names share counts once.
+    """The result of `compress_model`. Memory that several names share counts once.
 
     Attributes:
-        layers: names of the layers that are compressed, as ``named_modules`` gives them.
-        weight_bytes_before: bytes of their weights when they were dense.
-        weight_bytes_after: bytes of their weights now.
-        model_bytes_before: bytes of all parameters and buffers of the model before.
-        model_bytes_after: the same now.
-        largest_weight_bytes: bytes of the largest of the weights once decoded: a call needs as many for a
-            moment, beyond those that are kept.
-        kept_bytes: how many bytes of decoded weights are kept at most.
+        layers: names of the compressed layers, as ``named_modules`` gives them.
+        weight_bytes_before: bytes of their dense weights.
+        weight_bytes_after: bytes of their compressed weights.
+        model_bytes_before: bytes of all parameters and buffers of the model before compression.
+        model_bytes_after: bytes of all parameters and buffers of the model after compression.
+        largest_weight_bytes: bytes of the largest decoded weight. A call needs this much memory temporarily,
+            in addition to the kept weights.
+        kept_bytes: the maximum number of bytes of decoded weights that are kept.
     """
 
     layers: tuple[str, ...]
@@ -77,51 +77,53 @@ def compress_model(
     threads: int | None = None,
     engine: str | None = None,
 ) -> CompressionReport:
-    """Lets the weights of linear layers and embeddings stay compressed in memory. Changes the model.
+    """Compresses the weights of linear layers and embeddings in memory. Changes the model in place.
 
-    Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`, in its
-    place; a weight that would not be smaller, one that a layer of another kind has too, and subclasses, which
-    may compute in ways of their own, stay as they are, as do the adapters of peft, which train. The weights
-    are frozen from then on: they are no parameters, and make no gradient. ``module.weight`` decodes them;
-    what is written to it is encoded again, losslessly. ``state_dict`` has their bytes, under the names of the
-    dense model, which refuses them by their shape; ``save_pretrained``, where the model has it, writes dense
-    weights.
+    Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`. Some
+    weights stay dense: those that would not become smaller, those that a layer of another kind shares, those
+    of subclasses, which may compute differently, and the adapters of peft, which train. Compressed weights
+    are
+    frozen: they are not parameters and have no gradient. Reading ``module.weight`` decodes them; a write to
+    it is encoded again, losslessly. ``state_dict`` has their compressed bytes under the names of the dense
+    model; a dense model refuses them because of their shape. ``save_pretrained``, if the model has it, writes
+    dense weights.
 
-    Training does not change compressed weights. ``model.requires_grad_(True)`` warns of that; so does the
-    first step of an optimizer that has the dense weights from before, or all parameters of a model in which
+    Training does not change compressed weights. ``model.requires_grad_(True)`` warns of that. So does the
+    first step of an optimizer that holds the replaced dense weights, or all parameters of a model in which
     nothing else is frozen.
 
-    Decoding is done on the processor, for layers on other devices too.
+    A CUDA device decodes its own layers if the engine ``cuda`` is available. Otherwise the CPU decodes.
 
     Args:
-        model: any module. Where a file is given, its tensors are taken from there as by `load_model`, and a
-            model on the meta device is filled without its dense weights ever being in memory.
-        source: a file, as `safe_open` takes it, whose chunks are taken as they are; or how the weights that
-            the model has are encoded, all or by their names in the ``state_dict``: losslessly where nothing
-            is said; a weight that has several names by any of them. They are encoded before the first one is
-            let go.
-        keep: bytes of decoded weights, those used last, that are kept for the next call; 0 for none.
-        choose: says for the name of a layer and the layer whether it is to be compressed, even where that
-            takes more memory; those of other kinds are not asked about.
-        strict: of a file: whether missing and unexpected names are refused, and tensors that would stay on
-            the meta device; as in `load_model`.
-        device: of a file: where what is on the meta device goes; the rest stays where it is.
-        limits, threads, engine: of a file: as in `sfpformat.open`.
+        model: any module. If `source` is a file, its tensors are loaded as by `load_model`, and a model on
+            the meta device is filled without its dense weights ever being in memory.
+        source: a file, as in `safe_open`, whose chunks are copied without encoding them again. Or the options
+            with which the model's own weights are encoded, for all weights or by name in the ``state_dict``;
+            any name of a tied weight is valid. None encodes losslessly. All weights are encoded before the
+            first dense one is released.
+        keep: the maximum number of bytes of decoded weights that are kept for later calls, most recently used
+            first; 0 keeps none.
+        choose: called with the name of a layer and the layer; returns whether to compress it, even if that
+            takes more memory. It is called only for layers that can be compressed.
+        strict: with a file: whether missing names, unexpected names, and tensors that would stay on the meta
+            device raise, as in `load_model`.
+        device: with a file: the device for tensors that are on the meta device. Other tensors keep theirs.
+        limits, threads, engine: with a file: as in `sfpformat.open`.
 
     Warns:
-        SfpWarning: ``choose`` or an option has no effect; or as `load_model`.
+        SfpWarning: ``choose`` or an option has no effect; or for the reasons of `load_model`.
 
     Raises:
-        OptionError: an option does not fit a weight; a name in ``source`` is no weight that is compressed; a
-            tensor has no memory, or is of a lazy module; there is no such device; or a file is given for a
-            model that is compressed already or loads by methods of its own: `load_model` first, then this
-            without a file.
-        MismatchError: names (where strict) or shapes do not fit.
+        OptionError: an option does not fit a weight; a name in ``source`` is not that of a compressed weight;
+            a tensor has no memory or belongs to a lazy module; the device does not exist; or a file is given
+            for a model that is already compressed or overrides loading. For the latter, call `load_model`
+            first, then this function without a file.
+        MismatchError: names (if strict) or shapes do not match.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
         OSError: the file cannot be read.
 
-        The model is as it was; where a tensor that is not to be compressed is damaged, a note of the error
-        says whether it is.
+        After an error the model is unchanged, with one exception: if a tensor that is not compressed is
+        damaged, a note on the error says whether the model was changed.
     """
     where = require_device(device)
     places = places_of(model)
@@ -155,11 +157,12 @@ def compress_model(
 
 
 def decompress_model(model: nn.Module) -> None:
-    """Makes the compressed layers of a model dense again, with the weights that they computed with.
+    """Makes the compressed layers of a model dense again, with their decoded weights.
 
-    All weights are decoded before the first layer is changed. What was compressed losslessly is as it was,
-    ties included, and trains again where it did. Of a part of a model, layers outside of it that share a
-    weight with one inside become dense with it.
+    All weights are decoded before the first layer is changed. Losslessly compressed weights have their
+    original values. Ties are kept, and a weight that required a gradient before compression requires one
+    again. If `model` is part of a larger model, layers outside of it that share a weight with a layer inside
+    become dense too.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes of a layer are damaged; nothing was changed.
@@ -182,7 +185,7 @@ def decompress_model(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | None) -> list[Group]:
-    """The names of each weight that all of its layers would let go."""
+    """Returns the names of each weight that can be compressed in all layers that share it."""
     paths = {id(module): path for path, module in model.named_modules()}
     adapters = in_adapters(model)
 
@@ -210,7 +213,7 @@ def _from_memory(
     options: Options | Mapping[str, Options] | None,
     choose: Choose | None,
 ) -> dict[Group, torch.Tensor]:
-    """The bytes of the model's own weights, encoded now."""
+    """Encodes the model's own weights and returns their bytes."""
     candidates = _candidates(model, places, choose)
     chosen = _chosen_options(model, places, options, candidates)
     found = {}
@@ -233,11 +236,11 @@ def _chosen_options(
     options: Options | Mapping[str, Options] | None,
     candidates: list[Group],
 ) -> dict[Group, Options]:
-    """The options of each weight to be compressed; those of a tied weight by any of its names.
+    """Returns the options of each weight to compress. Any name of a tied weight is valid.
 
     Raises:
-        OptionError: a name is no tensor's, or that of a tensor that is not to be compressed; two names of one
-            tensor have different options; or a value is not Options.
+        OptionError: a name is unknown, or its tensor is not compressed; two names of one tensor have
+            different options; or a value is not Options.
     """
     if not isinstance(options, Mapping):
         return dict.fromkeys(candidates, require_options(options, "options"))
@@ -266,7 +269,7 @@ def _from_file(
     strict: bool,
     device: torch.device,
 ) -> dict[Group, torch.Tensor]:
-    """The bytes of weights in a file; all its other tensors are decoded into the model."""
+    """Returns the compressed bytes of weights in a file, and decodes all its other tensors into the model."""
     matched = match(model, places, file)
     if strict:
         matched.require_all(model)
@@ -289,17 +292,17 @@ def _exchange(
     kept: KeptWeights,
     device: torch.device,
 ) -> None:
-    """Gives the layers bytes in place of their weights, where those were; ``device`` is for those on meta."""
+    """Replaces dense weights by bytes, on the weight's device; ``device`` is for weights on meta."""
     for group, data in found.items():
         weight = places[group[0]].tensor
         there = data.to(device if weight.is_meta else weight.device)
         for name in group:
             module = places[name].module
-            if not isinstance(module, Compressed):  # else it has two names, and was done
+            if not isinstance(module, Compressed):  # a module with two names is converted once
                 make_compressed(module, there, kept, name.rpartition(".")[0])
 
 
 def _bytes_of(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; those on the meta device count as if they were there."""
+    """Returns the bytes of all parameters and buffers; those on the meta device count as if allocated."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({identity(tensor): tensor.nbytes for tensor in tensors}.values())

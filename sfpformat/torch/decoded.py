@@ -1,8 +1,8 @@
-"""The memory of decoded weights, and which compressed layers share one.
+"""The memory of decoded weights, and the registry of compressed layers that share a weight.
 
-Rules: who asks for a layer's weight while somebody has it gets the same memory, so that ties are seen and
-writes through one tensor are read through another. What was written is encoded into every layer that shares
-the weight; memory that a layer does not follow any more refuses to be written.
+Rules: while a decoded weight is alive, every read of the layer's weight returns the same memory. So ties
+stay visible, and a write through one tensor is read through another. A write is encoded into every layer that
+shares the weight. A write to memory that is out of date is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import operators, packed
 from .derivatives import is_observed
 from .kept import KeptWeights, version_of
 
-# Where a layer keeps its bytes: the name of the buffer.
+# The name of the buffer that has a layer's compressed bytes.
 BYTES = "weight_sfp"
 
-# What cannot be done with the weight, for messages.
+# The part of error messages that says why the weight cannot have a gradient.
 FROZEN = (
     "is frozen and takes no part in gradients and transforms; write detached values under torch.no_grad(), "
     "or make the model dense with decompress_model"
@@ -30,7 +30,7 @@ FROZEN = (
 
 
 class Holder(Protocol):
-    """A compressed layer, as this module needs it; `layers.Compressed` says what the attributes are."""
+    """The interface of a compressed layer that this module uses; `layers.Compressed` documents it."""
 
     weight: Any
     weight_sfp: torch.Tensor
@@ -40,7 +40,7 @@ class Holder(Protocol):
     _buffers: dict[str, torch.Tensor | None]
 
     def title(self) -> str:
-        """What messages call the layer."""
+        """The layer's name in messages."""
 
 
 _lock = threading.RLock()
@@ -50,12 +50,12 @@ _awaited: list[Callable[[], object]] = []
 
 
 def before_first_layer(action: Callable[[], object]) -> None:
-    """Has something done once, before the process has its first compressed layer."""
+    """Registers a callback that runs once, before the process creates its first compressed layer."""
     _awaited.append(action)
 
 
 def register(layer: Holder) -> None:
-    """Notes a layer, so that writes to a weight find all layers that share it."""
+    """Registers a layer, so that writes to a weight reach all layers that share it."""
     with _lock:
         while _awaited:
             _awaited.pop()()
@@ -63,19 +63,19 @@ def register(layer: Holder) -> None:
 
 
 def unregister(layer: Holder) -> None:
-    """Forgets a layer that is not compressed any more."""
+    """Removes a layer that is no longer compressed from the registry."""
     with _lock:
         _holders.discard(layer)
 
 
 def holders_of(data: torch.Tensor) -> list[Holder]:
-    """The layers whose bytes these are."""
+    """Returns the layers that have these bytes."""
     with _lock:
         return [layer for layer in _holders if layer._buffers.get(BYTES) is data]
 
 
 def expire(data: torch.Tensor) -> None:
-    """Tells weights that were decoded from these bytes that the bytes were replaced: writes are refused."""
+    """Marks weights that were decoded from these bytes as out of date, so that writes to them are refused."""
     with _lock:
         for decoded in [found for found in _decoded.values() if found.data is data]:
             decoded.is_current = False
@@ -83,15 +83,15 @@ def expire(data: torch.Tensor) -> None:
 
 
 class Decoded:
-    """The memory of one decoded weight, shared by all tensors that stand for it.
+    """The memory of one decoded weight, shared by all tensors that represent it.
 
     Attributes:
-        layer, title: one that has the weight, and what messages call it.
-        data: the bytes that the memory was decoded from, or encoded to.
+        layer, title: a layer that has the weight, and its name in messages.
+        data: the bytes that the memory was decoded from or last encoded to.
         shape, dtype: of the weight.
-        kept: what keeps decoded weights for the layer.
-        is_current: False once the layer's bytes were replaced in a way that the memory did not follow.
-        key: what `decoded_of` finds it by.
+        kept: the layer's cache of decoded weights.
+        is_current: False once the layer's bytes were replaced without this memory being updated.
+        key: the key under which `decoded_of` finds it.
     """
 
     def __init__(self, layer: Holder, key: tuple[object, ...]) -> None:
@@ -105,31 +105,31 @@ class Decoded:
 
     @property
     def memory(self) -> torch.Tensor:
-        """The weight as a plain tensor, [rows, columns]; decoded when it is first asked for.
+        """The weight as a plain tensor, [rows, columns]; decoded at the first access.
 
         Raises:
             MismatchError: the layer has no weight yet.
             InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
         """
         if self._memory is None:
-            # No inference tensor: torch does not count writes to those.
+            # Not an inference tensor: torch does not count writes to those.
             with torch.inference_mode(False), torch.no_grad():
                 self._memory = operators.decode(self.data, list(self.shape), self.dtype, self.kept.token)
         return self._memory
 
     def refused(self, why: str) -> OptionError:
-        """The error for what cannot be done with the weight."""
+        """Returns the error for an operation that the weight does not support."""
         return OptionError(f"{self.title} is compressed: {why}")
 
     def drop(self) -> None:
-        """Lets go of memory that may not be what the bytes mean."""
+        """Releases memory that may differ from the compressed bytes, and marks it as out of date."""
         self._memory = None
         self.is_current = False
         with _lock:
             _decoded.pop(self.key, None)
 
     def require_current(self) -> None:
-        """Refuses a write where the layer would not see it.
+        """Refuses a write that would not reach the layer.
 
         Raises:
             OptionError: the layer's bytes were replaced after this memory was decoded.
@@ -141,7 +141,7 @@ class Decoded:
         """Encodes the memory into all layers that share the weight.
 
         Raises:
-            OptionError: the memory is not the layer's any more, or cannot be encoded.
+            OptionError: the memory no longer belongs to the layer, requires a gradient, or cannot be encoded.
         """
         memory = self.memory
         if memory.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(memory):
@@ -163,16 +163,16 @@ class Decoded:
 
 
 def take(layer: Holder, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Gives a layer another weight."""
+    """Replaces a layer's bytes, shape and dtype."""
     layer._buffers[BYTES] = data
     layer.weight_shape, layer.weight_dtype = shape, dtype
 
 
 def encoded(weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The bytes of a weight, losslessly, on its device; on the meta device, those that there were.
+    """Encodes a weight losslessly, on its device. If both are on the meta device, clones ``before``.
 
     Raises:
-        OptionError: it has no data, or a dtype without a name in the format.
+        OptionError: the weight has no data, or its dtype has no name in the format.
     """
     if weight.is_meta and before.is_meta:
         return before.clone()
@@ -180,9 +180,9 @@ def encoded(weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 
 def decoded_of(layer: Holder) -> Decoded:
-    """The decoded weight of a layer: the same memory for all who ask while one of them has it."""
+    """Returns the decoded weight of a layer: the same object as long as a reference to it exists."""
     if is_observed() or type(layer.weight_sfp) is not torch.Tensor:
-        return Decoded(layer, ())  # what a tracer or a transform makes is no one else's
+        return Decoded(layer, ())  # tensors of a tracer or a transform are not shared
     key = _key_of(layer.weight_sfp, layer.weight_shape, layer.weight_dtype)
     with _lock:
         found = _decoded.get(key)
@@ -196,10 +196,10 @@ def _key_of(data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> t
 
 
 def require_matrix(value: object, layer: Holder) -> tuple[int, int]:
-    """The shape of what is to be a layer's weight.
+    """Returns the shape (rows, columns) of a value that is to become a layer's weight.
 
     Raises:
-        OptionError: it is no matrix of numbers, or belongs to a transform of `torch.func`.
+        OptionError: the value is not a two-dimensional tensor, or belongs to a transform of `torch.func`.
     """
     said = f"{layer.title()} is compressed"
     if not isinstance(value, torch.Tensor):

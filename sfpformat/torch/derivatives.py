@@ -1,6 +1,7 @@
-"""Derivatives of a linear layer with a compressed weight, to its input and its bias; the weight is frozen.
+"""Derivatives of a linear layer with a compressed weight, for its input and its bias; the weight is frozen.
 
-Rules: a derivative is the same operator, turned or not; the weight is decoded again for it, none is saved.
+Rules: the derivative for the input uses the same operator with `turned` inverted. It decodes the weight
+again; no decoded weight is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from . import operators
 
 
 class How(NamedTuple):
-    """What the operator is told beside tensors, in its order.
+    """The operator's arguments that are not tensors, in the operator's order.
 
     Attributes:
         features: last size of the result.
-        turned: whether to multiply by the weight, and not by its transpose.
-        dtype, compute: what the weight is converted to, and what that is then converted to.
-        kept: token of what keeps decoded weights.
+        turned: True multiplies by the weight, False by its transpose.
+        dtype, compute: the weight is converted to `dtype`, then to `compute`.
+        kept: token of the cache of decoded weights.
     """
 
     features: int
@@ -33,20 +34,20 @@ class How(NamedTuple):
 
 
 def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: How) -> torch.Tensor:
-    """x @ weight.T + bias, differentiable; turned, x @ weight.
+    """Returns x @ weight.T + bias, or x @ weight if ``how.turned``; differentiable.
 
     Args:
-        x: [..., columns]; turned, [..., rows].
-        bias: [rows], or None, as it must be for turned.
-        data: the bytes of the weight.
-        how: features and the rest.
+        x: [..., columns]; [..., rows] if ``how.turned``.
+        bias: [rows], or None. Must be None if ``how.turned``.
+        data: the compressed bytes of the weight.
+        how: the operator's other arguments.
 
     Returns:
         [..., how.features].
     """
-    # The compiler takes operators, and no functions that have forward derivatives of their own. (An operator
-    # has no forward derivative: torch would take 0 for it.) Outside of it, too, functions are for those alone
-    # who need them: torch inspects their signature at every call, which takes longer than the product.
+    # The compiler accepts operators, but no autograd functions with their own forward derivatives. An
+    # operator has no forward derivative: torch would use 0. Outside the compiler, too, the autograd function
+    # is used only if needed: torch inspects its signature at every call, which takes longer than the product.
     if torch.compiler.is_compiling() or not (_is_transformed() or _has_tangent(x) or _has_tangent(bias)):
         call = operators.compute_linear if _is_plain(x, bias, data) else operators.linear
         out: torch.Tensor = call(x, bias, data, *how)
@@ -55,14 +56,14 @@ def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: 
     return apply(x, bias, data, *how)
 
 
-# Whether a transform of torch.func is on.
+# Returns whether a transform of torch.func is active.
 _is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def _is_plain(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor) -> bool:
-    """Whether torch need not know of a call: there is no gradient, and nobody who traces or looks on.
+    """Returns whether a call can skip torch's dispatcher: no gradient, tracer, mode or profiler needs it.
 
-    Half of what a call costs the processor is torch's way from an operator to what it does.
+    The dispatcher takes half of the CPU time of a call.
     """
     if torch.compiler.is_compiling():
         return False
@@ -76,17 +77,17 @@ def _is_plain(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor) ->
 
 
 def is_observed() -> bool:
-    """Whether a tracer, a mode or a transform of torch looks on: tensors that are made now may be its own."""
+    """Returns whether a tracer, mode or transform of torch is active; new tensors may then belong to it."""
     return bool(_is_transformed() or _modes() or torch._C._get_tracing_state() is not None)
 
 
 _PLAIN = (type(None), torch.Tensor, torch.nn.Parameter)
-# How many modes want to see what operators are called.
+# Returns the number of active dispatch modes.
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def _has_tangent(tensor: torch.Tensor | None) -> bool:
-    """Whether forward derivatives are taken with respect to a tensor."""
+    """Returns whether a tensor has a tangent, that is, forward derivatives are taken with respect to it."""
     unpack: Callable[..., Any] = forward_ad.unpack_dual
     return tensor is not None and unpack(tensor).tangent is not None
 
@@ -98,7 +99,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """To the input, through the same operator the other way round, and to the bias."""
+    """Returns the gradients of the input, by the same operator with `turned` inverted, and of the bias."""
     (data,) = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
@@ -113,7 +114,7 @@ torch.library.register_autograd("sfpformat::linear", _backward, setup_context=_r
 
 
 class _Linear(torch.autograd.Function):
-    """The operator, with forward derivatives and batches too."""
+    """The operator with forward derivatives and support for vmap."""
 
     @staticmethod
     def forward(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, *how: Any) -> Any:
@@ -122,18 +123,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Remembers the bytes."""
+        """Saves the compressed bytes for the backward pass and for forward derivatives."""
         _remember(ctx, inputs, output)
         ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Of the one output."""
+        """Returns the gradients of the inputs."""
         return _backward(ctx, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """It is linear."""
+        """Returns the tangent of the output: the operator is linear, so it is applied to the tangents."""
         (data,) = ctx.saved_tensors
         of_x, of_bias, *_ = tangents
         out = None if of_x is None else linear(of_x, of_bias, data, ctx.how)
@@ -141,13 +142,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Any, bias: Any, data: Any, *how: Any) -> tuple[Any, int]:
-        """The batch is one more dimension in front.
+        """Calls the operator with the batch as one more leading dimension.
 
         Raises:
-            MismatchError: it is a batch of weights, too.
+            MismatchError: the weight is batched too.
         """
         of_x, of_bias, of_data, *_ = in_dims
-        if of_data is not None:  # files that happen to be equally long: nothing that models have
+        if of_data is not None:  # needs files of equal length, which models do not have
             raise MismatchError(
                 "vmap has a batch of compressed weights, which is one weight for the layer; "
                 "call the layers in turn, or decompress them"

@@ -1,9 +1,9 @@
-"""Tensors decoded on the device where they are to be: chunks travel there as they lie in the file.
+"""Decodes tensors on the CUDA device that will hold them: compressed chunks are copied to the device.
 
-Theory of operation: chunks are read, their checksums compared, and copied to pinned memory, some at a time.
-While some are decoded, the next are copied to the device by a queue of its own, and the processor reads those
-after them. Nothing is returned before every segment was found good; what the kernels refuse goes to the
-processor, which gives the tensor or the fault.
+Theory of operation: chunks are read in batches, their checksums are compared, and they are copied to pinned
+memory. While the device decodes one batch, a separate queue copies the next one to the device, and the CPU
+reads the one after that. Nothing is returned before every segment is verified. If the kernels refuse a
+tensor, the CPU decodes it, which gives the tensor or raises the error.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from ..engines.cuda.recipe import Recipe, make_recipe
 from ..errors import FileFault, placed
 from .tensors import tensor_of, torch_dtype
 
-# Bytes of chunks that travel together: enough that launches and waiting do not count. Three are pinned: what
-# is read, what is copied, what is decoded.
+# Bytes of chunks in one batch: large enough that launches and waits cost little. Three batches are pinned:
+# the one being read, the one being copied, the one being decoded.
 BATCH_BYTES = 32 << 20
 _SLOTS = 3
-_MOST_COPYING = 8  # threads that copy to pinned memory: more do not make memory faster
+_MOST_COPYING = 8  # threads that copy to pinned memory; more do not raise the bandwidth
 
 
 def stream_of(device: torch.device) -> tuple[int, int]:
-    """The number of a CUDA device, and the handle of torch's current stream there."""
+    """Returns the index of a CUDA device, and the handle of torch's current stream on it."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-# What opens a queue: takes the number of a device, and the handle of the stream in whose order it is, or
-# None for one of its own.
+# Opens a queue. Arguments: the index of a device, and the handle of the stream that the queue uses, or None
+# for a new stream.
 open_queue: Callable[[int, int | None], Device] = CudaDevice
-# Makes a CUDA device the thread's current one for a while: what is launched goes there.
+# Context manager that makes a CUDA device the thread's current one.
 current: Callable[[torch.device], AbstractContextManager[object]] = torch.cuda.device
 _thread = threading.local()
 
@@ -63,7 +63,7 @@ class _Tensor:
 
 @dataclass
 class _Slot:
-    """Pinned memory, and the batch that uses it."""
+    """Pinned memory and the batch that uses it."""
 
     staging: HostMemory | None = None
     running: Running | None = None
@@ -73,11 +73,11 @@ class _Slot:
 def read_tensors(
     file: SfpFile | ShardedFile, names: Sequence[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Some whole tensors, on a device.
+    """Decodes whole tensors on a CUDA device.
 
     Args:
-        file: open.
-        names: of tensors whose dtypes torch has.
+        file: an open file.
+        names: names of tensors whose dtypes torch supports.
         device: a CUDA device.
 
     Raises:
@@ -103,7 +103,7 @@ def read_tensors(
 
 
 def _recipe_of(file: SfpFile, entry: TensorEntry) -> Recipe | None:
-    """The recipe of a tensor, None for what kernels do not decode; its vectors are read and checked."""
+    """Reads and checks a tensor's vectors and returns its recipe; None if the kernels cannot decode it."""
     if entry.fingerprints is None or not entry.positions:
         return None
     decoder: TensorDecoder = file.decoder(entry)
@@ -115,7 +115,7 @@ def _by_processor(file: SfpFile, name: str, device: torch.device) -> torch.Tenso
 
 
 def loader_of(device: torch.device) -> Loader:
-    """The calling thread's loader for torch's current stream, kept: pinning memory takes long."""
+    """Returns the calling thread's loader for torch's current stream. Cached, because pinning is slow."""
     index, stream = stream_of(device)
     loaders: dict[tuple[int, int], Loader] = _thread.__dict__.setdefault("loaders", {})
     if (index, stream) not in loaders:
@@ -124,11 +124,11 @@ def loader_of(device: torch.device) -> Loader:
 
 
 class Loader:
-    """A queue in the order of a stream of torch's, one for copies, and pinned memory that takes turns.
+    """Decodes tensors with a queue on torch's stream, a queue for copies, and a ring of pinned buffers.
 
     Attributes:
-        queue: that of torch's stream.
-        recipes: which its device has.
+        queue: the queue on torch's stream.
+        recipes: the recipes that are loaded on the device.
     """
 
     def __init__(self, queue: Device, open_copying: Callable[[], Device]) -> None:
@@ -143,15 +143,15 @@ class Loader:
         return self._open_copying()
 
     def counters(self, count: int, device: torch.device) -> int:
-        """The address of some words of 32 bits that are zero, and that kernels leave zero."""
+        """Returns the address of `count` 32-bit words that are zero; kernels leave them zero."""
         if len(self._counters) < count:
             self._counters = torch.zeros(count, dtype=torch.int32, device=device)
         return self._counters.data_ptr()
 
     def load(self, tensors: Sequence[_Tensor]) -> None:
-        """Decodes the tensors into their memory; comes back when all is there.
+        """Decodes the tensors into their memory; returns when all are complete.
 
-        Whatever it raises, nothing is on its way any more.
+        After an exception, no copy and no kernel is still running.
         """
         try:
             self._load(tensors)
@@ -170,19 +170,19 @@ class Loader:
             try:
                 data = _read(batch)
             except FileFault:
-                self._settle_all(turn)  # a fault that lies before is told first
+                self._settle_all(turn)  # an error in an earlier batch is raised first
                 raise
             self._start(slot, batch, data)
             turn += 1
         self._settle_all(turn)
 
     def _settle_all(self, turn: int) -> None:
-        """Settles the slots, the one that has waited longest first."""
+        """Settles all slots, oldest first."""
         for i in range(_SLOTS):
             self._settle(self._slots[(turn + i) % _SLOTS])
 
     def _start(self, slot: _Slot, batch: list[tuple[_Tensor, int]], data: list[Bytes]) -> None:
-        """Hands the chunks of a batch to the device."""
+        """Copies the chunks of a batch to the device and starts to decode them."""
         tasks = []
         for (tensor, k), chunk in zip(batch, data, strict=True):
             entry = tensor.entry
@@ -195,7 +195,7 @@ class Loader:
             tasks.append(Task(tensor.recipe, at, chunk, total, start, 0, stop - first, out))
         plan = plan_batch(tasks)
         if slot.staging is None or len(slot.staging.bytes) < plan.size:
-            slot.staging = self.queue.pin(plan.size + plan.size // 4)  # the next may be a little larger
+            slot.staging = self.queue.pin(plan.size + plan.size // 4)  # room for a slightly larger next batch
         fill_chunks(plan, slot.staging, min(torch.get_num_threads(), _MOST_COPYING))
         slot.running, slot.owners = (
             run_batch(self.queue, plan, slot.staging, self._copying),
@@ -203,7 +203,7 @@ class Loader:
         )
 
     def _settle(self, slot: _Slot) -> None:
-        """Waits for a slot's batch; tensors with a segment that was refused go to the processor."""
+        """Waits for a slot's batch; the CPU decodes tensors that have a refused segment."""
         running, slot.running = slot.running, None
         if running is None:
             return
@@ -213,7 +213,7 @@ class Loader:
 
 
 def _batches(tensors: Sequence[_Tensor]) -> Iterator[list[tuple[_Tensor, int]]]:
-    """The chunks of all tensors in order, in batches of at most `BATCH_BYTES` or one chunk."""
+    """Yields the chunks of all tensors in order, in batches of at most `BATCH_BYTES` or one chunk."""
     batch: list[tuple[_Tensor, int]] = []
     left = BATCH_BYTES
     for tensor in tensors:
@@ -228,7 +228,7 @@ def _batches(tensors: Sequence[_Tensor]) -> Iterator[list[tuple[_Tensor, int]]]:
 
 
 def _read(batch: list[tuple[_Tensor, int]]) -> list[Bytes]:
-    """The chunks of a batch, checksums compared; those of one file side by side."""
+    """Reads the chunks of a batch and compares their checksums; chunks of one file are read in parallel."""
     data: list[Bytes] = []
     for _, some in groupby(batch, lambda item: id(item[0].file)):
         own = list(some)

@@ -1,4 +1,4 @@
-"""Files of tensors: the functions of `safetensors.torch`, and `safe_open`, for `.sfp`."""
+"""The functions of `safetensors.torch`, and `safe_open`, for `.sfp` files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Device = str | int | torch.device
 Numbers = torch.Tensor | NDArray[np.generic]
 ImportanceTensor = Numbers | tuple[Numbers, Numbers]
 
-# Tensors that go to another device are decoded so many bytes at a time: enough for all threads.
+# Bytes of tensors for another device that are decoded at a time: enough to keep all threads busy.
 _BATCH_BYTES = 64 << 20
 
 
@@ -53,26 +53,26 @@ def save_file(
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
-    """Writes tensors to a file; the file at ``path`` is replaced only when all went well.
+    """Writes tensors to a file. The file at ``path`` is replaced only on success.
 
     Args:
-        tensors: name -> tensor: any shape, device and strides; every dtype that the format has a name for.
-            Sparse layouts are written as the dense tensor would be.
-        path: of the file.
-        metadata: strings of the caller's own.
-        options: for all tensors, or for each by name; lossless where nothing is said. One `Options` that is
-            lossy reaches every float tensor; `options_for_weights` gives options for the weights alone.
+        tensors: name -> tensor of any shape, device and strides, and of any dtype that the format names.
+            Sparse layouts are written as dense tensors.
+        path: path of the file.
+        metadata: strings for the caller's own use.
+        options: options for all tensors, or by name. Lossless by default. A single lossy `Options` applies to
+            every float tensor; `options_for_weights` returns options for the weights alone.
         masks: name -> bool tensor of the tensor's shape, True for survivors.
         importances: name -> float tensor of the tensor's shape, or two vectors (rows, columns).
-        limits: what readers allow; they need the same ones where these are not the default.
-        threads: how many may work; the bytes do not depend on it.
+        limits: the readers' limits. Readers need the same ones if these are not the default.
+        threads: the maximum number of threads; the bytes do not depend on it.
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor; readers would refuse one by their limits; a name in
-            an argument is no tensor's; a tensor has no memory of its own (freed, on the meta device, made of
-            other tensors); or two names have the same memory, which a file would hold twice: `save_model`
-            keeps it once.
+        OptionError: an option, mask or importance does not fit its tensor; readers would refuse a tensor by
+            their limits; a name in an argument is unknown; a tensor has no memory of its own (freed, on the
+            meta device, a wrapper of other tensors); or two tensors share memory, which the file would hold
+            twice: `save_model` writes it once.
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
@@ -91,7 +91,7 @@ def save(
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
-    """The bytes of a file; as `save_file`."""
+    """Returns the bytes of the file that `save_file` would write."""
     require_unshared(tensors)
     out = io.BytesIO()
     with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
@@ -106,7 +106,7 @@ def _add_all(
     masks: Mapping[str, Numbers] | None,
     importances: Mapping[str, ImportanceTensor] | None,
 ) -> None:
-    """Adds tensors to a writer, each brought to the processor when its turn comes."""
+    """Adds tensors to a writer; each is copied to the CPU just before it is encoded."""
     chosen = options_by_name(options, tensors)
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
@@ -116,11 +116,14 @@ def _add_all(
 
 
 def options_for_weights(tensors: Mapping[str, torch.Tensor], options: Options) -> dict[str, Options]:
-    """Options by name, for the weights alone, as `sfpformat.numpy.options_for_weights` gives them.
+    """Returns options by name for the weights alone, as `sfpformat.numpy.options_for_weights` does.
+
+    A tensor with a NaN, or with a magnitude beyond the range of float32, is left out.
 
     Args:
-        tensors: all of a model, such as its ``state_dict()``: what a tensor is may depend on others.
-        options: for its weights.
+        tensors: all tensors of a model, such as its ``state_dict()``: whether a tensor is a weight can depend
+            on the others.
+        options: options for the weights.
     """
     chosen = options_for(outlines(tensors), options)
     single = torch.finfo(torch.float32).max
@@ -128,7 +131,7 @@ def options_for_weights(tensors: Mapping[str, torch.Tensor], options: Options) -
 
 
 def _greatest(tensor: torch.Tensor) -> float:
-    """The greatest magnitude, NaN where there is one."""
+    """Returns the greatest magnitude; NaN if the tensor has one, 0 on the meta device."""
     if tensor.is_meta:
         return 0.0
     values = tensor.detach()
@@ -136,7 +139,7 @@ def _greatest(tensor: torch.Tensor) -> float:
 
 
 def outlines(tensors: Mapping[str, torch.Tensor]) -> Iterator[Outline]:
-    """The tensors whose dtypes the format knows, without their data."""
+    """Yields name, dtype and shape of the tensors whose dtypes the format supports."""
     for name, tensor in tensors.items():
         dtype = format_dtype(tensor.dtype) if isinstance(tensor, torch.Tensor) else None
         if dtype is not None and isinstance(name, str):
@@ -151,10 +154,10 @@ def add_tensor(
     mask: Numbers | None,
     importance: ImportanceTensor | None,
 ) -> None:
-    """Adds a tensor to a writer; the arguments are as in `save_file`, of this tensor.
+    """Adds one tensor to a writer; the arguments are as in `save_file`, for this tensor.
 
     Raises:
-        OptionError: they do not fit, or the tensor has no memory.
+        OptionError: the arguments do not fit the tensor, or the tensor has no memory.
     """
     writer.add(
         name,
@@ -177,10 +180,10 @@ def _importance(importance: ImportanceTensor, name: str) -> Importance:
 
 
 def require_unshared(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuses two names for one piece of memory.
+    """Refuses tensors whose memory overlaps. Checks contiguous strided tensors only.
 
     Raises:
-        OptionError: that is so, or ``tensors`` is no mapping.
+        OptionError: two tensors share memory, or ``tensors`` is not a mapping.
     """
     require_mapping(tensors, "tensors")
     ends: dict[torch.device, list[tuple[int, int, str]]] = {}
@@ -211,18 +214,18 @@ def load_file(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a file, by name, in the file's order.
+    """Returns all tensors of a file, by name, in file order.
 
     Args:
-        path: of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has one of
+        path: path of the file, of the ``.sfp.index.json`` of a sharded model, or of a folder that has one of
             these.
-        device: where the tensors are to be; ``"meta"`` gives shapes and dtypes without reading data.
+        device: the device of the tensors; ``"meta"`` gives shapes and dtypes without reading data.
         limits, threads, engine: as in `sfpformat.open`.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
         MismatchError: this version of torch has no such dtype.
-        OptionError: there is no such device.
+        OptionError: the device does not exist.
     """
     with safe_open(path, device=device, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
@@ -235,21 +238,21 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """All tensors of the bytes of a file, on the processor; as `load_file`."""
+    """Returns all tensors of a file that is given as bytes, on the CPU. Otherwise like `load_file`."""
     with safe_open(data, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 
 class TorchFile(Closing):
-    """An open file that gives torch tensors; a context manager, made by `safe_open`. Safe in several threads.
+    """An open file that returns torch tensors. A context manager; `safe_open` creates it. Thread-safe.
 
     Attributes:
-        file: the reader below, which gives arrays.
-        device: where tensors go.
+        file: the underlying reader, which returns numpy arrays.
+        device: the device of the tensors.
     """
 
     def __init__(self, file: SfpFile | ShardedFile, device: torch.device, engine: str | None = None) -> None:
-        """Takes a file that is open; ``engine`` as it was opened with."""
+        """Wraps an open file; ``engine`` is the one that the file was opened with."""
         self.file = file
         self.device = device
         self._engine = engine
@@ -260,15 +263,15 @@ class TorchFile(Closing):
         self.file.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """How the file is pickled: it is opened again, see `SfpFile`."""
+        """Pickles the file so that unpickling opens it again, as with `SfpFile`."""
         return TorchFile, (self.file, self.device, self._engine)
 
     def keys(self) -> list[str]:
-        """The names of the tensors, in the order of the file."""
+        """Returns the names of the tensors, in file order."""
         return self.file.keys()
 
     def offset_keys(self) -> list[str]:
-        """As `keys`: the order of the file is that of its data."""
+        """Returns the same as `keys`: file order is the order of the data."""
         return self.file.keys()
 
     def __iter__(self) -> Iterator[str]:
@@ -281,24 +284,25 @@ class TorchFile(Closing):
         return len(self.file)
 
     def metadata(self) -> dict[str, str]:
-        """The file's metadata."""
+        """Returns the file's metadata."""
         return self.file.metadata()
 
     def info(self, name: str) -> TensorInfo:
-        """What the directory says about a tensor; reads no data."""
+        """Returns the directory's information about a tensor; reads no data."""
         return self.file.info(name)
 
     def get_tensor(self, name: str, layout: Layout = "strided") -> torch.Tensor:
-        """A whole tensor, in its dtype and shape.
+        """Returns a whole tensor in its dtype and shape.
 
         Args:
-            name: of the tensor.
-            layout: ``"strided"``; or ``"coo"`` (coalesced) or ``"csr"`` (two dimensions): entries are the
-                survivors, indices int64, and the dense tensor is never made.
+            name: name of the tensor.
+            layout: ``"strided"``, ``"coo"`` (coalesced) or ``"csr"`` (two dimensions). In a sparse tensor the
+                entries are the survivors and the indices are int64; the dense tensor is never allocated.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
             MismatchError: the layout does not fit the shape, or this version of torch has no such dtype.
+            OptionError: the layout is unknown.
         """
         wanted = layout_of(layout)
         if wanted == torch.strided:
@@ -307,10 +311,10 @@ class TorchFile(Closing):
         return read_sparse(self.file, name, wanted).to(self.device)
 
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """Some whole tensors, side by side: all, in the file's order, where nothing is said.
+        """Returns whole tensors by name, decoded in parallel. None reads all tensors, in file order.
 
-        A CUDA device decodes them itself, where the engine ``cuda`` can be used or was asked for. For others,
-        at most 64 MiB or one tensor wait on the processor at a time.
+        A CUDA device decodes them itself if the engine ``cuda`` is available or was requested. For other
+        devices, the CPU decodes at most 64 MiB or one tensor at a time.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError, MismatchError.
@@ -325,7 +329,7 @@ class TorchFile(Closing):
                 for name, info in infos.items()
             }
         if self._on_device:
-            from .device import read_tensors  # not before it is needed: it makes ready what kernels take
+            from .device import read_tensors  # lazy: the import prepares the kernels' tables
 
             return read_tensors(self.file, list(infos), self.device)
         out: dict[str, torch.Tensor] = {}
@@ -335,40 +339,40 @@ class TorchFile(Closing):
         return out
 
     def get_slice(self, name: str) -> TorchSlice:
-        """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
+        """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
         return TorchSlice(self.file.get_slice(name), self.device)
 
     def get_mask(self, name: str) -> torch.Tensor:
-        """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask.
+        """Returns the mask: bool, the tensor's shape, True for survivors. All True if there is no mask.
 
-        The processor decodes it, and the importance, for any device: what kernels write is weights.
+        The CPU decodes masks and importances for all devices: the CUDA kernels only decode weights.
         """
         return tensor_of(self.file.get_mask(name)).to(self.device)
 
     def get_importance(self, name: str) -> torch.Tensor | None:
-        """The importance of every position, float32, in the tensor's shape, or None where there is none."""
+        """Returns the importance of every position, float32, in the tensor's shape; None if there is none."""
         importance = self.file.get_importance(name)
         return None if importance is None else tensor_of(importance).to(self.device)
 
 
 class TorchSlice:
-    """A tensor that is decoded when it is indexed: the slice object of safetensors, for `.sfp`."""
+    """A tensor that is decoded when it is indexed; same interface as the slice object of safetensors."""
 
     def __init__(self, part: SfpSlice, device: torch.device) -> None:
-        """Takes a slice that gives arrays."""
+        """Wraps a slice that returns arrays."""
         self._slice = part
         self._device = device
 
     def get_shape(self) -> list[int]:
-        """The tensor's shape."""
+        """Returns the tensor's shape."""
         return self._slice.get_shape()
 
     def get_dtype(self) -> str:
-        """The name of the tensor's dtype, such as ``"BF16"``."""
+        """Returns the name of the tensor's dtype, such as ``"BF16"``."""
         return self._slice.get_dtype()
 
     def __getitem__(self, index: Index) -> torch.Tensor:
-        """The selected part, a new tensor of the tensor's dtype; integers, slices with any step, and ``...``.
+        """Returns the selected part as a new tensor. Supports integers, slices with any step, and ``...``.
 
         Raises:
             IndexError: the index does not fit the shape.
@@ -386,17 +390,17 @@ def safe_open(
     threads: int | None = None,
     engine: str | None = None,
 ) -> TorchFile:
-    """Opens a file for reading tensor by tensor; only preamble and directory are read.
+    """Opens a file for reading tensor by tensor. Reads only the preamble and the directory.
 
     Args:
         readable: as in `sfpformat.open`.
-        framework: ``"pt"``, as safetensors calls torch.
-        device: where tensors go.
+        framework: ``"pt"``, safetensors' name for torch.
+        device: the device of the tensors.
         limits, threads, engine: as in `sfpformat.open`.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
-        OptionError: another framework, or there is no such device.
+        OptionError: the framework is another one, or the device does not exist.
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise OptionError(
@@ -407,10 +411,10 @@ def safe_open(
 
 
 def require_device(device: Device) -> torch.device:
-    """A device by its name or number, which must be there.
+    """Returns a device by its name or index, after checking that it is available.
 
     Raises:
-        OptionError: torch knows no such device, or cannot use it here.
+        OptionError: torch does not know the device, or cannot use it here.
     """
     try:
         where = torch.device(device)
@@ -419,7 +423,7 @@ def require_device(device: Device) -> torch.device:
     if where.type in ("cpu", "meta"):
         return where
     if where.type == "cuda":
-        # Without a context on the device, so that a process can still fork.
+        # Creates no context on the device, so that the process can still fork.
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if there <= (where.index or 0):
             built = "" if torch.version.cuda or torch.version.hip else "; this torch is built without CUDA"
@@ -427,18 +431,18 @@ def require_device(device: Device) -> torch.device:
         return where
     try:
         torch.empty(0, device=where)
-    except Exception as error:  # each backend has exceptions of its own
+    except Exception as error:  # each backend raises its own exceptions
         raise OptionError(f"device {device!r} cannot be used: {first_line(error)}") from error
     return where
 
 
 def is_decoded_on(device: torch.device, engine: str | None) -> bool:
-    """Whether tensors for a device are decoded there, by the engine that a file was opened with."""
+    """Returns whether the engine of a file decodes tensors for this device on the device itself."""
     return device.type == "cuda" and decodes_on_device(engine)
 
 
 def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in order, in lots of at most 64 MiB or one tensor.
+    """Yields the names in order, in batches of at most 64 MiB or one tensor.
 
     Args:
         sizes: name -> bytes.

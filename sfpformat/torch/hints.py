@@ -1,10 +1,10 @@
-"""Why the names of a file and those of a module differ: the usual reasons, recognised by how names differ."""
+"""Recognises the usual reasons why the names in a file and those of a module differ."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-# Part of a name -> where it comes from, and what to do.
+# Part of a name -> its origin and the remedy.
 _PARTS = {
     "_orig_mod.": "torch.compile adds it: load into, and save, the module that was compiled",
     "module.": "DataParallel and DistributedDataParallel add it: load into, and save, their module",
@@ -13,7 +13,7 @@ _PARTS = {
     "_fsdp_wrapped_module.": "FSDP adds it: load and save the state_dict of the whole model",
     "_checkpoint_wrapped_module.": "activation checkpointing adds it",
 }
-# The end of a name -> the same.
+# End of a name -> its origin and the remedy.
 _PRUNED = "torch.nn.utils.prune adds it: sfpformat.pruning.take_masks makes the model plain"
 _NORMED = "torch.nn.utils.weight_norm adds it: remove_weight_norm makes the model plain"
 _ENDS = {
@@ -26,11 +26,11 @@ _PARAMETRISED = "a parametrization adds it: torch.nn.utils.parametrize.remove_pa
 
 
 def hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """What probably is the reason, as a sentence; "" where none is recognised.
+    """Returns the probable reason as a sentence; "" if none is recognised.
 
     Args:
-        missing: names that the module has alone.
-        unexpected: names that the file has alone.
+        missing: names that only the module has.
+        unexpected: names that only the file has.
     """
     for names, others, whose in ((unexpected, missing, "file"), (missing, unexpected, "module")):
         known = set(others)
@@ -46,13 +46,13 @@ def hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _without_parametrization(name: str) -> str:
-    """``fc.parametrizations.weight.original`` or ``...original0`` -> ``fc.weight``."""
+    """Maps ``fc.parametrizations.weight.original`` or ``...original0`` to ``fc.weight``; others to ""."""
     before, part, after = name.rpartition("parametrizations.")
     return before + after.rpartition(".original")[0] if part else ""
 
 
 def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """A prefix that all names of one side have too many."""
+    """Returns a sentence about a prefix that all names of only one side have; "" if there is none."""
     for names, others, whose in ((unexpected, missing, "file"), (missing, unexpected, "module")):
         prefix = _common_prefix(names)
         known: Collection[str] = set(others)
@@ -62,6 +62,6 @@ def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """The part up to the first dot, where all names have the same."""
+    """Returns the part up to the first dot if all names share it, else ""."""
     first = {name.partition(".")[0] for name in names if "." in name}
     return f"{first.pop()}." if len(first) == 1 and all("." in name for name in names) else ""

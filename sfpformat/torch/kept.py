@@ -1,8 +1,8 @@
-"""Decoded weights that are kept for the next call, a bounded number of bytes of them.
+"""A bounded LRU cache of decoded weights.
 
-Rules: what is kept is never given away to be written to; operators read it and return something else. It is
-found by the memory of the compressed bytes, so that tied layers and copies of a graph share it, and is let
-go with them.
+Rules: cached tensors are read-only; operators read them and return new tensors. The key is the memory of the
+compressed bytes, so that tied layers and copies of a graph share an entry. The entry is released together
+with the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _all: weakref.WeakValueDictionary[str, KeptWeights] = weakref.WeakValueDictionar
 
 
 class _Kept(NamedTuple):
-    """A decoded weight, and what tells whether it still is what the bytes mean."""
+    """A decoded weight, with the storage and version of its bytes, which show whether it is up to date."""
 
     bytes_there: weakref.ref[torch.UntypedStorage]
     version: int
@@ -31,13 +31,13 @@ class _Kept(NamedTuple):
 
 
 class KeptWeights:
-    """The weights that were used last, at most so many bytes. Safe in several threads.
+    """An LRU cache of decoded weights with a limit in bytes. Thread-safe.
 
-    Copies of a module share it; a pickle begins anew.
+    Copies of a module share it. Unpickling creates an empty one with the same limit.
 
     Attributes:
-        limit: bytes of decoded weights, on whatever device; 0 keeps nothing.
-        token: what operators find it by in this process; "" where nothing is kept.
+        limit: maximum bytes of decoded weights, over all devices; 0 keeps nothing.
+        token: the key by which operators find it in this process; "" if it keeps nothing.
     """
 
     def __init__(self, limit: int = 0) -> None:
@@ -45,7 +45,7 @@ class KeptWeights:
         self.token = str(next(_numbers)) if limit > 0 else ""
         self._kept: OrderedDict[Key, _Kept] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.RLock()  # memory that is let go while it is held comes back to `_forget`
+        self._lock = threading.RLock()  # reentrant: releasing memory under the lock calls `_forget`
         if self.token:
             _all[self.token] = self
 
@@ -57,11 +57,11 @@ class KeptWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept now."""
+        """The bytes that are kept now."""
         return self._bytes
 
     def find(self, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor | None:
-        """The weight of these bytes in these dtypes, if it is kept. Not to be written to."""
+        """Returns the cached weight of these bytes in these dtypes, or None. Do not write to it."""
         key, version = _key(data, dtype, compute), version_of(data)
         with self._lock:
             found = self._kept.get(key)
@@ -73,7 +73,7 @@ class KeptWeights:
     def keep(
         self, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, weight: torch.Tensor
     ) -> None:
-        """Keeps a weight and lets those go that were not used for longest; does not keep one too large."""
+        """Caches a weight and evicts the least recently used ones. Ignores a weight larger than the limit."""
         if weight.nbytes > self.limit:
             return
         key = _key(data, dtype, compute)
@@ -103,7 +103,7 @@ class KeptWeights:
 
 
 def kept_by(token: str) -> KeptWeights | None:
-    """What has that token in this process, or None: a graph may outlive it, or come from another process."""
+    """Returns the cache with that token, or None: a graph may outlive it or come from another process."""
     return _all.get(token)
 
 
@@ -112,5 +112,5 @@ def _key(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Key:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often memory was written to, as torch counts it; 0 for tensors made in inference mode."""
+    """Returns torch's count of writes to a tensor's memory; 0 for tensors made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
