@@ -1,1 +1,1 @@
-"""From a file to tensors: the reader, the validator, and what decodes chunks."""
+"""Decoding: the reader, the validator, and the modules that decode chunks."""

@@ -1,4 +1,4 @@
-"""Memory for many arrays at once."""
+"""Allocates memory for many arrays at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Arrays from SHARING bytes to under _OWN come in blocks, of at most _BLOCK bytes: systems hand out a large
-# piece faster than many of middle size (measured: loading takes up to a quarter longer without), and numpy
-# asks for huge pages from 4 MiB on. An array that is kept keeps its block alive, so a block has at most
-# _SHARE times the bytes of any array in it; smaller arrays have memory of their own.
+# Arrays of SHARING bytes up to _OWN bytes share blocks of at most _BLOCK bytes. One large allocation is
+# faster than many of medium size (measured: without blocks, loading takes up to a quarter longer), and numpy
+# requests huge pages from 4 MiB. A kept array keeps its block alive; therefore a block has at most _SHARE
+# times the bytes of any array in it. Smaller arrays have their own memory.
 SHARING = 64 << 10
 _OWN = 4 << 20
 _BLOCK = 8 << 20
@@ -22,9 +22,9 @@ _ALIGNMENT = 64
 def arrays_of(
     kinds: Iterable[tuple[tuple[int, ...], np.dtype[Any], int]],
 ) -> Iterator[NDArray[Any]]:
-    """An array of each of some shapes, dtypes and sizes in bytes; C order, not initialised.
+    """Yields one uninitialised array, in C order, for each (shape, dtype, size in bytes).
 
-    Those of 64 KiB and more are aligned to 64 bytes.
+    Arrays of at least 64 KiB are aligned to 64 bytes.
     """
     shared, used = np.empty(0, np.uint8), 0
     for shape, dtype, size in kinds:

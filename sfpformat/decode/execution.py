@@ -1,4 +1,4 @@
-"""Jobs done: chunks fetched and decoded to where they go, side by side where that pays."""
+"""Executes decoding jobs: reads chunks and decodes them into arrays, in parallel if that is faster."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from .jobs import Job, batches
 from .stored_chunks import StoredChunks
 from .tensor import TensorDecoder
 
-# How a run of segments comes into an array: an `..._into` method of `TensorDecoder`.
+# Decodes a run of segments into an array: an `..._into` method of `TensorDecoder`.
 Into = Callable[[TensorDecoder, Bytes, int, int, int, NDArray[Any]], None]
 
-# Decoders that are kept: with tables of what levels mean they take up to half a megabyte each.
+# Size of the decoder cache. A decoder with its tables of levels takes up to half a megabyte.
 _DECODERS_KEPT = 32
-# Fewer positions than this are decoded before another thread has begun.
+# Decoding fewer positions than this takes less time than starting a thread.
 _WORTH_THREADS = 1 << 18
 
 
 class Decoding:
-    """Decodes chunks of a file; used by any number of threads."""
+    """Decodes chunks of a file. Thread-safe."""
 
     def __init__(self, stored: StoredChunks, directory: Directory, engine: str | None, threads: int) -> None:
         """Args:
-        engine: its name, as in `engines.get_engine`; it is found when it is first needed.
-        threads: the most to be used.
+        stored: the chunks of the file.
+        directory: of the file.
+        engine: name of the engine, as in `engines.get_engine`. The engine is created at first use.
+        threads: the greatest number of threads.
         """
         self._stored = stored
         self._directory = directory
@@ -46,11 +48,19 @@ class Decoding:
         self._lock = threading.Lock()
 
     def threads_for(self, positions: int) -> int:
-        """How many threads so many positions are worth."""
+        """Returns how many threads to use for a number of positions."""
         return self._threads if positions >= _WORTH_THREADS else 1
 
     def decoder(self, entry: TensorEntry, weights: int = 0) -> TensorDecoder:
-        """The decoder of a tensor, its vectors read and checked; about so many weights will be decoded."""
+        """Returns the decoder of a tensor, from a cache or new. A new one reads and checks its vectors.
+
+        Args:
+            entry: of the tensor.
+            weights: about how many weights will be decoded.
+
+        Raises:
+            InvalidFileError: the vector chunk is damaged.
+        """
         with self._lock:
             decoder = self._decoders.get(entry.name)
             if decoder is None:
@@ -79,22 +89,26 @@ class Decoding:
 
     @cached_property
     def bulk(self) -> Bulk | None:
-        """What decodes whole plain tensors together, where that can be done."""
+        """The decoder of whole plain tensors together. None if the file or the engine does not support it."""
         plain = self._directory.plain
         plan = None if plain is None else self._engine.plan_plain(plain)
         return None if plain is None or plan is None else Bulk(plain, plan, self._stored)
 
     @cached_property
     def small_raw(self) -> SmallRaw | None:
-        """What makes small raw tensors, where there are many plain tensors."""
+        """The reader of small raw tensors. None if the directory was not read as plain tensors."""
         plain = self._directory.plain
         return None if plain is None else SmallRaw(plain, self._stored)
 
     def do(self, jobs: list[Job], into: Into) -> None:
-        """Does the jobs, some at a time, in threads where that pays.
+        """Executes the jobs in batches. Uses threads if there are enough positions.
+
+        Args:
+            jobs: the chunks, their runs of segments, and the arrays to write.
+            into: decodes a run into an array.
 
         Raises:
-            InvalidFileError: the first fault in the order of the jobs.
+            InvalidFileError: the first error in the order of the jobs.
         """
         wanted: dict[str, int] = {}
         for entry, _, runs in jobs:
@@ -104,10 +118,14 @@ class Decoding:
         for_each(lambda batch: self._do_batch(batch, wanted, into), together, min(threads, len(together)))
 
     def _do_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
-        """Fetches the chunks of some jobs and decodes them, what an engine can at once, others one by one."""
+        """Reads and decodes the chunks of a batch. One call of the engine decodes all runs that it supports.
+
+        The other runs, and runs for which the engine reports a problem, are decoded one by one with ``into``,
+        which raises the error.
+        """
         pieces: list[tuple[TensorDecoder, Bytes, int, int, int, NDArray[Any]]] = []
         at_once: list[Run] = []
-        numbers: list[int] = []  # of the pieces that are decoded at once
+        numbers: list[int] = []  # indices of the pieces in `at_once`
         whole = into is TensorDecoder.weights_into
         unread: FileFault | None = None
         try:
@@ -119,7 +137,7 @@ class Decoding:
                         at_once.append(run)
                     pieces.append((decoder, data, k, first, stop, out))
         except FileFault as error:
-            unread = error  # raised after the faults of the chunks before
+            unread = error  # raised last: errors of earlier chunks come first
         done: set[int] = set()
         if at_once:
             good = pieces[numbers[0]][0].engine.decode_runs(at_once)
@@ -134,7 +152,10 @@ class Decoding:
     def _fetched(
         self, jobs: list[Job], wanted: dict[str, int]
     ) -> Iterator[tuple[TensorDecoder, Bytes, int, list[tuple[int, int, NDArray[Any]]]]]:
-        """Each job with its tensor's decoder and its chunk's bytes; neighbours are fetched at once."""
+        """Yields for each job the decoder, the chunk's bytes, its number and its runs.
+
+        Consecutive chunks of a tensor are read with one call.
+        """
         begin = 0
         while begin < len(jobs):
             entry, k, _ = jobs[begin]

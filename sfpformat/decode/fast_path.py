@@ -1,7 +1,7 @@
-"""All chunks of many plain tensors at once (see `container.plain`): what loading a whole model is.
+"""Fast path for loading whole models: decodes all chunks of many plain tensors (`container.plain`) at once.
 
-Rules: this module names no fault. Where anything is not as it should be, it gives up, and its caller decodes
-by jobs, which give the weights or the fault.
+Rules: this module raises no `FileFault`. On any problem it returns None or False; the caller then decodes the
+tensors by jobs, which return the weights or raise the error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .tensor import Values
 
 
 class _Region(NamedTuple):
-    """Neighbouring chunks in the file.
+    """Consecutive chunks in the file.
 
     Attributes:
-        first, stop: their numbers among all chunks that are asked for.
-        offset: where in the file the first begins.
-        records: length and checksum of each.
+        first, stop: range of the chunks' indices among all requested chunks.
+        offset: file offset of the first chunk.
+        records: length and checksum of each chunk.
     """
 
     first: int
@@ -40,7 +40,7 @@ class _Region(NamedTuple):
 
 
 def _regions(offsets: Numbers, lengths: Numbers, checksums: Numbers, batch_of: Numbers) -> list[_Region]:
-    """Some chunks as regions of the file; one ends where the next chunk lies apart or is of another batch."""
+    """Splits chunks into regions. A new region begins at a gap in the file, and at a new batch."""
     apart = offsets[1:] != offsets[:-1] + lengths[:-1]
     cuts = np.flatnonzero(apart | (np.diff(batch_of) != 0)) + 1
     records = list(zip(lengths.tolist(), checksums.tolist(), strict=True))
@@ -49,13 +49,14 @@ def _regions(offsets: Numbers, lengths: Numbers, checksums: Numbers, batch_of: N
 
 
 class SmallRaw:
-    """Small raw tensors of a file: each is made of the bytes that were read; used by any number of threads.
+    """Reads small raw tensors of a file. Thread-safe.
 
-    This takes a third of the time of making an array first and passing its address to an engine.
+    Copies the bytes that were read into a new array. This takes a third of the time of allocating an array
+    and passing its address to an engine.
 
     Attributes:
-        numbers: name -> number, of the tensors that it can make: of less than `memory.SHARING` bytes, and not
-            of BOOL, whose elements must be looked at.
+        numbers: name -> index, of the tensors that it supports: raw, one chunk, less than
+            `allocation.SHARING` bytes, and not BOOL, whose elements must be checked.
     """
 
     def __init__(self, tensors: PlainTensors, stored: StoredChunks) -> None:
@@ -70,7 +71,7 @@ class SmallRaw:
         }
 
     def read(self, names: Sequence[str]) -> dict[str, Values] | None:
-        """Some of its tensors, each in memory of its own; None where anything is not as it should be."""
+        """Reads tensors, each into its own memory. Returns None on any problem."""
         tensors = self._tensors
         numbers = np.array([self.numbers[name] for name in names], np.int64)
         chunks = tensors.first_chunk[numbers]
@@ -94,10 +95,10 @@ class SmallRaw:
 
 
 class Bulk:
-    """Decodes whole plain tensors of a file; used by any number of threads.
+    """Decodes whole plain tensors of a file together. Thread-safe.
 
     Attributes:
-        numbers: name -> number, of the tensors that it knows how to decode.
+        numbers: name -> index, of the tensors that the engine's plan supports.
     """
 
     def __init__(self, tensors: PlainTensors, plan: PlainPlan, stored: StoredChunks) -> None:
@@ -107,7 +108,7 @@ class Bulk:
 
     @cached_property
     def _offsets(self) -> Numbers:
-        """File offset of every chunk."""
+        """The file offset of every chunk."""
         tensors = self._tensors
         before = np.cumsum(tensors.lengths) - tensors.lengths
         starts = np.array(self._stored.starts(tensors.names), np.int64)
@@ -116,7 +117,15 @@ class Bulk:
         return np.asarray(before + np.repeat(starts - first, counts))
 
     def read_into(self, out: Mapping[str, NDArray[np.generic]], threads: int) -> bool:
-        """Decodes some of its tensors into arrays of their dtypes and shapes, C order; if all is well."""
+        """Decodes tensors into arrays of their dtypes and shapes, C order.
+
+        Args:
+            out: name -> array; every name is a key of ``numbers``.
+            threads: the greatest number of threads.
+
+        Returns:
+            Whether all tensors were decoded. If not, the arrays may be partly written.
+        """
         numbers = np.array([self.numbers[name] for name in out], np.int64)
         places = np.array([array.__array_interface__["data"][0] for array in out.values()], np.int64)
         chunks, runs = self._runs(numbers, places)
@@ -131,7 +140,12 @@ class Bulk:
         return all(good)
 
     def _runs(self, numbers: Numbers, places: Numbers) -> tuple[Numbers, PlainRuns]:
-        """The numbers of all chunks of some tensors, and what to do with them."""
+        """Returns the indices of all chunks of some tensors, and the run that decodes each.
+
+        Args:
+            numbers: index of each tensor.
+            places: address of each tensor's array.
+        """
         tensors = self._tensors
         counts = np.diff(tensors.first_chunk)[numbers]
         which = np.repeat(np.arange(len(numbers)), counts)
@@ -145,7 +159,7 @@ class Bulk:
         return chunks, PlainRuns(tensor, total, start, tensors.lengths[chunks], out, total * item)
 
     def _batches(self, chunks: Numbers, batch_of: Numbers) -> list[list[_Region]]:
-        """The regions that each batch fetches."""
+        """Groups the chunks into batches, each a list of the regions to read."""
         tensors = self._tensors
         batches: dict[int, list[_Region]] = {}
         for region in _regions(
@@ -155,7 +169,7 @@ class Bulk:
         return list(batches.values())
 
     def _do(self, batch: list[_Region], prepared: Any) -> bool:
-        """Fetches and decodes a batch; whether all is well."""
+        """Reads and decodes a batch. Returns whether all of it was decoded."""
         regions = []
         for region in batch:
             data = self._stored.read_region(region.offset, region.records)

@@ -1,4 +1,4 @@
-"""Which segments of which chunks are decoded to where: lists of jobs, made before anything is read."""
+"""Plans decoding: lists which segments of which chunks are decoded into which arrays, before reading."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from numpy.typing import NDArray
 
 from ..container.entry import TensorEntry
 
-# A chunk of a tensor, and the runs of its segments that are wanted: first, stop, and where they go.
+# A tensor, the number of one of its chunks, and the runs of segments to decode: first, stop, output array.
 Job = tuple[TensorEntry, int, list[tuple[int, int, NDArray[Any]]]]
 
-# Segments between two that are needed are decoded too when they are at most this many: starting a run in the
-# reference engine takes as long as decoding about as many.
+# A gap of at most this many unneeded segments is decoded too: starting a run in the reference engine takes
+# about as long as decoding this many segments.
 _JOIN_GAP = 3
-# Chunks are read and decoded together while their output takes at most so many bytes: a thread then works for
-# a millisecond without a word of Python, and what was read for the checksums is in its cache still.
+# The greatest output of a batch of chunks that are read and decoded together, in bytes. A thread then runs
+# about a millisecond without Python code, and the bytes read for the checksums are still in its cache.
 BATCH_BYTES = 2 << 20
 
 
 def jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) -> list[Job]:
-    """The jobs that decode the positions from ``low`` up to ``high`` into ``out``.
+    """Returns the jobs that decode the positions from ``low`` up to, not including, ``high`` into ``out``.
 
     Args:
-        low: where a segment begins.
-        high: where a segment or the tensor ends.
+        entry: of the tensor.
+        out: one element per position.
+        low: the beginning of a segment.
+        high: the end of a segment or of the tensor.
     """
     segment, size = entry.segment, entry.segment * entry.chunk
     jobs: list[Job] = []
@@ -38,7 +40,7 @@ def jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) ->
 
 
 def batches(jobs: list[Job], threads: int) -> Iterator[list[Job]]:
-    """The jobs in their order, some together: enough for every thread, few enough for a cache."""
+    """Yields batches of consecutive jobs: about four per thread, of at most `BATCH_BYTES` if over one job."""
     sizes = [sum([out.nbytes for _, _, out in runs]) for _, _, runs in jobs]
     most = min(BATCH_BYTES, sum(sizes) // (4 * threads))
     batch: list[Job] = []
@@ -54,7 +56,7 @@ def batches(jobs: list[Job], threads: int) -> Iterator[list[Job]]:
 
 
 def joined(jobs: list[Job]) -> list[Job]:
-    """The jobs of a tensor with the runs of one chunk together, so that it is read once."""
+    """Merges the jobs of one chunk, so that the chunk is read once. All jobs are of one tensor."""
     by_chunk: dict[int, Job] = {}
     for entry, k, runs in jobs:
         by_chunk.setdefault(k, (entry, k, []))[2].extend(runs)
@@ -62,7 +64,7 @@ def joined(jobs: list[Job]) -> list[Job]:
 
 
 def fill_gaps(segments: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Adds the segments of gaps so short that decoding them costs less than starting a new run."""
+    """Adds the segments in short gaps, because decoding them costs less than starting a new run."""
     gaps = np.diff(segments) - 1
     short = np.flatnonzero((gaps > 0) & (gaps <= _JOIN_GAP))
     if not len(short):

@@ -1,4 +1,4 @@
-"""What a caller opens: a file, or a model in shards."""
+"""Opens a file or a model in shards."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def open_any(
     path = model_path(readable)
     if not is_index(path):
         return SfpFile(path, limits=limits, engine=engine, threads=threads)
-    from .shards import ShardedFile  # most files are no shards
+    from .shards import ShardedFile  # lazy: most models have one file
 
     return ShardedFile(path, limits=limits, engine=engine, threads=threads)

@@ -1,4 +1,4 @@
-"""Files that are open, pickled: they are opened again where they are unpickled."""
+"""Pickling of open files: unpickling opens the file again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..limits import Limits
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file or a model in shards was opened with, as `sfpformat.open` takes it."""
+    """The arguments of `sfpformat.open` with which a file or a model in shards was opened."""
 
     limits: Limits
     engine: str | None
@@ -24,27 +24,27 @@ class _Reopenable(Protocol):
 
     @property
     def identity(self) -> object:
-        """Differs where contents do."""
+        """A value that changes whenever the contents change."""
 
     def close(self) -> None:
-        """Closes it."""
+        """Closes the file or the model."""
 
 
 F = TypeVar("F", bound=_Reopenable)
 
 
 def reopened(kind: Callable[..., F], readable: str | bytes, settings: Settings, identity: object) -> F:
-    """What was pickled, opened again.
+    """Opens a pickled file or model again.
 
     Args:
-        kind: its class.
-        readable: its path, or its bytes.
-        settings: what it was opened with.
-        identity: of its contents then.
+        kind: class of the object.
+        readable: path, or bytes, of the file.
+        settings: the arguments with which it was opened.
+        identity: identity of its contents at the time of pickling.
 
     Raises:
-        MismatchError: its contents are others now.
-        InvalidFileError, UnsupportedError, LimitError, OSError: as `sfpformat.open`.
+        MismatchError: the contents have changed since.
+        InvalidFileError, UnsupportedError, LimitError, OSError: as in `sfpformat.open`.
     """
     file = kind(readable, limits=settings.limits, engine=settings.engine, threads=settings.threads)
     if file.identity != identity:

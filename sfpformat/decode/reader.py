@@ -1,8 +1,8 @@
 """Reading `.sfp` files: names, metadata, whole tensors, slices, masks, importances, survivors.
 
-Rules: nothing but preamble and directory is read when a file is opened. Every chunk that contributes to a
-result is read whole and its checksum compared before anything of it is used (R-LAY-004). Results are
-returned only when all of them was decoded (R-STR-001).
+Rules: opening a file reads only its preamble and directory. A chunk is read whole, and its checksum is
+compared, before any of its bytes are used (R-LAY-004). A result is returned only after all of it has been
+decoded (R-STR-001).
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from .selection import Index, Selection, select
 from .stored_chunks import StoredChunks
 from .tensor import TensorDecoder, Values
 
-# From so many tensors on it pays to decode plain ones together.
+# The least number of tensors for which decoding plain ones together is faster.
 _WORTH_BULK = 4
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's directory says about a tensor, read without reading data.
+    """What a file's directory says about a tensor. Made without reading tensor data.
 
     Attributes:
-        name, shape: the tensor's.
+        name, shape: of the tensor.
         dtype: name of the dtype, as in safetensors.
         coding: ``raw`` or ``fingerprint``.
         quantiser: ``exact``, ``uniform``, ``table``, or None for a raw tensor.
         mask: ``runs``, ``octets``, or None.
         importance: ``survivors``, ``all``, ``factors``, or None.
-        role: of the importance, ``multiplier`` or ``metadata``, or None.
-        stored_bytes: bytes of its chunks in the file.
-        decoded_bytes: bytes of the decoded tensor.
-        unknown: keys of its entry that this version does not know; under ``mask``,
-            ``fingerprints``, ``scale`` and ``importance`` those inside these maps.
+        role: role of the importance, ``multiplier`` or ``metadata``, or None.
+        stored_bytes: size of the tensor's chunks in the file, in bytes.
+        decoded_bytes: size of the decoded tensor, in bytes.
+        unknown: keys of the directory entry that this version does not know. Unknown keys inside the maps
+            ``mask``, ``fingerprints``, ``scale`` and ``importance`` are under the key of that map.
     """
 
     name: str
@@ -76,8 +76,8 @@ class TensorInfo:
 class SfpFile(Closing):
     """An open `.sfp` file; a context manager. Made by `sfpformat.open`. Safe to use from several threads.
 
-    It can be pickled, as workers in other processes need it: they open the file again by its path, and get a
-    `MismatchError` where it was written anew meanwhile. Of bytes in memory up to 64 MiB are pickled.
+    Picklable, for worker processes: unpickling opens the file again by its path, and raises `MismatchError`
+    if the file has changed. A file in memory is pickled with its bytes, 64 MiB at most.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SfpFile(Closing):
         self._settings = Settings(limits, engine, threads)
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
-        # No limit of the sizes of tensors is beyond one of so many bytes.
+        # A tensor of at most this size is within all limits on sizes: `Limits.require_tensor` can be skipped.
         self._sure_bytes = min(limits.tensor_bytes, limits.expansion_floor)
         self._source: Source = open_source(readable)
         try:
@@ -105,25 +105,25 @@ class SfpFile(Closing):
         self._decoding = Decoding(self._stored, self.directory, engine, self._threads)
 
     def close(self) -> None:
-        """Closes the file; a seekable object that was given stays open."""
+        """Closes the file. A seekable object that the caller passed stays open."""
         self._source.close()
 
     @property
     def identity(self) -> tuple[int, int]:
-        """Length and directory checksum, which differ where contents do: the directory has all checksums."""
+        """File length and directory checksum. They identify the contents: the directory has all checksums."""
         return self.preamble.file_length, self.preamble.directory_crc
 
     def __reduce__(self) -> tuple[object, ...]:
-        """How the file is pickled.
+        """Pickles what reopens the file: its path or its bytes, and the settings.
 
         Raises:
-            OptionError: it is read from a stream, or has too many bytes in memory.
-            ClosedFileError: it is closed.
+            OptionError: the file is read from a stream, or has more than 64 MiB in memory.
+            ClosedFileError: the file is closed.
         """
         return reopened, (SfpFile, self._source.again(), self._settings, self.identity)
 
     def file_of(self, name: str) -> SfpFile:
-        """The file that has a tensor: this one; that of a model in shards may be another.
+        """Returns the file that has a tensor: this file. `ShardedFile.file_of` returns the shard.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
@@ -134,7 +134,7 @@ class SfpFile(Closing):
     # ------------------------------------------------------------------------------------ directory
 
     def keys(self) -> list[str]:
-        """The names of the tensors, in the order of the file."""
+        """Returns the names of the tensors, in file order."""
         return list(self.directory.tensors)
 
     def __iter__(self) -> Iterator[str]:
@@ -147,11 +147,11 @@ class SfpFile(Closing):
         return len(self.directory.tensors)
 
     def metadata(self) -> dict[str, str]:
-        """The file's metadata."""
+        """Returns a copy of the file's metadata."""
         return dict(self.directory.metadata)
 
     def entry(self, name: str) -> TensorEntry:
-        """The tensor's entry in the directory.
+        """Returns the tensor's entry in the directory.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
@@ -164,7 +164,7 @@ class SfpFile(Closing):
             raise MissingTensorError(f"no tensor {name!r} in the file")
 
     def _outline(self, name: str) -> Outline:
-        """That of a tensor whose size is within the limits."""
+        """Returns the outline of a tensor. Raises if there is no such tensor or its size exceeds a limit."""
         self._require_present(name)
         outline = self.directory.outline(name)
         if outline.decoded_bytes > self._sure_bytes:
@@ -172,7 +172,11 @@ class SfpFile(Closing):
         return outline
 
     def info(self, name: str) -> TensorInfo:
-        """What the directory says about a tensor; reads no data."""
+        """Returns what the directory says about a tensor. Reads no tensor data.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+        """
         entry = self.entry(name)
         fingerprints, mask, importance = entry.fingerprints, entry.mask, entry.importance
         return TensorInfo(
@@ -192,7 +196,7 @@ class SfpFile(Closing):
     # -------------------------------------------------------------------------------------- tensors
 
     def get_tensor(self, name: str) -> Values:
-        """A whole tensor, in its dtype and shape (`ml_dtypes` gives BF16 and FP8).
+        """Decodes a whole tensor, in its dtype and shape. BF16 and FP8 have dtypes of `ml_dtypes`.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
@@ -200,10 +204,10 @@ class SfpFile(Closing):
         return self.get_tensors([name])[name]
 
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Values]:
-        """Some whole tensors, side by side: all, in the file's order, where nothing is said.
+        """Decodes whole tensors in parallel. None decodes all tensors, in file order.
 
-        Tensors of 64 KiB to 4 MiB may share blocks of memory, of at most eight times the bytes of any tensor
-        in them: a tensor that is kept keeps no more than that alive.
+        Tensors of 64 KiB to 4 MiB may share blocks of memory. A block has at most eight times the bytes of
+        any tensor in it, so a tensor that is kept keeps at most eight times its own bytes alive.
 
         Raises:
             MissingTensorError, InvalidFileError, LimitError.
@@ -217,21 +221,26 @@ class SfpFile(Closing):
         return {name: made[name] if name in made else out[name] for name in wanted} if made else out
 
     def _small_raw(self, names: Sequence[str]) -> dict[str, Values]:
-        """The small raw ones of some tensors, where they are many; none where one of them is at fault."""
+        """Fast path for small raw tensors. Returns {} if there are few, or on any problem in one of them."""
         if len(names) < _WORTH_BULK or self._sure_bytes < SHARING or self._decoding.small_raw is None:
             return {}
         small = self._decoding.small_raw
         known = [name for name in names if name in small.numbers]
         if len(known) < _WORTH_BULK:
             return {}
-        return small.read(known) or {}  # if not, the jobs tell what is wrong
+        return small.read(known) or {}  # on a problem the jobs decode them, and raise
 
     def read_into(self, out: Mapping[str, Values]) -> None:
-        """Decodes some whole tensors, side by side, into arrays of their dtypes and shapes, C order.
+        """Decodes whole tensors in parallel into arrays that the caller provides.
+
+        Args:
+            out: name -> writable array of the tensor's dtype and shape, C order.
 
         Raises:
-            MismatchError: an array is not like its tensor; nothing was written.
-            MissingTensorError, InvalidFileError, LimitError: the arrays may be written in part.
+            MismatchError: an array does not have the tensor's dtype and shape, is not in C order or is
+                read-only. No array was written.
+            MissingTensorError, LimitError: no array was written.
+            InvalidFileError: the arrays may be partly written.
         """
         for name, array in out.items():
             dtype, shape, _, _ = self._outline(name)
@@ -244,7 +253,7 @@ class SfpFile(Closing):
         self._read_into({name: array for name, array in out.items() if name not in made})
 
     def _read_into(self, out: Mapping[str, Values]) -> None:
-        """As `read_into`, for names and arrays that were checked: plain tensors together, then the rest."""
+        """Decodes into arrays that `read_into` checked: first the plain tensors together, then the rest."""
         bulk = self._decoding.bulk if len(out) >= _WORTH_BULK else None
         rest = out if bulk is None else self._left_by(bulk, out)
         jobs: list[Job] = []
@@ -254,7 +263,7 @@ class SfpFile(Closing):
         self._decoding.do(jobs, TensorDecoder.weights_into)
 
     def _left_by(self, bulk: Bulk, out: Mapping[str, Values]) -> Mapping[str, Values]:
-        """Decodes plain tensors together; gives the others, or all where one of them is at fault."""
+        """Decodes the plain tensors together. Returns the other ones, or all if a plain one has an error."""
         known = bulk.numbers
         together = {name: array for name, array in out.items() if name in known}
         positions = sum([array.size for array in together.values()])
@@ -263,11 +272,19 @@ class SfpFile(Closing):
         return {name: array for name, array in out.items() if name not in known}
 
     def get_slice(self, name: str) -> SfpSlice:
-        """The tensor, to be indexed: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
+        """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments that it needs.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+        """
         return SfpSlice(self, self.entry(name))
 
     def get_mask(self, name: str) -> Mask:
-        """The mask, bool, in the tensor's shape: True for survivors; all True where there is no mask."""
+        """Decodes the mask: bool, of the tensor's shape, True for survivors. All True if there is no mask.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError.
+        """
         entry = self.entry(name)
         if entry.mask is None:
             self._require_within_limits(entry)
@@ -275,9 +292,12 @@ class SfpFile(Closing):
         return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask_into)
 
     def get_importance(self, name: str) -> F32 | None:
-        """The importance of every position, float32, in the tensor's shape, or None where there is none.
+        """Decodes the importance of every position: float32, of the tensor's shape. None if there is none.
 
-        Pruned positions that the file keeps no importance for have 0.
+        A pruned position for which the file stores no importance has 0.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError.
         """
         entry = self.entry(name)
         if entry.importance is None:
@@ -286,7 +306,11 @@ class SfpFile(Closing):
         return self.decode(entry, everything, float32, TensorDecoder.importance_into)
 
     def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
-        """The survivors: their positions in the flattened tensor, ascending, and their weights."""
+        """Decodes the survivors: their positions in the flattened tensor, ascending, and their weights.
+
+        Raises:
+            MissingTensorError, InvalidFileError, LimitError.
+        """
         entry = self.entry(name)
         self._require_within_limits(entry)
         decoder = self.decoder(entry)
@@ -308,7 +332,17 @@ class SfpFile(Closing):
     def decode(
         self, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], into: Into
     ) -> NDArray[Any]:
-        """The selected positions of what an `..._into` method of `TensorDecoder` gives for runs."""
+        """Decodes the selected positions of a tensor.
+
+        Args:
+            entry: of the tensor.
+            selection: the positions; its shape is the shape of the result.
+            dtype: of the result.
+            into: the `..._into` method of `TensorDecoder` that decodes a run of segments.
+
+        Raises:
+            InvalidFileError, LimitError.
+        """
         self._require_within_limits(entry)
         out = np.empty(selection.size, dtype)
         if selection.size and selection.contiguous:
@@ -319,7 +353,10 @@ class SfpFile(Closing):
         return out.reshape(selection.shape)
 
     def _decode_range(self, entry: TensorEntry, out: NDArray[Any], low: int, into: Into) -> None:
-        """The positions from ``low`` on; segments that stick out at either end are decoded apart."""
+        """Decodes a contiguous range of positions, from ``low``, into ``out``.
+
+        A segment that is only partly in the range is decoded into a buffer, and its part is copied.
+        """
         high, segment = low + len(out), entry.segment
         whole_low, whole_high = -(-low // segment) * segment, high // segment * segment
         if high == entry.positions:
@@ -341,7 +378,7 @@ class SfpFile(Closing):
     def _decode_scattered(
         self, entry: TensorEntry, selection: Selection, out: NDArray[Any], into: Into
     ) -> None:
-        """Decodes the segments side by side into a buffer, and gathers from it."""
+        """Decodes all segments that are needed into a buffer, then gathers the positions from it."""
         segments = fill_gaps(selection.segments(entry.segment))
         place = np.zeros(int(segments[-1]) + 1, np.int64)
         place[segments] = np.arange(len(segments)) * entry.segment
@@ -368,15 +405,19 @@ class SfpFile(Closing):
             )
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
-        """File offset of chunk k of a tensor; that of its vector chunk for k = -1."""
+        """Returns the file offset of chunk k of a tensor; for k = -1 that of its vector chunk."""
         return self._stored.offset(entry, k)
 
     def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
-        """The bytes of chunk k of a tensor (its vector chunk for k = -1), checksum compared (R-LAY-004)."""
+        """Reads chunk k of a tensor (its vector chunk for k = -1) and compares its checksum (R-LAY-004).
+
+        Raises:
+            InvalidFileError: checksum mismatch, or the file is too short.
+        """
         return self._stored.read(entry, k)
 
     def read_chunks(self, wanted: Sequence[tuple[TensorEntry, int]]) -> list[Bytes]:
-        """The bytes of some chunks, read side by side, as `read_checked`."""
+        """Reads several chunks in parallel, each like `read_checked`. Keeps the order of ``wanted``."""
         out = [np.zeros(0, np.uint8)] * len(wanted)
 
         def read(i: int) -> None:
@@ -386,38 +427,41 @@ class SfpFile(Closing):
         return out
 
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
-        """The segment index of chunk k, from the chunk's first bytes; its checksum is not compared."""
+        """Reads the segment index of chunk k from the chunk's first bytes. Does not compare its checksum."""
         return self._stored.read_head(entry, k)
 
     def decoder(self, entry: TensorEntry) -> TensorDecoder:
-        """The decoder of a tensor, its vectors read and checked."""
+        """Returns the decoder of a tensor. Its vectors were read and checked."""
         return self._decoding.decoder(entry)
 
 
 class SfpSlice:
-    """A tensor that is decoded when it is indexed: the slice object of safetensors, for `.sfp`."""
+    """A tensor that is decoded when it is indexed. Same interface as the slice object of safetensors."""
 
     def __init__(self, file: SfpFile, entry: TensorEntry) -> None:
         self._file = file
         self._entry = entry
 
     def __reduce__(self) -> tuple[object, ...]:
-        """How the slice is pickled: with its file, which is opened again."""
+        """Pickles the slice with its file. Unpickling opens the file again."""
         return SfpFile.get_slice, (self._file, self._entry.name)
 
     def get_shape(self) -> list[int]:
-        """The tensor's shape."""
+        """Returns the tensor's shape."""
         return list(self._entry.shape)
 
     def get_dtype(self) -> str:
-        """The name of the tensor's dtype, such as ``"BF16"``."""
+        """Returns the name of the tensor's dtype, such as ``"BF16"``."""
         return self._entry.dtype.name
 
     def __getitem__(self, index: Index) -> Values:
-        """The selected part, a new array; integers, slices with any step, and ``...``.
+        """Decodes the selected part into a new array.
+
+        Args:
+            index: integers, slices with any step, and ``...``, as in basic numpy indexing.
 
         Raises:
-            IndexError: the index does not fit the shape.
+            IndexError: the index does not fit the shape, or has an item of another type.
             InvalidFileError, LimitError.
         """
         selection = select(self._entry.shape, index)
@@ -425,7 +469,11 @@ class SfpSlice:
 
 
 def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]:
-    """Preamble and directory, checked."""
+    """Reads and checks the preamble and the directory.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError.
+    """
     preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
     limits.require("directory_bytes", preamble.directory_length, preamble.directory_offset)
     with placed(base=preamble.directory_offset):

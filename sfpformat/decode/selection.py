@@ -1,4 +1,4 @@
-"""From an index such as ``[10:20, :64]`` to the segments that it needs and the places inside them."""
+"""Converts an index such as ``[10:20, :64]`` to the segments that it needs and the positions in them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
-# Elements gathered at a time: bounds the memory of the position arrays (8 bytes each).
+# Elements gathered at a time. Bounds the memory of the position arrays (8 bytes per element).
 _GATHER_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some positions of a tensor: the same run of offsets from each of some starts.
+    """Positions of a tensor: each start plus each offset of one run.
 
     Attributes:
         shape: of the result.
@@ -37,11 +37,11 @@ class Selection:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the positions are neighbours in ascending order."""
+        """Whether the positions are consecutive and ascending."""
         return len(self.starts) == 1 and self.run.step == 1
 
     def segments(self, segment: int) -> NDArray[np.int64]:
-        """The numbers of the segments that hold any of the positions, ascending."""
+        """Returns the numbers of the segments that contain any of the positions, ascending."""
         low, high = min(self.run[0], self.run[-1]), max(self.run[0], self.run[-1])
         first, last = (self.starts + low) // segment, (self.starts + high) // segment
         spread = int((last - first).max()) + 1
@@ -51,7 +51,7 @@ class Selection:
         return np.unique(every[every <= last[:, None]])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The positions in the order of the result, some at a time, each with its place in the result."""
+        """Yields blocks of positions, in the order of the result, each with its offset in the result."""
         run = np.arange(self.run.start, self.run.stop, self.run.step)
         step = max(_GATHER_BLOCK // len(run), 1)
         for first in range(0, len(self.starts), step):
@@ -60,16 +60,17 @@ class Selection:
 
 
 def select(shape: tuple[int, ...], index: Index) -> Selection:
-    """The positions that a basic numpy index selects.
+    """Returns the positions that a basic numpy index selects.
 
     Raises:
-        IndexError: too many indices, an index out of range, or one that is no integer, slice or ``...``.
+        IndexError: too many indices, an index out of range, more than one ``...``, or an index that is not an
+            integer, a slice or ``...``.
     """
     ranges, kept = _ranges(shape, index)
     result = tuple(len(r) for r, keep in zip(ranges, kept, strict=True) if keep)
     if math.prod(result) == 0:
         return Selection(result, np.zeros(0, np.int64), range(0))
-    # Join the last dimensions into one run for as long as they are taken whole.
+    # Join the last dimensions into one run while they are selected whole.
     run, stride, outer = range(1), 1, len(shape)
     while outer and len(run) == stride and run.step == 1:
         outer -= 1
@@ -86,7 +87,7 @@ def select(shape: tuple[int, ...], index: Index) -> Selection:
 
 
 def _ranges(shape: tuple[int, ...], index: Index) -> tuple[list[range], list[bool]]:
-    """A range for each dimension, and whether the dimension stays in the result."""
+    """Returns a range for each dimension, and whether the dimension remains in the result."""
     items = index if isinstance(index, tuple) else (index,)
     for item in items:
         if not (item is Ellipsis or isinstance(item, (int, np.integer, slice))) or isinstance(item, bool):
@@ -104,7 +105,7 @@ def _ranges(shape: tuple[int, ...], index: Index) -> tuple[list[range], list[boo
             ranges.append(range(size)[item])
             kept.append(True)
             continue
-        assert not isinstance(item, EllipsisType)  # those were filled in above
+        assert not isinstance(item, EllipsisType)  # replaced by slices above
         number = int(item)
         if not -size <= number < size:
             raise IndexError(f"index {number} is out of range for size {size}")

@@ -1,4 +1,4 @@
-"""Models that lie in several files (SPEC.md chapter 18), and the index that tells what is where."""
+"""Models in several files (SPEC.md chapter 18), and the index that maps tensors to files."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from .reader import SfpFile, SfpSlice, TensorInfo
 from .selection import Selection
 from .tensor import TensorDecoder, Values
 
-# As many bytes as a directory may have: an index says less about a tensor than a directory.
+# The limit for directories: an index has fewer bytes per tensor than a directory.
 MAX_INDEX_BYTES = DEFAULT_LIMITS.directory_bytes
 
 
 def shard_name(stem: str, number: int, count: int, suffix: str = ".sfp") -> str:
-    """The name of shard ``number``, from 1, of ``count``."""
+    """Returns the file name of shard ``number``, from 1, of ``count``."""
     return f"{stem}-{number:05d}-of-{count:05d}{suffix}"
 
 
 def index_name(stem: str, suffix: str = ".sfp") -> str:
-    """The name of the index of a model's shards."""
+    """Returns the file name of the index of a model's shards."""
     return f"{stem}{suffix}{INDEX_SUFFIX}"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which file each tensor of a safetensors index is read from, and where files and index disagree.
+    """The file from which each tensor of a safetensors index is read, and all conflicts of files and index.
 
     Attributes:
-        files: tensor name -> name of the file that it is read from.
-        missing: tensors of the index that no file has.
-        unlisted: tensors of the files that the index does not list.
-        moved: tensors that only another file has than the index says.
-        repeated: tensors that are in several files, and also in the one that the index says.
+        files: tensor name -> name of the file from which it is read.
+        missing: tensors that the index lists and no file has.
+        unlisted: tensors that a file has and the index does not list.
+        moved: tensors that are not in the file that the index names, but in another one.
+        repeated: tensors that are in the file that the index names, and in another one too.
     """
 
     files: dict[str, str]
@@ -63,7 +63,7 @@ class Placement:
     repeated: list[str]
 
     def disagreements(self) -> list[str]:
-        """One sentence for each kind of disagreement, with the number and some names of the tensors."""
+        """Returns one sentence per kind of conflict, with the number of tensors and some of their names."""
         kinds = (
             ("left out because no file has them", self.missing),
             ("left out because the index does not list them", self.unlisted),
@@ -75,33 +75,34 @@ class Placement:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Which file has which tensor.
+    """The index of a model in shards: maps tensors to files.
 
     Attributes:
-        weight_map: tensor name -> file name; without a directory part where the files are `.sfp`.
-        metadata: the object of that name; ``total_size`` is the bytes of all tensors once decoded.
+        weight_map: tensor name -> file name. Names of `.sfp` files have no directory part.
+        metadata: the ``metadata`` object. Its ``total_size`` is the decoded size of all tensors, in bytes.
     """
 
     weight_map: dict[str, str]
     metadata: dict[str, object]
 
     def to_bytes(self) -> bytes:
-        """The JSON text."""
+        """Returns the JSON text, in UTF-8."""
         fields = {"metadata": self.metadata, "weight_map": self.weight_map}
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, *, subfolders: bool = False) -> ShardIndex:
-        """Reads the JSON text.
+        """Parses the JSON text.
 
         Args:
             data: UTF-8.
-            subfolders: whether files may lie in folders below that of the index, as those of safetensors may.
-                `.sfp` files may not.
+            subfolders: whether files may be in subfolders of the index's folder. True for safetensors files,
+                False for `.sfp` files.
 
         Raises:
-            SafetensorsError: it is not such a JSON text, or a file lies elsewhere than below the index.
-            InvalidFileError: a file name has a directory part (R-SHD-002).
+            SafetensorsError: the JSON text is not valid or does not have the expected form, or (with
+                ``subfolders``) a path leaves the index's folder.
+            InvalidFileError: without ``subfolders``, a name is not a plain file name (R-SHD-002).
         """
         fields = strict_json(data, "the index")
         weight_map, metadata = fields.get("weight_map"), fields.get("metadata", {})
@@ -126,8 +127,9 @@ class ShardIndex:
             subfolders: as in `from_bytes`.
 
         Raises:
-            SafetensorsError, InvalidFileError: as `from_bytes`.
-            OSError: it cannot be read.
+            SafetensorsError: as in `from_bytes`, or the file has more than `MAX_INDEX_BYTES`.
+            InvalidFileError: as in `from_bytes`.
+            OSError: the file cannot be read.
         """
         with open(path, "rb") as file:
             data = file.read(MAX_INDEX_BYTES + 1)
@@ -136,19 +138,21 @@ class ShardIndex:
         return cls.from_bytes(data, subfolders=subfolders)
 
     def files(self) -> list[str]:
-        """The names of the files, ascending."""
+        """Returns the names of the files, ascending."""
         return sorted(set(self.weight_map.values()))
 
     def misplaced(self, found: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
-        """The first of `all_misplaced`, or None."""
+        """Returns the first item of `all_misplaced`, or None."""
         return next(self.all_misplaced(found), None)
 
     def all_misplaced(self, found: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
-        """The tensors that are missing, elsewhere, twice, or not listed, each with what is wrong with it.
+        """Yields each tensor whose file does not match the index, with the reason.
+
+        Such a tensor is missing, in another file, in a second file, or not listed.
 
         Args:
-            found: file name -> names of the tensors that it has. Nothing is said of tensors that the index
-                lists in other files.
+            found: file name -> names of the tensors in it. Tensors that the index lists in a file that is not
+                a key are not reported as missing.
         """
         there: set[str] = set()
         for file, names in found.items():
@@ -163,10 +167,13 @@ class ShardIndex:
                 yield name, f"it is not in {file!r}, where the index says"
 
     def placed(self, found: Mapping[str, Iterable[str]]) -> Placement:
-        """Where each tensor is read from when the index decides; see `misplaced` for the strict rule.
+        """Chooses the file from which each tensor is read. Lenient; `misplaced` is the strict rule.
+
+        The file that the index names is preferred; else the first file that has the tensor. Tensors that the
+        index does not list are left out.
 
         Args:
-            found: file name -> names of the tensors that it has.
+            found: file name -> names of the tensors in it.
         """
         places: dict[str, list[str]] = {}
         for file, names in found.items():
@@ -195,7 +202,7 @@ def _is_below(file: str) -> bool:
 
 @contextmanager
 def in_shard(name: str) -> Iterator[None]:
-    """Adds the name of a shard to the faults of its file."""
+    """Context manager that adds the name of a shard to a fault raised inside."""
     try:
         yield
     except FileFault as error:
@@ -204,15 +211,15 @@ def in_shard(name: str) -> Iterator[None]:
 
 
 class ShardedFile(Closing):
-    """An open model in several `.sfp` files; a context manager that is used as an `SfpFile` is.
+    """An open model in several `.sfp` files; a context manager. Same interface as `SfpFile`.
 
-    What takes or gives an entry does so for the shard that has the tensor; offsets are those in that shard.
-    Pickled as an `SfpFile` is.
+    Entries and offsets are those of the shard that has the tensor. Picklable under the same conditions as an
+    `SfpFile`.
 
     Attributes:
-        limits: those that the shards were opened with.
+        limits: the limits with which the shards were opened.
         index: the index.
-        files: file name -> the open file, in the order of the names.
+        files: file name -> open file, in the order of the names.
     """
 
     def __init__(
@@ -223,15 +230,17 @@ class ShardedFile(Closing):
         engine: str | None = None,
         threads: int | None = None,
     ) -> None:
-        """Opens the index and every shard; of the shards only the directories are read.
+        """Opens the index and every shard. Reads only the preamble and the directory of each shard.
 
         Args:
             path: of the ``.sfp.index.json``.
             limits, engine, threads: as in `sfpformat.open`.
 
         Raises:
-            SafetensorsError: the index is not the JSON that it should be, or one of safetensors files.
-            InvalidFileError, UnsupportedError, LimitError: a file is damaged, or the index is wrong.
+            SafetensorsError: the index is not valid JSON of the expected form, or is an index of safetensors
+                files.
+            InvalidFileError, UnsupportedError, LimitError: a shard is refused, or the index does not match
+                the shards.
             OSError: a file cannot be read.
         """
         self.limits = limits
@@ -264,17 +273,17 @@ class ShardedFile(Closing):
         return tuple((name, file.identity) for name, file in self.files.items())
 
     def __reduce__(self) -> tuple[object, ...]:
-        """How the model is pickled: its shards are opened again.
+        """Pickles the path of the index and the settings. Unpickling opens the shards again.
 
         Raises:
-            ClosedFileError: it is closed.
+            ClosedFileError: the model is closed.
         """
         for file in self.files.values():
             file.__reduce__()
         return reopened, (ShardedFile, self._path, self._settings, self.identity)
 
     def keys(self) -> list[str]:
-        """The names of the tensors, shard by shard, in the order of each."""
+        """Returns the names of the tensors, shard by shard, each in file order."""
         return [name for file in self.files.values() for name in file]
 
     def __iter__(self) -> Iterator[str]:
@@ -287,7 +296,7 @@ class ShardedFile(Closing):
         return len(self.index.weight_map)
 
     def file_of(self, name: str) -> SfpFile:
-        """The shard that has a tensor.
+        """Returns the shard that has a tensor.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
@@ -300,26 +309,26 @@ class ShardedFile(Closing):
         return self.index.weight_map[name]
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of all shards; where two have the same key, those of the first count."""
+        """Returns the merged metadata of all shards. If two shards have the same key, the first one wins."""
         out: dict[str, str] = {}
         for file in self.files.values():
             out = {**file.metadata(), **out}
         return out
 
     def entry(self, name: str) -> TensorEntry:
-        """The tensor's entry in its shard's directory."""
+        """Returns the tensor's entry in its shard's directory."""
         return self.file_of(name).entry(name)
 
     def info(self, name: str) -> TensorInfo:
-        """What the directory says about a tensor; reads no data."""
+        """Returns what the directory says about a tensor, like `SfpFile.info`."""
         return self.file_of(name).info(name)
 
     def get_tensor(self, name: str) -> Values:
-        """A whole tensor, as `SfpFile.get_tensor` gives it."""
+        """Decodes a whole tensor, like `SfpFile.get_tensor`."""
         return self.file_of(name).get_tensor(name)
 
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Values]:
-        """Some whole tensors, all where nothing is said, as `SfpFile.get_tensors` gives them."""
+        """Decodes whole tensors, like `SfpFile.get_tensors`. None decodes all, in the order of `keys`."""
         wanted = list(self.keys() if names is None else names)
         found: dict[str, Values] = {}
         for file, some in self._by_file(wanted):
@@ -327,53 +336,56 @@ class ShardedFile(Closing):
         return {name: found[name] for name in wanted}
 
     def read_into(self, out: Mapping[str, Values]) -> None:
-        """Decodes some whole tensors into arrays, as `SfpFile.read_into` does."""
+        """Decodes whole tensors into arrays, like `SfpFile.read_into`.
+
+        Works shard by shard: if the arrays of a later shard are refused, those of earlier shards are written.
+        """
         for file, names in self._by_file(out):
             file.read_into({name: out[name] for name in names})
 
     def _by_file(self, names: Iterable[str]) -> list[tuple[SfpFile, list[str]]]:
-        """The files that have the tensors, and which of them."""
+        """Groups tensor names by the shard that has them."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(self._name_of_file(name), []).append(name)
         return [(self.files[file], some) for file, some in found.items()]
 
     def get_slice(self, name: str) -> SfpSlice:
-        """The tensor, to be indexed, as `SfpFile.get_slice` gives it."""
+        """Returns a lazy tensor, like `SfpFile.get_slice`."""
         return self.file_of(name).get_slice(name)
 
     def get_mask(self, name: str) -> Mask:
-        """The mask, as `SfpFile.get_mask` gives it."""
+        """Decodes the mask, like `SfpFile.get_mask`."""
         return self.file_of(name).get_mask(name)
 
     def get_importance(self, name: str) -> F32 | None:
-        """The importance, as `SfpFile.get_importance` gives it."""
+        """Decodes the importance, like `SfpFile.get_importance`."""
         return self.file_of(name).get_importance(name)
 
     def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
-        """The survivors: positions and weights, as `SfpFile.get_survivors` gives them."""
+        """Decodes the survivors' positions and weights, like `SfpFile.get_survivors`."""
         return self.file_of(name).get_survivors(name)
 
     def decode(
         self, entry: TensorEntry, selection: Selection, dtype: np.dtype[Any], into: Into
     ) -> NDArray[Any]:
-        """The selected positions, as `SfpFile.decode` gives them."""
+        """Decodes the selected positions, like `SfpFile.decode`."""
         return self.file_of(entry.name).decode(entry, selection, dtype, into)
 
     def decoder(self, entry: TensorEntry) -> TensorDecoder:
-        """The decoder of a tensor, as `SfpFile.decoder` gives it."""
+        """Returns the decoder of a tensor, like `SfpFile.decoder`."""
         return self.file_of(entry.name).decoder(entry)
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
-        """Offset of chunk k of a tensor in its shard, as `SfpFile.chunk_offset` gives it."""
+        """Returns the offset of chunk k of a tensor in its shard, like `SfpFile.chunk_offset`."""
         return self.file_of(entry.name).chunk_offset(entry, k)
 
     def read_checked(self, entry: TensorEntry, k: int) -> Bytes:
-        """The bytes of chunk k of a tensor, as `SfpFile.read_checked` gives them."""
+        """Reads chunk k of a tensor and compares its checksum, like `SfpFile.read_checked`."""
         return self.file_of(entry.name).read_checked(entry, k)
 
     def read_chunks(self, wanted: Sequence[tuple[TensorEntry, int]]) -> list[Bytes]:
-        """The bytes of some chunks, as `SfpFile.read_chunks` gives them."""
+        """Reads several chunks, like `SfpFile.read_chunks`. The result is in the order of ``wanted``."""
         out = [np.zeros(0, np.uint8)] * len(wanted)
         places: dict[str, list[int]] = {}
         for i, (entry, _) in enumerate(wanted):
@@ -384,5 +396,5 @@ class ShardedFile(Closing):
         return out
 
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
-        """The segment index of chunk k of a tensor, as `SfpFile.read_head` gives it."""
+        """Reads the segment index of chunk k of a tensor, like `SfpFile.read_head`."""
         return self.file_of(entry.name).read_head(entry, k)

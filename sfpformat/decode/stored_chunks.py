@@ -1,6 +1,6 @@
-"""The chunks of a file as they are stored: where each lies, its bytes, its checksum.
+"""Reads the chunks of a file: offsets, bytes, checksums.
 
-Rules: a chunk is read whole and its checksum compared before any byte of it is used (R-LAY-004).
+Rules: a chunk is read whole, and its checksum is compared, before any byte of it is used (R-LAY-004).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..io.source import Source
 
 
 class _Place(NamedTuple):
-    """Where a chunk lies in the file, and the checksum that it must have."""
+    """File offset, length and expected checksum of a chunk."""
 
     offset: int
     length: int
@@ -28,7 +28,7 @@ class _Place(NamedTuple):
 
 
 class StoredChunks:
-    """The chunks of all tensors of a file; used by any number of threads."""
+    """The chunks of all tensors of a file. Thread-safe."""
 
     def __init__(self, source: Source, directory: Directory) -> None:
         self._source = source
@@ -36,7 +36,7 @@ class StoredChunks:
         self._places: dict[str, list[_Place]] = {}
 
     def _places_of(self, entry: TensorEntry) -> list[_Place]:
-        """Those of the tensor's chunks; that of its vector chunk comes last, where -1 finds it."""
+        """Returns the places of the tensor's chunks. A vector chunk is last, so that -1 indexes it."""
         places = self._places.get(entry.name)
         if places is None:
             records = entry.chunks.tolist()
@@ -50,34 +50,45 @@ class StoredChunks:
         return places
 
     def offset(self, entry: TensorEntry, k: int) -> int:
-        """File offset of chunk k of a tensor; for k = -1 that of its vector chunk, or where one would be."""
+        """Returns the file offset of chunk k of a tensor. For k = -1, the offset of its first stored chunk.
+
+        The vector chunk, if any, is stored first.
+        """
         return self._offsets[entry.name] if k < 0 else self._places_of(entry)[k].offset
 
     def starts(self, names: Iterable[str]) -> list[int]:
-        """File offset of the first chunk of each of some tensors."""
+        """Returns the file offset of the first chunk of each tensor."""
         return list(map(self._offsets.__getitem__, names))
 
     def placed(self, entry: TensorEntry, k: int) -> AbstractContextManager[None]:
-        """Gives a fault within chunk k its tensor and its place in the file."""
+        """Context manager that adds the tensor's name and the offset of chunk k to a fault raised inside."""
         return placed(tensor=entry.name, base=self.offset(entry, k))
 
     def read(self, entry: TensorEntry, k: int) -> Bytes:
-        """The bytes of chunk k of a tensor (its vector chunk for k = -1).
+        """Reads chunk k of a tensor (its vector chunk for k = -1) and compares its checksum.
 
         Raises:
-            InvalidFileError: E_CRC by R-LAY-004, or the file ends too early; it knows its place.
+            InvalidFileError: checksum mismatch (R-LAY-004), or the file is too short. The error has the
+                tensor's name and the offset.
         """
         return next(self.read_in_turn(entry, k, 1))
 
     def read_in_turn(self, entry: TensorEntry, first: int, count: int) -> Iterator[Bytes]:
-        """The bytes of neighbouring chunks, fetched at once; each is compared with its checksum in its turn.
+        """Reads consecutive chunks of a tensor with one call, and yields the bytes of each.
+
+        The checksum of a chunk is compared just before the chunk is yielded.
+
+        Args:
+            entry: of the tensor.
+            first: number of the first chunk, or -1 for the vector chunk alone.
+            count: how many chunks.
 
         Raises:
-            InvalidFileError: as `read`.
+            InvalidFileError: as in `read`.
         """
         places = self._places_of(entry)[first : first + count] if first >= 0 else self._places_of(entry)[-1:]
         start = places[0].offset
-        try:  # not `placed`: the place is seldom needed
+        try:  # not `placed`: this is the hot path, and the place is needed only on errors
             data = as_bytes(self._source.read(start, places[-1].offset + places[-1].length - start))
         except FileFault as error:
             error.place(entry.name, start)
@@ -91,11 +102,11 @@ class StoredChunks:
             yield chunk
 
     def read_region(self, offset: int, chunks: Sequence[tuple[int, int]]) -> Bytes | None:
-        """The bytes of neighbouring chunks of any tensors; None where one is not what its record says.
+        """Reads consecutive chunks of any tensors. Returns None on a checksum mismatch or a short file.
 
         Args:
-            offset: file offset of the first.
-            chunks: length and checksum of each.
+            offset: file offset of the first chunk.
+            chunks: length and checksum of each chunk.
         """
         try:
             view = memoryview(self._source.read(offset, sum([length for length, _ in chunks])))
@@ -109,7 +120,7 @@ class StoredChunks:
         return as_bytes(view)
 
     def read_head(self, entry: TensorEntry, k: int) -> ChunkIndex:
-        """The segment index of chunk k, from the chunk's first bytes; its checksum is not compared."""
+        """Reads the segment index of chunk k from the chunk's first bytes. Does not compare its checksum."""
         with self.placed(entry, k):
             place = self._places_of(entry)[k]
             first, stop = entry.segments_of_chunk(k)

@@ -1,4 +1,4 @@
-"""Decoding a tensor's chunks (SPEC.md chapters 9 to 15), run of segments by run of segments."""
+"""Decodes a tensor's chunks (SPEC.md chapters 9 to 15), one run of segments at a time."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Values = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk whose checksum and index were checked.
+    """A chunk whose checksum and segment index were checked.
 
     Attributes:
-        k: its number in the tensor.
-        data: its bytes; for a raw tensor those of the elements.
-        index: the segment index, None for a raw tensor.
+        k: number of the chunk in the tensor, from 0.
+        data: the bytes of the chunk; for a raw tensor the bytes of the elements.
+        index: the segment index; None for a raw tensor.
     """
 
     k: int
@@ -39,8 +39,8 @@ class Chunk:
 class TensorDecoder:
     """Turns the chunks of one tensor into numbers.
 
-    Every method that takes ``first`` and ``stop`` works on a run of neighbouring segments, numbered within
-    the chunk, and refuses data that break a clause; offsets in faults are relative to the chunk.
+    Methods that take ``first`` and ``stop`` decode a run of consecutive segments, numbered within the chunk.
+    They raise a `FileFault` if the data break a clause; its offset is relative to the chunk.
     """
 
     def __init__(self, entry: TensorEntry, vector_chunk: Bytes | None, engine: Engine) -> None:
@@ -56,54 +56,59 @@ class TensorDecoder:
             require_valid_vectors(entry, self.vectors)
         self._recipe: Any = None
         self._recipe_serves = 0
-        self._preparing = threading.Lock()  # of this tensor alone: others are prepared meanwhile
+        self._preparing = threading.Lock()  # one per tensor, so that tensors are prepared in parallel
 
     def open_chunk(self, data: Bytes, k: int) -> Chunk:
-        """Checks the structure of chunk ``k``, whose checksum matched."""
+        """Checks the structure of chunk ``k``. The caller has compared its checksum.
+
+        Raises:
+            InvalidFileError: the index or the padding breaks a clause.
+        """
         if self.entry.coding == "raw":
             return Chunk(k, read_raw(data, self.entry, k), None)
         return Chunk(k, data, read_index(data, self.entry, k))
 
     # ------------------------------------------------------------------------------------ into an array
     #
-    # ``data``: the bytes of chunk ``k``, whose checksum matched; ``out``: just the positions of the run.
+    # ``data``: the bytes of chunk ``k``; the caller has compared its checksum.
+    # ``out``: an array that has exactly the positions of the run.
 
     def expect(self, weights: int) -> None:
-        """Tells how many weights will be decoded, about: what an engine prepares depends on it."""
+        """Announces about how many weights will be decoded. What the engine prepares depends on it."""
         with self._preparing:
             if weights > 8 * self._recipe_serves:
                 self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
                 self._recipe_serves = weights
 
     def run(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> Run | None:
-        """The run as an engine takes it, or None where this tensor goes the way of levels."""
+        """Returns the run in the engine's form. None if the engine has no fast path for this tensor."""
         if self._recipe is None:
             return None
         start, total = self.entry.positions_of_chunk(k)
         return Run(self._recipe, data, total, start, first, stop, out)
 
     def weights_into(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> None:
-        """The weights of all positions of a run, by their levels."""
+        """Writes the weights of all positions of a run. Decodes levels first; works for every tensor."""
         out[:] = self.values(self.open_chunk(data, k), first, stop)
 
     def mask_into(self, data: Bytes, k: int, first: int, stop: int, out: Mask) -> None:
-        """The mask bits of a run."""
+        """Writes the mask bits of a run. The tensor must have a mask."""
         out[:] = self.mask(self.open_chunk(data, k), first, stop)
 
     def importance_into(self, data: Bytes, k: int, first: int, stop: int, out: F32) -> None:
-        """The importance of all positions of a run."""
+        """Writes the importance of all positions of a run."""
         out[:] = self.importance(self.open_chunk(data, k), first, stop)
 
     # ------------------------------------------------------------------------------------- streams
 
     def levels(self, chunk: Chunk, stream: str, first: int, stop: int) -> Levels:
-        """The levels of a stream over a run."""
+        """Decodes the levels of one stream in a run."""
         assert chunk.index is not None
         span = chunk.index.span(stream, first, stop)
         return self.engine.decode_levels(chunk.data, span, self.entry.streams()[stream])
 
     def mask(self, chunk: Chunk, first: int, stop: int) -> Mask | None:
-        """The mask bits of a run, or None for a tensor without a mask."""
+        """Decodes the mask bits of a run. Returns None if the tensor has no mask."""
         if self.entry.mask is None:
             return None
         assert chunk.index is not None
@@ -117,7 +122,7 @@ class TensorDecoder:
         )
 
     def values(self, chunk: Chunk, first: int, stop: int) -> Values:
-        """The weights of all positions of a run, in the tensor's dtype."""
+        """Decodes the weights of all positions of a run, in the tensor's dtype."""
         dtype = self.entry.dtype
         if chunk.index is None:
             size = self.entry.segment * dtype.itemsize
@@ -131,7 +136,7 @@ class TensorDecoder:
         return out
 
     def survivors(self, chunk: Chunk, first: int, stop: int) -> tuple[NDArray[np.int64], Values]:
-        """The survivors of a run: their positions in the tensor, and their weights."""
+        """Decodes the survivors of a run: their positions in the flattened tensor, and their weights."""
         start = self._first_position(chunk, first)
         if chunk.index is None:
             values = self.values(chunk, first, stop)
@@ -143,7 +148,7 @@ class TensorDecoder:
         )
 
     def importance(self, chunk: Chunk, first: int, stop: int) -> F32:
-        """The importance of all positions of a run, float32; 0 where a pruned position has none."""
+        """Decodes the importance of all positions of a run: float32, 0 for a pruned position without one."""
         importance = self.entry.importance
         assert importance is not None
         assert chunk.index is not None
@@ -186,7 +191,7 @@ class TensorDecoder:
         )
 
     def _scale_of_survivors(self, chunk: Chunk, first: int, stop: int, mask: Mask | None) -> F32 | None:
-        """The scale factor of each survivor of a run (SPEC.md chapter 12)."""
+        """Returns the scale factor of each survivor of a run (SPEC.md chapter 12). None without a scale."""
         scale = self.entry.scale
         if scale is None:
             return None
@@ -194,7 +199,7 @@ class TensorDecoder:
         return self.vectors["scale"][scale_index(self.entry, positions)]
 
     def _importances(self, chunk: Chunk, first: int, stop: int, mask: Mask | None) -> F32:
-        """The importances that a run has: one a level of its stream, or with factors one a survivor."""
+        """Decodes the stored importances of a run: one per level of the stream; for factors, per survivor."""
         importance = self.entry.importance
         assert importance is not None
         if importance.over == "factors":
@@ -208,7 +213,7 @@ class TensorDecoder:
 
 
 def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The number of the scale factor of each position."""
+    """Returns the index of the scale factor of each position."""
     assert entry.scale is not None
     if entry.scale.per == "tensor":
         return np.zeros(len(positions), np.int64)
@@ -216,12 +221,16 @@ def scale_index(entry: TensorEntry, positions: NDArray[np.int64]) -> NDArray[np.
         return positions // entry.columns
     if entry.scale.per == "column":
         return positions % entry.columns
-    # A size may be greater than int64 holds; positions are below 2^48.
+    # The size of a group may exceed int64. Positions are below 2^48, so the minimum gives the same result.
     return positions // min(entry.scale.size, MAX_POSITIONS)
 
 
 def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
-    """Checks the values that the vector chunk gives."""
+    """Checks the values of the vectors.
+
+    Raises:
+        InvalidFileError: by R-QNT-005, R-QNT-006, R-QNT-007, R-SCL-004, R-SCL-006, R-IMP-004 or R-IMP-005.
+    """
     for name in ("fingerprint centroids", "importance centroids"):
         if name in vectors:
             require_centroids(vectors[name])

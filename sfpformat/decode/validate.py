@@ -1,4 +1,4 @@
-"""Validating a file (SPEC.md chapters 20, 22): every fault that can be met, and whether it is canonical."""
+"""Validates a file (SPEC.md chapters 20, 22): reports all faults, and whether the file is canonical."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Report:
-    """What a validator found.
+    """The result of `validate`.
 
     Attributes:
-        faults: every fault met, in the order of the file.
-        notes: why a file without faults is not canonical; each begins with a clause in brackets.
-        tensors: how many tensors were looked at.
+        faults: every fault, in file order.
+        notes: reasons why a file without faults is not canonical; each begins with a clause in brackets.
+        tensors: number of tensors that were checked.
         bytes: length of the file.
-        not_finite: name of a tensor -> how many of its weights a lossy quantiser decodes to an infinity or a
-            NaN. The format allows it; the weights were finite, so a writer lost them.
+        not_finite: tensor name -> how many of its weights a lossy quantiser decodes to an infinity or a NaN.
+            The format allows this. Such weights were finite before, so the writer lost them.
     """
 
     faults: list[FileFault] = field(default_factory=list)
@@ -50,12 +50,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether a reader accepts the file."""
+        """Whether the file has no faults, so that a reader accepts it."""
         return not self.faults
 
     @property
     def canonical(self) -> bool:
-        """Whether the file is the one encoding of its contents under its writer's choices."""
+        """Whether the file is canonical: the only encoding of its contents with its writer's choices."""
         return not self.faults and not self.notes
 
 
@@ -66,20 +66,20 @@ def validate(
     engine: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Checks structure and checksums, decodes everything, and tells whether the file is canonical.
+    """Checks structure and checksums, decodes all tensors, and checks whether the file is canonical.
 
-    Of a model in shards the index and all shards are looked at; faults and notes name the shard.
+    For a model in shards, checks the index and all shards. Faults and notes then name the shard.
 
     Args:
-        readable: as `sfpformat.open` takes it.
-        limits: what the file may claim.
+        readable: as in `sfpformat.open`.
+        limits: the limits of the reader.
         engine: as in `sfpformat.open`.
-        progress: called with the bytes done and the bytes of the file, now and then.
+        progress: called with the bytes done and the total bytes, after each tensor and at the end.
 
     Raises:
         OSError: the file cannot be read. Faults of the file are reported, not raised.
-        OptionError: as `sfpformat.open`.
-        SafetensorsError: an index is not the JSON that it should be.
+        OptionError: as in `sfpformat.open`.
+        SafetensorsError: an index is not valid JSON of the expected form.
     """
     if isinstance(readable, (str, os.PathLike)):
         readable = model_path(readable)
@@ -107,22 +107,22 @@ def validate(
 
 
 def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
-    """Whether the shards have what an index says (SPEC.md chapter 18).
+    """Checks that the shards have the tensors that an index lists (SPEC.md chapter 18).
 
-    Faults inside the shards are left to `validate`; of a shard without a readable directory nothing is said.
+    Does not check the contents of the shards; `validate` does. Skips a shard whose directory is not readable.
 
     Args:
         path: of the index.
-        limits: what a shard may claim.
+        limits: the limits of the reader.
 
     Returns:
-        What is wrong, and the names of the shards.
+        The report, and the names of the shards.
 
     Raises:
-        SafetensorsError: the index is not the JSON that it should be.
-        OSError: it, or a shard, cannot be read.
+        SafetensorsError: the index is not valid JSON of the expected form.
+        OSError: the index or a shard cannot be read.
     """
-    from .shards import ShardIndex  # most files are no shards
+    from .shards import ShardIndex  # lazy: most models have one file
 
     report = Report(bytes=path.stat().st_size)
     try:
@@ -143,7 +143,7 @@ def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report,
 
 
 def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Progress | None) -> Report:
-    """`validate` of an index and its shards."""
+    """Validates an index and its shards."""
     whole, names = validate_index(path, limits)
     shards = [path.with_name(name) for name in names]
     sizes = [shard.stat().st_size for shard in shards]
@@ -169,7 +169,7 @@ def _validate_model(path: Path, limits: Limits, engine: str | None, progress: Pr
 
 
 def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> list[FileFault]:
-    """The first fault, and those of other tensor entries where the directory could be read at all."""
+    """Returns the first fault, and the faults of all tensor entries if the directory can be parsed."""
     source = open_source(readable)
     try:
         preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
@@ -188,7 +188,10 @@ def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> l
 
 
 def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
-    """Decodes a tensor chunk by chunk; a fault in one does not hide those of the next."""
+    """Decodes a tensor chunk by chunk and adds its faults and notes to the report.
+
+    Continues after a fault in a chunk, so that faults in later chunks are reported too.
+    """
     try:
         with placed(tensor=entry.name):
             file.limits.require_tensor(
@@ -219,7 +222,11 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
 
 
 def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _StreamUsage]) -> int:
-    """Decodes a chunk; gives how many weights of a lossy quantiser are not finite."""
+    """Decodes all streams of a chunk and counts their symbols.
+
+    Returns:
+        How many weights are not finite if the quantiser is lossy, else 0.
+    """
     segments = np.diff(decoder.entry.segments_of_chunk(chunk.k))[0]
     values = decoder.values(chunk, 0, int(segments))
     if chunk.index is None:
@@ -240,7 +247,7 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
 
 
 class _StreamUsage:
-    """What occurs in a stream: its symbols by code, its classes, its levels, the order of its codes."""
+    """Counts what a stream uses: symbols of each code, levels, trims, and the order in which codes occur."""
 
     def __init__(self, table: CodeTable) -> None:
         self.table = table
@@ -249,7 +256,7 @@ class _StreamUsage:
         self.first_use: list[int] = []
         self.numbers: Histogram = np.zeros(0, np.int64)
         self.levels = 0
-        self.trims: tuple[int, int] | None = None  # the sum of those written, and of the greatest possible
+        self.trims: tuple[int, int] | None = None  # sums of the written trims and of the greatest possible
 
     def add(self, levels: NDArray[np.uint64], counts: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
         """Counts the levels of a chunk."""
@@ -268,14 +275,14 @@ class _StreamUsage:
     def add_trims(
         self, levels: NDArray[np.uint64], counts: NDArray[np.int64], trims: NDArray[np.int64]
     ) -> None:
-        """Compares the trims of a chunk with the greatest possible."""
+        """Adds the written trims of a chunk, and the greatest possible ones."""
         residuals = levels - self.table.first[self.table.class_of(levels)]
         possible = greatest_trims(residuals, counts, self.table.least_extra)
         before = self.trims or (0, 0)
         self.trims = before[0] + int(trims.sum()), before[1] + int(possible.sum())
 
     def notes(self) -> Iterator[tuple[str, str]]:
-        """What is not canonical in the stream's table."""
+        """Yields each clause that the stream's table breaks, with the reason."""
         table = self.table
         if self.trims is not None and (self.trims[0] != self.trims[1] or not self.trims[0]):
             yield "R-CAN-009", f"trims of {self.trims[0]} bits, {self.trims[1]} possible"
