@@ -1,1 +1,1 @@
-"""Files: reading at any place, writing that keeps the old file until the new one is whole, threads."""
+"""Input and output: positional reads, atomic writes, safetensors files, checksums, threads."""

@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all.
+"""Atomic file writes: a file appears complete or not at all.
 
-Rules: a new file is made beside its target, under a random name that no file has. It takes owner, group,
-access list and mode of the file that it replaces; where there is none, those of any new file. Symbolic links
-are followed; other hard links to a replaced file keep the old contents. After an error nothing is left; a
-process that is killed by SIGKILL leaves its ``.NAME.….partial``.
+Rules: a new file is written in the folder of its target, under a random name that no file has. It gets the
+owner, group, access list and mode of the file that it replaces; without one, those of any new file. Symbolic
+links are followed. Other hard links to a replaced file keep the old contents. An error removes the temporary
+file; SIGKILL leaves it as ``.NAME.….partial``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .filesystem import beside, create, creation_mode, remove, rename, sync, tak
 
 
 def real_target(target: str | os.PathLike[str]) -> Path:
-    """The path that a new file will take, links followed.
+    """Returns the final path of a new file: the target with symbolic links resolved.
 
     Raises:
-        OptionError: something else than a file is there.
+        OptionError: the path exists and is not a file.
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
@@ -32,24 +32,24 @@ def real_target(target: str | os.PathLike[str]) -> Path:
 
 
 class AtomicFile:
-    """A temporary file beside its target, which it replaces in one step when it is committed.
+    """A temporary file in the folder of its target. `commit` replaces the target in one step.
 
     Attributes:
-        target: the path that it takes.
-        path: where it is until then.
-        file: open for writing, empty at first.
+        target: the final path.
+        path: the path of the temporary file.
+        file: the temporary file, open for writing, empty at first.
     """
 
     def __init__(self, target: Path, *, path: Path | None = None) -> None:
-        """Makes the temporary file.
+        """Creates the temporary file.
 
         Args:
-            target: the path that it will take, links followed.
-            path: where it is until then, for a caller that keeps others from writing there; what a process
-                that was killed left is overwritten. None for a random name.
+            target: the final path, links resolved.
+            path: the path of the temporary file; an old file there is overwritten. The caller must prevent
+                other processes from writing there. None for a random name.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the temporary file cannot be created.
         """
         self.target = target
         mode = creation_mode(target)
@@ -64,7 +64,7 @@ class AtomicFile:
                 return
 
     def finish(self) -> None:
-        """Makes what was written last, and closes the file; only its name is missing."""
+        """Copies the target's attributes, syncs the file to disk and closes it. Does not rename it."""
         self.file.flush()
         take_attributes(self.file.fileno(), self.target)
         sync(self.file.fileno())
@@ -76,7 +76,7 @@ class AtomicFile:
         rename(self.path, self.target)
 
     def abort(self) -> None:
-        """Removes the file; the target is as it was."""
+        """Removes the temporary file. The target is unchanged."""
         with contextlib.suppress(OSError):
             self.file.close()
         remove(self.path)
@@ -84,14 +84,16 @@ class AtomicFile:
 
 @contextlib.contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the target's name at the end of the block; after an error nothing is left.
+    """Context manager that writes a new file and replaces the target at the end of the block.
+
+    An error in the block removes the new file.
 
     Args:
         target: its path; links are followed.
 
     Raises:
-        OptionError: something else than a file is there.
-        OSError: it cannot be written; the target is as it was.
+        OptionError: the target exists and is not a file.
+        OSError: the file cannot be written. The target is unchanged.
     """
     new = AtomicFile(real_target(target))
     try:
@@ -103,20 +105,20 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 class ReplacedTogether:
-    """New files that take their names together, and the index that lists them; a context manager.
+    """Context manager that writes several files and the index that lists them, and replaces all together.
 
-    See `take_names`; after an error before that all is as it was.
+    The end of the block calls `take_names`. An error before that removes the new files and changes nothing.
     """
 
     def __init__(self, index: Path) -> None:
-        """Begins with the index.
+        """Creates the temporary file of the index.
 
         Args:
-            index: its path; links are followed.
+            index: path of the index; links are followed.
 
         Raises:
-            OptionError: something else than a file is there.
-            OSError: its temporary file cannot be made.
+            OptionError: the path exists and is not a file.
+            OSError: the temporary file cannot be created.
         """
         self._new = [AtomicFile(real_target(index))]
 
@@ -126,11 +128,11 @@ class ReplacedTogether:
         return self._new[0].file
 
     def add(self, target: str | os.PathLike[str]) -> BinaryIO:
-        """Another new file, open for writing.
+        """Creates another new file and returns it, open for writing.
 
         Raises:
-            OptionError: something else than a file is there.
-            OSError: its temporary file cannot be made.
+            OptionError: the target exists and is not a file.
+            OSError: the temporary file cannot be created.
         """
         self._new.append(AtomicFile(real_target(target)))
         return self._new[-1].file
@@ -155,13 +157,14 @@ _Pair = tuple[Path, Path]
 
 
 def take_names(files: Sequence[_Pair], index: _Pair) -> None:
-    """Gives synced files their names, and last the index that lists them.
+    """Renames synced files to their final names, and the index that lists them last.
 
-    An old index goes before the first old file does, so that a mixture is never taken for a model; where the
-    first file cannot be renamed, the index comes back, and all is as it was.
+    If a target and the index exist, the old index is moved away first, so that a mixture of old and new files
+    is never read as a model. If the first file cannot be renamed, the old index is restored, and nothing has
+    changed.
 
     Args:
-        files: where each is, and the path that it takes.
+        files: the current path and the final path of each file.
         index: the same for the index.
 
     Raises:

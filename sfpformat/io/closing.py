@@ -1,4 +1,4 @@
-"""Context managers that close what they opened."""
+"""Base class of context managers that close themselves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Self
 
 
 class Closing(ABC):
-    """Something with `close`, which the end of a ``with`` block calls."""
+    """Base class: the end of a ``with`` block calls `close`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what is open."""
+        """Releases resources."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""Steps of writing a file safely, on file systems that lack some of the calls.
+"""System calls for writing files safely, on file systems that lack some of them.
 
-Rules: a call that a file system does not have (a sync of a folder, a lock, a change of the mode) is done
-without; every other error is raised. Nothing here touches the umask of the process.
+Rules: if a file system does not support a call (sync of a folder, lock, change of mode), the call is skipped.
+Every other error is raised. Nothing here changes the umask of the process.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import BinaryIO
 
 from ..errors import SfpError, SfpWarning
 
-# What file systems answer to calls that they do not have.
+# Errors of file systems for calls that they do not support.
 _ABSENT = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
-# The same, or that they do not let this user do it.
+# The same, and errors for calls that this user is not permitted.
 _NOT_ALLOWED = _ABSENT | {errno.EPERM, errno.EACCES}
 _NO_LOCKS = _ABSENT | {errno.ENOLCK}
-# Network file systems refuse a rename so while another process has the target open.
+# Errors of network file systems for a rename while another process has the target open.
 _BUSY = frozenset((errno.EBUSY, errno.EACCES, errno.ETXTBSY))
 _WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts to rename
 _MODE_BITS = 0o777
@@ -37,13 +37,13 @@ class LockedFileError(SfpError):
 
 
 class UnnamedFileError(OSError):
-    """A file is complete, but could not take its name; it is kept for the next run of the same job."""
+    """A file is complete but could not be renamed. It is kept for the next run of the same job."""
 
 
 def beside(target: Path, suffix: str, *, prefix: str = "") -> Path:
-    """The path of a file that belongs to a target: its name with prefix and suffix.
+    """Returns the path of a file in the target's folder: the target's name with prefix and suffix.
 
-    Where that is longer than a name can be, the target's name is cut and a hash of it added.
+    If that is longer than a file name may be, the target's name is cut and a hash of it is added.
     """
     name = prefix + target.name + suffix
     if len(os.fsencode(name)) > _LONGEST_NAME:
@@ -54,42 +54,42 @@ def beside(target: Path, suffix: str, *, prefix: str = "") -> Path:
 
 
 def create(path: Path, flags: int, mode: int) -> int:
-    """A descriptor of a file that is made where it is not there; a symbolic link is not followed.
+    """Opens a file, creates it if it does not exist, and returns its descriptor.
 
     Args:
         path: of the file.
         flags: of `os.open`, such as ``os.O_WRONLY | os.O_EXCL``.
-        mode: of a file that is made, less the umask.
+        mode: of a new file, less the umask.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or is a symbolic link.
     """
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
 
 def creation_mode(target: Path, like: Path | None = None) -> int:
-    """The mode to make a new file with: any new file's, or private where it is to replace another."""
+    """Returns the mode with which to create a new file: the default, or private if it replaces a file."""
     return 0o666 if _replaced(target, like) is None else 0o600
 
 
 def _replaced(target: Path, like: Path | None) -> Path | None:
-    """The file whose owner and mode a new one takes."""
+    """Returns the file whose attributes a new file gets: the first of ``like`` and ``target`` that exists."""
     return next((path for path in (like, target) if path is not None and path.exists()), None)
 
 
 def take_attributes(file: int, target: Path, like: Path | None = None) -> None:
-    """Gives a new file owner, group, access list and mode of the file that it replaces, as far as is allowed.
+    """Copies owner, group, access list and mode of the replaced file to a new file, as far as permitted.
 
-    Nobody gets more than the old file gave: where the group or the access list cannot be kept, the group gets
-    no more than all others. Without an old file nothing changes.
+    Grants nobody more than the old file did: if the group or the access list cannot be kept, the group gets
+    at most the rights of all others. Changes nothing if there is no old file.
 
     Args:
         file: the descriptor of the new file.
-        target: the path that it will take.
-        like: the file to take them from, where it exists; else ``target``.
+        target: its final path.
+        like: the file from which to copy, if it exists; else ``target``.
 
     Raises:
-        OSError: an error that is none of permission.
+        OSError: an error other than a missing permission or an unsupported call.
     """
     path = _replaced(target, like)
     if path is None:
@@ -121,7 +121,7 @@ def _allowed_to_change_owner(file: int, user: int, group: int) -> bool:
 
 
 def _copied_access_list(source: Path, file: int) -> bool:
-    """Whether a file has the POSIX access list of another now, or neither has one."""
+    """Copies the POSIX access list, or removes it if the source has none. Returns whether that worked."""
     if sys.platform != "linux":
         return True
     try:
@@ -139,7 +139,7 @@ def _copied_access_list(source: Path, file: int) -> bool:
 
 
 def sync(file: int) -> None:
-    """Makes the contents of a file last, where the file system can."""
+    """Syncs the contents of a file to disk, if the file system supports it."""
     try:
         os.fsync(file)
     except OSError as error:
@@ -148,10 +148,11 @@ def sync(file: int) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Gives a synced file its name in one step, and makes the step last.
+    """Renames a synced file in one step, and syncs the folder. Retries while the target is busy.
 
     Raises:
-        OSError: the target is as it was; or, where the message says so, it is replaced.
+        OSError: the rename failed, and the target is unchanged; or the folder could not be synced, and the
+            target is replaced, as the message says.
     """
     own = os.stat(source)
     for wait in (*_WAITS, None):
@@ -159,7 +160,7 @@ def rename(source: Path, target: Path) -> None:
             os.replace(source, target)
             break
         except OSError as error:
-            if _is_at(target, own):  # a server did it, and its answer was lost
+            if _is_at(target, own):  # a server renamed it, but its answer was lost
                 break
             if wait is None or error.errno not in _BUSY:
                 raise
@@ -175,7 +176,7 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes the names in the folder of a path last, where the file system can and lets this user."""
+    """Syncs the folder of a path, if the file system supports it and permits it."""
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -189,7 +190,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file that is not wanted any more, if it is there; a warning says where that failed."""
+    """Removes a file if it exists. Warns on failure instead of raising."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -199,25 +200,25 @@ def remove(path: Path) -> None:
 
 
 def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
-    """The file, made where it is not there, open for reading and writing, and locked until it is closed.
+    """Opens a file for reading and writing, and locks it until it is closed. Creates it if needed.
 
     Args:
-        path: of the file, which is no symbolic link.
-        mode: of a file that is made, less the umask.
+        path: of the file; not a symbolic link.
+        mode: of a new file, less the umask.
 
     Returns:
-        The file, and whether it is locked. Some file systems have no locks; a warning says so.
+        The file, and whether it is locked. On a file system without locks it is not, and a warning says so.
 
     Raises:
-        LockedFileError: another process has it.
-        OSError: it cannot be opened.
+        LockedFileError: another process holds the lock.
+        OSError: the file cannot be opened.
     """
     while True:
         number, made = _open_or_make(path, mode)
         file = os.fdopen(number, "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have renamed or removed the file between our two steps.
+            # Another process may have renamed or removed the file between open and lock.
             if _is_at(path, os.fstat(file.fileno())):
                 return file, True
         except BlockingIOError:
@@ -240,7 +241,7 @@ def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
 
 
 def _open_or_make(path: Path, mode: int) -> tuple[int, bool]:
-    """A descriptor for reading and writing, and whether the file was made."""
+    """Returns a descriptor for reading and writing, and whether the file was created."""
     try:
         return create(path, os.O_RDWR | os.O_EXCL, mode), True
     except FileExistsError:

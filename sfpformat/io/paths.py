@@ -1,4 +1,4 @@
-"""Which file a path means: the path of a file or of an index of shards, or a folder that has one of these."""
+"""Resolves the path of a model: a file, an index of shards, or a folder that has exactly one of these."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.sfp", re.DOTALL)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is named as the index of a model in shards."""
+    """Whether a path has the suffix of an index of shards."""
     return os.fspath(path).endswith(INDEX_SUFFIX)
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
-    """The file or index that a path means: what it names, or the one model that a folder has.
+    """Returns the path of the file or index: the path itself, or the only model in the folder.
 
     Raises:
         OptionError: a folder has no `.sfp` model, or several.
@@ -37,7 +37,7 @@ def model_path(path: str | os.PathLike[str]) -> Path:
 
 
 def models_in(folder: Path) -> list[str]:
-    """The names of a folder's indices, and of its `.sfp` files that are no shards of theirs, ascending."""
+    """Returns the names of a folder's indices and of its `.sfp` files, without their shards, ascending."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indices = {name for name in names if name.endswith(SUFFIX + INDEX_SUFFIX)}
     files = {name for name in names if name.endswith(SUFFIX) and not _is_of(name, indices)}
@@ -45,6 +45,6 @@ def models_in(folder: Path) -> list[str]:
 
 
 def _is_of(name: str, indices: set[str]) -> bool:
-    """Whether a file is named as a shard of one of the indices."""
+    """Whether a file has the name of a shard of one of the indices."""
     shard = _SHARD.fullmatch(name)
     return shard is not None and shard[1] + SUFFIX + INDEX_SUFFIX in indices

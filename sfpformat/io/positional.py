@@ -1,4 +1,4 @@
-"""Files read at any place, from any thread."""
+"""Positional reads of files, from any thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PositionalFile(Closing):
     """A file read by `os.preadv`: no shared position, and no mapped pages that count as memory.
 
     Attributes:
-        length: bytes that the file had when it was opened.
+        length: size of the file when it was opened, in bytes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -25,15 +25,15 @@ class PositionalFile(Closing):
             OSError: it cannot be opened.
         """
         self._file = FileIO(os.fspath(path))
-        weakref.finalize(self, self._file.close)  # a forgotten one is closed without a warning
+        weakref.finalize(self, self._file.close)  # no ResourceWarning if the caller does not close it
         self.length = os.fstat(self._file.fileno()).st_size
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fills a buffer from ``offset`` on; returns how many bytes there were, fewer only at the file's end.
+        """Fills a buffer with the bytes from ``offset``. Returns their number: fewer only at the file's end.
 
         Raises:
             ClosedFileError: the file was closed.
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if self._file.closed:
             raise ClosedFileError("the file is closed")
@@ -52,5 +52,5 @@ class PositionalFile(Closing):
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(OSError):  # all that was read is there
+        with contextlib.suppress(OSError):  # opened for reading only: an error loses no data
             self._file.close()

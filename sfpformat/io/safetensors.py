@@ -1,8 +1,8 @@
-"""Safetensors files: their header under bounds checks, one tensor at a time, and a streaming writer.
+"""Safetensors files: a header parser with bounds checks, a reader of single tensors, a streaming writer.
 
-Rules: nothing is mapped into memory, so that a checkpoint of any size costs the memory of its largest tensor.
-A file begins with the length of its header (u64, little-endian) and the header, a JSON object: tensor name ->
-dtype, shape and the place in the data, which fill the rest of the file without holes or overlaps.
+Rules: nothing is mapped into memory, so that reading needs memory for the largest tensor only. A file begins
+with the length of its header (u64, little-endian) and the header, a JSON object: tensor name -> dtype, shape
+and offsets in the data. The tensors fill the rest of the file without gaps or overlaps.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from .positional import PositionalFile
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
-# Of the dtypes that the two formats know, safetensors has all but this one.
+# The dtypes of `.sfp` that safetensors does not have.
 _NOT_IN_SAFETENSORS = frozenset({"C128"})
-# Dtypes of safetensors whose elements have fewer bits than a byte -> those bits. SPEC.md 25.1 reserves their
-# names; their tensors are held as the bytes that they are packed into.
+# Dtypes of safetensors with elements smaller than a byte -> bits per element. SPEC.md 25.1 reserves their
+# names. Their tensors are stored as U8 arrays of the packed bytes.
 SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 class SafetensorsError(SfpError):
-    """A safetensors file or index is damaged, or cannot hold what it was asked to hold."""
+    """A safetensors file or index is damaged, or the format cannot represent the data to write."""
 
 
 class SubByte(NamedTuple):
-    """What safetensors says of a tensor whose elements are smaller than a byte: a key of `SUB_BYTE_BITS`."""
+    """Dtype (a key of `SUB_BYTE_BITS`) and shape of a tensor whose elements are smaller than a byte."""
 
     dtype: str
     shape: tuple[int, ...]
 
     def as_bytes(self) -> tuple[int, ...] | None:
-        """The shape of its bytes, None where the last byte would not be full.
+        """Returns the shape of the packed bytes. None if the last byte would not be full.
 
-        It is that of the elements with a shorter last dimension where rows are whole bytes, else flat.
+        If rows are whole bytes, only the last dimension is shorter; else the shape is flat.
         """
         bits = SUB_BYTE_BITS[self.dtype]
         size = math.prod(self.shape) * bits
@@ -63,12 +63,12 @@ class SubByte(NamedTuple):
 
 
 class TensorSpec(NamedTuple):
-    """A tensor before its data are there.
+    """Name, dtype and shape of a tensor, without its data.
 
     Attributes:
         name: of the tensor.
         dtype, shape: of its array.
-        sub_byte: what the array's bytes stand for, where safetensors has a dtype for it and we have none.
+        sub_byte: dtype and shape in safetensors, if the array holds packed elements smaller than a byte.
     """
 
     name: str
@@ -78,7 +78,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Dtype and shape as safetensors has them."""
+        """Dtype and shape in safetensors, for messages."""
         dtype, shape = self.sub_byte or (self.dtype.name, self.shape)
         return f"{dtype} {list(shape)}"
 
@@ -90,10 +90,10 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a safetensors file says, checked.
+    """The checked header of a safetensors file.
 
     Attributes:
-        tensors: name -> what it is, in the order of the data.
+        tensors: name -> spec, in the order of the data.
         starts: name -> file offset of the tensor's first byte.
         metadata: the strings under ``__metadata__``.
         sha256: of the header's bytes, as hex.
@@ -109,14 +109,14 @@ class Header:
 
 
 def strict_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key comes twice and every number is an integer or finite.
+    """Parses a JSON object. Refuses duplicate keys, NaN and infinities.
 
     Args:
         data: UTF-8.
-        what: how errors call it.
+        what: name of the data in error messages.
 
     Raises:
-        SafetensorsError: it is not that.
+        SafetensorsError: the data are not such a JSON object.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
@@ -145,14 +145,14 @@ def _no_constant(word: str) -> None:
 
 
 def parse_header(data: bytes, data_bytes: int) -> Header:
-    """The header of a file.
+    """Parses and checks a header.
 
     Args:
         data: the header's bytes, without its length.
         data_bytes: how many bytes follow it in the file.
 
     Raises:
-        SafetensorsError: it is damaged, or the tensors do not fill the data exactly.
+        SafetensorsError: the header is damaged, or the tensors do not fill the data exactly.
     """
     fields = strict_json(data, "the safetensors header")
     metadata = _metadata(fields.pop(_METADATA, {}))
@@ -188,7 +188,7 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
 
 
 def _metadata(value: object) -> dict[str, str]:
-    if value is None:  # as the reference implementation has it
+    if value is None:  # the reference implementation accepts null
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise SafetensorsError(f"{_METADATA} of the safetensors header must map strings to strings")
@@ -224,7 +224,12 @@ def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) ->
 
 
 def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The header's length and the header, padded to a multiple of 8, for tensors in that order."""
+    """Returns the header's length and the header, padded to a multiple of 8 bytes, for tensors in this order.
+
+    Raises:
+        SafetensorsError: a name is reserved or repeated, safetensors does not have a dtype, or the header is
+            too long.
+    """
     fields: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for spec in specs:
@@ -244,7 +249,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> by
 
 
 def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """The tensors, wide elements first, so that every tensor lies at a multiple of its element's size."""
+    """Sorts tensors by element size, widest first, so that every tensor is aligned to its element size."""
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
@@ -252,13 +257,13 @@ def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 class SafetensorsFile(Closing):
-    """An open safetensors file; a context manager. Each tensor is read when it is asked for."""
+    """An open safetensors file; a context manager. Reads tensors on demand."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Reads and checks the header.
 
         Raises:
-            SafetensorsError: it is damaged.
+            SafetensorsError: the header is damaged.
             OSError: the file cannot be read.
         """
         self.path = Path(path)
@@ -286,10 +291,9 @@ class SafetensorsFile(Closing):
         self._file.close()
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """A tensor, in its dtype and shape (`ml_dtypes` gives BF16 and FP8), writable.
+        """Reads a tensor into a new, writable array. BF16 and FP8 have dtypes of `ml_dtypes`.
 
-        Any byte of a BOOL that is not 0 is true, as other readers have it; it becomes 1, with an
-        `SfpWarning`.
+        Bytes of a BOOL other than 0 and 1 become 1, with an `SfpWarning`. Other readers take them as true.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
@@ -308,7 +312,7 @@ class SafetensorsFile(Closing):
         return data.view(spec.dtype.numpy).reshape(spec.shape)
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
-        """``size`` bytes from ``offset`` on, straight into their array."""
+        """Reads ``size`` bytes from ``offset`` directly into a new array."""
         out = np.empty(size, np.uint8)
         if self._file.read_into(out.data, offset) != size:
             raise SafetensorsError("the file became shorter while it was read")
@@ -327,13 +331,13 @@ def write_tensors(
     """Writes a whole safetensors file, tensor by tensor.
 
     Args:
-        file: written from where it stands.
-        specs: what the tensors are, in the order of the data; `in_aligned_order` gives a good one.
-        metadata: strings of the caller's own.
-        arrays: the tensors in the same order; each is let go before the next is asked for.
+        file: written from its current position.
+        specs: the tensors, in the order of the data. `in_aligned_order` returns an aligned order.
+        metadata: the caller's strings.
+        arrays: the tensors in the same order. Each array is released before the next one is requested.
 
     Raises:
-        SafetensorsError: an array is not what its spec says, or there are too few or too many.
+        SafetensorsError: an array does not match its spec, or there are too few or too many arrays.
         OSError: the file cannot be written.
     """
     file.write(header_bytes(specs, metadata))

@@ -1,4 +1,4 @@
-"""Where a reader's bytes come from: a file, bytes, an mmap, or any seekable binary object."""
+"""Sources of a reader's bytes: a file, bytes, an mmap, or any seekable binary object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ClosedFileError, OptionError, fault
 from .positional import PositionalFile
 
-# More bytes in memory than these are not pickled.
+# The greatest size of a file in memory that is pickled, in bytes.
 MOST_PICKLED = 1 << 26
 
 Buffer = bytes | bytearray | memoryview
@@ -25,29 +25,30 @@ class Source(Protocol):
     length: int
 
     def read(self, offset: int, size: int) -> Buffer:
-        """``size`` bytes from ``offset`` on.
+        """Reads ``size`` bytes from ``offset``.
 
         Raises:
-            InvalidFileError: E_TRUNCATED when there are fewer; its offset is relative to ``offset``.
+            InvalidFileError: E_TRUNCATED if there are fewer; its offset is relative to ``offset``.
+            ClosedFileError: the source is closed.
         """
 
     def again(self) -> str | bytes:
-        """What opens the same source in another process: a path, or bytes that are not many.
+        """Returns what opens the same source in another process: a path, or at most `MOST_PICKLED` bytes.
 
         Raises:
-            OptionError: there is no such thing.
+            OptionError: the source is a stream, or has too many bytes in memory.
             ClosedFileError: the source is closed.
         """
 
     def close(self) -> None:
-        """Closes what the source itself opened."""
+        """Closes the file that the source opened. An object that the caller passed stays open."""
 
 
 def open_source(readable: Readable) -> Source:
-    """The source for what a reader was given.
+    """Returns the source for a path, bytes, or stream.
 
     Raises:
-        OptionError: it is no path, bytes or stream; or a stream of text, a pipe, write-only or closed.
+        OptionError: ``readable`` has another type, or is a text stream, a pipe, write-only or closed.
         OSError: it cannot be read.
     """
     if isinstance(readable, (str, os.PathLike)):
@@ -71,7 +72,7 @@ def _require_readable(stream: Any) -> None:
 
 
 def _is_buffer(value: object) -> bool:
-    """Whether a value gives its bytes without reading (an mmap has `read`, but is one)."""
+    """Whether a value supports the buffer protocol. An mmap does, although it also has `read`."""
     try:
         memoryview(cast(Buffer, value))
     except TypeError:
@@ -86,15 +87,15 @@ def _require_all(data: Buffer, size: int) -> Buffer:
 
 
 class _FileSource:
-    """A file of the source's own."""
+    """A file that the source opens and closes."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = os.path.abspath(path)  # another process may have another folder as its own
+        self._path = os.path.abspath(path)  # another process may have another working directory
         self._file = PositionalFile(path)
         self.length = self._file.length
 
     def read(self, offset: int, size: int) -> Buffer:
-        # Not a bytearray, which would be filled with zeros first.
+        # np.empty, because a bytearray would be filled with zeros first.
         view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
         return _require_all(view[: self._file.read_into(view, offset)], size)
 
@@ -108,7 +109,7 @@ class _FileSource:
 
 
 class _BufferSource:
-    """Bytes in memory; what is read is a view of them."""
+    """Bytes in memory. `read` returns a view, not a copy."""
 
     def __init__(self, view: memoryview) -> None:
         self._view: memoryview | None = view
@@ -134,7 +135,7 @@ class _BufferSource:
 
 
 class _ObjectSource:
-    """A seekable binary object; the caller's own, so it is not closed here."""
+    """A seekable binary object of the caller. `close` does not close it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream: BinaryIO | None = stream

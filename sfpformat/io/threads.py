@@ -1,4 +1,4 @@
-"""Work done for many items, in threads: numpy, compiled kernels and checksums let each other run."""
+"""Thread pools. Threads run in parallel because numpy, compiled kernels and checksums release the GIL."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ R = TypeVar("R")
 
 
 class Workers:
-    """Threads that work ahead of the caller, who takes the results in order. They start when first needed."""
+    """A thread pool that yields results in order and works a few items ahead. Starts at first use."""
 
     def __init__(self, threads: int = 1) -> None:
-        """Starts nothing.
+        """Starts no threads yet.
 
         Args:
-            threads: how many work side by side; with 1 the caller does the work.
+            threads: number of threads. With 1 the caller's thread does the work.
         """
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """What ``work`` gives for each item, in order; a few items are worked on ahead.
+        """Yields the result of ``work`` for each item, in order. Works a few items ahead.
 
-        A failure is raised in its turn, so what is raised does not depend on timing.
+        An exception is raised at the position of its item, so it does not depend on timing.
 
         Args:
             work: called from any of the threads.
-            items: gone through by the caller's thread.
+            items: iterated by the caller's thread.
         """
         rest = iter(items)
         first = list(islice(rest, 2))
@@ -54,22 +54,22 @@ class Workers:
                 future.cancel()
 
     def stop(self) -> None:
-        """Ends the threads, when what they are working on is done."""
+        """Waits for running work, cancels pending work, and ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
 
 def for_each(work: Callable[[T], object], items: Iterable[T], threads: int) -> None:
-    """Calls ``work`` with each item; the calling thread works too.
+    """Calls ``work`` with each item, in several threads. The calling thread works too.
 
-    Items are handed out in order. After a failure no more are; of several failures that of the first item is
-    raised, so what is raised does not depend on timing.
+    Items are started in order. After an exception no further item is started. If several items raise, the
+    exception of the first item is raised, so it does not depend on timing.
 
     Args:
         work: called from any of the threads.
-        items: gone through by one thread at a time.
-        threads: how many work side by side.
+        items: iterated by one thread at a time.
+        threads: number of threads, the calling thread included.
     """
     if threads <= 1:
         for item in items:
@@ -91,7 +91,7 @@ def for_each(work: Callable[[T], object], items: Iterable[T], threads: int) -> N
                     return
                 number, item = following
                 work(item)
-        except BaseException as error:  # KeyboardInterrupt too: it is raised again below
+        except BaseException as error:  # KeyboardInterrupt too: raised again below
             with lock:
                 failures.append((number, error))
 
