@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0.dev0"
 
-# Imported when they are first asked for: who only reads does without the encoder, a third of all modules.
+# Lazy, so that readers do not import the encoder, a third of all modules.
 _MODULE_OF = {
     "ShardedFile": ".decode.shards",
     "Writer": ".encode.writer",
     "steps_for_budget": ".encode.budget",
 }
 
-# Without `open`, which must not hide Python's own in ``from sfpformat import *``.
+# Without `open`: ``from sfpformat import *`` must not hide the built-in one.
 __all__ = [
     "DEFAULT_LIMITS",
     "PRESETS",
@@ -100,29 +100,30 @@ def open(
     engine: str | None = None,
     threads: int | None = None,
 ) -> SfpFile | ShardedFile:
-    """Opens an `.sfp` file, or a model in shards, for reading; only preamble and directory are read.
+    """Opens an `.sfp` file, or a model in shards, for reading. Reads only preamble and directory.
 
     Args:
         readable: the path of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
             exactly one of these; or bytes, an mmap, or any seekable binary object.
-        limits: what a file may claim before it is refused.
-        engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best there is; None takes the
+        limits: limits of the reader; a file that exceeds one is refused.
+        engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best available; None uses the
             environment variable ``SFPFORMAT_ENGINE``.
-        threads: how many may decode; None takes the number of cores.
+        threads: the greatest number of decoding threads; None uses the number of cores.
 
     Raises:
         InvalidFileError: the file is damaged.
-        UnsupportedError: it needs a version or feature that this reader does not know.
-        LimitError: it goes beyond a limit.
-        OptionError: a folder has no model or several; a stream that cannot be read at any place.
-        SafetensorsError: an index is not the JSON that it should be.
-        OSError: it cannot be read.
+        UnsupportedError: the file needs a version or feature that this reader does not have.
+        LimitError: the file exceeds a limit.
+        OptionError: the folder has no model or several; the stream is not readable or not seekable; or there
+            is no such engine.
+        SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
+        OSError: the file cannot be read.
     """
     return open_any(readable, limits=limits, engine=engine, threads=threads)
 
 
 def __getattr__(name: str) -> object:
-    """Imports the module that a name is from.
+    """Returns a lazy name: imports the module that defines it.
 
     Raises:
         AttributeError: there is no such name.

@@ -1,4 +1,4 @@
-"""The dtypes (SPEC.md chapter 25.1): one table for the codec, the doors to numpy and torch, and the tests."""
+"""The dtypes (SPEC.md chapter 25.1): one table for the codec, the numpy and torch APIs, and the tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Dtype:
     Attributes:
         name: as in the directory and in safetensors.
         bits: width of an element.
-        numpy: the numpy dtype (that of `ml_dtypes` where numpy has none), little-endian.
-        nonfinite: for the float types that can be coded, the first bit pattern, sign bit left out, that
-            is an infinity or a NaN; else None.
+        numpy: the numpy dtype, little-endian; a dtype of `ml_dtypes` if numpy has none.
+        nonfinite: for float types that can be coded, the first bit pattern, without the sign bit, that is an
+            infinity or a NaN; else None.
         widens_to: names of the dtypes that hold every finite value of this one.
     """
 
@@ -29,12 +29,12 @@ class Dtype:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return self.bits // 8
 
     @property
     def is_float(self) -> bool:
-        """Whether coding ``fingerprint`` takes it."""
+        """Whether coding ``fingerprint`` supports this type."""
         return self.nonfinite is not None
 
     @property
@@ -44,30 +44,38 @@ class Dtype:
 
     @property
     def exponent_bits(self) -> int:
-        """Bits of the exponent field of a float type."""
+        """Bits of the exponent field of a float type.
+
+        Raises:
+            ValueError: it is not a float type.
+        """
         if self.nonfinite is None:
             raise ValueError(f"{self.name} is not a float type")
         return {64: 11, 32: 8}.get(self.bits) or {"F16": 5, "BF16": 8, "F8_E4M3": 4, "F8_E5M2": 5}[self.name]
 
     def value_of(self, pattern: int) -> float:
-        """The number of a bit pattern of a float type."""
+        """Returns the value of a bit pattern of a float type."""
         return float(np.array(pattern, self.pattern).view(self.numpy))
 
     @property
     def greatest(self) -> float:
-        """The greatest finite number of a float type (SPEC.md 25.2)."""
+        """The greatest finite number of a float type (SPEC.md 25.2).
+
+        Raises:
+            ValueError: it is not a float type.
+        """
         if self.nonfinite is None:
             raise ValueError(f"{self.name} is not a float type")
         return self.value_of(self.nonfinite - 1)
 
     @property
     def least_normal(self) -> float:
-        """The least positive number of a float type that has all bits of its mantissa."""
+        """The least positive normal number of a float type."""
         return self.value_of(1 << (self.bits - 1 - self.exponent_bits))
 
     @property
     def least(self) -> float:
-        """The least positive number of a float type."""
+        """The least positive number of a float type, usually subnormal."""
         return self.value_of(1)
 
 
@@ -104,10 +112,10 @@ DTYPES: dict[str, Dtype] = {
 
 _BY_NUMPY: dict[np.dtype[np.generic], Dtype] = {d.numpy: d for d in DTYPES.values()}
 
-# The dtypes that scales, factors and exact importances may have (R-SCL-003, R-IMP-003).
+# The allowed dtypes of scales, factors and exact importances (R-SCL-003, R-IMP-003).
 FACTOR_DTYPES = ("F32", "F16", "BF16")
 
 
 def of_numpy(dtype: np.dtype[np.generic]) -> Dtype | None:
-    """The registered dtype of a numpy dtype of any byte order, or None."""
+    """Returns the registered dtype of a numpy dtype of any byte order, or None."""
     return _BY_NUMPY.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)

@@ -1,9 +1,9 @@
 """The errors of this package (SPEC.md chapter 20).
 
-Rules: every fault of a file is raised through `fault`, which takes the clause that the file breaks; the error
-code follows from the clause, by one table, and the class of the exception follows from the code. Code deep
-inside the codec knows neither the tensor nor where in the file it works: it gives offsets relative to the
-bytes that it was handed, and whoever handed them adds the place with `placed`.
+Rules: every fault of a file is created by `fault` from the clause that the file breaks. One table maps the
+clause to the error code, and the code determines the class of the exception. Inner code of the codec does not
+know the tensor or the file offset: its offsets are relative to the bytes that it was given. Its caller adds
+the tensor and the base offset with `placed`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from types import TracebackType
 _PACKAGE = __name__.partition(".")[0]
 
 
-# How many characters of a fault's words and of a name a message shows. A file may hold names of megabytes.
+# The greatest lengths of a fault's detail and of a name in a message. A file may have names of megabytes.
 MOST_DETAIL, MOST_NAME = 400, 120
 
 
 def shortened(text: str, most: int) -> str:
-    """A text, or of a long one its beginning and its end, ``most`` characters in all."""
+    """Returns a text shortened to ``most`` characters: its beginning, an ellipsis and its end."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
 
 
 class SfpError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class SfpWarning(UserWarning):
-    """Something was done, but not quite as asked or as well as usual; the command shows it in one line."""
+    """An operation succeeded, but differs from the request or is slower. The command prints one line."""
 
 
 def warn(message: str) -> None:
-    """Gives an `SfpWarning` that points to the caller outside of this package."""
+    """Issues an `SfpWarning` whose location is the first caller outside this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
@@ -42,14 +42,14 @@ def warn(message: str) -> None:
 
 
 class FileFault(SfpError):
-    """A file is not what SPEC.md asks for. Raised as one of the three subclasses.
+    """A file breaks a requirement of SPEC.md. Raised as one of the three subclasses.
 
     Attributes:
         code: one of the error codes of SPEC.md chapter 20, such as ``E_CRC``.
-        clause: the requirement that is broken, such as ``R-LAY-004``.
-        detail: what is wrong, in words; of any length, ``str()`` of the error shortens it.
+        clause: the broken requirement, such as ``R-LAY-004``.
+        detail: what is wrong, of any length; ``str()`` of the error shortens it.
         tensor: the tensor's name, or None.
-        offset: byte offset in the file, or None where there is no single place.
+        offset: byte offset in the file, or None if there is no single place.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class FileFault(SfpError):
         super().__init__(clause, detail)
 
     def place(self, tensor: str | None, base: int | None) -> None:
-        """Adds the tensor's name, where there is none yet, and the offset of the bytes at hand.
+        """Adds the tensor's name, if it is not set, and a base offset.
 
-        The fault's own offset is taken as relative to ``base``; without one, ``base`` is the place.
+        The fault's offset so far is relative to ``base``. If it is not set, ``base`` becomes the offset.
         """
         if tensor is not None and self.tensor is None:
             self.tensor = tensor
@@ -91,11 +91,11 @@ class UnsupportedError(FileFault):
 
 
 class LimitError(FileFault):
-    """The file goes beyond a limit in force; the limits can be raised by whoever trusts it."""
+    """The file exceeds a limit of the reader. Pass higher `Limits` if you trust the file."""
 
 
 class OptionError(SfpError, ValueError):
-    """A caller's argument is wrong, or does not fit the tensor that it is for."""
+    """An argument is invalid, or does not fit the tensor."""
 
 
 class UnknownPresetError(OptionError, KeyError):
@@ -113,11 +113,11 @@ class MissingTensorError(SfpError, KeyError):
 
 
 class MismatchError(SfpError, RuntimeError):
-    """What a file holds and what it is to go into do not fit together.
+    """The contents of a file do not match their destination: a module, an array, or a pickled file.
 
     Attributes:
-        missing: names that a module has and the file has not.
-        unexpected: names that the file has and the module has no use for.
+        missing: names that the module has and the file does not.
+        unexpected: names that the file has and the module does not.
     """
 
     def __init__(self, detail: str, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> None:
@@ -127,19 +127,19 @@ class MismatchError(SfpError, RuntimeError):
 
 
 class LossError(SfpError, ArithmeticError):
-    """A loss, or what calibration data give, is not finite; nothing can be learned from it."""
+    """A loss, or a result of calibration data, is not finite, so that training cannot continue."""
 
 
 class EngineError(SfpError, RuntimeError):
-    """The engine asked for is not available here; the message says why."""
+    """The requested engine is not available on this machine; the message gives the reason."""
 
 
 class ClosedFileError(SfpError, ValueError):
     """The file was closed."""
 
 
-# Clause -> error code, for every clause of SPEC.md whose breach a reader refuses. The test
-# `tests/format/test_spec.py` holds this table against SPEC.md.
+# Clause -> error code, for every clause of SPEC.md that a reader enforces. The test
+# `tests/format/test_spec.py` compares this table with SPEC.md.
 CODE_OF_CLAUSE: dict[str, str] = {
     clause: code
     for code, clauses in {
@@ -184,13 +184,13 @@ _CLASS_OF_CODE: dict[str, type[FileFault]] = {
 
 
 def fault(clause: str, detail: str, *, tensor: str | None = None, offset: int | None = None) -> FileFault:
-    """The exception for a file that breaks ``clause``, to be raised by the caller."""
+    """Returns the exception for a file that breaks ``clause``. The caller raises it."""
     error_class = _CLASS_OF_CODE.get(CODE_OF_CLAUSE[clause], InvalidFileError)
     return error_class(clause, detail, tensor=tensor, offset=offset)
 
 
 class placed:
-    """Context manager that does `FileFault.place` to faults raised inside."""
+    """Context manager that calls `FileFault.place` on a fault raised inside."""
 
     __slots__ = ("_base", "_tensor")
 

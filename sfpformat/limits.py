@@ -6,23 +6,27 @@ from dataclasses import dataclass, fields
 
 from .errors import OptionError, fault
 
-MAX_DEPTH = 200  # the directory is read by recursion, which Python bounds
+MAX_DEPTH = 200  # the parser of the directory is recursive, and Python limits recursion
 MAX_RANK = 64  # numpy's
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may claim before it is refused with ``E_LIMIT`` (R-LIM-002).
+    """The limits of a reader. A file that exceeds one is refused with ``E_LIMIT`` (R-LIM-002).
 
     Attributes:
         directory_bytes: length of the directory, in bytes.
-        depth: maps and arrays inside one another in the directory, the root being 1; 200 at most.
+        depth: nesting depth of maps and arrays in the directory, the root being 1; 200 at most.
         name_bytes: length of a tensor's name in UTF-8, in bytes.
         tensors: number of tensors.
         rank: number of dimensions of a tensor; 64 at most.
         tensor_bytes: size of one decoded tensor, in bytes.
-        expansion: decoded bytes of a tensor over its bytes in the file, for tensors above
+        expansion: ratio of a tensor's decoded bytes to its bytes in the file. Applies to tensors of more than
             ``expansion_floor`` decoded bytes.
+        expansion_floor: the size up to which ``expansion`` does not apply, in decoded bytes.
+
+    Raises:
+        OptionError: a limit is not a whole number of 0 or more, or ``depth`` or ``rank`` is too great.
     """
 
     directory_bytes: int = 1 << 26
@@ -43,7 +47,7 @@ class Limits:
             raise OptionError(f"depth can be raised to {MAX_DEPTH} at most, rank to {MAX_RANK}")
 
     def require(self, limit: str, value: int, offset: int | None = None) -> None:
-        """Raises `LimitError` when ``value`` is above the limit of that name."""
+        """Raises `LimitError` if ``value`` is above the limit of that name."""
         allowed: int = getattr(self, limit)
         if value > allowed:
             raise fault(
@@ -54,22 +58,27 @@ class Limits:
             )
 
     def require_tensor(self, decoded: int, stored: int, offset: int) -> None:
-        """Checks a tensor's decoded and stored sizes, in bytes, before memory is given to it.
+        """Checks a tensor's sizes before memory is allocated for it.
 
         Args:
-            offset: of the directory, which claims them.
+            decoded: size of the decoded tensor, in bytes.
+            stored: size of its chunks, in bytes.
+            offset: of the directory, which states the sizes.
+
+        Raises:
+            LimitError: a size is above a limit.
         """
         self.require("tensor_bytes", decoded, offset)
         if decoded > self.expansion_floor:
             self.require("expansion", -(-decoded // max(stored, 1)), offset)
 
     def require_written(self, limit: str, value: int, what: str) -> None:
-        """Refuses to write what readers with these limits would refuse (R-LIM-001).
+        """Raises if readers with these limits would refuse a file to be written (R-LIM-001).
 
         Args:
             limit: the name of a limit.
-            value: what the file would have.
-            what: names what is at fault, for the error.
+            value: the value in the file.
+            what: the object that exceeds the limit, for the message.
 
         Raises:
             OptionError: the value is above the limit.
@@ -83,7 +92,11 @@ class Limits:
             )
 
     def require_written_tensor(self, decoded: int, stored: int, what: str) -> None:
-        """`require_written` for a tensor's decoded and stored sizes, in bytes."""
+        """Calls `require_written` for a tensor's decoded and stored sizes, in bytes.
+
+        Raises:
+            OptionError: a size is above a limit.
+        """
         self.require_written("tensor_bytes", decoded, what)
         if decoded > self.expansion_floor:
             self.require_written("expansion", -(-decoded // max(stored, 1)), what)

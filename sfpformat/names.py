@@ -1,4 +1,4 @@
-"""Arguments keyed by the names of tensors: unknown names are refused, with the nearest known name."""
+"""Checks arguments keyed by tensor names. The error for an unknown name gives the nearest known name."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from .errors import MOST_NAME, OptionError, shortened
 
 T = TypeVar("T")
 
-# `difflib` needs about 10 µs a name, and time in proportion to the square of a length; a hint is not worth
-# seconds.
+# `difflib` takes about 10 µs per name, and its time grows with the square of the length. These bounds keep
+# the search for a hint well below seconds.
 _MOST_COMPARED = 20_000
 _LONGEST_COMPARED = 256
 
-# How many names a message lists before it only counts them.
+# The greatest number of names that a message lists. It counts the others.
 MOST_LISTED = 10
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant, or None where none is similar.
+    """Returns the known name that is most similar to an unknown one, or None if none is similar.
 
-    A name that differs in case alone comes first, then one that is the same but for whole parts before or
-    after it (``module.``, ``.weight``), then the most similar one by `difflib`.
+    A name that differs only in case has priority, then one that differs only by whole parts before or after
+    it (``module.``, ``.weight``), then the most similar one by `difflib`.
 
     Args:
-        name: unknown.
-        known: the names there are, in any order; among equally near ones the first is taken.
+        name: the unknown name.
+        known: the known names, in any order; the first of equally similar ones is returned.
     """
     candidates = list(known)
     folded = name.casefold()
@@ -47,26 +47,26 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_name(name: str, known: Iterable[str], kind: str = "tensor") -> str:
-    """The refusal of an unknown name: ``no tensor is named 'W'; the nearest is 'w'``.
+    """Returns the message for an unknown name: ``no tensor is named 'W'; the nearest is 'w'``.
 
     Args:
-        name: unknown.
-        known: the names there are.
-        kind: what the names are names of, a noun in the singular.
+        name: the unknown name.
+        known: the known names.
+        kind: the kind of object that the names denote, a singular noun.
     """
     hint = nearest(name, known)
     return f"no {kind} is named {quoted(name)}" + ("" if hint is None else f"; the nearest is {quoted(hint)}")
 
 
 def unmatched(pattern: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The refusal of a pattern of tensor names, as a shell's, that matches none.
+    """Returns the message for a shell-style pattern that matches no tensor name.
 
-    ``no tensor has a name like 'W'; the nearest is 'w'``, where the pattern is a plain name.
+    For a pattern without wildcards: ``no tensor has a name like 'W'; the nearest is 'w'``.
 
     Args:
-        pattern: that matches nothing.
-        known: the names there are.
-        aliases: other names of tensors -> the names that these are kept under.
+        pattern: the pattern without a match.
+        known: the known names.
+        aliases: other name of a tensor -> name under which it is stored.
     """
     said = f"no tensor has a name like {quoted(pattern)}"
     for other, kept in (aliases or {}).items():
@@ -79,17 +79,17 @@ def unmatched(pattern: str, known: Iterable[str], aliases: Mapping[str, str] | N
 def require_known(
     given: Iterable[str], known: Iterable[str], argument: str | None = None, kind: str = "tensor"
 ) -> None:
-    """Refuses names that name nothing.
+    """Raises if a name is not known.
 
     Args:
-        given: names that a caller gave.
-        known: the names there are.
-        argument: the caller's argument, with which the message begins.
-        kind: what the names are names of, a noun in the singular.
+        given: the names that the caller passed.
+        known: the known names.
+        argument: the name of the caller's argument; the message begins with it.
+        kind: the kind of object that the names denote, a singular noun.
 
     Raises:
-        OptionError: a given name is not known; the first one is named with the nearest known name, the rest
-            are listed up to `MOST_LISTED` and counted.
+        OptionError: a name is not known. The message gives the nearest known name for the first unknown name,
+            and lists up to `MOST_LISTED` others.
     """
     there = dict.fromkeys(known)
     unknown = [name for name in given if name not in there]
@@ -102,15 +102,15 @@ def require_known(
 
 
 def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argument: str) -> Mapping[str, T]:
-    """What a caller gave for some tensors by their names; nothing for None.
+    """Returns a mapping that is keyed by tensor names, after checking it. None becomes an empty mapping.
 
     Args:
-        given: by name.
-        known: the names there are.
-        argument: the caller's argument, for errors.
+        given: name -> value, or None.
+        known: the known names.
+        argument: the name of the caller's argument, for messages.
 
     Raises:
-        OptionError: it is no mapping, or a name is not known.
+        OptionError: it is not a mapping, or a name is not known.
     """
     if given is None:
         return {}
@@ -120,25 +120,25 @@ def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argumen
 
 
 def require_mapping(given: object, argument: str) -> None:
-    """Refuses what is no mapping.
+    """Raises if an argument is not a mapping.
 
     Raises:
-        OptionError: it is something else.
+        OptionError: it is not a mapping.
     """
     if not isinstance(given, Mapping):
         raise OptionError(f"{argument}: a {type(given).__name__} is no mapping")
 
 
 def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str) -> None:
-    """Refuses patterns of tensor names, as a shell's, that match nothing.
+    """Raises if a shell-style pattern matches no tensor name.
 
     Args:
-        patterns: that a caller gave.
-        known: the names there are.
-        argument: the caller's argument, with which the message begins.
+        patterns: the patterns that the caller passed.
+        known: the known names.
+        argument: the name of the caller's argument; the message begins with it.
 
     Raises:
-        OptionError: a pattern matches no name; it is named with the nearest known name.
+        OptionError: a pattern is not a string or matches no name. The message gives the nearest known name.
     """
     there = list(known)
     for pattern in patterns:
@@ -149,13 +149,13 @@ def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str
 
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
-    """Names for a message, quoted: the first ``most``, then how many more there are."""
+    """Returns quoted names for a message: the first ``most``, then the number of others."""
     said = ", ".join(map(quoted, names[:most]))
     return f"{said} and {len(names) - most:,} more" if len(names) > most else said
 
 
 def quoted(name: object, most: int = MOST_NAME) -> str:
-    """A name for a message: in quotes, and of a long one its beginning and its end."""
+    """Returns a quoted name for a message. A long name is shortened to its beginning and its end."""
     if not isinstance(name, str) or len(name) <= most:
         return repr(name)
     return f"{shortened(name, most)!r} ({len(name):,} characters)"

@@ -1,6 +1,6 @@
-"""The door to numpy: the functions that users of safetensors know, for `.sfp`.
+"""NumPy API: the functions of `safetensors.numpy`, for `.sfp`.
 
-What writes is imported when something is written: who only reads need not wait for the encoder.
+The encoder is imported at the first write, so that readers do not load it.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ def save_file(
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
-    """Writes tensors to a file; the file at ``path`` is replaced only when all went well.
+    """Writes tensors to a file. An old file at ``path`` is replaced only after a complete write.
 
     Args:
         tensors: name -> array, any shape, any dtype of the format (`ml_dtypes` for BF16 and FP8).
         path: of the file.
-        metadata: strings of the caller's own.
-        options: for all tensors, or for each by name; lossless where nothing is said. One `Options` that is
-            lossy reaches every float tensor; `options_for_weights` gives options for the weights alone.
+        metadata: the caller's strings.
+        options: one `Options` for all tensors, or name -> `Options`. None, and tensors that are not named,
+            mean lossless. A single lossy `Options` applies to every float tensor; `options_for_weights`
+            returns options for the weights alone.
         masks: name -> bool array of the tensor's shape, True for survivors.
         importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
-        limits: what readers allow; they need the same ones where these are not the default.
-        threads: how many may work; the bytes do not depend on it.
+        limits: limits of the readers. Readers need the same limits if these are not the default.
+        threads: the greatest number of threads; the bytes do not depend on it.
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
-        OptionError: what is asked does not fit a tensor, readers would refuse one by their limits, or a name
-            in an argument is no tensor's.
+        OptionError: an option does not fit its tensor, a tensor exceeds the limits, or a name in an argument
+            is not the name of a tensor.
         OSError: the file cannot be written.
     """
     from .encode.writer import Writer
@@ -77,7 +78,7 @@ def save(
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
-    """The bytes of a file; as `save_file`."""
+    """Returns the bytes of a file. Same arguments and errors as `save_file`."""
     from .encode.sink import MemorySink
     from .encode.writer import Writer
 
@@ -94,7 +95,7 @@ def load_file(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """All tensors of a file, by name, in the file's order.
+    """Reads all tensors of a file. Returns name -> array, in file order.
 
     Args:
         path: of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has one of
@@ -103,8 +104,8 @@ def load_file(
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
-        OptionError: a folder has no model or several.
-        SafetensorsError: an index is not the JSON that it should be.
+        OptionError: the folder has no model or several, or there is no such engine.
+        SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
     """
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
@@ -117,23 +118,26 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """All tensors of the bytes of a file; as `load_file`."""
+    """Reads all tensors of a file in memory. Returns name -> array, in file order, like `load_file`."""
     with SfpFile(data, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 
 def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]:
-    """Options by name, for the weights alone: what `sfp pack` changes by default.
+    """Returns name -> options for the weights of a model: the tensors that `sfp pack` changes by default.
 
-    These stay lossless: tensors of rank under 2 or of fewer than 4,096 elements; scales, zero points and
-    storage of weights that are quantised already; buffers, biases, gains of normalisations; tensors with
+    Other tensors stay lossless: those of rank below 2 or of fewer than 4,096 elements; scales, zero points
+    and storage of weights that are already quantised; buffers, biases, gains of normalisations; tensors with
     infinities, NaNs or values beyond float32.
 
     ``save_file(t, "m.sfp", options=options_for_weights(t, Options(quantiser="uniform", bits=4)))``
 
     Args:
-        tensors: all of a model: what a tensor is may depend on others.
-        options: for its weights.
+        tensors: all tensors of the model, because the role of a tensor may depend on others.
+        options: for the weights.
+
+    Raises:
+        OptionError: ``tensors`` is not a mapping.
     """
     from .encode.weights import has_values_beyond, options_for
 
@@ -143,7 +147,7 @@ def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]
 
 
 def _outlines(tensors: Arrays) -> Iterator[Outline]:
-    """The arrays whose dtypes the format knows, without their data."""
+    """Yields the outline (name, dtype, shape) of each array whose dtype the format has."""
     from .encode.weights import Outline
 
     for name, array in tensors.items():

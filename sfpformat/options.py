@@ -1,4 +1,4 @@
-"""What a caller can ask of the encoder. Every choice has a default; None leaves it to measured estimates."""
+"""Options of the encoder. Every option has a default. None lets the encoder choose by measured estimates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTISERS = ("lossless", "exact", "uniform", "table")
 MASKS = ("auto", "none", "runs", "octets")
 SCALES = ("tensor", "row", "column")
 WEIGHTED = ("root", "full")
-# Bits of a level, or of a position, that may be asked for.
+# The allowed range of bits per level or per position.
 BITS = (0.05, 32)
 ZEROS = ("keep", "positive")
 
@@ -38,7 +38,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _use_plain_numbers(options: ImportanceOptions | Options) -> None:
-    """Makes numbers of numpy Python's own, which a directory can hold."""
+    """Converts numpy numbers to Python numbers, which the directory can store."""
     for field in fields(options):
         value = getattr(options, field.name)
         if isinstance(value, Real) and hasattr(value, "item"):
@@ -50,11 +50,15 @@ class ImportanceOptions:
     """How an importance is stored.
 
     Attributes:
-        role: ``metadata`` (kept for fine-tuning and pruning again) or ``multiplier`` (enters reconstruction).
+        role: ``metadata`` (kept for fine-tuning and further pruning) or ``multiplier`` (multiplies the
+            weights).
         over: ``survivors`` or ``all``; ignored for an importance given as two factors.
-        quantiser: ``uniform`` with ``bits`` bits a level at most, or ``exact`` in ``dtype``.
-        bits: of ``uniform``: the greatest importance has the level 2^bits - 1.
-        dtype: of ``exact`` and of factors: ``F32``, ``F16`` or ``BF16``.
+        quantiser: ``uniform`` with at most ``bits`` bits per level, or ``exact`` in ``dtype``.
+        bits: for ``uniform``: the greatest importance has the level 2^bits - 1.
+        dtype: for ``exact`` and for factors: ``F32``, ``F16`` or ``BF16``.
+
+    Raises:
+        OptionError: a value is not allowed.
     """
 
     role: str = "metadata"
@@ -77,52 +81,57 @@ class Options:
     """How a tensor is encoded.
 
     Attributes:
-        coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for the float dtypes where it is smaller.
-        quantiser: ``lossless`` is ``exact``, or a ``table`` of all values where they are few; ``exact``;
-            ``uniform`` takes one of ``step``, ``bits``, ``budget``, ``error_db``; ``table`` takes
-            ``centroids`` or ``bits``. A tensor that takes no more bits without loss than as ``bits``,
-            ``budget``, ``error_db`` or a table ask for, or whose ``error_db`` no step meets, is kept
-            lossless; not with ``step`` or ``fixed_width``.
-        mantissa_bits: of ``exact``: how many top mantissa bits join the class (None: the smallest estimate).
-        narrow: of ``exact``: whether to look for a narrower dtype that holds all values.
-        trim: of ``exact``: whether segments may leave out mantissa bits that are all zero.
-        step: of ``uniform``: the step; with a ``scale`` in root mean squares of what shares a factor. Numbers
-            whose product would leave the tensor's dtype are lowered to the greatest that does not.
-        bits: of ``uniform``: about so many bits for the level of each survivor, its sign included and the
-            mask not; with the mask about so many a position at most, which counts where few are pruned: the
-            file is at most 1 % larger than without pruning (not so where a mask that is given takes more than
-            half of them alone).
-            Of ``table``: 2^(bits - 1) centroids.
-        budget: of ``uniform``: about so many bits a position for mask and levels together, index and tables
-            not.
-        error_db: at most this error, in dB and below 0: 10 log10 (mean squared error / mean square) of the
-            survivors as a reader gives them, before an importance multiplies them; weighed if ``weighted``.
-        centroids: of ``table``: how many magnitudes.
-        weighted: of ``uniform`` and ``table``: errors count by the importance that comes with the tensor
-            (``full``) or by its square root, or all alike (None). The root suits a Fisher information, which
-            tells of small errors only; ``python -m tests.figures.weighted`` compares them.
-        rate_weight: of ``uniform``: how much bits weigh against error when a weight lies between two levels;
-            0 rounds to nearest, 0.12 (about ln(2) / 6) gives the fewest bits at equal error.
-        scale: ``tensor``, ``row``, ``column``, the positions of a group, or None.
-        scale_dtype: of the factors.
+        coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for float dtypes if it is smaller.
+        quantiser: ``lossless`` is ``exact``, or a ``table`` of all values if there are few; ``exact``;
+            ``uniform`` needs one of ``step``, ``bits``, ``budget``, ``error_db``; ``table`` needs
+            ``centroids`` or ``bits``. A tensor is stored lossless if that takes no more bits than ``bits``,
+            ``budget``, ``error_db`` or a table would, or if no step reaches ``error_db``. Exceptions:
+            ``step`` and ``fixed_width`` are always lossy.
+        mantissa_bits: for ``exact``: number of top mantissa bits in the class. None: the smallest estimate.
+        narrow: for ``exact``: whether to search for a narrower dtype that represents all values.
+        trim: for ``exact``: whether segments may omit mantissa bits that are all zero.
+        step: for ``uniform``: the step. With a ``scale``, in units of the root mean square of the weights
+            that share a factor. A number whose weight would not be finite in the tensor's dtype is lowered to
+            the greatest one that is.
+        bits: for ``uniform``: about this many bits for the level of each survivor, with its sign, without the
+            mask. Also at most about this many bits per position with the mask, which matters if few positions
+            are pruned: the file is at most 1 % larger than without pruning. This second bound does not apply
+            if a given mask alone takes more than half of it.
+            For ``table``: 2^(bits - 1) centroids.
+        budget: for ``uniform``: about this many bits per position for mask and levels together, without index
+            and tables.
+        error_db: the greatest error, in dB, below 0: 10 log10 (mean squared error / mean square) of the
+            decoded survivors, before an importance multiplies them. Weighted if ``weighted`` is set.
+        centroids: for ``table``: number of magnitudes.
+        weighted: for ``uniform`` and ``table``: the weight of each error. ``full``: the importance of the
+            position. ``root``: its square root. None: all errors are equal. The root suits a Fisher
+            information, which is valid for small errors only; ``python -m tests.figures.weighted`` compares
+            them.
+        rate_weight: for ``uniform``: the weight of bits against error for a weight between two levels. 0
+            rounds to nearest; 0.12 (about ln(2) / 6) takes the fewest bits at equal error.
+        scale: ``tensor``, ``row``, ``column``, the number of positions in a group, or None.
+        scale_dtype: dtype of the scale factors.
         mask: the mask's kind, ``none``, or ``auto``.
-        polarity: of ``runs``: 1 codes survivors, 0 pruned positions, None whichever are fewer.
-        group: levels a symbol, 1 or 2, or None.
-        codes: the most codes that the segments of a stream may choose from, 1 to 16; None: up to 8.
-        code_limit: longest prefix code, at most 12; 8 suits the tables of a GPU.
-        fixed_width: of ``uniform`` and ``table``: one class each for mask and fingerprints, so that the mask
-            is a plain bitmap and all levels have as many bits (of a table, where the number of its centroids
-            is a power of two), and chunks of whole rows: what a product reads where it lies.
-        segment: positions a segment (a multiple of 32), or None.
-        segment_near: where ``segment`` is None: about how many, of whole rows or a whole part of a row where
-            that is possible; None: more the fewer survive.
-        chunk: positions a chunk, rounded to whole segments; fewer where readers would otherwise refuse a
-            large tensor of few bits, such as one of zeros, because it expands too far (`Limits.expansion`).
-        importance: how an importance that comes with the tensor is stored; None: it is not, and only weighs.
-        zeros: of float tensors: ``keep`` gives back -0 as -0, at the cost of about a bit for each zero where
-            both signs are common; ``positive`` writes +0 for -0, an equal number, so that all zeros are
-            pruned. What multiplies weights by a mask, as `torch.nn.utils.prune` does, leaves -0 where a
-            negative weight was.
+        polarity: for ``runs``: 1 codes survivors, 0 codes pruned positions, None codes the fewer of the two.
+        group: levels per symbol, 1 or 2, or None.
+        codes: the greatest number of codes for the segments of a stream, 1 to 16. None: up to 8.
+        code_limit: the greatest code length in bits, at most 12; 8 suits the tables of a GPU.
+        fixed_width: for ``uniform`` and ``table``: one class each for mask and fingerprints, and chunks of
+            whole rows. The mask is then a plain bitmap, and all levels have the same number of bits (for a
+            table, if its number of centroids is a power of two). Fused kernels multiply such data without
+            decoding it first.
+        segment: positions per segment (a multiple of 32), or None.
+        segment_near: if ``segment`` is None: about this many positions per segment, made of whole rows or an
+            equal part of a row if possible. None: more positions for fewer survivors.
+        chunk: positions per chunk, rounded to whole segments. Fewer if readers would otherwise refuse a large
+            tensor of few bits, such as one of zeros, because of `Limits.expansion`.
+        importance: how the importance of the tensor is stored. None: it is not stored, only used as weights.
+        zeros: for float tensors. ``keep`` preserves -0, which costs about one bit per zero if both signs are
+            common. ``positive`` writes +0 for -0, an equal number, so that all zeros are pruned. Code that
+            multiplies weights by a mask, like `torch.nn.utils.prune`, makes -0 of negative weights.
+
+    Raises:
+        OptionError: a value is not allowed, or options do not fit together.
     """
 
     coding: str = "auto"
@@ -217,45 +226,45 @@ class Options:
 
     @property
     def lossless(self) -> bool:
-        """Whether the survivors come back bit for bit (zeros as ``zeros`` says)."""
+        """Whether the survivors are bit-exact after decoding (except zeros if ``zeros`` is ``positive``)."""
         return self.quantiser in ("lossless", "exact")
 
     @property
     def is_plain(self) -> bool:
-        """Whether ``fixed_width`` is asked for and has a meaning."""
+        """Whether ``fixed_width`` is set and the quantiser is lossy."""
         return self.fixed_width and not self.lossless
 
     @property
     def may_be_lossless(self) -> bool:
-        """Whether a tensor that takes no more bits without loss is kept so: all but a step or a structure."""
+        """Whether a tensor is stored lossless if that takes no more bits: not with a step or fixed width."""
         return not self.lossless and self.step is None and not self.fixed_width
 
     def without_loss(self) -> Options:
-        """The same options with the quantiser ``lossless``."""
+        """Returns the same options with the quantiser ``lossless``."""
         none = dict.fromkeys(("step", "bits", "budget", "error_db", "centroids", "weighted", "scale"))
         return self.but(quantiser="lossless", **none)
 
     def but(self, **changes: Any) -> Options:
-        """The same options with some changed."""
+        """Returns a copy with some options changed."""
         return replace(self, **changes)
 
 
-# One code a stream, of codewords that an 8-bit look-up holds, and residuals of whole bytes; segments short
-# enough that a chunk has work for many lanes, each a part of a row.
+# One code per stream, with codewords that fit an 8-bit look-up table, and residuals of whole bytes. Segments
+# are short, so that a chunk has work for many lanes, and each is a part of a row.
 _GPU = Options(mantissa_bits=0, trim=False, group=1, codes=1, code_limit=8, segment_near=512)
 
 
 class _Presets(Mapping[str, Options]):
-    """Options by the name of a preset; read-only. The error for an unknown name lists the presets."""
+    """Read-only mapping: name of a preset -> options. The error for an unknown name lists the presets."""
 
     def __init__(self, presets: dict[str, Options]) -> None:
         self._presets = presets
 
     def __getitem__(self, name: str) -> Options:
-        """The options of a preset.
+        """Returns the options of a preset.
 
         Raises:
-            UnknownPresetError: there is none of that name.
+            UnknownPresetError: there is no preset of that name.
         """
         if name not in self._presets:
             raise UnknownPresetError(f"{unknown_name(name, self, 'preset')}; there are {', '.join(self)}")
@@ -274,28 +283,28 @@ class _Presets(Mapping[str, Options]):
 PRESETS: Mapping[str, Options] = _Presets(
     {
         "default": Options(),
-        # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. One code a stream: one
-        # look-up table to make and to keep in the cache; long segments: fewer beginnings and ends.
+        # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. One code per stream: one
+        # look-up table to build and to keep in the cache. Long segments: less overhead per segment.
         "speed": Options(mantissa_bits=0, group=1, codes=1, segment=3072),
-        # Two mantissa bits join the class.
+        # The class includes two mantissa bits.
         "size": Options(mantissa_bits=2, codes=16),
-        # Decoded on a GPU.
+        # For decoding on a GPU.
         "gpu": _GPU,
-        # Multiplied there without being decoded, where weights are quantised to 8 magnitudes.
+        # For multiplying on a GPU without decoding, if weights are quantised to 8 magnitudes.
         "fused": _GPU.but(fixed_width=True),
     }
 )
 
 
 def require_options(options: object, what: str) -> Options:
-    """Options that a caller gave.
+    """Returns the caller's options after checking their type.
 
     Args:
-        options: what was given; None means lossless.
-        what: they are, for errors, such as ``the options of 'w'``.
+        options: `Options`, or None for lossless.
+        what: name of the argument in messages, such as ``the options of 'w'``.
 
     Raises:
-        OptionError: they are something else.
+        OptionError: ``options`` has another type.
     """
     if options is None:
         return Options()
@@ -309,14 +318,15 @@ def require_options(options: object, what: str) -> Options:
 def options_by_name(
     options: Options | Mapping[str, Options] | None, names: Iterable[str]
 ) -> dict[str, Options]:
-    """The options of each tensor.
+    """Returns the options of each tensor.
 
     Args:
-        options: for all tensors, or for each by name; None, and a tensor not named, means lossless.
-        names: of all tensors.
+        options: one `Options` for all tensors, or name -> `Options`. None, and tensors that are not named,
+            mean lossless.
+        names: the names of all tensors.
 
     Raises:
-        OptionError: a key is no tensor's name, or a value is not Options.
+        OptionError: a key is not the name of a tensor, or a value is not `Options`.
     """
     names = list(names)
     if not isinstance(options, Mapping):
