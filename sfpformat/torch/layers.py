@@ -1,9 +1,9 @@
-"""Layers that keep the compressed bytes of their weight and decode it when they are called.
+"""Layers that hold their weight compressed and decode it when they are called.
 
-Rules: a layer keeps the face of its dense class, its hooks and its bias. Its weight is frozen: it is no
-parameter and has no gradient. ``layer.weight`` decodes it; what is written there is encoded into the layer
-(see `weight`). What a layer computes is, bit for bit, what the dense layer computes from the decoded weight;
-where a CUDA device multiplies without decoding, sums have an order of their own.
+Rules: a layer keeps the interface of its dense class, its hooks and its bias. Its weight is frozen: it is not
+a parameter and has no gradient. ``layer.weight`` decodes it; a write to it is encoded into the layer (module
+`weight`). The output equals that of the dense layer with the decoded weight, bit for bit. Exception: if a
+CUDA device multiplies without decoding, the order of the sums differs.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from .files import Device, require_device
 from .kept import KeptWeights
 from .weight import DecodedWeight
 
-# Kind of device -> whether autocast knows of it. Asked here: the compilers of some versions of torch cannot
-# trace the question.
+# Device type -> whether autocast supports it. Evaluated at import, because the compilers of some versions of
+# torch cannot trace the call.
 _AUTOCAST_IS_THERE: dict[str, bool] = {
     kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta", "mps", "xla", "xpu")
 }
 
-# Bytes that a layer had -> those that it has now, so that tied layers get the same ones again.
+# The previous bytes of a layer -> its current bytes, so that tied layers share the same tensor again.
 _now: MutableMapping[torch.Tensor, weakref.ref[torch.Tensor]] = WeakTensorKeyDictionary()
 
 
 class _Dense(NamedTuple):
-    """What `dense_states` is on for.
+    """The state of an active `dense_states`.
 
     Attributes:
-        layers: those that give decoded weights; None for all.
-        made: what they gave, so that tied weights stay one tensor.
+        layers: the layers that return decoded weights; None for all.
+        made: the returned weights, kept alive so that tied weights stay one tensor.
     """
 
     layers: Collection[Compressed] | None
@@ -67,7 +67,7 @@ _dense: ContextVar[_Dense | None] = ContextVar("dense states", default=None)
 
 @contextmanager
 def dense_states(layers: Collection[Compressed] | None = None) -> Iterator[None]:
-    """Lets ``state_dict`` give the decoded weights of these layers, or of all, as the dense model does."""
+    """Context in which ``state_dict`` returns decoded weights for these layers, or for all if None."""
     token = _dense.set(_Dense(layers, []))
     try:
         yield
@@ -76,19 +76,19 @@ def dense_states(layers: Collection[Compressed] | None = None) -> Iterator[None]
 
 
 class Compressed(nn.Module):
-    """What the compressed layers share.
+    """Base class of the compressed layers.
 
-    In a ``state_dict`` the weight has the name that it has in the dense model, ``weight``, and is its bytes:
-    a dense layer that is given them refuses their shape. ``load_state_dict`` takes bytes, or a dense weight,
-    which is encoded losslessly.
+    In a ``state_dict`` the weight has the same name as in the dense model, ``weight``, and its value is the
+    compressed bytes; a dense layer refuses them because of their shape. ``load_state_dict`` accepts bytes, or
+    a dense weight, which it encodes losslessly.
 
     Attributes:
-        weight_sfp: a buffer, uint8 [bytes]: an `.sfp` file with the weight alone; tied layers have the same.
+        weight_sfp: a buffer, uint8 [bytes]: an `.sfp` file with this weight alone. Tied layers share it.
         weight_shape: rows and columns.
-        weight_dtype: what the weight is converted to; `to` changes it.
-        weight_trains: whether the weight is to train again once the layer is dense.
-        kept: what keeps decoded weights.
-        layer_name: what messages call the layer; "" where it has no name.
+        weight_dtype: the dtype that the weight is converted to; `to` changes it.
+        weight_trains: whether the weight requires a gradient again when the layer becomes dense.
+        kept: the cache of decoded weights.
+        layer_name: the layer's name in messages; "" if it has none.
     """
 
     weight_sfp: torch.Tensor
@@ -99,7 +99,7 @@ class Compressed(nn.Module):
     layer_name: str
 
     def _begin(self, shape: tuple[int, int], dtype: torch.dtype, data: torch.Tensor) -> None:
-        """Sets what a layer has beside its dense class's attributes."""
+        """Sets the attributes that the dense class does not have, and registers the layer."""
         self.weight_shape = shape
         self.weight_dtype = dtype
         self.weight_trains = False
@@ -109,13 +109,13 @@ class Compressed(nn.Module):
         register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of copies and pickles."""
+        """Restores a copy or an unpickled layer, and registers it."""
         restore: Callable[..., object] = super().__setstate__
         restore(state)
         register(self)
 
     def title(self) -> str:
-        """What messages call the layer."""
+        """Returns the layer's name in messages."""
         if self.layer_name:
             return f"layer {self.layer_name!r}"
         rows, columns = self.weight_shape
@@ -125,16 +125,18 @@ class Compressed(nn.Module):
     def weight(self) -> Any:
         """The weight, [rows, columns], decoded when it is read.
 
-        Writes are encoded into this layer and those tied to it, losslessly: in-place functions, ``out=``,
-        elements, ``.data``, ``torch.nn.init``. Setting it gives this layer another weight: the weight of
-        another compressed layer is shared with it, other tensors are encoded. Inside ``torch.compile`` and
-        ``torch.export`` it is a plain copy. Writes there are lost without an error, as are those past torch,
-        through ``untyped_storage()`` and ``data_ptr()``: neither can be noticed.
+        Writes are encoded losslessly into this layer and the layers tied to it: in-place functions, ``out=``,
+        assignment to elements, ``.data``, ``torch.nn.init``. Assigning to ``layer.weight`` replaces the
+        weight
+        of this layer only: the weight of another compressed layer becomes shared, other tensors are encoded.
+        Inside ``torch.compile`` and ``torch.export`` the weight is a plain copy. Writes to that copy, and
+        writes through ``untyped_storage()`` or ``data_ptr()``, cannot be detected and are lost without an
+        error.
 
         Raises:
-            OptionError: what is written or set cannot reach the layer: it needs a gradient, is a Parameter,
-                or no matrix.
-            MismatchError: what is set has another shape.
+            OptionError: the assigned value requires a gradient, is a Parameter or is not a matrix; or a write
+                cannot be encoded into the layer.
+            MismatchError: the assigned value has another shape.
         """
         if torch.compiler.is_compiling():
             return self.decoded_weight()
@@ -145,7 +147,7 @@ class Compressed(nn.Module):
         if isinstance(value, DecodedWeight) and value.is_whole:
             self._share(value)
         elif packed.may_be_bytes(value):
-            self._buffers[BYTES] = value  # the bytes of a ``state_dict``, as ``functional_call`` gives them
+            self._buffers[BYTES] = value  # the bytes of a ``state_dict``, as ``functional_call`` passes them
         else:
             shape = require_matrix(value, self)
             if value.requires_grad and torch.is_grad_enabled():
@@ -161,22 +163,22 @@ class Compressed(nn.Module):
         raise OptionError(f"{self.title()} is compressed and has no weight to delete; use decompress_model")
 
     def _share(self, weight: DecodedWeight) -> None:
-        """Has the weight of another compressed layer, or one that this layer had before."""
+        """Takes over the weight of another compressed layer, or an earlier weight of this layer."""
         decoded = weight.decoded
         take(self, decoded.data, decoded.shape, decoded.dtype)
 
     def decoded_weight(self) -> torch.Tensor:
-        """The weight as a plain tensor of its own, on the layer's device."""
+        """Returns a decoded copy of the weight as a plain tensor, on the layer's device."""
         copied: torch.Tensor = operators.decode(
             self.weight_sfp, self.weight_shape, self.weight_dtype, self.kept.token
         )
         return copied
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in any module, but for the weight.
+        """Registers a parameter. A `DecodedWeight` given as ``weight`` is shared with this layer instead.
 
         Raises:
-            OptionError: a Parameter is to be, or to hide, the weight.
+            OptionError: the weight would become a Parameter, or be hidden by one.
         """
         if isinstance(param, DecodedWeight) and param.is_whole and name == "weight":
             self._share(param)
@@ -189,10 +191,10 @@ class Compressed(nn.Module):
             super().register_parameter(name, param)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As in any module, but the weight cannot train.
+        """Freezes the bias, and keeps the weight frozen when the layer becomes dense again.
 
         Raises:
-            OptionError: it should.
+            OptionError: ``requires_grad`` is true; the weight cannot train.
         """
         if requires_grad:
             raise OptionError(
@@ -204,7 +206,7 @@ class Compressed(nn.Module):
         return self
 
     def _put(self, data: torch.Tensor) -> None:
-        """Takes other bytes. Whoever had the same ones as this layer, and takes equal ones, shares them."""
+        """Replaces the bytes. Tied layers that get equal bytes share one tensor again."""
         before = self.weight_sfp
         reference = _now.get(before)
         other = None if reference is None else reference()
@@ -217,7 +219,7 @@ class Compressed(nn.Module):
         self._buffers[BYTES] = data
 
     def _fill(self, data: torch.Tensor) -> None:
-        """Takes other bytes, together with the layers that share the weight."""
+        """Replaces the bytes of this layer and of all layers that share the weight."""
         before = self.weight_sfp
         if not _are_equal(before, data):
             for layer in holders_of(before):
@@ -225,12 +227,12 @@ class Compressed(nn.Module):
             expire(before)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Moves the bytes and notes the dtype; the rest as in any module."""
+        """Moves the bytes to the new device and records the new dtype; the bytes are not converted."""
         before = self.weight_sfp
         apply: Callable[..., object] = super()._apply
         apply(fn, recurse)
         after = self.weight_sfp
-        if after.dtype != torch.uint8:  # `type` asks every tensor to be converted
+        if after.dtype != torch.uint8:  # `Module.type` converts every tensor
             after = before.to(after.device)
         like = torch.empty(0, dtype=self.weight_dtype, device=before.device)
         dtype = fn(like).dtype
@@ -242,7 +244,7 @@ class Compressed(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The bytes under the weight's name; the weight itself while `dense_states` is on."""
+        """Saves the bytes under the weight's name; the decoded weight while `dense_states` is active."""
         dense = _dense.get()
         if dense is None or not (dense.layers is None or self in dense.layers):
             weight = self.weight_sfp if keep_vars else self.weight_sfp.detach()
@@ -262,7 +264,7 @@ class Compressed(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes bytes of any length; or a dense weight, which is encoded losslessly."""
+        """Loads compressed bytes of any length, or a dense weight, which is encoded losslessly."""
         name, rest = f"{prefix}weight", dict(state_dict)
         given = rest.pop(name, None)
         if given is not None:
@@ -282,7 +284,7 @@ class Compressed(nn.Module):
         )
 
     def _taken(self, given: torch.Tensor, assign: bool) -> torch.Tensor:
-        """The bytes to have, of those given or of a dense weight."""
+        """Returns the new bytes: the given ones after a check of their shape, or an encoded dense weight."""
         if isinstance(given, torch.Tensor) and given.dtype.is_floating_point:
             given = packed.pack(given.to(self.weight_dtype))
         packed.require_shape(given, self.weight_shape)
@@ -292,15 +294,15 @@ class Compressed(nn.Module):
         return given.detach().to(device, copy=True)
 
     def extra_repr(self) -> str:
-        """As of the dense class, and the bytes."""
+        """Returns the dense class's text and the number of compressed bytes."""
         return f"{super().extra_repr()}, compressed={self.weight_sfp.numel():,} bytes"
 
 
 class SfpLinear(Compressed, nn.Linear):
     """A linear layer whose weight stays compressed and is decoded when the layer is called.
 
-    Gradients flow to input and bias, forward derivatives too outside of ``torch.compile``. Made by
-    `compress_model`, or by `of`; one that is constructed takes its weight by ``load_state_dict``.
+    Input and bias have gradients, and, outside of ``torch.compile``, forward derivatives. `compress_model`
+    and `of` create it. A layer created by its constructor gets its weight through ``load_state_dict``.
     """
 
     def __init__(
@@ -311,10 +313,10 @@ class SfpLinear(Compressed, nn.Linear):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """As `torch.nn.Linear`, without a weight yet; the bias is 0.
+        """Same arguments as `torch.nn.Linear`. The layer has no weight yet; the bias is 0.
 
         Raises:
-            OptionError: there is no such device.
+            OptionError: the device does not exist.
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -326,7 +328,7 @@ class SfpLinear(Compressed, nn.Linear):
 
     @classmethod
     def of(cls, dense: nn.Linear, options: Options | None = None) -> SfpLinear:
-        """A compressed layer that shares the dense one's bias; its weight is encoded, losslessly by default.
+        """Returns a compressed layer with the encoded weight, lossless by default; it shares the dense bias.
 
         Raises:
             OptionError: the options do not fit.
@@ -337,7 +339,7 @@ class SfpLinear(Compressed, nn.Linear):
         return made.train(dense.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features].
+        """Maps [..., in_features] to [..., out_features].
 
         Raises:
             InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
@@ -346,7 +348,7 @@ class SfpLinear(Compressed, nn.Linear):
             return _called_symbolically(self, input)
         bias: torch.Tensor | None = self.bias
         compute = self.weight_dtype
-        # Autocast does not cast for operators of one's own: this is what it does for the dense layer.
+        # Autocast does not cast for custom operators: this repeats what it does for the dense layer.
         if _autocasts(input.device.type) and torch.float64 not in (input.dtype, compute):
             compute = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute)
@@ -356,9 +358,10 @@ class SfpLinear(Compressed, nn.Linear):
 
 
 class SfpEmbedding(Compressed, nn.Embedding):
-    """An embedding whose weight stays compressed; of few rows only the segments that hold them are decoded.
+    """An embedding whose weight stays compressed. For few rows, only their segments are decoded.
 
-    Made by `compress_model`, or by `of`; one that is constructed takes its weight by ``load_state_dict``.
+    `compress_model` and `of` create it. A layer created by its constructor gets its weight through
+    ``load_state_dict``.
     """
 
     def __init__(
@@ -369,11 +372,13 @@ class SfpEmbedding(Compressed, nn.Embedding):
         device: Device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """As `torch.nn.Embedding`, without a weight yet. ``padding_idx`` is for the dense layer made of it.
+        """Same arguments as `torch.nn.Embedding`; the layer has no weight yet.
+
+        ``padding_idx`` has an effect only after the layer becomes dense.
 
         Raises:
-            MismatchError: ``padding_idx`` is no row.
-            OptionError: there is no such device.
+            MismatchError: ``padding_idx`` is out of range.
+            OptionError: the device does not exist.
         """
         nn.Module.__init__(self)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -387,7 +392,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
 
     @classmethod
     def of(cls, dense: nn.Embedding, options: Options | None = None) -> SfpEmbedding:
-        """A compressed layer; the weight is encoded, losslessly by default.
+        """Returns a compressed layer with the encoded weight, lossless by default.
 
         Raises:
             OptionError: the options do not fit.
@@ -403,10 +408,10 @@ class SfpEmbedding(Compressed, nn.Embedding):
         return made.train(dense.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Numbers of rows, [...] -> [..., embedding_dim].
+        """Maps row indices [...] to [..., embedding_dim].
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: an index is out of range.
             InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
         """
         if isinstance(input, torch.fx.Proxy):
@@ -421,7 +426,10 @@ class SfpEmbedding(Compressed, nn.Embedding):
 
 
 def compressed_class(module: nn.Module) -> type[Compressed] | None:
-    """What a layer becomes; None for all others, such as subclasses, which may have ways of their own."""
+    """Returns the compressed class of a layer; None if it cannot be compressed.
+
+    Subclasses of Linear and Embedding return None: they may compute differently.
+    """
     if "weight" not in module._parameters:
         return None
     if type(module) is nn.Linear:
@@ -432,7 +440,7 @@ def compressed_class(module: nn.Module) -> type[Compressed] | None:
 
 
 def compressed_weights(model: nn.Module) -> set[str]:
-    """The names in the ``state_dict`` under which it has the bytes of compressed weights."""
+    """Returns the names under which the ``state_dict`` has the bytes of compressed weights."""
     return {
         f"{path}.weight" if path else "weight"
         for path, module in model.named_modules(remove_duplicate=False)
@@ -441,13 +449,13 @@ def compressed_weights(model: nn.Module) -> set[str]:
 
 
 def make_compressed(module: nn.Module, data: torch.Tensor, kept: KeptWeights, name: str) -> None:
-    """Turns a dense layer into a compressed one. It stays the same object: whoever has it, has it still.
+    """Turns a dense layer into a compressed one. The object stays the same, so references stay valid.
 
     Args:
-        module: one with a `compressed_class`.
-        data: its bytes.
-        kept: what keeps decoded weights.
-        name: what messages call the layer.
+        module: a layer with a `compressed_class`.
+        data: the compressed bytes of its weight.
+        kept: the cache of decoded weights.
+        name: the layer's name in messages.
     """
     wanted = compressed_class(module)
     weight = module._parameters.pop("weight")
@@ -461,7 +469,7 @@ def make_compressed(module: nn.Module, data: torch.Tensor, kept: KeptWeights, na
 
 
 def make_dense(module: Compressed, weight: nn.Parameter) -> None:
-    """Turns a compressed layer into a dense one with that weight; it stays the same object."""
+    """Turns a compressed layer into a dense one with that weight. The object stays the same."""
     unregister(module)
     data = module._buffers.pop(BYTES, None)  # a shallow copy has the same dictionary
     if data is not None:
@@ -476,10 +484,10 @@ def make_dense(module: Compressed, weight: nn.Parameter) -> None:
 
 
 def _called_symbolically(layer: Compressed, input: torch.fx.Proxy) -> Any:
-    """A call of the layer in a graph of `torch.fx`, as the dense layers of torch have it.
+    """Returns a call of the layer in a `torch.fx` graph, like that of a dense layer of torch.
 
     Raises:
-        OptionError: the layer is all there is to trace.
+        OptionError: the traced module is the layer itself.
     """
     tracer: Any = input.tracer
     path = tracer.path_of_module(layer)
@@ -489,9 +497,9 @@ def _called_symbolically(layer: Compressed, input: torch.fx.Proxy) -> Any:
 
 
 def _autocasts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device."""
+    """Returns whether autocast is enabled for a device type."""
     there = _AUTOCAST_IS_THERE.get(kind)
-    if there is None:  # a kind of somebody's own
+    if there is None:  # a custom device type
         there = torch.amp.is_autocast_available(kind)
     return there and torch.is_autocast_enabled(kind)
 

@@ -1,7 +1,7 @@
-"""Compressed models in other libraries: ``save_pretrained`` of transformers and others, adapters of peft.
+"""Integration of compressed models with other libraries: ``save_pretrained``, and the adapters of peft.
 
-Rules: nothing here imports those libraries; what they do is recognised by the names of methods and of
-submodules, which are part of their interfaces.
+Rules: this module does not import those libraries. It recognises them by the names of methods and submodules,
+which are part of their interfaces.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ SAVE = "save_pretrained"
 
 
 class SavesDense:
-    """Stands for a model's own ``save_pretrained`` while it has compressed layers: it writes dense weights.
+    """Replaces a model's ``save_pretrained`` while it has compressed layers, and writes dense weights.
 
-    They are decoded all at once for it; where adapters alone are written, only the embeddings are, which
-    peft may write with them. Copies and pickles of the model have one of their own.
+    All weights are decoded at once. If only adapters are written, only the embeddings are decoded, because
+    peft may write these too. Copies and pickles of the model have their own instance.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method of the model's class with the same arguments."""
+        """Calls ``save_pretrained`` of the model's class with the same arguments and dense weights."""
         save: Callable[..., Any] = getattr(type(self.model), SAVE)
         given = inspect.signature(save).bind(self.model, *args, **kwargs)
         words = given.arguments if "state_dict" in given.arguments else given.arguments.get("kwargs", {})
@@ -46,21 +46,21 @@ class SavesDense:
 
 
 def save_dense(model: nn.Module) -> None:
-    """Lets ``save_pretrained`` write dense weights, where the model or a part of it has such a method."""
+    """Makes each ``save_pretrained`` of the model and its submodules write dense weights."""
     for module in model.modules():
         if hasattr(type(module), SAVE) and _compressed(module):
             setattr(module, SAVE, SavesDense(module))
 
 
 def save_as_before(model: nn.Module) -> None:
-    """Takes back `save_dense` where no layer is compressed any more."""
+    """Undoes `save_dense` for modules that have no compressed layer any more."""
     for module in model.modules():
         if isinstance(module.__dict__.get(SAVE), SavesDense) and not _compressed(module):
             delattr(module, SAVE)
 
 
 def in_adapters(model: nn.Module) -> set[nn.Module]:
-    """The layers that peft adds to a model, which train: adapters, and copies of ``modules_to_save``."""
+    """Returns the trainable layers that peft adds to a model: adapters, and copies of ``modules_to_save``."""
     found: set[nn.Module] = set()
     for module in model.modules():
         children = module._modules
@@ -77,7 +77,7 @@ def _compressed(model: nn.Module) -> set[Compressed]:
 
 
 def _embeddings(model: nn.Module) -> set[Compressed]:
-    """The compressed layers in the input and output embeddings of a model of transformers."""
+    """Returns the compressed layers in the input and output embeddings of a transformers model."""
     found: set[Compressed] = set()
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -89,12 +89,12 @@ def _embeddings(model: nn.Module) -> set[Compressed]:
 
 
 def _saves_adapters(model: nn.Module) -> bool:
-    """Whether ``save_pretrained`` writes the adapters of peft and leaves the model."""
+    """Returns whether ``save_pretrained`` writes only the adapters of peft, not the model."""
     return type(model).__module__.startswith("peft.") or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def _decoded(model: nn.Module, layers: set[Compressed], state: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``state_dict`` of the model with decoded weights of some layers in the place of bytes; ties stay."""
+    """Returns a ``state_dict`` in which bytes of some layers are replaced by decoded weights; keeps ties."""
     made: dict[tuple[object, ...], torch.Tensor] = {}
     out = dict(state)
     for path, module in model.named_modules(remove_duplicate=False):
@@ -109,7 +109,7 @@ def _decoded(model: nn.Module, layers: set[Compressed], state: Mapping[str, Any]
 
 
 def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Called by torch for each submodule that any module is given, before it is.
+    """Hook that torch calls before it registers any submodule; installs `SavesDense` on peft models.
 
     Raises:
         OptionError: ``modules_to_save`` would train a copy of a compressed layer, which cannot train.
@@ -128,5 +128,5 @@ def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
             )
 
 
-# The hook is torch's only one for this, and holds for all modules of the process: none before it is needed.
+# torch only has a global hook for this, which affects all modules of the process: installed on first need.
 before_first_layer(lambda: register_module_module_registration_hook(_watch_peft))

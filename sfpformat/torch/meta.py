@@ -1,7 +1,7 @@
-"""Modules whose parameters get no memory until a file fills them, and what must not stay without memory.
+"""Creation of modules with parameters on the meta device, and checks that no tensor stays there.
 
-Rules: a buffer that is not persistent is in no file; only the module's own code can make it. So buffers are
-made as usual, and parameters alone are put on the meta device.
+Rules: non-persistent buffers are not in files; only the module's own code can compute them. So buffers are
+created as usual, and only parameters are put on the meta device.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .tensors import is_wrapper
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that are made inside have their parameters on the meta device, where they take no memory.
+    """Context in which new modules have their parameters on the meta device, where they take no memory.
 
-    Their buffers are computed as usual, so that `load_model` and `compress_model`, which give the parameters
-    memory, leave nothing on the meta device. ``torch.device("meta")`` puts buffers there, too, and those that
-    are not persistent are in no file: positions, rotary frequencies and the like.
+    Buffers are computed as usual. `load_model` and `compress_model` allocate the parameters, so that nothing
+    stays on the meta device. ``torch.device("meta")`` puts buffers there too, and non-persistent ones, such
+    as positions and rotary frequencies, are not in files.
 
-    Ties stay ties. Parameters of lazy modules, and of classes with operators of their own, stay as they are.
-    It holds for the thread that enters it.
+    Ties are kept. Parameters of lazy modules, and tensor subclasses with their own operators, are unchanged.
+    The context affects only the thread that enters it.
 
     Example:
         ``with parameters_on_meta(): model = LlamaForCausalLM(config)``, then ``load_model(model, path)``.
     """
     thread = threading.get_ident()
-    made = WeakIdKeyDictionary()  # a parameter that two modules are given -> the one that both get
+    made = WeakIdKeyDictionary()  # original parameter -> its meta parameter, one for all ties
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or threading.get_ident() != thread:
@@ -51,7 +51,7 @@ def parameters_on_meta() -> Iterator[None]:
         found: nn.Parameter = made[parameter]
         return found
 
-    hook: Any = on_meta  # torch's type leaves out that a hook can return a parameter
+    hook: Any = on_meta  # torch's type annotation omits that a hook can return a parameter
     handle = register_module_parameter_registration_hook(hook)
     try:
         yield
@@ -60,11 +60,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def left_on_meta(model: nn.Module, filled: Collection[str]) -> list[str]:
-    """The names of parameters and buffers that are on the meta device and will stay there.
+    """Returns the names of parameters and buffers that are on the meta device and will stay there.
 
     Args:
         model: any module.
-        filled: the names of what will get memory.
+        filled: the names of the tensors that will be allocated.
     """
     tensors = chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
@@ -73,14 +73,14 @@ def left_on_meta(model: nn.Module, filled: Collection[str]) -> list[str]:
 
 
 def require_none_left(model: nn.Module, filled: Collection[str], strict: bool) -> None:
-    """Refuses, or warns of, tensors that stay on the meta device.
+    """Refuses tensors that stay on the meta device, or warns of them.
 
     Args:
         model, filled: as in `left_on_meta`.
-        strict: whether they are refused.
+        strict: True raises, False warns.
 
     Raises:
-        MismatchError: some stay.
+        MismatchError: ``strict`` is true and some tensors stay.
     """
     left = left_on_meta(model, filled)
     if not left:

@@ -1,4 +1,4 @@
-"""Whole modules to files and back, tied tensors included: `save_model` and `load_model` of safetensors."""
+"""`save_model` and `load_model`, as in safetensors: write and load whole modules, including tied tensors."""
 
 from __future__ import annotations
 
@@ -52,27 +52,26 @@ def save_model(
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
-    """Writes a module's ``state_dict``; a tensor that has several names is written once.
+    """Writes a module's ``state_dict``. A tensor with several names is written once.
 
-    The weights of compressed layers are written under the names that they have in the dense model, as they
-    are, nothing is encoded again.
+    The bytes of compressed layers are copied without encoding them again, under the names of the dense model.
 
-    Of the names of one tensor, the first in alphabetical order is kept, as safetensors does; metadata say for
-    each other name which one was kept. Tensors that only overlap are written each in full.
+    A tied tensor is written under its first name in alphabetical order, as in safetensors. The metadata map
+    each other name to that name. Tensors that overlap only in part are each written in full.
 
     Args:
-        model: any module; its tensors can be on any device but meta.
-        path: of the file, which is replaced only when all went well.
-        metadata: strings of the caller's own.
-        force_contiguous: False refuses tensors that are not contiguous; else their elements are written in
-            the order of their indices.
-        options, masks, importances: as in `save_file`; a tensor that has several names by any of them.
+        model: any module; its tensors can be on any device except meta.
+        path: path of the file, which is replaced only on success.
+        metadata: strings for the caller's own use.
+        force_contiguous: False refuses tensors that are not contiguous. True writes their elements in index
+            order.
+        options, masks, importances: as in `save_file`; any name of a tied tensor is valid.
         limits, threads, engine: as in `save_file`.
 
     Raises:
-        OptionError: a value of the ``state_dict`` is no tensor or has no memory; what is asked does not fit
-            one; a name in an argument is no tensor's, is that of a compressed weight, or is given another
-            value than another name of its tensor.
+        OptionError: a value of the ``state_dict`` is not a tensor or has no memory; an option, mask or
+            importance does not fit its tensor; a name in an argument is unknown or is that of a compressed
+            weight; or two names of one tensor are given different values.
         OSError: the file cannot be written.
     """
     require_known_shapes(model)
@@ -115,10 +114,10 @@ def save_model(
 
 
 def _require_not_compressed(argument: str, names: Collection[str]) -> None:
-    """Refuses arguments for weights that are not encoded again.
+    """Refuses arguments for compressed weights, which are not encoded again.
 
     Raises:
-        OptionError: there is one.
+        OptionError: ``names`` is not empty.
     """
     if names:
         raise OptionError(
@@ -137,40 +136,40 @@ def load_model(
     threads: int | None = None,
     engine: str | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Fills a module from a file, straight into its memory: at the peak the module and a chunk a thread.
+    """Loads a file into a module. Decodes directly into the module's memory where possible.
 
-    What is on another device than the processor, or has another dtype than in the file (numbers are
-    converted to the module's), waits first, 64 MiB or one tensor at a time: on the processor, or on the
-    CUDA device, where that decodes it. What is on the meta device gets memory. Buffers that are not
-    persistent are in no file and stay as they are: `parameters_on_meta` makes a module with such buffers. A
-    module that takes part in loading by hooks or by methods of its own, such as a lazy one, is given all
-    tensors by ``load_state_dict`` instead.
+    The peak memory is that of the module plus one chunk a thread. Tensors on another device than the CPU, and
+    tensors whose dtype differs from the file's, need a temporary copy: 64 MiB or one tensor at a time, on the
+    CPU, or on the CUDA device if that decodes. The file's numbers are converted to the module's dtype.
+    Parameters on the meta device are allocated. Non-persistent buffers are not in files and stay unchanged;
+    `parameters_on_meta` creates a module that has them. If a module customises loading by hooks or methods,
+    or is lazy, all tensors are passed to ``load_state_dict`` instead.
 
-    As in torch, the counter of a batch norm may be missing, and a scalar takes a vector of one element.
+    As in torch, the counter of a batch norm may be missing, and a scalar accepts a vector of one element.
 
     Args:
         model: the module.
-        path: of the file, or of the ``.sfp.index.json`` of a model in shards.
-        strict: whether missing and unexpected names are refused, and tensors that would stay on the meta
-            device. The name of a buffer that is not persistent, which older files can have, is not refused.
-        device: where what is on the meta device goes; the rest stays where it is.
+        path: path of the file, or of the ``.sfp.index.json`` of a sharded model.
+        strict: whether missing names, unexpected names, and tensors that would stay on the meta device raise.
+            Names of non-persistent buffers, which older files can have, never raise.
+        device: the device for tensors that are on the meta device. Other tensors keep theirs.
         limits, threads, engine: as in `sfpformat.open`.
 
     Returns:
-        The names of the module that the file did not fill, and the names in the file that filled nothing. Of
-        the names of one tensor, one is enough; a second in the file is unexpected.
+        The names of the module that are missing in the file, and the names in the file that were not used.
+        One name of a tied tensor is enough; a second one in the file is unexpected.
 
     Warns:
-        SfpWarning: where not strict, tensors stay on the meta device; the file has other numbers than a
-            buffer that is not persistent; or the module's dtype does not hold the file's numbers.
+        SfpWarning: if not strict, tensors stay on the meta device; the file's numbers differ from those of a
+            non-persistent buffer; or the module's dtype cannot represent the file's numbers.
 
     Raises:
-        MismatchError: names (where strict) or shapes do not fit; the module is as it was, unless it loads
-            by methods of its own.
-        OptionError: the module has compressed layers, or tensors that cannot be filled, such as one whose
-            memory was freed; or there is no such device.
-        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused; a note of the error
-            says whether the module is as it was.
+        MismatchError: names (if strict) or shapes do not match. The module is unchanged, unless it customises
+            loading.
+        OptionError: the module has compressed layers, or tensors that cannot be filled, such as one with
+            freed memory; or the device does not exist.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused. A note on the error
+            says whether the module is unchanged.
         OSError: the file cannot be read.
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
@@ -190,7 +189,7 @@ def load_model(
 
 
 def warn_of_ignored(model: torch.nn.Module, file: AnyFile, names: Sequence[str]) -> None:
-    """Says which buffers that are not persistent have other numbers in a file: the module's stay."""
+    """Warns of non-persistent buffers that differ from the file's tensors; the module keeps its own."""
     buffers = non_persistent(model)
     differ = [name for name in names if not _has_numbers_of(buffers[name], file, name)]
     if differ:
@@ -201,23 +200,23 @@ def warn_of_ignored(model: torch.nn.Module, file: AnyFile, names: Sequence[str])
 
 
 def _has_numbers_of(buffer: torch.Tensor, file: AnyFile, name: str) -> bool:
-    """Whether a buffer has the numbers of a tensor in a file; True where it has none to compare."""
+    """Returns whether a buffer equals a tensor in a file; True if the buffer has no data to compare."""
     info = file.info(name)
     if buffer.is_meta or is_wrapper(buffer):
         return True
     if info.shape != tuple(buffer.shape):
         return False
-    # In the file's dtype, which may be coarser.
+    # Compared in the file's dtype, which may be less precise.
     stored = tensor_of(file.get_tensor(name))
     return torch.equal(buffer.detach().to("cpu", stored.dtype), stored)
 
 
-# Where modules load as `torch.nn.Module` does; batch norm only adds a counter that very old files lack.
+# Modules whose loading code is torch's default; batch norm only adds a counter that very old files lack.
 _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm")
 
 
 def loads_its_own_way(model: torch.nn.Module) -> bool:
-    """Whether some part of a module takes part in loading, or has no shape until it is loaded."""
+    """Returns whether a submodule customises loading, or is lazy and has no shape before it is loaded."""
     return any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
@@ -231,7 +230,7 @@ def loads_its_own_way(model: torch.nn.Module) -> bool:
 def _by_state_dict(
     model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile, strict: bool, device: torch.device
 ) -> tuple[list[str], list[str]]:
-    """Loads through ``load_state_dict``: names are known to fit only when it is done."""
+    """Loads through ``load_state_dict``. Names and shapes are checked only after the module was changed."""
     for name, place in places.items():
         if not is_lazy(place.tensor):
             require_fillable(name, place.tensor)
@@ -243,7 +242,7 @@ def _by_state_dict(
     tensors = TorchFile(file, torch.device("cpu")).get_tensors()
     on_meta = any(place.tensor.is_meta for place in places.values())
     lost: list[str] = []
-    used: set[str] = set()  # names that the module need not take for itself
+    used: set[str] = set()  # names that must not be reported as unexpected
     for group in groups:
         old = places[group[0]].tensor
         names = [*group, *(aliases[name] for name in group if name in aliases)]
@@ -257,7 +256,7 @@ def _by_state_dict(
         tensor = tensors[source]
         if loses_numbers(tensor, tensor.to(old.dtype)):
             lost.append(source)
-        if on_meta:  # tensors are taken as they are, so they must be what the module wants
+        if on_meta:  # `assign` takes tensors as they are, so device and dtype must match the module's
             tensor = tensor.to(device if old.is_meta else old.device, old.dtype)
             tensor = tensor if is_lazy(old) else tensor.reshape(old.shape)
             if isinstance(old, torch.nn.Parameter):

@@ -1,4 +1,4 @@
-"""A file of one tensor: what it is called there, and how it is opened."""
+"""Files that hold one tensor: the name of the tensor, and opening the file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..decode.reader import SfpFile
 from ..errors import MismatchError, OptionError
 from .tensors import missing_memory
 
-# The tensor's name in its file.
+# The name of the tensor in its file.
 NAME = "weight"
 
 
 def opened(data: torch.Tensor) -> SfpFile:
-    """The file, read on the processor; bytes on another device are copied there.
+    """Opens the file on the CPU; bytes on another device are copied to the CPU.
 
     Raises:
-        MismatchError: there are no bytes.
-        OptionError: their memory was freed.
-        InvalidFileError, UnsupportedError, LimitError: they are damaged or refused.
+        MismatchError: ``data`` is empty.
+        OptionError: the memory of ``data`` was freed.
+        InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if not data.numel():
         raise MismatchError("the layer has no weight yet; load_state_dict gives it one")

@@ -1,8 +1,8 @@
-"""What a compressed layer computes, as operators that torch knows: compilers look past their inside.
+"""The computations of compressed layers as custom torch operators, which compilers treat as opaque.
 
-Rules: every operator is a function of the compressed bytes that it is given; what it is told about kept
-weights only spares work. A decoded weight never leaves an operator but as a new tensor, and none is saved for
-a gradient: it is decoded again.
+Rules: the result of an operator depends only on the compressed bytes and the other inputs; the cache of
+decoded weights only saves work. A decoded weight leaves an operator only as a new tensor. None is saved for
+the backward pass; it is decoded again.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from .kept import kept_by
 
 Operator = Callable[..., torch.Tensor]
 
-# Bytes are looked at on the processor, which cannot be part of a recorded CUDA graph; older versions of
-# torch have no such tag.
+# The CPU inspects the bytes, which cannot be part of a recorded CUDA graph. Older versions of torch lack the
+# tag.
 _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
 
 
 def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
-    """Makes an operator known to torch, in the namespace ``sfpformat``.
+    """Registers an operator with torch, in the namespace ``sfpformat``, and returns it.
 
     Args:
-        signature: its name and arguments. ``data`` are the bytes of a weight, ``dtype`` is what the weight is
-            converted to, and ``compute`` what that is then converted to; ``kept`` says what keeps it.
-        compute: what it does.
-        fake: a tensor of the result's shape and dtype.
+        signature: name and arguments. ``data`` is the compressed weight. The weight is converted to
+            ``dtype``, then to ``compute``. ``kept`` is the token of the cache of decoded weights.
+        compute: the implementation.
+        fake: returns an empty tensor of the result's shape and dtype.
     """
-    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
     name, arguments = signature.split("(", 1)
     full_name = f"sfpformat::{name}"
     # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
@@ -46,7 +45,7 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
 
 
 def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: str) -> torch.Tensor:
-    """A decoded weight, on the device of its bytes; to be read, not written."""
+    """Returns the decoded weight, on the device of its bytes. Read-only: it may be in the cache."""
     store = kept_by(kept)
     found = None if store is None else store.find(data, dtype, compute)
     if found is None:
@@ -76,9 +75,9 @@ def compute_linear(
     compute: torch.dtype,
     kept: str,
 ) -> torch.Tensor:
-    """What the operator ``linear`` does."""
+    """The implementation of the operator ``linear``."""
     if not turned and x.dtype == compute and is_decoded_on(data.device, None):
-        from . import resident  # not before it is needed: it makes ready what kernels take
+        from . import resident  # lazy: the import prepares the kernels' tables
 
         out = resident.multiply(x, bias, data, dtype)
         if out is not None:
@@ -119,21 +118,21 @@ def _fake_embedding(
     return data.new_empty(*ids.shape, columns, dtype=dtype)
 
 
-# The weight, a new tensor of that shape.
+# Returns the decoded weight, a new tensor of that shape.
 decode = _operator(
     "decode(Tensor data, SymInt[] shape, ScalarType dtype, str kept)",
     _decode,
     _fake_decode,
 )
-# x @ weight.T + bias, [..., columns] -> [..., rows]; turned, it is x @ weight, [..., rows] -> [..., columns],
-# and there is no bias. ``features`` is the last size of the result.
+# Returns x @ weight.T + bias, [..., columns] -> [..., rows]. If ``turned``, returns x @ weight, [..., rows]
+# -> [..., columns], without bias. ``features`` is the last size of the result.
 linear = _operator(
     "linear(Tensor x, Tensor? bias, Tensor data, SymInt features, bool turned, "
     "ScalarType dtype, ScalarType compute, str kept)",
     compute_linear,
     _fake_linear,
 )
-# weight[ids]; [...] -> [..., columns]
+# Returns weight[ids], [...] -> [..., columns].
 embedding = _operator(
     "embedding(Tensor ids, Tensor data, SymInt columns, ScalarType dtype, str kept)",
     _embedding,

@@ -1,7 +1,7 @@
-"""The compressed bytes of one weight as a tensor: an `.sfp` file of its own, with one tensor.
+"""The compressed bytes of one weight as a tensor: a complete `.sfp` file with one tensor.
 
-Rules: bytes cut out of a larger file are its chunks as they are, nothing is encoded again. What is decoded is
-new memory of torch's own, so that arithmetic meets the alignment that it would meet in a dense model.
+Rules: chunks from a larger file are copied without encoding them again. Weights are decoded into new memory
+that torch allocates, so that they have the same alignment as in a dense model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .tensors import array_of, memory_of, tensor_of, torch_dtype
 
 
 def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
-    """Encodes a tensor.
+    """Encodes a tensor as a file.
 
     Args:
-        weight: any device and strides.
-        options: how; lossless without.
+        weight: a tensor on any device, with any strides.
+        options: encoding options; None is lossless.
 
     Returns:
-        The file, uint8 [bytes], on the processor.
+        The file, uint8 [bytes], on the CPU.
 
     Raises:
         OptionError: the options do not fit.
@@ -48,7 +48,7 @@ def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
 
 
 def cut_out(file: AnyFile, name: str) -> torch.Tensor:
-    """A file of one tensor of a larger file, uint8 [bytes], on the processor.
+    """Copies one tensor of a larger file into a file of its own, uint8 [bytes], on the CPU.
 
     Raises:
         MissingTensorError: there is no tensor of that name.
@@ -63,7 +63,7 @@ def cut_out(file: AnyFile, name: str) -> torch.Tensor:
 
 
 def put_into(data: torch.Tensor, writer: Writer, name: str) -> None:
-    """Writes a weight into a larger file, under that name; the other way round than `cut_out`.
+    """Copies a weight into a larger file, under that name; the inverse of `cut_out`.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
@@ -73,7 +73,7 @@ def put_into(data: torch.Tensor, writer: Writer, name: str) -> None:
 
 
 def _copy_tensor(file: SfpFile, name: str, writer: Writer, new_name: str) -> None:
-    """Writes a tensor of one file into another as it is.
+    """Copies a tensor's chunks from one file to another without encoding them again.
 
     Raises:
         MissingTensorError: there is no tensor of that name.
@@ -91,16 +91,16 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
 
 
 def may_be_bytes(value: object) -> bool:
-    """Whether something has the type of the bytes of a weight, which no weight has."""
+    """Returns whether a value can be the bytes of a weight: a uint8 vector, which no dense weight is."""
     return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
 
 
 def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses bytes that are no file of one weight of that shape; reads its directory alone.
+    """Refuses bytes that are not a file with one weight of that shape. Reads only the directory.
 
     Raises:
-        MismatchError: the file has another tensor, or none.
-        InvalidFileError, UnsupportedError, LimitError: it is damaged or refused.
+        MismatchError: the value is not a uint8 vector, the file has other tensors, or the shape differs.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
     """
     if not may_be_bytes(data):
         raise MismatchError("the bytes of a weight are a tensor, uint8 [bytes]")
@@ -114,26 +114,26 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def decode(data: torch.Tensor) -> torch.Tensor:
-    """The weight, a new tensor in the dtype that it was stored in.
+    """Decodes the weight into a new tensor in its stored dtype.
 
-    It is on the device of its bytes where that is a CUDA device and the engine ``cuda`` can be used, else on
-    the processor.
+    The result is on the device of the bytes if that is a CUDA device and the engine ``cuda`` can decode it.
+    Otherwise it is on the CPU.
 
     Args:
-        data: as `pack` and `cut_out` give it, on any device.
+        data: the result of `pack` or `cut_out`, on any device.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if is_decoded_on(data.device, None):
-        from . import resident  # not before it is needed: it makes ready what kernels take
+        from . import resident  # lazy: the import prepares the kernels' tables
 
         weight = resident.decode(data)
         if weight is not None:
             return weight
-    with opened(data) as file, torch.inference_mode(False):  # what is kept may be used outside later
+    with opened(data) as file, torch.inference_mode(False):  # the cache may use it outside later
         info = file.info(NAME)
-        # The processor is named: a default device of torch's may be another.
+        # The device is explicit, because torch's default device can be another one.
         out = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="cpu")
         _engines.expect(out.numel())
         file.read_into({NAME: memory_of(out)})
@@ -141,21 +141,21 @@ def decode(data: torch.Tensor) -> torch.Tensor:
 
 
 def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-    """Some rows of a matrix, decoded alone where that is less work than decoding all.
+    """Decodes some rows of a matrix if that is less work than decoding all rows.
 
     Args:
         data: as for `decode`.
-        rows: numbers, int64 [n], on the processor.
+        rows: row indices, int64 [n], on the CPU.
 
     Returns:
-        A new tensor, [n, columns], where `decode` has it; None where the whole should be decoded.
+        A new tensor, [n, columns], on the device that `decode` uses; None if decoding all is less work.
 
     Raises:
-        IndexError: there is no such row.
+        IndexError: an index is out of range.
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if is_decoded_on(data.device, None):
-        from . import resident  # not before it is needed: it makes ready what kernels take
+        from . import resident  # lazy: the import prepares the kernels' tables
 
         entry = resident.entry_of(data)
         few = None if entry is None else _few_rows(entry, rows)
@@ -179,36 +179,36 @@ def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
 
 
 class _Few(NamedTuple):
-    """Different rows, ascending, and for each row that was asked for its place among them."""
+    """The unique row indices, ascending, and the position of each requested row among them."""
 
     numbers: NDArray[np.int64]
     places: torch.Tensor
 
 
 def _few_rows(entry: TensorEntry, rows: torch.Tensor) -> _Few | None:
-    """The rows to decode alone; None where decoding all is less work.
+    """Returns the rows to decode; None if decoding all rows is less work.
 
     Raises:
-        IndexError: there is no such row.
+        IndexError: an index is out of range.
     """
     height, columns = entry.shape
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < height:
         raise IndexError(f"a row beyond the {height} of the weight")
     few, places = torch.unique(rows, return_inverse=True)
-    # A row that begins or ends inside a segment takes all of it.
+    # A row that begins or ends inside a segment needs the whole segment.
     if 2 * len(few) * (columns + entry.segment) >= entry.positions:
         return None
     return _Few(few.numpy(), places)
 
 
 class _Engines:
-    """Sees to it that a compiled engine is there once much was decoded, however small each weight is."""
+    """Counts decoded weights, so that a compiled engine loads after many small weights too."""
 
     def __init__(self) -> None:
         self._decoded = 0
 
     def expect(self, weights: int) -> None:
-        """So many more are to be decoded. (Threads may count past each other: it is only an estimate.)"""
+        """Adds to the count before decoding. Not locked: the count is only an estimate."""
         self._decoded += weights
         get_engine(None, self._decoded)
 

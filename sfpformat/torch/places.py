@@ -1,8 +1,8 @@
-"""Where a module keeps its tensors, which of them are one and the same, and how they are filled from a file.
+"""Finds a module's tensors and ties, matches them with a file's tensors, and fills them.
 
-Rules: what does not fit is told before anything is changed. Tensors are decoded straight into the module's
-memory where dtype, device and strides let them; a module on the meta device gets memory, and is given it when
-all of it was decoded.
+Rules: errors of names and shapes are raised before anything is changed. Tensors are decoded directly into the
+module's memory if dtype, device and strides allow it. Tensors on the meta device are allocated, and are put
+into the module only after all of them are decoded.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _OF_COMPRESSED = (
     ". A vector of U8 for a weight is probably of the state_dict of a compressed model, which save_model "
     "writes so that load_model and compress_model take it"
 )
-# Strided memory without a behaviour of its own: what other subclasses of Tensor do is up to them.
+# Tensor classes with plain strided memory. Other subclasses of Tensor may behave differently.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module keeps a parameter or a persistent buffer."""
+    """The module and attribute of a parameter or persistent buffer."""
 
     module: torch.nn.Module
     attribute: str
@@ -51,7 +51,7 @@ class Place:
 
 
 def places_of(model: torch.nn.Module) -> dict[str, Place]:
-    """The places of a module's parameters and persistent buffers, by their names in its ``state_dict``."""
+    """Returns the places of a module's parameters and persistent buffers, by ``state_dict`` name."""
     found: dict[str, Place] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         tensors: dict[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
@@ -62,7 +62,7 @@ def places_of(model: torch.nn.Module) -> dict[str, Place]:
 
 
 def identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are one and the same: the same elements of the same memory."""
+    """Returns a key that is equal for tensors that are the same elements of the same memory."""
     start = address_of(tensor) if tensor.layout == torch.strided else 0
     if not start or not tensor.nbytes:
         return (id(tensor),)
@@ -71,7 +71,7 @@ def identity(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def groups_of(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """The names, those of one and the same tensor together."""
+    """Groups names by tensor: the names of one tied tensor form one group."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(identity(tensor), []).append(name)
@@ -80,15 +80,15 @@ def groups_of(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Match:
-    """Which tensor of a file goes where.
+    """The mapping from a module's tensors to those of a file.
 
     Attributes:
         sources: the names of a group of `groups_of` -> the name in the file.
-        missing: names of the module that nothing in the file fills.
-        unexpected: names in the file that fill nothing.
-        ignored: names in the file that fill nothing because the module makes them itself: buffers that are
-            not persistent.
-        counters: groups that may be missing: what batch norm counts its batches with.
+        missing: names of the module that are not in the file.
+        unexpected: names in the file that are not used.
+        ignored: names in the file that are not used because they are non-persistent buffers, which the module
+            computes itself.
+        counters: groups that may be missing: the batch counters of batch norms.
     """
 
     sources: dict[Group, str]
@@ -101,21 +101,21 @@ class Match:
         """Refuses missing and unexpected names.
 
         Raises:
-            MismatchError: there are some.
+            MismatchError: a name is missing or unexpected.
         """
         require_same_names(model, self.missing, self.unexpected)
 
     @property
     def filled(self) -> set[str]:
-        """The names of the module that get numbers."""
+        """The names of the module that are filled."""
         return {name for group in (*self.sources, *self.counters) for name in group}
 
 
 def require_same_names(model: torch.nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Refuses names that a module or a file has alone.
+    """Refuses names that only the module or only the file has.
 
     Raises:
-        MismatchError: there are some; the message has the first ones and a reason, where that is known.
+        MismatchError: there is such a name. The message lists the first names and the reason, if known.
     """
     if missing or unexpected:
         said = [
@@ -132,26 +132,26 @@ def require_same_names(model: torch.nn.Module, missing: Sequence[str], unexpecte
 
 
 def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) -> Match:
-    """Finds for each tensor of a module the one in a file: by a name of its own, else by an alias.
+    """Finds the tensor in a file for each tensor of a module: by one of its names, or by an alias.
 
-    An alias is what `save_model` and safetensors write for names of one tensor: metadata name -> name kept.
-    As in torch, the counter of batch norm may be missing, and a scalar may be a vector of one element.
+    Aliases are the metadata that `save_model` and safetensors write for tied tensors: other name -> kept
+    name. As in torch, the counter of batch norm may be missing, and a scalar may be a vector of one element.
 
     Args:
         model: the module.
-        places: of the module; no tensor of a lazy module.
-        file: open.
+        places: the places of the module, without tensors of lazy modules.
+        file: an open file.
 
     Raises:
-        MismatchError: a shape is another, or this version of torch has no such dtype.
-        OptionError: a tensor of the module cannot be filled, such as one whose memory was freed.
+        MismatchError: a shape differs, or this version of torch has no such dtype.
+        OptionError: a tensor of the module cannot be filled, such as one with freed memory.
     """
     aliases = file.metadata()
     sources: dict[Group, str] = {}
     missing: list[str] = []
     counters: list[Group] = []
     wrong: list[str] = []
-    compressed = False  # whether the file seems to have bytes of compressed layers
+    compressed = False  # whether the file probably has bytes of compressed layers
     for group in groups_of({name: place.tensor for name, place in places.items()}):
         place = places[group[0]]
         shape = tuple(place.tensor.shape)
@@ -188,20 +188,21 @@ def match(model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile) ->
 
 
 def is_counter(place: Place) -> bool:
-    """Whether a place is the counter of a batch norm, which files older than it do not have."""
+    """Returns whether a place is the batch counter of a batch norm, which very old files lack."""
     return place.attribute == _COUNTER and isinstance(place.module, torch.nn.modules.batchnorm._NormBase)
 
 
 def is_shape_of(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a stored shape fills a tensor's: as in torch, one element fills a scalar."""
+    """Returns whether a stored shape fits a tensor's; as in torch, a vector of one element fits a scalar."""
     return stored == shape or (stored == (1,) and shape == ())
 
 
 def require_fillable(name: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor of a module that numbers of a file cannot be written to.
+    """Refuses a tensor of a module that cannot be filled from a file.
 
     Raises:
-        OptionError: its memory was freed or cut, it is spread over processes, or has a dtype of torch alone.
+        OptionError: the tensor's memory was freed or resized; it is a DTensor, quantised or nested; or it is
+            a wrapper on the meta device.
     """
     reason = missing_memory(tensor)
     if hasattr(tensor, "full_tensor"):
@@ -215,7 +216,7 @@ def require_fillable(name: str, tensor: torch.Tensor) -> None:
 
 
 def non_persistent(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers of a module that are not in its ``state_dict``, by name."""
+    """Returns the buffers of a module that are not in its ``state_dict``, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules(remove_duplicate=False)
@@ -235,19 +236,19 @@ def fill(
     """Decodes tensors of a file into a module.
 
     Args:
-        places: of the module.
-        file: open.
+        places: the places of the module.
+        file: an open file.
         sources: as in `Match`.
-        device: where what is on the meta device goes.
-        engine: that the file was opened with.
-        counters: as in `Match`; those on the meta device begin at 0.
+        device: the device for tensors that are on the meta device.
+        engine: the engine that the file was opened with.
+        counters: as in `Match`; those on the meta device are set to 0.
 
     Warns:
-        SfpWarning: numbers do not fit into the module's dtype.
+        SfpWarning: the module's dtype cannot represent the file's numbers.
 
     Raises:
-        InvalidFileError, LimitError: with a note that says what became of the module.
-        MismatchError: a tensor's class does not take the numbers; with the same note.
+        InvalidFileError, LimitError: the file is damaged or refused; a note says whether the module changed.
+        MismatchError: a tensor's class does not accept the numbers; with the same note.
     """
     made: dict[Group, torch.Tensor] = {}
     lost: list[str] = []
@@ -286,7 +287,7 @@ def fill(
 def _read(
     file: AnyFile, names: list[str], targets: Mapping[str, list[torch.Tensor]], engine: str | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Some tensors by name: decoded on the CUDA device of what they are for where that can be, else here."""
+    """Yields tensors with their names: decoded on their target's CUDA device if possible, else on the CPU."""
     by_device: dict[torch.device | None, list[str]] = {}
     for name in names:
         where = targets[name][0].device
@@ -296,19 +297,19 @@ def _read(
             for name, array in file.get_tensors(some).items():
                 yield name, tensor_of(array)
         else:
-            from .device import read_tensors  # not before it is needed: it makes ready what kernels take
+            from .device import read_tensors  # lazy: the import prepares the kernels' tables
 
             yield from read_tensors(file, some, device).items()
 
 
 def _memory_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Memory for a tensor on the meta device."""
-    # Not `empty_like`, which for the meta device imports a great part of torch.
+    """Allocates memory for a tensor that is on the meta device."""
+    # Not `empty_like`, which imports a large part of torch for the meta device.
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def _fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
-    """Whether a tensor of a file can be decoded into the memory of ``target``, which is for ``tensor``."""
+    """Returns whether a file's tensor can be decoded directly into ``target``, the memory of ``tensor``."""
     known = format_dtype(target.dtype)
     return (
         known is not None
@@ -322,13 +323,13 @@ def _fits(target: torch.Tensor, tensor: torch.Tensor, dtype: str) -> bool:
 
 
 def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]) -> None:
-    """Writes numbers of a file to a tensor of a module, which may be of a class of its own.
+    """Copies a file's numbers to a tensor of a module, which can be a subclass of Tensor.
 
     Args:
-        lost: gets the name where the module's dtype does not hold the numbers.
+        lost: the name is appended if the module's dtype cannot represent the numbers.
 
     Raises:
-        MismatchError: it does not take them.
+        MismatchError: the tensor does not accept the numbers.
     """
     try:
         target.copy_(tensor.reshape(target.shape))
@@ -342,11 +343,12 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
 
 
 def loses_numbers(tensor: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether numbers of a file do not fit into a module's dtype: they are beyond it, or no whole numbers.
+    """Returns whether a module's dtype cannot represent a file's numbers: out of range, or not integers.
 
     Args:
-        tensor: of the file.
-        target: of the module, on any device; if its dtype is of whole numbers, with what ``tensor`` became.
+        tensor: the file's tensor.
+        target: the module's tensor, on any device. If its dtype is an integer type, it must already hold the
+            converted numbers.
     """
     if is_wrapper(target) or tensor.dtype == target.dtype or tensor.is_complex() or target.is_complex():
         return False
@@ -356,13 +358,13 @@ def loses_numbers(tensor: torch.Tensor, target: torch.Tensor) -> bool:
         held = torch.finfo(target.dtype)
         if tensor.is_floating_point() and held.max >= torch.finfo(tensor.dtype).max:
             return False
-        # What is beyond becomes infinite, a NaN, or in some dtypes the greatest number.
+        # Out of range numbers become infinite, NaN, or in some dtypes the greatest number.
         return _greatest(tensor) > held.max * (1 + held.eps / 4)
     return not torch.equal(target.to(tensor.device, tensor.dtype).reshape(tensor.shape), tensor)
 
 
 def _greatest(tensor: torch.Tensor) -> float:
-    """The greatest finite magnitude; 0 where there is none."""
+    """Returns the greatest finite magnitude; 0 if there is none."""
     if not tensor.is_floating_point():
         tensor = tensor.double()
     if not tensor.numel():
@@ -374,31 +376,31 @@ def _greatest(tensor: torch.Tensor) -> float:
 
 
 def warn_of_lost(names: Sequence[str]) -> None:
-    """Warns of tensors with numbers that `loses_numbers`."""
+    """Warns of the tensors for which `loses_numbers` is true."""
     if names:
         warn(f"the module's dtype does not hold all numbers that the file has for {listed(names)}")
 
 
 def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> None:
-    """Gives memory that was made to all places of a group; a parameter stays one parameter."""
+    """Puts an allocated tensor into all places of a group; a tied parameter stays one parameter."""
     old = places[group[0]].tensor
     parameter = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else None
     (tensor if parameter is None else parameter).__dict__.update(old.__dict__)
     for name in group:
         module, attribute = places[name].module, places[name].attribute
-        # By `setattr`, as torch's own loading: an LSTM, for one, keeps its weights in a list, too.
+        # `setattr`, as in torch's own loading: an LSTM, for example, also keeps its weights in a list.
         setattr(module, attribute, tensor if parameter is None else parameter)
 
 
 def _count_change(tensor: torch.Tensor) -> None:
-    """Tells autograd that memory was written, as an operation of torch's own would."""
+    """Tells autograd that memory was written, as an operation of torch does."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
 
 @contextmanager
 def _noted(untouched: bool) -> Iterator[None]:
-    """Adds to a fault what became of the module."""
+    """Adds a note to an error that says whether the module was changed."""
     try:
         yield
     except (FileFault, MismatchError) as error:

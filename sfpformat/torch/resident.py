@@ -1,9 +1,8 @@
-"""Weights whose compressed bytes lie on a CUDA device: decoded there, or multiplied there without being
-decoded.
+"""Weights with compressed bytes on a CUDA device: decoded there, or multiplied without being decoded.
 
-Rules: bytes are looked at once, on the processor, where their checksums are compared; what is known of them
-then is found by their memory, and let go with it or when it is written to. What the kernels refuse, or do
-not know, is left to the processor, which gives the weight or the fault.
+Rules: the CPU inspects the bytes once and compares their checksums. The result is cached by the bytes'
+memory, and dropped when the memory is released or written to. If the kernels refuse or do not support a
+weight, the CPU decodes it, which gives the weight or raises the error.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ from .kept import version_of
 from .one import NAME, opened
 from .tensors import format_dtype, torch_dtype
 
-MOST_ROWS = 8  # of activations that are multiplied without decoding: with more, decoding pays
-_ALIGNMENT = 16  # of what kernels load at once
+MOST_ROWS = 8  # of activations, multiplied without decoding; with more rows, decoding is faster
+_ALIGNMENT = 16  # bytes: kernels load this much at once
 
-# The compute capability of a device.
+# Returns the compute capability of a device.
 capability_of: Callable[[torch.device], tuple[int, int]] = torch.cuda.get_device_capability
 
 
 @dataclass
 class _Weight:
-    """What is known of the bytes of a weight.
+    """Cached information about the bytes of a weight.
 
     Attributes:
-        entry: of the weight.
-        vectors: those of its vector chunk.
+        entry: the directory entry of the weight.
+        vectors: the vectors of its vector chunk.
         resident: its chunks, on the device.
-        is_checked: whether all of them were decoded once.
-        placed: dtypes, as `multiply` is told of them -> what multiplies with it, or None.
+        is_checked: whether all of them were decoded successfully once.
+        placed: (weight dtype, compute dtype) -> the prepared product, or None if kernels do not support it.
     """
 
     entry: TensorEntry
@@ -64,11 +63,11 @@ class _Known(NamedTuple):
 
 
 _known: dict[tuple[int, int], _Known] = {}
-_lock = threading.RLock()  # memory that is let go while it is held comes back to `_forget`
+_lock = threading.RLock()  # reentrant: releasing memory under the lock calls `forget`
 
 
 def decode(data: torch.Tensor) -> torch.Tensor | None:
-    """The weight, a new tensor on the device of its bytes; None where the processor has to decode it.
+    """Decodes the weight into a new tensor on the device of its bytes; None if the CPU has to decode it.
 
     Args:
         data: a file with one tensor, uint8 [bytes], on a CUDA device.
@@ -90,7 +89,7 @@ def decode(data: torch.Tensor) -> torch.Tensor | None:
 
 
 def entry_of(data: torch.Tensor) -> TensorEntry | None:
-    """What the directory says of the weight; None where the processor has to decode it.
+    """Returns the directory entry of the weight; None if the CPU has to decode it.
 
     Args:
         data: as for `decode`.
@@ -101,11 +100,11 @@ def entry_of(data: torch.Tensor) -> TensorEntry | None:
 
 
 def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | None:
-    """Some rows of a matrix, a new tensor on the device of its bytes; None where the processor has to.
+    """Decodes rows of a matrix into a new tensor on the device of its bytes; None if the CPU has to.
 
     Args:
         data: as for `decode`.
-        rows: their numbers, ascending.
+        rows: row indices, ascending.
     """
     with devices.current(data.device), torch.inference_mode(False):
         weight = _weight_of(data)
@@ -127,7 +126,7 @@ def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | N
 
 
 def _runs(entry: TensorEntry, segments: NDArray[np.int64]) -> list[Run]:
-    """Neighbouring segments of a chunk together, one after another in what is decoded."""
+    """Groups adjacent segments of a chunk into runs, which are decoded one after the other."""
     chunks, inside = np.divmod(segments, entry.chunk)
     breaks = np.flatnonzero((np.diff(segments) > 1) | (np.diff(chunks) > 0)) + 1
     item = entry.segment * entry.dtype.itemsize
@@ -140,15 +139,15 @@ def _runs(entry: TensorEntry, segments: NDArray[np.int64]) -> list[Run]:
 def multiply(
     x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """x @ weight.T + bias without decoding the weight; None where that cannot be, or does not pay.
+    """Returns x @ weight.T + bias without decoding the weight; None if unsupported, or if decoding is faster.
 
-    The weights are those that decoding gives, products are added in float32, always in the same order.
+    The weights equal the decoded ones. Products are summed in float32, always in the same order.
 
     Args:
         x: [..., columns].
         bias: [rows], or None.
         data: as for `decode`.
-        dtype: what the weight is converted to before it is converted to the dtype of x.
+        dtype: the dtype that the weight is converted to, before it is converted to the dtype of x.
     """
     batch = x.numel() // max(x.shape[-1], 1)
     if not 1 <= batch <= MOST_ROWS or x.device != data.device:
@@ -162,7 +161,7 @@ def multiply(
             return None
         loader, product, own = devices.loader_of(data.device), placed.product, _aligned(x)
         y = x.new_empty(*x.shape[:-1], product.rows)
-        # Torch keeps what is let go of for the next who wants memory in the order of this stream.
+        # torch's caching allocator reuses this memory in stream order, so that it may be released here.
         sums = x.new_empty(product.sums_bytes(batch), dtype=torch.uint8)
         offset = None if bias is None else bias.contiguous()
         operands = Operands(
@@ -183,7 +182,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Placed | None:
-    """What multiplies with a weight, made when it is first asked for."""
+    """Returns the prepared product of a weight, created on first use; None if kernels do not support it."""
     key = dtype, compute
     with _lock:
         if key not in weight.placed:
@@ -196,7 +195,7 @@ def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: to
 def _product(
     weight: _Weight, device: torch.device, dtype: torch.dtype, compute: torch.dtype
 ) -> Product | None:
-    """What kernels are told of a weight; None where they do not know how, or the device has none."""
+    """Returns the kernels' parameters for a weight; None if kernels or device do not support the product."""
     names = format_dtype(dtype), format_dtype(compute)
     if names[0] is None or names[1] is None or names[1].name not in KERNELS:
         return None
@@ -209,7 +208,7 @@ def _product(
 
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
-    """What is known of some bytes; they are looked at where nothing is."""
+    """Returns the cached information about some bytes; inspects them if there is none."""
     key, version = _key(data), version_of(data)
     with _lock:
         found = _known.get(key)
@@ -220,7 +219,7 @@ def _weight_of(data: torch.Tensor) -> _Weight | None:
 
 
 def _look_at(data: torch.Tensor) -> _Weight | None:
-    """Reads the bytes on the processor; None where it has to decode them."""
+    """Inspects the bytes on the CPU; None if the CPU has to decode them."""
     if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
         return None
     try:
@@ -235,7 +234,7 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
                 return None
             file.read_chunks([(entry, k) for k in range(len(entry.chunks))])
             at = data.data_ptr() + file.chunk_offset(entry, 0)
-    except FileFault:  # the processor tells which
+    except FileFault:  # the CPU decodes instead and raises the error
         return None
     loader = devices.loader_of(data.device)
     loader.recipes.load([recipe])

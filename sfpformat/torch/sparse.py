@@ -1,4 +1,4 @@
-"""Sparse tensors out of a file: survivors and their positions, never the dense tensor."""
+"""Reads sparse tensors from a file: only survivors and their positions, never the dense tensor."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LAYOUTS: dict[str, torch.layout] = {
 
 
 def layout_of(layout: Layout) -> torch.layout:
-    """The torch layout that a caller asks for, by name or as torch has it.
+    """Returns the torch layout for a name or a torch layout.
 
     Raises:
-        OptionError: it is not one of strided, coo and csr.
+        OptionError: the layout is not one of strided, coo and csr.
     """
     found = _LAYOUTS.get(layout) if isinstance(layout, str) else layout
     if found not in _LAYOUTS.values() or found is None:
@@ -34,14 +34,14 @@ def layout_of(layout: Layout) -> torch.layout:
 
 
 def read_sparse(file: SfpFile | ShardedFile, name: str, layout: torch.layout) -> torch.Tensor:
-    """A tensor with only its survivors, on the processor; indices are int64.
+    """Returns a sparse tensor of the survivors, on the CPU; indices are int64.
 
-    Survivors are entries even where they are zero. Of a tensor without a mask, the entries are what is not
-    +0, bit for bit.
+    Survivors are entries even if they are zero. If a tensor has no mask, its entries are all elements whose
+    bits differ from +0.
 
     Raises:
         MissingTensorError, InvalidFileError, LimitError.
-        MismatchError: CSR is asked for and the tensor has not two dimensions.
+        MismatchError: the layout is CSR and the tensor does not have two dimensions.
     """
     entry = file.entry(name)
     shape = entry.shape
@@ -74,6 +74,6 @@ def _csr(shape: tuple[int, ...], positions: NDArray[np.int64], values: Array) ->
 
 
 def _not_plus_zero(values: Array, itemsize: int) -> NDArray[np.bool_]:
-    """Which elements have any bit set."""
+    """Returns which elements have any bit set: bool [elements]."""
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), itemsize)
     return np.asarray(octets.any(axis=1))

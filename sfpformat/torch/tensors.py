@@ -1,7 +1,7 @@
-"""Torch tensors as arrays and back: the same memory under another name, so that no bit can change.
+"""Converts torch tensors to numpy arrays and back. Both share the same memory, so that no bit changes.
 
-Rules: where numpy has no dtype for torch's (BF16, FP8), both sides are looked at as integers of the same
-width. Nothing here converts a number.
+Rules: if numpy has no dtype for torch's (BF16, FP8), both are viewed as integers of the same width. No number
+is converted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import MismatchError, OptionError
 
 Array = NDArray[np.generic]
 
-# Name in the format -> torch's name. A torch that is too old for one of them does not have it.
+# Name in the format -> torch's name. Older versions of torch lack some of them.
 _TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -49,15 +49,15 @@ _TO_TORCH: dict[str, torch.dtype] = {
 }
 _FROM_TORCH = {dtype: DTYPES[name] for name, dtype in _TO_TORCH.items()}
 
-# For the dtypes of `ml_dtypes`: what both sides know, by bytes an element.
+# For the dtypes of `ml_dtypes`: bytes an element -> integer dtypes of torch and numpy of that width.
 _AS_INTEGERS = {1: (torch.uint8, np.dtype("u1")), 2: (torch.int16, np.dtype("<i2"))}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a dtype of the format.
+    """Returns the torch dtype for a dtype name of the format.
 
     Raises:
-        MismatchError: this version of torch has none.
+        MismatchError: this version of torch has no such dtype.
     """
     if name not in _TO_TORCH:
         raise MismatchError(f"torch {torch.__version__} has no dtype for {name}; a newer one may")
@@ -65,20 +65,20 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def format_dtype(dtype: torch.dtype) -> Dtype | None:
-    """The dtype of the format for a torch dtype, or None."""
+    """Returns the format's dtype for a torch dtype, or None."""
     return _FROM_TORCH.get(dtype)
 
 
 def _is_foreign(dtype: Dtype) -> bool:
-    """Whether numpy needs `ml_dtypes` for it, which torch does not know."""
+    """Returns whether numpy needs `ml_dtypes` for the dtype, which torch does not support."""
     return dtype.numpy.isbuiltin == 2
 
 
 def memory_of(tensor: torch.Tensor) -> Array:
-    """The memory of a contiguous tensor of the processor as an array: what is written there is in the tensor.
+    """Returns a contiguous CPU tensor as an array that shares its memory: writes change the tensor.
 
     Args:
-        tensor: strided, contiguous, on the processor, of a dtype of the format.
+        tensor: strided, contiguous, on the CPU, of a dtype of the format.
     """
     dtype = _FROM_TORCH[tensor.dtype]
     plain: Any = tensor.detach()
@@ -89,16 +89,16 @@ def memory_of(tensor: torch.Tensor) -> Array:
 
 
 def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Array:
-    """A tensor as an array of the same shape and bits; its own memory where that is possible.
+    """Returns a tensor as an array of the same shape and bits. Shares its memory if possible.
 
     Args:
-        tensor: any device; any strides; a sparse layout is made dense.
-        name: of the tensor, for errors.
-        kind: what it is, for errors: ``tensor``, or such as ``mask of``.
+        tensor: any device and strides; a sparse layout is made dense.
+        name: name of the tensor, for errors.
+        kind: kind of the value, for errors: ``tensor``, or for example ``mask of``.
 
     Raises:
-        OptionError: it is no tensor, has no data (as `require_memory`), or its dtype has no name in the
-            format.
+        OptionError: the value is not a tensor, has no data (`require_memory`), or its dtype has no name in
+            the format.
     """
     what = f"{kind} {name!r}"
     require_memory(tensor, what)
@@ -109,20 +109,20 @@ def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Arra
         if plain.layout != torch.strided:
             plain = plain.to_dense()
         return memory_of(plain.to("cpu").resolve_conj().resolve_neg().contiguous())
-    except (RuntimeError, TypeError) as error:  # such as inside of torch.func.vmap
+    except (RuntimeError, TypeError) as error:  # for example inside torch.func.vmap
         raise OptionError(f"{what}: torch does not give its numbers: {first_line(error)}") from error
 
 
 def require_memory(tensor: object, what: str) -> None:
-    """Refuses what has no memory with all of its numbers.
+    """Refuses objects that are not a tensor with memory for all of its elements.
 
     Args:
         tensor: any object.
-        what: it is, for errors, such as ``tensor 'w'``.
+        what: description for errors, such as ``tensor 'w'``.
 
     Raises:
-        OptionError: it is no tensor, or one without data: on the meta device, of a lazy module, with freed
-            memory; or a tensor made of other tensors: a DTensor, a nested, a quantised or another wrapper.
+        OptionError: the object is not a tensor; the tensor has no data (on the meta device, of a lazy module,
+            freed memory); or it is a nested, quantised or wrapper tensor, such as a DTensor.
     """
     reason = _reason_against(tensor)
     if reason is None and isinstance(tensor, torch.Tensor):
@@ -134,7 +134,7 @@ def require_memory(tensor: object, what: str) -> None:
 
 
 def _reason_against(tensor: object) -> str | None:
-    """Why an object is no tensor with memory of its own, or None."""
+    """Returns why an object is not a tensor with its own memory, or None."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__} is no tensor"
     if is_lazy(tensor):
@@ -151,10 +151,10 @@ def _reason_against(tensor: object) -> str | None:
 
 
 def require_known_shapes(model: torch.nn.Module) -> None:
-    """Refuses a module with lazy modules that have no shape yet.
+    """Refuses a module with lazy parameters or buffers that have no shape yet.
 
     Raises:
-        OptionError: there is one.
+        OptionError: there is such a parameter or buffer.
     """
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
@@ -164,26 +164,26 @@ def require_known_shapes(model: torch.nn.Module) -> None:
 
 
 class ReadsAsPlain:
-    """A mark of tensor classes whose operators are their own and give what those of a plain tensor give."""
+    """Marker for tensor classes that override operators, but return the same results as a plain tensor."""
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's class has operators of its own, so that it may have no memory."""
+    """Returns whether a tensor's class overrides operators, so that the tensor may have no memory."""
     own = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
     return own and not isinstance(tensor, ReadsAsPlain)
 
 
 def missing_memory(tensor: torch.Tensor) -> str | None:
-    """What is wrong where the memory of a tensor is smaller than its shape and strides say; else None.
+    """Returns an error text if a tensor's memory is smaller than its shape and strides need, else None.
 
-    Such memory was freed or resized under the tensor, as FSDP does between calls.
+    Such memory was freed or resized, as FSDP does between calls.
     """
     for part in _parts_of(tensor):
         if part.is_meta or not part.numel():
             continue
         try:
             there = part.untyped_storage().nbytes()
-        except (RuntimeError, NotImplementedError):  # torch shows none, such as inside of torch.func.vmap
+        except (RuntimeError, NotImplementedError):  # no storage, for example in torch.func.vmap
             continue
         last = part.storage_offset() + sum(
             (n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)
@@ -198,17 +198,17 @@ def missing_memory(tensor: torch.Tensor) -> str | None:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where the memory of a strided tensor begins; 0 where it has none that torch shows."""
+    """Returns the address of a strided tensor's first element; 0 if torch gives none."""
     if is_lazy(tensor) or is_wrapper(tensor) or tensor.is_meta:
         return 0
     try:
         return int(tensor.data_ptr())
-    except (RuntimeError, NotImplementedError):  # such as inside of torch.func.vmap
+    except (RuntimeError, NotImplementedError):  # for example inside torch.func.vmap
         return 0
 
 
 def _parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The strided tensors that a tensor consists of; none where torch does not show them."""
+    """Returns the strided tensors that a tensor consists of; empty if torch does not give them."""
     if is_wrapper(tensor) or is_lazy(tensor):
         return []
     if tensor.layout == torch.strided:
@@ -223,13 +223,13 @@ def _parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of an error's message: those of torch can be long."""
+    """Returns the first line of an error's message, at most 200 characters: torch's can be long."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """A tensor over the memory of an array that was decoded.
+    """Returns a tensor that shares the memory of a decoded array.
 
     Args:
         array: writable, C order, of a dtype of the format.

@@ -1,4 +1,4 @@
-"""Tied tensors: one tensor of a model under several names, any of which may be used in an argument."""
+"""Tied tensors: one tensor of a model with several names, any of which is valid in an argument."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ T = TypeVar("T")
 
 
 class TiedNames:
-    """The names of a model's tensors; those of one and the same tensor mean the same."""
+    """The names of a model's tensors, grouped by tensor: all names of a tied tensor are equivalent."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Args:
-        tensors: by name, each under all of its names.
+        tensors: name -> tensor; a tied tensor is present under each of its names.
         """
         self._groups = {name: group for group in groups_of(tensors) for name in group}
 
     def kept(self, name: str) -> str:
-        """The name under which `save_model` writes a tensor: the first in alphabetical order."""
+        """Returns the name under which `save_model` writes a tensor: the first in alphabetical order."""
         return min(self._groups[name])
 
     def names_of(self, name: str) -> list[str]:
-        """All names of a tensor."""
+        """Returns all names of a tensor."""
         return self._groups[name]
 
     def like(self, pattern: str) -> set[str]:
-        """The names whose tensor has a name that matches a pattern (as a shell's)."""
+        """Returns all names of the tensors that have a name that matches a shell-style pattern."""
         return {
             name
             for name, group in self._groups.items()
@@ -43,10 +43,10 @@ class TiedNames:
         }
 
     def once(self, names: Iterable[str]) -> list[str]:
-        """The names without those that mean the tensor of an earlier one.
+        """Returns the names without those whose tensor has an earlier name in the list.
 
         Raises:
-            OptionError: a name is not known.
+            OptionError: a name is unknown.
         """
         names = list(names)
         require_known(names, self._groups)
@@ -56,15 +56,15 @@ class TiedNames:
         return list(first.values())
 
     def one_each(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
-        """What was given for some tensors, once for each: under the first of its names that was used.
+        """Returns the given values, one for each tensor, under the first of its names in ``given``.
 
         Args:
-            given: by name; None for nothing.
-            argument: the caller's argument, for errors.
+            given: values by name; None is empty.
+            argument: name of the caller's argument, for errors.
 
         Raises:
-            OptionError: it is no mapping, a name is not known, or two names of one tensor have different
-                values.
+            OptionError: ``given`` is not a mapping, a name is unknown, or two names of one tensor have
+                different values.
         """
         out: dict[str, T] = {}
         used: dict[str, str] = {}
@@ -77,12 +77,12 @@ class TiedNames:
         return out
 
     def by_kept(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
-        """As `one_each`, under the names that `save_model` writes."""
+        """Returns the same values as `one_each`, under the names that `save_model` writes."""
         return {self.kept(name): value for name, value in self.one_each(given, argument).items()}
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal: numbers by their elements."""
+    """Returns whether two values are equal; tensors and arrays are compared by element."""
     if one is other:
         return True
     if isinstance(one, tuple) and isinstance(other, tuple):

@@ -1,9 +1,9 @@
-"""Attempts to train weights that `compress_model` froze: what would pass them by in silence warns here.
+"""Warns of attempts to train weights that `compress_model` froze, which torch would silently ignore.
 
-Rules: a compressed weight is no parameter. An optimizer of ``model.parameters()`` does not have it, one that
-was made before has a tensor that the model no longer uses, and ``requires_grad_`` of the model does not reach
-it. Each of these warns. Where other parameters are frozen too, as under adapters or a head that trains alone,
-an optimizer gives no warning.
+Rules: a compressed weight is not a parameter. An optimizer of ``model.parameters()`` does not include it. An
+optimizer that was created before compression has a tensor that the model no longer uses. The model's
+``requires_grad_`` does not reach it. Each of these warns. If other parameters are frozen too, as with
+adapters or a head that trains alone, an optimizer does not warn.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ REQUIRES_GRAD = "requires_grad_"
 _MOST_NAMED = 3
 _ADVICE = "decompress_model makes them dense, and they train again"
 
-# Weights that trained and that compressed layers took the place of -> the name of the layer.
+# Replaced dense weights that required a gradient -> the name of the layer.
 _replaced: Any = WeakTensorKeyDictionary()
-# Models that were given to `compress_model`.
+# Models that `compress_model` changed.
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Optimizers that were looked at.
+# Optimizers that were checked.
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class WarnsOfFrozen:
-    """Stands for a model's own ``requires_grad_`` while it has compressed layers.
+    """Replaces a model's ``requires_grad_`` while it has compressed layers, and warns.
 
-    Copies and pickles of the model have one of their own.
+    Copies and pickles of the model have their own instance.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, requires_grad: bool = True) -> nn.Module:
-        """Calls the method of the model's class; compressed weights have it once they are dense again.
+        """Calls the method of the model's class; for compressed weights it takes effect when they are dense.
 
         Warns:
             SfpWarning: compressed weights stay frozen.
@@ -59,11 +59,11 @@ class WarnsOfFrozen:
 
 
 def watch(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> None:
-    """Has attempts to train the compressed weights of a model warn from now on.
+    """Enables warnings about attempts to train the compressed weights of a model.
 
     Args:
-        model: one that has compressed layers.
-        replaced: the weights that layers had before, by the names of the layers.
+        model: a model with compressed layers.
+        replaced: layer name -> the dense weight that the layer had before.
     """
     for name, weight in replaced.items():
         if weight.requires_grad:
@@ -76,7 +76,7 @@ def watch(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Takes back `watch` where no layer is compressed any more."""
+    """Undoes `watch` for modules that have no compressed layer any more."""
     above = set(_above_compressed(model))
     for module in model.modules():
         if isinstance(module.__dict__.get(REQUIRES_GRAD), WarnsOfFrozen) and module not in above:
@@ -84,7 +84,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Some names of layers for a message."""
+    """Returns the first names of layers, and the number of the others, for a message."""
     names = list(names)
     first = ", ".join(repr(name) for name in names[:_MOST_NAMED])
     more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
@@ -92,7 +92,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _above_compressed(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that have compressed layers in them."""
+    """Returns the modules of a model that contain compressed layers."""
     named = dict(model.named_modules(remove_duplicate=False))
     parts = [path.split(".") for path, module in named.items() if path and isinstance(module, Compressed)]
     return [named[path] for path in {".".join(part[:i]) for part in parts for i in range(len(part))}]
@@ -100,16 +100,16 @@ def _above_compressed(model: nn.Module) -> list[nn.Module]:
 
 @cache
 def _install() -> None:
-    """Has torch call `_look` before each step of each optimizer; only once a model was compressed."""
+    """Registers `_look` as a global hook before each optimizer step; called when a model is compressed."""
     register_optimizer_step_pre_hook(_look)
 
 
 def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Looks at an optimizer before its first step.
+    """Checks an optimizer before its first step.
 
     Warns:
-        SfpWarning: it has weights that compress_model replaced, or all parameters of a model in which only
-            the compressed weights are frozen.
+        SfpWarning: the optimizer has weights that compress_model replaced, or all parameters of a model in
+            which only the compressed weights are frozen.
     """
     if torch.compiler.is_compiling() or optimizer in _seen:
         return

@@ -1,13 +1,13 @@
 """The weight of a compressed layer as a tensor: decoded when it is read; a write to it is encoded.
 
-Rules: `DecodedWeight` stands where a dense layer has its Parameter. A function that only reads sees a plain
-tensor. After a function that wrote to the weight or to a view of it, the new values are encoded losslessly
-into every layer that shares the weight. What cannot reach the layer is refused.
+Rules: `DecodedWeight` replaces the Parameter of a dense layer. Functions that only read get a plain tensor.
+After a function that writes to the weight or to a view of it, the new values are encoded losslessly into
+every layer that shares the weight. Writes that cannot reach the layer are refused.
 
-How a write is noticed: torch counts writes to memory (``Tensor._version``), those to views included. Every
-function of torch that is given a `DecodedWeight` comes here first, so the count before and after the call
-tells. Not noticed are writes past torch, through ``untyped_storage()`` or ``data_ptr()``; and inside
-``torch.compile`` and ``torch.export`` the weight is a plain copy, whose writes are lost.
+Detection of writes: torch counts writes to memory (``Tensor._version``), including those through views. Every
+torch function that gets a `DecodedWeight` calls ``__torch_function__``, which compares the count before and
+after the call. Writes through ``untyped_storage()`` or ``data_ptr()`` are not detected. Inside
+``torch.compile`` and ``torch.export`` the weight is a plain copy; writes to it are lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tensors import ReadsAsPlain
 def _dispatch(
     cls: type, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
 ) -> Any:
-    """Does what `DecodedWeight.__torch_function__` does, for operators that are called past it."""
+    """Equivalent of `DecodedWeight.__torch_function__` for operators that are called without it."""
     kwargs = kwargs or {}
     weights: list[DecodedWeight] = []
     plain_args, plain_kwargs = _unwrapped((args, kwargs), weights)
@@ -49,13 +49,13 @@ def _dispatch(
 class DecodedWeight(ReadsAsPlain, torch.Tensor):
     """The weight of a compressed layer, [rows, columns], or a view of it.
 
-    Reads as the dense weight does, and gives plain tensors. In-place functions, ``out=``, assignment to
-    elements, ``.data`` and ``torch.nn.init`` reach the layer: each such write encodes the whole weight
-    again, losslessly. numpy's view is read-only.
+    Functions read it like a dense weight and return plain tensors. In-place functions, ``out=``, assignment
+    to elements, ``.data`` and ``torch.nn.init`` write to the layer: each write encodes the whole weight
+    again, losslessly. The numpy view is read-only.
 
     Raises:
-        OptionError: by functions that cannot reach the layer: gradients of the weight, a Parameter made of
-            it, changes of shape in place, sharing with other processes or libraries.
+        OptionError: an operation cannot reach the layer: a gradient of the weight, a Parameter made from it,
+            an in-place change of its shape, or sharing with other processes or libraries.
     """
 
     _decoded: Decoded | None
@@ -64,23 +64,23 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
 
     @staticmethod
     def __new__(cls, decoded: Decoded, view: torch.Tensor | None = None) -> DecodedWeight:
-        """The whole weight, or a view of its memory."""
+        """Creates the whole weight, or a view of its memory."""
         shape: tuple[int, ...] = decoded.shape
         dtype, strides, offset = decoded.dtype, None, None
         if view is not None:
             shape, dtype, strides, offset = view.shape, view.dtype, view.stride(), view.storage_offset()
-        # A tensor without memory. Functions that torch does not send here see one on the meta device and
-        # refuse it: ``other.data = weight`` would else give another tensor no memory without saying so.
+        # A tensor without memory, on the meta device. Functions that bypass `__torch_function__` refuse it.
+        # Otherwise ``other.data = weight`` would silently give another tensor no memory.
         make: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
         made: DecodedWeight = make(cls, shape, strides, offset, dtype=dtype, device="meta")
         made._decoded, made._view = decoded, view
-        # torch, and code that ties weights, takes the whole for the frozen Parameter that it stands for.
+        # torch, and code that ties weights, treats the whole weight as a frozen Parameter.
         made._is_param = view is None
         return made
 
     @property
     def decoded(self) -> Decoded:
-        """The memory behind it.
+        """The decoded memory of the weight.
 
         Raises:
             OptionError: `data` was set to a weight of another shape, dtype or device.
@@ -93,11 +93,11 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the weight itself, not a view of it."""
+        """Whether this is the whole weight, not a view of it."""
         return self._view is None
 
     def plain(self) -> torch.Tensor:
-        """The same memory as a plain tensor; what is written there is not noticed."""
+        """Returns the same memory as a plain tensor; writes to it are not detected."""
         decoded = self.decoded
         return decoded.memory if self._view is None else self._view
 
@@ -105,7 +105,7 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Calls a function of torch with plain tensors, and sees to it that writes reach the layer."""
+        """Calls a torch function with plain tensors, and encodes writes into the layers."""
         kwargs = kwargs or {}
         if func in _OF_SHAPE:
             assert args[0].decoded
@@ -120,25 +120,25 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
 
 
 class _Memory(NamedTuple):
-    """What tells whether memory was written, or a tensor moved to other memory."""
+    """The version and location of a tensor's memory, to detect writes and moves."""
 
     version: int
     place: tuple[object, ...]
 
     @staticmethod
     def of(tensor: torch.Tensor) -> _Memory:
-        """That of a tensor now."""
+        """Returns the current version and location of a tensor's memory."""
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return _Memory(version_of(tensor), (id(tensor),))
         storage = tensor.untyped_storage()._cdata
-        if torch._C._get_tracing_state() is not None:  # sizes are tensors then
+        if torch._C._get_tracing_state() is not None:  # while tracing, sizes are tensors
             return _Memory(version_of(tensor), (storage,))
         place = storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
         return _Memory(version_of(tensor), place)
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Calls a function with plain tensors, and encodes the weights that it wrote to."""
+    """Calls a function with plain tensors, and encodes the weights that it changed."""
     weights: list[DecodedWeight] = []
     plain_args, plain_kwargs = _unwrapped((args, dict(kwargs)), weights)
     if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
@@ -156,7 +156,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         out = func(*plain_args, **plain_kwargs)
     except BaseException:
         for decoded in changed().values():
-            decoded.drop()  # written in part
+            decoded.drop()  # may be partly written
         raise
     _require_same_place(func, weights, before)
     for decoded in changed().values():
@@ -165,15 +165,15 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _no_collective(weight: DecodedWeight) -> OptionError:
-    """For functions of ``torch.distributed``, which write without counting it, and may write later."""
+    """Returns the error for ``torch.distributed``: it writes without counting, possibly after the call."""
     return weight.decoded.refused("collectives cannot write to its weight; give them layer.weight.clone()")
 
 
 def _require_same_place(func: Any, weights: list[DecodedWeight], before: list[_Memory]) -> None:
-    """Refuses functions that gave a weight other memory, or another shape.
+    """Refuses functions that moved a weight to other memory or changed its shape.
 
     Raises:
-        OptionError: a tensor is not where it was.
+        OptionError: the location or shape of a weight changed.
     """
     for weight, memory in zip(weights, before, strict=True):
         if _Memory.of(weight.plain()).place != memory.place:
@@ -184,7 +184,7 @@ def _require_same_place(func: Any, weights: list[DecodedWeight], before: list[_M
 
 
 def _unwrapped(value: Any, found: list[DecodedWeight]) -> Any:
-    """Arguments with plain tensors in the place of weights, which are added to ``found``."""
+    """Returns the arguments with weights replaced by plain tensors; appends the weights to ``found``."""
 
     def plain(weight: DecodedWeight) -> torch.Tensor:
         found.append(weight)
@@ -194,7 +194,7 @@ def _unwrapped(value: Any, found: list[DecodedWeight]) -> Any:
 
 
 def _wrapped(out: Any, weights: list[DecodedWeight]) -> Any:
-    """A result, in which tensors over the memory of a weight are weights, so that writes to them count."""
+    """Returns a result in which tensors that share a weight's memory are weights, so that writes count."""
 
     def wrap(tensor: torch.Tensor) -> torch.Tensor:
         for weight in weights:
@@ -211,7 +211,7 @@ def _wrapped(out: Any, weights: list[DecodedWeight]) -> Any:
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two plain tensors lie in the same storage; those without storage do not."""
+    """Returns whether two plain tensors share a storage; False if a tensor has none."""
     if type(one) is not torch.Tensor or one.layout != torch.strided:
         return False
     try:
@@ -221,7 +221,7 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _by_argument(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[tuple[Any, Any]]:
-    """The arguments of a schema and what was given for them."""
+    """Yields the arguments of a schema with their given values."""
     positional = schema.arguments[: len(args)]
     yield from zip(positional, args, strict=True)
     yield from ((a, kwargs[a.name]) for a in schema.arguments[len(args) :] if a.name in kwargs)
@@ -239,14 +239,14 @@ def _get_data(func: Any, weight: DecodedWeight) -> Any:
 
 
 def _set_data(func: Any, weight: DecodedWeight, value: torch.Tensor) -> None:
-    """``weight.data = value``: of a whole weight the new values are encoded into all layers that share it."""
+    """Implements ``weight.data = value``: encodes the new values into all layers that share the weight."""
     decoded = weight.decoded
     if not weight.is_whole:
         raise decoded.refused("setting .data of a view reaches nothing; write to the view with copy_")
     if isinstance(value, DecodedWeight):
         plain, memory = value.plain(), decoded.memory
         if value.decoded is decoded and _Memory.of(plain).place == _Memory.of(memory).place:
-            return  # what was written to `weight.data` has reached the layer already
+            return  # a write to `weight.data` has already reached the layer
         value = plain
     shape = require_matrix(value, decoded.layer)
     decoded.require_current()
@@ -268,7 +268,7 @@ def _frozen(weight: DecodedWeight) -> OptionError:
 
 
 def _require_grad(func: Any, weight: DecodedWeight, requires_grad: bool = True) -> Any:
-    """A view, such as `detach` gives, may be a leaf with a gradient of its own; the weight may not."""
+    """Sets ``requires_grad`` of a view, which can be a leaf with its own gradient; the weight refuses it."""
     if weight._view is not None:
         weight._view.requires_grad_(requires_grad)
     elif requires_grad:
@@ -277,7 +277,7 @@ def _require_grad(func: Any, weight: DecodedWeight, requires_grad: bool = True) 
 
 
 def _get_of_gradient(func: Any, weight: DecodedWeight) -> Any:
-    """What a view knows of its gradient; the weight has none."""
+    """Returns a gradient attribute of a view; False or None for the whole weight, which has no gradient."""
     if weight._view is not None:
         return func(weight._view)
     return False if func == _T.requires_grad.__get__ else None
@@ -291,7 +291,7 @@ def _set_grad(func: Any, weight: DecodedWeight, *value: Any) -> None:
 
 
 def _is_leaf(func: Any, weight: DecodedWeight) -> bool:
-    # Optimizers refuse what is no leaf and retains no gradient, and ask in this order.
+    # Optimizers refuse tensors that are not leaves and do not retain gradients; they check in this order.
     return False if weight._view is None else weight._view.is_leaf
 
 
@@ -302,14 +302,14 @@ def _retains_grad(func: Any, weight: DecodedWeight) -> bool:
 
 
 def _to_numpy(func: Any, weight: DecodedWeight, *args: Any, **kwargs: Any) -> Any:
-    """numpy's view of the memory, read-only: writes there could not be noticed."""
+    """Returns a read-only numpy view of the memory: writes to it could not be detected."""
     array = func(weight.plain().detach(), *args, **kwargs)
     array.flags.writeable = False
     return array
 
 
 def _write_uncounted(func: Any, weight: DecodedWeight, *args: Any) -> Any:
-    """For functions that write without counting it."""
+    """Calls a function that writes without counting, and encodes the weight."""
     _call(func, (weight, *args), {})
     weight.decoded.write()
     return weight
@@ -322,7 +322,7 @@ def _shared_outside(func: Any, weight: DecodedWeight, *args: Any, **kwargs: Any)
 
 
 def _deepcopied(func: Any, weight: DecodedWeight, memo: dict[int, Any]) -> Any:
-    """A Parameter; in a copy of a whole model the weight of the layer's copy, so that ties stay."""
+    """Returns a Parameter; within a copy of a model, the weight of the copied layer, which keeps ties."""
     if memo and weight.is_whole:
         return deepcopy(weight.decoded.layer, memo).weight
     return _reduced_to_parameter(weight)
@@ -340,7 +340,8 @@ def _reduced_to_parameter(weight: DecodedWeight) -> torch.Tensor:
 
 _T: Any = torch.Tensor
 
-# What is known without decoding: asked of the tensor without memory, and of the bytes.
+# Attributes that need no decoding. `_OF_SHAPE` reads them from the tensor without memory, `_OF_DEVICE` from
+# the compressed bytes.
 _OF_SHAPE = {
     _T.shape.__get__,
     _T.dtype.__get__,
