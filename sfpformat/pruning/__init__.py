@@ -1,11 +1,11 @@
-"""Learned importance, thresholds, and the way from a trained network to a pruned `.sfp` file.
+"""Importances, thresholds and masks: prunes a trained network and writes it to an `.sfp` file.
 
-Each weight gets an importance: from a score, or learned by a small network that maps features of a weight to
-its importance and is trained through the model, which stays as it is. A threshold found from the
-distribution of the importances prunes what lies under it. A file holds what is left.
+Each weight gets an importance, from a score or by learning. Learning optimises importances through the model,
+whose weights stay unchanged. A threshold from the distribution of the importances prunes the weights below
+it. The file stores the masks and the survivors.
 
-The names below are imported from their modules when they are first asked for: `thresholds`, `grades` and
-`files` need numpy alone, the others torch.
+The names below are imported lazily: `allocation`, `thresholds`, `grades` and `files` need only numpy, the
+others need torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     )
     from .tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 
-# Module -> the names that are the package's too.
+# Module -> the names that the package exports from it.
 _NAMES = {
     "allocation": ("Outliers", "Rising"),
     "calibration": ("Statistics", "statistics"),
@@ -107,11 +107,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports the module that a name is from.
+    """Imports the module of an exported name on first access.
 
     Raises:
-        AttributeError: there is no such name.
-        ModuleNotFoundError: it needs torch, which is not installed.
+        AttributeError: the package has no such name.
+        ModuleNotFoundError: the module needs torch, which is not installed.
     """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

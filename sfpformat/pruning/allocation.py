@@ -1,8 +1,8 @@
-"""How much each tensor loses of what the model is to lose: thresholds of their own. Numpy alone.
+"""Allocations: the sparsity of each tensor for a given sparsity of the model. Needs only numpy.
 
-Rules: an allocation gives each tensor a sparsity, so that all together lose the share asked for, to the
-nearest whole number in each tensor or row; within these the least importances go. So importances that are
-comparable within a tensor or a row alone, such as Wanda's, get a budget for each layer.
+Rules: an allocation gives each tensor a sparsity, so that all tensors together reach the requested one,
+rounded to whole numbers in each tensor or row. Within a tensor or row the lowest importances are pruned. This
+gives importances that are comparable only within a tensor or row, such as Wanda's, a budget for each layer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from .thresholds import Numbers, require_share
 
 @dataclass(frozen=True)
 class Outliers:
-    """Tensors with more outliers lose less (Yin et al., Outlier Weighed Layerwise Sparsity, 2023).
+    """Lower sparsity for tensors with more outliers (OWL; Yin et al., Outlier Weighed Layerwise Sparsity,
+    2023).
 
     An outlier is an importance above ``multiple`` times the mean of its tensor. A tensor's sparsity falls
-    linearly with its share of outliers; from the greatest sparsity to the least it is twice the spread. Made
+    linearly with its share of outliers. The greatest and the least sparsity differ by twice the spread. Meant
     for Wanda's importances.
 
     Attributes:
-        share: of all positions that goes.
-        spread: half of the way from the least sparsity of a tensor to the greatest.
-        multiple: of a tensor's mean importance, above which one is an outlier.
+        share: share of all positions that is pruned.
+        spread: half the difference between the greatest and the least sparsity of a tensor.
+        multiple: an importance above this multiple of its tensor's mean is an outlier.
     """
 
     share: float
@@ -42,7 +43,7 @@ class Outliers:
             raise OptionError(f"multiple is {self.multiple}, must be above 0 and finite")
 
     def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
-        """As `thresholds.Allocation`."""
+        """Returns the sparsity of each tensor, as in `thresholds.Allocation`."""
         ratios = {name: self._ratio(array) for name, array in importances.items()}
         low, high = min(ratios.values(), default=0.0), max(ratios.values(), default=0.0)
         scale = 2 * self.spread / (high - low) if high > low else 0.0
@@ -50,17 +51,17 @@ class Outliers:
         return _allocated(wanted, {name: array.size for name, array in importances.items()}, self.share)
 
     def _ratio(self, array: Numbers) -> float:
-        values = np.maximum(array.astype(np.float64), 0)  # what is pruned already may be negative
+        values = np.maximum(array.astype(np.float64), 0)  # pruned positions can have negative importances
         return float((values > self.multiple * values.mean()).mean()) if values.size else 0.0
 
 
 @dataclass(frozen=True)
 class Rising:
-    """Tensors lose more, the later they are: sparsities rise by equal steps (as in ATP, Huang et al., 2025).
+    """Higher sparsity for later tensors: sparsities rise in equal steps (ATP; Huang et al., 2025).
 
     Attributes:
-        share: of all positions that goes.
-        rise: from the first tensor's sparsity to the last's; negative to fall.
+        share: share of all positions that is pruned.
+        rise: the last tensor's sparsity minus the first's; can be negative.
     """
 
     share: float
@@ -72,14 +73,14 @@ class Rising:
             raise OptionError(f"rise is {self.rise}, must be from -1 to 1")
 
     def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
-        """As `thresholds.Allocation`."""
+        """Returns the sparsity of each tensor, as in `thresholds.Allocation`."""
         last = max(len(importances) - 1, 1)
         wanted = {name: self.rise * place / last for place, name in enumerate(importances)}
         return _allocated(wanted, {name: array.size for name, array in importances.items()}, self.share)
 
 
 def _allocated(wanted: Mapping[str, float], sizes: Mapping[str, int], share: float) -> dict[str, float]:
-    """Sparsities that differ as wanted, moved together and clipped to 0 and 1: the whole loses the share."""
+    """Shifts sparsities by a common amount and clips them to [0, 1], so that the model reaches ``share``."""
     total = sum(sizes.values())
 
     def lost(shift: float) -> float:

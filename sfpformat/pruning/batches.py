@@ -1,8 +1,8 @@
-"""What a batch holds, and what kind of model it goes through.
+"""The contents of a batch, and the kind of model that it is for.
 
 Rules: a batch is a mapping of the model's keyword arguments (a dict, transformers' ``BatchEncoding``), a pair
-of inputs and labels, or the inputs alone. Nothing here runs a model or needs transformers: a model's kind is
-read from the names of its classes and from its ``config``.
+of inputs and labels, or the inputs alone. This module neither runs a model nor needs transformers: the kind
+of a model follows from its class names and its ``config``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..names import listed
 
-IGNORED = -100  # a label that does not count, as in torch's cross-entropy and in transformers
+IGNORED = -100  # label that the loss ignores, as in torch's cross-entropy and in transformers
 
-# Shifted labels are recognised from this many equal tokens on; fewer can be equal by chance.
+# Minimum number of equal tokens to recognise shifted labels; fewer can be equal by chance.
 _FEWEST_EQUAL = 4
 
 
 class Kind(Enum):
-    """How a model's labels lie beside its inputs and outputs.
+    """The alignment of a model's labels with its inputs and outputs.
 
     Attributes:
         CAUSAL: a causal language model: output t is compared with label t + 1.
@@ -38,10 +38,10 @@ class Kind(Enum):
 
 
 def kind_of(module: nn.Module | None) -> Kind:
-    """The kind of a model, also inside a wrapper such as ``DataParallel`` or a PEFT model.
+    """Returns the kind of a model, also inside a wrapper such as ``DataParallel`` or a PEFT model.
 
-    Causal are classes named as transformers names them: ``…ForCausalLM``, ``…LMHeadModel``, and
-    ``…ForConditionalGeneration`` without an encoder.
+    A model is causal if a class has a name that transformers uses for these: ``…ForCausalLM``,
+    ``…LMHeadModel``, and ``…ForConditionalGeneration`` without an encoder.
     """
     for part in module.modules() if module is not None else ():
         if getattr(getattr(part, "config", None), "is_encoder_decoder", False) is True:
@@ -59,9 +59,9 @@ def _is_causal_name(name: str) -> bool:
 
 
 def takes_labels(module: nn.Module | None) -> bool:
-    """Whether a model's ``forward`` has an argument ``labels``.
+    """Returns whether a model's ``forward`` has an argument ``labels``.
 
-    A wrapper that only passes keyword arguments on takes labels if a module inside it does.
+    If ``forward`` has ``**kwargs``, as in a wrapper, the result is true if any submodule takes ``labels``.
     """
     if module is None:
         return False
@@ -81,10 +81,10 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of a model for a batch, without the labels.
+    """Returns the positional and keyword arguments of a model for a batch, without the labels.
 
     Raises:
-        OptionError: a tuple or list of more than two elements, or of none.
+        OptionError: the batch is a tuple or list that does not have one or two elements.
     """
     if isinstance(batch, Mapping):
         return (), {name: value for name, value in batch.items() if name != "labels"}
@@ -99,17 +99,17 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def labels_of(batch: Any) -> Any:
-    """A batch's item ``labels``, or the second element of a pair; None where it has no labels."""
+    """Returns a batch's item ``labels``, or the second element of a pair; None if it has no labels."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
 
 
 def required_labels(batch: Any) -> Tensor:
-    """The labels of a batch.
+    """Returns the labels of a batch.
 
     Raises:
-        OptionError: it has none, or they are no tensor.
+        OptionError: the batch has no labels, or they are not a tensor.
     """
     labels = labels_of(batch)
     if isinstance(labels, Tensor):
@@ -127,7 +127,7 @@ def required_labels(batch: Any) -> Tensor:
 
 
 def require_unshifted(module: nn.Module | None, batch: Any) -> None:
-    """Refuses labels that are the next tokens already, for a causal model, which shifts labels itself.
+    """Refuses labels that are already shifted to the next tokens: a causal model shifts labels itself.
 
     Raises:
         OptionError: the labels are the inputs shifted by one.

@@ -1,4 +1,4 @@
-"""What calibration data say about each weight: gradients, their squares, and the inputs it multiplies."""
+"""Calibration statistics of each weight: gradients, squared gradients, and squared inputs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _ROWS = Layout(1)
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one weight tensor.
+    """The statistics of one weight tensor.
 
     Attributes:
         gradient: the mean gradient of the loss, float32, the weight's shape.
         fisher: the mean square of the gradient, float32, the weight's shape: the diagonal of the empirical
-            Fisher information, the mean taken over batches, so that small batches are nearer to it.
-        inputs: the mean square of each input, padding left out, float32 [inputs]; None where the weight is
-            not that of an `nn.Linear` or of a ``Conv1D`` of transformers that was called.
-        layout: where the weight's inputs are.
+            Fisher information. The mean is over batches, so small batches approximate it better.
+        inputs: the mean square of each input without padding, float32 [inputs]. None unless the weight is
+            that of an `nn.Linear` or a transformers ``Conv1D`` that was called.
+        layout: the dimension of the weight's inputs.
     """
 
     gradient: Tensor
@@ -55,28 +55,28 @@ def statistics(
     every: int = 16,
     progress: Progress = lambda batch, loss: None,
 ) -> dict[str, Statistics]:
-    """Statistics of the weights to be pruned, from some batches; the model stays as it is.
+    """Computes statistics of the prunable weights from calibration batches. The model is unchanged.
 
     Args:
-        model: any module.
-        data: batches, gone through once from the start.
-        task: how a batch goes through the model.
-        batches: how many are looked at, at most; with ``single``, how many examples.
+        model: any module; run in evaluation mode.
+        data: calibration batches, iterated once.
+        task: runs the model and computes the loss.
+        batches: the maximum number of batches; with ``single``, of examples.
         tensors: names of parameters; None takes `layers.prunable`.
-        single: whether each example of a batch is looked at by itself. The mean square of gradients is then
-            nearer to Fisher's information, and takes longer than that of batches.
-        checkpoint: a file that is written every so many batches and at the end, whole or not at all, and gone
-            on from where it is there.
-        every: batches from one checkpoint to the next.
-        progress: called after each batch with its number, from 1 on, and its loss.
+        single: whether each example of a batch is a batch of its own. The mean squared gradient is then
+            closer to the Fisher information, but takes longer to compute.
+        checkpoint: a file that is written atomically every ``every`` batches and after the last of
+            ``batches``. If it exists, the computation resumes from it.
+        every: the number of batches between checkpoints.
+        progress: called after each batch with its number, from 1, and its loss.
 
-    Warns: the loss does not depend on a weight, whose gradient is then 0.
+    Warns: the loss does not depend on a weight; its gradient is then 0.
 
-    Memory: 8 bytes a weight, and the gradients of a few tensors, beyond what a forward and a backward pass
-    need.
+    Memory: 8 bytes a weight and the gradients of a few tensors, in addition to a forward and backward pass.
 
     Raises:
-        OptionError: a name is no matrix of the model; there are no data, or no first dimension to split.
+        OptionError: a name is not a matrix of the model; there are no data; or ``single`` is true and a batch
+            has no first dimension to split.
         MismatchError: the checkpoint is of other tensors or options.
         LossError: the loss of a batch is not finite.
     """
@@ -113,14 +113,14 @@ def statistics(
 
 
 def examples_of(batch: Any) -> Iterator[Any]:
-    """A batch as batches of one example each: slices of its tensors along their first dimension.
+    """Yields the examples of a batch as batches of size 1: slices along the first dimension.
 
     Args:
-        batch: a tensor, or a mapping, tuple or list, whose tensors have the same first dimension; scalars and
-            what is no tensor go with each example.
+        batch: a tensor, or a mapping, tuple or list whose tensors have the same first dimension. Scalars and
+            values that are not tensors are repeated in each example.
 
     Raises:
-        OptionError: it is something else.
+        OptionError: the batch has another type, or first dimensions differ.
     """
     if isinstance(batch, Tensor):
         yield from torch.split(batch, 1)
@@ -145,11 +145,11 @@ def _is_batch(values: object) -> bool:
 
 
 class _Seen:
-    """Sums over the batches that were seen.
+    """Running sums over the batches.
 
     Attributes:
-        count: of batches.
-        inputs: sums over the inputs of layers.
+        count: the number of batches.
+        inputs: running sums over the inputs of layers.
         used: the names of the weights that had a gradient.
     """
 
@@ -164,7 +164,7 @@ class _Seen:
         self.used: set[str] = set()
 
     def add(self, name: str, leaf: Tensor) -> None:
-        """Adds the gradient of a leaf, and drops it."""
+        """Adds the gradient of a leaf to the sums, and releases it."""
         assert leaf.grad is not None
         self.used.add(name)
         gradient = leaf.grad.float()
@@ -173,7 +173,7 @@ class _Seen:
         leaf.grad = None
 
     def statistics(self, layouts: Mapping[str, Layout]) -> dict[str, Statistics]:
-        """The means; the sums are used up."""
+        """Returns the means. Divides the sums in place, so they cannot be used afterwards."""
         return {
             name: Statistics(
                 total.div_(self.count),
@@ -214,7 +214,7 @@ class _Seen:
 
 
 class _SquaredInputs:
-    """Running sums over the inputs of layers, by name."""
+    """Running sums of the squared inputs of layers, by weight name."""
 
     def __init__(self, counted: CountedInputs) -> None:
         self._counted = counted
@@ -235,7 +235,7 @@ class _SquaredInputs:
 def watched(
     layers: Iterable[tuple[str, nn.Module]], see: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """While it lasts, ``see`` gets the weight's name, the layer and the inputs of each call of a layer."""
+    """Context with a forward pre-hook: each call of a layer calls ``see`` with weight name, layer, input."""
     handles = [
         layer.register_forward_pre_hook(partial(_show, see, name), with_kwargs=True) for name, layer in layers
     ]

@@ -1,7 +1,8 @@
-"""What the importance network sees of each weight.
+"""The input features of the importance network.
 
-Rules: every feature is a number a weight, standardised over all weights of the model and clamped to ±5, so
-that one network fits all tensors and nothing depends on a model's units. Magnitudes enter as logarithms.
+Rules: every feature is one number a weight, standardised over all weights of the model and clamped to ±5, so
+that one network fits all tensors and the features do not depend on a model's units. Magnitudes are
+logarithms.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from .calibration import Statistics
 
 CLAMP = 5.0
-_TINY = 1e-30  # under a logarithm
+_TINY = 1e-30  # added before a logarithm
 
 
 def _log(x: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _ranks(scores: Tensor, dim: int) -> Tensor:
-    """The rank of each element among those along a dimension, from 0 to 1."""
+    """Returns the rank of each element along a dimension, scaled to 0 … 1."""
     order = scores.argsort(dim)
     count = scores.shape[dim]
     shape = [1, 1]
@@ -32,7 +33,7 @@ def _ranks(scores: Tensor, dim: int) -> Tensor:
 
 
 class _Tensor:
-    """One weight as a matrix [outputs, inputs], with what several features are made of."""
+    """One weight as a matrix [outputs, inputs], with quantities that several features share."""
 
     def __init__(self, weight: Tensor, found: Statistics, depth: float) -> None:
         matrix = found.layout.matrix
@@ -43,7 +44,7 @@ class _Tensor:
         self._weight, self._layout = weight, found.layout
 
     def flat(self, feature: Tensor) -> Tensor:
-        """A feature, [rows, columns] or what broadcasts to it, in the order of the weight's elements."""
+        """Flattens a feature, [rows, columns] or broadcastable to it, in the weight's element order."""
         return self._layout.back(feature.to(self.w.device).expand_as(self.w), self._weight).reshape(-1)
 
 
@@ -51,7 +52,7 @@ def _constant(value: float) -> Tensor:
     return torch.tensor([[value]])
 
 
-# Name -> the feature of a tensor, [rows, columns] or what broadcasts to it.
+# Name -> function that computes the feature of a tensor, [rows, columns] or broadcastable to it.
 FEATURES: dict[str, Callable[[_Tensor], Tensor]] = {
     "sign": lambda t: t.w.sign(),
     "log magnitude": lambda t: _log(t.w.abs()),
@@ -74,9 +75,9 @@ FEATURES: dict[str, Callable[[_Tensor], Tensor]] = {
 
 
 def features(weights: Mapping[str, Tensor], found: Mapping[str, Statistics]) -> Tensor:
-    """The features of all weights, tensor after tensor: float16 [weights, features].
+    """Returns the features of all weights, tensor after tensor: float16 [weights, features].
 
-    Memory: two bytes a weight and feature; at the peak four more of one feature.
+    Memory: two bytes a weight and feature; at the peak, four more bytes a weight for one feature.
     """
     total = sum(weight.numel() for weight in weights.values())
     device = next(iter(weights.values())).device
@@ -92,10 +93,10 @@ def features(weights: Mapping[str, Tensor], found: Mapping[str, Statistics]) -> 
 
 
 def standardised(values: Tensor) -> Tensor:
-    """With mean 0 and standard deviation 1; all zero where there is no spread."""
+    """Returns the values with mean 0 and standard deviation 1; all zeros if they are equal."""
     centred = values - values.mean()
     spread = centred.square().mean().sqrt()
-    # Rounding leaves equal values a spread of their own, far under the values.
+    # Rounding gives equal values a small non-zero deviation, far below their magnitude.
     if float(spread.detach()) <= 1e-6 * float(values.detach().abs().max()):
         return torch.zeros_like(values)
     return centred / spread

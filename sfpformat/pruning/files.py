@@ -1,9 +1,9 @@
-"""Pruning a file again: what an `.sfp` file holds is enough, no data and no torch are needed.
+"""Prunes an `.sfp` file further. Needs only the file: no calibration data and no torch.
 
-Rules: tensors with an importance kept as metadata are pruned, by importance first and by magnitude among
-equals; what is zero already, of either sign, goes first. Survivors keep their values bit for bit; how they
-are coded is chosen anew, by their quantiser where that gives the same values. All other tensors are copied
-chunk by chunk.
+Rules: tensors with an importance as metadata are pruned, by importance, and among equal importances by
+magnitude. Positions that are already zero, of either sign, are pruned first. Survivors keep their values bit
+for bit. Their coding is chosen again, with their quantiser if that gives the same values. All other tensors
+are copied chunk by chunk.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of, patte
 
 @dataclass(frozen=True)
 class Repruned:
-    """What became of a file.
+    """The result of `reprune`.
 
     Attributes:
         pruned: the names of the tensors that were pruned.
-        unfit: the names of the tensors that a pattern did not fit, which are as they were -> why not.
-        positions: of these tensors.
-        before, after: how many of those positions were, and are, pruned; stored zeros count, but for those
-            of a uniform quantiser.
-        outputs: the files that were written, the index of shards left out.
+        unfit: tensors that a pattern did not fit, which are unchanged: name -> reason.
+        positions: the number of positions of the pruned tensors.
+        before, after: the number of pruned positions in these tensors before and after. Stored zeros count as
+            pruned, except those of a uniform quantiser.
+        outputs: the files that were written, without the index of shards.
     """
 
     pruned: tuple[str, ...]
@@ -66,22 +66,22 @@ def reprune(
     """Writes a file with some of its tensors pruned further.
 
     Args:
-        file: open; the new file keeps to its limits. Of a model in shards each shard is written anew.
-        target: the path of the new file, which appears only when all went well; not that of ``file``. Shards
-            are named after it, with an index beside them, so that it ends in ``.sfp``.
-        threshold, scope, floor: as in `thresholds.masks_of`; the share of a sparsity counts all positions,
-            those included that are pruned already. A pattern runs along `thresholds.pattern_dim`.
-        exempt: patterns of the file's tensor names that are not pruned.
-        keep_importance: whether the survivors' importances stay in the file.
-        single: whether a model in shards becomes one file.
+        file: an open file; the new file uses its limits. For a sharded model each shard is written again.
+        target: path of the new file, which appears only on success. Must differ from that of ``file``. Shards
+            get names derived from it and an index file; it must then end in ``.sfp``.
+        threshold, scope, floor: as in `thresholds.masks_of`. A sparsity counts all positions, including those
+            that are already pruned. A pattern runs along `thresholds.pattern_dim`.
+        exempt: patterns of tensor names in the file that are not pruned.
+        keep_importance: whether the file keeps the survivors' importances.
+        single: whether a sharded model is written as one file.
 
-    Memory: all tensors with an importance, and 60 bytes a position of theirs.
+    Memory: all tensors with an importance, plus 60 bytes for each of their positions.
 
-    Warns: as `thresholds.masks_of`.
+    Warns: for the reasons of `thresholds.masks_of`.
 
     Raises:
-        OptionError: no tensor has an importance that is metadata; a threshold that makes no sense; a target
-            that is one of the files read, or cannot name shards.
+        OptionError: no tensor has an importance as metadata; all such tensors are exempt; the threshold is
+            invalid; or the target is one of the files read, or cannot name shards.
         InvalidFileError, LimitError, OSError.
     """
     names = [name for name in file if _is_prunable(file.entry(name))]
@@ -96,7 +96,7 @@ def reprune(
     importances = {name: _importance(file, name) for name in names}
     alive = {name: _alive(file, name, tensors[name]) for name in names}
     masks = masks_of(
-        # What is pruned has the importance −1, under all others: it goes first.
+        # Pruned positions get the importance −1, below all others, so that they stay pruned.
         {name: np.where(alive[name], importances[name], np.float32(-1)) for name in names},
         threshold,
         scope=scope,
@@ -134,7 +134,7 @@ def reprune(
 
 
 def _unfit(file: SfpFile | ShardedFile, names: list[str], threshold: object) -> dict[str, str]:
-    """Why a pattern does not fit each of these tensors."""
+    """Returns the reason why a pattern does not fit, for each of these tensors."""
     if not isinstance(threshold, Pattern):
         return {}
     shapes = {name: file.entry(name).shape for name in names}
@@ -144,10 +144,13 @@ def _unfit(file: SfpFile | ShardedFile, names: list[str], threshold: object) -> 
 def _write_shards(
     model: ShardedFile, target: Path, put: Callable[[Iterable[str], Writer], None]
 ) -> list[Path]:
-    """Writes a shard for each of a model's, and the index; all take their names together.
+    """Writes one shard for each shard of the model, and the index; all files are replaced together.
 
     Args:
-        put: writes tensors of some names.
+        put: writes the tensors of the given names to a writer.
+
+    Raises:
+        OptionError: the target does not end in ``.sfp``.
     """
     if target.suffix != SUFFIX:
         raise OptionError(f"{target}: shards need a name that ends in {SUFFIX}; single=True writes one file")
@@ -172,10 +175,10 @@ def _is_prunable(entry: TensorEntry) -> bool:
 
 
 def _alive(file: SfpFile | ShardedFile, name: str, array: NDArray[np.generic]) -> Mask:
-    """The positions that are not pruned yet.
+    """Returns the mask of the positions that are not pruned yet.
 
-    A stored zero, of either sign, is pruned to everyone who reads the values. The zeros of a uniform
-    quantiser are weights that were rounded: these are ranked by their importance.
+    Stored zeros, of either sign, count as pruned. The zeros of a uniform quantiser do not: they are rounded
+    weights, ranked by their importance.
     """
     fingerprints = file.entry(name).fingerprints
     mask = file.get_mask(name)
@@ -191,7 +194,7 @@ def _importance(file: SfpFile | ShardedFile, name: str) -> NDArray[np.float32]:
 
 
 def _numbers(array: NDArray[np.generic]) -> Numbers:
-    """The magnitudes, finite, as float32: what is not finite is greater than all else."""
+    """Returns the magnitudes as float32. Values beyond its range become its maximum, NaN becomes ∞."""
     with np.errstate(over="ignore", invalid="ignore"):
         magnitudes: NDArray[np.float32] = np.abs(array.astype(np.float32))
     most = np.finfo(np.float32).max
@@ -199,7 +202,7 @@ def _numbers(array: NDArray[np.generic]) -> Numbers:
 
 
 def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Options:
-    """Options by which the survivors' values come back bit for bit, and importances nearly so."""
+    """Returns options that reproduce the survivors' values bit for bit, and importances approximately."""
     options = Options()
     quantiser = entry.fingerprints.quantiser if entry.fingerprints is not None else None
     if isinstance(quantiser, Uniform) and entry.scale is None:
@@ -211,7 +214,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
     if isinstance(stored, Exact):
         kept = ImportanceOptions(over=entry.importance.over, quantiser="exact", dtype=stored.dtype.name)
     else:
-        # As many levels as there were: the greatest importance stays, so that the step is the same.
+        # The same number of levels: the greatest importance stays, so the step stays the same.
         step = float(stored.step) if isinstance(stored, Uniform) else 0.0
         levels = round(float(importance.max()) / step) if step and importance.size else 63
         kept = ImportanceOptions(over=entry.importance.over, bits=min(max(levels.bit_length(), 1), 24))
@@ -219,7 +222,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
 
 
 def _copy(file: SfpFile | ShardedFile, entry: TensorEntry, writer: Writer) -> None:
-    """A tensor as it is, chunk by chunk."""
+    """Copies a tensor chunk by chunk without encoding it again."""
     vectors = None if entry.vectors is None else file.read_checked(entry, -1)
     chunks = (file.read_checked(entry, k) for k in range(len(entry.chunks)))
     writer.add_encoded(entry, vectors, chunks)

@@ -1,16 +1,16 @@
-"""Gates: scores to factors from 0 to 1 on the weights, through which gradients reach the scores.
+"""Gates map scores to factors from 0 to 1 on the weights; gradients reach the scores through them.
 
-Rules: a gate is called once a step with all scores of the model, flat, and gives factors of the same shape
-and a penalty in nats that is added to the loss. Scores are in units of their own spread, so that the widths
-below are numbers without a unit.
+Rules: a gate is called once a step with all scores of the model, flat. It returns factors of the same shape,
+and a penalty in nats that is added to the loss. Scores are standardised, so that the widths below have no
+unit.
 
-- `TopK` meets its budget in every step: the forward pass is the hard mask, the backward pass that of a
-  sigmoid around the threshold (straight through). Nothing is left for a penalty to do.
-- `SoftGate` is a sigmoid that grows steeper; a penalty on the difference between its mean and the budget
-  makes importances go to zero.
+- `TopK` meets its budget exactly in every step: the forward pass uses the hard mask, the backward pass the
+  derivative of a sigmoid around the threshold (straight-through estimator). It needs no penalty.
+- `SoftGate` is a sigmoid whose temperature falls. A penalty on the difference between its mean and the budget
+  drives gates to zero.
 - `HardConcrete` is the gate of Louizos et al. (Learning sparse neural networks through L0 regularization,
-  2018), without its noise: a stretched and clamped sigmoid, so that gates become zero and stay there. The
-  penalty is Lagrangian: its multiplier rises while more gates are open than the budget allows.
+  2018), without its noise: a stretched and clamped sigmoid, so that gates become exactly zero and stay there.
+  The penalty is Lagrangian: its multiplier rises while more gates are open than the budget allows.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ GATES = ("topk", "sigmoid", "hard-concrete")
 
 @dataclass(frozen=True)
 class Moment:
-    """Where learning is.
+    """The state of the schedule at a step.
 
     Attributes:
-        sparsity: the share that is to be pruned in this step.
-        progress: from 0 to 1, of the steps.
+        sparsity: the target sparsity of this step.
+        progress: the share of the steps that is done, from 0 to 1.
     """
 
     sparsity: float
@@ -41,26 +41,27 @@ class Moment:
 
 
 class Gate(Protocol):
-    """From scores to gates."""
+    """A function from scores to gates."""
 
     def __call__(self, scores: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
-        """The gates, float32 [weights], and a penalty, a scalar in nats."""
+        """Returns the gates, float32 [weights], and a penalty, a scalar in nats."""
 
     def state(self) -> list[float]:
-        """What a checkpoint must hold beyond the scores."""
+        """Returns the gate's state for a checkpoint."""
 
     def restore(self, state: list[float]) -> None:
-        """Takes up the state of an earlier run."""
+        """Restores the state of an earlier run."""
 
 
 def make_gate(name: str, temperature: float) -> Gate:
-    """A gate by its name.
+    """Creates a gate by its name.
 
     Args:
-        temperature: width of the sigmoid, in units of the scores.
+        name: one of `GATES`.
+        temperature: width of the sigmoid, in units of the scores. Not used by ``hard-concrete``.
 
     Raises:
-        OptionError: there is none of this name, or the width is not above 0.
+        OptionError: the name is unknown, or the temperature is not above 0.
     """
     if not temperature > 0:
         raise OptionError(f"temperature is {temperature}, must be above 0")
@@ -74,7 +75,7 @@ def make_gate(name: str, temperature: float) -> Gate:
 
 
 def threshold_of(scores: Tensor, sparsity: float) -> Tensor:
-    """The score that the given share of all does not exceed; −∞ where nothing goes."""
+    """Returns the threshold that the given share of all scores does not exceed; −∞ if none is pruned."""
     count = min(int(sparsity * scores.numel() + 0.5), scores.numel())
     if not count:
         return torch.full((), -math.inf, device=scores.device)
@@ -90,7 +91,7 @@ class _Stateless:
 
 
 class TopK(_Stateless):
-    """The budget is met exactly; gradients as of sigmoid((score − threshold) / temperature)."""
+    """Hard mask that meets the budget; backward pass of sigmoid((score − threshold) / temperature)."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -103,10 +104,10 @@ class TopK(_Stateless):
 
 
 class SoftGate(_Stateless):
-    """A sigmoid whose temperature falls to a twentieth; penalty: 7 · |mean − budget|, as in LEAP."""
+    """Sigmoid whose temperature falls to 1/20; the penalty is 7 · |mean − budget|, as in LEAP."""
 
     WEIGHT = 7.0
-    END = 0.05  # of the temperature at the start
+    END = 0.05  # final temperature, as a share of the initial one
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -119,7 +120,7 @@ class SoftGate(_Stateless):
         self._origin = torch.tensor(state[0]) if state else None
 
     def __call__(self, scores: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
-        if self._origin is None:  # gates begin around the first budget
+        if self._origin is None:  # gates are centred on the first step's threshold
             self._origin = threshold_of(scores, moment.sparsity)
         width = self._temperature * self.END**moment.progress
         gates = torch.sigmoid((scores - self._origin.to(scores.device)) / width)
@@ -127,11 +128,11 @@ class SoftGate(_Stateless):
 
 
 class HardConcrete:
-    """sigmoid(a / β) · (ζ − γ) + γ, clamped; penalty: λ · d + 20 · d², d the surplus of open gates."""
+    """Gate sigmoid(a / β) · (ζ − γ) + γ, clamped; penalty λ · d + 20 · d², d the surplus of open gates."""
 
     BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
     QUADRATIC = 20.0
-    RATE = 0.5  # of λ's ascent
+    RATE = 0.5  # learning rate of λ
 
     def __init__(self) -> None:
         self._multiplier = 0.0
@@ -145,13 +146,14 @@ class HardConcrete:
             self._multiplier, self._origin = state
 
     def __call__(self, scores: Tensor, moment: Moment) -> tuple[Tensor, Tensor]:
-        # A gate is above zero where a > β · log(−γ / ζ).
+        # A gate is above zero if a > β · log(−γ / ζ).
         edge = self.BETA * math.log(-self.GAMMA / self.ZETA)
         if self._origin is None:
             self._origin = float(threshold_of(scores, moment.sparsity)) - edge
         a = scores - self._origin
         gates = (torch.sigmoid(a / self.BETA) * (self.ZETA - self.GAMMA) + self.GAMMA).clamp(0, 1)
-        # Counted as they are, which without noise is not their mean probability; gradients as of a sigmoid.
+        # Counts the gates that are open now; without noise that is not their mean probability. The gradient
+        # is that of a sigmoid.
         soft = torch.sigmoid((a - edge) / self.BETA)
         surplus = ((gates.detach() > 0).float() + soft - soft.detach()).mean() - (1 - moment.sparsity)
         penalty = self._multiplier * surplus + self.QUADRATIC * surplus.square()

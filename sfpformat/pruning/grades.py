@@ -1,9 +1,9 @@
-"""Grades: importances as a few whole numbers that keep their order, cheap to store in a file. Numpy alone.
+"""Grades: importances as a few whole numbers in the same order, which take little space. Needs only numpy.
 
-Only the order of importances decides what a threshold prunes. So what is stored is the rank over all
-tensors, cut into grades: the weights of grade 0 go first at any sparsity, then those of grade 1. Weights of
-one grade are told apart by magnitude, which the file holds anyway. Boundaries that lie at the sparsities
-one wants to prune to lose nothing there.
+Only the order of importances decides what a threshold prunes. So the rank over all tensors is stored, cut
+into
+grades: at any sparsity the weights of grade 0 are pruned first, then those of grade 1. Weights of one grade
+are ordered by magnitude, which the file has anyway. At a sparsity that equals a boundary, nothing is lost.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ..errors import OptionError
 from ..options import ImportanceOptions
 from .thresholds import Numbers
 
-# Sixteen grades, finer where models are usually pruned: about 3.5 bits a weight in a file.
+# Sixteen grades, finer at the usual sparsities: about 3.5 bits a weight in a file.
 BOUNDARIES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
 
 
 def graded(
     importances: Mapping[str, Numbers], boundaries: Sequence[float] = BOUNDARIES
 ) -> dict[str, NDArray[np.float32]]:
-    """The grade of each position over all tensors: whole numbers from 0 to len(boundaries), as float32.
+    """Returns the grade of each position over all tensors: whole numbers from 0 to len(boundaries), float32.
 
     Args:
         importances: tensor name -> finite numbers of any shape.
-        boundaries: the shares of all positions that lie under grade 1, 2, …, ascending.
+        boundaries: the shares of all positions below grade 1, 2, …, ascending.
 
     Raises:
         OptionError: the boundaries do not ascend from 0 to 1, or an importance is not finite.
@@ -52,8 +52,9 @@ def graded(
 
 
 def options_for_grades(grades: int = len(BOUNDARIES) + 1, over: str = "survivors") -> ImportanceOptions:
-    """How a file stores grades: a tensor that has the highest gives all back as they were.
+    """Returns the options with which a file stores grades.
 
-    Of others the numbers are off by less than half a grade, in the same order.
+    A tensor that has the highest grade is stored exactly. In other tensors the numbers are off by less than
+    half a grade, in the same order.
     """
     return ImportanceOptions(over=over, bits=max((grades - 1).bit_length(), 1))

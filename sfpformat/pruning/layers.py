@@ -1,9 +1,9 @@
-"""The weights of a model: which are pruned, and in which of their dimensions the inputs lie.
+"""Selects the weights of a model to prune, and finds the dimension of their inputs.
 
-Rules: a weight is known by the layer that it belongs to, since its shape does not say where its inputs are:
+Rules: the layer type determines the layout, because the shape does not tell which dimension the inputs are:
 `nn.Linear` stores [outputs, inputs], the ``Conv1D`` of transformers' GPT-2 [inputs, outputs], convolutions
 [outputs, inputs / groups, …], transposed ones [inputs, outputs / groups, …], and transformers' layers of
-experts [experts, …]. What is left alone without being asked for is named in a warning.
+experts [experts, …]. By default, a warning lists weights that are not pruned.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .thresholds import pattern_dim
 T = TypeVar("T")
 Weights = Mapping[str, Tensor]
 
-# The weight matrices of transformers' layers of experts, stored one after the other in one tensor.
+# The weight matrices of transformers' layers of experts, stacked in one tensor.
 _EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
-# Matrices of layers that are not known here are named in a warning from this size on, together: a share of
-# what is pruned. Under it they are such things as embeddings of positions.
+# A warning lists matrices of unknown layers if together they have at least this share of the pruned weights.
+# Smaller ones are usually position embeddings and the like.
 _WORTH_A_WARNING = 0.1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the inputs of a weight are.
+    """The layout of a weight's inputs.
 
     Attributes:
-        inputs: the dimension along which they lie.
-        stacked: whether the first dimension counts matrices that have nothing to do with each other.
-        groups: in how many groups of equal size the inputs lie, that have nothing to do with each other.
+        inputs: the dimension of the inputs.
+        stacked: whether the first dimension stacks independent matrices.
+        groups: the number of independent groups of equal size that the inputs form.
     """
 
     inputs: int
@@ -51,13 +51,13 @@ class Layout:
     groups: int = 1
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A weight of rank 2 or more as [outputs, inputs of each output]; a view where that is possible."""
+        """Returns a weight of rank 2 or more as [outputs, inputs of each output]; a view if possible."""
         if self.stacked:
             return self._swapped(weight).flatten(0, -2)
         return (weight.transpose(0, 1) if self.inputs == 0 else weight).flatten(1)
 
     def back(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """Undoes `matrix`.
+        """Returns the matrix in the weight's shape; the inverse of `matrix`.
 
         Args:
             matrix: [outputs, inputs of each output], of any dtype.
@@ -70,15 +70,17 @@ class Layout:
         return matrix.reshape(like.shape)
 
     def _swapped(self, stack: Tensor) -> Tensor:
-        """With the inputs last, or as they were; of matrices in a stack."""
+        """Swaps dimensions 1 and 2 of a stack of matrices if the inputs are dimension 1. Its own inverse."""
         return stack.transpose(1, 2) if self.inputs == 1 else stack
 
 
 def layout_of(model: nn.Module, name: str) -> Layout:
-    """Where the inputs of a parameter are; as `thresholds.pattern_dim` where its module is not known.
+    """Returns the layout of a parameter; that of `thresholds.pattern_dim` if its module type is unknown.
 
     Args:
-        name: of the parameter; a tied one is that of a layer, where it has one, whichever name is used.
+        model: the model.
+        name: name of the parameter. Any name of a tied parameter gives the layout of its layer, if it has
+            one.
     """
     weight = model.get_parameter(name)
     for module, attribute in holders(model)[id(weight)]:
@@ -88,7 +90,7 @@ def layout_of(model: nn.Module, name: str) -> Layout:
 
 
 def _layout_in(module: nn.Module, attribute: str, weight: Tensor) -> Layout:
-    """Where the inputs of a weight matrix of a module are."""
+    """Returns the layout of a weight matrix of a module."""
     if isinstance(module, _ConvTransposeNd):
         return Layout(0, groups=module.groups)
     if isinstance(module, _ConvNd):
@@ -103,7 +105,7 @@ def _layout_in(module: nn.Module, attribute: str, weight: Tensor) -> Layout:
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """The modules that have a parameter, and its attribute there: several of a tied one, by its `id`."""
+    """Returns, by the `id` of each parameter, the modules and attributes that hold it; several if tied."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
@@ -113,7 +115,7 @@ def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D``, a linear layer whose weight is [inputs, outputs]."""
+    """Returns whether a module is transformers' ``Conv1D``, a linear layer with weight [inputs, outputs]."""
     return any(
         one.__name__ == "Conv1D" and one.__module__.partition(".")[0] == "transformers"
         for one in type(module).__mro__
@@ -121,10 +123,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_layers(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """The weights that belong to linear layers, ``Conv1D`` included, each with its layer.
+    """Returns the names of weights of linear layers, including ``Conv1D``, each with its layer.
 
     Args:
-        names: of parameters; a tied one comes with each of its layers, whichever name is used.
+        model: the model.
+        names: names of parameters. A tied parameter gives one item for each of its layers.
     """
     there = holders(model)
     return [
@@ -136,7 +139,7 @@ def linear_layers(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
+    """Returns a weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
     return weight.flatten(1)
 
 
@@ -144,17 +147,17 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """The names of the weight matrices that are pruned unless others are named, each once.
+    """Returns the names of the weight matrices that are pruned by default, each tensor once.
 
-    They belong to linear, bilinear and convolutional layers (transposed ones and ``Conv1D`` of transformers
-    included), recurrent ones, attention, and transformers' experts. An embedding, and what is tied to one,
-    is not among them.
+    These are the weights of linear, bilinear and convolutional layers (including transposed ones and
+    transformers' ``Conv1D``), recurrent layers, attention, and transformers' experts. Embeddings and weights
+    tied to them are not included.
     """
     return _found(model)[0]
 
 
 def _found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """The names as of `prunable`, and the weights of such layers that cannot be pruned, with the reason."""
+    """Returns the names of `prunable`, and the weights of such layers that cannot be pruned -> reason."""
     embeddings = {
         id(module._parameters.get("weight"))
         for module in model.modules()
@@ -175,7 +178,7 @@ def _found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 
 def _matrices(module: nn.Module) -> list[str]:
-    """The attributes of a module that are weight matrices, whether they are parameters now or hidden."""
+    """Returns the attributes of a module that are weight matrices, including hidden ones (`_is_hidden`)."""
     if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) or is_conv1d(module):
         return ["weight"]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -190,7 +193,7 @@ def _matrices(module: nn.Module) -> list[str]:
 
 
 def _is_hidden(module: nn.Module, attribute: str) -> bool:
-    """Whether a module computes an attribute from parameters or buffers of other names."""
+    """Returns whether a module computes an attribute from parameters or buffers with other names."""
     return (
         f"{attribute}_orig" in module._parameters
         or f"{attribute}_sfp" in module._buffers
@@ -199,7 +202,7 @@ def _is_hidden(module: nn.Module, attribute: str) -> bool:
 
 
 def _why_not(module: nn.Module, attribute: str, weight: Tensor | None) -> str:
-    """Why a weight cannot be pruned, and what helps; empty where it can."""
+    """Returns why a weight cannot be pruned, and the remedy; "" if it can."""
     if weight is None:
         if f"{attribute}_orig" in module._parameters:
             return "torch.nn.utils.prune keeps its mask; take_masks makes it plain"
@@ -219,15 +222,16 @@ def _why_not(module: nn.Module, attribute: str, weight: Tensor | None) -> str:
 
 
 def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
-    """The weights that are pruned, detached, by name.
+    """Returns the weights to prune, detached, by name.
 
     Args:
-        names: of the parameters; None takes those of `prunable`, and warns of layers whose weights cannot be
-            pruned, and of large matrices of other modules.
+        model: the model.
+        names: names of parameters. None takes `prunable`, and warns of layers whose weights cannot be pruned,
+            and of large matrices of other modules.
 
     Raises:
-        OptionError: a name is no float parameter of rank 2 or more, two names are one tensor, or there are
-            none.
+        OptionError: a name is not a prunable float parameter of rank 2 or more, two names are one tensor, or
+            there are no names.
     """
     if names is None:
         names, left = _found(model)
@@ -242,14 +246,16 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
 
 
 def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = False) -> dict[str, Tensor]:
-    """Float parameters of any rank, detached, by name.
+    """Returns float parameters of any rank, detached, by name.
 
     Args:
-        names: every name of a tied parameter will do.
-        buffers: whether names of buffers will do, too.
+        model: the model.
+        names: names of parameters; any name of a tied parameter is valid.
+        buffers: whether names of buffers are valid too.
 
     Raises:
-        OptionError: no name is given, a name is no float parameter, or two names are one tensor.
+        OptionError: there are no names, a name is not a prunable float parameter, or two names are one
+            tensor.
     """
     if isinstance(names, str):
         raise OptionError(f"tensors is one name, {names!r}; give a list of names")
@@ -278,7 +284,7 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
 
 
 def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str]) -> None:
-    """Warns of what `prunable` does not name."""
+    """Warns of weights that cannot be pruned, and of large matrices of unknown modules."""
     if left:
         (name, reason), *others = left.items()
         also = f"; nor can {listed([other for other, _ in others])}" if others else ""
@@ -305,14 +311,15 @@ def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str
 
 
 def named_once(model: nn.Module, given: Mapping[str, T], argument: str) -> dict[str, T]:
-    """What was given by names, once for each tensor; names that are none are left for `chosen_tensors`.
+    """Returns the given values, one for each tensor. Keeps unknown names, which `chosen_tensors` refuses.
 
     Args:
-        given: by name, every name of a tied tensor will do.
-        argument: the caller's argument, for errors.
+        model: the model.
+        given: values by name; any name of a tied tensor is valid.
+        argument: name of the caller's argument, for errors.
 
     Raises:
-        OptionError: it is no mapping, or two names of one tensor have different values.
+        OptionError: ``given`` is not a mapping, or two names of one tensor have different values.
     """
     require_mapping(given, argument)
     there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -323,15 +330,15 @@ def named_once(model: nn.Module, given: Mapping[str, T], argument: str) -> dict[
 
 
 def require_shapes(weights: Weights, given: Weights, what: str) -> None:
-    """Refuses numbers of other shapes than the weights of the same names.
+    """Refuses values whose shapes differ from those of the weights with the same names.
 
     Args:
-        weights: by name, those of ``given`` among them.
-        given: by name.
-        what: they are, such as "mask".
+        weights: weights by name, including all names in ``given``.
+        given: values by name.
+        what: description of the values for errors, such as "mask".
 
     Raises:
-        OptionError: one is no tensor, or a shape is another.
+        OptionError: a value is not a tensor, or a shape differs.
     """
     for name, numbers in given.items():
         if not isinstance(numbers, Tensor):
@@ -343,10 +350,10 @@ def require_shapes(weights: Weights, given: Weights, what: str) -> None:
 
 
 def require_masks(weights: Weights, masks: Weights) -> None:
-    """Refuses what is no mask of the weights of the same names.
+    """Refuses values that are not masks of the weights with the same names.
 
     Raises:
-        OptionError: a shape is another, or there are numbers that are neither 0 nor 1.
+        OptionError: a value is not a tensor, a shape differs, or a number is neither 0 nor 1.
     """
     require_shapes(weights, masks, "mask")
     for name, mask in masks.items():

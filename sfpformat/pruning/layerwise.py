@@ -1,8 +1,9 @@
-"""Pruning layer by layer, each from the inputs that the layers pruned before it give: Wanda and SparseGPT.
+"""Prunes layer by layer with Wanda or SparseGPT; each layer's inputs come from the layers pruned before it.
 
-Theory of operation: the layers are gone through in the order in which the model calls them. For each group
-of layers that take one and the same input (such as query, key and value), the calibration data run through
-the model as pruned so far, up to the group, and no further; H = 2/n Σ x xᵀ of the group's inputs is summed.
+Theory of operation: layers are pruned in the order in which the model calls them. Layers with the same input
+tensor (such as query, key and value) form a group. For each group the calibration batches run through the
+model pruned so far, up to the group, where the forward pass is stopped; H = 2/n Σ x xᵀ of the group's inputs
+is summed.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from .scores import rows_mask
 from .task import CLASSIFY, Data, Task, evaluating, first, with_weights
 from .thresholds import require_share
 
-BLOCK = 128  # columns that SparseGPT chooses together
-DAMPING = 0.01  # of the mean of H's diagonal, added to it
+BLOCK = 128  # columns for which SparseGPT selects the mask together
+DAMPING = 0.01  # added to H's diagonal, as a share of its mean
 
 
 @dataclass(frozen=True)
 class LayerwiseResult:
-    """What layer by layer pruning found.
+    """The result of `prune_layerwise`.
 
     Attributes:
         masks: bool by name, True for survivors.
-        weights: by name, the weight's dtype; survivors as they were, or as SparseGPT changed them.
+        weights: pruned weights by name, in the weight's dtype; SparseGPT may have updated the survivors.
     """
 
     masks: dict[str, Tensor]
@@ -42,7 +43,7 @@ class LayerwiseResult:
 
 
 class _Reached(Exception):
-    """The group's input was seen; the rest of the model need not run."""
+    """Raised by a hook to stop the forward pass once the group's inputs are known."""
 
 
 def prune_layerwise(
@@ -55,20 +56,22 @@ def prune_layerwise(
     batches: int = 64,
     tensors: Sequence[str] | None = None,
 ) -> LayerwiseResult:
-    """Prunes layer by layer; the model stays as it is.
+    """Prunes layer by layer. The model is unchanged.
 
     Args:
-        model: any module; what is pruned are weights of `nn.Linear` and of transformers' ``Conv1D``.
-        data: batches, the first of which are the calibration data.
-        sparsity: share of each layer, with ``wanda`` of each row.
-        method: ``wanda``, ``sparsegpt`` (its mask, survivors as they were, which later layers see too) or
-            ``sparsegpt-updated`` (survivors changed to make up for what went).
-        batches: how many batches of calibration data.
-        tensors: names of parameters; None takes those of `layers.prunable` that fit, and warns of the others.
+        model: any module. Only weights of `nn.Linear` and transformers' ``Conv1D`` are pruned.
+        data: batches; the first ``batches`` are the calibration data.
+        sparsity: the pruned share of each layer; with ``wanda``, of each row.
+        method: ``wanda``, ``sparsegpt`` (SparseGPT's mask, survivors unchanged, also for later layers) or
+            ``sparsegpt-updated`` (survivors updated to compensate for the pruned weights).
+        task: runs the model on a batch.
+        batches: number of calibration batches; ``data`` repeats if it has fewer.
+        tensors: names of parameters. None takes the weights of linear layers among `layers.prunable`, and
+            warns of the others.
 
     Raises:
-        OptionError: a tensor that is named is no linear layer's, or is never called; nothing is left to
-            prune; the method or the sparsity is none.
+        OptionError: a named tensor is not the weight of a linear layer that is called; there is nothing to
+            prune; all inputs of a layer are padding; or the method or sparsity is invalid.
     """
     require_share("sparsity", sparsity)
     if method not in ("wanda", "sparsegpt", "sparsegpt-updated"):
@@ -96,8 +99,7 @@ def prune_layerwise(
 def _groups(
     model: nn.Module, weights: dict[str, Tensor], batch: Any, task: Task
 ) -> tuple[list[list[str]], list[str]]:
-    """Names in the order of their first calls, those with the same tensor as input together; and the names
-    of weights that no linear layer was called with."""
+    """Returns groups of names with the same input tensor, in call order, and the uncalled names."""
     seen: list[tuple[Tensor, list[str]]] = []
     called: set[str] = set()
 
@@ -116,13 +118,13 @@ def _groups(
 def _hessian(
     model: nn.Module, weights: dict[str, Tensor], name: str, calibration: list[Any], task: Task
 ) -> Tensor:
-    """2/n Σ x xᵀ of a layer's inputs, padding left out, float32 [inputs, inputs]."""
+    """Returns 2/n Σ x xᵀ of a layer's inputs without padding, float32 [inputs, inputs]."""
     columns = layout_of(model, name).matrix(weights[name]).shape[1]
     total = torch.zeros(columns, columns, device=weights[name].device)
     count = 0
     counted = CountedInputs(model)
     layers = linear_layers(model, [name])
-    awaited: set[nn.Module] = set()  # layers of the weight that the batch has not reached
+    awaited: set[nn.Module] = set()  # layers of the weight that are not called yet in this batch
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
         nonlocal count
@@ -147,7 +149,7 @@ def _hessian(
 
 
 def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tuple[Tensor, Tensor]:
-    """The mask of a layer's weight [outputs, inputs], and the weight pruned."""
+    """Returns the mask of a layer's weight [outputs, inputs], and the pruned weight."""
     if method == "wanda":
         mask = rows_mask(weight.float().abs() * hessian.diagonal().sqrt(), sparsity)
         return mask, torch.where(mask, weight, 0)
@@ -156,18 +158,18 @@ def _pruned(weight: Tensor, hessian: Tensor, sparsity: float, method: str) -> tu
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
-    """SparseGPT (Frantar and Alistarh, 2023) of one layer.
+    """Prunes one layer with SparseGPT (Frantar and Alistarh, 2023).
 
     Args:
         weight: float32 [rows, columns].
         hessian: float32 [columns, columns], 2/n Σ x xᵀ.
-        sparsity: share of each block of `BLOCK` columns that goes, over all rows together.
+        sparsity: the pruned share of each block of `BLOCK` columns, over all rows together.
 
     Returns:
-        The mask, bool, and the weight whose survivors make up for what went, float32.
+        The mask, bool, and the pruned weight with updated survivors, float32.
 
     Raises:
-        OptionError: the sparsity is no share.
+        OptionError: the sparsity is not a share.
     """
     require_share("sparsity", sparsity)
     rest, hessian = weight.clone(), hessian.clone()
@@ -175,7 +177,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float) -> tuple[Tensor,
     hessian.diagonal()[dead] = 1
     rest[:, dead] = 0
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    # The rows of this factor are those of the inverse of what is left of H when the columns before are done.
+    # Row k of this factor is the first row of the inverse of H without the columns before k, up to scale.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     mask = torch.ones_like(weight, dtype=torch.bool)
     for start in range(0, weight.shape[1], BLOCK):
