@@ -1,8 +1,8 @@
-"""Where generated files come from: a sequence of choices, each a number below some bound.
+"""Choices that drive the generation of files: a sequence of numbers, each below a bound.
 
-Rules: whoever makes something of choices takes 0 as the simplest and asks for nothing else, so that the same
-code serves two sources: numbers thrown by a seed, which is fast, and numbers drawn by Hypothesis, which can
-make what was found small by making its choices fewer and smaller (`strategies`).
+Rules: choice 0 always means the simplest alternative, and generators use no other randomness. The same code
+therefore works with two sources: a seeded random generator, which is fast, and Hypothesis, which minimises a
+find by making its choices fewer and smaller (`strategies`).
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ class Choices(ABC):
     """A source of numbers."""
 
     def below(self, bound: int) -> int:
-        """A number from 0 to ``bound`` - 1; what leaves no choice is none."""
+        """Returns a number from 0 to ``bound`` - 1. Bound 1 consumes no choice."""
         return 0 if bound == 1 else self._number(bound)
 
     @abstractmethod
     def _number(self, bound: int) -> int:
-        """A number below a bound of 2 or more."""
+        """Returns a number below a bound of 2 or more."""
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of some, the simplest of which stands first."""
+        """Returns one of the options. The first must be the simplest."""
         return options[self.below(len(options))]
 
     def seldom(self, one_in: int) -> bool:
-        """Whether what is not simple is to be done: once in so many times."""
+        """Returns true once in ``one_in`` times, for alternatives that are not simple."""
         return self.below(one_in) == one_in - 1
 
     def together(self, make: Callable[[Choices], T]) -> T:
-        """What is made of choices that a source may leave out together, such as one thing of several."""
+        """Returns ``make(self)``. A source may group its choices, so that it can drop them together."""
         return make(self)
 
     def noise(self) -> Noise:
-        """Many numbers for one choice; the simplest noise is silence."""
+        """Returns a generator of many numbers that costs one choice. The simplest returns only zeros."""
         return Noise(self.below(1 << 16))
 
 
 class Thrown(Choices):
-    """Numbers thrown from a seed.
+    """Numbers from a seeded random generator.
 
     Attributes:
-        made: those that were asked for, in order.
+        made: the numbers returned so far, in order.
     """
 
     def __init__(self, seed: int | str) -> None:
@@ -60,13 +60,13 @@ class Thrown(Choices):
 
 
 class Noise:
-    """Numbers that follow from a seed, so that thousands of them are a single choice; of seed 0 all are 0."""
+    """Pseudorandom numbers from a seed: thousands of numbers for a single choice. Seed 0 gives only zeros."""
 
     def __init__(self, seed: int) -> None:
         self._state = seed * 0x9E3779B97F4A7C15 % 2**64
 
     def below(self, bound: int) -> int:
-        """A number from 0 to ``bound`` - 1, for bounds to 2^64."""
+        """Returns a number from 0 to ``bound`` - 1, for bounds up to 2^64."""
         state = self._state
         if state == 0:
             return 0

@@ -1,4 +1,4 @@
-"""``sfp conformance``: holding any program that reads or writes .sfp against the conformance suite."""
+"""``sfp conformance``: tests any program that reads or writes .sfp with the conformance suite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .driver import Driver
     from .run import Results
 
-# An installed package has the cases beside its modules; a clone has them one folder up.
+# An installed package has the cases in its folder `suite`; a clone has them one folder up.
 _PACKAGE = Path(__file__).parent
 _FOLDER = _PACKAGE / "suite" if (_PACKAGE / "suite").is_dir() else _PACKAGE.parent
 _DESCRIPTION = """Puts the golden files of the conformance suite to programs in any language, over the
@@ -130,7 +130,7 @@ def _add_fuzz(actions: Subparsers[Parser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the chosen action. Returns the exit status."""
     return {"driver": _driver, "run": _run, "fuzz": _fuzz}[args.action](args)
 
 

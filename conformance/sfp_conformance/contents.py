@@ -1,4 +1,4 @@
-"""What a valid file holds, as tagged JSON, and which features a reader must know for it."""
+"""Describes the contents of a valid file as JSON, and the features that a reader must support for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Json = dict[str, Any]
 
 # Features that lie outside the profile `core` (SPEC.md chapter 23).
 NOT_CORE = {"uniform", "table", "narrow", "group-2", "scale", "multiplier"}
-SHOWN = 4  # elements at either end of an array
+SHOWN = 4  # elements shown at each end of an array
 
 
 def contents(data: bytes) -> tuple[Json, bytes]:
-    """What a valid file holds, as the plain reader gives it, and all arrays one after another."""
+    """Describes the contents of a valid file as the slow reader decodes it, and joins its arrays."""
     file = slow_reader.read(data)
     tensors, arrays = [], bytearray()
 
@@ -38,7 +38,7 @@ def contents(data: bytes) -> tuple[Json, bytes]:
 
 
 def array(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
-    """An array: dtype, shape, SHA-256 of its little-endian bytes, bit patterns of elements at both ends."""
+    """Describes an array: dtype, shape, size, SHA-256 of little-endian bytes, first and last bit patterns."""
     size = slow_reader.BYTES[dtype]
     patterns = [f"0x{raw[at : at + size][::-1].hex()}" for at in _ends(len(raw) // size, size)]
     half = min(len(patterns), SHOWN)
@@ -53,18 +53,18 @@ def array(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
 
 
 def _ends(count: int, size: int) -> list[int]:
-    """Byte offsets of the first and the last elements, none twice."""
+    """Returns the byte offsets of the first and the last elements, without duplicates."""
     places = sorted({*range(min(SHOWN, count)), *range(max(count - SHOWN, 0), count)})
     return [place * size for place in places]
 
 
 def _kept(tensor: slow_reader.Tensor) -> Iterable[float]:
-    """The importances, 0 where the file keeps none; a -0 stays one."""
+    """Returns the importances, with 0 for positions that have none. Keeps the sign of -0."""
     return (0.0 if x is None else x for x in tensor.importance)
 
 
 def features_of(data: bytes) -> list[str]:
-    """What a reader must know for a valid file, in words."""
+    """Returns the names of the features that a reader must support for a valid file."""
     root, _ = slow_reader.read_directory(data)
     found: set[str] = set()
     for entry in root["tensors"]:

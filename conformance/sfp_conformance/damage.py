@@ -1,9 +1,9 @@
-"""Damage to valid files, from choices: in any field, with what depends on it mended, or as bytes.
+"""Mutations of valid files, driven by choices: structured changes of one field, or changes of raw bytes.
 
-Rules: a file is changed in pieces (`forge`), so that lengths, places and checksums are right again and the
-change reaches the check that is meant for it; which of them are to stay wrong is a change of its own. A chunk
-may be taken apart as far as quantities and planes, and is then laid down anew around what was changed. Each
-change says in words what it did.
+Rules: a structured change edits the parsed parts of a file (`forge`). Lengths, offsets and checksums are then
+recomputed, so that the change reaches the check that should detect it. Wrong lengths, offsets and checksums
+are separate changes. A chunk can be parsed down to quantities and planes, and is rebuilt after the change.
+Each change returns a description of what it did.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _KEYS = (
 _OTHERS: tuple[Any, ...] = (0, "a", b"\0", [], {}, None, True, -1, 1.5, [[[[0]]]])
 _ROOT: tuple[tuple[str, Any], ...] = (("features", ["x-a"]), ("features", []), ("features", ["b", "a"]))
 _ROOT += (("keyed", {}), ("metadata", {}))
-# Preamble field -> bytes it has.
+# Preamble field -> size in bytes.
 _PREAMBLE = {"magic": 8, "major": 2, "minor": 2, "reserved": 4, "directory_offset": 8, "directory_length": 8}
 _PREAMBLE |= {"file_length": 8, "directory_crc": 4, "more_reserved": 16, "crc": 4}
 _SPECIALS = (0x7F800000, 0x7FC00001, 0xFF800000, 0x80000000, 0x7F7FFFFF, 0x00000001, 0)
 
 
 def damaged(file: Forge, choices: Choices) -> tuple[bytes, str]:
-    """The file after one change or a few, and what was changed; ``file`` is used up."""
+    """Returns the file after one or more changes, and their description. Modifies ``file``."""
     words = [choices.pick(_CHANGES)(file, choices)]
     for _ in range(choices.pick((0, 0, 1, 2))):
         words.append(choices.together(lambda own: own.pick(_LATER_CHANGES)(file, own)))
@@ -62,7 +62,7 @@ def damaged(file: Forge, choices: Choices) -> tuple[bytes, str]:
 
 
 def _change_entry(file: Forge, choices: Choices) -> str:
-    """A change somewhere in a tensor's entry."""
+    """Changes a random field of a tensor's entry."""
     if not file.parts:
         return _change_root(file, choices)
     part = choices.pick(file.parts)
@@ -70,7 +70,7 @@ def _change_entry(file: Forge, choices: Choices) -> str:
 
 
 def _change_root(file: Forge, choices: Choices) -> str:
-    """A change of the root beside its tensors, or of their number and order."""
+    """Changes a key of the root other than `tensors`, or the number or order of the tensors."""
     what = choices.below(5)
     if what == 0:
         return _change_map(file.root, choices)
@@ -140,7 +140,7 @@ def _changed_bytes(value: bytes, choices: Choices) -> bytes:
 
 
 def _change_encoding(file: Forge, choices: Choices) -> str:
-    """Other bytes for the same directory, or bytes that are none."""
+    """Changes the encoding of the directory: non-canonical MessagePack, or invalid bytes."""
     good = file.directory_bytes()
     what = choices.below(6)
     if what == 0:
@@ -164,7 +164,7 @@ def _change_encoding(file: Forge, choices: Choices) -> str:
 
 
 def _rewritten(pairs: list[Any], choices: Choices, what: int) -> str:
-    """Writes one pair of a map as R-MSG-001 to -005 forbid."""
+    """Changes one pair of a map so that the encoding breaks R-MSG-001 to -005; describes the change."""
     at = choices.below(len(pairs))
     key, value = pairs[at]
     if what == 3:
@@ -180,7 +180,7 @@ def _rewritten(pairs: list[Any], choices: Choices, what: int) -> str:
 
 
 def _longer(raw: bytes) -> bytes | None:
-    """A value in the next longer encoding of MessagePack, if there is one."""
+    """Returns a value in the next longer encoding of MessagePack, or None if there is none."""
     head = raw[0]
     if head < 0x80:
         return b"\xcc" + raw
@@ -208,7 +208,7 @@ def _longer(raw: bytes) -> bytes | None:
 
 
 def _strike_chunk(file: Forge, choices: Choices) -> str:
-    """Bytes of a chunk, wherever."""
+    """Changes bytes at a random place of a chunk."""
     part = _with_chunks(file, choices)
     if part is None:
         return _change_root(file, choices)
@@ -218,7 +218,7 @@ def _strike_chunk(file: Forge, choices: Choices) -> str:
 
 
 def _relay_chunk(file: Forge, choices: Choices) -> str:
-    """A quantity or a plane of a chunk of a valid file, laid down anew around it."""
+    """Changes a quantity or a plane of a chunk of a valid file, and rebuilds the chunk."""
     part = _with_chunks(file, choices)
     if part is None:
         return _change_root(file, choices)
@@ -254,7 +254,7 @@ def _relay_chunk(file: Forge, choices: Choices) -> str:
 
 
 def _resize_chunk(file: Forge, choices: Choices) -> str:
-    """A chunk that is longer, shorter, at another place, twice there, or not at all."""
+    """Lengthens, shortens, moves, duplicates or removes a chunk."""
     part = _with_chunks(file, choices)
     if part is None:
         return _change_root(file, choices)
@@ -274,7 +274,7 @@ def _resize_chunk(file: Forge, choices: Choices) -> str:
 
 
 def _change_vectors(file: Forge, choices: Choices) -> str:
-    """An element of a vector chunk of a valid file, its bytes or its length."""
+    """Changes an element, the bytes or the length of a vector chunk of a valid file."""
     parts = [part for part in file.parts if part.vectors]
     if not parts:
         return _strike_chunk(file, choices)
@@ -295,7 +295,7 @@ def _change_vectors(file: Forge, choices: Choices) -> str:
 
 
 def _change_record(file: Forge, choices: Choices) -> str:
-    """A chunk record of a valid file that does not fit its chunk."""
+    """Changes a chunk record of a valid file so that it does not match its chunk."""
     part = _with_chunks(file, choices)
     if part is None:
         return _change_root(file, choices)
@@ -308,7 +308,7 @@ def _change_record(file: Forge, choices: Choices) -> str:
 
 
 def _change_preamble(file: Forge, choices: Choices) -> str:
-    """A field of the preamble, whose own checksum is mended unless it is that one."""
+    """Changes a field of the preamble. Recomputes the preamble's checksum unless it is that field."""
     name = choices.pick(tuple(_PREAMBLE))
     data = file.build()
     at = list(_PREAMBLE).index(name)
@@ -324,7 +324,7 @@ def _change_preamble(file: Forge, choices: Choices) -> str:
 
 
 def _as_bytes(data: bytes, choices: Choices) -> tuple[bytes, str]:
-    """The file cut, longer, or struck, nothing mended; or the directory's checksum alone."""
+    """Truncates, extends or corrupts the file. Recomputes no checksum except, in one case, the preamble's."""
     what = choices.below(4)
     if what == 0:
         cut = choices.below(len(data))
@@ -339,7 +339,10 @@ def _as_bytes(data: bytes, choices: Choices) -> tuple[bytes, str]:
 
 
 def _struck(data: bytearray, choices: Choices) -> tuple[bytearray, str]:
-    """Bytes with a bit, a byte or a few changed, as often near their start as anywhere; and the words."""
+    """Returns the data with a bit, a byte or up to 8 bytes changed, and a description of the change.
+
+    Half of the changes start in the first 96 bytes.
+    """
     if not data:
         return data, "empty"
     out = bytearray(data)
@@ -359,7 +362,7 @@ def _struck(data: bytearray, choices: Choices) -> tuple[bytearray, str]:
 
 
 def _with_chunks(file: Forge, choices: Choices) -> Part | None:
-    """A tensor that has chunks."""
+    """Picks a tensor that has chunks; None if there is none."""
     parts = [part for part in file.parts if part.chunks]
     return choices.pick(parts) if parts else None
 
@@ -384,6 +387,6 @@ _CHANGES: tuple[Callable[[Forge, Choices], str], ...] = (
     _change_preamble,
     _change_root,
 )
-# What reads an entry needs a file that is valid still.
+# These changes parse the entry, so they need a file that is still valid.
 _FIRST_ONLY = (_relay_chunk, _change_vectors, _change_record)
 _LATER_CHANGES = tuple(change for change in _CHANGES if change not in _FIRST_ONLY)

@@ -1,8 +1,8 @@
-"""Programs under test, behind one protocol (`conformance/README.md`): a line in, a line of JSON out.
+"""Runs programs under test over the protocol of `conformance/README.md`: one line in, one line of JSON out.
 
-A driver that serves is started once and asked case after case; for other limits than the defaults once more,
-unless it says that it takes them with a question. One that does not serve is started for each case, and its
-exit status counts: 0 accepted, 1 refused, 3 not supported.
+A driver that serves is started once and answers many test cases. For non-default limits it is started once
+more per set of limits, unless its `hello` says that it accepts limits with a question. A driver that does not
+serve is started for each case, and its exit status decides: 0 accepted, 1 refused, 3 not supported.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any, cast
 Json = dict[str, Any]
 _STATUS = {0: {"ok": True}, 1: {"ok": False}, 3: {"ok": False, "unsupported": True}}
 _MOST_ANSWER = 64 << 20
-SECONDS = 10.0  # for an answer, where nothing else is said
-START_SECONDS = 20.0  # for a program to come up, beside its first answer
+SECONDS = 10.0  # default time limit for an answer
+START_SECONDS = 20.0  # additional time for a program to start, on its first answer
 
 
 class DriverFailure(Exception):
-    """A program gave no answer that counts: ``kind`` is ``crash``, ``timeout``, ``memory``, ``nonsense``."""
+    """A program gave no valid answer: ``kind`` is ``crash``, ``timeout``, ``memory`` or ``nonsense``."""
 
     def __init__(self, kind: str, words: str) -> None:
         super().__init__(words)
@@ -40,9 +40,9 @@ class Driver:
     """A program under test.
 
     Attributes:
-        command: its words.
-        seconds: it may take for an answer, whatever a case gives it; None for what the case gives.
-        megabytes: of address space that it may have; None for as much as there is (sanitizers need much).
+        command: the command line.
+        seconds: time limit for an answer; overrides the limit of the case. None uses the limit of the case.
+        megabytes: limit of its address space in MiB; None for no limit (sanitizers reserve much).
         serves: whether one process answers many questions.
     """
 
@@ -54,7 +54,7 @@ class Driver:
 
     @cached_property
     def said(self) -> Json:
-        """What it says of itself; nothing where it does not know the question."""
+        """The program's answer to ``hello``; empty if it fails or refuses the question."""
         try:
             answer = self.ask(["hello"])
         except DriverFailure:
@@ -68,18 +68,19 @@ class Driver:
         seconds: float = SECONDS,
         memory: int | None = None,
     ) -> Json:
-        """The answer to one question.
+        """Asks one question and returns the answer.
 
         Args:
-            words: of the question: ``hello``, ``validate FILE``, ``decode FILE FOLDER`` or
+            words: the question: ``hello``, ``validate FILE``, ``decode FILE FOLDER`` or
                 ``encode JOB ARRAYS FILE``.
-            limits: those that are not the defaults.
-            seconds: it may take; a program that has to be started first is given `START_SECONDS` more.
-            memory: bytes that it may take beyond what it had before; watched where the system tells, of
-                programs that serve.
+            limits: the limits that differ from the defaults.
+            seconds: time limit, unless the driver has its own; `START_SECONDS` are added if the program has
+                to start first.
+            memory: bytes that it may use beyond its memory at rest. Checked only for programs that serve, and
+                only if the system reports memory use.
 
         Raises:
-            DriverFailure: it crashed, took too long or too much, or said what is no answer.
+            DriverFailure: the program crashed, exceeded the time or the memory, or gave no valid answer.
         """
         given = tuple(f"{name}={value}" for name, value in sorted((limits or {}).items()))
         seconds = self.seconds or seconds
@@ -91,7 +92,7 @@ class Driver:
         if process is None:
             process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)
             seconds += START_SECONDS
-            if memory is not None:  # what it has at rest is seen once it is up, which any answer tells
+            if memory is not None:  # any first answer shows that it has started, so memory at rest is known
                 with suppress(DriverFailure):
                     process.ask("hello", seconds, None)
         try:
@@ -120,14 +121,14 @@ class Driver:
         return {**said_more, **_STATUS[done.returncode]}
 
     def close(self) -> None:
-        """Ends its processes."""
+        """Kills the processes of the driver."""
         for process in self._running.values():
             process.kill()
         self._running.clear()
 
 
 class _Process:
-    """A process that serves."""
+    """A running process that serves."""
 
     def __init__(self, command: Sequence[str], megabytes: int | None) -> None:
         self._process = subprocess.Popen(
@@ -145,7 +146,7 @@ class _Process:
         self._selector.register(self._process.stderr, selectors.EVENT_READ, "errors")
 
     def ask(self, line: str, seconds: float, memory: int | None) -> Json:
-        """The answer to a line."""
+        """Sends a line and returns the answer. Checks the memory that the answer took."""
         rest = None if memory is None else self._memory_at_rest()
         answer = self._answer(line, seconds)
         if memory is not None and rest is not None:
@@ -156,7 +157,10 @@ class _Process:
         return answer
 
     def _memory_at_rest(self) -> int | None:
-        """The bytes it has now, from where its peak is counted anew; None where the system does not tell."""
+        """Resets the peak memory counter and returns the memory in use, in bytes.
+
+        None if the system does not report it.
+        """
         try:
             Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
             return self._memory("VmRSS")
@@ -164,7 +168,7 @@ class _Process:
             return None
 
     def _memory(self, what: str) -> int:
-        """A line of its status in /proc, in bytes."""
+        """Returns the value of a line of /proc/PID/status, in bytes."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
@@ -186,7 +190,7 @@ class _Process:
         return _parsed(answer)
 
     def _take(self, key: selectors.SelectorKey) -> None:
-        """Reads what there is of an answer, or of messages, of which the last are kept."""
+        """Reads available output: a piece of the answer or of stderr. Keeps the last 4096 bytes of stderr."""
         piece = cast(BufferedReader, key.fileobj).read1(1 << 16)
         if key.data == "errors":
             self._errors = (self._errors + piece)[-4096:]
@@ -208,7 +212,7 @@ class _Process:
         )
 
     def kill(self) -> None:
-        """Ends it."""
+        """Kills the process."""
         self._selector.close()
         self._process.kill()
         self._process.communicate()
@@ -225,7 +229,7 @@ def _parsed(line: bytes) -> Json:
 
 
 def _limiter(megabytes: int | None) -> Callable[[], None] | None:
-    """What a new process calls to bound its memory."""
+    """Returns the function that limits the address space of a new process; None for no limit."""
     if megabytes is None:
         return None
     most = megabytes << 20

@@ -1,4 +1,7 @@
-"""What an encoder wrote for a job, judged: by what the reference reads in it, and by canonical form."""
+"""Checks the file that an encoder wrote for a job: the reference must read the right contents from it.
+
+Also checks canonical form.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from .suite import Case, shape_of
 
 
 def judge_written(case: Case, path: Path, *, claims_canonical: bool) -> Verdict:
-    """The verdict on a file that was written for a job.
+    """Returns the verdict on a file that was written for a job.
 
     Args:
-        claims_canonical: whether the encoder says that it writes canonical files (R-CAN-001): it is then held
-            to it, and to the very bytes where the job leaves no choice.
+        claims_canonical: whether the encoder says that it writes canonical files (R-CAN-001). If true, a file
+            that is not canonical fails, and so does one whose bytes differ from those that the job
+            determines. If false, both give only notes.
     """
     try:
         with SfpFile(path, engine="python", threads=1) as file:
@@ -38,7 +42,7 @@ def judge_written(case: Case, path: Path, *, claims_canonical: bool) -> Verdict:
 
 
 def _difference(case: Case, file: SfpFile) -> str | None:
-    """What a file holds and should not, or None."""
+    """Returns the first difference between a file and the contents that the job asks for, or None."""
     contents, tensors = case.contents, case.contents.tensors
     if list(file) != [tensor["name"] for tensor in tensors]:
         return "what was written has other tensors, or in another order"

@@ -1,4 +1,4 @@
-"""Files for a fuzzer, from choices: valid ones, and those with damage."""
+"""Example files for a fuzzer, generated from choices: valid and damaged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .generate import any_file
 
 @dataclass(frozen=True)
 class Example:
-    """A file that was made.
+    """A generated file.
 
     Attributes:
         data: its bytes.
-        twin: those before it was damaged; the same for a valid file.
-        words: what was done to it; empty for a valid file.
+        twin: its bytes before the damage; equal to ``data`` for a valid file.
+        words: the description of the damage; empty for a valid file.
     """
 
     data: bytes
@@ -27,11 +27,11 @@ class Example:
 
 
 def example(choices: Choices, golden: Sequence[bytes] = (), *, valid: bool | None = None) -> Example:
-    """A file from choices.
+    """Generates a file from choices.
 
     Args:
-        golden: valid files that may be taken as well as new ones, small ones first.
-        valid: whether it is; None for either, one in sixteen valid.
+        golden: valid files, small ones first; half of the examples start from one of them.
+        valid: whether the file is valid; None for either, one in sixteen valid.
     """
     file = Forge.of(choices.pick(golden)) if golden and choices.below(2) else any_file(choices)
     twin = file.build()

@@ -1,6 +1,6 @@
-"""Finds of the fuzzer as cases of the suite: the file, its twin, what they hold, and their manifest entries.
+"""Saves finds of the fuzzer as test cases: the file, its undamaged twin, their contents and manifest entries.
 
-What is saved can be put into `conformance/regress/` as it is.
+The saved files can be copied to `conformance/regress/` unchanged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .slow_reader import Bad, read
 
 Json = dict[str, Any]
 _CLAUSE = re.compile(r"R-[A-Z]{3}-\d{3}")
-SECONDS = 10  # a program has this long for a file, on a slow machine too
-UNKNOWN = ("E_FEATURE", "E_VERSION")  # what a later version may define
+SECONDS = 10  # time limit for a file; enough on a slow machine
+UNKNOWN = ("E_FEATURE", "E_VERSION")  # errors about features that a later version may define
 
 
 def entries_of(find: Find) -> list[tuple[Json, bytes]]:
-    """The manifest entries of a find and of its twin, each with its file."""
+    """Returns the manifest entry and the file of a find and, if the reference refuses it, of its twin."""
     made, ours = find.example, reference(find.example.data)
     why = f"{find.parting.words}; {made.words or 'a valid file'}"
     if not isinstance(ours, FileFault):
@@ -69,21 +69,22 @@ def _entry(data: bytes, kind: str, clause: str, why: str) -> Json:
 
 
 def doubt(example: Example) -> str | None:
-    """Why the reference itself may be wrong about a file: the slow reader judges it otherwise."""
+    """Returns why the reference may be wrong about a file: the slow reader disagrees. None if it agrees."""
     ours = reference(example.data)
     try:
         read(example.data)
     except Bad as error:
         return None if isinstance(ours, FileFault) else f"the slow reader refuses it by {error}"
-    if isinstance(ours, FileFault) and ours.code != "E_LIMIT":  # it knows no limits
+    if isinstance(ours, FileFault) and ours.code != "E_LIMIT":  # the slow reader has no limits
         return "the slow reader accepts it"
     return None
 
 
 def save(find: Find, folder: Path) -> list[str]:
-    """Writes a find as the suite has its cases; gives the names of the files.
+    """Writes a find in the suite's layout. Returns the names of the files.
 
-    For each case ``ID.sfp`` and its manifest entry, ``ID.entry.json``; for a valid one what it holds.
+    Writes for each case ``ID.sfp`` and its manifest entry, ``ID.entry.json``; for a valid one also its
+    contents, ``ID.json`` and ``ID.bin``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -100,5 +101,5 @@ def save(find: Find, folder: Path) -> list[str]:
 
 
 def written(value: object) -> bytes:
-    """JSON as the suite has it."""
+    """Serialises a value as JSON in the suite's style."""
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

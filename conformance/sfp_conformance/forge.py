@@ -1,7 +1,7 @@
-"""Files taken apart, changed in one place, and put together with every length, place and checksum mended.
+"""Parses files into editable parts, and rebuilds them with correct lengths, offsets and checksums.
 
-Also hand-made tensors: chunks laid down bit by bit from levels, as SPEC.md chapters 8 to 15 say and without
-the package's encoder, for what its writer never writes.
+Also builds tensors bit by bit from levels, after SPEC.md chapters 8 to 15. It does not use the package's
+encoder, so it can produce files that the package's writer never writes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Entry = dict[str, Any]
 
 
 class Raw(bytes):
-    """MessagePack bytes that are put in as they are."""
+    """Encoded MessagePack bytes, which `pack` inserts unchanged."""
 
 
 class Pairs(list[tuple[object, object]]):
-    """A map whose pairs keep their order, whatever their keys."""
+    """A map as a list of pairs: `pack` keeps their order and allows duplicate keys."""
 
 
 def pack(value: Any) -> bytes:
-    """A value in MessagePack, maps sorted as R-MSG-004 asks."""
+    """Encodes a value in MessagePack. Sorts maps as R-MSG-004 requires, except `Pairs`."""
     packer = msgpack.Packer(use_bin_type=True)
     if isinstance(value, Raw):
         return bytes(value)
@@ -54,7 +54,10 @@ def pack(value: Any) -> bytes:
 
 @dataclass
 class Part:
-    """A tensor: its entry without chunk records, and its chunks. Records that the entry has are kept."""
+    """A tensor: its entry without chunk records, and its chunks.
+
+    If the entry has chunk records, they override the computed ones.
+    """
 
     entry: Entry
     chunks: list[bytearray]
@@ -62,37 +65,37 @@ class Part:
 
     @property
     def data(self) -> bytes:
-        """All its chunks."""
+        """The vector chunk and all chunks, concatenated."""
         return b"".join([self.vectors or b"", *self.chunks])
 
     def full_entry(self) -> Entry:
-        """The entry with the records of the chunks as they are now."""
+        """Returns the entry with the records of the current chunks."""
         out = {"chunks": b"".join(map(record, self.chunks)), **self.entry}
         return out if self.vectors is None else {"vectors": record(self.vectors), **out}
 
     def take(self, k: int = 0) -> Taken:
-        """Chunk k, taken apart."""
+        """Parses chunk k."""
         return Taken.of(bytes(self.chunks[k]), self.full_entry(), k)
 
     def put(self, taken: Taken, k: int = 0) -> None:
-        """Chunk k, put together again."""
+        """Replaces chunk k by the encoded ``taken``."""
         self.chunks[k] = bytearray(taken.together())
 
 
 def record(chunk: bytes | bytearray) -> bytes:
-    """The chunk record of chapter 7."""
+    """Returns the chunk record of chapter 7: length and CRC-32."""
     return struct.pack("<II", len(chunk), zlib.crc32(chunk))
 
 
 @dataclass
 class Forge:
-    """A file in pieces.
+    """A file in editable parts.
 
     Attributes:
-        root: the directory's root without `tensors`; a `tensors` put there replaces those of the parts.
+        root: the directory's root without `tensors`; a `tensors` key in it overrides `parts`.
         parts: the tensors.
-        preamble: fields of the preamble that get these values instead of the right ones.
-        directory: the directory's bytes, or None for what root and parts give.
+        preamble: values that override the correct fields of the preamble.
+        directory: the directory's bytes; None encodes root and parts.
         tail: bytes after the directory.
     """
 
@@ -104,7 +107,7 @@ class Forge:
 
     @classmethod
     def of(cls, data: bytes) -> Forge:
-        """Takes a valid file apart."""
+        """Parses a valid file."""
         (at,) = struct.unpack_from("<Q", data, 16)
         root = msgpack.unpackb(data[at:])
         out, pos = cls(root), 64
@@ -123,22 +126,22 @@ class Forge:
         return out
 
     def part(self, name: str) -> Part:
-        """The tensor of that name."""
+        """Returns the tensor of that name."""
         return next(part for part in self.parts if part.entry["name"] == name)
 
     def start_of(self, name: str) -> int:
-        """File offset of a tensor's first chunk."""
+        """Returns the file offset of a tensor's first chunk (of its vector chunk, if it has one)."""
         before = self.parts[: self.parts.index(self.part(name))]
         return 64 + sum(len(part.data) for part in before)
 
     def directory_bytes(self) -> bytes:
-        """The directory."""
+        """Returns the encoded directory."""
         if self.directory is not None:
             return self.directory
         return pack({"tensors": [part.full_entry() for part in self.parts], **self.root})
 
     def build(self) -> bytes:
-        """The file."""
+        """Returns the bytes of the file."""
         chunks = b"".join(part.data for part in self.parts)
         directory = self.directory_bytes()
         values = {
@@ -165,12 +168,12 @@ class Forge:
 
 @dataclass
 class Taken:
-    """A chunk of a fingerprint tensor taken apart.
+    """A parsed chunk of a fingerprint tensor.
 
     Attributes:
         quantities: name -> value for each segment.
-        planes: name -> the bits of each segment, a string of 0 and 1 in the order of the plane.
-        headers: quantity -> minimum and width to be written instead of the least.
+        planes: name -> the bits of each segment, a string of 0 and 1 in plane order.
+        headers: quantity -> minimum and width that replace the smallest possible ones.
     """
 
     quantities: dict[str, list[int]]
@@ -179,7 +182,7 @@ class Taken:
 
     @classmethod
     def of(cls, data: bytes, entry: Entry, k: int) -> Taken:
-        """Takes chunk k of a tensor apart."""
+        """Parses chunk k of a tensor."""
         chunk = slow_reader.open_chunk(data, entry, k)
         planes: dict[str, list[str]] = {}
         for name, (at, sizes) in chunk.planes.items():
@@ -188,13 +191,13 @@ class Taken:
         return cls(chunk.values, planes)
 
     def recount(self) -> None:
-        """Sets the quantities that count bits to what the planes have."""
+        """Sets the quantities that count bits to the lengths of the planes."""
         for name in self.quantities:
             if name in self.planes:
                 self.quantities[name] = [len(bits) for bits in self.planes[name]]
 
     def together(self) -> bytes:
-        """The chunk's bytes."""
+        """Encodes the chunk."""
         header, parts = b"", []
         for name, values in self.quantities.items():
             least = min(values)
@@ -209,12 +212,12 @@ class Taken:
 
 
 def bits_to_bytes(bits: str) -> bytes:
-    """A bit sequence, least significant bit first (R-CNV-002)."""
+    """Packs a bit sequence into bytes, least significant bit first (R-CNV-002)."""
     return int(bits[::-1] or "0", 2).to_bytes((len(bits) + 7) // 8, "little")
 
 
 def padded(part: bytes) -> bytes:
-    """A part of a chunk and the zero bytes after it."""
+    """Pads a part of a chunk with zero bytes to a multiple of 16."""
     return part + bytes(align(len(part), 16) - len(part))
 
 
@@ -222,52 +225,52 @@ def padded(part: bytes) -> bytes:
 
 
 def table(extra: list[int], *codes: list[int], base: int = 0, group: int = 1) -> dict[str, Any]:
-    """The four keys of a code table; a code is the lengths of its symbols."""
+    """Returns the four keys of a code table. Each of ``codes`` lists the code lengths of the symbols."""
     return {"base": base, "extra": bytes(extra), "codes": list(map(nibbles, codes)), "group": group}
 
 
 def table_for(levels: list[int]) -> dict[str, Any]:
-    """A code table for levels from the least to the greatest: classes of falling powers of two."""
+    """Returns a code table that covers the range of the levels with classes of decreasing powers of two."""
     left = max(levels) - min(levels) + 1
     extra = [e for e in reversed(range(57)) for _ in range(left >> e if e == 56 else left >> e & 1)]
     return table(extra, *([flat_code(len(extra))] if len(extra) > 1 else []), base=min(levels))
 
 
 def flat_code(symbols: int) -> list[int]:
-    """The lengths of a complete code that differ by one at most."""
+    """Returns the lengths of a complete code; they differ by at most one."""
     width = (symbols - 1).bit_length()
     spare = (1 << width) - symbols
     return [width] * (symbols - spare) + [width - 1] * spare
 
 
 def exact(dtype: str, trim: int = 0, **code_table: Any) -> dict[str, Any]:
-    """The keys of an exact stream."""
+    """Returns the keys of an exact stream."""
     return {"quantiser": "exact", "dtype": dtype, "trim": trim, **code_table}
 
 
 def nibbles(lengths: list[int]) -> bytes:
-    """Code lengths as an entry of `codes`."""
+    """Encodes code lengths as an entry of `codes`: two per byte, low four bits first."""
     even = [*lengths, 0]
     return bytes(even[i] | even[i + 1] << 4 for i in range(0, len(lengths), 2))
 
 
 def f32_bytes(x: float) -> bytes:
-    """A binary32, as `step` has it."""
+    """Encodes a binary32 as `step` does: little-endian."""
     return struct.pack("<f", x)
 
 
 def first_levels(base: int, extra: Iterable[int]) -> list[int]:
-    """The first level of each class, and one past the last level of all (chapter 8)."""
+    """Returns the first level of each class, then one past the last level (chapter 8)."""
     return list(accumulate((1 << e for e in extra), initial=base))
 
 
 def class_of(first: list[int], level: int) -> int:
-    """The class of a level below the last of `first_levels`."""
+    """Returns the class of a level; the level must be below the last of `first_levels`."""
     return bisect_right(first, level) - 1
 
 
 def segment_bits(source: Entry, levels: list[int], code: int, trim: int) -> tuple[str, str]:
-    """The bits of a segment in the prefix and the residual plane (chapter 9)."""
+    """Encodes a segment: its bits in the prefix plane and in the residual plane (chapter 9)."""
     extra, k, group = source["extra"], len(source["extra"]), source["group"]
     first = first_levels(source["base"], extra)
     classes = [class_of(first, level) for level in levels]
@@ -287,7 +290,7 @@ def segment_bits(source: Entry, levels: list[int], code: int, trim: int) -> tupl
 
 
 def mask_levels(mask: Entry, bits: list[int]) -> list[int]:
-    """The levels of a segment's mask (chapter 10)."""
+    """Returns the levels that encode a segment's mask (chapter 10)."""
     if mask["kind"] == "octets":
         whole = bits + [0] * (-len(bits) % 8)
         return [sum(whole[i + j] << j for j in range(8)) for i in range(0, len(whole), 8)]
@@ -304,13 +307,14 @@ def hand_part(
     trims: dict[str, list[int]] | None = None,
     vectors: dict[str, list[int]] | None = None,
 ) -> Part:
-    """A fingerprint tensor laid down bit by bit.
+    """Encodes a fingerprint tensor bit by bit.
 
     Args:
-        entry: its directory entry without chunk records; name, coding, segment and chunk may be left out.
-        levels: stream -> levels, in the order of positions; the mask's follow from ``mask``.
-        mask: a bit for each position.
-        codes, trims: stream -> the code and the trim of each segment, 0 where nothing is said.
+        entry: its directory entry without chunk records. Defaults: name `hand`, coding `fingerprint`,
+            segment 32, chunk 1.
+        levels: stream -> levels, in position order; the mask's levels follow from ``mask``.
+        mask: a bit for each position; None for a tensor without a mask.
+        codes, trims: stream -> the code and the trim of each segment; 0 for a stream that is not listed.
         vectors: name -> bit patterns.
     """
     entry = {"name": "hand", "coding": "fingerprint", "segment": 32, "chunk": 1, **entry}
@@ -352,7 +356,7 @@ def hand_part(
 
 
 def raw_part(name: str, dtype: str, shape: list[int], raw: bytes, segment: int = 32, chunk: int = 1) -> Part:
-    """A tensor with coding `raw`."""
+    """Encodes a tensor with coding `raw`."""
     entry: Entry = {"name": name, "coding": "raw", "dtype": dtype, "shape": shape}
     entry |= {"segment": segment, "chunk": chunk}
     assert len(raw) == slow_reader.positions(entry) * slow_reader.BYTES[dtype]
@@ -362,15 +366,15 @@ def raw_part(name: str, dtype: str, shape: list[int], raw: bytes, segment: int =
 
 
 def hand_vector(patterns: list[int], dtype: str) -> bytes:
-    """The elements of a vector, from their bit patterns."""
+    """Encodes the elements of a vector from their bit patterns."""
     return b"".join(pattern.to_bytes(slow_reader.BYTES[dtype], "little") for pattern in patterns)
 
 
 def patterns(dtype: str, *numbers: float) -> list[int]:
-    """Bit patterns of numbers."""
+    """Returns the bit patterns of numbers."""
     return [slow_reader.pattern_of(x, dtype) for x in numbers]
 
 
 def hand_file(*parts: Part, **root: Any) -> bytes:
-    """A file of some tensors."""
+    """Builds a file from tensors and keys of the root."""
     return Forge(root, list(parts)).build()

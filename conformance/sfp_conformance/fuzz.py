@@ -1,8 +1,8 @@
-"""A program and the reference on any number of files; what they judge unlike is made small and kept.
+"""Differential fuzzing: compares a program with the reference reader; minimises files on which they differ.
 
-Rules: Hypothesis draws the files, or a seed throws them, which is faster, both by the same code from choices
-(`choices`). Whichever found a file, it is Hypothesis that makes it small, by fewer and smaller choices.
-Disagreements of one kind are told once.
+Rules: files come from Hypothesis or from a seeded random generator, which is faster. Both use the same code
+over choices (`choices`). Hypothesis minimises the file in both cases, with fewer and smaller choices.
+Each kind of disagreement is reported once.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from .judge import SUFFIXES
 from .own import arrays_of, described
 
 Json = dict[str, Any]
-# Limits for hostile files: neither side may be busy with what a few bytes claim.
+# Limits for hostile files: a few bytes that claim a huge size must not cost either side much time.
 SMALL = Limits(directory_bytes=1 << 16, name_bytes=256, tensors=256, tensor_bytes=1 << 20)
 IN_FORCE = {name: n for name, n in asdict(SMALL).items() if n != getattr(DEFAULT_LIMITS, name)}
 VALID = "valid"
-GOLDEN_BYTES = 8192  # of a golden file that is damaged; small ones go through faster
-_BATCH = 500  # examples that Hypothesis makes before it forgets which it has made
+GOLDEN_BYTES = 8192  # maximum size of a golden file that is damaged; small files are faster
+_BATCH = 500  # examples per Hypothesis run; a run remembers all examples that it has made
 
 
 @dataclass(frozen=True)
 class Parting:
-    """How a program and the reference part.
+    """A disagreement between a program and the reference.
 
     Attributes:
-        kind: ``accepts``, ``refuses``, ``contents``, or what kept the program from answering.
-        about: what tells it from others of its kind: a clause, or a code.
-        words: for people.
+        kind: ``accepts``, ``refuses``, ``contents``, or the kind of the program's failure (`DriverFailure`).
+        about: distinguishes disagreements of one kind: a clause, ``tensors``, or the name of an array.
+        words: the description for people.
     """
 
     kind: str
@@ -49,18 +49,18 @@ class Parting:
 
     @property
     def key(self) -> tuple[str, str]:
-        """By which it is known again while its file is made small."""
+        """Identifies the disagreement while its file is minimised."""
         return self.kind, self.about
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What came of a file.
+    """The result for one file.
 
     Attributes:
-        ours: what the reference said: a code, or ``valid``.
-        theirs: what the program said: a code, ``valid``, ``unsupported``, or what kept it from answering.
-        parting: where they part, or None.
+        ours: the answer of the reference: an error code, or ``valid``.
+        theirs: the answer of the program: an error code, ``valid``, ``unsupported``, or its kind of failure.
+        parting: the disagreement, or None.
     """
 
     ours: str
@@ -69,15 +69,15 @@ class Meeting:
 
 
 class Duel:
-    """Asks a program and the reference, and says where they part."""
+    """Asks a program and the reference, and compares their answers."""
 
     def __init__(self, driver: Driver, folder: Path) -> None:
-        """Takes an empty folder for files."""
+        """``folder`` is an empty folder for temporary files."""
         self._driver, self._file, self._out = driver, folder / "file.sfp", folder / "out"
         self._out.mkdir()
 
     def meet(self, data: bytes) -> Meeting:
-        """Puts a file to both."""
+        """Gives a file to both and compares their answers."""
         self._file.write_bytes(data)
         ours = reference(data)
         said = ours.code if isinstance(ours, FileFault) else VALID
@@ -91,7 +91,8 @@ class Duel:
             return Meeting(said, _word(theirs), _accepts(ours) if theirs["ok"] else None)
         if theirs["ok"]:
             return Meeting(said, VALID, self._contents(ours, theirs))
-        # A reader need not look at what no tensor needs, such as the factors of an empty one.
+        # The reference reader skips data that no tensor needs, such as the factors of an empty tensor. The
+        # validator checks it.
         if validate(data, limits=SMALL, engine="python").ok:
             return Meeting(said, _word(theirs), _refuses(theirs))
         return Meeting(said, _word(theirs))
@@ -124,7 +125,7 @@ def _refuses(theirs: Json) -> Parting:
 
 
 def reference(data: bytes) -> list[tuple[Json, dict[str, bytes]]] | FileFault:
-    """What the reference finds in a file: its tensors, or the fault."""
+    """Returns what the reference reads from a file: its tensors, or the fault."""
     try:
         with SfpFile(data, limits=SMALL, engine="python", threads=1) as file:
             return [(described(file, name), arrays_of(file, name)) for name in file]
@@ -134,7 +135,7 @@ def reference(data: bytes) -> list[tuple[Json, dict[str, bytes]]] | FileFault:
 
 @dataclass(frozen=True)
 class Find:
-    """A disagreement, and the smallest file that was found to show it."""
+    """A disagreement, and the smallest file found that shows it."""
 
     parting: Parting
     example: Example
@@ -142,12 +143,12 @@ class Find:
 
 @dataclass
 class Results:
-    """What came of a run.
+    """The results of a run.
 
     Attributes:
-        files: how many were put to both.
-        said: what the reference and the program said, and how often.
-        finds: the disagreements, one of each kind.
+        files: the number of files that both were asked about.
+        said: how often each pair of answers (reference, program) occurred.
+        finds: the disagreements, one per kind.
     """
 
     files: int = 0
@@ -156,7 +157,7 @@ class Results:
 
 
 class _Look:
-    """Looks at file after file for a disagreement of a new kind, and from then on for that one again."""
+    """The predicate for Hypothesis: searches for a new kind of disagreement, then for that kind only."""
 
     def __init__(self, duel: Duel, results: Results, advance: Callable[[int], None]) -> None:
         self._duel, self._results, self._advance = duel, results, advance
@@ -164,7 +165,7 @@ class _Look:
         self._found: Find | None = None
 
     def __call__(self, made: Example) -> bool:
-        """Whether a file shows what is looked for; counts the files until one does."""
+        """Returns whether a file shows the disagreement. Counts files until the first that does."""
         meeting = self._duel.meet(made.data)
         if self._found is None:
             self._results.files += 1
@@ -178,11 +179,11 @@ class _Look:
         return True
 
     def take(self, smallest: Example | None) -> None:
-        """Adds what was found, if anything was, to the results, and forgets it.
+        """Adds the current find, if there is one, to the results, and resets the search.
 
         Args:
-            smallest: the file that Hypothesis made of it; None where it did not succeed, since the program
-                does not always do the same.
+            smallest: the file that Hypothesis minimised; None if it failed because the program is not
+                deterministic.
         """
         if self._found is None:
             return
@@ -202,15 +203,15 @@ def fuzz(
     fast: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Results:
-    """Puts so many files to a program, most of them damaged.
+    """Asks a program about ``cases`` files, most of them damaged.
 
     Args:
-        golden: valid files that are damaged beside new ones.
+        golden: valid files that are damaged in addition to new ones.
         seed: the same seed gives the same files.
-        fast: whether a seed throws the files, not Hypothesis.
-        advance: called with 1 after each.
+        fast: whether the seeded random generator makes the files, not Hypothesis.
+        advance: called with 1 after each file.
     """
-    from .strategies import hunt, made_small  # not before it is needed: it asks for Hypothesis
+    from .strategies import hunt, made_small  # lazy, because it requires Hypothesis
 
     golden = sorted((data for data in golden if len(data) <= GOLDEN_BYTES), key=len)
     results = Results()
@@ -227,7 +228,7 @@ def fuzz(
 
 
 def as_json(results: Results, seconds: float) -> Json:
-    """The results for a program that reads them."""
+    """Returns the results as JSON values."""
     ours: Counter[str] = Counter()
     both: Counter[bool] = Counter()
     for (own, their), count in results.said.items():

@@ -1,8 +1,9 @@
-"""Valid files of every kind, from choices: contents first, then the bits that SPEC.md says, without a writer.
+"""Generates valid files of every kind from choices: first the contents, then their encoding after SPEC.md.
 
-Rules: choice 0 everywhere gives the simplest file, a tensor of one position. What no writer of ours writes is
-made too: code tables with classes and codes that nothing uses, index fields that are wider than they need be,
-keys that nobody knows. Tensors are small: a reader's mistakes show on a hundred positions.
+Rules: it uses no writer of the package. If every choice is 0, it generates the simplest file: one tensor of
+one position. It also generates what the package's writer never writes: unused classes and codes in code
+tables, index fields wider than necessary, unknown keys. Tensors are small, because a hundred positions
+suffice to show a reader's mistakes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _CODES, _SYMBOLS, _MOST_LENGTH, _MOST_EXTRA = 16, 256, 12, 56
 
 
 def any_file(choices: Choices) -> Forge:
-    """A valid file of up to three tensors, mostly one."""
+    """Generates a valid file of up to three tensors, mostly one."""
     count = choices.pick((1, 1, 1, 2, 3, 0))
     root: dict[str, Any] = {}
     if choices.seldom(8):
@@ -67,7 +68,7 @@ def any_file(choices: Choices) -> Forge:
 
 
 def any_tensor(choices: Choices, name: str) -> Part:
-    """A tensor of any coding, dtype and shape."""
+    """Generates a tensor of any coding, dtype and shape."""
     is_raw = choices.seldom(6)
     entry: Entry = {
         "name": name,
@@ -85,7 +86,7 @@ def any_tensor(choices: Choices, name: str) -> Part:
 
 @dataclass
 class _Stream:
-    """A stream that was made: its table, the levels of each segment, and the code and trim of each."""
+    """A generated stream: its code table, and the levels, the code and the trim of each segment."""
 
     table: Entry
     levels: list[list[int]]
@@ -94,7 +95,7 @@ class _Stream:
 
 
 class _Fingerprints:
-    """A tensor of coding `fingerprint` while it is made."""
+    """Generates a tensor of coding `fingerprint`."""
 
     def __init__(self, choices: Choices, entry: Entry) -> None:
         self.choices = choices
@@ -104,7 +105,7 @@ class _Fingerprints:
         self.survivors = self.sizes
 
     def part(self) -> Part:
-        """The tensor."""
+        """Returns the generated tensor."""
         choices, entry, made = self.choices, self.entry, dict[str, _Stream]()
         mask = self._mask(made) if choices.below(2) else None
         made["fingerprints"] = self._quantised("fingerprints", {})
@@ -133,7 +134,7 @@ class _Fingerprints:
         if kind == "runs":
             mask["polarity"] = choices.pick((1, 0))
         noise, one_in, bits = choices.noise(), choices.pick((2, 1, 10, 3)), list[list[int]]()
-        keep = choices.pick((True, False))  # most positions, or few
+        keep = choices.pick((True, False))  # whether 1 in `one_in` positions survives, or all others
         for size in self.sizes:
             bits.append([int((noise.below(one_in) == 0) == keep) for _ in range(size)])
         self.survivors = [sum(own) for own in bits]
@@ -153,7 +154,7 @@ class _Fingerprints:
             made["importance"] = self._quantised("importance", importance)
 
     def _quantised(self, name: str, more: Entry) -> _Stream:
-        """A stream of fingerprints or of an importance, whose map is put into the entry."""
+        """Generates a stream of fingerprints or of an importance, and stores its map in the entry."""
         choices, own = self.choices, self.entry["dtype"]
         is_weights = name == "fingerprints"
         source: Entry = {"quantiser": choices.pick(("exact", "uniform", "table"))}
@@ -185,7 +186,14 @@ class _Fingerprints:
         counts: list[int] | None = None,
         trimmed: bool = False,
     ) -> _Stream:
-        """A code table below a bound and levels: those that are given, or as many as each segment has."""
+        """Generates a code table whose levels lie below a bound, and the levels of each segment.
+
+        Args:
+            bound: one past the greatest level allowed.
+            levels: the levels of each segment; None generates them.
+            counts: the number of levels to generate for each segment.
+            trimmed: whether to choose a trim for each segment.
+        """
         choices = self.choices
         least = max(map(max, filter(None, levels or [])), default=0)
         base, extra = any_classes(choices, bound, least if levels is not None else None)
@@ -213,7 +221,7 @@ class _Fingerprints:
         return _Stream(table, levels, codes, trims)
 
     def _vectors(self) -> dict[str, list[int]]:
-        """Bit patterns of the vectors that the entry asks for, such that every product is finite."""
+        """Generates the bit patterns of the vectors that the entry needs. Every product is finite."""
         out, wanted = dict[str, list[int]](), vectors(self.entry)
         noise = self.choices.noise() if wanted else Noise(0)
         for name, count, dtype in wanted:
@@ -227,14 +235,17 @@ class _Fingerprints:
         return out
 
     def _greatest(self, found: dict[str, list[int]]) -> float:
-        """The greatest magnitude of a weight before its scale."""
+        """Returns a bound on the magnitude of a weight before its scale.
+
+        For centroids it is only 1 or infinity: whether the last centroid is too great to be scaled by 3.
+        """
         source = self.entry["fingerprints"]
         if source["quantiser"] == "uniform":
             return f32(f32((top(source) - 1) // 2) * step_of(source))
         return f32(math.inf if found["fingerprint centroids"][-1] > 0x7E000000 else 1.0)
 
     def _with_loose_index(self, part: Part) -> Part:
-        """Now and then the first chunk's index with a lower minimum and wider fields than it needs."""
+        """In one case of eight, writes the first chunk's index with a lower minimum and wider fields."""
         if not (part.chunks and self.choices.seldom(8)):
             return part
         taken, noise = part.take(), self.choices.noise()
@@ -247,7 +258,7 @@ class _Fingerprints:
 
 
 def joined(segments: list[list[int]]) -> list[int]:
-    """The levels, or bits, of all segments."""
+    """Concatenates the levels, or bits, of all segments."""
     return list(chain.from_iterable(segments))
 
 
@@ -255,10 +266,11 @@ def joined(segments: list[list[int]]) -> list[int]:
 
 
 def any_classes(choices: Choices, bound: int, least: int | None) -> tuple[int, list[int]]:
-    """The base and the residual bits of some classes that lie below a bound.
+    """Returns a base and the residual bits of classes whose levels lie below a bound.
 
     Args:
-        least: a level that the last class must reach, with base 0; None for any.
+        bound: one past the greatest level allowed.
+        least: a level that the classes must cover, starting at base 0; None for no such level.
     """
     most = min(bound.bit_length() - 1, _MOST_EXTRA)
     widths = choices.pick(((0, 1, 2, 3), (0,), tuple(range(most + 1)), (most,), (0, most // 2)))
@@ -268,7 +280,7 @@ def any_classes(choices: Choices, bound: int, least: int | None) -> tuple[int, l
     extra: list[int] = []
     end = base
     while len(extra) < count or (least is not None and end <= least):
-        # Classes that a level must be reached by get wider, so that they do not become too many.
+        # Later classes are wider, so that few classes suffice to cover `least`.
         width = min(widths[noise.below(len(widths))] + len(extra) // 64, most)
         while end + (1 << width) > bound and width:
             width -= 1
@@ -280,7 +292,7 @@ def any_classes(choices: Choices, bound: int, least: int | None) -> tuple[int, l
 
 
 def _symbols(segments: list[list[int]], classes: int, group: int) -> set[int]:
-    """The symbols that levels of those classes need."""
+    """Returns the symbols that encode levels of those classes."""
     out = set()
     for own in segments:
         padded = own + [0] * (len(own) % group)
@@ -289,7 +301,7 @@ def _symbols(segments: list[list[int]], classes: int, group: int) -> set[int]:
 
 
 def any_code(noise: Noise, needed: set[int], symbols: int) -> bytes:
-    """A complete code for some symbols and perhaps a few more, as an entry of `codes`."""
+    """Returns a complete code for the needed symbols and up to three more, as an entry of `codes`."""
     used = sorted(needed)
     assert len(used) <= _SYMBOLS
     wanted = max(2, min(len(used) + noise.below(4), _SYMBOLS, symbols))
@@ -302,7 +314,7 @@ def any_code(noise: Noise, needed: set[int], symbols: int) -> bytes:
 
 
 def _lengths(noise: Noise, count: int) -> list[int]:
-    """The lengths of a complete code: flat where there is no noise, else leaves split anywhere."""
+    """Returns the lengths of a complete code: flat in one case of four and if the noise is 0, else random."""
     if noise.below(4) == 0:
         return flat_code(count)
     leaves = [1, 1]
@@ -314,5 +326,5 @@ def _lengths(noise: Noise, count: int) -> list[int]:
 
 
 def _residual(noise: Noise, extra: int, trim: int) -> int:
-    """Residual bits of which bits 1 to ``trim`` are zero."""
+    """Returns random residual bits, of which bits 1 to ``trim`` are zero."""
     return noise.below(1 << extra) & ~(((1 << trim) - 1) << 1)

@@ -1,4 +1,4 @@
-"""Answers to verdicts: what a program said of a case, held against what the manifest says."""
+"""Compares a program's answer about a test case with the manifest, and returns a verdict."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .suite import Case, Contents, shape_of
 Json = dict[str, Any]
 
 PASS, FAIL, WRONG_CODE = "pass", "fail", "wrong code"
-UNSUPPORTED, SKIP = "unsupported", "skip"  # by its profile a program need not; here it cannot
+UNSUPPORTED, SKIP = "unsupported", "skip"  # outside the program's profile; cannot run on this machine
 CRASH, TIMEOUT, MEMORY, NONSENSE = "crash", "timeout", "memory", "nonsense"
-# What a decoder writes of a tensor, after its number.
+# Array of a tensor -> suffix of the file that a decoder writes; the stem is the tensor's number.
 SUFFIXES = {"values": ".bin", "mask": ".mask.bin", "importance": ".importance.bin"}
-# What a run may not have, worst first.
+# Outcomes that make a run fail, worst first.
 BAD = (CRASH, TIMEOUT, MEMORY, NONSENSE, FAIL, WRONG_CODE)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case.
+    """The result of a test case.
 
     Attributes:
         outcome: one of the words above.
-        words: why, where it is not `pass`.
-        notes: what was right but could be better, such as a clause that was not named.
+        words: the reason, if the outcome is not `pass`.
+        notes: imperfections that do not fail the case, such as an error that does not name its clause.
     """
 
     outcome: str
@@ -35,11 +35,11 @@ class Verdict:
 
 
 def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
-    """The verdict on accepting or refusing, for decoders and validators alike.
+    """Returns the verdict on acceptance or refusal, for decoders and validators.
 
     Args:
-        within: whether the program claims to have what the case needs. What it does not claim it must refuse
-            (R-PRO-001), by whatever code.
+        within: whether the program claims the features that the case needs. A refusal of a case outside its
+            claims is `unsupported`, with any error code (R-PRO-001).
     """
     if answer.get("skip"):
         return Verdict(SKIP, str(answer["skip"]))
@@ -64,7 +64,7 @@ def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
 
 
 def _notes(fault: Json, answer: Json) -> list[str]:
-    """What R-STR-002 says that an error should name, and does not name of a fault."""
+    """Lists the details of a fault that R-STR-002 says an error should name and that the answer does not."""
     notes, offset = [], answer.get("offset")
     if answer.get("clause") != fault["clause"]:
         notes.append(f"names the clause {answer.get('clause')}, not {fault['clause']}")
@@ -76,7 +76,10 @@ def _notes(fault: Json, answer: Json) -> list[str]:
 
 
 def judge_canonical(case: Case, answer: Json, *, within: bool = True) -> Verdict:
-    """As `judge_answer`, for a validator: it must also tell whether the file is canonical (R-CAN-001)."""
+    """Extends `judge_answer` for validators: checks also what it says of canonical form (R-CAN-001).
+
+    An answer without `canonical` passes with a note.
+    """
     verdict = judge_answer(case, answer, within=within)
     if verdict.outcome != PASS or not answer["ok"] or case.canonical is None:
         return verdict
@@ -97,11 +100,11 @@ def judge_contents(
     within: bool = True,
     may_ignore: frozenset[str] = frozenset(),
 ) -> Verdict:
-    """As `judge_answer`, for a decoder: contents count, bit by bit.
+    """Extends `judge_answer` for decoders: compares also the decoded contents, bit by bit.
 
     Args:
-        written: what the program wrote under a name in its folder, None where there is nothing.
-        may_ignore: arrays that its profile need not give.
+        written: returns the bytes of the program's output file of that name, or None if there is none.
+        may_ignore: arrays that the program's profile does not require.
     """
     verdict = judge_answer(case, answer, within=within)
     if verdict.outcome != PASS or not answer["ok"]:
@@ -113,7 +116,7 @@ def judge_contents(
 
 
 def _wrong_description(contents: Contents, answer: Json) -> str | None:
-    """What a decoder says and is not so, or None."""
+    """Returns the first error in a decoder's description of the file, or None."""
     metadata, tensors = answer.get("metadata"), answer.get("tensors")
     if metadata not in (None, contents.description["metadata"]):
         return f"the metadata are {metadata}, must be {contents.description['metadata']}"
@@ -131,7 +134,7 @@ def _wrong_description(contents: Contents, answer: Json) -> str | None:
 def _wrong_arrays(
     contents: Contents, written: Callable[[str], bytes | None], may_ignore: frozenset[str]
 ) -> str | None:
-    """What a decoder wrote and is not so, or None."""
+    """Returns the first error in the arrays that a decoder wrote, or None."""
     for number, expected in enumerate(contents.tensors):
         for what, wanted in contents.arrays_of(expected).items():
             found = written(f"{number}{SUFFIXES[what]}")

@@ -1,4 +1,4 @@
-"""This package's own reader, writer and validator as a driver."""
+"""A driver for this package's own reader, writer and validator."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ class OwnDriver:
     """Answers questions with this package.
 
     Attributes:
-        engine: as in `sfpformat.open`.
-        limits: in force where a question brings none.
+        engine: the engine's name, as for `sfpformat.open`; None selects one automatically.
+        limits: default limits; a question can override them.
     """
 
     engine: str | None
     limits: Limits = DEFAULT_LIMITS
 
     def answer(self, words: Sequence[str]) -> Json:
-        """The answer to a question; an engine that cannot be used here leaves all out.
+        """Answers a question. If the engine is unavailable, every answer except to `hello` is a skip.
 
         Args:
-            words: ``LIMIT=NUMBER`` as often as wanted, which hold for this question, then those of it.
+            words: any number of ``LIMIT=NUMBER``, which hold for this question only, then the question.
+
+        Raises:
+            OptionError: a limit is unknown, or there is no question.
         """
         limits, (question, *rest) = limits_of(words, self.limits)
         missing = _loaded(self.engine)
@@ -63,7 +66,7 @@ class OwnDriver:
         return commands[question](*rest)
 
     def hello(self) -> Json:
-        """Who answers."""
+        """Returns the driver's name, version and capabilities."""
         return {
             "ok": True,
             "name": f"sfpformat-{self.engine or 'auto'}",
@@ -74,12 +77,12 @@ class OwnDriver:
         }
 
     def validate(self, path: str) -> Json:
-        """Whether a file is valid, and canonical."""
+        """Answers whether a file is valid and canonical, or with its first fault."""
         report = validate(path, limits=self.limits, engine=self.engine)
         return {"ok": True, "canonical": report.canonical} if report.ok else _refusal(report.faults[0])
 
     def decode(self, path: str, folder: str) -> Json:
-        """What a file holds, arrays as files in a folder."""
+        """Answers with the contents of a file. Writes its arrays into a folder."""
         try:
             with SfpFile(path, limits=self.limits, engine=self.engine, threads=1) as file:
                 tensors = [self._decoded(file, name, Path(folder, str(i))) for i, name in enumerate(file)]
@@ -93,7 +96,7 @@ class OwnDriver:
         return described(file, name)
 
     def encode(self, job: str, arrays: str, path: str) -> Json:
-        """Writes the file that a job asks for."""
+        """Writes the file that a job asks for. Answers unsupported if the package refuses an option."""
         wanted = Contents(json.loads(Path(job).read_text("utf-8")), Path(arrays).read_bytes())
         try:
             with Writer(path, metadata=wanted.description["metadata"], engine=self.engine) as writer:
@@ -114,7 +117,10 @@ class OwnDriver:
 
 @cache
 def _loaded(engine: str | None) -> str:
-    """Has an engine load what it needs, which is not what a case takes; says why it cannot, or nothing."""
+    """Loads an engine with a small encode and decode, so that no case pays for the loading.
+
+    Returns why the engine is unavailable, or an empty string.
+    """
     try:
         require_name(engine)
         if engine is not None:
@@ -128,9 +134,9 @@ def _loaded(engine: str | None) -> str:
 
 
 def compile_once(engine: str, jobs: Iterable[Case]) -> None:
-    """Does some jobs, so that an engine that compiles has compiled for this machine what they need.
+    """Runs some jobs, so that a compiling engine compiles all functions that they need.
 
-    It keeps that on disk. Which takes longer than a case gives, on a machine where it was never done.
+    The engine caches them on disk. A first compilation takes longer than the time limit of a case.
     """
     driver = OwnDriver(engine)
     with scratch() as folder:
@@ -142,10 +148,10 @@ def compile_once(engine: str, jobs: Iterable[Case]) -> None:
 
 
 def options_of(tensor: Json) -> Options:
-    """The options of a tensor of a job, whose choices are named as in chapter 22."""
+    """Returns the options of a tensor of a job, whose choices have the names of chapter 22."""
     given = dict(tensor.get("choices", {}))
     if "chunk" in given:
-        given["chunk"] *= given["segment"]  # here a chunk is measured in positions
+        given["chunk"] *= given["segment"]  # `Options.chunk` counts positions, the job counts segments
     if "step" in given:
         given["step"] = float(np.array(int(given["step"], 16), "<u4").view("<f4"))
     if "count" in given:
@@ -153,17 +159,17 @@ def options_of(tensor: Json) -> Options:
     if "importance" in tensor:
         kept = {key: tensor["importance"][key] for key in ("role", "over")}
         given["importance"] = ImportanceOptions(quantiser="exact", dtype="F32", **kept)
-    return Options(rate_weight=0, **given)  # every weight has an exact code: the nearest
+    return Options(rate_weight=0, **given)  # rate weight 0 always chooses the nearest level
 
 
 def described(file: SfpFile, name: str) -> Json:
-    """What a decoder says of a tensor."""
+    """Returns a decoder's description of a tensor."""
     entry = file.entry(name)
     return {"name": name, "dtype": entry.dtype.name, "shape": list(entry.shape)}
 
 
 def arrays_of(file: SfpFile, name: str) -> dict[str, bytes]:
-    """What a decoder writes of a tensor: `values`, and where they are `mask` and `importance`."""
+    """Returns the arrays that a decoder writes: `values`, and `mask` and `importance` if there are any."""
     out = {"values": file.get_tensor(name).tobytes()}
     if file.entry(name).mask is not None:
         out["mask"] = file.get_mask(name).tobytes()
@@ -185,12 +191,15 @@ def _refusal(error: FileFault) -> Json:
 
 
 def serve(engine: str | None, words: list[str], lines: Iterable[str]) -> int:
-    """Answers one question (exit status 0, 1 or 3) or, with the word ``serve``, one a line until the end.
+    """Answers one question or, for the word ``serve``, one question per line until the end of input.
 
     Args:
-        engine: as in `sfpformat.open`.
-        words: ``LIMIT=NUMBER`` as often as wanted, then the question.
-        lines: the questions after ``serve``, words apart by tabs.
+        engine: the engine's name, as for `sfpformat.open`.
+        words: any number of ``LIMIT=NUMBER``, then the question.
+        lines: the questions after ``serve``, words separated by tabs.
+
+    Returns:
+        The exit status: 0 accepted, 1 refused, 3 unsupported; 0 after ``serve``.
     """
     limits, question = limits_of(words, DEFAULT_LIMITS)
     driver = OwnDriver(engine, limits)
@@ -204,10 +213,10 @@ def serve(engine: str | None, words: list[str], lines: Iterable[str]) -> int:
 
 
 def limits_of(words: Sequence[str], limits: Limits) -> tuple[Limits, list[str]]:
-    """Limits changed by the words ``LIMIT=NUMBER`` that stand first, and the words after them.
+    """Applies the leading words ``LIMIT=NUMBER`` to limits. Returns the limits and the remaining words.
 
     Raises:
-        OptionError: there is no such limit, or nothing after them.
+        OptionError: a limit is unknown, or no word remains.
     """
     given = [word.partition("=") for word in takewhile(lambda word: "=" in word, words)]
     unknown = {name for name, _, _ in given} - set(Limits.__dataclass_fields__)

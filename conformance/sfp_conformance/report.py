@@ -1,4 +1,4 @@
-"""Results as JUnit XML for build servers, and as one page of HTML for people."""
+"""Reports of results: JUnit XML for build servers, and a page of HTML for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .run import Outcome, Results
 from .suite import Suite
 
 _LEFT_OUT = (UNSUPPORTED, SKIP)
-_SHOWN = 3  # failures of a clause; the others unfold
+_SHOWN = 3  # failures shown per clause; the others are collapsed
 _STYLE = """
 :root { color-scheme: light dark; --ok: #2e7d32; --bad: #c62828; --skip: #8a6d00; --line: #8884; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -42,12 +42,12 @@ document.querySelector('input').addEventListener('input', e => {
 
 
 def counted(outcomes: Iterable[Outcome]) -> Counter[str]:
-    """How often each outcome came."""
+    """Counts the outcomes."""
     return Counter(outcome.verdict.outcome for outcome in outcomes)
 
 
 def junit(results: Results) -> bytes:
-    """The results as JUnit XML: a suite a role, a test a case."""
+    """Returns the results as JUnit XML: a suite per role, a test per case."""
     root = ElementTree.Element("testsuites", time=f"{results.seconds:.3f}")
     by_role: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in results.outcomes:
@@ -70,12 +70,12 @@ def junit(results: Results) -> bytes:
 
 
 def _printable(words: str) -> str:
-    """Without the characters that XML does not have."""
+    """Replaces unprintable characters, some of which XML forbids, by question marks."""
     return "".join(c if c.isprintable() else "?" for c in words)
 
 
 def page(results: Results) -> str:
-    """The results as a page that needs nothing else: what failed first, then clause by clause."""
+    """Returns the results as one self-contained page: first the failures, then all clauses."""
     bad = results.bad
     passed = '<p class="verdict ok">All is well.</p>'
     failed = f'<p class="verdict bad">{len(bad)} of {len(results.outcomes)} fail.</p>'
@@ -106,7 +106,7 @@ def _programs(results: Results) -> str:
 
 
 def _failures(bad: list[Outcome]) -> str:
-    """The clauses that fail, most failures first, and below each of them its cases."""
+    """Lists the failing clauses, most failures first, and the failed cases of each."""
     by_clause: dict[str, list[Outcome]] = defaultdict(list)
     for o in bad:
         by_clause[o.case.clauses[0]].append(o)
@@ -134,7 +134,7 @@ def _failure(o: Outcome) -> str:
 
 
 def _matrix(results: Results) -> str:
-    """A row a clause: how its cases went, and which they are."""
+    """Returns a table with a row per clause: counts of outcomes, and the cases."""
     by_clause: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in results.outcomes:
         for clause in outcome.case.clauses:

@@ -1,4 +1,4 @@
-"""A run of the suite: every case put to the programs, in an order and under names that tell nothing."""
+"""Runs the suite: asks the programs about every case, in random order and under neutral file names."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .scratch import scratch
 from .suite import Case, Suite, SuiteError
 
 Json = dict[str, Any]
-# What a program is asked; with an encoder and a decoder, the one also reads what the other wrote.
+# Roles of programs. In a round trip the decoder reads the file that the encoder wrote.
 ROUND_TRIP = "round trip"
 ROLES = ("decoder", "validator", "encoder", ROUND_TRIP)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of whom.
+    """The settings of a run.
 
     Attributes:
         drivers: role -> the program.
-        profile: what the programs claim to have: ``core``, ``full``, or one feature's name; None for what
-            each says of itself, or ``full``.
-        levels: which of 1 to 4.
-        only: a part of ids, or of clauses' ids, or nothing for all.
-        seed: of the order.
-        known: id -> why a failure is expected; None for the lists that the suite has of the programs.
+        profile: the profile that the programs claim: ``core``, ``full``, or the name of one feature. None
+            uses what each program says of itself, by default ``full``.
+        levels: the levels to run, of 1 to 4.
+        only: runs only cases whose id, or a clause id of theirs, contains this text. Empty for all.
+        seed: the seed of the random order.
+        known: case id -> why a failure is expected; None uses the programs' lists in the suite.
     """
 
     drivers: dict[str, Driver]
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case, the role in which a program met it, what came of it, and after how many seconds."""
+    """A case, the role of the program, the verdict, the time in seconds, and why a failure is expected."""
 
     case: Case
     role: str
@@ -61,12 +61,12 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        """Whether it makes the run fail: a failure that is not known, or a known one that is none now."""
+        """Whether it makes the run fail: an unexpected failure, or an expected failure that did not occur."""
         return (self.verdict.outcome in BAD) != (self.known is not None)
 
     @property
     def words(self) -> str:
-        """Why it is bad, or left out."""
+        """The reason why it failed or was not run."""
         is_too_good = self.bad and self.known is not None
         return "passes, though a failure was expected" if is_too_good else self.verdict.words
 
@@ -77,10 +77,10 @@ class Results:
 
     Attributes:
         suite: the cases.
-        programs: role -> what the program said of itself.
-        outcomes: in the order of the suite.
-        seconds: the whole run.
-        processor: seconds of processor time that this process and the programs took.
+        programs: role -> the program's answer to ``hello``.
+        outcomes: the outcomes, in suite order.
+        seconds: duration of the run.
+        processor: processor time of this process and of the programs, in seconds.
     """
 
     suite: Suite
@@ -91,12 +91,12 @@ class Results:
 
     @property
     def passed(self) -> bool:
-        """Whether all went as it must, and something did: who skips all has shown nothing."""
+        """Whether nothing failed and at least one case passed: a run that skips all cases does not pass."""
         return not self.bad and any(o.verdict.outcome == PASS for o in self.outcomes)
 
     @property
     def bad(self) -> list[Outcome]:
-        """Those that make the run fail, worst first."""
+        """The outcomes that make the run fail, worst first."""
         order = {word: i for i, word in enumerate(BAD)}
         return sorted(
             (o for o in self.outcomes if o.bad), key=lambda o: order.get(o.verdict.outcome, len(BAD))
@@ -104,10 +104,13 @@ class Results:
 
 
 def known_failures(source: Json, today: date) -> dict[str, str]:
-    """The expected failures of a list: ``[[known]]`` with id, reason and, if wanted, ``until``, a date.
+    """Parses a list of expected failures: ``[[known]]`` with `id`, `reason` and optionally ``until``, a date.
+
+    Returns:
+        case id -> reason.
 
     Raises:
-        SuiteError: one lacks its id or reason, or its date is past.
+        SuiteError: an entry lacks its id or its reason, or its date is past.
     """
     out = {}
     for entry in source.get("known", ()):
@@ -123,13 +126,14 @@ def known_failures(source: Json, today: date) -> dict[str, str]:
 
 
 def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Results:
-    """Puts the cases to the programs.
+    """Asks the programs about the cases, and closes the drivers.
 
     Args:
-        advance: called with 1 after each.
+        advance: called with 1 after each question.
 
     Raises:
-        SuiteError: a file of the suite is not there, or no case is left to ask.
+        SuiteError: a file of the suite is missing or changed, the settings select no case, or an expected
+            failure names an unknown case.
     """
     start, used = time.monotonic(), _processor_time()
     questions = list(_questions(suite.cases, settings))
@@ -154,13 +158,13 @@ def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Res
 
 
 def _processor_time() -> float:
-    """Seconds of processor time of this process, and of the programs that have ended."""
+    """Returns the processor time of this process and of its ended child processes, in seconds."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case, str]]:
-    """The cases that are asked, each with a role."""
+    """Yields the selected cases, each with a role."""
     for case in cases:
         wanted = any(settings.only in name for name in (case.id, *case.clauses))
         for role in ROLES:
@@ -171,10 +175,10 @@ def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case
 
 
 def _known(suite: Suite, settings: Settings, programs: dict[str, Json]) -> dict[str, str]:
-    """The expected failures: those of the settings, or of the programs' own lists in the suite.
+    """Returns the expected failures: of the settings, else of the programs' lists in the suite.
 
     Raises:
-        SuiteError: a list is of cases that there are not.
+        SuiteError: a list names a case that does not exist.
     """
     known = settings.known
     if known is None:
@@ -193,9 +197,9 @@ class _Question:
     """A case in one role.
 
     Attributes:
-        profile: what the program claims to have.
-        claims_canonical: whether it says that it writes canonical files.
-        folder: an empty one.
+        profile: the profile that the program claims.
+        claims_canonical: whether the program says that it writes canonical files.
+        folder: a temporary folder that contains only an empty folder `out`.
     """
 
     case: Case
@@ -206,18 +210,18 @@ class _Question:
 
     @property
     def within(self) -> bool:
-        """Whether the program must do right by the case."""
+        """Whether the case lies within the profile that the program claims."""
         if self.profile == "core":
             return self.case.profile == "core"
         return self.profile == "full" or self.profile in self.case.features
 
     def ask(self, role: str, *words: object) -> Json:
-        """An answer, within what the case allows."""
+        """Asks the program of a role, with the limits, the time and the memory of the case."""
         case = self.case
         return self.drivers[role].ask([*map(str, words)], case.limits, case.seconds, case.memory)
 
     def file(self) -> Path:
-        """The case's file, under a name that tells nothing."""
+        """Writes the case's file under a neutral name, and returns its path."""
         path = self.folder / "file.sfp"
         path.write_bytes(self.case.data())
         return path
@@ -226,7 +230,7 @@ class _Question:
 def _asked(
     case: Case, role: str, settings: Settings, programs: dict[str, Json], known: dict[str, str], folder: Path
 ) -> Outcome:
-    """Puts a case to the program of a role."""
+    """Asks the program of a role about a case. A driver failure becomes the verdict."""
     start = time.monotonic()
     shutil.rmtree(folder / "case", ignore_errors=True)
     (folder / "case" / "out").mkdir(parents=True)
@@ -245,7 +249,7 @@ def _decode(question: _Question) -> Verdict:
 
 
 def _decoded(question: _Question, path: Path) -> Verdict:
-    """What a decoder makes of a file that holds what the case says."""
+    """Lets the decoder read a file, and compares the result with the contents of the case."""
     out = question.folder / "out"
 
     def written(name: str) -> bytes | None:
@@ -262,7 +266,7 @@ def _validate(question: _Question) -> Verdict:
 
 
 def _encode(question: _Question) -> Verdict:
-    """The file that a program writes for a job, as this package reads it."""
+    """Lets the encoder write a file for a job, and checks it with this package's reader."""
     return _written(question)[0]
 
 
@@ -282,7 +286,7 @@ def _written(question: _Question) -> tuple[Verdict, Path]:
 
 
 def _round_trip(question: _Question) -> Verdict:
-    """The file that one program writes for a job, as another reads it."""
+    """Lets the encoder write a file for a job, and the decoder read it."""
     verdict, target = _written(question)
     return _decoded(question, target) if verdict.outcome == PASS else verdict
 
@@ -296,7 +300,7 @@ _ASK: dict[str, Callable[[_Question], Verdict]] = {
 
 
 def as_json(results: Results) -> Json:
-    """The results for a program that reads them."""
+    """Returns the results as JSON values."""
     return {
         "runner": __version__,
         "programs": results.programs,

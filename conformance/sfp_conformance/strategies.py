@@ -1,6 +1,6 @@
-"""Hypothesis strategies of `.sfp` files, and the hunt for a file of a certain kind, which it makes small.
+"""Hypothesis strategies for `.sfp` files, and searches for a minimal file that satisfies a predicate.
 
-Needs Hypothesis, which nothing else of the package does: ``pip install hypothesis``.
+The only module of the package that needs Hypothesis: ``pip install hypothesis``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Drawn(Choices):
         return self._draw(_below(bound))
 
     def together(self, make: Callable[[Choices], T]) -> T:
-        """Drawn as one, so that Hypothesis tries to do without all of it."""
+        """Draws the choices as one group, so that Hypothesis tries to remove the whole group."""
         return self._draw(_made(make))
 
 
@@ -46,40 +46,42 @@ def _below(bound: int) -> st.SearchStrategy[int]:
 
 
 def examples(golden: Sequence[bytes] = (), *, valid: bool | None = None) -> st.SearchStrategy[Example]:
-    """Files as `example` makes them."""
+    """Strategy for the files of `example`."""
 
     return _made(lambda choices: example(choices, golden, valid=valid))
 
 
 def valid_files() -> st.SearchStrategy[bytes]:
-    """Valid files of every kind."""
+    """Strategy for valid files of every kind."""
     return examples(valid=True).map(lambda made: made.data)
 
 
 def damaged_files() -> st.SearchStrategy[bytes]:
-    """Files after a change or a few, most of which a reader must refuse."""
+    """Strategy for files after one or more changes. A reader must refuse most of them."""
     return examples(valid=False).map(lambda made: made.data)
 
 
 def hunt(golden: Sequence[bytes], look: Look, *, most: int, seed: str) -> Example | None:
-    """The smallest example that Hypothesis finds of what is looked for, or None.
+    """Returns the smallest example that Hypothesis finds for a predicate, or None.
 
     Args:
-        look: whether an example is one; asked of each that is made, and of many more once one was.
-        most: examples that are made before the first is found.
-        seed: the same seed makes the same.
+        golden: valid files that examples may start from.
+        look: the predicate; called for each example, and for many more while a find is minimised.
+        most: maximum number of examples before the first find.
+        seed: the same seed gives the same examples.
     """
     return _smallest(golden, look, most, random=Random(seed))
 
 
 def made_small(golden: Sequence[bytes], look: Look, made: Iterable[int]) -> Example | None:
-    """The smallest example that Hypothesis makes of one that was found otherwise, or None.
+    """Minimises with Hypothesis a find that another source made. None if the find does not reproduce.
 
     Args:
-        look: whether an example is one.
-        made: the choices that gave the one that was found.
+        golden: the valid files that the find was generated with.
+        look: the predicate.
+        made: the choices that generated the find.
     """
-    # As if Hypothesis had met it in a run before and had not made it small yet.
+    # A "secondary" database entry: Hypothesis replays the find and minimises it, as after an interrupted run.
     kept = InMemoryExampleDatabase()
     kept.save(_KEY + b".secondary", choices_to_bytes(made))
     return _smallest(golden, look, 1, database=kept)
@@ -96,5 +98,5 @@ def _smallest(
     quietly = settings(database=database, deadline=None, max_examples=most, verbosity=Verbosity.quiet)
     try:
         return find(examples(golden), look, settings=quietly, random=random, database_key=_KEY)
-    except (NoSuchExample, Flaky):  # of a program that does not always do the same nothing can be said
+    except (NoSuchExample, Flaky):  # Flaky: the program is not deterministic
         return None

@@ -1,4 +1,4 @@
-"""The golden files and what the manifest says of each (`conformance/manifest.schema.json`)."""
+"""The golden files and their manifest (`conformance/manifest.schema.json`)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sfpformat.errors import SfpError
 
 Json = dict[str, Any]
 
-# The first letter of an id -> what the case is, and the level at which it is asked: what must be read, what
-# must be refused, what is hostile or latitude or of a later version; and level 4, writing.
+# The first letter of an id -> the kind of the case; the kind -> its level. Level 1: must be accepted.
+# Level 2: must be refused. Level 3: hostile files, latitude, later versions. Level 4: writing.
 KINDS = {"y": "valid", "n": "invalid", "h": "hostile", "i": "latitude", "f": "future", "e": "job"}
 LEVELS = {"valid": 1, "invalid": 2, "hostile": 3, "latitude": 3, "future": 3, "job": 4}
 _ROLES = {"reader": "decoder", "validator": "validator", "writer": "encoder"}
 
 
 class SuiteError(SfpError):
-    """The suite is not there, or not whole."""
+    """The suite is missing, incomplete or inconsistent."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,23 @@ class Case:
     """A golden file, or a job for an encoder.
 
     Attributes:
-        id: class, area and number of its first clause, words.
-        kind: one of `KINDS`.
-        profile: the least that has all it needs.
-        why: what is special about it, or wrong with it.
-        clauses: those that it is about, the first one most of all.
-        features: what a reader must know for it, in words.
-        roles: which programs it is for.
-        path: of the file, or of the job.
-        sha256: its digest, as hex.
-        limits: limits in force that are not the defaults.
-        seconds: a program may take for an answer.
-        memory: bytes that it may take beyond what it has at rest, or None for any.
-        accepted: whether it may be accepted.
-        faults: by which it may be refused: `error`, `clause`, `tensor`, and the `offset`s from and to.
-        canonical: what a validator must say of canonical form, or None for either.
-        not_canonical_by: the clauses of canonical form that it does not keep.
-        written: of a job that leaves no choice, the SHA-256 of the canonical file, as hex; else None.
+        id: class letter, area and number of its first clause, and a short description.
+        kind: one of the values of `KINDS`.
+        profile: the smallest profile that covers the case.
+        why: what is special about the file, or wrong with it.
+        clauses: the clauses that the case tests; the main one first.
+        features: the features that a reader must support for it.
+        roles: the roles of programs that it tests: `decoder`, `validator`, `encoder`.
+        path: path of the file, or of the job.
+        sha256: the SHA-256 of that file, as hex.
+        limits: limits in force that differ from the defaults.
+        seconds: time limit for an answer.
+        memory: bytes that a program may use beyond its memory at rest; None for no limit.
+        accepted: whether a program may accept the file.
+        faults: faults that a program may report: `error`, `clause`, `tensor`, and first and last `offset`.
+        canonical: the required answer about canonical form; None for either.
+        not_canonical_by: the clauses of canonical form that the file breaks.
+        written: SHA-256 of the canonical file, as hex, if the job determines its bytes; else None.
     """
 
     id: str
@@ -68,19 +68,19 @@ class Case:
 
     @property
     def level(self) -> int:
-        """1 to 4, see `LEVELS`."""
+        """The level, 1 to 4 (`LEVELS`)."""
         return LEVELS[self.kind]
 
     @property
     def stem(self) -> Path:
-        """The path of what lies beside it, without the suffix."""
+        """The path of the files that accompany the case, without the suffix."""
         return self.path.with_name(self.id)
 
     def data(self) -> bytes:
-        """The file.
+        """Reads the file.
 
         Raises:
-            SuiteError: it is not what the manifest says.
+            SuiteError: the file cannot be read, or its SHA-256 differs from the manifest.
         """
         data = _read(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
@@ -89,17 +89,18 @@ class Case:
 
     @cached_property
     def contents(self) -> Contents:
-        """What a valid file holds, or what a job asks for."""
+        """The contents of a valid file, or the contents that a job asks for."""
         return Contents(json.loads(_read(Path(f"{self.stem}.json"))), _read(Path(f"{self.stem}.bin")))
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        description: `metadata` and `tensors`, whose arrays are places in ``arrays``; numbers are strings.
-        arrays: little-endian, one after another.
+        description: `metadata` and `tensors`. An array is given by offset and size in ``arrays``. Sizes,
+            offsets and shapes are strings of digits.
+        arrays: all arrays, little-endian, concatenated.
     """
 
     description: Json
@@ -107,22 +108,22 @@ class Contents:
 
     @property
     def tensors(self) -> list[Json]:
-        """The tensors, in the file's order."""
+        """The tensors, in file order."""
         return list(self.description["tensors"])
 
     def array(self, place: Json) -> bytes:
-        """The bytes of an array."""
+        """Returns the bytes of an array."""
         start = int(place.get("offset", 0))
         return self.arrays[start : start + int(place["bytes"])]
 
     def arrays_of(self, tensor: Json) -> dict[str, bytes]:
-        """The arrays of a tensor: `values`, and where they are `mask` and `importance`."""
+        """Returns the arrays of a tensor: `values`, and `mask` and `importance` if it has them."""
         out = {"values": self.array(tensor)}
         return out | {what: self.array(tensor[what]) for what in ("mask", "importance") if what in tensor}
 
 
 def shape_of(tensor: Json) -> list[int]:
-    """A tensor's shape."""
+    """Returns a tensor's shape."""
     return [int(size) for size in tensor["shape"]]
 
 
@@ -131,9 +132,9 @@ class Suite:
     """All golden files.
 
     Attributes:
-        folder: where the manifest is.
-        cases: in the manifest's order.
-        clauses: of the document, in its order.
+        folder: the folder of the manifest.
+        cases: the cases, in manifest order.
+        clauses: the clauses of SPEC.md, in its order.
     """
 
     folder: Path
@@ -145,7 +146,7 @@ class Suite:
         """Reads the manifest of a folder.
 
         Raises:
-            SuiteError: there is none.
+            SuiteError: the manifest cannot be read, or has an unknown layout.
         """
         manifest = json.loads(_read(folder / "manifest.json"))
         if manifest.get("suite") != 1:

@@ -1,8 +1,8 @@
-"""A second reader, written from SPEC.md alone: plain loops over plain integers, one bit at a time.
+"""The slow reader, written from SPEC.md alone: plain loops over plain integers, one bit at a time.
 
-It imports nothing of the package, so that an error in the package and the same error here would have to be
-made twice. It checks everything that SPEC.md has a reader check, except the limits of chapter 19. Numbers are
-Python floats, which are binary64; patterns are integers.
+It imports nothing from the package, so that both share no error. It checks everything that SPEC.md requires a
+reader to check, except the limits of chapter 19. Numbers are Python floats, which are binary64; patterns are
+integers.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ __all__ = [
 
 @dataclass
 class File:
-    """A file, all of it."""
+    """A decoded file: the root of its directory, and its tensors by name."""
 
     root: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def read(data: bytes) -> File:
-    """Reads everything in the bytes of a file.
+    """Decodes the bytes of a whole file.
 
     Raises:
         Bad: the file breaks a clause.

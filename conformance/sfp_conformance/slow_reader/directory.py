@@ -14,7 +14,7 @@ MAGIC = bytes.fromhex("89 53 46 50 0D 0A 1A 0A")
 
 
 class MessagePack:
-    """Chapter 6."""
+    """Parses MessagePack (chapter 6)."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -25,7 +25,7 @@ class MessagePack:
         return self.data[self.at - size : self.at]
 
     def sized(self, width: int, least: int) -> int:
-        """A length or integer of some bytes that a shorter encoding could not hold."""
+        """Reads a length or integer of ``width`` bytes; below ``least`` a shorter encoding exists."""
         number = int.from_bytes(self.take(width), "big")
         need(number >= least, "R-MSG-002")
         return number
@@ -71,7 +71,7 @@ class MessagePack:
 
 
 def read_directory(data: bytes) -> tuple[dict[str, Any], int]:
-    """The root and the directory's offset, both checked (chapters 4 to 7, 21)."""
+    """Checks preamble and MessagePack; returns the root and the directory's offset (chapters 4 to 7, 21)."""
     need(data[:8] == MAGIC[: len(data)], "R-PRE-001")
     need(len(data) >= 64, "R-PRE-002")
     _, major, _, zeros, at, size, length, crc, more, check = struct.unpack("<8sHH4sQQQI16sI", data[:64])
@@ -91,7 +91,7 @@ def read_directory(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def check_root(root: dict[str, Any]) -> None:
-    """Chapters 7, 17 and 21."""
+    """Checks the root and all tensor entries (chapters 7, 17 and 21)."""
     if "features" in root:
         features = get(root, "features", list)
         need(all(isinstance(name, str) for name in features), "R-DIR-003")

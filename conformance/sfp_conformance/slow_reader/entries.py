@@ -1,4 +1,4 @@
-"""What a tensor entry says and must not say (chapters 7, 8, 10 to 13, 15.3)."""
+"""Parses and checks tensor entries (chapters 7, 8, 10 to 13, 15.3)."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from .numbers import BYTES, FACTORS, FLOATS, Entry, f32, need, number_of
 
 
 def get(source: Entry, key: str, kind: type) -> Any:
-    """The value of a key that must be there, of the type that it must have."""
+    """Returns the value of a required key. Checks that it exists and has the right type."""
     need(key in source, "R-DIR-002")
     need(isinstance(source[key], kind), "R-DIR-003")
     return source[key]
 
 
 def word(source: Entry, key: str, words: tuple[str, ...], clause: str) -> str:
-    """A string that must be one of some words."""
+    """Returns the string of a key. Checks that it is one of the allowed words."""
     value: str = get(source, key, str)
     need(value in words, clause)
     return value
 
 
 def positions(entry: Entry) -> int:
-    """N."""
+    """Returns N, the number of positions."""
     return math.prod(entry["shape"])
 
 
 def matrix(entry: Entry) -> tuple[int, int]:
-    """Rows and columns (chapter 2)."""
+    """Returns the numbers of rows and columns (chapter 2)."""
     n = positions(entry)
     rows = entry["shape"][0] if len(entry["shape"]) >= 2 and n else 1
     return rows, n // rows
 
 
 def streams(entry: Entry) -> list[str]:
-    """The streams that a tensor has, in order."""
+    """Returns the streams of a tensor, in order."""
     if entry["coding"] == "raw":
         return []
     over = entry.get("importance", {}).get("over", "factors")
@@ -45,7 +45,7 @@ def streams(entry: Entry) -> list[str]:
 
 
 def vectors(entry: Entry) -> list[tuple[str, int, str]]:
-    """Name, elements and dtype of the tensor's vectors (15.3)."""
+    """Returns name, number of elements and dtype of each vector of a tensor (15.3)."""
     out = []
     n, (rows, columns) = positions(entry), matrix(entry)
     fingerprints, importance = entry["fingerprints"], entry.get("importance", {})
@@ -65,7 +65,7 @@ def vectors(entry: Entry) -> list[tuple[str, int, str]]:
 
 
 def check_entry(entry: Entry) -> None:
-    """Chapters 7, 8 and 10 to 13: what a tensor entry alone can get wrong."""
+    """Checks everything that depends on a tensor entry alone (chapters 7, 8 and 10 to 13)."""
     need(get(entry, "name", str) != "", "R-TEN-002")
     dtype = word(entry, "dtype", tuple(BYTES), "R-TEN-003")
     coding = word(entry, "coding", ("raw", "fingerprint"), "R-TEN-004")
@@ -99,23 +99,23 @@ def check_entry(entry: Entry) -> None:
 
 
 def lengths(table: Entry) -> list[list[int]]:
-    """The code lengths of the symbols in each code, from fields of four bits."""
+    """Returns the code lengths of the symbols in each code, parsed from fields of four bits."""
     symbols = len(table["extra"]) ** table["group"]
     return [[n for byte in code for n in (byte & 15, byte >> 4)][:symbols] for code in table["codes"]]
 
 
 def top(table: Entry) -> int:
-    """One past the last level."""
+    """Returns one past the last level."""
     return int(table["base"] + sum(1 << extra for extra in table["extra"]))
 
 
 def step_of(source: Entry) -> float:
-    """The step of a uniform quantiser."""
+    """Returns the step of a uniform quantiser."""
     return number_of(int.from_bytes(source["step"], "little"), "F32")
 
 
 def check_table(source: Entry, bound: int) -> None:
-    """Chapter 8."""
+    """Checks a code table whose levels must lie below a bound (chapter 8)."""
     get(source, "base", int)
     extra = get(source, "extra", bytes)
     codes, group = get(source, "codes", list), get(source, "group", int)
@@ -134,7 +134,7 @@ def check_table(source: Entry, bound: int) -> None:
 
 
 def check_mask(mask: Entry) -> None:
-    """Chapter 10."""
+    """Checks a mask (chapter 10)."""
     kind = word(mask, "kind", ("runs", "octets"), "R-MSK-001")
     if kind == "runs":
         need(get(mask, "polarity", int) in (0, 1), "R-MSK-002")
@@ -143,7 +143,7 @@ def check_mask(mask: Entry) -> None:
 
 
 def check_quantiser(source: Entry) -> str:
-    """Chapter 11: the quantiser's name, its key checked."""
+    """Checks the keys of a quantiser (chapter 11). Returns its name."""
     kind = word(source, "quantiser", ("exact", "uniform", "table"), "R-QNT-001")
     if kind == "exact":
         word(source, "dtype", tuple(BYTES), "R-TEN-003")
@@ -157,7 +157,7 @@ def check_quantiser(source: Entry) -> str:
 
 
 def check_fingerprints(source: Entry, dtype: str) -> None:
-    """Chapter 11."""
+    """Checks the fingerprints of a tensor of a dtype (chapter 11)."""
     kind = check_quantiser(source)
     bound = 1 << 32
     if kind == "exact":
@@ -172,7 +172,7 @@ def check_fingerprints(source: Entry, dtype: str) -> None:
 
 
 def check_scale(scale: Entry, quantiser: str) -> None:
-    """Chapter 12."""
+    """Checks a scale (chapter 12)."""
     per = word(scale, "per", ("tensor", "row", "column", "group"), "R-SCL-001")
     need(("size" in scale) == (per == "group"), "R-SCL-002")
     need(per != "group" or get(scale, "size", int) >= 1, "R-SCL-002")
@@ -181,7 +181,7 @@ def check_scale(scale: Entry, quantiser: str) -> None:
 
 
 def check_importance(source: Entry) -> None:
-    """Chapter 13."""
+    """Checks an importance (chapter 13)."""
     over = word(source, "over", ("survivors", "all", "factors"), "R-IMP-001")
     word(source, "role", ("multiplier", "metadata"), "R-IMP-002")
     if over == "factors":

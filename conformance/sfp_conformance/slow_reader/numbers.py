@@ -1,4 +1,4 @@
-"""Checks, bits in their order, dtypes, and numbers rounded (chapters 1, 14 and 25)."""
+"""Checks, bit sequences, dtypes and rounding (chapters 1, 14 and 25)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ Entry = dict[str, Any]
 
 
 class Bad(Exception):
-    """The file breaks the clause that is this error's argument."""
+    """The file breaks a clause; the error's argument is the clause id."""
 
 
 def need(holds: bool, clause: str) -> None:
-    """Raises `Bad` unless something holds."""
+    """Raises `Bad` with the clause unless ``holds``."""
     if not holds:
         raise Bad(clause)
 
 
 def align(x: int, k: int) -> int:
-    """Chapter 1."""
+    """Rounds x up to a multiple of k (chapter 1)."""
     return (x + k - 1) // k * k
 
 
 def zero(data: bytes, start: int, stop: int, clause: str) -> None:
-    """Checks that the bits from start to stop are zero."""
+    """Checks that the bits from start to stop - 1 are zero."""
     need(not any(data[bit // 8] >> bit % 8 & 1 for bit in range(start, stop)), clause)
 
 
 class Bits:
-    """A bit sequence (R-CNV-002, R-CNV-003) of which no more may be read than there is."""
+    """A bit sequence (R-CNV-002, R-CNV-003). Reading past its end breaks R-PLN-003."""
 
     def __init__(self, data: bytes, start: int, stop: int) -> None:
         self.data, self.at, self.stop = data, start, stop
@@ -47,7 +47,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class Float:
-    """A float type: bits of exponent and mantissa, first pattern that is not finite, what it widens to."""
+    """A float type: bits of exponent and mantissa, first non-finite pattern, dtypes that it widens to."""
 
     exponent: int
     mantissa: int
@@ -74,7 +74,7 @@ FACTORS = ("F32", "F16", "BF16")
 
 
 def number_of(pattern: int, dtype: str) -> float:
-    """The number that a bit pattern stands for."""
+    """Returns the number that a bit pattern represents."""
     kind = FLOATS[dtype]
     sign = -1.0 if pattern >> (kind.bits - 1) else 1.0
     magnitude = pattern & ((1 << (kind.bits - 1)) - 1)
@@ -89,7 +89,7 @@ def number_of(pattern: int, dtype: str) -> float:
 
 
 def pattern_of(x: float, dtype: str) -> int:
-    """The pattern of a number rounded to nearest, ties to even; not for NaNs."""
+    """Returns the pattern of a number rounded to nearest, ties to even. The number must not be a NaN."""
     kind = FLOATS[dtype]
     sign = 1 << (kind.bits - 1) if math.copysign(1, x) < 0 else 0
     if math.isinf(x):
@@ -103,5 +103,5 @@ def pattern_of(x: float, dtype: str) -> int:
 
 
 def f32(x: float) -> float:
-    """A number rounded to binary32."""
+    """Rounds a number to binary32."""
     return number_of(pattern_of(x, "F32"), "F32")

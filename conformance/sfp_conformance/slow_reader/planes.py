@@ -1,4 +1,4 @@
-"""Chunks down to levels: index, places of the planes, code words, segments (chapters 8, 9, 15)."""
+"""Decodes chunks to levels: index, offsets of the planes, codewords, segments (chapters 8, 9, 15)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .numbers import Bits, Entry, align, need, zero
 
 
 def codewords(lengths: list[int]) -> dict[str, int]:
-    """Codeword, first bit first -> symbol (R-COD-001)."""
+    """Returns codeword, as a string with its first bit first -> symbol (R-COD-001)."""
     used = [symbol for symbol, length in enumerate(lengths) if length]
     out, word = {}, 0
     for n in range(1, 13):
@@ -23,7 +23,7 @@ def codewords(lengths: list[int]) -> dict[str, int]:
 
 
 def used_extra(table: Entry) -> list[int]:
-    """The different `extra` of the classes that are used (15.2)."""
+    """Returns the distinct values of `extra` over the classes that a code uses, ascending (15.2)."""
     k = len(table["extra"])
     if k == 1:
         return [table["extra"][0]]
@@ -36,10 +36,10 @@ class Chunk:
     """A chunk's index and planes.
 
     Attributes:
-        sizes: positions of each segment.
-        minimum, width: of each quantity present, by its name, in order.
+        sizes: number of positions of each segment.
+        minimum, width: quantity -> its minimum, and its width in bits; the quantities present, in order.
         values: quantity -> its value for each segment.
-        planes: plane -> its bit offset in the chunk, and how many bits each segment has in it.
+        planes: plane -> its bit offset in the chunk, and the number of bits of each segment.
     """
 
     sizes: list[int]
@@ -50,14 +50,14 @@ class Chunk:
 
 
 def segment_sizes(entry: Entry, k: int) -> list[int]:
-    """Positions of the segments of chunk k (15.1)."""
+    """Returns the number of positions of each segment of chunk k (15.1)."""
     n, s, c = positions(entry), entry["segment"], entry["chunk"]
     count = -(-n // s)
     return [min(s, n - i * s) for i in range(k * c, min((k + 1) * c, count))]
 
 
 def quantities(entry: Entry) -> list[str]:
-    """The quantities that are present (15.2)."""
+    """Returns the quantities that are present, in order (15.2)."""
     out = ["survivors"] * ("mask" in entry)
     for stream in streams(entry):
         table = entry[stream]
@@ -69,7 +69,7 @@ def quantities(entry: Entry) -> list[str]:
 
 
 def level_counts(entry: Entry, stream: str, sizes: list[int], survivors: list[int]) -> list[int]:
-    """Levels of each segment of a stream."""
+    """Returns the number of levels of each segment of a stream."""
     if stream == "mask":
         if entry["mask"]["kind"] == "octets":
             return [-(-n // 8) for n in sizes]
@@ -80,7 +80,7 @@ def level_counts(entry: Entry, stream: str, sizes: list[int], survivors: list[in
 
 
 def open_chunk(data: bytes, entry: Entry, k: int) -> Chunk:
-    """Header, index and places of the planes of chunk k (15.1, 15.2)."""
+    """Parses and checks header, index and offsets of the planes of chunk k (15.1, 15.2)."""
     chunk = Chunk(segment_sizes(entry, k))
     names = quantities(entry)
     pos = align(8 * len(names), 16)
@@ -124,7 +124,7 @@ def open_chunk(data: bytes, entry: Entry, k: int) -> Chunk:
 def read_segment(
     table: Entry, words: dict[str, int], n: int, z: int, prefix: Bits, residual: Bits
 ) -> list[int]:
-    """The levels of a segment: `read_segment` of chapter 9."""
+    """Decodes the levels of a segment: `read_segment` of chapter 9."""
     extra, k, g = table["extra"], len(table["extra"]), table["group"]
     first = [table["base"] + sum(1 << e for e in extra[:c]) for c in range(k)]
     levels: list[int] = []
@@ -145,7 +145,7 @@ def read_segment(
 
 
 def stream_levels(data: bytes, entry: Entry, chunk: Chunk, stream: str) -> list[list[int]]:
-    """The levels of each segment of a stream."""
+    """Decodes the levels of each segment of a stream."""
     table = entry[stream]
     survivors = chunk.values.get("survivors", chunk.sizes)
     counts = level_counts(entry, stream, chunk.sizes, survivors)

@@ -1,4 +1,4 @@
-"""Levels and vectors to mask bits, importances and weights (chapters 10 to 16)."""
+"""Reconstructs mask bits, importances and weights from levels and vectors (chapters 10 to 16)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .planes import open_chunk, segment_sizes, stream_levels
 
 
 def mask_bits(mask: Entry, levels: list[int], n: int, survivors: int) -> list[int]:
-    """The mask bits of a segment (chapter 10)."""
+    """Returns the mask bits of a segment (chapter 10)."""
     if mask["kind"] == "octets":
         bits = [level >> j & 1 for level in levels for j in range(8)]
         need(not any(bits[n:]), "R-MSK-006")
@@ -28,7 +28,7 @@ def mask_bits(mask: Entry, levels: list[int], n: int, survivors: int) -> list[in
 
 @dataclass
 class Tensor:
-    """A decoded tensor: its elements as bytes, and for each position mask bit and importance (None: none)."""
+    """A decoded tensor: elements as bytes, and per position a mask bit and an importance (None if absent)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Tensor:
 
 
 def read_vectors(entry: Entry, data: bytes) -> dict[str, list[float]]:
-    """The vector chunk (15.3), its values checked."""
+    """Parses and checks the vector chunk (15.3). Returns vector name -> values."""
     out, pos = {}, 0
     for name, count, dtype in vectors(entry):
         size = BYTES[dtype]
@@ -55,7 +55,7 @@ def read_vectors(entry: Entry, data: bytes) -> dict[str, list[float]]:
 
 
 def check_vectors(entry: Entry, found: dict[str, list[float]]) -> None:
-    """The values of the vectors."""
+    """Checks the values of the vectors."""
     for name in ("fingerprint centroids", "importance centroids"):
         centroids = found.get(name, [])
         need(all(math.isfinite(x) and math.copysign(1, x) > 0 for x in centroids), "R-QNT-005")
@@ -75,12 +75,12 @@ def check_vectors(entry: Entry, found: dict[str, list[float]]) -> None:
 
 
 def exact_pattern(level: int, dtype: str) -> int:
-    """The sign back from the lowest bit to the highest (chapter 11)."""
+    """Returns the pattern of a level: moves the sign from the lowest bit to the highest (chapter 11)."""
     return (level >> 1) | ((level % 2) << (FLOATS[dtype].bits - 1))
 
 
 def importance_of(source: Entry, level: int, found: dict[str, list[float]]) -> float:
-    """The importance that a level stands for (chapter 13)."""
+    """Returns the importance that a level represents (chapter 13)."""
     if source["quantiser"] == "uniform":
         return f32(f32(level) * step_of(source))
     if source["quantiser"] == "table":
@@ -89,14 +89,14 @@ def importance_of(source: Entry, level: int, found: dict[str, list[float]]) -> f
 
 
 def scale_of(entry: Entry, p: int, found: dict[str, list[float]]) -> float:
-    """The scale factor of a position (chapter 12)."""
+    """Returns the scale factor of a position (chapter 12)."""
     scale, (_, columns) = entry["scale"], matrix(entry)
     place = {"tensor": 0, "row": p // columns, "column": p % columns, "group": p // scale.get("size", 1)}
     return found["scale"][int(place[scale["per"]])]
 
 
 def reconstruct(entry: Entry, p: int, v: int, importance: float | None, found: dict[str, list[float]]) -> int:
-    """The pattern of a survivor: `value(p)` of chapter 14."""
+    """Returns the pattern of a survivor: `value(p)` of chapter 14."""
     source, dtype = entry["fingerprints"], entry["dtype"]
     multiplier = None
     if "importance" in entry and entry["importance"]["role"] == "multiplier":
@@ -123,7 +123,7 @@ def reconstruct(entry: Entry, p: int, v: int, importance: float | None, found: d
 
 
 def read_fingerprints(entry: Entry, chunks: list[bytes], found: dict[str, list[float]]) -> Tensor:
-    """A tensor with coding `fingerprint`."""
+    """Decodes a tensor with coding `fingerprint`."""
     patterns: list[int] = []
     mask: list[int] = []
     importances: list[float | None] = []
@@ -155,7 +155,7 @@ def read_fingerprints(entry: Entry, chunks: list[bytes], found: dict[str, list[f
 
 
 def read_raw(entry: Entry, chunks: list[bytes]) -> Tensor:
-    """A tensor with coding `raw` (chapter 16)."""
+    """Decodes a tensor with coding `raw` (chapter 16)."""
     out = b""
     for k, data in enumerate(chunks):
         size = sum(segment_sizes(entry, k)) * BYTES[entry["dtype"]]
