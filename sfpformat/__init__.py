@@ -114,8 +114,8 @@ def open(
         InvalidFileError: the file is damaged.
         UnsupportedError: the file needs a version or feature that this reader does not have.
         LimitError: the file exceeds a limit.
-        OptionError: the folder has no model or several; the stream is not readable or not seekable; or there
-            is no such engine.
+        OptionError: the folder has no model or several, or the stream is not readable or not seekable.
+        EngineError: there is no such engine, or it is not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
         OSError: the file cannot be read.
     """

@@ -104,7 +104,8 @@ def load_file(
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError, OSError.
-        OptionError: the folder has no model or several, or there is no such engine.
+        OptionError: the folder has no model or several.
+        EngineError: there is no such engine, or it is not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
     """
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:

@@ -1,1 +1,1 @@
-"""From tensors to a file: the encoder's choices, and the writer."""
+"""Encoding: the encoder's choices, and the writer."""

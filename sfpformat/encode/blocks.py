@@ -1,4 +1,4 @@
-"""A tensor's chunks and what of each is coded: gone through several times, made once where memory allows."""
+"""Masks and levels of a tensor's chunks. They are used several times, and cached if memory allows."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from ..coding.planes import AnyLevels, Counts
 from ..engines import Engine
 from .streams import FingerprintSource
 
-# Masks and levels of a tensor that are kept, in bytes.
+# The greatest size of the cached masks and levels of a tensor, in bytes.
 _KEPT_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The positions of a tensor cut into chunks of whole segments."""
+    """Divides the positions of a tensor into chunks of whole segments.
+
+    Attributes:
+        positions: number of positions of the tensor.
+        segment: positions per segment.
+        chunk: segments per chunk.
+    """
 
     positions: int
     segment: int
     chunk: int
 
     def __iter__(self) -> Iterator[tuple[slice, Counts]]:
-        """For each chunk its positions, and the number of positions of each of its segments."""
+        """Yields for each chunk its positions, and the number of positions in each of its segments."""
         size = self.segment * self.chunk
         whole = np.full(self.chunk if self.positions >= size else 0, self.segment, np.int64)
         for start in range(0, self.positions, size):
@@ -40,14 +46,14 @@ class Blocks:
 
 
 class Survivors(NamedTuple):
-    """The survivors of a chunk: how many each segment has, and their fingerprint levels."""
+    """The survivors of a chunk: the number in each segment, and their fingerprint levels."""
 
     counts: Counts
     levels: AnyLevels
 
 
 class CodedBlocks:
-    """The chunks of a tensor that has coding fingerprint. Several threads may use one."""
+    """The masks and levels of the chunks of a tensor with coding fingerprint. Thread-safe."""
 
     def __init__(
         self,
@@ -55,11 +61,12 @@ class CodedBlocks:
         survives: Callable[[slice], Mask] | None,
         engine: Engine,
     ) -> None:
-        """Looks at nothing.
+        """Computes nothing yet.
 
         Args:
             source: of the levels.
-            survives: the mask bits of a block of positions; None where no position is pruned.
+            survives: returns the mask of a block of positions; None if no position is pruned.
+            engine: does the work on bits.
         """
         self.source = source
         self._survives, self._engine = survives, engine
@@ -68,11 +75,11 @@ class CodedBlocks:
         self._room = _KEPT_BYTES
 
     def in_other_chunks(self) -> CodedBlocks:
-        """The same for a tensor cut differently: what is kept of these chunks is not used."""
+        """Returns a copy for other chunk sizes, with an empty cache."""
         return CodedBlocks(self.source, self._survives, self._engine)
 
     def mask(self, block: slice) -> Mask | None:
-        """The mask of a chunk, given its positions."""
+        """Returns the mask of a chunk, given its positions. None if no position is pruned."""
         if self._survives is None:
             return None
         mask = self._masks.get(block.start)
@@ -83,13 +90,13 @@ class CodedBlocks:
         return mask
 
     def known_mask(self, block: slice) -> Mask:
-        """The mask of a chunk of a tensor that has one."""
+        """Returns the mask of a chunk of a tensor that has a mask."""
         mask = self.mask(block)
         assert mask is not None
         return mask
 
     def survivors(self, block: slice, positions: Counts) -> Survivors:
-        """The survivors of a chunk, given its positions and how many each segment has."""
+        """Returns the survivors of a chunk, given its positions and their number in each segment."""
         found = self._survivors.get(block.start)
         if found is None:
             mask = self.mask(block)
@@ -100,6 +107,6 @@ class CodedBlocks:
         return found
 
     def _has_room(self, array: NDArray[np.generic]) -> bool:
-        """Whether an array can be kept."""
+        """Whether the cache has room for an array. Reserves its bytes."""
         self._room -= array.nbytes
         return self._room >= 0

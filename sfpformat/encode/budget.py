@@ -1,9 +1,9 @@
-"""Sharing bits among the tensors of a model: a step for each, so that all together take so many.
+"""Bit allocation: chooses a step for each tensor of a model, so that all take a given number of bits.
 
-Where errors count alike in every tensor, relative to its own weights, steps go by the root mean square of the
-weights. With an importance they go by what an error does, too: a step is in inverse proportion to the root of
-the mean weight of an error, which makes the last bit of every tensor buy the same (equal slope; for small
-steps error = step^2 / 12, and a bit less doubles the step).
+Without an importance, errors count relative to the weights of the same tensor, and steps are proportional
+to the root mean square of the weights. With an importance, a step is inversely proportional to the root of
+the mean error weight. The last bit of every tensor then reduces the weighted error by the same amount (equal
+slope: for small steps error = step^2 / 12, and one bit less doubles the step).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .lossy import require_finite, sampled_survivors
 from .plan import exact_bits
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 
-# The samples of all tensors together have at most about so many weights: the search goes over them 24 times.
+# About the greatest size of all samples together, in weights: the search evaluates them 24 times.
 _ALL_SAMPLES = 1 << 21
 _LEAST_SAMPLE = 1 << 12
-# Segments, and positions each, by which it is told what a tensor takes without loss.
+# Number of segments, and positions in each, from which the lossless size of a tensor is estimated.
 _EXACT_SEGMENTS, _EXACT_SEGMENT = 16, 3072
-# A tensor is quantised where that takes a smaller part of its lossless bits than this: both are estimates.
+# A tensor is quantised if that takes less than this part of its lossless bits. Both sizes are estimates.
 _EXACT_SHARE = 0.98
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tensor that shares bits with others.
+    """A tensor in the bit allocation.
 
     Attributes:
         sample: some of its weights.
-        positions: how many it has.
-        unit: its step over that of the others, times a number that all have in common.
-        exact: about how many bits a position it takes without loss.
+        positions: number of its positions.
+        unit: its step relative to the common step of all tensors.
+        exact: about how many bits per position it takes lossless.
     """
 
     sample: Sampled
@@ -53,15 +53,15 @@ class Candidate:
     exact: float
 
     def bits(self, step: float) -> float:
-        """About how many bits (times 2^16) it takes with that step."""
+        """Returns about how many bits (times 2^16) it takes with a step."""
         return self._whole(self.sample.bits(step)[1])
 
     def mask_bits(self) -> float:
-        """About how many of them the mask takes whatever the step (times 2^16)."""
+        """Returns about how many bits (times 2^16) its mask takes, whatever the step."""
         return self._whole(self.sample.mask_bits())
 
     def exact_bits(self) -> float:
-        """About how many bits (times 2^16) it takes without loss."""
+        """Returns about how many bits (times 2^16) it takes lossless."""
         return self.exact * self.positions * (1 << FRACTION)
 
     def _whole(self, of_sample: int) -> float:
@@ -77,25 +77,26 @@ def steps_for_budget(
     weighted: str | None = None,
     rate_weight: float = Options.rate_weight,
 ) -> dict[str, float]:
-    """The step of each tensor with which all together take about so many bits a position.
+    """Returns the step of each tensor with which all together take about ``budget`` bits per position.
 
-    A tensor that takes no more bits without loss than with its step is left out of the result, so that it is
-    kept lossless where options are given by name, and its bits go to the others.
+    A tensor that takes no more bits lossless than with its step is not in the result. It stays lossless if
+    the result is passed as options by name, and the other tensors share the remaining bits.
 
     Args:
         tensors: name -> float array of any shape, finite.
-        budget: bits a position, masks included, index and tables not.
-        masks: name -> bool array of the tensor's shape; without one what is not zero survives.
-        importances: name -> float array of the tensor's shape, finite and not negative; the same measure in
-            all tensors. Needed where ``weighted`` says how errors count by it.
-        weighted, rate_weight: as in `Options`, and to be given there again.
+        budget: bits per position, with masks, without index and tables.
+        masks: name -> bool array of the tensor's shape. Without one, all non-zero weights survive.
+        importances: name -> float array of the tensor's shape, finite and not negative, in the same unit for
+            all tensors. Required if ``weighted`` is set.
+        weighted, rate_weight: as in `Options`; pass the same values there.
 
     Returns:
-        Name -> step, for ``Options(quantiser="uniform", step=...)``, of the tensors that are to be quantised.
+        Name -> step, for ``Options(quantiser="uniform", step=...)``, of the tensors to be quantised.
 
     Raises:
-        OptionError: a tensor is not finite, its importance is missing or not like it, a name in an argument
-            is no tensor's, or the masks alone take more than the budget.
+        OptionError: a tensor is not a float of the format or not finite, its importance is missing or has
+            another shape, a name in an argument is not the name of a tensor, or the masks alone take more
+            than the budget.
     """
     options = Options(quantiser="uniform", budget=budget, weighted=weighted, rate_weight=rate_weight)
     masks = checked_by_name(masks, tensors, "masks")
@@ -117,15 +118,15 @@ def candidate(
     options: Options,
     tensors: int,
 ) -> Candidate:
-    """A tensor's sample and unit.
+    """Returns a tensor's sample, unit and lossless size.
 
     Args:
         array, mask, importance: as in `steps_for_budget`.
-        options: how it will be quantised; `weighted`, `rate_weight` and `fixed_width` count here.
-        tensors: how many share.
+        options: how it will be quantised; only `weighted`, `rate_weight` and `fixed_width` are used.
+        tensors: how many tensors share the bits.
 
     Raises:
-        OptionError: as `steps_for_budget`.
+        OptionError: as in `steps_for_budget`.
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     dtype = of_numpy(flat.dtype)
@@ -152,13 +153,13 @@ def candidate(
         masked=mask is not None,
         widest=float(np.abs(flat).max(initial=0)) if options.fixed_width else None,
     )
-    # A tensor of a fixed width is wanted for its structure.
+    # A tensor with fixed width is never stored lossless.
     exact = math.inf if options.fixed_width else _exact_bits(flat, flat_mask)
     return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted), exact)
 
 
 def _exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> float:
-    """About how many bits a position a tensor takes without loss, by some of its segments."""
+    """Returns about how many bits per position a tensor takes lossless, from some of its segments."""
     every = max(len(flat) // (_EXACT_SEGMENTS * _EXACT_SEGMENT), 1)
     starts = range(0, max(len(flat), 1), every * _EXACT_SEGMENT)
     segments = [flat[start : start + _EXACT_SEGMENT] for start in starts]
@@ -168,10 +169,10 @@ def _exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> float:
 
 
 def _unit(magnitudes: F32, mean_weight: float, weighted: str | None) -> float:
-    """The step of a tensor over what all steps have in common.
+    """Returns the step of a tensor relative to the common step.
 
-    The root of an importance lies halfway between the importance and none, and so does its unit, in its
-    logarithm. Roots alone, which round alike everywhere.
+    With ``weighted`` = ``root`` the unit is the geometric mean of the units for ``full`` and None, except for
+    the mean weight. Uses only square roots, which round the same on all platforms.
     """
     wide = magnitudes.astype(np.float64)
     power = exact_sum(wide * wide) / max(len(wide), 1)
@@ -183,13 +184,13 @@ def _unit(magnitudes: F32, mean_weight: float, weighted: str | None) -> float:
 
 
 def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | None]:
-    """The steps with which the candidates together take at most ``budget`` bits a position, each a float32.
+    """Returns the step, a float32, of each candidate, so that all take at most ``budget`` bits per position.
 
-    None for a candidate that takes no more bits without loss, whose bits then go to the others, and for all
-    that are left where all fit without loss.
+    A step is None for a candidate that takes no more bits lossless; the others then share the remaining bits.
+    Once all remaining candidates fit lossless, their steps are None too.
 
     Raises:
-        OptionError: the masks alone take more.
+        OptionError: the masks alone take more than the budget.
     """
     candidates = list(candidates)
     left = budget * sum(c.positions for c in candidates) * (1 << FRACTION)
@@ -216,8 +217,8 @@ def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | N
 
 
 def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
-    """The steps with which the candidates together take at most so many bits (times 2^16)."""
-    # What the greatest magnitude of any tensor is in common units bounds the search.
+    """Returns the steps with which the candidates together take at most ``allowed`` bits (times 2^16)."""
+    # The greatest magnitude of any tensor, in common units, bounds the search.
     greatest = max([float(c.sample.magnitudes.max(initial=0)) / c.unit for c in candidates], default=0.0)
 
     def fits(common: float) -> bool:
@@ -228,7 +229,10 @@ def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
 
 
 def _step(candidate: Candidate, common: float) -> float:
-    """As float32, kept within what numbers of the sample can be coded and what the tensor's dtype holds."""
+    """Returns the candidate's step for a common step, as float32.
+
+    The step is limited so that the numbers of the sample can be coded, and to the range of the dtype.
+    """
     sample, single = candidate.sample, DTYPES["F32"]
     greatest = float(sample.magnitudes.max(initial=0))
     least = max(greatest / (1 << 24), single.least) if greatest else single.least_normal

@@ -1,4 +1,4 @@
-"""From a plan to the bytes of its chunks."""
+"""Encodes the chunks of a plan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .plan import Plan
 
 
 def encode_vectors(plan: Plan) -> Bytes | None:
-    """The vector chunk, or None where the tensor has no vectors."""
+    """Returns the vector chunk, or None if the tensor has no vectors."""
     return build_vectors(plan.entry, plan.vectors) if plan.entry.has_vectors() else None
 
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """A chunk to be encoded: the number of its first segment, its positions, and those of each segment."""
+    """A chunk to encode: number of its first segment, its positions, and their number in each segment."""
 
     first: int
     block: slice
@@ -29,7 +29,7 @@ class ChunkJob:
 
 
 def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
-    """The chunks of a tensor, in order."""
+    """Yields the jobs of a tensor's chunks, in order."""
     first = 0
     for block, positions in plan.blocks:
         yield ChunkJob(first, block, positions)
@@ -37,7 +37,7 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
 
 
 def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
-    """The bytes of a chunk, in parts; chunks do not depend on one another."""
+    """Encodes a chunk and returns its bytes in parts. Chunks are independent of one another."""
     if plan.coded is None:
         return [build_raw(plan.flat[job.block].view(np.uint8))]
     mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)
@@ -56,7 +56,7 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
 def _encode_stream(
     plan: Plan, engine: Engine, stream: str, first: int, levels: AnyLevels, counts: Counts
 ) -> Planes:
-    """The planes of a stream over the segments of a chunk, ``first`` being the number of the first."""
+    """Encodes the planes of a stream for the segments of a chunk; ``first`` is the first segment's number."""
     table = plan.entry.streams()[stream]
     codes = plan.codes[stream][first : first + len(counts)].astype(np.int64)
     trims = np.zeros(len(counts), np.int64)

@@ -1,8 +1,8 @@
-"""A sink that goes on where an earlier writer was stopped: ``TARGET.partial`` and ``TARGET.partial.journal``.
+"""A sink that resumes an interrupted write: ``TARGET.partial`` and ``TARGET.partial.journal``.
 
-The journal is a sequence of MessagePack values: the job's key, then the entry of each tensor that is
-complete. After a crash the next writer with the same key checks what the journal names against its checksums,
-drops the rest, and goes on.
+The journal is a sequence of MessagePack values: the job's key, then the entry of each complete tensor. After
+a crash the next writer with the same key compares the checksums of the tensors in the journal, discards the
+rest of the file, and continues.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from ..io.filesystem import (
 from ..io.source import Buffer
 from ..limits import DEFAULT_LIMITS, Limits
 
-# What reading a journal raises whose last record was cut off or damaged: work goes on from before it.
+# Exceptions of reading a journal whose last record is cut off or damaged. Writing resumes before that record.
 _CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
 
 
 class ResumableSink:
-    """A temporary file that survives the death of its writer, and its journal.
+    """A temporary file and its journal, which remain if the writer is killed.
 
     Attributes:
-        entries: the tensors that are complete, those included that an earlier writer with the same key left.
+        entries: entries of the complete tensors, including those of an earlier writer with the same key.
     """
 
     def __init__(
         self, target: Path, key: str, *, like: Path | None = None, limits: Limits = DEFAULT_LIMITS
     ) -> None:
-        """Takes up what an earlier writer left, or begins.
+        """Resumes an earlier write, or starts a new one.
 
         Args:
-            target: the path that the file will take, links followed.
-            key: tells the job: what is written from what with which options. Another key begins anew.
-            like: the file whose owner and mode it takes, where that exists; else those of ``target``.
-            limits: those that an earlier writer kept to.
+            target: the final path of the file, links resolved.
+            key: identifies the job: input, output and options. A different key starts a new file.
+            like: the file from which to copy owner and mode, if it exists; else ``target``.
+            limits: limits with which the entries in the journal are read.
 
         Raises:
             LockedFileError: another process is writing this target.
-            OSError: there is no space, or no permission; nothing is left behind.
+            OSError: no space or no permission. The partial file and the journal are removed.
         """
         self._target, self._like, self._limits = target, like, limits
         self._path = beside(target, ".partial")
@@ -69,7 +69,7 @@ class ResumableSink:
         mode = creation_mode(target, like)
         self._file, self._locked = open_locked(self._path, mode)
         self._journal: BinaryIO | None = None
-        self._finished = False  # complete on disk; only the name is missing
+        self._finished = False  # complete and synced, but not renamed
         try:
             self.entries, end = self._complete_tensors(key)
             os.ftruncate(self._file.fileno(), end)
@@ -85,7 +85,7 @@ class ResumableSink:
             raise
 
     def _complete_tensors(self, key: str) -> tuple[list[TensorEntry], int]:
-        """The journal's tensors whose bytes are all there and match, and where they end."""
+        """Returns the journal's leading tensors whose checksums match, and the file offset of their end."""
         if os.fstat(self._file.fileno()).st_size < SIZE or not self._journal_path.exists():
             os.ftruncate(self._file.fileno(), 0)
             self._file.write(bytes(SIZE))
@@ -124,7 +124,7 @@ class ResumableSink:
 
     def commit(self, preamble: bytes) -> None:
         assert self._journal is not None
-        with contextlib.suppress(OSError):  # it is not needed any more
+        with contextlib.suppress(OSError):  # the journal is no longer needed
             self._journal.close()
         end = self._file.tell()
         self._file.seek(0)
@@ -144,14 +144,14 @@ class ResumableSink:
             words += f"{self._path.name}, and the same job goes on from there"
             raise UnnamedFileError(error.errno, words, os.fspath(self._target)) from error
         remove(self._journal_path)
-        with contextlib.suppress(OSError):  # it is synced
+        with contextlib.suppress(OSError):  # the file is already synced
             self._file.close()
 
     def _require_own(self, preamble: bytes, end: int) -> None:
-        """Reads everything again, as another process may have written where files cannot be locked.
+        """Reads the file again and compares all checksums. Used if the file system has no locks.
 
         Raises:
-            LockedFileError: it did.
+            LockedFileError: another process has changed the file.
         """
         self._file.seek(SIZE)
         own = all(map(self._matches, self.entries))

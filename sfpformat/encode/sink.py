@@ -1,4 +1,4 @@
-"""Where a writer's bytes go: a temporary file that takes its target's name at the end, or a binary object."""
+"""Sinks of a writer's bytes: a temporary file that replaces its target at the end, memory, or a stream."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .resume import ResumableSink
 
 
 class Sink(Protocol):
-    """Takes the bytes of a file in order, and the preamble last."""
+    """Receives the bytes of a file in order, and the preamble last."""
 
     def append(self, data: Buffer) -> None:
-        """Writes behind what was written before."""
+        """Appends data."""
 
     def tensor_done(self, entry: TensorEntry) -> None:
-        """Notes that all chunks of a tensor are written."""
+        """Records that all chunks of a tensor are written."""
 
     def commit(self, preamble: bytes) -> None:
-        """Writes the preamble and makes the file the target."""
+        """Writes the preamble and completes the file. A temporary file replaces its target."""
 
     def abort(self, keep: bool) -> None:
-        """Gives up; with ``keep`` what was written stays for a later writer, where the sink can."""
+        """Aborts. If ``keep`` is true and the sink supports it, keeps the partial file to resume later."""
 
 
 class FileSink:
-    """A temporary file with a name of its own beside the target."""
+    """A temporary file with a random name in the target's folder."""
 
     def __init__(self, target: Path) -> None:
         self._new = AtomicFile(target)
@@ -61,10 +61,10 @@ class FileSink:
 
 
 class MemorySink:
-    """Memory: the parts of a file, put together when all are there.
+    """A file in memory.
 
     Attributes:
-        data: the file, once it is committed.
+        data: the bytes of the file after `commit`; empty before.
     """
 
     def __init__(self) -> None:
@@ -86,14 +86,14 @@ class MemorySink:
 
 
 class CountingSink:
-    """Counts the bytes of a file, and gives each tensor away when it is complete.
+    """Counts the bytes of a file, and passes each complete tensor to a callback.
 
     Attributes:
-        size: of the file so far, in bytes.
+        size: size of the file so far, in bytes. The preamble counts at `commit`.
     """
 
     def __init__(self, take: Callable[[TensorEntry, bytes], None]) -> None:
-        """Begins.
+        """Starts with an empty file.
 
         Args:
             take: called with the entry of each tensor and the bytes of its chunks.
@@ -118,15 +118,15 @@ class CountingSink:
 
 
 class StreamSink:
-    """A seekable binary object of the caller's, written from its start; a failure leaves it half written."""
+    """A seekable binary object of the caller, written from its start. An error leaves it partly written."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Begins at the start of the stream.
+        """Writes placeholder bytes for the preamble at the start of the stream.
 
         Raises:
-            OptionError: the stream cannot be written at any place: it is text, read-only, closed, a pipe, or
-                was opened to append.
-            OSError: it cannot be written.
+            OptionError: the stream does not support positional writes: it is a text stream, read-only,
+                closed, a pipe, or opened to append.
+            OSError: the stream cannot be written.
         """
         _require_writable(stream)
         self._stream = stream
@@ -136,11 +136,11 @@ class StreamSink:
 
     def append(self, data: Buffer) -> None:
         view = memoryview(data)
-        while len(view):  # an unbuffered stream may take less than it is given
+        while len(view):  # an unbuffered stream may write fewer bytes than requested
             count: int | None = self._stream.write(view)
             if count is None and isinstance(self._stream, io.RawIOBase):
                 raise BlockingIOError("the stream takes nothing now, and does not wait")
-            if count is None:  # objects of other libraries say nothing
+            if count is None:  # some libraries' objects do not return the count
                 return
             if not 0 < count <= len(view):
                 raise OSError(f"the stream took {count} of {len(view)} bytes")
@@ -159,7 +159,7 @@ class StreamSink:
         self._stream.flush()
 
     def _require_place(self, place: int) -> None:
-        """Refuses a stream that writes elsewhere than at its position."""
+        """Raises `OptionError` if the stream did not write at its position."""
         if self._stream.tell() != place:
             raise OptionError("the stream writes elsewhere than where it stands; open it with mode 'wb'")
 
@@ -168,7 +168,7 @@ class StreamSink:
 
 
 def _require_writable(stream: Any) -> None:
-    """Raises `OptionError` where a stream says that it cannot be written at any place."""
+    """Raises `OptionError` if a stream does not support positional binary writes."""
     if isinstance(stream, io.TextIOBase) or not all(
         hasattr(stream, method) for method in ("write", "seek", "tell", "truncate", "flush")
     ):
@@ -185,13 +185,13 @@ def _require_writable(stream: Any) -> None:
 
 
 def _appends(stream: Any) -> bool:
-    """Whether the system puts what is written at the end, wherever the stream stands."""
+    """Whether the stream is in append mode: it then writes at the end, whatever its position."""
     mode = getattr(stream, "mode", "")
     if isinstance(mode, str) and "a" in mode:
         return True
     try:
         return bool(fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND)
-    except (AttributeError, OSError, ValueError, TypeError):  # no file of the system's
+    except (AttributeError, OSError, ValueError, TypeError):  # not an operating-system file
         return False
 
 
@@ -199,11 +199,17 @@ Target = str | os.PathLike[str] | BinaryIO | MemorySink | CountingSink | Resumab
 
 
 def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_LIMITS) -> Sink:
-    """The sink for what a writer was given.
+    """Returns the sink for a writer's target.
+
+    Args:
+        target: a path, a stream, or a sink.
+        resume_key: identifies the job of a resumable writer; for paths only. None: not resumable.
+        limits: of the readers.
 
     Raises:
-        OptionError: it cannot be written, or not be resumed.
-        OSError: the temporary file cannot be made.
+        OptionError: the target cannot be written, or a target with a ``resume_key`` is not a path.
+        LockedFileError: another process is writing this target.
+        OSError: the temporary file cannot be created.
     """
     if isinstance(target, (str, os.PathLike)):
         path = real_target(target)

@@ -1,4 +1,4 @@
-"""What turns a block of a tensor's positions into levels, for each quantiser (the encoder's side)."""
+"""Sources of levels: convert a block of a tensor's positions to levels, one class per quantiser."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .quantise import TableNumbers, UniformNumbers, WeighedNumbers, exact_sum
 
 Flat = NDArray[np.generic]
 
-# A lossless tensor of at most so many different magnitudes may be a table of them.
+# The greatest number of different magnitudes for which a lossless tensor may be a table of them.
 MAX_DISTINCT = 1024
-_BLOCK = 1 << 18  # positions looked at together
-# Levels of tensors up to so many positions are made once: they are gone through three times.
+_BLOCK = 1 << 18  # positions processed at a time
+# Levels of tensors of at most this many positions are cached: they are used three times.
 _KEPT_LEVELS = 1 << 25
 
 
@@ -45,25 +45,32 @@ class FingerprintSource(Protocol):
 
     @property
     def quantiser(self) -> Quantiser:
-        """As stored."""
+        """The quantiser as stored in the file."""
 
     def survives(self, block: slice) -> Mask:
-        """Which positions of a block have a weight that is not coded as zero."""
+        """Returns which positions of a block have a weight that is not coded as zero."""
 
     def count_survivors(self) -> int:
-        """How many positions of the tensor `survives` has."""
+        """Returns the number of positions of the tensor for which `survives` is True."""
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """The levels of a block's survivors (all positions without a mask); of `exact` the bit patterns."""
+        """Returns the levels of a block's survivors (all positions without a mask).
+
+        For `exact`, returns the bit patterns instead of levels.
+        """
 
 
 @dataclass(frozen=True)
 class ExactSource:
-    """Bit patterns in the dtype ``coded``, which holds all values of ``flat``.
+    """Bit patterns in the dtype ``coded``, which represents all values of ``flat``.
 
     Attributes:
-        magnitudes: the patterns of all magnitudes, ascending, where they are few; else None.
-        kept: the coded patterns of all positions, if they were made and kept.
+        flat: the tensor.
+        dtype: its dtype.
+        coded: the dtype of the stored patterns: ``dtype`` or a narrower one.
+        magnitudes: the patterns of all magnitudes, ascending, if there are few; else None.
+        engine: does the work on bits.
+        kept: the cached coded patterns of all positions, or None.
     """
 
     flat: Flat
@@ -98,7 +105,7 @@ class ExactSource:
         return self.engine.translate(patterns, self.magnitudes, meanings)
 
     def with_kept_levels(self, workers: Workers) -> ExactSource:
-        """As `ValueSource.with_kept_levels`."""
+        """Returns the source with its levels cached, like `ValueSource.with_kept_levels`."""
         if self.coded == self.dtype or len(self.flat) > _KEPT_LEVELS:
             return self
         return replace(self, kept=_all_levels(self, len(self.flat), workers))
@@ -109,10 +116,10 @@ class Scaling:
     """The scale of a tensor.
 
     Attributes:
-        entry: the tensor's, with the scale.
-        factors: as stored, widened to float32.
-        unit: the root mean square over its factor, a power of two that all factors have in common. A step in
-            root mean squares is stored times this.
+        entry: the tensor's entry, with the scale.
+        factors: the stored factors, widened to float32.
+        unit: ratio of a root mean square to its factor: a power of two, equal for all factors. A step in
+            units of root mean squares is multiplied by it before it is stored.
     """
 
     entry: TensorEntry
@@ -120,7 +127,7 @@ class Scaling:
     unit: float = 1.0
 
     def of(self, positions: NDArray[np.int64]) -> F32:
-        """The factor of each position."""
+        """Returns the factor of each position."""
         return self.factors[scale_index(self.entry, positions)]
 
 
@@ -130,15 +137,16 @@ class NumberSource:
 
     Attributes:
         flat: the tensor.
-        dtype: the tensor's.
-        quantiser: as stored.
-        numbers: magnitude -> number.
-        weights: for `WeighedNumbers` how much the error of each position counts, float32, flat; else None.
-        scaling: what magnitudes are divided by first, or None.
-        multiplier: the importance of some positions, as stored, where it multiplies the weights; else None.
-        given_step: whether the caller gave the step: it is refused where the only finite number of a weight
-            is 0 although the nearest is another.
-        kept: the levels of all positions, if they were made and kept.
+        dtype: the tensor's dtype.
+        quantiser: the quantiser as stored.
+        numbers: converts magnitudes to numbers.
+        engine: does the work on bits.
+        weights: for `WeighedNumbers` the weight of each position's error, float32, flat; else None.
+        scaling: magnitudes are first divided by its factors; or None.
+        multiplier: returns the stored importance of positions, if it multiplies the weights; else None.
+        given_step: whether the caller set the step. Such a step is refused if a weight whose nearest number
+            is not 0 would get the number 0, because no other number is finite.
+        kept: the cached levels of all positions; empty until they are needed.
     """
 
     flat: Flat
@@ -154,7 +162,7 @@ class NumberSource:
 
     @property
     def reconstruction(self) -> Reconstruction:
-        """What a reader makes of the numbers."""
+        """How a reader reconstructs weights from the numbers."""
         centroids = self.numbers.centroids if isinstance(self.numbers, TableNumbers) else None
         return Reconstruction(self.dtype, self.quantiser, centroids)
 
@@ -184,7 +192,7 @@ class NumberSource:
         return numbers * np.uint64(2) + np.signbit(weights)
 
     def with_zero(self) -> NumberSource:
-        """The same with a number for 0; of a table: one more centroid, of a full one the least replaced."""
+        """Returns a source with a number for 0. A table gets the centroid 0; a full one loses its least."""
         if not isinstance(self.numbers, TableNumbers) or self.numbers.centroids[0] == 0:
             return self
         others = self.numbers.centroids[-(MAX_CENTROIDS - 1) :]
@@ -192,7 +200,7 @@ class NumberSource:
         return replace(self, quantiser=Table(len(centroids)), numbers=TableNumbers(centroids))
 
     def _uniform_levels(self, block: slice) -> AnyLevels:
-        """The levels of all positions of a block, kept where the tensor is not too large."""
+        """Returns the levels of all positions of a block. Caches the levels of tensors that are not large."""
         if len(self.flat) > _KEPT_LEVELS:
             return self._quantised(block)
         if not self.kept:
@@ -215,7 +223,11 @@ class NumberSource:
         return self._finite(levels + (np.signbit(weights) & (levels > 0)), scale, multiplier)
 
     def _finite(self, levels: AnyLevels, scale: F32 | None, multiplier: F32 | None) -> AnyLevels:
-        """The levels of a `Uniform`, those lowered that a reader would not make finite."""
+        """Returns the levels of a `Uniform`, lowered if the reconstructed weight would not be finite.
+
+        Raises:
+            OptionError: the caller's step is too great.
+        """
         reconstruction, one = self.reconstruction, levels.dtype.type(1)
         if not len(levels) or reconstruction.is_finite(int(levels.max()) >> 1, scale, multiplier):
             return levels
@@ -233,11 +245,12 @@ class NumberSource:
         return np.asarray(numbers << one | (levels & one & (numbers > 0)), levels.dtype)
 
     def mean_error(self, mask: Mask | None) -> float:
-        """The mean of the squared errors of the survivors, weighed by `weights`, before any importance
-        multiplies.
+        """Returns the mean squared error of the survivors, weighted by `weights`.
+
+        An importance that multiplies the weights is not applied.
 
         Args:
-            mask: the survivors, flat; None: what is not zero.
+            mask: the survivors, flat; None: all non-zero weights.
         """
         error, count = 0.0, 0
         for start in range(0, len(self.flat), _BLOCK):
@@ -254,7 +267,7 @@ class NumberSource:
         return error / max(count, 1)
 
     def _factors(self, block: slice) -> tuple[F32 | None, F32 | None]:
-        """What the numbers of a block are multiplied by: scale factors and importances, or None."""
+        """Returns the scale factors and the importances that multiply the numbers of a block, or None."""
         block = slice(block.start, min(block.stop, len(self.flat)))
         scale = None if self.scaling is None else self.scaling.of(np.arange(block.start, block.stop))
         return scale, None if self.multiplier is None else self.multiplier(block)
@@ -262,15 +275,16 @@ class NumberSource:
 
 @dataclass(frozen=True)
 class ValueSource:
-    """Numbers of a lossless table: every magnitude of the tensor is a centroid, and all but +0 survives.
+    """Numbers of a lossless table: every magnitude of the tensor is a centroid. All weights but +0 survive.
 
     Attributes:
         flat: the tensor.
         dtype: its dtype.
         magnitudes: the patterns of its magnitudes, ascending.
-        centroids: the same as numbers.
-        kept: the levels of all positions, if they were made and kept.
-        kept_zero: 1 where they were made when the magnitude 0 was still there, else 0.
+        centroids: the magnitudes in float32.
+        engine: does the work on bits.
+        kept: the cached levels of all positions, or None.
+        kept_zero: 1 if the cached levels count a magnitude 0 that was removed later, else 0.
     """
 
     flat: Flat
@@ -303,16 +317,16 @@ class ValueSource:
         return self.engine.translate(patterns, self.magnitudes, meanings)
 
     def with_kept_levels(self, workers: Workers) -> ValueSource:
-        """The same, its levels made: for a caller that needs them both with and without a mask."""
+        """Returns the source with its levels cached, for callers that need them with and without a mask."""
         if len(self.flat) > _KEPT_LEVELS:
             return self
         return replace(self, kept=_all_levels(self, len(self.flat), workers))
 
     def of_survivors(self, mask: Mask | None) -> ValueSource:
-        """The same with the centroids of the survivors alone, one at least (R-CAN-007).
+        """Returns a source with only the centroids of survivors, at least one (R-CAN-007).
 
         Args:
-            mask: the caller's, flat; None: all but +0 survives.
+            mask: the caller's mask, flat; None: all weights but +0 survive.
         """
         if mask is None:
             gone = int(self._has_positive_zero_alone() and len(self.magnitudes) > 1)
@@ -336,13 +350,13 @@ class ValueSource:
 
 
 def _all_levels(source: ExactSource | ValueSource, positions: int, workers: Workers) -> AnyLevels:
-    """The levels of all positions of a tensor."""
+    """Returns the levels of all positions of a tensor."""
     blocks = (slice(start, start + _BLOCK) for start in range(0, positions, _BLOCK))
     return np.concatenate(list(workers.map(lambda block: source.levels(block, None), blocks)))
 
 
 def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: Engine) -> ValueSource | None:
-    """The source of a tensor whose magnitudes are few, finite and float32; None for any other."""
+    """Returns the source of a tensor whose magnitudes are few, finite and exact in float32. Else None."""
     if magnitudes is None or not len(magnitudes):
         return None
     exact = magnitudes.view(dtype.numpy)

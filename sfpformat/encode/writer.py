@@ -1,7 +1,7 @@
-"""Writing `.sfp` files, tensor by tensor, in the memory of a chunk beyond the tensor at hand.
+"""Writes `.sfp` files, tensor by tensor. Needs memory for a few chunks in addition to the current tensor.
 
-Rules: what is written goes to a temporary file, which is synced and takes the target's name in one step
-(R-STR-005). Whatever fails before, the old file is as it was and nothing is left behind.
+Rules: the writer writes to a temporary file, syncs it, and renames it to the target in one step (R-STR-005).
+An error before that leaves the old file unchanged and removes the temporary file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 
 
 class Writer:
-    """Writes a file; a context manager that finishes the file when all went well, and else leaves no trace.
+    """Writes an `.sfp` file; a context manager. An exception in the block aborts and leaves no file.
 
     ``with Writer("model.sfp") as w: w.add("w", array)``
     """
@@ -52,21 +52,24 @@ class Writer:
         resume_key: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        """Begins a file.
+        """Starts a file.
 
         Args:
-            target: a path, or a seekable binary object, which is written from its start, or a sink.
-            metadata: strings of the caller's own.
+            target: a path; a seekable binary object, which is written from its start; or a sink.
+            metadata: the caller's strings.
             engine: as in `sfpformat.open`.
-            threads: how many may encode; None takes the number of cores. The bytes do not depend on it.
-            resume_key: what tells this job from others. With it a writer that was killed leaves a partial
-                file, and the next with the same key goes on after its last complete tensor: see `done`.
-            limits: those of the readers: what they would refuse is not written. Readers need the same ones
-                where they are not the default.
+            threads: the greatest number of encoding threads; None uses the number of cores. The bytes do not
+                depend on it.
+            resume_key: identifies the job. An interrupted writer then keeps its partial file, and the next
+                writer with the same key continues after the last complete tensor; see `done`.
+            limits: limits of the readers. The writer refuses to write a file that exceeds them. Readers need
+                the same limits if these are not the default.
 
         Raises:
-            OptionError: metadata that are not strings; a target that cannot be written.
-            OSError: the temporary file cannot be made.
+            OptionError: metadata are not strings, or the target cannot be written or resumed.
+            EngineError: there is no such engine, or it is not available.
+            LockedFileError: with ``resume_key``, another process is writing the target.
+            OSError: the temporary file cannot be created.
         """
         self._metadata = _checked_metadata(metadata or {})
         self._limits = limits
@@ -80,7 +83,7 @@ class Writer:
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
         self._open = True
-        self._whole = True  # no tensor is written in part
+        self._whole = True  # False while a tensor is partly written
 
     def __enter__(self) -> Writer:
         return self
@@ -94,12 +97,12 @@ class Writer:
         if error is None:
             self.close()
         else:
-            # An interrupted job can go on later; one that failed would fail again.
+            # An interrupted job can be resumed; a job that failed would fail again.
             self.abort(keep=isinstance(error, KeyboardInterrupt))
 
     @property
     def done(self) -> tuple[str, ...]:
-        """The names of the tensors written so far, those of an earlier, resumed writer included."""
+        """The names of the tensors written so far, including those of an earlier, resumed writer."""
         return tuple(self._entries)
 
     def add(
@@ -115,24 +118,25 @@ class Writer:
         """Writes a tensor.
 
         Args:
-            name: its name, not used before in this file.
-            array: any shape; a dtype of SPEC.md 25.1 (BF16 and FP8 as `ml_dtypes` has them).
+            name: the tensor's name, not used before in this file.
+            array: any shape; a dtype of SPEC.md 25.1. BF16 and FP8 are dtypes of `ml_dtypes`.
             options: how to encode it; the default is lossless.
-            mask: bool, the array's shape, True for survivors; without it what is not zero survives.
-            importance: float, the array's shape, finite and not negative; or two vectors, a number a row
-                and a number a column.
-            other: more keys of the tensor's entry in the directory (R-DIR-005): names that begin with ``x-``;
-                their values are maps, lists, strings, bytes and integers from 0 to 2^64 - 1. Readers give
-                them back as `TensorInfo.unknown`.
+            mask: bool, of the array's shape, True for survivors. None: all non-zero weights survive.
+            importance: float, of the array's shape, finite and not negative; or two vectors, one number per
+                row and one number per column.
+            other: additional keys of the tensor's entry in the directory (R-DIR-005). Their names begin with
+                ``x-``; their values are maps, lists, strings, bytes and integers from 0 to 2^64 - 1. Readers
+                return them as `TensorInfo.unknown`.
 
         Returns:
             The tensor's entry in the directory.
 
         Raises:
-            OptionError: the options do not fit the tensor, the name is taken, or readers would refuse the
-                tensor by their limits. The writer can go on, unless that shows only when all is encoded.
-            OSError: the file cannot be written, and cannot be finished any more.
-            ClosedFileError: it is finished already.
+            OptionError: the options do not fit the tensor, the name is taken, or the tensor exceeds the
+                limits. The writer can continue, unless the error is detected only after encoding.
+            OSError: the file cannot be written. It cannot be completed any more.
+            ClosedFileError: the writer is closed.
+            SfpError: an earlier tensor was only partly written.
         """
         array = np.asanyarray(array)
         self._require_addable(name, array.ndim, array.nbytes)
@@ -146,20 +150,21 @@ class Writer:
         return self._add(entry, encode_vectors(plan), self._encoded(plan))
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
-        """Writes a tensor as another file has it, nothing is encoded again.
+        """Copies an encoded tensor from another file without encoding it again.
 
         Args:
-            entry: of the other file's directory, under the name that the tensor is to have here.
-            vectors, chunks: what `SfpFile.read_checked` gives for -1, where there are vectors, and 0, 1, ....
+            entry: the entry of the other file's directory, with the tensor's new name.
+            vectors: the vector chunk, from `SfpFile.read_checked` with k = -1, or None if there is none.
+            chunks: the chunks, from `SfpFile.read_checked` with k = 0, 1, ....
 
         Returns:
             The tensor's entry in this file's directory.
 
         Raises:
-            OptionError: the name is taken, or readers would refuse the tensor by their limits. The writer can
-                go on.
-            OSError: the file cannot be written, and cannot be finished any more.
-            ClosedFileError: it is finished already.
+            OptionError: the name is taken, or the tensor exceeds the limits. The writer can continue.
+            OSError: the file cannot be written. It cannot be completed any more.
+            ClosedFileError: the writer is closed.
+            SfpError: an earlier tensor was only partly written.
         """
         self._require_addable(entry.name, len(entry.shape), entry.decoded_bytes)
         what = f"tensor {quoted(entry.name)}"
@@ -168,7 +173,7 @@ class Writer:
         return self._add(entry, vectors, ([chunk] for chunk in chunks))
 
     def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[list[Bytes]]) -> TensorEntry:
-        """Writes the chunks of a tensor, each in parts, and notes the entry, with the chunks' records."""
+        """Writes the chunks of a tensor, each given in parts, and adds its entry with the chunk records."""
         self._whole = False
         vector_record = None if vectors is None else self._append([vectors])
         records = [self._append(chunk) for chunk in chunks]
@@ -177,7 +182,7 @@ class Writer:
         entry.require_valid()
         what = f"tensor {quoted(entry.name)}"
         self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
-        # Much of the directory is names and the records of chunks: a file of too many is refused early.
+        # Names and chunk records are most of the directory: this sum detects a too large one early.
         self._directory_bytes += len(entry.name.encode()) + there.nbytes
         self._require_room(what)
         self._entries[entry.name] = entry
@@ -186,7 +191,7 @@ class Writer:
         return entry
 
     def _require_addable(self, name: str, rank: int, decoded: int) -> None:
-        """Raises an error where a tensor cannot be added, before anything of it is written."""
+        """Raises if a tensor cannot be added, before any of it is written."""
         self._require_usable()
         require_name(name, self._limits)
         if name in self._entries:
@@ -197,24 +202,24 @@ class Writer:
         self._limits.require_written("tensor_bytes", decoded, what)
 
     def _require_depth(self, entry: TensorEntry) -> None:
-        """Raises `OptionError` where an entry is nested deeper than readers allow."""
-        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # what this version writes is not deep
+        """Raises `OptionError` if an entry is nested deeper than the limits allow."""
+        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # other entries are within the default
             depth = _DEPTH_OF_ENTRIES + depth_of(entry.to_map())
             self._limits.require_written("depth", depth, f"tensor {quoted(entry.name)}")
 
     def _require_room(self, what: str) -> None:
-        """Raises `OptionError` where the directory is larger than readers allow."""
+        """Raises `OptionError` if the directory is larger than the limits allow."""
         self._limits.require_written("directory_bytes", self._directory_bytes, what)
 
     def _choose_engine(self, weights: int) -> None:
-        """Looks for a faster engine when much more is to be written than what the last was chosen for."""
+        """Chooses the engine again if the number of weights has more than doubled since the last choice."""
         self._weights += weights
         if self._weights > 2 * self._chosen_for:
             self._engine = get_engine(self._engine_name, self._weights)
             self._chosen_for = self._weights
 
     def _encoded(self, plan: Plan) -> Iterator[list[Bytes]]:
-        """The chunks of a plan in order, some encoded ahead where there are threads."""
+        """Encodes the chunks of a plan and yields them in order. With threads, encodes a few chunks ahead."""
 
         def work(job: ChunkJob) -> list[Bytes]:
             return encode_chunk(plan, self._engine, job)
@@ -239,7 +244,13 @@ class Writer:
         return np.array([(length, checksum)], CHUNK_RECORD)
 
     def close(self) -> None:
-        """Writes the directory and makes the file the target."""
+        """Writes the directory and completes the file. Does nothing if the writer is closed.
+
+        Raises:
+            OptionError: the directory exceeds the limits.
+            OSError: the file cannot be written or renamed.
+            SfpError: a tensor was only partly written.
+        """
         if not self._open:
             return
         try:
@@ -258,7 +269,7 @@ class Writer:
         self._open = False
 
     def abort(self, *, keep: bool = False) -> None:
-        """Gives up; the target stays as it was. ``keep`` leaves the partial file of a resumable writer."""
+        """Aborts. A target path is unchanged. With ``keep``, a resumable writer keeps its partial file."""
         if self._open:
             self._open = False
             self._workers.stop()
@@ -266,10 +277,10 @@ class Writer:
 
 
 def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Refuses what cannot be a tensor's name in a file (R-TEN-002, R-MSG-003, R-LIM-001).
+    """Raises if a value is not a valid tensor name (R-TEN-002, R-MSG-003, R-LIM-001).
 
     Raises:
-        OptionError: it cannot.
+        OptionError: it is not a string, is empty, contains U+0000 or lone surrogates, or is too long.
     """
     if not isinstance(name, str):
         raise OptionError(f"{name!r} cannot be a tensor's name: it is a {type(name).__name__}, not a string")
@@ -283,10 +294,11 @@ def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
 
 
 def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dict[str, object]:
-    """More keys of an entry, refused where no reader would take them.
+    """Returns the additional keys of an entry after checking them.
 
     Raises:
-        OptionError: a name does not begin with ``x-``, or a value has a type that the directory has not.
+        OptionError: a name does not begin with ``x-``, or a value has a type that the directory does not
+            support or is nested too deep.
     """
     require_mapping(other, f"other keys of {quoted(name)}")
     keys = dict(other)
@@ -305,10 +317,10 @@ def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dic
 
 
 def _require_arrays(name: str, mask: object, importance: object) -> None:
-    """Refuses a mask or an importance that is no array.
+    """Raises if a mask or an importance is not an array.
 
     Raises:
-        OptionError: one is something else.
+        OptionError: one is not an array, or an importance tuple does not have two vectors.
     """
     if not (mask is None or isinstance(mask, np.ndarray)):
         raise OptionError(f"the mask of {name!r} is a {type(mask).__name__}, not an array")
@@ -328,7 +340,7 @@ def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def is_text(text: str) -> bool:
-    """Whether the directory can hold a string (R-MSG-003)."""
+    """Whether the directory can store a string: valid UTF-8 without U+0000 (R-MSG-003)."""
     try:
         return "\0" not in text and bool(text.encode() or True)
     except UnicodeEncodeError:
