@@ -1,8 +1,8 @@
-"""Choosing the codes of a stream: how many, which segments share one, and their lengths.
+"""Chooses the Huffman codes of a stream: their number, the segments that share one, and the code lengths.
 
-Theory of operation: levels are gone through once, and every segment's symbols counted. All further choices
-are made on these counts, which are kept while they fit `KEPT_BYTES`; of a tensor that is too large for that
-a sample is kept, and its levels are gone through once more to give each segment its code.
+Theory of operation: one pass over the levels counts the symbols of every segment. All further choices use
+these counts, which are kept if they fit in `KEPT_BYTES`. For a larger tensor only a sample is kept, and a
+second pass over the levels assigns a code to each segment.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from ..options import Options
 T = TypeVar("T")
 
 MAX_CODES_TRIED = 8
-# Segments that codes are learned from, evenly spaced.
+# Number of segments, evenly spaced, from which codes are built.
 _SAMPLE_SEGMENTS = 4096
-# Symbol counts of a tensor that are kept, in bytes.
+# The greatest size of the kept symbol counts of a tensor, in bytes.
 KEPT_BYTES = 1 << 26
-# About what a quantity of the segment index costs, in bits a segment.
+# About the cost of a quantity in the segment index, in bits per segment.
 INDEX_BITS = 9
 
 
 @dataclass(frozen=True)
 class LevelBlocks:
-    """A stream's levels, to be gone through as often as needed: for each chunk the levels, and how many each
-    of its segments has.
+    """The levels of a stream, chunk by chunk. Can be iterated several times.
 
     Attributes:
-        segments: how many the stream has.
-        blocks: the positions of each chunk, and how many each of its segments has.
-        make: gives the levels of a chunk, and how many each of its segments has; called from any thread.
-        exact: whether it gives the bit patterns of which an exact stream's levels are made.
-        workers: make and count the levels.
+        segments: number of segments of the stream.
+        blocks: the positions of each chunk, and the number of positions in each of its segments.
+        make: returns the levels of a chunk, and the number of levels in each of its segments. Called from
+            any thread.
+        exact: whether ``make`` returns bit patterns instead of levels (exact streams).
+        workers: the threads that make and process the levels.
     """
 
     segments: int
@@ -55,11 +55,11 @@ class LevelBlocks:
     workers: Workers = field(default_factory=Workers)
 
     def map(self, work: Callable[[AnyLevels, Counts], T]) -> Iterator[T]:
-        """What ``work`` gives for the levels, or bit patterns, of each chunk, in order."""
+        """Yields the result of ``work`` for the levels, or bit patterns, of each chunk, in order."""
         return self.workers.map(lambda block: work(*self.make(*block)), self.blocks)
 
     def map_levels(self, work: Callable[[AnyLevels, Counts], T]) -> Iterator[T]:
-        """As `map`, always for levels."""
+        """Yields the result of ``work`` for the levels of each chunk, in order; converts bit patterns."""
         if not self.exact:
             return self.map(work)
         return self.map(lambda patterns, counts: work(patterns_to_levels(patterns), counts))
@@ -67,7 +67,14 @@ class LevelBlocks:
 
 @dataclass(frozen=True)
 class Choice:
-    """A stream's table, each segment's code, about how many bits all of it takes, and whether to trim."""
+    """The coding of a stream.
+
+    Attributes:
+        table: the code table.
+        codes: the number of each segment's code.
+        bits: about how many bits the stream takes, with its table and index.
+        trim: whether segments have trims.
+    """
 
     table: CodeTable
     codes: NDArray[np.uint8]
@@ -80,10 +87,10 @@ class SymbolCounts:
     """The symbol counts of a stream's segments.
 
     Attributes:
-        total: of all segments, shape [symbols].
-        sample: of some segments, evenly spaced, shape [segments sampled, symbols].
-        segments: how many the stream has.
-        rows: those of all segments, or None where they were not kept.
+        total: sum over all segments, shape [symbols].
+        sample: counts of some segments, evenly spaced, shape [segments sampled, symbols].
+        segments: number of segments of the stream.
+        rows: counts of all segments, shape [segments, symbols], or None if they were not kept.
     """
 
     total: Histogram
@@ -92,8 +99,11 @@ class SymbolCounts:
     rows: Rows | None
 
     def summed(self, starts: NDArray[np.int64]) -> SymbolCounts:
-        """The same for groups of neighbouring symbols: each begins at one of ``starts``, the last at most at
-        the end; symbols before the first do not occur."""
+        """Returns the counts of groups of consecutive symbols.
+
+        Args:
+            starts: first symbol of each group. Symbols before the first group do not occur.
+        """
         total = np.add.reduceat(self.total, starts)
         rows = None if self.rows is None else _summed(self.rows, starts)
         sample = _summed(self.sample, starts) if rows is None else rows[:: _every(self.segments)]
@@ -112,7 +122,7 @@ def _every(segments: int) -> int:
 
 
 class SymbolCounter:
-    """Collects the symbol counts of a stream, chunk by chunk."""
+    """Collects the symbol counts of a stream, chunk by chunk. Keeps a sample if they exceed `KEPT_BYTES`."""
 
     def __init__(self, segments: int) -> None:
         self._segments = segments
@@ -122,9 +132,12 @@ class SymbolCounter:
         self._whole = True
 
     def add(self, first: int, rows: Rows, totals: Histogram | None = None) -> None:
-        """Takes the counts of a chunk's segments, whose columns are the symbols from ``first`` on.
+        """Adds the counts of a chunk.
 
-        ``totals`` are those of all its segments, where the caller has them.
+        Args:
+            first: the symbol of column 0.
+            rows: counts of each segment.
+            totals: sum over all segments of the chunk, if the caller has it; None computes it.
         """
         self._totals.append((first, total_of(rows) if totals is None else totals))
         self._bytes += rows.nbytes
@@ -141,7 +154,7 @@ class SymbolCounter:
         return rows[-seen % every :: every].copy()
 
     def counts(self, first: int, symbols: int) -> SymbolCounts:
-        """All that was taken, for the symbols from ``first`` on."""
+        """Returns all counts, for ``symbols`` symbols from ``first``."""
         total = np.zeros(symbols, np.int64)
         for start, part in self._totals:
             total[start - first : start - first + len(part)] += part
@@ -157,13 +170,13 @@ class SymbolCounter:
 
 
 def total_of(rows: Rows) -> Histogram:
-    """The sum of the counts of a chunk's segments; a chunk has fewer positions than 2^31."""
-    # Widened row by row it would take twice as long.
+    """Returns the sum of the counts of a chunk's segments. Fits int32: a chunk has at most 2^24 positions."""
+    # Widening each row to int64 takes twice as long.
     return np.asarray(rows.sum(0, dtype=np.int32).astype(np.int64))
 
 
 def count_symbols(blocks: LevelBlocks, layout: Layout, group: int, engine: Engine) -> SymbolCounts:
-    """The counts of a layout's symbols in one pass over the levels."""
+    """Counts the symbols of a layout in one pass over the levels."""
     counter = SymbolCounter(blocks.segments)
     for rows in blocks.map_levels(lambda levels, each: engine.count_symbols(levels, each, layout, group)):
         counter.add(0, rows)
@@ -180,15 +193,21 @@ def choose_codes(
     order: NDArray[np.int64] | None = None,
     most: int = MAX_CODES_TRIED,
 ) -> Choice | None:
-    """The table of a layout of several classes: how many codes, which segments share one, and their lengths.
+    """Chooses the codes for a layout of several classes: number, assignment to segments, and code lengths.
 
     Args:
-        counts: of the layout's symbols.
-        order: what orders segments at first, a weight for each symbol; None takes the classes themselves.
-        most: codes, where the options do not say how many.
+        blocks: the stream.
+        counts: counts of the layout's symbols.
+        layout: the classes.
+        group: levels per symbol, 1 or 2.
+        options: the caller's choices.
+        engine: does the counting and clustering.
+        order: a weight for each symbol; the first clustering sorts segments by their mean weight. None uses
+            the class numbers.
+        most: the greatest number of codes, unless the options set it.
 
     Returns:
-        The choice, or None where there are too many symbols for a code.
+        The choice, or None if the number of classes or used symbols is not possible for a code.
     """
     classes = len(layout.extra)
     used = int(np.count_nonzero(counts.total))
@@ -213,12 +232,12 @@ def choose_codes(
 def _assigned_chunk(
     levels: AnyLevels, counts: Counts, layout: Layout, group: int, engine: Engine, costs: Costs
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """As `Engine.assign`, for the segments of a chunk."""
+    """Calls `Engine.assign` for the segments of a chunk."""
     return engine.assign(engine.count_symbols(levels, counts, layout, group), costs)
 
 
 def one_class(blocks: LevelBlocks, layout: Layout, levels: int) -> Choice:
-    """The table of one class: no codes, ``levels`` residuals of one width."""
+    """Returns the choice for one class: no codes, ``levels`` residuals of one width."""
     table = CodeTable(layout.base, layout.extra)
     return Choice(table, np.zeros(blocks.segments, np.uint8), levels * layout.extra[0] + 8)
 
@@ -226,10 +245,10 @@ def one_class(blocks: LevelBlocks, layout: Layout, levels: int) -> Choice:
 def _assigned(
     blocks: LevelBlocks, counts: SymbolCounts, layout: Layout, group: int, engine: Engine, costs: Costs
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The cheapest code of each segment, and the symbol counts of each code, shape [codes, symbols].
+    """Returns the cheapest code of each segment, and the symbol counts of each code, shape [codes, symbols].
 
-    A code that ends with fewer than two symbols is dropped, and its segments choose among the others. Codes
-    are numbered in the order of the first segment that uses each (R-CAN-008).
+    A code with fewer than two used symbols is removed, and its segments are assigned again. Codes are
+    numbered in the order of the first segment that uses each (R-CAN-008).
     """
     while True:
         if counts.rows is not None:

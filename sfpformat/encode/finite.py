@@ -1,12 +1,12 @@
-"""Numbers that a reader turns into finite weights (the encoder's side of SPEC.md chapter 14).
+"""Ensures that numbers are reconstructed as finite weights (the encoder's side of SPEC.md chapter 14).
 
-A reader multiplies a number by the step (or looks its centroid up), by the scale factor and by the importance
-in float32, and rounds the product to the tensor's dtype. The nearest number of a weight near the greatest of
-its dtype may so become an infinity, or in F8_E4M3 a NaN. The encoder takes the greatest number instead that
-stays finite.
+A reader multiplies a number by the step (or looks up its centroid), by the scale factor and by the importance
+in float32, and rounds the product to the tensor's dtype. If a weight is near the greatest number of its
+dtype, its nearest number may give an infinity, or a NaN in F8_E4M3. The encoder then uses the greatest number
+that is finite.
 
-Reconstruction never falls while the number grows: each operation rounds a product with a factor that is not
-negative. So the numbers that stay finite are those from 0 on up to a greatest one, which bisection finds.
+Reconstruction is monotonic: each operation rounds a product with a factor that is not negative. Therefore
+exactly the numbers from 0 up to a greatest one are finite, and bisection finds that one.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ..errors import OptionError
 
 Numbers = NDArray[np.uint64]
 
-# A number above this could not be coded: levels are below 2^32 (SPEC.md chapter 8).
+# The greatest number that can be coded: levels are below 2^32 (SPEC.md chapter 8).
 _MOST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a reader makes of the numbers of a lossy quantiser.
+    """The reader's reconstruction of weights from the numbers of a lossy quantiser.
 
     Attributes:
-        dtype: the tensor's.
-        quantiser: as stored.
-        centroids: of a `Table`, ascending.
+        dtype: the tensor's dtype.
+        quantiser: the quantiser as stored.
+        centroids: for a `Table`, ascending; else None.
     """
 
     dtype: Dtype
@@ -43,12 +43,12 @@ class Reconstruction:
     def values(
         self, numbers: NDArray[np.unsignedinteger], scale: F32 | None, multiplier: F32 | None
     ) -> NDArray[np.generic]:
-        """The magnitudes that a reader gives, in the tensor's dtype, shape [n].
+        """Returns the magnitudes that a reader reconstructs, in the tensor's dtype, shape [n].
 
         Args:
             numbers: shape [n].
-            scale: the scale factor of each, shape [n], or None.
-            multiplier: the importance of each where that is a multiplier, shape [n], or None.
+            scale: the scale factor of each number, shape [n], or None.
+            multiplier: the importance of each number if it is a multiplier, shape [n]; else None.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             levels = numbers.astype(np.uint64) << np.uint64(1)
@@ -57,13 +57,13 @@ class Reconstruction:
     def lowered(
         self, numbers: NDArray[np.unsignedinteger], scale: F32 | None, multiplier: F32 | None
     ) -> NDArray[np.unsignedinteger]:
-        """The numbers, those that are not finite replaced by the greatest below that are.
+        """Returns the numbers, each lowered to the greatest one that is reconstructed as finite.
 
         Args:
-            numbers, scale, multiplier: as of `values`.
+            numbers, scale, multiplier: as in `values`.
 
         Raises:
-            OptionError: for some position no number is finite.
+            OptionError: no number is finite at some position.
         """
         if not len(numbers) or self.is_finite(int(numbers.max()), scale, multiplier):
             return numbers
@@ -88,18 +88,18 @@ class Reconstruction:
         return out
 
     def is_finite(self, number: int, scale: F32 | None, multiplier: F32 | None) -> bool:
-        """Whether a number, and so every lower one, is finite with each of some factors.
+        """Returns whether a number, and therefore every lower one, is finite with all given factors.
 
         Args:
-            number: from 0 on.
-            scale, multiplier: at least one each, or None.
+            number: at least 0.
+            scale, multiplier: factors, at least one each, or None.
         """
         each = [None if factors is None else np.abs(factors).max()[None] for factors in (scale, multiplier)]
         return bool(np.isfinite(self.values(np.array([number], np.uint64), *each))[0])
 
 
 def greatest_codable(step: np.float32, greatest_scale: np.float32) -> int:
-    """The greatest number that a code table may have with a step and a scale (R-QNT-006, R-SCL-006)."""
+    """Returns the greatest number allowed in a code table for a step and scale (R-QNT-006, R-SCL-006)."""
     low, high = 0, _MOST + 1
     with np.errstate(over="ignore"):
         while high - low > 1:

@@ -1,4 +1,4 @@
-"""Importances as they will be stored (the encoder's side of SPEC.md chapter 13), times weights too."""
+"""Encodes importances, and checks their products with weights (the encoder's side of SPEC.md chapter 13)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ..options import ImportanceOptions
 from .quantise import UniformNumbers
 
 Flat = NDArray[np.generic]
-# Positions of a tensor: neighbouring ones, or any in ascending order.
+# Positions of a tensor: a range, or any positions in ascending order.
 Where = slice | NDArray[np.int64]
 Multiplier = Callable[[Where], F32]
 
 _LEAST = np.finfo(np.float32).smallest_subnormal
-_BLOCK = 1 << 18  # positions looked at together
+_BLOCK = 1 << 18  # positions processed at a time
 
 
 def _are_finite(values: Flat) -> Mask:
-    """Where values are finite; a signalling NaN of a dtype of `ml_dtypes` raises no warning."""
+    """Returns which values are finite. A signalling NaN of a dtype of `ml_dtypes` raises no warning."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.isfinite(values))
 
@@ -46,12 +46,11 @@ class ImportanceSource:
 
     Attributes:
         flat: the importance of each position, float32, flat.
-        quantiser: as stored.
-        over_survivors: whether pruned positions have no level.
-        numbers: of a `Uniform`: importance -> number.
-        exact_weights: the tensor, flat, where the importance multiplies weights that are kept exactly: an
-            importance is then rounded down where its product with the weight would else not be finite. None
-            elsewhere.
+        quantiser: the quantiser as stored.
+        over_survivors: whether only survivors have a level.
+        numbers: for a `Uniform`: converts importances to numbers.
+        exact_weights: the flat tensor and its dtype, if the importance multiplies lossless weights; else
+            None. An importance is then rounded down if its product with the weight would not be finite.
     """
 
     flat: F32
@@ -61,7 +60,7 @@ class ImportanceSource:
     exact_weights: tuple[Flat, Dtype] | None = None
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """The levels of a block, of `exact` the bit patterns: of its survivors, or of all its positions."""
+        """Returns the levels of a block's survivors or of all its positions. Bit patterns for `exact`."""
         chosen = mask if self.over_survivors else None
         values = self.flat[block] if chosen is None else self.flat[block][chosen]
         levels = self._rounded(values)
@@ -73,11 +72,11 @@ class ImportanceSource:
         return levels
 
     def stored(self, where: Where) -> F32:
-        """The importances of some positions as a reader gives them."""
+        """Returns the importances of positions as a reader reconstructs them."""
         return self._values(self._rounded(self.flat[where]))
 
     def _rounded(self, values: F32) -> AnyLevels:
-        """The nearest level of each importance, of `exact` the bit pattern."""
+        """Returns the nearest level of each importance. Bit patterns for `exact`."""
         if isinstance(self.quantiser, Exact):
             coded = self.quantiser.dtype
             return float_patterns(values.astype(coded.numpy), coded)
@@ -89,10 +88,10 @@ class ImportanceSource:
         return self.quantiser.importance_values(coded.astype(np.uint64), None)
 
     def _with_finite_products(self, levels: AnyLevels, weights: Flat, alive: Mask, dtype: Dtype) -> AnyLevels:
-        """Levels lowered where the product with the weight of a survivor is not finite.
+        """Lowers levels until the product with the weight of each survivor is finite.
 
-        The importance itself gives a finite product (`require_finite_products`), and the level below the
-        nearest is not above it.
+        This ends: the original importance has a finite product (`require_finite_products`), and the level
+        below the nearest is not above the importance.
         """
         counts = _are_finite(weights) & alive
         while True:
@@ -104,17 +103,17 @@ class ImportanceSource:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """An importance as the product of a factor a row and one a column.
+    """An importance as the product of one factor per row and one factor per column.
 
     Attributes:
-        rows, columns: as a reader gives them, float32.
+        rows, columns: the factors, float32.
     """
 
     rows: F32
     columns: F32
 
     def stored(self, where: Where) -> F32:
-        """The importances of some positions as a reader gives them."""
+        """Returns the importances of positions as a reader reconstructs them."""
         if isinstance(where, slice):
             where = np.arange(where.start, min(where.stop, len(self.rows) * len(self.columns)))
         row, column = np.divmod(where, max(len(self.columns), 1))
@@ -126,15 +125,15 @@ def importance_source(
     options: ImportanceOptions,
     exact_weights: tuple[Flat, Dtype] | None = None,
 ) -> ImportanceSource:
-    """The source of an importance for each position.
+    """Returns the source of an importance that is given for each position.
 
     Args:
         importance: of any shape, finite and not negative.
         options: how it is stored.
-        exact_weights: as of `ImportanceSource`; used where the importance is a multiplier.
+        exact_weights: as in `ImportanceSource`; ignored unless the importance is a multiplier.
 
     Raises:
-        OptionError: an importance is not finite or negative, or leaves the dtype in which it is kept exactly.
+        OptionError: an importance is negative, not finite, or too great or too small for its dtype.
     """
     over_survivors = options.over == "survivors"
     if options.role != "multiplier":
@@ -148,7 +147,7 @@ def importance_source(
     greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
     most = np.float32((1 << options.bits) - 1)
     step = np.float32(greatest / most) or (_LEAST if greatest else np.float32(1))
-    # The quotient is rounded: a step too small would give the greatest importance a number too many.
+    # The quotient is rounded: with a step that is too small, the greatest importance would get most + 1.
     while np.floor(greatest / step + np.float32(0.5)) > most:
         step = np.nextafter(step, np.float32(np.inf))
     numbers = UniformNumbers(step, np.zeros(0, np.float32))
@@ -156,15 +155,15 @@ def importance_source(
 
 
 def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = None) -> F32:
-    """An importance as flat float32, finite and not negative.
+    """Returns an importance as flat float32, after checking it.
 
     Args:
-        importance: of any shape.
-        dtype: in which it will be kept exactly, or None.
+        importance: of any shape, finite and not negative.
+        dtype: the dtype in which it will be stored exactly, or None.
 
     Raises:
-        OptionError: an importance is not finite or negative; one is beyond ``dtype`` or becomes 0 there; or
-            all become 0 in float32.
+        OptionError: an importance is negative or not finite; one overflows or becomes 0 in ``dtype``; or
+            without ``dtype``, all become 0 in float32.
     """
     with np.errstate(over="ignore", under="ignore"):
         flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
@@ -178,16 +177,16 @@ def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = N
 
 
 def checked_factor(name: str, factor: NDArray[np.floating], size: int, dtype: Dtype) -> F32:
-    """A vector of importance factors as float32.
+    """Returns a vector of importance factors as float32, after checking it.
 
     Args:
         name: of the vector, for messages.
         factor: shape [size], finite.
-        size: how many there must be.
-        dtype: in which they will be kept.
+        size: the required number of factors.
+        dtype: the dtype in which they will be stored.
 
     Raises:
-        OptionError: the shape is another, a factor is not finite, is beyond ``dtype`` or becomes 0 there.
+        OptionError: the shape differs, or a factor is not finite, overflows or becomes 0 in ``dtype``.
     """
     if factor.shape != (size,) or not np.isfinite(factor).all():
         raise OptionError(f"{name} must be {size} finite numbers")
@@ -196,7 +195,7 @@ def checked_factor(name: str, factor: NDArray[np.floating], size: int, dtype: Dt
 
 
 def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> None:
-    """Raises OptionError where a value is beyond a dtype, or is not 0 and becomes 0 in it."""
+    """Raises `OptionError` if a value overflows in a dtype, or is not 0 and becomes 0."""
     with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(np.float32).astype(dtype.numpy)
     wrongs = {"great": ~np.isfinite(stored), "small": (stored == 0) & (values != 0)}
@@ -210,14 +209,14 @@ def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> No
 def require_finite_products(
     flat: Flat, dtype: Dtype, multiplier: Multiplier, mask: Mask | None, *, exact: bool
 ) -> None:
-    """Refuses an importance that multiplies a finite weight to one beyond the tensor's dtype.
+    """Raises if the product of a finite weight and its importance is not finite in the tensor's dtype.
 
     Args:
         flat: the tensor.
-        dtype: the tensor's.
-        multiplier: the importance of some positions.
+        dtype: its dtype.
+        multiplier: returns the importance of positions.
         mask: the survivors, flat; None for all positions.
-        exact: whether the weights are kept exactly; else their product is a float32 one.
+        exact: whether the weights are lossless. If not, products are computed in float32 and then rounded.
 
     Raises:
         OptionError: a product is not finite.

@@ -1,4 +1,4 @@
-"""Choosing the source of a lossy quantiser: its scale, and by a sample its step or its centroids."""
+"""Chooses the parameters of a lossy quantiser: its scale and, from a sample, its step or its centroids."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ from .quantise import (
 )
 from .streams import Flat, NumberSource, Scaling
 
-_BLOCK = 1 << 18  # positions looked at together
-_CACHED = 1 << 15  # the same, where what is made of them should stay in the nearest caches
-# With fewer survivors in a sample of a larger tensor, survivors are looked for in all of it.
+_BLOCK = 1 << 18  # positions processed at a time
+_CACHED = 1 << 15  # the same for results that should stay in the fastest caches
+# If the sample of a larger tensor has fewer survivors, the whole tensor is searched for survivors.
 _LEAST_SAMPLED = 1 << 10
-# Powers of two by which factors may be moved: a step is moved the other way and must stay a normal float32.
+# The greatest power of two by which factors are scaled: the step is scaled inversely and must stay a normal
+# float32.
 _MOST_MOVED = 120
-# Exponent that the greatest of moved factors gets: F16 has room for 2^-24 to 2^15, BF16 and F32 for far more.
+# Exponent of the greatest factor after scaling: F16 has a range of 2^-24 to 2^15, BF16 and F32 far more.
 _MOVED_TO = {"F16": 14, "BF16": 100, "F32": 100}
-# How often a step is made smaller whose error over the whole tensor is more than over the sample, and what is
-# close enough: 0.05 dB.
+# How often a step is reduced if its error over the whole tensor is too great, and the tolerance: 0.05 dB.
 _ERROR_ROUNDS = 8
 _ERROR_TOLERANCE = 10.0**0.005
 
 
 @dataclass(frozen=True)
 class LossyTensor:
-    """A tensor that is to be quantised.
+    """A tensor to quantise.
 
     Attributes:
         flat: its weights, finite as float32, one-dimensional.
         dtype: its dtype.
-        mask: the survivors, flat; None: what is not zero.
-        scaling: what magnitudes are divided by, or None.
-        weights: how much the error of each position counts, flat, or None for all alike.
-        multiplier: the importance of some positions, as stored, where it multiplies the weights; else None.
+        mask: the survivors, flat; None: all non-zero weights.
+        scaling: magnitudes are divided by its factors; or None.
+        weights: the weight of each position's error, flat; None: all errors are equal.
+        multiplier: returns the stored importance of positions, if it multiplies the weights; else None.
         engine: does the work on bits.
     """
 
@@ -71,15 +71,15 @@ class LossyTensor:
     engine: Engine
 
     def source(self, options: Options) -> NumberSource | None:
-        """The source that the options ask for; None where no step meets the error that they ask for.
+        """Returns the source for the options. None if no step reaches their `error_db`.
 
         Raises:
-            OptionError: the step that they give is none, or the mask alone takes more than their budget.
+            OptionError: the step is not a positive float32, or the mask alone takes more than the budget.
         """
         step = options.step
         if step is not None and self.scaling is not None:
             step *= self.scaling.unit
-        if step is not None and not options.rate_weight:  # nothing to be chosen
+        if step is not None and not options.rate_weight:  # nothing to choose
             return self._uniform(UniformNumbers(_checked_step(step), np.zeros(0, np.float32)), given=True)
         positions, represented = sampled_survivors(self.flat, self.mask, SAMPLE)
         if options.quantiser == "table":
@@ -92,7 +92,20 @@ class LossyTensor:
     def _by_sample(
         self, positions: NDArray[np.int64], represented: int, options: Options, step: float | None
     ) -> NumberSource | None:
-        """The `Uniform` source with a step, or with that which a sample of the survivors asks for."""
+        """Returns the `Uniform` source with ``step``, or with a step chosen from a sample of survivors.
+
+        Args:
+            positions: of the sampled survivors.
+            represented: how many positions the sample represents, pruned ones included.
+            options: the caller's choices.
+            step: the caller's step, or None.
+
+        Returns:
+            The source, or None if no step reaches the error in the options.
+
+        Raises:
+            OptionError: as in `source`.
+        """
         originals = np.abs(self.flat[positions].astype(np.float64))
         some = Sampled(
             self._magnitudes(positions),
@@ -120,9 +133,9 @@ class LossyTensor:
         return self._uniform(some.quantiser(_checked_step(step)))
 
     def _for_error(self, some: Sampled, error_db: float) -> NumberSource | None:
-        """The source whose mean squared error is at most ``error_db`` under the mean square of the survivors.
+        """Returns the source with a mean squared error of at most ``error_db``, relative to the mean square.
 
-        None where no step makes it so small.
+        Returns None if no step reaches that error.
         """
         sampled = len(self.flat) > SAMPLE
         power = self._mean_power() if sampled else some.power() / max(len(some.magnitudes), 1)
@@ -141,13 +154,13 @@ class LossyTensor:
         return None
 
     def _widest(self) -> float:
-        """The greatest magnitude, divided by its scale."""
+        """Returns the greatest magnitude after division by the scale."""
         starts = range(0, len(self.flat), _BLOCK)
         blocks = (np.arange(start, min(start + _BLOCK, len(self.flat))) for start in starts)
         return max((float(self._magnitudes(block).max()) for block in blocks), default=0.0)
 
     def _mean_power(self) -> float:
-        """The mean square of the survivors, weighed by `weights`."""
+        """Returns the mean square of the survivors, weighted by `weights`."""
         power, count = 0.0, 0
         for start in range(0, len(self.flat), _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -191,18 +204,21 @@ class LossyTensor:
         )
 
     def _magnitudes(self, positions: NDArray[np.int64]) -> F32:
-        """The magnitudes of some positions, float32, divided by their scale."""
+        """Returns the magnitudes of positions, float32, divided by their scale."""
         magnitudes = np.abs(self.flat[positions].astype(np.float32))
         return magnitudes if self.scaling is None else scaled_down(magnitudes, self.scaling.of(positions))
 
 
 def sampled_survivors(flat: Flat, mask: Mask | None, size: int) -> tuple[NDArray[np.int64], int]:
-    """Some survivors of a tensor, evenly spaced, and how many positions they stand for, pruned ones included.
+    """Samples survivors of a tensor, evenly spaced.
 
     Args:
         flat: the tensor.
-        mask: the survivors, flat; None: what is not zero.
-        size: about how many positions are looked at.
+        mask: the survivors, flat; None: all non-zero weights.
+        size: about how many positions to sample.
+
+    Returns:
+        The positions of the sampled survivors, and how many positions they represent, pruned ones included.
     """
     size = min(len(flat), size)
     chosen = np.arange(size) * len(flat) // max(size, 1)
@@ -233,7 +249,7 @@ def _checked_step(step: float) -> np.float32:
 
 
 def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
-    """The scale that the options ask for: root mean squares of what shares a factor, survivors only."""
+    """Returns the scale of the options: root mean squares of the survivors that share a factor, or None."""
     if options.scale is None:
         return None
     per = options.scale if isinstance(options.scale, str) else "group"
@@ -253,15 +269,15 @@ def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | No
 
 
 def _stored_factors(roots: F64, dtype: Dtype, of_weights: Dtype) -> tuple[F32, float]:
-    """The factors for some root mean squares, as stored and widened to float32, and their `Scaling.unit`.
+    """Returns the stored factors for root mean squares, widened to float32, and their `Scaling.unit`.
 
-    Where a factor would be beyond its dtype or subnormal there, all are moved by one power of two, and the
-    step the other way. A factor that is still too small becomes the least that is not 0, so that no weight is
-    lost to it.
+    If a factor would overflow or be subnormal in its dtype, all factors are scaled by one power of two, and
+    the step inversely. A factor that would still become 0 becomes the least positive number, so that no
+    weight is lost.
 
     Args:
-        roots: of the survivors of each factor, 0 where there are none.
-        dtype: in which factors are stored.
+        roots: root mean square of the survivors of each factor, 0 if there are none.
+        dtype: the dtype in which factors are stored.
         of_weights: the tensor's dtype.
     """
     greatest = float(roots.max(initial=0))
@@ -269,7 +285,7 @@ def _stored_factors(roots: F64, dtype: Dtype, of_weights: Dtype) -> tuple[F32, f
     if greatest > dtype.greatest or ((roots > 0) & (roots < dtype.least_normal)).any():
         moved = _MOVED_TO[dtype.name] - math.frexp(greatest)[1]
         unit = math.ldexp(1.0, -min(max(moved, -_MOST_MOVED), _MOST_MOVED))
-    # A factor is no greater than a weight can be, and leaves room for the numbers of other groups in float32.
+    # A factor is at most the greatest weight, and small enough that other groups' numbers stay in float32.
     limit = min(of_weights.greatest, DTYPES["F32"].greatest / 4) / unit
     with np.errstate(over="ignore", under="ignore"):
         factors = np.minimum(roots / unit, limit).astype(dtype.numpy)
@@ -284,15 +300,15 @@ def _stored_factors(roots: F64, dtype: Dtype, of_weights: Dtype) -> tuple[F32, f
 
 
 def require_finite(flat: Flat) -> None:
-    """Refuses what a lossy quantiser cannot take.
+    """Raises if a lossy quantiser does not support the weights.
 
     Raises:
-        OptionError: a weight is not finite, or not as float32; or all are too small for float32.
+        OptionError: a weight is not finite in float32, or all weights are too small for float32.
     """
     for start in range(0, len(flat), _CACHED):
         with np.errstate(over="ignore", invalid="ignore"):
             values = flat[start : start + _CACHED].astype(np.float32, copy=False)
-            extremes = np.array([values.min(), values.max()])  # both are NaN where one value is
+            extremes = np.array([values.min(), values.max()])  # both are NaN if any value is
         if not np.isfinite(extremes).all():
             raise OptionError(
                 "a lossy quantiser takes finite float32 only, no infinities or NaNs; leave the tensor out of "
@@ -305,7 +321,7 @@ def require_finite(flat: Flat) -> None:
 
 
 def _has_normal_float32(flat: Flat) -> bool:
-    """Whether the magnitude of some weight is a normal number as float32."""
+    """Whether the magnitude of at least one weight is a normal number in float32."""
     least = DTYPES["F32"].least_normal
     return any(
         bool((np.abs(flat[start : start + _BLOCK].astype(np.float64)) >= least).any())

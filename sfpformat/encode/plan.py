@@ -1,7 +1,7 @@
-"""Planning a tensor: from an array and options to code tables, before the first byte is written.
+"""Plans the encoding of a tensor: chooses code tables from an array and options, before any byte is written.
 
-A plan holds no levels: it holds what turns any block of positions into levels, and is asked twice, once for
-the histograms that the tables are made from, once for the bytes. Memory stays bounded by a block.
+A plan has no levels of its own, but a source that makes the levels of any block of positions: once for the
+histograms of the tables, and once for the bytes. This bounds the memory.
 """
 
 from __future__ import annotations
@@ -55,38 +55,38 @@ Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.float
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
 _NO_FACTORS = np.zeros(0, np.float32)
-# Tensors of fewer bytes are kept raw by coding="auto": tables and index take most of what is saved, and
-# reading those takes longer.
+# coding="auto" stores smaller tensors (in bytes) raw: tables and index take most of what coding saves, and
+# reading takes longer.
 _MIN_BYTES = 2048
-# With more survivors than this a tensor is also tried without a mask.
+# Above this density of survivors, coding without a mask is tried too.
 _DENSE = 0.6
-# With more than this a mask is not tried at all: it could save a few parts in a thousand, and decoding it
-# takes longer than all the rest.
+# Above this density, a mask is not tried: it could save a few parts in a thousand, and decoding it takes
+# longer than decoding the rest.
 _NEARLY_ALL = 0.995
-# Where more than this part of the weights is -0, a mask of +0 tells little: a sparser tensor is also tried
-# without one. That must save this part of the whole, for masks tell readers what is pruned.
+# If more than 1/_MANY_ZEROS of the weights are -0, a mask of +0 saves little: coding without a mask is tried
+# for sparser tensors too. It must save 1/_MASK_WORTH of the size, because readers use the mask.
 _MANY_ZEROS, _MASK_WORTH = 16, 50
-# A table of all values is tried where the tensor has at least this many bits for each of them.
+# A table of all values is tried if the tensor has more than this many bits per value.
 _CENTROID_BITS = 64
-# Default segments have about this many positions when dense, more the fewer survive, so that the segment
-# index stays a small part of what it indexes (SPEC.md chapter 27 has the figures); twice as many where all
-# weights are kept exactly, whose codes differ less from segment to segment.
+# About the number of positions in a default segment of a dense tensor. With fewer survivors, segments are
+# longer, so that the segment index stays a small part of the data (figures in SPEC.md chapter 27). Dense
+# exact tensors have segments of twice the size, because their codes differ less from segment to segment.
 _SEGMENT = 1536
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a tensor will be written.
+    """The planned encoding of a tensor.
 
     Attributes:
-        entry: the directory entry, still without chunk records.
+        entry: the directory entry, without chunk records.
         flat: the array, one-dimensional, C order.
         blocks: its chunks.
         coded: masks and fingerprint levels of the chunks; None for coding raw.
         codes: stream -> the code of each segment.
-        vectors: the vectors of the vector chunk, by name.
-        importance: the importance levels of a block.
-        bits: about how many it takes.
+        vectors: name -> vector of the vector chunk.
+        importance: the source of importance levels, or None.
+        bits: about how many bits the tensor takes.
     """
 
     entry: TensorEntry
@@ -109,18 +109,18 @@ def plan_tensor(
     limits: Limits = DEFAULT_LIMITS,
     workers: Workers | None = None,
 ) -> Plan:
-    """Decides how a tensor is written.
+    """Chooses how a tensor is encoded.
 
     Args:
         name: the tensor's name.
         array: the tensor; any registered dtype.
         options: the caller's choices.
         engine: does the counting.
-        mask: bool, the tensor's shape: True for survivors. None: what is not zero survives.
-        importance: float, the tensor's shape, finite and not negative; or two factors, one number a row and
-            one a column.
-        limits: of readers; chunks become smaller than asked for where a tensor would expand beyond them.
-        workers: make and count levels; None: the calling thread does.
+        mask: bool, of the tensor's shape: True for survivors. None: all non-zero weights survive.
+        importance: float, of the tensor's shape, finite and not negative; or two factors, one number per row
+            and one number per column.
+        limits: of readers. Chunks are smaller than requested if the tensor would exceed ``limits.expansion``.
+        workers: threads that make and count levels; None: the calling thread.
 
     Raises:
         OptionError: the options do not fit the tensor.
@@ -130,7 +130,7 @@ def plan_tensor(
         raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format")
     flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
     if dtype.name == "BOOL":
-        flat = flat.view(np.uint8) != 0  # memory may hold other true bytes than 1 (R-RAW-004)
+        flat = flat.view(np.uint8) != 0  # in memory, true may be a byte other than 1 (R-RAW-004)
     if dtype.is_float and options.zeros == "positive":
         flat = with_positive_zeros(flat)
     entry = _raw_entry(name, dtype, array.shape, options)
@@ -151,7 +151,7 @@ def plan_tensor(
             at_most = None if found is None else max(found[1], planner.allowance())
             exact = _lossless_plan(planner, importance, at_most)
             if exact is None and may_be_raw and (at_most is None or raw.bits <= at_most):
-                return raw  # without streams, so nothing of it can be refused
+                return raw  # raw has no streams, so that the checks below do not apply
             if exact is not None:
                 found, is_lossless = exact, True
         if found is None:
@@ -169,25 +169,25 @@ def plan_tensor(
 def _lossless_plan(
     planner: _Planner, importance: Importance | None, at_most: int | None
 ) -> tuple[Plan, int] | None:
-    """The lossless plan of a tensor that is to be quantised; None where it takes more than ``at_most`` bits.
+    """Returns the lossless plan of a tensor with lossy options. None if it takes more than ``at_most`` bits.
 
     Raises:
-        OptionError: there is no other plan (``at_most`` is None), and this one is refused.
+        OptionError: there is no other plan (``at_most`` is None), and a lossless one is not possible.
     """
     try:
         return planner.without_loss().plan(importance, at_most)
     except OptionError:
         if at_most is None:
             raise
-        return None  # such as a multiplier that makes an exact weight infinite, where a number is lowered
+        return None  # such as a multiplier that makes an exact weight infinite; lossy numbers can be lowered
 
 
 def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
-    """About how many bits some weights take without loss.
+    """Returns about how many bits weights take lossless.
 
     Args:
         flat: floats of a registered dtype, shape [n].
-        mask: True for survivors, shape [n]; None: what is not zero.
+        mask: True for survivors, shape [n]; None: all non-zero weights.
     """
     dtype = of_numpy(flat.dtype)
     assert dtype is not None
@@ -200,17 +200,19 @@ def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
 
 
 def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
-    """The plan, with smaller chunks where a tensor of so few bits would be refused by readers.
+    """Returns the plan, with smaller chunks if the tensor would exceed ``limits.expansion``.
 
-    A chunk has 64 bytes at least (SPEC.md 15.1), so that enough of them keep any tensor within the limit.
+    A chunk has at least 64 bytes (SPEC.md 15.1), so that enough chunks keep any tensor within the limit.
 
     Args:
-        bits: about how many the plan takes.
+        plan: of the tensor.
+        bits: about how many bits the plan takes.
+        limits: of readers.
     """
     entry = plan.entry
     least = -(-entry.decoded_bytes // max(limits.expansion, 1))
     stored = max(bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
-    # The bits are an estimate.
+    # Factor 2, because the bits are an estimate.
     if entry.decoded_bytes <= limits.expansion_floor or stored >= 2 * least:
         return plan
     chunk = max(entry.segments // -(-least // CHUNK_ALIGNMENT), 1)
@@ -226,7 +228,7 @@ def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
 
 
 def _require_readable(plan: Plan) -> None:
-    """Raises OptionError for numbers that a reader would refuse: beyond float32, or a factor's dtype."""
+    """Raises `OptionError` if a reader would refuse the plan: numbers beyond float32 or a factor's dtype."""
     with np.errstate(over="ignore"):
         stored = {
             vector.name: plan.vectors[vector.name].astype(vector.dtype.numpy).astype(np.float32)
@@ -256,13 +258,13 @@ def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options
 
 
 def default_segment(columns: int, density: float, exact: bool, options: Options) -> int:
-    """Positions a segment: whole rows or a whole part of a row where that is possible.
+    """Returns the number of positions per segment: whole rows or an equal part of a row if possible.
 
     Args:
-        columns: positions a row.
-        density: survivors a position, from 0 to 1.
-        exact: whether the quantiser is.
-        options: in plain streams no segment has several rows.
+        columns: positions per row.
+        density: survivors per position, from 0 to 1.
+        exact: whether the quantiser is exact.
+        options: the caller's choices; with fixed width a segment has at most one row.
     """
     usual = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
     if exact and density > _DENSE:
@@ -272,7 +274,13 @@ def default_segment(columns: int, density: float, exact: bool, options: Options)
 
 @lru_cache(maxsize=256)
 def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
-    """About so many positions that are whole rows, or a whole part of one; a row at most, if so asked."""
+    """Returns a segment size near ``wanted``: whole rows or an equal part of a row, else ``wanted`` itself.
+
+    Args:
+        columns: positions per row.
+        wanted: the preferred size.
+        of_one_row: whether a segment may have at most one row.
+    """
     parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
     rows = [] if of_one_row else [columns * k for k in range(2, 64)]
     fits = [s for s in parts + rows if s % 32 == 0]
@@ -281,7 +289,7 @@ def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
 
 
 def default_chunk(columns: int, segment: int, options: Options) -> int:
-    """Segments a chunk; in plain streams those of whole rows, where no segment has parts of two."""
+    """Returns the number of segments per chunk. With fixed width, chunks have whole rows if possible."""
     chunk = max(options.chunk // segment, 1)
     if not options.is_plain or not columns or columns % segment or columns > MAX_CHUNK_POSITIONS:
         return chunk
@@ -300,7 +308,7 @@ class _Planner:
         self.entry = replace(raw.entry, coding="fingerprint")
 
     def allowance(self) -> int:
-        """How many bits the options grant for mask and levels; 0 where they name no number of bits."""
+        """Returns how many bits the options allow for mask and levels; 0 if they set no number of bits."""
         options, positions = self.options, len(self.flat)
         if options.budget is not None:
             return int(options.budget * positions)
@@ -312,19 +320,23 @@ class _Planner:
         return int(options.bits * survivors) + mask_bits
 
     def without_loss(self) -> _Planner:
-        """The planner of the same tensor with lossless options."""
+        """Returns a planner for the same tensor with lossless options."""
         options = self.options.without_loss()
         return _Planner(self.raw, options, self.engine, self.given_mask, self.workers)
 
     def plan(self, importance: Importance | None, at_most: int | None = None) -> tuple[Plan, int] | None:
-        """The plan, and about how many bits it takes; of several lossless ways the smallest.
+        """Plans the tensor. Of several lossless ways, returns the smallest.
 
         Args:
-            importance: as of `plan_tensor`.
-            at_most: how many bits it may take.
+            importance: as in `plan_tensor`.
+            at_most: the greatest number of bits, or None.
 
         Returns:
-            None where it would take more, or no step meets the error that the options ask for.
+            The plan, and about how many bits it takes. None if it would take more than ``at_most``, or if no
+            step reaches the error in the options.
+
+        Raises:
+            OptionError: the options do not fit the tensor.
         """
         stored = self._stored_importance(importance)
         found = self._smallest(self._sources(importance, stored), at_most)
@@ -337,12 +349,12 @@ class _Planner:
     def _smallest(
         self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]], at_most: int | None
     ) -> tuple[Plan, int] | None:
-        """The smallest plan of some sources; of several the first source's, with a mask.
+        """Returns the smallest plan of the sources. Of equal ones, that of the first source, with a mask.
 
-        None where there is no source, or each would surely take more than ``at_most`` bits.
+        Returns None if there is no source, or if each certainly takes more than ``at_most`` bits.
 
-        The last source goes first: a table of all values is mostly so much smaller that a bound on what bit
-        patterns take shows that they need no plan.
+        The last source is planned first: a table of all values is usually so much smaller that a lower bound
+        on the bits of the bit patterns excludes them without a plan.
         """
         best: tuple[Plan, int] | None = None
         for source, vectors in reversed(sources):
@@ -356,7 +368,10 @@ class _Planner:
         return best
 
     def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
-        """Whether every plan of bit patterns in the tensor's own dtype takes more than so many bits."""
+        """Whether every plan of a source certainly takes more than ``bits`` bits.
+
+        Only bit patterns in the tensor's own dtype have such a bound; False for other sources.
+        """
         if not isinstance(source, ExactSource) or source.coded != source.dtype:
             return False
         patterns = float_patterns(self.flat, source.dtype)
@@ -365,11 +380,11 @@ class _Planner:
         return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
 
     def _stored_importance(self, importance: Importance | None) -> ImportanceSource | StoredFactors | None:
-        """The importance as it will be stored; None where none is.
+        """Returns the importance as it will be stored; None if none is stored.
 
         Raises:
-            OptionError: it has another shape or cannot be stored, or as a multiplier leaves the tensor's
-                dtype.
+            OptionError: it has another shape or cannot be stored, or its product with a weight is not finite
+                in the tensor's dtype.
         """
         entry, options = self.entry, self.options.importance
         if importance is None or options is None:
@@ -414,18 +429,21 @@ class _Planner:
     def _sources(
         self, importance: Importance | None, stored: ImportanceSource | StoredFactors | None
     ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
-        """What can turn the tensor into levels, each with its vectors.
+        """Returns the possible sources of the tensor's levels, each with its vectors.
 
         Args:
-            importance: as given, by which errors may be weighed.
-            stored: as it will be stored, by which weights may be multiplied.
+            importance: as given; may weight the errors.
+            stored: as it will be stored; may multiply the weights.
+
+        Raises:
+            OptionError: the options do not fit the tensor.
         """
         flat, dtype, options = self.flat, self.entry.dtype, self.options
         if options.lossless:
-            # A narrower dtype leaves no room for coarse classes, so it needs codes of some length.
+            # A narrower dtype does not allow coarse classes, so that it needs longer codes.
             narrow = options.narrow and options.code_limit >= 8
             magnitudes = self.engine.few_magnitudes(float_patterns(flat, dtype), MAX_DISTINCT)
-            # Signs decide nothing about a dtype, so the magnitudes stand for the whole where they are few.
+            # The dtype does not depend on signs, so that the magnitudes suffice if they are few.
             all_values = flat if magnitudes is None else magnitudes.view(dtype.numpy)
             coded = narrowest_exact(all_values, dtype) if narrow else dtype
             exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
@@ -462,7 +480,7 @@ class _Planner:
     def _with_and_without_mask(
         self, source: FingerprintSource, vectors: dict[str, NDArray[np.generic]]
     ) -> Iterator[tuple[Plan, int]]:
-        """Plans with the mask that the options ask for, or with and without one where both are sensible."""
+        """Yields plans with the mask of the options, or with and without a mask if both are reasonable."""
         kind, given = self.options.mask, self.given_mask
         if kind == "none":
             if given is not None and not given.all():
@@ -480,7 +498,7 @@ class _Planner:
             and isinstance(source.numbers, TableNumbers)
             and alive < len(self.flat)
         ):
-            optional = False  # without a mask zeros would become centroids
+            optional = False  # without a mask, zeros would become centroids
         if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
             source = source.with_kept_levels(self.workers)
         masked: tuple[Plan, int] | None = None
@@ -495,7 +513,7 @@ class _Planner:
                 yield plain
 
     def _has_many_negative_zeros(self, source: FingerprintSource) -> bool:
-        """Whether so many weights are -0, which survives, that a mask of +0 alone says little."""
+        """Whether so many weights are -0, which survives, that a mask of +0 alone saves little."""
         if not isinstance(source, ExactSource | ValueSource):
             return False
         return zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
@@ -507,7 +525,17 @@ class _Planner:
         survives: Callable[[slice], Mask] | None,
         density: float,
     ) -> tuple[Plan, int]:
-        """The plan for one source, with or without a mask."""
+        """Plans one source, with or without a mask.
+
+        Args:
+            source: of the fingerprint levels.
+            vectors: of the source.
+            survives: returns the mask of a block; None for no mask.
+            density: survivors per position; 1 without a mask.
+
+        Returns:
+            The plan, and about how many bits it takes.
+        """
         options = self.options
         if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
             kept = source.numbers.centroids[self._used_numbers(source, survives)]
@@ -554,7 +582,7 @@ class _Planner:
         return plan, bits + choice.bits
 
     def _used_numbers(self, source: NumberSource, survives: Callable[[slice], Mask] | None) -> Mask:
-        """Which centroids some level uses (R-CAN-007); the first where there is no level."""
+        """Returns which centroids are used (R-CAN-007); only the first if there are no levels."""
         assert isinstance(source.quantiser, Table)
         used = np.zeros(source.quantiser.count, np.bool_)
         for block, _ in Blocks(len(self.flat), 1 << 16, 4):
@@ -566,7 +594,7 @@ class _Planner:
     def _with_importance(
         self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
     ) -> tuple[Plan, int]:
-        """The plan with the importance added, and about how many bits that takes."""
+        """Returns the plan with the importance added, and about how many bits the importance takes."""
         entry = plan.entry
         if isinstance(source, StoredFactors):
             dtype = DTYPES[options.dtype]
@@ -588,7 +616,7 @@ class _Planner:
                 stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine
             )
         else:
-            coded = self.options.but(fixed_width=False)  # no product reads it
+            coded = self.options.but(fixed_width=False)  # fused kernels do not read the importance
             choice = choose_numbers(stream, bound, coded, self.engine, signed=False)
         quantiser = source.quantiser
         if isinstance(quantiser, Exact):

@@ -1,7 +1,7 @@
-"""Choosing steps and centroids, and turning weights into numbers (the encoder's side of chapter 11).
+"""Chooses steps and centroids, and converts weights to numbers (the encoder's side of SPEC.md chapter 11).
 
-Sums that decide something are taken by `np.bincount`, which adds one by one in order, so that they do not
-depend on a platform's vector units.
+Sums that affect a decision use `np.bincount`, which adds in order, so that they do not depend on the vector
+units of a platform.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .finite import Reconstruction
 
 F64 = NDArray[np.float64]
 
-# Search a step on at most so many weights, evenly spaced: the estimate's error is under 0.5 %.
+# The greatest number of weights, evenly spaced, on which a step is searched: the estimate's error is < 0.5 %.
 SAMPLE = 1 << 16
 _SEARCH_ROUNDS = 24
-_CODE_LOSS = 32  # about one part in so many that prefix codes of a mask and levels take beyond entropy
-_CLASS_BITS = 10  # numbers of more bits are counted by so many leading ones
-_MOST_IN_PAIRS = 8  # with more different numbers, a code of pairs takes about their entropy
+_CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
+_CLASS_BITS = 10  # numbers of more bits are counted by this many leading bits
+_MOST_IN_PAIRS = 8  # with more different numbers, a Huffman code of pairs takes about the entropy
 _LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
 
@@ -37,39 +37,39 @@ class UniformNumbers:
 
     Attributes:
         step: the step.
-        thresholds: see `coding.quantiser.uniform_numbers`.
+        thresholds: see `coding.quantisers.uniform_numbers`.
     """
 
     step: np.float32
     thresholds: F32
 
     def __call__(self, magnitudes: F32) -> NDArray[np.uint32]:
-        """The number of each magnitude, shape [n]."""
+        """Returns the number of each magnitude, shape [n]."""
         return uniform_numbers(magnitudes, self.step, self.thresholds)
 
 
 @dataclass(frozen=True)
 class WeighedNumbers:
-    """Magnitude numbers of a uniform quantiser where the error of each weight counts as much as it says.
+    """Magnitude numbers of a uniform quantiser with a weight for each error.
 
-    Of the nearest number, the one below it and 0 the one is taken for which
-    (weight * (error squared, in steps) + rate_weight * bits) is least; of equals the greatest.
+    The candidates are the nearest number, the number below it, and 0. The one with the least
+    (weight * (error squared, in steps) + rate_weight * bits) is chosen; of equal ones the greatest.
 
     Attributes:
         step: the step.
-        costs: rate_weight * bits of each number; a greater number rounds to nearest.
+        costs: rate_weight * bits of each number. Numbers beyond its end are rounded to nearest.
     """
 
     step: np.float32
     costs: F32
 
     def __call__(self, magnitudes: F32, weights: F32) -> NDArray[np.uint32]:
-        """The number of each magnitude, shape [n]; weights, shape [n], are 1 in the mean."""
+        """Returns the number of each magnitude, shape [n]. The weights, shape [n], have a mean of 1."""
         chosen = uniform_numbers(magnitudes, self.step, np.zeros(0, np.float32))
         weighed = np.flatnonzero((chosen > 0) & (chosen < len(self.costs)))
         steps, weights = magnitudes[weighed] / self.step, weights[weighed]
         numbers = nearest = chosen[weighed]
-        with np.errstate(over="ignore", invalid="ignore"):  # a cost that is no number is not less
+        with np.errstate(over="ignore", invalid="ignore"):  # a NaN cost compares as not less
             least = self._cost(steps, weights, nearest)
             for candidate in (nearest - np.uint32(1), np.zeros_like(nearest)):
                 cost = self._cost(steps, weights, candidate)
@@ -85,35 +85,35 @@ class WeighedNumbers:
 
 @dataclass(frozen=True)
 class TableNumbers:
-    """Magnitude numbers of a table of centroids, ascending: the nearest, of two equally near the lower."""
+    """Magnitude numbers of a table of ascending centroids: the nearest one; the lower of two equally near."""
 
     centroids: F32
 
     def __call__(self, magnitudes: F32) -> NDArray[np.uint64]:
-        """The number of each magnitude, shape [n]."""
+        """Returns the number of each magnitude, shape [n]."""
         wide = self.centroids.astype(np.float64)
         middles = (wide[1:] + wide[:-1]) / 2
         return np.searchsorted(middles, magnitudes, side="left").astype(np.uint64)
 
 
 def sample(values: NDArray[np.generic], size: int = SAMPLE) -> NDArray[np.generic]:
-    """At most ``size`` values, evenly spaced."""
+    """Returns at most ``size`` of the values, evenly spaced."""
     if len(values) <= size:
         return values
     return values[np.arange(size) * len(values) // size]
 
 
 def exact_sum(values: F64) -> float:
-    """The sum, added in order."""
+    """Returns the sum, added in order."""
     return float(np.bincount(np.zeros(len(values), np.intp), weights=values)[0]) if len(values) else 0.0
 
 
 def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> UniformNumbers:
-    """A uniform quantiser whose thresholds weigh bits against error.
+    """Returns a uniform quantiser whose thresholds weigh bits against error.
 
-    Between two neighbouring numbers the lower is taken while (error squared, in steps) + rate_weight * bits
-    is less; the bits are those of the order-0 entropy when all round to nearest. At high rates
-    rate_weight = ln(2) / 6 = 0.1155 is the slope of error against bits, hence no gain beyond it.
+    Of two neighbouring numbers, the one with the lower (error squared, in steps) + rate_weight * bits is
+    chosen. The bits are from the order-0 entropy of rounding to nearest. At high rates,
+    rate_weight = ln(2) / 6 = 0.1155 is the slope of error against bits; greater values gain nothing.
     """
     if not rate_weight:
         return UniformNumbers(np.float32(step), np.zeros(0, np.float32))
@@ -123,36 +123,38 @@ def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: flo
 
 
 def weighed_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> WeighedNumbers:
-    """As `weighing_numbers`, for weights whose errors do not count alike."""
+    """Returns a quantiser like that of `weighing_numbers`, for errors with different weights."""
     bits = np.cumsum(_rise_of_bits(magnitudes, np.float32(step)))
     return WeighedNumbers(np.float32(step), np.concatenate(([0.0], rate_weight * bits)).astype(np.float32))
 
 
 def _rise_of_bits(magnitudes: F32, step: np.float32) -> F64:
-    """How many bits a number takes more than the one below, at least 0, by the entropy of the nearest."""
+    """Returns how many more bits each number takes than the one below it, at least 0.
+
+    The bits are from the order-0 entropy of rounding to nearest.
+    """
     nearest = uniform_numbers(magnitudes, step, np.zeros(0, np.float32))
     counts = histogram(np.minimum(nearest, np.uint32(4096)))
-    # One is added to each count so that what did not occur in the sample still has a finite cost.
+    # One is added to each count, so that numbers that are not in the sample have a finite cost.
     bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (np.arange(len(counts)) > 0)
     return np.clip(np.diff(bits), 0, None)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Some weights of a tensor, by which its step is chosen.
+    """A sample of a tensor's weights, from which its step is chosen.
 
     Attributes:
-        magnitudes: of the survivors among them, float32, divided by their scale.
-        positions: how many positions they stand for, pruned ones included.
-        weights: how much the error of each counts, 1 in the mean, float32; None for all alike.
+        magnitudes: magnitudes of sampled survivors, float32, divided by their scale.
+        positions: how many positions the sample represents, pruned ones included.
+        weights: the weight of each error, float32, with a mean of 1; None: all errors are equal.
         rate_weight: as in `Options`.
-        dtype: the tensor's.
-        originals: the magnitudes as they are in the tensor, float64; None where there is no scale.
-        scale: the scale factor of each, or None.
-        multiplier: the importance of each, as stored, where it multiplies the weights; else None.
-        masked: whether there is a mask in which survivors stay survivors though their number becomes 0.
-        widest: the greatest magnitude of the whole tensor, divided by its scale, where all levels have one
-            width; else None.
+        dtype: the tensor's dtype.
+        originals: the magnitudes in the tensor, float64; None: equal to ``magnitudes``.
+        scale: the scale factor of each weight, or None.
+        multiplier: the stored importance of each weight, if it multiplies the weights; else None.
+        masked: whether a mask was given. Survivors then remain survivors if their number is 0.
+        widest: with fixed width, the greatest magnitude of the whole tensor, divided by its scale; else None.
     """
 
     magnitudes: F32
@@ -167,12 +169,12 @@ class Sampled:
     widest: float | None = None
 
     def quantiser(self, step: float | np.float32) -> UniformNumbers | WeighedNumbers:
-        """The quantiser of the whole tensor with that step."""
+        """Returns the quantiser of the whole tensor for a step."""
         how = weighing_numbers if self.weights is None else weighed_numbers
         return how(self.magnitudes, step, self.rate_weight)
 
     def numbers(self, step: float) -> NDArray[np.unsignedinteger]:
-        """The numbers of the sample with that step."""
+        """Returns the numbers of the sample for a step."""
         quantiser = self.quantiser(step)
         if isinstance(quantiser, UniformNumbers):
             numbers = quantiser(self.magnitudes)
@@ -186,19 +188,19 @@ class Sampled:
 
     @property
     def pruned(self) -> int:
-        """How many of the positions are pruned."""
+        """The number of represented positions that are pruned."""
         return self.positions - len(self.magnitudes)
 
     def mask_bits(self) -> int:
-        """About how many bits (times 2^16) the mask takes whatever the step; 0 where that depends on it."""
+        """Returns about how many bits (times 2^16) the mask takes; 0 if that depends on the step."""
         if self.widest is not None:
             return self.positions << FRACTION if self.masked or self.pruned else 0
         return entropy_bits(np.array([self.pruned, len(self.magnitudes)])) if self.masked else 0
 
     def bits(self, step: float) -> tuple[int, int]:
-        """About how many bits (times 2^16) the sample takes with that step: its levels, and all of it.
+        """Returns about how many bits (times 2^16) the sample takes for a step: its levels, and all of it.
 
-        Survivors that become 0 are pruned like others, except where there is a mask.
+        Survivors whose number is 0 are pruned, unless a mask was given.
         """
         if not len(self.magnitudes):
             return 0, self.mask_bits()
@@ -207,14 +209,14 @@ class Sampled:
             return self._fixed_bits(step, int(counts[0]))
         levels = numbers_bits(counts)
         if self.masked:
-            # The survivors that become 0 share a stream with the others, and have signs, too.
+            # Survivors whose number is 0 are in the same stream, and have signs too.
             levels = max(levels, pairs_bits(counts)) + (int(counts[0]) << FRACTION)
             return levels, self.mask_bits() + levels
         counts[0] += self.pruned
         return levels, numbers_bits(counts)
 
     def _fixed_bits(self, step: float, zeros: int) -> tuple[int, int]:
-        """As `bits` where all levels have one width, and the mask is a bit a position where there is one."""
+        """Returns the result of `bits` with fixed width: a mask takes one bit per position."""
         assert self.widest is not None
         greatest = math.floor(np.float32(self.widest) / np.float32(step) + np.float32(0.5))
         width = (2 * greatest + 1).bit_length() if greatest else 0
@@ -223,12 +225,12 @@ class Sampled:
         return levels, self.mask_bits() + (width * kept << FRACTION)
 
     def error(self, step: float) -> float:
-        """The sum of the squared errors with that step, weighed, before any importance multiplies."""
+        """Returns the weighted sum of squared errors for a step, before an importance multiplies."""
         values = self._reconstruction(step).values(self.numbers(step), self.scale, None)
         return self._weighed_sum(self._originals() - values.astype(np.float64))
 
     def power(self) -> float:
-        """The sum of the squares, weighed."""
+        """Returns the weighted sum of squares."""
         return self._weighed_sum(self._originals())
 
     def _originals(self) -> F64:
@@ -240,9 +242,9 @@ class Sampled:
 
 
 def error_weights(importances: NDArray[np.floating], weighted: str) -> F32:
-    """How much errors count: the importances, float32, or their square roots.
+    """Returns the weights of errors: the importances, float32, or with ``root`` their square roots.
 
-    Other powers would not be the same bits everywhere.
+    Other powers are not bit-identical on all platforms.
     """
     with np.errstate(over="ignore"):
         wide = np.asarray(importances, np.float32)
@@ -250,16 +252,20 @@ def error_weights(importances: NDArray[np.floating], weighted: str) -> F32:
 
 
 def mean_of(weights: F32) -> np.float32:
-    """Their mean; 1 where that is no number to divide by."""
+    """Returns the mean of the weights; 1 if the mean is 0 or not finite."""
     mean = np.float32(exact_sum(weights.astype(np.float64)) / max(len(weights), 1))
     return mean if 0 < mean < np.inf else np.float32(1)
 
 
 def numbers_bits(counts: Histogram) -> int:
-    """About how many bits (times 2^16) numbers with signs take, given how often each occurs.
+    """Returns about how many bits (times 2^16) numbers with signs take.
 
-    The entropy of which are 0, that of the others, and their signs; a prefix code for pairs takes half a bit
-    a number at least, where there is more than one number.
+    The sum of three parts: the entropy of which numbers are 0, the entropy of the other numbers, and their
+    signs. The second part is at least half a bit per number if there are several different ones, because a
+    code of pairs takes at least one bit per pair.
+
+    Args:
+        counts: how often each number occurs.
     """
     total, others = int(counts.sum()), counts[1:]
     alive = int(others.sum())
@@ -270,10 +276,11 @@ def numbers_bits(counts: Histogram) -> int:
 
 
 def pairs_bits(counts: Histogram) -> int:
-    """How many bits (times 2^16) numbers and the signs of those above 0 take with a Huffman code of pairs.
+    """Returns how many bits (times 2^16) numbers and signs (of non-zero ones) take with a code of pairs.
 
-    It is well above the entropy where one number is much more frequent than the others: 0.68 bits a number
-    instead of 0.54 where seven in eight are 0. Returns 0 where many numbers occur, whose entropy is close.
+    The code is a Huffman code. It is well above the entropy if one number is much more frequent than the
+    others: 0.68 bits per number instead of 0.54 if seven in eight are 0. Returns 0 if many different numbers
+    occur, because the entropy is then close.
     """
     often = [int(count) for count in counts if count]
     if len(often) > _MOST_IN_PAIRS or len(counts) > 1 << _CLASS_BITS:
@@ -290,10 +297,10 @@ def pairs_bits(counts: Histogram) -> int:
 
 
 def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
-    """A histogram whose great numbers are joined into classes, and the residual bits that these take.
+    """Joins great numbers of a histogram into classes. Returns the new histogram, and all residual bits.
 
-    A sample has too few weights to show the entropy of numbers that are many: of n different ones it would be
-    log2 n at most. Numbers of a class are taken to be equally frequent.
+    A sample of n weights cannot show an entropy above log2 n, which is too low if there are many different
+    numbers. Numbers of a class are assumed to be equally frequent.
     """
     if len(counts) <= 1 << _CLASS_BITS:
         return counts, 0
@@ -306,11 +313,11 @@ def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
 
 
 def step_for_bits(sample: Sampled, bits: float) -> float:
-    """The least step found with which a survivor's level takes at most ``bits`` bits, and a position no more.
+    """Returns the least step found for ``bits`` bits per survivor's level and at most ``bits`` per position.
 
-    With the second condition pruning makes no tensor more than 1 % larger; it counts where few are pruned. A
-    mask that stays as it is and alone takes more than half of ``bits`` a position would leave too little for
-    the levels: it is not counted.
+    The second condition includes the mask. It matters if few positions are pruned: pruning makes no tensor
+    more than 1 % larger. It is ignored if a given mask alone takes more than half of ``bits`` per position,
+    because too little would remain for the levels.
     """
     levels = int(bits * len(sample.magnitudes) * (1 << FRACTION))
     whole = int(bits * sample.positions * (1 << FRACTION))
@@ -326,7 +333,7 @@ def step_for_bits(sample: Sampled, bits: float) -> float:
 
 
 def step_for_budget(sample: Sampled, budget: float) -> float | None:
-    """The least step found with which a position takes at most ``budget`` bits; None where none does."""
+    """Returns the least step found for at most ``budget`` bits per position. None if there is none."""
     allowed = int(budget * sample.positions * (1 << FRACTION))
     if sample.mask_bits() > allowed:
         return None
@@ -334,7 +341,7 @@ def step_for_budget(sample: Sampled, budget: float) -> float | None:
 
 
 def step_for_error(sample: Sampled, allowed: float) -> float | None:
-    """The greatest step found whose mean squared error is at most ``allowed``; None where none is."""
+    """Returns the greatest step found with a mean squared error of at most ``allowed``, or None."""
     most = allowed * len(sample.magnitudes)
     step = turning_point(lambda step: sample.error(step) > most, _greatest(sample.magnitudes))[0]
     return step if sample.error(step) <= most else None
@@ -345,10 +352,13 @@ def _greatest(magnitudes: F32) -> float:
 
 
 def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[float, float]:
-    """Two steps, 1 part in 10^5 apart: at the first something does not hold yet, at the second it does.
+    """Bisects for the step at which a condition begins to hold. Returns a step below it and a step above it.
+
+    The two steps differ by about 1 part in 10^5. They are equal if the condition holds for the least step or
+    not for the greatest.
 
     Args:
-        holds: does not hold for small steps and does for great ones.
+        holds: a condition that is false for small steps and true for great ones.
         greatest: the greatest magnitude.
     """
     if greatest == 0.0:
@@ -367,20 +377,20 @@ def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[floa
 
 
 def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
-    """Centroids of least mean squared error (Lloyd 1957, Max 1960), ascending, at most ``count``.
+    """Returns centroids of least mean squared error (Lloyd 1957, Max 1960), ascending, at most ``count``.
 
     Args:
-        magnitudes: of the survivors, shape [n].
-        count: how many centroids.
-        weights: how much each error counts (an importance), shape [n], or None for all alike.
+        magnitudes: magnitudes of the survivors, shape [n].
+        count: the greatest number of centroids.
+        weights: the weight of each error, shape [n], or None if all errors are equal.
     """
     distinct = np.unique(magnitudes[: 4 * count + 64])
     if len(distinct) <= count:
         distinct = np.unique(magnitudes)
         if len(distinct) <= count:
             return distinct.astype(np.float32)
-    # Whole numbers throughout: sums are exact in any order, and differences of running sums too. With at most
-    # 2^16 magnitudes all stays below 2^53.
+    # Integers only: sums are exact in any order, and so are differences of running sums. With at most 2^16
+    # magnitudes, all numbers are below 2^53.
     greatest = float(magnitudes.max())
     places = (magnitudes.astype(np.float64) * ((1 << 20) / greatest)).astype(np.int64)
     mass = np.ones(len(magnitudes), np.int64)
@@ -408,7 +418,7 @@ def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
 
 
 def _running(bins: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sums of the values in all bins below each."""
+    """Returns for each bin the sum of the values in all lower bins."""
     sums = np.zeros(1 << _LLOYD_BITS, np.int64)
     np.add.at(sums, bins, values)
     return np.concatenate(([0], np.cumsum(sums)))
