@@ -1,18 +1,18 @@
-"""Learning importances through a model whose weights stay as they are (or learn with them, if asked).
+"""Learns importances through a model with frozen weights, or together with the weights.
 
-There are two methods. ``levels`` (`hierarchy`) learns logits that layers, rows, columns and single weights
-have, each level as far as its gradients are signal, and gives back what helps on held-out batches.
-``weights`` is below: a network that all weights share, and a logit for each weight.
+There are two methods. ``levels`` (`hierarchy`) learns logits of layers, rows, columns and single weights. The
+step size of each level depends on the share of signal in its gradients, and held-out batches decide how much
+of each level is kept. ``weights`` is in this module: a shared network, and a logit for each weight.
 
-Theory of operation of ``weights``: each step draws a batch, turns the scores of all weights into gates, runs
-the model with every weight times its gate, and takes the divergence from the dense model's outputs (or the
-task's loss), and the gate's penalty. Gradients reach the scores through the gates. The share that is pruned
-rises from the schedule's start to the target along a cubic, then stays; where a range is asked for, each step
-draws its share from the range, so that one importance serves every sparsity in it.
+Theory of operation of ``weights``: each step takes a batch, maps the scores of all weights to gates, and runs
+the model with every weight times its gate. The loss is the divergence from the dense model's outputs (or the
+task's loss) plus the gate's penalty. Gradients reach the scores through the gates. The sparsity rises from
+the schedule's start to the target along a cubic, then stays constant. With a range, each step draws its
+target from the range, so that one importance serves every sparsity in it.
 
-The MLP changes slowly and costs as much as the model itself: it learns every `Settings.network_every` steps,
-from the gradient gathered meanwhile. Where weights learn too, logits go more slowly, so that a mask does not
-change faster than its survivors can make up for what went.
+The MLP changes slowly and costs as much as the model itself, so it takes a step only every
+`Settings.network_every` steps, from the accumulated gradient. If weights train too, logits have a lower rate,
+so that the mask does not change faster than the survivors can adapt.
 """
 
 from __future__ import annotations
@@ -61,28 +61,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """How importances are learned.
+    """Settings of `learn_importance`.
 
     Attributes:
-        steps: of the optimiser, a batch each.
-        method: ``levels`` or ``weights``; None takes ``levels``, and ``weights`` where it is asked for what
-            that method alone has: another gate than ``topk``, no logits, or weights that learn too.
-        minutes: after which learning ends, steps left or not; None sets no limit. Of ``levels`` alone.
+        steps: number of optimiser steps, one batch each.
+        method: ``levels`` or ``weights``. None takes ``levels``, or ``weights`` if a setting needs it: a gate
+            other than ``topk``, no logits, or a ``weight_rate``.
+        minutes: time limit, after which learning ends early; None sets no limit. Only for ``levels``.
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
-        logits: whether each weight has a logit of its own.
-        logit_rate: peak rate of those logits, in standard deviations of the scores a step; None takes 0.05,
-            and 0.01 where weights learn too.
-        shared_rate: peak rate of the logits of layers, rows and columns. Of ``levels`` alone.
-        network_rate: peak rate of the shared network; None takes 1e-3, and none with ``levels``, which then
-            have no network.
-        weight_rate: of the weights themselves, which are frozen at 0.
-        temperature: of the gate.
-        start: share pruned in the first step.
-        ramp: share of the steps after which the target is reached.
-        network_every: steps from one step of the network to the next; None takes 4, with ``levels`` 10.
-        held_out: batches that the result is chosen by, at most. Of ``levels`` alone.
-        seed: of the network's start and of the shares drawn from a range.
+        logits: whether each weight has its own logit.
+        logit_rate: peak rate of these logits, in standard deviations of the scores a step. None is 0.05, or
+            0.01 if weights train too.
+        shared_rate: peak rate of the logits of layers, rows and columns. Only for ``levels``.
+        network_rate: peak rate of the shared network. None is 1e-3; with ``levels`` it means no network.
+        weight_rate: peak rate of the weights; 0 freezes them.
+        temperature: temperature of the gate.
+        start: sparsity of the first step.
+        ramp: share of the steps after which the target sparsity is reached.
+        network_every: number of steps between steps of the network. None is 4, or 10 with ``levels``.
+        held_out: maximum number of held-out batches that select the result. Only for ``levels``.
+        seed: seed of the network's initialisation and of the sparsities drawn from a range.
     """
 
     steps: int = 200
@@ -125,13 +124,13 @@ class Settings:
 
     @property
     def chosen_method(self) -> str:
-        """``levels`` or ``weights``."""
+        """The method that is used: ``levels`` or ``weights``."""
         if self.method is not None:
             return self.method
         return "weights" if self._needs_weights() or not self.logits else "levels"
 
     def plan(self) -> Plan:
-        """The settings of ``levels``."""
+        """Returns the settings of the method ``levels``."""
         own = _LOGIT_RATE if self.logit_rate is None else self.logit_rate
         return Plan(
             steps=self.steps,
@@ -147,24 +146,24 @@ class Settings:
         )
 
 
-_NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # of the method `weights`
-_EPSILON = 1e-12  # of Adam: gradients a weight are tiny, the usual 1e-8 would drown them
+_NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # defaults of the method `weights`
+_EPSILON = 1e-12  # of Adam: gradients of single weights are tiny; the usual 1e-8 would dominate them
 _LOGIT_RATE = 0.05
 _LOGIT_RATE_TOGETHER = 0.01
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned.
+    """The result of `learn_importance`.
 
     Attributes:
-        importances: by name, float32, not negative: softplus of the score less the threshold at the target
-            (of a range its middle), so that what it keeps is above ln 2.
-        weights: by name, where they were trained too; else empty.
-        history: the loss of each step, in nats, the penalty included.
-        mlp: the state of the shared network, for another model; empty where there was none.
-        choice: how far each level goes, and the loss of held-out batches at the start and now; None with the
-            method ``weights``.
+        importances: by name, float32, not negative: softplus(score − threshold), with the threshold at the
+            target sparsity (for a range, at its middle). Survivors at that sparsity are above ln 2.
+        weights: trained weights by name; empty if weights were frozen.
+        history: the loss of each step, in nats, including the penalty.
+        mlp: the state of the shared network, for use with another model; empty if there was none.
+        choice: the factor on each level, and the held-out losses before and after; None with the method
+            ``weights``.
     """
 
     importances: dict[str, Tensor]
@@ -178,11 +177,11 @@ Sparsities = float | tuple[float, float]
 
 
 def bytes_per_weight(settings: Settings = Settings()) -> int:
-    """Memory a weight beyond the model and its activations, in bytes: what is counted below."""
+    """Returns the memory a weight in bytes, in addition to the model and its activations."""
     if settings.chosen_method == "levels":
         plan = settings.plan()
         held = 4 + (2 if plan.rates.network else 0)  # start; network's output
-        # While it learns a logit and two moments; at the end a logit and the importances.
+        # While learning, a logit and two moments; at the end, a logit and the importances.
         return held + (4 * 3 if plan.rates.own else 4)
     features = 2 * len(FEATURES)
     scores = 4 * (2 + 2)  # start, base and its gradient; the scores
@@ -210,34 +209,34 @@ def learn_importance(
     every: int = 50,
     progress: Progress = lambda step, loss: None,
 ) -> Learned:
-    """Learns an importance for each weight; the model stays as it is.
+    """Learns an importance for each weight. The model is unchanged.
 
     Args:
         model: any module; run in evaluation mode.
-        data: batches, gone through over and over.
-        sparsity: the share to be pruned over all tensors together, or a range (least, greatest) within which
-            the importance is to hold.
-        task: how a batch goes through the model.
-        settings: how.
+        data: batches, repeated as often as needed.
+        sparsity: the target sparsity over all tensors together, or a range (least, greatest) for which the
+            importance should be valid.
+        task: runs the model and computes the loss.
+        settings: settings of learning.
         tensors: names of parameters; None takes `layers.prunable`.
-        found: statistics of these tensors; None makes them of the data.
-        start: importances of these tensors to start from, not negative and comparable over all of them; None
-            takes Fisher's of ``found``. Of the method ``levels`` alone.
-        held_out: batches that the result is chosen by and that are not among ``data``; None holds out every
-            eighth of the first batches of ``data``, which a loader that shuffles does not keep apart. Of the
-            method ``levels`` alone.
-        mlp: the shared network to start from, of another model's `Learned` by the same method.
-        checkpoint: a file that is written every so many steps, whole or not at all, and gone on from when
-            it is there; the data are then gone through up to where they were.
-        every: steps from one checkpoint to the next.
+        found: calibration statistics of these tensors; None computes them from ``data``.
+        start: initial importances of these tensors, not negative and comparable over all tensors. None takes
+            Fisher importances from ``found``. Only for the method ``levels``.
+        held_out: batches that select the result and are not in ``data``. None holds out every eighth of the
+            first batches of ``data``; a loader that shuffles then mixes them with the others. Only for the
+            method ``levels``.
+        mlp: initial state of the shared network, from another model's `Learned` by the same method.
+        checkpoint: a file that is written atomically every ``every`` steps and after the last. If it exists,
+            learning resumes from it, and batches that were already used are skipped.
+        every: number of steps between checkpoints.
         progress: called after each step with its number and its loss.
 
-    Memory: `bytes_per_weight` beyond what a step of the model's training needs without an optimiser.
+    Memory: `bytes_per_weight`, in addition to a training step of the model without an optimiser.
 
     Raises:
-        OptionError: settings or names that make no sense; no data.
+        OptionError: settings or names are invalid, or there are no data.
         MismatchError: the checkpoint is of other settings, tensors or sparsities.
-        LossError: a loss is not finite; the last checkpoint stays.
+        LossError: a loss is not finite; the last checkpoint stays valid.
     """
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
@@ -302,7 +301,7 @@ def _learn_levels(
         if found is None:
             found = statistics(model, data, task=task, tensors=names)
         start = fisher(model, _of_weights(model, found, weights, "found"))
-        found = None  # its memory
+        found = None  # releases its memory
     learner = Learner(model, weights, _required(model, start, weights), task, settings.plan(), sparsities)
     start = None
     network = learner.levels.network
@@ -323,10 +322,11 @@ def _learn_levels(
 def _required(
     model: nn.Module, start: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The importances of all weights, by the names that these have here.
+    """Returns the initial importances of all weights, by the names in ``weights``.
 
     Raises:
-        OptionError: one is missing, of another shape, negative or not finite, or of no weight that learns.
+        OptionError: an importance is missing, has another shape, is negative or not finite, or belongs to a
+            tensor that is not in ``weights``.
     """
     ties = TiedNames(dict(model.named_parameters(remove_duplicate=False)))
     require_known(start, [other for name in weights for other in ties.names_of(name)], "start")
@@ -344,11 +344,11 @@ def _required(
 def _of_weights(
     model: nn.Module, given: Mapping[str, T], weights: Mapping[str, Tensor], argument: str
 ) -> dict[str, T]:
-    """What was given for each weight, which may be under another of its names.
+    """Returns the given value of each weight; any name of a tied weight is valid.
 
     Raises:
-        OptionError: a weight has none, a name is no parameter's, or two names of one tensor have different
-            values.
+        OptionError: a weight has no value, a name is not a parameter, or two names of one tensor have
+            different values.
     """
     ties = TiedNames(dict(model.named_parameters(remove_duplicate=False)))
     by_kept = ties.by_kept(given, argument)
@@ -359,7 +359,7 @@ def _of_weights(
 
 
 class _Learner:
-    """All that changes from step to step."""
+    """The state of learning by the method ``weights``."""
 
     def __init__(
         self,
@@ -390,17 +390,17 @@ class _Learner:
         self.history: list[float] = []
 
     def moment(self) -> Moment:
-        """The share to be pruned in this step: a cubic up to the target, then the target."""
+        """Returns the sparsity of this step, a cubic up to the target, then constant; and the progress."""
         progress = self.step / self.settings.steps
         low, high = self.sparsities
-        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
+        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
         generator = torch.Generator().manual_seed(self.settings.seed << 32 | self.step)
         target = low + (high - low) * float(torch.rand((), generator=generator))
         left = max(0.0, 1 - progress / self.settings.ramp) if self.settings.ramp else 0.0
         return Moment(target + (min(self.settings.start, target) - target) * left**3, progress)
 
     def learn(self, batch: Any) -> float:
-        """One step; returns the loss."""
+        """Takes one optimiser step and returns the loss."""
         gates, penalty = self.gate(self.network.scores(), self.moment())
         gated = {
             name: self.weights[name] * gate.to(self.weights[name].dtype)
@@ -421,14 +421,14 @@ class _Learner:
         if due:
             self.network.learn_base()
         self.optimiser.step()
-        self.optimiser.zero_grad()  # to None: Adam leaves an MLP alone that is not due
+        self.optimiser.zero_grad()  # sets gradients to None, so that Adam skips the MLP when it has no step
         if due:
             self.network.refresh()
 
     def learned(self) -> Learned:
-        """The importances as they are now."""
+        """Returns the current importances and, if they train, the weights."""
         with torch.no_grad():
-            # All gates rise with the score; the score still orders those that are all open or all shut.
+            # All gates rise with the score. The score also orders gates that are equal, at 0 or 1.
             scores = self.network.scores()
             flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
             importances = {name: part.clone() for name, part in self.network.split(flat).items()}
@@ -442,7 +442,7 @@ class _Learner:
         return {"settings": asdict(self.settings), "sparsities": list(self.sparsities), "shapes": shapes}
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Writes a checkpoint atomically."""
         state = {
             "job": self._job(),
             "step": self.step,
@@ -457,10 +457,10 @@ class _Learner:
             torch.save(state, file)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint.
+        """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: it is of another job.
+            MismatchError: the checkpoint is of other settings, tensors or sparsities.
         """
         state = torch.load(path, weights_only=True)
         if state["job"] != self._job():

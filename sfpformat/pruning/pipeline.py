@@ -1,4 +1,4 @@
-"""From importances to masks, from masks to a file; and torch's own masks, taken and given."""
+"""Computes masks from importances, applies them, writes pruned models, and converts torch's own masks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of
 from .tuning import Masks
 
 _torch: Any = torch.nn.utils.prune  # its functions have no types
-_MASK, _ORIGINAL = "_mask", "_orig"  # what torch.nn.utils.prune adds to names
+_MASK, _ORIGINAL = "_mask", "_orig"  # suffixes that torch.nn.utils.prune adds to names
 
 
 def prune(
@@ -45,28 +45,29 @@ def prune(
     exempt: str | Sequence[str] = (),
     floor: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Prunes a model in place: what a threshold finds too unimportant becomes +0.
+    """Prunes a model in place: sets the weights below the threshold to +0.
 
-    A `Pattern` runs along the inputs of each layer: along rows of a linear layer, along the columns of
-    transformers' ``Conv1D``, along the input channels of a convolution for each output channel and kernel
-    position.
+    A `Pattern` runs along the inputs of each layer: along the rows of a linear layer, along the columns of
+    transformers' ``Conv1D``, and along the input channels of a convolution, for each output channel and
+    kernel position.
 
     Example: ``masks = prune(model, magnitude(model), 0.5)``.
 
     Args:
         model: any module.
-        importances: by parameter name, of the parameters' shapes; every name of a tied parameter will do.
-        threshold, scope, floor: as in `thresholds.masks_of`; rows are the inputs of one output.
-        exempt: patterns of the model's parameter names that are not pruned.
+        importances: by parameter name, of the parameters' shapes; any name of a tied parameter is valid.
+        threshold, scope, floor: as in `thresholds.masks_of`; a row is all inputs of one output.
+        exempt: patterns of parameter names that are not pruned.
 
     Returns:
-        The masks: bool by name, True for survivors, where the weights are. Tensors that are exempt, or that
-        a pattern does not fit, have none.
+        The masks: bool by name, True for survivors, on the device of the weights. Tensors that are exempt, or
+        that a pattern does not fit, have no mask.
 
-    Warns: as `thresholds.masks_of`.
+    Warns: for the reasons of `thresholds.masks_of`.
 
     Raises:
-        OptionError: an importance is none of the model's, or as `thresholds.masks_of`; nothing was pruned.
+        OptionError: an importance does not fit a parameter of the model, or for the reasons of
+            `thresholds.masks_of`. Nothing was pruned.
     """
     importances = named_once(model, importances, "importances")
     weights = chosen_tensors(model, list(importances))
@@ -96,7 +97,7 @@ def _pruned_by_rows(
     threshold: Threshold | Allocation | float,
     floor: float,
 ) -> dict[str, Tensor]:
-    """Prunes each output's inputs, wherever a layer stores them."""
+    """Prunes with one threshold for the inputs of each output, in any layout."""
 
     def rows(tensors: Mapping[str, Tensor]) -> dict[str, Numbers]:
         return {
@@ -115,7 +116,11 @@ def _pruned_by_rows(
 
 
 def _not_exempt(model: nn.Module, names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names of which no other name of the same parameter is exempt, either."""
+    """Returns the names that are not exempt; a tied parameter is exempt if any of its names is.
+
+    Raises:
+        OptionError: a pattern matches no parameter, or all names are exempt.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     require_matches(patterns, parameters, "exempt")
     ties = TiedNames(parameters)
@@ -127,13 +132,14 @@ def _not_exempt(model: nn.Module, names: Iterable[str], patterns: Sequence[str])
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:
-    """Sets what masks prune to +0, in place.
+    """Sets the masked weights to +0, in place.
 
     Args:
+        model: any module.
         masks: by name of a float parameter or buffer, of its shape: bool, or numbers that are 0 or 1.
 
     Raises:
-        OptionError: a mask is none of the model's; nothing was pruned.
+        OptionError: a mask does not fit a parameter or buffer of the model. Nothing was pruned.
     """
     masks = named_once(model, masks, "masks")
     weights = chosen_tensors(model, list(masks), buffers=True)
@@ -156,28 +162,27 @@ def pack(
     metadata: dict[str, str] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
-    """Writes a pruned model: masks, survivors, and what is known of their importance.
+    """Writes a pruned model: masks, survivors, and optionally importances or factors.
 
     Args:
-        model: its state is written; weights with a mask are stored by it. Every name of a tied tensor will
-            do in what follows.
-        path: of the file, which is replaced only when all went well.
-        masks: by name of a float parameter or buffer of any rank, True for survivors: what `prune` and
-            `take_masks` give.
-        importances: by name; a file keeps the grade of each survivor (`grades`), as metadata, which is enough
-            to prune it again without the data (``sfp prune``).
-        factors: by name, of rows and columns, as `tuning.fit_factors` gives them; a file keeps them as F16,
-            as multipliers that enter reconstruction. A tensor has factors or a graded importance, not both.
-        multipliers: by name, a factor for each weight; they are folded into the weights that are written,
-            before these are quantised, and take no bits.
-        options: how tensors with a mask are coded, all others are lossless; where errors are `weighted`,
-            they count by the grades.
-        metadata: strings of the caller's own.
-        limits: what readers allow; they need the same ones where these are not the default.
+        model: its ``state_dict`` is written. In the following arguments, any name of a tied tensor is valid.
+        path: path of the file, which is replaced only on success.
+        masks: by name of a float parameter or buffer of any rank, True for survivors: the result of `prune`
+            or `take_masks`.
+        importances: by name. The file stores the grade of each survivor (`grades`) as metadata, with which it
+            can be pruned again without data (``sfp prune``).
+        factors: by name, for rows and columns, from `tuning.fit_factors`. The file stores them as F16
+            multipliers that reconstruction applies. A tensor has factors or a graded importance, not both.
+        multipliers: by name, a factor for each weight. They are multiplied into the written weights before
+            quantisation, and take no bits.
+        options: options of the tensors with a mask; all others are lossless. With `weighted` errors, the
+            grades are the weights.
+        metadata: strings for the caller's own use.
+        limits: the readers' limits. Readers need the same ones if these are not the default.
 
     Raises:
-        OptionError: names or shapes that do not fit, importances that are not finite, or readers would
-            refuse a tensor by their limits.
+        OptionError: names or shapes do not fit, importances are not finite, a multiplied weight overflows, a
+            tensor has both factors and an importance, or readers would refuse a tensor by their limits.
         OSError: the file cannot be written.
     """
     if not isinstance(options, Options | None):
@@ -212,10 +217,10 @@ def pack(
 def _by_kept(
     model: nn.Module, ties: TiedNames, given: Mapping[str, Tensor] | None, what: str
 ) -> dict[str, Tensor]:
-    """Masks or other numbers by the names that tensors have in the file.
+    """Returns masks or other numbers by the names of the tensors in the file.
 
     Raises:
-        OptionError: a name is no float tensor of the model's state, or numbers do not fit.
+        OptionError: a name is not a float tensor of the model's state, or the numbers do not fit.
     """
     found = ties.by_kept(given, f"{what}s")
     if not found:
@@ -229,10 +234,10 @@ def _by_kept(
 
 
 class _folded:
-    """Context manager: the model's weights times multipliers, put back afterwards."""
+    """Context manager that multiplies the model's weights by multipliers, and restores them afterwards."""
 
     def __init__(self, model: nn.Module, multipliers: Mapping[str, Tensor]) -> None:
-        """Multiplies nothing yet.
+        """Computes the products; `__enter__` writes them to the model.
 
         Raises:
             OptionError: a finite weight times its multiplier is not finite in the weight's dtype.
@@ -256,7 +261,7 @@ class _folded:
 
 
 def as_numbers(tensor: Tensor) -> Numbers:
-    """A tensor as numbers of numpy, on the processor: float32, or float64 where it is that."""
+    """Returns a tensor as a numpy array: float64 if it is float64, else float32."""
     plain = tensor.detach().cpu()
     return cast(Numbers, np.asarray((plain if plain.dtype is torch.float64 else plain.float()).numpy()))
 
@@ -265,9 +270,9 @@ def as_numbers(tensor: Tensor) -> Numbers:
 
 
 def take_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of a model that `torch.nn.utils.prune` pruned: bool, by the parameters' plain names.
+    """Removes the masks of `torch.nn.utils.prune` from a model and returns them: bool, by parameter name.
 
-    The model becomes plain: what was hidden as ``weight_orig`` is ``weight`` again, pruned.
+    The pruning hooks are removed: ``weight_orig`` becomes the pruned parameter ``weight`` again.
     """
     masks: dict[str, Tensor] = {}
     for path, module in list(model.named_modules()):
@@ -281,15 +286,15 @@ def take_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def give_masks(model: nn.Module, masks: Masks) -> None:
-    """Hands masks to `torch.nn.utils.prune`, which keeps them as its own, in place.
+    """Installs masks in a model as `torch.nn.utils.prune` does, in place.
 
     Args:
-        model: plain; its parameters are then named ``weight_orig`` beside ``weight_mask``, as torch does.
+        model: a model without masks of torch. Its parameters become ``weight_orig`` with ``weight_mask``.
         masks: by name of a float parameter of any rank: bool, or numbers that are 0 or 1. All modules that
-            have a tied parameter get its mask, and stay tied.
+            share a tied parameter get its mask, and stay tied.
 
     Raises:
-        OptionError: a mask is none of the model's; nothing was changed.
+        OptionError: a mask does not fit a parameter of the model. Nothing was changed.
     """
     masks = named_once(model, masks, "masks")
     require_masks(chosen_tensors(model, list(masks)), masks)

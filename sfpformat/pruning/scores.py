@@ -1,4 +1,4 @@
-"""Importances that need no learning: one number a weight, from its value and calibration statistics."""
+"""Importances without learning: one number a weight, from its value and calibration statistics."""
 
 from __future__ import annotations
 
@@ -17,30 +17,37 @@ Importances = dict[str, Tensor]
 
 
 def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importances:
-    """|w|, float32, by name. To be compared within a tensor: scopes over the model favour wide layers.
+    """Returns |w|, float32, by name.
+
+    Comparable within a tensor. A threshold over the whole model would favour wide layers.
 
     Args:
+        model: any module.
         tensors: names of parameters of any rank; None takes `layers.prunable`.
 
     Raises:
-        OptionError: a name is no float parameter, or there are none.
+        OptionError: a name is not a float parameter, or there are no names.
     """
     chosen = chosen_weights(model, None) if tensors is None else chosen_tensors(model, tensors)
     return {name: weight.float().abs() for name, weight in chosen.items()}
 
 
 def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
-    """w² g², float32: the rise of the loss when a weight goes, to second order with the empirical Fisher
-    information in the place of the Hessian (as in LeCun et al., Optimal Brain Damage, 1990). Comparable over
-    the whole model."""
+    """Returns w² g², float32, by name. Comparable over the whole model.
+
+    This approximates the rise of the loss when a weight is pruned, to second order, with the empirical Fisher
+    information instead of the Hessian (LeCun et al., Optimal Brain Damage, 1990).
+    """
     weights = chosen_weights(model, list(named_once(model, found, "found")))
     return {name: weight.float().square() * found[name].fisher for name, weight in weights.items()}
 
 
 def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
-    """|w| · root mean square of its input, float32 (Sun et al., Wanda, 2023), compared within an output.
+    """Returns |w| · root mean square of its input, float32, by name (Sun et al., Wanda, 2023).
 
-    Warns: some tensors have no statistics of inputs; they are left out.
+    Comparable within the inputs of one output.
+
+    Warns: some tensors have no statistics of inputs; the result does not include them.
 
     Raises:
         OptionError: no tensor has statistics of inputs.
@@ -61,11 +68,14 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
 
 
 def rows_mask(scores: Tensor, sparsity: float) -> Tensor:
-    """A mask that keeps the same number in each row, the greatest: bool, the shape of ``scores``.
+    """Returns a mask that keeps the greatest scores, the same number in each row: bool, scores' shape.
 
     Args:
-        scores: of rank 2 or more.
-        sparsity: share of each row that goes, to the nearest whole number.
+        scores: a tensor of rank 2 or more.
+        sparsity: the pruned share of each row, rounded to a whole number.
+
+    Raises:
+        OptionError: the sparsity is not a share.
     """
     matrix = as_matrix(scores)
     require_share("sparsity", sparsity)

@@ -1,4 +1,4 @@
-"""What pruning is done for: a model, its data, and the loss that says how well it does."""
+"""Tasks: how a model runs on a batch, and its loss or its divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -30,36 +30,37 @@ from .layers import as_matrix as as_matrix
 from .layers import chosen_weights as chosen_weights
 from .padding import counted_labels, counted_outputs, unpadded
 
-# What is called with a batch's inputs: a module, or a module with other weights.
+# A callable for a batch's inputs: a module, or a module with replaced weights.
 Model = Callable[..., Any]
 Data = Iterable[Any]
-# Called after each step of what learns, with its number and its loss.
+# Called after each step of learning or tuning, with its number and its loss.
 Progress = Callable[[int, float], None]
 
 OBJECTIVES = ("divergence", "loss")
 
 
 def run_model(model: Model, batch: Any) -> Tensor:
-    """The outputs of a batch.
+    """Runs a model on a batch and returns its outputs.
 
     Args:
-        model: called with the batch's inputs, or with the items of a mapping as keywords. It gets the labels
-            only if it is an encoder and decoder (transformers' ``is_encoder_decoder``), which make the
-            decoder's inputs of them.
+        model: called with the batch's inputs, or with the items of a mapping as keyword arguments. Only an
+            encoder-decoder (transformers' ``is_encoder_decoder``) gets the labels, from which it makes the
+            decoder's inputs.
         batch: a mapping, a pair of inputs and labels, or inputs alone.
 
     Returns:
-        [..., classes]: what the model returns, or its ``logits``.
+        The model's result, or its ``logits``: [..., classes].
 
     Raises:
-        OptionError: it returns something else, or the batch is a tuple of more than two elements.
+        OptionError: the model returns something else, or the batch is a tuple or list that does not have one
+            or two elements.
     """
     decodes = kind_of(module_of(model)) is Kind.SEQ2SEQ
     return logits_of(_call(model, batch, labels_of(batch) if decodes else None))
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """What a model returns, if it is a tensor [..., classes], or its item or attribute ``logits``.
+    """Returns a model's result if it is a tensor [..., classes], else its item or attribute ``logits``.
 
     Raises:
         OptionError: there is no such tensor.
@@ -78,7 +79,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def _call(model: Model, batch: Any, labels: Any) -> Any:
-    """What a model returns for a batch; labels that are None are not given."""
+    """Returns a model's result for a batch; passes ``labels`` if they are not None."""
     args, named = arguments_of(batch)
     if labels is not None:
         named["labels"] = labels
@@ -86,28 +87,34 @@ def _call(model: Model, batch: Any, labels: Any) -> Any:
 
 
 def cross_entropy(outputs: Tensor, batch: Any) -> Tensor:
-    """The mean negative log-likelihood of a batch's labels, each at the position of its output.
+    """Returns the mean negative log-likelihood of a batch's labels, each for the output at its position.
 
     Args:
         outputs: unnormalised log-probabilities [..., classes].
-        batch: a pair whose second element, or a mapping whose ``labels`` are class numbers, one for each
-            output, or probabilities of the outputs' shape. Labels of -100 do not count.
+        batch: a pair of inputs and labels, or a mapping with ``labels``. Labels are class numbers, one for
+            each output, or probabilities of the outputs' shape. Labels of -100 are ignored.
 
     Returns:
         A scalar, in nats.
 
     Raises:
         OptionError: there are no labels, or their shape does not fit.
-        LossError: no label counts.
+        LossError: all labels are ignored.
     """
     return likelihood(outputs, required_labels(batch))
 
 
 def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tensor:
-    """As `cross_entropy`, of labels.
+    """Returns the mean negative log-likelihood of labels, a scalar in nats.
 
     Args:
+        outputs: as in `cross_entropy`.
+        labels: the labels of `cross_entropy`'s batch.
         causal: whether output t is compared with label t + 1; the labels are then [batch, positions].
+
+    Raises:
+        OptionError: the shape of the labels does not fit.
+        LossError: all labels are ignored.
     """
     if labels.is_floating_point():
         if labels.shape != outputs.shape:
@@ -133,19 +140,19 @@ def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tens
 
 @dataclass(frozen=True)
 class Task:
-    """How a batch goes through a model, and what it costs.
+    """Defines how a model runs on a batch, and its loss.
 
-    By default a model that takes ``labels`` computes its own loss, as those of transformers do; of others
-    it is the `cross_entropy`, for causal language models of the label after each output. Padding does not
-    count, neither in a loss nor in a divergence nor in what is learned of layers' inputs.
+    By default a model that takes ``labels`` computes its own loss, as in transformers. For other models the
+    loss is `cross_entropy`; for causal language models, of each output with the next label. Padding is
+    ignored in losses, in divergences, and in statistics of layers' inputs.
 
     Example: ``Task(run=lambda model, batch: model(**batch).prediction_logits)``.
 
     Attributes:
         run: (model, batch) -> outputs [..., classes].
-        loss: (outputs, batch) -> a scalar, in nats; None takes the default. Where ``run`` is given and this
-            is not, it is the cross-entropy.
-        unpadded: batch -> bool [batch, positions], False for padding; or None where nothing is.
+        loss: (outputs, batch) -> a scalar, in nats. None takes the default; if ``run`` is not the default,
+            that is the cross-entropy.
+        unpadded: batch -> bool [batch, positions], False for padding; or None if there is no padding.
     """
 
     run: Callable[[Model, Any], Tensor] = run_model
@@ -153,11 +160,12 @@ class Task:
     unpadded: Callable[[Any], Tensor | None] = unpadded
 
     def loss_of(self, model: Model, batch: Any) -> Tensor:
-        """What a batch costs, a scalar in nats; gradients go through the model.
+        """Returns the loss of a batch, a differentiable scalar in nats.
 
         Raises:
-            OptionError: the batch has no labels, or outputs and labels do not fit.
-            LossError: no label counts.
+            OptionError: the batch has no labels, outputs and labels do not fit, or the labels of a causal
+                model are already shifted.
+            LossError: all labels are ignored.
         """
         if self.loss is not None:
             return _scalar(self.loss(self.run(model, batch), batch))
@@ -178,11 +186,11 @@ class Task:
         return likelihood(outputs, labels, causal=kind is Kind.CAUSAL)
 
     def divergence_of(self, model: Model, dense: Model, batch: Any) -> Tensor:
-        """The divergence of a batch's outputs from the dense model's, as `divergence`; padding is left out.
+        """Returns the `divergence` of a batch's outputs from the dense model's, without padding.
 
         Raises:
             OptionError: the outputs do not fit each other or the padding mask.
-            LossError: nothing but padding.
+            LossError: all positions are padding or ignored.
         """
         outputs = self.run(model, batch)
         with torch.no_grad():
@@ -192,7 +200,7 @@ class Task:
 
 
 def _own_loss(returned: Any) -> Tensor | None:
-    """The loss among what a model returns: ``loss``, or a scalar that is all or comes first."""
+    """Returns a model's own loss: its ``loss``, a scalar result, or a scalar first element; else None."""
     if isinstance(returned, Mapping):
         found = returned.get("loss")
     elif isinstance(returned, (Tensor, tuple)):
@@ -201,7 +209,7 @@ def _own_loss(returned: Any) -> Tensor | None:
             return None
     else:
         found = getattr(returned, "loss", None)
-    # Models on several devices give a loss for each.
+    # Models on several devices return one loss for each device.
     return found.mean() if isinstance(found, Tensor) else None
 
 
@@ -216,15 +224,15 @@ CLASSIFY = Task()
 
 
 def divergence(outputs: Tensor, dense: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The Kullback-Leibler divergence of outputs from the dense model's, in nats, mean over the positions.
+    """Returns the Kullback-Leibler divergence KL(dense ‖ outputs), in nats, mean over the positions.
 
     Args:
         outputs, dense: unnormalised log-probabilities [..., classes].
-        counted: bool [...], True for the positions that count; None counts all.
+        counted: bool [...], True for the positions to include; None includes all.
 
     Raises:
-        OptionError: the shapes differ, or there is one class alone, of which the divergence is always 0.
-        LossError: no position counts.
+        OptionError: the shapes differ, or there is only one class, for which the divergence is always 0.
+        LossError: no position is included.
     """
     if outputs.shape != dense.shape:
         raise OptionError(
@@ -240,14 +248,14 @@ def divergence(outputs: Tensor, dense: Tensor, counted: Tensor | None = None) ->
     return result
 
 
-# Outputs that a divergence is taken of at once: on a processor what its caches hold, elsewhere what keeps a
-# device busy; about 20 bytes of working memory each.
+# Outputs for which the divergence is computed at once, with about 20 bytes of working memory each. On the CPU
+# they fit into the caches; elsewhere they are enough to keep a device busy.
 _AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence, some positions at a time: of a large vocabulary one array stays, the gradient."""
+    """The divergence, computed in blocks of positions, so that only the gradient is kept in full size."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, dense: Tensor) -> Tensor:
@@ -260,7 +268,7 @@ class _Divergence(torch.autograd.Function):
             rows = slice(first, first + step)
             log_p, log_q = wanted[rows].float().log_softmax(-1), flat[rows].float().log_softmax(-1)
             p = log_p.exp()
-            # A class that the dense model rules out, at -inf, adds nothing.
+            # A class with log-probability -inf in the dense model adds 0.
             total += torch.where(p == 0, 0, log_p.sub_(log_q).mul_(p)).sum()
             if gradient is not None:
                 gradient[rows] = log_q.exp_().sub_(p).div_(len(flat))
@@ -279,34 +287,34 @@ _divergence: Any = _Divergence.apply  # typed here, since torch's functions have
 
 
 def require_objective(objective: str) -> None:
-    """Refuses what is none of `OBJECTIVES`.
+    """Refuses an unknown objective.
 
     Raises:
-        OptionError: it is another.
+        OptionError: the objective is not one of `OBJECTIVES`.
     """
     if objective not in OBJECTIVES:
         raise OptionError(f"objective is {objective!r}, must be {' or '.join(OBJECTIVES)}")
 
 
 def cost(pruned: Model, batch: Any, task: Task, dense: Model | None) -> Tensor:
-    """What a batch costs, in nats: the divergence from the dense model's outputs, or the task's loss.
+    """Returns the objective of a batch, in nats: divergence from the dense model, or the task's loss.
 
     Args:
-        pruned: the model, through which gradients go.
-        batch: as the loader gives it.
-        task: how it goes through both.
-        dense: the dense model; None takes the loss.
+        pruned: the model; gradients are computed through it.
+        batch: a batch from the loader.
+        task: runs both models and computes the loss.
+        dense: the dense model; None takes the task's loss.
     """
     return task.loss_of(pruned, batch) if dense is None else task.divergence_of(pruned, dense, batch)
 
 
 @dataclass(frozen=True)
 class WithWeights:
-    """A model as a function, with other weights in the place of some of its own.
+    """A model as a function, with some weights replaced.
 
     Attributes:
-        module: the model, which stays as it is.
-        weights: by name; a tied weight is replaced in all its places.
+        module: the model, which is unchanged.
+        weights: replacements by name; a tied weight is replaced in all its places.
     """
 
     module: nn.Module
@@ -317,24 +325,25 @@ class WithWeights:
 
 
 def with_weights(model: nn.Module, weights: Weights) -> WithWeights:
-    """The model with other weights, as a function."""
+    """Returns the model with replaced weights, as a function."""
     return WithWeights(model, weights)
 
 
 def module_of(model: Model) -> nn.Module | None:
-    """The module that is called; None for any other function."""
+    """Returns the module behind a model; None if the model is another kind of function."""
     found = model.module if isinstance(model, WithWeights) else model
     return found if isinstance(found, nn.Module) else None
 
 
 def finite(loss: Tensor, when: str) -> float:
-    """A loss as a number.
+    """Returns a loss as a number.
 
     Args:
-        when: it was taken, such as "step 3".
+        loss: a scalar.
+        when: the place for the error message, such as "step 3".
 
     Raises:
-        LossError: it is infinite or no number.
+        LossError: the loss is infinite or NaN.
     """
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -345,10 +354,10 @@ def finite(loss: Tensor, when: str) -> float:
 
 
 def endless(data: Data, start: int = 0) -> Iterator[Any]:
-    """The batches over and over, from the batch number ``start`` on, which counts through all rounds.
+    """Yields the batches repeatedly, from batch number ``start``, which counts over all repetitions.
 
     Raises:
-        OptionError: there is no batch.
+        OptionError: the data have no batch, or cannot be iterated again.
     """
     skipped = start
     while True:
@@ -365,10 +374,10 @@ def endless(data: Data, start: int = 0) -> Iterator[Any]:
 
 
 def first(data: Data, count: int) -> Iterator[Any]:
-    """The first ``count`` batches, beginning again where there are fewer.
+    """Returns the first ``count`` batches; repeats the data if there are fewer.
 
     Raises:
-        OptionError: there is no batch, or none is wanted.
+        OptionError: there is no batch, or ``count`` is below 1.
     """
     if not isinstance(count, int) or count < 1:
         raise OptionError(f"batches is {count!r}, must be a whole number of at least 1")
@@ -377,7 +386,7 @@ def first(data: Data, count: int) -> Iterator[Any]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode, so that dropout and running statistics are still; put back afterwards."""
+    """Context in which models are in evaluation mode; restores each module's mode afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()

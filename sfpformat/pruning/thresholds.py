@@ -1,12 +1,12 @@
-"""Thresholds found from the distribution of importances, and the masks that they give. Numpy alone.
+"""Thresholds from the distribution of importances, and the masks that they give. Needs only numpy.
 
-Rules: a threshold is a rule that looks at importances in ascending order and says how many go. So exact
-targets and cuts found in the curve are one kind of thing, and ties are settled in one place: of equal
-importances those of least ``tiebreak`` go first, then the first in the order of tensors and positions.
+Rules: a threshold is a rule that takes importances in ascending order and returns how many to prune. This
+covers exact targets and cuts found in the curve, and ties are resolved in one place: of equal importances,
+those with the least ``tiebreak`` are pruned first, then the first in the order of tensors and positions.
 
-An N:M pattern looks at groups of consecutive inputs of each output, as sparse tensor cores read them: along
+An N:M pattern applies to groups of consecutive inputs of each output, as sparse tensor cores read them: along
 the rows of a matrix, and along the input channels of a kernel for each output channel and kernel position
-(as NVIDIA's ASP lays them out). Tensors whose inputs do not divide into groups have no mask.
+(the layout of NVIDIA's ASP). Tensors whose inputs do not divide into groups get no mask.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from ..names import MOST_LISTED, require_known, require_matches
 Numbers = NDArray[np.floating]
 F64 = NDArray[np.float64]
 
-# The dimension of a tensor's inputs, and in how many separate groups of equal size they lie.
+# The dimension of a tensor's inputs, and the number of independent groups of equal size that they form.
 Along = tuple[int, int]
 
 SCOPES = ("model", "tensor", "row")
 
-# A tensor of rank 3 with more in its last dimension is no kernel of a convolution but a stack of matrices.
+# A tensor of rank 3 with a larger last dimension is a stack of matrices, not a convolution kernel.
 _LONGEST_KERNEL = 128
 
 
 class Threshold(Protocol):
-    """How many importances go."""
+    """A rule for the number of importances to prune."""
 
     def count(self, ascending: F64) -> int:
-        """How many of these go, from the first on.
+        """Returns how many of the lowest importances to prune.
 
         Args:
             ascending: the importances, float64 [n], n > 0, ascending.
@@ -50,7 +50,7 @@ class Threshold(Protocol):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The given share of all positions goes, to the nearest whole number."""
+    """Prunes the given share of all positions, rounded to a whole number."""
 
     share: float
 
@@ -61,13 +61,13 @@ class Sparsity:
         return self.count_of(len(ascending))
 
     def count_of(self, positions: int) -> int:
-        """How many of so many positions go."""
+        """Returns how many of ``positions`` positions to prune."""
         return min(math.floor(self.share * positions + 0.5), positions)
 
 
 @dataclass(frozen=True)
 class Quantile:
-    """What lies under the quantile goes: as `Sparsity`, but of equal importances all or none."""
+    """Prunes importances below a quantile: like `Sparsity`, but of equal importances all or none."""
 
     share: float
 
@@ -80,7 +80,7 @@ class Quantile:
 
 @dataclass(frozen=True)
 class MeanSigma:
-    """What lies under mean − k · standard deviation goes."""
+    """Prunes importances below mean − k · standard deviation."""
 
     k: float
 
@@ -94,11 +94,11 @@ class MeanSigma:
 
 @dataclass(frozen=True)
 class Otsu:
-    """The cut into two classes of greatest variance between them (Otsu, 1979), without a histogram.
+    """Prunes the lower of two classes, cut for the greatest variance between them (Otsu, 1979), exactly.
 
     Attributes:
-        log: whether the logarithms are looked at, which suits importances over many powers of ten. What is
-            zero then goes, and does not count.
+        log: whether to use logarithms, for importances that span many powers of ten. Importances that are not
+            positive are then pruned and do not enter the variance.
     """
 
     log: bool = False
@@ -111,7 +111,7 @@ class Otsu:
         values = values - values.mean()
         below = np.arange(1, len(values))
         sums = np.cumsum(values)[:-1]
-        # With the mean at zero, the variance between the classes is sums² · n / (below · above).
+        # With mean 0, the variance between the classes is sums² · n / (below · above).
         between = sums**2 / (below * (len(values) - below))
         between[values[1:] == values[:-1]] = -1.0  # never between equal importances
         return zeros + int(np.argmax(between)) + 1
@@ -119,10 +119,9 @@ class Otsu:
 
 @dataclass(frozen=True)
 class Knee:
-    """The point of the sorted curve that lies farthest from the chord between its ends, on its bulging side.
+    """Prunes importances before the knee: the point of the sorted curve that is farthest below its chord.
 
-    Importances are usually many small and a few great ones: the curve rises late, and what lies before the
-    bend goes.
+    Usually there are many small importances and a few large ones, so that the curve rises late.
     """
 
     def count(self, ascending: F64) -> int:
@@ -136,9 +135,9 @@ class Knee:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The ``keep`` greatest of every ``of`` consecutive inputs of an output stay, as in 2:4.
+    """Keeps the ``keep`` greatest of every ``of`` consecutive inputs of an output, as in 2:4 sparsity.
 
-    Of equal importances those of greatest ``tiebreak`` stay, then the last.
+    Of equal importances, those with the greatest ``tiebreak`` are kept, then the last ones.
     """
 
     keep: int
@@ -150,7 +149,7 @@ class Pattern:
             raise OptionError(f"a pattern keeps some of its positions, not {self.keep} of {self.of}")
 
     def why_not(self, shape: Sequence[int], along: Along) -> str:
-        """Why the pattern does not fit a tensor, in words; empty where it does."""
+        """Returns why the pattern does not fit a tensor; "" if it fits."""
         dim, groups = along
         if not 0 <= dim < len(shape):
             return f"its shape {list(shape)} has no dimension {dim}"
@@ -165,10 +164,10 @@ class Pattern:
 
 
 def pattern_dim(shape: Sequence[int]) -> int:
-    """The dimension of a tensor's inputs, as far as its shape tells.
+    """Returns the dimension of a tensor's inputs, derived from its shape alone.
 
-    The last one of a matrix [outputs, inputs] and of a vector, dimension 1 of a kernel [outputs, inputs, …].
-    A tensor of rank 3 whose last dimension is greater than 128 is taken for a stack of matrices
+    This is the last dimension of a matrix [outputs, inputs] or vector, and dimension 1 of a kernel [outputs,
+    inputs, …]. A tensor of rank 3 whose last dimension is greater than 128 counts as a stack of matrices
     [matrices, outputs, inputs].
     """
     if len(shape) == 3 and shape[2] > _LONGEST_KERNEL:
@@ -178,10 +177,10 @@ def pattern_dim(shape: Sequence[int]) -> int:
 
 @runtime_checkable
 class Allocation(Protocol):
-    """How much each tensor loses; within it, or within each of its rows, the least importances go."""
+    """A rule for the sparsity of each tensor; the lowest importances in a tensor or row are pruned."""
 
     def shares(self, importances: Mapping[str, Numbers]) -> dict[str, float]:
-        """The sparsity of each tensor, from 0 to 1, by name.
+        """Returns the sparsity of each tensor, from 0 to 1, by name.
 
         Args:
             importances: finite, by name, in the order of the model's layers.
@@ -198,32 +197,32 @@ def masks_of(
     tiebreak: Mapping[str, Numbers] | None = None,
     along: Mapping[str, Along] | None = None,
 ) -> dict[str, Mask]:
-    """The masks that a threshold gives: bool, True for survivors, of each importance's shape.
+    """Computes masks from importances: bool, True for survivors, of each importance's shape.
 
     Args:
-        importances: tensor name -> finite numbers of any shape; greater ones matter more.
+        importances: tensor name -> finite numbers of any shape; greater means more important.
         threshold: the rule; a number is the share of a `Sparsity`.
-        scope: ``model`` for one threshold over all tensors, ``tensor`` for one in each, or ``row`` for one in
-            each row, which are the positions of one index in the first dimension, and in a stack of matrices
-            the rows of each. An `Allocation` has a threshold in each tensor or row.
-        exempt: patterns of names (as a shell's) that are not pruned; they have no part in the distribution
-            and no mask.
-        floor: the share of its positions that each tensor keeps at least, or each row, where that is the
-            scope. Over the model, what the floor keeps is pruned elsewhere instead, so that the whole loses
-            as many as without.
-        tiebreak: numbers by name that settle equal importances, such as magnitudes, of any shape with one
-            number or as many as the importance has.
-        along: where a `Pattern` runs, by name; of others, along `pattern_dim`.
+        scope: ``model`` for one threshold over all tensors, ``tensor`` for one in each tensor, or ``row`` for
+            one in each row. A row is one index of the first dimension; in a stack of matrices, a row of each
+            matrix. An `Allocation` needs ``tensor`` or ``row``.
+        exempt: shell-style patterns of names that are not pruned. These tensors are not part of the
+            distribution and get no mask.
+        floor: the minimum share of positions that each tensor keeps; with scope ``row``, each row. With scope
+            ``model``, other positions are pruned instead, so that the total stays the same.
+        tiebreak: numbers by name that order equal importances, such as magnitudes: one number, or as many as
+            the importance has, in any shape. Their absolute values count.
+        along: the inputs along which a `Pattern` runs, by name; for other names, `pattern_dim`.
 
-    Warns: a `Pattern` does not fit some tensors, which have no mask then; the floor keeps more than the
-    threshold leaves.
+    Warns: a `Pattern` does not fit some tensors, which then get no mask; or the floor keeps more than the
+    threshold would.
 
-    Memory: about 40 bytes a position of what shares a threshold; of a `Sparsity` without a floor about 16.
+    Memory: about 40 bytes for each position that shares a threshold; about 16 for a `Sparsity` without a
+        floor.
 
     Raises:
-        OptionError: there are no importances, or none that is not exempt; they are not finite; a name in
-            ``exempt``, ``tiebreak`` or ``along`` matches none; a scope, share or threshold that is none; a
-            pattern that fits no tensor.
+        OptionError: there are no importances, or all are exempt; they are not finite; a name in ``exempt``,
+            ``tiebreak`` or ``along`` matches nothing; the scope, floor or threshold is invalid; or a pattern
+            fits no tensor.
     """
     rule = _rule(threshold)
     if scope not in SCOPES:
@@ -270,7 +269,7 @@ def _rule(threshold: Any) -> Threshold | Pattern | Allocation:
         raise OptionError(f"the threshold is the class {threshold.__name__}; give {threshold.__name__}(…)")
     if isinstance(threshold, Allocation):
         return threshold
-    # Strings and sequences have a method of this name, which counts something else.
+    # Strings and sequences have an unrelated method of this name.
     countable = callable(getattr(threshold, "count", None)) and not isinstance(
         threshold, (str, bytes, Sequence)
     )
@@ -284,10 +283,10 @@ def _rule(threshold: Any) -> Threshold | Pattern | Allocation:
 
 
 def _finite(name: str, array: Numbers) -> Numbers:
-    """An importance as an array.
+    """Returns an importance as an array.
 
     Raises:
-        OptionError: it is not finite everywhere.
+        OptionError: the importance is not an array of finite numbers.
     """
     found = np.asarray(array)
     try:
@@ -300,7 +299,7 @@ def _finite(name: str, array: Numbers) -> Numbers:
 
 
 def _ties(name: str, given: Numbers | None, size: int) -> F64 | None:
-    """What settles equal importances of a tensor, float64 [size]; None where nothing does."""
+    """Returns the tiebreak of a tensor, float64 [size]; None if there is none."""
     if given is None:
         return None
     numbers = np.abs(np.asarray(given)).reshape(-1)
@@ -310,14 +309,14 @@ def _ties(name: str, given: Numbers | None, size: int) -> F64 | None:
 
 
 def achieved(masks: Mapping[str, Mask]) -> float:
-    """The share of positions that masks prune; 0 of none."""
+    """Returns the share of positions that masks prune; 0 if there are no positions."""
     positions = sum(mask.size for mask in masks.values())
     kept = sum(int(np.count_nonzero(mask)) for mask in masks.values())
     return 1 - kept / positions if positions else 0.0
 
 
 def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 | None) -> Mask:
-    """The mask of a tensor whose rows have a threshold each."""
+    """Returns the mask of a tensor with a threshold in each row."""
     if not array.size:
         return np.ones(array.shape, np.bool_)
     stacked = array.ndim > 2 and pattern_dim(array.shape) == 2
@@ -334,7 +333,7 @@ def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 |
         count = min(count, most)
         if count:
             np.greater(rows, np.partition(rows, count - 1, axis=-1)[:, count - 1 : count], out=mask)
-        # Where several importances equal the last one to go, more went than are to go.
+        # If several importances equal the last pruned one, too many are pruned so far.
         left = [(int(row), count) for row in np.flatnonzero((~mask).sum(1) > count)]
     else:
         counts = [_counted(threshold, row) for row in np.sort(rows.astype(np.float64), axis=-1)]
@@ -350,10 +349,10 @@ def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 |
 
 
 def _counted(threshold: Threshold, ascending: F64) -> int:
-    """How many go.
+    """Returns the number of importances that the threshold prunes.
 
     Raises:
-        OptionError: the threshold gives no number of them.
+        OptionError: the threshold returns something other than a number from 0 to len(ascending).
     """
     count = threshold.count(ascending)
     if not isinstance(count, numbers.Integral) or not 0 <= count <= len(ascending):
@@ -364,7 +363,7 @@ def _counted(threshold: Threshold, ascending: F64) -> int:
 def _masks_of_group(
     arrays: Mapping[str, Numbers], threshold: Threshold, floor: float, ties: Mapping[str, F64 | None]
 ) -> dict[str, Mask]:
-    """The masks of tensors that share a threshold."""
+    """Returns the masks of tensors that share a threshold."""
     if type(threshold) is Sparsity and floor <= 0:
         return _least_masked(arrays, threshold, ties)
     sizes = np.array([array.size for array in arrays.values()], np.int64)
@@ -391,7 +390,7 @@ def _masks_of_group(
 def _least_masked(
     arrays: Mapping[str, Numbers], threshold: Sparsity, ties: Mapping[str, F64 | None]
 ) -> dict[str, Mask]:
-    """The masks without so many of the least importances, as by a sort of all, but without sorting."""
+    """Returns the masks that prune the lowest importances; same result as sorting, but by partition."""
     total = sum(array.size for array in arrays.values())
     count = threshold.count_of(total)
     if not count:
@@ -404,7 +403,7 @@ def _least_masked(
     masks = {
         name: np.greater(array, last, out=np.empty(array.shape, np.bool_)) for name, array in arrays.items()
     }
-    # Of importances that equal the last one to go, those with the least ties go, and the first of these.
+    # Of importances equal to the last pruned one, prune those with the least tiebreak, then the first ones.
     equal = {name: np.flatnonzero(array == last) for name, array in arrays.items()}
     seconds = _joined(
         [
@@ -421,7 +420,7 @@ def _least_masked(
 
 
 def _seconds(arrays: Mapping[str, Numbers], ties: Mapping[str, F64 | None]) -> F64:
-    """What settles equal importances of several tensors, one after the other; 0 where nothing does."""
+    """Returns the tiebreaks of several tensors, concatenated; 0 for tensors without one."""
     found = {name: ties[name] for name in arrays}
     return _joined(
         [np.zeros(array.size) if (tie := found[name]) is None else tie for name, array in arrays.items()]
@@ -431,16 +430,16 @@ def _seconds(arrays: Mapping[str, Numbers], ties: Mapping[str, F64 | None]) -> F
 def _going(
     order: NDArray[np.intp], owner: NDArray[np.intp], sizes: NDArray[np.int64], count: int, floor: float
 ) -> NDArray[np.intp]:
-    """The first ``count`` positions, in order, of which no tensor loses more than its floor allows.
+    """Returns the first ``count`` positions in order, without those that the tensors' floors keep.
 
-    Going through the order and skipping what a floor keeps is the same as lowering the others' threshold
-    until the count is reached again.
+    To skip positions that a floor keeps is the same as to raise the threshold of the other tensors until the
+    count is reached again.
     """
     if floor <= 0:
         return order[:count]
     most = sizes - np.ceil(floor * sizes).astype(np.int64)
     owners = owner[order]
-    # A position's rank among its tensor's own, in the order: those under the tensor's most may go.
+    # The rank of a position within its tensor, in the order; ranks below the tensor's maximum can be pruned.
     by_owner = np.argsort(owners, kind="stable")
     rank = np.empty(len(order), np.int64)
     rank[by_owner] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -458,7 +457,7 @@ def _patterned(
     along: Mapping[str, Along],
     ties: Mapping[str, F64 | None],
 ) -> dict[str, Mask]:
-    """The masks of the tensors that a pattern fits; warns of the others."""
+    """Returns the masks of the tensors that a pattern fits; warns of the others."""
     where = {name: along.get(name, (pattern_dim(array.shape), 1)) for name, array in arrays.items()}
     left = {name: pattern.why_not(array.shape, where[name]) for name, array in arrays.items()}
     left = {name: reason for name, reason in left.items() if reason}
@@ -477,7 +476,7 @@ def _patterned(
 def _pattern_mask(array: Numbers, pattern: Pattern, dim: int, ties: F64 | None) -> Mask:
     if not array.size:
         return np.ones(array.shape, np.bool_)
-    # [what is before, groups, members of a group, what is after]
+    # [dimensions before, groups, members of a group, dimensions after]
     shape = (math.prod(array.shape[:dim]), -1, pattern.of, math.prod(array.shape[dim + 1 :]))
     groups = array.reshape(shape)
     if ties is None:
@@ -490,7 +489,7 @@ def _pattern_mask(array: Numbers, pattern: Pattern, dim: int, ties: F64 | None) 
 
 
 def reasons(left: Mapping[str, str]) -> str:
-    """Tensors with the reason why each is left as it is, for a message."""
+    """Formats tensor names with the reason why each is not pruned, for a message."""
     words = [f"{name!r} ({reason})" for name, reason in list(left.items())[:MOST_LISTED]]
     more = f" and {len(left) - MOST_LISTED:,} more" if len(left) > MOST_LISTED else ""
     return ", ".join(words) + more
@@ -505,10 +504,10 @@ def _is_number(value: object) -> bool:
 
 
 def require_share(what: str, share: Any) -> None:
-    """Refuses what is no share.
+    """Refuses values that are not shares.
 
     Raises:
-        OptionError: it is no number from 0 to 1.
+        OptionError: the value is not a number from 0 to 1.
     """
     if not _is_number(share) or not 0 <= share <= 1:
         raise OptionError(f"{what} is {share!r}, must be a number from 0 to 1")

@@ -1,5 +1,4 @@
-"""What can still be learned when masks are held: survivors (fine-tuning), a factor for each of them, or one
-for each row and column."""
+"""Training with fixed masks: survivors, a multiplier for each survivor, or factors of rows and columns."""
 
 from __future__ import annotations
 
@@ -29,16 +28,17 @@ from .task import (
 Factors = dict[str, tuple[Tensor, Tensor]]
 Masks = Mapping[str, Tensor]
 
-_RATE, _FACTORS_RATE = 3e-4, 1e-2  # where none is given
+_RATE, _FACTORS_RATE = 3e-4, 1e-2  # defaults
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How survivors or factors are tuned.
+    """Settings of `fine_tune`, `fit_factors` and `fit_multipliers`.
 
     Attributes:
-        steps: of Adam, a batch each.
-        rate: the peak, under half a cosine; None takes 3e-4 for survivors, 1e-2 for factors and multipliers.
+        steps: number of steps of Adam, one batch each.
+        rate: the peak learning rate of a half-cosine schedule. None is 3e-4 for survivors, and 1e-2 for
+            factors and multipliers.
         objective: ``divergence`` from a teacher's outputs, or the task's ``loss``.
     """
 
@@ -64,26 +64,27 @@ def fine_tune(
     tuning: Tuning = Tuning(),
     progress: Progress = lambda step, loss: None,
 ) -> list[float]:
-    """Trains the survivors of a pruned model, in place; what is pruned stays +0.
+    """Trains the survivors of a pruned model in place. Pruned weights stay +0.
 
     Args:
-        model: run in evaluation mode; its weights times the masks are where training begins. Only the
-            weights with a mask change.
+        model: run in evaluation mode. Training starts from its weights times the masks. Only weights with a
+            mask change.
         masks: bool by name, True for survivors.
-        data: batches, gone through over and over.
+        data: batches, repeated as often as needed.
         teacher: the dense model, for the objective ``divergence``.
-        task: how a batch goes through both.
-        tuning: how.
+        task: runs both models and computes the loss.
+        tuning: settings of training.
         progress: called after each step with its number and its loss.
 
     Returns:
         The loss of each step, in nats.
 
-    Memory: 20 bytes a pruned tensor's weight beyond the model's gradients.
+    Memory: 20 bytes for each weight of a masked tensor, in addition to the model's gradients.
 
     Raises:
-        OptionError: a mask is none of the model's; ``divergence`` without a teacher.
-        LossError: a loss is not finite; the model is as it was.
+        OptionError: a mask does not fit a parameter of the model; or the objective is ``divergence`` and
+            there is no teacher.
+        LossError: a loss is not finite. The model is unchanged.
     """
     kept, pruned = _pruned(model, masks)
     leaves = {name: weight.requires_grad_() for name, weight in pruned.items()}
@@ -110,21 +111,21 @@ def fit_factors(
     tuning: Tuning = Tuning(),
     progress: Progress = lambda step, loss: None,
 ) -> Factors:
-    """Fits a factor for each row and each column of the pruned weights; masks and weights stay as they are.
+    """Fits a factor for each row and column of the pruned weights. Masks and weights are unchanged.
 
-    In a file they are an importance ``over`` factors with the role of a multiplier: at reconstruction each
-    weight is multiplied by its row's factor times its column's.
+    A file stores them as an importance ``over`` factors with the role of a multiplier: reconstruction
+    multiplies each weight by the factor of its row times that of its column.
 
     Args:
-        As `fine_tune`.
+        model, masks, data, teacher, task, tuning, progress: as in `fine_tune`.
 
     Returns:
-        By name, float32 [rows] and [columns], of the weight as the matrix of SPEC.md chapter 2. Weights of
-        rank 0 and 1 are pruned, and have no factors.
+        The factors by name, float32 [rows] and [columns] of the matrix of SPEC.md chapter 2. Weights of rank
+        0 and 1 are pruned, but have no factors.
 
     Raises:
-        OptionError: as `fine_tune`; no mask is of a matrix.
-        LossError: as `fine_tune`.
+        OptionError: for the reasons of `fine_tune`; or no mask is of a tensor of rank 2 or more.
+        LossError: as in `fine_tune`.
     """
     _, pruned = _pruned(model, masks)
     plain = {name: weight for name, weight in pruned.items() if weight.dim() < 2}
@@ -157,19 +158,19 @@ def fit_multipliers(
     tuning: Tuning = Tuning(),
     progress: Progress = lambda step, loss: None,
 ) -> dict[str, Tensor]:
-    """Fits a multiplier for each survivor; masks and weights stay as they are.
+    """Fits a multiplier for each survivor. Masks and weights are unchanged.
 
-    This is training of the weights under another name, at rates in proportion to them: compare it with
-    `fine_tune`. `pipeline.pack` folds multipliers into the weights, where they take no bits.
+    This is equivalent to training the weights with rates proportional to them; compare it with `fine_tune`.
+    `pipeline.pack` multiplies the weights by the multipliers, so that these take no bits.
 
     Args:
-        As `fine_tune`.
+        model, masks, data, teacher, task, tuning, progress: as in `fine_tune`.
 
     Returns:
-        By name, float32, of the weights' shapes; 1 where a mask prunes.
+        The multipliers by name, float32, of the weights' shapes; 1 for pruned weights.
 
     Raises:
-        OptionError, LossError: as `fine_tune`.
+        OptionError, LossError: as in `fine_tune`.
     """
     _, pruned = _pruned(model, masks)
     leaves = {
@@ -186,14 +187,14 @@ def fit_multipliers(
 
 
 def scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A weight times its factors, in the order and precision of SPEC.md chapter 14."""
+    """Returns a weight times its factors, in the order and precision of SPEC.md chapter 14."""
     product = torch.outer(rows.float(), columns.float()).view(weight.shape)
     return (weight.float() * product).to(weight.dtype)
 
 
 @dataclass(frozen=True)
 class _Through:
-    """What leaves are tuned through; as in `fine_tune`."""
+    """The common arguments of the functions above, as in `fine_tune`, with the training loop."""
 
     model: nn.Module
     data: Data
@@ -205,7 +206,7 @@ class _Through:
     def tune(
         self, leaves: list[Tensor], weights: Callable[[], dict[str, Tensor]], usual_rate: float
     ) -> list[float]:
-        """Adam on the leaves, through what ``weights`` makes of them; returns the loss of each step."""
+        """Trains the leaves with Adam; ``weights`` maps them to weights. Returns the loss of each step."""
         dense = self.teacher if self.tuning.objective == "divergence" else None
         if dense is None and self.tuning.objective == "divergence":
             raise OptionError("the objective divergence needs a teacher, the dense model")
@@ -227,7 +228,7 @@ class _Through:
 
 
 def _pruned(model: nn.Module, masks: Masks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The masks as bool where the weights are, and the weights, 0 where they go; the model's stay."""
+    """Returns the masks as bool on the weights' devices, and pruned copies of the weights."""
     masks = named_once(model, masks, "masks")
     weights = chosen_tensors(model, list(masks))
     require_masks(weights, masks)
