@@ -1,8 +1,8 @@
-"""Engines: interchangeable implementations of the work on bits, chosen in this one place.
+"""Engines: interchangeable implementations of the bit-level work. This module selects one.
 
-An engine is a module with the functions of `Engine`; all engines give the same bits and the same faults. The
-pure-Python one is the plain statement of the algorithms and is always there; ``numba`` is the same, compiled;
-``cuda`` decodes weights on a GPU.
+An engine is a module with the functions of `Engine`. All engines give the same bits and the same faults. The
+engine ``python`` is the reference implementation and always available; ``numba`` is compiled; ``cuda``
+decodes weights on a GPU.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
 # Engine -> its module.
 _MODULES = {"python": "reference", "numba": "numba", "cuda": "cuda.engine"}
-# Fewer weights than this the reference decodes in the time that importing Numba takes.
+# The reference decodes fewer weights than this in the time that importing Numba takes.
 _WORTH_NUMBA = 8_000_000
 
 
 def why_not(name: str) -> str | None:
-    """Why an engine cannot be used here, or None."""
+    """Returns why an engine is unavailable on this machine, or None."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
         return "numba is not installed; pip install 'sfpformat[fast]'"
     if name == "cuda":
-        from .cuda import driver  # not before somebody asks: it looks for a device
+        from .cuda import driver  # lazy, because it looks for a device
 
         return driver.why_not()
     return None
 
 
 def available() -> dict[str, str | None]:
-    """Engine name -> None where it can be used, else the reason why not."""
+    """Returns engine name -> None if it is available, else the reason why not."""
     return {name: why_not(name) for name in _MODULES}
 
 
 def require_name(name: str | None) -> None:
-    """Raises EngineError unless `get_engine` would find an engine for that name."""
+    """Raises EngineError if `get_engine` would refuse the name."""
     chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
     if chosen == AUTO:
         return
@@ -65,26 +65,26 @@ def require_name(name: str | None) -> None:
 
 
 def decodes_on_device(name: str | None) -> bool:
-    """Whether tensors for a CUDA device are decoded there: because it was asked for, or by ``"auto"``.
+    """Returns whether tensors for a CUDA device are decoded on that device: by request, or by ``"auto"``.
 
     Args:
-        name: as in `get_engine`, checked by `require_name`.
+        name: same as for `get_engine`; `require_name` must have accepted it.
     """
     chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
     return chosen == "cuda" or (chosen == AUTO and why_not("cuda") is None)
 
 
 def get_engine(name: str | None = None, weights: int | None = None) -> Engine:
-    """The engine of that name.
+    """Returns the engine of that name.
 
     Args:
-        name: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best that is available for arrays
-            in the processor's memory, never a GPU; None takes the environment variable ``SFPFORMAT_ENGINE``,
-            or ``"auto"``.
-        weights: about how many there are to work on. For a few ``"auto"`` does not import Numba.
+        name: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the fastest available engine for arrays
+            in CPU memory, never a GPU. None uses the environment variable ``SFPFORMAT_ENGINE``, by default
+            ``"auto"``.
+        weights: the approximate number of weights. For a small number, ``"auto"`` does not import Numba.
 
     Raises:
-        EngineError: there is no such engine, or it cannot be used here.
+        EngineError: there is no such engine, or it is unavailable on this machine.
     """
     require_name(name)
     chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO

@@ -1,4 +1,4 @@
-"""What an engine is: the functions that every one of them has, and what they are given."""
+"""The interface of an engine: its functions, and the types of their arguments."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Run(NamedTuple):
     """A run of neighbouring segments of a chunk.
 
     Attributes:
-        recipe: the tensor's, of `Engine.make_recipe`.
-        data: all bytes of the chunk, its checksum compared; at least 64.
-        total: positions of the chunk.
-        start: position in the tensor of the chunk's first.
-        first, stop: the run, numbered within the chunk.
-        out: the run's positions, contiguous, in the tensor's dtype.
+        recipe: the tensor's recipe, from `Engine.make_recipe`.
+        data: all bytes of the chunk, at least 64; its checksum has been verified.
+        total: number of positions of the chunk.
+        start: position in the tensor of the chunk's first position.
+        first, stop: the first segment and one past the last, numbered within the chunk.
+        out: array for the run's weights, contiguous, in the tensor's dtype.
     """
 
     recipe: Any
@@ -42,14 +42,14 @@ class Run(NamedTuple):
 
 
 class PlainRuns(NamedTuple):
-    """Whole chunks of plain tensors, in columns, int64 [m].
+    """Whole chunks of plain tensors, as columns of int64 [m].
 
     Attributes:
-        tensor: the number of each one's tensor.
-        total: its positions.
-        start: position in the tensor of its first.
-        length: its bytes.
-        out, out_size: address and bytes of where its weights go.
+        tensor: the index of each chunk's tensor.
+        total: number of positions of the chunk.
+        start: position in the tensor of the chunk's first position.
+        length: size of the chunk in bytes.
+        out, out_size: address and size in bytes of the array for its weights.
     """
 
     tensor: NDArray[np.int64]
@@ -61,111 +61,111 @@ class PlainRuns(NamedTuple):
 
 
 class PlainPlan(Protocol):
-    """How an engine decodes the plain tensors of a file.
+    """An engine's plan for decoding the plain tensors of a file.
 
     Attributes:
-        known: bool [n], which of them.
+        known: bool [n], whether the plan can decode each tensor.
     """
 
     known: NDArray[np.bool_]
 
     def prepare(self, runs: PlainRuns) -> Any:
-        """What `decode` needs of some chunks of tensors that it knows."""
+        """Prepares chunks for `decode`; all must be of tensors that are `known`."""
 
     def decode(self, prepared: Any, regions: Sequence[tuple[int, int, Bytes]]) -> bool:
-        """The weights of some of the chunks that were prepared; used by any number of threads.
+        """Decodes the weights of prepared chunks. Thread-safe.
 
         Args:
-            prepared: of `prepare`.
-            regions: the number of the first of neighbouring chunks, that behind the last, and the bytes of
-                all of them one after another; their checksums were compared.
+            prepared: the result of `prepare`.
+            regions: regions of neighbouring chunks: index of the first, one past the last, and their bytes,
+                concatenated. The checksums have been verified.
 
         Returns:
-            Whether all is well. If not, what was written means nothing, and the caller goes the way of
-            `Engine.decode_runs`, which gives the weights or the fault.
+            False on any problem. The output is then undefined, and the caller falls back to
+            `Engine.decode_runs`.
         """
 
 
 class Engine(Protocol):
-    """What an engine does."""
+    """The functions of an engine."""
 
     name: str
 
     def decode_levels(self, data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
-        """As `coding.planes.decode_levels`."""
+        """Implements `coding.planes.decode_levels`."""
 
     def few_magnitudes(self, patterns: Patterns, most: int) -> Patterns | None:
-        """As `coding.magnitudes.few_magnitudes`."""
+        """Implements `coding.magnitudes.few_magnitudes`."""
 
     def translate(
         self, patterns: Patterns, magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]
     ) -> NDArray[np.unsignedinteger]:
-        """As `coding.magnitudes.translate`."""
+        """Implements `coding.magnitudes.translate`."""
 
     def count_exact(self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
-        """As `coding.exact.count_exact`."""
+        """Implements `coding.exact.count_exact`."""
 
     def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:
-        """As `coding.exact.exact_zeros`."""
+        """Implements `coding.exact.exact_zeros`."""
 
     def encode_exact(
         self, patterns: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
     ) -> Planes:
-        """As `coding.exact.encode_exact`."""
+        """Implements `coding.exact.encode_exact`."""
 
     def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
-        """As `coding.counts.count_classes`."""
+        """Implements `coding.counts.count_classes`."""
 
     def count_symbols(self, levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
-        """As `coding.counts.count_symbols`."""
+        """Implements `coding.counts.count_symbols`."""
 
     def best_layout(self, counts: Histogram, signed: bool, bound: int, class_cost: int) -> Layout:
-        """As `coding.classes.best_layout`."""
+        """Implements `coding.classes.best_layout`."""
 
     def cluster(self, sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
-        """As `coding.counts.cluster`."""
+        """Implements `coding.counts.cluster`."""
 
     def assign(self, rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """As `coding.counts.assign`."""
+        """Implements `coding.counts.assign`."""
 
     def lengths_of_codes(self, totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
-        """As `coding.counts.lengths_of_codes`."""
+        """Implements `coding.counts.lengths_of_codes`."""
 
     def uniform_levels(
         self, weights: F32, factors: F32 | None, step: np.float32, thresholds: F32
     ) -> AnyLevels:
-        """As `coding.quantiser.uniform_levels`."""
+        """Implements `coding.quantisers.uniform_levels`."""
 
     def survivors(self, mask: Mask, positions: Counts) -> Counts:
-        """As `coding.mask.survivors`."""
+        """Implements `coding.mask.survivors`."""
 
     def chosen(self, values: NDArray[Any], mask: Mask) -> NDArray[Any]:
-        """As `coding.mask.chosen`."""
+        """Implements `coding.mask.chosen`."""
 
     def encode_mask(
         self, kind: str, polarity: int, mask: Mask, positions: Counts
     ) -> tuple[AnyLevels, Counts]:
-        """As `coding.mask.encode_mask`."""
+        """Implements `coding.mask.encode_mask`."""
 
     def encode_levels(
         self, levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
     ) -> Planes:
-        """As `coding.planes.encode_levels`."""
+        """Implements `coding.planes.encode_levels`."""
 
     def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
-        """What `decode_runs` needs of a tensor; None where this engine leaves its weights to the levels.
+        """Returns the data that `decode_runs` needs for a tensor; None if the engine has no fast path for it.
 
         Args:
-            weights: about how many will be decoded.
+            weights: the approximate number of weights that will be decoded.
         """
 
     def decode_runs(self, runs: Sequence[Run]) -> list[bool]:
-        """The weights of some runs of segments, in one go; each has a recipe that is not None.
+        """Fast path: decodes the weights of runs of segments in one call. No run's recipe may be None.
 
         Returns:
-            For each run whether its ``out`` now has the weights. If not, ``out`` means nothing, and the
-            caller goes the way of levels, which gives the weights or the fault.
+            For each run, whether its ``out`` holds the weights. False on any problem: ``out`` is then
+            undefined, and the caller decodes the levels of that run, which raises the fault.
         """
 
     def plan_plain(self, tensors: PlainTensors) -> PlainPlan | None:
-        """How it decodes plain tensors many at once; None where it does not."""
+        """Returns a plan that decodes many plain tensors at once; None if the engine has none."""

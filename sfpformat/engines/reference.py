@@ -1,4 +1,4 @@
-"""The reference engine: bitarray for prefix planes, whole-array numpy for the rest."""
+"""The reference engine: bitarray for prefix planes, whole-array NumPy for everything else."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ __all__ = [
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> None:
-    """None: all weights go by their levels."""
+    """Returns None: the reference decodes all weights from their levels."""
 
 
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
-    """None of them here."""
+    """Returns False for every run: there is no fast path."""
     return [False] * len(runs)
 
 
 def plan_plain(tensors: PlainTensors) -> None:
-    """None: it decodes chunk by chunk."""
+    """Returns None: the reference decodes chunk by chunk."""

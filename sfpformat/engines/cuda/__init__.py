@@ -1,1 +1,1 @@
-"""Decoding on CUDA devices: `engine` is the engine, `driver` the only module that talks to CUDA."""
+"""Decoding on CUDA devices. `engine` is the engine; `driver` is the only module that calls CUDA."""

@@ -1,7 +1,9 @@
-"""Many runs of segments of any chunks and tensors as one piece of work: a copy in, few launches, a word back.
+"""Decodes many runs of segments, of any chunks and tensors, as one batch.
 
-What is copied in, in this order: the chunks as they lie in the file, the jobs, the warps of each kernel, and
-for each job a status word, zero. What it takes on the device beside: the index and the error words.
+A batch is one copy to the device, a few launches, and one copy of the status words back.
+
+Contents of the copy in, in this order: the chunks unchanged, the jobs, the warps of each kernel, and a zero
+status word per job. A batch needs additional device memory for the index and the error words.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _CHUNK_UNIT = 64
 
 
 class OnDevice(NamedTuple):
-    """A chunk that is on the device already: its address there, a multiple of 16, and its bytes."""
+    """A chunk that is already on the device: its address there, a multiple of 16, and its size in bytes."""
 
     address: int
     length: int
@@ -33,13 +35,13 @@ class Task(NamedTuple):
     """A run of neighbouring segments of a chunk.
 
     Attributes:
-        recipe: the tensor's.
+        recipe: the tensor's recipe.
         at: address of the recipe on the device.
-        data: all bytes of the chunk, its checksum compared.
-        total: positions of the chunk.
-        start: position in the tensor of the chunk's first.
-        first, stop: the run, numbered within the chunk.
-        out: where on the device the run's weights go, a multiple of 4.
+        data: all bytes of the chunk; its checksum has been verified.
+        total: number of positions of the chunk.
+        start: position in the tensor of the chunk's first position.
+        first, stop: the first segment and one past the last, numbered within the chunk.
+        out: device address for the run's weights, a multiple of 4.
     """
 
     recipe: Recipe
@@ -54,16 +56,16 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything of a batch lies.
+    """The memory layout of a batch.
 
     Attributes:
-        chunks: offset of each different chunk in what is copied in, and its bytes.
-        jobs: `layout.JOB`, one a task; ``data`` is an offset yet, unless the chunk is on the device already;
-            ``index`` and ``errors`` count words.
-        parts: kernel -> `layout.PART`, `layout.WARPS` a block.
-        jobs_at, status_at: offsets of the jobs and of the status words; the parts lie between.
-        size: of what is copied in.
-        index_words, error_words: of the device's own memory.
+        chunks: offset in the copied memory, and bytes, of each distinct chunk.
+        jobs: `layout.JOB`, one per task; ``data`` is an offset until `run_batch`, unless the chunk is already
+            on the device; ``index`` and ``errors`` are offsets in words.
+        parts: kernel -> `layout.PART`, `layout.WARPS` per block.
+        jobs_at, status_at: offsets of the jobs and of the status words; the parts lie between them.
+        size: size in bytes of the copied memory.
+        index_words, error_words: size in words of the index and of the error words on the device.
     """
 
     chunks: list[tuple[int, Bytes]]
@@ -77,7 +79,7 @@ class Plan:
 
 
 def plan_batch(tasks: Sequence[Task]) -> Plan:
-    """Finds a place for everything; touches no device."""
+    """Computes the layout of a batch. Does not access a device."""
     chunks: list[tuple[int, Bytes]] = []
     places: dict[int, int] = {}  # address of a chunk -> its offset
     jobs = np.zeros(len(tasks), layout.JOB)
@@ -105,10 +107,13 @@ def plan_batch(tasks: Sequence[Task]) -> Plan:
 
 
 def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
-    """The warps of each kernel; where those of a block share tables, each tensor begins a new block."""
+    """Returns the warps of each kernel.
+
+    If the warps of a block share tables, each tensor begins a new block.
+    """
     lists: dict[str, list[NDArray[np.void]]] = {}
     counts: dict[str, int] = {}
-    last: dict[str, int] = {}  # kernel -> the recipe that its last warp has
+    last: dict[str, int] = {}  # kernel -> address of the recipe of its last warp
     for number, task in enumerate(tasks):
         kernel = task.recipe.kernel
         warps = -(-(task.stop - task.first) // layout.WARP)
@@ -127,19 +132,19 @@ def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
 
 
 def _idle(count: int) -> NDArray[np.void]:
-    """Warps with nothing to do."""
+    """Returns idle warps, which fill a block."""
     return np.full(count, np.array((layout.IDLE, 0), layout.PART))
 
 
 @dataclass
 class Running:
-    """A batch that is on its way.
+    """A running batch.
 
     Attributes:
-        mark: when it is done.
-        status: the status words, in pinned memory; they count once `mark` has passed.
+        mark: the end of the batch in the queue.
+        status: the status words, in pinned memory; valid after `mark`.
         errors: the error words of all segments, on the device.
-        kept: memory that must not be freed before.
+        kept: memory that must not be freed before `mark`.
     """
 
     mark: Mark
@@ -148,7 +153,7 @@ class Running:
     kept: list[Memory]
 
     def good(self) -> list[bool]:
-        """Waits; for each task whether its weights are there."""
+        """Waits for the batch. Returns for each task whether its weights were decoded."""
         self.mark.wait()
         self.kept = []
         return [not word for word in self.status.tolist()]
@@ -158,12 +163,11 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory, copying: Device |
     """Starts a batch.
 
     Args:
-        device: decodes.
-        plan: its ``jobs`` get the addresses.
-        staging: at least ``plan.size`` bytes, the chunks in their places already (see `fill_chunks`); not to
-            be touched before the batch is done.
-        copying: a queue of its own for copies to the device, so that they go on while it decodes what came
-            before.
+        device: the queue that decodes.
+        plan: its ``jobs`` are updated with the device addresses.
+        staging: pinned memory of at least ``plan.size`` bytes, with the chunks in place (`fill_chunks`); must
+            not be modified before the batch ends.
+        copying: a separate queue for copies to the device, so that they overlap with earlier decoding.
     """
     source = copying or device
     own = source.allocate(plan.size)
@@ -186,7 +190,7 @@ def run_batch(device: Device, plan: Plan, staging: HostMemory, copying: Device |
 
 @dataclass(frozen=True)
 class Places:
-    """Addresses on the device: of the jobs, the index, the status words (zero), and the error words."""
+    """Device addresses of the jobs, the index, the status words (initially zero), and the error words."""
 
     jobs: int
     index: int
@@ -197,12 +201,13 @@ class Places:
 def launch(
     device: Device, places: Places, jobs: int, parts: Mapping[str, tuple[int, int]], out: int = 0
 ) -> None:
-    """Launches all kernels that some jobs need.
+    """Launches all kernels that the jobs need.
 
     Args:
-        jobs: how many.
-        parts: kernel -> the address of its warps, and how many they are.
-        out: what the addresses of the jobs' weights are counted from.
+        places: the addresses of the batch.
+        jobs: the number of jobs.
+        parts: kernel -> address and number of its warps.
+        out: base that is added to the output addresses of the jobs.
     """
     device.launch("index_chunks", jobs, [places.jobs, places.index, places.status])
     for kernel, (at, count) in parts.items():
@@ -211,7 +216,7 @@ def launch(
 
 
 def fill_chunks(plan: Plan, staging: HostMemory, threads: int = 1) -> None:
-    """Copies the chunks to their places, side by side: one thread does not keep up with a device."""
+    """Copies the chunks to their places with several threads: one thread is slower than a device."""
 
     def fill(chunk: tuple[int, Bytes]) -> None:
         at, data = chunk
@@ -221,6 +226,6 @@ def fill_chunks(plan: Plan, staging: HostMemory, threads: int = 1) -> None:
 
 
 def _put(staging: HostMemory, at: int, values: NDArray[np.void]) -> int:
-    """Writes records at an offset; returns where they end."""
+    """Writes records at an offset. Returns the offset of their end."""
     staging.bytes[at : at + values.nbytes] = values.view(np.uint8).reshape(-1)
     return at + values.nbytes

@@ -1,7 +1,8 @@
-"""What decoding needs of a device: memory, copies, launches and marks, in one order of events.
+"""The interface of a device: memory, copies, launches and marks, in one queue.
 
-Rules: everything but `HostMemory.bytes` and `Mark.wait` only joins a queue and comes back at once. Memory of
-the device that is let go of stays until the queue has passed that point; pinned memory must be kept so long.
+Rules: everything except `HostMemory.bytes` and `Mark.wait` is asynchronous: it joins a queue and returns at
+once. Device memory that is released is freed when the queue has reached that point. Pinned memory must be
+kept until the queue no longer uses it.
 """
 
 from __future__ import annotations
@@ -13,55 +14,55 @@ from ...coding.bits import Bytes
 
 
 class Memory(Protocol):
-    """Memory of the device, at a multiple of 256 bytes; it is freed when nobody holds this any more."""
+    """Device memory, at a multiple of 256 bytes. It is freed with the last reference to this object."""
 
     @property
     def address(self) -> int:
-        """Where it begins."""
+        """The address of its first byte."""
 
 
 class HostMemory(Protocol):
-    """Memory of the host that the device copies from and to while the host works."""
+    """Pinned host memory, which the device reads and writes asynchronously."""
 
     @property
     def address(self) -> int:
-        """Where it begins."""
+        """The address of its first byte."""
 
     @property
     def bytes(self) -> Bytes:
-        """What is there."""
+        """Its contents, writable."""
 
 
 class Mark(Protocol):
     """A point in the queue."""
 
     def wait(self) -> None:
-        """Comes back when everything before it is done."""
+        """Blocks until all earlier work in the queue is done."""
 
 
 class Device(Protocol):
     """A queue of work on a device."""
 
     def allocate(self, size: int) -> Memory:
-        """Some bytes of memory, with whatever was there."""
+        """Allocates device memory; its contents are undefined."""
 
     def pin(self, size: int) -> HostMemory:
-        """Some bytes of the host's memory."""
+        """Allocates pinned host memory."""
 
     def copy(self, to: int, source: int, size: int) -> None:
         """Copies bytes between addresses of the device or of pinned memory."""
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
-        """Runs a kernel, `layout.THREADS` threads a block.
+        """Launches a kernel with `layout.THREADS` threads per block.
 
         Args:
             kernel: its name.
-            blocks: how many.
-            arguments: unsigned; a kernel takes all 64 bits of an address, the lower 32 of a count.
+            blocks: the number of blocks.
+            arguments: unsigned; a kernel takes all 64 bits of an address, the low 32 bits of a count.
         """
 
     def mark(self) -> Mark:
-        """This point in the queue."""
+        """Returns a mark at the current end of the queue."""
 
     def wait_for(self, mark: Mark) -> None:
-        """Lets what follows in the queue wait for a mark of another queue of the device."""
+        """Makes later work in this queue wait for a mark of another queue of the device."""

@@ -1,4 +1,4 @@
-"""The device behind ``cuda.core``: the only module that talks to CUDA."""
+"""Implements `device.Device` with ``cuda.core``. The only module that calls CUDA."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .device import Mark
 from .source import source
 
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
-OLDEST_PACKAGE = (1, 2)  # of cuda-core: before, the namespace and some names were others
-OLDEST_DEVICE = (7, 5)  # compute capability: older ones NVRTC 13 does not compile for
-STANDARD = "c++17"  # of the kernels' source
-_LEGACY = 1  # a handle that names the default stream, which torch calls 0
+OLDEST_PACKAGE = (1, 2)  # version of cuda-core: earlier ones have another namespace and other names
+OLDEST_DEVICE = (7, 5)  # compute capability: NVRTC 13 does not compile for older ones
+STANDARD = "c++17"  # C++ standard of the kernels' source
+_LEGACY = 1  # handle of the default stream, which torch calls 0
 
 
 def why_not() -> str | None:
-    """Why CUDA cannot be used here, or None. Asks the driver once, and starts nothing on a device."""
+    """Returns why CUDA is unavailable, or None. Queries the driver once, and runs nothing on a device."""
     return why_no_package() or _why_no_device() or _why_no_compiler()
 
 
 def why_no_package() -> str | None:
-    """Why the package that is needed is not there, or None."""
+    """Returns why the package cuda-core is unavailable, or None."""
     if importlib.util.find_spec("cuda") is None:
         return _HOW_TO_INSTALL.format("cuda-core is not installed")
     try:
@@ -46,7 +46,7 @@ def why_no_package() -> str | None:
 
 @cache
 def _version_of_package() -> str:
-    """That of cuda-core. Looked up once where it is there: that takes most of a millisecond."""
+    """Returns the version of cuda-core. Cached, because the look-up takes most of a millisecond."""
     return importlib.metadata.version("cuda-core")
 
 
@@ -55,7 +55,7 @@ def _why_no_device() -> str | None:
     try:
         core = importlib.import_module("cuda.core")
         devices = core.Device.get_all_devices()
-    except Exception as error:  # ImportError, no driver, no device: each has a class of its own
+    except Exception as error:  # no package, no driver, no device: each raises another class
         return f"no CUDA driver or device: {' '.join(str(error).split())}"
     if not devices:
         return "there is no CUDA device"
@@ -71,32 +71,30 @@ def _why_no_device() -> str | None:
 def _why_no_compiler() -> str | None:
     try:
         importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
-    except Exception as error:  # the library is not there, or cannot be loaded
+    except Exception as error:  # the library is missing or cannot be loaded
         return _HOW_TO_INSTALL.format(f"no NVRTC, which compiles the kernels: {' '.join(str(error).split())}")
     return None
 
 
 def compile_for(arch: str) -> Any:
-    """The kernels for an architecture, an `ObjectCode`; from a cache on disk where they were compiled before.
-
-    Needs no driver.
+    """Compiles the kernels for an architecture to an `ObjectCode`. Uses a cache on disk. Needs no driver.
 
     Args:
-        arch: such as ``"sm_90"``.
+        arch: the architecture, such as ``"sm_90"``.
     """
     core, utils = importlib.import_module("cuda.core"), importlib.import_module("cuda.core.utils")
     program = core.Program(source(), "c++", core.ProgramOptions(arch=arch, std=STANDARD))
     try:
         with utils.FileStreamProgramCache() as kept:
             return program.compile("cubin", cache=kept)
-    except OSError:  # no home, no room: compiled for this process alone
+    except OSError:  # no home folder or no space: no cache
         return program.compile("cubin")
 
 
 @dataclass(frozen=True)
 class _Memory:
     address: int
-    owner: Any  # frees it, in the order of its stream, when it is let go of
+    owner: Any  # frees the memory in stream order, with its last reference
 
 
 @dataclass(frozen=True)
@@ -115,18 +113,18 @@ class _Mark:
 
 
 def pointers_to(values: ctypes.Array[ctypes.c_uint64]) -> ctypes.Array[ctypes.c_void_p]:
-    """The addresses of some values, as launches want them."""
+    """Returns the addresses of values, as a launch takes them."""
     at, size = ctypes.addressof(values), ctypes.sizeof(ctypes.c_uint64)
     return (ctypes.c_void_p * len(values))(*[at + i * size for i in range(len(values))])
 
 
 class _Kernel:
-    """A kernel, and memory for what it is given: the driver reads that before a launch comes back.
+    """A kernel, and memory for its arguments, which the driver reads before a launch returns.
 
     Attributes:
-        function: the driver's.
-        values: of its arguments. A kernel takes as many bytes of each as its argument has, the lower ones.
-        addresses: where the addresses of the values are.
+        function: the driver's handle.
+        values: the arguments. A kernel reads only the low bytes of each, as many as the parameter has.
+        addresses: address of the array of pointers to the values.
     """
 
     def __init__(self, function: Any, arguments: int) -> None:
@@ -138,7 +136,7 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class _Stream:
-    """What cuda.core takes for a stream of somebody else's."""
+    """A foreign stream, in the protocol of cuda.core."""
 
     handle: int
 
@@ -147,14 +145,14 @@ class _Stream:
 
 
 class CudaDevice:
-    """A stream of a CUDA device. For one thread: each has a context of its own."""
+    """A stream of a CUDA device. Not thread-safe: the device is made current for one thread only."""
 
     def __init__(self, number: int = 0, stream: int | None = None) -> None:
         """Makes the device current for the calling thread.
 
         Args:
-            number: of the device.
-            stream: the handle of a stream of somebody else's, such as torch's; None makes a new one.
+            number: the number of the device.
+            stream: the handle of a foreign stream, such as torch's; None creates a new stream.
         """
         self._core = importlib.import_module("cuda.core")
         self._driver = importlib.import_module("cuda.bindings.driver")
@@ -168,31 +166,31 @@ class CudaDevice:
         self._program = program_of(number, f"sm_{self._device.arch}")
 
     def allocate(self, size: int) -> _Memory:
-        """See `Device`."""
+        """Implements `Device`."""
         buffer = self._device.allocate(max(size, 1), stream=self._stream)
         return _Memory(int(buffer.handle), buffer)
 
     def pin(self, size: int) -> _HostMemory:
-        """See `Device`."""
+        """Implements `Device`."""
         buffer = self._pinned.allocate(max(size, 1))
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(int(buffer.handle))
         return _HostMemory(int(buffer.handle), as_bytes(memoryview(memory).cast("B")), buffer)
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """See `Device`."""
+        """Implements `Device`."""
         if size:
             (error,) = self._driver.cuMemcpyAsync(to, source, size, self._handle)
             if error != self._good:
                 raise RuntimeError(f"a copy of {size} bytes failed: {error!r}")
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
-        """See `Device`."""
+        """Implements `Device`."""
         own = self._kernels.get(kernel)
         if own is None:
             handle = self._program.get_kernel(kernel).handle
             own = self._kernels[kernel] = _Kernel(self._driver.CUfunction(int(handle)), len(arguments))
         own.values[:] = [*arguments]
-        # Not `cuda.core.launch`, which makes anew for every launch what stays the same.
+        # Not `cuda.core.launch`, which rebuilds constant objects for every launch.
         (error,) = self._driver.cuLaunchKernel(
             own.function, blocks, 1, 1, layout.THREADS, 1, 1, 0, self._handle, own.addresses, 0
         )
@@ -200,11 +198,11 @@ class CudaDevice:
             raise RuntimeError(f"a launch of {kernel} failed: {error!r}")
 
     def mark(self) -> _Mark:
-        """See `Device`."""
+        """Implements `Device`."""
         return _Mark(self._stream.record())
 
     def wait_for(self, mark: Mark) -> None:
-        """See `Device`."""
+        """Implements `Device`."""
         assert isinstance(mark, _Mark)
         self._stream.wait(mark.event)
 
@@ -214,7 +212,7 @@ _compiling = threading.Lock()
 
 
 def program_of(number: int, arch: str) -> Any:
-    """The kernels for a device, compiled once a process."""
+    """Returns the kernels for a device, compiled once per process."""
     with _compiling:
         if number not in _programs:
             _programs[number] = compile_for(arch)

@@ -1,7 +1,7 @@
-"""The engine for CUDA devices: weights are decoded there, the rest is done by the processor's best engine.
+"""The engine for CUDA devices: decodes weights on the device; the best CPU engine does everything else.
 
-Chunks travel as they lie in the file. What a kernel finds wrong it does not name: that run goes to the
-reference, which gives the weights or the fault.
+Chunks are copied to the device unchanged. A kernel only reports that a run has a problem; the caller then
+falls back to the reference, which decodes the run or raises the fault.
 """
 
 from __future__ import annotations
@@ -57,4 +57,4 @@ __all__ = [
 
 
 def plan_plain(tensors: PlainTensors) -> None:
-    """None: `decode_runs` takes many tensors at once."""
+    """Returns None: `decode_runs` already decodes many tensors at once."""

@@ -1,4 +1,4 @@
-"""The records that kernels read: as in ``recipe.cuh`` and ``decode.cu`` of ``kernels/source``."""
+"""The records that kernels read. Must match ``recipe.cuh`` and ``decode.cu`` of ``kernels/source``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS
 
-# A look-up table has an entry for each window of as many bits as the longest code.
+# Maximum index bits of a look-up table: it has an entry for each window of as many bits as the longest
+# codeword.
 MAX_ENTRY_BITS = MAX_CODE_BITS
 
 STREAM = np.dtype(
@@ -88,8 +89,8 @@ PART = np.dtype([("job", "<u4"), ("group", "<u4")])
 CODE = np.dtype([("recipe", "<u8"), ("stream", "<u4"), ("code", "<u4")])
 
 STREAMS = ("mask", "fingerprints", "importance")
-ROWS_A_STREAM = 3  # of a job's part of the index
-# How many levels of a stream a segment has.
+ROWS_A_STREAM = 3  # rows of a job's index per stream
+# Rules for the number of levels of a segment.
 COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS = range(4)
 NO_MASK, OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(4)
 EXACT, UNIFORM, TABLE = range(3)
@@ -102,18 +103,18 @@ WARP = 32
 WARPS = 4
 THREADS = WARP * WARPS
 IDLE = 0xFFFFFFFF
-ALIGNMENT = 16  # of chunks and of what recipes have
+ALIGNMENT = 16  # of chunks and of the arrays of recipes, in bytes
 MAX_CHUNK = 1 << 29  # bytes; bit offsets are u32
-# Symbols a code, and code lengths, as the tables of codes have them.
+# Symbols and code lengths per code in the tables of codes.
 CODE_SYMBOLS = 256
 CODE_LENGTHS = 16
-# Of the kernels for short levels: levels, codes a stream, patterns.
+# Limits of the kernels for short levels: levels, codes per stream, patterns.
 SHORT_TOP = 1 << 16
 SHORT_CODES = 8
 SHORT_PATTERNS = 1 << 10
 
-# Of the kernels for products: columns from place to place, columns that a lane has, rows of a block; rows of
-# x a launch, and bits of a level.
+# Of the kernels for products: columns per stored offset, columns per lane, rows per block, rows of x per
+# launch, bits of a level, and magnitudes.
 UNIT = 1024
 RUN = 128
 BLOCK_ROWS = 64

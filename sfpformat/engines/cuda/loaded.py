@@ -1,4 +1,4 @@
-"""Recipes on the device: copied once a tensor, many at a time; a kernel fills their look-up tables."""
+"""Recipes on the device: each is copied once, many in one copy; a kernel fills their look-up tables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .recipe import Recipe
 
 
 class Recipes:
-    """The recipes that a queue's device has; those whose tensors are gone are let go of."""
+    """The recipes on a queue's device. A recipe is removed when its host object is gone."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._there: weakref.WeakKeyDictionary[Recipe, tuple[Memory, int]] = weakref.WeakKeyDictionary()
 
     def load(self, recipes: Iterable[Recipe]) -> None:
-        """Sees to it that the device has them when the queue gets to what follows."""
+        """Copies recipes that are not on the device yet, and fills their look-up tables."""
         new = [recipe for recipe in dict.fromkeys(recipes) if recipe not in self._there]
         if not new:
             return
@@ -39,8 +39,8 @@ class Recipes:
         self._device.copy(memory.address, staging.address, size + codes.nbytes)
         if len(codes):
             self._device.launch("fill_tables", len(codes), [memory.address + size])
-        self._device.mark().wait()  # the pinned memory goes now
+        self._device.mark().wait()  # the pinned memory is freed on return
 
     def address(self, recipe: Recipe) -> int:
-        """Where a recipe that was loaded lies on the device."""
+        """Returns the device address of a loaded recipe."""
         return self._there[recipe][1]

@@ -1,7 +1,7 @@
-"""The host's part of products with a compressed matrix, which ``kernels/source/product.cuh`` computes.
+"""Host side of products with a compressed matrix; the kernels are in ``kernels/source/product.cuh``.
 
-Which matrices those are, what they must be told of one, and how its columns are shared among blocks. Nothing
-here touches a device.
+Decides which matrices the kernels support, computes their record, and divides the columns among blocks. Does
+not access a device.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from ...dtypes import DTYPES, Dtype
 from . import layout
 from .recipe import scale_of
 
-# Dtype of the activations and of the result -> kernel, the parts that a number has there, the rows of x a
+# Dtype of the activations and of the result -> kernel, parts that it splits a number into, rows of x per
 # launch.
 KERNELS = {"BF16": ("multiply_bf16", 1, 8), "F16": ("multiply_f16", 1, 8), "F32": ("multiply_f32", 3, 4)}
-_OLDEST_DEVICE = (8, 0)  # compute capability: tensor cores for these numbers, copies that do not wait
-_MOST_BYTES = 1 << 30  # of chunks: levels are counted in 32 bits
-# Of the largest devices that were measured, and how many blocks let each of them wait for memory and go on.
+_OLDEST_DEVICE = (8, 0)  # compute capability: tensor cores for these dtypes, asynchronous copies
+_MOST_BYTES = 1 << 30  # of all chunks: levels are counted in 32 bits
+# Multiprocessors of the largest devices that were measured, and blocks per multiprocessor that hide memory
+# latency.
 _MULTIPROCESSORS = 132
 _BLOCKS_EACH = 3
-# What a block does before its first unit and after its last, in units.
+# Cost of a block before its first unit and after its last, in units.
 _AROUND = 0.25
-_WIDE = ("F32", "F64")  # which hold every number of float32
+_WIDE = ("F32", "F64")  # hold every number of float32
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """What the kernels are told of a matrix.
+    """The data that the kernels need for a matrix.
 
     Attributes:
-        kernel: its name.
-        parts: into which every number is taken apart.
-        most: rows of x a launch, at most.
+        kernel: the name of the kernel.
+        parts: number of parts that each number is split into.
+        most: maximum number of rows of x per launch.
         record: a `layout.MATRIX`, without addresses.
-        factors: the scale of rows or groups, or None.
-        rows, columns: of the matrix.
-        chunks: how many it has.
+        factors: the scale factors of rows or groups, or None.
+        rows, columns: shape of the matrix.
+        chunks: number of its chunks.
     """
 
     kernel: str
@@ -58,19 +59,20 @@ class Product:
 
     @cached_property
     def units(self) -> int:
-        """Of columns, whose levels' places are known."""
+        """Number of units of columns; the offset of the levels of each unit is stored."""
         return -(-self.columns // layout.UNIT)
 
     @cached_property
     def blocks(self) -> int:
-        """Of rows."""
+        """Number of blocks of rows."""
         return -(-self.rows // layout.BLOCK_ROWS)
 
     @cached_property
     def units_of_slice(self) -> int:
-        """How many units a block takes of its rows: those with which the multiprocessor that has the most
-        is done first. Of the shape alone, so that the order of additions, and with it every bit, is the same
-        on every device.
+        """Units per block: minimises the work of the busiest multiprocessor.
+
+        Depends only on the shape, so that the order of additions, and therefore every bit of the result, is
+        the same on every device.
         """
         most = self.blocks * self.units // (_MULTIPROCESSORS * _BLOCKS_EACH)
 
@@ -82,32 +84,32 @@ class Product:
 
     @cached_property
     def slices(self) -> int:
-        """Of the columns."""
+        """Number of slices of the columns."""
         return -(-self.units // self.units_of_slice)
 
     def sums_bytes(self, batch: int) -> int:
-        """Of memory for what slices add up to, for any number of rows of x."""
-        batch = min(batch, self.most)  # a smaller launch takes no more
+        """Returns the bytes of memory for the partial sums of slices, for ``batch`` rows of x."""
+        batch = min(batch, self.most)  # launches with fewer rows need no more
         return 4 * self.slices * self.rows * batch if self.slices > 1 else 0
 
 
 def has_kernels(capability: Sequence[int]) -> bool:
-    """Whether a device of that compute capability has what the kernels need."""
+    """Returns whether the kernels run on a device of that compute capability."""
     return tuple(capability) >= _OLDEST_DEVICE
 
 
 def make_product(entry: TensorEntry, vectors: dict[str, F32], dtype: str, compute: str) -> Product | None:
-    """What the kernels are told of a matrix; None where they do not know how.
+    """Returns the data that the kernels need for a matrix; None if they do not support it.
 
-    They take plain bitmaps as masks or none, levels of four bits, and scales of the tensor, of rows, or of
-    groups that are whole runs of 128 positions; rows that are whole runs and whole segments; chunks of whole
+    They support: no mask or a plain bitmap; levels of four bits; scales per tensor, per row, or per group of
+    a multiple of 128 positions; rows that are whole runs of 128 positions and whole segments; chunks of whole
     rows.
 
     Args:
-        entry: of the tensor.
-        vectors: those of its vector chunk, checked.
-        dtype: what decoded weights are converted to, by its name in the format.
-        compute: what these are then converted to, which is the dtype of x.
+        entry: the tensor's entry.
+        vectors: the checked vectors of its vector chunk.
+        dtype: the dtype that decoded weights are converted to, by its name in the format.
+        compute: the dtype of x, which the converted weights are then converted to.
     """
     if compute not in KERNELS or not _has_fixed_width(entry) or not _has_whole_rows(entry):
         return None
@@ -138,7 +140,7 @@ def make_product(entry: TensorEntry, vectors: dict[str, F32], dtype: str, comput
 
 
 def _has_fixed_width(entry: TensorEntry) -> bool:
-    """Whether mask and levels lie there as the kernels read them."""
+    """Returns whether mask and levels have the layout that the kernels read."""
     fingerprints, mask, importance = entry.fingerprints, entry.mask, entry.importance
     if fingerprints is None or isinstance(fingerprints.quantiser, Exact):
         return False
@@ -146,13 +148,13 @@ def _has_fixed_width(entry: TensorEntry) -> bool:
         return False
     if mask is not None and (mask.kind != "octets" or (mask.table.base, mask.table.extra) != (0, b"\x08")):
         return False
-    # The lowest bit of a level is its sign: with an odd base it is not that of its residual.
+    # The lowest bit of a level is its sign. With an odd base it differs from the lowest bit of the residual.
     table = fingerprints.table
     return table.extra == bytes([layout.LEVEL_BITS]) and table.base % 2 == 0
 
 
 def _has_whole_rows(entry: TensorEntry) -> bool:
-    """Whether rows are whole runs and whole segments, and chunks are whole rows."""
+    """Returns whether rows are whole runs and whole segments, and chunks are whole rows."""
     if not entry.positions or int(entry.chunks["length"].sum()) > _MOST_BYTES:
         return False
     columns, whole = entry.columns, len(entry.chunks) == 1 or not entry.chunk * entry.segment % entry.columns
@@ -167,9 +169,9 @@ def _has_whole_groups(entry: TensorEntry) -> bool:
 def _weights(
     entry: TensorEntry, vectors: dict[str, F32], conversions: Sequence[Dtype]
 ) -> NDArray[np.generic] | None:
-    """The weights of the magnitudes, decoded and converted, where all positions have the same.
+    """Returns the decoded and converted weights of the magnitudes, if they are the same at all positions.
 
-    None also where one is infinite and would have to be taken apart.
+    Else None. None also if one is infinite and would have to be split.
     """
     if scale_of(entry)[0] > layout.SCALE_TENSOR:
         return None
@@ -186,16 +188,16 @@ def _weights(
 
 
 def _rounds_once(entry: TensorEntry, dtype: str, compute: str) -> bool:
-    """Whether float32 becomes ``compute`` at once on the way of conversions, as the kernels have it."""
+    """Returns whether the conversions round float32 only once, directly to ``compute``, as the kernels do."""
     return all(name == compute or name in _WIDE for name in (entry.dtype.name, dtype))
 
 
 def _patterns(weights: NDArray[np.generic], compute: str) -> NDArray[np.uint32]:
-    """The bytes of the magnitudes, shape [parts, 4]: upper ones of the first four, of the last four, lower
-    ones.
+    """Returns the bytes of the magnitudes, shape [3, 4], a row per part; unused rows are zero.
 
-    A number of 24 bits is the sum of three numbers of 8: its upper half, the upper half of what is left, the
-    rest.
+    A row holds the upper bytes of the first four magnitudes and of the last four, then the lower bytes. A
+    float32, with 24 significant bits, is split into three numbers of 8: its upper half, the upper half of the
+    remainder, and the rest.
     """
     out = np.zeros((3, 4), np.uint32)
     rest: NDArray[Any] = weights

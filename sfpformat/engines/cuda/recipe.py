@@ -1,7 +1,7 @@
-"""What the kernels need of a tensor, made once on the host; offsets are into the recipe's own bytes.
+"""Recipes: the data that the kernels need for a tensor, computed once on the host.
 
-Everything is in one piece of memory, so that the recipes of many tensors travel in one copy. The look-up
-tables are left empty: a kernel fills them from the code lengths.
+Offsets are relative to the recipe's own bytes. A recipe is one block of memory, so that the recipes of many
+tensors need one copy. A kernel fills the look-up tables from the code lengths.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ...container.entry import MAX_POSITIONS, TensorEntry
 from . import layout
 
 _MOST_SLOTS = 256
-_SHORT_BITS = 8  # of first look-ups
+_SHORT_BITS = 8  # index bits of the first look-up
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How the weights of a tensor are made; equal only to itself.
+    """The data that the kernels need to decode a tensor. Compares by identity.
 
     Attributes:
-        data: a `layout.RECIPE` and all that it points to, a multiple of 16 bytes; offsets from its beginning.
+        data: a `layout.RECIPE` and all arrays that it refers to, by offsets; a multiple of 16 bytes.
         tables: bytes after ``data`` that the kernels fill with look-up tables, a multiple of 16.
         codes: (stream, code) of every look-up table.
         kernel: the name of the kernel that decodes the tensor.
-        streams: how many the tensor has.
-        segment: positions a segment.
-        item: bytes a weight.
-        shares_tables: whether the warps of a block must all be this tensor's.
+        streams: number of streams of the tensor.
+        segment: positions per segment.
+        item: bytes per weight.
+        shares_tables: whether all warps of a block must work on this tensor.
     """
 
     data: Bytes
@@ -48,19 +48,19 @@ class Recipe:
 
     @property
     def size(self) -> int:
-        """Bytes of data and tables."""
+        """Size in bytes of data and tables."""
         return len(self.data) + self.tables
 
 
 class _Pool:
-    """Arrays one after another, each at a multiple of 16 bytes."""
+    """Concatenated arrays, each at a multiple of 16 bytes."""
 
     def __init__(self, head: int) -> None:
         self.parts: list[bytes] = [bytes(_aligned(head))]
         self.size = _aligned(head)
 
     def add(self, values: NDArray[Any]) -> int:
-        """Takes an array; its offset."""
+        """Appends an array. Returns its offset."""
         raw, at = values.tobytes(), self.size
         self.parts.append(raw + bytes(_aligned(len(raw)) - len(raw)))
         self.size += _aligned(len(raw))
@@ -72,14 +72,14 @@ def _aligned(size: int) -> int:
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
-    """The recipe of a tensor with coding ``fingerprint``.
+    """Returns the recipe of a tensor with coding ``fingerprint``.
 
     Args:
-        entry: of the tensor.
-        vectors: those of its vector chunk, checked.
+        entry: the tensor's entry.
+        vectors: the checked vectors of its vector chunk.
 
     Returns:
-        None where the kernels do not know how: more than 256 classes are used, or it is a raw tensor.
+        None if the kernels do not support the tensor: it uses more than 256 classes, or it is raw.
     """
     if entry.fingerprints is None:
         return None
@@ -113,7 +113,10 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
 
 
 def slots_of_classes(table: CodeTable) -> NDArray[np.int64]:
-    """The slot of each class, -1 for one without: the class itself where there are at most 256 of them."""
+    """Returns the slot of each class: the class itself if there are at most 256.
+
+    Else the index among the used classes, and -1 for an unused class.
+    """
     if table.classes <= _MOST_SLOTS:
         return np.arange(table.classes)
     # More than 64 classes: the group is 1, and symbols are classes.
@@ -123,7 +126,7 @@ def slots_of_classes(table: CodeTable) -> NDArray[np.int64]:
 
 
 def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[np.void]:
-    """The record of a stream; its look-up tables have no place yet."""
+    """Returns the record of a stream, without the offset of its look-up tables."""
     out = np.zeros((), layout.STREAM)
     kept = slots >= 0
     out["first"] = pool.add(table.first[kept])
@@ -145,7 +148,7 @@ def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[
 
 
 def _slots_of_symbols(code: PrefixCode, table: CodeTable, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The slots of a code's symbols in canonical order; of a pair the second in the higher byte."""
+    """Returns the slots of a code's symbols in canonical order; the second of a pair in the high byte."""
     if table.group == 1:
         return np.asarray(slots[code.symbols])
     second, first = np.divmod(code.symbols.astype(np.int64), table.classes)
@@ -153,7 +156,7 @@ def _slots_of_symbols(code: PrefixCode, table: CodeTable, slots: NDArray[np.int6
 
 
 def _place_tables(out: NDArray[np.void], at: int) -> int:
-    """Gives the look-up tables their places from ``at`` on; returns where they end."""
+    """Sets the offsets of the look-up tables, from ``at`` on. Returns the offset of their end."""
     for stream in out["streams"]:
         stream["entries"] = at
         at += _aligned(4 * int(stream["codes"]) << int(stream["bits"]))
@@ -161,7 +164,7 @@ def _place_tables(out: NDArray[np.void], at: int) -> int:
 
 
 def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], pool: _Pool) -> None:
-    """Everything but the streams."""
+    """Fills all fields of the record except the streams."""
     fingerprints, importance = entry.fingerprints, entry.importance
     assert fingerprints is not None
     for field, name in (
@@ -186,7 +189,7 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
 
 
 def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
-    """Kind, step and coded dtype."""
+    """Returns kind, step and coded dtype."""
     if isinstance(quantiser, Exact):
         return layout.EXACT, 0.0, layout.FLOATS.index(quantiser.dtype.name)
     if isinstance(quantiser, Uniform):
@@ -195,7 +198,7 @@ def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
 
 
 def scale_of(entry: TensorEntry) -> tuple[int, int]:
-    """What the number of a factor is, and the unit that positions are divided by."""
+    """Returns how positions map to scale factors, and the unit that positions are divided by."""
     if entry.scale is None:
         return layout.NO_SCALE, 1
     if entry.scale.per == "tensor":
@@ -224,7 +227,7 @@ def _mask(entry: TensorEntry) -> int:
 
 
 def _count_rule(entry: TensorEntry, stream: str) -> int:
-    """How many levels of a stream a segment has, as `container.chunk.stream_counts`."""
+    """Returns the rule for the number of levels of a segment (`container.chunk.stream_counts`)."""
     if stream == "fingerprints":
         return layout.COUNT_SURVIVORS
     if stream == "importance":
@@ -236,12 +239,13 @@ def _count_rule(entry: TensorEntry, stream: str) -> int:
     return layout.COUNT_SURVIVORS if entry.mask.polarity else layout.COUNT_PRUNED
 
 
-# So many patterns are made for the levels of a tensor, and no more than it has weights but for these few.
+# Maximum number of patterns of a look-up table over levels; the second limit holds for tensors with fewer
+# weights.
 _MOST_PATTERNS, _FEW_PATTERNS = 1 << 16, 1 << 12
 
 
 def _looks_up(entry: TensorEntry) -> bool:
-    """Whether the weights of a tensor are had from its levels by a table of patterns."""
+    """Returns whether a look-up table of patterns gives the weights of a tensor from its levels."""
     fingerprints = entry.fingerprints
     assert fingerprints is not None
     quantiser, top = fingerprints.quantiser, fingerprints.table.top
@@ -255,7 +259,7 @@ def _looks_up(entry: TensorEntry) -> bool:
 
 
 def _is_short(entry: TensorEntry) -> bool:
-    """Whether the kernels with all tables in shared memory do."""
+    """Returns whether the kernels with all tables in shared memory support the tensor."""
     assert entry.fingerprints is not None
     tables = [entry.fingerprints.table, *([entry.mask.table] if entry.mask is not None else [])]
     few = entry.fingerprints.table.top <= layout.SHORT_PATTERNS or not _looks_up(entry)
@@ -264,7 +268,7 @@ def _is_short(entry: TensorEntry) -> bool:
 
 
 def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
-    """Residual bits of the kernels that know a weight of two bytes by its codeword; None where none does."""
+    """Returns the residual bits of the kernel that decodes 2-byte weights by codeword; None if none does."""
     assert entry.fingerprints is not None
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):
@@ -286,12 +290,12 @@ def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
 
 
 def _longest(table: CodeTable) -> int:
-    """Bits of the longest codeword."""
+    """Returns the length of the longest codeword, in bits."""
     return max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
 
 
 def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
-    """The bit pattern of every level, by the reference itself."""
+    """Returns the bit pattern of every level, computed by the reference."""
     assert entry.fingerprints is not None
     every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
     centroids, scale = vectors.get("fingerprint centroids"), vectors.get("scale")
@@ -300,12 +304,12 @@ def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]
     return weights.view(entry.dtype.pattern).astype(np.uint32)
 
 
-# Bytes a weight and residual bits that have a kernel of their own.
+# (bytes per weight, residual bits) with specialised kernels.
 _WHOLE_BYTES = ((2, 8), (4, 24))
 
 
 def kernel_of(entry: TensorEntry) -> str:
-    """The kernel that decodes a tensor."""
+    """Returns the name of the kernel that decodes a tensor."""
     fingerprints, item = entry.fingerprints, entry.dtype.itemsize
     assert fingerprints is not None
     quantiser, table = fingerprints.quantiser, fingerprints.table

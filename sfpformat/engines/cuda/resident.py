@@ -1,8 +1,8 @@
-"""A tensor whose chunks lie on the device, to be decoded and multiplied there as often as wanted.
+"""A tensor whose chunks stay on the device, where it can be decoded and multiplied repeatedly.
 
-Theory of operation. What does not change is copied there once: recipe, jobs, warps. A call takes memory for
-the segment index and what it gives, launches, and comes back: everything else is the queue's. Whether the
-data are good is asked once, by whoever has them first; the same data are good again.
+Theory of operation: constant data are copied once: recipe, jobs, warps. A call allocates memory for the
+segment index and the error words, launches the kernels, and returns without waiting. Validity is checked
+once, by the first user of the data; unchanged data stay valid.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .loaded import Recipes
 from .product import Product
 from .recipe import Recipe
 
-Run = tuple[int, int, int, int]  # a chunk, the first of its segments, the one after the last, where they go
+Run = tuple[int, int, int, int]  # chunk, first segment in it, one past the last, output offset
 
 
 class Resident:
-    """A tensor with coding ``fingerprint`` whose chunks are on a device, one after another."""
+    """A tensor with coding ``fingerprint`` whose concatenated chunks are on a device."""
 
     def __init__(self, device: Device, recipes: Recipes, recipe: Recipe, entry: TensorEntry, at: int) -> None:
-        """Copies what the kernels are told.
+        """Copies jobs and warps to the device.
 
         Args:
             device: a queue of the device.
-            recipes: that queue's, with this recipe.
-            recipe: of the tensor.
-            entry: of the tensor, which has positions.
-            at: address of its first chunk, a multiple of 16; the memory must outlive this, unchanged.
+            recipes: the recipes of that queue; must contain this one.
+            recipe: the tensor's recipe.
+            entry: the tensor's entry; the tensor must not be empty.
+            at: address of its first chunk, a multiple of 16; the memory must outlive this object, unchanged.
         """
         self.entry, self._recipe, self._recipes, self._at = entry, recipe, recipes, at
         self._whole = _Work(device, self.plan_runs(self._every_run()))
@@ -48,7 +48,7 @@ class Resident:
         return runs
 
     def plan_runs(self, runs: Sequence[Run]) -> Plan:
-        """Work on some runs of segments, whose places count from wherever the weights will go."""
+        """Plans a batch of runs; their output offsets are relative to the output address."""
         entry, tasks = self.entry, []
         ends = np.cumsum(entry.chunks["length"], dtype=np.int64)
         at = self._recipes.address(self._recipe)
@@ -59,26 +59,26 @@ class Resident:
         return plan_batch(tasks)
 
     def decode(self, device: Device, out: int) -> None:
-        """Writes all weights to an address, a multiple of 16, in the queue's order."""
+        """Enqueues decoding of all weights to an address, a multiple of 16."""
         self._whole.start(device, out)
 
     def is_good(self, device: Device, out: int) -> bool:
-        """As `decode`, and waits; whether every segment is good. If not, the weights mean nothing."""
+        """Decodes and waits. Returns whether every segment is valid; if not, the weights are undefined."""
         return self._whole.judge(device, out)
 
     def decode_runs(self, device: Device, runs: Sequence[Run], out: int) -> bool:
-        """Writes the weights of some runs of segments, and waits; whether all are good."""
+        """Decodes runs of segments and waits. Returns whether all are valid."""
         return _Work(device, self.plan_runs(runs)).judge(device, out)
 
     def place(self, device: Device, product: Product) -> Placed | None:
-        """Makes the tensor ready to be multiplied, and waits; None where some segment is not good."""
+        """Prepares the tensor for multiplication, and waits. None if a segment is invalid."""
         placed = Placed(device, product, self._at, self.entry)
         good = self._whole.judge(device, None, placed.matrix)
         return placed if good else None
 
 
 class _Work:
-    """Jobs and warps on the device, and a status word a job: zero, as long as its data are found good."""
+    """Jobs and warps on the device, and a status word per job: zero until a problem is found."""
 
     def __init__(self, device: Device, plan: Plan) -> None:
         records = [plan.jobs, *plan.parts.values()]
@@ -94,17 +94,17 @@ class _Work:
             at += some.nbytes
         staging.bytes[at:size] = 0
         device.copy(self._memory.address, staging.address, size)
-        device.mark().wait()  # the pinned memory goes now
+        device.mark().wait()  # the pinned memory is freed on return
 
     def start(self, device: Device, out: int | None, matrix: Memory | None = None) -> None:
         """Launches all kernels.
 
         Args:
-            out: where the weights go, or None where none are wanted.
-            matrix: a `layout.MATRIX` to be made ready, or None.
+            out: output address, or None to decode no weights.
+            matrix: a `layout.MATRIX` to prepare, or None.
         """
         jobs, plan = len(self._plan.jobs), self._plan
-        # One piece of memory: taking it is most of what a call costs the processor.
+        # One allocation: it is most of the CPU cost of a call.
         memory = device.allocate(4 * (plan.index_words + plan.error_words))
         errors = memory.address + 4 * plan.index_words
         status = self._memory.address + self._status_at
@@ -115,7 +115,10 @@ class _Work:
             device.launch("place_matrix", jobs, [places.jobs, matrix.address, places.index, places.status])
 
     def judge(self, device: Device, out: int | None, matrix: Memory | None = None) -> bool:
-        """As `start`, and waits; whether all is good, now and whenever it was started without waiting."""
+        """Starts and waits. Returns whether all jobs are valid, in this and in all earlier `start` calls.
+
+        Resets the status words if not.
+        """
         self.start(device, out, matrix)
         status, words = self._memory.address + self._status_at, device.pin(4 * len(self._plan.jobs))
         device.copy(words.address, status, len(words.bytes))
@@ -130,15 +133,15 @@ class _Work:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a matrix is multiplied with, and what comes out, in its dtype: addresses on the device.
+    """Device addresses of the operands and of the result of a product, in its dtype.
 
     Attributes:
         x: [batch, columns], at a multiple of 16.
-        bias: [rows], or 0.
-        y: [batch, rows].
-        batch: at least 1.
-        sums: `Product.sums_bytes`, with whatever was there; free again when the queue has passed.
-        done: a word of 32 bits for each `Product.blocks`: zero, and zero again when the queue has passed.
+        bias: [rows], or 0 for no bias.
+        y: [batch, rows], the result.
+        batch: number of rows of x, at least 1.
+        sums: scratch memory of `Product.sums_bytes`; contents undefined before and after the product.
+        done: a 32-bit word for each of `Product.blocks`; zero before and after the product.
     """
 
     x: int
@@ -150,15 +153,15 @@ class Operands:
 
 
 class Placed:
-    """A matrix that is ready to be multiplied.
+    """A matrix that is prepared for multiplication.
 
     Attributes:
-        product: what is known of it.
+        product: the host's data of the matrix.
         matrix: its `layout.MATRIX`, on the device.
     """
 
     def __init__(self, device: Device, product: Product, at: int, entry: TensorEntry) -> None:
-        """Copies what is known of it; the rest is found by ``place_matrix``."""
+        """Copies the record and the factors; the kernel ``place_matrix`` computes the rest."""
         self.product = product
         sizes = [layout.MATRIX.itemsize, 4 * product.chunks, 4 * product.rows * product.units]
         factors = product.factors
@@ -178,10 +181,10 @@ class Placed:
             staging.bytes[record.nbytes :] = _octets(factors)
             at = self._memory.address + int(starts[3])
             device.copy(at, staging.address + record.nbytes, factors.nbytes)
-        device.mark().wait()  # the pinned memory goes now
+        device.mark().wait()  # the pinned memory is freed on return
 
     def multiply(self, device: Device, operands: Operands) -> None:
-        """y = x @ matrix.T + bias, in the queue's order."""
+        """Enqueues y = x @ matrix.T + bias."""
         product, item = self.product, 4 if self.product.parts > 1 else 2
         for first in range(0, operands.batch, product.most):
             batch = min(operands.batch - first, product.most)

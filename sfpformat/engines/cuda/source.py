@@ -1,4 +1,4 @@
-"""The kernels' source as one string without headers: what NVRTC compiles, and a cache knows by its bytes."""
+"""The kernels' source as one string with all headers inlined: the input of NVRTC and the key of its cache."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-# In an installed package the files lie in `kernels` beside this one; in the repository in `kernels/source`.
+# An installed package has the files in `kernels` beside this one; the repository in `kernels/source`.
 FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parents[2] / "kernels" / "source")
 MAIN = "decode.cu"
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 
 
 def folder() -> Path:
-    """The folder with the kernels' source."""
+    """Returns the folder with the kernels' source."""
     return next(folder for folder in FOLDERS if (folder / MAIN).is_file())
 
 
 @cache
 def source() -> str:
-    """All of it: every file once, before its first use."""
+    """Returns the whole source: every file once, before its first use."""
     seen: set[str] = set()
 
     def text_of(name: str) -> str:
@@ -34,7 +34,7 @@ def source() -> str:
 
 
 def kernels() -> list[str]:
-    """The names of the kernels."""
+    """Returns the names of the kernels."""
     found = re.findall(
         r"^extern .*__global__ void (\w+)\(|^(?:KERNEL|MULTIPLY)\((\w+),", source(), re.MULTILINE
     )

@@ -1,7 +1,6 @@
-"""Runs of segments from the host's memory to the host's memory, by way of a device: what `Engine` asks for.
+"""Implements `Engine.decode_runs` on a device: copies chunks to it, and weights back to host memory.
 
-Each thread has a queue of its own. Tensors that stay on the device are loaded by `sfpformat.torch`, which
-spares the way back.
+Each thread has its own queue. `sfpformat.torch` loads tensors that stay on the device, without the copy back.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from .recipe import Recipe
 
 __all__ = ["decode_runs", "make_recipe"]
 
-# What opens a queue for a thread.
+# Opens a queue for a thread; tests replace it.
 open_device: Callable[[], Device] = CudaDevice
 _OUT_UNIT = 256
 _thread = threading.local()
 
 
 class _Queue:
-    """A thread's queue, the recipes that its device has, and pinned memory that grows as it must."""
+    """A thread's queue, its recipes on the device, and pinned memory that grows on demand."""
 
     def __init__(self) -> None:
         self.device = open_device()
@@ -37,7 +36,10 @@ class _Queue:
         self._staging: HostMemory | None = None
 
     def staging(self, size: int) -> HostMemory:
-        """Pinned memory of at least so many bytes; the same each time where it is enough."""
+        """Returns pinned memory of at least ``size`` bytes.
+
+        Reuses the previous memory if it is large enough.
+        """
         if self._staging is None or len(self._staging.bytes) < size:
             self._staging = self.device.pin(size)
         return self._staging
@@ -51,12 +53,12 @@ def _own_queue() -> _Queue:
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Recipe | None:
-    """See `Engine.make_recipe`."""
+    """Implements `Engine.make_recipe`."""
     return recipe.make_recipe(entry, vectors)
 
 
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
-    """See `Engine.decode_runs`."""
+    """Implements `Engine.decode_runs`."""
     queue = _own_queue()
     queue.recipes.load([run.recipe for run in runs])
     offsets, size = [], 0
@@ -69,7 +71,7 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
     fill_chunks(plan, staging)
     good = run_batch(queue.device, plan, staging).good()
     done = [(run, at) for run, at, is_good in zip(runs, offsets, good, strict=True) if is_good]
-    for run, at in done:  # what was not written is not read
+    for run, at in done:  # copies only runs that were decoded
         queue.device.copy(staging.address + plan.size + at, out.address + at, run.out.nbytes)
     queue.device.mark().wait()
     for run, at in done:

@@ -1,4 +1,7 @@
-"""Many runs of segments, of any chunks and tensors, in one compiled call; arrays come as addresses."""
+"""Decodes many runs of segments, of any chunks and tensors, in one compiled call.
+
+Arrays are passed by address.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,14 @@ from .values import RAW
 
 @kernel
 def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
-    """Decodes some runs of segments, of any chunks and tensors.
+    """Decodes runs of segments, of any chunks and tensors.
 
     Args:
-        rows: int64, a run a row, see `recipe.row_of_run`.
-        kept: uint8, memory that the calling thread keeps: what tables are filled, the tables, then room for
-            `working.carve`.
-        tables_size: bytes of the tables.
-        good: bool, set to whether each run's weights are there.
+        rows: int64, one run per row (`recipe.row_of_run`).
+        kept: uint8, memory that the calling thread keeps between calls: the flags of filled tables, the
+            tables, then working memory for `working.carve`.
+        tables_size: size of the tables in bytes.
+        good: bool, set to whether each run was decoded.
     """
     filled = kept[: 8 * FILLED].view(np.int64)
     tables = kept[8 * FILLED : 8 * FILLED + tables_size]

@@ -1,8 +1,8 @@
-"""Writing bits to a plane, its lowest bit first.
+"""Writes bits to a plane, lowest bit first.
 
-Theory of operation: a bit writer is a word, how many of its lowest bits are taken, and the byte that it goes
-to. It is stored whole, 8 bytes, and moved on by the bytes that are full; so at most 7 bits are left in it,
-and 57 may be added between two stores. Planes have room for 8 bytes after their last one.
+Theory of operation: the state of a bit writer is a 64-bit word, the number of its used low bits, and the byte
+offset of its next store. A flush stores all 8 bytes and advances by the number of full bytes. At most 7 bits
+then remain, so 57 can be added before the next flush. Planes need 8 spare bytes after their last byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .memory import store64
 
 @inlined_kernel
 def flush(plane: Any, to: int, word: int, taken: int) -> tuple[int, int, int]:
-    """Stores the word at byte ``to``; returns the next byte, what is left of the word, and its bits."""
+    """Stores the word at byte ``to``. Returns the next byte offset, the remaining bits, and their number."""
     store64(plane, to, word)
     seven = np.uint64(7)
     return to + np.int64(taken >> np.uint64(3)), word >> (taken & ~seven), taken & seven
@@ -25,7 +25,7 @@ def flush(plane: Any, to: int, word: int, taken: int) -> tuple[int, int, int]:
 
 @inlined_kernel
 def close(plane: Any, to: int, word: int, taken: int) -> int:
-    """Stores what is left of the word after a flush; returns how many bytes of the plane are used."""
+    """Stores the bits that remain after a flush. Returns the number of used bytes of the plane."""
     if taken:
         plane[to] = np.uint8(word)
         to += 1

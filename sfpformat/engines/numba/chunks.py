@@ -1,7 +1,7 @@
-"""A chunk's segments to weights in one compiled call: index, mask, fingerprints, importance, reconstruction.
+"""Decodes a chunk's segments to weights in one call: index, mask, fingerprints, importance, reconstruction.
 
-Rules: False means that something is wrong, or not for this kernel; nothing is said about what, and what was
-written so far means nothing. The caller then goes the plain way, which judges.
+Rules: a kernel returns False on any problem, or if it does not support the chunk. The output is then
+undefined. The caller falls back to the reference, which decodes the chunk or raises the fault.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ from .values import (
 )
 from .working import carve, working_bytes
 
-# `filled` of all streams: the number of the recipe that it is about, then each stream's of `lookup`.
+# `filled` of all streams: the number of the recipe that the tables belong to, then `lookup`'s flags per
+# stream.
 FILLED_OF = 1 + MAX_CODES
 FILLED = 1 + len(STREAMS) * FILLED_OF
 
 
 @kernel
 def _any(values: Any) -> bool:
-    """Whether a value is not 0."""
+    """Returns whether any value is not 0."""
     seen = np.int64(0)
     for value in values:
         seen |= value
@@ -92,7 +93,7 @@ def _any(values: Any) -> bool:
 
 @kernel
 def _of_stream(stream: int, shapes: Any, tables: Any, filled: Any) -> tuple[Any, Any]:
-    """A stream's part of ``tables`` and of ``filled``."""
+    """Returns a stream's part of ``tables`` and of ``filled``."""
     at = 1 + stream * FILLED_OF
     return tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]], filled[at : at + FILLED_OF]
 
@@ -101,7 +102,7 @@ def _of_stream(stream: int, shapes: Any, tables: Any, filled: Any) -> tuple[Any,
 def _prepare_stream(
     stream: int, shapes: Any, lengths: Any, tables: Any, filled: Any, class_slots: Any
 ) -> bool:
-    """Has the tables of a stream's classes made, if they are not there."""
+    """Fills the tables of a stream's classes, unless they are filled. False if `lookup.prepare` refuses."""
     shape = shapes[stream]
     own, own_filled = _of_stream(stream, shapes, tables, filled)
     return prepare(
@@ -139,7 +140,10 @@ def _decode_slots(
     working: Any,
     slots: Any,
 ) -> bool:
-    """The slots of a stream over a run of segments, at ``working.places[stream]``; whether all is well."""
+    """Decodes the slots of a stream over a run of segments to ``working.places[stream]``.
+
+    False on a fault.
+    """
     segments = _segments_of(working.index, stream, first, stop)
     places = working.places[stream]
     spare = place_slots(segments.counts, places)
@@ -162,9 +166,9 @@ def _decode_and_join(
     working: Any,
     out: Any,
 ) -> bool:
-    """The weights of a run without mask and trims whose slots follow one another as their levels do.
+    """Decodes the weights of a run without mask and trims, if slots are consecutive classes of one width.
 
-    Slots are joined with residuals a segment at a time, while they are in the nearest cache.
+    Joins slots with residuals segment by segment, while the slots are in the L1 cache.
     """
     segments = _segments_of(working.index, FINGERPRINTS, first, stop)
     own, own_filled = _of_stream(FINGERPRINTS, shapes, tables, filled)
@@ -190,7 +194,7 @@ def _decode_and_join(
 def _levels_of_segment(
     data: Any, index: Any, stream: int, s: int, shapes: Any, tables: Any, slots: Any, place: int, levels: Any
 ) -> bool:
-    """The levels of segment ``s`` of the chunk."""
+    """Decodes the levels of segment ``s`` of the chunk. False if its residuals do not end where they must."""
     first, extra = classes_of(tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]])
     return decode_segment(
         data,
@@ -211,7 +215,7 @@ def _levels_of_segment(
 def _decode_mask(
     data: Any, first: int, stop: int, whole: Any, shapes: Any, tables: Any, filled: Any, working: Any
 ) -> bool:
-    """The mask bits of a run, ``segment / 8`` bytes a segment, into ``working.bits``."""
+    """Decodes the mask bits of a run into ``working.bits``, ``segment / 8`` bytes per segment."""
     slots, index, bits, segment = working.slots, working.index, working.bits, whole[SEGMENT]
     if not _decode_slots(data, MASK, first, stop, shapes, tables, filled, working, slots):
         return False
@@ -254,9 +258,10 @@ def _multiply(
 
     Args:
         start: the segment's first position in the tensor.
-        place: where the slots of its importances begin.
-        scale, importances, rows, across: as in `decode_values`.
-        count: how many numbers ``working.numbers`` has; ``working.inside`` says where in the segment each is.
+        place: index of the first slot of its importances.
+        scale, importances, rows, across: same as for `decode_values`.
+        count: number of values in ``working.numbers``; ``working.inside`` holds their positions in the
+            segment.
     """
     multiplier, numbers, inside = whole[MULTIPLIER], working.numbers, working.inside
     if whole[SCALE_BY] != NOTHING:
@@ -275,13 +280,13 @@ def _multiply(
 
 @kernel
 def decode_raw(data: Any, total: int, first: int, whole: Any, out: Any) -> bool:
-    """The elements of a run of segments of a raw chunk, as they are.
+    """Copies the elements of a run of segments of a raw chunk. Checks size and padding of the chunk.
 
     Args:
-        data: uint8, the whole chunk, its checksum compared.
-        total: positions of the chunk.
+        data: uint8, the whole chunk; its checksum has been verified.
+        total: number of positions of the chunk.
         first: the run's first segment.
-        out: uint8, exactly the bytes of the run's elements.
+        out: uint8, exactly as many bytes as the run's elements.
     """
     size, start = total * whole[ITEM], first * whole[SEGMENT] * whole[ITEM]
     if data.size != (size + CHUNK_ALIGNMENT - 1) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT:
@@ -315,18 +320,19 @@ def decode_values(
     across: Any,
     out: Any,
 ) -> bool:
-    """The weights of all positions of a run of segments.
+    """Decodes the weights of all positions of a run of segments. False on any problem.
 
     Args:
-        data: uint8, the whole chunk, its checksum compared; at least 64 bytes.
-        total: positions of the chunk.
-        start: position in the tensor of the chunk's first.
-        first, stop: the run.
-        whole, shapes, lengths, patterns, numbers_of, scale, importances, rows, across: of `recipe.Recipe`.
-        tables: uint8, room for the tables of all streams, see `lookup`.
-        filled: int64 [FILLED], which of them are there, and of which recipe.
+        data: uint8, the whole chunk, at least 64 bytes; its checksum has been verified.
+        total: number of positions of the chunk.
+        start: position in the tensor of the chunk's first position.
+        first, stop: the run's first segment, and one past its last.
+        whole, shapes, lengths, patterns, numbers_of, scale, importances, rows, across: arrays of
+            `recipe.Recipe`.
+        tables: uint8, memory for the tables of all streams (`lookup`).
+        filled: int64 [FILLED], the recipe of the tables, and flags of the filled ones.
         memory: uint8, for `working.carve`.
-        out: uint8, exactly the bytes of the run's weights.
+        out: uint8, exactly as many bytes as the run's weights.
     """
     segment, item, mode = whole[SEGMENT], whole[ITEM], whole[MODE]
     segments = (total + segment - 1) // segment

@@ -1,4 +1,4 @@
-"""Segments of like statistics, and code lengths, as `coding.counts` and `coding.codetable` state them."""
+"""Clusters segments by statistics, and computes code lengths (`coding.counts`, `coding.codetable`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_BITS = 64
 
 @allocating_kernel
 def _log2(count: int) -> int:
-    """As `coding.classes.log2_fixed`."""
+    """Implements `coding.classes.log2_fixed`."""
     exponent = np.int64(63) - np.int64(leading_zeros(np.uint64(count)))
     shift = exponent - LOG2_BITS
     mantissa = count >> shift if shift >= 0 else count << -shift
@@ -25,18 +25,20 @@ def _log2(count: int) -> int:
 
 @allocating_kernel
 def cheapest_classes(counts: Any, end: int, points: Any, class_cost: int, widths: Any) -> int:
-    """The classes of `coding.classes.best_layout`.
+    """Computes the classes of `coding.classes.best_layout`.
 
     Args:
         counts: int64, how often each number occurs; 0 from ``end`` on.
-        points: int64, of `coding.classes.boundaries`.
-        widths: uint8, filled from the last class to the first.
+        end: one past the greatest number that occurs.
+        points: int64, from `coding.classes.boundaries`.
+        class_cost: cost of a class, in fixed-point bits.
+        widths: uint8, set to the widths of the classes, from the last class to the first.
 
     Returns:
-        How many classes there are.
+        The number of classes.
     """
     size = points.size
-    below = np.empty(size, np.int64)  # how often numbers below each point occur
+    below = np.empty(size, np.int64)  # how many numbers lie below each point
     number, total = np.int64(0), np.int64(0)
     for i in range(size):
         while number < min(points[i], end):
@@ -78,7 +80,7 @@ def cheapest_classes(counts: Any, end: int, points: Any, class_cost: int, widths
 
 @allocating_kernel
 def _fill_costs(totals: Any, costs: Any) -> None:
-    """Fills ``costs`` (int32), as `coding.counts.symbol_costs`."""
+    """Implements `coding.counts.symbol_costs`: fills ``costs`` (int32)."""
     codes, symbols = totals.shape
     for code in range(codes):
         whole = np.int64(0)
@@ -92,7 +94,7 @@ def _fill_costs(totals: Any, costs: Any) -> None:
 
 @allocating_kernel
 def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
-    """The cheapest code of a segment, of equally cheap ones the first, and what it costs."""
+    """Returns the cheapest code of a segment, and its cost. If several are cheapest, returns the first."""
     best, least = 0, np.int32(0x7FFFFFFF)
     for code in range(costs.shape[0]):
         bits = np.int32(0)
@@ -105,13 +107,17 @@ def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
 
 @allocating_kernel
 def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> int:
-    """As `coding.counts.cluster`.
+    """Implements `coding.counts.cluster`.
 
     Args:
         sample: int32 [n, symbols], C order.
         order: int64 [symbols].
         tried: int64, numbers of codes to try, ascending from 1.
-        costs: int32 [greatest of ``tried``, symbols], filled as far as the number returned.
+        segments: number of segments that the sample represents.
+        costs: int32 [greatest of ``tried``, symbols]; the first rows are set to the costs of the codes.
+
+    Returns:
+        The best number of codes.
     """
     size, symbols = sample.shape
     means = np.empty(size, np.int64)
@@ -154,7 +160,7 @@ def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> i
 
 @allocating_kernel
 def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
-    """As `coding.counts.assign`: fills ``codes`` (uint8) and ``totals`` (int64, zeros)."""
+    """Implements `coding.counts.assign`: fills ``codes`` (uint8) and ``totals`` (int64, initially zero)."""
     for s in range(rows.shape[0]):
         code, _ = _cheapest(rows[s], costs)
         codes[s] = code
@@ -165,14 +171,15 @@ def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
 
 @allocating_kernel
 def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
-    """The code lengths of the symbols of one code, as `coding.codetable.code_lengths`.
+    """Computes the code lengths of one code (`coding.codetable.code_lengths`).
 
     Args:
-        counts: int64 [symbols], at least two of which are not 0, at most 2^limit.
-        lengths: uint8 [symbols], zeros.
+        counts: int64 [symbols]; at least two and at most 2^limit are not 0.
+        limit: the maximum code length.
+        lengths: uint8 [symbols], initially zero; filled.
     """
     symbols = counts.size
-    # Sorted by count, then by number: counts stay below 2^48, numbers below 2^12.
+    # Sorted by count, then by symbol: counts are below 2^48, symbols below 2^12.
     keys = np.empty(symbols, np.int64)
     n = 0
     for symbol in range(symbols):
@@ -213,6 +220,6 @@ def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
 
 @allocating_kernel
 def fill_all_lengths(totals: Any, limit: int, lengths: Any) -> None:
-    """`fill_lengths` for each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
+    """Applies `fill_lengths` to each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
     for code in range(totals.shape[0]):
         fill_lengths(totals[code], limit, lengths[code])

@@ -1,10 +1,10 @@
-"""How kernels are compiled: without the GIL, IEEE arithmetic step by step, and kept on disk.
+"""Compiles kernels: without the GIL, with exact IEEE arithmetic, and cached on disk.
 
-Numba keeps compiled code beside its source, and looks at that one source file when it decides whether what
-it has is still good. A kernel contains the kernels that it calls, of other files, and constants of the layers
-below; so all files of these packages are made part of the version that Numba compares first, and whoever
-updates one of them gets all of them compiled anew. (It is compared before the rest of an index is unpickled,
-which may name records that the new sources do not have.)
+Numba caches compiled code beside its source, and checks only that one source file to decide whether the cache
+is valid. But a kernel contains the kernels that it calls, from other files, and constants of lower layers.
+This module therefore adds a digest of all these files to the version that Numba compares first: a change of
+one file recompiles all kernels. (Numba compares the version before it unpickles the rest of an index, which
+may refer to named tuples that the new sources do not have.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger("sfpformat")
 
 @cache
 def _sources_digest() -> str:
-    """A digest of all source files of this package, and of those whose constants its kernels contain."""
+    """Returns a digest of the sources of this package and of the packages whose constants it compiles in."""
     own = Path(__file__).parent
     root = own.parent.parent
     digest = hashlib.sha256()
@@ -38,23 +38,26 @@ def _sources_digest() -> str:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """The function compiled when it is first called with arguments of some types; it allocates nothing, and
-    returns arrays in tuples only.
+    """Compiles a function on its first call with each combination of argument types.
 
-    What allocates nothing needs nobody to count who uses an array, which is done with a call and a locked
-    instruction each time one is handed on (measured: a quarter of the time of decoding).
+    The function must not allocate, and may return arrays only in tuples. It is compiled without Numba's
+    reference counting of arrays, which costs a call and a locked instruction each time an array is passed
+    (measured: a quarter of the decoding time).
     """
     return _compiled(function, _nrt=False)
 
 
 def inlined_kernel(function: Callable[..., Any]) -> Any:
-    """As `kernel`, put in where another calls it: for what is called often with arguments that are many."""
+    """Compiles like `kernel`, but inlines the function: for frequent calls with many arguments."""
     return _compiled(function, _nrt=False, inline="always")
 
 
 def allocating_kernel(function: Callable[..., Any]) -> Any:
-    """As `kernel`, for a function that makes arrays. It must not call kernels that return some: what they
-    return was not counted, and would be let go of once too often."""
+    """Compiles like `kernel`, but with reference counting, for a function that allocates arrays.
+
+    The function must not call kernels that return arrays: these have no reference count, so releasing them
+    would release memory that is still in use.
+    """
     return _compiled(function)
 
 
@@ -67,7 +70,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 class _Announcer(event.Listener):
-    """Says once that kernels are being compiled, when that takes more than a second."""
+    """Logs once that kernels are being compiled, if that takes more than a second."""
 
     def __init__(self) -> None:
         self._depth = 0

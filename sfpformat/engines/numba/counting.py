@@ -1,4 +1,4 @@
-"""Levels to the symbol counts of their segments, as `coding.counts` and `coding.planes` state it."""
+"""Computes levels, and counts the symbols of segments (`coding.counts`, `coding.planes`, `coding.mask`)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from ...coding.quantisers import MAX_NUMBER
 from .compiling import allocating_kernel
 from .memory import count_ones, load64
 
-# Neighbouring levels often share a class, and an increment waits for the last one of the same counter: so
-# every fourth level has counters of its own.
+# Neighbouring levels often share a class, and an increment waits for the previous one of the same counter.
+# Four interleaved sets of counters break this dependency.
 COUNTERS = 4
 
 
 @allocating_kernel
 def patterns_to_levels(patterns: Any, top: int, levels: Any) -> None:
-    """Moves the sign from bit ``top`` of each pattern to the lowest."""
+    """Fills ``levels``: moves the sign of each pattern from bit ``top`` to the lowest bit."""
     for i in range(patterns.size):
         levels[i] = patterns[i] << 1 | patterns[i] >> top
 
 
 @allocating_kernel
 def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> int:
-    """Fills ``levels``, as `coding.quantiser.uniform_levels`, float32 operation by operation.
+    """Implements `coding.quantisers.uniform_levels`: fills ``levels``, with the same float32 operations.
 
     Args:
-        factors: float32, as many as weights or none.
+        factors: float32, one per weight, or empty.
 
     Returns:
-        The greatest level; where it is more than ``levels`` can hold, they mean nothing.
+        The greatest level, or 2^40 if a number exceeds `MAX_NUMBER`. If the dtype of ``levels`` cannot hold
+        it, ``levels`` is undefined.
     """
     half, zero, most = np.float32(0.5), np.float32(0), np.float32(MAX_NUMBER)
     patterns, one, greatest, last = (
@@ -40,7 +41,7 @@ def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, level
         np.uint32(thresholds.size),
     )
     beyond = np.uint32(0)
-    # Nothing in these loops branches on a weight: signs are random, and half of the guesses would be wrong.
+    # These loops do not branch on a weight: signs are random, so half of the predictions would be wrong.
     if factors.size or last:
         for i in range(weights.size):
             magnitude = abs(weights[i])
@@ -70,7 +71,7 @@ def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, level
 
 @allocating_kernel
 def survivors(mask: Any, positions: Any, found: Any) -> None:
-    """Fills ``found``: how many bytes of each segment are 1; ``mask`` is uint8, of zeros and ones."""
+    """Fills ``found`` with the number of survivors of each segment; ``mask`` is uint8, of zeros and ones."""
     at = np.int64(0)
     for s in range(positions.size):
         stop, count = at + positions[s], np.int64(0)
@@ -85,22 +86,22 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
 
 @allocating_kernel
 def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> int:
-    """Fills ``levels`` with the runs of some whole segments, and ``counts`` with how many each has.
+    """Fills ``levels`` with the runs of whole segments, and ``counts`` with the number of runs of each.
 
     Args:
         mask: uint8, of zeros and ones.
-        positions: int64, positions of each segment.
+        positions: int64, number of positions of each segment.
         minority: the value of the positions that end a run.
-        levels: uint16, room for one of each position and one more, which means nothing.
+        levels: uint16, one element more than positions; elements after the last run are undefined.
 
     Returns:
-        How many levels there are.
+        The number of levels.
     """
     at, to = np.int64(0), np.int64(0)
     for s in range(positions.size):
         start, stop, before = to, at + positions[s], at - 1
         for i in range(at, stop):
-            # Written for each position, kept only for the minority: nothing branches on a mask.
+            # Writes for each position, but advances only at the minority: no branch on the mask.
             levels[to] = np.uint16(i - before - 1)
             ends = mask[i] == minority
             before = i if ends else before
@@ -112,7 +113,10 @@ def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> 
 
 @allocating_kernel
 def chosen(values: Any, mask: Any, out: Any) -> int:
-    """Fills ``out`` with the values whose mask is 1, and one more that means nothing; returns how many."""
+    """Fills ``out`` with the values whose mask is 1, and returns their number.
+
+    ``out`` has one element more than values; elements after the last value are undefined.
+    """
     to = np.uint64(0)
     for i in range(values.size):
         out[to] = values[i]
@@ -125,8 +129,8 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
     Args:
-        levels: unsigned, of whole segments, all in the classes from ``first`` on that ``rows`` has.
-        counts: int64, levels in each segment.
+        levels: unsigned, of whole segments; their classes are ``first`` to ``first`` + classes - 1.
+        counts: int64, number of levels of each segment.
     """
     classes = rows.shape[1]
     zero, one, two, three = (
@@ -135,7 +139,7 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
         np.empty(classes, np.int32),
         np.empty(classes, np.int32),
     )
-    # Unsigned throughout: signed subscripts are tested for being negative.
+    # Unsigned indices, because Numba tests signed ones for negative values.
     shift, least, more = np.uint64(width), np.uint64(first), np.int32(1)
     at = np.uint64(0)
     for s in range(counts.size):
@@ -156,19 +160,19 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
 
 @allocating_kernel
 def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> int:
-    """The class of a level.
+    """Returns the class of a level.
 
     Args:
         level, base: uint64.
-        constant: residual bits of all classes, or -1 where they differ.
-        lookup: uint16, level -> class, for tables that end early; else empty.
+        constant: residual bits of all classes, or -1 if they differ.
+        lookup: uint16, level -> class, for code tables with few levels; else empty.
         firsts: uint64, the first level of each class.
     """
     if constant >= 0:
         return np.int64(level - base >> np.uint64(constant))
     if lookup.size:
         return np.int64(lookup[level])
-    # The first classes are often those of zeros, which are most of the levels.
+    # Shortcut for the first two classes, which often hold the zeros, the most frequent levels.
     if firsts.size > 2 and level < firsts[2]:
         return np.int64(level >= firsts[1])
     return np.searchsorted(firsts, level, side="right") - 1
@@ -178,12 +182,12 @@ def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> 
 def count_symbols(
     levels: Any, counts: Any, base: Any, constant: int, lookup: Any, firsts: Any, group: int, rows: Any
 ) -> None:
-    """Fills ``rows`` (int32 [segments, symbols], zeros): how often each symbol occurs.
+    """Fills ``rows`` (int32 [segments, symbols], initially zero): how often each symbol occurs.
 
     Args:
-        levels, counts: as in `count_classes`.
-        base, constant, lookup, firsts: as in `class_of`.
-        group: levels a symbol, 1 or 2.
+        levels, counts: same as for `count_classes`.
+        base, constant, lookup, firsts: same as for `class_of`.
+        group: levels per symbol, 1 or 2.
     """
     classes, at = firsts.size, np.int64(0)
     for s in range(counts.size):

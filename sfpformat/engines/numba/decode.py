@@ -1,7 +1,7 @@
-"""The fast engine's decoding.
+"""Decoding of the fast engine.
 
-Rules: a kernel either gives the right result or says no. Whoever says no hands over to the reference, which
-gives the result or the fault; there is no second judgement of what is valid.
+Rules: a kernel returns either the right result or False. On False the reference decodes, and returns the
+result or raises the fault. Only the reference decides what is valid.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .working import working_bytes
 
 __all__ = ["decode_levels", "decode_runs", "make_recipe"]
 
-# Memory of each thread: `kept`, see `batch.decode_runs`, and `tables_size`, how much of it is for tables.
+# Memory of each thread: `kept` (`batch.decode_runs`), and `tables_size`, the bytes of it that hold tables.
 _thread = threading.local()
-# More than this is not kept from call to call; only chunks of millions of positions need more.
+# Maximum size of `kept` in bytes; only chunks of millions of positions need more.
 _MOST_KEPT = 16 << 20
 
 
 def decode_runs(runs: Sequence[Run]) -> list[bool]:
-    """See `Engine.decode_runs`."""
+    """Implements `Engine.decode_runs`."""
     good = np.zeros(len(runs), np.bool_)
     room = max([run.recipe.room for run in runs])
     most = max([_working_size_of(run) for run in runs])
@@ -53,7 +53,10 @@ def working_size(segments: int, n: int, segment: int) -> int:
 
 
 def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], int]:
-    """Memory that is large enough, and how much of it is for tables; this thread's own if that will do."""
+    """Returns memory that is large enough, and the size of its tables.
+
+    Reuses this thread's memory if it can.
+    """
     kept: NDArray[np.uint8] | None = getattr(_thread, "kept", None)
     if kept is not None and tables_size <= (there := _thread.tables_size):
         tables_size = there
@@ -67,7 +70,7 @@ def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], 
 
 
 def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
-    """As `coding.planes.decode_levels`."""
+    """Implements `coding.planes.decode_levels`. Falls back to the reference on any problem."""
     levels = np.empty(int(span.counts.sum()), np.uint64)
     if len(levels) and _is_inside(data, span, table):
         shape = np.array(stream_shape(table, len(levels)), np.int64)
@@ -95,7 +98,7 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
 
 
 def _is_inside(data: Bytes, span: StreamSpan, table: CodeTable) -> bool:
-    """Whether the planes end 8 bytes before the data do, with residuals of the implied sizes."""
+    """Returns whether the planes end 8 bytes before the data, with residuals of the implied sizes."""
     constant = table.constant_extra
     prefix_end = span.prefix_start + int(span.prefix_bits.sum())
     residual_end = span.residual_start + int(span.residual_bits.sum())

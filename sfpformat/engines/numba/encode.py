@@ -1,4 +1,4 @@
-"""The fast engine's encoding: as the functions of the same names in `coding`, to the bit."""
+"""Encoding of the fast engine: bit-identical to the functions of the same names in `coding`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ...coding.quantisers import F32
 from ...coding.quantisers import uniform_levels as uniform_levels_plainly
 from . import clustering, counting, packing
 
-# Tables whose levels end before this have a table from level to class.
+# Code tables whose levels are below this use a look-up table from level to class.
 _MOST_LOOKED_UP = 1 << 16
 _NO_LOOKUP = np.zeros(0, np.uint16)
 
 
 def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
-    """As `coding.quantiser.patterns_to_levels`."""
+    """Implements `coding.quantisers.patterns_to_levels`."""
     levels = np.empty_like(patterns, subok=False)
     counting.patterns_to_levels(np.ascontiguousarray(patterns), 8 * patterns.itemsize - 1, levels)
     return levels
 
 
 def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, thresholds: F32) -> AnyLevels:
-    """As `coding.quantiser.uniform_levels`."""
+    """Implements `coding.quantisers.uniform_levels`."""
     weights = np.ascontiguousarray(weights)
     each, widest = np.zeros(0, np.float32) if factors is None else factors, 0.0
     if factors is None and len(weights):
@@ -44,41 +44,41 @@ def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, threshol
         greatest = counting.uniform_levels(weights, each, step, thresholds, levels)
         if greatest <= most:
             return levels.astype(np.min_scalar_type(greatest), copy=False)
-    return uniform_levels_plainly(weights, factors, step, thresholds)  # which says what is wrong
+    return uniform_levels_plainly(weights, factors, step, thresholds)  # raises the error
 
 
 def survivors(mask: Mask, positions: Counts) -> Counts:
-    """As `coding.mask.survivors`."""
+    """Implements `coding.mask.survivors`."""
     found = np.empty(len(positions), np.int64)
     counting.survivors(np.ascontiguousarray(mask).view(np.uint8), positions, found)
     return found
 
 
 def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
-    """As `coding.mask.chosen`."""
+    """Implements `coding.mask.chosen`."""
     out = np.empty(len(values) + 1, values.dtype)
     ones = np.ascontiguousarray(mask).view(np.uint8)
     return out[: counting.chosen(np.ascontiguousarray(values), ones, out)]
 
 
 def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[AnyLevels, Counts]:
-    """As `coding.mask.encode_mask`."""
+    """Implements `coding.mask.encode_mask`."""
     if kind == "octets":
         return encode_mask_plainly(kind, polarity, mask, positions)
     levels, counts = np.empty(len(mask) + 1, np.uint16), np.empty(len(positions), np.int64)
     found = counting.runs(np.ascontiguousarray(mask).view(np.uint8), positions, polarity, levels, counts)
-    return levels[:found].copy(), counts  # mostly a part of what there was room for
+    return levels[:found].copy(), counts  # a copy, because the buffer is usually much larger
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
-    """As `coding.counts.count_classes`."""
+    """Implements `coding.counts.count_classes`."""
     rows = np.empty((len(counts), classes), np.int32)
     counting.count_classes(np.ascontiguousarray(levels), counts, width, first, rows)
     return rows
 
 
 def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
-    """As `coding.counts.count_symbols`."""
+    """Implements `coding.counts.count_symbols`."""
     extra = np.frombuffer(layout.extra, np.uint8)
     rows = np.zeros((len(counts), len(extra) ** group), np.int32)
     base, constant, lookup, firsts = _class_tables(layout.base, extra)
@@ -87,7 +87,7 @@ def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int)
 
 
 def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int) -> Layout:
-    """As `coding.classes.best_layout`."""
+    """Implements `coding.classes.best_layout`."""
     used = np.flatnonzero(counts)
     first, end = int(used[0]), int(used[-1]) + 1
     points = np.array(boundaries(first, end, bound))
@@ -98,7 +98,7 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int) ->
 
 
 def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
-    """As `coding.counts.cluster`."""
+    """Implements `coding.counts.cluster`."""
     tried = [n for n in NUMBERS_OF_CODES if n <= most and n <= max(len(sample) // 2, 1)]
     costs = np.empty((tried[-1], sample.shape[1]), np.int32)
     found = clustering.cluster(
@@ -108,14 +108,14 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
 
 
 def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """As `coding.counts.assign`."""
+    """Implements `coding.counts.assign`."""
     codes, totals = np.empty(len(rows), np.uint8), np.zeros(costs.shape, np.int64)
     clustering.assign(np.ascontiguousarray(rows), np.ascontiguousarray(costs), codes, totals)
     return codes, totals
 
 
 def lengths_of_codes(totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
-    """As `coding.counts.lengths_of_codes`."""
+    """Implements `coding.counts.lengths_of_codes`."""
     lengths = np.zeros(totals.shape, np.uint8)
     clustering.fill_all_lengths(np.ascontiguousarray(totals), limit, lengths)
     return lengths
@@ -124,7 +124,7 @@ def lengths_of_codes(totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]
 def encode_levels(
     levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
 ) -> Planes:
-    """As `coding.planes.encode_levels`."""
+    """Implements `coding.planes.encode_levels`."""
     levels = np.ascontiguousarray(levels)
     extra = table.class_extra
     base, constant, lookup, firsts = _class_tables(table.base, extra)
@@ -169,7 +169,7 @@ def _prefix_plane(
 
 
 def _class_tables(base: int, extra: NDArray[np.uint8]) -> tuple[np.uint64, int, NDArray[np.uint16], Levels]:
-    """What `counting.class_of` needs."""
+    """Returns base, constant, look-up table and first levels, the arguments of `counting.class_of`."""
     sizes = np.uint64(1) << extra.astype(np.uint64)
     ends = np.cumsum(sizes) + np.uint64(base)
     firsts = ends - sizes

@@ -1,4 +1,4 @@
-"""Exact streams from bit patterns: as the functions of the same names in `coding.exact`, to the bit."""
+"""Encodes exact streams from bit patterns: bit-identical to the same functions of `coding.exact`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .vectors import STEP_BYTES
 
 
 def count_exact(values: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
-    """As `coding.exact.count_exact`."""
+    """Implements `coding.exact.count_exact`."""
     rows = np.empty((len(counts), classes), np.int32)
     counters = np.empty((COUNTERS, classes), np.int32)
     values = np.ascontiguousarray(values)
@@ -26,14 +26,14 @@ def count_exact(values: Patterns, counts: Counts, width: int, first: int, classe
 
 
 def exact_zeros(values: Patterns, counts: Counts) -> Counts:
-    """As `coding.exact.exact_zeros`."""
+    """Implements `coding.exact.exact_zeros`."""
     zeros = np.empty(len(counts), np.int64)
     patterns.shared_zeros(np.ascontiguousarray(values), counts, zeros)
     return zeros
 
 
 def encode_exact(values: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable) -> Planes:
-    """As `coding.exact.encode_exact`."""
+    """Implements `coding.exact.encode_exact`."""
     width = table.constant_width
     bits = 8 * values.itemsize
     known = width is not None and table.group == 1 and values.itemsize in (2, 4) and table.classes > 1
@@ -58,12 +58,15 @@ def _prefix_plane(
     used = patterns.pack_prefix(
         values, values.view(np.uint8), counts, codes, first, width, words, pairs, plane, sizes
     )
-    return plane[:used].copy(), sizes  # much smaller than what it could have been
+    return plane[:used].copy(), sizes  # a copy, because the buffer is usually much larger
 
 
 @lru_cache(maxsize=4)
 def _tables(table: CodeTable, class_bits: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Codewords of classes and of pairs of them, see `patterns.pack_prefix`; no pairs where they are many."""
+    """Returns the codewords of classes and of pairs of classes (`patterns.pack_prefix`).
+
+    There are no pairs if their table would have more than 2^`patterns.MAX_PAIR_BITS` entries.
+    """
     lengths = np.frombuffer(b"".join([code.length for code in table.codes]), np.uint8)
     words = np.zeros((len(table.codes), table.classes), np.uint32)
     packing.fill_words(lengths.reshape(words.shape), words)

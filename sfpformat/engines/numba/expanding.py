@@ -1,8 +1,8 @@
-"""Survivors to their positions, a vector at a time, where the processor has instructions for it.
+"""Writes survivors to their positions with vector instructions, if the processor has them.
 
-One instruction expands 64 bytes where there is AVX-512; with AVX2 the survivors of eight positions are
-permuted by a table. A processor without either does better survivor by survivor, so callers ask `WAY2` and
-`WAY4` first.
+With AVX-512, one instruction expands 64 bytes. With SSSE3 (2-byte weights) or AVX2 (4-byte weights), a
+look-up table permutes the survivors of eight positions. Otherwise a loop over survivors is faster, so callers
+check `WAY2` and `WAY4` first.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from numba.extending import intrinsic, register_jitable
 from .memory import count_ones, pointer_to, require_inside
 
 _FEATURES = binding.get_host_cpu_features()
-# How weights of 2 and of 4 bytes are expanded on this processor.
+# The method for weights of 2 and of 4 bytes on this processor.
 ONE_BY_ONE, PERMUTED, EXPANDED = range(3)
 WAY2 = EXPANDED if _FEATURES.get("avx512vbmi2") else PERMUTED if _FEATURES.get("ssse3") else ONE_BY_ONE
 WAY4 = EXPANDED if _FEATURES.get("avx512f") else PERMUTED if _FEATURES.get("avx2") else ONE_BY_ONE
 PERMUTED_AT_ONCE = 8  # positions
 
-_PRUNED = 0x80  # in place of a number
-# For each mask byte the number of the survivor at each of eight positions, and the same for each byte of
-# survivors of two bytes.
+_PRUNED = 0x80  # marks a position without a survivor
+# For each mask byte: the index of the survivor at each of eight positions. NUMBERS2 holds the same for each
+# byte of two-byte survivors.
 _NUMBERS = np.full((256, PERMUTED_AT_ONCE), _PRUNED, np.uint8)
 for _mask in range(256):
     _set = [_p for _p in range(PERMUTED_AT_ONCE) if _mask >> _p & 1]
@@ -42,7 +42,7 @@ NUMBERS2 = (
 
 
 def _expander(item: int) -> Any:
-    """A function that writes values to the positions whose mask bits are set, and zero to the others."""
+    """Returns a function that writes values to positions with a set mask bit, and zero to the others."""
     lanes, word = 64 // item, ir.IntType(8 * item)
     vector, flags = ir.VectorType(word, lanes), ir.VectorType(ir.IntType(1), lanes)
     name = f"llvm.masked.expandload.v{lanes}i{8 * item}"
@@ -72,7 +72,7 @@ _expand2, _expand4 = _expander(2), _expander(4)
 def _permute2(
     typing_context: Any, values: Any, place: Any, numbers: Any, mask: Any, out: Any, to: Any
 ) -> Any:
-    """Eight positions of two bytes: a permutation of 16 bytes, of which a set highest bit makes zero."""
+    """Expands eight positions of two bytes: permutes 16 bytes; an index with its high bit set gives zero."""
     vector = ir.VectorType(ir.IntType(8), 16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -95,7 +95,7 @@ def _permute2(
 def _permute4(
     typing_context: Any, values: Any, place: Any, numbers: Any, mask: Any, out: Any, to: Any
 ) -> Any:
-    """Eight positions of four bytes: a permutation of eight words, and zeros where a number is negative."""
+    """Expands eight positions of four bytes: permutes eight words; a negative index gives zero."""
     bytes8, vector = ir.VectorType(ir.IntType(8), 8), ir.VectorType(ir.IntType(32), 8)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -118,7 +118,7 @@ def _permute4(
 
 
 def _load(context: Any, builder: Any, kind: Any, array: Any, offset: Any, vector: Any) -> Any:
-    """A vector from any byte of an array."""
+    """Loads a vector from any byte of an array."""
     pointer = pointer_to(context, builder, kind, array, offset, 8)
     loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()))
     loaded.align = 1
@@ -133,9 +133,9 @@ def _store(context: Any, builder: Any, kind: Any, array: Any, offset: Any, value
 
 @register_jitable
 def expand2(values: Any, place: int, mask: int, out: Any, to: int) -> None:
-    """Writes 32 weights of 2 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
+    """Writes 32 weights of 2 bytes at byte ``to``: survivors from byte ``place`` on, and zeros.
 
-    Up to 16 bytes are read beyond the last of them. Not where `WAY2` is `ONE_BY_ONE`.
+    May read up to 16 bytes past the last survivor. Not for `WAY2` equal to `ONE_BY_ONE`.
     """
     require_inside(out, to, 64)
     if WAY2 == EXPANDED:
@@ -151,9 +151,9 @@ def expand2(values: Any, place: int, mask: int, out: Any, to: int) -> None:
 
 @register_jitable
 def expand4(values: Any, place: int, mask: int, out: Any, to: int) -> None:
-    """Writes 32 weights of 4 bytes at byte ``to``, those of set mask bits from byte ``place`` on.
+    """Writes 32 weights of 4 bytes at byte ``to``: survivors from byte ``place`` on, and zeros.
 
-    Up to 32 bytes are read beyond the last of them. Not where `WAY4` is `ONE_BY_ONE`.
+    May read up to 32 bytes past the last survivor. Not for `WAY4` equal to `ONE_BY_ONE`.
     """
     require_inside(out, to, 128)
     if WAY4 == EXPANDED:

@@ -1,7 +1,7 @@
-"""The header and the segment index of a chunk, read and checked (SPEC.md 15.1, 15.2).
+"""Parses and checks the header and the segment index of a chunk (SPEC.md 15.1, 15.2).
 
-As `container.chunk.read_index`, which stays the judge: what this finds wrong in any way it does not name; its
-caller then goes the plain way, which does.
+Fast path of `container.chunk.read_index`: returns False on any problem. The caller then falls back to the
+reference, which raises the fault.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .memory import load32, load64
 # Streams, in the order of SPEC.md 15.2.
 STREAMS = ("mask", "fingerprints", "importance")
 
-# What a segment index depends on: columns of `shapes`, a row of which describes a stream.
+# Columns of `shapes` that determine a segment index; each row of `shapes` describes a stream.
 #   PRESENT_OF      whether the tensor has the stream
-#   COUNT_RULE_OF   how many levels a segment has: one of the COUNT_ constants
+#   COUNT_RULE_OF   the rule for the number of levels of a segment: one of the COUNT_ constants
 #   CODES_OF        number of codes, 0 for one class
 #   TRIMMED_OF      whether the index has trims
-#   CONSTANT_OF     residual bits of all used classes, or -1 where they differ
-#   LEAST_OF        the fewest residual bits of a used class
+#   CONSTANT_OF     residual bits of all used classes, or -1 if they differ
+#   LEAST_OF        the smallest number of residual bits of a used class
 PRESENT_OF, COUNT_RULE_OF, CODES_OF, TRIMMED_OF, CONSTANT_OF, LEAST_OF = range(6)
 COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS = range(4)
 
-# Rows of the matrix that `read_index` fills: survivors, then for each stream those named here.
+# Rows of the matrix that `read_index` fills: survivors, then for each stream the rows named here.
 ROW_SURVIVORS = 0
 ROWS_A_STREAM = 7
 COUNTS, CODES, TRIMS, PREFIX_START, PREFIX_BITS, RESIDUAL_START, RESIDUAL_BITS = range(ROWS_A_STREAM)
@@ -37,7 +37,7 @@ ROWS = 1 + ROWS_A_STREAM * len(STREAMS)
 
 @kernel
 def row_of(stream: int, quantity: int) -> int:
-    """The row of a stream's quantity."""
+    """Returns the row of a stream's quantity."""
     return 1 + ROWS_A_STREAM * stream + quantity
 
 
@@ -48,7 +48,7 @@ def _aligned(x: int, k: int) -> int:
 
 @kernel
 def _zero_bytes(data: Any, start: int, stop: int) -> bool:
-    """Whether the bytes from ``start`` up to ``stop`` are zero."""
+    """Returns whether the bytes from ``start`` to ``stop`` - 1 are zero."""
     seen = np.uint8(0)
     for i in range(start, stop):
         seen |= data[i]
@@ -57,7 +57,7 @@ def _zero_bytes(data: Any, start: int, stop: int) -> bool:
 
 @kernel
 def _zero_bits(data: Any, start: int, stop: int) -> bool:
-    """Whether the bits from bit ``start`` up to byte ``stop`` are zero."""
+    """Returns whether the bits from bit ``start`` to the end of byte ``stop`` - 1 are zero."""
     first = start >> 3
     if start & 7:
         if first < stop and data[first] >> (start & 7):
@@ -68,7 +68,7 @@ def _zero_bits(data: Any, start: int, stop: int) -> bool:
 
 @kernel
 def _read_quantity(data: Any, number: int, pos: int, values: Any) -> int:
-    """Reads a quantity whose fields begin at byte ``pos``; returns where its part ends, or -1."""
+    """Parses a quantity whose fields begin at byte ``pos``. Returns the end of its part, or -1 on a fault."""
     at = 8 * number
     minimum, width = np.int64(load32(data, at)), np.int64(data[at + 4])
     if data[at + 5] or data[at + 6] or data[at + 7] or width > MAX_INDEX_WIDTH:
@@ -77,7 +77,7 @@ def _read_quantity(data: Any, number: int, pos: int, values: Any) -> int:
     size = (n * width + 7) // 8
     if pos + size + TAIL_BYTES > data.size:
         return -1
-    # Every load stays inside: at least TAIL_BYTES follow the fields.
+    # Every load is in bounds: at least TAIL_BYTES follow the fields.
     mask = np.uint64((1 << width) - 1)
     for i in range(n):
         bit = pos * 8 + i * width
@@ -103,12 +103,12 @@ def _fill_counts(rule: int, positions: Any, survivors: Any, counts: Any) -> None
 
 @kernel
 def read_index(data: Any, shapes: Any, positions: Any, index: Any) -> bool:
-    """Reads the header and index of a chunk; False where anything is not as SPEC.md says.
+    """Parses the header and index of a chunk. False if anything breaks SPEC.md.
 
     Args:
         data: uint8, the whole chunk, at least 64 bytes.
         shapes: int64 [3, 6 or more].
-        positions: int64 [n], positions of each segment.
+        positions: int64 [n], number of positions of each segment.
         index: int64 [ROWS, n], filled.
     """
     n = positions.size

@@ -1,4 +1,4 @@
-"""Class slots and the residual plane to levels (SPEC.md chapter 9)."""
+"""Decodes levels from class slots and the residual plane (SPEC.md chapter 9)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def decode_segment(
     place: int,
     levels: Any,
 ) -> bool:
-    """The levels of a segment; False where its residuals do not end where they must (R-PLN-003).
+    """Decodes the levels of a segment. False if its residuals do not end where they must (R-PLN-003).
 
-    Every load's offset is cut to the last whole word of the chunk, as in `prefix`.
+    If the widths differ, load offsets are clamped to the last whole word of the chunk (see `prefix`).
 
     Args:
         data: uint8, the chunk.
-        start, size: bit offset in ``data`` and bits of the segment's residuals.
-        count: its levels.
-        trim: residual bits that it leaves out.
-        constant: residual bits of all used classes, or -1 where they differ.
-        first, extra: of `Slots`.
+        start, size: bit offset in ``data`` and size in bits of the segment's residuals.
+        count: its number of levels.
+        trim: residual bits that the segment omits.
+        constant: residual bits of all used classes, or -1 if they differ.
+        first, extra: the tables of `lookup.Classes`.
         slots, place: the segment's slots begin at ``slots[place]``.
-        levels: uint64, room for ``count``.
+        levels: uint64, at least ``count`` elements; filled.
     """
     one = np.uint64(1)
     if constant == 0:
@@ -49,7 +49,7 @@ def decode_segment(
     if constant > 0:
         width = constant - trim
         mask = (one << np.uint64(width)) - one
-        if constant == 1:  # a sign: 32 of them from one load
+        if constant == 1:  # a sign: one load gives 32
             for i in range(0, count, 32):
                 bit = start + i
                 signs = load64(data, bit >> 3) >> np.uint64(bit & 7)
@@ -57,7 +57,7 @@ def decode_segment(
                     levels[j] = first[slots[place + j]] + (signs & one)
                     signs >>= one
             return True
-        # The index implies their size, and that they are inside (`index.read_index`): no load is cut.
+        # `index.read_index` has checked that the residuals lie inside the chunk: no clamp is needed.
         for i in range(count):
             bit = start + i * width
             residual = (load64(data, bit >> 3) >> np.uint64(bit & 7)) & mask

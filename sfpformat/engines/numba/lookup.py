@@ -1,26 +1,26 @@
-"""The tables that decoding a stream needs, laid out in bytes: classes, codewords, and look-up tables.
+"""Tables for decoding a stream: classes, codewords, and look-up tables, in one byte array.
 
-They are made in memory that each thread keeps, when the first segment asks for them: those of the classes by
-`prepare`, the look-up table of a code by `code_of`. A stream's `filled` says which are there: the
-first element for the classes, one more for each code.
+They are filled on first use, in memory that each thread keeps: `prepare` fills the tables of the classes,
+`code_of` the look-up table of a code. A stream's `filled` holds the flags of the filled tables: first that of
+the classes, then one for each code.
 
-A *slot* is a byte that stands for a class: the class itself where there are at most 256, else its place among
-the used ones. The tables of a stream are these, one after another (`c` codes, look-up tables `b` bits wide):
+A *slot* is a byte that identifies a class: the class number if there are at most 256 classes, else its index
+among the used classes. The tables of a stream are, in this order (`c` codes, look-up tables of `b` bits):
 
     first           uint64 [256]       first level of each slot's class
     extra           uint8 [256]        its residual bits
-    of_length       int64 [c, 13]      how many codewords of each length
-    symbol_slots    uint16 [c, 256]    in canonical order: the slot, with g = 2 the second in the higher byte
-    symbol_length   uint8 [c, 4096]    codeword's length, of slot s at s, with g = 2 of s and t at s + 64 t
-    entries         uint64 [c, 2^b]    from the next b bits of a prefix plane to up to six slots at once
+    of_length       int64 [c, 13]      number of codewords of each length
+    symbol_slots    uint16 [c, 256]    in canonical order: the slot; with g = 2 the second in the high byte
+    symbol_length   uint8 [c, 4096]    codeword length, of slot s at s; with g = 2 of s and t at s + 64 t
+    entries         uint64 [c, 2^b]    next b bits of a prefix plane -> up to six slots
 
 An entry is
 
-    bits  0 to  5   bits that its symbols take
-    bits  8 to 55   the slots, the first one lowest; those behind the ones that count mean nothing
-    bits 56 to 63   how many slots count, 1 to 6
+    bits  0 to  5   number of bits of its codewords
+    bits  8 to 55   the slots, the first one lowest; slots beyond the count are undefined
+    bits 56 to 63   number of valid slots, 1 to 6
 
-It is 0 where the next codeword is longer than the table is wide; those are rare, and `decode_one` reads them
+An entry is 0 if the next codeword is longer than `b` bits. Such codewords are rare; `decode_one` decodes them
 bit by bit.
 """
 
@@ -35,40 +35,40 @@ from .compiling import kernel
 from .memory import count_ones
 
 MAX_SLOTS = 6
-# Five look-ups of at most this many bits take at most the 57 that one unaligned load of 64 is sure to give; a
-# table of 2^11 entries leaves half of a first cache of 32 KiB to what goes through it.
+# Five look-ups of at most this many bits consume at most 57 bits, which one unaligned 64-bit load always
+# provides. A table of 2^11 entries occupies half of an L1 cache of 32 KiB.
 MAX_BITS = 11
 _MIN_BITS = 9
-# The entry of a codeword that is longer than the table is wide.
+# The entry for a codeword that is longer than the index of the table.
 LONG = 0
-# Where in an entry its slots are, and how many of them count.
+# Bit offsets in an entry of the slots and of their number.
 SLOTS_AT, COUNT_AT = 8, 56
-# An entry should serve at least 2^5 levels: making it takes about as long as decoding 8.
+# An entry should serve at least 2^5 levels: filling it takes about as long as decoding 8.
 _LEVELS_AN_ENTRY = 5
 
 _EXTRA, _OF_LENGTH = 256 * 8, 256 * 9
 _LENGTHS = MAX_CODE_BITS + 1
-# Bytes a code beside its look-up table: of_length, symbol_slots, symbol_length.
+# Bytes per code, without its look-up table: of_length, symbol_slots, symbol_length.
 _SYMBOLS = 64 * 64
 _A_CODE = 8 * _LENGTHS + 512 + _SYMBOLS
-# For sums and comparisons of six bytes at once.
+# Constants for sums and comparisons of six bytes at once.
 _ONES, _HIGHS, _BYTES = 0x010101010101, 0x808080808080, 0xFFFFFFFFFFFF
 
 
 def table_bits(codes: int, levels: int) -> int:
-    """How wide the look-up tables of a stream with about so many levels should be; 0 for one class."""
+    """Returns the index bits of the look-up tables for about ``levels`` levels; 0 for one class."""
     if codes == 0:
         return 0
     return min(max((levels // codes).bit_length() - _LEVELS_AN_ENTRY, _MIN_BITS), MAX_BITS)
 
 
 def table_bytes(codes: int, bits: int) -> int:
-    """Bytes that the tables of a stream take."""
+    """Returns the size in bytes of the tables of a stream."""
     return _OF_LENGTH + codes * (_A_CODE + (8 << bits))
 
 
 def lengths_of(table: CodeTable) -> bytes:
-    """What `prepare` reads: residual bits of each class, then the code lengths of one code after another."""
+    """Returns the input of `prepare`: residual bits of each class, then the code lengths of each code."""
     return b"".join([table.extra, *[code.length for code in table.codes]])
 
 
@@ -80,7 +80,7 @@ class Classes(NamedTuple):
 
 
 class Code(NamedTuple):
-    """The tables of one code, as described above; ``mask`` is the number of entries less one."""
+    """The tables of one code (module docstring); ``mask`` is the number of entries minus one."""
 
     group: int
     of_length: Any
@@ -92,13 +92,13 @@ class Code(NamedTuple):
 
 @kernel
 def classes_of(tables: Any) -> Any:
-    """The `Classes` of a stream's tables."""
+    """Returns the `Classes` of a stream's tables."""
     return Classes(tables[:_EXTRA].view(np.uint64), tables[_EXTRA:_OF_LENGTH])
 
 
 @kernel
 def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
-    """Where the tables of a code are, filled or not."""
+    """Returns views of the tables of a code, filled or not."""
     lengths = _OF_LENGTH + code * 8 * _LENGTHS
     slots = _OF_LENGTH + codes * 8 * _LENGTHS + code * 512
     symbols = _OF_LENGTH + codes * (8 * _LENGTHS + 512) + code * _SYMBOLS
@@ -117,8 +117,10 @@ def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
 def _slots_of_classes(
     base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any, slots: Any
 ) -> bool:
-    """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none; False where 256 are
-    too few."""
+    """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none.
+
+    False if more than 256 classes are used.
+    """
     classes = extra.size
     symbols = classes if group == 1 else classes * classes
     for c in range(classes):
@@ -148,14 +150,16 @@ def _slots_of_classes(
 def prepare(
     base: Any, classes: int, lengths: Any, codes: int, group: int, tables: Any, filled: Any, slots: Any
 ) -> bool:
-    """Fills the tables of a stream but for the entries; False where its codes use more than 256 classes.
+    """Fills the tables of a stream except the entries. False if its codes use more than 256 classes.
+
+    Does nothing if they are filled.
 
     Args:
         base: uint64, the first level of class 0.
-        lengths: uint8, of `lengths_of`.
+        lengths: uint8, from `lengths_of`.
         tables: uint8 [table_bytes].
         filled: int64 [1 + codes], set to 1 and zeros.
-        slots: int64 [MAX_CLASSES + 13], free for use.
+        slots: int64 [MAX_CLASSES + 13], scratch memory.
     """
     if filled[0]:
         return True
@@ -195,7 +199,7 @@ def prepare(
 def code_of(
     tables: Any, codes: int, bits: int, code: int, group: int, filled: Any, single: Any, ends: Any
 ) -> Any:
-    """The tables of a code, `Code`; its look-up table is filled if it was not."""
+    """Returns the `Code` of a code. Fills its look-up table on first use."""
     found = code_at(tables, codes, bits, code, group)
     if not filled[1 + code]:
         _fill_entries(found.of_length, found.symbol_slots, group, bits, single, ends, found.entries)
@@ -210,15 +214,16 @@ def _fill_entries(
     """Fills the look-up table of one code.
 
     Args:
-        single, ends: uint32, uint64 [2^bits or more], free for use.
+        single, ends: uint32, uint64 [2^bits or more], scratch memory.
 
-    What a window of bits gives is its first symbol and then what the window of the rest gives, zeros behind
-    it; the rest is the lesser number, so that its entry is there already. Where the symbols end decides how
-    many of them are of the window: six ends, a byte each, are carried along and compared at once.
+    The entry of a window of bits is its first symbol, followed by the symbols of the window shifted right by
+    that codeword, with zero bits above. The shifted window is a smaller number, so its entry has already been
+    filled. Only symbols that end inside the window count: the end offsets of six symbols, one byte each, are
+    stored with the entry and compared in one operation.
     """
     size = np.int64(1) << bits
-    single[:size] = np.uint32(0)  # of each window the first symbol: slots, and length
-    # Unsigned from here on: signed subscripts are tested for being negative.
+    single[:size] = np.uint32(0)  # the first symbol of each window: slots and length
+    # Unsigned indices from here on, because Numba tests signed ones for negative values.
     stop = np.uint64(size)
     codeword, rank = np.int64(0), np.int64(0)
     for length in range(1, bits + 1):
@@ -238,7 +243,7 @@ def _fill_entries(
     eight, width = np.uint64(8), np.uint64(8 * group)
     of_symbols = np.uint64((1 << (8 * (MAX_SLOTS // group))) - 1)
     inside = (np.uint64(0x80) + np.uint64(bits)) * ones
-    # The window of zeros gives the same symbol again and again.
+    # The window of zeros repeats one symbol.
     symbol = np.uint64(single[0])
     length = symbol & np.uint64(255)
     same, end = symbol >> eight, np.uint64(0)
@@ -270,7 +275,10 @@ def _fill_entries(
 
 @kernel
 def decode_one(window: Any, of_length: Any, symbol_slots: Any) -> tuple[int, int]:
-    """The slots of the first symbol in a window of at least 12 bits, and its length, read bit by bit."""
+    """Decodes the first codeword of a window of at least 12 bits, bit by bit.
+
+    Returns its slots and length.
+    """
     codeword, first, rank = np.int64(0), np.int64(0), np.int64(0)
     for length in range(1, MAX_CODE_BITS + 1):
         codeword |= np.int64(window & np.uint64(1))

@@ -1,7 +1,7 @@
-"""Tensors of few values: as the functions of the same names in `coding.magnitudes`, to the bit.
+"""Tensors of few distinct values: bit-identical to the functions of the same names in `coding.magnitudes`.
 
-Patterns of one or two bytes are looked up in a table of all patterns. Wider ones are hashed: a slot holds a
-magnitude's pattern, a full slot sends the search on to the next one.
+Patterns of one or two bytes use a look-up table of all patterns. Wider ones use a hash table with linear
+probing; a slot holds a magnitude's pattern.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ...coding.exact import Patterns
 from ...coding.magnitudes import magnitude_bits, translation
 from .compiling import kernel
 
-# 2^64 over the golden ratio: the upper bits of products with it are spread evenly (Knuth, vol. 3, 6.4).
+# 2^64 divided by the golden ratio: the upper bits of products with it are spread evenly (Knuth, vol. 3, 6.4).
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-# Slots for each magnitude that a table may hold: few searches look at a second slot.
+# Slots per magnitude of the hash table: few searches need a second slot.
 _SLOTS_EACH = 8
 _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # no magnitude: its highest bit is a sign
 
 
 def few_magnitudes(patterns: Patterns, most: int) -> Patterns | None:
-    """As `coding.magnitudes.few_magnitudes`."""
+    """Implements `coding.magnitudes.few_magnitudes`."""
     patterns = np.ascontiguousarray(patterns)
     low = magnitude_bits(patterns.dtype)
     if patterns.itemsize <= 2:
@@ -40,7 +40,7 @@ def few_magnitudes(patterns: Patterns, most: int) -> Patterns | None:
 def translate(
     patterns: Patterns, magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]
 ) -> NDArray[np.unsignedinteger]:
-    """As `coding.magnitudes.translate`."""
+    """Implements `coding.magnitudes.translate`."""
     patterns = np.ascontiguousarray(patterns)
     out = np.empty(len(patterns), meanings.dtype)
     if patterns.itemsize <= 2:
@@ -54,13 +54,13 @@ def translate(
 
 
 def _slot_bits(most: int) -> int:
-    """Of the number of a slot, in a table for so many magnitudes."""
+    """Returns the bits of a slot number, in a hash table for ``most`` magnitudes."""
     return (_SLOTS_EACH * most - 1).bit_length()
 
 
 @kernel
 def _flag(patterns: Any, low: Any, most: int, flags: Any) -> int:
-    """Sets the flag of each magnitude; returns how many are set, once they are more than ``most``."""
+    """Sets the flag of each magnitude and returns the number of set flags. Stops at more than ``most``."""
     count = np.int64(0)
     for i in range(patterns.size):
         magnitude = patterns[i] & low
@@ -74,7 +74,7 @@ def _flag(patterns: Any, low: Any, most: int, flags: Any) -> int:
 
 @kernel
 def _place(magnitude: Any, shift: Any, slots: Any) -> int:
-    """The slot that has a magnitude, or the free one where it belongs."""
+    """Returns the slot of a magnitude, or the free slot for it."""
     last = np.uint64(slots.size - 1)
     at = magnitude * _MULTIPLIER >> shift
     while slots[at] != magnitude and slots[at] != _FREE:
@@ -84,13 +84,14 @@ def _place(magnitude: Any, shift: Any, slots: Any) -> int:
 
 @kernel
 def _collect(patterns: Any, low: Any, most: int, shift: Any, slots: Any, found: Any) -> int:
-    """Fills ``found`` with the magnitudes, in the order in which they occur; returns how many.
+    """Fills ``found`` with the distinct magnitudes, in order of occurrence; returns their number.
 
     Args:
-        most: it ends after one more than so many.
-        shift: of a product that leaves the number of a slot.
+        low: mask of a pattern's bits without the sign.
+        most: stops at more than this many magnitudes.
+        shift: right shift of a hash product that gives a slot number.
         slots: uint64, all free, more than ``most``.
-        found: room for ``most`` and one more.
+        found: ``most`` + 1 elements.
     """
     count = np.int64(0)
     for i in range(patterns.size):
@@ -107,7 +108,7 @@ def _collect(patterns: Any, low: Any, most: int, shift: Any, slots: Any, found: 
 
 @kernel
 def _look_up(patterns: Any, table: Any, out: Any) -> None:
-    """Fills ``out`` from a table of all patterns."""
+    """Fills ``out`` from a look-up table of all patterns."""
     for i in range(patterns.size):
         out[i] = table[patterns[i]]
 
@@ -124,13 +125,14 @@ def _search(
     by_slot: Any,
     out: Any,
 ) -> None:
-    """Fills ``out`` with what each value means.
+    """Fills ``out`` with the meaning of each pattern.
 
     Args:
-        magnitudes, meanings: as in `translate`; every magnitude of the patterns is there.
-        low, top: ones where a pattern has no sign, and the number of its highest bit.
-        shift, slots: as in `_collect`.
-        by_slot: as ``meanings``, two for each slot, free for use.
+        magnitudes, meanings: same as for `translate`; ``magnitudes`` contains every magnitude of the
+            patterns.
+        low, top: mask of a pattern's bits without the sign, and the number of its highest bit.
+        shift, slots: same as for `_collect`.
+        by_slot: dtype of ``meanings``, two elements per slot, scratch memory.
     """
     one = np.uint64(1)
     for number in range(magnitudes.size):

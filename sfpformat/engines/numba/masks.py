@@ -1,4 +1,4 @@
-"""Mask levels to mask bits, and survivors to their positions (SPEC.md chapter 10)."""
+"""Decodes mask levels to mask bits, and writes survivors to their positions (SPEC.md chapter 10)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .compiling import kernel
 from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
 from .memory import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
 
-# Bytes ahead of what is written that are fetched meanwhile.
+# Prefetch distance in bytes ahead of the store.
 _AHEAD = 1024
 
 OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
@@ -20,12 +20,12 @@ OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
 def mask_of_levels(
     kind: int, levels: Any, count: int, positions: int, survivors: int, bits: Any, at: int
 ) -> bool:
-    """The mask bits of a segment; False where they break R-MSK-004 to R-MSK-006.
+    """Decodes the mask bits of a segment. False if they break R-MSK-004 to R-MSK-006.
 
     Args:
         kind: one of the constants above.
-        levels: uint64, ``count`` of them.
-        bits: uint8, filled from byte ``at`` on, all zero before; a multiple of 4 bytes a segment.
+        levels: uint64, ``count`` elements.
+        bits: uint8, initially zero; filled from byte ``at`` on. A segment has a multiple of 4 bytes.
     """
     if kind == OCTETS:
         for i in range(count):
@@ -51,7 +51,7 @@ def mask_of_levels(
 def mask_of_slots(
     first: Any, slots: Any, place: int, count: int, positions: int, survivors: int, bits: Any, at: int
 ) -> bool:
-    """As `mask_of_levels` for octets of classes without residuals: each slot stands for one octet.
+    """Does the work of `mask_of_levels` for octets of classes without residuals: each slot is one octet.
 
     Args:
         first: uint64 [256], the first level of each slot.
@@ -66,7 +66,7 @@ def mask_of_slots(
 
 @kernel
 def _count_mask(bits: Any, at: int, positions: int) -> int:
-    """How many mask bits of a segment are one."""
+    """Returns the number of mask bits of a segment that are one."""
     found = np.int64(0)
     for word in range((positions + 31) >> 5):
         found += np.int64(count_ones(np.uint64(load32(bits, at + 4 * word))))
@@ -75,7 +75,7 @@ def _count_mask(bits: Any, at: int, positions: int) -> int:
 
 @kernel
 def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
-    """The positions in its segment of each survivor, into ``places`` (int64)."""
+    """Fills ``places`` (int64) with the position in its segment of each survivor."""
     i = 0
     for start in range(0, positions, 32):
         word = np.uint64(load32(bits, at + (start >> 3)))
@@ -87,10 +87,11 @@ def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
 
 @kernel
 def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any, to: int) -> None:
-    """Writes the survivors of a segment to their positions and zero to all others.
+    """Writes the survivors of a segment to their positions, and zero to all others.
 
     Args:
-        values: uint8, the survivors' bit patterns of ``item`` bytes each; room for 8 more.
+        values: uint8, the survivors' bit patterns of ``item`` bytes each, then bytes that may be read but are
+            not used (see `expanding`).
         out: uint8, written from byte ``to`` on.
     """
     i, whole = np.int64(0), np.int64(0)
@@ -104,8 +105,8 @@ def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any,
         else:
             expand2(values, 2 * i, word, out, to + 2 * start)
         i += np.int64(count_ones(word))
-    # From survivor to survivor, even where half the positions survive: a loop over all positions has to wait
-    # at each for the one before.
+    # A loop over survivors, even if half of the positions survive: in a loop over all positions each step
+    # depends on the previous one.
     out[to + whole * item : to + positions * item] = 0
     for start in range(whole, positions, 32):
         word = np.uint64(load32(bits, at + (start >> 3)))

@@ -1,10 +1,10 @@
-"""Unaligned loads and stores of whole words in byte arrays: what compiled kernels do instead of indexing.
+"""Unaligned loads and stores of whole words in byte arrays, for compiled kernels.
 
-Rules: a kernel touches memory through these functions or through plain indexing, through nothing else. Its
-caller proves that all offsets lie inside before the loop. With the environment variable
-``SFPFORMAT_CHECKED=1`` every single access is checked too and raises IndexError, which is how the tests look
-for holes in those proofs (with ``NUMBA_BOUNDSCHECK=1`` for plain indexing, and a ``NUMBA_CACHE_DIR`` of its
-own, since the compiled code differs).
+Rules: kernels access memory only through these functions or through plain indexing. The caller proves before
+the loop that all offsets are in bounds. With the environment variable ``SFPFORMAT_CHECKED=1`` every access is
+also checked and raises IndexError; the tests use this to find errors in those proofs (with
+``NUMBA_BOUNDSCHECK=1`` for plain indexing, and a separate ``NUMBA_CACHE_DIR``, because the compiled code
+differs).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CHECKED = os.environ.get("SFPFORMAT_CHECKED") == "1"
 
 
 def pointer_to(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int) -> Any:
-    """Pointer to the word of ``bits`` bits that starts at byte ``offset`` of an array."""
+    """Returns a pointer to the word of ``bits`` bits that starts at byte ``offset`` of an array."""
     data = context.make_array(array_type)(context, builder, array).data
     bytewise = builder.bitcast(data, cgutils.voidptr_t)
     return builder.bitcast(builder.gep(bytewise, [offset]), ir.IntType(bits).as_pointer())
 
 
 def _loader(word_type: Any) -> Callable[..., Any]:
-    """A function (array, byte offset) -> little-endian word."""
+    """Returns a function (array, byte offset) -> little-endian word."""
 
     def load(typing_context: Any, array: Any, offset: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -45,7 +45,7 @@ def _loader(word_type: Any) -> Callable[..., Any]:
 
 
 def _storer(word_type: Any) -> Callable[..., Any]:
-    """A function (array, byte offset, word)."""
+    """Returns a function (array, byte offset, word) that stores a little-endian word."""
 
     def store(typing_context: Any, array: Any, offset: Any, word: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -65,28 +65,28 @@ _store16, _store32, _store64 = map(_storer, (types.uint16, types.uint32, types.u
 
 @register_jitable
 def require_inside(array: Any, offset: int, size: int) -> None:
-    """In a checked build: raises IndexError for an access that is not inside the array."""
+    """Raises IndexError in a checked build if an access is out of bounds."""
     if CHECKED and (offset < 0 or offset + size > array.nbytes):
         raise IndexError("an access outside its array")
 
 
 @register_jitable
 def load16(array: Any, offset: int) -> Any:
-    """The uint16 at byte ``offset``."""
+    """Returns the uint16 at byte ``offset``."""
     require_inside(array, offset, 2)
     return _load16(array, offset)
 
 
 @register_jitable
 def load32(array: Any, offset: int) -> Any:
-    """The uint32 at byte ``offset``."""
+    """Returns the uint32 at byte ``offset``."""
     require_inside(array, offset, 4)
     return _load32(array, offset)
 
 
 @register_jitable
 def load64(array: Any, offset: int) -> Any:
-    """The uint64 at byte ``offset``."""
+    """Returns the uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     return _load64(array, offset)
 
@@ -114,7 +114,7 @@ def store64(array: Any, offset: int, word: int) -> None:
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Has the cache line around a byte fetched while other work goes on; it need not be in the array."""
+    """Prefetches the cache line of a byte. The byte may lie outside the array."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
@@ -130,7 +130,7 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def bytes_at(typing_context: Any, address: Any, size: Any) -> Any:
-    """The memory at an address as a uint8 array; whoever passes the address keeps the memory alive."""
+    """Returns the memory at an address as a uint8 array. The caller must keep the memory alive."""
     array_type = types.Array(types.uint8, 1, "C")
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -146,7 +146,7 @@ def bytes_at(typing_context: Any, address: Any, size: Any) -> Any:
 
 @intrinsic
 def trailing_zeros(typing_context: Any, word: Any) -> Any:
-    """How many zero bits a uint64 other than 0 has below its lowest one."""
+    """Returns the number of zero bits below the lowest one bit of a uint64, which must not be 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -156,7 +156,7 @@ def trailing_zeros(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def count_ones(typing_context: Any, word: Any) -> Any:
-    """How many bits of a uint64 are one."""
+    """Returns the number of one bits of a uint64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -166,7 +166,7 @@ def count_ones(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def leading_zeros(typing_context: Any, word: Any) -> Any:
-    """How many zero bits a uint64 other than 0 has above its highest one."""
+    """Returns the number of zero bits above the highest one bit of a uint64, which must not be 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -176,7 +176,7 @@ def leading_zeros(typing_context: Any, word: Any) -> Any:
 
 @intrinsic
 def fence(typing_context: Any) -> Any:
-    """Has all stores so far, those past the caches too, seen by other threads before what follows."""
+    """Full memory fence: makes all earlier stores, non-temporal ones too, visible to other threads."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.fence("seq_cst")

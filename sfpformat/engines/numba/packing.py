@@ -1,4 +1,4 @@
-"""Levels to prefix and residual planes, as `coding.planes.encode_levels`."""
+"""Encodes levels to prefix and residual planes (`coding.planes.encode_levels`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .compiling import allocating_kernel
 from .counting import class_of
 from .memory import store64
 
-# Symbols between two flushes: 4 codewords of 12 bits are at most the 57 there is room for.
+# Symbols between two flushes: 4 codewords of 12 bits fit in the 57 free bits.
 _SYMBOLS = 4
-# Residuals of so many bits are packed eight at a time.
+# Residuals of at most this many bits are packed eight at a time.
 MOST_TOGETHER = 8
 
 
 @allocating_kernel
 def fill_words(lengths: Any, words: Any) -> None:
-    """Fills ``words`` (uint32 [codes, symbols]): a codeword, its first bit lowest, from bit 16 its length.
+    """Fills ``words`` (uint32 [codes, symbols]): the codeword, its first bit lowest; from bit 16 its length.
 
     Args:
         lengths: uint8 [codes, symbols].
@@ -43,22 +43,22 @@ def fill_words(lengths: Any, words: Any) -> None:
 def pack_prefix_of_one_width(
     levels: Any, counts: Any, codes: Any, first: int, width: int, words: Any, plane: Any, sizes: Any
 ) -> int:
-    """The prefix plane where all classes have one width and symbols are single classes.
+    """Encodes the prefix plane if all classes have one width and each symbol is one class.
 
     Args:
         levels: unsigned, of whole segments.
-        counts, codes: int64, levels and code of each.
-        first: the class that has symbol 0, counted in classes of 2^width levels.
-        words: uint32 [codes, symbols], of `fill_words`.
-        plane: uint8, filled; room for all codewords and 8 bytes more.
-        sizes: int64, set to the bits of each segment.
+        counts, codes: int64, number of levels and code of each segment.
+        first: the class of symbol 0, counted in classes of 2^width levels.
+        words: uint32 [codes, symbols], from `fill_words`.
+        plane: uint8, filled; needs 8 bytes more than all codewords.
+        sizes: int64, set to the number of bits of each segment.
 
     Returns:
-        How many bytes of the plane are used.
+        The number of used bytes of the plane.
     """
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
-    # Unsigned throughout: signed subscripts are tested for being negative.
+    # Unsigned indices, because Numba tests signed ones for negative values.
     shift, least, one = np.uint64(width), np.uint64(first), np.uint64(1)
     at = np.uint64(0)
     for s in range(counts.size):
@@ -96,7 +96,7 @@ def pack_prefix(
     plane: Any,
     sizes: Any,
 ) -> int:
-    """The prefix plane of any stream; see `pack_prefix_of_one_width` and `counting.class_of`."""
+    """Encodes the prefix plane of any stream. Arguments: `pack_prefix_of_one_width`, `counting.class_of`."""
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
     at, classes = np.int64(0), firsts.size
@@ -124,23 +124,23 @@ def pack_prefix(
 def pack_residuals_of_one_width(
     levels: Any, counts: Any, base: Any, width: int, plane: Any, sizes: Any
 ) -> int:
-    """The residual plane where all classes have one width, at most `MOST_TOGETHER`, and nothing is trimmed.
+    """Encodes the residual plane if all classes have one width of at most `MOST_TOGETHER`, without trims.
 
     Args:
-        levels, counts: of whole segments.
-        base: uint64, the table's.
+        levels, counts: same as for `pack_prefix_of_one_width`.
+        base: uint64, the base of the code table.
         width: residual bits of each level.
-        plane: uint8, filled; room for all residuals and 8 bytes more.
-        sizes: int64, set to the bits of each segment.
+        plane: uint8, filled; needs 8 bytes more than all residuals.
+        sizes: int64, set to the number of bits of each segment.
 
     Returns:
-        How many bytes of the plane are used.
+        The number of used bytes of the plane.
     """
     for s in range(counts.size):
         sizes[s] = counts[s] * width
     bits, mask = np.uint64(width), (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     at, to, size = np.uint64(0), np.int64(0), np.uint64(levels.size)
-    # Eight levels are whole bytes.
+    # Eight residuals fill a whole number of bytes.
     while at + np.uint64(8) <= size:
         word = np.uint64(0)
         for i in range(8):
@@ -172,18 +172,18 @@ def pack_residuals(
     plane: Any,
     sizes: Any,
 ) -> int:
-    """The residual plane of any stream.
+    """Encodes the residual plane of any stream.
 
     Args:
-        levels, counts: of whole segments.
-        trims: int64, residual bits that each segment leaves out.
-        base, constant, lookup, firsts: as in `counting.class_of`.
+        levels, counts: same as for `pack_prefix_of_one_width`.
+        trims: int64, residual bits that each segment omits.
+        base, constant, lookup, firsts: same as for `counting.class_of`.
         extra: uint8, residual bits of each class.
-        plane: uint8, filled; room for all residuals and 8 bytes more.
-        sizes: int64, set to the bits of each segment.
+        plane: uint8, filled; needs 8 bytes more than all residuals.
+        sizes: int64, set to the number of bits of each segment.
 
     Returns:
-        How many bytes of the plane are used.
+        The number of used bytes of the plane.
     """
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     one = np.uint64(1)

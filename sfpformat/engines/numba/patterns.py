@@ -1,8 +1,8 @@
-"""Kernels on the bit patterns of floats, whose levels are never written down (SPEC.md chapter 11).
+"""Encoding kernels on the bit patterns of floats, without arrays of levels (SPEC.md chapter 11).
 
-The level of a pattern is the pattern with its sign moved from the highest bit to the lowest. Its class, of
-2^width levels, is what the pattern has above its lowest width - 1 bits, the sign left out: so classes of
-several patterns are cut out of one word.
+The level of a pattern is the pattern with its sign moved from the highest bit to the lowest. With classes of
+2^width levels, its class is the pattern without its sign and without its lowest width - 1 bits. The classes
+of several patterns can therefore be extracted from one word.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from .compiling import inlined_kernel, kernel
 from .memory import load32, load64, trailing_zeros
 from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
 
-# Look-up tables of pairs have at most 2^16 entries.
+# Maximum index bits of a look-up table of pairs.
 MAX_PAIR_BITS = 16
-# Of an entry: bits of both codewords, and from here on how many.
+# An entry holds the bits of both codewords, and from this bit on their number.
 _LENGTH_AT = 24
-# Patterns whose common zeros are found together.
+# Patterns per step of `shared_zeros`.
 _TOGETHER = 64
 
 
 @inlined_kernel
 def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int, int, int, int]:
-    """The classes of four patterns of ``item`` bytes from number ``at`` on.
+    """Returns the classes of four patterns of ``item`` bytes, from index ``at`` on.
 
     Args:
-        cut: bits below the class.
-        low: uint64, ones where a class has bits.
+        cut: number of bits below the class.
+        low: uint64, mask of the bits of a class.
     """
     if item == 1:
         some = np.uint64(load32(raw, at)) >> cut
@@ -58,11 +58,11 @@ def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int
 
 @inlined_kernel
 def _classes_of_eight(raw: Any, item: int, at: int, cut: int, lows: int) -> int:
-    """The classes of eight patterns of 1, 2 or 4 bytes from number ``at`` on, one a byte, in any order.
+    """Returns the classes of eight patterns of 1, 2 or 4 bytes from index ``at``: a byte each, in any order.
 
     Args:
-        cut: bits below the class.
-        lows: uint64, ones where a class of each pattern in a word has bits, at most 8.
+        cut: number of bits below the class.
+        lows: uint64, mask of the bits of a class, at most 8, repeated for each pattern in a word.
     """
     eight, sixteen = np.uint64(8), np.uint64(16)
     if item == 1:
@@ -76,7 +76,7 @@ def _classes_of_eight(raw: Any, item: int, at: int, cut: int, lows: int) -> int:
 
 @kernel
 def _in_each(low: int, bits: int) -> int:
-    """A word with ``low`` in every pattern of ``bits`` bits, uint64."""
+    """Returns a uint64 that repeats ``low`` every ``bits`` bits."""
     word, filled = low, bits
     while filled < np.uint64(64):
         word |= word << filled
@@ -91,14 +91,14 @@ def count_classes(
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
     Args:
-        patterns: unsigned, of whole segments, all in the classes from ``first`` on that ``rows`` has.
-        raw: the same as uint8.
-        counts: int64, patterns in each segment.
+        patterns: unsigned, of whole segments; their classes are ``first`` to ``first`` + classes - 1.
+        raw: the same memory as uint8.
+        counts: int64, number of patterns of each segment.
         width: at least 1.
-        counters: int32 [4, classes], free for use: neighbours often share a class, and an increment waits for
-            the last one of the same counter, so every fourth has counters of its own.
+        counters: int32 [4, classes], scratch memory. Neighbours often share a class, and an increment waits
+            for the previous one of the same counter; four interleaved sets break this dependency.
     """
-    # Unsigned throughout: signed subscripts are tested for being negative.
+    # Unsigned indices, because Numba tests signed ones for negative values.
     item, more = np.int64(patterns.itemsize), np.int32(1)
     cut, least = np.uint64(width - 1), np.uint64(first)
     low = (np.uint64(1) << np.uint64(8 * item - width)) - np.uint64(1)
@@ -136,14 +136,14 @@ def count_classes(
 
 @kernel
 def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
-    """Fills ``zeros`` (int64), as `coding.planes.shared_zeros` of the levels."""
+    """Fills ``zeros`` (int64) with `coding.planes.shared_zeros` of the levels."""
     top = np.uint64(1) << np.uint64(8 * patterns.itemsize - 1)
     at = np.int64(0)
     for s in range(counts.size):
         stop = at + counts[s]
         joined, i = np.uint64(0), at
-        # Almost always one of the first few patterns says that there are none; if not, many are looked at
-        # together, which the compiler makes vector instructions of.
+        # Almost always the first few patterns show that there are none. If not, the loop tests many patterns
+        # per step, which the compiler vectorises.
         few = min(at + 8, stop)
         while i < few and not joined & np.uint64(1):
             joined |= np.uint64(patterns[i])
@@ -163,12 +163,14 @@ def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
 
 @kernel
 def fill_pairs(words: Any, first: int, class_bits: int, pairs: Any) -> None:
-    """Fills ``pairs`` (uint32 [codes, 2^(2 class_bits)]): the codewords of class a and then class b at
-    a + b * 2^class_bits, from bit 24 on their length; entries of classes without a codeword mean nothing.
+    """Fills the look-up table of pairs of codewords.
 
     Args:
-        words: uint32 [codes, classes], of `packing.fill_words`.
-        first: the class that has symbol 0.
+        words: uint32 [codes, classes], from `packing.fill_words`.
+        first: the class of symbol 0.
+        pairs: uint32 [codes, 2^(2 class_bits)]. Entry a + b * 2^class_bits is set to the codeword of class a,
+            then that of class b, and from bit 24 on their total length. Entries of classes without a codeword
+            are undefined.
     """
     low, sixteen = np.uint32(0xFFFF), np.uint32(16)
     for code in range(words.shape[0]):
@@ -198,18 +200,19 @@ def pack_prefix(
     plane: Any,
     sizes: Any,
 ) -> int:
-    """The prefix plane of patterns of 2 or 4 bytes, two codewords at a time where there are pairs.
+    """Encodes the prefix plane of patterns of 2 or 4 bytes; two codewords per look-up if there are pairs.
 
     Args:
-        patterns: of whole segments; ``raw``: the same as uint8.
-        counts, codes: int64, patterns and code of each.
-        first: the class that has symbol 0.
-        words, pairs: of `packing.fill_words` and `fill_pairs`; without any columns where pairs are too many.
-        plane: uint8, filled; room for all codewords and 8 bytes more.
-        sizes: int64, set to the bits of each segment.
+        patterns: of whole segments; ``raw``: the same memory as uint8.
+        counts, codes: int64, number of patterns and code of each segment.
+        first: the class of symbol 0.
+        words, pairs: from `packing.fill_words` and `fill_pairs`; ``pairs`` has no columns if its table would
+            be too large.
+        plane: uint8, filled; needs 8 bytes more than all codewords.
+        sizes: int64, set to the number of bits of each segment.
 
     Returns:
-        How many bytes of the plane are used.
+        The number of used bytes of the plane.
     """
     item = np.int64(patterns.itemsize)
     bits, one = np.uint64(8 * item), np.uint64(1)
@@ -226,7 +229,7 @@ def pack_prefix(
         stop = at + counts[s]
         before = to * 8 + np.int64(taken)
         own, alone = pairs[codes[s]], words[codes[s]]
-        # Four codewords of 12 bits are at most the 57 there is room for.
+        # Four codewords of 12 bits fit in the 57 free bits.
         while own.size and at + 4 <= stop:
             some = load64(raw, item * at) >> cut & lows
             some |= some >> apart
@@ -255,16 +258,17 @@ def pack_prefix(
 def pack_residuals(
     patterns: Any, raw: Any, counts: Any, trims: Any, width: int, plane: Any, sizes: Any
 ) -> int:
-    """The residual plane of patterns of 2 or 4 bytes whose residuals are the lowest bits of their levels.
+    """Encodes the residual plane of patterns of 2 or 4 bytes whose residuals are the low bits of the levels.
 
     Args:
-        patterns: of whole segments; ``raw``: the same as uint8.
-        counts, trims: int64, patterns of each, and residual bits that it leaves out.
-        plane: uint8, filled; room for all residuals and `vectors.STEP_BYTES` more.
-        sizes: int64, set to the bits of each segment.
+        patterns: of whole segments; ``raw``: the same memory as uint8.
+        counts, trims: int64, number of patterns of each segment, and residual bits that it omits.
+        width: residual bits of each level.
+        plane: uint8, filled; needs `vectors.STEP_BYTES` more than all residuals.
+        sizes: int64, set to the number of bits of each segment.
 
     Returns:
-        How many bytes of the plane are used.
+        The number of used bytes of the plane.
     """
     item = np.int64(patterns.itemsize)
     bits, one = np.uint64(8 * item), np.uint64(1)

@@ -1,4 +1,4 @@
-"""Plain tensors (see `container.plain`), decoded many at once: the recipes of all of them in a few arrays."""
+"""Decodes many plain tensors (`container.plain`) at once: a few arrays hold the recipes of all tensors."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from .recipe import (
 
 
 class PlainPlan:
-    """See `interface.PlainPlan`.
+    """Implements `interface.PlainPlan`.
 
     Attributes:
-        known: bool [n], whether the kernels know how to decode each tensor.
+        known: bool [n], whether the kernels can decode each tensor.
     """
 
     def __init__(self, tensors: PlainTensors) -> None:
@@ -54,7 +54,7 @@ class PlainPlan:
             part, shape = b"", [0] * SHAPE
             if table is None:
                 whole = whole_of_raw(dtype.itemsize, segment[i])
-                known.append(dtype.name != "BOOL")  # each BOOL is looked at by the reference
+                known.append(dtype.name != "BOOL")  # only the reference checks the values of BOOL elements
             else:
                 whole, shape, part = _exact(table, dtype.itemsize, segment[i], positions[i])
                 known.append(_is_even(table))
@@ -71,7 +71,7 @@ class PlainPlan:
         self._most_room = int(self._shapes[:, FINGERPRINTS * SHAPE + STOP_OF].max(initial=0))
 
     def _all_places(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """For each tensor the addresses and bytes of its arrays, see `recipe.Recipe`."""
+        """Returns for each tensor the addresses and sizes of its arrays (`recipe.Recipe`)."""
         places = np.zeros((len(sizes), PLACES_SIZE), np.int64)
         for which, rows in ((WHOLE, self._whole), (SHAPES, self._shapes)):
             address, size = place_of(rows)
@@ -82,7 +82,7 @@ class PlainPlan:
         return places
 
     def prepare(self, runs: PlainRuns) -> _Prepared:
-        """See `interface.PlainPlan.prepare`."""
+        """Implements `interface.PlainPlan.prepare`."""
         rows = np.zeros((len(runs.tensor), ROW_SIZE), np.int64)
         segments = -(-runs.total // self._segment[runs.tensor])
         rows[:, TOTAL], rows[:, START], rows[:, FIRST], rows[:, STOP] = runs.total, runs.start, 0, segments
@@ -93,7 +93,7 @@ class PlainPlan:
         return _Prepared(rows, np.cumsum(runs.length) - runs.length, size)
 
     def decode(self, prepared: _Prepared, regions: Sequence[tuple[int, int, Bytes]]) -> bool:
-        """See `interface.PlainPlan.decode`."""
+        """Implements `interface.PlainPlan.decode`."""
         parts = []
         for first, stop, data in regions:
             rows = prepared.rows[first:stop]
@@ -107,12 +107,12 @@ class PlainPlan:
 
 
 class _Prepared(NamedTuple):
-    """Chunks that are to be decoded.
+    """Chunks prepared for decoding.
 
     Attributes:
-        rows: see `recipe.row_of_run`; where their bytes are is not known yet.
-        before: int64 [m], bytes of the chunks before each.
-        working_size: bytes of working memory.
+        rows: one row per chunk (`recipe.row_of_run`); `PlainPlan.decode` sets the addresses of their data.
+        before: int64 [m], total size in bytes of the chunks before each.
+        working_size: size of the working memory in bytes.
     """
 
     rows: NDArray[np.int64]
@@ -121,19 +121,19 @@ class _Prepared(NamedTuple):
 
 
 def plan_plain(tensors: PlainTensors) -> PlainPlan:
-    """See `Engine.plan_plain`."""
+    """Implements `Engine.plan_plain`."""
     return PlainPlan(tensors)
 
 
 def _is_even(table: PlainTable) -> bool:
-    """Whether all classes have as many residual bits."""
+    """Returns whether all classes have the same number of residual bits."""
     return not table.extra.strip(table.extra[:1])
 
 
 def _exact(
     table: PlainTable, itemsize: int, segment: int, positions: int
 ) -> tuple[list[int], list[int], bytes]:
-    """`whole`, the row of `shapes`, and `lengths` of a lossless tensor; see `recipe`."""
+    """Returns `whole`, the row of `shapes`, and `lengths` of a lossless tensor (`recipe`)."""
     width, classes = table.extra[0], len(table.extra)
     contiguous = is_contiguous(itemsize, width, classes, table.base)
     shape = shape_of(table.codes, width, width, 1, table.base, classes, positions)

@@ -1,16 +1,18 @@
-"""Prefix planes to class slots, four segments side by side (SPEC.md chapter 9).
+"""Decodes prefix planes to class slots, four segments in parallel (SPEC.md chapter 9).
 
-Theory of operation: decoding one segment is a chain of look-ups that wait for each other; four segments have
-four chains that do not. Where a segment starts comes from the segment index, so they may be taken in any
-order: those that share a code one after another, so that one table is in use at a time. A chain that is
-through with its segment takes the next one while the others go on. `advance` decodes until a chain comes near
-its segment's end; `finish` decodes the last slots of one; what is between is up to the caller.
+Theory of operation: decoding a segment is a chain of dependent look-ups; the chains of four segments are
+independent of each other. The segment index gives the start of each segment, so segments can be decoded in
+any
+order: those that share a code are decoded together, so that only one look-up table is in use at a time. A
+chain that has finished its segment starts the next one while the others continue. `advance` decodes until one
+chain is near the end of its segment; `finish` decodes the last slots of a segment; the caller does the
+scheduling.
 
-Why no read leaves the chunk: `advance` is given a segment only if all its slots, at the 12 bits that a
-codeword takes at most, end a whole word before the chunk does (`is_inside`); the others, the last of a plane
-at most, are left to `finish`, whose loads are cut to the last word of the chunk. A segment counts as decoded
-only if it ends exactly where the index says, so no load of one that counts was ever cut. Why no write leaves
-the slots: a look-up writes eight bytes from a place before the segment's end, and `SLACK` bytes follow there.
+Why no read is out of bounds: `advance` only decodes segments whose slots, at the maximum of 12 bits per
+codeword, end at least 8 bytes before the end of the chunk (`is_inside`). `finish` decodes the other segments,
+the last of a plane; it clamps its loads to the last word of the chunk. A segment is accepted only if it ends
+exactly where the index says, so no load of an accepted segment was clamped. Why no write is out of bounds: a
+look-up writes eight bytes from a slot before the segment's end, and `SLACK` bytes follow the segment.
 """
 
 from __future__ import annotations
@@ -24,41 +26,40 @@ from .compiling import inlined_kernel, kernel
 from .lookup import COUNT_AT, LONG, MAX_SLOTS, SLOTS_AT, decode_one
 from .memory import leading_zeros, load64, store64
 
-# Segments decoded side by side.
+# Segments decoded in parallel.
 CHAINS = 4
-# Look-ups a load: 5 * 11 bits are at most the 57 that are there whatever the bit offset.
+# Look-ups per load: 5 * 11 bits are at most the 57 bits that a load provides at any bit offset.
 _LOOKUPS = 5
-# Slots that all the look-ups of one load give at most.
+# Maximum number of slots from the look-ups of one load.
 ROUND = _LOOKUPS * MAX_SLOTS
-# Bytes that a segment may write past its last slot.
+# Bytes that decoding a segment may write past its last slot.
 SLACK = 8
-# Rows of the state of the chains: the next bit, the next slot, the last slot from which a round may begin.
+# Rows of the state of the chains: the next bit, the next slot, the last slot at which a round may begin.
 AT, TO, STOP = range(3)
 STATE = 3
 
 
 @inlined_kernel
 def is_inside(size: int, start: int, count: int) -> bool:
-    """Whether `advance` may decode a segment.
+    """Returns whether `advance` may decode a segment.
 
     Args:
-        size: bytes of the chunk.
+        size: size of the chunk in bytes.
         start: bit offset of the segment.
-        count: its slots.
+        count: its number of slots.
     """
     return (start + MAX_CODE_BITS * count + 7) // 8 + 8 <= size
 
 
 @kernel
 def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
-    """Decodes four segments that share a code until one of them has fewer than `ROUND` slots to go.
+    """Decodes four segments that share a code, until one of them has fewer than `ROUND` slots remaining.
 
-    It also stops before a codeword that is longer than the table is wide; whose it is, `pass_long_codewords`
-    finds out.
+    Stops also at a codeword that is too long for the look-up table; `pass_long_codewords` decodes it.
 
     Args:
         data: uint8, the chunk.
-        state: int64 [STATE, CHAINS]; every chain's segment satisfies `is_inside`.
+        state: int64 [STATE, CHAINS], updated; every chain's segment satisfies `is_inside`.
         code: a `lookup.Code`.
         slots: uint8, filled.
     """
@@ -69,7 +70,7 @@ def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
     to0, to1, to2, to3 = state[TO, 0], state[TO, 1], state[TO, 2], state[TO, 3]
     stop0, stop1, stop2, stop3 = state[STOP, 0], state[STOP, 1], state[STOP, 2], state[STOP, 3]
     while to0 <= stop0 and to1 <= stop1 and to2 <= stop2 and to3 <= stop3:
-        # The bit on top moves down with the rest and tells in the end how many bits were taken.
+        # The top bit is a marker: its final position gives the number of consumed bits.
         word0 = load64(data, at0 >> 3) >> np.uint64(at0 & 7) | top
         word1 = load64(data, at1 >> 3) >> np.uint64(at1 & 7) | top
         word2 = load64(data, at2 >> 3) >> np.uint64(at2 & 7) | top
@@ -94,7 +95,7 @@ def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
         at1 += np.int64(leading_zeros(word1))
         at2 += np.int64(leading_zeros(word2))
         at3 += np.int64(leading_zeros(word3))
-        # An entry that gives nothing takes nothing: who met one stands before a long codeword ever since.
+        # An entry for a long codeword consumes no bits: once a chain meets one, its entry stays `long`.
         if entry0 == long or entry1 == long or entry2 == long or entry3 == long:
             break
     state[AT, 0], state[AT, 1], state[AT, 2], state[AT, 3] = at0, at1, at2, at3
@@ -103,13 +104,13 @@ def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 @inlined_kernel
 def _window(data: Any, at: int) -> Any:
-    """The bits from ``at`` on, 57 at least where the chunk has them."""
+    """Returns the bits from ``at`` on: at least 57, unless the chunk ends before."""
     return load64(data, min(at >> 3, np.int64(data.size - 8))) >> np.uint64(at & 7)
 
 
 @kernel
 def pass_long_codewords(data: Any, state: Any, code: Any, slots: Any) -> None:
-    """Decodes the next codeword of each chain that stands before one longer than the table is wide."""
+    """Decodes one codeword of each chain whose next codeword is too long for the look-up table."""
     for k in range(CHAINS):
         at, to = state[AT, k], state[TO, k]
         if to <= state[STOP, k]:
@@ -122,7 +123,10 @@ def pass_long_codewords(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 @kernel
 def finish(data: Any, at: int, to: int, end: int, code: Any, slots: Any) -> int:
-    """Decodes one segment from bit ``at`` and slot ``to`` up to slot ``end``; returns the bit behind it."""
+    """Decodes a segment from bit ``at`` and slot ``to`` to slot ``end`` - 1.
+
+    Returns the bit after its end.
+    """
     while to < end:
         window = _window(data, at)
         entry = code.entries[window & code.mask]
@@ -149,7 +153,7 @@ def finish(data: Any, at: int, to: int, end: int, code: Any, slots: Any) -> int:
 
 @kernel
 def order_by_code(codes: Any, order: Any, begins: Any) -> None:
-    """The segments in the order of their codes, into ``order``; those of code c end before ``begins[c]``."""
+    """Fills ``order`` with the segments sorted by code; those of code c end before index ``begins[c]``."""
     begins[:] = 0
     for s in range(codes.size):
         begins[codes[s] + 1] += 1

@@ -1,6 +1,6 @@
-"""What the kernels need of a tensor, made once before its first chunk is decoded.
+"""Recipes: the data that the kernels need for a tensor, computed once before its first chunk is decoded.
 
-Everything is in a few flat arrays, and kernels are handed their addresses: many runs then go into one call.
+A recipe is a few flat arrays. Kernels take their addresses, so that one call can decode runs of many tensors.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .index import (
 from .lookup import lengths_of, table_bits, table_bytes
 
 MASK, FINGERPRINTS, IMPORTANCE = range(len(STREAMS))
-# Further columns of `shapes`, see `index`: width of the look-up tables, levels a symbol, where the stream's
-# tables begin and end in a thread's memory, the first level of class 0, how many classes, and where its part
-# of `lengths` begins.
+# Further columns of `shapes` (see `index`): index bits of the look-up tables, levels per symbol, begin and
+# end of the stream's tables in a thread's memory, the first level of class 0, the number of classes, and the
+# begin of the stream's part of `lengths`.
 BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
 SHAPE = LENGTHS_OF + 1
-# Entries of `whole`: positions a segment; bytes a weight; mask kind as in `masks`; mode as in `values`; if
-# `values.join_residuals` will do; if weights may go past the caches; scale_by, scale_unit and multiplier as
-# in `values`; positions a row; a number that no other recipe has.
+# Entries of `whole`: positions per segment; bytes per weight; mask kind (`masks`); mode (`values`); whether
+# `values.join_residuals` applies; whether non-temporal stores may be used; scale_by, scale_unit and
+# multiplier (`values`); positions per row; the unique number of the recipe.
 (
     SEGMENT,
     ITEM,
@@ -56,9 +56,9 @@ SHAPE = LENGTHS_OF + 1
     NUMBER,
 ) = range(11)
 
-# A run of segments for a kernel is a row of int64: positions of the chunk, position in the tensor of its
-# first, the run's segments, address and bytes of the chunk and of where the weights go, and the address of
-# the recipe's `places`, two entries an array.
+# For kernels, a run of segments is a row of int64: number of positions of the chunk, position in the tensor
+# of its first, the run's first and last + 1 segment, address and size of the chunk and of the output, and the
+# address of the recipe's `places`, which holds address and size of each array.
 TOTAL, START, FIRST, STOP, DATA, DATA_SIZE, OUT, OUT_SIZE, PLACES = range(9)
 (
     WHOLE,
@@ -74,22 +74,22 @@ TOTAL, START, FIRST, STOP, DATA, DATA_SIZE, OUT, OUT_SIZE, PLACES = range(9)
 PLACES_SIZE = 2 * 9
 ROW_SIZE = PLACES + 1
 
-# Tables of what every level means are made for at most so many levels,
+# Look-up tables over all levels have at most this many levels,
 _MOST_LEVELS = 1 << 17
-# and for more levels than the tensor has weights only where they are this few.
+# and at most this many if the tensor has fewer weights than levels.
 _FEW_LEVELS = 1 << 12
-# Tensors of at least so many bytes are written past the caches: they would not be there for long.
+# Tensors of at least this many bytes are written with non-temporal stores: caches would not keep them.
 _STREAMED_BYTES = 1 << 20
 _numbers = itertools.count(1)
 
 
 class Recipe:
-    """How the weights of a tensor are made.
+    """The data that kernels need to decode the weights of a tensor.
 
     Attributes:
-        room: bytes that the streams' tables take.
-        segment: positions a segment.
-        places: where the addresses and bytes of all arrays are that kernels take.
+        room: size in bytes of the streams' tables.
+        segment: positions per segment.
+        places: address of an array with the address and the size of each array that kernels take.
     """
 
     def __init__(
@@ -99,17 +99,18 @@ class Recipe:
         lengths: bytes,
         numbers: tuple[NDArray[np.uint32] | F32 | None, ...],
     ) -> None:
-        """Keeps the arrays, and where they are.
+        """Keeps the arrays alive, and stores their addresses.
 
         Args:
-            whole: [11], what there is one of.
-            shapes: [3 * 13], a stream after another.
-            lengths: of the streams, see `lookup.lengths_of`.
+            whole: [11], the values that the tensor has once.
+            shapes: [3 * 13], stream by stream.
+            lengths: the concatenated `lookup.lengths_of` of the streams.
             numbers: uint32, level -> bit pattern (mode `values.LOOKED_UP`); and float32: number -> magnitude
                 (mode `values.ARITHMETIC`), the scale factors, level of the importance stream -> importance,
-                and the importance factors of rows and of columns. None for what is not needed.
+                and the importance factors of rows and of columns. None for arrays that are not needed.
         """
-        fixed = (array("q", whole), array("q", shapes), array("B", lengths))  # their addresses are soon had
+        # `array`, because its address is cheap to get.
+        fixed = (array("q", whole), array("q", shapes), array("B", lengths))
         self.room = max(shapes[STOP_OF::SHAPE])
         self.segment = whole[SEGMENT]
         places = array("q")
@@ -123,12 +124,12 @@ class Recipe:
 
 
 def place_of(some: NDArray[Any]) -> tuple[int, int]:
-    """Address and bytes of a contiguous array; the address of an empty one means nothing."""
+    """Returns address and size in bytes of a contiguous array; the address of an empty one is undefined."""
     return some.__array_interface__["data"][0], some.nbytes
 
 
 def row_of_run(run: Run) -> tuple[int, ...]:
-    """A run as kernels take it; all its arrays must outlive the call."""
+    """Returns a run as a row for kernels. All its arrays must outlive the call."""
     return (
         run.total,
         run.start,
@@ -141,7 +142,7 @@ def row_of_run(run: Run) -> tuple[int, ...]:
 
 
 def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Recipe | None:
-    """The recipe of a tensor for decoding about so many weights; None where the kernels do not know how."""
+    """Returns the recipe of a tensor to decode about ``weights`` weights; None if no kernel supports it."""
     mode = _mode(entry)
     if mode is None:
         return None
@@ -179,7 +180,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
 
 
 def is_contiguous(itemsize: int, width: int | None, classes: int, base: int) -> bool:
-    """Whether `values.join_residuals` gives the weights: classes of one width, slots that are classes."""
+    """Returns whether `values.join_residuals` applies: one supported width, and slots equal to classes."""
     if width is None or not 1 < classes <= 256:
         return False
     if itemsize == 2:
@@ -188,20 +189,20 @@ def is_contiguous(itemsize: int, width: int | None, classes: int, base: int) -> 
 
 
 def whole_of_exact(itemsize: int, segment: int, contiguous: bool, weights: int) -> list[int]:
-    """`whole` of a lossless tensor without anything beside its weights."""
+    """Returns `whole` of a lossless tensor without mask, scale and importance."""
     streamed = weights * itemsize >= _STREAMED_BYTES
     alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
     return [segment, itemsize, masks.OCTETS, values.PATTERNS, contiguous, streamed, *alone, next(_numbers)]
 
 
 def whole_of_raw(itemsize: int, segment: int) -> list[int]:
-    """`whole` of a raw tensor."""
+    """Returns `whole` of a raw tensor."""
     alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
     return [segment, itemsize, masks.OCTETS, values.RAW, 0, 0, *alone, next(_numbers)]
 
 
 def stream_shape(table: CodeTable, levels: int) -> list[int]:
-    """The columns of `shapes` for a code table alone."""
+    """Returns a row of `shapes` for a code table alone."""
     constant = table.constant_extra
     return shape_of(
         len(table.codes),
@@ -217,25 +218,25 @@ def stream_shape(table: CodeTable, levels: int) -> list[int]:
 def shape_of(
     codes: int, constant: int, least: int, group: int, base: int, classes: int, levels: int
 ) -> list[int]:
-    """The columns of `shapes` of a stream of about so many levels."""
+    """Returns a row of `shapes` for a stream of about ``levels`` levels."""
     bits = table_bits(codes, levels)
-    # The base may be any of 64 bits; a kernel takes it as the same bits, signed.
+    # The base is any uint64; a row holds the same bits as int64.
     signed = base - (base >> 63 << 64)
     room = table_bytes(codes, bits)
     return [1, COUNT_POSITIONS, codes, 0, constant, least, bits, group, 0, room, signed, classes, 0]
 
 
 def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
-    """`shapes` and `lengths` of all streams."""
+    """Returns `shapes` and `lengths` of all streams."""
     trimmed, levels = entry.trimmed_streams(), weights
     if (
         entry.mask is not None
-    ):  # how many survive is not known yet; that a survivor takes four bits is near enough
+    ):  # the number of survivors is unknown yet; estimated from the size, at four bits per survivor
         levels = min(weights, 2 * entry.stored_bytes * weights // max(entry.positions, 1))
     shapes, end, lengths = [0] * (len(STREAMS) * SHAPE), 0, b""
     for stream, table in entry.streams().items():
         i = STREAMS.index(stream)
-        # An octet has eight positions, and a run few survivors: either way tables this wide will do.
+        # An octet has eight positions, and runs have few levels: an eighth of the weights is a good estimate.
         row = stream_shape(table, weights // 8 if i == MASK else levels)
         row[COUNT_RULE_OF], row[TRIMMED_OF] = _count_rule(entry, stream), stream in trimmed
         row[START_OF], row[STOP_OF], row[LENGTHS_OF] = end, end + row[STOP_OF], len(lengths)
@@ -245,9 +246,9 @@ def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
 
 
 def _mode(entry: TensorEntry) -> int | None:
-    """How levels become weights; None for what is left to the reference."""
+    """Returns the mode of reconstruction; None if only the reference supports it."""
     fingerprints, importance = entry.fingerprints, entry.importance
-    if fingerprints is None:  # each BOOL is looked at by the reference
+    if fingerprints is None:  # only the reference checks the values of BOOL elements
         return None if entry.dtype.name == "BOOL" else values.RAW
     multiplied = importance is not None and importance.role == "multiplier"
     if isinstance(fingerprints.quantiser, Exact) and fingerprints.quantiser.dtype == entry.dtype:
@@ -265,7 +266,7 @@ def _mode(entry: TensorEntry) -> int | None:
 
 
 def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
-    """The bit pattern of every level."""
+    """Returns the bit pattern of every level."""
     assert entry.fingerprints is not None
     every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
     weights = entry.fingerprints.quantiser.fingerprint_values(
@@ -275,7 +276,7 @@ def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]
 
 
 def _magnitudes(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
-    """The magnitude of every number."""
+    """Returns the magnitude of every number."""
     assert entry.fingerprints is not None
     every = np.arange((entry.fingerprints.table.top + 1) // 2, dtype=np.uint64)
     assert isinstance(entry.fingerprints.quantiser, NumberQuantiser)
@@ -283,7 +284,7 @@ def _magnitudes(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
 
 
 def _importances(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
-    """The importance of every level of the importance stream."""
+    """Returns the importance of every level of the importance stream."""
     importance = entry.importance
     assert importance is not None
     assert importance.table is not None
@@ -302,7 +303,7 @@ def _multiplier(entry: TensorEntry) -> int:
 
 
 def _scale(entry: TensorEntry) -> tuple[int, int]:
-    """What the scale factors go by, and the unit that positions are divided by."""
+    """Returns how positions map to scale factors, and the unit that positions are divided by."""
     if entry.scale is None:
         return values.NOTHING, 1
     if entry.scale.per == "tensor":
@@ -319,7 +320,7 @@ def _mask_kind(entry: TensorEntry) -> int:
 
 
 def _count_rule(entry: TensorEntry, stream: str) -> int:
-    """How many levels of a stream a segment has, as `container.chunk.stream_counts`."""
+    """Returns the rule for the number of levels of a segment (`container.chunk.stream_counts`)."""
     if stream == "fingerprints":
         return COUNT_SURVIVORS
     if stream == "importance":

@@ -1,4 +1,4 @@
-"""A stream's prefix plane to slots, or on to weights: which segments are decoded side by side."""
+"""Schedules the segments of a stream for `prefix`: decodes its prefix plane to slots or to weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prefix import pass_long_codewords as pass_long
 from .recipe import BITS_OF, GROUP_OF
 from .values import join_residuals
 
-# What `_take` says of a chain: that there is no segment left for it, or one that does not end as it must.
+# Results of `_take`: no segment remains, or a segment does not end where it must.
 _NONE, _BAD = -1, -2
 
 
@@ -22,9 +22,9 @@ class Segments(NamedTuple):
     """The segments of a stream in a run.
 
     Attributes:
-        starts, sizes: int64 [n], bit offset in the chunk and bits of each in the prefix plane.
-        counts, codes: int64 [n], levels and number of the code of each.
-        residuals: int64 [n], bit offset in the chunk of each one's residuals.
+        starts, sizes: int64 [n], bit offset in the chunk and size in bits of each in the prefix plane.
+        counts, codes: int64 [n], number of levels and code of each.
+        residuals: int64 [n], bit offset in the chunk of the residuals of each.
     """
 
     starts: Any
@@ -35,15 +35,15 @@ class Segments(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where weights go that are joined of slots and residuals as soon as a segment has its slots.
+    """The output for weights, if slots are joined with residuals as soon as a segment's slots are decoded.
 
     Attributes:
-        joined: whether they are; if not, slots stay at their places, and the rest means nothing.
+        joined: whether to join; if false, slots stay at their places, and the other fields are not used.
         width: bits of each residual.
         base: uint64, first level of slot 0.
         unit: bytes of a segment's weights.
-        spread: uint8 [segment + 8], free for use.
-        streamed: whether weights may go past the caches.
+        spread: uint8 [segment + 8], scratch memory.
+        streamed: whether non-temporal stores may be used.
         out: uint8, all weights of the run.
     """
 
@@ -60,7 +60,10 @@ class Target(NamedTuple):
 def _complete(
     data: Any, segments: Any, target: Any, s: int, end: int, group: int, slots: Any, place: int
 ) -> bool:
-    """Ends segment ``s``, whose codewords end at bit ``end``; False where it does not end as it must."""
+    """Checks and joins segment ``s``, whose codewords end at bit ``end``.
+
+    False if it does not end as it must.
+    """
     count = segments.counts[s]
     if end != segments.starts[s] + segments.sizes[s]:  # R-PLN-003
         return False
@@ -96,10 +99,10 @@ def _take(
     state: Any,
     slots: Any,
 ) -> tuple[int, int]:
-    """Gives chain ``k`` the next segment that `prefix.advance` may decode; others are decoded on the way.
+    """Assigns to chain ``k`` the next segment that `prefix.advance` may decode. Decodes skipped segments.
 
     Returns:
-        The segment, or `_NONE` or `_BAD`; and where in ``order`` to go on.
+        The segment, or `_NONE` or `_BAD`; and the next index in ``order``.
     """
     while at < order.size:
         s = order[at]
@@ -128,14 +131,14 @@ def _decode_code(
     taken: Any,
     slots: Any,
 ) -> bool:
-    """Decodes the segments of ``order``, which share a code; False where one does not end as it must."""
+    """Decodes the segments of ``order``, which share a code. False if one does not end where it must."""
     at, busy, idle = 0, 0, np.int64(_NONE)
     for k in range(CHAINS):
         taken[k], at = _take(data, order, at, code, segments, target, places, k, state, slots)
         if taken[k] == _BAD:
             return False
         if taken[k] == _NONE:
-            state[TO, k], state[STOP, k] = 1, 0  # through already
+            state[TO, k], state[STOP, k] = 1, 0  # has finished
         else:
             busy, idle = busy + 1, taken[k]
     while busy:
@@ -155,7 +158,7 @@ def _decode_code(
                 if taken[k] == _BAD:
                     return False
                 busy -= taken[k] == _NONE
-            if taken[k] == _NONE:  # it goes through any segment again while the others have work
+            if taken[k] == _NONE:  # an idle chain decodes some segment again, to spare memory
                 padded = segments.counts[idle] + (segments.counts[idle] & (code.group - 1))
                 state[AT, k], state[TO, k] = segments.starts[idle], spare
                 state[STOP, k] = spare + padded - ROUND
@@ -167,7 +170,10 @@ def _decode_code(
 
 @kernel
 def place_slots(counts: Any, places: Any) -> int:
-    """Where the slots of each segment begin, each with `SLACK` and one for an odd count; the next place."""
+    """Fills ``places`` with the first slot index of each segment, and returns the next free index.
+
+    Each segment has `SLACK` bytes more, and one for an odd count.
+    """
     at = np.int64(0)
     for s in range(counts.size):
         places[s] = at
@@ -188,14 +194,14 @@ def decode_codes(
     working: Any,
     slots: Any,
 ) -> bool:
-    """Decodes segments, code after code; False where one does not end as it must.
+    """Decodes segments, code by code. False if one does not end where it must.
 
     Args:
         data: uint8, the chunk, at least 8 bytes.
-        shape: int64, the stream's row of the recipe.
-        tables, filled: the stream's, see `lookup`.
-        places: int64, where the slots of each segment begin; where they are joined, those of each chain.
-        spare: a place for one more segment's slots, which are written and never read.
+        shape: int64, the stream's row of `shapes`.
+        tables, filled: the stream's tables and their flags (`lookup`).
+        places: int64, first slot index of each segment; of each chain if slots are joined.
+        spare: first index of spare slots for one segment, which are written but never read.
         slots: uint8, filled.
     """
     if shape[CODES_OF] == 0:

@@ -1,4 +1,4 @@
-"""The levels of one stream, for callers that want them and not weights."""
+"""Decodes the levels of one stream, for callers that need levels and not weights."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def decode_levels(
     memory: Any,
     levels: Any,
 ) -> bool:
-    """The levels of a run of segments, one segment's after another's.
+    """Decodes the levels of a run of segments, segment by segment. False on any problem.
 
     Args:
-        data: uint8, the chunk, at least 8 bytes. Where all classes have one width, the residuals were checked
-            to lie 8 bytes inside.
+        data: uint8, the chunk, at least 8 bytes. If all classes have one width, the residuals must end 8
+            bytes before its end.
         prefix_start, residual_start: bit offsets of the run in the two planes.
         prefix_bits, residual_bits, counts, codes, trims: int64 [n], of each segment.
-        shape: int64, of `recipe.stream_shape`.
-        lengths: uint8, of `lookup.lengths_of`.
+        shape: int64, from `recipe.stream_shape`.
+        lengths: uint8, from `lookup.lengths_of`.
         tables: uint8, ``shape[STOP_OF]`` bytes; ``filled``: int64 [FILLED_OF], zeros.
-        bits_before: int64 [2, n], free for use.
-        most: the greatest count; ``memory``: uint8, for `working.carve` of n segments of so many.
-        levels: uint64, as many as all counts.
+        bits_before: int64 [2, n], scratch memory.
+        most: the greatest count; ``memory``: uint8, for `working.carve` of n segments of that size.
+        levels: uint64, as many elements as the sum of all counts; filled.
     """
     n = counts.size
     working = carve(memory, n, n, most)

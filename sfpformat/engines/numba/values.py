@@ -1,4 +1,4 @@
-"""Levels to weights (SPEC.md chapters 11 to 14): bit patterns, looked up, or float32 step by step."""
+"""Converts levels to weights (SPEC.md chapters 11 to 14): as bit patterns, by look-up, or in float32."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .vectors import (
     stream32,
 )
 
-# How levels become weights.
+# Modes of conversion from levels to weights.
 PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
-# What a scale factor or an importance goes by.
+# Mapping from positions to scale factors, and the kind of importance multiplier.
 NOTHING, WHOLE, BY_QUOTIENT, BY_REMAINDER = range(4)
 NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, FACTORS = range(4)
 
@@ -42,17 +42,19 @@ def join_residuals(
     out: Any,
     to: int,
 ) -> None:
-    """Exact weights of 2 bytes with residuals of at most 8 bits, or of 4 with 24: no level is written down.
+    """Joins slots and residuals to exact weights of 2 bytes (residuals of up to 8 bits) or 4 bytes (24 bits).
+
+    Needs no array of levels.
 
     Args:
-        data: uint8, the chunk; the residuals lie 8 bytes inside (`index.read_index`).
+        data: uint8, the chunk; the residuals end at least 8 bytes before its end (`index.read_index`).
         start: bit offset in ``data`` of the segment's residuals.
-        width: bits of each.
-        base: uint64, the first level of slot 0; slots follow one another, each of 2^width levels. With 24
-            bits a multiple of 2^24.
+        width: bits of each residual.
+        base: uint64, the first level of slot 0; slots are consecutive classes of 2^width levels. With 24 bits
+            a multiple of 2^24.
         slots, place: the segment's slots begin at ``slots[place]``.
-        spread: uint8 [count + 7 or more], free for use.
-        streamed: whether weights may go past the caches.
+        spread: uint8 [count + 7 or more], scratch memory.
+        streamed: whether non-temporal stores may be used.
         out: uint8, written from byte ``to`` on.
     """
     if width == 24:
@@ -77,7 +79,7 @@ def _join_narrow(
     out: Any,
     to: int,
 ) -> None:
-    """Joins slots with residuals of a byte each, from byte ``start`` on."""
+    """Joins slots with residuals of one byte each, from byte ``start`` on."""
     low, shift = np.uint16(base), np.uint16(width)
     whole = count - count % LANES16
     if streamed and is_aligned(out, to):
@@ -109,17 +111,17 @@ def _join_wide(
         for i in range(0, whole, LANES32):
             join32(slots, place + i, data, start + 3 * i, above, out, to + 4 * i)
     for i in range(whole, count):
-        low = load32(data, start + 3 * i) & np.uint32(0xFFFFFF)  # one byte further is inside: TAIL_BYTES
+        low = load32(data, start + 3 * i) & np.uint32(0xFFFFFF)  # one byte more, in bounds: TAIL_BYTES
         level = np.uint32(np.uint8(slots[place + i] + above)) << np.uint32(24) | np.uint32(low)
         store32(out, to + 4 * i, np.uint32(level >> np.uint32(1) | level << np.uint32(31)))
 
 
 @kernel
 def _spread_fields(data: Any, start: int, count: int, width: int, out: Any) -> None:
-    """Fields of at most 8 bits, from bit ``start`` on, to a byte each: eight at a time, by halves.
+    """Unpacks fields of at most 8 bits, from bit ``start`` on, to one byte each: eight per step, by halving.
 
     Args:
-        out: uint8, room for ``count`` and 7 more.
+        out: uint8, at least ``count`` + 7 elements.
     """
     w = np.uint64(width)
     four = (np.uint64(1) << np.uint64(4) * w) - np.uint64(1)
@@ -136,7 +138,7 @@ def _spread_fields(data: Any, start: int, count: int, width: int, out: Any) -> N
 
 @kernel
 def patterns_of_levels(levels: Any, count: int, item: int, out: Any, to: int) -> None:
-    """Bit patterns of ``item`` bytes: the sign moves from the lowest bit to the highest."""
+    """Writes the bit patterns of levels, ``item`` bytes each: moves the sign from lowest to highest bit."""
     one = np.uint64(1)
     sign = np.uint64(8 * item - 1)
     for i in range(count):
@@ -153,7 +155,7 @@ def patterns_of_levels(levels: Any, count: int, item: int, out: Any, to: int) ->
 
 @kernel
 def looked_up(levels: Any, count: int, patterns: Any, item: int, out: Any, to: int) -> None:
-    """The bit pattern of each level, from a table (uint32)."""
+    """Writes the bit pattern of each level, from a look-up table (uint32)."""
     for i in range(count):
         pattern = patterns[levels[i]]
         if item == 2:
@@ -166,12 +168,12 @@ def looked_up(levels: Any, count: int, patterns: Any, item: int, out: Any, to: i
 
 @kernel
 def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
-    """The bit patterns of the two levels of each slot where every class has two, which differ in their sign.
+    """Fills a look-up table by slot and sign, if every class has two levels, which differ in their sign.
 
     Args:
-        patterns: uint32, of every level.
+        patterns: uint32, the bit pattern of every level.
         first: uint64 [256], the first level of each slot.
-        by_slot: uint32 [512], set: that of slot s and sign b at 2 * s + b.
+        by_slot: uint32 [512], filled: the pattern of slot s and sign b at 2 * s + b.
     """
     for slot in range(256):
         for sign in range(2):
@@ -183,12 +185,12 @@ def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
 def looked_up_by_slot(
     data: Any, start: int, count: int, by_slot: Any, item: int, slots: Any, place: int, out: Any, to: int
 ) -> None:
-    """The weights of a segment whose residuals are signs alone.
+    """Writes the weights of a segment whose residuals are only signs.
 
     Args:
-        data: uint8, the chunk; the signs lie 8 bytes inside (`index.read_index`).
+        data: uint8, the chunk; the signs end at least 8 bytes before its end (`index.read_index`).
         start: bit offset in ``data`` of the signs.
-        by_slot: of `signed_patterns`.
+        by_slot: the table of `signed_patterns`.
         slots, place: the segment's slots begin at ``slots[place]``.
         out: uint8, written from byte ``to`` on.
     """
@@ -216,7 +218,7 @@ def looked_up_by_slot(
 
 @kernel
 def signed_magnitudes(levels: Any, count: int, magnitudes: Any, numbers: Any) -> None:
-    """The signed magnitude of each level, float32."""
+    """Fills ``numbers`` (float32) with the signed magnitude of each level."""
     for i in range(count):
         magnitude = magnitudes[levels[i] >> np.uint64(1)]
         numbers[i] = -magnitude if levels[i] & np.uint64(1) else magnitude
@@ -226,12 +228,12 @@ def signed_magnitudes(levels: Any, count: int, magnitudes: Any, numbers: Any) ->
 def multiply_by_place(
     numbers: Any, count: int, places: Any, start: int, unit: int, by: int, factors: Any
 ) -> None:
-    """Multiplies each number by the factor that its position goes by.
+    """Multiplies each number by the factor of its position.
 
     Args:
         places: int64, the position of each number in its segment, ascending.
         start: the segment's first position in the tensor.
-        unit: positions a factor (rows, groups) or factors a row (columns).
+        unit: positions per factor (rows, groups) or factors per row (columns).
         by: `WHOLE`, `BY_QUOTIENT` or `BY_REMAINDER` of position and unit.
     """
     quotient, remainder = start // unit, start % unit
@@ -254,7 +256,10 @@ def multiply_by_place(
 def multiply_by_product(
     numbers: Any, count: int, places: Any, start: int, columns: int, rows: Any, across: Any
 ) -> None:
-    """Multiplies each number by its row's factor times its column's (the product of these is taken first)."""
+    """Multiplies each number by the product of its row's and its column's factor.
+
+    Computes that product first.
+    """
     row, column = start // columns, start % columns
     at = np.int64(0)
     for i in range(count):
@@ -268,7 +273,7 @@ def multiply_by_product(
 
 @kernel
 def rounded(numbers: Any, count: int, item: int, out: Any, to: int) -> None:
-    """The numbers as F32 (``item`` 4) or rounded to BF16 (2), ties to even; none is a NaN."""
+    """Writes the numbers as F32 (``item`` 4) or rounded to BF16 (2), ties to even. None may be a NaN."""
     patterns = numbers.view(np.uint32)
     for i in range(count):
         bits = patterns[i]

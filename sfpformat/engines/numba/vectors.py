@@ -1,8 +1,7 @@
-"""Vector steps that a compiler does not find by itself, written in LLVM's vector types for any processor.
+"""Vector operations that the compiler does not generate from loops, in LLVM's portable vector types.
 
-Joining class and residual to a weight's bit pattern: Numba's integers widen to 64 bits, in which a loop over
-bytes runs at a third of the speed. Looking up by class and sign: half the time of a loop, which widens here
-too.
+Joining class and residual to a bit pattern: Numba widens integers to 64 bits, so a loop over bytes runs at a
+third of the speed. Looking up by class and sign: half the time of a loop, for the same reason.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from numba.extending import intrinsic, register_jitable
 
 from .memory import pointer_to, require_inside
 
-LANES16, LANES32 = 32, 16  # weights a step: 64 bytes of output
+LANES16, LANES32 = 32, 16  # weights per step: 64 bytes of output
 STEP_BYTES = 64
 
-LANES_LOOKED_UP = 16  # weights that one step looks up
+LANES_LOOKED_UP = 16  # weights per look-up step
 BY_SLOT = 512  # entries of the table
 
 _BYTE, _INDEX, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
 def _load_bytes(builder: Any, pointer: Any, count: int) -> Any:
-    """A vector of ``count`` bytes from anywhere."""
+    """Loads a vector of ``count`` bytes from any address."""
     vector = builder.load(builder.bitcast(pointer, ir.VectorType(_BYTE, count).as_pointer()))
     vector.align = 1
     return vector
 
 
 def _splat(builder: Any, value: Any, lanes: int) -> Any:
-    """A vector whose lanes are all ``value``."""
+    """Returns a vector whose lanes are all ``value``."""
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_INDEX, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INDEX, lanes), [0] * lanes))
 
 
 def _store(builder: Any, value: Any, target: Any, streamed: bool) -> None:
-    """Stores 64 bytes at a pointer: anywhere, or past the caches at a multiple of 64."""
+    """Stores 64 bytes at any address; if ``streamed``, non-temporally, at a multiple of 64."""
     store = builder.store(value, builder.bitcast(target, value.type.as_pointer()))
     store.align = 64 if streamed else 1
     if streamed:
@@ -48,14 +47,14 @@ def _store(builder: Any, value: Any, target: Any, streamed: bool) -> None:
 
 
 def _signs_moved(builder: Any, levels: Any, bits: int) -> Any:
-    """Bit patterns of levels, whose lowest bit is the sign."""
+    """Returns the bit patterns of levels: moves the sign from the lowest bit to the highest."""
     words = levels.type
     one, rest = (ir.Constant(words, [n] * words.count) for n in (1, bits - 1))
     return builder.or_(builder.lshr(levels, one), builder.shl(levels, rest))
 
 
 def _joiner16(streamed: bool) -> Any:
-    """A function that joins 32 classes of a byte with residuals of a byte, and moves the sign."""
+    """Returns a function that joins 32 one-byte classes with one-byte residuals, and moves the sign."""
     words = ir.VectorType(ir.IntType(16), LANES16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -87,7 +86,7 @@ def _joiner16(streamed: bool) -> Any:
 
 
 def _joiner32(streamed: bool) -> Any:
-    """A function that joins 16 classes of a byte with residuals of three bytes, and moves the sign."""
+    """Returns a function that joins 16 one-byte classes with three-byte residuals, and moves the sign."""
     words = ir.VectorType(_INDEX, LANES32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -96,7 +95,7 @@ def _joiner32(streamed: bool) -> Any:
         classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES32)
         classes = builder.zext(builder.add(classes, _splat(builder, above, LANES32)), words)
         residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), 3 * LANES32)
-        # Room for the class above each residual: a byte of zero, taken from the second operand.
+        # Inserts a zero byte above each residual, for the class; it comes from the second operand.
         none = ir.Constant(residuals.type, [0] * (3 * LANES32))
         order = [3 * lane + byte if byte < 3 else 3 * LANES32 for lane in range(LANES32) for byte in range(4)]
         spread = builder.shuffle_vector(
@@ -134,7 +133,7 @@ def join16(
 def stream16(
     slots: Any, place: int, residuals: Any, start: int, base: int, width: int, out: Any, to: int
 ) -> None:
-    """As `join16`, past the caches; only where `is_aligned`."""
+    """Does the work of `join16` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES16)
     require_inside(residuals, start, LANES16)
     require_inside(out, to, 2 * LANES16)
@@ -152,7 +151,7 @@ def join32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, 
 
 @register_jitable
 def stream32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, to: int) -> None:
-    """As `join32`, past the caches; only where `is_aligned`."""
+    """Does the work of `join32` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES32)
     require_inside(data, start, 3 * LANES32)
     require_inside(out, to, 4 * LANES32)
@@ -160,7 +159,7 @@ def stream32(slots: Any, place: int, data: Any, start: int, above: int, out: Any
 
 
 def _level_bytes(lanes: int, item: int) -> Any:
-    """A function that writes all but the highest byte of the levels of patterns of ``item`` bytes."""
+    """Returns a function that writes all but the highest byte of the levels of patterns of ``item`` bytes."""
     words = ir.VectorType(ir.IntType(8 * item), lanes)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -188,7 +187,7 @@ _level_bytes16, _level_bytes32 = _level_bytes(LANES16, 2), _level_bytes(LANES32,
 
 @register_jitable
 def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
-    """The lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
+    """Writes the lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
     require_inside(source, start, 2 * LANES16)
     require_inside(target, to, LANES16)
     _level_bytes16(source, start, target, to)
@@ -196,7 +195,7 @@ def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
 
 @register_jitable
 def level_bytes32(source: Any, start: int, target: Any, to: int) -> None:
-    """The three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
+    """Writes the three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
     require_inside(source, start, 4 * LANES32)
     require_inside(target, to, 3 * LANES32)
     _level_bytes32(source, start, target, to)
@@ -204,7 +203,7 @@ def level_bytes32(source: Any, start: int, target: Any, to: int) -> None:
 
 @intrinsic
 def is_aligned(typing_context: Any, array: Any, offset: Any) -> Any:
-    """Whether a byte of an array lies at a multiple of 64."""
+    """Returns whether the address of a byte of an array is a multiple of 64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
@@ -215,7 +214,7 @@ def is_aligned(typing_context: Any, array: Any, offset: Any) -> Any:
 
 
 def _looker(item: int) -> Any:
-    """A function that looks up weights of ``item`` bytes by classes of a byte and signs of a bit."""
+    """Returns a function that looks up weights of ``item`` bytes by one-byte classes and one-bit signs."""
     lanes, flags = LANES_LOOKED_UP, ir.VectorType(ir.IntType(1), LANES_LOOKED_UP)
     words, addresses = ir.VectorType(_INDEX, lanes), ir.VectorType(_ADDRESS, lanes)
     pointers, weights = ir.VectorType(_INDEX.as_pointer(), lanes), ir.VectorType(ir.IntType(8 * item), lanes)

@@ -1,4 +1,4 @@
-"""Working memory of a run of segments, carved out of memory that the calling thread keeps."""
+"""Working memory for a run of segments, inside memory that the calling thread keeps between calls."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ _CLASS_SLOTS = MAX_CLASSES[1] + MAX_CODE_BITS + 1
 
 
 class Working(NamedTuple):
-    """What a run needs for a while; ``n`` segments of ``segment`` positions, of a chunk of ``m``.
+    """Working memory for ``n`` segments of ``segment`` positions, of a chunk of ``m`` segments.
 
     Attributes:
-        positions: int64 [m], of each segment.
-        index: int64 [ROWS, m], see `index.read_index`.
-        order, begins: int64 [n], [MAX_CODES + 1], see `prefix.order_by_code`.
-        places: int64 [3, n], for each stream where the slots of each segment begin.
-        slots: uint8, of the stream in hand; ``importance_slots`` of the importance, which are kept meanwhile.
-        state, taken, chain_places: int64 [STATE, CHAINS], [CHAINS], [CHAINS], see `slots`.
+        positions: int64 [m], number of positions of each segment.
+        index: int64 [ROWS, m], filled by `index.read_index`.
+        order, begins: int64 [n], [MAX_CODES + 1], filled by `prefix.order_by_code`.
+        places: int64 [3, n], for each stream the first slot index of each segment.
+        slots: uint8, slots of the current stream; ``importance_slots``: slots of the importance.
+        state, taken, chain_places: int64 [STATE, CHAINS], [CHAINS], [CHAINS], used by `slots`.
         bits: uint8 [n * segment / 8], mask bits.
-        levels, inside, numbers: uint64, int64, float32 [segment].
-        residuals: uint8 [segment + 8], one after another.
-        survivors: uint8 [8 * segment], bit patterns.
-        by_slot: uint32 [BY_SLOT], see `values.signed_patterns`.
-        class_slots: int64 [most classes + 13], for `lookup.prepare`.
+        levels, inside, numbers: uint64, int64, float32 [segment]: levels, positions in the segment, and
+            values of the current segment.
+        residuals: uint8 [segment + 8], unpacked residuals.
+        survivors: uint8 [8 * segment], bit patterns of the current segment's survivors.
+        by_slot: uint32 [BY_SLOT], filled by `values.signed_patterns`.
+        class_slots: int64 [maximum classes + 13], for `lookup.prepare`.
         single, ends: uint32, uint64 [2^MAX_BITS], for `lookup.code_of`.
     """
 
@@ -66,13 +67,13 @@ def _aligned(size: int) -> int:
 
 @kernel
 def slots_room(n: int, segment: int) -> int:
-    """Bytes for the slots of ``n`` segments and one more, of at most ``segment`` levels each."""
+    """Returns the bytes for the slots of ``n`` + 1 segments of at most ``segment`` levels each."""
     return (n + 1) * (segment + 1 + SLACK)
 
 
 @kernel
 def _sizes(m: int, n: int, segment: int) -> Any:
-    """Bytes of each field of `Working`, in order."""
+    """Returns the size in bytes of each field of `Working`, in order."""
     slots = max(slots_room(n, segment), slots_room(CHAINS, segment))
     return (
         8 * m,
@@ -100,7 +101,7 @@ def _sizes(m: int, n: int, segment: int) -> Any:
 
 @kernel
 def working_bytes(m: int, n: int, segment: int) -> int:
-    """Bytes that `carve` takes."""
+    """Returns the size in bytes that `carve` needs."""
     total = 0
     for size in _sizes(m, n, segment):
         total += _aligned(size)
@@ -115,10 +116,10 @@ def _carve(memory: Any, used: int, size: int) -> tuple[Any, int]:
 
 @kernel
 def carve(memory: Any, m: int, n: int, segment: int) -> Any:
-    """Working memory for ``n`` segments of a chunk of ``m``.
+    """Divides memory into the fields of `Working`, for ``n`` segments of a chunk of ``m`` segments.
 
     Args:
-        memory: uint8 [`working_bytes`] or more, at a multiple of 8.
+        memory: uint8 [`working_bytes`] or more; its address is a multiple of 8.
     """
     sizes = _sizes(m, n, segment)
     positions, at = _carve(memory, 0, sizes[0])
