@@ -1,4 +1,4 @@
-"""Choosing the classes of a tensor's streams from what one pass over their levels counts."""
+"""Chooses the classes of a tensor's streams from the counts of one pass over their levels."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ from .codes import (
 )
 from .zeros import cheaper_with_zeros
 
-# Classes of paired levels: the square of this must leave room for 256 used symbols in a short table.
+# The greatest number of classes for pairs: its square is the number of symbols, of which 256 may be used.
 _PAIR_CLASSES = 20
-# A further mantissa bit joins the class of an exact stream only where it saves this part of the whole:
-# residuals of whole bytes decode faster.
+# The class of an exact stream includes one more mantissa bit only if that saves this part of the size,
+# because residuals of whole bytes decode faster.
 _MANTISSA_GAIN = 0.0075
-# Whether it does is judged on this part of each chunk, of this many levels at least.
+# The saving is estimated on 1/_JUDGED_PART of each chunk, at least _JUDGED_LEVELS levels.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
-# An exact stream has a code for so many levels, and so many codes, at most: further ones save 0.02 %, and to
-# make a reader's table of one takes as long as to decode 20,000 levels.
+# An exact stream has at most one code per _LEVELS_A_CODE levels, and at most _EXACT_CODES codes. More codes
+# save 0.02 %, and building a reader's table of one code takes as long as decoding 20,000 levels.
 _LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
-# Patterns of which the least bits are found at once.
+# Patterns processed at a time for the lower bound on bits.
 _BOUND_BLOCK = 1 << 16
-# About what trims cost in the segment index, in bits a segment.
+# About the cost of trims in the segment index, in bits per segment.
 _TRIM_BITS = 5
-# Where a class for each number makes no more than this, by group, and levels are many, no other layout is
-# tried: what it saves is a part of the table.
+# Group -> number of classes. If one class per number gives at most this many classes and there are many
+# levels, no other layout is tried: it could only save a part of the table.
 _FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
 _MANY_LEVELS = 1 << 16
-# A stream of numbers whose range is greater is not counted number by number in each segment.
+# In a stream of numbers with a greater range, numbers are not counted in each segment.
 _MOST_COLUMNS = 1024
-# Numbers of more bits than this gain less by pairs than a second try takes time.
+# Above this entropy in bits, pairs are not tried: the gain is not worth the time.
 _PAIR_BITS = 3
 
 
@@ -81,7 +81,7 @@ class MaskChoice:
 
 
 def _no_levels(blocks: LevelBlocks) -> Choice:
-    """The table of a stream without levels."""
+    """Returns the choice for a stream without levels."""
     return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)
 
 
@@ -89,16 +89,15 @@ def _no_levels(blocks: LevelBlocks) -> Choice:
 
 
 class _ChunkSurvey(NamedTuple):
-    """What an exact stream's levels in a chunk tell.
+    """Statistics of an exact stream's levels in a chunk.
 
     Attributes:
-        counts: levels of each segment.
+        counts: number of levels in each segment.
         zeros: see `planes.shared_zeros`.
-        first, last: of the classes that occur; -1 where none does.
-        rows: how often each class from the first to the last occurs in each segment; None where they are too
-            many to be coded.
-        totals: the same of all segments.
-        fine: how often each fine class occurs in a part of the levels, or None.
+        first, last: the first and the last used class; -1 if there are no levels.
+        rows: counts of the classes from first to last in each segment; None if there are too many classes.
+        totals: sum of ``rows`` over all segments.
+        fine: counts of fine classes in a part of the levels, or None.
     """
 
     counts: Counts
@@ -126,7 +125,7 @@ def _survey_chunk(
         levels = patterns_to_levels(patterns)
         least = int(levels.min()) >> width
         most = (int(levels.max()) >> width) - least + 1
-    if most > MAX_CLASSES[1]:  # too many to be coded
+    if most > MAX_CLASSES[1]:  # too many classes for a table
         return survey._replace(first=least, last=least + most - 1)
     rows = engine.count_exact(patterns, counts, width, least, most)
     totals = total_of(rows)
@@ -138,24 +137,25 @@ def _survey_chunk(
 
 
 class _ExactSurvey:
-    """What one pass over the levels of an exact stream tells.
+    """Statistics of an exact stream from one pass over its levels.
 
     Attributes:
-        width: residual bits of the classes that are counted.
-        first, last: of the classes that occur; -1 where none does.
-        zeros: for each chunk `planes.shared_zeros`, and how many levels each segment has.
+        width: residual bits of the counted classes.
+        first, last: the first and the last used class; -1 if there are no levels.
+        zeros: for each chunk `planes.shared_zeros`, and the number of levels in each segment.
     """
 
     def __init__(
         self, blocks: LevelBlocks, bits: int, width: int, engine: Engine, fine: int | None = None
     ) -> None:
-        """Goes through the bit patterns.
+        """Makes the pass over the bit patterns.
 
         Args:
-            blocks: exact.
-            bits: of a level.
+            blocks: of an exact stream.
+            bits: bits of a level.
             width: residual bits of the classes to count in each segment.
-            fine: residual bits of classes to count in a part of the levels, or None.
+            engine: does the counting.
+            fine: residual bits of the fine classes to count in a part of the levels, or None.
         """
         self.width, self.first, self.last = width, -1, -1
         self.zeros: list[tuple[Counts, Counts]] = []
@@ -176,17 +176,17 @@ class _ExactSurvey:
         self.last = max(self.last, last)
 
     def fits(self, bound: int) -> bool:
-        """Whether the classes can be coded: they are not too many, and none reaches the bound."""
+        """Whether a table can have the classes: there are not too many, and none exceeds the bound."""
         return (self.last + 1) << self.width <= bound and self.last - self.first < MAX_CLASSES[1]
 
     def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
-        """The counts of the classes from the first used to the last, and these as a layout."""
+        """Returns the counts of the classes from the first used to the last, and their layout."""
         classes = self.last - self.first + 1
         layout = Layout(self.first << self.width, bytes([self.width]) * classes)
         return self._counter.counts(self.first, classes), layout
 
     def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
-        """For classes of each width, the finest first: about a level's bits, and how often each occurs."""
+        """Yields for each width, finest first: the width, about the bits per level, and the class counts."""
         widths = [self._fine]
         for _ in range(fine, coarsest):
             widths.append(widths[-1][0::2] + widths[-1][1::2])
@@ -196,9 +196,12 @@ class _ExactSurvey:
 
 
 def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
-    """The table of an exact stream: classes of one width, by how many mantissa bits join the class.
+    """Chooses the table of an exact stream: the width of its classes, and with it their mantissa bits.
 
-    No class may reach the stream's ``bound``, not even where no level occurs (R-TAB-008).
+    No class may exceed the stream's ``bound``, even in unused levels (R-TAB-008).
+
+    Raises:
+        OptionError: no layout is possible with the code lengths of the options.
     """
     fine, width = _widths(dtype, options)
     survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
@@ -223,7 +226,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
             if saved > 0:
                 choice = replace(choice, bits=choice.bits - saved, trim=True)
             if survey.first > 0:
-                return choice  # the class of zeros does not occur
+                return choice  # the class that contains the zeros is not used
             widths, first = range(candidate, min(fine, candidate) - 1, -1), int(counts.total[0])
             return cheaper_with_zeros(
                 choice, blocks, widths, bound, options, engine, _exact_codes(counts), first
@@ -232,13 +235,13 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
 
 
 def _exact_codes(counts: SymbolCounts) -> int:
-    """The most codes of an exact stream."""
+    """Returns the greatest number of codes of an exact stream."""
     return max(min(_EXACT_CODES, int(counts.total.sum()) // _LEVELS_A_CODE), 1)
 
 
 def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
-    """The least and the greatest residual bits that are judged: mantissa bits may join the class."""
-    whole = dtype.bits - dtype.exponent_bits  # the width where the class is the exponent
+    """Returns the least and the greatest candidate for the residual bits of a class."""
+    whole = dtype.bits - dtype.exponent_bits  # the width if the class is the exponent
     if options.mantissa_bits is None:
         return max(whole - 3, 1), whole
     width = whole - min(max(options.mantissa_bits, 1 - dtype.exponent_bits), whole - 1)
@@ -246,18 +249,18 @@ def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
 
 
 def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Options, engine: Engine) -> bool:
-    """Whether `choose_exact` would surely take more than so many bits for all patterns but +0.
+    """Whether `choose_exact` certainly takes more than ``bits`` bits for all patterns except +0.
 
-    The residuals of weights alone have at least the judged width, less what trims leave out; those of -0 may
-    have none.
+    A lower bound: the residuals of non-zero weights have at least the least candidate width, less trims.
+    Residuals of -0 may have no bits.
     """
-    if options.code_limit < 8:  # codes may then be too short for classes of that width
+    if options.code_limit < 8:  # code lengths may then not suffice for classes of that width
         return False
     fine, _ = _widths(dtype, options)
     least, low = 0, magnitude_bits(patterns.dtype)
     for start in range(0, len(patterns), _BOUND_BLOCK):
         block = patterns[start : start + _BOUND_BLOCK]
-        # All segments are made of whole ones of this size, whose trims are at least as great.
+        # Every segment consists of parts of 32 positions, and their trims are at least as great.
         counts = np.full(-(-len(block) // 32), 32, np.int64)
         counts[-1] -= 32 * len(counts) - len(block)
         trims = trims_of(engine.exact_zeros(block, counts), fine) if options.trim else 0
@@ -268,7 +271,7 @@ def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Option
 
 
 def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
-    """The width from ``fine`` to ``width`` that is best for the part of the levels that was looked at."""
+    """Returns the best width from ``fine`` to ``width`` for the part of the levels that was counted."""
     best: tuple[float, int] | None = None
     for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
         used = np.flatnonzero(counts)
@@ -291,12 +294,18 @@ def choose_numbers(
     signed: bool,
     zero_first: bool = False,
 ) -> Choice:
-    """The table of a stream of numbers (with signs: levels 2m + s): dyadic classes, single or paired.
+    """Chooses the table of a stream of numbers: dyadic classes, single or paired. Signed levels are 2m + s.
 
     Args:
-        blocks, bound: the stream, and the bound on its levels.
+        blocks: the stream.
+        bound: no class may reach this level.
+        options: the caller's choices.
+        engine: does the counting.
         signed: whether levels have signs.
-        zero_first: whether the number 0 is the magnitude 0, whose two levels are kept apart.
+        zero_first: whether the number 0 is the magnitude 0, so that its levels +0 and -0 differ.
+
+    Raises:
+        OptionError: a number is 2^24 or more, or no layout is possible with the code lengths of the options.
     """
     sign = 1 if signed else 0
     counts = _number_counts(blocks, sign, engine)
@@ -324,7 +333,7 @@ def choose_numbers(
 
 
 def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
-    """One class for all numbers, the least that it must have; None where that would reach the bound."""
+    """Returns a layout of one class for all numbers, as small as possible. None if it exceeds the bound."""
     used = np.flatnonzero(counts)
     first, stop = int(used[0]) << sign, int(used[-1] + 1) << sign
     bits = (stop - first - 1).bit_length()
@@ -332,7 +341,11 @@ def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
 
 
 def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
-    """How often each number from 0 on occurs; in each segment only where none is great."""
+    """Counts each number from 0. Counts in each segment are included only if no number is great.
+
+    Raises:
+        OptionError: a number is 2^24 or more.
+    """
 
     def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
         greatest = int(levels.max()) >> sign if len(levels) else -1
@@ -356,7 +369,7 @@ def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCoun
 
 
 def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
-    """The groups to try."""
+    """Returns the groups to try."""
     if options.group:
         return (options.group,)
     bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
@@ -366,7 +379,7 @@ def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
 def _layouts(
     counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
 ) -> list[Layout]:
-    """The layouts to try."""
+    """Returns the layouts to try."""
     singles = _singles(counts, signed)
     many = int(counts.sum()) >= _MANY_LEVELS
     if many and singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
@@ -384,7 +397,7 @@ def _choice(
     options: Options,
     engine: Engine,
 ) -> Choice | None:
-    """The best codes of a layout; ``counts`` are those of numbers."""
+    """Returns the best choice for a layout, or None if it has too many classes. ``counts`` are of numbers."""
     if len(layout.extra) == 1:
         return one_class(blocks, layout, int(counts.total.sum()))
     if len(layout.extra) > MAX_CLASSES[group]:
@@ -400,7 +413,7 @@ def _choice(
 def _fitting_layout(
     counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
 ) -> Layout | None:
-    """The best layout with as few classes as groups of that size allow."""
+    """Returns the best layout whose number of classes the group allows, or None."""
     most = _PAIR_CLASSES if group == 2 else min(MAX_SYMBOLS, 1 << options.code_limit)
     for doubling in range(16):
         layout = engine.best_layout(counts, signed, limit, CLASS_COST << doubling)
@@ -410,7 +423,10 @@ def _fitting_layout(
 
 
 def _singles(counts: Histogram, signed: bool) -> Layout | None:
-    """A class for each number: all residuals have one width, so the index need not say how long they are."""
+    """Returns a layout of one class per number, or None if that gives too many classes.
+
+    All residuals then have one width, so that the index does not store their lengths.
+    """
     used = np.flatnonzero(counts)
     sign = 1 if signed else 0
     if used[-1] - used[0] >= MAX_SYMBOLS:
@@ -426,12 +442,15 @@ def choose_mask(
     engine: Engine,
     workers: Workers,
 ) -> MaskChoice:
-    """The kind, polarity and table of a mask.
+    """Chooses the kind, polarity and table of a mask.
 
     Args:
         blocks: the tensor's chunks.
-        mask_of: gives the mask of a chunk.
-        density: survivors a position.
+        mask_of: returns the mask of a chunk.
+        density: survivors per position.
+        options: the caller's choices.
+        engine: does the counting.
+        workers: threads that encode and count.
     """
     polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
     kind = options.mask

@@ -1,9 +1,9 @@
-"""Which tensors of a model are weights, and which pruning and quantising leave alone by default, and why.
+"""Decides which tensors of a model are weights. Pruning and quantising skip all others by default.
 
-Rules: pure functions over names and dtypes; only `has_values_beyond` looks at values. A tensor that is left
-alone costs a few bytes. One that is changed by mistake costs the model. So what is doubtful is left alone.
+Rules: pure functions of names and dtypes; only `has_values_beyond` reads values. Skipping a tensor costs a
+few bytes; changing one by mistake can ruin the model. Therefore doubtful tensors are skipped.
 
-The tables are taken from the code that writes such checkpoints:
+The tables are from the code that writes such checkpoints:
 
 * GPTQ, AWQ, AutoRound: `gptqmodel/nn_modules/qlinear` of GPTQModel, `awq/modules/linear` of AutoAWQ;
 * compressed-tensors: `compression_param_names` in `compressed_tensors/compressors`;
@@ -38,14 +38,14 @@ from ..errors import SfpWarning
 from ..names import listed
 from ..options import Options
 
-# Tensors of fewer elements are not worth a loss.
+# Smaller tensors stay lossless: the saving is not worth a loss.
 MIN_ELEMENTS = 4096
-# Elements that are looked at together.
+# Elements processed at a time.
 _BLOCK = 1 << 20
 
 
 class Described(Protocol):
-    """A tensor without its data."""
+    """Name, dtype and shape of a tensor."""
 
     @property
     def name(self) -> str: ...
@@ -58,7 +58,7 @@ class Described(Protocol):
 
 
 class Outline(NamedTuple):
-    """A tensor without its data, from an array or a tensor of torch."""
+    """Name, dtype and shape of a numpy array or a torch tensor."""
 
     name: str
     dtype: Dtype
@@ -66,7 +66,7 @@ class Outline(NamedTuple):
 
 
 class Kind(Enum):
-    """Why a tensor stays lossless. The value is for people."""
+    """Category of the reason why a tensor stays lossless. The value is a text for messages."""
 
     STORAGE = "storage of weights that are quantised already"
     COMPANION = "scales, zero points or tables of quantised weights"
@@ -81,11 +81,11 @@ class Kind(Enum):
 
 
 class Reason(NamedTuple):
-    """Why one tensor stays lossless.
+    """The reason why a tensor stays lossless.
 
     Attributes:
-        kind: the reason in general.
-        because: what shows it, in words.
+        kind: the category.
+        because: the evidence, in words.
     """
 
     kind: Kind
@@ -93,14 +93,14 @@ class Reason(NamedTuple):
 
 
 def _pattern(*names: str) -> re.Pattern[str]:
-    """One of some regular expressions, each for the whole of a name's last part."""
+    """Compiles alternatives, each a regular expression for the whole last part of a name."""
     return re.compile("|".join(f"(?:{name})" for name in names))
 
 
 # ------------------------------------------------------------------------------------------------ the tables
 
-# The last part of names that only the storage of quantised weights has. It may have a float dtype: bits of
-# other numbers, which no arithmetic may touch.
+# The last part of names that only the storage of quantised weights has. Its dtype may be float, but its bits
+# are packed integers, which arithmetic would destroy.
 _STORAGE = _pattern(
     r"(\w+_)?qweight",  # GPTQ, AWQ, AutoRound, HIGGS, FP-Quant, Nunchaku
     r"W_q",  # HQQ, SINQ; float with `view_as_float`
@@ -115,7 +115,7 @@ _STORAGE = _pattern(
     r"(res_|outlier_)?indices",  # VPTQ; float with `indices_as_float`
     r"Qidxs\w*",  # QuIP#
 )
-# The same for tensors of integers only; elsewhere these are names of weights.
+# The same for integer tensors only. Float tensors with these names are weights.
 _INTEGER_STORAGE = _pattern(
     r"weight",  # bitsandbytes, EETQ, FBGEMM, MLX, compressed-tensors
     r"B(_24)?",  # Marlin, QQQ
@@ -137,14 +137,14 @@ _COMPANION = _pattern(
     r"s[uv]h?|S[UV]",  # EXL3, QuIP#
     r"q_(scale|scale_max|groups|group_map|invperm|perm)",  # EXL2
 )
-# The last two parts, where the last alone tells nothing.
+# The last two parts of names, if the last alone is not sufficient.
 _COMPANION_PAIR = re.compile(
     r"(?:^|\.)(?:(?:res_|outlier_)?centroids\.weight"  # VPTQ
     r"|(?:weight|bias|input|output)_quantizer\.(?:scale|zero_point|_amax|_scale))$"  # Quark, ModelOpt
 )
-# Of so many parts, with underscores between, is the end of a name that names a scale: "_weight_scale_inv".
+# The greatest number of words, separated by underscores, in a scale's suffix such as "_weight_scale_inv".
 _MOST_PARTS = 5
-# Parts of names that belong to a scale or a zero point where there is FP8 beside it.
+# Words in names of scales and zero points, if there is an FP8 tensor beside.
 _SCALE = re.compile(r"scale|zero|shift|amax|absmax|quant")
 _BUFFER = _pattern(
     r"running_(mean|var|std)|num_batches_tracked",
@@ -174,14 +174,14 @@ _NORM = re.compile(
 
 
 def not_weights(tensors: Iterable[Described]) -> dict[str, Reason]:
-    """Which tensors are no weights, by name and dtype and by what lies beside them: name -> why.
+    """Returns the tensors that are not weights: name -> reason. Uses names, dtypes and related tensors.
 
-    FP8 with a scale beside it is storage: each number is a code that means something only with its scale, and
-    to quantise it again would round twice. So is FP8 without one in a model where other FP8 has scales: its
-    scale may be in a shard that is not there. In other models FP8 is a weight.
+    FP8 with a scale is storage: its numbers are valid only with the scale, and quantising them again would
+    round twice. FP8 without a scale is storage too if other FP8 tensors of the model have scales, because
+    its scale may be in a missing shard. In other models FP8 is a weight.
 
     Args:
-        tensors: all of a model: what a tensor is may depend on others.
+        tensors: all tensors of the model, because the role of a tensor may depend on others.
     """
     model = _Model.of(tensors)
     reasons = ((name, model.reason(name)) for name in model.tensors)
@@ -196,16 +196,16 @@ def not_weights(tensors: Iterable[Described]) -> dict[str, Reason]:
 
 
 def is_large_float(tensor: Described) -> bool:
-    """Whether a tensor is float, of rank 2 or more and of `MIN_ELEMENTS` elements or more."""
+    """Whether a tensor is float, of rank at least 2, and has at least `MIN_ELEMENTS` elements."""
     return tensor.dtype.is_float and len(tensor.shape) >= 2 and math.prod(tensor.shape) >= MIN_ELEMENTS
 
 
 def is_packed_storage(tensor: Described, reasons: Mapping[str, Reason]) -> bool:
-    """Whether a float tensor stores packed weights: its elements are bits, and -0 means something else.
+    """Whether a float tensor stores packed weights, so that its elements, -0 included, are bit fields.
 
     Args:
-        tensor: any.
-        reasons: what `not_weights` gives for all tensors.
+        tensor: any tensor.
+        reasons: the result of `not_weights` for all tensors.
     """
     reason = reasons.get(tensor.name)
     is_storage = reason is not None and reason.kind is Kind.STORAGE
@@ -213,21 +213,21 @@ def is_packed_storage(tensor: Described, reasons: Mapping[str, Reason]) -> bool:
 
 
 def options_for(tensors: Iterable[Described], options: Options) -> dict[str, Options]:
-    """The options by the name of each weight that pruning and quantising reach by default."""
+    """Returns name -> options for the weights that pruning and quantising change by default."""
     known = list(tensors)
     left = not_weights(known)
     return {t.name: options for t in known if is_large_float(t) and t.name not in left}
 
 
 def warn_of_quantised(tensors: Iterable[Described], options: object) -> None:
-    """Warns where options for all tensors change parts of weights that are quantised already.
+    """Warns if options for all tensors change parts of weights that are already quantised.
 
-    Lossy options change all such parts that are float. ``zeros="positive"`` alone changes float tensors that
-    store packed weights.
+    Lossy options change all such parts that are float. ``zeros="positive"`` without a lossy option changes
+    only float tensors that store packed weights.
 
     Args:
-        tensors: all that are written.
-        options: for all of them, or for some by name. These are what the caller names, and warn of nothing.
+        tensors: all tensors to write.
+        options: one `Options` for all tensors. Options by name do not warn, because the caller chose them.
     """
     if not isinstance(options, Options) or (options.lossless and options.zeros == "keep"):
         return
@@ -248,12 +248,12 @@ def warn_of_quantised(tensors: Iterable[Described], options: object) -> None:
 
 @dataclass(frozen=True)
 class _Model:
-    """What is known of all tensors.
+    """Index of a model's tensors.
 
     Attributes:
-        tensors: name -> the tensor.
+        tensors: name -> tensor.
         stored: module -> up to two of its tensors that store its weight, packed or in integers.
-        scales: the beginning of a name -> a tensor whose name goes on with a scale's, such as ``_scale_inv``.
+        scales: prefix of a name -> a tensor with that prefix and a scale's suffix, such as ``_scale_inv``.
     """
 
     tensors: dict[str, Described]
@@ -262,7 +262,7 @@ class _Model:
 
     @classmethod
     def of(cls, tensors: Iterable[Described]) -> _Model:
-        """Looks at all names once."""
+        """Builds the index in one pass over the names."""
         known = {tensor.name: tensor for tensor in tensors}
         stored: dict[str, list[str]] = {}
         scales: dict[str, str] = {}
@@ -282,7 +282,7 @@ class _Model:
         return cls(known, stored, scales)
 
     def reason(self, name: str) -> Reason | None:
-        """Why a tensor is no weight, or None."""
+        """Returns the reason why a tensor is not a weight, or None."""
         tensor = self.tensors[name]
         _, last = _parts(name)
         words = f"named {last!r}"
@@ -291,7 +291,7 @@ class _Model:
             return Reason(kind, words)
         if _COMPANION_PAIR.search(name):
             return Reason(Kind.COMPANION, words)
-        if not re.fullmatch(r"(\w+_)?bias", last) or last == "weight_bias":  # that of VPTQ is a companion
+        if not re.fullmatch(r"(\w+_)?bias", last) or last == "weight_bias":  # of VPTQ: a companion
             found = self._companion(name) or (self._storage(name) if tensor.dtype.is_float else None)
             if found is not None:
                 return found
@@ -300,7 +300,7 @@ class _Model:
         return Reason(Kind.NORM, words) if _NORM.search(name) else None
 
     def _companion(self, name: str) -> Reason | None:
-        """A tensor whose module packs its weight, or a scale whose module has it in FP8."""
+        """Returns the reason if the module stores its weight packed, or has an FP8 weight with this scale."""
         module, last = _parts(name)
         for stored in self.stored.get(module, []):
             if stored != name:
@@ -311,7 +311,7 @@ class _Model:
         return None
 
     def _storage(self, name: str) -> Reason | None:
-        """A float tensor with scales of its own: FP8, or bits of integers that are seen as floats."""
+        """Returns the reason if a float tensor has its own scales: FP8, or packed integers as floats."""
         module, last = _parts(name)
         for part in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"):
             if f"{name}.{part}" in self.tensors:
@@ -326,13 +326,13 @@ class _Model:
 
 @lru_cache(1 << 14)  # the names of a model have few last parts
 def _kind_by_last(last: str) -> Kind | None:
-    """What the last part of a name alone tells."""
+    """Returns the kind that follows from the last part of a name alone, or None."""
     tables = {Kind.STORAGE: _STORAGE, Kind.COMPANION: _COMPANION, Kind.BUFFER: _BUFFER, Kind.BIAS: _BIAS}
     return next((kind for kind, table in tables.items() if table.fullmatch(last)), None)
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The module and the last part of a tensor's name."""
+    """Returns the module and the last part of a tensor's name."""
     module, _, last = name.rpartition(".")
     return module, last
 
@@ -346,7 +346,7 @@ def has_values_beyond(array: NDArray[np.generic], *, float32: bool) -> bool:
 
     Args:
         array: of a registered float dtype, any shape, contiguous.
-        float32: whether finite values that float32 cannot hold count, too; only F64 has them.
+        float32: whether finite values beyond the range of float32 count too; only F64 has them.
     """
     dtype = of_numpy(array.dtype)
     assert dtype is not None

@@ -1,10 +1,10 @@
-"""Classes for zeros alone: where a stream has many -0, they need no residual bits (SPEC.md chapter 8).
+"""Separate classes for zeros: in a stream with many -0, these need no residual bits (SPEC.md chapter 8).
 
-The level of +0 is 0 and that of -0 is 1, so two classes of one level each go before those of all other
-levels. What multiplies weights by a mask leaves -0 where a negative weight was; in a class with small weights
-every one of them would take the residual bits of a weight.
+The level of +0 is 0 and the level of -0 is 1. Two classes of one level each come before the classes of all
+other levels. Code that multiplies weights by a mask makes -0 of negative weights; in a class with small
+weights each -0 would take the residual bits of a weight.
 
-Only streams with -0 are looked at, so that others keep their tables.
+Streams without -0 keep their tables.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from ..engines import Engine
 from ..options import Options
 from .codes import Choice, LevelBlocks, choose_codes, count_symbols, one_class
 
-# Levels before those of weights: +0 and -0.
+# Number of levels before those of non-zero weights: +0 and -0.
 _ZEROS = 2
-# A table whose classes differ in their residual bits decodes slower: it must save this part of a stream.
+# A table whose classes differ in residual bits decodes slower. It must save 1/_GAIN of a stream.
 _GAIN = 64
-# The most classes of weights, by group; of pairs the second is tried where the first gives too many symbols.
+# Group -> the greatest numbers of classes for non-zero weights, in the order in which they are tried. With
+# pairs, the first may give too many symbols.
 _MOST_CLASSES = {1: (MAX_SYMBOLS - _ZEROS,), 2: (18, 14)}
-# Positions looked at together.
+# Positions processed at a time.
 _BLOCK = 1 << 18
 
 
 class Zeros(NamedTuple):
-    """How many zeros there are, by their signs."""
+    """Numbers of positive and negative zeros."""
 
     positive: int
     negative: int
 
 
 def zeros_of(array: NDArray[np.generic]) -> Zeros:
-    """The zeros of an array; none of a dtype that is not float."""
+    """Counts the zeros of an array; none in a dtype that is not float."""
     positive = negative = 0
     for patterns in _blocks_of_patterns(array):
         positive += len(patterns) - int(np.count_nonzero(patterns))
@@ -54,7 +55,7 @@ def zeros_of(array: NDArray[np.generic]) -> Zeros:
 
 
 def with_positive_zeros(flat: NDArray[np.generic]) -> NDArray[np.generic]:
-    """A float array with +0 for -0, shape [n]; the same array where it has none."""
+    """Returns a float array, shape [n], with +0 for -0: a copy, or the array itself if it has no -0."""
     if not zeros_of(flat).negative:
         return flat
     flat = flat.copy()
@@ -64,7 +65,7 @@ def with_positive_zeros(flat: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def _blocks_of_patterns(array: NDArray[np.generic]) -> Iterator[Patterns]:
-    """The bit patterns of an array of a float dtype of the format, block by block; none of any other."""
+    """Yields the bit patterns of an array, block by block; nothing for a dtype that is not float."""
     dtype = of_numpy(array.dtype)
     if dtype is None or not dtype.is_float:
         return
@@ -87,17 +88,19 @@ def cheaper_with_zeros(
     most: int,
     first: int,
 ) -> Choice:
-    """A choice, or one with classes for zeros alone where that is clearly smaller.
+    """Returns the choice, or one with separate classes for zeros if that is clearly smaller.
 
     Args:
-        choice: of the stream.
+        choice: the stream's choice so far.
         blocks: its levels.
-        widths: residual bits of the classes of weights that may be, the best first.
-        bound: on the levels of a table.
-        most: codes, where the options do not say how many.
-        first: how many levels are in the class of the zeros: there are no more zeros.
+        widths: candidates for the residual bits of classes of non-zero weights, the best first.
+        bound: no class of a table may reach this level.
+        options: the caller's choices.
+        engine: does the counting.
+        most: the greatest number of codes, unless the options set it.
+        first: number of levels in the class that contains the zeros: an upper bound on the number of zeros.
     """
-    # A -0 takes no more now than the longest code and the longest residual.
+    # A -0 takes at most the longest code and the longest residual.
     saved = (MAX_CODE_BITS + max(choice.table.extra)) * _GAIN
     if first * saved < choice.bits:
         return choice
@@ -108,7 +111,7 @@ def cheaper_with_zeros(
     for width in widths:
         rest = _count_rest(blocks, width)
         if len(rest) > (bound - _ZEROS) >> width:
-            continue  # the last class would reach beyond the bound; narrower ones may not
+            continue  # the last class would exceed the bound; narrower classes may not
         for group in (options.group,) if options.group else (1, 2):
             found = _choice(blocks, zeros, rest, width, bound, group, options, engine, most)
             if found is not None and found.bits < best.bits:
@@ -127,7 +130,7 @@ def _count_zeros(blocks: LevelBlocks) -> Zeros:
 
 
 def _count_rest(blocks: LevelBlocks, width: int) -> Histogram:
-    """How often the levels of weights occur, 2^width of them together from the first that is no zero on."""
+    """Counts the levels of non-zero weights in groups of 2^width consecutive levels."""
 
     def count(levels: AnyLevels, _: Counts) -> Histogram:
         rest = levels[levels >= _ZEROS] - levels.dtype.type(_ZEROS)
@@ -150,7 +153,7 @@ def _choice(
     engine: Engine,
     most: int,
 ) -> Choice | None:
-    """The best codes of a layout with classes for zeros."""
+    """Returns the best choice with separate classes for zeros, or None if there is none."""
     for classes in _MOST_CLASSES[group]:
         layout = _layout(zeros, rest, width, bound, classes, engine)
         if layout is None or len(layout.extra) > MAX_CLASSES[group]:
@@ -167,7 +170,10 @@ def _choice(
 def _layout(
     zeros: Zeros, rest: Histogram, width: int, bound: int, most: int, engine: Engine
 ) -> Layout | None:
-    """Classes for the zeros that occur, and at most so many for the weights; None where that cannot be."""
+    """Returns a layout with classes for the zeros that occur, and at most ``most`` classes for the rest.
+
+    Returns None if no such layout is found.
+    """
     base = 0 if zeros.positive else 1
     of_zeros = bytes(_ZEROS - base)
     if not len(rest):
@@ -181,12 +187,12 @@ def _layout(
 
 
 def _split(widths: list[int]) -> bytes:
-    """Residual bits of classes, those of too many in several classes."""
+    """Returns residual bits of classes. Splits classes of more than `MAX_FIELD_BITS` bits into several."""
     return b"".join([bytes([min(w, MAX_FIELD_BITS)]) * (1 << max(w - MAX_FIELD_BITS, 0)) for w in widths])
 
 
 def _unused(levels: int) -> bytes:
-    """Residual bits of as few classes as cover so many levels, which do not occur."""
+    """Returns residual bits of the fewest classes that cover a number of unused levels."""
     whole, rest = divmod(levels, 1 << MAX_FIELD_BITS)
     bits = [bit for bit in reversed(range(MAX_FIELD_BITS)) if rest >> bit & 1]
     return bytes([MAX_FIELD_BITS] * whole + bits)
