@@ -1,6 +1,6 @@
-"""Chunks (SPEC.md chapter 15): the segment index and the places of the planes, to and from bytes.
+"""Chunks (SPEC.md chapter 15): reads and writes the segment index and the offsets of the planes.
 
-`quantities` says what a chunk has, for reader and writer alike, so that they cannot part ways.
+Reader and writer both use `quantities` for the contents of a chunk, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import fault
 from .entry import CHUNK_ALIGNMENT, TensorEntry
 
 PART_ALIGNMENT = 16
-TAIL_BYTES = 16  # readable after the last plane, so that wide loads stay inside the chunk
+TAIL_BYTES = 16  # readable bytes after the last plane, so that wide loads stay inside the chunk
 MAX_INDEX_WIDTH = 32  # R-IDX-001
 _QUANTITY = struct.Struct("<IB3s")  # minimum, width, reserved
 _ZEROS = np.zeros(CHUNK_ALIGNMENT + PART_ALIGNMENT, np.uint8)
@@ -28,17 +28,17 @@ _ZEROS.flags.writeable = False
 
 
 def align(x: int, k: int) -> int:
-    """The least multiple of k not under x."""
+    """Returns the least multiple of k that is at least x."""
     return -(-x // k) * k
 
 
 def chunk_length(end: int) -> int:
-    """Length of a chunk whose last part ends at ``end``, aligned."""
+    """Returns the length of a chunk whose last part ends at the aligned offset ``end``."""
     return align(end + TAIL_BYTES, CHUNK_ALIGNMENT)
 
 
 def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
-    """The quantities of the segment index that are present, as (stream, plane), in order (SPEC.md 15.2)."""
+    """Returns the quantities in the segment index, as (stream, what), in order (SPEC.md 15.2)."""
     out = [("survivors", "")] if entry.mask is not None else []
     for stream, table in entry.streams().items():
         if len(table.codes) > 1:
@@ -53,19 +53,20 @@ def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
 
 
 def greatest_head(entry: TensorEntry, segments: int) -> int:
-    """The most bytes that header and segment index of a chunk of that many segments can take."""
+    """Returns the greatest possible size of the header and segment index of a chunk, in bytes."""
     each = _QUANTITY.size + MAX_INDEX_WIDTH // 8 * segments + 2 * PART_ALIGNMENT
     return len(quantities(entry)) * each + PART_ALIGNMENT + TAIL_BYTES
 
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """The segment index of a chunk, checked, and where its planes lie.
+    """The checked segment index of a chunk, and the offsets of its planes.
 
     Attributes:
-        positions, survivors: of each segment.
-        counts: stream -> levels in each segment.
-        codes, trims: stream -> number of each segment's code, residual bits that it leaves out.
+        positions, survivors: number in each segment.
+        counts: stream -> number of levels in each segment.
+        codes: stream -> number of each segment's code.
+        trims: stream -> number of residual bits that each segment omits.
         bits: (stream, plane) -> bits of each segment in that plane.
         starts: (stream, plane) -> bit offset of the plane in the chunk.
     """
@@ -79,13 +80,13 @@ class ChunkIndex:
     starts: dict[tuple[str, str], int]
 
     def values(self, stream: str, what: str) -> Counts:
-        """The values of a quantity other than the survivors."""
+        """Returns the values of a quantity other than the survivors."""
         if what == "codes":
             return self.codes[stream]
         return self.trims[stream] if what == "trims" else self.bits[stream, what]
 
     def span(self, stream: str, first: int, stop: int) -> StreamSpan:
-        """Where the levels of the chunk's segments from ``first`` up to ``stop`` lie."""
+        """Returns the location of the levels of the segments from ``first`` up to (excluding) ``stop``."""
         prefix, residual = self.bits[stream, "prefix"], self.bits[stream, "residual"]
         return StreamSpan(
             self.counts[stream][first:stop],
@@ -102,13 +103,15 @@ class ChunkIndex:
 
 
 def read_index(data: Bytes, entry: TensorEntry, k: int) -> ChunkIndex:
-    """Reads and checks the segment index of chunk ``k`` and all that is zero around the parts.
+    """Reads and checks the segment index and the padding of chunk ``k``.
 
     Args:
         data: all bytes of the chunk.
+        entry: of the tensor.
+        k: number of the chunk.
 
     Raises:
-        InvalidFileError: by R-CHK-001 to -003, R-IDX-001 to -004, R-PLN-004; offsets relative to the chunk.
+        InvalidFileError: by R-CHK-001 to -003, R-IDX-001 to -006, R-PLN-004; offsets relative to the chunk.
     """
     index, ends = parse_head(data, entry, k)
     if chunk_length(ends[-1]) != len(data):
@@ -121,9 +124,15 @@ def read_index(data: Bytes, entry: TensorEntry, k: int) -> ChunkIndex:
 
 
 def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, list[int]]:
-    """The index of a chunk from its first bytes, and the aligned ends of its planes.
+    """Reads the index of a chunk from its first bytes. Returns it and the aligned ends of the planes.
 
-    ``data`` may stop short of the planes; the chunk's length is taken from the entry.
+    Args:
+        data: the first bytes of the chunk; need not include the planes. The chunk's length is in the entry.
+        entry: of the tensor.
+        k: number of the chunk.
+
+    Raises:
+        InvalidFileError: by R-CHK-002, -003, R-IDX-001 to -006; offsets relative to the chunk.
     """
     length = int(entry.chunks["length"][k])
     first, stop = entry.segments_of_chunk(k)
@@ -164,7 +173,11 @@ def _locate_planes(
     pos: int,
     length: int,
 ) -> tuple[ChunkIndex, list[int]]:
-    """Where the planes lie, from ``pos`` on; refuses planes that leave the chunk (R-IDX-003)."""
+    """Computes the offsets of the planes, from ``pos``. Checks codes and trims, and that the planes fit.
+
+    Raises:
+        InvalidFileError: by R-IDX-003, R-IDX-005 or R-IDX-006.
+    """
     counts = stream_counts(entry, positions, survivors)
     none = np.zeros(len(positions), np.int64)
     codes = {stream: values.get((stream, "codes"), none) for stream in entry.streams()}
@@ -191,7 +204,7 @@ def _locate_planes(
 
 
 def _implied_bits(table: CodeTable, plane: str, counts: Counts, trims: Counts) -> Counts:
-    """Bits of each segment in a plane that has no quantity in the index."""
+    """Returns the bits of each segment in a plane that has no quantity in the index."""
     if plane == "prefix":
         return np.zeros(len(counts), np.int64)
     assert table.constant_extra is not None
@@ -199,7 +212,7 @@ def _implied_bits(table: CodeTable, plane: str, counts: Counts, trims: Counts) -
 
 
 def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Iterator[tuple[str, str]]:
-    """What in the header of a checked chunk is not canonical: clause and words (R-CAN-002, R-CAN-003)."""
+    """Yields clause and reason for what is not canonical in a checked chunk's header (R-CAN-002, -003)."""
     for i, (stream, what) in enumerate(quantities(entry)):
         at = i * _QUANTITY.size
         minimum, width, _ = _QUANTITY.unpack(data[at : at + _QUANTITY.size].tobytes())
@@ -212,7 +225,7 @@ def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Itera
 
 
 def stream_counts(entry: TensorEntry, positions: Counts, survivors: Counts) -> dict[str, Counts]:
-    """Stream -> levels in each segment."""
+    """Returns stream -> number of levels in each segment."""
     out = {}
     if entry.mask is not None:
         out["mask"] = level_counts(entry.mask.kind, entry.mask.polarity, positions, survivors)
@@ -223,7 +236,7 @@ def stream_counts(entry: TensorEntry, positions: Counts, survivors: Counts) -> d
 
 
 def _require_zero(data: Bytes, start_bit: int, stop: int, clause: str) -> None:
-    """Checks that the bits from ``start_bit`` up to byte ``stop`` are zero."""
+    """Raises ``clause`` unless the bits from ``start_bit`` up to byte ``stop`` are zero."""
     first = start_bit // 8
     if start_bit % 8 and first < stop:
         if data[first] >> (start_bit % 8):
@@ -238,7 +251,7 @@ def _require_zero(data: Bytes, start_bit: int, stop: int, clause: str) -> None:
 
 
 def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]) -> list[Bytes]:
-    """The bytes of a chunk, in parts of which each follows the one before: planes are not copied.
+    """Returns the bytes of a chunk as a list of consecutive parts. The planes are not copied.
 
     Args:
         entry: only its streams are used.
@@ -262,14 +275,14 @@ def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]
 
 
 def _data_of(entry: TensorEntry, planes: dict[str, Planes]) -> Iterator[Bytes]:
-    """The planes of all streams, in order."""
+    """Yields the planes of all streams, in order."""
     for stream in entry.streams():
         yield planes[stream].prefix
         yield planes[stream].residual
 
 
 def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: str) -> Counts:
-    """The values of a quantity of the segment index."""
+    """Returns the values of a quantity of the segment index."""
     if stream == "survivors":
         return survivors
     return {
@@ -284,7 +297,7 @@ def _quantity(survivors: Counts, planes: dict[str, Planes], stream: str, what: s
 
 
 def vector_places(entry: TensorEntry) -> tuple[list[int], int]:
-    """The offset of each vector in the vector chunk, and the chunk's length (SPEC.md 15.3)."""
+    """Returns the offset of each vector in the vector chunk, and the chunk's length (SPEC.md 15.3)."""
     pos, places = 0, []
     for vector in entry.vector_list():
         places.append(pos)
@@ -293,7 +306,11 @@ def vector_places(entry: TensorEntry) -> tuple[list[int], int]:
 
 
 def read_vectors(data: Bytes, entry: TensorEntry) -> dict[str, NDArray[np.float32]]:
-    """The vectors of a vector chunk as float32, by name; checks its layout, not their values."""
+    """Reads a vector chunk. Returns name -> vector, as float32. Checks the layout, not the values.
+
+    Raises:
+        InvalidFileError: by R-VEC-001 or R-VEC-002.
+    """
     places, length = vector_places(entry)
     if len(data) != length:
         raise fault("R-VEC-001", f"the vector chunk has {len(data)} bytes, must be {length}")
@@ -307,7 +324,7 @@ def read_vectors(data: Bytes, entry: TensorEntry) -> dict[str, NDArray[np.float3
 
 
 def build_vectors(entry: TensorEntry, vectors: dict[str, NDArray[np.generic]]) -> Bytes:
-    """The bytes of a vector chunk; the vectors already have their dtypes."""
+    """Returns the bytes of a vector chunk. Converts each vector to the dtype of its entry."""
     places, length = vector_places(entry)
     out = np.zeros(length, np.uint8)
     for vector, start in zip(entry.vector_list(), places, strict=True):
@@ -317,7 +334,11 @@ def build_vectors(entry: TensorEntry, vectors: dict[str, NDArray[np.generic]]) -
 
 
 def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
-    """The bytes of the elements of a raw chunk."""
+    """Checks a raw chunk and returns the bytes of its elements.
+
+    Raises:
+        InvalidFileError: by R-RAW-002, R-RAW-003 or R-RAW-004.
+    """
     first, stop = entry.segments_of_chunk(k)
     size = int(entry.segment_positions(first, stop).sum()) * entry.dtype.itemsize
     if len(data) != align(size, CHUNK_ALIGNMENT):
@@ -331,26 +352,26 @@ def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
 
 
 def are_raw_lengths(lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether raw chunks of so many bytes of elements have the right lengths (R-RAW-002)."""
+    """Whether raw chunks have the right lengths for the sizes of their elements, in bytes (R-RAW-002)."""
     return np.array_equal(lengths, -(-sizes // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT)
 
 
 def has_zero_padding(data: Bytes, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether raw chunks have only zeros behind their elements (R-RAW-003).
+    """Whether the padding after the elements of raw chunks is zero (R-RAW-003).
 
     Args:
-        data: the chunks, one after another, of at least a byte each.
-        lengths, sizes: bytes of each chunk and of its elements, for which `are_raw_lengths` holds.
+        data: the consecutive chunks, at least one byte each.
+        lengths, sizes: bytes of each chunk and of its elements, which `are_raw_lengths` accepts.
     """
     ends = np.cumsum(lengths)
     padded = sizes < lengths
-    # Where padding begins and where it ends, in turns: every other result is one of padding.
+    # Alternating beginnings and ends of padding: every second result is of padding.
     turns = np.stack([(ends - lengths + sizes)[padded], ends[padded]], axis=1).reshape(-1)
     return not np.bitwise_or.reduceat(data, turns[turns < len(data)])[0::2].any()
 
 
 def build_raw(elements: Bytes) -> Bytes:
-    """The bytes of a raw chunk."""
+    """Returns the bytes of a raw chunk: the elements, padded with zeros."""
     out = np.zeros(align(len(elements), CHUNK_ALIGNMENT), np.uint8)
     out[: len(elements)] = elements
     return out

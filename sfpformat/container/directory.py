@@ -1,4 +1,4 @@
-"""The directory (SPEC.md chapter 7): records that are valid once they exist, to and from its maps."""
+"""The directory (SPEC.md chapter 7): converts its maps to validated records, and back."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .preamble import SIZE
 
 KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)
 _KNOWN_KEYS = frozenset(("tensors", "metadata", "features"))
-# From so many on it pays to check plain tensors together.
+# The least number of plain tensors for which checking them together is faster.
 _WORTH_COLUMNS = 8
 
 
 class Entries(Mapping[str, TensorEntry]):
-    """Name -> entry, in the order of the file; entries of plain tensors are made when they are asked for."""
+    """Mapping from name to entry, in file order. Creates the entries of plain tensors lazily."""
 
     def __init__(self, items: dict[str, TensorEntry | Fields], limits: Limits) -> None:
         """Args:
-        items: entries, or maps of which `plain_tensors` has seen that they are valid within the limits.
+        items: entries, or maps that `plain_tensors` has validated within the limits.
+        limits: of the reader.
         """
         self._items = items
         self._limits = limits
@@ -50,15 +51,15 @@ class Entries(Mapping[str, TensorEntry]):
 
 @dataclass(frozen=True)
 class Directory:
-    """All that a file says about its tensors.
+    """The contents of a file's directory.
 
     Attributes:
-        tensors: name -> entry, in the order of the file.
-        stored: bytes of the chunks of each tensor, in that order.
-        plain: the plain ones among them in columns, where there are many; else None.
-        metadata: the user's own strings.
-        features: names that a reader must know, ascending.
+        tensors: name -> entry, in file order.
+        metadata: the user's strings.
+        features: names of features that a reader must support, ascending.
         other: root keys that this version does not know (R-DIR-005).
+        stored: bytes of the chunks of each tensor, in file order; None: as in the entries.
+        plain: the plain tensors in columns, if there are many; else None.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -69,7 +70,7 @@ class Directory:
     plain: PlainTensors | None = field(default=None, compare=False)
 
     def outline(self, name: str) -> Outline:
-        """That of a tensor; makes no entry of a plain one."""
+        """Returns the outline of a tensor. Does not create the entry of a plain tensor."""
         plain = None if self.plain is None else self.plain.outline(name)
         if plain is not None:
             return plain
@@ -77,7 +78,7 @@ class Directory:
         return Outline(entry.dtype, entry.shape, entry.decoded_bytes, entry.stored_bytes)
 
     def to_bytes(self) -> bytes:
-        """The directory's bytes."""
+        """Returns the directory's bytes."""
         root: dict[str, object] = {
             **self.other,
             "tensors": [entry.to_map() for entry in self.tensors.values()],
@@ -90,12 +91,12 @@ class Directory:
 
     @classmethod
     def from_bytes(cls, data: bytes, chunks_end: int, limits: Limits) -> Directory:
-        """Reads a directory whose checksum has been checked.
+        """Parses a directory. The caller has compared its checksum.
 
         Args:
             data: its bytes; offsets in faults are relative to them.
             chunks_end: the directory's offset in the file, where the last chunk must end (R-LAY-003).
-            limits: what it may claim.
+            limits: of the reader.
 
         Raises:
             InvalidFileError, UnsupportedError, LimitError.
@@ -105,7 +106,7 @@ class Directory:
             try:
                 return cls.from_map(ordinary, chunks_end, limits)
             except FileFault:
-                ordinary = None  # a fault has a place, which only the other way knows
+                ordinary = None  # the slow parser repeats the fault with its offset
         root = messagepack.decode(data, limits)
         if not isinstance(root, dict):
             raise fault("R-DIR-001", "the directory is not a map", offset=0)
@@ -113,7 +114,7 @@ class Directory:
 
     @classmethod
     def from_map(cls, root: Fields, chunks_end: int, limits: Limits) -> Directory:
-        """Reads the root of a directory; see `from_bytes`."""
+        """Reads the root map of a directory. Same arguments and errors as `from_bytes`."""
         features = _features(root)
         if "keyed" in root:
             raise fault("R-KEY-001", "the file has keyed tables", offset=place_of(root, "keyed"))
@@ -126,7 +127,7 @@ class Directory:
         return cls(tensors, metadata, features, other, stored, plain)
 
     def offsets(self) -> dict[str, int]:
-        """Name -> file offset of the tensor's first chunk (R-LAY-001)."""
+        """Returns name -> file offset of the tensor's first chunk (R-LAY-001)."""
         sizes = self.stored or [entry.stored_bytes for entry in self.tensors.values()]
         return dict(zip(self.tensors, accumulate(sizes, initial=SIZE), strict=False))
 
@@ -135,7 +136,7 @@ _Tensors = tuple[Mapping[str, TensorEntry], list[int], PlainTensors | None]
 
 
 def _one_by_one(maps: list[Fields], limits: Limits) -> _Tensors:
-    """The entries of all maps, and the bytes of each one's chunks."""
+    """Creates the entries of all maps. Returns them, the bytes of each one's chunks, and None."""
     tensors: dict[str, TensorEntry] = {}
     for item in maps:
         try:
@@ -150,7 +151,10 @@ def _one_by_one(maps: list[Fields], limits: Limits) -> _Tensors:
 
 
 def _in_columns(maps: list[Fields], limits: Limits) -> _Tensors | None:
-    """As `_one_by_one`, plain tensors in columns; None where that does not pay, or an entry is at fault."""
+    """Fast path of `_one_by_one`: checks plain tensors in columns and creates their entries lazily.
+
+    Returns None if there are few plain tensors, or on any problem.
+    """
     are_plain = [looks_plain(item) for item in maps]
     if sum(are_plain) < _WORTH_COLUMNS:
         return None
@@ -180,7 +184,7 @@ def _in_columns(maps: list[Fields], limits: Limits) -> _Tensors | None:
 
 
 def entry_faults(data: bytes, limits: Limits) -> list[FileFault]:
-    """The faults of all tensor entries of a directory, one each; none where no entry can be looked at."""
+    """Returns the first fault of each tensor entry of a directory; empty if it cannot be parsed."""
     faults = []
     try:
         root = messagepack.decode(data, limits)

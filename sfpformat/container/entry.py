@@ -1,4 +1,4 @@
-"""A tensor's entry in the directory (SPEC.md chapter 7) and the geometry that follows from it."""
+"""A tensor's entry in the directory (SPEC.md chapter 7), and its geometry: segments and chunks."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ class Vector(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Everything the directory says about one tensor; valid once it exists.
+    """The directory entry of a tensor. `from_map` returns only valid entries.
 
     Attributes:
-        name, shape: the tensor's.
+        name, shape: of the tensor.
         dtype: of the decoded tensor.
         coding: ``raw`` or ``fingerprint``.
-        segment: S, positions a segment.
-        chunk: C, segments a chunk.
+        segment: S, positions per segment.
+        chunk: C, segments per chunk.
         chunks: a `CHUNK_RECORD` for each chunk.
         vectors: the record of the vector chunk, shape [1], or None.
         mask, fingerprints, scale, importance: the streams' records, or None.
-        other: keys that this version does not know; under a record's name those inside its map.
+        other: keys that this version does not know. Unknown keys inside a record's map are under its name.
         positions: N, the number of positions.
-        segments: their number.
-        stored_bytes: of all chunks, the vector chunk included.
+        segments: the number of segments.
+        stored_bytes: size of all chunks, vector chunk included.
     """
 
     name: str
@@ -98,37 +98,37 @@ class TensorEntry:
 
     @property
     def rows(self) -> int:
-        """Rows of the tensor seen as a matrix (SPEC.md chapter 2)."""
+        """Number of rows of the tensor as a matrix (SPEC.md chapter 2)."""
         return self.shape[0] if len(self.shape) >= 2 and self.positions else 1
 
     @property
     def columns(self) -> int:
-        """Columns of the tensor seen as a matrix."""
+        """Number of columns of the tensor as a matrix."""
         return self.positions // self.rows
 
     @property
     def decoded_bytes(self) -> int:
-        """Size of the decoded tensor."""
+        """Size of the decoded tensor, in bytes."""
         return self.positions * self.dtype.itemsize
 
     def segments_of_chunk(self, k: int) -> tuple[int, int]:
-        """First segment of chunk k and the one after its last."""
+        """Returns the first segment of chunk k, and the one after its last."""
         return k * self.chunk, min((k + 1) * self.chunk, self.segments)
 
     def positions_of_chunk(self, k: int) -> tuple[int, int]:
-        """The first position of chunk ``k``, and how many it has."""
+        """Returns the first position of chunk k, and its number of positions."""
         start = k * self.chunk * self.segment
         return start, min(self.chunk * self.segment, self.positions - start)
 
     def segment_positions(self, first: int, stop: int) -> Counts:
-        """Positions of the segments from ``first`` up to ``stop``."""
+        """Returns the number of positions in each segment from ``first`` up to, not including, ``stop``."""
         counts = np.full(stop - first, self.segment, np.int64)
         if stop == self.segments and stop > first:
             counts[-1] = self.positions - self.segment * (self.segments - 1)
         return counts
 
     def streams(self) -> dict[str, CodeTable]:
-        """The code tables of the streams that the tensor has, in the order of their planes."""
+        """Returns stream -> code table, in the order of their planes."""
         out = {}
         if self.mask is not None:
             out["mask"] = self.mask.table
@@ -139,7 +139,7 @@ class TensorEntry:
         return out
 
     def exact_streams(self) -> dict[str, Exact]:
-        """The quantisers of the streams that are exact."""
+        """Returns stream -> quantiser, for the exact streams."""
         records = {"fingerprints": self.fingerprints, "importance": self.importance}
         return {
             stream: record.quantiser
@@ -148,11 +148,11 @@ class TensorEntry:
         }
 
     def trimmed_streams(self) -> list[str]:
-        """The streams whose segments have trims."""
+        """Returns the streams whose segments have trims."""
         return [stream for stream, quantiser in self.exact_streams().items() if quantiser.trim]
 
     def vector_list(self) -> list[Vector]:
-        """The vectors of the vector chunk, in their order (SPEC.md 15.3)."""
+        """Returns the vectors of the vector chunk, in order (SPEC.md 15.3)."""
         out = []
         if self.fingerprints is not None and self.fingerprints.quantiser.centroids:
             out.append(Vector("fingerprint centroids", self.fingerprints.quantiser.centroids, DTYPES["F32"]))
@@ -175,13 +175,13 @@ class TensorEntry:
         return out
 
     def has_vectors(self) -> bool:
-        """Whether there is a vector of at least one element (R-TEN-009)."""
+        """Whether a vector has at least one element (R-TEN-009)."""
         return any(vector.size for vector in self.vector_list())
 
     # -------------------------------------------------------------------------------------- writing
 
     def to_map(self) -> dict[str, object]:
-        """The map of the directory."""
+        """Returns the entry's map in the directory."""
         out: dict[str, object] = {
             **self.other,
             "name": self.name,
@@ -205,7 +205,11 @@ class TensorEntry:
 
     @classmethod
     def from_map(cls, source: Fields, limits: Limits) -> TensorEntry:
-        """Reads an entry and checks all that the directory alone can show."""
+        """Reads an entry and makes all checks that need only the directory.
+
+        Raises:
+            InvalidFileError, UnsupportedError, LimitError.
+        """
         name = required(source, "name", str)
         if not name:
             raise fault("R-TEN-002", "a tensor without a name", offset=place_of(source, "name"))
@@ -231,7 +235,14 @@ class TensorEntry:
         return entry
 
     def require_valid(self, source: Fields | None = None) -> None:
-        """Checks what needs more than one field of the entry."""
+        """Checks the fields of the entry against each other.
+
+        Args:
+            source: the entry's map, or None if the entry is not read from a file.
+
+        Raises:
+            InvalidFileError, UnsupportedError.
+        """
         expected = -(-self.segments // self.chunk)
         if len(self.chunks) != expected:
             raise fault("R-TEN-008", f"{len(self.chunks)} chunk records, must be {expected}")
@@ -245,7 +256,7 @@ class TensorEntry:
             raise fault("R-TEN-009", "a vector chunk without vectors, or vectors without one")
 
     def require_valid_streams(self) -> None:
-        """Checks the streams of a fingerprint tensor against each other and its dtype."""
+        """Checks the streams of a fingerprint tensor against each other and against its dtype."""
         if not self.dtype.is_float:
             raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
         assert self.fingerprints is not None
@@ -278,7 +289,7 @@ def _shape(source: Fields, limits: Limits) -> tuple[int, ...]:
 
 
 def _cutting(source: Fields) -> tuple[int, int]:
-    """S and C."""
+    """Reads S and C, the sizes of segments and chunks."""
     segment, chunk = required(source, "segment", int), required(source, "chunk", int)
     if segment % 32 or not 32 <= segment <= MAX_SEGMENT:
         raise fault(
@@ -292,14 +303,14 @@ def _cutting(source: Fields) -> tuple[int, int]:
 
 
 def _records(source: Fields, key: str) -> NDArray[np.void]:
-    """Chunk records: those of `chunks`, or the one of `vectors`."""
+    """Reads the chunk records of the key ``chunks``, or the single record of the key ``vectors``."""
     data = required(source, key, bytes)
     if key == "vectors" and len(data) != 8:
         raise fault("R-TEN-012", f"vectors of {len(data)} bytes, must be 8", offset=place_of(source, key))
     if len(data) % 8:
         raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=place_of(source, key))
     records = np.frombuffer(data, CHUNK_RECORD)
-    # Whether a length is a multiple of 64 shows in its lowest byte.
+    # The lowest byte of a length is sufficient to test for a multiple of 64.
     if data[0::8].translate(None, _ALIGNED) or not all(records["length"].tolist()):
         words = "a chunk's length is not a multiple of 64"
         raise fault("R-LAY-002", words, offset=place_of(source, key))
@@ -307,19 +318,19 @@ def _records(source: Fields, key: str) -> NDArray[np.void]:
 
 
 def _streams(source: Fields) -> dict[str, Any]:
-    """The streams' records, by the attribute that takes them."""
+    """Reads the streams' records. Returns attribute -> record."""
     required(source, "fingerprints", dict)
     maps = {key: required(source, key, dict) for key in _RECORDS if key in source}
     return {key: _RECORDS[key].from_map(fields) for key, fields in maps.items()}
 
 
 def _unknown(records: dict[str, Any], source: Fields) -> dict[str, object]:
-    """The keys that this version does not know: the entry's, and by record those in its map (R-DIR-005)."""
+    """Returns unknown keys of the entry with their values, and record -> those in its map (R-DIR-005)."""
     out: dict[str, object] = {}
     if not _KNOWN_KEYS.issuperset(source):
         out = {key: value for key, value in source.items() if key not in _KNOWN_KEYS}
     for key, record in records.items():
         fields, known = required(source, key, dict), record.keys
-        if len(fields) > len(known):  # the known are all there
+        if len(fields) > len(known):  # all known keys are present
             out[key] = {name: value for name, value in fields.items() if name not in known}
     return out

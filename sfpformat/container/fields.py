@@ -1,4 +1,4 @@
-"""Taking typed fields out of the directory's maps (R-DIR-002, R-DIR-003)."""
+"""Reads typed fields from the directory's maps (R-DIR-002, R-DIR-003)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import TypeVar
 from ..errors import fault
 from .messagepack import Map
 
-Fields = dict[str, object]  # a map of the directory: a `Map`, or a plain dict that was read quickly
+Fields = dict[str, object]  # a map of the directory: a `Map`, or a plain dict from the fast parser
 T = TypeVar("T")
 
 _WORDS = {int: "an integer", str: "a string", bytes: "binary", list: "an array", dict: "a map", Map: "a map"}
 
 
 def place_of(source: Fields, key: str | None = None) -> int:
-    """The offset of a map, or of the value of one of its keys; 0 where the map was read without places."""
+    """Returns the offset of a map, or of the value of a key; 0 if the map was parsed without offsets."""
     if not isinstance(source, Map):
         return 0
     return source.offset if key is None else source.at[key]
 
 
 def typed(value: object, kind: type[T], what: str, offset: int) -> T:
-    """The value, when it has the type that SPEC.md gives it."""
+    """Returns the value. Raises R-DIR-003 unless it has the type ``kind``."""
     if not isinstance(value, kind):
         raise fault("R-DIR-003", f"{what} is not {_WORDS[kind]}", offset=offset)
     return value
 
 
 def required(source: Fields, key: str, kind: type[T]) -> T:
-    """The value of a key that must be there."""
+    """Returns the value of a required key. Raises R-DIR-002 if it is missing, R-DIR-003 for a wrong type."""
     value = source.get(key)  # no value is None
     if isinstance(value, kind):
         return value

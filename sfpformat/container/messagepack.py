@@ -1,11 +1,11 @@
-"""The directory's encoding (SPEC.md chapter 6): a strict subset of MessagePack, one encoding a value.
+"""The directory's encoding (SPEC.md chapter 6): a strict subset of MessagePack, with one encoding per value.
 
-Writing is the `msgpack` package's. Reading is our own, because the subset is what keeps hostile files out:
-the reader must see which encoding was used, where each value lies, and that a length is covered by bytes
-before anything is allocated for it. That is `decode`.
+The `msgpack` package writes it. `decode` is a parser of our own, because the strict subset protects against
+hostile files: the parser checks which encoding was used, records the offset of each value, and checks that a
+length is covered by bytes before it allocates memory.
 
-Almost all directories are ordinary, and `decode_quickly` reads those six times as fast, by the `msgpack`
-package. It gives what `decode` gives, or nothing: what is wrong with a directory only `decode` says.
+`decode_quickly` is a fast path for ordinary directories, six times as fast, with the `msgpack` package. It
+returns the result of `decode`, or None on any problem; only `decode` raises errors.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..limits import Limits
 
 
 class Map(dict[str, object]):
-    """A decoded map that knows where in the directory it and its values lie.
+    """A decoded map with the offsets of the map and of its values in the directory.
 
     Attributes:
         offset: of the map's first byte, from the directory's start.
         at: key -> offset of the key's value.
     """
 
-    __slots__ = ("at", "offset")  # an empty map takes a byte of a file: it must not take hundreds of memory
+    __slots__ = ("at", "offset")  # an empty map is one byte in a file: it must not take hundreds in memory
 
     def __init__(self, offset: int) -> None:
         super().__init__()
@@ -36,56 +36,56 @@ class Map(dict[str, object]):
 
 
 def encode(value: dict[str, object]) -> bytes:
-    """The one encoding of a value made of maps, lists, strings, bytes and non-negative integers."""
+    """Returns the only encoding of a value of maps, lists, strings, bytes and non-negative integers."""
     packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
     return packed
 
 
 def depth_of(value: object) -> int:
-    """How many maps and lists lie inside one another, the value included."""
+    """Returns the nesting depth of maps and lists, the value included."""
     if isinstance(value, dict):
         value = list(value.values())
     return 1 + max(map(depth_of, value), default=0) if isinstance(value, (list, tuple)) else 0
 
 
 def _sorted(value: object) -> object:
-    """The value with the keys of all maps in ascending order of their UTF-8 bytes (R-MSG-004)."""
-    if isinstance(value, dict):  # strings compare by code point, which is the order of their UTF-8
+    """Returns the value with the keys of all maps in ascending order of their UTF-8 bytes (R-MSG-004)."""
+    if isinstance(value, dict):  # strings compare by code point, which is the order of UTF-8
         return {key: _sorted(value[key]) for key in sorted(value)}
     if isinstance(value, (list, tuple)):
         return [_sorted(item) for item in value]
     return value
 
 
-# The most elements of an array that `decode_quickly` takes, `tensors` excepted: more than a default rank and
-# the most codes. `msgpack` gives memory to as many elements as an array claims, for up to 1,024 arrays inside
-# one another: with this bound that is half a megabyte, whatever a file claims (R-MSG-008).
+# The greatest length of an array in `decode_quickly`, except `tensors`: more than the default limit on ranks
+# and the greatest number of codes. `msgpack` allocates memory for the claimed length, for up to 1,024 nested
+# arrays. With this bound that is at most half a megabyte, whatever a file claims (R-MSG-008).
 _SHORT = 64
 _LONG = "tensors"
 
 
 def decode_quickly(data: bytes, limits: Limits) -> dict[str, object] | None:
-    """What `decode` gives, without the places; None unless a directory is both valid and ordinary.
+    """Fast path of `decode`: returns the same value without offsets. None unless it is valid and ordinary.
 
-    Ordinary is one whose value is a map in which no array has more than 64 elements, but for `tensors`. None
-    says nothing about what is wrong: that `decode` judges.
+    A directory is ordinary if its value is a map in which no array except `tensors` has more than 64
+    elements. On None, the caller must use `decode`, which returns the value or raises.
 
-    `msgpack` is lenient, so what it reads is written again, for its packer has one encoding for each value.
-    Bytes that come out the same had the shortest encodings (R-MSG-002), well-formed UTF-8 (R-MSG-003, but
-    for U+0000), no key twice (R-MSG-005: the later pair would have replaced the earlier), and one whole value
-    with nothing behind it (R-MSG-006, R-MSG-007). `_is_allowed` looks at the rest: types (R-MSG-001), U+0000,
-    the order of keys (R-MSG-004) and depth.
+    `msgpack` is lenient. Therefore the value is packed again: the packer has only one encoding per value. If
+    the bytes are equal, they have the shortest encodings (R-MSG-002), valid UTF-8 (R-MSG-003, except U+0000),
+    no duplicate key (R-MSG-005: the later pair would have replaced the earlier one), and exactly one whole
+    value (R-MSG-006, R-MSG-007). `_is_allowed` checks the rest: types (R-MSG-001), U+0000, the order of keys
+    (R-MSG-004) and depth.
     """
     try:
         value = _unpack(data)
         same = msgpack.packb(value, use_bin_type=True) == data
-    except Exception:  # of many kinds, by msgpack's documentation; `decode` will tell the reason
+    except Exception:  # msgpack documents many kinds; `decode` raises the reason
         return None
     return value if same and _is_allowed(value, limits.depth) else None
 
 
 def _unpack(data: bytes) -> dict[str, object]:
-    """The map that `msgpack` sees in a directory; raises anything where there is none."""
+    """Unpacks a directory with `msgpack`. Raises an exception of any kind if it is not a map."""
     unpacker = msgpack.Unpacker(max_buffer_size=len(data), max_array_len=_SHORT)
     unpacker.feed(data)
     root: dict[str, object] = {}
@@ -99,15 +99,15 @@ def _unpack(data: bytes) -> dict[str, object]:
 
 
 def _is_allowed(root: dict[str, object], depth: int) -> bool:
-    """Whether types, keys, strings and depth of a value are those of the subset (see `decode_quickly`)."""
-    # All values equally deep are looked at together, by what the interpreter does in one call.
+    """Whether types, keys, strings and depth of a value are in the subset (see `decode_quickly`)."""
+    # All values of one depth are checked together, with built-in functions, because these are fast.
     dicts: list[dict[object, object]] = [cast("dict[object, object]", root)]
     lists: list[list[object]] = []
     while dicts or lists:
         if depth == 0 or not all(map(_are_sorted, set(map(tuple, dicts)))):
             return False
         values = list(chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists)))
-        # The very types: for `isinstance` True would be an integer.
+        # Exact types, because True is an instance of int.
         kinds = set(map(type, values))
         if not kinds <= _TYPES:
             return False
@@ -121,12 +121,12 @@ def _is_allowed(root: dict[str, object], depth: int) -> bool:
     return True
 
 
-# What a directory's values are (R-MSG-001).
+# The types of a directory's values (R-MSG-001).
 _TYPES = {int, str, bytes, dict, list}
 
 
 def _are_sorted(keys: tuple[object, ...]) -> bool:
-    """Whether keys are strings without U+0000 in ascending order; that of UTF-8 is that of code points."""
+    """Whether keys are ascending strings without U+0000. The order of UTF-8 is the order of code points."""
     names = [key for key in keys if type(key) is str]
     return len(names) == len(keys) and names == sorted(names) and "\0" not in "".join(names)
 
@@ -136,7 +136,7 @@ def decode(data: bytes, limits: Limits) -> object:
 
     Raises:
         InvalidFileError: E_ENCODING, E_TRUNCATED or E_TRAILING by R-MSG-001 to R-MSG-007.
-        LimitError: when it is deeper than ``limits.depth``.
+        LimitError: it is nested deeper than ``limits.depth``.
     """
     reader = _Reader(data, limits)
     value = reader.value(1)
@@ -173,14 +173,14 @@ class _Reader:
         self.at = 0
 
     def take(self, size: int) -> bytes:
-        """The next ``size`` bytes."""
+        """Returns the next ``size`` bytes."""
         if size > len(self.data) - self.at:
             raise fault("R-MSG-007", "a value runs over the end of the directory", offset=self.at)
         self.at += size
         return self.data[self.at - size : self.at]
 
     def head(self) -> tuple[str, int]:
-        """The kind of the next value, and its integer, or its length in bytes or elements."""
+        """Returns the kind of the next value, and its integer, or its length in bytes or elements."""
         start = self.at
         byte = self.take(1)[0]
         if byte <= 0x7F:
@@ -200,7 +200,7 @@ class _Reader:
         return kind, number
 
     def value(self, depth: int) -> object:
-        """The next value; maps and arrays inside it count as deeper."""
+        """Returns the next value. ``depth`` is its nesting depth if it is a map or an array."""
         start = self.at
         kind, number = self.head()
         if kind == "int":
@@ -210,7 +210,7 @@ class _Reader:
         if kind == "str":
             return self.text(self.take(number), start)
         self.limits.require("depth", depth, start)
-        # An element has a byte at least, a pair two: nothing is built for more than the bytes can hold.
+        # An element has at least one byte, a pair two: refuses a length that exceeds the remaining bytes.
         if number * (2 if kind == "map" else 1) > len(self.data) - self.at:
             raise fault("R-MSG-007", f"{kind} of {number} runs over the end", offset=start)
         if kind == "array":
@@ -218,7 +218,7 @@ class _Reader:
         return self.map(number, depth, start)
 
     def map(self, pairs: int, depth: int, start: int) -> Map:
-        """The pairs of a map, keys checked."""
+        """Reads the pairs of a map and checks the keys."""
         out = Map(start)
         last: bytes | None = None
         for _ in range(pairs):
@@ -238,7 +238,7 @@ class _Reader:
 
     @staticmethod
     def text(raw: bytes, start: int) -> str:
-        """The string of some UTF-8 bytes."""
+        """Decodes UTF-8 bytes. Raises R-MSG-003 for invalid UTF-8 and U+0000."""
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:

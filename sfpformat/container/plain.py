@@ -1,9 +1,9 @@
-"""Plain tensors, many at once: raw ones, and lossless ones in their own dtype with nothing beside them.
+"""Fast path for the entries of plain tensors: raw ones, and lossless ones in their own dtype without a mask.
 
-The directory of a dense model has hundreds of them and hardly anything else. What SPEC.md chapters 7, 8 and
-11 ask of their entries is checked here in a few passes over all of them, which takes a quarter of the time of
-making a `TensorEntry` of each. `plain_tensors` gives what these would hold, or nothing: what is wrong, or
-only unusual, is for `TensorEntry.from_map`.
+The directory of a dense model consists of hundreds of them. This module checks the requirements of SPEC.md
+chapters 7, 8 and 11 in a few passes over all entries, in a quarter of the time of creating a `TensorEntry`
+for each. `plain_tensors` returns their contents, or None on any problem or unusual entry. The caller then
+uses `TensorEntry.from_map`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .fields import Fields
 
 Numbers = NDArray[np.int64]
 
-# The keys of the maps, in the order that a directory has them.
+# The keys of the maps, in the order of a directory.
 _RAW_KEYS = ("chunk", "chunks", "coding", "dtype", "name", "segment", "shape")
 _EXACT_KEYS = ("chunk", "chunks", "coding", "dtype", "fingerprints", "name", "segment", "shape")
 _STREAM_KEYS = ("base", "codes", "dtype", "extra", "group", "quantiser", "trim")
@@ -35,13 +35,13 @@ _EXTRAS = bytes(range(MAX_FIELD_BITS + 1))
 
 
 class PlainTable(NamedTuple):
-    """A lossless tensor's code table, group 1.
+    """The code table of a lossless tensor with group 1.
 
     Attributes:
         base: first level of class 0.
         extra: residual bits of each class.
-        codes: how many codes.
-        lengths: of the codewords of one code after another, a byte for each class.
+        codes: number of codes.
+        lengths: code lengths of all codes, concatenated, one byte per class.
         trim: whether segments have trims.
     """
 
@@ -53,7 +53,7 @@ class PlainTable(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """What memory for a tensor depends on: its dtype and shape, its bytes once decoded and in the file."""
+    """Dtype, shape, decoded bytes and stored bytes of a tensor: all that allocation needs."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -63,14 +63,14 @@ class Outline(NamedTuple):
 
 @dataclass(frozen=True)
 class PlainTensors:
-    """Some plain tensors, in columns.
+    """Plain tensors in columns.
 
     Attributes:
-        names, dtypes, shapes: of each.
-        positions, segment, chunk: of each, as in `TensorEntry`, int64 [n].
-        tables: of each, None for raw ones.
-        first_chunk: int64 [n + 1], where the chunks of each begin among those of all.
-        lengths, checksums: int64 [m], of the chunks of all.
+        names, dtypes, shapes: of each tensor.
+        positions, segment, chunk: of each tensor, as in `TensorEntry`, int64 [n].
+        tables: code table of each tensor; None for raw ones.
+        first_chunk: index of each tensor's first chunk among all chunks, int64 [n + 1].
+        lengths, checksums: of all chunks, int64 [m].
     """
 
     names: list[str]
@@ -89,7 +89,7 @@ class PlainTensors:
         return {name: i for i, name in enumerate(self.names)}
 
     def outline(self, name: str) -> Outline | None:
-        """That of a tensor; None where it is none of these."""
+        """Returns the outline of a tensor, or None if it is not one of these."""
         i = self._numbers.get(name)
         if i is None:
             return None
@@ -98,18 +98,18 @@ class PlainTensors:
 
     @cached_property
     def itemsize(self) -> Numbers:
-        """Bytes of an element of each."""
+        """Bytes per element of each tensor."""
         return np.asarray(np.array([dtype.bits for dtype in self.dtypes], np.int64) // 8)
 
     @cached_property
     def stored_bytes(self) -> Numbers:
-        """Bytes of the chunks of each."""
+        """Bytes of the chunks of each tensor."""
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])[self.first_chunk]
         return np.asarray(np.diff(ends))
 
 
 def looks_plain(entry: Fields) -> bool:
-    """Whether an entry has the keys of a plain tensor, and is not of another kind."""
+    """Whether an entry has the keys, coding and quantiser of a plain tensor."""
     keys = tuple(entry)
     if keys == _RAW_KEYS:
         return entry["coding"] == "raw"
@@ -126,12 +126,12 @@ def looks_plain(entry: Fields) -> bool:
 
 
 def plain_tensors(entries: Sequence[Fields], limits: Limits) -> PlainTensors | None:
-    """What entries say that all look plain; None unless all of it is as SPEC.md asks.
+    """Returns the contents of entries that look plain. None unless all of them are valid.
 
     Args:
-        entries: maps of a directory whose encoding was checked, so that a value is an int of at most 64 bits
-            without a sign, a str, bytes, a list or a dict.
-        limits: what they may claim.
+        entries: maps of a directory whose encoding was checked, so that a value is an unsigned int of at most
+            64 bits, a str, bytes, a list or a dict.
+        limits: of the reader.
     """
     names, dtypes = _names(entries, limits), _dtypes(entries)
     sizes = _shapes(entries, limits)
@@ -165,7 +165,7 @@ def _dtypes(entries: Sequence[Fields]) -> list[Dtype] | None:
 
 
 def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, ...]], Numbers] | None:
-    """The shapes and their positions."""
+    """Returns the shapes and their numbers of positions."""
     lists = [shape for entry in entries if type(shape := entry["shape"]) is list]
     if len(lists) != len(entries) or max(map(len, lists), default=0) > limits.rank:
         return None
@@ -175,7 +175,7 @@ def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, 
     positions = list(map(math.prod, shapes))
     if max(positions, default=0) > MAX_POSITIONS:
         return None
-    # Zeros are left out of the product (R-TEN-005).
+    # The bound is on the product without zeros (R-TEN-005).
     for shape, product in zip(shapes, positions, strict=True):
         if not product and math.prod([size for size in shape if size]) > MAX_POSITIONS:
             return None
@@ -183,7 +183,7 @@ def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, 
 
 
 def _cutting(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
-    """S and C."""
+    """Returns S and C, the sizes of segments and chunks."""
     found = []
     for key in ("segment", "chunk"):
         numbers = [n for entry in entries if type(n := entry[key]) is int and 1 <= n <= MAX_CHUNK_POSITIONS]
@@ -196,7 +196,7 @@ def _cutting(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
 
 
 def _records(entries: Sequence[Fields], expected: Numbers) -> tuple[Numbers, Numbers, Numbers] | None:
-    """Where the records of each begin, and lengths and checksums of all."""
+    """Returns the index of each tensor's first record, and the lengths and checksums of all chunks."""
     parts = [part for entry in entries if type(part := entry["chunks"]) is bytes]
     if len(parts) != len(entries):
         return None
@@ -212,9 +212,9 @@ def _records(entries: Sequence[Fields], expected: Numbers) -> tuple[Numbers, Num
 
 
 def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTable | None] | None:
-    """The code tables."""
+    """Returns the code tables; None for raw tensors."""
     tables: list[PlainTable | None] = [None] * len(entries)
-    packed: list[bytes] = []  # the lengths of all codes, two a byte
+    packed: list[bytes] = []  # the lengths of all codes, two per byte
     for i, (entry, dtype) in enumerate(zip(entries, dtypes, strict=True)):
         if "fingerprints" not in entry:
             continue
@@ -241,7 +241,7 @@ def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTab
 
 
 def _with_lengths(tables: list[PlainTable | None], packed: list[bytes]) -> list[PlainTable | None] | None:
-    """The tables with the code lengths of all of them unpacked and checked (R-TAB-005 to -007, -010)."""
+    """Unpacks and checks the code lengths (R-TAB-005 to -007, -010), and returns the tables with them."""
     if not packed:
         return tables
     pairs = np.frombuffer(b"".join(packed), np.uint8)
@@ -249,7 +249,7 @@ def _with_lengths(tables: list[PlainTable | None], packed: list[bytes]) -> list[
     sizes = np.array([len(code) for code in packed], np.int64) * 2
     starts = np.cumsum(sizes) - sizes
     classes = [len(table.extra) for table in tables if table is not None for _ in range(table.codes)]
-    # A code of an odd number of classes has four bits more, which must be zero.
+    # A code for an odd number of classes has four padding bits, which must be zero.
     odd = np.array(classes, np.int64) != sizes
     if lengths[(starts + sizes - 1)[odd]].any() or lengths.max() > MAX_CODE_BITS:
         return None

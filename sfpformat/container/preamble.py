@@ -28,7 +28,7 @@ class Preamble:
     minor: int = MINOR
 
     def to_bytes(self) -> bytes:
-        """The 64 bytes."""
+        """Returns the 64 bytes of the preamble."""
         fields = _FIELDS.pack(
             MAGIC,
             MAJOR,
@@ -44,11 +44,11 @@ class Preamble:
 
     @classmethod
     def from_bytes(cls, data: bytes, length: int) -> Preamble:
-        """Reads the preamble.
+        """Parses and checks the preamble.
 
         Args:
-            data: the first 64 bytes of the file, or all of a shorter one.
-            length: bytes that the file has.
+            data: the first 64 bytes of the file, or all bytes of a shorter file.
+            length: length of the file, in bytes.
 
         Raises:
             InvalidFileError, UnsupportedError: by the clauses R-PRE-001 to R-PRE-011.

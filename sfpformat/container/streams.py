@@ -1,7 +1,7 @@
 """The maps of a tensor entry that describe its streams: mask, fingerprints, scale, importance.
 
-Each record has `to_map` and `from_map` side by side; what one map alone can get wrong is checked here, what
-needs the tensor (its dtype, its size) in `container.entry`. SPEC.md chapters 8 and 10 to 13.
+Each record has `to_map` and `from_map`. This module makes the checks that need only one map;
+`container.entry` makes those that need the tensor's dtype or size. SPEC.md chapters 8 and 10 to 13.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SCALES = ("tensor", "row", "column", "group")
 OVERS = ("survivors", "all", "factors")
 ROLES = ("multiplier", "metadata")
 
-# The keys that maps have: those of a code table, and of a mask by its kind.
+# The keys of a code table, and of a mask by its kind.
 _TABLE_KEYS = ("base", "extra", "codes", "group")
 _MASK_KEYS = {"runs": ("kind", "polarity", *_TABLE_KEYS), "octets": ("kind", *_TABLE_KEYS)}
 
 
 def _stream_keys(quantiser: Quantiser) -> tuple[str, ...]:
-    """The keys of the map of a stream, by its quantiser."""
+    """Returns the keys of the map of a stream with a quantiser."""
     return ("quantiser", *quantiser.KEYS, *_TABLE_KEYS)
 
 
 def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
-    """A string that must be one of some words."""
+    """Returns the string of a key. Raises ``clause`` unless it is one of ``words``."""
     value = required(source, key, str)
     if value not in words:
         raise fault(
@@ -46,7 +46,7 @@ def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
 
 
 def table_to_map(table: CodeTable) -> dict[str, object]:
-    """The four keys of a code table."""
+    """Returns the four keys of a code table, with their values."""
     return {
         "base": table.base,
         "extra": table.extra,
@@ -56,13 +56,13 @@ def table_to_map(table: CodeTable) -> dict[str, object]:
 
 
 def table_from_map(source: Fields) -> CodeTable:
-    """The code table of a stream's map."""
+    """Reads the code table of a stream's map."""
     base, extra = required(source, "base", int), required(source, "extra", bytes)
     lengths, group = required(source, "codes", list), required(source, "group", int)
     for code in lengths:
         if not isinstance(code, bytes):
             raise fault("R-DIR-003", "a code is not binary", offset=place_of(source, "codes"))
-    at = None  # the key that a fault is about; None for the map
+    at = None  # the key whose offset a fault gets; None for the map's offset
     try:
         require_shape(extra, group, len(lengths))
         at, symbols = "codes", len(extra) ** group
@@ -75,32 +75,32 @@ def table_from_map(source: Fields) -> CodeTable:
 
 
 def quantiser_to_map(quantiser: Quantiser) -> dict[str, object]:
-    """The quantiser's name and its keys."""
+    """Returns the quantiser's name and its keys, with their values."""
     return {"quantiser": quantiser.NAME, **quantiser.to_map()}
 
 
 def quantiser_from_map(source: Fields) -> Quantiser:
-    """The quantiser of a stream's map."""
+    """Reads the quantiser of a stream's map."""
     kind = word(source, "quantiser", tuple(QUANTISERS), "R-QNT-001")
     return QUANTISERS[kind].from_map(_StreamMap(source))
 
 
 class _StreamMap(NamedTuple):
-    """The map of a stream, as `coding.quantisers` reads it."""
+    """The map of a stream, with the interface `StreamMap` of `coding.quantisers`."""
 
     source: Fields
 
     def required(self, key: str, kind: type[T]) -> T:
-        """The value of a key that must be there."""
+        """Returns the value of a required key."""
         return required(self.source, key, kind)
 
     def place(self, key: str) -> int:
-        """The byte offset of the value of a key."""
+        """Returns the byte offset of the value of a key."""
         return place_of(self.source, key)
 
 
 def factor_dtype(source: Fields, clause: str) -> Dtype:
-    """The dtype of scales or factors."""
+    """Reads the dtype of scales or factors. Raises ``clause`` for a dtype that is not allowed."""
     name = required(source, "dtype", str)
     if name not in FACTOR_DTYPES:
         raise fault(
@@ -111,14 +111,14 @@ def factor_dtype(source: Fields, clause: str) -> Dtype:
 
 @dataclass(frozen=True)
 class MaskEntry:
-    """How the mask is coded; ``polarity`` is 0 for octets, which have none."""
+    """How the mask is coded. ``polarity`` is 0 for octets, which have no polarity."""
 
     kind: str
     polarity: int
     table: CodeTable
 
     def to_map(self) -> dict[str, object]:
-        """The map `mask`."""
+        """Returns the map `mask`."""
         polarity = {"polarity": self.polarity} if self.kind == "runs" else {}
         return {"kind": self.kind, **polarity, **table_to_map(self.table)}
 
@@ -155,7 +155,7 @@ class FingerprintsEntry:
     table: CodeTable
 
     def to_map(self) -> dict[str, object]:
-        """The map `fingerprints`."""
+        """Returns the map `fingerprints`."""
         return {**quantiser_to_map(self.quantiser), **table_to_map(self.table)}
 
     @property
@@ -171,14 +171,14 @@ class FingerprintsEntry:
 
 @dataclass(frozen=True)
 class ScaleEntry:
-    """Which positions share a factor; ``size`` is G with ``per`` = group, else 0."""
+    """Which positions share a scale factor. ``size`` is G if ``per`` is ``group``, else 0."""
 
     per: str
     size: int
     dtype: Dtype
 
     def to_map(self) -> dict[str, object]:
-        """The map `scale`."""
+        """Returns the map `scale`."""
         size = {"size": self.size} if self.per == "group" else {}
         return {"per": self.per, **size, "dtype": self.dtype.name}
 
@@ -214,7 +214,7 @@ class ImportanceEntry:
     dtype: Dtype | None = None
 
     def to_map(self) -> dict[str, object]:
-        """The map `importance`."""
+        """Returns the map `importance`."""
         out: dict[str, object] = {"over": self.over, "role": self.role}
         if self.dtype is not None:
             return {**out, "dtype": self.dtype.name}
