@@ -1,1 +1,1 @@
-"""Integers to bits and back: the entropy coder of SPEC.md chapters 8 to 14, as pure functions."""
+"""The entropy coder of SPEC.md chapters 8 to 14: converts integers to bits and back, as pure functions."""

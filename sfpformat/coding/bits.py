@@ -1,8 +1,8 @@
-"""The one way in and out of bit sequences (SPEC.md R-CNV-002, R-CNV-003): LSB-first, whole-array numpy.
+"""Reads and writes bit sequences (SPEC.md R-CNV-002, R-CNV-003): LSB-first, whole-array numpy.
 
-Rules: offsets are checked here against the bytes at hand, so no caller slices a buffer by a number from a
-file. Fields are at most 56 bits wide, so that one unaligned 8-byte load holds any field at any bit offset
-(7 + 56 < 64); this is why SPEC.md R-TAB-002 stops at 56.
+Rules: only this module reads bits, and it checks all offsets against the buffer, so that no caller slices a
+buffer by a number from a file. Fields have at most 56 bits, so that one unaligned 8-byte load contains any
+field at any bit offset (7 + 56 < 64). This is the reason for the bound of 56 in SPEC.md R-TAB-002.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ MAX_FIELD_BITS = 56
 # A load of 8 bytes may start at the last byte of a sequence, so 7 readable bytes must follow it. Planes have
 # 16 (SPEC.md 15.1).
 SLACK_BYTES = 7
-# So few bits are packed sooner one by one.
+# Below this number of bits, packing bit by bit is faster.
 _FEW_BITS = 1 << 13
 
 
 def as_bytes(data: bytes | bytearray | memoryview | Bytes) -> Bytes:
-    """The bytes as a one-dimensional uint8 array, not copied."""
+    """Returns the bytes as a one-dimensional uint8 array, without a copy."""
     return np.frombuffer(data, np.uint8)
 
 
 def _words_at_every_byte(data: Bytes) -> NDArray[np.uint64]:
-    """View of ``data`` in which element i is the little-endian 8-byte word that starts at byte i."""
+    """Returns a view of ``data`` whose element i is the little-endian 8-byte word that starts at byte i."""
     count = max(len(data) - SLACK_BYTES, 0)
     return np.ndarray((count,), dtype="<u8", buffer=data, strides=(1,))
 
 
 def require_bits(data: Bytes, start: int, bits: int) -> None:
-    """Raises R-IDX-003 unless ``bits`` bits from bit ``start`` lie in ``data`` with room for a whole load."""
+    """Raises R-IDX-003 unless ``bits`` bits from bit ``start`` are in ``data``, with `SLACK_BYTES` after."""
     if bits and (start < 0 or bits < 0 or (start + bits + 7) // 8 + SLACK_BYTES > len(data)):
         raise fault("R-IDX-003", "the bits of a plane do not fit into their chunk")
 
 
 def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.uint64]:
-    """``count`` unsigned fields of ``width`` bits each, from bit ``start`` on.
+    """Reads ``count`` unsigned fields of ``width`` bits each, from bit ``start``.
 
-    Eight fields are ``width`` bytes, so field j of every such group lies at the same bit offset: eight
-    strided passes instead of a gather.
+    Eight fields take ``width`` bytes, so that field j of every group of eight has the same bit offset. This
+    allows eight strided passes instead of a gather.
+
+    Raises:
+        InvalidFileError: by R-IDX-003.
     """
     require_bits(data, start, width * count)
     out = np.zeros(count, np.uint64)
@@ -66,10 +69,13 @@ def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.u
 def read_bits(
     data: Bytes, start: int, widths: NDArray[np.integer]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Unsigned fields of the given widths, one after another from bit ``start`` on.
+    """Reads consecutive unsigned fields of the given widths, from bit ``start``.
 
     Returns:
-        The fields, and for each the bit after it, relative to ``start``.
+        The fields, and the end of each in bits, relative to ``start``.
+
+    Raises:
+        InvalidFileError: by R-IDX-003.
     """
     ends = np.cumsum(widths, dtype=np.int64)
     require_bits(data, start, int(ends[-1]) if len(ends) else 0)
@@ -107,7 +113,7 @@ def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple
     """Packs each value into its own width; the inverse of `read_bits`.
 
     Returns:
-        The bytes, and for each field the bit after it.
+        The bytes, and the end of each field in bits.
     """
     ends = np.cumsum(widths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -116,11 +122,11 @@ def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple
     if len(used):
         values, at = values[used], (ends - widths)[used]
         word, bit = at >> 6, (at & 63).astype(np.uint64)
-        # Fields are in ascending order of their word: those of one word are neighbours, one reduction.
+        # Fields are sorted by their word, so that one reduction joins the fields of each word.
         starts = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
         words[word[starts]] = np.bitwise_or.reduceat(values << bit, starts)
-        # What runs over into the next word; shifted in two steps, since a shift by 64 is undefined.
+        # The bits that belong to the next word. Shifted in two steps, because a shift by 64 is undefined.
         over = (values >> np.uint64(1)) >> (np.uint64(63) - bit)
         spill = np.flatnonzero(over)
-        words[word[spill] + 1] |= over[spill]  # at most one field runs over a word's end: no index twice
+        words[word[spill] + 1] |= over[spill]  # at most one field crosses the end of a word: unique indices
     return words.view(np.uint8)[: (total + 7) // 8], ends

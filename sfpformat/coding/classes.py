@@ -1,7 +1,7 @@
-"""Choosing classes and code lengths for a stream (the encoder's side of SPEC.md chapter 8).
+"""Chooses the classes of a stream (the encoder's side of SPEC.md chapter 8).
 
-Everything is decided on integers: counts, and logarithms in fixed point. The same levels therefore give the
-same table on every platform, whatever its mathematical library.
+All decisions use integers: counts, and logarithms in fixed point. Therefore the same levels give the same
+table on every platform, whatever its mathematical library.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Histogram = NDArray[np.int64]
 
 FRACTION = 16  # bits after the binary point in fixed-point logarithms
 LOG2_BITS = 12
-# log2(1 + i / 4096) in fixed point; rounding hides what libraries differ in.
+# log2(1 + i / 4096) in fixed point. Rounding removes the differences between libraries.
 LOG2 = np.array(
     [round(math.log2(1 + i / (1 << LOG2_BITS)) * (1 << FRACTION)) for i in range(1 << LOG2_BITS)],
     np.int64,
 )
 _SMALL = 1 << 14
-# What a class costs in the directory: a byte of `extra` and one of `length`.
+# Cost of a class in the directory, in bits times 2^16: a byte of `extra` and a byte of `length`.
 CLASS_COST = 16 << FRACTION
-# Class boundaries: every number below this; above, multiples of a power of two that keeps 7 leading bits.
+# Class boundaries: every number below this; above, multiples of a power of two, with 7 leading bits.
 _FINE_NUMBERS = 128
 
 
 def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
-    """log2 of positive integers, times 2^16, to about 12 bits of the mantissa."""
+    """Returns log2 of positive integers, times 2^16, with a precision of about 12 bits of the mantissa."""
     if counts.size and counts.max() < _SMALL:
         return np.asarray(_small_logarithms()[counts])
     return _log2_fixed(counts)
@@ -39,7 +39,7 @@ def log2_fixed(counts: Histogram) -> NDArray[np.int64]:
 
 @cache
 def _small_logarithms() -> NDArray[np.int64]:
-    """Those of the integers below `_SMALL`: most counts are; that of 0 means nothing."""
+    """Returns a table of `log2_fixed` for the integers below `_SMALL`. The entry of 0 has no meaning."""
     return _log2_fixed(np.maximum(np.arange(_SMALL), 1))
 
 
@@ -51,7 +51,7 @@ def _log2_fixed(counts: Histogram) -> NDArray[np.int64]:
 
 
 def entropy_bits(counts: Histogram) -> int:
-    """Order-0 entropy of a histogram, in bits times 2^16."""
+    """Returns the order-0 entropy of a histogram, in bits times 2^16."""
     total = int(counts.sum())
     if 0 < total < _SMALL * 64 and counts.max() < _SMALL:  # zeros add nothing
         whole = int(log2_fixed(np.array([total]))[0])
@@ -66,7 +66,7 @@ def entropy_bits(counts: Histogram) -> int:
 
 
 def entropies(histograms: list[Histogram]) -> list[int]:
-    """`entropy_bits` of several histograms of the same levels, each of at least one entry."""
+    """Returns `entropy_bits` of several histograms of the same levels, each with at least one entry."""
     total = int(histograms[0].sum())
     if not 0 < total < 1 << 40:
         return [entropy_bits(counts) for counts in histograms]
@@ -80,12 +80,12 @@ def entropies(histograms: list[Histogram]) -> list[int]:
 
 
 def histogram(levels: NDArray[np.integer], size: int = 0) -> Histogram:
-    """How often each level from 0 on occurs; at least ``size`` entries."""
+    """Counts each level from 0. The result has at least ``size`` entries."""
     return np.bincount(levels.astype(np.int64), minlength=size).astype(np.int64)
 
 
 def add_histograms(a: Histogram, b: Histogram) -> Histogram:
-    """The sum of two histograms of any lengths."""
+    """Returns the sum of two histograms of any lengths."""
     out = np.zeros(max(len(a), len(b)), np.int64)
     out[: len(a)] += a
     out[: len(b)] += b
@@ -94,7 +94,7 @@ def add_histograms(a: Histogram, b: Histogram) -> Histogram:
 
 @dataclass(frozen=True)
 class Layout:
-    """Classes without codes: the first level, and each class's residual bits."""
+    """Classes without codes: the first level, and the residual bits of each class."""
 
     base: int
     extra: bytes
@@ -106,23 +106,23 @@ class Layout:
 
 
 def constant_layout(class_counts: Histogram, width: int) -> Layout:
-    """Classes of 2^width levels each, from the first used to the last."""
+    """Returns a layout of classes of 2^width levels each, from the first used class to the last."""
     used = np.flatnonzero(class_counts)
     return Layout(int(used[0]) << width, bytes([width]) * int(used[-1] - used[0] + 1))
 
 
 def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = CLASS_COST) -> Layout:
-    """Dyadic classes of least estimated cost, by dynamic programming over their boundaries.
+    """Returns dyadic classes of least estimated cost, by dynamic programming over their boundaries.
 
-    A class of w = 2^e numbers that occur n times in N costs n (log2(N/n) + e) bits and its two bytes in the
-    directory.
+    A class of w = 2^e numbers that occur n times of N costs n (log2(N/n) + e) bits, and ``class_cost`` for
+    its bytes in the directory.
 
     Args:
-        counts: how often each number occurs; a number is a level, or with ``signed`` a pair of levels, 2m and
+        counts: how often each number occurs. A number is a level, or with ``signed`` the two levels 2m and
             2m + 1.
-        signed: whether each class has a further residual bit, the sign.
+        signed: whether each class has one more residual bit, the sign.
         bound: no class may reach this number.
-        class_cost: of a class, in bits times 2^16.
+        class_cost: cost of a class in the directory, in bits times 2^16.
     """
     used = np.flatnonzero(counts)
     first, end = int(used[0]), int(used[-1]) + 1
@@ -131,7 +131,7 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = C
     below = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
     total = int(below[-1])
     log_total = int(log2_fixed(np.array([total]))[0])
-    # Of every class that may be: where it ends, and what it costs.
+    # The end and the cost of every possible class.
     exponents = np.arange((points[-1] - first).bit_length())
     targets = ends[:-1, None] + (1 << exponents)
     at = np.minimum(np.searchsorted(ends, targets), len(points) - 1)
@@ -140,7 +140,7 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = C
     costs = np.where(n > 0, n * (log_total - log2_fixed(np.maximum(n, 1))), 0)
     costs += (n * exponents << FRACTION) + class_cost
     best: list[int | None] = [0] + [None] * (len(points) - 1)
-    came = [(0, 0)] * len(points)  # the place where the last class begins, and its exponent
+    came = [(0, 0)] * len(points)  # index of the point where the last class begins, and its exponent
     ways = zip(
         *(part.tolist() for part in (begins, at[begins, which], costs[begins, which], which)), strict=True
     )
@@ -158,7 +158,7 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = C
 
 
 def boundaries(first: int, end: int, bound: int) -> list[int]:
-    """Where a class may begin or end, ascending: few numbers, and always a way from ``first`` to ``end``."""
+    """Returns few possible class boundaries, ascending. Some always partition ``first`` to ``end``."""
     points = {first, end}
     point, step = first, 1
     while point < end:
@@ -166,7 +166,7 @@ def boundaries(first: int, end: int, bound: int) -> list[int]:
         points.update(octave)
         point, step = octave[-1] + step, 2 * step
     points.add(min(point, bound))
-    # From the last coarse point below the end the rest is reached by ever smaller powers of two.
+    # Descending powers of two from the last coarse point to the end.
     coarse = max(p for p in points if p < end) if end > first else first
     rest = end - coarse
     for e in reversed(range(rest.bit_length())):

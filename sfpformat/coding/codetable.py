@@ -1,7 +1,7 @@
 """Code tables and canonical prefix codes (SPEC.md chapter 8).
 
-A table's life: the writer builds one with `coding.classes` and `code_lengths`, the directory stores its four
-fields, the reader makes a `CodeTable` of them again, which is valid once it exists.
+The writer builds a table with `coding.classes` and `code_lengths`. The directory stores its four fields. The
+reader creates a `CodeTable` from them; the constructor validates it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ MAX_SYMBOLS = 256  # used symbols, R-TAB-006: a symbol's rank fits a byte
 MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
 MAX_CODES = 16  # R-TAB-009
 
-# A directory has some codes for each tensor, and all are checked when a file is opened. So lengths are looked
-# at by methods of `bytes`, which take a fraction of the time of a loop over them.
+# A directory has several codes for each tensor, and opening a file checks all of them. Code lengths are
+# checked with methods of `bytes`, which take a fraction of the time of a loop.
 _EXTRAS = bytes(range(MAX_FIELD_BITS + 1))
 _CODE_BITS = bytes(range(MAX_CODE_BITS + 1))
-# The share of 2^12 that a codeword of so many bits takes, in two bytes, as `translate` gives bytes.
+# Code length -> the codeword's share of 2^12 (Kraft sum). In two bytes, because `translate` returns bytes.
 _SHARES = [0] + [1 << (MAX_CODE_BITS - bits) for bits in range(1, MAX_CODE_BITS + 1)]
 _SHARE_LOW = bytes(share & 255 for share in _SHARES) + bytes(256 - len(_SHARES))
 _SHARE_HIGH = bytes(share >> 8 for share in _SHARES) + bytes(256 - len(_SHARES))
-# Byte -> the byte with its halves exchanged; hexadecimal digit -> its value.
+# Byte -> the byte with its halves exchanged. Hexadecimal digit -> its value.
 _EXCHANGED = bytes(byte >> 4 | (byte & 15) << 4 for byte in range(256))
 _DIGITS = bytes.maketrans(b"0123456789abcdef", bytes(range(16)))
 
 
 @dataclass(frozen=True)
 class PrefixCode:
-    """A canonical prefix code, given by the length of each symbol's codeword, 0 for symbols it does not use.
+    """A canonical prefix code, given by the code length of each symbol, 0 for unused symbols.
 
     Raises:
         InvalidFileError: E_RANGE by R-TAB-005 to R-TAB-007.
@@ -57,7 +57,7 @@ class PrefixCode:
 
     @cached_property
     def symbols(self) -> NDArray[np.uint16]:
-        """The used symbols in the order of their codewords (ascending length, then number)."""
+        """The used symbols in the order of their codewords: ascending code length, then symbol number."""
         lengths = np.frombuffer(self.length, np.uint8)
         used = np.flatnonzero(lengths)
         return used[np.argsort(lengths[used], kind="stable")].astype(np.uint16)
@@ -69,12 +69,12 @@ class PrefixCode:
 
     @cached_property
     def codes_of_length(self) -> list[int]:
-        """Entry n is the number of codewords of n bits, for n up to the longest."""
+        """Entry n is the number of codewords of n bits, up to the greatest code length."""
         return [int(n) for n in np.bincount(self.symbol_bits)]
 
     @cached_property
     def codewords(self) -> list[str]:
-        """The codeword of each of `symbols` as a string of 0 and 1, first bit first (R-COD-001)."""
+        """The codeword of each of `symbols`, as a string of 0 and 1, first bit first (R-COD-001)."""
         words, word, last = [], 0, 0
         for bits in map(int, self.symbol_bits):
             word <<= bits - last
@@ -84,14 +84,14 @@ class PrefixCode:
 
     @cached_property
     def rank_of(self) -> NDArray[np.uint8]:
-        """Symbol -> its place in `symbols`."""
+        """Symbol -> its index in `symbols`."""
         ranks = np.zeros(len(self.length), np.uint8)
         ranks[self.symbols] = np.arange(len(self.symbols))
         return ranks
 
 
 def require_shape(extra: bytes, group: int, codes: int) -> None:
-    """Checks what must hold before code lengths have a meaning (R-TAB-001 to R-TAB-003, R-TAB-009)."""
+    """Checks the fields on which the meaning of code lengths depends (R-TAB-001 to -003, R-TAB-009)."""
     if group not in MAX_CLASSES:
         raise fault("R-TAB-003", f"group is {group}, must be 1 or 2")
     if not group <= len(extra) <= MAX_CLASSES[group]:
@@ -109,12 +109,12 @@ class CodeTable:
     Attributes:
         base: first level of class 0.
         extra: byte c is the number of residual bits of class c.
-        codes: the codes that segments choose from; none for one class.
-        group: levels a symbol, 1 or 2.
-        top: one past the greatest level that the table can code.
+        codes: the codes of the segments, each of which uses one; empty if there is one class.
+        group: levels per symbol, 1 or 2.
+        top: the greatest level that the table can code, plus 1.
 
     Raises:
-        InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004 and R-TAB-009, when the fields make no table.
+        InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004 and R-TAB-009: the fields are not a valid table.
     """
 
     base: int
@@ -142,12 +142,12 @@ class CodeTable:
 
     @cached_property
     def first(self) -> NDArray[np.uint64]:
-        """First level of each class, shape [K]. Meaningful once `require_top` has passed."""
+        """First level of each class, shape [K]. May overflow unless `require_top` has passed."""
         sizes = np.uint64(1) << self.class_extra.astype(np.uint64)
         return np.asarray(np.cumsum(sizes) - sizes + np.uint64(self.base))
 
     def require_top(self, bound: int) -> None:
-        """Raises R-TAB-008 when the table can code a level of ``bound`` or more."""
+        """Raises R-TAB-008 if the table can code a level of ``bound`` or more."""
         if self.top > bound:
             raise fault("R-TAB-008", f"the table reaches level {self.top - 1}, must stay below {bound}")
 
@@ -158,7 +158,7 @@ class CodeTable:
 
     @property
     def constant_extra(self) -> int | None:
-        """The residual bits that all used classes have, or None where they differ."""
+        """The number of residual bits of all used classes, or None if it differs."""
         width = self.constant_width
         if width is not None:
             return width
@@ -173,8 +173,8 @@ class CodeTable:
 
     @cached_property
     def _used_extra(self) -> set[int]:
-        """The numbers of residual bits that used classes have."""
-        # For each symbol the residual bits of its first class; with g = 2 of its second class too.
+        """The different numbers of residual bits of used classes."""
+        # For each symbol, the residual bits of its first class; with g = 2 of its second class too.
         each = [self.extra]
         if self.group == 2:
             each = [self.extra * self.classes, b"".join([bytes((n,)) * self.classes for n in self.extra])]
@@ -182,11 +182,11 @@ class CodeTable:
 
     @property
     def has_class_of_zeros(self) -> bool:
-        """Whether a class has the levels 0 or 1, those of +0 and -0 in a stream with signs, and no other."""
+        """Whether a class contains only level 0 or 1: +0 or -0 in a stream with signs."""
         return self.base + (1 << self.extra[0]) <= 2
 
     def class_of(self, levels: NDArray[np.unsignedinteger]) -> NDArray[np.uint16]:
-        """The class of each level; the levels must lie from `base` up to below `top`."""
+        """Returns the class of each level. The levels must be at least `base` and below `top`."""
         if self.classes == 1:
             return np.zeros(len(levels), np.uint16)
         constant = self.constant_width
@@ -203,12 +203,12 @@ class CodeTable:
 
     @property
     def constant_width(self) -> int | None:
-        """The residual bits that all classes have, used or not, or None where they differ."""
+        """The number of residual bits of all classes, used or not, or None if it differs."""
         return None if self.extra.strip(self.extra[:1]) else self.extra[0]
 
 
 def pack_lengths(lengths: bytes) -> bytes:
-    """Code lengths as the directory has them, two a byte, the first in the lower four bits."""
+    """Packs code lengths for the directory: two per byte, the first in the lower four bits."""
     digits = lengths.hex()[1::2]
     return bytes.fromhex(digits + "0" * (len(digits) % 2)).translate(_EXCHANGED)
 
@@ -229,27 +229,31 @@ def unpack_lengths(packed: bytes, symbols: int) -> bytes:
     return lengths[:symbols]
 
 
-# What a stream without levels has in a canonical file (R-CAN-006).
+# The table of a stream without levels in a canonical file (R-CAN-006).
 EMPTY_TABLE = CodeTable(0, b"\0")
 
 
 def code_lengths(counts: NDArray[np.integer], limit: int = MAX_CODE_BITS) -> bytes:
-    """Optimal code lengths of at most ``limit`` bits, by package-merge (SPEC.md chapter 22, R-CAN-005).
+    """Returns optimal code lengths of at most ``limit`` bits, by package-merge (SPEC.md 22, R-CAN-005).
 
     Larmore and Hirschberg, A fast algorithm for optimal length-limited Huffman codes, J. ACM 37 (1990).
 
     Args:
-        counts: how often each symbol occurs, shape [symbols]; at least two must occur, at most 2^limit.
+        counts: how often each symbol occurs, shape [symbols]; from 2 to 2^limit symbols must occur.
+        limit: the greatest code length.
 
     Returns:
-        A byte for each symbol: its length in bits, 0 where it does not occur.
+        A byte for each symbol: its code length in bits, 0 if it does not occur.
+
+    Raises:
+        ValueError: the number of symbols that occur is not possible.
     """
     used = [int(s) for s in np.flatnonzero(counts)]
     items = sorted((int(counts[s]), s) for s in used)
     if not 2 <= len(items) <= 1 << limit:
         raise ValueError(f"{len(items)} symbols cannot have codes of at most {limit} bits")
     weights = [weight for weight, _ in items]
-    # For each round the merged list, as booleans: is the element an item (True) or a pair (False)?
+    # The merged list of each round, as booleans: whether the element is an item (True) or a pair (False).
     rounds: list[list[bool]] = [[True] * len(items)]
     merged = weights
     for _ in range(limit - 1):
@@ -267,7 +271,7 @@ def code_lengths(counts: NDArray[np.integer], limit: int = MAX_CODE_BITS) -> byt
 
 
 def _merge(items: list[int], pairs: list[int]) -> tuple[list[int], list[bool]]:
-    """Merges two ascending lists; of equal weights the item comes first."""
+    """Merges two ascending lists. Of equal weights, the item comes first. Also returns which are items."""
     merged, is_item, i, p = [], [], 0, 0
     while i < len(items) or p < len(pairs):
         take_item = p == len(pairs) or (i < len(items) and items[i] <= pairs[p])

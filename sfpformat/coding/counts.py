@@ -1,9 +1,8 @@
-"""Counting levels segment by segment, and finding segments of like statistics (the encoder's side of
-SPEC.md chapter 8).
+"""Counts symbols in each segment, and clusters segments of similar statistics (encoder, SPEC.md chapter 8).
 
-Segments of like statistics share a code. They are found by a few rounds of k-means whose distance is the
-length of a segment under a code. Everything is whole numbers, so that every platform and every engine finds
-the same; this module is the plain statement.
+Segments of similar statistics share a code. A few rounds of k-means find them; the distance is the length of
+a segment under a code. All numbers are integers, so that every platform and every engine finds the same
+clusters. This module is the reference implementation.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from .planes import AnyLevels, Counts, symbol_counts, symbols_of_classes
 
 # Symbol counts of segments, shape [segments, symbols].
 Rows = NDArray[np.int32]
-# What each symbol costs in each code, in bits times 2^COST_FRACTION, shape [codes, symbols]. A segment's cost
-# stays below 2^31: it has at most 2^16 levels, and no cost reaches 2^14.
+# Cost of each symbol in each code, in bits times 2^COST_FRACTION, shape [codes, symbols]. The cost of a
+# segment is below 2^31, because it has at most 2^16 levels and every cost is below 2^14.
 Costs = NDArray[np.int32]
 
 COST_FRACTION = 8
@@ -28,23 +27,26 @@ _ROWS_AT_A_TIME = 1024
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
-    """How often each class of 2^width levels occurs in each segment.
+    """Counts the classes of 2^width levels in each segment.
 
     Args:
-        levels: of whole segments, all in the classes counted.
-        counts: levels in each segment.
+        levels: of whole segments; all are in the counted classes.
+        counts: number of levels in each segment.
         width: at most 56.
-        first: the number of the first class; class c covers the levels from c * 2^width on.
-        classes: how many are counted.
+        first: number of the first counted class. Class c contains 2^width levels from c * 2^width.
+        classes: how many classes are counted.
+
+    Returns:
+        The counts, shape [segments, classes].
     """
     numbers = (levels >> levels.dtype.type(width)).astype(np.int64) - first
     return _count(numbers, counts, classes)
 
 
 def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
-    """How often each symbol of a layout of two or more classes occurs in each segment."""
+    """Counts the symbols of a layout of two or more classes in each segment. Shape [segments, symbols]."""
     classes = len(layout.extra)
-    any_code = PrefixCode(b"\1\1" + bytes(classes**group - 2))  # a table must have one
+    any_code = PrefixCode(b"\1\1" + bytes(classes**group - 2))  # a table must have a code
     found = CodeTable(layout.base, layout.extra, (any_code,), group).class_of(levels)
     symbols = symbols_of_classes(found, counts, classes, group)
     return _count(symbols, symbol_counts(counts, group), classes**group)
@@ -60,14 +62,14 @@ def _count(numbers: NDArray[np.int64], counts: Counts, columns: int) -> Rows:
 
 
 def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) -> Costs:
-    """The costs of symbols in that number of codes that is cheapest over all.
+    """Clusters segments into codes. Returns the symbol costs for the cheapest number of codes.
 
     Args:
         sample: symbol counts of some segments.
-        order: a weight for each symbol, below 2^16, that tells segments of small levels from those of large:
-            where k-means begins.
-        most: codes to try, at most.
-        segments: how many segments the sample stands for.
+        order: a weight for each symbol, below 2^16, that separates segments of small levels from those of
+            large levels. It defines the initial clusters.
+        most: the greatest number of codes.
+        segments: number of segments that the sample represents.
     """
     size, symbols = sample.shape
     wide = sample.astype(np.int64)
@@ -92,21 +94,21 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
 
 
 def symbol_costs(totals: NDArray[np.int64]) -> Costs:
-    """-log2 of each symbol's share; one is added to four times every count, so none is without."""
+    """Returns -log2 of each symbol's share in each code. Adds one to four times each count to avoid zeros."""
     counts = totals * 4 + 1
     bits = log2_fixed(counts.sum(1))[:, None] - log2_fixed(counts.reshape(-1)).reshape(counts.shape)
     return (bits >> (FRACTION - COST_FRACTION)).astype(np.int32)
 
 
 def _cheapest(rows: Rows, costs: Costs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The cheapest code of each segment, of equally cheap ones the first, and the segment's cost in it."""
-    # Whole numbers below 2^53: exact in float64, whose matrix product is the fast one.
+    """Returns the cheapest code of each segment (the first of equally cheap ones), and its cost."""
+    # Integers below 2^53 are exact in float64, whose matrix product is fast.
     bits = rows.astype(np.float64) @ costs.T.astype(np.float64)
     return bits.argmin(1), bits.min(1).astype(np.int64)
 
 
 def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Gives every segment its cheapest code, of equally cheap ones the first.
+    """Assigns to every segment its cheapest code, the first of equally cheap ones.
 
     Returns:
         The code of each segment, and the symbol counts of each code, shape [codes, symbols].
@@ -123,5 +125,5 @@ def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int6
 
 
 def lengths_of_codes(totals: NDArray[np.int64], limit: int) -> NDArray[np.uint8]:
-    """The code lengths of each row of symbol counts, shape [codes, symbols] (R-CAN-005)."""
+    """Returns the code lengths for each row of symbol counts, shape [codes, symbols] (R-CAN-005)."""
     return np.stack([np.frombuffer(code_lengths(row, limit), np.uint8) for row in totals])

@@ -1,6 +1,7 @@
-"""Tensors of few values: which magnitudes occur, and what each value means, such as a level of a table.
+"""Tensors of few values: finds the magnitudes that occur, and maps values to numbers such as table levels.
 
-Everything is done on bit patterns, so that no value is rounded; patterns of magnitudes ascend as these do.
+All functions use bit patterns, so that no value is rounded. Patterns of magnitudes have the same order as the
+magnitudes.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from numpy.typing import NDArray
 
 from .exact import Patterns
 
-# Patterns looked at together: the first few, which suffice for most tensors, then more and more.
+# Patterns processed at a time: few at first, which suffice for most tensors, then more.
 _FIRST_BLOCK, _BLOCK = 1 << 12, 1 << 18
 
 
 def few_magnitudes(patterns: Patterns, most: int) -> Patterns | None:
-    """The patterns of all magnitudes that occur, ascending; None where they are more than ``most``.
+    """Returns the patterns of all magnitudes that occur, ascending. None if there are more than ``most``.
 
     Args:
-        patterns: of floats, sign highest, shape [n].
+        patterns: of floats, with the sign in the highest bit, shape [n].
         most: at least 1.
     """
     low = magnitude_bits(patterns.dtype)
@@ -33,7 +34,7 @@ def few_magnitudes(patterns: Patterns, most: int) -> Patterns | None:
 
 
 def magnitude_bits(dtype: np.dtype[np.unsignedinteger]) -> np.unsignedinteger:
-    """The bits of a pattern that are not its sign."""
+    """Returns the mask of all bits of a pattern except the sign."""
     return dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
 
 
@@ -45,7 +46,7 @@ def _growing_blocks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _unseen(magnitudes: Patterns, known: Patterns) -> Patterns:
-    """Those that are not in ``known``, which ascend: to look a number up is faster than to sort it."""
+    """Returns the magnitudes that are not in the ascending ``known``. Searching is faster than sorting."""
     if not len(known):
         return magnitudes
     at = np.minimum(np.searchsorted(known, magnitudes), len(known) - 1)
@@ -55,15 +56,15 @@ def _unseen(magnitudes: Patterns, known: Patterns) -> Patterns:
 def translate(
     patterns: Patterns, magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]
 ) -> NDArray[np.unsignedinteger]:
-    """What each value means, by the number of its magnitude and its sign.
+    """Maps each value by the index of its magnitude and its sign.
 
     Args:
         patterns: of floats, shape [n].
         magnitudes: the patterns of all their magnitudes, ascending, at most 2^15.
-        meanings: at 2m that of magnitude m, at 2m + 1 that of its negative.
+        meanings: element 2m is the result for magnitude m, element 2m + 1 for its negative.
 
     Returns:
-        In the dtype of ``meanings``, shape [n].
+        The results, in the dtype of ``meanings``, shape [n].
     """
     if patterns.itemsize <= 2:
         return np.asarray(translation(magnitudes, meanings)[patterns])
@@ -73,7 +74,7 @@ def translate(
 
 
 def translation(magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """Pattern -> meaning, for patterns of one or two bytes; 0 for those that do not occur."""
+    """Returns a look-up table pattern -> meaning, for patterns of one or two bytes; 0 for unused ones."""
     bits = 8 * magnitudes.itemsize
     table = np.zeros(1 << bits, meanings.dtype)
     table[magnitudes] = meanings[0::2]

@@ -1,4 +1,4 @@
-"""Masks (SPEC.md chapter 10): mask bits to levels and back, for the segments of a chunk."""
+"""Masks (SPEC.md chapter 10): converts mask bits to levels and back, for the segments of a chunk."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ KINDS = ("runs", "octets")
 
 
 def level_counts(kind: str, polarity: int, positions: Counts, survivors: Counts) -> Counts:
-    """Levels that each segment has, from its positions and survivors."""
+    """Returns the number of mask levels in each segment, from its positions and survivors."""
     if kind == "octets":
         return -(-positions // 8)
     return survivors if polarity else positions - survivors
 
 
 def mask_to_runs(mask: Mask, positions: Counts, polarity: int) -> tuple[Levels, Counts]:
-    """The runs of some whole segments, and how many each has.
+    """Returns the runs of whole segments, and the number of runs in each segment.
 
     Args:
-        mask: bits of all the segments, shape [sum of positions].
-        positions: positions in each segment.
+        mask: bits of all segments, shape [sum of positions].
+        positions: number of positions in each segment.
+        polarity: the value of the minority bits, at which runs end.
     """
     minority = np.flatnonzero(mask == bool(polarity))
     ends = np.cumsum(positions)
     counts = np.diff(np.searchsorted(minority, ends), prepend=0)
-    before = np.empty(len(minority), np.int64)  # the minority position before, or the segment's start - 1
+    before = np.empty(len(minority), np.int64)  # the previous minority position, or the segment's start - 1
     before[1:] = minority[:-1]
     starts = np.cumsum(counts) - counts
     has_some = counts > 0
@@ -41,12 +42,12 @@ def mask_to_runs(mask: Mask, positions: Counts, polarity: int) -> tuple[Levels, 
 
 
 def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: int) -> Mask:
-    """The mask bits of some whole segments; the inverse of `mask_to_runs`.
+    """Returns the mask bits of whole segments; the inverse of `mask_to_runs`.
 
     Raises:
         InvalidFileError: E_RANGE by R-MSK-004.
     """
-    # The bound on a table's top (65,536) and on the positions of a chunk keep these sums below 2^41.
+    # The bounds on a table's top (65,536) and on the positions of a chunk keep these sums below 2^41.
     reached = np.cumsum(levels.astype(np.int64) + 1)
     ends, starts = np.cumsum(counts), np.cumsum(counts) - counts
     before = np.where(starts > 0, reached[starts - 1], 0) if len(levels) else np.zeros_like(starts)
@@ -61,12 +62,12 @@ def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: in
 
 
 def mask_to_octets(mask: Mask) -> AnyLevels:
-    """The octets of some whole segments; only the last may have a length that is not a multiple of 8."""
+    """Returns the octets of whole segments. Only the last length may not be a multiple of 8."""
     return np.packbits(mask, bitorder="little")
 
 
 def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
-    """The mask bits of some whole segments; the inverse of `mask_to_octets`.
+    """Returns the mask bits of whole segments; the inverse of `mask_to_octets`.
 
     Raises:
         InvalidFileError: E_RESERVED by R-MSK-006.
@@ -81,7 +82,11 @@ def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
 def decode_mask(
     kind: str, polarity: int, levels: Levels, counts: Counts, positions: Counts, survivors: Counts
 ) -> Mask:
-    """The mask bits of some whole segments, checked against their numbers of survivors (R-MSK-005)."""
+    """Returns the mask bits of whole segments, and checks their numbers of survivors.
+
+    Raises:
+        InvalidFileError: by R-MSK-004, R-MSK-005 or R-MSK-006.
+    """
     if kind == "octets":
         mask = octets_to_mask(levels, positions)
     else:
@@ -98,17 +103,17 @@ def decode_mask(
 
 
 def survivors(mask: Mask, positions: Counts) -> Counts:
-    """How many survivors each of some whole segments has."""
+    """Returns the number of survivors in each of several whole segments."""
     return segment_sums(mask, positions)
 
 
 def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
-    """The values, unsigned, of the survivors."""
+    """Returns the unsigned values of the survivors."""
     return np.asarray(values[mask])
 
 
 def encode_mask(kind: str, polarity: int, mask: Mask, positions: Counts) -> tuple[AnyLevels, Counts]:
-    """The levels of the mask of some whole segments, and how many each has."""
+    """Returns the mask levels of whole segments, and the number of levels in each."""
     if kind == "octets":
         return mask_to_octets(mask), -(-positions // 8)
     return mask_to_runs(mask, positions, polarity)

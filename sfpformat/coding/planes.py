@@ -1,9 +1,9 @@
-"""Prefix and residual planes (SPEC.md chapter 9): levels to bits and back, for the segments of a chunk.
+"""Prefix and residual planes (SPEC.md chapter 9): converts levels to bits and back, for segments of a chunk.
 
-Theory of operation: segments lie bit after bit, so any run of neighbouring segments is decoded as one
-sequence and then checked against the segment index: bitarray turns the prefix plane into symbol ranks,
-everything else is whole-array numpy. This module is the plain statement of the algorithm; the other engines
-must give the same levels and the same faults.
+Theory of operation: segments are consecutive bit sequences without padding, so that a run of segments is
+decoded as one sequence and then checked against the segment index. bitarray decodes the prefix plane to
+symbol ranks; everything else is whole-array numpy. This module is the reference implementation; the other
+engines must return the same levels and the same faults.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .bits import Bytes, read_bits, read_fields, write_bits, write_fields
 from .codetable import CodeTable, PrefixCode
 
 Levels = NDArray[np.uint64]
-AnyLevels = NDArray[np.unsignedinteger]  # what an encoder has: any width that holds them
+AnyLevels = NDArray[np.unsignedinteger]  # levels in an encoder: any sufficient width
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class StreamSpan:
-    """Where the levels of a run of neighbouring segments lie in the bytes of a chunk.
+    """The location of the levels of a run of consecutive segments in the bytes of a chunk.
 
     Attributes:
-        counts: levels in each segment.
+        counts: number of levels in each segment.
         codes: number of each segment's code.
-        trims: residual bits that each segment leaves out.
+        trims: number of residual bits that each segment omits.
         prefix_bits, residual_bits: bits of each segment in the two planes.
         prefix_start, residual_start: bit offsets of the run in the chunk.
     """
@@ -47,7 +47,7 @@ class StreamSpan:
 
 @dataclass(frozen=True)
 class Planes:
-    """The planes of a stream over some segments, and what the segment index says of each segment."""
+    """The planes of a stream for some segments, and the segments' entries in the segment index."""
 
     codes: Counts
     trims: Counts
@@ -58,7 +58,7 @@ class Planes:
 
 
 def symbol_counts(counts: Counts, group: int) -> Counts:
-    """Symbols in each segment: every segment starts with a new symbol (R-PLN-002)."""
+    """Returns the number of symbols in each segment. Every segment starts a new symbol (R-PLN-002)."""
     return -(-counts // group)
 
 
@@ -66,10 +66,12 @@ def symbol_counts(counts: Counts, group: int) -> Counts:
 
 
 def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
-    """The levels of a run of segments.
+    """Decodes the levels of a run of segments.
 
     Args:
-        data: the chunk, whose parts were checked to lie inside it.
+        data: the chunk; its parts were checked to be inside.
+        span: the run.
+        table: of the stream.
 
     Raises:
         InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002.
@@ -87,7 +89,7 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
 def _decode_residuals(
     data: Bytes, span: StreamSpan, table: CodeTable, classes: NDArray[np.uint16] | None
 ) -> Levels:
-    """The residuals of the run, trimmed bits put back; ``classes`` is None for a table of one class."""
+    """Decodes the residuals of the run and restores trimmed bits. ``classes`` is None for a single class."""
     constant, trimmed = table.constant_extra, bool(span.trims.any())
     if constant is not None and not trimmed:
         return read_fields(data, span.residual_start, constant, int(span.counts.sum()))
@@ -99,47 +101,50 @@ def _decode_residuals(
 
 
 def with_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
-    """Residuals with ``trims`` zero bits put back above the lowest bit of each (SPEC.md chapter 9)."""
+    """Inserts ``trims`` zero bits above the lowest bit of each residual (SPEC.md chapter 9)."""
     one = np.uint64(1)
     return (residuals & one) | (residuals >> one) << (trims.astype(np.uint64) + one)
 
 
 def without_trimmed_bits(residuals: Levels, trims: Counts) -> Levels:
-    """The inverse of `with_trimmed_bits`."""
+    """Removes ``trims`` bits above the lowest bit of each residual; the inverse of `with_trimmed_bits`."""
     one = np.uint64(1)
     return (residuals & one) | (residuals >> (trims.astype(np.uint64) + one)) << one
 
 
 def greatest_trims(levels: AnyLevels, counts: Counts, extra: int) -> Counts:
-    """The greatest trim of each segment, when all classes have ``extra`` residual bits (R-CAN-009)."""
+    """Returns the greatest trim of each segment if all classes have ``extra`` residual bits (R-CAN-009)."""
     return trims_of(shared_zeros(levels, counts), extra)
 
 
 def shared_zeros(levels: AnyLevels, counts: Counts) -> Counts:
-    """How many bits above the lowest are zero in all levels of each segment; 0 for one without levels.
+    """Returns how many bits directly above the lowest bit are zero in all levels of each segment.
 
-    All bits of the dtype but the lowest are looked at.
+    Considers all bits of the dtype except the lowest. Returns 0 for a segment without levels.
     """
     zeros = np.zeros(len(counts), np.int64)
     some = counts > 0
     if some.any():
         one, top = levels.dtype.type(1), levels.dtype.type(1 << (8 * levels.itemsize - 1))
         starts = (np.cumsum(counts) - counts)[some]
-        joined = np.bitwise_or.reduceat(levels, starts) >> one | top  # no more than there are bits
+        joined = np.bitwise_or.reduceat(levels, starts) >> one | top  # ``top`` bounds the result
         zeros[some] = np.frexp((joined & (~joined + one)).astype(np.float64))[1] - 1
     return zeros
 
 
 def trims_of(zeros: Counts, extra: int) -> Counts:
-    """As `greatest_trims`, from `shared_zeros`."""
+    """Returns `greatest_trims` from the result of `shared_zeros`."""
     return np.minimum(zeros, max(extra - 1, 0))
 
 
 def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDArray[np.uint16]:
-    """The symbols of the run.
+    """Decodes the symbols of the run.
 
-    The segments of each code are decoded together: their bits are joined, so that bitarray is called once a
-    code and not once a segment.
+    The bits of all segments with the same code are joined, so that bitarray is called once per code and not
+    once per segment.
+
+    Raises:
+        InvalidFileError: by R-PLN-003.
     """
     start, bits = span.prefix_start, int(span.prefix_bits.sum())
     plane = bitarray(buffer=data[start // 8 : (start + bits + 7) // 8], endian="little")
@@ -162,14 +167,14 @@ def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDA
 
 
 def _decode_symbols(plane: bitarray, code: PrefixCode, symbols: Counts, bits: Counts) -> NDArray[np.uint16]:
-    """The symbols of some segments that share a code, whose bits are ``plane``."""
+    """Decodes the symbols of segments that share a code. ``plane`` has exactly their bits."""
     try:
         ranks = np.frombuffer(
             bytes(canonical_decode(plane, code.codes_of_length, range(len(code.symbols)))), np.uint8
         )
     except ValueError:
         raise fault("R-PLN-003", "the prefix plane ends inside a codeword") from None
-    # A complete code turns any bits into symbols, so the ends are all there is to check.
+    # A complete code decodes any bits to symbols, so that only the ends need a check.
     if len(ranks) != symbols.sum():
         raise fault(
             "R-PLN-003",
@@ -180,7 +185,7 @@ def _decode_symbols(plane: bitarray, code: PrefixCode, symbols: Counts, bits: Co
 
 
 def _require_ends(ends: Counts, counts: Counts, bits: Counts, plane: str) -> None:
-    """Checks that each segment's codes end where the index says (R-PLN-003)."""
+    """Checks that each segment has the number of bits in the index (R-PLN-003)."""
     last = np.cumsum(counts)
     found = np.zeros(len(last) + 1, np.int64)
     if len(ends):
@@ -196,7 +201,7 @@ def _require_ends(ends: Counts, counts: Counts, bits: Counts, plane: str) -> Non
 
 
 def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: CodeTable) -> NDArray[np.uint16]:
-    """The class of each level; for g = 2 the padding of odd segments is checked and dropped."""
+    """Returns the class of each level. For g = 2, checks and removes the padding of odd segments."""
     if table.group == 1:
         return symbols
     pairs = np.empty((len(symbols), 2), np.uint16)
@@ -218,13 +223,14 @@ def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: Code
 def encode_levels(
     levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
 ) -> Planes:
-    """The planes of some whole segments; the inverse of `decode_levels`.
+    """Encodes the planes of whole segments; the inverse of `decode_levels`.
 
     Args:
-        levels: of all the segments, each from ``table.base`` up to below ``table.top``.
-        counts: levels in each segment.
+        levels: of all segments, each at least ``table.base`` and below ``table.top``.
+        counts: number of levels in each segment.
         codes: number of each segment's code.
-        trims: residual bits to leave out of each segment, all zero there.
+        trims: number of residual bits to omit in each segment; these bits are all zero.
+        table: of the stream.
     """
     classes = table.class_of(levels)
     prefix, prefix_bits = _encode_prefix_plane(classes, counts, codes, table)
@@ -243,12 +249,12 @@ def encode_levels(
 def symbols_of_classes(
     classes: NDArray[np.uint16], counts: Counts, table_classes: int, group: int
 ) -> NDArray[np.int64]:
-    """The symbols that stand for the classes of some whole segments (SPEC.md chapter 8)."""
+    """Returns the symbols for the classes of whole segments (SPEC.md chapter 8)."""
     if group == 1:
         return classes.astype(np.int64)
     symbols = symbol_counts(counts, 2)
     pairs = np.zeros(int(symbols.sum()) * 2, np.int64)
-    # Where each level goes: its own place, moved by the padding of the odd segments before it.
+    # Index of each level: its own index plus the padding of the odd segments before it.
     odd_before = np.concatenate(([0], np.cumsum(counts % 2)[:-1])) if len(counts) else counts
     pairs[np.arange(len(classes)) + np.repeat(odd_before, counts)] = classes
     return pairs[0::2] + pairs[1::2] * table_classes
@@ -260,7 +266,7 @@ def _encode_prefix_plane(
     if table.classes == 1:
         return np.zeros(0, np.uint8), np.zeros(len(counts), np.int64)
     symbols = symbols_of_classes(classes, counts, table.classes, table.group)
-    # One codeword for each pair of code and rank that occurs, so that bitarray is called once.
+    # One dictionary with all pairs of code and rank, so that bitarray is called once.
     number = np.repeat(codes, symbol_counts(counts, table.group))
     ranks, bits = np.zeros(len(symbols), np.int64), np.zeros(len(symbols), np.uint8)
     words: dict[int, bitarray] = {}
@@ -276,7 +282,7 @@ def _encode_prefix_plane(
 
 
 def segment_sums(values: NDArray[np.integer] | NDArray[np.bool_], counts: Counts) -> Counts:
-    """The sum of the values of each segment; segments may be empty."""
+    """Returns the sum of the values of each segment. Segments may be empty."""
     before = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
     ends = np.cumsum(counts)
     return np.asarray(before[ends] - before[ends - counts], np.int64)

@@ -1,7 +1,7 @@
-"""Quantiser kinds, one module each: levels to numbers, bit for bit, and their map in the directory.
+"""Quantiser kinds, one module each: bit-exact conversion of levels to numbers, and the map in the directory.
 
-A new kind is a module here with a subclass of `Quantiser`, an entry in `KINDS`, and what the encoder makes of
-it in `encode.streams`.
+A new kind needs a module here with a subclass of `Quantiser`, an entry in `KINDS`, and a source of levels in
+`encode.streams`.
 """
 
 from __future__ import annotations

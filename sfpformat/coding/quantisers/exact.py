@@ -17,7 +17,7 @@ from .kind import F32, Quantiser, StreamMap, round_to
 
 @dataclass(frozen=True)
 class Exact(Quantiser):
-    """Levels are the bit patterns of ``dtype``, sign lowest; with ``trim`` segments leave out zero bits."""
+    """Levels are bit patterns of ``dtype`` with the sign lowest. With ``trim``, segments omit zero bits."""
 
     dtype: Dtype
     trim: bool = False
@@ -76,31 +76,31 @@ def _shared(dtype: str, trim: int) -> Exact:
 
 
 def finite_bound(dtype: Dtype) -> int:
-    """One past the greatest level whose pattern is finite."""
+    """Returns the greatest level whose pattern is finite, plus 1."""
     assert dtype.nonfinite is not None
     return 2 * dtype.nonfinite
 
 
 def patterns_to_levels(patterns: NDArray[np.unsignedinteger]) -> AnyLevels:
-    """Moves the sign from the highest bit of each pattern to the lowest; same dtype."""
+    """Moves the sign of each pattern from the highest bit to the lowest. Keeps the dtype."""
     one, top = patterns.dtype.type(1), patterns.dtype.type(8 * patterns.itemsize - 1)
     return np.asarray((patterns << one) | (patterns >> top))
 
 
 def levels_to_patterns(levels: Levels, dtype: Dtype) -> NDArray[np.unsignedinteger]:
-    """The inverse of `patterns_to_levels`."""
+    """Converts levels to bit patterns of ``dtype``; the inverse of `patterns_to_levels`."""
     narrow = levels.astype(dtype.pattern)
     one = dtype.pattern.type(1)
     return np.asarray((narrow >> one) | (narrow << dtype.pattern.type(dtype.bits - 1)))
 
 
 def float_patterns(values: NDArray[np.generic], dtype: Dtype) -> NDArray[np.unsignedinteger]:
-    """The bit patterns of a one-dimensional array of ``dtype``."""
+    """Returns a view of a one-dimensional array of ``dtype`` as bit patterns."""
     return values.view(dtype.pattern)
 
 
 def multiplied(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDArray[np.generic]:
-    """Exact weights times their importances; an infinity or a NaN stays as it is (R-REC-004)."""
+    """Returns exact weights times their importances. Infinities and NaNs are unchanged (R-REC-004)."""
     wide = np.float64 if dtype.name == "F64" else np.float32
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(exact)
@@ -112,10 +112,10 @@ _NARROW_FIRST, _NARROW_BLOCK = 1 << 6, 1 << 20  # values compared at a time: bou
 
 
 def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
-    """The narrowest dtype that widens to ``dtype`` and holds all the values bit for bit (R-QNT-002)."""
+    """Returns the narrowest dtype that widens to ``dtype`` and represents all values exactly (R-QNT-002)."""
     for name in ("F8_E4M3", "F8_E5M2", "BF16", "F16", "F32"):
         narrow = DTYPES[name]
-        # The first block is short: almost all tensors fail it.
+        # The first block is short, because almost all tensors fail in it.
         starts = [0, *range(_NARROW_FIRST, len(values), _NARROW_BLOCK)]
         if dtype.name in narrow.widens_to and all(
             _holds(narrow, values[start : start + (_NARROW_BLOCK if start else _NARROW_FIRST)], dtype)
@@ -126,7 +126,7 @@ def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
 
 
 def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:
-    """Whether a narrower dtype holds the values of ``dtype`` bit for bit, and all are finite."""
+    """Whether a narrower dtype represents the values of ``dtype`` bit-exactly, and all are finite."""
     with np.errstate(all="ignore"):
         back = values.astype(narrow.numpy)
         same = back.astype(dtype.numpy).view(dtype.pattern) == values.view(dtype.pattern)

@@ -1,7 +1,7 @@
-"""What every quantiser kind defines, and the arithmetic that kinds share (SPEC.md chapters 11, 13, 14).
+"""Base classes of quantiser kinds, and their shared arithmetic (SPEC.md chapters 11, 13, 14).
 
-Rules: every operation is one numpy operation on float32 (float64 where SPEC.md says so), in the order of
-chapter 14, so that there is nothing to fuse and nothing to reorder.
+Rules: every operation is one numpy operation on float32 (float64 if SPEC.md requires it), in the order of
+chapter 14, so that operations cannot be fused or reordered.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 
 class StreamMap(Protocol):
-    """The map of a stream in the directory, as a kind reads it."""
+    """The map of a stream in the directory, from which a kind reads its keys."""
 
     def required(self, key: str, kind: type[T]) -> T:
-        """The value of a key; raises R-DIR-002 where it is missing, R-DIR-003 where its type is wrong."""
+        """Returns the value of a key. Raises R-DIR-002 if it is missing, R-DIR-003 if its type is wrong."""
 
     def place(self, key: str) -> int:
-        """The byte offset of the value of a key."""
+        """Returns the byte offset of the value of a key."""
 
 
 class Quantiser(ABC):
-    """How the levels of a stream stand for numbers.
+    """A kind of quantiser: converts the levels of a stream to numbers.
 
     Attributes:
-        NAME: in the directory (R-QNT-001).
+        NAME: name in the directory (R-QNT-001).
         KEYS: the keys that the kind adds to the map of its stream, in SPEC.md's order.
     """
 
@@ -42,39 +42,39 @@ class Quantiser(ABC):
 
     @property
     def centroids(self) -> int:
-        """How many float32 numbers the vector chunk holds for the stream."""
+        """Number of float32 centroids in the vector chunk for the stream."""
         return 0
 
     @abstractmethod
     def __str__(self) -> str:
-        """The kind and its parameter, for a reader of `sfp info`."""
+        """The kind and its parameter, for the output of `sfp info`."""
 
     # -------------------------------------------------------------------------------------- directory
 
     @abstractmethod
     def to_map(self) -> dict[str, object]:
-        """The values of `KEYS`."""
+        """Returns the keys in `KEYS` with their values."""
 
     @classmethod
     @abstractmethod
     def from_map(cls, source: StreamMap) -> Self:
-        """Reads `KEYS`; raises the clause of what is wrong."""
+        """Reads the keys in `KEYS`. Raises the clause of an invalid value."""
 
     # ----------------------------------------------------------------------------------------- checks
 
     @abstractmethod
     def fingerprint_bound(self, dtype: Dtype) -> int:
-        """The bound on ``top`` of a fingerprint stream for a tensor of ``dtype`` (SPEC.md chapter 8)."""
+        """Returns the bound on ``top`` of a fingerprint stream of a tensor of ``dtype`` (SPEC.md 8)."""
 
     @abstractmethod
     def importance_bound(self) -> int:
-        """The bound on ``top`` of an importance stream (SPEC.md chapter 8)."""
+        """Returns the bound on ``top`` of an importance stream (SPEC.md chapter 8)."""
 
     def require_fits(self, dtype: Dtype, *, scaled: bool) -> None:  # noqa: B027 — most kinds fit every tensor
-        """Raises the clause by which a fingerprint stream of this kind does not fit its tensor."""
+        """Raises the clause that applies if a fingerprint stream of this kind does not fit its tensor."""
 
     def require_finite(self, greatest_number: int, clause: str) -> None:  # noqa: B027 — a table shows none
-        """Raises ``clause`` where the directory alone shows a magnitude that is not finite."""
+        """Raises ``clause`` if the parameters in the directory give a magnitude that is not finite."""
 
     # ---------------------------------------------------------------------------------------- numbers
 
@@ -87,31 +87,31 @@ class Quantiser(ABC):
         scale: F32 | None = None,
         multiplier: F32 | None = None,
     ) -> NDArray[np.generic]:
-        """The weights of survivors, in the tensor's dtype (SPEC.md chapter 14).
+        """Returns the weights of survivors, in the tensor's dtype (SPEC.md chapter 14).
 
         Args:
             levels: of the survivors, shape [n]; the sign is the lowest bit.
-            dtype: the tensor's.
-            centroids: of a table.
+            dtype: the tensor's dtype.
+            centroids: the centroids of a table; else None.
             scale: the scale factor of each survivor, shape [n], or None.
             multiplier: the importance of each survivor, shape [n], or None.
         """
 
     @abstractmethod
     def importance_values(self, levels: Levels, centroids: F32 | None) -> F32:
-        """The importances of an importance stream, float32 (SPEC.md chapter 13)."""
+        """Returns the importances of an importance stream, float32 (SPEC.md chapter 13)."""
 
 
 class NumberQuantiser(Quantiser):
-    """A kind whose levels are a number, which stands for a magnitude, and a sign; only these have scales."""
+    """A kind whose levels consist of a sign and the number of a magnitude. Only such kinds have scales."""
 
     @abstractmethod
     def magnitudes(self, numbers: Levels, centroids: F32 | None) -> F32:
-        """The magnitude of each number, shape [n]."""
+        """Returns the magnitude of each number, shape [n]."""
 
     @abstractmethod
     def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
-        """The magnitude of the greatest number of a stream; raises ``clause`` unless it is finite."""
+        """Returns the magnitude of a stream's greatest number. Raises ``clause`` unless it is finite."""
 
     def fingerprint_values(
         self,
@@ -135,11 +135,11 @@ class NumberQuantiser(Quantiser):
 
 
 def round_to(values: NDArray[np.floating], dtype: Dtype) -> NDArray[np.generic]:
-    """Rounds to nearest, ties to even; beyond the greatest number by R-REC-002 and R-REC-003."""
+    """Rounds to nearest, ties to even. Beyond the greatest number, R-REC-002 and R-REC-003 apply."""
     with np.errstate(over="ignore"):
         return values.astype(dtype.numpy)
 
 
 def scaled_down(magnitudes: F32, factors: F32) -> F32:
-    """Magnitudes divided by their factors; 0 where the factor is 0."""
+    """Returns magnitudes divided by their factors; 0 if the factor is 0."""
     return np.divide(magnitudes, factors, out=np.zeros_like(magnitudes), where=factors > 0)

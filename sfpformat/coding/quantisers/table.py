@@ -1,4 +1,4 @@
-"""The kind ``table``: the magnitude is one of a few centroids, which the vector chunk holds."""
+"""The kind ``table``: the magnitude is one of a few centroids in the vector chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CENTROIDS = 1 << 16  # R-QNT-004
 
 @dataclass(frozen=True)
 class Table(NumberQuantiser):
-    """The magnitude is one of ``count`` centroids, which the vector chunk holds."""
+    """The magnitude is one of ``count`` centroids in the vector chunk."""
 
     count: int
 
@@ -52,7 +52,7 @@ class Table(NumberQuantiser):
 
     def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
         assert centroids is not None
-        return np.float32(centroids[-1])  # R-QNT-005 has made sure that it is finite
+        return np.float32(centroids[-1])  # finite by R-QNT-005
 
     def magnitudes(self, numbers: Levels, centroids: F32 | None) -> F32:
         assert centroids is not None
@@ -60,7 +60,7 @@ class Table(NumberQuantiser):
 
 
 def require_centroids(centroids: F32) -> None:
-    """Checks what the vector chunk gives as centroids (R-QNT-005, R-QNT-007)."""
+    """Checks the centroids in the vector chunk (R-QNT-005, R-QNT-007)."""
     if not np.isfinite(centroids).all() or np.signbit(centroids).any():
         raise fault("R-QNT-005", "a centroid is negative or not finite")
     if (np.diff(centroids) <= 0).any():

@@ -13,7 +13,7 @@ from ...errors import OptionError, fault, placed
 from ..planes import AnyLevels, Levels
 from .kind import F32, NumberQuantiser, StreamMap, scaled_down
 
-# A number this great would need classes for 2^30 levels; a step so small asks for `exact`.
+# Greater numbers would need classes for more than 2^31 levels; with such a small step, use `exact`.
 MAX_NUMBER = (1 << 30) - 1
 
 
@@ -65,14 +65,16 @@ class Uniform(NumberQuantiser):
 
 
 def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArray[np.uint32]:
-    """The number of each magnitude, shape [n].
+    """Returns the number of each magnitude, shape [n].
 
     Args:
-        thresholds: entry m - 1 is the least magnitude, in steps, that gets the number m instead of m - 1, for
-            numbers up to len(thresholds); greater ones round to nearest. Empty: all round to nearest.
+        magnitudes: shape [n].
+        step: of the quantiser.
+        thresholds: element m - 1 is the least magnitude, in steps, with the number m instead of m - 1, for
+            numbers up to len(thresholds). Greater numbers are rounded to nearest. Empty: all are.
 
     Raises:
-        OptionError: a number is beyond `MAX_NUMBER`.
+        OptionError: a number is greater than `MAX_NUMBER`.
     """
     with np.errstate(over="ignore"):
         steps = magnitudes / step
@@ -87,15 +89,18 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
 
 
 def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, thresholds: F32) -> AnyLevels:
-    """The level of each weight: twice its number, one more where it is negative; 0 for all that becomes zero.
+    """Returns the level of each weight: twice its number, plus 1 if it is negative. The number 0 has level 0.
 
     Args:
         weights: finite, shape [n].
-        factors: what magnitudes are divided by first (those of 0 give 0), shape [n], or None.
+        factors: magnitudes are first divided by these; a factor of 0 gives 0. Shape [n], or None.
         step, thresholds: as in `uniform_numbers`.
 
     Returns:
-        The levels, uint8, uint16 or uint32, whichever is enough.
+        The levels, in the narrowest sufficient dtype of uint8, uint16 and uint32.
+
+    Raises:
+        OptionError: a number is greater than `MAX_NUMBER`.
     """
     magnitudes = np.abs(weights)
     if factors is not None:
