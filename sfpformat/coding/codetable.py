@@ -167,7 +167,7 @@ class CodeTable:
 
     @property
     def least_extra(self) -> int:
-        """The fewest residual bits of a used class."""
+        """The least number of residual bits of a used class."""
         width = self.constant_width
         return min(self._used_extra) if width is None else width
 
@@ -214,7 +214,7 @@ def pack_lengths(lengths: bytes) -> bytes:
 
 
 def unpack_lengths(packed: bytes, symbols: int) -> bytes:
-    """The inverse of `pack_lengths`.
+    """Unpacks code lengths; the inverse of `pack_lengths`.
 
     Raises:
         InvalidFileError: by R-TAB-004 or R-TAB-010.

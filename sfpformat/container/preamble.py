@@ -75,6 +75,6 @@ class Preamble:
         return cls(at, size, claimed, crc, minor)
 
     def require_directory(self, directory: bytes) -> None:
-        """Checks the directory's bytes against its checksum (R-PRE-010)."""
+        """Raises R-PRE-010 if the checksum of the directory's bytes does not match."""
         if zlib.crc32(directory) != self.directory_crc:
             raise fault("R-PRE-010", "the directory's checksum does not match", offset=self.directory_offset)

@@ -296,7 +296,7 @@ def _stored_factors(roots: F64, dtype: Dtype, of_weights: Dtype) -> tuple[F32, f
     return factors.astype(np.float32), unit
 
 
-# --------------------------------------------------------------------------------------------- what is taken
+# --------------------------------------------------------------------------------------- supported weights
 
 
 def require_finite(flat: Flat) -> None:

@@ -288,7 +288,7 @@ def pairs_bits(counts: Histogram) -> int:
     total = sum(often)
     pairs = [one * other for one in often for other in often]
     heapify(pairs)
-    length = 0  # of all codewords, each times how often it occurs among total^2 pairs
+    length = 0  # sum of code length * count over all pairs; total^2 pairs
     while len(pairs) > 1:
         joined = heappop(pairs) + heappop(pairs)
         length += joined

@@ -144,7 +144,7 @@ _COMPANION_PAIR = re.compile(
 )
 # The greatest number of words, separated by underscores, in a scale's suffix such as "_weight_scale_inv".
 _MOST_PARTS = 5
-# Words in names of scales and zero points, if there is an FP8 tensor beside.
+# Words in names of scales and zero points, if the module has an FP8 weight.
 _SCALE = re.compile(r"scale|zero|shift|amax|absmax|quant")
 _BUFFER = _pattern(
     r"running_(mean|var|std)|num_batches_tracked",
@@ -155,8 +155,8 @@ _BUFFER = _pattern(
     r"(\w+_)?masks?",  # attention masks, and those of torch.nn.utils.prune
     r"masked_bias",
     r"(attn_|attention_)?alibi(_\w+)?|slopes|slope_rate|(query|key|diagonal)_decay",
-    r"pe|pos_encoding|embed_positions",  # sines that are kept as buffers
-    r"embed_(avg|sum)|ema_(avg|sum|count)|cluster_(size|usage)",  # what training updates a codebook by
+    r"pe|pos_encoding|embed_positions",  # sines stored as buffers
+    r"embed_(avg|sum)|ema_(avg|sum|count)|cluster_(size|usage)",  # for updating a codebook in training
     r"mel_(filters|basis|fb)|(\w+_)?window|dft_mat_\w+",
     r"anchors|anchor_grid|box_bias",
     r"weight_[uv]",  # torch.nn.utils.spectral_norm
@@ -324,7 +324,7 @@ class _Model:
         return Reason(Kind.STORAGE, f"{dtype.name} with {scale!r}") if scale and _is_fp8(dtype) else None
 
 
-@lru_cache(1 << 14)  # the names of a model have few last parts
+@lru_cache(1 << 14)  # a model has few different last parts
 def _kind_by_last(last: str) -> Kind | None:
     """Returns the kind that follows from the last part of a name alone, or None."""
     tables = {Kind.STORAGE: _STORAGE, Kind.COMPANION: _COMPANION, Kind.BUFFER: _BUFFER, Kind.BIAS: _BIAS}

@@ -29,7 +29,7 @@ from .codes import Choice, LevelBlocks, choose_codes, count_symbols, one_class
 
 # Number of levels before those of non-zero weights: +0 and -0.
 _ZEROS = 2
-# A table whose classes differ in residual bits decodes slower. It must save 1/_GAIN of a stream.
+# A table whose classes differ in residual bits decodes slower, so that it must save 1/_GAIN of a stream.
 _GAIN = 64
 # Group -> the greatest numbers of classes for non-zero weights, in the order in which they are tried. With
 # pairs, the first may give too many symbols.

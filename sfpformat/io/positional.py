@@ -47,7 +47,7 @@ class PositionalFile(Closing):
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the file is closed."""
         return self._file.closed
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from ..names import quoted
 from .closing import Closing
 from .positional import PositionalFile
 
-# The reference implementation refuses longer headers.
+# The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -215,7 +215,7 @@ def _spec(name: str, value: object) -> TensorSpec:
 
 
 def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) -> list[int]:
-    """A list of integers from 0 to 2^63 - 1 (``count`` of them, where that is given)."""
+    """Returns the checked list of a key: ``count`` integers (None: any number) from 0 to 2^63 - 1."""
     sizes = value[key]
     good = isinstance(sizes, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
     if not good or (count is not None and len(sizes) != count):
