@@ -1,13 +1,14 @@
-"""Learning the scores of `levels` through a model whose weights stay as they are.
+"""Learns the scores of `levels` through a model with frozen weights.
 
-Theory of operation: each step sets the threshold that the step's sparsity asks for, runs the model with its
-weights masked and takes the divergence from the dense model's outputs, or the task's loss. Gradients reach
-the logits of layers, rows, columns and weights in the backward pass of `masked`, and the shared network,
-every some steps, from a sample of the weights. Each level steps as far as its gradients are signal
-(`signal`). At the end, shares of the levels are chosen on batches that were not learned from (`holdout`).
+Theory of operation: each step sets the threshold for its sparsity, runs the model with masked weights, and
+computes the divergence from the dense model's outputs, or the task's loss. The backward pass of `masked`
+gives the gradients of the logits of layers, rows, columns and weights. The shared network takes a step only
+every few steps, from the gradients of a sample of the weights. The step size of each level depends on the
+share of signal in its gradients (`signal`). At the end, held-out batches select a factor for each level
+(`holdout`).
 
-The sparsity of a step rises along a cubic to the target, and rates fall along half a cosine, by the steps
-that are done or by the time that is used, whichever is further.
+The sparsity rises along a cubic to the target, and rates fall along half a cosine. Progress is the share of
+steps done or of time used, whichever is greater.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from .masked import MaskedModel, Masking
 from .signal import SignalAdam
 from .task import Data, Progress, Task, cost, evaluating, finite, require_objective
 
-_WARMUP = 5  # steps in which rates rise
+_WARMUP = 5  # steps of linear warm-up of the rates
 _FINAL = 0.05  # of the peak rate, at the end
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak rates, in standard deviations of the start a step, of parameters whose gradient is all signal.
+    """Peak rates a step, in standard deviations of the initial scores, for gradients without noise.
 
     Attributes:
-        network: of the shared network's parameters; 0 leaves it out.
-        shared: of the logits of layers, rows and columns.
-        own: of the logits of single weights; 0 leaves them out.
+        network: rate of the shared network's parameters; 0 means no network.
+        shared: rate of the logits of layers, rows and columns.
+        own: rate of the logits of single weights; 0 means no such logits.
     """
 
     network: float = 0.0
@@ -51,25 +52,26 @@ class Rates:
     own: float = 0.05
 
     def of(self, level: str) -> float:
-        """The rate of one of `masked.LEVELS`."""
+        """Returns the rate of one of `masked.LEVELS`."""
         return {"network": self.network, "weight": self.own}.get(level, self.shared)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How levels are learned.
+    """Settings of learning levels.
 
     Attributes:
-        steps: of the optimiser, a batch each.
-        minutes: after which learning ends, steps left or not; None sets no limit.
+        steps: number of optimiser steps, one batch each.
+        minutes: time limit, after which learning ends early; None sets no limit.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
-        rates: of the levels.
-        temperature: of a mask's derivative.
-        start: share pruned in the first step.
-        ramp: share of the steps after which the target is reached.
-        network_every: steps from one step of the shared network to the next.
-        held_out: batches that the result is chosen by, at most.
-        seed: of sampled weights, of the network's start, and of the sparsities drawn from a range.
+        rates: peak rates of the levels.
+        temperature: temperature of the straight-through estimator of the mask.
+        start: sparsity of the first step.
+        ramp: share of the steps after which the target sparsity is reached.
+        network_every: number of steps between steps of the shared network.
+        held_out: maximum number of held-out batches that select the result.
+        seed: seed of the sample of weights, of the network's initialisation, and of the sparsities drawn from
+            a range.
     """
 
     steps: int = 200
@@ -96,13 +98,13 @@ class Plan:
 
 
 class Learner:
-    """All that changes from step to step.
+    """The state of learning levels.
 
     Attributes:
         levels: the scores.
-        step: steps taken.
+        step: number of steps taken.
         history: the loss of each step, in nats.
-        seconds: that the steps took.
+        seconds: total time of the steps.
     """
 
     def __init__(
@@ -115,12 +117,12 @@ class Learner:
         sparsities: tuple[float, float],
     ) -> None:
         """Args:
-        model: run in evaluation mode by whoever calls `run`.
+        model: any module; `run` sets it to evaluation mode.
         weights: the model's own parameters, by name.
-        start: importances by the same names.
-        task: how a batch goes through the model.
-        plan: how.
-        sparsities: the least and the greatest.
+        start: initial importances by the same names.
+        task: runs the model and computes the loss.
+        plan: settings of learning.
+        sparsities: the least and the greatest target sparsity.
         """
         self._model, self._task, self._plan, self._sparsities = model, task, plan, sparsities
         rates = plan.rates
@@ -135,7 +137,8 @@ class Learner:
         self._masking = Masking(weights, self.levels.scored)
         self._pruned = MaskedModel(model, {}, self._masking)
         self._optimiser = SignalAdam(self.levels.parameters(), plan.steps)
-        # Weights' own logits step within the backward pass, so that one tensor's gradient is there at a time.
+        # Logits of single weights step during the backward pass, so that only one tensor's gradient exists at
+        # a time.
         for place, logits in enumerate(self.levels.parameters().get("weight", [])):
             untyped: Any = logits
             untyped.register_post_accumulate_grad_hook(partial(self._advance, place))
@@ -146,13 +149,13 @@ class Learner:
     def run(
         self, data: Data, progress: Progress, held_out: Data | None, path: Path | None, every: int
     ) -> Choice:
-        """Learns, and chooses how far each level goes.
+        """Learns, then selects the factor on each level with held-out batches.
 
         Args:
-            data, held_out: as in `holdout.Split`.
+            data, held_out: the arguments ``data`` and ``given`` of `holdout.Split`.
             progress: called after each step with its number and its loss.
-            path: of the checkpoint, from which learning goes on where it is there; None keeps none.
-            every: steps from one checkpoint to the next.
+            path: path of the checkpoint; learning resumes from it if it exists. None writes no checkpoint.
+            every: number of steps between checkpoints.
         """
         if path is not None and path.exists():
             self.load(path)
@@ -175,27 +178,27 @@ class Learner:
 
     @property
     def done(self) -> bool:
-        """Whether steps or time are used up."""
+        """Whether all steps are done or the time limit is reached."""
         return self.progress >= 1
 
     @property
     def progress(self) -> float:
-        """From 0 to 1, of the steps or of the time."""
+        """The share of steps done or of time used, whichever is greater, from 0 to 1."""
         minutes = self._plan.minutes
         used = 0.0 if minutes is None else self.seconds / (60 * minutes)
         return max(self.step / self._plan.steps, min(used, 1.0))
 
     def sparsity(self) -> float:
-        """The share to be pruned in this step: a cubic up to the target, then the target."""
+        """Returns the sparsity of this step: a cubic up to the target, then constant."""
         low, high = self._sparsities
-        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
+        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
         generator = torch.Generator().manual_seed(self._plan.seed << 32 | self.step)
         target = low + (high - low) * float(torch.rand((), generator=generator))
         left = max(0.0, 1 - self.progress / self._plan.ramp) if self._plan.ramp else 0.0
         return target + (min(self._plan.start, target) - target) * left**3
 
     def learn(self, batch: Any) -> float:
-        """One step; returns the loss."""
+        """Takes one step and returns the loss."""
         self.levels.set_threshold(self.sparsity())
         loss = cost(self._pruned, batch, self._task, self._dense)
         value = finite(loss, f"step {self.step + 1}")
@@ -227,7 +230,7 @@ class Learner:
         self._optimiser.advance("weight", place)
 
     def gains(self) -> dict[str, float]:
-        """The mean gain of each level in the last step."""
+        """Returns the mean gain of each level in its last step."""
         return {level: sum(g) / len(g) for level, g in self._optimiser.gains.items() if g}
 
     def _require_used(self) -> None:
@@ -242,11 +245,11 @@ class Learner:
 
     def _job(self) -> dict[str, Any]:
         shapes = {name: list(part.weight.shape) for name, part in self.levels.scored.items()}
-        plan = {**asdict(self._plan), "minutes": None}  # more time may be given later
+        plan = {**asdict(self._plan), "minutes": None}  # a resumed run may have another time limit
         return {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Writes a checkpoint atomically."""
         state = {
             "job": self._job(),
             "step": self.step,
@@ -260,10 +263,10 @@ class Learner:
             torch.save(state, file)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint.
+        """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: it is of another job.
+            MismatchError: the checkpoint is of other settings, tensors or sparsities.
         """
         state = torch.load(path, weights_only=True)
         if state.get("job") != self._job():

@@ -1,7 +1,7 @@
-"""Batches that are not learned from, and what is chosen by them.
+"""Held-out batches, and the selection of the result by their loss.
 
-Rules: what was learned is given back only as far as it helps on batches that it was not learned from. The
-start is always among the candidates, so that no result is worse on these batches than the start.
+Rules: learned levels are kept only as far as they lower the loss on held-out batches. The initial scores are
+always a candidate, so that the result is never worse than them on these batches.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from .masked import LEVELS
 from .task import Data, Model, Task, WithWeights, cost, finite
 
 _EVERY = 8  # of the first batches, every eighth is held out
-_JOINT = (0.25, 0.5, 1.0, 1.5)  # how far all levels together may go
-# Levels that go equally far, and factors on what was found for all: a pass over the batches each. The factors
-# are those of every group but the first that was learned, since all together were searched before.
+_JOINT = (0.25, 0.5, 1.0, 1.5)  # candidate factors on all levels together
+# Groups of levels with the same factor, and candidate factors relative to the joint one; each candidate is a
+# pass over the batches. The first learned group is not searched, because the joint search covers it.
 _GROUPS = (("layer", "row", "column"), ("network",), ("weight",))
 _SINGLE = (0.0, 0.5, 1.5)
 
 
 class Split:
-    """Data in two parts: batches that are held out, and the others.
+    """Splits data into held-out batches and batches to learn from.
 
     Attributes:
-        held_out: the batches that are not learned from.
+        held_out: the held-out batches.
     """
 
     def __init__(self, data: Data, count: int, given: Data | None = None) -> None:
         """Args:
-        data: batches; every eighth of the first ones is held out, or the last one where there are fewer.
-        count: how many are held out at most.
-        given: batches to hold out instead of some of ``data``.
+        data: batches; every eighth of the first ones is held out, or the last one if there are fewer than 8.
+        count: maximum number of held-out batches.
+        given: held-out batches to use instead of batches of ``data``.
 
         Raises:
-            OptionError: there are no batches, or they can be gone through only once.
+            OptionError: there are no batches, or the data can be iterated only once.
         """
         if iter(data) is data:
             raise OptionError("the data can be gone through only once; give a list or a loader")
@@ -63,7 +63,11 @@ class Split:
             warn("there is one batch only: results are chosen by the batch that they were learned from")
 
     def learned_from(self, start: int) -> Iterator[Any]:
-        """The other batches over and over, from the number ``start`` on, which counts through all rounds."""
+        """Yields the other batches repeatedly, from batch number ``start``, counted over all repetitions.
+
+        Raises:
+            OptionError: there is no batch to learn from.
+        """
         skipped = start
         while True:
             seen = 0
@@ -82,10 +86,10 @@ class Split:
 
 @dataclass(frozen=True)
 class _Once(WithWeights):
-    """A model that runs once, and gives the same outputs from then on.
+    """A model that runs once and then returns the cached outputs.
 
     Attributes:
-        outputs: of the run.
+        outputs: the cached outputs; empty before the first call.
     """
 
     outputs: list[Any]
@@ -98,12 +102,12 @@ class _Once(WithWeights):
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """The result of `choose`.
 
     Attributes:
-        shares: factors on the levels.
-        start: the loss of the held-out batches with the start's mask, in nats, by sparsity.
-        chosen: the same with the mask of what was chosen; nowhere above ``start``.
+        shares: the selected factors on the levels.
+        start: the held-out loss with the mask of the initial scores, in nats, for each sparsity.
+        chosen: the held-out loss with the selected mask; never above ``start``.
     """
 
     shares: dict[str, float]
@@ -120,17 +124,17 @@ def choose(
     sparsities: Sequence[float],
     progress: Callable[[], None] = lambda: None,
 ) -> Choice:
-    """Finds how far levels go, by a line search on held-out batches, and sets the shares of ``levels``.
+    """Selects factors on the levels by a line search on held-out batches, and sets them in ``levels``.
 
-    The search takes eight passes over the batches, and three more where there is a shared network.
+    The search takes up to eight passes over the batches, and three more with a shared network.
 
     Args:
-        levels: what was learned.
-        pruned: the model under the masks of ``levels``.
-        dense: the dense model, whose outputs are to be met; None takes the task's loss.
-        task: how a batch goes through both.
-        batches: held out.
-        sparsities: at each of which the result must not be worse than the start.
+        levels: the learned levels.
+        pruned: the model with the masks of ``levels``.
+        dense: the dense model, for the divergence; None takes the task's loss.
+        task: runs both models and computes the loss.
+        batches: the held-out batches.
+        sparsities: the sparsities at which the result must not be worse than the initial scores.
         progress: called after each batch.
 
     Raises:
@@ -143,7 +147,7 @@ def choose(
         for candidate in candidates:
             levels.take(candidate)
             thresholds.append([levels.set_threshold(sparsity, exact=True) for sparsity in sparsities])
-        # Batch by batch, so that the dense model's outputs need not be kept.
+        # Batch by batch, so that only one batch of the dense model's outputs is kept.
         totals = [[0.0] * len(sparsities) for _ in candidates]
         for number, batch in enumerate(batches, 1):
             wanted = None if dense is None else _Once(dense, {}, [])
@@ -163,7 +167,7 @@ def choose(
     start = first[0]
 
     def rise(loss: tuple[float, ...]) -> float:
-        """The mean loss as a share of the start's; infinite where one is above the start's."""
+        """Returns the mean ratio of losses to the initial ones; infinite if any loss rose."""
         if any(new > old for new, old in zip(loss, start, strict=True)):
             return float("inf")
         return sum(new / old if old > 0 else 1.0 for new, old in zip(loss, start, strict=True)) / len(start)

@@ -1,14 +1,14 @@
-"""The scores of all weights of a model as a hierarchy: what many weights share, down to a logit for each.
+"""The scores of all weights of a model as a hierarchy, from a shared network to a logit for each weight.
 
 score = start + share · network + share · layer + share · rows + share · columns + share · weights
 
-The start is the logarithm of an importance that needs no learning, standardised over the model. A network
-that all weights share adds a function of a weight's features. Layers, rows and columns have a logit each,
-and single weights too, where asked for. All logits begin at zero, so that before the first step scores order
-weights as the start does. The shares say how far each level goes; they are 1 while the levels learn.
+The start is the logarithm of an importance without learning, standardised over the model. The shared network
+adds a function of a weight's features. Each layer, row and column has a logit, and optionally each weight.
+All logits are initialised to zero, so that the initial scores order weights as the start does. The shares are
+factors on the levels; they are 1 during learning.
 
-Thresholds come from histograms: during learning of a sample of the weights, which is the whole of a small
-model; at the end of all of them.
+Thresholds come from histograms: during learning, of a sample of the weights (all weights of a small model);
+at the end, of all weights.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .task import as_matrix
 Shares = Mapping[str, float]
 
 _BINS = 1 << 13
-_LIMIT = 12.0  # of a start, in standard deviations; zeros and outliers lie there
-_SAMPLE = 1 << 20  # weights of the model whose scores give the thresholds of the steps
-_LEAST_SAMPLE = 1 << 10  # of a tensor
-_BLOCK = 1 << 17  # weights that the network sees at once
+_LIMIT = 12.0  # of a start, in standard deviations; zeros and outliers are clamped to it
+_SAMPLE = 1 << 20  # sampled weights of the model, for the thresholds during learning
+_LEAST_SAMPLE = 1 << 10  # minimum of a tensor
+_BLOCK = 1 << 17  # weights in one batch of the network
 _WIDTH = 16  # of the network's hidden layers
 
 
@@ -37,8 +37,8 @@ class Levels:
     """The scores of a model's weights.
 
     Attributes:
-        scored: by name, the scores of each weight tensor.
-        network: features [n, features] -> [n], or None.
+        scored: name -> the scores of the weight tensor.
+        network: the shared network, features [n, features] -> [n, 1], or None.
         shares: factors on the levels, by the names of `LEVELS`.
     """
 
@@ -53,12 +53,12 @@ class Levels:
         seed: int = 0,
     ) -> None:
         """Args:
-        weights: by name.
-        start: importances, not negative, by the same names.
+        weights: the weights by name.
+        start: initial importances, not negative, by the same names.
         network: whether there is a shared network.
-        own: whether each weight has a logit of its own.
-        temperature: of the derivative of a mask.
-        seed: of the sample and of the network's first layers.
+        own: whether each weight has its own logit.
+        temperature: temperature of the straight-through estimator of the mask.
+        seed: seed of the sample and of the network's first layers.
         """
         generator = torch.Generator().manual_seed(seed)
         standard = standard_starts(start)
@@ -76,7 +76,7 @@ class Levels:
         self.refresh()
 
     def parameters(self) -> dict[str, list[Tensor]]:
-        """What learns, by level; of the levels but the network, a tensor for each weight tensor."""
+        """Returns the trainable tensors by level; except for the network, one for each weight tensor."""
         found: dict[str, list[Tensor]] = {}
         if self.network is not None:
             found["network"] = list(self.network.parameters())
@@ -89,17 +89,17 @@ class Levels:
         return found
 
     def take(self, shares: Shares) -> None:
-        """Takes other shares."""
+        """Sets factors on the levels."""
         self.shares = {**self.shares, **shares}
         for part in self.scored.values():
             part.shares = self.shares
 
     def set_threshold(self, sparsity: float, *, exact: bool = False) -> float:
-        """Sets and returns the threshold under which a share of all weights lies.
+        """Sets and returns the threshold for a sparsity.
 
         Args:
-            sparsity: the share.
-            exact: whether all weights are looked at and not the sample alone.
+            sparsity: the share of all weights below the threshold.
+            exact: True uses all weights, False only the sample.
         """
         if exact:
             found = quantile(self._all_scores, sparsity)
@@ -110,7 +110,7 @@ class Levels:
         return found
 
     def take_threshold(self, threshold: float) -> None:
-        """Takes a threshold that was found before."""
+        """Sets a known threshold."""
         for part in self.scored.values():
             part.threshold = threshold
 
@@ -118,7 +118,7 @@ class Levels:
         return ((part.scores(block), 1.0) for part in self.scored.values() for block in part.blocks())
 
     def learn_network(self) -> None:
-        """Brings the gradients of the sample to the network's parameters; starts them anew."""
+        """Backpropagates the accumulated gradients of the sample to the network, and resets them."""
         assert self.network is not None
         assert self._features is not None
         for name, part in self.scored.items():
@@ -129,7 +129,7 @@ class Levels:
             part.sampled.zero_()
 
     def refresh(self) -> None:
-        """Computes what the network gives for each weight anew."""
+        """Recomputes the network's output for each weight."""
         if self.network is None or self._features is None:
             return
         with torch.no_grad():
@@ -143,7 +143,7 @@ class Levels:
                     flat[first:last] = self.network(self._features.at(name, positions))[:, 0].half()
 
     def importances(self, sparsity: float) -> dict[str, Tensor]:
-        """softplus(score − threshold), by name, float32, of the weights' shapes."""
+        """Returns softplus(score − threshold), by name, float32, of the weights' shapes."""
         threshold = self.set_threshold(sparsity, exact=True)
         out = {}
         for name, part in self.scored.items():
@@ -154,7 +154,7 @@ class Levels:
         return out
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; starts are made anew."""
+        """Returns the state for a checkpoint. Excludes the starts, which are recomputed."""
         return {
             "logits": {name: [_plain(x) for x in part.logits()] for name, part in self.scored.items()},
             "given by the network": {name: part.network for name, part in self.scored.items()},
@@ -163,7 +163,7 @@ class Levels:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up the state of an earlier run."""
+        """Restores the state of an earlier run."""
         with torch.no_grad():
             for name, part in self.scored.items():
                 for logit, kept in zip(part.logits(), state["logits"][name], strict=True):
@@ -180,10 +180,10 @@ def _plain(logit: Tensor | None) -> Tensor | None:
 
 
 def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The logarithms of importances, with mean 0 and standard deviation 1 over all that are above 0.
+    """Returns the logarithms of importances, with mean 0 and standard deviation 1 over those above 0.
 
     Returns:
-        float32 by name, clamped to ±`_LIMIT`; importances of 0 lie at −`_LIMIT`.
+        float32 by name, clamped to ±`_LIMIT`; an importance of 0 gives −`_LIMIT`.
     """
     count, total, squares = 0, 0.0, 0.0
     for importance in start.values():
@@ -192,7 +192,7 @@ def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
         squares += float(logs.square().sum())
     mean = total / max(count, 1)
     spread = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
-    # Rounding leaves equal values a spread of their own, far under the values.
+    # Rounding gives equal values a small non-zero deviation, far below their magnitude.
     scale = 1 / spread if spread > 1e-6 * max(abs(mean), 1e-30) else 0.0
     out = {}
     for name, importance in start.items():
@@ -202,15 +202,15 @@ def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) -> float:
-    """A number that the given share of all numbers does not exceed, from histograms of histograms.
+    """Returns a number that the given share of all numbers does not exceed, from two nested histograms.
 
     Args:
-        parts: gives tensors of numbers, each with what a number of it counts; called several times.
-        share: from 0 on, under 1.
+        parts: returns tensors of numbers, each with the weight of one of its numbers; called several times.
+        share: at least 0, below 1.
 
     Returns:
-        The upper edge of the bin that the quantile lies in, after the second histogram; −∞ where no number is
-        to lie under it.
+        The upper edge of the bin of the second histogram that contains the quantile; −∞ if the share rounds
+        to no number.
     """
     if share <= 0:
         return -math.inf
@@ -218,10 +218,10 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
     for values, weight in parts():
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         total += weight * values.numel()
-    wanted, below = math.floor(share * total + 0.5), 0.0  # as `thresholds.Sparsity` rounds
+    wanted, below = math.floor(share * total + 0.5), 0.0  # same rounding as `thresholds.Sparsity`
     if not wanted:
         return -math.inf
-    # Outwards by a little, so that rounding leaves no number outside of the bins.
+    # Slightly wider, so that rounding puts no number outside of the bins.
     low, high = low - 1e-6 - abs(low) * 1e-6, high + 1e-6 + abs(high) * 1e-6
     for _ in range(2):
         counts = torch.zeros(_BINS, dtype=torch.float64)
@@ -238,7 +238,7 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
 
 
 def _sample(size: int, total: int, generator: torch.Generator) -> Tensor:
-    """Positions in a flat tensor, one at random of each of equal parts: int64, ascending."""
+    """Returns one random position from each of equal parts of a flat tensor: int64, ascending."""
     count = min(size, max(_LEAST_SAMPLE, round(_SAMPLE * size / total))) if total > _SAMPLE else size
     edges = torch.linspace(0, size, count + 1, dtype=torch.float64).round().long()
     spans = edges[1:] - edges[:-1]
@@ -246,8 +246,8 @@ def _sample(size: int, total: int, generator: torch.Generator) -> Tensor:
 
 
 class _Features:
-    """What the shared network sees of a weight: its start, its value, and what is known of its row, column
-    and layer, made when it is needed. Values are logarithms relative to the layer's root mean square."""
+    """The input features of the shared network: start and value of a weight, and statistics of its row,
+    column and layer. Computed when needed. Values are logarithms relative to the layer's root mean square."""
 
     COUNT = 9
 
@@ -258,7 +258,7 @@ class _Features:
             self._layers[name] = _Layer(part, depth)
 
     def at(self, name: str, positions: Tensor) -> Tensor:
-        """The features of the weights at positions of the flat tensor, float32 [n, COUNT]."""
+        """Returns the features of the weights at positions of the flat tensor, float32 [n, COUNT]."""
         return self._layers[name].at(positions)
 
 
@@ -292,7 +292,7 @@ class _Layer:
 
 
 def _network(seed: int) -> nn.Sequential:
-    """A small network whose last layer is zero."""
+    """Creates a small network whose last layer is initialised to zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first, second, last = (

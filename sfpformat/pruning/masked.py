@@ -1,15 +1,14 @@
-"""Weights under a mask that a score decides, used in a model without a copy of the mask or of its gradient.
+"""Weights masked by scores, used in a model without storing the mask or its gradient.
 
-Theory of operation: a `ScoredWeight` has a score for each weight, the sum of a base and of logits that whole
-layers, rows and columns share. The mask keeps scores above a threshold. The forward pass uses the mask as it
-is; the backward pass takes its derivative as that of sigmoid((score − threshold) / temperature) (straight
-through). Both passes compute the scores anew, some rows at a time, and the gradient of the scores is summed
-over rows, columns and the layer as soon as it is there. No array of the weight's size stays from the
-forward pass to the backward pass.
+Theory of operation: a `ScoredWeight` has a score for each weight, the sum of a start and of logits that
+layers, rows and columns share. The mask keeps weights whose score is above a threshold. The forward pass uses
+the hard mask; the backward pass uses the derivative of sigmoid((score − threshold) / temperature)
+(straight-through estimator). Both passes recompute the scores in blocks of rows, and the gradient of a block
+is reduced over rows, columns and layer at once. No array of the weight's size is kept between the passes.
 
-`Masking` is what puts scored weights into a model: while it is active, every torch function that gets such
-a weight as an argument works with the masked weight instead. Products by linear layers have the backward
-pass above; other functions get the masked weight as a tensor, which they may keep until the backward pass.
+`Masking` is a torch function mode that applies the masks in a model: while it is active, every torch function
+gets the masked weight instead of the weight. Linear layers use the backward pass above. Other functions get
+the masked weight as a tensor, which they may keep until the backward pass.
 """
 
 from __future__ import annotations
@@ -25,29 +24,29 @@ from torch.overrides import TorchFunctionMode
 
 from .task import WithWeights, as_matrix
 
-# The parts of a score beside its start, from those that most weights share to those of single weights.
+# The parts of a score besides its start, from the most shared one to that of single weights.
 LEVELS = ("network", "layer", "row", "column", "weight")
 
 _CHUNK = 1 << 20  # weights whose scores are computed at once: about 16 MiB of float32 working memory
 
 
 class ScoredWeight:
-    """A weight, and the parts of its scores.
+    """A weight and the parts of its scores.
 
     score[r, c] = start[r, c] + network[r, c] + layer + rows[r] + columns[c] + own[r, c]
 
     Attributes:
         weight: the weight, detached, of rank 2 or more; rows and columns are those of `task.as_matrix`.
         start: float32 [rows, columns].
-        network: what the shared network gives, float16 [rows, columns], or None where there is none. It does
-            not learn here, but from the gradients of a sample of the weights.
+        network: the shared network's output, float16 [rows, columns], or None without a network. It gets no
+            gradient here; the network learns from the gradients of the sample.
         layer: float32 [].
         rows: float32 [rows, 1].
         columns: float32 [1, columns].
-        own: float32 [rows, columns], or None where single weights have no logit.
-        shares: factors on the parts of the score, by level; 1 for those without.
-        threshold: scores above it keep their weight.
-        temperature: of the derivative, in units of the score.
+        own: float32 [rows, columns], or None if single weights have no logit.
+        shares: factors on the parts of the score, by level.
+        threshold: weights with scores above it are kept.
+        temperature: temperature of the straight-through estimator, in units of the score.
         sample: positions of the sampled weights in the flat weight, int64 [n], ascending.
         sampled: the gradients of the sample's scores, float32 [n], summed over backward passes.
     """
@@ -70,17 +69,17 @@ class ScoredWeight:
         self.own = zeros(height, width) if own else None
 
     def logits(self) -> tuple[Tensor | None, ...]:
-        """What learns of the score, in the order of `LEVELS` from the second on."""
+        """Returns the trainable parts of the score, in the order of `LEVELS` without the network."""
         return self.layer, self.rows, self.columns, self.own
 
     def blocks(self) -> Iterator[slice]:
-        """The rows, some at a time."""
+        """Yields blocks of rows."""
         height, width = self.start.shape
         step = max(1, _CHUNK // max(width, 1))
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def scores(self, block: slice) -> Tensor:
-        """The scores of some rows, float32 [rows of the block, columns]."""
+        """Returns the scores of a block of rows, float32 [rows of the block, columns]."""
         share = self.shares
         with torch.no_grad():
             out = self.start[block] + (share["layer"] * self.layer + share["row"] * self.rows[block])
@@ -92,7 +91,7 @@ class ScoredWeight:
         return out
 
     def sampled_scores(self) -> Tensor:
-        """The scores of the sample, float32 [n]."""
+        """Returns the scores of the sample, float32 [n]."""
         row, column = self.sample // self.start.shape[1], self.sample % self.start.shape[1]
         share = self.shares
         with torch.no_grad():
@@ -105,7 +104,7 @@ class ScoredWeight:
         return out
 
     def masked(self) -> Tensor:
-        """The weight with +0 where the score is not above the threshold."""
+        """Returns a copy of the weight with +0 where the score is not above the threshold."""
         matrix = as_matrix(self.weight)
         out = torch.empty_like(matrix)
         for block in self.blocks():
@@ -113,10 +112,10 @@ class ScoredWeight:
         return out.view(self.weight.shape)
 
     def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor | None, ...]:
-        """The gradients of `logits`; those of the sample are added to `sampled`.
+        """Returns the gradients of `logits`, and adds those of the sample to `sampled`.
 
         Args:
-            gradient_of: rows -> the gradient of the masked weight in these rows, [rows, columns].
+            gradient_of: block of rows -> the gradient of the masked weight in these rows, [rows, columns].
         """
         matrix, width = as_matrix(self.weight), self.start.shape[1]
         rows = torch.empty_like(self.rows)
@@ -139,7 +138,7 @@ class ScoredWeight:
 
 
 class _MaskedWeight(torch.autograd.Function):
-    """From the logits to the masked weight."""
+    """The masked weight as a function of the logits."""
 
     @staticmethod
     def forward(ctx: Any, scored: ScoredWeight, *logits: Tensor | None) -> Tensor:
@@ -153,7 +152,7 @@ class _MaskedWeight(torch.autograd.Function):
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x wᵀ + b with the masked weight w [out, in], or x w + b with w [in, out]."""
+    """The product x wᵀ + b with the masked weight w [out, in], or x w + b with w [in, out]."""
 
     @staticmethod
     def forward(
@@ -181,7 +180,7 @@ class _MaskedProduct(torch.autograd.Function):
         return (of_x, of_bias, None, None, *logits)
 
 
-# Methods and attributes that say something about a tensor and do not look at its values.
+# Methods and attributes that do not read a tensor's values.
 _ABOUT = {
     *("__len__", "__hash__", "__repr__", "data_ptr", "dim", "element_size", "get_device", "is_complex"),
     *("is_contiguous", "is_floating_point", "is_pinned", "is_signed", "ndimension", "nelement", "numel"),
@@ -190,26 +189,26 @@ _ABOUT = {
 _ATTRIBUTES = ("__get__", "__set__", "__delete__")
 _tensor: Any = Tensor
 _VIEWS = tuple(getattr(_tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data"))
-# Typed here, since torch's functions have no types.
+# Annotated here, because torch's functions have no types.
 _masked_weight: Any = _MaskedWeight.apply
 _masked_product: Any = _MaskedProduct.apply
 
 
 class Masking(TorchFunctionMode):
-    """Context manager: the weights of a model are used under their masks.
+    """Context manager in which torch functions get the masked weights of a model.
 
     Attributes:
-        used: the names of the weights that were used since it was made.
+        used: the names of the weights that were used since its creation.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], scored: Mapping[str, ScoredWeight]) -> None:
         """Args:
         weights: the model's own parameters, by name.
-        scored: of the same names.
+        scored: the scored weights, by the same names.
         """
         super().__init__()
         self._scored = {id(weights[name]): (name, part) for name, part in scored.items()}
-        self._weights = dict(weights)  # keeps their ids from being given to others
+        self._weights = dict(weights)  # keeps them alive, so that their ids stay unique
         self.used: set[str] = set()
 
     def _find(self, value: object) -> ScoredWeight | None:
@@ -230,7 +229,7 @@ class Masking(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls a torch function, with masked weights among its arguments."""
+        """Calls a torch function with the weights in its arguments replaced by masked ones."""
         named = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _ABOUT or (name in _ATTRIBUTES and func not in _VIEWS):
@@ -248,10 +247,10 @@ class Masking(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class MaskedModel(WithWeights):
-    """A model as a function, with its weights under their masks.
+    """A model as a function, with masked weights.
 
     Attributes:
-        masking: of its weights.
+        masking: the context that masks its weights.
     """
 
     masking: Masking
@@ -264,7 +263,7 @@ class MaskedModel(WithWeights):
 def _product_of(
     func: Any, args: tuple[Any, ...], named: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor | None, Any, bool] | None:
-    """Input, bias, weight, and whether it is [in, out], where a function is a linear layer's product."""
+    """Returns input, bias, weight and whether it is [in, out] for a linear layer's product; else None."""
     if func is F.linear:
         words = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(named)
         if set(words) <= {"input", "weight", "bias"} and isinstance(words.get("input"), Tensor):

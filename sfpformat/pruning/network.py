@@ -1,8 +1,8 @@
-"""The importance network: features of a weight to its score, and a logit of its own for each weight.
+"""The importance network: maps the features of a weight to its score, with a logit for each weight.
 
-score = z(start + MLP(features)) + logit, where z standardises over the model. The MLP is shared by all
-weights of all tensors: it is what can be carried over to another model. It begins with a last layer of
-zeros, the logits begin as zeros: so before the first step scores order weights as the start does, w² g².
+score = z(start + MLP(features)) + logit, where z standardises over the model. All weights of all tensors
+share the MLP, which can be transferred to another model. The MLP's last layer and the logits are initialised
+to zero, so that the initial scores order weights as the start does: by w² g².
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from .calibration import Statistics
 from .features import FEATURES, features, standardised
 
 WIDTH = 32
-_CHUNK = 1 << 16  # weights that the MLP sees at once
+_CHUNK = 1 << 16  # weights in one batch of the MLP
 
 
 class ImportanceNetwork:
-    """The scores of all weights of a model, and how they learn.
+    """The scores of all weights of a model, and their training.
 
     Attributes:
         mlp: features [n, features] -> [n, 1].
-        logits: float32 [weights], or None where the MLP is alone.
-        base: start + MLP(features), float32 [weights], as of the last `refresh`; its gradient gathers there.
+        logits: float32 [weights], or None if there is only the MLP.
+        base: start + MLP(features), float32 [weights], as of the last `refresh`. Accumulates the gradient for
+            the MLP.
     """
 
     def __init__(
@@ -38,10 +39,10 @@ class ImportanceNetwork:
         seed: int = 0,
     ) -> None:
         """Args:
-        weights: by name.
-        found: their statistics.
-        logits: whether each weight has one of its own.
-        seed: of the MLP's first layers.
+        weights: the weights by name.
+        found: the calibration statistics of the weights.
+        logits: whether each weight has its own logit.
+        seed: seed of the MLP's first layers.
         """
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.features = features(weights, found)
@@ -52,12 +53,12 @@ class ImportanceNetwork:
         self.base = self.start.clone().requires_grad_()
 
     def scores(self) -> Tensor:
-        """float32 [weights]; gradients go to `logits` and `base`."""
+        """Returns the scores, float32 [weights], differentiable with respect to `logits` and `base`."""
         standard = standardised(self.base)
         return standard if self.logits is None else standard + self.logits
 
     def learn_base(self) -> None:
-        """Brings the gradient that has gathered at `base` to the MLP's weights, in bounded memory."""
+        """Backpropagates the accumulated gradient of `base` to the MLP, in batches, and resets it."""
         if self.base.grad is None:
             return
         for start in range(0, len(self.features), _CHUNK):
@@ -67,7 +68,7 @@ class ImportanceNetwork:
         self.base.grad = None
 
     def refresh(self) -> None:
-        """Computes `base` anew from the MLP as it is now."""
+        """Recomputes `base` with the current MLP."""
         with torch.no_grad():
             for start in range(0, len(self.features), _CHUNK):
                 part = slice(start, start + _CHUNK)
@@ -75,7 +76,7 @@ class ImportanceNetwork:
                 self.base[part] = self.start[part] + out
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A number a weight, flat, as one view a tensor, by name."""
+        """Splits a flat tensor, one number a weight, into one view for each weight tensor, by name."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         parts = torch.split(flat, sizes)
         return {
@@ -83,11 +84,11 @@ class ImportanceNetwork:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Returns the state for a checkpoint."""
         return {"mlp": self.mlp.state_dict(), "logits": self.logits, "base": self.base.detach()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up the state of an earlier run."""
+        """Restores the state of an earlier run."""
         self.mlp.load_state_dict(state["mlp"])
         with torch.no_grad():
             self.base.copy_(state["base"])

@@ -1,8 +1,8 @@
-"""What of a batch is padding: which labels, outputs and layers' inputs count.
+"""Padding of batches: which labels, outputs and inputs of layers count.
 
-Rules: padding is what the batch's mask says (`unpadded`), and labels of `IGNORED` do not count. An output
-counts if the loss would be taken of it. An input of a layer counts if it is no padding; in a causal model
-also nothing counts that comes after a row's last label, since no later output is looked at.
+Rules: the batch's padding mask defines the padding (`unpadded`), and labels of `IGNORED` do not count. An
+output counts if it enters the loss. An input of a layer counts if it is not padding. In a causal model,
+inputs after a row's last label do not count either, because no later output enters the loss.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..errors import OptionError, warn
 from ..names import listed
 from .batches import IGNORED, Kind, kind_of, labels_of
 
-# Items of a batch that are padding masks -> whether padding is False or 0 in them, as transformers has it,
-# or True, as torch's own layers have it.
+# Items of a batch that are padding masks -> the value for padding: False (or 0) in transformers, True in
+# torch's own layers.
 _MASKS = {"attention_mask": False, "key_padding_mask": True, "src_key_padding_mask": True}
 
 
 def unpadded(batch: Any) -> Tensor | None:
-    """The padding mask of a batch, from ``attention_mask`` or from torch's ``key_padding_mask``.
+    """Returns the padding mask of a batch, from ``attention_mask`` or torch's ``key_padding_mask``.
 
     Returns:
-        bool [batch, positions], False for padding; None where the batch has no such mask. A mask of another
-        rank says which positions see each other, and nothing of padding.
+        bool [batch, positions], False for padding; None if the batch has no such mask. Masks of another rank
+        are attention masks, not padding masks, and are ignored.
     """
     if isinstance(batch, Mapping):
         for name, padding in _MASKS.items():
@@ -39,7 +39,7 @@ def unpadded(batch: Any) -> Tensor | None:
 
 
 def _of_decoder(batch: Any) -> Tensor | None:
-    """The padding mask of what a decoder sees."""
+    """Returns the padding mask of a decoder's inputs, or None if it is unknown."""
     mask = batch.get("decoder_attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask != 0
@@ -47,7 +47,7 @@ def _of_decoder(batch: Any) -> Tensor | None:
 
 
 def _token_labels(batch: Any) -> Tensor | None:
-    """The labels of a batch that has one for each token: whole numbers [batch, positions]."""
+    """Returns labels if there is one for each token: whole numbers [batch, positions]; else None."""
     labels = labels_of(batch)
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         return labels
@@ -55,7 +55,7 @@ def _token_labels(batch: Any) -> Tensor | None:
 
 
 def _up_to_last_label(batch: Any) -> Tensor | None:
-    """True up to each row's last label that counts: bool [batch, positions]."""
+    """Returns a mask that is True up to each row's last label that counts: bool [batch, positions]."""
     labels = _token_labels(batch)
     if labels is None:
         return None
@@ -63,7 +63,7 @@ def _up_to_last_label(batch: Any) -> Tensor | None:
 
 
 def counted_labels(labels: Any, mask: Tensor | None, kind: Kind) -> Any:
-    """Labels with `IGNORED` where the mask has padding, if there is one for each position of the mask."""
+    """Returns labels with `IGNORED` at padding, if there is one label for each position of the mask."""
     if mask is None or kind is Kind.SEQ2SEQ or not isinstance(labels, Tensor):
         return labels
     if labels.shape != mask.shape or labels.is_floating_point():
@@ -72,13 +72,13 @@ def counted_labels(labels: Any, mask: Tensor | None, kind: Kind) -> Any:
 
 
 def counted_outputs(outputs: Tensor, batch: Any, mask: Tensor | None, kind: Kind) -> Tensor | None:
-    """Which outputs count: bool of their shape without the last dimension; None where all do.
+    """Returns which outputs count: bool, their shape without the last dimension; None if all count.
 
     Args:
         outputs: [..., classes].
-        batch: that they are of; labels need not be there.
-        mask: of padding, as `unpadded` gives it.
-        kind: of the model.
+        batch: the batch of the outputs; labels are optional.
+        mask: the padding mask from `unpadded`.
+        kind: the kind of the model.
 
     Raises:
         OptionError: there is padding, but the mask has another shape than the outputs' positions.
@@ -93,7 +93,7 @@ def counted_outputs(outputs: Tensor, batch: Any, mask: Tensor | None, kind: Kind
                 f"the padding mask {list(mask.shape)} does not fit the outputs' positions {list(leading)}; "
                 "give a Task whose unpadded gives a mask of their shape"
             )
-        mask = None  # an output for each row, or no padding
+        mask = None  # one output for each row, or no padding
     counted = None if mask is None else mask.to(outputs.device)
     labels = labels_of(batch)
     if not isinstance(labels, Tensor) or labels.shape != leading or labels.is_floating_point():
@@ -105,14 +105,11 @@ def counted_outputs(outputs: Tensor, batch: Any, mask: Tensor | None, kind: Kind
 
 
 class CountedInputs:
-    """The inputs of layers that are no padding, while batches go through a model.
-
-    Raises (all methods): OptionError, as `counted_outputs`.
-    """
+    """Selects the inputs of layers that count, while batches run through a model."""
 
     def __init__(self, module: nn.Module) -> None:
         """Args:
-        module: the model, which has the layers.
+        module: the model that contains the layers.
         """
         self._kind = kind_of(module)
         self._encoder = _encoder_of(module) if self._kind is Kind.SEQ2SEQ else None
@@ -123,11 +120,11 @@ class CountedInputs:
         self._unmatched: dict[str, tuple[int, ...]] = {}
 
     def take(self, batch: Any, mask: Tensor | None) -> None:
-        """Takes up the batch that goes through the model next.
+        """Sets the batch that runs through the model next.
 
         Args:
-            batch: as the loader gives it.
-            mask: its padding mask, as `unpadded` gives it.
+            batch: a batch from the loader.
+            mask: its padding mask from `unpadded`.
         """
         self._encoded = None
         self._mask = mask
@@ -138,11 +135,11 @@ class CountedInputs:
         self._decoder_mask = _of_decoder(batch) if self._kind is Kind.SEQ2SEQ else self._mask
 
     def of(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        """The inputs of a layer that count, detached.
+        """Returns the inputs of a layer that count, detached.
 
         Args:
-            name: of the layer's weight, for the warning of `watching`.
-            layer: that takes ``x``.
+            name: name of the layer's weight, for the warning of `watching`.
+            layer: the layer with the input ``x``.
             x: [..., columns].
 
         Returns:
@@ -153,14 +150,14 @@ class CountedInputs:
         return (x if mask is None else self._matched(name, x, mask)).reshape(-1, x.shape[-1]).float()
 
     def _sees_encoder(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether a layer's inputs are the encoder's positions: it is in the encoder or takes its output."""
+        """Returns whether a layer is in the encoder or takes its output, so that the encoder's mask fits."""
         if self._encoder is None or layer in self._encoding:
             return True
         seen = self._encoded
         return seen is not None and x.data_ptr() == seen.data_ptr() and x.shape == seen.shape
 
     def _matched(self, name: str, x: Tensor, mask: Tensor) -> Tensor:
-        """The inputs without padding; all, where there is none, or where the mask does not fit them."""
+        """Returns the inputs without padding; all of them if there is none or the mask does not fit."""
         if bool(mask.all()):
             return x
         mask = mask.to(x.device)
@@ -171,13 +168,13 @@ class CountedInputs:
             return x[mask.T]
         if x.dim() == 2 and len(x) == rows * length:
             return x[mask.flatten()]
-        if x.numel() != rows * x.shape[-1]:  # one input a row, such as a pooled one, is no padding
+        if x.numel() != rows * x.shape[-1]:  # one input a row, such as a pooled one, has no padding
             self._unmatched.setdefault(name, tuple(x.shape))
         return x
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While it lasts, the encoder's output is known. Afterwards warns of inputs that no mask fitted."""
+        """Context that records the encoder's output. At the end, warns of inputs without a fitting mask."""
 
         def see(encoder: nn.Module, args: Any, outputs: Any) -> None:
             found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "last_hidden_state", None)
@@ -200,7 +197,7 @@ class CountedInputs:
 
 
 def _encoder_of(module: nn.Module) -> nn.Module | None:
-    """The encoder of a model of both, as transformers gives it."""
+    """Returns the encoder of an encoder-decoder, from transformers' ``get_encoder``; None without one."""
     for part in module.modules():
         get = getattr(part, "get_encoder", None)
         if callable(get):

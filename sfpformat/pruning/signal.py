@@ -1,12 +1,11 @@
-"""Adam whose steps shrink to what is signal in the gradients.
+"""Adam with steps scaled by the share of signal in the gradients.
 
-Theory of operation: where there are many parameters and few batches, the gradient of one parameter is nearly
-all noise, and Adam's normalised steps would move it at random as fast as any other. The mean of m̂² / v̂ over
-many parameters says how much of their gradients is signal: of noise alone it is a number f that follows from
-Adam's first coefficient; of a gradient that is the same in all batches it is 1. With q = (mean − f) /
-(1 − f), the share of signal in a gradient's power, a sum over n batches has n² q of signal for n (1 − q) of
-noise. The step is multiplied by the share of the first in both, n q / (n q + 1 − q), n the number of steps of
-the run.
+Theory of operation: with many parameters and few batches, the gradient of a single parameter is almost only
+noise, but Adam's normalised steps move it as fast as any other. The mean of m̂² / v̂ over many parameters
+measures the signal: for pure noise it is a number f that follows from Adam's first coefficient; for a
+gradient that is the same in all batches it is 1. Let q = (mean − f) / (1 − f) be the share of signal in a
+gradient's power. A sum over n batches then has the power n² q of signal and n (1 − q) of noise. The step is
+multiplied by the share of signal in this sum, n q / (n q + 1 − q), where n is the number of steps of the run.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ import torch
 from torch import Tensor
 
 BETAS = (0.9, 0.95)
-_TINY = 1e-24  # of a mean square gradient, under which there is none
-_MEMORY = 0.9  # of the running mean of the share of signal
-_POOL = 16  # parameters that a tensor has at least to be judged by itself
+_TINY = 1e-24  # mean squared gradients below this count as zero
+_MEMORY = 0.9  # decay of the running mean of the share of signal
+_POOL = 16  # minimum number of parameters of a tensor for a gain of its own
 
 
 class SignalAdam:
-    """The optimiser of groups of tensors.
+    """Adam for groups of tensors, with a gain on each step.
 
     Attributes:
-        gains: by group, the factors on the last steps of its tensors.
+        gains: group -> the factors on the last steps of its tensors.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[Tensor]], steps: int) -> None:
         """Args:
-        groups: by name, tensors of like nature, float32.
-        steps: of the run.
+        groups: name -> tensors of the same kind, float32.
+        steps: number of steps of the run.
         """
         self._groups = {name: list(tensors) for name, tensors in groups.items()}
         self._steps = steps
@@ -43,22 +42,23 @@ class SignalAdam:
         }
         self._taken = dict.fromkeys(self._groups, 0)
         self._shares = {name: [0.0] * len(tensors) for name, tensors in self._groups.items()}
-        # Of a step that has begun: its rate, and the places that are left, in order.
+        # For a step in progress: its rate, and the places of the tensors without a step yet, in order.
         self._rates: dict[str, float] = {}
         self._left: dict[str, dict[int, None]] = {}
         self.gains: dict[str, list[float]] = {name: [] for name in self._groups}
 
     def step(self, name: str, rate: float) -> None:
-        """Takes a step of one group, and drops its gradients.
+        """Takes a step of one group, and releases its gradients.
 
         Args:
-            rate: the step of a parameter whose gradient is all signal.
+            name: name of the group.
+            rate: the rate for gradients without noise.
         """
         self.begin(name, rate)
         self.end(name)
 
     def begin(self, name: str, rate: float) -> None:
-        """Begins a step of one group, of which `advance` may then be called for each tensor."""
+        """Begins a step of one group; then `advance` can be called for each tensor, before `end`."""
         self._taken[name] += 1
         self._rates[name] = rate
         self._left[name] = dict.fromkeys(range(len(self._groups[name])))
@@ -66,10 +66,11 @@ class SignalAdam:
 
     @torch.no_grad()
     def advance(self, name: str, place: int) -> None:
-        """Takes the step of one tensor as soon as its gradient is there, and drops the gradient.
+        """Takes the step of one tensor, and releases its gradient. Does nothing in groups of small tensors.
 
         Args:
-            place: of the tensor in its group.
+            name: name of the group.
+            place: index of the tensor in its group.
         """
         if self._pools(name) or place not in self._left[name]:
             return
@@ -79,7 +80,7 @@ class SignalAdam:
 
     @torch.no_grad()
     def end(self, name: str) -> None:
-        """Takes the steps of the tensors that `advance` was not called for."""
+        """Takes the steps of the remaining tensors of a group."""
         if not self._pools(name):
             for place in list(self._left[name]):
                 self.advance(name, place)
@@ -90,18 +91,18 @@ class SignalAdam:
             self._groups[name][place].sub_(step, alpha=self._rates[name] * self._gain(name, place, power))
 
     def release(self) -> None:
-        """Gives the memory of the moments back; no step can be taken afterwards."""
+        """Releases the memory of the moments; no step can be taken afterwards."""
         self._moments = {name: [] for name in self._groups}
 
     def _pools(self, name: str) -> bool:
-        """Whether the signal of a group is judged over all its tensors, which are small."""
+        """Returns whether the signal is measured over all tensors of a group, because they are small."""
         return max((x.numel() for x in self._groups[name]), default=0) < _POOL
 
     def _direction(self, name: str, place: int) -> tuple[Tensor, tuple[float, int]]:
-        """Updates the moments of a tensor, and drops its gradient.
+        """Updates the moments of a tensor, and releases its gradient.
 
         Returns:
-            m̂ / √v̂, and the sum of its squares with the number of parameters that have gradients.
+            m̂ / √v̂, and the pair of the sum of its squares and the number of parameters with gradients.
         """
         x, (mean, square) = self._groups[name][place], self._moments[name][place]
         first, second = BETAS
@@ -117,15 +118,16 @@ class SignalAdam:
         return step, (float(flat @ flat), int((square > _TINY).sum()))
 
     def _gain(self, name: str, place: int, power: tuple[float, int]) -> float:
-        """The factor on the step of a tensor; its share of signal is kept.
+        """Updates the share of signal of a tensor and returns the factor on its step.
 
         Args:
-            place: of the tensor in its group.
-            power: the sum of m̂² / v̂, and over how many parameters that have gradients.
+            name: name of the group.
+            place: index of the tensor in its group.
+            power: the sum of m̂² / v̂, and the number of parameters with gradients.
         """
         first, count = BETAS[0], self._taken[name]
         of_noise = (1 - first) / (1 + first) * (1 + first**count) / (1 - first**count)
-        # In the first step nothing tells signal from noise.
+        # In the first step signal and noise cannot be distinguished.
         share = (power[0] / max(power[1], 1) - of_noise) / (1 - of_noise) if count > 1 else 0.0
         shares = self._shares[name]
         shares[place] += (1 - _MEMORY) * (share - shares[place])
@@ -135,11 +137,11 @@ class SignalAdam:
         return gain
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Returns the state for a checkpoint."""
         return {"moments": self._moments, "taken": self._taken, "shares": self._shares}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up the state of an earlier run."""
+        """Restores the state of an earlier run."""
         for name, moments in self._moments.items():
             for own, kept in zip(moments, state["moments"][name], strict=True):
                 own[0].copy_(kept[0])

@@ -1,10 +1,10 @@
-"""Texts as batches for transformers' models, and how well a model does on them.
+"""Batches of text for transformers' models, and their evaluation.
 
-Rules: causal and masked language models get windows of text, one after the other without padding; encoders
-without a head get sentences, padded to the longest of their batch. Of every eight windows or sentences, one
-is held out for choosing what was learned, and one for evaluation alone; these are never learned from.
+Rules: causal and masked language models get consecutive windows of text without padding. Encoders without a
+head get sentences, padded to the longest of their batch. Of every eight windows or sentences, one is held out
+to select the result, and one is only for evaluation; learning uses neither.
 
-transformers is not imported here: models and tokenizers are the caller's.
+This module does not import transformers: the caller provides models and tokenizers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from .task import CLASSIFY, Model, Task, evaluating
 
 Batch = dict[str, Tensor]
 
-_OF = 8  # windows of which one is held out and one evaluated
-_MASKED = 0.15  # of the tokens of a masked language model, as BERT was trained
-_SHARPNESS = 20.0  # of similarities as log-probabilities, as sentence encoders are trained
+_OF = 8  # of so many windows, one is held out and one evaluated
+_MASKED = 0.15  # share of masked tokens, as in BERT's training
+_SHARPNESS = 20.0  # factor from cosines to log-probabilities, as in the training of sentence encoders
 
-# What a model is, as its measure and its batches need to know it.
+# The kinds of models, which determine batches and measure.
 KINDS = ("causal", "masked", "encoder")
 
 
 def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
-    """The texts of files: of ``.jsonl`` the item ``text`` of each line, of others the whole.
+    """Yields the texts of files: from ``.jsonl`` files the item ``text`` of each line, else the whole file.
 
     Raises:
-        OptionError: a line of a ``.jsonl`` file is no object with a string ``text``; a file is no UTF-8 text.
+        OptionError: a line of a ``.jsonl`` file is not an object with a string ``text``; or a file is not
+            UTF-8 text.
         OSError: a file cannot be read.
     """
     for path in map(Path, paths):
@@ -71,12 +72,13 @@ class TextData:
     """Batches of text.
 
     Attributes:
-        learned_from: for statistics and learning.
-        held_out: for choosing.
-        evaluated: for evaluation.
-        task: how they go through the model.
+        learned_from: batches for statistics and learning.
+        held_out: batches to select the result.
+        evaluated: batches for evaluation.
+        task: runs the model and computes the loss.
         causal: whether outputs are compared with the next label.
-        measure: what `evaluate` gives: ``perplexity``, which is better the lower, or ``Spearman``.
+        measure: the result of `evaluate`: ``perplexity`` (lower is better) or ``Spearman`` (higher is
+            better).
     """
 
     learned_from: list[Batch]
@@ -87,15 +89,15 @@ class TextData:
     measure: str
 
     def evaluate(self, model: nn.Module, dense: nn.Module) -> float:
-        """How well a model does on the batches for evaluation.
+        """Evaluates a model on the batches for evaluation.
 
         Args:
-            model: pruned, or the dense model itself.
-            dense: the dense model, with whose similarities those of ``model`` are correlated.
+            model: the pruned model, or the dense model itself.
+            dense: the dense model, the reference for similarities.
 
         Returns:
-            The perplexity a token; of an encoder Spearman's correlation of its sentences' similarities, pairs
-            within a batch, with those of the dense model.
+            The perplexity a token. For an encoder, Spearman's correlation between the similarities of
+            sentence pairs within a batch and those of the dense model.
         """
         if self.measure == "Spearman":
             return _spearman(*(_similarities(one, self.evaluated) for one in (model, dense)))
@@ -119,19 +121,19 @@ def text_data(
     most: int | None = None,
     seed: int = 0,
 ) -> TextData:
-    """Texts as batches.
+    """Makes batches from texts.
 
     Args:
-        texts: any number.
-        tokenizer: of transformers.
-        kind: of the model, one of `KINDS`.
-        window: tokens of a window, or the most of a sentence.
-        batch: windows of a batch, of sentences four times as many.
-        most: windows or sentences that are taken, of all of them evenly; None takes all.
-        seed: of the order, and of the tokens that are masked.
+        texts: any number of texts.
+        tokenizer: a tokenizer of transformers.
+        kind: the kind of the model, one of `KINDS`.
+        window: number of tokens of a window, or the maximum of a sentence.
+        batch: number of windows in a batch; of sentences, four times as many.
+        most: maximum number of windows or sentences, taken evenly from all; None takes all.
+        seed: seed of the order and of the masked tokens.
 
     Raises:
-        OptionError: there is too little text, or the tokenizer lacks a token that is needed.
+        OptionError: an argument is invalid, there is too little text, or the tokenizer lacks the mask token.
     """
     if kind not in KINDS:
         raise OptionError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
@@ -162,7 +164,7 @@ def text_data(
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> list[list[int]]:
-    """Texts one after the other, with the token for the end of a text between them, cut into windows."""
+    """Concatenates texts, each followed by the end token if there is one, and cuts them into windows."""
     end = next(
         (i for i in (tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)) if i is not None), None
     )
@@ -175,7 +177,7 @@ def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> list[list[int
 
 
 def _sentences(texts: Iterable[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """The lines of texts that are not empty, each once."""
+    """Returns the tokens of the non-empty lines of the texts, without duplicates."""
     lines = dict.fromkeys(line.strip() for text in texts for line in text.splitlines())
     return [tokenizer(line, truncation=True, max_length=longest)["input_ids"] for line in lines if line]
 
@@ -184,7 +186,7 @@ def _batches(
     pieces: Sequence[list[int]], tokenizer: Any, kind: str, size: int, generator: torch.Generator
 ) -> list[Batch]:
     groups = [pieces[i : i + size] for i in range(0, len(pieces), size)]
-    if kind == "encoder":  # a similarity needs two others to be told from
+    if kind == "encoder":  # a sentence needs at least two others to compare
         return [_padded(group, tokenizer) for group in groups if len(group) > 2]
     batches = [torch.tensor(group) for group in groups]
     if kind == "causal":
@@ -195,7 +197,7 @@ def _batches(
     out = []
     for ids in batches:
         chosen = torch.rand(ids.shape, generator=generator) < _MASKED
-        chosen[:, 0] = True  # so that no batch is without
+        chosen[:, 0] = True  # so that every batch has masked tokens
         out.append({"input_ids": ids.masked_fill(chosen, mask), "labels": ids.masked_fill(~chosen, IGNORED)})
     return out
 
@@ -212,10 +214,10 @@ def _padded(group: Sequence[list[int]], tokenizer: Any) -> Batch:
 
 
 def similarities(model: Model, batch: Any) -> Tensor:
-    """Which other sentence of its batch each one resembles: unnormalised log-probabilities [batch, batch].
+    """Returns the similarities of the sentences of a batch as unnormalised log-probabilities [batch, batch].
 
-    Sentences are the means of their tokens' last hidden states; similarities are cosines, made sharper. A
-    sentence and itself have −∞.
+    The embedding of a sentence is the mean of its tokens' last hidden states. A similarity is the cosine
+    times a constant. The diagonal is −∞.
     """
     hidden = model(**batch).last_hidden_state.float()
     counted = batch["attention_mask"][..., None].to(hidden)
@@ -225,9 +227,11 @@ def similarities(model: Model, batch: Any) -> Tensor:
 
 
 def _sampled_loss(outputs: Tensor, batch: Any) -> Tensor:
-    """The cross-entropy of labels drawn from the outputs themselves, whose squared gradients are Fisher's
-    information. There are no labels of similarities, and a distance from the dense model has no gradient at
-    the dense model."""
+    """Returns the cross-entropy with labels sampled from the outputs.
+
+    Its squared gradients give the Fisher information. There are no labels for similarities, and a distance
+    from the dense model has zero gradient at the dense model.
+    """
     generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
     chances = outputs.detach().softmax(-1).cpu()
     labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(outputs.device)
@@ -238,7 +242,7 @@ SIMILARITY = Task(run=similarities, loss=_sampled_loss)
 
 
 def _similarities(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """All pairs within batches, flat."""
+    """Returns the similarities of all pairs within batches, flat."""
     found = []
     with evaluating(model), torch.no_grad():
         for batch in batches:
