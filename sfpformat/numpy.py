@@ -59,6 +59,7 @@ def save_file(
     Raises:
         OptionError: an option does not fit its tensor, a tensor exceeds the limits, or a name in an argument
             is not the name of a tensor.
+        EngineError: there is no such engine, or it is not available.
         OSError: the file cannot be written.
     """
     from .encode.writer import Writer

@@ -37,7 +37,7 @@ _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 
 
 class Writer:
-    """Writes an `.sfp` file; a context manager. An exception in the block aborts and leaves no file.
+    """Writes an `.sfp` file; a context manager. After an exception in the block, a target path is unchanged.
 
     ``with Writer("model.sfp") as w: w.add("w", array)``
     """
