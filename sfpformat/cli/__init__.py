@@ -1,7 +1,7 @@
-"""The command ``sfp``: one module a subcommand, each with ``add_parser(subparsers)`` and ``run(args)``.
+"""The command ``sfp``: one module per subcommand, each with ``add_parser(subparsers)`` and ``run(args)``.
 
-Rules: a subcommand's module is imported when it is called, so that ``sfp --help`` is quick. What went wrong
-is told in one line on stderr; results go to stdout. Errors become exit codes here and nowhere else.
+Rules: a subcommand's module is imported only when it is called, so that ``sfp --help`` is fast. Errors are
+printed in one line on stderr, results on stdout. Only this module converts errors to exit codes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMMANDS = {
     "bench": "measure size, speed and memory on a model, beside other packages",
 }
 
-# Packages add subcommands by entry points of this group: each names a module with ``add_parser`` and ``run``.
+# Other packages add subcommands with entry points of this group: modules with ``add_parser`` and ``run``.
 COMMANDS_GROUP = "sfpformat.commands"
 # Subcommands that packages of this project add -> how to install them.
 ADDED = {"conformance": "pip install ./conformance in a clone of the repository"}
@@ -55,7 +55,7 @@ _EXAMPLES = examples(
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end; work that can be resumed is kept, as after Ctrl-C."""
+    """A signal ended the command. Resumable work is kept, as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
     Args:
-        argv: the arguments; None takes those of the process.
+        argv: the arguments; None uses those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with any_output():
@@ -74,17 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(words: list[str]) -> int:
-    """Runs the command, and tells on stderr why it failed where it did."""
+    """Runs the command, and prints errors on stderr. Returns the exit code."""
     try:
         with _signals_as_interrupts(), _warnings_in_one_line():
             try:
                 code = _run(words)
-            except SystemExit as end:  # of --help and --version
+            except SystemExit as end:  # raised by --help and --version
                 code = end.code if isinstance(end.code, int) else 0
             sys.stdout.flush()
             return code
     except BrokenPipeError:
-        _drop_unwritten()  # the reader of our output has gone: there is nothing to say
+        _drop_unwritten()  # the reader of stdout is gone: no message
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         _complain(str(error) or "interrupted", "")
@@ -98,7 +98,7 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _drop_unwritten() -> None:
-    """Writes what is left for stdout, or drops it where that fails: Python would fail again at its end."""
+    """Flushes stdout, or discards its buffer if that fails: otherwise Python would fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -126,7 +126,7 @@ def _run(words: list[str]) -> int:
 
 
 def _parser(name: str | None) -> Parser:
-    """The parser of the command line, with the options of the subcommand ``name`` only."""
+    """Returns the parser of the command line, with the options of the subcommand ``name`` only."""
     parser = Parser(
         prog="sfp",
         description="The .sfp file format for pruned neural networks.",
@@ -140,7 +140,7 @@ def _parser(name: str | None) -> Parser:
             module.add_parser(subparsers).set_defaults(run=module.run)
         else:
             subparsers.add_parser(command, help=line)
-    if name not in COMMANDS:  # looking for other packages takes time, so only where it matters
+    if name not in COMMANDS:  # only here, because searching other packages is slow
         for entry in _added().values():
             module = entry.load()
             module.add_parser(subparsers).set_defaults(run=module.run)
@@ -149,12 +149,12 @@ def _parser(name: str | None) -> Parser:
 
 @cache
 def _added() -> dict[str, EntryPoint]:
-    """The subcommands that other packages add."""
+    """Returns the subcommands that other packages add."""
     return {entry.name: entry for entry in entry_points(group=COMMANDS_GROUP)}
 
 
 def _words(error: Exception) -> str:
-    """What went wrong, in one line for a stranger."""
+    """Returns the message for an error."""
     if isinstance(error, (Trouble, SfpError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -165,13 +165,13 @@ def _words(error: Exception) -> str:
 
 
 def _complain(words: str, kind: str = "error: ") -> None:
-    with suppress(OSError):  # stderr may have gone too
+    with suppress(OSError):  # stderr may be closed too
         print(f"sfp: {kind}{printable(' '.join(words.split()))}", file=sys.stderr)
 
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Shows every warning of this package once, as a line on stderr, and all others as Python does."""
+    """Prints each warning of this package once, as a line on stderr. Leaves all others to Python."""
     told: set[str] = set()
 
     def show(
@@ -198,7 +198,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does, with its cleaning up."""
+    """Makes SIGTERM and SIGHUP end the command like Ctrl-C, with all clean-up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -206,7 +206,7 @@ def _signals_as_interrupts() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGHUP)
     try:
         before = [signal.signal(number, interrupt) for number in numbers]
-    except ValueError:  # not the main thread: signals are someone else's
+    except ValueError:  # not in the main thread, which owns the signal handlers
         yield
         return
     try:

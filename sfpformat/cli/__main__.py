@@ -1,4 +1,4 @@
-"""``python -m sfpformat.cli``."""
+"""Runs the command ``sfp`` as ``python -m sfpformat.cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``sfp bench``: sizes, speeds and memory on the user's own model, beside the peers that are installed."""
+"""``sfp bench``: measures size, speed and memory on a model, compared with the installed peers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a section gave."""
+    """The results of a section."""
 
     name: str
     rounds: int
@@ -92,7 +92,7 @@ class _Outcome:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     if args.file == bench_pruning.NAME:  # a folder of that name is ./pruning
         return bench_pruning.run(args)
     bench_pruning.require_absent(args)
@@ -120,7 +120,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """The names of a list separated by commas, in the order of what is known."""
+    """Parses a list separated by commas. Returns its names in the order of ``known``.
+
+    Raises:
+        Trouble: a name is unknown, or there is none.
+    """
     if words is None:
         return tuple(default)
     names = {word.strip() for word in words.split(",") if word.strip()}
@@ -132,7 +136,11 @@ def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequenc
 
 
 def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> Path | None:
-    """Where the picture goes; refused before anything is measured."""
+    """Returns the path of the picture, or None. Checks it before anything is measured.
+
+    Raises:
+        Trouble: the picture cannot be drawn or written.
+    """
     if path is None:
         return None
     from ..bench.plot import SUFFIXES, why_not
@@ -147,7 +155,7 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
 
 
 def _require_device(args: argparse.Namespace) -> None:
-    """Refuses a device on which nothing can be decoded, and says why."""
+    """Raises `Trouble` if nothing can be decoded to the device."""
     if args.device is None:
         return
     if args.engines is not None:

@@ -1,4 +1,4 @@
-"""``sfp bench pruning``: what pruning costs by each method, on the small model of sfp demo."""
+"""``sfp bench pruning``: measures the cost of pruning by each method, on the small model of sfp demo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ objects, their fields in sfpformat/bench/pruning_rows.py."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark alone; absent from the namespace where they are not given."""
+    """Adds the options of this benchmark. Options that are not given are absent from the namespace."""
     group = parser.add_argument_group("options of sfp bench pruning")
 
     def add(name: str, kind: Any, metavar: str, words: str) -> None:
@@ -42,10 +42,10 @@ _OPTIONS = ("sparsity", "seeds", "methods", "steps", "model_steps", "rows")
 
 
 def require_absent(args: argparse.Namespace) -> None:
-    """Refuses these options where another benchmark is run.
+    """Rejects these options for another benchmark.
 
     Raises:
-        Trouble: one was given.
+        Trouble: one of them was given.
     """
     for name in _OPTIONS:
         if hasattr(args, name):
@@ -53,7 +53,7 @@ def require_absent(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the benchmark. Returns the exit code."""
     for name in ("only", "dtype", "device", "engines", "presets", "plot", "strict_index"):
         if getattr(args, name) not in (None, False):
             raise Trouble(f"'sfp bench {NAME}' does not take --{name.replace('_', '-')}")

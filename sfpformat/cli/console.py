@@ -1,4 +1,4 @@
-"""What a command shows: progress and tables by rich on a terminal, plain text elsewhere."""
+"""Output of commands: progress bars and tables with rich on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
-# What stands for a character that an output cannot encode, such as one of LANG=C or code page 1252.
+# Replacements for characters that an output cannot encode, for example with LANG=C or code page 1252.
 _PLAIN = {"→": "->", "×": "x", "–": "-", "−": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "µ": "u"}
 _PLAIN_ERRORS = "sfpformat.plain"
 
 
 def _plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of `codecs`: plain words for what cannot be encoded, escapes for all else."""
+    """Error handler for `codecs`: replaces characters that cannot be encoded by ASCII, or escapes them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     unknown = error.object[error.start : error.end]
@@ -29,13 +29,13 @@ codecs.register_error(_PLAIN_ERRORS, _plain_characters)
 
 @contextmanager
 def any_output() -> Iterator[None]:
-    """Makes every text printable: an output of any encoding takes it, and one that is closed drops it."""
+    """Makes printing safe: outputs of any encoding accept every text, and closed outputs discard it."""
     before: list[tuple[Any, str | None]] = []
     outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
     opened: list[TextIO] = []
     try:
         for name, stream in outputs.items():
-            if stream is None:  # print() would take the other output for one that is closed
+            if stream is None:  # closed: print(file=None) would write to the other output
                 opened.append(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
                 setattr(sys, name, opened[-1])
             elif hasattr(stream, "reconfigure"):
@@ -44,7 +44,7 @@ def any_output() -> Iterator[None]:
         yield
     finally:
         for stream, errors in before:
-            with suppress(OSError, ValueError):  # it may be closed, or lead nowhere
+            with suppress(OSError, ValueError):  # it may be closed by now
                 stream.reconfigure(errors=errors)
         for name, stream in outputs.items():
             setattr(sys, name, stream)
@@ -53,13 +53,13 @@ def any_output() -> Iterator[None]:
 
 
 class Progress(Protocol):
-    """How far the work has come."""
+    """Reports the progress of work."""
 
     def advance(self, amount: int) -> None:
-        """So much more is done, in bytes or steps."""
+        """Adds an amount of finished work, in bytes or steps."""
 
     def at(self, words: str) -> None:
-        """What is being worked on."""
+        """Sets the description of the current work."""
 
 
 class _Silent:
@@ -72,12 +72,12 @@ class _Silent:
 
 @contextmanager
 def progress(total: int, words: str, *, steps: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr where that is a terminal.
+    """Shows a progress bar on stderr if it is a terminal.
 
     Args:
-        total: bytes of the whole work.
-        words: what is done.
-        steps: whether ``total`` is a number of steps and not of bytes.
+        total: the amount of the whole work, in bytes.
+        words: description of the work.
+        steps: whether ``total`` counts steps instead of bytes.
     """
     if not sys.stderr.isatty():
         yield _Silent()
@@ -103,7 +103,7 @@ def progress(total: int, words: str, *, steps: bool = False) -> Iterator[Progres
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that a terminal could obey: names come from files of strangers."""
+    """Escapes all unprintable characters, because names from untrusted files could control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -113,9 +113,9 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     """Prints a table on stdout.
 
     Args:
-        header: of the columns.
-        rows: their cells, escaped here.
-        left: how many columns, from the first, are text; the others are numbers and stand to the right.
+        header: the names of the columns.
+        rows: their cells; escaped by this function.
+        left: the number of text columns at the left; the other columns hold numbers and are right-aligned.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
@@ -146,12 +146,12 @@ def _plain(rows: list[list[str]], left: int) -> Iterator[str]:
 
 
 def show_json(value: object) -> None:
-    """Prints a value as JSON on stdout; there are no infinities in it."""
+    """Prints a value as JSON on stdout. The value must not contain NaNs or infinities."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def bytes_words(size: int) -> str:
-    """A size for people: ``90.9 MB`` (of 10^6 bytes)."""
+    """Formats a size: ``90.9 MB`` (of 10^6 bytes)."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 999.5 or unit == "TB":
@@ -161,10 +161,10 @@ def bytes_words(size: int) -> str:
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """A number for people, or a dash where there is none."""
+    """Formats a number; None gives a dash."""
     return "–" if value is None else f"{value:.{digits}f}{unit}"
 
 
 def percent(part: float | None) -> str:
-    """A share in percent, or a dash."""
+    """Formats a share in percent; None gives a dash."""
     return number(None if part is None else 100 * part, 1, " %")

@@ -1,4 +1,4 @@
-"""``sfp demo``: what pruning and quantising cost, on a small language model that the package carries."""
+"""``sfp demo``: shows the cost of pruning and quantising, on a small language model in the package."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _HEADER = ("zeros", "bytes", "bits/weight", "error dB", *_KINDS, "verified")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     from ..demo.carried import model_bytes, weights
 
     started = time.perf_counter()
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _pack(
     args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
 ) -> int:
-    """Packs every variant and shows what it came to."""
+    """Packs every variant and shows the results. Returns the exit code."""
     from ..demo.packing import PRUNED_BY, VARIANTS, evaluate, rows_of, run_all, variants_of
 
     variants = VARIANTS if shares is None else variants_of(shares)
@@ -119,7 +119,7 @@ def _pack(
 def _learn(
     args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
 ) -> int:
-    """Learns importances, prunes by each method and shows what that came to."""
+    """Learns importances, prunes by each method and shows the results. Returns the exit code."""
     from ..demo.learned import COMPARED, SPARSITIES, STEPS, amount, rows
     from ..demo.packing import evaluate
 
@@ -150,10 +150,10 @@ def _draw(
 
 
 def _require_learning(args: argparse.Namespace) -> None:
-    """Refuses, before anything is done, to learn what cannot be learned here.
+    """Checks the options of learning before any work is done.
 
     Raises:
-        Trouble: torch is not there, or an option makes no sense.
+        Trouble: torch is not installed, or an option is invalid.
     """
     if args.steps is not None and not args.learn:
         raise Trouble("--steps goes with --learn")
@@ -164,10 +164,10 @@ def _require_learning(args: argparse.Namespace) -> None:
 
 
 def _require_plot(args: argparse.Namespace) -> None:
-    """Refuses, before anything is done, to draw what cannot be drawn here.
+    """Checks ``--plot`` before any work is done.
 
     Raises:
-        Trouble: matplotlib is not there, there are no curves, or the picture cannot be written there.
+        Trouble: matplotlib is not installed, there are no curves, or the picture cannot be written.
     """
     from ..bench.plot import SUFFIXES, why_not
 

@@ -1,4 +1,4 @@
-"""``sfp diff``: two models tensor by tensor."""
+"""``sfp diff``: compares two models tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .models import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
 _BLOCK = 1 << 20
-# More rows and names are only counted, but with --all.
+# Maximum number of rows and names shown without --all; further ones are counted.
 _MOST_ROWS = 200
 _HEADER = ("tensor", "A", "B", "max error", "error dB", "zero in A", "zero in B", "zeros differ")
 
@@ -51,18 +51,18 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 @dataclass
 class Difference:
-    """How a tensor of B differs from that of A.
+    """The differences between a tensor of A and the same tensor of B.
 
     Attributes:
-        name: of the tensor.
-        a, b: dtype and shape.
-        is_float: in both; others are left out of the figures over all tensors.
-        identical: dtype, shape and all bits are the same.
-        max_error: greatest absolute difference, exact of integers; None where there is no finite one, or
-            where the shapes differ.
-        error_sum, square_sum: sums of squared errors, and of the squares of A.
-        zeros_a, zeros_b: the share of positions that are zero.
-        zeros_differ: positions that are zero in one only.
+        name: the tensor's name.
+        a, b: dtype and shape in A and in B.
+        is_float: whether both are float; only these count in the figures over all tensors.
+        identical: whether dtype, shape and all bits are equal.
+        max_error: greatest absolute difference, exact for integers; None if it is not finite, or if the
+            shapes differ.
+        error_sum, square_sum: sum of squared errors, and sum of the squares of A.
+        zeros_a, zeros_b: share of positions that are zero.
+        zeros_differ: number of positions that are zero in only one of them; None if the shapes differ.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Difference:
 
     @property
     def error_db(self) -> float | None:
-        """The error against A, in dB; None where there is none, or no finite one."""
+        """The error against A, in dB; None if it is zero or not finite."""
         return _db(self.error_sum, self.square_sum)
 
     def to_json(self) -> dict[str, object]:
-        """The figures for a machine."""
+        """Returns the figures as JSON values."""
         return {
             "name": self.name,
             "a": self.a,
@@ -104,7 +104,7 @@ def _db(error: float, square: float) -> float | None:
 
 
 def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Difference:
-    """Compares two arrays, block by block: integers exactly, NaNs in the same place as equal numbers."""
+    """Compares two arrays, block by block. Integers are compared exactly; two NaNs count as equal."""
     out = Difference(name, _words(a), _words(b), _is_float(a) and _is_float(b))
     if a.shape != b.shape:
         return out
@@ -135,9 +135,10 @@ def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Differ
 
 
 def _errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], float]:
-    """The absolute differences, where one is not a number infinity, and the greatest of them.
+    """Returns the absolute differences (infinity if only one is a NaN), and the greatest of them.
 
-    Integers of 64 bits against floats are compared in the widest float of the machine, which holds them.
+    64-bit integers are compared with floats in the widest float of the machine, which represents them
+    exactly.
     """
     long = any(_is_integer(array) and array.dtype.itemsize == 8 for array in (a, b))
     wide_a, wide_b = (_wide(array, np.longdouble if long else np.float64) for array in (a, b))
@@ -149,7 +150,7 @@ def _errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.
 
 
 def _integer_errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], int]:
-    """The absolute differences of integers as float64, and the greatest of them, which is exact."""
+    """Returns the absolute differences of integers as float64, and the exact greatest difference."""
     if np.uint64 not in (a.dtype, b.dtype):
         whole_a, whole_b = a.astype(np.int64), b.astype(np.int64)
     elif all(array.dtype.kind != "i" for array in (a, b)):
@@ -157,7 +158,7 @@ def _integer_errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDA
     else:  # no dtype holds all values of both
         exact = np.abs(a.astype(object) - b.astype(object))
         return exact.astype(np.float64), int(exact.max(initial=0))
-    # The difference of two integers of 64 bits fits into 64 bits without a sign, modulo 2^64.
+    # The difference of two 64-bit integers fits in an unsigned 64-bit integer, computed modulo 2^64.
     exact = np.maximum(whole_a, whole_b).view(np.uint64) - np.minimum(whole_a, whole_b).view(np.uint64)
     return exact.astype(np.float64), int(exact.max(initial=0))
 
@@ -185,7 +186,7 @@ def _words(array: NDArray[np.generic]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     strict, limits = args.strict_index, limits_of(args.limit)
     with (
         open_model(args.a, strict_index=strict, limits=limits) as a,
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare_tensor(name: str, a: Model, b: Model) -> Difference:
     found = compare(name, a.read(name), b.read(name))
-    if a.specs[name].sub_byte != b.specs[name].sub_byte:  # equal bytes with another meaning
+    if a.specs[name].sub_byte != b.specs[name].sub_byte:  # equal bytes of different dtypes
         found.a, found.b, found.identical = a.specs[name].words, b.specs[name].words, False
     return found
 

@@ -1,4 +1,4 @@
-"""A pack that writes nothing: every tensor is encoded, its size counted and its error measured."""
+"""Dry run of a pack: encodes every tensor, counts its size, measures its error, and writes nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .rules import Treatment
 def sizes_of_file(
     job: Job, asked: dict[str, Treatment], names: list[str], metadata: dict[str, str], progress: Progress
 ) -> tuple[list[Outcome], int]:
-    """What `packing.pack_file` would write: the outcome of each tensor, and the bytes of the file.
+    """Returns the outcome of each tensor, and the size of the file that `packing.pack_file` would write.
 
     Args:
-        asked: name -> what is done to each tensor, before budgets were shared.
-        names, metadata: as there.
+        asked: name -> treatment of each tensor, before budgets were shared.
+        names, metadata: same as for `packing.pack_file`.
     """
     outcomes: list[Outcome] = []
 
@@ -39,7 +39,7 @@ def sizes_of_file(
 
 
 def _file_of(entry: TensorEntry, chunks: bytes, job: Job) -> SfpFile:
-    """A file in memory with one tensor that is encoded already."""
+    """Returns a file in memory with one tensor that is already encoded."""
     records = ([] if entry.vectors is None else [entry.vectors]) + [entry.chunks]
     parts, at = [], 0
     for length in (int(size) for record in records for size in record["length"]):

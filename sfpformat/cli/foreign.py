@@ -1,7 +1,7 @@
-"""Files that are neither `.sfp` nor safetensors: what they are, and what their user can do.
+"""Recognises files that are neither `.sfp` nor safetensors, and tells the user what to do.
 
-Rules: a file is recognised by its first bytes, and by its name only where those tell nothing. Nothing is
-unpickled or unpacked.
+Rules: a file is recognised by its first bytes; by its name only if these are inconclusive. Nothing is
+unpickled or decompressed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..container.preamble import MAGIC
 
-# As many bytes as the marks below need; the one of a tar archive is at 257.
+# Enough bytes for the marks below; the mark of a tar archive is at 257.
 HEAD_BYTES = 512
 
 _PICKLE = (
@@ -32,7 +32,7 @@ _LFS = "a Git LFS pointer and not the file itself; fetch that with 'git lfs pull
 _PAGE = "a web page: the download went wrong, or needed a login; download the file again"
 _ZEROS = "a file of zeros at its start, such as a download leaves that was not finished; download it again"
 
-# First bytes -> what a file that begins with them is.
+# First bytes -> description of the file.
 _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", _LFS),
     (b"GGUF", f"a GGUF file, {_GGUF}"),
@@ -47,7 +47,7 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"BZh", _ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
 )
-# Suffix -> what a file of that name is, where its first bytes are no mark.
+# Suffix -> description of the file, if its first bytes are no mark.
 _SUFFIXES = {
     ".onnx": _ONNX,
     ".pb": _TENSORFLOW,
@@ -57,17 +57,20 @@ _SUFFIXES = {
 
 
 def is_like_safetensors(head: bytes) -> bool:
-    """Whether a file begins as safetensors do: eight bytes, of which the last are 0, and a JSON object."""
+    """Returns whether a file begins like safetensors: a length with three zero high bytes, then JSON."""
     return head[5:8] == bytes(3) and head[8:].lstrip()[:1] == b"{"
 
 
 def describe(head: bytes, name: str, size: int) -> str | None:
-    """What a file is that is neither `.sfp` nor safetensors, for "FILE is ...", or None where nothing tells.
+    """Describes a file that is neither `.sfp` nor safetensors, as the end of "FILE is ...".
 
     Args:
         head: its first `HEAD_BYTES` bytes.
-        name: of the file.
-        size: of the file, in bytes.
+        name: its name.
+        size: its size in bytes.
+
+    Returns:
+        None if the file is not recognised, or may be `.sfp` or safetensors.
     """
     if head.startswith(MAGIC[:4]) or is_like_safetensors(head):
         return None
@@ -90,7 +93,7 @@ def describe(head: bytes, name: str, size: int) -> str | None:
 
 
 def _of_zip(head: bytes) -> str:
-    """What a zip archive is, by the name of its first member."""
+    """Describes a zip archive by the name of its first member."""
     length = int.from_bytes(head[26:28], "little")
     member = head[30 : 30 + length].decode(errors="replace")
     if member.endswith(("/data.pkl", "/version", "/.format_version", "/byteorder")):
@@ -103,11 +106,11 @@ def _of_zip(head: bytes) -> str:
 
 
 def _of_text(head: bytes, size: int) -> str | None:
-    """What a text is: a web page, the message of a server, JSON."""
+    """Describes a text: a web page, JSON, or another text such as a server's message. None if it is none."""
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # not a character that the end of the head cuts
+        if error.start < len(head) - 3:  # not just a character cut by the end of the head
             return None
         text = head[: error.start].decode()
     if any(not c.isprintable() and not c.isspace() for c in text):
@@ -124,10 +127,10 @@ def _of_text(head: bytes, size: int) -> str | None:
 
 
 def describe_file(path: Path) -> str | None:
-    """As `describe`, of a file that is there.
+    """Reads the head of a file and describes it with `describe`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)

@@ -1,4 +1,4 @@
-"""``sfp info``: what a file holds, and which bytes go where."""
+"""``sfp info``: shows the contents of a file, and how its bytes are used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     if args.engines:
         _show_engines(args.json)
         if args.file is None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_model(model: Model) -> list[TensorReport]:
-    """The reports of all tensors."""
+    """Returns the reports of all tensors."""
     out = []
     for name in model.specs:
         with about(model.path):

@@ -1,4 +1,4 @@
-"""``sfp learn``: learns which weights of a transformers model matter, and writes it pruned."""
+"""``sfp learn``: learns the importance of the weights of a transformers model, and writes it pruned."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise Trouble(f"'sfp learn' needs {name}: pip install {name}")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         read_texts(args.data), tokenizer, kind, window=args.window, batch=args.batch, seed=args.seed
     )
 
-    # A processor computes in float32 whatever the file holds; the file keeps the dtypes of the model.
+    # Learning computes in float32, because it runs on a CPU; the output keeps the dtypes of the model.
     def loaded(dtype: Any) -> Any:
         return model_class.from_pretrained(args.folder, dtype=dtype).eval()
 
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     pack(pruned, target, masks, importances=learned.importances)
     del pruned
     restored = loaded("auto")
-    for parameter in restored.parameters():  # what the file does not fill would show
+    for parameter in restored.parameters():  # a parameter that the file does not fill then shows as NaN
         parameter.data.fill_(float("nan"))
     load_model(restored, target)
     restored.float()
@@ -165,11 +165,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require(args: argparse.Namespace) -> None:
-    """Refuses, before anything is done, what cannot be done.
+    """Checks the arguments before any work is done.
 
     Raises:
-        Trouble: an argument makes no sense.
-        OSError: a file is not there.
+        Trouble: an argument is invalid.
+        OSError: a data file is missing.
     """
     require_suffix(args.output, ".sfp", what="'sfp learn'")
     if not args.folder.is_dir() or not (args.folder / "config.json").is_file():
@@ -186,7 +186,7 @@ def _require(args: argparse.Namespace) -> None:
 
 
 def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
-    """What a model is, as in `texts.KINDS`, and the class of transformers that loads it.
+    """Returns the kind of a model (`texts.KINDS`), and the class of transformers that loads it.
 
     Raises:
         Trouble: it is neither a language model nor an encoder.
@@ -209,5 +209,5 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
 
 
 def _weights_bytes(folder: Path) -> int:
-    """The size of the model's weight files."""
+    """Returns the total size of the model's weight files in bytes."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))

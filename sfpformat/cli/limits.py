@@ -1,4 +1,4 @@
-"""The option ``--limit``: what files may claim (SPEC.md chapter 19), as several commands take it."""
+"""The option ``--limit`` of several commands: limits on what a file may claim (SPEC.md chapter 19)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = tuple(field.name for field in fields(Limits))
 
 
 def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower what a file may claim") -> None:
-    """Adds the option, which can be given several times."""
+    """Adds the option. It can be given several times."""
     parser.add_argument(
         "--limit",
         metavar="NAME=VALUE",
@@ -25,13 +25,13 @@ def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower wha
 
 
 def limits_of(given: list[str]) -> Limits:
-    """The default limits, but for those given; of two with the same name the later counts.
+    """Returns the default limits with the given changes. If a name is given twice, the last value counts.
 
     Args:
         given: words such as ``expansion=1000000``.
 
     Raises:
-        Trouble: there is no limit of that name, or the value is no number that it can have.
+        Trouble: a name is unknown, or a value is invalid.
     """
     changes = {name: getattr(DEFAULT_LIMITS, name) for name in _NAMES}
     for words in given:

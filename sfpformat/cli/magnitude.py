@@ -1,9 +1,9 @@
-"""Pruning by magnitude, exact and in bounded memory.
+"""Exact pruning by magnitude in bounded memory.
 
-Theory of operation: the bit pattern of a magnitude grows with it. The greatest pattern that is pruned is
-found digit by digit of 16 bits, the highest first: a pass counts how often each digit occurs among the
-patterns that begin with the digits found so far. Float32 takes two passes, float64 four. Of equal magnitudes
-as many as are needed go, the first in the order of tensors and positions.
+Theory of operation: bit patterns of magnitudes are ordered like the magnitudes. A radix search finds the
+greatest pattern that is pruned, 16 bits per pass, highest digit first: a pass counts each digit among the
+patterns that begin with the digits found so far. Float32 takes two passes, float64 four. Among equal
+magnitudes at the threshold, the first in the order of tensors and positions are pruned, as many as needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 from ..dtypes import Dtype, of_numpy
 
 Patterns = NDArray[np.unsignedinteger]
-# Elements looked at at once: their patterns take some MB, whatever the tensor's size.
+# Elements per block: their patterns take a few MB, for tensors of any size.
 BLOCK = 1 << 20
 _DIGIT_BITS = 16
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """All magnitudes with patterns under ``pattern`` go, and the first ``ties`` of those equal to it."""
+    """A pruning threshold: prunes all patterns below ``pattern``, and the first ``ties`` of the equal ones.
+
+    ``equal`` is the number of patterns equal to ``pattern``.
+    """
 
     pattern: int
     ties: int
@@ -33,20 +36,20 @@ class Threshold:
 
 
 def key_bits(dtypes: Iterable[Dtype]) -> int:
-    """Bits of the patterns that the magnitudes of all these float dtypes can be compared by: 32 or 64."""
+    """Returns the bits of patterns that can compare magnitudes of all these float dtypes: 32 or 64."""
     return 64 if any(dtype.bits == 64 for dtype in dtypes) else 32
 
 
 def count_of(fraction: float, positions: int) -> int:
-    """How many positions a fraction is: the nearest number, of two the greater."""
+    """Returns the number of positions of a fraction, rounded to nearest, ties up."""
     return min(math.floor(fraction * positions + 0.5), positions)
 
 
 def patterns(array: NDArray[np.generic], bits: int) -> Iterator[Patterns]:
-    """The magnitudes of a float array as patterns of 32 or 64 bits, block by block."""
+    """Yields the magnitudes of a float array as patterns of 32 or 64 bits, block by block."""
     flat = array.reshape(-1)
     for start in range(0, flat.size, BLOCK):
-        with np.errstate(invalid="ignore"):  # a signalling NaN that is widened
+        with np.errstate(invalid="ignore"):  # widening a signalling NaN
             block = flat[start : start + BLOCK].astype(f"f{bits // 8}")
         pattern: Patterns = block.view(f"u{bits // 8}")
         pattern &= pattern.dtype.type((1 << (bits - 1)) - 1)
@@ -54,12 +57,12 @@ def patterns(array: NDArray[np.generic], bits: int) -> Iterator[Patterns]:
 
 
 def find_threshold(blocks: Callable[[], Iterator[Patterns]], count: int, bits: int) -> Threshold:
-    """The threshold at which exactly ``count`` magnitudes go.
+    """Returns the threshold that prunes exactly ``count`` magnitudes.
 
     Args:
-        blocks: gives all patterns, each time it is called.
+        blocks: yields all patterns; called once per pass.
         count: from 0 to the number of patterns.
-        bits: of the patterns.
+        bits: bits of the patterns.
     """
     if count == 0:
         return Threshold(0, 0, 0)
@@ -80,19 +83,19 @@ def find_threshold(blocks: Callable[[], Iterator[Patterns]], count: int, bits: i
 
 
 def count_equal(array: NDArray[np.generic], threshold: Threshold, bits: int) -> int:
-    """How many magnitudes of an array lie at the threshold."""
+    """Returns the number of magnitudes of an array that are equal to the threshold."""
     return sum(int(np.count_nonzero(block == threshold.pattern)) for block in patterns(array, bits))
 
 
 def prune_below(array: NDArray[np.generic], threshold: Threshold, ties: int, bits: int) -> int:
-    """Sets what goes to +0, in place.
+    """Sets the pruned positions to +0, in place.
 
     Args:
         array: contiguous, float.
-        ties: how many of those at the threshold go in this array, the first.
+        ties: prunes the first ``ties`` magnitudes that are equal to the threshold.
 
     Returns:
-        How many positions went.
+        The number of pruned positions.
     """
     flat = array.reshape(-1)
     gone = 0
@@ -109,7 +112,7 @@ def prune_below(array: NDArray[np.generic], threshold: Threshold, ties: int, bit
 
 
 def prune_fraction(array: NDArray[np.generic], fraction: float) -> int:
-    """Sets the given fraction of an array's positions to +0, in place; returns how many."""
+    """Sets the given fraction of an array's positions to +0, in place; returns their number."""
     dtype = of_numpy(array.dtype)
     assert dtype is not None
     bits = key_bits([dtype])
@@ -119,9 +122,9 @@ def prune_fraction(array: NDArray[np.generic], fraction: float) -> int:
 
 
 def prune_pattern(array: NDArray[np.generic], keep: int, of: int, dim: int) -> int:
-    """Keeps the ``keep`` greatest of every ``of`` neighbours along a dimension, in place; counts what went.
+    """Keeps the ``keep`` greatest of every ``of`` neighbours along a dimension, in place.
 
-    Of equal magnitudes the last stay.
+    Keeps the last ones of equal magnitudes. Returns the number of pruned positions.
 
     Args:
         array: contiguous, float.
@@ -132,7 +135,7 @@ def prune_pattern(array: NDArray[np.generic], keep: int, of: int, dim: int) -> i
     dtype = of_numpy(array.dtype)
     assert dtype is not None
     bits = key_bits([dtype])
-    # [groups, members of a group, what lies after the dimension]
+    # [groups, members of a group, product of the dimensions after it]
     groups = array.reshape(-1, of, math.prod(array.shape[dim + 1 :]))
     width = min(groups.shape[2], max(BLOCK // of, 1))
     step = max(BLOCK // (of * width), 1)

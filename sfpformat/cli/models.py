@@ -1,4 +1,4 @@
-"""Models as commands see them: the tensors of a file, `.sfp` or safetensors, or of the shards of an index."""
+"""Models for commands: the tensors of a file, `.sfp` or safetensors, or of the shards of an index."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..names import listed, quoted
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 from .trouble import PathLike, Trouble, about, require_file
 
-# The key of a tensor's entry under which the command keeps a dtype that only safetensors has.
+# The key of a tensor's entry that stores a dtype which only safetensors has.
 _SUB_BYTE = "x-safetensors"
-# Suffixes of models of other packages, to be named where a folder has no other model.
+# Suffixes of models of other packages; used in the message for a folder without a supported model.
 _OTHER_MODELS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"))
 
 
@@ -36,27 +36,28 @@ class Model(Closing):
     """An open model; a context manager.
 
     Attributes:
-        path: of the file or index.
+        path: path of the file or index.
         kind: ``sfp`` or ``safetensors``.
         files: file name -> the open file, an `SfpFile` or a `SafetensorsFile`; one, or all shards.
-        specs: tensor name -> what it is, in the order of the files.
-        sharded: whether there is an index.
+        specs: tensor name -> name, dtype and shape, in file order.
+        sharded: whether the model has an index.
         strict_index: whether an index of safetensors that disagrees with its files is refused.
-        keeps_metadata: whether `metadata` and `metadata_of` give the metadata of the files, or nothing.
+        keeps_metadata: whether `metadata` and `metadata_of` return the metadata of the files; else nothing.
     """
 
     def __init__(self, path: Path, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Opens a file or index by what it is, not by what it is called.
+        """Opens a file or index. The contents decide the kind of a file; the name only if they do not.
 
-        Where an index of safetensors disagrees with its files, the index decides, with an `SfpWarning`.
+        If an index of safetensors disagrees with its files, the index decides, with an `SfpWarning`.
 
         Args:
-            path: of the file or index.
-            strict_index: whether such an index is refused.
-            limits: what an `.sfp` file may claim.
+            path: path of the file or index.
+            strict_index: whether an index that disagrees with its files is refused.
+            limits: limits on what an `.sfp` file may claim.
 
         Raises:
-            Trouble, OSError.
+            Trouble: it is not a model, or is damaged.
+            OSError: it cannot be read.
         """
         self.path, self._limits = path, limits
         self.strict_index = strict_index
@@ -64,7 +65,7 @@ class Model(Closing):
         require_file(path)
         self.files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        self._stored_name: dict[str, str] = {}  # of tensors that were renamed
+        self._stored_name: dict[str, str] = {}  # new name -> stored name, of renamed tensors
         self._placed: dict[str, str] | None = None  # of an index of safetensors: tensor name -> file name
         self.specs: dict[str, TensorSpec] = {}
         self._stack = ExitStack()
@@ -112,10 +113,14 @@ class Model(Closing):
         return "safetensors"
 
     def _follow(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
-        """Takes each tensor from the file that the index says, and warns where the files disagree.
+        """Assigns each tensor to the file that the index names, and warns if the files disagree.
 
         Args:
-            found: file name -> names of the tensors that it has.
+            index: the index.
+            found: file name -> names of its tensors.
+
+        Raises:
+            SafetensorsError: the files have no listed tensor, or a strict index does not name a shard.
         """
         placement = index.placed(found)
         if index.weight_map and not placement.files:
@@ -139,57 +144,57 @@ class Model(Closing):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors once decoded."""
+        """Total size of all decoded tensors in bytes."""
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all files, the index left out."""
+        """Total size of all files in bytes, without the index."""
         return sum(os.stat(path).st_size for path in self.paths())
 
     def paths(self) -> list[Path]:
-        """The files."""
+        """Returns the paths of the files."""
         return [self.path.parent / name for name in self.files] if self.sharded else [self.path]
 
     def names_in(self, file_name: str) -> list[str]:
-        """The tensors of one file, in its order."""
+        """Returns the names of the tensors of one file, in its order."""
         return [name for name, file in self._file_of.items() if file == file_name]
 
     def file_of(self, name: str) -> Any:
-        """The open file that has a tensor."""
+        """Returns the open file that holds a tensor."""
         return self.files[self._file_of[name]]
 
     def metadata_of(self, file_name: str) -> dict[str, str]:
-        """The metadata of one file."""
+        """Returns the metadata of one file."""
         file = self.files[file_name]
         if not self.keeps_metadata:
             return {}
         return file.metadata() if isinstance(file, SfpFile) else dict(file.header.metadata)
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of all files; where two have the same key, those of the first count."""
+        """Returns the metadata of all files; if two have the same key, the first counts."""
         out: dict[str, str] = {}
         for file_name in self.files:
             out = {**self.metadata_of(file_name), **out}
         return out
 
     def aliases(self) -> dict[str, str]:
-        """Other names of tensors -> the names that these have here: what the metadata say of tied tensors."""
+        """Returns alias -> stored name, for tied tensors that the metadata list."""
         said = self.metadata().items()
         return {name: kept for name, kept in said if kept in self.specs and name not in self.specs}
 
     def rename(self, name: str, new_name: str) -> None:
-        """Lets a tensor be found under another name, which none has; files stay as they are."""
+        """Renames a tensor in this object; files do not change. The new name must be unused."""
         self.specs[new_name] = self.specs.pop(name)._replace(name=new_name)
         self._file_of[new_name] = self._file_of.pop(name)
         self._stored_name[new_name] = name
 
     def drop(self, name: str) -> None:
-        """Leaves out a tensor; files stay as they are."""
+        """Removes a tensor from this object; files do not change."""
         del self.specs[name], self._file_of[name]
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """A whole tensor.
+        """Reads a whole tensor.
 
         Raises:
             Trouble: its data are damaged.
@@ -211,14 +216,14 @@ def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:
 
 
 def sub_byte_keys(spec: TensorSpec) -> dict[str, object]:
-    """The key of a tensor's entry that keeps what safetensors says of elements smaller than a byte."""
+    """Returns the entry key that stores the safetensors dtype and shape of elements smaller than a byte."""
     if spec.sub_byte is None:
         return {}
     return {_SUB_BYTE: {"dtype": spec.sub_byte.dtype, "shape": list(spec.sub_byte.shape)}}
 
 
 def sub_byte_of(entry: TensorEntry) -> SubByte | None:
-    """What `sub_byte_keys` kept; None where there is nothing that fits the tensor."""
+    """Returns what `sub_byte_keys` stored; None if there is none, or if it does not match the tensor."""
     kept = entry.other.get(_SUB_BYTE)
     if not isinstance(kept, dict) or entry.dtype.name != "U8":
         return None
@@ -232,24 +237,24 @@ def sub_byte_of(entry: TensorEntry) -> SubByte | None:
 
 
 def as_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """The bytes of a contiguous array, so that NaNs and zeros of any sign are told apart."""
+    """Returns the bytes of a contiguous array, for comparisons that distinguish NaNs and signs of zeros."""
     return array.reshape(-1).view(np.uint8)
 
 
 def _require_below(folder: Path, top: Path) -> None:
-    """Refuses a folder that links lead out of another.
+    """Checks that links do not lead a folder outside of another.
 
-    The files in it may be links themselves: the cache of the Hugging Face hub has them so.
+    The files in it may be links: the cache of the Hugging Face hub uses them.
 
     Raises:
-        SafetensorsError: it lies elsewhere.
+        SafetensorsError: the folder lies outside.
     """
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(top)):
         raise SafetensorsError(f"{folder} is a link that leads out of the folder of the index")
 
 
 def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
-    """The files of a folder that are named as shards of safetensors and are not among those found."""
+    """Returns the files of a folder that have names of safetensors shards and are not in ``found``."""
     shards = (path.name for path in folder.glob("*-?????-of-?????.safetensors"))
     return sorted(set(shards) - set(found))
 
@@ -261,13 +266,13 @@ def open_model(
     strict_index: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Model:
-    """Opens a file, an index, or the one of either that a folder has.
+    """Opens a file, an index, or the only model of a folder.
 
     Args:
-        path: of the file, index or folder.
-        kind: ``sfp`` or ``safetensors``: what is wanted of a folder that has both.
-        strict_index: as in `Model`.
-        limits: what an `.sfp` file may claim.
+        path: path of the file, index or folder.
+        kind: ``sfp`` or ``safetensors``: the preferred kind if a folder has both.
+        strict_index: same as for `Model`.
+        limits: limits on what an `.sfp` file may claim.
 
     Raises:
         Trouble: it is not a model, or is damaged.
@@ -278,7 +283,7 @@ def open_model(
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that refuses an index which disagrees with its files."""
+    """Adds the option ``--strict-index``, which refuses an index that disagrees with its files."""
     parser.add_argument(
         "--strict-index",
         action="store_true",
@@ -287,7 +292,11 @@ def add_strict_index(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_in(folder: Path, kind: str | None) -> Path:
-    """The one model of a folder; of two of different kinds the one of the kind that is wanted."""
+    """Returns the path of the only model of a folder, or of its only model of the preferred kind.
+
+    Raises:
+        Trouble: the folder has no model, or several.
+    """
     there = {"sfp": models_in(folder), "safetensors": _safetensors_in(folder)}
     found = there.get(kind or "") or [name for names in there.values() for name in names]
     if len(found) == 1:
@@ -298,14 +307,14 @@ def _model_in(folder: Path, kind: str | None) -> Path:
 
 
 def _safetensors_in(folder: Path) -> list[str]:
-    """The names of a folder's indices of safetensors; where there is none, of its safetensors files."""
+    """Returns the names of a folder's safetensors indices; if there is none, of its safetensors files."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indices = [name for name in names if name.endswith(f".safetensors{INDEX_SUFFIX}")]
     return indices or [name for name in names if name.endswith(".safetensors")]
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without a model has: folders with models, or models of another kind."""
+    """Describes what a folder without a model has instead: folders with models, or models of another kind."""
     inside = sorted(folder.iterdir())
     folders = [path.name for path in inside if path.is_dir() and any(map(_is_model, path.iterdir()))]
     if folders:

@@ -1,4 +1,4 @@
-"""What became of the tensors that a pack quantises: bits and errors as met, beside what was asked for."""
+"""Outcomes of a pack: the actual bits and errors of quantised tensors, compared with the requested ones."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from .report import TensorReport, report_tensor
 from .rules import Pruning, Treatment
 from .treat import Array, importance_of, treated
 
-# By how much an error may miss the one asked for: steps are chosen to 0.05 dB, sums differ in their order.
+# Tolerance of the requested error: steps are chosen to 0.05 dB, and sums differ in their order.
 TOLERANCE_DB = 0.1
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One tensor as asked for and as met.
+    """The requested treatment of a tensor, and its result.
 
     Attributes:
         report: its sizes.
-        asked: what was to be done to it; empty where it was to stay as it is.
-        is_quantised: whether its weights are numbers of a lossy quantiser.
-        kept_lossless: whether it was to be quantised, and is not.
-        error, power: sums of the squared errors and of the squares of what is left after pruning, weighed as
-            the quantiser weighed them.
-        faults: what is wrong with it, in words.
+        asked: description of the requested treatment; empty for lossless.
+        is_quantised: whether its weights are coded by a lossy quantiser.
+        kept_lossless: whether quantisation was requested, but the tensor is lossless.
+        error, power: sums of the squared errors, and of the squared weights after pruning, with the weights
+            of the quantiser.
+        faults: descriptions of its faults.
     """
 
     report: TensorReport
@@ -54,30 +54,30 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """Of the tensor."""
+        """The tensor's name."""
         return self.report.entry.name
 
     @property
     def survivors(self) -> int:
-        """How many positions are left; all where there is no mask."""
+        """The number of survivors; all positions if there is no mask."""
         found = self.report.survivors
         return self.report.entry.positions if found is None else found
 
     @property
     def level_bits(self) -> int:
-        """Bits of the levels of all survivors."""
+        """The number of bits of the levels of all survivors."""
         return self.report.bits["fingerprints"] + self.report.bits["raw"]
 
 
 def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bool) -> Outcome:
-    """The outcome of one tensor.
+    """Measures the outcome of one tensor.
 
     Args:
-        job: which it is part of.
-        asked: what was to be done to the tensor, before budgets were shared.
-        file: that has the tensor, open.
-        name: of the tensor.
-        compare: whether to compare weight by weight. Without it, only the mean error of a quantised tensor is
+        job: the job that packed the tensor.
+        asked: the requested treatment, before budgets were shared.
+        file: the open file that holds the tensor.
+        name: the tensor's name.
+        compare: whether to check every weight. If false, only the mean error of a quantised tensor is
             measured.
     """
     report = report_tensor(file, name)
@@ -105,7 +105,7 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
 
 
 def _as_written(array: Array, options: Options) -> Array:
-    """A tensor as it must come back from lossless coding."""
+    """Returns the expected result of lossless coding: with ``zeros`` not `keep`, -0 is +0."""
     if options.zeros == "keep":
         return array
     return with_positive_zeros(array.reshape(-1)).reshape(array.shape)
@@ -116,10 +116,10 @@ class _Comparison:
     """Sums over the weights of a quantised tensor.
 
     Attributes:
-        error, power: as of `Outcome`.
-        not_finite: finite weights that are not finite any more.
-        alive: pruned weights that are not 0.
-        far: weights that moved further than `_Bound` allows.
+        error, power: same as for `Outcome`.
+        not_finite: number of finite weights that became infinite or NaN.
+        alive: number of pruned weights that are not 0.
+        far: number of weights whose error exceeds `_Bound`.
     """
 
     error: float = 0.0
@@ -129,7 +129,7 @@ class _Comparison:
     far: int = 0
 
     def faults(self, name: str, options: Options) -> Iterator[str]:
-        """What is wrong, in words."""
+        """Yields descriptions of the faults."""
         tensor = f"tensor {quoted(name)}"
         if self.not_finite:
             yield f"{tensor}: {self.not_finite:,} finite weights are infinite or NaN"
@@ -144,17 +144,18 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Bound:
-    """How far a lossy quantiser may move each weight.
+    """A bound on the error of each weight of a lossy quantiser.
 
-    Of a step: less than one step, as the nearest multiple or the next below is taken; where errors are
-    weighed, a weight may also become 0. Of a table: to the nearest centroid whose product is finite.
+    For a step: less than one step, because the encoder uses the nearest multiple or the next below; with
+    weighted errors a weight may also become 0. For a table: the distance to the nearest centroid whose
+    product is finite.
 
     Attributes:
-        entry: of the tensor.
+        entry: the tensor's entry.
         quantiser: its quantiser.
-        centroids: of a table, ascending, float64; else None.
-        factors: of the scale, float64; None where there is none.
-        weighted: whether errors were weighed by an importance.
+        centroids: the centroids of a table, ascending, float64; else None.
+        factors: the scale factors, float64; None without a scale.
+        weighted: whether errors were weighted by an importance.
     """
 
     entry: TensorEntry
@@ -165,7 +166,7 @@ class _Bound:
 
     @classmethod
     def of(cls, file: SfpFile, entry: TensorEntry, *, weighted: bool) -> _Bound:
-        """The bound of a quantised tensor of a file."""
+        """Returns the bound for a quantised tensor of a file."""
         assert entry.fingerprints is not None
         quantiser = entry.fingerprints.quantiser
         assert isinstance(quantiser, (Uniform, Table))
@@ -174,7 +175,7 @@ class _Bound:
         return cls(entry, quantiser, _wide(centroids), _wide(factors), weighted)
 
     def errors(self, start: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The greatest error of each weight; ``start``: the position of the first one."""
+        """Returns the greatest allowed error of each weight; ``start`` is the position of the first."""
         magnitudes = np.abs(weights)
         scale = np.ones(len(weights))
         if self.factors is not None:
@@ -185,7 +186,7 @@ class _Bound:
             moved = np.maximum(moved, magnitudes) if self.weighted else moved
         else:
             moved = self._to_nearest(magnitudes, scale)
-        # What the arithmetic of encoder and reader adds: some roundings to float32, one to the dtype.
+        # Rounding errors of encoder and reader: a few roundings to float32, one to the dtype.
         dtype, float32 = self.entry.dtype, DTYPES["F32"]
         mantissa_bits = dtype.bits - 1 - dtype.exponent_bits
         rounding = (magnitudes + moved) * (2.0 ** -(mantissa_bits + 1) + 2.0**-20)
@@ -194,7 +195,8 @@ class _Bound:
     def _to_nearest(self, magnitudes: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
         assert self.centroids is not None
         safe = np.where(scale > 0, scale, 1.0)
-        # The greatest centroid of each weight whose product is finite; without one, the least.
+        # For each weight, the greatest centroid whose product is finite; if there is none, the least
+        # centroid.
         with np.errstate(over="ignore"):
             greatest, wanted = self.entry.dtype.greatest / safe, magnitudes / safe
         last = np.maximum(np.searchsorted(self.centroids, greatest, side="right") - 1, 0)
@@ -232,14 +234,14 @@ def _compare(
 
 
 def decibels(error: float, power: float) -> float | None:
-    """10 log10 of an error over a power; None where one of them is 0 or not finite."""
+    """Returns 10 log10 of an error over a power; None if one of them is 0 or not finite."""
     if not (0 < error < math.inf and 0 < power < math.inf):
         return None
     return 10 * math.log10(error / power)
 
 
 def _words(treatment: Treatment) -> str:
-    """What is asked for, in words: ``4 bits a survivor, 50 % pruned``."""
+    """Describes a treatment: ``4 bits a survivor, 50 % pruned``."""
     options, pruning = treatment.options, treatment.pruning
     words = []
     if options.bits is not None:
@@ -268,10 +270,10 @@ def _pruned(pruning: Pruning) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that were quantised by the same words.
+    """Tensors that were quantised with the same requested treatment.
 
     Attributes:
-        asked: the words.
+        asked: description of the treatment.
         members: their outcomes, at least one.
     """
 
@@ -280,29 +282,29 @@ class Group:
 
     @property
     def bits_per_survivor(self) -> float | None:
-        """Bits of the levels for each survivor; None where there is no survivor."""
+        """Bits of the levels per survivor; None if there are no survivors."""
         survivors = sum(member.survivors for member in self.members)
         return sum(member.level_bits for member in self.members) / survivors if survivors else None
 
     @property
     def bits_per_position(self) -> float | None:
-        """Bits of all chunks, index included and importances not, for each position."""
+        """Bits of all chunks per position, with the index and without importances; None without positions."""
         positions = sum(member.report.entry.positions for member in self.members)
         stored = 8 * sum(member.report.entry.stored_bytes for member in self.members)
         return (stored - self.importance_bits) / positions if positions else None
 
     @property
     def importance_bits(self) -> int:
-        """Bits of the importances that come with the weights."""
+        """Bits of the importances stored with the weights."""
         return sum(member.report.bits["importance"] for member in self.members)
 
     @property
     def error_db(self) -> float | None:
-        """The error over all of them."""
+        """The error over all members, in dB; None if it is 0 or not finite."""
         return decibels(sum(m.error for m in self.members), sum(m.power for m in self.members))
 
     def line(self) -> str:
-        """In words."""
+        """Returns the summary line."""
         tensors = f"{len(self.members):,} tensor{'s' if len(self.members) > 1 else ''}"
         importances = " without the importances" if self.importance_bits else ""
         return (
@@ -312,7 +314,7 @@ class Group:
         )
 
     def to_json(self) -> dict[str, object]:
-        """For a machine."""
+        """Returns the figures as JSON values."""
         return {
             "asked": self.asked,
             "tensors": [member.name for member in self.members],
@@ -324,7 +326,7 @@ class Group:
 
 
 def groups(outcomes: Iterable[Outcome]) -> list[Group]:
-    """The quantised tensors, by what was asked for."""
+    """Groups the quantised tensors by requested treatment."""
     found: dict[str, list[Outcome]] = {}
     for each in outcomes:
         if each.is_quantised:
@@ -333,7 +335,7 @@ def groups(outcomes: Iterable[Outcome]) -> list[Group]:
 
 
 def lines(outcomes: list[Outcome]) -> Iterator[str]:
-    """What was asked for and what was met, in words."""
+    """Yields the summary lines: requested treatments and results."""
     for group in groups(outcomes):
         yield group.line()
     kept = [each.name for each in outcomes if each.kept_lossless]

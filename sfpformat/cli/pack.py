@@ -1,4 +1,4 @@
-"""``sfp pack``: a safetensors checkpoint as `.sfp`."""
+"""``sfp pack``: writes a safetensors checkpoint as `.sfp`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .rules import Rules, Treatment, add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
 from .trouble import Trouble, about, checked_target, require_suffix
 
-# The summary says what -0 costs from this part of the output on.
+# The summary mentions the cost of -0 if it exceeds 1 / this of the output.
 _WORTH_SAYING = 100
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
@@ -101,7 +101,7 @@ _NOT_TENSOR_OPTIONS = frozenset(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     start = time.monotonic()
     if args.dry_run and args.verify:
         raise Trouble("--verify compares what was written, and --dry-run writes nothing")
@@ -130,14 +130,14 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Result:
-    """What a pack, or a dry run, came to.
+    """The result of a pack or of a dry run.
 
     Attributes:
-        outputs: the files, written or not.
-        resumed: how many tensors an earlier run had written.
-        outcomes: of all tensors.
-        totals: over all tensors and files.
-        faults: what ``--verify`` found.
+        outputs: the output files; a dry run does not write them.
+        resumed: number of tensors that an earlier run had written.
+        outcomes: the outcomes of all tensors.
+        totals: sums over all tensors and files.
+        faults: the faults that ``--verify`` found.
         zeros: the -0 of each tensor.
     """
 
@@ -150,7 +150,7 @@ class _Result:
 
 
 def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> _Result:
-    """Writes the files, or with ``--dry-run`` encodes them only; measures what was quantised."""
+    """Writes the files, or only encodes them with ``--dry-run``. Measures the quantised tensors."""
     if args.dry_run:
         outputs, outcomes, size = _dry_run(job, asked, args)
         resumed, faults = 0, list[str]()
@@ -163,7 +163,10 @@ def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> 
 
 
 def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
-    """What is done to each tensor, and why some stay lossless; reads the tensors that are changed."""
+    """Returns the treatment of each tensor, and the reason for each that stays lossless.
+
+    Reads all tensors that are changed.
+    """
     specs = model.specs.values()
     left = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
     treatments = rules.treatments(specs, left)
@@ -190,11 +193,15 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
 
 
 def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) -> None:
-    """Refuses names, shapes and metadata that `.sfp` or its readers do not take, before anything is written.
+    """Checks, before anything is written, that `.sfp` and its readers support all names, shapes and metadata.
 
     Args:
-        metadata: the caller's own, which override the checkpoint's.
-        limits: what readers allow.
+        model: the checkpoint.
+        metadata: the caller's metadata, which override those of the checkpoint.
+        limits: the limits of readers.
+
+    Raises:
+        Trouble: a name, a shape or metadata are not supported.
     """
     with about(model.path):
         for name, spec in model.specs.items():
@@ -234,10 +241,10 @@ def _importances(path: str | None, model: Model) -> Model | None:
 
 
 def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
-    """Gives importances under other names of tensors the names that these have.
+    """Renames importances that have an alias of a tensor to the stored name of that tensor.
 
     Raises:
-        Trouble: two importances are of one tensor, and differ.
+        Trouble: two importances belong to one tensor, and differ.
     """
     for name in list(importances.specs):
         kept = aliases.get(name)
@@ -281,7 +288,7 @@ def _job(
 def _dry_run(
     job: Job, asked: dict[str, Treatment], args: argparse.Namespace
 ) -> tuple[list[Path], list[Outcome], int]:
-    """The files that would be written, the outcome of each tensor, and the bytes of all files."""
+    """Returns the files that would be written, the outcome of each tensor, and the total size in bytes."""
     model, target = job.model, checked_target(args.output, job.model.paths())
     parts = {target: (list(model.specs), model.metadata())}
     if len(model.files) > 1 and not args.single:
@@ -310,7 +317,7 @@ def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
 def _outcomes(
     job: Job, asked: dict[str, Treatment], outputs: list[Path], *, verify: bool
 ) -> tuple[list[Outcome], int, list[str]]:
-    """The outcome of each tensor in the files, the bytes of all files, and with ``verify`` what is wrong."""
+    """Returns the outcome of each tensor, the size of all files in bytes, and with ``verify`` the faults."""
     from ..decode.validate import validate
 
     outcomes, size, faults = list[Outcome](), 0, list[str]()
@@ -408,7 +415,7 @@ _SIZES = (
 
 
 def _sizes(each: Outcome) -> dict[str, object]:
-    """One tensor of a dry run, for a machine."""
+    """Returns the figures of one tensor of a dry run as JSON values."""
     alone, entry = Group(each.asked, [each]), each.report.entry
     return {
         "name": each.name,
@@ -441,7 +448,7 @@ def _row(each: Outcome) -> list[str]:
 
 
 def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[str]:
-    """What became of -0, and whether it would pay to write +0."""
+    """Yields summary lines about -0: how many became +0, and what ``--zeros positive`` would save."""
     made = [each.number for each in zeros if each.positive]
     if made:
         tensors = sum(number > 0 for number in made)
@@ -462,11 +469,11 @@ def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[s
 
 
 def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:
-    """The tensors that stayed lossless although others did not: a line for each reason, with some names."""
+    """Yields a line per reason for tensors that stayed lossless, with some names."""
     by_kind: dict[Kind, list[str]] = {}
     for name, reason in lossless.items():
         if reason.kind is Kind.PATTERN:
-            continue  # listed with its reason already
+            continue  # already listed with its reason
         by_kind.setdefault(reason.kind, []).append(name)
     for kind in Kind:
         names = by_kind.get(kind, [])

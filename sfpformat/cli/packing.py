@@ -1,9 +1,9 @@
-"""Writing a checkpoint as `.sfp`: one file, or shards and their index, either of which can be resumed.
+"""Writes a checkpoint as `.sfp`: one file, or shards and their index. Both can be resumed.
 
-Rules: shards are written under names that end in ``.finished``; only when all are complete do they take
-their own names, and the index comes last. So a pack that fails leaves an older model of the same name as it
-was, and one that is killed, or for which the disk had no room, can go on. The state file
-``STEM.sfp.index.json.partial`` names the job and the finished shards; it is locked while a pack is at work.
+Rules: shards are written under names that end in ``.finished``. When all are complete, they are renamed to
+their final names, the index last. A pack that fails therefore leaves an older model of the same name
+unchanged. A pack that was killed, or that ran out of disk space, can be resumed. The state file
+``STEM.sfp.index.json.partial`` records the job and the finished shards; a running pack holds a lock on it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .rules import Treatment
 from .treat import Share, importance_of, treated
 from .trouble import about
 
-# What -0 costs is found out where more than this part of a tensor is.
+# The cost of -0 is measured if at least 1 / this of a tensor's elements are -0.
 _MANY_ZEROS = 100
 _FINISHED = ".finished"
 
@@ -53,9 +53,9 @@ class NegativeZeros(NamedTuple):
     """The -0 of a tensor.
 
     Attributes:
-        number: how many there are; 0 where the tensor is quantised, unless ``positive``.
+        number: number of -0; 0 if the tensor is quantised, unless ``positive``.
         positive: whether they are written as +0.
-        saving: about how many bytes less they would take as +0; 0 where they are few, or written so.
+        saving: estimated saving in bytes of writing +0; 0 if they are few, or are written as +0.
     """
 
     number: int = 0
@@ -65,17 +65,17 @@ class NegativeZeros(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint and what is done to it.
+    """A checkpoint and the treatment of its tensors.
 
     Attributes:
         model: the checkpoint.
-        treatments: tensor name -> what is done to it.
-        shares: of the tensors that are pruned over the model.
-        importances: a model with tensors of the same names, or None.
-        metadata: the caller's own, which override the checkpoint's.
-        key: the same for the same sources, options and version only.
-        limits: what readers allow.
-        zeros: tensor name -> its -0, of the tensors that were looked at.
+        treatments: tensor name -> its treatment.
+        shares: tensor name -> its share of a threshold over the model.
+        importances: a model with the importances under the names of the tensors, or None.
+        metadata: the caller's metadata, which override those of the checkpoint.
+        key: identifies sources, options and version; a different key prevents resuming.
+        limits: the limits of readers.
+        zeros: tensor name -> its -0, for the tensors examined so far.
     """
 
     model: Model
@@ -89,16 +89,19 @@ class Job:
 
     @cached_property
     def packed_storage(self) -> frozenset[str]:
-        """The float tensors that store packed weights, whose bits are no numbers."""
+        """The float tensors that store packed weights, so that their bits are not float numbers."""
         reasons = not_weights(self.model.specs.values())
         return frozenset(name for name in reasons if is_packed_storage(self.model.specs[name], reasons))
 
 
 def job_key(model: Model, importances: Model | None, options: object) -> str:
-    """SHA-256, as hex, over what decides the bytes of the output.
+    """Returns a SHA-256, as hex, over everything that determines the bytes of the output.
+
+    Source files count by name, size, modification time and header.
 
     Args:
-        options: all options and versions; what JSON does not have counts as its text.
+        model, importances: the sources.
+        options: all options and versions; values without a JSON form count as their text.
     """
     sources = []
     for source in (model, importances):
@@ -117,17 +120,17 @@ def pack_file(
     progress: Progress,
     like: Path | None = None,
 ) -> int:
-    """Writes tensors to one file, or goes on where an earlier run with the same key was stopped.
+    """Writes tensors to one file, or resumes an earlier run with the same key.
 
     Args:
-        like: the file whose owner and mode the new one takes, where that exists; else those of ``target``.
+        like: the file whose owner and mode the new file gets, if it exists; else those of ``target``.
 
     Returns:
-        How many tensors an earlier run had written.
+        The number of tensors that an earlier run had written.
 
     Raises:
-        Trouble, OptionError, OSError: nothing is left behind, unless the message says so.
-        KeyboardInterrupt: the partial file is kept; the message says how to go on.
+        Trouble, OptionError, OSError: no partial file remains, unless the message says so.
+        KeyboardInterrupt: the partial file is kept; the message says how to resume.
     """
     with about(target):
         sink = ResumableSink(target, job.key, like=like, limits=job.limits)
@@ -161,7 +164,7 @@ def add_tensor(job: Job, name: str, writer: Writer) -> None:
 
 
 def is_quantised(options: Options, entry: TensorEntry) -> bool:
-    """Whether the weights of an encoded tensor are numbers of the lossy quantiser that is asked for."""
+    """Returns whether the requested lossy quantiser coded the weights of an encoded tensor."""
     expected = Uniform if options.quantiser == "uniform" else Table
     fingerprints = entry.fingerprints
     return not options.lossless and fingerprints is not None and isinstance(fingerprints.quantiser, expected)
@@ -173,14 +176,14 @@ def _negative_zeros(
     importance: NDArray[np.floating] | None,
     entry: TensorEntry,
 ) -> NegativeZeros:
-    """The -0 of a tensor as it is before it is encoded; ``entry``: of the tensor in the file."""
+    """Counts the -0 of a tensor before encoding, and estimates the saving. ``entry`` is its encoded entry."""
     treatment = job.treatments[entry.name]
     options = treatment.options
     positive = options.zeros == "positive"
     count = zeros_of(array).negative if positive or not is_quantised(options, entry) else 0
     if positive or count * _MANY_ZEROS < array.size or not count or not treatment.signs_may_go:
         return NegativeZeros(count, positive)
-    if entry.name in job.packed_storage:  # asked last: it looks at all names
+    if entry.name in job.packed_storage:  # last, because it examines all names
         return NegativeZeros(count)
     engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
     try:
@@ -192,7 +195,7 @@ def _negative_zeros(
 
 
 def look_at_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
-    """Notes the -0 of those of some tensors that an earlier run wrote."""
+    """Examines the -0 of tensors that an earlier run wrote, and records them in the job."""
     for entry in entries:
         if entry.name in job.zeros:
             continue
@@ -205,25 +208,26 @@ def look_at_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
 
 
 def shard_paths(stem: Path, count: int) -> list[Path]:
-    """The paths of so many shards.
+    """Returns the paths of ``count`` shards.
 
     Args:
-        stem: of all of them, up to what numbers them.
+        stem: the common path of the shards, without the number.
     """
     return [stem.with_name(shard_name(stem.name, number, count)) for number in range(1, count + 1)]
 
 
 def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], int]:
-    """Writes a shard for each file of the checkpoint, and the index.
+    """Writes a shard for each file of the checkpoint, and the index, or resumes an earlier run.
 
     Args:
-        stem: the path of the shards, up to what numbers them.
+        stem: the common path of the shards, without the number.
 
     Returns:
-        The shards, and how many tensors earlier runs had written.
+        The shards, and the number of tensors that earlier runs had written.
 
     Raises:
-        As `pack_file`.
+        Trouble, OptionError: no partial output remains.
+        OSError, KeyboardInterrupt: finished shards, if any, are kept; the message says how to resume.
     """
     files = list(job.model.files)
     targets = shard_paths(stem, len(files))
@@ -265,12 +269,12 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
 
 
 def _finished(target: Path) -> Path:
-    """The name of a file that is complete, before it takes its own."""
+    """Returns the temporary name of a complete file, before it is renamed."""
     return beside(target, _FINISHED)
 
 
 def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
-    """Gives all shards their names, and writes the index (R-SHD-003)."""
+    """Renames all shards to their final names, and writes the index (R-SHD-003)."""
     waiting = {target: _finished(target) for target in targets.values() if _finished(target).exists()}
     weight_map = {
         name: target.name for file_name, target in targets.items() for name in job.model.names_in(file_name)
@@ -294,14 +298,16 @@ def _directory_crc(path: Path, limits: Limits) -> int:
 
 
 class _State:
-    """The finished shards of a job, in a locked file: a line of JSON for the job, and one for each shard."""
+    """The finished shards of a job, in a locked file: a line of JSON for the job, then one for each shard."""
 
     def __init__(self, stem: Path, count: int, key: str, limits: Limits) -> None:
-        """Takes up the state of an earlier run with the same key, or begins; what another job left goes.
+        """Resumes the state of an earlier run with the same key, or starts a new one.
+
+        Removes the files of a different job.
 
         Raises:
             LockedFileError: another process is writing this model.
-            OSError: the state cannot be written; nothing is left behind but what an earlier run left.
+            OSError: the state cannot be written; only files of an earlier run remain.
         """
         self._stem, self._limits = stem, limits
         self._path = beside(stem.with_name(index_name(stem.name)), ".partial")
@@ -329,7 +335,7 @@ class _State:
             raise
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """The lines that an earlier run wrote, up to the first damaged one, where the file then stands."""
+        """Yields the lines of an earlier run. Stops at the first damaged one, and seeks to its start."""
         while line := self._file.readline():
             start = self._file.tell() - len(line)
             try:
@@ -349,11 +355,11 @@ class _State:
 
     @property
     def count(self) -> int:
-        """How many shards are finished."""
+        """The number of finished shards."""
         return len(self._crcs)
 
     def has(self, finished: Path, target: Path) -> bool:
-        """Whether a shard is complete, be it that it has its own name already."""
+        """Returns whether a shard is complete, under its temporary or its final name."""
         crc = self._crcs.get(finished.name)
         for path in (finished, target):
             try:
@@ -364,13 +370,13 @@ class _State:
         return False
 
     def add(self, finished: Path) -> None:
-        """Notes a finished shard."""
+        """Records a finished shard."""
         crc = _directory_crc(finished, self._limits)
         self._append({"shard": finished.name, "crc": crc})
         self._crcs[finished.name] = crc
 
     def _remove_shards(self, count: int) -> None:
-        """Removes what is not under its own name yet, of a model of so many shards."""
+        """Removes all temporary files of a model of ``count`` shards."""
         for number in range(1, count + 1):
             finished = _finished(self._stem.with_name(shard_name(self._stem.name, number, count)))
             for path in (finished, beside(finished, ".partial"), beside(finished, ".partial.journal")):
@@ -380,16 +386,16 @@ class _State:
         remove(beside(index, ".replaced"))
 
     def close(self) -> None:
-        """Leaves everything for a later run."""
+        """Closes the state file, and keeps everything for a later run."""
         with contextlib.suppress(OSError):
             self._file.close()
 
     def remove(self) -> None:
-        """Removes the state: the job is done, or has failed."""
+        """Removes the state file, because the job is done or has failed."""
         remove(self._path)
         self.close()
 
     def discard(self) -> None:
-        """The job failed: nothing of it stays."""
+        """Removes the state file and all temporary files, because the job has failed."""
         self._remove_shards(self._shards)
         self.remove()

@@ -1,4 +1,4 @@
-"""The command line's parser: argparse, with errors in one line and examples in every help."""
+"""The command-line parser: argparse, with one-line errors and examples in every help."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ HELP_WIDTH = 100
 
 
 class SupportsWrite(Protocol):
-    """A file that takes text."""
+    """A file that accepts text."""
 
     def write(self, text: str, /) -> object:
-        """Writes a text."""
+        """Writes text."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `Trouble` and does not guess at shortened options."""
+    """An argument parser that raises `Trouble` and does not accept abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("allow_abbrev", False)
@@ -39,11 +39,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raises what argparse would print and exit with."""
+        """Raises `Trouble` with the message, where argparse would print it and exit."""
         raise Trouble(f"{message} (see '{self.prog} --help')")
 
     def _print_message(self, message: str, file: SupportsWrite | None = None) -> None:
-        """Writes a help; argparse's own drops the error when it cannot be written."""
+        """Writes a help text. Unlike argparse's method, it does not suppress write errors."""
         (file or sys.stderr).write(message)
 
 
@@ -51,5 +51,5 @@ Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 
 
 def examples(*pairs: tuple[str, str]) -> str:
-    """The examples of a help: command lines, each with what it does."""
+    """Formats the examples of a help text: command lines, each with its description."""
     return "examples:\n" + "\n".join(f"  # {words}\n  {line}" for line, words in pairs)

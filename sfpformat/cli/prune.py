@@ -1,4 +1,4 @@
-"""``sfp prune``: prunes an `.sfp` file further, by the importances that it holds."""
+"""``sfp prune``: prunes an `.sfp` file further, by its stored importances."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     from ..pruning.files import reprune
     from ..pruning.thresholds import Allocation, Sparsity
 
@@ -140,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
-    """A threshold as the command line names it.
+    """Parses a threshold of the command line.
 
     Raises:
-        Trouble: there is none of this name, or its number is none.
-        OptionError: its number makes no sense.
+        Trouble: the name is unknown, or its number is malformed.
+        OptionError: its number is out of range.
     """
     from ..pruning.allocation import Outliers, Rising
     from ..pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile
@@ -174,10 +174,10 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
 
 
 def parse_shares(words: str) -> tuple[float, ...]:
-    """Shares to be pruned, as ``--sparsity`` has them where it takes several.
+    """Parses a list of shares to prune, for commands whose ``--sparsity`` takes several.
 
     Raises:
-        Trouble: they are none.
+        Trouble: a share is malformed, or does not lie between 0 and 1.
     """
     try:
         shares = tuple(float(word) for word in words.split(","))

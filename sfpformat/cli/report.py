@@ -1,8 +1,9 @@
-"""Where the bytes of `.sfp` files are, and how many weights are zero.
+"""Reports how the bytes of `.sfp` files are used, and how many weights are zero.
 
-Rules: sizes are from directories and segment indices alone. A weight that is zero, of either sign, counts as
-pruned. What a mask leaves out is in the index; zeros that are stored are not, so tensors that can have many
-are decoded and counted: lossless ones whose code table has a class for zeros alone.
+Rules: sizes come from directories and segment indices alone. A weight that is zero, of either sign, counts as
+pruned. The index gives the number of weights that a mask removes, but not the number of stored zeros. Tensors
+that can have many stored zeros are decoded to count them: lossless ones whose code table has a class only for
+zeros.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from ..decode.reader import SfpFile
 from ..encode.zeros import zeros_of
 from ..errors import FileFault
 
-# What the bits of a tensor are for; "other" is the segment index and padding.
+# The parts of a tensor; "other" is the segment index and padding.
 PARTS = ("mask", "fingerprints", "importance", "vectors", "raw", "other")
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor in figures.
+    """The figures of one tensor.
 
     Attributes:
         entry: its directory entry.
-        survivors: how many positions are stored; None for a tensor without a mask, which stores all.
-        stored_zeros: how many of those are zero, where a lossless tensor's code table has a class for zeros
-            alone, else 0; None where the chunks are damaged.
-        bits: part -> bits in the file, for each of `PARTS`; their sum is that of the tensor's chunks.
+        survivors: number of stored positions; None for a tensor without a mask, which stores all.
+        stored_zeros: number of stored zeros, if the code table has a class only for zeros; else 0. None if
+            the chunks are damaged.
+        bits: part -> bits in the file, for each of `PARTS`; their sum is the size of the tensor's chunks.
     """
 
     entry: TensorEntry
@@ -39,20 +40,20 @@ class TensorReport:
 
     @property
     def zeros(self) -> int:
-        """How many weights are known to be zero: what the mask leaves out, and the zeros that are stored."""
+        """The number of weights known to be zero: those that the mask removes, and the stored zeros."""
         pruned = 0 if self.survivors is None else self.entry.positions - self.survivors
         return pruned + (self.stored_zeros or 0)
 
     @property
     def sparsity(self) -> float | None:
-        """The share of weights that are zero; None where there is neither a mask nor a stored zero."""
+        """The share of weights that are zero; None if there is neither a mask nor a stored zero."""
         if not self.entry.positions or (self.survivors is None and not self.stored_zeros):
             return None
         return self.zeros / self.entry.positions
 
     @property
     def coding(self) -> str:
-        """Coding, quantiser and scale in words."""
+        """Description of coding, quantiser and scale."""
         fingerprints, scale = self.entry.fingerprints, self.entry.scale
         if fingerprints is None:
             return "raw"
@@ -63,7 +64,7 @@ class TensorReport:
         return f"{words} per {scale.size or ''}{'' if scale.size else scale.per}"
 
     def to_json(self) -> dict[str, object]:
-        """The figures for a machine; sizes in bytes, parts in bits."""
+        """Returns the figures as JSON values; sizes in bytes, parts in bits."""
         entry = self.entry
         quantiser = entry.fingerprints.quantiser if entry.fingerprints else None
         return {
@@ -92,16 +93,16 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Totals:
-    """A file's, or a model's, tensors together.
+    """The figures of all tensors of a file or a model.
 
     Attributes:
-        tensors, positions: how many.
-        zeros: weights that are known to be zero.
-        stored_zeros: those of them that no mask leaves out.
-        bits: part -> bits, as in `TensorReport`.
-        stored_bytes: of all chunks.
-        decoded_bytes: of all tensors once decoded.
-        file_bytes: of the files, preambles and directories included.
+        tensors, positions: number of tensors and of positions.
+        zeros: number of weights known to be zero.
+        stored_zeros: number of those that no mask removes.
+        bits: part -> bits, same as in `TensorReport`.
+        stored_bytes: size of all chunks.
+        decoded_bytes: size of all decoded tensors.
+        file_bytes: size of the files, with preambles and directories.
     """
 
     tensors: int
@@ -120,7 +121,7 @@ class Totals:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of the files for each position."""
+        """Bits of the files per position; None without positions."""
         return 8 * self.file_bytes / self.positions if self.positions else None
 
     @property
@@ -129,7 +130,7 @@ class Totals:
         return self.decoded_bytes / self.file_bytes
 
     def to_json(self) -> dict[str, object]:
-        """The figures for a machine."""
+        """Returns the figures as JSON values."""
         return {
             "tensors": self.tensors,
             "positions": self.positions,
@@ -146,11 +147,11 @@ class Totals:
 
 
 def report_tensor(file: SfpFile, name: str) -> TensorReport:
-    """Reads the segment indices of a tensor, and its chunks where they can hold many zeros.
+    """Reports on a tensor. Reads its segment indices, and its chunks if they can hold many zeros.
 
     Raises:
         InvalidFileError: an index is damaged.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     entry = file.entry(name)
     bits = dict.fromkeys(PARTS, 0)
@@ -170,13 +171,13 @@ def report_tensor(file: SfpFile, name: str) -> TensorReport:
 
 
 def _stored_zeros(file: SfpFile, entry: TensorEntry, survivors: int | None) -> int | None:
-    """See `TensorReport.stored_zeros`."""
+    """Returns `TensorReport.stored_zeros` of a tensor."""
     fingerprints = entry.fingerprints
     if fingerprints is None or not fingerprints.table.has_class_of_zeros:
         return 0
     quantiser = fingerprints.quantiser
     if isinstance(quantiser, Uniform):
-        return 0  # where weights become zero in masses, they are left out by a mask
+        return 0  # a tensor quantised to many zeros has a mask, which removes them
     try:
         least = file.decoder(entry).vectors.get("fingerprint centroids") if entry.has_vectors() else None
         if isinstance(quantiser, Table) and least is not None and least[0]:
@@ -189,10 +190,11 @@ def _stored_zeros(file: SfpFile, entry: TensorEntry, survivors: int | None) -> i
 
 
 def total(reports: Iterable[TensorReport], file_bytes: int) -> Totals:
-    """The sums over some tensors.
+    """Sums the figures of tensors.
 
     Args:
-        file_bytes: of their files.
+        reports: the reports of the tensors.
+        file_bytes: total size of their files.
     """
     reports = list(reports)
     return Totals(

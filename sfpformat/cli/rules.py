@@ -1,11 +1,11 @@
-"""What ``sfp pack`` does to each tensor: options for all, and rules after ``--like`` for those they name.
+"""Computes the treatment of each tensor in ``sfp pack``: options for all, and rules after ``--like``.
 
-Rules: an option that changes values reaches, without ``--like``, only the weights that are usually
-compressed: float, of rank 2 or more, of at least 4,096 elements, and none that `not_weights` gives a reason
-for. A ``--like`` reaches every float tensor that it names. A later rule overrides an earlier one,
-option by option; the quantiser's options (bits, step, error, table, lossless) override each other, and
-lossless undoes all that changes values, pruning too. A pattern to prune, such as 2:4, runs along a tensor's
-inputs; of the tensors that a rule reaches those that it does not fit are left, and there must be one it fits.
+Rules: without ``--like``, an option that changes values applies only to the weights that are usually
+compressed: float, of rank 2 or more, of at least 4,096 elements, and not excluded by `not_weights`. A
+``--like`` rule applies to every float tensor that matches its pattern. A later rule overrides an earlier one,
+option by option. The quantiser's options (bits, budget, step, error, table, lossless) override each other,
+and lossless cancels all options that change values, pruning too. A pruning pattern, such as 2:4, runs along a
+tensor's inputs. Tensors that it does not fit are not pruned; it must fit at least one tensor of its rule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .trouble import Trouble
 
 LIKE = "--like"
 _QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
-# What changes values, and what belongs to it.
+# Options that change values, and their secondary options.
 _LOSSY = frozenset(
     (
         *_QUANTISER,
@@ -48,7 +48,7 @@ _LOSSY = frozenset(
         "dtype",
     )
 )
-# Options that are `Options` of the same name.
+# Options with the same name in `Options`.
 _PLAIN = (
     "scale",
     "scale_dtype",
@@ -63,20 +63,20 @@ _PLAIN = (
     "weighted",
     "zeros",
 )
-# What changes the signs of zeros, but no values. It reaches every float tensor but those of --keep, and those
-# that store packed weights, whose bits are no numbers, where no --like names them.
+# Options that change the signs of zeros, but no values. They apply to every float tensor except those of
+# --keep, and except storage of packed weights, whose bits are not float numbers, unless a --like names it.
 _SIGNS = frozenset(("zeros",))
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which weights go: those of least magnitude.
+    """Pruning of the weights of least magnitude.
 
     Attributes:
-        fraction: of all positions, or 0 with a pattern.
-        keep, of: with a pattern, how many of so many neighbours stay; else 0.
+        fraction: fraction of all positions to prune, or 0 with a pattern.
+        keep, of: with a pattern, keeps ``keep`` of every ``of`` neighbours; else 0.
         scope: ``tensor``, or ``model`` for one threshold over all tensors with this pruning.
-        dim: with a pattern, the dimension along which the neighbours lie.
+        dim: with a pattern, the dimension of the neighbours.
     """
 
     fraction: float = 0.0
@@ -88,17 +88,17 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to one tensor: pruned, then cast, then encoded.
+    """The treatment of one tensor: it is pruned, then cast, then encoded.
 
     Attributes:
-        options: how it is encoded.
-        pruning: which weights go, or None.
-        cast: to which dtype, or None.
-        shares_bits: whether the budget of its options is that of all tensors together that say so.
-        named: whether a ``--like`` rule says something that changes its values.
-        unfit: why it is not pruned by the pattern that it was to be pruned by; else empty.
-        signs_may_go: whether ``--zeros positive`` for all tensors reaches it, or would; what stores packed
-            weights is known only where ``left`` was given to `Rules.treatments`.
+        options: the options of encoding.
+        pruning: the pruning, or None.
+        cast: the dtype to cast to, or None.
+        shares_bits: whether the tensor shares the budget of its options with all such tensors.
+        named: whether a ``--like`` rule changes its values.
+        unfit: why the requested pruning pattern does not fit; else empty.
+        signs_may_go: whether ``--zeros positive`` for all tensors applies, or would apply. Storage of packed
+            weights is recognised only if `Rules.treatments` was given ``left``.
     """
 
     options: Options
@@ -111,7 +111,7 @@ class Treatment:
 
     @property
     def lossless(self) -> bool:
-        """Whether every bit comes back, those of zeros as the options say."""
+        """Whether decoding gives back every bit, except signs of zeros as the options say."""
         return self.options.lossless and self.pruning is None and self.cast is None
 
 
@@ -119,7 +119,7 @@ Layer = dict[str, Any]
 
 
 def add_tensor_options(parser: argparse.ArgumentParser) -> None:
-    """The options that can also follow ``--like``; those not given are absent from the namespace."""
+    """Adds the options that can also follow ``--like``. Those not given are absent from the namespace."""
     value = parser.add_argument_group(
         "options that change values",
         f"Without --like they reach float tensors of rank 2 or more with at least {MIN_ELEMENTS:,}\n"
@@ -187,7 +187,7 @@ def _add(
 
 
 def _pruning(text: str) -> Pruning:
-    """``0.5`` or ``2:4``."""
+    """Parses ``0.5`` or ``2:4``."""
     if ":" in text:
         keep, _, of = text.partition(":")
         if keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 1024:
@@ -209,7 +209,7 @@ def _dimension(text: str) -> int:
 
 
 def _scale(text: str) -> str | int:
-    """``tensor``, ``row``, ``column`` or a number of positions."""
+    """Parses ``tensor``, ``row``, ``column`` or a number of positions."""
     if text in ("tensor", "row", "column"):
         return text
     if text.isdecimal() and int(text) > 0:
@@ -221,7 +221,7 @@ def _scale(text: str) -> str | int:
 
 
 def split_rules(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """The arguments before the first ``--like``, and those after each."""
+    """Splits arguments into those before the first ``--like``, and those after each."""
     parts: list[list[str]] = [[]]
     for word in words:
         if word == LIKE:
@@ -236,7 +236,7 @@ def split_rules(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def parse_like(words: list[str]) -> tuple[str, Layer]:
-    """The pattern and the options of one rule."""
+    """Parses the pattern and the options of one rule."""
     if not words or words[0].startswith("--"):
         raise Trouble("--like needs a pattern of tensor names, such as '*embed*'")
     parser = Parser(prog="sfp pack", add_help=False)
@@ -254,12 +254,12 @@ def parse_like(words: list[str]) -> tuple[str, Layer]:
 
 @dataclass(frozen=True)
 class Rules:
-    """All that the command line says about tensors.
+    """All options of the command line about tensors.
 
     Attributes:
-        base: options for all.
+        base: options for all tensors.
         likes: pattern and options of each ``--like``, in order.
-        keep: patterns of tensors that are not changed, whatever the rest says.
+        keep: patterns of tensors that are never changed.
     """
 
     base: Layer
@@ -267,11 +267,11 @@ class Rules:
     keep: list[str]
 
     def with_aliases(self, names: Iterable[str], aliases: Mapping[str, str]) -> Rules:
-        """The same rules, where a pattern that matches another name of a tensor reaches the tensor.
+        """Returns the same rules, with patterns that match an alias extended to the stored name.
 
         Args:
-            names: of the tensors.
-            aliases: other names of tensors -> the names that these have.
+            names: the names of the tensors.
+            aliases: alias -> stored name.
         """
         there = list(names)
 
@@ -289,16 +289,15 @@ class Rules:
     def treatments(
         self, specs: Iterable[TensorSpec], left: Mapping[str, Reason] | None = None
     ) -> dict[str, Treatment]:
-        """Tensor name -> what is done to it.
+        """Returns tensor name -> treatment.
 
         Args:
             specs: the tensors.
-            left: why some of them are left lossless, but where a ``--like`` names them; None takes
-                `not_weights`.
+            left: tensor name -> why it stays lossless unless a ``--like`` names it; None uses `not_weights`.
 
         Raises:
-            Trouble: a pattern names no tensor, or an option reaches none.
-            OptionError: options that contradict each other.
+            Trouble: a pattern matches no tensor, or an option applies to none.
+            OptionError: options contradict each other.
         """
         specs = list(specs)
         left = not_weights(specs) if left is None else left
@@ -309,7 +308,7 @@ class Rules:
 
     @property
     def changes_values(self) -> bool:
-        """Whether an option that changes values is given at all."""
+        """Whether any option that changes values is given."""
         return any(_changes_values(layer) for layer in (self.base, *(layer for _, layer in self.likes)))
 
     @property
@@ -322,12 +321,12 @@ class Rules:
     def why_lossless(
         self, specs: Iterable[TensorSpec], treatments: Mapping[str, Treatment], left: Mapping[str, Reason]
     ) -> dict[str, Reason]:
-        """Tensor name -> why it stays lossless; empty where no option that changes values is given.
+        """Returns tensor name -> why it stays lossless; empty if no option that changes values is given.
 
         Args:
             specs: the tensors.
-            treatments: what `treatments` gave for them and ``left``.
-            left: as there.
+            treatments: the result of `treatments` for ``specs`` and ``left``.
+            left: same as for `treatments`.
         """
         if not self.changes_values:
             return {}
@@ -382,7 +381,7 @@ class Rules:
                 self._warn_of_quantised(pattern, packed, left)
 
     def _require_fit(self, treatments: dict[str, Treatment]) -> None:
-        """Refuses a pattern to prune that fits none of the tensors that its rule reaches."""
+        """Raises `Trouble` if a pruning pattern fits none of the tensors of its rule."""
         by_rule: dict[int, dict[str, Treatment]] = {}
         for name, treatment in treatments.items():
             if treatment.unfit or (treatment.pruning is not None and treatment.pruning.of):
@@ -394,7 +393,7 @@ class Rules:
                 raise Trouble(f"--prune{like} fits no tensor: {told}")
 
     def _pruned_by(self, name: str) -> int:
-        """The number of the last ``--like`` that says how a tensor is pruned; -1 for the options for all."""
+        """Returns the index of the last ``--like`` that prunes a tensor; -1 for the options for all."""
         return max(
             (
                 number
@@ -405,7 +404,7 @@ class Rules:
         )
 
     def _warn_of_quantised(self, pattern: str, named: list[TensorSpec], left: Mapping[str, Reason]) -> None:
-        """Warns that a rule changes parts of weights that are quantised already."""
+        """Warns if a rule changes parts of weights that are already quantised."""
         names = [
             spec.name
             for spec in named
@@ -435,7 +434,7 @@ class Rules:
         return replace(_treatment_of(merged, spec), named=named, signs_may_go=signs_may_go)
 
     def _signs_may_go(self, spec: TensorSpec, left: Mapping[str, Reason]) -> bool:
-        """Whether ``--zeros`` for all tensors reaches this one."""
+        """Returns whether ``--zeros`` for all tensors applies to this one."""
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
         return spec.dtype.is_float and not kept and not is_packed_storage(spec, left)
 
@@ -453,7 +452,7 @@ def _flags(layer: Layer, keys: frozenset[str] = _LOSSY) -> str:
 
 
 def _merged(earlier: Layer, later: Layer) -> Layer:
-    """Both, the later's options first; what does not go with those is dropped."""
+    """Merges two layers. Later options override earlier ones, and remove incompatible earlier ones."""
     if "prune" in later:
         other = "scope" if later["prune"].of else "pattern_dim"
         earlier = {key: value for key, value in earlier.items() if key != other}
@@ -486,7 +485,11 @@ def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
 
 
 def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
-    """Which weights of a tensor go, and why a pattern does not prune it; else empty."""
+    """Returns the pruning of a tensor, or None, and why a pattern does not fit; empty if it fits.
+
+    Raises:
+        Trouble: options contradict each other.
+    """
     pruning: Pruning | None = layer.get("prune")
     scope = layer.get("scope", "tensor")
     if pruning is None and ("scope" in layer or "by" in layer):

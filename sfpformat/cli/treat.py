@@ -1,4 +1,4 @@
-"""Pruning and casting the tensors of a model, one tensor in memory at a time."""
+"""Prunes and casts the tensors of a model, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Share:
-    """What one tensor loses to a threshold over the model: all below, and its first ``ties`` at it."""
+    """A tensor's share of a threshold over the model: prunes all below it, and the first ``ties`` at it.
+
+    ``bits`` are the bits of the patterns.
+    """
 
     threshold: Threshold
     ties: int
@@ -45,15 +48,15 @@ class Share:
 def require_or_leave_finite(
     model: Model, treatments: dict[str, Treatment], advance: Advance
 ) -> dict[str, Reason]:
-    """Tensor name -> why it must stay lossless, for tensors whose values the treatment cannot take.
+    """Returns tensor name -> why it must stay lossless, for tensors with values that the treatment excludes.
 
-    Reads all tensors that are treated.
+    Reads all tensors that are not lossless.
 
     Args:
         advance: called with the bytes of each tensor read.
 
     Raises:
-        OptionError: a ``--like`` rule quantises such a tensor, which it names.
+        OptionError: a ``--like`` rule quantises such a tensor; the message names it.
     """
     found: dict[str, Reason] = {}
     for name, treatment in treatments.items():
@@ -73,10 +76,10 @@ def require_or_leave_finite(
 
 
 def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Advance) -> dict[str, Share]:
-    """Tensor name -> its share, for all tensors that are pruned over the model.
+    """Returns tensor name -> share, for all tensors that are pruned over the model.
 
-    Tensors with the same fraction have one threshold. Reads those tensors two times (with F64 among them
-    four times), and once more where only some of the magnitudes at the threshold go.
+    Tensors with the same fraction have one threshold. Reads these tensors twice (four times if one is F64),
+    and once more if only some of the magnitudes equal to the threshold are pruned.
 
     Args:
         advance: called with the bytes of each tensor read.
@@ -92,7 +95,7 @@ def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Adv
 
 
 def bytes_of_passes(model: Model, treatments: dict[str, Treatment]) -> int:
-    """About how many bytes `shares_of_model` will read."""
+    """Returns the approximate number of bytes that `shares_of_model` will read."""
     pruned = [
         model.specs[name]
         for name, treatment in treatments.items()
@@ -133,12 +136,12 @@ def with_shared_bits(
     importances: Model | None,
     advance: Advance,
 ) -> dict[str, Treatment]:
-    """The treatments with a step for each tensor that shares a budget; reads those tensors once.
+    """Returns the treatments, with a step for each tensor that shares a budget. Reads these tensors once.
 
-    A tensor that takes no more bits without loss becomes lossless.
+    A tensor becomes lossless if lossless coding takes no more bits.
 
     Args:
-        shares: of `shares_of_model`.
+        shares: the result of `shares_of_model`.
         advance: called with the bytes of each tensor read.
 
     Raises:
@@ -166,17 +169,17 @@ def with_shared_bits(
 
 
 def importance_of(name: str, importances: Model | None) -> NDArray[np.floating] | None:
-    """A tensor's importance, where there is one."""
+    """Reads a tensor's importance; None if there is none."""
     if importances is None or name not in importances.specs:
         return None
     return cast("NDArray[np.floating]", importances.read(name))
 
 
 def treated(name: str, array: Array, treatment: Treatment, share: Share | None) -> Array:
-    """A tensor pruned and cast; pruned in place.
+    """Prunes a tensor in place, and returns it cast.
 
     Raises:
-        OptionError: a weight is too great for the dtype that it is cast to.
+        OptionError: a weight is too great for the new dtype.
     """
     pruning = treatment.pruning
     if share is not None:

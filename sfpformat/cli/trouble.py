@@ -1,4 +1,4 @@
-"""What a command tells its user when it cannot go on."""
+"""Errors for the user of a command, and checks of file names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PathLike = str | os.PathLike[str]
 
 
 class Trouble(Exception):
-    """One line for the user, and the exit code."""
+    """An error with a one-line message for the user, and the exit code."""
 
     def __init__(self, words: str, code: int = 2) -> None:
         super().__init__(words)
@@ -25,7 +25,7 @@ class Trouble(Exception):
 
 @contextmanager
 def about(path: PathLike) -> Iterator[None]:
-    """Adds the file to what is raised inside; of a file of another kind it says which."""
+    """Adds the file's name to errors raised inside, and its kind if it is a file of another format."""
     try:
         yield
     except SfpError as error:
@@ -38,16 +38,17 @@ def about(path: PathLike) -> Iterator[None]:
 
 
 def other_kind(path: PathLike, error: SfpError) -> str | None:
-    """What a file is that could not be opened because it is neither `.sfp` nor safetensors; else None.
+    """Describes a file that was refused because it is neither `.sfp` nor safetensors; else None.
 
     Args:
-        error: by which it was refused.
+        path: the file.
+        error: the error that refused it.
     """
     path = Path(path)
     is_about_it = isinstance(error, SafetensorsError) or (
         isinstance(error, FileFault) and error.code in ("E_MAGIC", "E_TRUNCATED")
     )
-    if not is_about_it or path.suffix == ".json":  # what is wrong with an index the error says
+    if not is_about_it or path.suffix == ".json":  # for an index, the error is specific enough
         return None
     try:
         return describe_file(path)
@@ -56,17 +57,17 @@ def other_kind(path: PathLike, error: SfpError) -> str | None:
 
 
 def require_file(path: PathLike) -> None:
-    """Refuses what cannot be read at any place: pipes, devices, folders.
+    """Checks that a path is a regular file, which supports random access, and not a pipe, device or folder.
 
     Raises:
-        Trouble: it is not a file.
-        OSError: it is not there, or may not be looked at.
+        Trouble: it is not a regular file.
+        OSError: it does not exist, or cannot be accessed.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise Trouble(f"{path}: not a file that can be read at any place (a folder, pipe or device)")
 
 
-# Suffixes that promise another kind of file; a new name replaces them and keeps all others (``model-0.5B``).
+# Suffixes of other kinds of files; a suggested name replaces them and keeps all others (``model-0.5B``).
 _OTHER_KINDS = (
     *(".sfp", ".safetensors", ".json", ".index", ".jsonl", ".partial", ".tmp"),
     *(".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".npz", ".npy", ".h5"),
@@ -76,17 +77,17 @@ _OTHER_KINDS = (
 
 
 def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
-    """Refuses a name that promises another kind of file than the one that is written; devices have any name.
+    """Checks that the name of an output file has the right suffix. Devices may have any name.
 
     Args:
         target: the file to write.
-        suffixes: those that are right, the usual one first.
-        what: who writes, for the message.
+        suffixes: the allowed suffixes, the usual one first.
+        what: the command or option, for the message.
 
     Raises:
-        Trouble: the name ends otherwise; the message says which name to give.
+        Trouble: the suffix is wrong; the message suggests a name.
     """
-    for path in (Path(target), Path(os.path.realpath(target))):  # a link is followed when it is replaced
+    for path in (Path(target), Path(os.path.realpath(target))):  # writing follows links
         device = path.exists() and not (path.is_file() or path.is_dir())
         if path.suffix.lower() in suffixes or device:
             continue
@@ -100,10 +101,10 @@ def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
 
 
 def checked_target(target: PathLike, sources: list[Path]) -> Path:
-    """The file that a command will replace, with links followed.
+    """Returns the path of an output file with links resolved.
 
     Raises:
-        Trouble: it is one of the sources, something else than a file, or in no folder.
+        Trouble: it is one of the sources, is not a regular file, or its folder does not exist.
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():

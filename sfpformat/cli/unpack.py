@@ -1,4 +1,4 @@
-"""``sfp unpack``: an `.sfp` file as safetensors."""
+"""``sfp unpack``: writes an `.sfp` file as safetensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     start = time.monotonic()
     require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
     with open_model(args.source, kind="sfp", limits=limits_of(args.limit)) as model:
@@ -86,7 +86,10 @@ def _write_one(
 
 
 def _write_shards(model: Model, chosen: dict[str, TensorSpec], stem: Path, shown: Progress) -> None:
-    """A file for each shard that has a chosen tensor; all take their names together, the index last."""
+    """Writes a file for each shard with a chosen tensor.
+
+    All are renamed together at the end, the index last.
+    """
     by_file = {
         name: specs
         for name in model.files

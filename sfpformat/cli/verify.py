@@ -1,4 +1,4 @@
-"""``sfp verify``: a file against the specification."""
+"""``sfp verify``: checks a file against the specification."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 from .trouble import about, other_kind, require_file
 
-# More faults or notes of a file are only counted.
+# Maximum number of faults or notes printed per file; further ones are counted.
 _MOST_LINES = 100
 
 
@@ -43,7 +43,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it."""
+    """Runs the subcommand. Returns the exit code."""
     code, results = 0, []
     limits = limits_of(args.limit)
     for path, report in (pair for name in args.files for pair in _reports(Path(name), limits)):
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
-    """A report on the file; or one on the index and on each shard of what is a model in shards."""
+    """Yields a report on the file; for an index, a report on it and on each shard."""
     with about(path):
         path = model_path(path)
     if not is_index(path):
@@ -110,7 +110,7 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
 
 
 def _kind(path: Path, report: Report) -> str | None:
-    """What a file is that is no `.sfp` file."""
+    """Describes a file that is not an `.sfp` file; else None."""
     return next((words for fault in report.faults if (words := other_kind(path, fault))), None)
 
 
