@@ -1,1 +1,1 @@
-"""The demonstration: a small language model, itself stored as `.sfp`, that shows what pruning costs."""
+"""The demonstration: prunes a small language model, stored as `.sfp`, and measures its perplexity."""

@@ -1,9 +1,9 @@
-"""Learn the importance that the carried model has; this is how the one in the package was made.
+"""Learns the importance in the package's model file; reproduces the one in the package.
 
-It is learned for a range of sparsities, through the carried weights, on windows of the training text; the
-weights are written again as they were, and beside them the grade of each weight of the linear layers
-(`sfpformat.pruning.grades`), four bits a weight at most. ``sfp demo`` prunes by them without torch, and so
-does ``sfp prune`` on the carried file. Needs torch.
+The importance is learned for a range of sparsities, with frozen weights, on windows of the training text. The
+file is written again with the same weights and the grade of each weight of the linear layers
+(`sfpformat.pruning.grades`), at most four bits a weight. With the grades, ``sfp demo`` and ``sfp prune``
+prune the file without torch. Needs torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..pruning.grades import graded, options_for_grades
 from ..pruning.pipeline import as_numbers
 from .methods import Bench
 
-# Sparsities that the carried importance is to serve.
+# The range of sparsities of the package's importance.
 RANGE = (0.4, 0.95)
 STEPS = 600
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see ``--help``."""
+    """Runs the command; ``--help`` describes its options."""
     parser = argparse.ArgumentParser(
         "python -m sfpformat.demo.importance",
         description="Learn the importance of a model's weights and store it in its file.",

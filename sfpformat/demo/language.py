@@ -17,21 +17,21 @@ from .train import LanguageModel, draw_windows, training_text
 
 Batch = tuple[Tensor, Tensor]
 
-WINDOWS = 8  # a batch of what is learned from
-CALIBRATION_WINDOWS = 2  # a batch of what statistics are taken of: for Fisher's information, few are better
+WINDOWS = 8  # in a batch for learning
+CALIBRATION_WINDOWS = 2  # in a calibration batch; small batches approximate the Fisher information better
 CALIBRATION_BATCHES = 64
-# Seeds of the windows begin there; those of training are far under them.
+# First seeds of the windows; those of training are far below.
 _CALIBRATION_SEED, _LEARNING_SEED = 1 << 20, 1 << 21
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Random windows of the training text, the same each time they are gone through.
+    """Random windows of the training text, the same in each iteration.
 
     Attributes:
-        windows: in a batch, of the model's context.
-        batches: how many.
-        seed: what tells these from others.
+        windows: number of windows in a batch, each of the model's context length.
+        batches: number of batches.
+        seed: seed of the random windows.
     """
 
     windows: int
@@ -39,7 +39,7 @@ class Windows:
     seed: int
 
     def __iter__(self) -> Iterator[Batch]:
-        """Tokens int64 [windows, context], and their successors."""
+        """Yields tokens, int64 [windows, context], and their successors."""
         tokens, context = training_tokens(), Config().context
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.batches):
@@ -47,23 +47,23 @@ class Windows:
 
 
 def calibration_windows(seed: int, batches: int) -> Windows:
-    """What statistics are taken of."""
+    """Returns the calibration batches."""
     return Windows(CALIBRATION_WINDOWS, batches, _CALIBRATION_SEED + seed)
 
 
 def learning_windows(seed: int, steps: int) -> Windows:
-    """What importances and survivors learn from, a batch a step."""
+    """Returns the batches for learning importances and for tuning, one for each step."""
     return Windows(WINDOWS, steps, _LEARNING_SEED + seed)
 
 
 @cache
 def training_tokens() -> Tensor:
-    """The training text, uint8: nothing of the held-out texts is in it."""
+    """Returns the training text, uint8, without the held-out texts."""
     return torch.from_numpy(encode_text(training_text()))
 
 
 def language_model(tensors: Mapping[str, NDArray[np.generic]]) -> LanguageModel:
-    """The model with these weights, float32."""
+    """Returns the model with these weights, float32, in evaluation mode."""
     model = LanguageModel(Config())
     model.load_state_dict(
         {name: torch.from_numpy(array.astype(np.float32)) for name, array in tensors.items()}
@@ -72,10 +72,10 @@ def language_model(tensors: Mapping[str, NDArray[np.generic]]) -> LanguageModel:
 
 
 def arrays_of(model: torch.nn.Module) -> dict[str, NDArray[np.generic]]:
-    """The weights of a model as arrays over the same memory, by name."""
+    """Returns the weights of a model as arrays that share their memory, by name."""
     return {name: np.asarray(tensor.detach().numpy()) for name, tensor in model.state_dict().items()}
 
 
 def prunable_layers(model: torch.nn.Module) -> list[str]:
-    """What the demonstration prunes: the matrices inside the layers."""
+    """Returns the names of the weights that the demonstration prunes: the matrices inside the layers."""
     return linear_layers(arrays_of(model))

@@ -1,7 +1,7 @@
-"""The demonstration with learning: an importance learned anew, and files pruned by it and by other methods.
+"""The demonstration with learning: learns an importance, and writes files pruned by it and by other methods.
 
-Every file holds the linear layers' survivors quantised alike, at `ERROR_DB`, so that methods differ in what
-they prune alone. Needs torch.
+In all files the survivors of the linear layers are quantised with the same `ERROR_DB`, so that methods differ
+only in what they prune. Needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .importance import RANGE
 from .methods import Bench, Pruned
 from .packing import Result, Row, Tensors, measure
 
-# Method -> what it is called in the table.
+# Method -> its name in the table.
 COMPARED = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -27,11 +27,11 @@ COMPARED = {
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 ERROR_DB = -20.0  # of the survivors
 STEPS = 200
-_CALIBRATION_BATCHES = 16  # a quarter of what `sfp bench pruning` takes
+_CALIBRATION_BATCHES = 16  # a quarter of those of `sfp bench pruning`
 
 
 def amount(steps: int, sparsities: Sequence[float]) -> int:
-    """How often `rows` calls ``advance``."""
+    """Returns how often `rows` calls ``advance``."""
     return steps + len(COMPARED) * len(sparsities)
 
 
@@ -43,15 +43,15 @@ def rows(
     advance: Callable[[], None],
     at: Callable[[str], None],
 ) -> Iterator[Row]:
-    """Learns one importance for all sparsities, and packs, verifies, loads and evaluates a file a method.
+    """Learns one importance, then packs, verifies, loads and evaluates a file for each method and sparsity.
 
     Args:
         tensors: the model's weights.
-        sparsities: to prune to.
-        folder: where the files go.
-        steps: of learning.
-        advance: called after each step, and each file.
-        at: called with what is done next.
+        sparsities: target sparsities.
+        folder: folder for the files.
+        steps: number of steps of learning.
+        advance: called after each step and each file.
+        at: called with a description of the next step.
     """
     bench = Bench(
         tensors, steps, calibration_batches=_CALIBRATION_BATCHES, progress=lambda step, loss: advance()
@@ -78,7 +78,7 @@ def _packed(bench: Bench, method: str, sparsity: float, folder: Path) -> Result:
 
 
 def _pruned(bench: Bench, method: str, sparsity: float) -> Pruned:
-    """By the one importance that was learned for all sparsities, or by another method."""
+    """Prunes by the importance that was learned for all sparsities, or by another method."""
     if method != "learned":
         return bench.prune(method, sparsity)
     learned, seconds = bench.learned(RANGE)

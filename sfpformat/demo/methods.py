@@ -1,9 +1,9 @@
-"""The demonstration's model pruned by each method, so that they can be compared. Needs torch.
+"""Prunes the demonstration's model by each method, for comparison. Needs torch.
 
-Rules: every method sees the same windows of the training text (none of the held-out texts), prunes the same
-layers, and is asked for the same share over all of them. What is learned or tuned takes the same number of
-steps of the same batches, in turn. What several methods need, such as Fisher's information, is made once and
-its time counts for each.
+Rules: all methods use the same windows of the training text (not the held-out texts), prune the same layers,
+and have the same target sparsity over all of them. Learning and tuning take the same number of steps on the
+same batches. Statistics that several methods need, such as the Fisher information, are computed once; their
+time counts for each method.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .language import (
 )
 from .packing import Tensors
 
-# Peak rate of Adam where survivors are tuned: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
+# Peak rate of Adam for fine-tuning: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
 TUNING_RATE = 1e-3
 FACTOR_STEPS = 120
 FROZEN = Settings(method="weights")
 LEVELS = Settings(method="levels")
-# The network alone takes the greater rate: there is no other part that could learn.
+# The network alone has a higher rate, because no other part learns.
 ALONE = Settings(logits=False, network_rate=3e-3)
 TOGETHER = Settings(weight_rate=TUNING_RATE)
 
@@ -53,10 +53,10 @@ class Pruned:
     """A pruned model.
 
     Attributes:
-        masks: by name, bool, True for survivors.
-        weights: of the masked layers, by name, float32; pruned positions are zero, factors are not applied.
-        factors: of rows and columns, by name; else empty.
-        seconds: what it took, all that the method needs included.
+        masks: bool by name, True for survivors.
+        weights: weights of the masked layers by name, float32; pruned ones are zero, factors are not applied.
+        factors: factors of rows and columns by name; empty if the method has none.
+        seconds: the time of pruning, including everything that the method needs.
     """
 
     masks: dict[str, Tensor]
@@ -65,7 +65,7 @@ class Pruned:
     seconds: float
 
     def applied(self) -> dict[str, Tensor]:
-        """The weights as they are used: times their factors, as a file stores these (F16)."""
+        """Returns the weights times their factors, which are rounded to F16 as in a file."""
         return {
             name: scaled(w, *(f.half() for f in self.factors[name])) if name in self.factors else w
             for name, w in self.weights.items()
@@ -76,7 +76,7 @@ Fitted = TypeVar("Fitted", covariant=True)
 
 
 class _Fit(Protocol[Fitted]):
-    """`fine_tune` and what else is fitted with masks held."""
+    """The common signature of `fine_tune`, `fit_factors` and `fit_multipliers`."""
 
     def __call__(
         self,
@@ -92,13 +92,13 @@ class _Fit(Protocol[Fitted]):
 
 @dataclass
 class Bench:
-    """Prunes one model by any method; what is made on the way is kept.
+    """Prunes one model by any method; caches statistics and learned importances.
 
     Attributes:
         tensors: the model's weights.
-        steps: of everything that is learned or tuned.
-        seed: of the windows and of learning.
-        calibration_batches: for statistics and for layer by layer pruning.
+        steps: number of steps of learning and of tuning.
+        seed: seed of the windows and of learning.
+        calibration_batches: number of batches for statistics and for layerwise pruning.
         progress: called after each step of learning or tuning, with its number and its loss.
     """
 
@@ -116,7 +116,7 @@ class Bench:
         self.data = learning_windows(self.seed, self.steps)
 
     def prune(self, method: str, sparsity: float) -> Pruned:
-        """The model pruned by one of `METHODS`."""
+        """Prunes the model by one of `METHODS`."""
         masker, _, treatment = method.partition("-")
         if method == "sparsegpt-updated":
             return self._layerwise(method, sparsity)
@@ -130,11 +130,11 @@ class Bench:
         settings: Settings = FROZEN,
         checkpoint: Path | None = None,
     ) -> tuple[Learned, float]:
-        """What is learned for a sparsity or a range, and the seconds that it took.
+        """Learns importances for a sparsity or a range; returns them with the seconds. Cached.
 
         Args:
             sparsity, checkpoint: as in `learn_importance`.
-            settings: how; its steps and seed are those of this benchmark.
+            settings: settings of learning; steps and seed are replaced by those of this object.
         """
         settings = replace(settings, steps=self.steps, seed=self.seed)
         if (sparsity, settings) not in self._learned:
@@ -156,7 +156,7 @@ class Bench:
     def by_importance(
         self, importances: scores.Importances, sparsity: float, scope: str, seconds: float
     ) -> Pruned:
-        """Pruned by a threshold on importances."""
+        """Prunes by a threshold on importances; ``seconds`` is the time to compute these."""
         start = time.perf_counter()
         found = masks_of(
             {name: as_numbers(value) for name, value in importances.items()}, Sparsity(sparsity), scope=scope
@@ -216,7 +216,7 @@ class Bench:
     def _fitted(
         self, fit: _Fit[Fitted], pruned: Pruned, tuning: Tuning
     ) -> tuple[torch.nn.Module, Fitted, float]:
-        """The pruned model after a fit, what that gave, and the seconds of all."""
+        """Returns the pruned model after a fit, the result of the fit, and the total seconds."""
         start = time.perf_counter()
         model = self._pruned_model(pruned)
         found = fit(model, pruned.masks, self.data, teacher=self.model, tuning=tuning, progress=self.progress)
@@ -229,7 +229,7 @@ class Bench:
         return model
 
     def arrays(self, pruned: Pruned) -> Tensors:
-        """All weights of the pruned model, as it would be used."""
+        """Returns all weights of the pruned model, with factors applied."""
         applied = {name: np.asarray(w.numpy()) for name, w in pruned.applied().items()}
         return {**arrays_of(self.model), **applied}
 
@@ -251,7 +251,7 @@ _TREATMENTS: dict[str, Callable[[Bench, Pruned], Pruned]] = {
     "multipliers": Bench._with_multipliers,
 }
 
-# Method -> what it is. A mask's name followed by one of `_TREATMENTS` is tuned with the mask held.
+# Method -> its description. A mask's name followed by one of `_TREATMENTS` is tuned with a fixed mask.
 METHODS = {
     "magnitude": "the least weights of each layer go",
     "wanda": "|w| · norm of the input, in each row, layer by layer",
@@ -273,12 +273,12 @@ METHODS = {
 
 
 def weights_change(method: str) -> bool:
-    """Whether a method trains or updates survivors; factors of rows and columns leave them as they are."""
+    """Returns whether a method trains or updates survivors; factors of rows and columns do not."""
     return method.endswith(("-updated", "-finetuned", "-multipliers")) or method == "together"
 
 
 def steps_of(method: str, steps: int) -> int:
-    """How often `Bench.progress` is called for a method, where nothing is kept from before."""
+    """Returns how often `Bench.progress` is called for a method, if nothing is cached."""
     learned = steps if method.startswith(("learned", "levels", "mlp", "together")) else 0
     tuned = {"finetuned": steps, "multipliers": steps, "factors": FACTOR_STEPS}.get(
         method.partition("-")[2], 0

@@ -1,4 +1,4 @@
-"""The demonstration's ways of packing, and what each of them costs."""
+"""The demonstration's variants of packing, and their measurement."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .model import Config, perplexity
 
 Tensors = dict[str, NDArray[np.generic]]
 
-# Held-out characters that perplexities are taken over, by kind of text; one more is read, as first context.
+# Number of held-out characters for perplexities, by kind of text; one more is read as the first context.
 EVALUATED_TOKENS = {"code": 1 << 13, "prose": 1 << 12}
 
 
-# What prunes -> what it is called in a picture.
+# Criterion of pruning -> its name in a plot.
 PRUNED_BY = {
     "magnitude": "magnitude, in each layer",
     "importance": "the carried importance, over all layers",
@@ -32,13 +32,13 @@ PRUNED_BY = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of packing the linear layers; all other tensors are kept bit for bit.
+    """A way of packing the linear layers; all other tensors are lossless.
 
     Attributes:
-        name: what it is called in the table.
-        pruned: what goes, or None where nothing does.
-        options: how the survivors are coded.
-        by: of `PRUNED_BY`.
+        name: its name in the table.
+        pruned: the threshold of pruning, or None without pruning.
+        options: the options of the linear layers.
+        by: the criterion, a key of `PRUNED_BY`.
     """
 
     name: str
@@ -75,7 +75,7 @@ VARIANTS = (
 
 
 def variants_of(shares: Sequence[float]) -> tuple[Variant, ...]:
-    """Magnitude and importance side by side, at each of some shares pruned; survivors quantised at -20 dB."""
+    """Returns a variant by magnitude and one by importance for each share, quantised at -20 dB."""
     return tuple(
         Variant(f"{100 * share:.4g} % by {by}, -20 dB", Sparsity(share), _error(-20), by)
         for share in shares
@@ -85,17 +85,17 @@ def variants_of(shares: Sequence[float]) -> tuple[Variant, ...]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant cost.
+    """The measurements of a variant.
 
     Attributes:
-        name: of the variant.
-        sparsity: share of zeros in the linear layers as loaded back.
+        name: name of the variant.
+        sparsity: share of zeros in the loaded linear layers.
         file_bytes: size of the `.sfp` file.
-        bits_per_weight: of the file, over all weights of the model.
-        error_db: 10 log10 of the mean squared error over the mean square of the linear layers; None where the
-            loaded weights are those that were carried, bit for bit.
+        bits_per_weight: bits of the file divided by the number of all weights of the model.
+        error_db: 10 log10 of the mean squared error over the mean square of the linear layers; None if the
+            loaded weights equal the original ones bit for bit.
         code, prose: perplexities of the loaded model on the two held-out texts.
-        verified: whether the file has no faults and is canonical.
+        verified: whether the file is valid and canonical.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Result:
     verified: bool
 
     def as_json(self) -> dict[str, object]:
-        """The fields."""
+        """Returns the fields."""
         return asdict(self)
 
 
@@ -117,9 +117,9 @@ class Row:
     """A file pruned by a method.
 
     Attributes:
-        method: its name.
-        asked: the share that was to go.
-        result: what the file came to.
+        method: name of the method.
+        asked: the target sparsity.
+        result: the measurements of the file.
     """
 
     method: str
@@ -127,12 +127,12 @@ class Row:
     result: Result
 
     def as_json(self) -> dict[str, object]:
-        """The fields, flat."""
+        """Returns the fields as a flat object."""
         return {"method": self.method, "asked": self.asked, **self.result.as_json()}
 
 
 def rows_of(variants: Sequence[Variant], results: Sequence[Result]) -> list[Row]:
-    """The results of those variants that were pruned to a share."""
+    """Returns rows for the variants that were pruned to a sparsity."""
     return [
         Row(variant.by, variant.pruned.share, result)
         for variant, result in zip(variants, results, strict=True)
@@ -143,12 +143,12 @@ def rows_of(variants: Sequence[Variant], results: Sequence[Result]) -> list[Row]
 def run_all(
     tensors: Tensors, variants: Sequence[Variant], folder: Path, at: Callable[[str], None]
 ) -> Iterator[Result]:
-    """Packs every variant into a file, verifies it, loads it back and evaluates what was loaded.
+    """Packs every variant into a file, verifies it, loads it back and evaluates the loaded model.
 
     Args:
         tensors: the model's weights.
-        variants: ways of packing.
-        folder: where the files go.
+        variants: the variants.
+        folder: folder for the files.
         at: called with each variant's name before it is packed.
     """
     for variant in variants:
@@ -174,15 +174,15 @@ def measure(
     options: dict[str, Options],
     path: Path,
 ) -> Result:
-    """Packs a model of which some tensors changed, verifies the file, loads it back and evaluates it.
+    """Packs a model with some tensors replaced, verifies the file, loads it back and evaluates it.
 
     Args:
-        tensors: the model as it was.
-        changed: by name, those that are packed instead.
-        masks: of those that are pruned, by name.
-        name: of the result.
-        options: by name; lossless where nothing is said.
-        path: of the file.
+        tensors: the original model.
+        changed: name -> replacement.
+        masks: masks of the pruned tensors, by name.
+        name: name of the result.
+        options: options by name; other tensors are lossless.
+        path: path of the file.
     """
     packed = {**tensors, **changed}
     save_file(packed, path, {"variant": name}, options=options, masks=masks)
@@ -203,12 +203,15 @@ def measure(
 
 
 def magnitude_masks(tensors: Tensors, threshold: Threshold | Pattern) -> dict[str, Mask]:
-    """The masks of a threshold on the magnitudes in each linear layer."""
+    """Returns the masks of a threshold on the magnitudes in each linear layer."""
     return masks_of(_magnitudes(tensors), threshold, scope="tensor")
 
 
 def importance_masks(tensors: Tensors, threshold: Threshold | Pattern) -> dict[str, Mask]:
-    """The masks of a threshold on the carried importance, over all linear layers; magnitudes settle ties."""
+    """Returns the masks of a threshold on the package's importance, over all linear layers.
+
+    Magnitudes order equal importances.
+    """
     return masks_of(importances(), threshold, tiebreak=_magnitudes(tensors))
 
 
@@ -217,7 +220,7 @@ def _magnitudes(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
 
 
 def evaluate(tensors: Tensors, kind: str) -> float:
-    """The perplexity a character of a model on held-out text, ``code`` or ``prose``."""
+    """Returns the perplexity a character of a model on held-out text, ``code`` or ``prose``."""
     return perplexity(tensors, Config(), heldout_tokens(kind, EVALUATED_TOKENS[kind] + 1))
 
 

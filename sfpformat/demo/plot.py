@@ -1,4 +1,4 @@
-"""The picture of ``sfp demo``: perplexity against size, a curve for each method."""
+"""The plot of ``sfp demo``: perplexity against size, with a curve for each method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..io.atomic import replacing
 from .packing import EVALUATED_TOKENS, Row
 
-# In colours that are told apart by most eyes, with markers of their own; learned ones are never together.
+# Colours that most people can distinguish, and different markers. A plot has only one learned curve.
 _LEARNED = ("#d1495b", "o")
 _STYLES = {
     "magnitude": ("#888888", "s"),
@@ -24,14 +24,14 @@ _MARGINS = 0.1  # of each side, for the labels
 
 
 def draw(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float], path: Path) -> None:
-    """Draws the picture.
+    """Draws the plot and writes it to a file.
 
     Args:
         found, words, dense: as in `figure_of`.
-        path: of the picture; its suffix says the kind.
+        path: path of the plot; its suffix determines the format.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     figure = figure_of(found, words, dense)
     with replacing(path) as file:
@@ -39,12 +39,12 @@ def draw(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, flo
 
 
 def figure_of(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]) -> Any:
-    """A figure of matplotlib with a panel for each kind of held-out text.
+    """Returns a matplotlib figure with a panel for each kind of held-out text.
 
     Args:
         found: rows of all methods.
-        words: method -> what it is called; the last one's points are labelled with the shares that went.
-        dense: the perplexity of the model as it was, by kind of text.
+        words: method -> its name in the plot. The points of the last method are labelled with sparsities.
+        dense: the perplexity of the dense model, by kind of text.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def _draw_panel(axis: Any, found: Sequence[Row], words: Mapping[str, str], dense
         colour, marker = _STYLES[method]
         axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
     axis.axhline(dense, color="black", lw=1, ls="--", label=f"the model as it was: {dense:.2f}")
-    # Under that line there is nothing else.
+    # The area below this line is free for labels.
     for row, (bits, value) in zip(rows, points, strict=True):
         axis.plot([bits, bits], [value, dense], color=colour, lw=1, ls=":")
         axis.annotate(
@@ -89,5 +89,5 @@ def _draw_panel(axis: Any, found: Sequence[Row], words: Mapping[str, str], dense
 
 
 def _plain_number(value: float, position: object) -> str:
-    """Ticks without exponents."""
+    """Formats ticks without exponents."""
     return f"{value:g}"

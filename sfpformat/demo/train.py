@@ -1,12 +1,12 @@
-"""Train the demonstration model; this is how the weights that the package carries were made.
+"""Trains the demonstration model; reproduces the weights in the package.
 
 All texts come from the Python standard library, which is under the PSF Licence Version 2.
 
 - *Training*: the library's own modules, without tests, tables and applications (``SKIPPED``).
-- *Held-out code* (``heldout.txt``): ``HELDOUT_MODULES``. Measurements use its beginning; progress
-  is measured on the rest, so that no choice made while watching it flatters them.
+- *Held-out code* (``heldout.txt``): ``HELDOUT_MODULES``. Measurements use its beginning. Progress of
+  training is measured on the rest, so that choices based on it do not bias the measurements.
 - *Held-out prose* (``heldout_prose.txt``): topics of the language reference. The model sees
-  English only in comments and docstrings, so this is text of another kind.
+  English only in comments and docstrings, so this is a different kind of text.
 
 Text and weights differ between Python versions; the package's are from 3.11. Needs torch.
 """
@@ -37,17 +37,17 @@ LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELDOUT_MODULES = ("bisect.py", "fnmatch.py", "sched.py", "shlex.py", "textwrap.py")
 PROSE_TOPICS = ("objects", "execmodel", "import")
 
-# Names of files and folders never trained on: held-out prose, tests, applications, tables (of encodings,
-# entities, and the settings that this very Python was built with), and other packages.
+# Names of files and folders that are excluded from training: held-out prose, tests, applications, tables (of
+# encodings, entities, and the build settings of this Python), and other packages.
 SKIPPED = (
     *("pydoc_data", "test", "tests", "idlelib", "turtledemo", "__phello__*", "encodings"),
     *("entities.py", "_sysconfigdata_*", "config-*", "site-packages", "dist-packages"),
 )
 
-# Tokens at the beginning of heldout.txt that training never looks at: 64 windows, and a target.
+# Tokens at the beginning of heldout.txt that training never uses: 64 windows and one target.
 MEASURED_TOKENS = 16385
 
-# AdamW as usual for language models; the clip only tames the first steps.
+# Usual settings of AdamW for language models; clipping only affects the first steps.
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 GRADIENT_CLIP = 1.0
@@ -73,11 +73,11 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = square
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """[windows, positions, width] -> the same."""
+        """Maps [windows, positions, width] to the same shape."""
         projected = (self.query(x), self.key(x), self.value(x))
         query, key, value = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected)
         query = _rotate(query, cosine, sine) * query.shape[-1] ** -0.5
-        # Spelt out: on a processor, torch's fused attention takes far longer backward.
+        # Explicit products: on a CPU, the backward pass of torch's fused attention is much slower.
         scores = query @ _rotate(key, cosine, sine).transpose(-1, -2)
         future = torch.full(scores.shape[-2:], -torch.inf, device=x.device).triu(1)
         mixed = F.softmax(scores + future, dim=-1) @ value
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a squared ReLU between them; [..., width] -> the same."""
+    """Two linear layers with a squared ReLU between them; maps [..., width] to the same shape."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then an MLP, each normalised before and added to the residual stream."""
+    """Attention, then an MLP, each with pre-normalisation and a residual connection."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -129,13 +129,13 @@ class LanguageModel(nn.Module):
         cosine, sine = rotary_angles(config, config.context)
         self.register_buffer("cosine", torch.from_numpy(cosine), persistent=False)
         self.register_buffer("sine", torch.from_numpy(sine), persistent=False)
-        # Each layer starts as the identity: what it adds to the residual stream is zero.
+        # Each layer is initialised as the identity: its residual branches are zero.
         for name, weight in self.named_parameters():
             if name.endswith(("output.weight", "down.weight", "head.weight")):
                 nn.init.zeros_(weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Integer tokens [windows, positions] -> logits [windows, positions, vocabulary]."""
+        """Maps integer tokens [windows, positions] to logits [windows, positions, vocabulary]."""
         cosine, sine = self.cosine[: tokens.shape[1]], self.sine[: tokens.shape[1]]
         x = self.embedding(tokens)
         for layer in self.layers:
@@ -145,26 +145,26 @@ class LanguageModel(nn.Module):
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair (feature i, feature i + half) of [..., positions, head_width]."""
+    """Rotates each pair (feature i, feature i + half) of [..., positions, head_width]."""
     first, second = x.chunk(2, dim=-1)
     turned = (first * cosine - second * sine, first * sine + second * cosine)
     return torch.cat(turned, dim=-1).type_as(x)
 
 
 def training_text() -> str:
-    """All modules of the standard library that are neither skipped nor held out."""
+    """Returns all modules of the standard library that are neither skipped nor held out."""
     names = {path.relative_to(LIBRARY).as_posix() for path in LIBRARY.rglob("*.py")}
     skipped = {name for name in names for part in SKIPPED if fnmatch(f"/{name}/", f"*/{part}/*")}
     return _texts(sorted(names - skipped - set(HELDOUT_MODULES)))
 
 
 def heldout_code() -> str:
-    """The modules that are never trained on."""
+    """Returns the held-out modules."""
     return _texts(HELDOUT_MODULES)
 
 
 def heldout_prose() -> str:
-    """Topics of the language reference, as plain text."""
+    """Returns topics of the language reference as plain text."""
     return "\n".join(topics[name].strip() + "\n" for name in PROSE_TOPICS)
 
 
@@ -175,7 +175,7 @@ def _texts(names: Iterable[str]) -> str:
 def draw_windows(
     tokens: Tensor, context: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random windows of a text: tokens, int64 [count, context], and their successors."""
+    """Returns random windows of a text: tokens, int64 [count, context], and their successors."""
     starts = torch.randint(len(tokens) - context, (count, 1), generator=generator)
     windows = tokens[starts + torch.arange(context + 1)].long()
     return windows[:, :-1], windows[:, 1:]
@@ -183,7 +183,7 @@ def draw_windows(
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train: ``batch`` windows of the context length in each of ``steps`` steps."""
+    """The training schedule: ``batch`` windows of the context length in each of ``steps`` steps."""
 
     steps: int = 24000
     batch: int = 8
@@ -191,12 +191,12 @@ class Schedule:
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate: a linear warm-up under half a cosine down to almost nothing."""
+        """Returns the learning rate: linear warm-up, then half a cosine to 1 % of the peak."""
         return rate_at(self.rate, step, self.steps, warmup=WARMUP_STEPS, final=FINAL_RATE_FRACTION)
 
 
 class Trainer:
-    """A model, its optimiser and the number of steps done: all that a checkpoint holds."""
+    """A model, its optimiser and the number of steps done, which together form a checkpoint."""
 
     def __init__(self, config: Config, schedule: Schedule, tokens: Tensor) -> None:
         torch.manual_seed(schedule.seed)
@@ -208,7 +208,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
     def train_step(self, bfloat16: bool) -> Tensor:
-        """One step of the optimiser; returns the loss in nats per character."""
+        """Takes one optimiser step and returns the loss in nats per character."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
         inputs, targets = self._draw()
@@ -223,23 +223,23 @@ class Trainer:
         return loss.detach()
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        """Random windows [batch, context] and their successors."""
-        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have.
+        """Draws random windows [batch, context] and their successors."""
+        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
         generator = torch.Generator().manual_seed(self.schedule.seed << 32 | self.step)
         return draw_windows(self.tokens, self.config.context, self.schedule.batch, generator)
 
     def weights(self) -> dict[str, FloatArray]:
-        """The weights as float32 arrays, by the names of ``model.weight_shapes``."""
+        """Returns the weights as float32 arrays, by the names of ``model.weight_shapes``."""
         return {name: weight.numpy().copy() for name, weight in self.model.state_dict().items()}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Writes a checkpoint atomically."""
         states = self.model.state_dict(), self.optimiser.state_dict()
         with replacing(path) as file:
             torch.save((asdict(self.schedule), self.step, *states), file)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint, which must be of the same schedule."""
+        """Resumes from a checkpoint; exits if its schedule differs."""
         schedule, self.step, model, optimiser = torch.load(path)
         if schedule != asdict(self.schedule):
             raise SystemExit(f"{path} was written with other options: {schedule}")
@@ -248,7 +248,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, checkpoint: Path, options: argparse.Namespace) -> None:
-    """Run the steps that are left, with a checkpoint and a line of progress every so often."""
+    """Runs the remaining steps; writes checkpoints and progress every ``options.every`` steps."""
     watched = encode_text(heldout_code())[MEASURED_TOKENS:]
     losses: list[Tensor] = []
     while trainer.step < trainer.schedule.steps:
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; see ``--help``."""
+    """Runs the command; ``--help`` describes its options."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     schedule = Schedule(options.steps, options.batch, options.rate, options.seed)
