@@ -1,7 +1,7 @@
-"""Fresh processes: measured from outside as a whole, or from inside for the memory of one decoding.
+"""Measurements in fresh processes: the time of a whole process, or the memory of one decoding.
 
-``python -m sfpformat.bench.child REQUEST`` is the inside: it loads a small file to warm up, then the large
-one, and prints as JSON how far memory rose meanwhile.
+``python -m sfpformat.bench.child REQUEST`` loads a small file to warm up, then the large one, and prints the
+rise of memory as JSON.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ VMHWM, MAXRSS = "VmHWM", "ru_maxrss"
 
 
 class ChildError(SfpError):
-    """A process ended with a failure."""
+    """A child process failed."""
 
 
 def run_python(arguments: Sequence[str]) -> tuple[float, str]:
-    """Runs Python; the seconds from its start to its end, and what it printed.
+    """Runs Python and returns the seconds from start to end, and the standard output.
 
     Raises:
-        ChildError: it failed.
+        ChildError: the process failed.
     """
     root = str(Path(__file__).resolve().parents[2])
     before = os.environ.get("PYTHONPATH")
@@ -49,14 +49,18 @@ def run_python(arguments: Sequence[str]) -> tuple[float, str]:
 
 
 def loading_memory(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What `main` prints, of a process that was started for it."""
+    """Runs `main` in a new process and returns its answer.
+
+    Raises:
+        ChildError: the process failed.
+    """
     _, out = run_python(["-m", __name__, json.dumps(dict(request))])
     answer: dict[str, Any] = json.loads(out)
     return answer
 
 
 def fingerprint(tensors: Mapping[str, Array]) -> int:
-    """A checksum over names and bytes."""
+    """Returns a checksum over names and bytes."""
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(bits_of(tensors[name]).data, zlib.crc32(name.encode(), crc))
@@ -74,23 +78,23 @@ def _load(path: str, request: Mapping[str, Any]) -> Mapping[str, Array]:
 
 
 def _resident() -> tuple[int, int]:
-    """Bytes in memory now, and at the peak."""
+    """Returns the resident bytes now, and at the peak."""
     found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return _bytes_of(found["VmRSS"]), _bytes_of(found[VMHWM])
 
 
 def _bytes_of(words: str) -> int:
-    """Bytes of ``1234 kB``."""
+    """Parses a number of bytes such as ``1234 kB``."""
     return int(words.split()[0]) * 1024
 
 
 def _max_resident() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # KiB but on macOS
+    return peak if sys.platform == "darwin" else peak * 1024  # in KiB, except on macOS
 
 
 def _reset_peak() -> bool:
-    """Whether the system can forget the peak so far."""
+    """Resets the peak of memory; returns whether the system supports it."""
     try:
         _CLEAR.write_text(_RESET_PEAK)
         return VMHWM in _STATUS.read_text()
@@ -99,7 +103,7 @@ def _reset_peak() -> bool:
 
 
 def main() -> None:
-    """Loads what the first argument, a JSON object, asks for: heads, path, engine, threads."""
+    """Loads the files of the request in the first argument, a JSON object: heads, path, engine, threads."""
     request = json.loads(sys.argv[1])
     _load(request["heads"], request)
     can_reset = _reset_peak()

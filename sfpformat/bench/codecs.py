@@ -1,4 +1,4 @@
-"""Runners that encode and decode in memory: ours on a whole file, peers tensor by tensor."""
+"""Runners that encode and decode in memory: this package a whole file, peers tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .measure import Contender, Runner, WrongBitsError, seconds_of
 from .peers import Packer
 from .subject import Array, Tensors, bits_of, same_bits
 
-# Compares what was decoded with what was packed, and gives facts such as the error.
+# Compares decoded tensors with the originals, and returns facts such as the error.
 Judge = Callable[[Mapping[str, Array]], dict[str, float]]
 
 
@@ -28,22 +28,22 @@ class CodecRunner(Runner):
 
     @abstractmethod
     def encoder(self) -> Callable[[], Any]:
-        """The work of encoding; what is prepared here is not timed."""
+        """Returns the work of encoding. Preparation in this method is not timed."""
 
     @abstractmethod
     def decode(self) -> Any:
-        """Decodes what `check` kept."""
+        """Decodes the data that `measure_size` kept."""
 
     @abstractmethod
     def measure_size(self) -> int:
-        """Encodes once, keeps what comes out for decoding, and returns its bytes."""
+        """Encodes once, keeps the result for decoding, and returns its size in bytes."""
 
     @abstractmethod
     def judge(self, decoded: Any) -> dict[str, float]:
-        """Facts of what was decoded; raises WrongBitsError if it is not what it must be."""
+        """Returns facts of the decoded tensors; raises WrongBitsError if they are wrong."""
 
     def check(self) -> None:
-        """Encodes and decodes once."""
+        """Encodes and decodes once, and judges the result."""
         size = self.measure_size()
         facts = self.judge(self.decode())
         self._facts = {
@@ -54,16 +54,16 @@ class CodecRunner(Runner):
         }
 
     def facts(self) -> dict[str, float]:
-        """Sizes, and what `judge` found."""
+        """Returns sizes and the facts of `judge`."""
         return self._facts
 
     def once(self) -> dict[str, float]:
-        """Seconds of encoding and of decoding."""
+        """Returns the seconds of encoding and of decoding."""
         return {"encode_s": seconds_of(self.encoder), "decode_s": seconds_of(lambda: self.decode)}
 
 
 class OurRunner(CodecRunner):
-    """This package: arrays to the bytes of a file, and back, opening and all checksums included.
+    """This package: encodes arrays to the bytes of a file and decodes them, with opening and all checksums.
 
     The bytes must not depend on engine and threads, so runners with the same options share them.
     """
@@ -77,8 +77,8 @@ class OurRunner(CodecRunner):
         judge: Judge | None = None,
     ) -> None:
         """Args:
-        files: case and preset -> the bytes of the file, once a runner has made it.
-        judge: None asks for every bit.
+        files: (case, preset) -> the bytes of the file; the first runner adds them.
+        judge: compares the decoded tensors; None requires every bit.
         """
         super().__init__(contender, tensors)
         self._options = options
@@ -91,27 +91,31 @@ class OurRunner(CodecRunner):
         return save(self.tensors, options=self._options, engine=who.engine, threads=who.threads)
 
     def encoder(self) -> Callable[[], bytes]:
-        """Nothing is prepared."""
+        """Returns the work of encoding; there is no preparation."""
         return self._save
 
     @property
     def data(self) -> bytes:
-        """The file, once it was made."""
+        """The bytes of the file, after `measure_size`."""
         return self._files[self._key]
 
     def decode(self) -> Any:
-        """All tensors."""
+        """Decodes all tensors."""
         return load(self.data, engine=self.contender.engine, threads=self.contender.threads)
 
     def measure_size(self) -> int:
-        """The whole file."""
+        """Encodes once and returns the size of the whole file.
+
+        Raises:
+            WrongBitsError: the bytes differ from those of another engine or number of threads.
+        """
         data = self._save()
         if self._files.setdefault(self._key, data) != data:
             raise WrongBitsError("the file is another one than that of the engine or threads before")
         return len(data)
 
     def judge(self, decoded: Any) -> dict[str, float]:
-        """As asked for."""
+        """Calls the given judge."""
         return self._judge(decoded)
 
 
@@ -127,27 +131,31 @@ class PackerRunner(CodecRunner):
 
     @property
     def packer(self) -> Packer:
-        """Made when first used: importing a peer may take seconds, or fail."""
+        """The packer, created on first use: importing a peer can take seconds or fail."""
         if self._packer is None:
             self._packer = self._make(self.contender.threads)
         return self._packer
 
     def encoder(self) -> Callable[[], Any]:
-        """Hands over copies, since a peer may change them."""
+        """Prepares copies, because a peer may change its input."""
         prepared = self.packer.prepare(self._arrays)
         return lambda: self.packer.encode(prepared)
 
     def decode(self) -> list[Any]:
-        """All buffers."""
+        """Decodes all buffers."""
         return self.packer.decode(self._pieces)
 
     def measure_size(self) -> int:
-        """What the peer makes, without names, dtypes and shapes, which it does not store."""
+        """Encodes once and returns the bytes, without names, dtypes and shapes, which peers do not store."""
         self._pieces = self.encoder()()
         return sum(len(piece.data) for piece in self._pieces)
 
     def judge(self, decoded: Any) -> dict[str, float]:
-        """Every bit."""
+        """Compares every bit; returns no facts.
+
+        Raises:
+            WrongBitsError: a bit differs.
+        """
         if len(decoded) != len(self._arrays) or not all(
             np.array_equal(_buffer_bits(buffer), bits_of(array))
             for buffer, array in zip(decoded, self._arrays, strict=True)
@@ -161,7 +169,7 @@ def _buffer_bits(buffer: Any) -> Array:
 
 
 def require_same_bits(tensors: Mapping[str, Array], decoded: Mapping[str, Array]) -> dict[str, float]:
-    """No facts.
+    """Compares every bit; returns no facts.
 
     Raises:
         WrongBitsError: a bit differs.

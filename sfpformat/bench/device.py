@@ -1,6 +1,6 @@
-"""Tensors on a CUDA device, decoded there: what the sections are run on where ``--device`` is given.
+"""Benchmarks with ``--device``: tensors are decoded on a CUDA device.
 
-Bytes in memory or a file become tensors on the device: opening, checksums, the way there and decoding count.
+The time covers opening, checksums, copying to the device and decoding, from a file or bytes in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .subject import Tensors
 
 
 def device_of(name: str) -> Any:
-    """torch's device of that name."""
+    """Returns torch's device of that name."""
     return imported("torch").device(name)
 
 
 def why_not(name: str) -> str | None:
-    """Why tensors cannot be decoded on a device of that name, or None."""
+    """Returns why tensors cannot be decoded on a device of that name, or None."""
     try:
         torch = imported("torch")
         device = device_of(name)
@@ -46,7 +46,7 @@ def why_not(name: str) -> str | None:
 
 
 def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
-    """All tensors of a file, on a device."""
+    """Loads all tensors of a file to a device."""
     from ..decode.opening import open_any
     from ..torch.device import read_tensors
 
@@ -55,7 +55,7 @@ def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
 
 
 def safetensors_load_file(path: Path, name: str) -> dict[str, Any]:
-    """All tensors of a safetensors file, on a device."""
+    """Loads all tensors of a safetensors file to a device, and synchronises it."""
     device = device_of(name)
     loaded: dict[str, Any] = imported("safetensors.torch").load_file(path, device=str(device))
     if device.type == "cuda":
@@ -64,25 +64,25 @@ def safetensors_load_file(path: Path, name: str) -> dict[str, Any]:
 
 
 def arrays_of(tensors: Mapping[str, Any]) -> Tensors:
-    """Tensors brought back, as arrays."""
+    """Copies tensors to the CPU as arrays."""
     from ..torch.tensors import array_of
 
     return {name: array_of(tensor) for name, tensor in tensors.items()}
 
 
 class DeviceRunner(OurRunner):
-    """As `OurRunner`, but the tensors that it decodes stay on a device."""
+    """Like `OurRunner`, but decodes to tensors on a device."""
 
     def __init__(self, name: str, *given: Any) -> None:
         super().__init__(*given)
         self._name = name
 
     def decode(self) -> dict[str, Any]:
-        """All tensors."""
+        """Decodes all tensors to the device."""
         return load(self.data, self._name, self.contender.threads)
 
     def judge(self, decoded: Any) -> dict[str, float]:
-        """As asked for, of what is brought back."""
+        """Copies the tensors to the CPU and calls the given judge."""
         return super().judge(arrays_of(decoded))
 
 
@@ -94,6 +94,6 @@ def our_runner(
     files: dict[tuple[str | None, str | None], bytes],
     judge: Judge | None = None,
 ) -> OurRunner:
-    """A runner of ours, for arrays or for a device."""
+    """Creates a runner of this package, for arrays, or for a device if the settings name one."""
     given = contender, tensors, options, files, judge
     return OurRunner(*given) if settings.device is None else DeviceRunner(settings.device, *given)

@@ -1,4 +1,4 @@
-"""Facts that speeds depend on; nothing about who measures."""
+"""Facts about the system that speeds depend on; nothing that identifies the user or host."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _OTHERS = ("numba", "zlib-ng", "ml_dtypes")
 
 
 def cores() -> int:
-    """How many this process may run on."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def facts() -> dict[str, object]:
-    """Versions, architecture and number of cores."""
+    """Returns versions, architecture and number of cores."""
     return {
         "sfpformat": __version__,
         "python": platform.python_version(),
@@ -34,5 +34,5 @@ def facts() -> dict[str, object]:
 
 
 def not_installed() -> dict[str, str]:
-    """Peer -> why it cannot run here."""
+    """Returns the peers that cannot run here: name -> reason."""
     return {name: reason for name in PEERS if (reason := why_not(name)) is not None}

@@ -1,4 +1,4 @@
-"""The files that the sections ``load``, ``memory`` and ``startup`` read, each written when first needed."""
+"""The files that the sections ``load``, ``memory`` and ``startup`` read, each written on first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subject import Tensors, heads
 
 
 class Files:
-    """Files of a model, and of the first positions of its tensors."""
+    """Files of a model, and small files with the first positions of its tensors."""
 
     def __init__(self, tensors: Tensors, folder: Path) -> None:
         self.tensors = tensors
@@ -26,11 +26,11 @@ class Files:
         return heads(self.tensors)
 
     def packed(self, preset: str) -> Path:
-        """The lossless `.sfp` file."""
+        """Returns the path of the lossless `.sfp` file."""
         return self._packed(f"{preset}.sfp", lambda: self.tensors, preset)
 
     def packed_heads(self, preset: str) -> Path:
-        """A small `.sfp` file with all that the large one has, for compiling and warming up."""
+        """Returns the path of a small `.sfp` file with the same dtypes, for compiling and warming up."""
         return self._packed(f"{preset}.heads.sfp", lambda: self._heads, preset)
 
     def _packed(self, name: str, tensors: Callable[[], Tensors], preset: str) -> Path:
@@ -40,11 +40,11 @@ class Files:
         return path
 
     def raw(self) -> Path:
-        """The uncompressed safetensors file."""
+        """Returns the path of the uncompressed safetensors file."""
         return self._raw("raw.safetensors", lambda: self.tensors)
 
     def raw_heads(self) -> Path:
-        """A small safetensors file, as `packed_heads`."""
+        """Returns the path of a small safetensors file with the tensors of `packed_heads`."""
         return self._raw("raw.heads.safetensors", lambda: self._heads)
 
     def _raw(self, name: str, tensors: Callable[[], Tensors]) -> Path:

@@ -1,4 +1,4 @@
-"""Where the labels of points go so that none lies on another: geometry alone, in pixels."""
+"""Places the labels of points without overlaps. Geometry only, in pixels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_RINGS = (1.0, 1.6, 2.5, 4.0, 6.0, 8.5, 11.5, 15.0)  # distances that are tried, times the gap
+_RINGS = (1.0, 1.6, 2.5, 4.0, 6.0, 8.5, 11.5, 15.0)  # candidate distances, in gaps
 _DIRECTIONS = 24
 
 
 class Box(NamedTuple):
-    """A rectangle: left, lower, right and upper edge."""
+    """A rectangle with left, lower, right and upper edges."""
 
     left: float
     low: float
@@ -19,26 +19,26 @@ class Box(NamedTuple):
     high: float
 
     def overlap(self, other: Box) -> float:
-        """The area that two boxes share."""
+        """Returns the area that two boxes share."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.high, other.high) - max(self.low, other.low)
         return max(width, 0.0) * max(height, 0.0)
 
     def outside(self, bounds: Box) -> float:
-        """The area that lies beyond some bounds."""
+        """Returns the area outside of the bounds."""
         return (self.right - self.left) * (self.high - self.low) - self.overlap(bounds)
 
     def nearest(self, point: tuple[float, float]) -> tuple[float, float]:
-        """The place in the box that is nearest to a point."""
+        """Returns the point of the box that is nearest to a point."""
         x, y = point
         return min(max(x, self.left), self.right), min(max(y, self.low), self.high)
 
     def distance(self, point: tuple[float, float]) -> float:
-        """From a point to the box."""
+        """Returns the distance from a point to the box."""
         return math.dist(point, self.nearest(point))
 
     def grown(self, by: float) -> Box:
-        """A box larger on all sides."""
+        """Returns a box that is larger on all sides."""
         return Box(self.left - by, self.low - by, self.right + by, self.high + by)
 
 
@@ -49,17 +49,17 @@ def place(
     gap: float,
     obstacles: Sequence[Box] = (),
 ) -> list[Box]:
-    """A box for the label of each point: the nearest that touches no other label, point or obstacle.
+    """Returns a box for the label of each point: the nearest without overlap, else the one with the least.
 
-    Where there is none, that which overlaps least. Labels of points that stand close together come first.
-    A label that stands nearer to another point than to its own would mislead, and counts as overlapping.
+    Labels must not overlap other labels, points or obstacles. Labels of points that are close together are
+    placed first. A label that is nearer to another point than to its own counts as overlapping.
 
     Args:
-        points: where they are.
+        points: coordinates of the points.
         sizes: width and height of each label.
-        bounds: where labels may be.
-        gap: between a point and its label.
-        obstacles: what else must stay free.
+        bounds: the area for labels.
+        gap: distance between a point and its label.
+        obstacles: areas that must stay free.
     """
     dots = [Box(x, y, x, y).grown(gap / 2) for x, y in points]
     placed: dict[int, Box] = {}
@@ -86,7 +86,7 @@ def _distance_to_others(points: Sequence[tuple[float, float]], i: int) -> float:
 
 
 def _candidates(point: tuple[float, float], size: tuple[float, float], gap: float) -> list[Box]:
-    """Boxes around a point, the nearest first; within a ring those to the right first."""
+    """Returns boxes around a point, nearest first; within a ring, those to the right first."""
     (x, y), (width, height) = point, size
     out = []
     for ring in _RINGS:

@@ -1,4 +1,4 @@
-"""Section ``load``: from a path to arrays in memory, beside safetensors; files are in the page cache."""
+"""Section ``load``: loading a file to arrays, compared with safetensors; files are in the page cache."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Load = Callable[[Path], Mapping[str, Any]]
 
 
 def safetensors_load_file(path: Path) -> Mapping[str, Array]:
-    """All arrays; safetensors copies each out of the mapped file, so that its bytes are in memory."""
+    """Loads all arrays; safetensors copies each from the mapped file, so that its bytes are in memory."""
     loaded: Mapping[str, Array] = imported("safetensors.numpy").load_file(path)
     return loaded
 
 
 def safetensors_get_tensor(path: Path) -> Mapping[str, Array]:
-    """All arrays, one by one; copies too."""
+    """Loads all arrays one by one; safetensors copies these too."""
     with imported("safetensors").safe_open(path, framework="np") as file:
-        names = file.keys()  # the file itself is no mapping
+        names = file.keys()  # the file itself is not a mapping
         return {name: file.get_tensor(name) for name in names}
 
 
@@ -38,7 +38,7 @@ WAYS: dict[str, Load] = {"load_file": safetensors_load_file, "safe_open": safete
 
 
 class LoadRunner(Runner):
-    """Loads a file; the first time, in `check`, brings it into the page cache."""
+    """Loads a file. `check` loads it once, which puts it into the page cache."""
 
     def __init__(
         self,
@@ -49,28 +49,28 @@ class LoadRunner(Runner):
         arrays_of: Callable[[Mapping[str, Any]], Mapping[str, Array]] = lambda arrays: arrays,
     ) -> None:
         """Args:
-        arrays_of: makes arrays of what is loaded, where it is something else.
+        arrays_of: converts the loaded tensors to arrays.
         """
         super().__init__(contender)
         self._files, self._path, self._load, self._arrays_of = files, path, load, arrays_of
 
     def check(self) -> None:
-        """Every bit."""
+        """Loads once and compares every bit."""
         require_same_bits(self._files.tensors, self._arrays_of(self._load(self._path())))
 
     def facts(self) -> dict[str, float]:
-        """Sizes."""
+        """Returns the sizes of the tensors and of the file."""
         raw = sum(array.nbytes for array in self._files.tensors.values())
         return {"raw_bytes": raw, "size_bytes": self._path().stat().st_size}
 
     def once(self) -> dict[str, float]:
-        """Seconds of loading."""
+        """Returns the seconds of loading."""
         path = self._path()
         return {"load_s": seconds_of(lambda: lambda: self._load(path))}
 
 
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
-    """Ours with every engine, preset and number of threads, and the ways of safetensors."""
+    """Returns runners of this package for every engine, preset and number of threads, and of safetensors."""
     files = Files(subject.tensors, settings.folder)
     if settings.device is not None:
         return _on_device(files, settings, settings.device)
@@ -82,7 +82,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
 
 
 def _on_device(files: Files, settings: Settings, name: str) -> list[Runner]:
-    """Ours, and safetensors, to tensors on a device."""
+    """Returns runners of this package and of safetensors that load tensors to a device."""
     arrays = device.arrays_of
     out: list[Runner] = []
     for contender in settings.ours():
@@ -103,7 +103,7 @@ def _ours(contender: Contender, files: Files) -> LoadRunner:
 
 
 def results(records: Sequence[Record]) -> list[Result]:
-    """Speeds, and for ours the disk speed at which safetensors begins to win."""
+    """Returns speeds, and for this package the disk speed above which safetensors is faster."""
     ways = [record for record in records if not record.contender.is_ours]
     fastest = min(ways, key=lambda record: Spread.of(record.samples["load_s"]).median, default=None)
     return [_result(record, fastest) for record in records]

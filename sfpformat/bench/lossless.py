@@ -1,4 +1,4 @@
-"""Section ``lossless``: a model as it is, every bit of it, in memory."""
+"""Section ``lossless``: bit-exact encoding and decoding of a model in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "lossless"
 
 
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
-    """Ours with every engine, preset and number of threads, and the peers that pack."""
+    """Returns runners of this package for every engine, preset and number of threads, and of peers."""
     files: dict[tuple[str | None, str | None], bytes] = {}
     out: list[Runner] = [
         our_runner(settings, contender, subject.tensors, PRESETS[contender.preset or "default"], files)

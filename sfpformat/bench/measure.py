@@ -1,4 +1,4 @@
-"""Rounds of contenders that take turns, and what is made of their times."""
+"""Round-robin measurements of contenders, and their statistics."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..errors import SfpError
 
 T = TypeVar("T")
 
-# What takes less is repeated within a round, so that the clock and the first cache misses do not weigh.
+# Shorter work is repeated within a round, so that clock resolution and cache misses have little effect.
 _SHORTEST_SECONDS = 0.05
 _MOST_REPEATS = 50
 
 
 class WrongBitsError(SfpError):
-    """A contender did not give back what it was given."""
+    """A contender did not reproduce its input."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing: the median, and the quartiles below and above it."""
+    """Median, lower quartile and upper quartile of several measurements."""
 
     median: float
     low: float
@@ -34,24 +34,24 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of some values, at least one."""
+        """Computes the spread of at least one value."""
         low, median, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75))
         return cls(float(median), float(low), float(high))
 
     def to_json(self) -> dict[str, float]:
-        """For a machine."""
+        """Returns the fields as a JSON object."""
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who runs.
+    """A configuration that is measured.
 
     Attributes:
-        name: ``sfp``, or the peer's.
-        threads: how many it may use.
-        engine, preset: of ``sfp`` only.
-        case: what it is run on or how, where a section has several.
+        name: ``sfp``, or the peer's name.
+        threads: the maximum number of threads.
+        engine, preset: only of ``sfp``.
+        case: the data or method, if a section has several.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Contender:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is this package."""
+        """Whether the contender is this package, with an engine."""
         return self.engine is not None
 
     @property
@@ -79,27 +79,29 @@ class Runner(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Does the work once, not timed: warms up, and compares what comes out with what went in.
+        """Does the work once without timing: warms up, and compares output with input.
 
         Raises:
-            WrongBitsError: they differ.
+            WrongBitsError: output and input differ.
         """
 
     @abstractmethod
     def once(self) -> dict[str, float]:
-        """Does the work once: measure -> value (seconds, or bytes)."""
+        """Does the work once and returns its measurements: measure -> value (seconds or bytes)."""
 
     def facts(self) -> dict[str, float]:
-        """What does not change from round to round; known after `check`."""
+        """Returns facts that are the same in all rounds; available after `check`."""
         return {}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one contender did.
+    """The measurements of one contender.
 
     Attributes:
-        samples: measure -> its values, one a round; those of one round stand at the same place for all.
+        contender: the contender.
+        facts: the facts of its runner.
+        samples: measure -> values, one for each round, in the order of the rounds.
     """
 
     contender: Contender
@@ -109,14 +111,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A contender that was left out, and why."""
+    """An excluded contender and the reason."""
 
     contender: Contender
     reason: str
 
 
 def turned(items: Sequence[T], by: int) -> list[T]:
-    """The items in the same order, beginning with another."""
+    """Returns the items rotated to the left by ``by`` places."""
     start = by % len(items) if items else 0
     return [*items[start:], *items[:start]]
 
@@ -124,15 +126,16 @@ def turned(items: Sequence[T], by: int) -> list[T]:
 def race(
     runners: Sequence[Runner], rounds: int, at: Callable[[str], None] = lambda words: None
 ) -> tuple[list[Record], list[Refusal]]:
-    """Lets every runner run once a round, each round beginning with the next one.
+    """Runs all runners round-robin; each round starts with the next runner.
 
     Args:
-        rounds: how many.
-        at: called before each step with what is run; there are ``len(runners) * (rounds + 1)``, less the
-            rounds of those that are refused.
+        runners: the runners; each is checked first.
+        rounds: number of rounds.
+        at: called before each step with its description. There are ``len(runners) * (rounds + 1)`` steps,
+            minus the rounds of excluded runners.
 
     Returns:
-        What they did, in the order of the runners, and who was left out.
+        The records, in the order of the runners, and the excluded contenders.
     """
     records: list[Record] = []
     refusals: list[Refusal] = []
@@ -141,7 +144,7 @@ def race(
         at(f"check {runner.contender.words}")
         try:
             runner.check()
-        except Exception as error:  # a peer may fail in any way; the others still run
+        except Exception as error:  # a peer can raise anything; the others still run
             refusals.append(Refusal(runner.contender, f"{type(error).__name__}: {error}"))
             continue
         record = Record(runner.contender, runner.facts())
@@ -156,12 +159,12 @@ def race(
 
 
 def seconds_of(prepare: Callable[[], Callable[[], object]]) -> float:
-    """How long some work takes, on average where it is so short that it is repeated.
+    """Returns the seconds that work takes; the mean if it is short and repeated.
 
-    Results are let go within the time: who is quick in making them must also give the memory back.
+    The time includes the release of the result, because freeing memory is part of the cost.
 
     Args:
-        prepare: called anew before each repetition, not timed; gives the work.
+        prepare: called before each repetition, not timed; returns the work.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -182,10 +185,10 @@ def seconds_of(prepare: Callable[[], Callable[[], object]]) -> float:
 def break_even(
     raw_bytes: float, raw_seconds: float, packed_bytes: float, packed_seconds: float
 ) -> float | None:
-    """The disk speed, in bytes a second, under which the packed file is there sooner than the raw one.
+    """Returns the disk speed, in bytes a second, below which the packed file loads faster than the raw one.
 
-    Both times are with the file in the page cache: reading from a disk of speed d adds bytes / d. None where
-    the packed file is as quick without that, or not smaller.
+    Both times are measured with the file in the page cache; reading from a disk of speed d adds bytes / d.
+    None if the packed file is faster at any disk speed, or not smaller.
     """
     if packed_seconds <= raw_seconds or packed_bytes >= raw_bytes:
         return None

@@ -1,4 +1,4 @@
-"""Section ``memory``: how far memory rises while a file is loaded, in a fresh process each time."""
+"""Section ``memory``: the rise of memory while a file is loaded, in a fresh process each time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .settings import Settings
 from .subject import Subject
 
 NAME = "memory"
-# Peaks hardly differ between rounds, and each takes a process.
+# Peaks hardly differ between rounds, and each round starts a process.
 MOST_ROUNDS = 3
 
 
 class MemoryRunner(Runner):
-    """Loads a file in a process of its own, warmed up by a small one."""
+    """Loads a file in a fresh process, after a small file as warm-up."""
 
     def __init__(
         self, contender: Contender, files: Files, path: Callable[[], Path], small: Callable[[], Path]
@@ -38,29 +38,29 @@ class MemoryRunner(Runner):
         return loading_memory(request)
 
     def check(self) -> None:
-        """Every bit, by a checksum."""
+        """Loads once and compares a checksum of all bits."""
         self._answer = self._ask()
         if self._answer["fingerprint"] != fingerprint(self._files.tensors):
             raise WrongBitsError("what was loaded differs from what was saved")
 
     def facts(self) -> dict[str, float]:
-        """Bytes of the arrays, and whether the peak could be reset."""
+        """Returns the bytes of the arrays, and whether the peak could be reset."""
         return {"output_bytes": self._answer["output_bytes"], "reset": self._answer["method"] == VMHWM}
 
     def once(self) -> dict[str, float]:
-        """Bytes at the peak beyond what was there before."""
+        """Returns the peak bytes minus the bytes before loading."""
         return {"growth": self._ask()["growth"]}
 
 
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
-    """Ours with every engine and number of threads at the first preset, and safetensors."""
+    """Returns runners of this package, with the first preset, and of safetensors."""
     files = Files(subject.tensors, settings.folder)
     preset = settings.presets[0]
     out: list[Runner] = [
         MemoryRunner(contender, files, lambda: files.packed(preset), lambda: files.packed_heads(preset))
         for contender in settings.ours(presets=(preset,))
     ]
-    # Its own files are those of the section `load`.
+    # safetensors is a peer of the section `load`.
     out += [
         MemoryRunner(Contender(name), files, files.raw, files.raw_heads) for name in settings.peers("load")
     ]
@@ -68,7 +68,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
 
 
 def results(records: Sequence[Record]) -> list[Result]:
-    """Peaks, the arrays themselves not counted."""
+    """Returns the peaks without the arrays themselves."""
     return [
         Result(
             NAME,

@@ -1,7 +1,7 @@
 """NNCodec 2.1.3 (MPEG NNC, ISO/IEC 15938-17) on one float32 matrix, through its C++ extension.
 
-The arguments are those that `nncodec.nnc.compress` passes by default, so the payload is the same byte for
-byte; what the package wraps around it (34 to 36 bytes a tensor) is not counted.
+The arguments are the defaults of `nncodec.nnc.compress`, so the payload is the same byte for byte. The
+package's header (34 to 36 bytes a tensor) is not counted.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from .peers import imported
 
 F32 = NDArray[np.float32]
 
-# Steps an octave = 2^7, the finest the standard's field holds; the error of a step is < 0.4 %.
+# 2^7 steps an octave, the maximum of the standard's field; the error of a step is < 0.4 %.
 _QP_DENSITY = 7
-_UNARY_LENGTH = 11  # greater-than flags with contexts of their own: the package's default
-_SLACK = bytes(16)  # the arithmetic decoder knows no end and may look past it
+_UNARY_LENGTH = 11  # number of greater-than flags with their own contexts: the package's default
+_SLACK = bytes(16)  # the arithmetic decoder may read past the end
 
 
 def parameter_of(step: float) -> int:
-    """The quantisation parameter nearest to a step."""
+    """Returns the quantisation parameter nearest to a step."""
     octave = math.floor(math.log2(step))
     return (octave << _QP_DENSITY) + round((step / 2.0**octave - 1) * (1 << _QP_DENSITY))
 
 
 def step_of(parameter: int) -> float:
-    """The step of a quantisation parameter; float32 holds it exactly."""
+    """Returns the step of a quantisation parameter, which float32 represents exactly."""
     octave, part = divmod(parameter, 1 << _QP_DENSITY)
     return 2.0**octave * (1 + part / (1 << _QP_DENSITY))
 
 
 def encode(matrix: F32, step: float, *, dependent: bool = False) -> tuple[bytes, int, float]:
-    """The payload of a matrix quantised with a step, its quantisation parameter, and the seconds it took."""
+    """Encodes a matrix quantised with a step; returns payload, quantisation parameter and seconds."""
     codec = _extension()
     qp = parameter_of(step)
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def encode(matrix: F32, step: float, *, dependent: bool = False) -> tuple[bytes,
 
 
 def decode(payload: bytes, shape: tuple[int, ...], qp: int, *, dependent: bool = False) -> tuple[F32, float]:
-    """The matrix of a payload, and the seconds it took."""
+    """Decodes a payload; returns the matrix and the seconds."""
     codec = _extension()
     stream = np.frombuffer(payload + _SLACK, np.uint8)
     start = time.perf_counter()

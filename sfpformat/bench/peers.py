@@ -1,7 +1,7 @@
-"""The peers: other packages that compress or load tensors, each used as its documentation does, if installed.
+"""The peers: other packages that compress or load tensors, used as documented, if installed.
 
-Rules: a peer packs tensor by tensor, from bytes in memory to bytes in memory. What it cannot take it counts
-and copies as raw bytes. Packages are imported when they are used, and with their warnings left to themselves.
+Rules: a peer packs tensor by tensor, from memory to memory. Tensors that it does not support are counted and
+copied as raw bytes. Packages are imported lazily, with their warnings suppressed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..dtypes import DTYPES, of_numpy
 from .subject import Array, bits_of
 
 _ZSTANDARD_LEVEL = 3
-# ZipNN does not take what is very small.
+# ZipNN does not support very small tensors.
 _ZIPNN_LEAST_BYTES = 4096
 _ZIPNN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PCODEC_KINDS, _PCODEC_LEAST_ITEM = "fiu", 2
@@ -29,11 +29,11 @@ _BF16 = DTYPES["BF16"].numpy
 
 
 class Piece(NamedTuple):
-    """A tensor as a peer left it.
+    """A tensor packed by a peer.
 
     Attributes:
-        data: its bytes.
-        how: what decoding needs to know; None for raw bytes.
+        data: the packed bytes.
+        how: the packer's information for decoding; None for raw bytes.
     """
 
     data: Any
@@ -41,31 +41,31 @@ class Piece(NamedTuple):
 
 
 class Packer(Protocol):
-    """A peer that packs; sequences are of tensors, none of them empty."""
+    """A peer that packs sequences of non-empty tensors."""
 
     def prepare(self, arrays: Sequence[Array]) -> list[Any]:
-        """What `encode` takes, made anew for each call and not timed."""
+        """Returns the input of `encode`; called before each call of it, not timed."""
 
     def encode(self, prepared: list[Any]) -> list[Piece]:
-        """Packs all."""
+        """Packs all tensors."""
 
     def decode(self, pieces: list[Piece]) -> list[Any]:
-        """All bytes again, in buffers."""
+        """Unpacks all tensors to buffers."""
 
 
 class ZstandardPacker:
-    """zstandard, one frame a tensor; with threads, frames side by side."""
+    """zstandard, one frame a tensor; with several threads, frames in parallel."""
 
     def __init__(self, threads: int) -> None:
         self._zstandard = imported("zstandard")
         self._threads = threads
 
     def prepare(self, arrays: Sequence[Array]) -> list[Any]:
-        """As bytes."""
+        """Returns the tensors as bytes."""
         return [array.tobytes() for array in arrays]
 
     def encode(self, prepared: list[Any]) -> list[Piece]:
-        """At the level that is its default."""
+        """Packs at zstandard's default level."""
         compressor = self._zstandard.ZstdCompressor(level=_ZSTANDARD_LEVEL)
         if self._threads == 1:
             return [Piece(compressor.compress(blob), "zstd") for blob in prepared]
@@ -73,7 +73,7 @@ class ZstandardPacker:
         return [Piece(frame.tobytes(), "zstd") for frame in frames]
 
     def decode(self, pieces: list[Piece]) -> list[Any]:
-        """Of several threads, views of their common buffers."""
+        """Unpacks all frames; with several threads, to views of shared buffers."""
         decompressor = self._zstandard.ZstdDecompressor()
         if self._threads == 1:
             return [decompressor.decompress(piece.data) for piece in pieces]
@@ -82,7 +82,7 @@ class ZstandardPacker:
 
 
 class ZipnnPacker:
-    """ZipNN, told the dtype of each tensor."""
+    """ZipNN, with the dtype of each tensor as argument."""
 
     def __init__(self, threads: int) -> None:
         maker = imported("zipnn").ZipNN
@@ -92,7 +92,7 @@ class ZipnnPacker:
         }
 
     def prepare(self, arrays: Sequence[Array]) -> list[Any]:
-        """Each with its dtype; fresh copies, because ZipNN works on what it is given."""
+        """Returns copies with their dtypes; copies, because ZipNN modifies its input."""
         out = []
         for array in arrays:
             known = of_numpy(array.dtype)
@@ -101,7 +101,7 @@ class ZipnnPacker:
         return out
 
     def encode(self, prepared: list[Any]) -> list[Piece]:
-        """Raw what ZipNN does not take."""
+        """Packs all tensors; unsupported ones stay raw."""
         return [self._encode_one(blob, dtype) for blob, dtype in prepared]
 
     def _encode_one(self, blob: bytearray, dtype: str | None) -> Piece:
@@ -110,7 +110,7 @@ class ZipnnPacker:
         return Piece(self._coders[dtype].compress(blob), dtype)
 
     def decode(self, pieces: list[Piece]) -> list[Any]:
-        """As bytearrays."""
+        """Unpacks all tensors to bytearrays."""
         return [
             bytearray(piece.data) if piece.how is None else self._coders[piece.how].decompress(piece.data)
             for piece in pieces
@@ -118,18 +118,18 @@ class ZipnnPacker:
 
 
 class PcodecPacker:
-    """pcodec at its default level. BF16, which it lacks, it is given as integers in the order of values."""
+    """pcodec at its default level. It lacks BF16, which is passed as integers in the order of values."""
 
     def __init__(self, threads: int) -> None:
         pcodec = imported("pcodec")
         self._standalone, self._config = pcodec.standalone, pcodec.ChunkConfig()
 
     def prepare(self, arrays: Sequence[Array]) -> list[Any]:
-        """Flat arrays."""
+        """Returns flat arrays."""
         return [np.ascontiguousarray(array).reshape(-1) for array in arrays]
 
     def encode(self, prepared: list[Any]) -> list[Piece]:
-        """Making integers of BF16 is part of the work."""
+        """Packs all tensors; the time includes the conversion of BF16 to integers."""
         return [self._encode_one(array) for array in prepared]
 
     def _encode_one(self, array: Array) -> Piece:
@@ -141,7 +141,7 @@ class PcodecPacker:
         return Piece(array.tobytes(), None)
 
     def decode(self, pieces: list[Piece]) -> list[Any]:
-        """As arrays."""
+        """Unpacks all tensors to arrays; raw ones to bytearrays."""
         return [self._decode_one(piece) for piece in pieces]
 
     def _decode_one(self, piece: Piece) -> Any:
@@ -152,7 +152,7 @@ class PcodecPacker:
 
 
 def ordered_of_bf16(patterns: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """BF16 patterns as integers in the order of their values: of negatives all bits flip, else the sign."""
+    """Maps BF16 patterns to integers in value order: flips all bits of negatives, else the sign bit."""
     flips = (patterns.view(np.int16) >> 15).view(np.uint16)
     flips |= 0x8000
     flips ^= patterns
@@ -172,11 +172,11 @@ class Peer:
     """A package to compare with.
 
     Attributes:
-        section: where it runs.
-        modules: what must be importable.
-        threaded: whether it takes a number of threads.
-        packer: threads -> packer, of those in the section ``lossless``.
-        install: what to give pip.
+        section: the section in which it runs.
+        modules: the modules that must be importable.
+        threaded: whether it supports several threads.
+        packer: threads -> packer; only for the section ``lossless``.
+        install: the arguments of ``pip install``.
     """
 
     section: str
@@ -202,7 +202,7 @@ PEERS: dict[str, Peer] = {
 
 
 def why_not(name: str) -> str | None:
-    """Why a peer cannot be used here, or None."""
+    """Returns why a peer cannot be used here, or None."""
     missing = [module for module in PEERS[name].modules if importlib.util.find_spec(module) is None]
     if not missing:
         return None
@@ -210,7 +210,7 @@ def why_not(name: str) -> str | None:
 
 
 def version_of(name: str) -> str | None:
-    """The version of an installed package, or None."""
+    """Returns the version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -218,7 +218,7 @@ def version_of(name: str) -> str | None:
 
 
 def imported(module: str) -> Any:
-    """A peer's module; what it or its dependencies warn of is not for our users to mend."""
+    """Imports a peer's module without its warnings, which our users cannot fix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The picture of the section ``lossless``: size against decoding speed."""
+"""The plot of the section ``lossless``: size against decoding speed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .results import Result
 SUFFIXES = (".png", ".svg")
 HOW_TO_INSTALL = "matplotlib is not installed; pip install 'sfpformat[plot]'"
 
-# Ours by engine, in colours that are told apart by most eyes; peers in grey, told apart by their markers.
+# This package by engine, in colours that most people can distinguish; peers in grey, with different markers.
 _OURS = {"numba": "#d1495b", "python": "#2a6f97"}
 _OTHER_OURS, _PEERS = "#6a4c93", "#555555"
 _MARKERS = ("s", "D", "^", "v", "P")
 _LABEL_POINTS = 9.0
-# Points that are closer, in gaps between point and label, have lines to their labels.
+# Points with a smaller distance, in gaps between point and label, get lines to their labels.
 _CROWDED = 4.0
 _WIDTH_A_PANEL, _HEIGHT, _DPI = 7.2, 6.2, 150
 
 
 def why_not() -> str | None:
-    """Why no picture can be drawn here, or None."""
+    """Returns why no plot can be drawn here, or None."""
     return None if importlib.util.find_spec("matplotlib") else HOW_TO_INSTALL
 
 
@@ -34,11 +34,12 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """Draws the results of the section ``lossless``, a panel for each number of threads.
 
     Args:
-        title: what was measured.
-        path: of the picture; its suffix says the kind.
+        results: results; other sections are ignored.
+        title: title of the plot.
+        path: path of the plot; its suffix determines the format.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 
 
 def _panels(results: Sequence[Result]) -> dict[int, list[Result]]:
-    """Threads -> who is shown: those who ran with as many, and peers that take one only."""
+    """Groups results by number of threads; peers that only support one thread are in all groups."""
     panels: dict[int, list[Result]] = {}
     for threads in sorted({result.contender.threads for result in results if result.contender.is_ours}):
         several = {result.contender.name for result in results if result.contender.threads == threads}
@@ -99,12 +100,12 @@ def _draw_points(axis: Any, rows: Sequence[Result]) -> None:
 
 
 def _plain_number(value: float, position: object) -> str:
-    """Ticks at 1, 2 and 5 times a power of ten, without exponents."""
+    """Formats ticks at 1, 2 and 5 times a power of ten without exponents; others are empty."""
     return f"{value:g}" if f"{value:e}"[0] in "125" and f"{value:e}"[2:8] == "000000" else ""
 
 
 def _widen(axis: Any) -> None:
-    """Room for labels on all sides."""
+    """Widens the axis limits to make room for labels."""
     left, right = axis.get_xlim()
     low, high = axis.get_ylim()
     margin = max(right - left, 0.01) * 0.22
@@ -114,7 +115,7 @@ def _widen(axis: Any) -> None:
 
 
 def _draw_labels(axis: Any, rows: Sequence[Result], renderer: Any) -> None:
-    """Writes each name beside its point, with a line to it where it is not plain whose it is."""
+    """Writes each name next to its point, with a line to it if the label could be ambiguous."""
     pixels = [tuple(map(float, axis.transData.transform(_place_of(row)))) for row in rows]
     texts = [
         axis.text(0, 0, _words(row), fontsize=_LABEL_POINTS, color=_colour_of(row), linespacing=1.0)

@@ -1,9 +1,9 @@
-"""``sfp bench pruning``: what pruning costs by each method, in perplexity, over seeds of model and learning.
+"""``sfp bench pruning``: the perplexity after pruning by each method, over seeds of model and learning.
 
-The first model is the one that the package carries. Those of the other seeds are trained as it was, for fewer
-steps, by `sfpformat.demo.train` in a process of its own; they are kept in the user's cache. Perplexities are
-taken on the held-out texts, which neither training nor calibration sees. Rows can be kept in a file as they
-come, so that a run that was broken off goes on. Needs torch.
+The model of seed 0 is in the package. Models of other seeds are trained in the same way, for fewer steps, by
+`sfpformat.demo.train` in a separate process, and stored in the user's cache. Perplexities are measured on the
+held-out texts, which neither training nor calibration uses. Rows can be appended to a file as they are
+measured, so that an interrupted run can resume. Needs torch.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from ..pruning.thresholds import achieved
 from .child import run_python
 from .pruning_rows import FIELDS, KeptRows, Row
 
-MODEL_STEPS = 3000  # of training another seed's model: an eighth of those of the carried one
-CACHE = "SFPFORMAT_CACHE"  # the folder for trained models, else that of the user's caches
-EVALUATED_TOKENS = 1 << 14  # of each held-out text; one more is read, as first context
+MODEL_STEPS = 3000  # of training another seed's model: an eighth of those of the package's model
+CACHE = "SFPFORMAT_CACHE"  # environment variable: folder for trained models instead of the user's cache
+EVALUATED_TOKENS = 1 << 14  # of each held-out text, plus one as the first context
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The measurements to make.
 
     Attributes:
-        methods: of `METHODS`.
-        sparsities: shares.
-        seeds: how many, from 0 on.
-        steps: of learning and of tuning.
-        model_steps: of training the models of seeds above 0.
-        threads: of torch.
+        methods: names in `METHODS`.
+        sparsities: target sparsities.
+        seeds: number of seeds, from 0.
+        steps: number of steps of learning and of tuning.
+        model_steps: number of training steps for the models of seeds above 0.
+        threads: number of torch's threads.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -58,28 +58,28 @@ class Plan:
     threads: int = 1
 
     def amount(self) -> int:
-        """How often the progress of `rows` is advanced, about."""
+        """Returns approximately how often `rows` advances the progress."""
         once = sum(steps_of(method, self.steps) + 1 for method in self.methods)
         return self.seeds * len(self.sparsities) * once
 
     def identity(self, seed: int, sparsity: float, method: str) -> tuple[object, ...]:
-        """The fields of a row that tell it from others, as in `pruning_rows.IDENTITY`."""
+        """Returns the values of `pruning_rows.IDENTITY`, which identify a row."""
         return method, sparsity, seed, self.steps, self.model_steps if seed else None
 
 
 def rows(
     plan: Plan, advance: Callable[[int], None], at: Callable[[str], None], path: Path | None = None
 ) -> Iterator[Row]:
-    """A row of `FIELDS` for each seed, sparsity and method, as soon as it is measured.
+    """Yields a row of `FIELDS` for each seed, sparsity and method, as soon as it is measured.
 
     Args:
-        plan: what is measured.
-        advance, at: of the progress.
-        path: of a file to which rows are added, and whose rows are taken instead of measuring again.
+        plan: the measurements to make.
+        advance, at: called with the number of steps done, and with a description of the next one.
+        path: a file to which rows are appended. Rows that it already has are not measured again.
 
     Raises:
         ChildError: a model could not be trained.
-        LockedFileError, MismatchError, OSError: of the file.
+        LockedFileError, MismatchError, OSError: the file is in use, has other contents, or cannot be read.
     """
     import torch
 
@@ -100,7 +100,7 @@ def rows(
 
 
 class _Subject:
-    """A seed's model, and what is measured on it; nothing is done before the first row."""
+    """The model of a seed and its measurements, computed lazily."""
 
     def __init__(
         self, plan: Plan, seed: int, advance: Callable[[int], None], at: Callable[[str], None]
@@ -124,7 +124,7 @@ class _Subject:
         return Bench(self._model[0], self._plan.steps, self._seed, CALIBRATION_BATCHES, progress)
 
     def row(self, method: str, sparsity: float) -> Row:
-        """The fields of `FIELDS`, in their order."""
+        """Prunes and evaluates; returns the fields of `FIELDS`, in their order."""
         bench, dense = self._bench, self._dense
         self._at(f"seed {self._seed}, {sparsity:.0%}: {method}")
         pruned = bench.prune(method, sparsity)
@@ -154,16 +154,16 @@ def _evaluated(tensors: dict[str, NDArray[np.generic]], kind: str) -> float:
 
 
 def cache_folder() -> Path:
-    """Where trained models are kept: outside of the package, under the user's caches."""
+    """Returns the folder for trained models: `CACHE` if it is set, else in the user's cache."""
     chosen = os.environ.get(CACHE)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(base) / "sfpformat"
 
 
 def model_of(seed: int, steps: int, threads: int) -> tuple[dict[str, NDArray[np.generic]], float | None]:
-    """A seed's weights, and the seconds that training took, None for those that the package carries.
+    """Returns a seed's weights, and the seconds of training; None for the package's model.
 
-    A model is trained when it is first asked for; what was interrupted goes on where it stopped.
+    A model is trained on first use. Interrupted training resumes.
 
     Raises:
         ChildError: training failed.

@@ -1,4 +1,4 @@
-"""The rows of ``sfp bench pruning``: their fields, a file that keeps them, and the table of them."""
+"""The rows of ``sfp bench pruning``: their fields, the file that stores them, and a summary table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..io.filesystem import open_locked
 
 Row = dict[str, object]
 
-# Field of a row -> what it is.
+# Field of a row -> its description.
 FIELDS = {
     "method": "one of sfpformat.demo.methods.METHODS",
     "sparsity": "the share of the linear layers' weights that was asked for",
@@ -33,25 +33,25 @@ FIELDS = {
     "model_steps": "of training the model, or null for the one that the package carries",
     "training_seconds": "what those took, or null",
 }
-_START = json.dumps({next(iter(FIELDS)): ""})[:-2].encode()  # of the line of a row
-# What tells a row from others.
+_START = json.dumps({next(iter(FIELDS)): ""})[:-2].encode()  # the first bytes of each line
+# The fields that identify a row.
 IDENTITY = ("method", "sparsity", "seed", "steps", "model_steps")
 
 
 class KeptRows:
-    """Rows in a file, a JSON object a line, each on the disk before the next is measured: a context manager.
+    """A file of rows, one JSON object a line, each written to disk before the next. A context manager.
 
-    A last line that was cut off, as by a process that was ended, is removed.
+    An incomplete last line, for example of an interrupted process, is removed.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, or makes it.
+        """Opens or creates the file.
 
         Raises:
-            LockedFileError: another process has it.
-            MismatchError: it holds something else than rows.
-            OptionError: it is not a file.
-            OSError: it cannot be read.
+            LockedFileError: another process uses the file.
+            MismatchError: the file has other contents than rows.
+            OptionError: the path is not a file.
+            OSError: the file cannot be read.
         """
         self._file, _ = open_locked(real_target(path))
         try:
@@ -77,11 +77,11 @@ class KeptRows:
         return found
 
     def find(self, *identity: object) -> Row | None:
-        """The row with these values of `IDENTITY`, if it is there."""
+        """Returns the row with these values of `IDENTITY`, or None."""
         return self._rows.get(identity)
 
     def add(self, row: Row) -> None:
-        """Writes a row."""
+        """Appends a row and writes it to disk."""
         self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -100,7 +100,7 @@ def _identity(row: Row) -> tuple[object, ...]:
     return tuple(row[name] for name in IDENTITY)
 
 
-# Kind of text -> the field of its perplexity, and that of the dense model's.
+# Kind of text -> the fields of the perplexity and of the dense model's perplexity.
 RISES = {
     "code": ("perplexity", "dense_perplexity"),
     "prose": ("prose_perplexity", "dense_prose_perplexity"),
@@ -108,9 +108,9 @@ RISES = {
 
 
 def summary(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table: means over the seeds, and the least and greatest perplexity of them.
+    """Returns header and rows of a table: mean, least and greatest perplexity over the seeds.
 
-    ``excess`` is the rise of the perplexity over the dense model's, over that of Fisher's mask.
+    ``excess`` is the rise of the perplexity over the dense model's, divided by the rise of Fisher's mask.
     """
     header = ["sparsity", "method"]
     for kind in RISES:
@@ -128,7 +128,7 @@ def summary(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(found: Sequence[Row], method: object, kind: str) -> list[str]:
-    """Mean, least and greatest perplexity, and the excess."""
+    """Returns mean, least and greatest perplexity, and the excess."""
     values = _numbers(found, method, RISES[kind][0])
     spread = [f"{number:.3f}" for number in (values.mean(), values.min(), values.max())]
     whole = rises(found, "fisher", kind)
@@ -136,12 +136,12 @@ def _cells(found: Sequence[Row], method: object, kind: str) -> list[str]:
 
 
 def rises(found: Sequence[Row], method: object, kind: str) -> NDArray[np.float64]:
-    """By how much the perplexity rose over the dense model's, a number a row of a method.
+    """Returns the rise of the perplexity over the dense model's for each row of a method.
 
     Args:
         found: rows of one sparsity.
         method: as in `FIELDS`.
-        kind: of the text, of `RISES`.
+        kind: kind of text, a key of `RISES`.
     """
     after, before = RISES[kind]
     return _numbers(found, method, after) - _numbers(found, method, before)

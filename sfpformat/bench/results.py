@@ -1,4 +1,4 @@
-"""Results as flat rows, and the one table of what their fields mean."""
+"""Results as flat rows, and the description of their fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .measure import Contender, Record, Refusal, Spread
 
 Value = float | int | str | Spread | None
 
-# Field of a result -> what it is. Those that are measured are objects with median, low and high (quartiles).
+# Field of a result -> its description. Measured fields are objects with median, low and high (quartiles).
 FIELDS = {
     "section": "lossless, sparse, load, memory or startup",
     "contender": "sfp, or the peer's name",
@@ -49,10 +49,12 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender reached in one section.
+    """The result of one contender in one section.
 
     Attributes:
-        values: field -> value, fields of `FIELDS`.
+        section: name of the section.
+        contender: the contender.
+        values: field of `FIELDS` -> value.
     """
 
     section: str
@@ -60,19 +62,19 @@ class Result:
     values: dict[str, Value]
 
     def spread(self, field: str) -> Spread | None:
-        """A field that is measured, where there is one."""
+        """Returns a measured field, or None."""
         value = self.values.get(field)
         return value if isinstance(value, Spread) else None
 
     def number(self, field: str) -> float | None:
-        """A field that is one number, or the median of one that is measured."""
+        """Returns a field that is one number, or the median of a measured field; else None."""
         value = self.values.get(field)
         if isinstance(value, Spread):
             return value.median
         return value if isinstance(value, (int, float)) else None
 
     def to_json(self) -> dict[str, object]:
-        """A flat object for a machine."""
+        """Returns a flat JSON object."""
         who = self.contender
         values = {
             name: value.to_json() if isinstance(value, Spread) else value
@@ -90,14 +92,14 @@ class Result:
 
 
 def refusal_json(section: str, refusal: Refusal) -> dict[str, object]:
-    """A contender that was left out, as a flat object."""
+    """Returns an excluded contender as a flat JSON object."""
     return {**Result(section, refusal.contender, {}).to_json(), "reason": refusal.reason}
 
 
 def codec_results(section: str, records: Sequence[Record]) -> list[Result]:
-    """The results of records with the samples ``encode_s`` and ``decode_s``.
+    """Returns the results of records with the samples ``encode_s`` and ``decode_s``.
 
-    Their facts are ``raw_bytes``, ``weights``, ``size_bytes``, and ``error_db`` where there is an error.
+    Their facts are ``raw_bytes``, ``weights``, ``size_bytes``, and ``error_db`` if there is an error.
     """
     return [Result(section, record.contender, _codec_values(record, records)) for record in records]
 
@@ -139,7 +141,7 @@ def _median_of(measure: str) -> Callable[[Record], float]:
 
 
 def peers_beside(contender: Contender, records: Sequence[Record]) -> list[Record]:
-    """Of each peer the record in the same case with as many threads, or with one where it takes no more."""
+    """Returns each peer's record in the same case, with the same number of threads if possible, else one."""
     found: dict[str, Record] = {}
     for record in records:
         who = record.contender
@@ -151,6 +153,6 @@ def peers_beside(contender: Contender, records: Sequence[Record]) -> list[Record
 
 
 def speed_ratio(record: Record, reference: Record, measure: str) -> Spread:
-    """How many times as fast as a reference, round by round, so that slow rounds slow down both."""
+    """Returns the speed relative to a reference, paired by round, so that slow rounds affect both."""
     pairs = zip(record.samples[measure], reference.samples[measure], strict=True)
     return Spread.of([theirs / ours for ours, theirs in pairs])

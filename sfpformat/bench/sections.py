@@ -18,10 +18,10 @@ class Section:
     """A part of the benchmark that can be run alone.
 
     Attributes:
-        about: what it measures, in a line.
-        runners: who runs.
-        results: what is made of their records.
-        most_rounds: more are not run, however many are asked for.
+        about: one line that says what it measures.
+        runners: creates the runners.
+        results: computes results from records.
+        most_rounds: the maximum number of rounds; None sets no limit.
     """
 
     about: str
@@ -30,13 +30,13 @@ class Section:
     most_rounds: int | None = None
 
     def rounds(self, settings: Settings) -> int:
-        """How many are run."""
+        """Returns the number of rounds for some settings."""
         return min(settings.rounds, self.most_rounds or settings.rounds)
 
     def run(
         self, runners: Sequence[Runner], rounds: int, at: Callable[[str], None]
     ) -> tuple[list[Result], list[Refusal]]:
-        """The results, and who was left out."""
+        """Runs the section; returns the results and the excluded contenders."""
         records, refusals = race(runners, rounds, at)
         return self.results(records), refusals
 

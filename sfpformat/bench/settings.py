@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure."""
+"""The settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .peers import PEERS, why_not
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked.
+    """The settings of a benchmark.
 
     Attributes:
-        engines, presets: of ours.
-        threads: the numbers of threads, 1 the first.
-        rounds: how often each contender runs.
-        folder: for the files that are loaded; empty at first.
-        device: of torch's, where tensors are decoded to it; None for arrays.
+        engines, presets: engines and presets of this package.
+        threads: numbers of threads; the first is 1.
+        rounds: number of rounds.
+        folder: folder for the files to load; empty at first.
+        device: name of the torch device to decode to; None decodes to arrays.
     """
 
     engines: tuple[str, ...]
@@ -36,10 +36,11 @@ class Settings:
         threads: Iterable[int] | None = None,
         case: str | None = None,
     ) -> list[Contender]:
-        """Every engine with every preset and number of threads.
+        """Returns a contender for every engine, preset and number of threads.
 
         Args:
-            presets, threads: None takes all that are asked for.
+            presets, threads: None takes those of the settings.
+            case: the case of all contenders.
         """
         return [
             Contender("sfp", count, engine, preset, case)
@@ -49,7 +50,7 @@ class Settings:
         ]
 
     def peers(self, section: str) -> list[str]:
-        """The peers of a section that can be used here; on a device only those that load to it."""
+        """Returns the available peers of a section; with a device, only those of the section ``load``."""
         if self.device is not None and section != "load":
             return []
         return [name for name, peer in PEERS.items() if peer.section == section and why_not(name) is None]

@@ -1,8 +1,8 @@
-"""Section ``sparse``: matrices pruned and quantised, beside NNCodec, in one thread.
+"""Section ``sparse``: pruned and quantised matrices, compared with NNCodec, in one thread.
 
-Both take the same float32 matrices, pruned by magnitude, and round to the nearest multiple of the same steps,
-so that errors are equal and bits and speeds can be compared. The step of a matrix is that at which the levels
-of the weights that are left have an entropy of 4 bits. NNCodec is slow: it is a sample that is measured.
+Both encode the same float32 matrices, pruned by magnitude, and round to the nearest multiple of the same
+steps, so that errors are equal, and bits and speeds are comparable. The step of a matrix gives the levels of
+its survivors an entropy of 4 bits. NNCodec is slow, so only a sample is measured.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ NAME = "sparse"
 SAMPLE_WEIGHTS = 2_000_000
 LEVEL_BITS = 4.0
 SHARES = {"50 % pruned": 0.5, "90 % pruned": 0.9}
-# An error may be half a step, and what float32 rounds.
+# The maximum error is half a step plus float32 rounding.
 _MOST_STEPS = 0.5 + 1e-3
 
 
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
-    """For each share: ours with every engine and preset, and NNCodec; none where there is no matrix."""
+    """Returns runners of this package for every engine and preset, and of NNCodec, for each share.
+
+    Empty if the model has no matrix.
+    """
     dense = sample(matrices(subject.tensors), SAMPLE_WEIGHTS)
     if not dense:
         return []
@@ -49,12 +52,12 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
 
 
 def snapped(step: float) -> float:
-    """The nearest step that NNCodec has."""
+    """Returns the nearest step that NNCodec supports."""
     return nncodec.step_of(nncodec.parameter_of(step))
 
 
 def options_of(preset: Options, steps: Mapping[str, float]) -> dict[str, Options]:
-    """A preset's options with the quantiser ``uniform``, rounding to nearest."""
+    """Returns a preset's options with the quantiser ``uniform`` and rounding to nearest, by name."""
     return {
         name: preset.but(quantiser="uniform", mantissa_bits=None, step=step, rate_weight=0.0)
         for name, step in steps.items()
@@ -68,7 +71,7 @@ def _judge(tensors: Mapping[str, F32], steps: Mapping[str, float]) -> Callable[[
 def require_near(
     tensors: Mapping[str, F32], decoded: Mapping[str, Array], steps: Mapping[str, float]
 ) -> dict[str, float]:
-    """The error in dB.
+    """Compares decoded matrices with the originals and returns the error in dB.
 
     Raises:
         WrongBitsError: a weight is off by more than half a step, or a pruned one is not zero.
@@ -87,7 +90,7 @@ def require_near(
 
 
 class NncodecRunner(CodecRunner):
-    """NNCodec, matrix by matrix."""
+    """Runs NNCodec matrix by matrix."""
 
     def __init__(
         self,
@@ -108,21 +111,21 @@ class NncodecRunner(CodecRunner):
         }
 
     def encoder(self) -> Callable[[], Any]:
-        """Nothing is prepared."""
+        """Returns the work of encoding; there is no preparation."""
         return self._encode
 
     def decode(self) -> dict[str, F32]:
-        """All matrices."""
+        """Decodes all matrices."""
         return {
             name: nncodec.decode(payload, self.tensors[name].shape, qp)[0]
             for name, (payload, qp) in self._payloads.items()
         }
 
     def measure_size(self) -> int:
-        """The payloads, without names, shapes and what the package puts around them."""
+        """Encodes once and returns the bytes of the payloads, without names, shapes and headers."""
         self._payloads = self._encode()
         return sum(len(payload) for payload, _ in self._payloads.values())
 
     def judge(self, decoded: Any) -> dict[str, float]:
-        """As of ours."""
+        """Calls the judge, which is the same as for this package."""
         return self._judge(decoded)

@@ -1,4 +1,4 @@
-"""Section ``startup``: seconds of whole processes that import, or decode a small file."""
+"""Section ``startup``: the time of whole processes that import the package or decode a small file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _DECODING = "import sys; from sfpformat.numpy import load_file; load_file(sys.ar
 
 
 class StartupRunner(Runner):
-    """A Python process from its start to its end."""
+    """Runs a Python process from start to end."""
 
     def __init__(self, contender: Contender, arguments: Callable[[], Sequence[str]]) -> None:
         super().__init__(contender)
         self._arguments = arguments
 
     def check(self) -> None:
-        """Once, so that files are in the page cache and what is compiled is kept."""
+        """Runs once, so that files are in the page cache and compiled code is cached."""
         run_python(self._arguments())
 
     def once(self) -> dict[str, float]:
-        """Its seconds."""
+        """Returns the seconds of the process."""
         return {"process_s": run_python(self._arguments())[0]}
 
 
 def runners(subject: Subject, settings: Settings) -> list[Runner]:
-    """Imports of numpy and of this package, and a first decoding with every engine."""
+    """Returns runners that import numpy, import this package, and decode a small file with every engine."""
     files = Files(subject.tensors, settings.folder)
     preset = settings.presets[0]
     out: list[Runner] = [
@@ -52,7 +52,7 @@ def _decoding(contender: Contender, files: Files, preset: str) -> StartupRunner:
 
 
 def results(records: Sequence[Record]) -> list[Result]:
-    """Seconds, and how many more than numpy alone takes."""
+    """Returns seconds, and the difference to importing only numpy."""
     baseline = next((r.samples["process_s"] for r in records if r.contender.name == BASELINE), None)
     out = []
     for record in records:

@@ -1,4 +1,4 @@
-"""What is measured on: a model's tensors, as they are, cast, or pruned and cut to a sample."""
+"""The subject of the benchmark: a model's tensors, unchanged, cast, or a pruned sample."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Tensors = dict[str, Array]
 
 CASTS = {"bf16": "BF16", "f32": "F32"}
 
-# Smaller ones are biases and norms in a matrix's shape.
+# Smaller matrices are usually biases and norms in a matrix's shape.
 _MATRIX_WEIGHTS = 4096
 _ENTROPY_STEPS = 24
-# Of a tensor's positions, in a file that is to be decoded at once.
+# Positions of each tensor in a small file that decodes quickly.
 _HEAD_POSITIONS = 2048
 
 
@@ -28,8 +28,8 @@ class Subject:
     """A model.
 
     Attributes:
-        name: for people: no path, only the file's name.
-        tensors: by name.
+        name: the file's name for display, without its path.
+        tensors: the tensors by name.
     """
 
     name: str
@@ -37,17 +37,17 @@ class Subject:
 
     @property
     def raw_bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(array.nbytes for array in self.tensors.values())
 
     @property
     def weights(self) -> int:
-        """Elements of all tensors."""
+        """The number of elements of all tensors."""
         return sum(array.size for array in self.tensors.values())
 
     @property
     def dtypes(self) -> list[str]:
-        """Names of the dtypes, that with most bytes first."""
+        """The names of the dtypes, in descending order of their bytes."""
         sizes: dict[str, int] = {}
         for array in self.tensors.values():
             dtype = of_numpy(array.dtype)
@@ -57,13 +57,13 @@ class Subject:
 
 
 def is_float(array: Array) -> bool:
-    """Whether an array has one of the float dtypes that are coded."""
+    """Returns whether an array has a float dtype of the format."""
     dtype = of_numpy(array.dtype)
     return dtype is not None and dtype.is_float
 
 
 def cast(tensors: Mapping[str, Array], dtype: str | None) -> Tensors:
-    """The float tensors in another dtype (``BF16``, ``F32``), the others as they are."""
+    """Converts float tensors to another dtype (``BF16``, ``F32``); others are unchanged."""
     if dtype is None:
         return dict(tensors)
     target = DTYPES[dtype].numpy
@@ -72,12 +72,12 @@ def cast(tensors: Mapping[str, Array], dtype: str | None) -> Tensors:
 
 
 def bits_of(array: Array) -> NDArray[np.uint8]:
-    """The bytes of an array, so that NaNs and zeros of any sign are told apart."""
+    """Returns the bytes of an array, so that NaNs and signed zeros can be compared exactly."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def same_bits(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
-    """Whether two models have the same names, dtypes, shapes and bits."""
+    """Returns whether two models have the same names, dtypes, shapes and bits."""
     return one.keys() == other.keys() and all(
         a.dtype == other[name].dtype
         and a.shape == other[name].shape
@@ -87,12 +87,12 @@ def same_bits(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
 
 
 def heads(tensors: Mapping[str, Array]) -> Tensors:
-    """The first positions of every tensor: a small model with all the dtypes of the large one."""
+    """Returns the first positions of every tensor: a small model with all dtypes of the large one."""
     return {name: np.ascontiguousarray(a.reshape(-1)[:_HEAD_POSITIONS]) for name, a in tensors.items()}
 
 
 def matrices(tensors: Mapping[str, Array]) -> dict[str, F32]:
-    """The weight matrices, F32; a convolution's kernels are rows."""
+    """Returns the weight matrices as F32; the kernels of a convolution are rows."""
     return {
         name: np.ascontiguousarray(array.reshape(array.shape[0], -1), np.float32)
         for name, array in tensors.items()
@@ -101,7 +101,7 @@ def matrices(tensors: Mapping[str, Array]) -> dict[str, F32]:
 
 
 def sample(found: Mapping[str, F32], limit: int) -> dict[str, F32]:
-    """About ``limit`` weights at most, of matrices from all over the model, each whole or its first rows."""
+    """Returns about ``limit`` weights at most, from matrices across the model: whole, or the first rows."""
     if sum(matrix.size for matrix in found.values()) <= limit:
         return dict(found)
     names, chosen, left = list(found), {}, limit
@@ -116,7 +116,7 @@ def sample(found: Mapping[str, F32], limit: int) -> dict[str, F32]:
 
 
 def pruned(matrix: F32, share: float) -> F32:
-    """A copy with the smallest ``share`` of the magnitudes set to zero."""
+    """Returns a copy with the smallest ``share`` of the magnitudes set to zero."""
     out = matrix.copy()
     flat = out.reshape(-1)
     count = round(flat.size * share)
@@ -126,7 +126,7 @@ def pruned(matrix: F32, share: float) -> F32:
 
 
 def entropy(levels: NDArray[np.int64]) -> float:
-    """Order-0 entropy of some integers, in bits each."""
+    """Returns the order-0 entropy of integers, in bits each."""
     if not levels.size:
         return 0.0
     _, counts = np.unique(levels, return_counts=True)
@@ -135,11 +135,11 @@ def entropy(levels: NDArray[np.int64]) -> float:
 
 
 def step_of_bits(matrix: F32, bits: float) -> float:
-    """The step at which the levels of the weights that are not zero have an entropy of so many bits."""
+    """Returns the step at which the levels of the non-zero weights have an entropy of ``bits`` bits."""
     values = matrix[matrix != 0].astype(np.float64)
     if not values.size:
         return 1.0
-    # Between steps that are much too fine and one that leaves two levels.
+    # Bisection between a step that is much too fine and one that leaves few levels.
     high = float(np.abs(values).max()) * 2
     low = high / 2**24
     for _ in range(_ENTROPY_STEPS):

@@ -1,4 +1,4 @@
-"""Results as tables of words: for each section a column is a header and what stands below it."""
+"""Results as text tables: for each section, the columns with header and cell format."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _NOTHING = "–"
 
 
 def table(section: str, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a section."""
+    """Returns header and rows of the table of a section."""
     columns: dict[str, Cell] = {"contender": lambda result: result.contender.words}
     if any(result.contender.case for result in results):
         columns["case"] = lambda result: result.contender.case or ""
     columns["threads"] = lambda result: str(result.contender.threads)
     columns |= _CELLS[section]
-    # ZipNN needs no column of its own where it is the best in all rows, or did not run.
+    # No column for ZipNN if it is the best in all rows or did not run.
     best = {result.values.get("best_decode_peer") for result in results}
     if best == {"zipnn"} or not any("decode_vs_zipnn" in result.values for result in results):
         columns.pop("decode: zipnn", None)
@@ -38,7 +38,7 @@ def _plain(field: str, digits: int, unit: str = "", scale: float = 1.0) -> Cell:
 
 
 def _against(work: str) -> Cell:
-    """A ratio to the best peer, and who that is."""
+    """Returns a cell with the ratio to the best peer, and its name."""
 
     def cell(result: Result) -> str:
         value = result.number(f"{work}_vs_best")
@@ -48,7 +48,7 @@ def _against(work: str) -> Cell:
 
 
 def _spread_words(spread: Spread | None, scale: float) -> str:
-    """``1374 (1290–1401)``, with as many digits as say something."""
+    """Formats a spread as ``1374 (1290–1401)``, with about three significant digits."""
     if spread is None:
         return _NOTHING
     size = abs(spread.median * scale)

@@ -150,7 +150,7 @@ class CountedInputs:
         return (x if mask is None else self._matched(name, x, mask)).reshape(-1, x.shape[-1]).float()
 
     def _sees_encoder(self, layer: nn.Module, x: Tensor) -> bool:
-        """Returns whether a layer is in the encoder or takes its output, so that the encoder's mask fits."""
+        """Returns whether a layer's inputs have the encoder's positions; True if there is no encoder."""
         if self._encoder is None or layer in self._encoding:
             return True
         seen = self._encoded
