@@ -1,1 +1,1 @@
-"""Commands that check and measure the kernels, and the shim that runs them without a GPU."""
+"""Commands that check and measure the kernels, and a shim that runs the kernels without a GPU."""

@@ -27,14 +27,14 @@ _CALL = re.compile(rf"(?<= )(?:{'|'.join(_WAITS)})\(\)(?=;)(?!{_LEFT_ALONE})")
 
 
 def barriers(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """Each barrier: its file, and where its call begins and ends in the text."""
+    """Yields for each barrier its file, and the start and end of its call in the text."""
     for path in sorted(folder.glob("*.cu*")):
         for found in _CALL.finditer(path.read_text()):
             yield path, found.start(), found.end()
 
 
 def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
-    """Whether the test fails without a barrier."""
+    """Returns whether the tests fail without a barrier. Restores the file."""
     text = path.read_text()
     path.write_text(text[:start] + text[stop:])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_TESTS]
@@ -44,7 +44,7 @@ def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command. Returns the exit code: 1 if a missing barrier was not detected."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tools.barriers", description=__doc__)
     parser.add_argument("files", nargs="*", metavar="FILE", help="of the kernels, such as product.cuh (all)")
     wanted = parser.parse_args().files

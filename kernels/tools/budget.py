@@ -19,30 +19,30 @@ import numpy as np
 
 from .machine import Instruction, always_executed, compile_with_usage, disassemble, inner_loops, loops_of
 
-# Of both: multiprocessors; turns a second; lanes a multiprocessor that issue, that do integer work, and banks
-# of its shared memory.
+# For both devices: multiprocessors; clock rate in Hz; per multiprocessor and cycle, lanes that issue and
+# lanes of the integer pipe; banks of shared memory.
 MULTIPROCESSORS, CLOCK = 132, 1.98e9
 ISSUE, INTEGER, BANKS = 128, 64, 32
-# Bytes a second that a copy reads and writes together: measured on an H200, nine tenths of what its memory is
-# built for; the same part of an H100's 3.35e12.
+# Bytes per second that a copy reads and writes in total. Measured on an H200: nine tenths of its nominal
+# memory bandwidth. For an H100, nine tenths of the nominal 3.35e12.
 COPY = {"h200": 4.3e12, "h100": 3.0e12}
-# Turns that 32 lanes take for a look-up each, at places of 32 banks that have nothing to do with one another.
+# Cycles for one look-up of each of 32 lanes at independent random addresses in 32 banks (bank conflicts).
 MEETING = 3.4
-# Turns for look-ups in the copies of a table that two lanes share: as an H200 was seen to take.
+# Cycles for look-ups if every two lanes share a copy of the table; measured on an H200.
 SHARING = 2.0
-# Bits of a prefix code for the exponents of BF16 weights, as SPEC.md chapter 27 has them coded.
+# Bits per weight of a prefix code for the exponents of BF16 weights (SPEC.md chapter 27).
 CODE_BITS = 2.73
-# Bits a position: 50 % pruned, 8 magnitudes, in the preset `gpu` and in the preset `fused`; losslessly.
+# Bits per position at 50 % pruned: 8 magnitudes in the presets `gpu` and `fused`, and lossless.
 QUANTISED_BITS, PLAIN_BITS, EXACT_BITS = 2.95, 3.02, 1 + 0.5 * (CODE_BITS + 8)
 DENSITY = 0.5
 SEGMENT = 512  # positions, in both presets
-# Octets that the compiler takes a turn.
+# Octets per iteration of the compiled loop.
 _OCTETS = 2
-# Of `index_chunks`: segments of a thread in a round; quantities and streams, over which it goes in loops.
+# Of `index_chunks`: segments per thread and round; iterations of the loops over quantities and over streams.
 _SEGMENTS, _QUANTITIES, _STREAMS = 4, 13, 3
-SIDE = 8192  # of the matrix whose product is predicted
+SIDE = 8192  # rows and columns of the matrix for predicted products
 
-# Not of the integer pipe: memory, control, what the multiplier does, and pipes of their own.
+# Instructions that do not use the integer pipe: memory, control, multiplier, and other pipes.
 _MEMORY = ("LD", "LDG", "LDS", "LDGSTS", "ST", "STG", "STS", "LDC", "LDL", "STL", "LDGDEPBAR", "DEPBAR")
 _CONTROL = ("BRA", "BSSY", "BSYNC", "NOP", "EXIT", "WARPSYNC", "BAR", "BREAK", "CALL", "RET")
 _MULTIPLIER = ("IMAD", "FMUL", "FADD", "FFMA", "DMUL", "HFMA2", "CS2R")
@@ -51,7 +51,7 @@ _APART = ("POPC", "FLO", "BREV", "HMMA", "SHFL", "MUFU", "F2I", "I2F", "F2FP", "
 
 @dataclass(frozen=True)
 class Piece:
-    """Instructions, and how many times a weight they are done, at least and at most."""
+    """Instructions, and the minimum and maximum number of executions per weight."""
 
     every: list[Instruction]
     least: float
@@ -59,7 +59,7 @@ class Piece:
 
     @classmethod
     def loop(cls, every: list[Instruction], times: float) -> list[Piece]:
-        """A loop, of which what a forward branch jumps over may never be done."""
+        """Returns the pieces of a loop. Instructions that a forward branch can skip have a minimum of 0."""
         always = always_executed(every)
         skipped = [i for i in every if i not in always]
         return [cls(always, times, times), cls(skipped, 0, times)]
@@ -67,13 +67,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Budget:
-    """Lane slots a weight, at least and at most, and the share of the floor that each pipe allows.
+    """Lane slots per weight of each pipe. Computes the share of the memory-bound rate that each pipe allows.
 
     Attributes:
-        bytes: read and written, a weight.
-        issue, integer: at least (branches not taken), at most (all taken).
-        memory: of load-store units.
-        copy: bytes a second.
+        kernel: the name of the kernel.
+        bytes: bytes read and written per weight.
+        issue, integer: minimum (optional code never executed) and maximum (always executed).
+        memory: slots of the load-store units.
+        copy: copy rate of the device in bytes per second.
     """
 
     kernel: str
@@ -85,11 +86,11 @@ class Budget:
 
     @property
     def floor(self) -> float:
-        """Weights a clock a multiprocessor when memory is full."""
+        """Weights per cycle and multiprocessor if memory bandwidth is the limit."""
         return self.copy / self.bytes / (MULTIPROCESSORS * CLOCK)
 
     def shares(self) -> dict[str, float]:
-        """Pipe -> the share of the memory floor that it allows, at most 1, at the greater count."""
+        """Returns pipe -> share of the memory-bound rate that it allows, at most 1, at the maximum counts."""
         slots = {
             "issue": ISSUE / self.floor / self.issue[1],
             "integer": INTEGER / self.floor / self.integer[1],
@@ -98,12 +99,12 @@ class Budget:
         return {pipe: min(share, 1.0) for pipe, share in slots.items()}
 
     def seconds(self, weights: int) -> float:
-        """For so many weights, the fullest pipe full."""
+        """Returns the predicted seconds for ``weights`` weights, with the busiest pipe saturated."""
         return weights * self.bytes / self.copy / min(self.shares().values())
 
 
 def budget_of_pieces(kernel: str, size: float, pieces: list[Piece], memory: float) -> Budget:
-    """The budget of pieces that are done for every weight, on an H200."""
+    """Returns the budget of pieces of code, on an H200."""
     others = (*_MEMORY, *_CONTROL, *_MULTIPLIER, *_APART)
 
     def both(wanted: Callable[[Instruction], bool]) -> tuple[float, float]:
@@ -126,7 +127,7 @@ def _written(loop: list[Instruction]) -> int:
 
 
 def writing_loop(code: list[Instruction], item: int) -> list[Piece]:
-    """The loop that writes tiles out, words of weights of ``item`` bytes."""
+    """Returns the loop that writes tiles to memory, in words of weights of ``item`` bytes."""
     loops = [loop for loop in inner_loops(code) if _written(loop) >= 8 and not _count(loop, "STS")]
     loops = [loop for loop in loops if not any(".U8" in i.name for i in loop)]
     loop = max(loops, key=_written)
@@ -134,24 +135,24 @@ def writing_loop(code: list[Instruction], item: int) -> list[Piece]:
 
 
 def joining(code: list[Instruction]) -> list[Piece]:
-    """What joins a tile of slots with residuals and writes it out, no branch in it: 64 weights a lane."""
+    """Returns the branch-free code that joins slots with residuals and writes 64 weights per lane."""
     stores = [i.at for i in code if _written([i]) and (".64" in i.name or ".128" in i.name)]
     begin = max(i.at for i in code if i.kind in _CONTROL and i.at < stores[0])
     return [Piece([i for i in code if begin < i.at <= stores[-1]], 1 / 64, 1 / 64)]
 
 
 def tile_memory(item: int, bits: float) -> float:
-    """Slots of the load-store units a weight: the tile read and written out, and the planes.
+    """Returns the load-store slots per weight: reading and writing the tile, and loading the planes.
 
-    These are loaded 16 bytes at a time, for which every lane goes to a line of its own.
+    Planes are loaded 16 bytes at a time, and each lane accesses its own cache line.
     """
     return 2 * item / 4 + BANKS * bits / 128
 
 
 def dense(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel for dense exact tensors: several weights a turn, four look-ups at least."""
+    """Returns the budget of a kernel for dense exact tensors: at least four look-ups per iteration."""
     item = int(kernel[6])
-    width = 8 * item - 8  # about as many where the kernel takes any
+    width = 8 * item - 8  # an approximation for kernels that support any width
     loops = [loop for loop in inner_loops(code) if _count(loop, "LDS.U16") >= 4 and _count(loop, "STS")]
     loop = max((loop for loop in loops if not _written(loop)), key=lambda loop: _count(loop, "LDS.U16"))
     written = writing_loop(code, item) if kernel.endswith("_0") else joining(code)
@@ -162,13 +163,13 @@ def dense(kernel: str, code: list[Instruction]) -> Budget:
 
 
 def slowest(positions: int, a_turn: int) -> float:
-    """Turns that the lane with the most survivors among so many positions takes, on average."""
+    """Returns the mean iterations of a warp's slowest lane, for ``positions`` positions per lane."""
     survivors = np.random.default_rng(0).binomial(positions, DENSITY, (4000, 32))
     return float(np.ceil(survivors / a_turn).max(1).mean())
 
 
 def sparse(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel for quantised weights of two bytes: a few survivors a turn, in the loop over 32 positions."""
+    """Returns the budget of a kernel for quantised 2-byte weights: loops over words and their survivors."""
     found = [(own, turn) for own, inner in loops_of(code) for turn in inner if _count(turn, "STS.U16")]
     word, turn = min(found, key=lambda pair: len(pair[0]) + len(pair[1]))
     slots = _count(turn, "STS.U16")
@@ -179,7 +180,7 @@ def sparse(kernel: str, code: list[Instruction]) -> Budget:
 
 
 def survivors(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel that goes from survivor to survivor, lossless, under octets: over these, survivors, tiles."""
+    """Returns the budget of a lossless kernel with an octet mask: loops over octets, survivors, tiles."""
     item = int(kernel[-1])
     found = []
     for own, inner in loops_of(code):
@@ -193,45 +194,46 @@ def survivors(kernel: str, code: list[Instruction]) -> Budget:
     pieces = Piece.loop(turn, slots) + Piece.loop(octets, 1 / 8 / _OCTETS)
     pieces += Piece.loop(tile, 1 / positions) + writing_loop(code, item)
     bits = EXACT_BITS + (item - 2) * 8 * DENSITY
-    # Tables in shared memory: a code and a pattern a survivor; else a code, each lane from a line of its own.
+    # With tables in shared memory: two look-ups per survivor, a code and a pattern. Else one look-up of a
+    # code, and each lane accesses its own cache line.
     look_ups = MEETING * (2 * slots + 1 / 8) if kernel.startswith("short") else BANKS * (slots + 1 / 8)
     memory = look_ups + item / 4 + tile_memory(item, bits)
     return budget_of_pieces(kernel, bits / 8 + item, pieces, memory)
 
 
 def general(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel that goes from position to position, whatever the tensor has: at most, all of it."""
+    """Returns the budget of a kernel that loops over positions; the maximum includes all features."""
     item = int(kernel[-1])
     found = [(own, inner) for own, inner in loops_of(code) if _count(own, "STS") and not _written(own)]
     turn, inner = max((pair for pair in found if _count(pair[0], "LD") > 16), key=lambda pair: len(pair[0]))
     pieces = Piece.loop(turn, 1) + [Piece(loop, 0, 1) for loop in inner] + writing_loop(code, item)
-    look_ups = BANKS * (2 + 1 / 8)  # a code and a number a position
+    look_ups = BANKS * (2 + 1 / 8)  # a code and a number per position
     memory = look_ups + item / 4 + tile_memory(item, QUANTISED_BITS)
     return budget_of_pieces(kernel, QUANTISED_BITS / 8 + item, pieces, memory)
 
 
 def index_slots(code: list[Instruction]) -> float:
-    """Slots a weight for issue that `index_chunks` takes at most, in chunks of one full round."""
-    end = max(i.at for i in code if i.kind == "EXIT")  # what comes after is for warps whose lanes parted
+    """Returns the maximum issue slots per weight of `index_chunks`, for chunks of one full round."""
+    end = max(i.at for i in code if i.kind == "EXIT")  # later code is only for diverged warps
     slots = sum(i.at <= end for i in code)
     for loop in inner_loops(code):
         if loop[-1].at < end:
-            # Only fields may have to be loaded from the chunk.
+            # Only the loop over quantities loads from the chunk (the fields).
             slots += (_QUANTITIES if _count(loop, "LD") else _STREAMS) * len(loop) - len(loop)
     return slots / _SEGMENTS / SEGMENT
 
 
 def product(kernel: str, code: list[Instruction]) -> Budget:
-    """A kernel that multiplies: over words of the mask, 32 columns of two rows, in the loop over tiles."""
+    """Returns the budget of a product kernel: a loop over tiles, and in it over words of the mask."""
     found = [(own, inner) for own, inner in loops_of(code) if any(_count(loop, "HMMA") for loop in inner)]
     tile, inner = min(found, key=lambda pair: sum(map(len, pair[1])))
     whole = next(loop for loop in inner if _count(loop, "HMMA"))
     word = next(own for own, _ in loops_of(whole) if _count(own, "HMMA"))
     copies = [loop for loop in inner_loops(whole) if _count(loop, "LDGSTS")]
     always = always_executed(word)
-    once = [i for i in word if i not in always]  # in the last of the four words of a tile
+    once = [i for i in word if i not in always]  # executed only for the last of the four words of a tile
     pieces = [Piece(always, 1 / 64, 1 / 64), Piece(once, 1 / 256, 1 / 256), *Piece.loop(tile, 1 / 256)]
-    blocks = 512 * PLAIN_BITS / 128 / 4 + 1  # copies a lane and row
+    blocks = 512 * PLAIN_BITS / 128 / 4 + 1  # copies per lane and row
     pieces += [Piece(loop, blocks / 256, blocks / 256) for loop in copies]
     loads = sum(i.kind == "LDS" and ".128" not in i.name for i in always)
     memory = (MEETING * loads + 4 * _count(always, "LDS.128")) / 64 + BANKS * PLAIN_BITS / 8 / 128
@@ -243,13 +245,13 @@ FAMILIES |= {"multiply": product}
 
 
 def budget_of(kernel: str, code: list[Instruction]) -> Budget | None:
-    """The budget of a kernel; None for those that do not go through weights."""
+    """Returns the budget of a kernel; None for kernels that do not loop over weights."""
     family = FAMILIES.get(kernel.split("_")[0])
     return None if family is None else family(kernel, code)
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tools.budget", description=__doc__)
     parser.add_argument("--arch", default="sm_90", help="architecture (sm_90)")
     parser.add_argument("--card", choices=list(COPY), default="h200", help="whose memory (h200)")

@@ -47,42 +47,45 @@ Part = tuple[str, Callable[[], Any]]
 
 
 def why_not() -> str | None:
-    """Why nothing can be checked here, or None."""
+    """Returns why this machine cannot run the checks, or None."""
     return bench_device.why_not("cuda")
 
 
 class Report:
-    """What the parts came to, on disk after each of them.
+    """The results of the parts; written to disk after each part.
 
     Attributes:
-        facts: of the device and the run.
-        parts: name, seconds, and a result, a failure, or why there is neither.
+        facts: facts of the device and the run.
+        parts: name, seconds, and a result, a failure, or the reason why the part is not available.
     """
 
     def __init__(self, stem: Path, facts: dict[str, Any], seconds: float) -> None:
-        """Args:
-        stem: of the files, without what they end in.
-        seconds: after which no further part begins.
+        """Creates an empty report.
+
+        Args:
+            stem: the path of the files, without suffix.
+            facts: facts of the device and the run.
+            seconds: time limit; no part starts after it.
         """
         self.facts, self.parts = facts, list[dict[str, Any]]()
         self._stem, self._begun, self._seconds = stem, time.monotonic(), seconds
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The remaining time in seconds."""
         return self._seconds - (time.monotonic() - self._begun)
 
     @property
     def failed(self) -> bool:
-        """Whether a part failed, or had no time."""
+        """Whether a part failed, or did not start in time."""
         return any("result" not in part and "missing" not in part for part in self.parts)
 
     def result(self, name: str) -> Any:
-        """Of a part; None where it has none."""
+        """Returns the result of a part; None if it has none."""
         return next((part.get("result") for part in self.parts if part["name"] == name), None)
 
     def run(self, name: str, work: Callable[[], Any]) -> None:
-        """Does a part, whatever comes of it, prints it and writes all down."""
+        """Runs a part, prints its result or failure, and writes the report. Catches all exceptions."""
         part: dict[str, Any] = {"name": name}
         begun = time.monotonic()
         if self.left <= 0:
@@ -109,10 +112,10 @@ class Report:
 
 
 def compiled(arch: str) -> dict[str, Any]:
-    """What the kernels take of a device of that architecture.
+    """Returns the registers that each kernel uses on an architecture.
 
     Raises:
-        AssertionError: a register is spilled.
+        AssertionError: a kernel spills registers.
     """
     _, usage, _ = machine.compile_with_usage(arch)
     spilled = [kernel for kernel, used in usage.items() if used.spilled]
@@ -121,7 +124,7 @@ def compiled(arch: str) -> dict[str, Any]:
 
 
 def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
-    """What is compared."""
+    """Returns the parts that compare results."""
     return [
         ("files as by the reference", partial(identity.compare_with_reference, damaged, every)),
         ("products as in double precision", partial(identity.compare_products, device, every)),
@@ -129,7 +132,7 @@ def identity_parts(device: Device, damaged: int, every: int) -> list[Part]:
 
 
 def speed_parts(device: Device, side: int, report: Report) -> Iterator[Part]:
-    """What is timed."""
+    """Yields the parts that measure time."""
     yield "copy rate", speed.copy_rate
     rate = report.result("copy rate")
     if rate is None:
@@ -148,7 +151,7 @@ def _timed(peer: Callable[[int], peers.Timed], side: int) -> dict[str, Any]:
 
 
 def sanitizer_parts(report: Report) -> list[Part]:
-    """What is looked at by tools."""
+    """Returns the parts that run compute-sanitizer."""
     arguments = ("--only-identity", "--damaged", "40", "--every", "40")
 
     def sanitize(tool: str) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def sanitizer_parts(report: Report) -> list[Part]:
 
 
 def facts_of(words: Sequence[str]) -> dict[str, Any]:
-    """Of the device, the run and the packages."""
+    """Returns facts of the device, the run and the packages."""
     torch: Any = importlib.import_module("torch")
     return {
         "device": torch.cuda.get_device_name(),
@@ -178,7 +181,7 @@ def _version(package: str) -> str | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command."""
+    """Returns the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m kernels.tools.check",
         description=__doc__,
@@ -197,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Runs the command. Returns the exit code."""
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     reason = why_not()
@@ -214,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
     report = Report(stem, facts, 60 * args.minutes)
     major, minor = facts["capability"]
     report.run("kernels compiled", partial(compiled, f"sm_{major}{minor}"))
-    if not report.failed:  # nothing can be done without them
+    if not report.failed:  # all other parts need the kernels
         device = CudaDevice(0, torch.cuda.current_stream().cuda_stream)
         for name, work in identity_parts(device, args.damaged, args.every):
             report.run(name, work)

@@ -40,16 +40,16 @@ from .inputs import damage, files, normal_weights
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
 INPUTS = 200_000
-# Of so many inputs one is multiplied: a product takes as long on the host as decoding as many.
+# One input in this many is multiplied: on the host a product takes as long as this many decodings.
 _PRODUCTS_EVERY = 50
 _SHOWN = 5_000
-# Golden files that claim more, a few bytes each, are there for limits.
+# Larger golden files are skipped: they are tests of limits, a few bytes that claim many positions.
 _MOST_POSITIONS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A chunk of a tensor, and who decodes it beside the kernels."""
+    """A chunk of a tensor, and the decoders that the kernels are compared with."""
 
     name: str
     decoder: TensorDecoder
@@ -59,10 +59,10 @@ class Sample:
 
 
 def samples(engine: Engine) -> list[Sample]:
-    """A chunk or two of every kind of tensor."""
+    """Returns the first and the last chunk of every kind of tensor."""
     found = []
     reference = get_engine("python")
-    # The larger ones give all warps of a block something to do; the largest have an index of several rounds.
+    # Larger files occupy all warps of a block; the largest have an index of several rounds.
     larger = files(30, 160, chunk=1 << 13, every=7), files(120, 320, chunk=1 << 16, every=23)
     for name, data in chain(files(), *larger):
         with sfpformat.open(data) as file:
@@ -76,7 +76,7 @@ def samples(engine: Engine) -> list[Sample]:
 
 
 def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
-    """The chunks of every so many of the golden files, those that can be read and that kernels decode."""
+    """Yields the chunks of every ``every``-th golden file that can be read and that the kernels support."""
     reference = get_engine("python")
     for number, data in enumerate(golden_files(every)):
         with suppress(SfpError), sfpformat.open(data, engine="python") as file:
@@ -96,17 +96,17 @@ def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
 
 
 class Kernels:
-    """The kernels on the host, everything in memory of its own."""
+    """The kernels compiled for the host. Each array lies in its own block of memory."""
 
     def __init__(self, checked: bool) -> None:
-        """Compiles them."""
+        """Compiles the kernels; if ``checked``, with sanitisers."""
         library = shim.build(shim.CHECKED if checked else shim.PLAIN)
         self.device = shim.HostDevice(library, poison=checked)
         self._recipes = Recipes(self.device)
         self._made: dict[Sample, Recipe] = {}
 
     def weights(self, sample: Sample, data: Bytes) -> tuple[int, NDArray[np.uint32], bytes]:
-        """The status word, the error words and the weights of a chunk."""
+        """Decodes a chunk. Returns its status word, error words and weights."""
         entry = sample.decoder.entry
         if sample not in self._made:
             made = make_recipe(entry, sample.decoder.vectors)
@@ -136,7 +136,7 @@ class Kernels:
 
 
 def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
-    """The weights of a chunk by the processor; None where it is refused."""
+    """Returns the weights of a chunk decoded by the CPU engines; None if they refuse it."""
     entry = sample.decoder.entry
     first, stop = entry.segments_of_chunk(sample.k)
     out = np.empty(entry.positions_of_chunk(sample.k)[1], entry.dtype.numpy)
@@ -151,7 +151,11 @@ def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
 
 
 def compare(kernels: Kernels, sample: Sample, data: Bytes) -> bool:
-    """Whether the chunk was accepted; raises AssertionError where the two do not agree."""
+    """Returns whether the chunk is accepted.
+
+    Raises:
+        AssertionError: kernels and reference disagree.
+    """
     status, errors, found = kernels.weights(sample, data)
     expected = reference_weights(sample, data)
     assert (status == 0) == (expected is not None), f"{sample.name}: status {status}, {expected is not None}"
@@ -164,10 +168,10 @@ def compare(kernels: Kernels, sample: Sample, data: Bytes) -> bool:
 
 
 class ProductSample:
-    """A matrix of one chunk that is multiplied, on the host, and its bytes as they were written."""
+    """A matrix of one chunk for products on the host, and its undamaged bytes."""
 
     def __init__(self, name: str, data: bytes, device: shim.HostDevice) -> None:
-        """Makes it ready."""
+        """Prepares the matrix of the file ``data`` for multiplication."""
         self.name, self._device, self._file = name, device, sfpformat.open(data, engine="python")
         self._entry = self._file.entry("w")
         self.data = self._file.read_checked(self._entry, 0)
@@ -187,7 +191,7 @@ class ProductSample:
         return OnDevice(self._file, self._entry, self._device, data.tobytes())
 
     def weights(self, data: Bytes) -> NDArray[Any] | None:
-        """By the reference; None where it refuses them."""
+        """Returns the weights decoded by the reference; None if it refuses the chunk."""
         out = np.empty(self._entry.positions, self._entry.dtype.numpy)
         try:
             self._reference.weights_into(data, 0, 0, self._entry.segments, out)
@@ -196,10 +200,13 @@ class ProductSample:
         return out.reshape(self._entry.shape)
 
     def compare(self, data: Bytes) -> bool:
-        """Whether the chunk was accepted; raises AssertionError where the two do not agree.
+        """Returns whether the chunk is accepted.
 
-        It also stands where a good one was made ready: what comes out means nothing then, and nothing but the
-        chunk must be touched.
+        Also multiplies with the chunk in the place of the undamaged one, after preparation: the result is
+            then undefined, but the kernel must not access memory out of bounds.
+
+        Raises:
+            AssertionError: kernels and reference disagree.
         """
         self._there.overwrite(data)
         self._product.result()
@@ -214,12 +221,12 @@ class ProductSample:
 
 
 def product_samples(device: shim.HostDevice) -> list[ProductSample]:
-    """Matrices of every kind that the kernels tell apart."""
+    """Returns a matrix of every kind that the product kernels distinguish."""
     found = []
     for dtype in NUMPY.values():
         for columns, density, scale in ((128, 0.5, None), (384, 0.6, "row"), (640, 1.0, 128)):
             array = normal_weights(5, columns, density)
-            array[0, :9] = np.arange(1, 10) / 4  # magnitudes enough
+            array[0, :9] = np.arange(1, 10) / 4  # enough distinct magnitudes
             options = PRESETS["fused"].but(
                 quantiser="table", centroids=8, scale=scale, segment=64, coding="fingerprint"
             )
@@ -229,7 +236,7 @@ def product_samples(device: shim.HostDevice) -> list[ProductSample]:
 
 
 def run_golden(kernels: Kernels, engine: Engine, every: int) -> int:
-    """Compares the chunks of every so many of the golden files; how many they are."""
+    """Compares the chunks of every ``every``-th golden file. Returns their number."""
     count = 0
     for sample in golden_samples(engine, every):
         compare(kernels, sample, sample.data)
@@ -238,7 +245,10 @@ def run_golden(kernels: Kernels, engine: Engine, every: int) -> int:
 
 
 def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
-    """Compares so many damaged inputs, after the undamaged ones; how many of them were accepted."""
+    """Compares all undamaged samples, then ``inputs`` damaged ones.
+
+    Returns how many of these were accepted.
+    """
     every = samples(engine)
     products = product_samples(kernels.device)
     for sample in every:
@@ -260,14 +270,14 @@ def run(kernels: Kernels, engine: Engine, inputs: int, seed: int = 0) -> int:
 
 
 def checked_environment() -> dict[str, str]:
-    """The environment in which Python can load a library with sanitisers."""
+    """Returns the environment that Python needs to load a library with sanitisers."""
     command = ["g++", "-print-file-name=libasan.so"]
     library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {**os.environ, **shim.CHECKED_ENVIRONMENT, "LD_PRELOAD": library}
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tools.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=INPUTS, help=f"how many ({INPUTS:,})")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The engine for GPUs against the reference on whatever device there is: bits, faults, products, tools."""
+"""Compares the CUDA engine with the reference on a device: bits, faults, products, layers, sanitizers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sfpformat.numpy import save
 from .inputs import damaged_file, files
 from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 
-# Golden files, where this is a clone.
+# Golden files; only a clone has them.
 CASES = Path(__file__).parents[2] / "conformance" / "cases"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
-# Rows, columns, survivors a position, scale, rows of x: of every kind that the kernels tell apart.
+# Rows, columns, share of survivors, scale, rows of x: every kind that the product kernels distinguish.
 _PRODUCTS: tuple[tuple[int, int, float, Any, int], ...] = (
     (64, 1024, 0.5, None, 1),
     (150, 3200, 0.5, None, 3),
@@ -37,24 +37,24 @@ _PRODUCTS: tuple[tuple[int, int, float, Any, int], ...] = (
 
 
 def outcome(data: bytes, engine: str) -> Any:
-    """The bits of a file's tensors, or its fault."""
+    """Returns the bits of a file's tensors, or its fault."""
     try:
         with sfpformat.open(data, engine=engine, threads=1) as file:
             return [array.tobytes() for array in file.get_tensors().values()]
     except FileFault as fault:
         return fault.code, fault.clause, fault.offset
-    except SfpError as error:  # a limit, say
+    except SfpError as error:  # for example a limit
         return type(error).__name__, str(error)
 
 
 def golden_files(every: int = 1) -> Iterator[bytes]:
-    """The golden files that are single files, or every so many of them."""
+    """Yields every ``every``-th of the golden files that are single files."""
     for path in sorted(CASES.rglob("*.sfp"))[::every]:
         yield path.read_bytes()
 
 
 def files_to_compare(damaged: int, every: int = 1) -> Iterator[bytes]:
-    """Golden files; files of every kind, small and of many tiles; damaged ones, their checksums mended."""
+    """Yields golden files, files of every kind, small and large, and damaged files with correct checksums."""
     yield from golden_files(every)
     small = [data for _, data in files(every=every)]
     yield from small
@@ -65,10 +65,10 @@ def files_to_compare(damaged: int, every: int = 1) -> Iterator[bytes]:
 
 
 def compare_with_reference(damaged: int, every: int = 1) -> int:
-    """How many files the engine gave as the reference.
+    """Compares the engine with the reference on many files. Returns the number of files.
 
     Raises:
-        AssertionError: there are some that it did not; it names the first.
+        AssertionError: some files differ; the message describes the first.
     """
     count, first, others = 0, "", 0
     for data in files_to_compare(damaged, every):
@@ -82,17 +82,17 @@ def compare_with_reference(damaged: int, every: int = 1) -> int:
 
 
 def _short(found: Any) -> str:
-    """What came of a file, in a few words."""
+    """Describes the outcome of a file briefly."""
     if isinstance(found, tuple):
         return " ".join(map(str, found))
     return f"tensors of {', '.join(map(str, map(len, found)))} bytes with CRC {crc32(b''.join(found)):08x}"
 
 
 def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
-    """What products of several shapes came to, of the largest too where ``every`` is 1.
+    """Checks products of several shapes; the largest only if ``every`` is 1. Returns their errors.
 
     Raises:
-        AssertionError: one is off, or does not always have the same bits.
+        AssertionError: a product is inaccurate, or its bits differ from run to run.
     """
     found = []
     for rows, columns, density, scale, batch in _PRODUCTS[: None if every == 1 else -1]:
@@ -122,10 +122,10 @@ def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
 
 
 def compare_layers(where: str = "cuda") -> int:
-    """How many calls of layers that stay compressed on a device came to what the dense ones give there.
+    """Compares compressed layers with dense layers on a device. Returns the number of calls compared.
 
     Raises:
-        AssertionError: one did not.
+        AssertionError: a result differs.
     """
     torch: Any = importlib.import_module("torch")
     door: Any = importlib.import_module("sfpformat.torch")
@@ -140,7 +140,7 @@ def compare_layers(where: str = "cuda") -> int:
             layer = door.SfpLinear.of(dense, options).to(where)
             dense.weight = torch.nn.Parameter(door.load(layer.weight_sfp.cpu().numpy().tobytes())["weight"])
             dense = dense.to(where)
-            torch.compiler.reset()  # there is a limit to how many are remembered
+            torch.compiler.reset()  # torch limits the number of cached compilations
             compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
             for batch in (1, 8, 33):
                 x = torch.randn(batch, 1152, dtype=dtype, device=where, requires_grad=True)
@@ -164,10 +164,10 @@ def compare_layers(where: str = "cuda") -> int:
 
 
 def sanitize(tool: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What a tool of compute-sanitizer says of some identity checks.
+    """Runs identity checks under a tool of compute-sanitizer. Returns the last line of its output.
 
     Raises:
-        RuntimeError: it is not installed, it found something, or there was not enough time.
+        RuntimeError: the tool is not installed, it reported an error, or it exceeded the time.
     """
     program = shutil.which("compute-sanitizer")
     if program is None:

@@ -1,4 +1,4 @@
-"""Files of every kind that the kernels tell apart, and what damages them."""
+"""Generates files of every kind that the kernels distinguish, and damages them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXTREMES = (0, 1, 2, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**3
 
 
 def normal_weights(rows: int, columns: int, density: float) -> NDArray[np.float32]:
-    """Rows of several spreads, pruned at random, the first of them rounded."""
+    """Returns normal weights of several spreads, pruned at random; the first two rows rounded to F16."""
     rng = np.random.default_rng(rows * columns)
     spread = 2.0 ** (-np.arange(rows) // 2)
     values = rng.normal(size=(rows, columns)) * spread[:, None] * (rng.random((rows, columns)) < density)
@@ -31,7 +31,7 @@ def normal_weights(rows: int, columns: int, density: float) -> NDArray[np.float3
 
 
 def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
-    """Name, dtype, options, density, form of the importance: every path that the kernels have."""
+    """Yields name, dtype, options, density and form of the importance, for every code path of the kernels."""
     small = Options(segment=32, chunk=chunk)
     for dtype in (ml_dtypes.bfloat16, np.float32, np.float16, np.float64, ml_dtypes.float8_e4m3fn):
         name = np.dtype(dtype).name
@@ -59,9 +59,10 @@ def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
 
 
 def _skewed(turned: bool) -> NDArray[np.float32]:
-    """Each exponent about half as often as the one above it; in the lower rows, where turned, twice as often.
+    """Returns weights whose exponents are each about half as frequent as the next greater exponent.
 
-    So codewords are long, and more than one code pays.
+    If ``turned``, the order is reversed in the lower half of the rows. This gives long codewords, and several
+    codes are smaller than one.
     """
     rng = np.random.default_rng(5)
     ranks = np.minimum(rng.geometric(0.45, (24, 96)), 12)
@@ -72,7 +73,7 @@ def _skewed(turned: bool) -> NDArray[np.float32]:
 
 
 def skewed_files(chunk: int = 1 << 11) -> Iterator[tuple[str, bytes]]:
-    """Files for the kernels with long codewords and several codes, or with many levels."""
+    """Yields files with long codewords and several codes, and files with many levels."""
     small = Options(segment=32, chunk=chunk, coding="fingerprint", trim=False, narrow=False, group=1)
     for dtype in (ml_dtypes.bfloat16, np.float32):
         name = np.dtype(dtype).name
@@ -94,10 +95,12 @@ def skewed_files(chunk: int = 1 << 11) -> Iterator[tuple[str, bytes]]:
 def files(
     rows: int = 6, columns: int = 51, *, chunk: int = 128, every: int = 1
 ) -> Iterator[tuple[str, bytes]]:
-    """For every kind of tensor, or every so many, its name and a file with a tensor ``w`` of that shape.
+    """Yields for every ``every``-th kind of tensor its name and a file with a tensor ``w`` of that shape.
+
+    The skewed files follow, with their own shape.
 
     Args:
-        chunk: positions a chunk; a segment has 32.
+        chunk: positions per chunk; a segment has 32.
     """
     for name, dtype, options, density, form in islice(_kinds(chunk), 0, None, every):
         array = normal_weights(rows, columns, density).astype(dtype)
@@ -111,7 +114,7 @@ def files(
 
 
 def damage(data: Bytes, rng: np.random.Generator) -> Bytes:
-    """A copy with one to three changes, more of them in header and index."""
+    """Returns a copy with one to three changes; half of them in the first 96 bytes, header and index."""
     out = data.copy()
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(out) if rng.random() < 0.5 else min(len(out), 96)))
@@ -130,7 +133,7 @@ def damage(data: Bytes, rng: np.random.Generator) -> Bytes:
 
 
 def damaged_file(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file with one tensor, one of its chunks damaged, its checksums mended."""
+    """Damages a chunk of a file with one tensor. Recomputes all checksums."""
     with sfpformat.open(data) as file:
         entry, directory = file.entry("w"), file.directory
         chunks = [file.read_checked(entry, k) for k in range(len(entry.chunks))]

@@ -1,4 +1,4 @@
-"""Machine code of the kernels: compiled by NVRTC, disassembled, its loops found. No driver is needed.
+"""Machine code of the kernels: compiles with NVRTC, disassembles, and finds loops. Needs no driver.
 
 Needs `cuobjdump` and `nvdisasm`: ``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``, or a CUDA
 toolkit.
@@ -27,7 +27,7 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction: its address, its name with what is appended, where it branches to."""
+    """An instruction: its address, its name with suffixes, and its branch target, if it is a branch."""
 
     at: int
     name: str
@@ -35,12 +35,12 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """The name alone."""
+        """The name without suffixes."""
         return self.name.split(".")[0]
 
 
 def instructions_of(text: str) -> list[Instruction]:
-    """The instructions of a function, from what cuobjdump prints."""
+    """Parses the instructions of a function from the output of cuobjdump."""
     found = []
     for address, name, rest in _LINE.findall(text):
         target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
@@ -49,7 +49,7 @@ def instructions_of(text: str) -> list[Instruction]:
 
 
 def inner_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    """The loops that have no loop in them."""
+    """Yields the innermost loops."""
     spans = [(i.target, i.at) for i in code if i.target is not None and i.target < i.at]
     for start, stop in spans:
         if not any((start, stop) != other and start <= other[0] and other[1] <= stop for other in spans):
@@ -57,13 +57,13 @@ def inner_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
 
 
 def always_executed(loop: list[Instruction]) -> list[Instruction]:
-    """Those of a loop that no forward branch in it jumps over."""
+    """Returns the instructions of a loop that no forward branch in it skips."""
     jumps = [(i.at, i.target) for i in loop if i.target is not None and i.target > i.at]
     return [i for i in loop if not any(start < i.at < stop for start, stop in jumps)]
 
 
 def loops_of(code: list[Instruction]) -> Iterator[tuple[list[Instruction], list[list[Instruction]]]]:
-    """Every loop: what of it lies in no loop within it, and those loops, whole, the outermost."""
+    """Yields for every loop its instructions outside of nested loops, and its outermost nested loops."""
     spans = sorted({(i.target, i.at) for i in code if i.target is not None and i.target < i.at})
     for start, stop in spans:
         within = [
@@ -77,7 +77,7 @@ def loops_of(code: list[Instruction]) -> Iterator[tuple[list[Instruction], list[
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of a kernel: registers a thread, bytes spilled, bytes of shared memory a block."""
+    """Resource use of a kernel: registers per thread, spilled bytes, bytes of shared memory per block."""
 
     registers: int
     spilled: int
@@ -85,7 +85,10 @@ class Usage:
 
 
 def compile_with_usage(arch: str) -> tuple[bytes, dict[str, Usage], str]:
-    """The machine code, the usage of each kernel, and all that the compilers said. Needs no driver."""
+    """Compiles the kernels.
+
+    Returns machine code, usage of each kernel, and the compiler log. Needs no driver.
+    """
     core: Any = importlib.import_module("cuda.core")
     said = io.StringIO()
     options = core.ProgramOptions(arch=arch, std=STANDARD, ptxas_options=["-v"])
@@ -94,7 +97,7 @@ def compile_with_usage(arch: str) -> tuple[bytes, dict[str, Usage], str]:
 
 
 def usage_of(text: str) -> dict[str, Usage]:
-    """The usage of each kernel, from what ptxas says."""
+    """Parses the usage of each kernel from the output of ptxas."""
     found = {}
     for part in text.split("Compiling entry function ")[1:]:
         registers = re.search(r"Used (\d+) registers", part)
@@ -106,10 +109,10 @@ def usage_of(text: str) -> dict[str, Usage]:
 
 
 def disassemble(code: bytes) -> dict[str, list[Instruction]]:
-    """Kernel -> its instructions.
+    """Returns kernel -> instructions.
 
     Raises:
-        FileNotFoundError: cuobjdump is not there.
+        FileNotFoundError: cuobjdump is not installed.
     """
     here = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
     path = os.pathsep.join([str(here), os.environ.get("PATH", "")])

@@ -1,4 +1,4 @@
-"""A tensor of a file on a device, to be decoded and multiplied there: for tests, fuzzing and measurements."""
+"""Decodes and multiplies a tensor of a file on a device: for tests, fuzzing and measurements."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sfpformat.engines.cuda.recipe import make_recipe
 from sfpformat.engines.cuda.resident import Operands, Placed, Resident
 
 NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-# Half a unit in the last place over the number, at most.
+# Maximum relative rounding error.
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
-# A sum of products on tensor cores is off by at most this part of the sum of their magnitudes: 24 bits are
-# kept of each sum of 16 products, one after another, a few of them cut off.
+# Bound on the error of a sum of products on tensor cores, relative to the sum of their magnitudes: tensor
+# cores accumulate 16 products at a time, with 24 bits, and truncate some of them.
 SUMMING = 2.0**-15
 
 
 def put(device: Device, raw: bytes | Bytes) -> Memory:
-    """Bytes, copied to memory of the device."""
+    """Copies bytes to new device memory, and waits."""
     memory, staging = device.allocate(len(raw)), device.pin(len(raw))
     staging.bytes[:] = np.frombuffer(raw, np.uint8)
     device.copy(memory.address, staging.address, len(raw))
@@ -35,7 +35,7 @@ def put(device: Device, raw: bytes | Bytes) -> Memory:
 
 
 def fetch(device: Device, memory: Memory, size: int) -> bytes:
-    """Bytes of memory of the device, after all that is in its queue."""
+    """Copies bytes from device memory, after all work in the queue."""
     staging = device.pin(size)
     device.copy(staging.address, memory.address, size)
     device.mark().wait()
@@ -43,19 +43,20 @@ def fetch(device: Device, memory: Memory, size: int) -> bytes:
 
 
 class OnDevice:
-    """A tensor whose chunks, one after another, are on a device.
+    """A tensor whose concatenated chunks are on a device.
 
     Attributes:
-        entry: of the tensor.
-        kernel: that decodes it.
-        resident: the tensor there.
-        out: memory for its weights.
+        entry: the tensor's entry.
+        device: the queue of the device.
+        kernel: the name of the kernel that decodes it.
+        resident: the tensor on the device.
+        out: device memory for its weights.
     """
 
     def __init__(
         self, file: SfpFile, entry: TensorEntry, device: Device, chunks: bytes | None = None
     ) -> None:
-        """Copies the chunks there, or others in their place."""
+        """Copies the tensor's chunks, or ``chunks`` instead, to the device."""
         self.entry, self.device = entry, device
         self._vectors = file.decoder(entry).vectors
         recipe = make_recipe(entry, self._vectors)
@@ -70,40 +71,44 @@ class OnDevice:
         self.out = device.allocate(entry.decoded_bytes)
 
     def overwrite(self, chunks: bytes | Bytes) -> None:
-        """Puts other chunks, as many bytes, in the place of those that are there."""
+        """Overwrites the chunks on the device with others of the same size."""
         staging = self.device.pin(len(chunks))
         staging.bytes[:] = np.frombuffer(chunks, np.uint8)
         self.device.copy(self._chunks.address, staging.address, len(chunks))
         self.device.mark().wait()
 
     def decode(self) -> None:
-        """Writes the weights to `out`, in the queue's order."""
+        """Enqueues decoding to `out`."""
         self.resident.decode(self.device, self.out.address)
 
     def weights(self) -> bytes | None:
-        """The weights; None where some segment is not good."""
+        """Decodes and returns the weights; None if a segment is invalid."""
         good = self.resident.is_good(self.device, self.out.address)
         return fetch(self.device, self.out, self.entry.decoded_bytes) if good else None
 
     def place(self, compute: str) -> Placed | None:
-        """What multiplies with the tensor in a dtype; None where that is not possible, or it is not good."""
+        """Prepares the tensor for products in a dtype; None if unsupported, or if the tensor is invalid."""
         product = make_product(self.entry, self._vectors, compute, compute)
         return None if product is None else self.resident.place(self.device, product)
 
 
 class Multiplication:
-    """A product whose operands are on the device, ready to be computed again and again."""
+    """A product whose operands are on the device; it can be computed repeatedly."""
 
     def __init__(self, device: Device, placed: Placed, x: NDArray[Any], bias: NDArray[Any] | None) -> None:
-        """Args:
-        x: [batch, columns].
-        bias: [rows], or None.
+        """Copies the operands to the device.
+
+        Args:
+            device: the queue of the device.
+            placed: the prepared matrix.
+            x: [batch, columns].
+            bias: [rows], or None.
         """
         self._device, self._placed, self._dtype = device, placed, x.dtype
         self._shape = len(x), placed.product.rows
         self._x, self._done = put(device, x.tobytes()), put(device, bytes(4 * placed.product.blocks))
         self._bias = None if bias is None else put(device, bias.tobytes())
-        self._y = put(device, b"\xff" * (x.itemsize * len(x) * placed.product.rows))  # numbers that are none
+        self._y = put(device, b"\xff" * (x.itemsize * len(x) * placed.product.rows))  # NaNs
         bias_at = 0 if self._bias is None else self._bias.address
         self._sums = device.allocate(placed.product.sums_bytes(len(x)))
         self._operands = Operands(
@@ -111,23 +116,23 @@ class Multiplication:
         )
 
     def start(self) -> None:
-        """Computes it, in the queue's order."""
+        """Enqueues the product."""
         self._placed.multiply(self._device, self._operands)
 
     def result(self) -> NDArray[Any]:
-        """Computes it, and waits; [batch, rows]."""
+        """Computes the product, waits, and returns it: [batch, rows]."""
         self.start()
         raw = fetch(self._device, self._y, int(np.prod(self._shape)) * self._dtype.itemsize)
         return np.frombuffer(raw, self._dtype).reshape(self._shape)
 
 
 def excess(found: NDArray[Any], x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None) -> float:
-    """How far a product is off, beyond its rounding, over the sum of the products' magnitudes.
+    """Returns the error of a product beyond rounding, relative to the sum of the products' magnitudes.
 
     Args:
-        found: [batch, rows], of a dtype that is multiplied.
+        found: [batch, rows], the product in its dtype.
         x: [batch, columns].
-        weight: [rows, columns], as it is decoded.
+        weight: [rows, columns], the decoded weights.
         bias: [rows], or None.
     """
     wide, matrix = x.astype(np.float64), weight.astype(np.float64)

@@ -1,7 +1,6 @@
-"""Other decoders of BF16 weights for GPUs, where they are installed: nvCOMP, DFloat11, DietGPU.
+"""Benchmarks of other GPU decoders for BF16 weights, if they are installed: nvCOMP, DFloat11, DietGPU.
 
-Each gives the milliseconds in which it makes how many bytes, after what it made was compared; `Missing`
-where it is not installed.
+Each checks the decoded bytes, and returns the time and the sizes. Raises `Missing` if it is not installed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ Array = NDArray[Any]
 
 
 class Missing(RuntimeError):
-    """It is not installed."""
+    """The decoder is not installed."""
 
 
 class Timed(NamedTuple):
-    """Milliseconds, bytes that were made, and bytes that they were made of."""
+    """Milliseconds of decoding, number of decoded bytes, and number of compressed bytes."""
 
     ms: float
     made: int
@@ -40,7 +39,7 @@ def _module(name: str) -> Any:
 
 
 def _nvcomp(values: Array, algorithm: str, clock: Clock) -> Timed:
-    """Bytes by an algorithm of nvCOMP, without a wait between calls."""
+    """Times decoding of bytes with an algorithm of nvCOMP, without synchronisation between calls."""
     nvcomp, torch = _module("nvidia.nvcomp"), _module("torch")
     source = torch.from_numpy(values).cuda()
     stream = torch.cuda.current_stream().cuda_stream
@@ -60,19 +59,19 @@ def _nvcomp(values: Array, algorithm: str, clock: Clock) -> Timed:
 
 
 def nvcomp_exponents(side: int, clock: Clock = milliseconds) -> Timed:
-    """ANS on the exponents alone, a byte each; joining them with the rest is not counted."""
+    """Times ANS on the exponents alone, one byte each; does not count joining them with the other bits."""
     return _nvcomp(
         (matrix_of(BF16, 1.0, side).view(np.uint16) >> 7).astype(np.uint8).reshape(-1), "ANS", clock
     )
 
 
 def nvcomp_bytes(side: int, clock: Clock = milliseconds) -> Timed:
-    """ANS on all bytes as they are."""
+    """Times ANS on all bytes of the weights."""
     return _nvcomp(matrix_of(BF16, 1.0, side).view(np.uint8).reshape(-1), "ANS", clock)
 
 
 def _big_endian(symbols: Array, codes: dict[int, tuple[int, int]]) -> tuple[Array, Array]:
-    """Codewords one after another, the most significant bit first; and where each begins."""
+    """Returns the concatenated codewords, most significant bit first, and the bit offset of each."""
     lengths, words = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for symbol, (length, word) in codes.items():
         lengths[symbol], words[symbol] = length, word
@@ -88,7 +87,7 @@ def _big_endian(symbols: Array, codes: dict[int, tuple[int, int]]) -> tuple[Arra
 
 
 def dfloat11(side: int, clock: Clock = milliseconds) -> Timed:
-    """The kernel of dfloat11 0.5, with the codes and tables that the package makes."""
+    """Times the kernel of dfloat11 0.5, with the codes and tables of that package."""
     utils, package, torch = _module("dfloat11.dfloat11_utils"), _module("dfloat11.dfloat11"), _module("torch")
     threads, thread_bytes = package.threads_per_block[0], package.bytes_per_thread
     patterns = matrix_of(BF16, 1.0, side).view(np.uint16).reshape(-1)
@@ -100,7 +99,8 @@ def dfloat11(side: int, clock: Clock = milliseconds) -> Timed:
         luts = utils.get_luts(table)
     codes = {symbol: code for symbol, code in table.items() if isinstance(symbol, int)}
     encoded, starts = _big_endian(exponents, codes)
-    # For each thread how many bits of a codeword lie before it, 5 bits each; for each block its first weight.
+    # For each thread, the number of bits before its first codeword, 5 bits each; for each block, its first
+    # weight.
     blocks = -(-len(encoded) // (threads * thread_bytes))
     edges = np.arange(blocks * threads) * 8 * thread_bytes
     first = np.searchsorted(starts, edges)
@@ -132,7 +132,7 @@ def dfloat11(side: int, clock: Clock = milliseconds) -> Timed:
 
 
 def dietgpu(side: int, clock: Clock = milliseconds) -> Timed:
-    """The float codec of DietGPU, a library of operators for torch."""
+    """Times the float codec of DietGPU, a library of torch operators."""
     _module("dietgpu")
     torch = _module("torch")
     source = torch.from_numpy(matrix_of(BF16, 1.0, side).view(np.int16)).view(torch.bfloat16).cuda()

@@ -1,11 +1,12 @@
-"""What `kernels.tools.check` found, as a page; and beside what it is meant to be."""
+"""Formats the results of `kernels.tools.check` as a page, and compares them with the targets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The least shares of the floor, and times as fast as the best of the others, that are aimed at.
+# Targets: minimum shares of the memory-bound rate; minimum speed relative to the best peer and to dense
+# products.
 FLOORS = {"BF16, preset gpu": 0.5, "BF16, 50 % pruned, 4 bits, preset gpu": 0.35}
 BESIDE_PEERS, BESIDE_DENSE = 1.5, 1.5
 
@@ -13,7 +14,7 @@ Parts = Sequence[Mapping[str, Any]]
 
 
 def tables(facts: Mapping[str, Any], parts: Parts) -> str:
-    """The page, Markdown."""
+    """Returns the page in Markdown."""
     lines = [
         f"# {facts['device']}",
         "",
@@ -34,7 +35,7 @@ def _result(parts: Parts, name: str) -> Any:
 
 
 def _named(parts: Parts, kind: str) -> dict[str, Any]:
-    """The results of the parts of a kind, by what follows it in their names."""
+    """Returns the results of the parts whose name begins with ``kind``, by the rest of the name."""
     return {
         p["name"][len(kind) :]: p["result"] for p in parts if p["name"].startswith(kind) and "result" in p
     }
@@ -77,7 +78,7 @@ def _products(parts: Parts) -> list[str]:
 
 
 def _aims(parts: Parts) -> list[str]:
-    """What is aimed at, and whether it is reached."""
+    """Returns the table of targets, and whether each is reached."""
     decoding, others, products = (
         _named(parts, "decoding: "),
         _named(parts, "peer: "),
@@ -100,7 +101,7 @@ def _aims(parts: Parts) -> list[str]:
 
 
 def _others(parts: Parts) -> list[str]:
-    """What the other parts said, and what failed."""
+    """Returns lines with the results of the other parts, and all failures."""
     shown = ("decoding: ", "peer: ", "products", "copy rate")
     lines = []
     for part in parts:

@@ -1,6 +1,6 @@
-"""The kernels compiled by the host's compiler, and a device that runs them: for machines without a GPU.
+"""Compiles the kernels with the host's compiler, and runs them on a host device: for machines without a GPU.
 
-Needs g++. The source is the same, byte for byte, that a GPU gets; `host.h` says what takes the place of CUDA.
+Needs g++. The source is byte for byte the same as for a GPU; `host.h` replaces CUDA.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from sfpformat.engines.cuda.driver import pointers_to
 
 HOST = Path(__file__).parent / "host"
 SOURCE = Path(__file__).parents[1] / "source"
-# -ffp-contract=off: what the source multiplies and adds apart stays apart.
+# -ffp-contract=off: the compiler must not fuse separate multiplications and additions.
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing", "-fPIC", "-shared"]
 PLAIN = ["-O2"]
 CHECKED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 CHECKED += ["-Wno-clobbered"]
-# What a process must be started with to load a library with `CHECKED`.
+# Environment that a process needs to load a library compiled with `CHECKED`.
 CHECKED_ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1"}
-_ALIGNMENT = 256  # of memory, as CUDA gives it
-_GUARD = 64  # bytes before and after memory, to find what writes there
+_ALIGNMENT = 256  # of allocations, same as CUDA
+_GUARD = 64  # guard bytes before and after each allocation, to detect stray writes
 _PATTERN = 0xA5
 _INTACT = bytes([_PATTERN]) * _GUARD
 _one_at_a_time = threading.Lock()  # the library has one set of threads
 
 
 def sources() -> list[Path]:
-    """The files that the library is made of."""
+    """Returns the source files of the library."""
     return sorted(path for folder in (HOST, SOURCE) for path in folder.iterdir())
 
 
 def build(options: Sequence[str] = PLAIN, folder: Path | None = None) -> Path:
-    """The library, compiled where it was not yet.
+    """Compiles the library, unless it is cached. Returns its path.
 
     Raises:
-        RuntimeError: g++ is missing, or it has something to say.
+        RuntimeError: g++ is missing, or compilation fails.
     """
     text = b"".join(path.read_bytes() for path in sources())
     key = hashlib.sha256(text + repr([FLAGS, options]).encode()).hexdigest()[:16]
@@ -73,7 +73,7 @@ def build(options: Sequence[str] = PLAIN, folder: Path | None = None) -> Path:
 
 @cache
 def load(path: Path) -> Any:
-    """The library."""
+    """Loads the library and declares the types of its functions."""
     library: Any = ctypes.CDLL(str(path))
     library.launch.argtypes = [
         ctypes.c_char_p,
@@ -91,20 +91,20 @@ def load(path: Path) -> Any:
 
 @cache
 def _process() -> Any:
-    """What was loaded with the process, the address sanitiser among it."""
+    """Returns the libraries loaded with the process, among them the address sanitiser."""
     return ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory that was given out."""
+    """An allocation."""
 
     address: int
     bytes: Bytes
 
 
 class _Block:
-    """Memory between guards, which are poisoned for the address sanitiser or looked at."""
+    """Memory between guards. The address sanitiser poisons the guards, or `require_guards` checks them."""
 
     def __init__(self, size: int, poison: bool) -> None:
         raw = np.full(size + 2 * _GUARD + _ALIGNMENT, _PATTERN, np.uint8)
@@ -116,29 +116,29 @@ class _Block:
             self._tell("__asan_poison_memory_region")
 
     def _tell(self, function: str) -> None:
-        """Has the sanitiser do something with the guards."""
+        """Calls a function of the sanitiser for each guard."""
         for guard in self._guards:
-            tell = getattr(_process(), function)  # unlike an item, kept
+            tell = getattr(_process(), function)  # ctypes caches attributes, unlike items
             tell(ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
 
     def close(self) -> None:
-        """Looks at the guards for the last time."""
+        """Unpoisons the guards and checks them a last time."""
         if self._poisoned:
             self._tell("__asan_unpoison_memory_region")
         self.require_guards()
 
     def require_guards(self) -> None:
-        """Raises AssertionError where something was written beside the memory."""
+        """Raises AssertionError if the guards were overwritten."""
         before, after = self._guards
         assert before.tobytes() == _INTACT, "written before the memory"
         assert after.tobytes() == _INTACT, "written after the memory"
 
 
 class HostDevice:
-    """A device whose queue is done when somebody waits, and not before: what is touched too early shows.
+    """A device that runs its queue only when the host waits, so that a missing wait shows.
 
     Attributes:
-        launched: the kernels in the order of their launches.
+        launched: the names of the kernels, in launch order.
     """
 
     def __init__(
@@ -152,10 +152,11 @@ class HostDevice:
         """Loads the library, by default that of `build`.
 
         Args:
-            backwards: whether the last thread of a block goes first, and copies that a kernel begins are done
-                when it waits for them.
-            poison: whether the address sanitiser is there and told of the guards.
-            at_once: whether the queue is done at once, for users whose other work does not join it.
+            library: the path of the library.
+            backwards: whether the last thread of a block runs first, and asynchronous copies of a kernel run
+                only when it waits for them.
+            poison: whether the address sanitiser is loaded and poisons the guards.
+            at_once: whether work runs immediately, for users whose other work does not join the queue.
         """
         self._at_once = at_once
         self._poison = poison
@@ -166,11 +167,11 @@ class HostDevice:
         self.launched: list[str] = []
 
     def allocate(self, size: int) -> HostMemory:
-        """See `Device`."""
+        """Implements `Device`."""
         block = _Block(size, self._poison)
         given = HostMemory(block.memory.address, block.memory.bytes)
         self._blocks[given.address] = block
-        # Freeing joins the queue, as everything does.
+        # Freeing joins the queue, too.
         weakref.finalize(given, self._queue.append, partial(self._free, given.address)).atexit = False
         return given
 
@@ -180,12 +181,12 @@ class HostDevice:
     pin = allocate
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """See `Device`."""
+        """Implements `Device`."""
         self._enqueue(lambda: ctypes.memmove(to, source, size))
 
     def launch(self, kernel: str, blocks: int, arguments: Sequence[int]) -> None:
-        """See `Device`."""
-        held = (ctypes.c_uint64 * len(arguments))(*arguments)  # of which a kernel takes the lower bytes
+        """Implements `Device`."""
+        held = (ctypes.c_uint64 * len(arguments))(*arguments)  # a kernel reads the low bytes
         self.launched.append(kernel)
         self._enqueue(lambda: self._run(kernel, blocks, held))
 
@@ -204,18 +205,18 @@ class HostDevice:
             )
 
     def mark(self) -> HostMark:
-        """See `Device`."""
+        """Implements `Device`."""
         return HostMark(self)
 
     def wait_for(self, mark: Mark) -> None:
-        """See `Device`."""
+        """Implements `Device`."""
         self._enqueue(mark.wait)
 
     def finish(self) -> None:
-        """Does all that waits."""
+        """Runs all queued work, and checks the guards."""
         while self._queue:
             self._queue.pop(0)()
-        for block in () if self._poison else self._blocks.values():  # the sanitiser sees it sooner
+        for block in () if self._poison else self._blocks.values():  # the sanitiser detects it earlier
             block.require_guards()
 
 
@@ -226,10 +227,10 @@ class HostMark:
         self._device = device
 
     def wait(self) -> None:
-        """See `Mark`."""
+        """Implements `Mark`."""
         self._device.finish()
 
 
 def device_of(**options: Any) -> Callable[[], Device]:
-    """What `sfpformat.engines.cuda.work.open_device` can be instead."""
+    """Returns a replacement for `sfpformat.engines.cuda.work.open_device`."""
     return lambda: HostDevice(**options)

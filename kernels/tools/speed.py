@@ -1,6 +1,6 @@
-"""How long decoding and products take on a GPU, beside the floor.
+"""Measures the time of decoding and of products on a GPU, and compares it with the floor.
 
-The floor: the bytes that must be read and written, at the rate at which the device copies.
+The floor is the time to read and write the necessary bytes at the copy rate of the device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sfpformat.numpy import save
 from .ondevice import Multiplication, OnDevice
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-SIDE = 8192  # of the matrices that are timed
+SIDE = 8192  # rows and columns of the matrices
 BATCHES = (1, 2, 4, 8)
 _ROUNDS = 20
-# Bytes that no cache of a device holds: what is timed goes round among copies of as many.
+# More bytes than any cache of a device: products cycle through copies of this total size.
 _BEYOND_CACHES = 200 << 20
-_HEAD_START = 20_000_000  # clocks that the device waits while work is put into its queue
+_HEAD_START = 20_000_000  # cycles that the device waits while the host fills its queue
 
 GPU = PRESETS["gpu"]
 FOUR_BITS = GPU.but(quantiser="table", centroids=8)
@@ -50,12 +50,15 @@ MATRICES: dict[str, tuple[Any, float, Options]] = {
 }
 
 Works = Sequence[Callable[[], object]]
-# The milliseconds that each of some works takes on the device, done one after another, again and again.
+# Measures the milliseconds per work on the device; runs the works in sequence, repeatedly.
 Clock = Callable[[Works], float]
 
 
 def milliseconds(works: Works) -> float:
-    """The median over rounds, on torch's current stream, all of a round in the queue before it begins."""
+    """Returns the median milliseconds per work, on torch's current stream.
+
+    Each round is queued before it starts.
+    """
     torch: Any = importlib.import_module("torch")
     times: list[float] = []
     for i in range(_ROUNDS + 2):
@@ -72,7 +75,7 @@ def milliseconds(works: Works) -> float:
 
 
 def copy_rate(clock: Clock = milliseconds) -> float:
-    """Bytes a second that a copy within the device reads and writes together."""
+    """Returns the bytes per second that a copy within the device reads and writes in total."""
     torch: Any = importlib.import_module("torch")
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
@@ -81,7 +84,7 @@ def copy_rate(clock: Clock = milliseconds) -> float:
 
 @cache
 def _normal(side: int) -> NDArray[np.float32]:
-    """Normal weights of a spread that differs from row to row."""
+    """Returns normal weights with a different spread for each row."""
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((side, side), np.float32) * np.float32(0.02)
     weights *= np.exp2(rng.normal(size=(side, 1)) / 4).astype(np.float32)
@@ -89,7 +92,7 @@ def _normal(side: int) -> NDArray[np.float32]:
 
 
 def matrix_of(dtype: Any, density: float, side: int) -> Any:
-    """Normal weights, the least of them pruned."""
+    """Returns normal weights, with the smallest pruned."""
     weights = _normal(side)
     if density < 1:
         threshold = np.quantile(np.abs(weights[:: max(side // 128, 1)]), 1 - density)
@@ -100,7 +103,7 @@ def matrix_of(dtype: Any, density: float, side: int) -> Any:
 def decoding(
     name: str, device: Device, rate: float, side: int, clock: Clock = milliseconds
 ) -> dict[str, Any]:
-    """Times a matrix, after its weights were compared: index and weights together."""
+    """Checks the decoded weights of a matrix, and times decoding: index and weights together."""
     dtype, density, options = MATRICES[name]
     with sfpformat.open(save({"w": matrix_of(dtype, density, side)}, options=options)) as file:
         entry = file.entry("w")
@@ -120,7 +123,7 @@ def decoding(
 
 
 def products(device: Device, rate: float, side: int, clock: Clock = milliseconds) -> list[dict[str, Any]]:
-    """Times products with a matrix of 4 bits and 50 % survivors beside torch's with the dense one, BF16."""
+    """Times BF16 products with a matrix of 4 bits and 50 % survivors, and torch's with the dense matrix."""
     torch: Any = importlib.import_module("torch")
     array = matrix_of(BF16, 0.5, side)
     data = save({"w": array}, options=FOUR_BITS.but(fixed_width=True))
@@ -153,7 +156,7 @@ def products(device: Device, rate: float, side: int, clock: Clock = milliseconds
 
 
 def layers(side: int) -> list[dict[str, Any]]:
-    """Seconds of whole calls of a compressed layer and of the dense one, with all that Python does."""
+    """Times whole calls of a compressed and of a dense layer, in seconds, with the overhead of Python."""
     torch: Any = importlib.import_module("torch")
     door: Any = importlib.import_module("sfpformat.torch")
     dense = torch.nn.Linear(side, side, bias=False, dtype=torch.bfloat16)
@@ -183,7 +186,7 @@ def _seconds_of_calls(module: Any, x: Any, calls: int = 50) -> float:
 
 
 def loading(side: int) -> dict[str, float]:
-    """Seconds from a file in the page cache to tensors on the device: this package, and safetensors."""
+    """Times loading from a file in the page cache to tensors on the device: this package and safetensors."""
     torch: Any = importlib.import_module("torch")
     doors: dict[str, Any] = {"sfp": importlib.import_module("sfpformat.torch")}
     doors["safetensors"] = importlib.import_module("safetensors.torch")
