@@ -94,7 +94,7 @@ def _candidates(point: tuple[float, float], size: tuple[float, float], gap: floa
             # 0, +1, -1, +2, ... steps away from the right.
             angle = 2 * math.pi * ((k + 1) // 2) * (1 if k % 2 else -1) / _DIRECTIONS
             dx, dy = math.cos(angle), math.sin(angle)
-            # The box's nearest edge or corner lies on the ring.
+            # The box's nearest edge or corner is on the ring.
             cx = x + dx * ring * gap + width / 2 * max(-1.0, min(1.0, 2 * dx))
             cy = y + dy * ring * gap + height / 2 * max(-1.0, min(1.0, 2 * dy))
             out.append(Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))

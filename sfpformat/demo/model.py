@@ -1,14 +1,14 @@
 """The demonstration model: a small character-level language model, evaluated in NumPy alone.
 
 A causal transformer of about one million weights that predicts the next character of Python
-source. ``train.py`` trained it and describes its texts. It exists so that the effect of pruning
-and quantising can be measured as a perplexity, anywhere, in about a second and without torch.
+source. ``train.py`` trained it and describes its texts. It makes the effect of pruning and
+quantising measurable as a perplexity, in about a second and without torch.
 
-The architecture has as few kinds of parts as a present-day language model can have:
+The architecture is a minimal modern language model:
 
 - *Characters*: the printable ASCII characters, newline, tab, and one symbol for all others. So
-  nearly every weight is in a linear layer, as in a large model, and none in a vocabulary table.
-- *Pre-norm residual layers* with RMSNorm and without biases: every tensor of two dimensions but
+  nearly all weights are in linear layers, as in a large model, and few in the vocabulary table.
+- *Pre-norm residual layers* with RMSNorm and without biases: every tensor of two dimensions except
   the embedding is a plain linear layer, [outputs, inputs].
 - *Rotary positions*: nothing is learned per position, so every weight is used in every position.
 - *Squared ReLU* in the MLPs: in NumPy, two cheap passes where GELU needs a tanh.
@@ -68,7 +68,7 @@ class Config:
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every weight's name and shape, in the order of the torch module's ``state_dict``."""
+    """Returns the name and shape of every weight, in the order of the torch module's ``state_dict``."""
     width, hidden, vocabulary = config.width, config.hidden, config.vocabulary
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocabulary, width)}
     for layer in range(config.layers):
@@ -85,7 +85,7 @@ def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def encode_text(text: str) -> NDArray[np.uint8]:
-    """The tokens of ``text``: uint8 [characters], each below ``Config().vocabulary``."""
+    """Returns the tokens of ``text``: uint8 [characters], each below ``Config().vocabulary``."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     table = np.full(128, OTHER_TOKEN, dtype=np.uint8)
     table[[ord(character) for character in CHARACTERS]] = np.arange(len(CHARACTERS))
@@ -93,7 +93,7 @@ def encode_text(text: str) -> NDArray[np.uint8]:
 
 
 def logits(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArray) -> FloatArray:
-    """The model's unnormalised log-probabilities (nats) of the next token at every position.
+    """Returns the unnormalised log-probabilities (nats) of the next token at every position.
 
     ``weights`` are as ``weight_shapes`` names them, in any float dtype. ``tokens`` are integers
     [..., positions] with at most ``config.context`` positions. Returns float32
@@ -108,7 +108,7 @@ def logits(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArr
 
 
 def perplexity(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArray) -> float:
-    """exp(mean negative log-likelihood) per character, of ``tokens[1:]``.
+    """Returns exp(mean negative log-likelihood) per character, of ``tokens[1:]``.
 
     ``tokens`` are integers [n], n ≥ 2. They are cut into windows of ``config.context`` that do
     not overlap, so a window's first characters are predicted from few others; n = 1 + a multiple
@@ -127,14 +127,14 @@ def perplexity(weights: Mapping[str, NDArray[Any]], config: Config, tokens: Toke
 
 
 def _batches(inputs: TokenArray, targets: TokenArray, context: int) -> list[tuple[TokenArray, TokenArray]]:
-    """Inputs and targets [windows, context], at most WINDOWS_PER_BATCH windows at a time."""
+    """Returns inputs and targets [windows, context], at most WINDOWS_PER_BATCH windows a batch."""
     x, y = inputs.reshape(-1, context), targets.reshape(-1, context)
     starts = range(0, len(x), WINDOWS_PER_BATCH)
     return [(x[i : i + WINDOWS_PER_BATCH], y[i : i + WINDOWS_PER_BATCH]) for i in starts]
 
 
 def _negative_log_likelihood(scores: FloatArray, targets: TokenArray) -> float:
-    """The sum over all positions, in nats, of logits [..., vocabulary] against targets [...]."""
+    """Returns the sum over all positions, in nats, for logits [..., vocabulary] and targets [...]."""
     shifted = scores - scores.max(axis=-1, keepdims=True)
     normaliser = np.log(np.exp(shifted).sum(axis=-1))
     chosen = np.take_along_axis(shifted, targets[..., None].astype(np.intp), axis=-1)[..., 0]
@@ -142,7 +142,7 @@ def _negative_log_likelihood(scores: FloatArray, targets: TokenArray) -> float:
 
 
 def _float32_weights(weights: Mapping[str, NDArray[Any]], config: Config) -> dict[str, FloatArray]:
-    """The weights that the model reads, checked for shape; others in ``weights`` are ignored."""
+    """Returns the model's weights as float32 and checks their shapes; ignores other tensors."""
     cast = {}
     for name, shape in weight_shapes(config).items():
         if name not in weights:
@@ -154,7 +154,7 @@ def _float32_weights(weights: Mapping[str, NDArray[Any]], config: Config) -> dic
 
 
 def _forward(weights: Mapping[str, FloatArray], config: Config, tokens: TokenArray) -> FloatArray:
-    """Tokens [windows, positions] -> logits [windows, positions, vocabulary]."""
+    """Maps tokens [windows, positions] to logits [windows, positions, vocabulary]."""
     rotation = rotary_angles(config, tokens.shape[1])
     stream: FloatArray = weights["embedding.weight"][tokens]
     for layer in range(config.layers):
@@ -174,11 +174,11 @@ def _attention(
     x: FloatArray,
     rotation: tuple[FloatArray, FloatArray],
 ) -> FloatArray:
-    """Causal multi-head attention over [windows, positions, width]."""
+    """Computes causal multi-head attention over [windows, positions, width]."""
     windows, positions, width = x.shape
 
     def heads(projection: str) -> FloatArray:
-        """[windows, heads, positions, head_width]."""
+        """Returns a projection of x, [windows, heads, positions, head_width]."""
         projected = _linear(x, weights[f"{prefix}{projection}.weight"])
         split = projected.reshape(windows, positions, config.heads, config.head_width)
         return split.transpose(0, 2, 1, 3)
@@ -198,7 +198,7 @@ def _mlp(weights: Mapping[str, FloatArray], prefix: str, x: FloatArray) -> Float
 
 
 def _linear(x: FloatArray, weight: FloatArray) -> FloatArray:
-    """[..., inputs] times a weight [outputs, inputs], as one matrix product."""
+    """Multiplies [..., inputs] by a weight [outputs, inputs], as one matrix product."""
     flat = x.reshape(-1, x.shape[-1]) @ weight.T
     return flat.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -211,12 +211,12 @@ def _rms_norm(x: FloatArray, gain: FloatArray, epsilon: float) -> FloatArray:
 
 
 def _future(positions: int) -> NDArray[np.bool_]:
-    """True where a query's position (row) precedes a key's (column), and must not see it."""
+    """Returns a mask that is True if a query's position (row) precedes a key's (column)."""
     return np.triu(np.ones((positions, positions), dtype=np.bool_), k=1)
 
 
 def _softmax(scores: FloatArray) -> FloatArray:
-    """Over the last axis; overwrites ``scores``, the largest array of the whole evaluation."""
+    """Computes the softmax over the last axis in place: ``scores`` is the largest array of the evaluation."""
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
@@ -224,7 +224,7 @@ def _softmax(scores: FloatArray) -> FloatArray:
 
 
 def rotary_angles(config: Config, positions: int) -> tuple[FloatArray, FloatArray]:
-    """Cosine and sine [positions, head_width / 2] of the angle of each pair of features."""
+    """Returns cosine and sine [positions, head_width / 2] of the angle of each pair of features."""
     half = config.head_width // 2
     frequencies = config.rotary_base ** (-np.arange(half) / half)
     angles = np.outer(np.arange(positions), frequencies)
@@ -232,7 +232,7 @@ def rotary_angles(config: Config, positions: int) -> tuple[FloatArray, FloatArra
 
 
 def _rotate(x: FloatArray, rotation: tuple[FloatArray, FloatArray]) -> FloatArray:
-    """Turn each pair (feature i, feature i + half) of [..., positions, head_width]."""
+    """Rotates each pair (feature i, feature i + half) of [..., positions, head_width]."""
     cosine, sine = rotation
     first, second = np.split(x, 2, axis=-1)
     turned = (first * cosine - second * sine, first * sine + second * cosine)
