@@ -224,7 +224,10 @@ def index_slots(code: list[Instruction]) -> float:
 
 
 def product(kernel: str, code: list[Instruction]) -> Budget:
-    """Returns the budget of a product kernel: a loop over tiles, and in it over words of the mask."""
+    """Returns the budget of a product kernel: loops over tiles and words of the mask.
+
+    A word covers 32 columns of two rows.
+    """
     found = [(own, inner) for own, inner in loops_of(code) if any(_count(loop, "HMMA") for loop in inner)]
     tile, inner = min(found, key=lambda pair: sum(map(len, pair[1])))
     whole = next(loop for loop in inner if _count(loop, "HMMA"))

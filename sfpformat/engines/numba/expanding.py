@@ -76,7 +76,7 @@ def _permute2(
     vector = ir.VectorType(ir.IntType(8), 16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if not _FEATURES.get("ssse3"):  # compiled all the same, where LLVM does not know it
+        if not _FEATURES.get("ssse3"):  # compiled anyway, but LLVM lacks the instruction
             return context.get_dummy_value()
         values_type, _, numbers_type, _, out_type, _ = signature.args
         source, place, numbers, mask, out, to = arguments
@@ -99,7 +99,7 @@ def _permute4(
     bytes8, vector = ir.VectorType(ir.IntType(8), 8), ir.VectorType(ir.IntType(32), 8)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if not _FEATURES.get("avx2"):  # compiled all the same, where LLVM does not know it
+        if not _FEATURES.get("avx2"):  # compiled anyway, but LLVM lacks the instruction
             return context.get_dummy_value()
         values_type, _, numbers_type, _, out_type, _ = signature.args
         source, place, numbers, mask, out, to = arguments
