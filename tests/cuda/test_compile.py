@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.tools import budget, machine
+from kernels.tools import machine
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, layout, source
@@ -76,119 +76,6 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
     first = driver.compile_for("sm_90").code
     assert any(tmp_path.rglob("*"))
     assert driver.compile_for("sm_90").code == first
-
-
-# ------------------------------------------------------------------------------------------------ the budget
-
-
-def machine_code(*loops: str, at: int = 0) -> str:
-    """Lines as the disassembler prints them; a loop is lines, the last of which goes back to its first.
-
-    ``>`` before a line jumps over it, if it is to.
-    """
-    out = []
-    for loop in loops:
-        start = at
-        for line in loop.split(";"):
-            text = line.strip()
-            if text.startswith(">"):
-                out.append(f"        /*{at:04x}*/              @P0 BRA {at + 32:#x} ;")
-                at, text = at + 16, text[1:].strip()
-            out.append(f"        /*{at:04x}*/                   {text} ;")
-            at += 16
-        out.append(f"        /*{at:04x}*/              @!P1 BRA {start:#x} ;")
-        at += 16
-    return "\n".join(out)
-
-
-WRITES = ";".join(["ST.E desc[UR6][R2.64], R4"] * 8)
-DENSE = machine_code(
-    "LDS.U16 R4, [R2]; > LD.E.128 R8, desc[UR6][R6.64]; LDS.U16 R5, [R2+0x2];"
-    "LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; LDS.U16 R5, [R2+0x4]; LDS.U16 R5, [R2+0x6]; STS [R3], R5",
-)
-JOINS = (
-    "SHFL.IDX PT, R4, R5, R6; LD.E R8, desc[UR6][R6.64]; PRMT R4, R8, R5, R6; ST.E.64 desc[UR6][R2.64], R4"
-)
-
-
-def test_loops_are_found_and_what_is_jumped_over_is_counted_at_most() -> None:
-    joins = machine_code(JOINS, at=0x100)
-    own = budget.budget_of("dense_2_8_one_short", machine.instructions_of(f"{DENSE}\n{joins}"))
-    assert own is not None
-    assert own.issue == (8 / 4 + 4 / 64, 9 / 4 + 4 / 64)
-    assert own.integer == (0.25 + 1 / 64, 0.25 + 1 / 64)
-    assert set(own.shares().values()) == {1.0}
-    assert own.seconds(10**9) == pytest.approx(10**9 * own.bytes / budget.COPY["h200"])
-
-
-def nested(before: str, *inner: str) -> str:
-    """Loops, one after another, in a loop that begins with lines before them."""
-    lines = machine_code(*inner, at=16 * len(before.split(";"))).split("\n")
-    first = [
-        f"        /*{16 * i:04x}*/                   {line.strip()} ;"
-        for i, line in enumerate(before.split(";"))
-    ]
-    at = 16 * (len(first) + len(lines))
-    return "\n".join([*first, *lines, f"        /*{at:04x}*/              @!P1 BRA 0x0 ;"])
-
-
-def test_turns_of_survivors_count_as_often_as_the_slowest_lane_has_them() -> None:
-    turn = "LDS R4, [R2]; FLO.U32.SH R5, R6; STS.U16 [R3], R4; SHF.R.W.U32 R4, R5, R6, R7"
-    code = nested("LOP3.LUT R5, R5, 0xff, RZ, 0xc0, !PT; POPC R5, R5", turn)
-    write = machine_code(WRITES, at=0x200)
-    own = budget.budget_of("sparse_2_1_one_short", machine.instructions_of(f"{code}\n{write}"))
-    assert own is not None
-    turns = budget.slowest(32, 1) / 32
-    assert 20 / 32 < turns < 24 / 32
-    assert own.issue[0] == pytest.approx(5 * turns + 3 / 32 + 9 / 16)
-    assert own.integer[0] == pytest.approx(turns + 1 / 32)
-
-
-def test_products_are_counted_by_words_of_the_mask_and_by_tiles() -> None:
-    word = (
-        "PRMT R4, R4, R5, R6; HMMA.16816.F32.BF16 R4, R8, R12, R4; LDS R4, [R2]; LDS.128 R8, [R3];"
-        "> SHFL.UP R4, R4"
-    )
-    tile = nested("LDG.E R4, desc[UR6][R2.64]", word)
-    own = budget.budget_of("multiply_bf16", machine.instructions_of(tile))
-    assert own is not None
-    assert own.issue[0] == pytest.approx(6 / 64 + 1 / 256 + 2 / 256)
-    assert own.integer[0] == pytest.approx(1 / 64)
-    assert own.memory == pytest.approx((budget.MEETING + 4) / 64 + 32 * budget.PLAIN_BITS / 8 / 128)
-
-
-@pytest.mark.parametrize(("kernel", "look_ups"), [("short_2", 2 * budget.MEETING), ("plain_2", 32)])
-def test_survivors_octets_and_tiles_are_counted_where_each_has_a_loop(kernel: str, look_ups: float) -> None:
-    turn, octets = "FLO.U32.SH R5, R6; > LDS R4, [R2]; STS.U16 [R3], R4", ";".join(["LDS R4, [R2]"] * 8)
-    code = nested("POPC R5, R5", octets, turn) + "\n" + machine_code(WRITES, at=0x200)
-    own = budget.budget_of(kernel, machine.instructions_of(code))
-    assert own is not None
-    turns = budget.slowest(64, 1) / 64
-    assert own.issue[0] == pytest.approx(4 * turns + 9 / 16 + 2 / 64 + 9 / 16)
-    assert own.issue[1] - own.issue[0] == pytest.approx(turns)
-    octet = budget.MEETING if kernel == "short_2" else 32
-    moved = 2 / 4 + budget.tile_memory(2, budget.EXACT_BITS)
-    assert own.memory == pytest.approx(look_ups * turns + octet / 8 + moved)
-
-
-def test_a_turn_of_the_kernel_for_all_is_a_position() -> None:
-    before = ";".join(["LD.E R4, desc[UR6][R2.64]"] * 17 + ["STS.U16 [R3], R4"])
-    code = nested(before, "IADD3 R4, R4, R5, R6") + "\n" + machine_code(WRITES, at=0x200)
-    own = budget.budget_of("any_2", machine.instructions_of(code))
-    assert own is not None
-    assert own.issue == pytest.approx((19 + 9 / 16, 19 + 2 + 9 / 16))
-    assert own.integer == (0, 1)
-
-
-def test_the_index_is_counted_by_rounds_of_four_segments_a_thread() -> None:
-    loops = machine_code("LDS R4, [R2]; LD.E R5, desc[UR6][R2.64]", "LDS R4, [R2]")
-    after = "\n        /*0050*/                   EXIT ;\n        /*0060*/                   BRA 0x40 ;"
-    assert budget.index_slots(machine.instructions_of(loops + after)) == (13 * 3 + 3 * 2 + 1) / 4 / 512
-
-
-def test_kernels_that_do_not_go_through_weights_have_no_budget() -> None:
-    for kernel in ("fill_tables", "index_chunks", "place_matrix"):
-        assert budget.budget_of(kernel, []) is None
 
 
 # ------------------------------------------------------------------------------------------- why it cannot be
