@@ -39,7 +39,7 @@ from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import load, save_file
 
 from .test_main import error_of, make, run, sharded
-from .test_readme import blocks
+from .test_readme import SHIP, blocks
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("--rounds", 1, "--engines", "python", "--presets", "speed", "--threads", 2)
@@ -461,8 +461,8 @@ def test_bad_and_empty_files_are_told(tmp_path: Path, capsys: Capture) -> None:
     assert "has no weights" in error_of(capsys, "bench", empty)
 
 
-def test_the_readme_shows_commands_that_the_parser_takes() -> None:
-    (commands,) = [block for block in blocks("sh") if "sfp bench" in block]
+def test_the_guide_shows_commands_that_the_parser_takes() -> None:
+    (commands,) = [block for block in blocks(SHIP, "sh") if "sfp bench" in block]
     lines = [shlex.split(line, comments=True) for line in commands.strip().splitlines()]
     ours = [words[1:] for words in lines if words[:1] == ["sfp"]]
     assert ours

@@ -19,6 +19,7 @@ from .test_main import make, sharded
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / ".github" / "guides").glob("*.md"))
+SHIP = ROOT / ".github" / "guides" / "ship.md"
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -47,7 +48,7 @@ def test_the_python_examples_run(
         assert load_file(tmp_path / "small.sfp")["w"].shape == (1024, 768)
 
 
-@pytest.mark.parametrize("document", [README, ROOT / ".github" / "guides" / "ship.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("document", [README, SHIP], ids=lambda p: p.stem)
 def test_the_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     layers = {f"layer.{i}": rng.standard_normal((96, 64), dtype=np.float32) for i in range(2)}
