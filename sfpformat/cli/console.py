@@ -7,8 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TextIO
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Protocol
 
 # Replacements for characters that an output cannot encode, for example with LANG=C or code page 1252.
 _PLAIN = {"→": "->", "×": "x", "–": "-", "−": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "µ": "u"}
@@ -32,24 +32,21 @@ def any_output() -> Iterator[None]:
     """Makes printing safe: outputs of any encoding accept every text, and closed outputs discard it."""
     before: list[tuple[Any, str | None]] = []
     outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
-    opened: list[TextIO] = []
-    try:
-        for name, stream in outputs.items():
-            if stream is None:  # closed: print(file=None) would write to the other output
-                opened.append(open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-                setattr(sys, name, opened[-1])
-            elif hasattr(stream, "reconfigure"):
-                before.append((stream, stream.errors))
-                stream.reconfigure(errors=_PLAIN_ERRORS)
-        yield
-    finally:
-        for stream, errors in before:
-            with suppress(OSError, ValueError):  # it may be closed by now
-                stream.reconfigure(errors=errors)
-        for name, stream in outputs.items():
-            setattr(sys, name, stream)
-        for stream in opened:
-            stream.close()
+    with ExitStack() as opened:
+        try:
+            for name, stream in outputs.items():
+                if stream is None:  # closed: print(file=None) would write to the other output
+                    setattr(sys, name, opened.enter_context(open(os.devnull, "w", encoding="utf-8")))
+                elif hasattr(stream, "reconfigure"):
+                    before.append((stream, stream.errors))
+                    stream.reconfigure(errors=_PLAIN_ERRORS)
+            yield
+        finally:
+            for stream, errors in before:
+                with suppress(OSError, ValueError):  # it may be closed by now
+                    stream.reconfigure(errors=errors)
+            for name, stream in outputs.items():
+                setattr(sys, name, stream)
 
 
 class Progress(Protocol):

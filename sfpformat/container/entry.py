@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 
 from ..coding.codetable import CodeTable
 from ..coding.planes import Counts
-from ..coding.quantisers import (
-    Exact,
-    Quantiser,
-)
+from ..coding.quantisers import Exact, NumberQuantiser, Quantiser
 from ..dtypes import DTYPES, Dtype
 from ..errors import FileFault, fault
 from ..limits import Limits
@@ -261,9 +258,12 @@ class TensorEntry:
             raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
         assert self.fingerprints is not None
         quantiser, table = self.fingerprints.quantiser, self.fingerprints.table
-        quantiser.require_fits(self.dtype, scaled=self.scale is not None)
+        if not quantiser.widens_to(self.dtype):
+            raise fault("R-QNT-002", f"{quantiser} does not widen to {self.dtype.name}")
+        if self.scale is not None and not isinstance(quantiser, NumberQuantiser):
+            raise fault("R-SCL-005", f"a scale with the quantiser {quantiser.NAME}")
         table.require_top(quantiser.fingerprint_bound(self.dtype))
-        quantiser.require_finite((table.top - 1) // 2, "R-QNT-006")
+        _require_finite(quantiser, (table.top - 1) // 2, "R-QNT-006")
         self._require_valid_importance()
 
     def _require_valid_importance(self) -> None:
@@ -272,7 +272,13 @@ class TensorEntry:
         quantiser: Quantiser | None = self.importance.quantiser
         assert quantiser is not None
         self.importance.table.require_top(quantiser.importance_bound())
-        quantiser.require_finite(self.importance.table.top - 1, "R-IMP-006")
+        _require_finite(quantiser, self.importance.table.top - 1, "R-IMP-006")
+
+
+def _require_finite(quantiser: Quantiser, greatest_number: int, clause: str) -> None:
+    """Raises ``clause`` if the directory gives a magnitude that is not finite."""
+    if not np.isfinite(quantiser.known_magnitude(greatest_number)):
+        raise fault(clause, f"{quantiser}: the magnitude of {greatest_number} is not finite")
 
 
 def _shape(source: Fields, limits: Limits) -> tuple[int, ...]:

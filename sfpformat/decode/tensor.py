@@ -243,7 +243,7 @@ def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
             quantiser, top = entry.fingerprints.quantiser, entry.fingerprints.table.top
             assert isinstance(quantiser, NumberQuantiser)  # R-SCL-005
             centroids = vectors.get("fingerprint centroids")
-            greatest = quantiser.greatest_magnitude((top - 1) // 2, centroids, "R-QNT-006")
+            greatest = quantiser.greatest_magnitude((top - 1) // 2, centroids)
             if not np.isfinite(greatest * np.abs(scale).max()):
                 raise fault("R-SCL-006", "the greatest weight times the greatest scale is not finite")
         if "importance rows" in vectors and len(vectors["importance rows"]):

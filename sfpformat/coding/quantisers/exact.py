@@ -47,11 +47,8 @@ class Exact(Quantiser):
     def importance_bound(self) -> int:
         return finite_bound(self.dtype)
 
-    def require_fits(self, dtype: Dtype, *, scaled: bool) -> None:
-        if self.dtype.name != dtype.name and dtype.name not in self.dtype.widens_to:
-            raise fault("R-QNT-002", f"{self.dtype.name} does not widen to {dtype.name}")
-        if scaled:
-            raise fault("R-SCL-005", "a scale with the quantiser exact")
+    def widens_to(self, dtype: Dtype) -> bool:
+        return self.dtype.name == dtype.name or dtype.name in self.dtype.widens_to
 
     def fingerprint_values(
         self,

@@ -70,11 +70,13 @@ class Quantiser(ABC):
     def importance_bound(self) -> int:
         """Returns the bound on ``top`` of an importance stream (SPEC.md chapter 8)."""
 
-    def require_fits(self, dtype: Dtype, *, scaled: bool) -> None:  # noqa: B027 — most kinds fit every tensor
-        """Raises the clause that applies if a fingerprint stream of this kind does not fit its tensor."""
+    def widens_to(self, dtype: Dtype) -> bool:
+        """Returns whether a tensor of ``dtype`` may have fingerprints of this quantiser (R-QNT-002)."""
+        return True
 
-    def require_finite(self, greatest_number: int, clause: str) -> None:  # noqa: B027 — a table shows none
-        """Raises ``clause`` if the parameters in the directory give a magnitude that is not finite."""
+    def known_magnitude(self, number: int) -> np.float32:
+        """Returns the magnitude of a number, as far as the directory gives it; 0 if only chunks do."""
+        return np.float32(0)
 
     # ---------------------------------------------------------------------------------------- numbers
 
@@ -110,8 +112,8 @@ class NumberQuantiser(Quantiser):
         """Returns the magnitude of each number, shape [n]."""
 
     @abstractmethod
-    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
-        """Returns the magnitude of a stream's greatest number. Raises ``clause`` unless it is finite."""
+    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None) -> np.float32:
+        """Returns the greatest magnitude of a stream with that greatest number (R-SCL-006)."""
 
     def fingerprint_values(
         self,

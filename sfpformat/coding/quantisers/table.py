@@ -50,7 +50,7 @@ class Table(NumberQuantiser):
     def importance_bound(self) -> int:
         return self.count
 
-    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
+    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None) -> np.float32:
         assert centroids is not None
         return np.float32(centroids[-1])  # finite by R-QNT-005
 

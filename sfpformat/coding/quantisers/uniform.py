@@ -50,15 +50,12 @@ class Uniform(NumberQuantiser):
     def importance_bound(self) -> int:
         return 1 << 31
 
-    def require_finite(self, greatest_number: int, clause: str) -> None:
-        self.greatest_magnitude(greatest_number, None, clause)
-
-    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None, clause: str) -> np.float32:
+    def known_magnitude(self, number: int) -> np.float32:
         with np.errstate(over="ignore"):
-            greatest = np.float32(greatest_number) * self.step
-        if not np.isfinite(greatest):
-            raise fault(clause, f"step {self.step} times {greatest_number} is not finite")
-        return np.float32(greatest)
+            return np.float32(np.float32(number) * self.step)
+
+    def greatest_magnitude(self, greatest_number: int, centroids: F32 | None) -> np.float32:
+        return self.known_magnitude(greatest_number)
 
     def magnitudes(self, numbers: Levels, centroids: F32 | None) -> F32:
         return numbers.astype(np.float32) * self.step
