@@ -80,9 +80,10 @@ def _embeddings(model: nn.Module) -> set[Compressed]:
     """Returns the compressed layers in the input and output embeddings of a transformers model."""
     found: set[Compressed] = set()
     for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
         try:
-            embedding = getattr(model, name)()
-        except (AttributeError, NotImplementedError):
+            embedding = None if get is None else get()
+        except NotImplementedError:  # how transformers says that a model has no such embeddings
             continue
         found |= set() if embedding is None else _compressed(embedding)
     return found

@@ -333,7 +333,9 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
     """
     try:
         target.copy_(tensor.reshape(target.shape))
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError that is not about the tensor's class
+        raise
+    except (RuntimeError, TypeError) as error:  # a class raises either of them if it has no such operation
         raise MismatchError(
             f"{name!r} of the module is a {type(target).__name__} that does not take the file's numbers: "
             f"{first_line(error)}"

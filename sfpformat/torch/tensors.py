@@ -183,7 +183,7 @@ def missing_memory(tensor: torch.Tensor) -> str | None:
             continue
         try:
             there = part.untyped_storage().nbytes()
-        except (RuntimeError, NotImplementedError):  # no storage, for example in torch.func.vmap
+        except NotImplementedError:  # no storage, for example in torch.func.vmap
             continue
         last = part.storage_offset() + sum(
             (n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)
@@ -203,7 +203,7 @@ def address_of(tensor: torch.Tensor) -> int:
         return 0
     try:
         return int(tensor.data_ptr())
-    except (RuntimeError, NotImplementedError):  # for example inside torch.func.vmap
+    except RuntimeError:  # torch has no narrower class for a tensor without storage, as in torch.func.vmap
         return 0
 
 

@@ -139,6 +139,30 @@ def test_all_loaders_refuse_it(load: Callable[..., None], own_way: bool, case: s
         load(model, tensors, tmp_path / "m")
 
 
+class NoSpace(torch.Tensor):
+    """A tensor that has no memory left for a copy."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("held", "error"),
+    [(torch.zeros(1).expand(3), MismatchError), (NoSpace(3), torch.cuda.OutOfMemoryError)],  # type: ignore[call-arg]
+)
+def test_a_tensor_that_takes_no_numbers_is_told_apart_from_full_memory(
+    held: torch.Tensor, error: type[Exception], tmp_path: Path
+) -> None:
+    model = nn.Module()
+    model.register_buffer("w", held)
+    save_file({"w": torch.ones(3)}, tmp_path / "m")
+    with pytest.raises(error):
+        load_model(model, tmp_path / "m")
+
+
 @pytest.mark.parametrize("own_way", [False, True])
 @pytest.mark.parametrize(
     ("stored", "held", "lost"),
