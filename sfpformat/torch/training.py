@@ -9,8 +9,8 @@ adapters or a head that trains alone, an optimizer does not warn.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,17 +19,18 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import warn
+from ..names import listed
 from .layers import Compressed
 
 REQUIRES_GRAD = "requires_grad_"
-_MOST_NAMED = 3
+_some = partial(listed, most=3)
 _ADVICE = "decompress_model makes them dense, and they train again"
 
 # Replaced dense weights that required a gradient -> the name of the layer.
 _replaced: Any = WeakTensorKeyDictionary()
 # Models that `compress_model` changed.
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Optimizers that were checked.
+# Optimizers that were checked since a model was last compressed.
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -50,7 +51,7 @@ class WarnsOfFrozen:
         """
         names = [name for name, module in self.model.named_modules() if isinstance(module, Compressed)]
         if requires_grad and names:
-            warn(f"requires_grad_ does not reach compressed weights: {listed(names)} stay frozen; {_ADVICE}")
+            warn(f"requires_grad_ does not reach compressed weights: {_some(names)} stay frozen; {_ADVICE}")
         for module in self.model.modules():
             if isinstance(module, Compressed):
                 module.weight_trains = requires_grad
@@ -69,6 +70,7 @@ def watch(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> None:
         if weight.requires_grad:
             _replaced[weight] = name
     _models.add(model)
+    _seen.clear()
     for module in _above_compressed(model):
         if REQUIRES_GRAD not in module.__dict__:
             setattr(module, REQUIRES_GRAD, WarnsOfFrozen(module))
@@ -81,14 +83,6 @@ def unwatch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get(REQUIRES_GRAD), WarnsOfFrozen) and module not in above:
             delattr(module, REQUIRES_GRAD)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns the first names of layers, and the number of the others, for a message."""
-    names = list(names)
-    first = ", ".join(repr(name) for name in names[:_MOST_NAMED])
-    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
-    return f"{first}{more}"
 
 
 def _above_compressed(model: nn.Module) -> list[nn.Module]:
@@ -105,7 +99,7 @@ def _install() -> None:
 
 
 def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Checks an optimizer before its first step.
+    """Checks an optimizer before its first step, and before the first one after each compression.
 
     Warns:
         SfpWarning: the optimizer has weights that compress_model replaced, or all parameters of a model in
@@ -118,7 +112,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     gone = [_replaced[param] for param in trained if param in _replaced]
     if gone:
         warn(
-            f"the optimizer has the dense weights of {listed(gone)}, which are compressed and frozen since: "
+            f"the optimizer has the dense weights of {_some(gone)}, which are compressed and frozen since: "
             f"its steps do not reach the model; {_ADVICE} by a new optimizer"
         )
         return
@@ -132,7 +126,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         others = list(model.parameters())
         if frozen and others and all(param.requires_grad and id(param) in own for param in others):
             warn(
-                f"the optimizer trains all parameters of a model, but the weights of {listed(frozen)} are "
+                f"the optimizer trains all parameters of a model, but the weights of {_some(frozen)} are "
                 f"compressed and frozen; {_ADVICE}; if this is meant, model.requires_grad_(False) "
                 "before compress_model says so"
             )

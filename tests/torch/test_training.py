@@ -47,6 +47,16 @@ def test_an_optimizer_from_before_warns_once_that_its_steps_do_not_reach_the_wei
     assert len(told) == 1
 
 
+def test_an_optimizer_that_trained_before_warns_too() -> None:
+    compress_model(model())
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    steps(net, optimizer)
+    compress_model(net)
+    with pytest.warns(SfpWarning, match="do not reach"):
+        steps(net, optimizer)
+
+
 def test_parameters_that_were_listed_before_warn_too() -> None:
     net = model()
     listed = list(net[2].parameters())
