@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import OptionError, warn
 from .levels import Levels, Shares
 from .masked import LEVELS
-from .task import Data, Model, Task, WithWeights, cost, finite
+from .task import Data, Model, Task, cost, endless, finite
 
 _EVERY = 8  # of the first batches, every eighth is held out
 _JOINT = (0.25, 0.5, 1.0, 1.5)  # candidate factors on all levels together
@@ -63,41 +63,12 @@ class Split:
             warn("there is one batch only: results are chosen by the batch that they were learned from")
 
     def learned_from(self, start: int) -> Iterator[Any]:
-        """Yields the other batches repeatedly, from batch number ``start``, counted over all repetitions.
+        """Returns the other batches repeatedly, from batch number ``start``, counted over all repetitions.
 
         Raises:
             OptionError: there is no batch to learn from.
         """
-        skipped = start
-        while True:
-            seen = 0
-            for place, batch in enumerate(self._data):
-                if place in self._places:
-                    continue
-                seen += 1
-                if skipped:
-                    skipped -= 1
-                    continue
-                yield batch
-            if not seen:
-                raise OptionError("the data have no batch left to learn from")
-            skipped %= seen
-
-
-@dataclass(frozen=True)
-class _Once(WithWeights):
-    """A model that runs once and then returns the cached outputs.
-
-    Attributes:
-        outputs: the cached outputs; empty before the first call.
-    """
-
-    outputs: list[Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.outputs:
-            self.outputs.append(self.module(*args, **kwargs))
-        return self.outputs[0]
+        return endless(self._data, start, self._places)
 
 
 @dataclass(frozen=True)
@@ -150,7 +121,8 @@ def choose(
         # Batch by batch, so that only one batch of the dense model's outputs is kept.
         totals = [[0.0] * len(sparsities) for _ in candidates]
         for number, batch in enumerate(batches, 1):
-            wanted = None if dense is None else _Once(dense, {}, [])
+            with torch.no_grad():
+                wanted = None if dense is None else task.run(dense, batch)
             for total, candidate, found in zip(totals, candidates, thresholds, strict=True):
                 levels.take(candidate)
                 for i, threshold in enumerate(found):

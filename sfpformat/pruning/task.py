@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -185,8 +185,13 @@ class Task:
             labels = required_labels(batch)
         return likelihood(outputs, labels, causal=kind is Kind.CAUSAL)
 
-    def divergence_of(self, model: Model, dense: Model, batch: Any) -> Tensor:
+    def divergence_of(self, model: Model, dense: Model | Tensor, batch: Any) -> Tensor:
         """Returns the `divergence` of a batch's outputs from the dense model's, without padding.
+
+        Args:
+            model: gradients are computed through it.
+            dense: the dense model, or its outputs for this batch.
+            batch: a batch from the loader.
 
         Raises:
             OptionError: the outputs do not fit each other or the padding mask.
@@ -194,7 +199,7 @@ class Task:
         """
         outputs = self.run(model, batch)
         with torch.no_grad():
-            wanted = self.run(dense, batch)
+            wanted = dense if isinstance(dense, Tensor) else self.run(dense, batch)
         kind = kind_of(module_of(model))
         return divergence(outputs, wanted, counted_outputs(outputs, batch, self.unpadded(batch), kind))
 
@@ -296,14 +301,14 @@ def require_objective(objective: str) -> None:
         raise OptionError(f"objective is {objective!r}, must be {' or '.join(OBJECTIVES)}")
 
 
-def cost(pruned: Model, batch: Any, task: Task, dense: Model | None) -> Tensor:
+def cost(pruned: Model, batch: Any, task: Task, dense: Model | Tensor | None) -> Tensor:
     """Returns the objective of a batch, in nats: divergence from the dense model, or the task's loss.
 
     Args:
         pruned: the model; gradients are computed through it.
         batch: a batch from the loader.
         task: runs both models and computes the loss.
-        dense: the dense model; None takes the task's loss.
+        dense: the dense model, or its outputs for this batch; None takes the task's loss.
     """
     return task.loss_of(pruned, batch) if dense is None else task.divergence_of(pruned, dense, batch)
 
@@ -353,23 +358,30 @@ def finite(loss: Tensor, when: str) -> float:
     return value
 
 
-def endless(data: Data, start: int = 0) -> Iterator[Any]:
+def endless(data: Data, start: int = 0, without: Container[int] = ()) -> Iterator[Any]:
     """Yields the batches repeatedly, from batch number ``start``, which counts over all repetitions.
 
+    Args:
+        data: batches.
+        start: number of the first batch.
+        without: places in ``data`` of batches that are left out and not counted.
+
     Raises:
-        OptionError: the data have no batch, or cannot be iterated again.
+        OptionError: the data have no batch left, or cannot be iterated again.
     """
     skipped = start
     while True:
         seen = 0
-        for batch in data:
+        for place, batch in enumerate(data):
+            if place in without:
+                continue
             seen += 1
             if skipped:
                 skipped -= 1
                 continue
             yield batch
         if not seen:
-            raise OptionError("the data have no batch, or can be gone through only once")
+            raise OptionError("the data have no batch left, or can be gone through only once")
         skipped %= seen
 
 

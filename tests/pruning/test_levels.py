@@ -22,7 +22,7 @@ from sfpformat.pruning.levels import Levels, quantile, standard_starts
 from sfpformat.pruning.masked import LEVELS, MaskedModel, Masking, ScoredWeight
 from sfpformat.pruning.pipeline import prune
 from sfpformat.pruning.signal import SignalAdam
-from sfpformat.pruning.task import CLASSIFY, divergence
+from sfpformat.pruning.task import CLASSIFY, Task, divergence
 from sfpformat.pruning.thresholds import Sparsity
 
 from ..support.pruning_nets import CLASSES, WIDTH, loss_of, trained_net
@@ -408,6 +408,25 @@ def test_what_learning_made_worse_is_not_given_back() -> None:
     for name, importance in levels.importances(0.7).items():
         order = fisher[name].flatten().argsort()
         assert (importance.flatten()[order].diff() >= 0).all()
+
+
+def test_a_task_may_call_the_model_more_than_once_for_a_batch() -> None:
+    net, batches = trained_net()
+
+    def run(model: Any, batch: Any) -> Tensor:
+        return torch.cat([model(batch[0]), model(-batch[0])])
+
+    task = Task(run=run)
+    levels = levels_of(net, batches)
+    pruned = MaskedModel(
+        net, {}, Masking({name: net.get_parameter(name) for name in levels.scored}, levels.scored)
+    )
+    net.eval()
+    choice = choose(levels, pruned, net, task, batches[:1], [0.7])
+    levels.set_threshold(0.7, exact=True)
+    with torch.no_grad():
+        expected = divergence(run(pruned, batches[0]), run(net, batches[0]))
+    assert choice.start[0] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_levels_beat_their_start_far() -> None:
