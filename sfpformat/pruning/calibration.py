@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, OptionError, warn
-from ..io.atomic import replacing
+from ..errors import OptionError, warn
 from ..names import listed
+from . import checkpoints
 from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
 from .task import CLASSIFY, Data, Progress, Task, evaluating, finite, with_weights
@@ -77,7 +77,7 @@ def statistics(
     Raises:
         OptionError: a name is not a matrix of the model; there are no data; or ``single`` is true and a batch
             has no first dimension to split.
-        MismatchError: the checkpoint is of other tensors or options.
+        MismatchError: the checkpoint is damaged, or of other tensors or options.
         LossError: the loss of a batch is not finite.
     """
     weights = chosen_weights(model, tensors)
@@ -156,8 +156,8 @@ class _Seen:
     def __init__(
         self, weights: Mapping[str, Tensor], counted: CountedInputs, options: Mapping[str, object]
     ) -> None:
-        self._shapes = {name: list(weight.shape) for name, weight in weights.items()}
-        self._options = dict(options)
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        self._job = {"shapes": shapes, "options": dict(options)}
         self._sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
         self._squares = {name: torch.zeros_like(total) for name, total in self._sums.items()}
         self.count, self.inputs = 0, _SquaredInputs(counted)
@@ -186,8 +186,6 @@ class _Seen:
 
     def save(self, path: Path) -> None:
         state = {
-            "shapes": self._shapes,
-            "options": self._options,
             "count": self.count,
             "used": sorted(self.used),
             "sums": self._sums,
@@ -195,15 +193,10 @@ class _Seen:
             "input sums": self.inputs.sums,
             "input counts": self.inputs.counts,
         }
-        with replacing(path) as file:
-            torch.save(state, file)
+        checkpoints.save(path, self._job, state)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        if state.get("shapes") != self._shapes or state.get("options") != self._options:
-            raise MismatchError(
-                f"{path} holds statistics of other tensors or options: remove it, or give another name"
-            )
+        state = checkpoints.load(path, self._job)
         self.count, self.used = state["count"], set(state["used"])
         for name, total in self._sums.items():
             total.copy_(state["sums"][name])

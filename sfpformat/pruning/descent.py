@@ -1,4 +1,4 @@
-"""Adam with a learning rate that warms up for some steps and then follows half a cosine."""
+"""Adam, and the schedules of learning: rates along half a cosine, and a rising sparsity."""
 
 from __future__ import annotations
 
@@ -24,6 +24,27 @@ def rate_at(peak: float, step: int, steps: int, *, warmup: int = _WARMUP, final:
     """
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return peak * min(1.0, (step + 1) / warmup) * (final + (1 - final) * cosine)
+
+
+def sparsity_at(
+    sparsities: tuple[float, float], step: int, progress: float, *, start: float, ramp: float, seed: int
+) -> float:
+    """Returns the sparsity of a step: a cubic up to the target, then constant.
+
+    Args:
+        sparsities: the least and the greatest target; each step draws its own target between them.
+        step: number of the step, from 0.
+        progress: the share of learning that is done.
+        start: the sparsity of the first step, unless the target is lower.
+        ramp: the progress at which the target is reached.
+        seed: seed of the targets.
+    """
+    low, high = sparsities
+    # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
+    generator = torch.Generator().manual_seed(seed << 32 | step)
+    target = low + (high - low) * float(torch.rand((), generator=generator))
+    left = max(0.0, 1 - progress / ramp) if ramp else 0.0
+    return target + (min(start, target) - target) * left**3
 
 
 def adam(groups: list[dict[str, Any]], *, epsilon: float = 1e-8) -> torch.optim.Adam:

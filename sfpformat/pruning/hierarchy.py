@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MismatchError, OptionError, warn
-from ..io.atomic import replacing
+from ..errors import OptionError, warn
 from ..names import listed
+from . import checkpoints
+from .descent import sparsity_at
 from .holdout import Choice, Split, choose
 from .levels import Levels
 from .masked import MaskedModel, Masking
@@ -189,13 +190,11 @@ class Learner:
         return max(self.step / self._plan.steps, min(used, 1.0))
 
     def sparsity(self) -> float:
-        """Returns the sparsity of this step: a cubic up to the target, then constant."""
-        low, high = self._sparsities
-        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
-        generator = torch.Generator().manual_seed(self._plan.seed << 32 | self.step)
-        target = low + (high - low) * float(torch.rand((), generator=generator))
-        left = max(0.0, 1 - self.progress / self._plan.ramp) if self._plan.ramp else 0.0
-        return target + (min(self._plan.start, target) - target) * left**3
+        """Returns the sparsity of this step."""
+        plan = self._plan
+        return sparsity_at(
+            self._sparsities, self.step, self.progress, start=plan.start, ramp=plan.ramp, seed=plan.seed
+        )
 
     def learn(self, batch: Any) -> float:
         """Takes one step and returns the loss."""
@@ -251,7 +250,6 @@ class Learner:
     def save(self, path: Path) -> None:
         """Writes a checkpoint atomically."""
         state = {
-            "job": self._job(),
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
@@ -259,20 +257,15 @@ class Learner:
             "levels": self.levels.state(),
             "optimiser": self._optimiser.state(),
         }
-        with replacing(path) as file:
-            torch.save(state, file)
+        checkpoints.save(path, self._job(), state)
 
     def load(self, path: Path) -> None:
         """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: the checkpoint is of other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
         """
-        state = torch.load(path, weights_only=True)
-        if state.get("job") != self._job():
-            raise MismatchError(
-                f"{path} is a checkpoint of other settings or tensors: remove it, or give another name"
-            )
+        state = checkpoints.load(path, self._job())
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self._masking.used |= set(state["used"])
         self.levels.restore(state["levels"])

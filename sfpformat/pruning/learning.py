@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MismatchError, OptionError
-from ..io.atomic import replacing
+from ..errors import OptionError
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
+from . import checkpoints
 from .calibration import Statistics, statistics
-from .descent import adam, set_rates
+from .descent import adam, set_rates, sparsity_at
 from .features import FEATURES
 from .gates import GATES, Gate, Moment, make_gate, threshold_of
 from .hierarchy import Learner, Plan, Rates
@@ -235,7 +235,7 @@ def learn_importance(
 
     Raises:
         OptionError: settings or names are invalid, or there are no data.
-        MismatchError: the checkpoint is of other settings, tensors or sparsities.
+        MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
         LossError: a loss is not finite; the last checkpoint stays valid.
     """
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
@@ -390,14 +390,12 @@ class _Learner:
         self.history: list[float] = []
 
     def moment(self) -> Moment:
-        """Returns the sparsity of this step, a cubic up to the target, then constant; and the progress."""
-        progress = self.step / self.settings.steps
-        low, high = self.sparsities
-        # Seeded by the step, so that a resumed run draws the same numbers as an uninterrupted one.
-        generator = torch.Generator().manual_seed(self.settings.seed << 32 | self.step)
-        target = low + (high - low) * float(torch.rand((), generator=generator))
-        left = max(0.0, 1 - progress / self.settings.ramp) if self.settings.ramp else 0.0
-        return Moment(target + (min(self.settings.start, target) - target) * left**3, progress)
+        """Returns the sparsity of this step, and the progress."""
+        settings, progress = self.settings, self.step / self.settings.steps
+        sparsity = sparsity_at(
+            self.sparsities, self.step, progress, start=settings.start, ramp=settings.ramp, seed=settings.seed
+        )
+        return Moment(sparsity, progress)
 
     def learn(self, batch: Any) -> float:
         """Takes one optimiser step and returns the loss."""
@@ -444,7 +442,6 @@ class _Learner:
     def save(self, path: Path) -> None:
         """Writes a checkpoint atomically."""
         state = {
-            "job": self._job(),
             "step": self.step,
             "history": self.history,
             "network": self.network.state(),
@@ -453,20 +450,15 @@ class _Learner:
             "optimiser": self.optimiser.state_dict(),
             "weights": [w.detach() for w in self.weights.values()] if self.settings.weight_rate else [],
         }
-        with replacing(path) as file:
-            torch.save(state, file)
+        checkpoints.save(path, self._job(), state)
 
     def load(self, path: Path) -> None:
         """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: the checkpoint is of other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
         """
-        state = torch.load(path, weights_only=True)
-        if state["job"] != self._job():
-            raise MismatchError(
-                f"{path} is a checkpoint of other settings or tensors: remove it, or go on so"
-            )
+        state = checkpoints.load(path, self._job())
         self.step, self.history = state["step"], state["history"]
         self.network.restore(state["network"])
         self.network.base.grad = state["base gradient"]

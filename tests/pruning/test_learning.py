@@ -155,6 +155,24 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
         learn_importance(net, batches, 0.6, settings=Settings(steps=2), checkpoint=path)
 
 
+@pytest.mark.parametrize("cut", [0, 5, 100, -100, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, cut: int | None, method: str) -> None:
+    net, batches = trained_net()
+    path = tmp_path / "checkpoint.pt"
+    settings = Settings(steps=2, method=method)
+    found = statistics(net, batches)
+    if cut is None:
+        torch.save([1], path)
+    else:
+        learn_importance(net, batches, 0.5, settings=settings, found=found, checkpoint=path)
+        path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(MismatchError, match="remove it"):
+        learn_importance(net, batches, 0.5, settings=settings, found=found, checkpoint=path)
+    with pytest.raises(MismatchError, match="remove it"):
+        statistics(net, batches, checkpoint=path)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_a_loss_that_is_no_number_stops_learning_and_leaves_the_checkpoint(tmp_path: Path, gate: str) -> None:
     net, batches = trained_net()

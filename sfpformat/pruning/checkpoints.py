@@ -1,0 +1,46 @@
+"""Checkpoints of long runs: written atomically, and resumed only by the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MismatchError
+from ..io.atomic import replacing
+
+
+def save(path: Path, job: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        path: the file; an existing one is replaced when the new one is complete.
+        job: what a run must have in common with this one to resume from the checkpoint.
+        state: tensors and plain values by name.
+    """
+    with replacing(path) as file:
+        torch.save({**state, "job": dict(job)}, file)
+
+
+def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state that `save` got.
+
+    Raises:
+        MismatchError: the file is damaged, is no checkpoint, or is one of another job.
+    """
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # torch raises almost any class for a damaged file, also AssertionError
+            raise MismatchError(
+                f"{path} is damaged or no checkpoint: remove it, or give another name"
+            ) from error
+    if not isinstance(state, dict) or state.pop("job", None) != dict(job):
+        raise MismatchError(
+            f"{path} is a checkpoint of other settings or tensors: remove it, or give another name"
+        )
+    return state
