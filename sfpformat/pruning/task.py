@@ -110,7 +110,7 @@ def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tens
     Args:
         outputs: as in `cross_entropy`.
         labels: the labels of `cross_entropy`'s batch.
-        causal: whether output t is compared with label t + 1; the labels are then [batch, positions].
+        causal: whether output t of outputs [batch, positions, classes] is compared with class number t + 1.
 
     Raises:
         OptionError: the shape of the labels does not fit.
@@ -130,8 +130,8 @@ def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tens
             f"the labels have shape {list(labels.shape)}, the outputs {list(outputs.shape)}: each needs "
             "a label, classes last; for another loss give a Task"
         )
-    if causal and labels.shape == leading and labels.dim() > 1:
-        outputs, labels = outputs[..., :-1, :], labels[..., 1:]
+    if causal and len(leading) > 1:
+        outputs, labels = outputs[..., :-1, :], labels.reshape(leading)[..., 1:]
     flat = labels.flatten().long()
     if not bool((flat != IGNORED).any()):
         raise LossError(f"no label of the batch counts: all are {IGNORED} or padding")

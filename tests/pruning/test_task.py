@@ -15,7 +15,7 @@ from sfpformat.pruning import prunable, scores
 from sfpformat.pruning.calibration import Statistics, statistics
 from sfpformat.pruning.layerwise import prune_layerwise
 from sfpformat.pruning.learning import Settings, learn_importance
-from sfpformat.pruning.task import CLASSIFY, Task, cost, cross_entropy, divergence, with_weights
+from sfpformat.pruning.task import CLASSIFY, Task, cost, cross_entropy, divergence, likelihood, with_weights
 
 from ..support.pruning_transformers import PAD, VOCABULARY, made, padded, tokens
 
@@ -314,6 +314,15 @@ def test_outputs_taken_from_a_causal_model_are_compared_with_the_next_labels() -
     inputs = {name: value for name, value in together.items() if name != "labels"}
     task = Task(run=lambda model, batch: model(**inputs).logits)
     torch.testing.assert_close(task.loss_of(model, together), model(**together).loss)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 9, 1), (18,)])
+def test_the_shape_of_the_labels_does_not_decide_whether_the_next_one_is_meant(
+    shape: tuple[int, ...],
+) -> None:
+    outputs, labels = torch.randn(2, 9, VOCABULARY), tokens(5, 2, 9)
+    expected = torch.nn.functional.cross_entropy(outputs[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(likelihood(outputs, labels.reshape(shape), causal=True), expected)
 
 
 def test_a_loss_of_the_tasks_own_takes_the_place_of_the_models() -> None:
