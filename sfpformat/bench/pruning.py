@@ -28,7 +28,7 @@ from ..demo.methods import METHODS, Bench, steps_of
 from ..demo.model import Config, perplexity
 from ..io.atomic import replacing
 from ..numpy import load_file
-from ..pruning.thresholds import achieved
+from ..pruning.masks import achieved
 from .child import run_python
 from .pruning_rows import FIELDS, KeptRows, Row
 

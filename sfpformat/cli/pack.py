@@ -17,7 +17,7 @@ from ..encode.weights import Kind, Reason, not_weights
 from ..encode.writer import is_text, require_name
 from ..limits import Limits
 from ..names import listed, quoted, unknown_name
-from ..pruning.thresholds import reasons
+from ..pruning.masks import reasons
 from .console import bytes_words, number, percent, printable, progress, show_json, show_table
 from .dry import sizes_of_file
 from .limits import add_limits, limits_of

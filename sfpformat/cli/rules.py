@@ -26,7 +26,8 @@ from ..errors import SfpWarning
 from ..io.safetensors import TensorSpec
 from ..names import listed, unmatched
 from ..options import PRESETS, WEIGHTED, ZEROS, ImportanceOptions, Options
-from ..pruning.thresholds import Pattern, pattern_dim, reasons
+from ..pruning.masks import reasons
+from ..pruning.thresholds import Pattern, pattern_dim
 from .parser import Parser
 from .trouble import Trouble
 

@@ -13,7 +13,8 @@ from ..coding.mask import Mask
 from ..decode.validate import validate
 from ..numpy import load_file, save_file
 from ..options import Options
-from ..pruning.thresholds import Pattern, Sparsity, Threshold, masks_of
+from ..pruning.masks import masks_of
+from ..pruning.thresholds import Pattern, Sparsity, Threshold
 from .carried import heldout_tokens, importances, linear_layers
 from .model import Config, perplexity
 

@@ -4,8 +4,8 @@ Each weight gets an importance, from a score or by learning. Learning optimises 
 whose weights stay unchanged. A threshold from the distribution of the importances prunes the weights below
 it. The file stores the masks and the survivors.
 
-The names below are imported lazily: `allocation`, `thresholds`, `grades` and `files` need only numpy, the
-others need torch.
+The names below are imported lazily: `allocation`, `thresholds`, `masks`, `grades` and `files` need only
+numpy, the others need torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .layers import prunable
     from .layerwise import LayerwiseResult, prune_layerwise
     from .learning import Learned, Settings, bytes_per_weight, learn_importance
+    from .masks import achieved, masks_of
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
     from .scores import fisher, magnitude, wanda
     from .task import CLASSIFY, Task
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
         Quantile,
         Sparsity,
         Threshold,
-        achieved,
-        masks_of,
     )
     from .tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 
@@ -49,13 +48,11 @@ _NAMES = {
     "layers": ("prunable",),
     "layerwise": ("LayerwiseResult", "prune_layerwise"),
     "learning": ("Learned", "Settings", "bytes_per_weight", "learn_importance"),
+    "masks": ("achieved", "masks_of"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
     "scores": ("fisher", "magnitude", "wanda"),
     "task": ("CLASSIFY", "Task"),
-    "thresholds": (
-        *("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
-        *("achieved", "masks_of"),
-    ),
+    "thresholds": ("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
     "tuning": ("Tuning", "fine_tune", "fit_factors", "fit_multipliers", "scaled"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

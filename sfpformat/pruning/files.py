@@ -28,7 +28,8 @@ from ..io.atomic import ReplacedTogether
 from ..io.paths import SUFFIX
 from ..names import require_matches
 from ..options import ImportanceOptions, Options
-from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of, pattern_dim
+from .masks import masks_of
+from .thresholds import Allocation, Numbers, Pattern, Threshold, pattern_dim
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def reprune(
         file: an open file; the new file uses its limits. For a sharded model each shard is written again.
         target: path of the new file, which appears only on success. Must differ from that of ``file``. Shards
             get names derived from it and an index file; it must then end in ``.sfp``.
-        threshold, scope, floor: as in `thresholds.masks_of`. A sparsity counts all positions, including those
+        threshold, scope, floor: as in `masks.masks_of`. A sparsity counts all positions, including those
             that are already pruned. A pattern runs along `thresholds.pattern_dim`.
         exempt: patterns of tensor names in the file that are not pruned.
         keep_importance: whether the file keeps the survivors' importances.
@@ -77,7 +78,7 @@ def reprune(
 
     Memory: all tensors with an importance, plus 60 bytes for each of their positions.
 
-    Warns: for the reasons of `thresholds.masks_of`.
+    Warns: for the reasons of `masks.masks_of`.
 
     Raises:
         OptionError: no tensor has an importance as metadata; all such tensors are exempt; the threshold is

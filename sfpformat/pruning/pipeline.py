@@ -29,7 +29,8 @@ from .layers import (
     require_masks,
     require_shapes,
 )
-from .thresholds import Allocation, Numbers, Pattern, Threshold, masks_of
+from .masks import masks_of
+from .thresholds import Allocation, Numbers, Pattern, Threshold
 from .tuning import Masks
 
 _torch: Any = torch.nn.utils.prune  # its functions have no types
@@ -56,18 +57,18 @@ def prune(
     Args:
         model: any module.
         importances: by parameter name, of the parameters' shapes; any name of a tied parameter is valid.
-        threshold, scope, floor: as in `thresholds.masks_of`; a row is all inputs of one output.
+        threshold, scope, floor: as in `masks.masks_of`; a row is all inputs of one output.
         exempt: patterns of parameter names that are not pruned.
 
     Returns:
         The masks: bool by name, True for survivors, on the device of the weights. Tensors that are exempt, or
         that a pattern does not fit, have no mask.
 
-    Warns: for the reasons of `thresholds.masks_of`.
+    Warns: for the reasons of `masks.masks_of`.
 
     Raises:
         OptionError: an importance does not fit a parameter of the model, or for the reasons of
-            `thresholds.masks_of`. Nothing was pruned.
+            `masks.masks_of`. Nothing was pruned.
     """
     importances = named_once(model, importances, "importances")
     weights = chosen_tensors(model, list(importances))

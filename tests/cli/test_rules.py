@@ -20,7 +20,8 @@ from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, pr
 from sfpformat.cli.rules import Rules, Treatment, parse_like
 from sfpformat.dtypes import DTYPES
 from sfpformat.io.safetensors import TensorSpec
-from sfpformat.pruning.thresholds import Pattern, masks_of
+from sfpformat.pruning.masks import masks_of
+from sfpformat.pruning.thresholds import Pattern
 
 from .test_main import checkpoint, error_of, make
 from .test_pack import Capture, assert_bits, packed

@@ -19,7 +19,8 @@ from sfpformat.demo.methods import METHODS, Bench, steps_of
 from sfpformat.demo.model import logits
 from sfpformat.numpy import load_file
 from sfpformat.pruning.grades import BOUNDARIES
-from sfpformat.pruning.thresholds import Sparsity, achieved
+from sfpformat.pruning.masks import achieved
+from sfpformat.pruning.thresholds import Sparsity
 
 from ..figures.pruning import ROWS, counts, read, table
 

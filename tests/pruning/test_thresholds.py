@@ -17,19 +17,10 @@ from sfpformat.options import Options
 from sfpformat.pruning.allocation import Outliers, Rising
 from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
 from sfpformat.pruning.layers import chosen_weights
+from sfpformat.pruning.masks import achieved, masks_of
 from sfpformat.pruning.pipeline import prune
 from sfpformat.pruning.scores import rows_mask
-from sfpformat.pruning.thresholds import (
-    Knee,
-    MeanSigma,
-    Otsu,
-    Pattern,
-    Quantile,
-    Sparsity,
-    Threshold,
-    achieved,
-    masks_of,
-)
+from sfpformat.pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile, Sparsity, Threshold
 
 THRESHOLDS = (Sparsity(0.6), Quantile(0.6), MeanSigma(0.5), Otsu(), Otsu(log=True), Knee())
 
