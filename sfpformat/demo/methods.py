@@ -23,9 +23,10 @@ from torch import Tensor
 from ..pruning import scores
 from ..pruning.calibration import Statistics, statistics
 from ..pruning.layerwise import prune_layerwise
-from ..pruning.learning import Learned, Settings, learn_importance
+from ..pruning.learning import learn_importance
 from ..pruning.masks import masks_of
 from ..pruning.pipeline import apply_masks, as_numbers
+from ..pruning.settings import Learned, Settings
 from ..pruning.task import Data, Progress
 from ..pruning.thresholds import Sparsity
 from ..pruning.tuning import Factors, Masks, Tuning, fine_tune, fit_factors, fit_multipliers, scaled

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from .grades import BOUNDARIES, graded, options_for_grades
     from .layers import prunable
     from .layerwise import LayerwiseResult, prune_layerwise
-    from .learning import Learned, Settings, bytes_per_weight, learn_importance
+    from .learning import bytes_per_weight, learn_importance
     from .masks import achieved, masks_of
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
     from .scores import fisher, magnitude, wanda
+    from .settings import Learned, Settings
     from .task import CLASSIFY, Task
     from .thresholds import (
         Allocation,
@@ -47,10 +48,11 @@ _NAMES = {
     "grades": ("BOUNDARIES", "graded", "options_for_grades"),
     "layers": ("prunable",),
     "layerwise": ("LayerwiseResult", "prune_layerwise"),
-    "learning": ("Learned", "Settings", "bytes_per_weight", "learn_importance"),
+    "learning": ("bytes_per_weight", "learn_importance"),
     "masks": ("achieved", "masks_of"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
     "scores": ("fisher", "magnitude", "wanda"),
+    "settings": ("Learned", "Settings"),
     "task": ("CLASSIFY", "Task"),
     "thresholds": ("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
     "tuning": ("Tuning", "fine_tune", "fit_factors", "fit_multipliers", "scaled"),

@@ -2,181 +2,36 @@
 
 There are two methods. ``levels`` (`hierarchy`) learns logits of layers, rows, columns and single weights. The
 step size of each level depends on the share of signal in its gradients, and held-out batches decide how much
-of each level is kept. ``weights`` is in this module: a shared network, and a logit for each weight.
-
-Theory of operation of ``weights``: each step takes a batch, maps the scores of all weights to gates, and runs
-the model with every weight times its gate. The loss is the divergence from the dense model's outputs (or the
-task's loss) plus the gate's penalty. Gradients reach the scores through the gates. The sparsity rises from
-the schedule's start to the target along a cubic, then stays constant. With a range, each step draws its
-target from the range, so that one importance serves every sparsity in it.
-
-The MLP changes slowly and costs as much as the model itself, so it takes a step only every
-`Settings.network_every` steps, from the accumulated gradient. If weights train too, logits have a lower rate,
-so that the mask does not change faster than the survivors can adapt.
+of each level is kept. ``weights`` (`gated`) learns a shared network, and a logit for each weight.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
-from . import checkpoints
 from .calibration import Statistics, statistics
-from .descent import adam, set_rates, sparsity_at
 from .features import FEATURES
-from .gates import GATES, Gate, Moment, make_gate, threshold_of
-from .hierarchy import Learner, Plan, Rates
-from .holdout import Choice
-from .network import ImportanceNetwork
+from .gated import GateLearner
+from .hierarchy import Learner
 from .scores import fisher
-from .task import (
-    CLASSIFY,
-    Data,
-    Progress,
-    Task,
-    chosen_weights,
-    cost,
-    endless,
-    evaluating,
-    finite,
-    require_objective,
-    with_weights,
-)
-
-METHODS = ("levels", "weights")
-
+from .settings import DEFAULTS, Learned, Settings
+from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of `learn_importance`.
-
-    Attributes:
-        steps: number of optimiser steps, one batch each.
-        method: ``levels`` or ``weights``. None takes ``levels``, or ``weights`` if a setting needs it: a gate
-            other than ``topk``, no logits, or a ``weight_rate``.
-        minutes: time limit, after which learning ends early; None sets no limit. Only for ``levels``.
-        gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
-        objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
-        logits: whether each weight has its own logit.
-        logit_rate: peak rate of these logits, in standard deviations of the scores a step. None is 0.05, or
-            0.01 if weights train too.
-        shared_rate: peak rate of the logits of layers, rows and columns. Only for ``levels``.
-        network_rate: peak rate of the shared network. None is 1e-3; with ``levels`` it means no network.
-        weight_rate: peak rate of the weights; 0 freezes them.
-        temperature: temperature of the gate.
-        start: sparsity of the first step.
-        ramp: share of the steps after which the target sparsity is reached.
-        network_every: number of steps between steps of the network. None is 4, or 10 with ``levels``.
-        held_out: maximum number of held-out batches that select the result. Only for ``levels``.
-        seed: seed of the network's initialisation and of the sparsities drawn from a range.
-    """
-
-    steps: int = 200
-    method: str | None = None
-    minutes: float | None = None
-    gate: str = "topk"
-    objective: str = "divergence"
-    logits: bool = True
-    logit_rate: float | None = None
-    shared_rate: float = 0.02
-    network_rate: float | None = None
-    weight_rate: float = 0.0
-    temperature: float = 0.5
-    start: float = 0.3
-    ramp: float = 0.6
-    network_every: int | None = None
-    held_out: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.gate not in GATES:
-            raise OptionError(f"gate is {self.gate!r}, must be one of {', '.join(GATES)}")
-        require_objective(self.objective)
-        if self.method not in (None, *METHODS):
-            raise OptionError(f"method is {self.method!r}, must be {' or '.join(METHODS)}")
-        if self.steps < 1 or (self.network_every is not None and self.network_every < 1):
-            raise OptionError("steps and network_every must be at least 1")
-        if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
-            raise OptionError("start and ramp must be shares")
-        if self.method == "levels" and self._needs_weights():
-            raise OptionError(
-                "levels have the gate topk and frozen weights; without logits they need a shared_rate "
-                "or a network_rate"
-            )
-        if self.chosen_method == "weights" and self.minutes is not None:
-            raise OptionError("minutes is of the method levels")
-
-    def _needs_weights(self) -> bool:
-        return self.gate != "topk" or self.weight_rate > 0
-
-    @property
-    def chosen_method(self) -> str:
-        """The method that is used: ``levels`` or ``weights``."""
-        if self.method is not None:
-            return self.method
-        return "weights" if self._needs_weights() or not self.logits else "levels"
-
-    def plan(self) -> Plan:
-        """Returns the settings of the method ``levels``."""
-        own = _LOGIT_RATE if self.logit_rate is None else self.logit_rate
-        return Plan(
-            steps=self.steps,
-            minutes=self.minutes,
-            objective=self.objective,
-            rates=Rates(self.network_rate or 0.0, self.shared_rate, own if self.logits else 0.0),
-            temperature=self.temperature,
-            start=self.start,
-            ramp=self.ramp,
-            network_every=self.network_every or 10,
-            held_out=self.held_out,
-            seed=self.seed,
-        )
-
-
-_NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # defaults of the method `weights`
-_EPSILON = 1e-12  # of Adam: gradients of single weights are tiny; the usual 1e-8 would dominate them
-_LOGIT_RATE = 0.05
-_LOGIT_RATE_TOGETHER = 0.01
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The result of `learn_importance`.
-
-    Attributes:
-        importances: by name, float32, not negative: softplus(score − threshold), with the threshold at the
-            target sparsity (for a range, at its middle). Survivors at that sparsity are above ln 2.
-        weights: trained weights by name; empty if weights were frozen.
-        history: the loss of each step, in nats, including the penalty.
-        mlp: the state of the shared network, for use with another model; empty if there was none.
-        choice: the factor on each level, and the held-out losses before and after; None with the method
-            ``weights``.
-    """
-
-    importances: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    history: list[float]
-    mlp: dict[str, Tensor]
-    choice: Choice | None = None
-
 
 Sparsities = float | tuple[float, float]
 
 
-def bytes_per_weight(settings: Settings = Settings()) -> int:
+def bytes_per_weight(settings: Settings = DEFAULTS) -> int:
     """Returns the memory a weight in bytes, in addition to the model and its activations."""
     if settings.chosen_method == "levels":
         plan = settings.plan()
@@ -199,7 +54,7 @@ def learn_importance(
     sparsity: Sparsities,
     *,
     task: Task = CLASSIFY,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     tensors: Sequence[str] | None = None,
     found: Mapping[str, Statistics] | None = None,
     start: Mapping[str, Tensor] | None = None,
@@ -264,7 +119,7 @@ def learn_importance(
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
     found = _of_weights(model, found, weights, "found")
-    learner = _Learner(model, weights, found, task, settings, (low, high))
+    learner = GateLearner(model, weights, found, task, settings, (low, high))
     if mlp is not None:
         learner.network.mlp.load_state_dict(dict(mlp))
         learner.network.refresh()
@@ -356,114 +211,3 @@ def _of_weights(
     if missing:
         raise OptionError(f"{argument}: nothing for {listed(missing)}")
     return {name: by_kept[ties.kept(name)] for name in weights}
-
-
-class _Learner:
-    """The state of learning by the method ``weights``."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        found: Mapping[str, Statistics],
-        task: Task,
-        settings: Settings,
-        sparsities: tuple[float, float],
-    ) -> None:
-        self.model, self.task, self.settings, self.sparsities = model, task, settings, sparsities
-        self.network = ImportanceNetwork(weights, found, logits=settings.logits, seed=settings.seed)
-        self.gate: Gate = make_gate(settings.gate, settings.temperature)
-        trained = settings.weight_rate > 0
-        self.weights = {name: w.clone().requires_grad_() if trained else w for name, w in weights.items()}
-        network_rate = _NETWORK_RATE if settings.network_rate is None else settings.network_rate
-        groups = [{"params": list(self.network.mlp.parameters()), "peak": network_rate}]
-        if self.network.logits is not None:
-            rate = settings.logit_rate
-            if rate is None:
-                rate = _LOGIT_RATE_TOGETHER if trained else _LOGIT_RATE
-            groups.append({"params": [self.network.logits], "peak": rate})
-        if trained:
-            groups.append({"params": list(self.weights.values()), "peak": settings.weight_rate})
-        self.optimiser = adam(groups, epsilon=_EPSILON)
-        self.dense = model if settings.objective == "divergence" else None
-        self.step = 0
-        self.history: list[float] = []
-
-    def moment(self) -> Moment:
-        """Returns the sparsity of this step, and the progress."""
-        settings, progress = self.settings, self.step / self.settings.steps
-        sparsity = sparsity_at(
-            self.sparsities, self.step, progress, start=settings.start, ramp=settings.ramp, seed=settings.seed
-        )
-        return Moment(sparsity, progress)
-
-    def learn(self, batch: Any) -> float:
-        """Takes one optimiser step and returns the loss."""
-        gates, penalty = self.gate(self.network.scores(), self.moment())
-        gated = {
-            name: self.weights[name] * gate.to(self.weights[name].dtype)
-            for name, gate in self.network.split(gates).items()
-        }
-        loss = cost(with_weights(self.model, gated), batch, self.task, self.dense) + penalty
-        value = finite(loss, f"step {self.step + 1}")
-        leaves = [self.network.base, *(p for g in self.optimiser.param_groups[1:] for p in g["params"])]
-        torch.autograd.backward(loss, inputs=leaves)
-        self._update()
-        self.history.append(value)
-        return value
-
-    def _update(self) -> None:
-        set_rates(self.optimiser, self.step, self.settings.steps)
-        self.step += 1
-        due = self.step % (self.settings.network_every or _NETWORK_EVERY) == 0
-        if due:
-            self.network.learn_base()
-        self.optimiser.step()
-        self.optimiser.zero_grad()  # sets gradients to None, so that Adam skips the MLP when it has no step
-        if due:
-            self.network.refresh()
-
-    def learned(self) -> Learned:
-        """Returns the current importances and, if they train, the weights."""
-        with torch.no_grad():
-            # All gates rise with the score. The score also orders gates that are equal, at 0 or 1.
-            scores = self.network.scores()
-            flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
-            importances = {name: part.clone() for name, part in self.network.split(flat).items()}
-            trained = self.settings.weight_rate > 0
-            weights = {name: w.detach().clone() for name, w in self.weights.items()} if trained else {}
-        mlp = {name: value.clone() for name, value in self.network.mlp.state_dict().items()}
-        return Learned(importances, weights, self.history, mlp)
-
-    def _job(self) -> dict[str, Any]:
-        shapes = {name: list(shape) for name, shape in self.network.shapes.items()}
-        return {"settings": asdict(self.settings), "sparsities": list(self.sparsities), "shapes": shapes}
-
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint atomically."""
-        state = {
-            "step": self.step,
-            "history": self.history,
-            "network": self.network.state(),
-            "base gradient": self.network.base.grad,
-            "gate": self.gate.state(),
-            "optimiser": self.optimiser.state_dict(),
-            "weights": [w.detach() for w in self.weights.values()] if self.settings.weight_rate else [],
-        }
-        checkpoints.save(path, self._job(), state)
-
-    def load(self, path: Path) -> None:
-        """Resumes from a checkpoint.
-
-        Raises:
-            MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
-        """
-        state = checkpoints.load(path, self._job())
-        self.step, self.history = state["step"], state["history"]
-        self.network.restore(state["network"])
-        self.network.base.grad = state["base gradient"]
-        self.gate.restore(state["gate"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        with torch.no_grad():
-            for weight, kept in zip(self.weights.values(), state["weights"], strict=False):
-                weight.copy_(kept)

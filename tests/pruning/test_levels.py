@@ -17,10 +17,11 @@ from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.hierarchy import Learner, Plan
 from sfpformat.pruning.holdout import Split, choose
-from sfpformat.pruning.learning import Learned, Settings, learn_importance
+from sfpformat.pruning.learning import learn_importance
 from sfpformat.pruning.levels import Levels, quantile, standard_starts
 from sfpformat.pruning.masked import LEVELS, MaskedModel, Masking, ScoredWeight
 from sfpformat.pruning.pipeline import prune
+from sfpformat.pruning.settings import Learned, Settings
 from sfpformat.pruning.signal import SignalAdam
 from sfpformat.pruning.task import CLASSIFY, Task, divergence
 from sfpformat.pruning.thresholds import Sparsity
@@ -168,7 +169,8 @@ def test_no_array_of_a_weight_s_size_waits_for_the_backward_pass() -> None:
 _PEAK = """
 import resource, torch
 from torch import nn
-from sfpformat.pruning.learning import Settings, learn_importance
+from sfpformat.pruning.learning import learn_importance
+from sfpformat.pruning.settings import Settings
 from sfpformat.pruning.task import Task
 torch.set_num_threads(1)
 def peak():
