@@ -26,8 +26,8 @@ from .rules import Pruning, Treatment
 from .treat import Array, importance_of, treated
 
 # Tolerance of the requested error: steps are chosen to 0.05 dB, and sums differ in their order.
-TOLERANCE_DB = 0.1
-_BLOCK = 1 << 20
+_TOLERANCE_DB = 0.1
+_BLOCK = 1 << 16  # weights compared at a time; more do not fit in the cache as float64
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Outcome:
         kept_lossless: whether quantisation was requested, but the tensor is lossless.
         error, power: sums of the squared errors, and of the squared weights after pruning, with the weights
             of the quantiser.
-        faults: descriptions of its faults.
+        faults: descriptions of its faults; empty if its weights were not checked.
     """
 
     report: TensorReport
@@ -100,7 +100,7 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
         weights = error_weights(importance.reshape(-1), asked.options.weighted)
     bound = _Bound.of(file, report.entry, weighted=weights is not None) if compare else None
     found = _compare(before.reshape(-1), after.reshape(-1), weights, bound)
-    wrong = tuple(found.faults(name, asked.options))
+    wrong = tuple(found.faults(name, asked.options)) if compare else ()
     return Outcome(report, words, True, False, found.error, found.power, wrong)
 
 
@@ -138,7 +138,7 @@ class _Comparison:
         if self.far:
             yield f"{tensor}: {self.far:,} weights moved further than the quantiser may move them"
         error = decibels(self.error, self.power)
-        if options.error_db is not None and error is not None and error > options.error_db + TOLERANCE_DB:
+        if options.error_db is not None and error is not None and error > options.error_db + _TOLERANCE_DB:
             yield f"{tensor}: the error is {error:.2f} dB, not {options.error_db:g} dB"
 
 
@@ -216,6 +216,7 @@ def _compare(
     weights: NDArray[np.float32] | None,
     bound: _Bound | None,
 ) -> _Comparison:
+    """Compares the weights of a quantised tensor; without a bound, sums only the errors."""
     out = _Comparison()
     for start in range(0, before.size, _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -223,9 +224,10 @@ def _compare(
         with np.errstate(over="ignore", invalid="ignore"):
             moved = is_now - was
             errors, squares = np.square(moved), np.square(was)
-            out.far += 0 if bound is None else int(np.count_nonzero(np.abs(moved) > bound.errors(start, was)))
-        out.not_finite += int(np.count_nonzero(np.isfinite(was) & ~np.isfinite(is_now)))
-        out.alive += int(np.count_nonzero((was == 0) & (is_now != 0)))
+            if bound is not None:
+                out.far += int(np.count_nonzero(np.abs(moved) > bound.errors(start, was)))
+                out.not_finite += int(np.count_nonzero(np.isfinite(was) & ~np.isfinite(is_now)))
+                out.alive += int(np.count_nonzero((was == 0) & (is_now != 0)))
         if weights is not None:
             errors, squares = errors * weights[block], squares * weights[block]
         out.error += float(errors.sum())

@@ -331,7 +331,7 @@ def _outcomes(
                     shown.at(name)
                     found = outcome(job, asked[name], packed.file_of(name), name, compare=verify)
                     outcomes.append(found)
-                    faults += [f"{path}: {words}" for words in found.faults] if verify else []
+                    faults += [f"{path}: {words}" for words in found.faults]
                     shown.advance(spec.nbytes)
     return outcomes, size, faults
 
