@@ -22,7 +22,7 @@ from typing import TextIO
 from .. import __version__
 from ..errors import SfpError, SfpWarning
 from .console import any_output, printable
-from .parser import EXIT_CODES, Parser, examples
+from .parser import EXIT_CODES, Parser, examples, split_rules
 from .trouble import Trouble
 
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
@@ -107,8 +107,6 @@ def _drop_unwritten() -> None:
 
 
 def _run(words: list[str]) -> int:
-    from .rules import split_rules
-
     words, likes = split_rules(words)
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS and name not in _added():

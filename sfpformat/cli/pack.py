@@ -26,7 +26,8 @@ from .outcome import Group, Outcome, groups, lines, outcome
 from .packing import Job, NegativeZeros, job_key, look_at_zeros, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
 from .report import Totals, total
-from .rules import Rules, Treatment, add_tensor_options, parse_like
+from .rules import Rules, Treatment
+from .tensor_options import add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
 from .trouble import Trouble, about, checked_target, require_suffix
 

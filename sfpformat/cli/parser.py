@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 from .trouble import Trouble
@@ -17,8 +18,8 @@ EXIT_CODES = """exit codes:
 
 SFP_DEBUG=1 shows where an error came from; NO_COLOR=1 leaves out colours."""
 
-
 HELP_WIDTH = 100
+_LIKE = "--like"
 
 
 class SupportsWrite(Protocol):
@@ -53,3 +54,18 @@ Subparsers = argparse._SubParsersAction  # argparse has no public name for it
 def examples(*pairs: tuple[str, str]) -> str:
     """Formats the examples of a help text: command lines, each with its description."""
     return "examples:\n" + "\n".join(f"  # {words}\n  {line}" for line, words in pairs)
+
+
+def split_rules(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Splits arguments into those before the first ``--like``, and those after each."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == _LIKE:
+            parts.append([])
+        elif word.startswith(_LIKE + "="):
+            parts.append([word[len(_LIKE) + 1 :]])
+        else:
+            parts[-1].append(word)
+    if any(word in ("-h", "--help") for part in parts[1:] for word in part):
+        parts[0].append("--help")
+    return parts[0], parts[1:]

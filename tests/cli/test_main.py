@@ -20,7 +20,7 @@ import sfpformat
 from sfpformat import SfpWarning
 from sfpformat.cli import COMMANDS, main
 from sfpformat.cli.console import bytes_words, number, percent, printable
-from sfpformat.cli.rules import split_rules
+from sfpformat.cli.parser import split_rules
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 ROOT = Path(sfpformat.__file__).parents[1]
@@ -272,7 +272,7 @@ def test_importing_the_command_does_not_import_rich_or_torch() -> None:
     out, _ = process.communicate()
     modules = out.splitlines()[-1]
     assert "'argparse'" in modules
-    for name in ("'rich'", "'torch'", "'sfpformat.cli.pack'", "'safetensors'"):
+    for name in ("'rich'", "'torch'", "'sfpformat.cli.pack'", "'sfpformat.cli.rules'", "'safetensors'"):
         assert name not in modules
 
 

@@ -17,7 +17,8 @@ import sfpformat
 from sfpformat import PRESETS, Options
 from sfpformat.cli import magnitude, main
 from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
-from sfpformat.cli.rules import Rules, Treatment, parse_like
+from sfpformat.cli.rules import Rules, Treatment
+from sfpformat.cli.tensor_options import parse_like
 from sfpformat.dtypes import DTYPES
 from sfpformat.io.safetensors import TensorSpec
 from sfpformat.pruning.masks import masks_of
