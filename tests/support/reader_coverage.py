@@ -52,9 +52,7 @@ MODULES += ("decode.stored_chunks", "decode.validate")
 
 # Reason -> functions, or single lines of them after a colon, that golden files do not reach.
 EXCUSED: dict[str, tuple[str, ...]] = {
-    "words for `sfp info`": (
-        "coding.quantisers.table.Table.__str__",
-    ),
+    "words for `sfp info`": ("coding.quantisers.table.Table.__str__",),
     "the writer's half of the module": (
         "coding.bits.write_bits",
         "coding.bits.write_fields",
