@@ -13,8 +13,11 @@ from sfpformat.bench import device as bench_device
 from sfpformat.engines.cuda import driver
 
 from ..cuda.test_torch import devices
+from ..support.programs import needs
 from .test_bench import Capture, answer, model
 from .test_main import error_of, run
+
+pytestmark = needs("g++")
 
 __all__ = ["devices"]  # a fixture
 QUICK = ("--rounds", 1, "--device", "cuda")

@@ -33,7 +33,10 @@ from sfpformat.errors import CODE_OF_CLAUSE
 from ..format.test_hostile import SMALL, mutate, mutate_chunk
 from ..support.c_reader import SOURCE, Answer, Reader, Readers, built
 from ..support.clauses import ROOT, clauses_of_spec
+from ..support.programs import needs
 from ..support.strategies import Job, jobs, written
+
+pytestmark = needs("make", "cc")
 
 
 @pytest.fixture(scope="module")

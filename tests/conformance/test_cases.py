@@ -22,6 +22,7 @@ from ..support.conformance_cases import (
     refusal,
     wrong_refusal,
 )
+from ..support.programs import needs
 
 AREAS = sorted({case["id"].split("-")[1] for case in cases("ynihf")})
 
@@ -65,6 +66,7 @@ def test_every_job_of_a_writer_gives_a_file_with_the_contents_asked_for(tmp_path
             assert hashlib.sha256(data).hexdigest() == case["expected"]["written"]["sha256"], case["id"]
 
 
+@needs("make", "cc")
 def test_the_reader_in_c_judges_every_file_as_the_manifest_says(tmp_path: Path) -> None:
     for folder in ("build", "served"):
         (tmp_path / folder).mkdir()

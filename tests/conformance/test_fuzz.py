@@ -35,6 +35,7 @@ from ..cli.test_pack import Capture
 from ..support import c_reader
 from ..support.clauses import ROOT
 from ..support.conformance_programs import lying_program
+from ..support.programs import needs
 
 FOLDER = ROOT / "conformance"
 SUITE = Suite.of(FOLDER)
@@ -144,6 +145,7 @@ def test_noise_is_the_same_for_a_seed_and_silent_for_none() -> None:
 # ------------------------------------------------------------------------------------------ a foreign program
 
 
+@needs("make", "cc")
 @pytest.mark.parametrize(("fast", "files"), [(False, 300), (True, 2000)])
 def test_the_reader_in_c_and_the_reference_agree(fast: bool, files: int, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()

@@ -25,6 +25,7 @@ from ..cli.test_pack import Capture
 from ..support import c_reader
 from ..support.clauses import ROOT
 from ..support.conformance_programs import OWN, lying_program, program
+from ..support.programs import needs
 
 SUITE = Suite.of(ROOT / "conformance")
 JOBS = sum(case.kind == "job" for case in SUITE.cases)
@@ -56,6 +57,7 @@ def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Captu
     assert "All is well" in html.read_text("utf-8")
 
 
+@needs("make", "cc")
 def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
     reader = str(c_reader.built("sanitized", tmp_path))
     results = results_of(Settings({"decoder": Driver([reader]), "validator": Driver([reader])}))
@@ -63,6 +65,7 @@ def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
     assert outcomes(results) == {"pass": 2 * FILES}
 
 
+@needs("make", "cc")
 def test_a_program_may_take_one_question_a_call(tmp_path: Path) -> None:
     reader = str(c_reader.built("all", tmp_path))
     results = results_of(Settings({"decoder": Driver([reader], serves=False)}, only="R-PRE-004"))

@@ -18,6 +18,10 @@ from kernels.tools import check, identity, inputs, machine, peers, shim, speed
 from kernels.tools.report import tables
 from sfpformat.engines.cuda import driver, work
 
+from ..support.programs import needs
+
+pytestmark = needs("g++")
+
 FACTS = {
     "device": "A Device",
     "capability": [9, 0],

@@ -23,7 +23,10 @@ from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
 from ..format.test_hostile import mutate, mutate_chunk
+from ..support.programs import needs
 from ..support.strategies import Job, jobs, lossless_jobs, written
+
+pytestmark = needs("g++")
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -11,6 +11,10 @@ from sfpformat.engines import get_engine
 from sfpformat.engines.cuda import source
 from sfpformat.engines.cuda.recipe import kernel_of
 
+from ..support.programs import needs
+
+pytestmark = needs("g++")
+
 ROOT = Path(__file__).parents[2]
 
 # Reads a byte after some memory, which the sanitiser must see: else it is not there.

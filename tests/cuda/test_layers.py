@@ -26,8 +26,11 @@ from sfpformat.torch import (
 )
 from sfpformat.torch.kept import KeptWeights
 
+from ..support.programs import needs
 from ..torch.test_files import bits
 from ..torch.test_layers import linear
+
+pytestmark = needs("g++")
 
 FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
 

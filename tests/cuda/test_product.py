@@ -20,6 +20,10 @@ from sfpformat.engines.cuda import layout, product
 from sfpformat.engines.cuda.product import make_product
 from sfpformat.numpy import save
 
+from ..support.programs import needs
+
+pytestmark = needs("g++")
+
 FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
 
 

@@ -24,7 +24,10 @@ from sfpformat.numpy import save
 from sfpformat.torch import device, files, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile
 
+from ..support.programs import needs
 from ..torch.test_files import assert_same
+
+pytestmark = needs("g++")
 
 CPU = torch.device("cpu")
 
