@@ -152,12 +152,17 @@ def _learn_levels(
     names = list(chosen_weights(model, tensors))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: parameters[name] for name in names}
+    learned = {name: weight for name, weight in weights.items() if weight.numel()}
+    if not learned:
+        raise OptionError(f"{listed(names)} have no elements: there is nothing to learn")
     if start is None:
         if found is None:
             found = statistics(model, data, task=task, tensors=names)
         start = fisher(model, _of_weights(model, found, weights, "found"))
         found = None  # releases its memory
-    learner = Learner(model, weights, _required(model, start, weights), task, settings.plan(), sparsities)
+    start = _required(model, start, weights)
+    start = {name: start[name] for name in learned}
+    learner = Learner(model, learned, start, task, settings.plan(), sparsities)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -169,7 +174,11 @@ def _learn_levels(
             raise OptionError("mlp is not the network of a model learned by levels") from error
         learner.levels.refresh()
     choice = learner.run(data, progress, held_out, path, every)
-    importances = learner.levels.importances(sum(sparsities) / 2)
+    scored = learner.levels.importances(sum(sparsities) / 2)
+    importances = {
+        name: scored[name] if name in learned else torch.zeros_like(weight, dtype=torch.float32)
+        for name, weight in weights.items()
+    }
     state = {} if network is None else {name: value.clone() for name, value in network.state_dict().items()}
     return Learned(importances, {}, learner.history, state, choice)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfpformat.errors import LossError, MismatchError, OptionError
 from sfpformat.pruning import scores
@@ -25,7 +25,7 @@ from sfpformat.pruning.task import Task, chosen_weights
 from sfpformat.pruning.thresholds import Sparsity
 from sfpformat.pruning.tuning import Tuning, fine_tune
 
-from ..support.pruning_nets import loss_of, trained_net
+from ..support.pruning_nets import CLASSES, WIDTH, loss_of, trained_net
 
 WEIGHTS = Settings(steps=60, method="weights")
 
@@ -154,6 +154,24 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
     learn_importance(net, batches, 0.5, settings=Settings(steps=2), checkpoint=path)
     with pytest.raises(MismatchError):
         learn_importance(net, batches, 0.6, settings=Settings(steps=2), checkpoint=path)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_without_elements_gets_an_importance_without_elements(method: str) -> None:
+    class Half(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return self[0](input) + self[1](input).sum()  # type: ignore[no-any-return]
+
+    _, batches = trained_net()
+    net = Half(nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 0))
+    learned = learn_importance(net, batches, 0.5, settings=Settings(steps=2, method=method))
+    assert {name: list(x.shape) for name, x in learned.importances.items()} == {
+        "0.weight": [CLASSES, WIDTH],
+        "1.weight": [0, WIDTH],
+    }
+    masks = prune(net, learned.importances, Sparsity(0.5))
+    assert masks["0.weight"].float().mean() == 0.5
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -100, None])
