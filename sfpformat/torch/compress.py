@@ -18,10 +18,11 @@ from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options, require_options
 from . import packed
+from .compressed import Compressed
 from .decoded import holders_of
 from .files import Device, require_device
 from .kept import KeptWeights
-from .layers import Compressed, compressed_class, compressed_weights, make_compressed, make_dense
+from .layers import compressed_class, compressed_weights, make_compressed, make_dense
 from .libraries import in_adapters, save_as_before, save_dense
 from .meta import require_none_left
 from .models import loads_its_own_way, warn_of_ignored
@@ -82,9 +83,8 @@ def compress_model(
     Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`. Some
     weights stay dense: those that would not become smaller, those that a layer of another kind shares, those
     of subclasses, which may compute differently, and the adapters of peft, which train. Compressed weights
-    are
-    frozen: they are not parameters and have no gradient. Reading ``module.weight`` decodes them; a write to
-    it is encoded again, losslessly. ``state_dict`` has their compressed bytes under the names of the dense
+    are frozen: they are not parameters and have no gradient. Reading ``module.weight`` decodes them; a write
+    to it is encoded again, losslessly. ``state_dict`` has their compressed bytes under the names of the dense
     model; a dense model refuses them because of their shape. ``save_pretrained``, if the model has it, writes
     dense weights.
 

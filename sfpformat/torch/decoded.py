@@ -30,7 +30,7 @@ FROZEN = (
 
 
 class Holder(Protocol):
-    """The interface of a compressed layer that this module uses; `layers.Compressed` documents it."""
+    """The interface of a compressed layer that this module uses; `compressed.Compressed` documents it."""
 
     weight: Any
     weight_sfp: torch.Tensor

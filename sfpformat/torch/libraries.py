@@ -16,8 +16,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import OptionError
 from . import packed
+from .compressed import Compressed, dense_states
 from .decoded import before_first_layer
-from .layers import Compressed, dense_states
 from .places import identity
 
 SAVE = "save_pretrained"

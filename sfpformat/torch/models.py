@@ -16,8 +16,9 @@ from ..errors import MismatchError, OptionError, warn
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
 from ..options import Options, options_by_name
+from .compressed import Compressed
 from .files import Device, ImportanceTensor, Numbers, TorchFile, add_tensor, outlines, require_device
-from .layers import Compressed, compressed_weights
+from .layers import compressed_weights
 from .meta import require_none_left
 from .packed import put_into
 from .places import (

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import warn
 from ..names import listed
-from .layers import Compressed
+from .compressed import Compressed
 
 REQUIRES_GRAD = "requires_grad_"
 _some = partial(listed, most=3)
