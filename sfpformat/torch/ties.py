@@ -97,5 +97,6 @@ def _same(one: Any, other: Any) -> bool:
 def _numbers(values: Any) -> Any:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        return (values.float() if values.is_floating_point() else values).numpy()
+        # float64 holds the numbers of all float dtypes, some of which numpy does not have.
+        return (values.double() if values.is_floating_point() else values).numpy()
     return np.asarray(values)

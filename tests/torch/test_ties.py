@@ -80,6 +80,13 @@ def test_equal_values_for_two_names_of_a_tensor_are_taken_and_others_refused(
     assert not (tmp_path / "three").exists()
 
 
+def test_values_that_differ_beyond_float32_differ(model: Tied, tmp_path: Path) -> None:
+    importance = model.wte.weight.detach().double().abs()
+    values = dict(zip(NAMES, (importance, importance * (1 + 1e-12)), strict=True))
+    with pytest.raises(OptionError, match="one tensor and differ"):
+        save_model(model, tmp_path / "m", importances=values)
+
+
 def test_factors_of_two_names_are_compared_too(model: Tied, tmp_path: Path) -> None:
     rows, columns = torch.ones(100), torch.ones(16)
     same: dict[str, Any] = {"wte.weight": (rows, columns), KEPT: (rows.clone(), columns.numpy())}
