@@ -124,6 +124,8 @@ def test_weights_that_are_frozen_are_not_given_back() -> None:
         Settings(steps=14, method="weights"),
         Settings(steps=14, gate="sigmoid", logits=False),
         Settings(steps=14, gate="hard-concrete", weight_rate=1e-3),
+        Settings(steps=14, method="levels", network_every=4),
+        Settings(steps=14, method="levels", network_rate=1e-2, network_every=4),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, settings: Settings) -> None:
@@ -143,17 +145,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, se
         run(path, 11)
     resumed, whole = run(path, None), run(None, None)
     assert resumed.history == whole.history
+    assert resumed.choice == whole.choice
     for name, importance in whole.importances.items():
-        torch.testing.assert_close(resumed.importances[name], importance)
+        assert torch.equal(resumed.importances[name], importance)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, method: str) -> None:
     net, batches = trained_net()
     path = tmp_path / "checkpoint.pt"
-    learn_importance(net, batches, 0.5, settings=Settings(steps=2), checkpoint=path)
-    with pytest.raises(MismatchError):
-        learn_importance(net, batches, 0.6, settings=Settings(steps=2), checkpoint=path)
+    settings = Settings(steps=2, method=method)
+    learn_importance(net, batches, 0.5, settings=settings, checkpoint=path)
+    with pytest.raises(MismatchError, match="other settings or tensors"):
+        learn_importance(net, batches, 0.6, settings=settings, checkpoint=path)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

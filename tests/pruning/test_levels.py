@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfpformat.errors import MismatchError, OptionError, SfpWarning
+from sfpformat.errors import OptionError, SfpWarning
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.hierarchy import Learner, Plan
@@ -21,7 +21,7 @@ from sfpformat.pruning.learning import learn_importance
 from sfpformat.pruning.levels import Levels, quantile, standard_starts
 from sfpformat.pruning.masked import LEVELS, MaskedModel, Masking, ScoredWeight
 from sfpformat.pruning.pipeline import prune
-from sfpformat.pruning.settings import Learned, Settings
+from sfpformat.pruning.settings import Settings
 from sfpformat.pruning.signal import SignalAdam
 from sfpformat.pruning.task import CLASSIFY, Task, divergence
 from sfpformat.pruning.thresholds import Sparsity
@@ -497,34 +497,6 @@ def test_learning_ends_when_its_minutes_are_used_up(tmp_path: Path) -> None:
     assert 1 <= len(learned.history) < 10**4
     assert learned.choice is not None
     assert learned.choice.chosen <= learned.choice.start
-
-
-@pytest.mark.parametrize("network_rate", [0.0, 1e-2])
-def test_a_run_by_levels_that_was_stopped_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, network_rate: float
-) -> None:
-    net, batches = trained_net()
-    settings = Settings(method="levels", steps=14, network_rate=network_rate, network_every=4)
-
-    def run(path: Path | None, stop: int | None) -> Learned:
-        def progress(step: int, loss: float) -> None:
-            if step == stop:
-                raise KeyboardInterrupt
-
-        return learn_importance(
-            net, batches, (0.4, 0.8), settings=settings, checkpoint=path, every=3, progress=progress
-        )
-
-    path = tmp_path / "checkpoint.pt"
-    with pytest.raises(KeyboardInterrupt):
-        run(path, 11)
-    resumed, whole = run(path, None), run(None, None)
-    assert resumed.history == whole.history
-    assert resumed.choice == whole.choice
-    for name, importance in whole.importances.items():
-        assert torch.equal(resumed.importances[name], importance)
-    with pytest.raises(MismatchError):
-        learn_importance(net, batches, 0.6, settings=settings, checkpoint=path)
 
 
 def test_a_network_that_was_learned_serves_another_model() -> None:
