@@ -115,12 +115,14 @@ def run(args: argparse.Namespace) -> int:
         if model.kind != "safetensors":
             raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
+        target = checked_target(args.output, model.paths())
+        outputs = _outputs(model, target, single=args.single)
         _require_storable(model, metadata, limits)
         treatments, lossless = _treatments(rules.with_aliases(model.specs, model.aliases()), model)
         importances = _importances(args.importance, model)
         try:
             job = _job(model, treatments, importances, metadata, limits)
-            result = _result(job, treatments, args)
+            result = _result(job, treatments, target, outputs, args)
         finally:
             if importances is not None:
                 importances.close()
@@ -150,13 +152,30 @@ class _Result:
     zeros: Collection[NegativeZeros]
 
 
-def _result(job: Job, asked: dict[str, Treatment], args: argparse.Namespace) -> _Result:
+def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
+    """Returns the output files: one, or a shard for each file of the checkpoint unless ``single``.
+
+    Raises:
+        Trouble: a shard or the index cannot be written.
+    """
+    if single or len(model.files) == 1:
+        return [target]
+    stem = target.with_suffix("")
+    shards = shard_paths(stem, len(model.files))
+    for path in (*shards, stem.with_name(index_name(stem.name))):
+        checked_target(path, model.paths())
+    return shards
+
+
+def _result(
+    job: Job, asked: dict[str, Treatment], target: Path, outputs: list[Path], args: argparse.Namespace
+) -> _Result:
     """Writes the files, or only encodes them with ``--dry-run``. Measures the quantised tensors."""
     if args.dry_run:
-        outputs, outcomes, size = _dry_run(job, asked, args)
+        outcomes, size = _dry_run(job, asked, sharded=len(outputs) > 1)
         resumed, faults = 0, list[str]()
     else:
-        outputs, resumed = _write(job, args)
+        resumed = _write(job, target, sharded=len(outputs) > 1)
         outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
     look_at_zeros(job, [each.report.entry for each in outcomes])
     totals = total((each.report for each in outcomes), size)
@@ -286,33 +305,27 @@ def _job(
     return Job(model, treatments, shares, importances, metadata, key, limits)
 
 
-def _dry_run(
-    job: Job, asked: dict[str, Treatment], args: argparse.Namespace
-) -> tuple[list[Path], list[Outcome], int]:
-    """Returns the files that would be written, the outcome of each tensor, and the total size in bytes."""
-    model, target = job.model, checked_target(args.output, job.model.paths())
-    parts = {target: (list(model.specs), model.metadata())}
-    if len(model.files) > 1 and not args.single:
-        paths = shard_paths(target.with_suffix(""), len(model.files))
-        contents = ((model.names_in(name), model.metadata_of(name)) for name in model.files)
-        parts = dict(zip(paths, contents, strict=True))
+def _dry_run(job: Job, asked: dict[str, Treatment], *, sharded: bool) -> tuple[list[Outcome], int]:
+    """Returns the outcome of each tensor, and the size in bytes of all files that would be written."""
+    model = job.model
+    parts = [(list(model.specs), model.metadata())]
+    if sharded:
+        parts = [(model.names_in(name), model.metadata_of(name)) for name in model.files]
     outcomes, size = list[Outcome](), 0
     with progress(model.nbytes, "encode") as shown:
-        for names, metadata in parts.values():
+        for names, metadata in parts:
             found, more = sizes_of_file(job, asked, names, metadata, shown)
             outcomes += found
             size += more
-    return list(parts), outcomes, size
+    return outcomes, size
 
 
-def _write(job: Job, args: argparse.Namespace) -> tuple[list[Path], int]:
-    sharded = len(job.model.files) > 1 and not args.single
-    target = checked_target(args.output, job.model.paths())
+def _write(job: Job, target: Path, *, sharded: bool) -> int:
+    """Writes the files. Returns the number of tensors that an earlier run had written."""
     with progress(job.model.nbytes, target.name) as shown:
         if sharded:
             return pack_shards(job, target.with_suffix(""), shown)
-        resumed = pack_file(job, list(job.model.specs), job.model.metadata(), target, shown)
-        return [target], resumed
+        return pack_file(job, list(job.model.specs), job.model.metadata(), target, shown)
 
 
 def _outcomes(

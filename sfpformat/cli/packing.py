@@ -216,14 +216,14 @@ def shard_paths(stem: Path, count: int) -> list[Path]:
     return [stem.with_name(shard_name(stem.name, number, count)) for number in range(1, count + 1)]
 
 
-def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], int]:
+def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
     """Writes a shard for each file of the checkpoint, and the index, or resumes an earlier run.
 
     Args:
         stem: the common path of the shards, without the number.
 
     Returns:
-        The shards, and the number of tensors that earlier runs had written.
+        The number of tensors that earlier runs had written.
 
     Raises:
         Trouble, OptionError: no partial output remains.
@@ -265,7 +265,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> tuple[list[Path], i
         state.discard()
         raise
     state.remove()
-    return targets, resumed
+    return resumed
 
 
 def _finished(target: Path) -> Path:

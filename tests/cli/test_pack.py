@@ -182,6 +182,22 @@ def test_bad_options_leave_nothing_behind(tmp_path: Path, capsys: Capture) -> No
 # ------------------------------------------------------------------------------------------------- shards
 
 
+@pytest.mark.parametrize("name", ["no/m.sfp", "a.sfp", "b.sfp", "c.sfp"])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_target_that_cannot_be_written_is_refused_before_a_tensor_is_read(
+    name: str, dry: tuple[str, ...], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    source = sharded(tmp_path / "source", checkpoint())
+    for folder in ("a.sfp", "b-00002-of-00003.sfp", "c.sfp.index.json"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("sfpformat.cli.models.Model.read", read)
+    words = error_of(capsys, "pack", source, "-o", tmp_path / name, "--bits", "4", *dry)
+    assert "no folder" in words or "not a file" in words
+
+
 def test_a_checkpoint_in_shards_becomes_shards(tmp_path: Path, capsys: Capture) -> None:
     sharded(tmp_path / "in")
     (tmp_path / "out").mkdir()
