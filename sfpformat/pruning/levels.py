@@ -71,8 +71,13 @@ class Levels:
             name: weight.numel() / len(self.scored[name].sample) for name, weight in weights.items()
         }
         self.shares = dict.fromkeys(LEVELS, 1.0)
-        self.network = _network(seed) if network else None
-        self._features = _Features(self.scored) if network else None
+        self.network: nn.Sequential | None = None
+        self._features: dict[str, _Features] = {}
+        if network:
+            self.network = _network(seed).to(next(iter(weights.values())).device)
+            last = max(len(self.scored) - 1, 1)
+            for number, (name, part) in enumerate(self.scored.items()):
+                self._features[name] = _Features(part, number / last)
         self.refresh()
 
     def parameters(self) -> dict[str, list[Tensor]]:
@@ -120,17 +125,16 @@ class Levels:
     def learn_network(self) -> None:
         """Backpropagates the accumulated gradients of the sample to the network, and resets them."""
         assert self.network is not None
-        assert self._features is not None
         for name, part in self.scored.items():
             for first in range(0, len(part.sample), _BLOCK):
                 piece = slice(first, first + _BLOCK)
-                out = self.network(self._features.at(name, part.sample[piece]))[:, 0]
+                out = self.network(self._features[name].at(part.sample[piece]))[:, 0]
                 torch.autograd.backward(out, part.sampled[piece] * self._sizes[name])
             part.sampled.zero_()
 
     def refresh(self) -> None:
         """Recomputes the network's output for each weight."""
-        if self.network is None or self._features is None:
+        if self.network is None:
             return
         with torch.no_grad():
             for name, part in self.scored.items():
@@ -140,7 +144,7 @@ class Levels:
                 for first in range(0, len(flat), _BLOCK):
                     last = min(first + _BLOCK, len(flat))
                     positions = torch.arange(first, last, device=flat.device)
-                    flat[first:last] = self.network(self._features.at(name, positions))[:, 0].half()
+                    flat[first:last] = self.network(self._features[name].at(positions))[:, 0].half()
 
     def importances(self, sparsity: float) -> dict[str, Tensor]:
         """Returns softplus(score − threshold), by name, float32, of the weights' shapes."""
@@ -246,24 +250,17 @@ def _sample(size: int, total: int, generator: torch.Generator) -> Tensor:
 
 
 class _Features:
-    """The input features of the shared network: start and value of a weight, and statistics of its row,
-    column and layer. Computed when needed. Values are logarithms relative to the layer's root mean square."""
+    """The input features of the shared network for one weight tensor: start and value of a weight, and
+    statistics of its row, column and layer. Values are logarithms relative to the layer's root mean square.
+    """
 
     COUNT = 9
 
-    def __init__(self, scored: Mapping[str, ScoredWeight]) -> None:
-        self._layers = {}
-        for number, (name, part) in enumerate(scored.items()):
-            depth = number / max(len(scored) - 1, 1)
-            self._layers[name] = _Layer(part, depth)
-
-    def at(self, name: str, positions: Tensor) -> Tensor:
-        """Returns the features of the weights at positions of the flat tensor, float32 [n, COUNT]."""
-        return self._layers[name].at(positions)
-
-
-class _Layer:
     def __init__(self, part: ScoredWeight, depth: float) -> None:
+        """Args:
+        part: the scores of the weight tensor.
+        depth: its place in the model, from 0 to 1.
+        """
         matrix = as_matrix(part.weight).float()
         height, width = matrix.shape
         self._start, self._matrix, self._width = part.start.view(-1), as_matrix(part.weight), width
@@ -276,6 +273,7 @@ class _Layer:
         )
 
     def at(self, positions: Tensor) -> Tensor:
+        """Returns the features of the weights at positions of the flat tensor, float32 [n, COUNT]."""
         row, column = positions // self._width, positions % self._width
         start = self._start[positions]
         values = self._matrix[row, column].float()
