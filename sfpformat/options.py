@@ -96,7 +96,8 @@ class Options:
         bits: for ``uniform``: about this many bits for the level of each survivor, with its sign, without the
             mask. Also at most about this many bits per position with the mask, which matters if few positions
             are pruned: the file is at most 1 % larger than without pruning. This second bound does not apply
-            if a given mask alone takes more than half of it.
+            if a given mask alone takes more than half of it. With a given mask or ``fixed_width``, it is an
+            error if all weights would become 0; so with ``budget``.
             For ``table``: 2^(bits - 1) centroids.
         budget: for ``uniform``: about this many bits per position for mask and levels together, without index
             and tables.

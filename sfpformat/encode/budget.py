@@ -94,9 +94,9 @@ def steps_for_budget(
         Name -> step, for ``Options(quantiser="uniform", step=...)``, of the tensors to be quantised.
 
     Raises:
-        OptionError: a tensor is not a float of the format or not finite, its importance is missing or has
-            another shape, a name in an argument is not the name of a tensor, or the masks alone take more
-            than the budget.
+        OptionError: a tensor is not a float of the format or not finite, its mask is not bool or has another
+            shape, its importance is missing or has another shape, a name in an argument is not the name of a
+            tensor, or as in `share_bits`.
     """
     options = Options(quantiser="uniform", budget=budget, weighted=weighted, rate_weight=rate_weight)
     masks = checked_by_name(masks, tensors, "masks")
@@ -190,7 +190,8 @@ def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | N
     Once all remaining candidates fit lossless, their steps are None too.
 
     Raises:
-        OptionError: the masks alone take more than the budget.
+        OptionError: the masks alone take more than the budget, or it leaves so few bits that all weights
+            would become 0 although a mask or a fixed width spends bits on them.
     """
     candidates = list(candidates)
     left = budget * sum(c.positions for c in candidates) * (1 << FRACTION)
@@ -217,7 +218,11 @@ def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | N
 
 
 def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
-    """Returns the steps with which the candidates together take at most ``allowed`` bits (times 2^16)."""
+    """Returns the steps with which the candidates together take at most ``allowed`` bits (times 2^16).
+
+    Raises:
+        OptionError: as in `share_bits`.
+    """
     # The greatest magnitude of any tensor, in common units, bounds the search.
     greatest = max([float(c.sample.magnitudes.max(initial=0)) / c.unit for c in candidates], default=0.0)
 
@@ -225,7 +230,12 @@ def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
         return sum(c.bits(_step(c, common)) for c in candidates) <= allowed
 
     common = turning_point(fits, greatest)[1]
-    return [_step(c, common) for c in candidates]
+    steps = [_step(c, common) for c in candidates]
+    used = zip(candidates, steps, strict=True)
+    lost = [c.sample.loses_all(step) for c, step in used if c.sample.magnitudes.any()]
+    if any(lost) and (all(lost) or not fits(common)):
+        raise OptionError("the budget leaves so few bits that all weights would become 0; use more")
+    return steps
 
 
 def _step(candidate: Candidate, common: float) -> float:

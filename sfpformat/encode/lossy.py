@@ -71,7 +71,7 @@ class LossyTensor:
     engine: Engine
 
     def source(self, options: Options) -> NumberSource | None:
-        """Returns the source for the options. None if no step reaches their `error_db`.
+        """Returns the source for the options. None if no step reaches their `error_db`, `bits` or `budget`.
 
         Raises:
             OptionError: the step is not a positive float32, or the mask alone takes more than the budget.
@@ -101,7 +101,7 @@ class LossyTensor:
             step: the caller's step, or None.
 
         Returns:
-            The source, or None if no step reaches the error in the options.
+            The source, or None if no step reaches the error or the bits in the options.
 
         Raises:
             OptionError: as in `source`.
@@ -128,9 +128,7 @@ class LossyTensor:
         else:
             assert options.budget is not None
             step = step_for_budget(some, options.budget)
-        if step is None:
-            raise OptionError(f"the mask alone takes more than a budget of {options.budget} bits a position")
-        return self._uniform(some.quantiser(_checked_step(step)))
+        return None if step is None else self._uniform(some.quantiser(_checked_step(step)))
 
     def _for_error(self, some: Sampled, error_db: float) -> NumberSource | None:
         """Returns the source with a mean squared error of at most ``error_db``, relative to the mean square.

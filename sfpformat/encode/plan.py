@@ -148,14 +148,14 @@ def plan_tensor(
         found = planner.plan(importance)
         is_lossless = options.lossless
         if options.may_be_lossless and len(flat):
-            at_most = None if found is None else max(found[1], planner.allowance())
+            at_most = planner.allowance() or None if found is None else max(found[1], planner.allowance())
             exact = _lossless_plan(planner, importance, at_most)
             if exact is None and may_be_raw and (at_most is None or raw.bits <= at_most):
                 return raw  # raw has no streams, so that the checks below do not apply
             if exact is not None:
                 found, is_lossless = exact, True
         if found is None:
-            raise OptionError(f"no step brings the error to {options.error_db} dB; use lossless")
+            raise OptionError(_no_step(options))
         plan, bits = found
         _require_readable(plan)
     except OptionError as error:
@@ -166,13 +166,21 @@ def plan_tensor(
     return _within_expansion(plan, bits, limits)
 
 
+def _no_step(options: Options) -> str:
+    """Returns the message for a tensor of which no step reaches what the options require."""
+    if options.error_db is not None:
+        return f"no step brings the error to {options.error_db} dB; use lossless"
+    target = f"{options.bits} bits" if options.bits else f"a budget of {options.budget} bits a position"
+    return f"with {target}, all weights would become 0; use more bits"
+
+
 def _lossless_plan(
     planner: _Planner, importance: Importance | None, at_most: int | None
 ) -> tuple[Plan, int] | None:
     """Returns the lossless plan of a tensor with lossy options. None if it takes more than ``at_most`` bits.
 
     Raises:
-        OptionError: there is no other plan (``at_most`` is None), and a lossless one is not possible.
+        OptionError: ``at_most`` is None, and a lossless plan is not possible.
     """
     try:
         return planner.without_loss().plan(importance, at_most)
@@ -333,7 +341,7 @@ class _Planner:
 
         Returns:
             The plan, and about how many bits it takes. None if it would take more than ``at_most``, or if no
-            step reaches the error in the options.
+            step reaches the error or the bits in the options.
 
         Raises:
             OptionError: the options do not fit the tensor.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..coding.classes import FRACTION, Histogram, entropy_bits, histogram, log2_fixed
 from ..coding.quantisers import F32, Uniform, uniform_numbers
 from ..dtypes import DTYPES, Dtype
+from ..errors import OptionError
 from .finite import Reconstruction
 
 F64 = NDArray[np.float64]
@@ -215,10 +216,20 @@ class Sampled:
         counts[0] += self.pruned
         return levels, numbers_bits(counts)
 
+    def loses_all(self, step: float) -> bool:
+        """Whether a step makes 0 of all survivors, though a mask or a fixed width spends bits on them."""
+        if self.widest is not None:
+            return self.widest > 0 and not self._greatest_number(step)
+        return self.masked and bool(self.magnitudes.any()) and not self.numbers(step).any()
+
+    def _greatest_number(self, step: float) -> int:
+        """Returns the greatest number of the whole tensor, which has a fixed width."""
+        assert self.widest is not None
+        return math.floor(np.float32(self.widest) / np.float32(step) + np.float32(0.5))
+
     def _fixed_bits(self, step: float, zeros: int) -> tuple[int, int]:
         """Returns the result of `bits` with fixed width: a mask takes one bit per position."""
-        assert self.widest is not None
-        greatest = math.floor(np.float32(self.widest) / np.float32(step) + np.float32(0.5))
+        greatest = self._greatest_number(step)
         width = (2 * greatest + 1).bit_length() if greatest else 0
         levels = width * len(self.magnitudes) << FRACTION
         kept = len(self.magnitudes) - (0 if self.masked or not self.pruned else zeros)
@@ -312,8 +323,10 @@ def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
     return joined, int(often @ widths)
 
 
-def step_for_bits(sample: Sampled, bits: float) -> float:
+def step_for_bits(sample: Sampled, bits: float) -> float | None:
     """Returns the least step found for ``bits`` bits per survivor's level and at most ``bits`` per position.
+
+    Returns None if there is none but one that loses all weights (`Sampled.loses_all`).
 
     The second condition includes the mask. It matters if few positions are pruned: pruning makes no tensor
     more than 1 % larger. It is ignored if a given mask alone takes more than half of ``bits`` per position,
@@ -329,15 +342,26 @@ def step_for_bits(sample: Sampled, bits: float) -> float:
         found = sample.bits(step)
         return found[0] <= levels and not (counted and found[1] > whole)
 
-    return turning_point(holds, _greatest(sample.magnitudes))[1]
+    return _least_step(sample, holds)
 
 
 def step_for_budget(sample: Sampled, budget: float) -> float | None:
-    """Returns the least step found for at most ``budget`` bits per position. None if there is none."""
+    """Returns the least step found for at most ``budget`` bits per position.
+
+    Returns None if there is none but one that loses all weights (`Sampled.loses_all`).
+
+    Raises:
+        OptionError: the mask alone takes more than the budget.
+    """
     allowed = int(budget * sample.positions * (1 << FRACTION))
     if sample.mask_bits() > allowed:
-        return None
-    return turning_point(lambda step: sample.bits(step)[1] <= allowed, _greatest(sample.magnitudes))[1]
+        raise OptionError(f"the mask alone takes more than a budget of {budget} bits a position")
+    return _least_step(sample, lambda step: sample.bits(step)[1] <= allowed)
+
+
+def _least_step(sample: Sampled, holds: Callable[[float], bool]) -> float | None:
+    step = turning_point(holds, _greatest(sample.magnitudes))[1]
+    return None if sample.loses_all(step) else step
 
 
 def step_for_error(sample: Sampled, allowed: float) -> float | None:

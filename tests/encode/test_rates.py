@@ -107,6 +107,46 @@ def test_a_mask_that_alone_takes_more_than_the_budget_is_refused() -> None:
         steps_for_budget({"w": NORMAL}, 0.5, masks={"w": mask})
 
 
+@pytest.mark.parametrize("options", [{"bits": 1.3}, {"budget": 1.2}, {"budget": 1.6}], ids=str)
+def test_bits_that_would_make_zeros_of_all_survivors_of_a_mask_are_refused(options: dict[str, float]) -> None:
+    """A mask of half the positions takes a bit a position, and each survivor has a sign."""
+    mask = np.abs(NORMAL) > np.quantile(np.abs(NORMAL), 0.5)
+    with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
+        save({"w": NORMAL}, options=Options(quantiser="uniform", **options), masks={"w": mask})
+    fits = Options(quantiser="uniform", budget=2.2)
+    found = load(save({"w": NORMAL}, options=fits, masks={"w": mask}))["w"]
+    assert np.count_nonzero(found[mask]) > mask.sum() / 2
+
+
+@pytest.mark.parametrize("options", [{"bits": 1.9}, {"budget": 1.9}], ids=str)
+def test_bits_that_would_make_zeros_of_all_weights_of_a_fixed_width_are_refused(
+    options: dict[str, float],
+) -> None:
+    with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
+        save({"w": NORMAL}, options=PRESETS["fused"].but(quantiser="uniform", **options))
+    fits = PRESETS["fused"].but(quantiser="uniform", bits=2.0)
+    assert load(save({"w": NORMAL}, options=fits))["w"].any()
+
+
+def test_a_tensor_without_a_step_for_its_bits_is_kept_lossless_where_that_takes_no_more() -> None:
+    """A table of one value takes no bits a survivor; a number that is not 0 takes a sign."""
+    mask = np.arange(NORMAL.size).reshape(NORMAL.shape) % 384 < 192
+    array = np.where(mask, np.float32(3), np.float32(0))
+    data = save({"w": array}, options=Options(quantiser="uniform", bits=0.5), masks={"w": mask})
+    assert np.array_equal(load(data)["w"], array)
+
+
+@pytest.mark.parametrize("budget", [1.2, 1.4, 1.6])
+def test_a_shared_budget_that_would_make_zeros_of_all_survivors_is_refused(budget: float) -> None:
+    half = {name: np.abs(a) > np.quantile(np.abs(a), 0.5) for name, a in (("a", NORMAL), ("b", HEAVY))}
+    with pytest.raises(OptionError, match="all weights would become 0"):
+        steps_for_budget({"a": NORMAL, "b": HEAVY}, budget, masks=half)
+    with pytest.raises(OptionError, match="all weights would become 0"):
+        steps_for_budget({"a": NORMAL, "b": HEAVY}, 0.55, masks={"a": half["a"]})
+    steps = steps_for_budget({"a": NORMAL, "b": HEAVY}, 2.2, masks=half)
+    assert steps["a"] < NORMAL.max()
+
+
 def test_many_different_numbers_are_not_taken_for_fewer_bits_than_they_have() -> None:
     """A sample of so many numbers of 20 bits each shows an entropy of 12 bits only."""
     counts = np.bincount(RNG.integers(1 << 19, 1 << 20, 1 << 12), minlength=1 << 20)
