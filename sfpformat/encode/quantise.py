@@ -97,13 +97,6 @@ class TableNumbers:
         return np.searchsorted(middles, magnitudes, side="left").astype(np.uint64)
 
 
-def sample(values: NDArray[np.generic], size: int = SAMPLE) -> NDArray[np.generic]:
-    """Returns at most ``size`` of the values, evenly spaced."""
-    if len(values) <= size:
-        return values
-    return values[np.arange(size) * len(values) // size]
-
-
 def exact_sum(values: F64) -> float:
     """Returns the sum, added in order."""
     return float(np.bincount(np.zeros(len(values), np.intp), weights=values)[0]) if len(values) else 0.0
