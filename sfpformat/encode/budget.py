@@ -20,11 +20,11 @@ from ..coding.mask import Mask
 from ..coding.quantisers import F32
 from ..dtypes import DTYPES, of_numpy
 from ..errors import OptionError
-from ..names import checked_by_name
+from ..names import checked_by_name, require_mapping
 from ..options import Options
 from .importances import checked_importance
 from .lossy import require_finite, sampled_survivors
-from .plan import exact_bits
+from .plan import exact_bits, flat_mask
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 
 # About the greatest size of all samples together, in weights: the search evaluates them 24 times.
@@ -99,6 +99,7 @@ def steps_for_budget(
             tensor, or as in `share_bits`.
     """
     options = Options(quantiser="uniform", budget=budget, weighted=weighted, rate_weight=rate_weight)
+    require_mapping(tensors, "tensors")
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
     found = {}
@@ -128,14 +129,15 @@ def candidate(
     Raises:
         OptionError: as in `steps_for_budget`.
     """
+    array = np.asanyarray(array)
     flat = np.ascontiguousarray(array).reshape(-1)
     dtype = of_numpy(flat.dtype)
     if dtype is None or not dtype.is_float:
         raise OptionError(f"dtype {flat.dtype} is no float of the format")
     require_finite(flat)
-    flat_mask = None if mask is None else mask.reshape(-1)
+    survives = flat_mask(mask, array.shape)
     size = min(len(flat), SAMPLE, max(_ALL_SAMPLES // max(tensors, 1), _LEAST_SAMPLE))
-    chosen, represented = sampled_survivors(flat, flat_mask, size)
+    chosen, represented = sampled_survivors(flat, survives, size)
     magnitudes = np.abs(flat[chosen].astype(np.float32))
     weights, mean = None, np.float32(1)
     if options.weighted is not None:
@@ -154,7 +156,7 @@ def candidate(
         widest=float(np.abs(flat).max(initial=0)) if options.fixed_width else None,
     )
     # A tensor with fixed width is never stored lossless.
-    exact = math.inf if options.fixed_width else _exact_bits(flat, flat_mask)
+    exact = math.inf if options.fixed_width else _exact_bits(flat, survives)
     return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted), exact)
 
 

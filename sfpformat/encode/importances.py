@@ -162,9 +162,10 @@ def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = N
         dtype: the dtype in which it will be stored exactly, or None.
 
     Raises:
-        OptionError: an importance is negative or not finite; one overflows or becomes 0 in ``dtype``; or
-            without ``dtype``, all become 0 in float32.
+        OptionError: an importance is not a real number, negative or not finite; one overflows or becomes 0
+            in ``dtype``; or without ``dtype``, all become 0 in float32.
     """
+    _require_real("importances", importance)
     with np.errstate(over="ignore", under="ignore"):
         flat = np.ascontiguousarray(importance, np.float32).reshape(-1)
     if not np.isfinite(flat).all() or (flat < 0).any():
@@ -186,12 +187,20 @@ def checked_factor(name: str, factor: NDArray[np.floating], size: int, dtype: Dt
         dtype: the dtype in which they will be stored.
 
     Raises:
-        OptionError: the shape differs, or a factor is not finite, overflows or becomes 0 in ``dtype``.
+        OptionError: the shape differs, or a factor is not a real number, is not finite, overflows or becomes
+            0 in ``dtype``.
     """
+    _require_real(name, factor)
     if factor.shape != (size,) or not np.isfinite(factor).all():
         raise OptionError(f"{name} must be {size} finite numbers")
     _require_stored(f"one of the {name}", factor, dtype)
     return np.asarray(factor, np.float32)
+
+
+def _require_real(what: str, values: NDArray[np.generic]) -> None:
+    """Raises `OptionError` for complex numbers, whose imaginary part would be lost, strings and objects."""
+    if values.dtype.kind in "cSUOmM":
+        raise OptionError(f"{what} must be real numbers, not {values.dtype}")
 
 
 def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> None:

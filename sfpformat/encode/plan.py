@@ -144,7 +144,7 @@ def plan_tensor(
     if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
         return raw
     try:
-        planner = _Planner(raw, options, engine, _flat_mask(mask, array.shape), workers or Workers())
+        planner = _Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
         is_lossless = options.lossless
         if options.may_be_lossless and len(flat):
@@ -250,9 +250,16 @@ def _require_readable(plan: Plan) -> None:
         raise OptionError(f"{error.detail}{remedy}") from None
 
 
-def _flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
+def flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
+    """Returns the mask of a tensor of a shape, one-dimensional, after checking it.
+
+    Raises:
+        OptionError: it is not an array of bool, or has another shape.
+    """
     if mask is None:
         return None
+    if not isinstance(mask, np.ndarray):
+        raise OptionError(f"the mask is a {type(mask).__name__}, not an array")
     if mask.shape != shape or mask.dtype != np.bool_:
         raise OptionError(f"the mask must be bool of shape {shape}, it is {mask.dtype} {mask.shape}")
     return np.ascontiguousarray(mask).reshape(-1)

@@ -53,6 +53,24 @@ def test_shared_bits_refuse_names_that_are_no_tensors(argument: str) -> None:
         steps_for_budget({"w": WEIGHTS}, 3.0, **{argument: {"v": WEIGHTS}})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (MASK.astype(np.int64), "the mask must be bool of shape"),
+        (MASK[:1], "the mask must be bool of shape"),
+        (MASK.tolist(), "the mask is a list, not an array"),
+    ],
+)
+def test_shared_bits_refuse_masks_of_another_kind_or_shape(mask: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=f"^tensor 'w': {words}"):
+        steps_for_budget({"w": WEIGHTS}, 3.0, masks={"w": mask})
+
+
+def test_shared_bits_refuse_tensors_that_are_no_mapping() -> None:
+    with pytest.raises(OptionError, match="tensors: a list is no mapping"):
+        steps_for_budget([WEIGHTS], 3.0)  # type: ignore[arg-type]
+
+
 # -------------------------------------------------------------------------------------- kinds of arguments
 
 
@@ -77,6 +95,17 @@ def test_an_argument_of_another_kind_is_refused(
     with pytest.raises(OptionError, match=words):
         save(tmp_path, **given)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, "U1", object])
+def test_importances_that_are_no_real_numbers_are_refused(dtype: Any) -> None:
+    numbers = np.ones(WEIGHTS.shape, dtype)
+    with pytest.raises(OptionError, match="tensor 'w': importances must be real numbers, not"):
+        sfpformat.numpy.save({"w": WEIGHTS}, importances={"w": numbers})
+    with pytest.raises(OptionError, match="tensor 'w': importance rows must be real numbers, not"):
+        sfpformat.numpy.save({"w": WEIGHTS}, importances={"w": (numbers[:, 0], numbers[0])})
+    with pytest.raises(OptionError, match="tensor 'w': importances must be real numbers, not"):
+        steps_for_budget({"w": WEIGHTS}, 3.0, importances={"w": numbers}, weighted="full")
 
 
 def test_tensors_that_are_no_mapping_are_refused() -> None:
