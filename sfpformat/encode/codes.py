@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.classes import Histogram, Layout
-from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode
+from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS, CodeTable, PrefixCode
 from ..coding.counts import Costs, Rows
 from ..coding.planes import AnyLevels, Counts
 from ..coding.quantisers import patterns_to_levels
@@ -234,6 +234,11 @@ def _assigned_chunk(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Calls `Engine.assign` for the segments of a chunk."""
     return engine.assign(engine.count_symbols(levels, counts, layout, group), costs)
+
+
+def no_levels(blocks: LevelBlocks) -> Choice:
+    """Returns the choice for a stream without levels."""
+    return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)
 
 
 def one_class(blocks: LevelBlocks, layout: Layout, levels: int) -> Choice:

@@ -35,6 +35,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..options import ImportanceOptions, Options
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
+from .exact_tables import choose_exact, takes_more_bits
 from .finite import greatest_codable
 from .importances import (
     ImportanceSource,
@@ -46,9 +47,10 @@ from .importances import (
     require_finite_products,
 )
 from .lossy import LossyTensor, require_finite, scaling_of
+from .mask_tables import choose_mask
+from .number_tables import choose_numbers
 from .quantise import TableNumbers, error_weights
 from .streams import MAX_DISTINCT, ExactSource, FingerprintSource, NumberSource, ValueSource, value_source
-from .tables import choose_exact, choose_mask, choose_numbers, takes_more_bits
 from .zeros import with_positive_zeros, zeros_of
 
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]

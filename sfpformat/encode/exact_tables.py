@@ -1,54 +1,38 @@
-"""Chooses the classes of a tensor's streams from the counts of one pass over their levels."""
+"""Chooses the classes of exact streams, whose levels are bit patterns, from one pass over their levels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from ..coding.bits import MAX_FIELD_BITS
-from ..coding.classes import (
-    CLASS_COST,
-    FRACTION,
-    Histogram,
-    Layout,
-    add_histograms,
-    constant_layout,
-    entropies,
-    entropy_bits,
-    histogram,
-)
-from ..coding.codetable import EMPTY_TABLE, MAX_CLASSES, MAX_SYMBOLS
+from ..coding.classes import FRACTION, Histogram, Layout, add_histograms, entropies
+from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS
 from ..coding.counts import Rows
 from ..coding.exact import Patterns
 from ..coding.magnitudes import magnitude_bits
-from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts, trims_of
+from ..coding.planes import Counts, trims_of
 from ..coding.quantisers import patterns_to_levels
 from ..dtypes import Dtype
 from ..engines import Engine
 from ..errors import OptionError
-from ..io.threads import Workers
 from ..options import Options
-from .blocks import Blocks
 from .codes import (
-    MAX_CODES_TRIED,
     Choice,
     LevelBlocks,
     SymbolCounter,
     SymbolCounts,
     choose_codes,
-    count_symbols,
+    no_levels,
     one_class,
     total_of,
 )
 from .zeros import cheaper_with_zeros
 
-# The greatest number of classes for pairs: its square is the number of symbols, of which 256 may be used.
-_PAIR_CLASSES = 20
 # The class of an exact stream includes one more mantissa bit only if that saves this part of the size,
 # because residuals of whole bytes decode faster.
 _MANTISSA_GAIN = 0.0075
@@ -61,31 +45,6 @@ _LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
 _BOUND_BLOCK = 1 << 16
 # About the cost of trims in the segment index, in bits per segment.
 _TRIM_BITS = 5
-# Group -> number of classes. If one class per number gives at most this many classes and there are many
-# levels, no other layout is tried: it could only save a part of the table.
-_FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
-_MANY_LEVELS = 1 << 16
-# In a stream of numbers with a greater range, numbers are not counted in each segment.
-_MOST_COLUMNS = 1024
-# Above this entropy in bits, pairs are not tried: the gain is not worth the time.
-_PAIR_BITS = 3
-
-
-@dataclass(frozen=True)
-class MaskChoice:
-    """How the mask is coded."""
-
-    kind: str
-    polarity: int
-    choice: Choice
-
-
-def _no_levels(blocks: LevelBlocks) -> Choice:
-    """Returns the choice for a stream without levels."""
-    return Choice(EMPTY_TABLE, np.zeros(blocks.segments, np.uint8), 0)
-
-
-# -------------------------------------------------------------------------------------------- exact streams
 
 
 class _ChunkSurvey(NamedTuple):
@@ -206,7 +165,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
     fine, width = _widths(dtype, options)
     survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
     if survey.last < 0:
-        return _no_levels(blocks)
+        return no_levels(blocks)
     best = _judged_width(survey, fine, width, bound, options)
     widest = min(dtype.bits, MAX_FIELD_BITS)
     for candidate in (*range(best, widest + 1), *range(best - 1, 0, -1)):
@@ -280,218 +239,3 @@ def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, optio
         if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
             best = min(best[0], bits) if best else bits, candidate
     return width if best is None else best[1]
-
-
-# ------------------------------------------------------------------------------------------ numbers, masks
-
-
-def choose_numbers(
-    blocks: LevelBlocks,
-    bound: int,
-    options: Options,
-    engine: Engine,
-    *,
-    signed: bool,
-    zero_first: bool = False,
-) -> Choice:
-    """Chooses the table of a stream of numbers: dyadic classes, single or paired. Signed levels are 2m + s.
-
-    Args:
-        blocks: the stream.
-        bound: no class may reach this level.
-        options: the caller's choices.
-        engine: does the counting.
-        signed: whether levels have signs.
-        zero_first: whether the number 0 is the magnitude 0, so that its levels +0 and -0 differ.
-
-    Raises:
-        OptionError: a number is 2^24 or more, or no layout is possible with the code lengths of the options.
-    """
-    sign = 1 if signed else 0
-    counts = _number_counts(blocks, sign, engine)
-    if not counts.total.any():
-        return _no_levels(blocks)
-    if options.is_plain:
-        plain = _plain_layout(counts.total, bound, sign)
-        if plain is not None:
-            return one_class(blocks, plain, int(counts.total.sum()))
-    best: Choice | None = None
-    for group in _groups(counts.total, options):
-        for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
-            found = _choice(blocks, counts, layout, sign, group, options, engine)
-            if found and (best is None or found.bits < best.bits):
-                best = found
-    if best is None and options.group == 2:
-        single = options.but(group=1)
-        return choose_numbers(blocks, bound, single, engine, signed=signed, zero_first=zero_first)
-    if best is None:
-        raise OptionError("no class layout for this stream; allow longer codes")
-    if zero_first and counts.total[0]:
-        widths, first = range(1, 0, -1), int(counts.total[0])
-        return cheaper_with_zeros(best, blocks, widths, bound, options, engine, MAX_CODES_TRIED, first)
-    return best
-
-
-def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
-    """Returns a layout of one class for all numbers, as small as possible. None if it exceeds the bound."""
-    used = np.flatnonzero(counts)
-    first, stop = int(used[0]) << sign, int(used[-1] + 1) << sign
-    bits = (stop - first - 1).bit_length()
-    return Layout(first, bytes([bits])) if first + (1 << bits) <= bound else None
-
-
-def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
-    """Counts each number from 0. Counts in each segment are included only if no number is great.
-
-    Raises:
-        OptionError: a number is 2^24 or more.
-    """
-
-    def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
-        greatest = int(levels.max()) >> sign if len(levels) else -1
-        if greatest >= 1 << 24:
-            raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
-        if greatest >= _MOST_COLUMNS:
-            return histogram(levels >> levels.dtype.type(sign)), None
-        rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
-        return total_of(rows), rows
-
-    counter = SymbolCounter(blocks.segments)
-    total, wide = np.zeros(0, np.int64), False
-    for totals, rows in blocks.map(count):
-        total = add_histograms(total, totals)
-        wide = wide or rows is None
-        if rows is not None and not wide:
-            counter.add(0, rows, totals)
-    if wide:
-        return SymbolCounts(total, np.zeros((0, len(total)), np.int32), blocks.segments, None)
-    return counter.counts(0, len(total))
-
-
-def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
-    """Returns the groups to try."""
-    if options.group:
-        return (options.group,)
-    bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
-    return (1, 2) if bits <= _PAIR_BITS else (1,)
-
-
-def _layouts(
-    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
-) -> list[Layout]:
-    """Returns the layouts to try."""
-    singles = _singles(counts, signed)
-    many = int(counts.sum()) >= _MANY_LEVELS
-    if many and singles is not None and len(singles.extra) <= _FEW_CLASSES[group]:
-        return [singles]
-    fitting = _fitting_layout(counts, limit, signed, group, options, engine)
-    return [layout for layout in {fitting: None, singles: None} if layout is not None]
-
-
-def _choice(
-    blocks: LevelBlocks,
-    counts: SymbolCounts,
-    layout: Layout,
-    sign: int,
-    group: int,
-    options: Options,
-    engine: Engine,
-) -> Choice | None:
-    """Returns the best choice for a layout, or None if it has too many classes. ``counts`` are of numbers."""
-    if len(layout.extra) == 1:
-        return one_class(blocks, layout, int(counts.total.sum()))
-    if len(layout.extra) > MAX_CLASSES[group]:
-        return None
-    if group == 2 or not len(counts.sample):
-        of_symbols = count_symbols(blocks, layout, group, engine)
-    else:
-        sizes = np.int64(1) << (np.frombuffer(layout.extra, np.uint8).astype(np.int64) - sign)
-        of_symbols = counts.summed((layout.base >> sign) + np.cumsum(sizes) - sizes)
-    return choose_codes(blocks, of_symbols, layout, group, options, engine)
-
-
-def _fitting_layout(
-    counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
-) -> Layout | None:
-    """Returns the best layout whose number of classes the group allows, or None."""
-    most = _PAIR_CLASSES if group == 2 else min(MAX_SYMBOLS, 1 << options.code_limit)
-    for doubling in range(16):
-        layout = engine.best_layout(counts, signed, limit, CLASS_COST << doubling)
-        if len(layout.extra) <= most:
-            return layout
-    return None
-
-
-def _singles(counts: Histogram, signed: bool) -> Layout | None:
-    """Returns a layout of one class per number, or None if that gives too many classes.
-
-    All residuals then have one width, so that the index does not store their lengths.
-    """
-    used = np.flatnonzero(counts)
-    sign = 1 if signed else 0
-    if used[-1] - used[0] >= MAX_SYMBOLS:
-        return None
-    return Layout(int(used[0]) << sign, bytes([sign]) * int(used[-1] - used[0] + 1))
-
-
-def choose_mask(
-    blocks: Blocks,
-    mask_of: Callable[[slice], Mask],
-    density: float,
-    options: Options,
-    engine: Engine,
-    workers: Workers,
-) -> MaskChoice:
-    """Chooses the kind, polarity and table of a mask.
-
-    Args:
-        blocks: the tensor's chunks.
-        mask_of: returns the mask of a chunk.
-        density: survivors per position.
-        options: the caller's choices.
-        engine: does the counting.
-        workers: threads that encode and count.
-    """
-    polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
-    kind = options.mask
-    if kind not in ("runs", "octets"):
-        kind = "octets" if 0.08 <= density <= 0.92 else "runs"
-    if options.is_plain:
-        kind = "octets"
-    segments = -(-blocks.positions // blocks.segment)
-    stream = LevelBlocks(
-        segments,
-        blocks,
-        lambda block, counts: engine.encode_mask(kind, polarity, mask_of(block), counts),
-        workers=workers,
-    )
-    if kind == "runs":
-        return MaskChoice("runs", polarity, choose_numbers(stream, 1 << 16, options, engine, signed=False))
-    counter = SymbolCounter(segments)
-    for rows in stream.map(lambda levels, counts: engine.count_classes(levels, counts, 0, 0, 256)):
-        counter.add(0, rows)
-    octets = counter.counts(0, 256)
-    if not octets.total.any():
-        return MaskChoice("octets", 0, _no_levels(stream))
-    if options.is_plain:
-        return MaskChoice("octets", 0, one_class(stream, _BITMAP, int(octets.total.sum())))
-    layout = constant_layout(octets.total, 0)
-    first, stop = layout.base, layout.base + len(layout.extra)
-    used = SymbolCounts(
-        octets.total[first:stop],
-        octets.sample[:, first:stop],
-        segments,
-        None if octets.rows is None else octets.rows[:, first:stop],
-    )
-    choice = None
-    if len(layout.extra) > 1:
-        choice = choose_codes(stream, used, layout, 1, options, engine, _POPCOUNT[first:stop])
-    else:
-        choice = one_class(stream, layout, int(octets.total.sum()))
-    if choice is None:
-        choice = one_class(stream, _BITMAP, int(octets.total.sum()))
-    return MaskChoice("octets", 0, choice)
-
-
-_BITMAP = Layout(0, b"\x08")
-_POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)
