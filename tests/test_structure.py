@@ -83,7 +83,7 @@ def test_no_import_leads_upward() -> None:
     assert not upward
 
 
-def test_no_import_goes_round_in_a_circle() -> None:
+def test_no_imports_form_a_cycle() -> None:
     graph = {
         module: [target for target, at_once in targets.items() if at_once]
         for module, targets in imports().items()

@@ -88,7 +88,7 @@ class Logged(Runner):
         return {"seconds": self.value}
 
 
-def test_contenders_take_turns_and_each_round_begins_with_another() -> None:
+def test_contenders_run_round_robin_and_each_round_starts_with_the_next_one() -> None:
     log: list[str] = []
     steps: list[str] = []
     records, refusals = race([Logged(name, log) for name in "abc"], 4, steps.append)
@@ -100,7 +100,7 @@ def test_contenders_take_turns_and_each_round_begins_with_another() -> None:
     assert turned([], 3) == []
 
 
-def test_a_contender_that_fails_its_check_does_not_run_and_the_others_do() -> None:
+def test_a_contender_that_fails_its_check_is_excluded_and_the_others_run() -> None:
     log: list[str] = []
     records, refusals = race([Logged("good", log), Logged("bad", log, -1.0)], 2)
     assert [record.contender.name for record in records] == ["good"]
@@ -108,7 +108,7 @@ def test_a_contender_that_fails_its_check_does_not_run_and_the_others_do() -> No
     assert [refusal.reason for refusal in refusals] == ["WrongBitsError: other bits"]
 
 
-def test_work_is_prepared_anew_for_each_repetition_and_only_the_work_is_timed() -> None:
+def test_each_repetition_prepares_its_work_outside_the_timed_section() -> None:
     prepared: list[int] = []
     done: list[int] = []
 
@@ -121,7 +121,7 @@ def test_work_is_prepared_anew_for_each_repetition_and_only_the_work_is_timed() 
     assert len(done) > 1
 
 
-def test_the_spread_is_the_median_and_the_quartiles() -> None:
+def test_spread_returns_the_median_and_the_quartiles() -> None:
     assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
@@ -139,7 +139,7 @@ def codec_record(who: Contender, size: float, seconds: Sequence[float]) -> Recor
     return Record(who, facts, {"encode_s": list(seconds), "decode_s": list(seconds)})
 
 
-def test_speeds_are_compared_round_by_round_with_the_best_peer_of_as_many_threads() -> None:
+def test_speeds_are_compared_per_round_with_the_fastest_peer_of_the_same_thread_count() -> None:
     records = [
         codec_record(Contender("sfp", 1, "python", "default"), 600, (2.0, 4.0, 2.0)),
         codec_record(Contender("sfp", 2, "python", "default"), 600, (1.0, 1.0, 1.0)),
@@ -181,7 +181,7 @@ class Flipping:
         return blobs
 
 
-def test_a_peer_that_returns_wrong_bits_is_refused_and_one_that_changes_its_input_is_not() -> None:
+def test_a_peer_that_returns_wrong_bits_is_excluded_and_one_that_changes_its_input_is_not() -> None:
     tensors: subject.Tensors = {"a": np.ones(5, np.float32), "b": np.zeros(3, np.int8)}
     runners = [codecs.PackerRunner(Contender("peer", n), tensors, Flipping) for n in (1, 2)]
     records, refusals = race(runners, 2)
@@ -191,7 +191,7 @@ def test_a_peer_that_returns_wrong_bits_is_refused_and_one_that_changes_its_inpu
     assert records[0].facts["size_bytes"] == 23
 
 
-def test_a_wrong_bit_of_ours_is_told_and_the_exit_code_is_1(
+def test_a_wrong_bit_from_sfp_is_reported_and_the_exit_code_is_1(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(data: bytes, **settings: Any) -> Mapping[str, subject.Array]:
@@ -210,7 +210,7 @@ def test_a_wrong_bit_of_ours_is_told_and_the_exit_code_is_1(
     assert "LEFT OUT: sfp python speed: WrongBitsError" in capsys.readouterr().out
 
 
-def test_a_file_that_depends_on_the_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_depends_on_the_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors: subject.Tensors = {"a": np.ones(5, np.float32)}
     files: dict[tuple[str | None, str | None], bytes] = {}
     runners = [
@@ -228,7 +228,7 @@ def test_a_file_that_depends_on_the_threads_is_refused(monkeypatch: pytest.Monke
     assert "another one" in refusals[0].reason
 
 
-def test_weights_may_be_off_by_half_a_step_and_pruned_ones_not_at_all() -> None:
+def test_quantised_weights_may_differ_by_half_a_step_and_pruned_ones_must_be_zero() -> None:
     tensors = {"w": np.array([[0.0, 1.0, -2.0]], np.float32)}
     steps = {"w": 0.5}
     found = sparse.require_near(tensors, {"w": np.array([[0, 1.25, -2]], np.float32)}, steps)
@@ -244,7 +244,7 @@ def test_weights_may_be_off_by_half_a_step_and_pruned_ones_not_at_all() -> None:
 
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.packer])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_peer_gives_back_every_dtype_or_is_told_as_missing(name: str, threads: int) -> None:
+def test_every_peer_returns_every_dtype_or_is_reported_as_not_installed(name: str, threads: int) -> None:
     rng = np.random.default_rng(1)
     tensors: subject.Tensors = {
         dtype.name: (rng.standard_normal(3000) * 9).astype(np.float32).astype(dtype.numpy)
@@ -265,7 +265,7 @@ def test_every_peer_gives_back_every_dtype_or_is_told_as_missing(name: str, thre
 
 
 @given(st.lists(st.floats(width=16, allow_nan=False), min_size=2, max_size=20))
-def test_ordered_integers_of_bf16_are_in_the_order_of_the_values(values: list[float]) -> None:
+def test_ordered_integers_of_bf16_sort_like_the_values(values: list[float]) -> None:
     array = np.array(values, ml_dtypes.bfloat16)
     ordered = ordered_of_bf16(array.view(np.uint16))
     by_integer = array[np.argsort(ordered, kind="stable")].astype(np.float32)
@@ -273,14 +273,14 @@ def test_ordered_integers_of_bf16_are_in_the_order_of_the_values(values: list[fl
     assert np.array_equal(bf16_of_ordered(ordered), array.view(np.uint16))
 
 
-def test_steps_of_nncodec_are_near_and_stay() -> None:
+def test_nncodec_steps_are_near_the_requested_ones_and_map_to_themselves() -> None:
     for step in (1e-4, 0.013, 0.5, 1.0, 1.999, 3.7):
         snapped = nncodec.step_of(nncodec.parameter_of(step))
         assert snapped == pytest.approx(step, rel=0.004)
         assert nncodec.step_of(nncodec.parameter_of(snapped)) == snapped == np.float32(snapped)
 
 
-def test_peers_that_are_not_installed_are_told_with_what_to_install(
+def test_peers_that_are_not_installed_are_listed_with_the_command_that_installs_them(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
@@ -297,7 +297,7 @@ def test_peers_that_are_not_installed_are_told_with_what_to_install(
 # ------------------------------------------------------------------------------------------- what is measured
 
 
-def test_pruning_takes_the_smallest_and_the_step_gives_the_bits() -> None:
+def test_the_benchmark_prunes_the_smallest_weights_and_finds_a_step_for_the_bits() -> None:
     matrix = np.random.default_rng(0).standard_normal((200, 100), np.float32)
     half = subject.pruned(matrix, 0.5)
     assert np.count_nonzero(half) == 10_000
@@ -309,7 +309,7 @@ def test_pruning_takes_the_smallest_and_the_step_gives_the_bits() -> None:
     assert np.array_equal(subject.pruned(matrix, 0.0), matrix)
 
 
-def test_a_sample_is_bounded_and_comes_from_all_over() -> None:
+def test_a_sample_is_bounded_and_spread_over_the_model() -> None:
     found = {f"m{i}": np.full((100, 10), i, np.float32) for i in range(20)}
     assert subject.sample(found, 20_000) == found
     some = subject.sample(found, 4_000)
@@ -331,7 +331,7 @@ def test_a_cast_changes_the_float_tensors_only() -> None:
 # ------------------------------------------------------------------------------------------------ children
 
 
-def test_what_a_child_complains_of_is_told() -> None:
+def test_a_failed_child_process_raises_with_its_last_message() -> None:
     with pytest.raises(child.ChildError, match="no such luck"):
         child.run_python(["-c", "raise SystemExit('no such luck')"])
     with pytest.raises(child.ChildError, match="exit code 3"):
@@ -342,7 +342,7 @@ def test_what_a_child_complains_of_is_told() -> None:
 
 
 @pytest.mark.parametrize("can_reset", [True, False])
-def test_memory_is_measured_also_where_the_peak_cannot_be_reset(
+def test_memory_is_measured_even_if_the_peak_cannot_be_reset(
     can_reset: bool, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors: subject.Tensors = {"w": np.ones((64, 64), np.float32)}
@@ -393,7 +393,7 @@ def test_all_sections_run_and_every_field_is_documented(tmp_path: Path, capsys: 
     assert [row["case"] for row in loads] == (list(WAYS) if why_not("safetensors") is None else [])
 
 
-def test_the_same_is_shown_as_tables(tmp_path: Path, capsys: Capture) -> None:
+def test_the_text_output_shows_the_same_results_as_tables(tmp_path: Path, capsys: Capture) -> None:
     assert run("bench", model(tmp_path / "m.safetensors"), *QUICK, "--only", "lossless,sparse,load") == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -411,7 +411,7 @@ def test_the_same_is_shown_as_tables(tmp_path: Path, capsys: Capture) -> None:
     assert "\nmemory: " not in out
 
 
-def test_shards_sfp_files_and_the_carried_model_are_taken(tmp_path: Path, capsys: Capture) -> None:
+def test_bench_accepts_shards_sfp_files_and_the_bundled_model(tmp_path: Path, capsys: Capture) -> None:
     quick = (*QUICK, "--only", "lossless", "--threads", 1)
     index = sharded(tmp_path / "checkpoint")
     assert answer(capsys, index, *quick)["model"]["tensors"] == 6
@@ -421,7 +421,7 @@ def test_shards_sfp_files_and_the_carried_model_are_taken(tmp_path: Path, capsys
     assert answer(capsys, *quick)["model"]["weights"] == 1_009_536
 
 
-def test_a_model_without_matrices_has_nothing_sparse(tmp_path: Path, capsys: Capture) -> None:
+def test_a_model_without_matrices_has_no_sparse_results(tmp_path: Path, capsys: Capture) -> None:
     path = make(tmp_path / "m.safetensors", {"bias": np.ones(64, np.float32)})
     assert run("bench", path, *QUICK, "--only", "sparse") == 0
     assert "nothing to measure" in capsys.readouterr().out
@@ -446,7 +446,7 @@ def test_a_model_without_matrices_has_nothing_sparse(tmp_path: Path, capsys: Cap
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
-def test_wrong_use_is_told(
+def test_wrong_arguments_end_with_one_line_and_write_nothing(
     words: list[str], told: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -454,14 +454,14 @@ def test_wrong_use_is_told(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_and_empty_files_are_told(tmp_path: Path, capsys: Capture) -> None:
+def test_damaged_and_empty_files_end_with_an_error(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "m").write_bytes(b"hello")
     assert "not a file of tensors" in error_of(capsys, "bench", tmp_path / "m")
     empty = make(tmp_path / "e.safetensors", {"none": np.zeros((0, 4), np.float32)})
     assert "has no weights" in error_of(capsys, "bench", empty)
 
 
-def test_the_guide_shows_commands_that_the_parser_takes() -> None:
+def test_commands_in_the_guide_are_valid() -> None:
     (commands,) = [block for block in blocks(SHIP, "sh") if "sfp bench" in block]
     lines = [shlex.split(line, comments=True) for line in commands.strip().splitlines()]
     ours = [words[1:] for words in lines if words[:1] == ["sfp"]]
@@ -475,7 +475,7 @@ def test_the_guide_shows_commands_that_the_parser_takes() -> None:
 # ------------------------------------------------------------------------------------------------ the picture
 
 
-def test_a_picture_is_written(tmp_path: Path, capsys: Capture) -> None:
+def test_plot_writes_a_png(tmp_path: Path, capsys: Capture) -> None:
     path = model(tmp_path / "m.safetensors")
     words = ("bench", path, *QUICK, "--only", "lossless", "--plot")
     assert run(*words, tmp_path / "p.png") == 0
@@ -487,7 +487,7 @@ def test_a_picture_is_written(tmp_path: Path, capsys: Capture) -> None:
     assert "is what is read" in error_of(capsys, "bench", image, "--plot", image)
 
 
-def test_a_missing_matplotlib_is_told_before_anything_is_measured(
+def test_a_missing_matplotlib_ends_bench_before_it_measures(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sfpformat.bench.plot.importlib.util.find_spec", lambda name: None)
@@ -496,7 +496,7 @@ def test_a_missing_matplotlib_is_told_before_anything_is_measured(
 
 
 @given(st.lists(st.tuples(st.floats(100, 900), st.floats(100, 500)), min_size=1, max_size=8))
-def test_labels_lie_inside_and_not_on_each_other(points: list[tuple[float, float]]) -> None:
+def test_labels_of_the_plot_are_inside_and_do_not_overlap(points: list[tuple[float, float]]) -> None:
     bounds = Box(0, 0, 1000, 600)
     boxes = place(points, [(90.0, 24.0)] * len(points), bounds, 10.0)
     for i, box in enumerate(boxes):

@@ -61,7 +61,7 @@ def test_the_device_is_named(tmp_path: Path, capsys: Capture, pretended: list[sh
     assert "sfp cuda gpu" in out
 
 
-def test_what_is_decoded_wrongly_is_left_out(
+def test_wrongly_decoded_sections_are_excluded_and_the_exit_code_is_1(
     tmp_path: Path, capsys: Capture, pretended: list[shim.HostDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = bench_device.load
@@ -88,21 +88,23 @@ def test_what_is_decoded_wrongly_is_left_out(
         (["pruning", "--device", "cuda"], "does not take --device"),
     ],
 )
-def test_wrong_use_is_told(words: list[str], told: str, capsys: Capture) -> None:
+def test_wrong_arguments_end_with_one_line(words: list[str], told: str, capsys: Capture) -> None:
     assert told in error_of(capsys, "bench", *words)
 
 
 @pytest.mark.parametrize(
     "why", ["no CUDA driver or device: libcuda.so was not found", "the device is too old"]
 )
-def test_without_a_device_the_reason_is_told(
+def test_a_missing_device_ends_bench_with_the_reason(
     why: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: why)
     assert error_of(capsys, "bench", "--device", "cuda") == f"sfp: error: --device cuda: {why}\n"
 
 
-def test_a_torch_without_devices_is_told(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_devices_ends_bench_with_the_reason(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None)
     assert "sees no CUDA device" in error_of(capsys, "bench", "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

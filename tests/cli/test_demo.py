@@ -36,24 +36,24 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "EVALUATED_TOKENS", {"code": 1024, "prose": 512})
 
 
-def test_the_carried_file_is_canonical_and_small() -> None:
+def test_the_bundled_file_is_canonical_and_small() -> None:
     assert sfpformat.validate(carried.model_bytes()).canonical
     assert len(carried.model_bytes()) < 2_000_000
 
 
-def test_the_carried_model_has_the_shapes_of_its_config(weights: packing.Tensors) -> None:
+def test_the_bundled_model_has_the_shapes_of_its_config(weights: packing.Tensors) -> None:
     assert {name: array.shape for name, array in weights.items()} == weight_shapes(Config())
     assert 900_000 < sum(array.size for array in weights.values()) < 1_100_000
 
 
-def test_the_carried_model_predicts_text_that_it_never_saw(weights: packing.Tensors) -> None:
+def test_the_bundled_model_predicts_held_out_text(weights: packing.Tensors) -> None:
     tokens = carried.heldout_tokens("code", 2049)
     assert perplexity(weights, Config(), tokens) < 3.5
     shuffled = np.random.default_rng(0).permutation(tokens)
     assert perplexity(weights, Config(), shuffled) > 20
 
 
-def test_a_position_does_not_see_what_comes_after_it(weights: packing.Tensors) -> None:
+def test_outputs_do_not_depend_on_later_positions(weights: packing.Tensors) -> None:
     tokens = carried.heldout_tokens("prose", 64)
     changed = tokens.copy()
     changed[40:] = OTHER_TOKEN
@@ -65,7 +65,7 @@ def test_text_is_encoded_character_by_character() -> None:
     assert encode_text("\tA~é").tolist() == [0, CHARACTERS.index("A"), CHARACTERS.index("~"), OTHER_TOKEN]
 
 
-def test_magnitude_keeps_the_greatest() -> None:
+def test_magnitude_pruning_keeps_the_largest_weights() -> None:
     array = np.array([[4.0, -1.0, 3.0, -2.0], [0.5, 8.0, -7.0, 6.0]], np.float32)
     tensors: packing.Tensors = {"layers.a": array, "layers.b": 9 * array, "head.weight": array}
 
@@ -78,7 +78,7 @@ def test_magnitude_keeps_the_greatest() -> None:
     assert masks(Pattern(2, 4)) == {"layers.a": two_of_four, "layers.b": two_of_four}
 
 
-def test_a_lossless_variant_costs_nothing(
+def test_a_lossless_variant_has_the_same_perplexity(
     weights: packing.Tensors, short_texts: None, tmp_path: Path
 ) -> None:
     result = packing.run(weights, packing.Variant("lossless", None, Options()), tmp_path / "a.sfp")
@@ -116,7 +116,7 @@ def test_the_command_prints_a_row_for_each_variant(
     assert all(variant.name in table for variant in packing.VARIANTS)
 
 
-def test_the_command_prunes_to_any_share_by_the_learned_importance(
+def test_the_command_prunes_to_any_sparsity_by_learned_importance(
     short_texts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "--sparsity", "0.65,0.925", "--json"]) == 0
@@ -162,7 +162,7 @@ CURVES = {  # method -> bits a weight, perplexities of code and of prose, by sha
 }
 
 
-def test_no_label_of_a_picture_lies_over_another_or_over_a_point() -> None:
+def test_labels_of_the_plot_overlap_neither_labels_nor_points() -> None:
     found = [
         packing.Row(method, share, packing.Result("", share, 0, bits, None, code, prose, True))
         for method, numbers in CURVES.items()

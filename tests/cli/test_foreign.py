@@ -101,7 +101,7 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("name", "data", "told"), FOREIGN.values(), ids=FOREIGN)
-def test_every_command_says_what_a_file_is_that_is_something_else(
+def test_every_command_names_the_kind_of_a_foreign_file(
     name: str, data: bytes, told: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -133,7 +133,7 @@ def test_every_command_says_what_a_file_is_that_is_something_else(
     assert sorted(os.listdir()) == before
 
 
-def test_nothing_is_unpickled(tmp_path: Path, capsys: Capture) -> None:
+def test_pickles_are_recognised_without_being_loaded(tmp_path: Path, capsys: Capture) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -146,7 +146,7 @@ def test_nothing_is_unpickled(tmp_path: Path, capsys: Capture) -> None:
     assert os.listdir(tmp_path) == ["m.bin"]
 
 
-def test_files_of_the_two_kinds_are_not_taken_for_others(tmp_path: Path) -> None:
+def test_sfp_and_safetensors_files_are_not_mistaken_for_foreign_files(tmp_path: Path) -> None:
     assert run("pack", make(tmp_path / "m.safetensors"), "-o", tmp_path / "m.sfp") == 0
     for name in ("m.safetensors", "m.sfp"):
         data = (tmp_path / name).read_bytes()
@@ -155,7 +155,7 @@ def test_files_of_the_two_kinds_are_not_taken_for_others(tmp_path: Path) -> None
                 assert describe(data[: min(length, 512)], called, length) is None
 
 
-def test_a_folder_with_models_of_another_kind_says_so(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_with_foreign_models_is_refused_with_their_kind(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "config.json").write_text("{}")
     target = tmp_path / "m.sfp"
     assert error_of(capsys, "pack", tmp_path, "-o", target).endswith("and no index of shards\n")
@@ -169,7 +169,7 @@ def test_a_folder_with_models_of_another_kind_says_so(tmp_path: Path, capsys: Ca
     assert told.endswith("no index of shards; name one of its folders: 'unet', 'vae'\n")
 
 
-def test_a_download_that_is_cut_off_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_a_truncated_download_is_reported_as_cut_off(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors")
     data = source.read_bytes()
     for length in (4, 8, 100, len(data) - 1):
@@ -197,7 +197,7 @@ def tensor(dtype: str = "F32", shape: tuple[int, ...] = (12,), start: int = 0) -
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
-def test_elements_smaller_than_a_byte_come_back(dtype: str, tmp_path: Path, capsys: Capture) -> None:
+def test_elements_smaller_than_a_byte_are_restored(dtype: str, tmp_path: Path, capsys: Capture) -> None:
     shape = (3, 32) if dtype == "F4" else (2, 32)
     source = raw(
         tmp_path / "m.safetensors", {"w": tensor(dtype, shape), "x": tensor(start=48)}, bytes(range(96))
@@ -232,7 +232,7 @@ def test_elements_smaller_than_a_byte_come_back(dtype: str, tmp_path: Path, caps
         "F4",
     ],
 )
-def test_a_key_that_does_not_fit_its_tensor_is_only_unknown(kept: object, tmp_path: Path) -> None:
+def test_a_key_that_does_not_fit_its_tensor_counts_as_unknown(kept: object, tmp_path: Path) -> None:
     with sfpformat.Writer(tmp_path / "m.sfp") as writer:
         writer.add("w", np.zeros(48, np.uint8), other={"x-safetensors": kept})
         writer.add("f", np.zeros(4096, np.float32), other={"x-safetensors": {"dtype": "F4", "shape": [96]}})
@@ -242,7 +242,7 @@ def test_a_key_that_does_not_fit_its_tensor_is_only_unknown(kept: object, tmp_pa
         assert file.get_slice("f").get_dtype() == "F32"
 
 
-def test_bools_that_are_neither_0_nor_1_are_packed_as_1(tmp_path: Path, capsys: Capture) -> None:
+def test_bool_bytes_other_than_0_and_1_are_packed_as_1(tmp_path: Path, capsys: Capture) -> None:
     source = raw(tmp_path / "m.safetensors", {"w": tensor("BOOL", (48,))}, b"\xff\0\1" * 16)
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify") == 0
     told = capsys.readouterr().err
@@ -251,7 +251,9 @@ def test_bools_that_are_neither_0_nor_1_are_packed_as_1(tmp_path: Path, capsys: 
         assert file.get_tensor("w").tolist() == [True, False, True] * 16
 
 
-def test_what_a_file_cannot_hold_is_told_before_anything_is_written(tmp_path: Path, capsys: Capture) -> None:
+def test_names_and_metadata_that_sfp_cannot_hold_are_refused_before_writing(
+    tmp_path: Path, capsys: Capture
+) -> None:
     target = tmp_path / "m.sfp"
     for fields, told in (
         ({"": tensor()}, "a tensor has an empty name, which .sfp does not allow; rename it"),
@@ -276,13 +278,13 @@ def test_what_a_file_cannot_hold_is_told_before_anything_is_written(tmp_path: Pa
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_a_name_beyond_the_limit_is_packed_with_a_higher_limit(tmp_path: Path) -> None:
+def test_a_name_over_the_limit_is_packed_with_a_higher_limit(tmp_path: Path) -> None:
     source, limit = raw(tmp_path / "m.safetensors", {"layer." * 200 + "w": tensor()}), "name_bytes=1201"
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify", "--limit", limit) == 0
     assert run("diff", source, tmp_path / "m.sfp", "--limit", limit) == 0
 
 
-def test_metadata_that_cannot_be_kept_can_be_replaced_or_left_out(tmp_path: Path) -> None:
+def test_metadata_that_sfp_cannot_hold_can_be_replaced_or_omitted(tmp_path: Path) -> None:
     source = raw(tmp_path / "m.safetensors", {"__metadata__": {"a": "\0", "b": "c"}, "w": tensor()})
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--metadata", "a=x") == 0
     with sfpformat.open(tmp_path / "m.sfp") as file:
@@ -292,7 +294,7 @@ def test_metadata_that_cannot_be_kept_can_be_replaced_or_left_out(tmp_path: Path
         assert file.metadata() == {"d": "x"}
 
 
-def test_metadata_that_are_null_and_dtypes_of_today_are_packed(tmp_path: Path) -> None:
+def test_null_metadata_and_recent_dtypes_are_packed(tmp_path: Path) -> None:
     fields = {"__metadata__": None, "w": tensor("F8_E8M0", (48,)), "x": tensor("F8_E5M2FNUZ", (48,), 48)}
     source = raw(tmp_path / "m.safetensors", fields, bytes(range(96)))
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify") == 0

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[dict[str, dict[str, int]], dict[str, str], dict[str, int]
 
 @pytest.mark.parametrize(("files", "weight_map", "expected", "told"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("single", [True, False])
-def test_the_index_decides_with_a_warning_that_names_tensors(
+def test_the_index_takes_precedence_and_a_warning_names_the_tensors(
     files: dict[str, dict[str, int]],
     weight_map: dict[str, str],
     expected: dict[str, int],
@@ -107,7 +107,7 @@ def test_the_index_decides_with_a_warning_that_names_tensors(
 
 
 @pytest.mark.parametrize(("files", "weight_map", "expected", "told"), CASES.values(), ids=CASES)
-def test_a_strict_index_is_refused_by_every_command_that_reads_it(
+def test_strict_index_makes_every_command_refuse_an_inconsistent_index(
     files: dict[str, dict[str, int]],
     weight_map: dict[str, str],
     expected: dict[str, int],
@@ -128,7 +128,7 @@ def test_a_strict_index_is_refused_by_every_command_that_reads_it(
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_an_index_that_agrees_is_packed_without_a_word(tmp_path: Path, capsys: Capture) -> None:
+def test_a_consistent_index_is_packed_without_a_warning(tmp_path: Path, capsys: Capture) -> None:
     index = checkpoint(tmp_path, {A: {"a": 1}, B: {"b": 2}}, {"a": A, "b": B})
     assert packed(index, tmp_path / "m.sfp", "--strict-index") == {"a": 1, "b": 2}
     assert capsys.readouterr().err == ""
@@ -151,14 +151,14 @@ def test_an_index_of_another_model_is_refused(tmp_path: Path, capsys: Capture) -
     )
 
 
-def test_a_file_with_no_tensor_of_the_index_becomes_no_shard(tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_without_indexed_tensors_is_not_packed(tmp_path: Path, capsys: Capture) -> None:
     index = checkpoint(tmp_path, {A: {"a": 1}, B: {"b": 2}}, {"a": A, "c": B})
     (tmp_path / "out").mkdir()
     assert run("pack", index, "-o", tmp_path / "out" / "m.sfp") == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["m.sfp"]
 
 
-def test_a_shard_that_the_index_does_not_name_is_left_out_with_a_warning(
+def test_a_shard_that_the_index_does_not_name_is_skipped_with_a_warning(
     tmp_path: Path, capsys: Capture
 ) -> None:
     names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -170,7 +170,7 @@ def test_a_shard_that_the_index_does_not_name_is_left_out_with_a_warning(
     assert f"the index does not name the file '{names[2]}'" in told
 
 
-def test_a_file_of_the_index_that_is_not_there_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_file_of_the_index_is_refused(tmp_path: Path, capsys: Capture) -> None:
     index = checkpoint(tmp_path, {A: {"a": 1}, B: {"b": 2}}, {"a": A, "b": B})
     (tmp_path / B).unlink()
     assert f"{B}: No such file" in error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp")
@@ -206,7 +206,9 @@ def test_files_in_folders_below_the_index_are_packed(tmp_path: Path, capsys: Cap
         "x\0",
     ],
 )
-def test_a_file_that_is_not_below_the_index_is_refused(name: str, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_outside_the_folder_of_the_index_is_refused(
+    name: str, tmp_path: Path, capsys: Capture
+) -> None:
     index = checkpoint(tmp_path, {}, {"a": name})
     told = error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp")
     assert "no path in the index's folder or below it" in told
@@ -214,7 +216,7 @@ def test_a_file_that_is_not_below_the_index_is_refused(name: str, tmp_path: Path
         ShardIndex.read(index, subfolders=True)
 
 
-def test_a_folder_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_that_links_outside_is_refused(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "secret").mkdir()
     save_file({"a": array(1)}, tmp_path / "secret" / A)
@@ -223,7 +225,7 @@ def test_a_folder_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path, capsys:
     assert "leads out of the folder" in error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp")
 
 
-def test_links_as_the_cache_of_the_hub_has_them_are_followed(tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshots" / "1"
     (snapshot / "unet").mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
@@ -233,7 +235,7 @@ def test_links_as_the_cache_of_the_hub_has_them_are_followed(tmp_path: Path) -> 
     assert packed(snapshot / index.name, tmp_path / "m.sfp") == {"a": 1}
 
 
-def test_indexes_of_sfp_files_have_plain_names_and_agree(tmp_path: Path) -> None:
+def test_indexes_of_sfp_files_must_have_plain_names_and_be_consistent(tmp_path: Path) -> None:
     text = json.dumps({"metadata": {}, "weight_map": {"a": "in/m.sfp"}})
     (tmp_path / "m.sfp.index.json").write_text(text)
     for command in ("info", "verify"):

@@ -65,7 +65,7 @@ def text(folder: Path, lines: int = 120) -> Path:
         ("BertModel", "encoder", "Spearman"),
     ],
 )
-def test_a_model_is_learned_pruned_written_and_measured_as_loaded(
+def test_learn_prunes_a_model_writes_it_and_measures_the_written_file(
     name: str, kind: str, measure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, data, target = saved(name, tmp_path / "model"), text(tmp_path), tmp_path / "pruned.sfp"
@@ -89,7 +89,7 @@ def test_a_model_is_learned_pruned_written_and_measured_as_loaded(
     assert measure in capsys.readouterr().out
 
 
-def test_what_was_broken_off_goes_on_from_its_state(
+def test_an_interrupted_run_resumes_from_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sfpformat.pruning.hierarchy import Learner
@@ -119,7 +119,7 @@ def test_what_was_broken_off_goes_on_from_its_state(
     assert (tmp_path / "resumed.sfp").read_bytes() == (tmp_path / "whole.sfp").read_bytes()
 
 
-def test_what_cannot_be_done_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, data = saved("LlamaForCausalLM", tmp_path / "model"), text(tmp_path)
     odd = tmp_path / "odd"
     odd.mkdir()
@@ -140,7 +140,7 @@ def test_what_cannot_be_done_is_refused_in_a_line(tmp_path: Path, capsys: pytest
     assert not Path(target).exists()
 
 
-def test_texts_come_from_lines_of_jsonl_and_from_whole_files(tmp_path: Path) -> None:
+def test_texts_are_read_from_jsonl_lines_and_whole_files(tmp_path: Path) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "one"}\n\n{"text": "two", "n": 3}\n')
     plain = tmp_path / "b.py"
@@ -155,7 +155,7 @@ def test_texts_come_from_lines_of_jsonl_and_from_whole_files(tmp_path: Path) -> 
         list(read_texts([plain]))
 
 
-def test_windows_are_in_one_part_each(tmp_path: Path) -> None:
+def test_training_calibration_and_test_windows_do_not_overlap(tmp_path: Path) -> None:
     folder = saved("LlamaForCausalLM", tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     data = text_data([text(tmp_path).read_text()], tokenizer, "causal", window=16, batch=1)

@@ -110,12 +110,12 @@ def test_the_help_of_each_command_has_examples(command: str, capsys: pytest.Capt
     assert max(map(len, out.splitlines())) <= 110
 
 
-def test_help_after_like_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_after_like_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("pack", "m", "--like", "x", "--help") == 0
     assert "--like GLOB" in capsys.readouterr().out
 
 
-def test_version_names_package_and_format(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_package_and_format_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"sfp {sfpformat.__version__} (format 1.0)\n"
 
@@ -163,7 +163,7 @@ def test_version_names_package_and_format(capsys: pytest.CaptureFixture[str]) ->
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_arguments_end_with_one_line_and_write_nothing(
     words: list[str],
     told: str,
     capsys: pytest.CaptureFixture[str],
@@ -175,7 +175,9 @@ def test_wrong_use_is_told_in_one_line(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_cut_off_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_file_is_reported_with_its_clause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("pack", make(tmp_path / "m.safetensors"), "-o", tmp_path / "m.sfp") == 0
     data = (tmp_path / "m.sfp").read_bytes()
     capsys.readouterr()
@@ -196,7 +198,7 @@ def refuse_root(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> 
         monkeypatch.setattr(f"{module}.{function}", refused)
 
 
-def test_a_file_without_permission_is_told(
+def test_a_file_without_read_permission_ends_with_permission_denied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "m.safetensors").chmod(0)
@@ -204,7 +206,7 @@ def test_a_file_without_permission_is_told(
     assert "Permission denied" in error_of(capsys, "diff", tmp_path / "m.safetensors", tmp_path)
 
 
-def test_a_fault_of_the_command_itself_is_one_line_and_on_request_a_traceback(
+def test_an_internal_error_prints_one_line_and_a_traceback_on_request(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: object, **settings: object) -> None:
@@ -217,7 +219,7 @@ def test_a_fault_of_the_command_itself_is_one_line_and_on_request_a_traceback(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_told(
+def test_too_little_memory_ends_with_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(path: object, **settings: object) -> None:
@@ -227,7 +229,7 @@ def test_too_little_memory_is_told(
     assert "not enough memory" in error_of(capsys, "info", "x")
 
 
-def test_a_warning_is_one_line_once_and_no_error(
+def test_a_warning_is_printed_once_on_one_line_and_is_no_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def doubtful(as_json: bool) -> None:
@@ -239,7 +241,7 @@ def test_a_warning_is_one_line_once_and_no_error(
     assert capsys.readouterr().err == "sfp: warning: two lines\\x1b\n"
 
 
-def test_signals_end_as_a_shell_expects(
+def test_signals_end_with_the_exit_code_that_a_shell_expects(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number_, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
@@ -254,7 +256,7 @@ def test_signals_end_as_a_shell_expects(
         assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_silently_with_exit_code_141(tmp_path: Path) -> None:
     arrays = {f"tensor.{i}": np.ones((4, 4), np.float32) for i in range(3000)}
     assert run("pack", make(tmp_path / "m.safetensors", arrays), "-o", tmp_path / "m.sfp") == 0
     process = child("info", tmp_path / "m.sfp")
@@ -296,14 +298,14 @@ def on_a_terminal(*words: object) -> str:
     return shown.decode()
 
 
-def test_a_bar_is_shown_on_a_terminal_and_nothing_when_piped(tmp_path: Path) -> None:
+def test_a_progress_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     words = ("pack", make(tmp_path / "m.safetensors"), "-o", tmp_path / "m.sfp")
     assert "━" in on_a_terminal(*words)
     _, err = child(*words).communicate()
     assert err == ""
 
 
-def test_names_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arrays = {"a\x1b[31m\nb": np.ones(3, np.float32), "[bold]c[/bold]": np.ones(3, np.float32)}
     make(tmp_path / "m.safetensors", arrays, {"k\x07": "v\x1b]0;t\x07"})
     assert run("pack", tmp_path / "m.safetensors", "-o", tmp_path / "m.sfp") == 0
@@ -316,7 +318,7 @@ def test_names_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.Captur
     assert printable("grün ×") == "grün ×"
 
 
-def test_figures_for_people() -> None:
+def test_sizes_and_counts_are_formatted_for_people() -> None:
     sizes = {
         0: "0 B",
         999: "999 B",
@@ -330,7 +332,7 @@ def test_figures_for_people() -> None:
     assert (percent(None), percent(0.5)) == ("–", "50.0 %")
 
 
-def test_the_words_after_each_like_belong_to_it() -> None:
+def test_arguments_after_each_like_belong_to_that_rule() -> None:
     words = ["pack", "m", "--like", "a", "--bits", "2", "--like=b", "--lossless"]
     assert split_rules(words) == (["pack", "m"], [["a", "--bits", "2"], ["b", "--lossless"]])
 
@@ -339,7 +341,7 @@ def test_the_words_after_each_like_belong_to_it() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "shift_jis", "utf-8"])
-def test_an_output_of_any_encoding_takes_everything(encoding: str, tmp_path: Path) -> None:
+def test_output_of_any_encoding_prints_every_name(encoding: str, tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", {"größe→": np.ones((80, 80), np.float32)})
     target = tmp_path / "m.sfp"
     for words in (
@@ -369,14 +371,14 @@ def test_a_file_name_that_is_not_utf_8_is_shown_escaped(tmp_path: Path) -> None:
     assert out.startswith("\\udcff.safetensors → m.sfp\n")
 
 
-def test_the_error_handler_of_an_output_is_as_it_was_afterwards() -> None:
+def test_the_error_handler_of_an_output_is_restored_afterwards() -> None:
     before = sys.stdout.errors, sys.stderr.errors
     assert run("--version") == 0
     assert (sys.stdout.errors, sys.stderr.errors) == before
 
 
 @pytest.mark.parametrize("closed", [1, 2])
-def test_a_closed_output_is_no_error(closed: int, tmp_path: Path) -> None:
+def test_closed_standard_streams_are_no_error(closed: int, tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors")
     for words, code in ((("pack", source, "-o", tmp_path / "m.sfp"), 0), (("info", tmp_path / "n.sfp"), 2)):
         command = [sys.executable, "-c", _CHILD + _MAIN, *map(str, words)]
@@ -393,7 +395,7 @@ def test_a_closed_output_is_no_error(closed: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("words", [("info", "--engines"), ("--version",)])
-def test_an_output_without_space_is_told(words: tuple[str, ...]) -> None:
+def test_output_to_a_full_disk_ends_with_an_error(words: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [sys.executable, "-c", _CHILD + _MAIN, *words],
@@ -406,7 +408,7 @@ def test_an_output_without_space_is_told(words: tuple[str, ...]) -> None:
     assert process.stderr == "sfp: error: No space left on device\n"
 
 
-def test_a_help_whose_reader_goes_away_is_no_error() -> None:
+def test_help_to_a_closed_pipe_ends_silently_with_exit_code_141() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(

@@ -28,7 +28,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @BY_ANY_NAME
-def test_a_rule_reaches_a_tied_tensor_by_any_name(source: Path, name: str, tmp_path: Path) -> None:
+def test_a_rule_applies_to_a_tied_tensor_under_any_of_its_names(
+    source: Path, name: str, tmp_path: Path
+) -> None:
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--like", name, "--bits", "4") == 0
     with sfpformat.open(tmp_path / "m.sfp") as file:
         assert file.info("lm_head.weight").quantiser == "uniform"
@@ -36,14 +38,16 @@ def test_a_rule_reaches_a_tied_tensor_by_any_name(source: Path, name: str, tmp_p
 
 
 @BY_ANY_NAME
-def test_a_tied_tensor_is_kept_by_any_name(source: Path, name: str, tmp_path: Path) -> None:
+def test_keep_applies_to_a_tied_tensor_under_any_of_its_names(
+    source: Path, name: str, tmp_path: Path
+) -> None:
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--bits", "4", "--keep", name) == 0
     with sfpformat.open(tmp_path / "m.sfp") as file:
         assert file.info("lm_head.weight").quantiser == "exact"
         assert file.info("mid.weight").quantiser == "uniform"
 
 
-def test_a_name_with_brackets_is_reached_by_its_other_name(source: Path, tmp_path: Path) -> None:
+def test_a_rule_applies_to_a_name_with_brackets_by_its_other_name(source: Path, tmp_path: Path) -> None:
     words = ("--like", "odd.weight", "--bits", "4")
     assert run("pack", source, "-o", tmp_path / "m.sfp", *words) == 0
     with sfpformat.open(tmp_path / "m.sfp") as file:
@@ -52,7 +56,7 @@ def test_a_name_with_brackets_is_reached_by_its_other_name(source: Path, tmp_pat
 
 
 @pytest.mark.parametrize("names", [("wte.weight",), ("lm_head.weight",), ("wte.weight", "lm_head.weight")])
-def test_an_importance_reaches_a_tied_tensor_by_any_name(
+def test_an_importance_applies_to_a_tied_tensor_under_any_of_its_names(
     source: Path, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     importance = np.abs(ARRAYS["lm_head.weight"])
@@ -65,7 +69,7 @@ def test_an_importance_reaches_a_tied_tensor_by_any_name(
         assert np.abs(kept - importance).max() <= 0.51 * importance.max() / 255
 
 
-def test_two_importances_of_one_tensor_that_differ_are_refused(
+def test_different_importances_for_one_tied_tensor_are_refused(
     source: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     importance = np.abs(ARRAYS["lm_head.weight"])
@@ -84,13 +88,13 @@ def test_two_importances_of_one_tensor_that_differ_are_refused(
         (("--keep", "mid.wieght*"), "like 'mid.wieght*'\n"),
     ],
 )
-def test_a_name_of_no_tensor_is_told_with_the_nearest(
+def test_a_name_that_matches_no_tensor_is_refused_with_the_nearest_name(
     source: Path, words: tuple[str, ...], said: str, tmp_path: Path, capsys: Capture
 ) -> None:
     assert said in error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", *words) + "\n"
 
 
-def test_every_command_that_takes_names_tells_the_nearest(
+def test_every_command_with_names_suggests_the_nearest_name(
     source: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     save_file({"mid.weight": np.abs(ARRAYS["mid.weight"])}, tmp_path / "i.safetensors")

@@ -47,7 +47,7 @@ def summary(capsys: Capture, source: Path, *words: object) -> dict[str, Any]:
     return found
 
 
-def test_the_summary_says_what_was_asked_for_and_what_was_met(source: Path, capsys: Capture) -> None:
+def test_the_summary_states_the_target_and_what_was_reached(source: Path, capsys: Capture) -> None:
     (group,) = summary(capsys, source, "--prune", "0.5", "--bits", "4")["quantised"]
     assert group["asked"] == "4 bits a survivor, 50 % pruned"
     assert group["tensors"] == ["a.weight", "b.weight"]
@@ -65,7 +65,7 @@ def test_the_summary_says_what_was_asked_for_and_what_was_met(source: Path, caps
     assert "4 bits a survivor, 50 % pruned: 2 tensors with 4." in capsys.readouterr().out
 
 
-def test_pruning_makes_a_file_of_so_many_bits_smaller(source: Path, capsys: Capture) -> None:
+def test_pruning_makes_a_file_with_a_bit_target_smaller(source: Path, capsys: Capture) -> None:
     dense = summary(capsys, source, "--bits", "4")["output_bytes"]
     assert summary(capsys, source, "--bits", "4", "--prune", "0.5")["output_bytes"] < 0.85 * dense
 
@@ -80,7 +80,7 @@ def test_pruning_makes_a_file_of_so_many_bits_smaller(source: Path, capsys: Capt
     ],
     ids=" ".join,
 )
-def test_a_dry_run_shows_the_sizes_of_the_pack_to_the_byte_and_writes_nothing(
+def test_a_dry_run_prints_the_exact_sizes_and_writes_nothing(
     source: Path, capsys: Capture, words: tuple[str, ...]
 ) -> None:
     dry = summary(capsys, source, "--dry-run", *words)
@@ -97,7 +97,7 @@ def test_a_dry_run_shows_the_sizes_of_the_pack_to_the_byte_and_writes_nothing(
         }
 
 
-def test_a_dry_run_leaves_an_older_file_and_prints_a_table(source: Path, capsys: Capture) -> None:
+def test_a_dry_run_keeps_the_old_file_and_prints_a_table(source: Path, capsys: Capture) -> None:
     target = source.with_name("m.sfp")
     target.write_bytes(b"old")
     assert run("pack", source, "-o", target, "--bits", "4", "--dry-run") == 0
@@ -128,7 +128,7 @@ def test_a_dry_run_counts_shards(source: Path, capsys: Capture) -> None:
     assert dry["output_bytes"] == real["output_bytes"]
 
 
-def test_what_takes_no_more_bits_without_loss_is_listed(source: Path, capsys: Capture) -> None:
+def test_tensors_that_fit_the_target_losslessly_are_listed(source: Path, capsys: Capture) -> None:
     for words in (("--bits", "30"), ("--budget", "30"), ("--error-db", "-300")):
         found = summary(capsys, source, *words, "--verify")
         assert found["kept_lossless"] == ["a.weight", "b.weight"]
@@ -171,7 +171,7 @@ def test_verify_accepts_every_lossy_pack(source: Path, capsys: Capture, words: t
         "not lossless",
     ],
 )
-def test_verify_tells_what_is_wrong_with_a_lossy_tensor(
+def test_pack_verify_reports_what_is_wrong_with_a_lossy_tensor(
     source: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, damage: Any, words: Any, fault: str
 ) -> None:
     real = outcome.SfpFile.get_tensor
@@ -186,7 +186,7 @@ def test_verify_tells_what_is_wrong_with_a_lossy_tensor(
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FLOATS), st.data())
-def test_no_weight_moves_further_than_its_quantiser_may_move_it(name: str, data: st.DataObject) -> None:
+def test_quantised_weights_stay_within_the_bound_of_their_quantiser(name: str, data: st.DataObject) -> None:
     array = data.draw(at_the_ends(DTYPES[name]))
     greatest = float(np.abs(array.astype(np.float64)).max(initial=0))
     options = data.draw(lossy_options(min(greatest, 2e38)))
@@ -212,7 +212,7 @@ def test_no_weight_moves_further_than_its_quantiser_may_move_it(name: str, data:
             assert _compare(array.reshape(-1), beyond, None, bound).far > 0
 
 
-def test_sfp_verify_names_tensors_whose_quantised_weights_are_not_finite(
+def test_sfp_verify_names_tensors_with_quantised_weights_that_are_not_finite(
     tmp_path: Path, capsys: Capture
 ) -> None:
     """Such files were written before numbers were lowered."""
@@ -244,20 +244,20 @@ def test_sfp_verify_names_tensors_whose_quantised_weights_are_not_finite(
         (("--error-db", "30"), "below 0"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(
+def test_conflicting_options_are_refused(
     source: Path, capsys: Capture, words: tuple[str, ...], message: str
 ) -> None:
     assert message in error_of(capsys, "pack", source, "-o", source.with_name("m.sfp"), *words)
 
 
-def test_a_budget_of_each_tensor_takes_a_scale(source: Path, capsys: Capture) -> None:
+def test_a_budget_per_tensor_can_be_combined_with_a_scale(source: Path, capsys: Capture) -> None:
     words = ("--budget", "4", "--budget-scope", "tensor", "--scale", "row")
     (group,) = summary(capsys, source, *words)["quantised"]
     assert group["asked"] == "4 bits a position"
     assert group["bits_per_position"] == pytest.approx(4.1, abs=0.2)
 
 
-def test_a_budget_is_met_beside_the_importances_that_are_stored(source: Path, capsys: Capture) -> None:
+def test_a_budget_is_met_when_importances_are_stored_too(source: Path, capsys: Capture) -> None:
     importances = {
         name: RNG.random(TENSORS[name].shape).astype(np.float32) for name in ("a.weight", "b.weight")
     }

@@ -39,7 +39,7 @@ def assert_bits(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
 # ----------------------------------------------------------------------------------------------- lossless
 
 
-def test_packing_and_unpacking_gives_the_same_file(tmp_path: Path, capsys: Capture) -> None:
+def test_packing_and_unpacking_restores_the_file_byte_for_byte(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", metadata={"format": "pt"})
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify") == 0
     assert run("unpack", tmp_path / "m.sfp", "-o", tmp_path / "n.safetensors") == 0
@@ -63,7 +63,7 @@ ODD: Arrays = {
 }
 
 
-def test_odd_tensors_come_back(tmp_path: Path) -> None:
+def test_scalars_empty_tensors_and_odd_dtypes_are_restored(tmp_path: Path) -> None:
     specs = [
         TensorSpec(n, next(d for d in DTYPES.values() if d.numpy == a.dtype), a.shape) for n, a in ODD.items()
     ]
@@ -85,7 +85,7 @@ def test_a_checkpoint_without_tensors_is_packed(tmp_path: Path) -> None:
     assert load_file(tmp_path / "n.safetensors") == {}
 
 
-def test_metadata_are_kept_and_added_to(tmp_path: Path) -> None:
+def test_metadata_are_kept_and_can_be_extended(tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", metadata={"format": "pt", "a": "old"})
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--metadata", "a=b=c", "--metadata", "d=") == 0
     with sfpformat.open(tmp_path / "m.sfp") as sfp:
@@ -95,7 +95,7 @@ def test_metadata_are_kept_and_added_to(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "a": "b=c", "d": ""}
 
 
-def test_the_summary_for_a_machine(tmp_path: Path, capsys: Capture) -> None:
+def test_json_prints_the_summary_as_an_object(tmp_path: Path, capsys: Capture) -> None:
     with packed(tmp_path, "--json", "--prune", "0.5", "--verify"):
         pass
     summary = json.loads(capsys.readouterr().out)
@@ -107,7 +107,7 @@ def test_the_summary_for_a_machine(tmp_path: Path, capsys: Capture) -> None:
     assert 0.45 < summary["sparsity"] < 0.5
 
 
-def test_the_target_of_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
+def test_a_link_is_followed_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "real.sfp").write_bytes(b"old")
     (tmp_path / "m.sfp").symlink_to(tmp_path / "d" / "real.sfp")
@@ -116,7 +116,7 @@ def test_the_target_of_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
     assert (tmp_path / "m.sfp").is_symlink()
 
 
-def test_what_must_not_be_replaced_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_outputs_that_must_not_be_replaced_are_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors")
     assert "not a file" in error_of(capsys, "pack", source, "-o", os.devnull)
     assert "no folder" in error_of(capsys, "pack", source, "-o", tmp_path / "no" / "m.sfp")
@@ -147,7 +147,7 @@ def test_what_must_not_be_replaced_is_refused(tmp_path: Path, capsys: Capture) -
         ("prune --sparsity 0.5", "x.sfp.tmp", "x.sfp"),
     ],
 )
-def test_a_name_that_promises_another_kind_of_file_is_refused(
+def test_an_output_with_the_wrong_extension_is_refused(
     command: str, name: str, right: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -161,7 +161,7 @@ def test_a_name_that_promises_another_kind_of_file_is_refused(
     assert sorted(os.listdir(tmp_path)) == sorted(["in", name])
 
 
-def test_a_link_to_another_kind_of_file_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_a_link_to_a_file_with_the_wrong_extension_is_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors")
     (tmp_path / "x.pt").write_bytes(b"old")
     (tmp_path / "m.sfp").symlink_to("x.pt")
@@ -170,7 +170,7 @@ def test_a_link_to_another_kind_of_file_is_refused(tmp_path: Path, capsys: Captu
     assert (tmp_path / "x.pt").read_bytes() == b"old"
 
 
-def test_bad_options_leave_nothing_behind(tmp_path: Path, capsys: Capture) -> None:
+def test_wrong_options_are_refused_and_write_nothing(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", checkpoint() | {"zz": np.full((80, 80), 1e6, np.float32)})
     (tmp_path / "m.sfp").write_bytes(b"old")
     assert "zz" in error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", "--dtype", "F16")
@@ -184,7 +184,7 @@ def test_bad_options_leave_nothing_behind(tmp_path: Path, capsys: Capture) -> No
 
 @pytest.mark.parametrize("name", ["no/m.sfp", "a.sfp", "b.sfp", "c.sfp"])
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_target_that_cannot_be_written_is_refused_before_a_tensor_is_read(
+def test_an_unwritable_target_is_refused_before_a_tensor_is_read(
     name: str, dry: tuple[str, ...], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: object) -> None:
@@ -241,7 +241,7 @@ def test_shards_can_become_one_file(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["in", "m.sfp"]
 
 
-def test_some_tensors_are_unpacked(tmp_path: Path, capsys: Capture) -> None:
+def test_unpack_tensor_writes_only_the_named_tensors(tmp_path: Path, capsys: Capture) -> None:
     assert run("pack", sharded(tmp_path / "in"), "-o", tmp_path / "m.sfp") == 0
     source, target = tmp_path / "m.sfp.index.json", tmp_path / "n.safetensors"
     assert run("unpack", source, "-o", target, "--tensor", "*.bias", "--tensor", "ids") == 0
@@ -254,7 +254,7 @@ def test_some_tensors_are_unpacked(tmp_path: Path, capsys: Capture) -> None:
     )
 
 
-def test_what_is_wrong_with_shards_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_ambiguous_or_inconsistent_shards_are_refused(tmp_path: Path, capsys: Capture) -> None:
     index = sharded(tmp_path / "in")
     (tmp_path / "in" / "other.safetensors.index.json").write_text("{}")
     assert "several models" in error_of(capsys, "pack", tmp_path / "in", "-o", tmp_path / "m.sfp")

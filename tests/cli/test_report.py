@@ -78,7 +78,7 @@ def test_the_parts_of_every_tensor_add_up_to_its_bytes() -> None:
                 assert report.survivors == np.count_nonzero(file.get_mask(name))
 
 
-def test_the_sums_of_the_tensors_are_the_file(tmp_path: Path, capsys: Capture) -> None:
+def test_tensors_and_overhead_add_up_to_the_file_size(tmp_path: Path, capsys: Capture) -> None:
     path = sample(tmp_path / "m.sfp")
     found = json.loads(output(capsys, "info", path, "--json"))
     totals = found["totals"]
@@ -100,7 +100,7 @@ def test_the_table_has_a_line_for_each_tensor_and_the_totals(tmp_path: Path, cap
     assert "uniform 0.25 per row" in out
 
 
-def test_the_table_can_be_cut_to_some_tensors(tmp_path: Path, capsys: Capture) -> None:
+def test_the_table_can_be_limited_to_some_tensors(tmp_path: Path, capsys: Capture) -> None:
     path = sample(tmp_path / "m.sfp")
     out = output(capsys, "info", path, "--tensors", "r*")
     assert [line.split()[0] for line in out.splitlines()[1:3]] == ["raw", "runs"]
@@ -113,7 +113,7 @@ def test_engines_are_listed(tmp_path: Path, capsys: Capture) -> None:
     assert engines["python"] == {"available": True, "why_not": None}
 
 
-def test_info_of_safetensors_says_what_to_do(tmp_path: Path, capsys: Capture) -> None:
+def test_info_of_safetensors_suggests_pack(tmp_path: Path, capsys: Capture) -> None:
     assert "sfp pack" in error_of(capsys, "info", make(tmp_path / "m.safetensors"))
 
 
@@ -138,7 +138,7 @@ def test_a_good_file_has_no_faults(tmp_path: Path, capsys: Capture) -> None:
     assert found["bytes"] == path.stat().st_size
 
 
-def test_every_fault_is_told_with_its_place(tmp_path: Path, capsys: Capture) -> None:
+def test_every_fault_is_printed_with_clause_tensor_and_offset(tmp_path: Path, capsys: Capture) -> None:
     path = damaged(tmp_path / "m.sfp", ("raw", 0), ("octets", 0))
     out = output(capsys, "verify", path, code=1)
     assert out.count("E_CRC [R-LAY-004]") == 2
@@ -150,7 +150,7 @@ def test_every_fault_is_told_with_its_place(tmp_path: Path, capsys: Capture) -> 
     assert found["ok"] is False
 
 
-def test_files_are_verified_one_after_another(tmp_path: Path, capsys: Capture) -> None:
+def test_verify_accepts_several_files(tmp_path: Path, capsys: Capture) -> None:
     good, bad = sample(tmp_path / "a.sfp"), damaged(tmp_path / "b.sfp", ("runs", 0))
     (tmp_path / "c.sfp").write_bytes(b"")
     found = json.loads(output(capsys, "verify", good, bad, tmp_path / "c.sfp", "--json", code=1))
@@ -158,7 +158,7 @@ def test_files_are_verified_one_after_another(tmp_path: Path, capsys: Capture) -
     assert "E_MAGIC" in output(capsys, "verify", make(tmp_path / "m.safetensors"), code=1)
 
 
-def test_a_file_that_is_not_canonical_counts_when_asked(
+def test_a_file_that_is_not_canonical_fails_only_with_canonical(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sample(tmp_path / "m.sfp")
@@ -207,7 +207,7 @@ def test_a_lossless_file_is_identical(tmp_path: Path, capsys: Capture) -> None:
     assert found["max_error"] == 0
 
 
-def test_what_differs_is_measured(tmp_path: Path, capsys: Capture) -> None:
+def test_differences_are_measured(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors")
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--prune", "0.5", "--error-db", "-20") == 0
     assert "3 of 6 tensors identical" in output(capsys, "diff", source, tmp_path / "m.sfp", code=1)
@@ -235,7 +235,7 @@ def test_tensors_in_one_model_only_differ(tmp_path: Path, capsys: Capture) -> No
     assert "1 of 2 tensors identical, 1 only in A, 1 only in B" in out
 
 
-def test_nans_infinities_and_signs_are_told_apart() -> None:
+def test_nans_infinities_and_signs_of_zeros_are_compared() -> None:
     a = np.array([np.nan, np.inf, 0.0, 1.0], np.float32)
     assert compare("t", a, a.copy()).identical
     signed = np.array([np.nan, np.inf, -0.0, 1.0], np.float32)
@@ -256,7 +256,7 @@ def test_other_dtypes_are_compared_by_their_values() -> None:
     assert compare("t", np.zeros((0, 2)), np.zeros((0, 2))).identical
 
 
-def test_integers_are_left_out_of_the_figures_over_all(tmp_path: Path, capsys: Capture) -> None:
+def test_integers_are_excluded_from_the_totals(tmp_path: Path, capsys: Capture) -> None:
     save_file({"f": np.full(9, 2, np.float32), "i": np.full(9, 1000)}, tmp_path / "a.safetensors")
     save_file({"f": np.full(9, 2.2, np.float32), "i": np.full(9, 2000)}, tmp_path / "b.safetensors")
     words = ("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--json")
@@ -346,7 +346,7 @@ def test_bytes_that_stand_for_other_dtypes_differ(tmp_path: Path, capsys: Captur
 # -------------------------------------------------------------------------------------------- short answers
 
 
-def test_a_long_comparison_is_counted_and_all_lists_it(tmp_path: Path, capsys: Capture) -> None:
+def test_a_long_comparison_is_shortened_and_all_lists_it(tmp_path: Path, capsys: Capture) -> None:
     many = {f"{'layer.' * 50}{i:04}": np.zeros(1, np.float32) for i in range(500)}
     more = {f"more.{i:04}": np.zeros(1, np.float32) for i in range(300)}
     source = make(tmp_path / "a.safetensors", many | more)
@@ -361,7 +361,7 @@ def test_a_long_comparison_is_counted_and_all_lists_it(tmp_path: Path, capsys: C
     assert "more, which" not in everything
 
 
-def test_faults_are_shown_short_and_counted(tmp_path: Path, capsys: Capture) -> None:
+def test_a_long_list_of_faults_is_shortened_and_counted(tmp_path: Path, capsys: Capture) -> None:
     tensors = {f"{'t' * 1000}{i:03}": np.ones(64, np.int8) for i in range(150)}
     save_sfp(tensors, tmp_path / "m.sfp")
     data = bytearray((tmp_path / "m.sfp").read_bytes())
@@ -376,7 +376,7 @@ def test_faults_are_shown_short_and_counted(tmp_path: Path, capsys: Capture) -> 
     assert [fault["tensor"] for fault in found] == list(tensors)
 
 
-def test_a_fault_with_a_long_word_of_the_file_is_shown_short(tmp_path: Path, capsys: Capture) -> None:
+def test_a_fault_that_quotes_a_long_string_is_shortened(tmp_path: Path, capsys: Capture) -> None:
     fault = sfpformat.InvalidFileError("R-TEN-003", f"unknown dtype {'F' * 1_000_000!r}", tensor="t" * 1000)
     assert len(str(fault)) < 600
     assert len(fault.detail) > 1_000_000

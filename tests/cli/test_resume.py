@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("number", "code", "told"),
     [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "goes on"), (signal.SIGTERM, 143, "goes on")],
 )
-def test_a_pack_that_is_stopped_goes_on(
+def test_an_interrupted_pack_resumes_to_the_same_bytes(
     number: int, code: int, told: str, tmp_path: Path, capsys: Capture
 ) -> None:
     source = make(tmp_path / "m.safetensors", large())
@@ -86,7 +86,7 @@ def test_a_pack_that_is_stopped_goes_on(
     assert contents(folder) == expected
 
 
-def test_other_options_begin_anew(tmp_path: Path) -> None:
+def test_other_options_start_a_new_pack(tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", large())
     expected = unbroken(tmp_path / "whole", source, "--preset", "gpu")
     folder = tmp_path / "out"
@@ -98,7 +98,7 @@ def test_other_options_begin_anew(tmp_path: Path) -> None:
     assert contents(folder) == expected
 
 
-def test_another_source_begins_anew(tmp_path: Path) -> None:
+def test_another_source_starts_a_new_pack(tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", large())
     process = child("pack", source, "-o", tmp_path / "m.sfp")
     stop_when(process, lambda: size(tmp_path / "m.sfp.partial.journal") > 400, signal.SIGKILL)
@@ -132,7 +132,9 @@ def test_shards_that_are_finished_are_not_written_again(tmp_path: Path) -> None:
 
 @clauses("R-SHD-003")
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_pack_killed_between_two_names_leaves_no_index_and_goes_on(tmp_path: Path, replaced: bool) -> None:
+def test_a_pack_killed_between_two_renames_leaves_no_index_and_resumes(
+    tmp_path: Path, replaced: bool
+) -> None:
     index = sharded(tmp_path / "in", cuts=2)
     expected = unbroken(tmp_path / "whole", index)
     folder = tmp_path / "out"
@@ -151,7 +153,7 @@ def test_a_pack_killed_between_two_names_leaves_no_index_and_goes_on(tmp_path: P
     assert contents(folder) == expected
 
 
-def test_what_another_job_left_goes_away(tmp_path: Path) -> None:
+def test_partial_files_of_another_job_are_removed(tmp_path: Path) -> None:
     index = sharded(tmp_path / "in", large(8), cuts=4)
     folder = tmp_path / "out"
     folder.mkdir()
@@ -167,7 +169,7 @@ def test_what_another_job_left_goes_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "state", [b"", b"{", b"[]", b'{"key":1,"count":-1,"shards":{}}', b'{"shards":{"../x":1}}']
 )
-def test_a_damaged_state_begins_anew(state: bytes, tmp_path: Path) -> None:
+def test_a_damaged_journal_starts_a_new_pack(state: bytes, tmp_path: Path) -> None:
     index = sharded(tmp_path / "in", cuts=2)
     (tmp_path / "m.sfp.index.json.partial").write_bytes(state)
     assert run("pack", index, "-o", tmp_path / "m.sfp", "--verify") == 0
@@ -175,7 +177,7 @@ def test_a_damaged_state_begins_anew(state: bytes, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == names
 
 
-def test_two_packs_of_one_model_do_not_meet(tmp_path: Path, capsys: Capture) -> None:
+def test_a_second_pack_of_the_same_target_is_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", large())
     index = sharded(tmp_path / "in", large(), cuts=2)
     for path, partial in ((source, "m.sfp.partial.journal"), (index, "m.sfp.index.json.partial")):
@@ -229,7 +231,7 @@ def test_a_full_disk_keeps_the_finished_shards_and_the_old_model(tmp_path: Path)
 
 
 @clauses("R-SHD-003", "R-STR-005")
-def test_a_disk_without_room_for_the_first_shard_keeps_nothing_of_the_pack(tmp_path: Path) -> None:
+def test_a_disk_without_space_for_the_first_shard_keeps_no_partial_file(tmp_path: Path) -> None:
     index = sharded(tmp_path / "in", large(6), cuts=2)
     folder = tmp_path / "out"
     old = unbroken(folder, index, "--preset", "gpu")
@@ -239,7 +241,7 @@ def test_a_disk_without_room_for_the_first_shard_keeps_nothing_of_the_pack(tmp_p
     assert contents(folder) == old
 
 
-def test_a_full_disk_stops_an_unpack(tmp_path: Path) -> None:
+def test_a_full_disk_ends_unpack_and_keeps_the_old_file(tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", large())
     assert run("pack", source, "-o", tmp_path / "m.sfp") == 0
     (tmp_path / "n.safetensors").write_bytes(OLD)
@@ -266,14 +268,16 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_really_full_is_told(tiny_disk: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_really_full_disk_ends_with_an_error_and_keeps_the_old_file(
+    tiny_disk: Path, tmp_path: Path, capsys: Capture
+) -> None:
     source = make(tmp_path / "m.safetensors", large())
     (tiny_disk / "m.sfp").write_bytes(OLD)
     assert "No space left on device" in error_of(capsys, "pack", source, "-o", tiny_disk / "m.sfp")
     assert contents(tiny_disk) == {"m.sfp": OLD}
 
 
-def test_a_folder_without_permission_is_told(
+def test_a_folder_without_permission_ends_with_permission_denied(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make(tmp_path / "m.safetensors")

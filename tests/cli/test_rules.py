@@ -30,7 +30,7 @@ from .test_pack import Capture, assert_bits, packed
 # -------------------------------------------------------------------------------------------- what changes
 
 
-def test_without_like_values_change_in_large_float_tensors_only(tmp_path: Path) -> None:
+def test_without_like_only_large_float_tensors_change(tmp_path: Path) -> None:
     arrays = checkpoint()
     with packed(tmp_path, "--bits", "4", "--prune", "0.5") as sfp:
         for name, array in arrays.items():
@@ -56,20 +56,20 @@ def test_like_rules_override_each_other_in_order(tmp_path: Path) -> None:
         assert sfp.entry("layer.0.weight").scale is None
 
 
-def test_lossless_undoes_pruning_and_casts_too(tmp_path: Path) -> None:
+def test_like_lossless_also_cancels_pruning_and_casts(tmp_path: Path) -> None:
     words = "--bits 3 --prune 0.5 --dtype BF16 --like embed* --lossless"
     with packed(tmp_path, *words.split()) as sfp:
         assert_bits(sfp.get_tensor("embed.weight"), checkpoint()["embed.weight"])
         assert np.count_nonzero(sfp.get_mask("layer.0.weight")) <= checkpoint()["layer.0.weight"].size // 2
 
 
-def test_a_like_rule_reaches_small_tensors_that_it_names(tmp_path: Path) -> None:
+def test_a_like_rule_applies_to_small_tensors_that_it_names(tmp_path: Path) -> None:
     with packed(tmp_path, "--like=*.bias", "--step", "0.5") as sfp:
         assert sfp.info("layer.0.bias").quantiser == "uniform"
         assert sfp.info("embed.weight").quantiser == "exact"
 
 
-def test_keep_has_the_last_word(tmp_path: Path) -> None:
+def test_keep_overrides_all_rules(tmp_path: Path) -> None:
     arrays = checkpoint()
     words = ("--prune", "0.9", "--keep", "embed*", "--dtype", "BF16", "--like", "*", "--bits", "2")
     with packed(tmp_path, *words) as sfp:
@@ -101,7 +101,7 @@ def test_keep_has_the_last_word(tmp_path: Path) -> None:
         ("--importance-bits 99", "bits is 99"),
     ],
 )
-def test_rules_that_cannot_be_followed_are_told(
+def test_rules_that_cannot_be_applied_are_refused(
     words: str, told: str, tmp_path: Path, capsys: Capture
 ) -> None:
     source = make(tmp_path / "m.safetensors")
@@ -109,7 +109,7 @@ def test_rules_that_cannot_be_followed_are_told(
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_options_that_would_reach_no_tensor_are_told(tmp_path: Path, capsys: Capture) -> None:
+def test_options_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", {"small": np.ones((8, 8), np.float32)})
     assert "--bits would reach none" in error_of(
         capsys, "pack", source, "-o", tmp_path / "m.sfp", "--bits", "4"
@@ -171,7 +171,7 @@ def test_a_cast_that_would_lose_the_range_is_refused(tmp_path: Path, capsys: Cap
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.9, 1.0])
-def test_exactly_the_fraction_asked_for_goes_and_it_is_the_smallest(dtype: Any, fraction: float) -> None:
+def test_prune_fraction_zeroes_exactly_that_share_of_smallest_weights(dtype: Any, fraction: float) -> None:
     array = np.random.default_rng(1).standard_normal((53, 97)).astype(dtype)
     pruned = array.copy()
     count = int(fraction * array.size + 0.5)
@@ -184,19 +184,19 @@ def test_exactly_the_fraction_asked_for_goes_and_it_is_the_smallest(dtype: Any, 
         assert sizes[gone].max() <= sizes[~gone].min()
 
 
-def test_of_equal_magnitudes_the_first_go() -> None:
+def test_of_equal_magnitudes_the_first_are_pruned() -> None:
     array = np.array([1, -1, 2, 1, -1, 1], np.float32)
     prune_fraction(array, 0.5)
     assert array.tolist() == [0, 0, 2, 0, -1, 1]
 
 
-def test_nans_go_last() -> None:
+def test_nans_are_pruned_last() -> None:
     array = np.array([np.nan, np.inf, -np.nan, 1], np.float32)
     prune_fraction(array, 0.5)
     assert np.array_equal(array, [np.nan, 0, np.nan, 0], equal_nan=True)
 
 
-def test_thresholds_are_found_in_blocks_of_any_size() -> None:
+def test_thresholds_do_not_depend_on_the_block_size() -> None:
     array = np.abs(np.random.default_rng(2).standard_normal(3000)).astype(np.float32)
     keys = next(patterns(array, 32))
     ordered = np.sort(keys)
@@ -207,7 +207,7 @@ def test_thresholds_are_found_in_blocks_of_any_size() -> None:
     assert find_threshold(lambda: iter([keys]), 0, 32).ties == 0
 
 
-def test_two_of_four_neighbours_stay() -> None:
+def test_a_2_to_4_pattern_keeps_two_of_four_neighbours() -> None:
     array = np.array([[1, -5, 3, 2, 7, 7, -7, 7]], np.float32)
     assert prune_pattern(array, 2, 4, 1) == 4
     assert array.tolist() == [[0, -5, 3, 0, 0, 0, -7, 7]]
@@ -228,7 +228,7 @@ def test_patterns_run_along_any_dimension_in_blocks_of_any_size(
     assert_bits(pruned, np.where(expected, array, np.float32(0)))
 
 
-def test_nothing_goes_of_an_empty_tensor() -> None:
+def test_pruning_an_empty_tensor_prunes_nothing() -> None:
     assert prune_pattern(np.zeros((3, 4, 0), np.float32), 2, 4, 1) == 0
 
 
@@ -258,7 +258,7 @@ def assert_two_of_four(array: np.ndarray[Any, Any], dim: int) -> None:
     assert (np.count_nonzero(groups, axis=1) == 2).all()
 
 
-def test_a_pattern_prunes_what_it_fits_and_lists_the_rest(tmp_path: Path, capsys: Capture) -> None:
+def test_a_pattern_prunes_tensors_that_it_fits_and_lists_the_others(tmp_path: Path, capsys: Capture) -> None:
     arrays = kernels()
     source, target = make(tmp_path / "m.safetensors", arrays), tmp_path / "m.sfp"
     assert main(["pack", str(source), "-o", str(target), "--prune", "2:4", "--json", "--verify"]) == 0
@@ -276,7 +276,7 @@ def test_a_pattern_prunes_what_it_fits_and_lists_the_rest(tmp_path: Path, capsys
     assert all(f"'{name}' ({reason})" in shown for name, reason in reasons.items())
 
 
-def test_the_dimension_of_a_pattern_can_be_said_for_a_tensor(tmp_path: Path, capsys: Capture) -> None:
+def test_the_dimension_of_a_pattern_can_be_set_per_tensor(tmp_path: Path, capsys: Capture) -> None:
     words = ("--prune", "2:4", "--like", "c_*", "--pattern-dim", "0", "--like", "[es]*", "--prune", "0.5")
     with packed(tmp_path, *words, arrays=kernels()) as sfp:
         assert_two_of_four(sfp.get_tensor("c_attn.weight"), 0)
@@ -285,7 +285,7 @@ def test_the_dimension_of_a_pattern_can_be_said_for_a_tensor(tmp_path: Path, cap
     assert "1 not pruned, the pattern does not fit: 'odd.weight'" in capsys.readouterr().out
 
 
-def test_of_the_tensors_like_a_pattern_of_names_those_are_left_that_do_not_fit(
+def test_a_like_rule_with_a_pattern_skips_matching_tensors_that_it_does_not_fit(
     tmp_path: Path, capsys: Capture
 ) -> None:
     with packed(tmp_path, "--like", "[cfo]*", "--prune", "2:4", arrays=kernels()) as sfp:
@@ -299,7 +299,7 @@ def test_of_the_tensors_like_a_pattern_of_names_those_are_left_that_do_not_fit(
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_one_threshold_over_the_model_takes_exactly_what_was_asked(tmp_path: Path, wide: bool) -> None:
+def test_one_threshold_over_the_model_prunes_exactly_the_requested_share(tmp_path: Path, wide: bool) -> None:
     arrays = checkpoint()
     names = ["embed.weight", "layer.0.weight", "layer.1.weight"]
     for name in names:  # few values, so that many lie at the threshold
@@ -358,7 +358,7 @@ def test_importances_are_stored_for_the_tensors_that_have_one(tmp_path: Path) ->
         ("norm", np.full(64, -1, np.float32), "not negative"),
     ],
 )
-def test_importances_that_do_not_fit_are_told(
+def test_importances_that_do_not_fit_are_refused(
     name: str, array: np.ndarray[Any, Any], told: str, tmp_path: Path, capsys: Capture
 ) -> None:
     save_file({name: array}, tmp_path / "i.safetensors")

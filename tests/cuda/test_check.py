@@ -108,7 +108,7 @@ def test_codewords_are_laid_out_for_dfloat11() -> None:
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
-def test_peers_that_are_not_installed_say_so(peer: str) -> None:
+def test_peers_that_are_not_installed_are_reported(peer: str) -> None:
     with pytest.raises(peers.Missing, match="not installed"):
         peers.PEERS[peer](128)
 
@@ -124,7 +124,7 @@ def is_missing() -> None:
     raise peers.Missing("not installed: x")
 
 
-def test_a_part_that_fails_is_written_down_and_the_others_go_on(
+def test_a_failed_part_is_recorded_and_the_others_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = check.Report(tmp_path / "sub" / "device", FACTS, 100)
@@ -146,7 +146,7 @@ def test_a_part_that_fails_is_written_down_and_the_others_go_on(
     assert "bad (0.0 s)" in capsys.readouterr().out
 
 
-def test_no_part_begins_when_time_is_up(tmp_path: Path) -> None:
+def test_no_part_starts_after_the_time_limit(tmp_path: Path) -> None:
     report = check.Report(tmp_path / "device", FACTS, 0)
     report.run("late", fails)
     assert report.parts[0]["failure"] == "there was no time left"
@@ -165,7 +165,7 @@ def decoded(share: float, made: float) -> dict[str, Any]:
     }
 
 
-def test_the_page_says_what_is_reached() -> None:
+def test_the_page_states_which_targets_are_reached() -> None:
     product = {
         "batch": 1,
         "bits_a_weight": 3.0,
@@ -194,7 +194,7 @@ def test_the_page_says_what_is_reached() -> None:
 # -------------------------------------------------------------------------------------------- the command
 
 
-def test_without_a_device_the_reason_is_told(
+def test_without_a_device_check_prints_the_reason_and_exits_with_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "why_not", lambda: "there is no CUDA device")
@@ -222,7 +222,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
+def test_all_parts_run_and_the_exit_code_reports_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert check.main(["--out", str(tmp_path)]) == 0
@@ -246,9 +246,7 @@ def test_all_parts_are_run_and_the_exit_code_tells_of_failures(
 
 
 @pytest.mark.usefixtures("pretended")
-def test_nothing_is_tried_with_kernels_that_do_not_compile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_that_do_not_compile_end_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "compiled", lambda arch: fails())
     assert check.main(["--out", str(tmp_path)]) == 1
     (part,) = json.loads((tmp_path / "a-device.json").read_text())["parts"]
@@ -264,7 +262,7 @@ def test_spilled_registers_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.compiled("sm_90") == {"arch": "sm_90", "registers": {"any_1": 200}}
 
 
-def test_a_torch_without_devices_is_told(
+def test_a_torch_without_devices_is_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None)
@@ -274,7 +272,7 @@ def test_a_torch_without_devices_is_told(
 
 
 @pytest.mark.usefixtures("pretended")
-def test_identity_alone_fails_loudly_and_writes_nothing(
+def test_identity_alone_raises_on_a_difference_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--only-identity", "--out", str(tmp_path / "none")]
@@ -285,9 +283,7 @@ def test_identity_alone_fails_loudly_and_writes_nothing(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_sanitiser_that_finds_something_or_takes_too_long_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sanitiser_findings_and_timeouts_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="not installed"):
         identity.sanitize("memcheck", (), 10)

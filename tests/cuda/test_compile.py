@@ -51,7 +51,7 @@ def test_the_source_is_one_string_without_headers() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_and_keeps_its_registers(arch: str) -> None:
+def test_every_kernel_compiles_without_spilled_registers(arch: str) -> None:
     code, usage, said = machine.compile_with_usage(arch)
     assert code.startswith(b"\x7fELF")
     assert set(usage) == set(source.kernels())
@@ -117,7 +117,9 @@ def nothing_remembered() -> Iterator[None]:
     ],
 )
 @pytest.mark.usefixtures("nothing_remembered")
-def test_what_is_missing_is_named(devices: Any, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_names_what_is_missing(
+    devices: Any, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", fake_core(devices))
     monkeypatch.setattr(driver, "why_no_package", lambda: None)
     reason = available()["cuda"]
@@ -125,7 +127,7 @@ def test_what_is_missing_is_named(devices: Any, words: str | None, monkeypatch: 
 
 
 @pytest.mark.usefixtures("nothing_remembered")
-def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise RuntimeError("libnvrtc.so was not found")
 
@@ -140,7 +142,7 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "words"), [("0.7.0", "0.7.0 is too old, 1.2 or later"), ("1.2.2", None), ("2.0rc1", None)]
 )
 @pytest.mark.usefixtures("nothing_remembered")
-def test_an_old_package_is_told(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_package_is_reported(version: str, words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     reason = driver.why_no_package()
     assert (reason is None) if words is None else words in (reason or "")
@@ -155,7 +157,7 @@ def test_the_package_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_remembered")
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_and_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> str:
         raise importlib.metadata.PackageNotFoundError
 

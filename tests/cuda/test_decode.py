@@ -81,13 +81,13 @@ def accepted(data: bytes, judged: Judged) -> None:
 
 @settings(max_examples=200)
 @given(jobs())
-def test_kernels_give_the_bits_of_the_reference(judged: Judged, job: Job) -> None:
+def test_kernels_return_the_same_bits_as_the_reference(judged: Judged, job: Job) -> None:
     accepted(written(job), judged)
 
 
 @settings(max_examples=100)
 @given(lossless_jobs())
-def test_kernels_give_back_what_was_written_without_loss(judged: Judged, job: Job) -> None:
+def test_kernels_restore_lossless_tensors_bit_for_bit(judged: Judged, job: Job) -> None:
     data = written(job)
     accepted(data, judged)
     assert load(data, engine="cuda", threads=1)["tensor"].tobytes() == job.expected
@@ -165,7 +165,7 @@ def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 70
     return array.astype(dtype)
 
 
-def test_every_kernel_decodes_what_it_is_for(judged: Judged) -> None:
+def test_every_kernel_decodes_its_kind_of_stream(judged: Judged) -> None:
     others = {kernel for kernel in source.kernels() if kernel.startswith(("multiply", "place"))}
     assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(source.kernels())
     for kernel, cases in KERNELS.items():
@@ -204,7 +204,7 @@ def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("used", "by_kernels"), [(range(20, 276), True), (range(44, 300), False)])
-def test_many_classes_are_decoded_as_long_as_a_byte_can_number_those_in_use(
+def test_streams_are_decoded_with_up_to_256_classes_in_use(
     used: range, by_kernels: bool, judged: Judged
 ) -> None:
     codes = [[8 * (c in own) for c in range(300)] for own in (range(20, 276), used)]
@@ -220,7 +220,7 @@ def test_many_classes_are_decoded_as_long_as_a_byte_can_number_those_in_use(
     assert judged.good == ([True] if by_kernels else [])
 
 
-def test_slices_are_those_of_the_reference() -> None:
+def test_slices_equal_those_of_the_reference() -> None:
     data = save({"w": spread_weights(BF16, 0.5)}, options=Options(segment=96, chunk=960))
     for index in (..., slice(3, 9), (slice(None), 5), (7, slice(100, 400)), slice(None, None, 7)):
         parts = []
@@ -230,7 +230,7 @@ def test_slices_are_those_of_the_reference() -> None:
         assert parts[0] == parts[1]
 
 
-def test_several_threads_each_have_a_queue() -> None:
+def test_each_thread_has_its_own_queue() -> None:
     tensors = {str(i): spread_weights(BF16, 1.0, 400, 700 + i) for i in range(4)}
     loaded = load(save(tensors), engine="cuda", threads=3)
     assert all(loaded[name].tobytes() == tensors[name].tobytes() for name in tensors)
@@ -241,7 +241,7 @@ def test_several_threads_each_have_a_queue() -> None:
 
 @settings(max_examples=200)
 @given(st.integers(0, 2**64 - 1))
-def test_changed_chunks_are_judged_as_by_the_reference(seed: int) -> None:
+def test_mutated_chunks_give_the_values_or_the_fault_of_the_reference(seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(rng.choice([plain(), everything()]))
     part = rng.choice([part for part in file.parts if part.chunks])
@@ -252,7 +252,7 @@ def test_changed_chunks_are_judged_as_by_the_reference(seed: int) -> None:
 
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_changed_files_are_judged_as_by_the_reference(job: Job, seed: int) -> None:
+def test_mutated_files_give_the_values_or_the_fault_of_the_reference(job: Job, seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     mutate(file, rng)
@@ -261,7 +261,7 @@ def test_changed_files_are_judged_as_by_the_reference(job: Job, seed: int) -> No
 
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_random_planes_are_judged_as_by_the_reference(job: Job, seed: int) -> None:
+def test_random_planes_give_the_values_or_the_fault_of_the_reference(job: Job, seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     part = file.parts[0]
@@ -306,7 +306,7 @@ def edges(dtype: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_numbers_are_rounded_as_the_reference_rounds_them(name: str) -> None:
+def test_numbers_are_rounded_like_in_the_reference(name: str) -> None:
     numbers = np.unique(edges(NARROW[name]))[:: 7 if NARROW[name] in (np.float16, BF16) else 1]
     round_number: Callable[..., int] = shim.load(shim.build()).round_number
     dtype = layout.FLOATS.index(name)
@@ -328,7 +328,7 @@ def test_patterns_are_widened_without_loss(name: str) -> None:
     assert found.tobytes() == numbers[kept].tobytes()
 
 
-def test_damaged_files_are_damaged_inside_and_mended_outside() -> None:
+def test_damaged_chunks_have_valid_checksums_and_containers() -> None:
     rng = np.random.default_rng(0)
     for _, data in inputs.files(every=20):
         damaged = inputs.damaged_file(data, rng)

@@ -34,14 +34,14 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_damaged_chunks_are_judged_as_by_the_reference_and_nothing_else_is_touched() -> None:
+def test_damaged_chunks_give_the_fault_of_the_reference_and_no_access_outside() -> None:
     done = run("-m", "kernels.tools.fuzz", "--inputs", "400", "--seed", "7", "--golden", "40")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "chunks of golden files" in done.stdout
     assert "400 damaged inputs judged as by the reference" in done.stdout
 
 
-def test_the_sanitiser_sees_an_access_outside() -> None:
+def test_the_sanitiser_reports_an_access_outside() -> None:
     done = run("-c", OUTSIDE)
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr

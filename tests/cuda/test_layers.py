@@ -107,7 +107,7 @@ def test_few_rows_are_multiplied_without_decoding(
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 4), (0,)])
-def test_more_rows_and_none_are_decoded(shape: tuple[int, ...], opened: list[shim.HostDevice]) -> None:
+def test_many_rows_and_zero_rows_are_decoded(shape: tuple[int, ...], opened: list[shim.HostDevice]) -> None:
     layer = fused_linear()
     x = torch.randn(*shape, 256, dtype=torch.bfloat16)
     assert bits(layer(x)) == bits(dense_of(layer)(x))
@@ -116,7 +116,7 @@ def test_more_rows_and_none_are_decoded(shape: tuple[int, ...], opened: list[shi
     assert not any(kernel.startswith("multiply") for kernel in kernels)
 
 
-def test_other_files_are_decoded_by_the_device(opened: list[shim.HostDevice]) -> None:
+def test_files_for_other_presets_are_decoded_on_the_device(opened: list[shim.HostDevice]) -> None:
     dense = linear(60, 50).to(torch.bfloat16)
     layer, x = SfpLinear.of(dense), torch.randn(2, 50, dtype=torch.bfloat16)
     for _ in range(2):
@@ -127,7 +127,7 @@ def test_other_files_are_decoded_by_the_device(opened: list[shim.HostDevice]) ->
         ]
 
 
-def test_rows_without_alignment_and_without_order_are_copied_first() -> None:
+def test_unaligned_and_non_contiguous_rows_are_copied_first() -> None:
     layer = fused_linear()
     memory = torch.randn(257 * 2, dtype=torch.bfloat16)
     x = memory[1:257]
@@ -145,7 +145,7 @@ def test_a_device_without_tensor_cores_decodes(
     assert "sparse_2_1_one_short" in launched(opened)
 
 
-def test_an_input_of_another_dtype_is_refused_as_by_the_dense_layer() -> None:
+def test_an_input_of_another_dtype_raises_like_the_dense_layer() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         fused_linear()(torch.randn(1, 256))
 
@@ -170,7 +170,7 @@ def test_autocast_multiplies_in_its_dtype(opened: list[shim.HostDevice]) -> None
     close(found, wanted)
 
 
-def test_compilers_take_layers_that_are_multiplied(opened: list[shim.HostDevice]) -> None:
+def test_layers_with_the_fused_product_compile(opened: list[shim.HostDevice]) -> None:
     layer = fused_linear()
     x = torch.randn(2, 256, dtype=torch.bfloat16)
     wanted = layer(x)
@@ -180,7 +180,7 @@ def test_compilers_take_layers_that_are_multiplied(opened: list[shim.HostDevice]
     assert torch.equal(exported(x), wanted)
 
 
-def test_a_cast_is_multiplied_with_the_weights_that_it_gives(opened: list[shim.HostDevice]) -> None:
+def test_a_cast_layer_multiplies_with_the_cast_weights(opened: list[shim.HostDevice]) -> None:
     layer = fused_linear(dtype=torch.float32).to(torch.float16)
     x = torch.randn(2, 256, dtype=torch.float16)
     found = layer(x)
@@ -191,7 +191,7 @@ def test_a_cast_is_multiplied_with_the_weights_that_it_gives(opened: list[shim.H
 # ----------------------------------------------------------------------------------------- what is known
 
 
-def test_bytes_that_are_written_to_are_looked_at_again() -> None:
+def test_bytes_that_were_written_to_are_checked_again() -> None:
     one, other = fused_linear(), fused_linear(scale="row")
     x = torch.randn(1, 256, dtype=torch.bfloat16)
     one(x)
@@ -205,7 +205,7 @@ def test_bytes_that_are_written_to_are_looked_at_again() -> None:
     assert len(resident._known) == 3
 
 
-def test_what_is_known_goes_with_the_bytes() -> None:
+def test_the_cache_entry_is_freed_with_the_bytes() -> None:
     layer = fused_linear()
     layer(torch.randn(1, 256, dtype=torch.bfloat16))
     assert len(resident._known) == 1
@@ -213,7 +213,7 @@ def test_what_is_known_goes_with_the_bytes() -> None:
     assert not resident._known
 
 
-def test_kept_weights_serve_calls_with_many_rows(opened: list[shim.HostDevice]) -> None:
+def test_cached_weights_are_used_by_calls_with_many_rows(opened: list[shim.HostDevice]) -> None:
     layer = fused_linear()
     layer.kept = KeptWeights(1 << 20)
     x = torch.randn(20, 256, dtype=torch.bfloat16)
@@ -268,7 +268,7 @@ def damaged(layer: SfpLinear, part: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("part", ["plane", "checksum"])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_damaged_bytes_give_the_fault_of_the_processor(
+def test_damaged_bytes_raise_the_same_error_as_on_the_cpu(
     rows: int, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = fused_linear()
@@ -285,12 +285,12 @@ def test_damaged_bytes_give_the_fault_of_the_processor(
     assert len(set(faults)) == 1
 
 
-def test_raw_bytes_and_empty_weights_are_left_to_the_processor() -> None:
+def test_raw_and_empty_weights_are_decoded_on_the_cpu() -> None:
     dense = linear(4, 5).to(torch.bfloat16)
     layer = SfpLinear.of(dense, Options(coding="raw"))
     x = torch.randn(1, 5, dtype=torch.bfloat16)
     assert bits(layer(x)) == bits(dense(x))
 
 
-def test_the_check_of_layers_needs_no_device_of_its_own() -> None:
+def test_the_check_of_layers_runs_without_a_device() -> None:
     assert identity.compare_layers("cpu") == 3 * (3 * 3 + 3)

@@ -68,7 +68,7 @@ SCALES: dict[str, Any] = {"none": None, "tensor": "tensor", "row": "row", "group
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_unit_vectors_give_back_the_weights_that_are_decoded(dtype: str, scale: str, backwards: bool) -> None:
+def test_products_with_unit_vectors_are_the_decoded_weights(dtype: str, scale: str, backwards: bool) -> None:
     array = matrix(20, 384).astype(NUMPY[dtype])
     own = made(array, FUSED.but(scale=SCALES[scale]), backwards=backwards)
     for first in (0, 8, 120, 376):
@@ -90,7 +90,7 @@ def test_unit_vectors_give_back_the_weights_that_are_decoded(dtype: str, scale: 
     chunk=st.sampled_from([1, 5000, 1 << 18]),
     segment=st.sampled_from([None, 32, 64, 128]),
 )
-def test_products_are_those_of_the_decoded_weights(
+def test_products_equal_those_of_the_decoded_weights(
     rows: int,
     runs: int,
     density: float,
@@ -116,7 +116,7 @@ def test_products_are_those_of_the_decoded_weights(
     assert found.tobytes() == own.multiply(x, bias).tobytes()
 
 
-def test_several_slices_and_blocks_of_rows_are_added_up_in_one_order() -> None:
+def test_partial_sums_are_added_in_a_fixed_order() -> None:
     array = matrix(150, 3200).astype(ml_dtypes.bfloat16)
     results = []
     for backwards in (False, True):
@@ -131,7 +131,9 @@ def test_several_slices_and_blocks_of_rows_are_added_up_in_one_order() -> None:
 
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_several_slices_of_many_tiles_of_x(dtype: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_several_slices_and_many_tiles_are_right(
+    dtype: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(product, "_MULTIPROCESSORS", 1)
     monkeypatch.setattr(product, "_BLOCKS_EACH", 2)
     array = matrix(70, 5248).astype(NUMPY[dtype])
@@ -152,7 +154,7 @@ def test_a_matrix_without_a_mask_is_multiplied() -> None:
     assert excess(own.multiply(x), x, own.weight, None) <= SUMMING
 
 
-def test_a_step_is_multiplied_as_centroids_are() -> None:
+def test_uniform_levels_are_multiplied_like_centroids() -> None:
     array = np.clip(np.round(matrix(40, 512) * 3), -8, 8).astype(np.float32)
     own = made(array, PRESETS["fused"].but(quantiser="uniform", step=1.0, rate_weight=0.0))
     assert (own.weight == array).all()
@@ -160,7 +162,7 @@ def test_a_step_is_multiplied_as_centroids_are() -> None:
     assert excess(own.multiply(x), x, own.weight, None) <= SUMMING
 
 
-def test_infinite_activations_spoil_what_they_meet_and_nothing_else() -> None:
+def test_infinite_activations_affect_only_their_own_rows() -> None:
     own = made(matrix(20, 256).astype(ml_dtypes.bfloat16))
     x = activations(3, 256, "BF16")
     clean = own.multiply(x)
@@ -195,17 +197,17 @@ def file_of(options: Options, array: NDArray[Any] | None = None, **more: Any) ->
         PRESETS["fused"],
     ],
 )
-def test_other_matrices_are_left_to_decoding(options: Options) -> None:
+def test_matrices_that_the_product_does_not_support_are_decoded(options: Options) -> None:
     assert product_of(file_of(options)) is None
     assert product_of(file_of(FUSED)) is not None
 
 
-def test_rows_that_are_no_whole_runs_are_left_to_decoding() -> None:
+def test_rows_that_are_not_multiples_of_a_segment_are_decoded() -> None:
     assert product_of(file_of(FUSED, matrix(64, 480))) is None
     assert product_of(file_of(FUSED.but(segment=96), matrix(64, 384))) is not None
 
 
-def test_chunks_hold_whole_rows() -> None:
+def test_chunks_of_a_product_matrix_hold_whole_rows() -> None:
     data = file_of(FUSED.but(chunk=5000), matrix(64, 1920))
     with sfpformat.open(data) as file:
         entry = file.entry("w")
@@ -213,7 +215,7 @@ def test_chunks_hold_whole_rows() -> None:
     assert product_of(data) is not None
 
 
-def test_a_multiplier_is_left_to_decoding_and_kept_importance_is_not() -> None:
+def test_weights_with_multipliers_are_decoded_and_those_with_importances_are_multiplied() -> None:
     importance = {"w": np.abs(matrix(64, 512, 1.0))}
     for role, possible in (("multiplier", False), ("metadata", True)):
         data = file_of(FUSED.but(importance=ImportanceOptions(role=role)), importances=importance)
@@ -234,9 +236,7 @@ def test_a_multiplier_is_left_to_decoding_and_kept_importance_is_not() -> None:
         ("BF16", "BF16", "F16", False),
     ],
 )
-def test_numbers_are_converted_as_decoded_weights_are(
-    stored: str, dtype: str, compute: str, scaled: bool
-) -> None:
+def test_weights_are_converted_like_decoded_ones(stored: str, dtype: str, compute: str, scaled: bool) -> None:
     array = matrix(32, 256).astype(NUMPY[stored])
     for scale, possible in ((None, True), ("row", scaled)):
         data = save({"w": array}, options=FUSED.but(scale=scale))
@@ -252,11 +252,11 @@ def test_numbers_are_converted_as_decoded_weights_are(
         assert found.tobytes() == (weight.T[3:11] + 0).tobytes()
 
 
-def test_dtypes_that_tensor_cores_have_not_are_left_to_decoding() -> None:
+def test_dtypes_without_tensor_core_support_are_decoded() -> None:
     assert product_of(file_of(FUSED), "F64", "F64") is None
 
 
-def test_weights_that_a_conversion_makes_infinite_are_multiplied_unless_they_are_taken_apart() -> None:
+def test_weights_that_a_cast_makes_infinite_are_multiplied_unless_they_are_split() -> None:
     data = save({"w": matrix(32, 256) * np.float32(1e5)}, options=FUSED)
     assert product_of(data, "F16", "F32") is None
     own = Made(data)
@@ -269,7 +269,7 @@ def test_weights_that_a_conversion_makes_infinite_are_multiplied_unless_they_are
     assert np.isinf(found[(weight == np.inf).any(1) & ~(weight == -np.inf).any(1)]).all()
 
 
-def test_an_odd_base_is_left_to_decoding() -> None:
+def test_an_odd_base_is_decoded() -> None:
     for base, possible in ((2, True), (3, False)):
         entry = {
             "name": "w",

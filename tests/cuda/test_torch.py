@@ -74,14 +74,14 @@ def test_every_kind_of_tensor_is_loaded(devices: list[shim.HostDevice]) -> None:
     assert {"any_4", "plain_4", "index_chunks"} <= set(devices[0].launched)
 
 
-def test_batches_take_turns_and_every_weight_arrives(devices: list[shim.HostDevice]) -> None:
+def test_alternating_batches_load_every_weight(devices: list[shim.HostDevice]) -> None:
     data = save(many(), options=Options(segment=96, chunk=96 * 40))
     assert_same(loaded(data), load(data))
     assert devices[0].launched.count("index_chunks") > 4
     assert devices[0].launched.count("fill_tables") == 1
 
 
-def test_a_door_for_a_cuda_device_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_to_a_cuda_device_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     data, asked = save(many(2)), []
     monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
     monkeypatch.setattr(device, "read_tensors", lambda file, names, where: asked.append((names, where)) or {})
@@ -94,21 +94,21 @@ def test_a_door_for_a_cuda_device_takes_the_kernels(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("engine", "there", "kernels"), [(None, True, True), (None, False, False), ("python", True, False)]
 )
-def test_auto_takes_what_is_there_and_names_what_they_name(
+def test_auto_uses_an_available_engine_and_a_name_selects_that_engine(
     engine: str | None, there: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None if there else "no device")
     assert decodes_on_device(engine) is kernels
 
 
-def test_an_engine_asked_for_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_engine_that_is_named_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
     monkeypatch.setattr(driver, "why_not", lambda: "there is no CUDA device")
     with pytest.raises(EngineError, match="'cuda' cannot be used: there is no CUDA device"):
         safe_open(save(many(1)), device="cuda", engine="cuda")
 
 
-def test_a_module_is_filled_by_its_device(
+def test_a_module_is_loaded_on_its_own_device(
     devices: list[shim.HostDevice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sfpformat.torch.places.is_decoded_on", lambda where, engine: where == CPU)
@@ -137,7 +137,7 @@ def fault_of(data: bytes, load_it: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", ["t0", "t4", "t8"])
-def test_a_damaged_tensor_gives_the_fault_of_the_reference(name: str) -> None:
+def test_a_damaged_tensor_raises_the_error_of_the_reference(name: str) -> None:
     forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
     taken = forge.part(name).take(1)
     plane = next(plane for plane, bits in taken.planes.items() if sum(map(len, bits)))
@@ -148,7 +148,7 @@ def test_a_damaged_tensor_gives_the_fault_of_the_reference(name: str) -> None:
     assert fault_of(data, loaded) == fault_of(data, lambda data: load(data, engine="python", threads=1))
 
 
-def test_a_wrong_checksum_is_told_after_the_faults_before_it() -> None:
+def test_an_earlier_fault_is_raised_before_a_checksum_mismatch() -> None:
     forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
     data = bytearray(forge.build())
     data[forge.start_of("t6") + 200] ^= 1
@@ -161,7 +161,7 @@ def test_a_wrong_checksum_is_told_after_the_faults_before_it() -> None:
     assert fault_of(bytes(data), loaded)[1] == "t5"
 
 
-def test_of_several_damaged_tensors_the_first_is_told_and_the_next_file_loads() -> None:
+def test_the_first_of_several_damaged_tensors_is_raised_and_the_next_file_loads() -> None:
     forge = Forge.of(save(many(), options=Options(segment=96, chunk=96 * 40)))
     for name in ("t2", "t5", "t8"):
         taken = forge.part(name).take(0)
@@ -178,13 +178,13 @@ def test_memory_is_pinned_once_for_many_tensors(devices: list[shim.HostDevice]) 
     assert len(devices) == 2  # one of them for copies
 
 
-def test_limits_hold(devices: list[shim.HostDevice]) -> None:
+def test_limits_apply_on_a_device(devices: list[shim.HostDevice]) -> None:
     with pytest.raises(LimitError):
         loaded(save(many(1)), limits=Limits(tensor_bytes=1000))
     assert not devices
 
 
-def test_a_chunk_that_kernels_refuse_but_is_good_comes_from_the_processor(
+def test_a_valid_chunk_that_kernels_refuse_is_decoded_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(running: Running) -> list[bool]:

@@ -39,7 +39,7 @@ DOORS = pytest.mark.parametrize("save", [save_arrays, arrays_as_bytes])
 @pytest.mark.parametrize(
     ("argument", "value"), [("masks", MASK), ("importances", WEIGHTS), ("options", Options())]
 )
-def test_a_name_that_is_no_tensors_is_refused_with_the_nearest(
+def test_an_unknown_tensor_name_is_refused_with_the_nearest_name(
     save: Save, argument: str, value: object, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=f"^{argument}: no tensor is named 'W'; the nearest is 'w'$"):
@@ -48,7 +48,7 @@ def test_a_name_that_is_no_tensors_is_refused_with_the_nearest(
 
 
 @pytest.mark.parametrize("argument", ["masks", "importances"])
-def test_shared_bits_refuse_names_that_are_no_tensors(argument: str) -> None:
+def test_a_shared_budget_refuses_unknown_tensor_names(argument: str) -> None:
     with pytest.raises(OptionError, match=f"^{argument}: no tensor is named 'v'"):
         steps_for_budget({"w": WEIGHTS}, 3.0, **{argument: {"v": WEIGHTS}})  # type: ignore[arg-type]
 
@@ -61,12 +61,12 @@ def test_shared_bits_refuse_names_that_are_no_tensors(argument: str) -> None:
         (MASK.tolist(), "the mask is a list, not an array"),
     ],
 )
-def test_shared_bits_refuse_masks_of_another_kind_or_shape(mask: Any, words: str) -> None:
+def test_a_shared_budget_refuses_masks_of_another_type_or_shape(mask: Any, words: str) -> None:
     with pytest.raises(OptionError, match=f"^tensor 'w': {words}"):
         steps_for_budget({"w": WEIGHTS}, 3.0, masks={"w": mask})
 
 
-def test_shared_bits_refuse_tensors_that_are_no_mapping() -> None:
+def test_a_shared_budget_refuses_tensors_that_are_no_mapping() -> None:
     with pytest.raises(OptionError, match="tensors: a list is no mapping"):
         steps_for_budget([WEIGHTS], 3.0)  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def test_shared_bits_refuse_tensors_that_are_no_mapping() -> None:
         ({"metadata": "pt"}, "metadata: a str is no mapping"),
     ],
 )
-def test_an_argument_of_another_kind_is_refused(
+def test_an_argument_of_another_type_is_refused(
     save: Save, given: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=words):
@@ -98,7 +98,7 @@ def test_an_argument_of_another_kind_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, "U1", object])
-def test_importances_that_are_no_real_numbers_are_refused(dtype: Any) -> None:
+def test_importances_that_are_not_real_numbers_are_refused(dtype: Any) -> None:
     numbers = np.ones(WEIGHTS.shape, dtype)
     with pytest.raises(OptionError, match="tensor 'w': importances must be real numbers, not"):
         sfpformat.numpy.save({"w": WEIGHTS}, importances={"w": numbers})
@@ -113,7 +113,7 @@ def test_tensors_that_are_no_mapping_are_refused() -> None:
         sfpformat.numpy.save([WEIGHTS])  # type: ignore[arg-type]
 
 
-def test_a_writer_refuses_options_of_another_kind_and_goes_on(tmp_path: Path) -> None:
+def test_a_writer_refuses_options_of_another_type_and_stays_usable(tmp_path: Path) -> None:
     with Writer(tmp_path / "m.sfp") as writer:
         with pytest.raises(OptionError, match=r"the options of 'w': a str, 'fast', is not Options$"):
             writer.add("w", WEIGHTS, "fast")  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_options_refuse_values_of_another_type(given: dict[str, Any], words: str
         Options(**given)
 
 
-def test_options_take_the_numbers_of_numpy() -> None:
+def test_options_accept_numpy_scalars() -> None:
     options = Options(
         quantiser="uniform",
         bits=np.float32(3),
@@ -158,14 +158,14 @@ def test_options_take_the_numbers_of_numpy() -> None:
 # ------------------------------------------------------------------------------------------------- presets
 
 
-def test_an_unknown_preset_is_refused_with_the_presets_there_are() -> None:
+def test_an_unknown_preset_is_refused_with_the_list_of_presets() -> None:
     with pytest.raises(OptionError, match=r"^no preset is named 'fast'; there are default, speed, size, gpu"):
         PRESETS["fast"]
     with pytest.raises(KeyError, match="the nearest is 'speed'"):
         PRESETS["sped"]
 
 
-def test_presets_are_a_mapping_that_cannot_be_changed() -> None:
+def test_presets_are_a_read_only_mapping() -> None:
     assert PRESETS.get("fast") is None
     assert "fast" not in PRESETS
     assert dict(PRESETS)["speed"] == PRESETS["speed"]
@@ -179,7 +179,7 @@ def test_presets_are_a_mapping_that_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("module", ["sfpformat", "sfpformat.torch", "sfpformat.numpy", "sfpformat.pruning"])
-def test_importing_all_names_hides_none_of_pythons(module: str) -> None:
+def test_import_star_hides_no_builtin(module: str) -> None:
     there: dict[str, object] = {}
     exec(f"from {module} import *", there)
     assert not (set(there) - {"__builtins__"}) & set(dir(builtins))

@@ -31,7 +31,7 @@ def weighed_error(found: np.ndarray, importance: np.ndarray) -> float:
     return float(((found - WEIGHTS).astype(np.float64) ** 2 * importance).sum())
 
 
-def test_errors_go_where_they_count_least() -> None:
+def test_errors_are_larger_where_the_importance_is_lower() -> None:
     errors, sizes = {}, []
     for weighted in (None, "root", "full"):
         data = save({"w": WEIGHTS}, options=NOT_KEPT.but(weighted=weighted), importances={"w": IMPORTANCE})
@@ -42,7 +42,7 @@ def test_errors_go_where_they_count_least() -> None:
     assert errors["full"] < errors["root"] < 0.95 * errors[None]
 
 
-def test_an_importance_that_only_weighs_is_not_kept() -> None:
+def test_an_importance_that_is_only_a_weight_is_not_stored() -> None:
     options = NOT_KEPT.but(weighted="root")
     data = save({"w": WEIGHTS}, options=options, importances={"w": IMPORTANCE})
     with sfpformat.open(data) as file:
@@ -52,7 +52,7 @@ def test_an_importance_that_only_weighs_is_not_kept() -> None:
         assert file.get_importance("w") is not None
 
 
-def test_equal_importances_weigh_as_none() -> None:
+def test_equal_importances_give_the_same_bytes_as_none() -> None:
     """But for zeros, which only a weighed error may leave the nearest numbers for."""
     options = NOT_KEPT.but(bits=4.0)
     plain = load(save({"w": WEIGHTS}, options=options))["w"]
@@ -62,7 +62,7 @@ def test_equal_importances_weigh_as_none() -> None:
 
 
 @pytest.mark.parametrize("step", [0.1, 0.5])
-def test_what_does_not_matter_becomes_zero_and_what_matters_most_rounds_to_nearest(step: float) -> None:
+def test_zero_importance_quantises_to_zero_and_high_importance_rounds_to_nearest(step: float) -> None:
     magnitudes = np.abs(WEIGHTS.reshape(-1))
     quantiser = weighed_numbers(magnitudes, step, 0.12)
     assert not quantiser(magnitudes, np.zeros_like(magnitudes)).any()
@@ -75,7 +75,7 @@ def test_what_does_not_matter_becomes_zero_and_what_matters_most_rounds_to_neare
     hnp.arrays(np.float32, 40, elements=st.floats(0, 1000, width=32)),
     st.lists(st.floats(0, 4, width=32), min_size=1, max_size=60),
 )
-def test_of_three_numbers_the_cheapest_is_taken(
+def test_the_cheapest_of_three_candidate_numbers_is_chosen(
     magnitudes: np.ndarray, weights: np.ndarray, rises: list[float]
 ) -> None:
     costs = np.cumsum(np.array([0.0, *rises])).astype(np.float32)
@@ -104,7 +104,7 @@ def model() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("bits", [1.5, 3.0, 5.0])
-def test_all_tensors_together_take_the_bits_asked_for(bits: float) -> None:
+def test_all_tensors_together_meet_the_bit_budget(bits: float) -> None:
     tensors = model()
     steps = steps_for_budget(tensors, bits)
     options = {name: Options(quantiser="uniform", step=step) for name, step in steps.items()}
@@ -112,21 +112,21 @@ def test_all_tensors_together_take_the_bits_asked_for(bits: float) -> None:
     assert bits - 0.05 < taken < bits + 0.4  # tables and index come on top
 
 
-def test_without_an_importance_the_same_part_of_a_spread_is_a_step() -> None:
+def test_without_importance_steps_are_proportional_to_the_spread() -> None:
     tensors = {"a": WEIGHTS, "b": WEIGHTS * np.float32(0.125)}
     steps = steps_for_budget(tensors, 3)
     assert steps["b"] == pytest.approx(steps["a"] / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize(("weighted", "ratio"), [("full", 4.0), ("root", 2.0)])
-def test_tensors_that_matter_more_have_smaller_steps(weighted: str, ratio: float) -> None:
+def test_tensors_of_higher_importance_have_smaller_steps(weighted: str, ratio: float) -> None:
     tensors = {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}
     importances = {"a": IMPORTANCE * np.float32(16), "b": IMPORTANCE[::-1].copy()}
     steps = steps_for_budget(tensors, 3, importances=importances, weighted=weighted)
     assert steps["b"] / steps["a"] == pytest.approx(ratio, rel=1e-4)
 
 
-def test_a_mask_leaves_bits_to_the_others() -> None:
+def test_bits_saved_by_a_mask_are_spent_on_other_tensors() -> None:
     tensors = {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}
     masked = steps_for_budget(tensors, 3, masks={"a": np.abs(WEIGHTS) > 1})
     assert masked["b"] < steps_for_budget(tensors, 3)["b"]
@@ -140,14 +140,14 @@ def test_a_mask_leaves_bits_to_the_others() -> None:
     ),
     st.sampled_from([0.1, 2.0, 12.0]),
 )
-def test_every_step_can_be_written(arrays: list[np.ndarray], bits: float) -> None:
+def test_every_returned_step_can_be_written(arrays: list[np.ndarray], bits: float) -> None:
     tensors = {str(i): array for i, array in enumerate(arrays)}
     steps = steps_for_budget(tensors, bits)
     options = {name: Options(quantiser="uniform", step=step) for name, step in steps.items()}
     assert set(load(save(tensors, options=options))) == set(tensors)
 
 
-def test_what_cannot_share_is_told() -> None:
+def test_tensors_that_cannot_share_a_budget_are_refused() -> None:
     with pytest.raises(OptionError, match=r"'w'.*importance"):
         steps_for_budget({"w": WEIGHTS}, 3, weighted="root")
     with pytest.raises(OptionError, match=r"'w'.*negative"):
@@ -156,7 +156,7 @@ def test_what_cannot_share_is_told() -> None:
         steps_for_budget({"w": np.array([np.inf], np.float32)}, 3)
 
 
-def test_pack_shares_bits_by_importance(tmp_path: Path, capsys: Capture) -> None:
+def test_pack_distributes_bits_by_importance(tmp_path: Path, capsys: Capture) -> None:
     tensors = {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}
     save_file(tensors, tmp_path / "m.safetensors")
     save_file({"a": IMPORTANCE * np.float32(16), "b": IMPORTANCE}, tmp_path / "i.safetensors")

@@ -33,7 +33,7 @@ def decibels(before: np.ndarray, after: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("bits", [1.0, 2.0, 4.0, 6.0])
-def test_a_target_of_bits_is_met_by_planes(bits: float) -> None:
+def test_a_bit_target_is_met_by_the_planes(bits: float) -> None:
     data = save({"w": NORMAL}, options=Options(quantiser="uniform", bits=bits))
     with sfpformat.open(data) as file:
         entry = file.entry("w")
@@ -44,13 +44,13 @@ def test_a_target_of_bits_is_met_by_planes(bits: float) -> None:
 
 @pytest.mark.parametrize("target", [-30.0, -20.0, -10.0, -6.0])
 @pytest.mark.parametrize("rate_weight", [0.0, 0.12])
-def test_a_target_of_error_is_met(target: float, rate_weight: float) -> None:
+def test_an_error_target_is_met(target: float, rate_weight: float) -> None:
     options = Options(quantiser="uniform", error_db=target, rate_weight=rate_weight)
     found = decibels(NORMAL, load(save({"w": NORMAL}, options=options))["w"])
     assert target - 0.4 < found < target + 0.1
 
 
-def test_the_step_of_a_target_error_keeps_below_it() -> None:
+def test_the_step_for_an_error_target_stays_below_it() -> None:
     magnitudes = np.abs(NORMAL.reshape(-1))
     allowed = 10**-1.5 * float(np.mean(magnitudes.astype(np.float64) ** 2))
     step = step_for_error(Sampled(magnitudes, len(magnitudes), None, 0.12), allowed)
@@ -59,7 +59,7 @@ def test_the_step_of_a_target_error_keeps_below_it() -> None:
     assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
 
 
-def test_weighing_bits_against_error_pays() -> None:
+def test_rate_distortion_weighting_needs_fewer_bits_for_the_same_error() -> None:
     """At equal error fewer bits are needed."""
     sizes = [
         len(save({"w": NORMAL}, options=Options(quantiser="uniform", error_db=-9, rate_weight=weight)))
@@ -68,7 +68,7 @@ def test_weighing_bits_against_error_pays() -> None:
     assert sizes[1] < 0.97 * sizes[0]
 
 
-def test_centroids_are_better_than_even_ones() -> None:
+def test_centroids_have_less_error_than_evenly_spaced_ones() -> None:
     magnitudes = np.abs(NORMAL.reshape(-1))
     centroids = lloyd_max(magnitudes, 8).astype(np.float64)
     assert len(centroids) == 8
@@ -89,12 +89,12 @@ def test_a_table_keeps_the_sign_of_its_least_magnitude() -> None:
     assert len(np.unique(decoded)) == 2
 
 
-def test_few_magnitudes_are_their_own_centroids() -> None:
+def test_a_few_distinct_magnitudes_become_the_centroids() -> None:
     magnitudes = np.repeat(np.array([0.5, 2.0, 3.0], np.float32), 50)
     assert lloyd_max(magnitudes, 4).tolist() == [0.5, 2.0, 3.0]
 
 
-def test_weighted_centroids_go_where_the_importance_is() -> None:
+def test_weighted_centroids_are_closer_to_important_weights() -> None:
     importance = np.where(np.abs(NORMAL) > 1.5, np.float32(100), np.float32(0.01))
     plain = Options(quantiser="table", centroids=4)
     results = {}
@@ -106,7 +106,7 @@ def test_weighted_centroids_go_where_the_importance_is() -> None:
     assert results["full"][~important].mean() > results[None][~important].mean()
 
 
-def test_weighted_needs_an_importance_and_a_table() -> None:
+def test_weighted_without_an_importance_or_a_table_is_refused() -> None:
     with pytest.raises(OptionError, match="importance"):
         save({"w": NORMAL}, options=Options(quantiser="table", centroids=4, weighted="root"))
     with pytest.raises(OptionError, match="quantiser"):
@@ -148,17 +148,17 @@ def test_code_lengths_cost_less_than_a_bit_more_than_the_entropy(counts: list[in
 
 
 @given(st.integers(1, 2**52))
-def test_logarithms_are_right_to_a_thousandth(n: int) -> None:
+def test_logarithms_are_accurate_to_a_thousandth(n: int) -> None:
     assert log2_fixed(np.array([n]))[0] / (1 << FRACTION) == pytest.approx(math.log2(n), abs=1e-3)
 
 
-def test_entropy_is_that_of_the_definition() -> None:
+def test_entropy_matches_its_definition() -> None:
     counts = np.array([50, 25, 0, 25])
     assert entropy_bits(counts) / (1 << FRACTION) == pytest.approx(150, rel=1e-4)
 
 
 @given(st.lists(st.integers(0, 1 << 38), min_size=1, max_size=4))
-def test_entropies_of_several_histograms_are_those_of_each(counts: list[int]) -> None:
+def test_entropies_of_several_histograms_match_those_of_each(counts: list[int]) -> None:
     fine = np.array([0, *counts, 0, 0, 0])[: len(counts) // 2 * 2 + 2].astype(np.int64)
     histograms = [fine, fine[0::2] + fine[1::2]]
     assert entropies(histograms) == [entropy_bits(each) for each in histograms]
@@ -168,7 +168,7 @@ def test_entropies_of_several_histograms_are_those_of_each(counts: list[int]) ->
     st.lists(st.integers(0, 10000), min_size=1, max_size=3000).filter(any),
     st.booleans(),
 )
-def test_classes_cover_every_number_that_occurs_and_keep_the_bound(counts: list[int], signed: bool) -> None:
+def test_classes_cover_every_number_and_respect_the_bound(counts: list[int], signed: bool) -> None:
     used = np.flatnonzero(counts)
     bound = int(used[-1]) + 1  # the tightest there is
     layout = best_layout(np.array(counts), signed, bound)
@@ -178,14 +178,14 @@ def test_classes_cover_every_number_that_occurs_and_keep_the_bound(counts: list[
     assert all(extra >= sign for extra in layout.extra)
 
 
-def test_a_skewed_stream_gets_single_classes_first() -> None:
+def test_a_skewed_stream_gets_single_number_classes_first() -> None:
     counts = (1e6 * 0.7 ** np.arange(60)).astype(np.int64)
     extra = best_layout(counts, signed=False, bound=1 << 16).extra
     assert set(extra[:8]) == {0}
     assert max(extra) >= 2
 
 
-def test_rows_of_different_spread_get_codes_of_their_own() -> None:
+def test_rows_of_different_spread_get_separate_codes() -> None:
     rows = NORMAL * np.repeat(np.float32([0.01, 1.0]), 128)[:, None]
     sizes = {}
     for codes in (1, None):
@@ -294,7 +294,7 @@ def test_levels_of_a_fixed_width_have_as_many_bits_as_the_greatest_needs(greates
     assert list(fingerprints.table.extra) == [(2 * (least + greatest) + 1 - 2 * low).bit_length()]
 
 
-def test_a_table_of_other_centroids_is_coded_as_ever() -> None:
+def test_nine_centroids_get_nine_classes_instead_of_a_fixed_width() -> None:
     array = half_pruned().astype(np.float32)
     options = PLAIN.but(centroids=9)
     with sfpformat.open(save({"w": array}, options=options)) as file:

@@ -58,7 +58,7 @@ def decibels(before: Array, after: Array) -> float:
 @clauses("R-REC-003")
 @pytest.mark.parametrize("scale", ["row", "column", "tensor", 128, None])
 @pytest.mark.parametrize("quantiser", [UNIFORM, TABLE])
-def test_fp8_weights_scaled_to_448_come_back_without_a_nan(scale: Any, quantiser: Options) -> None:
+def test_fp8_weights_scaled_to_448_decode_without_nan(scale: Any, quantiser: Options) -> None:
     weights = fp8_by_rows()
     found = decoded(weights, quantiser.but(scale=scale))
     assert np.isfinite(found.astype(np.float32)).all()
@@ -70,20 +70,20 @@ def test_fp8_weights_scaled_to_448_come_back_without_a_nan(scale: Any, quantiser
     ("dtype", "greatest"),
     [(F16, 65504), (BF16, 3.3e38), (np.float32, 3.4e38), (ml_dtypes.float8_e5m2, 57344)],
 )
-def test_the_greatest_weights_of_a_dtype_keep_within_the_error_asked_for(dtype: Any, greatest: float) -> None:
+def test_the_largest_weights_of_a_dtype_stay_within_the_requested_error(dtype: Any, greatest: float) -> None:
     weights = np.full((16, 64), greatest).astype(dtype)
     found = decoded(weights, Options(quantiser="uniform", error_db=-30.0)).astype(np.float64)
     wide = weights.astype(np.float64)
     assert 10 * math.log10(max(np.square((found - wide) / wide).mean(), 1e-30)) <= -30
 
 
-def test_a_weight_whose_nearest_multiple_is_infinite_takes_the_next_below() -> None:
+def test_a_weight_whose_nearest_multiple_is_infinite_rounds_down() -> None:
     weights = np.array([[65504, -65504, 30000, 0]] * 8, np.float16)
     found = decoded(weights, Options(quantiser="uniform", step=26000, rate_weight=0, coding="fingerprint"))
     assert found[0].tolist() == [52000, -52000, 26000, 0]
 
 
-def test_a_step_that_leaves_a_weight_only_zero_is_refused() -> None:
+def test_a_step_that_rounds_every_weight_to_zero_is_refused() -> None:
     weights = np.full((4, 32), 65504, np.float16)
     with pytest.raises(OptionError, match=r"'w'.*100000.*F16.*smaller"):
         save({"w": weights}, options=Options(quantiser="uniform", step=1e5))
@@ -106,14 +106,14 @@ def test_scaled_weights_of_any_size_are_as_precise_as_others(
     assert 10 * math.log10(error) < (-24 if size > 1e-40 else -20)
 
 
-def test_rows_far_smaller_than_others_are_not_lost_to_a_scale_factor_of_zero() -> None:
+def test_rows_far_smaller_than_others_get_a_scale_factor_above_zero() -> None:
     weights = np.random.default_rng(2).standard_normal((4, 256)) * np.array([[1.0], [1e-4], [1e-7], [1e-8]])
     found = decoded(weights.astype(np.float32), Options(quantiser="uniform", bits=5.0, scale="row"))
     for row, wide in zip(found.astype(np.float64), weights, strict=True):
         assert np.square(row - wide).mean() < 0.02 * np.square(wide).mean()
 
 
-def test_a_few_survivors_of_a_large_tensor_are_quantised_by_their_own_size() -> None:
+def test_a_few_survivors_of_a_large_tensor_stay_close_to_their_values() -> None:
     weights = np.zeros(1 << 18, np.float32)
     weights[12345::40000] = 0.01
     for options in ({"quantiser": "uniform", "bits": 2.0}, {"quantiser": "table", "centroids": 4}):
@@ -122,21 +122,21 @@ def test_a_few_survivors_of_a_large_tensor_are_quantised_by_their_own_size() -> 
         assert np.abs(found - weights).max() < 0.005
 
 
-def test_an_error_asked_for_is_met_where_a_sample_misjudges_the_mean_square() -> None:
+def test_an_error_target_is_met_even_if_a_sample_misestimates_the_mean_square() -> None:
     weights = np.random.default_rng(3).standard_normal(1 << 18).astype(np.float32)
     weights[0] = 3000.0  # in every sample of every fourth weight
     found = load(save({"w": weights}, options=Options(quantiser="uniform", error_db=-30.0)))["w"]
     assert -31 < decibels(weights, found) <= -29.9
 
 
-def test_an_error_counts_weights_as_a_reader_rounds_them() -> None:
+def test_the_error_is_computed_from_weights_rounded_like_a_reader() -> None:
     weights = fp8_by_rows()
     for scale in (None, "row"):
         found = decoded(weights, Options(quantiser="uniform", error_db=-24.0, scale=scale))
         assert -26 < decibels(weights, found) <= -24 + 1e-6
 
 
-def test_weights_whose_error_no_step_makes_so_small_are_kept_lossless() -> None:
+def test_weights_for_which_no_step_reaches_the_error_stay_lossless() -> None:
     weights = np.random.default_rng(4).standard_normal((64, 64)).astype(np.float32)
     options = Options(quantiser="uniform", error_db=-200.0)
     assert np.array_equal(decoded(weights, options), weights)
@@ -170,7 +170,7 @@ def test_a_multiplier_that_is_rounded_up_makes_no_weight_infinite(bits: int, qua
 
 @pytest.mark.parametrize("quantiser", ["lossless", "uniform"])
 @pytest.mark.parametrize("form", ["each", "factors"])
-def test_a_multiplier_that_makes_a_weight_too_great_is_refused(quantiser: str, form: str) -> None:
+def test_a_multiplier_that_overflows_a_weight_is_refused(quantiser: str, form: str) -> None:
     weights = np.full((8, 32), 60000, np.float16)
     importance: Any = np.full((8, 32), 2.0, np.float32)
     if form == "factors":
@@ -181,7 +181,7 @@ def test_a_multiplier_that_makes_a_weight_too_great_is_refused(quantiser: str, f
         save({"w": weights}, options=options, importances={"w": importance})
 
 
-def test_what_a_mask_prunes_may_have_any_multiplier() -> None:
+def test_pruned_positions_may_have_any_multiplier() -> None:
     weights = np.full((8, 32), 60000, np.float16)
     mask = np.zeros((8, 32), bool)
     mask[0] = True
@@ -263,7 +263,7 @@ def importances_for(draw: st.DrawFn, array: Array) -> Any:
 @clauses("R-REC-001", "R-REC-002", "R-REC-003", "R-QNT-006", "R-SCL-006")
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(FLOATS), st.data())
-def test_finite_weights_come_back_finite_or_are_refused(name: str, data: st.DataObject) -> None:
+def test_finite_weights_decode_to_finite_values_or_are_refused(name: str, data: st.DataObject) -> None:
     array = data.draw(at_the_ends(DTYPES[name]))
     greatest = float(np.abs(array.astype(np.float64)).max(initial=0))
     options = data.draw(lossy_options(min(greatest, 2e38)))
@@ -296,7 +296,7 @@ def test_finite_weights_come_back_finite_or_are_refused(name: str, data: st.Data
     st.floats(0.015625, 2.0, width=32),
     st.booleans(),
 )
-def test_a_number_is_lowered_to_the_greatest_that_is_finite(
+def test_a_number_is_lowered_to_the_largest_with_a_finite_value(
     name: str, numbers: list[int], share: float, factor: float, table: bool
 ) -> None:
     dtype = DTYPES[name]
@@ -318,7 +318,7 @@ def test_a_number_is_lowered_to_the_greatest_that_is_finite(
 
 @pytest.mark.parametrize("step", [1e-30, 0.5, 1e30, 3e38])
 @pytest.mark.parametrize("scale", [1.0, 3.0, 1e-3])
-def test_the_greatest_number_that_can_be_coded_has_a_finite_product_and_the_next_has_none(
+def test_the_largest_codable_number_has_a_finite_product_and_the_next_overflows(
     step: float, scale: float
 ) -> None:
     greatest = greatest_codable(np.float32(step), np.float32(scale))

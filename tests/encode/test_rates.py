@@ -51,9 +51,7 @@ def size(array: Array, options: Options, mask: NDArray[np.bool_] | None = None) 
 
 @pytest.mark.parametrize("bits", [2.0, 4.0, 8.0, 14.0])
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_the_levels_of_survivors_take_the_bits_asked_for_and_the_mask_comes_on_top(
-    bits: float, share: float
-) -> None:
+def test_bits_count_the_levels_of_survivors_without_the_mask(bits: float, share: float) -> None:
     data = save({"w": pruned(NORMAL, share)}, options=Options(quantiser="uniform", bits=bits))
     found, _ = rates(data)
     assert found == pytest.approx(bits, rel=0.06)
@@ -62,14 +60,14 @@ def test_the_levels_of_survivors_take_the_bits_asked_for_and_the_mask_comes_on_t
 @pytest.mark.parametrize(
     ("share", "budget"), [(0.0, 1.0), (0.0, 4.0), (0.5, 2.0), (0.5, 6.0), (0.9, 1.0), (0.9, 2.5)]
 )
-def test_a_budget_counts_the_mask_as_well(share: float, budget: float) -> None:
+def test_a_budget_includes_the_mask(share: float, budget: float) -> None:
     data = save({"w": pruned(NORMAL, share)}, options=Options(quantiser="uniform", budget=budget))
     _, found = rates(data)
     assert found == pytest.approx(budget, rel=0.06)
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
-def test_where_nothing_is_pruned_bits_and_budget_are_the_same(bits: float) -> None:
+def test_without_pruning_bits_and_budget_give_the_same_bytes(bits: float) -> None:
     asked = Options(quantiser="uniform", bits=bits)
     assert save({"w": HEAVY}, options=asked) == save({"w": HEAVY}, options=asked.but(bits=None, budget=bits))
 
@@ -77,7 +75,7 @@ def test_where_nothing_is_pruned_bits_and_budget_are_the_same(bits: float) -> No
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bits", [2.0, 5.0])
 @pytest.mark.parametrize("array", [NORMAL, HEAVY], ids=["normal", "heavy tails"])
-def test_pruning_makes_no_file_of_so_many_bits_more_than_one_percent_larger(
+def test_pruning_makes_a_file_with_a_bit_target_at_most_one_percent_larger(
     array: Array, bits: float, masked: bool
 ) -> None:
     options = Options(quantiser="uniform", bits=bits)
@@ -91,7 +89,7 @@ def test_pruning_makes_no_file_of_so_many_bits_more_than_one_percent_larger(
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_levels_of_a_fixed_width_have_at_most_the_bits_asked_for(bits: int, share: float) -> None:
+def test_fixed_width_levels_have_at_most_the_requested_bits(bits: int, share: float) -> None:
     data = save({"w": pruned(HEAVY, share)}, options=PRESETS["fused"].but(quantiser="uniform", bits=bits))
     with sfpformat.open(data) as file:
         fingerprints = file.entry("w").fingerprints
@@ -108,7 +106,7 @@ def test_a_mask_that_alone_takes_more_than_the_budget_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"bits": 1.3}, {"budget": 1.2}, {"budget": 1.6}], ids=str)
-def test_bits_that_would_make_zeros_of_all_survivors_of_a_mask_are_refused(options: dict[str, float]) -> None:
+def test_bits_that_would_quantise_all_survivors_to_zero_are_refused(options: dict[str, float]) -> None:
     """A mask of half the positions takes a bit a position, and each survivor has a sign."""
     mask = np.abs(NORMAL) > np.quantile(np.abs(NORMAL), 0.5)
     with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
@@ -119,7 +117,7 @@ def test_bits_that_would_make_zeros_of_all_survivors_of_a_mask_are_refused(optio
 
 
 @pytest.mark.parametrize("options", [{"bits": 1.9}, {"budget": 1.9}], ids=str)
-def test_bits_that_would_make_zeros_of_all_weights_of_a_fixed_width_are_refused(
+def test_fixed_width_bits_that_would_quantise_all_weights_to_zero_are_refused(
     options: dict[str, float],
 ) -> None:
     with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
@@ -128,7 +126,7 @@ def test_bits_that_would_make_zeros_of_all_weights_of_a_fixed_width_are_refused(
     assert load(save({"w": NORMAL}, options=fits))["w"].any()
 
 
-def test_a_tensor_without_a_step_for_its_bits_is_kept_lossless_where_that_takes_no_more() -> None:
+def test_a_tensor_without_a_step_for_its_bits_stays_lossless_if_that_fits() -> None:
     """A table of one value takes no bits a survivor; a number that is not 0 takes a sign."""
     mask = np.arange(NORMAL.size).reshape(NORMAL.shape) % 384 < 192
     array = np.where(mask, np.float32(3), np.float32(0))
@@ -137,7 +135,7 @@ def test_a_tensor_without_a_step_for_its_bits_is_kept_lossless_where_that_takes_
 
 
 @pytest.mark.parametrize("budget", [1.2, 1.4, 1.6])
-def test_a_shared_budget_that_would_make_zeros_of_all_survivors_is_refused(budget: float) -> None:
+def test_a_shared_budget_that_would_quantise_all_survivors_to_zero_is_refused(budget: float) -> None:
     half = {name: np.abs(a) > np.quantile(np.abs(a), 0.5) for name, a in (("a", NORMAL), ("b", HEAVY))}
     with pytest.raises(OptionError, match="all weights would become 0"):
         steps_for_budget({"a": NORMAL, "b": HEAVY}, budget, masks=half)
@@ -147,13 +145,13 @@ def test_a_shared_budget_that_would_make_zeros_of_all_survivors_is_refused(budge
     assert steps["a"] < NORMAL.max()
 
 
-def test_many_different_numbers_are_not_taken_for_fewer_bits_than_they_have() -> None:
+def test_the_estimate_is_not_too_low_for_many_distinct_numbers() -> None:
     """A sample of so many numbers of 20 bits each shows an entropy of 12 bits only."""
     counts = np.bincount(RNG.integers(1 << 19, 1 << 20, 1 << 12), minlength=1 << 20)
     assert numbers_bits(counts) / (1 << FRACTION) / (1 << 12) == pytest.approx(19 + 1, abs=0.2)
 
 
-def test_a_number_far_more_frequent_than_the_others_takes_the_bits_of_a_code_of_pairs() -> None:
+def test_a_dominant_number_is_estimated_with_a_code_of_pairs() -> None:
     """Of 64 pairs 49 have one bit, 7 two, and 8 three; the one number above 0 has a sign."""
     found = pairs_bits(np.array([7, 1]) * 1000)
     assert found / (1 << FRACTION) / 8000 == pytest.approx((49 + 2 * 7 + 3 * 8) / 128 + 1 / 8, abs=1e-4)
@@ -172,7 +170,7 @@ def test_bits_and_budgets_out_of_range_are_refused(name: str, value: Any) -> Non
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32, ml_dtypes.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("target", [{"bits": 28.0}, {"budget": 28.0}, {"error_db": -300.0}])
-def test_a_tensor_is_kept_lossless_where_that_takes_no_more_bits_than_asked_for(
+def test_a_tensor_stays_lossless_if_that_fits_the_bits(
     dtype: Any, share: float, target: dict[str, float]
 ) -> None:
     array = pruned(NORMAL.astype(dtype), share)
@@ -183,7 +181,7 @@ def test_a_tensor_is_kept_lossless_where_that_takes_no_more_bits_than_asked_for(
     assert len(data) == len(save({"w": array}))
 
 
-def test_a_table_of_more_centroids_than_pay_is_kept_lossless() -> None:
+def test_a_table_larger_than_the_lossless_tensor_stays_lossless() -> None:
     array = NORMAL[:16].astype(np.float16)
     data = save({"w": array}, options=Options(quantiser="table", centroids=4096))
     assert load(data)["w"].tobytes() == array.tobytes()
@@ -193,7 +191,7 @@ def test_a_table_of_more_centroids_than_pay_is_kept_lossless() -> None:
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("asked", [{"bits": 32.0}, {"budget": 32.0}, {"centroids": 4096}], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 100])
-def test_a_small_tensor_whose_bytes_as_they_are_fit_is_kept_as_it_is(
+def test_a_small_tensor_whose_raw_bytes_fit_is_stored_raw(
     coding: Any, given: bool, asked: dict[str, Any], count: int
 ) -> None:
     """The bit patterns are random, so that nothing can be saved."""
@@ -211,7 +209,7 @@ def test_a_small_tensor_whose_bytes_as_they_are_fit_is_kept_as_it_is(
         assert load(data)["w"].tobytes() == array.tobytes()
 
 
-def test_a_step_and_a_fixed_width_are_kept_to_whatever_they_take() -> None:
+def test_an_explicit_step_or_fixed_width_is_applied_at_any_size() -> None:
     array = NORMAL.astype(np.float16)
     for options in (
         Options(quantiser="uniform", step=1e-6),
@@ -226,7 +224,7 @@ def test_a_step_and_a_fixed_width_are_kept_to_whatever_they_take() -> None:
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("budget", [4.0, 9.0, 12.0, 28.0])
-def test_steps_for_a_budget_never_make_a_file_larger_than_the_lossless_one(
+def test_steps_for_budget_never_give_a_file_larger_than_the_lossless_one(
     dtype: Any, share: float, budget: float
 ) -> None:
     tensors = {"a": pruned(NORMAL.astype(dtype), share), "b": pruned((HEAVY / 50).astype(dtype), share)}
@@ -237,7 +235,7 @@ def test_steps_for_a_budget_never_make_a_file_larger_than_the_lossless_one(
     assert 8 * found / (2 * NORMAL.size) < budget + 0.3
 
 
-def test_tensors_that_need_fewer_bits_without_loss_leave_theirs_to_the_others() -> None:
+def test_bits_that_lossless_tensors_save_are_spent_on_the_others() -> None:
     few = RNG.choice(np.float32([-1.0, -0.5, 0.5, 1.0]), NORMAL.shape)
     steps = steps_for_budget({"few": few, "many": NORMAL}, 4)
     assert list(steps) == ["many"]
@@ -252,5 +250,5 @@ def test_tensors_that_need_fewer_bits_without_loss_leave_theirs_to_the_others() 
         assert np.array_equal(file.get_tensor("few"), few)
 
 
-def test_nothing_is_quantised_where_all_tensors_fit_without_loss() -> None:
+def test_nothing_is_quantised_if_all_tensors_fit_losslessly() -> None:
     assert steps_for_budget({"a": NORMAL, "b": HEAVY}, 28) == {}

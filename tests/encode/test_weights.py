@@ -229,7 +229,7 @@ def specs(tensors: list[tuple[str, str, Kind | None]]) -> list[TensorSpec]:
 
 
 @pytest.mark.parametrize("tensors", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_parts_of_quantised_weights_buffers_biases_and_gains_are_no_weights(
+def test_parts_of_quantised_weights_buffers_biases_and_gains_are_excluded_from_weights(
     tensors: list[tuple[str, str, Kind | None]],
 ) -> None:
     found = {name: reason.kind for name, reason in not_weights(specs(tensors)).items()}
@@ -238,7 +238,7 @@ def test_parts_of_quantised_weights_buffers_biases_and_gains_are_no_weights(
     assert backwards == found
 
 
-def test_every_reason_says_what_shows_it() -> None:
+def test_every_reason_names_its_evidence() -> None:
     tensors = [
         t for name in ("GPTQ", "DeepSeek-V3", "bitsandbytes, 4 bits kept as BF16") for t in CHECKPOINTS[name]
     ]
@@ -252,7 +252,7 @@ def test_every_reason_says_what_shows_it() -> None:
     assert words["l.weight"] == "with 'l.weight.absmax'"
 
 
-def test_a_model_of_many_tensors_is_looked_at_in_linear_time() -> None:
+def test_many_tensors_are_classified_in_linear_time() -> None:
     kinds = ("F8_E4M3", "I8", "F32")
     many = [TensorSpec(f"q_{i}_weight_scale_x", DTYPES[kinds[i % 3]], SHAPE) for i in range(10_000)]
     deep = [TensorSpec(f"{'a_' * 500}scale{i}", DTYPES["F8_E4M3"], SHAPE) for i in range(100)]
@@ -262,7 +262,7 @@ def test_a_model_of_many_tensors_is_looked_at_in_linear_time() -> None:
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_float], ids=lambda d: d.name)
-def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: Any) -> None:
+def test_values_that_are_not_finite_are_found_at_any_position(dtype: Any) -> None:
     assert dtype.nonfinite is not None
     bits = np.arange(3 << 20, dtype=np.uint64) % dtype.nonfinite
     array = bits.astype(dtype.pattern).view(dtype.numpy).reshape(3, -1)
@@ -277,7 +277,7 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: Any) -> N
     assert not has_values_beyond(np.array(1, dtype.numpy), float32=True)
 
 
-def test_values_that_float32_cannot_hold_are_found_where_that_matters() -> None:
+def test_values_outside_float32_are_found_if_they_would_be_quantised() -> None:
     greatest = np.finfo(np.float32).max.astype(np.float64)
     for value, beyond in ((greatest, False), (-1e39, True), (greatest * (1 + 2.0**-25), False)):
         array = np.array([0, value])
@@ -333,7 +333,7 @@ def test_a_lossless_pack_lists_no_reasons(tmp_path: Path, capsys: Capture) -> No
         assert json.loads(capsys.readouterr().out)["lossless"] == []
 
 
-def test_every_lossless_tensor_has_its_reason_in_the_json(tmp_path: Path, capsys: Capture) -> None:
+def test_json_lists_a_reason_for_every_lossless_tensor(tmp_path: Path, capsys: Capture) -> None:
     arrays = {
         **{"a.weight": rng.integers(0, 9, (80, 80), np.uint8), "a.scales": large(), "ids": np.arange(3)},
         **{"b.weight": large(ml_dtypes.float8_e4m3fn).astype(np.float16), "kept": large(), "undone": large()},
@@ -357,7 +357,7 @@ def test_every_lossless_tensor_has_its_reason_in_the_json(tmp_path: Path, capsys
     assert told["ids"]["because"] == "I64 [3]"
 
 
-def test_the_summary_shows_three_names_of_each_kind(tmp_path: Path, capsys: Capture) -> None:
+def test_the_summary_shows_three_names_for_each_reason(tmp_path: Path, capsys: Capture) -> None:
     arrays = {"w": large(), **{f"norm{i}.weight": large() for i in range(50)}}
     with packed(tmp_path, "--bits", "4", arrays=arrays):
         out = capsys.readouterr().out
@@ -365,7 +365,7 @@ def test_the_summary_shows_three_names_of_each_kind(tmp_path: Path, capsys: Capt
     assert "and 47 more\n" in out
 
 
-def test_a_like_rule_reaches_what_is_left_alone_with_a_warning(tmp_path: Path, capsys: Capture) -> None:
+def test_a_like_rule_on_a_lossless_tensor_applies_with_a_warning(tmp_path: Path, capsys: Capture) -> None:
     arrays = {"a.qweight": rng.integers(0, 9, (80, 80), np.int32), "a.scales": large(), "w": large()}
     with packed(tmp_path, "--like", "a.*", "--bits", "4", arrays=arrays) as sfp:
         assert sfp.info("a.scales").quantiser == "uniform"
@@ -398,14 +398,14 @@ def test_a_like_rule_prunes_infinities_last(tmp_path: Path) -> None:
         assert_bits(sfp.get_tensor("table"), np.where(arrays["table"] == 1, np.float32(0), arrays["table"]))
 
 
-def test_a_threshold_over_the_model_counts_only_what_it_prunes(tmp_path: Path) -> None:
+def test_a_threshold_over_the_model_counts_only_prunable_tensors(tmp_path: Path) -> None:
     arrays = {"a": large(), "b.norm.weight": large() / 1000, "c": np.full((80, 80), np.nan, np.float32)}
     with packed(tmp_path, "--prune", "0.25", "--scope", "model", arrays=arrays) as sfp:
         assert np.count_nonzero(sfp.get_tensor("a") == 0) == 1600
         assert np.count_nonzero(sfp.get_tensor("b.norm.weight") == 0) == 0
 
 
-def test_options_that_reach_no_weights_pack_losslessly_with_a_warning(
+def test_options_that_match_no_weights_pack_losslessly_with_a_warning(
     tmp_path: Path, capsys: Capture
 ) -> None:
     arrays = {"a.qweight": rng.integers(0, 9, (80, 80), np.int32), "a.scales": large(), "a.bias": large()}
@@ -457,7 +457,7 @@ def state() -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def test_options_for_weights_name_the_weights_alone() -> None:
+def test_options_for_weights_returns_only_weights() -> None:
     chosen = sfpformat.numpy.options_for_weights(state(), FOUR_BITS)
     assert chosen == {"b.weight": FOUR_BITS}
     with sfpformat.open(sfpformat.numpy.save(state(), options=chosen)) as file:
@@ -506,7 +506,7 @@ def test_torch_gives_the_same_options_for_weights_as_numpy() -> None:
     assert set(t.options_for_weights({"m": torch.ones(80, 80, device="meta")}, FOUR_BITS)) == {"m"}
 
 
-def test_lossy_options_that_reach_infinities_name_the_tensor_and_the_way_out() -> None:
+def test_lossy_options_on_infinities_raise_with_the_tensor_and_a_remedy() -> None:
     with pytest.raises(
         sfpformat.OptionError, match=r"tensor 'mask': .* leave the tensor out of the lossy options"
     ):

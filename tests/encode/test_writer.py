@@ -127,7 +127,7 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @clauses("R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005", "R-QNT-003", "R-QNT-006", "R-STR-005")
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_what_cannot_be_written_is_told_and_the_writer_goes_on(case: str) -> None:
+def test_an_unwritable_tensor_raises_and_the_writer_stays_usable(case: str) -> None:
     array, given = IMPOSSIBLE[case]
     out = io.BytesIO()
     with Writer(out) as writer:
@@ -162,7 +162,7 @@ GREAT: dict[str, tuple[Any, Options]] = {
 
 @clauses("R-SCL-004", "R-SCL-006", "R-QNT-006", "R-IMP-006")
 @pytest.mark.parametrize("case", GREAT)
-def test_the_greatest_and_the_least_numbers_are_written_validly_or_refused(case: str) -> None:
+def test_extreme_numbers_give_a_valid_file_or_are_refused(case: str) -> None:
     array, options = GREAT[case]
     try:
         data = save({"a": array}, options=options)
@@ -176,7 +176,7 @@ def test_the_greatest_and_the_least_numbers_are_written_validly_or_refused(case:
 @pytest.mark.parametrize("greatest", [1e-45, 1e-40, 1.0, 1.1, 1.7, 1e30, 3.0e38])
 @pytest.mark.parametrize("bits", [1, 6, 16, 24])
 @pytest.mark.parametrize("role", ["metadata", "multiplier"])
-def test_importances_of_any_size_are_written_validly(greatest: float, bits: int, role: str) -> None:
+def test_importances_of_any_magnitude_give_a_valid_file(greatest: float, bits: int, role: str) -> None:
     given = np.linspace(0, 1, 32, dtype=np.float32).reshape(4, 8) * np.float32(greatest)
     how = ImportanceOptions(bits=bits, role=role, over="all")
     data = save({"a": one}, options=Options(coding="fingerprint", importance=how), importances={"a": given})
@@ -191,7 +191,7 @@ def test_importances_of_any_size_are_written_validly(greatest: float, bits: int,
 
 @clauses("R-TEN-001", "R-TEN-002", "R-MSG-003")
 @pytest.mark.parametrize("name", ["", "a\0b", "\ud800", "x" * 1025, "taken"])
-def test_names_that_the_format_cannot_hold_are_told(name: str) -> None:
+def test_names_that_the_format_cannot_hold_are_refused(name: str) -> None:
     out = io.BytesIO()
     with Writer(out) as writer:
         writer.add("taken", one)
@@ -201,7 +201,7 @@ def test_names_that_the_format_cannot_hold_are_told(name: str) -> None:
 
 
 @clauses("R-DIR-005")
-def test_more_keys_of_an_entry_come_back() -> None:
+def test_extra_keys_of_an_entry_are_restored() -> None:
     keys = {"x-a": {"b": [1, "c", b"d", (1 << 64) - 1]}, "x-": ""}
     out = io.BytesIO()
     with Writer(out) as writer:
@@ -237,14 +237,14 @@ for _ in range(16):
         ([], "no mapping"),
     ],
 )
-def test_more_keys_that_no_reader_takes_are_refused(keys: Any, told: str) -> None:
+def test_extra_keys_that_readers_refuse_are_refused(keys: Any, told: str) -> None:
     with Writer(io.BytesIO()) as writer, pytest.raises(OptionError, match=told):
         writer.add("w", one, other=keys)
 
 
 @clauses("R-MSG-003")
 @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, {"a": "b\0"}, {"\0": "b"}, {"a": "\udc00"}])
-def test_metadata_that_the_format_cannot_hold_are_told_before_anything_is_made(
+def test_metadata_that_the_format_cannot_hold_are_refused_before_a_file_is_created(
     metadata: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError):
@@ -283,7 +283,7 @@ def test_metadata_that_the_format_cannot_hold_are_told_before_anything_is_made(
         {"rate_weight": -1.0},
     ],
 )
-def test_options_that_make_no_sense_are_told(wrong: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         Options(**wrong)
 
@@ -302,7 +302,7 @@ def break_off(writer: Writer, tensors: int, error: type[BaseException]) -> None:
 @clauses("R-STR-005")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("tensors", [0, 1, 3])
-def test_an_exception_leaves_the_old_file_and_nothing_else(
+def test_an_exception_keeps_the_old_file_and_no_partial_file(
     target: Path, error: type[BaseException], tensors: int
 ) -> None:
     with pytest.raises(error):
@@ -311,7 +311,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(
 
 
 @clauses("R-STR-005")
-def test_the_old_file_is_there_until_the_new_one_is_complete(target: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(target: Path) -> None:
     with Writer(target) as writer:
         writer.add("a", weights(50, 60))
         assert target.read_bytes() == OLD
@@ -340,35 +340,35 @@ def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @clauses("R-STR-005")
 @pytest.mark.parametrize("key", [None, "job"])
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(target: Path, key: str | None) -> None:
+def test_a_full_disk_keeps_the_old_file_and_no_partial_file(target: Path, key: str | None) -> None:
     with pytest.raises(OSError, match="No space"), Writer(target, resume_key=key) as writer:
         writer.add("a", one)
     assert_untouched(target)
 
 
 @clauses("R-STR-005")
-def test_a_real_full_device_is_an_error_of_the_system() -> None:
+def test_a_full_device_raises_os_error() -> None:
     with pytest.raises(OSError, match="No space"), open("/dev/full", "wb", buffering=0) as stream:
         stream.write(b"x")
 
 
 @clauses("R-STR-005")
 @pytest.mark.parametrize("key", [None, "job"])
-def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path: Path, key: str | None) -> None:
+def test_a_missing_folder_raises_os_error(tmp_path: Path, key: str | None) -> None:
     with pytest.raises(FileNotFoundError):
         Writer(tmp_path / "none" / "a.sfp", resume_key=key)
 
 
 @clauses("R-STR-005")
 @pytest.mark.parametrize("key", [None, "job"])
-def test_a_target_that_is_no_file_is_not_replaced(tmp_path: Path, key: str | None) -> None:
+def test_a_target_that_is_no_regular_file_is_refused(tmp_path: Path, key: str | None) -> None:
     (tmp_path / "a.sfp").mkdir()
     with pytest.raises(OptionError, match="not a file"):
         Writer(tmp_path / "a.sfp", resume_key=key)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.sfp"]
 
 
-def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+def test_a_new_file_has_default_permissions(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         for key in (None, "job"):
@@ -380,7 +380,7 @@ def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
         os.umask(old)
 
 
-def test_a_link_stays_a_link_to_the_new_file(target: Path) -> None:
+def test_a_link_to_the_target_is_kept(target: Path) -> None:
     link = target.with_name("link.sfp")
     link.symlink_to(target)
     with Writer(link) as writer:
@@ -389,7 +389,7 @@ def test_a_link_stays_a_link_to_the_new_file(target: Path) -> None:
     assert list(accepted(target.read_bytes())) == ["a"]
 
 
-def test_two_writers_of_one_target_do_not_meet(target: Path) -> None:
+def test_two_writers_of_one_target_use_different_temporary_files(target: Path) -> None:
     with Writer(target) as first, Writer(target) as second:
         first.add("a", one)
         second.add("b", one)
@@ -397,7 +397,7 @@ def test_two_writers_of_one_target_do_not_meet(target: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_closing_and_giving_up_twice_is_harmless(target: Path) -> None:
+def test_closing_and_aborting_twice_is_harmless(target: Path) -> None:
     writer = Writer(target)
     writer.add("a", one)
     writer.close()
@@ -412,7 +412,7 @@ def test_closing_and_giving_up_twice_is_harmless(target: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_stream_is_written_from_its_start_and_cut_to_length() -> None:
+def test_a_stream_is_written_from_its_start_and_truncated() -> None:
     stream = io.BytesIO(b"\xff" * 100_000)
     stream.seek(77)
     with Writer(stream) as writer:
@@ -420,7 +420,7 @@ def test_a_stream_is_written_from_its_start_and_cut_to_length() -> None:
     assert stream.getvalue() == save({"a": one})
 
 
-def test_a_stream_left_half_written_is_no_file() -> None:
+def test_a_half_written_stream_is_not_a_valid_file() -> None:
     stream = io.BytesIO()
     with pytest.raises(RuntimeError):
         break_off(Writer(stream), 1, RuntimeError)
@@ -470,7 +470,7 @@ def parts_of(target: Path) -> tuple[Path, Path]:
 
 @clauses("R-STR-005")
 @pytest.mark.parametrize("stop", ["t0", "t1", "t4", "half"])
-def test_an_interrupted_job_goes_on_to_the_same_bytes(target: Path, whole: bytes, stop: str) -> None:
+def test_an_interrupted_job_resumes_to_the_same_bytes(target: Path, whole: bytes, stop: str) -> None:
     interrupt(target, stop)
     assert target.read_bytes() == OLD
     assert all(path.exists() for path in parts_of(target))
@@ -489,14 +489,14 @@ def test_a_job_can_be_interrupted_again_and_again(target: Path, whole: bytes) ->
 
 
 @clauses("R-STR-005")
-def test_another_job_begins_anew(target: Path, whole: bytes) -> None:
+def test_another_resume_key_starts_anew(target: Path, whole: bytes) -> None:
     interrupt(target, "t3", key="another")
     assert write(target) == ()
     assert target.read_bytes() == whole
 
 
 @clauses("R-STR-005")
-def test_a_job_that_fails_leaves_nothing_to_go_on_from(target: Path) -> None:
+def test_a_failed_job_leaves_nothing_to_resume(target: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         break_off(Writer(target, resume_key="job"), 1, ZeroDivisionError)
     assert_untouched(target)
@@ -546,7 +546,7 @@ DAMAGE: dict[str, Callable[[Path, Path], object]] = {
 
 @clauses("R-STR-005", "R-STR-001")
 @pytest.mark.parametrize("case", DAMAGE)
-def test_what_was_damaged_meanwhile_is_written_again(target: Path, whole: bytes, case: str) -> None:
+def test_damaged_partial_data_is_written_again(target: Path, whole: bytes, case: str) -> None:
     killed_in_the_middle_of_a_tensor(target)
     DAMAGE[case](*parts_of(target))
     there = write(target)
@@ -556,7 +556,7 @@ def test_what_was_damaged_meanwhile_is_written_again(target: Path, whole: bytes,
 
 
 @clauses("R-STR-005")
-def test_a_journal_cut_anywhere_loses_no_more_than_its_last_tensor(target: Path, whole: bytes) -> None:
+def test_a_truncated_journal_loses_at_most_its_last_tensor(target: Path, whole: bytes) -> None:
     interrupt(target, "t3")
     partial, journal = parts_of(target)
     kept, notes = partial.read_bytes(), journal.read_bytes()
@@ -571,7 +571,7 @@ def test_a_journal_cut_anywhere_loses_no_more_than_its_last_tensor(target: Path,
 
 
 @clauses("R-STR-005")
-def test_a_journal_with_any_bit_flipped_is_no_reason_to_fail(target: Path) -> None:
+def test_a_journal_with_a_flipped_bit_does_not_fail_the_job(target: Path) -> None:
     interrupt(target, "t2")
     partial, journal = parts_of(target)
     kept, notes = partial.read_bytes(), journal.read_bytes()
@@ -584,7 +584,7 @@ def test_a_journal_with_any_bit_flipped_is_no_reason_to_fail(target: Path) -> No
 
 
 @clauses("R-STR-005")
-def test_two_writers_of_one_resumable_target_do_not_meet(target: Path, whole: bytes) -> None:
+def test_a_second_resumable_writer_of_a_target_is_refused(target: Path, whole: bytes) -> None:
     with Writer(target, metadata={"k": "v"}, resume_key="job") as first:
         for name, array in TENSORS.items():
             with pytest.raises(SfpError, match="another process"):
@@ -595,7 +595,7 @@ def test_two_writers_of_one_resumable_target_do_not_meet(target: Path, whole: by
 
 
 @clauses("R-STR-005")
-def test_a_writer_that_comes_as_another_finishes_does_not_destroy_its_file(
+def test_a_writer_that_starts_while_another_finishes_keeps_its_file(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Writer(target, resume_key="job")
@@ -616,7 +616,7 @@ def test_a_writer_that_comes_as_another_finishes_does_not_destroy_its_file(
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_only_a_path_can_be_resumed() -> None:
+def test_resuming_a_stream_is_refused() -> None:
     with pytest.raises(OptionError):
         Writer(io.BytesIO(), resume_key="job")
 
@@ -627,7 +627,7 @@ def test_only_a_path_can_be_resumed() -> None:
 @clauses("R-STR-005", "R-LAY-003")
 @pytest.mark.parametrize("key", [None, "job"])
 @pytest.mark.parametrize("chunk", [0, 1, 2])
-def test_a_tensor_written_in_part_never_becomes_a_file(
+def test_a_partially_written_tensor_aborts_the_file(
     target: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, chunk: int
 ) -> None:
     writer = Writer(target, resume_key=key)
@@ -651,7 +651,7 @@ def test_a_tensor_written_in_part_never_becomes_a_file(
     assert_untouched(target)
 
 
-def test_nothing_can_be_added_to_a_closed_writer() -> None:
+def test_adding_to_a_closed_writer_raises() -> None:
     stream = io.BytesIO()
     writer = Writer(stream)
     writer.add("a", one)
@@ -662,7 +662,7 @@ def test_nothing_can_be_added_to_a_closed_writer() -> None:
     assert stream.getvalue() == data
 
 
-def test_the_bytes_do_not_depend_on_the_threads() -> None:
+def test_the_bytes_do_not_depend_on_the_thread_count() -> None:
     rng = np.random.default_rng(5)
     tensors = {"w": rng.standard_normal((300, 500), np.float32), "i": np.arange(5000)}
     options = sfpformat.Options(chunk=1 << 13)
@@ -680,7 +680,7 @@ def test_short_codes_make_coarse_classes(limit: int) -> None:
         assert all(max(code.length) <= limit for table in tables for code in table.codes)
 
 
-def test_tensors_of_another_file_are_taken_as_they_are() -> None:
+def test_tensors_of_another_file_are_copied_without_recoding() -> None:
     options = sfpformat.Options(quantiser="uniform", bits=4.0, scale="row", chunk=4096)
     rng = np.random.default_rng(0)
     tensors = {"a": rng.standard_normal((40, 300)), "b": np.arange(5), "c": np.zeros((0, 3), np.float32)}

@@ -44,7 +44,7 @@ def chunk_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
 
 
 @clauses("R-LIM-001")
-def test_half_a_gigabyte_of_zeros_in_large_chunks_is_read_with_the_default_limits() -> None:
+def test_half_a_gigabyte_of_zeros_can_be_read_with_the_default_limits() -> None:
     data = save({"z": np.zeros((1 << 25) + 1)}, options=Options(chunk=1 << 24))
     assert len(data) < 20_000
     with sfpformat.open(data) as file:
@@ -54,7 +54,9 @@ def test_half_a_gigabyte_of_zeros_in_large_chunks_is_read_with_the_default_limit
 @clauses("R-LIM-001")
 @pytest.mark.parametrize("options", [Options(), Options(quantiser="uniform", step=1.0, scale="row")])
 @pytest.mark.parametrize("survivors", [0, 1])
-def test_what_would_expand_too_far_has_smaller_chunks(options: Options, survivors: int) -> None:
+def test_chunks_that_would_exceed_the_expansion_limit_are_made_smaller(
+    options: Options, survivors: int
+) -> None:
     array = np.zeros((256, 4096), np.float32)
     array[0, :survivors] = 3
     asked = options.but(chunk=1 << 20, coding="fingerprint")
@@ -65,7 +67,7 @@ def test_what_would_expand_too_far_has_smaller_chunks(options: Options, survivor
     assert validate(data, limits=SMALL).canonical
 
 
-def test_smaller_chunks_are_the_same_by_every_engine() -> None:
+def test_every_engine_makes_the_same_smaller_chunks() -> None:
     pytest.importorskip("numba")
     array, options = np.zeros((256, 4096), np.float32), Options(chunk=1 << 20)
     files = {save({"z": array}, options=options, limits=SMALL, engine=name) for name in ("python", "numba")}
@@ -73,7 +75,7 @@ def test_smaller_chunks_are_the_same_by_every_engine() -> None:
 
 
 @clauses("R-LIM-001")
-def test_what_does_not_expand_too_far_has_the_chunks_asked_for() -> None:
+def test_chunks_within_the_expansion_limit_keep_their_size() -> None:
     few = Options(chunk=1 << 20, quantiser="table", centroids=2)
     for array, options in ((weights(256, 4096), Options(chunk=1 << 20)), (weights(256, 4096), few)):
         data = save({"z": array}, options=options)
@@ -82,7 +84,7 @@ def test_what_does_not_expand_too_far_has_the_chunks_asked_for() -> None:
 
 
 @clauses("R-LIM-001")
-def test_a_limit_that_is_raised_leaves_the_chunks_as_asked() -> None:
+def test_a_raised_limit_keeps_the_requested_chunk_size() -> None:
     array = np.zeros((256, 4096), np.float32)
     options = Options(chunk=1 << 20)
     raised = replace(SMALL, expansion=1 << 20)
@@ -93,7 +95,7 @@ def test_a_limit_that_is_raised_leaves_the_chunks_as_asked() -> None:
 
 
 @clauses("R-LIM-001", "R-STR-005")
-def test_an_expansion_that_no_chunks_can_mend_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_an_expansion_that_smaller_chunks_cannot_reduce_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.sfp"
     path.write_bytes(b"old")
     tight = replace(SMALL, expansion=2)
@@ -118,7 +120,7 @@ EXCEEDING: dict[str, tuple[str, Limits, dict[str, Any], str]] = {
 
 @clauses("R-LIM-001")
 @pytest.mark.parametrize("case", EXCEEDING)
-def test_what_readers_would_refuse_is_refused_by_the_writer(case: str) -> None:
+def test_tensors_over_a_readers_limit_are_refused_by_the_writer(case: str) -> None:
     limit, limits, tensors, advice = EXCEEDING[case]
     with pytest.raises(OptionError, match=f"{advice}.*Limits\\({limit}=") as caught:
         save(tensors, limits=limits, options=Options(coding="fingerprint"))
@@ -131,7 +133,7 @@ def test_what_readers_would_refuse_is_refused_by_the_writer(case: str) -> None:
 
 
 @clauses("R-LIM-001")
-def test_a_writer_goes_on_after_a_tensor_that_it_refused_at_once() -> None:
+def test_a_writer_stays_usable_after_a_refused_tensor() -> None:
     out = io.BytesIO()
     with Writer(out) as writer:
         with pytest.raises(OptionError, match=r"tensor 'deep': .*40 as rank, their limit is 32"):
@@ -141,7 +143,7 @@ def test_a_writer_goes_on_after_a_tensor_that_it_refused_at_once() -> None:
 
 
 @clauses("R-LIM-001")
-def test_metadata_too_long_for_a_directory_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_metadata_too_long_for_the_directory_are_refused_before_a_file_is_created(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="metadata"):
         Writer(tmp_path / "m.sfp", metadata={"k": "v" * 100}, limits=limits_but(directory_bytes=100))
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +153,7 @@ def test_metadata_too_long_for_a_directory_are_refused_before_anything_is_made(t
 @pytest.mark.parametrize(
     ("limit", "value"), [("depth", 8), ("rank", 1), ("tensor_bytes", 100), ("name_bytes", 3), ("tensors", 0)]
 )
-def test_a_tensor_of_another_file_is_refused_too(limit: str, value: int) -> None:
+def test_a_copied_tensor_over_a_limit_is_refused(limit: str, value: int) -> None:
     source = Forge.of(everything())
     source.part("runs").entry["x-deep"] = Raw(b"\x91" * 6 + b"\x90")
     with sfpformat.open(source.build()) as file:
@@ -166,7 +168,7 @@ def test_a_tensor_of_another_file_is_refused_too(limit: str, value: int) -> None
 
 
 @clauses("R-LIM-001")
-def test_a_job_with_limits_of_its_own_goes_on(tmp_path: Path) -> None:
+def test_a_job_with_raised_limits_resumes(tmp_path: Path) -> None:
     raised = limits_but(rank=40)
     stopped = Writer(tmp_path / "m", resume_key="job", limits=raised)
     stopped.add("deep", DEEP)
@@ -176,7 +178,7 @@ def test_a_job_with_limits_of_its_own_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "9", True, None])
-def test_a_limit_is_a_whole_number(value: Any) -> None:
+def test_a_limit_that_is_not_a_whole_number_is_refused(value: Any) -> None:
     with pytest.raises(OptionError, match="tensors"):
         Limits(tensors=value)
 
@@ -184,7 +186,7 @@ def test_a_limit_is_a_whole_number(value: Any) -> None:
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_raises_limits_in_writing_and_in_reading(tmp_path: Path, capsys: Capture) -> None:
+def test_the_option_limit_applies_to_writing_and_reading(tmp_path: Path, capsys: Capture) -> None:
     source, packed = make(tmp_path / "m.safetensors", {"deep": DEEP, "w": ONE}), tmp_path / "m.sfp"
     told = error_of(capsys, "pack", source, "-o", packed)
     assert "tensor 'deep'" in told
@@ -219,11 +221,13 @@ def test_the_command_raises_limits_in_writing_and_in_reading(tmp_path: Path, cap
         ("tensors=-1", "0 or more"),
     ],
 )
-def test_a_limit_that_makes_no_sense_is_told(words: str, told: str, tmp_path: Path, capsys: Capture) -> None:
+def test_an_invalid_limit_is_refused_with_its_range(
+    words: str, told: str, tmp_path: Path, capsys: Capture
+) -> None:
     assert told.replace("64 at most", "rank to 64") in error_of(capsys, "info", "x.sfp", "--limit", words)
 
 
-def test_a_limit_is_named_as_in_python_or_with_dashes(tmp_path: Path, capsys: Capture) -> None:
+def test_a_limit_can_be_spelled_with_underscores_or_dashes(tmp_path: Path, capsys: Capture) -> None:
     source, packed = make(tmp_path / "m.safetensors", {"w": ONE}), tmp_path / "m.sfp"
     assert run("pack", source, "-o", packed) == 0
     capsys.readouterr()

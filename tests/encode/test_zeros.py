@@ -204,7 +204,7 @@ def signed_zeros(draw: st.DrawFn) -> Array:
     st.sampled_from(["auto", "none", "runs", "octets"]),
     st.sampled_from([12, 8]),
 )
-def test_zeros_of_both_signs_come_back_by_every_reader(
+def test_every_reader_restores_zeros_of_both_signs(
     array: Array, options: Options, group: int | None, mask: str, limit: int
 ) -> None:
     options = options.but(
@@ -218,7 +218,7 @@ def test_zeros_of_both_signs_come_back_by_every_reader(
 
 @settings(max_examples=30)
 @given(signed_zeros(), st.sampled_from(list(PRESETS.values())))
-def test_engines_write_zeros_of_both_signs_alike(array: Array, options: Options) -> None:
+def test_engines_write_the_same_bytes_for_zeros_of_both_signs(array: Array, options: Options) -> None:
     options = options.but(coding="fingerprint")
     by_engine = {engine: save({"w": array}, options=options, engine=engine) for engine in ("python", "numba")}
     assert by_engine["python"] == by_engine["numba"]
@@ -233,7 +233,7 @@ def test_classes_for_zeros_never_make_a_file_clearly_larger(array: Array) -> Non
     assert now <= before + 128 + before // 64  # chunks and directory are rounded up
 
 
-def test_an_importance_goes_with_zeros_of_both_signs() -> None:
+def test_an_importance_can_be_stored_with_zeros_of_both_signs() -> None:
     array = weights("F32", side=128)
     importance = np.abs(np.random.default_rng(3).standard_normal(array.shape)).astype(np.float32)
     read_alike(save({"w": array}, importances={"w": importance}), array)
@@ -244,7 +244,7 @@ def test_an_importance_goes_with_zeros_of_both_signs() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("engine", ["python", "numba"])
-def test_positive_zeros_are_those_of_a_tensor_without_signs(dtype: str, engine: str) -> None:
+def test_positive_zeros_give_the_bytes_of_a_tensor_without_negative_zeros(dtype: str, engine: str) -> None:
     array = weights(dtype, side=96)
     kept = array.tobytes()
     data = save({"w": array}, options=Options(zeros="positive"), engine=engine)
@@ -254,7 +254,7 @@ def test_positive_zeros_are_those_of_a_tensor_without_signs(dtype: str, engine: 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_positive_zeros_reach_raw_and_small_tensors(dtype: str) -> None:
+def test_positive_zeros_apply_to_raw_and_small_tensors(dtype: str) -> None:
     for array in (np.full(3, -0.0, FLOATS[dtype]), np.array(-0.0, FLOATS[dtype])):
         for options in (Options(zeros="positive"), Options(zeros="positive", coding="raw")):
             found = load(save({"w": array}, options=options))["w"]
@@ -277,7 +277,7 @@ def test_positive_zeros_change_nothing_but_zeros_of_floats() -> None:
         assert found[name].tobytes() == tensors[name].tobytes()
 
 
-def test_how_zeros_are_written_is_one_of_two_words() -> None:
+def test_zeros_accepts_only_keep_and_positive() -> None:
     with pytest.raises(OptionError, match="zeros"):
         Options(zeros="negative")
 
@@ -292,12 +292,12 @@ def test_zeros_are_counted_by_their_signs(dtype: str) -> None:
     assert with_positive_zeros(flat) is flat
 
 
-def test_what_is_not_float_has_no_zeros_with_signs() -> None:
+def test_integers_and_dtypes_without_negative_zero_count_no_negative_zeros() -> None:
     assert tuple(zeros_of(np.zeros(5, np.int8))) == (0, 0)
     assert tuple(zeros_of(np.full(5, 0x80, np.uint8).view(ml_dtypes.float8_e5m2fnuz))) == (0, 0)
 
 
-def test_packed_weights_in_a_float_dtype_are_named_where_their_bits_change() -> None:
+def test_positive_zeros_warn_about_packed_integers_in_a_float_dtype() -> None:
     tensors = {
         "l.weight": np.zeros((8, 8), np.float16),
         "q.qweight": np.full((64, 64), 0x8000, np.uint16).view(np.float16),
@@ -319,9 +319,7 @@ def packed(folder: Path, tensors: dict[str, Array], *words: object) -> tuple[Pat
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_tensor_whose_zeros_have_signs_is_said_to_be_ninety_per_cent_pruned(
-    dtype: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_sparsity_counts_zeros_of_both_signs(dtype: str, tmp_path: Path, capsys: Capture) -> None:
     array = weights(dtype, side=256)
     share = float((array.astype(np.float64) == 0).mean())
     _, target = packed(tmp_path, {"w": array}, "--json")
@@ -336,7 +334,7 @@ def test_a_tensor_whose_zeros_have_signs_is_said_to_be_ninety_per_cent_pruned(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E4M3"])
-def test_pack_says_what_positive_zeros_would_save(dtype: str, tmp_path: Path, capsys: Capture) -> None:
+def test_pack_prints_what_positive_zeros_would_save(dtype: str, tmp_path: Path, capsys: Capture) -> None:
     array = weights(dtype)
     _, target = packed(tmp_path, {"w": array, "b": np.zeros(300, np.float32)})
     before = target.stat().st_size
@@ -347,7 +345,9 @@ def test_pack_says_what_positive_zeros_would_save(dtype: str, tmp_path: Path, ca
     assert promised == pytest.approx(before - target.stat().st_size, rel=0.05)
 
 
-def test_pack_is_silent_where_positive_zeros_would_save_nothing(tmp_path: Path, capsys: Capture) -> None:
+def test_pack_does_not_mention_positive_zeros_that_would_save_nothing(
+    tmp_path: Path, capsys: Capture
+) -> None:
     packed(tmp_path, {"w": weights("BF16", 0.9, "positive", 128)})
     assert "--zeros" not in capsys.readouterr().out
     few = weights("BF16", 0.0, "positive", 128)
@@ -356,7 +356,7 @@ def test_pack_is_silent_where_positive_zeros_would_save_nothing(tmp_path: Path, 
     assert "--zeros" not in capsys.readouterr().out
 
 
-def test_positive_zeros_are_verified_and_told(tmp_path: Path, capsys: Capture) -> None:
+def test_positive_zeros_are_verified_and_counted_in_the_summary(tmp_path: Path, capsys: Capture) -> None:
     tensors = {"a": weights("F32", side=96), "b": weights("BF16", side=96), "c": np.ones(9, np.float32)}
     tensors["n"] = np.arange(4)
     source, target = packed(tmp_path, tensors, "--zeros", "positive", "--verify")
@@ -373,12 +373,12 @@ def test_positive_zeros_are_verified_and_told(tmp_path: Path, capsys: Capture) -
     assert load_file(source)["a"].tobytes() == tensors["a"].tobytes()
 
 
-def test_positive_zeros_that_change_nothing_are_told(tmp_path: Path, capsys: Capture) -> None:
+def test_positive_zeros_that_change_nothing_are_reported(tmp_path: Path, capsys: Capture) -> None:
     packed(tmp_path, {"w": np.ones((64, 64), np.float32)}, "--zeros", "positive")
     assert "changed nothing: no weight is -0" in capsys.readouterr().out
 
 
-def test_zeros_that_come_back_wrong_are_a_fault(
+def test_zeros_with_a_wrong_sign_fail_the_verification(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--verify with positive zeros still finds every other change."""
@@ -394,7 +394,7 @@ def test_zeros_that_come_back_wrong_are_a_fault(
     assert "'w' is not what it was" in capsys.readouterr().out
 
 
-def test_zeros_follow_the_rules_of_tensors(tmp_path: Path) -> None:
+def test_zeros_can_be_set_per_tensor(tmp_path: Path) -> None:
     array = weights("F32", side=64)
     names = ("a", "b", "c.weight")
     for words, changed in (
@@ -424,7 +424,7 @@ def test_packed_weights_in_a_float_dtype_keep_their_bits(tmp_path: Path, capsys:
     assert "--zeros" not in capsys.readouterr().out.splitlines()[-1]  # it would not reach them
 
 
-def test_zeros_that_reach_no_tensor_are_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_zeros_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Capture) -> None:
     save_safetensors({"n": np.arange(9), "w": np.ones(9, np.float32)}, tmp_path / "m.safetensors")
     start = ["pack", tmp_path / "m.safetensors", "-o", tmp_path / "m.sfp"]
     assert "would reach none" in error_of(capsys, *start, "--like", "n", "--zeros", "positive")
@@ -432,7 +432,7 @@ def test_zeros_that_reach_no_tensor_are_refused(tmp_path: Path, capsys: Capture)
     assert "--zeros" in error_of(capsys, *start, "--zeros", "negative")
 
 
-def test_a_pack_that_goes_on_counts_the_zeros_of_both_runs(
+def test_a_resumed_pack_counts_the_zeros_of_both_runs(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {"a": weights("F32", side=96), "b": weights("BF16", side=96)}
@@ -457,13 +457,13 @@ def test_a_pack_that_goes_on_counts_the_zeros_of_both_runs(
     assert summary["negative_zeros"]["made_positive"] == sum(negatives(a) for a in tensors.values())
 
 
-def test_lossy_tensors_have_no_negative_zeros_to_tell_of(tmp_path: Path, capsys: Capture) -> None:
+def test_negative_zeros_of_lossy_tensors_are_not_counted(tmp_path: Path, capsys: Capture) -> None:
     _, target = packed(tmp_path, {"w": weights("F32", side=96)}, "--bits", "2", "--json")
     assert json.loads(capsys.readouterr().out)["negative_zeros"]["kept"] == 0
     assert not negatives(load(target.read_bytes())["w"])
 
 
-def test_tensors_kept_lossless_instead_of_quantised_follow_the_same_rule(
+def test_tensors_kept_lossless_instead_of_quantised_count_negative_zeros(
     tmp_path: Path, capsys: Capture
 ) -> None:
     array = weights("F32", 0.3, side=96)
@@ -477,7 +477,7 @@ def test_tensors_kept_lossless_instead_of_quantised_follow_the_same_rule(
         assert negatives(load(target.read_bytes())["w"]) == kept
 
 
-def test_a_dry_run_says_what_positive_zeros_would_save(tmp_path: Path, capsys: Capture) -> None:
+def test_a_dry_run_prints_what_positive_zeros_would_save(tmp_path: Path, capsys: Capture) -> None:
     array = weights("BF16")
     packed(tmp_path, {"w": array}, "--json")
     written = json.loads(capsys.readouterr().out)
@@ -508,7 +508,7 @@ def test_negative_zeros_are_pruned_first_when_a_file_is_pruned_again(tmp_path: P
     assert summary["sparsity_before"] == pytest.approx(zeros / array.size)
 
 
-def test_zeros_of_either_sign_are_zeros_to_diff() -> None:
+def test_diff_counts_zeros_of_both_signs() -> None:
     array = weights("F32", side=64)
     found = compare("w", array, positive(array))
     assert not found.identical
@@ -517,7 +517,9 @@ def test_zeros_of_either_sign_are_zeros_to_diff() -> None:
     assert found.zeros_differ == 0
 
 
-def test_what_torch_prunes_is_near_the_size_of_positive_zeros(tmp_path: Path, capsys: Capture) -> None:
+def test_a_tensor_pruned_by_torch_is_near_the_size_with_positive_zeros(
+    tmp_path: Path, capsys: Capture
+) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
     from torch.nn.utils import prune
@@ -543,7 +545,7 @@ def test_what_torch_prunes_is_near_the_size_of_positive_zeros(tmp_path: Path, ca
         assert sizes[0] < 1.1 * (sizes[1] + 0.9)
 
 
-def test_a_compressed_layer_gives_back_the_signs_of_its_zeros() -> None:
+def test_a_compressed_layer_restores_the_signs_of_its_zeros() -> None:
     torch = pytest.importorskip("torch")
     from sfpformat.torch import compress_model
 
@@ -558,7 +560,7 @@ def test_a_compressed_layer_gives_back_the_signs_of_its_zeros() -> None:
     assert torch.equal(after, before)
 
 
-def test_layerwise_pruning_leaves_no_negative_zeros() -> None:
+def test_layerwise_pruning_writes_no_negative_zeros() -> None:
     torch = pytest.importorskip("torch")
     from sfpformat.pruning import prune_layerwise
 

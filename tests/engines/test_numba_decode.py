@@ -61,13 +61,13 @@ def same_by_both(data: bytes, read: Callable[[sfpformat.SfpFile], Any] = all_bit
 
 @settings(max_examples=300, deadline=None)
 @given(jobs())
-def test_both_engines_give_the_same_bits(job: Job) -> None:
+def test_both_engines_return_the_same_bits(job: Job) -> None:
     assert isinstance(same_by_both(written(job)), list)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from(["lossless", "quantised"]), shapes)
-def test_both_engines_give_the_same_slices(data: Any, kind: str, shape: tuple[int, ...]) -> None:
+def test_both_engines_return_the_same_slices(data: Any, kind: str, shape: tuple[int, ...]) -> None:
     options = Options(segment=32, chunk=64)
     if kind == "quantised":
         options = options.but(quantiser="uniform", step=0.1)
@@ -85,7 +85,7 @@ def test_both_engines_give_the_same_slices(data: Any, kind: str, shape: tuple[in
 
 @settings(max_examples=400, deadline=None)
 @given(st.integers(0, 2**64 - 1))
-def test_both_engines_judge_changed_chunks_alike(seed: int) -> None:
+def test_both_engines_return_the_same_values_or_faults_for_mutated_chunks(seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(rng.choice([plain(), everything()]))
     part = rng.choice([part for part in file.parts if part.chunks])
@@ -96,7 +96,7 @@ def test_both_engines_judge_changed_chunks_alike(seed: int) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_both_engines_judge_changed_files_alike(job: Job, seed: int) -> None:
+def test_both_engines_return_the_same_values_or_faults_for_mutated_files(job: Job, seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     mutate(file, rng)
@@ -105,7 +105,7 @@ def test_both_engines_judge_changed_files_alike(job: Job, seed: int) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_both_engines_judge_random_planes_alike(job: Job, seed: int) -> None:
+def test_both_engines_return_the_same_values_or_faults_for_random_planes(job: Job, seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     part = file.parts[0]
@@ -165,7 +165,7 @@ KINDS: dict[str, tuple[Any, Options, Any]] = {
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tensor_of_a_usual_kind_is_left_to_the_reference(
+def test_the_numba_engine_decodes_all_usual_tensors_itself(
     kind: str, density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype, options, importance = KINDS[kind]
@@ -191,7 +191,7 @@ def test_no_tensor_of_a_usual_kind_is_left_to_the_reference(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_change_what_is_read(threads: int) -> None:
+def test_the_thread_count_does_not_change_decoded_values(threads: int) -> None:
     tensors = {str(i): weights(300, 700 + i, seed=i) for i in range(8)}
     data = save(tensors)
     loaded = load(data, engine="numba", threads=threads)
@@ -214,7 +214,7 @@ def prefix_codes(draw: st.DrawFn, symbols: int) -> PrefixCode:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from([1, 2]), st.integers(2, 15), st.integers(6, lookup.MAX_BITS))
-def test_a_look_up_gives_the_symbols_that_its_bits_begin_with(
+def test_a_table_lookup_returns_the_symbols_that_prefix_its_bits(
     data: Any, group: int, classes: int, bits: int
 ) -> None:
     code = data.draw(prefix_codes(classes**group))
@@ -249,7 +249,7 @@ def test_a_look_up_gives_the_symbols_that_its_bits_begin_with(
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.sampled_from([1, 2]), st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**32))
-def test_levels_are_those_of_the_reference(
+def test_levels_equal_those_of_the_reference(
     data: Any, group: int, classes: int, codes: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -280,7 +280,7 @@ def test_levels_are_those_of_the_reference(
 # ------------------------------------------------------------------------------------------- choosing engines
 
 
-def test_an_engine_is_chosen_by_name_or_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_selected_by_name_or_by_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_engine("numba").name == "numba"
     assert get_engine("python").name == "python"
     monkeypatch.setenv("SFPFORMAT_ENGINE", "python")
@@ -290,14 +290,14 @@ def test_an_engine_is_chosen_by_name_or_by_the_environment(monkeypatch: pytest.M
     assert get_engine("python").name == "python"
 
 
-def test_an_engine_that_is_not_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_engine_raises_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(EngineError, match=r"numba is not installed; pip install 'sfpformat\[fast\]'"):
         sfpformat.open(plain(), engine="numba")
     assert get_engine("auto").name == "python"
 
 
-def test_for_little_work_auto_does_not_import_numba() -> None:
+def test_auto_does_not_import_numba_for_little_work() -> None:
     program = (
         "import sys, sfpformat.numpy as n; n.load(sys.stdin.buffer.read()); print('numba' in sys.modules)"
     )
@@ -320,7 +320,7 @@ def load_one(array: Any, offset: int) -> Any:
     return load64(array, offset)
 
 
-def test_no_access_leaves_its_array_in_a_build_that_checks_each(tmp_path: Path) -> None:
+def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) -> None:
     if os.environ.get("SFPFORMAT_CHECKED"):  # this is that build
         with pytest.raises(IndexError):
             load_one(np.zeros(8, np.uint8), 1)

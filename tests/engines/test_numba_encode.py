@@ -58,7 +58,7 @@ def outcome(job: Job, engine: str) -> bytes | str:
 
 @settings(max_examples=60, deadline=None)
 @given(jobs())
-def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
+def test_levels_that_are_not_cached_between_passes_are_recomputed_identically(job: Job) -> None:
     kept = outcome(job, "numba")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sfpformat.encode.blocks._KEPT_BYTES", 0)
@@ -74,7 +74,7 @@ def test_what_is_not_kept_between_passes_is_made_again_alike(job: Job) -> None:
     st.sampled_from([Options(coding="fingerprint"), Options(mantissa_bits=2), Options(trim=False)]),
     st.booleans(),
 )
-def test_bit_patterns_get_no_plan_only_where_it_would_be_larger(
+def test_skipping_the_plan_of_bit_patterns_changes_no_bytes(
     seed: int, dtype: str, distinct: int, density: float, options: Options, masked: bool
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -87,7 +87,7 @@ def test_bit_patterns_get_no_plan_only_where_it_would_be_larger(
         assert outcome(job, "python") == written
 
 
-def test_a_table_of_few_values_spares_the_plan_of_their_bit_patterns() -> None:
+def test_a_table_of_few_values_skips_the_plan_of_bit_patterns() -> None:
     array = np.random.default_rng(0).choice(np.array([0.1, 0.2, -0.7], np.float32), 5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sfpformat.encode.plan.choose_exact", lambda *_: pytest.fail("it was planned"))
@@ -112,7 +112,7 @@ def test_both_engines_write_the_same_bytes(job: Job) -> None:
         Options(mask="octets", trim=False),
     ],
 )
-def test_lossless_tensors_of_every_size_of_level_are_the_same(dtype: str, options: Options) -> None:
+def test_both_engines_write_the_same_bytes_for_every_level_size(dtype: str, options: Options) -> None:
     tensors = {
         "a": weights(300, 70).astype(ALL_DTYPES[dtype].numpy),
         "b": (weights(64, 64, seed=1) * 3).round().astype(ALL_DTYPES[dtype].numpy),
@@ -121,7 +121,7 @@ def test_lossless_tensors_of_every_size_of_level_are_the_same(dtype: str, option
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
+def test_the_bytes_do_not_depend_on_the_thread_count(threads: int) -> None:
     tensors = {"a": weights(700, 900), "b": weights(3, 5)}
     options = Options(quantiser="uniform", bits=3, chunk=1 << 15)
     data = save(tensors, options=options, engine="numba", threads=threads)
@@ -133,7 +133,7 @@ def test_the_bytes_do_not_depend_on_threads(threads: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.sampled_from([1, 2, 7, 120]), st.sampled_from([1, 6, 7, 100, 1024]))
-def test_few_magnitudes_are_found_and_translated_alike(
+def test_both_engines_find_and_translate_the_same_magnitudes(
     seed: int, dtype: Any, distinct: int, most: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -156,7 +156,7 @@ def test_few_magnitudes_are_found_and_translated_alike(
 @given(
     seeds, st.sampled_from(["runs", "octets"]), st.sampled_from([0, 1]), st.sampled_from([0, 1, 0.02, 0.5])
 )
-def test_masks_are_encoded_alike(seed: int, kind: str, polarity: int, density: float) -> None:
+def test_both_engines_encode_the_same_masks(seed: int, kind: str, polarity: int, density: float) -> None:
     rng = np.random.default_rng(seed)
     positions = np.full(int(rng.integers(1, 5)), rng.choice([32, 96, 1 << 16]))
     positions[-1] -= rng.integers(0, 31)
@@ -169,7 +169,7 @@ def test_masks_are_encoded_alike(seed: int, kind: str, polarity: int, density: f
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.integers(0, 9), st.integers(0, 3))
-def test_classes_are_counted_alike(seed: int, dtype: Any, width: int, first: int) -> None:
+def test_both_engines_count_the_same_classes(seed: int, dtype: Any, width: int, first: int) -> None:
     rng = np.random.default_rng(seed)
     counts, classes = segments(rng), int(rng.integers(1, 40))
     low, high = first << width, min((first + classes) << width, np.iinfo(dtype).max)
@@ -183,7 +183,7 @@ def test_classes_are_counted_alike(seed: int, dtype: Any, width: int, first: int
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
-def test_symbols_are_counted_alike(seed: int, dtype: Any, group: int) -> None:
+def test_both_engines_count_the_same_symbols(seed: int, dtype: Any, group: int) -> None:
     rng = np.random.default_rng(seed)
     counts = segments(rng)
     extra = bytes(rng.choice([0, 0, 1, 2, 3], int(rng.integers(2, 12))).astype(np.uint8))
@@ -195,7 +195,7 @@ def test_symbols_are_counted_alike(seed: int, dtype: Any, group: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.integers(0, 63))
-def test_shared_zeros_of_bit_patterns_are_alike(seed: int, dtype: Any, zeros: int) -> None:
+def test_both_engines_find_the_same_common_trailing_zeros(seed: int, dtype: Any, zeros: int) -> None:
     rng = np.random.default_rng(seed)
     counts = segments(rng)
     bits = 8 * np.dtype(dtype).itemsize
@@ -207,7 +207,7 @@ def test_shared_zeros_of_bit_patterns_are_alike(seed: int, dtype: Any, zeros: in
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.sampled_from(DTYPES), st.data())
-def test_bit_patterns_are_counted_and_packed_alike(seed: int, dtype: Any, data: Any) -> None:
+def test_both_engines_count_and_pack_the_same_bit_patterns(seed: int, dtype: Any, data: Any) -> None:
     rng = np.random.default_rng(seed)
     bits = 8 * np.dtype(dtype).itemsize
     width = data.draw(st.integers(min(max(bits - 9, 1), 50), min(bits - 1, MAX_FIELD_BITS)))
@@ -235,7 +235,7 @@ def test_bit_patterns_are_counted_and_packed_alike(seed: int, dtype: Any, data: 
 
 @settings(max_examples=120, deadline=None)
 @given(seeds, st.integers(2, 70), st.integers(1, 300), st.sampled_from([1, 2, 8, 16]), st.booleans())
-def test_segments_are_clustered_and_assigned_alike(
+def test_both_engines_assign_segments_to_the_same_codes(
     seed: int, symbols: int, size: int, most: int, skewed: bool
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -260,7 +260,7 @@ def test_segments_are_clustered_and_assigned_alike(
     st.integers(0, 16),
     st.booleans(),
 )
-def test_the_same_classes_are_best(
+def test_both_engines_choose_the_same_classes(
     before: int, counts: list[int], above: int, doublings: int, signed: bool
 ) -> None:
     numbers = np.array([0] * before + counts, np.int64)
@@ -274,7 +274,7 @@ def test_the_same_classes_are_best(
     st.lists(st.sampled_from([0, 1, 1, 2, 7, 900, 10**6, 10**12]), min_size=2, max_size=300),
     st.integers(9, 12),
 )
-def test_code_lengths_are_alike(counts: list[int], limit: int) -> None:
+def test_both_engines_compute_the_same_code_lengths(counts: list[int], limit: int) -> None:
     counts[0] += 1
     counts[1] += 1
     totals = np.array([counts, counts[::-1]], np.int64)
@@ -286,7 +286,7 @@ def test_code_lengths_are_alike(counts: list[int], limit: int) -> None:
 @given(
     seeds, st.sampled_from([1, 2]), st.integers(1, 12), st.integers(1, 3), st.integers(0, 6), st.booleans()
 )
-def test_levels_are_packed_alike(
+def test_both_engines_pack_levels_to_the_same_bits(
     seed: int, group: int, classes: int, codes: int, trim: int, one_width: bool
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -315,7 +315,9 @@ def test_levels_are_packed_alike(
 
 @settings(max_examples=200, deadline=None)
 @given(seeds, st.floats(1e-3, 10), st.booleans(), st.integers(0, 6))
-def test_weights_are_quantised_alike(seed: int, step: float, scaled: bool, thresholds: int) -> None:
+def test_both_engines_quantise_to_the_same_levels(
+    seed: int, step: float, scaled: bool, thresholds: int
+) -> None:
     rng = np.random.default_rng(seed)
     flat = (rng.standard_normal(int(rng.integers(0, 400))) * 10 ** rng.uniform(-3, 3)).astype(np.float32)
     flat[rng.random(len(flat)) < 0.1] = -0.0
@@ -327,7 +329,7 @@ def test_weights_are_quantised_alike(seed: int, step: float, scaled: bool, thres
     assert np.array_equal(found, want)
 
 
-def test_a_step_that_is_too_small_is_refused_alike() -> None:
+def test_both_engines_refuse_a_step_that_is_too_small() -> None:
     for engine in ("python", "numba"):
         with pytest.raises(OptionError, match="too small for weights of"):
             save({"w": weights(40, 40) * 1e6}, options=Options(quantiser="uniform", step=1e-9), engine=engine)
@@ -335,7 +337,7 @@ def test_a_step_that_is_too_small_is_refused_alike() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(seeds, st.sampled_from(DTYPES))
-def test_survivors_are_counted_and_chosen_alike(seed: int, dtype: Any) -> None:
+def test_both_engines_count_and_select_the_same_survivors(seed: int, dtype: Any) -> None:
     rng = np.random.default_rng(seed)
     counts = segments(rng)
     mask = rng.random(int(counts.sum())) < rng.random()
@@ -347,7 +349,7 @@ def test_survivors_are_counted_and_chosen_alike(seed: int, dtype: Any) -> None:
 # ------------------------------------------------------------------------------------ engines, checked builds
 
 
-def test_a_writer_takes_the_fast_engine_for_much_work_only() -> None:
+def test_a_writer_uses_the_numba_engine_only_for_much_work() -> None:
     program = (
         "import sys, numpy as np, sfpformat.numpy as n;"
         "n.save({'w': np.ones(int(sys.argv[1]), np.float32)}); print('numba' in sys.modules)"
@@ -363,7 +365,7 @@ def test_a_writer_takes_the_fast_engine_for_much_work_only() -> None:
         assert done.stdout.strip() == imported
 
 
-def test_no_access_leaves_its_array_in_a_build_that_checks_each(tmp_path: Path) -> None:
+def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) -> None:
     if os.environ.get("SFPFORMAT_CHECKED"):  # this is that build
         return
     checked = {

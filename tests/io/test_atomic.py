@@ -102,7 +102,7 @@ def test_a_replaced_file_keeps_its_mode(target: Path, write: Callable[[Path], No
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_a_new_file_has_the_mode_that_the_umask_leaves(
+def test_a_new_file_has_the_mode_of_the_umask(
     tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.umask(0o027)
@@ -116,7 +116,7 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(
     assert mode_of(tmp_path / "new") == 0o640
 
 
-def test_what_will_replace_a_private_file_is_private_from_the_start(target: Path) -> None:
+def test_the_temporary_file_for_a_private_file_is_private_from_the_start(target: Path) -> None:
     target.chmod(0o600)
     for new in (Writer(target), Writer(target, resume_key="job")):
         with new as writer:
@@ -128,7 +128,7 @@ def test_what_will_replace_a_private_file_is_private_from_the_start(target: Path
     assert mode_of(target) == 0o664
 
 
-def test_files_of_other_threads_are_made_under_the_umask(target: Path) -> None:
+def test_files_of_other_threads_are_created_with_the_umask(target: Path) -> None:
     stop, modes = threading.Event(), set()
 
     def make_files() -> None:
@@ -164,7 +164,7 @@ def test_a_replaced_file_keeps_owner_and_group(target: Path, write: Callable[[Pa
 @needs_root
 @pytest.mark.parametrize("number", NOT_ALLOWED)
 @pytest.mark.parametrize(("mode", "left"), [(0o660, 0o600), (0o664, 0o644), (0o640, 0o600), (0o666, 0o666)])
-def test_a_group_that_cannot_be_kept_does_not_hand_its_rights_to_another(
+def test_rights_of_a_group_that_cannot_be_kept_are_dropped(
     target: Path, number: int, mode: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.chown(target, -1, 2345)
@@ -183,7 +183,7 @@ def access_list(bits: int) -> bytes:
 
 @pytest.mark.skipif(not hasattr(os, "setxattr"), reason="access lists are read so on Linux only")
 @pytest.mark.parametrize("refused", [False, True])
-def test_an_access_list_is_kept_or_gives_nobody_more(
+def test_an_access_list_is_kept_or_no_access_is_added(
     target: Path, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "system.posix_acl_access"
@@ -201,7 +201,7 @@ def test_an_access_list_is_kept_or_gives_nobody_more(
         assert os.getxattr(target, name) == access_list(6)
 
 
-def test_another_hard_link_keeps_the_old_contents_and_a_symbolic_link_is_followed(target: Path) -> None:
+def test_a_hard_link_keeps_the_old_contents_and_a_symbolic_link_is_followed(target: Path) -> None:
     other, link = target.with_name("other"), target.with_name("link")
     os.link(target, other)
     link.symlink_to(target.name)
@@ -211,7 +211,7 @@ def test_another_hard_link_keeps_the_old_contents_and_a_symbolic_link_is_followe
     assert other.read_bytes() == OLD
 
 
-def test_files_of_every_command_keep_their_modes(tmp_path: Path) -> None:
+def test_every_command_keeps_file_modes(tmp_path: Path) -> None:
     """Of shards and indices too, by pack, unpack and prune."""
     source, out = sharded(tmp_path / "in", cuts=2), tmp_path / "out"
     out.mkdir()
@@ -238,7 +238,7 @@ def test_files_of_every_command_keep_their_modes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [*ABSENT, errno.EACCES, errno.EPERM])
 @pytest.mark.parametrize("write", WAYS)
-def test_a_folder_that_cannot_be_synced_is_no_reason_to_fail(
+def test_a_folder_that_does_not_support_sync_is_no_error(
     target: Path, write: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", raising(number, is_folder)(os.fsync))
@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_synced_is_no_reason_to_fail(
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
-def test_a_folder_that_cannot_be_read_is_no_reason_to_fail(
+def test_a_folder_that_cannot_be_read_is_no_error(
     target: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "open", raising(number, lambda path, *_: Path(path).is_dir())(os.open))
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_read_is_no_reason_to_fail(
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_a_folder_whose_sync_fails_is_told_though_the_file_is_there(
+def test_a_failed_folder_sync_raises_and_the_new_file_is_in_place(
     target: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", raising(errno.EIO, is_folder)(os.fsync))
@@ -269,7 +269,7 @@ def test_a_folder_whose_sync_fails_is_told_though_the_file_is_there(
 
 @pytest.mark.parametrize("number", ABSENT)
 @pytest.mark.parametrize("write", WAYS)
-def test_a_file_that_cannot_be_synced_is_no_reason_to_fail(
+def test_a_file_that_does_not_support_sync_is_no_error(
     target: Path, write: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", raising(number)(os.fsync))
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_synced_is_no_reason_to_fail(
 
 @pytest.mark.parametrize("number", NOT_ALLOWED)
 @pytest.mark.parametrize("write", WAYS)
-def test_a_mode_that_cannot_be_changed_is_no_reason_to_fail(
+def test_a_mode_that_cannot_be_changed_is_no_error(
     target: Path, write: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target.chmod(0o640)
@@ -330,7 +330,7 @@ def test_a_file_that_another_process_changed_without_locks_is_refused(
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES])
 @pytest.mark.parametrize("write", WAYS)
-def test_a_target_that_is_busy_for_a_moment_is_replaced(
+def test_a_briefly_busy_target_is_replaced(
     target: Path, write: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = [2]
@@ -347,7 +347,7 @@ def test_a_target_that_is_busy_for_a_moment_is_replaced(
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.ENOSPC])
-def test_a_target_that_stays_busy_loses_no_work(
+def test_a_target_that_stays_busy_keeps_the_finished_work(
     target: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sfpformat.io.filesystem._WAITS", (0.0,))
@@ -368,7 +368,7 @@ def test_a_target_that_stays_busy_loses_no_work(
 
 
 @pytest.mark.parametrize("write", WAYS)
-def test_a_rename_whose_answer_was_lost_is_one(
+def test_a_rename_that_succeeds_but_reports_an_error_counts_as_done(
     target: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.replace
@@ -383,7 +383,9 @@ def test_a_rename_whose_answer_was_lost_is_one(
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_what_cannot_be_removed_is_named_in_a_warning(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_removed_is_named_in_a_warning(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "unlink", raising(errno.EIO)(os.unlink))
     with pytest.warns(SfpWarning, match=r"partial\.journal could not be removed"):
         by_resumable_writer(target)
@@ -402,7 +404,7 @@ def test_the_longest_name_can_be_written(tmp_path: Path, write: Callable[[Path],
         path.unlink()
 
 
-def test_cut_names_differ_as_the_whole_ones_do(tmp_path: Path) -> None:
+def test_shortened_names_of_different_files_differ(tmp_path: Path) -> None:
     long = [beside(tmp_path / ("x" * 250 + end), ".partial") for end in ("a", "b")]
     assert long[0] != long[1]
     assert beside(tmp_path / "m", ".partial") == tmp_path / "m.partial"
@@ -432,7 +434,7 @@ def write_together(index: Path, *paths: Path) -> None:
 
 @clauses("R-SHD-003")
 @pytest.mark.parametrize("fails", range(4))
-def test_files_that_take_their_names_together_are_never_a_mixture_with_an_index(
+def test_files_renamed_together_are_never_mixed_with_an_old_index(
     tmp_path: Path, fails: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["a", "b", "index"]
@@ -447,7 +449,7 @@ def test_files_that_take_their_names_together_are_never_a_mixture_with_an_index(
     assert found.count(b"new") == max(fails - 1, 0)
 
 
-def test_files_that_do_not_come_to_their_end_together_leave_all_as_it_was(tmp_path: Path) -> None:
+def test_a_failure_of_one_file_keeps_all_old_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(OLD)
     (tmp_path / "index").write_bytes(OLD)
     with pytest.raises(OptionError, match="not a file"):
@@ -455,7 +457,9 @@ def test_files_that_do_not_come_to_their_end_together_leave_all_as_it_was(tmp_pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": OLD, "index": OLD}
 
 
-def test_a_temporary_file_is_never_one_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_file_never_overwrites_an_existing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = iter(["1", "1", "2"])
     monkeypatch.setattr("sfpformat.io.atomic.secrets.token_hex", lambda _: next(words))
     first, second = AtomicFile(tmp_path / "m"), AtomicFile(tmp_path / "m")
@@ -464,7 +468,7 @@ def test_a_temporary_file_is_never_one_that_is_there(tmp_path: Path, monkeypatch
     second.abort()
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+def test_a_target_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="not a file"), replacing(tmp_path):
         pass
     assert make(tmp_path / "m").exists()

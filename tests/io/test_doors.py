@@ -98,7 +98,7 @@ def same(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_every_function_takes_every_path(model: Path, as_text: bool) -> None:
+def test_every_function_accepts_every_kind_of_path(model: Path, as_text: bool) -> None:
     path: Any = str(model) if as_text else model
     with sfpformat.open(path) as file:
         same(file.get_tensors())
@@ -121,7 +121,7 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def test_every_command_takes_every_path(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_every_command_accepts_every_kind_of_path(model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run("info", model) == 0
     assert "3 tensors" in capsys.readouterr().out
     assert run("verify", model, "--canonical") == 0
@@ -133,9 +133,7 @@ def test_every_command_takes_every_path(model: Path, tmp_path: Path, capsys: Cap
     assert sum(int((pruned[name] == 0).sum()) for name in "ab") == round(0.8 * 3900)
 
 
-def test_a_folder_with_several_models_is_refused_by_every_door_with_their_names(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_every_entry_point_refuses_a_folder_with_several_models(tmp_path: Path, capsys: Capture) -> None:
     in_shards(tmp_path)
     in_one_file(tmp_path)
     assert models_in(tmp_path) == ["m.sfp.index.json", "one.sfp"]
@@ -164,13 +162,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) ->
     assert "has no .sfp" in error_of(capsys, "verify", tmp_path)
 
 
-def test_shards_without_their_index_are_several_models(tmp_path: Path) -> None:
+def test_shards_without_their_index_count_as_several_models(tmp_path: Path) -> None:
     in_shards(tmp_path).unlink()
     with pytest.raises(OptionError, match="several models, name one: 'm-00001"):
         sfpformat.open(tmp_path)
 
 
-def test_of_a_folder_with_both_kinds_each_command_takes_its_own(tmp_path: Path, capsys: Capture) -> None:
+def test_each_command_selects_its_kind_in_a_folder_with_both(tmp_path: Path, capsys: Capture) -> None:
     make(tmp_path / "m.safetensors", TENSORS)
     assert run("pack", tmp_path, "-o", tmp_path / "m.sfp") == 0
     assert run("pack", tmp_path, "-o", tmp_path / "m.sfp") == 0
@@ -185,7 +183,7 @@ def test_of_a_folder_with_both_kinds_each_command_takes_its_own(tmp_path: Path, 
         open_model(tmp_path, kind="safetensors")
 
 
-def test_an_index_of_safetensors_is_no_model_of_ours(tmp_path: Path) -> None:
+def test_an_index_of_safetensors_is_refused_by_sfp_readers(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "sub/model-00001-of-00001.safetensors"}}))
     for door in (sfpformat.open, sfpformat.numpy.load_file, sfp_torch.load_file):
@@ -197,7 +195,7 @@ def test_an_index_of_safetensors_is_no_model_of_ours(tmp_path: Path) -> None:
 
 
 @clauses("R-STR-006", "R-SHD-001")
-def test_a_validator_of_a_model_in_shards_names_every_fault_with_its_shard(tmp_path: Path) -> None:
+def test_validating_a_sharded_model_names_every_fault_with_its_shard(tmp_path: Path) -> None:
     index = in_shards(tmp_path)
     first, second = (tmp_path / name for name in SHARDS)
     for path in (first, second):
@@ -248,7 +246,7 @@ def public(kind: type) -> dict[str, object]:
     return {name: member for name, member in found if not name.startswith("_")}
 
 
-def test_a_model_in_shards_has_the_methods_of_a_file() -> None:
+def test_a_sharded_model_has_the_methods_of_a_file() -> None:
     file, model = public(SfpFile), public(ShardedFile)
     assert file.keys() == model.keys()
     for name, method in file.items():
@@ -256,7 +254,7 @@ def test_a_model_in_shards_has_the_methods_of_a_file() -> None:
             assert inspect.signature(method) == inspect.signature(model[name]), name  # type: ignore[arg-type]
 
 
-def test_what_a_model_in_shards_gives_is_what_one_file_gives(tmp_path: Path) -> None:
+def test_a_sharded_model_returns_the_same_as_one_file(tmp_path: Path) -> None:
     with SfpFile(in_one_file(tmp_path)) as file, ShardedFile(in_shards(tmp_path)) as model:
         assert model.limits == file.limits
         assert sorted(model) == sorted(file)
@@ -293,7 +291,7 @@ def test_what_a_model_in_shards_gives_is_what_one_file_gives(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------------- pruning
 
 
-def test_a_model_in_shards_is_pruned_shard_by_shard_as_one(tmp_path: Path, capsys: Capture) -> None:
+def test_a_sharded_model_is_pruned_to_the_same_tensors_as_one_file(tmp_path: Path, capsys: Capture) -> None:
     one, index = in_one_file(tmp_path), in_shards(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
@@ -315,7 +313,7 @@ def test_a_model_in_shards_is_pruned_shard_by_shard_as_one(tmp_path: Path, capsy
 
 
 @clauses("R-STR-005", "R-SHD-003")
-def test_a_pruning_of_shards_that_fails_leaves_nothing(
+def test_a_failed_pruning_of_shards_writes_no_file(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = in_shards(tmp_path)
@@ -335,7 +333,7 @@ def test_a_pruning_of_shards_that_fails_leaves_nothing(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_unknown_keys_of_a_pruned_tensor_stay(tmp_path: Path) -> None:
+def test_unknown_keys_of_a_pruned_tensor_are_kept(tmp_path: Path) -> None:
     with sfpformat.Writer(tmp_path / "m.sfp") as writer:
         writer.add("a", TENSORS["a"], HOW, importance=importance(40, 60), other={"x-who": "me"})
     with SfpFile(tmp_path / "m.sfp") as file:
@@ -352,7 +350,7 @@ def again(thing: Any) -> Any:
     return pickle.loads(pickle.dumps(thing))
 
 
-def test_handles_come_back_open_from_a_pickle(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpickled_handles_are_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder_of(model))
     path = os.path.relpath(model) if model.is_dir() else model.name
     settings: dict[str, Any] = {
@@ -377,7 +375,7 @@ def test_handles_come_back_open_from_a_pickle(model: Path, monkeypatch: pytest.M
             assert one._file is other._file
 
 
-def test_bytes_in_memory_are_pickled_where_they_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_in_memory_files_can_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     data = save(TENSORS)
     for readable in (data, bytearray(data), memoryview(data)):
         with sfpformat.open(readable) as file, again(file) as found:
@@ -388,7 +386,7 @@ def test_bytes_in_memory_are_pickled_where_they_are_few(monkeypatch: pytest.Monk
         pickle.dumps(file)
 
 
-def test_a_stream_and_a_closed_file_are_not_pickled(model: Path, tmp_path: Path) -> None:
+def test_pickling_a_stream_or_a_closed_file_raises(model: Path, tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "m.sfp")
     with (
         (tmp_path / "m.sfp").open("rb") as stream,
@@ -406,7 +404,7 @@ def test_a_stream_and_a_closed_file_are_not_pickled(model: Path, tmp_path: Path)
         pickle.dumps(closed)
 
 
-def test_a_file_that_was_written_anew_is_told(model: Path) -> None:
+def test_unpickling_a_handle_of_a_rewritten_file_raises_mismatch(model: Path) -> None:
     with sfpformat.open(model) as file, sfp_torch.safe_open(model) as opened:
         pickles = [pickle.dumps(file), pickle.dumps(opened), pickle.dumps(opened.get_slice("b"))]
     changed = next(
@@ -448,7 +446,7 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[misc, name-defined]
         return self.rows[row]
 
 
-def test_workers_that_are_spawned_read_from_an_open_file(tmp_path: Path) -> None:
+def test_spawned_workers_read_from_an_open_file(tmp_path: Path) -> None:
     data = Rows(in_shards(tmp_path))
     loader = torch.utils.data.DataLoader(data, num_workers=1, multiprocessing_context="spawn")
     found = torch.cat(list(loader))

@@ -162,7 +162,7 @@ class Scene:
 
 
 @clauses("R-STR-005")
-def test_any_fault_in_any_call_of_a_pack_leaves_a_whole_file(machine: Machine, tmp_path: Path) -> None:
+def test_a_fault_in_any_system_call_of_pack_leaves_a_complete_file(machine: Machine, tmp_path: Path) -> None:
     source = make(tmp_path / "m.safetensors", ARRAYS)
     out = tmp_path / "out"
     words = ["pack", str(source), "-o", str(out / "m.sfp")]
@@ -179,7 +179,7 @@ def test_any_fault_in_any_call_of_a_pack_leaves_a_whole_file(machine: Machine, t
 
 
 @clauses("R-STR-005", "R-SHD-003")
-def test_any_fault_in_any_call_of_a_sharded_pack_leaves_a_whole_model(
+def test_a_fault_in_any_system_call_of_a_sharded_pack_leaves_a_complete_model(
     machine: Machine, tmp_path: Path
 ) -> None:
     source = sharded(tmp_path / "in", ARRAYS, cuts=2)
@@ -197,7 +197,7 @@ def test_any_fault_in_any_call_of_a_sharded_pack_leaves_a_whole_model(
 
 @clauses("R-STR-005")
 @pytest.mark.parametrize("more", [[], ["--sharded"]])
-def test_any_fault_in_any_call_of_an_unpack_leaves_whole_files(
+def test_a_fault_in_any_system_call_of_unpack_leaves_complete_files(
     machine: Machine, tmp_path: Path, more: list[str]
 ) -> None:
     source = sharded(tmp_path / "in", ARRAYS, cuts=2)
@@ -225,7 +225,7 @@ def test_any_fault_in_any_call_of_an_unpack_leaves_whole_files(
         ("rename", "EACCES"),
     ],
 )
-def test_calls_that_a_file_system_lacks_or_refuses_for_a_moment_lose_no_pack(
+def test_system_calls_that_are_unsupported_or_briefly_refused_do_not_fail_pack(
     machine: Machine, tmp_path: Path, call: str, name: str
 ) -> None:
     source = make(tmp_path / "m.safetensors", ARRAYS)

@@ -50,7 +50,7 @@ def memory_of(array: Array) -> int:
 
 @clauses("R-RAW-001")
 @pytest.mark.parametrize("engine", ENGINES)
-def test_many_raw_tensors_of_all_dtypes_come_back(engine: str, tmp_path: Path) -> None:
+def test_many_raw_tensors_of_all_dtypes_are_restored(engine: str, tmp_path: Path) -> None:
     tensors = many()
     data = save(tensors, options=Options(coding="raw"), engine=engine)
     (tmp_path / "m.sfp").write_bytes(data)
@@ -67,7 +67,7 @@ def test_many_raw_tensors_of_all_dtypes_come_back(engine: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_names_are_taken_in_any_order_and_the_result_has_theirs(engine: str) -> None:
+def test_results_are_in_the_order_of_the_requested_names(engine: str) -> None:
     tensors = many()
     names = [*list(tensors)[::-3], "t1", "t1"]
     with sfpformat.open(save(tensors, options=Options(coding="raw")), engine=engine) as file:
@@ -91,7 +91,7 @@ def test_a_tensor_that_is_kept_keeps_at_most_eight_times_its_bytes_alive(engine:
         assert memory_of(array) <= own
 
 
-def test_arrays_of_middle_size_share_memory_and_do_not_overlap() -> None:
+def test_medium_arrays_share_a_buffer_and_do_not_overlap() -> None:
     sizes = [SHARING, SHARING + 100, SHARING * 9, SHARING, 5 << 20, SHARING * 3, SHARING * 2] * 4
     arrays = list(arrays_of([((size,), np.dtype(np.uint8), size) for size in sizes]))
     for i, array in enumerate(arrays):
@@ -108,7 +108,7 @@ def test_arrays_of_middle_size_share_memory_and_do_not_overlap() -> None:
     ("clause", "name"),
     [("R-RAW-003", "t22"), ("R-RAW-002", "t25"), ("R-RAW-004", "flags"), ("R-LAY-004", "t31")],
 )
-def test_a_fault_in_one_of_many_names_its_clause_and_its_tensor(engine: str, clause: str, name: str) -> None:
+def test_a_fault_in_one_of_many_tensors_names_clause_and_tensor(engine: str, clause: str, name: str) -> None:
     tensors = {f"t{i}": np.arange(i + 1, dtype=np.int16) for i in range(40)} | {"flags": np.ones(9, bool)}
     data = save(tensors)
 
@@ -140,7 +140,7 @@ def test_a_fault_in_one_of_many_names_its_clause_and_its_tensor(engine: str, cla
 
 @clauses("R-LIM-002")
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_limit_below_what_is_small_holds_for_small_tensors(engine: str) -> None:
+def test_a_low_limit_applies_to_small_tensors_too(engine: str) -> None:
     data = save({f"t{i}": np.zeros(10 + i, np.uint8) for i in range(20)})
     with pytest.raises(LimitError, match="t19"):
         load(data, limits=Limits(tensor_bytes=28), engine=engine)
@@ -156,7 +156,7 @@ def test_many_raw_tensors_are_read_into_arrays_of_the_caller(engine: str) -> Non
     assert all(out[name].tobytes() == array.tobytes() for name, array in tensors.items())
 
 
-def test_small_and_large_tensors_of_a_file_are_found_at_their_places(tmp_path: Path) -> None:
+def test_small_and_large_tensors_are_read_at_their_offsets(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     tensors: dict[str, Array] = {}
     for i in range(30):

@@ -68,28 +68,28 @@ SAMPLE: Arrays = {
 }
 
 
-def test_the_reference_implementation_reads_what_we_write(tmp_path: Path) -> None:
+def test_the_reference_implementation_reads_our_files(tmp_path: Path) -> None:
     write(tmp_path / "m", SAMPLE, {"format": "np", "ö": '"\n'})
     assert_same(safetensors.numpy.load_file(tmp_path / "m"), SAMPLE)
     with safetensors.safe_open(tmp_path / "m", "np") as file:
         assert file.metadata() == {"format": "np", "ö": '"\n'}
 
 
-def test_we_read_what_the_reference_implementation_writes(tmp_path: Path) -> None:
+def test_files_of_the_reference_implementation_are_read(tmp_path: Path) -> None:
     safetensors.numpy.save_file(SAMPLE, tmp_path / "m", {"format": "np"})
     assert_same(read(tmp_path / "m"), SAMPLE)
     with SafetensorsFile(tmp_path / "m") as file:
         assert file.header.metadata == {"format": "np"}
 
 
-def test_writing_again_what_was_read_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_reading_and_writing_restores_the_bytes(tmp_path: Path) -> None:
     safetensors.numpy.save_file(SAMPLE, tmp_path / "a", {"format": "np"})
     write(tmp_path / "b", read(tmp_path / "a"), {"format": "np"})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("name", [name for name in DTYPES if name != "C128"])
-def test_every_dtype_comes_back(tmp_path: Path, name: str) -> None:
+def test_every_dtype_is_restored(tmp_path: Path, name: str) -> None:
     data = np.arange(6 * DTYPES[name].itemsize, dtype=np.uint8) % (2 if name == "BOOL" else 251)
     array = data.view(DTYPES[name].numpy).reshape(2, 3)
     write(tmp_path / "m", {"t": array})
@@ -101,14 +101,14 @@ def test_c128_is_refused_by_the_writer() -> None:
         header_bytes([TensorSpec("t", DTYPES["C128"], (1,))], {})
 
 
-def test_a_tensor_that_was_read_can_be_changed(tmp_path: Path) -> None:
+def test_read_tensors_are_writable(tmp_path: Path) -> None:
     write(tmp_path / "m", {"t": np.ones(3, np.float32)})
     array = read(tmp_path / "m")["t"]
     array[0] = 2
     assert array[0] == 2
 
 
-def test_tensors_lie_at_multiples_of_their_element_size() -> None:
+def test_tensors_are_aligned_to_their_element_size() -> None:
     widths = [DTYPES[name] for name in ("U8", "F64", "BF16", "F32", "I8")]
     specs = in_aligned_order([TensorSpec(d.name, d, (3,)) for d in widths])
     assert [spec.name for spec in specs] == ["F64", "F32", "BF16", "U8", "I8"]
@@ -120,7 +120,7 @@ _shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
 @given(st.dictionaries(_names, st.tuples(_dtypes, _shapes), max_size=5), st.dictionaries(_names, _names))
-def test_headers_come_back(tensors: dict[str, tuple[Any, Any]], metadata: dict[str, str]) -> None:
+def test_headers_are_restored(tensors: dict[str, tuple[Any, Any]], metadata: dict[str, str]) -> None:
     specs = [
         TensorSpec(name, of_numpy(np.dtype(dtype)), shape)
         for name, (dtype, shape) in tensors.items()
@@ -198,7 +198,7 @@ def test_hostile_headers_are_refused(fields: object, words: str) -> None:
         (b"[]", "not a JSON object"),
     ],
 )
-def test_json_is_read_strictly(text: bytes, words: str) -> None:
+def test_invalid_json_is_refused(text: bytes, words: str) -> None:
     with pytest.raises(SafetensorsError, match=words):
         strict_json(text, "the text")
 
@@ -221,7 +221,7 @@ def test_files_with_wrong_lengths_are_refused(tmp_path: Path, data: bytes, words
         SafetensorsFile(tmp_path / "m")
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "m", {"a": np.arange(5, dtype=np.float32)})
     data = (tmp_path / "m").read_bytes()
     for length in range(len(data)):
@@ -235,7 +235,7 @@ def test_a_file_without_tensors_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "m") == {}
 
 
-def test_a_bool_that_is_neither_0_nor_1_is_true_with_a_warning(tmp_path: Path) -> None:
+def test_a_bool_byte_other_than_0_and_1_reads_as_true_with_a_warning(tmp_path: Path) -> None:
     write(tmp_path / "m", {"t": np.array([True, False, True, False])})
     data = bytearray((tmp_path / "m").read_bytes())
     data[-4:] = bytes([255, 0, 1, 2])
@@ -248,7 +248,7 @@ def test_a_bool_that_is_neither_0_nor_1_is_true_with_a_warning(tmp_path: Path) -
         assert theirs.get_tensor("t").bool().tolist() == found.tolist()
 
 
-def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
+def test_null_metadata_are_read_as_none(tmp_path: Path) -> None:
     header = json.dumps({"__metadata__": None, "a": entry(0, 8)}).encode()
     assert parse_header(header, 8).metadata == {}
     (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -267,7 +267,7 @@ def test_metadata_that_are_null_are_none(tmp_path: Path) -> None:
         ("F6_E3M2", [64, 2], (96,)),
     ],
 )
-def test_elements_smaller_than_a_byte_are_held_as_bytes_and_written_as_they_were(
+def test_elements_smaller_than_a_byte_are_kept_as_bytes_and_restored(
     dtype: str, shape: list[int], as_bytes: tuple[int, ...], tmp_path: Path
 ) -> None:
     data = np.arange(np.prod(as_bytes), dtype=np.uint8)
@@ -285,7 +285,7 @@ def test_elements_smaller_than_a_byte_are_held_as_bytes_and_written_as_they_were
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-def test_names_in_messages_are_short() -> None:
+def test_long_names_are_shortened_in_messages() -> None:
     with pytest.raises(SafetensorsError) as caught:
         parse_header(json.dumps({"layer." * 10_000 + "weight": entry(0, 8, "F99")}).encode(), 8)
     assert len(str(caught.value)) < 250
@@ -300,7 +300,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
             file.read("t")
 
 
-def test_a_missing_tensor_and_a_missing_file_are_told(tmp_path: Path) -> None:
+def test_a_missing_tensor_or_file_raises(tmp_path: Path) -> None:
     write(tmp_path / "m", {})
     with SafetensorsFile(tmp_path / "m") as file, pytest.raises(MissingTensorError, match="'t'"):
         file.read("t")
@@ -323,18 +323,18 @@ ONE = TensorSpec("t", DTYPES["F32"], (3,))
         ([np.zeros(3, np.float32)] * 2, "more tensors"),
     ],
 )
-def test_what_was_not_announced_is_not_written(arrays: list[Any], words: str) -> None:
+def test_arrays_that_differ_from_the_header_are_refused(arrays: list[Any], words: str) -> None:
     with pytest.raises(SafetensorsError, match=words):
         write_tensors(io.BytesIO(), [ONE], {}, iter(arrays))
 
 
-def test_a_name_that_comes_twice_is_not_written() -> None:
+def test_a_duplicate_name_is_refused() -> None:
     for name in ("t", "__metadata__"):
         with pytest.raises(SafetensorsError, match="twice"):
             header_bytes([ONE, TensorSpec(name, *ONE[1:])], {})
 
 
-def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_no_partial_file(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(b"old")
     with pytest.raises(SafetensorsError), replacing(tmp_path / "m") as file:
         write_tensors(file, [ONE], {}, iter([]))
@@ -342,7 +342,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_what_is_written_has_the_permissions_of_a_new_file(tmp_path: Path) -> None:
+def test_a_written_file_has_default_permissions(tmp_path: Path) -> None:
     mask = os.umask(0o027)
     try:
         write(tmp_path / "m", {})

@@ -37,7 +37,7 @@ def test_shards_are_numbered_from_one_with_five_digits() -> None:
     assert index_name("m") == "m.sfp.index.json"
 
 
-def test_a_model_in_shards_is_used_as_a_file_is(tmp_path: Path) -> None:
+def test_a_sharded_model_has_the_interface_of_a_file(tmp_path: Path) -> None:
     with ShardedFile(model(tmp_path)) as sharded:
         assert sharded.keys() == list(sharded) == ["a", "b", "c"]
         assert len(sharded) == 3
@@ -54,7 +54,7 @@ def test_a_model_in_shards_is_used_as_a_file_is(tmp_path: Path) -> None:
             sharded.get_tensor("d")
 
 
-def test_an_index_comes_back() -> None:
+def test_an_index_is_restored_from_its_bytes() -> None:
     index = ShardIndex({"a\n": "x.sfp", "b": "y.sfp"}, {"total_size": 7})
     assert ShardIndex.from_bytes(index.to_bytes()) == index
     assert index.files() == ["x.sfp", "y.sfp"]
@@ -71,7 +71,9 @@ def test_an_index_comes_back() -> None:
     ids=["elsewhere", "missing", "not listed", "two swapped"],
 )
 @clauses("R-SHD-001")
-def test_a_tensor_is_where_the_index_says(tmp_path: Path, weight_map: dict[str, str], words: str) -> None:
+def test_an_index_that_contradicts_its_shards_is_refused(
+    tmp_path: Path, weight_map: dict[str, str], words: str
+) -> None:
     with pytest.raises(InvalidFileError, match=words) as caught:
         ShardedFile(model(tmp_path, weight_map))
     assert (caught.value.clause, caught.value.code) == ("R-SHD-001", "E_LAYOUT")
@@ -79,7 +81,7 @@ def test_a_tensor_is_where_the_index_says(tmp_path: Path, weight_map: dict[str, 
 
 @pytest.mark.parametrize("name", ["../m.sfp", "/m.sfp", "d/m.sfp", "d\\m.sfp", "..", ".", "", "m\0.sfp"])
 @clauses("R-SHD-002")
-def test_a_file_name_has_no_directory_part(name: str) -> None:
+def test_a_file_name_with_a_directory_part_is_refused(name: str) -> None:
     text = json.dumps({"metadata": {}, "weight_map": {"a": name}}).encode()
     with pytest.raises(InvalidFileError) as caught:
         ShardIndex.from_bytes(text)
@@ -98,7 +100,7 @@ def test_a_file_name_has_no_directory_part(name: str) -> None:
         b'{"weight_map":{},"metadata":[]}',
     ],
 )
-def test_what_is_not_an_index_is_refused(text: bytes) -> None:
+def test_invalid_indexes_are_refused(text: bytes) -> None:
     with pytest.raises(SafetensorsError):
         ShardIndex.from_bytes(text)
 
@@ -111,7 +113,7 @@ def test_a_fault_in_a_shard_names_the_shard(tmp_path: Path) -> None:
     assert caught.value.clause == "R-PRE-007"
 
 
-def test_a_missing_shard_is_told(tmp_path: Path) -> None:
+def test_a_missing_shard_raises_file_not_found(tmp_path: Path) -> None:
     path = model(tmp_path)
     (tmp_path / B).unlink()
     with pytest.raises(FileNotFoundError, match=B):

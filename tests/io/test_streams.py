@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @clauses("R-STR-005")
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_stream_that_cannot_be_written_anywhere_is_refused_and_left_alone(path: Path, case: str) -> None:
+def test_a_stream_without_random_access_is_refused_and_stays_unchanged(path: Path, case: str) -> None:
     make, told = REFUSED[case]
     path.with_name("x.gz").write_bytes(b"")
     with make(path) as stream, pytest.raises(OptionError, match=told):
@@ -83,7 +83,7 @@ def test_a_pipe_and_a_socket_are_refused() -> None:
         Writer(stream)
 
 
-def test_what_is_no_stream_or_a_closed_one_is_refused(path: Path) -> None:
+def test_objects_that_are_no_stream_and_closed_streams_are_refused(path: Path) -> None:
     closed = io.BytesIO()
     closed.close()
     things: list[Any] = [closed, None, 7, [], object(), mmap.mmap(-1, 4096)]
@@ -101,14 +101,14 @@ class _Appending(io.BytesIO):
 
 
 @pytest.mark.parametrize("before", [b"", OLD])
-def test_a_stream_that_writes_elsewhere_than_it_stands_is_refused(before: bytes) -> None:
+def test_a_stream_in_append_mode_is_refused(before: bytes) -> None:
     with pytest.raises(OptionError, match="elsewhere"):
         write(_Appending(before))
 
 
 @pytest.mark.parametrize("mode", ["wb", "r+b", "w+b"])
 @pytest.mark.parametrize("buffering", [0, -1])
-def test_a_file_opened_to_be_written_is_replaced_whole(path: Path, mode: str, buffering: int) -> None:
+def test_a_file_opened_for_writing_is_overwritten_completely(path: Path, mode: str, buffering: int) -> None:
     with path.open(mode, buffering=buffering) as stream:
         write(stream)
         assert stream.tell() == len(EXPECTED)
@@ -131,7 +131,7 @@ def load_from(stream: Any) -> bytes:
 
 
 @pytest.mark.parametrize("position", [0, 77, 10_000])
-def test_a_stream_is_the_file_wherever_it_stands(position: int) -> None:
+def test_a_stream_is_read_from_its_start_at_any_position(position: int) -> None:
     stream = io.BytesIO(OLD)
     stream.seek(position)
     write(stream)
@@ -154,7 +154,7 @@ class _Silent(io.BytesIO):
         super().write(data)
 
 
-def test_a_stream_that_takes_few_bytes_at_once_gets_all(path: Path) -> None:
+def test_a_stream_with_short_writes_receives_all_bytes(path: Path) -> None:
     with _Slow(path, "w+") as stream:
         write(stream)
     assert path.read_bytes() == EXPECTED
@@ -170,7 +170,7 @@ class _Full(_Slow):
         return 0
 
 
-def test_a_stream_that_takes_nothing_is_an_error(path: Path) -> None:
+def test_a_stream_that_accepts_no_bytes_raises(path: Path) -> None:
     with _Full(path, "w+") as stream, pytest.raises(OSError, match="took 0 of 64 bytes"):
         write(stream)
 
@@ -184,9 +184,7 @@ def test_a_stream_that_takes_nothing_is_an_error(path: Path) -> None:
         (lambda path: None, "cannot read a NoneType"),
     ],
 )
-def test_what_cannot_be_read_at_any_place_is_refused(
-    path: Path, make: Callable[[Path], Any], told: str
-) -> None:
+def test_inputs_without_random_access_are_refused(path: Path, make: Callable[[Path], Any], told: str) -> None:
     stream = make(path)
     with pytest.raises(OptionError, match=told):
         sfpformat.open(stream)
@@ -206,6 +204,6 @@ def test_a_pipe_is_refused_by_readers() -> None:
         sfpformat.open(pipe)
 
 
-def test_bytes_of_any_kind_are_read() -> None:
+def test_bytes_like_objects_are_read() -> None:
     for data in (EXPECTED, bytearray(EXPECTED), memoryview(EXPECTED), np.frombuffer(EXPECTED, np.uint8)):
         assert load(data)["a"].tobytes() == TENSORS["a"].tobytes()  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from sfpformat.numpy import save
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
-def test_workers_give_results_in_the_order_of_the_items(threads: int, count: int) -> None:
+def test_workers_return_results_in_the_order_of_the_items(threads: int, count: int) -> None:
     workers = Workers(threads)
 
     def work(item: int) -> int:
@@ -43,7 +43,7 @@ def test_the_first_failure_in_the_order_of_the_items_is_raised_after_the_results
     workers.stop()
 
 
-def test_one_item_is_done_by_the_calling_thread_and_several_by_others() -> None:
+def test_one_item_runs_in_the_calling_thread_and_several_in_workers() -> None:
     workers = Workers(2)
     own = threading.get_ident()
     assert list(workers.map(lambda _: threading.get_ident(), range(1))) == [own]
@@ -53,7 +53,7 @@ def test_one_item_is_done_by_the_calling_thread_and_several_by_others() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "few", "pruned", "quantised", "weighed"])
 @pytest.mark.parametrize("engine", ["python", "numba"])
-def test_planning_in_threads_gives_the_same_bytes(kind: str, engine: str) -> None:
+def test_the_bytes_do_not_depend_on_the_planning_threads(kind: str, engine: str) -> None:
     weights = np.random.default_rng(0).standard_normal((120, 500)).astype(np.float32)
     if kind == "few":
         weights = weights.round()

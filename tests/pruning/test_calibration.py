@@ -27,7 +27,7 @@ def assert_same(found: dict[str, Statistics], wanted: dict[str, Statistics]) -> 
         torch.testing.assert_close(one.inputs, other.inputs)
 
 
-def test_gradients_and_their_squares_are_those_of_autograd() -> None:
+def test_gradients_and_their_squares_match_autograd() -> None:
     net, batches = trained_net()
     found = statistics(net, batches)
     net.eval()
@@ -40,7 +40,7 @@ def test_gradients_and_their_squares_are_those_of_autograd() -> None:
     torch.testing.assert_close(found[name].fisher, torch.stack(gradients).square().mean(0))
 
 
-def test_data_are_gone_through_once_and_each_batch_is_reported() -> None:
+def test_data_are_read_once_and_each_batch_is_reported() -> None:
     net, batches = trained_net()
     seen: list[tuple[int, float]] = []
     statistics(net, iter(batches), progress=lambda number, loss: seen.append((number, loss)))
@@ -48,7 +48,7 @@ def test_data_are_gone_through_once_and_each_batch_is_reported() -> None:
     assert seen[0][1] == pytest.approx(loss_of(net, batches[:1]))
 
 
-def test_single_examples_are_looked_at_one_by_one_up_to_the_number_asked_for() -> None:
+def test_single_examples_are_processed_one_by_one_up_to_the_requested_number() -> None:
     net, batches = trained_net()
     found = statistics(net, batches, single=True, batches=70)
     ones = [(x[i : i + 1], y[i : i + 1]) for x, y in batches[:2] for i in range(64)][:70]
@@ -69,7 +69,7 @@ def test_examples_keep_the_form_of_their_batch() -> None:
             list(examples_of(batch))
 
 
-def test_statistics_that_were_stopped_go_on_as_if_they_had_not_been(tmp_path: Path) -> None:
+def test_resumed_statistics_equal_uninterrupted_ones(tmp_path: Path) -> None:
     net, batches = trained_net()
     path = tmp_path / "statistics.pt"
     calls: list[Any] = []

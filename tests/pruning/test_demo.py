@@ -47,7 +47,7 @@ def weights() -> packing.Tensors:
     return carried.weights()
 
 
-def test_the_carried_importance_has_a_grade_for_each_weight_of_the_linear_layers(
+def test_the_bundled_importance_has_a_grade_for_each_weight_of_the_linear_layers(
     weights: packing.Tensors,
 ) -> None:
     found = carried.importances()
@@ -58,7 +58,7 @@ def test_the_carried_importance_has_a_grade_for_each_weight_of_the_linear_layers
 
 
 @pytest.mark.parametrize("share", [0.7, 0.9])
-def test_the_carried_importance_costs_a_quarter_of_magnitudes_perplexity(
+def test_the_bundled_importance_adds_a_quarter_of_the_perplexity_that_magnitude_adds(
     share: float, weights: packing.Tensors
 ) -> None:
     by = {
@@ -73,7 +73,7 @@ def test_the_carried_importance_costs_a_quarter_of_magnitudes_perplexity(
     assert rises["importance"] < rises["magnitude"] / 4
 
 
-def test_the_torch_model_is_the_numpy_one(weights: packing.Tensors) -> None:
+def test_the_torch_and_numpy_models_return_the_same_outputs(weights: packing.Tensors) -> None:
     model = language.language_model(weights)
     ((inputs, _),) = list(language.Windows(2, 1, 0))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def model_config() -> packing.Config:
     return packing.Config()
 
 
-def test_windows_are_the_same_each_time_and_no_other_seeds() -> None:
+def test_windows_depend_only_on_the_seed() -> None:
     one = language.Windows(2, 3, 5)
     for (first, successors), (again, _), (other, _) in zip(one, one, language.Windows(2, 3, 6), strict=True):
         assert torch.equal(first, again)
@@ -93,7 +93,7 @@ def test_windows_are_the_same_each_time_and_no_other_seeds() -> None:
         assert not torch.equal(first, other)
 
 
-def test_held_out_text_is_in_no_window() -> None:
+def test_no_window_contains_held_out_text() -> None:
     text = language.training_tokens().numpy().tobytes()
     for kind in carried.TEXTS:
         tokens = carried.heldout_tokens(kind, 4096)
@@ -101,7 +101,7 @@ def test_held_out_text_is_in_no_window() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("wanda-", "sparsegpt-f", "mag"))])
-def test_every_method_prunes_as_much_as_it_is_asked_to(method: str, weights: packing.Tensors) -> None:
+def test_every_method_meets_its_sparsity(method: str, weights: packing.Tensors) -> None:
     calls = []
     bench = Bench(weights, 2, calibration_batches=1, progress=lambda step, loss: calls.append(step))
     pruned = bench.prune(method, 0.7)
@@ -131,7 +131,7 @@ def test_the_benchmark_prints_a_list_of_objects(capsys: pytest.CaptureFixture[st
     assert all(len(cells) == len(header) for cells in table)
 
 
-def test_rows_are_kept_as_they_come_and_are_not_measured_again(
+def test_rows_are_saved_one_by_one_and_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -153,7 +153,7 @@ def test_rows_are_kept_as_they_come_and_are_not_measured_again(
     assert asked == ["fisher", "fisher"]
 
 
-def test_the_readme_shows_the_rows_that_are_kept_beside_the_tests() -> None:
+def test_the_readme_shows_the_rows_recorded_in_the_repository() -> None:
     readme = (Path(__file__).parents[1] / "figures" / "README.md").read_text(encoding="utf-8")
     found = read(ROWS)
     assert all(list(row) == list(pruning_rows.FIELDS) for row in found)
@@ -173,7 +173,7 @@ def test_a_cell_is_the_mean_over_the_seeds_and_half_of_their_spread() -> None:
 
 
 @pytest.mark.parametrize("text", ["no rows", "no rows\n", "3\n", '{"method": "guess"}\n'])
-def test_a_file_of_something_else_is_left_as_it_is(
+def test_an_unrelated_file_is_refused_and_unchanged(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.jsonl"
@@ -210,12 +210,12 @@ def test_a_model_of_another_seed_is_trained_once(tmp_path: Path, monkeypatch: py
         ["demo", "--sparsity", "0.7", "--steps", "3"],
     ],
 )
-def test_what_makes_no_sense_is_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused_at_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert capsys.readouterr().err.startswith("sfp: error: ")
 
 
-def test_the_demonstration_learns_compares_and_draws(
+def test_the_demonstration_prints_a_comparison_and_writes_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(learned, "SPARSITIES", (0.6, 0.8))
@@ -256,7 +256,7 @@ def test_the_command_learns_the_importance_of_a_file(
     assert path.stat().st_size < 2_000_000
 
 
-def test_the_carried_file_is_pruned_by_the_command(tmp_path: Path, weights: packing.Tensors) -> None:
+def test_the_command_prunes_the_bundled_file(tmp_path: Path, weights: packing.Tensors) -> None:
     source, target = tmp_path / "model.sfp", tmp_path / "pruned.sfp"
     source.write_bytes(carried.model_bytes())
     assert main(["prune", str(source), "--sparsity", "0.8", "-o", str(target)]) == 0

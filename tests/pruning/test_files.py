@@ -32,7 +32,7 @@ from ..support.pruning_nets import loss_of, trained_net
 Pair = dict[str, np.ndarray]
 
 
-def test_pruning_zeroes_what_its_masks_say() -> None:
+def test_pruning_zeroes_the_masked_weights() -> None:
     net, _ = trained_net()
     importances = scores.magnitude(net)
     before = {name: net.get_parameter(name).detach().clone() for name in importances}
@@ -44,7 +44,7 @@ def test_pruning_zeroes_what_its_masks_say() -> None:
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_fine_tuning_holds_the_masks_and_lowers_the_loss(teacher: bool) -> None:
+def test_fine_tuning_keeps_the_masks_and_lowers_the_loss(teacher: bool) -> None:
     (net, batches), (dense, _) = trained_net(), trained_net()
     masks = prune(net, scores.fisher(net, statistics(net, batches)), Sparsity(0.8))
     bias, before = net.get_parameter("0.bias").detach().clone(), loss_of(net, batches)
@@ -59,7 +59,7 @@ def test_fine_tuning_holds_the_masks_and_lowers_the_loss(teacher: bool) -> None:
         assert not torch.signbit(weight[~mask]).any()
 
 
-def test_factors_make_up_for_a_part_and_enter_reconstruction(tmp_path: Path) -> None:
+def test_factors_compensate_pruning_and_are_applied_when_decoding(tmp_path: Path) -> None:
     (net, batches), (dense, _) = trained_net(), trained_net()
     masks = prune(net, scores.fisher(net, statistics(net, batches)), Sparsity(0.8))
     weights = {name: net.get_parameter(name).detach().clone() for name in masks}
@@ -92,7 +92,7 @@ def test_a_file_keeps_masks_survivors_and_grades(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[name], tensor.numpy())
 
 
-def test_multipliers_make_up_for_a_part_and_take_no_bits(tmp_path: Path) -> None:
+def test_multipliers_compensate_pruning_and_take_no_bits(tmp_path: Path) -> None:
     (net, batches), (dense, _) = trained_net(), trained_net()
     masks = prune(net, scores.fisher(net, statistics(net, batches)), Sparsity(0.8))
     weights = {name: net.get_parameter(name).detach().clone() for name in masks}
@@ -109,7 +109,7 @@ def test_multipliers_make_up_for_a_part_and_take_no_bits(tmp_path: Path) -> None
     assert loss_of(net, batches) < 0.8 * before
 
 
-def test_multipliers_are_folded_into_what_is_written_alone(tmp_path: Path) -> None:
+def test_multipliers_are_folded_into_written_weights_only(tmp_path: Path) -> None:
     net, _ = trained_net()
     masks = prune(net, scores.magnitude(net), Sparsity(0.5))
     before = net.get_parameter("0.weight").detach().clone()
@@ -119,7 +119,7 @@ def test_multipliers_are_folded_into_what_is_written_alone(tmp_path: Path) -> No
     np.testing.assert_array_equal(load_file(tmp_path / "a.sfp")["0.weight"], 2 * before.numpy())
 
 
-def test_a_multiplier_that_makes_a_weight_infinite_is_refused_and_the_model_is_as_it_was(
+def test_a_multiplier_that_makes_a_weight_infinite_is_refused_and_the_model_unchanged(
     tmp_path: Path,
 ) -> None:
     net = nn.Sequential(nn.Linear(8, 8)).half()
@@ -131,7 +131,7 @@ def test_a_multiplier_that_makes_a_weight_infinite_is_refused_and_the_model_is_a
     assert (net[0].weight == 60000).all()
 
 
-def test_torchs_masks_are_taken_and_given() -> None:
+def test_masks_are_exchanged_with_torch_prune() -> None:
     net, _ = trained_net()
     torch_prune.l1_unstructured(net[0], "weight", amount=0.4)
     torch_prune.random_unstructured(net[3], "weight", amount=0.7)
@@ -162,7 +162,7 @@ class Everything(nn.Module):
 
 
 @pytest.mark.parametrize("path", ["layer", "norm", "conv", "embedding"])
-def test_what_is_taken_of_torchs_masks_is_packed_whatever_it_is_of(path: str, tmp_path: Path) -> None:
+def test_masks_from_torch_prune_are_packed_for_every_kind_of_parameter(path: str, tmp_path: Path) -> None:
     model = Everything()
     module = model.get_submodule(path)
     for name in [name for name, _ in module.named_parameters()]:
@@ -232,7 +232,7 @@ def test_importances_in_double_precision_are_not_rounded() -> None:
     assert prune(layer, {"weight": close}, 0.5)["weight"].tolist() == [[True, False], [True, False]]
 
 
-def test_two_names_of_one_tensor_are_once_and_must_agree(tmp_path: Path) -> None:
+def test_a_tensor_with_two_names_is_written_once_and_its_values_must_agree(tmp_path: Path) -> None:
     head, embedding = nn.Linear(4, 6, bias=False), nn.Embedding(6, 4)
     head.weight = embedding.weight
     model = nn.ModuleDict({"head": head, "embedding": embedding})
@@ -284,7 +284,7 @@ CODINGS = {
 
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("first", [0.0, 0.5])
-def test_a_file_pruned_again_is_as_if_it_had_been_pruned_so_at_once(
+def test_pruning_a_file_again_gives_the_bytes_of_pruning_once(
     coding: str, first: float, tmp_path: Path
 ) -> None:
     weights, importances = graded_file(tmp_path / "a.sfp", CODINGS[coding], first)
@@ -315,7 +315,7 @@ def test_a_file_pruned_again_is_as_if_it_had_been_pruned_so_at_once(
             np.testing.assert_array_equal(kept[mask], importances[name][mask])
 
 
-def test_step_by_step_is_the_same_as_at_once(tmp_path: Path) -> None:
+def test_pruning_in_steps_gives_the_same_result_as_at_once(tmp_path: Path) -> None:
     graded_file(tmp_path / "0.sfp", CODINGS["exact"], 0.0)
     for before, after, share in (
         ("0", "1", 0.4),
@@ -328,7 +328,7 @@ def test_step_by_step_is_the_same_as_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "stepwise.sfp").read_bytes() == (tmp_path / "once.sfp").read_bytes()
 
 
-def test_less_than_was_pruned_is_nothing_and_importances_can_be_dropped(tmp_path: Path) -> None:
+def test_a_lower_sparsity_changes_nothing_and_importances_can_be_dropped(tmp_path: Path) -> None:
     graded_file(tmp_path / "a.sfp", CODINGS["exact"], 0.5)
     with sfpformat.open(tmp_path / "a.sfp") as file:
         found = reprune(file, tmp_path / "b.sfp", Sparsity(0.3), keep_importance=False)
@@ -340,7 +340,7 @@ def test_less_than_was_pruned_is_nothing_and_importances_can_be_dropped(tmp_path
     assert not (tmp_path / "c.sfp").exists()
 
 
-def test_tensors_with_multipliers_are_copied_as_they_are(tmp_path: Path) -> None:
+def test_tensors_with_multipliers_are_copied_without_recoding(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((8, 16)).astype(np.float32)
     factors = (rng.random(8).astype(np.float32), rng.random(16).astype(np.float32))
@@ -394,7 +394,7 @@ def test_a_pattern_prunes_the_tensors_of_a_file_that_it_fits(
     assert "nothing would be pruned" in capsys.readouterr().err
 
 
-def test_of_equal_importances_in_a_file_a_pattern_keeps_the_greatest_weights(tmp_path: Path) -> None:
+def test_of_equal_importances_a_pattern_keeps_the_largest_weights(tmp_path: Path) -> None:
     weights = np.array([[4, -1, 3, 2], [-1, 2, -3, 4]], np.float32)
     equal = np.ones((2, 4), np.float32)
     save_file({"w": weights}, tmp_path / "a.sfp", options=CODINGS["all"], importances={"w": equal})
@@ -433,7 +433,7 @@ def test_the_command_prunes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
         [],
     ],
 )
-def test_the_command_refuses_thresholds_that_make_no_sense(
+def test_the_command_refuses_invalid_thresholds(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     graded_file(tmp_path / "a.sfp", CODINGS["exact"], 0.5)
@@ -442,7 +442,7 @@ def test_the_command_refuses_thresholds_that_make_no_sense(
     assert not (tmp_path / "b.sfp").exists()
 
 
-def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     net, batches = trained_net()
     masks = {"0.weight": torch.ones(24, 12, dtype=torch.bool)}
     wrong = {"0.weight": torch.ones(3, 3)}

@@ -77,7 +77,7 @@ def of_linear(name: str) -> str:
     return name.removesuffix("weight") + "linear.weight"
 
 
-def test_the_conv1d_of_gpt2_is_pruned_as_the_linear_layer_that_it_is() -> None:
+def test_the_conv1d_of_gpt2_is_pruned_like_a_linear_layer() -> None:
     original, linear = gpt2_twice()
     names = prunable(original)
     assert len(names) == 8
@@ -105,7 +105,7 @@ def test_the_conv1d_of_gpt2_is_pruned_layer_by_layer_along_its_inputs(method: st
             assert (mask.sum(0) == mask.shape[0] // 2).all()
 
 
-def test_features_are_those_of_outputs_and_inputs_however_a_weight_is_stored() -> None:
+def test_features_of_outputs_and_inputs_do_not_depend_on_the_storage_layout() -> None:
     original, linear = gpt2_twice()
     names = prunable(original)
     found, expected = (statistics(model, text(), batches=1) for model in (original, linear))
@@ -174,7 +174,7 @@ def zoo() -> tuple[Zoo, list[tuple[Tensor, Tensor]]]:
     return Zoo(), [(torch.randn(6, 4, 5), torch.arange(6) % 5)]
 
 
-def test_layers_of_all_kinds_are_pruned_by_what_depends_on_gradients() -> None:
+def test_gradient_based_scores_prune_layers_of_all_kinds() -> None:
     model, data = zoo()
     assert {name: layout_of(model, name) for name in prunable(model)} == ZOO
     assert prunable(nn.LSTM(4, 8, proj_size=2)) == ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]
@@ -186,7 +186,7 @@ def test_layers_of_all_kinds_are_pruned_by_what_depends_on_gradients() -> None:
     assert list(masks) == list(ZOO)
 
 
-def test_patterns_fit_layers_of_all_kinds_but_groups_that_are_too_small() -> None:
+def test_patterns_fit_layers_of_all_kinds_except_small_groups() -> None:
     model, _ = zoo()
     masks = prune(model, magnitude(model), Pattern(2, 4))
     for name, mask in masks.items():
@@ -198,7 +198,7 @@ def test_patterns_fit_layers_of_all_kinds_but_groups_that_are_too_small() -> Non
     assert list(masks) == ["head.weight"]
 
 
-def test_what_wanda_and_sparsegpt_do_not_reach_is_named() -> None:
+def test_tensors_that_wanda_and_sparsegpt_do_not_support_are_named() -> None:
     model, data = zoo()
     found = statistics(model, data, batches=1)
     others = r"'one.weight', .*'recurrent.weight_ih_l0', .*'attention.in_proj_weight'"
@@ -211,7 +211,7 @@ def test_what_wanda_and_sparsegpt_do_not_reach_is_named() -> None:
         prune_layerwise(model, data, 0.5, "wanda", tensors=["head.weight", "one.weight"], batches=1)
 
 
-def test_layouts_bring_weights_to_outputs_and_inputs_and_back() -> None:
+def test_layouts_convert_weights_to_outputs_by_inputs_and_back() -> None:
     for layout, shape, rows in (
         (Layout(1), (4, 6), 4),
         (Layout(0), (4, 6), 6),
@@ -228,7 +228,7 @@ def test_layouts_bring_weights_to_outputs_and_inputs_and_back() -> None:
     assert torch.equal(Layout(1, stacked=True).matrix(stack)[6:], stack[1].T)
 
 
-def test_experts_of_transformers_are_pruned_each_along_its_inputs() -> None:
+def test_each_expert_of_transformers_is_pruned_along_its_inputs() -> None:
     config = transformers.MixtralConfig(
         vocab_size=40,
         hidden_size=8,
@@ -249,7 +249,7 @@ def test_experts_of_transformers_are_pruned_each_along_its_inputs() -> None:
     learned(model, text(), found)
 
 
-def test_an_embedding_tied_to_the_head_is_pruned_by_either_name(tmp_path: Path) -> None:
+def test_an_embedding_tied_to_the_head_is_pruned_under_either_name(tmp_path: Path) -> None:
     for name in ("transformer.wte.weight", "lm_head.weight"):
         model = made("GPT2LMHeadModel")
         assert name not in prunable(model)
@@ -262,7 +262,7 @@ def test_an_embedding_tied_to_the_head_is_pruned_by_either_name(tmp_path: Path) 
             assert file.get_importance("lm_head.weight") is not None
 
 
-def test_what_is_exempt_is_so_by_every_name_of_it() -> None:
+def test_an_exempt_tied_tensor_is_exempt_under_all_its_names() -> None:
     model = made("GPT2LMHeadModel")
     names = ["lm_head.weight", "transformer.h.0.attn.c_attn.weight"]
     masks = prune(model, magnitude(model, names), 0.5, exempt="*wte*")
@@ -275,7 +275,7 @@ def test_what_is_exempt_is_so_by_every_name_of_it() -> None:
         prune(model, magnitude(model, names), 0.5, exempt=("lm_head.weigth",))
 
 
-def test_weights_that_cannot_be_pruned_are_named_with_what_helps() -> None:
+def test_weights_that_cannot_be_pruned_are_named_with_a_remedy() -> None:
     pruned = nn.Linear(8, 8)
     torch_prune.l1_unstructured(pruned, "weight", 0.5)
     compressed = nn.Sequential(nn.Linear(64, 64))
@@ -329,7 +329,7 @@ def test_a_weight_that_the_loss_does_not_depend_on_is_named() -> None:
     assert not found["other.weight"].fisher.any()
 
 
-def test_names_that_choose_nothing_or_one_tensor_twice_are_refused() -> None:
+def test_names_that_select_nothing_or_one_tensor_twice_are_refused() -> None:
     model = made("GPT2LMHeadModel")
     for words, names in (
         ("nothing to prune", []),

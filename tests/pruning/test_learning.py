@@ -37,7 +37,7 @@ def pruned_loss(importances: dict[str, torch.Tensor], sparsity: float, scope: st
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_learning_beats_the_scores_it_starts_from(gate: str) -> None:
+def test_learning_has_less_loss_than_its_starting_scores(gate: str) -> None:
     net, batches = trained_net()
     learned = learn_importance(net, batches, 0.8, settings=Settings(steps=120, method="weights", gate=gate))
     fisher = scores.fisher(net, statistics(net, batches))
@@ -46,7 +46,7 @@ def test_learning_beats_the_scores_it_starts_from(gate: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_model_stays_as_it_is(method: str) -> None:
+def test_learning_does_not_change_the_model(method: str) -> None:
     net, batches = trained_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     gradients = {name: torch.full_like(value, 7.0) for name, value in net.named_parameters()}
@@ -61,7 +61,7 @@ def test_the_model_stays_as_it_is(method: str) -> None:
         assert torch.equal(parameter.grad, gradients[name])
 
 
-def test_before_the_first_step_importances_order_as_fisher_does() -> None:
+def test_initial_importances_have_the_order_of_fisher_scores() -> None:
     net, batches = trained_net()
     found = statistics(net, batches)
     network = ImportanceNetwork(chosen_weights(net, None), found)
@@ -72,7 +72,7 @@ def test_before_the_first_step_importances_order_as_fisher_does() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_the_target_keeps_is_above_ln_2(method: str) -> None:
+def test_importances_of_kept_weights_are_above_ln_2(method: str) -> None:
     net, batches = trained_net()
     learned = learn_importance(net, batches, 0.7, settings=replace(WEIGHTS, method=method))
     flat = torch.cat([importance.flatten() for importance in learned.importances.values()])
@@ -80,7 +80,7 @@ def test_what_the_target_keeps_is_above_ln_2(method: str) -> None:
     assert (flat >= 0).all()
 
 
-def test_the_network_alone_is_a_function_of_the_features() -> None:
+def test_without_logits_the_importance_is_a_function_of_the_features() -> None:
     net, batches = trained_net()
     learned = learn_importance(net, batches, 0.6, settings=Settings(steps=40, logits=False))
     again = learn_importance(
@@ -91,7 +91,7 @@ def test_the_network_alone_is_a_function_of_the_features() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_range_serves_every_sparsity_in_it(method: str) -> None:
+def test_importances_for_a_range_are_good_at_every_sparsity_in_it(method: str) -> None:
     net, batches = trained_net()
     settings = Settings(steps=120, method=method)
     learned = learn_importance(net, batches, (0.5, 0.85), settings=settings)
@@ -101,7 +101,7 @@ def test_a_range_serves_every_sparsity_in_it(method: str) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.7, 0.8, 0.9])
-def test_learning_together_beats_tuning_what_fisher_leaves_in_as_many_steps(sparsity: float) -> None:
+def test_joint_learning_has_less_loss_than_tuning_after_fisher(sparsity: float) -> None:
     net, batches = trained_net()
     together = Settings(steps=100, weight_rate=1e-2, objective="loss")
     learned = learn_importance(net, batches, sparsity, settings=together)
@@ -113,7 +113,7 @@ def test_learning_together_beats_tuning_what_fisher_leaves_in_as_many_steps(spar
     assert loss_of(net, batches) < 0.9 * loss_of(tuned, batches)
 
 
-def test_weights_that_are_frozen_are_not_given_back() -> None:
+def test_frozen_weights_are_not_returned() -> None:
     net, batches = trained_net()
     assert not learn_importance(net, batches, 0.5, settings=Settings(steps=1)).weights
 
@@ -128,7 +128,7 @@ def test_weights_that_are_frozen_are_not_given_back() -> None:
         Settings(steps=14, method="levels", network_rate=1e-2, network_every=4),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, settings: Settings) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, settings: Settings) -> None:
     net, batches = trained_net()
 
     def run(path: Path | None, stop: int | None) -> Learned:
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, cut: int | None, method
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_loss_that_is_no_number_stops_learning_and_leaves_the_checkpoint(tmp_path: Path, gate: str) -> None:
+def test_a_nan_loss_stops_learning_and_keeps_the_checkpoint(tmp_path: Path, gate: str) -> None:
     net, batches = trained_net()
     found = statistics(net, batches)
     path = tmp_path / "checkpoint.pt"
@@ -214,7 +214,7 @@ def test_a_loss_that_is_no_number_stops_learning_and_leaves_the_checkpoint(tmp_p
         statistics(net, broken)
 
 
-def test_a_loss_that_is_no_number_stops_tuning_and_leaves_the_model() -> None:
+def test_a_nan_loss_stops_tuning_and_restores_the_model() -> None:
     net, batches = trained_net()
     masks = prune(net, scores.magnitude(net), Sparsity(0.5))
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -224,7 +224,7 @@ def test_a_loss_that_is_no_number_stops_tuning_and_leaves_the_model() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_a_model_without_outputs_that_are_understood_is_told_so() -> None:
+def test_a_model_with_unsupported_outputs_is_refused() -> None:
     class Pair(nn.Linear):
         def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
             return (super().forward(input),)
@@ -233,7 +233,7 @@ def test_a_model_without_outputs_that_are_understood_is_told_so() -> None:
         learn_importance(Pair(12, 5), trained_net()[1], 0.5)
 
 
-def test_any_module_and_loader_will_do() -> None:
+def test_any_module_and_data_loader_are_accepted() -> None:
     class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -262,7 +262,7 @@ def test_any_module_and_loader_will_do() -> None:
     assert torch.equal(mean, before)
 
 
-def test_a_task_can_be_anything_with_a_loss() -> None:
+def test_any_object_with_a_loss_is_accepted_as_task() -> None:
     net, batches = trained_net()
     calls = []
 
@@ -277,7 +277,7 @@ def test_a_task_can_be_anything_with_a_loss() -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_gates_begin_near_their_budget_and_lie_between_0_and_1(gate: str) -> None:
+def test_gates_start_near_their_budget_and_are_between_0_and_1(gate: str) -> None:
     scores_now = torch.randn(5000, requires_grad=True)
     gates, penalty = make_gate(gate, 0.5)(scores_now, Moment(0.6, 0.0))
     assert (gates >= 0).all()
@@ -289,7 +289,7 @@ def test_gates_begin_near_their_budget_and_lie_between_0_and_1(gate: str) -> Non
     assert (gradient != 0).any()
 
 
-def test_a_penalty_closes_gates_that_no_loss_holds_open() -> None:
+def test_a_penalty_closes_gates_that_no_loss_keeps_open() -> None:
     for gate in ("sigmoid", "hard-concrete"):
         found = torch.randn(2000, generator=torch.Generator().manual_seed(0)).requires_grad_()
         optimiser, close = torch.optim.Adam([found], 0.05), make_gate(gate, 0.5)
@@ -311,14 +311,14 @@ def test_features_are_standardised_and_clamped() -> None:
     assert (standardised(torch.full((9,), 3.3)) == 0).all()
 
 
-def test_memory_is_stated_and_grows_with_what_is_learned() -> None:
+def test_the_memory_estimate_grows_with_the_learned_weights() -> None:
     weights, alone = Settings(method="weights"), Settings(logits=False)
     assert bytes_per_weight(alone) < bytes_per_weight(weights) < 120
     assert bytes_per_weight(weights) < bytes_per_weight(Settings(weight_rate=1e-3))
     assert bytes_per_weight(Settings(method="levels", logits=False)) < bytes_per_weight() < 30
 
 
-def test_rates_warm_up_and_fall_to_what_is_left_at_the_end() -> None:
+def test_learning_rates_warm_up_and_decay_to_their_final_value() -> None:
     rates = [rate_at(2.0, step, 400, warmup=20, final=0.1) for step in range(401)]
     assert rates[0] == pytest.approx(2.0 / 20)
     assert all(before < after for before, after in pairwise(rates[:20]))
@@ -327,7 +327,7 @@ def test_rates_warm_up_and_fall_to_what_is_left_at_the_end() -> None:
     assert rates[400] == pytest.approx(0.2)
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_refused() -> None:
     net, batches = trained_net()
     for made in (
         lambda: Settings(gate="noisy"),

@@ -86,7 +86,7 @@ class Attention(nn.MultiheadAttention):
         (lambda: nn.Embedding(9, 4), torch.tensor([1, 2, 2])),
     ],
 )
-def test_gradients_of_scores_are_those_of_a_mask_straight_through(make: Any, x: Tensor) -> None:
+def test_gradients_of_scores_equal_those_of_a_straight_through_mask(make: Any, x: Tensor) -> None:
     torch.manual_seed(0)
     module: nn.Module = make()
     weights = {name: weight for name, weight in module.named_parameters() if weight.dim() > 1}
@@ -127,7 +127,7 @@ def test_gradients_of_scores_are_those_of_a_mask_straight_through(make: Any, x: 
         torch.testing.assert_close(part.sampled, own.reshape(-1)[part.sample], rtol=1e-4, atol=1e-5)
 
 
-def test_questions_about_a_weight_do_not_count_as_its_use() -> None:
+def test_reading_attributes_of_a_weight_does_not_count_as_use() -> None:
     layer = nn.Linear(4, 4)
     scored = {
         "weight": ScoredWeight(layer.weight, torch.zeros(4, 4), torch.arange(16), own=False, temperature=1)
@@ -150,7 +150,7 @@ def test_autocast_keeps_its_dtype_under_masks() -> None:
     assert part.rows.grad is not None
 
 
-def test_no_array_of_a_weight_s_size_waits_for_the_backward_pass() -> None:
+def test_no_weight_sized_array_is_kept_for_the_backward_pass() -> None:
     layer = nn.Linear(64, 64)
     part = ScoredWeight(layer.weight, torch.randn(64, 64), torch.arange(64), own=False, temperature=0.5)
     sizes: list[int] = []
@@ -187,7 +187,7 @@ print((peak() - before) / sum(weight.numel() for weight in net.parameters()))
 """
 
 
-def test_a_weight_takes_16_bytes_at_most_at_the_peak_without_logits_of_single_weights() -> None:
+def test_peak_memory_is_at_most_16_bytes_a_weight_without_weight_logits() -> None:
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 16
 
@@ -196,7 +196,7 @@ def test_a_weight_takes_16_bytes_at_most_at_the_peak_without_logits_of_single_we
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.73, 0.999])
-def test_a_quantile_from_histograms_is_that_of_sorted_numbers(share: float) -> None:
+def test_a_quantile_from_histograms_equals_that_of_sorted_numbers(share: float) -> None:
     values = torch.randn(30_000, generator=torch.Generator().manual_seed(1))
     parts = [(values[:10_000], 1.0), (values[10_000:].view(100, 200), 1.0)]
     found = quantile(lambda: parts, share)
@@ -208,12 +208,12 @@ def test_a_quantile_of_equal_numbers_is_that_number() -> None:
     assert quantile(lambda: [(torch.zeros(100), 1.0)], 0.0) == -math.inf
 
 
-def test_weighted_parts_count_as_often_as_they_stand_for() -> None:
+def test_weighted_parts_count_in_proportion_to_their_weight() -> None:
     parts = [(torch.zeros(10), 9.0), (torch.ones(10), 1.0)]
     assert quantile(lambda: parts, 0.89) < 0.5 < quantile(lambda: parts, 0.91)
 
 
-def test_starts_are_standard_logarithms_and_zeros_lie_below_all() -> None:
+def test_starting_logits_are_standardised_logarithms_and_zeros_are_lowest() -> None:
     generator = torch.Generator().manual_seed(0)
     made = {"a": torch.randn(50, 40, generator=generator).exp(), "b": torch.rand(9, 9, generator=generator)}
     made["a"][0, 0] = 0
@@ -226,7 +226,7 @@ def test_starts_are_standard_logarithms_and_zeros_lie_below_all() -> None:
     assert (standard_starts({"a": torch.full((3, 3), 0.7)})["a"] == 0).all()
 
 
-def test_at_the_start_thresholds_prune_what_the_start_says() -> None:
+def test_initial_thresholds_prune_by_the_starting_scores() -> None:
     net, batches = trained_net()
     levels = levels_of(net, batches)
     fisher = torch.cat([score.flatten() for score in scores.fisher(net, statistics(net, batches)).values()])
@@ -235,14 +235,14 @@ def test_at_the_start_thresholds_prune_what_the_start_says() -> None:
     assert ((masked == 0) == (fisher <= fisher.kthvalue(round(0.6 * len(fisher))).values)).all()
 
 
-def test_a_sample_of_a_large_layer_gives_nearly_the_same_threshold() -> None:
+def test_a_sample_of_a_large_layer_gives_almost_the_same_threshold() -> None:
     weight = torch.randn(1500, 1500, generator=torch.Generator().manual_seed(0))
     levels = Levels({"w": weight}, {"w": weight.square()}, network=False, own=False, temperature=0.5)
     assert len(levels.scored["w"].sample) == 1 << 20
     assert levels.set_threshold(0.5) == pytest.approx(levels.set_threshold(0.5, exact=True), abs=0.01)
 
 
-def test_the_network_begins_at_nothing_and_learns_from_the_sample() -> None:
+def test_the_network_starts_at_zero_and_learns_from_the_sample() -> None:
     net, batches = trained_net()
     levels = levels_of(net, batches, network=True)
     before = levels.importances(0.5)
@@ -273,20 +273,20 @@ def moved(signal: float, steps: int = 60, count: int = 4000) -> tuple[Tensor, fl
     return x.detach(), optimiser.gains["x"][0]
 
 
-def test_gradients_that_are_noise_move_nothing_far() -> None:
+def test_noisy_gradients_change_logits_little() -> None:
     x, gain = moved(0.0)
     assert gain < 0.3
     assert float(x.square().mean().sqrt()) < 0.01
 
 
-def test_gradients_that_agree_move_all_at_the_full_rate() -> None:
+def test_consistent_gradients_change_logits_at_the_full_rate() -> None:
     x, gain = moved(3.0)
     assert gain > 0.98
     assert float(x.mean()) < -0.01 * 60 * 0.8
 
 
 @pytest.mark.parametrize("sizes", [(40, 30), (1, 1, 1)])
-def test_tensors_that_step_one_by_one_go_where_they_go_together(sizes: tuple[int, ...]) -> None:
+def test_stepping_tensors_one_by_one_equals_stepping_them_together(sizes: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     ways = [[torch.zeros(size, requires_grad=True) for size in sizes] for _ in range(2)]
     together, alone = (SignalAdam({"x": tensors}, 9) for tensors in ways)
@@ -307,7 +307,7 @@ def test_tensors_that_step_one_by_one_go_where_they_go_together(sizes: tuple[int
     assert float(ways[0][0].detach().mean()) < 0
 
 
-def test_logits_of_weights_hold_no_gradients_after_their_step() -> None:
+def test_gradients_of_weight_logits_are_freed_after_their_step() -> None:
     net, batches = trained_net()
     start = scores.fisher(net, statistics(net, batches))
     weights = {name: net.get_parameter(name) for name in start}
@@ -392,7 +392,7 @@ def test_no_result_is_worse_at_any_end_of_a_range() -> None:
     assert all(a <= b for a, b in zip(learned.choice.chosen, learned.choice.start, strict=True))
 
 
-def test_what_learning_made_worse_is_not_given_back() -> None:
+def test_learned_importances_that_are_worse_than_the_start_are_not_returned() -> None:
     net, batches = trained_net()
     levels = levels_of(net, batches)
     generator = torch.Generator().manual_seed(0)
@@ -431,7 +431,7 @@ def test_a_task_may_call_the_model_more_than_once_for_a_batch() -> None:
     assert choice.start[0] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_levels_beat_their_start_far() -> None:
+def test_levels_have_much_less_loss_than_their_start() -> None:
     net, batches = trained_net()
     learned = learn_importance(net, batches, 0.8, settings=Settings(method="levels", steps=120))
     fisher = scores.fisher(net, statistics(net, batches))
@@ -457,20 +457,20 @@ def test_every_eighth_of_the_first_batches_is_held_out_and_not_learned_from() ->
     assert [next(later) for _ in range(15)] == seen[25:]
 
 
-def test_of_few_batches_the_last_is_held_out() -> None:
+def test_the_last_of_few_batches_is_held_out() -> None:
     split = Split(["a", "b", "c"], 8)
     assert split.held_out == ["c"]
     batches = split.learned_from(0)
     assert [next(batches) for _ in range(3)] == ["a", "b", "a"]
 
 
-def test_one_batch_alone_is_learned_from_with_a_warning() -> None:
+def test_a_single_batch_is_used_for_learning_with_a_warning() -> None:
     net, batches = trained_net()
     with pytest.warns(SfpWarning, match="one batch"):
         learn_importance(net, batches[:1], 0.5, settings=Settings(method="levels", steps=1))
 
 
-def test_data_that_can_be_gone_through_once_are_refused() -> None:
+def test_one_shot_iterators_are_refused() -> None:
     net, batches = trained_net()
     with pytest.raises(OptionError, match="only once"):
         learn_importance(net, iter(batches), 0.5, settings=LEVELS_ONLY, start=scores.magnitude(net))
@@ -499,7 +499,7 @@ def test_learning_ends_when_its_minutes_are_used_up(tmp_path: Path) -> None:
     assert learned.choice.chosen <= learned.choice.start
 
 
-def test_a_network_that_was_learned_serves_another_model() -> None:
+def test_a_learned_network_can_be_used_for_another_model() -> None:
     net, batches = trained_net()
     settings = Settings(method="levels", steps=20, network_rate=1e-2, network_every=2)
     learned = learn_importance(net, batches, 0.6, settings=settings)
@@ -511,7 +511,7 @@ def test_a_network_that_was_learned_serves_another_model() -> None:
         learn_importance(other, data, 0.6, settings=LEVELS_ONLY, start=start, mlp=learned.mlp)
 
 
-def test_what_makes_no_sense_with_levels_is_refused() -> None:
+def test_invalid_settings_of_levels_are_refused() -> None:
     net, batches = trained_net()
     start = scores.magnitude(net)
     name = next(iter(start))
@@ -535,7 +535,7 @@ def test_what_makes_no_sense_with_levels_is_refused() -> None:
             made()
 
 
-def test_the_divergence_of_a_half_precision_model_is_learned_too() -> None:
+def test_a_half_precision_model_is_learned_by_divergence() -> None:
     net, batches = trained_net()
     data = [(x.bfloat16(), y) for x, y in batches]
     start = scores.magnitude(net)

@@ -18,7 +18,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_every_name_is_what_its_module_has_and_what_checkers_see() -> None:
+def test_lazy_names_match_their_modules_and_the_type_checker() -> None:
     source = Path(sfpformat.pruning.__file__).read_text(encoding="utf-8")
     seen = {
         alias.name: node.module
@@ -38,12 +38,12 @@ def test_every_name_is_what_its_module_has_and_what_checkers_see() -> None:
         getattr(sfpformat.pruning, absent)
 
 
-def test_a_name_is_the_same_before_and_after_its_module_was_imported() -> None:
+def test_a_lazy_name_is_the_same_object_after_its_module_is_imported() -> None:
     for name in sfpformat.pruning._MODULE_OF:
         assert name not in sfpformat.pruning._NAMES, f"{name} is a module too"
 
 
-def test_what_needs_numpy_alone_does_not_import_torch() -> None:
+def test_names_that_need_only_numpy_do_not_import_torch() -> None:
     names = [name for module in NUMPY_ALONE for name in sfpformat.pruning._NAMES[module]]
     ended = run(
         f"import sys; from sfpformat.pruning import {', '.join(names)}; print('torch' in sys.modules)"
@@ -52,6 +52,6 @@ def test_what_needs_numpy_alone_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize("module", ["sfpformat.torch", "sfpformat.pruning"])
-def test_without_torch_an_import_says_what_to_install(module: str) -> None:
+def test_without_torch_an_import_raises_with_what_to_install(module: str) -> None:
     ended = run(f"import sys; sys.modules['torch'] = None; from {module} import save_model, prune")
     assert ended.stderr.splitlines()[-1].endswith("needs torch: pip install 'sfpformat[torch]'")

@@ -16,7 +16,7 @@ from sfpformat.pruning.task import endless, evaluating
 from ..support.pruning_nets import WIDTH, loss_of, trained_net
 
 
-def test_statistics_are_those_of_the_gradients_and_inputs() -> None:
+def test_statistics_match_the_gradients_and_inputs() -> None:
     net, batches = trained_net()
     found = statistics(net, batches, batches=8)["0.weight"]
     net.eval()
@@ -33,7 +33,7 @@ def test_statistics_are_those_of_the_gradients_and_inputs() -> None:
     torch.testing.assert_close(found.inputs, inputs.square().mean(0))
 
 
-def test_statistics_leave_the_model_as_it_was() -> None:
+def test_statistics_do_not_change_the_model() -> None:
     net, batches = trained_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     statistics(net, batches, batches=2)
@@ -43,7 +43,7 @@ def test_statistics_leave_the_model_as_it_was() -> None:
     assert not net[0]._forward_pre_hooks
 
 
-def test_inputs_that_are_next_to_zero_matter_to_all_scores_but_magnitude() -> None:
+def test_inputs_near_zero_lower_all_scores_except_magnitude() -> None:
     net, batches = trained_net()
     found = statistics(net, batches, batches=8)
     for score, misled in (
@@ -74,7 +74,7 @@ def test_sparsegpt_meets_its_sparsity_in_every_block(
     assert (updated[~mask] == 0).all()
 
 
-def test_sparsegpt_solves_least_squares_where_what_goes_comes_first() -> None:
+def test_sparsegpt_solves_least_squares_if_pruned_columns_come_first() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(300, 24, generator=generator) @ (
         torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator)
@@ -90,7 +90,7 @@ def test_sparsegpt_solves_least_squares_where_what_goes_comes_first() -> None:
     torch.testing.assert_close(updated[:, 12:], weight[:, 12:] + moved, rtol=1e-4, atol=1e-5)
 
 
-def test_sparsegpt_makes_up_for_what_went() -> None:
+def test_sparsegpt_has_less_output_error_than_pruning_alone() -> None:
     generator = torch.Generator().manual_seed(3)
     mixing = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
     x = torch.randn(400, 32, generator=generator) @ mixing
@@ -106,14 +106,14 @@ def test_sparsegpt_makes_up_for_what_went() -> None:
     assert error(updated) < 0.95 * error(weight * by_magnitude)
 
 
-def test_sparsegpt_of_independent_inputs_is_wanda_over_the_block() -> None:
+def test_sparsegpt_with_independent_inputs_equals_wanda_over_the_block() -> None:
     weight = torch.randn(8, 16)
     mask, updated = sparsegpt(weight, torch.eye(16), 0.5)
     assert torch.equal(mask.flatten(), weight.abs().flatten() > weight.abs().flatten().kthvalue(64).values)
     torch.testing.assert_close(updated, weight * mask)
 
 
-def test_what_is_never_on_takes_no_part() -> None:
+def test_sparsegpt_zeroes_columns_of_inputs_that_are_always_zero() -> None:
     x = torch.randn(100, 12)
     x[:, 3] = 0
     _, updated = sparsegpt(torch.randn(5, 12), x.T @ x / 50, 0.25)
@@ -121,7 +121,7 @@ def test_what_is_never_on_takes_no_part() -> None:
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "sparsegpt-updated"])
-def test_layers_are_pruned_one_after_the_other(method: str) -> None:
+def test_layers_are_pruned_in_order_and_meet_their_sparsity(method: str) -> None:
     net, batches = trained_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     result = prune_layerwise(net, batches, 0.5, method, batches=8)
@@ -138,7 +138,7 @@ def test_layers_are_pruned_one_after_the_other(method: str) -> None:
     assert loss_of(net, batches) < loss_of(by_magnitude, batches)
 
 
-def test_later_layers_see_what_the_pruned_ones_before_give() -> None:
+def test_later_layers_use_the_outputs_of_the_pruned_layers() -> None:
     net, batches = trained_net()
     with torch.no_grad():
         net.get_parameter("0.weight").zero_()
@@ -174,12 +174,12 @@ def test_layers_of_one_input_are_one_group() -> None:
     assert layerwise._groups(Shared(), names, batch, layerwise.CLASSIFY) == ([list(names)], [])
 
 
-def test_data_begin_again_and_can_be_entered_anywhere() -> None:
+def test_endless_data_restart_and_can_start_at_any_batch() -> None:
     stream = endless([1, 2, 3], start=7)
     assert [next(stream) for _ in range(5)] == [2, 3, 1, 2, 3]
 
 
-def test_modes_are_put_back_one_by_one() -> None:
+def test_the_mode_of_each_module_is_restored() -> None:
     net, _ = trained_net()
     net[0].eval()
     other, _ = trained_net()
@@ -190,7 +190,7 @@ def test_modes_are_put_back_one_by_one() -> None:
     assert other.training
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     net, batches = trained_net()
     conv = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten())
     images = [(torch.randn(4, 2, 3, 3), torch.zeros(4, dtype=torch.long))]

@@ -14,7 +14,7 @@ from ..figures import smollm2
 __all__ = ["quiet"]  # a fixture: threads and progress bars of others stay as they were
 
 
-def test_each_method_gives_a_row_of_its_file_loaded_back_and_none_twice(
+def test_each_method_gives_one_row_measured_on_its_loaded_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "library"

@@ -71,7 +71,7 @@ def counted(labels: Tensor, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
-def test_the_loss_is_the_models_own(name: str) -> None:
+def test_the_loss_of_a_transformers_model_is_its_own(name: str) -> None:
     model = made(name)
     alone, together = two_rows(name)
     for batch in (*alone, together):
@@ -81,14 +81,14 @@ def test_the_loss_is_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
-def test_pairs_of_inputs_and_labels_have_the_models_own_loss(name: str) -> None:
+def test_pairs_of_inputs_and_labels_use_the_models_own_loss(name: str) -> None:
     model = made(name)
     for batch in two_rows(name)[0]:
         pair = (batch["input_ids"], batch["labels"])
         assert torch.equal(CLASSIFY.loss_of(model, pair), model(**batch).loss)
 
 
-def test_a_causal_model_that_knows_its_text_has_a_loss_of_almost_nothing() -> None:
+def test_a_causal_model_that_memorised_its_text_has_almost_no_loss() -> None:
     model = made("LlamaForCausalLM")
     text = torch.arange(3, 15)[None]
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
@@ -101,7 +101,7 @@ def test_a_causal_model_that_knows_its_text_has_a_loss_of_almost_nothing() -> No
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict, transformers.BatchEncoding])
-def test_every_mapping_is_a_batch(kind: Any) -> None:
+def test_every_mapping_is_accepted_as_a_batch(kind: Any) -> None:
     model = made("GPT2LMHeadModel")
     _, together = two_rows("GPT2LMHeadModel")
     batch = kind(together)
@@ -110,7 +110,7 @@ def test_every_mapping_is_a_batch(kind: Any) -> None:
     assert torch.equal(CLASSIFY.divergence_of(model, dense, batch), cost(model, together, CLASSIFY, dense))
 
 
-def test_an_output_of_transformers_is_a_batch() -> None:
+def test_an_output_of_transformers_is_accepted_as_a_batch() -> None:
     model = made("BertForMaskedLM")
     _, together = two_rows("BertForMaskedLM")
     assert torch.equal(
@@ -119,7 +119,7 @@ def test_an_output_of_transformers_is_a_batch() -> None:
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
-def test_padding_counts_neither_in_losses_nor_in_divergences(name: str) -> None:
+def test_padding_is_excluded_from_losses_and_divergences(name: str) -> None:
     model, dense = made(name), made(name)
     with torch.no_grad():
         for parameter in dense.parameters():
@@ -135,7 +135,7 @@ def test_padding_counts_neither_in_losses_nor_in_divergences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"])
-def test_padding_that_the_labels_do_not_leave_out_is_left_out_by_the_mask(name: str) -> None:
+def test_padding_that_the_labels_do_not_mark_is_excluded_by_the_mask(name: str) -> None:
     model = made(name)
     _, together = two_rows(name)
     careless = {**together, "labels": torch.where(together["attention_mask"] == 0, PAD, together["labels"])}
@@ -143,7 +143,7 @@ def test_padding_that_the_labels_do_not_leave_out_is_left_out_by_the_mask(name: 
     assert torch.equal(CLASSIFY.loss_of(model, careless), model(**together).loss)
 
 
-def test_without_labels_all_but_padding_counts_in_a_divergence() -> None:
+def test_without_labels_a_divergence_counts_all_positions_except_padding() -> None:
     model, dense = made("LlamaForCausalLM"), made("LlamaForCausalLM", num_hidden_layers=1)
     alone, together = two_rows("LlamaForCausalLM")
     for batch in (*alone, together):
@@ -160,7 +160,7 @@ def assert_like(ours: Statistics, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
-def test_padding_counts_neither_in_gradients_nor_in_statistics_of_inputs(name: str) -> None:
+def test_padding_is_excluded_from_gradients_and_input_statistics(name: str) -> None:
     model = made(name)
     alone, together = two_rows(name)
     if name != "T5ForConditionalGeneration":
@@ -191,7 +191,7 @@ def sizes_of(name: str, weight: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt-updated"])
-def test_padding_does_not_change_what_is_pruned_layer_by_layer(name: str, method: str) -> None:
+def test_padding_does_not_change_layerwise_pruning(name: str, method: str) -> None:
     model = made(name)
     alone, together = two_rows(name)
     one = prune_layerwise(model, alone, 0.5, method, batches=2)
@@ -201,7 +201,7 @@ def test_padding_does_not_change_what_is_pruned_layer_by_layer(name: str, method
         torch.testing.assert_close(one.weights[weight], both.weights[weight], rtol=0.05, atol=1e-3)
 
 
-def test_padding_on_the_right_of_a_causal_model_is_known_from_the_labels_alone() -> None:
+def test_padding_on_the_right_of_a_causal_model_is_derived_from_the_labels() -> None:
     model = made("LlamaForCausalLM")
     alone, together = two_rows("LlamaForCausalLM")
     del together["attention_mask"]
@@ -240,7 +240,7 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["flat", "time first", "keyword", "pooled"])
-def test_padding_is_found_however_a_layers_inputs_lie(way: str) -> None:
+def test_padding_is_found_for_every_layout_of_a_layers_inputs(way: str) -> None:
     torch.manual_seed(0)
     model, (alone, together) = Tokens(way), two_rows("LlamaForCausalLM")
     (ids, mask), labels = (together["input_ids"], together["attention_mask"]), together["labels"]
@@ -250,7 +250,7 @@ def test_padding_is_found_however_a_layers_inputs_lie(way: str) -> None:
     assert_like(found["one.weight"], model.embedding(seen).detach().square().mean(0))
 
 
-def test_inputs_that_the_mask_does_not_fit_are_named() -> None:
+def test_inputs_that_do_not_fit_the_mask_are_named() -> None:
     _, together = two_rows("LlamaForCausalLM")
     batch = {"ids": together["input_ids"], "attention_mask": together["attention_mask"]}
     with pytest.warns(SfpWarning, match=r"padding counts among the inputs of 'one\.weight'"):
@@ -258,7 +258,7 @@ def test_inputs_that_the_mask_does_not_fit_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["key_padding_mask", "src_key_padding_mask"])
-def test_torchs_own_padding_masks_are_true_for_padding(name: str) -> None:
+def test_padding_masks_of_torch_are_true_for_padding(name: str) -> None:
     class Model(Tokens):
         def forward(self, ids: Tensor, **masks: Tensor) -> Tensor:
             return super().forward(ids, masks[name])
@@ -272,7 +272,7 @@ def test_torchs_own_padding_masks_are_true_for_padding(name: str) -> None:
     assert torch.equal(CLASSIFY.divergence_of(model, dense, batch), expected)
 
 
-def test_a_task_can_say_what_is_padding() -> None:
+def test_a_task_can_define_its_padding() -> None:
     model, dense = nn.Linear(3, 4), nn.Linear(3, 4)
     x, real = torch.randn(2, 5, 3), torch.arange(10).view(2, 5) % 3 > 0
     task = Task(unpadded=lambda batch: batch[1])
@@ -282,7 +282,7 @@ def test_a_task_can_say_what_is_padding() -> None:
         Task(unpadded=lambda batch: real[:, :4]).divergence_of(model, dense, (x, None))
 
 
-def test_plain_modules_take_the_label_beside_each_output() -> None:
+def test_plain_modules_are_compared_with_the_label_of_each_output() -> None:
     model, x, labels = nn.Linear(3, 4), torch.randn(2, 5, 3), torch.randint(4, (2, 5))
     labels[0, 2] = IGNORED
     expected = nn.functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())
@@ -297,7 +297,7 @@ def test_plain_modules_take_the_label_beside_each_output() -> None:
     )
 
 
-def test_a_wrapper_that_passes_keywords_on_has_the_loss_of_what_it_wraps() -> None:
+def test_a_wrapper_with_keyword_arguments_uses_the_loss_of_its_model() -> None:
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -318,7 +318,7 @@ def test_outputs_taken_from_a_causal_model_are_compared_with_the_next_labels() -
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 9, 1), (18,)])
-def test_the_shape_of_the_labels_does_not_decide_whether_the_next_one_is_meant(
+def test_the_label_shape_does_not_decide_whether_labels_are_shifted(
     shape: tuple[int, ...],
 ) -> None:
     outputs, labels = torch.randn(2, 9, VOCABULARY), tokens(5, 2, 9)
@@ -326,7 +326,7 @@ def test_the_shape_of_the_labels_does_not_decide_whether_the_next_one_is_meant(
     torch.testing.assert_close(likelihood(outputs, labels.reshape(shape), causal=True), expected)
 
 
-def test_a_loss_of_the_tasks_own_takes_the_place_of_the_models() -> None:
+def test_a_loss_of_the_task_replaces_that_of_the_model() -> None:
     model, (_, together) = made("GPT2LMHeadModel"), two_rows("GPT2LMHeadModel")
     task = Task(loss=lambda outputs, batch: outputs.square().mean()[None])
     inputs = {name: value for name, value in together.items() if name != "labels"}
@@ -342,7 +342,7 @@ def test_a_loss_of_the_tasks_own_takes_the_place_of_the_models() -> None:
         (lambda loss, logits: {"loss": torch.stack([loss, loss + 2]), "logits": logits}, 3.0),
     ],
 )
-def test_a_plain_module_that_takes_labels_gives_its_own_loss(returned: Any, expected: float) -> None:
+def test_a_plain_module_that_accepts_labels_returns_its_own_loss(returned: Any, expected: float) -> None:
     class Model(nn.Linear):
         def forward(self, input: Tensor, labels: Tensor | None = None) -> Any:
             return returned(torch.tensor(2.0), super().forward(input))
@@ -350,7 +350,7 @@ def test_a_plain_module_that_takes_labels_gives_its_own_loss(returned: Any, expe
     assert float(CLASSIFY.loss_of(Model(3, 4), (torch.randn(2, 3), torch.zeros(2)))) == expected
 
 
-def test_labels_that_are_shifted_already_are_refused_for_a_causal_model() -> None:
+def test_already_shifted_labels_are_refused_for_a_causal_model() -> None:
     model, text = made("LlamaForCausalLM"), tokens(5, 2, 10)
     shifted = torch.cat([text[:, 1:], torch.full((2, 1), IGNORED)], 1)
     for batch in ((text, shifted), {"input_ids": text, "labels": shifted}):
@@ -362,7 +362,7 @@ def test_labels_that_are_shifted_already_are_refused_for_a_causal_model() -> Non
     assert torch.equal(CLASSIFY.loss_of(model, (same, same)), model(input_ids=same, labels=same).loss)
 
 
-def test_learning_and_fisher_see_a_causal_models_own_loss() -> None:
+def test_learning_and_fisher_use_the_loss_of_a_causal_model() -> None:
     model = made("LlamaForCausalLM")
     alone, together = two_rows("LlamaForCausalLM")
     found = statistics(model, alone, batches=2)
@@ -379,14 +379,14 @@ def test_learning_and_fisher_see_a_causal_models_own_loss() -> None:
     assert learned.history[0] == pytest.approx(float(model(**together).loss.detach()))
 
 
-def test_an_encoder_and_decoder_is_run_with_its_labels() -> None:
+def test_an_encoder_decoder_model_runs_with_its_labels() -> None:
     model, (_, together) = made("T5ForConditionalGeneration"), two_rows("T5ForConditionalGeneration")
     assert torch.equal(CLASSIFY.run(model, together), model(**together).logits)
     assert len(prunable(model)) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_divergence_taken_in_parts_has_the_value_and_gradient_of_the_whole(
+def test_a_divergence_computed_in_parts_has_the_value_and_gradient_of_the_whole(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sfpformat.pruning.task._AT_ONCE", {"cpu": 2 * 7})
@@ -405,7 +405,7 @@ def test_a_divergence_taken_in_parts_has_the_value_and_gradient_of_the_whole(
         torch.testing.assert_close(divergence(outputs, dense), expected)
 
 
-def test_a_class_that_is_ruled_out_adds_nothing_to_a_divergence() -> None:
+def test_a_class_with_probability_zero_adds_nothing_to_a_divergence() -> None:
     outputs, dense = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
     with torch.no_grad():
         outputs[:, 2], dense[:, 2] = -torch.inf, -torch.inf
@@ -419,7 +419,7 @@ def test_a_class_that_is_ruled_out_adds_nothing_to_a_divergence() -> None:
         assert torch.isnan(divergence(*broken))
 
 
-def test_what_has_no_loss_is_told_why() -> None:
+def test_models_and_batches_without_a_loss_are_refused_with_the_reason() -> None:
     linear, x = nn.Linear(3, 4), torch.randn(2, 3)
     ids = tokens(1, 2, 6)
     nothing = torch.full((2, 6), IGNORED)

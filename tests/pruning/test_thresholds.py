@@ -37,7 +37,7 @@ def importances(seed: int, *shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
     scope=st.sampled_from(["model", "tensor"]),
     levels=st.sampled_from([None, 3]),
 )
-def test_a_sparsity_is_met_to_the_weight_ties_or_not(
+def test_a_sparsity_is_met_exactly_with_and_without_ties(
     seed: int, share: float, scope: str, levels: int | None
 ) -> None:
     found = importances(seed, (7, 11), (30,), (2, 3, 5))
@@ -64,7 +64,7 @@ class Sorted(Sparsity):
     dtypes=st.tuples(*[st.sampled_from([np.float32, np.float64, np.int16])] * 3),
     tied=st.booleans(),
 )
-def test_a_sparsity_loses_what_a_sort_of_all_positions_says(
+def test_a_sparsity_prunes_the_first_of_all_sorted_positions(
     seed: int, share: float, scope: str, levels: int | None, dtypes: tuple[type, ...], tied: bool
 ) -> None:
     found = importances(seed, (7, 11), (), (2, 3, 5))
@@ -101,7 +101,7 @@ def test_no_survivor_is_less_important_than_what_was_pruned(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 99), share=st.floats(0, 0.9), floor=st.floats(0.01, 0.1))
-def test_a_floor_keeps_its_share_and_the_whole_loses_as_many(seed: int, share: float, floor: float) -> None:
+def test_a_floor_keeps_its_share_and_the_total_is_still_met(seed: int, share: float, floor: float) -> None:
     found = importances(seed, (50,), (6, 10), (20,))
     found["weak"] = np.full((40,), 1e-9)
     masks = masks_of(found, Sparsity(share), floor=floor)
@@ -109,7 +109,7 @@ def test_a_floor_keeps_its_share_and_the_whole_loses_as_many(seed: int, share: f
     assert sum(int((~mask).sum()) for mask in masks.values()) == int(np.floor(share * 170 + 0.5))
 
 
-def test_what_is_exempt_has_no_mask_and_no_part_in_the_distribution() -> None:
+def test_exempt_tensors_have_no_mask_and_are_excluded_from_the_distribution() -> None:
     found = {"head.weight": np.zeros(100), "layers.0": np.arange(10.0), "layers.1": np.arange(10.0) + 10}
     masks = masks_of(found, Sparsity(0.5), exempt=("head*",))
     assert list(masks) == ["layers.0", "layers.1"]
@@ -117,19 +117,19 @@ def test_what_is_exempt_has_no_mask_and_no_part_in_the_distribution() -> None:
     assert masks["layers.1"].all()
 
 
-def test_equal_importances_go_by_the_tiebreak() -> None:
+def test_equal_importances_are_ordered_by_the_tiebreak() -> None:
     weights = {"a": np.array([5.0, -1.0, 3.0, -4.0])}
     masks = masks_of({"a": np.ones(4)}, Sparsity(0.5), tiebreak=weights)
     assert masks["a"].tolist() == [True, False, False, True]
 
 
-def test_a_quantile_spares_what_is_equal_to_it() -> None:
+def test_a_quantile_keeps_values_equal_to_it() -> None:
     masks = masks_of({"a": np.array([1.0, 2.0, 2.0, 2.0, 3.0])}, Quantile(0.5))
     assert masks["a"].tolist() == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_otsu_cuts_between_two_heaps(log: bool) -> None:
+def test_otsu_cuts_between_two_clusters(log: bool) -> None:
     rng = np.random.default_rng(1)
     values = np.concatenate([rng.normal(1, 0.1, 700), rng.normal(8, 0.5, 300)])
     masks = masks_of({"a": values}, Otsu(log=log))
@@ -142,22 +142,22 @@ def test_otsu_is_the_best_of_all_cuts() -> None:
     assert Otsu().count(values) == int(np.argmax(between)) + 1
 
 
-def test_otsu_of_logarithms_lets_zeros_go() -> None:
+def test_otsu_of_logarithms_prunes_zeros() -> None:
     values = np.concatenate([np.zeros(50), np.full(25, 1e-6), np.full(25, 1.0)])
     assert Otsu(log=True).count(np.sort(values)) == 75
 
 
-def test_the_knee_is_where_the_curve_turns_up() -> None:
+def test_the_knee_is_where_the_curve_becomes_steep() -> None:
     values = np.concatenate([np.linspace(0, 1, 80, endpoint=False), np.linspace(1, 100, 20)])
     assert Knee().count(values) == 80
 
 
 @pytest.mark.parametrize("threshold", [Otsu(), Knee(), Quantile(0.5), MeanSigma(0.0)])
-def test_without_a_distribution_nothing_goes(threshold: Threshold) -> None:
+def test_without_a_distribution_nothing_is_pruned(threshold: Threshold) -> None:
     assert achieved(masks_of({"a": np.full(20, 3.0)}, threshold)) == 0
 
 
-def test_a_pattern_keeps_so_many_of_so_many() -> None:
+def test_an_n_to_m_pattern_keeps_n_of_m() -> None:
     found = importances(3, (8, 12))
     mask = masks_of(found, Pattern(2, 4))["t0"]
     assert (mask.reshape(-1, 4).sum(1) == 2).all()
@@ -165,7 +165,7 @@ def test_a_pattern_keeps_so_many_of_so_many() -> None:
     assert (np.where(mask.reshape(-1, 4), groups, np.inf).min(1) >= np.sort(groups, 1)[:, 1]).all()
 
 
-def test_a_number_is_the_share_that_goes() -> None:
+def test_a_number_is_the_share_to_prune() -> None:
     found = importances(7, (8, 9), (11,))
     by_number, by_share = (masks_of(found, threshold) for threshold in (0.3, Sparsity(0.3)))
     assert all(np.array_equal(by_number[name], by_share[name]) for name in found)
@@ -174,12 +174,12 @@ def test_a_number_is_the_share_that_goes() -> None:
     assert achieved(masks_of(found, 1)) == 1
 
 
-def test_one_pattern_of_exempt_names_is_no_list_of_letters() -> None:
+def test_a_single_string_for_exempt_is_one_pattern() -> None:
     found = {"head.weight": np.zeros(9), "a.weight": np.arange(10.0)}
     assert list(masks_of(found, 0.5, exempt="head*")) == ["a.weight"]
 
 
-def test_a_floor_that_keeps_more_than_the_threshold_leaves_is_told() -> None:
+def test_a_floor_that_prevents_the_sparsity_warns() -> None:
     with pytest.warns(SfpWarning, match="50 positions are pruned, not 80"):
         masks = masks_of({"a": np.arange(100.0)}, Sparsity(0.8), floor=0.5)
     assert achieved(masks) == 0.5
@@ -236,7 +236,7 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("'a' is not finite", lambda: graded({"a": np.array([1.0, np.nan])})),
     ],
 )
-def test_what_makes_no_sense_is_refused(words: str, made: Callable[[], object]) -> None:
+def test_invalid_arguments_are_refused(words: str, made: Callable[[], object]) -> None:
     with pytest.raises(OptionError, match=words):
         made()
 
@@ -260,7 +260,7 @@ def test_a_pattern_runs_along_the_inputs(shape: tuple[int, ...], dim: int) -> No
     assert found[mask].sum() > 2 * found[~mask].sum()
 
 
-def test_a_kernel_is_cut_as_nvidias_asp_cuts_it() -> None:
+def test_a_convolution_kernel_is_split_into_groups_like_nvidia_asp() -> None:
     kernel = np.random.default_rng(5).gamma(0.5, size=(6, 8, 3, 2))
     # ASP brings a kernel [K, C, R, S] to rows of C, one for each R, S and K, and prunes along the rows.
     rows = kernel.transpose(2, 3, 0, 1).reshape(-1, 8)
@@ -268,14 +268,14 @@ def test_a_kernel_is_cut_as_nvidias_asp_cuts_it() -> None:
     assert np.array_equal(masks_of({"a": kernel}, Pattern(2, 4))["a"], expected)
 
 
-def test_where_a_pattern_runs_can_be_said() -> None:
+def test_the_dimension_of_a_pattern_can_be_set() -> None:
     found = np.random.default_rng(6).gamma(0.5, size=(8, 6))
     mask = masks_of({"a": found}, Pattern(2, 4), along={"a": (0, 1)})["a"]
     assert_two_of_four(mask, 0)
     assert np.array_equal(mask, masks_of({"a": found.T}, Pattern(2, 4))["a"].T)
 
 
-def test_what_a_pattern_does_not_fit_is_left_and_named() -> None:
+def test_tensors_that_a_pattern_does_not_fit_are_skipped_and_named() -> None:
     found = {"fits": np.ones((3, 8)), "odd": np.ones((3, 7)), "stem": np.ones((4, 3, 3, 3))}
     with pytest.warns(SfpWarning, match=r"2:4 does not fit 'odd' .* 7 inputs .*, 'stem' .* 3 inputs"):
         masks = masks_of(found, Pattern(2, 4))
@@ -290,7 +290,7 @@ def test_a_pattern_that_fits_nothing_is_refused() -> None:
         masks_of(found, Pattern(2, 4), along={"flat": (2, 1)})
 
 
-def test_equal_importances_of_a_pattern_go_by_the_tiebreak_then_by_place() -> None:
+def test_equal_importances_of_a_pattern_are_ordered_by_tiebreak_then_position() -> None:
     weights = {"a": np.array([[5.0, -1.0, 3.0, -4.0]])}
     equal = {"a": np.ones((1, 4))}
     assert masks_of(equal, Pattern(2, 4), tiebreak=weights)["a"].tolist() == [[True, False, False, True]]
@@ -299,7 +299,7 @@ def test_equal_importances_of_a_pattern_go_by_the_tiebreak_then_by_place() -> No
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99))
-def test_grades_keep_the_order_and_meet_their_boundaries(seed: int) -> None:
+def test_grades_keep_the_order_and_their_boundaries_are_exact(seed: int) -> None:
     found = importances(seed, (40, 25), (1000,))
     grades = graded(found)
     flat = np.concatenate([array.reshape(-1) for array in found.values()])
@@ -312,7 +312,7 @@ def test_grades_keep_the_order_and_meet_their_boundaries(seed: int) -> None:
         assert all(np.array_equal(by_grade[name], by_rank[name]) for name in found)
 
 
-def test_grades_come_back_from_a_file_as_they_were() -> None:
+def test_grades_are_restored_from_a_file() -> None:
     found = importances(5, (64, 64), (64, 96))
     grades = graded(found)
     weights = {name: array.astype(np.float32) for name, array in found.items()}
@@ -328,7 +328,7 @@ def test_grades_come_back_from_a_file_as_they_were() -> None:
 # --------------------------------------------------------------------------------- rows, and shares a tensor
 
 
-def test_within_rows_each_loses_the_same_number_and_its_least() -> None:
+def test_scope_row_prunes_the_same_number_of_smallest_in_each_row() -> None:
     importances = np.random.default_rng(0).random((20, 3, 11))
     mask = masks_of({"w": importances}, Sparsity(0.3), scope="row")["w"]
     rows, kept = importances.reshape(20, 33), mask.reshape(20, 33)
@@ -337,13 +337,13 @@ def test_within_rows_each_loses_the_same_number_and_its_least() -> None:
         assert values[~row].max() < values[row].min()
 
 
-def test_within_rows_masks_are_those_of_wandas_own_function() -> None:
+def test_scope_row_masks_equal_those_of_the_wanda_reference() -> None:
     scores = torch.rand(12, 40, generator=torch.Generator().manual_seed(0))
     found = masks_of({"w": scores.numpy()}, Sparsity(0.55), scope="row")["w"]
     assert np.array_equal(found, rows_mask(scores, 0.55).numpy())
 
 
-def test_within_rows_ties_and_floors_hold_as_elsewhere() -> None:
+def test_scope_row_supports_ties_and_floors() -> None:
     importances, magnitudes = np.zeros((2, 4)), np.array([[3.0, -1.0, 2.0, -4.0], [1.0, 2.0, 3.0, 4.0]])
     tied = masks_of({"w": importances}, Sparsity(0.5), scope="row", tiebreak={"w": magnitudes})["w"]
     assert tied.tolist() == [[True, False, False, True], [False, False, True, True]]
@@ -353,7 +353,7 @@ def test_within_rows_ties_and_floors_hold_as_elsewhere() -> None:
     assert masks_of({"v": np.arange(4.0), "e": np.zeros((0, 3))}, Sparsity(0.5), scope="row")["v"].sum() == 2
 
 
-def test_each_row_has_a_cut_of_its_own() -> None:
+def test_scope_row_has_one_threshold_for_each_row() -> None:
     rows = np.concatenate([np.full((1, 9), 1.0), np.full((1, 9), 100.0)])
     rows[0, :3], rows[1, :6] = 0.1, 10.0
     mask = masks_of({"w": rows}, Otsu(), scope="row")["w"]
@@ -361,7 +361,7 @@ def test_each_row_has_a_cut_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("scope", ["tensor", "row"])
-def test_tensors_with_more_outliers_lose_less_and_the_whole_loses_its_share(scope: str) -> None:
+def test_tensors_with_more_outliers_are_pruned_less_and_the_total_is_met(scope: str) -> None:
     generator = np.random.default_rng(0)
     importances = {name: generator.random((40, 100)) for name in "abc"}
     importances["b"][:, :10] *= 50
@@ -373,13 +373,13 @@ def test_tensors_with_more_outliers_lose_less_and_the_whole_loses_its_share(scop
     assert achieved(masks) == pytest.approx(0.6, abs=0.005)
 
 
-def test_without_outliers_all_lose_the_same() -> None:
+def test_without_outliers_all_tensors_have_the_same_sparsity() -> None:
     assert Outliers(0.4).shares({"a": np.ones((3, 3)), "b": np.ones((2, 8))}) == pytest.approx(
         {"a": 0.4, "b": 0.4}
     )
 
 
-def test_a_rising_profile_rises_by_equal_steps_and_meets_its_share() -> None:
+def test_a_rising_profile_rises_by_equal_steps_and_meets_the_total() -> None:
     importances = {name: np.ones((4, n)) for name, n in (("a", 10), ("b", 30), ("c", 20))}
     shares = Rising(0.5, rise=0.3).shares(importances)
     assert shares["b"] - shares["a"] == pytest.approx(0.15)
@@ -388,7 +388,7 @@ def test_a_rising_profile_rises_by_equal_steps_and_meets_its_share() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.97, 1.0])
-def test_shares_stay_within_their_bounds_and_still_meet_the_whole(share: float) -> None:
+def test_shares_are_clamped_and_still_meet_the_total(share: float) -> None:
     importances = {str(i): np.ones((2, 10 + i)) for i in range(7)}
     shares = Rising(share, rise=0.5).shares(importances)
     assert all(0 <= value <= 1 for value in shares.values())
@@ -396,7 +396,7 @@ def test_shares_stay_within_their_bounds_and_still_meet_the_whole(share: float) 
     assert sum(shares[name] * a.size for name, a in importances.items()) == pytest.approx(share * size)
 
 
-def test_shares_that_make_no_sense_are_refused() -> None:
+def test_invalid_shares_are_refused() -> None:
     for made in (
         lambda: Outliers(1.5),
         lambda: Outliers(0.5, spread=-0.1),
@@ -409,7 +409,7 @@ def test_shares_that_make_no_sense_are_refused() -> None:
             made()
 
 
-def test_a_models_rows_are_the_inputs_of_each_output_wherever_they_are_stored() -> None:
+def test_rows_are_the_inputs_of_each_output_in_every_storage_layout() -> None:
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 3), torch.nn.Conv2d(4, 6, 2), torch.nn.ConvTranspose1d(10, 3, 2)
     )
@@ -424,6 +424,6 @@ def test_a_models_rows_are_the_inputs_of_each_output_wherever_they_are_stored() 
     assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
 
 
-def test_rows_of_a_stack_of_matrices_are_those_of_each() -> None:
+def test_rows_of_stacked_matrices_are_the_rows_of_each_matrix() -> None:
     stack = np.random.default_rng(0).random((2, 3, 200))
     assert (masks_of({"experts": stack}, Sparsity(0.3), scope="row")["experts"].sum(2) == 140).all()

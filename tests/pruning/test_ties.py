@@ -96,7 +96,7 @@ def contents(path: Path) -> tuple[float, str | None, bool]:
 
 @ONE
 @pytest.mark.parametrize("score", SCORES)
-def test_scores_prune_and_pack_fit_together_under_any_name(
+def test_scores_prune_and_pack_agree_under_any_name_of_a_tied_tensor(
     model: Tied, name: str, score: str, tmp_path: Path
 ) -> None:
     importances = SCORES[score](model, [name])
@@ -110,7 +110,7 @@ def test_scores_prune_and_pack_fit_together_under_any_name(
         assert contents(tmp_path / "m") == (0.5, "uniform", True)
 
 
-def test_both_names_give_the_same_scores(model: Tied) -> None:
+def test_both_names_of_a_tied_tensor_have_the_same_scores(model: Tied) -> None:
     for score in SCORES:
         one, other = (SCORES[score](model, [name])[name] for name in NAMES)
         assert torch.equal(one, other), score
@@ -124,7 +124,7 @@ def test_a_tensor_that_is_named_twice_is_pruned_once(model: Tied) -> None:
 
 
 @ONE
-def test_factors_and_multipliers_are_taken_by_any_name(model: Tied, name: str, tmp_path: Path) -> None:
+def test_factors_and_multipliers_are_accepted_under_any_name(model: Tied, name: str, tmp_path: Path) -> None:
     masks = {KEPT: model.wte.weight.detach() > 0}
     before = model.wte.weight.detach().clone()
     multiplier = torch.full((40, 8), 2.0)
@@ -153,7 +153,7 @@ def test_values_that_differ_for_two_names_are_refused(model: Tied, argument: str
     assert not (tmp_path / "m").exists()
 
 
-def test_steps_in_place_refuse_values_that_differ_for_two_names(model: Tied) -> None:
+def test_in_place_steps_refuse_different_values_for_two_names(model: Tied) -> None:
     before = model.wte.weight.detach().clone()
     importance = before.abs()
     masks = {NAMES[0]: before > 0, NAMES[1]: before > 1}
@@ -168,7 +168,7 @@ def test_steps_in_place_refuse_values_that_differ_for_two_names(model: Tied) -> 
 
 
 @pytest.mark.parametrize("fit", [fine_tune, fit_factors, fit_multipliers])
-def test_tuning_takes_equal_masks_under_both_names(fit: Callable[..., Any], model: Tied) -> None:
+def test_tuning_accepts_equal_masks_under_both_names(fit: Callable[..., Any], model: Tied) -> None:
     mask = model.wte.weight.detach() > 0
     result = fit(model, dict.fromkeys(NAMES, mask), batches(), tuning=Tuning(2, objective="loss"))
     if fit is not fine_tune:
@@ -178,7 +178,7 @@ def test_tuning_takes_equal_masks_under_both_names(fit: Callable[..., Any], mode
 
 
 @ONE
-def test_masks_go_to_torch_and_come_back_with_the_tie(model: Tied, name: str, tmp_path: Path) -> None:
+def test_masks_exchanged_with_torch_keep_the_tie(model: Tied, name: str, tmp_path: Path) -> None:
     weight = model.wte.weight.detach().clone()
     mask = weight > 0
     give_masks(model, {name: mask})
@@ -201,7 +201,7 @@ def test_layerwise_pruning_finds_the_layer_of_a_tied_weight(model: Tied, name: s
 
 
 @ONE
-def test_statistics_under_another_name_are_taken(model: Tied, name: str) -> None:
+def test_statistics_under_another_name_are_accepted(model: Tied, name: str) -> None:
     found = statistics(model, batches(), batches=2, tensors=[KEPT])
     by_name = learn_importance(
         model, batches(), 0.5, settings=Settings(steps=1), tensors=[name], found=found
@@ -214,7 +214,7 @@ def test_statistics_under_another_name_are_taken(model: Tied, name: str) -> None
 
 
 @ONE
-def test_importances_to_start_from_are_taken_under_another_name(model: Tied, name: str) -> None:
+def test_starting_importances_are_accepted_under_another_name(model: Tied, name: str) -> None:
     def learn(start: dict[str, Tensor]) -> dict[str, Tensor]:
         settings = Settings(steps=1, method="levels")
         held_out = batches()
@@ -230,7 +230,7 @@ def test_importances_to_start_from_are_taken_under_another_name(model: Tied, nam
         learn({NAMES[0]: importance, NAMES[1]: importance + 1})
 
 
-def test_an_unknown_name_is_refused_with_the_nearest(model: Tied, tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_name(model: Tied, tmp_path: Path) -> None:
     mask, importance = torch.ones(8, 8) > 0, torch.ones(8, 8)
     pair = (torch.ones(8), torch.ones(8))
     nearest = "named 'mid.wieght'; the nearest is 'mid.weight'"

@@ -67,7 +67,7 @@ LAYERS = ("embed", "mid.0", "mid.2", "head")
 # ------------------------------------------------------------------------------------------ from a file
 
 
-def test_a_model_on_the_meta_device_takes_a_file_and_computes_the_same_bits(tmp_path: Path) -> None:
+def test_a_model_on_the_meta_device_loads_a_file_and_computes_the_same_bits(tmp_path: Path) -> None:
     dense, model = Small(), empty()
     save_model(dense, tmp_path / "m")
     report = compress_model(model, tmp_path / "m")
@@ -80,7 +80,7 @@ def test_a_model_on_the_meta_device_takes_a_file_and_computes_the_same_bits(tmp_
     assert model.embed.padding_idx == 2
 
 
-def test_no_weight_of_a_compressed_layer_is_decoded_meanwhile(
+def test_compressing_a_model_decodes_no_weight_of_a_compressed_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -97,7 +97,7 @@ def test_no_weight_of_a_compressed_layer_is_decoded_meanwhile(
     assert sorted(read) == sorted(name for name, _ in model.named_parameters())
 
 
-def test_the_report_counts_bytes_as_they_are(tmp_path: Path) -> None:
+def test_the_report_counts_stored_and_dense_bytes(tmp_path: Path) -> None:
     dense = Small()
     save_model(dense, tmp_path / "m")
     whole = sum(t.nbytes for t in {id(t): t for t in (*dense.parameters(), *dense.buffers())}.values())
@@ -113,7 +113,7 @@ def test_the_report_counts_bytes_as_they_are(tmp_path: Path) -> None:
         assert str(report).startswith("4 layers compressed")
 
 
-def test_chunks_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_chunks_are_copied_without_recoding(tmp_path: Path) -> None:
     dense, model = Small(), empty()
     options = {"embed.weight": Options(quantiser="uniform", bits=4.0, chunk=1024, scale="row")}
     save_model(dense, tmp_path / "m", options=options)
@@ -174,7 +174,7 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compress_model(Small(), tmp_path / "m")
 
 
-def test_damage_is_told_with_its_place_and_the_model_is_as_it_was(tmp_path: Path) -> None:
+def test_damage_raises_with_tensor_and_offset_and_the_model_is_unchanged(tmp_path: Path) -> None:
     dense, model = Small(), Small(1)
     save_model(dense, tmp_path / "m")
     data = bytearray((tmp_path / "m").read_bytes())
@@ -189,7 +189,7 @@ def test_damage_is_told_with_its_place_and_the_model_is_as_it_was(tmp_path: Path
     assert type(model.mid[0]) is nn.Linear
 
 
-def test_a_model_that_loads_its_own_way_or_is_compressed_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_custom_loading_or_compressed_layers_is_refused(tmp_path: Path) -> None:
     model = Small()
     save_model(model, tmp_path / "m")
     compress_model(model, tmp_path / "m")
@@ -215,7 +215,7 @@ def test_the_models_own_weights_are_encoded_losslessly() -> None:
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_options_say_how_weights_are_encoded(tmp_path: Path, by_name: bool) -> None:
+def test_options_determine_how_weights_are_encoded(tmp_path: Path, by_name: bool) -> None:
     options = Options(quantiser="uniform", bits=4.0)
     # Of the two names of the tied weight, either does.
     chosen = {"head.weight": options} if by_name else options
@@ -229,7 +229,7 @@ def test_options_say_how_weights_are_encoded(tmp_path: Path, by_name: bool) -> N
     assert bits(model(IDS)) == bits(loaded(IDS))
 
 
-def test_an_option_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+def test_an_invalid_option_is_refused_and_the_model_is_unchanged() -> None:
     model = Small()
     with pytest.raises(OptionError, match=r"weight 'embed.weight' cannot be compressed: .*no data"):
         compress_model(empty())
@@ -242,7 +242,7 @@ def test_an_option_that_does_not_fit_leaves_the_model_as_it_was() -> None:
     assert not any(isinstance(module, SfpLinear) for module in model.modules())
 
 
-def test_choose_says_which_layers_and_a_tied_one_stays_if_any_does() -> None:
+def test_choose_selects_layers_and_a_tied_layer_stays_dense_with_its_tie() -> None:
     asked: list[str] = []
 
     def choose(name: str, module: nn.Module) -> bool:
@@ -257,7 +257,7 @@ def test_choose_says_which_layers_and_a_tied_one_stays_if_any_does() -> None:
     assert model.head.weight is model.embed.weight
 
 
-def test_layers_with_ways_of_their_own_stay_dense() -> None:
+def test_layers_with_custom_behaviour_stay_dense() -> None:
     class Doubled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
@@ -292,7 +292,7 @@ def test_a_layer_under_two_names_is_compressed_once() -> None:
     assert model[0] is model[2] is layer
 
 
-def test_hooks_and_references_to_layers_stay_right() -> None:
+def test_hooks_and_references_to_layers_stay_valid() -> None:
     model, seen = Small(), []
     layer = model.mid[0]
     layer.register_forward_hook(lambda *_: seen.append("called"))
@@ -305,7 +305,7 @@ def test_hooks_and_references_to_layers_stay_right() -> None:
 # ------------------------------------------------------------------------------------------------ back
 
 
-def test_a_model_is_dense_again_as_it_was() -> None:
+def test_decompressing_restores_the_dense_model() -> None:
     model = Small().eval()
     model.mid[0].weight.requires_grad_(False)
     before, shape = state(model), repr(model)
@@ -320,7 +320,7 @@ def test_a_model_is_dense_again_as_it_was() -> None:
     assert frozen == {"mid.0.weight"}
 
 
-def test_layers_that_are_damaged_leave_the_model_compressed() -> None:
+def test_decompressing_damaged_layers_raises_and_the_model_stays_compressed() -> None:
     model = Small()
     compress_model(model)
     model.mid[2].weight_sfp[100] ^= 1

@@ -71,7 +71,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 33), (), (0, 3), (5000,)])
-def test_every_dtype_comes_back_bit_for_bit(name: str, shape: tuple[int, ...]) -> None:
+def test_every_dtype_is_restored_bit_for_bit(name: str, shape: tuple[int, ...]) -> None:
     tensors = {"t": sample(name, *shape)}
     data = save(tensors)
     assert_same(load(data), tensors)
@@ -80,14 +80,14 @@ def test_every_dtype_comes_back_bit_for_bit(name: str, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize("name", FLOATS)
-def test_pruned_floats_come_back_bit_for_bit(name: str) -> None:
+def test_pruned_floats_are_restored_bit_for_bit(name: str) -> None:
     dtype = torch_dtype(name)
     tensors = {"t": torch.where(pruned(64, 96) != 0, sample(name, 64, 96).view(dtype).float(), 0).to(dtype)}
     data = save(tensors, options=Options(coding="fingerprint"))
     assert_same(load(data), tensors)
 
 
-def test_the_table_of_dtypes_goes_both_ways() -> None:
+def test_dtypes_map_to_torch_and_back() -> None:
     for name, dtype in DTYPES.items():
         assert format_dtype(torch_dtype(name)) is dtype
         assert torch_dtype(name).itemsize == dtype.itemsize
@@ -111,7 +111,7 @@ def test_any_strides_and_layouts_are_written() -> None:
         assert not loaded[name].requires_grad
 
 
-def test_files_are_those_that_numpy_writes(tmp_path: Path) -> None:
+def test_torch_and_numpy_write_the_same_bytes(tmp_path: Path) -> None:
     w = pruned(200, 60)
     save_file({"w": w}, tmp_path / "a", {"format": "pt"})
     sfpformat.numpy.save_file({"w": w.numpy()}, tmp_path / "b", {"format": "pt"})
@@ -119,7 +119,7 @@ def test_files_are_those_that_numpy_writes(tmp_path: Path) -> None:
     assert_same(load_file(tmp_path / "a"), {"w": w})
 
 
-def test_options_masks_and_importances_go_in_and_come_out(tmp_path: Path) -> None:
+def test_options_masks_and_importances_are_written_and_read(tmp_path: Path) -> None:
     w = pruned(64, 48, density=1.0)
     mask, importance = w.abs() > 0.5, w.abs()
     save_file(
@@ -153,7 +153,7 @@ def test_a_loaded_tensor_can_be_changed_and_trained() -> None:
     assert t.grad is not None
 
 
-def test_another_device_gets_every_tensor() -> None:
+def test_every_tensor_is_loaded_on_the_requested_device() -> None:
     tensors = {f"t{i}": pruned(40, 40 + i, dtype=torch.bfloat16) for i in range(3)}
     with safe_open(save(tensors), device="meta") as file:
         found = file.get_tensors()
@@ -182,7 +182,7 @@ def test_a_model_in_shards_loads_as_one(tmp_path: Path) -> None:
     "index", [..., (slice(3, 9), slice(None, 5)), 4, (..., -1), (slice(None, None, 3),), (2, 3)]
 )
 @pytest.mark.parametrize("name", ["F32", "BF16", "F8_E4M3", "I16"])
-def test_slices_are_those_of_the_tensor(name: str, index: object) -> None:
+def test_slices_equal_those_of_the_tensor(name: str, index: object) -> None:
     tensor = sample(name, 40, 70)
     with safe_open(save({"t": tensor}, options=Options(segment=32, chunk=64))) as file:
         part = file.get_slice("t")
@@ -247,7 +247,7 @@ def test_survivors_that_are_zero_are_entries() -> None:
         assert file.get_tensor("t", layout="coo").indices().tolist() == [[1, 1], [0, 1]]
 
 
-def test_fp8_survivors_come_as_they_are() -> None:
+def test_fp8_survivors_keep_their_dtype() -> None:
     tensor = pruned(30, 30, dtype=torch.float8_e4m3fn)
     with safe_open(save({"t": tensor}, options=Options(coding="fingerprint"))) as file:
         sparse = file.get_tensor("t", layout="coo")
@@ -266,12 +266,12 @@ def test_fp8_survivors_come_as_they_are() -> None:
         ({"t": None}, "is no tensor"),
     ],
 )
-def test_what_cannot_be_written_is_told(tensors: dict[str, torch.Tensor], words: str) -> None:
+def test_tensors_that_cannot_be_written_are_refused(tensors: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         save(tensors)
 
 
-def test_names_for_the_same_memory_are_refused_by_files() -> None:
+def test_names_that_share_memory_are_refused() -> None:
     w = pruned(30, 30)
     for tensors in ({"a": w, "b": w}, {"a": w, "b": w[5:]}, {"a": w[:10], "b": w[9:]}):
         with pytest.raises(OptionError, match="'a' and 'b' share memory"):
@@ -293,20 +293,20 @@ def test_other_layouts_frameworks_and_shapes_are_refused() -> None:
             file.get_tensor("t", layout="csr")
 
 
-def test_limits_hold_for_torch_too() -> None:
+def test_limits_apply_to_torch_functions() -> None:
     data = save({"t": pruned(30, 40)})
     with pytest.raises(LimitError):
         load(data, limits=Limits(tensor_bytes=1000))
 
 
-def test_a_dtype_that_this_torch_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_this_torch_lacks_raises_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     data = save({"t": sample("F8_E5M2", 4)})
     monkeypatch.delitem(sfpformat.torch.tensors._TO_TORCH, "F8_E5M2")
     with pytest.raises(MismatchError, match="no dtype for F8_E5M2"):
         load(data)
 
 
-def test_a_damaged_file_gives_no_tensor() -> None:
+def test_a_damaged_file_raises_and_returns_no_tensor() -> None:
     data = bytearray(everything())
     data[200] ^= 1
     with pytest.raises(InvalidFileError):

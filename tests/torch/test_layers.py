@@ -69,7 +69,7 @@ def test_a_linear_layer_computes_the_bits_of_the_dense_one(
 
 
 @given(FLOATS, SIZES, SIZES, st.lists(st.integers(0, 3), max_size=3), st.data())
-def test_an_embedding_gives_the_bits_of_the_dense_one(
+def test_an_embedding_computes_the_bits_of_the_dense_one(
     dtype: torch.dtype, rows: int, columns: int, batch: list[int], data: st.DataObject
 ) -> None:
     dense = nn.Embedding(rows, columns, dtype=dtype)
@@ -79,7 +79,9 @@ def test_an_embedding_gives_the_bits_of_the_dense_one(
 
 
 @pytest.mark.parametrize("count", [1, 40, 20_000])
-def test_few_rows_are_decoded_alone_and_many_with_the_whole(count: int, decoded: list[int]) -> None:
+def test_few_embedding_rows_are_decoded_alone_and_many_with_the_whole_weight(
+    count: int, decoded: list[int]
+) -> None:
     dense = nn.Embedding(4000, 33)
     ids = torch.randint(0, 4000, (count,))
     assert bits(SfpEmbedding.of(dense, Options(segment=1056))(ids)) == bits(dense(ids))
@@ -88,12 +90,12 @@ def test_few_rows_are_decoded_alone_and_many_with_the_whole(count: int, decoded:
 
 @pytest.mark.parametrize("wrong", [-1, 60])
 @pytest.mark.parametrize("count", [1, 1000])
-def test_a_row_that_is_not_there_is_refused(wrong: int, count: int) -> None:
+def test_a_row_out_of_range_raises(wrong: int, count: int) -> None:
     with pytest.raises(IndexError):
         SfpEmbedding.of(embedding())(torch.full((count,), wrong))
 
 
-def test_a_quantised_layer_computes_with_what_the_file_would_hold() -> None:
+def test_a_quantised_layer_computes_with_the_decoded_weights() -> None:
     dense, options = linear(64, 64), Options(quantiser="uniform", bits=3.0)
     layer = SfpLinear.of(dense, options)
     with torch.no_grad():
@@ -103,7 +105,7 @@ def test_a_quantised_layer_computes_with_what_the_file_would_hold() -> None:
     assert bits(layer.weight) == bits(dense.weight)
 
 
-def test_autocast_does_what_it_does_for_the_dense_layer() -> None:
+def test_autocast_gives_the_dtype_and_bits_of_the_dense_layer() -> None:
     for dtype in (torch.float32, torch.float16, torch.float64):
         dense = linear().to(dtype)
         x = torch.randn(3, 40, dtype=dtype)
@@ -113,7 +115,7 @@ def test_autocast_does_what_it_does_for_the_dense_layer() -> None:
         assert bits(found) == bits(want)
 
 
-def test_an_input_of_another_dtype_is_refused_as_by_the_dense_layer() -> None:
+def test_an_input_of_another_dtype_raises_like_the_dense_layer() -> None:
     with pytest.raises(RuntimeError, match="dtype"):
         SfpLinear.of(linear())(torch.randn(3, 40, dtype=torch.float64))
 
@@ -121,7 +123,7 @@ def test_an_input_of_another_dtype_is_refused_as_by_the_dense_layer() -> None:
 # --------------------------------------------------------------------------------------------- gradients
 
 
-def test_gradients_of_input_and_bias_are_those_of_the_dense_layer() -> None:
+def test_gradients_of_input_and_bias_equal_those_of_the_dense_layer() -> None:
     dense, x = linear(), torch.randn(2, 3, 40)
     layer = SfpLinear.of(copy.deepcopy(dense))
     found, want = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -140,7 +142,7 @@ def test_gradients_of_both_orders_are_right() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
-def test_calls_without_forward_derivatives_do_without_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_without_forward_derivatives_use_no_autograd_function(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*given: object) -> None:
         raise AssertionError("a function was made")
 
@@ -156,7 +158,7 @@ def test_calls_without_forward_derivatives_do_without_a_function(monkeypatch: py
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace.*deprecated")
-def test_who_looks_on_sees_the_operator() -> None:
+def test_dispatch_modes_and_profilers_see_the_operator() -> None:
     class Looking(TorchDispatchMode):
         seen: ClassVar[list[str]] = []
 
@@ -179,7 +181,7 @@ def test_who_looks_on_sees_the_operator() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # of torch.func itself
-def test_derivatives_of_other_kinds_are_those_of_the_dense_layer() -> None:
+def test_other_derivatives_equal_those_of_the_dense_layer() -> None:
     dense = linear(3, 4).double()
     layer, x = SfpLinear.of(dense), torch.randn(2, 4, dtype=torch.float64)
     x2 = torch.randn(2, 4, dtype=torch.float64)
@@ -214,7 +216,7 @@ def test_a_batch_of_compressed_weights_is_refused() -> None:
         torch.func.vmap(lambda own: torch.func.functional_call(layer, own, (x,)))(state)
 
 
-def test_no_decoded_weight_waits_for_the_gradient() -> None:
+def test_no_decoded_weight_is_kept_for_the_backward_pass() -> None:
     saved: list[torch.Tensor] = []
     layer, x = SfpLinear.of(linear(200, 100)), torch.randn(1, 100, requires_grad=True)
 
@@ -231,7 +233,7 @@ def test_no_decoded_weight_waits_for_the_gradient() -> None:
 
 
 @given(FLOATS, FLOATS)
-def test_a_cast_changes_what_the_weight_is_converted_to(dtype: torch.dtype, other: torch.dtype) -> None:
+def test_a_cast_changes_the_dtype_of_the_decoded_weight(dtype: torch.dtype, other: torch.dtype) -> None:
     dense = linear().to(dtype)
     layer = SfpLinear.of(copy.deepcopy(dense)).to(other)
     x = torch.randn(3, 40, dtype=other)
@@ -239,7 +241,7 @@ def test_a_cast_changes_what_the_weight_is_converted_to(dtype: torch.dtype, othe
     assert layer.weight.dtype == layer.bias.dtype == other
 
 
-def test_casts_there_and_back_lose_nothing() -> None:
+def test_casting_to_half_precision_and_back_is_lossless() -> None:
     layer = SfpLinear.of(linear(bias=False))
     before = bits(layer.weight)
     assert bits(layer.half().float().weight) == before
@@ -255,7 +257,7 @@ def test_layers_compute_shapes_on_the_meta_device() -> None:
 # ------------------------------------------------------------------------------------------------- state
 
 
-def test_a_state_dict_has_the_bytes_and_fills_another_layer() -> None:
+def test_a_state_dict_contains_the_bytes_and_loads_into_another_layer() -> None:
     layers = nn.ModuleList([SfpLinear.of(linear()), SfpEmbedding.of(embedding())])
     others = nn.ModuleList([SfpLinear(40, 24), SfpEmbedding(60, 16, padding_idx=3)])
     assert list(layers.state_dict()) == ["0.weight", "0.bias", "1.weight"]
@@ -277,7 +279,7 @@ def test_a_dense_state_dict_is_encoded_losslessly() -> None:
     assert bits(layer.weight) == bits(dense.weight)
 
 
-def test_what_is_no_weight_of_the_layer_is_refused_and_nothing_changed() -> None:
+def test_an_invalid_weight_in_a_state_dict_is_refused_and_nothing_changes() -> None:
     layer = SfpLinear.of(linear(bias=False))
     before = bits(layer.weight)
     damaged = layer.weight_sfp.clone()
@@ -303,12 +305,12 @@ def test_what_is_no_weight_of_the_layer_is_refused_and_nothing_changed() -> None
     assert layer.load_state_dict({}, strict=False).missing_keys == ["weight"]
 
 
-def test_a_layer_without_a_weight_says_so() -> None:
+def test_a_layer_without_a_weight_raises() -> None:
     with pytest.raises(MismatchError, match="load_state_dict gives it one"):
         SfpLinear(40, 24)(torch.randn(2, 40))
 
 
-def test_damage_is_found_when_the_layer_is_called() -> None:
+def test_calling_a_layer_with_damaged_bytes_raises() -> None:
     layer = SfpLinear.of(linear())
     layer.weight_sfp[200] ^= 1
     with pytest.raises(InvalidFileError, match="R-LAY-004"):
@@ -326,7 +328,7 @@ def test_copies_and_pickles_compute_the_same() -> None:
         assert not other.training
 
 
-def test_an_embedding_that_changes_its_weight_is_refused() -> None:
+def test_an_embedding_with_max_norm_is_refused() -> None:
     with pytest.raises(MismatchError, match="max_norm"):
         SfpEmbedding.of(nn.Embedding(5, 4, max_norm=1.0))
     with pytest.raises(MismatchError, match="padding_idx is 5"):
@@ -351,7 +353,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
-def test_a_model_compiles_whole(limit: int) -> None:
+def test_a_model_compiles_without_graph_breaks(limit: int) -> None:
     model, ids = Model(), torch.randint(0, 60, (2, 5))
     for module in model.children():
         module.kept = KeptWeights(limit)
@@ -373,7 +375,7 @@ def test_autocast_is_compiled_too() -> None:
         assert bits(compiled(x)) == bits(layer(x))
 
 
-def test_calls_do_not_ask_what_some_compilers_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_avoid_functions_that_some_compilers_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     def untraceable(kind: str) -> bool:
         raise AssertionError(f"asked for {kind}")
 
@@ -387,7 +389,7 @@ def test_calls_do_not_ask_what_some_compilers_cannot_trace(monkeypatch: pytest.M
         assert bits(layer(x)) == bits(wanted)
 
 
-def test_a_model_is_exported_and_comes_back() -> None:
+def test_an_exported_model_can_be_saved_and_loaded() -> None:
     model, ids = Model(), torch.randint(0, 60, (2, 5))
     file = io.BytesIO()
     torch.export.save(torch.export.export(model, (ids,)), file)
@@ -395,7 +397,7 @@ def test_a_model_is_exported_and_comes_back() -> None:
     assert bits(torch.export.load(file).module()(ids)) == bits(model(ids))
 
 
-def test_the_operators_are_what_they_say_to_torch() -> None:
+def test_operators_pass_the_opcheck_of_torch() -> None:
     data, dtype = packed.pack(pruned(6, 5)), torch.float32
     x, y, bias = torch.randn(3, 5), torch.randn(3, 6), torch.randn(6)
     torch.library.opcheck(operators.decode, (data, [6, 5], dtype, ""))
@@ -415,7 +417,7 @@ def keeping(limit: int, *layers: SfpLinear | SfpEmbedding) -> KeptWeights:
     return kept
 
 
-def test_a_kept_weight_is_decoded_once(decoded: list[int]) -> None:
+def test_a_cached_weight_is_decoded_once(decoded: list[int]) -> None:
     layer, x = SfpLinear.of(linear()), torch.randn(2, 40)
     kept = keeping(1 << 20, layer)
     results = {bits(layer(x)) for _ in range(3)} | {bits(copy.copy(layer)(x))}
@@ -426,7 +428,7 @@ def test_a_kept_weight_is_decoded_once(decoded: list[int]) -> None:
     assert decoded == [24 * 40 * 4] * 2
 
 
-def test_a_write_to_the_weight_is_no_write_to_what_is_kept(decoded: list[int]) -> None:
+def test_a_write_to_the_weight_does_not_change_the_cached_one(decoded: list[int]) -> None:
     layer, x = SfpLinear.of(linear()), torch.randn(2, 40)
     keeping(1 << 20, layer)
     layer(x)
@@ -439,7 +441,7 @@ def test_a_write_to_the_weight_is_no_write_to_what_is_kept(decoded: list[int]) -
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 3))
-def test_those_used_last_are_kept_within_the_limit(calls: list[int], room: int) -> None:
+def test_the_cache_keeps_the_most_recently_used_weights_within_its_limit(calls: list[int], room: int) -> None:
     layers = [SfpLinear.of(linear(8, 8, seed=i)) for i in range(4)]
     kept = keeping(room * 8 * 8 * 4, *layers)
     x = torch.randn(2, 8)
@@ -452,7 +454,7 @@ def test_those_used_last_are_kept_within_the_limit(calls: list[int], room: int) 
         assert (found is not None) == (i in last)
 
 
-def test_a_weight_beyond_the_limit_is_not_kept_and_pushes_none_out() -> None:
+def test_a_weight_over_the_limit_is_not_cached_and_evicts_none() -> None:
     small, large = SfpLinear.of(linear(8, 8)), SfpLinear.of(linear(8, 9))
     kept = keeping(8 * 8 * 4, small, large)
     small(torch.randn(2, 8))
@@ -460,7 +462,7 @@ def test_a_weight_beyond_the_limit_is_not_kept_and_pushes_none_out() -> None:
     assert kept.nbytes == 8 * 8 * 4
 
 
-def test_a_kept_weight_goes_with_its_bytes() -> None:
+def test_a_cached_weight_is_freed_with_its_bytes() -> None:
     layer, x = SfpLinear.of(linear()), torch.randn(2, 40)
     kept = keeping(1 << 20, layer)
     layer(x)
@@ -469,7 +471,7 @@ def test_a_kept_weight_goes_with_its_bytes() -> None:
     assert kept.nbytes == 0
 
 
-def test_other_bytes_mean_another_weight() -> None:
+def test_new_bytes_invalidate_the_cached_weight() -> None:
     layer, other, x = SfpLinear.of(linear()), SfpLinear.of(linear(seed=1)), torch.randn(2, 40)
     keeping(1 << 20, layer)
     layer(x)
@@ -482,7 +484,7 @@ def test_other_bytes_mean_another_weight() -> None:
     assert bits(layer(x)) == bits(x @ -other.weight.T)
 
 
-def test_tied_layers_keep_one_weight_and_stay_tied_wherever_they_go(decoded: list[int]) -> None:
+def test_tied_layers_cache_one_weight_and_stay_tied_when_moved(decoded: list[int]) -> None:
     model = Model()
     kept = keeping(1 << 20, model.embed, model.head)
     model.embed(torch.arange(60))

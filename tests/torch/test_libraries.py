@@ -123,7 +123,7 @@ def loaded(model: Any, folder: Path) -> Any:
 
 
 @of_each_model
-def test_models_compute_and_generate_what_the_dense_ones_do(make: Callable[[], Any]) -> None:
+def test_compressed_models_compute_and_generate_the_same_as_dense_ones(make: Callable[[], Any]) -> None:
     dense, model = both(make)
     assert logits(model) == logits(dense)
     words = {"max_new_tokens": 4, "do_sample": False}
@@ -154,7 +154,7 @@ def test_copies_pickles_and_parts_save_dense_weights_too(tmp_path: Path) -> None
     assert "save_pretrained" not in {**vars(model), **vars(model.model)}
 
 
-def test_bytes_that_are_saved_past_this_package_are_refused_and_not_replaced_by_random_weights(
+def test_bytes_saved_by_other_tools_are_refused_instead_of_random_weights(
     tmp_path: Path,
 ) -> None:
     _, model = both(llama)
@@ -182,7 +182,7 @@ def test_embeddings_are_tied_and_resized_as_in_the_dense_model(
 
 
 @of_each_model
-def test_gradient_checkpointing_gives_the_gradients_of_the_dense_model(make: Callable[[], Any]) -> None:
+def test_gradient_checkpointing_returns_the_gradients_of_the_dense_model(make: Callable[[], Any]) -> None:
     gradients = []
     dense, model = both(make)
     compressed = {name for name, _ in dense.named_parameters()} - {
@@ -234,7 +234,7 @@ ADAPTERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 @pytest.mark.filterwarnings("ignore")  # of peft, about ties and embeddings
 @pytest.mark.parametrize(("make", "words"), ADAPTERS.values(), ids=ADAPTERS)
-def test_adapters_train_and_merge_to_what_the_dense_model_merges_to(
+def test_adapters_train_and_merge_to_the_same_weights_as_in_the_dense_model(
     make: Callable[[], Any], words: dict[str, Any], tmp_path: Path
 ) -> None:
     dense, model = (adapted(one, **copy.deepcopy(words)) for one in both(make))
@@ -284,7 +284,7 @@ def test_modules_to_save_are_refused_while_compressed_and_train_when_dense(name:
 
 
 @pytest.mark.parametrize("words", [{}, {"modules_to_save": ["lm_head"]}])
-def test_adapters_that_are_there_already_stay_dense_and_train(words: dict[str, Any]) -> None:
+def test_existing_adapters_stay_dense_and_train(words: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = adapted(llama(), target_modules=["q_proj", "embed_tokens"], **words)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -314,7 +314,7 @@ def test_accelerate_moves_saves_and_loads_compressed_models(tied: bool, tmp_path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_safetensors_files_of_compressed_models_fill_compressed_models_alone(
+def test_safetensors_files_of_compressed_models_load_into_compressed_models_only(
     tied: bool, tmp_path: Path
 ) -> None:
     dense, model = both(lambda: llama(tied))

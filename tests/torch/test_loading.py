@@ -96,7 +96,9 @@ TAKEN: dict[str, tuple[Make, Tensors]] = {
 @pytest.mark.parametrize("load", [by_torch, by_safetensors, by_sfp])
 @pytest.mark.parametrize("own_way", [False, True])
 @pytest.mark.parametrize("case", TAKEN)
-def test_all_loaders_take_it(load: Callable[..., None], own_way: bool, case: str, tmp_path: Path) -> None:
+def test_all_loaders_load_the_same_tensors(
+    load: Callable[..., None], own_way: bool, case: str, tmp_path: Path
+) -> None:
     make, tensors = TAKEN[case]
     model = (hooked(make) if own_way else make)()
     before = tensors_of(model)
@@ -108,7 +110,7 @@ def test_all_loaders_take_it(load: Callable[..., None], own_way: bool, case: str
 
 @pytest.mark.parametrize("own_way", [False, True])
 @pytest.mark.parametrize("case", TAKEN)
-def test_a_model_on_the_meta_device_takes_it_too(own_way: bool, case: str, tmp_path: Path) -> None:
+def test_a_model_on_the_meta_device_loads_the_same_tensors(own_way: bool, case: str, tmp_path: Path) -> None:
     make, tensors = TAKEN[case]
     with torch.device("meta"):
         model = (hooked(make) if own_way else make)()
@@ -132,7 +134,9 @@ REFUSED: dict[str, tuple[Make, Tensors]] = {
 @pytest.mark.parametrize("load", [by_torch, by_safetensors, by_sfp])
 @pytest.mark.parametrize("own_way", [False, True])
 @pytest.mark.parametrize("case", REFUSED)
-def test_all_loaders_refuse_it(load: Callable[..., None], own_way: bool, case: str, tmp_path: Path) -> None:
+def test_all_loaders_refuse_what_does_not_fit(
+    load: Callable[..., None], own_way: bool, case: str, tmp_path: Path
+) -> None:
     make, tensors = REFUSED[case]
     model = (hooked(make) if own_way else make)()
     with pytest.raises(MismatchError if load is by_sfp else RuntimeError):
@@ -153,7 +157,7 @@ class NoSpace(torch.Tensor):
     ("held", "error"),
     [(torch.zeros(1).expand(3), MismatchError), (NoSpace(3), torch.cuda.OutOfMemoryError)],  # type: ignore[call-arg]
 )
-def test_a_tensor_that_takes_no_numbers_is_told_apart_from_full_memory(
+def test_a_tensor_without_writable_memory_and_full_memory_raise_different_errors(
     held: torch.Tensor, error: type[Exception], tmp_path: Path
 ) -> None:
     model = nn.Module()
@@ -185,7 +189,7 @@ def test_a_tensor_that_takes_no_numbers_is_told_apart_from_full_memory(
         (torch.tensor([40000.0, 1]).to(torch.float8_e5m2), torch.float8_e4m3fn, True),
     ],
 )
-def test_numbers_that_the_modules_dtype_does_not_hold_are_told(
+def test_numbers_that_the_modules_dtype_cannot_hold_warn(
     stored: torch.Tensor, held: torch.dtype, lost: bool, own_way: bool, tmp_path: Path
 ) -> None:
     def make() -> nn.Module:
@@ -214,7 +218,7 @@ def lazy_net() -> nn.Module:
 
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("load", [by_torch, by_sfp])
-def test_lazy_modules_take_their_shapes_from_the_file(
+def test_lazy_modules_get_their_shapes_from_the_file(
     load: Callable[..., None], meta: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -252,7 +256,7 @@ def test_a_lazy_module_is_compressed_once_it_has_a_shape(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("own_way", [False, True])
-def test_a_buffer_that_is_no_longer_in_files_is_not_unexpected(
+def test_a_non_persistent_buffer_in_a_file_is_not_unexpected(
     own_way: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     make = hooked(Places) if own_way else Places
@@ -264,7 +268,7 @@ def test_a_buffer_that_is_no_longer_in_files_is_not_unexpected(
 
 @pytest.mark.parametrize("positions", [torch.arange(9)[None], torch.arange(1, 9)[None]])
 @pytest.mark.parametrize("fill", [load_model, compress_model])
-def test_a_buffer_that_the_module_makes_itself_stays_and_other_numbers_are_told(
+def test_a_computed_buffer_stays_and_different_numbers_in_the_file_warn(
     fill: Callable[..., object], positions: torch.Tensor, tmp_path: Path
 ) -> None:
     save_file(tensors_of(Places(), position_ids=positions), tmp_path / "m")
@@ -275,7 +279,7 @@ def test_a_buffer_that_the_module_makes_itself_stays_and_other_numbers_are_told(
     assert torch.equal(model.position_ids, torch.arange(8)[None])
 
 
-def test_an_old_file_of_bert_is_taken_as_transformers_takes_it(tmp_path: Path) -> None:
+def test_an_old_bert_file_loads_like_in_transformers(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )
@@ -290,7 +294,7 @@ def test_an_old_file_of_bert_is_taken_as_transformers_takes_it(tmp_path: Path) -
 # -------------------------------------------------------------------------------------------------- messages
 
 
-def test_a_message_about_names_stays_short_and_the_error_has_them_all(tmp_path: Path) -> None:
+def test_a_message_about_names_is_shortened_and_the_error_has_all_names(tmp_path: Path) -> None:
     deep = nn.Sequential(*[nn.Linear(2, 2) for _ in range(600)])
     save_model(deep, tmp_path / "m")
     other = nn.ModuleDict({f"block{k}": nn.Linear(2, 2) for k in range(600)})
@@ -303,7 +307,7 @@ def test_a_message_about_names_stays_short_and_the_error_has_them_all(tmp_path: 
 
 
 @pytest.mark.parametrize("own_way", [False, True])
-def test_a_message_about_shapes_stays_short(own_way: bool, tmp_path: Path) -> None:
+def test_a_message_about_shapes_is_shortened(own_way: bool, tmp_path: Path) -> None:
     save_model(nn.Sequential(*[nn.Linear(2, 2) for _ in range(600)]), tmp_path / "m")
     model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(600)])
     if own_way:
@@ -373,7 +377,7 @@ def normed() -> nn.Module:
         (lambda: nn.ModuleDict({"model": linear()}), "begin with 'model.'"),
     ],
 )
-def test_names_that_a_library_changed_are_recognised_on_either_side(
+def test_names_that_a_library_changed_are_recognised_in_file_and_module(
     make: Make, words: str, tmp_path: Path
 ) -> None:
     plain, changed = linear(), make()
@@ -400,7 +404,7 @@ def test_names_that_a_library_changed_are_recognised_on_either_side(
         ([], [], "^$"),
     ],
 )
-def test_hints_are_given_where_the_names_show_the_reason(
+def test_messages_suggest_the_reason_that_the_names_show(
     missing: list[str], unexpected: list[str], words: str
 ) -> None:
     import re

@@ -94,7 +94,7 @@ def model_of(weight: torch.Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("made", [freed, cut, shifted, freed_sparse])
-def test_memory_that_is_not_there_is_not_written(made: Callable[..., torch.Tensor], tmp_path: Path) -> None:
+def test_tensors_without_memory_are_refused(made: Callable[..., torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"^tensor 'w': has .* {OUTSIDE}"):
         save_file({"v": pruned(2, 2), "w": made(30, 40)}, tmp_path / "m")
     with pytest.raises(OptionError, match=f"^mask of 'w': has .* {OUTSIDE}|must be bool"):
@@ -105,7 +105,7 @@ def test_memory_that_is_not_there_is_not_written(made: Callable[..., torch.Tenso
 
 
 @FREED
-def test_models_with_memory_that_is_not_there_are_not_written(
+def test_models_with_tensors_without_memory_are_refused(
     made: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     model = model_of(made(30, 40))
@@ -120,7 +120,7 @@ def test_models_with_memory_that_is_not_there_are_not_written(
         SfpEmbedding.of(nn.Embedding(30, 40, _weight=made(30, 40)))
 
 
-def test_a_layer_does_not_take_or_write_bytes_that_were_freed(tmp_path: Path) -> None:
+def test_a_layer_refuses_freed_bytes(tmp_path: Path) -> None:
     layer = SfpLinear.of(nn.Linear(40, 30))
     state = layer.state_dict()
     name = next(name for name in state if name.startswith("weight"))
@@ -148,7 +148,9 @@ def test_views_that_end_with_their_memory_are_written() -> None:
 
 
 @FREED
-def test_memory_that_is_not_there_is_not_filled(made: Callable[..., torch.Tensor], tmp_path: Path) -> None:
+def test_loading_into_tensors_without_memory_is_refused(
+    made: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
     save_model(model_of(pruned(30, 40) + 1), tmp_path / "m")
     model = model_of(made(30, 40))
     before = model[0].bias.clone()
@@ -181,7 +183,7 @@ def nested() -> torch.Tensor:
     ],
     ids=["wrapper", "jagged", "lazy", "dtype"],
 )
-def test_tensors_made_of_others_are_refused_by_name(
+def test_wrapper_tensors_are_refused_by_name(
     made: Callable[[], torch.Tensor], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match=f"^tensor 'w': .*{words}"):
@@ -216,7 +218,7 @@ def test_a_distributed_tensor_is_refused_by_name(tmp_path: Path) -> None:
         load_model(model, tmp_path / "n")
 
 
-def test_a_module_with_a_wrapper_that_takes_no_numbers_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_module_with_a_wrapper_that_cannot_be_written_to_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "m")
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(Wrapper(torch.ones(3)), requires_grad=False))
@@ -256,9 +258,7 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_cuda")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda", 1)])
-def test_a_device_that_is_not_there_is_told_at_every_door(
-    device: str | int | torch.device, tmp_path: Path
-) -> None:
+def test_every_function_refuses_a_missing_device(device: str | int | torch.device, tmp_path: Path) -> None:
     save_model(nn.Linear(3, 4), tmp_path / "m")
     doors: list[Callable[[], object]] = [
         lambda: load_file(tmp_path / "m", device=device),
@@ -274,11 +274,11 @@ def test_a_device_that_is_not_there_is_told_at_every_door(
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", 1.5])
-def test_what_is_no_device_is_told(device: Any) -> None:
+def test_an_invalid_device_is_refused(device: Any) -> None:
     with pytest.raises(OptionError, match=f"^device {device!r}: "):
         safe_open(save({"w": torch.ones(1)}), device=device)
 
 
-def test_a_device_without_a_backend_is_told() -> None:
+def test_a_device_without_a_backend_is_refused() -> None:
     with pytest.raises(OptionError, match=r"^device 'xla' cannot be used: "):
         safe_open(save({"w": torch.ones(1)}), device="xla")

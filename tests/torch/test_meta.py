@@ -57,7 +57,7 @@ class Positions(nn.Module):
 
 @DOORS
 @pytest.mark.parametrize(("kind", "config"), MODELS)
-def test_models_of_transformers_made_without_weights_compute_as_the_original(
+def test_transformers_models_loaded_from_meta_compute_the_same_as_the_original(
     kind: Any, config: Any, fill: Fill, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_buffers_that_would_stay_on_the_meta_device_are_refused_before_anything_
 
 
 @DOORS
-def test_without_strictness_what_stays_on_the_meta_device_is_warned_of(fill: Fill, tmp_path: Path) -> None:
+def test_without_strict_tensors_that_stay_on_the_meta_device_warn(fill: Fill, tmp_path: Path) -> None:
     save_model(Positions(), tmp_path / "m")
     with torch.device("meta"):
         other = Positions()
@@ -101,7 +101,7 @@ def test_without_strictness_what_stays_on_the_meta_device_is_warned_of(fill: Fil
     assert not other.fc.bias.is_meta
 
 
-def test_a_module_that_loads_its_own_way_leaves_no_buffer_on_the_meta_device(tmp_path: Path) -> None:
+def test_a_module_with_custom_loading_has_no_buffer_left_on_the_meta_device(tmp_path: Path) -> None:
     def hooked() -> Positions:
         model = Positions()
         model.register_load_state_dict_pre_hook(lambda *_: None)
@@ -123,9 +123,7 @@ def test_a_module_that_loads_its_own_way_leaves_no_buffer_on_the_meta_device(tmp
 
 @DOORS
 @pytest.mark.parametrize("hook", [False, True])
-def test_the_counter_of_batch_norm_begins_at_zero_where_a_file_lacks_it(
-    fill: Fill, hook: bool, tmp_path: Path
-) -> None:
+def test_the_counter_of_batch_norm_is_zero_if_a_file_lacks_it(fill: Fill, hook: bool, tmp_path: Path) -> None:
     tensors = nn.BatchNorm1d(8).state_dict()
     del tensors["num_batches_tracked"]
     save_file(tensors, tmp_path / "m")
@@ -140,7 +138,7 @@ def test_the_counter_of_batch_norm_begins_at_zero_where_a_file_lacks_it(
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_modules_that_keep_their_weights_twice_are_filled(kind: Any, tmp_path: Path) -> None:
+def test_modules_that_hold_their_weights_twice_are_loaded(kind: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = kind(5, 6, num_layers=2)
     save_model(model, tmp_path / "m")
@@ -153,7 +151,7 @@ def test_modules_that_keep_their_weights_twice_are_filled(kind: Any, tmp_path: P
 # -------------------------------------------------------------------------------------- parameters_on_meta
 
 
-def test_parameters_are_made_on_the_meta_device_and_buffers_are_computed() -> None:
+def test_parameters_are_created_on_the_meta_device_and_buffers_are_computed() -> None:
     with parameters_on_meta():
         model = nn.Sequential(Positions(), nn.BatchNorm1d(64), nn.Linear(64, 2))
     model[2].weight.requires_grad_(False)
@@ -163,7 +161,7 @@ def test_parameters_are_made_on_the_meta_device_and_buffers_are_computed() -> No
     assert not nn.Linear(2, 2).weight.is_meta  # it ended
 
 
-def test_ties_attributes_and_dtypes_of_parameters_stay() -> None:
+def test_ties_attributes_and_dtypes_of_parameters_are_kept() -> None:
     shared = nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16), requires_grad=False)
     shared.mark = "mine"  # type: ignore[attr-defined]
     with parameters_on_meta():
@@ -180,14 +178,14 @@ def test_ties_attributes_and_dtypes_of_parameters_stay() -> None:
     assert not shared.is_meta
 
 
-def test_lazy_parameters_and_none_stay_as_they_are() -> None:
+def test_lazy_and_none_parameters_are_unchanged() -> None:
     with parameters_on_meta():
         lazy, without = nn.LazyLinear(3), nn.Linear(3, 3, bias=False)
     assert isinstance(lazy.weight, nn.UninitializedParameter)
     assert without.bias is None
 
 
-def test_other_threads_are_left_alone() -> None:
+def test_other_threads_are_unaffected() -> None:
     made = []
     with parameters_on_meta():
         thread = threading.Thread(target=lambda: made.append(nn.Linear(2, 2)))
@@ -196,7 +194,7 @@ def test_other_threads_are_left_alone() -> None:
     assert not made[0].weight.is_meta
 
 
-def test_the_hook_is_removed_when_making_fails() -> None:
+def test_the_hook_is_removed_if_the_constructor_raises() -> None:
     with pytest.raises(ZeroDivisionError), parameters_on_meta():
         _ = 1 / 0
     assert not nn.Linear(2, 2).weight.is_meta

@@ -53,7 +53,7 @@ def differing(seed: int, *, tied: bool = True) -> Tied:
 # ----------------------------------------------------------------------------------------- there and back
 
 
-def test_a_module_comes_back_with_its_ties(tmp_path: Path) -> None:
+def test_a_module_is_restored_with_its_ties(tmp_path: Path) -> None:
     model, other = differing(0), differing(1)
     save_model(model, tmp_path / "m")
     with safe_open(tmp_path / "m") as file:
@@ -65,7 +65,7 @@ def test_a_module_comes_back_with_its_ties(tmp_path: Path) -> None:
     assert other.head.weight is other.embed.weight is before
 
 
-def test_the_names_kept_are_those_that_safetensors_keeps(tmp_path: Path) -> None:
+def test_tied_tensors_keep_the_names_that_safetensors_keeps(tmp_path: Path) -> None:
     model = differing(0)
     save_model(model, tmp_path / "m", {"who": "me"})
     safetensors.torch.save_model(model, str(tmp_path / "s"), {"who": "me"})
@@ -74,7 +74,7 @@ def test_the_names_kept_are_those_that_safetensors_keeps(tmp_path: Path) -> None
         assert ours.metadata() == theirs.metadata()
 
 
-def test_files_by_either_name_fill_a_tied_module(tmp_path: Path) -> None:
+def test_files_with_either_name_load_into_a_tied_module(tmp_path: Path) -> None:
     model = differing(0)
     for kept, dropped in (("embed.weight", "head.weight"), ("head.weight", "embed.weight")):
         tensors = state(model)
@@ -90,7 +90,7 @@ def test_a_second_name_of_a_tied_tensor_is_unexpected(tmp_path: Path) -> None:
     assert load_model(differing(1), tmp_path / "m", strict=False) == ([], ["head.weight"])
 
 
-def test_an_alias_fills_a_module_that_is_not_tied(tmp_path: Path) -> None:
+def test_an_alias_loads_into_a_module_that_is_not_tied(tmp_path: Path) -> None:
     model, other = differing(0), differing(1, tied=False)
     save_model(model, tmp_path / "m")
     assert load_model(other, tmp_path / "m") == ([], [])
@@ -98,7 +98,7 @@ def test_an_alias_fills_a_module_that_is_not_tied(tmp_path: Path) -> None:
     assert other.head.weight is not other.embed.weight
 
 
-def test_an_alias_of_another_shape_or_without_a_tensor_fills_nothing(tmp_path: Path) -> None:
+def test_an_alias_of_another_shape_or_without_a_tensor_is_ignored(tmp_path: Path) -> None:
     tensors = state(differing(0))
     del tensors["head.weight"]
     for alias in ("mid.weight", "nowhere"):
@@ -133,7 +133,7 @@ def test_tensors_that_overlap_are_written_in_full(tmp_path: Path) -> None:
         save_model(model, tmp_path / "n", force_contiguous=False)
 
 
-def test_options_go_by_the_names_kept(tmp_path: Path) -> None:
+def test_options_use_the_names_kept(tmp_path: Path) -> None:
     model = differing(0)
     options = {"embed.weight": Options(quantiser="uniform", bits=3.0)}
     save_model(model, tmp_path / "m", options=options, masks={"mid.weight": model.mid.weight > 0})
@@ -142,7 +142,7 @@ def test_options_go_by_the_names_kept(tmp_path: Path) -> None:
         assert torch.equal(file.get_mask("mid.weight"), model.mid.weight > 0)
 
 
-def test_a_model_in_shards_fills_a_module(tmp_path: Path) -> None:
+def test_a_sharded_model_loads_into_a_module(tmp_path: Path) -> None:
     model, other = differing(0, tied=False), differing(1, tied=False)
     tensors = state(model)
     halves = {"1.sfp": list(tensors)[:4], "2.sfp": list(tensors)[4:]}
@@ -157,7 +157,7 @@ def test_a_model_in_shards_fills_a_module(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- strictness
 
 
-def test_missing_and_unexpected_names_are_told_before_anything_changes(tmp_path: Path) -> None:
+def test_missing_and_unexpected_names_raise_before_anything_changes(tmp_path: Path) -> None:
     tensors = state(differing(0, tied=False))
     del tensors["mid.bias"]
     save_file({**tensors, "extra": torch.zeros(2)}, tmp_path / "m")
@@ -185,7 +185,7 @@ def test_other_shapes_are_refused_before_anything_changes(tmp_path: Path) -> Non
     assert_same(state(other), before)
 
 
-def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+def test_a_state_dict_value_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> Any:
             return {"code": print}
@@ -198,7 +198,7 @@ def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ memory, devices, conversions
 
 
-def test_weights_land_in_the_memory_that_was_there(tmp_path: Path) -> None:
+def test_weights_are_loaded_into_the_existing_memory(tmp_path: Path) -> None:
     model, other = differing(0), differing(1)
     save_model(model, tmp_path / "m")
     places = {name: tensor.data_ptr() for name, tensor in other.state_dict().items()}
@@ -237,7 +237,7 @@ def test_a_module_on_the_meta_device_gets_memory(tmp_path: Path) -> None:
     assert torch.equal(other.eval()(ids), model.eval()(ids))
 
 
-def test_what_the_file_lacks_stays_on_the_meta_device(tmp_path: Path) -> None:
+def test_tensors_missing_from_the_file_stay_on_the_meta_device_with_a_warning(tmp_path: Path) -> None:
     save_file({"weight": pruned(3, 4)}, tmp_path / "m")
     other = nn.Linear(4, 3, device="meta")
     with pytest.warns(SfpWarning, match="does not fill 'bias', which would stay on the meta device$"):
@@ -257,7 +257,7 @@ def test_a_module_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype, meta: bool
     assert torch.equal(other.weight, tensors["weight"].float())
 
 
-def test_memory_in_another_order_is_filled_too(tmp_path: Path) -> None:
+def test_non_contiguous_memory_is_loaded(tmp_path: Path) -> None:
     model, other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     save_model(model, tmp_path / "m")
     load_model(other, tmp_path / "m")
@@ -265,7 +265,7 @@ def test_memory_in_another_order_is_filled_too(tmp_path: Path) -> None:
     assert other.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_scalars_empty_tensors_and_integers_are_filled(tmp_path: Path) -> None:
+def test_scalars_empty_tensors_and_integers_are_loaded(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def __init__(self, value: float) -> None:
             super().__init__()
@@ -301,7 +301,7 @@ class Renaming(nn.Module):
 
 
 @pytest.mark.parametrize("meta", [False, True])
-def test_hooks_of_a_module_are_honoured(tmp_path: Path, meta: bool) -> None:
+def test_hooks_of_a_module_are_called(tmp_path: Path, meta: bool) -> None:
     torch.manual_seed(0)
     model = Renaming()
     tensors = {"embed.weight": model.embed.weight.detach(), "old.bias": model.new.bias.detach()}
@@ -331,7 +331,7 @@ def damaged(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.write_bytes(data)
 
 
-def test_damage_leaves_a_module_on_the_meta_device_as_it_was(tmp_path: Path) -> None:
+def test_damage_raises_and_a_module_on_the_meta_device_is_unchanged(tmp_path: Path) -> None:
     damaged(tmp_path / "m", {"weight": pruned(30, 40), "bias": pruned(30)})
     other = nn.Linear(40, 30, device="meta")
     with pytest.raises(InvalidFileError, match=r"E_CRC.*'bias'") as told:
@@ -341,14 +341,14 @@ def test_damage_leaves_a_module_on_the_meta_device_as_it_was(tmp_path: Path) -> 
     assert other.bias.is_meta
 
 
-def test_damage_found_half_way_is_told_with_what_became_of_the_module(tmp_path: Path) -> None:
+def test_damage_found_late_raises_with_a_note_that_weights_were_overwritten(tmp_path: Path) -> None:
     damaged(tmp_path / "m", {"weight": pruned(30, 40), "bias": pruned(30)})
     with pytest.raises(InvalidFileError, match=r"E_CRC.*'bias'") as told:
         load_model(nn.Linear(40, 30), tmp_path / "m")
     assert "overwritten" in told.value.__notes__[0]
 
 
-def test_a_file_cut_short_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+def test_a_truncated_file_raises_and_the_module_is_unchanged(tmp_path: Path) -> None:
     model = nn.Linear(40, 30)
     save_model(model, tmp_path / "m")
     (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:-1])
@@ -395,7 +395,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize(("start", "allowed"), [("meta", 32 << 20), ("there", 0)])
-def test_loading_takes_the_memory_of_the_module_and_a_chunk(
+def test_loading_needs_the_memory_of_the_module_and_one_chunk(
     large: list[Path], start: str, allowed: int
 ) -> None:
     command = [sys.executable, "-c", PEAK, large[0], start, large[1]]
@@ -403,7 +403,7 @@ def test_loading_takes_the_memory_of_the_module_and_a_chunk(
     assert peak < allowed + (12 << 20)
 
 
-def test_a_loaded_module_is_what_load_file_gives(tmp_path: Path) -> None:
+def test_a_loaded_module_equals_the_tensors_of_load_file(tmp_path: Path) -> None:
     model = differing(0)
     save_model(model, tmp_path / "m")
     tensors = load_file(tmp_path / "m")

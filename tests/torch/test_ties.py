@@ -43,7 +43,7 @@ def model() -> Tied:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_options_masks_and_importances_reach_a_tied_tensor_by_any_name(
+def test_options_masks_and_importances_apply_to_a_tied_tensor_under_any_name(
     model: Tied, name: str, tmp_path: Path
 ) -> None:
     importance = model.wte.weight.detach().abs()
@@ -61,9 +61,7 @@ def test_options_masks_and_importances_reach_a_tied_tensor_by_any_name(
 
 
 @pytest.mark.parametrize("argument", ["masks", "importances", "options"])
-def test_equal_values_for_two_names_of_a_tensor_are_taken_and_others_refused(
-    model: Tied, argument: str, tmp_path: Path
-) -> None:
+def test_values_for_two_names_of_a_tensor_must_be_equal(model: Tied, argument: str, tmp_path: Path) -> None:
     weight = model.wte.weight.detach()
     values: dict[str, tuple[Any, Any, Any]] = {
         "masks": (weight > 0, (weight > 0).numpy(), weight > 1),
@@ -80,14 +78,14 @@ def test_equal_values_for_two_names_of_a_tensor_are_taken_and_others_refused(
     assert not (tmp_path / "three").exists()
 
 
-def test_values_that_differ_beyond_float32_differ(model: Tied, tmp_path: Path) -> None:
+def test_values_that_differ_only_beyond_float32_are_refused(model: Tied, tmp_path: Path) -> None:
     importance = model.wte.weight.detach().double().abs()
     values = dict(zip(NAMES, (importance, importance * (1 + 1e-12)), strict=True))
     with pytest.raises(OptionError, match="one tensor and differ"):
         save_model(model, tmp_path / "m", importances=values)
 
 
-def test_factors_of_two_names_are_compared_too(model: Tied, tmp_path: Path) -> None:
+def test_different_factors_for_two_names_are_refused(model: Tied, tmp_path: Path) -> None:
     rows, columns = torch.ones(100), torch.ones(16)
     same: dict[str, Any] = {"wte.weight": (rows, columns), KEPT: (rows.clone(), columns.numpy())}
     save_model(model, tmp_path / "m", importances=same)
@@ -96,7 +94,7 @@ def test_factors_of_two_names_are_compared_too(model: Tied, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("argument", ["masks", "importances", "options"])
-def test_a_name_that_is_none_of_the_models_is_refused(model: Tied, argument: str, tmp_path: Path) -> None:
+def test_a_name_that_the_model_does_not_have_is_refused(model: Tied, argument: str, tmp_path: Path) -> None:
     values = {"masks": torch.ones(16, 16) > 0, "importances": torch.ones(16, 16), "options": THREE_BITS}
     with pytest.raises(
         OptionError, match=f"^{argument}: no tensor is named 'mid'; the nearest is 'mid.weight'$"
@@ -107,7 +105,7 @@ def test_a_name_that_is_none_of_the_models_is_refused(model: Tied, argument: str
 
 @pytest.mark.parametrize("argument", ["masks", "importances", "options"])
 @pytest.mark.parametrize("save_one", [save_file, lambda tensors, path, **given: save(tensors, **given)])
-def test_a_name_that_is_no_tensors_is_refused_by_files(
+def test_a_name_that_the_file_does_not_have_is_refused(
     argument: str, save_one: Callable[..., object], tmp_path: Path
 ) -> None:
     w = pruned(9, 9)
@@ -117,7 +115,7 @@ def test_a_name_that_is_no_tensors_is_refused_by_files(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_compressed_already_is_not_encoded_again(model: Tied, tmp_path: Path) -> None:
+def test_options_and_masks_for_a_compressed_tensor_are_refused(model: Tied, tmp_path: Path) -> None:
     compress_model(model)
     for argument, value in (("options", THREE_BITS), ("masks", torch.ones(100, 16) > 0)):
         with pytest.raises(OptionError, match=f"^{argument}: 'lm_head.weight' is compressed already"):
@@ -130,7 +128,7 @@ def test_what_is_compressed_already_is_not_encoded_again(model: Tied, tmp_path: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_options_reach_a_tied_weight_to_be_compressed_by_any_name(model: Tied, name: str) -> None:
+def test_options_apply_to_a_tied_weight_to_be_compressed_under_any_name(model: Tied, name: str) -> None:
     compress_model(model, {name: THREE_BITS})
     assert isinstance(model.lm_head, SfpLinear)
     assert model.lm_head.weight_sfp is model.wte.weight_sfp
@@ -138,7 +136,7 @@ def test_options_reach_a_tied_weight_to_be_compressed_by_any_name(model: Tied, n
         assert file.info("weight").quantiser == "uniform"
 
 
-def test_options_that_reach_no_weight_to_be_compressed_are_refused(model: Tied) -> None:
+def test_options_that_match_no_weight_to_be_compressed_are_refused(model: Tied) -> None:
     def refused(words: str, options: dict[str, Options], **given: Any) -> None:
         with pytest.raises(OptionError, match=words):
             compress_model(model, options, **given)
@@ -160,7 +158,7 @@ def test_options_that_reach_no_weight_to_be_compressed_are_refused(model: Tied) 
         compress_model(model, {"mid.weight": THREE_BITS})
 
 
-def test_options_without_effect_are_warned_of() -> None:
+def test_options_without_effect_warn() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     with pytest.warns(SfpWarning, match=r"^the options of '0\.weight' have no effect") as told:
         compress_model(model, {"0.weight": THREE_BITS})
@@ -168,6 +166,6 @@ def test_options_without_effect_are_warned_of() -> None:
     assert type(model[0]) is nn.Linear
 
 
-def test_a_choice_that_takes_nothing_is_warned_of(model: Tied) -> None:
+def test_a_choose_function_that_selects_nothing_warns(model: Tied) -> None:
     with pytest.warns(SfpWarning, match="^choose takes no layer"):
         assert compress_model(model, choose=lambda name, _: name == "middle").layers == ()

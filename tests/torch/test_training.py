@@ -36,7 +36,7 @@ OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [torch.optim.SGD, torch
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_an_optimizer_from_before_warns_once_that_its_steps_do_not_reach_the_weights(
+def test_an_optimizer_made_before_compression_warns_once(
     make: Callable[..., torch.optim.Optimizer],
 ) -> None:
     net = model()
@@ -47,7 +47,7 @@ def test_an_optimizer_from_before_warns_once_that_its_steps_do_not_reach_the_wei
     assert len(told) == 1
 
 
-def test_an_optimizer_that_trained_before_warns_too() -> None:
+def test_an_optimizer_that_trained_before_compression_warns() -> None:
     compress_model(model())
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -57,7 +57,7 @@ def test_an_optimizer_that_trained_before_warns_too() -> None:
         steps(net, optimizer)
 
 
-def test_parameters_that_were_listed_before_warn_too() -> None:
+def test_an_optimizer_of_parameters_listed_before_compression_warns() -> None:
     net = model()
     listed = list(net[2].parameters())
     compress_model(net)
@@ -127,7 +127,7 @@ def test_adapters_train_without_a_warning(first: str, bias: str) -> None:
     assert {name: bits(value) for name, value in net.named_parameters()} != before
 
 
-def test_a_model_that_is_to_require_gradients_warns_and_names_its_compressed_layers() -> None:
+def test_requires_grad_warns_and_names_the_compressed_layers() -> None:
     net = model()
     net.requires_grad_(False)
     compress_model(net)
@@ -148,7 +148,7 @@ def test_a_long_list_of_layers_is_shortened() -> None:
         net.requires_grad_(True)
 
 
-def test_gradients_that_are_switched_off_stay_off_once_the_model_is_dense() -> None:
+def test_requires_grad_false_survives_decompression() -> None:
     net = model()
     compress_model(net)
     net.requires_grad_(False)
@@ -179,14 +179,14 @@ print(before, hooks())
         ("load_file.__doc__", "[0, 0]"),
     ],
 )
-def test_hooks_that_hold_for_the_process_wait_for_the_first_compressed_layer(make: str, hooks: str) -> None:
+def test_process_wide_hooks_are_installed_with_the_first_compressed_layer(make: str, hooks: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(make=make)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[0] == f"[0, 0] {hooks}"
 
 
-def test_a_layer_of_ones_own_making_needs_no_watching() -> None:
+def test_a_layer_without_a_dense_original_gives_no_warning() -> None:
     layer = SfpLinear.of(nn.Linear(64, 64))
     net = nn.Sequential(layer, nn.LayerNorm(64))
     steps(net, torch.optim.SGD(net.parameters(), lr=0.1))

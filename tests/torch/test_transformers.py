@@ -51,7 +51,7 @@ def loaded(slices: dict[str, TorchSlice], **words: Any) -> Any:
     return model.eval()
 
 
-def test_bert_takes_the_slices_of_a_file_bit_for_bit(tmp_path: Path) -> None:
+def test_bert_loads_slices_of_a_file_bit_for_bit(tmp_path: Path) -> None:
     dense = bert(0)
     save_model(dense, tmp_path / "m.sfp")
     with safe_open(tmp_path / "m.sfp") as file:
@@ -61,7 +61,7 @@ def test_bert_takes_the_slices_of_a_file_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(model(IDS).last_hidden_state, dense(IDS).last_hidden_state)
 
 
-def test_each_slice_is_decoded_once_when_its_turn_comes(
+def test_each_slice_is_decoded_once_when_it_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(bert(0), tmp_path / "m.sfp")
@@ -81,7 +81,7 @@ def test_each_slice_is_decoded_once_when_its_turn_comes(
         assert sorted(read) == sorted(file.keys())
 
 
-def test_slices_are_converted_to_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+def test_slices_are_converted_to_the_requested_dtype(tmp_path: Path) -> None:
     dense = bert(0)
     save_model(dense, tmp_path / "m.sfp")
     with safe_open(tmp_path / "m.sfp") as file:
@@ -89,7 +89,7 @@ def test_slices_are_converted_to_the_dtype_that_is_asked_for(tmp_path: Path) -> 
     assert_same(state(model), state(dense.bfloat16()))
 
 
-def test_pruned_and_quantised_slices_are_what_the_file_means(tmp_path: Path) -> None:
+def test_pruned_and_quantised_slices_equal_the_decoded_file(tmp_path: Path) -> None:
     dense = bert(0)
     names = [name for name, weight in dense.named_parameters() if weight.dim() == 2]
     masks = {name: dense.get_parameter(name).abs() > 0.02 for name in names}
@@ -101,7 +101,7 @@ def test_pruned_and_quantised_slices_are_what_the_file_means(tmp_path: Path) -> 
     assert_same(dict(sorted(state(model).items())), dict(sorted(tensors.items())))
 
 
-def test_a_model_in_shards_is_taken_too(tmp_path: Path) -> None:
+def test_transformers_loads_a_sharded_model(tmp_path: Path) -> None:
     tensors = state(bert(0))
     halves = {"1.sfp": list(tensors)[::2], "2.sfp": list(tensors)[1::2]}
     for shard, names in halves.items():

@@ -162,7 +162,7 @@ WRITES: list[Callable[[Layer], object]] = [
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_does_what_it_does_to_the_dense_layer(write: Callable[[Layer], object]) -> None:
+def test_a_write_has_the_same_result_as_on_the_dense_layer(write: Callable[[Layer], object]) -> None:
     dense, layer = square(), SfpLinear.of(square())
     for one in (dense, layer):
         torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_a_write_does_what_it_does_to_the_dense_layer(write: Callable[[Layer], o
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_writes_reach_layers_of_other_dtypes(dtype: torch.dtype) -> None:
+def test_writes_change_layers_of_other_dtypes(dtype: torch.dtype) -> None:
     dense, layer = square(dtype), SfpLinear.of(square(dtype))
     for one in (dense, layer):
         for write in (set_elements, add_in_data, write_to_views, give_as_out):
@@ -213,7 +213,7 @@ def arguments_of(name: str) -> tuple[tuple[Any, ...], torch.Tensor] | None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of old methods, by torch
-def test_every_in_place_method_of_torch_reaches_the_layer_or_is_refused() -> None:
+def test_every_in_place_method_of_torch_changes_the_layer_or_is_refused() -> None:
     names = [name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")]
     called, refused = 0, set()
     for name in sorted(set(names) - {"requires_grad_"}):
@@ -241,7 +241,9 @@ STEPS = st.lists(
 
 @settings(max_examples=15)
 @given(STEPS)
-def test_a_row_of_writes_to_tied_layers_ends_as_in_the_dense_model(steps: list[tuple[str, int, int]]) -> None:
+def test_a_sequence_of_writes_to_tied_layers_ends_like_in_the_dense_model(
+    steps: list[tuple[str, int, int]],
+) -> None:
     dense, model = Tied().requires_grad_(False), tied()
     held: list[Any] = []
     for name, kind, row in steps:
@@ -271,7 +273,7 @@ def test_a_write_encodes_losslessly_what_was_quantised() -> None:
     assert bits(layer.weight) == bits(wanted)
 
 
-def test_writes_reach_tied_layers_and_all_who_have_the_weight() -> None:
+def test_writes_change_tied_layers_and_all_references_to_the_weight() -> None:
     model = tied()
     one, other = model.embed.weight, model.head.weight
     assert one.data_ptr() == other.data_ptr()
@@ -284,7 +286,7 @@ def test_writes_reach_tied_layers_and_all_who_have_the_weight() -> None:
     assert bits(model.head.weight) == bits(one)
 
 
-def test_writes_in_inference_mode_and_under_a_default_device_reach_the_layer() -> None:
+def test_writes_in_inference_mode_and_under_a_default_device_change_the_layer() -> None:
     layer = SfpLinear.of(square())
     with torch.inference_mode():
         layer.weight.mul_(2)
@@ -298,14 +300,14 @@ def test_writes_in_inference_mode_and_under_a_default_device_reach_the_layer() -
     assert_same_layer(layer, dense)
 
 
-def test_models_made_in_inference_mode_are_written_too() -> None:
+def test_writes_change_models_made_in_inference_mode() -> None:
     with torch.inference_mode():
         layer = SfpLinear.of(square())
     layer.weight.mul_(2)
     assert bits(layer.weight) == bits(square().weight * 2)
 
 
-def test_operators_that_are_called_past_torch_functions_are_noticed() -> None:
+def test_writes_that_bypass_torch_functions_are_detected() -> None:
     layer = SfpLinear.of(square())
     with torch._C.DisableTorchFunctionSubclass():
         weight = layer.weight
@@ -315,7 +317,7 @@ def test_operators_that_are_called_past_torch_functions_are_noticed() -> None:
     assert bits(layer.weight) == bits(OTHER + 1)
 
 
-def test_a_parameter_made_of_the_weight_trains_the_layer_as_it_trains_the_dense_one() -> None:
+def test_a_parameter_made_from_the_weight_trains_like_the_dense_one() -> None:
     dense, layer = square(), SfpLinear.of(square())
     for one in (dense, layer):
         parameter = nn.Parameter(one.weight)
@@ -326,7 +328,7 @@ def test_a_parameter_made_of_the_weight_trains_the_layer_as_it_trains_the_dense_
     assert_same_layer(layer, dense)
 
 
-def test_a_write_in_part_leaves_the_layer_as_it_was() -> None:
+def test_a_failed_write_leaves_the_layer_unchanged() -> None:
     def fail(value: float) -> float:
         if value < 1:
             raise ZeroDivisionError
@@ -338,7 +340,7 @@ def test_a_write_in_part_leaves_the_layer_as_it_was() -> None:
     assert_same_layer(layer, square())
 
 
-def test_writes_on_the_meta_device_keep_what_there_is() -> None:
+def test_writes_on_the_meta_device_change_nothing() -> None:
     layer = SfpLinear.of(square()).to("meta")
     layer.weight.mul_(2)
     assert layer.weight.is_meta
@@ -381,7 +383,7 @@ REFUSED: list[tuple[str, Callable[[Any], object]]] = [
 
 
 @pytest.mark.parametrize(("message", "write"), REFUSED)
-def test_what_cannot_reach_the_layer_is_refused_and_names_it(
+def test_writes_that_cannot_change_the_layer_are_refused_with_its_name(
     message: str, write: Callable[[Any], object]
 ) -> None:
     model = tied()
@@ -391,7 +393,7 @@ def test_what_cannot_reach_the_layer_is_refused_and_names_it(
     assert bits(model.mid.weight) == before
 
 
-def test_what_changes_nothing_is_taken() -> None:
+def test_assignments_that_change_nothing_are_accepted() -> None:
     layer = SfpLinear.of(square())
     weight = layer.weight
     assert weight.requires_grad_(False) is weight
@@ -400,7 +402,7 @@ def test_what_changes_nothing_is_taken() -> None:
     assert not weight.requires_grad
 
 
-def test_gradients_go_to_what_is_written_through_data_as_in_the_dense_layer() -> None:
+def test_gradients_flow_to_values_written_through_data_like_in_the_dense_layer() -> None:
     change = torch.ones(6, 6, requires_grad=True)
     dense, layer = square(), SfpLinear.of(square())
     for one in (dense, layer):
@@ -408,7 +410,7 @@ def test_gradients_go_to_what_is_written_through_data_as_in_the_dense_layer() ->
     assert_same_layer(layer, dense)
 
 
-def test_numpy_sees_the_weight_and_may_not_write_to_it() -> None:
+def test_numpy_gets_a_read_only_view_of_the_weight() -> None:
     layer = SfpLinear.of(square())
     for array in (layer.weight.numpy(), np.asarray(layer.weight), layer.weight[1:].numpy()):
         with pytest.raises(ValueError, match="read-only"):
@@ -418,7 +420,7 @@ def test_numpy_sees_the_weight_and_may_not_write_to_it() -> None:
     assert_same_layer(layer, square())
 
 
-def test_other_tensors_are_not_given_its_memory() -> None:
+def test_other_tensors_cannot_be_set_to_its_memory() -> None:
     layer, dense = SfpLinear.of(square()), nn.Linear(6, 6)
     with pytest.raises(RuntimeError, match="incompatible tensor type"):
         dense.weight.data = layer.weight.data
@@ -426,7 +428,7 @@ def test_other_tensors_are_not_given_its_memory() -> None:
     assert bits(dense.weight) == bits(layer.weight)
 
 
-def test_writes_past_torch_are_not_noticed() -> None:
+def test_writes_that_bypass_torch_are_not_detected() -> None:
     layer = SfpLinear.of(square())
     weight = layer.weight
     weight.untyped_storage().fill_(0)  # as documented
@@ -444,7 +446,7 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_collectives_are_refused_and_data_parallel_models_work() -> None:
+def test_collectives_on_the_weight_are_refused_and_data_parallel_models_work() -> None:
     model, dense = tied(), Tied()
     with pytest.raises(OptionError, match="collectives cannot write"):
         torch.distributed.broadcast(model.mid.weight, 0)
@@ -463,7 +465,9 @@ def damage(model: Any) -> None:
 
 
 @pytest.mark.parametrize("replace", [load_zeros, damage, nn.Module.double, decompress_model])
-def test_a_weight_that_was_replaced_since_is_read_but_not_written(replace: Callable[[Any], object]) -> None:
+def test_a_reference_to_a_replaced_weight_can_be_read_but_not_written(
+    replace: Callable[[Any], object],
+) -> None:
     model = tied()
     weight, row = model.mid.weight, model.mid.weight[0]
     before = bits(weight)
@@ -479,7 +483,7 @@ def test_a_weight_that_was_replaced_since_is_read_but_not_written(replace: Calla
 # ------------------------------------------------------------------------------------------------- set
 
 
-def test_a_tensor_that_is_set_is_encoded() -> None:
+def test_a_tensor_assigned_to_the_weight_is_encoded() -> None:
     layer = SfpLinear.of(square())
     layer.weight = OTHER
     assert bits(layer.weight) == bits(OTHER)
@@ -505,7 +509,9 @@ def test_a_tensor_that_is_set_is_encoded() -> None:
         (np.zeros((32, 32)), OptionError, "cannot be a ndarray"),
     ],
 )
-def test_what_cannot_be_the_weight_is_refused(value: object, error: type[Exception], message: str) -> None:
+def test_invalid_values_for_the_weight_are_refused(
+    value: object, error: type[Exception], message: str
+) -> None:
     model = tied()
     before = bits(model.mid.weight)
     with pytest.raises(error, match=message):
@@ -515,7 +521,7 @@ def test_what_cannot_be_the_weight_is_refused(value: object, error: type[Excepti
     assert bits(model.mid.weight) == before
 
 
-def test_a_weight_is_exchanged_and_put_back() -> None:
+def test_a_weight_can_be_exchanged_and_restored() -> None:
     layer = SfpLinear.of(square())
     data, old = layer.weight_sfp, layer.weight
     layer.weight = OTHER
@@ -526,7 +532,7 @@ def test_a_weight_is_exchanged_and_put_back() -> None:
     assert bits(layer.weight) == bits(square().weight * 2)
 
 
-def test_setting_the_weight_of_another_compressed_layer_ties_them() -> None:
+def test_assigning_the_weight_of_another_compressed_layer_ties_them() -> None:
     model = nn.ModuleDict({"embed": SfpEmbedding.of(embedding()), "head": SfpLinear(16, 60, bias=False)})
     model["head"].weight = model["embed"].weight
     assert model["head"].weight_sfp is model["embed"].weight_sfp
@@ -568,7 +574,7 @@ def test_pruning_and_parametrising_by_torch_are_refused() -> None:
 # ------------------------------------------------------------------------------------------- what is read
 
 
-def test_what_is_known_without_the_values_is_told_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shape_dtype_and_size_are_returned_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = SfpLinear.of(linear(24, 40)).bfloat16()
 
     def decode(data: torch.Tensor) -> torch.Tensor:
@@ -597,7 +603,7 @@ def test_what_is_known_without_the_values_is_told_without_decoding(monkeypatch: 
         weight.sum()
 
 
-def test_reading_gives_plain_tensors() -> None:
+def test_reading_operations_return_plain_tensors() -> None:
     layer, dense = SfpLinear.of(square()), square()
     x = torch.randn(2, 6, requires_grad=True)
     for found, wanted in [
@@ -617,7 +623,7 @@ def test_reading_gives_plain_tensors() -> None:
     assert isinstance(layer.weight.T, DecodedWeight)
 
 
-def test_copies_and_pickles_of_the_weight_are_plain_and_ones_own() -> None:
+def test_copies_and_pickles_of_the_weight_are_independent_plain_tensors() -> None:
     layer = SfpLinear.of(square())
     file = io.BytesIO()
     torch.save({"weight": layer.weight, "row": layer.weight[0]}, file)
@@ -631,7 +637,7 @@ def test_copies_and_pickles_of_the_weight_are_plain_and_ones_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_tracers_take_the_weight() -> None:
+def test_tracers_accept_the_weight() -> None:
     class Uses(nn.Module):
         def __init__(self, layer: SfpLinear) -> None:
             super().__init__()
@@ -667,7 +673,7 @@ def test_graphs_of_fx_call_the_layers() -> None:
 # --------------------------------------------------------------------------------------------- state dicts
 
 
-def test_a_dense_model_refuses_the_bytes_however_it_is_asked() -> None:
+def test_a_dense_model_refuses_the_compressed_bytes_in_every_loading_mode() -> None:
     state = tied().state_dict()
     assert list(state) == list(Tied().state_dict())
     for strict in (True, False):
@@ -676,7 +682,7 @@ def test_a_dense_model_refuses_the_bytes_however_it_is_asked() -> None:
 
 
 @pytest.mark.parametrize("name", ["embed", "head"])
-def test_one_name_of_a_tied_weight_fills_all_layers(name: str) -> None:
+def test_one_name_of_a_tied_weight_loads_all_layers(name: str) -> None:
     model, dense, wanted = tied(), Tied(), torch.randn(48, 32)
     for one in (model, dense):
         found = one.load_state_dict({f"{name}.weight": wanted}, strict=False)
@@ -685,7 +691,7 @@ def test_one_name_of_a_tied_weight_fills_all_layers(name: str) -> None:
     assert model.embed.weight_sfp is model.head.weight_sfp
 
 
-def test_functions_of_a_model_take_its_state_dense_or_compressed() -> None:
+def test_functional_call_accepts_a_dense_or_compressed_state() -> None:
     model, other = tied(), Tied()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -706,7 +712,7 @@ def test_functions_of_a_model_take_its_state_dense_or_compressed() -> None:
     assert bits(model(IDS)) == before
 
 
-def test_averaged_models_have_the_weights() -> None:
+def test_averaged_models_contain_the_weights() -> None:
     model = tied()
     averaged = torch.optim.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)
@@ -719,7 +725,7 @@ def test_averaged_models_have_the_weights() -> None:
 # ---------------------------------------------------------------------------------------------- dense again
 
 
-def test_a_part_that_becomes_dense_takes_the_layers_tied_to_it_along() -> None:
+def test_decompressing_a_part_also_decompresses_the_layers_tied_to_it() -> None:
     model = tied()
     decompress_model(model.head)
     assert type(model.embed) is nn.Embedding
@@ -728,7 +734,7 @@ def test_a_part_that_becomes_dense_takes_the_layers_tied_to_it_along() -> None:
     assert bits(model(IDS)) == bits(Tied()(IDS))
 
 
-def test_layers_that_are_gone_hold_no_bytes() -> None:
+def test_freed_layers_hold_no_bytes() -> None:
     layer = SfpLinear.of(square())
     data = layer.weight_sfp
     assert holders_of(data) == [layer]
