@@ -154,7 +154,7 @@ CODE_OF_CLAUSE: dict[str, str] = {
         ),
         "E_ENCODING": (
             "R-MSG-001 R-MSG-002 R-MSG-003 R-MSG-004 R-MSG-005 R-DIR-001 R-DIR-002 R-DIR-003 "
-            "R-DIR-004 R-TEN-001 R-TEN-011 R-MSK-003 R-SCL-005 R-FEA-002"
+            "R-DIR-004 R-DIR-007 R-TEN-001 R-FEA-002"
         ),
         "E_RANGE": (
             "R-TEN-002 R-TEN-005 R-TEN-006 R-TEN-007 R-TEN-010 R-TAB-001 R-TAB-002 R-TAB-003 "
@@ -164,7 +164,7 @@ CODE_OF_CLAUSE: dict[str, str] = {
             "R-IDX-002 R-IDX-005 R-IDX-006 R-RAW-004 R-SHD-002"
         ),
         "E_LAYOUT": (
-            "R-PRE-009 R-PRE-011 R-LAY-002 R-LAY-003 R-TEN-008 R-TEN-009 R-TEN-012 R-PLN-003 "
+            "R-PRE-009 R-PRE-011 R-LAY-002 R-LAY-003 R-TEN-008 R-TEN-012 R-PLN-003 "
             "R-MSK-005 R-CHK-001 R-IDX-003 R-VEC-001 R-RAW-002 R-SHD-001"
         ),
         "E_FEATURE": (

@@ -85,7 +85,11 @@ def _entry_faults() -> dict[str, tuple[str, str, Edit]]:
         "LAY-002-crowd": (RAW, "a chunk of 65 bytes", entry_edit(RAW, chunks=struct.pack("<II", 65, 0))),
         "LAY-002-crowd-0": (RAW, "a chunk of no bytes", entry_edit(RAW, chunks=bytes(8))),
         "TEN-010-crowd": (ONE_CLASS, "fingerprints of I16", _both_dtypes("I16")),
-        "TEN-011-crowd": (RAW, "a mask", entry_edit(RAW, mask={"kind": "octets", **table([8])})),
+        "DIR-007-crowd": (
+            RAW,
+            "a mask with coding raw",
+            entry_edit(RAW, mask={"kind": "octets", **table([8])}),
+        ),
         "DIR-003-crowd-name": (RAW, "a name that is a number", entry_edit(RAW, name=3)),
         "DIR-003-crowd-dtype": (RAW, "a dtype that is a number", entry_edit(RAW, dtype=3)),
         "DIR-003-crowd-shape": (RAW, "a shape that is a string", entry_edit(RAW, shape="40")),

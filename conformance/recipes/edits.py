@@ -16,11 +16,6 @@ def of_map(tensor: str, where: str, **changes: object) -> Edit:
     return lambda file: file.part(tensor).entry[where].update(changes)
 
 
-def without(tensor: str, where: str, key: str) -> Edit:
-    """An edit that takes a key from one of the maps of a tensor's entry."""
-    return lambda file: file.part(tensor).entry[where].pop(key)
-
-
 def of_chunk(tensor: str, change: Callable[[Taken], object], k: int = 0) -> Edit:
     """An edit of chunk k of a tensor, which is taken apart and put together again."""
 

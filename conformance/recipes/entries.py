@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from sfp_conformance.forge import Forge, exact, hand_file, hand_part, patterns, raw_part, table
 
+from .edits import of_map
 from .gallery import ALL, ONE, parts
 from .suite import Edit, Suite
 
@@ -16,9 +18,25 @@ WRONG_TYPES: dict[type, dict[str, object]] = {
     list: {"map": {"a": 1}, "binary": b""},
     dict: {"array": [], "string": "exact"},
 }
-# Keys that may be left out: their absence means something else, or breaks another clause.
-OPTIONAL = {("entry", "mask"), ("entry", "scale"), ("entry", "importance"), ("scale", "size")}
+# Keys that a writer may leave out: the tensor then has no mask, scale or importance.
+OPTIONAL = {("entry", "mask"), ("entry", "scale"), ("entry", "importance")}
 MAPS = ("mask", "fingerprints", "scale", "importance")
+STEP = struct.pack("<f", 0.5)
+# Tensor and map -> keys that its table in SPEC.md lists, but whose condition does not hold, with values that
+# would be valid elsewhere.
+MISPLACED: dict[tuple[str, str], dict[str, object]] = {
+    ("octets", "mask"): {"polarity": 1},
+    ("octets", "fingerprints"): {"step": STEP, "count": 3},
+    ("uniform", "fingerprints"): {"dtype": "F32", "trim": 0, "count": 3},
+    ("table", "fingerprints"): {"dtype": "F16", "trim": 0, "step": STEP},
+    ("empty", "scale"): {"size": 7},
+    ("uniform", "scale"): {"size": 7},
+    ("table", "scale"): {"size": 24},
+    ("group", "importance"): {"step": STEP, "count": 3},
+    ("uniform", "importance"): {"dtype": "F32", "trim": 0, "count": 3},
+    ("coded", "importance"): {"dtype": "F32", "trim": 0, "step": STEP},
+    ("table", "importance"): {"quantiser": "exact", "trim": 0, "step": STEP, "count": 3, **table([0])},
+}
 
 
 def entry_edit(tensor: str, /, **changes: object) -> Edit:
@@ -36,7 +54,7 @@ def add(suite: Suite) -> None:
     _segments(suite)
     _records(suite)
     _vectors(suite)
-    _raw(suite)
+    _misplaced(suite)
 
 
 def _keys_and_types(suite: Suite, name: str) -> None:
@@ -44,7 +62,7 @@ def _keys_and_types(suite: Suite, name: str) -> None:
     for where, fields in [("entry", entry), *((key, entry[key]) for key in MAPS if key in entry)]:
         for key, value in fields.items():
             tensor = None if key == "name" else name
-            if (where, key) not in OPTIONAL and key != "vectors":
+            if (where, key) not in OPTIONAL:
                 words = f"no `{key}` in {where} of `{name}`"
                 slug = f"DIR-002-{name}-{where}-{key}"
                 suite.invalid(slug, words, ONE[name], _changed(where, key), tensor=tensor)
@@ -176,15 +194,18 @@ def _vectors(suite: Suite) -> None:
     def put(name: str, vectors: bytearray | None) -> Edit:
         return lambda file: setattr(file.part(name), "vectors", vectors)
 
-    suite.invalid("TEN-009-none", "vectors without a chunk", ONE["coded"], put("coded", None), tensor="coded")
+    words = "vectors, but neither `vectors` nor a vector chunk"
+    suite.invalid("DIR-002-no-vector-chunk", words, ONE["coded"], put("coded", None), tensor="coded")
     for name in ("runs", "empty"):
-        words = "a vector chunk without vectors"
-        suite.invalid(f"TEN-009-{name}", words, ONE[name], put(name, bytearray(64)), tensor=name)
+        words = "`vectors` and a vector chunk, but no vectors"
+        suite.invalid(
+            f"DIR-007-{name}-entry-vectors", words, ONE[name], put(name, bytearray(64)), tensor=name
+        )
     source = {"quantiser": "table", "count": 3, **table([0])}
     entry: dict[str, Any] = {"dtype": "F32", "shape": [0, 2], "fingerprints": source}
     centroids = patterns("F32", 1.0, 2.0, 3.0)
     part = hand_part(entry, {}, vectors={"fingerprint centroids": centroids})
-    suite.valid("TEN-009-empty-with-centroids", "an empty tensor that has centroids", hand_file(part))
+    suite.valid("DIR-007-empty-with-centroids", "an empty tensor that has centroids", hand_file(part))
     for size in (0, 7, 9, 16):
 
         def cut(file: Forge, size: int = size) -> None:
@@ -195,17 +216,46 @@ def _vectors(suite: Suite) -> None:
         suite.invalid(f"TEN-012-{size}-bytes", words, ONE["coded"], cut, tensor="coded")
 
 
+def _misplaced(suite: Suite) -> None:
+    """Keys whose conditions do not hold."""
+    for (name, where), keys in MISPLACED.items():
+        for key, value in keys.items():
+            words = f"`{key}` in {where} of `{name}`, where its condition does not hold"
+            change = of_map(name, where, **{key: value})
+            suite.invalid(f"DIR-007-{name}-{where}-{key}", words, ONE[name], change, tensor=name)
+    for name, where, key in (
+        ("octets", "mask", "polarity"),
+        ("table", "fingerprints", "step"),
+        ("table", "scale", "size"),
+    ):
+        for slug, value in (("integer", 0), ("string", "a"), ("map", {})):
+            words = f"a misplaced `{key}` whose value is of the type {slug}"
+            change = of_map(name, where, **{key: value})
+            suite.invalid(f"DIR-007-{name}-{where}-{key}-{slug}", words, ONE[name], change, tensor=name)
+    for per in ("tensor", "row", "column"):
+
+        def edit(file: Forge, per: str = per) -> None:
+            part = file.part("runs")
+            part.entry["scale"] = {"per": per, "dtype": "F32"}
+            part.vectors = bytearray(b"\0\0\x80\x3f" * 32)
+
+        words = f"a scale per {per} with quantiser exact"
+        suite.invalid(f"DIR-007-runs-entry-scale-{per}", words, ONE["runs"], edit, tensor="runs")
+    _raw(suite)
+
+
 def _raw(suite: Suite) -> None:
     streams = parts()["uniform"].entry
     for key in MAPS:
         edit = entry_edit("raw", **{key: streams[key]})
-        suite.invalid(f"TEN-011-{key}", f"`{key}` with coding raw", ONE["raw"], edit, tensor="raw")
+        suite.invalid(f"DIR-007-raw-entry-{key}", f"`{key}` with coding raw", ONE["raw"], edit, tensor="raw")
 
     def vectors(file: Forge) -> None:
         file.part("raw").vectors = bytearray(64)
 
-    suite.invalid("TEN-011-vectors", "`vectors` with coding raw", ONE["raw"], vectors, tensor="raw")
+    suite.invalid("DIR-007-raw-entry-vectors", "`vectors` with coding raw", ONE["raw"], vectors, tensor="raw")
     wrong = exact("F32", **table([0]))
-    for name, value in (("missing-type", 1), ("empty-map", {}), ("other", wrong)):
+    for slug, value in (("integer", 1), ("empty-map", {}), ("exact", wrong)):
+        words = f"`fingerprints` with coding raw: {slug.replace('-', ' ')}"
         edit = entry_edit("raw", fingerprints=value)
-        suite.invalid(f"TEN-011-{name}", "`fingerprints` with coding raw", ONE["raw"], edit, tensor="raw")
+        suite.invalid(f"DIR-007-raw-entry-fingerprints-{slug}", words, ONE["raw"], edit, tensor="raw")

@@ -37,7 +37,7 @@ def add(suite: Suite) -> None:
         for words, own in (("raw", table([8])), ("coded", OCTETS)):
             data = masked(bits, {"kind": "octets", **own})
             suite.valid(
-                f"MSK-005-{slug}-{words}", f"{slug} kept, octets {words}", data, "R-MSK-003", "R-MSK-006"
+                f"MSK-005-{slug}-{words}", f"{slug} kept, octets {words}", data, "R-DIR-007", "R-MSK-006"
             )
     _words(suite)
     _runs_past_the_end(suite)
@@ -53,9 +53,6 @@ def _words(suite: Suite) -> None:
     for polarity in (2, 255, 2**64 - 1):
         change = of_map("runs", "mask", polarity=polarity)
         suite.invalid(f"MSK-002-{polarity}", f"the polarity {polarity}", ONE["runs"], change, tensor="runs")
-    for polarity in (0, 1):
-        change = of_map("octets", "mask", polarity=polarity)
-        suite.invalid(f"MSK-003-{polarity}", "`polarity` with octets", ONE["octets"], change, tensor="octets")
 
 
 def _runs_past_the_end(suite: Suite) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sfp_conformance.forge import f32_bytes, patterns, table
 from sfp_conformance.slow_reader import BYTES, FLOATS, matrix, pattern_of
 
-from .edits import of_map, one_file, put_bytes, vector_places, without
+from .edits import of_map, one_file, put_bytes, vector_places
 from .gallery import ONE
 from .suite import Suite
 
@@ -48,9 +48,6 @@ def _words(suite: Suite) -> None:
         words = f"a scale per {word!r}"
         suite.invalid(f"SCL-001-{slug}", words, ONE["uniform"], change, tensor="uniform", tags=["future"])
     for name in ("uniform", "table"):
-        for size in (0, 1, 24):
-            change = of_map(name, "scale", size=size)
-            suite.invalid(f"SCL-002-{name}-{size}", "`size` without group", ONE[name], change, tensor=name)
         for dtype in ("F64", "F8_E4M3", "I16", "", "x-mine"):
             change = of_map(name, "scale", dtype=dtype)
             words = f"factors of the dtype {dtype!r}"
@@ -62,16 +59,6 @@ def _words(suite: Suite) -> None:
         of_map("group", "scale", size=0),
         tensor="group",
     )
-    change = without("group", "scale", "size")
-    suite.invalid("SCL-002-no-size", "a scale per group without `size`", ONE["group"], change, tensor="group")
-    for per in ("tensor", "row", "column"):
-
-        def edit(file: Any, per: str = per) -> None:
-            part = file.part("runs")
-            part.entry["scale"] = {"per": per, "dtype": "F32"}
-            part.vectors = bytearray(b"\0\0\x80\x3f" * 32)
-
-        suite.invalid(f"SCL-005-{per}", f"a scale per {per} with exact", ONE["runs"], edit, tensor="runs")
 
 
 def _factors(suite: Suite) -> None:

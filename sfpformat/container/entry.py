@@ -15,7 +15,7 @@ from ..coding.quantisers import Exact, NumberQuantiser, Quantiser
 from ..dtypes import DTYPES, Dtype
 from ..errors import FileFault, fault
 from ..limits import Limits
-from .fields import Fields, place_of, required
+from .fields import Fields, place_of, require_absent, required
 from .streams import FingerprintsEntry, ImportanceEntry, MaskEntry, ScaleEntry, word
 
 MAX_POSITIONS = 1 << 48  # R-TEN-005
@@ -33,8 +33,10 @@ _RECORDS: dict[str, Any] = {
     "scale": ScaleEntry,
     "importance": ImportanceEntry,
 }
-_RAW_FORBIDS = ("mask", "fingerprints", "scale", "importance", "vectors")
-_KNOWN_KEYS = frozenset(("name", "dtype", "shape", "coding", "segment", "chunk", "chunks", *_RAW_FORBIDS))
+_FINGERPRINT_KEYS = ("mask", "fingerprints", "scale", "importance", "vectors")  # absent with coding raw
+_KNOWN_KEYS = frozenset(
+    ("name", "dtype", "shape", "coding", "segment", "chunk", "chunks", *_FINGERPRINT_KEYS)
+)
 
 
 class Vector(NamedTuple):
@@ -172,7 +174,7 @@ class TensorEntry:
         return out
 
     def has_vectors(self) -> bool:
-        """Whether a vector has at least one element (R-TEN-009)."""
+        """Whether a vector has at least one element: the condition of the key `vectors`."""
         return any(vector.size for vector in self.vector_list())
 
     # -------------------------------------------------------------------------------------- writing
@@ -217,6 +219,8 @@ class TensorEntry:
         if dtype is None:
             raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=place_of(source, "dtype"))
         coding = word(source, "coding", ("raw", "fingerprint"), "R-TEN-004")
+        if coding == "raw":
+            require_absent(source, _FINGERPRINT_KEYS, "with coding raw")
         shape = _shape(source, limits)
         segment, chunk = _cutting(source)
         chunks = _records(source, "chunks")
@@ -225,17 +229,14 @@ class TensorEntry:
         other = _unknown(records, source)
         entry = cls(name, dtype, shape, coding, segment, chunk, chunks, vectors, **records, other=other)
         try:
-            entry.require_valid(source)
+            entry.require_valid()
         except FileFault as error:
             error.place(None, place_of(source))
             raise
         return entry
 
-    def require_valid(self, source: Fields | None = None) -> None:
+    def require_valid(self) -> None:
         """Checks the fields of the entry against each other.
-
-        Args:
-            source: the entry's map, or None if the entry is not read from a file.
 
         Raises:
             InvalidFileError, UnsupportedError.
@@ -244,13 +245,12 @@ class TensorEntry:
         if len(self.chunks) != expected:
             raise fault("R-TEN-008", f"{len(self.chunks)} chunk records, must be {expected}")
         if self.coding == "raw":
-            for key in _RAW_FORBIDS:
-                if source is not None and key in source:
-                    raise fault("R-TEN-011", f"coding raw with {key!r}")
             return
         self.require_valid_streams()
-        if (self.vectors is not None) != self.has_vectors():
-            raise fault("R-TEN-009", "a vector chunk without vectors, or vectors without one")
+        if self.vectors is None and self.has_vectors():
+            raise fault("R-DIR-002", "the key 'vectors' is missing")
+        if self.vectors is not None and not self.has_vectors():
+            raise fault("R-DIR-007", "the key 'vectors' in the entry of a tensor without vectors")
 
     def require_valid_streams(self) -> None:
         """Checks the streams of a fingerprint tensor against each other and against its dtype."""
@@ -261,7 +261,7 @@ class TensorEntry:
         if not quantiser.widens_to(self.dtype):
             raise fault("R-QNT-002", f"{quantiser} does not widen to {self.dtype.name}")
         if self.scale is not None and not isinstance(quantiser, NumberQuantiser):
-            raise fault("R-SCL-005", f"a scale with the quantiser {quantiser.NAME}")
+            raise fault("R-DIR-007", f"the key 'scale' with the quantiser {quantiser.NAME}")
         table.require_top(quantiser.fingerprint_bound(self.dtype))
         _require_finite(quantiser, (table.top - 1) // 2, "R-QNT-006")
         self._require_valid_importance()
@@ -331,12 +331,19 @@ def _streams(source: Fields) -> dict[str, Any]:
 
 
 def _unknown(records: dict[str, Any], source: Fields) -> dict[str, object]:
-    """Returns unknown keys of the entry with their values, and record -> those in its map (R-DIR-005)."""
+    """Returns unknown keys of the entry with their values, and record -> those in its map (R-DIR-005).
+
+    Raises:
+        InvalidFileError: a map has a key whose condition does not hold (R-DIR-007).
+    """
     out: dict[str, object] = {}
     if not _KNOWN_KEYS.issuperset(source):
         out = {key: value for key, value in source.items() if key not in _KNOWN_KEYS}
     for key, record in records.items():
         fields, known = required(source, key, dict), record.keys
         if len(fields) > len(known):  # all known keys are present
-            out[key] = {name: value for name, value in fields.items() if name not in known}
+            others = {name: value for name, value in fields.items() if name not in known}
+            misplaced = [name for name in others if name in record.KEYS]
+            require_absent(fields, misplaced, f"in {key!r}, whose other keys exclude it")
+            out[key] = others
     return out

@@ -1,7 +1,8 @@
-"""Reads typed fields from the directory's maps (R-DIR-002, R-DIR-003)."""
+"""Reads typed fields from the directory's maps (R-DIR-002, R-DIR-003, R-DIR-007)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 from ..errors import fault
@@ -35,3 +36,10 @@ def required(source: Fields, key: str, kind: type[T]) -> T:
     if key not in source:
         raise fault("R-DIR-002", f"the key {key!r} is missing", offset=place_of(source))
     return typed(value, kind, key, place_of(source, key))
+
+
+def require_absent(source: Fields, keys: Iterable[str], reason: str) -> None:
+    """Raises R-DIR-007 if the map has one of the keys; the message is the key and ``reason``."""
+    for key in keys:
+        if key in source:
+            raise fault("R-DIR-007", f"the key {key!r} {reason}", offset=place_of(source, key))

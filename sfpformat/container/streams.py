@@ -1,13 +1,14 @@
 """The maps of a tensor entry that describe its streams: mask, fingerprints, scale, importance.
 
-Each record has `to_map` and `from_map`. This module makes the checks that need only one map;
+Each record has `to_map` and `from_map`, `KEYS` (all keys that SPEC.md defines for its map) and `keys` (those
+that this record has). This module makes the checks that need only one map;
 `container.entry` makes those that need the tensor's dtype or size. SPEC.md chapters 8 and 10 to 13.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from ..coding.codetable import CodeTable, PrefixCode, pack_lengths, require_shape, unpack_lengths
 from ..coding.mask import KINDS
@@ -23,9 +24,10 @@ SCALES = ("tensor", "row", "column", "group")
 OVERS = ("survivors", "all", "factors")
 ROLES = ("multiplier", "metadata")
 
-# The keys of a code table, and of a mask by its kind.
+# The keys of a code table, of a mask by its kind, and of a stream with any quantiser.
 _TABLE_KEYS = ("base", "extra", "codes", "group")
 _MASK_KEYS = {"runs": ("kind", "polarity", *_TABLE_KEYS), "octets": ("kind", *_TABLE_KEYS)}
+_ALL_STREAM_KEYS = ("quantiser", *(key for kind in QUANTISERS.values() for key in kind.KEYS), *_TABLE_KEYS)
 
 
 def _stream_keys(quantiser: Quantiser) -> tuple[str, ...]:
@@ -113,6 +115,8 @@ def factor_dtype(source: Fields, clause: str) -> Dtype:
 class MaskEntry:
     """How the mask is coded. ``polarity`` is 0 for octets, which have no polarity."""
 
+    KEYS: ClassVar[frozenset[str]] = frozenset(_MASK_KEYS["runs"])
+
     kind: str
     polarity: int
     table: CodeTable
@@ -136,8 +140,6 @@ class MaskEntry:
             polarity = required(source, "polarity", int)
             if polarity not in (0, 1):
                 raise fault("R-MSK-002", f"polarity is {polarity}", offset=place_of(source, "polarity"))
-        elif "polarity" in source:
-            raise fault("R-MSK-003", "octets have no polarity", offset=place_of(source, "polarity"))
         table = table_from_map(source)
         try:
             table.require_top(256 if kind == "octets" else 1 << 16)
@@ -150,6 +152,8 @@ class MaskEntry:
 @dataclass(frozen=True)
 class FingerprintsEntry:
     """How the surviving weights are coded."""
+
+    KEYS: ClassVar[frozenset[str]] = frozenset(_ALL_STREAM_KEYS)
 
     quantiser: Quantiser
     table: CodeTable
@@ -173,6 +177,8 @@ class FingerprintsEntry:
 class ScaleEntry:
     """Which positions share a scale factor. ``size`` is G if ``per`` is ``group``, else 0."""
 
+    KEYS: ClassVar[frozenset[str]] = frozenset(("per", "size", "dtype"))
+
     per: str
     size: int
     dtype: Dtype
@@ -193,19 +199,17 @@ class ScaleEntry:
         per = word(source, "per", SCALES, "R-SCL-001")
         size = 0
         if per == "group":
-            if "size" not in source:
-                raise fault("R-SCL-002", "groups without a size", offset=place_of(source))
             size = required(source, "size", int)
             if size < 1:
                 raise fault("R-SCL-002", f"groups of {size}", offset=place_of(source, "size"))
-        elif "size" in source:
-            raise fault("R-SCL-002", "only groups have a size", offset=place_of(source, "size"))
         return cls(per, size, factor_dtype(source, "R-SCL-003"))
 
 
 @dataclass(frozen=True)
 class ImportanceEntry:
     """How the importance is coded: as a stream (quantiser and table), or as factors of a dtype."""
+
+    KEYS: ClassVar[frozenset[str]] = frozenset(("over", "role", *_ALL_STREAM_KEYS))
 
     over: str
     role: str

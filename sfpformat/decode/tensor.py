@@ -241,7 +241,7 @@ def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
                 raise fault("R-SCL-004", "a scale factor is not finite")
             assert entry.fingerprints is not None
             quantiser, top = entry.fingerprints.quantiser, entry.fingerprints.table.top
-            assert isinstance(quantiser, NumberQuantiser)  # R-SCL-005
+            assert isinstance(quantiser, NumberQuantiser)  # R-DIR-007
             centroids = vectors.get("fingerprint centroids")
             greatest = quantiser.greatest_magnitude((top - 1) // 2, centroids)
             if not np.isfinite(greatest * np.abs(scale).max()):

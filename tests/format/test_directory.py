@@ -324,24 +324,24 @@ def test_a_tensor_of_2_to_the_48_positions_without_chunks_is_refused() -> None:
     refused("R-TEN-008", edit, everything(), tensor="empty")
 
 
-@clauses("R-TEN-009")
+@clauses("R-DIR-002")
 def test_vectors_without_a_vector_chunk_are_refused() -> None:
     def edit(file: Forge) -> None:
         file.part("coded").vectors = None
 
-    refused("R-TEN-009", edit, everything(), tensor="coded")
+    refused("R-DIR-002", edit, everything(), tensor="coded")
 
 
-@clauses("R-TEN-009")
+@clauses("R-DIR-007")
 @pytest.mark.parametrize("name", ["runs", "empty"])
 def test_a_vector_chunk_without_vectors_is_refused(name: str) -> None:
     def edit(file: Forge) -> None:
         file.part(name).vectors = bytearray(64)
 
-    refused("R-TEN-009", edit, everything(), tensor=name)
+    refused("R-DIR-007", edit, everything(), tensor=name)
 
 
-@clauses("R-TEN-009")
+@clauses("R-DIR-007")
 def test_an_empty_tensor_with_centroids_has_a_vector_chunk() -> None:
     data = save({"a": np.zeros((0, 2), np.float32)}, options=Options(quantiser="table", centroids=3))
     root, _ = slow_reader.read_directory(data)
@@ -358,21 +358,21 @@ def test_fingerprints_of_a_dtype_that_cannot_be_coded_are_refused(dtype: str) ->
     refused("R-TEN-010", edit, everything(), tensor="runs")
 
 
-@clauses("R-TEN-011")
+@clauses("R-DIR-007")
 @pytest.mark.parametrize("key", ["mask", "fingerprints", "scale", "importance"])
 def test_a_raw_tensor_with_streams_is_refused(key: str) -> None:
     def edit(file: Forge) -> None:
         file.part("raw").entry[key] = file.part("uniform").entry[key]
 
-    refused("R-TEN-011", edit, everything(), tensor="raw")
+    refused("R-DIR-007", edit, everything(), tensor="raw")
 
 
-@clauses("R-TEN-011")
+@clauses("R-DIR-007")
 def test_a_raw_tensor_with_a_vector_chunk_is_refused() -> None:
     def edit(file: Forge) -> None:
         file.part("raw").vectors = bytearray(64)
 
-    refused("R-TEN-011", edit, everything(), tensor="raw")
+    refused("R-DIR-007", edit, everything(), tensor="raw")
 
 
 @clauses("R-TEN-012")

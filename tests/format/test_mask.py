@@ -64,13 +64,13 @@ def test_a_polarity_of_anything_but_0_or_1_is_refused(polarity: int) -> None:
     refused("R-MSK-002", edit, everything(), tensor="runs")
 
 
-@clauses("R-MSK-003")
-@pytest.mark.parametrize("polarity", [0, 1])
-def test_octets_with_a_polarity_are_refused(polarity: int) -> None:
+@clauses("R-DIR-007")
+@pytest.mark.parametrize("polarity", [0, 1, "1"])
+def test_octets_with_a_polarity_are_refused(polarity: object) -> None:
     def edit(file: Forge) -> None:
         file.part("octets").entry["mask"]["polarity"] = polarity
 
-    refused("R-MSK-003", edit, everything(), tensor="octets")
+    refused("R-DIR-007", edit, everything(), tensor="octets")
 
 
 @clauses("R-MSK-004")

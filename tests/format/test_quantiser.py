@@ -221,13 +221,40 @@ def test_a_group_of_no_position_is_refused(size: int) -> None:
     refused("R-SCL-002", entry_edit("group", "scale", size=size), everything(), tensor="group")
 
 
-@clauses("R-SCL-002")
+@clauses("R-DIR-002", "R-DIR-007")
 def test_a_group_without_a_size_and_a_size_without_groups_are_refused() -> None:
     def without(file: Forge) -> None:
         del file.part("group").entry["scale"]["size"]
 
-    refused("R-SCL-002", without, everything(), tensor="group")
-    refused("R-SCL-002", entry_edit("uniform", "scale", size=7), everything(), tensor="uniform")
+    refused("R-DIR-002", without, everything(), tensor="group")
+    refused("R-DIR-007", entry_edit("uniform", "scale", size=7), everything(), tensor="uniform")
+
+
+@clauses("R-DIR-007")
+@pytest.mark.parametrize(
+    ("name", "where", "key"),
+    [
+        ("runs", "fingerprints", "step"),
+        ("octets", "fingerprints", "count"),
+        ("uniform", "fingerprints", "trim"),
+        ("table", "fingerprints", "step"),
+        ("group", "importance", "count"),
+        ("uniform", "importance", "dtype"),
+        ("coded", "importance", "step"),
+        ("table", "importance", "base"),
+        ("table", "importance", "quantiser"),
+    ],
+)
+def test_a_key_of_another_quantiser_is_refused(name: str, where: str, key: str) -> None:
+    refused("R-DIR-007", entry_edit(name, where, **{key: 1}), everything(), tensor=name)
+
+
+@clauses("R-DIR-005")
+def test_a_key_of_another_map_is_unknown_and_accepted() -> None:
+    file = Forge.of(everything())
+    file.part("uniform").entry["scale"]["polarity"] = 1
+    file.part("uniform").entry["mask"]["step"] = b"none"
+    accepted(file.build())
 
 
 def scaled(entry: dict[str, object], factors: list[int], count: int) -> Part:
@@ -285,14 +312,14 @@ def test_a_scale_factor_that_is_not_finite_is_refused(name: str, pattern: int) -
     refused("R-SCL-004", vector_edit(name, "scale", 0, pattern), everything(), tensor=name)
 
 
-@clauses("R-SCL-005")
+@clauses("R-DIR-007")
 @pytest.mark.parametrize("name", ["runs", "octets"])
 def test_a_scale_with_an_exact_quantiser_is_refused(name: str) -> None:
     def edit(file: Forge) -> None:
         file.part(name).entry["scale"] = {"per": "tensor", "dtype": "F32"}
         file.part(name).vectors = bytearray(64)
 
-    refused("R-SCL-005", edit, everything(), tensor=name)
+    refused("R-DIR-007", edit, everything(), tensor=name)
 
 
 @clauses("R-SCL-006")

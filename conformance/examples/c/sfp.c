@@ -52,6 +52,7 @@
     X(R_DIR_002, "R-DIR-002", SFP_E_ENCODING)                                                                  \
     X(R_DIR_003, "R-DIR-003", SFP_E_ENCODING)                                                                  \
     X(R_DIR_004, "R-DIR-004", SFP_E_ENCODING)                                                                  \
+    X(R_DIR_007, "R-DIR-007", SFP_E_ENCODING)                                                                  \
     X(R_TEN_001, "R-TEN-001", SFP_E_ENCODING)                                                                  \
     X(R_TEN_002, "R-TEN-002", SFP_E_RANGE)                                                                     \
     X(R_TEN_003, "R-TEN-003", SFP_E_FEATURE)                                                                   \
@@ -60,9 +61,7 @@
     X(R_TEN_006, "R-TEN-006", SFP_E_RANGE)                                                                     \
     X(R_TEN_007, "R-TEN-007", SFP_E_RANGE)                                                                     \
     X(R_TEN_008, "R-TEN-008", SFP_E_LAYOUT)                                                                    \
-    X(R_TEN_009, "R-TEN-009", SFP_E_LAYOUT)                                                                    \
     X(R_TEN_010, "R-TEN-010", SFP_E_RANGE)                                                                     \
-    X(R_TEN_011, "R-TEN-011", SFP_E_ENCODING)                                                                  \
     X(R_TEN_012, "R-TEN-012", SFP_E_LAYOUT)                                                                    \
     X(R_TAB_001, "R-TAB-001", SFP_E_RANGE)                                                                     \
     X(R_TAB_002, "R-TAB-002", SFP_E_RANGE)                                                                     \
@@ -79,7 +78,6 @@
     X(R_PLN_004, "R-PLN-004", SFP_E_RESERVED)                                                                  \
     X(R_MSK_001, "R-MSK-001", SFP_E_FEATURE)                                                                   \
     X(R_MSK_002, "R-MSK-002", SFP_E_RANGE)                                                                     \
-    X(R_MSK_003, "R-MSK-003", SFP_E_ENCODING)                                                                  \
     X(R_MSK_004, "R-MSK-004", SFP_E_RANGE)                                                                     \
     X(R_MSK_005, "R-MSK-005", SFP_E_LAYOUT)                                                                    \
     X(R_MSK_006, "R-MSK-006", SFP_E_RESERVED)                                                                  \
@@ -95,7 +93,6 @@
     X(R_SCL_002, "R-SCL-002", SFP_E_RANGE)                                                                     \
     X(R_SCL_003, "R-SCL-003", SFP_E_RANGE)                                                                     \
     X(R_SCL_004, "R-SCL-004", SFP_E_RANGE)                                                                     \
-    X(R_SCL_005, "R-SCL-005", SFP_E_ENCODING)                                                                  \
     X(R_SCL_006, "R-SCL-006", SFP_E_RANGE)                                                                     \
     X(R_IMP_001, "R-IMP-001", SFP_E_FEATURE)                                                                   \
     X(R_IMP_002, "R-IMP-002", SFP_E_FEATURE)                                                                   \
@@ -726,6 +723,17 @@ static bool has(const value *v)
     return v->kind != NOTHING;
 }
 
+/* Values that must not be there, because their keys' conditions do not hold. */
+static bool absent(const directory *d, const value *const *values, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (has(values[i])) {
+            return refuse_at(d, R_DIR_007, values[i]->at, "a key whose condition does not hold");
+        }
+    }
+    return true;
+}
+
 /* The number of the word that a string is, or `count` if it is none of them. */
 static size_t word_of(const directory *d, const value *v, const char *const *words, size_t count)
 {
@@ -966,7 +974,8 @@ static bool read_exact(const directory *d, const stream_map *m, const dtype *ten
     }
     s->trimmed = m->trim.number == 1;
     *bound = s->coded == tensor ? UINT64_MAX >> (64 - tensor->bits) : 2 * s->coded->nonfinite - 1;
-    return true;
+    const value *others[] = {&m->step, &m->count};
+    return absent(d, others, 2);
 }
 
 static bool read_uniform(const directory *d, const stream_map *m, stream *s)
@@ -982,7 +991,8 @@ static bool read_uniform(const directory *d, const stream_map *m, stream *s)
         return refuse_at(d, R_QNT_003, m->step.at, "the step is not a finite number above 0");
     }
     s->step = float_of(bits);
-    return true;
+    const value *others[] = {&m->dtype, &m->trim, &m->count};
+    return absent(d, others, 3);
 }
 
 static bool read_table(const directory *d, const stream_map *m, stream *s)
@@ -994,7 +1004,8 @@ static bool read_table(const directory *d, const stream_map *m, stream *s)
         return refuse_at(d, R_QNT_004, m->count.at, "count is not from 1 to 65,536");
     }
     s->centroids = m->count.number;
-    return true;
+    const value *others[] = {&m->dtype, &m->trim, &m->step};
+    return absent(d, others, 3);
 }
 
 /* Chapter 11; `tensor` is the tensor's dtype for fingerprints, NULL for an importance, which has no sign. */
@@ -1048,8 +1059,9 @@ static bool read_mask(const directory *d, const value *map, entry *e)
         return refuse_at(d, R_MSK_001, m.kind.at, "an unknown mask kind");
     }
     e->octets = word == 1;
-    if (e->octets && has(&m.polarity)) {
-        return refuse_at(d, R_MSK_003, m.polarity.at, "octets have no polarity");
+    const value *polarity[] = {&m.polarity};
+    if (e->octets && !absent(d, polarity, 1)) {
+        return false;
     }
     if (!e->octets && !require(d, &m.polarity, UNSIGNED)) {
         return false;
@@ -1069,8 +1081,8 @@ static bool read_scale(const directory *d, const value *map, entry *e)
     static const char *const words[] = {"tensor", "row", "column", "group"};
     value per, size, type;
     const field fields[] = {{"per", &per}, {"size", &size}, {"dtype", &type}};
-    if (e->streams[FINGERPRINT_STREAM].quantiser == EXACT) {
-        return refuse_at(d, R_SCL_005, map->at, "a scale with the quantiser exact");
+    if (e->streams[FINGERPRINT_STREAM].quantiser == EXACT && !absent(d, &map, 1)) {
+        return false;
     }
     read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
     if (!require(d, &per, STRING) || !require(d, &type, STRING)) {
@@ -1082,13 +1094,11 @@ static bool read_scale(const directory *d, const value *map, entry *e)
     if (s->per == PER_COUNT) {
         return refuse_at(d, R_SCL_001, per.at, "an unknown word for per");
     }
-    if (s->per != PER_GROUP && has(&size)) {
-        return refuse_at(d, R_SCL_002, size.at, "a size without groups");
+    const value *sizes[] = {&size};
+    if (s->per != PER_GROUP && !absent(d, sizes, 1)) {
+        return false;
     }
     if (s->per == PER_GROUP) {
-        if (!has(&size)) {
-            return refuse_at(d, R_SCL_002, map->at, "groups without a size");
-        }
         if (!require(d, &size, UNSIGNED)) {
             return false;
         }
@@ -1135,7 +1145,8 @@ static bool read_importance(const directory *d, const value *map, entry *e)
     if (!is_factor_dtype(e->factor_dtype)) {
         return refuse_at(d, R_IMP_003, m.dtype.at, "importance factors are F32, F16 or BF16");
     }
-    return true;
+    const value *others[] = {&m.quantiser, &m.trim, &m.step, &m.count, &m.base, &m.extra, &m.codes, &m.group};
+    return absent(d, others, 8);
 }
 
 /* The keys of a tensor entry. */
@@ -1262,14 +1273,12 @@ static bool read_vectors(const directory *d, const entry_map *m, entry *e)
     for (size_t i = 0; i < VECTOR_COUNT; i++) {
         wanted = wanted || vectors[i].elements > 0;
     }
-    if (has(&m->vectors) && !require(d, &m->vectors, BINARY)) {
-        return false;
-    }
-    if (has(&m->vectors) != wanted) {
-        return refuse_at(d, R_TEN_009, m->vectors.at, "vectors without a vector chunk, or a vector chunk without");
-    }
     if (!wanted) {
-        return true;
+        const value *record[] = {&m->vectors};
+        return absent(d, record, 1);
+    }
+    if (!require(d, &m->vectors, BINARY)) {
+        return false;
     }
     if (m->vectors.number != RECORD_BYTES) {
         return refuse_at(d, R_TEN_012, m->vectors.at, "not one record as vectors");
@@ -1282,7 +1291,7 @@ static bool read_vectors(const directory *d, const entry_map *m, entry *e)
 static bool read_coding(const directory *d, const entry_map *m, entry *e)
 {
     static const char *const words[] = {"raw", "fingerprint"};
-    const value *own[] = {&m->mask, &m->fingerprints, &m->scale, &m->importance};
+    const value *own[] = {&m->mask, &m->fingerprints, &m->scale, &m->importance, &m->vectors};
     if (!require(d, &m->coding, STRING)) {
         return false;
     }
@@ -1292,12 +1301,7 @@ static bool read_coding(const directory *d, const entry_map *m, entry *e)
     }
     e->told.fingerprint = coding == 1;
     if (!e->told.fingerprint) {
-        for (size_t i = 0; i < 4; i++) {
-            if (has(own[i])) {
-                return refuse_at(d, R_TEN_011, own[i]->at, "a key that coding raw does not have");
-            }
-        }
-        return has(&m->vectors) ? refuse_at(d, R_TEN_011, m->vectors.at, "vectors with coding raw") : true;
+        return absent(d, own, 5);
     }
     if (e->dtype->nonfinite == 0) {
         return refuse_at(d, R_TEN_010, m->dtype.at, "coding fingerprint with a dtype that it does not take");

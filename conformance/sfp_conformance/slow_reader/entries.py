@@ -17,6 +17,11 @@ def get(source: Entry, key: str, kind: type) -> Any:
     return source[key]
 
 
+def absent(source: Entry, *keys: str) -> None:
+    """Checks that a map has none of the keys, because their conditions do not hold."""
+    need(not any(key in source for key in keys), "R-DIR-007")
+
+
 def word(source: Entry, key: str, words: tuple[str, ...], clause: str) -> str:
     """Returns the string of a key. Checks that it is one of the allowed words."""
     value: str = get(source, key, str)
@@ -84,18 +89,22 @@ def check_entry(entry: Entry) -> None:
     lengths = [length for length, _ in struct.iter_unpack("<II", records)]
     need(all(length % 64 == 0 and length >= 64 for length in lengths), "R-LAY-002")
     if coding == "raw":
-        forbidden = ("mask", "fingerprints", "scale", "importance", "vectors")
-        need(not any(key in entry for key in forbidden), "R-TEN-011")
+        absent(entry, "mask", "fingerprints", "scale", "importance", "vectors")
         return
     need(dtype in FLOATS, "R-TEN-010")
     if "mask" in entry:
         check_mask(get(entry, "mask", dict))
     check_fingerprints(get(entry, "fingerprints", dict), dtype)
     if "scale" in entry:
-        check_scale(get(entry, "scale", dict), entry["fingerprints"]["quantiser"])
+        if entry["fingerprints"]["quantiser"] == "exact":
+            absent(entry, "scale")
+        check_scale(get(entry, "scale", dict))
     if "importance" in entry:
         check_importance(get(entry, "importance", dict))
-    need(("vectors" in entry) == any(count for _, count, _ in vectors(entry)), "R-TEN-009")
+    if any(count for _, count, _ in vectors(entry)):
+        need("vectors" in entry, "R-DIR-002")
+    else:
+        absent(entry, "vectors")
 
 
 def lengths(table: Entry) -> list[list[int]]:
@@ -138,7 +147,8 @@ def check_mask(mask: Entry) -> None:
     kind = word(mask, "kind", ("runs", "octets"), "R-MSK-001")
     if kind == "runs":
         need(get(mask, "polarity", int) in (0, 1), "R-MSK-002")
-    need(kind == "runs" or "polarity" not in mask, "R-MSK-003")
+    else:
+        absent(mask, "polarity")
     check_table(mask, 65536 if kind == "runs" else 256)
 
 
@@ -148,11 +158,14 @@ def check_quantiser(source: Entry) -> str:
     if kind == "exact":
         word(source, "dtype", tuple(BYTES), "R-TEN-003")
         need(get(source, "trim", int) in (0, 1), "R-QNT-008")
+        absent(source, "step", "count")
     elif kind == "uniform":
         step = get(source, "step", bytes)
         need(len(step) == 4 and 0 < step_of(source) < math.inf, "R-QNT-003")
+        absent(source, "dtype", "trim", "count")
     else:
         need(1 <= get(source, "count", int) <= 65536, "R-QNT-004")
+        absent(source, "dtype", "trim", "step")
     return kind
 
 
@@ -171,13 +184,14 @@ def check_fingerprints(source: Entry, dtype: str) -> None:
         need(math.isfinite(f32(f32((top(source) - 1) // 2) * step_of(source))), "R-QNT-006")
 
 
-def check_scale(scale: Entry, quantiser: str) -> None:
+def check_scale(scale: Entry) -> None:
     """Checks a scale (chapter 12)."""
     per = word(scale, "per", ("tensor", "row", "column", "group"), "R-SCL-001")
-    need(("size" in scale) == (per == "group"), "R-SCL-002")
-    need(per != "group" or get(scale, "size", int) >= 1, "R-SCL-002")
+    if per == "group":
+        need(get(scale, "size", int) >= 1, "R-SCL-002")
+    else:
+        absent(scale, "size")
     need(get(scale, "dtype", str) in FACTORS, "R-SCL-003")
-    need(quantiser != "exact", "R-SCL-005")
 
 
 def check_importance(source: Entry) -> None:
@@ -186,6 +200,7 @@ def check_importance(source: Entry) -> None:
     word(source, "role", ("multiplier", "metadata"), "R-IMP-002")
     if over == "factors":
         need(get(source, "dtype", str) in FACTORS, "R-IMP-003")
+        absent(source, "quantiser", "trim", "step", "count", "base", "extra", "codes", "group")
         return
     kind = check_quantiser(source)
     bound = 1 << 31
