@@ -196,12 +196,16 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP end the command like Ctrl-C, with all clean-up."""
+    """Makes SIGTERM and SIGHUP end the command like Ctrl-C, with all clean-up.
+
+    A signal that was ignored at the start stays ignored, so that ``nohup`` works. Windows has no SIGHUP.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    existing = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in existing if signal.getsignal(number) != signal.SIG_IGN]
     try:
         before = [signal.signal(number, interrupt) for number in numbers]
     except ValueError:  # not in the main thread, which owns the signal handlers

@@ -242,8 +242,11 @@ def test_a_warning_is_printed_once_on_one_line_and_is_no_error(
 
 
 def test_signals_end_with_the_exit_code_that_a_shell_expects(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    # A shell starts background jobs with SIGINT ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     for number_, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
 
         def interrupted(path: object, n: int = number_, **settings: object) -> None:
@@ -254,6 +257,19 @@ def test_signals_end_with_the_exit_code_that_a_shell_expects(
         assert run("info", "x") == code
         assert capsys.readouterr().err == "sfp: interrupted\n"
         assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_a_command_under_nohup_ignores_the_hangup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, inherited))
+    monkeypatch.setattr(
+        "sfpformat.cli.info._show_engines", lambda as_json: signal.raise_signal(signal.SIGHUP)
+    )
+    assert run("info", "--engines") == 0
+    assert capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_closed_pipe_ends_silently_with_exit_code_141(tmp_path: Path) -> None:
