@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .gates import GATES
     from .grades import BOUNDARIES, graded, options_for_grades
     from .layers import prunable
-    from .layerwise import LayerwiseResult, prune_layerwise
+    from .layerwise import LayerwiseResult, prune_layerwise, refine_layerwise
     from .learning import bytes_per_weight, learn_importance
     from .masks import achieved, masks_of
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
@@ -47,7 +47,7 @@ _NAMES = {
     "gates": ("GATES",),
     "grades": ("BOUNDARIES", "graded", "options_for_grades"),
     "layers": ("prunable",),
-    "layerwise": ("LayerwiseResult", "prune_layerwise"),
+    "layerwise": ("LayerwiseResult", "prune_layerwise", "refine_layerwise"),
     "learning": ("bytes_per_weight", "learn_importance"),
     "masks": ("achieved", "masks_of"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
@@ -97,6 +97,7 @@ __all__ = [
     "prunable",
     "prune",
     "prune_layerwise",
+    "refine_layerwise",
     "reprune",
     "scaled",
     "statistics",

@@ -11,7 +11,7 @@ from ..errors import OptionError, warn
 from ..names import listed
 from .calibration import Statistics
 from .layers import as_matrix, chosen_tensors, chosen_weights, named_once
-from .thresholds import require_share
+from .thresholds import Pattern, require_share
 
 Importances = dict[str, Tensor]
 
@@ -83,3 +83,19 @@ def rows_mask(scores: Tensor, sparsity: float) -> Tensor:
     mask = torch.ones_like(matrix, dtype=torch.bool)
     mask.scatter_(1, matrix.argsort(dim=1, stable=True)[:, :count], False)
     return mask.reshape(scores.shape)
+
+
+def pattern_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Returns a mask that keeps the greatest scores of each group of a pattern; of equal ones the last.
+
+    Args:
+        scores: [rows, columns]; the number of columns is a multiple of ``pattern.of``.
+        pattern: runs along the columns.
+
+    Returns:
+        bool, the shape of ``scores``.
+    """
+    groups = scores.reshape(len(scores), -1, pattern.of)
+    mask = torch.ones_like(groups, dtype=torch.bool)
+    mask.scatter_(2, groups.argsort(dim=2, stable=True)[..., : pattern.of - pattern.keep], False)
+    return mask.view(scores.shape)

@@ -13,7 +13,10 @@ package's held-out text. Everything computes in float32, on the processor or on 
 
 Methods: magnitude, a threshold a tensor; Wanda, a threshold a row, also with the layers' sparsities of OWL
 (``wanda-outliers``); Fisher, one threshold; ``levels``, learned from Fisher's start; SparseGPT, its mask
-alone and with the survivors it updates.
+alone and with the survivors it updates. Masks of magnitude, Wanda and Fisher also with the layers'
+outputs reconstructed by the survivors (``-reconstructed``), and those of Wanda with up to 100 swaps in a
+row (``wanda-swaps``, ``wanda-swaps-reconstructed``). ``--sparsities`` takes patterns such as 2:4, too; of
+``levels``, the pattern is that of the learned scores, which are learned for its sparsity.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ from torch import Tensor, nn
 
 from sfpformat.demo import carried
 from sfpformat.pruning import (
+    LayerwiseResult,
     Outliers,
+    Pattern,
     Settings,
     Sparsity,
     Statistics,
@@ -48,6 +53,7 @@ from sfpformat.pruning import (
     pack,
     prune,
     prune_layerwise,
+    refine_layerwise,
     statistics,
     wanda,
 )
@@ -55,12 +61,14 @@ from sfpformat.torch import load_model
 
 WINDOW = 256  # tokens
 HELD_OUT = 4  # windows of calibration that learning is chosen by
+SWAPS = 100  # of a row, at most
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Batch = dict[str, Tensor]
 Masks = dict[str, Tensor]
 Extra = dict[str, Any]  # of a row
 Row = dict[str, Any]
+Target = float | Pattern  # what is pruned
 
 
 def make(folder: Path) -> None:
@@ -144,20 +152,39 @@ class Bench:
 
     # --------------------------------------------------------------------------------------- methods
 
-    def scored(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
+    def scored(self, how: str, target: Target) -> tuple[nn.Module, Masks, Extra]:
         """By importances that need no learning; the pruned model, its masks and the tokens seen."""
         pruned = self.loaded(torch.bfloat16)
         if how == "magnitude":
-            return pruned, prune(pruned, magnitude(pruned), sparsity, scope="tensor"), {"tokens": 0}
+            return pruned, prune(pruned, magnitude(pruned), target, scope="tensor"), {"tokens": 0}
         found = self.statistics()
         extra: Extra = {"tokens": len(self.calibration) * WINDOW}
         if how == "fisher":
-            return pruned, prune(pruned, fisher(self.model, found), sparsity), extra
-        threshold = Outliers(sparsity) if how == "wanda-outliers" else Sparsity(sparsity)
+            return pruned, prune(pruned, fisher(self.model, found), target), extra
+        threshold: Any = target
+        if not isinstance(target, Pattern):
+            threshold = Outliers(target) if how == "wanda-outliers" else Sparsity(target)
         return pruned, prune(pruned, wanda(self.model, found), threshold, scope="row"), extra
 
-    def learned(self, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
+    def refined(
+        self, how: str, target: Target, *, swaps: int = 0, reconstruct: bool = True
+    ) -> tuple[nn.Module, Masks, Extra]:
+        """By such importances, then layer by layer."""
+        _, masks, _tokens = self.scored(how, target)
+        found = refine_layerwise(
+            self.model,
+            {name: mask.to(self._options.device) for name, mask in masks.items()},
+            self.calibration,
+            swaps=swaps,
+            reconstruct=reconstruct,
+            pattern=target if isinstance(target, Pattern) else None,
+            batches=len(self.calibration),
+        )
+        return *self._with(found), {"tokens": len(self.calibration) * WINDOW}
+
+    def learned(self, target: Target) -> tuple[nn.Module, Masks, Extra]:
         options = self._options
+        sparsity = sparsity_of(target)
         settings = Settings(
             steps=options.steps,
             minutes=options.minutes,
@@ -196,25 +223,28 @@ class Bench:
             "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
             "cpu_seconds_a_step": _median_step(times),
         }
-        return pruned, prune(pruned, learned.importances, sparsity), extra
+        return pruned, prune(pruned, learned.importances, target), extra
 
-    def layerwise(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, Extra]:
-        found = prune_layerwise(self.model, self.calibration, sparsity, how, batches=len(self.calibration))
+    def layerwise(self, how: str, target: Target) -> tuple[nn.Module, Masks, Extra]:
+        found = prune_layerwise(self.model, self.calibration, target, how, batches=len(self.calibration))
+        return *self._with(found), {"tokens": len(self.calibration) * WINDOW}
+
+    def _with(self, found: LayerwiseResult) -> tuple[nn.Module, Masks]:
+        """The model anew with these weights, and their masks."""
         pruned = self.loaded(torch.bfloat16)
         weights = dict(pruned.named_parameters())
         with torch.no_grad():
             for name, weight in found.weights.items():
                 weights[name].copy_(weight)
-        masks = {name: mask.cpu() for name, mask in found.masks.items()}
-        return pruned, masks, {"tokens": len(self.calibration) * WINDOW}
+        return pruned, {name: mask.cpu() for name, mask in found.masks.items()}
 
-    def row(self, method: str, sparsity: float) -> Row:
+    def row(self, method: str, target: Target) -> Row:
         """Prunes, writes, loads back and measures."""
         start, cpu = time.monotonic(), time.process_time()
-        pruned, masks, extra = METHODS[method](self, sparsity)
+        pruned, masks, extra = METHODS[method](self, target)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         weights = sum(mask.numel() for mask in masks.values())
-        path = self._work / f"{method}-{sparsity}.sfp"
+        path = self._work / f"{method}-{words_of(target).replace(':', 'of')}.sfp"
         pack(pruned, path, masks)
         restored = self.loaded(torch.bfloat16)
         with torch.no_grad():
@@ -223,7 +253,7 @@ class Bench:
         load_model(restored, path)
         restored.float().to(self._options.device)
         return {
-            **self.identity(method, sparsity),
+            **self.identity(method, target),
             "achieved_sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / weights,
             **{kind: self.perplexity(restored, kind) for kind in self.texts},
             **extra,
@@ -244,10 +274,11 @@ class Bench:
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
 
-    def identity(self, method: str, sparsity: float) -> Row:
+    def identity(self, method: str, target: Target) -> Row:
         """What tells a row from all others."""
         options = self._options
-        found: Row = {"method": method, "sparsity": sparsity, "evaluated": options.evaluated}
+        found: Row = {"method": method, "sparsity": sparsity_of(target), "evaluated": options.evaluated}
+        found["pattern"] = words_of(target) if isinstance(target, Pattern) else None
         if method not in ("dense", "magnitude"):
             found["calibration"] = options.calibration
         if method == "levels":
@@ -256,15 +287,34 @@ class Bench:
         return found
 
 
-METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, Extra]]] = {
-    "magnitude": lambda bench, s: bench.scored("magnitude", s),
-    "wanda": lambda bench, s: bench.scored("wanda", s),
-    "wanda-outliers": lambda bench, s: bench.scored("wanda-outliers", s),
-    "fisher": lambda bench, s: bench.scored("fisher", s),
-    "levels": lambda bench, s: bench.learned(s),
-    "sparsegpt": lambda bench, s: bench.layerwise("sparsegpt", s),
-    "sparsegpt-updated": lambda bench, s: bench.layerwise("sparsegpt-updated", s),
+METHODS: dict[str, Callable[[Bench, Target], tuple[nn.Module, Masks, Extra]]] = {
+    "magnitude": lambda bench, t: bench.scored("magnitude", t),
+    "wanda": lambda bench, t: bench.scored("wanda", t),
+    "wanda-outliers": lambda bench, t: bench.scored("wanda-outliers", t),
+    "fisher": lambda bench, t: bench.scored("fisher", t),
+    "levels": lambda bench, t: bench.learned(t),
+    "sparsegpt": lambda bench, t: bench.layerwise("sparsegpt", t),
+    "sparsegpt-updated": lambda bench, t: bench.layerwise("sparsegpt-updated", t),
+    "magnitude-reconstructed": lambda bench, t: bench.refined("magnitude", t),
+    "wanda-reconstructed": lambda bench, t: bench.refined("wanda", t),
+    "fisher-reconstructed": lambda bench, t: bench.refined("fisher", t),
+    "wanda-swaps": lambda bench, t: bench.refined("wanda", t, swaps=SWAPS, reconstruct=False),
+    "wanda-swaps-reconstructed": lambda bench, t: bench.refined("wanda", t, swaps=SWAPS),
 }
+
+
+def target_of(words: str) -> Target:
+    """A sparsity, or a pattern such as 2:4."""
+    keep, colon, of = words.partition(":")
+    return Pattern(int(keep), int(of)) if colon else float(words)
+
+
+def sparsity_of(target: Target) -> float:
+    return 1 - target.keep / target.of if isinstance(target, Pattern) else target
+
+
+def words_of(target: Target) -> str:
+    return f"{target.keep}:{target.of}" if isinstance(target, Pattern) else str(target)
 
 
 def _batches(windows: list[list[int]], size: int, *, device: str) -> list[Batch]:
@@ -299,7 +349,7 @@ def table(rows: list[Row]) -> str:
         figures = " | ".join(f"{row[kind]:.1f}" for kind in kinds)
         steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
         lines.append(
-            f"| {row['sparsity']} | {row['method']}{steps} | {row['tokens']:,} "
+            f"| {row.get('pattern') or row['sparsity']} | {row['method']}{steps} | {row['tokens']:,} "
             f"| {row['cpu_seconds']:.0f} | {figures} |"
         )
     return "\n".join(lines)
@@ -313,7 +363,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=Path, help="the file of rows; WORK/rows.jsonl if not given")
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and measure nothing")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--sparsities", default="0.5,0.6,0.7")
+    parser.add_argument("--sparsities", default="0.5,0.6,0.7", help="shares, and patterns such as 2:4")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--minutes", type=float, help="of learning, at most")
@@ -344,9 +394,9 @@ def main(words: list[str] | None = None) -> None:
             file.write(json.dumps(row) + "\n")
 
     add(bench.identity("dense", 0.0), bench.dense)
-    for sparsity in map(float, options.sparsities.split(",")):
+    for target in map(target_of, options.sparsities.split(",")):
         for method in options.methods.split(","):
-            add(bench.identity(method, sparsity), partial(bench.row, method, sparsity))
+            add(bench.identity(method, target), partial(bench.row, method, target))
     print(table(_rows(path)))
 
 

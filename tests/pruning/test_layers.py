@@ -27,6 +27,7 @@ from sfpformat.pruning import (
     prunable,
     prune,
     prune_layerwise,
+    refine_layerwise,
     statistics,
     wanda,
 )
@@ -103,6 +104,20 @@ def test_the_conv1d_of_gpt2_is_pruned_layer_by_layer_along_its_inputs(method: st
         torch.testing.assert_close(ours.weights[name].T, theirs.weights[of_linear(name)])
         if method == "wanda":
             assert (mask.sum(0) == mask.shape[0] // 2).all()
+
+
+def test_the_conv1d_of_gpt2_is_refined_as_the_linear_layer_that_it_is() -> None:
+    original, linear = gpt2_twice()
+    masks = prune_layerwise(original, text(), Pattern(2, 4), "wanda", batches=1).masks
+    turned = {of_linear(name): mask.T.contiguous() for name, mask in masks.items()}
+    ours, theirs = (
+        refine_layerwise(model, given, text(), swaps=3, pattern=Pattern(2, 4), batches=1)
+        for model, given in ((original, masks), (linear, turned))
+    )
+    assert any(not torch.equal(ours.masks[name], mask) for name, mask in masks.items())
+    for name, weight in ours.weights.items():
+        assert torch.equal(ours.masks[name].T, theirs.masks[of_linear(name)])
+        torch.testing.assert_close(weight.T, theirs.weights[of_linear(name)], rtol=1e-2, atol=1e-4)
 
 
 def test_features_of_outputs_and_inputs_do_not_depend_on_the_storage_layout() -> None:

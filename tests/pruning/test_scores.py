@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from sfpformat.errors import OptionError
-from sfpformat.pruning import layerwise, scores
+from sfpformat.pruning import layer_inputs, scores
+from sfpformat.pruning import sparsegpt as sparsegpt_module
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.layers import prunable
-from sfpformat.pruning.layerwise import prune_layerwise, sparsegpt
-from sfpformat.pruning.task import endless, evaluating
+from sfpformat.pruning.layerwise import prune_layerwise
+from sfpformat.pruning.sparsegpt import sparsegpt
+from sfpformat.pruning.task import CLASSIFY, endless, evaluating
 
 from ..support.pruning_nets import WIDTH, loss_of, trained_net
 
@@ -65,7 +67,7 @@ def test_rows_lose_the_same_number_each() -> None:
 def test_sparsegpt_meets_its_sparsity_in_every_block(
     sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "BLOCK", 16)
+    monkeypatch.setattr(sparsegpt_module, "BLOCK", 16)
     weight, x = torch.randn(10, 40), torch.randn(200, 40)
     mask, updated = sparsegpt(weight, x.T @ x / 100, sparsity)
     for start, stop in ((0, 16), (16, 32), (32, 40)):
@@ -171,7 +173,7 @@ def test_layers_of_one_input_are_one_group() -> None:
     batch = (torch.arange(7)[None], torch.arange(7)[None])
     weights = dict(Shared().named_parameters())
     names = {name: weights[name] for name in ("one.weight", "two.weight")}
-    assert layerwise._groups(Shared(), names, batch, layerwise.CLASSIFY) == ([list(names)], [])
+    assert layer_inputs._groups(Shared(), names, batch, CLASSIFY) == ([list(names)], [])
 
 
 def test_endless_data_restart_and_can_start_at_any_batch() -> None:

@@ -47,3 +47,7 @@ def test_each_method_gives_one_row_measured_on_its_loaded_file(
     assert "| 0.5 | levels, 3 steps |" in capsys.readouterr().out
     smollm2.main([*words, "--methods", "levels", "--seed", "1"])
     assert len(rows.read_text().splitlines()) == len(found) + 1
+    smollm2.main([*words, "--sparsities", "2:4", "--methods", "levels,fisher,wanda-swaps-reconstructed"])
+    patterned = [json.loads(line) for line in rows.read_text().splitlines()][len(found) + 1 :]
+    assert [row["method"] for row in patterned] == ["levels", "fisher", "wanda-swaps-reconstructed"]
+    assert {(row["pattern"], row["achieved_sparsity"]) for row in patterned} == {("2:4", 0.5)}
