@@ -115,10 +115,18 @@ def test_the_codes_are_the_closed_set_of_chapter_20() -> None:
 
 def test_every_clause_that_is_mentioned_exists() -> None:
     known = {clause.id for clause in CLAUSES}
-    mentioned = set(re.findall(r"R-[A-Z]{3}-\d{3}", TEXT)) - {"R-AREA-nnn"}
-    assert mentioned <= known
+    assert set(re.findall(r"\[(R-[A-Z]{3}-\d{3})\]", TEXT)) == known
     for path in (ROOT / "sfpformat").rglob("*.py"):
         assert set(re.findall(r"R-[A-Z]{3}-\d{3}", path.read_text())) <= known, path
+
+
+def test_withdrawn_ids_are_listed_and_not_used_again() -> None:
+    sentence = TEXT.split("the withdrawn ids ", 1)[1].split("stay unused", 1)[0]
+    withdrawn = set(re.findall(r"R-[A-Z]{3}-\d{3}", sentence))
+    known = {clause.id for clause in CLAUSES}
+    assert withdrawn
+    assert not withdrawn & known
+    assert set(re.findall(r"R-[A-Z]{3}-\d{3}", TEXT)) == known | withdrawn
 
 
 def test_what_a_reader_rejects_has_a_code() -> None:
