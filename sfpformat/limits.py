@@ -42,9 +42,11 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if not hasattr(value, "__index__") or isinstance(value, bool) or value < 0:
-                raise OptionError(f"the limit {field.name} is {value!r}, must be a whole number, 0 or more")
+                raise OptionError(
+                    f"the limit {field.name} is {value!r}, must be a whole number of at least 0"
+                )
         if self.depth > MAX_DEPTH or self.rank > MAX_RANK:
-            raise OptionError(f"depth can be raised to {MAX_DEPTH} at most, rank to {MAX_RANK}")
+            raise OptionError(f"depth can be at most {MAX_DEPTH}, rank at most {MAX_RANK}")
 
     def require(self, limit: str, value: int, offset: int | None = None) -> None:
         """Raises `LimitError` if ``value`` is above the limit of that name."""

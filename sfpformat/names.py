@@ -61,17 +61,17 @@ def unknown_name(name: str, known: Iterable[str], kind: str = "tensor") -> str:
 def unmatched(pattern: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
     """Returns the message for a shell-style pattern that matches no tensor name.
 
-    For a pattern without wildcards: ``no tensor has a name like 'W'; the nearest is 'w'``.
+    For a pattern without wildcards: ``no tensor name matches 'W'; the nearest is 'w'``.
 
     Args:
         pattern: the pattern without a match.
         known: the known names.
         aliases: other name of a tensor -> name under which it is stored.
     """
-    said = f"no tensor has a name like {quoted(pattern)}"
+    said = f"no tensor name matches {quoted(pattern)}"
     for other, kept in (aliases or {}).items():
         if fnmatchcase(other, pattern):
-            return f"{said}; {quoted(other)} is kept as {quoted(kept)}"
+            return f"{said}; {quoted(other)} is stored as {quoted(kept)}"
     hint = None if any(mark in pattern for mark in "*?[") else nearest(pattern, known)
     return said if hint is None else f"{said}; the nearest is {quoted(hint)}"
 
@@ -126,7 +126,7 @@ def require_mapping(given: object, argument: str) -> None:
         OptionError: it is not a mapping.
     """
     if not isinstance(given, Mapping):
-        raise OptionError(f"{argument}: a {type(given).__name__} is no mapping")
+        raise OptionError(f"{argument} is a {type(given).__name__}, must be a mapping")
 
 
 def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str) -> None:
@@ -143,7 +143,7 @@ def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str
     there = list(known)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise OptionError(f"{argument}: {pattern!r} is no pattern of names")
+            raise OptionError(f"{argument}: {pattern!r} is not a string")
         if not any(fnmatchcase(name, pattern) for name in there):
             raise OptionError(f"{argument}: {unmatched(pattern, there)}")
 

@@ -89,7 +89,7 @@ class Report:
         part: dict[str, Any] = {"name": name}
         begun = time.monotonic()
         if self.left <= 0:
-            part["failure"] = "there was no time left"
+            part["failure"] = "the time limit was reached"
         else:
             try:
                 part["result"] = work()
@@ -188,12 +188,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--damaged", type=int, default=DAMAGED, help=f"damaged files ({DAMAGED})")
-    made.add_argument("--every", type=int, default=1, metavar="N", help="every Nth of the other files (1)")
+    made.add_argument(
+        "--every", type=int, default=1, metavar="N", help="check every Nth of the generated files (1)"
+    )
     made.add_argument("--side", type=int, default=speed.SIDE, help=f"rows and columns ({speed.SIDE})")
-    made.add_argument("--only-identity", action="store_true", help="files and products alone, no results")
+    made.add_argument(
+        "--only-identity", action="store_true", help="check files and products only; write no results"
+    )
     made.add_argument("--no-sanitizer", action="store_true", help="no sanitisers")
     made.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"no part begins after them ({MINUTES:g})"
+        "--minutes", type=float, default=MINUTES, help=f"time limit: no part starts after it ({MINUTES:g})"
     )
     made.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     return made

@@ -149,11 +149,11 @@ def compare_layers(where: str = "cuda") -> int:
                     off = excess(*(array_of(t.detach().cpu()) for t in (found, x, dense.weight, dense.bias)))
                     assert off <= SUMMING, f"{dtype}, {batch} rows: off by {off}"
                 else:
-                    assert torch.equal(found, wanted), f"{dtype}, {batch} rows: other weights"
-                assert torch.equal(compiled(x), found), f"{dtype}, {batch} rows: compiled, it differs"
+                    assert torch.equal(found, wanted), f"{dtype}, {batch} rows: the weights differ"
+                assert torch.equal(compiled(x), found), f"{dtype}, {batch} rows: the compiled layer differs"
                 gradient = torch.randn_like(wanted)
                 (one,), (other,) = (torch.autograd.grad(y, x, gradient) for y in (found, wanted))
-                assert torch.equal(one, other), f"{dtype}, {batch} rows: another gradient"
+                assert torch.equal(one, other), f"{dtype}, {batch} rows: the gradient differs"
                 count += 1
         rows = torch.nn.Embedding(3000, 96, dtype=dtype)
         embedding, ids = door.SfpEmbedding.of(rows).to(where), torch.randint(3000, (7, 5))
@@ -186,7 +186,7 @@ def sanitize(tool: str, arguments: Sequence[str], seconds: float) -> dict[str, A
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done within {seconds:.0f} s") from None
+        raise RuntimeError(f"not finished within {seconds:.0f} s") from None
     lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
         first = next((i for i, line in enumerate(lines) if line.startswith("========= ") and i), 0)

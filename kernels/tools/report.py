@@ -109,13 +109,13 @@ def _others(parts: Parts) -> list[str]:
             word = "not there" if "missing" in part else "FAILED"
             lines.append(f"* {part['name']}: {word}: {part.get('missing') or part.get('failure')}")
         elif not part["name"].startswith(shown) or part["name"] == "products as in double precision":
-            lines.append(f"* {part['name']}: {_words(part['result'])}")
+            lines.append(f"* {part['name']}: {_as_text(part['result'])}")
     return lines
 
 
-def _words(result: Any) -> str:
+def _as_text(result: Any) -> str:
     if isinstance(result, Mapping):
-        return ", ".join(f"{key} {_words(value)}" for key, value in result.items())
+        return ", ".join(f"{key} {_as_text(value)}" for key, value in result.items())
     if isinstance(result, list):
-        return "; ".join(map(_words, result))
+        return "; ".join(map(_as_text, result))
     return f"{result:.4g}" if isinstance(result, float) else str(result)

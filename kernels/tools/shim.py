@@ -113,9 +113,9 @@ class _Block:
         self._guards = raw[start - _GUARD : start], raw[start + size : start + size + _GUARD]
         self._poisoned = poison
         if poison:
-            self._tell("__asan_poison_memory_region")
+            self._call_asan("__asan_poison_memory_region")
 
-    def _tell(self, function: str) -> None:
+    def _call_asan(self, function: str) -> None:
         """Calls a function of the sanitiser for each guard."""
         for guard in self._guards:
             tell = getattr(_process(), function)  # ctypes caches attributes, unlike items
@@ -124,7 +124,7 @@ class _Block:
     def close(self) -> None:
         """Unpoisons the guards and checks them a last time."""
         if self._poisoned:
-            self._tell("__asan_unpoison_memory_region")
+            self._call_asan("__asan_unpoison_memory_region")
         self.require_guards()
 
     def require_guards(self) -> None:

@@ -62,7 +62,7 @@ class CodecRunner(Runner):
         return {"encode_s": seconds_of(self.encoder), "decode_s": seconds_of(lambda: self.decode)}
 
 
-class OurRunner(CodecRunner):
+class SfpRunner(CodecRunner):
     """This package: encodes arrays to the bytes of a file and decodes them, with opening and all checksums.
 
     The bytes must not depend on engine and threads, so runners with the same options share them.
@@ -111,7 +111,7 @@ class OurRunner(CodecRunner):
         """
         data = self._save()
         if self._files.setdefault(self._key, data) != data:
-            raise WrongBitsError("the file is another one than that of the engine or threads before")
+            raise WrongBitsError("the file differs from that of another engine or thread count")
         return len(data)
 
     def judge(self, decoded: Any) -> dict[str, float]:
@@ -160,7 +160,7 @@ class PackerRunner(CodecRunner):
             np.array_equal(_buffer_bits(buffer), bits_of(array))
             for buffer, array in zip(decoded, self._arrays, strict=True)
         ):
-            raise WrongBitsError("what was decoded differs from what was packed")
+            raise WrongBitsError("the decoded tensors differ from the packed ones")
         return {}
 
 
@@ -175,5 +175,5 @@ def require_same_bits(tensors: Mapping[str, Array], decoded: Mapping[str, Array]
         WrongBitsError: a bit differs.
     """
     if not same_bits(tensors, decoded):
-        raise WrongBitsError("what was decoded differs from what was packed")
+        raise WrongBitsError("the decoded tensors differ from the packed ones")
     return {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engines import why_not as why_no_engine
 from ..options import Options
-from .codecs import Judge, OurRunner
+from .codecs import Judge, SfpRunner
 from .measure import Contender
 from .peers import imported
 from .settings import Settings
@@ -41,7 +41,7 @@ def why_not(name: str) -> str | None:
     if not count:
         return f"torch {torch.__version__} sees no CUDA device"
     if device.index is not None and device.index >= count:
-        return f"there is no device {name!r}, torch sees {count}"
+        return f"there is no device {name!r}: torch sees {count} CUDA devices"
     return None
 
 
@@ -70,8 +70,8 @@ def arrays_of(tensors: Mapping[str, Any]) -> Tensors:
     return {name: array_of(tensor) for name, tensor in tensors.items()}
 
 
-class DeviceRunner(OurRunner):
-    """Like `OurRunner`, but decodes to tensors on a device."""
+class DeviceRunner(SfpRunner):
+    """Like `SfpRunner`, but decodes to tensors on a device."""
 
     def __init__(self, name: str, *given: Any) -> None:
         super().__init__(*given)
@@ -86,14 +86,14 @@ class DeviceRunner(OurRunner):
         return super().judge(arrays_of(decoded))
 
 
-def our_runner(
+def sfp_runner(
     settings: Settings,
     contender: Contender,
     tensors: Tensors,
     options: Options | Mapping[str, Options],
     files: dict[tuple[str | None, str | None], bytes],
     judge: Judge | None = None,
-) -> OurRunner:
+) -> SfpRunner:
     """Creates a runner of this package, for arrays, or for a device if the settings name one."""
     given = contender, tensors, options, files, judge
-    return OurRunner(*given) if settings.device is None else DeviceRunner(settings.device, *given)
+    return SfpRunner(*given) if settings.device is None else DeviceRunner(settings.device, *given)

@@ -74,7 +74,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
     files = Files(subject.tensors, settings.folder)
     if settings.device is not None:
         return _on_device(files, settings, settings.device)
-    out: list[Runner] = [_ours(contender, files) for contender in settings.ours()]
+    out: list[Runner] = [_sfp_runners(contender, files) for contender in settings.sfp_contenders()]
     for name in settings.peers(NAME):
         for way, load in WAYS.items():
             out.append(LoadRunner(Contender(name, case=way), files, files.raw, load))
@@ -85,7 +85,7 @@ def _on_device(files: Files, settings: Settings, name: str) -> list[Runner]:
     """Returns runners of this package and of safetensors that load tensors to a device."""
     arrays = device.arrays_of
     out: list[Runner] = []
-    for contender in settings.ours():
+    for contender in settings.sfp_contenders():
         path = partial(files.packed, contender.preset or "default")
         load = partial(device.load, name=name, threads=contender.threads)
         out.append(LoadRunner(contender, files, path, load, arrays))
@@ -95,7 +95,7 @@ def _on_device(files: Files, settings: Settings, name: str) -> list[Runner]:
     return out
 
 
-def _ours(contender: Contender, files: Files) -> LoadRunner:
+def _sfp_runners(contender: Contender, files: Files) -> LoadRunner:
     def load(path: Path) -> Mapping[str, Array]:
         return load_file(path, engine=contender.engine, threads=contender.threads)
 
@@ -104,7 +104,7 @@ def _ours(contender: Contender, files: Files) -> LoadRunner:
 
 def results(records: Sequence[Record]) -> list[Result]:
     """Returns speeds, and for this package the disk speed above which safetensors is faster."""
-    ways = [record for record in records if not record.contender.is_ours]
+    ways = [record for record in records if not record.contender.is_sfp]
     fastest = min(ways, key=lambda record: Spread.of(record.samples["load_s"]).median, default=None)
     return [_result(record, fastest) for record in records]
 
@@ -120,7 +120,7 @@ def _result(record: Record, fastest: Record | None) -> Result:
     }
     if fastest is not None:
         values["load_vs_safetensors"] = speed_ratio(record, fastest, "load_s")
-        if record.contender.is_ours:
+        if record.contender.is_sfp:
             theirs = Spread.of(fastest.samples["load_s"]).median
             speed = break_even(fastest.facts["size_bytes"], theirs, size, Spread.of(seconds).median)
             values["break_even_disk_mb_s"] = None if speed is None else speed / 1e6

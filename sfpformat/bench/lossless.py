@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..options import PRESETS
 from .codecs import PackerRunner
-from .device import our_runner
+from .device import sfp_runner
 from .measure import Contender, Runner
 from .peers import PEERS
 from .settings import Settings
@@ -17,8 +17,8 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
     """Returns runners of this package for every engine, preset and number of threads, and of peers."""
     files: dict[tuple[str | None, str | None], bytes] = {}
     out: list[Runner] = [
-        our_runner(settings, contender, subject.tensors, PRESETS[contender.preset or "default"], files)
-        for contender in settings.ours()
+        sfp_runner(settings, contender, subject.tensors, PRESETS[contender.preset or "default"], files)
+        for contender in settings.sfp_contenders()
     ]
     for name in settings.peers(NAME):
         peer = PEERS[name]

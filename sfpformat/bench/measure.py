@@ -61,7 +61,7 @@ class Contender:
     case: str | None = None
 
     @property
-    def is_ours(self) -> bool:
+    def is_sfp(self) -> bool:
         """Whether the contender is this package, with an engine."""
         return self.engine is not None
 
@@ -117,13 +117,13 @@ class Refusal:
     reason: str
 
 
-def turned(items: Sequence[T], by: int) -> list[T]:
+def rotated(items: Sequence[T], by: int) -> list[T]:
     """Returns the items rotated to the left by ``by`` places."""
     start = by % len(items) if items else 0
     return [*items[start:], *items[:start]]
 
 
-def race(
+def run_round_robin(
     runners: Sequence[Runner], rounds: int, at: Callable[[str], None] = lambda words: None
 ) -> tuple[list[Record], list[Refusal]]:
     """Runs all runners round-robin; each round starts with the next runner.
@@ -151,7 +151,7 @@ def race(
         records.append(record)
         accepted.append((runner, record))
     for number in range(rounds):
-        for runner, record in turned(accepted, number):
+        for runner, record in rotated(accepted, number):
             at(f"{runner.contender.words}, round {number + 1}")
             for measure, value in runner.once().items():
                 record.samples.setdefault(measure, []).append(value)

@@ -41,7 +41,7 @@ class MemoryRunner(Runner):
         """Loads once and compares a checksum of all bits."""
         self._answer = self._ask()
         if self._answer["fingerprint"] != fingerprint(self._files.tensors):
-            raise WrongBitsError("what was loaded differs from what was saved")
+            raise WrongBitsError("the loaded tensors differ from the saved ones")
 
     def facts(self) -> dict[str, float]:
         """Returns the bytes of the arrays, and whether the peak could be reset."""
@@ -58,7 +58,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
     preset = settings.presets[0]
     out: list[Runner] = [
         MemoryRunner(contender, files, lambda: files.packed(preset), lambda: files.packed_heads(preset))
-        for contender in settings.ours(presets=(preset,))
+        for contender in settings.sfp_contenders(presets=(preset,))
     ]
     # safetensors is a peer of the section `load`.
     out += [

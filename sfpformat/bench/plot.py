@@ -66,7 +66,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
 def _panels(results: Sequence[Result]) -> dict[int, list[Result]]:
     """Groups results by number of threads; peers that only support one thread are in all groups."""
     panels: dict[int, list[Result]] = {}
-    for threads in sorted({result.contender.threads for result in results if result.contender.is_ours}):
+    for threads in sorted({result.contender.threads for result in results if result.contender.is_sfp}):
         several = {result.contender.name for result in results if result.contender.threads == threads}
         panels[threads] = [
             result
@@ -82,7 +82,7 @@ def _place_of(result: Result) -> tuple[float, float]:
 
 
 def _draw_points(axis: Any, rows: Sequence[Result]) -> None:
-    peers = [row.contender.name for row in rows if not row.contender.is_ours]
+    peers = [row.contender.name for row in rows if not row.contender.is_sfp]
     for row in rows:
         x, y = _place_of(row)
         spread = row.spread("decode_mb_s")
@@ -118,7 +118,7 @@ def _draw_labels(axis: Any, rows: Sequence[Result], renderer: Any) -> None:
     """Writes each name next to its point, with a line to it if the label could be ambiguous."""
     pixels = [tuple(map(float, axis.transData.transform(_place_of(row)))) for row in rows]
     texts = [
-        axis.text(0, 0, _words(row), fontsize=_LABEL_POINTS, color=_colour_of(row), linespacing=1.0)
+        axis.text(0, 0, _label_of(row), fontsize=_LABEL_POINTS, color=_colour_of(row), linespacing=1.0)
         for row in rows
     ]
     extents = [text.get_window_extent(renderer) for text in texts]
@@ -143,7 +143,7 @@ def _colour_of(row: Result) -> str:
     return _PEERS if engine is None else _OURS.get(engine, _OTHER_OURS)
 
 
-def _words(row: Result) -> str:
+def _label_of(row: Result) -> str:
     size, speed = _place_of(row)
     rounded = f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
     return f"{row.contender.words}\n{size:.3f}, {rounded} MB/s"

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..demo.carried import TEXTS, heldout_tokens, weights
+from ..demo.bundled import TEXTS, heldout_tokens, weights
 from ..demo.language import CALIBRATION_BATCHES
 from ..demo.methods import METHODS, Bench, steps_of
 from ..demo.model import Config, perplexity

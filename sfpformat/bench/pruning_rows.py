@@ -21,17 +21,17 @@ Row = dict[str, object]
 # Field of a row -> its description.
 FIELDS = {
     "method": "one of sfpformat.demo.methods.METHODS",
-    "sparsity": "the share of the linear layers' weights that was asked for",
-    "achieved_sparsity": "the share that the masks prune",
-    "seed": "of the model, of the windows and of learning",
-    "perplexity": "a character of held-out code",
-    "dense_perplexity": "the same of the model before",
-    "prose_perplexity": "a character of held-out prose",
-    "dense_prose_perplexity": "the same of the model before",
-    "seconds": "of pruning, with all that the method needs, such as calibration, learning and tuning",
+    "sparsity": "the requested share of pruned weights in the linear layers",
+    "achieved_sparsity": "the share of weights that the masks prune",
+    "seed": "of the model, the windows and learning",
+    "perplexity": "per character of held-out code",
+    "dense_perplexity": "the same for the dense model",
+    "prose_perplexity": "per character of held-out prose",
+    "dense_prose_perplexity": "the same for the dense model",
+    "seconds": "of pruning, including calibration, learning and tuning where the method needs them",
     "steps": "of learning and of tuning",
-    "model_steps": "of training the model, or null for the one that the package carries",
-    "training_seconds": "what those took, or null",
+    "model_steps": "of training the model; null for the bundled one",
+    "training_seconds": "of training the model; null for the bundled one",
 }
 _START = json.dumps({next(iter(FIELDS)): ""})[:-2].encode()  # the first bytes of each line
 # The fields that identify a row.
@@ -69,9 +69,9 @@ class KeptRows:
         except ValueError:
             found = [None]
         if not all(isinstance(row, dict) and list(row) == list(FIELDS) for row in found):
-            raise MismatchError(f"{path} has something else than rows of this benchmark; give another file")
+            raise MismatchError(f"{path} contains other data than rows of this benchmark; name another file")
         if rest[: len(_START)] != _START[: len(rest)]:
-            raise MismatchError(f"{path} does not end as a file of rows does; give another file")
+            raise MismatchError(f"{path} does not end with a row of this benchmark; name another file")
         self._file.truncate(len(whole))
         self._file.seek(len(whole))
         return found

@@ -16,32 +16,32 @@ FIELDS = {
     "engine": "of sfp, else null",
     "preset": "of sfp, else null",
     "threads": "how many it may use",
-    "case": "the share that is pruned, or the way to load or start; null where a section has one",
+    "case": "the pruned share, or the way to load or start; null if the section has only one",
     "raw_bytes": "of the tensors, decoded",
-    "size_bytes": "packed: of sfp the whole file, of peers what they make of the tensors",
+    "size_bytes": "packed: for sfp the whole file, for peers the encoded tensors",
     "size_ratio": "packed bytes over raw bytes",
     "bits_per_weight": "packed bits over weights, pruned ones included",
-    "error_db": "10 log10 of the mean squared error over the mean square of the weights that are not pruned",
+    "error_db": "10 log10 of the mean squared error over the mean square of the surviving weights",
     "encode_mb_s": "10^6 raw bytes a second",
     "encode_mweights_s": "10^6 weights a second",
     "decode_mb_s": "10^6 raw bytes a second, opening the file included",
     "decode_mweights_s": "10^6 weights a second",
-    "best_size_peer": "the peer with the fewest bytes among those with as many threads",
-    "best_encode_peer": "the fastest of them in encoding",
-    "best_decode_peer": "the fastest of them in decoding",
+    "best_size_peer": "the peer with the fewest bytes at the same thread count",
+    "best_encode_peer": "the peer that encodes fastest at the same thread count",
+    "best_decode_peer": "the peer that decodes fastest at the same thread count",
     "size_vs_best": "size over that of best_size_peer; below 1 is smaller",
     "encode_vs_best": "speed over that of best_encode_peer, round by round; above 1 is faster",
     "decode_vs_best": "speed over that of best_decode_peer, round by round",
     "size_vs_zipnn": "size over ZipNN's",
     "encode_vs_zipnn": "speed over ZipNN's, round by round",
     "decode_vs_zipnn": "speed over ZipNN's, round by round",
-    "load_s": "seconds from the path to arrays in memory, the file being in the page cache",
+    "load_s": "seconds from the path to arrays in memory, with the file in the page cache",
     "load_mb_s": "10^6 raw bytes a second",
-    "load_vs_safetensors": "speed over that of the fastest way of safetensors, round by round",
-    "break_even_disk_mb_s": "the disk speed under which sfp loads sooner; null if on any or none",
-    "output_bytes": "of the arrays that loading gives",
-    "peak_extra_bytes": "peak memory of loading beyond what was there before and the arrays themselves",
-    "peak_method": "VmHWM (reset before loading), or ru_maxrss (a lower bound where the peak lay before)",
+    "load_vs_safetensors": "speed over that of the fastest safetensors loader, round by round",
+    "break_even_disk_mb_s": "the disk speed below which sfp loads faster; null if at every speed or none",
+    "output_bytes": "of the loaded arrays",
+    "peak_extra_bytes": "peak memory while loading, minus the memory before and the loaded arrays",
+    "peak_method": "VmHWM (reset before loading), or ru_maxrss (a lower bound if the peak was earlier)",
     "process_s": "seconds of a whole Python process",
     "over_numpy_s": "seconds more than a process that only imports numpy, round by round",
 }
@@ -145,7 +145,7 @@ def peers_beside(contender: Contender, records: Sequence[Record]) -> list[Record
     found: dict[str, Record] = {}
     for record in records:
         who = record.contender
-        if who.is_ours or who.case != contender.case or who.threads not in (1, contender.threads):
+        if who.is_sfp or who.case != contender.case or who.threads not in (1, contender.threads):
             continue
         if who.threads == contender.threads or who.name not in found:
             found[who.name] = record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import load, lossless, memory, sparse, startup
-from .measure import Record, Refusal, Runner, race
+from .measure import Record, Refusal, Runner, run_round_robin
 from .results import Result, codec_results
 from .settings import Settings
 from .subject import Subject
@@ -37,13 +37,13 @@ class Section:
         self, runners: Sequence[Runner], rounds: int, at: Callable[[str], None]
     ) -> tuple[list[Result], list[Refusal]]:
         """Runs the section; returns the results and the excluded contenders."""
-        records, refusals = race(runners, rounds, at)
+        records, refusals = run_round_robin(runners, rounds, at)
         return self.results(records), refusals
 
 
 SECTIONS: dict[str, Section] = {
     lossless.NAME: Section(
-        "the model as it is, in memory: size, encoding, decoding",
+        "the unchanged model, in memory: size, encoding, decoding",
         lossless.runners,
         partial(codec_results, lossless.NAME),
     ),
@@ -54,10 +54,10 @@ SECTIONS: dict[str, Section] = {
     ),
     load.NAME: Section("from path to arrays, page cache warm", load.runners, load.results),
     memory.NAME: Section(
-        "peak of loading beyond the arrays, in fresh processes",
+        "peak memory of loading minus the arrays, in new processes",
         memory.runners,
         memory.results,
         memory.MOST_ROUNDS,
     ),
-    startup.NAME: Section("importing, and decoding a small file", startup.runners, startup.results),
+    startup.NAME: Section("processes that import, or decode a small file", startup.runners, startup.results),
 }

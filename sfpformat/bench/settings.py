@@ -29,7 +29,7 @@ class Settings:
     folder: Path
     device: str | None = None
 
-    def ours(
+    def sfp_contenders(
         self,
         *,
         presets: Iterable[str] | None = None,

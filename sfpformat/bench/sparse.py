@@ -15,7 +15,7 @@ import numpy as np
 from ..options import PRESETS, Options
 from . import nncodec
 from .codecs import CodecRunner
-from .device import our_runner
+from .device import sfp_runner
 from .measure import Contender, Runner, WrongBitsError
 from .settings import Settings
 from .subject import F32, Array, Subject, Tensors, matrices, pruned, sample, step_of_bits
@@ -43,9 +43,9 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
         steps = {name: snapped(step_of_bits(matrix, LEVEL_BITS)) for name, matrix in tensors.items()}
         generic: Tensors = {**tensors}
         judge = _judge(tensors, steps)
-        for contender in settings.ours(threads=(1,), case=case):
+        for contender in settings.sfp_contenders(threads=(1,), case=case):
             preset = PRESETS[contender.preset or "default"]
-            out.append(our_runner(settings, contender, generic, options_of(preset, steps), files, judge))
+            out.append(sfp_runner(settings, contender, generic, options_of(preset, steps), files, judge))
         for name in settings.peers(NAME):
             out.append(NncodecRunner(Contender(name, case=case), generic, steps, judge))
     return out
@@ -74,16 +74,16 @@ def require_near(
     """Compares decoded matrices with the originals and returns the error in dB.
 
     Raises:
-        WrongBitsError: a weight is off by more than half a step, or a pruned one is not zero.
+        WrongBitsError: a weight differs by more than half a step, or a pruned one is not zero.
     """
     squares, errors = 0.0, 0.0
     for name, matrix in tensors.items():
         got = decoded[name].astype(np.float32)
         if got.shape != matrix.shape or got[matrix == 0].any():
-            raise WrongBitsError(f"tensor {name!r}: the shape is another, or a pruned weight is not zero")
+            raise WrongBitsError(f"tensor {name!r}: the shape differs, or a pruned weight is not zero")
         difference = np.abs(matrix.astype(np.float64) - got)
         if difference.max(initial=0.0) > _MOST_STEPS * steps[name]:
-            raise WrongBitsError(f"tensor {name!r}: a weight is off by more than half a step")
+            raise WrongBitsError(f"tensor {name!r}: a weight differs by more than half a step")
         squares += float(np.square(matrix.astype(np.float64)).sum())
         errors += float(np.square(difference).sum())
     return {"error_db": float(10 * np.log10(errors / squares))} if errors and squares else {}

@@ -41,7 +41,7 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
         StartupRunner(Contender(BASELINE, case=_IMPORT), lambda: ["-c", "import numpy"]),
         StartupRunner(Contender("sfp", case=_IMPORT), lambda: ["-c", "import sfpformat"]),
     ]
-    for contender in settings.ours(presets=(preset,), threads=(1,), case=_DECODE):
+    for contender in settings.sfp_contenders(presets=(preset,), threads=(1,), case=_DECODE):
         out.append(_decoding(contender, files, preset))
     return out
 

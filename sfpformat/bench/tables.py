@@ -83,11 +83,11 @@ _CELLS: dict[str, dict[str, Cell]] = {
         "ms": _measured("load_s", 1e3),
         "MB/s": _measured("load_mb_s"),
         "× safetensors": _plain("load_vs_safetensors", 2),
-        "sooner on disks below": _plain("break_even_disk_mb_s", 0, " MB/s"),
+        "faster on disks below": _plain("break_even_disk_mb_s", 0, " MB/s"),
     },
     "memory": {
         "arrays MB": _plain("output_bytes", 1, scale=1e-6),
-        "beyond them MB": _measured("peak_extra_bytes", 1e-6),
+        "peak beyond arrays MB": _measured("peak_extra_bytes", 1e-6),
         "measured by": lambda result: str(result.values.get("peak_method", _NOTHING)),
     },
     "startup": {

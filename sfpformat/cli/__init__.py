@@ -28,14 +28,14 @@ from .trouble import Trouble
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
 COMMANDS = {
     "pack": "write a safetensors checkpoint as .sfp",
-    "prune": "prune a file further, by the importances that it holds",
+    "prune": "prune a file further, by the importances in it",
     "learn": "learn which weights of a transformers model matter, and prune it",
     "unpack": "write an .sfp file as safetensors",
-    "info": "show what a file holds, and which bytes go where",
+    "info": "show the tensors of a file and the size of each part",
     "verify": "check a file against the specification",
     "diff": "compare two files tensor by tensor",
-    "demo": "show on a small language model what pruning costs",
-    "bench": "measure size, speed and memory on a model, beside other packages",
+    "demo": "measure pruning and quantisation on a small language model",
+    "bench": "compare size, speed and memory with other packages",
 }
 
 # Other packages add subcommands with entry points of this group: modules with ``add_parser`` and ``run``.
@@ -47,9 +47,9 @@ _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
     (
         "sfp pack model.safetensors -o model.sfp --prune 0.5 --bits 4",
-        "half the weights, 4 bits for each that is left",
+        "half the weights pruned, 4 bits for each of the others",
     ),
-    ("sfp info model.sfp", "where the bytes are"),
+    ("sfp info model.sfp", "how many bytes each part takes"),
     ("sfp unpack model.sfp -o model.safetensors", "and back"),
 )
 
@@ -87,12 +87,12 @@ def _exit_code(words: list[str]) -> int:
         _drop_unwritten()  # the reader of stdout is gone: no message
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
-        _complain(str(error) or "interrupted", "")
+        _print_to_stderr(str(error) or "interrupted", "")
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     except Exception as error:
         if os.environ.get("SFP_DEBUG") == "1":
             traceback.print_exc()
-        _complain(_words(error))
+        _print_to_stderr(_message_of(error))
         _drop_unwritten()
         return error.code if isinstance(error, Trouble) else 2
 
@@ -111,13 +111,13 @@ def _run(words: list[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS and name not in _added():
         if name in ADDED:
-            raise Trouble(f"the command {name!r} is in a package of its own: {ADDED[name]}")
+            raise Trouble(f"the command {name!r} needs another package: {ADDED[name]}")
         raise Trouble(f"there is no command {name!r} (see 'sfp --help')")
     args, unknown = _parser(name).parse_known_args(words)
     if unknown:
-        raise Trouble(f"unknown: {' '.join(unknown)} (see 'sfp {name} --help')")
+        raise Trouble(f"unknown arguments: {' '.join(unknown)} (see 'sfp {name} --help')")
     if likes and name != "pack":
-        raise Trouble("only 'sfp pack' takes --like")
+        raise Trouble("only 'sfp pack' accepts --like")
     args.likes = likes
     code: int = args.run(args)
     return code
@@ -151,7 +151,7 @@ def _added() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=COMMANDS_GROUP)}
 
 
-def _words(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """Returns the message for an error."""
     if isinstance(error, (Trouble, SfpError)):
         return str(error)
@@ -159,10 +159,10 @@ def _words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory"
-    return f"{type(error).__name__}: {error} (a fault of sfp; SFP_DEBUG=1 shows where)"
+    return f"{type(error).__name__}: {error} (a bug in sfp; SFP_DEBUG=1 prints the traceback)"
 
 
-def _complain(words: str, kind: str = "error: ") -> None:
+def _print_to_stderr(words: str, kind: str = "error: ") -> None:
     with suppress(OSError):  # stderr may be closed too
         print(f"sfp: {kind}{printable(' '.join(words.split()))}", file=sys.stderr)
 
@@ -183,7 +183,7 @@ def _warnings_in_one_line() -> Iterator[None]:
         if issubclass(category, SfpWarning):
             if str(message) not in told:
                 told.add(str(message))
-                _complain(str(message), "warning: ")
+                _print_to_stderr(str(message), "warning: ")
         else:
             shown_before(message, category, filename, lineno, file, line)
 

@@ -26,57 +26,61 @@ _DEVICE_SECTIONS = ("lossless", "sparse", "load")
 _PRESETS = ("default", "speed", "size")
 _DEVICE_PRESETS = ("default", "gpu")
 _ROUNDS = 7
-_DESCRIPTION = """Measures size, encoding and decoding speed and memory on a model, of every engine and preset
-and of the peers that are installed: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE is an
-.sfp or safetensors file, an index of shards or a folder; without it the small model of sfp demo is taken. It
-must fit into memory several times.
+_DESCRIPTION = """Measures size, encoding and decoding speed and memory on a model, for every engine and
+preset and for the installed peers: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE is an
+.sfp or safetensors file, an index of shards or a folder; the default is the small model of sfp demo. The
+model must fit into memory several times.
 
-Contenders take turns: each runs once a round, in an order that turns. Shown are medians, and in brackets
-the quartiles. Each must first give back every bit (in the section sparse: be off by half a step at most);
-one that does not is left out, and the exit code is 1. Peers pack tensor by tensor; ours is the whole file,
-opened, with all checksums, so the comparison is if anything against it. MB are 10^6 raw bytes."""
+Contenders run round-robin: each runs once per round, and each round starts with the next contender. The table
+shows medians, with the quartiles in brackets. Each contender must first decode every bit correctly (in the
+section sparse: every weight within half a step); one that does not is excluded, and the exit code is 1. Peers
+pack tensor by tensor. sfp is measured with the whole file, including opening it and all checksums, which if
+anything favours the peers. MB are 10^6 raw bytes."""
 _SECTION_WORDS = """sections:
-  lossless  the model as it is, in memory: size, encoding, decoding, beside zipnn, pcodec, zstandard
-  sparse    matrices pruned to 50 % and 90 %, the rest in levels of 4 bits, one thread, beside nncodec
-  load      from a path to arrays, page cache warm, beside safetensors; the disk speed that decides
-  memory    the peak of loading beyond the arrays, in fresh processes
+  lossless  the unchanged model, in memory: size, encoding, decoding; against zipnn, pcodec, zstandard
+  sparse    matrices pruned to 50 % and 90 %, the rest in levels of 4 bits, one thread; against nncodec
+  load      from a path to arrays, page cache warm; against safetensors, with the break-even disk speed
+  memory    peak memory of loading minus the arrays, in new processes
   startup   seconds of processes that import, or decode a small file
 
-With --device tensors are decoded by the engine cuda to that device: the sections are lossless, sparse and
-load, and bytes on their way there count. It needs torch."""
+With --device the engine cuda decodes tensors to that device. The sections are then lossless, sparse and load,
+and the time of the copy to the device is included. This needs torch."""
 _PEER_WORDS = """peers:
   pip install 'sfpformat[bench]'                     zstandard, pcodec, safetensors, matplotlib
-  pip install --no-deps zipnn==0.5.4 nncodec==2.1.3  without what they would bring; zipnn imports torch
-                                                     and safetensors, nncodec only numpy"""
+  pip install --no-deps zipnn==0.5.4 nncodec==2.1.3  without their dependencies; zipnn imports torch and
+                                                     safetensors, nncodec only numpy"""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     cases = examples(
         ("sfp bench", "the small model that comes with the package"),
-        ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model, cast, with a picture"),
-        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3 --json", "what pruning costs, by each method"),
-        ("sfp bench model.safetensors --device cuda", "decoded on a GPU, to tensors there"),
+        ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model cast to BF16, with a plot"),
+        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3 --json", "perplexity after pruning, by each method"),
+        ("sfp bench model.safetensors --device cuda", "decoding to tensors on a GPU"),
     )
     parser = subparsers.add_parser(
         "bench",
-        help="measure size, speed and memory on a model, beside other packages",
+        help="compare size, speed and memory with other packages",
         description=_DESCRIPTION,
         epilog=f"{_SECTION_WORDS}\n\n{bench_pruning.WORDS}\n\n{_PEER_WORDS}\n\n{cases}",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="a model (default: that of sfp demo)")
-    parser.add_argument("--only", metavar="SECTIONS", help=f"of {','.join(_SECTIONS)} (default: all)")
+    parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(_SECTIONS)} (default: all)")
     parser.add_argument("--rounds", metavar="N", default=_ROUNDS, type=int, help=f"default: {_ROUNDS}")
     parser.add_argument("--dtype", choices=("bf16", "f32"), help="cast the float weights first")
     parser.add_argument("--device", metavar="DEVICE", help="decode to tensors on cuda, or cuda:N")
-    parser.add_argument("--engines", metavar="NAMES", help="default: all that can be used here")
+    parser.add_argument("--engines", metavar="NAMES", help="default: all available engines")
     parser.add_argument("--presets", metavar="NAMES", help=f"default: {','.join(_PRESETS)}")
     parser.add_argument(
-        "--threads", metavar="N", type=int, help="in the runs with several threads (default: all cores)"
+        "--threads",
+        metavar="N",
+        type=int,
+        help="number of threads in multi-threaded runs (default: all cores)",
     )
     add_strict_index(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--plot", metavar="PICTURE", help="size against decoding speed, as .png or .svg")
+    parser.add_argument("--plot", metavar="PICTURE", help="plot size against decoding speed, as .png or .svg")
     bench_pruning.add_options(parser)
     return parser
 
@@ -129,9 +133,9 @@ def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequenc
         return tuple(default)
     names = {word.strip() for word in words.split(",") if word.strip()}
     for name in sorted(names - set(known)):
-        raise Trouble(f"there is no {what} {name!r}; there is: {', '.join(known)}")
+        raise Trouble(f"there is no {what} {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise Trouble(f"no {what} is named; there is: {', '.join(known)}")
+        raise Trouble(f"no {what} is named; choose from {', '.join(known)}")
     return tuple(name for name in known if name in names)
 
 
@@ -159,7 +163,7 @@ def _require_device(args: argparse.Namespace) -> None:
     if args.device is None:
         return
     if args.engines is not None:
-        raise Trouble("--device goes with the engine cuda: leave --engines out")
+        raise Trouble("--device uses the engine cuda: omit --engines")
     from ..bench.device import why_not
 
     reason = why_not(args.device)
@@ -195,7 +199,7 @@ def _subject(file: str | None, dtype: str | None, strict_index: bool) -> Subject
     from ..bench.subject import CASTS, Subject, cast
 
     if file is None:
-        from ..demo.carried import weights
+        from ..demo.bundled import weights
 
         name, tensors = "the model of sfp demo", weights()
     else:
@@ -203,7 +207,7 @@ def _subject(file: str | None, dtype: str | None, strict_index: bool) -> Subject
             name = model.path.name
             tensors = {tensor: model.read(tensor) for tensor in model.specs}
     if not any(array.size for array in tensors.values()):
-        raise Trouble(f"{file}: has no weights to measure on")
+        raise Trouble(f"{file}: has no weights to measure")
     return Subject(name, cast(tensors, CASTS[dtype] if dtype else None))
 
 

@@ -11,11 +11,11 @@ from .prune import parse_shares
 from .trouble import Trouble, checked_target, require_suffix
 
 NAME = "pruning"
-WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and takes the
-perplexity on held-out code and prose; it needs torch. Models of further seeds are trained first, which takes
-longest, and kept in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). All methods take some 10
-minutes a seed and sparsity on one core; with --rows a run that was broken off goes on. With --json: a list of
-objects, their fields in sfpformat/bench/pruning_rows.py."""
+WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and measures the
+perplexity on held-out code and prose. It needs torch. Models of further seeds are trained first, which takes
+longest, and cached in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). All methods take some 10
+minutes per seed and sparsity on one core; with --rows an interrupted run resumes. --json prints a list of
+objects; sfpformat/bench/pruning_rows.py describes their fields."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +25,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, kind: Any, metavar: str, words: str) -> None:
         group.add_argument(name, type=kind, metavar=metavar, help=words, default=argparse.SUPPRESS)
 
-    add("--sparsity", str, "S,...", "shares of the linear layers' weights (0.7,0.8)")
-    add("--seeds", int, "N", "of models and of learning (3); 1 takes only the model that is there")
+    add("--sparsity", str, "S,...", "shares of the linear layers' weights to prune (0.7,0.8)")
+    add("--seeds", int, "N", "number of seeds (3); 1 uses the bundled model only")
     add("--methods", str, "NAMES", "default: all")
-    add("--steps", int, "N", "of learning, and of tuning survivors (200)")
-    add("--model-steps", int, "N", "of training the models of further seeds (3000)")
+    add("--steps", int, "N", "steps of learning, and of tuning survivors (200)")
+    add("--model-steps", int, "N", "steps of training the models of further seeds (3000)")
     add(
         "--rows",
         Path,
         "FILE",
-        "each row is added to it, as a line of JSON; what it has is not measured again",
+        "append each row as a line of JSON; rows in the file are not measured again",
     )
 
 
@@ -49,14 +49,14 @@ def require_absent(args: argparse.Namespace) -> None:
     """
     for name in _OPTIONS:
         if hasattr(args, name):
-            raise Trouble(f"--{name.replace('_', '-')} is of 'sfp bench {NAME}'")
+            raise Trouble(f"--{name.replace('_', '-')} is an option of 'sfp bench {NAME}'")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark. Returns the exit code."""
     for name in ("only", "dtype", "device", "engines", "presets", "plot", "strict_index"):
         if getattr(args, name) not in (None, False):
-            raise Trouble(f"'sfp bench {NAME}' does not take --{name.replace('_', '-')}")
+            raise Trouble(f"'sfp bench {NAME}' does not accept --{name.replace('_', '-')}")
     try:
         import torch
     except ImportError as error:
@@ -96,7 +96,7 @@ def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
         if name not in known:
-            raise Trouble(f"there is no method {name!r}; there is: {', '.join(known)}")
+            raise Trouble(f"there is no method {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise Trouble(f"no method is named; there is: {', '.join(known)}")
+        raise Trouble(f"no method is named; choose from {', '.join(known)}")
     return tuple(names)

@@ -19,45 +19,45 @@ from .trouble import Trouble, checked_target, require_suffix
 if TYPE_CHECKING:
     from ..demo.packing import Result, Row, Tensors
 
-_DESCRIPTION = """Packs a small language model in several ways, verifies every file, loads it back, and prints
-its size, bits a weight, error, and the perplexity a character of the loaded model on text that it was never
-trained on: source code and English prose. The model has about a million weights and comes with the package;
-pruning goes over the linear layers, by magnitude in each or by the learned importance that the model carries
-over all of them. With --sparsity, by both of them to the shares that you give; --plot draws their curves.
+_DESCRIPTION = """Packs a small language model in several ways, verifies every file and loads it back. Prints
+the size, bits a weight, error, and perplexity per character of the loaded model on held-out text: source code
+and English prose. The model has about a million weights and comes with the package. The linear layers are
+pruned, by magnitude in each layer, or by the learned importance in the file over all layers. --sparsity
+prunes by both to the shares that you give; --plot draws the curves.
 
-With --learn, which needs torch, the importance is learned anew, in some minutes, and the model is
-pruned by it and by other methods, to several sparsities; survivors are quantised alike, at -20 dB."""
+--learn, which needs torch, learns a new importance in some minutes, and prunes the model by it and by other
+methods, to several sparsities. Survivors of all methods are quantised at the same error, -20 dB."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "demo",
-        help="show on a small language model what pruning costs",
+        help="measure pruning and quantisation on a small language model",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp demo", "under a minute, nothing is downloaded"),
+            ("sfp demo", "about a minute; nothing is downloaded"),
             (
                 "sfp demo --sparsity 0.5,0.7,0.9 --plot demo.png",
-                "pruned by magnitude and by importance to any shares, and drawn (matplotlib)",
+                "prune by magnitude and by importance to these shares, and plot (matplotlib)",
             ),
-            ("sfp demo --keep packed/", "keep the files, to look at with sfp info"),
+            ("sfp demo --keep packed/", "keep the files, for sfp info"),
             (
                 "sfp demo --learn --plot demo.png",
-                "learn the importance, compare, and draw (torch, matplotlib)",
+                "learn the importance, compare, and plot (torch, matplotlib)",
             ),
         ),
     )
-    parser.add_argument("--sparsity", metavar="S,...", help="shares of the linear layers' weights that go")
-    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="keep the packed files there")
+    parser.add_argument("--sparsity", metavar="S,...", help="shares of the linear layers' weights to prune")
+    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="keep the packed files in this folder")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--learn", action="store_true", help="learn the importance anew, and compare methods")
-    parser.add_argument("--steps", metavar="N", type=int, help="of learning, with --learn (200)")
+    parser.add_argument("--learn", action="store_true", help="learn a new importance, and compare methods")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of learning, with --learn (200)")
     parser.add_argument(
         "--plot",
         metavar="PICTURE",
         type=Path,
-        help="perplexity against size, with --sparsity or --learn, as .png or .svg",
+        help="plot perplexity against size, with --sparsity or --learn, as .png or .svg",
     )
     return parser
 
@@ -68,7 +68,7 @@ _HEADER = ("zeros", "bytes", "bits/weight", "error dB", *_KINDS, "verified")
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
-    from ..demo.carried import model_bytes, weights
+    from ..demo.bundled import model_bytes, weights
 
     started = time.perf_counter()
     _require_learning(args)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         size = sum(array.size for array in tensors.values())
         print(
-            f"A language model of {size:,} weights, {_raw_bytes(tensors):,} bytes of BF16, carried in "
+            f"A language model of {size:,} weights, {_raw_bytes(tensors):,} bytes of BF16, stored in "
             f"{len(model_bytes()):,} with an importance of each weight in its linear layers.\n"
         )
     with ExitStack() as stack:
@@ -97,7 +97,7 @@ def _pack(
     from ..demo.packing import PRUNED_BY, VARIANTS, evaluate, rows_of, run_all, variants_of
 
     variants = VARIANTS if shares is None else variants_of(shares)
-    with progress(len(variants) + 1, "the model as it is", steps=True) as shown:
+    with progress(len(variants) + 1, "the unchanged model", steps=True) as shown:
         dense = {kind: evaluate(tensors, kind) for kind in _KINDS}
 
         def at(name: str) -> None:
@@ -110,7 +110,7 @@ def _pack(
     if args.json:
         _show_json(tensors, dense, [result.as_json() for result in results], seconds)
     else:
-        rows = [["BF16, not packed", *_as_it_was(tensors, dense)]]
+        rows = [["BF16, not packed", *_dense_row(tensors, dense)]]
         show_table(["packed", *_HEADER], rows + [[result.name, *_cells(result)] for result in results])
         _explain(seconds)
     return 0 if all(result.verified for result in results) else 1
@@ -135,7 +135,7 @@ def _learn(
     else:
         ordered = sorted(found, key=lambda row: row.asked)
         cells = [[COMPARED[row.method], *_cells(row.result)] for row in ordered]
-        show_table(["pruned by", *_HEADER], [["BF16, not pruned", *_as_it_was(tensors, dense)], *cells])
+        show_table(["pruned by", *_HEADER], [["BF16, not pruned", *_dense_row(tensors, dense)], *cells])
         _explain(seconds)
     return 0 if all(row.result.verified for row in found) else 1
 
@@ -156,7 +156,7 @@ def _require_learning(args: argparse.Namespace) -> None:
         Trouble: torch is not installed, or an option is invalid.
     """
     if args.steps is not None and not args.learn:
-        raise Trouble("--steps goes with --learn")
+        raise Trouble("--steps needs --learn")
     if args.learn and importlib.util.find_spec("torch") is None:
         raise Trouble("--learn needs torch: pip install 'sfpformat[torch]'")
     if args.steps is not None and args.steps < 1:
@@ -174,7 +174,7 @@ def _require_plot(args: argparse.Namespace) -> None:
     if args.plot is None:
         return
     if not args.learn and args.sparsity is None:
-        raise Trouble("--plot goes with --sparsity or --learn")
+        raise Trouble("--plot needs --sparsity or --learn")
     require_suffix(args.plot, *SUFFIXES, what="--plot")
     reason = why_not()
     if reason is not None:
@@ -187,7 +187,7 @@ def _raw_bytes(tensors: Tensors) -> int:
 
 
 def _show_json(tensors: Tensors, dense: dict[str, float], results: Sequence[object], seconds: float) -> None:
-    from ..demo.carried import model_bytes
+    from ..demo.bundled import model_bytes
 
     carried = {
         "weights": sum(array.size for array in tensors.values()),
@@ -198,7 +198,7 @@ def _show_json(tensors: Tensors, dense: dict[str, float], results: Sequence[obje
     show_json({"model": carried, "results": results, "seconds": seconds})
 
 
-def _as_it_was(tensors: Tensors, dense: dict[str, float]) -> list[str]:
+def _dense_row(tensors: Tensors, dense: dict[str, float]) -> list[str]:
     return [percent(0.0), f"{_raw_bytes(tensors):,}", "16.00", "exact", *_perplexities(dense), "–"]
 
 

@@ -35,14 +35,14 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="compare two files tensor by tensor",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp diff model.safetensors model.sfp", "what packing changed"),
-            ("sfp diff a.sfp b.sfp --all", "every tensor, also those that are equal"),
-            ("sfp diff a.sfp b.sfp --json", "for a machine"),
+            ("sfp diff model.safetensors model.sfp", "the changes that packing made"),
+            ("sfp diff a.sfp b.sfp --all", "every tensor, equal ones included"),
+            ("sfp diff a.sfp b.sfp --json", "for a script"),
         ),
     )
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
-    parser.add_argument("--all", action="store_true", help="list also tensors that are equal")
+    parser.add_argument("--all", action="store_true", help="list equal tensors, too")
     parser.add_argument("--json", action="store_true", help="as JSON, with all tensors")
     add_strict_index(parser)
     add_limits(parser)
@@ -105,7 +105,7 @@ def _db(error: float, square: float) -> float | None:
 
 def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Difference:
     """Compares two arrays, block by block. Integers are compared exactly; two NaNs count as equal."""
-    out = Difference(name, _words(a), _words(b), _is_float(a) and _is_float(b))
+    out = Difference(name, _dtype_and_shape(a), _dtype_and_shape(b), _is_float(a) and _is_float(b))
     if a.shape != b.shape:
         return out
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
@@ -180,7 +180,7 @@ def _is_float(array: NDArray[np.generic]) -> bool:
     return dtype is not None and dtype.is_float
 
 
-def _words(array: NDArray[np.generic]) -> str:
+def _dtype_and_shape(array: NDArray[np.generic]) -> str:
     dtype = of_numpy(array.dtype)
     return f"{dtype.name if dtype else array.dtype} {'×'.join(map(str, array.shape))}".strip()
 
@@ -244,12 +244,12 @@ def _show(differences: list[Difference], only_a: list[str], only_b: list[str], e
     if shown:
         show_table(_HEADER, [_row(d) for d in shown], 3)
     if len(listed) > len(shown):
-        print(f"{len(listed) - len(shown):,} more tensors differ, which --all lists")
+        print(f"{len(listed) - len(shown):,} more tensors differ; --all lists them")
     for word, names in (("A", only_a), ("B", only_b)):
         for name in names if everything else names[:_MOST_ROWS]:
             print(f"only in {word}: {printable(shortened(name, MOST_NAME))}")
         if len(names) > _MOST_ROWS and not everything:
-            print(f"only in {word}: {len(names) - _MOST_ROWS:,} more, which --all lists")
+            print(f"only in {word}: {len(names) - _MOST_ROWS:,} more; --all lists them")
     equal = sum(d.identical for d in differences)
     print(f"{equal} of {len(differences)} tensors identical", end="")
     print(f", {len(only_a)} only in A, {len(only_b)} only in B" if only_a or only_b else "", end="")
@@ -266,13 +266,13 @@ def _row(d: Difference) -> list[str]:
     elif d.zeros_differ is None:
         error, db = "shapes differ", ""
     else:
-        error = _error_words(d)
+        error = _error_text(d)
         db = number(d.error_db)
     differ = "–" if d.zeros_differ is None else f"{d.zeros_differ:,}"
     return [shortened(d.name, MOST_NAME), d.a, d.b, error, db, percent(d.zeros_a), percent(d.zeros_b), differ]
 
 
-def _error_words(d: Difference) -> str:
+def _error_text(d: Difference) -> str:
     if d.max_error is None:
         return "not finite"
     if not d.max_error:  # other dtypes, signs of zeros, or payloads of NaNs

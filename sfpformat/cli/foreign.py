@@ -22,15 +22,15 @@ _PICKLE = (
 _NPZ = "a NumPy archive; load it with numpy.load and write its arrays with sfpformat.numpy.save_file"
 _NPY = "a single NumPy array; load it with numpy.load and write it with sfpformat.numpy.save_file"
 _HDF5 = "an HDF5 file, such as Keras writes; read it with h5py and write it with sfpformat.numpy.save_file"
-_GGUF = "a model of llama.cpp; sfp packs the safetensors checkpoint that it was made from"
-_ONNX = "an ONNX model; sfp packs checkpoints of tensors, such as the safetensors that it was exported from"
-_TFLITE = "a TensorFlow Lite model; sfp packs checkpoints of tensors in safetensors"
+_GGUF = "a model of llama.cpp; pack the safetensors checkpoint that it was made from"
+_ONNX = "an ONNX model; pack the safetensors checkpoint that it was exported from"
+_TFLITE = "a TensorFlow Lite model; pack the safetensors checkpoint that it was made from"
 _TENSORFLOW = "a TensorFlow graph or checkpoint; write its tensors with safetensors first"
 _FLAX = "a Flax checkpoint; write its arrays with safetensors.flax.save_file first"
 _ARCHIVE = "a compressed file or an archive; unpack it first"
-_LFS = "a Git LFS pointer and not the file itself; fetch that with 'git lfs pull'"
-_PAGE = "a web page: the download went wrong, or needed a login; download the file again"
-_ZEROS = "a file of zeros at its start, such as a download leaves that was not finished; download it again"
+_LFS = "a Git LFS pointer, not the file itself; fetch the file with 'git lfs pull'"
+_PAGE = "a web page: the download failed or needed a login; download the file again"
+_ZEROS = "a file that starts with zeros, probably an unfinished download; download it again"
 
 # First bytes -> description of the file.
 _MARKS: tuple[tuple[bytes, str], ...] = (
@@ -75,7 +75,7 @@ def describe(head: bytes, name: str, size: int) -> str | None:
     if head.startswith(MAGIC[:4]) or is_like_safetensors(head):
         return None
     if not size:
-        return "empty: a download or a copy that failed; get the file again"
+        return "empty, probably a failed download or copy; get the file again"
     for mark, words in _MARKS:
         if head.startswith(mark):
             return words
@@ -120,9 +120,9 @@ def _of_text(head: bytes, size: int) -> str | None:
         return _PAGE
     shown = json.dumps(" ".join(text.split())[:60], ensure_ascii=False)
     if start.startswith(("{", "[")):
-        return f"JSON, which begins with {shown}, and not a file of tensors"
+        return f"JSON that starts with {shown}, not a file of tensors"
     if size < 1 << 20:
-        return f"a text, which begins with {shown}, and not a file of tensors; download the file again"
+        return f"text that starts with {shown}, not a file of tensors; download the file again"
     return None
 
 

@@ -17,30 +17,33 @@ from .trouble import Trouble, about
 _HEADER = ("tensor", "dtype", "shape", "coding", "pruned", "mask", "weights", "import.", "index", "all")
 _TEXT_COLUMNS = 4
 _DESCRIPTION = """Shows the tensors of an .sfp file, or of all shards of an index: dtype, shape, coding, the
-share of pruned weights, and the bits a weight of mask, weights (fingerprints and vectors, or raw elements),
-importance, and segment index with padding take. Pruned is what is zero, of either sign: what masks leave out,
-and in lossless tensors the zeros that are stored, such as -0, where the code table has a class for zeros
-alone. Those tensors are decoded; of all others only the directory and the segment indices are read."""
+share of pruned weights, and the bits a weight for the mask, the weights (fingerprints and vectors, or raw
+elements), the importance, and the segment index with padding. Pruned weights are zeros of either sign: the
+positions that a mask prunes, and in lossless tensors the stored zeros, such as -0, if the code table has a
+class for zeros only. Such tensors are decoded; of others only the directory and the segment indices are
+read."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "info",
-        help="show what a file holds, and which bytes go where",
+        help="show the tensors of a file and the size of each part",
         description=_DESCRIPTION,
         epilog=examples(
             ("sfp info model.sfp", "a table"),
             ("sfp info model.sfp --tensors '*.mlp.*'", "some tensors"),
-            ("sfp info model.sfp.index.json --json", "all shards, for a machine"),
-            ("sfp info --engines", "what can decode here"),
+            ("sfp info model.sfp.index.json --json", "all shards, for a script"),
+            ("sfp info --engines", "the engines that are available"),
         ),
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, .sfp.index.json or folder")
     parser.add_argument("--json", action="store_true", help="as JSON: sizes in bytes, parts in bits")
-    parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names like this")
+    parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names that match")
     add_limits(parser)
-    parser.add_argument("--engines", action="store_true", help="which engines can be used here")
+    parser.add_argument(
+        "--engines", action="store_true", help="list the engines and whether they are available"
+    )
     return parser
 
 
@@ -51,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
         if args.file is None:
             return 0
     if args.file is None:
-        raise Trouble("which file? (see 'sfp info --help')")
+        raise Trouble("no file is named (see 'sfp info --help')")
     with open_model(args.file, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
-            raise Trouble(f"{args.file}: a safetensors file; 'sfp pack' makes an .sfp file of it")
+            raise Trouble(f"{args.file}: is a safetensors file; 'sfp pack' writes it as .sfp")
         reports = report_model(model)
         totals = total(reports, model.stored_bytes)
         if args.tensors is not None:

@@ -15,14 +15,14 @@ from .console import bytes_words, number, percent, progress, show_json, show_tab
 from .parser import Parser, Subparsers, examples
 from .trouble import Trouble, checked_target, require_file, require_suffix
 
-_DESCRIPTION = """Learns, from text, which weights of a model matter, prunes those that matter least and
-writes what is left, with the importance of each survivor, as one .sfp file. FOLDER is a model as transformers
-saves it, with its tokenizer: a causal or masked language model, or an encoder. Survivors stay as they are.
+_DESCRIPTION = """Learns from text which weights of a model matter, prunes those that matter least, and writes
+the survivors and their importances as one .sfp file. Survivors keep their values. FOLDER is a model that
+transformers saved, with its tokenizer: a causal or masked language model, or an encoder.
 
-Windows of the text are held out: one of eight to choose how far to go from the importance that learning
-starts from, so that the result is not worse on them than this; and one of eight to measure the perplexity of
-the table, of an encoder the rank correlation of its sentences' similarities with the dense model's. Needs
-torch and transformers."""
+Two of eight windows of the text are held out. One is used to choose how far to move from the importance that
+learning starts with, so that the result is not worse than the start on it. The other is used to measure the
+perplexity in the table, or for an encoder the rank correlation of its sentence similarities with those of the
+dense model. Needs torch and transformers."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -35,7 +35,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
             ("sfp learn model/ --data texts/*.txt --sparsity 0.6 -o pruned.sfp", "100 steps of 512 tokens"),
             (
                 "sfp learn model/ --data *.jsonl --sparsity 0.5 --minutes 30 --resume state.pt -o pruned.sfp",
-                "at most 30 minutes of learning; what is broken off goes on from state.pt",
+                "at most 30 minutes of learning; an interrupted run resumes from state.pt",
             ),
         ),
     )
@@ -43,20 +43,22 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", required=True, help="text, or .jsonl with a 'text' in each line"
     )
-    parser.add_argument("--sparsity", metavar="S", type=float, required=True, help="the share that goes")
-    parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
-    parser.add_argument("--steps", metavar="N", type=int, default=100, help="of learning (100)")
-    parser.add_argument("--minutes", metavar="M", type=float, help="of learning, at most")
     parser.add_argument(
-        "--resume", metavar="STATE", help="a file that keeps the state, and is gone on from if it is there"
+        "--sparsity", metavar="S", type=float, required=True, help="the share of weights to prune"
     )
-    parser.add_argument("--window", metavar="N", type=int, default=256, help="tokens of a window (256)")
-    parser.add_argument("--batch", metavar="N", type=int, default=2, help="windows of a step (2)")
+    parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
+    parser.add_argument("--steps", metavar="N", type=int, default=100, help="steps of learning (100)")
+    parser.add_argument("--minutes", metavar="M", type=float, help="time limit of learning")
+    parser.add_argument(
+        "--resume", metavar="STATE", help="a checkpoint: learning resumes from it if it exists"
+    )
+    parser.add_argument("--window", metavar="N", type=int, default=256, help="tokens in a window (256)")
+    parser.add_argument("--batch", metavar="N", type=int, default=2, help="windows in a step (2)")
     parser.add_argument(
         "--calibration", metavar="N", type=int, default=64, help="windows for the statistics (64)"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of windows (0)")
-    parser.add_argument("--threads", metavar="N", type=int, help="of torch")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed for the order of windows (0)")
+    parser.add_argument("--threads", metavar="N", type=int, help="number of threads of torch")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     return parser
 
@@ -173,9 +175,9 @@ def _require(args: argparse.Namespace) -> None:
     """
     require_suffix(args.output, ".sfp", what="'sfp learn'")
     if not args.folder.is_dir() or not (args.folder / "config.json").is_file():
-        raise Trouble(f"{args.folder}: no folder with a config.json, as transformers saves models")
+        raise Trouble(f"{args.folder}: is no folder with a config.json; name a model that transformers saved")
     if not 0 < args.sparsity < 1:
-        raise Trouble(f"--sparsity is {args.sparsity}, must lie between 0 and 1")
+        raise Trouble(f"--sparsity is {args.sparsity}, must be between 0 and 1")
     for name in ("steps", "window", "batch", "calibration", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise Trouble(f"--{name} is {getattr(args, name)}, must be at least 1")
@@ -195,7 +197,10 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
     names: Sequence[str] = config.get("architectures") or []
     name = names[0] if names else ""
     if config.get("is_encoder_decoder"):
-        raise Trouble(f"{folder} is an encoder with a decoder ({name}); use sfpformat.pruning in Python")
+        raise Trouble(
+            f"{folder} is an encoder-decoder model ({name}), which 'sfp learn' does not "
+            "support; use sfpformat.pruning"
+        )
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal", transformers.AutoModelForCausalLM
     if name.endswith("ForMaskedLM"):

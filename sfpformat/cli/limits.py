@@ -13,7 +13,7 @@ from .trouble import Trouble
 _NAMES = tuple(field.name for field in fields(Limits))
 
 
-def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower what a file may claim") -> None:
+def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower a limit of the reader") -> None:
     """Adds the option. It can be given several times."""
     parser.add_argument(
         "--limit",
@@ -40,7 +40,7 @@ def limits_of(given: list[str]) -> Limits:
         if not equals:
             raise Trouble(f"--limit {words!r} is not NAME=VALUE")
         if name not in _NAMES:
-            raise Trouble(f"--limit: {unknown_name(name, _NAMES, 'limit')}; there are {', '.join(_NAMES)}")
+            raise Trouble(f"--limit: {unknown_name(name, _NAMES, 'limit')}; choose from {', '.join(_NAMES)}")
         try:
             changes[name] = int(value)
         except ValueError:

@@ -90,7 +90,9 @@ class Model(Closing):
             return "sfp"
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
             words = describe(start, self.path.name, self.path.stat().st_size)
-            raise Trouble(f"{self.path}: " + (f"is {words}" if words else "is no .sfp or safetensors file"))
+            raise Trouble(
+                f"{self.path}: " + (f"is {words}" if words else "is neither an .sfp nor a safetensors file")
+            )
         self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
         return "safetensors"
 
@@ -109,10 +111,10 @@ class Model(Closing):
         wrong = index.misplaced(found) if self.strict_index else None
         if wrong is not None:
             raise SafetensorsError(f"tensor {quoted(wrong[0])}: {wrong[1]}")
-        self._follow(index, found)
+        self._apply_index(index, found)
         return "safetensors"
 
-    def _follow(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
+    def _apply_index(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
         """Assigns each tensor to the file that the index names, and warns if the files disagree.
 
         Args:
@@ -124,13 +126,13 @@ class Model(Closing):
         """
         placement = index.placed(found)
         if index.weight_map and not placement.files:
-            raise SafetensorsError("its files have none of the tensors that the index lists")
+            raise SafetensorsError("the files contain none of the tensors that the index lists")
         forgotten = _unlisted_shards(self.path.parent, found)
         if self.strict_index and forgotten:
             raise SafetensorsError(f"the index does not name the file {forgotten[0]!r}")
         disagreements = placement.disagreements()
         if forgotten:
-            words = f"files left out because the index does not name them ({len(forgotten):,})"
+            words = f"files skipped because the index does not name them ({len(forgotten):,})"
             disagreements.append(f"{words}: {listed(forgotten)}")
         for words in disagreements:
             warnings.warn(f"{self.path}: {words}; --strict-index refuses this", SfpWarning, stacklevel=2)
@@ -250,7 +252,7 @@ def _require_below(folder: Path, top: Path) -> None:
         SafetensorsError: the folder lies outside.
     """
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(top)):
-        raise SafetensorsError(f"{folder} is a link that leads out of the folder of the index")
+        raise SafetensorsError(f"{folder} is a link to a place outside the folder of the index")
 
 
 def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
@@ -279,7 +281,7 @@ def open_model(
         OSError: it cannot be read.
     """
     path = Path(path)
-    return Model(_model_in(path, kind) if path.is_dir() else path, strict_index=strict_index, limits=limits)
+    return Model(_find_model(path, kind) if path.is_dir() else path, strict_index=strict_index, limits=limits)
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:
@@ -287,11 +289,11 @@ def add_strict_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict-index",
         action="store_true",
-        help="refuse an index of safetensors that its files contradict",
+        help="refuse an index of safetensors that contradicts its files",
     )
 
 
-def _model_in(folder: Path, kind: str | None) -> Path:
+def _find_model(folder: Path, kind: str | None) -> Path:
     """Returns the path of the only model of a folder, or of its only model of the preferred kind.
 
     Raises:
@@ -302,8 +304,8 @@ def _model_in(folder: Path, kind: str | None) -> Path:
     if len(found) == 1:
         return folder / found[0]
     if found:
-        raise Trouble(f"{folder}: has several models, name one: {listed(found)}")
-    raise Trouble(f"{folder}: has no .safetensors or .sfp file and no index of shards{_instead(folder)}")
+        raise Trouble(f"{folder}: has several models; name one of {listed(found)}")
+    raise Trouble(f"{folder}: has no .safetensors or .sfp file and no index of shards{_suggestion(folder)}")
 
 
 def _safetensors_in(folder: Path) -> list[str]:
@@ -313,7 +315,7 @@ def _safetensors_in(folder: Path) -> list[str]:
     return indices or [name for name in names if name.endswith(".safetensors")]
 
 
-def _instead(folder: Path) -> str:
+def _suggestion(folder: Path) -> str:
     """Describes what a folder without a model has instead: folders with models, or models of another kind."""
     inside = sorted(folder.iterdir())
     folders = [path.name for path in inside if path.is_dir() and any(map(_is_model, path.iterdir()))]

@@ -32,7 +32,7 @@ from ..encode.writer import Writer
 from ..encode.zeros import zeros_of
 from ..engines import get_engine
 from ..errors import SfpError
-from ..io.atomic import AtomicFile, take_names
+from ..io.atomic import AtomicFile, rename_all
 from ..io.filesystem import UnnamedFileError, beside, open_locked, remove
 from ..io.safetensors import SafetensorsError, strict_json
 from ..io.threads import Workers
@@ -148,7 +148,7 @@ def pack_file(
         except KeyboardInterrupt as error:
             error.args = (
                 f"interrupted; {len(writer.done)} of {len(names)} tensors of {target.name} are kept in "
-                f"{target.name}.partial: the same command goes on from there",
+                f"{target.name}.partial: run the same command to resume",
             )
             raise
     return len(done)
@@ -246,7 +246,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
             resumed += pack_file(job, names, metadata, finished, progress, like=target)
             with about(finished):
                 state.add(finished)
-        _take_names(job, stem, dict(zip(files, targets, strict=True)))
+        _rename_shards(job, stem, dict(zip(files, targets, strict=True)))
     except KeyboardInterrupt:
         state.close()
         raise
@@ -258,7 +258,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
         if isinstance(error, OSError) and state.count:
             error.strerror = (
                 f"{error.strerror or error}; {state.count} of {len(files)} shards are finished and kept: "
-                "the same command goes on after them"
+                "run the same command to resume"
             )
         raise
     except BaseException:
@@ -273,7 +273,7 @@ def _finished(target: Path) -> Path:
     return beside(target, _FINISHED)
 
 
-def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
+def _rename_shards(job: Job, stem: Path, targets: dict[str, Path]) -> None:
     """Renames all shards to their final names, and writes the index (R-SHD-003)."""
     waiting = {target: _finished(target) for target in targets.values() if _finished(target).exists()}
     weight_map = {
@@ -289,7 +289,7 @@ def _take_names(job: Job, stem: Path, targets: dict[str, Path]) -> None:
         with new.file:
             new.file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())
             new.finish()
-        take_names([(finished, target) for target, finished in waiting.items()], (new.path, index))
+        rename_all([(finished, target) for target, finished in waiting.items()], (new.path, index))
 
 
 def _directory_crc(path: Path, limits: Limits) -> int:

@@ -20,28 +20,27 @@ from .trouble import Trouble, about, checked_target, require_file, require_suffi
 if TYPE_CHECKING:
     from ..pruning.thresholds import Allocation, Pattern, Threshold
 
-_DESCRIPTION = """Prunes a file further, without the data that its importances were learned from: tensors that
-carry an importance as metadata lose what lies under a threshold, by importance first and by magnitude among
-equals; everything else stays as it is. Survivors keep their values bit for bit. Of a model in shards each
-shard is written anew, as OUT-00001-of-0000N.sfp with OUT.sfp.index.json beside them, unless --single is
-given.
+_DESCRIPTION = """Prunes a file further, without the data that its importances were learned from. Tensors that
+carry an importance as metadata lose the positions below a threshold, by importance first and by magnitude
+among equals. Other tensors do not change. Survivors keep their values bit for bit. For a model in shards each
+shard is rewritten, as OUT-00001-of-0000N.sfp with OUT.sfp.index.json beside them, unless --single is given.
 
-Importances come into a file by 'sfp pack --importance', or by sfpformat.pruning."""
+'sfp pack --importance' and sfpformat.pruning write importances."""
 
 _THRESHOLDS = """thresholds:
-  --sparsity 0.8         80 % of all positions go, those included that are pruned already
-  --threshold 2:4        2 of every 4 consecutive inputs of each output stay: along the rows of a matrix,
-                         along the input channels of a kernel; what this does not fit is left, and named
-  --threshold otsu       where the importances fall into two classes; otsu-log looks at their logarithms
-  --threshold knee       where their sorted curve turns up
-  --threshold sigma:1    under their mean less 1 standard deviation
-  --threshold quantile:0.8   as --sparsity, but of equal importances all stay
-  --threshold outliers:0.7   70 % of all; tensors with more importances far above their mean lose less
-  --threshold rising:0.7     70 % of all; each tensor loses more than the one before"""
+  --sparsity 0.8         prunes 80 % of all positions, including those already pruned
+  --threshold 2:4        keeps 2 of every 4 consecutive inputs of each output: along the rows of a matrix,
+                         along the input channels of a kernel; tensors that this does not fit are named
+  --threshold otsu       splits the importances into two classes (Otsu); otsu-log uses their logarithms
+  --threshold knee       prunes up to the knee of the sorted importances
+  --threshold sigma:1    prunes importances below their mean minus 1 standard deviation
+  --threshold quantile:0.8   like --sparsity, but keeps all importances equal to the threshold
+  --threshold outliers:0.7   70 % in total; less in tensors with more importances far above their mean
+  --threshold rising:0.7     70 % in total; each tensor loses more than the one before"""
 
 _EXAMPLES = examples(
-    ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "nine of ten go, one threshold over the model"),
-    ("sfp prune model.sfp --threshold 2:4 --exempt '*head*' -o smaller.sfp", "a pattern, the head left out"),
+    ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "90 % of the model, by one threshold"),
+    ("sfp prune model.sfp --threshold 2:4 --exempt '*head*' -o smaller.sfp", "a pattern, except in the head"),
     ("sfp prune model.sfp --sparsity 0.8 --scope tensor -o smaller.sfp", "80 % of each tensor"),
 )
 
@@ -50,28 +49,36 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "prune",
-        help="prune a file further, by the importances that it holds",
+        help="prune a file further, by the importances in it",
         description=_DESCRIPTION,
         epilog=f"{_THRESHOLDS}\n\n{_EXAMPLES}",
     )
     parser.add_argument("source", metavar="FILE.sfp", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--sparsity", metavar="S", type=float, help="the share that goes, such as 0.9")
-    how.add_argument("--threshold", metavar="T", help="another threshold, see below")
+    how.add_argument(
+        "--sparsity", metavar="S", type=float, help="the share of positions to prune, such as 0.9"
+    )
+    how.add_argument("--threshold", metavar="T", help="another kind of threshold, see below")
     parser.add_argument(
         "--scope",
         choices=("model", "tensor", "row"),
-        help="where the threshold is one (model; tensor with outliers and rising)",
+        help="one threshold for each of these (model; with outliers and rising: tensor)",
     )
     parser.add_argument(
-        "--exempt", metavar="GLOB", action="append", default=[], help="names of tensors that stay as they are"
+        "--exempt", metavar="GLOB", action="append", default=[], help="names of tensors that are not pruned"
     )
     parser.add_argument(
-        "--floor", metavar="F", type=float, default=0.0, help="the share that each tensor keeps at least"
+        "--floor",
+        metavar="F",
+        type=float,
+        default=0.0,
+        help="the least share of positions that each tensor keeps",
     )
-    parser.add_argument("--drop-importance", action="store_true", help="do not keep the survivors'")
-    parser.add_argument("--single", action="store_true", help="one file, also of a model in shards")
+    parser.add_argument(
+        "--drop-importance", action="store_true", help="do not write the importances of the survivors"
+    )
+    parser.add_argument("--single", action="store_true", help="write one file, even for a model in shards")
     parser.add_argument("--json", action="store_true", help="the summary as JSON")
     add_limits(parser)
     return parser
@@ -182,7 +189,7 @@ def parse_shares(words: str) -> tuple[float, ...]:
     try:
         shares = tuple(float(word) for word in words.split(","))
     except ValueError as error:
-        raise Trouble(f"--sparsity {words!r} is no list of shares such as 0.7,0.8") from error
+        raise Trouble(f"--sparsity {words!r} is not a list of shares such as 0.7,0.8") from error
     if not all(0 < share < 1 for share in shares):
-        raise Trouble(f"--sparsity {words!r}: shares lie between 0 and 1")
+        raise Trouble(f"--sparsity {words!r}: shares must be between 0 and 1")
     return shares

@@ -64,7 +64,7 @@ def require_file(path: PathLike) -> None:
         OSError: it does not exist, or cannot be accessed.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise Trouble(f"{path}: not a file that can be read at any place (a folder, pipe or device)")
+        raise Trouble(f"{path}: not a regular file (a folder, pipe or device)")
 
 
 # Suffixes of other kinds of files; a suggested name replaces them and keeps all others (``model-0.5B``).
@@ -108,10 +108,10 @@ def checked_target(target: PathLike, sources: list[Path]) -> Path:
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
-        raise Trouble(f"{target}: cannot be replaced, it is not a file")
+        raise Trouble(f"{target}: is not a regular file and cannot be replaced")
     if not path.parent.is_dir():
         raise Trouble(f"{target}: there is no folder {path.parent}")
     for source in sources:
         if path.exists() and path.samefile(source):
-            raise Trouble(f"{target}: is what is read; give -o another name")
+            raise Trouble(f"{target}: is an input file; give -o another name")
     return path

@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "unpack",
         help="write an .sfp file as safetensors",
         description="Decodes an .sfp file, or all shards of an index, tensor by tensor into a safetensors "
-        "file. Importances that are not part of the weights stay behind.",
+        "file. Importances that are stored as metadata are not written.",
         epilog=examples(
             ("sfp unpack model.sfp -o model.safetensors", "everything"),
             ("sfp unpack model.sfp -o embed.safetensors --tensor '*embed*'", "some tensors"),
@@ -39,8 +39,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     )
     parser.add_argument("source", metavar="FILE", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True, help="the file to write")
-    parser.add_argument("--sharded", action="store_true", help="a file for each shard, and their index")
-    parser.add_argument("--tensor", metavar="GLOB", action="append", help="only tensors with names like this")
+    parser.add_argument("--sharded", action="store_true", help="write a file for each shard, and an index")
+    parser.add_argument(
+        "--tensor", metavar="GLOB", action="append", help="only tensors with names that match"
+    )
     add_limits(parser)
     return parser
 

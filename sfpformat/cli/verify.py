@@ -27,16 +27,19 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         "verify",
         help="check a file against the specification",
         description="Checks every checksum and every rule of SPEC.md, decodes everything, and reports every "
-        "fault with its code, clause, tensor and place. Of an index all shards are checked. Quantised "
-        "weights that are infinite or NaN are reported, too: the format allows them, but no weight was so.",
+        "fault with its code, clause, tensor and offset. For an index, all shards are checked. Quantised "
+        "weights that decode to infinity or NaN are reported, too: the format allows them, but no original "
+        "weight of a quantised tensor has these values.",
         epilog=examples(
             ("sfp verify model.sfp", "exit code 0 if there are no faults, else 1"),
             ("sfp verify model.sfp --canonical", "also 1 if the file is not canonical"),
-            ("sfp verify shards/*.sfp --json", "several files, for a machine"),
+            ("sfp verify shards/*.sfp --json", "several files, for a script"),
         ),
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, .sfp.index.json, or folders")
-    parser.add_argument("--canonical", action="store_true", help="what is not canonical counts as faulty")
+    parser.add_argument(
+        "--canonical", action="store_true", help="count a file that is not canonical as faulty"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_limits(parser)
     return parser
@@ -119,7 +122,7 @@ def _show(path: Path, report: Report, with_notes: bool) -> None:
     for fault in report.faults[:_MOST_LINES]:
         print(f"{name}: {printable(str(fault))}")
     if len(report.faults) > _MOST_LINES:
-        print(f"{name}: {len(report.faults) - _MOST_LINES:,} more faults, which --json lists")
+        print(f"{name}: {len(report.faults) - _MOST_LINES:,} more faults; --json lists them")
     kind = _kind(path, report)
     if kind is not None:
         print(f"{name}: is {printable(kind)}")
@@ -127,12 +130,12 @@ def _show(path: Path, report: Report, with_notes: bool) -> None:
         for note in report.notes[:_MOST_LINES]:
             print(f"{name}: not canonical: {printable(shortened(note, MOST_DETAIL))}")
         if len(report.notes) > _MOST_LINES:
-            print(f"{name}: {len(report.notes) - _MOST_LINES:,} more notes, which --json lists")
+            print(f"{name}: {len(report.notes) - _MOST_LINES:,} more notes; --json lists them")
     for tensor, count in list(report.not_finite.items())[:_MOST_LINES]:
-        words = f"tensor {quoted(tensor)}: {count:,} quantised weights are infinite or NaN; pack it again"
+        words = f"tensor {quoted(tensor)}: {count:,} quantised weights are infinite or NaN; pack again"
         print(f"{name}: {printable(words)}")
     if len(report.not_finite) > _MOST_LINES:
-        print(f"{name}: {len(report.not_finite) - _MOST_LINES:,} more such tensors, which --json lists")
+        print(f"{name}: {len(report.not_finite) - _MOST_LINES:,} more such tensors; --json lists them")
     if report.faults:
         print(f"{name}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
         return

@@ -47,10 +47,12 @@ class PrefixCode:
     def __post_init__(self) -> None:
         length = self.length
         if length.translate(None, _CODE_BITS):
-            raise fault("R-TAB-005", f"a code of {max(length)} bits, at most {MAX_CODE_BITS}")
+            raise fault(
+                "R-TAB-005", f"a code length of {max(length)} bits, at most {MAX_CODE_BITS} are allowed"
+            )
         used = len(length) - length.count(0)
         if not 2 <= used <= MAX_SYMBOLS:
-            raise fault("R-TAB-006", f"{used} used symbols, must be 2 to {MAX_SYMBOLS}")
+            raise fault("R-TAB-006", f"a code has {used} symbols, must be 2 to {MAX_SYMBOLS}")
         shares = sum(length.translate(_SHARE_LOW)) + (sum(length.translate(_SHARE_HIGH)) << 8)
         if shares != 1 << MAX_CODE_BITS:
             raise fault("R-TAB-007", "the prefix code is not complete")
@@ -97,7 +99,7 @@ def require_shape(extra: bytes, group: int, codes: int) -> None:
     if not group <= len(extra) <= MAX_CLASSES[group]:
         raise fault("R-TAB-001", f"{len(extra)} classes with group {group}")
     if extra.translate(None, _EXTRAS):
-        raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, at most 56")
+        raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, at most 56 are allowed")
     if not (codes == 0 if len(extra) == 1 else 1 <= codes <= MAX_CODES):
         raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes")
 
@@ -149,7 +151,7 @@ class CodeTable:
     def require_top(self, bound: int) -> None:
         """Raises R-TAB-008 if the table can code a level of ``bound`` or more."""
         if self.top > bound:
-            raise fault("R-TAB-008", f"the table reaches level {self.top - 1}, must stay below {bound}")
+            raise fault("R-TAB-008", f"the classes cover levels up to {self.top - 1}, must be below {bound}")
 
     @cached_property
     def class_extra(self) -> NDArray[np.uint8]:

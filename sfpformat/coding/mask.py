@@ -55,7 +55,7 @@ def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: in
     has_some = counts > 0
     beyond = np.flatnonzero(inside[ends[has_some] - 1] >= positions[has_some])
     if len(beyond):
-        raise fault("R-MSK-004", "a run of the mask leaves its segment")
+        raise fault("R-MSK-004", "a run of the mask ends outside its segment")
     mask = np.full(int(positions.sum()), not polarity)
     mask[inside + np.repeat(np.cumsum(positions) - positions, counts)] = bool(polarity)
     return mask
@@ -75,7 +75,7 @@ def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
     total = int(positions.sum())
     bits = np.unpackbits(levels.astype(np.uint8), bitorder="little")
     if bits[total:].any():
-        raise fault("R-MSK-006", "the last octet of the mask has bits past the last position")
+        raise fault("R-MSK-006", "the last octet of the mask has bits set after the last position")
     return bits[:total].view(np.bool_)
 
 
@@ -97,7 +97,7 @@ def decode_mask(
         s = int(wrong[0])
         raise fault(
             "R-MSK-005",
-            f"a segment's mask has {int(found[s])} survivors, its index says {int(survivors[s])}",
+            f"a segment's mask has {int(found[s])} survivors, its index entry has {int(survivors[s])}",
         )
     return mask
 

@@ -196,7 +196,7 @@ def _require_ends(ends: Counts, counts: Counts, bits: Counts, plane: str) -> Non
         raise fault(
             "R-PLN-003",
             f"a segment ends after {int(found[s + 1] - found[s])} bits of the {plane} plane, "
-            f"its index says {int(bits[s])}",
+            f"its index entry has {int(bits[s])}",
         )
 
 
@@ -211,7 +211,7 @@ def _classes_of_symbols(symbols: NDArray[np.uint16], counts: Counts, table: Code
         return pairs.reshape(-1)
     last_symbols = np.cumsum(symbol_counts(counts, 2))[odd] - 1
     if pairs[last_symbols, 1].any():
-        raise fault("R-PLN-002", "a segment's last symbol has a second class that is not 0")
+        raise fault("R-PLN-002", "the last symbol of a segment has a second class other than 0")
     keep = np.ones((len(symbols), 2), bool)
     keep[last_symbols, 1] = False
     return pairs[keep]

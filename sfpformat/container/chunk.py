@@ -148,7 +148,7 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
         if any(zero):
             raise fault("R-CHK-002", "a reserved byte of the header is not zero", offset=at + 5)
         if width > MAX_INDEX_WIDTH:
-            raise fault("R-IDX-001", f"index fields of {width} bits, at most 32", offset=at + 4)
+            raise fault("R-IDX-001", f"index fields of {width} bits, at most 32 are allowed", offset=at + 4)
         size = (len(positions) * width + 7) // 8
         if pos + size + TAIL_BYTES > min(length, len(data)):
             raise fault("R-IDX-003", "the segment index does not fit into its chunk", offset=at)
@@ -187,9 +187,9 @@ def _locate_planes(
     ends = [pos]
     for stream, table in entry.streams().items():
         if codes[stream].max() >= max(len(table.codes), 1):
-            raise fault("R-IDX-005", f"a segment uses a code of the {stream} that there is not")
+            raise fault("R-IDX-005", f"a segment uses a code of the {stream} that does not exist")
         if trims[stream].max() >= max(table.least_extra, 1):
-            raise fault("R-IDX-006", f"a trim of {trims[stream].max()} in the {stream}")
+            raise fault("R-IDX-006", f"a trim of {trims[stream].max()} bits in the {stream} is too large")
         for plane in ("prefix", "residual"):
             name = (stream, plane)
             bits[name] = (
@@ -219,9 +219,12 @@ def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Itera
         values = index.survivors if stream == "survivors" else index.values(stream, what)
         name = f"{stream} {what}".strip()
         if minimum != values.min():
-            yield "R-CAN-002", f"the minimum of {name} is {minimum}, the least is {values.min()}"
+            yield (
+                "R-CAN-002",
+                f"the minimum of {name} is stored as {minimum}, the least value is {values.min()}",
+            )
         elif width != int(values.max() - minimum).bit_length():
-            yield "R-CAN-003", f"the width of {name} is {width}, more than is needed"
+            yield "R-CAN-003", f"the width of {name} is {width}, more than needed"
 
 
 def stream_counts(entry: TensorEntry, positions: Counts, survivors: Counts) -> dict[str, Counts]:
@@ -347,7 +350,7 @@ def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
     if entry.dtype.name == "BOOL":
         wrong = np.flatnonzero(data[:size] > 1)
         if len(wrong):
-            raise fault("R-RAW-004", "a BOOL is neither 0 nor 1", offset=int(wrong[0]))
+            raise fault("R-RAW-004", "a BOOL is a byte other than 0 and 1", offset=int(wrong[0]))
     return data[:size]
 
 

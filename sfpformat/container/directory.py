@@ -117,7 +117,11 @@ class Directory:
         """Reads the root map of a directory. Same arguments and errors as `from_bytes`."""
         features = _features(root)
         if "keyed" in root:
-            raise fault("R-KEY-001", "the file has keyed tables", offset=place_of(root, "keyed"))
+            raise fault(
+                "R-KEY-001",
+                "the directory has keyed tables, which this version does not know",
+                offset=place_of(root, "keyed"),
+            )
         metadata = _metadata(root)
         maps = _tensor_maps(root, limits)
         tensors, stored, plain = _in_columns(maps, limits) or _one_by_one(maps, limits)
@@ -142,7 +146,7 @@ def _one_by_one(maps: list[Fields], limits: Limits) -> _Tensors:
         try:
             entry = TensorEntry.from_map(item, limits)
             if entry.name in tensors:
-                raise fault("R-TEN-001", "the name comes twice", offset=place_of(item, "name"))
+                raise fault("R-TEN-001", "two tensors have this name", offset=place_of(item, "name"))
         except FileFault as error:
             error.place(_name_if_any(item), None)
             raise

@@ -255,11 +255,13 @@ class TensorEntry:
     def require_valid_streams(self) -> None:
         """Checks the streams of a fingerprint tensor against each other and against its dtype."""
         if not self.dtype.is_float:
-            raise fault("R-TEN-010", f"coding fingerprint with dtype {self.dtype.name}")
+            raise fault("R-TEN-010", f"coding fingerprint does not support dtype {self.dtype.name}")
         assert self.fingerprints is not None
         quantiser, table = self.fingerprints.quantiser, self.fingerprints.table
         if not quantiser.widens_to(self.dtype):
-            raise fault("R-QNT-002", f"{quantiser} does not widen to {self.dtype.name}")
+            raise fault(
+                "R-QNT-002", f"values of {quantiser} cannot be converted to {self.dtype.name} without loss"
+            )
         if self.scale is not None and not isinstance(quantiser, NumberQuantiser):
             raise fault("R-DIR-007", f"the key 'scale' with the quantiser {quantiser.NAME}")
         table.require_top(quantiser.fingerprint_bound(self.dtype))

@@ -141,7 +141,7 @@ def decode(data: bytes, limits: Limits) -> object:
     reader = _Reader(data, limits)
     value = reader.value(1)
     if reader.at != len(data):
-        raise fault("R-MSG-006", "bytes follow the directory's value", offset=reader.at)
+        raise fault("R-MSG-006", "the directory has bytes after its value", offset=reader.at)
     return value
 
 
@@ -175,7 +175,7 @@ class _Reader:
     def take(self, size: int) -> bytes:
         """Returns the next ``size`` bytes."""
         if size > len(self.data) - self.at:
-            raise fault("R-MSG-007", "a value runs over the end of the directory", offset=self.at)
+            raise fault("R-MSG-007", "a value extends past the end of the directory", offset=self.at)
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -212,7 +212,9 @@ class _Reader:
         self.limits.require("depth", depth, start)
         # An element has at least one byte, a pair two: refuses a length that exceeds the remaining bytes.
         if number * (2 if kind == "map" else 1) > len(self.data) - self.at:
-            raise fault("R-MSG-007", f"{kind} of {number} runs over the end", offset=start)
+            raise fault(
+                "R-MSG-007", f"{kind} of {number} extends past the end of the directory", offset=start
+            )
         if kind == "array":
             return [self.value(depth + 1) for _ in range(number)]
         return self.map(number, depth, start)
@@ -228,7 +230,7 @@ class _Reader:
                 raise fault("R-MSG-001", "a map's key is not a string", offset=at)
             raw = self.take(size)
             if raw == last:
-                raise fault("R-MSG-005", f"the key {self.text(raw, at)!r} comes twice", offset=at)
+                raise fault("R-MSG-005", f"the key {self.text(raw, at)!r} occurs twice", offset=at)
             if last is not None and raw < last:
                 raise fault("R-MSG-004", f"the key {self.text(raw, at)!r} is out of order", offset=at)
             last, key = raw, self.text(raw, at)

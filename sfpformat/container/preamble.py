@@ -61,7 +61,11 @@ class Preamble:
             raise fault("R-PRE-003", "the preamble's checksum does not match", offset=60)
         _, major, minor, zero, at, size, claimed, crc, zeros = _FIELDS.unpack_from(data)
         if major != MAJOR:
-            raise fault("R-PRE-004", f"version {major}.{minor}, this reader knows {MAJOR}", offset=8)
+            raise fault(
+                "R-PRE-004",
+                f"version {major}.{minor} is not supported, this reader supports major version {MAJOR}",
+                offset=8,
+            )
         if any(zero) or any(zeros):
             raise fault("R-PRE-006", "a reserved field is not zero", offset=12 if any(zero) else 44)
         if claimed > length:

@@ -41,7 +41,7 @@ def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
     if value not in words:
         raise fault(
             clause,
-            f"{key} is {value!r}, this reader knows {', '.join(words)}",
+            f"{key} is {value!r}, this reader supports {', '.join(words)}",
             offset=place_of(source, key),
         )
     return value
@@ -63,7 +63,7 @@ def table_from_map(source: Fields) -> CodeTable:
     lengths, group = required(source, "codes", list), required(source, "group", int)
     for code in lengths:
         if not isinstance(code, bytes):
-            raise fault("R-DIR-003", "a code is not binary", offset=place_of(source, "codes"))
+            raise fault("R-DIR-003", "a code is not of type bin", offset=place_of(source, "codes"))
     at = None  # the key whose offset a fault gets; None for the map's offset
     try:
         require_shape(extra, group, len(lengths))

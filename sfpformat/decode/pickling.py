@@ -49,5 +49,5 @@ def reopened(kind: Callable[..., F], readable: str | bytes, settings: Settings, 
     file = kind(readable, limits=settings.limits, engine=settings.engine, threads=settings.threads)
     if file.identity != identity:
         file.close()
-        raise MismatchError(f"{readable!r} was written anew after it had been pickled; open the new one")
+        raise MismatchError(f"{readable!r} was replaced after the handle was pickled; open the new file")
     return file

@@ -120,7 +120,7 @@ class SfpFile(Closing):
             OptionError: the file is read from a stream, or has more than 64 MiB in memory.
             ClosedFileError: the file is closed.
         """
-        return reopened, (SfpFile, self._source.again(), self._settings, self.identity)
+        return reopened, (SfpFile, self._source.reopenable(), self._settings, self.identity)
 
     def file_of(self, name: str) -> SfpFile:
         """Returns the file that has a tensor: this file. `ShardedFile.file_of` returns the shard.

@@ -65,10 +65,10 @@ class Placement:
     def disagreements(self) -> list[str]:
         """Returns one sentence per kind of conflict, with the number of tensors and some of their names."""
         kinds = (
-            ("left out because no file has them", self.missing),
-            ("left out because the index does not list them", self.unlisted),
-            ("read from another file than the index says", self.moved),
-            ("in several files, and read from the one that the index says", self.repeated),
+            ("skipped because no file has them", self.missing),
+            ("skipped because the index does not list them", self.unlisted),
+            ("read from another file than the index names", self.moved),
+            ("in several files, read from the one that the index names", self.repeated),
         )
         return [f"tensors {words} ({len(names):,}): {listed(names)}" for words, names in kinds if names]
 
@@ -112,7 +112,7 @@ class ShardIndex:
             raise SafetensorsError("the 'metadata' of the index are not an object")
         for name, file in weight_map.items():
             if subfolders and not _is_below(file):
-                words = f"the index names {quoted(file)}, which is no path in the index's folder or below it"
+                words = f"the index names {quoted(file)}, which is no path inside the folder of the index"
                 raise SafetensorsError(f"tensor {quoted(name)}: {words}")
             if not subfolders and ("/" in file or not _is_below(file)):
                 raise fault("R-SHD-002", f"{quoted(file)} is not a plain file name", tensor=name)
@@ -164,7 +164,7 @@ class ShardIndex:
                     yield name, f"it is in {file!r}, the index {says}"
         for name, file in self.weight_map.items():
             if name not in there and file in found:
-                yield name, f"it is not in {file!r}, where the index says"
+                yield name, f"it is not in {file!r}, which the index names"
 
     def placed(self, found: Mapping[str, Iterable[str]]) -> Placement:
         """Chooses the file from which each tensor is read. Lenient; `misplaced` is the strict rule.
@@ -248,7 +248,7 @@ class ShardedFile(Closing):
         of_safetensors = os.fspath(path).endswith(f".safetensors{INDEX_SUFFIX}")
         self.index = ShardIndex.read(path, subfolders=of_safetensors)
         if of_safetensors:
-            raise SafetensorsError(f"{path} is an index of safetensors files; 'sfp pack' makes .sfp of them")
+            raise SafetensorsError(f"{path} is an index of safetensors files; 'sfp pack' writes them as .sfp")
         self.files: dict[str, SfpFile] = {}
         folder = Path(path).parent
         try:

@@ -245,7 +245,7 @@ def require_valid_vectors(entry: TensorEntry, vectors: dict[str, F32]) -> None:
             centroids = vectors.get("fingerprint centroids")
             greatest = quantiser.greatest_magnitude((top - 1) // 2, centroids)
             if not np.isfinite(greatest * np.abs(scale).max()):
-                raise fault("R-SCL-006", "the greatest weight times the greatest scale is not finite")
+                raise fault("R-SCL-006", "the greatest weight times the greatest scale factor is not finite")
         if "importance rows" in vectors and len(vectors["importance rows"]):
             rows, columns = vectors["importance rows"], vectors["importance columns"]
             if not (np.isfinite(rows).all() and np.isfinite(columns).all()):

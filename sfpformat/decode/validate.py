@@ -285,10 +285,10 @@ class _StreamUsage:
         """Yields each clause that the stream's table breaks, with the reason."""
         table = self.table
         if self.trims is not None and (self.trims[0] != self.trims[1] or not self.trims[0]):
-            yield "R-CAN-009", f"trims of {self.trims[0]} bits, {self.trims[1]} possible"
+            yield "R-CAN-009", f"segments trim {self.trims[0]} bits, but could trim {self.trims[1]}"
         if not self.levels:
             if table != EMPTY_TABLE:
-                yield "R-CAN-006", "a table for a stream without levels"
+                yield "R-CAN-006", "a stream without levels has a table"
             return
         numbers = np.flatnonzero(self.symbols.sum(0))
         used = np.concatenate([numbers // table.classes**j % table.classes for j in range(table.group)])
@@ -298,12 +298,12 @@ class _StreamUsage:
             return
         for number, (code, counts) in enumerate(zip(table.codes, self.symbols, strict=True)):
             if not np.array_equal(np.frombuffer(code.length, np.uint8) > 0, counts > 0):
-                yield "R-CAN-004", f"code {number} has symbols that do not occur"
+                yield "R-CAN-004", f"code {number} has codewords for symbols that do not occur"
             elif code.length not in (
                 code_lengths(counts, MAX_CODE_BITS),
                 code_lengths(counts, max(code.length)),
             ):
-                yield "R-CAN-005", f"code {number} does not have the lengths of the algorithm"
+                yield "R-CAN-005", f"code {number} does not have the code lengths of the canonical algorithm"
         if self.first_use != sorted(self.first_use):
             yield "R-CAN-008", "the codes are not in the order of their first use"
 

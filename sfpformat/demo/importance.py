@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("file", type=Path, help="the model: an .sfp file, which is written again with its importance")
     add("--steps", type=int, default=STEPS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--threads", type=int, default=1, help="of the processor; default: %(default)s")
+    add("--threads", type=int, default=1, help="number of CPU threads; default: %(default)s")
     add("--every", type=int, default=50, help="steps between lines of progress; default: %(default)s")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .carried import linear_layers
+from .bundled import linear_layers
 from .model import Config, encode_text
 from .train import LanguageModel, draw_windows, training_text
 

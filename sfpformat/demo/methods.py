@@ -255,22 +255,22 @@ _TREATMENTS: dict[str, Callable[[Bench, Pruned], Pruned]] = {
 
 # Method -> its description. A mask's name followed by one of `_TREATMENTS` is tuned with a fixed mask.
 METHODS = {
-    "magnitude": "the least weights of each layer go",
+    "magnitude": "the smallest weights of each layer are pruned",
     "wanda": "|w| · norm of the input, in each row, layer by layer",
-    "sparsegpt": "SparseGPT's mask, survivors as they were",
+    "sparsegpt": "SparseGPT's mask, survivors unchanged",
     "sparsegpt-updated": "SparseGPT",
     "fisher": "w² g², over all layers",
-    "mlp": "the importance network alone: a function of a weight's features",
+    "mlp": "the importance network only: a function of a weight's features",
     "learned": "the importance network, with a logit for each weight",
-    "levels": "logits of layers, rows, columns and weights, each as far as its gradients are signal",
+    "levels": "logits of layers, rows, columns and weights, each shrunk by the noise of its gradients",
     "learned-factors": "learned, with a factor for each row and column",
-    "magnitude-finetuned": "survivors tuned for as many steps as importances are learned",
+    "magnitude-finetuned": "survivors tuned for the same number of steps as importances are learned",
     "wanda-finetuned": "the same",
-    "sparsegpt-finetuned": "the same, SparseGPT's survivors as they were",
+    "sparsegpt-finetuned": "the same, from SparseGPT's mask",
     "fisher-finetuned": "the same",
-    "together": "importances and weights learned together, in as many steps",
-    "learned-finetuned": "learned, and then tuned for as many steps again",
-    "learned-multipliers": "learned, and then a factor for each survivor, which is tuning by another name",
+    "together": "importances and weights learned together, in the same number of steps",
+    "learned-finetuned": "learned, then tuned for the same number of steps",
+    "learned-multipliers": "learned, then a factor tuned for each survivor (equivalent to tuning weights)",
 }
 
 

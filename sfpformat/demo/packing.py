@@ -15,7 +15,7 @@ from ..numpy import load_file, save_file
 from ..options import Options
 from ..pruning.masks import masks_of
 from ..pruning.thresholds import Pattern, Sparsity, Threshold
-from .carried import heldout_tokens, importances, linear_layers
+from .bundled import heldout_tokens, importances, linear_layers
 from .model import Config, perplexity
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -27,7 +27,7 @@ EVALUATED_TOKENS = {"code": 1 << 13, "prose": 1 << 12}
 # Criterion of pruning -> its name in a plot.
 PRUNED_BY = {
     "magnitude": "magnitude, in each layer",
-    "importance": "the carried importance, over all layers",
+    "importance": "the bundled importance, over all layers",
 }
 
 

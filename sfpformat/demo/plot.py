@@ -68,7 +68,7 @@ def _draw_panel(axis: Any, found: Sequence[Row], words: Mapping[str, str], dense
         points = [(row.result.bits_per_weight, float(getattr(row.result, kind))) for row in rows]
         colour, marker = _STYLES[method]
         axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
-    axis.axhline(dense, color="black", lw=1, ls="--", label=f"the model as it was: {dense:.2f}")
+    axis.axhline(dense, color="black", lw=1, ls="--", label=f"the dense model: {dense:.2f}")
     # The area below this line is free for labels.
     for row, (bits, value) in zip(rows, points, strict=True):
         axis.plot([bits, bits], [value, dense], color=colour, lw=1, ls=":")

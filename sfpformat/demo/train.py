@@ -56,9 +56,9 @@ FINAL_RATE_FRACTION = 0.01
 
 EXAMPLES = """\
 examples:
-  train the model that the package carries (other processors round otherwise):
+  train the bundled model (rounding differs between processors):
     python -m sfpformat.demo.train --out model.sfp --bfloat16 --compile
-  a model of a few minutes with another seed, to try things out:
+  train a model with another seed in a few minutes, for experiments:
     python -m sfpformat.demo.train --out quick.sfp --steps 1000 --seed 1
 """
 
@@ -242,7 +242,7 @@ class Trainer:
         """Resumes from a checkpoint; exits if its schedule differs."""
         schedule, self.step, model, optimiser = torch.load(path)
         if schedule != asdict(self.schedule):
-            raise SystemExit(f"{path} was written with other options: {schedule}")
+            raise SystemExit(f"{path} was written with other options: {schedule}; remove it, or use those")
         self.model.load_state_dict(model)
         self.optimiser.load_state_dict(optimiser)
 
@@ -273,15 +273,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="the weights: an .sfp file")
     add("--steps", type=int, default=Schedule.steps, help="default: %(default)s")
-    add("--batch", type=int, default=Schedule.batch, help="windows a step; default: %(default)s")
+    add("--batch", type=int, default=Schedule.batch, help="windows per step; default: %(default)s")
     add("--rate", type=float, default=Schedule.rate, help="peak learning rate; %(default)s")
     add("--seed", type=int, default=Schedule.seed, help="default: %(default)s")
-    add("--threads", type=int, default=1, help="of the processor; default: %(default)s")
+    add("--threads", type=int, default=1, help="number of CPU threads; default: %(default)s")
     add("--bfloat16", action="store_true", help="matrix products in BF16 (needs AMX to be fast)")
     add("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     add("--every", type=int, default=500, help="steps between checkpoints; default: %(default)s")
-    add("--resume", action="store_true", help="go on where the same command was interrupted")
-    add("--verbose", action="store_true", help="show progress in a pipe too")
+    add("--resume", action="store_true", help="resume the same command after an interruption")
+    add("--verbose", action="store_true", help="show progress even if the output is no terminal")
     return parser
 
 

@@ -211,7 +211,7 @@ def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> No
     for word, wrong in wrongs.items():
         if wrong.any():
             value = float(values[np.flatnonzero(wrong)[0]])
-            wider = "" if dtype.name == "F32" else "; keep it as BF16 or F32"
+            wider = "" if dtype.name == "F32" else "; store it as BF16 or F32"
             raise OptionError(f"{what}, {value:.4g}, is too {word} for {dtype.name}{wider}")
 
 

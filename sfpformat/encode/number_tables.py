@@ -110,7 +110,9 @@ def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCoun
     def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
         greatest = int(levels.max()) >> sign if len(levels) else -1
         if greatest >= 1 << 24:
-            raise OptionError("more than 2^24 quantised magnitudes; use a greater step, or exact")
+            raise OptionError(
+                "more than 2^24 quantised magnitudes; use a greater step, or the quantiser exact"
+            )
         if greatest >= _MOST_COLUMNS:
             return histogram(levels >> levels.dtype.type(sign)), None
         rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)

@@ -141,7 +141,7 @@ class ResumableSink:
             if not self._path.exists():
                 raise
             words = f"{error.strerror}: the new file is complete, but could not be renamed; it is kept as "
-            words += f"{self._path.name}, and the same job goes on from there"
+            words += f"{self._path.name}; run the same job again to rename it"
             raise UnnamedFileError(error.errno, words, os.fspath(self._target)) from error
         remove(self._journal_path)
         with contextlib.suppress(OSError):  # the file is already synced
@@ -157,7 +157,7 @@ class ResumableSink:
         own = all(map(self._matches, self.entries))
         rest = self._file.read() if own else b""
         if crc32(rest) != Preamble.from_bytes(preamble, end).directory_crc:
-            raise LockedFileError(f"{self._path.name} was changed by another process; pack again")
+            raise LockedFileError(f"{self._path.name} was changed by another process; write the file again")
 
     def abort(self, keep: bool) -> None:
         if self._journal is not None:

@@ -139,11 +139,13 @@ class StreamSink:
         while len(view):  # an unbuffered stream may write fewer bytes than requested
             count: int | None = self._stream.write(view)
             if count is None and isinstance(self._stream, io.RawIOBase):
-                raise BlockingIOError("the stream takes nothing now, and does not wait")
+                raise BlockingIOError(
+                    "the stream is non-blocking and accepts no bytes now; use a blocking stream"
+                )
             if count is None:  # some libraries' objects do not return the count
                 return
             if not 0 < count <= len(view):
-                raise OSError(f"the stream took {count} of {len(view)} bytes")
+                raise OSError(f"the stream reported {count} written bytes of {len(view)}")
             view = view[count:]
 
     def tensor_done(self, entry: TensorEntry) -> None:
@@ -161,7 +163,7 @@ class StreamSink:
     def _require_place(self, place: int) -> None:
         """Raises `OptionError` if the stream did not write at its position."""
         if self._stream.tell() != place:
-            raise OptionError("the stream writes elsewhere than where it stands; open it with mode 'wb'")
+            raise OptionError("the stream does not write at its position; open it with mode 'wb'")
 
     def abort(self, keep: bool) -> None:
         pass
@@ -215,5 +217,5 @@ def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_L
         path = real_target(target)
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key, limits=limits)
     if resume_key is not None:
-        raise OptionError("only a path can be resumed")
+        raise OptionError("resume_key needs a path as target, not a stream")
     return target if isinstance(target, (MemorySink, CountingSink, ResumableSink)) else StreamSink(target)

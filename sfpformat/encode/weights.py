@@ -68,15 +68,15 @@ class Outline(NamedTuple):
 class Kind(Enum):
     """Category of the reason why a tensor stays lossless. The value is a text for messages."""
 
-    STORAGE = "storage of weights that are quantised already"
+    STORAGE = "parts of already quantised weights"
     COMPANION = "scales, zero points or tables of quantised weights"
     BUFFER = "buffers"
     BIAS = "biases"
     NORM = "gains of normalisations"
     NOT_FINITE = "with infinities, NaNs or values beyond float32"
     NOT_FLOAT = "not float"
-    PATTERN = "that the pattern to prune does not fit"
-    SMALL = "of rank under 2, or small"
+    PATTERN = "that the pruning pattern does not fit"
+    SMALL = "of rank below 2, or small"
     ASKED = "as asked"
 
 
@@ -241,8 +241,8 @@ def warn_of_quantised(tensors: Iterable[Described], options: object) -> None:
     if options.lossless:
         names = [name for name in names if is_packed_storage(known[name], reasons)]
     if names:
-        words = f"options for all change parts of weights that are quantised already ({len(names):,})"
-        advice = "options_for_weights gives options for the weights alone"
+        words = f"options for all tensors change parts of already quantised weights ({len(names):,})"
+        advice = "options_for_weights returns options for the weights only"
         warnings.warn(f"{words}: {listed(names)}; {advice}", SfpWarning, stacklevel=5)
 
 

@@ -230,13 +230,15 @@ class Writer:
         if not self._open:
             raise ClosedFileError("the writer is closed")
         if not self._whole:
-            raise SfpError("a tensor was written only in part: the file cannot be finished")
+            raise SfpError("writing a tensor failed half-way: the file cannot be finished; write it again")
 
     def _append(self, chunk: list[Bytes]) -> NDArray[np.void]:
         """Writes a chunk, given in parts, and returns its record, shape [1]."""
         length = sum(map(len, chunk))
         if length >= 1 << 32:
-            raise OptionError(f"a chunk of {length} bytes; the format ends below 4 GiB")
+            raise OptionError(
+                f"a chunk would have {length} bytes, at most 4 GiB - 1 are allowed; use smaller chunks"
+            )
         checksum = 0
         for part in chunk:
             checksum = crc32(part.data, checksum)
@@ -300,7 +302,7 @@ def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dic
         OptionError: a name does not begin with ``x-``, or a value has a type that the directory does not
             support or is nested too deep.
     """
-    require_mapping(other, f"other keys of {quoted(name)}")
+    require_mapping(other, f"extra keys of {quoted(name)}")
     keys = dict(other)
     if not keys:
         return keys
@@ -312,7 +314,7 @@ def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dic
         messagepack.decode(messagepack.encode(as_deep_as_an_entry), limits)
     except (FileFault, TypeError, ValueError, OverflowError) as error:
         said = error.detail if isinstance(error, FileFault) else error
-        raise OptionError(f"tensor {quoted(name)}: other keys cannot be written: {said}") from None
+        raise OptionError(f"tensor {quoted(name)}: extra keys cannot be written: {said}") from None
     return keys
 
 

@@ -58,10 +58,10 @@ def require_name(name: str | None) -> None:
     if chosen == AUTO:
         return
     if chosen not in _MODULES:
-        raise EngineError(f"no engine {chosen!r} in this version; there is: {', '.join(_MODULES)}, {AUTO}")
+        raise EngineError(f"there is no engine {chosen!r}; choose from {', '.join(_MODULES)}, {AUTO}")
     reason = why_not(chosen)
     if reason is not None:
-        raise EngineError(f"the engine {chosen!r} cannot be used: {reason}")
+        raise EngineError(f"the engine {chosen!r} is not available: {reason}")
 
 
 def decodes_on_device(name: str | None) -> bool:

@@ -27,7 +27,7 @@ def real_target(target: str | os.PathLike[str]) -> Path:
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
-        raise OptionError(f"{target} cannot be replaced: it is not a file")
+        raise OptionError(f"{target} cannot be replaced: it is not a regular file")
     return path
 
 
@@ -107,7 +107,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 class ReplacedTogether:
     """Context manager that writes several files and the index that lists them, and replaces all together.
 
-    The end of the block calls `take_names`. An error before that removes the new files and changes nothing.
+    The end of the block calls `rename_all`. An error before that removes the new files and changes nothing.
     """
 
     def __init__(self, index: Path) -> None:
@@ -146,7 +146,7 @@ class ReplacedTogether:
                 for new in self._new:
                     new.finish()
                 index, *others = [(new.path, new.target) for new in self._new]
-                take_names(others, index)
+                rename_all(others, index)
                 self._new = []
         finally:
             for new in self._new:
@@ -156,7 +156,7 @@ class ReplacedTogether:
 _Pair = tuple[Path, Path]
 
 
-def take_names(files: Sequence[_Pair], index: _Pair) -> None:
+def rename_all(files: Sequence[_Pair], index: _Pair) -> None:
     """Renames synced files to their final names, and the index that lists them last.
 
     If a target and the index exist, the old index is moved away first, so that a mixture of old and new files

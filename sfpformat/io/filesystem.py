@@ -185,7 +185,7 @@ def _sync_folder(path: Path) -> None:
             os.close(folder)
     except OSError as error:
         if error.errno not in _NOT_ALLOWED:
-            words = f"{error.strerror}; the new file is in place, but a crash of the machine may undo that"
+            words = f"{error.strerror}; the new file is in place, but may be lost if the machine crashes"
             raise OSError(error.errno, words, os.fspath(path)) from error
 
 
@@ -194,9 +194,7 @@ def remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(
-            f"{path} could not be removed: {error.strerror}; it can be deleted", SfpWarning, stacklevel=2
-        )
+        warnings.warn(f"{path} could not be removed: {error.strerror}; delete it", SfpWarning, stacklevel=2)
 
 
 def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
@@ -223,11 +221,14 @@ def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
                 return file, True
         except BlockingIOError:
             file.close()
-            raise LockedFileError(f"{path.name} is locked: another process is writing it") from None
+            raise LockedFileError(
+                f"{path.name} is locked: another process is writing it; wait, or stop that process"
+            ) from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 warnings.warn(
-                    f"{path.name} cannot be locked on this file system: write it from one process at a time",
+                    f"{path.name} cannot be locked on this file system; do not write it from two "
+                    "processes at once",
                     SfpWarning,
                     stacklevel=2,
                 )

@@ -32,7 +32,7 @@ def model_path(path: str | os.PathLike[str]) -> Path:
     if not found:
         raise OptionError(f"{path} has no {SUFFIX} file and no {SUFFIX}{INDEX_SUFFIX}")
     if len(found) > 1:
-        raise OptionError(f"{path} has several models, name one: {listed(found)}")
+        raise OptionError(f"{path} has several models; name one of {listed(found)}")
     return path / found[0]
 
 

@@ -125,7 +125,7 @@ def strict_json(data: bytes, what: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise SafetensorsError(f"{what} is not UTF-8") from None
     except ValueError as error:
-        raise SafetensorsError(f"{what} is not the JSON that it should be: {error}") from None
+        raise SafetensorsError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise SafetensorsError(f"{what} is not a JSON object")
     return value
@@ -136,12 +136,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"the key {twice!r} comes twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return found
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a number of JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def parse_header(data: bytes, data_bytes: int) -> Header:
@@ -170,11 +170,11 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
     end = 0
     for start, stop, spec in found:
         if start != end:
-            word = "overlaps the tensor before it" if start < end else "leaves a hole before it"
+            word = "overlaps the tensor before it" if start < end else "leaves a gap"
             raise SafetensorsError(f"tensor {quoted(spec.name)} {word}: it starts at {start}, not at {end}")
         end = stop
     if end != data_bytes:
-        word = "is cut off" if end > data_bytes else "goes on after the last tensor"
+        word = "is cut off" if end > data_bytes else "has bytes after the last tensor"
         raise SafetensorsError(
             f"the file {word}: it has {data_bytes:,} bytes of data, the header names {end:,}; get it again"
         )
@@ -210,7 +210,7 @@ def _spec(name: str, value: object) -> TensorSpec:
         return TensorSpec(name, DTYPES["U8"], of_bytes, sub_byte)
     dtype = DTYPES.get(word) if isinstance(word, str) else None
     if dtype is None or dtype.name in _NOT_IN_SAFETENSORS:
-        raise SafetensorsError(f"tensor {quoted(name)}: the dtype {quoted(word, 20)} is not known")
+        raise SafetensorsError(f"tensor {quoted(name)}: the dtype {quoted(word, 20)} is unknown")
     return TensorSpec(name, dtype, shape)
 
 
@@ -234,7 +234,9 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> by
     end = 0
     for spec in specs:
         if spec.name in fields or spec.name == _METADATA:
-            raise SafetensorsError(f"{quoted(spec.name)} cannot be a tensor's name here, or comes twice")
+            raise SafetensorsError(
+                f"{quoted(spec.name)} is reserved, not UTF-8, or occurs twice; rename the tensor"
+            )
         if spec.dtype.name in _NOT_IN_SAFETENSORS:
             raise SafetensorsError(f"tensor {quoted(spec.name)}: safetensors has no dtype {spec.dtype.name}")
         offsets = [end, end + spec.nbytes]
@@ -283,7 +285,9 @@ class SafetensorsFile(Closing):
         if length > MAX_HEADER_BYTES:
             raise SafetensorsError("not a safetensors file: its header would have more than 100 MB")
         if length > rest:
-            raise SafetensorsError(f"cut off, or not safetensors: a header of {length} bytes, {rest} left")
+            raise SafetensorsError(
+                f"cut off, or not safetensors: its header would have {length} bytes, only {rest} follow"
+            )
         return parse_header(self._pread(_LENGTH.size, length).tobytes(), rest - length)
 
     def close(self) -> None:
@@ -306,7 +310,7 @@ class SafetensorsFile(Closing):
         data = self._pread(self.header.starts[name], spec.nbytes)
         if spec.dtype.name == "BOOL" and spec.nbytes and data.max() > 1:
             count = int(np.count_nonzero(data > 1))
-            words = f"tensor {quoted(name)}: {count:,} of its BOOLs are neither 0 nor 1; they are taken as 1"
+            words = f"tensor {quoted(name)}: {count:,} of its BOOLs are neither 0 nor 1; they are read as 1"
             warnings.warn(words, SfpWarning, stacklevel=2)
             np.minimum(data, 1, out=data)
         return data.view(spec.dtype.numpy).reshape(spec.shape)
@@ -345,11 +349,11 @@ def write_tensors(
         array = next(arrays, None)
         if array is None or of_numpy(array.dtype) != spec.dtype or array.shape != spec.shape:
             raise SafetensorsError(
-                f"tensor {quoted(spec.name)} is not {spec.dtype.name} {list(spec.shape)} as announced"
+                f"tensor {quoted(spec.name)} is not {spec.dtype.name} {list(spec.shape)} as in the header"
             )
         flat = np.ascontiguousarray(array, spec.dtype.numpy).reshape(-1)
         if flat.nbytes:
             file.write(flat.view(np.uint8).data)
         del array, flat
     if next(arrays, None) is not None:
-        raise SafetensorsError("more tensors than were announced")
+        raise SafetensorsError("more tensors than in the header")

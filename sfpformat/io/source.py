@@ -32,7 +32,7 @@ class Source(Protocol):
             ClosedFileError: the source is closed.
         """
 
-    def again(self) -> str | bytes:
+    def reopenable(self) -> str | bytes:
         """Returns what opens the same source in another process: a path, or at most `MOST_PICKLED` bytes.
 
         Raises:
@@ -68,7 +68,7 @@ def _require_readable(stream: Any) -> None:
     if hasattr(stream, "readable") and not stream.readable():
         raise OptionError("the stream was opened for writing only; open it with mode 'rb'")
     if hasattr(stream, "seekable") and not stream.seekable():
-        raise OptionError("the stream cannot seek (a pipe or socket?); give the bytes that it has")
+        raise OptionError("the stream cannot seek (a pipe or socket?); read it and pass the bytes")
 
 
 def _is_buffer(value: object) -> bool:
@@ -82,7 +82,7 @@ def _is_buffer(value: object) -> bool:
 
 def _require_all(data: Buffer, size: int) -> Buffer:
     if len(data) != size:
-        raise fault("R-PRE-007", f"{size} bytes wanted, the file gave {len(data)}", offset=len(data))
+        raise fault("R-PRE-007", f"only {len(data)} of {size} bytes could be read", offset=len(data))
     return data
 
 
@@ -99,7 +99,7 @@ class _FileSource:
         view = np.empty(min(size, max(self.length - offset, 0)), np.uint8).data
         return _require_all(view[: self._file.read_into(view, offset)], size)
 
-    def again(self) -> str:
+    def reopenable(self) -> str:
         if self._file.closed:
             raise ClosedFileError(f"{self._path} is closed and cannot be pickled")
         return self._path
@@ -120,12 +120,12 @@ class _BufferSource:
             raise ClosedFileError("the file is closed")
         return _require_all(self._view[offset : offset + size], size)
 
-    def again(self) -> bytes:
+    def reopenable(self) -> bytes:
         if self._view is None:
             raise ClosedFileError("the file is closed and cannot be pickled")
         if self.length > MOST_PICKLED:
             raise OptionError(
-                f"a file of {self.length:,} bytes in memory is not pickled, {MOST_PICKLED:,} at most are; "
+                f"a file of {self.length:,} bytes in memory cannot be pickled, only up to {MOST_PICKLED:,}; "
                 "open it by its path"
             )
         return bytes(self._view)
@@ -154,7 +154,7 @@ class _ObjectSource:
                 left -= len(part)
         return _require_all(b"".join(parts), size)
 
-    def again(self) -> str:
+    def reopenable(self) -> str:
         raise OptionError("a file that is read from a stream cannot be pickled; open it by its path")
 
     def close(self) -> None:

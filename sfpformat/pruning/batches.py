@@ -92,7 +92,7 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not 1 <= len(batch) <= 2:
             raise OptionError(
                 f"a batch is a {type(batch).__name__} of {len(batch)} elements, must be (inputs, labels); "
-                "give a mapping of the model's arguments, or a Task whose run and loss take the batch apart"
+                "give a mapping of the model's arguments, or a Task whose run and loss unpack the batch"
             )
         return (batch[0],), {}
     return (batch,), {}

@@ -37,7 +37,7 @@ def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
             raise
         except Exception as error:  # torch raises almost any class for a damaged file, also AssertionError
             raise MismatchError(
-                f"{path} is damaged or no checkpoint: remove it, or give another name"
+                f"{path} is damaged or not a checkpoint: remove it, or give another name"
             ) from error
     if not isinstance(state, dict) or state.pop("job", None) != dict(job):
         raise MismatchError(

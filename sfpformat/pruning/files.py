@@ -87,7 +87,7 @@ def reprune(
     """
     names = [name for name in file if _is_prunable(file.entry(name))]
     if not names:
-        raise OptionError("no tensor has an importance kept as metadata, by which it could be pruned")
+        raise OptionError("no tensor has an importance stored as metadata: there is nothing to prune by")
     patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
     require_matches(patterns, file, "exempt")
     names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -35,7 +35,7 @@ def graded(
     """
     shares = np.asarray(boundaries, np.float64)
     if not len(shares) or (np.diff(shares) <= 0).any() or not 0 < shares[0] <= shares[-1] < 1:
-        raise OptionError("boundaries must ascend between 0 and 1")
+        raise OptionError("boundaries must be between 0 and 1, in ascending order")
     for name, array in importances.items():
         if not np.isfinite(array).all():
             raise OptionError(f"the importance of {name!r} is not finite everywhere")

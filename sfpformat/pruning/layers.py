@@ -205,18 +205,18 @@ def _why_not(module: nn.Module, attribute: str, weight: Tensor | None) -> str:
     """Returns why a weight cannot be pruned, and the remedy; "" if it can."""
     if weight is None:
         if f"{attribute}_orig" in module._parameters:
-            return "torch.nn.utils.prune keeps its mask; take_masks makes it plain"
+            return "torch.nn.utils.prune manages its mask; call take_masks first"
         if f"{attribute}_sfp" in module._buffers:
-            return "the layer is compressed; decompress_model makes it dense"
+            return "the layer is compressed; call decompress_model first"
         if parametrize.is_parametrized(module, attribute):
-            return "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
-        return "it is no parameter"
+            return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+        return "it is not a parameter"
     if is_lazy(weight):
-        return "it has no shape before a batch goes through the model"
+        return "it has no shape yet; run a batch through the model first"
     if not weight.is_floating_point():
         return f"its dtype is {weight.dtype}"
     if weight.is_meta:
-        return "it is on the meta device, without data"
+        return "it is on the meta device and has no data"
     missing = missing_memory(weight)
     return f"it {missing}" if missing else ""
 
@@ -235,9 +235,9 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
     """
     if names is None:
         names, left = _found(model)
-        _warn_of_left(model, names, left)
+        _warn_of_unpruned(model, names, left)
         if not names:
-            raise OptionError("the model has no linear or convolutional layers; name the tensors")
+            raise OptionError("the model has no linear or convolutional layers; name the tensors to prune")
     chosen = chosen_tensors(model, names)
     for name, weight in chosen.items():
         if weight.dim() < 2:
@@ -258,7 +258,7 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
             tensor.
     """
     if isinstance(names, str):
-        raise OptionError(f"tensors is one name, {names!r}; give a list of names")
+        raise OptionError(f"tensors is the string {names!r}; give a list of names")
     if not names:
         raise OptionError("no tensors are named: there is nothing to prune")
     there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -278,12 +278,12 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
             raise OptionError(f"{name!r} cannot be pruned: {reason}")
         other = name_of.setdefault(id(weight), name)
         if other != name:
-            raise OptionError(f"{other!r} and {name!r} are one tensor; give one of these names")
+            raise OptionError(f"{other!r} and {name!r} are the same tensor; give one of these names")
         chosen[name] = weight.detach()
     return chosen
 
 
-def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str]) -> None:
+def _warn_of_unpruned(model: nn.Module, names: Sequence[str], left: Mapping[str, str]) -> None:
     """Warns of weights that cannot be pruned, and of large matrices of unknown modules."""
     if left:
         (name, reason), *others = left.items()
@@ -305,7 +305,7 @@ def _warn_of_left(model: nn.Module, names: Sequence[str], left: Mapping[str, str
     size = sum(unknown.values())
     if size > _WORTH_A_WARNING * sum(model.get_parameter(name).numel() for name in names):
         warn(
-            f"{listed(list(unknown))}: {size:,} weights of modules whose layout is not known are not pruned; "
+            f"{listed(list(unknown))}: {size:,} weights of modules with an unknown layout are not pruned; "
             "name them in tensors to prune them, too"
         )
 

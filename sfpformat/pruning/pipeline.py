@@ -187,18 +187,18 @@ def pack(
         OSError: the file cannot be written.
     """
     if not isinstance(options, Options | None):
-        raise OptionError(f"options is a {type(options).__name__}, must be Options, for all masked tensors")
+        raise OptionError(f"options is a {type(options).__name__}, must be Options")
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     ties = TiedNames(state)
-    masks = _by_kept(model, ties, masks, "mask")
-    importances = _by_kept(model, ties, importances, "importance")
-    multipliers = _by_kept(model, ties, multipliers, "multiplier")
+    masks = _by_kept_name(model, ties, masks, "mask")
+    importances = _by_kept_name(model, ties, importances, "importance")
+    multipliers = _by_kept_name(model, ties, multipliers, "multiplier")
     factors = ties.by_kept(factors, "factors")
     if factors:
         chosen_weights(model, list(factors))
     both = set(importances) & set(factors)
     if both:
-        raise OptionError(f"{min(both)!r} has factors and an importance; a file holds one of them")
+        raise OptionError(f"{min(both)!r} has factors and an importance; give one of them")
     base = options or Options()
     per_tensor = dict.fromkeys(masks, base)
     kept: dict[str, ImportanceTensor] = {}
@@ -215,7 +215,7 @@ def pack(
         save_model(model, path, metadata, options=per_tensor, masks=masks, importances=kept, limits=limits)
 
 
-def _by_kept(
+def _by_kept_name(
     model: nn.Module, ties: TiedNames, given: Mapping[str, Tensor] | None, what: str
 ) -> dict[str, Tensor]:
     """Returns masks or other numbers by the names of the tensors in the file.

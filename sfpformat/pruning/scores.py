@@ -60,7 +60,7 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
         else:
             out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
     if left:
-        words = f"Wanda needs the weights of linear layers that are called, which {listed(left)} are not"
+        words = f"Wanda needs weights of linear layers with recorded inputs, which {listed(left)} are not"
         if not out:
             raise OptionError(words)
         warn(f"{words}: they have no importance")

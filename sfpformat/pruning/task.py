@@ -134,7 +134,7 @@ def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tens
         outputs, labels = outputs[..., :-1, :], labels.reshape(leading)[..., 1:]
     flat = labels.flatten().long()
     if not bool((flat != IGNORED).any()):
-        raise LossError(f"no label of the batch counts: all are {IGNORED} or padding")
+        raise LossError(f"the batch has no labels to count: all are {IGNORED} or padding")
     return F.cross_entropy(outputs.flatten(0, -2), flat)
 
 
@@ -244,11 +244,11 @@ def divergence(outputs: Tensor, dense: Tensor, counted: Tensor | None = None) ->
             f"the outputs have shape {list(outputs.shape)}, the dense model's {list(dense.shape)}"
         )
     if outputs.shape[-1] < 2:
-        raise OptionError("the divergence of outputs of one class is always 0; take the objective loss")
+        raise OptionError("the divergence of outputs of one class is always 0; use the objective loss")
     if counted is not None:
         outputs, dense = outputs[counted], dense[counted]
     if not outputs.numel():
-        raise LossError("no position of the batch counts: all is padding or has no label")
+        raise LossError("the batch has no positions to count: all are padding or have no label")
     result: Tensor = _divergence(outputs, dense)
     return result
 
@@ -353,7 +353,7 @@ def finite(loss: Tensor, when: str) -> float:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise LossError(
-            f"the loss is {value} at {when}: look at the batch and the model's weights, or take a lower rate"
+            f"the loss is {value} at {when}: check the batch and the model's weights, or use a lower rate"
         )
     return value
 
@@ -381,7 +381,7 @@ def endless(data: Data, start: int = 0, without: Container[int] = ()) -> Iterato
                 continue
             yield batch
         if not seen:
-            raise OptionError("the data have no batch left, or can be gone through only once")
+            raise OptionError("the data are empty, or can be iterated only once; give a list or a loader")
         skipped %= seen
 
 

@@ -47,7 +47,7 @@ def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         try:
             content = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise OptionError(f"{path} is no UTF-8 text") from error
+            raise OptionError(f"{path} is not UTF-8 text") from error
         if path.suffix != ".jsonl":
             yield content
             continue
@@ -60,10 +60,10 @@ def _text_of(path: Path, number: int, line: str) -> str:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise OptionError(f"{path}, line {number}: no JSON") from error
+        raise OptionError(f"{path}, line {number}: not JSON") from error
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
-        raise OptionError(f"{path}, line {number}: no object with a string 'text'")
+        raise OptionError(f"{path}, line {number}: not an object with a string 'text'")
     return text
 
 
@@ -150,7 +150,9 @@ def text_data(
     if len(pieces) < _OF * (batch if kind == "encoder" else 1):
         unit = "sentences" if kind == "encoder" else f"windows of {window} tokens"
         needed = _OF * (batch if kind == "encoder" else 1)
-        raise OptionError(f"there are {len(pieces)} {unit} of text, at least {needed} are needed")
+        raise OptionError(
+            f"there are {len(pieces)} {unit} of text, at least {needed} are needed; give more text"
+        )
     parts = [
         [piece for i, piece in enumerate(pieces) if i % _OF in places]
         for places in (range(_OF - 2), (_OF - 2,), (_OF - 1,))

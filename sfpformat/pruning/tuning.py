@@ -130,7 +130,9 @@ def fit_factors(
     _, pruned = _pruned(model, masks)
     plain = {name: weight for name, weight in pruned.items() if weight.dim() < 2}
     if len(plain) == len(pruned):
-        raise OptionError("no mask is of a tensor of rank 2 or more: there are no rows and columns")
+        raise OptionError(
+            "no mask belongs to a tensor of rank 2 or more: there are no rows and columns to scale"
+        )
     leaves = {
         name: (
             torch.ones(w.shape[0], device=w.device, requires_grad=True),

@@ -21,15 +21,15 @@ from . import packed
 from .compressed import Compressed
 from .decoded import holders_of
 from .files import Device, require_device
-from .kept import KeptWeights
 from .layers import compressed_class, compressed_weights, make_compressed, make_dense
 from .libraries import in_adapters, save_as_before, save_dense
+from .loading import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
 from .meta import require_none_left
 from .models import loads_its_own_way, warn_of_ignored
-from .places import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
 from .tensors import require_known_shapes
 from .ties import TiedNames
 from .training import unwatch, watch
+from .weight_cache import KeptWeights
 
 Choose = Callable[[str, nn.Module], bool]
 
@@ -62,7 +62,7 @@ class CompressionReport:
         return (
             f"{len(self.layers)} layers compressed: the model took {self.model_bytes_before / 1e6:,.1f} MB, "
             f"takes {self.model_bytes_after / 1e6:,.1f} ({share:.1%}), and in a call up to "
-            f"{self.largest_weight_bytes / 1e6:,.1f} more, {self.kept_bytes / 1e6:,.1f} of kept weights aside"
+            f"{self.largest_weight_bytes / 1e6:,.1f} more, and {self.kept_bytes / 1e6:,.1f} of cached weights"
         )
 
 
@@ -134,8 +134,8 @@ def compress_model(
     else:
         if loads_its_own_way(model):
             raise OptionError(
-                "the model loads by methods of its own, or is compressed already; for the former, "
-                "load_model fills it, and compress_model without a file compresses what it has then"
+                "the model has custom loading methods, or is compressed already; in the first case, "
+                "call load_model, then compress_model without a file"
             )
         with open_any(source, limits=limits, threads=threads, engine=engine) as file:
             found = _from_file(model, places, file, choose, strict, where)
@@ -201,9 +201,12 @@ def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | 
             found.append(tuple(group))
         elif wanted and choose is not None:
             other = min(set(group) - set(wanted))
-            warn(f"{wanted[0]!r} stays dense: it is also {other!r}, which is not chosen or of another kind")
+            warn(
+                f"{wanted[0]!r} stays dense: it is the same tensor as {other!r}, which is not "
+                "chosen or of another kind"
+            )
     if choose is not None and not found:
-        warn("choose takes no layer whose weight can be compressed: nothing is")
+        warn("choose selects no layer with a compressible weight: nothing is compressed")
     return found
 
 
@@ -226,7 +229,10 @@ def _from_memory(
         if choose is not None or data.nbytes < weight.nbytes:
             found[group] = data
         elif isinstance(options, Mapping) and group in chosen:
-            warn(f"the options of {group[0]!r} have no effect: its bytes would be more than those it has")
+            warn(
+                f"the options of {group[0]!r} have no effect: the compressed weight would be larger "
+                "than the dense one"
+            )
     return found
 
 
@@ -246,7 +252,7 @@ def _chosen_options(
         return dict.fromkeys(candidates, require_options(options, "options"))
     done = compressed_weights(model) & set(options)
     if done:
-        raise OptionError(f"options: {min(done)!r} is compressed already; decompress_model makes it dense")
+        raise OptionError(f"options: {min(done)!r} is compressed already; call decompress_model first")
     by_name = {name: group for group in candidates for name in group}
     ties = TiedNames({name: place.tensor for name, place in places.items()})
     out = {}
@@ -254,8 +260,8 @@ def _chosen_options(
         checked = require_options(given, f"the options of {name!r}")
         if name not in by_name:
             raise OptionError(
-                f"options: {name!r} is not compressed; only weights of Linear and Embedding are, where "
-                "choose takes all layers that have them"
+                f"options: {name!r} is not compressed; only weights of Linear and Embedding are, if "
+                "choose selects all layers that have them"
             )
         out[by_name[name]] = checked
     return out

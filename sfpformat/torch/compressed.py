@@ -30,8 +30,8 @@ from .decoded import (
     require_matrix,
     take,
 )
-from .kept import KeptWeights
 from .weight import DecodedWeight
+from .weight_cache import KeptWeights
 
 # The previous bytes of a layer -> its current bytes, so that tied layers share the same tensor again.
 _now: MutableMapping[torch.Tensor, weakref.ref[torch.Tensor]] = WeakTensorKeyDictionary()
@@ -171,8 +171,8 @@ class Compressed(nn.Module):
             self._share(param)
         elif name == "weight" or isinstance(param, DecodedWeight):
             raise OptionError(
-                f"{self.title()} is compressed and its weight cannot be a Parameter: make the model dense "
-                "with decompress_model first; layer.weight = tensor encodes new values"
+                f"{self.title()} is compressed and its weight cannot be a Parameter: call decompress_model "
+                "first; to encode new values, assign a plain tensor"
             )
         else:
             super().register_parameter(name, param)
@@ -185,8 +185,8 @@ class Compressed(nn.Module):
         """
         if requires_grad:
             raise OptionError(
-                f"{self.title()} is compressed and its weight is frozen: make it dense with decompress_model "
-                "to train it; layer.bias.requires_grad_() is for the bias alone"
+                f"{self.title()} is compressed and its weight is frozen: call decompress_model to train it; "
+                "layer.bias.requires_grad_() changes the bias only"
             )
         self.weight_trains = False
         super().requires_grad_(False)

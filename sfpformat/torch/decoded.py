@@ -17,7 +17,7 @@ import torch
 from ..errors import OptionError, SfpError
 from . import operators, packed
 from .derivatives import is_observed
-from .kept import KeptWeights, version_of
+from .weight_cache import KeptWeights, version_of
 
 # The name of the buffer that has a layer's compressed bytes.
 BYTES = "weight_sfp"
@@ -135,7 +135,7 @@ class Decoded:
             OptionError: the layer's bytes were replaced after this memory was decoded.
         """
         if not self.is_current or version_of(self.data) != self.version:
-            raise self.refused("its weight was replaced since this tensor was taken; take layer.weight again")
+            raise self.refused("its weight was replaced after this tensor was read; read layer.weight again")
 
     def write(self) -> None:
         """Encodes the memory into all layers that share the weight.
@@ -203,7 +203,7 @@ def require_matrix(value: object, layer: Holder) -> tuple[int, int]:
     """
     said = f"{layer.title()} is compressed"
     if not isinstance(value, torch.Tensor):
-        raise OptionError(f"{said}: its weight cannot be a {type(value).__name__}, it is a tensor")
+        raise OptionError(f"{said}: its weight cannot be a {type(value).__name__}; assign a tensor")
     if value.dim() != 2:
         raise OptionError(f"{said}: its weight is a matrix, not a tensor of shape {list(value.shape)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(value):

@@ -150,8 +150,8 @@ class _Linear(torch.autograd.Function):
         of_x, of_bias, of_data, *_ = in_dims
         if of_data is not None:  # needs files of equal length, which models do not have
             raise MismatchError(
-                "vmap has a batch of compressed weights, which is one weight for the layer; "
-                "call the layers in turn, or decompress them"
+                "vmap over compressed weights is not supported; "
+                "call the layers one by one, or decompress them"
             )
         x = x.expand(info.batch_size, *x.shape) if of_x is None else x.movedim(of_x, 0)
         if of_bias is None:

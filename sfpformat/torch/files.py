@@ -127,10 +127,10 @@ def options_for_weights(tensors: Mapping[str, torch.Tensor], options: Options) -
     """
     chosen = options_for(outlines(tensors), options)
     single = torch.finfo(torch.float32).max
-    return {name: o for name, o in chosen.items() if _greatest(tensors[name]) <= single}
+    return {name: o for name, o in chosen.items() if _largest_magnitude(tensors[name]) <= single}
 
 
-def _greatest(tensor: torch.Tensor) -> float:
+def _largest_magnitude(tensor: torch.Tensor) -> float:
     """Returns the greatest magnitude; NaN if the tensor has one, 0 on the meta device."""
     if tensor.is_meta:
         return 0.0
@@ -198,8 +198,8 @@ def require_unshared(tensors: Mapping[str, torch.Tensor]) -> None:
         for (_, stop, one), (start, _, other) in pairwise(places):
             if start < stop:
                 raise OptionError(
-                    f"tensors {one!r} and {other!r} share memory, the file would hold it twice; "
-                    "use save_model, or give copies"
+                    f"tensors {one!r} and {other!r} share memory and would be written twice; "
+                    "use save_model, or pass copies"
                 )
 
 
@@ -404,7 +404,7 @@ def safe_open(
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise OptionError(
-            f"framework is {framework!r}; this gives torch tensors, sfpformat.numpy gives arrays"
+            f"framework is {framework!r}; this function returns torch tensors, use sfpformat.numpy for arrays"
         )
     where = require_device(device)
     return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where, engine)

@@ -20,7 +20,7 @@ from .compressed import Compressed
 from .decoded import BYTES, expire, unregister
 from .derivatives import How, linear
 from .files import Device, require_device
-from .kept import KeptWeights
+from .weight_cache import KeptWeights
 
 # Device type -> whether autocast supports it. Evaluated at import, because the compilers of some versions of
 # torch cannot trace the call.
@@ -113,7 +113,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
         """
         nn.Module.__init__(self)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise MismatchError(f"padding_idx is {padding_idx}, there are {num_embeddings} rows")
+            raise MismatchError(f"padding_idx is {padding_idx}, but there are only {num_embeddings} rows")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
@@ -130,7 +130,9 @@ class SfpEmbedding(Compressed, nn.Embedding):
             MismatchError: the layer changes its weight when it is called (``max_norm``).
         """
         if dense.max_norm is not None:
-            raise MismatchError("an embedding with max_norm changes its weight when it is called")
+            raise MismatchError(
+                "an embedding with max_norm changes its weight during a call and cannot be compressed"
+            )
         weight = dense.weight
         made = cls(dense.num_embeddings, dense.embedding_dim, dense.padding_idx, weight.device, weight.dtype)
         made.norm_type, made.scale_grad_by_freq = dense.norm_type, dense.scale_grad_by_freq
@@ -223,7 +225,7 @@ def _called_symbolically(layer: Compressed, input: torch.fx.Proxy) -> Any:
     tracer: Any = input.tracer
     path = tracer.path_of_module(layer)
     if not path:
-        raise OptionError(f"{layer.title()} is traced within a model, not by itself")
+        raise OptionError(f"{layer.title()} cannot be traced by itself; trace a model that contains it")
     return tracer.create_proxy("call_module", path, (input,), {})
 
 

@@ -18,7 +18,7 @@ from ..errors import OptionError
 from . import packed
 from .compressed import Compressed, dense_states
 from .decoded import before_first_layer
-from .places import identity
+from .loading import identity
 
 SAVE = "save_pretrained"
 
@@ -124,8 +124,8 @@ def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
         titles = sorted(layer.title() for layer in _compressed(child))
         if titles:
             raise OptionError(
-                f"modules_to_save would train a copy of {titles[0]}, which is compressed and frozen: give "
-                "that module to decompress_model first"
+                f"modules_to_save would train a copy of {titles[0]}, which is compressed and frozen: call "
+                "decompress_model for that module first"
             )
 
 

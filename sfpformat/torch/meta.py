@@ -87,7 +87,7 @@ def require_none_left(model: nn.Module, filled: Collection[str], strict: bool) -
         return
     words = f"the file does not fill {listed(left)}, which would stay on the meta device"
     if set(left) & dict(model.named_buffers(remove_duplicate=False)).keys():
-        words += "; make the model under sfpformat.torch.parameters_on_meta(), which computes its buffers"
+        words += "; create the model under sfpformat.torch.parameters_on_meta(), which computes its buffers"
     if strict:
         raise MismatchError(words, left)
     warn(words)

@@ -19,23 +19,23 @@ from ..options import Options, options_by_name
 from .compressed import Compressed
 from .files import Device, ImportanceTensor, Numbers, TorchFile, add_tensor, outlines, require_device
 from .layers import compressed_weights
-from .meta import require_none_left
-from .packed import put_into
-from .places import (
+from .loading import (
     AnyFile,
     Place,
     fill,
     groups_of,
     is_counter,
     is_shape_of,
-    loses_numbers,
+    loses_values,
     match,
     non_persistent,
     places_of,
     require_fillable,
     require_same_names,
-    warn_of_lost,
+    warn_of_lost_values,
 )
+from .meta import require_none_left
+from .packed import put_into
 from .tensors import is_wrapper, require_known_shapes, require_memory, tensor_of
 from .ties import TiedNames
 
@@ -82,14 +82,16 @@ def save_model(
     others = [name for name in state if name not in tensors]
     if others:
         raise OptionError(
-            f"{others[0]!r} of the state_dict is a {type(state[others[0]]).__name__}, no tensor"
+            f"{others[0]!r} of the state_dict is a {type(state[others[0]]).__name__}, not a tensor"
         )
     for name, tensor in tensors.items():
         require_memory(tensor, f"tensor {name!r}")
     loose = [name for name, tensor in tensors.items() if tensor.layout == torch.strided]
     loose = [name for name in loose if not tensors[name].is_contiguous()]
     if loose and not force_contiguous:
-        raise OptionError(f"tensor {loose[0]!r} is not contiguous; force_contiguous=True writes it as if")
+        raise OptionError(
+            f"tensor {loose[0]!r} is not contiguous; force_contiguous=True writes a contiguous copy"
+        )
     ties = TiedNames(tensors)
     as_they_are = {ties.kept(name) for name in compressed}
     chosen = options if not isinstance(options, Mapping) else ties.by_kept(options, "options")
@@ -122,8 +124,8 @@ def _require_not_compressed(argument: str, names: Collection[str]) -> None:
     """
     if names:
         raise OptionError(
-            f"{argument}: {min(names)!r} is compressed already and is written as it is; "
-            "decompress_model makes the model dense"
+            f"{argument}: {min(names)!r} is compressed already and is written unchanged; "
+            "call decompress_model first"
         )
 
 
@@ -174,7 +176,9 @@ def load_model(
         OSError: the file cannot be read.
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
-        raise OptionError("the model has compressed layers: give compress_model a dense one, and the file")
+        raise OptionError(
+            "the model has compressed layers: call compress_model with a dense model and the file"
+        )
     where = require_device(device)
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
         places = places_of(model)
@@ -195,8 +199,8 @@ def warn_of_ignored(model: torch.nn.Module, file: AnyFile, names: Sequence[str])
     differ = [name for name in names if not _has_numbers_of(buffers[name], file, name)]
     if differ:
         warn(
-            f"the file has other numbers for {listed(differ)} than the module, which makes these buffers "
-            "itself (they are not persistent); the module's stay"
+            f"the file has other values for {listed(differ)} than the module, which computes these buffers "
+            "itself (they are not persistent); the module's values are kept"
         )
 
 
@@ -255,7 +259,7 @@ def _by_state_dict(
         if not is_lazy(old) and not is_shape_of(tuple(tensors[source].shape), tuple(old.shape)):
             continue
         tensor = tensors[source]
-        if loses_numbers(tensor, tensor.to(old.dtype)):
+        if loses_values(tensor, tensor.to(old.dtype)):
             lost.append(source)
         if on_meta:  # `assign` takes tensors as they are, so device and dtype must match the module's
             tensor = tensor.to(device if old.is_meta else old.device, old.dtype)
@@ -280,6 +284,6 @@ def _by_state_dict(
     if strict:
         require_same_names(model, missing, refused)
     require_none_left(model, (), strict)
-    warn_of_lost(lost)
+    warn_of_lost_values(lost)
     warn_of_ignored(model, file, ignored)
     return list(missing), refused + ignored

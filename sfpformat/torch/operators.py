@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from . import packed
 from .files import is_decoded_on
-from .kept import kept_by
+from .weight_cache import cache_of
 
 Operator = Callable[..., torch.Tensor]
 
@@ -46,7 +46,7 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
 
 def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: str) -> torch.Tensor:
     """Returns the decoded weight, on the device of its bytes. Read-only: it may be in the cache."""
-    store = kept_by(kept)
+    store = cache_of(kept)
     found = None if store is None else store.find(data, dtype, compute)
     if found is None:
         found = packed.decode(data).to(data.device, dtype).to(compute)
@@ -56,7 +56,7 @@ def _weight(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype, kept: 
 
 
 def _decode(data: torch.Tensor, shape: list[int], dtype: torch.dtype, kept: str) -> torch.Tensor:
-    store = kept_by(kept)
+    store = cache_of(kept)
     found = None if store is None else store.find(data, dtype, dtype)
     return packed.decode(data).to(data.device, dtype) if found is None else found.clone()
 
@@ -102,7 +102,7 @@ def _fake_linear(
 def _embedding(
     ids: torch.Tensor, data: torch.Tensor, columns: int, dtype: torch.dtype, kept: str
 ) -> torch.Tensor:
-    store = kept_by(kept)
+    store = cache_of(kept)
     whole = None if store is None else store.find(data, dtype, dtype)
     if whole is None:
         rows = packed.decode_rows(data, ids.detach().reshape(-1).to("cpu", torch.int64))

@@ -23,9 +23,9 @@ from ..engines import get_engine
 from ..errors import MismatchError
 from ..options import Options
 from .files import is_decoded_on
-from .one import NAME, opened
-from .places import AnyFile
+from .loading import AnyFile
 from .tensors import array_of, memory_of, tensor_of, torch_dtype
+from .weight_file import TENSOR_NAME, open_weight
 
 
 def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
@@ -43,7 +43,7 @@ def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
     """
     sink = MemorySink()
     with Writer(sink, threads=torch.get_num_threads()) as writer:
-        writer.add(NAME, array_of(weight, NAME), options)
+        writer.add(TENSOR_NAME, array_of(weight, TENSOR_NAME), options)
     return _bytes_tensor(sink.data)
 
 
@@ -58,7 +58,7 @@ def cut_out(file: AnyFile, name: str) -> torch.Tensor:
     torch_dtype(file.info(name).dtype)
     sink = MemorySink()
     with Writer(sink, threads=1) as writer:
-        _copy_tensor(file.file_of(name), name, writer, NAME)
+        _copy_tensor(file.file_of(name), name, writer, TENSOR_NAME)
     return _bytes_tensor(sink.data)
 
 
@@ -68,8 +68,8 @@ def put_into(data: torch.Tensor, writer: Writer, name: str) -> None:
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
-    with opened(data) as file:
-        _copy_tensor(file, NAME, writer, name)
+    with open_weight(data) as file:
+        _copy_tensor(file, TENSOR_NAME, writer, name)
 
 
 def _copy_tensor(file: SfpFile, name: str, writer: Writer, new_name: str) -> None:
@@ -103,11 +103,11 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
     """
     if not may_be_bytes(data):
-        raise MismatchError("the bytes of a weight are a tensor, uint8 [bytes]")
-    with opened(data) as file:
-        if file.keys() != [NAME]:
-            raise MismatchError(f"the file has the tensors {file.keys()}, not {NAME!r} alone")
-        info = file.info(NAME)
+        raise MismatchError("the bytes of a weight must be a tensor, uint8 [bytes]")
+    with open_weight(data) as file:
+        if file.keys() != [TENSOR_NAME]:
+            raise MismatchError(f"the file has the tensors {file.keys()}, must have {TENSOR_NAME!r} only")
+        info = file.info(TENSOR_NAME)
     torch_dtype(info.dtype)
     if info.shape != shape:
         raise MismatchError(f"the compressed weight is {list(info.shape)}, the module's {list(shape)}")
@@ -131,12 +131,12 @@ def decode(data: torch.Tensor) -> torch.Tensor:
         weight = resident.decode(data)
         if weight is not None:
             return weight
-    with opened(data) as file, torch.inference_mode(False):  # the cache may use it outside later
-        info = file.info(NAME)
+    with open_weight(data) as file, torch.inference_mode(False):  # the cache may use it outside later
+        info = file.info(TENSOR_NAME)
         # The device is explicit, because torch's default device can be another one.
         out = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="cpu")
         _engines.expect(out.numel())
-        file.read_into({NAME: memory_of(out)})
+        file.read_into({TENSOR_NAME: memory_of(out)})
     return out
 
 
@@ -165,8 +165,8 @@ def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
             part = resident.decode_rows(data, few.numbers)
             if part is not None:
                 return part[few.places.to(part.device)]
-    with opened(data) as file:
-        entry = file.entry(NAME)
+    with open_weight(data) as file:
+        entry = file.entry(TENSOR_NAME)
         few = _few_rows(entry, rows)
         if few is None:
             return None
@@ -193,7 +193,7 @@ def _few_rows(entry: TensorEntry, rows: torch.Tensor) -> _Few | None:
     """
     height, columns = entry.shape
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < height:
-        raise IndexError(f"a row beyond the {height} of the weight")
+        raise IndexError(f"a row index is out of range for the {height} rows of the weight")
     few, places = torch.unique(rows, return_inverse=True)
     # A row that begins or ends inside a segment needs the whole segment.
     if 2 * len(few) * (columns + entry.segment) >= entry.positions:

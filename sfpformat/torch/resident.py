@@ -26,9 +26,9 @@ from ..engines.cuda.recipe import make_recipe
 from ..engines.cuda.resident import Operands, Placed, Resident, Run
 from ..errors import FileFault
 from . import device as devices
-from .kept import version_of
-from .one import NAME, opened
 from .tensors import format_dtype, torch_dtype
+from .weight_cache import version_of
+from .weight_file import TENSOR_NAME, open_weight
 
 MOST_ROWS = 8  # of activations, multiplied without decoding; with more rows, decoding is faster
 _ALIGNMENT = 16  # bytes: kernels load this much at once
@@ -223,8 +223,8 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
     if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
         return None
     try:
-        with opened(data) as file:
-            entry = file.entry(NAME)
+        with open_weight(data) as file:
+            entry = file.entry(TENSOR_NAME)
             if entry.fingerprints is None or not entry.positions:
                 return None
             file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, len(data))

@@ -46,7 +46,7 @@ def read_sparse(file: SfpFile | ShardedFile, name: str, layout: torch.layout) ->
     entry = file.entry(name)
     shape = entry.shape
     if layout == torch.sparse_csr and len(shape) != 2:
-        raise MismatchError(f"tensor {name!r}: CSR takes two dimensions, it has {len(shape)}; take 'coo'")
+        raise MismatchError(f"tensor {name!r}: CSR needs two dimensions, it has {len(shape)}; use 'coo'")
     positions, values = file.get_survivors(name)
     if entry.mask is None:
         alive = _not_plus_zero(values, DTYPES[entry.dtype.name].itemsize)

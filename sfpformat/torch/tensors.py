@@ -60,7 +60,7 @@ def torch_dtype(name: str) -> torch.dtype:
         MismatchError: this version of torch has no such dtype.
     """
     if name not in _TO_TORCH:
-        raise MismatchError(f"torch {torch.__version__} has no dtype for {name}; a newer one may")
+        raise MismatchError(f"torch {torch.__version__} has no dtype for {name}; a newer torch may have one")
     return _TO_TORCH[name]
 
 
@@ -110,7 +110,7 @@ def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Arra
             plain = plain.to_dense()
         return memory_of(plain.to("cpu").resolve_conj().resolve_neg().contiguous())
     except (RuntimeError, TypeError) as error:  # for example inside torch.func.vmap
-        raise OptionError(f"{what}: torch does not give its numbers: {first_line(error)}") from error
+        raise OptionError(f"{what}: torch cannot read its values: {first_line(error)}") from error
 
 
 def require_memory(tensor: object, what: str) -> None:
@@ -128,7 +128,7 @@ def require_memory(tensor: object, what: str) -> None:
     if reason is None and isinstance(tensor, torch.Tensor):
         reason = missing_memory(tensor)
         if tensor.is_meta:
-            reason = "has no data, it is on the meta device"
+            reason = "is on the meta device and has no data"
     if reason is not None:
         raise OptionError(f"{what}: {reason}")
 
@@ -136,17 +136,17 @@ def require_memory(tensor: object, what: str) -> None:
 def _reason_against(tensor: object) -> str | None:
     """Returns why an object is not a tensor with its own memory, or None."""
     if not isinstance(tensor, torch.Tensor):
-        return f"a {type(tensor).__name__} is no tensor"
+        return f"a {type(tensor).__name__} is not a tensor"
     if is_lazy(tensor):
-        return "has no shape yet, it is of a lazy module: call the module once before"
+        return "has no shape yet because it belongs to a lazy module: call the module once first"
     if tensor.is_nested:
-        return "is a nested tensor; give its values and offsets, or to_padded_tensor() of it"
+        return "is a nested tensor; pass its values and offsets, or its to_padded_tensor()"
     if tensor.is_quantized:
-        return "is quantised by torch; give dequantize() of it, or its int_repr(), scale and zero point"
+        return "is quantised by torch; pass its dequantize(), or its int_repr(), scale and zero point"
     if is_wrapper(tensor):
         if hasattr(tensor, "full_tensor"):
-            return "is a DTensor, spread over processes; give full_tensor() of it"
-        return f"is a {type(tensor).__name__}, which wraps other tensors; give those, or a plain tensor of it"
+            return "is a distributed DTensor; pass its full_tensor()"
+        return f"is a {type(tensor).__name__}, which wraps other tensors; pass those, or a plain tensor"
     return None
 
 
@@ -159,7 +159,8 @@ def require_known_shapes(model: torch.nn.Module) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise OptionError(
-                f"{name!r} has no shape yet, it is of a lazy module: call the model once, or use load_model"
+                f"{name!r} has no shape yet because it belongs to a lazy module: call the model "
+                "once, or use load_model"
             )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import OptionError
 from ..names import checked_by_name, require_known
-from .places import groups_of
+from .loading import groups_of
 
 T = TypeVar("T")
 
@@ -73,7 +73,10 @@ class TiedNames:
             if first == name:
                 out[name] = value
             elif not _same(out[first], value):
-                raise OptionError(f"{argument}: {first!r} and {name!r} are one tensor and differ; give one")
+                raise OptionError(
+                    f"{argument}: {first!r} and {name!r} are the same tensor, but "
+                    "their values differ; give one"
+                )
         return out
 
     def by_kept(self, given: Mapping[str, T] | None, argument: str) -> dict[str, T]:

@@ -24,7 +24,7 @@ from .compressed import Compressed
 
 REQUIRES_GRAD = "requires_grad_"
 _some = partial(listed, most=3)
-_ADVICE = "decompress_model makes them dense, and they train again"
+_ADVICE = "call decompress_model to train them"
 
 # Replaced dense weights that required a gradient -> the name of the layer.
 _replaced: Any = WeakTensorKeyDictionary()
@@ -51,7 +51,7 @@ class WarnsOfFrozen:
         """
         names = [name for name, module in self.model.named_modules() if isinstance(module, Compressed)]
         if requires_grad and names:
-            warn(f"requires_grad_ does not reach compressed weights: {_some(names)} stay frozen; {_ADVICE}")
+            warn(f"requires_grad_ has no effect on compressed weights: {_some(names)} stay frozen; {_ADVICE}")
         for module in self.model.modules():
             if isinstance(module, Compressed):
                 module.weight_trains = requires_grad
@@ -113,7 +113,7 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if gone:
         warn(
             f"the optimizer has the dense weights of {_some(gone)}, which are compressed and frozen since: "
-            f"its steps do not reach the model; {_ADVICE} by a new optimizer"
+            f"its steps do not change the model; {_ADVICE} with a new optimizer"
         )
         return
     own = {id(param) for param in trained}
@@ -127,6 +127,6 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if frozen and others and all(param.requires_grad and id(param) in own for param in others):
             warn(
                 f"the optimizer trains all parameters of a model, but the weights of {_some(frozen)} are "
-                f"compressed and frozen; {_ADVICE}; if this is meant, model.requires_grad_(False) "
-                "before compress_model says so"
+                f"compressed and frozen; {_ADVICE}; if this is intended, call model.requires_grad_(False) "
+                "before compress_model"
             )

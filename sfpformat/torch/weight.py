@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import OptionError
 from .decoded import Decoded, decoded_of, encoded, expire, holders_of, require_matrix, take
-from .kept import version_of
 from .tensors import ReadsAsPlain
+from .weight_cache import version_of
 
 
 def _dispatch(
@@ -87,7 +87,7 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
         """
         if self._decoded is None:
             raise OptionError(
-                "this tensor's data were replaced by others of another kind; take layer.weight again"
+                "the data of this tensor were replaced by a tensor of another type; read layer.weight again"
             )
         return self._decoded
 
@@ -166,7 +166,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _no_collective(weight: DecodedWeight) -> OptionError:
     """Returns the error for ``torch.distributed``: it writes without counting, possibly after the call."""
-    return weight.decoded.refused("collectives cannot write to its weight; give them layer.weight.clone()")
+    return weight.decoded.refused("collectives cannot write to its weight; pass layer.weight.clone()")
 
 
 def _require_same_place(func: Any, weights: list[DecodedWeight], before: list[_Memory]) -> None:
@@ -242,7 +242,7 @@ def _set_data(func: Any, weight: DecodedWeight, value: torch.Tensor) -> None:
     """Implements ``weight.data = value``: encodes the new values into all layers that share the weight."""
     decoded = weight.decoded
     if not weight.is_whole:
-        raise decoded.refused("setting .data of a view reaches nothing; write to the view with copy_")
+        raise decoded.refused("setting .data of a view has no effect; write to the view with copy_")
     if isinstance(value, DecodedWeight):
         plain, memory = value.plain(), decoded.memory
         if value.decoded is decoded and _Memory.of(plain).place == _Memory.of(memory).place:
@@ -262,8 +262,8 @@ def _set_data(func: Any, weight: DecodedWeight, value: torch.Tensor) -> None:
 
 def _frozen(weight: DecodedWeight) -> OptionError:
     return weight.decoded.refused(
-        "its weight is frozen and has no gradient; make the model dense with decompress_model to train it, "
-        "or take layer.weight.clone()"
+        "its weight is frozen and has no gradient; call decompress_model to train it, "
+        "or use layer.weight.clone()"
     )
 
 
@@ -317,7 +317,7 @@ def _write_uncounted(func: Any, weight: DecodedWeight, *args: Any) -> Any:
 
 def _shared_outside(func: Any, weight: DecodedWeight, *args: Any, **kwargs: Any) -> Any:
     raise weight.decoded.refused(
-        f"{_name_of(func)} would share memory in which writes are not noticed; take layer.weight.clone()"
+        f"{_name_of(func)} would share memory, in which writes cannot be detected; use layer.weight.clone()"
     )
 
 

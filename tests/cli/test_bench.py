@@ -26,9 +26,9 @@ from sfpformat.bench.measure import (
     Spread,
     WrongBitsError,
     break_even,
-    race,
+    rotated,
+    run_round_robin,
     seconds_of,
-    turned,
 )
 from sfpformat.bench.peers import PEERS, Piece, bf16_of_ordered, ordered_of_bf16, why_not
 from sfpformat.bench.results import FIELDS, codec_results
@@ -91,18 +91,18 @@ class Logged(Runner):
 def test_contenders_run_round_robin_and_each_round_starts_with_the_next_one() -> None:
     log: list[str] = []
     steps: list[str] = []
-    records, refusals = race([Logged(name, log) for name in "abc"], 4, steps.append)
+    records, refusals = run_round_robin([Logged(name, log) for name in "abc"], 4, steps.append)
     assert log[:3] == ["check a", "check b", "check c"]
     assert "".join(log[3:]) == "abc" + "bca" + "cab" + "abc"
     assert len(steps) == 3 * (4 + 1)
     assert [len(record.samples["seconds"]) for record in records] == [4, 4, 4]
     assert refusals == []
-    assert turned([], 3) == []
+    assert rotated([], 3) == []
 
 
 def test_a_contender_that_fails_its_check_is_excluded_and_the_others_run() -> None:
     log: list[str] = []
-    records, refusals = race([Logged("good", log), Logged("bad", log, -1.0)], 2)
+    records, refusals = run_round_robin([Logged("good", log), Logged("bad", log, -1.0)], 2)
     assert [record.contender.name for record in records] == ["good"]
     assert log == ["check good", "check bad", "good", "good"]
     assert [refusal.reason for refusal in refusals] == ["WrongBitsError: other bits"]
@@ -184,7 +184,7 @@ class Flipping:
 def test_a_peer_that_returns_wrong_bits_is_excluded_and_one_that_changes_its_input_is_not() -> None:
     tensors: subject.Tensors = {"a": np.ones(5, np.float32), "b": np.zeros(3, np.int8)}
     runners = [codecs.PackerRunner(Contender("peer", n), tensors, Flipping) for n in (1, 2)]
-    records, refusals = race(runners, 2)
+    records, refusals = run_round_robin(runners, 2)
     assert [record.contender.threads for record in records] == [1]
     assert [refusal.contender.threads for refusal in refusals] == [2]
     assert "differs" in refusals[0].reason
@@ -214,7 +214,7 @@ def test_a_file_that_depends_on_the_thread_count_is_refused(monkeypatch: pytest.
     tensors: subject.Tensors = {"a": np.ones(5, np.float32)}
     files: dict[tuple[str | None, str | None], bytes] = {}
     runners = [
-        codecs.OurRunner(Contender("sfp", n, "python", "speed"), tensors, sparse.PRESETS["speed"], files)
+        codecs.SfpRunner(Contender("sfp", n, "python", "speed"), tensors, sparse.PRESETS["speed"], files)
         for n in (1, 2)
     ]
     real = codecs.save
@@ -223,9 +223,9 @@ def test_a_file_that_depends_on_the_thread_count_is_refused(monkeypatch: pytest.
         return real(tensors, {"threads": str(settings["threads"])}, **settings)
 
     monkeypatch.setattr(codecs, "save", odd)
-    records, refusals = race(runners, 1)
+    records, refusals = run_round_robin(runners, 1)
     assert [record.contender.threads for record in records] == [1]
-    assert "another one" in refusals[0].reason
+    assert "differs from that" in refusals[0].reason
 
 
 def test_quantised_weights_may_differ_by_half_a_step_and_pruned_ones_must_be_zero() -> None:
@@ -255,7 +255,9 @@ def test_every_peer_returns_every_dtype_or_is_reported_as_not_installed(name: st
     tensors |= {"all BF16": every.view(ml_dtypes.bfloat16), "scalar": np.array(2.0), "C64": np.ones(9, "c8")}
     make_packer = PEERS[name].packer
     assert make_packer is not None
-    records, refusals = race([codecs.PackerRunner(Contender(name, threads), tensors, make_packer)], 1)
+    records, refusals = run_round_robin(
+        [codecs.PackerRunner(Contender(name, threads), tensors, make_packer)], 1
+    )
     if why_not(name) is None:
         assert refusals == []
         assert records[0].facts["size_bytes"] < records[0].facts["raw_bytes"]
@@ -432,10 +434,10 @@ def test_a_model_without_matrices_has_no_sparse_results(tmp_path: Path, capsys: 
     ("words", "told"),
     [
         (["missing.sfp"], "missing.sfp: No such file"),
-        (["--only", "lossless,speed"], "no section 'speed'; there is: lossless, sparse"),
+        (["--only", "lossless,speed"], "no section 'speed'; choose from lossless, sparse"),
         (["--only", ","], "no section is named"),
         (["--engines", "warp"], "no engine 'warp'"),
-        (["--presets", "fast"], "no preset 'fast'; there is: default"),
+        (["--presets", "fast"], "no preset 'fast'; choose from default"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--rounds", "many"], "--rounds"),
         (["--threads", "0"], "--threads is 0"),
@@ -484,7 +486,7 @@ def test_plot_writes_a_png(tmp_path: Path, capsys: Capture) -> None:
     assert re.search(r"<svg\b", (tmp_path / "p.SVG").read_text())
     capsys.readouterr()
     image = path.rename(tmp_path / "m.png")
-    assert "is what is read" in error_of(capsys, "bench", image, "--plot", image)
+    assert "is an input file" in error_of(capsys, "bench", image, "--plot", image)
 
 
 def test_a_missing_matplotlib_ends_bench_before_it_measures(

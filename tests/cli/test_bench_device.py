@@ -82,10 +82,10 @@ def test_wrongly_decoded_sections_are_excluded_and_the_exit_code_is_1(
     ("words", "told"),
     [
         (["--device", "cuda", "--only", "memory"], "no section 'memory'; there is: lossless, sparse, load"),
-        (["--device", "cuda", "--engines", "cuda"], "leave --engines out"),
+        (["--device", "cuda", "--engines", "cuda"], "omit --engines"),
         (["--device", "cpu"], "on CUDA devices only, not on 'cpu'"),
         (["--device", "warp"], "--device warp: "),
-        (["pruning", "--device", "cuda"], "does not take --device"),
+        (["pruning", "--device", "cuda"], "does not accept --device"),
     ],
 )
 def test_wrong_arguments_end_with_one_line(words: list[str], told: str, capsys: Capture) -> None:
@@ -108,7 +108,7 @@ def test_a_torch_without_devices_ends_bench_with_the_reason(
     monkeypatch.setattr(driver, "why_not", lambda: None)
     assert "sees no CUDA device" in error_of(capsys, "bench", "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "no device 'cuda:2', torch sees 2" in error_of(capsys, "bench", "--device", "cuda:2")
+    assert "no device 'cuda:2': torch sees 2" in error_of(capsys, "bench", "--device", "cuda:2")
     assert bench_device.why_not("cuda:1") is None
     monkeypatch.setattr(bench_device, "device_of", lambda name: (_ for _ in ()).throw(ImportError("torch")))
     assert "torch is not installed" in (bench_device.why_not("cuda") or "")

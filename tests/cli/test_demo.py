@@ -11,7 +11,7 @@ import pytest
 
 import sfpformat
 from sfpformat.cli import main
-from sfpformat.demo import carried, packing, plot
+from sfpformat.demo import bundled, packing, plot
 from sfpformat.demo.model import (
     CHARACTERS,
     OTHER_TOKEN,
@@ -27,7 +27,7 @@ from sfpformat.pruning.thresholds import Pattern, Sparsity, Threshold
 
 @pytest.fixture(scope="module")
 def weights() -> packing.Tensors:
-    return carried.weights()
+    return bundled.weights()
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_bundled_file_is_canonical_and_small() -> None:
-    assert sfpformat.validate(carried.model_bytes()).canonical
-    assert len(carried.model_bytes()) < 2_000_000
+    assert sfpformat.validate(bundled.model_bytes()).canonical
+    assert len(bundled.model_bytes()) < 2_000_000
 
 
 def test_the_bundled_model_has_the_shapes_of_its_config(weights: packing.Tensors) -> None:
@@ -47,14 +47,14 @@ def test_the_bundled_model_has_the_shapes_of_its_config(weights: packing.Tensors
 
 
 def test_the_bundled_model_predicts_held_out_text(weights: packing.Tensors) -> None:
-    tokens = carried.heldout_tokens("code", 2049)
+    tokens = bundled.heldout_tokens("code", 2049)
     assert perplexity(weights, Config(), tokens) < 3.5
     shuffled = np.random.default_rng(0).permutation(tokens)
     assert perplexity(weights, Config(), shuffled) > 20
 
 
 def test_outputs_do_not_depend_on_later_positions(weights: packing.Tensors) -> None:
-    tokens = carried.heldout_tokens("prose", 64)
+    tokens = bundled.heldout_tokens("prose", 64)
     changed = tokens.copy()
     changed[40:] = OTHER_TOKEN
     before, after = (logits(weights, Config(), t[None])[0, :40] for t in (tokens, changed))

@@ -84,19 +84,19 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "Git LFS": (
         "model.safetensors",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-        "is a Git LFS pointer and not the file itself; fetch that with 'git lfs pull'",
+        "is a Git LFS pointer, not the file itself; fetch the file with 'git lfs pull'",
     ),
     "web page": ("model.safetensors", b"\n<!DOCTYPE html><html><body>Log in", "is a web page: the download"),
     "message": (
         "model.safetensors",
         b"Entry not found\x0a",
-        'is a text, which begins with "Entry not found"',
+        'is text that starts with "Entry not found"',
     ),
-    "error": ("model.sfp", b'{"error": "gated"}', "is JSON, which begins with"),
-    "empty": ("model.safetensors", b"", "is empty: a download or a copy that failed"),
-    "empty sfp": ("model.sfp", b"", "is empty: a download or a copy that failed"),
-    "zeros": ("model.safetensors", bytes(5000), "is a file of zeros at its start"),
-    "noise": ("model", b"\xf0\x01\x02\x03" * 9, "is no .sfp or safetensors file"),
+    "error": ("model.sfp", b'{"error": "gated"}', "is JSON that starts with"),
+    "empty": ("model.safetensors", b"", "is empty, probably a failed download or copy"),
+    "empty sfp": ("model.sfp", b"", "is empty, probably a failed download or copy"),
+    "zeros": ("model.safetensors", bytes(5000), "is a file that starts with zeros"),
+    "noise": ("model", b"\xf0\x01\x02\x03" * 9, "is neither an .sfp nor a safetensors file"),
 }
 
 
@@ -246,7 +246,7 @@ def test_bool_bytes_other_than_0_and_1_are_packed_as_1(tmp_path: Path, capsys: C
     source = raw(tmp_path / "m.safetensors", {"w": tensor("BOOL", (48,))}, b"\xff\0\1" * 16)
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify") == 0
     told = capsys.readouterr().err
-    assert told == "sfp: warning: tensor 'w': 16 of its BOOLs are neither 0 nor 1; they are taken as 1\n"
+    assert told == "sfp: warning: tensor 'w': 16 of its BOOLs are neither 0 nor 1; they are read as 1\n"
     with sfpformat.open(tmp_path / "m.sfp") as file:
         assert file.get_tensor("w").tolist() == [True, False, True] * 16
 

@@ -101,11 +101,11 @@ def test_every_command_with_names_suggests_the_nearest_name(
     packed, out = tmp_path / "m.sfp", tmp_path / "out.safetensors"
     assert run("pack", source, "-o", packed, "--importance", tmp_path / "i.safetensors") == 0
     capsys.readouterr()
-    nearest = "no tensor has a name like 'Mid.weight'; the nearest is 'mid.weight'"
+    nearest = "no tensor name matches 'Mid.weight'; the nearest is 'mid.weight'"
     assert nearest in error_of(capsys, "info", packed, "--tensors", "Mid.weight")
     assert nearest in error_of(capsys, "unpack", packed, "-o", out, "--tensor", "Mid.weight")
     words = ("prune", packed, "-o", tmp_path / "n.sfp", "--sparsity", "0.5")
     assert nearest in error_of(capsys, *words, "--exempt", "Mid.weight")
-    kept = "no tensor has a name like 'wte*'; 'wte.weight' is kept as 'lm_head.weight'"
+    kept = "no tensor name matches 'wte*'; 'wte.weight' is stored as 'lm_head.weight'"
     assert kept in error_of(capsys, "info", packed, "--tensors", "wte*")
     assert kept in error_of(capsys, "unpack", packed, "-o", out, "--tensor", "wte*")

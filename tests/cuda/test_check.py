@@ -149,7 +149,7 @@ def test_a_failed_part_is_recorded_and_the_others_run(
 def test_no_part_starts_after_the_time_limit(tmp_path: Path) -> None:
     report = check.Report(tmp_path / "device", FACTS, 0)
     report.run("late", fails)
-    assert report.parts[0]["failure"] == "there was no time left"
+    assert report.parts[0]["failure"] == "the time limit was reached"
     assert report.failed
 
 
@@ -292,7 +292,7 @@ def test_sanitiser_findings_and_timeouts_are_errors(tmp_path: Path, monkeypatch:
     for script, seconds, words in (
         ("echo all well", 10.0, None),
         ("echo ERROR SUMMARY: 3 errors; exit 9", 10.0, "exit 9: ERROR SUMMARY: 3 errors"),
-        ("sleep 5", 0.2, "not done within 0 s"),
+        ("sleep 5", 0.2, "not finished within 0 s"),
     ):
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o755)

@@ -24,7 +24,7 @@ from sfpformat.torch import (
     packed,
     resident,
 )
-from sfpformat.torch.kept import KeptWeights
+from sfpformat.torch.weight_cache import KeptWeights
 
 from ..support.programs import needs
 from ..torch.test_files import bits

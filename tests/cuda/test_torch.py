@@ -104,14 +104,14 @@ def test_auto_uses_an_available_engine_and_a_name_selects_that_engine(
 def test_an_unavailable_engine_that_is_named_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
     monkeypatch.setattr(driver, "why_not", lambda: "there is no CUDA device")
-    with pytest.raises(EngineError, match="'cuda' cannot be used: there is no CUDA device"):
+    with pytest.raises(EngineError, match="'cuda' is not available: there is no CUDA device"):
         safe_open(save(many(1)), device="cuda", engine="cuda")
 
 
 def test_a_module_is_loaded_on_its_own_device(
     devices: list[shim.HostDevice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfpformat.torch.places.is_decoded_on", lambda where, engine: where == CPU)
+    monkeypatch.setattr("sfpformat.torch.loading.is_decoded_on", lambda where, engine: where == CPU)
     source, target = torch.nn.Linear(70, 90), torch.nn.Linear(70, 90).double()  # another dtype: not in place
     save_model(source, tmp_path / "m")
     assert load_model(target, tmp_path / "m") == ([], [])

@@ -67,7 +67,7 @@ def test_a_shared_budget_refuses_masks_of_another_type_or_shape(mask: Any, words
 
 
 def test_a_shared_budget_refuses_tensors_that_are_no_mapping() -> None:
-    with pytest.raises(OptionError, match="tensors: a list is no mapping"):
+    with pytest.raises(OptionError, match="tensors is a list, must be a mapping"):
         steps_for_budget([WEIGHTS], 3.0)  # type: ignore[arg-type]
 
 
@@ -81,12 +81,12 @@ def test_a_shared_budget_refuses_tensors_that_are_no_mapping() -> None:
         ({"options": "speed"}, r"options: a str, 'speed', is not Options; PRESETS\['speed'\] are"),
         ({"options": {"w": "sped"}}, "the options of 'w': a str, 'sped', is not Options$"),
         ({"options": 4}, "options: a int, 4, is not Options"),
-        ({"masks": [MASK]}, "masks: a list is no mapping"),
+        ({"masks": [MASK]}, "masks is a list, must be a mapping"),
         ({"masks": {"w": [True]}}, "the mask of 'w' is a list, not an array"),
         ({"importances": {"w": 0.5}}, "the importance of 'w' is a float, not an array"),
         ({"importances": {"w": (WEIGHTS[0],)}}, "the importance of 'w' is 1 vectors, not rows and columns"),
         ({"importances": {"w": (None, WEIGHTS[0])}}, "the importance of 'w' is a NoneType, not an array"),
-        ({"metadata": "pt"}, "metadata: a str is no mapping"),
+        ({"metadata": "pt"}, "metadata is a str, must be a mapping"),
     ],
 )
 def test_an_argument_of_another_type_is_refused(
@@ -109,7 +109,7 @@ def test_importances_that_are_not_real_numbers_are_refused(dtype: Any) -> None:
 
 
 def test_tensors_that_are_no_mapping_are_refused() -> None:
-    with pytest.raises(OptionError, match="tensors: a list is no mapping"):
+    with pytest.raises(OptionError, match="tensors is a list, must be a mapping"):
         sfpformat.numpy.save([WEIGHTS])  # type: ignore[arg-type]
 
 

@@ -38,9 +38,9 @@ def test_an_unknown_name_raises_with_the_nearest_name() -> None:
 
 
 def test_a_pattern_without_a_match_is_refused_with_near_names() -> None:
-    assert unmatched("W", ["w"]) == "no tensor has a name like 'W'; the nearest is 'w'"
-    assert unmatched("W*", ["w"]) == "no tensor has a name like 'W*'"
-    said = "no tensor has a name like 'em*'; 'embed' is kept as 'head'"
+    assert unmatched("W", ["w"]) == "no tensor name matches 'W'; the nearest is 'w'"
+    assert unmatched("W*", ["w"]) == "no tensor name matches 'W*'"
+    said = "no tensor name matches 'em*'; 'embed' is stored as 'head'"
     assert unmatched("em*", ["head"], {"embed": "head"}) == said
 
 

@@ -323,7 +323,7 @@ def test_scales_and_masks_stay_lossless_beside_weights_that_change(
         "1 lossless, buffers: 'attn_mask'",
         "1 lossless, with infinities, NaNs or values beyond float32: 'table'",
         "1 lossless, not float: 'a.qweight'",
-        "1 lossless, of rank under 2, or small: 'head.bias'",
+        "1 lossless, of rank below 2, or small: 'head.bias'",
     ):
         assert line in out.splitlines()
 
@@ -487,7 +487,7 @@ def test_lossy_options_for_all_warn_of_quantised_weights(door: str, tmp_path: Pa
         "save_model": lambda o: t.save_model(module, path, options=o),
     }[door]
     with pytest.warns(
-        sfpformat.SfpWarning, match=r"quantised already \(1\): 'a.scales'; options_for_weights"
+        sfpformat.SfpWarning, match=r"already quantised weights \(1\): 'a.scales'; options_for_weights"
     ):
         write(FOUR_BITS)
     write(sfpformat.Options())

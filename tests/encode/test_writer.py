@@ -234,7 +234,7 @@ for _ in range(16):
         ({"x-a": "\ud800"}, "cannot be written"),
         ({"x-a": object()}, "cannot be written"),
         ({"x-a": DEEP}, "cannot be written"),
-        ([], "no mapping"),
+        ([], "must be a mapping"),
     ],
 )
 def test_extra_keys_that_readers_refuse_are_refused(keys: Any, told: str) -> None:
@@ -363,7 +363,7 @@ def test_a_missing_folder_raises_os_error(tmp_path: Path, key: str | None) -> No
 @pytest.mark.parametrize("key", [None, "job"])
 def test_a_target_that_is_no_regular_file_is_refused(tmp_path: Path, key: str | None) -> None:
     (tmp_path / "a.sfp").mkdir()
-    with pytest.raises(OptionError, match="not a file"):
+    with pytest.raises(OptionError, match="not a regular file"):
         Writer(tmp_path / "a.sfp", resume_key=key)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.sfp"]
 

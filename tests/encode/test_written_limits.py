@@ -217,14 +217,14 @@ def test_the_option_limit_applies_to_writing_and_reading(tmp_path: Path, capsys:
         ("rank", "not NAME=VALUE"),
         ("ranks=3", "the nearest is 'rank'"),
         ("rank=many", "not a whole number"),
-        ("rank=65", "64 at most"),
-        ("tensors=-1", "0 or more"),
+        ("rank=65", "rank at most 64"),
+        ("tensors=-1", "whole number of at least 0"),
     ],
 )
 def test_an_invalid_limit_is_refused_with_its_range(
     words: str, told: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    assert told.replace("64 at most", "rank to 64") in error_of(capsys, "info", "x.sfp", "--limit", words)
+    assert told in error_of(capsys, "info", "x.sfp", "--limit", words)
 
 
 def test_a_limit_can_be_spelled_with_underscores_or_dashes(tmp_path: Path, capsys: Capture) -> None:

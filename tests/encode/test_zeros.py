@@ -303,7 +303,7 @@ def test_positive_zeros_warn_about_packed_integers_in_a_float_dtype() -> None:
         "q.qweight": np.full((64, 64), 0x8000, np.uint16).view(np.float16),
         "q.scales": np.ones((64, 1), np.float16),
     }
-    with pytest.warns(SfpWarning, match=r"quantised already \(1\): 'q.qweight'"):
+    with pytest.warns(SfpWarning, match=r"already quantised weights \(1\): 'q.qweight'"):
         save(tensors, options=Options(zeros="positive"))
 
 

@@ -35,7 +35,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from sfpformat import Options, steps_for_budget
-from sfpformat.demo import carried
+from sfpformat.demo import bundled
 from sfpformat.demo.language import CALIBRATION_BATCHES, calibration_windows, language_model
 from sfpformat.demo.methods import FROZEN, TOGETHER, Bench
 from sfpformat.demo.model import Config, perplexity
@@ -75,10 +75,10 @@ class Trial:
     """The model, the texts, and how files are judged."""
 
     def __init__(self) -> None:
-        self.tensors: Tensors = carried.weights()
+        self.tensors: Tensors = bundled.weights()
         self.matrices = [name for name, array in self.tensors.items() if array.ndim == 2]
-        self._texts = {kind: carried.heldout_tokens(kind, MEASURED_TOKENS) for kind in carried.TEXTS}
-        self._dense = {kind: self._perplexity(self.tensors, kind) for kind in carried.TEXTS}
+        self._texts = {kind: bundled.heldout_tokens(kind, MEASURED_TOKENS) for kind in bundled.TEXTS}
+        self._dense = {kind: self._perplexity(self.tensors, kind) for kind in bundled.TEXTS}
         self.weights = sum(array.size for array in self.tensors.values())
 
     def _perplexity(self, tensors: Tensors, kind: str) -> float:

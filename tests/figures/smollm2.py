@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfpformat.demo import carried
+from sfpformat.demo import bundled
 from sfpformat.pruning import (
     LayerwiseResult,
     Outliers,
@@ -111,7 +111,7 @@ class Bench:
         self.calibration = batches(windows[:known], 1)
         self.held_out = batches(windows[known : known + HELD_OUT], 2)
         self.learned_from = batches(windows[known + HELD_OUT :], options.batch)
-        prose = Path(str(carried.__file__)).with_name("heldout_prose.txt")
+        prose = Path(str(bundled.__file__)).with_name("heldout_prose.txt")
         self.texts = {
             "code": batches(self._windows(modules[1::3][20:], options.evaluated), 4),
             "prose": batches(self._windows([prose], options.evaluated), 4),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sfpformat import Options, steps_for_budget
-from sfpformat.demo import carried
+from sfpformat.demo import bundled
 from sfpformat.demo.model import Config, encode_text, perplexity
 from sfpformat.demo.train import MEASURED_TOKENS, LanguageModel, training_text
 from sfpformat.numpy import load, save
@@ -59,11 +59,11 @@ class Bench:
     """The model, its importance, and what a way of quantising makes of it."""
 
     def __init__(self) -> None:
-        self.weights = carried.weights()
-        names = carried.linear_layers(self.weights)
+        self.weights = bundled.weights()
+        names = bundled.linear_layers(self.weights)
         self.linear: Arrays = {name: self.weights[name].astype(np.float32) for name in names}
         self.importances = fisher_information(self.weights, names)
-        self.texts = {kind: carried.heldout_tokens(kind, MEASURED_TOKENS) for kind in carried.TEXTS}
+        self.texts = {kind: bundled.heldout_tokens(kind, MEASURED_TOKENS) for kind in bundled.TEXTS}
         self.positions = sum(array.size for array in self.linear.values())
 
     def perplexities(self, tensors: dict[str, NDArray[np.generic]]) -> dict[str, float]:

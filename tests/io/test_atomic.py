@@ -452,7 +452,7 @@ def test_files_renamed_together_are_never_mixed_with_an_old_index(
 def test_a_failure_of_one_file_keeps_all_old_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(OLD)
     (tmp_path / "index").write_bytes(OLD)
-    with pytest.raises(OptionError, match="not a file"):
+    with pytest.raises(OptionError, match="not a regular file"):
         write_together(tmp_path / "index", tmp_path / "a", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": OLD, "index": OLD}
 
@@ -469,6 +469,6 @@ def test_a_temporary_file_never_overwrites_an_existing_one(
 
 
 def test_a_target_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="not a file"), replacing(tmp_path):
+    with pytest.raises(OptionError, match="not a regular file"), replacing(tmp_path):
         pass
     assert make(tmp_path / "m").exists()

@@ -146,7 +146,7 @@ def test_every_entry_point_refuses_a_folder_with_several_models(tmp_path: Path, 
         sfp_torch.safe_open,
     ]
     for door in doors:
-        with pytest.raises(OptionError, match=f"several models, name one: {names}"):
+        with pytest.raises(OptionError, match=f"several models; name one of {names}"):
             door(tmp_path)
     for words in (["info"], ["verify"], ["unpack", "-o", "x.safetensors"], ["diff", tmp_path]):
         assert names in error_of(capsys, *words, tmp_path)
@@ -164,7 +164,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) ->
 
 def test_shards_without_their_index_count_as_several_models(tmp_path: Path) -> None:
     in_shards(tmp_path).unlink()
-    with pytest.raises(OptionError, match="several models, name one: 'm-00001"):
+    with pytest.raises(OptionError, match="several models; name one of 'm-00001"):
         sfpformat.open(tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_a_failed_pruning_of_shards_writes_no_file(
     index = in_shards(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     told = error_of(capsys, "prune", index, "--sparsity", "0.6", "-o", tmp_path / "m.sfp")
-    assert "is what is read" in told
+    assert "is an input file" in told
     with ShardedFile(index) as model:
         with pytest.raises(OptionError, match="single=True"):
             reprune(model, tmp_path / "p.bin", Sparsity(0.5))
@@ -418,7 +418,7 @@ def test_unpickling_a_handle_of_a_rewritten_file_raises_mismatch(model: Path) ->
     tensors["b"] = -tensors["b"]
     save_file(tensors, changed)
     for data in pickles:
-        with pytest.raises(MismatchError, match="written anew"):
+        with pytest.raises(MismatchError, match="was replaced"):
             pickle.loads(data)
     shutil.rmtree(folder_of(model))
     for data in pickles:

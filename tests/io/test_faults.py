@@ -127,7 +127,7 @@ class Scene:
 
     def _check_words(self, fault: Fault, ended: Ended, rest: dict[str, bytes]) -> None:
         assert "Traceback" not in ended.err, (fault, ended)
-        assert "a fault of sfp" not in ended.err, (fault, ended)
+        assert "a bug in sfp" not in ended.err, (fault, ended)
         if fault.action in (KILLED_AFTER, KILLED_BEFORE):
             assert (ended.code, ended.err) == (-9, ""), (fault, ended)
         elif fault.action in (SHORT, "EINTR"):

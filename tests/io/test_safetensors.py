@@ -149,10 +149,10 @@ def entry(start: int, stop: int, dtype: object = "U8", shape: list[Any] | None =
 ATTACKS: list[tuple[str, object, str]] = [
     ("overlap", {"a": entry(0, 4), "b": entry(2, 8)}, "overlaps"),
     ("same place", {"a": entry(0, 8), "b": entry(0, 8)}, "overlaps"),
-    ("hole", {"a": entry(0, 2), "b": entry(4, 8)}, "hole"),
-    ("hole at the start", {"a": entry(2, 8)}, "hole"),
+    ("hole", {"a": entry(0, 2), "b": entry(4, 8)}, "gap"),
+    ("hole at the start", {"a": entry(2, 8)}, "gap"),
     ("beyond the end", {"a": entry(0, 9)}, "cut off"),
-    ("bytes left over", {"a": entry(0, 7)}, "goes on"),
+    ("bytes left over", {"a": entry(0, 7)}, "bytes after"),
     ("backwards", {"a": {"dtype": "U8", "shape": [0], "data_offsets": [8, 0]}}, "cover -8 bytes"),
     ("negative", {"a": {"dtype": "U8", "shape": [8], "data_offsets": [-8, 0]}}, "data_offsets must be"),
     ("negative size", {"a": entry(0, 8, shape=[-8])}, "shape must be"),
@@ -162,12 +162,12 @@ ATTACKS: list[tuple[str, object, str]] = [
     ("not whole", {"a": entry(0, 8, shape=[8.0])}, "shape must be"),
     ("a truth for a number", {"a": entry(0, 1, shape=[True])}, "shape must be"),
     ("three offsets", {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8, 8]}}, "data_offsets must"),
-    ("unknown dtype", {"a": entry(0, 8, "F99")}, "not known"),
-    ("dtype of ours only", {"a": entry(0, 8, "C128")}, "not known"),
+    ("unknown dtype", {"a": entry(0, 8, "F99")}, "unknown"),
+    ("dtype of ours only", {"a": entry(0, 8, "C128")}, "unknown"),
     ("half a byte left", {"a": entry(0, 8, "F4", [15])}, "F4 .15. does not fill whole bytes"),
     ("six bits left", {"a": entry(0, 8, "F6_E2M3", [9])}, "F6_E2M3 .9. does not fill whole bytes"),
     ("sixteen in seven", {"a": entry(0, 7, "F4", [16])}, "cover 7 bytes, its shape and dtype 8"),
-    ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "not known"),
+    ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "unknown"),
     ("no shape", {"a": {"dtype": "U8", "data_offsets": [0, 8]}}, "must give"),
     ("not a map", {"a": [0, 8]}, "must give"),
     ("a list", [], "not a JSON object"),
@@ -185,16 +185,16 @@ def test_hostile_headers_are_refused(fields: object, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b'{"a":1,"a":2}', "'a' comes twice"),
-        (b'{"a":{"b":1,"b":1}}', "'b' comes twice"),
+        (b'{"a":1,"a":2}', "'a' occurs twice"),
+        (b'{"a":{"b":1,"b":1}}', "'b' occurs twice"),
         (b'{"a":NaN}', "NaN"),
         (b'{"a":-Infinity}', "Infinity"),
-        (b"{", "not the JSON"),
-        (b"", "not the JSON"),
-        (b"{}{}", "not the JSON"),
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"{}{}", "not valid JSON"),
         (b'{"\xff":1}', "not UTF-8"),
         (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deep"),
-        (b'{"a":' + b"9" * 5000 + b"}", "not the JSON"),
+        (b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[]", "not a JSON object"),
     ],
 )
@@ -211,8 +211,8 @@ def test_invalid_json_is_refused(text: bytes, words: str) -> None:
         (struct.pack("<Q", 1 << 63) + b"{}", "more than 100 MB"),
         (struct.pack("<Q", 100_000_001) + b"{}", "more than 100 MB"),
         (struct.pack("<Q", 3) + b"{}", "cut off"),
-        (struct.pack("<Q", 0), "not the JSON"),
-        (struct.pack("<Q", 2) + b"{}x", "goes on"),
+        (struct.pack("<Q", 0), "not valid JSON"),
+        (struct.pack("<Q", 2) + b"{}x", "bytes after"),
     ],
 )
 def test_files_with_wrong_lengths_are_refused(tmp_path: Path, data: bytes, words: str) -> None:
@@ -240,7 +240,7 @@ def test_a_bool_byte_other_than_0_and_1_reads_as_true_with_a_warning(tmp_path: P
     data = bytearray((tmp_path / "m").read_bytes())
     data[-4:] = bytes([255, 0, 1, 2])
     (tmp_path / "m").write_bytes(data)
-    words = "'t': 2 of its BOOLs are neither 0 nor 1; they are taken as 1"
+    words = "'t': 2 of its BOOLs are neither 0 nor 1; they are read as 1"
     with SafetensorsFile(tmp_path / "m") as file, pytest.warns(SfpWarning, match=words):
         found = file.read("t")
     assert found.view(np.uint8).tolist() == [1, 0, 1, 1]
@@ -289,7 +289,7 @@ def test_long_names_are_shortened_in_messages() -> None:
     with pytest.raises(SafetensorsError) as caught:
         parse_header(json.dumps({"layer." * 10_000 + "weight": entry(0, 8, "F99")}).encode(), 8)
     assert len(str(caught.value)) < 250
-    assert "layer.weight' (60,006 characters): the dtype 'F99' is not known" in str(caught.value)
+    assert "layer.weight' (60,006 characters): the dtype 'F99' is unknown" in str(caught.value)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:

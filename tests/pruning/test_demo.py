@@ -14,7 +14,7 @@ import torch
 import sfpformat
 from sfpformat.bench import pruning, pruning_rows
 from sfpformat.cli import main
-from sfpformat.demo import carried, importance, language, learned, methods, packing
+from sfpformat.demo import bundled, importance, language, learned, methods, packing
 from sfpformat.demo.methods import METHODS, Bench, steps_of
 from sfpformat.demo.model import logits
 from sfpformat.numpy import load_file
@@ -44,14 +44,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def weights() -> packing.Tensors:
-    return carried.weights()
+    return bundled.weights()
 
 
 def test_the_bundled_importance_has_a_grade_for_each_weight_of_the_linear_layers(
     weights: packing.Tensors,
 ) -> None:
-    found = carried.importances()
-    assert list(found) == carried.linear_layers(weights)
+    found = bundled.importances()
+    assert list(found) == bundled.linear_layers(weights)
     flat = np.concatenate([grades.reshape(-1) for grades in found.values()])
     shares = np.bincount(np.rint(flat).astype(np.int64), minlength=len(BOUNDARIES) + 1) / flat.size
     np.testing.assert_allclose(np.cumsum(shares)[:-1], BOUNDARIES, atol=1e-5)
@@ -95,8 +95,8 @@ def test_windows_depend_only_on_the_seed() -> None:
 
 def test_no_window_contains_held_out_text() -> None:
     text = language.training_tokens().numpy().tobytes()
-    for kind in carried.TEXTS:
-        tokens = carried.heldout_tokens(kind, 4096)
+    for kind in bundled.TEXTS:
+        tokens = bundled.heldout_tokens(kind, 4096)
         assert not any(tokens[i : i + 256].tobytes() in text for i in range(0, 4096, 256))
 
 
@@ -106,7 +106,7 @@ def test_every_method_meets_its_sparsity(method: str, weights: packing.Tensors) 
     bench = Bench(weights, 2, calibration_batches=1, progress=lambda step, loss: calls.append(step))
     pruned = bench.prune(method, 0.7)
     masks = {name: mask.numpy() for name, mask in pruned.masks.items()}
-    assert list(masks) == carried.linear_layers(weights)
+    assert list(masks) == bundled.linear_layers(weights)
     assert achieved(masks) == pytest.approx(0.7, abs=0.002)
     assert len(calls) == steps_of(method, 2)
     assert all(bool((pruned.weights[name][~mask] == 0).all()) for name, mask in pruned.masks.items())
@@ -179,7 +179,7 @@ def test_an_unrelated_file_is_refused_and_unchanged(
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
     assert main(["bench", "pruning", "--seeds", "1", "--rows", str(path)]) == 2
-    assert "give another file" in capsys.readouterr().err
+    assert "name another file" in capsys.readouterr().err
     assert path.read_text() == text
 
 
@@ -190,7 +190,7 @@ def test_a_model_of_another_seed_is_trained_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pruning, "run_python", lambda words: pytest.fail("trained again"))
     again, _ = pruning.model_of(1, 2, 1)
     assert all(first[name].tobytes() == again[name].tobytes() for name in first)
-    assert first["head.weight"].tobytes() != carried.weights()["head.weight"].tobytes()
+    assert first["head.weight"].tobytes() != bundled.weights()["head.weight"].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_command_learns_the_importance_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: packing.Tensors
 ) -> None:
     path = tmp_path / "model.sfp"
-    path.write_bytes(carried.model_bytes())
+    path.write_bytes(bundled.model_bytes())
     monkeypatch.setattr(
         importance, "Bench", lambda *args, progress: Bench(*args, calibration_batches=2, progress=progress)
     )
@@ -251,14 +251,14 @@ def test_the_command_learns_the_importance_of_a_file(
     with sfpformat.open(path) as file:
         for name, array in weights.items():
             assert file.get_tensor(name).tobytes() == array.tobytes()
-            assert (file.get_importance(name) is not None) == (name in carried.linear_layers(weights))
+            assert (file.get_importance(name) is not None) == (name in bundled.linear_layers(weights))
     assert sfpformat.validate(path).canonical
     assert path.stat().st_size < 2_000_000
 
 
 def test_the_command_prunes_the_bundled_file(tmp_path: Path, weights: packing.Tensors) -> None:
     source, target = tmp_path / "model.sfp", tmp_path / "pruned.sfp"
-    source.write_bytes(carried.model_bytes())
+    source.write_bytes(bundled.model_bytes())
     assert main(["prune", str(source), "--sparsity", "0.8", "-o", str(target)]) == 0
     expected = packing.importance_masks(weights, Sparsity(0.8))
     with sfpformat.open(target) as file:

@@ -244,10 +244,10 @@ def test_a_tensor_with_two_names_is_written_once_and_its_values_must_agree(tmp_p
         np.testing.assert_array_equal(file.get_mask("embedding.weight"), mask.numpy())
         assert file.get_importance("embedding.weight") is not None
     for differ in (apply_masks, lambda model, masks: pack(model, tmp_path / "b.sfp", masks), give_masks):
-        with pytest.raises(OptionError, match="are one tensor and differ"):
+        with pytest.raises(OptionError, match="are the same tensor, but their values differ"):
             differ(model, {**both, "embedding.weight": ~mask})
     ones = torch.rand(6, 4)
-    with pytest.raises(OptionError, match="are one tensor and differ"):
+    with pytest.raises(OptionError, match="are the same tensor, but their values differ"):
         prune(model, {"head.weight": ones, "embedding.weight": ones + 1}, 0.5)
     assert list(prune(model, {"head.weight": ones, "embedding.weight": ones}, 0.5)) == ["head.weight"]
 

@@ -207,7 +207,7 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("no importances", lambda: masks_of({}, Sparsity(0.5))),
         ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
         ("like 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
-        ("exempt: 3 is no pattern", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
+        ("exempt: 3 is not a string", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
         ("scope is 'layer'", lambda: masks_of(A, Sparsity(0.5), scope="layer")),
         ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),
         ("floor is '0'", lambda: masks_of(A, 0.5, floor="0")),  # type: ignore[arg-type]

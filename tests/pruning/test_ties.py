@@ -40,7 +40,7 @@ from ..torch.test_memory import freed
 NAMES = ("wte.weight", "lm_head.weight")
 KEPT = "lm_head.weight"
 ONE = pytest.mark.parametrize("name", NAMES)
-DIFFER = "'wte.weight' and 'lm_head.weight' are one tensor and differ"
+DIFFER = "'wte.weight' and 'lm_head.weight' are the same tensor, but their values differ"
 THREE_BITS = Options(quantiser="uniform", bits=3.0)
 
 

@@ -262,8 +262,8 @@ def test_fp8_survivors_keep_their_dtype() -> None:
     [
         ({"t": torch.empty(3, device="meta")}, "meta device"),
         ({"t": torch.zeros(3, dtype=torch.bits8)}, "no name in the format"),
-        ({"t": np.zeros(3)}, "is no tensor"),
-        ({"t": None}, "is no tensor"),
+        ({"t": np.zeros(3)}, "is not a tensor"),
+        ({"t": None}, "is not a tensor"),
     ],
 )
 def test_tensors_that_cannot_be_written_are_refused(tensors: dict[str, torch.Tensor], words: str) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfpformat import InvalidFileError, MismatchError, Options
 from sfpformat.torch import SfpEmbedding, SfpLinear, derivatives, operators, packed
 from sfpformat.torch import save as save_tensors
-from sfpformat.torch.kept import KeptWeights
+from sfpformat.torch.weight_cache import KeptWeights
 
 from .test_files import bits, pruned
 
@@ -212,7 +212,7 @@ def test_other_derivatives_equal_those_of_the_dense_layer() -> None:
 def test_a_batch_of_compressed_weights_is_refused() -> None:
     layer, x = SfpLinear.of(linear(3, 4)), torch.randn(2, 4)
     state = {name: torch.stack([tensor, tensor]) for name, tensor in layer.state_dict().items()}
-    with pytest.raises(MismatchError, match="a batch of compressed weights"):
+    with pytest.raises(MismatchError, match="vmap over compressed weights"):
         torch.func.vmap(lambda own: torch.func.functional_call(layer, own, (x,)))(state)
 
 
@@ -306,7 +306,7 @@ def test_an_invalid_weight_in_a_state_dict_is_refused_and_nothing_changes() -> N
 
 
 def test_a_layer_without_a_weight_raises() -> None:
-    with pytest.raises(MismatchError, match="load_state_dict gives it one"):
+    with pytest.raises(MismatchError, match="call load_state_dict"):
         SfpLinear(40, 24)(torch.randn(2, 40))
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from sfpformat import MismatchError, OptionError, SfpWarning
 from sfpformat.torch import compress_model, load_model, save_file, save_model
-from sfpformat.torch.hints import hint
+from sfpformat.torch.name_hints import hint
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[[], nn.Module]
@@ -201,7 +201,7 @@ def test_numbers_that_the_modules_dtype_cannot_hold_warn(
     for meta in (False, True):
         model = (hooked(make) if own_way else make)().to("meta" if meta else "cpu")
         if lost:
-            with pytest.warns(SfpWarning, match="dtype does not hold all numbers .* for 'w'") as told:
+            with pytest.warns(SfpWarning, match="dtype cannot represent all values .* for 'w'") as told:
                 load_model(model, tmp_path / "m")
             assert told[0].filename == __file__
         else:
@@ -242,9 +242,9 @@ def test_lazy_modules_that_have_their_shapes_refuse_others(tmp_path: Path) -> No
 
 def test_a_lazy_module_is_compressed_once_it_has_a_shape(tmp_path: Path) -> None:
     model = nn.Sequential(nn.LazyLinear(64))
-    with pytest.raises(OptionError, match=r"'0.weight' has no shape yet, it is of a lazy module"):
+    with pytest.raises(OptionError, match=r"'0.weight' has no shape yet because it belongs to a lazy module"):
         compress_model(model)
-    with pytest.raises(OptionError, match=r"'0.weight' has no shape yet, it is of a lazy module"):
+    with pytest.raises(OptionError, match=r"'0.weight' has no shape yet because it belongs to a lazy module"):
         save_model(model, tmp_path / "m")
     save_model(nn.Sequential(nn.Linear(64, 64)), tmp_path / "m")
     load_model(model, tmp_path / "m")
@@ -273,7 +273,7 @@ def test_a_computed_buffer_stays_and_different_numbers_in_the_file_warn(
 ) -> None:
     save_file(tensors_of(Places(), position_ids=positions), tmp_path / "m")
     model = Places()
-    with pytest.warns(SfpWarning, match="other numbers for 'position_ids' than the module") as told:
+    with pytest.warns(SfpWarning, match="other values for 'position_ids' than the module") as told:
         fill(model, tmp_path / "m")
     assert told[0].filename == __file__
     assert torch.equal(model.position_ids, torch.arange(8)[None])
@@ -322,7 +322,9 @@ def test_the_state_of_a_compressed_model_is_recognised(fill: Callable[..., objec
     model = nn.Sequential(nn.Linear(64, 64))
     compress_model(model)
     save_file(dict(model.state_dict()), tmp_path / "m")
-    words = r"'0\.weight' is \[\d+\] in the file, \[64, 64\].* compressed model, which save_model writes"
+    words = (
+        r"'0\.weight' is \[\d+\] in the file, \[64, 64\].* compressed model; write the model with save_model"
+    )
     with pytest.raises(MismatchError, match=words):
         fill(nn.Sequential(nn.Linear(64, 64)), tmp_path / "m")
     save_file({"0.weight": torch.ones(3), "0.bias": torch.ones(64)}, tmp_path / "n")
@@ -371,10 +373,10 @@ def normed() -> nn.Module:
         (compiled, "torch.compile adds it"),
         (compiled_inside, "torch.compile adds it"),
         (in_parallel, "DistributedDataParallel add it"),
-        (pruned_by_torch, "take_masks makes the model plain"),
+        (pruned_by_torch, "call sfpformat.pruning.take_masks"),
         (parametrised, "remove_parametrizations"),
         (normed, "remove_parametrizations"),
-        (lambda: nn.ModuleDict({"model": linear()}), "begin with 'model.'"),
+        (lambda: nn.ModuleDict({"model": linear()}), "start with 'model.'"),
     ],
 )
 def test_names_that_a_library_changed_are_recognised_in_file_and_module(
@@ -398,7 +400,7 @@ def test_names_that_a_library_changed_are_recognised_in_file_and_module(
         (["fc.weight"], ["fc.base_layer.weight"], "peft adds it"),
         (["fc.weight"], ["_fsdp_wrapped_module.fc.weight"], "FSDP adds it"),
         (["fc.weight"], ["fc.weight_g", "fc.weight_v"], "remove_weight_norm"),
-        (["fc.weight"], ["encoder.fc.weight"], "begin with 'encoder.'"),
+        (["fc.weight"], ["encoder.fc.weight"], "start with 'encoder.'"),
         (["fc.weight"], ["other"], "^$"),
         (["fc.weight"], [], "^$"),
         ([], [], "^$"),

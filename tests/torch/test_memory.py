@@ -177,8 +177,8 @@ def nested() -> torch.Tensor:
     ("made", "words"),
     [
         (lambda: Wrapper(torch.ones(3)), "is a Wrapper, which wraps other tensors"),
-        (nested, "is a nested tensor; give its values and offsets"),
-        (lambda: nn.LazyLinear(3).weight, "has no shape yet, it is of a lazy module"),
+        (nested, "is a nested tensor; pass its values and offsets"),
+        (lambda: nn.LazyLinear(3).weight, "has no shape yet because it belongs to a lazy module"),
         (lambda: torch.zeros(3, dtype=torch.bits8), "has no name in the format"),
     ],
     ids=["wrapper", "jagged", "lazy", "dtype"],
@@ -198,7 +198,7 @@ def test_wrapper_tensors_are_refused_by_name(
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_nested_and_strided_tensors_of_torch_are_refused_by_name() -> None:
     quantised = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
-    with pytest.raises(OptionError, match=r"^tensor 'w': is quantised by torch; give dequantize"):
+    with pytest.raises(OptionError, match=r"^tensor 'w': is quantised by torch; pass its dequantize"):
         save({"w": quantised})
     with pytest.raises(OptionError, match=r"^tensor 'w': is a nested tensor"):
         save({"w": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])})
@@ -211,10 +211,12 @@ def test_a_distributed_tensor_is_refused_by_name(tmp_path: Path) -> None:
 
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(Distributed(torch.ones(3)), requires_grad=False))
-    with pytest.raises(OptionError, match=r"^tensor 'w': is a DTensor.* give full_tensor\(\) of it"):
+    with pytest.raises(
+        OptionError, match=r"^tensor 'w': is a distributed DTensor.* pass its full_tensor\(\)"
+    ):
         save_model(model, tmp_path / "m")
     save_file({"w": torch.ones(3)}, tmp_path / "n")
-    with pytest.raises(OptionError, match=r"^'w' of the module is a DTensor"):
+    with pytest.raises(OptionError, match=r"^'w' of the module is a distributed DTensor"):
         load_model(model, tmp_path / "n")
 
 
@@ -222,13 +224,13 @@ def test_a_module_with_a_wrapper_that_cannot_be_written_to_is_refused_by_name(tm
     save_file({"w": torch.ones(3)}, tmp_path / "m")
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(Wrapper(torch.ones(3)), requires_grad=False))
-    with pytest.raises(MismatchError, match=r"'w' of the module is a Wrapper.*does not take"):
+    with pytest.raises(MismatchError, match=r"'w' of the module is a Wrapper.*cannot be written to"):
         load_model(model, tmp_path / "m")
 
 
 def test_a_tensor_inside_of_a_transform_is_refused() -> None:
     def inside(w: torch.Tensor) -> torch.Tensor:
-        with pytest.raises(OptionError, match=r"^tensor 'w': torch does not give its numbers"):
+        with pytest.raises(OptionError, match=r"^tensor 'w': torch cannot read its values"):
             save({"w": w})
         return w
 

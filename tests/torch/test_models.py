@@ -336,7 +336,7 @@ def test_damage_raises_and_a_module_on_the_meta_device_is_unchanged(tmp_path: Pa
     other = nn.Linear(40, 30, device="meta")
     with pytest.raises(InvalidFileError, match=r"E_CRC.*'bias'") as told:
         load_model(other, tmp_path / "m")
-    assert told.value.__notes__ == ["The module is as it was."]
+    assert told.value.__notes__ == ["The module is unchanged."]
     assert other.weight.is_meta
     assert other.bias.is_meta
 

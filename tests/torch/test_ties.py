@@ -72,7 +72,7 @@ def test_values_for_two_names_of_a_tensor_must_be_equal(model: Tied, argument: s
     save_model(model, tmp_path / "one", **{argument: {KEPT: value}})
     save_model(model, tmp_path / "two", **{argument: dict(zip(NAMES, (value, equal), strict=True))})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    words = f"^{argument}: 'wte.weight' and 'lm_head.weight' are one tensor and differ; give one"
+    words = f"^{argument}: 'wte.weight' and 'lm_head.weight' are the same tensor, but their values differ"
     with pytest.raises(OptionError, match=words):
         save_model(model, tmp_path / "three", **{argument: dict(zip(NAMES, (value, other), strict=True))})
     assert not (tmp_path / "three").exists()
@@ -81,7 +81,7 @@ def test_values_for_two_names_of_a_tensor_must_be_equal(model: Tied, argument: s
 def test_values_that_differ_only_beyond_float32_are_refused(model: Tied, tmp_path: Path) -> None:
     importance = model.wte.weight.detach().double().abs()
     values = dict(zip(NAMES, (importance, importance * (1 + 1e-12)), strict=True))
-    with pytest.raises(OptionError, match="one tensor and differ"):
+    with pytest.raises(OptionError, match="the same tensor, but their values differ"):
         save_model(model, tmp_path / "m", importances=values)
 
 
@@ -89,7 +89,7 @@ def test_different_factors_for_two_names_are_refused(model: Tied, tmp_path: Path
     rows, columns = torch.ones(100), torch.ones(16)
     same: dict[str, Any] = {"wte.weight": (rows, columns), KEPT: (rows.clone(), columns.numpy())}
     save_model(model, tmp_path / "m", importances=same)
-    with pytest.raises(OptionError, match="one tensor and differ"):
+    with pytest.raises(OptionError, match="the same tensor, but their values differ"):
         save_model(model, tmp_path / "m", importances={**same, KEPT: (rows * 2, columns)})
 
 
@@ -150,7 +150,7 @@ def test_options_that_match_no_weight_to_be_compressed_are_refused(model: Tied) 
         choose=lambda name, _: name != "mid",
     )
     refused(
-        "are one tensor and differ",
+        "are the same tensor, but their values differ",
         {"wte.weight": THREE_BITS, "lm_head.weight": Options(quantiser="uniform", bits=4.0)},
     )
     compress_model(model, choose=lambda *_: True)
@@ -167,5 +167,5 @@ def test_options_without_effect_warn() -> None:
 
 
 def test_a_choose_function_that_selects_nothing_warns(model: Tied) -> None:
-    with pytest.warns(SfpWarning, match="^choose takes no layer"):
+    with pytest.warns(SfpWarning, match="^choose selects no layer"):
         assert compress_model(model, choose=lambda name, _: name == "middle").layers == ()

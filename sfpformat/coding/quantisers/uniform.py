@@ -77,7 +77,9 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
         steps = magnitudes / step
     nearest = np.floor(steps + np.float32(0.5))
     if len(nearest) and nearest.max() > MAX_NUMBER:
-        raise OptionError(f"a step of {step} is too small for weights of {magnitudes.max()}")
+        raise OptionError(
+            f"a step of {step} is too small for weights of {magnitudes.max()}; use a greater step"
+        )
     numbers = nearest.astype(np.int64)
     if len(thresholds):
         low = np.minimum(numbers, len(thresholds))

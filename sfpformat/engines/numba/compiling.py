@@ -96,7 +96,10 @@ class _Announcer(event.Listener):
 
     def _announce(self) -> None:
         self._announced = True
-        _log.warning("compiling the numba engine for this machine: some seconds, once; it is kept on disk")
+        _log.warning(
+            "compiling the numba engine for this machine; this takes some seconds, once, "
+            "and is cached on disk"
+        )
 
 
 def _is_ours(compilation: Any) -> bool:

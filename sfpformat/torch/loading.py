@@ -18,7 +18,7 @@ from ..decode.shards import ShardedFile
 from ..errors import FileFault, MismatchError, OptionError, warn
 from ..names import MOST_LISTED, listed
 from .files import batches, is_decoded_on
-from .hints import hint
+from .name_hints import hint
 from .tensors import (
     address_of,
     first_line,
@@ -34,8 +34,8 @@ AnyFile = SfpFile | ShardedFile
 Group = tuple[str, ...]  # the names of one tensor
 _COUNTER = "num_batches_tracked"
 _OF_COMPRESSED = (
-    ". A vector of U8 for a weight is probably of the state_dict of a compressed model, which save_model "
-    "writes so that load_model and compress_model take it"
+    ". A U8 vector in place of a weight probably comes from the state_dict of a compressed model; write "
+    "the model with save_model, which load_model and compress_model can read"
 )
 # Tensor classes with plain strided memory. Other subclasses of Tensor may behave differently.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", torch.Tensor))
@@ -206,7 +206,7 @@ def require_fillable(name: str, tensor: torch.Tensor) -> None:
     """
     reason = missing_memory(tensor)
     if hasattr(tensor, "full_tensor"):
-        reason = "is a DTensor, spread over processes; load the model before it is distributed"
+        reason = "is a distributed DTensor; load the model before you distribute it"
     elif tensor.is_quantized or tensor.is_nested:
         reason = f"is a {'quantised' if tensor.is_quantized else 'nested'} tensor of torch"
     elif tensor.is_meta and is_wrapper(tensor):
@@ -267,7 +267,7 @@ def fill(
         tensor = places[group[0]].tensor
         if tensor.is_meta:
             made[group] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-    with _noted(all(group in made for group in sources)), torch.no_grad():
+    with _note_on_error(all(group in made for group in sources)), torch.no_grad():
         file.read_into(
             {name: memory_of(tensor).reshape(file.info(name).shape) for name, tensor in direct.items()}
         )
@@ -281,7 +281,7 @@ def fill(
                     _copy(name, tensor, other, lost)
     for group, tensor in made.items():
         _put(places, group, tensor)
-    warn_of_lost(lost)
+    warn_of_lost_values(lost)
 
 
 def _read(
@@ -337,14 +337,15 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
         raise
     except (RuntimeError, TypeError) as error:  # a class raises either of them if it has no such operation
         raise MismatchError(
-            f"{name!r} of the module is a {type(target).__name__} that does not take the file's numbers: "
+            f"{name!r} of the module is a {type(target).__name__} that the file's values cannot be "
+            "written to: "
             f"{first_line(error)}"
         ) from error
-    if loses_numbers(tensor, target):
+    if loses_values(tensor, target):
         lost.append(name)
 
 
-def loses_numbers(tensor: torch.Tensor, target: torch.Tensor) -> bool:
+def loses_values(tensor: torch.Tensor, target: torch.Tensor) -> bool:
     """Returns whether a module's dtype cannot represent a file's numbers: out of range, or not integers.
 
     Args:
@@ -361,11 +362,11 @@ def loses_numbers(tensor: torch.Tensor, target: torch.Tensor) -> bool:
         if tensor.is_floating_point() and held.max >= torch.finfo(tensor.dtype).max:
             return False
         # Out of range numbers become infinite, NaN, or in some dtypes the greatest number.
-        return _greatest(tensor) > held.max * (1 + held.eps / 4)
+        return _largest_magnitude(tensor) > held.max * (1 + held.eps / 4)
     return not torch.equal(target.to(tensor.device, tensor.dtype).reshape(tensor.shape), tensor)
 
 
-def _greatest(tensor: torch.Tensor) -> float:
+def _largest_magnitude(tensor: torch.Tensor) -> float:
     """Returns the greatest finite magnitude; 0 if there is none."""
     if not tensor.is_floating_point():
         tensor = tensor.double()
@@ -377,10 +378,10 @@ def _greatest(tensor: torch.Tensor) -> float:
     return float(ends.max()) if ends.numel() else 0.0
 
 
-def warn_of_lost(names: Sequence[str]) -> None:
-    """Warns of the tensors for which `loses_numbers` is true."""
+def warn_of_lost_values(names: Sequence[str]) -> None:
+    """Warns of the tensors for which `loses_values` is true."""
     if names:
-        warn(f"the module's dtype does not hold all numbers that the file has for {listed(names)}")
+        warn(f"the module's dtype cannot represent all values that the file has for {listed(names)}")
 
 
 def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> None:
@@ -401,14 +402,14 @@ def _count_change(tensor: torch.Tensor) -> None:
 
 
 @contextmanager
-def _noted(untouched: bool) -> Iterator[None]:
+def _note_on_error(untouched: bool) -> Iterator[None]:
     """Adds a note to an error that says whether the module was changed."""
     try:
         yield
     except (FileFault, MismatchError) as error:
         error.add_note(
-            "The module is as it was."
+            "The module is unchanged."
             if untouched
-            else "Some of the module's weights were overwritten before this: load it again before it is used."
+            else "Some of the module's weights were overwritten: load it again before you use it."
         )
         raise

@@ -18,14 +18,14 @@ import torch
 
 Key = tuple[int, int, torch.dtype, torch.dtype]
 
-_numbers = itertools.count(1)
-_all: weakref.WeakValueDictionary[str, KeptWeights] = weakref.WeakValueDictionary()
+_tokens = itertools.count(1)
+_caches: weakref.WeakValueDictionary[str, KeptWeights] = weakref.WeakValueDictionary()
 
 
-class _Kept(NamedTuple):
+class _Entry(NamedTuple):
     """A decoded weight, with the storage and version of its bytes, which show whether it is up to date."""
 
-    bytes_there: weakref.ref[torch.UntypedStorage]
+    storage: weakref.ref[torch.UntypedStorage]
     version: int
     weight: torch.Tensor
 
@@ -42,12 +42,12 @@ class KeptWeights:
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
-        self.token = str(next(_numbers)) if limit > 0 else ""
-        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self.token = str(next(_tokens)) if limit > 0 else ""
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.RLock()  # reentrant: releasing memory under the lock calls `_forget`
+        self._lock = threading.RLock()  # reentrant: releasing memory under the lock calls `_evict`
         if self.token:
-            _all[self.token] = self
+            _caches[self.token] = self
 
     def __deepcopy__(self, memo: dict[int, object]) -> KeptWeights:
         return self
@@ -64,10 +64,10 @@ class KeptWeights:
         """Returns the cached weight of these bytes in these dtypes, or None. Do not write to it."""
         key, version = _key(data, dtype, compute), version_of(data)
         with self._lock:
-            found = self._kept.get(key)
-            if found is None or found.version != version or found.bytes_there() is None:
+            found = self._entries.get(key)
+            if found is None or found.version != version or found.storage() is None:
                 return None
-            self._kept.move_to_end(key)
+            self._entries.move_to_end(key)
             return found.weight
 
     def keep(
@@ -77,34 +77,34 @@ class KeptWeights:
         if weight.nbytes > self.limit:
             return
         key = _key(data, dtype, compute)
-        there = weakref.ref(data.untyped_storage(), self._forgetter(key))
+        there = weakref.ref(data.untyped_storage(), self._eviction(key))
         with self._lock:
-            self._forget(key)
-            self._kept[key] = _Kept(there, version_of(data), weight)
+            self._evict(key)
+            self._entries[key] = _Entry(there, version_of(data), weight)
             self._bytes += weight.nbytes
             while self._bytes > self.limit:
-                self._forget(next(iter(self._kept)))
+                self._evict(next(iter(self._entries)))
 
-    def _forgetter(self, key: Key) -> Callable[[object], None]:
-        mine = weakref.ref(self)
+    def _eviction(self, key: Key) -> Callable[[object], None]:
+        this = weakref.ref(self)
 
-        def forget(_: object) -> None:
-            kept = mine()
-            if kept is not None:
-                kept._forget(key)
+        def evict(_: object) -> None:
+            cache = this()
+            if cache is not None:
+                cache._evict(key)
 
-        return forget
+        return evict
 
-    def _forget(self, key: Key) -> None:
+    def _evict(self, key: Key) -> None:
         with self._lock:
-            found = self._kept.pop(key, None)
+            found = self._entries.pop(key, None)
             if found is not None:
                 self._bytes -= found.weight.nbytes
 
 
-def kept_by(token: str) -> KeptWeights | None:
+def cache_of(token: str) -> KeptWeights | None:
     """Returns the cache with that token, or None: a graph may outlive it or come from another process."""
-    return _all.get(token)
+    return _caches.get(token)
 
 
 def _key(data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Key:

@@ -6,23 +6,23 @@ from collections.abc import Collection, Sequence
 
 # Part of a name -> its origin and the remedy.
 _PARTS = {
-    "_orig_mod.": "torch.compile adds it: load into, and save, the module that was compiled",
-    "module.": "DataParallel and DistributedDataParallel add it: load into, and save, their module",
-    "base_model.model.": "peft adds it: load into, and save, the model of merge_and_unload()",
-    "base_layer.": "peft adds it: load into, and save, the model of merge_and_unload()",
+    "_orig_mod.": "torch.compile adds it: load and save the original module, model._orig_mod",
+    "module.": "DataParallel and DistributedDataParallel add it: load and save model.module",
+    "base_model.model.": "peft adds it: load and save the model that merge_and_unload() returns",
+    "base_layer.": "peft adds it: load and save the model that merge_and_unload() returns",
     "_fsdp_wrapped_module.": "FSDP adds it: load and save the state_dict of the whole model",
     "_checkpoint_wrapped_module.": "activation checkpointing adds it",
 }
 # End of a name -> its origin and the remedy.
-_PRUNED = "torch.nn.utils.prune adds it: sfpformat.pruning.take_masks makes the model plain"
-_NORMED = "torch.nn.utils.weight_norm adds it: remove_weight_norm makes the model plain"
+_PRUNED = "torch.nn.utils.prune adds it: call sfpformat.pruning.take_masks first"
+_NORMED = "torch.nn.utils.weight_norm adds it: call remove_weight_norm first"
 _ENDS = {
     "_orig": _PRUNED,
     "_mask": _PRUNED,
     "_g": _NORMED,
     "_v": _NORMED,
 }
-_PARAMETRISED = "a parametrization adds it: torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+_PARAMETRISED = "a parametrization adds it: call torch.nn.utils.parametrize.remove_parametrizations first"
 
 
 def hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
@@ -36,12 +36,12 @@ def hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         known = set(others)
         for part, reason in _PARTS.items():
             if any(part in name and name.replace(part, "") in known for name in names):
-                return f"names in the {whose} have {part!r} in them; {reason}"
+                return f"names in the {whose} contain {part!r}; {reason}"
         for part, reason in _ENDS.items():
             if any(name.endswith(part) and name.removesuffix(part) in known for name in names):
                 return f"names in the {whose} end in {part!r}; {reason}"
         if any(_without_parametrization(name) in known for name in names):
-            return f"names in the {whose} have 'parametrizations.' in them; {_PARAMETRISED}"
+            return f"names in the {whose} contain 'parametrizations.'; {_PARAMETRISED}"
     return _prefix_hint(missing, unexpected)
 
 
@@ -57,7 +57,7 @@ def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         prefix = _common_prefix(names)
         known: Collection[str] = set(others)
         if prefix and any(name.removeprefix(prefix) in known for name in names):
-            return f"names in the {whose} begin with {prefix!r}, which the others do not have"
+            return f"names in the {whose} start with {prefix!r}, the others do not"
     return ""
 
 

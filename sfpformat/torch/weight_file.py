@@ -9,10 +9,10 @@ from ..errors import MismatchError, OptionError
 from .tensors import missing_memory
 
 # The name of the tensor in its file.
-NAME = "weight"
+TENSOR_NAME = "weight"
 
 
-def opened(data: torch.Tensor) -> SfpFile:
+def open_weight(data: torch.Tensor) -> SfpFile:
     """Opens the file on the CPU; bytes on another device are copied to the CPU.
 
     Raises:
@@ -21,7 +21,7 @@ def opened(data: torch.Tensor) -> SfpFile:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if not data.numel():
-        raise MismatchError("the layer has no weight yet; load_state_dict gives it one")
+        raise MismatchError("the layer has no weight yet; call load_state_dict")
     reason = missing_memory(data)
     if reason is not None:
         raise OptionError(f"the layer's compressed weight {reason}")
