@@ -1,4 +1,4 @@
-"""The layers of the package: no import leads upward, and none goes round in a circle."""
+"""The layers of the package: no import leads upward, and imports form no cycle."""
 
 from __future__ import annotations
 

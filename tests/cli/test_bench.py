@@ -1,4 +1,4 @@
-"""``sfp bench``: who runs when, who is refused, what is computed, and what is printed."""
+"""``sfp bench``: the order of contenders, exclusions, results, and output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def model(path: Path) -> Path:
 
 
 def answer(capsys: Capture, *words: object, code: int = 0) -> dict[str, Any]:
-    """What ``sfp bench`` prints as JSON."""
+    """Returns what ``sfp bench`` prints as JSON."""
     capsys.readouterr()
     assert run("bench", *words, "--json") == code
     out, err = capsys.readouterr()
@@ -72,7 +72,7 @@ def answer(capsys: Capture, *words: object, code: int = 0) -> dict[str, Any]:
 
 
 class Logged(Runner):
-    """Notes when it is called."""
+    """A runner that records its calls."""
 
     def __init__(self, name: str, log: list[str], value: float = 1.0) -> None:
         super().__init__(Contender(name))
@@ -161,7 +161,7 @@ def test_speeds_are_compared_per_round_with_the_fastest_peer_of_the_same_thread_
 
 
 class Flipping:
-    """A peer that loses a bit, and one that changes what it is given."""
+    """A peer that loses a bit, or changes its input."""
 
     def __init__(self, threads: int) -> None:
         self.wrong = threads > 1

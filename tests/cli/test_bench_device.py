@@ -1,4 +1,4 @@
-"""``sfp bench --device``: tensors decoded by kernels on the host; what is said without a device."""
+"""``sfp bench --device``: tensors decoded by kernels on the host, and errors without a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK = ("--rounds", 1, "--device", "cuda")
 
 @pytest.fixture
 def pretended(devices: list[shim.HostDevice], monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
-    """A device, whose memory is the processor's."""
+    """A device that uses host memory."""
     monkeypatch.setattr(bench_device, "why_not", lambda name: None)
     monkeypatch.setattr(bench_device, "device_of", lambda name: torch.device("cpu"))
     return devices

@@ -1,4 +1,4 @@
-"""The demonstration: the carried model is what it claims to be, and the table it prints is measured."""
+"""The demonstration: the bundled model, and the table that is printed."""
 
 from __future__ import annotations
 

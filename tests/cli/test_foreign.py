@@ -1,4 +1,4 @@
-"""Files that are something else, and safetensors files at the edge of what their reference takes."""
+"""Files of foreign kinds, and unusual safetensors files that the reference implementation accepts."""
 
 from __future__ import annotations
 

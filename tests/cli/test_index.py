@@ -24,7 +24,7 @@ A, B = "x-1.safetensors", "x-2.safetensors"
 
 
 def array(value: int) -> np.ndarray[Any, Any]:
-    """A small tensor that is told from others by its value."""
+    """A small tensor that is identified by its value."""
     return np.full((2, 2), value, np.float32)
 
 

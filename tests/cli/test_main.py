@@ -1,4 +1,4 @@
-"""The command as a whole: help, errors in one line, exit codes; and what the other tests of it share."""
+"""The command as a whole: help, one-line errors, exit codes; and helpers of the other tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAIN = "from sfpformat.cli import main; sys.exit(main())"
 
 
 def child(*words: object, before: str = "", **settings: Any) -> subprocess.Popen[str]:
-    """The command as a process of its own, ``before`` run first."""
+    """Starts the command as a process, after the statements ``before``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} | settings.pop("env", {})
     return subprocess.Popen(
         [sys.executable, "-c", _CHILD + before + _MAIN, *map(str, words)],
@@ -44,7 +44,7 @@ def child(*words: object, before: str = "", **settings: Any) -> subprocess.Popen
 
 
 def checkpoint(seed: int = 0) -> Arrays:
-    """A model of a few tensors, as a real one has them."""
+    """A model of a few typical tensors."""
     rng = np.random.default_rng(seed)
     return {
         "embed.weight": rng.standard_normal((128, 64), dtype=np.float32),
@@ -83,7 +83,7 @@ def run(*words: object) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that the command ends with, exit code 2."""
+    """Runs the command, which must exit with 2, and returns its one line on stderr."""
     assert run(*words) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -189,7 +189,7 @@ def test_a_truncated_file_is_reported_with_its_clause(
 
 
 def refuse_root(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
-    """Lets the opening of files fail for root as the mode of a file makes it fail for others."""
+    """Makes opening files fail for root as their mode makes it fail for other users."""
 
     def refused(path: str, *rest: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -298,7 +298,7 @@ def test_importing_the_command_does_not_import_rich_or_torch() -> None:
 
 
 def on_a_terminal(*words: object) -> str:
-    """What the command shows on stderr when that is a terminal."""
+    """Returns what the command prints on stderr if stderr is a terminal."""
     ours, theirs = os.openpty()
     process = child(*words, stderr=theirs, env={"TERM": "xterm", "COLUMNS": "100"})
     os.close(theirs)

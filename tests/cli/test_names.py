@@ -1,4 +1,4 @@
-"""Names on the command line: any name of a tied tensor reaches it; of a wrong one the nearest is told."""
+"""Names on the command line: every name of a tied tensor selects it; errors suggest the nearest name."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_different_importances_for_one_tied_tensor_are_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--like", "mid.wieght", "--bits", "4"), "like 'mid.wieght'; the nearest is 'mid.weight'"),
-        (("--keep", "mid"), "like 'mid'; the nearest is 'mid.weight'"),
-        (("--keep", "mid.wieght*"), "like 'mid.wieght*'\n"),
+        (("--like", "mid.wieght", "--bits", "4"), "matches 'mid.wieght'; the nearest is 'mid.weight'"),
+        (("--keep", "mid"), "matches 'mid'; the nearest is 'mid.weight'"),
+        (("--keep", "mid.wieght*"), "matches 'mid.wieght*'\n"),
     ],
 )
 def test_a_name_that_matches_no_tensor_is_refused_with_the_nearest_name(

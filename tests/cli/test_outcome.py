@@ -1,4 +1,4 @@
-"""What ``sfp pack`` says was asked for and met, before anything is written and after."""
+"""What ``sfp pack`` reports about targets and results, in dry runs and after writing."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_quantised_weights_stay_within_the_bound_of_their_quantiser(name: str, d
 def test_sfp_verify_names_tensors_with_quantised_weights_that_are_not_finite(
     tmp_path: Path, capsys: Capture
 ) -> None:
-    """Such files were written before numbers were lowered."""
+    """Older versions wrote such files."""
     tensors = {"a": np.full((8, 64), 65504, np.float16), "b": np.float32([[1.0, np.inf]])}
     options = {"a": Options(quantiser="uniform", step=26000.0, rate_weight=0, coding="fingerprint")}
     path = tmp_path / "m.sfp"

@@ -1,4 +1,4 @@
-"""``sfp pack`` and ``sfp unpack``: every bit back, or what was asked to change."""
+"""``sfp pack`` and ``sfp unpack``: bits are restored, and requested changes are made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def packed(folder: Path, *words: object, arrays: Arrays | None = None) -> sfpformat.SfpFile:
-    """The `.sfp` file of a checkpoint, packed with these words."""
+    """Packs a checkpoint with these arguments and returns the path of the `.sfp` file."""
     source = make(folder / "m.safetensors", arrays)
     assert run("pack", source, "-o", folder / "m.sfp", *words) == 0
     return sfpformat.open(folder / "m.sfp")

@@ -1,4 +1,4 @@
-"""README.md and the guides: what they show is run."""
+"""README.md and the guides: their examples are run."""
 
 from __future__ import annotations
 

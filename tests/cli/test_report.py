@@ -1,4 +1,4 @@
-"""``sfp info``, ``sfp verify`` and ``sfp diff``: what they find, and their answers to bad and odd input."""
+"""``sfp info``, ``sfp verify`` and ``sfp diff``: results, and errors for invalid input."""
 
 from __future__ import annotations
 

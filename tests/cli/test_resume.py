@@ -1,4 +1,4 @@
-"""Packs that are killed, interrupted or out of space: the old model stays; the work goes on, or goes away."""
+"""Packs that are killed, interrupted or out of space: the old model stays; work resumes or is removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def large(tensors: int = 16) -> Arrays:
 
 
 def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], number: int) -> tuple[int, str]:
-    """Sends a signal once something holds; the exit code, and what was said on stderr."""
+    """Sends a signal when the condition is true. Returns the exit code and stderr."""
     until = time.monotonic() + 60
     while not ready():
         assert process.poll() is None, f"ended too early: {process.communicate()}"
@@ -41,12 +41,12 @@ def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], number:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
+    """Returns the size of a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def unbroken(folder: Path, source: Path, *words: str) -> dict[str, bytes]:
-    """What an unbroken pack writes: file name -> bytes."""
+    """Returns what an uninterrupted pack writes: file name -> bytes."""
     folder.mkdir()
     assert run("pack", source, "-o", folder / "m.sfp", *words) == 0
     return contents(folder)

@@ -1,4 +1,4 @@
-"""``sfp pack``: which tensors its options reach, what goes when it prunes, and importances."""
+"""``sfp pack``: the tensors that options apply to, pruning, and importances."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ SPEC = TensorSpec("w", DTYPES["F32"], (64, 64))
 
 
 def treatment(words: str) -> Treatment:
-    """What a command line does to a large tensor named w."""
+    """Returns the treatment of a large tensor named w by a command line."""
     head, *rules = words.split("--like ")
     base = parse_like(["w", *head.split()])[1] if head.strip() else {}
     likes = [parse_like(rule.split()) for rule in rules]

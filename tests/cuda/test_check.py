@@ -1,4 +1,4 @@
-"""What `kernels.tools.check` does on a device: each part on the host, and a run in which some parts fail."""
+"""`kernels.tools.check`: each part on the host, and a run in which some parts fail."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_products_are_compared_on_any_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def fake_clock(device: shim.HostDevice) -> Callable[[speed.Works], float]:
-    """Does the works twice, and says that each took 2 ms."""
+    """Runs each work twice and reports 2 ms for each."""
 
     def clock(works: speed.Works) -> float:
         for each in [*works, *works]:
@@ -204,7 +204,7 @@ def test_without_a_device_check_prints_the_reason_and_exits_with_2(
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that is there, of which little is asked."""
+    """A device that reports to be available, with few calls implemented."""
     monkeypatch.setattr(check, "why_not", lambda: None)
     monkeypatch.setattr(check, "CudaDevice", lambda number, stream=None: shim.HostDevice())
     monkeypatch.setattr(check, "facts_of", lambda words: FACTS)

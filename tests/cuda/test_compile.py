@@ -1,4 +1,4 @@
-"""NVRTC compiles the kernels without a driver; the module that talks to CUDA says why it cannot be used."""
+"""NVRTC compiles the kernels without a driver; the driver module reports why CUDA is unavailable."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.M
 
 
 def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
-    """A `cuda.core` that has devices of those compute capabilities, or cannot say."""
+    """A `cuda.core` with devices of those compute capabilities, or one that raises."""
 
     class Device:
         @classmethod
@@ -96,7 +96,7 @@ def fake_core(devices: list[tuple[int, int]] | Exception) -> Any:
 
 @pytest.fixture
 def nothing_remembered() -> Iterator[None]:
-    """Asks for a device anew, in the test and after it."""
+    """Clears the cached result of the device check before and after the test."""
     for remembers in (driver._version_of_package, driver._why_no_device, driver._why_no_compiler):
         remembers.cache_clear()
     yield
@@ -172,7 +172,7 @@ def test_a_missing_package_is_reported_and_raises(monkeypatch: pytest.MonkeyPatc
 
 
 class Recorder:
-    """Stands for any object of cuda.core: remembers what is called, gives itself or what it was told."""
+    """Mock of an object of cuda.core: records calls, and returns itself or the given value."""
 
     def __init__(self, said: list[tuple[Any, ...]], name: str, gives: dict[str, Any]) -> None:
         self._said, self._name, self._gives = said, name, gives

@@ -32,7 +32,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Judged:
-    """What the kernels said of the runs that they were given."""
+    """Records whether the kernels accepted each run."""
 
     def __init__(self) -> None:
         self.good: list[bool] = []
@@ -56,7 +56,7 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Judged]:
 
 
 def outcome(data: bytes, engine: str) -> Any:
-    """The bits of all tensors, or all that the fault says."""
+    """Returns the bits of all tensors, or all fields of the fault."""
     try:
         with sfpformat.open(data, threads=1, engine=engine) as file:
             return [array.tobytes() for array in file.get_tensors().values()]
@@ -294,7 +294,7 @@ NARROW: dict[str, Any] = {
 
 
 def edges(dtype: Any) -> Any:
-    """Every finite number of a dtype, what lies between two of them, and their neighbours."""
+    """Every finite number of a dtype, midpoints between two of them, and their neighbours."""
     width = np.dtype(dtype).itemsize
     every = np.arange(1 << (8 * width), dtype=f"u{width}").view(dtype).astype(np.float32)
     every = np.sort(every[np.isfinite(every)])

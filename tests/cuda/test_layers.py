@@ -1,4 +1,4 @@
-"""Compressed layers whose bytes lie on a CUDA device: kernels on the host, whose memory is the device's."""
+"""Compressed layers with bytes on a CUDA device: kernels run on the host, in host memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
 
 @pytest.fixture(autouse=True)
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
-    """The queues that were opened; the processor's memory is taken for that of a device of capability 9.0."""
+    """The queues that were opened. Host memory stands for that of a device of capability 9.0."""
     queues: list[shim.HostDevice] = []
 
     def opening(number: int, stream: int | None) -> shim.HostDevice:
@@ -56,7 +56,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
 
 
 def launched(queues: list[shim.HostDevice]) -> list[str]:
-    """The kernels of all queues, forgotten afterwards."""
+    """Returns the names of the kernels launched on all queues, and clears the record."""
     found = [kernel for queue in queues for kernel in queue.launched]
     for queue in queues:
         queue.launched.clear()

@@ -1,4 +1,4 @@
-"""Tensors that a device decodes for torch: kernels on the host, a queue that is done only when one waits."""
+"""Tensors decoded for torch on a device: kernels on the host, in a queue that runs when it is waited for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
-    """The devices that were opened; batches are small, so that some are on their way at once."""
+    """The devices that were opened. Batches are small, so that several are in flight."""
     opened: list[shim.HostDevice] = []
 
     def opening(number: int, stream: int | None) -> shim.HostDevice:
@@ -53,7 +53,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
 
 
 def on_device(data: Any, **options: Any) -> TorchFile:
-    """The file opened as for a CUDA device, whose memory is the processor's."""
+    """Opens the file as for a CUDA device, with host memory."""
     file = TorchFile(open_any(data, **options), CPU)
     file.device = torch.device("cuda")
     file._on_device = True

@@ -1,4 +1,4 @@
-"""Errors that count by importance, and bits that tensors share."""
+"""Errors weighted by importance, and shared bit budgets."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_importance_that_is_only_a_weight_is_not_stored() -> None:
 
 
 def test_equal_importances_give_the_same_bytes_as_none() -> None:
-    """But for zeros, which only a weighed error may leave the nearest numbers for."""
+    """Except for zeros: only a weighted error may quantise to them."""
     options = NOT_KEPT.but(bits=4.0)
     plain = load(save({"w": WEIGHTS}, options=options))["w"]
     same = {"w": np.full(SHAPE, np.float32(3))}

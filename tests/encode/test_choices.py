@@ -1,4 +1,4 @@
-"""What the encoder chooses: steps, centroids, classes, codes, segments; none of it is the format's matter."""
+"""The choices of the encoder: steps, centroids, classes, codes, segments. The format leaves them open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finite weights come back finite from every lossy code, or are refused (SPEC.md chapter 14)."""
+"""Finite weights decode to finite values from every lossy code, or are refused (SPEC.md chapter 14)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
 
 def decoded(array: Array, options: Options, importance: Any = None) -> Array:
-    """What a reader gives of a tensor; asserts that both engines write the same valid file."""
+    """Returns the decoded tensor. Asserts that both engines write the same valid file."""
     importances = {} if importance is None else {"w": importance}
     files = [save({"w": array}, options=options, importances=importances, engine=e) for e in ENGINES]
     assert files[0] == files[1]

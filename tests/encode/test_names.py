@@ -1,4 +1,4 @@
-"""Refusals of unknown names: the nearest known name is said, and messages stay short."""
+"""Errors for unknown names: they suggest the nearest known name and stay short."""
 
 from __future__ import annotations
 

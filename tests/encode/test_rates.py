@@ -1,4 +1,4 @@
-"""Bits of survivors, budgets of positions, and what takes no more bits without loss."""
+"""Bits a survivor, budgets a position, and tensors that fit losslessly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of real kinds of checkpoints are weights, and why others are not."""
+"""Classifying tensors of real checkpoints as weights, and the reasons for others."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ rng = np.random.default_rng(5)
 
 
 def large(dtype: Any = np.float32) -> np.ndarray[Any, Any]:
-    """A tensor that options which change values reach, if it is a weight."""
+    """A tensor large enough for options that change values, if it is a weight."""
     return rng.standard_normal((80, 80)).astype(dtype)
 
 
@@ -431,7 +431,7 @@ def test_fp8_with_scales_stays_lossless_and_without_is_quantised(tmp_path: Path)
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """A safetensors file with dtypes that numpy alone has not."""
+    """Writes a safetensors file with dtypes that numpy does not have."""
     dtypes = {name: of_numpy(array.dtype) for name, array in arrays.items()}
     described = [TensorSpec(name, dtype, arrays[name].shape) for name, dtype in dtypes.items() if dtype]
     with replacing(path) as file:
@@ -444,7 +444,7 @@ FOUR_BITS = sfpformat.Options(quantiser="uniform", bits=4)
 
 
 def state() -> dict[str, np.ndarray[Any, Any]]:
-    """A model with one weight, beside all that stays lossless."""
+    """A model with one weight and every kind of tensor that stays lossless."""
     return {
         "a.qweight": rng.integers(0, 9, (80, 80), np.int32),
         "a.scales": large(np.float16),

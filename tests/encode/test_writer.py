@@ -1,4 +1,4 @@
-"""What the writer refuses, what it leaves behind when it fails, and how it goes on (SPEC.md R-STR-005)."""
+"""What the writer refuses, what it leaves after a failure, and how it resumes (SPEC.md R-STR-005)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def assert_untouched(target: Path) -> None:
-    """The older file is as it was, and nothing lies beside it."""
+    """Asserts that the old file is unchanged and the only one in its folder."""
     assert target.read_bytes() == OLD
     assert list(target.parent.iterdir()) == [target]
 
@@ -321,7 +321,7 @@ def test_the_old_file_stays_until_the_new_one_is_complete(target: Path) -> None:
 
 @pytest.fixture(params=["append", "fsync", "seek"])
 def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full, at one place of several."""
+    """A disk that is full at one of several calls."""
 
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -436,7 +436,7 @@ HOW = Options(quantiser="uniform", step=0.1, scale="row", importance=ImportanceO
 
 
 def write(target: Path, key: str = "job", stop_before: str | None = None) -> tuple[str, ...]:
-    """Writes all tensors that are not there yet, or is interrupted; gives those that were there."""
+    """Writes all missing tensors, unless interrupted. Returns those that were already written."""
     with Writer(target, metadata={"k": "v"}, resume_key=key) as writer:
         there = writer.done
         for name, array in TENSORS.items():
@@ -455,7 +455,7 @@ def interrupt(target: Path, stop_before: str, key: str = "job") -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the job writes when nothing comes between."""
+    """What the job writes without an interruption."""
     path = tmp_path_factory.mktemp("whole") / "model.sfp"
     write(path)
     accepted(path.read_bytes())
@@ -503,7 +503,7 @@ def test_a_failed_job_leaves_nothing_to_resume(target: Path) -> None:
 
 
 def killed_in_the_middle_of_a_tensor(target: Path) -> None:
-    """What is left of a writer that was killed while it wrote its third tensor."""
+    """Kills a writer while it writes its third tensor."""
     interrupt(target, "t2")
     partial, _ = parts_of(target)
     partial.write_bytes(partial.read_bytes() + b"half a chunk" * 9)

@@ -1,4 +1,4 @@
-"""SPEC.md chapter 19, from the writer's side: what readers would refuse is not written."""
+"""SPEC.md chapter 19 for writers: a writer refuses what readers would refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE = np.ones((4, 8), np.float32)
 
 
 def limits_but(**changes: int) -> Limits:
-    """The default limits but for these."""
+    """Returns the default limits with these changes."""
     return replace(DEFAULT_LIMITS, **changes)
 
 

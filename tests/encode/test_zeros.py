@@ -80,12 +80,12 @@ def negatives(array: Array) -> int:
 
 
 def bits_a_weight(array: Array, options: Options | None = None) -> float:
-    """Of a file with this tensor alone."""
+    """Returns the bits a weight of a file with this tensor only."""
     return 8 * len(save({"w": array}, options=options or Options())) / array.size
 
 
 def entropy_of_signs(array: Array) -> float:
-    """Bits a weight that signs of zeros take which do not depend on anything."""
+    """Returns the bits a weight of independent random signs of zeros."""
     zeros = int((array.astype(np.float64) == 0).sum())
     share = negatives(array) / zeros
     if share in (0, 1):
@@ -95,7 +95,7 @@ def entropy_of_signs(array: Array) -> float:
 
 @contextmanager
 def without_classes_for_zeros() -> Iterator[None]:
-    """The encoder as if there were no -0 to look at."""
+    """Disables the classes for zeros in the encoder."""
     with pytest.MonkeyPatch.context() as patch:
         for tables in (exact_tables, number_tables):
             patch.setattr(tables, "cheaper_with_zeros", lambda choice, *_: choice)
@@ -162,7 +162,7 @@ def test_a_tensor_without_negative_zeros_is_coded_as_if_there_were_none(dtype: s
 
 
 def read_alike(data: bytes, array: Array) -> None:
-    """Asserts that the file is canonical, and that every reader in Python gives the bits of the array."""
+    """Asserts that the file is canonical, and that every Python reader returns the bits of the array."""
     assert validate(data).canonical
     assert accepted(data)["w"].tobytes() == array.tobytes()
     for engine in ("python", "numba"):
@@ -311,7 +311,7 @@ def test_positive_zeros_warn_about_packed_integers_in_a_float_dtype() -> None:
 
 
 def packed(folder: Path, tensors: dict[str, Array], *words: object) -> tuple[Path, Path]:
-    """A checkpoint of these tensors, and the `.sfp` file that the command makes of it."""
+    """Writes a checkpoint of these tensors and packs it. Returns both paths."""
     source, target = folder / "m.safetensors", folder / "m.sfp"
     save_safetensors(tensors, source)
     assert run("pack", source, "-o", target, *words) == 0

@@ -1,4 +1,4 @@
-"""The fast engine against the reference: the same bits, the same faults, and no access outside an array."""
+"""The numba engine against the reference: the same bits, the same faults, and no access out of bounds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ..support.strategies import Job, indices, jobs, shapes, written
 
 
 def outcome(data: bytes, engine: str, read: Callable[[sfpformat.SfpFile], Any]) -> Any:
-    """What reading gives, or all that its fault says."""
+    """Returns what reading returns, or all fields of its fault."""
     try:
         with sfpformat.open(data, threads=1, engine=engine) as file:
             return read(file)

@@ -1,4 +1,4 @@
-"""The fast engine's encoding against the reference: the same counts, the same choices, the same bytes."""
+"""The encoder of the numba engine against the reference: the same counts, choices and bytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def segments(rng: np.random.Generator, most: int = 90) -> NDArray[np.int64]:
 
 
 def outcome(job: Job, engine: str) -> bytes | str:
-    """The file of a job, or why there is none."""
+    """Returns the file of a job, or the error."""
     out = MemorySink()
     try:
         with Writer(out, metadata=job.metadata, engine=engine, threads=1) as writer:

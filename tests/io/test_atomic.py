@@ -1,4 +1,4 @@
-"""New files: whose mode and owner they take, and what they do on file systems that lack some calls."""
+"""New files: their mode and owner, and file systems that lack some calls."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def mode_of(path: Path) -> int:
 
 
 def by_writer(path: Path) -> None:
-    """A file of a writer."""
+    """Writes a file with a writer."""
     save_file({"a": ONE}, path)
 
 
 def by_resumable_writer(path: Path) -> None:
-    """A file of a writer that can be resumed."""
+    """Writes a file with a resumable writer."""
     with Writer(path, resume_key="job") as writer:
         writer.add("a", ONE)
 
 
 def by_block(path: Path) -> None:
-    """Any other file of this package."""
+    """Writes a file with `replacing`."""
     with replacing(path) as file:
         file.write(b"new")
 
@@ -71,7 +71,7 @@ WAYS: list[Callable[[Path], None]] = [by_writer, by_resumable_writer, by_block]
 
 
 def raising(number: int, only: Callable[..., bool] = lambda *_: True) -> Callable[[Any], Callable[..., Any]]:
-    """What makes a system call fail with an error, where a condition on its arguments holds."""
+    """Returns a wrapper that makes a system call fail if a condition on its arguments holds."""
 
     def broken(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*words: Any, **more: Any) -> Any:
@@ -212,7 +212,7 @@ def test_a_hard_link_keeps_the_old_contents_and_a_symbolic_link_is_followed(targ
 
 
 def test_every_command_keeps_file_modes(tmp_path: Path) -> None:
-    """Of shards and indices too, by pack, unpack and prune."""
+    """Includes shards and indices, for pack, unpack and prune."""
     source, out = sharded(tmp_path / "in", cuts=2), tmp_path / "out"
     out.mkdir()
 

@@ -1,4 +1,4 @@
-"""Every system call of a command fails or is the last: the old file or the new one is there, whole."""
+"""Every system call of a command fails or is the last one: the complete old or new file exists afterwards."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class Scene:
         return self.machine.run(self.words, self.folder, fault)
 
     def contents(self) -> dict[str, bytes]:
-        """What lies in the folder."""
+        """Returns the files in the folder: name -> bytes."""
         return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
     def begin(self) -> None:
-        """Puts the old files there, and nothing else."""
+        """Resets the folder to the old files."""
         for path in self.folder.iterdir():
             path.unlink()
         for name, data in self.old.items():
@@ -95,7 +95,7 @@ class Scene:
             path.chmod(MODE)
 
     def faults(self, *more: str, killed: Sequence[str] = CALLS) -> Iterator[Fault]:
-        """For each call an error, a kill for some, and more of other kinds."""
+        """Yields an error for each call, and kills and other faults for some."""
         for call, count in self.seen.items():
             for number in range(1, count + 1):
                 names = ERRORS[call]
@@ -109,7 +109,7 @@ class Scene:
         yield Fault("open", 1, KILLED_BEFORE)
 
     def check(self, fault: Fault) -> Ended:
-        """Runs the command with a fault, checks what it left, and has it go on."""
+        """Runs the command with a fault, checks the folder, and resumes the command."""
         self.begin()
         ended = self.run(fault)
         found = self.contents()
@@ -154,7 +154,7 @@ class Scene:
             assert whole == state, (fault, list(whole))
 
     def go_on(self, fault: Fault) -> None:
-        """The command, given again, ends as it would have without the fault."""
+        """Runs the command again and checks that it ends as without the fault."""
         ended = self.run()
         assert (ended.code, ended.err) == (0, ""), (fault, ended)
         assert self.contents() == self.new, fault

@@ -1,4 +1,4 @@
-"""Loading many tensors: small raw ones are made together, and each has memory of its own."""
+"""Loading many tensors: small raw ones are allocated together and do not overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files: as the reference implementation has them, and against what hostile files try."""
+"""Safetensors files: compatible with the reference implementation, and safe against hostile files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams that a file is written to or read from: which are refused, and what those that are not hold."""
+"""Streams that a file is written to or read from: the kinds that are refused, and the bytes of the others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(stream: Any) -> None:
 
 
 def opened_to_append(path: Path) -> BinaryIO:
-    """A stream that does not say that it appends."""
+    """A stream in append mode that does not report it."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
 
 
@@ -93,7 +93,7 @@ def test_objects_that_are_no_stream_and_closed_streams_are_refused(path: Path) -
 
 
 class _Appending(io.BytesIO):
-    """A stream of another library that appends, and does not say so."""
+    """A stream of another library that appends and does not report it."""
 
     def write(self, data: Any) -> int:
         self.seek(0, os.SEEK_END)
@@ -125,7 +125,7 @@ def test_temporary_files_are_written_and_read(make: Callable[[], Any]) -> None:
 
 
 def load_from(stream: Any) -> bytes:
-    """The file that a stream has, by way of its tensors."""
+    """Loads the tensors of a stream and saves them again."""
     with sfpformat.open(stream) as file:
         return save(file.get_tensors())
 
@@ -141,14 +141,14 @@ def test_a_stream_is_read_from_its_start_at_any_position(position: int) -> None:
 
 
 class _Slow(io.FileIO):
-    """An unbuffered file that takes at most 100 bytes at once, as a device may."""
+    """An unbuffered file that accepts at most 100 bytes per write, like some devices."""
 
     def write(self, data: Any) -> int:
         return super().write(bytes(data)[:100]) or 0
 
 
 class _Silent(io.BytesIO):
-    """A stream of another library, which does not say how many bytes it took."""
+    """A stream of another library, which does not return the number of written bytes."""
 
     def write(self, data: Any) -> None:  # type: ignore[override]
         super().write(data)
@@ -164,7 +164,7 @@ def test_a_stream_with_short_writes_receives_all_bytes(path: Path) -> None:
 
 
 class _Full(_Slow):
-    """A device that takes nothing more."""
+    """A device that accepts no more bytes."""
 
     def write(self, data: Any) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""Work done in threads: results come in order, and failures do not depend on timing."""
+"""Work in threads: results are in order, and failures do not depend on timing."""
 
 from __future__ import annotations
 

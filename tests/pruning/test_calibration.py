@@ -1,4 +1,4 @@
-"""Calibration statistics: gone through once, of single examples if asked, and resumable."""
+"""Calibration statistics: one pass over the data, optional single examples, and resuming."""
 
 from __future__ import annotations
 

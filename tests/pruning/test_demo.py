@@ -1,4 +1,4 @@
-"""The demonstration's learning, and the benchmark of pruning methods: on the carried model, a step or two."""
+"""The demonstration's learning, and the benchmark of pruning methods: on the bundled model, for few steps."""
 
 from __future__ import annotations
 

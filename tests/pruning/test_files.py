@@ -1,4 +1,4 @@
-"""From masks to files and back: packing, pruning a file again, fine-tuning with masks held, torch's masks."""
+"""From masks to files and back: packing, pruning a file again, tuning with fixed masks, torch's masks."""
 
 from __future__ import annotations
 

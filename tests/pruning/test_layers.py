@@ -65,7 +65,7 @@ class AsLinear(nn.Module):
 
 
 def gpt2_twice() -> tuple[Any, Any]:
-    """A GPT-2 as it is, and with linear layers."""
+    """A GPT-2 with ``Conv1D`` layers, and the same with linear layers."""
     original, linear = made("GPT2LMHeadModel"), made("GPT2LMHeadModel")
     for name, module in list(linear.named_modules()):
         if type(module).__name__ == "Conv1D":
@@ -144,7 +144,7 @@ def test_patterns_run_along_the_inputs_of_a_conv1d() -> None:
 
 
 class Zoo(nn.Module):
-    """Layers of many kinds; a forward pass goes through all."""
+    """Layers of many kinds; a forward pass uses all of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ def test_an_exempt_tied_tensor_is_exempt_under_all_its_names() -> None:
         prune(model, magnitude(model, names), 0.5, exempt=("*wte*", "*c_attn*"))
     with pytest.raises(OptionError, match=r"exempt: no tensor name matches 'lm_heads\*'"):
         prune(model, magnitude(model, names), 0.5, exempt=("lm_heads*",))
-    with pytest.raises(OptionError, match=r"like 'lm_head.weigth'; the nearest is 'lm_head.weight'"):
+    with pytest.raises(OptionError, match=r"matches 'lm_head.weigth'; the nearest is 'lm_head.weight'"):
         prune(model, magnitude(model, names), 0.5, exempt=("lm_head.weigth",))
 
 

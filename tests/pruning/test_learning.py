@@ -1,4 +1,4 @@
-"""Learned importances: budgets are met, what matters is found, an interrupted run goes on."""
+"""Learned importances: sparsities are met, important weights are found, an interrupted run resumes."""
 
 from __future__ import annotations
 

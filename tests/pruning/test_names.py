@@ -1,4 +1,4 @@
-"""The names of `sfpformat.pruning`: all there, imported when they are asked for, no torch before that."""
+"""The names of `sfpformat.pruning`: complete, imported lazily, and without torch before that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores and statistics: what a weight is worth without learning."""
+"""Scores and statistics: importances without learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and divergences: the model's own loss, padding that does not count, batches of all kinds."""
+"""Losses and divergences: the model's own loss, excluded padding, batches of all kinds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ OWN_LOSS = (
 
 
 def counted(labels: Tensor, name: str) -> int:
-    """How many labels a model's loss is the mean of."""
+    """Returns the number of labels in the mean of a model's loss."""
     causal = name in ("LlamaForCausalLM", "GPT2LMHeadModel")
     return int((labels[:, 1:] if causal else labels).ne(IGNORED).sum())
 

@@ -52,7 +52,7 @@ def test_a_sparsity_is_met_exactly_with_and_without_ties(
 
 
 class Sorted(Sparsity):
-    """A sparsity of which the sort of all positions is made, as of thresholds that look at it."""
+    """A sparsity that needs the sort of all positions, like thresholds of the distribution."""
 
 
 @settings(max_examples=60, deadline=None)
@@ -186,7 +186,7 @@ def test_a_floor_that_prevents_the_sparsity_warns() -> None:
 
 
 class Counting:
-    """A threshold of a caller's own."""
+    """A threshold defined by a caller."""
 
     def __init__(self, count: object) -> None:
         self._count = count
@@ -206,7 +206,7 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("'b' is no array of numbers", lambda: masks_of({"b": np.array(["x"])}, Sparsity(0.5))),
         ("no importances", lambda: masks_of({}, Sparsity(0.5))),
         ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
-        ("like 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
+        ("matches 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
         ("exempt: 3 is not a string", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
         ("scope is 'layer'", lambda: masks_of(A, Sparsity(0.5), scope="layer")),
         ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),

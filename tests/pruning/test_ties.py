@@ -1,4 +1,4 @@
-"""Pruning models with tied weights: what one step gives under any name of a weight, the next one takes."""
+"""Pruning models with tied weights: each step accepts every name of a weight."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ SCORES: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 def contents(path: Path) -> tuple[float, str | None, bool]:
-    """The share of the tied tensor that is pruned in a file, its quantiser, whether it has an importance."""
+    """Returns the pruned share of the tied tensor, its quantiser, and whether it has an importance."""
     with sfpformat.open(path) as file:
         assert sorted(file) == [KEPT, "mid.bias", "mid.weight"]
         pruned = 1 - float(file.get_mask(KEPT).mean())

@@ -1,4 +1,4 @@
-"""Programs that the tests have the runner drive: some say anything, some are right but for a lie."""
+"""Programs under test for the runner: arbitrary drivers, and drivers that are right except for one lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models that stay compressed: from files and from memory, ties, what stays dense, and back."""
+"""Whole models that stay compressed: from files and memory, ties, dense layers, and decompression."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Small(nn.Module):
 
 
 def empty() -> Small:
-    """The model without memory, but for what no file has."""
+    """The model on the meta device, except for buffers that no file has."""
     with torch.device("meta"):
         model = Small()
     model.scratch = torch.arange(4.0)

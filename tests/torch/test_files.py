@@ -1,4 +1,4 @@
-"""The door to torch: tensors to files and back, slices, sparse layouts, what is refused."""
+"""The PyTorch functions for files: round trips, slices, sparse layouts, refusals."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_slices_equal_those_of_the_tensor(name: str, index: object) -> None:
 
 @pytest.fixture
 def beta_warning() -> Iterator[None]:
-    """Torch says once a process that CSR is in beta; here it says so each time, and is expected to."""
+    """Makes torch repeat its warning that CSR is in beta, which it gives once a process, and expects it."""
     torch.set_warn_always(True)
     try:
         with pytest.warns(UserWarning, match="beta"):

@@ -1,4 +1,4 @@
-"""Layers that keep their weight compressed: bits, gradients, casts, state, compilers, what is kept."""
+"""Layers that keep their weight compressed: bits, gradients, casts, state, compilers, the cache."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def embedding(rows: int = 60, columns: int = 16, seed: int = 0) -> nn.Embedding:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each weight that is decoded whole."""
+    """Records the bytes of each weight that is decoded completely."""
     sizes: list[int] = []
     real = packed.decode
 
@@ -410,7 +410,7 @@ def test_operators_pass_the_opcheck_of_torch() -> None:
 
 
 def keeping(limit: int, *layers: SfpLinear | SfpEmbedding) -> KeptWeights:
-    """Lets layers share what keeps their weights."""
+    """Gives layers a common cache of decoded weights."""
     kept = KeptWeights(limit)
     for layer in layers:
         layer.kept = kept

@@ -115,7 +115,7 @@ def logits(model: Any) -> bytes:
 
 
 def loaded(model: Any, folder: Path) -> Any:
-    """The model of the same class that transformers makes of a folder."""
+    """Loads a model of the same class from a folder with transformers."""
     return type(model).from_pretrained(folder).eval()
 
 

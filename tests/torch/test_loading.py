@@ -1,4 +1,4 @@
-"""`load_model` beside the loaders that it replaces: what torch's and safetensors' take, it takes too."""
+"""`load_model` against the loaders that it replaces: it accepts what those accept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tensors_of(model: nn.Module, *without: str, **other: torch.Tensor) -> Tensor
 
 
 def hooked(make: Make) -> Make:
-    """The same module, but one that loads by its own methods."""
+    """The same module, with custom loading methods."""
 
     def made() -> nn.Module:
         model = make()

@@ -1,4 +1,4 @@
-"""Tensors without memory of their own: freed, cut, made of other tensors; each is refused by its name."""
+"""Tensors without their own memory: freed, truncated, wrappers. Each is refused by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Named(torch.Tensor):
 
 
 def freed(*shape: int) -> torch.Tensor:
-    """A tensor whose memory was let go, as FSDP does between calls."""
+    """A tensor whose memory was freed, as FSDP does between calls."""
     tensor = pruned(*shape)
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -74,7 +74,7 @@ def shifted(*shape: int) -> torch.Tensor:
 
 
 def freed_sparse(*shape: int) -> torch.Tensor:
-    """A sparse tensor whose values were let go."""
+    """A sparse tensor whose values were freed."""
     tensor = pruned(*shape).to_sparse()
     tensor._values().untyped_storage().resize_(0)
     return tensor
@@ -262,7 +262,7 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda", 1)])
 def test_every_function_refuses_a_missing_device(device: str | int | torch.device, tmp_path: Path) -> None:
     save_model(nn.Linear(3, 4), tmp_path / "m")
-    doors: list[Callable[[], object]] = [
+    functions: list[Callable[[], object]] = [
         lambda: load_file(tmp_path / "m", device=device),
         lambda: safe_open(tmp_path / "m", device=device),
         lambda: load_model(nn.Linear(3, 4), tmp_path / "m", device=device),
@@ -270,9 +270,9 @@ def test_every_function_refuses_a_missing_device(device: str | int | torch.devic
         lambda: SfpLinear(3, 4, device=device),
         lambda: SfpEmbedding(3, 4, device=device),
     ]
-    for door in doors:
+    for function in functions:
         with pytest.raises(OptionError, match=r"^device .*cuda.*: torch finds no CUDA devices|^device 0: "):
-            door()
+            function()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", 1.5])

@@ -1,4 +1,4 @@
-"""Models on the meta device: nothing stays there in silence, and buffers that no file has are computed."""
+"""Models on the meta device: tensors that stay there warn, and buffers that no file has are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments by the names of tensors: any name of a tied tensor means it, and unknown names are refused."""
+"""Arguments by tensor names: every name of a tied tensor is accepted, and unknown names are refused."""
 
 from __future__ import annotations
 

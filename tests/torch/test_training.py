@@ -1,4 +1,4 @@
-"""Attempts to train compressed weights: none is passed by in silence, and what is meant gives no warning."""
+"""Attempts to train compressed weights: each gives a warning, and intended uses give none."""
 
 from __future__ import annotations
 

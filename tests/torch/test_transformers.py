@@ -1,4 +1,4 @@
-"""Slices of a file as transformers takes them: models load lazily, tensor by tensor, without a patch."""
+"""Slices of a file in transformers: models load lazily, tensor by tensor, without a patch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bert(seed: int) -> Any:
 
 
 def loaded(slices: dict[str, TorchSlice], **words: Any) -> Any:
-    """The model that transformers makes of slices; it is told of nothing missing and nothing unexpected."""
+    """Loads a model from slices with transformers; no name may be missing or unexpected."""
     model, info = transformers.BertModel.from_pretrained(
         None, config=CONFIG, state_dict=slices, output_loading_info=True, **words
     )

@@ -1,4 +1,4 @@
-"""The weight of a compressed layer: what is written to it reaches the layer, or is refused."""
+"""The weight of a compressed layer: writes change the layer, or are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A path is that of a file, of an index of shards, or of a folder with one of these, for every door alike."""
+"""Every entry point accepts a file, an index of shards, or a folder with one of these."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def in_one_file(folder: Path) -> Path:
 
 
 def in_shards(folder: Path) -> Path:
-    """The model in two shards; gives the index."""
+    """Writes the model in two shards. Returns the path of the index."""
     weight_map = {}
     for file_name, names in SHARDS.items():
         save_file(path=folder / file_name, **part(names))
@@ -81,7 +81,7 @@ PATHS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(params=PATHS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A path that means the model."""
+    """A path of each kind to the model."""
     folder = tmp_path / "model"
     folder.mkdir()
     return PATHS[request.param](folder)
@@ -346,7 +346,7 @@ def test_unknown_keys_of_a_pruned_tensor_are_kept(tmp_path: Path) -> None:
 
 
 def again(thing: Any) -> Any:
-    """A thing that was pickled and unpickled."""
+    """Pickles and unpickles an object."""
     return pickle.loads(pickle.dumps(thing))
 
 
