@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import sfpformat
 from conformance.recipes.samples import everything, plain, weights
 from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Options
+from sfpformat.engines import translation
 from sfpformat.engines.cuda import driver, layout, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
@@ -283,6 +285,22 @@ def test_records_have_the_sizes_that_the_kernels_expect() -> None:
     shim.load(shim.build()).record_sizes(sizes)
     records = (layout.STREAM, layout.RECIPE, layout.JOB, layout.PART, layout.CODE, layout.MATRIX)
     assert list(sizes) == [record.itemsize for record in records]
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    text = (source.folder() / "recipe.cuh").read_text("utf-8")
+    theirs = {
+        name: value
+        for names in re.findall(r"^enum : u32 \{ ([^=}]+) \};", text, re.MULTILINE)
+        for value, name in enumerate(names.split(", "))
+    }
+    ours = {name: value for name, value in vars(layout).items() if name in theirs}
+    ours |= {name: value for name, value in vars(translation).items() if name in theirs}
+    ours |= {name: value for value, name in enumerate(layout.FLOATS)}
+    ours["STREAMS"] = len(translation.STREAMS)
+    assert theirs == ours | {"PREFIX_ROW": 0, "RESIDUAL_ROW": 1, "CODE_ROW": 2}  # of the kernels alone
+    shared = {name for name, value in vars(translation).items() if type(value) is int and name[0] != "_"}
+    assert shared - {"MAX_POSITIONS"} <= theirs.keys()
 
 
 NARROW: dict[str, Any] = {

@@ -88,15 +88,9 @@ MATRIX = np.dtype(
 PART = np.dtype([("job", "<u4"), ("group", "<u4")])
 CODE = np.dtype([("recipe", "<u8"), ("stream", "<u4"), ("code", "<u4")])
 
-STREAMS = ("mask", "fingerprints", "importance")
 ROWS_A_STREAM = 3  # rows of a job's index per stream
-# Rules for the number of levels of a segment.
-COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS = range(4)
-NO_MASK, OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(4)
 EXACT, UNIFORM, TABLE = range(3)
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-NO_SCALE, SCALE_TENSOR, SCALE_QUOTIENT, SCALE_REMAINDER = range(4)
-NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, OF_FACTORS = range(4)
 
 # Threads of a block, warps of a block, segments of a warp.
 WARP = 32

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ...coding.quantisers import F32, Exact, NumberQuantiser
 from ...container.entry import TensorEntry
 from ...dtypes import DTYPES, Dtype
+from ..translation import SCALE_QUOTIENT, SCALE_TENSOR, scale_of
 from . import layout
-from .recipe import scale_of
 
 # Dtype of the activations and of the result -> kernel, parts that it splits a number into, rows of x per
 # launch.
@@ -163,7 +163,7 @@ def _has_whole_rows(entry: TensorEntry) -> bool:
 
 def _has_whole_groups(entry: TensorEntry) -> bool:
     by, unit = scale_of(entry)
-    return by == layout.SCALE_QUOTIENT and not unit % layout.RUN
+    return by == SCALE_QUOTIENT and not unit % layout.RUN
 
 
 def _weights(
@@ -173,7 +173,7 @@ def _weights(
 
     Else None. None also if one is infinite and would have to be split.
     """
-    if scale_of(entry)[0] > layout.SCALE_TENSOR:
+    if scale_of(entry)[0] > SCALE_TENSOR:
         return None
     assert entry.fingerprints is not None
     levels = np.arange(2 * layout.MAGNITUDES, dtype=np.uint64) + np.uint64(entry.fingerprints.table.base)

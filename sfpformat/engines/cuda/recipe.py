@@ -15,11 +15,24 @@ from numpy.typing import NDArray
 from ...coding.bits import Bytes, as_bytes
 from ...coding.codetable import CodeTable, PrefixCode
 from ...coding.quantisers import F32, Exact, Quantiser, Uniform
-from ...container.entry import MAX_POSITIONS, TensorEntry
+from ...container.entry import TensorEntry
+from ..translation import (
+    NO_MULTIPLIER,
+    SCALE_TENSOR,
+    STREAMS,
+    count_rule_of,
+    has_few_levels,
+    keeps_patterns,
+    level_patterns,
+    mask_kind_of,
+    multiplier_of,
+    scale_of,
+)
 from . import layout
 
 _MOST_SLOTS = 256
 _SHORT_BITS = 8  # index bits of the first look-up
+_MOST_PATTERNS = 1 << 16  # of a look-up table over levels
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +104,9 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
     pool = _Pool(layout.RECIPE.itemsize)
     codes: list[tuple[int, int]] = []
     for stream, table in tables.items():
-        number = layout.STREAMS.index(stream)
+        number = STREAMS.index(stream)
         out["streams"][number] = _stream(table, slots[stream], pool)
-        out["streams"][number]["rule"] = _count_rule(entry, stream)
+        out["streams"][number]["rule"] = count_rule_of(entry, stream)
         out["streams"][number]["trimmed"] = stream in entry.trimmed_streams()
         codes += [(number, code) for code in range(len(table.codes))]
     _fill(out, entry, vectors, pool)
@@ -176,13 +189,13 @@ def _fill(out: NDArray[np.void], entry: TensorEntry, vectors: dict[str, F32], po
     ):
         out[field] = pool.add(vectors[name].astype("<f4")) if name in vectors else 0
     if _looks_up(entry):
-        patterns = _patterns(entry, vectors)
+        patterns = level_patterns(entry, vectors)
         out["patterns"], out["looked_up"] = pool.add(patterns), len(patterns)
     out["columns"], out["segment"] = max(entry.columns, 1), entry.segment
     out["dtype"] = layout.FLOATS.index(entry.dtype.name)
     out["quantiser"], out["step"], out["coded"] = _quantiser(fingerprints.quantiser)
     out["scale_by"], out["scale_unit"] = scale_of(entry)
-    out["multiplier"], out["mask"] = _multiplier(entry), _mask(entry)
+    out["multiplier"], out["mask"] = multiplier_of(entry), mask_kind_of(entry)
     if importance is not None and importance.quantiser is not None:
         kind, step, coded = _quantiser(importance.quantiser)
         out["importance_quantiser"], out["importance_step"], out["importance_coded"] = kind, step, coded
@@ -197,64 +210,14 @@ def _quantiser(quantiser: Quantiser) -> tuple[int, float, int]:
     return layout.TABLE, 0.0, 0
 
 
-def scale_of(entry: TensorEntry) -> tuple[int, int]:
-    """Returns how positions map to scale factors, and the unit that positions are divided by."""
-    if entry.scale is None:
-        return layout.NO_SCALE, 1
-    if entry.scale.per == "tensor":
-        return layout.SCALE_TENSOR, 1
-    if entry.scale.per == "group":
-        return layout.SCALE_QUOTIENT, min(entry.scale.size, MAX_POSITIONS)
-    by = layout.SCALE_QUOTIENT if entry.scale.per == "row" else layout.SCALE_REMAINDER
-    return by, max(entry.columns, 1)
-
-
-def _multiplier(entry: TensorEntry) -> int:
-    importance = entry.importance
-    if importance is None or importance.role != "multiplier":
-        return layout.NO_MULTIPLIER
-    if importance.over == "factors":
-        return layout.OF_FACTORS
-    return layout.OF_POSITIONS if importance.over == "all" else layout.OF_SURVIVORS
-
-
-def _mask(entry: TensorEntry) -> int:
-    if entry.mask is None:
-        return layout.NO_MASK
-    if entry.mask.kind == "octets":
-        return layout.OCTETS
-    return layout.RUNS_OF_SURVIVORS if entry.mask.polarity else layout.RUNS_OF_PRUNED
-
-
-def _count_rule(entry: TensorEntry, stream: str) -> int:
-    """Returns the rule for the number of levels of a segment (`container.chunk.stream_counts`)."""
-    if stream == "fingerprints":
-        return layout.COUNT_SURVIVORS
-    if stream == "importance":
-        assert entry.importance is not None
-        return layout.COUNT_SURVIVORS if entry.importance.over == "survivors" else layout.COUNT_POSITIONS
-    assert entry.mask is not None
-    if entry.mask.kind == "octets":
-        return layout.COUNT_OCTETS
-    return layout.COUNT_SURVIVORS if entry.mask.polarity else layout.COUNT_PRUNED
-
-
-# Maximum number of patterns of a look-up table over levels; the second limit holds for tensors with fewer
-# weights.
-_MOST_PATTERNS, _FEW_PATTERNS = 1 << 16, 1 << 12
-
-
 def _looks_up(entry: TensorEntry) -> bool:
     """Returns whether a look-up table of patterns gives the weights of a tensor from its levels."""
-    fingerprints = entry.fingerprints
-    assert fingerprints is not None
-    quantiser, top = fingerprints.quantiser, fingerprints.table.top
     return (
-        _multiplier(entry) == layout.NO_MULTIPLIER
-        and scale_of(entry)[0] <= layout.SCALE_TENSOR
+        multiplier_of(entry) == NO_MULTIPLIER
+        and scale_of(entry)[0] <= SCALE_TENSOR
         and entry.dtype.itemsize <= 4
-        and not (isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype)
-        and top <= min(_MOST_PATTERNS, max(entry.positions, _FEW_PATTERNS))
+        and not keeps_patterns(entry)
+        and has_few_levels(entry, _MOST_PATTERNS)
     )
 
 
@@ -280,7 +243,7 @@ def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
             return None
     if isinstance(quantiser, Exact):
         bytewise = 1 < table.classes <= _MOST_SLOTS and table.group == 1 and table.constant_extra == 8
-        whole = quantiser.dtype == entry.dtype and not quantiser.trim
+        whole = keeps_patterns(entry) and not quantiser.trim
         return 8 if mask is not None and bytewise and whole else None
     if table.classes == 1:
         plain = table.extra[0] <= _SHORT_BITS
@@ -294,16 +257,6 @@ def _longest(table: CodeTable) -> int:
     return max([int(code.symbol_bits[-1]) for code in table.codes], default=0)
 
 
-def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
-    """Returns the bit pattern of every level, computed by the reference."""
-    assert entry.fingerprints is not None
-    every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
-    centroids, scale = vectors.get("fingerprint centroids"), vectors.get("scale")
-    scales = None if scale is None else np.full(len(every), scale[0])
-    weights = entry.fingerprints.quantiser.fingerprint_values(every, entry.dtype, centroids, scales)
-    return weights.view(entry.dtype.pattern).astype(np.uint32)
-
-
 # (bytes per weight, residual bits) with specialised kernels.
 _WHOLE_BYTES = ((2, 8), (4, 24))
 
@@ -313,8 +266,8 @@ def kernel_of(entry: TensorEntry) -> str:
     fingerprints, item = entry.fingerprints, entry.dtype.itemsize
     assert fingerprints is not None
     quantiser, table = fingerprints.quantiser, fingerprints.table
-    as_it_is = isinstance(quantiser, Exact) and quantiser.dtype == entry.dtype
-    if _multiplier(entry) != layout.NO_MULTIPLIER or not (as_it_is or _looks_up(entry)):
+    as_it_is = keeps_patterns(entry)
+    if multiplier_of(entry) != NO_MULTIPLIER or not (as_it_is or _looks_up(entry)):
         return f"any_{item}"
     width = table.constant_width
     dense = as_it_is and entry.mask is None and item in (2, 4) and table.group == 1 and width is not None

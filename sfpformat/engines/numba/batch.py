@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..translation import STREAMS
 from .chunks import FILLED, decode_raw, decode_values
 from .compiling import kernel
-from .index import STREAMS
 from .memory import bytes_at, fence
 from .recipe import (
     COLUMN_FACTORS,

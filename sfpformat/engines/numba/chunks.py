@@ -12,6 +12,18 @@ import numpy as np
 
 from ...coding.codetable import MAX_CODES
 from ...container.entry import CHUNK_ALIGNMENT
+from ..translation import (
+    FINGERPRINTS,
+    IMPORTANCE,
+    MASK,
+    NO_MULTIPLIER,
+    NO_SCALE,
+    OCTETS,
+    OF_FACTORS,
+    OF_POSITIONS,
+    OF_SURVIVORS,
+    STREAMS,
+)
 from .compiling import kernel
 from .index import (
     CODES,
@@ -24,26 +36,22 @@ from .index import (
     RESIDUAL_BITS,
     RESIDUAL_START,
     ROW_SURVIVORS,
-    STREAMS,
     TRIMS,
     read_index,
     row_of,
 )
 from .levels import decode_segment
 from .lookup import classes_of, prepare
-from .masks import OCTETS, mask_of_levels, mask_of_slots, spread, survivor_places
+from .masks import mask_of_levels, mask_of_slots, spread, survivor_places
 from .prefix import CHAINS, SLACK
 from .recipe import (
     BASE_OF,
     CLASSES_OF,
     COLUMNS,
     CONTIGUOUS,
-    FINGERPRINTS,
     GROUP_OF,
-    IMPORTANCE,
     ITEM,
     LENGTHS_OF,
-    MASK,
     MASK_KIND,
     MODE,
     MULTIPLIER,
@@ -58,12 +66,7 @@ from .recipe import (
 from .slots import Segments, Target, decode_codes, place_slots
 from .values import (
     ARITHMETIC,
-    FACTORS,
     LOOKED_UP,
-    NO_MULTIPLIER,
-    NOTHING,
-    OF_POSITIONS,
-    OF_SURVIVORS,
     PATTERNS,
     looked_up,
     looked_up_by_slot,
@@ -264,9 +267,9 @@ def _multiply(
             segment.
     """
     multiplier, numbers, inside = whole[MULTIPLIER], working.numbers, working.inside
-    if whole[SCALE_BY] != NOTHING:
+    if whole[SCALE_BY] != NO_SCALE:
         multiply_by_place(numbers, count, inside, start, whole[SCALE_UNIT], whole[SCALE_BY], scale)
-    if multiplier == FACTORS:
+    if multiplier == OF_FACTORS:
         multiply_by_product(numbers, count, inside, start, whole[COLUMNS], rows, across)
     elif multiplier != NO_MULTIPLIER:
         index, slots, levels = working.index, working.importance_slots, working.levels

@@ -27,13 +27,13 @@ _log = logging.getLogger("sfpformat")
 
 @cache
 def _sources_digest() -> str:
-    """Returns a digest of the sources of this package and of the packages whose constants it compiles in."""
+    """Returns a digest of the sources of this package and of those whose constants it compiles in."""
     own = Path(__file__).parent
     root = own.parent.parent
     digest = hashlib.sha256()
-    for folder in (own, root / "coding", root / "container"):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.read_bytes())
+    packages = [path for folder in (own, root / "coding", root / "container") for path in folder.glob("*.py")]
+    for path in sorted([*packages, own.parent / "translation.py"]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

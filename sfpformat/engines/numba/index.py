@@ -12,11 +12,9 @@ import numpy as np
 
 from ...container.chunk import MAX_INDEX_WIDTH, PART_ALIGNMENT, TAIL_BYTES
 from ...container.entry import CHUNK_ALIGNMENT
+from ..translation import COUNT_POSITIONS, COUNT_PRUNED, COUNT_SURVIVORS, STREAMS
 from .compiling import kernel
 from .memory import load32, load64
-
-# Streams, in the order of SPEC.md 15.2.
-STREAMS = ("mask", "fingerprints", "importance")
 
 # Columns of `shapes` that determine a segment index; each row of `shapes` describes a stream.
 #   PRESENT_OF      whether the tensor has the stream
@@ -26,7 +24,6 @@ STREAMS = ("mask", "fingerprints", "importance")
 #   CONSTANT_OF     residual bits of all used classes, or -1 if they differ
 #   LEAST_OF        the smallest number of residual bits of a used class
 PRESENT_OF, COUNT_RULE_OF, CODES_OF, TRIMMED_OF, CONSTANT_OF, LEAST_OF = range(6)
-COUNT_POSITIONS, COUNT_SURVIVORS, COUNT_PRUNED, COUNT_OCTETS = range(4)
 
 # Rows of the matrix that `read_index` fills: survivors, then for each stream the rows named here.
 ROW_SURVIVORS = 0

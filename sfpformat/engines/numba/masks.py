@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from ..translation import OCTETS, RUNS_OF_PRUNED
 from .compiling import kernel
 from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
 from .memory import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
 
 # Prefetch distance in bytes ahead of the store.
 _AHEAD = 1024
-
-OCTETS, RUNS_OF_PRUNED, RUNS_OF_SURVIVORS = range(3)
 
 
 @kernel
@@ -23,7 +22,7 @@ def mask_of_levels(
     """Decodes the mask bits of a segment. False if they break R-MSK-004 to R-MSK-006.
 
     Args:
-        kind: one of the constants above.
+        kind: of the mask, as in `translation`.
         levels: uint64, ``count`` elements.
         bits: uint8, initially zero; filled from byte ``at`` on. A segment has a multiple of 4 bytes.
     """

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from ...coding.bits import Bytes
 from ...container.plain import PlainTable, PlainTensors
 from ..interface import PlainRuns
+from ..translation import FINGERPRINTS, STREAMS
 from . import batch
 from .decode import memory_for, working_size
-from .index import STREAMS, TRIMMED_OF
+from .index import TRIMMED_OF
 from .recipe import (
     DATA,
     DATA_SIZE,
-    FINGERPRINTS,
     FIRST,
     LENGTHS,
     OUT,

@@ -18,30 +18,38 @@ from ...coding.quantisers import (
     Exact,
     NumberQuantiser,
 )
-from ...container.entry import MAX_POSITIONS, TensorEntry
+from ...container.entry import TensorEntry
 from ..interface import Run
-from . import masks, values
-from .index import (
-    COUNT_OCTETS,
+from ..translation import (
     COUNT_POSITIONS,
-    COUNT_PRUNED,
-    COUNT_RULE_OF,
-    COUNT_SURVIVORS,
-    LEAST_OF,
+    MASK,
+    NO_MASK,
+    NO_MULTIPLIER,
+    NO_SCALE,
+    OF_POSITIONS,
+    OF_SURVIVORS,
     STREAMS,
-    TRIMMED_OF,
+    count_rule_of,
+    has_few_levels,
+    keeps_patterns,
+    level_patterns,
+    mask_kind_of,
+    multiplier_of,
+    scale_of,
 )
+from . import values
+from .index import COUNT_RULE_OF, LEAST_OF, TRIMMED_OF
 from .lookup import lengths_of, table_bits, table_bytes
 
-MASK, FINGERPRINTS, IMPORTANCE = range(len(STREAMS))
 # Further columns of `shapes` (see `index`): index bits of the look-up tables, levels per symbol, begin and
 # end of the stream's tables in a thread's memory, the first level of class 0, the number of classes, and the
 # begin of the stream's part of `lengths`.
 BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
 SHAPE = LENGTHS_OF + 1
-# Entries of `whole`: positions per segment; bytes per weight; mask kind (`masks`); mode (`values`); whether
+# Entries of `whole`: positions per segment; bytes per weight; mask kind; mode (`values`); whether
 # `values.join_residuals` applies; whether non-temporal stores may be used; scale_by, scale_unit and
-# multiplier (`values`); positions per row; the unique number of the recipe.
+# multiplier; positions per row; the unique number of the recipe. The names without a module are in
+# `translation`.
 (
     SEGMENT,
     ITEM,
@@ -74,10 +82,8 @@ TOTAL, START, FIRST, STOP, DATA, DATA_SIZE, OUT, OUT_SIZE, PLACES = range(9)
 PLACES_SIZE = 2 * 9
 ROW_SIZE = PLACES + 1
 
-# Look-up tables over all levels have at most this many levels,
+# Look-up tables over all levels have at most this many levels.
 _MOST_LEVELS = 1 << 17
-# and at most this many if the tensor has fewer weights than levels.
-_FEW_LEVELS = 1 << 12
 # Tensors of at least this many bytes are written with non-temporal stores: caches would not keep them.
 _STREAMED_BYTES = 1 << 20
 _numbers = itertools.count(1)
@@ -153,23 +159,23 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     assert entry.fingerprints is not None
     shapes, lengths = _shapes(entry, weights)
     table = entry.fingerprints.table
-    multiplier = _multiplier(entry)
+    multiplier = multiplier_of(entry)
     whole = [
         entry.segment,
         entry.dtype.itemsize,
-        _mask_kind(entry),
+        mask_kind_of(entry),
         mode,
         mode == values.PATTERNS
         and is_contiguous(entry.dtype.itemsize, table.constant_width, table.classes, table.base),
         weights * entry.dtype.itemsize >= _STREAMED_BYTES,
-        *_scale(entry),
+        *scale_of(entry),
         multiplier,
         max(entry.columns, 1),
         next(_numbers),
     ]
-    streamed = multiplier in (values.OF_SURVIVORS, values.OF_POSITIONS)
+    streamed = multiplier in (OF_SURVIVORS, OF_POSITIONS)
     numbers = (
-        _patterns(entry, vectors) if mode == values.LOOKED_UP else None,
+        level_patterns(entry, vectors) if mode == values.LOOKED_UP else None,
         _magnitudes(entry, vectors) if mode == values.ARITHMETIC else None,
         vectors.get("scale"),
         _importances(entry, vectors) if streamed else None,
@@ -191,14 +197,14 @@ def is_contiguous(itemsize: int, width: int | None, classes: int, base: int) -> 
 def whole_of_exact(itemsize: int, segment: int, contiguous: bool, weights: int) -> list[int]:
     """Returns `whole` of a lossless tensor without mask, scale and importance."""
     streamed = weights * itemsize >= _STREAMED_BYTES
-    alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
-    return [segment, itemsize, masks.OCTETS, values.PATTERNS, contiguous, streamed, *alone, next(_numbers)]
+    alone = (NO_SCALE, 1, NO_MULTIPLIER, 1)
+    return [segment, itemsize, NO_MASK, values.PATTERNS, contiguous, streamed, *alone, next(_numbers)]
 
 
 def whole_of_raw(itemsize: int, segment: int) -> list[int]:
     """Returns `whole` of a raw tensor."""
-    alone = (values.NOTHING, 1, values.NO_MULTIPLIER, 1)
-    return [segment, itemsize, masks.OCTETS, values.RAW, 0, 0, *alone, next(_numbers)]
+    alone = (NO_SCALE, 1, NO_MULTIPLIER, 1)
+    return [segment, itemsize, NO_MASK, values.RAW, 0, 0, *alone, next(_numbers)]
 
 
 def stream_shape(table: CodeTable, levels: int) -> list[int]:
@@ -238,7 +244,7 @@ def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
         i = STREAMS.index(stream)
         # An octet has eight positions, and runs have few levels: an eighth of the weights is a good estimate.
         row = stream_shape(table, weights // 8 if i == MASK else levels)
-        row[COUNT_RULE_OF], row[TRIMMED_OF] = _count_rule(entry, stream), stream in trimmed
+        row[COUNT_RULE_OF], row[TRIMMED_OF] = count_rule_of(entry, stream), stream in trimmed
         row[START_OF], row[STOP_OF], row[LENGTHS_OF] = end, end + row[STOP_OF], len(lengths)
         shapes[i * SHAPE : (i + 1) * SHAPE], end = row, row[STOP_OF]
         lengths += lengths_of(table)
@@ -250,11 +256,10 @@ def _mode(entry: TensorEntry) -> int | None:
     fingerprints, importance = entry.fingerprints, entry.importance
     if fingerprints is None:  # only the reference checks the values of BOOL elements
         return None if entry.dtype.name == "BOOL" else values.RAW
-    multiplied = importance is not None and importance.role == "multiplier"
-    if isinstance(fingerprints.quantiser, Exact) and fingerprints.quantiser.dtype == entry.dtype:
+    multiplied = multiplier_of(entry) != NO_MULTIPLIER
+    if keeps_patterns(entry):
         return None if multiplied else values.PATTERNS
-    few = fingerprints.table.top <= min(_MOST_LEVELS, max(entry.positions, _FEW_LEVELS))
-    if not few or entry.dtype.itemsize > 4:
+    if not has_few_levels(entry, _MOST_LEVELS) or entry.dtype.itemsize > 4:
         return None
     if not multiplied and entry.scale is None:
         return values.LOOKED_UP
@@ -263,16 +268,6 @@ def _mode(entry: TensorEntry) -> int | None:
     if importance is not None and importance.table is not None and importance.table.top > _MOST_LEVELS:
         return None
     return values.ARITHMETIC
-
-
-def _patterns(entry: TensorEntry, vectors: dict[str, F32]) -> NDArray[np.uint32]:
-    """Returns the bit pattern of every level."""
-    assert entry.fingerprints is not None
-    every = np.arange(entry.fingerprints.table.top, dtype=np.uint64)
-    weights = entry.fingerprints.quantiser.fingerprint_values(
-        every, entry.dtype, vectors.get("fingerprint centroids")
-    )
-    return weights.view(entry.dtype.pattern).astype(np.uint32)
 
 
 def _magnitudes(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
@@ -291,42 +286,3 @@ def _importances(entry: TensorEntry, vectors: dict[str, F32]) -> F32:
     assert importance.quantiser is not None
     every = np.arange(importance.table.top, dtype=np.uint64)
     return importance.quantiser.importance_values(every, vectors.get("importance centroids"))
-
-
-def _multiplier(entry: TensorEntry) -> int:
-    importance = entry.importance
-    if importance is None or importance.role != "multiplier":
-        return values.NO_MULTIPLIER
-    if importance.over == "factors":
-        return values.FACTORS
-    return values.OF_POSITIONS if importance.over == "all" and entry.mask else values.OF_SURVIVORS
-
-
-def _scale(entry: TensorEntry) -> tuple[int, int]:
-    """Returns how positions map to scale factors, and the unit that positions are divided by."""
-    if entry.scale is None:
-        return values.NOTHING, 1
-    if entry.scale.per == "tensor":
-        return values.WHOLE, MAX_POSITIONS
-    if entry.scale.per == "group":
-        return values.BY_QUOTIENT, min(entry.scale.size, MAX_POSITIONS)
-    return values.BY_QUOTIENT if entry.scale.per == "row" else values.BY_REMAINDER, max(entry.columns, 1)
-
-
-def _mask_kind(entry: TensorEntry) -> int:
-    if entry.mask is None or entry.mask.kind == "octets":
-        return masks.OCTETS
-    return masks.RUNS_OF_SURVIVORS if entry.mask.polarity else masks.RUNS_OF_PRUNED
-
-
-def _count_rule(entry: TensorEntry, stream: str) -> int:
-    """Returns the rule for the number of levels of a segment (`container.chunk.stream_counts`)."""
-    if stream == "fingerprints":
-        return COUNT_SURVIVORS
-    if stream == "importance":
-        assert entry.importance is not None
-        return COUNT_SURVIVORS if entry.importance.over == "survivors" else COUNT_POSITIONS
-    assert entry.mask is not None
-    if entry.mask.kind == "octets":
-        return COUNT_OCTETS
-    return COUNT_SURVIVORS if entry.mask.polarity else COUNT_PRUNED

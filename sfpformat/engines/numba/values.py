@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..translation import SCALE_QUOTIENT, SCALE_REMAINDER
 from .compiling import kernel
 from .memory import load32, load64, store16, store32, store64
 from .vectors import (
@@ -23,9 +24,6 @@ from .vectors import (
 
 # Modes of conversion from levels to weights.
 PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
-# Mapping from positions to scale factors, and the kind of importance multiplier.
-NOTHING, WHOLE, BY_QUOTIENT, BY_REMAINDER = range(4)
-NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, FACTORS = range(4)
 
 
 @kernel
@@ -234,7 +232,7 @@ def multiply_by_place(
         places: int64, the position of each number in its segment, ascending.
         start: the segment's first position in the tensor.
         unit: positions per factor (rows, groups) or factors per row (columns).
-        by: `WHOLE`, `BY_QUOTIENT` or `BY_REMAINDER` of position and unit.
+        by: `SCALE_TENSOR`, `SCALE_QUOTIENT` or `SCALE_REMAINDER` of position and unit.
     """
     quotient, remainder = start // unit, start % unit
     at = np.int64(0)
@@ -245,9 +243,9 @@ def multiply_by_place(
             remainder -= unit
             quotient += 1
         factor = factors[0]
-        if by == BY_QUOTIENT:
+        if by == SCALE_QUOTIENT:
             factor = factors[quotient]
-        elif by == BY_REMAINDER:
+        elif by == SCALE_REMAINDER:
             factor = factors[remainder]
         numbers[i] = numbers[i] * factor
 
