@@ -140,7 +140,7 @@ def reference_weights(sample: Sample, data: Bytes) -> bytes | None:
     entry = sample.decoder.entry
     first, stop = entry.segments_of_chunk(sample.k)
     out = np.empty(entry.positions_of_chunk(sample.k)[1], entry.dtype.numpy)
-    run: Run | None = sample.decoder.run(data, sample.k, 0, stop - first, out)
+    run: Run[NDArray[Any]] | None = sample.decoder.run(data, sample.k, 0, stop - first, out)
     if run is not None and sample.decoder.engine.decode_runs([run])[0]:
         return out.tobytes()
     try:

@@ -12,10 +12,12 @@ from sfpformat.coding.bits import Bytes
 from sfpformat.container.entry import TensorEntry
 from sfpformat.decode.reader import SfpFile
 from sfpformat.engines.cuda.device import Device, Memory
-from sfpformat.engines.cuda.loaded import Recipes
-from sfpformat.engines.cuda.product import make_product
+from sfpformat.engines.cuda.loading import Queue
+from sfpformat.engines.cuda.on_device import hold
+from sfpformat.engines.cuda.product import Product, make_product
 from sfpformat.engines.cuda.recipe import make_recipe
-from sfpformat.engines.cuda.resident import Operands, Placed, Resident
+from sfpformat.engines.cuda.resident import Placed
+from sfpformat.engines.interface import Operands
 
 NUMPY: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 # Maximum relative rounding error.
@@ -61,13 +63,12 @@ class OnDevice:
         self._vectors = file.decoder(entry).vectors
         recipe = make_recipe(entry, self._vectors)
         assert recipe is not None
-        self.kernel, recipes = recipe.kernel, Recipes(device)
-        recipes.load([recipe])
+        self.kernel, self._queue = recipe.kernel, Queue(device, lambda: device)
         if chunks is None:
             wanted = [(entry, k) for k in range(len(entry.chunks))]
             chunks = b"".join(chunk.tobytes() for chunk in file.read_chunks(wanted))
         self._chunks = put(device, chunks)
-        self.resident = Resident(device, recipes, recipe, entry, self._chunks.address)
+        self.resident = hold(self._queue, recipe, entry, self._chunks.address)
         self.out = device.allocate(entry.decoded_bytes)
 
     def overwrite(self, chunks: bytes | Bytes) -> None:
@@ -79,17 +80,21 @@ class OnDevice:
 
     def decode(self) -> None:
         """Enqueues decoding to `out`."""
-        self.resident.decode(self.device, self.out.address)
+        self.resident.decode(self._queue, self.out.address)
 
     def weights(self) -> bytes | None:
         """Decodes and returns the weights; None if a segment is invalid."""
-        good = self.resident.is_good(self.device, self.out.address)
+        good = self.resident.is_good(self._queue, self.out.address)
         return fetch(self.device, self.out, self.entry.decoded_bytes) if good else None
 
     def place(self, compute: str) -> Placed | None:
         """Prepares the tensor for products in a dtype; None if unsupported, or if the tensor is invalid."""
         product = make_product(self.entry, self._vectors, compute, compute)
-        return None if product is None else self.resident.place(self.device, product)
+        return None if product is None else self.place_for(product)
+
+    def place_for(self, product: Product) -> Placed | None:
+        """Prepares the tensor for a product; None if the tensor is invalid."""
+        return self.resident.place(self._queue, product)
 
 
 class Multiplication:
@@ -105,6 +110,7 @@ class Multiplication:
             bias: [rows], or None.
         """
         self._device, self._placed, self._dtype = device, placed, x.dtype
+        self._queue = Queue(device, lambda: device)
         self._shape = len(x), placed.product.rows
         self._x, self._done = put(device, x.tobytes()), put(device, bytes(4 * placed.product.blocks))
         self._bias = None if bias is None else put(device, bias.tobytes())
@@ -117,7 +123,7 @@ class Multiplication:
 
     def start(self) -> None:
         """Enqueues the product."""
-        self._placed.multiply(self._device, self._operands)
+        self._placed.multiply(self._queue, self._operands)
 
     def result(self) -> NDArray[Any]:
         """Computes the product, waits, and returns it: [batch, rows]."""

@@ -231,6 +231,6 @@ class HostMark:
         self._device.finish()
 
 
-def device_of(**options: Any) -> Callable[[], Device]:
-    """Returns a replacement for `sfpformat.engines.cuda.work.open_device`."""
-    return lambda: HostDevice(**options)
+def device_of(**options: Any) -> Callable[[int, int | None], Device]:
+    """Returns a replacement for `sfpformat.engines.cuda.loading.open_device`."""
+    return lambda number, stream: HostDevice(**options)

@@ -124,7 +124,7 @@ class Decoding:
         which raises the error.
         """
         pieces: list[tuple[TensorDecoder, Bytes, int, int, int, NDArray[Any]]] = []
-        at_once: list[Run] = []
+        at_once: list[Run[NDArray[Any]]] = []
         numbers: list[int] = []  # indices of the pieces in `at_once`
         whole = into is TensorDecoder.weights_into
         unread: FileFault | None = None

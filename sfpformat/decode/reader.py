@@ -168,7 +168,7 @@ class SfpFile(Closing):
         self._require_present(name)
         outline = self.directory.outline(name)
         if outline.decoded_bytes > self._sure_bytes:
-            self._require_within_limits(self.entry(name))
+            self.require_within_limits(self.entry(name))
         return outline
 
     def info(self, name: str) -> TensorInfo:
@@ -287,7 +287,7 @@ class SfpFile(Closing):
         """
         entry = self.entry(name)
         if entry.mask is None:
-            self._require_within_limits(entry)
+            self.require_within_limits(entry)
             return np.ones(entry.shape, np.bool_)
         return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask_into)
 
@@ -312,7 +312,7 @@ class SfpFile(Closing):
             MissingTensorError, InvalidFileError, LimitError.
         """
         entry = self.entry(name)
-        self._require_within_limits(entry)
+        self.require_within_limits(entry)
         decoder = self.decoder(entry)
         positions = [np.zeros(0, np.int64)] * max(len(entry.chunks), 1)
         values = [np.zeros(0, entry.dtype.numpy)] * max(len(entry.chunks), 1)
@@ -343,7 +343,7 @@ class SfpFile(Closing):
         Raises:
             InvalidFileError, LimitError.
         """
-        self._require_within_limits(entry)
+        self.require_within_limits(entry)
         out = np.empty(selection.size, dtype)
         if selection.size and selection.contiguous:
             low = int(selection.starts[0]) + selection.run.start
@@ -398,7 +398,8 @@ class SfpFile(Closing):
             segment, inside = np.divmod(positions, entry.segment)
             out[at : at + len(positions)] = buffer[place[segment] + inside]
 
-    def _require_within_limits(self, entry: TensorEntry) -> None:
+    def require_within_limits(self, entry: TensorEntry) -> None:
+        """Raises LimitError if the sizes of a tensor exceed the reader's limits."""
         with placed(tensor=entry.name):
             self.limits.require_tensor(
                 entry.decoded_bytes, entry.stored_bytes, self.preamble.directory_offset

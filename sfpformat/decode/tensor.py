@@ -80,7 +80,7 @@ class TensorDecoder:
                 self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
                 self._recipe_serves = weights
 
-    def run(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> Run | None:
+    def run(self, data: Bytes, k: int, first: int, stop: int, out: Values) -> Run[NDArray[Any]] | None:
         """Returns the run in the engine's form. None if the engine has no fast path for this tensor."""
         if self._recipe is None:
             return None

@@ -2,7 +2,8 @@
 
 An engine is a module with the functions of `Engine`. All engines give the same bits and the same faults. The
 engine ``python`` is the reference implementation and always available; ``numba`` is compiled; ``cuda``
-decodes weights on a GPU.
+decodes weights on a GPU. A `DeviceEngine` decodes into the memory of a device; a new one needs an entry in
+`_DEVICE_MODULES`, and the name of an engine.
 """
 
 from __future__ import annotations
@@ -14,15 +15,33 @@ import sys
 from typing import cast
 
 from ..errors import EngineError
-from .interface import Engine, PlainPlan, PlainRuns, Run
+from .interface import (
+    DeviceEngine,
+    DeviceQueue,
+    Engine,
+    Operands,
+    PlainPlan,
+    PlainRuns,
+    ResidentMatrix,
+    ResidentRun,
+    ResidentTensor,
+    Run,
+)
 
 __all__ = [
+    "DeviceEngine",
+    "DeviceQueue",
     "Engine",
+    "Operands",
     "PlainPlan",
     "PlainRuns",
+    "ResidentMatrix",
+    "ResidentRun",
+    "ResidentTensor",
     "Run",
     "available",
     "decodes_on_device",
+    "get_device_engine",
     "get_engine",
     "require_name",
     "why_not",
@@ -32,6 +51,8 @@ ENGINE_VARIABLE = "SFPFORMAT_ENGINE"
 AUTO = "auto"
 # Engine -> its module.
 _MODULES = {"python": "reference", "numba": "numba", "cuda": "cuda.engine"}
+# Type of a device, which is also the name of its engine -> the module with the functions of `DeviceEngine`.
+_DEVICE_MODULES = {"cuda": "cuda.on_device"}
 # The reference decodes fewer weights than this in the time that importing Numba takes.
 _WORTH_NUMBA = 8_000_000
 
@@ -64,14 +85,22 @@ def require_name(name: str | None) -> None:
         raise EngineError(f"the engine {chosen!r} is not available: {reason}")
 
 
-def decodes_on_device(name: str | None) -> bool:
-    """Returns whether tensors for a CUDA device are decoded on that device: by request, or by ``"auto"``.
+def decodes_on_device(device: str, name: str | None) -> bool:
+    """Returns whether tensors for a device are decoded on that device: by request, or by ``"auto"``.
 
     Args:
+        device: type of the device, such as ``"cuda"`` or ``"cpu"``.
         name: same as for `get_engine`; `require_name` must have accepted it.
     """
+    if device not in _DEVICE_MODULES:
+        return False
     chosen = name or os.environ.get(ENGINE_VARIABLE) or AUTO
-    return chosen == "cuda" or (chosen == AUTO and why_not("cuda") is None)
+    return chosen == device or (chosen == AUTO and why_not(device) is None)
+
+
+def get_device_engine(device: str) -> DeviceEngine:
+    """Returns the engine that decodes into the memory of a device; `decodes_on_device` must be true."""
+    return cast(DeviceEngine, importlib.import_module(f".{_DEVICE_MODULES[device]}", __name__))
 
 
 def get_engine(name: str | None = None, weights: int | None = None) -> Engine:

@@ -1,9 +1,13 @@
-"""The interface of an engine: its functions, and the types of their arguments."""
+"""The interfaces of engines: their functions, and the types of the arguments.
+
+`Engine` decodes into arrays in CPU memory. `DeviceEngine` decodes into the memory of a device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +23,21 @@ from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
 from ..container.plain import PlainTensors
 
+# Where weights are written: an array, or an address in the memory of a device.
+Out = TypeVar("Out", NDArray[Any], int)
 
-class Run(NamedTuple):
+
+class Run(NamedTuple, Generic[Out]):
     """A run of neighbouring segments of a chunk.
 
     Attributes:
-        recipe: the tensor's recipe, from `Engine.make_recipe`.
+        recipe: the tensor's recipe, from `make_recipe` of the engine.
         data: all bytes of the chunk, at least 64; its checksum has been verified.
         total: number of positions of the chunk.
         start: position in the tensor of the chunk's first position.
         first, stop: the first segment and one past the last, numbered within the chunk.
-        out: array for the run's weights, contiguous, in the tensor's dtype.
+        out: array for the run's weights, contiguous, in the tensor's dtype; for a `DeviceQueue` the address
+            of their memory on the device, a multiple of 4.
     """
 
     recipe: Any
@@ -38,7 +46,7 @@ class Run(NamedTuple):
     start: int
     first: int
     stop: int
-    out: NDArray[Any]
+    out: Out
 
 
 class PlainRuns(NamedTuple):
@@ -159,7 +167,7 @@ class Engine(Protocol):
             weights: the approximate number of weights that will be decoded.
         """
 
-    def decode_runs(self, runs: Sequence[Run]) -> list[bool]:
+    def decode_runs(self, runs: Sequence[Run[NDArray[Any]]]) -> list[bool]:
         """Fast path: decodes the weights of runs of segments in one call. No run's recipe may be None.
 
         Returns:
@@ -169,3 +177,145 @@ class Engine(Protocol):
 
     def plan_plain(self, tensors: PlainTensors) -> PlainPlan | None:
         """Returns a plan that decodes many plain tensors at once; None if the engine has none."""
+
+
+# A run of segments of a resident tensor: chunk, first segment in it, one past the last, output offset in
+# bytes.
+ResidentRun = tuple[int, int, int, int]
+
+
+class Pending(Protocol):
+    """A batch of runs that a device decodes."""
+
+    def good(self) -> list[bool]:
+        """Waits. Returns for each run whether the memory holds its weights; see `Engine.decode_runs`."""
+
+
+class DeviceQueue(Protocol):
+    """A stream of a device, for decoding into its memory. Not thread-safe.
+
+    Attributes:
+        depth: the greatest number of batches that may be pending.
+    """
+
+    @property
+    def depth(self) -> int: ...
+
+    def prepare(self, recipes: Sequence[Any]) -> None:
+        """Makes recipes ready for runs, all in one copy to the device; their runs follow."""
+
+    def start_runs(self, runs: Sequence[Run[int]], threads: int) -> Pending:
+        """Copies the chunks of runs to the device, and begins to decode them.
+
+        The bytes of the chunks may be released on return, the memory of the weights after `Pending.good`.
+
+        Args:
+            runs: their recipes must be prepared.
+            threads: the greatest number of threads that copy.
+        """
+
+    def abandon(self) -> None:
+        """Waits until no copy and no kernel is running; pending batches are lost. For use after an error."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Device addresses of the operands and of the result of a product, in its dtype.
+
+    Attributes:
+        x: [batch, columns], at a multiple of 16.
+        bias: [rows], or 0 for no bias.
+        y: [batch, rows], the result.
+        batch: number of rows of x, at least 1.
+        sums: scratch memory of `Product.sums_bytes`; contents undefined before and after the product.
+        done: a 32-bit word for each of `Product.blocks`; zero before and after the product.
+    """
+
+    x: int
+    bias: int
+    y: int
+    batch: int
+    sums: int
+    done: int
+
+
+class Product(Protocol):
+    """What the kernels need for products with a matrix, for one dtype of the activations.
+
+    Attributes:
+        rows: number of rows of the matrix.
+        blocks: number of counters that the kernels need.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    def sums_bytes(self, batch: int) -> int:
+        """Returns the bytes of scratch memory for ``batch`` rows of x."""
+
+
+class ResidentMatrix(Protocol):
+    """A matrix on a device that is prepared for multiplication."""
+
+    @property
+    def product(self) -> Product: ...
+
+    def multiply(self, queue: Any, operands: Operands) -> None:
+        """Enqueues y = x @ matrix.T + bias."""
+
+
+class ResidentTensor(Protocol):
+    """A tensor whose chunks stay on a device. ``queue`` is a `DeviceQueue` of that device."""
+
+    def decode(self, queue: Any, out: int) -> None:
+        """Enqueues decoding of all weights to an address, a multiple of 16."""
+
+    def is_good(self, queue: Any, out: int) -> bool:
+        """Decodes and waits. Returns whether every segment is valid; if not, the weights are undefined."""
+
+    def decode_runs(self, queue: Any, runs: Sequence[ResidentRun], out: int) -> bool:
+        """Decodes runs of segments and waits. Returns whether all are valid."""
+
+    def place(self, queue: Any, product: Any) -> ResidentMatrix | None:
+        """Prepares the tensor for a `Product`, and waits. None if a segment is invalid."""
+
+
+class DeviceEngine(Protocol):
+    """The functions of an engine that decodes into the memory of a device."""
+
+    def open_queue(self, number: int, stream: int) -> DeviceQueue:
+        """Opens a queue for the calling thread.
+
+        Args:
+            number: the number of the device.
+            stream: the handle of the stream that decodes; other work on it sees the weights.
+        """
+
+    def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32]) -> Any:
+        """Returns the data that a queue needs to decode a tensor; None if the CPU has to decode it."""
+
+    def hold(self, queue: Any, recipe: Any, entry: TensorEntry, at: int) -> ResidentTensor:
+        """Returns a tensor whose chunks stay on the device.
+
+        Args:
+            queue: a `DeviceQueue` of the device.
+            recipe: the tensor's recipe.
+            entry: the tensor's entry; the tensor must not be empty.
+            at: address of its first chunk, a multiple of 16; the memory must outlive the result, unchanged.
+        """
+
+    def make_product(
+        self, entry: TensorEntry, vectors: dict[str, F32], dtype: str, compute: str, capability: Sequence[int]
+    ) -> Product | None:
+        """Returns the data for products with a matrix; None if no kernel supports them.
+
+        Args:
+            entry: the tensor's entry.
+            vectors: the checked vectors of its vector chunk.
+            dtype: the dtype that decoded weights are converted to, by its name in the format.
+            compute: the dtype of x, which the converted weights are then converted to.
+            capability: of the device: the major and the minor version.
+        """

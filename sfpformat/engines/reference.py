@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
@@ -46,7 +49,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> No
     """Returns None: the reference decodes all weights from their levels."""
 
 
-def decode_runs(runs: Sequence[Run]) -> list[bool]:
+def decode_runs(runs: Sequence[Run[NDArray[Any]]]) -> list[bool]:
     """Returns False for every run: there is no fast path."""
     return [False] * len(runs)
 

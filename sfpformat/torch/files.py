@@ -438,7 +438,7 @@ def require_device(device: Device) -> torch.device:
 
 def is_decoded_on(device: torch.device, engine: str | None) -> bool:
     """Returns whether the engine of a file decodes tensors for this device on the device itself."""
-    return device.type == "cuda" and decodes_on_device(engine)
+    return decodes_on_device(device.type, engine)
 
 
 def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

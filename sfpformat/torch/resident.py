@@ -21,9 +21,7 @@ from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
 from ..decode.jobs import fill_gaps
 from ..decode.selection import Selection
-from ..engines.cuda.product import KERNELS, Product, has_kernels, make_product
-from ..engines.cuda.recipe import make_recipe
-from ..engines.cuda.resident import Operands, Placed, Resident, Run
+from ..engines import Operands, ResidentMatrix, ResidentRun, ResidentTensor
 from ..errors import FileFault
 from . import device as devices
 from .tensors import format_dtype, torch_dtype
@@ -51,9 +49,9 @@ class _Weight:
 
     entry: TensorEntry
     vectors: dict[str, F32]
-    resident: Resident
+    resident: ResidentTensor
     is_checked: bool = False
-    placed: dict[tuple[torch.dtype, torch.dtype], Placed | None] = field(default_factory=dict)
+    placed: dict[tuple[torch.dtype, torch.dtype], ResidentMatrix | None] = field(default_factory=dict)
 
 
 class _Known(NamedTuple):
@@ -76,7 +74,7 @@ def decode(data: torch.Tensor) -> torch.Tensor | None:
         weight = _weight_of(data)
         if weight is None:
             return None
-        entry, queue = weight.entry, devices.loader_of(data.device).queue
+        entry, queue = weight.entry, devices.queue_of(data.device)
         out = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=data.device)
         if weight.is_checked:
             weight.resident.decode(queue, out.data_ptr())
@@ -110,7 +108,7 @@ def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | N
         weight = _weight_of(data)
         if weight is None:
             return None
-        entry, queue = weight.entry, devices.loader_of(data.device).queue
+        entry, queue = weight.entry, devices.queue_of(data.device)
         starts, columns, segment = rows * entry.columns, entry.columns, entry.segment
         if not len(rows):
             return torch.empty(0, columns, dtype=torch_dtype(entry.dtype.name), device=data.device)
@@ -125,7 +123,7 @@ def decode_rows(data: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor | N
         return out[places]
 
 
-def _runs(entry: TensorEntry, segments: NDArray[np.int64]) -> list[Run]:
+def _runs(entry: TensorEntry, segments: NDArray[np.int64]) -> list[ResidentRun]:
     """Groups adjacent segments of a chunk into runs, which are decoded one after the other."""
     chunks, inside = np.divmod(segments, entry.chunk)
     breaks = np.flatnonzero((np.diff(segments) > 1) | (np.diff(chunks) > 0)) + 1
@@ -159,7 +157,7 @@ def multiply(
         placed = None if weight is None else _placed(weight, data, dtype, x.dtype)
         if weight is None or placed is None or x.shape[-1] != weight.entry.columns:
             return None
-        loader, product, own = devices.loader_of(data.device), placed.product, _aligned(x)
+        product, own = placed.product, _aligned(x)
         y = x.new_empty(*x.shape[:-1], product.rows)
         # torch's caching allocator reuses this memory in stream order, so that it may be released here.
         sums = x.new_empty(product.sums_bytes(batch), dtype=torch.uint8)
@@ -170,9 +168,9 @@ def multiply(
             y.data_ptr(),
             batch,
             sums.data_ptr(),
-            loader.counters(product.blocks, data.device),
+            devices.counters_of(data.device, product.blocks),
         )
-        placed.multiply(loader.queue, operands)
+        placed.multiply(devices.queue_of(data.device), operands)
         return y
 
 
@@ -181,27 +179,29 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
-def _placed(weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> Placed | None:
+def _placed(
+    weight: _Weight, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype
+) -> ResidentMatrix | None:
     """Returns the prepared product of a weight, created on first use; None if kernels do not support it."""
     key = dtype, compute
     with _lock:
         if key not in weight.placed:
-            product = _product(weight, data.device, dtype, compute)
-            queue = devices.loader_of(data.device).queue
-            weight.placed[key] = None if product is None else weight.resident.place(queue, product)
+            weight.placed[key] = _place(weight, data.device, dtype, compute)
         return weight.placed[key]
 
 
-def _product(
+def _place(
     weight: _Weight, device: torch.device, dtype: torch.dtype, compute: torch.dtype
-) -> Product | None:
-    """Returns the kernels' parameters for a weight; None if kernels or device do not support the product."""
-    names = format_dtype(dtype), format_dtype(compute)
-    if names[0] is None or names[1] is None or names[1].name not in KERNELS:
+) -> ResidentMatrix | None:
+    """Prepares a weight for products; None if kernels or device do not support them."""
+    kept, other = format_dtype(dtype), format_dtype(compute)
+    if kept is None or other is None:
         return None
-    if not has_kernels(capability_of(device)):
-        return None
-    return make_product(weight.entry, weight.vectors, names[0].name, names[1].name)
+    capability = capability_of(device)
+    product = devices.engine_of(device).make_product(
+        weight.entry, weight.vectors, kept.name, other.name, capability
+    )
+    return None if product is None else weight.resident.place(devices.queue_of(device), product)
 
 
 # ------------------------------------------------------------------------------------------ what is known
@@ -222,6 +222,7 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
     """Inspects the bytes on the CPU; None if the CPU has to decode them."""
     if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
         return None
+    engine = devices.engine_of(data.device)
     try:
         with open_weight(data) as file:
             entry = file.entry(TENSOR_NAME)
@@ -229,16 +230,14 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
                 return None
             file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, len(data))
             decoder = file.decoder(entry)
-            recipe = make_recipe(entry, decoder.vectors)
+            recipe = engine.make_recipe(entry, decoder.vectors)
             if recipe is None:
                 return None
             file.read_chunks([(entry, k) for k in range(len(entry.chunks))])
             at = data.data_ptr() + file.chunk_offset(entry, 0)
     except FileFault:  # the CPU decodes instead and raises the error
         return None
-    loader = devices.loader_of(data.device)
-    loader.recipes.load([recipe])
-    resident = Resident(loader.queue, loader.recipes, recipe, entry, at)
+    resident = engine.hold(devices.queue_of(data.device), recipe, entry, at)
     return _Weight(entry, decoder.vectors, resident)
 
 

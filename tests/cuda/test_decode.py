@@ -20,7 +20,7 @@ from conformance.recipes.samples import everything, plain, weights
 from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Options
 from sfpformat.engines import translation
-from sfpformat.engines.cuda import driver, layout, source, work
+from sfpformat.engines.cuda import driver, layout, loading, source, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
@@ -50,7 +50,7 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Judged]:
     """Kernels that run on the host, the threads of a block in either order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "why_not", lambda: None)
-        patch.setattr(work, "open_device", shim.device_of(backwards=request.param == "backwards"))
+        patch.setattr(loading, "open_device", shim.device_of(backwards=request.param == "backwards"))
         patch.setattr(work, "_thread", work.threading.local())
         said = Judged()
         patch.setattr("sfpformat.engines.cuda.engine.decode_runs", said.decode_runs)

@@ -14,6 +14,8 @@ from torch import nn
 
 from kernels.tools import identity, shim
 from sfpformat import PRESETS, InvalidFileError, Options
+from sfpformat.engines import get_device_engine
+from sfpformat.engines.cuda import loading
 from sfpformat.torch import (
     SfpEmbedding,
     SfpLinear,
@@ -44,7 +46,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
         queues.append(shim.HostDevice(at_once=True))
         return queues[-1]
 
-    monkeypatch.setattr(device, "open_queue", opening)
+    monkeypatch.setattr(loading, "open_device", opening)
+    monkeypatch.setattr(device, "engine_of", lambda _: get_device_engine("cuda"))
     monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
     monkeypatch.setattr(device, "current", nullcontext)
     monkeypatch.setattr(device, "_thread", threading.local())

@@ -245,7 +245,7 @@ def test_weights_are_converted_like_decoded_ones(stored: str, dtype: str, comput
         if product is None:
             continue
         own = Made(data)
-        placed = own.there.resident.place(own.device, product)
+        placed = own.there.place_for(product)
         assert placed is not None
         weight = own.weight.astype(NUMPY[dtype]).astype(NUMPY[compute])
         found = Multiplication(own.device, placed, np.eye(8, 256, 3).astype(NUMPY[compute]), None).result()

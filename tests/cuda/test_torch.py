@@ -15,10 +15,11 @@ from sfp_conformance.forge import Forge
 from conformance.recipes.samples import everything, weights
 from kernels.tools import shim
 from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
+from sfpformat.decode import device as decode_device
 from sfpformat.decode.opening import open_any
 from sfpformat.decode.shards import ShardIndex
-from sfpformat.engines import decodes_on_device
-from sfpformat.engines.cuda import driver
+from sfpformat.engines import decodes_on_device, get_device_engine
+from sfpformat.engines.cuda import driver, loading
 from sfpformat.engines.cuda.batch import Running
 from sfpformat.numpy import save
 from sfpformat.torch import device, files, load, load_model, safe_open, save_model
@@ -42,11 +43,12 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
         return opened[-1]
 
     monkeypatch.setattr(driver, "why_not", lambda: None)
-    monkeypatch.setattr(device, "open_queue", opening)
+    monkeypatch.setattr(loading, "open_device", opening)
+    monkeypatch.setattr(device, "engine_of", lambda _: get_device_engine("cuda"))
     monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
     monkeypatch.setattr(device, "current", nullcontext)
     monkeypatch.setattr(device, "_thread", threading.local())
-    monkeypatch.setattr(device, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(decode_device, "BATCH_BYTES", 20_000)
     yield opened
     for own in opened:
         own.finish()
@@ -98,7 +100,8 @@ def test_auto_uses_an_available_engine_and_a_name_selects_that_engine(
     engine: str | None, there: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None if there else "no device")
-    assert decodes_on_device(engine) is kernels
+    assert decodes_on_device("cuda", engine) is kernels
+    assert not decodes_on_device("cpu", engine)
 
 
 def test_an_unavailable_engine_that_is_named_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
 from ...io.threads import for_each
+from ..interface import Run
 from . import layout
 from .device import Device, HostMemory, Mark, Memory
+from .loaded import Recipes
 from .recipe import Recipe
 
 _CHUNK_UNIT = 64
@@ -52,6 +54,12 @@ class Task(NamedTuple):
     first: int
     stop: int
     out: int
+
+
+def task_of(run: Run[Any], recipes: Recipes, out: int) -> Task:
+    """Returns a run as a task that writes to a device address; its recipe must be among the loaded ones."""
+    at = recipes.address(run.recipe)
+    return Task(run.recipe, at, run.data, run.total, run.start, run.first, run.stop, out)
 
 
 @dataclass(frozen=True)

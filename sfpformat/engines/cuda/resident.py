@@ -8,46 +8,43 @@ once, by the first user of the data; unchanged data stay valid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...container.entry import TensorEntry
+from ..interface import Operands, ResidentRun
 from . import layout
 from .batch import OnDevice, Places, Plan, Task, launch, plan_batch
 from .device import Device, Memory
-from .loaded import Recipes
+from .loading import Queue
 from .product import Product
 from .recipe import Recipe
-
-Run = tuple[int, int, int, int]  # chunk, first segment in it, one past the last, output offset
 
 
 class Resident:
     """A tensor with coding ``fingerprint`` whose concatenated chunks are on a device."""
 
-    def __init__(self, device: Device, recipes: Recipes, recipe: Recipe, entry: TensorEntry, at: int) -> None:
+    def __init__(self, queue: Queue, recipe: Recipe, entry: TensorEntry, at: int) -> None:
         """Copies jobs and warps to the device.
 
         Args:
-            device: a queue of the device.
-            recipes: the recipes of that queue; must contain this one.
-            recipe: the tensor's recipe.
+            queue: a queue of the device.
+            recipe: the tensor's recipe; the queue must have loaded it.
             entry: the tensor's entry; the tensor must not be empty.
             at: address of its first chunk, a multiple of 16; the memory must outlive this object, unchanged.
         """
-        self.entry, self._recipe, self._recipes, self._at = entry, recipe, recipes, at
-        self._whole = _Work(device, self.plan_runs(self._every_run()))
+        self.entry, self._recipe, self._recipes, self._at = entry, recipe, queue.recipes, at
+        self._whole = _Work(queue.device, self.plan_runs(self._every_run()))
 
-    def _every_run(self) -> list[Run]:
+    def _every_run(self) -> list[ResidentRun]:
         size, runs = self.entry.chunk * self.entry.segment * self.entry.dtype.itemsize, []
         for k in range(len(self.entry.chunks)):
             first, stop = self.entry.segments_of_chunk(k)
             runs.append((k, 0, stop - first, k * size))
         return runs
 
-    def plan_runs(self, runs: Sequence[Run]) -> Plan:
+    def plan_runs(self, runs: Sequence[ResidentRun]) -> Plan:
         """Plans a batch of runs; their output offsets are relative to the output address."""
         entry, tasks = self.entry, []
         ends = np.cumsum(entry.chunks["length"], dtype=np.int64)
@@ -58,22 +55,22 @@ class Resident:
             tasks.append(Task(self._recipe, at, data, total, start, first, stop, out))
         return plan_batch(tasks)
 
-    def decode(self, device: Device, out: int) -> None:
+    def decode(self, queue: Queue, out: int) -> None:
         """Enqueues decoding of all weights to an address, a multiple of 16."""
-        self._whole.start(device, out)
+        self._whole.start(queue.device, out)
 
-    def is_good(self, device: Device, out: int) -> bool:
+    def is_good(self, queue: Queue, out: int) -> bool:
         """Decodes and waits. Returns whether every segment is valid; if not, the weights are undefined."""
-        return self._whole.judge(device, out)
+        return self._whole.judge(queue.device, out)
 
-    def decode_runs(self, device: Device, runs: Sequence[Run], out: int) -> bool:
+    def decode_runs(self, queue: Queue, runs: Sequence[ResidentRun], out: int) -> bool:
         """Decodes runs of segments and waits. Returns whether all are valid."""
-        return _Work(device, self.plan_runs(runs)).judge(device, out)
+        return _Work(queue.device, self.plan_runs(runs)).judge(queue.device, out)
 
-    def place(self, device: Device, product: Product) -> Placed | None:
+    def place(self, queue: Queue, product: Product) -> Placed | None:
         """Prepares the tensor for multiplication, and waits. None if a segment is invalid."""
-        placed = Placed(device, product, self._at, self.entry)
-        good = self._whole.judge(device, None, placed.matrix)
+        placed = Placed(queue.device, product, self._at, self.entry)
+        good = self._whole.judge(queue.device, None, placed.matrix)
         return placed if good else None
 
 
@@ -131,27 +128,6 @@ class _Work:
         return good
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Device addresses of the operands and of the result of a product, in its dtype.
-
-    Attributes:
-        x: [batch, columns], at a multiple of 16.
-        bias: [rows], or 0 for no bias.
-        y: [batch, rows], the result.
-        batch: number of rows of x, at least 1.
-        sums: scratch memory of `Product.sums_bytes`; contents undefined before and after the product.
-        done: a 32-bit word for each of `Product.blocks`; zero before and after the product.
-    """
-
-    x: int
-    bias: int
-    y: int
-    batch: int
-    sums: int
-    done: int
-
-
 class Placed:
     """A matrix that is prepared for multiplication.
 
@@ -183,7 +159,7 @@ class Placed:
             device.copy(at, staging.address + record.nbytes, factors.nbytes)
         device.mark().wait()  # the pinned memory is freed on return
 
-    def multiply(self, device: Device, operands: Operands) -> None:
+    def multiply(self, queue: Queue, operands: Operands) -> None:
         """Enqueues y = x @ matrix.T + bias."""
         product, item = self.product, 4 if self.product.parts > 1 else 2
         for first in range(0, operands.batch, product.most):
@@ -198,7 +174,7 @@ class Placed:
                 batch,
                 product.units_of_slice,
             ]
-            device.launch(product.kernel, product.blocks * product.slices, arguments)
+            queue.device.launch(product.kernel, product.blocks * product.slices, arguments)
 
 
 def _octets(values: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -1,28 +1,27 @@
 """Implements `Engine.decode_runs` on a device: copies chunks to it, and weights back to host memory.
 
-Each thread has its own queue. `sfpformat.torch` loads tensors that stay on the device, without the copy back.
+Each thread has its own queue. `loading` decodes tensors that stay on the device, without the copy back.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from numpy.typing import NDArray
 
 from ...coding.quantisers import F32
 from ...container.entry import TensorEntry
 from ..interface import Run
-from . import recipe
-from .batch import Task, fill_chunks, plan_batch, run_batch
+from . import loading, recipe
+from .batch import fill_chunks, plan_batch, run_batch, task_of
 from .device import Device, HostMemory
-from .driver import CudaDevice
 from .loaded import Recipes
 from .recipe import Recipe
 
 __all__ = ["decode_runs", "make_recipe"]
 
-# Opens a queue for a thread; tests replace it.
-open_device: Callable[[], Device] = CudaDevice
 _OUT_UNIT = 256
 _thread = threading.local()
 
@@ -31,7 +30,7 @@ class _Queue:
     """A thread's queue, its recipes on the device, and pinned memory that grows on demand."""
 
     def __init__(self) -> None:
-        self.device = open_device()
+        self.device: Device = loading.open_device(0, None)
         self.recipes = Recipes(self.device)
         self._staging: HostMemory | None = None
 
@@ -57,7 +56,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Re
     return recipe.make_recipe(entry, vectors)
 
 
-def decode_runs(runs: Sequence[Run]) -> list[bool]:
+def decode_runs(runs: Sequence[Run[NDArray[Any]]]) -> list[bool]:
     """Implements `Engine.decode_runs`."""
     queue = _own_queue()
     queue.recipes.load([run.recipe for run in runs])
@@ -66,7 +65,8 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
         offsets.append(size)
         size += -(-run.out.nbytes // _OUT_UNIT) * _OUT_UNIT
     out = queue.device.allocate(size)
-    plan = plan_batch([_task(queue, run, out.address + at) for run, at in zip(runs, offsets, strict=True)])
+    tasks = [task_of(run, queue.recipes, out.address + at) for run, at in zip(runs, offsets, strict=True)]
+    plan = plan_batch(tasks)
     staging = queue.staging(plan.size + size)
     fill_chunks(plan, staging)
     good = run_batch(queue.device, plan, staging).good()
@@ -78,8 +78,3 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
         raw = staging.bytes[plan.size + at : plan.size + at + run.out.nbytes]
         run.out[:] = raw.view(run.out.dtype)
     return good
-
-
-def _task(queue: _Queue, run: Run, out: int) -> Task:
-    own: Any = run.recipe
-    return Task(own, queue.recipes.address(own), run.data, run.total, run.start, run.first, run.stop, out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ _thread = threading.local()
 _MOST_KEPT = 16 << 20
 
 
-def decode_runs(runs: Sequence[Run]) -> list[bool]:
+def decode_runs(runs: Sequence[Run[NDArray[Any]]]) -> list[bool]:
     """Implements `Engine.decode_runs`."""
     good = np.zeros(len(runs), np.bool_)
     room = max([run.recipe.room for run in runs])
@@ -42,7 +42,7 @@ def decode_runs(runs: Sequence[Run]) -> list[bool]:
     return cast(list[bool], good.tolist())
 
 
-def _working_size_of(run: Run) -> int:
+def _working_size_of(run: Run[NDArray[Any]]) -> int:
     segment = run.recipe.segment
     return working_size(-(-run.total // segment), run.stop - run.first, segment)
 

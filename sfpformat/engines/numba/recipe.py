@@ -134,7 +134,7 @@ def place_of(some: NDArray[Any]) -> tuple[int, int]:
     return some.__array_interface__["data"][0], some.nbytes
 
 
-def row_of_run(run: Run) -> tuple[int, ...]:
+def row_of_run(run: Run[NDArray[Any]]) -> tuple[int, ...]:
     """Returns a run as a row for kernels. All its arrays must outlive the call."""
     return (
         run.total,

@@ -1,0 +1,33 @@
+"""Implements `interface.DeviceEngine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...coding.quantisers import F32
+from ...container.entry import TensorEntry
+from . import loading, product
+from .product import Product, has_kernels
+from .recipe import Recipe, make_recipe
+from .resident import Resident
+
+__all__ = ["hold", "make_product", "make_recipe", "open_queue"]
+
+
+def open_queue(number: int, stream: int) -> loading.Queue:
+    """Implements `interface.DeviceEngine`."""
+    open_device = loading.open_device
+    return loading.Queue(open_device(number, stream), lambda: open_device(number, None))
+
+
+def hold(queue: loading.Queue, recipe: Recipe, entry: TensorEntry, at: int) -> Resident:
+    """Implements `interface.DeviceEngine`."""
+    queue.prepare([recipe])
+    return Resident(queue, recipe, entry, at)
+
+
+def make_product(
+    entry: TensorEntry, vectors: dict[str, F32], dtype: str, compute: str, capability: Sequence[int]
+) -> Product | None:
+    """Implements `interface.DeviceEngine`."""
+    return product.make_product(entry, vectors, dtype, compute) if has_kernels(capability) else None
