@@ -16,8 +16,9 @@ import torch
 
 from ..errors import OptionError, SfpError
 from . import operators, packed
+from .by_memory import version_of
 from .derivatives import is_observed
-from .weight_cache import KeptWeights, version_of
+from .weight_cache import KeptWeights
 
 # The name of the buffer that has a layer's compressed bytes.
 BYTES = "weight_sfp"

@@ -8,10 +8,8 @@ weight, the CPU decodes it, which gives the weight or raises the error.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +22,8 @@ from ..decode.selection import Selection
 from ..engines import Operands, ResidentMatrix, ResidentRun, ResidentTensor
 from ..errors import FileFault
 from . import device as devices
+from .by_memory import ByMemory
 from .tensors import format_dtype, torch_dtype
-from .weight_cache import version_of
 from .weight_file import TENSOR_NAME, open_weight
 
 MOST_ROWS = 8  # of activations, multiplied without decoding; with more rows, decoding is faster
@@ -54,14 +52,9 @@ class _Weight:
     placed: dict[tuple[torch.dtype, torch.dtype], ResidentMatrix | None] = field(default_factory=dict)
 
 
-class _Known(NamedTuple):
-    bytes_there: weakref.ref[torch.UntypedStorage]
-    version: int
-    weight: _Weight | None
-
-
-_known: dict[tuple[int, int], _Known] = {}
-_lock = threading.RLock()  # reentrant: releasing memory under the lock calls `forget`
+# None for bytes that the CPU has to decode.
+_known: ByMemory[_Weight | None] = ByMemory()
+_lock = threading.RLock()  # two threads do not inspect the same bytes
 
 
 def decode(data: torch.Tensor) -> torch.Tensor | None:
@@ -81,7 +74,7 @@ def decode(data: torch.Tensor) -> torch.Tensor | None:
         elif weight.resident.is_good(queue, out.data_ptr()):
             weight.is_checked = True
         else:
-            _remember(data, None)
+            _known.put(None, data)
             return None
         return out
 
@@ -209,13 +202,13 @@ def _place(
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
     """Returns the cached information about some bytes; inspects them if there is none."""
-    key, version = _key(data), version_of(data)
     with _lock:
-        found = _known.get(key)
-        if found is None or found.version != version or found.bytes_there() is None:
-            _remember(data, _look_at(data))
-            found = _known[key]
-        return found.weight
+        found = _known.entry(data)
+        if found is not None:
+            return found.value
+        weight = _look_at(data)
+        _known.put(weight, data)
+        return weight
 
 
 def _look_at(data: torch.Tensor) -> _Weight | None:
@@ -239,18 +232,3 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
         return None
     resident = engine.hold(devices.queue_of(data.device), recipe, entry, at)
     return _Weight(entry, decoder.vectors, resident)
-
-
-def _remember(data: torch.Tensor, weight: _Weight | None) -> None:
-    key = _key(data)
-
-    def forget(_: object) -> None:
-        with _lock:
-            _known.pop(key, None)
-
-    with _lock:
-        _known[key] = _Known(weakref.ref(data.untyped_storage(), forget), version_of(data), weight)
-
-
-def _key(data: torch.Tensor) -> tuple[int, int]:
-    return data.untyped_storage()._cdata, int(data.storage_offset())

@@ -20,9 +20,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ..errors import OptionError
+from .by_memory import version_of
 from .decoded import Decoded, decoded_of, encoded, expire, holders_of, require_matrix, take
 from .tensors import ReadsAsPlain
-from .weight_cache import version_of
 
 
 def _dispatch(

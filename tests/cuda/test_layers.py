@@ -26,6 +26,7 @@ from sfpformat.torch import (
     packed,
     resident,
 )
+from sfpformat.torch.by_memory import ByMemory
 from sfpformat.torch.weight_cache import KeptWeights
 
 from ..support.programs import needs
@@ -52,7 +53,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
     monkeypatch.setattr(device, "current", nullcontext)
     monkeypatch.setattr(device, "_thread", threading.local())
     monkeypatch.setattr(resident, "capability_of", lambda _: (9, 0))
-    monkeypatch.setattr(resident, "_known", {})
+    monkeypatch.setattr(resident, "_known", ByMemory())
     for module in (packed, operators):
         monkeypatch.setattr(module, "is_decoded_on", lambda where, engine: True)
     return queues
