@@ -118,8 +118,8 @@ class _Block:
     def _call_asan(self, function: str) -> None:
         """Calls a function of the sanitiser for each guard."""
         for guard in self._guards:
-            tell = getattr(_process(), function)  # ctypes caches attributes, unlike items
-            tell(ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
+            call = getattr(_process(), function)  # ctypes caches attributes, unlike items
+            call(ctypes.c_void_p(guard.ctypes.data), ctypes.c_size_t(len(guard)))
 
     def close(self) -> None:
         """Unpoisons the guards and checks them a last time."""

@@ -23,27 +23,27 @@ _WIDTH, _HEIGHT, _DPI = 6.4, 5.2, 150  # inches a panel, dots an inch
 _MARGINS = 0.1  # of each side, for the labels
 
 
-def draw(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float], path: Path) -> None:
+def draw(rows: Sequence[Row], labels: Mapping[str, str], dense: Mapping[str, float], path: Path) -> None:
     """Draws the plot and writes it to a file.
 
     Args:
-        found, words, dense: as in `figure_of`.
+        rows, labels, dense: as in `figure_of`.
         path: path of the plot; its suffix determines the format.
 
     Raises:
         OSError: the file cannot be written.
     """
-    figure = figure_of(found, words, dense)
+    figure = figure_of(rows, labels, dense)
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
 
 
-def figure_of(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]) -> Any:
+def figure_of(rows: Sequence[Row], labels: Mapping[str, str], dense: Mapping[str, float]) -> Any:
     """Returns a matplotlib figure with a panel for each kind of held-out text.
 
     Args:
-        found: rows of all methods.
-        words: method -> its name in the plot. The points of the last method are labelled with sparsities.
+        rows: rows of all methods.
+        labels: method -> its label in the plot. The points of the last method are labelled with sparsities.
         dense: the perplexity of the dense model, by kind of text.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,22 +55,22 @@ def figure_of(found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(kinds), sharex=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
-        _draw_panel(axis, found, words, dense[kind], kind)
-    axes[0].set_ylabel("perplexity a character (lower is better)")
+        _draw_panel(axis, rows, labels, dense[kind], kind)
+    axes[0].set_ylabel("perplexity per character (lower is better)")
     return figure
 
 
-def _draw_panel(axis: Any, found: Sequence[Row], words: Mapping[str, str], dense: float, kind: str) -> None:
+def _draw_panel(axis: Any, rows: Sequence[Row], labels: Mapping[str, str], dense: float, kind: str) -> None:
     axis.set_yscale("log")
     axis.margins(_MARGINS)
-    for method, name in words.items():
-        rows = sorted((row for row in found if row.method == method), key=lambda row: row.asked)
-        points = [(row.result.bits_per_weight, float(getattr(row.result, kind))) for row in rows]
+    for method, name in labels.items():
+        curve = sorted((row for row in rows if row.method == method), key=lambda row: row.asked)
+        points = [(row.result.bits_per_weight, float(getattr(row.result, kind))) for row in curve]
         colour, marker = _STYLES[method]
         axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=name)
     axis.axhline(dense, color="black", lw=1, ls="--", label=f"the dense model: {dense:.2f}")
     # The area below this line is free for labels.
-    for row, (bits, value) in zip(rows, points, strict=True):
+    for row, (bits, value) in zip(curve, points, strict=True):
         axis.plot([bits, bits], [value, dense], color=colour, lw=1, ls=":")
         axis.annotate(
             f"{100 * row.asked:.4g} %",

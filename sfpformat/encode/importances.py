@@ -30,7 +30,7 @@ Flat = NDArray[np.generic]
 Where = slice | NDArray[np.int64]
 Multiplier = Callable[[Where], F32]
 
-_LEAST = np.finfo(np.float32).smallest_subnormal
+_SMALLEST = np.finfo(np.float32).smallest_subnormal
 _BLOCK = 1 << 18  # positions processed at a time
 
 
@@ -66,9 +66,9 @@ class ImportanceSource:
         levels = self._rounded(values)
         if self.exact_weights is not None:
             weights, dtype = self.exact_weights
-            some = weights[block] if chosen is None else weights[block][chosen]
-            alive = mask if mask is not None and chosen is None else np.ones(len(some), np.bool_)
-            levels = self._with_finite_products(levels, some, alive, dtype)
+            coded_weights = weights[block] if chosen is None else weights[block][chosen]
+            alive = mask if mask is not None and chosen is None else np.ones(len(coded_weights), np.bool_)
+            levels = self._with_finite_products(levels, coded_weights, alive, dtype)
         return levels
 
     def stored(self, where: Where) -> F32:
@@ -146,7 +146,7 @@ def importance_source(
     flat = checked_importance(importance)
     greatest = np.float32(flat.max()) if len(flat) else np.float32(0)
     most = np.float32((1 << options.bits) - 1)
-    step = np.float32(greatest / most) or (_LEAST if greatest else np.float32(1))
+    step = np.float32(greatest / most) or (_SMALLEST if greatest else np.float32(1))
     # The quotient is rounded: with a step that is too small, the greatest importance would get most + 1.
     while np.floor(greatest / step + np.float32(0.5)) > most:
         step = np.nextafter(step, np.float32(np.inf))

@@ -22,7 +22,7 @@ from .compressed import Compressed
 from .decoded import holders_of
 from .files import Device, require_device
 from .layers import compressed_class, compressed_weights, make_compressed, make_dense
-from .libraries import in_adapters, save_as_before, save_dense
+from .libraries import in_adapters, restore_save, save_dense
 from .loading import AnyFile, Group, Place, fill, groups_of, identity, match, places_of
 from .meta import require_none_left
 from .models import loads_its_own_way, warn_of_ignored
@@ -180,7 +180,7 @@ def decompress_model(model: nn.Module) -> None:
                     chosen.setdefault(other, made[same])
     for module, weight in chosen.items():
         make_dense(module, weight)
-    save_as_before(model)
+    restore_save(model)
     unwatch(model)
 
 

@@ -52,7 +52,7 @@ def save_dense(model: nn.Module) -> None:
             setattr(module, SAVE, SavesDense(module))
 
 
-def save_as_before(model: nn.Module) -> None:
+def restore_save(model: nn.Module) -> None:
     """Undoes `save_dense` for modules that have no compressed layer any more."""
     for module in model.modules():
         if isinstance(module.__dict__.get(SAVE), SavesDense) and not _compressed(module):

@@ -45,9 +45,9 @@ def parameters_on_meta() -> Iterator[None]:
         if parameter.is_meta or is_lazy(parameter) or is_wrapper(parameter):
             return None
         if parameter not in made:
-            there = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            there.__dict__.update(parameter.__dict__)
-            made[parameter] = there
+            meta_parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            meta_parameter.__dict__.update(parameter.__dict__)
+            made[parameter] = meta_parameter
         found: nn.Parameter = made[parameter]
         return found
 

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def many(count: int = 60) -> dict[str, Array]:
-    """Tensors of all dtypes and of sizes from none to more than what is small, the small ones raw."""
+    """Tensors of all dtypes, of sizes from 0 elements to more than a small tensor."""
     rng = np.random.default_rng(0)
     shapes = [(), (1,), (3,), (0,), (2, 5), (4, 4, 4), (16,), (128, 130), (0, 7), (33, 3)]
     out: dict[str, Array] = {}
@@ -130,7 +130,7 @@ def test_a_fault_in_one_of_many_tensors_names_clause_and_tensor(engine: str, cla
     with pytest.raises(FileFault) as raised:
         load(bytes(broken), engine=engine)
     assert (raised.value.clause, raised.value.tensor) == (clause, name)
-    with sfpformat.open(bytes(broken), engine=engine) as opened:  # the others can still be had
+    with sfpformat.open(bytes(broken), engine=engine) as opened:  # the others can still be read
         rest = opened.get_tensors([other for other in tensors if other != name])
         with pytest.raises(FileFault) as again:
             opened.read_into({other: np.empty_like(array) for other, array in tensors.items()})

@@ -94,7 +94,7 @@ def same(found: dict[str, Any]) -> None:
         assert np.array_equal(np.asarray(found[name]), array)
 
 
-# ----------------------------------------------------------------------------------------------- every door
+# ------------------------------------------------------------------------------------------------ every path
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -138,16 +138,16 @@ def test_every_entry_point_refuses_a_folder_with_several_models(tmp_path: Path, 
     in_one_file(tmp_path)
     assert models_in(tmp_path) == ["m.sfp.index.json", "one.sfp"]
     names = "'m.sfp.index.json', 'one.sfp'"
-    doors: list[Callable[[Path], object]] = [
+    functions: list[Callable[[Path], object]] = [
         sfpformat.open,
         sfpformat.validate,
         sfpformat.numpy.load_file,
         sfp_torch.load_file,
         sfp_torch.safe_open,
     ]
-    for door in doors:
+    for function in functions:
         with pytest.raises(OptionError, match=f"several models; name one of {names}"):
-            door(tmp_path)
+            function(tmp_path)
     for words in (["info"], ["verify"], ["unpack", "-o", "x.safetensors"], ["diff", tmp_path]):
         assert names in error_of(capsys, *words, tmp_path)
     assert names in error_of(capsys, "prune", tmp_path, "--sparsity", "0.5", "-o", "x.sfp")
@@ -156,9 +156,9 @@ def test_every_entry_point_refuses_a_folder_with_several_models(tmp_path: Path, 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "m.sfp").mkdir()
     (tmp_path / "m.sfp.partial").touch()
-    for door in (sfpformat.open, sfpformat.validate, sfpformat.numpy.load_file, sfp_torch.load_file):
+    for function in (sfpformat.open, sfpformat.validate, sfpformat.numpy.load_file, sfp_torch.load_file):
         with pytest.raises(OptionError, match=r"has no \.sfp file and no \.sfp\.index\.json"):
-            door(tmp_path)
+            function(tmp_path)
     assert "has no .sfp" in error_of(capsys, "verify", tmp_path)
 
 
@@ -186,9 +186,9 @@ def test_each_command_selects_its_kind_in_a_folder_with_both(tmp_path: Path, cap
 def test_an_index_of_safetensors_is_refused_by_sfp_readers(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "sub/model-00001-of-00001.safetensors"}}))
-    for door in (sfpformat.open, sfpformat.numpy.load_file, sfp_torch.load_file):
-        with pytest.raises(SfpError, match=r"'sfp pack' makes \.sfp"):
-            door(index)
+    for function in (sfpformat.open, sfpformat.numpy.load_file, sfp_torch.load_file):
+        with pytest.raises(SfpError, match=r"'sfp pack' writes them as \.sfp"):
+            function(index)
 
 
 # ------------------------------------------------------------------------------------------------ validating

@@ -1,7 +1,7 @@
-"""What the golden files must cover, measured on the files themselves.
+"""Checks which clauses and field limits the golden files cover.
 
 python -m tests.support.conformance_gates            # for each clause, how many files accept and refuse it
-python -m tests.support.conformance_gates --missing  # what is not covered; exit status 1 where there is any
+python -m tests.support.conformance_gates --missing  # lists what is not covered; exit status 1 if anything is
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from sfp_conformance import slow_reader
 from .clauses import clauses_of_spec
 from .conformance_cases import cases, data_of, manifest
 
-# Clauses that no file can show kept or broken, each with the reason.
+# Clauses that no file can test, each with the reason.
 UNTESTABLE: dict[str, str] = {
     "R-CNV-005": "a summary: each kind of padding and reserved bits has a clause of its own",
-    "R-LAY-005": "what a reader reads is not seen in its answers",
-    "R-MSG-008": "the order of allocation is not seen in an answer; hostile cases bound the memory",
-    "R-STR-001": "every case holds a reader to it",
-    "R-STR-002": "every refused case holds a reader to it",
-    "R-STR-003": "every case has a limit of time",
-    "R-STR-004": "what a reader runs is not seen in its answers",
+    "R-LAY-005": "answers do not show what a reader reads",
+    "R-MSG-008": "answers do not show the order of allocation; hostile cases bound the memory",
+    "R-STR-001": "every case tests it",
+    "R-STR-002": "every refused case tests it",
+    "R-STR-003": "every case has a time limit",
+    "R-STR-004": "answers do not show what a reader runs",
     "R-STR-005": "about what a writer does when it fails",
-    "R-STR-006": "every case with the role of a validator holds it to it",
-    "R-LIM-003": "the order of checks is not seen in an answer; hostile cases bound the memory",
+    "R-STR-006": "every case for validators tests it",
+    "R-LIM-003": "answers do not show the order of checks; hostile cases bound the memory",
     "R-SHD-001": "about sets of files",
     "R-SHD-002": "about sets of files",
     "R-SHD-003": "about the order of writing",
     "R-PRO-001": "about readers of a partial profile",
-    "R-FEA-003": "nobody but its author knows whether a name is private",
+    "R-FEA-003": "only its author knows whether a name is private",
 }
 
-# Clauses that a file can keep and none can break: they say how bytes are to be understood.
+# Clauses that no file can violate: they define how bytes are interpreted.
 UNBREAKABLE: dict[str, str] = {
     "R-CNV-001": "another order of bytes is another number",
     "R-CNV-002": "another order of bits is another sequence",
@@ -45,7 +45,7 @@ UNBREAKABLE: dict[str, str] = {
     "R-PRE-005": "a greater minor must be accepted",
     "R-LAY-001": "a chunk elsewhere breaks R-LAY-003 or R-LAY-004",
     "R-DIR-005": "unknown keys must be accepted",
-    "R-DIR-006": "nobody but its author knows what a key is for",
+    "R-DIR-006": "only its author knows the purpose of a key",
     "R-COD-001": "another assignment is another sequence of levels",
     "R-COD-002": "another order of bits is another sequence of levels",
     "R-PLN-001": "another order is another sequence of levels",
@@ -59,13 +59,13 @@ UNBREAKABLE: dict[str, str] = {
     "R-LIM-001": "files beyond it break R-LIM-002",
 } | {f"R-CAN-00{i}": "a file that is not canonical must be accepted" for i in range(1, 10)}
 
-# Clauses of which the file that keeps them is the twin of one that breaks them, or any accepted file.
+# Outcomes of accepted and refused files.
 ACCEPTED = ("accept",)
 REFUSED = ("reject", "unsupported")
 
 
 def counts() -> dict[str, Counter[str]]:
-    """Clause -> how many cases accept files under it, or twins of what breaks it, and how many refuse."""
+    """Clause -> how many cases accept and refuse a file; valid twins count as accepted."""
     out: dict[str, Counter[str]] = defaultdict(Counter)
     for case in cases("yfhn"):
         if case["expected"]["outcome"] in ACCEPTED:
@@ -79,7 +79,7 @@ def counts() -> dict[str, Counter[str]]:
 
 
 def uncovered() -> list[str]:
-    """The clauses that lack a case."""
+    """Returns the clauses without a case."""
     found, out = counts(), []
     for clause in clauses_of_spec():
         if clause.id in UNTESTABLE:
@@ -119,7 +119,7 @@ BORDERS: dict[str, tuple[set[int], dict[str, set[int]]]] = {
 
 
 def values_of(data: bytes) -> Iterator[tuple[str, int]]:
-    """The fields of `BORDERS` that a file has, as far as it can be read, and their values."""
+    """Yields the fields of `BORDERS` in a file, and their values, as far as the file can be read."""
     yield "major", struct.unpack_from("<H", data, 8)[0]
     yield "minor", struct.unpack_from("<H", data, 10)[0]
     at, size = struct.unpack_from("<QQ", data, 16)
@@ -137,7 +137,7 @@ def values_of(data: bytes) -> Iterator[tuple[str, int]]:
 
 
 def _groups_are_known(entry: dict[str, Any]) -> bool:
-    """Whether each stream's symbols can be counted: K^g is beyond all bounds for a g that is refused."""
+    """Returns whether the symbols of each stream can be counted: K^g is unbounded for an invalid g."""
     streams = (
         entry[name] for name in ("mask", "fingerprints", "importance") if "group" in entry.get(name, {})
     )
@@ -187,12 +187,12 @@ def borders_seen() -> tuple[dict[str, set[int]], dict[tuple[str, str], set[int]]
                 for name, value in values_of(data_of(case)):
                     refused[case["clauses"][0], name].add(value)
             except (KeyError, TypeError, IndexError, struct.error, slow_reader.Bad):
-                continue  # of such a file the fields before are enough
+                continue  # the fields before the damage are enough
     return accepted, refused
 
 
 def borders_missing() -> list[str]:
-    """The values at the borders of fields that no case has."""
+    """Returns the limit values of fields that no case has."""
     accepted, refused = borders_seen()
     out = []
     for name, (inside, past) in BORDERS.items():
@@ -204,7 +204,7 @@ def borders_missing() -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """The command."""
+    """Runs the command."""
     gaps = uncovered() + borders_missing()
     if "--missing" in words:
         print("\n".join(gaps))
