@@ -187,7 +187,7 @@ def test_a_peer_that_returns_wrong_bits_is_excluded_and_one_that_changes_its_inp
     records, refusals = run_round_robin(runners, 2)
     assert [record.contender.threads for record in records] == [1]
     assert [refusal.contender.threads for refusal in refusals] == [2]
-    assert "differs" in refusals[0].reason
+    assert "differ" in refusals[0].reason
     assert records[0].facts["size_bytes"] == 23
 
 
@@ -444,7 +444,7 @@ def test_a_model_without_matrices_has_no_sparse_results(tmp_path: Path, capsys: 
         (["--dtype", "f16"], "--dtype"),
         (["--plot", "bench.pdf"], "--plot writes .png or .svg; name it bench.png"),
         (["--plot", "bench.png", "--only", "load"], "--plot needs the section lossless"),
-        (["a", "b"], "unknown: b"),
+        (["a", "b"], "unknown arguments: b"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

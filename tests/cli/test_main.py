@@ -128,8 +128,8 @@ def test_version_prints_package_and_format_version(capsys: pytest.CaptureFixture
     [
         ([], "COMMAND"),
         (["nonsense"], "no command 'nonsense'"),
-        (["info", "--nonsense"], "unknown: --nonsense"),
-        (["info", "a", "b"], "unknown: b"),
+        (["info", "--nonsense"], "unknown arguments: --nonsense"),
+        (["info", "a", "b"], "unknown arguments: b"),
         (["info"], "no file is named"),
         (["info", "missing.sfp"], "missing.sfp: No such file"),
         (["info", "/"], "has no .safetensors or .sfp file"),

@@ -288,7 +288,7 @@ def test_an_invalid_weight_in_a_state_dict_is_refused_and_nothing_changes() -> N
         (packed.pack(torch.zeros(40, 24)), r"is \[40, 24\], the module's \[24, 40\]"),
         (
             torch.frombuffer(bytearray(save_tensors({"w": pruned(24, 40)})), dtype=torch.uint8),
-            "'weight' alone",
+            "'weight' only",
         ),
         (damaged, "E_CRC"),
         (torch.zeros(0, dtype=torch.uint8), "no weight yet"),
