@@ -59,7 +59,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("number", "code", "told"),
-    [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "goes on"), (signal.SIGTERM, 143, "goes on")],
+    [
+        (signal.SIGKILL, -9, ""),
+        (signal.SIGINT, 130, "run the same command to resume"),
+        (signal.SIGTERM, 143, "run the same command to resume"),
+    ],
 )
 def test_an_interrupted_pack_resumes_to_the_same_bytes(
     number: int, code: int, told: str, tmp_path: Path, capsys: Capture
