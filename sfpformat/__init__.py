@@ -26,7 +26,7 @@ from .errors import (
 )
 from .io.source import Buffer, Readable
 from .limits import DEFAULT_LIMITS, Limits
-from .options import PRESETS, ImportanceOptions, Options
+from .options import PRESETS, Exact, ImportanceOptions, Lossless, Options, Table, Uniform
 
 if TYPE_CHECKING:
     from .decode.shards import ShardedFile
@@ -48,12 +48,14 @@ __all__ = [
     "PRESETS",
     "ClosedFileError",
     "EngineError",
+    "Exact",
     "FileFault",
     "ImportanceOptions",
     "InvalidFileError",
     "LimitError",
     "Limits",
     "LossError",
+    "Lossless",
     "MismatchError",
     "MissingTensorError",
     "OptionError",
@@ -64,7 +66,9 @@ __all__ = [
     "SfpSlice",
     "SfpWarning",
     "ShardedFile",
+    "Table",
     "TensorInfo",
+    "Uniform",
     "UnknownPresetError",
     "UnsupportedError",
     "Writer",

@@ -132,7 +132,7 @@ def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]
     and storage of weights that are already quantised; buffers, biases, gains of normalisations; tensors with
     infinities, NaNs or values beyond float32.
 
-    ``save_file(t, "m.sfp", options=options_for_weights(t, Options(quantiser="uniform", bits=4)))``
+    ``save_file(t, "m.sfp", options=options_for_weights(t, Options(Uniform(bits=4))))``
 
     Args:
         tensors: all tensors of the model, because the role of a tensor may depend on others.

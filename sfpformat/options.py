@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from .coding.codetable import MAX_CODE_BITS, MAX_CODES
 from .dtypes import FACTOR_DTYPES
@@ -13,7 +13,6 @@ from .errors import OptionError, UnknownPresetError
 from .names import require_known, unknown_name
 
 CODINGS = ("auto", "raw", "fingerprint")
-QUANTISERS = ("lossless", "exact", "uniform", "table")
 MASKS = ("auto", "none", "runs", "octets")
 SCALES = ("tensor", "row", "column")
 WEIGHTED = ("root", "full")
@@ -37,7 +36,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise OptionError(f"{name} is {value!r}, must be a whole number from {low} to {high}")
 
 
-def _use_plain_numbers(options: ImportanceOptions | Options) -> None:
+def _use_plain_numbers(options: ImportanceOptions | _Lossy | Options) -> None:
     """Converts numpy numbers to Python numbers, which the directory can store."""
     for field in fields(options):
         value = getattr(options, field.name)
@@ -76,48 +75,196 @@ class ImportanceOptions:
         _whole("bits", self.bits, 1, 24)
 
 
+# ---------------------------------------------------------------------------------------------- quantisers
+
+
 @dataclass(frozen=True)
-class Options:
-    """How a tensor is encoded.
+class Lossless:
+    """Stores every bit: as `Exact`, or as a table of all values if there are few of them."""
+
+    NAME: ClassVar[str] = "lossless"
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Stores every bit, as the bit patterns of the weights. Never a table of all values."""
+
+    NAME: ClassVar[str] = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lossy:
+    """The options that all lossy quantisers have."""
+
+    weighted: str | None = None
+    scale: str | int | None = None
+    scale_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _use_plain_numbers(self)
+        _one_of("weighted", self.weighted, (None, *WEIGHTED))
+        if isinstance(self.scale, str):
+            _one_of("scale", self.scale, SCALES)
+        elif self.scale is not None:
+            _whole("scale", self.scale, 1, 1 << 48)
+        _one_of("scale_dtype", self.scale_dtype, (None, *FACTOR_DTYPES))
+        if self.scale_dtype is not None and self.scale is None:
+            raise OptionError(f"scale_dtype is {self.scale_dtype!r} without a scale; add scale=...")
+
+    def _require_one_of(self, *targets: str) -> None:
+        """Raises `OptionError` unless exactly one of the fields is given."""
+        given = [name for name in targets if getattr(self, name) is not None]
+        if len(given) != 1:
+            kind, found = type(self).__name__, " and ".join(given) or "none"
+            raise OptionError(f"{kind} takes exactly one of {', '.join(targets)}; given: {found}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(_Lossy):
+    """Rounds magnitudes to multiples of a step.
+
+    Takes exactly one of ``step``, ``bits``, ``budget`` and ``error_db``. A tensor is stored lossless if that
+    takes no more bits, or if no step reaches ``error_db``. Exceptions: ``step`` and `Options.fixed_width` are
+    always lossy.
 
     Attributes:
-        coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for float dtypes if it is smaller.
-        quantiser: ``lossless`` is ``exact``, or a ``table`` of all values if there are few; ``exact``;
-            ``uniform`` needs one of ``step``, ``bits``, ``budget``, ``error_db``; ``table`` needs
-            ``centroids`` or ``bits``. A tensor is stored lossless if that takes no more bits than ``bits``,
-            ``budget``, ``error_db`` or a table would, or if no step reaches ``error_db``. Exceptions:
-            ``step`` and ``fixed_width`` are always lossy.
-        mantissa_bits: for ``exact``: number of top mantissa bits in the class. None: the smallest estimate.
-        narrow: for ``exact``: whether to search for a narrower dtype that represents all values.
-        trim: for ``exact``: whether segments may omit mantissa bits that are all zero.
-        step: for ``uniform``: the step. With a ``scale``, in units of the root mean square of the weights
-            that share a factor. A number whose weight would not be finite in the tensor's dtype is lowered to
-            the greatest one that is.
-        bits: for ``uniform``: about this many bits for the level of each survivor, with its sign, without the
-            mask. Also at most about this many bits per position with the mask, which matters if few positions
-            are pruned: the file is at most 1 % larger than without pruning. This second bound does not apply
-            if a given mask alone takes more than half of it. With a given mask or ``fixed_width``, it is an
-            error if all weights would become 0; so with ``budget``.
-            For ``table``: 2^(bits - 1) centroids.
-        budget: for ``uniform``: about this many bits per position for mask and levels together, without index
-            and tables.
+        step: the step. With a ``scale``, in units of the root mean square of the weights that share a factor.
+            A number whose weight would not be finite in the tensor's dtype is lowered to the greatest one
+            that is.
+        bits: about this many bits for the level of each survivor, with its sign, without the mask. Also at
+            most about this many bits per position with the mask, which matters if few positions are pruned:
+            the file is at most 1 % larger than without pruning. This second bound does not apply if a given
+            mask alone takes more than half of it. With a given mask or `Options.fixed_width`, it is an error
+            if all weights would become 0; so with ``budget``.
+        budget: about this many bits per position for mask and levels together, without index and tables.
         error_db: the greatest error, in dB, below 0: 10 log10 (mean squared error / mean square) of the
             decoded survivors, before an importance multiplies them. Weighted if ``weighted`` is set.
-        centroids: for ``table``: number of magnitudes.
-        weighted: for ``uniform`` and ``table``: the weight of each error. ``full``: the importance of the
-            position. ``root``: its square root. None: all errors are equal. The root suits a Fisher
-            information, which is valid for small errors only; ``python -m tests.figures.weighted`` compares
-            them.
-        rate_weight: for ``uniform``: the weight of bits against error for a weight between two levels. 0
-            rounds to nearest; 0.12 (about ln(2) / 6) takes the fewest bits at equal error.
-        scale: ``tensor``, ``row``, ``column``, the number of positions in a group, or None.
-        scale_dtype: dtype of the scale factors.
+        rate_weight: the weight of bits against error for a weight between two levels. 0 rounds to nearest;
+            0.12 (about ln(2) / 6) takes the fewest bits at equal error.
+        weighted: the weight of each error. ``full``: the importance of the position. ``root``: its square
+            root. None: all errors are equal. The root suits a Fisher information, which is valid for small
+            errors only; ``python -m tests.figures.weighted`` compares them.
+        scale: what shares a scale factor: ``tensor``, ``row``, ``column``, or the number of positions in a
+            group. None: no factors.
+        scale_dtype: dtype of the factors: ``F32``, ``F16`` or ``BF16``. None: F16.
+
+    Raises:
+        OptionError: a value is not allowed, or not exactly one target is given.
+    """
+
+    NAME: ClassVar[str] = "uniform"
+
+    step: float | None = None
+    bits: float | None = None
+    budget: float | None = None
+    error_db: float | None = None
+    rate_weight: float = 0.12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_one_of("step", "bits", "budget", "error_db")
+        if self.step is not None and not (isinstance(self.step, Real) and 0 < self.step < float("inf")):
+            raise OptionError(f"step is {self.step!r}, must be above 0")
+        if self.error_db is not None and not isinstance(self.error_db, Real):
+            raise OptionError(f"error_db is {self.error_db!r}, must be a number of dB")
+        if self.error_db is not None and not self.error_db < 0:
+            raise OptionError(f"error_db is {self.error_db}, must be below 0, such as -30")
+        if self.bits is not None:
+            _in_range("bits", self.bits, *BITS)
+        if self.budget is not None:
+            _in_range("budget", self.budget, *BITS)
+        _in_range("rate_weight", self.rate_weight, 0, 10)
+
+
+@dataclass(frozen=True)
+class Table(_Lossy):
+    """Replaces magnitudes by centroids, chosen for each tensor.
+
+    Takes exactly one of ``centroids`` and ``bits``. A tensor is stored lossless if that takes no more bits,
+    unless `Options.fixed_width` is set.
+
+    Attributes:
+        centroids: the number of magnitudes.
+        bits: 2^(bits - 1) centroids.
+        weighted, scale, scale_dtype: as in `Uniform`.
+
+    Raises:
+        OptionError: a value is not allowed, or not exactly one target is given.
+    """
+
+    NAME: ClassVar[str] = "table"
+
+    centroids: int | None = None
+    bits: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_one_of("centroids", "bits")
+        if self.centroids is not None:
+            _whole("centroids", self.centroids, 1, 1 << 16)
+        if self.bits is not None:
+            _in_range("bits", self.bits, 1, 16)
+
+    @property
+    def count(self) -> int:
+        """The number of centroids."""
+        return self.centroids or max(round(2 ** (self.bits or 1)) // 2, 1)
+
+
+Quantiser = Lossless | Exact | Uniform | Table
+
+# How a quantiser is written, by the name that it has in a file.
+_WRITTEN = {
+    Lossless.NAME: "Lossless()",
+    Exact.NAME: "Exact()",
+    Uniform.NAME: "Uniform(bits=...)",
+    Table.NAME: "Table(centroids=...)",
+}
+
+
+# -------------------------------------------------------------------------------------------------- options
+
+
+class _NoQuantiserFields:
+    """Refuses fields of the quantisers, which callers may try to pass to `Options` itself.
+
+    A base class, so that the signature of `Options` is that of its own fields.
+    """
+
+    def __new__(cls, *args: object, **given: object) -> Self:
+        """Raises `OptionError` for a field of a quantiser; the message says where to write it."""
+        for name in given:
+            kinds = [kind for kind in (Uniform, Table) if name in {field.name for field in fields(kind)}]
+            if kinds:
+                target = "" if name in ("step", "bits", "budget", "error_db", "centroids") else "..., "
+                places = " or ".join(f"Options({kind.__name__}({target}{name}=...))" for kind in kinds)
+                raise OptionError(f"Options takes no {name!r}: it belongs to the quantiser; write {places}")
+        return super().__new__(cls)
+
+
+@dataclass(frozen=True)
+class Options(_NoQuantiserFields):
+    """How a tensor is encoded.
+
+    ``Options()`` is lossless, ``Options(Uniform(bits=4))`` is not. Of the other options, only ``zeros``
+    changes what a reader decodes, by the sign of zeros; the others choose between size and speed.
+
+    Attributes:
+        quantiser: what is stored for each weight: `Lossless`, `Exact`, `Uniform` or `Table`.
+        coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for float dtypes if it is smaller. ``raw``
+            is always lossless.
+        mantissa_bits: for weights that are stored as bit patterns, also because a lossy quantiser would take
+            more bits: number of top mantissa bits in the class. None: the smallest estimate.
+        narrow: for weights that are stored as bit patterns: whether to search for a narrower dtype that
+            represents all values.
+        trim: for weights and importances that are stored as bit patterns: whether segments may omit mantissa
+            bits that are all zero.
         mask: the mask's kind, ``none``, or ``auto``.
         polarity: for ``runs``: 1 codes survivors, 0 codes pruned positions, None codes the fewer of the two.
         group: levels per symbol, 1 or 2, or None.
         codes: the greatest number of codes for the segments of a stream, 1 to 16. None: up to 8.
         code_limit: the greatest code length in bits, at most 12; 8 suits the tables of a GPU.
-        fixed_width: for ``uniform`` and ``table``: one class each for mask and fingerprints, and chunks of
+        fixed_width: for ``Uniform`` and ``Table``: one class each for mask and fingerprints, and chunks of
             whole rows. The mask is then a plain bitmap, and all levels have the same number of bits (for a
             table, if its number of centroids is a power of two). Fused kernels multiply such data without
             decoding it first.
@@ -135,20 +282,12 @@ class Options:
         OptionError: a value is not allowed, or options do not fit together.
     """
 
+    quantiser: Quantiser = Lossless()
+    _: KW_ONLY
     coding: str = "auto"
-    quantiser: str = "lossless"
     mantissa_bits: int | None = None
     narrow: bool = True
     trim: bool = True
-    step: float | None = None
-    bits: float | None = None
-    budget: float | None = None
-    error_db: float | None = None
-    centroids: int | None = None
-    weighted: str | None = None
-    rate_weight: float = 0.12
-    scale: str | int | None = None
-    scale_dtype: str = "F16"
     mask: str = "auto"
     polarity: int | None = None
     group: int | None = None
@@ -162,12 +301,13 @@ class Options:
     zeros: str = "keep"
 
     def __post_init__(self) -> None:
+        _require_quantiser(self.quantiser)
         _use_plain_numbers(self)
         _one_of("coding", self.coding, CODINGS)
+        if self.coding == "raw" and self.lossy is not None:
+            raise OptionError("coding 'raw' is lossless; for a lossy quantiser leave it 'auto'")
         _one_of("zeros", self.zeros, ZEROS)
-        _one_of("quantiser", self.quantiser, QUANTISERS)
         _one_of("mask", self.mask, MASKS)
-        _one_of("scale_dtype", self.scale_dtype, FACTOR_DTYPES)
         _one_of("polarity", self.polarity, (None, 0, 1))
         _one_of("group", self.group, (None, 1, 2))
         for name in ("narrow", "trim", "fixed_width"):
@@ -176,7 +316,6 @@ class Options:
         if self.codes is not None:
             _whole("codes", self.codes, 1, MAX_CODES)
         _whole("chunk", self.chunk, 1, 1 << 24)
-        _in_range("rate_weight", self.rate_weight, 0, 10)
         if self.mantissa_bits is not None:
             _whole("mantissa_bits", self.mantissa_bits, -8, 52)
         if self.segment is not None:
@@ -185,50 +324,18 @@ class Options:
                 raise OptionError(f"segment is {self.segment}, must be a multiple of 32")
         if self.segment_near is not None:
             _whole("segment_near", self.segment_near, 32, 1 << 16)
-        if isinstance(self.scale, str):
-            _one_of("scale", self.scale, SCALES)
-        elif self.scale is not None:
-            _whole("scale", self.scale, 1, 1 << 48)
         if self.importance is not None and not isinstance(self.importance, ImportanceOptions):
             raise OptionError(f"importance is {self.importance!r}, must be ImportanceOptions or None")
-        self._require_one_target()
 
-    def _require_one_target(self) -> None:
-        targets = {
-            "uniform": ("step", "bits", "budget", "error_db"),
-            "table": ("centroids", "bits"),
-        }.get(self.quantiser, ())
-        given = [
-            name
-            for name in ("step", "bits", "budget", "error_db", "centroids")
-            if getattr(self, name) is not None
-        ]
-        if set(given) - set(targets):
-            raise OptionError(f"quantiser {self.quantiser!r} does not take {', '.join(given)}")
-        if targets and len(given) != 1:
-            raise OptionError(f"quantiser {self.quantiser!r} takes one of {', '.join(targets)}")
-        if self.step is not None and not (isinstance(self.step, Real) and 0 < self.step < float("inf")):
-            raise OptionError(f"step is {self.step!r}, must be above 0")
-        if self.error_db is not None and not isinstance(self.error_db, Real):
-            raise OptionError(f"error_db is {self.error_db!r}, must be a number of dB")
-        if self.error_db is not None and not self.error_db < 0:
-            raise OptionError(f"error_db is {self.error_db}, must be below 0, such as -30")
-        if self.bits is not None:
-            _in_range("bits", self.bits, *(BITS if self.quantiser == "uniform" else (1, 16)))
-        if self.budget is not None:
-            _in_range("budget", self.budget, *BITS)
-        if self.centroids is not None:
-            _whole("centroids", self.centroids, 1, 1 << 16)
-        _one_of("weighted", self.weighted, (None, *WEIGHTED))
-        if self.weighted and self.lossless:
-            raise OptionError("weighted needs the quantiser uniform or table")
-        if self.lossless and self.scale is not None:
-            raise OptionError("a scale needs the quantiser uniform or table")
+    @property
+    def lossy(self) -> Uniform | Table | None:
+        """The quantiser if it is lossy, else None."""
+        return self.quantiser if isinstance(self.quantiser, Uniform | Table) else None
 
     @property
     def lossless(self) -> bool:
         """Whether the survivors are bit-exact after decoding (except zeros if ``zeros`` is ``positive``)."""
-        return self.quantiser in ("lossless", "exact")
+        return self.lossy is None
 
     @property
     def is_plain(self) -> bool:
@@ -237,17 +344,32 @@ class Options:
 
     @property
     def may_be_lossless(self) -> bool:
-        """Whether a tensor is stored lossless if that takes no more bits: not with a step or fixed width."""
-        return not self.lossless and self.step is None and not self.fixed_width
+        """Whether a tensor with a lossy quantiser is stored lossless if that takes no more bits.
+
+        False with a step or fixed width.
+        """
+        has_step = isinstance(self.quantiser, Uniform) and self.quantiser.step is not None
+        return not (self.lossless or has_step or self.fixed_width)
 
     def without_loss(self) -> Options:
-        """Returns the same options with the quantiser ``lossless``."""
-        none = dict.fromkeys(("step", "bits", "budget", "error_db", "centroids", "weighted", "scale"))
-        return self.but(quantiser="lossless", **none)
+        """Returns the same options with the quantiser `Lossless`."""
+        return self.but(quantiser=Lossless())
 
     def but(self, **changes: Any) -> Options:
-        """Returns a copy with some options changed."""
+        """Returns a copy with some options changed, such as ``PRESETS["gpu"].but(quantiser=Table(8))``.
+
+        To change one field of the quantiser, pass ``quantiser=dataclasses.replace(options.quantiser, ...)``.
+        """
         return replace(self, **changes)
+
+
+def _require_quantiser(given: object) -> None:
+    """Raises `OptionError` if a value is not a quantiser; the message says how to write one."""
+    if isinstance(given, Quantiser):
+        return
+    name = given if isinstance(given, str) else getattr(given, "NAME", None)
+    ways = _WRITTEN[name] if name in _WRITTEN else " or ".join(_WRITTEN.values())
+    raise OptionError(f"quantiser is {getattr(given, '__name__', repr(given))}; write {ways}")
 
 
 # One code per stream, with codewords that fit an 8-bit look-up table, and residuals of whole bytes. Segments

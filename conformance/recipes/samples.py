@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
-from sfpformat import ImportanceOptions, Options
+from sfpformat import Exact, ImportanceOptions, Options, Table, Uniform
 from sfpformat.numpy import save
 
 
@@ -43,23 +43,18 @@ def everything() -> bytes:
     base = Options(coding="fingerprint", segment=32, chunk=64)
     options = {
         "raw": Options(segment=32, chunk=32),
-        "empty": base.but(quantiser="uniform", step=0.5, scale="row"),
-        "runs": base.but(mask="runs", quantiser="exact"),
-        "octets": base.but(mask="octets", quantiser="exact"),
+        "empty": base.but(quantiser=Uniform(step=0.5, scale="row")),
+        "runs": base.but(mask="runs", quantiser=Exact()),
+        "octets": base.but(mask="octets", quantiser=Exact()),
         "uniform": base.but(
-            quantiser="uniform",
-            step=0.25,
-            scale="row",
+            quantiser=Uniform(step=0.25, scale="row"),
             mask="runs",
             group=2,
             importance=ImportanceOptions(role="multiplier", over="survivors"),
         ),
-        "table": base.but(quantiser="table", centroids=5, scale="column", mask="octets"),
+        "table": base.but(quantiser=Table(centroids=5, scale="column"), mask="octets"),
         "group": base.but(
-            quantiser="uniform",
-            step=0.1314,
-            scale=7,
-            scale_dtype="BF16",
+            quantiser=Uniform(step=0.1314, scale=7, scale_dtype="BF16"),
             group=1,
             importance=ImportanceOptions(role="metadata", over="all", quantiser="exact", dtype="BF16"),
         ),

@@ -21,7 +21,7 @@ from sfpformat.engines import get_engine, require_name
 from sfpformat.errors import EngineError, FileFault, OptionError
 from sfpformat.limits import DEFAULT_LIMITS, Limits
 from sfpformat.numpy import save
-from sfpformat.options import ImportanceOptions, Options
+from sfpformat.options import Exact, ImportanceOptions, Lossless, Options, Quantiser, Table, Uniform
 
 from .judge import SUFFIXES
 from .scratch import scratch
@@ -150,16 +150,27 @@ def compile_once(engine: str, jobs: Iterable[Case]) -> None:
 def options_of(tensor: Json) -> Options:
     """Returns the options of a tensor of a job, whose choices have the names of chapter 22."""
     given = dict(tensor.get("choices", {}))
+    given["quantiser"] = _quantiser_of(given)
     if "chunk" in given:
         given["chunk"] *= given["segment"]  # `Options.chunk` counts positions, the job counts segments
-    if "step" in given:
-        given["step"] = float(np.array(int(given["step"], 16), "<u4").view("<f4"))
-    if "count" in given:
-        given["centroids"] = given.pop("count")
     if "importance" in tensor:
         kept = {key: tensor["importance"][key] for key in ("role", "over")}
         given["importance"] = ImportanceOptions(quantiser="exact", dtype="F32", **kept)
-    return Options(rate_weight=0, **given)  # rate weight 0 always chooses the nearest level
+    return Options(**given)
+
+
+def _quantiser_of(choices: Json) -> Quantiser:
+    """Removes the quantiser and its parameters from the choices of a job, and returns it."""
+    kind = choices.pop("quantiser", Lossless.NAME)
+    if kind == Uniform.NAME:
+        step = float(np.array(int(choices.pop("step"), 16), "<u4").view("<f4"))
+        return Uniform(step=step, rate_weight=0)  # rate weight 0 always chooses the nearest level
+    if kind == Table.NAME:
+        return Table(centroids=choices.pop("count"))
+    for plain in (Lossless, Exact):
+        if kind == plain.NAME:
+            return plain()
+    raise OptionError(f"a job's quantiser is {kind!r}, must be lossless, exact, uniform or table")
 
 
 def described(file: SfpFile, name: str) -> Json:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import PRESETS
+from sfpformat import PRESETS, Table
 from sfpformat.coding.bits import Bytes
 from sfpformat.decode.tensor import TensorDecoder
 from sfpformat.engines import Engine, Run, get_engine
@@ -228,7 +228,7 @@ def product_samples(device: shim.HostDevice) -> list[ProductSample]:
             array = normal_weights(5, columns, density)
             array[0, :9] = np.arange(1, 10) / 4  # enough distinct magnitudes
             options = PRESETS["fused"].but(
-                quantiser="table", centroids=8, scale=scale, segment=64, coding="fingerprint"
+                quantiser=Table(centroids=8, scale=scale), segment=64, coding="fingerprint"
             )
             data = save({"w": array.astype(dtype)}, options=options, engine="python")
             found.append(ProductSample(f"{np.dtype(dtype).name} {columns} {scale}", data, device))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sfpformat
-from sfpformat import PRESETS, Options
+from sfpformat import PRESETS, Options, Table
 from sfpformat.engines.cuda.device import Device
 from sfpformat.errors import FileFault, SfpError
 from sfpformat.io.checksum import crc32
@@ -25,7 +25,7 @@ from .ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
 # Golden files; only a clone has them.
 CASES = Path(__file__).parents[2] / "conformance" / "cases"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-_FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
+_FUSED = PRESETS["fused"].but(quantiser=Table(centroids=8))
 # Rows, columns, share of survivors, scale, rows of x: every kind that the product kernels distinguish.
 _PRODUCTS: tuple[tuple[int, int, float, Any, int], ...] = (
     (64, 1024, 0.5, None, 1),
@@ -99,7 +99,9 @@ def compare_products(device: Device, every: int = 1) -> list[dict[str, Any]]:
         rng = np.random.default_rng(rows)
         dense = rng.standard_normal((rows, columns), np.float32) * (rng.random((rows, columns)) < density)
         for name, dtype in NUMPY.items():
-            data = save({"w": dense.astype(dtype)}, options=_FUSED.but(scale=scale))
+            data = save(
+                {"w": dense.astype(dtype)}, options=_FUSED.but(quantiser=Table(centroids=8, scale=scale))
+            )
             with sfpformat.open(data) as file:
                 there, weight = OnDevice(file, file.entry("w"), device), file.get_tensor("w")
             placed = there.place(name)

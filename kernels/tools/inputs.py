@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import ImportanceOptions, Options
+from sfpformat import Exact, ImportanceOptions, Options, Table, Uniform
 from sfpformat.coding.bits import Bytes
 from sfpformat.container.preamble import SIZE, Preamble
 from sfpformat.io.checksum import crc32
@@ -43,18 +43,18 @@ def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
             options = small.but(mask=mask, polarity=polarity, coding="fingerprint")
             yield f"{name} {mask} {polarity}", dtype, options, 0.4, "none"
         for scale in ("row", "column", 7):
-            options = small.but(quantiser="uniform", bits=3.0, scale=scale, group=2)
+            options = small.but(quantiser=Uniform(bits=3.0, scale=scale), group=2)
             yield f"{name} scale {scale}", dtype, options, 0.6, "none"
         for limit, plain in ((8, False), (12, False), (8, True)):
-            options = small.but(quantiser="table", centroids=16, group=1, code_limit=limit, fixed_width=plain)
+            options = small.but(quantiser=Table(centroids=16), group=1, code_limit=limit, fixed_width=plain)
             kind = "plain" if plain else f"table {limit}"
             yield f"{name} {kind}", dtype, options.but(mask="octets", codes=4), 0.5, "none"
             yield f"{name} {kind} dense", dtype, options, 1.0, "none"
         for form, over in (("each", "survivors"), ("each", "all"), ("factors", "survivors")):
             kept = ImportanceOptions(role="multiplier", over=over)
-            options = small.but(quantiser="table", centroids=9, importance=kept)
+            options = small.but(quantiser=Table(centroids=9), importance=kept)
             yield f"{name} {form} {over}", dtype, options, 0.5, form
-            options = small.but(quantiser="exact", narrow=True, coding="fingerprint", importance=kept)
+            options = small.but(quantiser=Exact(), narrow=True, coding="fingerprint", importance=kept)
             yield f"{name} exact {form} {over}", dtype, options, 0.5, form
 
 
@@ -79,16 +79,16 @@ def skewed_files(chunk: int = 1 << 11) -> Iterator[tuple[str, bytes]]:
         name = np.dtype(dtype).name
         for codes, limit in ((1, 8), (16, 8), (1, 12), (16, 12)):
             array, own = _skewed(codes > 1), small.but(codes=codes, code_limit=limit)
-            options = own.but(quantiser="exact", mantissa_bits=0)
+            options = own.but(quantiser=Exact(), mantissa_bits=0)
             yield f"{name} skewed {codes} {limit}", save({"w": array.astype(dtype)}, options=options)
             masked = np.where(np.random.default_rng(7).random(array.shape) < 0.3, 0, array).astype(dtype)
             yield f"{name} masked {codes} {limit}", save({"w": masked}, options=options.but(mask="octets"))
             few = np.sign(array) * np.exp2(np.floor(np.log2(np.abs(array))))
-            options = own.but(quantiser="table", centroids=16)
+            options = own.but(quantiser=Table(centroids=16))
             yield f"{name} few {codes} {limit}", save({"w": few.astype(dtype)}, options=options)
             pruned = np.where(np.arange(96) % 3 == 0, 0, few).astype(dtype)
             yield f"{name} pruned {codes} {limit}", save({"w": pruned}, options=options.but(mask="octets"))
-        fine = small.but(quantiser="uniform", step=0.0005)
+        fine = small.but(quantiser=Uniform(step=0.0005))
         yield f"{name} fine", save({"w": _skewed(False).astype(dtype)}, options=fine)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import PRESETS, Options
+from sfpformat import PRESETS, Exact, Options, Table
 from sfpformat.engines.cuda.device import Device
 from sfpformat.numpy import save
 
@@ -34,7 +34,7 @@ _BEYOND_CACHES = 200 << 20
 _HEAD_START = 20_000_000  # cycles that the device waits while the host fills its queue
 
 GPU = PRESETS["gpu"]
-FOUR_BITS = GPU.but(quantiser="table", centroids=8)
+FOUR_BITS = GPU.but(quantiser=Table(centroids=8))
 # Name -> dtype, share of survivors, options.
 MATRICES: dict[str, tuple[Any, float, Options]] = {
     "BF16, preset gpu": (BF16, 1.0, GPU),
@@ -42,9 +42,9 @@ MATRICES: dict[str, tuple[Any, float, Options]] = {
     "BF16, default": (BF16, 1.0, Options()),
     "F32, preset gpu": (np.dtype(np.float32), 1.0, GPU),
     "BF16, 50 % pruned, preset gpu": (BF16, 0.5, GPU),
-    "BF16, 50 % pruned, exact, preset gpu": (BF16, 0.5, GPU.but(quantiser="exact")),
+    "BF16, 50 % pruned, exact, preset gpu": (BF16, 0.5, GPU.but(quantiser=Exact())),
     "BF16, 50 % pruned, 4 bits, preset gpu": (BF16, 0.5, FOUR_BITS),
-    "BF16, 50 % pruned, 4 bits, default": (BF16, 0.5, Options(quantiser="table", centroids=8)),
+    "BF16, 50 % pruned, 4 bits, default": (BF16, 0.5, Options(Table(centroids=8))),
     "BF16, 50 % pruned, 4 bits, preset fused": (BF16, 0.5, FOUR_BITS.but(fixed_width=True)),
     "BF16, 90 % pruned, 4 bits, preset gpu": (BF16, 0.1, FOUR_BITS),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..options import PRESETS, Options
+from ..options import PRESETS, Options, Uniform
 from . import nncodec
 from .codecs import CodecRunner
 from .device import sfp_runner
@@ -59,7 +59,7 @@ def snapped(step: float) -> float:
 def options_of(preset: Options, steps: Mapping[str, float]) -> dict[str, Options]:
     """Returns a preset's options with the quantiser ``uniform`` and rounding to nearest, by name."""
     return {
-        name: preset.but(quantiser="uniform", mantissa_bits=None, step=step, rate_weight=0.0)
+        name: preset.but(quantiser=Uniform(step=step, rate_weight=0.0), mantissa_bits=None)
         for name, step in steps.items()
     }
 

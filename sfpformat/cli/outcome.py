@@ -17,7 +17,9 @@ from ..dtypes import DTYPES
 from ..encode.quantise import error_weights
 from ..encode.zeros import with_positive_zeros
 from ..names import listed, quoted
-from ..options import Options
+from ..options import Options, Quantiser
+from ..options import Table as TableOptions
+from ..options import Uniform as UniformOptions
 from .console import number
 from .models import as_bits
 from .packing import Job, is_quantised
@@ -94,13 +96,14 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
         faults = () if same else (f"tensor {quoted(name)} is not what it was",)
         return Outcome(report, words, False, kept_lossless, faults=faults)
     weights = None
-    if asked.options.weighted is not None:
+    quantiser = asked.options.lossy
+    if quantiser is not None and quantiser.weighted is not None:
         importance = importance_of(name, job.importances)
         assert importance is not None
-        weights = error_weights(importance.reshape(-1), asked.options.weighted)
+        weights = error_weights(importance.reshape(-1), quantiser.weighted)
     bound = _Bound.of(file, report.entry, weighted=weights is not None) if compare else None
     found = _compare(before.reshape(-1), after.reshape(-1), weights, bound)
-    wrong = tuple(found.faults(name, asked.options)) if compare else ()
+    wrong = tuple(found.faults(name, quantiser)) if compare else ()
     return Outcome(report, words, True, False, found.error, found.power, wrong)
 
 
@@ -128,8 +131,8 @@ class _Comparison:
     alive: int = 0
     far: int = 0
 
-    def faults(self, name: str, options: Options) -> Iterator[str]:
-        """Yields descriptions of the faults."""
+    def faults(self, name: str, asked: Quantiser | None) -> Iterator[str]:
+        """Yields descriptions of the faults. ``asked`` is the requested quantiser."""
         tensor = f"tensor {quoted(name)}"
         if self.not_finite:
             yield f"{tensor}: {self.not_finite:,} finite weights are infinite or NaN"
@@ -138,8 +141,9 @@ class _Comparison:
         if self.far:
             yield f"{tensor}: {self.far:,} weights moved further than the quantiser may move them"
         error = decibels(self.error, self.power)
-        if options.error_db is not None and error is not None and error > options.error_db + _TOLERANCE_DB:
-            yield f"{tensor}: the error is {error:.2f} dB, not {options.error_db:g} dB"
+        most = asked.error_db if isinstance(asked, UniformOptions) else None
+        if most is not None and error is not None and error > most + _TOLERANCE_DB:
+            yield f"{tensor}: the error is {error:.2f} dB, not {most:g} dB"
 
 
 @dataclass(frozen=True)
@@ -244,18 +248,19 @@ def decibels(error: float, power: float) -> float | None:
 
 def _words(treatment: Treatment) -> str:
     """Describes a treatment: ``4 bits a survivor, 50 % pruned``."""
-    options, pruning = treatment.options, treatment.pruning
+    asked, pruning = treatment.options.quantiser, treatment.pruning
     words = []
-    if options.bits is not None:
-        words.append(f"{options.bits:g} bits a survivor")
-    if options.budget is not None:
-        words.append(f"{options.budget:g} bits a position{' together' if treatment.shares_bits else ''}")
-    if options.error_db is not None:
-        words.append(f"{options.error_db:g} dB")
-    if options.step is not None:
-        words.append(f"step {options.step:g}")
-    if options.centroids is not None:
-        words.append(f"table of {options.centroids}")
+    if isinstance(asked, UniformOptions):
+        if asked.bits is not None:
+            words.append(f"{asked.bits:g} bits a survivor")
+        if asked.budget is not None:
+            words.append(f"{asked.budget:g} bits a position{' together' if treatment.shares_bits else ''}")
+        if asked.error_db is not None:
+            words.append(f"{asked.error_db:g} dB")
+        if asked.step is not None:
+            words.append(f"step {asked.step:g}")
+    if isinstance(asked, TableOptions):
+        words.append(f"table of {asked.count}")
     if pruning is not None:
         words.append(_pruned(pruning))
     if treatment.cast is not None:

@@ -290,7 +290,7 @@ def _job(
         model.keeps_metadata,
         metadata,
         dataclasses.asdict(limits),
-        {name: dataclasses.asdict(t) for name, t in treatments.items()},
+        {name: repr(treatment) for name, treatment in treatments.items()},
     ]
     key = job_key(model, importances, options)
     passes = bytes_of_passes(model, treatments)

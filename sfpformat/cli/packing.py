@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantisers import Table, Uniform
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardIndex, index_name, shard_name
@@ -165,9 +164,8 @@ def add_tensor(job: Job, name: str, writer: Writer) -> None:
 
 def is_quantised(options: Options, entry: TensorEntry) -> bool:
     """Returns whether the requested lossy quantiser coded the weights of an encoded tensor."""
-    expected = Uniform if options.quantiser == "uniform" else Table
-    fingerprints = entry.fingerprints
-    return not options.lossless and fingerprints is not None and isinstance(fingerprints.quantiser, expected)
+    asked, fingerprints = options.lossy, entry.fingerprints
+    return asked is not None and fingerprints is not None and fingerprints.quantiser.NAME == asked.NAME
 
 
 def _negative_zeros(

@@ -23,12 +23,16 @@ from ..encode.weights import MIN_ELEMENTS, Kind, Reason, is_large_float, is_pack
 from ..errors import SfpWarning
 from ..io.safetensors import TensorSpec
 from ..names import listed, unmatched
-from ..options import PRESETS, ImportanceOptions, Options
+from ..options import PRESETS, ImportanceOptions, Options, Table, Uniform
 from ..pruning.masks import reasons
 from ..pruning.thresholds import Pattern, pattern_dim
 from .trouble import Trouble
 
-_QUANTISER = ("bits", "budget", "step", "error_db", "table", "lossless")
+# Options of `Uniform` that choose its step, and all that choose a quantiser.
+_UNIFORM = ("bits", "budget", "step", "error_db")
+_QUANTISER = (*_UNIFORM, "table", "lossless")
+# Options with the same name in `Uniform` and `Table`, and in `Uniform` alone.
+_OF_LOSSY, _OF_UNIFORM = ("scale", "scale_dtype", "weighted"), ("rate_weight",)
 # Options that change values, and their secondary options.
 _LOSSY = frozenset(
     (
@@ -47,8 +51,6 @@ _LOSSY = frozenset(
 )
 # Options with the same name in `Options`.
 _PLAIN = (
-    "scale",
-    "scale_dtype",
     "mask",
     "group",
     "segment",
@@ -56,8 +58,6 @@ _PLAIN = (
     "codes",
     "code_limit",
     "mantissa_bits",
-    "rate_weight",
-    "weighted",
     "zeros",
 )
 # Options that change the signs of zeros, but no values. They apply to every float tensor except those of
@@ -320,7 +320,11 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
         other = "scope" if later["prune"].of else "pattern_dim"
         earlier = {key: value for key, value in earlier.items() if key != other}
     if any(key in later for key in _QUANTISER):
-        dropped = _LOSSY | _SIGNS if "lossless" in later else {*_QUANTISER, "budget_scope"}
+        dropped: set[str] | frozenset[str] = {*_QUANTISER, "budget_scope"}
+        if "lossless" in later:
+            dropped = _LOSSY | _SIGNS
+        elif "table" in later:
+            dropped |= {*_OF_UNIFORM}
         earlier = {key: value for key, value in earlier.items() if key not in dropped}
     return {**earlier, **later}
 
@@ -328,11 +332,9 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
 def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
     options = PRESETS[layer.get("preset", "default")]
     changes = {key: layer[key] for key in _PLAIN if key in layer}
-    if "table" in layer:
-        changes |= {"quantiser": "table", "centroids": layer["table"]}
-    for key in ("bits", "budget", "step", "error_db"):
-        if key in layer:
-            changes |= {"quantiser": "uniform", key: layer[key]}
+    quantiser = _quantiser_of(layer)
+    if quantiser is not None:
+        changes["quantiser"] = quantiser
     if "budget_scope" in layer and "budget" not in layer:
         raise Trouble("--budget-scope needs --budget")
     shares = "budget" in layer and layer.get("budget_scope", "model") == "model"
@@ -345,6 +347,30 @@ def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
     pruning, unfit = _pruning_of(layer, spec)
     to = None if cast == spec.dtype else cast
     return Treatment(options.but(**changes), pruning, to, shares, unfit=unfit)
+
+
+def _quantiser_of(layer: Layer) -> Uniform | Table | None:
+    """Returns the lossy quantiser that the options choose, or None.
+
+    Raises:
+        Trouble: an option needs another quantiser.
+        OptionError: a value is not allowed.
+    """
+    fields = {key: layer[key] for key in _OF_LOSSY if key in layer}
+    rate = {key: layer[key] for key in _OF_UNIFORM if key in layer}
+    target = {key: layer[key] for key in _UNIFORM if key in layer}
+    if "scale_dtype" in layer and "scale" not in layer:
+        raise Trouble("--scale-dtype needs --scale")
+    if rate and not target:
+        raise Trouble(f"{_flags(rate)} needs one of {_flags(dict.fromkeys(_UNIFORM))}")
+    if target:
+        return Uniform(**target, **fields, **rate)
+    if "table" in layer:
+        return Table(layer["table"], **fields)
+    if fields:
+        needed = _flags(dict.fromkeys(key for key in _QUANTISER if key != "lossless"))
+        raise Trouble(f"{_flags(fields)} needs one of {needed}")
+    return None
 
 
 def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:

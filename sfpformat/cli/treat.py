@@ -14,6 +14,7 @@ from ..encode.budget import Candidate, candidate, share_bits
 from ..encode.weights import Kind, Reason, has_values_beyond
 from ..errors import OptionError
 from ..names import quoted
+from ..options import Options, Uniform
 from .magnitude import (
     Patterns,
     Threshold,
@@ -150,22 +151,30 @@ def with_shared_bits(
     groups: dict[float, dict[str, Candidate]] = {}
     sharing = {name: t for name, t in treatments.items() if t.shares_bits}
     for name, treatment in sharing.items():
+        options, asked = treatment.options, treatment.options.quantiser
+        assert isinstance(asked, Uniform)
+        assert asked.budget is not None
         array = treated(name, model.read(name), treatment, shares.get(name))
         importance = importance_of(name, importances)
         try:
-            found = candidate(array, None, importance, treatment.options, len(sharing))
+            found = candidate(array, None, importance, asked, len(sharing), fixed_width=options.fixed_width)
         except OptionError as error:
             raise OptionError(f"tensor {name!r}: {error}") from None
-        assert treatment.options.budget is not None
-        groups.setdefault(treatment.options.budget, {})[name] = found
+        groups.setdefault(asked.budget, {})[name] = found
         advance(model.specs[name].nbytes)
     out = dict(treatments)
     for budget, members in groups.items():
         for name, step in zip(members, share_bits(members.values(), budget), strict=True):
-            options = out[name].options
-            shared = options.without_loss() if step is None else options.but(budget=None, step=step)
-            out[name] = replace(out[name], options=shared)
+            out[name] = replace(out[name], options=_with_step(out[name].options, step))
     return out
+
+
+def _with_step(options: Options, step: float | None) -> Options:
+    """Returns the options with a step in place of the budget. Lossless if the step is None."""
+    if step is None:
+        return options.without_loss()
+    assert isinstance(options.quantiser, Uniform)
+    return options.but(quantiser=replace(options.quantiser, budget=None, step=step))
 
 
 def importance_of(name: str, importances: Model | None) -> NDArray[np.floating] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..options import Options
+from ..options import Options, Uniform
 from .importance import RANGE
 from .methods import Bench, Pruned
 from .packing import Result, Row, Tensors, measure
@@ -71,7 +71,7 @@ def _packed(bench: Bench, method: str, sparsity: float, folder: Path) -> Result:
     changed = {
         name: np.asarray(w.numpy()).astype(bench.tensors[name].dtype) for name, w in pruned.weights.items()
     }
-    options = dict.fromkeys(masks, Options(quantiser="uniform", error_db=ERROR_DB))
+    options = dict.fromkeys(masks, Options(Uniform(error_db=ERROR_DB)))
     name = f"{COMPARED[method]}, {100 * sparsity:.4g} %"
     path = folder / f"{method}-{100 * sparsity:.4g}.sfp"
     return measure(bench.tensors, changed, masks, name, options, path)

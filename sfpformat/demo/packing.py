@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..coding.mask import Mask
 from ..decode.validate import validate
 from ..numpy import load_file, save_file
-from ..options import Options
+from ..options import Options, Table, Uniform
 from ..pruning.masks import masks_of
 from ..pruning.thresholds import Pattern, Sparsity, Threshold
 from .bundled import heldout_tokens, importances, linear_layers
@@ -49,11 +49,11 @@ class Variant:
 
 
 def _uniform(bits: float) -> Options:
-    return Options(quantiser="uniform", budget=bits)
+    return Options(Uniform(budget=bits))
 
 
 def _error(decibels: float) -> Options:
-    return Options(quantiser="uniform", error_db=decibels)
+    return Options(Uniform(error_db=decibels))
 
 
 VARIANTS = (
@@ -61,7 +61,7 @@ VARIANTS = (
     Variant("6 bits", None, _uniform(6)),
     Variant("4 bits", None, _uniform(4)),
     Variant("3 bits", None, _uniform(3)),
-    Variant("table of 8", None, Options(quantiser="table", centroids=8)),
+    Variant("table of 8", None, Options(Table(centroids=8))),
     Variant("50 % pruned, exact", Sparsity(0.5), Options()),
     Variant("2:4 pruned, exact", Pattern(2, 4), Options()),
     Variant("30 % pruned, -25 dB", Sparsity(0.3), _error(-25)),

@@ -21,7 +21,7 @@ from ..coding.quantisers import F32
 from ..dtypes import DTYPES, of_numpy
 from ..errors import OptionError
 from ..names import checked_by_name, require_mapping
-from ..options import Options
+from ..options import Uniform
 from .importances import checked_importance
 from .lossy import require_finite, sampled_survivors
 from .plan import exact_bits, flat_mask
@@ -75,7 +75,7 @@ def steps_for_budget(
     masks: Mapping[str, Mask] | None = None,
     importances: Mapping[str, NDArray[np.floating]] | None = None,
     weighted: str | None = None,
-    rate_weight: float = Options.rate_weight,
+    rate_weight: float = Uniform.rate_weight,
 ) -> dict[str, float]:
     """Returns the step of each tensor with which all together take about ``budget`` bits per position.
 
@@ -88,24 +88,24 @@ def steps_for_budget(
         masks: name -> bool array of the tensor's shape. Without one, all non-zero weights survive.
         importances: name -> float array of the tensor's shape, finite and not negative, in the same unit for
             all tensors. Required if ``weighted`` is set.
-        weighted, rate_weight: as in `Options`; pass the same values there.
+        weighted, rate_weight: as in `Uniform`; pass the same values there.
 
     Returns:
-        Name -> step, for ``Options(quantiser="uniform", step=...)``, of the tensors to be quantised.
+        Name -> step, for ``Options(Uniform(step=...))``, of the tensors to be quantised.
 
     Raises:
         OptionError: a tensor is not a float of the format or not finite, its mask is not bool or has another
             shape, its importance is missing or has another shape, a name in an argument is not the name of a
             tensor, or as in `share_bits`.
     """
-    options = Options(quantiser="uniform", budget=budget, weighted=weighted, rate_weight=rate_weight)
+    asked = Uniform(budget=budget, weighted=weighted, rate_weight=rate_weight)
     require_mapping(tensors, "tensors")
     masks = checked_by_name(masks, tensors, "masks")
     importances = checked_by_name(importances, tensors, "importances")
     found = {}
     for name, array in tensors.items():
         try:
-            found[name] = candidate(array, masks.get(name), importances.get(name), options, len(tensors))
+            found[name] = candidate(array, masks.get(name), importances.get(name), asked, len(tensors))
         except OptionError as error:
             raise OptionError(f"tensor {name!r}: {error}") from None
     steps = share_bits(found.values(), budget)
@@ -116,15 +116,18 @@ def candidate(
     array: NDArray[np.generic],
     mask: Mask | None,
     importance: NDArray[np.floating] | None,
-    options: Options,
+    asked: Uniform,
     tensors: int,
+    *,
+    fixed_width: bool = False,
 ) -> Candidate:
     """Returns a tensor's sample, unit and lossless size.
 
     Args:
         array, mask, importance: as in `steps_for_budget`.
-        options: how it will be quantised; only `weighted`, `rate_weight` and `fixed_width` are used.
+        asked: how it will be quantised; only `weighted` and `rate_weight` are used.
         tensors: how many tensors share the bits.
+        fixed_width: as in `Options`.
 
     Raises:
         OptionError: as in `steps_for_budget`.
@@ -140,24 +143,24 @@ def candidate(
     chosen, represented = sampled_survivors(flat, survives, size)
     magnitudes = np.abs(flat[chosen].astype(np.float32))
     weights, mean = None, np.float32(1)
-    if options.weighted is not None:
+    if asked.weighted is not None:
         if not isinstance(importance, np.ndarray) or importance.shape != array.shape:
             raise OptionError("weighted needs an importance of the tensor's shape")
-        given = error_weights(checked_importance(importance)[chosen], options.weighted)
+        given = error_weights(checked_importance(importance)[chosen], asked.weighted)
         mean = mean_of(given)
         weights = given / mean
     sample = Sampled(
         magnitudes,
         represented,
         weights,
-        options.rate_weight,
+        asked.rate_weight,
         dtype,
         masked=mask is not None,
-        widest=float(np.abs(flat).max(initial=0)) if options.fixed_width else None,
+        widest=float(np.abs(flat).max(initial=0)) if fixed_width else None,
     )
     # A tensor with fixed width is never stored lossless.
-    exact = math.inf if options.fixed_width else _exact_bits(flat, survives)
-    return Candidate(sample, len(flat), _unit(magnitudes, float(mean), options.weighted), exact)
+    exact = math.inf if fixed_width else _exact_bits(flat, survives)
+    return Candidate(sample, len(flat), _unit(magnitudes, float(mean), asked.weighted), exact)
 
 
 def _exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> float:

@@ -16,7 +16,8 @@ from ..decode.tensor import scale_index
 from ..dtypes import DTYPES, Dtype
 from ..engines import Engine
 from ..errors import OptionError
-from ..options import Options
+from ..options import Table as TableOptions
+from ..options import Uniform as UniformOptions
 from .importances import Multiplier
 from .quantise import (
     F64,
@@ -70,35 +71,39 @@ class LossyTensor:
     multiplier: Multiplier | None
     engine: Engine
 
-    def source(self, options: Options) -> NumberSource | None:
-        """Returns the source for the options. None if no step reaches their `error_db`, `bits` or `budget`.
+    def source(self, asked: UniformOptions | TableOptions, *, fixed_width: bool) -> NumberSource | None:
+        """Returns the source for a quantiser. None if no step reaches its `error_db`, `bits` or `budget`.
+
+        Args:
+            asked: the caller's quantiser.
+            fixed_width: as in `Options`.
 
         Raises:
             OptionError: the step is not a positive float32, or the mask alone takes more than the budget.
         """
-        step = options.step
-        if step is not None and self.scaling is not None:
-            step *= self.scaling.unit
-        if step is not None and not options.rate_weight:  # nothing to choose
-            return self._uniform(UniformNumbers(_checked_step(step), np.zeros(0, np.float32)), given=True)
+        if isinstance(asked, TableOptions):
+            return self._table(sampled_survivors(self.flat, self.mask, SAMPLE)[0], asked.count)
+        if asked.step is not None and self.scaling is not None:
+            asked = replace(asked, step=asked.step * self.scaling.unit)
+        if asked.step is not None and not asked.rate_weight:  # nothing to choose
+            numbers = UniformNumbers(_checked_step(asked.step), np.zeros(0, np.float32))
+            return self._uniform(numbers, given=True)
         positions, represented = sampled_survivors(self.flat, self.mask, SAMPLE)
-        if options.quantiser == "table":
-            return self._table(positions, options)
+        tensor = self
         if self.weights is not None:
-            weighed = replace(self, weights=self.weights / mean_of(self.weights[positions]))
-            return weighed._by_sample(positions, represented, options, step)
-        return self._by_sample(positions, represented, options, step)
+            tensor = replace(self, weights=self.weights / mean_of(self.weights[positions]))
+        return tensor._by_sample(positions, represented, asked, fixed_width=fixed_width)
 
     def _by_sample(
-        self, positions: NDArray[np.int64], represented: int, options: Options, step: float | None
+        self, positions: NDArray[np.int64], represented: int, asked: UniformOptions, *, fixed_width: bool
     ) -> NumberSource | None:
-        """Returns the `Uniform` source with ``step``, or with a step chosen from a sample of survivors.
+        """Returns the `Uniform` source with the caller's step, or a step chosen from a sample of survivors.
 
         Args:
             positions: of the sampled survivors.
             represented: how many positions the sample represents, pruned ones included.
-            options: the caller's choices.
-            step: the caller's step, or None.
+            asked: the caller's quantiser, with its step in the unit of the scale.
+            fixed_width: as in `Options`.
 
         Returns:
             The source, or None if no step reaches the error or the bits in the options.
@@ -111,23 +116,23 @@ class LossyTensor:
             self._magnitudes(positions),
             represented,
             None if self.weights is None else self.weights[positions],
-            options.rate_weight,
+            asked.rate_weight,
             self.dtype,
             originals,
             None if self.scaling is None else self.scaling.of(positions),
             None if self.multiplier is None else self.multiplier(positions),
             self.mask is not None,
-            self._widest() if options.fixed_width else None,
+            self._widest() if fixed_width else None,
         )
-        if step is not None:
-            return self._uniform(some.quantiser(_checked_step(step)), given=True)
-        if options.error_db is not None:
-            return self._for_error(some, options.error_db)
-        if options.bits is not None:
-            step = step_for_bits(some, options.bits)
+        if asked.step is not None:
+            return self._uniform(some.quantiser(_checked_step(asked.step)), given=True)
+        if asked.error_db is not None:
+            return self._for_error(some, asked.error_db)
+        if asked.bits is not None:
+            step = step_for_bits(some, asked.bits)
         else:
-            assert options.budget is not None
-            step = step_for_budget(some, options.budget)
+            assert asked.budget is not None
+            step = step_for_budget(some, asked.budget)
         return None if step is None else self._uniform(some.quantiser(_checked_step(step)))
 
     def _for_error(self, some: Sampled, error_db: float) -> NumberSource | None:
@@ -169,8 +174,7 @@ class LossyTensor:
             count += len(squares)
         return power / max(count, 1)
 
-    def _table(self, positions: NDArray[np.int64], options: Options) -> NumberSource:
-        count = options.centroids or max(round(2 ** (options.bits or 1)) // 2, 1)
+    def _table(self, positions: NDArray[np.int64], count: int) -> NumberSource:
         weights = None if self.weights is None else self.weights[positions]
         centroids = lloyd_max(self._magnitudes(positions), count, weights)
         if not len(centroids):
@@ -246,13 +250,18 @@ def _checked_step(step: float) -> np.float32:
 # ------------------------------------------------------------------------------------------------- scales
 
 
-def scaling_of(flat: Flat, entry: TensorEntry, options: Options, mask: Mask | None) -> Scaling | None:
-    """Returns the scale of the options: root mean squares of the survivors that share a factor, or None."""
-    if options.scale is None:
+def scaling_of(
+    flat: Flat, entry: TensorEntry, asked: UniformOptions | TableOptions, mask: Mask | None
+) -> Scaling | None:
+    """Returns the scale of a tensor, or None if the caller's quantiser has none.
+
+    The factors are the root mean squares of the survivors that share a factor.
+    """
+    if asked.scale is None:
         return None
-    per = options.scale if isinstance(options.scale, str) else "group"
-    size = 0 if isinstance(options.scale, str) else int(options.scale)
-    dtype = DTYPES[options.scale_dtype]
+    per = asked.scale if isinstance(asked.scale, str) else "group"
+    size = 0 if isinstance(asked.scale, str) else int(asked.scale)
+    dtype = DTYPES[asked.scale_dtype or "F16"]
     shaped = replace(entry, scale=ScaleEntry(per, size, dtype))
     count = next(v.size for v in shaped.vector_list() if v.name == "scale")
     squares, counts = np.zeros(count), np.zeros(count, np.int64)

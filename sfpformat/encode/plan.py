@@ -32,7 +32,8 @@ from ..engines import Engine, get_engine
 from ..errors import FileFault, OptionError
 from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
-from ..options import ImportanceOptions, Options
+from ..options import ImportanceOptions, Lossless, Options
+from ..options import Uniform as UniformOptions
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .exact_tables import choose_exact, takes_more_bits
@@ -139,8 +140,9 @@ def plan_tensor(
     raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk), bits=flat.nbytes * 8)
     extras = mask is not None or importance is not None
     if options.coding == "raw" or not dtype.is_float:
-        if options.coding == "fingerprint" or extras or (dtype.is_float and not options.lossless):
-            raise OptionError(f"tensor {name!r}: coding raw has no mask, importance or quantiser")
+        if options.coding == "fingerprint" or extras:
+            why = "coding raw" if dtype.is_float else f"dtype {dtype.name} is stored raw, which"
+            raise OptionError(f"tensor {name!r}: {why} has no fingerprints, mask or importance")
         return raw
     may_be_raw = options.coding == "auto" and not extras
     if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
@@ -170,9 +172,11 @@ def plan_tensor(
 
 def _no_step(options: Options) -> str:
     """Returns the message for a tensor of which no step reaches what the options require."""
-    if options.error_db is not None:
-        return f"no step brings the error to {options.error_db} dB; use lossless"
-    target = f"{options.bits} bits" if options.bits else f"a budget of {options.budget} bits a position"
+    asked = options.quantiser
+    assert isinstance(asked, UniformOptions)
+    if asked.error_db is not None:
+        return f"no step brings the error to {asked.error_db} dB; use lossless"
+    target = f"{asked.bits} bits" if asked.bits else f"a budget of {asked.budget} bits a position"
     return f"with {target}, all weights would become 0; use more bits"
 
 
@@ -326,15 +330,17 @@ class _Planner:
 
     def allowance(self) -> int:
         """Returns how many bits the options allow for mask and levels; 0 if they set no number of bits."""
-        options, positions = self.options, len(self.flat)
-        if options.budget is not None:
-            return int(options.budget * positions)
-        if options.bits is None or options.quantiser != "uniform":
+        asked, positions = self.options.quantiser, len(self.flat)
+        if not isinstance(asked, UniformOptions):
+            return 0
+        if asked.budget is not None:
+            return int(asked.budget * positions)
+        if asked.bits is None:
             return 0
         mask = self.given_mask
         survivors = int(np.count_nonzero(self.flat != 0 if mask is None else mask))
         mask_bits = entropy_bits(np.array([positions - survivors, survivors])) >> FRACTION
-        return int(options.bits * survivors) + mask_bits
+        return int(asked.bits * survivors) + mask_bits
 
     def without_loss(self) -> _Planner:
         """Returns a planner for the same tensor with lossless options."""
@@ -456,7 +462,8 @@ class _Planner:
             OptionError: the options do not fit the tensor.
         """
         flat, dtype, options = self.flat, self.entry.dtype, self.options
-        if options.lossless:
+        asked = options.lossy
+        if asked is None:
             # A narrower dtype does not allow coarse classes, so that it needs longer codes.
             narrow = options.narrow and options.code_limit >= 8
             magnitudes = self.engine.few_magnitudes(float_patterns(flat, dtype), MAX_DISTINCT)
@@ -466,25 +473,25 @@ class _Planner:
             exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
                 (ExactSource(flat, dtype, coded, magnitudes, self.engine), {})
             ]
-            if options.quantiser == "lossless":
+            if isinstance(options.quantiser, Lossless):
                 values = value_source(flat, dtype, magnitudes, self.engine)
                 if values is not None and len(values.centroids) * _CENTROID_BITS < flat.nbytes * 8:
                     exact.append((values, {"fingerprint centroids": values.centroids}))
             return exact
         require_finite(flat)
-        scaling = scaling_of(flat, self.entry, options, self.given_mask)
+        scaling = scaling_of(flat, self.entry, asked, self.given_mask)
         if scaling is not None:
             self.entry = scaling.entry
         weights = None
-        if options.weighted:
+        if asked.weighted:
             if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
                 raise OptionError("weighted needs an importance of the tensor's shape")
-            weights = error_weights(checked_importance(importance), options.weighted)
+            weights = error_weights(checked_importance(importance), asked.weighted)
         multiplier = None
         if stored is not None and options.importance is not None and options.importance.role == "multiplier":
             multiplier = stored.stored
         tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
-        source = tensor.source(options)
+        source = tensor.source(asked, fixed_width=options.fixed_width)
         if source is None:
             return []
         vectors: dict[str, NDArray[np.generic]] = {}

@@ -142,7 +142,7 @@ class Sampled:
         magnitudes: magnitudes of sampled survivors, float32, divided by their scale.
         positions: how many positions the sample represents, pruned ones included.
         weights: the weight of each error, float32, with a mean of 1; None: all errors are equal.
-        rate_weight: as in `Options`.
+        rate_weight: as in `Uniform`.
         dtype: the tensor's dtype.
         originals: the magnitudes in the tensor, float64; None: equal to ``magnitudes``.
         scale: the scale factor of each weight, or None.

@@ -28,6 +28,7 @@ from ..io.atomic import ReplacedTogether
 from ..io.paths import SUFFIX
 from ..names import require_matches
 from ..options import ImportanceOptions, Options
+from ..options import Uniform as UniformOptions
 from .masks import masks_of
 from .thresholds import Allocation, Numbers, Pattern, Threshold, pattern_dim
 
@@ -208,7 +209,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
     quantiser = entry.fingerprints.quantiser if entry.fingerprints is not None else None
     if isinstance(quantiser, Uniform) and entry.scale is None:
         # The same step rounds every multiple of it back to itself.
-        options = Options(quantiser="uniform", step=float(quantiser.step), rate_weight=0.0)
+        options = Options(UniformOptions(step=float(quantiser.step), rate_weight=0.0))
     if entry.importance is None or importance is None or entry.importance.over == "factors":
         return options
     stored = entry.importance.quantiser

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sfpformat
+from sfpformat import Uniform
 from sfpformat.cli import main
 from sfpformat.demo import bundled, packing, plot
 from sfpformat.demo.model import (
@@ -91,7 +92,7 @@ def test_a_lossless_variant_has_the_same_perplexity(
 def test_a_pruned_and_quantised_variant_is_measured(
     weights: packing.Tensors, short_texts: None, tmp_path: Path
 ) -> None:
-    variant = packing.Variant("half", Sparsity(0.5), Options(quantiser="uniform", error_db=-20))
+    variant = packing.Variant("half", Sparsity(0.5), Options(Uniform(error_db=-20)))
     result = packing.run(weights, variant, tmp_path / "b.sfp")
     assert result.verified
     assert result.sparsity == pytest.approx(0.5, abs=0.01)

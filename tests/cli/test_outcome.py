@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import OptionError, Options
+from sfpformat import OptionError, Options, Uniform
 from sfpformat.cli import outcome
 from sfpformat.cli.outcome import _Bound, _compare, decibels
 from sfpformat.coding.quantisers import Exact
@@ -192,7 +193,9 @@ def test_quantised_weights_stay_within_the_bound_of_their_quantiser(name: str, d
     options = data.draw(lossy_options(min(greatest, 2e38)))
     weighted = data.draw(st.sampled_from([None, "root", "full"])) if not options.lossless else None
     importance = np.random.default_rng(data.draw(seeds)).random(array.shape).astype(np.float32)
-    options = options.but(weighted=weighted, importance=None)
+    if options.lossy is not None:
+        options = options.but(quantiser=replace(options.lossy, weighted=weighted))
+    options = options.but(importance=None)
     importances = {} if weighted is None else {"w": importance}
     try:
         written = save({"w": array}, options=options, importances=importances)
@@ -217,7 +220,7 @@ def test_sfp_verify_names_tensors_with_quantised_weights_that_are_not_finite(
 ) -> None:
     """Older versions wrote such files."""
     tensors = {"a": np.full((8, 64), 65504, np.float16), "b": np.float32([[1.0, np.inf]])}
-    options = {"a": Options(quantiser="uniform", step=26000.0, rate_weight=0, coding="fingerprint")}
+    options = {"a": Options(Uniform(step=26000.0, rate_weight=0), coding="fingerprint")}
     path = tmp_path / "m.sfp"
     path.write_bytes(save(tensors, options=options))
     assert run("verify", path) == 0

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import Options
+from sfpformat import Exact, Options, Table, Uniform
 from sfpformat.cli.diff import compare
 from sfpformat.cli.report import PARTS, report_tensor
 from sfpformat.numpy import save
@@ -42,8 +42,8 @@ def everything() -> bytes:
     options = {
         "runs": Options(mask="runs", chunk=1024),
         "octets": Options(mask="octets"),
-        "uniform": Options(quantiser="uniform", step=0.25, scale="row"),
-        "table": Options(quantiser="table", centroids=9, mask="none"),
+        "uniform": Options(Uniform(step=0.25, scale="row")),
+        "table": Options(Table(centroids=9), mask="none"),
         "empty": Options(coding="fingerprint"),
     }
     importances = {"uniform": np.abs(w), "factors": (np.ones(96, np.float32), np.ones(64, np.float32))}
@@ -271,8 +271,8 @@ def test_a_damaged_file_cannot_be_compared(tmp_path: Path, capsys: Capture) -> N
 def test_quantisers_are_named(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     options = {
-        "a": Options(quantiser="table", centroids=8, scale=32),
-        "b": Options(quantiser="exact", narrow=False),
+        "a": Options(Table(centroids=8, scale=32)),
+        "b": Options(Exact(), narrow=False),
         "c": Options(coding="raw"),
     }
     save_sfp(dict.fromkeys("abc", w), tmp_path / "m.sfp", options=options)

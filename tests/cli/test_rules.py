@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import PRESETS, Options
+from sfpformat import PRESETS, Options, Table, Uniform
 from sfpformat.cli import magnitude, main
 from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
 from sfpformat.cli.rules import Rules, Treatment
@@ -96,7 +96,10 @@ def test_keep_overrides_all_rules(tmp_path: Path) -> None:
         ("--pattern-dim 1", "--pattern-dim needs a pattern"),
         ("--prune 0.5 --pattern-dim 1", "--pattern-dim needs a pattern"),
         ("--prune 2:4 --pattern-dim x", "is no dimension"),
-        ("--scale row", "a scale needs the quantiser"),
+        ("--scale row", "--scale needs one of --bits, --budget, --step, --error-db, --table"),
+        ("--bits 4 --scale-dtype F32", "--scale-dtype needs --scale"),
+        ("--rate-weight 0", "--rate-weight needs one of --bits, --budget, --step, --error-db"),
+        ("--table 8 --rate-weight 0", "--rate-weight needs one of --bits, --budget, --step, --error-db"),
         ("--segment 33", "segment is 33"),
         ("--importance-bits 99", "bits is 99"),
     ],
@@ -132,16 +135,18 @@ def treatment(words: str) -> Treatment:
     [
         ("--preset gpu", PRESETS["gpu"]),
         ("--preset gpu --codes 4", PRESETS["gpu"].but(codes=4)),
-        ("--preset fused --table 8", PRESETS["fused"].but(quantiser="table", centroids=8)),
-        ("--bits 4", Options(quantiser="uniform", bits=4)),
-        ("--step 0.5 --rate-weight 0", Options(quantiser="uniform", step=0.5, rate_weight=0)),
-        ("--error-db -30", Options(quantiser="uniform", error_db=-30)),
-        ("--table 9 --scale 64", Options(quantiser="table", centroids=9, scale=64)),
+        ("--preset fused --table 8", PRESETS["fused"].but(quantiser=Table(centroids=8))),
+        ("--bits 4", Options(Uniform(bits=4))),
+        ("--bits 4 --rate-weight 0 --like w --table 8", Options(Table(8))),
+        ("--bits 4 --rate-weight 0 --like w --step 0.5", Options(Uniform(step=0.5, rate_weight=0))),
+        ("--step 0.5 --rate-weight 0", Options(Uniform(step=0.5, rate_weight=0))),
+        ("--error-db -30", Options(Uniform(error_db=-30))),
+        ("--table 9 --scale 64", Options(Table(centroids=9, scale=64))),
         ("--mask runs --group 1 --segment 64", Options(mask="runs", group=1, segment=64)),
         ("--chunk 4096 --code-limit 8 --mantissa-bits 1", Options(chunk=4096, code_limit=8, mantissa_bits=1)),
         ("--bits 4 --scale row --like w --lossless", Options()),
-        ("--bits 4 --like w --table 8", Options(quantiser="table", centroids=8)),
-        ("--bits 4 --like w --scale row", Options(quantiser="uniform", bits=4, scale="row")),
+        ("--bits 4 --like w --table 8", Options(Table(centroids=8))),
+        ("--bits 4 --like w --scale row", Options(Uniform(bits=4, scale="row"))),
         ("--bits 4 --like x* --bits 3 --like w --bits 2", None),
     ],
 )

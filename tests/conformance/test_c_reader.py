@@ -388,7 +388,7 @@ def test_large_segments_and_all_trims_are_read_alike(c_reader: Reader) -> None:
     rows = rng.normal(size=(64, 3000)).astype(np.float32)
     rows[::3] = rows[::3].astype(np.float16)
     narrow = rows.astype(np.float32)
-    options = sfpformat.Options(coding="fingerprint", quantiser="exact", narrow=False, segment=65536)
+    options = sfpformat.Options(sfpformat.Exact(), coding="fingerprint", narrow=False, segment=65536)
     tensors = {"dense": narrow, "half": weights(300, 700), "few": np.round(weights(64, 512) * 2)}
     data = sfpformat.numpy.save(tensors, options=options, importances={"half": importance(300, 700)})
     same(c_reader, data)

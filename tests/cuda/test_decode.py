@@ -18,7 +18,7 @@ from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 import sfpformat
 from conformance.recipes.samples import everything, plain, weights
 from kernels.tools import inputs, shim
-from sfpformat import PRESETS, Options
+from sfpformat import PRESETS, Exact, Options, Table, Uniform
 from sfpformat.engines import translation
 from sfpformat.engines.cuda import driver, layout, loading, source, work
 from sfpformat.errors import FileFault
@@ -102,11 +102,11 @@ def test_files_made_by_hand_are_decoded(judged: Judged) -> None:
 
 Made = tuple[Any, Options, float]
 KERNELS: dict[str, list[Made]] = {
-    "any_1": [(ml_dtypes.float8_e5m2, Options(quantiser="uniform", bits=3.0, scale="row"), 0.5)],
-    "any_2": [(np.float16, Options(quantiser="table", centroids=9, scale="column"), 0.5)],
-    "any_4": [(np.float32, Options(quantiser="uniform", bits=4.0, scale=100), 1.0)],
+    "any_1": [(ml_dtypes.float8_e5m2, Options(Uniform(bits=3.0, scale="row")), 0.5)],
+    "any_2": [(np.float16, Options(Table(centroids=9, scale="column")), 0.5)],
+    "any_4": [(np.float32, Options(Uniform(bits=4.0, scale=100)), 1.0)],
     "any_8": [
-        (np.float64, Options(quantiser="uniform", bits=4.0, scale="row"), 0.2),
+        (np.float64, Options(Uniform(bits=4.0, scale="row")), 0.2),
         (np.float64, Options(), 1.0),
     ],
     "short_1": [
@@ -115,35 +115,35 @@ KERNELS: dict[str, list[Made]] = {
     ],
     "short_2": [
         (BF16, Options(mask="octets", group=2), 0.5),
-        (BF16, Options(quantiser="uniform", step=0.02, mask="runs"), 0.1),
-        (BF16, Options(quantiser="uniform", step=0.02, mask="runs", polarity=0, codes=1), 0.8),
-        (np.float16, Options(quantiser="uniform", step=0.05, scale="tensor", group=2), 0.9),
+        (BF16, Options(Uniform(step=0.02), mask="runs"), 0.1),
+        (BF16, Options(Uniform(step=0.02), mask="runs", polarity=0, codes=1), 0.8),
+        (np.float16, Options(Uniform(step=0.05, scale="tensor"), group=2), 0.9),
         (BF16, Options(trim=True, mask="octets"), 0.4),
     ],
     "sparse_2_1_many_short": [
-        (BF16, PRESETS["gpu"].but(quantiser="uniform", step=0.1, codes=5), 0.5),
-        (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor", codes=3), 1.0),
+        (BF16, PRESETS["gpu"].but(quantiser=Uniform(step=0.1), codes=5), 0.5),
+        (np.float16, PRESETS["gpu"].but(quantiser=Table(centroids=20, scale="tensor"), codes=3), 1.0),
     ],
     "sparse_2_1_one_short": [
-        (BF16, PRESETS["gpu"].but(quantiser="table", centroids=8), 0.5),
-        (np.float16, PRESETS["gpu"].but(quantiser="table", centroids=20, scale="tensor"), 1.0),
-        (BF16, PRESETS["fused"].but(quantiser="table", centroids=8), 0.5),
-        (np.float16, PRESETS["fused"].but(quantiser="table", centroids=128), 0.3),
-        (BF16, PRESETS["fused"].but(quantiser="table", centroids=2), 1.0),
+        (BF16, PRESETS["gpu"].but(quantiser=Table(centroids=8)), 0.5),
+        (np.float16, PRESETS["gpu"].but(quantiser=Table(centroids=20, scale="tensor")), 1.0),
+        (BF16, PRESETS["fused"].but(quantiser=Table(centroids=8)), 0.5),
+        (np.float16, PRESETS["fused"].but(quantiser=Table(centroids=128)), 0.3),
+        (BF16, PRESETS["fused"].but(quantiser=Table(centroids=2)), 1.0),
     ],
     "sparse_2_1_many_long": [
-        (np.float16, Options(quantiser="table", centroids=20, mask="octets"), 0.5),
-        (BF16, Options(quantiser="table", centroids=40, group=1, mask="octets"), 0.1),
-        (BF16, Options(quantiser="table", centroids=40, group=1, codes=4), 1.0),
+        (np.float16, Options(Table(centroids=20), mask="octets"), 0.5),
+        (BF16, Options(Table(centroids=40), group=1, mask="octets"), 0.1),
+        (BF16, Options(Table(centroids=40), group=1, codes=4), 1.0),
     ],
-    "sparse_2_8_one_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact"), 0.5)],
-    "sparse_2_8_many_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser="exact", codes=4), 0.95)],
+    "sparse_2_8_one_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser=Exact()), 0.5)],
+    "sparse_2_8_many_short": [(BF16, PRESETS["gpu"].but(mask="octets", quantiser=Exact(), codes=4), 0.95)],
     "sparse_2_8_many_long": [
-        (BF16, Options(mask="octets", quantiser="exact", mantissa_bits=0, group=1, codes=n), d)
+        (BF16, Options(Exact(), mask="octets", mantissa_bits=0, group=1, codes=n), d)
         for n, d in ((1, 0.05), (6, 0.5))
     ],
-    "short_4": [(np.float32, Options(quantiser="uniform", step=0.05), 0.5)],
-    "plain_2": [(BF16, Options(quantiser="uniform", step=0.0005), 0.9)],
+    "short_4": [(np.float32, Options(Uniform(step=0.05)), 0.5)],
+    "plain_2": [(BF16, Options(Uniform(step=0.0005)), 0.9)],
     "plain_4": [(np.float32, Options(mask="runs", polarity=0), 0.9), (np.float32, Options(narrow=True), 0.5)],
     "plain_8": [(np.float64, Options(narrow=False), 1.0)],
     "dense_2_8_one_short": [(BF16, Options(codes=1, code_limit=8), 1.0)],

@@ -13,7 +13,7 @@ from sfp_conformance.forge import Forge
 from torch import nn
 
 from kernels.tools import identity, shim
-from sfpformat import PRESETS, InvalidFileError, Options
+from sfpformat import PRESETS, InvalidFileError, Options, Table
 from sfpformat.engines import get_device_engine
 from sfpformat.engines.cuda import loading
 from sfpformat.torch import (
@@ -35,7 +35,7 @@ from ..torch.test_layers import linear
 
 pytestmark = needs("g++")
 
-FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
+FUSED = PRESETS["fused"].but(quantiser=Table(centroids=8))
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def launched(queues: list[shim.HostDevice]) -> list[str]:
 
 
 def fused_linear(
-    rows: int = 70, columns: int = 256, dtype: Any = torch.bfloat16, **options: Any
+    rows: int = 70, columns: int = 256, dtype: Any = torch.bfloat16, scale: str | None = None
 ) -> SfpLinear:
     dense = linear(rows, columns).to(dtype)
     pruned = torch.where(torch.rand(rows, columns) < 0.5, dense.weight.detach(), 0)
     dense.weight = nn.Parameter(pruned.to(dtype))
-    return SfpLinear.of(dense, FUSED.but(**options))
+    return SfpLinear.of(dense, FUSED.but(quantiser=Table(centroids=8, scale=scale)))
 
 
 def dense_of(layer: SfpLinear) -> nn.Linear:

@@ -15,7 +15,7 @@ from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
 import sfpformat
 from kernels.tools import shim
 from kernels.tools.ondevice import NUMPY, SUMMING, Multiplication, OnDevice, excess
-from sfpformat import PRESETS, ImportanceOptions, Options
+from sfpformat import PRESETS, ImportanceOptions, Options, Table, Uniform
 from sfpformat.engines.cuda import layout, product
 from sfpformat.engines.cuda.product import make_product
 from sfpformat.numpy import save
@@ -24,7 +24,12 @@ from ..support.programs import needs
 
 pytestmark = needs("g++")
 
-FUSED = PRESETS["fused"].but(quantiser="table", centroids=8)
+FUSED = PRESETS["fused"].but(quantiser=Table(centroids=8))
+
+
+def fused(scale: str | int | None) -> Options:
+    """The same options with a scale."""
+    return FUSED.but(quantiser=Table(centroids=8, scale=scale))
 
 
 def matrix(rows: int, columns: int, density: float = 0.5, seed: int = 0) -> NDArray[np.float32]:
@@ -70,7 +75,7 @@ SCALES: dict[str, Any] = {"none": None, "tensor": "tensor", "row": "row", "group
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_products_with_unit_vectors_are_the_decoded_weights(dtype: str, scale: str, backwards: bool) -> None:
     array = matrix(20, 384).astype(NUMPY[dtype])
-    own = made(array, FUSED.but(scale=SCALES[scale]), backwards=backwards)
+    own = made(array, fused(SCALES[scale]), backwards=backwards)
     for first in (0, 8, 120, 376):
         x = np.eye(8, 384, first).astype(NUMPY[dtype])
         found = own.multiply(x)
@@ -107,7 +112,7 @@ def test_products_equal_those_of_the_decoded_weights(
         scale = 128
     array = matrix(rows, columns, density, seed=rows).astype(NUMPY[dtype])
     array[0, :8] = [-1, 0.5, -2, 2.5, -3, 4, -5, 6]  # eight magnitudes at least, whatever the density
-    options = FUSED.but(scale=scale, chunk=chunk, segment=segment, coding="fingerprint")
+    options = fused(scale).but(chunk=chunk, segment=segment, coding="fingerprint")
     own = made(array, options, backwards=backwards)
     assume(own.there.entry.fingerprints.table.extra == bytes([layout.LEVEL_BITS]))
     x, bias = activations(batch, columns, dtype), activations(1, rows, dtype)[0] if biased else None
@@ -156,7 +161,7 @@ def test_a_matrix_without_a_mask_is_multiplied() -> None:
 
 def test_uniform_levels_are_multiplied_like_centroids() -> None:
     array = np.clip(np.round(matrix(40, 512) * 3), -8, 8).astype(np.float32)
-    own = made(array, PRESETS["fused"].but(quantiser="uniform", step=1.0, rate_weight=0.0))
+    own = made(array, PRESETS["fused"].but(quantiser=Uniform(step=1.0, rate_weight=0.0)))
     assert (own.weight == array).all()
     x = activations(5, 512, "F32")
     assert excess(own.multiply(x), x, own.weight, None) <= SUMMING
@@ -188,10 +193,10 @@ def file_of(options: Options, array: NDArray[Any] | None = None, **more: Any) ->
 @pytest.mark.parametrize(
     "options",
     [
-        PRESETS["gpu"].but(quantiser="table", centroids=8),
-        FUSED.but(centroids=16),
-        FUSED.but(scale="column"),
-        FUSED.but(scale=96),
+        PRESETS["gpu"].but(quantiser=Table(centroids=8)),
+        FUSED.but(quantiser=Table(centroids=16)),
+        fused("column"),
+        fused(96),
         FUSED.but(segment=1024),
         FUSED.but(mask="runs", fixed_width=False),
         PRESETS["fused"],
@@ -239,7 +244,7 @@ def test_weights_with_multipliers_are_decoded_and_those_with_importances_are_mul
 def test_weights_are_converted_like_decoded_ones(stored: str, dtype: str, compute: str, scaled: bool) -> None:
     array = matrix(32, 256).astype(NUMPY[stored])
     for scale, possible in ((None, True), ("row", scaled)):
-        data = save({"w": array}, options=FUSED.but(scale=scale))
+        data = save({"w": array}, options=fused(scale))
         product = product_of(data, dtype, compute)
         assert (product is not None) == possible
         if product is None:

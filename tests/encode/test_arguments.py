@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import pytest
 
 import sfpformat
 import sfpformat.numpy
-from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, Writer, steps_for_budget
+from sfpformat import (
+    PRESETS,
+    ImportanceOptions,
+    OptionError,
+    Options,
+    Table,
+    Uniform,
+    Writer,
+    steps_for_budget,
+)
 
 WEIGHTS = np.ones((4, 8), np.float32)
 MASK = np.ones((4, 8), np.bool_)
@@ -124,30 +134,73 @@ def test_a_writer_refuses_options_of_another_type_and_stays_usable(tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"quantiser": "uniform", "bits": "4"}, "bits is '4', must be from 0.05 to 32"),
-        ({"quantiser": "uniform", "step": "1"}, "step is '1', must be above 0"),
-        ({"quantiser": "uniform", "error_db": "-20"}, "error_db is '-20', must be a number of dB"),
-        ({"quantiser": "table", "centroids": 8.0}, "centroids is 8.0, must be a whole number"),
-        ({"segment": "64"}, "segment is '64', must be a whole number"),
-        ({"chunk": None}, "chunk is None, must be a whole number"),
-        ({"codes": 2.5}, "codes is 2.5, must be a whole number from 1 to 16"),
-        ({"trim": "no"}, "trim is 'no', must be one of True, False"),
-        ({"importance": 6}, "importance is 6, must be ImportanceOptions or None"),
+        ((Uniform, {"bits": "4"}), "bits is '4', must be from 0.05 to 32"),
+        ((Uniform, {"step": "1"}), "step is '1', must be above 0"),
+        ((Uniform, {"error_db": "-20"}), "error_db is '-20', must be a number of dB"),
+        ((Table, {"centroids": 8.0}), "centroids is 8.0, must be a whole number"),
+        ((Options, {"segment": "64"}), "segment is '64', must be a whole number"),
+        ((Options, {"chunk": None}), "chunk is None, must be a whole number"),
+        ((Options, {"codes": 2.5}), "codes is 2.5, must be a whole number from 1 to 16"),
+        ((Options, {"trim": "no"}), "trim is 'no', must be one of True, False"),
+        ((Options, {"importance": 6}), "importance is 6, must be ImportanceOptions or None"),
     ],
 )
-def test_options_refuse_values_of_another_type(given: dict[str, Any], words: str) -> None:
+def test_options_refuse_values_of_another_type(given: tuple[Any, dict[str, Any]], words: str) -> None:
+    kind, fields = given
     with pytest.raises(OptionError, match=words):
-        Options(**given)
+        kind(**fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("uniform", "quantiser is 'uniform'; write Uniform(bits=...)"),
+        ("exact", "quantiser is 'exact'; write Exact()"),
+        (Table, "quantiser is Table; write Table(centroids=...)"),
+        (4, "quantiser is 4; write Lossless() or Exact() or Uniform(bits=...) or Table(centroids=...)"),
+    ],
+)
+def test_a_quantiser_of_another_type_is_refused_with_how_to_write_one(given: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=f"^{re.escape(words)}$"):
+        Options(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("step", "Options(Uniform(step=...))"),
+        ("bits", "Options(Uniform(bits=...)) or Options(Table(bits=...))"),
+        ("centroids", "Options(Table(centroids=...))"),
+        ("rate_weight", "Options(Uniform(..., rate_weight=...))"),
+        ("scale", "Options(Uniform(..., scale=...)) or Options(Table(..., scale=...))"),
+    ],
+)
+def test_a_field_of_a_quantiser_given_to_options_is_refused_with_where_to_write_it(
+    name: str, words: str
+) -> None:
+    expected = f"Options takes no {name!r}: it belongs to the quantiser; write {words}"
+    for make in (Options, Options().but):
+        with pytest.raises(OptionError, match=f"^{re.escape(expected)}$"):
+            make(**{name: 4})
+
+
+def test_a_quantiser_refuses_a_field_of_another() -> None:
+    with pytest.raises(TypeError, match="centroids"):
+        Uniform(centroids=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="rate_weight"):
+        Table(4, rate_weight=0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("bits", "count"), [(1, 1), (4, 8), (4.5, 11), (16, 1 << 15)])
+def test_the_bits_of_a_table_count_a_sign(bits: float, count: int) -> None:
+    assert Table(bits=bits).count == Table(count).count == count
 
 
 def test_options_accept_numpy_scalars() -> None:
     options = Options(
-        quantiser="uniform",
-        bits=np.float32(3),
-        chunk=np.int64(4096),
-        importance=ImportanceOptions(bits=np.int8(5)),
+        Uniform(bits=np.float32(3)), chunk=np.int64(4096), importance=ImportanceOptions(bits=np.int8(5))
     )
-    plain = Options(quantiser="uniform", bits=3.0, chunk=4096, importance=ImportanceOptions(bits=5))
+    plain = Options(Uniform(bits=3.0), chunk=4096, importance=ImportanceOptions(bits=5))
     assert options == plain
     given: dict[str, Any] = {"importances": {"w": WEIGHTS}}
     assert sfpformat.numpy.save({"w": WEIGHTS}, options=options, **given) == sfpformat.numpy.save(

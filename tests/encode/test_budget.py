@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import OptionError, Options, steps_for_budget
+from sfpformat import OptionError, Options, Uniform, steps_for_budget
 from sfpformat.encode.quantise import WeighedNumbers, weighed_numbers
 from sfpformat.numpy import load, save
 
@@ -24,7 +25,8 @@ SHAPE = (128, 256)
 WEIGHTS = RNG.standard_normal(SHAPE).astype(np.float32)
 # Importances as a Fisher information has them: over some orders of magnitude.
 IMPORTANCE = np.exp(2 * RNG.standard_normal(SHAPE)).astype(np.float32)
-NOT_KEPT = Options(quantiser="uniform", bits=2.5, importance=None)
+FEW_BITS = Uniform(bits=2.5)
+NOT_KEPT = Options(FEW_BITS, importance=None)
 
 
 def weighed_error(found: np.ndarray, importance: np.ndarray) -> float:
@@ -34,7 +36,8 @@ def weighed_error(found: np.ndarray, importance: np.ndarray) -> float:
 def test_errors_are_larger_where_the_importance_is_lower() -> None:
     errors, sizes = {}, []
     for weighted in (None, "root", "full"):
-        data = save({"w": WEIGHTS}, options=NOT_KEPT.but(weighted=weighted), importances={"w": IMPORTANCE})
+        options = NOT_KEPT.but(quantiser=replace(FEW_BITS, weighted=weighted))
+        data = save({"w": WEIGHTS}, options=options, importances={"w": IMPORTANCE})
         errors[weighted] = weighed_error(load(data)["w"], IMPORTANCE)
         sizes.append(len(data))
     assert max(sizes) < 1.06 * min(sizes)
@@ -43,21 +46,22 @@ def test_errors_are_larger_where_the_importance_is_lower() -> None:
 
 
 def test_an_importance_that_is_only_a_weight_is_not_stored() -> None:
-    options = NOT_KEPT.but(weighted="root")
+    options = NOT_KEPT.but(quantiser=replace(FEW_BITS, weighted="root"))
     data = save({"w": WEIGHTS}, options=options, importances={"w": IMPORTANCE})
     with sfpformat.open(data) as file:
         assert file.entry("w").importance is None
-    kept = save({"w": WEIGHTS}, options=Options(quantiser="uniform", bits=2.5), importances={"w": IMPORTANCE})
+    kept = save({"w": WEIGHTS}, options=Options(Uniform(bits=2.5)), importances={"w": IMPORTANCE})
     with sfpformat.open(kept) as file:
         assert file.get_importance("w") is not None
 
 
 def test_equal_importances_give_the_same_bytes_as_none() -> None:
     """Except for zeros: only a weighted error may quantise to them."""
-    options = NOT_KEPT.but(bits=4.0)
-    plain = load(save({"w": WEIGHTS}, options=options))["w"]
+    asked = Uniform(bits=4.0)
+    plain = load(save({"w": WEIGHTS}, options=Options(asked)))["w"]
     same = {"w": np.full(SHAPE, np.float32(3))}
-    weighed = load(save({"w": WEIGHTS}, options=options.but(weighted="full"), importances=same))["w"]
+    options = NOT_KEPT.but(quantiser=replace(asked, weighted="full"))
+    weighed = load(save({"w": WEIGHTS}, options=options, importances=same))["w"]
     assert np.mean(plain == weighed) > 0.99
 
 
@@ -107,7 +111,7 @@ def model() -> dict[str, np.ndarray]:
 def test_all_tensors_together_meet_the_bit_budget(bits: float) -> None:
     tensors = model()
     steps = steps_for_budget(tensors, bits)
-    options = {name: Options(quantiser="uniform", step=step) for name, step in steps.items()}
+    options = {name: Options(Uniform(step=step)) for name, step in steps.items()}
     taken = 8 * len(save(tensors, options=options)) / sum(a.size for a in tensors.values())
     assert bits - 0.05 < taken < bits + 0.4  # tables and index come on top
 
@@ -143,7 +147,7 @@ def test_bits_saved_by_a_mask_are_spent_on_other_tensors() -> None:
 def test_every_returned_step_can_be_written(arrays: list[np.ndarray], bits: float) -> None:
     tensors = {str(i): array for i, array in enumerate(arrays)}
     steps = steps_for_budget(tensors, bits)
-    options = {name: Options(quantiser="uniform", step=step) for name, step in steps.items()}
+    options = {name: Options(Uniform(step=step)) for name, step in steps.items()}
     assert set(load(save(tensors, options=options))) == set(tensors)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sfpformat
-from sfpformat import PRESETS, OptionError, Options
+from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.encode.plan import default_segment
@@ -19,7 +19,7 @@ from sfpformat.encode.quantise import Sampled, lloyd_max, step_for_error, weighi
 from sfpformat.numpy import load, save
 
 RNG = np.random.default_rng(11)
-PLAIN = PRESETS["fused"].but(quantiser="table", centroids=8)
+PLAIN = PRESETS["fused"].but(quantiser=Table(centroids=8))
 NORMAL = RNG.standard_normal((256, 384)).astype(np.float32)
 
 
@@ -34,7 +34,7 @@ def decibels(before: np.ndarray, after: np.ndarray) -> float:
 
 @pytest.mark.parametrize("bits", [1.0, 2.0, 4.0, 6.0])
 def test_a_bit_target_is_met_by_the_planes(bits: float) -> None:
-    data = save({"w": NORMAL}, options=Options(quantiser="uniform", bits=bits))
+    data = save({"w": NORMAL}, options=Options(Uniform(bits=bits)))
     with sfpformat.open(data) as file:
         entry = file.entry("w")
         index = file.read_head(entry, 0)
@@ -45,7 +45,7 @@ def test_a_bit_target_is_met_by_the_planes(bits: float) -> None:
 @pytest.mark.parametrize("target", [-30.0, -20.0, -10.0, -6.0])
 @pytest.mark.parametrize("rate_weight", [0.0, 0.12])
 def test_an_error_target_is_met(target: float, rate_weight: float) -> None:
-    options = Options(quantiser="uniform", error_db=target, rate_weight=rate_weight)
+    options = Options(Uniform(error_db=target, rate_weight=rate_weight))
     found = decibels(NORMAL, load(save({"w": NORMAL}, options=options))["w"])
     assert target - 0.4 < found < target + 0.1
 
@@ -62,7 +62,7 @@ def test_the_step_for_an_error_target_stays_below_it() -> None:
 def test_rate_distortion_weighting_needs_fewer_bits_for_the_same_error() -> None:
     """At equal error fewer bits are needed."""
     sizes = [
-        len(save({"w": NORMAL}, options=Options(quantiser="uniform", error_db=-9, rate_weight=weight)))
+        len(save({"w": NORMAL}, options=Options(Uniform(error_db=-9, rate_weight=weight))))
         for weight in (0.0, 0.12)
     ]
     assert sizes[1] < 0.97 * sizes[0]
@@ -83,7 +83,7 @@ def test_centroids_have_less_error_than_evenly_spaced_ones() -> None:
 
 
 def test_a_table_keeps_the_sign_of_its_least_magnitude() -> None:
-    data = save({"w": NORMAL}, options=Options(quantiser="table", centroids=1))
+    data = save({"w": NORMAL}, options=Options(Table(centroids=1)))
     decoded = load(data)["w"]
     assert np.array_equal(np.signbit(decoded), np.signbit(NORMAL))
     assert len(np.unique(decoded)) == 2
@@ -96,21 +96,18 @@ def test_a_few_distinct_magnitudes_become_the_centroids() -> None:
 
 def test_weighted_centroids_are_closer_to_important_weights() -> None:
     importance = np.where(np.abs(NORMAL) > 1.5, np.float32(100), np.float32(0.01))
-    plain = Options(quantiser="table", centroids=4)
     results = {}
-    for options in (plain, plain.but(weighted="full")):
-        data = save({"w": NORMAL}, options=options, importances={"w": importance})
-        results[options.weighted] = (load(data)["w"] - NORMAL) ** 2
+    for asked in (Table(centroids=4), Table(centroids=4, weighted="full")):
+        data = save({"w": NORMAL}, options=Options(asked), importances={"w": importance})
+        results[asked.weighted] = (load(data)["w"] - NORMAL) ** 2
     important = importance > 1
     assert results["full"][important].mean() < 0.5 * results[None][important].mean()
     assert results["full"][~important].mean() > results[None][~important].mean()
 
 
-def test_weighted_without_an_importance_or_a_table_is_refused() -> None:
+def test_weighted_without_an_importance_is_refused() -> None:
     with pytest.raises(OptionError, match="importance"):
-        save({"w": NORMAL}, options=Options(quantiser="table", centroids=4, weighted="root"))
-    with pytest.raises(OptionError, match="quantiser"):
-        Options(weighted="root")
+        save({"w": NORMAL}, options=Options(Table(centroids=4, weighted="root")))
 
 
 # -------------------------------------------------------------------------------------- classes and codes
@@ -189,7 +186,7 @@ def test_rows_of_different_spread_get_separate_codes() -> None:
     rows = NORMAL * np.repeat(np.float32([0.01, 1.0]), 128)[:, None]
     sizes = {}
     for codes in (1, None):
-        data = save({"w": rows}, options=Options(quantiser="uniform", step=0.02, codes=codes))
+        data = save({"w": rows}, options=Options(Uniform(step=0.02), codes=codes))
         sizes[codes] = len(data)
         with sfpformat.open(data) as file:
             assert (len(file.entry("w").streams()["fingerprints"].codes) > 1) == (codes is None)
@@ -264,7 +261,7 @@ def test_fixed_widths_change_no_weight_and_make_plain_planes_in_chunks_of_whole_
     scale: str | None,
 ) -> None:
     array = half_pruned().astype(np.float32)
-    options = PLAIN.but(scale=scale, chunk=3000)
+    options = PLAIN.but(quantiser=Table(centroids=8, scale=scale), chunk=3000)
     data, coded = (save({"w": array}, options=o) for o in (options, options.but(fixed_width=False)))
     assert load(data)["w"].tobytes() == load(coded)["w"].tobytes()
     report = sfpformat.validate(data)
@@ -283,7 +280,7 @@ def test_fixed_widths_change_no_weight_and_make_plain_planes_in_chunks_of_whole_
 def test_levels_of_a_fixed_width_have_as_many_bits_as_the_greatest_needs(greatest: int, least: int) -> None:
     numbers = RNG.integers(least, least + greatest + 1, (32, 256)).astype(np.float32)
     numbers[0, :2] = least, least + greatest
-    options = PRESETS["fused"].but(quantiser="uniform", step=1.0, rate_weight=0.0, coding="fingerprint")
+    options = PRESETS["fused"].but(quantiser=Uniform(step=1.0, rate_weight=0.0), coding="fingerprint")
     data = save({"w": numbers}, options=options)
     assert (load(data)["w"] == numbers).all()
     with sfpformat.open(data) as file:
@@ -296,7 +293,7 @@ def test_levels_of_a_fixed_width_have_as_many_bits_as_the_greatest_needs(greates
 
 def test_nine_centroids_get_nine_classes_instead_of_a_fixed_width() -> None:
     array = half_pruned().astype(np.float32)
-    options = PLAIN.but(centroids=9)
+    options = PLAIN.but(quantiser=Table(centroids=9))
     with sfpformat.open(save({"w": array}, options=options)) as file:
         fingerprints = file.entry("w").fingerprints
     assert fingerprints is not None

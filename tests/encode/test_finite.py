@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import ImportanceOptions, OptionError, Options
-from sfpformat.coding.quantisers import Table, Uniform
+from sfpformat import ImportanceOptions, Lossless, OptionError, Options, Table, Uniform
 from sfpformat.decode.validate import validate
 from sfpformat.dtypes import DTYPES, Dtype
 from sfpformat.encode.finite import Reconstruction, greatest_codable
 from sfpformat.numpy import load, save
+from sfpformat.options import Quantiser
 
 from ..support.clauses import clauses
 from ..support.forge import accepted
@@ -26,8 +27,6 @@ from ..support.strategies import FLOATS, seeds
 
 Array = NDArray[np.generic]
 ENGINES = ("python", "numba")
-UNIFORM = Options(quantiser="uniform", bits=4.0)
-TABLE = Options(quantiser="table", centroids=8)
 F16, BF16, E4M3 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
 
@@ -57,10 +56,10 @@ def decibels(before: Array, after: Array) -> float:
 
 @clauses("R-REC-003")
 @pytest.mark.parametrize("scale", ["row", "column", "tensor", 128, None])
-@pytest.mark.parametrize("quantiser", [UNIFORM, TABLE])
-def test_fp8_weights_scaled_to_448_decode_without_nan(scale: Any, quantiser: Options) -> None:
+@pytest.mark.parametrize("quantiser", [Uniform(bits=4.0), Table(centroids=8)])
+def test_fp8_weights_scaled_to_448_decode_without_nan(scale: Any, quantiser: Uniform | Table) -> None:
     weights = fp8_by_rows()
-    found = decoded(weights, quantiser.but(scale=scale))
+    found = decoded(weights, Options(replace(quantiser, scale=scale)))
     assert np.isfinite(found.astype(np.float32)).all()
     assert decibels(weights, found) < -15
 
@@ -72,22 +71,22 @@ def test_fp8_weights_scaled_to_448_decode_without_nan(scale: Any, quantiser: Opt
 )
 def test_the_largest_weights_of_a_dtype_stay_within_the_requested_error(dtype: Any, greatest: float) -> None:
     weights = np.full((16, 64), greatest).astype(dtype)
-    found = decoded(weights, Options(quantiser="uniform", error_db=-30.0)).astype(np.float64)
+    found = decoded(weights, Options(Uniform(error_db=-30.0))).astype(np.float64)
     wide = weights.astype(np.float64)
     assert 10 * math.log10(max(np.square((found - wide) / wide).mean(), 1e-30)) <= -30
 
 
 def test_a_weight_whose_nearest_multiple_is_infinite_rounds_down() -> None:
     weights = np.array([[65504, -65504, 30000, 0]] * 8, np.float16)
-    found = decoded(weights, Options(quantiser="uniform", step=26000, rate_weight=0, coding="fingerprint"))
+    found = decoded(weights, Options(Uniform(step=26000, rate_weight=0), coding="fingerprint"))
     assert found[0].tolist() == [52000, -52000, 26000, 0]
 
 
 def test_a_step_that_rounds_every_weight_to_zero_is_refused() -> None:
     weights = np.full((4, 32), 65504, np.float16)
     with pytest.raises(OptionError, match=r"'w'.*100000.*F16.*smaller"):
-        save({"w": weights}, options=Options(quantiser="uniform", step=1e5))
-    zeros = decoded(weights, Options(quantiser="uniform", step=1e6, coding="fingerprint"))
+        save({"w": weights}, options=Options(Uniform(step=1e5)))
+    zeros = decoded(weights, Options(Uniform(step=1e6), coding="fingerprint"))
     assert not zeros.any()  # zero is the nearest multiple of a step above twice the weight
 
 
@@ -99,7 +98,7 @@ def test_scaled_weights_of_any_size_are_as_precise_as_others(
 ) -> None:
     normal = np.random.default_rng(1).standard_normal((8, 64))
     weights = (normal * size).astype(np.float32)
-    options = Options(quantiser="uniform", scale="row", scale_dtype=scale_dtype, **target)
+    options = Options(Uniform(scale="row", scale_dtype=scale_dtype, **target))
     found = decoded(weights, options).astype(np.float64) / size
     error = np.square(found - weights.astype(np.float64) / size).mean()
     # Below 1e-40 float32 itself is coarse.
@@ -108,7 +107,7 @@ def test_scaled_weights_of_any_size_are_as_precise_as_others(
 
 def test_rows_far_smaller_than_others_get_a_scale_factor_above_zero() -> None:
     weights = np.random.default_rng(2).standard_normal((4, 256)) * np.array([[1.0], [1e-4], [1e-7], [1e-8]])
-    found = decoded(weights.astype(np.float32), Options(quantiser="uniform", bits=5.0, scale="row"))
+    found = decoded(weights.astype(np.float32), Options(Uniform(bits=5.0, scale="row")))
     for row, wide in zip(found.astype(np.float64), weights, strict=True):
         assert np.square(row - wide).mean() < 0.02 * np.square(wide).mean()
 
@@ -116,8 +115,8 @@ def test_rows_far_smaller_than_others_get_a_scale_factor_above_zero() -> None:
 def test_a_few_survivors_of_a_large_tensor_stay_close_to_their_values() -> None:
     weights = np.zeros(1 << 18, np.float32)
     weights[12345::40000] = 0.01
-    for options in ({"quantiser": "uniform", "bits": 2.0}, {"quantiser": "table", "centroids": 4}):
-        found = load(save({"w": weights}, options=Options(**options)))["w"]
+    for quantiser in (Uniform(bits=2.0), Table(centroids=4)):
+        found = load(save({"w": weights}, options=Options(quantiser)))["w"]
         assert np.count_nonzero(found) == np.count_nonzero(weights)
         assert np.abs(found - weights).max() < 0.005
 
@@ -125,20 +124,20 @@ def test_a_few_survivors_of_a_large_tensor_stay_close_to_their_values() -> None:
 def test_an_error_target_is_met_even_if_a_sample_misestimates_the_mean_square() -> None:
     weights = np.random.default_rng(3).standard_normal(1 << 18).astype(np.float32)
     weights[0] = 3000.0  # in every sample of every fourth weight
-    found = load(save({"w": weights}, options=Options(quantiser="uniform", error_db=-30.0)))["w"]
+    found = load(save({"w": weights}, options=Options(Uniform(error_db=-30.0))))["w"]
     assert -31 < decibels(weights, found) <= -29.9
 
 
 def test_the_error_is_computed_from_weights_rounded_like_a_reader() -> None:
     weights = fp8_by_rows()
     for scale in (None, "row"):
-        found = decoded(weights, Options(quantiser="uniform", error_db=-24.0, scale=scale))
+        found = decoded(weights, Options(Uniform(error_db=-24.0, scale=scale)))
         assert -26 < decibels(weights, found) <= -24 + 1e-6
 
 
 def test_weights_for_which_no_step_reaches_the_error_stay_lossless() -> None:
     weights = np.random.default_rng(4).standard_normal((64, 64)).astype(np.float32)
-    options = Options(quantiser="uniform", error_db=-200.0)
+    options = Options(Uniform(error_db=-200.0))
     assert np.array_equal(decoded(weights, options), weights)
     with pytest.raises(OptionError, match=r"'w'.*-200.*lossless"):
         save({"w": weights}, options=options.but(fixed_width=True))  # asks for levels of a step
@@ -147,36 +146,34 @@ def test_weights_for_which_no_step_reaches_the_error_stay_lossless() -> None:
 @pytest.mark.parametrize("error_db", [0.0, 30.0])
 def test_an_error_as_great_as_the_weights_is_refused(error_db: float) -> None:
     with pytest.raises(OptionError, match="below 0"):
-        Options(quantiser="uniform", error_db=error_db)
+        Options(Uniform(error_db=error_db))
 
 
 # ---------------------------------------------------------------------------------------------- multipliers
 
 
 @pytest.mark.parametrize("bits", [1, 6])
-@pytest.mark.parametrize("quantiser", ["lossless", "uniform", "table"])
-def test_a_multiplier_that_is_rounded_up_makes_no_weight_infinite(bits: int, quantiser: str) -> None:
+@pytest.mark.parametrize("quantiser", [Lossless(), Uniform(step=100.0), Table(centroids=2)], ids=str)
+def test_a_multiplier_that_is_rounded_up_makes_no_weight_infinite(bits: int, quantiser: Quantiser) -> None:
     weights = np.full((8, 32), 65504, np.float16)
     weights[1:] = 1.0
     importance = np.full((8, 32), 1.0, np.float32)
     importance[1:] = 1.3
     stored = ImportanceOptions(role="multiplier", bits=bits)
-    target = {"lossless": {}, "uniform": {"step": 100.0}, "table": {"centroids": 2}}[quantiser]
-    options = Options(quantiser=quantiser, coding="fingerprint", importance=stored, **target)
+    options = Options(quantiser, coding="fingerprint", importance=stored)
     found = decoded(weights, options, importance).astype(np.float64)
     assert np.isfinite(found).all()
-    assert found[0].min() > (0.95 if bits == 6 else 0.0) * 65504 or quantiser == "lossless"
+    assert found[0].min() > (0.95 if bits == 6 else 0.0) * 65504 or options.lossless
 
 
-@pytest.mark.parametrize("quantiser", ["lossless", "uniform"])
+@pytest.mark.parametrize("quantiser", [Lossless(), Uniform(step=100.0)], ids=str)
 @pytest.mark.parametrize("form", ["each", "factors"])
-def test_a_multiplier_that_overflows_a_weight_is_refused(quantiser: str, form: str) -> None:
+def test_a_multiplier_that_overflows_a_weight_is_refused(quantiser: Quantiser, form: str) -> None:
     weights = np.full((8, 32), 60000, np.float16)
     importance: Any = np.full((8, 32), 2.0, np.float32)
     if form == "factors":
         importance = (np.full(8, 2.0), np.ones(32))
-    target = {} if quantiser == "lossless" else {"step": 100.0}
-    options = Options(quantiser=quantiser, importance=ImportanceOptions(role="multiplier"), **target)
+    options = Options(quantiser, importance=ImportanceOptions(role="multiplier"))
     with pytest.raises(OptionError, match=r"'w'.*60000.*importance.*F16"):
         save({"w": weights}, options=options, importances={"w": importance})
 
@@ -223,27 +220,21 @@ def lossy_options(draw: st.DrawFn, greatest: float) -> Options:
         bits=draw(st.sampled_from([1, 6, 24])),
         dtype=draw(st.sampled_from(["F32", "F16", "BF16"])),
     )
-    targets: list[dict[str, Any]] = [
-        {
-            "quantiser": "uniform",
-            "step": max(greatest, 1e-30) * draw(st.sampled_from([0.003, 0.3, 0.7, 1.5])),
-        },
-        {"quantiser": "uniform", "bits": draw(st.sampled_from([0.5, 2.0, 6.0, 16.0]))},
-        {"quantiser": "uniform", "budget": draw(st.sampled_from([1.0, 3.0, 10.0]))},
-        {"quantiser": "uniform", "error_db": draw(st.sampled_from([-3.0, -20.0, -60.0]))},
-        {"quantiser": "table", "centroids": draw(st.sampled_from([1, 2, 7, 500]))},
-        {},
-    ]
-    fields = draw(st.sampled_from(targets))
-    if fields:
-        fields |= {
-            "scale": draw(st.sampled_from([None, "tensor", "row", "column", 1, 7, 64])),
-            "scale_dtype": draw(st.sampled_from(["F32", "F16", "BF16"])),
-        }
-        if fields["scale"] and "step" in fields:
-            fields["step"] = draw(st.sampled_from([0.003, 0.3, 0.7, 1.5]))
+    scale = draw(st.sampled_from([None, "tensor", "row", "column", 1, 7, 64]))
+    scale_dtype = draw(st.sampled_from(["F32", "F16", "BF16"])) if scale else None
+    lossy: dict[str, Any] = {"scale": scale, "scale_dtype": scale_dtype}
     rate_weight = draw(st.sampled_from([0.0, 0.12]))
-    return Options(coding="fingerprint", importance=importance, rate_weight=rate_weight, **fields)
+    targets: list[dict[str, Any]] = [
+        {"step": (1.0 if scale else max(greatest, 1e-30)) * draw(st.sampled_from([0.003, 0.3, 0.7, 1.5]))},
+        {"bits": draw(st.sampled_from([0.5, 2.0, 6.0, 16.0]))},
+        {"budget": draw(st.sampled_from([1.0, 3.0, 10.0]))},
+        {"error_db": draw(st.sampled_from([-3.0, -20.0, -60.0]))},
+    ]
+    uniform = Uniform(**draw(st.sampled_from(targets)), rate_weight=rate_weight, **lossy)
+    table = Table(draw(st.sampled_from([1, 2, 7, 500])), **lossy)
+    # Of six, four are uniform: one for each target.
+    quantiser = draw(st.sampled_from([uniform, uniform, uniform, uniform, table, Lossless()]))
+    return Options(quantiser, coding="fingerprint", importance=importance)
 
 
 @st.composite

@@ -10,11 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 import sfpformat
-from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, steps_for_budget
+from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, Table, Uniform, steps_for_budget
+from sfpformat.coding import quantisers
 from sfpformat.coding.classes import FRACTION
-from sfpformat.coding.quantisers import Table, Uniform
 from sfpformat.encode.quantise import numbers_bits, pairs_bits
 from sfpformat.numpy import load, save
+from sfpformat.options import Quantiser
 
 Array = NDArray[np.generic]
 RNG = np.random.default_rng(9)
@@ -52,7 +53,7 @@ def size(array: Array, options: Options, mask: NDArray[np.bool_] | None = None) 
 @pytest.mark.parametrize("bits", [2.0, 4.0, 8.0, 14.0])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_bits_count_the_levels_of_survivors_without_the_mask(bits: float, share: float) -> None:
-    data = save({"w": pruned(NORMAL, share)}, options=Options(quantiser="uniform", bits=bits))
+    data = save({"w": pruned(NORMAL, share)}, options=Options(Uniform(bits=bits)))
     found, _ = rates(data)
     assert found == pytest.approx(bits, rel=0.06)
 
@@ -61,15 +62,15 @@ def test_bits_count_the_levels_of_survivors_without_the_mask(bits: float, share:
     ("share", "budget"), [(0.0, 1.0), (0.0, 4.0), (0.5, 2.0), (0.5, 6.0), (0.9, 1.0), (0.9, 2.5)]
 )
 def test_a_budget_includes_the_mask(share: float, budget: float) -> None:
-    data = save({"w": pruned(NORMAL, share)}, options=Options(quantiser="uniform", budget=budget))
+    data = save({"w": pruned(NORMAL, share)}, options=Options(Uniform(budget=budget)))
     _, found = rates(data)
     assert found == pytest.approx(budget, rel=0.06)
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
 def test_without_pruning_bits_and_budget_give_the_same_bytes(bits: float) -> None:
-    asked = Options(quantiser="uniform", bits=bits)
-    assert save({"w": HEAVY}, options=asked) == save({"w": HEAVY}, options=asked.but(bits=None, budget=bits))
+    asked, budget = Options(Uniform(bits=bits)), Options(Uniform(budget=bits))
+    assert save({"w": HEAVY}, options=asked) == save({"w": HEAVY}, options=budget)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -78,7 +79,7 @@ def test_without_pruning_bits_and_budget_give_the_same_bytes(bits: float) -> Non
 def test_pruning_makes_a_file_with_a_bit_target_at_most_one_percent_larger(
     array: Array, bits: float, masked: bool
 ) -> None:
-    options = Options(quantiser="uniform", bits=bits)
+    options = Options(Uniform(bits=bits))
     dense = size(array, options)
     for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.9):
         sparse = pruned(array, share)
@@ -90,7 +91,7 @@ def test_pruning_makes_a_file_with_a_bit_target_at_most_one_percent_larger(
 @pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_fixed_width_levels_have_at_most_the_requested_bits(bits: int, share: float) -> None:
-    data = save({"w": pruned(HEAVY, share)}, options=PRESETS["fused"].but(quantiser="uniform", bits=bits))
+    data = save({"w": pruned(HEAVY, share)}, options=PRESETS["fused"].but(quantiser=Uniform(bits=bits)))
     with sfpformat.open(data) as file:
         fingerprints = file.entry("w").fingerprints
     assert fingerprints is not None
@@ -100,29 +101,27 @@ def test_fixed_width_levels_have_at_most_the_requested_bits(bits: int, share: fl
 def test_a_mask_that_alone_takes_more_than_the_budget_is_refused() -> None:
     mask = RNG.random(NORMAL.shape) < 0.5
     with pytest.raises(OptionError, match=r"'w'.*mask alone.*0.5 bits a position"):
-        save({"w": NORMAL}, options=Options(quantiser="uniform", budget=0.5), masks={"w": mask})
+        save({"w": NORMAL}, options=Options(Uniform(budget=0.5)), masks={"w": mask})
     with pytest.raises(OptionError, match=r"masks alone.*0.5 bits a position"):
         steps_for_budget({"w": NORMAL}, 0.5, masks={"w": mask})
 
 
-@pytest.mark.parametrize("options", [{"bits": 1.3}, {"budget": 1.2}, {"budget": 1.6}], ids=str)
-def test_bits_that_would_quantise_all_survivors_to_zero_are_refused(options: dict[str, float]) -> None:
+@pytest.mark.parametrize("asked", [Uniform(bits=1.3), Uniform(budget=1.2), Uniform(budget=1.6)])
+def test_bits_that_would_quantise_all_survivors_to_zero_are_refused(asked: Uniform) -> None:
     """A mask of half the positions takes a bit a position, and each survivor has a sign."""
     mask = np.abs(NORMAL) > np.quantile(np.abs(NORMAL), 0.5)
     with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
-        save({"w": NORMAL}, options=Options(quantiser="uniform", **options), masks={"w": mask})
-    fits = Options(quantiser="uniform", budget=2.2)
+        save({"w": NORMAL}, options=Options(asked), masks={"w": mask})
+    fits = Options(Uniform(budget=2.2))
     found = load(save({"w": NORMAL}, options=fits, masks={"w": mask}))["w"]
     assert np.count_nonzero(found[mask]) > mask.sum() / 2
 
 
-@pytest.mark.parametrize("options", [{"bits": 1.9}, {"budget": 1.9}], ids=str)
-def test_fixed_width_bits_that_would_quantise_all_weights_to_zero_are_refused(
-    options: dict[str, float],
-) -> None:
+@pytest.mark.parametrize("asked", [Uniform(bits=1.9), Uniform(budget=1.9)])
+def test_fixed_width_bits_that_would_quantise_all_weights_to_zero_are_refused(asked: Uniform) -> None:
     with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
-        save({"w": NORMAL}, options=PRESETS["fused"].but(quantiser="uniform", **options))
-    fits = PRESETS["fused"].but(quantiser="uniform", bits=2.0)
+        save({"w": NORMAL}, options=PRESETS["fused"].but(quantiser=asked))
+    fits = PRESETS["fused"].but(quantiser=Uniform(bits=2.0))
     assert load(save({"w": NORMAL}, options=fits))["w"].any()
 
 
@@ -130,7 +129,7 @@ def test_a_tensor_without_a_step_for_its_bits_stays_lossless_if_that_fits() -> N
     """A table of one value takes no bits a survivor; a number that is not 0 takes a sign."""
     mask = np.arange(NORMAL.size).reshape(NORMAL.shape) % 384 < 192
     array = np.where(mask, np.float32(3), np.float32(0))
-    data = save({"w": array}, options=Options(quantiser="uniform", bits=0.5), masks={"w": mask})
+    data = save({"w": array}, options=Options(Uniform(bits=0.5)), masks={"w": mask})
     assert np.array_equal(load(data)["w"], array)
 
 
@@ -161,7 +160,7 @@ def test_a_dominant_number_is_estimated_with_a_code_of_pairs() -> None:
 @pytest.mark.parametrize("value", [0.0, 33.0, "4"])
 def test_bits_and_budgets_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"{name} is"):
-        Options(quantiser="uniform", **{name: value})
+        Uniform(**{name: value})
 
 
 # ----------------------------------------------------------------------------- the weights' own precision
@@ -169,35 +168,32 @@ def test_bits_and_budgets_out_of_range_are_refused(name: str, value: Any) -> Non
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32, ml_dtypes.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("target", [{"bits": 28.0}, {"budget": 28.0}, {"error_db": -300.0}])
-def test_a_tensor_stays_lossless_if_that_fits_the_bits(
-    dtype: Any, share: float, target: dict[str, float]
-) -> None:
+@pytest.mark.parametrize("asked", [Uniform(bits=28.0), Uniform(budget=28.0), Uniform(error_db=-300.0)])
+def test_a_tensor_stays_lossless_if_that_fits_the_bits(dtype: Any, share: float, asked: Uniform) -> None:
     array = pruned(NORMAL.astype(dtype), share)
-    if array.itemsize == 1 and "error_db" in target:
+    if array.itemsize == 1 and asked.error_db is not None:
         return  # a step may give every FP8 weight back, and take fewer bits
-    data = save({"w": array}, options=Options(quantiser="uniform", **target))
+    data = save({"w": array}, options=Options(asked))
     assert load(data)["w"].tobytes() == array.tobytes()
     assert len(data) == len(save({"w": array}))
 
 
 def test_a_table_larger_than_the_lossless_tensor_stays_lossless() -> None:
     array = NORMAL[:16].astype(np.float16)
-    data = save({"w": array}, options=Options(quantiser="table", centroids=4096))
+    data = save({"w": array}, options=Options(Table(centroids=4096)))
     assert load(data)["w"].tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("coding", ["auto", "fingerprint"])
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("asked", [{"bits": 32.0}, {"budget": 32.0}, {"centroids": 4096}], ids=str)
+@pytest.mark.parametrize("asked", [Uniform(bits=32.0), Uniform(budget=32.0), Table(4096)])
 @pytest.mark.parametrize("count", [0, 1, 100])
 def test_a_small_tensor_whose_raw_bytes_fit_is_stored_raw(
-    coding: Any, given: bool, asked: dict[str, Any], count: int
+    coding: Any, given: bool, asked: Quantiser, count: int
 ) -> None:
     """The bit patterns are random, so that nothing can be saved."""
     array = np.random.default_rng(3).integers(1 << 20, 1 << 30, count, np.uint32).view(np.float32)
-    how = "table" if "centroids" in asked else "uniform"
-    options = Options(coding=coding, quantiser=how, importance=ImportanceOptions(), **asked)
+    options = Options(asked, coding=coding, importance=ImportanceOptions())
     importances = {"w": np.ones(count, np.float32)} if given else {}
     data = save({"w": array}, options=options, importances=importances)
     with sfpformat.open(data) as file:
@@ -212,13 +208,13 @@ def test_a_small_tensor_whose_raw_bytes_fit_is_stored_raw(
 def test_an_explicit_step_or_fixed_width_is_applied_at_any_size() -> None:
     array = NORMAL.astype(np.float16)
     for options in (
-        Options(quantiser="uniform", step=1e-6),
-        PRESETS["fused"].but(quantiser="uniform", bits=16.0),
+        Options(Uniform(step=1e-6)),
+        PRESETS["fused"].but(quantiser=Uniform(bits=16.0)),
     ):
         with sfpformat.open(save({"w": array}, options=options)) as file:
             fingerprints = file.entry("w").fingerprints
         assert fingerprints is not None
-        assert isinstance(fingerprints.quantiser, Uniform)
+        assert isinstance(fingerprints.quantiser, quantisers.Uniform)
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32], ids=str)
@@ -229,7 +225,7 @@ def test_steps_for_budget_never_give_a_file_larger_than_the_lossless_one(
 ) -> None:
     tensors = {"a": pruned(NORMAL.astype(dtype), share), "b": pruned((HEAVY / 50).astype(dtype), share)}
     steps = steps_for_budget(tensors, budget)
-    options = {name: Options(quantiser="uniform", step=step) for name, step in steps.items()}
+    options = {name: Options(Uniform(step=step)) for name, step in steps.items()}
     found, lossless = len(save(tensors, options=options)), len(save(tensors))
     assert found <= lossless
     assert 8 * found / (2 * NORMAL.size) < budget + 0.3
@@ -239,14 +235,12 @@ def test_bits_that_lossless_tensors_save_are_spent_on_the_others() -> None:
     few = RNG.choice(np.float32([-1.0, -0.5, 0.5, 1.0]), NORMAL.shape)
     steps = steps_for_budget({"few": few, "many": NORMAL}, 4)
     assert list(steps) == ["many"]
-    data = save(
-        {"few": few, "many": NORMAL}, options={"many": Options(quantiser="uniform", step=steps["many"])}
-    )
+    data = save({"few": few, "many": NORMAL}, options={"many": Options(Uniform(step=steps["many"]))})
     assert 8 * len(data) / (2 * NORMAL.size) == pytest.approx(4, abs=0.25)
     with sfpformat.open(data) as file:
         fingerprints = file.entry("few").fingerprints
         assert fingerprints is not None
-        assert isinstance(fingerprints.quantiser, Table)
+        assert isinstance(fingerprints.quantiser, quantisers.Table)
         assert np.array_equal(file.get_tensor("few"), few)
 
 

@@ -440,7 +440,7 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> No
 
 # ------------------------------------------------------------------------------------------------- Python
 
-FOUR_BITS = sfpformat.Options(quantiser="uniform", bits=4)
+FOUR_BITS = sfpformat.Options(sfpformat.Uniform(bits=4))
 
 
 def state() -> dict[str, np.ndarray[Any, Any]]:

@@ -17,7 +17,7 @@ import pytest
 
 import sfpformat
 from conformance.recipes.samples import importance, weights
-from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Writer
+from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Table, Uniform, Writer
 from sfpformat.encode import sink
 from sfpformat.io import filesystem
 from sfpformat.numpy import load, save
@@ -56,7 +56,6 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "an importance for integers": (np.ones(3, np.int32), {"importance": np.ones(3, np.float32)}),
     "a mask where there shall be none": (one, {"mask": one > 2, "options": Options(mask="none")}),
     "fingerprints of integers": (np.ones(3, np.int32), {"options": Options(coding="fingerprint")}),
-    "lossy and raw": (one, {"options": Options(coding="raw", quantiser="uniform", step=1.0)}),
     "an importance of another shape": (one, {"importance": np.ones(32, np.float32)}),
     "a negative importance": (one, {"importance": -one}),
     "an infinite importance": (one, {"importance": one * np.inf}),
@@ -78,20 +77,20 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any]]] = {
             "options": Options(importance=ImportanceOptions(quantiser="exact", dtype="F16")),
         },
     ),
-    "infinities quantised": (one * np.inf, {"options": Options(quantiser="uniform", step=1.0)}),
-    "no numbers quantised": (one * np.nan, {"options": Options(quantiser="table", centroids=4)}),
-    "a step beyond float32": (one, {"options": Options(quantiser="uniform", step=1e39)}),
-    "a step that is 0 in float32": (one, {"options": Options(quantiser="uniform", step=1e-60)}),
-    "a step far too small": (one, {"options": Options(quantiser="uniform", step=1e-30)}),
+    "infinities quantised": (one * np.inf, {"options": Options(Uniform(step=1.0))}),
+    "no numbers quantised": (one * np.nan, {"options": Options(Table(centroids=4))}),
+    "a step beyond float32": (one, {"options": Options(Uniform(step=1e39))}),
+    "a step that is 0 in float32": (one, {"options": Options(Uniform(step=1e-60))}),
+    "a step far too small": (one, {"options": Options(Uniform(step=1e-30))}),
     "a step beyond float16": (
         np.full((4, 8), 65504, np.float16),
-        {"options": Options(quantiser="uniform", step=1e5)},
+        {"options": Options(Uniform(step=1e5))},
     ),
     "a step in standard deviations beyond float16": (
         np.full((4, 8), 65504, np.float16),
-        {"options": Options(quantiser="uniform", step=1.5, scale="row")},
+        {"options": Options(Uniform(step=1.5, scale="row"))},
     ),
-    "doubles below float32": (np.full((4, 8), 1e-60), {"options": Options(quantiser="uniform", bits=4)}),
+    "doubles below float32": (np.full((4, 8), 1e-60), {"options": Options(Uniform(bits=4))}),
     "weights beyond bfloat16 once multiplied": (
         great.astype(ml_dtypes.bfloat16),
         {
@@ -116,11 +115,11 @@ IMPOSSIBLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "importances that are 0 in float32": (one, {"importance": np.full((4, 8), 1e-60)}),
     "doubles beyond float32": (
         np.full((4, 8), 1e300),
-        {"options": Options(quantiser="uniform", step=1.0)},
+        {"options": Options(Uniform(step=1.0))},
     ),
     "doubles beyond float32 by table": (
         np.full((4, 8), 1e300),
-        {"options": Options(quantiser="table", centroids=2)},
+        {"options": Options(Table(centroids=2))},
     ),
 }
 
@@ -142,21 +141,21 @@ def test_an_unwritable_tensor_raises_and_the_writer_stays_usable(case: str) -> N
 
 
 GREAT: dict[str, tuple[Any, Options]] = {
-    "a scale beyond float16": (one * 1e30, Options(quantiser="uniform", bits=4.0, scale="row")),
-    "a table scaled beyond float16": (one * 1e30, Options(quantiser="table", centroids=4, scale="column")),
+    "a scale beyond float16": (one * 1e30, Options(Uniform(bits=4.0, scale="row"))),
+    "a table scaled beyond float16": (one * 1e30, Options(Table(centroids=4, scale="column"))),
     "the greatest numbers scaled": (
         great * np.float32(1.1),
-        Options(quantiser="uniform", bits=4.0, scale="row", scale_dtype="F32"),
+        Options(Uniform(bits=4.0, scale="row", scale_dtype="F32")),
     ),
-    "the greatest numbers": (great * np.float32(1.1), Options(quantiser="uniform", error_db=-30)),
+    "the greatest numbers": (great * np.float32(1.1), Options(Uniform(error_db=-30))),
     "the greatest and small numbers": (
         np.where(np.eye(4, 8) > 0, great, one * np.float32(1e-30)),
-        Options(quantiser="uniform", step=1e37, scale=4, scale_dtype="F32"),
+        Options(Uniform(step=1e37, scale=4, scale_dtype="F32")),
     ),
-    "one centroid": (great * np.float32(1.1), Options(quantiser="table", centroids=1)),
-    "subnormal numbers": (one * np.float32(1e-44), Options(quantiser="uniform", bits=2.0, scale="row")),
-    "small halves": ((one * 6e-8).astype(np.float16), Options(quantiser="uniform", error_db=-20)),
-    "small numbers by table": (one * np.float32(1e-44), Options(quantiser="table", centroids=3, scale=5)),
+    "one centroid": (great * np.float32(1.1), Options(Table(centroids=1))),
+    "subnormal numbers": (one * np.float32(1e-44), Options(Uniform(bits=2.0, scale="row"))),
+    "small halves": ((one * 6e-8).astype(np.float16), Options(Uniform(error_db=-20))),
+    "small numbers by table": (one * np.float32(1e-44), Options(Table(centroids=3, scale=5))),
 }
 
 
@@ -255,37 +254,39 @@ def test_metadata_that_the_format_cannot_hold_are_refused_before_a_file_is_creat
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"coding": "zip"},
-        {"quantiser": "trellis"},
-        {"mask": "x"},
-        {"group": 3},
-        {"codes": 0},
-        {"codes": 17},
-        {"code_limit": 0},
-        {"code_limit": 13},
-        {"segment": 33},
-        {"segment": 65568},
-        {"chunk": 0},
-        {"polarity": 2},
-        {"scale_dtype": "F64"},
-        {"scale": "row"},
-        {"step": 1.0},
-        {"quantiser": "uniform"},
-        {"quantiser": "uniform", "step": 1.0, "bits": 2.0},
-        {"quantiser": "uniform", "step": 0.0},
-        {"quantiser": "uniform", "step": float("inf")},
-        {"quantiser": "uniform", "step": float("nan")},
-        {"quantiser": "uniform", "centroids": 4},
-        {"quantiser": "table", "centroids": 0},
-        {"quantiser": "table", "centroids": 65537},
-        {"quantiser": "uniform", "bits": 2.0, "scale": "block"},
-        {"quantiser": "uniform", "bits": 2.0, "scale": 0},
-        {"rate_weight": -1.0},
+        lambda: Options(coding="zip"),
+        lambda: Options(mask="x"),
+        lambda: Options(group=3),
+        lambda: Options(codes=0),
+        lambda: Options(codes=17),
+        lambda: Options(code_limit=0),
+        lambda: Options(code_limit=13),
+        lambda: Options(segment=33),
+        lambda: Options(segment=65568),
+        lambda: Options(chunk=0),
+        lambda: Options(polarity=2),
+        lambda: Options(Uniform(step=1.0), coding="raw"),
+        lambda: Uniform(),
+        lambda: Uniform(step=1.0, bits=2.0),
+        lambda: Uniform(step=0.0),
+        lambda: Uniform(step=float("inf")),
+        lambda: Uniform(step=float("nan")),
+        lambda: Uniform(bits=2.0, scale="block"),
+        lambda: Uniform(bits=2.0, scale=0),
+        lambda: Uniform(bits=2.0, scale="row", scale_dtype="F64"),
+        lambda: Uniform(bits=2.0, scale_dtype="F16"),
+        lambda: Uniform(bits=2.0, weighted="half"),
+        lambda: Uniform(bits=2.0, rate_weight=-1.0),
+        lambda: Table(),
+        lambda: Table(4, bits=3),
+        lambda: Table(0),
+        lambda: Table(65537),
+        lambda: Table(bits=17),
     ],
 )
-def test_invalid_options_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(OptionError):
-        Options(**wrong)
+        wrong()
 
 
 # -------------------------------------------------------------------------------------- what it leaves behind
@@ -432,7 +433,7 @@ def test_a_half_written_stream_is_not_a_valid_file() -> None:
 
 TENSORS: dict[str, np.ndarray] = {f"t{i}": weights(20, 30 + i, seed=i) for i in range(5)}
 TENSORS["half"] = weights(10, 10).astype(ml_dtypes.bfloat16)
-HOW = Options(quantiser="uniform", step=0.1, scale="row", importance=ImportanceOptions(over="all"))
+HOW = Options(Uniform(step=0.1, scale="row"), importance=ImportanceOptions(over="all"))
 
 
 def write(target: Path, key: str = "job", stop_before: str | None = None) -> tuple[str, ...]:
@@ -643,7 +644,7 @@ def test_a_partially_written_tensor_aborts_the_file(
 
     monkeypatch.setattr(kind, "append", fails_once)
     with pytest.raises(OSError, match="No space"):
-        writer.add("part", weights(20, 30), Options(quantiser="table", centroids=4, segment=32, chunk=64))
+        writer.add("part", weights(20, 30), Options(Table(centroids=4), segment=32, chunk=64))
     with pytest.raises(SfpError):
         writer.add("another", one)
     with pytest.raises(SfpError):
@@ -681,7 +682,7 @@ def test_short_codes_make_coarse_classes(limit: int) -> None:
 
 
 def test_tensors_of_another_file_are_copied_without_recoding() -> None:
-    options = sfpformat.Options(quantiser="uniform", bits=4.0, scale="row", chunk=4096)
+    options = sfpformat.Options(sfpformat.Uniform(bits=4.0, scale="row"), chunk=4096)
     rng = np.random.default_rng(0)
     tensors = {"a": rng.standard_normal((40, 300)), "b": np.arange(5), "c": np.zeros((0, 3), np.float32)}
     first, again = io.BytesIO(), io.BytesIO()

@@ -13,7 +13,7 @@ from sfp_conformance.forge import Forge, Raw
 
 import sfpformat
 from conformance.recipes.samples import everything, weights
-from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options, Writer
+from sfpformat import DEFAULT_LIMITS, LimitError, Limits, OptionError, Options, Table, Uniform, Writer
 from sfpformat.decode.validate import validate
 from sfpformat.numpy import load, save, save_file
 
@@ -52,7 +52,7 @@ def test_half_a_gigabyte_of_zeros_can_be_read_with_the_default_limits() -> None:
 
 
 @clauses("R-LIM-001")
-@pytest.mark.parametrize("options", [Options(), Options(quantiser="uniform", step=1.0, scale="row")])
+@pytest.mark.parametrize("options", [Options(), Options(Uniform(step=1.0, scale="row"))])
 @pytest.mark.parametrize("survivors", [0, 1])
 def test_chunks_that_would_exceed_the_expansion_limit_are_made_smaller(
     options: Options, survivors: int
@@ -76,7 +76,7 @@ def test_every_engine_makes_the_same_smaller_chunks() -> None:
 
 @clauses("R-LIM-001")
 def test_chunks_within_the_expansion_limit_keep_their_size() -> None:
-    few = Options(chunk=1 << 20, quantiser="table", centroids=2)
+    few = Options(Table(centroids=2), chunk=1 << 20)
     for array, options in ((weights(256, 4096), Options(chunk=1 << 20)), (weights(256, 4096), few)):
         data = save({"z": array}, options=options)
         assert save({"z": array}, options=options, limits=SMALL) == data

@@ -19,7 +19,7 @@ from sfp_conformance.forge import Forge
 
 import sfpformat
 from conformance.recipes.samples import everything, plain, weights
-from sfpformat import Options
+from sfpformat import Options, Table, Uniform
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
 from sfpformat.engines import get_engine
@@ -70,7 +70,7 @@ def test_both_engines_return_the_same_bits(job: Job) -> None:
 def test_both_engines_return_the_same_slices(data: Any, kind: str, shape: tuple[int, ...]) -> None:
     options = Options(segment=32, chunk=64)
     if kind == "quantised":
-        options = options.but(quantiser="uniform", step=0.1)
+        options = options.but(quantiser=Uniform(step=0.1))
     file = save({"tensor": weights(*shape)}, options=options)
     index = data.draw(indices(shape))
 
@@ -130,34 +130,30 @@ KINDS: dict[str, tuple[Any, Options, Any]] = {
     "F16": (np.float16, Options(), None),
     "F64": (np.float64, Options(narrow=False), None),
     "FP8": (ml_dtypes.float8_e4m3fn, Options(), None),
-    "uniform": (np.float32, Options(quantiser="uniform", error_db=-22), None),
-    "uniform, sparse": (BF16, Options(quantiser="uniform", error_db=-10), None),
-    "table": (np.float16, Options(quantiser="table", centroids=30), None),
-    "scale by row": (np.float32, Options(quantiser="uniform", error_db=-22, scale="row"), None),
-    "scale by column": (BF16, Options(quantiser="uniform", error_db=-22, scale="column"), None),
-    "scale by group": (np.float32, Options(quantiser="uniform", error_db=-22, scale=100), None),
-    "one scale": (np.float32, Options(quantiser="uniform", error_db=-22, scale="tensor"), None),
+    "uniform": (np.float32, Options(Uniform(error_db=-22)), None),
+    "uniform, sparse": (BF16, Options(Uniform(error_db=-10)), None),
+    "table": (np.float16, Options(Table(centroids=30)), None),
+    "scale by row": (np.float32, Options(Uniform(error_db=-22, scale="row")), None),
+    "scale by column": (BF16, Options(Uniform(error_db=-22, scale="column")), None),
+    "scale by group": (np.float32, Options(Uniform(error_db=-22, scale=100)), None),
+    "one scale": (np.float32, Options(Uniform(error_db=-22, scale="tensor")), None),
     "runs": (np.float32, Options(mask="runs", polarity=1), None),
     "runs of pruned": (np.float32, Options(mask="runs", polarity=0), None),
     "octets": (BF16, Options(mask="octets"), None),
     "no mask": (BF16, Options(mask="none"), None),
     "a multiplier": (
         np.float32,
-        Options(quantiser="uniform", error_db=-22, importance=sfpformat.ImportanceOptions(role="multiplier")),
+        Options(Uniform(error_db=-22), importance=sfpformat.ImportanceOptions(role="multiplier")),
         "each",
     ),
     "a multiplier of positions": (
         BF16,
-        Options(
-            quantiser="uniform",
-            error_db=-22,
-            importance=sfpformat.ImportanceOptions(role="multiplier", over="all"),
-        ),
+        Options(Uniform(error_db=-22), importance=sfpformat.ImportanceOptions(role="multiplier", over="all")),
         "each",
     ),
     "factors": (
         np.float32,
-        Options(quantiser="uniform", error_db=-22, importance=sfpformat.ImportanceOptions(role="multiplier")),
+        Options(Uniform(error_db=-22), importance=sfpformat.ImportanceOptions(role="multiplier")),
         "factors",
     ),
 }

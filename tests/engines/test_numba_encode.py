@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from conformance.recipes.samples import weights
-from sfpformat import Options, Writer
+from sfpformat import Lossless, Options, Uniform, Writer
 from sfpformat.coding import counts as counting
 from sfpformat.coding import exact, magnitudes, planes
 from sfpformat.coding import mask as masks
@@ -107,7 +107,7 @@ def test_both_engines_write_the_same_bytes(job: Job) -> None:
         Options(),
         Options(codes=16, segment=32),
         Options(mantissa_bits=2),
-        Options(quantiser="lossless", group=2),
+        Options(Lossless(), group=2),
         Options(mask="runs", group=2),
         Options(mask="octets", trim=False),
     ],
@@ -123,7 +123,7 @@ def test_both_engines_write_the_same_bytes_for_every_level_size(dtype: str, opti
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_bytes_do_not_depend_on_the_thread_count(threads: int) -> None:
     tensors = {"a": weights(700, 900), "b": weights(3, 5)}
-    options = Options(quantiser="uniform", bits=3, chunk=1 << 15)
+    options = Options(Uniform(bits=3), chunk=1 << 15)
     data = save(tensors, options=options, engine="numba", threads=threads)
     assert data == save(tensors, options=options, engine="python", threads=1)
 
@@ -332,7 +332,7 @@ def test_both_engines_quantise_to_the_same_levels(
 def test_both_engines_refuse_a_step_that_is_too_small() -> None:
     for engine in ("python", "numba"):
         with pytest.raises(OptionError, match="too small for weights of"):
-            save({"w": weights(40, 40) * 1e6}, options=Options(quantiser="uniform", step=1e-9), engine=engine)
+            save({"w": weights(40, 40) * 1e6}, options=Options(Uniform(step=1e-9)), engine=engine)
 
 
 @settings(max_examples=100, deadline=None)

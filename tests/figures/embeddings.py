@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sfpformat import Options
+from sfpformat import Options, Uniform
 from sfpformat.torch import compress_model, load_model, save_model
 
 from .bert import Encoder, dense_model, empty_model, model_of_slices, sentence_pairs
@@ -92,11 +92,11 @@ def main() -> None:
         print(f"{'':<34}{'size':>8}{'Spearman':>12}")
         print(trial.line("lossless"), flush=True)
         for bits in BITS[::-1]:
-            options = Options(quantiser="uniform", budget=bits)
+            options = Options(Uniform(budget=bits))
             print(trial.line(f"{bits:g} bits a position", options), flush=True)
         for share in SHARES:
             for error in ERRORS:
-                options = Options(quantiser="uniform", error_db=error)
+                options = Options(Uniform(error_db=error))
                 print(trial.line(f"{share:.0%} pruned, the rest at {error:g} dB", options, share), flush=True)
 
 

@@ -34,7 +34,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from sfpformat import Options, steps_for_budget
+from sfpformat import Options, Uniform, steps_for_budget
 from sfpformat.demo import bundled
 from sfpformat.demo.language import CALIBRATION_BATCHES, calibration_windows, language_model
 from sfpformat.demo.methods import FROZEN, TOGETHER, Bench
@@ -147,7 +147,7 @@ class Trial:
         yield self.smallest(".sfp, uniform, weighted, shared bits", shared, 2.5, 8)
 
     def _same_bits(self, bits: float) -> bytes:
-        options = Options(quantiser="uniform", budget=bits)
+        options = Options(Uniform(budget=bits))
         return save(self.tensors, options=dict.fromkeys(self.matrices, options))
 
     def shared_bits(
@@ -160,7 +160,7 @@ class Trial:
             steps = steps_for_budget(arrays, bits, masks=masks, importances=fisher, weighted="root")
             options = dict.fromkeys(arrays, Options(importance=None))  # lossless where there is no step
             for name, step in steps.items():
-                options[name] = Options(quantiser="uniform", step=step, weighted="root", importance=None)
+                options[name] = Options(Uniform(step=step, weighted="root"), importance=None)
             return save(tensors, options=options, masks=masks, importances=fisher)
 
         return make

@@ -9,7 +9,7 @@ import json
 
 import numpy as np
 
-from sfpformat import PRESETS
+from sfpformat import PRESETS, Table
 from sfpformat import numpy as sfp
 
 from .masks import magnitude_mask
@@ -35,7 +35,7 @@ def main() -> None:
         "lossless": bits_by_preset(dense, ["default", "gpu"]),
         "50 % pruned, lossless": bits_by_preset(pruned, ["default", "gpu"]),
         "50 % pruned, 4 bits a level": bits_by_preset(
-            pruned, ["default", "gpu", "fused"], quantiser="table", centroids=_CENTROIDS
+            pruned, ["default", "gpu", "fused"], quantiser=Table(_CENTROIDS)
         ),
     }
     print(json.dumps(results, indent=1))

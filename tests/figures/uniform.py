@@ -7,6 +7,7 @@ their standard deviation, and compares bits at equal error by interpolating NNCo
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,12 @@ MATRICES = (
 )
 Curve = list[list[tuple[float, float, int]]]  # for each step: bits, error, size of each matrix
 
-_NO_STEP = sfpformat.Options(quantiser="uniform", step=1.0)  # the step is put in for each point
+_NO_STEP = sfpformat.Options(sfpformat.Uniform(step=1.0))  # the step is put in for each point
 VARIANTS = {
     "default": _NO_STEP,
     "one code a stream": _NO_STEP.but(codes=1),
     "segments of 384": _NO_STEP.but(segment=384),
-    "rounded to nearest": _NO_STEP.but(rate_weight=0.0),
+    "rounded to nearest": _NO_STEP.but(quantiser=sfpformat.Uniform(step=1.0, rate_weight=0.0)),
 }
 _ROWS = 4096  # of the embedding, so that it does not outweigh the others
 _STEPS = (0.2, 0.26, 0.33, 0.42, 0.54, 0.69, 0.88, 1.12, 1.43, 1.83, 2.3)  # over the standard deviation
@@ -54,7 +55,8 @@ def peer_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
 
 def our_point(matrix: NDArray[np.float32], step: float, options: sfpformat.Options) -> tuple[float, float]:
     """The bits a weight of a whole file with one tensor, and its error."""
-    options = options.but(quantiser="uniform", step=step)
+    assert isinstance(options.quantiser, sfpformat.Uniform)
+    options = options.but(quantiser=replace(options.quantiser, step=step))
     data = sfp.save({"w": matrix}, options=options)
     decoded = sfp.load(data)["w"].astype(np.float32)
     return 8 * len(data) / matrix.size, decibels(matrix, decoded)

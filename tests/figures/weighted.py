@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from sfpformat import Options, steps_for_budget
+from sfpformat import Options, Uniform, steps_for_budget
 from sfpformat.demo import bundled
 from sfpformat.demo.model import Config, encode_text, perplexity
 from sfpformat.demo.train import MEASURED_TOKENS, LanguageModel, training_text
@@ -73,14 +73,14 @@ class Bench:
 
     def same_bits(self, bits: float, weighted: str | None) -> bytes:
         """The file in which every tensor has the same bits."""
-        return self._saved(Options(quantiser="uniform", budget=bits, weighted=weighted, importance=None))
+        return self._saved(Options(Uniform(budget=bits, weighted=weighted), importance=None))
 
     def shared_bits(self, bits: float, weighted: str | None) -> bytes:
         """The file in which the tensors share bits."""
         steps = steps_for_budget(self.linear, bits, importances=self.importances, weighted=weighted)
         options = dict.fromkeys(self.linear, Options(importance=None))  # lossless where there is no step
         for name, step in steps.items():
-            options[name] = Options(quantiser="uniform", step=step, weighted=weighted, importance=None)
+            options[name] = Options(Uniform(step=step, weighted=weighted), importance=None)
         return self._saved(options)
 
     def _saved(self, options: Options | dict[str, Options]) -> bytes:

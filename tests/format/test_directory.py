@@ -15,7 +15,7 @@ from sfp_conformance.forge import Forge, Part, hand_file, hand_part, pack, table
 
 import sfpformat
 from conformance.recipes.samples import everything, plain, weights
-from sfpformat import FileFault, Limits, Options
+from sfpformat import FileFault, Limits, Options, Table
 from sfpformat.container import messagepack
 from sfpformat.numpy import save
 
@@ -343,7 +343,7 @@ def test_a_vector_chunk_without_vectors_is_refused(name: str) -> None:
 
 @clauses("R-DIR-007")
 def test_an_empty_tensor_with_centroids_has_a_vector_chunk() -> None:
-    data = save({"a": np.zeros((0, 2), np.float32)}, options=Options(quantiser="table", centroids=3))
+    data = save({"a": np.zeros((0, 2), np.float32)}, options=Options(Table(centroids=3)))
     root, _ = slow_reader.read_directory(data)
     assert "vectors" in root["tensors"][0]
     accepted(data)

@@ -11,7 +11,7 @@ from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand
 
 import sfpformat
 from conformance.recipes.samples import everything, importance, weights
-from sfpformat import ImportanceOptions, Options, UnsupportedError
+from sfpformat import ImportanceOptions, Options, Table, Uniform, UnsupportedError
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.container.directory import Directory
 from sfpformat.decode.validate import validate
@@ -65,12 +65,10 @@ CANONICAL: dict[str, Options] = {
     "runs": Options(coding="fingerprint", mask="runs", segment=64),
     "octets": Options(coding="fingerprint", mask="octets"),
     "many codes": Options(coding="fingerprint", codes=16, segment=32, chunk=128),
-    "pairs": Options(quantiser="uniform", step=0.3, group=2),
-    "short codes": Options(quantiser="uniform", step=0.3, code_limit=6),
-    "table": Options(quantiser="table", centroids=8, importance=ImportanceOptions(over="all")),
-    "scaled": Options(
-        quantiser="uniform", bits=2.0, scale=64, importance=ImportanceOptions(quantiser="exact")
-    ),
+    "pairs": Options(Uniform(step=0.3), group=2),
+    "short codes": Options(Uniform(step=0.3), code_limit=6),
+    "table": Options(Table(centroids=8), importance=ImportanceOptions(over="all")),
+    "scaled": Options(Uniform(bits=2.0, scale=64), importance=ImportanceOptions(quantiser="exact")),
     "raw": Options(coding="raw"),
 }
 
@@ -231,10 +229,10 @@ def test_a_file_with_a_fault_is_not_canonical() -> None:
 
 @clauses("R-CAN-001")
 def test_the_same_choices_give_the_same_bytes() -> None:
-    made = save({"a": weights(40, 50)}, options=Options(quantiser="uniform", step=0.1))
-    again = save({"a": weights(40, 50)}, options=Options(quantiser="uniform", step=0.1))
+    made = save({"a": weights(40, 50)}, options=Options(Uniform(step=0.1)))
+    again = save({"a": weights(40, 50)}, options=Options(Uniform(step=0.1)))
     assert made == again
     with sfpformat.open(made) as file:
         step = Forge.of(made).part("a").entry["fingerprints"]["step"]
         assert step == f32_bytes(0.1)
-        assert save({"a": file.get_tensor("a")}, options=Options(quantiser="uniform", step=0.1)) == made
+        assert save({"a": file.get_tensor("a")}, options=Options(Uniform(step=0.1))) == made

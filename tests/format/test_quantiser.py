@@ -12,7 +12,7 @@ from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand
 
 import sfpformat
 from conformance.recipes.samples import everything, weights
-from sfpformat import Options
+from sfpformat import Options, Table
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
@@ -440,7 +440,7 @@ def test_a_table_of_centroids_gives_zeros_back_as_zeros(
 ) -> None:
     rng = np.random.default_rng(5)
     weights = (rng.standard_normal((64, 128)) * (rng.random((64, 128)) >= share)).astype(np.float32)
-    options = Options(quantiser="table", centroids=5, mask=mask, scale=scale)
+    options = Options(Table(centroids=5, scale=scale), mask=mask)
     found = load(save({"w": weights}, options=options, engine=engine))["w"]
     assert not found[weights == 0].any()
     assert np.square(found - weights).sum() < 0.1 * np.square(weights).sum()

@@ -81,10 +81,8 @@ def test_the_printed_file_is_canonical(number: int) -> None:
 
 def test_the_writer_writes_the_first_example() -> None:
     options = sfpformat.Options(
+        sfpformat.Uniform(step=0.25, rate_weight=0.0),
         coding="fingerprint",
-        quantiser="uniform",
-        step=0.25,
-        rate_weight=0.0,
         segment=32,
         mask="runs",
         group=1,

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from sfpformat import Options
+from sfpformat import Options, Uniform
 from sfpformat.io.threads import Workers
 from sfpformat.numpy import save
 
@@ -61,7 +61,7 @@ def test_the_bytes_do_not_depend_on_the_planning_threads(kind: str, engine: str)
         weights[abs(weights) < 1] = 0
     options = Options(chunk=1 << 13)
     if kind in ("quantised", "weighed"):
-        options = options.but(quantiser="uniform", bits=3)
+        options = options.but(quantiser=Uniform(bits=3))
     importances = {"w": np.abs(weights)} if kind == "weighed" else {}
     files = [
         save({"w": weights}, options=options, importances=importances, engine=engine, threads=threads)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import sfpformat
+from sfpformat import Table, Uniform
 from sfpformat.cli import main
 from sfpformat.decode.reader import SfpFile
 from sfpformat.errors import OptionError, SfpWarning
@@ -276,9 +277,9 @@ CODINGS = {
     "exact": Options(importance=ImportanceOptions(bits=4)),
     "all": Options(importance=ImportanceOptions(over="all", bits=4)),
     "exact importance": Options(importance=ImportanceOptions(quantiser="exact", dtype="F16")),
-    "uniform": Options(quantiser="uniform", step=0.1, importance=ImportanceOptions(bits=4)),
-    "scaled": Options(quantiser="uniform", step=0.1, scale="row", importance=ImportanceOptions(bits=4)),
-    "table": Options(quantiser="table", centroids=8, importance=ImportanceOptions(bits=4)),
+    "uniform": Options(Uniform(step=0.1), importance=ImportanceOptions(bits=4)),
+    "scaled": Options(Uniform(step=0.1, scale="row"), importance=ImportanceOptions(bits=4)),
+    "table": Options(Table(centroids=8), importance=ImportanceOptions(bits=4)),
 }
 
 

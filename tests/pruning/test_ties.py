@@ -13,7 +13,7 @@ import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import sfpformat
-from sfpformat import OptionError, Options
+from sfpformat import OptionError, Options, Uniform
 from sfpformat.pruning import (
     Settings,
     Sparsity,
@@ -41,7 +41,7 @@ NAMES = ("wte.weight", "lm_head.weight")
 KEPT = "lm_head.weight"
 ONE = pytest.mark.parametrize("name", NAMES)
 DIFFER = "'wte.weight' and 'lm_head.weight' are the same tensor, but their values differ"
-THREE_BITS = Options(quantiser="uniform", bits=3.0)
+THREE_BITS = Options(Uniform(bits=3.0))
 
 
 class Tied(nn.Module):

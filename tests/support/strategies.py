@@ -12,7 +12,7 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sfpformat import ImportanceOptions, OptionError, Options
+from sfpformat import Exact, ImportanceOptions, Lossless, OptionError, Options, Table, Uniform
 from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import save
 
@@ -141,7 +141,7 @@ def lossless_jobs(draw: st.DrawFn) -> Job:
             array, Options(segment=draw(st.sampled_from([32, 96])), chunk=draw(st.sampled_from([1, 200])))
         )
     options = Options(
-        quantiser=draw(st.sampled_from(["lossless", "exact"])),
+        draw(st.sampled_from([Lossless(), Exact()])),
         mantissa_bits=draw(st.sampled_from([None, None, 0, 2, -2])),
         narrow=draw(st.booleans()),
         **draw(cuttings()),
@@ -158,20 +158,21 @@ def jobs(draw: st.DrawFn) -> Job:
     """Any array with any options that fit it."""
     if draw(st.integers(0, 2)) == 0:
         return draw(lossless_jobs())
-    lossy = draw(st.booleans())
-    array = draw(arrays(finite=lossy))
+    is_lossy = draw(st.booleans())
+    array = draw(arrays(finite=is_lossy))
     importance, importance_options = draw(importances(array))
     fields = draw(cuttings()) | {"importance": importance_options}
-    if lossy:
-        quantiser = draw(st.sampled_from(["uniform", "table"]))
-        target = {
-            "uniform": [{"step": 0.05}, {"step": 3.0}, {"bits": 2.0}, {"budget": 2.0}, {"error_db": -20.0}],
-            "table": [{"centroids": 1}, {"centroids": 7}, {"bits": 5.0}],
-        }[quantiser]
-        fields |= {"quantiser": quantiser, **draw(st.sampled_from(target))}
-        fields["rate_weight"] = draw(st.sampled_from([0.0, 0.12]))
-        fields["scale"] = draw(st.sampled_from([None, "tensor", "row", "column", 1, 7, 1000]))
-        fields["scale_dtype"] = draw(st.sampled_from(["F32", "F16", "BF16"]))
+    if is_lossy:
+        scale = draw(st.sampled_from([None, "tensor", "row", "column", 1, 7, 1000]))
+        scale_dtype = draw(st.sampled_from(["F32", "F16", "BF16"])) if scale else None
+        lossy: dict[str, Any] = {"scale": scale, "scale_dtype": scale_dtype}
+        if draw(st.booleans()):
+            targets = [{"step": 0.05}, {"step": 3.0}, {"bits": 2.0}, {"budget": 2.0}, {"error_db": -20.0}]
+            lossy["rate_weight"] = draw(st.sampled_from([0.0, 0.12]))
+            fields["quantiser"] = Uniform(**draw(st.sampled_from(targets)), **lossy)
+        else:
+            counts = [{"centroids": 1}, {"centroids": 7}, {"bits": 5.0}]
+            fields["quantiser"] = Table(**draw(st.sampled_from(counts)), **lossy)
     if importance is not None and fields["coding"] == "auto":
         fields["coding"] = "fingerprint"
     return Job(array, Options(**fields), importance=importance)

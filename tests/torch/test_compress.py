@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sfpformat.decode.reader
-from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning
+from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning, Uniform
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.torch import (
     SfpEmbedding,
@@ -115,7 +115,7 @@ def test_the_report_counts_stored_and_dense_bytes(tmp_path: Path) -> None:
 
 def test_chunks_are_copied_without_recoding(tmp_path: Path) -> None:
     dense, model = Small(), empty()
-    options = {"embed.weight": Options(quantiser="uniform", bits=4.0, chunk=1024, scale="row")}
+    options = {"embed.weight": Options(Uniform(bits=4.0, scale="row"), chunk=1024)}
     save_model(dense, tmp_path / "m", options=options)
     compress_model(model, tmp_path / "m")
     loaded = Small(1)
@@ -216,7 +216,7 @@ def test_the_models_own_weights_are_encoded_losslessly() -> None:
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_options_determine_how_weights_are_encoded(tmp_path: Path, by_name: bool) -> None:
-    options = Options(quantiser="uniform", bits=4.0)
+    options = Options(Uniform(bits=4.0))
     # Of the two names of the tied weight, either does.
     chosen = {"head.weight": options} if by_name else options
     model, loaded = Small(), Small(1)
@@ -238,7 +238,7 @@ def test_an_invalid_option_is_refused_and_the_model_is_unchanged() -> None:
     with torch.no_grad():
         model.mid[2].weight[0, 0] = torch.nan
     with pytest.raises(OptionError, match="finite"):
-        compress_model(model, Options(quantiser="uniform", bits=4.0))
+        compress_model(model, Options(Uniform(bits=4.0)))
     assert not any(isinstance(module, SfpLinear) for module in model.modules())
 
 

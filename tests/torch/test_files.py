@@ -21,6 +21,7 @@ from sfpformat import (
     MissingTensorError,
     OptionError,
     Options,
+    Uniform,
 )
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.dtypes import DTYPES
@@ -126,7 +127,7 @@ def test_options_masks_and_importances_are_written_and_read(tmp_path: Path) -> N
         {"w": w * mask, "v": w},
         tmp_path / "m",
         {"who": "me"},
-        options={"v": Options(quantiser="uniform", bits=4.0)},
+        options={"v": Options(Uniform(bits=4.0))},
         masks={"w": mask},
         importances={"w": importance, "v": (importance.amax(1), importance.amax(0).numpy())},
     )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfpformat import InvalidFileError, MismatchError, Options
+from sfpformat import InvalidFileError, MismatchError, Options, Uniform
 from sfpformat.torch import SfpEmbedding, SfpLinear, derivatives, operators, packed
 from sfpformat.torch import save as save_tensors
 from sfpformat.torch.weight_cache import KeptWeights
@@ -96,7 +96,7 @@ def test_a_row_out_of_range_raises(wrong: int, count: int) -> None:
 
 
 def test_a_quantised_layer_computes_with_the_decoded_weights() -> None:
-    dense, options = linear(64, 64), Options(quantiser="uniform", bits=3.0)
+    dense, options = linear(64, 64), Options(Uniform(bits=3.0))
     layer = SfpLinear.of(dense, options)
     with torch.no_grad():
         dense.weight.copy_(packed.decode(packed.pack(dense.weight, options)))

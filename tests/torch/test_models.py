@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning
+from sfpformat import InvalidFileError, MismatchError, OptionError, Options, SfpWarning, Uniform
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.torch import load_file, load_model, parameters_on_meta, safe_open, save, save_file, save_model
 
@@ -135,7 +135,7 @@ def test_tensors_that_overlap_are_written_in_full(tmp_path: Path) -> None:
 
 def test_options_use_the_names_kept(tmp_path: Path) -> None:
     model = differing(0)
-    options = {"embed.weight": Options(quantiser="uniform", bits=3.0)}
+    options = {"embed.weight": Options(Uniform(bits=3.0))}
     save_model(model, tmp_path / "m", options=options, masks={"mid.weight": model.mid.weight > 0})
     with safe_open(tmp_path / "m") as file:
         assert file.info("embed.weight").quantiser == "uniform"

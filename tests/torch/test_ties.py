@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import sfpformat
-from sfpformat import OptionError, Options, SfpWarning
+from sfpformat import OptionError, Options, SfpWarning, Uniform
 from sfpformat.torch import SfpLinear, compress_model, load_file, save, save_file, save_model
 
 from .test_files import pruned
 
-THREE_BITS = Options(quantiser="uniform", bits=3.0)
+THREE_BITS = Options(Uniform(bits=3.0))
 NAMES = ("wte.weight", "lm_head.weight")
 KEPT = "lm_head.weight"
 
@@ -66,7 +66,7 @@ def test_values_for_two_names_of_a_tensor_must_be_equal(model: Tied, argument: s
     values: dict[str, tuple[Any, Any, Any]] = {
         "masks": (weight > 0, (weight > 0).numpy(), weight > 1),
         "importances": (weight.abs(), weight.abs().numpy(), weight.abs() + 1),
-        "options": (THREE_BITS, THREE_BITS.but(), THREE_BITS.but(bits=4.0)),
+        "options": (THREE_BITS, THREE_BITS.but(), Options(Uniform(bits=4.0))),
     }
     value, equal, other = values[argument]
     save_model(model, tmp_path / "one", **{argument: {KEPT: value}})
@@ -151,7 +151,7 @@ def test_options_that_match_no_weight_to_be_compressed_are_refused(model: Tied) 
     )
     refused(
         "are the same tensor, but their values differ",
-        {"wte.weight": THREE_BITS, "lm_head.weight": Options(quantiser="uniform", bits=4.0)},
+        {"wte.weight": THREE_BITS, "lm_head.weight": Options(Uniform(bits=4.0))},
     )
     compress_model(model, choose=lambda *_: True)
     with pytest.raises(OptionError, match=r"^options: 'mid\.weight' is compressed already"):

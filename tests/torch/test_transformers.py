@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from sfpformat import Options
+from sfpformat import Options, Uniform
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.torch import TorchSlice, load_file, safe_open, save_file, save_model
 
@@ -93,7 +93,7 @@ def test_pruned_and_quantised_slices_equal_the_decoded_file(tmp_path: Path) -> N
     dense = bert(0)
     names = [name for name, weight in dense.named_parameters() if weight.dim() == 2]
     masks = {name: dense.get_parameter(name).abs() > 0.02 for name in names}
-    options = dict.fromkeys(names, Options(quantiser="uniform", bits=3.0))
+    options = dict.fromkeys(names, Options(Uniform(bits=3.0)))
     save_model(dense, tmp_path / "m.sfp", masks=masks, options=options)
     tensors = load_file(tmp_path / "m.sfp")
     with safe_open(tmp_path / "m.sfp") as file:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from sfpformat import MismatchError, OptionError, Options
+from sfpformat import MismatchError, OptionError, Options, Uniform
 from sfpformat.torch import SfpEmbedding, SfpLinear, compress_model, decompress_model, packed
 from sfpformat.torch.decoded import holders_of
 from sfpformat.torch.weight import DecodedWeight
@@ -266,7 +266,7 @@ def test_a_sequence_of_writes_to_tied_layers_ends_like_in_the_dense_model(
 
 
 def test_a_write_encodes_losslessly_what_was_quantised() -> None:
-    layer = SfpLinear.of(linear(64, 64), Options(quantiser="uniform", bits=3.0))
+    layer = SfpLinear.of(linear(64, 64), Options(Uniform(bits=3.0)))
     wanted = layer.weight.clone()
     wanted[0] += 1e-3
     layer.weight.data[0] += 1e-3
