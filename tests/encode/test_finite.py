@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import ImportanceOptions, Lossless, OptionError, Options, Table, Uniform
+from sfpformat.coding import quantisers
 from sfpformat.decode.validate import validate
 from sfpformat.dtypes import DTYPES, Dtype
 from sfpformat.encode.finite import Reconstruction, greatest_codable
@@ -294,10 +295,10 @@ def test_a_number_is_lowered_to_the_largest_with_a_finite_value(
     step = np.float32(min(dtype.greatest, 1e38) * share)
     if table:
         made = Reconstruction(
-            dtype, Table(61), np.arange(61, dtype=np.float32) * np.float32(dtype.greatest / 60)
+            dtype, quantisers.Table(61), np.arange(61, dtype=np.float32) * np.float32(dtype.greatest / 60)
         )
     else:
-        made = Reconstruction(dtype, Uniform(step))
+        made = Reconstruction(dtype, quantisers.Uniform(step))
     given_numbers = np.array(numbers, np.uint32)
     scale = np.full(len(numbers), factor, np.float32)
     found = made.lowered(given_numbers, scale, None)
