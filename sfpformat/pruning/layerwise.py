@@ -172,7 +172,10 @@ def refine_layerwise(
                 matrix, mask = layout.matrix(weight).float(), layout.matrix(kept[name])
                 if swaps:
                     mask = swapped(matrix, mask, products, most=swaps, pattern=pattern)
-                new = reconstructed(matrix, mask, products, damping=damping) if reconstruct else matrix * mask
+                if reconstruct:
+                    new = reconstructed(matrix, mask, products, damping=damping)
+                else:
+                    new = torch.where(mask, matrix, 0)  # a product would make -0 of negative weights
                 kept[name] = layout.back(mask, weight).contiguous()
                 weights[name] = layout.back(new, weight).to(weight.dtype).contiguous()
     return LayerwiseResult(kept, weights)

@@ -53,7 +53,8 @@ def reconstructed(
         new = old + moved
         # Rounding can leave a row that was at its minimum a little worse.
         better = layer_error(weight[rows], new, products) < layer_error(weight[rows], old, products)
-        out[rows] = torch.where(better[:, None], new, old)
+        # Pruned weights are +0, not -0, which is harder to compress.
+        out[rows] = torch.where(mask[rows], torch.where(better[:, None], new, old), 0)
     return out
 
 

@@ -66,6 +66,20 @@ def test_reconstruction_copes_with_inputs_that_are_zero_and_rows_that_are_full_o
     assert torch.equal(reconstructed(weight, mask, torch.zeros(24, 24)), weight * mask)
 
 
+@pytest.mark.parametrize(("swaps", "reconstruct"), [(3, False), (3, True), (0, True)])
+@pytest.mark.parametrize("inputs", [1.0, 0.0])
+def test_pruned_weights_are_positive_zeros(swaps: int, reconstruct: bool, inputs: float) -> None:
+    model = nn.Linear(8, 4)
+    masks = {"weight": magnitude(model)["weight"] > 0.2}
+    assert (model.weight[~masks["weight"]] < 0).any()  # times False, these would be -0
+    batches = [(inputs * torch.randn(16, 8), torch.zeros(16, dtype=torch.int64))]
+    found = refine_layerwise(model, masks, batches, swaps=swaps, reconstruct=reconstruct)
+    zeros = found.weights["weight"][~found.masks["weight"]]
+    assert len(zeros)
+    assert not zeros.any()
+    assert not zeros.signbit().any()
+
+
 def test_rows_are_reconstructed_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, mask, products = layer()
     whole = reconstructed(weight, mask, products)
