@@ -59,8 +59,9 @@ def test_an_unknown_tensor_name_is_refused_with_the_nearest_name(
 
 @pytest.mark.parametrize("argument", ["masks", "importances"])
 def test_a_shared_budget_refuses_unknown_tensor_names(argument: str) -> None:
+    wrong: dict[str, Any] = {argument: {"v": WEIGHTS}}
     with pytest.raises(OptionError, match=f"^{argument}: no tensor is named 'v'"):
-        steps_for_budget({"w": WEIGHTS}, 3.0, **{argument: {"v": WEIGHTS}})  # type: ignore[arg-type]
+        steps_for_budget({"w": WEIGHTS}, 3.0, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,9 @@ def test_a_shared_budget_refuses_masks_of_another_type_or_shape(mask: Any, words
 
 
 def test_a_shared_budget_refuses_tensors_that_are_no_mapping() -> None:
+    tensors: Any = [WEIGHTS]
     with pytest.raises(OptionError, match="tensors is a list, must be a mapping"):
-        steps_for_budget([WEIGHTS], 3.0)  # type: ignore[arg-type]
+        steps_for_budget(tensors, 3.0)
 
 
 # -------------------------------------------------------------------------------------- kinds of arguments
@@ -119,14 +121,16 @@ def test_importances_that_are_not_real_numbers_are_refused(dtype: Any) -> None:
 
 
 def test_tensors_that_are_no_mapping_are_refused() -> None:
+    tensors: Any = [WEIGHTS]
     with pytest.raises(OptionError, match="tensors is a list, must be a mapping"):
-        sfpformat.numpy.save([WEIGHTS])  # type: ignore[arg-type]
+        sfpformat.numpy.save(tensors)
 
 
 def test_a_writer_refuses_options_of_another_type_and_stays_usable(tmp_path: Path) -> None:
+    options: Any = "fast"
     with Writer(tmp_path / "m.sfp") as writer:
         with pytest.raises(OptionError, match=r"the options of 'w': a str, 'fast', is not Options$"):
-            writer.add("w", WEIGHTS, "fast")  # type: ignore[arg-type]
+            writer.add("w", WEIGHTS, options)
         writer.add("w", WEIGHTS)
     assert sfpformat.numpy.load_file(tmp_path / "m.sfp")["w"].tobytes() == WEIGHTS.tobytes()
 
@@ -224,8 +228,9 @@ def test_presets_are_a_read_only_mapping() -> None:
     assert dict(PRESETS)["speed"] == PRESETS["speed"]
     assert len(PRESETS) == len(list(PRESETS)) == 5
     assert dict(pickle.loads(pickle.dumps(PRESETS))) == dict(PRESETS)
+    presets: Any = PRESETS
     with pytest.raises(TypeError, match="does not support item assignment"):
-        PRESETS["fast"] = Options()  # type: ignore[index]
+        presets["fast"] = Options()
 
 
 # ------------------------------------------------------------------------------------------- names of Python

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sfpformat.errors import OptionError
@@ -60,8 +62,9 @@ def test_an_unknown_name_is_refused_with_the_name_of_the_argument() -> None:
 
 
 def test_a_name_that_is_no_string_is_refused_as_unknown() -> None:
+    names: Any = [3]
     with pytest.raises(OptionError, match="no tensor is named 3"):
-        require_known([3], ["w"])  # type: ignore[list-item]
+        require_known(names, ["w"])
 
 
 def test_a_message_about_many_names_is_shortened() -> None:

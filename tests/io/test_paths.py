@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sfp_conformance.forge import exact, hand_file, hand_part, table
+from torch.utils.data import Dataset
 
 import sfpformat
 import sfpformat.numpy
@@ -238,7 +239,7 @@ def test_notes_of_shards_name_the_shard_after_the_clause(tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------- one interface
 
 
-def public(kind: type) -> dict[str, object]:
+def public(kind: type) -> dict[str, Any]:
     """The public methods of a class."""
     found = inspect.getmembers(
         kind, lambda member: inspect.isfunction(member) or isinstance(member, property)
@@ -251,7 +252,7 @@ def test_a_sharded_model_has_the_methods_of_a_file() -> None:
     assert file.keys() == model.keys()
     for name, method in file.items():
         if inspect.isfunction(method):
-            assert inspect.signature(method) == inspect.signature(model[name]), name  # type: ignore[arg-type]
+            assert inspect.signature(method) == inspect.signature(model[name]), name
 
 
 def test_a_sharded_model_returns_the_same_as_one_file(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def names_of(path: Path) -> list[str]:
         return file.keys()
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[misc, name-defined]
+class Rows(Dataset[Any]):
     """A dataset that holds an open file."""
 
     def __init__(self, path: Path) -> None:
