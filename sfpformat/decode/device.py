@@ -17,7 +17,7 @@ from ..container.entry import TensorEntry
 from ..engines import DeviceEngine, DeviceQueue, Run
 from ..engines.interface import Pending
 from ..errors import FileFault
-from .reader import SfpFile
+from .reader import SfpFile, require_within_limits
 
 # Bytes of chunks in one batch: large enough that launches and waits cost little.
 BATCH_BYTES = 32 << 20
@@ -49,7 +49,7 @@ def recipe_of(file: SfpFile, entry: TensorEntry, engine: DeviceEngine) -> Any:
     Raises:
         LimitError, InvalidFileError.
     """
-    file.require_within_limits(entry)
+    require_within_limits(file, entry)
     if entry.fingerprints is None or not entry.positions:
         return None
     return engine.make_recipe(entry, file.decoder(entry).vectors)

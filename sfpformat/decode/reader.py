@@ -168,7 +168,7 @@ class SfpFile(Closing):
         self._require_present(name)
         outline = self.directory.outline(name)
         if outline.decoded_bytes > self._sure_bytes:
-            self.require_within_limits(self.entry(name))
+            require_within_limits(self, self.entry(name))
         return outline
 
     def info(self, name: str) -> TensorInfo:
@@ -287,7 +287,7 @@ class SfpFile(Closing):
         """
         entry = self.entry(name)
         if entry.mask is None:
-            self.require_within_limits(entry)
+            require_within_limits(self, entry)
             return np.ones(entry.shape, np.bool_)
         return self.decode(entry, select(entry.shape, ...), np.dtype(np.bool_), TensorDecoder.mask_into)
 
@@ -312,7 +312,7 @@ class SfpFile(Closing):
             MissingTensorError, InvalidFileError, LimitError.
         """
         entry = self.entry(name)
-        self.require_within_limits(entry)
+        require_within_limits(self, entry)
         decoder = self.decoder(entry)
         positions = [np.zeros(0, np.int64)] * max(len(entry.chunks), 1)
         values = [np.zeros(0, entry.dtype.numpy)] * max(len(entry.chunks), 1)
@@ -343,7 +343,7 @@ class SfpFile(Closing):
         Raises:
             InvalidFileError, LimitError.
         """
-        self.require_within_limits(entry)
+        require_within_limits(self, entry)
         out = np.empty(selection.size, dtype)
         if selection.size and selection.contiguous:
             low = int(selection.starts[0]) + selection.run.start
@@ -397,13 +397,6 @@ class SfpFile(Closing):
         for at, positions in selection.blocks():
             segment, inside = np.divmod(positions, entry.segment)
             out[at : at + len(positions)] = buffer[place[segment] + inside]
-
-    def require_within_limits(self, entry: TensorEntry) -> None:
-        """Raises LimitError if the sizes of a tensor exceed the reader's limits."""
-        with placed(tensor=entry.name):
-            self.limits.require_tensor(
-                entry.decoded_bytes, entry.stored_bytes, self.preamble.directory_offset
-            )
 
     def chunk_offset(self, entry: TensorEntry, k: int) -> int:
         """Returns the file offset of chunk k of a tensor; for k = -1 that of its vector chunk."""
@@ -482,3 +475,9 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
     preamble.require_directory(data)
     with placed(base=preamble.directory_offset):
         return preamble, Directory.from_bytes(data, preamble.directory_offset, limits)
+
+
+def require_within_limits(file: SfpFile, entry: TensorEntry) -> None:
+    """Raises LimitError if the sizes of a tensor exceed the limits of the file's reader."""
+    with placed(tensor=entry.name):
+        file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, file.preamble.directory_offset)

@@ -23,7 +23,7 @@ from ..errors import FileFault, fault, placed
 from ..io.paths import is_index, model_path
 from ..io.source import Readable, open_source
 from ..limits import DEFAULT_LIMITS, Limits
-from .reader import SfpFile
+from .reader import SfpFile, require_within_limits
 from .tensor import Chunk, TensorDecoder
 
 Progress = Callable[[int, int], None]
@@ -193,10 +193,7 @@ def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
     Continues after a fault in a chunk, so that faults in later chunks are reported too.
     """
     try:
-        with placed(tensor=entry.name):
-            file.limits.require_tensor(
-                entry.decoded_bytes, entry.stored_bytes, file.preamble.directory_offset
-            )
+        require_within_limits(file, entry)
         decoder = file.decoder(entry)
     except FileFault as error:
         report.faults.append(error)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
 from ..decode.jobs import fill_gaps
+from ..decode.reader import require_within_limits
 from ..decode.selection import Selection
 from ..engines import Operands, ResidentMatrix, ResidentRun, ResidentTensor
 from ..errors import FileFault
@@ -221,7 +222,7 @@ def _look_at(data: torch.Tensor) -> _Weight | None:
             entry = file.entry(TENSOR_NAME)
             if entry.fingerprints is None or not entry.positions:
                 return None
-            file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, len(data))
+            require_within_limits(file, entry)
             decoder = file.decoder(entry)
             recipe = engine.make_recipe(entry, decoder.vectors)
             if recipe is None:
