@@ -8,22 +8,25 @@ serve is started for each case, and its exit status decides: 0 accepted, 1 refus
 from __future__ import annotations
 
 import json
-import resource
-import selectors
+import queue
 import subprocess
-import time
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any
+
+from sfpformat.errors import OptionError
 
 Json = dict[str, Any]
 _STATUS = {0: {"ok": True}, 1: {"ok": False}, 3: {"ok": False, "unsupported": True}}
 _MOST_ANSWER = 64 << 20
+_NO_LIMIT = "this system cannot limit the address space of a program; leave the limit of megabytes out"
 SECONDS = 10.0  # default time limit for an answer
+_END_SECONDS = 5.0  # time limit for the output of a killed program to end
 START_SECONDS = 20.0  # additional time for a program to start, on its first answer
 
 
@@ -51,6 +54,14 @@ class Driver:
     megabytes: int | None = None
     serves: bool = True
     _running: dict[tuple[str, ...], _Process] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks the limit.
+
+        Raises:
+            OptionError: ``megabytes`` is given, and the system cannot limit an address space.
+        """
+        _limiter(self.megabytes)
 
     @cached_property
     def said(self) -> Json:
@@ -140,10 +151,16 @@ class _Process:
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        self._said, self._errors = b"", b""
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._process.stdout, selectors.EVENT_READ, "answer")
-        self._selector.register(self._process.stderr, selectors.EVENT_READ, "errors")
+        self._errors = b""
+        # Threads read the output, because Windows has no time limit for reading a pipe.
+        self._asked = threading.Semaphore(0)
+        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._threads: dict[threading.Thread, IO[bytes]] = {
+            threading.Thread(target=self._read_answers, daemon=True): self._process.stdout,
+            threading.Thread(target=self._read_errors, daemon=True): self._process.stderr,
+        }
+        for thread in self._threads:
+            thread.start()
 
     def ask(self, line: str, seconds: float, memory: int | None) -> Json:
         """Sends a line and returns the answer. Checks the memory that the answer took."""
@@ -162,14 +179,14 @@ class _Process:
         None if the system does not report it.
         """
         try:
-            Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+            Path(f"/proc/{self._process.pid}/clear_refs").write_text("5", "utf-8")
             return self._memory("VmRSS")
         except OSError:
             return None
 
     def _memory(self, what: str) -> int:
         """Returns the value of a line of /proc/PID/status, in bytes."""
-        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self._process.pid}/status").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(what))
 
     def _answer(self, line: str, seconds: float) -> Json:
@@ -177,45 +194,53 @@ class _Process:
         try:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, which Windows reports as EINVAL
             raise self._crash() from None
-        until = time.monotonic() + seconds
-        while b"\n" not in self._said:
-            ready = self._selector.select(max(until - time.monotonic(), 0))
-            if not ready:
-                raise DriverFailure("timeout", f"no answer within {seconds:g} s")
-            for key, _ in ready:
-                self._take(key)
-        answer, _, self._said = self._said.partition(b"\n")
+        self._asked.release()
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            raise DriverFailure("timeout", f"no answer within {seconds:g} s") from None
+        if len(answer) > _MOST_ANSWER:
+            raise DriverFailure("nonsense", "an answer that does not end")
+        if not answer.endswith(b"\n"):
+            raise self._crash()
         return _parsed(answer)
 
-    def _take(self, key: selectors.SelectorKey) -> None:
-        """Reads available output: a piece of the answer or of stderr. Keeps the last 4096 bytes of stderr."""
-        piece = cast(BufferedReader, key.fileobj).read1(1 << 16)
-        if key.data == "errors":
+    def _read_answers(self) -> None:
+        """Reads a line for each question, until one has no end: it is too long, or the output ended."""
+        assert self._process.stdout is not None
+        line = b"\n"
+        while line.endswith(b"\n"):
+            self._asked.acquire()
+            line = self._process.stdout.readline(_MOST_ANSWER + 1)
+            self._answers.put(line)
+
+    def _read_errors(self) -> None:
+        """Reads stderr until its end. Keeps the last 4096 bytes."""
+        assert self._process.stderr is not None
+        while piece := self._process.stderr.readline(1 << 16):
             self._errors = (self._errors + piece)[-4096:]
-            if not piece:
-                self._selector.unregister(key.fileobj)
-            return
-        if not piece:
-            raise self._crash()
-        self._said += piece
-        if len(self._said) > _MOST_ANSWER:
-            raise DriverFailure("nonsense", "an answer that does not end")
 
     def _crash(self) -> DriverFailure:
-        self._process.kill()
-        _, errors = self._process.communicate()
-        words = (self._errors + errors).decode(errors="replace").strip().splitlines()
+        self.kill()
+        words = self._errors.decode(errors="replace").strip().splitlines()
         return DriverFailure(
             "crash", f"ended with status {self._process.returncode}: {' / '.join(words[-3:])}"
         )
 
     def kill(self) -> None:
-        """Kills the process."""
-        self._selector.close()
+        """Kills the process, reads the rest of its output and releases resources."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self._asked.release()  # the thread may wait for a question
+        for thread, pipe in self._threads.items():
+            thread.join(_END_SECONDS)
+            if not thread.is_alive():  # a child of the program may keep the pipe open
+                pipe.close()
+        assert self._process.stdin is not None
+        with suppress(OSError):  # a question that was not read
+            self._process.stdin.close()
 
 
 def _parsed(line: bytes) -> Json:
@@ -229,8 +254,18 @@ def _parsed(line: bytes) -> Json:
 
 
 def _limiter(megabytes: int | None) -> Callable[[], None] | None:
-    """Returns the function that limits the address space of a new process; None for no limit."""
+    """Returns the function that limits the address space of a new process; None for no limit.
+
+    Raises:
+        OptionError: the system cannot limit an address space.
+    """
     if megabytes is None:
         return None
+    if sys.platform == "win32":
+        raise OptionError(_NO_LIMIT)
+    try:
+        import resource
+    except ImportError:
+        raise OptionError(_NO_LIMIT) from None
     most = megabytes << 20
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most))

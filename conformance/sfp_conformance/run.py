@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-import resource
 import shutil
 import time
 import tomllib
@@ -158,9 +158,12 @@ def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Res
 
 
 def _processor_time() -> float:
-    """Returns the processor time of this process and of its ended child processes, in seconds."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + ended.ru_utime + ended.ru_stime
+    """Returns the processor time of this process and of its ended child processes, in seconds.
+
+    Windows does not report that of child processes.
+    """
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
 
 
 def _questions(cases: Iterable[Case], settings: Settings) -> Iterator[tuple[Case, str]]:

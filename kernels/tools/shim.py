@@ -55,7 +55,8 @@ def build(options: Sequence[str] = PLAIN, folder: Path | None = None) -> Path:
     """
     text = b"".join(path.read_bytes() for path in sources())
     key = hashlib.sha256(text + repr([FLAGS, options]).encode()).hexdigest()[:16]
-    place = folder or Path(tempfile.gettempdir()) / f"sfpformat-kernels-{os.getuid()}"
+    user = os.getuid() if hasattr(os, "getuid") else "user"  # Windows has a temporary folder for each user
+    place = folder or Path(tempfile.gettempdir()) / f"sfpformat-kernels-{user}"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = place / f"{key}.so"
     if not library.exists():

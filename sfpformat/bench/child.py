@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from .subject import Array, bits_of
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # of the resident set, proc(5)
 VMHWM, MAXRSS = "VmHWM", "ru_maxrss"
+_NO_PEAK = "peak memory cannot be measured: this system does not report it"
 
 
 class ChildError(SfpError):
@@ -37,10 +37,14 @@ def run_python(arguments: Sequence[str]) -> tuple[float, str]:
     """
     root = str(Path(__file__).resolve().parents[2])
     before = os.environ.get("PYTHONPATH")
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root}
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root,
+    }
     start = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     seconds = time.perf_counter() - start
     if ended.returncode:
@@ -79,7 +83,7 @@ def _load(path: str, request: Mapping[str, Any]) -> Mapping[str, Array]:
 
 def _resident() -> tuple[int, int]:
     """Returns the resident bytes now, and at the peak."""
-    found = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    found = dict(line.split(":", 1) for line in _STATUS.read_text("utf-8").splitlines())
     return _bytes_of(found["VmRSS"]), _bytes_of(found[VMHWM])
 
 
@@ -89,6 +93,17 @@ def _bytes_of(words: str) -> int:
 
 
 def _max_resident() -> int:
+    """Returns the peak of the resident bytes of this process.
+
+    Raises:
+        ChildError: the system does not report it.
+    """
+    if sys.platform == "win32":
+        raise ChildError(_NO_PEAK)
+    try:
+        import resource
+    except ImportError:
+        raise ChildError(_NO_PEAK) from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # in KiB, except on macOS
 
@@ -96,8 +111,8 @@ def _max_resident() -> int:
 def _reset_peak() -> bool:
     """Resets the peak of memory; returns whether the system supports it."""
     try:
-        _CLEAR.write_text(_RESET_PEAK)
-        return VMHWM in _STATUS.read_text()
+        _CLEAR.write_text(_RESET_PEAK, "utf-8")
+        return VMHWM in _STATUS.read_text("utf-8")
     except OSError:
         return False
 

@@ -182,4 +182,4 @@ def model_of(seed: int, steps: int, threads: int) -> tuple[dict[str, NDArray[np.
         seconds = round(time.monotonic() - start)
         with replacing(note) as file:
             file.write(json.dumps({"seconds": seconds, "python": sys.version}).encode())
-    return load_file(path), float(json.loads(note.read_text())["seconds"])
+    return load_file(path), float(json.loads(note.read_text("utf-8"))["seconds"])

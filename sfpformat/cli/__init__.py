@@ -54,6 +54,9 @@ _EXAMPLES = examples(
 )
 
 
+_SIGPIPE = 13  # on Linux and macOS; Windows has no such signal
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal ended the command. Resumable work is kept, as after Ctrl-C."""
 
@@ -85,7 +88,7 @@ def _exit_code(words: list[str]) -> int:
             return code
     except BrokenPipeError:
         _drop_unwritten()  # the reader of stdout is gone: no message
-        return 128 + signal.SIGPIPE
+        return 128 + _SIGPIPE
     except KeyboardInterrupt as error:
         _print_to_stderr(str(error) or "interrupted", "")
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)

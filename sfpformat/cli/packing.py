@@ -32,7 +32,7 @@ from ..encode.zeros import zeros_of
 from ..engines import get_engine
 from ..errors import SfpError
 from ..io.atomic import AtomicFile, rename_all
-from ..io.filesystem import UnnamedFileError, beside, open_locked, remove
+from ..io.filesystem import UnnamedFileError, beside, open_locked, remove, remove_locked
 from ..io.safetensors import SafetensorsError, strict_json
 from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
@@ -390,8 +390,7 @@ class _State:
 
     def remove(self) -> None:
         """Removes the state file, because the job is done or has failed."""
-        remove(self._path)
-        self.close()
+        remove_locked(self._file, self._path)
 
     def discard(self) -> None:
         """Removes the state file and all temporary files, because the job has failed."""

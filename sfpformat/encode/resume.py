@@ -30,7 +30,8 @@ from ..io.filesystem import (
     creation_mode,
     open_locked,
     remove,
-    rename,
+    remove_locked,
+    rename_locked,
     sync,
     take_attributes,
 )
@@ -136,7 +137,7 @@ class ResumableSink:
         sync(self._file.fileno())
         self._finished = True
         try:
-            rename(self._path, self._target)
+            rename_locked(self._file, self._path, self._target)
         except OSError as error:
             if not self._path.exists():
                 raise
@@ -164,7 +165,7 @@ class ResumableSink:
             with contextlib.suppress(OSError):
                 self._journal.close()
         if not keep and not (self._finished and self._path.exists()):
-            remove(self._path)
             remove(self._journal_path)
+            remove_locked(self._file, self._path)
         with contextlib.suppress(OSError):
             self._file.close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -191,9 +191,13 @@ def _appends(stream: Any) -> bool:
     mode = getattr(stream, "mode", "")
     if isinstance(mode, str) and "a" in mode:
         return True
+    if sys.platform == "win32":  # the mode cannot be asked for; `_require_place` finds most of these streams
+        return False
     try:
+        import fcntl
+
         return bool(fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND)
-    except (AttributeError, OSError, ValueError, TypeError):  # not an operating-system file
+    except (ImportError, AttributeError, OSError, ValueError, TypeError):  # not an operating-system file
         return False
 
 

@@ -1,13 +1,16 @@
-"""System calls for writing files safely, on file systems that lack some of them.
+"""System calls for writing files safely, on systems and file systems that lack some of them.
 
-Rules: if a file system does not support a call (sync of a folder, lock, change of mode), the call is skipped.
-Every other error is raised. Nothing here changes the umask of the process.
+Rules: if a system or a file system does not support a call (sync of a folder, lock, change of mode or owner),
+the call is skipped. Every other error is raised. Nothing here changes the umask of the process.
+
+Windows neither renames nor removes a file that a process has open. A locked file is therefore closed first
+there; elsewhere the lock is held until the file has its final name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import stat
@@ -26,6 +29,9 @@ _NOT_ALLOWED = _ABSENT | {errno.EPERM, errno.EACCES}
 _NO_LOCKS = _ABSENT | {errno.ENOLCK}
 # Errors of network file systems for a rename while another process has the target open.
 _BUSY = frozenset((errno.EBUSY, errno.EACCES, errno.ETXTBSY))
+_OPEN = (
+    "Windows does not replace a file that is open or read-only; close its readers and models, and try again"
+)
 _WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts to rename
 _MODE_BITS = 0o777
 _LONGEST_NAME = 255  # bytes of a file's name on all common file systems
@@ -48,8 +54,10 @@ def beside(target: Path, suffix: str, *, prefix: str = "") -> Path:
     name = prefix + target.name + suffix
     if len(os.fsencode(name)) > _LONGEST_NAME:
         room = _LONGEST_NAME - len(os.fsencode(prefix + suffix)) - 17
-        whole = os.fsencode(target.name)
-        name = prefix + os.fsdecode(whole[:room]) + "-" + hashlib.sha256(whole).hexdigest()[:16] + suffix
+        start, digest = target.name, hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+        while len(os.fsencode(start)) > room:  # whole characters: macOS and Windows refuse parts of one
+            start = start[:-1]
+        name = f"{prefix}{start}-{digest}{suffix}"
     return target.with_name(name)
 
 
@@ -64,7 +72,10 @@ def create(path: Path, flags: int, mode: int) -> int:
     Raises:
         OSError: it cannot be opened, or is a symbolic link.
     """
-    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    no_link = getattr(os, "O_NOFOLLOW", 0)
+    if not no_link and path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
+    return os.open(path, flags | os.O_CREAT | no_link | getattr(os, "O_BINARY", 0), mode)
 
 
 def creation_mode(target: Path, like: Path | None = None) -> int:
@@ -103,6 +114,8 @@ def take_attributes(file: int, target: Path, like: Path | None = None) -> None:
         mode &= ~0o070 | (mode & 0o007) << 3
     if stat.S_IMODE(os.fstat(file).st_mode) & _MODE_BITS == mode:
         return
+    if not hasattr(os, "fchmod"):
+        return
     try:
         os.fchmod(file, mode)
     except OSError as error:
@@ -111,6 +124,8 @@ def take_attributes(file: int, target: Path, like: Path | None = None) -> None:
 
 
 def _allowed_to_change_owner(file: int, user: int, group: int) -> bool:
+    if not hasattr(os, "fchown"):
+        return False
     try:
         os.fchown(file, user, group)
     except OSError as error:
@@ -122,7 +137,7 @@ def _allowed_to_change_owner(file: int, user: int, group: int) -> bool:
 
 def _copied_access_list(source: Path, file: int) -> bool:
     """Copies the POSIX access list, or removes it if the source has none. Returns whether that worked."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not hasattr(os, "getxattr"):
         return True
     try:
         rights: bytes | None = os.getxattr(source, _ACCESS_LIST)
@@ -152,7 +167,7 @@ def rename(source: Path, target: Path) -> None:
 
     Raises:
         OSError: the rename failed, and the target is unchanged; or the folder could not be synced, and the
-            target is replaced, as the message says.
+            target is replaced, as the message says. On Windows a target that is open is not replaced.
     """
     own = os.stat(source)
     for wait in (*_WAITS, None):
@@ -162,10 +177,28 @@ def rename(source: Path, target: Path) -> None:
         except OSError as error:
             if _is_at(target, own):  # a server renamed it, but its answer was lost
                 break
-            if wait is None or error.errno not in _BUSY:
+            if wait is None or error.errno not in _BUSY or not _is_unchanged(source, own):
+                if _fixes_open_files() and isinstance(error, PermissionError) and target.exists():
+                    raise PermissionError(error.errno, _OPEN, os.fspath(target)) from error
                 raise
             time.sleep(wait)
     _sync_folder(target)
+
+
+def rename_locked(file: BinaryIO, source: Path, target: Path) -> None:
+    """Renames a synced file from `open_locked`, as `rename`. The lock is held until then if the system can.
+
+    Raises:
+        OSError: as `rename` raises it.
+    """
+    if _fixes_open_files():
+        file.close()
+    rename(source, target)
+
+
+def _fixes_open_files() -> bool:
+    """Whether the system refuses to rename and to remove open files."""
+    return sys.platform == "win32"
 
 
 def _is_at(path: Path, status: os.stat_result) -> bool:
@@ -175,10 +208,20 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
         return False
 
 
+def _is_unchanged(path: Path, status: os.stat_result) -> bool:
+    """Whether the file at a path is still the same, with the same contents as far as its status tells."""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return False
+    same = (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    return same and os.path.samestat(now, status)
+
+
 def _sync_folder(path: Path) -> None:
     """Syncs the folder of a path, if the file system supports it and permits it."""
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -197,8 +240,24 @@ def remove(path: Path) -> None:
         warnings.warn(f"{path} could not be removed: {error.strerror}; delete it", SfpWarning, stacklevel=2)
 
 
+def remove_locked(file: BinaryIO, path: Path) -> None:
+    """Removes a file from `open_locked` and closes it. The lock is held until then if the system can.
+
+    Warns on failure instead of raising.
+    """
+    if not _fixes_open_files():
+        remove(path)
+    with contextlib.suppress(OSError):  # its contents are no longer needed
+        file.close()
+    if _fixes_open_files():
+        remove(path)
+
+
 def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
     """Opens a file for reading and writing, and locks it until it is closed. Creates it if needed.
+
+    The lock is advisory, except on Windows: other processes cannot read the first byte there. The system
+    releases it when the process ends, however it ends. No further file is created.
 
     Args:
         path: of the file; not a symbolic link.
@@ -211,19 +270,16 @@ def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
         LockedFileError: another process holds the lock.
         OSError: the file cannot be opened.
     """
+    from filelock import lock_descriptor  # lazy: only writers that can be resumed need it
+
     while True:
         number, made = _open_or_make(path, mode)
         file = os.fdopen(number, "r+b")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_descriptor(file.fileno(), blocking=False)
             # Another process may have renamed or removed the file between open and lock.
-            if _is_at(path, os.fstat(file.fileno())):
+            if locked and _is_at(path, os.fstat(file.fileno())):
                 return file, True
-        except BlockingIOError:
-            file.close()
-            raise LockedFileError(
-                f"{path.name} is locked: another process is writing it; wait, or stop that process"
-            ) from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 warnings.warn(
@@ -239,6 +295,10 @@ def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
             error.filename = os.fspath(path)
             raise
         file.close()
+        if not locked:
+            raise LockedFileError(
+                f"{path.name} is locked: another process is writing it; wait, or stop that process"
+            )
 
 
 def _open_or_make(path: Path, mode: int) -> tuple[int, bool]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from io import FileIO
 
 from ..errors import ClosedFileError
 from .closing import Closing
 
+_MOST = 1 << 30  # bytes of a call; macOS refuses 2^31
+
 
 class PositionalFile(Closing):
-    """A file read by `os.preadv`: no shared position, and no mapped pages that count as memory.
+    """A file that threads read at any offset: no mapped pages that count as memory.
+
+    Reads by `os.preadv`, or `os.pread`. Systems without both share one position, under a lock.
 
     Attributes:
         length: size of the file when it was opened, in bytes.
@@ -25,6 +30,7 @@ class PositionalFile(Closing):
             OSError: it cannot be opened.
         """
         self._file = FileIO(os.fspath(path))
+        self._lock = threading.Lock()
         weakref.finalize(self, self._file.close)  # no ResourceWarning if the caller does not close it
         self.length = os.fstat(self._file.fileno()).st_size
 
@@ -39,11 +45,23 @@ class PositionalFile(Closing):
             raise ClosedFileError("the file is closed")
         filled = 0
         while filled < len(view):
-            got = os.preadv(self._file.fileno(), [view[filled:]], offset + filled)
+            got = self._read_some(view[filled : filled + _MOST], offset + filled)
             if got == 0:
                 break
             filled += got
         return filled
+
+    def _read_some(self, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            count: int = os.preadv(self._file.fileno(), [view], offset)
+            return count
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), len(view), offset)
+            view[: len(data)] = data
+            return len(data)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(view)
 
     @property
     def closed(self) -> bool:

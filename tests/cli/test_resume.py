@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +17,10 @@ import pytest
 from tests.support.clauses import clauses
 
 from .test_main import Arrays, child, error_of, make, refuse_root, run, sharded
+
+if sys.platform == "win32":
+    pytest.skip("signals and limits are those of POSIX", allow_module_level=True)
+import resource
 
 Capture = pytest.CaptureFixture[str]
 OLD = b"an older model"

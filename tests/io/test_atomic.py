@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -22,6 +23,8 @@ from sfpformat.numpy import load_file, save_file
 
 from ..cli.test_main import make, run, sharded
 from ..support.clauses import clauses
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes, owners and calls are those of POSIX")
 
 OLD = b"an older file"
 ONE = np.ones((4, 8), np.float32)
@@ -148,7 +151,9 @@ def test_files_of_other_threads_are_created_with_the_umask(target: Path) -> None
     assert modes == {0o644}
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may give files away"
+)
 
 
 @needs_root
@@ -294,7 +299,7 @@ def test_a_mode_that_cannot_be_changed_is_no_error(
 def test_a_file_that_cannot_be_locked_is_written_with_a_warning(
     target: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", raising(number)(fcntl.flock))
+    monkeypatch.setattr(filelock, "lock_descriptor", raising(number)(filelock.lock_descriptor))
     with pytest.warns(SfpWarning, match="model.sfp.partial cannot be locked"):
         by_resumable_writer(target)
     assert load_file(target).keys() == {"a"}
@@ -306,7 +311,7 @@ def test_a_file_that_cannot_be_locked_is_written_with_a_warning(
 def test_a_file_that_another_process_changed_without_locks_is_refused(
     target: Path, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", raising(errno.ENOSYS)(fcntl.flock))
+    monkeypatch.setattr(filelock, "lock_descriptor", raising(errno.ENOSYS)(filelock.lock_descriptor))
     with pytest.warns(SfpWarning, match="cannot be locked"):
         writer = Writer(target, resume_key="job")
     writer.add("a", ONE)
