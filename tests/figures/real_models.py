@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfpformat.demo import carried
+from sfpformat.demo import bundled
 from sfpformat.pruning import (
     CLASSIFY,
     LayerwiseResult,
@@ -60,6 +60,7 @@ LETTERS = range(30, 160)  # characters of a sentence of the prose
 RATE, FRAME = 16_000, 1024  # samples a second, and of a frame: those of CREPE
 BINS, CENTS, LOWEST = 360, 20.0, 1997.3794084376191  # of pitch; cents above 10 Hz of the first
 RIGHT = 50.0  # cents
+EVALUATED = 10  # batches of 100 frames
 
 
 class MiniLM:
@@ -76,7 +77,7 @@ class MiniLM:
         self.dense = dense_model()
         tokenizer = transformers().AutoTokenizer.from_pretrained(model_path().parent)
         self._texts: dict[str, TextData] = {}
-        prose = Path(str(carried.__file__)).with_name("heldout_prose.txt").read_text(encoding="utf-8")
+        prose = Path(str(bundled.__file__)).with_name("heldout_prose.txt").read_text(encoding="utf-8")
         pieces = [" ".join(piece.split()) for piece in prose.replace("\n\n", ". ").split(". ")]
         for name, lines in (
             ("docstrings", sentences()),
@@ -137,8 +138,8 @@ class Pitch:
         self.held_out = [tones(draw, 32) for _ in range(4)]
         draw.manual_seed(1000)
         self._tones = {
-            "tones": [tones(draw, 100) for _ in range(10)],
-            "others": [tones(draw, 100, odd=True, noise=(0.5, 1.0)) for _ in range(10)],
+            "tones": [tones(draw, 100) for _ in range(EVALUATED)],
+            "others": [tones(draw, 100, odd=True, noise=(0.5, 1.0)) for _ in range(EVALUATED)],
         }
 
     def measured(self, model: nn.Module) -> dict[str, float]:

@@ -63,5 +63,5 @@ def test_settings_that_make_no_sense_are_refused() -> None:
             Alternation(**words)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="sparsity is 2"):
         train_sparse(net, batches, 2.0)
-    with pytest.raises(OptionError, match="no batch"):
+    with pytest.raises(OptionError, match="the data are empty"):
         train_sparse(net, [], 0.5)
