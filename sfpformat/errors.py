@@ -130,6 +130,10 @@ class LossError(SfpError, ArithmeticError):
     """A loss, or a result of calibration data, is not finite, so that training cannot continue."""
 
 
+class ProcessError(SfpError, RuntimeError):
+    """Another process of the same run failed, ended, or did not answer within the time limit of the group."""
+
+
 class EngineError(SfpError, RuntimeError):
     """The requested engine is not available on this machine; the message gives the reason."""
 

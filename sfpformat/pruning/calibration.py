@@ -19,9 +19,11 @@ from ..names import listed
 from . import checkpoints
 from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
+from .processes import Processes
 from .task import CLASSIFY, Data, Progress, Task, evaluating, finite, with_weights
 
 _ROWS = Layout(1)
+_SAME_DATA = "give the same data, in the same order, to all"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def statistics(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 16,
     progress: Progress = lambda batch, loss: None,
+    group: Any = None,
 ) -> dict[str, Statistics]:
     """Computes statistics of the prunable weights from calibration batches. The model is unchanged.
 
@@ -69,47 +72,108 @@ def statistics(
             ``batches``. If it exists, the computation resumes from it.
         every: the number of batches between checkpoints.
         progress: called after each batch with its number, from 1, and its loss.
+        group: a process group of ``torch.distributed`` whose processes share the batches; None means this
+            process alone. All processes need the same model, data and arguments; process r computes every
+            batch whose number is r modulo their number. All get the same result, the same bits as one process
+            alone. The first process writes the checkpoint, all read it.
 
     Warns: the loss does not depend on a weight; its gradient is then 0.
 
     Memory: 8 bytes a weight and the gradients of a few tensors, in addition to a forward and backward pass.
+    With several processes, 8 bytes divided by their number until the last batch.
 
     Raises:
         OptionError: a name is not a matrix of the model; there are no data; or ``single`` is true and a batch
-            has no first dimension to split.
+            has no first dimension to split; or the processes have different data.
         MismatchError: the checkpoint is damaged, or of other tensors or options.
         LossError: the loss of a batch is not finite.
+        ProcessError: another process failed or is gone.
     """
     weights = chosen_weights(model, tensors)
     if not isinstance(batches, int) or batches < 1:
         raise OptionError(f"batches is {batches!r}, must be a whole number of at least 1")
+    processes = Processes(group, next(iter(weights.values())).device)
     counted = CountedInputs(model)
-    seen = _Seen(weights, counted, {"batches": batches, "single": single})
+    layouts = {name: layout_of(model, name) for name in weights}
+    layers = linear_layers(model, weights)
+    inputs = {
+        name: torch.zeros(layouts[name].matrix(weights[name]).shape[1], device=weights[name].device)
+        for name, _ in layers
+    }
+    seen = _Seen(
+        weights, _SquaredInputs(counted, inputs, processes), {"batches": batches, "single": single}, processes
+    )
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        seen.load(path)
+    if path is not None:
+        exists = path.exists()
+        processes.require_same(exists, f"{path} is not there on all processes: use a shared folder")
+        if exists:
+            seen.load(path)
+            processes.require_same(seen.count, f"{path} differs between processes: use a shared folder")
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     for name, leaf in leaves.items():
         untyped: Any = leaf
         untyped.register_post_accumulate_grad_hook(partial(seen.add, name))
-    source = chain.from_iterable(map(examples_of, data)) if single else iter(data)
-    layers = linear_layers(model, weights)
+    source = islice(chain.from_iterable(map(examples_of, data)) if single else iter(data), batches)
+    for _ in islice(source, seen.count):  # batches before the checkpoint
+        pass
     with evaluating(model), counted.watching(), watched(layers, seen.inputs.add):
-        for batch in islice(source, seen.count, batches):
-            counted.take(batch, task.unpadded(batch))
-            loss = task.loss_of(with_weights(model, leaves), batch)
-            value = finite(loss, f"batch {seen.count + 1} of the calibration data")
-            torch.autograd.backward(loss, inputs=list(leaves.values()))
-            seen.count += 1
-            progress(seen.count, value)
-            if path is not None and (seen.count % every == 0 or seen.count == batches):
+        while seen.count < batches:
+            losses = _round(model, leaves, task, source, seen, counted, processes)
+            for number, loss in enumerate(losses, seen.count + 1):
+                progress(number, loss)
+            before, seen.count = seen.count, seen.count + len(losses)
+            if (
+                path is not None
+                and losses
+                and (before // every < seen.count // every or seen.count == batches)
+            ):
                 seen.save(path)
+            if len(losses) < processes.world:
+                break
     if not seen.count:
         raise OptionError("the data have no batch")
-    unused = [name for name in weights if name not in seen.used]
+    unused = [name for name in weights if name not in seen.used_by_any()]
     if unused:
         warn(f"the loss depends on none of {listed(unused)} in the calibration data: their gradients are 0")
-    return seen.statistics({name: layout_of(model, name) for name in weights})
+    return seen.statistics(layouts)
+
+
+def _round(
+    model: nn.Module,
+    leaves: Mapping[str, Tensor],
+    task: Task,
+    source: Iterator[Any],
+    seen: _Seen,
+    counted: CountedInputs,
+    processes: Processes,
+) -> list[float]:
+    """Adds the statistics of the next batch of each process. Returns the losses of these batches."""
+    items: list[Any] = []
+    losses: list[Tensor] = []
+
+    def forward() -> list[float]:
+        items.extend(islice(source, processes.world))
+        if processes.rank >= len(items):
+            return [len(items), 0.0]
+        batch = items[processes.rank]
+        counted.take(batch, task.unpadded(batch))
+        losses.append(task.loss_of(with_weights(model, leaves), batch))
+        number = seen.count + processes.rank + 1
+        return [len(items), finite(losses[0], f"batch {number} of the calibration data")]
+
+    rows = processes.exchanged(forward, 2)
+    count = int(rows[0][0])
+    if any(row[0] != count for row in rows):
+        raise OptionError(f"the processes have different numbers of batches: {_SAME_DATA}")
+    if not seen.checked:
+        processes.require_same(items[:1], f"the processes have different batches: {_SAME_DATA}")
+        seen.checked = True
+    seen.begin()
+    if losses:
+        torch.autograd.backward(losses[0], inputs=list(leaves.values()))
+    seen.end()
+    return [loss for _, loss in rows[:count]]
 
 
 def examples_of(batch: Any) -> Iterator[Any]:
@@ -145,83 +209,159 @@ def _is_batch(values: object) -> bool:
 
 
 class _Seen:
-    """Running sums over the batches.
+    """Running sums over the batches. Each process holds its share of the elements of every tensor.
 
     Attributes:
         count: the number of batches.
+        checked: whether the processes were found to have the same data.
         inputs: running sums over the inputs of layers.
         used: the names of the weights that had a gradient.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], counted: CountedInputs, options: Mapping[str, object]
+        self,
+        weights: Mapping[str, Tensor],
+        inputs: _SquaredInputs,
+        options: Mapping[str, object],
+        processes: Processes,
     ) -> None:
-        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
         self._job = {"shapes": shapes, "options": dict(options)}
-        self._sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+        self._processes = processes
+        self._sums = {
+            name: torch.zeros(processes.share_of(w.numel()), device=w.device) for name, w in weights.items()
+        }
         self._squares = {name: torch.zeros_like(total) for name, total in self._sums.items()}
-        self.count, self.inputs = 0, _SquaredInputs(counted)
+        self.count, self.checked = 0, False
+        self.inputs = inputs
         self.used: set[str] = set()
+        # Names of the tensors whose gradient of this batch is not added yet, in an order that all processes
+        # have, that of a usual backward pass from the end; and gradients that wait for their turn.
+        self._left: list[str] = []
+        self._waiting: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Begins the backward pass of a batch."""
+        self._left = list(self._shapes)
 
     def add(self, name: str, leaf: Tensor) -> None:
         """Adds the gradient of a leaf to the sums, and releases it."""
         assert leaf.grad is not None
         self.used.add(name)
-        gradient = leaf.grad.float()
-        self._sums[name] += gradient
-        self._squares[name].addcmul_(gradient, gradient)
-        leaf.grad = None
+        self._waiting[name], leaf.grad = leaf.grad.float(), None
+        if self._processes.world == 1:
+            self._add(name)
+            return
+        while self._left and self._left[-1] in self._waiting:
+            self._add(self._left.pop())
+
+    def end(self) -> None:
+        """Ends the batch: adds what is left."""
+        if self._processes.world > 1:
+            while self._left:
+                self._add(self._left.pop())
+        self.inputs.end()
+
+    def _add(self, name: str) -> None:
+        gradient = self._waiting.pop(name, None)
+        if gradient is None:
+            gradient = torch.zeros(self._shapes[name], device=self._sums[name].device)
+        for row in self._processes.spread(
+            gradient
+        ):  # batch by batch: the same sums for any number of processes
+            self._sums[name] += row
+            self._squares[name] += row.square()
+
+    def used_by_any(self) -> set[str]:
+        """Returns the names of the weights that had a gradient on any process."""
+        names = list(self._shapes)
+        flags = self._processes.exchanged(lambda: [name in self.used for name in names], len(names))
+        return {name for name, row in zip(names, zip(*flags, strict=True), strict=True) if any(row)}
 
     def statistics(self, layouts: Mapping[str, Layout]) -> dict[str, Statistics]:
-        """Returns the means. Divides the sums in place, so they cannot be used afterwards."""
-        return {
-            name: Statistics(
-                total.div_(self.count),
-                self._squares[name].div_(self.count),
-                self.inputs.mean(name),
-                layouts[name],
-            )
-            for name, total in self._sums.items()
-        }
+        """Returns the means. Uses up the sums."""
+        out = {}
+        for name in self._shapes:
+            sums, squares = (self._whole(name, shares.pop(name)) for shares in (self._sums, self._squares))
+            inputs = self.inputs.mean(name)
+            out[name] = Statistics(sums.div_(self.count), squares.div_(self.count), inputs, layouts[name])
+        return out
+
+    def _whole(self, name: str, share: Tensor) -> Tensor:
+        shape = self._shapes[name]
+        return self._processes.joined(share, shape.numel()).view(shape)
 
     def save(self, path: Path) -> None:
+        """Writes a checkpoint, on the first process."""
         state = {
             "count": self.count,
-            "used": sorted(self.used),
-            "sums": self._sums,
-            "squares": self._squares,
-            "input sums": self.inputs.sums,
-            "input counts": self.inputs.counts,
+            "used": sorted(self.used_by_any()),
+            "sums": {name: self._whole(name, share) for name, share in self._sums.items()},
+            "squares": {name: self._whole(name, share) for name, share in self._squares.items()},
+            **self.inputs.state(),
         }
-        checkpoints.save(path, self._job, state)
+        if self._processes.rank == 0:
+            checkpoints.save(path, self._job, state)
 
     def load(self, path: Path) -> None:
+        """Resumes from a checkpoint."""
         state = checkpoints.load(path, self._job)
         self.count, self.used = state["count"], set(state["used"])
         for name, total in self._sums.items():
-            total.copy_(state["sums"][name])
-            self._squares[name].copy_(state["squares"][name])
-        device = next(iter(self._sums.values())).device
-        self.inputs.sums = {name: total.to(device) for name, total in state["input sums"].items()}
-        self.inputs.counts = dict(state["input counts"])
+            total.copy_(self._processes.mine(state["sums"][name]))
+            self._squares[name].copy_(self._processes.mine(state["squares"][name]))
+        self.inputs.restore(state)
 
 
 class _SquaredInputs:
     """Running sums of the squared inputs of layers, by weight name."""
 
-    def __init__(self, counted: CountedInputs) -> None:
-        self._counted = counted
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+    def __init__(self, counted: CountedInputs, zeros: Mapping[str, Tensor], processes: Processes) -> None:
+        """Args:
+        counted: knows which inputs are not padding.
+        zeros: float32 [inputs] for the weight of each layer; the sums are made in them.
+        processes: the processes of the run.
+        """
+        self._counted, self._processes = counted, processes
+        self._sums, self._counts = dict(zeros), dict.fromkeys(zeros, 0)
+        self._new: dict[str, Tensor] = {}
+        self._new_counts: dict[str, int] = {}
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Adds the inputs of a layer in a batch."""
         flat = self._counted.of(name, layer, x)
         total = flat.square().sum(0)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0) + len(flat)
+        self._new[name] = self._new[name] + total if name in self._new else total
+        self._new_counts[name] = self._new_counts.get(name, 0) + len(flat)
+
+    def end(self) -> None:
+        """Ends a batch: adds its sums, of all processes."""
+        names = list(self._sums)
+        counts = self._processes.exchanged(
+            lambda: [self._new_counts.get(name, 0) for name in names], len(names)
+        )
+        for name, given in zip(names, zip(*counts, strict=True), strict=True):
+            if any(given):
+                new = self._new.get(name)
+                new = torch.zeros_like(self._sums[name]) if new is None else new
+                self._sums[name] = self._processes.added(self._sums[name], new)
+                self._counts[name] += int(sum(given))
+        self._new, self._new_counts = {}, {}
 
     def mean(self, name: str) -> Tensor | None:
-        return self.sums[name] / self.counts[name] if self.counts.get(name) else None
+        """Returns the mean square of each input; None if the layer was not called."""
+        return self._sums[name] / self._counts[name] if self._counts.get(name) else None
+
+    def state(self) -> dict[str, Any]:
+        """Returns the state for a checkpoint."""
+        return {"input sums": self._sums, "input counts": self._counts}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restores the state of an earlier run."""
+        for name, total in self._sums.items():
+            total.copy_(state["input sums"][name])
+        self._counts = dict(state["input counts"])
 
 
 @contextmanager

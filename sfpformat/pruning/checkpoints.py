@@ -32,7 +32,7 @@ def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         try:
-            state = torch.load(file, weights_only=True)
+            state = torch.load(file, weights_only=True, map_location="cpu")
         except MemoryError:
             raise
         except Exception as error:  # torch raises almost any class for a damaged file, also AssertionError

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from . import checkpoints
+from .accumulation import Accumulation
 from .descent import sparsity_at
 from .holdout import Choice, Split, choose
 from .levels import Levels
 from .masked import MaskedModel, Masking
+from .processes import ALONE, Processes
 from .signal import SignalAdam
 from .task import Data, Progress, Task, cost, evaluating, finite, require_objective
 
@@ -62,7 +65,8 @@ class Plan:
     """Settings of learning levels.
 
     Attributes:
-        steps: number of optimiser steps, one batch each.
+        steps: number of optimiser steps.
+        batches: number of batches of a step on each process; their gradients are averaged.
         minutes: time limit, after which learning ends early; None sets no limit.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
         rates: peak rates of the levels.
@@ -71,11 +75,14 @@ class Plan:
         ramp: share of the steps after which the target sparsity is reached.
         network_every: number of steps between steps of the shared network.
         held_out: maximum number of held-out batches that select the result.
+        half: whether the logits of single weights and their moments have 16 bits, with stochastic rounding,
+            instead of 32.
         seed: seed of the sample of weights, of the network's initialisation, and of the sparsities drawn from
             a range.
     """
 
     steps: int = 200
+    batches: int = 1
     minutes: float | None = None
     objective: str = "divergence"
     rates: Rates = Rates()
@@ -84,12 +91,13 @@ class Plan:
     ramp: float = 0.6
     network_every: int = 10
     held_out: int = 4
+    half: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_objective(self.objective)
-        if self.steps < 1 or self.network_every < 1 or self.held_out < 1:
-            raise OptionError("steps, network_every and held_out must be at least 1")
+        if min(self.steps, self.batches, self.network_every, self.held_out) < 1:
+            raise OptionError("steps, batches, network_every and held_out must be at least 1")
         if self.minutes is not None and not self.minutes > 0:
             raise OptionError(f"minutes is {self.minutes}, must be above 0")
         if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
@@ -104,8 +112,8 @@ class Learner:
     Attributes:
         levels: the scores.
         step: number of steps taken.
-        history: the loss of each step, in nats.
-        seconds: total time of the steps.
+        history: the loss of each step, in nats: the mean over its batches on all processes.
+        seconds: total time of the steps on the first process.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class Learner:
         task: Task,
         plan: Plan,
         sparsities: tuple[float, float],
+        processes: Processes = ALONE,
     ) -> None:
         """Args:
         model: any module; `run` sets it to evaluation mode.
@@ -124,31 +133,37 @@ class Learner:
         task: runs the model and computes the loss.
         plan: settings of learning.
         sparsities: the least and the greatest target sparsity.
+        processes: the processes of the run, each with the whole model and the same data.
         """
+        self._processes = processes
         self._model, self._task, self._plan, self._sparsities = model, task, plan, sparsities
         rates = plan.rates
         self.levels = Levels(
             weights,
             start,
             network=rates.network > 0,
-            own=rates.own > 0,
+            own=(torch.float16 if plan.half else torch.float32) if rates.own else None,
             temperature=plan.temperature,
             seed=plan.seed,
         )
         self._masking = Masking(weights, self.levels.scored)
         self._pruned = MaskedModel(model, {}, self._masking)
         self._optimiser = SignalAdam(self.levels.parameters(), plan.steps)
-        # Logits of single weights step during the backward pass, so that only one tensor's gradient exists at
-        # a time.
-        for place, logits in enumerate(self.levels.parameters().get("weight", [])):
-            untyped: Any = logits
-            untyped.register_post_accumulate_grad_hook(partial(self._advance, place))
+        advance = partial(self._optimiser.advance, "weight")
+        self._gradients = Accumulation(list(self.levels.scored.values()), processes, advance)
         self._dense = model if plan.objective == "divergence" else None
         self.step, self.seconds = 0, 0.0
+        self._last_places: list[list[float]] = []  # repetition and place of the last batch, if there is one
         self.history: list[float] = []
 
     def run(
-        self, data: Data, progress: Progress, held_out: Data | None, path: Path | None, every: int
+        self,
+        data: Data,
+        progress: Progress,
+        held_out: Data | None,
+        path: Path | None,
+        every: int,
+        chosen: Callable[[int, int], None] = lambda done, total: None,
     ) -> Choice:
         """Learns, then selects the factor on each level with held-out batches.
 
@@ -156,25 +171,43 @@ class Learner:
             data, held_out: the arguments ``data`` and ``given`` of `holdout.Split`.
             progress: called after each step with its number and its loss.
             path: path of the checkpoint; learning resumes from it if it exists. None writes no checkpoint.
+                All processes read it, the first one writes it.
             every: number of steps between checkpoints.
+            chosen: called during the selection, with the number of passes over a held-out batch that are
+                done, and their total.
         """
-        if path is not None and path.exists():
-            self.load(path)
-        split = Split(data, self._plan.held_out, held_out)
-        batches = split.learned_from(self.step)
+        processes, plan = self._processes, self._plan
+        if path is not None:
+            exists = path.exists()
+            processes.require_same(exists, f"{path} is not there on all processes: use a shared folder")
+            if exists:
+                self.load(path)
+                processes.require_same(self.step, f"{path} differs between processes: use a shared folder")
+        split = Split(data, plan.held_out, held_out)
+        processes.require_same(
+            split.held_out,
+            "the processes have different batches: give the same data, in the same order, to all",
+        )
+        # Process r takes batches r, r + world, …
+        numbered = split.numbered(self.step * plan.batches * processes.world)
+        batches = islice(numbered, processes.rank, None, processes.world)
         with evaluating(self._model):
             while not self.done:
-                begun = time.monotonic()
-                loss = self.learn(next(batches))
-                self.seconds += time.monotonic() - begun
-                progress(self.step, loss)
-                if path is not None and (self.step % every == 0 or self.done):
+                progress(self.step + 1, self.learn(batches))
+                if path is not None and processes.rank == 0 and (self.step % every == 0 or self.done):
                     self.save(path)
             self._optimiser.release()
             self._require_used()
             low, high = self._sparsities
             return choose(
-                self.levels, self._pruned, self._dense, self._task, split.held_out, sorted({low, high})
+                self.levels,
+                self._pruned,
+                self._dense,
+                self._task,
+                split.held_out,
+                sorted({low, high}),
+                chosen,
+                processes,
             )
 
     @property
@@ -196,13 +229,20 @@ class Learner:
             self._sparsities, self.step, self.progress, start=plan.start, ramp=plan.ramp, seed=plan.seed
         )
 
-    def learn(self, batch: Any) -> float:
-        """Takes one step and returns the loss."""
+    def learn(self, batches: Iterator[tuple[int, int, Any]]) -> float:
+        """Takes one step and returns the loss.
+
+        Args:
+            batches: this process's batches, each with the numbers of `task.numbered`.
+
+        Raises:
+            OptionError: the processes have different numbers of batches.
+            ProcessError: another process failed.
+        """
+        begun = time.monotonic()
         self.levels.set_threshold(self.sparsity())
-        loss = cost(self._pruned, batch, self._task, self._dense)
-        value = finite(loss, f"step {self.step + 1}")
         parameters = self.levels.parameters()
-        leaves = [leaf for level, tensors in parameters.items() if level != "network" for leaf in tensors]
+        leaves = [leaf for part in self.levels.scored.values() for leaf in part.logits()]
         falling = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * self.progress))
         self.step += 1
         rates = {
@@ -211,8 +251,12 @@ class Learner:
         }
         if "weight" in parameters:
             self._optimiser.begin("weight", rates["weight"])
-        if loss.requires_grad:
-            torch.autograd.backward(loss, inputs=leaves)
+        losses: list[float] = []
+        for number in range(self._plan.batches):
+            self._gradients.begin(last=number + 1 == self._plan.batches)
+            losses += self._learn_batch(batches, leaves)
+            self._gradients.end()
+            self.levels.collect(self._processes)
         for level, rate in rates.items():
             if level == "weight":
                 self._optimiser.end(level)
@@ -222,18 +266,42 @@ class Learner:
                 self.levels.learn_network()
                 self._optimiser.step(level, rate)
                 self.levels.refresh()
-        self.history.append(value)
-        return value
+        self.history.append(sum(losses) / len(losses))
+        # All processes stop at the same step.
+        used = self._processes.exchanged(lambda: [time.monotonic() - begun], 1)
+        self.seconds += used[0][0]
+        return self.history[-1]
 
-    def _advance(self, place: int, logits: Tensor) -> None:
-        self._optimiser.advance("weight", place)
+    def _learn_batch(self, batches: Iterator[tuple[int, int, Any]], leaves: list[Tensor]) -> list[float]:
+        """Runs one batch on each process, forward and backward. Returns the losses of all processes."""
+        found: list[Tensor] = []
+
+        def forward() -> list[float]:
+            repetition, place, batch = next(batches)
+            loss = cost(self._pruned, batch, self._task, self._dense)
+            found.append(loss)
+            return [finite(loss, f"step {self.step}"), repetition, place]
+
+        rows = self._processes.exchanged(forward, 3)
+        for before, after in pairwise([*self._last_places, *(row[1:] for row in rows)]):
+            if after not in ([before[0], before[1] + 1], [before[0] + 1, 0]):
+                raise OptionError(
+                    "the processes have different numbers of batches: give the same data, in the same order, "
+                    "to all"
+                )
+        self._last_places = [rows[-1][1:]]
+        if found[0].requires_grad:
+            torch.autograd.backward(found[0], inputs=leaves)
+        return [row[0] for row in rows]
 
     def gains(self) -> dict[str, float]:
         """Returns the mean gain of each level in its last step."""
         return {level: sum(g) / len(g) for level, g in self._optimiser.gains.items() if g}
 
     def _require_used(self) -> None:
-        unused = [name for name in self.levels.scored if name not in self._masking.used]
+        names = list(self.levels.scored)
+        used = self._processes.exchanged(lambda: [name in self._masking.used for name in names], len(names))
+        unused = [name for name, flags in zip(names, zip(*used, strict=True), strict=True) if not any(flags)]
         if unused and self.step:
             warn(
                 f"the model's outputs did not depend on {listed(unused)}; "
@@ -244,7 +312,9 @@ class Learner:
 
     def _job(self) -> dict[str, Any]:
         shapes = {name: list(part.weight.shape) for name, part in self.levels.scored.items()}
-        plan = {**asdict(self._plan), "minutes": None}  # a resumed run may have another time limit
+        # A resumed run may have another time limit, and other processes with as many batches a step.
+        batches = self._plan.batches * self._processes.world
+        plan = {**asdict(self._plan), "minutes": None, "batches": batches}
         return {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
 
     def save(self, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import nn
 from ..errors import OptionError, warn
 from .levels import Levels, Shares
 from .masked import LEVELS
-from .task import Data, Model, Task, cost, endless, finite
+from .processes import ALONE, Processes
+from .task import Data, Model, Task, cost, finite, numbered
 
 _EVERY = 8  # of the first batches, every eighth is held out
 _JOINT = (0.25, 0.5, 1.0, 1.5)  # candidate factors on all levels together
@@ -62,13 +64,13 @@ class Split:
         else:
             warn("there is one batch only: results are chosen by the batch that they were learned from")
 
-    def learned_from(self, start: int) -> Iterator[Any]:
-        """Returns the other batches repeatedly, from batch number ``start``, counted over all repetitions.
+    def numbered(self, start: int) -> Iterator[tuple[int, int, Any]]:
+        """Returns the other batches repeatedly, from batch number ``start``, as `task.numbered`.
 
         Raises:
             OptionError: there is no batch to learn from.
         """
-        return endless(self._data, start, self._places)
+        return numbered(self._data, start, self._places)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def choose(
     task: Task,
     batches: Sequence[Any],
     sparsities: Sequence[float],
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> Choice:
     """Selects factors on the levels by a line search on held-out batches, and sets them in ``levels``.
 
@@ -106,32 +109,53 @@ def choose(
         task: runs both models and computes the loss.
         batches: the held-out batches.
         sparsities: the sparsities at which the result must not be worse than the initial scores.
-        progress: called after each batch.
+        progress: called after each batch of each pass, with the number of passes over a batch that are done,
+            and the greatest possible total.
+        processes: the processes of the run; they share the batches.
 
     Raises:
         LossError: a loss is not finite.
+        ProcessError: another process failed.
     """
     learned = [level for level in LEVELS if level in levels.parameters()]
+    groups = [
+        group for group in ([level for level in group if level in learned] for group in _GROUPS) if group
+    ]
+    done, most = 0, (1 + len(_JOINT) + len(groups[1:]) * len(_SINGLE)) * len(batches)
 
     def losses(candidates: Sequence[Shares]) -> list[tuple[float, ...]]:
         thresholds = []
         for candidate in candidates:
             levels.take(candidate)
             thresholds.append([levels.set_threshold(sparsity, exact=True) for sparsity in sparsities])
-        # Batch by batch, so that only one batch of the dense model's outputs is kept.
-        totals = [[0.0] * len(sparsities) for _ in candidates]
-        for number, batch in enumerate(batches, 1):
+
+        def of_batch(number: int) -> list[float]:
+            """Returns the loss of a batch for each candidate and sparsity, flat."""
+            if number >= len(batches):  # the last batches are fewer than the processes
+                return [0.0] * count
+            batch, values = batches[number], []
             with torch.no_grad():
+                # Only one batch of the dense model's outputs is kept.
                 wanted = None if dense is None else task.run(dense, batch)
-            for total, candidate, found in zip(totals, candidates, thresholds, strict=True):
-                levels.take(candidate)
-                for i, threshold in enumerate(found):
-                    levels.take_threshold(threshold)
-                    with torch.no_grad():
+                for candidate, found in zip(candidates, thresholds, strict=True):
+                    levels.take(candidate)
+                    for threshold in found:
+                        levels.take_threshold(threshold)
                         loss = cost(pruned, batch, task, wanted)
-                    total[i] += finite(loss, f"batch {number} of those held out") / len(batches)
-            progress()
-        return [tuple(total) for total in totals]
+                        values.append(finite(loss, f"batch {number + 1} of those held out"))
+            return values
+
+        nonlocal done
+        count = len(candidates) * len(sparsities)
+        totals = [0.0] * count
+        for first in range(0, len(batches), processes.world):
+            number = first + processes.rank
+            rows = processes.exchanged(partial(of_batch, number), count)
+            for row in rows[: len(batches) - first]:
+                totals = [total + value / len(batches) for total, value in zip(totals, row, strict=True)]
+                done += len(candidates)
+                progress(done, most)
+        return [tuple(totals[i : i + len(sparsities)]) for i in range(0, count, len(sparsities))]
 
     none: dict[str, float] = dict.fromkeys(LEVELS, 0.0)
     candidates = [none, *({**none, **dict.fromkeys(learned, share)} for share in _JOINT)]
@@ -149,8 +173,7 @@ def choose(
         if rise(loss) < rise(at):
             best, at = candidate, loss
     if any(best.values()):
-        groups = [[level for level in group if level in learned] for group in _GROUPS]
-        for group in reversed([group for group in groups if group][1:]):
+        for group in reversed(groups[1:]):
             candidates = [{**best, **{level: best[level] * factor for level in group}} for factor in _SINGLE]
             for candidate, loss in zip(candidates, losses(candidates), strict=True):
                 if rise(loss) < rise(at):

@@ -8,9 +8,9 @@ of each level is kept. ``weights`` (`gated`) learns a shared network, and a logi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .calibration import Statistics, statistics
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
+from .processes import Processes
 from .scores import fisher
 from .settings import DEFAULTS, Learned, Settings
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
@@ -32,12 +33,18 @@ Sparsities = float | tuple[float, float]
 
 
 def bytes_per_weight(settings: Settings = DEFAULTS) -> int:
-    """Returns the memory a weight in bytes, in addition to the model and its activations."""
+    """Returns the memory a weight in bytes at the peak of `learn_importance`.
+
+    This is in addition to the model, its activations, and the gradient and a masked copy of the largest
+    tensor. Importances given as ``start`` take 4 more, and a step of several batches 4 more.
+    """
     if settings.chosen_method == "levels":
         plan = settings.plan()
         held = 4 + (2 if plan.rates.network else 0)  # start; network's output
+        if not plan.rates.own:
+            return held + 4  # the importances, at the end
         # While learning, a logit and two moments; at the end, a logit and the importances.
-        return held + (4 * 3 if plan.rates.own else 4)
+        return held + (2 * 3 if plan.half else 4 * 3)
     features = 2 * len(FEATURES)
     scores = 4 * (2 + 2)  # start, base and its gradient; the scores
     logits = 4 * 4 if settings.logits else 0  # value, gradient, two moments
@@ -63,6 +70,8 @@ def learn_importance(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 50,
     progress: Progress = lambda step, loss: None,
+    chosen: Callable[[int, int], None] = lambda done, total: None,
+    group: Any = None,
 ) -> Learned:
     """Learns an importance for each weight. The model is unchanged.
 
@@ -85,6 +94,14 @@ def learn_importance(
             learning resumes from it, and batches that were already used are skipped.
         every: number of steps between checkpoints.
         progress: called after each step with its number and its loss.
+        chosen: called while held-out batches select the result, with the number of passes over a batch that
+            are done, and the greatest possible total. Only for the method ``levels``.
+        group: a process group of ``torch.distributed``, such as ``torch.distributed.group.WORLD``, whose
+            processes learn together; None means this process alone. Each needs the same model, data and
+            arguments. Process r takes the batches whose number is r modulo their number. All get the same
+            result, the same bits as one process alone with as many ``Settings.batches`` a step. A process
+            that stops answering is an error on the others after the time limit of the group. Only for the
+            method ``levels``.
 
     Memory: `bytes_per_weight`, in addition to a training step of the model without an optimiser.
 
@@ -92,6 +109,7 @@ def learn_importance(
         OptionError: settings or names are invalid, or there are no data.
         MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
         LossError: a loss is not finite; the last checkpoint stays valid.
+        ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
@@ -112,9 +130,11 @@ def learn_importance(
             path,
             every,
             progress,
+            chosen,
+            group,
         )
-    if start is not None or held_out is not None:
-        raise OptionError("start and held_out are of the method levels")
+    if start is not None or held_out is not None or group is not None:
+        raise OptionError("start, held_out and group are of the method levels")
     weights = chosen_weights(model, tensors)
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
@@ -148,6 +168,8 @@ def _learn_levels(
     path: Path | None,
     every: int,
     progress: Progress,
+    chosen: Callable[[int, int], None],
+    group: Any,
 ) -> Learned:
     names = list(chosen_weights(model, tensors))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -157,12 +179,14 @@ def _learn_levels(
         raise OptionError(f"{listed(names)} have no elements: there is nothing to learn")
     if start is None:
         if found is None:
-            found = statistics(model, data, task=task, tensors=names)
+            found = statistics(model, data, task=task, tensors=names, group=group)
         start = fisher(model, _of_weights(model, found, weights, "found"))
         found = None  # releases its memory
     start = _required(model, start, weights)
     start = {name: start[name] for name in learned}
-    learner = Learner(model, learned, start, task, settings.plan(), sparsities)
+    processes = Processes(group, next(iter(learned.values())).device)
+    processes.require_same(start, "the processes have different starts, or models: give the same to all")
+    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -173,7 +197,7 @@ def _learn_levels(
         except RuntimeError as error:
             raise OptionError("mlp is not the network of a model learned by levels") from error
         learner.levels.refresh()
-    choice = learner.run(data, progress, held_out, path, every)
+    choice = learner.run(data, progress, held_out, path, every, chosen)
     scored = learner.levels.importances(sum(sparsities) / 2)
     importances = {
         name: scored[name] if name in learned else torch.zeros_like(weight, dtype=torch.float32)

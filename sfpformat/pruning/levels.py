@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import LEVELS, ScoredWeight
+from .processes import ALONE, Processes
 from .task import as_matrix
 
 Shares = Mapping[str, float]
@@ -48,7 +49,7 @@ class Levels:
         start: Mapping[str, Tensor],
         *,
         network: bool,
-        own: bool,
+        own: torch.dtype | None,
         temperature: float,
         seed: int = 0,
     ) -> None:
@@ -56,7 +57,7 @@ class Levels:
         weights: the weights by name.
         start: initial importances, not negative, by the same names.
         network: whether there is a shared network.
-        own: whether each weight has its own logit.
+        own: the dtype of the logits of single weights, float16 or float32; None means no such logits.
         temperature: temperature of the straight-through estimator of the mask.
         seed: seed of the sample and of the network's first layers.
         """
@@ -73,6 +74,7 @@ class Levels:
         self.shares = dict.fromkeys(LEVELS, 1.0)
         self.network: nn.Sequential | None = None
         self._features: dict[str, _Features] = {}
+        self._collected: Tensor | None = None
         if network:
             self.network = _network(seed).to(next(iter(weights.values())).device)
             last = max(len(self.scored) - 1, 1)
@@ -85,13 +87,10 @@ class Levels:
         found: dict[str, list[Tensor]] = {}
         if self.network is not None:
             found["network"] = list(self.network.parameters())
-        for level, logits in zip(
-            LEVELS[1:], zip(*(part.logits() for part in self.scored.values()), strict=True), strict=True
-        ):
-            given = [logit for logit in logits if logit is not None]
-            if given:
-                found[level] = given
-        return found
+        shared = zip(*(part.logits() for part in self.scored.values()), strict=True)
+        found |= {level: list(logits) for level, logits in zip(LEVELS[1:-1], shared, strict=True)}
+        own = [part.own for part in self.scored.values() if part.own is not None]
+        return found | {LEVELS[-1]: own} if own else found
 
     def take(self, shares: Shares) -> None:
         """Sets factors on the levels."""
@@ -122,15 +121,28 @@ class Levels:
     def _all_scores(self) -> Iterable[tuple[Tensor, float]]:
         return ((part.scores(block), 1.0) for part in self.scored.values() for block in part.blocks())
 
+    def collect(self, processes: Processes = ALONE) -> None:
+        """Moves the gradients of the sample from the weights to the network's sum over all processes."""
+        if self.network is None:
+            return
+        parts = [part.sampled for part in self.scored.values()]
+        self._collected = processes.added(self._collected, torch.cat(parts))
+        for part in parts:
+            part.zero_()
+
     def learn_network(self) -> None:
-        """Backpropagates the accumulated gradients of the sample to the network, and resets them."""
+        """Backpropagates the collected gradients of the sample to the network, and resets them."""
         assert self.network is not None
-        for name, part in self.scored.items():
+        assert self._collected is not None
+        sizes = [len(part.sample) for part in self.scored.values()]
+        for (name, part), gradient in zip(
+            self.scored.items(), torch.split(self._collected, sizes), strict=True
+        ):
             for first in range(0, len(part.sample), _BLOCK):
                 piece = slice(first, first + _BLOCK)
                 out = self.network(self._features[name].at(part.sample[piece]))[:, 0]
-                torch.autograd.backward(out, part.sampled[piece] * self._sizes[name])
-            part.sampled.zero_()
+                torch.autograd.backward(out, gradient[piece] * self._sizes[name])
+        self._collected = None
 
     def refresh(self) -> None:
         """Recomputes the network's output for each weight."""
@@ -160,9 +172,11 @@ class Levels:
     def state(self) -> dict[str, Any]:
         """Returns the state for a checkpoint. Excludes the starts, which are recomputed."""
         return {
-            "logits": {name: [_plain(x) for x in part.logits()] for name, part in self.scored.items()},
+            "logits": {
+                name: [*(x.detach() for x in part.logits()), part.own] for name, part in self.scored.items()
+            },
             "given by the network": {name: part.network for name, part in self.scored.items()},
-            "sampled": {name: part.sampled for name, part in self.scored.items()},
+            "collected": self._collected,
             "network": None if self.network is None else self.network.state_dict(),
         }
 
@@ -170,17 +184,18 @@ class Levels:
         """Restores the state of an earlier run."""
         with torch.no_grad():
             for name, part in self.scored.items():
-                for logit, kept in zip(part.logits(), state["logits"][name], strict=True):
+                for logit, kept in zip((*part.logits(), part.own), state["logits"][name], strict=True):
                     if logit is not None:
                         logit.copy_(kept)
-                part.network = state["given by the network"][name]
-                part.sampled.copy_(state["sampled"][name])
+                part.network = _beside(part.start, state["given by the network"][name])
+                self._collected = _beside(part.start, state["collected"])
         if self.network is not None:
             self.network.load_state_dict(state["network"])
 
 
-def _plain(logit: Tensor | None) -> Tensor | None:
-    return None if logit is None else logit.detach()
+def _beside(other: Tensor, kept: Tensor | None) -> Tensor | None:
+    """Returns a tensor on the device of another one."""
+    return None if kept is None else kept.to(other.device)
 
 
 def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:

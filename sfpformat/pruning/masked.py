@@ -27,7 +27,9 @@ from .task import WithWeights, as_matrix
 # The parts of a score besides its start, from the most shared one to that of single weights.
 LEVELS = ("network", "layer", "row", "column", "weight")
 
-_CHUNK = 1 << 20  # weights whose scores are computed at once: about 16 MiB of float32 working memory
+# Weights whose scores are computed at once, with about 16 bytes of working memory each.
+_AT_ONCE = {"cpu": 1 << 20}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 class ScoredWeight:
@@ -43,16 +45,25 @@ class ScoredWeight:
         layer: float32 [].
         rows: float32 [rows, 1].
         columns: float32 [1, columns].
-        own: float32 [rows, columns], or None if single weights have no logit.
+        own: float16 or float32 [rows, columns], or None if single weights have no logit. Autograd does not
+            know it, so that its gradient can be float32.
+        own_gradient: the gradient of ``own``, float32, summed over backward passes; None before the first.
         shares: factors on the parts of the score, by level.
         threshold: weights with scores above it are kept.
         temperature: temperature of the straight-through estimator, in units of the score.
         sample: positions of the sampled weights in the flat weight, int64 [n], ascending.
-        sampled: the gradients of the sample's scores, float32 [n], summed over backward passes.
+        sampled: the gradients of the sample's scores, float32 [n], summed over backward passes until they
+            are collected.
     """
 
     def __init__(
-        self, weight: Tensor, start: Tensor, sample: Tensor, *, own: bool, temperature: float
+        self,
+        weight: Tensor,
+        start: Tensor,
+        sample: Tensor,
+        *,
+        own: torch.dtype | None,
+        temperature: float,
     ) -> None:
         self.weight, self.temperature, self.threshold = weight.detach(), temperature, 0.0
         matrix = as_matrix(self.weight)
@@ -66,16 +77,19 @@ class ScoredWeight:
             return torch.zeros(shape, device=weight.device).requires_grad_()
 
         self.layer, self.rows, self.columns = zeros(), zeros(height, 1), zeros(1, width)
-        self.own = zeros(height, width) if own else None
+        self.own: Tensor | None = None
+        if own is not None:
+            self.own = torch.zeros(height, width, dtype=own, device=weight.device)
+        self.own_gradient: Tensor | None = None
 
-    def logits(self) -> tuple[Tensor | None, ...]:
-        """Returns the trainable parts of the score, in the order of `LEVELS` without the network."""
-        return self.layer, self.rows, self.columns, self.own
+    def logits(self) -> tuple[Tensor, ...]:
+        """Returns the logits of layer, rows and columns, which autograd knows."""
+        return self.layer, self.rows, self.columns
 
     def blocks(self) -> Iterator[slice]:
         """Yields blocks of rows."""
         height, width = self.start.shape
-        step = max(1, _CHUNK // max(width, 1))
+        step = max(1, _AT_ONCE.get(self.start.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def scores(self, block: slice) -> Tensor:
@@ -100,7 +114,7 @@ class ScoredWeight:
             if self.network is not None:
                 out += share["network"] * self.network.reshape(-1)[self.sample].float()
             if self.own is not None:
-                out += share["weight"] * self.own.reshape(-1)[self.sample]
+                out += share["weight"] * self.own.reshape(-1)[self.sample].float()
         return out
 
     def masked(self) -> Tensor:
@@ -111,8 +125,8 @@ class ScoredWeight:
             out[block] = torch.where(self.scores(block) > self.threshold, matrix[block], 0)
         return out.view(self.weight.shape)
 
-    def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of `logits`, and adds those of the sample to `sampled`.
+    def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor, ...]:
+        """Returns the gradients of `logits`; adds others to `own_gradient` and `sampled`.
 
         Args:
             gradient_of: block of rows -> the gradient of the masked weight in these rows, [rows, columns].
@@ -120,28 +134,29 @@ class ScoredWeight:
         matrix, width = as_matrix(self.weight), self.start.shape[1]
         rows = torch.empty_like(self.rows)
         columns = torch.zeros_like(self.columns)
-        own = None if self.own is None else torch.empty_like(self.own)
+        if self.own is not None and self.own_gradient is None:
+            self.own_gradient = torch.zeros_like(self.own, dtype=torch.float32)
         for block in self.blocks():
             gate = self.scores(block).sub_(self.threshold).div_(self.temperature).sigmoid_()
             of_mask = (gradient_of(block) * matrix[block]).div_(self.temperature)
             part = torch.ops.aten.sigmoid_backward(of_mask, gate)  # of_mask · gate · (1 − gate), in one pass
             rows[block] = part.sum(1, keepdim=True)
             columns += part.sum(0, keepdim=True)
-            if own is not None:
-                own[block] = part
+            if self.own_gradient is not None:
+                self.own_gradient[block] += part
             if self.network is None:
                 continue
             edges = torch.tensor([block.start * width, block.stop * width], device=self.sample.device)
             first, last = torch.searchsorted(self.sample, edges).tolist()
             self.sampled[first:last] += part.reshape(-1)[self.sample[first:last] - block.start * width]
-        return rows.sum(), rows, columns, own
+        return rows.sum(), rows, columns
 
 
 class _MaskedWeight(torch.autograd.Function):
     """The masked weight as a function of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, scored: ScoredWeight, *logits: Tensor | None) -> Tensor:
+    def forward(ctx: Any, scored: ScoredWeight, *logits: Tensor) -> Tensor:
         ctx.scored = scored
         return scored.masked()
 
@@ -156,7 +171,7 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, scored: ScoredWeight, turned: bool, *logits: Tensor | None
+        ctx: Any, x: Tensor, bias: Tensor | None, scored: ScoredWeight, turned: bool, *logits: Tensor
     ) -> Tensor:
         ctx.scored, ctx.turned = scored, turned
         ctx.save_for_backward(x)

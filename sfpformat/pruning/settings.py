@@ -21,7 +21,9 @@ class Settings:
     """Settings of `learning.learn_importance`.
 
     Attributes:
-        steps: number of optimiser steps, one batch each.
+        steps: number of optimiser steps.
+        batches: number of batches of a step on each process; their gradients are averaged. Only for
+            ``levels``; with ``weights`` it is 1.
         method: ``levels`` or ``weights``. None takes ``levels``, or ``weights`` if a setting needs it: a gate
             other than ``topk``, no logits, or a ``weight_rate``.
         minutes: time limit, after which learning ends early; None sets no limit. Only for ``levels``.
@@ -38,10 +40,13 @@ class Settings:
         ramp: share of the steps after which the target sparsity is reached.
         network_every: number of steps between steps of the network. None is 4, or 10 with ``levels``.
         held_out: maximum number of held-out batches that select the result. Only for ``levels``.
+        half: whether the logits of single weights and their moments have 16 bits, with stochastic rounding,
+            instead of 32. Only for ``levels``.
         seed: seed of the network's initialisation and of the sparsities drawn from a range.
     """
 
     steps: int = 200
+    batches: int = 1
     method: str | None = None
     minutes: float | None = None
     gate: str = "topk"
@@ -56,6 +61,7 @@ class Settings:
     ramp: float = 0.6
     network_every: int | None = None
     held_out: int = 4
+    half: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,8 +79,10 @@ class Settings:
                 "levels have the gate topk and frozen weights; without logits they need a shared_rate "
                 "or a network_rate"
             )
-        if self.chosen_method == "weights" and self.minutes is not None:
-            raise OptionError("minutes is of the method levels")
+        if self.batches < 1:
+            raise OptionError(f"batches is {self.batches}, must be at least 1")
+        if self.chosen_method == "weights" and (self.minutes is not None or self.batches > 1):
+            raise OptionError("minutes and batches are of the method levels")
 
     def _needs_weights(self) -> bool:
         return self.gate != "topk" or self.weight_rate > 0
@@ -91,6 +99,7 @@ class Settings:
         own = LOGIT_RATE if self.logit_rate is None else self.logit_rate
         return Plan(
             steps=self.steps,
+            batches=self.batches,
             minutes=self.minutes,
             objective=self.objective,
             rates=Rates(self.network_rate or 0.0, self.shared_rate, own if self.logits else 0.0),
@@ -99,6 +108,7 @@ class Settings:
             ramp=self.ramp,
             network_every=self.network_every or 10,
             held_out=self.held_out,
+            half=self.half,
             seed=self.seed,
         )
 

@@ -6,20 +6,30 @@ measures the signal: for pure noise it is a number f that follows from Adam's fi
 gradient that is the same in all batches it is 1. Let q = (mean − f) / (1 − f) be the share of signal in a
 gradient's power. A sum over n batches then has the power n² q of signal and n (1 − q) of noise. The step is
 multiplied by the share of signal in this sum, n q / (n q + 1 − q), where n is the number of steps of the run.
+
+Large tensors are processed in blocks of rows. Parameters and moments may have 16 bits, with stochastic
+rounding (`rounding`): moments are bfloat16, since gradients may be tiny; parameters are float16, since they
+are of order 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .rounding import rounded
+
 BETAS = (0.9, 0.95)
 _TINY = 1e-24  # mean squared gradients below this count as zero
 _MEMORY = 0.9  # decay of the running mean of the share of signal
 _POOL = 16  # minimum number of parameters of a tensor for a gain of its own
+# Parameters in a block, with about 20 bytes of working memory each. On the CPU they fit into the caches;
+# elsewhere they are enough to keep a device busy.
+_AT_ONCE = {"cpu": 1 << 18}
+_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 class SignalAdam:
@@ -31,13 +41,13 @@ class SignalAdam:
 
     def __init__(self, groups: Mapping[str, Sequence[Tensor]], steps: int) -> None:
         """Args:
-        groups: name -> tensors of the same kind, float32.
+        groups: name -> tensors of the same kind: float32, or float16 with moments of 16 bits.
         steps: number of steps of the run.
         """
         self._groups = {name: list(tensors) for name, tensors in groups.items()}
         self._steps = steps
         self._moments = {
-            name: [(torch.zeros_like(x), torch.zeros_like(x)) for x in tensors]
+            name: [(_moment_like(x), _moment_like(x)) for x in tensors]
             for name, tensors in self._groups.items()
         }
         self._taken = dict.fromkeys(self._groups, 0)
@@ -65,18 +75,18 @@ class SignalAdam:
         self.gains[name] = [0.0] * len(self._groups[name])
 
     @torch.no_grad()
-    def advance(self, name: str, place: int) -> None:
+    def advance(self, name: str, place: int, gradient: Tensor | None = None) -> None:
         """Takes the step of one tensor, and releases its gradient. Does nothing in groups of small tensors.
 
         Args:
             name: name of the group.
             place: index of the tensor in its group.
+            gradient: its gradient, float32; None takes the tensor's ``grad``.
         """
         if self._pools(name) or place not in self._left[name]:
             return
         del self._left[name][place]
-        step, power = self._direction(name, place)
-        self._groups[name][place].sub_(step, alpha=self._rates[name] * self._gain(name, place, power))
+        self._move(name, place, self._gain(name, place, self._learn(name, place, gradient)))
 
     @torch.no_grad()
     def end(self, name: str) -> None:
@@ -85,10 +95,10 @@ class SignalAdam:
             for place in list(self._left[name]):
                 self.advance(name, place)
             return
-        found = [self._direction(name, place) for place in self._left[name]]
-        power = sum(power for _, (power, _) in found), sum(alive for _, (_, alive) in found)
-        for place, (step, _) in enumerate(found):
-            self._groups[name][place].sub_(step, alpha=self._rates[name] * self._gain(name, place, power))
+        found = [self._learn(name, place, None) for place in self._left[name]]
+        power = sum(power for power, _ in found), sum(alive for _, alive in found)
+        for place in range(len(found)):
+            self._move(name, place, self._gain(name, place, power))
 
     def release(self) -> None:
         """Releases the memory of the moments; no step can be taken afterwards."""
@@ -98,24 +108,57 @@ class SignalAdam:
         """Returns whether the signal is measured over all tensors of a group, because they are small."""
         return max((x.numel() for x in self._groups[name]), default=0) < _POOL
 
-    def _direction(self, name: str, place: int) -> tuple[Tensor, tuple[float, int]]:
+    def _learn(self, name: str, place: int, gradient: Tensor | None) -> tuple[float, int]:
         """Updates the moments of a tensor, and releases its gradient.
 
         Returns:
-            m̂ / √v̂, and the pair of the sum of its squares and the number of parameters with gradients.
+            The sum of m̂² / v̂, and the number of parameters with gradients.
         """
         x, (mean, square) = self._groups[name][place], self._moments[name][place]
-        first, second = BETAS
-        count = self._taken[name]
-        corrections = 1 - first**count, 1 - second**count
-        gradient = torch.zeros_like(x) if x.grad is None else x.grad
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        gradient = x.grad if gradient is None else gradient
+        power, alive = 0.0, 0
+        for block in _blocks(x):
+            new = None if gradient is None else _matrix(gradient)[block]
+            m, v = _matrix(mean)[block].float(), _matrix(square)[block].float()
+            if new is None:
+                new = torch.zeros_like(m)
+            m.lerp_(new, 1 - BETAS[0])
+            v.mul_(BETAS[1]).addcmul_(new, new, value=1 - BETAS[1])
+            self._keep(mean, block, m, name, place, 0)
+            self._keep(square, block, v, name, place, 1)
+            alive += int((v > _TINY).sum())
+            ratio = self._direction(name, m, v).reshape(-1)
+            power += float(ratio @ ratio)
         x.grad = None
-        scale = corrections[1] ** 0.5 / corrections[0]
-        step = torch.sqrt(square).add_((_TINY * corrections[1]) ** 0.5).reciprocal_().mul_(mean).mul_(scale)
-        flat = step.reshape(-1)
-        return step, (float(flat @ flat), int((square > _TINY).sum()))
+        return power, alive
+
+    def _move(self, name: str, place: int, gain: float) -> None:
+        """Takes the step of a tensor along its moments."""
+        x, (mean, square) = self._groups[name][place], self._moments[name][place]
+        for block in _blocks(x):
+            step = self._direction(name, _matrix(mean)[block].float(), _matrix(square)[block].float())
+            moved = _matrix(x)[block].float().sub_(step, alpha=self._rates[name] * gain)
+            self._keep(x, block, moved, name, place, 2)
+
+    def _direction(self, name: str, mean: Tensor, square: Tensor) -> Tensor:
+        """Returns m̂ / √v̂ for the moments m and v."""
+        first, second = (1 - beta ** self._taken[name] for beta in BETAS)
+        return (
+            torch.sqrt(square)
+            .add_((_TINY * second) ** 0.5)
+            .reciprocal_()
+            .mul_(mean)
+            .mul_(second**0.5 / first)
+        )
+
+    def _keep(self, whole: Tensor, block: slice, values: Tensor, name: str, place: int, label: int) -> None:
+        """Stores a block of float32 numbers, rounded if the tensor has 16 bits."""
+        target = _matrix(whole)[block]
+        if whole.dtype is torch.float32:
+            if target.data_ptr() != values.data_ptr():
+                target.copy_(values)
+            return
+        target.copy_(rounded(values, whole.dtype, block.start, self._taken[name], 3 * place + label))
 
     def _gain(self, name: str, place: int, power: tuple[float, int]) -> float:
         """Updates the share of signal of a tensor and returns the factor on its step.
@@ -148,3 +191,19 @@ class SignalAdam:
                 own[1].copy_(kept[1])
         self._taken = dict(state["taken"])
         self._shares = {name: list(shares) for name, shares in state["shares"].items()}
+
+
+def _moment_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.bfloat16 if x.dtype is torch.float16 else torch.float32)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Returns a view of a tensor as a matrix; of a vector or a number, as one row."""
+    return x.detach().view(-1, x.shape[-1]) if x.dim() > 1 else x.detach().view(1, -1)
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Yields blocks of the rows of `_matrix`."""
+    height, width = _matrix(x).shape
+    step = max(1, _AT_ONCE.get(x.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
+    return (slice(first, min(first + step, height)) for first in range(0, height, step))

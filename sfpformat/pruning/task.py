@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -359,6 +359,11 @@ def finite(loss: Tensor, when: str) -> float:
 
 
 def endless(data: Data, start: int = 0, without: Container[int] = ()) -> Iterator[Any]:
+    """Yields the batches of `numbered`, without their places."""
+    return (batch for _, _, batch in numbered(data, start, without))
+
+
+def numbered(data: Data, start: int = 0, without: Container[int] = ()) -> Iterator[tuple[int, int, Any]]:
     """Yields the batches repeatedly, from batch number ``start``, which counts over all repetitions.
 
     Args:
@@ -366,11 +371,15 @@ def endless(data: Data, start: int = 0, without: Container[int] = ()) -> Iterato
         start: number of the first batch.
         without: places in ``data`` of batches that are left out and not counted.
 
+    Returns:
+        Tuples of the number of complete repetitions by this iterator, the number of the batch within its
+        repetition, and the batch.
+
     Raises:
         OptionError: the data have no batch left, or cannot be iterated again.
     """
     skipped = start
-    while True:
+    for repetition in count():
         seen = 0
         for place, batch in enumerate(data):
             if place in without:
@@ -379,7 +388,7 @@ def endless(data: Data, start: int = 0, without: Container[int] = ()) -> Iterato
             if skipped:
                 skipped -= 1
                 continue
-            yield batch
+            yield repetition, seen - 1, batch
         if not seen:
             raise OptionError("the data are empty, or can be iterated only once; give a list or a loader")
         skipped %= seen

@@ -1,0 +1,203 @@
+"""The processes of one run under ``torch.distributed``, and exact exchanges between them.
+
+Rules: sums are made in the order of the processes, so that all processes get the same bits, and the same bits
+as one process that adds the same parts one after the other. A failure of one process is an error on all:
+at the next exchange if the process can still report it, at once if its connection breaks, and otherwise
+after the time limit of the group (``timeout`` of ``init_process_group``).
+
+With one process no function needs ``torch.distributed``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, ProcessError
+
+_ALIGNED = 64  # elements; parts of a tensor begin at multiples, so that vector instructions divide it alike
+
+
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        world: the number of processes.
+        rank: the number of this process, from 0.
+    """
+
+    def __init__(self, group: Any = None, device: torch.device | str = "cpu") -> None:
+        """Args:
+        group: a process group of ``torch.distributed``; None means this process alone.
+        device: where tensors are exchanged that have no device of their own.
+
+        Raises:
+            OptionError: there are no process groups, or this process is not in the group.
+        """
+        self._group, self._device = group, torch.device(device)
+        self.world, self.rank = 1, 0
+        if group is None:
+            return
+        distributed = _distributed()
+        if not distributed.is_available() or not distributed.is_initialized():
+            raise OptionError("group: call torch.distributed.init_process_group first")
+        self.world, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+        if self.rank < 0:
+            raise OptionError("group: this process is not in it")
+
+    def exchanged(self, numbers: Callable[[], Sequence[float]], count: int) -> list[list[float]]:
+        """Calls a function on each process, and returns the results of all, in the order of the processes.
+
+        Args:
+            numbers: returns numbers. Its exceptions are raised here, after the other processes were told.
+            count: how many numbers it returns, the same on all processes.
+
+        Raises:
+            ProcessError: the function failed on another process, or that process is gone.
+        """
+        if self.world == 1:
+            return [list(numbers())]
+        sent = torch.zeros(1 + count, dtype=torch.float64)
+        try:
+            found = list(numbers())
+        except BaseException:
+            with suppress(ProcessError):
+                self._gathered(sent)
+            raise
+        sent[0] = 1
+        sent[1:] = torch.tensor(found, dtype=torch.float64)
+        received = self._gathered(sent).tolist()
+        failed = [rank for rank, row in enumerate(received) if not row[0]]
+        if failed:
+            raise ProcessError(f"process {failed[0]} of {self.world} failed; its own error says why")
+        return [row[1:] for row in received]
+
+    def require_same(self, value: Any, message: str) -> None:
+        """Checks that a value of tensors, numbers, text and containers is the same on all processes.
+
+        Raises:
+            OptionError: it is not; with ``message``.
+        """
+        if self.world == 1:
+            return
+        found = self.exchanged(lambda: [float(_digest(value))], 1)
+        if any(row != found[0] for row in found):
+            raise OptionError(message)
+
+    def spread(self, part: Tensor) -> Tensor:
+        """Gives each process its share of the elements of a tensor, from all processes.
+
+        Args:
+            part: this process's tensor, of the same shape and dtype on all processes.
+
+        Returns:
+            [world, elements of the share]: row k is from process k. The last shares are padded with zeros.
+        """
+        flat = part.reshape(-1)
+        if self.world == 1:
+            return flat[None]
+        share = self.share_of(flat.numel())
+        sent = flat.new_zeros(self.world * share)
+        sent[: flat.numel()] = flat
+        received = torch.empty_like(sent)
+        self._run(lambda: _distributed().all_to_all_single(received, sent, group=self._group))
+        return received.view(self.world, share)
+
+    def joined(self, share: Tensor, count: int) -> Tensor:
+        """Joins the shares of all processes to one tensor.
+
+        Args:
+            share: this process's share of the elements, as `spread` divides them.
+            count: the number of elements of the whole.
+        """
+        return share if self.world == 1 else self._gathered(share).view(-1)[:count]
+
+    def share_of(self, count: int) -> int:
+        """Returns the number of elements of a process's share of a tensor with ``count`` elements."""
+        if self.world == 1:
+            return count
+        return -(-count // (self.world * _ALIGNED)) * _ALIGNED
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """Returns this process's share of a tensor that all processes have, flat and padded with zeros."""
+        flat = whole.reshape(-1)
+        if self.world == 1:
+            return flat
+        share = self.share_of(flat.numel())
+        own = flat[self.rank * share : (self.rank + 1) * share]
+        return torch.cat([own, own.new_zeros(share - len(own))])
+
+    def added(self, total: Tensor | None, part: Tensor) -> Tensor:
+        """Adds the parts of all processes to a total, in the order of the processes.
+
+        Each process sends and receives twice the size of the tensor, less its own shares.
+
+        Args:
+            total: the same on all processes; None is zero. It may be changed.
+            part: this process's part, of the shape of the total.
+
+        Returns:
+            The new total, the same bits on all processes.
+        """
+        if self.world == 1:
+            return part if total is None else total.add_(part)
+        rows = self.spread(part)
+        share = rows[0] if total is None else self.mine(total).add_(rows[0])
+        for row in rows[1:]:
+            share += row
+        return self.joined(share, part.numel()).view(part.shape)
+
+    def _gathered(self, sent: Tensor) -> Tensor:
+        """Returns the tensors of all processes, [world, …]."""
+        device = sent.device
+        out = sent.new_empty((self.world, *sent.shape), device=self._device)
+        moved = sent.to(self._device).contiguous()
+        self._run(lambda: _distributed().all_gather(list(out), moved, group=self._group))
+        return out.to(device)
+
+    def _run(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.world} got no answer from another one: it ended, or passed "
+                f"the time limit of the group ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+
+ALONE = Processes()
+
+
+def _distributed() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
+def _digest(value: Any) -> int:
+    """Returns 48 bits that depend on the contents of a value."""
+    found = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            plain = part.detach().cpu().contiguous()
+            found.update(f"{plain.dtype}{list(plain.shape)}".encode())
+            found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, Mapping):
+            for name, item in part.items():
+                found.update(repr(name).encode())
+                add(item)
+        elif isinstance(part, (tuple, list)):
+            found.update(f"{len(part)}".encode())
+            for item in part:
+                add(item)
+        elif part is None or isinstance(part, (str, bytes, bool, int, float)):
+            found.update(repr(part).encode())
+
+    add(value)
+    return int.from_bytes(found.digest()[:6], "little")
