@@ -28,8 +28,9 @@ from .task import WithWeights, as_matrix
 LEVELS = ("network", "layer", "row", "column", "weight")
 
 # Weights whose scores are computed at once, with about 16 bytes of working memory each.
-_AT_ONCE = {"cpu": 1 << 20}
+_AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
+_ROWS = 32  # minimum, so that the products of a block are efficient
 
 
 class ScoredWeight:
@@ -89,7 +90,7 @@ class ScoredWeight:
     def blocks(self) -> Iterator[slice]:
         """Yields blocks of rows."""
         height, width = self.start.shape
-        step = max(1, _AT_ONCE.get(self.start.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
+        step = max(_ROWS, _AT_ONCE.get(self.start.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def scores(self, block: slice) -> Tensor:
