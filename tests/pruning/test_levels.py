@@ -207,7 +207,7 @@ def test_peak_of_memory_is_as_stated_and_at_most_16_bytes_a_weight(logits: bool,
     peak = float(done.stdout)
     stated = bytes_per_weight(Settings(method="levels", logits=logits, half=half))
     # Beside what is stated there are a gradient and a masked copy of one of 16 tensors, and working memory.
-    assert stated - 0.5 < peak < stated + 1.5
+    assert stated - 0.5 < peak < stated + 2.0
     if half:
         assert peak + 4 < 16  # with the start, which the caller holds
 
