@@ -1,11 +1,11 @@
-"""The recipes of the golden files: a valid base, and one named defect at a time.
+"""The recipes of the golden files: valid files, and copies with one defect each.
 
     python -m conformance.recipes --write    # writes cases/ and manifest.json again
-    python -m conformance.recipes --check    # exit status 1 where they differ from what is there
+    python -m conformance.recipes --check    # exit status 1 if they differ from the existing files
 
-Files are made by hand, bit by bit from levels, without the package's writer; what they hold is computed by
-the plain reader of the tests, which was written from SPEC.md alone. So golden files change only when a recipe
-does, and what the package does has no part in them.
+The recipes build the files bit by bit from levels, without the package's writer. The slow reader, which was
+written from SPEC.md alone, computes their contents. So golden files change only if a recipe changes, and do
+not depend on the package.
 """
 
 from __future__ import annotations

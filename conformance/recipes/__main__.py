@@ -1,4 +1,4 @@
-"""Writes the golden files and their manifest, or checks that they are what the recipes give."""
+"""Writes the golden files and their manifest, or checks that they equal what the recipes create."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ FOLDER = Path(__file__).parent.parent
 
 
 def clause_digests() -> dict[str, str]:
-    """Clause -> a digest of its row in SPEC.md, by which a changed text is seen."""
+    """Returns clause -> digest of its row in SPEC.md, to detect changes of its text."""
     rows = {c.id: "|".join((c.writer, c.reader, c.code)) for c in clauses_of_spec()}
     return {name: hashlib.sha256(row.encode()).hexdigest()[:16] for name, row in rows.items()}
 
 
 def regressions(folder: Path) -> list[Any]:
-    """The manifest entries of finds that were kept (`sfp conformance fuzz --save`), each held to its file."""
+    """Returns the manifest entries of saved finds (`sfp conformance fuzz --save`).
+
+    Raises:
+        ValueError: the digest of a file differs from its entry.
+    """
     entries = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.entry.json"))]
     for entry in entries:
         data = (folder / f"{entry['id']}.sfp").read_bytes()
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{entry['id']}: the file is not what its entry says")
+            raise ValueError(f"{entry['id']}: the digest of the file differs from its entry")
     return entries
 
 
 def files_of(cases: list[Case], digests: dict[str, str]) -> dict[str, bytes]:
-    """Path in the suite -> bytes, for every golden file, what lies beside it, and the manifest."""
+    """Returns path in the suite -> bytes: golden files, the files beside them, and the manifest."""
     out = {case.file: case.data for case in cases}
     out |= {f"{case.stem}.json": written(case.contents) for case in cases if case.contents is not None}
     out |= {f"{case.stem}.bin": case.arrays for case in cases if case.arrays is not None}
@@ -50,21 +54,21 @@ def files_of(cases: list[Case], digests: dict[str, str]) -> dict[str, bytes]:
 
 
 def kept_manifest() -> dict[str, Any]:
-    """The manifest that is there, or an empty one."""
+    """Returns the existing manifest, or an empty one."""
     path = FOLDER / "manifest.json"
     empty: dict[str, Any] = {"clauses": {}, "cases": []}
     return json.loads(path.read_bytes()) if path.exists() else empty
 
 
 def stale(manifest: dict[str, Any]) -> list[str]:
-    """The cases of clauses whose text is no longer what it was when the manifest was written."""
+    """Returns the cases of clauses whose text changed after the manifest was written."""
     now = clause_digests()
     changed = {name for name, digest in manifest["clauses"].items() if now.get(name) != digest}
     return [case["id"] for case in manifest["cases"] if changed & set(case["clauses"])]
 
 
 def differences(made: dict[str, bytes]) -> list[str]:
-    """The paths at which the folder is not what the recipes give."""
+    """Returns the paths at which the folder differs from what the recipes create."""
     there = {p.relative_to(FOLDER).as_posix() for p in (FOLDER / "cases").rglob("*") if p.is_file()}
     there |= {"manifest.json"} if (FOLDER / "manifest.json").exists() else set()
     changed = [p for p in there & set(made) if (FOLDER / p).read_bytes() != made[p]]
@@ -72,21 +76,21 @@ def differences(made: dict[str, bytes]) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """The command."""
+    """Runs the command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m conformance.recipes", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 on a difference")
-    parser.add_argument("--write", action="store_true", help="write (what is done without --check)")
-    parser.add_argument("--reviewed", action="store_true", help="cases of changed clauses were looked at")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a file differs")
+    parser.add_argument("--write", action="store_true", help="write the files (the default)")
+    parser.add_argument("--reviewed", action="store_true", help="the cases of changed clauses were reviewed")
     given = parser.parse_args(words)
     kept = kept_manifest()
     old = stale(kept)
     if old and not given.reviewed:
-        print(f"the text of their clauses changed: {', '.join(old)}\nlook at them, then give --reviewed")
+        print(f"the text of their clauses changed: {', '.join(old)}\nreview these cases, then use --reviewed")
         return 1
     made = files_of(list(suite().cases.values()), clause_digests())
     if given.check:
         wrong = differences(made)
-        print("\n".join(wrong) if wrong else f"{len(made)} files are what the recipes give")
+        print("\n".join(wrong) if wrong else f"{len(made)} files equal what the recipes create")
         return 1 if wrong else 0
     shutil.rmtree(FOLDER / "cases", ignore_errors=True)
     for path, data in made.items():

@@ -1,4 +1,4 @@
-"""Chapter 22: canonical files, and files that one clause keeps from being so."""
+"""Chapter 22: canonical files, and files that break one clause of canonical form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ZERO = exact("F16", **table([0]))
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for slug, (why, data) in _canonical().items():
         suite.valid(f"CAN-001-{slug}", why, data, "R-CAN-005", canonical=True)
     for clause, slug, why, data in _not_canonical():
@@ -34,10 +34,10 @@ def _canonical() -> dict[str, tuple[str, bytes]]:
         "two-symbols": ("two symbols of one bit", _coded([1, 1], [0, 1, 1, 1])),
         "three-symbols": ("a code that fits its counts", _coded([1, 2, 2], [0, 0, 0, 1, 2])),
         "ties": ("equal counts, whose lengths follow the order of the symbols", _coded([2, 2, 1], [0, 1, 2])),
-        "limited": ("a code as flat as a limit of 2 makes it", _coded([2] * 4, [0] * 9 + [1, 2, 3])),
+        "limited": ("a code with the limit of 2 bits", _coded([2] * 4, [0] * 9 + [1, 2, 3])),
         "no-levels": ("an empty tensor", one_file(ZERO, [], "F16", shape=[0])),
-        "two-codes": ("two codes, each used", one_file(two, halves, "F16", codes={"fingerprints": [0, 1]})),
-        "table": ("a table whose centroids are all used", one_file(counted, [0, 3, 1], "F32", **centroids)),
+        "two-codes": ("two codes, both used", one_file(two, halves, "F16", codes={"fingerprints": [0, 1]})),
+        "table": ("a table with no unused centroid", one_file(counted, [0, 3, 1], "F32", **centroids)),
         "trim-of-nothing": (
             "trims, and a chunk without levels",
             one_file(
@@ -75,7 +75,7 @@ def _not_canonical() -> list[tuple[str, str, str, bytes]]:
         (
             "005",
             "flat",
-            "a flat code where a skewed one of the same limit is shorter",
+            "a flat code although a skewed code within the same limit is shorter",
             _coded([2, 2, 2, 3, 3], [0] * 9 + [1, 2, 3, 4]),
         ),
         (
@@ -93,7 +93,7 @@ def _not_canonical() -> list[tuple[str, str, str, bytes]]:
         (
             "007",
             "centroid-unused",
-            "no level is of the last centroid",
+            "no level uses the last centroid",
             one_file(counted, [0, 1, 2, 3, 0], "F32", **centroids),
         ),
         (
@@ -108,5 +108,5 @@ def _not_canonical() -> list[tuple[str, str, str, bytes]]:
             "a trim less than the greatest",
             one_file(trimmed, [0b100001, 0], "F16", trims={"fingerprints": [3]}),
         ),
-        ("009", "no-trim", "`trim` is 1 and every trim 0", one_file(trimmed, [0b100011, 63], "F16")),
+        ("009", "no-trim", "`trim` is 1 but every trim is 0", one_file(trimmed, [0b100011, 63], "F16")),
     ]

@@ -15,7 +15,7 @@ NAMES = ("runs", "octets", "uniform", "coded", "group")
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for name in NAMES:
         _lengths(suite, name)
         _header(suite, name)
@@ -147,7 +147,7 @@ def _widths(suite: Suite) -> None:
         for width in (least + 1, 31, 32):
             taken.headers[quantity] = (min(own), width)
             file.part("w").put(taken)
-            words = f"{quantity} in {width} bits, more than are needed"
+            words = f"{quantity} in {width} bits, more than necessary"
             case = f"IDX-001-{quantity}-{width}-bits"
             suite.valid(case, words, file.build(), "R-CAN-003", canonical=("R-CAN-003",))
         minimum = next(m for m in range(min(own)) if (max(own) - m).bit_length() == max(own).bit_length())

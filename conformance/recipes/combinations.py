@@ -1,4 +1,4 @@
-"""Every choice of a tensor beside every other: mask, quantiser, scale, importance."""
+"""All combinations of mask, quantiser, scale and importance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROLES = {"m": "multiplier", "i": "metadata"}
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for mask, (name, fingerprints), form in product(MASKS, QUANTISERS.items(), FORMS):
         for scaled in (False,) if name == "exact" else (False, True):
             words = f"mask {mask}, {name}, {'a scale per row' if scaled else 'no scale'}, importance {form}"

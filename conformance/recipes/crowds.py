@@ -1,4 +1,4 @@
-"""Files of many plain tensors, one of them at fault: who takes many entries together must not miss it.
+"""Files with many plain tensors, one of them faulty: a reader that checks entries in bulk must detect it.
 
 Plain are raw tensors, and lossless ones in their own dtype with nothing beside them, as in dense models.
 """
@@ -22,7 +22,7 @@ RAW, TWO_CLASSES, THREE_CLASSES, ONE_CLASS = "p03", "p04", "p05", "p06"
 
 
 def crowd() -> list[Part]:
-    """Plain tensors, each fourth one raw; the others take the code tables in turn."""
+    """Returns plain tensors. Every fourth is raw; the others use the code tables in turn."""
     out = []
     for number in range(COUNT):
         name = f"p{number:02d}"
@@ -44,12 +44,14 @@ def crowd() -> list[Part]:
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     words = f"{COUNT} plain tensors"
     suite.valid("LAY-001-crowd", words, hand_file(*crowd()), "R-TEN-001", canonical=None)
     others = [parts()[name] for name in ("runs", "uniform", "table")]
     mixed = hand_file(*crowd()[:5], others[0], *crowd()[5:], *others[1:])
-    suite.valid("LAY-001-crowd-with-others", f"{words}, others between and behind", mixed, "R-TEN-001")
+    suite.valid(
+        "LAY-001-crowd-with-others", f"{words}, with other tensors between and after them", mixed, "R-TEN-001"
+    )
     for slug, (tensor, words, edit) in _entry_faults().items():
         told = None if slug.startswith("DIR-003-crowd-name") else tensor
         told = {"TEN-001-crowd-twice": RAW, "TEN-002-crowd": ""}.get(slug, told)
@@ -58,24 +60,28 @@ def add(suite: Suite) -> None:
 
 
 def _entry_faults() -> dict[str, tuple[str, str, Edit]]:
-    """Slug -> the tensor, what is wrong, the edit."""
+    """Returns slug -> tensor, defect, edit."""
 
     def source(tensor: str, **changes: object) -> Edit:
         return of_map(tensor, "fingerprints", **changes)
 
     two = {"codes": [nibbles([1, 1])]}
     return {
-        "TEN-001-crowd-twice": ("p07", "a name that is there already", entry_edit("p07", name=RAW)),
+        "TEN-001-crowd-twice": ("p07", "a name that another tensor has", entry_edit("p07", name=RAW)),
         "TEN-002-crowd": ("p07", "no name", entry_edit("p07", name="")),
         "TEN-003-crowd": (RAW, "the dtype F4", entry_edit(RAW, dtype="F4")),
         "TEN-004-crowd": (RAW, "the coding zip", entry_edit(RAW, coding="zip")),
         "TEN-005-crowd": (RAW, "2^49 positions", entry_edit(RAW, shape=[2**24, 2**25])),
-        "TEN-005-crowd-zero": (RAW, "2^64 beside 0 positions", entry_edit(RAW, shape=[0, 2**32, 2**32])),
+        "TEN-005-crowd-zero": (
+            RAW,
+            "a shape with the factors 0 and 2^64",
+            entry_edit(RAW, shape=[0, 2**32, 2**32]),
+        ),
         "TEN-006-crowd": (ONE_CLASS, "segments of 48", entry_edit(ONE_CLASS, segment=48)),
         "TEN-006-crowd-0": (RAW, "segments of 0", entry_edit(RAW, segment=0)),
         "TEN-006-crowd-2-64": (RAW, "segments of 2^64 - 32", entry_edit(RAW, segment=2**64 - 32)),
         "TEN-006-crowd-65568": (RAW, "segments of 65568", entry_edit(RAW, segment=65568)),
-        "TEN-007-crowd": (RAW, "chunks of no segment", entry_edit(RAW, chunk=0)),
+        "TEN-007-crowd": (RAW, "C is 0", entry_edit(RAW, chunk=0)),
         "TEN-007-crowd-too-large": (
             RAW,
             "chunks of 2^25 positions",
@@ -113,7 +119,7 @@ def _entry_faults() -> dict[str, tuple[str, str, Edit]]:
 
 
 def _both_dtypes(dtype: str) -> Edit:
-    """An edit of the dtype of a tensor and of its fingerprints."""
+    """Returns an edit that changes the dtype of a tensor and of its fingerprints."""
 
     def edit(file: Forge) -> None:
         entry = file.part(ONE_CLASS).entry
@@ -123,8 +129,8 @@ def _both_dtypes(dtype: str) -> Edit:
 
 
 def _other_faults(suite: Suite) -> None:
-    """Faults in chunks, in the tensors between plain ones, and past limits."""
-    damage = "one of many plain tensors: a bit of a chunk, its checksum as it was"
+    """Adds faults in chunks, in tensors between plain ones, and above limits."""
+    damage = "one of many plain tensors: a flipped bit in a chunk, with the old checksum"
 
     def struck(file: Forge) -> bytes:
         data = bytearray(file.build())
@@ -132,7 +138,7 @@ def _other_faults(suite: Suite) -> None:
         return bytes(data)
 
     suite.invalid("LAY-004-crowd", damage, CROWD, struck, tensor=THREE_CLASSES)
-    words = "one of many plain tensors: a bit behind the elements"
+    words = "one of many plain tensors: a bit after the elements is set"
     suite.invalid("RAW-003-crowd", words, CROWD, bit_flip("p07", 8 * 80), tensor="p07")
 
     def cut(taken: Any) -> None:
@@ -140,13 +146,13 @@ def _other_faults(suite: Suite) -> None:
         taken.planes["fingerprints prefix"][0] = bits[:-1]
         taken.recount()
 
-    words = "one of many plain tensors: a prefix plane that ends too early"
+    words = "one of many plain tensors: a prefix plane that is too short"
     suite.invalid("PLN-003-crowd", words, CROWD, of_chunk(THREE_CLASSES, cut), tensor=THREE_CLASSES)
     change = of_map("uniform", "fingerprints", step=b"\0\0\0\x80")
     words = "a step of -0 beside many plain tensors"
     suite.invalid("QNT-003-crowd", words, MIXED, change, tensor="uniform")
     for limit, edit in (("name", {"name": "x" * 1025}), ("rank", {"shape": [1] * 33})):
-        words = f"one of many plain tensors is past the limit of its {limit}"
+        words = f"one of many plain tensors exceeds the limit of its {limit}"
         told = "x" * 1025 if limit == "name" else RAW
         suite.invalid(
             f"LIM-002-crowd-{limit}", words, CROWD, entry_edit(RAW, **edit), tensor=told, plainly=None

@@ -79,30 +79,34 @@ CLAIMS = {
 
 
 def unknown(value: object) -> Edit:
-    """An edit that adds a key to the root."""
+    """Returns an edit that adds a key to the root."""
     return lambda file: file.root.update({"x-a": value})
 
 
 def whole(directory: bytes) -> Edit:
-    """An edit that gives the directory other bytes."""
+    """Returns an edit that replaces the directory's bytes."""
     return lambda file: setattr(file, "directory", directory)
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     file = Forge.of(suite.cases[PLAIN].data)
     file.root["x-a"] = 1
-    base = suite.valid("DIR-005-key-in-the-root", "a key of its own in the root", file.build())
+    base = suite.valid("DIR-005-key-in-the-root", "a writer's own key in the root", file.build())
     for slug, raw in FORBIDDEN.items():
         suite.invalid(f"MSG-001-{slug}", f"a value of the type {slug}", base, unknown(Raw(raw)))
     keys: dict[str, object] = {"integer": 1, "binary": b"a", "array": [], "nil": Raw(b"\xc0")}
     for slug, key in keys.items():
-        words = f"a map's key that is of the type {slug}"
+        words = f"a map key of the type {slug}"
         suite.invalid(f"MSG-001-key-{slug}", words, base, unknown(Pairs([(key, 1)])))
     for slug, raw in LONG.items():
-        suite.invalid(f"MSG-002-{slug}", f"a long encoding: {slug}", base, unknown(Raw(raw)))
+        suite.invalid(
+            f"MSG-002-{slug}", f"an encoding that is not the shortest: {slug}", base, unknown(Raw(raw))
+        )
         suite.valid(
-            f"MSG-002-{slug}-mended", "the same value, shortest", _with_unknown(_Lenient(raw).value())
+            f"MSG-002-{slug}-mended",
+            "the same value in the shortest encoding",
+            _with_unknown(_Lenient(raw).value()),
         )
     for slug, raw in STRINGS.items():
         own = bytes([0xA0 + len(raw)]) + raw
@@ -122,7 +126,7 @@ def _with_unknown(value: object) -> bytes:
 
 
 class _Lenient(MessagePack):
-    """Takes long encodings too."""
+    """Parses MessagePack and accepts encodings that are not the shortest."""
 
     def sized(self, width: int, least: int) -> int:
         return int.from_bytes(self.take(width), "big")
@@ -162,7 +166,7 @@ def _keys(suite: Suite, base: str) -> None:
         )
         suite.invalid(f"MSG-004-{slug}", "keys out of order", twin, unknown(pairs))
     again = unknown(Pairs([("a", 1), ("b", 1), ("a", 1)]))
-    words = "a key, another, the first again"
+    words = "a key that is repeated after another key"
     suite.invalid("MSG-004-again-further-on", words, base, again, plainly="R-MSG-005")
     suite.invalid("MSG-005-root", "a key twice in an unknown map", base, unknown(Pairs([("a", 1), ("a", 1)])))
     for name in ("mask", "fingerprints", "scale", "importance"):
@@ -196,9 +200,9 @@ def _ends(suite: Suite, base: str) -> None:
         def short(file: Forge, length: int = length) -> None:
             file.directory = file.directory_bytes()[:length]
 
-        suite.invalid(f"MSG-007-first-{length}-bytes", "a directory that ends inside its value", PLAIN, short)
+        suite.invalid(f"MSG-007-first-{length}-bytes", "a directory that ends within its value", PLAIN, short)
     for slug, raw in CLAIMS.items():
-        words = f"a claim of more than there is: {slug}"
+        words = f"a count or length beyond the end of the directory: {slug}"
         suite.invalid(f"MSG-007-claim-{slug}", words, base, unknown(Raw(raw)), tags=["hostile"])
 
 
@@ -220,7 +224,7 @@ def _root(suite: Suite) -> None:
     }
     for slug, (key, value) in wrong.items():
         edit = _root_edit(key, value)
-        suite.invalid(f"DIR-003-{slug}", f"a root value of another type: {slug}", PLAIN, edit)
+        suite.invalid(f"DIR-003-{slug}", f"a root value of the wrong type: {slug}", PLAIN, edit)
     suite.invalid("DIR-004-features", "`features` that are empty", PLAIN, _root_edit("features", []))
     suite.invalid("DIR-004-metadata", "`metadata` that are empty", PLAIN, _root_edit("metadata", {}))
     for i, value in enumerate(({}, [], 1, {"w": b"a"})):
@@ -229,11 +233,11 @@ def _root(suite: Suite) -> None:
     names = {"keyed": ["keyed"], "private": ["x-mine"], "empty-name": [""], "four": ["a", "aa", "b", "é"]}
     for slug, features in names.items():
         edit = _root_edit("features", features)
-        suite.invalid(f"FEA-001-{slug}", "a feature that is not known", PLAIN, edit, tags=["future"])
+        suite.invalid(f"FEA-001-{slug}", "an unknown feature", PLAIN, edit, tags=["future"])
     orders = {"order": ["b", "a"], "twice": ["a", "a"], "prefix": ["aa", "a"], "bytes": ["é", "z"]}
     for slug, features in orders.items():
         edit = _root_edit("features", features)
-        suite.invalid(f"FEA-002-{slug}", "features that do not ascend", PLAIN, edit)
+        suite.invalid(f"FEA-002-{slug}", "features that are not in ascending order", PLAIN, edit)
     _unknown_keys(suite)
 
 
@@ -248,7 +252,7 @@ def _unknown_keys(suite: Suite) -> None:
         for fields in (part.entry, *(v for v in part.entry.values() if isinstance(v, dict))):
             fields.update(more)
     file.root |= more
-    words = "keys that are not known in every map"
+    words = "unknown keys in every map"
     suite.valid("DIR-005-in-every-map", words, file.build(), "R-DIR-006")
     file = Forge.of(suite.cases[PLAIN].data)
     file.root["metadata"] = {"sfp.reserved": "a", "format": "pt", "": ""}

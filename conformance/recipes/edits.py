@@ -1,4 +1,4 @@
-"""Edits that several chapters share, and small tensors to make them on."""
+"""Edits that several chapters share, and small tensors to edit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .suite import Edit
 
 
 def of_map(tensor: str, where: str, **changes: object) -> Edit:
-    """An edit of keys of one of the maps of a tensor's entry."""
+    """Returns an edit that changes keys of a map in a tensor's entry."""
     return lambda file: file.part(tensor).entry[where].update(changes)
 
 
 def of_chunk(tensor: str, change: Callable[[Taken], object], k: int = 0) -> Edit:
-    """An edit of chunk k of a tensor, which is taken apart and put together again."""
+    """Returns an edit that parses chunk k of a tensor, changes it, and builds it again."""
 
     def edit(file: Forge) -> None:
         part = file.part(tensor)
@@ -29,7 +29,7 @@ def of_chunk(tensor: str, change: Callable[[Taken], object], k: int = 0) -> Edit
 
 
 def bit_flip(tensor: str, bit: int, *, vectors: bool = False, k: int = 0) -> Edit:
-    """An edit of one bit of a chunk."""
+    """Returns an edit that flips one bit of a chunk."""
 
     def edit(file: Forge) -> None:
         part = file.part(tensor)
@@ -41,7 +41,7 @@ def bit_flip(tensor: str, bit: int, *, vectors: bool = False, k: int = 0) -> Edi
 
 
 def put_bytes(tensor: str, at: int, raw: bytes, *, vectors: bool = False) -> Edit:
-    """An edit of bytes of a chunk."""
+    """Returns an edit that overwrites bytes of a chunk."""
 
     def edit(file: Forge) -> None:
         part = file.part(tensor)
@@ -53,13 +53,13 @@ def put_bytes(tensor: str, at: int, raw: bytes, *, vectors: bool = False) -> Edi
 
 
 def opened(data: bytes, tensor: str, k: int = 0) -> slow_reader.Chunk:
-    """A chunk of a file's tensor as the plain reader sees it."""
+    """Parses a chunk of a tensor with the slow reader."""
     part = Forge.of(data).part(tensor)
     return slow_reader.open_chunk(bytes(part.chunks[k]), part.full_entry(), k)
 
 
 def vector_places(data: bytes, tensor: str) -> dict[str, tuple[int, int, str]]:
-    """Vector -> its byte offset in the vector chunk, its number of elements, their dtype."""
+    """Returns vector -> byte offset in the vector chunk, number of elements, dtype."""
     out, pos = {}, 0
     for name, count, dtype in slow_reader.vectors(Forge.of(data).part(tensor).entry):
         out[name] = pos, count, dtype
@@ -68,7 +68,7 @@ def vector_places(data: bytes, tensor: str) -> dict[str, tuple[int, int, str]]:
 
 
 def one(fingerprints: dict[str, Any], levels: list[int], dtype: str = "F32", **more: Any) -> Part:
-    """A tensor `one` of rank 1 with a position for each level.
+    """Returns a tensor `one` of rank 1 with a position for each level.
 
     Args:
         fingerprints: the map of that name, without `base`, `extra`, `codes`, `group` being left out.
@@ -98,11 +98,11 @@ def one(fingerprints: dict[str, Any], levels: list[int], dtype: str = "F32", **m
 
 
 def one_file(fingerprints: dict[str, Any], levels: list[int], dtype: str = "F32", **more: Any) -> bytes:
-    """A file with the tensor of `one`."""
+    """Returns a file with the tensor of `one`."""
     return hand_file(one(fingerprints, levels, dtype, **more))
 
 
 def masked(bits: list[int], mask: dict[str, Any], **more: Any) -> bytes:
-    """A file with a tensor `one` of F16 with that mask; every weight is a level of 16 bits."""
+    """Returns a file with a tensor `one` of F16 with a given mask; each weight is a level of 16 bits."""
     levels = [(7 * i * i + 3) % 30000 for i in range(sum(bits))]
     return one_file(exact("F16", **table([16])), levels, "F16", mask=bits, mask_map=mask, **more)

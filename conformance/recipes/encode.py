@@ -27,7 +27,7 @@ DENSITIES = {"dense": 1, "half": 2, "tenth": 10, "none": 10**9}
 
 
 def elements(dtype: str, count: int) -> bytes:
-    """Elements of any dtype, the same ones each time."""
+    """Returns deterministic elements of any dtype."""
     size, state, out = BYTES[dtype], 7, bytearray()
     for _ in range(count * size):
         state = (state * 1103515245 + 12345) % 2**31
@@ -36,7 +36,7 @@ def elements(dtype: str, count: int) -> bytes:
 
 
 def weights(dtype: str, count: int, every: int, step: float) -> bytes:
-    """Small multiples of a step, one position in ``every``, else zero."""
+    """Returns small multiples of a step at one position in ``every``, and zeros elsewhere."""
     out, state = b"", 11
     for _ in range(count):
         state = (state * 1103515245 + 12345) % 2**31
@@ -47,7 +47,7 @@ def weights(dtype: str, count: int, every: int, step: float) -> bytes:
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for dtype, shape in product(BYTES, SHAPES):
         raw = elements(dtype, math.prod(shape))
         choices: Json = {"coding": "raw", "segment": 32, "chunk": 1}
@@ -74,7 +74,7 @@ def _floats(suite: Suite, dtype: str) -> None:
     for group in (1, 2):
         raw = weights(dtype, 96, 2, 0.25)
         uniform = {"coding": "fingerprint", "quantiser": "uniform", "step": "0x3e800000", "group": group}
-        words = f"{dtype}, multiples of the step, {group} levels a symbol"
+        words = f"{dtype}, multiples of the step, {group} levels per symbol"
         _job(suite, f"QNT-003-{dtype}-group-{group}", words, dtype, [4, 24], raw, uniform)
     for count in (8, 7):  # magnitudes 0 to 7 quarters; without a centroid of 0 where all zeros are pruned
         raw = weights(dtype, 96, 1 if count == 7 else 2, 0.25)
@@ -83,7 +83,7 @@ def _floats(suite: Suite, dtype: str) -> None:
         _job(suite, f"QNT-004-{dtype}-{count}-centroids", words, dtype, [4, 24], raw, table)
     for count in (31, 32, 33, 64, 65, 97):
         raw = elements(dtype, count)
-        words = f"{dtype}, {count} positions in segments of 32, two a chunk"
+        words = f"{dtype}, {count} positions in segments of 32, two per chunk"
         choices = {**EXACT, "segment": 32, "chunk": 2}
         _job(suite, f"PLN-001-{dtype}-{count}", words, dtype, [count], raw, choices)
 
@@ -111,7 +111,7 @@ def _job(
     choices: dict[str, Any],
     importance: tuple[str, bytes] | None = None,
 ) -> Case:
-    """Adds a job of one tensor; an importance is given by what it is over, and its bytes, F32."""
+    """Adds a job with one tensor. An importance is given by its `over` and its bytes, F32."""
     places: Json = {"offset": "0", "bytes": str(len(raw))}
     tensor = {"name": "w", "dtype": dtype, "shape": list(map(str, shape)), **places, "choices": choices}
     held: Json = {"name": "w", "offset": "0", **array(dtype, shape, raw)}

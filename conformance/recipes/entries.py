@@ -40,12 +40,12 @@ MISPLACED: dict[tuple[str, str], dict[str, object]] = {
 
 
 def entry_edit(tensor: str, /, **changes: object) -> Edit:
-    """An edit of keys of a tensor's entry."""
+    """Returns an edit that changes keys of a tensor's entry."""
     return lambda file: file.part(tensor).entry.update(changes)
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for name in ("raw", "runs", "uniform", "table", "group", "coded"):
         _keys_and_types(suite, name)
     _names(suite)
@@ -73,7 +73,7 @@ def _keys_and_types(suite: Suite, name: str) -> None:
 
 
 def _changed(where: str, key: str, *value: object) -> Edit:
-    """An edit that gives a key another value, or takes it away."""
+    """Returns an edit that changes or removes a key."""
 
     def edit(file: Forge) -> None:
         file.root["tensors"] = [part.full_entry() for part in file.parts]
@@ -89,11 +89,17 @@ def _changed(where: str, key: str, *value: object) -> Edit:
 
 def _names(suite: Suite) -> None:
     suite.invalid(
-        "TEN-001-twice", "two tensors of one name", ALL, entry_edit("octets", name="runs"), tensor="runs"
+        "TEN-001-twice",
+        "two tensors with the same name",
+        ALL,
+        entry_edit("octets", name="runs"),
+        tensor="runs",
     )
     names = ["é", "e\u0301", "É", " ", "a/../b", "\x1b[31m", "a", "a" * 31, "a" * 32, "a" * 256, "\u00a0"]
     made = [raw_part(name, "U8", [3], bytes([i] * 3)) for i, name in enumerate(names)]
-    suite.valid("TEN-001-names-that-look-alike", "names that differ in bytes alone", hand_file(*made))
+    suite.valid(
+        "TEN-001-names-that-look-alike", "names that look alike but differ in their bytes", hand_file(*made)
+    )
     empty = entry_edit("flags", name="")
     suite.invalid("TEN-002-empty", "a tensor without a name", ONE["flags"], empty, tensor="")
     one = hand_file(raw_part("a", "U8", [1], b"a"))
@@ -142,7 +148,9 @@ def _shapes(suite: Suite) -> None:
             suite.valid(f"TEN-005-{name}-{slug}", f"an empty tensor of shape {shape}", hand_file(part))
     for slug, value in (("string", ["4", 24]), ("array", [4, [24]]), ("binary", [b"\4", 24])):
         edit = entry_edit("runs", shape=value)
-        suite.invalid(f"DIR-003-shape-of-{slug}", "a shape of another type", ONE["runs"], edit, tensor="runs")
+        suite.invalid(
+            f"DIR-003-shape-of-{slug}", "a shape of the wrong type", ONE["runs"], edit, tensor="runs"
+        )
 
     def code(file: Forge) -> None:
         codes = file.part("runs").entry["mask"]["codes"]
@@ -217,7 +225,7 @@ def _vectors(suite: Suite) -> None:
 
 
 def _misplaced(suite: Suite) -> None:
-    """Keys whose conditions do not hold."""
+    """Adds files with keys whose conditions do not hold."""
     for (name, where), keys in MISPLACED.items():
         for key, value in keys.items():
             words = f"`{key}` in {where} of `{name}`, where its condition does not hold"

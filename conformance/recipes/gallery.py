@@ -1,4 +1,4 @@
-"""Valid files that most others are made from: a tensor of each kind, alone and all in one file."""
+"""The valid files from which most other cases are derived: each kind of tensor alone, and all in one file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SURVIVORS = sum(MASK)
 
 
 def spread(count: int, top: int, seed: int = 1) -> list[int]:
-    """Numbers below ``top``, small ones more often, the same ones each time."""
+    """Returns deterministic numbers below ``top``; small ones are more frequent."""
     out, state = [], seed
     for _ in range(count):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
@@ -40,7 +40,7 @@ def spread(count: int, top: int, seed: int = 1) -> list[int]:
 
 
 def fingerprints(dtype: str) -> list[int]:
-    """Levels of an exact stream: small numbers of either sign."""
+    """Returns levels of an exact stream: small numbers of both signs."""
     numbers = [(3 * m % 17 - 8) / 8 or 1.0 for m in range(SURVIVORS)]
     bits = 8 * BYTES[dtype]
     return [p << 1 & ((1 << bits) - 1) | p >> (bits - 1) for p in patterns(dtype, *numbers)]
@@ -119,7 +119,7 @@ def _empty() -> Part:
 
 
 def parts() -> dict[str, Part]:
-    """A tensor of each kind, newly made."""
+    """Returns a new tensor of each kind."""
     numbers = b"".join((n % 65536).to_bytes(2, "little") for n in range(-7, 33))
     made = [
         raw_part("raw", "I16", [5, 8], numbers),
@@ -137,7 +137,7 @@ def parts() -> dict[str, Part]:
 
 
 def worked_example() -> bytes:
-    """The file of SPEC.md chapter 26, from its hex dump."""
+    """Returns the first file of SPEC.md chapter 26, from its hex dump."""
     dump = SPEC.read_text().split("```hexdump\n")[1].split("```")[0]
     lines = [re.sub("[^0-9a-f]", "", line[6:54]) for line in dump.splitlines()]
     return bytes.fromhex("".join(lines))
@@ -159,12 +159,12 @@ KINDS = {
     "uniform": "quantiser uniform in pairs, runs of polarity 0, a scale per row, importance as multiplier",
     "table": "quantiser table, a scale per column, importance by factors",
     "group": "a scale per group, importance over all positions as metadata",
-    "coded": "two codes a stream, pairs, importance by table",
+    "coded": "two codes per stream, pairs, importance by table",
 }
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     example = worked_example()
     suite.valid(
         "CNV-001-worked-example", "the worked example of chapter 26", example, "R-PRE-001", "R-CNV-004"
@@ -183,7 +183,7 @@ def add(suite: Suite) -> None:
         suite.valid(f"DIR-002-{name}", KINDS[name], hand_file(part))
     suite.valid(
         "CNV-003-raw-bitmap-and-whole-fields",
-        "one class a stream: each position a bit of the mask, each survivor 16 bits",
+        "one class per stream: one mask bit per position, 16 bits per survivor",
         plain(),
         "R-CNV-002",
         "R-PLN-001",

@@ -1,4 +1,4 @@
-"""Where a reader may choose: files with two faults of one stage, of which either may be named."""
+"""Files with two faults of one stage: a reader may report either."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _longer(file: Forge) -> None:
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for faults, stage in ((ENTRY, "a tensor's entry"), (CHUNK, "a chunk")):
         for first, second in combinations(faults, 2):
             (clause, one), (other, two) = faults[first], faults[second]

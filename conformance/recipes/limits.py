@@ -1,4 +1,4 @@
-"""Chapter 19: limits, at their value and past it."""
+"""Chapter 19: values at a limit, and above it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .suite import Edit, Suite
 
 
 def nested(depth: int) -> object:
-    """Arrays and maps inside one another, so many."""
+    """Returns nested arrays and maps of a given depth."""
     value: object = 0
     for i in range(depth):
         value = [value] if i % 2 else {"a": value}
@@ -21,7 +21,7 @@ def nested(depth: int) -> object:
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     _in_force(suite)
     _defaults(suite)
     _hostile(suite)
@@ -55,7 +55,7 @@ def _in_force(suite: Suite) -> None:
 
 
 def _over(suite: Suite, case: str, why: str, force: dict[str, int], tensor: str | None) -> None:
-    """A file that differs from its twin in a metadata entry alone, refused for a limit in force."""
+    """Adds a file that differs from its twin only in its metadata, and is refused because of a limit."""
 
     def edit(file: Forge) -> None:
         file.root["x-limit"] = case
@@ -101,7 +101,7 @@ def _limit(suite: Suite, slug: str, why: str, edit: Edit, tensor: str | None = N
 
 
 def _hostile(suite: Suite) -> None:
-    """Tensors of which most is pruned: few bytes for much memory."""
+    """Tensors that are mostly pruned: few bytes that need much memory."""
     for power, count in (("2-28-and-more", (1 << 28) + 4), ("2-32", 1 << 32), ("2-38", 1 << 38)):
 
         def swollen(file: Forge, count: int = count) -> None:

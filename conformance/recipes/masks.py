@@ -24,7 +24,7 @@ OCTETS = table([0] * 256, flat_code(256))
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for slug, bit in PATTERNS.items():
         bits = [bit(p) for p in range(69)]
         for polarity in (0, 1):
@@ -87,13 +87,13 @@ def _octets(suite: Suite) -> None:
 
     for bit in (0, 1, 7, 31):
         change = of_chunk("plain", lambda taken, bit=bit: flip(taken, 0, bit))
-        words = f"mask bit {bit} is another than the index has it"
+        words = f"mask bit {bit} is not as the index says"
         suite.invalid(f"MSK-005-bit-{bit}", words, PLAIN, change, tensor="plain")
     for count in (1, 7, 33, 39, 41):
         bits = [p % 2 for p in range(count)]
         base = suite.valid(
             f"MSK-006-{count}",
-            "a last octet with bits to spare",
+            "a last octet with unused bits",
             masked(bits, {"kind": "octets", **table([8])}),
         )
         segment = (count - 1) // 32

@@ -1,4 +1,4 @@
-"""Chapter 14: numbers at the borders of their types, and every way to reconstruct them."""
+"""Chapter 14: numbers at the limits of their dtypes, and all kinds of reconstruction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .suite import Suite
 
 
 def specials(dtype: str) -> list[int]:
-    """Patterns of both signs: zero, subnormal, normal, greatest, infinite, and NaNs with payloads."""
+    """Returns bit patterns of both signs: zero, subnormal, normal, greatest, infinite, NaNs with payloads."""
     kind = FLOATS[dtype]
     half = 1 << kind.bits - 1
     own = [0, 1, (1 << kind.mantissa) - 1, 1 << kind.mantissa, kind.nonfinite - 1, kind.nonfinite]
@@ -22,19 +22,19 @@ def specials(dtype: str) -> list[int]:
 
 
 def levels_of(dtype: str, found: list[int]) -> list[int]:
-    """The levels of an exact stream for bit patterns."""
+    """Returns the levels of an exact stream for bit patterns."""
     bits = FLOATS[dtype].bits
     return [p << 1 & ((1 << bits) - 1) | p >> (bits - 1) for p in found]
 
 
 def whole(dtype: str) -> dict[str, Any]:
-    """A table of every pattern of a dtype."""
+    """Returns a code table that covers all bit patterns of a dtype."""
     bits = FLOATS[dtype].bits
     return table([bits]) if bits <= 56 else table([56] * 256, [8] * 256)
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for dtype in FLOATS:
         levels = levels_of(dtype, specials(dtype))
         data = one_file(exact(dtype, **whole(dtype)), levels, dtype)

@@ -10,7 +10,7 @@ from .suite import Suite
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     _pairs(suite)
     _lengths(suite)
     _tails(suite)
@@ -90,5 +90,5 @@ def _counts(suite: Suite) -> None:
         levels = [(i * 7919 + 1) % 3000 for i in range(count)]
         for chunk in (1, 2):
             data = one_file(exact("F32", **table_for([0, 2999])), levels, "F32", chunk=chunk)
-            words = f"{count} positions in segments of 32, {chunk} a chunk"
+            words = f"{count} positions in segments of 32, {chunk} per chunk"
             suite.valid(f"PLN-001-{count}-positions-{chunk}-a-chunk", words, data, "R-CHK-001")

@@ -14,17 +14,17 @@ from .suite import Edit, Suite
 
 
 def field(**changes: Any) -> Edit:
-    """An edit of fields of the preamble; its checksum is mended unless it is changed too."""
+    """Returns an edit of preamble fields. Repairs the preamble's checksum unless the edit sets it."""
     return lambda file: file.preamble.update(changes)
 
 
 def cut(length: int) -> Edit:
-    """An edit that leaves so many bytes of the file, counted from the end if negative."""
+    """Returns an edit that keeps the first ``length`` bytes; a negative length removes bytes at the end."""
     return lambda file: file.build()[:length]
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     _magic_and_length(suite)
     _versions(suite)
     _places(suite)
@@ -38,14 +38,16 @@ def _magic_and_length(suite: Suite) -> None:
         wrong = bytes([*magic[:at], magic[at] ^ 0x20, *magic[at + 1 :]])
         suite.invalid(f"PRE-001-byte-{at}", f"byte {at} of the magic is another", PLAIN, field(magic=wrong))
     changed = {
-        "text-mode": (b"\x89SFP\n\x1a\n\0", "line ends were translated"),
-        "zip": (b"PK\3\4\x14\0\0\0", "a ZIP file's beginning"),
+        "text-mode": (b"\x89SFP\n\x1a\n\0", "line endings were converted"),
+        "zip": (b"PK\3\4\x14\0\0\0", "the start of a ZIP file"),
         "zeros": (bytes(8), "zeros"),
-        "safetensors": (struct.pack("<Q", 200), "a safetensors file's beginning"),
+        "safetensors": (struct.pack("<Q", 200), "the start of a safetensors file"),
     }
     for slug, (other, words) in changed.items():
         suite.invalid(f"PRE-001-{slug}", f"instead of the magic: {words}", PLAIN, field(magic=other))
-    suite.invalid("PRE-001-short-and-wrong", "one byte that no magic begins with", PLAIN, lambda _: b"x")
+    suite.invalid(
+        "PRE-001-short-and-wrong", "one byte that is not the first byte of the magic", PLAIN, lambda _: b"x"
+    )
     for length in (0, 1, 7, 8, 12, 63):
         words = f"the first {length} bytes of a file"
         suite.invalid(f"PRE-002-first-{length}-bytes", words, PLAIN, cut(length))
@@ -56,7 +58,7 @@ def _magic_and_length(suite: Suite) -> None:
     for slug, tail in (("zero", b"\0"), ("zip", b"PK\5\6" + bytes(18)), ("chunk", bytes(64))):
         words = f"{len(tail)} bytes after the directory"
         suite.invalid(f"PRE-008-{slug}", words, PLAIN, lambda file, tail=tail: setattr(file, "tail", tail))
-    suite.invalid("PRE-008-twice", "two files one after the other", PLAIN, lambda file: file.build() * 2)
+    suite.invalid("PRE-008-twice", "two concatenated files", PLAIN, lambda file: file.build() * 2)
 
 
 def _versions(suite: Suite) -> None:
@@ -103,7 +105,7 @@ def _places(suite: Suite) -> None:
         return edit
 
     for at in (0, 63, 100, 191):
-        words = f"a directory offset of {at}, with a checksum of what is there"
+        words = f"a directory offset of {at}, with the checksum of those bytes"
         suite.invalid(f"PRE-011-at-{at}", words, PLAIN, moved(at))
 
 
@@ -207,6 +209,8 @@ def _ends(suite: Suite) -> None:
     def far(file: Forge) -> None:
         file.part("coded").entry["vectors"] = struct.pack("<II", 2**32 - 64, 0)
 
-    suite.invalid("LAY-003-past-the-end", "a chunk said to be 4 GiB", ONE["coded"], far, tags=["hostile"])
+    suite.invalid(
+        "LAY-003-past-the-end", "a record with a chunk length of 4 GiB", ONE["coded"], far, tags=["hostile"]
+    )
     two = hand_file(parts()["raw"], coded("one"), coded("two"))
     suite.valid("LAY-001-vectors-first", "vector chunks before the chunks of their tensors", two, "R-LAY-003")

@@ -28,7 +28,7 @@ NOT_FINITE = {"infinite": 0x7F800000, "nan": 0x7FC00000, "minus-infinite": 0xFF8
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     _words(suite)
     _steps(suite)
     _counts(suite)
@@ -218,7 +218,7 @@ def _importance(suite: Suite) -> None:
     change = of_map("coded", "importance", base=1)
     suite.invalid(
         "TAB-008-importance-table",
-        "an importance level without centroid",
+        "an importance level without a centroid",
         ONE["coded"],
         change,
         tensor="coded",

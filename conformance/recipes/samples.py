@@ -1,4 +1,4 @@
-"""Small valid files that tests break, each made once."""
+"""Small valid files for tests to damage, each created once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sfpformat.numpy import save
 
 
 def weights(*shape: int, density: float = 0.4, seed: int = 0) -> NDArray[np.float32]:
-    """Normal weights, pruned to a density."""
+    """Returns normal weights, pruned to a density."""
     rng = np.random.default_rng(seed)
     kept = rng.random(shape) < density
     return np.where(kept, rng.normal(size=shape), 0).astype(np.float32)
 
 
 def importance(*shape: int) -> NDArray[np.float32]:
-    """Importances."""
+    """Returns importances."""
     return np.abs(weights(*shape, density=1.0, seed=7)) + np.float32(0.1)
 
 
 @cache
 def everything() -> bytes:
-    """A file of a few kilobytes with every coding, mask kind, quantiser, scale and importance."""
+    """Returns a file of a few kilobytes with every coding, mask kind, quantiser, scale and importance."""
     w = weights(4, 24)
     tensors = {
         "raw": np.arange(-7, 33, dtype=np.int16).reshape(5, 8),
@@ -68,7 +68,7 @@ def everything() -> bytes:
 
 
 def coded(name: str = "coded") -> Part:
-    """A tensor made by hand: two codes, paired levels, classes of several widths, importance by table."""
+    """Returns a hand-made tensor: two codes, pairs of levels, several class widths, importance by table."""
     entry = {
         "name": name,
         "dtype": "F32",
@@ -110,7 +110,7 @@ def coded(name: str = "coded") -> Part:
 
 @cache
 def plain() -> bytes:
-    """A file with one tensor of one segment, one class each: what single bits mean is easy to see.
+    """Returns a file with one tensor and one class per stream, in which the meaning of each bit is obvious.
 
     40 positions of BF16 in two segments of 32 and 8; 16 residual bits a survivor; a raw bitmap as mask.
     """

@@ -15,7 +15,7 @@ SHAPES = {"5": [5], "1-6": [1, 6], "6-1": [6, 1], "3-4": [3, 4], "2-3-4": [2, 3,
 
 
 def scaled(shape: list[int], per: str, dtype: str, size: int = 0, **more: Any) -> bytes:
-    """A file with a uniform tensor and factors of either sign."""
+    """Returns a file with a uniform tensor and factors of both signs."""
     count = 1
     for length in shape:
         count *= length
@@ -29,7 +29,7 @@ def scaled(shape: list[int], per: str, dtype: str, size: int = 0, **more: Any) -
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for dtype in ("F32", "F16", "BF16"):
         for per in ("tensor", "row", "column"):
             for slug, shape in SHAPES.items():
@@ -54,7 +54,7 @@ def _words(suite: Suite) -> None:
             suite.invalid(f"SCL-003-{name}-{dtype or 'empty'}", words, ONE[name], change, tensor=name)
     suite.invalid(
         "SCL-002-zero",
-        "groups of no position",
+        "a group size of 0",
         ONE["group"],
         of_map("group", "scale", size=0),
         tensor="group",

@@ -21,7 +21,7 @@ RANKS = (
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for rank, shape in enumerate(RANKS):
         count = 1
         for length in shape:
@@ -42,6 +42,6 @@ def add(suite: Suite) -> None:
         for count in (segment - 1, segment, segment + 1):
             levels = [i % 2 for i in range(count)]
             part = one(exact("F16", **table([1])), levels, "F16", segment=segment, chunk=1)
-            words = f"{count} positions in segments of {segment}, one a chunk"
+            words = f"{count} positions in segments of {segment}, one per chunk"
             if segment <= 1024:
                 suite.valid(f"TEN-006-{count}-in-{segment}", words, hand_file(part), "R-TEN-008")

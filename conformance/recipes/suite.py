@@ -1,8 +1,8 @@
-"""What a case is, and how each is proven before it is written.
+"""Cases, and the checks that each must pass before it is written.
 
-Rules: a valid file is read by the plain reader, which gives its expected contents. A file to be refused is a
-valid one, its twin, with one edit; the plain reader must accept the twin, and refuse the file by the clause
-that its name says. Clause and error code come from SPEC.md's tables.
+Rules: the slow reader reads each valid file and computes its expected contents. An invalid file is a valid
+file, its twin, after one edit. The slow reader must accept the twin and refuse the file by the clause in its
+name. Clauses and error codes come from SPEC.md's tables.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ HOSTILE_MEMORY = 64 << 20  # bytes that a reader may take for a file that claims
 
 @dataclass
 class Case:
-    """A golden file or a job for a writer, and what the manifest says of it.
+    """A golden file or a job for a writer, and its entry in the manifest.
 
     Attributes:
         id: class, area, number of a clause, and a slug.
-        clauses: what it is about; the first is the one in its name.
-        why: what is special about it, or wrong with it.
+        clauses: the clauses that it tests; the first is the one in its name.
+        why: its subject or its defect.
         data: the bytes of its file.
-        features: what a reader must know.
-        expected: the verdict.
-        recipe: the module that makes it.
-        contents: what a valid file holds, written beside it.
-        arrays: little-endian, one after another: those of a valid file, or what a job for a writer is given.
-        twin: id of the valid file that it was made from.
-        flags: words for who selects cases.
+        features: what a reader must support.
+        expected: the expected verdict.
+        recipe: the module that creates it.
+        contents: the contents of a valid file, written beside it.
+        arrays: concatenated, little-endian: those of a valid file, or the input of a job for a writer.
+        twin: id of the valid file from which it was derived.
+        flags: tags by which cases can be selected.
         in_force: limits of the reader that differ from the defaults.
     """
 
@@ -58,21 +58,21 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Its class, a letter."""
+        """The letter of its kind."""
         return self.id[0]
 
     @property
     def stem(self) -> str:
-        """Its path in the suite without what comes after the dot."""
+        """The path in the suite, without suffix."""
         return f"cases/{self.id.split('-')[1]}/{self.id}"
 
     @property
     def file(self) -> str:
-        """The path of its file."""
+        """The path of the file in the suite."""
         return f"{self.stem}.{'job.json' if self.kind == 'e' else 'sfp'}"
 
     def manifest(self) -> Json:
-        """Its entry in the manifest."""
+        """Returns the entry in the manifest."""
         hostile = {"memory_bytes": HOSTILE_MEMORY} if self.kind == "h" else {}
         force = {"in_force": self.in_force} if self.in_force else {}
         beside = {} if self.contents is None else {"contents": f"{self.stem}.json"}
@@ -99,7 +99,7 @@ class Case:
 
 
 class Suite:
-    """The cases, in order."""
+    """All cases, in order."""
 
     def __init__(self) -> None:
         self.cases: dict[str, Case] = {}
@@ -116,16 +116,16 @@ class Suite:
         in_force: dict[str, int] | None = None,
         kind: str = "y",
     ) -> str:
-        """Adds a file that must be accepted, and gives its id.
+        """Adds a file that must be accepted. Returns its id.
 
         Args:
-            name: its id without the class: area and number of the clause that it is most about, a slug.
-            why: what is special about it.
+            name: its id without the kind: area and number of the main clause, and a slug.
+            why: its subject.
             data: the file.
-            clauses: others that it is about.
-            canonical: for validators: True, or the clauses of canonical form that it does not keep.
+            clauses: further clauses that it tests.
+            canonical: for validators: True, or the clauses of canonical form that it breaks.
             in_force: limits of the reader.
-            kind: `f` for a file of a later version that must be accepted, `h` for one that takes much.
+            kind: `f` for a file of a later version, `h` for one that needs much time or memory.
         """
         expected: Json = {"outcome": "accept"}
         if canonical is not None:
@@ -147,31 +147,31 @@ class Suite:
         tags: Iterable[str] = (),
         in_force: dict[str, int] | None = None,
     ) -> str:
-        """Adds a file that must be refused by the clause in its name: a valid file after one edit.
+        """Adds a file that must be refused by the clause in its name: its twin after an edit. Returns its id.
 
-        Its class is `h` with the tag `hostile`, `f` where what is wrong is a word that a later version may
-        define, else `n`.
+        Its kind is `h` with the tag `hostile`, `f` if the defect is a word that a later version may define,
+        else `n`.
 
         Args:
             name: as in `valid`; its clause is the one that is broken.
-            why: what is wrong.
+            why: the defect.
             twin: id of the valid file.
-            edit: breaks it, by changing the pieces or by giving the bytes.
-            tensor: the tensor that the fault belongs to.
-            plainly: the clause that the plain reader names where that is another, just as right; None where
-                it cannot be asked, as of limits, which it has none of.
-            tags: words for who selects cases.
+            edit: changes the parts of the file, or returns the new bytes.
+            tensor: the faulty tensor.
+            plainly: the clause that the slow reader names, if another one is right too; None if it cannot
+                check the fault (it has no limits).
+            tags: tags by which cases can be selected.
             in_force: limits of the reader.
         """
         base = self.cases[twin].data
         forge = Forge.of(base)
-        assert forge.build() == base, f"{twin} is not put together as it was"
+        assert forge.build() == base, f"{twin} is not rebuilt to the same bytes"
         data = edited(forge, edit)
         clause = clause_of(name)
-        assert data != base, f"{name}: nothing was changed"
+        assert data != base, f"{name}: the edit changed nothing"
         if plainly is not None:
             named = refusing_clause(data)
-            assert named == (plainly or clause), f"{name}: the plain reader names {named}"
+            assert named == (plainly or clause), f"{name}: the slow reader names {named}"
         code = self.codes[clause]
         kind = "h" if "hostile" in tags else "f" if code in UNKNOWN else "n"
         expected = {
@@ -192,7 +192,7 @@ class Suite:
         accept: bool = False,
         tensor: str | None = None,
     ) -> str:
-        """Adds a file on which the document leaves the reader a choice.
+        """Adds a file for which SPEC.md leaves the reader a choice. Returns its id.
 
         Args:
             name, why, twin, edit, tensor: as in `invalid`.
@@ -211,17 +211,17 @@ class Suite:
             case.contents, case.arrays = contents(data)
         else:
             named = refusing_clause(data)
-            assert named in allowed, f"{name}: the plain reader names {named}"
+            assert named in allowed, f"{name}: the slow reader names {named}"
         return self.add(case, clauses)
 
     def error(self, clause: str, tensor: str | None, offset: list[int]) -> Json:
-        """An error that a refusing reader may give."""
+        """Returns an error that a reader may report."""
         return {"code": self.codes[clause], "clause": clause, "tensor": tensor, "offset": offset}
 
     def add(self, case: Case, clauses: Iterable[str]) -> str:
-        """Adds a case under the clause in its name and others, and gives its id."""
+        """Adds a case under the clause in its name and further clauses. Returns its id."""
         case.id = slugged(case.id)
-        assert case.id not in self.cases, f"{case.id} comes twice"
+        assert case.id not in self.cases, f"{case.id} occurs twice"
         case.clauses = list(dict.fromkeys([clause_of(case.id[2:]), *clauses]))
         unknown = set(case.clauses) - set(self.codes)
         assert not unknown, unknown
@@ -230,7 +230,7 @@ class Suite:
 
 
 def slugged(case_id: str) -> str:
-    """The id with a slug of small letters, digits and single hyphens."""
+    """Returns the id with a slug of lower-case letters, digits and single hyphens."""
     kind, area, number, slug = case_id.split("-", 3)
     words = re.sub("[^a-z0-9]+", "-", slug.lower().replace("+", "-plus-")).strip("-")
     assert words, f"{case_id} has no slug"
@@ -238,19 +238,19 @@ def slugged(case_id: str) -> str:
 
 
 def edited(forge: Forge, edit: Edit) -> bytes:
-    """The file after an edit: the bytes that it gives, or else the file put together again."""
+    """Returns the file after an edit: the bytes that the edit returns, or else the file built again."""
     given = edit(forge)
     return given if isinstance(given, bytes) else forge.build()
 
 
 def clause_of(name: str) -> str:
-    """The clause in a case's name."""
+    """Returns the clause in the name of a case."""
     area, number, _ = name.split("-", 2)
     return f"R-{area}-{number}"
 
 
 def refusing_clause(data: bytes) -> str | None:
-    """The clause by which the plain reader refuses a file."""
+    """Returns the clause by which the slow reader refuses a file; None if it accepts the file."""
     try:
         slow_reader.read(data)
     except slow_reader.Bad as error:
@@ -259,7 +259,7 @@ def refusing_clause(data: bytes) -> str | None:
 
 
 def place(forge: Forge, clause: str, tensor: str | None, length: int) -> list[int]:
-    """The first and the last offset in the file that a reader may name for a fault."""
+    """Returns the first and the last file offset that a reader may report for a fault."""
     directory_at = 64 + sum(len(part.data) for part in forge.parts)
     if clause.startswith(IN_CHUNKS) and tensor is not None:
         start = forge.start_of(tensor)

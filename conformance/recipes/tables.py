@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     _class_numbers(suite)
     _codes(suite)
     _several(suite)
@@ -53,7 +53,7 @@ def _class_numbers(suite: Suite) -> None:
     pairs = exact("F16", **table([0] * 4 + [1] * 60, group=2) | {"codes": [code]})
     # Symbols 0 to 3 are a level of class 0 to 3 followed by one of class 0.
     paired = one_file(pairs, [i % 4 if i % 2 == 0 else 0 for i in range(40)], "F16")
-    wide = suite.valid("TAB-001-64-classes-in-pairs", "64 classes, two levels a symbol", paired)
+    wide = suite.valid("TAB-001-64-classes-in-pairs", "64 classes, two levels per symbol", paired)
     more = {"extra": bytes(65), "codes": [nibbles([1, 1] + [0] * (65 * 65 - 2))]}
     suite.invalid(
         "TAB-001-65-classes-in-pairs",
@@ -71,7 +71,7 @@ def _class_numbers(suite: Suite) -> None:
         for group in (0, 3, 255, 2**64 - 1):
             change = of_map(name, stream, group=group)
             slug = f"TAB-003-{group}-{stream}"
-            suite.invalid(slug, f"{group} levels a symbol in {stream}", ONE[name], change, tensor=name)
+            suite.invalid(slug, f"{group} levels per symbol in {stream}", ONE[name], change, tensor=name)
     for extra in (*range(0, 57, 4), 1, 9, 17, 31, 33, 55):
         levels = [(i * 0x9E3779B97F4A7C15) % 2**extra for i in range(9)]
         data = one_file(exact("F64", **table([extra])), levels, "F64")
@@ -109,7 +109,7 @@ def _codes(suite: Suite) -> None:
         suite.invalid(f"TAB-{slug}", f"the code {lengths}", "y-TAB-007-three", change, tensor="one")
     long_one = [*LONGEST[:-1], 0]
     change = of_map("one", "fingerprints", codes=[nibbles(long_one)])
-    words = "the longest code less one of its codewords"
+    words = "the longest code without one of its codewords"
     suite.invalid("TAB-007-one-missing", words, "y-TAB-007-longest", change, tensor="one")
     more = table([0] * 257, flat_code(257))
     change = of_map("one", "fingerprints", **more)
@@ -171,12 +171,12 @@ def _bounds(suite: Suite) -> None:
         base = suite.valid(f"TAB-008-{slug}-at-the-bound", f"levels up to {top - 1}: {slug}", data)
         for change in (1, 2**64 - 1):
             edit = of_map("one", "fingerprints", base=change)
-            words = f"a `top` past the bound: {slug}, base {change}"
+            words = f"a `top` above the bound: {slug}, base {change}"
             tags = ["hostile"] if change > 1 else []
             suite.invalid(f"TAB-008-{slug}-base-{change}", words, base, edit, tensor="one", tags=tags)
     for kind, bits in (("runs", 16), ("octets", 8)):
         polarity = {"polarity": 1} if kind == "runs" else {}
         data = masked(BITS, {"kind": kind, **polarity, **table([bits])})
-        base = suite.valid(f"TAB-008-{kind}-at-the-bound", f"a mask of {bits} bits a level", data)
+        base = suite.valid(f"TAB-008-{kind}-at-the-bound", f"a mask of {bits} bits per level", data)
         edit = of_map("one", "mask", base=1)
-        suite.invalid(f"TAB-008-{kind}-base-1", "a `top` past the bound", base, edit, tensor="one")
+        suite.invalid(f"TAB-008-{kind}-base-1", "a `top` above the bound", base, edit, tensor="one")

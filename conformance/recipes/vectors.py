@@ -11,7 +11,7 @@ from .suite import Edit, Suite
 
 
 def add(suite: Suite) -> None:
-    """Adds the cases."""
+    """Adds the cases of this module to the suite."""
     for name in ("uniform", "table", "group", "coded"):
         _vector_chunk(suite, name)
     _raw(suite)
@@ -75,5 +75,5 @@ def _raw(suite: Suite) -> None:
             data = hand_file(
                 raw_part("one", "I32", [count], bytes(i % 251 for i in range(4 * count)), chunk=chunk)
             )
-            words = f"{count} raw elements, {chunk} segments a chunk"
+            words = f"{count} raw elements, {chunk} segments per chunk"
             suite.valid(f"RAW-001-{count}-by-{chunk}", words, data, "R-TEN-008")

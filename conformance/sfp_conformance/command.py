@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 # An installed package has the cases in its folder `suite`; a clone has them one folder up.
 _PACKAGE = Path(__file__).parent
 _FOLDER = _PACKAGE / "suite" if (_PACKAGE / "suite").is_dir() else _PACKAGE.parent
-_DESCRIPTION = """Puts the golden files of the conformance suite to programs in any language, over the
-protocol of conformance/README.md. A decoder is judged by the contents that it gives back, a validator by its
-verdict, an encoder by what this package reads from what it wrote and by canonical form; with an encoder and a
-decoder, the one must also read what the other wrote. The order is shuffled, and files have names that tell
-nothing. Exit code 0 where all went as it must, 1 where something did not."""
+_DESCRIPTION = """Tests programs in any language with the golden files of the conformance suite. The programs
+speak the protocol of conformance/README.md. Checks the contents that a decoder returns, the verdict of a
+validator, and the files of an encoder: this package must read them, and they must be canonical if the encoder
+claims it. If both are given, the decoder must also read the encoder's files. The order of the cases is random
+(--seed), and file names do not reveal the case. Exit code 0: all cases passed; 1: a case failed."""
 _SHOWN = 30
 
 
@@ -38,12 +38,12 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "conformance",
-        help="hold any reader or writer against the conformance suite",
-        description="Golden files and damaged ones for programs that read or write .sfp: 'run' puts the "
-        "first to one, 'fuzz' the others, 'driver' is one. The guide is conformance/README.md.",
+        help="test a reader or writer with the conformance suite",
+        description="Tests programs that read or write .sfp files: 'run' with the golden files, 'fuzz' with "
+        "damaged files. 'driver' is such a program. The guide is conformance/README.md.",
         epilog=examples(
-            ("sfp conformance run --decoder ./my_reader --html report.html", "the golden files"),
-            ("sfp conformance fuzz --decoder ./my_reader --cases 100000", "damaged files"),
+            ("sfp conformance run --decoder ./my_reader --html report.html", "test with golden files"),
+            ("sfp conformance fuzz --decoder ./my_reader --cases 100000", "test with damaged files"),
         ),
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -52,10 +52,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     driver = actions.add_parser(
         "driver",
         help="answer the suite's questions with this package",
-        description="A driver over this package's own reader, writer and validator.",
+        description="Answers the questions of the protocol with this package's reader, writer and validator.",
         epilog=examples(
             ("sfp conformance driver -- validate model.sfp", "one question"),
-            ("sfp conformance driver --engine numba -- serve", "a question a line, words apart by tabs"),
+            ("sfp conformance driver --engine numba -- serve", "questions from standard input"),
         ),
     )
     driver.add_argument("--engine", metavar="NAME", help="python, numba or auto")
@@ -66,66 +66,93 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 def _add_run(actions: Subparsers[Parser]) -> None:
     parser = actions.add_parser(
         "run",
-        help="put the golden files to programs",
+        help="test programs with the golden files",
         description=_DESCRIPTION,
         epilog=examples(
             ("sfp conformance run --engine python", "this package's own reader, writer and validator"),
-            ("sfp conformance run --decoder ./my_reader", "a reader that answers line by line"),
-            ("sfp conformance run --validator 'node check.js' --once --html report.html", "one call a file"),
+            ("sfp conformance run --decoder ./my_reader", "a reader that serves: one question per line"),
+            (
+                "sfp conformance run --validator 'node check.js' --once --html report.html",
+                "one call per file",
+            ),
             ("sfp conformance run --decoder ./my_reader --profile core --level 1,2", "a partial reader"),
-            ("sfp conformance run --decoder ./my_reader --encoder ./my_writer", "and what the writer wrote"),
+            (
+                "sfp conformance run --decoder ./my_reader --encoder ./my_writer",
+                "the reader also reads the writer's files",
+            ),
         ),
     )
     parser.add_argument("--decoder", metavar="CMD", help="a program that decodes")
     parser.add_argument("--validator", metavar="CMD", help="a program that validates")
     parser.add_argument("--encoder", metavar="CMD", help="a program that encodes")
-    parser.add_argument("--engine", metavar="NAME", help="all three by this package, with that engine")
-    parser.add_argument("--suite", metavar="DIR", type=Path, default=_FOLDER, help="the folder conformance/")
     parser.add_argument(
-        "--profile", metavar="NAME", help="core, full, or a feature (what the programs say that they have)"
+        "--engine", metavar="NAME", help="test this package in all three roles, with this engine"
+    )
+    parser.add_argument(
+        "--suite", metavar="DIR", type=Path, default=_FOLDER, help="folder of the suite (installed)"
+    )
+    parser.add_argument(
+        "--profile", metavar="NAME", help="core, full, or a feature (the programs' answer to hello)"
     )
     parser.add_argument(
         "--level", metavar="N,...", default="1,2,3,4", help="1 valid, 2 invalid, 3 hostile, 4 encoders"
     )
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases with this in their id, or a clause")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only cases with this text in the id or with this clause"
+    )
     parser.add_argument(
         "--known",
         metavar="FILE",
         type=Path,
         help="expected failures, in TOML (known/PROGRAM.toml of the suite)",
     )
-    parser.add_argument("--once", action="store_true", help="the programs take one question a call")
-    parser.add_argument("--seconds", metavar="S", type=float, help="for one answer (what the case gives)")
-    parser.add_argument("--megabytes", metavar="M", type=int, help="address space of a program (all)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order (0)")
+    parser.add_argument("--once", action="store_true", help="start the program once per question")
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, help="time limit per answer (the limit of the case)"
+    )
+    parser.add_argument(
+        "--megabytes", metavar="M", type=int, help="limit of the address space of a program (none)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order of cases (0)")
     parser.add_argument("--junit", metavar="FILE", type=Path, help="write JUnit XML")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page")
-    parser.add_argument("--json", action="store_true", help="the results as JSON")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write an HTML report")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _add_fuzz(actions: Subparsers[Parser]) -> None:
     parser = actions.add_parser(
         "fuzz",
-        help="put made files, valid and damaged, to a decoder and to this package, and compare",
-        description="Makes files of every kind, damages them and the suite's in a few places, lengths and "
-        "checksums mended or not, and asks a decoder and this package's. Where they differ, Hypothesis makes "
-        "the file small.",
+        help="compare a decoder with this package on generated and damaged files",
+        description="Generates files of every kind, damages them and the golden files in a few places, with "
+        "or without repaired lengths and checksums, and compares a decoder with this package. If they "
+        "differ, Hypothesis shrinks the file.",
         epilog=examples(
-            ("sfp conformance fuzz --decoder ./reader", "10,000 files that Hypothesis draws"),
-            ("sfp conformance fuzz --decoder ./reader --save finds", "and keep what is found, as cases"),
-            ("sfp conformance fuzz --decoder ./reader --cases 1000000 --fast", "files that a seed throws"),
+            ("sfp conformance fuzz --decoder ./reader", "10,000 files, generated by Hypothesis"),
+            ("sfp conformance fuzz --decoder ./reader --save finds", "save the files that differ, as cases"),
+            (
+                "sfp conformance fuzz --decoder ./reader --cases 1000000 --fast",
+                "files from a random generator",
+            ),
         ),
     )
     parser.add_argument("--decoder", metavar="CMD", required=True, help="a program that decodes")
-    parser.add_argument("--cases", metavar="N", type=int, default=10_000, help="how many files (10,000)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed, the same files (0)")
+    parser.add_argument("--cases", metavar="N", type=int, default=10_000, help="number of files (10,000)")
     parser.add_argument(
-        "--fast", action="store_true", help="throw the files; Hypothesis only makes finds small"
+        "--seed", metavar="N", type=int, default=0, help="the same seed gives the same files (0)"
     )
-    parser.add_argument("--save", metavar="DIR", type=Path, help="where what is found goes, as cases")
-    parser.add_argument("--suite", metavar="DIR", type=Path, help="the folder conformance/, for its files")
-    parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="for one answer (10)")
-    parser.add_argument("--megabytes", metavar="M", type=int, help="address space of the program (all)")
+    parser.add_argument(
+        "--fast", action="store_true", help="generate files at random; Hypothesis only shrinks them"
+    )
+    parser.add_argument(
+        "--save", metavar="DIR", type=Path, help="save the files that differ as cases in this folder"
+    )
+    parser.add_argument(
+        "--suite", metavar="DIR", type=Path, help="folder of the suite, whose files are damaged (installed)"
+    )
+    parser.add_argument("--seconds", metavar="S", type=float, default=10.0, help="time limit per answer (10)")
+    parser.add_argument(
+        "--megabytes", metavar="M", type=int, help="limit of the address space of the program (none)"
+    )
     parser.add_argument("--json", action="store_true", help="the results as JSON")
 
 
@@ -136,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fuzz(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("hypothesis") is None:
-        raise Trouble("fuzzing needs Hypothesis: pip install hypothesis")
+        raise Trouble("fuzzing needs Hypothesis; run: pip install hypothesis")
     from .driver import Driver
     from .finds import doubt, save
     from .fuzz import Duel, as_json, fuzz
@@ -177,10 +204,10 @@ def _show_finds(told: dict[str, Any]) -> None:
             if line:
                 print(f"    {line}")
     said = ", ".join(f"{n} {word}" for word, n in told["reference"].items())
-    print(f"{told['files']} files, {told['files_per_second']} a second; by the reference {said}")
-    print(f"{told['same_code']} of {told['both_refused']} that both refused have the same code")
+    print(f"{told['files']} files, {told['files_per_second']} per second; verdicts of the reference: {said}")
+    print(f"both refused {told['both_refused']} files, {told['same_code']} of them with the same code")
     count = len(told["finds"])
-    print(f"{count} kinds of disagreement" if count else "no disagreement")
+    print(f"{count} kinds of differences" if count else "no differences")
 
 
 def _driver(args: argparse.Namespace) -> int:
@@ -226,7 +253,7 @@ def _run(args: argparse.Namespace) -> int:
 def _levels(text: str) -> list[int]:
     words = text.split(",")
     if not all(word in ("1", "2", "3", "4") for word in words):
-        raise Trouble(f"--level {text!r}: numbers from 1 to 4, with commas between")
+        raise Trouble(f"--level {text!r} is not a list of numbers from 1 to 4, separated by commas")
     return [int(word) for word in words]
 
 
@@ -251,7 +278,7 @@ def _drivers(args: argparse.Namespace) -> dict[str, Driver]:
         elif args.engine is not None:
             commands[role] = own
     if not commands or not all(commands.values()):
-        raise OptionError("say what is to be tested: --decoder, --validator, --encoder or --engine")
+        raise OptionError("nothing to test; give --decoder, --validator, --encoder or --engine")
     return {
         role: Driver(words, args.seconds, args.megabytes, not args.once) for role, words in commands.items()
     }
@@ -275,7 +302,9 @@ def _show(results: Results) -> None:
     notes = sum(len(outcome.verdict.notes) for outcome in results.outcomes)
     if notes:
         words = "note" if notes == 1 else "notes"
-        print(f"{notes} {words}: other clauses, places or bytes than expected; --json and --html list them")
+        print(
+            f"{notes} {words}: an unexpected clause, tensor, offset or encoding; listed by --json and --html"
+        )
     print(
         f"{len(results.outcomes)} questions in {results.seconds:.1f} s, "
         f"{results.processor:.1f} s of processor time"

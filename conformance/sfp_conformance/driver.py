@@ -100,17 +100,26 @@ class Driver:
         if given and self.said.get("limits") is True:
             given, words = (), [*given, *words]
         process = self._running.get(given)
+        is_new = process is None
         if process is None:
             process = self._running[given] = _Process([*self.command, *given, "serve"], self.megabytes)
             seconds += START_SECONDS
-            if memory is not None:  # any first answer shows that it has started, so memory at rest is known
-                with suppress(DriverFailure):
-                    process.ask("hello", seconds, None)
         try:
+            if is_new and memory is not None:
+                self._greet(process, seconds)  # after any answer it has started, so memory at rest is known
             return process.ask("\t".join(words), seconds, memory)
         except DriverFailure:
             self._running.pop(given).kill()
             raise
+
+    @staticmethod
+    def _greet(process: _Process, seconds: float) -> None:
+        """Asks ``hello``, which a program may answer with anything."""
+        try:
+            process.ask("hello", seconds, None)
+        except DriverFailure as failure:
+            if failure.kind != "nonsense":
+                raise
 
     def _ask_once(self, words: Sequence[str], seconds: float) -> Json:
         try:
@@ -169,7 +178,7 @@ class _Process:
         if memory is not None and rest is not None:
             taken = self._memory("VmHWM") - rest
             if taken > memory:
-                words = f"took {taken >> 20} MiB beyond what it had, {memory >> 20} MiB are allowed"
+                words = f"used {taken >> 20} MiB more than at rest; {memory >> 20} MiB are allowed"
                 raise DriverFailure("memory", words)
         return answer
 
@@ -202,7 +211,9 @@ class _Process:
         except queue.Empty:
             raise DriverFailure("timeout", f"no answer within {seconds:g} s") from None
         if len(answer) > _MOST_ANSWER:
-            raise DriverFailure("nonsense", "an answer that does not end")
+            raise DriverFailure(
+                "nonsense", f"an answer of more than {_MOST_ANSWER >> 20} MiB without a line end"
+            )
         if not answer.endswith(b"\n"):
             raise self._crash()
         return _parsed(answer)
@@ -225,9 +236,7 @@ class _Process:
     def _crash(self) -> DriverFailure:
         self.kill()
         words = self._errors.decode(errors="replace").strip().splitlines()
-        return DriverFailure(
-            "crash", f"ended with status {self._process.returncode}: {' / '.join(words[-3:])}"
-        )
+        return DriverFailure("crash", f"exit status {self._process.returncode}: {' / '.join(words[-3:])}")
 
     def kill(self) -> None:
         """Kills the process, reads the rest of its output and releases resources."""
@@ -247,9 +256,9 @@ def _parsed(line: bytes) -> Json:
     try:
         answer = json.loads(line)
     except ValueError:
-        raise DriverFailure("nonsense", f"an answer that is no JSON: {line[:80]!r}") from None
+        raise DriverFailure("nonsense", f"the answer is not JSON: {line[:80]!r}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get("ok"), bool):
-        raise DriverFailure("nonsense", f"an answer without a truth value `ok`: {line[:80]!r}")
+        raise DriverFailure("nonsense", f"the answer has no `ok` that is true or false: {line[:80]!r}")
     return answer
 
 

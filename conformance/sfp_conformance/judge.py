@@ -50,15 +50,17 @@ def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
     if answer["ok"]:
         if not case.accepted:
             fault = case.faults[0]
-            return Verdict(FAIL, f"accepted; must be refused by {fault['clause']} with {fault['error']}")
+            return Verdict(
+                FAIL, f"accepted the file; must refuse it with {fault['error']} ({fault['clause']})"
+            )
         return Verdict(PASS)
     said = answer.get("error")
     if not case.faults:
-        return Verdict(FAIL, f"refused with {said} ({answer.get('clause')}); must be accepted")
+        return Verdict(FAIL, f"refused the file with {said} ({answer.get('clause')}); must accept it")
     allowed = [fault for fault in case.faults if fault["error"] == said]
     if not allowed:
         wanted = " or ".join(sorted({fault["error"] for fault in case.faults}))
-        return Verdict(WRONG_CODE, f"refused with {said}; {wanted} is the code")
+        return Verdict(WRONG_CODE, f"refused the file with {said}; the right code is {wanted}")
     fewest = min((_notes(fault, answer) for fault in allowed), key=len)
     return Verdict(PASS, notes=tuple(fewest))
 
@@ -87,8 +89,8 @@ def judge_canonical(case: Case, answer: Json, *, within: bool = True) -> Verdict
         return Verdict(PASS, notes=("does not say whether the file is canonical",))
     if answer["canonical"] != case.canonical:
         by = ", ".join(case.not_canonical_by)
-        words = f"is not canonical, by {by}" if by else "is canonical"
-        return Verdict(FAIL, f"says canonical: {answer['canonical']}; the file {words}")
+        words = f"is not canonical ({by})" if by else "is canonical"
+        return Verdict(FAIL, f"answered canonical: {answer['canonical']}; but the file {words}")
     return verdict
 
 
@@ -119,7 +121,7 @@ def _wrong_description(contents: Contents, answer: Json) -> str | None:
     """Returns the first error in a decoder's description of the file, or None."""
     metadata, tensors = answer.get("metadata"), answer.get("tensors")
     if metadata not in (None, contents.description["metadata"]):
-        return f"the metadata are {metadata}, must be {contents.description['metadata']}"
+        return f"metadata is {metadata}; must be {contents.description['metadata']}"
     if not isinstance(tensors, list) or len(tensors) != len(contents.tensors):
         return f"the answer's `tensors` does not list the {len(contents.tensors)} tensors"
     for number, (said, expected) in enumerate(zip(tensors, contents.tensors, strict=True)):
@@ -127,7 +129,7 @@ def _wrong_description(contents: Contents, answer: Json) -> str | None:
         for key, right in told.items():
             found = said.get(key) if isinstance(said, dict) else None
             if found != right:
-                return f"tensor {number}: {key} is {found!r}, must be {right!r}"
+                return f"tensor {number}: {key} is {found!r}; must be {right!r}"
     return None
 
 
@@ -139,9 +141,9 @@ def _wrong_arrays(
         for what, wanted in contents.arrays_of(expected).items():
             found = written(f"{number}{SUFFIXES[what]}")
             if found is None and what not in may_ignore:
-                return f"tensor {expected['name']!r}: {number}{SUFFIXES[what]} was not written"
+                return f"tensor {expected['name']!r}: the decoder did not write {number}{SUFFIXES[what]}"
             if found is not None and found != wanted:
-                return f"tensor {expected['name']!r}: {what} differ, {_where(found, wanted)}"
+                return f"tensor {expected['name']!r}: wrong {what}: {_where(found, wanted)}"
     return None
 
 
@@ -149,4 +151,4 @@ def _where(found: bytes, wanted: bytes) -> str:
     if len(found) != len(wanted):
         return f"{len(found)} bytes instead of {len(wanted)}"
     at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-    return f"first at byte {at}: {found[at : at + 8].hex()} instead of {wanted[at : at + 8].hex()}"
+    return f"from byte {at}, {found[at : at + 8].hex()} instead of {wanted[at : at + 8].hex()}"

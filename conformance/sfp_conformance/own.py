@@ -49,7 +49,7 @@ class OwnDriver:
             words: any number of ``LIMIT=NUMBER``, which hold for this question only, then the question.
 
         Raises:
-            OptionError: a limit is unknown, or there is no question.
+            OptionError: a limit or the question is unknown, or there is no question.
         """
         limits, (question, *rest) = limits_of(words, self.limits)
         missing = _loaded(self.engine)
@@ -63,6 +63,10 @@ class OwnDriver:
             "decode": own.decode,
             "encode": own.encode,
         }
+        if question not in commands:
+            raise OptionError(
+                f"unknown question {question!r}; the questions are hello, {', '.join(commands)}"
+            )
         return commands[question](*rest)
 
     def hello(self) -> Json:
@@ -232,7 +236,7 @@ def limits_of(words: Sequence[str], limits: Limits) -> tuple[Limits, list[str]]:
     given = [word.partition("=") for word in takewhile(lambda word: "=" in word, words)]
     unknown = {name for name, _, _ in given} - set(Limits.__dataclass_fields__)
     if unknown:
-        raise OptionError(f"not limits: {', '.join(sorted(unknown))}")
+        raise OptionError(f"unknown limits: {', '.join(sorted(unknown))}")
     if len(given) == len(words):
-        raise OptionError("no question")
+        raise OptionError("no question: give one after the limits, or 'serve'")
     return replace(limits, **{name: int(number) for name, _, number in given}), list(words[len(given) :])

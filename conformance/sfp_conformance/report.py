@@ -77,7 +77,7 @@ def _printable(words: str) -> str:
 def page(results: Results) -> str:
     """Returns the results as one self-contained page: first the failures, then all clauses."""
     bad = results.bad
-    passed = '<p class="verdict ok">All is well.</p>'
+    passed = '<p class="verdict ok">All cases passed.</p>'
     failed = f'<p class="verdict bad">{len(bad)} of {len(results.outcomes)} fail.</p>'
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>SFP conformance</title>",

@@ -68,7 +68,11 @@ class Outcome:
     def words(self) -> str:
         """The reason why it failed or was not run."""
         is_too_good = self.bad and self.known is not None
-        return "passes, though a failure was expected" if is_too_good else self.verdict.words
+        return (
+            "passed, but is listed as an expected failure; remove it from the list"
+            if is_too_good
+            else self.verdict.words
+        )
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,10 @@ def known_failures(source: Json, today: date) -> dict[str, str]:
     out = {}
     for entry in source.get("known", ()):
         if not isinstance(entry.get("id"), str) or not entry.get("reason"):
-            raise SuiteError(f"an expected failure needs id and reason: {entry}")
+            raise SuiteError(f"expected failure without `id` or `reason`: {entry}")
         until = entry.get("until")
         if isinstance(until, date) and until < today:
-            raise SuiteError(
-                f"the failure of {entry['id']} was expected until {until} only: {entry['reason']}"
-            )
+            raise SuiteError(f"the entry for {entry['id']} expired on {until}: {entry['reason']}")
         out[entry["id"]] = str(entry["reason"])
     return out
 
@@ -138,7 +140,7 @@ def run(suite: Suite, settings: Settings, advance: Callable[[int], None]) -> Res
     start, used = time.monotonic(), _processor_time()
     questions = list(_questions(suite.cases, settings))
     if not questions:
-        raise SuiteError("no case is left to ask: see --profile, --level and --only")
+        raise SuiteError("no case is selected; check --profile, --level and --only")
     order = list(range(len(questions)))
     random.Random(settings.seed).shuffle(order)
     found: dict[int, Outcome] = {}
@@ -191,7 +193,7 @@ def _known(suite: Suite, settings: Settings, programs: dict[str, Json]) -> dict[
             known |= known_failures(tomllib.loads(path.read_text("utf-8")), datetime.now(UTC).date())
     strangers = set(known) - {case.id for case in suite.cases}
     if strangers:
-        raise SuiteError(f"expected failures of no case: {', '.join(sorted(strangers))}")
+        raise SuiteError(f"expected failures of unknown cases: {', '.join(sorted(strangers))}")
     return known
 
 
@@ -284,7 +286,7 @@ def _written(question: _Question) -> tuple[Verdict, Path]:
     if answer.get("unsupported"):
         return Verdict(UNSUPPORTED, str(answer.get("detail", ""))), target
     if not answer["ok"]:
-        return Verdict(FAIL, f"not encoded: {answer.get('detail')}"), target
+        return Verdict(FAIL, f"the encoder failed: {answer.get('detail')}"), target
     return judge_written(case, target, claims_canonical=question.claims_canonical), target
 
 

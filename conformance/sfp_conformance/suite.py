@@ -84,7 +84,7 @@ class Case:
         """
         data = _read(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
-            raise SuiteError(f"{self.path}: not the file that the manifest lists; get the suite anew")
+            raise SuiteError(f"{self.path}: its digest differs from the manifest; install the suite again")
         return data
 
     @cached_property
@@ -150,7 +150,7 @@ class Suite:
         """
         manifest = json.loads(_read(folder / "manifest.json"))
         if manifest.get("suite") != 1:
-            raise SuiteError(f"{folder}: a suite of a layout that this runner does not know")
+            raise SuiteError(f"{folder}: this runner does not support the version of this suite")
         cases = tuple(_case(folder, entry) for entry in manifest["cases"])
         return cls(folder, cases, tuple(manifest["clauses"]))
 

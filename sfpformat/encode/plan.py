@@ -72,7 +72,7 @@ _MANY_ZEROS, _MASK_WORTH = 16, 50
 # A table of all values is tried if the tensor has more than this many bits per value.
 _CENTROID_BITS = 64
 # About the number of positions in a default segment of a dense tensor. With fewer survivors, segments are
-# longer, so that the segment index stays a small part of the data (figures in SPEC.md chapter 27). Dense
+# longer, so that the segment index stays a small part of the data (figures in tests/figures/README.md). Dense
 # exact tensors have segments of twice the size, because their codes differ less from segment to segment.
 _SEGMENT = 1536
 

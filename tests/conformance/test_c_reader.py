@@ -96,7 +96,7 @@ def same_tensor(reader: Reader, file: Any, number: int, tensor: Answer) -> None:
         assert reader.written(f"{number}.importance.bin") == found.astype("<f4").tobytes()
 
 
-def test_files_with_every_coding_are_read_alike(c_reader: Reader) -> None:
+def test_both_readers_return_the_same_contents_for_every_coding(c_reader: Reader) -> None:
     same(c_reader, everything())
     same(c_reader, plain())
     later = Forge.of(everything())
@@ -108,7 +108,7 @@ def test_files_with_every_coding_are_read_alike(c_reader: Reader) -> None:
 
 @settings(max_examples=100)
 @given(jobs())
-def test_every_written_file_is_read_alike(c_reader: Reader, job: Job) -> None:
+def test_both_readers_return_the_same_contents_for_every_written_file(c_reader: Reader, job: Job) -> None:
     same(c_reader, written(job))
 
 
@@ -128,7 +128,7 @@ def narrow_midpoints(dtype: str) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_numbers_are_rounded_alike(c_reader: Reader, dtype: str) -> None:
+def test_both_readers_round_to_the_same_numbers(c_reader: Reader, dtype: str) -> None:
     centroids = narrow_midpoints(dtype if FLOATS[dtype].bits <= 16 else "F16")
     width = (2 * len(centroids) - 1).bit_length() - 1  # levels that one class of residual bits can have
     levels = list(range(1 << width))
@@ -152,7 +152,7 @@ def classes_below(top: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("role", ["multiplier", "metadata"])
-def test_every_narrower_dtype_is_widened_alike(c_reader: Reader, role: str) -> None:
+def test_both_readers_widen_every_narrower_dtype_to_the_same_numbers(c_reader: Reader, role: str) -> None:
     parts = []
     for coded, kind in FLOATS.items():
         if kind.bits > 16:
@@ -181,7 +181,7 @@ REFUSING = ["chunk", "codetable", "directory", "features", "layout", "limits", "
 REFUSING += ["planes", "preamble", "quantiser", "raw", "reconstruction"]
 
 
-def test_files_of_the_other_tests_are_accepted_or_refused_alike(program: Path) -> None:
+def test_both_readers_give_the_same_verdict_on_files_of_the_other_tests(program: Path) -> None:
     files = [f"tests/format/test_{name}.py" for name in REFUSING]
     plugins = ["-p", "tests.support.c_reader", "-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -218,7 +218,7 @@ def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
 
 @settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 3))
-def test_changed_files_with_mended_checksums_are_judged_alike(
+def test_both_readers_give_the_same_verdict_on_changed_files_with_repaired_checksums(
     careful: Reader, seed: int, changes: int
 ) -> None:
     rng = random.Random(seed)
@@ -230,7 +230,9 @@ def test_changed_files_with_mended_checksums_are_judged_alike(
 
 @settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1))
-def test_changed_chunks_with_mended_checksums_are_judged_alike(careful: Reader, seed: int) -> None:
+def test_both_readers_give_the_same_verdict_on_changed_chunks_with_repaired_checksums(
+    careful: Reader, seed: int
+) -> None:
     rng = random.Random(seed)
     file = Forge.of(rng.choice([plain(), everything()]))
     part = rng.choice([part for part in file.parts if part.chunks])
@@ -241,7 +243,9 @@ def test_changed_chunks_with_mended_checksums_are_judged_alike(careful: Reader, 
 
 @settings(max_examples=150)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_changes_of_any_written_file_are_judged_alike(careful: Reader, job: Job, seed: int) -> None:
+def test_both_readers_give_the_same_verdict_on_changes_of_any_written_file(
+    careful: Reader, job: Job, seed: int
+) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     mutate(file, rng)
@@ -250,7 +254,9 @@ def test_changes_of_any_written_file_are_judged_alike(careful: Reader, job: Job,
 
 @settings(max_examples=200)
 @given(st.binary(max_size=200))
-def test_random_bytes_and_short_files_are_judged_alike(careful: Reader, data: bytes) -> None:
+def test_both_readers_give_the_same_verdict_on_random_bytes_and_short_files(
+    careful: Reader, data: bytes
+) -> None:
     for bad in (data, plain()[: len(data)], plain()[:64] + data, Forge(directory=data).build()):
         judged_alike(careful, bad, SMALL)
 
@@ -274,7 +280,9 @@ def test_chunks_that_do_not_reach_the_directory_are_refused(c_reader: Reader) ->
 @pytest.mark.parametrize(
     ("limit", "just"), [("depth", 5), ("name_bytes", 7), ("tensors", 10), ("rank", 2), ("tensor_bytes", 384)]
 )
-def test_limits_hold_to_the_unit(readers: Readers, limit: str, just: int) -> None:
+def test_a_value_equal_to_a_limit_is_accepted_and_one_more_is_refused(
+    readers: Readers, limit: str, just: int
+) -> None:
     limits = replace(sfpformat.DEFAULT_LIMITS, **{limit: just})
     less = replace(limits, **{limit: just - 1})
     verdicts = [validate(everything(), limits=one).ok for one in (limits, less)]
@@ -282,7 +290,7 @@ def test_limits_hold_to_the_unit(readers: Readers, limit: str, just: int) -> Non
     assert not verdicts[1]
 
 
-def test_the_table_of_clauses_is_that_of_the_document() -> None:
+def test_the_clauses_and_codes_in_c_equal_those_of_the_document() -> None:
     rows = re.findall(r'X\((R_\w+), "([-\w]+)", SFP_(E_\w+)\)', (SOURCE / "sfp.c").read_text())
     assert all(name.replace("_", "-") == clause for name, clause, _ in rows)
     found = {clause: code for _, clause, code in rows}
@@ -296,7 +304,9 @@ def test_the_table_of_clauses_is_that_of_the_document() -> None:
 # --------------------------------------------------------------------------------------- program and memory
 
 
-def test_the_program_tells_by_its_exit_status(program: Path, tmp_path: Path) -> None:
+def test_the_exit_status_is_0_for_valid_1_for_refused_2_for_wrong_usage(
+    program: Path, tmp_path: Path
+) -> None:
     good, bad = tmp_path / "good.sfp", tmp_path / "bad.sfp"
     good.write_bytes(everything())
     bad.write_bytes(everything()[:-1])
@@ -373,7 +383,7 @@ int main(int count, char **words)
 """
 
 
-def test_a_reader_that_gets_no_memory_says_so_and_keeps_none(tmp_path: Path) -> None:
+def test_a_failed_allocation_is_reported_and_leaks_nothing(tmp_path: Path) -> None:
     (tmp_path / "starved.c").write_text(STARVED)
     (tmp_path / "file.sfp").write_bytes(everything())
     flags = ["-std=c99", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCE}"]
@@ -383,7 +393,7 @@ def test_a_reader_that_gets_no_memory_says_so_and_keeps_none(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_large_segments_and_all_trims_are_read_alike(c_reader: Reader) -> None:
+def test_both_readers_return_the_same_contents_for_large_segments_and_all_trims(c_reader: Reader) -> None:
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(64, 3000)).astype(np.float32)
     rows[::3] = rows[::3].astype(np.float16)

@@ -28,7 +28,7 @@ AREAS = sorted({case["id"].split("-")[1] for case in cases("ynihf")})
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_reader_and_validator_judge_every_file_as_the_manifest_says(area: str) -> None:
+def test_reader_and_validator_give_the_verdict_of_the_manifest(area: str) -> None:
     for case in (case for case in cases("ynihf") if case["id"].split("-")[1] == area):
         data, limits = data_of(case), limits_of(case)
         report = validate(data, limits=limits, engine="python")
@@ -43,7 +43,7 @@ def test_reader_and_validator_judge_every_file_as_the_manifest_says(area: str) -
         assert (error.clause, error.tensor) in {(f.clause, f.tensor) for f in report.faults}, case["id"]
 
 
-def test_the_validator_tells_which_files_are_canonical_and_which_clauses_the_others_break() -> None:
+def test_the_validator_reports_canonical_form_and_the_broken_clauses() -> None:
     told = [case for case in cases("y") if "canonical" in case["expected"]]
     assert len(told) > 20
     for case in told:
@@ -53,7 +53,7 @@ def test_the_validator_tells_which_files_are_canonical_and_which_clauses_the_oth
         assert sorted({note[1:10] for note in report.notes}) == sorted(expected["clauses"]), case["id"]
 
 
-def test_every_job_of_a_writer_gives_a_file_with_the_contents_asked_for(tmp_path: Path) -> None:
+def test_every_job_produces_a_file_with_the_requested_contents(tmp_path: Path) -> None:
     for case in cases("e"):
         data = encoded(case, tmp_path)
         slow_reader.read(data)
@@ -67,7 +67,7 @@ def test_every_job_of_a_writer_gives_a_file_with_the_contents_asked_for(tmp_path
 
 
 @needs("make", "cc")
-def test_the_reader_in_c_judges_every_file_as_the_manifest_says(tmp_path: Path) -> None:
+def test_the_reader_in_c_gives_the_verdict_of_the_manifest(tmp_path: Path) -> None:
     for folder in ("build", "served"):
         (tmp_path / folder).mkdir()
     readers = Readers(built("all", tmp_path / "build"), tmp_path / "served")

@@ -57,7 +57,7 @@ def fuzzed(
 
 @settings(max_examples=200)
 @given(valid_files())
-def test_every_made_file_is_valid_and_read_alike_by_all_our_readers(data: bytes) -> None:
+def test_all_readers_return_the_same_contents_for_every_generated_file(data: bytes) -> None:
     plain = slow_reader.read(data)
     report = validate(data, engine="python")
     assert report.ok, report.faults
@@ -80,7 +80,7 @@ def _same_importance(found: np.ndarray | None, tensor: slow_reader.Tensor) -> No
 
 @settings(max_examples=300)
 @given(examples(GOLDEN, valid=False))
-def test_damaged_files_are_judged_alike_by_all_our_readers(made: Example) -> None:
+def test_all_readers_give_the_same_verdict_on_damaged_files(made: Example) -> None:
     found = [judged(made.data, engine) for engine in ("python", "numba")]
     assert found[0] == found[1]
     assert doubt(made) is None
@@ -104,7 +104,7 @@ def test_what_a_validator_accepts_a_reader_reads(data: bytes) -> None:
 
 @settings(max_examples=30)
 @given(valid_files())
-def test_no_beginning_of_a_valid_file_is_valid(data: bytes) -> None:
+def test_every_truncated_file_is_refused(data: bytes) -> None:
     for length in (*range(min(len(data), 96)), *range(96, len(data), 97)):
         fault = reference(data[:length])
         assert isinstance(fault, FileFault)
@@ -129,7 +129,7 @@ def test_the_simplest_choices_make_the_simplest_file() -> None:
     assert len(made.data) < 400
 
 
-def test_the_same_seed_throws_the_same_files_and_others_do_not() -> None:
+def test_equal_seeds_give_equal_files_and_other_seeds_other_files() -> None:
     files = [example(Thrown(seed), GOLDEN).data for seed in ("1/7", "1/7", "1/8")]
     assert files[0] == files[1]
     assert files[0] != files[2]
@@ -183,7 +183,7 @@ CRASHING = "if got.get('clause') == 'R-CHK-003': os._exit(3)"
     ],
     ids=["negative zeros", "many dimensions", "a crash"],
 )
-def test_a_wrong_reader_is_found_out_by_a_small_file(
+def test_a_wrong_reader_is_detected_and_the_file_is_shrunk(
     lie: str, kind: str, about: str, fast: bool, files: int, tmp_path: Path
 ) -> None:
     (tmp_path / "files").mkdir()
@@ -195,7 +195,7 @@ def test_a_wrong_reader_is_found_out_by_a_small_file(
     assert doubt(find.example) is None
 
 
-def test_a_find_is_kept_as_a_case_and_its_twin(tmp_path: Path, capsys: Capture) -> None:
+def test_a_difference_is_saved_as_a_case_with_its_twin(tmp_path: Path, capsys: Capture) -> None:
     command = " ".join(lying_program(tmp_path, NO_TRAILING))
     words = ("--cases", 600, "--fast", "--save", tmp_path / "finds", "--json")
     assert sfp("conformance", "fuzz", "--decoder", command, *words) == 1
@@ -218,13 +218,13 @@ def test_a_find_is_kept_as_a_case_and_its_twin(tmp_path: Path, capsys: Capture) 
         jsonschema.Draft202012Validator(case).validate(entry)
 
 
-def test_a_program_that_agrees_is_told_so(tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_without_differences_exits_with_0(tmp_path: Path, capsys: Capture) -> None:
     command = " ".join(lying_program(tmp_path, "pass"))
     assert sfp("conformance", "fuzz", "--decoder", command, "--cases", 20, "--seed", 5) == 0
     said = capsys.readouterr().out
     assert "20 files" in said
-    assert "no disagreement" in said
+    assert "no differences" in said
 
 
-def test_fuzzing_without_a_program_is_told(capsys: Capture) -> None:
+def test_fuzzing_without_a_program_is_refused(capsys: Capture) -> None:
     assert "no-such-program" in error_of(capsys, "conformance", "fuzz", "--decoder", "no-such-program")

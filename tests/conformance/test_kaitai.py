@@ -71,7 +71,7 @@ def plain(value: Any) -> Any:
     "KAITAI_FOLDER" not in os.environ,
     reason="KAITAI_FOLDER names no folder of the compiler; .ci/run installs that, where there is npm",
 )
-def test_the_description_takes_every_valid_file_apart(tmp_path: Path) -> None:
+def test_the_description_parses_every_valid_file(tmp_path: Path) -> None:
     parser = compiled(tmp_path)
     for case in cases("y"):
         data = data_of(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -54,7 +55,7 @@ def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Captu
     assert found["processor_seconds"] < 60
     suites = ElementTree.parse(junit).getroot()
     assert [s.get("failures") for s in suites] == ["0", "0", "0", "0"]
-    assert "All is well" in html.read_text("utf-8")
+    assert "All cases passed" in html.read_text("utf-8")
 
 
 @needs("make", "cc")
@@ -66,7 +67,7 @@ def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
 
 
 @needs("make", "cc")
-def test_a_program_may_take_one_question_a_call(tmp_path: Path) -> None:
+def test_a_program_that_takes_one_question_per_call_passes(tmp_path: Path) -> None:
     reader = str(c_reader.built("all", tmp_path))
     results = results_of(Settings({"decoder": Driver([reader], serves=False)}, only="R-PRE-004"))
     assert outcomes(results) == {"pass": len(results.outcomes)}
@@ -82,7 +83,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", list(WRONG))
-def test_each_way_to_be_wrong_is_told(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_failure_is_reported_as_that_kind(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if what == "timeout":  # the time to start is given to each call, since each ends the program
         monkeypatch.setattr("sfp_conformance.driver.START_SECONDS", 3.0)
     driver = Driver(program(tmp_path, WRONG[what]), seconds=0.7)
@@ -93,7 +96,7 @@ def test_each_way_to_be_wrong_is_told(what: str, tmp_path: Path, monkeypatch: py
     assert results.bad[0].case.id in page(results)
 
 
-def test_contents_are_compared_bit_by_bit(tmp_path: Path) -> None:
+def test_a_decoder_that_loses_the_sign_of_zero_fails(tmp_path: Path) -> None:
     """A decoder that takes every -0 for 0."""
     lying = """
         for i, t in enumerate(got.get('tensors', ())):
@@ -110,7 +113,7 @@ def test_contents_are_compared_bit_by_bit(tmp_path: Path) -> None:
     assert len(bad) < len(results.outcomes)
 
 
-def test_a_wrong_encoder_is_found(tmp_path: Path) -> None:
+def test_an_encoder_that_writes_other_contents_fails(tmp_path: Path) -> None:
     empty = """
         import sfpformat
         def answer(words):
@@ -122,7 +125,7 @@ def test_a_wrong_encoder_is_found(tmp_path: Path) -> None:
     assert set(outcomes(results)) == {"fail"}
 
 
-def test_a_partial_reader_is_judged_on_its_profile(tmp_path: Path) -> None:
+def test_cases_outside_the_given_profile_are_unsupported(tmp_path: Path) -> None:
     nothing = "def answer(words): return {'ok': False, 'unsupported': True}"
     driver = Driver(program(tmp_path, nothing))
     full = results_of(Settings({"decoder": driver}, only="DIR-002", levels=frozenset((1,))))
@@ -132,7 +135,7 @@ def test_a_partial_reader_is_judged_on_its_profile(tmp_path: Path) -> None:
     assert kinds == {("core", "fail"), ("full", "unsupported")}
 
 
-def test_a_program_is_judged_on_the_profile_that_it_names(tmp_path: Path) -> None:
+def test_cases_outside_the_profile_that_the_program_names_are_unsupported(tmp_path: Path) -> None:
     little = """
         def answer(words):
             hello = {'ok': True, 'name': 'little', 'profile': 'core'}
@@ -145,7 +148,7 @@ def test_a_program_is_judged_on_the_profile_that_it_names(tmp_path: Path) -> Non
     assert kinds == {("core", "fail"), ("full", "unsupported")}
 
 
-def test_a_program_that_skips_everything_has_shown_nothing(tmp_path: Path) -> None:
+def test_a_run_with_only_skipped_cases_does_not_pass(tmp_path: Path) -> None:
     driver = Driver(program(tmp_path, "def answer(words): return {'ok': False, 'skip': 'no GPU here'}"))
     results = results_of(Settings({"decoder": driver}, only="DIR-002"))
     assert set(outcomes(results)) == {"skip"}
@@ -153,7 +156,7 @@ def test_a_program_that_skips_everything_has_shown_nothing(tmp_path: Path) -> No
     assert not results.passed
 
 
-def test_what_a_hostile_file_costs_in_memory_is_watched(tmp_path: Path) -> None:
+def test_a_program_that_uses_too_much_memory_for_a_hostile_file_fails(tmp_path: Path) -> None:
     """A decoder that takes 200 MB for each file it is asked about, and gives them back."""
     greedy = lying_program(tmp_path, "taken = b'x' * 200_000_000; del taken")
     settings = Settings({"decoder": Driver(greedy)}, only="h-LIM-002-bytes", levels=frozenset((3,)))
@@ -162,7 +165,7 @@ def test_what_a_hostile_file_costs_in_memory_is_watched(tmp_path: Path) -> None:
     assert "are allowed" in results.bad[0].verdict.words
 
 
-def test_a_writer_that_claims_canonical_form_is_held_to_it(tmp_path: Path) -> None:
+def test_a_file_that_is_not_canonical_fails_only_if_the_writer_claims_canonical_form(tmp_path: Path) -> None:
     """A writer whose directory has a key that canonical files do not have."""
     lie = """
         if words[0] == 'encode':
@@ -181,7 +184,7 @@ def test_a_writer_that_claims_canonical_form_is_held_to_it(tmp_path: Path) -> No
     assert all("not canonical" in outcome.verdict.notes[0] for outcome in results.outcomes)
 
 
-def test_a_decoder_reads_what_an_encoder_wrote(tmp_path: Path) -> None:
+def test_with_encoder_and_decoder_the_decoder_reads_the_encoders_files(tmp_path: Path) -> None:
     """Of a writer and a reader that agree on nothing, the round trip fails while the writer is right."""
     (tmp_path / "reader").mkdir()
     deaf = program(tmp_path / "reader", "def answer(words): return {'ok': False, 'error': 'E_LIMIT'}")
@@ -193,7 +196,7 @@ def test_a_decoder_reads_what_an_encoder_wrote(tmp_path: Path) -> None:
     }
 
 
-def test_a_program_that_takes_too_much_memory_ends(tmp_path: Path) -> None:
+def test_a_program_over_its_address_space_is_reported_as_a_crash(tmp_path: Path) -> None:
     greedy = "def answer(words): return {'ok': len(bytearray(2_000_000_000)) < 0}"
     driver = Driver(program(tmp_path, greedy), megabytes=500)
     results = results_of(Settings({"decoder": driver}, only="PRE-004"))
@@ -211,7 +214,7 @@ def test_expected_failures_pass_and_unexpected_passes_fail(tmp_path: Path) -> No
     assert [outcome.case.id for outcome in results.bad] == others
     own = results_of(replace(asked, drivers={"decoder": Driver(OWN)}))
     assert [outcome.case.id for outcome in own.bad] == [first]
-    with pytest.raises(SuiteError, match="of no case"):
+    with pytest.raises(SuiteError, match="of unknown cases"):
         results_of(replace(asked, known={"n-PRE-999-none": "?"}))
 
 
@@ -230,7 +233,7 @@ def test_the_suite_has_lists_of_the_programs_that_it_knows(tmp_path: Path) -> No
     assert not results.bad
 
 
-def test_lists_of_expected_failures_need_reasons_and_run_out() -> None:
+def test_expected_failures_without_reason_or_past_their_date_are_refused() -> None:
     entry = {"id": "n-MSK-002-x", "reason": "to be done", "until": date(2026, 1, 1)}
     assert known_failures({"known": [entry]}, date(2026, 1, 1)) == {"n-MSK-002-x": "to be done"}
     with pytest.raises(SuiteError, match="until 2026-01-01"):
@@ -239,7 +242,9 @@ def test_lists_of_expected_failures_need_reasons_and_run_out() -> None:
         known_failures({"known": [{"id": "n-MSK-002-x"}]}, date(2026, 1, 1))
 
 
-def test_a_command_that_cannot_run_is_told(tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_that_cannot_start_ends_with_an_error_that_names_the_cause(
+    tmp_path: Path, capsys: Capture
+) -> None:
     assert "--decoder" in error_of(capsys, "conformance", "run")
     assert "manifest.json" in error_of(
         capsys, "conformance", "run", "--engine", "python", "--suite", tmp_path
@@ -249,7 +254,14 @@ def test_a_command_that_cannot_run_is_told(tmp_path: Path, capsys: Capture) -> N
     assert "no such" in error_of(capsys, "conformance", "run", "--decoder", "no-such-program").lower()
 
 
-def test_a_driver_that_ended_is_started_again(tmp_path: Path) -> None:
+def test_a_driver_that_refuses_its_arguments_is_reported_as_a_crash_with_its_message() -> None:
+    driver = Driver([sys.executable, "-m", "sfpformat.cli", "conformance", "driver", "--", "serve"])
+    results = results_of(Settings({"decoder": driver}, only="n-MSK-002"))
+    assert set(outcomes(results)) == {"crash"}
+    assert "unknown question 'serve'" in results.bad[0].verdict.words
+
+
+def test_a_driver_that_ended_is_restarted(tmp_path: Path) -> None:
     ending = """
         def answer(words):
             if words[0] == 'end':

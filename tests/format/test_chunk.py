@@ -141,7 +141,7 @@ def test_more_survivors_than_positions_are_refused(segment: int, more: int) -> N
 @clauses("R-IDX-005")
 @pytest.mark.parametrize("stream", ["mask", "fingerprints"])
 @pytest.mark.parametrize("number", [2, 3, 2**32 - 1])
-def test_a_code_that_there_is_not_is_refused(stream: str, number: int) -> None:
+def test_a_code_number_beyond_the_codes_is_refused(stream: str, number: int) -> None:
     def edit(file: Forge) -> None:
         part = file.part("coded")
         taken = part.take()
@@ -268,7 +268,7 @@ def test_vectors_lie_in_the_order_of_the_table() -> None:
 
 
 @clauses("R-VEC-001")
-def test_a_fault_of_the_vectors_is_found_whatever_is_asked_of_the_tensor() -> None:
+def test_a_fault_in_the_vectors_is_reported_for_every_request_of_the_tensor() -> None:
     file = Forge.of(everything())
     part = file.part("coded")
     assert part.vectors is not None

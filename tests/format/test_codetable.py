@@ -167,7 +167,7 @@ BOUNDS = {
 
 @clauses("R-TAB-008")
 @pytest.mark.parametrize("stream", BOUNDS)
-def test_a_table_may_reach_its_bound_and_no_level_more(stream: str) -> None:
+def test_a_table_up_to_its_bound_is_accepted_and_one_level_more_is_refused(stream: str) -> None:
     key, fields, bound = BOUNDS[stream]
     entry = {"dtype": "F64", "shape": [0], "fingerprints": exact("F64", **table([0]))}
     if key == "importance":

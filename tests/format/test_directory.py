@@ -60,7 +60,7 @@ OPTIONAL = {("root", "metadata"), ("entry", "mask"), ("entry", "scale"), ("entry
 
 
 @clauses("R-DIR-002")
-def test_every_key_that_must_be_there_is_missed() -> None:
+def test_an_entry_without_a_required_key_is_refused() -> None:
     checked = 0
     for number, key in places():
         file = Forge.of(everything())
@@ -155,7 +155,7 @@ UNKNOWN = {"x-mine": {"a": [1, "b", b"c"]}, "A": 0, "zz": "later"}
 
 
 @clauses("R-DIR-005", "R-DIR-006")
-def test_keys_that_are_not_known_are_ignored_in_every_map() -> None:
+def test_unknown_keys_do_not_change_the_result_in_any_map() -> None:
     expected = {name: array.tobytes() for name, array in accepted(everything()).items()}
     for number in range(len(list(maps_of(Forge.of(everything()))))):
         file = Forge.of(everything())
@@ -165,7 +165,7 @@ def test_keys_that_are_not_known_are_ignored_in_every_map() -> None:
 
 @clauses("R-DIR-005")
 @pytest.mark.parametrize("where", ["root", "entry", "mask", "fingerprints", "scale", "importance"])
-def test_keys_that_are_not_known_are_kept(where: str) -> None:
+def test_unknown_keys_are_returned_to_the_user(where: str) -> None:
     file = Forge.of(everything())
     entry = file.part("uniform").entry
     fields = {"root": file.root, "entry": entry}.get(where) or entry[where]
@@ -437,7 +437,9 @@ def judged_alike(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) -> None
 @clauses("R-DIR-002", "R-DIR-003", "R-STR-002")
 @settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 3))
-def test_changed_directories_are_judged_alike_quickly_and_slowly(seed: int, changes: int) -> None:
+def test_the_fast_path_and_the_strict_parser_give_the_same_verdict_on_changed_directories(
+    seed: int, changes: int
+) -> None:
     rng = random.Random(seed)
     file = Forge.of(everything())
     for _ in range(changes):
@@ -448,7 +450,7 @@ def test_changed_directories_are_judged_alike_quickly_and_slowly(seed: int, chan
 
 @clauses("R-DIR-005", "R-MSG-001", "R-MSG-003")
 @pytest.mark.parametrize("value", [True, None, -1, 1.5, "\0", [True], {"a": -1}, [0] * 70, {"": [[b"a"]]}])
-def test_values_of_any_kind_at_any_place_are_judged_alike_quickly_and_slowly(value: object) -> None:
+def test_the_fast_path_and_the_strict_parser_give_the_same_verdict_on_any_value(value: object) -> None:
     for number, key in [*places(), (0, "x-a"), (1, "x-a"), (6, "x-a")]:
         file = Forge.of(everything())
         field_of(file, number)[2][key] = value
@@ -456,7 +458,7 @@ def test_values_of_any_kind_at_any_place_are_judged_alike_quickly_and_slowly(val
 
 
 @given(jobs())
-def test_ordinary_files_are_read_quickly(job: Any) -> None:
+def test_ordinary_files_take_the_fast_path(job: Any) -> None:
     for data in (everything(), plain(), written(job)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(messagepack, "decode", None)

@@ -219,7 +219,7 @@ def test_the_trim_of_a_segment_without_levels_is_0() -> None:
 
 
 @clauses("R-CAN-001")
-def test_a_file_with_a_fault_is_not_canonical() -> None:
+def test_a_file_with_a_fault_is_reported_as_not_canonical() -> None:
     file = Forge.of(everything())
     file.part("flags").chunks[0][-1] = 1
     report = validate(file.build())

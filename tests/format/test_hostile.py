@@ -76,7 +76,7 @@ def fault_of_opening(data: bytes, name: str) -> FileFault:
 
 
 @clauses("R-PRE-003", "R-PRE-010", "R-LAY-004", "R-STR-001")
-def test_every_flipped_bit_is_found() -> None:
+def test_every_flipped_bit_is_refused() -> None:
     whole = Forge.of(everything())
     whole.parts = [whole.part(name) for name in ("flags", "runs", "uniform", "coded")]
     good = whole.build()
@@ -115,7 +115,7 @@ def test_every_longer_file_is_refused() -> None:
 
 @clauses("R-LAY-004")
 @given(st.integers(0, 2**32), st.integers(1, 64))
-def test_swapped_and_shifted_bytes_are_found(seed: int, size: int) -> None:
+def test_swapped_and_shifted_bytes_are_refused(seed: int, size: int) -> None:
     good = everything()
     rng = random.Random(seed)
     a, b = rng.randrange(len(good) - size), rng.randrange(len(good) - size)
@@ -228,7 +228,9 @@ def mutate(file: Forge, rng: random.Random) -> None:
 @clauses("R-STR-001", "R-STR-003", "R-STR-006", "R-LAY-005")
 @settings(max_examples=400)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 3))
-def test_changed_files_with_mended_checksums_are_judged_alike_by_all_readers(seed: int, changes: int) -> None:
+def test_all_readers_give_the_same_verdict_on_changed_files_with_repaired_checksums(
+    seed: int, changes: int
+) -> None:
     rng = random.Random(seed)
     file = Forge.of(everything())
     for _ in range(changes):
@@ -239,7 +241,7 @@ def test_changed_files_with_mended_checksums_are_judged_alike_by_all_readers(see
 @clauses("R-STR-001", "R-STR-003", "R-PLN-003", "R-MSK-004")
 @settings(max_examples=400)
 @given(st.integers(0, 2**64 - 1))
-def test_changed_chunks_with_mended_checksums_are_judged_alike_by_all_readers(seed: int) -> None:
+def test_all_readers_give_the_same_verdict_on_changed_chunks_with_repaired_checksums(seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(rng.choice([plain(), everything()]))
     part = rng.choice([part for part in file.parts if part.chunks])
@@ -266,7 +268,7 @@ def test_random_planes_are_decoded_or_refused(seed: int) -> None:
 @clauses("R-STR-003")
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
-def test_changes_of_any_written_file_are_judged_alike_by_all_readers(job: Any, seed: int) -> None:
+def test_all_readers_give_the_same_verdict_on_changes_of_any_written_file(job: Any, seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(written(job))
     mutate(file, rng)
@@ -297,7 +299,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
     ],
     ids=range(8),
 )
-def test_directories_made_to_do_harm_are_refused(directory: bytes) -> None:
+def test_malicious_directories_are_refused(directory: bytes) -> None:
     assert judged(Forge(directory=directory).build()) is not None
 
 

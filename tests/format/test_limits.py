@@ -111,7 +111,7 @@ def test_limits_of_the_users_own_hold_to_the_unit(limit: str, just: int, tensor:
 
 
 @clauses("R-LIM-002", "R-LIM-003")
-def test_a_tensor_above_tensor_bytes_is_refused_and_the_others_are_given() -> None:
+def test_a_tensor_above_tensor_bytes_is_refused_and_the_others_are_returned() -> None:
     limits = limits_but(tensor_bytes=96 * 2)
     with sfpformat.open(everything(), limits=limits) as file:
         assert file.get_tensor("octets").nbytes == 192
@@ -157,7 +157,7 @@ def test_a_tensor_that_expands_too_far_is_refused_before_memory_is_given_to_it()
 
 
 @clauses("R-LIM-002")
-def test_below_the_floor_a_tensor_may_expand_as_far_as_it_likes() -> None:
+def test_a_tensor_below_the_expansion_floor_is_accepted_at_any_expansion() -> None:
     data = great(2**24)
     with sfpformat.open(data, limits=limits_but(expansion=1)) as file:
         assert file.get_slice("hand")[-1].tobytes() == b"\1\0\0\0"

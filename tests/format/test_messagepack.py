@@ -211,13 +211,13 @@ loose = st.recursive(
 
 @clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
 @given(loose | st.dictionaries(text, values, max_size=20), st.booleans())
-def test_the_quick_way_takes_nothing_that_the_strict_reader_would_not(value: object, tuples: bool) -> None:
+def test_the_fast_path_accepts_nothing_that_the_strict_parser_refuses(value: object, tuples: bool) -> None:
     judged_both_ways(msgpack.packb(value, use_bin_type=tuples, strict_types=False))
 
 
 @clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
 @given(st.integers(0, 2**32), st.integers(1, 4))
-def test_the_quick_way_and_the_strict_reader_agree_on_changed_directories(seed: int, changes: int) -> None:
+def test_the_fast_path_and_the_strict_parser_agree_on_changed_directories(seed: int, changes: int) -> None:
     rng = random.Random(seed)
     data = bytearray(directory_of(rng.choice([plain(), everything()])))
     for _ in range(changes):
@@ -238,13 +238,13 @@ def directory_of(file: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("file", [plain(), everything()], ids=["plain", "everything"])
-def test_the_quick_way_takes_the_directories_that_are_written(file: bytes) -> None:
+def test_the_fast_path_accepts_the_directories_of_the_writer(file: bytes) -> None:
     assert messagepack.decode_quickly(directory_of(file), DEFAULT_LIMITS) is not None
 
 
 @clauses("R-MSG-001", "R-MSG-002")
 @pytest.mark.parametrize("kind", [*FORBIDDEN, *LONG])
-def test_the_quick_way_takes_no_forbidden_type_and_no_long_encoding(kind: str) -> None:
+def test_the_fast_path_returns_nothing_for_a_forbidden_type_or_a_long_encoding(kind: str) -> None:
     raw = {**FORBIDDEN, **LONG}[kind]
     for data in (b"\x81\xa1a" + raw, b"\x81\xa1a\x91" + raw, b"\x81\xa7tensors\x91" + raw):
         assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
@@ -271,7 +271,7 @@ def test_the_quick_way_takes_no_forbidden_type_and_no_long_encoding(kind: str) -
         b"\x81\xa7tensors\x91",
     ],
 )
-def test_the_quick_way_takes_nothing_that_is_refused(data: bytes) -> None:
+def test_the_fast_path_returns_nothing_for_a_directory_that_is_refused(data: bytes) -> None:
     with pytest.raises(FileFault):
         messagepack.decode(data, DEFAULT_LIMITS)
     assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
@@ -279,13 +279,13 @@ def test_the_quick_way_takes_nothing_that_is_refused(data: bytes) -> None:
 
 @clauses("R-DIR-001")
 @pytest.mark.parametrize("data", [b"\x01", b"\x90", b"\xa0", b"\xc4\x00"])
-def test_the_quick_way_takes_nothing_but_a_map(data: bytes) -> None:
+def test_the_fast_path_returns_nothing_for_a_root_that_is_not_a_map(data: bytes) -> None:
     assert not isinstance(messagepack.decode(data, DEFAULT_LIMITS), Map)
     assert messagepack.decode_quickly(data, DEFAULT_LIMITS) is None
 
 
 @clauses("R-MSG-008")
-def test_the_quick_way_takes_long_arrays_of_tensors_only() -> None:
+def test_the_fast_path_accepts_long_arrays_only_of_tensors() -> None:
     for key, size, quick in (("a", 64, True), ("a", 65, False), ("tensors", 70_000, True)):
         data = pack({key: [{"b": [1]}] * size})
         assert (messagepack.decode_quickly(data, DEFAULT_LIMITS) is not None) == quick
@@ -293,7 +293,7 @@ def test_the_quick_way_takes_long_arrays_of_tensors_only() -> None:
 
 
 @clauses("R-LIM-002")
-def test_the_quick_way_keeps_the_limit_of_depth() -> None:
+def test_the_fast_path_returns_nothing_beyond_the_limit_of_depth() -> None:
     def nested(depth: int) -> bytes:
         value: object = 1
         for _ in range(depth):

@@ -196,7 +196,7 @@ def test_a_stream_is_read_from_its_start_wherever_it_stands() -> None:
         assert file.get_tensor("flags").any()
 
 
-def test_what_is_read_belongs_to_the_reader_of_it() -> None:
+def test_returned_arrays_are_not_shared_between_calls() -> None:
     for name, array in load(everything()).items():
         assert array.flags.writeable, name
         assert array.flags.owndata or array.base.flags.owndata, name

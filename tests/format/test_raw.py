@@ -40,7 +40,7 @@ def test_the_bytes_of_elements_lie_unchanged_in_their_chunks(dtype: str, count: 
 
 @clauses("R-CNV-001", "R-RAW-001")
 @pytest.mark.parametrize("code", [">f4", ">f8", ">i2", ">u8", ">c8", ">c16", ">f2"])
-def test_arrays_of_the_other_byte_order_are_turned_round(code: str) -> None:
+def test_big_endian_arrays_are_written_little_endian(code: str) -> None:
     array = np.arange(5).astype(code)
     found = load(save({"a": array}))["a"]
     assert found.dtype.newbyteorder(">") == array.dtype
@@ -93,13 +93,13 @@ def test_a_bool_that_is_neither_0_nor_1_is_refused(value: int) -> None:
 
 
 @clauses("R-RAW-004")
-def test_the_writer_makes_ones_of_whatever_numpy_takes_for_true() -> None:
+def test_the_writer_writes_1_for_every_true_bool() -> None:
     array = np.frombuffer(b"\0\1\2\xff", np.bool_)
     assert accepted(save({"a": array}))["a"].tobytes() == b"\0\1\1\1"
 
 
 @clauses("R-RAW-001")
-def test_what_is_read_can_be_written_to_and_is_the_callers_own() -> None:
+def test_returned_arrays_are_writable_and_not_shared() -> None:
     data = bytearray(everything())
     with sfpformat.open(data) as file:
         first = file.get_tensor("raw")

@@ -28,7 +28,7 @@ def damage(file: Forge, name: str, k: int = 0) -> None:
 @clauses("R-STR-001")
 @pytest.mark.parametrize("ask", ["get_tensor", "get_mask", "get_importance", "get_survivors"])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_tensor_of_which_one_chunk_is_damaged_is_not_given_at_all(ask: str, threads: int) -> None:
+def test_a_tensor_with_one_damaged_chunk_is_refused(ask: str, threads: int) -> None:
     file = Forge.of(everything())
     damage(file, "uniform", 1)
     with sfpformat.open(file.build(), threads=threads) as opened:
@@ -42,7 +42,7 @@ def test_a_tensor_of_which_one_chunk_is_damaged_is_not_given_at_all(ask: str, th
 
 
 @clauses("R-STR-001", "R-LAY-004")
-def test_a_slice_over_a_sound_and_a_damaged_chunk_is_not_given() -> None:
+def test_a_slice_over_an_intact_and_a_damaged_chunk_is_refused() -> None:
     file = Forge.of(everything())
     damage(file, "runs", 1)
     with sfpformat.open(file.build()) as opened:
@@ -135,7 +135,7 @@ def test_the_validator_reports_faults_of_several_entries() -> None:
 
 
 @clauses("R-STR-006")
-def test_the_validator_tells_how_far_it_is() -> None:
+def test_the_validator_reports_its_progress() -> None:
     steps: list[tuple[int, int]] = []
     report = validate(everything(), progress=lambda done, whole: steps.append((done, whole)))
     assert report.ok
