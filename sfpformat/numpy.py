@@ -22,7 +22,7 @@ from .names import checked_by_name, require_mapping
 from .options import Options, options_by_name
 
 if TYPE_CHECKING:
-    from .encode.plan import Importance
+    from .encode.planner import Importance
     from .encode.weights import Outline
     from .encode.writer import Writer
 

@@ -11,7 +11,7 @@ from ..coding.bits import Bytes
 from ..coding.planes import AnyLevels, Counts, Planes, trims_of
 from ..container.chunk import build_chunk, build_raw, build_vectors
 from ..engines import Engine
-from .plan import Plan
+from .planner import Plan
 
 
 def encode_vectors(plan: Plan) -> Bytes | None:

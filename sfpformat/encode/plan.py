@@ -1,105 +1,35 @@
-"""Plans the encoding of a tensor: chooses code tables from an array and options, before any byte is written.
+"""Plans the encoding of a tensor from an array and options, before any byte is written.
 
-A plan has no levels of its own, but a source that makes the levels of any block of positions: once for the
-histograms of the tables, and once for the bytes. This bounds the memory.
+`plan_tensor` decides between coding raw, the options' quantiser and lossless, and keeps the plan within what
+readers accept. The choices for coding fingerprint are in `planner`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.classes import FRACTION, entropy_bits
 from ..coding.mask import Mask
-from ..coding.planes import AnyLevels, Counts
-from ..coding.quantisers import (
-    F32,
-    Exact,
-    Table,
-    Uniform,
-    float_patterns,
-    narrowest_exact,
-)
-from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, TensorEntry
-from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
+from ..container.entry import CHUNK_ALIGNMENT, CHUNK_RECORD, TensorEntry
 from ..decode.tensor import require_valid_vectors
-from ..dtypes import DTYPES, Dtype, of_numpy
+from ..dtypes import Dtype, of_numpy
 from ..engines import Engine, get_engine
 from ..errors import FileFault, OptionError
 from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
-from ..options import ImportanceOptions, Lossless, Options
+from ..options import Options
 from ..options import Uniform as UniformOptions
-from .blocks import Blocks, CodedBlocks
-from .codes import INDEX_BITS, LevelBlocks
-from .exact_tables import choose_exact, takes_more_bits
-from .finite import greatest_codable
-from .importances import (
-    ImportanceSource,
-    Multiplier,
-    StoredFactors,
-    checked_factor,
-    checked_importance,
-    importance_source,
-    require_finite_products,
-)
-from .lossy import LossyTensor, require_finite, scaling_of
-from .mask_tables import choose_mask
-from .number_tables import choose_numbers
-from .quantise import TableNumbers, error_weights
-from .streams import MAX_DISTINCT, ExactSource, FingerprintSource, NumberSource, ValueSource, value_source
-from .zeros import with_positive_zeros, zeros_of
-
-Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]
+from .blocks import Blocks
+from .planner import Importance, Plan, Planner
+from .segments import SEGMENT
+from .zeros import with_positive_zeros
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
-_NO_FACTORS = np.zeros(0, np.float32)
 # coding="auto" stores smaller tensors (in bytes) raw: tables and index take most of what coding saves, and
 # reading takes longer.
 _MIN_BYTES = 2048
-# Above this density of survivors, coding without a mask is tried too.
-_DENSE = 0.6
-# Above this density, a mask is not tried: it could save a few parts in a thousand, and decoding it takes
-# longer than decoding the rest.
-_NEARLY_ALL = 0.995
-# If more than 1/_MANY_ZEROS of the weights are -0, a mask of +0 saves little: coding without a mask is tried
-# for sparser tensors too. It must save 1/_MASK_WORTH of the size, because readers use the mask.
-_MANY_ZEROS, _MASK_WORTH = 16, 50
-# A table of all values is tried if the tensor has more than this many bits per value.
-_CENTROID_BITS = 64
-# About the number of positions in a default segment of a dense tensor. With fewer survivors, segments are
-# longer, so that the segment index stays a small part of the data (figures in tests/figures/README.md). Dense
-# exact tensors have segments of twice the size, because their codes differ less from segment to segment.
-_SEGMENT = 1536
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The planned encoding of a tensor.
-
-    Attributes:
-        entry: the directory entry, without chunk records.
-        flat: the array, one-dimensional, C order.
-        blocks: its chunks.
-        coded: masks and fingerprint levels of the chunks; None for coding raw.
-        codes: stream -> the code of each segment.
-        vectors: name -> vector of the vector chunk.
-        importance: the source of importance levels, or None.
-        bits: about how many bits the tensor takes.
-    """
-
-    entry: TensorEntry
-    flat: NDArray[np.generic]
-    blocks: Blocks
-    coded: CodedBlocks | None = None
-    codes: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
-    vectors: dict[str, NDArray[np.generic]] = field(default_factory=dict)
-    importance: ImportanceSource | None = None
-    bits: int = 0
 
 
 def plan_tensor(
@@ -148,7 +78,7 @@ def plan_tensor(
     if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
         return raw
     try:
-        planner = _Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
+        planner = Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
         is_lossless = options.lossless
         if options.may_be_lossless and len(flat):
@@ -181,7 +111,7 @@ def _no_step(options: Options) -> str:
 
 
 def _lossless_plan(
-    planner: _Planner, importance: Importance | None, at_most: int | None
+    planner: Planner, importance: Importance | None, at_most: int | None
 ) -> tuple[Plan, int] | None:
     """Returns the lossless plan of a tensor with lossy options. None if it takes more than ``at_most`` bits.
 
@@ -208,7 +138,7 @@ def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
     options = Options()
     entry = _raw_entry("", dtype, flat.shape, options)
     raw = Plan(entry, flat, Blocks(len(flat), entry.segment, entry.chunk))
-    found = _Planner(raw, options, get_engine(None, flat.size), mask, Workers()).plan(None)
+    found = Planner(raw, options, get_engine(None, flat.size), mask, Workers()).plan(None)
     assert found is not None
     return found[1]
 
@@ -272,384 +202,7 @@ def flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
 
 
 def _raw_entry(name: str, dtype: Dtype, shape: tuple[int, ...], options: Options) -> TensorEntry:
-    segment = options.segment or _SEGMENT
+    segment = options.segment or SEGMENT
     return TensorEntry(
         name, dtype, tuple(shape), "raw", segment, max(options.chunk // segment, 1), _NO_CHUNKS
     )
-
-
-def default_segment(columns: int, density: float, exact: bool, options: Options) -> int:
-    """Returns the number of positions per segment: whole rows or an equal part of a row if possible.
-
-    Args:
-        columns: positions per row.
-        density: survivors per position, from 0 to 1.
-        exact: whether the quantiser is exact.
-        options: the caller's choices; with fixed width a segment has at most one row.
-    """
-    usual = _SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
-    if exact and density > _DENSE:
-        usual = 2 * _SEGMENT
-    return _segment_near(columns, options.segment_near or usual, options.is_plain)
-
-
-@lru_cache(maxsize=256)
-def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
-    """Returns a segment size near ``wanted``: whole rows or an equal part of a row, else ``wanted`` itself.
-
-    Args:
-        columns: positions per row.
-        wanted: the preferred size.
-        of_one_row: whether a segment may have at most one row.
-    """
-    parts = [columns // k for k in range(1, columns // 32 + 1) if columns % k == 0]
-    rows = [] if of_one_row else [columns * k for k in range(2, 64)]
-    fits = [s for s in parts + rows if s % 32 == 0]
-    near = [s for s in fits if wanted <= 2 * s <= 4 * wanted] or (fits if of_one_row else [])
-    return min(near, key=lambda s: (max(s, wanted) * 1000 // min(s, wanted), s)) if near else wanted
-
-
-def default_chunk(columns: int, segment: int, options: Options) -> int:
-    """Returns the number of segments per chunk. With fixed width, chunks have whole rows if possible."""
-    chunk = max(options.chunk // segment, 1)
-    if not options.is_plain or not columns or columns % segment or columns > MAX_CHUNK_POSITIONS:
-        return chunk
-    row = columns // segment
-    return max(chunk // row, 1) * row
-
-
-class _Planner:
-    """Plans a tensor with coding fingerprint."""
-
-    def __init__(
-        self, raw: Plan, options: Options, engine: Engine, mask: Mask | None, workers: Workers
-    ) -> None:
-        self.workers = workers
-        self.raw, self.flat, self.options, self.engine, self.given_mask = raw, raw.flat, options, engine, mask
-        self.entry = replace(raw.entry, coding="fingerprint")
-
-    def allowance(self) -> int:
-        """Returns how many bits the options allow for mask and levels; 0 if they set no number of bits."""
-        asked, positions = self.options.quantiser, len(self.flat)
-        if not isinstance(asked, UniformOptions):
-            return 0
-        if asked.budget is not None:
-            return int(asked.budget * positions)
-        if asked.bits is None:
-            return 0
-        mask = self.given_mask
-        survivors = int(np.count_nonzero(self.flat != 0 if mask is None else mask))
-        mask_bits = entropy_bits(np.array([positions - survivors, survivors])) >> FRACTION
-        return int(asked.bits * survivors) + mask_bits
-
-    def without_loss(self) -> _Planner:
-        """Returns a planner for the same tensor with lossless options."""
-        options = self.options.without_loss()
-        return _Planner(self.raw, options, self.engine, self.given_mask, self.workers)
-
-    def plan(self, importance: Importance | None, at_most: int | None = None) -> tuple[Plan, int] | None:
-        """Plans the tensor. Of several lossless ways, returns the smallest.
-
-        Args:
-            importance: as in `plan_tensor`.
-            at_most: the greatest number of bits, or None.
-
-        Returns:
-            The plan, and about how many bits it takes. None if it would take more than ``at_most``, or if no
-            step reaches the error or the bits in the options.
-
-        Raises:
-            OptionError: the options do not fit the tensor.
-        """
-        stored = self._stored_importance(importance)
-        found = self._smallest(self._sources(importance, stored), at_most)
-        if found is not None and stored is not None:
-            options = self.options.importance or ImportanceOptions()
-            plan, more = self._with_importance(found[0], stored, options)
-            found = plan, found[1] + more
-        return None if found is not None and at_most is not None and found[1] > at_most else found
-
-    def _smallest(
-        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]], at_most: int | None
-    ) -> tuple[Plan, int] | None:
-        """Returns the smallest plan of the sources. Of equal ones, that of the first source, with a mask.
-
-        Returns None if there is no source, or if each certainly takes more than ``at_most`` bits.
-
-        The last source is planned first: a table of all values is usually so much smaller that a lower bound
-        on the bits of the bit patterns excludes them without a plan.
-        """
-        best: tuple[Plan, int] | None = None
-        for source, vectors in reversed(sources):
-            bound = at_most if best is None else best[1]
-            if bound is not None and self._is_larger(source, bound):
-                continue
-            plans = list(self._with_and_without_mask(source, vectors))
-            found = min(plans, key=lambda plan: plan[1])
-            if best is None or found[1] <= best[1]:
-                best = found
-        return best
-
-    def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
-        """Whether every plan of a source certainly takes more than ``bits`` bits.
-
-        Only bit patterns in the tensor's own dtype have such a bound; False for other sources.
-        """
-        if not isinstance(source, ExactSource) or source.coded != source.dtype:
-            return False
-        patterns = float_patterns(self.flat, source.dtype)
-        if self.given_mask is not None:
-            patterns = np.where(self.given_mask, patterns, patterns.dtype.type(0))
-        return takes_more_bits(patterns, source.dtype, bits, self.options, self.engine)
-
-    def _stored_importance(self, importance: Importance | None) -> ImportanceSource | StoredFactors | None:
-        """Returns the importance as it will be stored; None if none is stored.
-
-        Raises:
-            OptionError: it has another shape or cannot be stored, or its product with a weight is not finite
-                in the tensor's dtype.
-        """
-        entry, options = self.entry, self.options.importance
-        if importance is None or options is None:
-            return None
-        stored: ImportanceSource | StoredFactors
-        if isinstance(importance, tuple):
-            given = self._factors(importance, DTYPES[options.dtype])
-            dtype = DTYPES[options.dtype].numpy
-            stored = StoredFactors(*(f.astype(dtype).astype(np.float32) for f in (given.rows, given.columns)))
-            products = given.stored
-        else:
-            if importance.shape != entry.shape:
-                raise OptionError(f"the importance has shape {importance.shape}, not {entry.shape}")
-            exact_weights = (self.flat, entry.dtype) if self.options.lossless else None
-            stored = importance_source(importance, options, exact_weights)
-            flat = stored.flat
-
-            def products(where: slice | NDArray[np.int64]) -> F32:
-                return flat[where]
-
-        if options.role == "multiplier":
-            exact = self.options.lossless
-            self._require_finite_products(products, exact=exact)
-            if exact and isinstance(stored, StoredFactors):
-                self._require_finite_products(stored.stored, exact=True)
-        return stored
-
-    def _factors(
-        self, factors: tuple[NDArray[np.floating], NDArray[np.floating]], dtype: Dtype
-    ) -> StoredFactors:
-        entry = self.entry
-        if not entry.positions:  # an empty tensor's factors have no elements (SPEC.md 15.3)
-            return StoredFactors(_NO_FACTORS, _NO_FACTORS)
-        sizes = {"importance rows": entry.rows, "importance columns": entry.columns}
-        return StoredFactors(
-            *(checked_factor(name, f, n, dtype) for (name, n), f in zip(sizes.items(), factors, strict=True))
-        )
-
-    def _require_finite_products(self, multiplier: Multiplier, *, exact: bool) -> None:
-        require_finite_products(self.flat, self.entry.dtype, multiplier, self.given_mask, exact=exact)
-
-    def _sources(
-        self, importance: Importance | None, stored: ImportanceSource | StoredFactors | None
-    ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
-        """Returns the possible sources of the tensor's levels, each with its vectors.
-
-        Args:
-            importance: as given; may weight the errors.
-            stored: as it will be stored; may multiply the weights.
-
-        Raises:
-            OptionError: the options do not fit the tensor.
-        """
-        flat, dtype, options = self.flat, self.entry.dtype, self.options
-        asked = options.lossy
-        if asked is None:
-            # A narrower dtype does not allow coarse classes, so that it needs longer codes.
-            narrow = options.narrow and options.code_limit >= 8
-            magnitudes = self.engine.few_magnitudes(float_patterns(flat, dtype), MAX_DISTINCT)
-            # The dtype does not depend on signs, so that the magnitudes suffice if they are few.
-            all_values = flat if magnitudes is None else magnitudes.view(dtype.numpy)
-            coded = narrowest_exact(all_values, dtype) if narrow else dtype
-            exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
-                (ExactSource(flat, dtype, coded, magnitudes, self.engine), {})
-            ]
-            if isinstance(options.quantiser, Lossless):
-                values = value_source(flat, dtype, magnitudes, self.engine)
-                if values is not None and len(values.centroids) * _CENTROID_BITS < flat.nbytes * 8:
-                    exact.append((values, {"fingerprint centroids": values.centroids}))
-            return exact
-        require_finite(flat)
-        scaling = scaling_of(flat, self.entry, asked, self.given_mask)
-        if scaling is not None:
-            self.entry = scaling.entry
-        weights = None
-        if asked.weighted:
-            if not isinstance(importance, np.ndarray) or importance.shape != self.entry.shape:
-                raise OptionError("weighted needs an importance of the tensor's shape")
-            weights = error_weights(checked_importance(importance), asked.weighted)
-        multiplier = None
-        if stored is not None and options.importance is not None and options.importance.role == "multiplier":
-            multiplier = stored.stored
-        tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
-        source = tensor.source(asked, fixed_width=options.fixed_width)
-        if source is None:
-            return []
-        vectors: dict[str, NDArray[np.generic]] = {}
-        if isinstance(source.numbers, TableNumbers):
-            vectors["fingerprint centroids"] = source.numbers.centroids
-        if scaling is not None:
-            vectors["scale"] = scaling.factors
-        return [(source, vectors)]
-
-    def _with_and_without_mask(
-        self, source: FingerprintSource, vectors: dict[str, NDArray[np.generic]]
-    ) -> Iterator[tuple[Plan, int]]:
-        """Yields plans with the mask of the options, or with and without a mask if both are reasonable."""
-        kind, given = self.options.mask, self.given_mask
-        if kind == "none":
-            if given is not None and not given.all():
-                raise OptionError("a mask was given and mask is 'none'")
-            if isinstance(source, NumberSource) and source.count_survivors() < len(self.flat):
-                source = source.with_zero()
-            yield self._plan_streams(source, vectors, None, 1.0)
-            return
-        survives = source.survives if given is None else _survivors_of(given)
-        alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
-        density = alive / len(self.flat) if len(self.flat) else 1.0
-        optional = given is None and kind == "auto"
-        if (
-            isinstance(source, NumberSource)
-            and isinstance(source.numbers, TableNumbers)
-            and alive < len(self.flat)
-        ):
-            optional = False  # without a mask, zeros would become centroids
-        if isinstance(source, ExactSource | ValueSource) and optional and _DENSE < density <= _NEARLY_ALL:
-            source = source.with_kept_levels(self.workers)
-        masked: tuple[Plan, int] | None = None
-        if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
-            masked = self._plan_streams(source, vectors, survives, density)
-            yield masked
-        if (optional and density > _DENSE) or (density == 1.0 and kind == "auto"):
-            yield self._plan_streams(source, vectors, None, 1.0)
-        elif masked is not None and optional and self._has_many_negative_zeros(source):
-            plain = self._plan_streams(source, vectors, None, 1.0)
-            if plain[1] * _MASK_WORTH < masked[1] * (_MASK_WORTH - 1):
-                yield plain
-
-    def _has_many_negative_zeros(self, source: FingerprintSource) -> bool:
-        """Whether so many weights are -0, which survives, that a mask of +0 alone saves little."""
-        if not isinstance(source, ExactSource | ValueSource):
-            return False
-        return zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
-
-    def _plan_streams(
-        self,
-        source: FingerprintSource,
-        vectors: dict[str, NDArray[np.generic]],
-        survives: Callable[[slice], Mask] | None,
-        density: float,
-    ) -> tuple[Plan, int]:
-        """Plans one source, with or without a mask.
-
-        Args:
-            source: of the fingerprint levels.
-            vectors: of the source.
-            survives: returns the mask of a block; None for no mask.
-            density: survivors per position; 1 without a mask.
-
-        Returns:
-            The plan, and about how many bits it takes.
-        """
-        options = self.options
-        if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
-            kept = source.numbers.centroids[self._used_numbers(source, survives)]
-            source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
-            vectors = {**vectors, "fingerprint centroids": kept}
-        elif isinstance(source, ValueSource) and survives is not None:
-            source = source.of_survivors(self.given_mask)
-            vectors = {**vectors, "fingerprint centroids": source.centroids}
-        exact = isinstance(source.quantiser, Exact)
-        segment = options.segment or default_segment(self.entry.columns, density, exact, options)
-        chunk = default_chunk(self.entry.columns, segment, options)
-        entry = replace(self.entry, segment=segment, chunk=chunk)
-        blocks = Blocks(len(self.flat), segment, chunk)
-        coded = CodedBlocks(source, survives, self.engine)
-        codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
-        if survives is not None:
-            chosen = choose_mask(blocks, coded.known_mask, density, options, self.engine, self.workers)
-            entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
-            codes["mask"] = chosen.choice.codes
-            bits += chosen.choice.bits + INDEX_BITS * entry.segments
-
-        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
-            survivors = coded.survivors(block, positions)
-            return survivors.levels, survivors.counts
-
-        quantiser = source.quantiser
-        stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
-        bound = quantiser.fingerprint_bound(entry.dtype)
-        if isinstance(quantiser, Uniform):
-            scale = vectors.get("scale", _NO_FACTORS)
-            greatest = greatest_codable(quantiser.step, np.abs(scale).max(initial=0) or np.float32(1))
-            bound = min(bound, 2 * greatest + 2)
-        if isinstance(quantiser, Exact):
-            choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
-            quantiser = replace(quantiser, trim=choice.trim)
-        else:
-            zero_first = isinstance(source, ValueSource) and not source.magnitudes[0]
-            choice = choose_numbers(stream, bound, options, self.engine, signed=True, zero_first=zero_first)
-        if isinstance(quantiser, Table):
-            bits += 32 * quantiser.count
-        codes["fingerprints"] = choice.codes
-        entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
-        plan = Plan(entry, self.flat, blocks, coded, codes, dict(vectors))
-        return plan, bits + choice.bits
-
-    def _used_numbers(self, source: NumberSource, survives: Callable[[slice], Mask] | None) -> Mask:
-        """Returns which centroids are used (R-CAN-007); only the first if there are no levels."""
-        assert isinstance(source.quantiser, Table)
-        used = np.zeros(source.quantiser.count, np.bool_)
-        for block, _ in Blocks(len(self.flat), 1 << 16, 4):
-            levels = source.levels(block, None if survives is None else survives(block))
-            used |= np.bincount((levels >> levels.dtype.type(1)).astype(np.int64), minlength=len(used)) > 0
-        used[0] |= not used.any()
-        return used
-
-    def _with_importance(
-        self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
-    ) -> tuple[Plan, int]:
-        """Returns the plan with the importance added, and about how many bits the importance takes."""
-        entry = plan.entry
-        if isinstance(source, StoredFactors):
-            dtype = DTYPES[options.dtype]
-            entry = replace(entry, importance=ImportanceEntry("factors", options.role, dtype=dtype))
-            factors = {"importance rows": source.rows, "importance columns": source.columns}
-            bits = 8 * dtype.itemsize * (entry.rows + entry.columns)
-            return replace(plan, entry=entry, vectors={**plan.vectors, **factors}), bits
-
-        def levels(block: slice, positions: Counts) -> tuple[AnyLevels, Counts]:
-            assert plan.coded is not None
-            counts = plan.coded.survivors(block, positions).counts if source.over_survivors else positions
-            return source.levels(block, plan.coded.mask(block)), counts
-
-        is_exact = isinstance(source.quantiser, Exact)
-        stream = LevelBlocks(entry.segments, plan.blocks, levels, is_exact, self.workers)
-        bound = source.quantiser.importance_bound()
-        if isinstance(source.quantiser, Exact):
-            choice = choose_exact(
-                stream, source.quantiser.dtype, bound, self.options.but(mantissa_bits=None), self.engine
-            )
-        else:
-            coded = self.options.but(fixed_width=False)  # fused kernels do not read the importance
-            choice = choose_numbers(stream, bound, coded, self.engine, signed=False)
-        quantiser = source.quantiser
-        if isinstance(quantiser, Exact):
-            quantiser = replace(quantiser, trim=choice.trim)
-        record = ImportanceEntry(options.over, options.role, quantiser, choice.table)
-        codes = {**plan.codes, "importance": choice.codes}
-        plan = replace(plan, entry=replace(entry, importance=record), codes=codes, importance=source)
-        return plan, choice.bits
-
-
-def _survivors_of(mask: Mask) -> Callable[[slice], Mask]:
-    return lambda block: mask[block]

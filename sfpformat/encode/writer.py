@@ -29,7 +29,8 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from ..options import Options, require_options
 from .chunks import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
-from .plan import Importance, Plan, plan_tensor
+from .plan import plan_tensor
+from .planner import Importance, Plan
 from .resume import ResumableSink
 from .sink import Target, open_sink
 

@@ -17,7 +17,7 @@ from ..decode.opening import open_any
 from ..decode.reader import SfpFile, SfpSlice, TensorInfo
 from ..decode.selection import Index
 from ..decode.shards import ShardedFile
-from ..encode.plan import Importance
+from ..encode.planner import Importance
 from ..encode.weights import Outline, options_for, warn_of_quantised
 from ..encode.writer import Writer
 from ..engines import decodes_on_device

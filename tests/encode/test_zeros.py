@@ -27,7 +27,7 @@ from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, SfpWarni
 from sfpformat.cli.diff import compare
 from sfpformat.cli.packing import pack_file
 from sfpformat.decode.validate import validate
-from sfpformat.encode import exact_tables, number_tables, plan
+from sfpformat.encode import exact_tables, number_tables, planner
 from sfpformat.encode.zeros import with_positive_zeros, zeros_of
 from sfpformat.numpy import load, save
 from sfpformat.numpy import save_file as save_sfp
@@ -99,7 +99,7 @@ def without_classes_for_zeros() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for tables in (exact_tables, number_tables):
             patch.setattr(tables, "cheaper_with_zeros", lambda choice, *_: choice)
-        patch.setattr(plan._Planner, "_has_many_negative_zeros", lambda self, source: False)
+        patch.setattr(planner.Planner, "_has_many_negative_zeros", lambda self, source: False)
         yield
 
 

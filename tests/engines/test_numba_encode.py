@@ -83,14 +83,14 @@ def test_skipping_the_plan_of_bit_patterns_changes_no_bytes(
     job = Job(array + array.dtype.type(0), options, rng.random(6000) < 0.6 if masked else None)
     written = outcome(job, "python")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sfpformat.encode.plan.takes_more_bits", lambda *_: False)
+        patch.setattr("sfpformat.encode.planner.takes_more_bits", lambda *_: False)
         assert outcome(job, "python") == written
 
 
 def test_a_table_of_few_values_skips_the_plan_of_bit_patterns() -> None:
     array = np.random.default_rng(0).choice(np.array([0.1, 0.2, -0.7], np.float32), 5000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sfpformat.encode.plan.choose_exact", lambda *_: pytest.fail("it was planned"))
+        patch.setattr("sfpformat.encode.planner.choose_exact", lambda *_: pytest.fail("it was planned"))
         assert outcome(Job(array, Options()), "python") == outcome(Job(array, Options()), "numba")
 
 
