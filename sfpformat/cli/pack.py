@@ -5,34 +5,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
 from ..decode.shards import index_name
-from ..encode.weights import Kind, Reason, not_weights
+from ..encode.weights import Reason, not_weights
 from ..encode.writer import is_text, require_name
 from ..limits import Limits
-from ..names import listed, quoted, unknown_name
-from ..pruning.masks import reasons
-from .console import bytes_words, number, percent, printable, progress, show_json, show_table
+from ..names import quoted, unknown_name
+from .console import progress
 from .dry import sizes_of_file
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
-from .outcome import Group, Outcome, groups, lines, outcome
-from .packing import Job, NegativeZeros, job_key, look_at_zeros, pack_file, pack_shards, shard_paths
+from .outcome import Outcome, outcome
+from .pack_result import Result, show
+from .packing import Job, job_key, look_at_zeros, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
-from .report import Totals, total
+from .report import total
 from .rules import Rules, Treatment
 from .tensor_options import add_tensor_options, parse_like
 from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
 from .trouble import Trouble, about, checked_target, require_suffix
 
-# The summary mentions the cost of -0 if it exceeds 1 / this of the output.
-_WORTH_SAYING = 100
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
 each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them, unless --single is given.
@@ -127,29 +124,8 @@ def run(args: argparse.Namespace) -> int:
             if importances is not None:
                 importances.close()
     unfit = {name: treatment.unfit for name, treatment in treatments.items() if treatment.unfit}
-    _show(args, model, result, lossless, unfit, time.monotonic() - start)
+    show(args, model, result, lossless, unfit, time.monotonic() - start)
     return 1 if result.faults else 0
-
-
-@dataclass(frozen=True)
-class _Result:
-    """The result of a pack or of a dry run.
-
-    Attributes:
-        outputs: the output files; a dry run does not write them.
-        resumed: number of tensors that an earlier run had written.
-        outcomes: the outcomes of all tensors.
-        totals: sums over all tensors and files.
-        faults: the faults that ``--verify`` found.
-        zeros: the -0 of each tensor.
-    """
-
-    outputs: list[Path]
-    resumed: int
-    outcomes: list[Outcome]
-    totals: Totals
-    faults: list[str]
-    zeros: Collection[NegativeZeros]
 
 
 def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
@@ -169,7 +145,7 @@ def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
 
 def _result(
     job: Job, asked: dict[str, Treatment], target: Path, outputs: list[Path], args: argparse.Namespace
-) -> _Result:
+) -> Result:
     """Writes the files, or only encodes them with ``--dry-run``. Measures the quantised tensors."""
     if args.dry_run:
         outcomes, size = _dry_run(job, asked, sharded=len(outputs) > 1)
@@ -179,7 +155,7 @@ def _result(
         outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
     look_at_zeros(job, [each.report.entry for each in outcomes])
     totals = total((each.report for each in outcomes), size)
-    return _Result(outputs, resumed, outcomes, totals, faults, job.zeros.values())
+    return Result(outputs, resumed, outcomes, totals, faults, job.zeros.values())
 
 
 def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
@@ -348,153 +324,3 @@ def _outcomes(
                     faults += [f"{path}: {words}" for words in found.faults]
                     shown.advance(spec.nbytes)
     return outcomes, size, faults
-
-
-def _show(
-    args: argparse.Namespace,
-    model: Model,
-    result: _Result,
-    lossless: dict[str, Reason],
-    unfit: dict[str, str],
-    seconds: float,
-) -> None:
-    size, outputs, totals, faults = model.stored_bytes, result.outputs, result.totals, result.faults
-    zeros = result.zeros
-    if args.json:
-        show_json(
-            {
-                "outputs": [str(path) for path in outputs],
-                "input_bytes": size,
-                "output_bytes": totals.file_bytes,
-                "ratio": size / totals.file_bytes,
-                "bits_per_weight": totals.bits_per_weight,
-                "sparsity": totals.sparsity,
-                "stored_zeros": totals.stored_zeros,
-                "negative_zeros": {
-                    "kept": sum(each.number for each in zeros if not each.positive),
-                    "made_positive": sum(each.number for each in zeros if each.positive),
-                    "saving_bytes": sum(each.saving for each in zeros),
-                },
-                "tensors": totals.tensors,
-                "resumed_tensors": result.resumed,
-                "dry_run": args.dry_run,
-                "quantised": [group.to_json() for group in groups(result.outcomes)],
-                "kept_lossless": [each.name for each in result.outcomes if each.kept_lossless],
-                **({"sizes": [_sizes(each) for each in result.outcomes]} if args.dry_run else {}),
-                "lossless": [
-                    {"name": name, "kind": reason.kind.name.lower(), "because": reason.because}
-                    for name, reason in lossless.items()
-                ],
-                "unpruned": [{"name": name, "because": because} for name, because in unfit.items()],
-                "verified": not faults if args.verify else None,
-                "faults": faults,
-                "seconds": round(seconds, 3),
-            }
-        )
-        return
-    for words in faults:
-        print(words)
-    if args.dry_run:
-        show_table(_SIZES, [_row(each) for each in result.outcomes], 4)
-    if result.resumed:
-        print(f"went on after {result.resumed} of {totals.tensors} tensors")
-    written = outputs[0].name if len(outputs) == 1 else f"{len(outputs)} shards, {_index(outputs[0])}"
-    print(f"{model.path.name} → {written}{', not written' if args.dry_run else ''}")
-    print(
-        f"{bytes_words(size)} → {bytes_words(totals.file_bytes)}, ratio {size / totals.file_bytes:.2f}; "
-        f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
-        f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
-    )
-    for line in lines(result.outcomes):
-        print(printable(line))
-    for line in _about_zeros(totals, zeros):
-        print(line)
-    if unfit:
-        print(printable(f"{len(unfit):,} not pruned, the pattern does not fit: {reasons(unfit)}"))
-    for line in _by_kind(lossless):
-        print(printable(line))
-
-
-_SIZES = (
-    "tensor",
-    "dtype",
-    "shape",
-    "asked",
-    "pruned",
-    "bits a survivor",
-    "bits a position",
-    "error dB",
-    "bytes",
-)
-
-
-def _sizes(each: Outcome) -> dict[str, object]:
-    """Returns the figures of one tensor of a dry run as JSON values."""
-    alone, entry = Group(each.asked, [each]), each.report.entry
-    return {
-        "name": each.name,
-        "dtype": entry.dtype.name,
-        "shape": list(entry.shape),
-        "asked": each.asked,
-        "quantised": each.is_quantised,
-        "sparsity": each.report.sparsity,
-        "bits_per_survivor": alone.bits_per_survivor,
-        "bits_per_position": alone.bits_per_position,
-        "error_db": alone.error_db,
-        "stored_bytes": entry.stored_bytes,
-    }
-
-
-def _row(each: Outcome) -> list[str]:
-    alone, entry = Group(each.asked, [each]), each.report.entry
-    asked = f"{each.asked} (kept lossless)" if each.kept_lossless else each.asked or "lossless"
-    return [
-        each.name,
-        entry.dtype.name,
-        "×".join(map(str, entry.shape)),
-        asked,
-        percent(each.report.sparsity),
-        number(alone.bits_per_survivor, 3),
-        number(alone.bits_per_position, 3),
-        number(alone.error_db),
-        f"{entry.stored_bytes:,}",
-    ]
-
-
-def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[str]:
-    """Yields summary lines about -0: how many became +0, and what ``--zeros positive`` would save."""
-    made = [each.number for each in zeros if each.positive]
-    if made:
-        tensors = sum(number > 0 for number in made)
-        yield (
-            f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} are -0 and become +0"
-            if tensors
-            else "--zeros positive changed nothing: no weight is -0"
-        )
-    saving = sum(each.saving for each in zeros)
-    if saving * _WORTH_SAYING > totals.file_bytes:
-        costly = [each for each in zeros if each.saving]
-        count = sum(each.number for each in costly)
-        yield (
-            f"{percent(count / totals.positions)} of all weights are -0, in {len(costly):,} "
-            f"tensor{'s' * (len(costly) != 1)}: --zeros positive writes them as +0 and saves about "
-            f"{bytes_words(saving)} ({percent(saving / totals.file_bytes)})"
-        )
-
-
-def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:
-    """Yields a line per reason for tensors that stayed lossless, with some names."""
-    by_kind: dict[Kind, list[str]] = {}
-    for name, reason in lossless.items():
-        if reason.kind is Kind.PATTERN:
-            continue  # already listed with its reason
-        by_kind.setdefault(reason.kind, []).append(name)
-    for kind in Kind:
-        names = by_kind.get(kind, [])
-        if not names:
-            continue
-        yield f"{len(names):,} lossless, {kind.value}: {listed(names, 3)}"
-
-
-def _index(shard: Path) -> str:
-    return index_name(shard.name.rsplit("-", 3)[0])

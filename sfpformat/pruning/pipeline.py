@@ -15,8 +15,8 @@ from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import require_matches
 from ..options import ImportanceOptions, Options
-from ..torch.files import ImportanceTensor
 from ..torch.models import save_model
+from ..torch.saving import ImportanceTensor
 from ..torch.ties import TiedNames
 from .grades import graded, options_for_grades
 from .layers import (

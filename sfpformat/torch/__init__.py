@@ -11,10 +11,11 @@ if importlib.util.find_spec("torch") is None:
     raise ModuleNotFoundError("sfpformat.torch needs torch: pip install 'sfpformat[torch]'", name="torch")
 
 from .compress import CompressionReport, compress_model, decompress_model
-from .files import TorchFile, TorchSlice, load, load_file, options_for_weights, safe_open, save, save_file
+from .files import TorchFile, TorchSlice, load, load_file, safe_open
 from .layers import SfpEmbedding, SfpLinear
 from .meta import parameters_on_meta
 from .models import load_model, save_model
+from .saving import options_for_weights, save, save_file
 
 open = safe_open
 

@@ -17,7 +17,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import MOST_LISTED, listed
 from ..options import Options, options_by_name
 from .compressed import Compressed
-from .files import Device, ImportanceTensor, Numbers, TorchFile, add_tensor, outlines, require_device
+from .files import Device, TorchFile, require_device
 from .layers import compressed_weights
 from .loading import (
     AnyFile,
@@ -36,6 +36,7 @@ from .loading import (
 )
 from .meta import require_none_left
 from .packed import put_into
+from .saving import ImportanceTensor, Numbers, add_tensor, outlines
 from .tensors import is_wrapper, require_known_shapes, require_memory, tensor_of
 from .ties import TiedNames
 
