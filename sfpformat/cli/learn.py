@@ -48,7 +48,12 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     )
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
     parser.add_argument("--steps", metavar="N", type=int, default=100, help="steps of learning (100)")
-    parser.add_argument("--minutes", metavar="M", type=float, help="time limit of learning")
+    parser.add_argument(
+        "--minutes",
+        metavar="M",
+        type=float,
+        help="time limit of learning; statistics and the selection of the result come on top",
+    )
     parser.add_argument(
         "--resume", metavar="STATE", help="a checkpoint: learning resumes from it if it exists"
     )
@@ -120,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoint=state,
             every=10,
             progress=lambda step, loss: shown.advance(1),
+            chosen=lambda done, total: shown.at(f"selection, pass {done} of at most {total}"),
         )
     pruned = loaded("auto")
     masks = prune(pruned, learned.importances, Sparsity(args.sparsity))

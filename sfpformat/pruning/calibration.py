@@ -267,9 +267,8 @@ class _Seen:
         gradient = self._waiting.pop(name, None)
         if gradient is None:
             gradient = torch.zeros(self._shapes[name], device=self._sums[name].device)
-        for row in self._processes.spread(
-            gradient
-        ):  # batch by batch: the same sums for any number of processes
+        # Batch by batch, so that the sums are the same for any number of processes.
+        for row in self._processes.spread(gradient):
             self._sums[name] += row
             self._squares[name] += row.square()
 
