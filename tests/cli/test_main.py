@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +245,10 @@ def test_a_warning_is_printed_once_on_one_line_and_is_no_error(
 def test_signals_end_with_the_exit_code_that_a_shell_expects(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    # A shell starts background jobs with SIGINT ignored.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
+    # A shell starts background jobs with SIGINT ignored, nohup starts programs with SIGHUP ignored.
+    defaults: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    for given, handler in {**defaults, signal.SIGINT: signal.default_int_handler}.items():
+        request.addfinalizer(partial(signal.signal, given, signal.signal(given, handler)))
     for number_, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
 
         def interrupted(path: object, n: int = number_, **settings: object) -> None:
