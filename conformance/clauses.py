@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "SPEC.md"
 
 # Areas, and single clauses, whose faults lie in a tensor's chunks; those of others in preamble or directory.
-IN_CHUNKS = ("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006")
-IN_CHUNKS += ("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005")
+IN_CHUNKS = (
+    *("R-PLN", "R-CHK", "R-IDX", "R-VEC", "R-RAW", "R-LAY-004", "R-MSK-004", "R-MSK-005", "R-MSK-006"),
+    *("R-QNT-005", "R-QNT-007", "R-SCL-004", "R-SCL-006", "R-IMP-004", "R-IMP-005"),
+)
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,23 @@ import sfpformat
 LIMITS = sfpformat.Limits(**{name: int(n) for name, n in (word.split("=") for word in limits)})
 
 
-def read(path, folder):
+def read(path: str, folder: pathlib.Path) -> list[dict[str, object]]:
     """Decodes a file: describes its tensors, in order, and writes their arrays into a folder."""
-    tensors = []
+    tensors: list[dict[str, object]] = []
     with sfpformat.open(path, limits=LIMITS) as file:
         for number, name in enumerate(file):
             values, info = file.get_tensor(name), file.info(name)
             (folder / f"{number}.bin").write_bytes(values.tobytes())
             if info.mask:
                 (folder / f"{number}.mask.bin").write_bytes(file.get_mask(name).tobytes())
-            if info.importance:
-                (folder / f"{number}.importance.bin").write_bytes(file.get_importance(name).tobytes())
+            importance = file.get_importance(name)
+            if importance is not None:
+                (folder / f"{number}.importance.bin").write_bytes(importance.tobytes())
             tensors.append({"name": name, "dtype": info.dtype, "shape": list(info.shape)})
     return tensors
 
 
-def answer(question, *words):
+def answer(question: str, *words: str) -> dict[str, object]:
     """The answer to a line."""
     if question != "decode":
         return {"ok": False, "detail": f"unknown question {question!r}"}

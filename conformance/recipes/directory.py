@@ -187,13 +187,12 @@ def _keys(suite: Suite, base: str) -> None:
 
 def _ends(suite: Suite, base: str) -> None:
     for slug, more in (("zero", b"\0"), ("map", b"\x80"), ("never-used", b"\xc1"), ("many", bytes(100))):
+
+        def longer(file: Forge, more: bytes = more) -> object:
+            return whole(file.directory_bytes() + more)(file)
+
         words = f"{len(more)} bytes after the root inside the directory"
-        suite.invalid(
-            f"MSG-006-{slug}",
-            words,
-            PLAIN,
-            lambda file, more=more: whole(file.directory_bytes() + more)(file),
-        )
+        suite.invalid(f"MSG-006-{slug}", words, PLAIN, longer)
     size = len(Forge.of(suite.cases[PLAIN].data).directory_bytes())
     for length in (0, 1, 9, size // 2, size - 2, size - 1):
 

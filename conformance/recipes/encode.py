@@ -14,14 +14,14 @@ import struct
 from itertools import product
 from typing import Any
 
-from sfp_conformance.contents import array
+from sfp_conformance.contents import Json, array
 from sfp_conformance.forge import hand_file, raw_part
 from sfp_conformance.slow_reader import BYTES, FLOATS, pattern_of
 
 from .numbers import specials
-from .suite import Case, Json, Suite
+from .suite import Case, Suite
 
-SHAPES = ([], [0], [33], [4, 24], [3, 1, 5], [2, 0, 3])
+SHAPES: tuple[list[int], ...] = ([], [0], [33], [4, 24], [3, 1, 5], [2, 0, 3])
 EXACT = {"coding": "fingerprint", "quantiser": "exact"}
 DENSITIES = {"dense": 1, "half": 2, "tenth": 10, "none": 10**9}
 

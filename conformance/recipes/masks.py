@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from sfp_conformance.forge import Taken, flat_code, table
 
 from .edits import masked, of_chunk, of_map
 from .gallery import ONE, PLAIN
 from .suite import Suite
 
-PATTERNS = {
+PATTERNS: dict[str, Callable[[int], int]] = {
     "none": lambda p: 0,
     "all": lambda p: 1,
     "first": lambda p: int(p == 0),
@@ -86,7 +89,7 @@ def _octets(suite: Suite) -> None:
         plane[segment] = bits[:bit] + str(1 - int(bits[bit])) + bits[bit + 1 :]
 
     for bit in (0, 1, 7, 31):
-        change = of_chunk("plain", lambda taken, bit=bit: flip(taken, 0, bit))
+        change = of_chunk("plain", partial(flip, segment=0, bit=bit))
         words = f"mask bit {bit} is not as the index says"
         suite.invalid(f"MSK-005-bit-{bit}", words, PLAIN, change, tensor="plain")
     for count in (1, 7, 33, 39, 41):
@@ -98,6 +101,6 @@ def _octets(suite: Suite) -> None:
         )
         segment = (count - 1) // 32
         for bit in {count - 32 * segment, 8 * -(-(count - 32 * segment) // 8) - 1}:
-            change = of_chunk("one", lambda taken, segment=segment, bit=bit: flip(taken, segment, bit))
+            change = of_chunk("one", partial(flip, segment=segment, bit=bit))
             words = f"bit {bit} of the segment's octets, which has no position, is set"
             suite.invalid(f"MSK-006-{count}-bit-{bit}", words, base, change, tensor="one")

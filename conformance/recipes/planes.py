@@ -36,12 +36,13 @@ def _pairs(suite: Suite) -> None:
 
 
 def _lengths(suite: Suite) -> None:
-    streams = {
+    streams: dict[str, tuple[str, ...]] = {
         "runs": ("mask", "fingerprints"),
         "uniform": ("mask", "fingerprints"),
         "coded": ("mask", "fingerprints"),
+        "group": ("importance",),
+        "octets": ("mask", "fingerprints"),
     }
-    streams |= {"group": ("importance",), "octets": ("mask", "fingerprints")}
     for name, owned in streams.items():
         taken = opened(suite.cases[ONE[name]].data, name)
         for plane in (f"{stream} {what}" for stream in owned for what in ("prefix", "residual")):

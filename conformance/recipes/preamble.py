@@ -56,8 +56,12 @@ def _magic_and_length(suite: Suite) -> None:
     huge = field(file_length=2**64 - 1, directory_length=2**64 - 65, directory_offset=64)
     suite.invalid("PRE-007-all-ones", "a file length of 2^64 - 1", PLAIN, huge, tags=["hostile"])
     for slug, tail in (("zero", b"\0"), ("zip", b"PK\5\6" + bytes(18)), ("chunk", bytes(64))):
+
+        def with_tail(file: Forge, tail: bytes = tail) -> None:
+            file.tail = tail
+
         words = f"{len(tail)} bytes after the directory"
-        suite.invalid(f"PRE-008-{slug}", words, PLAIN, lambda file, tail=tail: setattr(file, "tail", tail))
+        suite.invalid(f"PRE-008-{slug}", words, PLAIN, with_tail)
     suite.invalid("PRE-008-twice", "two concatenated files", PLAIN, lambda file: file.build() * 2)
 
 

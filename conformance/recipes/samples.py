@@ -59,8 +59,11 @@ def everything() -> bytes:
             importance=ImportanceOptions(role="metadata", over="all", quantiser="exact", dtype="BF16"),
         ),
     }
-    vectors = {"table": (importance(4), importance(24))}
-    importances = {"uniform": importance(4, 24), "group": importance(4, 24), **vectors}
+    importances: dict[str, NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]] = {
+        "uniform": importance(4, 24),
+        "group": importance(4, 24),
+        "table": (importance(4), importance(24)),
+    }
     made = save(tensors, {"format": "np"}, options=options, importances=importances)
     forge = Forge.of(made)
     forge.parts.append(coded())

@@ -7,7 +7,7 @@ from sfp_conformance.forge import exact, hand_file, raw_part, table
 from .edits import one
 from .suite import Suite
 
-RANKS = (
+RANKS: tuple[list[int], ...] = (
     [],
     [6],
     [2, 3],
