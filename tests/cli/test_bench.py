@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from sfpformat.bench import child, codecs, nncodec, peers, sparse, subject
+from sfpformat.bench import child, codecs, nncodec, sparse, subject
 from sfpformat.bench.labels import Box, place
 from sfpformat.bench.load import WAYS
 from sfpformat.bench.measure import (
@@ -36,7 +38,8 @@ from sfpformat.bench.sections import SECTIONS
 from sfpformat.bench.tables import table
 from sfpformat.cli import _parser, bench
 from sfpformat.dtypes import DTYPES
-from sfpformat.numpy import load, save_file
+from sfpformat.numpy import load, save, save_file
+from sfpformat.options import PRESETS
 
 from .test_main import error_of, make, run, sharded
 from .test_readme import SHIP, blocks
@@ -48,7 +51,7 @@ QUICK = ("--rounds", 1, "--engines", "python", "--presets", "speed", "--threads"
 def model(path: Path) -> Path:
     """A model with two matrices, a vector, integers and a tensor without elements."""
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "embed": rng.standard_normal((96, 64), np.float32),
         "layer": rng.standard_normal((64, 80), np.float32) / 8,
         "bias": rng.standard_normal(64, np.float32),
@@ -214,13 +217,12 @@ def test_a_file_that_depends_on_the_thread_count_is_refused(monkeypatch: pytest.
     tensors: subject.Tensors = {"a": np.ones(5, np.float32)}
     files: dict[tuple[str | None, str | None], bytes] = {}
     runners = [
-        codecs.SfpRunner(Contender("sfp", n, "python", "speed"), tensors, sparse.PRESETS["speed"], files)
+        codecs.SfpRunner(Contender("sfp", n, "python", "speed"), tensors, PRESETS["speed"], files)
         for n in (1, 2)
     ]
-    real = codecs.save
 
     def odd(tensors: subject.Tensors, **settings: Any) -> bytes:
-        return real(tensors, {"threads": str(settings["threads"])}, **settings)
+        return save(tensors, {"threads": str(settings["threads"])}, **settings)
 
     monkeypatch.setattr(codecs, "save", odd)
     records, refusals = run_round_robin(runners, 1)
@@ -285,7 +287,7 @@ def test_nncodec_steps_are_near_the_requested_ones_and_map_to_themselves() -> No
 def test_peers_that_are_not_installed_are_listed_with_the_command_that_installs_them(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     path = model(tmp_path / "m.safetensors")
     found = answer(capsys, path, *QUICK, "--only", "lossless,load")
     assert set(found["not_installed"]) == set(PEERS)

@@ -67,7 +67,7 @@ def sharded(folder: Path, arrays: Arrays | None = None, cuts: int = 3) -> Path:
     """A checkpoint in several files, and its index."""
     folder.mkdir()
     arrays = arrays or checkpoint()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(cuts):
         name = f"model-{i + 1:05d}-of-{cuts:05d}.safetensors"
         part = dict(list(arrays.items())[i::cuts])

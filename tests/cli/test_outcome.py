@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import sfpformat
-from sfpformat import OptionError, Options, Uniform
-from sfpformat.cli import outcome
+from sfpformat import OptionError, Options, SfpFile, Uniform
 from sfpformat.cli.outcome import _Bound, _compare, decibels
 from sfpformat.coding.quantisers import Exact
 from sfpformat.dtypes import DTYPES
@@ -27,7 +27,7 @@ from .test_main import error_of, run
 from .test_pack import Capture
 
 RNG = np.random.default_rng(3)
-TENSORS = {
+TENSORS: dict[str, NDArray[Any]] = {
     "a.weight": RNG.standard_normal((96, 256)).astype(np.float32),
     "b.weight": (RNG.standard_normal((64, 128)) * 0.02).astype(np.float16),
     "a.bias": np.ones(96, np.float32),
@@ -175,9 +175,9 @@ def test_verify_accepts_every_lossy_pack(source: Path, capsys: Capture, words: t
 def test_pack_verify_reports_what_is_wrong_with_a_lossy_tensor(
     source: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, damage: Any, words: Any, fault: str
 ) -> None:
-    real = outcome.SfpFile.get_tensor
+    real = SfpFile.get_tensor
     monkeypatch.setattr(
-        outcome.SfpFile,
+        SfpFile,
         "get_tensor",
         lambda self, name: damage(real(self, name)).astype(TENSORS[name].dtype),
     )
@@ -219,7 +219,10 @@ def test_sfp_verify_names_tensors_with_quantised_weights_that_are_not_finite(
     tmp_path: Path, capsys: Capture
 ) -> None:
     """Older versions wrote such files."""
-    tensors = {"a": np.full((8, 64), 65504, np.float16), "b": np.float32([[1.0, np.inf]])}
+    tensors: dict[str, NDArray[Any]] = {
+        "a": np.full((8, 64), 65504, np.float16),
+        "b": np.array([[1.0, np.inf]], np.float32),
+    }
     options = {"a": Options(Uniform(step=26000.0, rate_weight=0), coding="fingerprint")}
     path = tmp_path / "m.sfp"
     path.write_bytes(save(tensors, options=options))

@@ -28,7 +28,9 @@ def packed(folder: Path, *words: object, arrays: Arrays | None = None) -> sfpfor
     """Packs a checkpoint with these arguments and returns the path of the `.sfp` file."""
     source = make(folder / "m.safetensors", arrays)
     assert run("pack", source, "-o", folder / "m.sfp", *words) == 0
-    return sfpformat.open(folder / "m.sfp")
+    file = sfpformat.open(folder / "m.sfp")
+    assert isinstance(file, sfpformat.SfpFile)
+    return file
 
 
 def assert_bits(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:

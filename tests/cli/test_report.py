@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import sfpformat
@@ -29,7 +30,7 @@ Capture = pytest.CaptureFixture[str]
 def everything() -> bytes:
     """A file with both codings and mask kinds, all quantisers, a scale and importances."""
     w = np.where(np.arange(96 * 64) % 5 < 2, 0, np.sin(np.arange(96 * 64))).astype(np.float32).reshape(96, 64)
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "raw": np.arange(40, dtype=np.int16),
         "runs": w,
         "octets": w.astype(np.float16),
@@ -46,7 +47,8 @@ def everything() -> bytes:
         "table": Options(Table(centroids=9), mask="none"),
         "empty": Options(coding="fingerprint"),
     }
-    importances = {"uniform": np.abs(w), "factors": (np.ones(96, np.float32), np.ones(64, np.float32))}
+    factors = (np.ones(96, np.float32), np.ones(64, np.float32))
+    importances: dict[str, Any] = {"uniform": np.abs(w), "factors": factors}
     return save(tensors, options=options, importances=importances)
 
 
@@ -277,6 +279,7 @@ def test_quantisers_are_named(tmp_path: Path) -> None:
     }
     save_sfp(dict.fromkeys("abc", w), tmp_path / "m.sfp", options=options)
     with sfpformat.open(tmp_path / "m.sfp") as file:
+        assert isinstance(file, sfpformat.SfpFile)
         words = [report_tensor(file, name).coding for name in "abc"]
     assert words == ["table 8 per 32", "exact F32", "raw"]
 

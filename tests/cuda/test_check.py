@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -174,7 +175,7 @@ def test_the_page_states_which_targets_are_reached() -> None:
         "times_as_fast": 3.0,
         "share_of_floor": 0.4,
     }
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"name": "decoding: BF16, preset gpu", "result": decoded(0.6, 2e12)},
         {"name": "decoding: BF16, 50 % pruned, 4 bits, preset gpu", "result": decoded(0.2, 1e12)},
         {"name": "peer: nvCOMP ANS, all bytes", "result": {"ms": 1.0, "made": 10**9, "stored": 1}},
@@ -284,11 +285,11 @@ def test_identity_alone_raises_on_a_difference_and_writes_nothing(
 
 
 def test_sanitiser_findings_and_timeouts_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="not installed"):
         identity.sanitize("memcheck", (), 10)
     program = tmp_path / "compute-sanitizer"
-    monkeypatch.setattr(identity.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(shutil, "which", lambda name: str(program))
     for script, seconds, words in (
         ("echo all well", 10.0, None),
         ("echo ERROR SUMMARY: 3 errors; exit 9", 10.0, "exit 9: ERROR SUMMARY: 3 errors"),

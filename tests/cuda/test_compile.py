@@ -151,7 +151,12 @@ def test_an_old_package_is_reported(version: str, words: str | None, monkeypatch
 @pytest.mark.usefixtures("nothing_remembered")
 def test_the_package_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: asked.append(name) or "1.2.2")
+
+    def version(name: str) -> str:
+        asked.append(name)
+        return "1.2.2"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert [driver.why_no_package() for _ in range(3)] == [None] * 3
     assert asked == ["cuda-core"]
 
@@ -196,6 +201,10 @@ def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> No
         said.append(("launch", *given[:9], values, *given[10:]))
         return (0 if given[1] < 1 << 31 else 1,)
 
+    def copied(*args: Any) -> tuple[int]:
+        said.append(("copy", *args))
+        return (0 if args[2] < 64 else 2,)
+
     gives: dict[str, Any] = {
         "core.Device().arch": "90",
         "core.Device().allocate().handle": 4096,
@@ -205,7 +214,7 @@ def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> No
         "driver.CUfunction": lambda handle: 100 * handle,
         "driver.cuLaunchKernel": launched,
         "driver.CUresult": types.SimpleNamespace(CUDA_SUCCESS=0),
-        "driver.cuMemcpyAsync": lambda *args: said.append(("copy", *args)) or (0 if args[2] < 64 else 2,),
+        "driver.cuMemcpyAsync": copied,
     }
     monkeypatch.setitem(sys.modules, "cuda.core", Recorder(said, "core", gives))
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", Recorder(said, "driver", gives))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,7 +52,7 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Judged]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "why_not", lambda: None)
         patch.setattr(loading, "open_device", shim.device_of(backwards=request.param == "backwards"))
-        patch.setattr(work, "_thread", work.threading.local())
+        patch.setattr(work, "_thread", threading.local())
         said = Judged()
         patch.setattr("sfpformat.engines.cuda.engine.decode_runs", said.decode_runs)
         yield said

@@ -61,7 +61,7 @@ class Made:
         return Multiplication(self.device, placed, x, bias).result()
 
 
-def made(array: NDArray[Any], options: Options = FUSED, **device: bool) -> Made:
+def made(array: NDArray[Any], options: Options = FUSED, **device: Any) -> Made:
     return Made(save({"w": array}, options=options), shim.HostDevice(**device))
 
 
@@ -114,7 +114,9 @@ def test_products_equal_those_of_the_decoded_weights(
     array[0, :8] = [-1, 0.5, -2, 2.5, -3, 4, -5, 6]  # eight magnitudes at least, whatever the density
     options = fused(scale).but(chunk=chunk, segment=segment, coding="fingerprint")
     own = made(array, options, backwards=backwards)
-    assume(own.there.entry.fingerprints.table.extra == bytes([layout.LEVEL_BITS]))
+    fingerprints = own.there.entry.fingerprints
+    assert fingerprints is not None
+    assume(fingerprints.table.extra == bytes([layout.LEVEL_BITS]))
     x, bias = activations(batch, columns, dtype), activations(1, rows, dtype)[0] if biased else None
     found = own.multiply(x, bias)
     assert excess(found, x, own.weight, bias) <= SUMMING

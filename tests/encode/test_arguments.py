@@ -183,16 +183,19 @@ def test_a_field_of_a_quantiser_given_to_options_is_refused_with_where_to_write_
     name: str, words: str
 ) -> None:
     expected = f"Options takes no {name!r}: it belongs to the quantiser; write {words}"
-    for make in (Options, Options().but):
+    makers: tuple[Callable[..., object], ...] = (Options, Options().but)
+    for make in makers:
         with pytest.raises(OptionError, match=f"^{re.escape(expected)}$"):
             make(**{name: 4})
 
 
 def test_a_quantiser_refuses_a_field_of_another() -> None:
+    of_table: dict[str, Any] = {"centroids": 4}
+    of_uniform: dict[str, Any] = {"rate_weight": 0}
     with pytest.raises(TypeError, match="centroids"):
-        Uniform(centroids=4)  # type: ignore[call-arg]
+        Uniform(**of_table)
     with pytest.raises(TypeError, match="rate_weight"):
-        Table(4, rate_weight=0)  # type: ignore[call-arg]
+        Table(4, **of_uniform)
 
 
 @pytest.mark.parametrize(("bits", "count"), [(1, 1), (4, 8), (4.5, 11), (16, 1 << 15)])
@@ -201,9 +204,10 @@ def test_the_bits_of_a_table_count_a_sign(bits: float, count: int) -> None:
 
 
 def test_options_accept_numpy_scalars() -> None:
-    options = Options(
-        Uniform(bits=np.float32(3)), chunk=np.int64(4096), importance=ImportanceOptions(bits=np.int8(5))
-    )
+    bits: Any = np.float32(3)
+    chunk: Any = np.int64(4096)
+    importance_bits: Any = np.int8(5)
+    options = Options(Uniform(bits=bits), chunk=chunk, importance=ImportanceOptions(bits=importance_bits))
     plain = Options(Uniform(bits=3.0), chunk=4096, importance=ImportanceOptions(bits=5))
     assert options == plain
     given: dict[str, Any] = {"importances": {"w": WEIGHTS}}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import sfpformat
@@ -167,7 +169,7 @@ def test_pack_distributes_bits_by_importance(tmp_path: Path, capsys: Capture) ->
     words = ["--budget", 3, "--weighted", "root", "--importance", tmp_path / "i.safetensors"]
     target = tmp_path / "m.sfp"
     assert run("pack", tmp_path / "m.safetensors", "-o", target, *words, "--importance-bits", 0) == 0
-    found = sfpformat.numpy.load_file(target)
+    found: dict[str, NDArray[Any]] = sfpformat.numpy.load_file(target)
     errors = {name: float(np.mean((found[name] - tensors[name]) ** 2)) for name in tensors}
     assert errors["a"] < 0.5 * errors["b"]
     assert 8 * target.stat().st_size / (2 * WEIGHTS.size) == pytest.approx(3.2, abs=0.1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import sfpformat
 from sfpformat import PRESETS, OptionError, Options, Table, Uniform
@@ -99,7 +101,8 @@ def test_weighted_centroids_are_closer_to_important_weights() -> None:
     results = {}
     for asked in (Table(centroids=4), Table(centroids=4, weighted="full")):
         data = save({"w": NORMAL}, options=Options(asked), importances={"w": importance})
-        results[asked.weighted] = (load(data)["w"] - NORMAL) ** 2
+        found: NDArray[Any] = load(data)["w"]
+        results[asked.weighted] = (found - NORMAL) ** 2
     important = importance > 1
     assert results["full"][important].mean() < 0.5 * results[None][important].mean()
     assert results["full"][~important].mean() > results[None][~important].mean()
@@ -183,7 +186,7 @@ def test_a_skewed_stream_gets_single_number_classes_first() -> None:
 
 
 def test_rows_of_different_spread_get_separate_codes() -> None:
-    rows = NORMAL * np.repeat(np.float32([0.01, 1.0]), 128)[:, None]
+    rows = NORMAL * np.repeat(np.array([0.01, 1.0], np.float32), 128)[:, None]
     sizes = {}
     for codes in (1, None):
         data = save({"w": rows}, options=Options(Uniform(step=0.02), codes=codes))

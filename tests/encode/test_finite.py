@@ -43,7 +43,8 @@ def decoded(array: Array, options: Options, importance: Any = None) -> Array:
 def fp8_by_rows(rows: int = 24, columns: int = 256) -> Array:
     """Normal weights, each row scaled so that its greatest is 448, as FP8 checkpoints have them."""
     normal = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
-    return (normal / (np.abs(normal).max(1, keepdims=True) / 448)).astype(E4M3)
+    scaled: Array = (normal / (np.abs(normal).max(1, keepdims=True) / 448)).astype(E4M3)
+    return scaled
 
 
 def decibels(before: Array, after: Array) -> float:
@@ -95,7 +96,7 @@ def test_a_step_that_rounds_every_weight_to_zero_is_refused() -> None:
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-9, 1.0, 1e30, 8e37])
 @pytest.mark.parametrize("target", [{"bits": 5.0}, {"error_db": -25.0}, {"step": 0.05}])
 def test_scaled_weights_of_any_size_are_as_precise_as_others(
-    scale_dtype: str, size: float, target: dict[str, float]
+    scale_dtype: str, size: float, target: dict[str, Any]
 ) -> None:
     normal = np.random.default_rng(1).standard_normal((8, 64))
     weights = (normal * size).astype(np.float32)
@@ -117,7 +118,7 @@ def test_a_few_survivors_of_a_large_tensor_stay_close_to_their_values() -> None:
     weights = np.zeros(1 << 18, np.float32)
     weights[12345::40000] = 0.01
     for quantiser in (Uniform(bits=2.0), Table(centroids=4)):
-        found = load(save({"w": weights}, options=Options(quantiser)))["w"]
+        found: NDArray[Any] = load(save({"w": weights}, options=Options(quantiser)))["w"]
         assert np.count_nonzero(found) == np.count_nonzero(weights)
         assert np.abs(found - weights).max() < 0.005
 
@@ -207,7 +208,8 @@ def at_the_ends(draw: st.DrawFn, dtype: Dtype) -> Array:
     one, other = kinds[draw(st.sampled_from(sorted(kinds)))]
     signed = np.where(rng.random(count) < 0.5, one, other) * rng.choice([1.0, -1.0, 1.0, 0.0], count)
     with np.errstate(under="ignore"):
-        return signed.astype(dtype.numpy).reshape(shape)
+        array: Array = signed.astype(dtype.numpy).reshape(shape)
+    return array
 
 
 @st.composite
@@ -234,8 +236,8 @@ def lossy_options(draw: st.DrawFn, greatest: float) -> Options:
     uniform = Uniform(**draw(st.sampled_from(targets)), rate_weight=rate_weight, **lossy)
     table = Table(draw(st.sampled_from([1, 2, 7, 500])), **lossy)
     # Of six, four are uniform: one for each target.
-    quantiser = draw(st.sampled_from([uniform, uniform, uniform, uniform, table, Lossless()]))
-    return Options(quantiser, coding="fingerprint", importance=importance)
+    kinds: list[Quantiser] = [uniform, uniform, uniform, uniform, table, Lossless()]
+    return Options(draw(st.sampled_from(kinds)), coding="fingerprint", importance=importance)
 
 
 @st.composite

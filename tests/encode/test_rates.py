@@ -232,7 +232,7 @@ def test_steps_for_budget_never_give_a_file_larger_than_the_lossless_one(
 
 
 def test_bits_that_lossless_tensors_save_are_spent_on_the_others() -> None:
-    few = RNG.choice(np.float32([-1.0, -0.5, 0.5, 1.0]), NORMAL.shape)
+    few = RNG.choice(np.array([-1.0, -0.5, 0.5, 1.0], np.float32), NORMAL.shape)
     steps = steps_for_budget({"few": few, "many": NORMAL}, 4)
     assert list(steps) == ["many"]
     data = save({"few": few, "many": NORMAL}, options={"many": Options(Uniform(step=steps["many"]))})

@@ -15,11 +15,13 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import sfpformat
 from conformance.recipes.samples import importance, weights
 from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Table, Uniform, Writer
 from sfpformat.encode import sink
+from sfpformat.encode.resume import ResumableSink
 from sfpformat.numpy import load, save
 
 from ..support.clauses import clauses
@@ -329,12 +331,12 @@ def full_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
     if request.param == "append":
         monkeypatch.setattr(sink.FileSink, "append", fails)
-        monkeypatch.setattr(sink.ResumableSink, "append", fails)
+        monkeypatch.setattr(ResumableSink, "append", fails)
     elif request.param == "fsync":
-        monkeypatch.setattr(sink.os, "fsync", fails)
+        monkeypatch.setattr(os, "fsync", fails)
     else:
         monkeypatch.setattr(sink.FileSink, "commit", fails)
-        monkeypatch.setattr(sink.ResumableSink, "commit", fails)
+        monkeypatch.setattr(ResumableSink, "commit", fails)
     return
 
 
@@ -666,7 +668,10 @@ def test_adding_to_a_closed_writer_raises() -> None:
 
 def test_the_bytes_do_not_depend_on_the_thread_count() -> None:
     rng = np.random.default_rng(5)
-    tensors = {"w": rng.standard_normal((300, 500), np.float32), "i": np.arange(5000)}
+    tensors: dict[str, NDArray[Any]] = {
+        "w": rng.standard_normal((300, 500), np.float32),
+        "i": np.arange(5000),
+    }
     options = sfpformat.Options(chunk=1 << 13)
     assert save(tensors, options=options, threads=1) == save(tensors, options=options, threads=5)
 
@@ -685,7 +690,11 @@ def test_short_codes_make_coarse_classes(limit: int) -> None:
 def test_tensors_of_another_file_are_copied_without_recoding() -> None:
     options = sfpformat.Options(sfpformat.Uniform(bits=4.0, scale="row"), chunk=4096)
     rng = np.random.default_rng(0)
-    tensors = {"a": rng.standard_normal((40, 300)), "b": np.arange(5), "c": np.zeros((0, 3), np.float32)}
+    tensors: dict[str, NDArray[Any]] = {
+        "a": rng.standard_normal((40, 300)),
+        "b": np.arange(5),
+        "c": np.zeros((0, 3), np.float32),
+    }
     first, again = io.BytesIO(), io.BytesIO()
     with Writer(first) as writer:
         for name, array in tensors.items():

@@ -226,7 +226,8 @@ def test_a_table_lookup_returns_the_symbols_that_prefix_its_bits(
         assert found.symbol_length[symbol % classes + 64 * (symbol // classes)] == len(word)
     words = dict(zip(code.codewords, code.symbols.tolist(), strict=True))
     for window in range(1 << bits):
-        left, slots, taken = format(window, f"0{bits}b")[::-1], [], 0
+        left, taken = format(window, f"0{bits}b")[::-1], 0
+        slots: list[int] = []
         while len(slots) + group <= lookup.MAX_SLOTS:
             word = next((left[:n] for n in range(1, len(left) + 1) if left[:n] in words), None)
             if word is None:

@@ -32,7 +32,7 @@ from sfpformat.numpy import save
 
 from ..support.strategies import Job, jobs
 
-DTYPES = [np.uint8, np.uint16, np.uint32, np.uint64]
+DTYPES: list[type[np.unsignedinteger[Any]]] = [np.uint8, np.uint16, np.uint32, np.uint64]
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -143,10 +143,15 @@ def test_both_engines_find_and_translate_the_same_magnitudes(
     every = np.unique(patterns & low)
     found = fast.few_magnitudes(patterns, most)
     for few in (found, magnitudes.few_magnitudes(patterns, most)):
-        assert (few is None) if len(every) > most else np.array_equal(few, every)
+        if len(every) > most:
+            assert few is None
+        else:
+            assert few is not None
+            assert np.array_equal(few, every)
     if found is None:
         return
-    meanings = rng.integers(0, 200, 2 * len(found)).astype(rng.choice([np.uint8, np.uint16]))
+    kinds: Any = [np.uint8, np.uint16]
+    meanings = rng.integers(0, 200, 2 * len(found)).astype(rng.choice(kinds))
     number = 2 * np.searchsorted(found, patterns & low) + (patterns > low)
     for translate in (fast.translate, magnitudes.translate):
         assert np.array_equal(translate(patterns, found, meanings), meanings[number])

@@ -55,7 +55,7 @@ def c_seconds(data: bytes) -> tuple[int, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.sfp")
         path.write_bytes(data)
-        words = [c_reader.built("all", Path(folder)), "time", path, str(ROUNDS)]
+        words = [str(c_reader.built("all", Path(folder))), "time", str(path), str(ROUNDS)]
         answer = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
     return int(answer["bytes"]), float(answer["seconds"])
 

@@ -130,7 +130,7 @@ def slice_share(tensors: Tensors) -> float:
 
 def main() -> None:
     f32 = load_f32()
-    results = {}
+    results: dict[str, float | dict[str, float | dict[str, float]]] = {}
     for name, tensors in (("BF16", as_bf16(f32)), ("F32", f32)):
         results[name] = {
             "order-0 limit, exponent": order_0_limit(tensors, 0),

@@ -29,7 +29,7 @@ def make_checkpoint(folder: Path) -> int:
     """Writes the shards and their index; returns the bytes of all tensors."""
     rng = np.random.default_rng(0)
     block = rng.standard_normal(SHAPE, np.float32) * np.float32(0.02)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(SHARDS):
         name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
         specs = [

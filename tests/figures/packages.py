@@ -74,8 +74,8 @@ def main() -> int:
                 package = archive.name.split("-")[0]
                 try:
                     row = round_trip(package, name, READERS[Path(name).suffix](data), Path(scratch))
-                except LeftOut as reason:
-                    left_out.append((package, name, str(reason)))
+                except LeftOut as error:
+                    left_out.append((package, name, str(error)))
                     continue
                 rows.append(row)
                 if not args.json:

@@ -146,7 +146,7 @@ def test_a_code_for_one_class_is_refused() -> None:
     refused("R-TAB-009", edit_table(codes=[nibbles([1])]), ONE, tensor="hand")
 
 
-BOUNDS = {
+BOUNDS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mask, runs": ("mask", {"kind": "runs", "polarity": 1}, 65536),
     "mask, octets": ("mask", {"kind": "octets"}, 256),
     "fingerprints, exact F64": ("fingerprints", exact("F64"), 2**64),

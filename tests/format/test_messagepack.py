@@ -46,7 +46,7 @@ def test_every_value_has_one_encoding_and_both_readers_read_it_back(value: dict[
 @clauses("R-MSG-002")
 @pytest.mark.parametrize("size", [0, 15, 16, 31, 32, 255, 256, 65535, 65536])
 def test_strings_binaries_arrays_and_maps_of_any_size_are_read_back(size: int) -> None:
-    value = {
+    value: dict[str, object] = {
         "text": "x" * size,
         "binary": bytes(size),
         "array": [7] * size,
@@ -298,7 +298,7 @@ def test_the_fast_path_returns_nothing_beyond_the_limit_of_depth() -> None:
         value: object = 1
         for _ in range(depth):
             value = {"a": value}
-        return msgpack.packb(value)
+        return bytes(msgpack.packb(value))
 
     assert messagepack.decode_quickly(nested(DEFAULT_LIMITS.depth), DEFAULT_LIMITS) is not None
     assert messagepack.decode_quickly(nested(DEFAULT_LIMITS.depth + 1), DEFAULT_LIMITS) is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sfp_conformance import slow_reader
 from sfp_conformance.forge import Forge, Part, exact, f32_bytes, hand_file, hand_part, patterns, table
 
@@ -441,6 +443,6 @@ def test_a_table_of_centroids_gives_zeros_back_as_zeros(
     rng = np.random.default_rng(5)
     weights = (rng.standard_normal((64, 128)) * (rng.random((64, 128)) >= share)).astype(np.float32)
     options = Options(Table(centroids=5, scale=scale), mask=mask)
-    found = load(save({"w": weights}, options=options, engine=engine))["w"]
+    found: NDArray[Any] = load(save({"w": weights}, options=options, engine=engine))["w"]
     assert not found[weights == 0].any()
     assert np.square(found - weights).sum() < 0.1 * np.square(weights).sum()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -133,12 +134,12 @@ def test_widening_agrees_with_the_machines_own_conversions() -> None:
 def rounding_cases(dtype: str) -> dict[float, int]:
     """Magnitudes about the middles between neighbouring patterns, and what each must round to."""
     kind = FLOATS[dtype]
-    lows = range(kind.nonfinite - 1)
+    lows: Sequence[int] = range(kind.nonfinite - 1)
     if bits_of(dtype) == 16:
         # All subnormals' neighbourhoods would be many: the ends, the border to the normal numbers, a sample.
         border = 1 << kind.mantissa
-        lows = sorted({*range(40), *range(border - 20, border + 20), *range(0, kind.nonfinite - 40, 331)})
-        lows += range(kind.nonfinite - 40, kind.nonfinite - 1)
+        first = sorted({*range(40), *range(border - 20, border + 20), *range(0, kind.nonfinite - 40, 331)})
+        lows = [*first, *range(kind.nonfinite - 40, kind.nonfinite - 1)]
     out = {}
     for low in lows:
         below, above = number_of(low, dtype), number_of(low + 1, dtype)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from sfpformat import OptionError, SfpWarning, Writer
+from sfpformat.encode.resume import ResumableSink
 from sfpformat.io.atomic import AtomicFile, ReplacedTogether, replacing
 from sfpformat.io.filesystem import LockedFileError, beside
 from sfpformat.numpy import load_file, save_file
@@ -315,7 +316,9 @@ def test_a_file_that_another_process_changed_without_locks_is_refused(
     with pytest.warns(SfpWarning, match="cannot be locked"):
         writer = Writer(target, resume_key="job")
     writer.add("a", ONE)
-    append = writer._sink.append
+    sink = writer._sink
+    assert isinstance(sink, ResumableSink)
+    append = sink.append
 
     def append_and_lose(data: bytes) -> None:
         append(data)
@@ -324,9 +327,9 @@ def test_a_file_that_another_process_changed_without_locks_is_refused(
             file.write(b"\xff")
 
     # Buffered bytes of ours would cover what the other process wrote.
-    monkeypatch.setattr(writer._sink, "append", append_and_lose)
-    monkeypatch.setattr(writer._sink._file, "truncate", lambda *_: None)
-    writer._sink._file.flush()
+    monkeypatch.setattr(sink, "append", append_and_lose)
+    monkeypatch.setattr(sink._file, "truncate", lambda *_: None)
+    sink._file.flush()
     with pytest.raises(LockedFileError, match="changed by another process"):
         writer.close()
     assert target.read_bytes() == OLD

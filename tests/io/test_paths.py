@@ -63,7 +63,7 @@ def in_one_file(folder: Path) -> Path:
 
 def in_shards(folder: Path) -> Path:
     """Writes the model in two shards. Returns the path of the index."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file_name, names in SHARDS.items():
         save_file(path=folder / file_name, **part(names))
         weight_map |= dict.fromkeys(names, file_name)
@@ -263,7 +263,8 @@ def test_a_sharded_model_returns_the_same_as_one_file(tmp_path: Path) -> None:
         for name in ("b", "a"):
             here, there = file.entry(name), model.entry(name)
             assert model.info(name) == file.info(name)
-            assert model.file_of(name) is not model
+            shard: object = model.file_of(name)
+            assert shard is not model
             assert file.file_of(name) is file
             assert file.read_checked(here, 0).tobytes() == model.read_checked(there, 0).tobytes()
             assert model.chunk_offset(there, 0) >= 64
@@ -395,10 +396,10 @@ def test_pickling_a_stream_or_a_closed_file_raises(model: Path, tmp_path: Path) 
         pytest.raises(OptionError, match="stream cannot be pickled"),
     ):
         pickle.dumps(file)
-    file = sfpformat.open(model)
-    file.close()
+    handle = sfpformat.open(model)
+    handle.close()
     with pytest.raises(sfpformat.ClosedFileError, match="closed"):
-        pickle.dumps(file)
+        pickle.dumps(handle)
     with sfpformat.open(save(TENSORS)) as closed:
         pass
     with pytest.raises(sfpformat.ClosedFileError, match="closed"):
@@ -416,7 +417,7 @@ def test_unpickling_a_handle_of_a_rewritten_file_raises_mismatch(model: Path) ->
         pickle.loads(data)
     with sfpformat.open(changed) as old:
         tensors = old.get_tensors()
-    tensors["b"] = -tensors["b"]
+    tensors["b"] = np.negative(tensors["b"])
     save_file(tensors, changed)
     for data in pickles:
         with pytest.raises(MismatchError, match="was replaced"):

@@ -16,7 +16,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfpformat.dtypes import DTYPES, of_numpy
+from sfpformat.dtypes import DTYPES, Dtype, of_numpy
 from sfpformat.errors import MissingTensorError, SfpError, SfpWarning
 from sfpformat.io.atomic import replacing
 from sfpformat.io.safetensors import (
@@ -33,10 +33,16 @@ from sfpformat.io.safetensors import (
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
+def registered(dtype: np.dtype[Any]) -> Dtype:
+    """Returns the registered dtype of a numpy dtype that has one."""
+    found = of_numpy(dtype)
+    assert found is not None
+    return found
+
+
 def write(path: Path, tensors: Arrays, metadata: dict[str, str] | None = None) -> None:
     """Writes arrays with our writer."""
-    dtypes = {name: of_numpy(array.dtype) for name, array in tensors.items()}
-    specs = in_aligned_order([TensorSpec(n, dtypes[n], a.shape) for n, a in tensors.items()])
+    specs = in_aligned_order([TensorSpec(n, registered(a.dtype), a.shape) for n, a in tensors.items()])
     with replacing(path) as file:
         write_tensors(file, specs, metadata or {}, iter([tensors[spec.name] for spec in specs]))
 
@@ -122,7 +128,7 @@ _shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 @given(st.dictionaries(_names, st.tuples(_dtypes, _shapes), max_size=5), st.dictionaries(_names, _names))
 def test_headers_are_restored(tensors: dict[str, tuple[Any, Any]], metadata: dict[str, str]) -> None:
     specs = [
-        TensorSpec(name, of_numpy(np.dtype(dtype)), shape)
+        TensorSpec(name, registered(np.dtype(dtype)), shape)
         for name, (dtype, shape) in tensors.items()
         if name != "__metadata__"
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from sfpformat import FileFault, InvalidFileError, MissingTensorError
 from sfpformat.decode.shards import ShardedFile, ShardIndex, index_name, shard_name
@@ -15,7 +17,7 @@ from sfpformat.numpy import save_file
 from tests.support.clauses import clauses
 
 A, B = "m-00001-of-00002.sfp", "m-00002-of-00002.sfp"
-ARRAYS = {
+ARRAYS: dict[str, NDArray[Any]] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.where(np.arange(5000) % 3, 0, 1).astype(np.float32),
     "c": np.arange(4, dtype=np.int64),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,9 +60,10 @@ def test_the_result_is_the_same_each_time() -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     net, batches = trained_net()
-    for words in ({"steps": 0}, {"every": 0}, {"rate": 0.0}, {"penalty": float("inf")}, {"objective": "no"}):
+    cases: list[dict[str, Any]] = [{"steps": 0}, {"every": 0}, {"rate": 0.0}, {"penalty": float("inf")}]
+    for words in (*cases, {"objective": "no"}):
         with pytest.raises(OptionError):
-            Alternation(**words)  # type: ignore[arg-type]
+            Alternation(**words)
     with pytest.raises(OptionError, match="sparsity is 2"):
         train_sparse(net, batches, 2.0)
     with pytest.raises(OptionError, match="the data are empty"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +18,7 @@ from sfpformat.bench import pruning, pruning_rows
 from sfpformat.cli import main
 from sfpformat.demo import bundled, importance, language, learned, methods, packing
 from sfpformat.demo.methods import METHODS, Bench, steps_of
-from sfpformat.demo.model import logits
+from sfpformat.demo.model import Config, logits
 from sfpformat.numpy import load_file
 from sfpformat.pruning.grades import BOUNDARIES
 from sfpformat.pruning.masks import achieved
@@ -81,8 +83,8 @@ def test_the_torch_and_numpy_models_return_the_same_outputs(weights: packing.Ten
     np.testing.assert_allclose(ours, logits(weights, model_config(), inputs.numpy()), atol=2e-3)
 
 
-def model_config() -> packing.Config:
-    return packing.Config()
+def model_config() -> Config:
+    return Config()
 
 
 def test_windows_depend_only_on_the_seed() -> None:
@@ -143,7 +145,12 @@ def test_rows_are_saved_one_by_one_and_not_measured_again(
     path.write_bytes(lines + lines[:40])  # the process was ended in the middle of a row
     asked = []
     prune = Bench.prune
-    monkeypatch.setattr(Bench, "prune", lambda *args: asked.append(args[1]) or prune(*args))
+
+    def noted(bench: Bench, method: str, *args: Any) -> methods.Pruned:
+        asked.append(method)
+        return prune(bench, method, *args)
+
+    monkeypatch.setattr(Bench, "prune", noted)
     assert main([*words, "--methods", "magnitude,fisher"]) == 0
     assert asked == ["fisher"]
     first, second = json.loads(capsys.readouterr().out)
@@ -243,9 +250,7 @@ def test_the_command_learns_the_importance_of_a_file(
 ) -> None:
     path = tmp_path / "model.sfp"
     path.write_bytes(bundled.model_bytes())
-    monkeypatch.setattr(
-        importance, "Bench", lambda *args, progress: Bench(*args, calibration_batches=2, progress=progress)
-    )
+    monkeypatch.setattr(importance, "Bench", partial(Bench, calibration_batches=2))
     importance.main([str(path), "--steps", "1"])
     assert [file.name for file in tmp_path.iterdir()] == ["model.sfp"]
     with sfpformat.open(path) as file:

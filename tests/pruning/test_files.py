@@ -29,6 +29,7 @@ from sfpformat.pruning.tuning import Tuning, fine_tune, fit_factors, fit_multipl
 from sfpformat.torch import load_model
 
 from ..support.pruning_nets import loss_of, trained_net
+from ..support.untyped import untyped
 
 Pair = dict[str, np.ndarray]
 
@@ -124,19 +125,20 @@ def test_a_multiplier_that_makes_a_weight_infinite_is_refused_and_the_model_unch
     tmp_path: Path,
 ) -> None:
     net = nn.Sequential(nn.Linear(8, 8)).half()
-    nn.init.constant_(net[0].weight, 60000)
+    nn.init.constant_(net.get_parameter("0.weight"), 60000)
     masks = {"0.weight": torch.ones(8, 8, dtype=torch.bool)}
     with pytest.raises(OptionError, match=r"'0.weight'.*multiplier.*float16"):
         pack(net, tmp_path / "a.sfp", masks, multipliers={"0.weight": torch.full((8, 8), 2.0)})
     assert not (tmp_path / "a.sfp").exists()
-    assert (net[0].weight == 60000).all()
+    assert (net.get_parameter("0.weight") == 60000).all()
 
 
 def test_masks_are_exchanged_with_torch_prune() -> None:
     net, _ = trained_net()
     torch_prune.l1_unstructured(net[0], "weight", amount=0.4)
     torch_prune.random_unstructured(net[3], "weight", amount=0.7)
-    hidden = net[3].weight.detach().clone()
+    pruned: Any = net[3]
+    hidden = pruned.weight.detach().clone()
     masks = take_masks(net)
     assert {name: int((~mask).sum()) for name, mask in masks.items()} == {"0.weight": 115, "3.weight": 403}
     assert "0.weight" in dict(net.named_parameters())
@@ -292,7 +294,7 @@ def test_pruning_a_file_again_gives_the_bytes_of_pruning_once(
     with sfpformat.open(tmp_path / "a.sfp") as file:
         values = {name: file.get_tensor(name) for name in file}
         found = reprune(file, tmp_path / "b.sfp", Sparsity(0.8))
-        magnitudes = {name: values[name] for name in weights}
+        magnitudes: dict[str, Any] = {name: values[name] for name in weights}
     assert found.before == 2 * round(first * 2400)
     assert found.after == round(0.8 * 4800)
     expected = masks_of(
@@ -469,17 +471,17 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
         lambda: Tuning(rate=-1.0),
         lambda: Tuning(rate=float("nan")),
         lambda: prune(net, {}, Sparsity(0.5)),
-        lambda: prune(net, scores.magnitude(net), "0.5"),
+        lambda: untyped(prune)(net, scores.magnitude(net), "0.5"),
         lambda: prune(net, scores.magnitude(net), 1.5),
         lambda: prune(net, scores.magnitude(net), 0.5, exempt=("x*",)),
         lambda: prune(net, scores.magnitude(net), 0.5, exempt="*"),
         lambda: prune(net, scores.magnitude(net), 0.5, floor=-0.1),
         lambda: prune(net, {"0.weight": torch.full((24, 12), torch.nan)}, 0.5),
-        lambda: prune(net, {"0.weight": np.ones((24, 12))}, 0.5),
+        lambda: untyped(prune)(net, {"0.weight": np.ones((24, 12))}, 0.5),
         lambda: apply_masks(net, {"0.weight": torch.full((24, 12), 0.5)}),
         lambda: apply_masks(net, {}),
         lambda: give_masks(net, {"0.weight": torch.full((24, 12), 0.5)}),
-        lambda: pack(net, tmp_path / "a.sfp", masks, options={"0.weight": Options()}),
+        lambda: untyped(pack)(net, tmp_path / "a.sfp", masks, options={"0.weight": Options()}),
         lambda: pack(net, tmp_path / "a.sfp", {"0.weight": torch.full((24, 12), 0.5)}),
         lambda: pack(
             net, tmp_path / "a.sfp", masks, importances={"0.weight": torch.full((24, 12), torch.nan)}

@@ -346,14 +346,15 @@ def test_a_weight_that_the_loss_does_not_depend_on_is_named() -> None:
 
 def test_names_that_select_nothing_or_one_tensor_twice_are_refused() -> None:
     model = made("GPT2LMHeadModel")
-    for words, names in (
+    cases: list[tuple[str, Any]] = [
         ("nothing to prune", []),
         ("the string 'lm_head.weight'; give a list", "lm_head.weight"),
         ("are the same tensor", ["lm_head.weight", "transformer.wte.weight"]),
         ("no parameter is named 3", [3]),
-    ):
+    ]
+    for words, names in cases:
         with pytest.raises(OptionError, match=words):
-            chosen_tensors(model, names)  # type: ignore[arg-type]
+            chosen_tensors(model, names)
     with pytest.raises(OptionError, match="must be a matrix"):
         chosen_weights(model, ["transformer.ln_f.weight"])
     with pytest.raises(OptionError, match="no linear or convolutional layers"):

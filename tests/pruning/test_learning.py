@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,8 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path, method: str) -> 
 def test_a_weight_without_elements_gets_an_importance_without_elements(method: str) -> None:
     class Half(nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
-            return self[0](input) + self[1](input).sum()  # type: ignore[no-any-return]
+            out: Tensor = self[0](input) + self[1](input).sum()
+            return out
 
     _, batches = trained_net()
     net = Half(nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 0))
@@ -226,7 +228,7 @@ def test_a_nan_loss_stops_tuning_and_restores_the_model() -> None:
 
 def test_a_model_with_unsupported_outputs_is_refused() -> None:
     class Pair(nn.Linear):
-        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+        def forward(self, input: torch.Tensor) -> Any:
             return (super().forward(input),)
 
     with pytest.raises(OptionError, match="returns a tuple"):
@@ -248,8 +250,8 @@ def test_any_module_and_data_loader_are_accepted() -> None:
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 1, 6, 6, generator=generator)
-    rows = [{"images": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
-    loader = torch.utils.data.DataLoader(rows, batch_size=8)
+    rows: Any = [{"images": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(rows, batch_size=8)
     model = Classifier()
     mean = model.norm.running_mean
     assert mean is not None

@@ -35,7 +35,8 @@ LEVELS_ONLY = Settings(method="levels", steps=60)
 def levels_of(net: nn.Module, batches: list[tuple[Tensor, Tensor]], **words: Any) -> Levels:
     found = scores.fisher(net, statistics(net, batches))
     weights = {name: net.get_parameter(name) for name in found}
-    return Levels(weights, found, **({"network": False, "own": torch.float32, "temperature": 0.5} | words))
+    usual: dict[str, Any] = {"network": False, "own": torch.float32, "temperature": 0.5}
+    return Levels(weights, found, **(usual | words))
 
 
 # ---------------------------------------------------------------------------------------- masked weights
@@ -69,7 +70,7 @@ class Attention(nn.MultiheadAttention):
     def __init__(self) -> None:
         super().__init__(8, 2, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # for query, key and value
         out: Tensor = super().forward(x, x, x)[0]
         return out
 
@@ -114,22 +115,24 @@ def test_gradients_of_scores_equal_those_of_a_straight_through_mask(make: Any, x
     with Masking(weights, scored) as masking:
         out = module(x)
     found = torch.autograd.grad(out.square().sum(), of)
+    trained = []
     for own in owns.values():
         assert own is not None
-        own.requires_grad_()
+        trained.append(own.requires_grad_())
 
     def masked(name: str) -> Tensor:
         part = scored[name]
         layer, rows, columns = part.logits()
         assert part.network is not None
-        score = part.start + part.network.float() + layer + rows + columns + owns[name]
+        assert part.own is not None
+        score = part.start + part.network.float() + layer + rows + columns + part.own
         soft = torch.sigmoid(score / 0.5)
         gate = (score > 0).float() + soft - soft.detach()
         return gate.view(weights[name].shape) * weights[name].detach()
 
     expected = torch.func.functional_call(module, {name: masked(name) for name in weights}, x)
     torch.testing.assert_close(out, expected)
-    gradients = torch.autograd.grad(expected.square().sum(), [*of, *owns.values()])
+    gradients = torch.autograd.grad(expected.square().sum(), [*of, *trained])
     for gradient, wanted in zip(found, gradients[: len(of)], strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
     assert masking.used == set(weights)
@@ -266,7 +269,9 @@ def test_the_network_starts_at_zero_and_learns_from_the_sample() -> None:
     net, batches = trained_net()
     levels = levels_of(net, batches, network=True)
     before = levels.importances(0.5)
-    assert all((part.network == 0).all() for part in levels.scored.values())
+    for part in levels.scored.values():
+        assert part.network is not None
+        assert (part.network == 0).all()
     for part in levels.scored.values():
         part.sampled.copy_(part.start.reshape(-1)[part.sample])
     levels.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -191,8 +192,10 @@ def test_masks_of_other_layers_stay_and_are_named() -> None:
     masks = {name: value > value.median() for name, value in magnitude(net).items()}
     with pytest.warns(SfpWarning, match="'0.weight': not the weights of linear layers"):
         found = refine_layerwise(net, masks, batches, batches=1)
-    assert torch.equal(found.weights["0.weight"], net[0].weight.detach() * masks["0.weight"])
-    assert not torch.equal(found.weights["2.weight"], net[2].weight.detach() * masks["2.weight"])
+    assert torch.equal(found.weights["0.weight"], net.get_parameter("0.weight").detach() * masks["0.weight"])
+    assert not torch.equal(
+        found.weights["2.weight"], net.get_parameter("2.weight").detach() * masks["2.weight"]
+    )
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "sparsegpt-updated"])
@@ -230,13 +233,14 @@ def test_a_pattern_that_does_not_fit_a_layer_is_refused_with_its_name() -> None:
 def test_refinements_that_make_no_sense_are_refused() -> None:
     net, batches = trained_net()
     masks = {"0.weight": torch.ones(24, 12, dtype=torch.bool)}
-    for words, options in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("swaps is -1", {"swaps": -1}),
         ("nothing to do", {"reconstruct": False}),
         ("damping is nan", {"damping": float("nan")}),
-    ):
+    ]
+    for words, options in cases:
         with pytest.raises(OptionError, match=words):
-            refine_layerwise(net, masks, batches, **options)  # type: ignore[arg-type]
+            refine_layerwise(net, masks, batches, **options)
     with pytest.raises(OptionError, match="shape"):
         refine_layerwise(net, {"0.weight": torch.ones(3, 3, dtype=torch.bool)}, batches)
 
@@ -309,7 +313,7 @@ def test_recorded_outputs_of_blocks_that_are_done_count() -> None:
         replay = Replay(net, net, batches)
         replay.advance([net.blocks[3]])
         expected = net(batches[0])
-        net.blocks[0].weight.zero_()
+        net.get_parameter("blocks.0.weight").zero_()
         assert not torch.equal(net(batches[0]), expected)
         with replay.running(0):
             assert torch.equal(net(batches[0]), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfpformat.errors import OptionError
 from sfpformat.pruning import layer_inputs, scores
@@ -171,7 +171,7 @@ def test_a_head_tied_to_an_embedding_is_not_pruned_unless_named() -> None:
 
 def test_layers_of_one_input_are_one_group() -> None:
     batch = (torch.arange(7)[None], torch.arange(7)[None])
-    weights = dict(Shared().named_parameters())
+    weights: dict[str, Tensor] = dict(Shared().named_parameters())
     names = {name: weights[name] for name in ("one.weight", "two.weight")}
     assert layer_inputs._groups(Shared(), names, batch, CLASSIFY) == ([list(names)], [])
 

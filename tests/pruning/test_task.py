@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from sfpformat.errors import LossError, OptionError, SfpWarning
 from sfpformat.pruning import prunable, scores
@@ -113,9 +114,7 @@ def test_every_mapping_is_accepted_as_a_batch(kind: Any) -> None:
 def test_an_output_of_transformers_is_accepted_as_a_batch() -> None:
     model = made("BertForMaskedLM")
     _, together = two_rows("BertForMaskedLM")
-    assert torch.equal(
-        CLASSIFY.loss_of(model, transformers.utils.ModelOutput(**together)), model(**together).loss
-    )
+    assert torch.equal(CLASSIFY.loss_of(model, ModelOutput(**together)), model(**together).loss)
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
@@ -260,7 +259,7 @@ def test_inputs_that_do_not_fit_the_mask_are_named() -> None:
 @pytest.mark.parametrize("name", ["key_padding_mask", "src_key_padding_mask"])
 def test_padding_masks_of_torch_are_true_for_padding(name: str) -> None:
     class Model(Tokens):
-        def forward(self, ids: Tensor, **masks: Tensor) -> Tensor:
+        def forward(self, ids: Tensor, **masks: Tensor) -> Tensor:  # type: ignore[override]  # other names
             return super().forward(ids, masks[name])
 
     model, dense = Model("flat"), Model("flat")

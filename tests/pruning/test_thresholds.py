@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from sfpformat.pruning.masks import achieved, masks_of
 from sfpformat.pruning.pipeline import prune
 from sfpformat.pruning.scores import rows_mask
 from sfpformat.pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile, Sparsity, Threshold
+
+from ..support.untyped import untyped
 
 THRESHOLDS = (Sparsity(0.6), Quantile(0.6), MeanSigma(0.5), Otsu(), Otsu(log=True), Knee())
 
@@ -75,7 +78,7 @@ def test_a_sparsity_prunes_the_first_of_all_sorted_positions(
         for (name, array), dtype in zip(found.items(), dtypes, strict=True)
     }
     rng = np.random.default_rng(seed)
-    ties = {name: rng.integers(-3, 3, array.shape) for name, array in found.items()} if tied else None
+    ties: Any = {name: rng.integers(-3, 3, array.shape) for name, array in found.items()} if tied else None
     masks = masks_of(found, Sparsity(share), scope=scope, tiebreak=ties)
     expected = masks_of(found, Sorted(share), scope=scope, tiebreak=ties)
     for name, mask in masks.items():
@@ -169,7 +172,7 @@ def test_a_number_is_the_share_to_prune() -> None:
     found = importances(7, (8, 9), (11,))
     by_number, by_share = (masks_of(found, threshold) for threshold in (0.3, Sparsity(0.3)))
     assert all(np.array_equal(by_number[name], by_share[name]) for name in found)
-    assert achieved(masks_of(found, np.float32(0.5))) == pytest.approx(0.5, abs=0.01)
+    assert achieved(untyped(masks_of)(found, np.float32(0.5))) == pytest.approx(0.5, abs=0.01)
     assert achieved(masks_of(found, 0)) == 0
     assert achieved(masks_of(found, 1)) == 1
 
@@ -207,31 +210,31 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("no importances", lambda: masks_of({}, Sparsity(0.5))),
         ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
         ("matches 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
-        ("exempt: 3 is not a string", lambda: masks_of(A, 0.5, exempt=(3,))),  # type: ignore[arg-type]
+        ("exempt: 3 is not a string", lambda: untyped(masks_of)(A, 0.5, exempt=(3,))),
         ("scope is 'layer'", lambda: masks_of(A, Sparsity(0.5), scope="layer")),
         ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),
-        ("floor is '0'", lambda: masks_of(A, 0.5, floor="0")),  # type: ignore[arg-type]
+        ("floor is '0'", lambda: untyped(masks_of)(A, 0.5, floor="0")),
         ("floor is nan", lambda: masks_of(A, 0.5, floor=float("nan"))),
         ("2:4 keeps 0.5", lambda: masks_of(A, Pattern(2, 4), floor=0.6)),
         ("tiebreak: no tensor is named 'b'", lambda: masks_of(A, 0.5, tiebreak={"b": np.ones(8)})),
         ("tiebreak of 'a.weight' has 3", lambda: masks_of(A, 0.5, tiebreak={"a.weight": np.ones(3)})),
         ("along: no tensor is named 'b'", lambda: masks_of(A, Pattern(2, 4), along={"b": (0, 1)})),
-        ("the class Knee; give Knee", lambda: masks_of(A, Knee)),  # type: ignore[arg-type]
-        ("the threshold is '0.5'", lambda: masks_of(A, "0.5")),  # type: ignore[arg-type]
-        ("the threshold is None", lambda: masks_of(A, None)),  # type: ignore[arg-type]
+        ("the class Knee; give Knee", lambda: untyped(masks_of)(A, Knee)),
+        ("the threshold is '0.5'", lambda: untyped(masks_of)(A, "0.5")),
+        ("the threshold is None", lambda: untyped(masks_of)(A, None)),
         ("the threshold is True", lambda: masks_of(A, True)),
-        ("the threshold is \\[0.5\\]", lambda: masks_of(A, [0.5])),  # type: ignore[arg-type]
+        ("the threshold is \\[0.5\\]", lambda: untyped(masks_of)(A, [0.5])),
         ("sparsity is 1.5", lambda: masks_of(A, 1.5)),
-        ("prunes -3 of 8", lambda: masks_of(A, Counting(-3))),  # type: ignore[arg-type]
-        ("prunes 9 of 8", lambda: masks_of(A, Counting(9))),  # type: ignore[arg-type]
-        ("prunes 0.5 of 8", lambda: masks_of(A, Counting(0.5))),  # type: ignore[arg-type]
+        ("prunes -3 of 8", lambda: untyped(masks_of)(A, Counting(-3))),
+        ("prunes 9 of 8", lambda: untyped(masks_of)(A, Counting(9))),
+        ("prunes 0.5 of 8", lambda: untyped(masks_of)(A, Counting(0.5))),
         ("sparsity is 1.5", lambda: Sparsity(1.5)),
-        ("sparsity is '0.5'", lambda: Sparsity("0.5")),  # type: ignore[arg-type]
+        ("sparsity is '0.5'", lambda: untyped(Sparsity)("0.5")),
         ("quantile is -0.1", lambda: Quantile(-0.1)),
         ("4 of 4", lambda: Pattern(4, 4)),
-        ("2.0 of 4", lambda: Pattern(2.0, 4)),  # type: ignore[arg-type]
+        ("2.0 of 4", lambda: untyped(Pattern)(2.0, 4)),
         ("k is nan", lambda: MeanSigma(float("nan"))),
-        ("k is 1", lambda: MeanSigma("1")),  # type: ignore[arg-type]
+        ("k is 1", lambda: untyped(MeanSigma)("1")),
         ("ascend", lambda: graded({"a": np.ones(3)}, (0.5, 0.4))),
         ("'a' is not finite", lambda: graded({"a": np.array([1.0, np.nan])})),
     ],

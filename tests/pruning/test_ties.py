@@ -147,9 +147,9 @@ def test_values_that_differ_for_two_names_are_refused(model: Tied, argument: str
         "multipliers": (ones, 2 * ones),
         "factors": ((ones[:, 0], ones[0]), (ones[:, 0], 2 * ones[0])),
     }
-    given = {argument: dict(zip(NAMES, values[argument], strict=True))}
+    given: dict[str, Any] = {"masks": {}, argument: dict(zip(NAMES, values[argument], strict=True))}
     with pytest.raises(OptionError, match=f"^{argument}: {DIFFER}"):
-        pack(model, tmp_path / "m", **{"masks": {}, **given})
+        pack(model, tmp_path / "m", **given)
     assert not (tmp_path / "m").exists()
 
 
@@ -234,14 +234,15 @@ def test_an_unknown_name_is_refused_with_the_nearest_name(model: Tied, tmp_path:
     mask, importance = torch.ones(8, 8) > 0, torch.ones(8, 8)
     pair = (torch.ones(8), torch.ones(8))
     nearest = "named 'mid.wieght'; the nearest is 'mid.weight'"
-    for given in (
+    cases: list[dict[str, Any]] = [
         {"masks": {"mid.wieght": mask}},
         {"masks": {}, "importances": {"mid.wieght": importance}},
         {"masks": {}, "multipliers": {"mid.wieght": importance}},
         {"masks": {}, "factors": {"mid.wieght": pair}},
-    ):
+    ]
+    for given in cases:
         with pytest.raises(OptionError, match=nearest):
-            pack(model, tmp_path / "m", **given)  # type: ignore[arg-type]
+            pack(model, tmp_path / "m", **given)
     for step in (apply_masks, give_masks):
         with pytest.raises(OptionError, match=nearest):
             step(model, {"mid.wieght": mask})

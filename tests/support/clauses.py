@@ -13,7 +13,7 @@ import ast
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from conformance.clauses import IN_CHUNKS, ROOT, SPEC, Clause, clauses_of_spec, table_rows
 
@@ -54,7 +54,8 @@ def marked_tests() -> list[MarkedTest]:
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
             if isinstance(node, ast.FunctionDef):
                 marks = [mark for mark in node.decorator_list if _is_mark(mark)]
-                ids = [arg.value for mark in marks for arg in mark.args if isinstance(arg, ast.Constant)]
+                constants = [arg for mark in marks for arg in mark.args if isinstance(arg, ast.Constant)]
+                ids = [str(constant.value) for constant in constants]
                 if ids:
                     place = f"{path.relative_to(folder.parent)}:{node.lineno} {node.name}"
                     rest = [n for n in ast.iter_child_nodes(node) if n not in marks]
@@ -62,7 +63,7 @@ def marked_tests() -> list[MarkedTest]:
     return found
 
 
-def _is_mark(node: ast.expr) -> bool:
+def _is_mark(node: ast.expr) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "clauses"
 
 

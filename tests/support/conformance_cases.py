@@ -34,7 +34,7 @@ def cases(classes: str) -> list[Case]:
 
 def data_of(case: Case) -> bytes:
     """The bytes of its file."""
-    return (FOLDER / case["file"]).read_bytes()
+    return path_of(case).read_bytes()
 
 
 def path_of(case: Case) -> Path:

@@ -26,8 +26,10 @@ KILLED_BEFORE, KILLED_AFTER, SHORT = "killed before", "killed after", "short"
 _ACTIONS = {KILLED_BEFORE: -1, KILLED_AFTER: -2, SHORT: -3}
 
 # The calls that can fail, as the library counts them.
-CALLS = ("open", "write", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "link", "unlink", "mkdir")
-CALLS += ("fchmod", "fchown", "flock", "close")
+CALLS = (
+    *("open", "write", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "link", "unlink", "mkdir"),
+    *("fchmod", "fchown", "flock", "close"),
+)
 
 SOURCE = r"""
 #define _GNU_SOURCE
@@ -298,6 +300,7 @@ def _run(job: dict[str, Any], out: Any, err: Any, seen: Any) -> None:
         code = main(job["words"])
         sys.stderr.flush()
     except BaseException as error:
+        assert sys.__stderr__ is not None
         sys.__stderr__.write(f"Traceback: {error!r}")
         code = 99
     json.dump({call: library.faults_seen(call.encode()) for call in CALLS}, seen)

@@ -29,7 +29,13 @@ from sfpformat.pruning.settings import Settings
 from .pruning_nets import trained_net
 
 WORLD = 4
-SETTINGS = {"method": "levels", "steps": 8, "network_rate": 1e-2, "network_every": 3, "logit_rate": 0.1}
+SETTINGS: dict[str, Any] = {
+    "method": "levels",
+    "steps": 8,
+    "network_rate": 1e-2,
+    "network_every": 3,
+    "logit_rate": 0.1,
+}
 
 
 class Odd(nn.Module):
@@ -145,7 +151,7 @@ def start_of(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().square() for name, weight in net.named_parameters() if weight.dim() > 1}
 
 
-def sums(group: Any) -> dict[str, Any]:
+def sums(group: Any) -> dict[int, bool]:
     """Sums of numbers whose order matters, for sizes that divide well and badly."""
     processes = Processes(group)
     found = {}
@@ -164,7 +170,8 @@ def sums(group: Any) -> dict[str, Any]:
 
 def child(rank: int, folder: Path, net: nn.Sequential, batches: list[Any]) -> None:
     """Joins the group and runs the scenarios."""
-    store = dist.FileStore(str(folder / "store"), WORLD)
+    stores: Any = dist  # torch's own types leave the stores out
+    store = stores.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     torch.save(scenarios(rank, folder, net, batches), folder / f"{rank}.pt")
 

@@ -28,11 +28,13 @@ from sfpformat.errors import FileFault
 from .clauses import ROOT
 from .conformance_cases import Case, cases, data_of, limits_of, refusal
 
-MODULES = ("coding.codetable", "coding.mask", "coding.planes", "container.chunk")
-MODULES += ("coding.quantisers.exact", "coding.quantisers.table", "coding.quantisers.uniform")
-MODULES += ("container.directory", "container.entry", "container.fields", "container.messagepack")
-MODULES += ("container.preamble", "container.streams", "decode.tensor", "limits", "decode.reader")
-MODULES += ("decode.stored_chunks",)
+MODULES = (
+    *("coding.codetable", "coding.mask", "coding.planes", "container.chunk"),
+    *("coding.quantisers.exact", "coding.quantisers.table", "coding.quantisers.uniform"),
+    *("container.directory", "container.entry", "container.fields", "container.messagepack"),
+    *("container.preamble", "container.streams", "decode.tensor", "limits", "decode.reader"),
+    "decode.stored_chunks",
+)
 _SECONDS = 5.0  # for one file: a reader without a check may not end
 
 # Checks that another one repeats for whatever a file can hold: function and clause, and which other it is.
@@ -99,8 +101,8 @@ def _clauses_of(node: ast.If | ast.Expr) -> tuple[str, ...]:
     name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
     if not name.lstrip("_").startswith("require"):
         return ()
-    is_limit = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name | ast.Attribute)
-    limits = is_limit and ast.unparse(called.value).endswith("limits")
+    owner = called.value if isinstance(called, ast.Attribute) else None
+    limits = isinstance(owner, ast.Name | ast.Attribute) and ast.unparse(owner).endswith("limits")
     return ("R-LIM-002",) if limits else _constants(node)
 
 

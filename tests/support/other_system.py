@@ -51,9 +51,11 @@ SIGNALS = """
 
 def take_away(kind: str) -> None:
     """Removes what the system lacks, and lets folders and open files refuse what they refuse there."""
+    modules: dict[str, Any] = sys.modules
     for name in MODULES:
-        sys.modules[name] = None  # type: ignore[assignment]
-    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # so it is on Windows
+        modules[name] = None
+    files: Any = tempfile
+    files.TemporaryFile = tempfile.NamedTemporaryFile  # so it is on Windows
     for module, names in ((os, FUNCTIONS), (signal, SIGNALS)):
         for name in names.split():
             if hasattr(module, name):
@@ -292,7 +294,8 @@ def open_target(folder: Path) -> None:
 
     path = folder / "held.sfp"
     save_file({"old": arrays()["a"]}, path)
-    filesystem._WAITS = (0.0,)  # type: ignore[assignment]
+    module: Any = filesystem
+    module._WAITS = (0.0,)
     with sfpformat.open(path):
         error = _raised(lambda: save_file(arrays(), path))
         assert isinstance(error, PermissionError)

@@ -27,9 +27,9 @@ from .clauses import ROOT
 if TYPE_CHECKING:
     from sfpformat.decode.reader import SfpFile
 
-MODULES = ("container.preamble", "container.directory", "container.entry", "container.fields")
-MODULES += ("container.messagepack", "container.chunk", "container.streams", "container.plain")
-MODULES += (
+MODULES = (
+    *("container.preamble", "container.directory", "container.entry", "container.fields"),
+    *("container.messagepack", "container.chunk", "container.streams", "container.plain"),
     "coding.bits",
     "coding.codetable",
     "coding.mask",
@@ -38,8 +38,6 @@ MODULES += (
     "coding.quantisers.kind",
     "coding.quantisers.table",
     "coding.quantisers.uniform",
-)
-MODULES += (
     "decode.tensor",
     "decode.jobs",
     "decode.selection",
@@ -47,8 +45,9 @@ MODULES += (
     "engines.reference",
     "limits",
     "decode.reader",
+    "decode.stored_chunks",
+    "decode.validate",
 )
-MODULES += ("decode.stored_chunks", "decode.validate")
 
 # Reason -> functions, or single lines of them after a colon, that golden files do not reach.
 EXCUSED: dict[str, tuple[str, ...]] = {
@@ -241,9 +240,8 @@ def gaps(report: dict[str, Any], module: str) -> Iterator[Gap]:
 def _functions(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
     """Each line of a function's body, and the function's qualified name; inner ones come last."""
     for node in ast.iter_child_nodes(tree):
-        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         names = (*inside, node.name) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else inside
-        if is_function:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             last = node.end_lineno or node.lineno
             yield from ((line, ".".join(names)) for line in range(node.body[0].lineno, last + 1))
         yield from _functions(node, names)
@@ -252,11 +250,11 @@ def _functions(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[in
 def main(words: list[str]) -> int:
     """The command."""
     if "--excused" in words:
-        for reason, places in EXCUSED.items():
-            print(f"{reason}:", *(f"    {place}" for place in places), sep="\n")
+        for reason, excused in EXCUSED.items():
+            print(f"{reason}:", *(f"    {place}" for place in excused), sep="\n")
         return 0
     report = report_of_golden_files()
-    places = [place for places in EXCUSED.values() for place in places]
+    places = [place for excused in EXCUSED.values() for place in excused]
     needed, unreached = set(), []
     for module in MODULES:
         found = list(gaps(report, module))

@@ -16,6 +16,7 @@ from sfpformat import Exact, ImportanceOptions, Lossless, OptionError, Options, 
 from sfpformat.dtypes import DTYPES
 from sfpformat.numpy import save
 
+_KEEPING: tuple[Lossless | Exact, ...] = (Lossless(), Exact())
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 Array = NDArray[np.generic]
 
@@ -141,7 +142,7 @@ def lossless_jobs(draw: st.DrawFn) -> Job:
             array, Options(segment=draw(st.sampled_from([32, 96])), chunk=draw(st.sampled_from([1, 200])))
         )
     options = Options(
-        draw(st.sampled_from([Lossless(), Exact()])),
+        draw(st.sampled_from(_KEEPING)),
         mantissa_bits=draw(st.sampled_from([None, None, 0, 2, -2])),
         narrow=draw(st.booleans()),
         **draw(cuttings()),
@@ -167,11 +168,17 @@ def jobs(draw: st.DrawFn) -> Job:
         scale_dtype = draw(st.sampled_from(["F32", "F16", "BF16"])) if scale else None
         lossy: dict[str, Any] = {"scale": scale, "scale_dtype": scale_dtype}
         if draw(st.booleans()):
-            targets = [{"step": 0.05}, {"step": 3.0}, {"bits": 2.0}, {"budget": 2.0}, {"error_db": -20.0}]
+            targets: list[dict[str, Any]] = [
+                {"step": 0.05},
+                {"step": 3.0},
+                {"bits": 2.0},
+                {"budget": 2.0},
+                {"error_db": -20.0},
+            ]
             lossy["rate_weight"] = draw(st.sampled_from([0.0, 0.12]))
             fields["quantiser"] = Uniform(**draw(st.sampled_from(targets)), **lossy)
         else:
-            counts = [{"centroids": 1}, {"centroids": 7}, {"bits": 5.0}]
+            counts: list[dict[str, Any]] = [{"centroids": 1}, {"centroids": 7}, {"bits": 5.0}]
             fields["quantiser"] = Table(**draw(st.sampled_from(counts)), **lossy)
     if importance is not None and fields["coding"] == "auto":
         fields["coding"] = "fingerprint"
@@ -199,7 +206,7 @@ def indices(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
     for size in shape[: draw(st.integers(0, len(shape)))]:
         bound = st.none() | st.integers(-size - 2, size + 2)
         step = st.none() | st.integers(-4, 4).filter(bool)
-        choices = [st.builds(slice, bound, bound, step), st.just(slice(None))]
+        choices: list[st.SearchStrategy[Any]] = [st.builds(slice, bound, bound, step), st.just(slice(None))]
         if size:
             choices.append(st.integers(-size, size - 1))
         items.append(draw(st.one_of(choices)))

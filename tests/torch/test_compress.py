@@ -50,7 +50,8 @@ class Small(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.embed(ids))
-        return self.head(self.mid(x) * torch.sigmoid(self.gate(x)))
+        out: torch.Tensor = self.head(self.mid(x) * torch.sigmoid(self.gate(x)))
+        return out
 
 
 def empty() -> Small:
@@ -108,8 +109,9 @@ def test_the_report_counts_stored_and_dense_bytes(tmp_path: Path) -> None:
         assert (report.model_bytes_before, report.model_bytes_after) == (whole, after)
         assert (report.weight_bytes_before, report.largest_weight_bytes) == (large, 4 * 48 * 96)
         assert whole - after == large - report.weight_bytes_after > 0
-        assert report.kept_bytes == model.head.kept.limit == 1000
-        assert model.head.kept is model.embed.kept
+        head: Any = model.head
+        assert report.kept_bytes == head.kept.limit == 1000
+        assert head.kept is model.embed.kept
         assert str(report).startswith("4 layers compressed")
 
 
@@ -236,7 +238,7 @@ def test_an_invalid_option_is_refused_and_the_model_is_unchanged() -> None:
     with pytest.raises(OptionError, match=r"the options of 'embed.weight': a Tensor is not Options"):
         compress_model(model, model.state_dict())
     with torch.no_grad():
-        model.mid[2].weight[0, 0] = torch.nan
+        model.get_parameter("mid.2.weight")[0, 0] = torch.nan
     with pytest.raises(OptionError, match="finite"):
         compress_model(model, Options(Uniform(bits=4.0)))
     assert not any(isinstance(module, SfpLinear) for module in model.modules())
@@ -271,7 +273,7 @@ def test_layers_with_custom_behaviour_stay_dense() -> None:
 
     parts = [Doubled(48, 48), nn.Embedding(48, 48, max_norm=1.0), nn.Linear(48, 48), nn.Conv1d(48, 48, 1)]
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(48, 48))
-    model = nn.Sequential(*parts, normed, Borrowed(parts[2].weight))
+    model = nn.Sequential(*parts, normed, Borrowed(parts[2].get_parameter("weight")))
     assert compress_model(model).layers == ()
 
 
@@ -325,7 +327,8 @@ def test_decompressing_restores_the_dense_model() -> None:
 def test_decompressing_damaged_layers_raises_and_the_model_stays_compressed() -> None:
     model = Small()
     compress_model(model)
-    model.mid[2].weight_sfp[100] ^= 1
+    damaged: Any = model.mid[2]
+    damaged.weight_sfp[100] ^= 1
     with pytest.raises(InvalidFileError):
         decompress_model(model)
     assert type(model.embed) is SfpEmbedding
@@ -399,7 +402,7 @@ def test_a_model_larger_than_memory_runs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("SFPFORMAT_ENGINE", "python")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that what is let go can be had again
     out = tmp_path / "out"
-    command = [sys.executable, "-c", LARGER, tmp_path / "m", tmp_path / "s", str(room), out]
+    command = [sys.executable, "-c", LARGER, *map(str, (tmp_path / "m", tmp_path / "s", room, out))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_a_model_in_shards_loads_as_one(tmp_path: Path) -> None:
     "index", [..., (slice(3, 9), slice(None, 5)), 4, (..., -1), (slice(None, None, 3),), (2, 3)]
 )
 @pytest.mark.parametrize("name", ["F32", "BF16", "F8_E4M3", "I16"])
-def test_slices_equal_those_of_the_tensor(name: str, index: object) -> None:
+def test_slices_equal_those_of_the_tensor(name: str, index: Any) -> None:
     tensor = sample(name, 40, 70)
     with safe_open(save({"t": tensor}, options=Options(segment=32, chunk=64))) as file:
         part = file.get_slice("t")

@@ -123,14 +123,20 @@ def test_an_input_of_another_dtype_raises_like_the_dense_layer() -> None:
 # --------------------------------------------------------------------------------------------- gradients
 
 
+def gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient of a tensor that has one."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def test_gradients_of_input_and_bias_equal_those_of_the_dense_layer() -> None:
     dense, x = linear(), torch.randn(2, 3, 40)
     layer = SfpLinear.of(copy.deepcopy(dense))
     found, want = x.clone().requires_grad_(), x.clone().requires_grad_()
     layer(found).square().sum().backward()
     dense(want).square().sum().backward()
-    assert torch.equal(found.grad, want.grad)
-    assert torch.equal(layer.bias.grad, dense.bias.grad)
+    assert torch.equal(gradient(found), gradient(want))
+    assert torch.equal(gradient(layer.bias), gradient(dense.bias))
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
 
@@ -186,7 +192,7 @@ def test_other_derivatives_equal_those_of_the_dense_layer() -> None:
     layer, x = SfpLinear.of(dense), torch.randn(2, 4, dtype=torch.float64)
     x2 = torch.randn(2, 4, dtype=torch.float64)
 
-    def both(work: Callable[[nn.Module], torch.Tensor]) -> None:
+    def both(work: Callable[[Any], torch.Tensor]) -> None:
         torch.testing.assert_close(work(layer), work(dense), rtol=1e-12, atol=0)
 
     both(lambda f: torch.func.grad(lambda x: f(x).square().sum())(x))
@@ -258,8 +264,8 @@ def test_layers_compute_shapes_on_the_meta_device() -> None:
 
 
 def test_a_state_dict_contains_the_bytes_and_loads_into_another_layer() -> None:
-    layers = nn.ModuleList([SfpLinear.of(linear()), SfpEmbedding.of(embedding())])
-    others = nn.ModuleList([SfpLinear(40, 24), SfpEmbedding(60, 16, padding_idx=3)])
+    layers: Any = nn.ModuleList([SfpLinear.of(linear()), SfpEmbedding.of(embedding())])
+    others: Any = nn.ModuleList([SfpLinear(40, 24), SfpEmbedding(60, 16, padding_idx=3)])
     assert list(layers.state_dict()) == ["0.weight", "0.bias", "1.weight"]
     assert layers.state_dict()["1.weight"].dtype == torch.uint8
     for assign in (False, True):
@@ -349,20 +355,22 @@ class Model(nn.Module):
         self.head._put(self.embed.weight_sfp)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.mid(self.embed(ids)))) + self.mid.weight.sum()
+        out: torch.Tensor = self.head(torch.relu(self.mid(self.embed(ids)))) + self.mid.weight.sum()
+        return out
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])
 def test_a_model_compiles_without_graph_breaks(limit: int) -> None:
     model, ids = Model(), torch.randint(0, 60, (2, 5))
+    module: Any
     for module in model.children():
         module.kept = KeptWeights(limit)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model(ids).square().sum().backward()
-    want = model.mid.bias.grad.clone()
+    want = gradient(model.mid.bias).clone()
     model.zero_grad()
     compiled(ids).square().sum().backward()
-    assert bits(model.mid.bias.grad) == bits(want)
+    assert bits(gradient(model.mid.bias)) == bits(want)
     with torch.no_grad():
         assert bits(compiled(ids)) == bits(model(ids))
         assert bits(compiled(ids[:1])) == bits(model(ids[:1]))
@@ -480,7 +488,8 @@ def test_new_bytes_invalidate_the_cached_weight() -> None:
     same_size = packed.pack(-other.weight)
     assert same_size.shape == layer.weight_sfp.shape
     layer.weight_sfp.copy_(same_size)
-    layer.bias = None
+    without_bias: Any = layer
+    without_bias.bias = None
     assert bits(layer(x)) == bits(x @ -other.weight.T)
 
 

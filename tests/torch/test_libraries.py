@@ -18,6 +18,7 @@ from torch import nn
 from sfpformat import OptionError
 from sfpformat.torch import SfpEmbedding, SfpLinear, compress_model, decompress_model
 
+from ..support.untyped import untyped
 from .test_files import assert_same, bits
 from .test_models import state
 
@@ -28,8 +29,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ENDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 IDS = torch.arange(2, 20)[None]
 
 
@@ -64,7 +70,7 @@ def llama(tied: bool = False) -> Any:
 
 def t5() -> Any:
     """A model of two halves, whose embedding has four names."""
-    config = transformers.T5Config(
+    config = untyped(transformers.T5Config)(
         vocab_size=128,
         d_model=48,
         d_kv=12,
@@ -321,7 +327,8 @@ def test_safetensors_files_of_compressed_models_load_into_compressed_models_only
     safetensors.torch.save_model(model, str(tmp_path / "m"))
     other = copy.deepcopy(model)
     nn.init.zeros_(other.lm_head.weight)
-    assert safetensors.torch.load_model(other, tmp_path / "m") == (set(), [])
+    unequal: Any = safetensors.torch.load_model(other, tmp_path / "m")
+    assert unequal == (set(), [])
     assert logits(other) == logits(model)
     for strict in (True, False):
         with pytest.raises(RuntimeError, match="size mismatch"):

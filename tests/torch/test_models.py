@@ -17,11 +17,14 @@ from sfpformat import InvalidFileError, MismatchError, OptionError, Options, Sfp
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.torch import load_file, load_model, parameters_on_meta, safe_open, save, save_file, save_model
 
+from ..support.untyped import untyped
 from .test_files import assert_same, bits, pruned
 
 
 class Tied(nn.Module):
     """A language model in small: embedding and head are one tensor."""
+
+    scratch: torch.Tensor
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -34,7 +37,8 @@ class Tied(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.mid(self.norm(self.embed(ids))))
+        out: torch.Tensor = self.head(self.mid(self.norm(self.embed(ids))))
+        return out
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +50,7 @@ def differing(seed: int, *, tied: bool = True) -> Tied:
     """A module with numbers of its own."""
     torch.manual_seed(seed)
     model = Tied(tied)
-    model.norm.running_mean.normal_()
+    model.norm.get_buffer("running_mean").normal_()
     return model
 
 
@@ -116,6 +120,8 @@ def test_metadata_of_the_caller_are_kept(tmp_path: Path) -> None:
 
 def test_tensors_that_overlap_are_written_in_full(tmp_path: Path) -> None:
     class Views(nn.Module):
+        square: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("square", pruned(8, 8))
@@ -224,13 +230,15 @@ def test_a_module_on_the_meta_device_gets_memory(tmp_path: Path) -> None:
     with parameters_on_meta():
         other = Tied()
     other.mid.weight.requires_grad_(False)
-    other.mid.weight.mark = "mine"
+    marked: Any = other.mid.weight
+    marked.mark = "mine"
     assert load_model(other, tmp_path / "m") == ([], [])
     assert_same(state(other), state(model))
     assert other.head.weight is other.embed.weight
     assert isinstance(other.embed.weight, nn.Parameter)
     assert not other.mid.weight.requires_grad
-    assert other.mid.weight.mark == "mine"
+    kept: Any = other.mid.weight
+    assert kept.mark == "mine"
     assert other.mid.bias.requires_grad
     assert torch.equal(other.scratch, model.scratch)  # not persistent: in no file
     ids = torch.arange(6)
@@ -258,7 +266,7 @@ def test_a_module_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype, meta: bool
 
 
 def test_non_contiguous_memory_is_loaded(tmp_path: Path) -> None:
-    model, other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    model, other = nn.Conv2d(3, 4, 3), untyped(nn.Conv2d(3, 4, 3).to)(memory_format=torch.channels_last)
     save_model(model, tmp_path / "m")
     load_model(other, tmp_path / "m")
     assert torch.equal(other.weight, model.weight)
@@ -398,7 +406,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_loading_needs_the_memory_of_the_module_and_one_chunk(
     large: list[Path], start: str, allowed: int
 ) -> None:
-    command = [sys.executable, "-c", PEAK, large[0], start, large[1]]
+    command = [sys.executable, "-c", PEAK, str(large[0]), start, str(large[1])]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert peak < allowed + (12 << 20)
 

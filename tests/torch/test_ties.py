@@ -69,12 +69,15 @@ def test_values_for_two_names_of_a_tensor_must_be_equal(model: Tied, argument: s
         "options": (THREE_BITS, THREE_BITS.but(), Options(Uniform(bits=4.0))),
     }
     value, equal, other = values[argument]
-    save_model(model, tmp_path / "one", **{argument: {KEPT: value}})
-    save_model(model, tmp_path / "two", **{argument: dict(zip(NAMES, (value, equal), strict=True))})
+    one: dict[str, Any] = {argument: {KEPT: value}}
+    two: dict[str, Any] = {argument: dict(zip(NAMES, (value, equal), strict=True))}
+    three: dict[str, Any] = {argument: dict(zip(NAMES, (value, other), strict=True))}
+    save_model(model, tmp_path / "one", **one)
+    save_model(model, tmp_path / "two", **two)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     words = f"^{argument}: 'wte.weight' and 'lm_head.weight' are the same tensor, but their values differ"
     with pytest.raises(OptionError, match=words):
-        save_model(model, tmp_path / "three", **{argument: dict(zip(NAMES, (value, other), strict=True))})
+        save_model(model, tmp_path / "three", **three)
     assert not (tmp_path / "three").exists()
 
 
@@ -96,10 +99,11 @@ def test_different_factors_for_two_names_are_refused(model: Tied, tmp_path: Path
 @pytest.mark.parametrize("argument", ["masks", "importances", "options"])
 def test_a_name_that_the_model_does_not_have_is_refused(model: Tied, argument: str, tmp_path: Path) -> None:
     values = {"masks": torch.ones(16, 16) > 0, "importances": torch.ones(16, 16), "options": THREE_BITS}
+    given: dict[str, Any] = {argument: {"mid": values[argument]}}
     with pytest.raises(
         OptionError, match=f"^{argument}: no tensor is named 'mid'; the nearest is 'mid.weight'$"
     ):
-        save_model(model, tmp_path / "m", **{argument: {"mid": values[argument]}})  # type: ignore[arg-type]
+        save_model(model, tmp_path / "m", **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -118,8 +122,9 @@ def test_a_name_that_the_file_does_not_have_is_refused(
 def test_options_and_masks_for_a_compressed_tensor_are_refused(model: Tied, tmp_path: Path) -> None:
     compress_model(model)
     for argument, value in (("options", THREE_BITS), ("masks", torch.ones(100, 16) > 0)):
+        given: dict[str, Any] = {argument: {"wte.weight": value}}
         with pytest.raises(OptionError, match=f"^{argument}: 'lm_head.weight' is compressed already"):
-            save_model(model, tmp_path / "m", **{argument: {"wte.weight": value}})  # type: ignore[arg-type]
+            save_model(model, tmp_path / "m", **given)
     save_model(model, tmp_path / "m", options={"mid.bias": Options(coding="raw")})
     assert set(load_file(tmp_path / "m")) == {KEPT, "mid.weight", "mid.bias"}
 

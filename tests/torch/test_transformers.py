@@ -44,9 +44,10 @@ def bert(seed: int) -> Any:
 
 def loaded(slices: dict[str, TorchSlice], **words: Any) -> Any:
     """Loads a model from slices with transformers; no name may be missing or unexpected."""
-    model, info = transformers.BertModel.from_pretrained(
+    found: Any = transformers.BertModel.from_pretrained(
         None, config=CONFIG, state_dict=slices, output_loading_info=True, **words
     )
+    model, info = found
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
