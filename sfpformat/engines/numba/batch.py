@@ -11,7 +11,7 @@ import numpy as np
 
 from ..translation import STREAMS
 from .chunks import FILLED, decode_raw, decode_values
-from .compiling import kernel
+from .compiling import Int, kernel
 from .memory import bytes_at, fence
 from .recipe import (
     COLUMN_FACTORS,
@@ -40,7 +40,7 @@ from .values import RAW
 
 
 @kernel
-def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
+def decode_runs(rows: Any, kept: Any, tables_size: Int, good: Any) -> None:
     """Decodes runs of segments, of any chunks and tensors.
 
     Args:
@@ -55,8 +55,8 @@ def decode_runs(rows: Any, kept: Any, tables_size: int, good: Any) -> None:
     free = kept[8 * FILLED + tables_size :]
     for i in range(good.size):
         row = rows[i]
-        data: Any = bytes_at(row[DATA], row[DATA_SIZE])
-        out: Any = bytes_at(row[OUT], row[OUT_SIZE])
+        data = bytes_at(row[DATA], row[DATA_SIZE])
+        out = bytes_at(row[OUT], row[OUT_SIZE])
         at = bytes_at(row[PLACES], 8 * PLACES_SIZE).view(np.int64)
         whole = bytes_at(at[2 * WHOLE], at[2 * WHOLE + 1]).view(np.int64)
         if whole[MODE] == RAW:

@@ -16,7 +16,9 @@ from .memory import store64
 
 
 @inlined_kernel
-def flush(plane: Any, to: int, word: int, taken: int) -> tuple[int, int, int]:
+def flush(
+    plane: Any, to: np.int64, word: np.uint64, taken: np.uint64
+) -> tuple[np.int64, np.uint64, np.uint64]:
     """Stores the word at byte ``to``. Returns the next byte offset, the remaining bits, and their number."""
     store64(plane, to, word)
     seven = np.uint64(7)
@@ -24,7 +26,7 @@ def flush(plane: Any, to: int, word: int, taken: int) -> tuple[int, int, int]:
 
 
 @inlined_kernel
-def close(plane: Any, to: int, word: int, taken: int) -> int:
+def close(plane: Any, to: np.int64, word: np.uint64, taken: np.uint64) -> np.int64:
     """Stores the bits that remain after a flush. Returns the number of used bytes of the plane."""
     if taken:
         plane[to] = np.uint8(word)

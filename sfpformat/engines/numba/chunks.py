@@ -24,7 +24,7 @@ from ..translation import (
     OF_SURVIVORS,
     STREAMS,
 )
-from .compiling import kernel
+from .compiling import Int, kernel
 from .index import (
     CODES,
     CODES_OF,
@@ -88,14 +88,14 @@ FILLED = 1 + len(STREAMS) * FILLED_OF
 @kernel
 def _any(values: Any) -> bool:
     """Returns whether any value is not 0."""
-    seen = np.int64(0)
+    seen: Int = np.int64(0)
     for value in values:
         seen |= value
     return seen != 0
 
 
 @kernel
-def _of_stream(stream: int, shapes: Any, tables: Any, filled: Any) -> tuple[Any, Any]:
+def _of_stream(stream: Int, shapes: Any, tables: Any, filled: Any) -> tuple[Any, Any]:
     """Returns a stream's part of ``tables`` and of ``filled``."""
     at = 1 + stream * FILLED_OF
     return tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]], filled[at : at + FILLED_OF]
@@ -103,7 +103,7 @@ def _of_stream(stream: int, shapes: Any, tables: Any, filled: Any) -> tuple[Any,
 
 @kernel
 def _prepare_stream(
-    stream: int, shapes: Any, lengths: Any, tables: Any, filled: Any, class_slots: Any
+    stream: Int, shapes: Any, lengths: Any, tables: Any, filled: Any, class_slots: Any
 ) -> bool:
     """Fills the tables of a stream's classes, unless they are filled. False if `lookup.prepare` refuses."""
     shape = shapes[stream]
@@ -121,7 +121,7 @@ def _prepare_stream(
 
 
 @kernel
-def _segments_of(index: Any, stream: int, first: int, stop: int) -> Any:
+def _segments_of(index: Any, stream: Int, first: Int, stop: Int) -> Any:
     return Segments(
         index[row_of(stream, PREFIX_START), first:stop],
         index[row_of(stream, PREFIX_BITS), first:stop],
@@ -134,9 +134,9 @@ def _segments_of(index: Any, stream: int, first: int, stop: int) -> Any:
 @kernel
 def _decode_slots(
     data: Any,
-    stream: int,
-    first: int,
-    stop: int,
+    stream: Int,
+    first: Int,
+    stop: Int,
     shapes: Any,
     tables: Any,
     filled: Any,
@@ -160,8 +160,8 @@ def _decode_slots(
 @kernel
 def _decode_and_join(
     data: Any,
-    first: int,
-    stop: int,
+    first: Int,
+    stop: Int,
     whole: Any,
     shapes: Any,
     tables: Any,
@@ -195,7 +195,7 @@ def _decode_and_join(
 
 @kernel
 def _levels_of_segment(
-    data: Any, index: Any, stream: int, s: int, shapes: Any, tables: Any, slots: Any, place: int, levels: Any
+    data: Any, index: Any, stream: Int, s: Int, shapes: Any, tables: Any, slots: Any, place: Int, levels: Any
 ) -> bool:
     """Decodes the levels of segment ``s`` of the chunk. False if its residuals do not end where they must."""
     first, extra = classes_of(tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]])
@@ -216,7 +216,7 @@ def _levels_of_segment(
 
 @kernel
 def _decode_mask(
-    data: Any, first: int, stop: int, whole: Any, shapes: Any, tables: Any, filled: Any, working: Any
+    data: Any, first: Int, stop: Int, whole: Any, shapes: Any, tables: Any, filled: Any, working: Any
 ) -> bool:
     """Decodes the mask bits of a run into ``working.bits``, ``segment / 8`` bytes per segment."""
     slots, index, bits, segment = working.slots, working.index, working.bits, whole[SEGMENT]
@@ -244,18 +244,18 @@ def _decode_mask(
 @kernel
 def _multiply(
     data: Any,
-    s: int,
-    start: int,
+    s: Int,
+    start: Int,
     whole: Any,
     shapes: Any,
     tables: Any,
-    place: int,
+    place: Int,
     scale: Any,
     importances: Any,
     rows: Any,
     across: Any,
     working: Any,
-    count: int,
+    count: Int,
 ) -> bool:
     """Multiplies the numbers of segment ``s`` by their scale factors and importances (R-REC-001).
 
@@ -282,7 +282,7 @@ def _multiply(
 
 
 @kernel
-def decode_raw(data: Any, total: int, first: int, whole: Any, out: Any) -> bool:
+def decode_raw(data: Any, total: Int, first: Int, whole: Any, out: Any) -> bool:
     """Copies the elements of a run of segments of a raw chunk. Checks size and padding of the chunk.
 
     Args:
@@ -305,10 +305,10 @@ def decode_raw(data: Any, total: int, first: int, whole: Any, out: Any) -> bool:
 @kernel
 def decode_values(
     data: Any,
-    total: int,
-    start: int,
-    first: int,
-    stop: int,
+    total: Int,
+    start: Int,
+    first: Int,
+    stop: Int,
     whole: Any,
     shapes: Any,
     lengths: Any,

@@ -8,14 +8,14 @@ import numpy as np
 
 from ...coding.classes import FRACTION, LOG2, LOG2_BITS
 from ...coding.counts import COST_FRACTION, ROUNDS
-from .compiling import allocating_kernel
+from .compiling import Int, allocating_kernel
 from .memory import leading_zeros
 
 _MOST_BITS = 64
 
 
 @allocating_kernel
-def _log2(count: int) -> int:
+def _log2(count: Int) -> Int:
     """Implements `coding.classes.log2_fixed`."""
     exponent = np.int64(63) - np.int64(leading_zeros(np.uint64(count)))
     shift = exponent - LOG2_BITS
@@ -24,7 +24,7 @@ def _log2(count: int) -> int:
 
 
 @allocating_kernel
-def cheapest_classes(counts: Any, end: int, points: Any, class_cost: int, widths: Any) -> int:
+def cheapest_classes(counts: Any, end: Int, points: Any, class_cost: Int, widths: Any) -> Int:
     """Computes the classes of `coding.classes.best_layout`.
 
     Args:
@@ -64,7 +64,7 @@ def cheapest_classes(counts: Any, end: int, points: Any, class_cost: int, widths
                 if best[j] < 0 or bits < best[j]:
                     best[j], came[j] = bits, e
             e += 1
-    finish = np.int64(-1)
+    finish: Int = np.int64(-1)
     for j in range(size):
         if best[j] >= 0 and points[j] >= end and (finish < 0 or best[j] < best[finish]):
             finish = j
@@ -93,7 +93,7 @@ def _fill_costs(totals: Any, costs: Any) -> None:
 
 
 @allocating_kernel
-def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
+def _cheapest(row: Any, costs: Any) -> tuple[Int, Int]:
     """Returns the cheapest code of a segment, and its cost. If several are cheapest, returns the first."""
     best, least = 0, np.int32(0x7FFFFFFF)
     for code in range(costs.shape[0]):
@@ -106,7 +106,7 @@ def _cheapest(row: Any, costs: Any) -> tuple[int, int]:
 
 
 @allocating_kernel
-def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> int:
+def cluster(sample: Any, order: Any, tried: Any, segments: Int, costs: Any) -> Int:
     """Implements `coding.counts.cluster`.
 
     Args:
@@ -122,6 +122,7 @@ def cluster(sample: Any, order: Any, tried: Any, segments: int, costs: Any) -> i
     size, symbols = sample.shape
     means = np.empty(size, np.int64)
     for i in range(size):
+        levels: Int
         weighted, levels = np.int64(0), np.int64(0)
         for symbol in range(symbols):
             weighted += sample[i, symbol] * order[symbol]
@@ -170,7 +171,7 @@ def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
 
 
 @allocating_kernel
-def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
+def fill_lengths(counts: Any, limit: Int, lengths: Any) -> None:
     """Computes the code lengths of one code (`coding.codetable.code_lengths`).
 
     Args:
@@ -219,7 +220,7 @@ def fill_lengths(counts: Any, limit: int, lengths: Any) -> None:
 
 
 @allocating_kernel
-def fill_all_lengths(totals: Any, limit: int, lengths: Any) -> None:
+def fill_all_lengths(totals: Any, limit: Int, lengths: Any) -> None:
     """Applies `fill_lengths` to each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
     for code in range(totals.shape[0]):
         fill_lengths(totals[code], limit, lengths[code])

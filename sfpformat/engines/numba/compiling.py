@@ -15,14 +15,21 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
-from numba import njit
+import numpy as np
+from numba import extending, njit
 from numba.core import event
 
 _PACKAGE = __name__.rpartition(".")[0]
 _ANNOUNCED_AFTER = 1.0  # seconds
 _log = logging.getLogger("sfpformat")
+
+# An integer of a kernel: Numba types it, and gives Python callers an int.
+Int: TypeAlias = int | np.integer[Any]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 @cache
@@ -37,7 +44,7 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Compiles a function on its first call with each combination of argument types.
 
     The function must not allocate, and may return arrays only in tuples. It is compiled without Numba's
@@ -47,12 +54,12 @@ def kernel(function: Callable[..., Any]) -> Any:
     return _compiled(function, _nrt=False)
 
 
-def inlined_kernel(function: Callable[..., Any]) -> Any:
+def inlined_kernel(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Compiles like `kernel`, but inlines the function: for frequent calls with many arguments."""
     return _compiled(function, _nrt=False, inline="always")
 
 
-def allocating_kernel(function: Callable[..., Any]) -> Any:
+def allocating_kernel(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Compiles like `kernel`, but with reference counting, for a function that allocates arrays.
 
     The function must not call kernels that return arrays: these have no reference count, so releasing them
@@ -61,12 +68,17 @@ def allocating_kernel(function: Callable[..., Any]) -> Any:
     return _compiled(function)
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
-    dispatcher = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+def _compiled(function: Callable[_Parameters, _Result], **options: Any) -> Callable[_Parameters, _Result]:
+    dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+    cache_file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     if hasattr(cache_file, "_version"):
         cache_file._version = (cache_file._version, _sources_digest())
-    return dispatcher
+    return cast(Callable[_Parameters, _Result], dispatcher)
+
+
+def intrinsic(function: Callable[Concatenate[Any, _Parameters], Any]) -> Callable[_Parameters, Any]:
+    """Registers a generator of code. Kernels call it without its first argument, the typing context."""
+    return cast(Callable[_Parameters, Any], extending.intrinsic(function))
 
 
 class _Announcer(event.Listener):

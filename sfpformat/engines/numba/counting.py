@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ...coding.planes import Levels
 from ...coding.quantisers import MAX_NUMBER
-from .compiling import allocating_kernel
+from .compiling import Int, allocating_kernel
 from .memory import count_ones, load64
 
 # Neighbouring levels often share a class, and an increment waits for the previous one of the same counter.
@@ -16,14 +17,14 @@ COUNTERS = 4
 
 
 @allocating_kernel
-def patterns_to_levels(patterns: Any, top: int, levels: Any) -> None:
+def patterns_to_levels(patterns: Any, top: Int, levels: Any) -> None:
     """Fills ``levels``: moves the sign of each pattern from bit ``top`` to the lowest bit."""
     for i in range(patterns.size):
         levels[i] = patterns[i] << 1 | patterns[i] >> top
 
 
 @allocating_kernel
-def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> int:
+def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> Int:
     """Implements `coding.quantisers.uniform_levels`: fills ``levels``, with the same float32 operations.
 
     Args:
@@ -85,7 +86,7 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
 
 
 @allocating_kernel
-def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> int:
+def runs(mask: Any, positions: Any, minority: Int, levels: Any, counts: Any) -> Int:
     """Fills ``levels`` with the runs of whole segments, and ``counts`` with the number of runs of each.
 
     Args:
@@ -99,6 +100,7 @@ def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> 
     """
     at, to = np.int64(0), np.int64(0)
     for s in range(positions.size):
+        before: Int
         start, stop, before = to, at + positions[s], at - 1
         for i in range(at, stop):
             # Writes for each position, but advances only at the minority: no branch on the mask.
@@ -112,7 +114,7 @@ def runs(mask: Any, positions: Any, minority: int, levels: Any, counts: Any) -> 
 
 
 @allocating_kernel
-def chosen(values: Any, mask: Any, out: Any) -> int:
+def chosen(values: Any, mask: Any, out: Any) -> Int:
     """Fills ``out`` with the values whose mask is 1, and returns their number.
 
     ``out`` has one element more than values; elements after the last value are undefined.
@@ -125,7 +127,7 @@ def chosen(values: Any, mask: Any, out: Any) -> int:
 
 
 @allocating_kernel
-def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -> None:
+def count_classes(levels: Any, counts: Any, width: Int, first: Int, rows: Any) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
     Args:
@@ -159,7 +161,7 @@ def count_classes(levels: Any, counts: Any, width: int, first: int, rows: Any) -
 
 
 @allocating_kernel
-def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> int:
+def class_of(level: np.uint64, base: np.uint64, constant: Int, lookup: Any, firsts: Levels) -> Int:
     """Returns the class of a level.
 
     Args:
@@ -180,7 +182,7 @@ def class_of(level: Any, base: Any, constant: int, lookup: Any, firsts: Any) -> 
 
 @allocating_kernel
 def count_symbols(
-    levels: Any, counts: Any, base: Any, constant: int, lookup: Any, firsts: Any, group: int, rows: Any
+    levels: Any, counts: Any, base: Any, constant: Int, lookup: Any, firsts: Any, group: Int, rows: Any
 ) -> None:
     """Fills ``rows`` (int32 [segments, symbols], initially zero): how often each symbol occurs.
 

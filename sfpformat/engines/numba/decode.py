@@ -49,7 +49,7 @@ def _working_size_of(run: Run[NDArray[Any]]) -> int:
 
 @cache
 def working_size(segments: int, n: int, segment: int) -> int:
-    return cast(int, working_bytes(segments, n, segment))
+    return int(working_bytes(segments, n, segment))
 
 
 def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], int]:

@@ -13,7 +13,7 @@ import numpy as np
 from ...container.chunk import MAX_INDEX_WIDTH, PART_ALIGNMENT, TAIL_BYTES
 from ...container.entry import CHUNK_ALIGNMENT
 from ..translation import COUNT_POSITIONS, COUNT_PRUNED, COUNT_SURVIVORS, STREAMS
-from .compiling import kernel
+from .compiling import Int, kernel
 from .memory import load32, load64
 
 # Columns of `shapes` that determine a segment index; each row of `shapes` describes a stream.
@@ -33,27 +33,27 @@ ROWS = 1 + ROWS_A_STREAM * len(STREAMS)
 
 
 @kernel
-def row_of(stream: int, quantity: int) -> int:
+def row_of(stream: Int, quantity: Int) -> Int:
     """Returns the row of a stream's quantity."""
     return 1 + ROWS_A_STREAM * stream + quantity
 
 
 @kernel
-def _aligned(x: int, k: int) -> int:
+def _aligned(x: Int, k: Int) -> Int:
     return (x + k - 1) // k * k
 
 
 @kernel
-def _zero_bytes(data: Any, start: int, stop: int) -> bool:
+def _zero_bytes(data: Any, start: Int, stop: Int) -> bool:
     """Returns whether the bytes from ``start`` to ``stop`` - 1 are zero."""
-    seen = np.uint8(0)
+    seen: Int = np.uint8(0)
     for i in range(start, stop):
         seen |= data[i]
     return seen == 0
 
 
 @kernel
-def _zero_bits(data: Any, start: int, stop: int) -> bool:
+def _zero_bits(data: Any, start: Int, stop: Int) -> bool:
     """Returns whether the bits from bit ``start`` to the end of byte ``stop`` - 1 are zero."""
     first = start >> 3
     if start & 7:
@@ -64,7 +64,7 @@ def _zero_bits(data: Any, start: int, stop: int) -> bool:
 
 
 @kernel
-def _read_quantity(data: Any, number: int, pos: int, values: Any) -> int:
+def _read_quantity(data: Any, number: Int, pos: Int, values: Any) -> Int:
     """Parses a quantity whose fields begin at byte ``pos``. Returns the end of its part, or -1 on a fault."""
     at = 8 * number
     minimum, width = np.int64(load32(data, at)), np.int64(data[at + 4])
@@ -86,7 +86,7 @@ def _read_quantity(data: Any, number: int, pos: int, values: Any) -> int:
 
 
 @kernel
-def _fill_counts(rule: int, positions: Any, survivors: Any, counts: Any) -> None:
+def _fill_counts(rule: Int, positions: Any, survivors: Any, counts: Any) -> None:
     for s in range(counts.size):
         if rule == COUNT_POSITIONS:
             counts[s] = positions[s]

@@ -6,22 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from .compiling import kernel
+from .compiling import Int, kernel
 from .memory import load64
 
 
 @kernel
 def decode_segment(
     data: Any,
-    start: int,
-    size: int,
-    count: int,
-    trim: int,
-    constant: int,
+    start: Int,
+    size: Int,
+    count: Int,
+    trim: Int,
+    constant: Int,
     first: Any,
     extra: Any,
     slots: Any,
-    place: int,
+    place: Int,
     levels: Any,
 ) -> bool:
     """Decodes the levels of a segment. False if its residuals do not end where they must (R-PLN-003).

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
-from .compiling import kernel
+from .compiling import Int, kernel
 from .memory import count_ones
 
 MAX_SLOTS = 6
@@ -82,7 +82,7 @@ class Classes(NamedTuple):
 class Code(NamedTuple):
     """The tables of one code (module docstring); ``mask`` is the number of entries minus one."""
 
-    group: int
+    group: Int
     of_length: Any
     symbol_slots: Any
     symbol_length: Any
@@ -97,7 +97,7 @@ def classes_of(tables: Any) -> Any:
 
 
 @kernel
-def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
+def code_at(tables: Any, codes: Int, bits: Int, code: Int, group: Int) -> Any:
     """Returns views of the tables of a code, filled or not."""
     lengths = _OF_LENGTH + code * 8 * _LENGTHS
     slots = _OF_LENGTH + codes * 8 * _LENGTHS + code * 512
@@ -115,7 +115,7 @@ def code_at(tables: Any, codes: int, bits: int, code: int, group: int) -> Any:
 
 @kernel
 def _slots_of_classes(
-    base: Any, extra: Any, lengths: Any, codes: int, group: int, tables: Any, slots: Any
+    base: Any, extra: Any, lengths: Any, codes: Int, group: Int, tables: Any, slots: Any
 ) -> bool:
     """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none.
 
@@ -148,7 +148,7 @@ def _slots_of_classes(
 
 @kernel
 def prepare(
-    base: Any, classes: int, lengths: Any, codes: int, group: int, tables: Any, filled: Any, slots: Any
+    base: Any, classes: Int, lengths: Any, codes: Int, group: Int, tables: Any, filled: Any, slots: Any
 ) -> bool:
     """Fills the tables of a stream except the entries. False if its codes use more than 256 classes.
 
@@ -197,7 +197,7 @@ def prepare(
 
 @kernel
 def code_of(
-    tables: Any, codes: int, bits: int, code: int, group: int, filled: Any, single: Any, ends: Any
+    tables: Any, codes: Int, bits: Int, code: Int, group: Int, filled: Any, single: Any, ends: Any
 ) -> Any:
     """Returns the `Code` of a code. Fills its look-up table on first use."""
     found = code_at(tables, codes, bits, code, group)
@@ -209,7 +209,7 @@ def code_of(
 
 @kernel
 def _fill_entries(
-    of_length: Any, symbol_slots: Any, group: int, bits: int, single: Any, ends: Any, entries: Any
+    of_length: Any, symbol_slots: Any, group: Int, bits: Int, single: Any, ends: Any, entries: Any
 ) -> None:
     """Fills the look-up table of one code.
 
@@ -225,6 +225,8 @@ def _fill_entries(
     single[:size] = np.uint32(0)  # the first symbol of each window: slots and length
     # Unsigned indices from here on, because Numba tests signed ones for negative values.
     stop = np.uint64(size)
+    length: Int
+    symbol: np.uint32 | np.uint64
     codeword, rank = np.int64(0), np.int64(0)
     for length in range(1, bits + 1):
         for _ in range(of_length[length]):
@@ -262,7 +264,7 @@ def _fill_entries(
         rest = window >> length
         found = ((ends[rest] + length * ones) << eight | length) & low48
         slots = ((entries[rest] >> np.uint64(SLOTS_AT) & low48) << width | symbol >> eight) & low48
-        count: Any = count_ones((inside - found) & highs & of_symbols)
+        count = count_ones((inside - found) & highs & of_symbols)
         taken = found >> (eight * count - eight) & np.uint64(255)
         count *= np.uint64(group)
         if length:
@@ -274,7 +276,7 @@ def _fill_entries(
 
 
 @kernel
-def decode_one(window: Any, of_length: Any, symbol_slots: Any) -> tuple[int, int]:
+def decode_one(window: Any, of_length: Any, symbol_slots: Any) -> tuple[Int, Int]:
     """Decodes the first codeword of a window of at least 12 bits, bit by bit.
 
     Returns its slots and length.

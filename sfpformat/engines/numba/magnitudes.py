@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...coding.exact import Patterns
 from ...coding.magnitudes import magnitude_bits, translation
-from .compiling import kernel
+from .compiling import Int, kernel
 
 # 2^64 divided by the golden ratio: the upper bits of products with it are spread evenly (Knuth, vol. 3, 6.4).
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -59,7 +59,7 @@ def _slot_bits(most: int) -> int:
 
 
 @kernel
-def _flag(patterns: Any, low: Any, most: int, flags: Any) -> int:
+def _flag(patterns: Any, low: Any, most: Int, flags: Any) -> Int:
     """Sets the flag of each magnitude and returns the number of set flags. Stops at more than ``most``."""
     count = np.int64(0)
     for i in range(patterns.size):
@@ -73,7 +73,7 @@ def _flag(patterns: Any, low: Any, most: int, flags: Any) -> int:
 
 
 @kernel
-def _place(magnitude: Any, shift: Any, slots: Any) -> int:
+def _place(magnitude: np.uint64, shift: np.uint64, slots: Any) -> np.uint64:
     """Returns the slot of a magnitude, or the free slot for it."""
     last = np.uint64(slots.size - 1)
     at = magnitude * _MULTIPLIER >> shift
@@ -83,7 +83,7 @@ def _place(magnitude: Any, shift: Any, slots: Any) -> int:
 
 
 @kernel
-def _collect(patterns: Any, low: Any, most: int, shift: Any, slots: Any, found: Any) -> int:
+def _collect(patterns: Any, low: Any, most: Int, shift: Any, slots: Any, found: Any) -> Int:
     """Fills ``found`` with the distinct magnitudes, in order of occurrence; returns their number.
 
     Args:

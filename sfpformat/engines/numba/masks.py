@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..translation import OCTETS, RUNS_OF_PRUNED
-from .compiling import kernel
+from .compiling import Int, kernel
 from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
 from .memory import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
 
@@ -17,7 +17,7 @@ _AHEAD = 1024
 
 @kernel
 def mask_of_levels(
-    kind: int, levels: Any, count: int, positions: int, survivors: int, bits: Any, at: int
+    kind: Int, levels: Any, count: Int, positions: Int, survivors: Int, bits: Any, at: Int
 ) -> bool:
     """Decodes the mask bits of a segment. False if they break R-MSK-004 to R-MSK-006.
 
@@ -48,7 +48,7 @@ def mask_of_levels(
 
 @kernel
 def mask_of_slots(
-    first: Any, slots: Any, place: int, count: int, positions: int, survivors: int, bits: Any, at: int
+    first: Any, slots: Any, place: Int, count: Int, positions: Int, survivors: Int, bits: Any, at: Int
 ) -> bool:
     """Does the work of `mask_of_levels` for octets of classes without residuals: each slot is one octet.
 
@@ -64,7 +64,7 @@ def mask_of_slots(
 
 
 @kernel
-def _count_mask(bits: Any, at: int, positions: int) -> int:
+def _count_mask(bits: Any, at: Int, positions: Int) -> Int:
     """Returns the number of mask bits of a segment that are one."""
     found = np.int64(0)
     for word in range((positions + 31) >> 5):
@@ -73,7 +73,7 @@ def _count_mask(bits: Any, at: int, positions: int) -> int:
 
 
 @kernel
-def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
+def survivor_places(bits: Any, at: Int, positions: Int, places: Any) -> None:
     """Fills ``places`` (int64) with the position in its segment of each survivor."""
     i = 0
     for start in range(0, positions, 32):
@@ -85,7 +85,7 @@ def survivor_places(bits: Any, at: int, positions: int, places: Any) -> None:
 
 
 @kernel
-def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any, to: int) -> None:
+def spread(bits: Any, at: Int, positions: Int, values: Any, item: Int, out: Any, to: Int) -> None:
     """Writes the survivors of a segment to their positions, and zero to all others.
 
     Args:
@@ -93,6 +93,7 @@ def spread(bits: Any, at: int, positions: int, values: Any, item: int, out: Any,
             not used (see `expanding`).
         out: uint8, written from byte ``to`` on.
     """
+    whole: Int
     i, whole = np.int64(0), np.int64(0)
     if (item == 2 and WAY2 != ONE_BY_ONE) or (item == 4 and WAY4 != ONE_BY_ONE):
         whole = positions & -32

@@ -13,11 +13,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 from numba.np.arrayobj import make_array, populate_array
+
+from .compiling import Int, intrinsic
 
 CHECKED = os.environ.get("SFPFORMAT_CHECKED") == "1"
 
@@ -29,12 +32,13 @@ def pointer_to(context: Any, builder: Any, array_type: Any, array: Any, offset: 
     return builder.bitcast(builder.gep(bytewise, [offset]), ir.IntType(bits).as_pointer())
 
 
-def _loader(word_type: Any) -> Callable[..., Any]:
+def _loader(word_type: Any) -> Callable[[Any, Int], Any]:
     """Returns a function (array, byte offset) -> little-endian word."""
 
     def load(typing_context: Any, array: Any, offset: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = pointer_to(context, builder, signature.args[0], *arguments, word_type.bitwidth)
+            target, at = arguments
+            pointer = pointer_to(context, builder, signature.args[0], target, at, word_type.bitwidth)
             word = builder.load(pointer)
             word.align = 1
             return word
@@ -44,7 +48,7 @@ def _loader(word_type: Any) -> Callable[..., Any]:
     return intrinsic(load)
 
 
-def _storer(word_type: Any) -> Callable[..., Any]:
+def _storer(word_type: Any) -> Callable[[Any, Int, Int], Any]:
     """Returns a function (array, byte offset, word) that stores a little-endian word."""
 
     def store(typing_context: Any, array: Any, offset: Any, word: Any) -> Any:
@@ -59,54 +63,56 @@ def _storer(word_type: Any) -> Callable[..., Any]:
     return intrinsic(store)
 
 
-_load16, _load32, _load64 = map(_loader, (types.uint16, types.uint32, types.uint64))
+_load16: Callable[[Any, Int], np.uint16] = _loader(types.uint16)
+_load32: Callable[[Any, Int], np.uint32] = _loader(types.uint32)
+_load64: Callable[[Any, Int], np.uint64] = _loader(types.uint64)
 _store16, _store32, _store64 = map(_storer, (types.uint16, types.uint32, types.uint64))
 
 
 @register_jitable
-def require_inside(array: Any, offset: int, size: int) -> None:
+def require_inside(array: Any, offset: Int, size: Int) -> None:
     """Raises IndexError in a checked build if an access is out of bounds."""
     if CHECKED and (offset < 0 or offset + size > array.nbytes):
         raise IndexError("an access outside its array")
 
 
 @register_jitable
-def load16(array: Any, offset: int) -> Any:
+def load16(array: Any, offset: Int) -> np.uint16:
     """Returns the uint16 at byte ``offset``."""
     require_inside(array, offset, 2)
     return _load16(array, offset)
 
 
 @register_jitable
-def load32(array: Any, offset: int) -> Any:
+def load32(array: Any, offset: Int) -> np.uint32:
     """Returns the uint32 at byte ``offset``."""
     require_inside(array, offset, 4)
     return _load32(array, offset)
 
 
 @register_jitable
-def load64(array: Any, offset: int) -> Any:
+def load64(array: Any, offset: Int) -> np.uint64:
     """Returns the uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     return _load64(array, offset)
 
 
 @register_jitable
-def store16(array: Any, offset: int, word: int) -> None:
+def store16(array: Any, offset: Int, word: Int) -> None:
     """Writes a uint16 at byte ``offset``."""
     require_inside(array, offset, 2)
     _store16(array, offset, word)
 
 
 @register_jitable
-def store32(array: Any, offset: int, word: int) -> None:
+def store32(array: Any, offset: Int, word: Int) -> None:
     """Writes a uint32 at byte ``offset``."""
     require_inside(array, offset, 4)
     _store32(array, offset, word)
 
 
 @register_jitable
-def store64(array: Any, offset: int, word: int) -> None:
+def store64(array: Any, offset: Int, word: Int) -> None:
     """Writes a uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     _store64(array, offset, word)
@@ -117,7 +123,8 @@ def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
     """Prefetches the cache line of a byte. The byte may lie outside the array."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
+        target, at = arguments
+        pointer = pointer_to(context, builder, signature.args[0], target, at, 8)
         number = ir.IntType(32)
         hint = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, hint, "llvm.prefetch.p0i8")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS
 from .bitwriter import close, flush
-from .compiling import allocating_kernel
+from .compiling import Int, allocating_kernel
 from .counting import class_of
 from .memory import store64
 
@@ -41,8 +41,8 @@ def fill_words(lengths: Any, words: Any) -> None:
 
 @allocating_kernel
 def pack_prefix_of_one_width(
-    levels: Any, counts: Any, codes: Any, first: int, width: int, words: Any, plane: Any, sizes: Any
-) -> int:
+    levels: Any, counts: Any, codes: Any, first: Int, width: Int, words: Any, plane: Any, sizes: Any
+) -> Int:
     """Encodes the prefix plane if all classes have one width and each symbol is one class.
 
     Args:
@@ -88,14 +88,14 @@ def pack_prefix(
     counts: Any,
     codes: Any,
     base: Any,
-    constant: int,
+    constant: Int,
     lookup: Any,
     firsts: Any,
-    group: int,
+    group: Int,
     words: Any,
     plane: Any,
     sizes: Any,
-) -> int:
+) -> Int:
     """Encodes the prefix plane of any stream. Arguments: `pack_prefix_of_one_width`, `counting.class_of`."""
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
     low16, sixteen = np.uint64(0xFFFF), np.uint64(16)
@@ -122,8 +122,8 @@ def pack_prefix(
 
 @allocating_kernel
 def pack_residuals_of_one_width(
-    levels: Any, counts: Any, base: Any, width: int, plane: Any, sizes: Any
-) -> int:
+    levels: Any, counts: Any, base: Any, width: Int, plane: Any, sizes: Any
+) -> Int:
     """Encodes the residual plane if all classes have one width of at most `MOST_TOGETHER`, without trims.
 
     Args:
@@ -165,13 +165,13 @@ def pack_residuals(
     counts: Any,
     trims: Any,
     base: Any,
-    constant: int,
+    constant: Int,
     lookup: Any,
     firsts: Any,
     extra: Any,
     plane: Any,
     sizes: Any,
-) -> int:
+) -> Int:
     """Encodes the residual plane of any stream.
 
     Args:

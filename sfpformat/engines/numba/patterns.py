@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .bitwriter import close, flush
-from .compiling import inlined_kernel, kernel
+from .compiling import Int, inlined_kernel, kernel
 from .memory import load32, load64, trailing_zeros
 from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
 
@@ -25,7 +25,9 @@ _TOGETHER = 64
 
 
 @inlined_kernel
-def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int, int, int, int]:
+def _four_classes(
+    raw: Any, item: Int, at: Int, cut: np.uint64, low: np.uint64
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Returns the classes of four patterns of ``item`` bytes, from index ``at`` on.
 
     Args:
@@ -57,7 +59,7 @@ def _four_classes(raw: Any, item: int, at: int, cut: int, low: int) -> tuple[int
 
 
 @inlined_kernel
-def _classes_of_eight(raw: Any, item: int, at: int, cut: int, lows: int) -> int:
+def _classes_of_eight(raw: Any, item: Int, at: Int, cut: np.uint64, lows: np.uint64) -> np.uint64:
     """Returns the classes of eight patterns of 1, 2 or 4 bytes from index ``at``: a byte each, in any order.
 
     Args:
@@ -75,7 +77,7 @@ def _classes_of_eight(raw: Any, item: int, at: int, cut: int, lows: int) -> int:
 
 
 @kernel
-def _in_each(low: int, bits: int) -> int:
+def _in_each(low: np.uint64, bits: np.uint64) -> np.uint64:
     """Returns a uint64 that repeats ``low`` every ``bits`` bits."""
     word, filled = low, bits
     while filled < np.uint64(64):
@@ -86,7 +88,7 @@ def _in_each(low: int, bits: int) -> int:
 
 @kernel
 def count_classes(
-    patterns: Any, raw: Any, counts: Any, width: int, first: int, counters: Any, rows: Any
+    patterns: Any, raw: Any, counts: Any, width: Int, first: Int, counters: Any, rows: Any
 ) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
@@ -162,7 +164,7 @@ def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
 
 
 @kernel
-def fill_pairs(words: Any, first: int, class_bits: int, pairs: Any) -> None:
+def fill_pairs(words: Any, first: Int, class_bits: Int, pairs: Any) -> None:
     """Fills the look-up table of pairs of codewords.
 
     Args:
@@ -193,13 +195,13 @@ def pack_prefix(
     raw: Any,
     counts: Any,
     codes: Any,
-    first: int,
-    width: int,
+    first: Int,
+    width: Int,
     words: Any,
     pairs: Any,
     plane: Any,
     sizes: Any,
-) -> int:
+) -> Int:
     """Encodes the prefix plane of patterns of 2 or 4 bytes; two codewords per look-up if there are pairs.
 
     Args:
@@ -256,8 +258,8 @@ def pack_prefix(
 
 @kernel
 def pack_residuals(
-    patterns: Any, raw: Any, counts: Any, trims: Any, width: int, plane: Any, sizes: Any
-) -> int:
+    patterns: Any, raw: Any, counts: Any, trims: Any, width: Int, plane: Any, sizes: Any
+) -> Int:
     """Encodes the residual plane of patterns of 2 or 4 bytes whose residuals are the low bits of the levels.
 
     Args:

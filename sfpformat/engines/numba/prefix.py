@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ...coding.codetable import MAX_CODE_BITS, MAX_CODES
-from .compiling import inlined_kernel, kernel
+from .compiling import Int, inlined_kernel, kernel
 from .lookup import COUNT_AT, LONG, MAX_SLOTS, SLOTS_AT, decode_one
 from .memory import leading_zeros, load64, store64
 
@@ -103,7 +103,7 @@ def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 
 @inlined_kernel
-def _window(data: Any, at: int) -> Any:
+def _window(data: Any, at: Int) -> Any:
     """Returns the bits from ``at`` on: at least 57, unless the chunk ends before."""
     return load64(data, min(at >> 3, np.int64(data.size - 8))) >> np.uint64(at & 7)
 
@@ -122,7 +122,7 @@ def pass_long_codewords(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 
 @kernel
-def finish(data: Any, at: int, to: int, end: int, code: Any, slots: Any) -> int:
+def finish(data: Any, at: Int, to: Int, end: Int, code: Any, slots: Any) -> Int:
     """Decodes a segment from bit ``at`` and slot ``to`` to slot ``end`` - 1.
 
     Returns the bit after its end.

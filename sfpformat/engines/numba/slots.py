@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiling import inlined_kernel, kernel
+from .compiling import Int, inlined_kernel, kernel
 from .index import CODES_OF
 from .lookup import code_of
 from .prefix import AT, CHAINS, ROUND, SLACK, STOP, TO, advance, finish, is_inside, order_by_code
@@ -58,7 +58,7 @@ class Target(NamedTuple):
 
 @inlined_kernel
 def _complete(
-    data: Any, segments: Any, target: Any, s: int, end: int, group: int, slots: Any, place: int
+    data: Any, segments: Any, target: Any, s: Int, end: Int, group: Int, slots: Any, place: Int
 ) -> bool:
     """Checks and joins segment ``s``, whose codewords end at bit ``end``.
 
@@ -90,15 +90,15 @@ def _complete(
 def _take(
     data: Any,
     order: Any,
-    at: int,
+    at: Int,
     code: Any,
     segments: Any,
     target: Any,
     places: Any,
-    k: int,
+    k: Int,
     state: Any,
     slots: Any,
-) -> tuple[int, int]:
+) -> tuple[Int, Int]:
     """Assigns to chain ``k`` the next segment that `prefix.advance` may decode. Decodes skipped segments.
 
     Returns:
@@ -126,12 +126,13 @@ def _decode_code(
     segments: Any,
     target: Any,
     places: Any,
-    spare: int,
+    spare: Int,
     state: Any,
     taken: Any,
     slots: Any,
 ) -> bool:
     """Decodes the segments of ``order``, which share a code. False if one does not end where it must."""
+    at: Int
     at, busy, idle = 0, 0, np.int64(_NONE)
     for k in range(CHAINS):
         taken[k], at = _take(data, order, at, code, segments, target, places, k, state, slots)
@@ -169,7 +170,7 @@ def _decode_code(
 
 
 @kernel
-def place_slots(counts: Any, places: Any) -> int:
+def place_slots(counts: Any, places: Any) -> Int:
     """Fills ``places`` with the first slot index of each segment, and returns the next free index.
 
     Each segment has `SLACK` bytes more, and one for an odd count.
@@ -190,7 +191,7 @@ def decode_codes(
     tables: Any,
     filled: Any,
     places: Any,
-    spare: int,
+    spare: Int,
     working: Any,
     slots: Any,
 ) -> bool:

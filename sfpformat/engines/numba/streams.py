@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiling import kernel
+from .compiling import Int, kernel
 from .index import CODES_OF, CONSTANT_OF
 from .levels import decode_segment
 from .lookup import classes_of, prepare
@@ -18,9 +18,9 @@ from .working import carve
 @kernel
 def decode_levels(
     data: Any,
-    prefix_start: int,
+    prefix_start: Int,
     prefix_bits: Any,
-    residual_start: int,
+    residual_start: Int,
     residual_bits: Any,
     counts: Any,
     codes: Any,
@@ -30,7 +30,7 @@ def decode_levels(
     tables: Any,
     filled: Any,
     bits_before: Any,
-    most: int,
+    most: Int,
     memory: Any,
     levels: Any,
 ) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..translation import SCALE_QUOTIENT, SCALE_REMAINDER
-from .compiling import kernel
+from .compiling import Int, kernel
 from .memory import load32, load64, store16, store32, store64
 from .vectors import (
     LANES16,
@@ -29,16 +29,16 @@ PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
 @kernel
 def join_residuals(
     data: Any,
-    start: int,
-    count: int,
-    width: int,
+    start: Int,
+    count: Int,
+    width: Int,
     base: Any,
     slots: Any,
-    place: int,
+    place: Int,
     spread: Any,
     streamed: bool,
     out: Any,
-    to: int,
+    to: Int,
 ) -> None:
     """Joins slots and residuals to exact weights of 2 bytes (residuals of up to 8 bits) or 4 bytes (24 bits).
 
@@ -67,15 +67,15 @@ def join_residuals(
 @kernel
 def _join_narrow(
     residuals: Any,
-    start: int,
-    count: int,
-    width: int,
+    start: Int,
+    count: Int,
+    width: Int,
     base: Any,
     slots: Any,
-    place: int,
+    place: Int,
     streamed: bool,
     out: Any,
-    to: int,
+    to: Int,
 ) -> None:
     """Joins slots with residuals of one byte each, from byte ``start`` on."""
     low, shift = np.uint16(base), np.uint16(width)
@@ -98,7 +98,7 @@ def _join_narrow(
 
 @kernel
 def _join_wide(
-    data: Any, start: int, count: int, above: int, slots: Any, place: int, streamed: bool, out: Any, to: int
+    data: Any, start: Int, count: Int, above: Int, slots: Any, place: Int, streamed: bool, out: Any, to: Int
 ) -> None:
     """Joins slots with residuals of three bytes each, from byte ``start`` on."""
     whole = count - count % LANES32
@@ -115,7 +115,7 @@ def _join_wide(
 
 
 @kernel
-def _spread_fields(data: Any, start: int, count: int, width: int, out: Any) -> None:
+def _spread_fields(data: Any, start: Int, count: Int, width: Int, out: Any) -> None:
     """Unpacks fields of at most 8 bits, from bit ``start`` on, to one byte each: eight per step, by halving.
 
     Args:
@@ -135,7 +135,7 @@ def _spread_fields(data: Any, start: int, count: int, width: int, out: Any) -> N
 
 
 @kernel
-def patterns_of_levels(levels: Any, count: int, item: int, out: Any, to: int) -> None:
+def patterns_of_levels(levels: Any, count: Int, item: Int, out: Any, to: Int) -> None:
     """Writes the bit patterns of levels, ``item`` bytes each: moves the sign from lowest to highest bit."""
     one = np.uint64(1)
     sign = np.uint64(8 * item - 1)
@@ -152,7 +152,7 @@ def patterns_of_levels(levels: Any, count: int, item: int, out: Any, to: int) ->
 
 
 @kernel
-def looked_up(levels: Any, count: int, patterns: Any, item: int, out: Any, to: int) -> None:
+def looked_up(levels: Any, count: Int, patterns: Any, item: Int, out: Any, to: Int) -> None:
     """Writes the bit pattern of each level, from a look-up table (uint32)."""
     for i in range(count):
         pattern = patterns[levels[i]]
@@ -181,7 +181,7 @@ def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
 
 @kernel
 def looked_up_by_slot(
-    data: Any, start: int, count: int, by_slot: Any, item: int, slots: Any, place: int, out: Any, to: int
+    data: Any, start: Int, count: Int, by_slot: Any, item: Int, slots: Any, place: Int, out: Any, to: Int
 ) -> None:
     """Writes the weights of a segment whose residuals are only signs.
 
@@ -215,7 +215,7 @@ def looked_up_by_slot(
 
 
 @kernel
-def signed_magnitudes(levels: Any, count: int, magnitudes: Any, numbers: Any) -> None:
+def signed_magnitudes(levels: Any, count: Int, magnitudes: Any, numbers: Any) -> None:
     """Fills ``numbers`` (float32) with the signed magnitude of each level."""
     for i in range(count):
         magnitude = magnitudes[levels[i] >> np.uint64(1)]
@@ -224,7 +224,7 @@ def signed_magnitudes(levels: Any, count: int, magnitudes: Any, numbers: Any) ->
 
 @kernel
 def multiply_by_place(
-    numbers: Any, count: int, places: Any, start: int, unit: int, by: int, factors: Any
+    numbers: Any, count: Int, places: Any, start: Int, unit: Int, by: Int, factors: Any
 ) -> None:
     """Multiplies each number by the factor of its position.
 
@@ -252,7 +252,7 @@ def multiply_by_place(
 
 @kernel
 def multiply_by_product(
-    numbers: Any, count: int, places: Any, start: int, columns: int, rows: Any, across: Any
+    numbers: Any, count: Int, places: Any, start: Int, columns: Int, rows: Any, across: Any
 ) -> None:
     """Multiplies each number by the product of its row's and its column's factor.
 
@@ -270,7 +270,7 @@ def multiply_by_product(
 
 
 @kernel
-def rounded(numbers: Any, count: int, item: int, out: Any, to: int) -> None:
+def rounded(numbers: Any, count: Int, item: Int, out: Any, to: Int) -> None:
     """Writes the numbers as F32 (``item`` 4) or rounded to BF16 (2), ties to even. None may be a NaN."""
     patterns = numbers.view(np.uint32)
     for i in range(count):

@@ -11,8 +11,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import register_jitable
 
+from .compiling import Int, intrinsic
 from .memory import pointer_to, require_inside
 
 LANES16, LANES32 = 32, 16  # weights per step: 64 bytes of output
@@ -120,7 +121,7 @@ _join32, _stream32 = _joiner32(False), _joiner32(True)
 
 @register_jitable
 def join16(
-    slots: Any, place: int, residuals: Any, start: int, base: int, width: int, out: Any, to: int
+    slots: Any, place: Int, residuals: Any, start: Int, base: Int, width: Int, out: Any, to: Int
 ) -> None:
     """Writes 32 weights of 2 bytes at byte ``to``: level base + (slot << width) + residual, sign moved."""
     require_inside(slots, place, LANES16)
@@ -131,7 +132,7 @@ def join16(
 
 @register_jitable
 def stream16(
-    slots: Any, place: int, residuals: Any, start: int, base: int, width: int, out: Any, to: int
+    slots: Any, place: Int, residuals: Any, start: Int, base: Int, width: Int, out: Any, to: Int
 ) -> None:
     """Does the work of `join16` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES16)
@@ -141,7 +142,7 @@ def stream16(
 
 
 @register_jitable
-def join32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, to: int) -> None:
+def join32(slots: Any, place: Int, data: Any, start: Int, above: Int, out: Any, to: Int) -> None:
     """Writes 16 weights of 4 bytes at byte ``to``: (class + above) and three residual bytes, sign moved."""
     require_inside(slots, place, LANES32)
     require_inside(data, start, 3 * LANES32)
@@ -150,7 +151,7 @@ def join32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, 
 
 
 @register_jitable
-def stream32(slots: Any, place: int, data: Any, start: int, above: int, out: Any, to: int) -> None:
+def stream32(slots: Any, place: Int, data: Any, start: Int, above: Int, out: Any, to: Int) -> None:
     """Does the work of `join32` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES32)
     require_inside(data, start, 3 * LANES32)
@@ -186,7 +187,7 @@ _level_bytes16, _level_bytes32 = _level_bytes(LANES16, 2), _level_bytes(LANES32,
 
 
 @register_jitable
-def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
+def level_bytes16(source: Any, start: Int, target: Any, to: Int) -> None:
     """Writes the lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
     require_inside(source, start, 2 * LANES16)
     require_inside(target, to, LANES16)
@@ -194,7 +195,7 @@ def level_bytes16(source: Any, start: int, target: Any, to: int) -> None:
 
 
 @register_jitable
-def level_bytes32(source: Any, start: int, target: Any, to: int) -> None:
+def level_bytes32(source: Any, start: Int, target: Any, to: Int) -> None:
     """Writes the three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
     require_inside(source, start, 4 * LANES32)
     require_inside(target, to, 3 * LANES32)
@@ -206,7 +207,8 @@ def is_aligned(typing_context: Any, array: Any, offset: Any) -> Any:
     """Returns whether the address of a byte of an array is a multiple of 64."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = pointer_to(context, builder, signature.args[0], *arguments, 8)
+        target, at = arguments
+        pointer = pointer_to(context, builder, signature.args[0], target, at, 8)
         below = builder.and_(builder.ptrtoint(pointer, _ADDRESS), ir.Constant(_ADDRESS, 63))
         return builder.icmp_unsigned("==", below, ir.Constant(_ADDRESS, 0))
 
@@ -254,7 +256,7 @@ _look_up2, _look_up4 = _looker(2), _looker(4)
 
 
 @register_jitable
-def look_up2(slots: Any, place: int, signs: Any, table: Any, out: Any, to: int) -> None:
+def look_up2(slots: Any, place: Int, signs: Any, table: Any, out: Any, to: Int) -> None:
     """Writes 16 weights of 2 bytes at byte ``to``: the lower halves of entries 2 * slot + sign of a table."""
     require_inside(slots, place, LANES_LOOKED_UP)
     require_inside(table, 0, 4 * BY_SLOT)
@@ -263,7 +265,7 @@ def look_up2(slots: Any, place: int, signs: Any, table: Any, out: Any, to: int) 
 
 
 @register_jitable
-def look_up4(slots: Any, place: int, signs: Any, table: Any, out: Any, to: int) -> None:
+def look_up4(slots: Any, place: Int, signs: Any, table: Any, out: Any, to: Int) -> None:
     """Writes 16 weights of 4 bytes at byte ``to``: entries 2 * slot + sign of a table."""
     require_inside(slots, place, LANES_LOOKED_UP)
     require_inside(table, 0, 4 * BY_SLOT)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_CODES
-from .compiling import kernel
+from .compiling import Int, kernel
 from .index import ROWS
 from .lookup import MAX_BITS
 from .memory import require_inside
@@ -61,18 +61,18 @@ class Working(NamedTuple):
 
 
 @kernel
-def _aligned(size: int) -> int:
+def _aligned(size: Int) -> Int:
     return (size + _ALIGNMENT - 1) & -_ALIGNMENT
 
 
 @kernel
-def slots_room(n: int, segment: int) -> int:
+def slots_room(n: Int, segment: Int) -> Int:
     """Returns the bytes for the slots of ``n`` + 1 segments of at most ``segment`` levels each."""
     return (n + 1) * (segment + 1 + SLACK)
 
 
 @kernel
-def _sizes(m: int, n: int, segment: int) -> Any:
+def _sizes(m: Int, n: Int, segment: Int) -> Any:
     """Returns the size in bytes of each field of `Working`, in order."""
     slots = max(slots_room(n, segment), slots_room(CHAINS, segment))
     return (
@@ -100,7 +100,7 @@ def _sizes(m: int, n: int, segment: int) -> Any:
 
 
 @kernel
-def working_bytes(m: int, n: int, segment: int) -> int:
+def working_bytes(m: Int, n: Int, segment: Int) -> Int:
     """Returns the size in bytes that `carve` needs."""
     total = 0
     for size in _sizes(m, n, segment):
@@ -109,13 +109,13 @@ def working_bytes(m: int, n: int, segment: int) -> int:
 
 
 @kernel
-def _carve(memory: Any, used: int, size: int) -> tuple[Any, int]:
+def _carve(memory: Any, used: Int, size: Int) -> tuple[Any, Int]:
     require_inside(memory, used, size)
     return memory[used : used + size], used + _aligned(size)
 
 
 @kernel
-def carve(memory: Any, m: int, n: int, segment: int) -> Any:
+def carve(memory: Any, m: Int, n: Int, segment: Int) -> Any:
     """Divides memory into the fields of `Working`, for ``n`` segments of a chunk of ``m`` segments.
 
     Args:
