@@ -5,10 +5,10 @@ Arrays are passed by address.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ..translation import STREAMS
 from .chunks import FILLED, decode_raw, decode_values
 from .compiling import Int, kernel
@@ -40,7 +40,7 @@ from .values import RAW
 
 
 @kernel
-def decode_runs(rows: Any, kept: Any, tables_size: Int, good: Any) -> None:
+def decode_runs(rows: NDArray[np.int64], kept: Bytes, tables_size: Int, good: NDArray[np.bool_]) -> None:
     """Decodes runs of segments, of any chunks and tensors.
 
     Args:

@@ -7,17 +7,16 @@ then remain, so 57 can be added before the next flush. Planes need 8 spare bytes
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ...coding.bits import Bytes
 from .compiling import inlined_kernel
 from .memory import store64
 
 
 @inlined_kernel
 def flush(
-    plane: Any, to: np.int64, word: np.uint64, taken: np.uint64
+    plane: Bytes, to: np.int64, word: np.uint64, taken: np.uint64
 ) -> tuple[np.int64, np.uint64, np.uint64]:
     """Stores the word at byte ``to``. Returns the next byte offset, the remaining bits, and their number."""
     store64(plane, to, word)
@@ -26,7 +25,7 @@ def flush(
 
 
 @inlined_kernel
-def close(plane: Any, to: np.int64, word: np.uint64, taken: np.uint64) -> np.int64:
+def close(plane: Bytes, to: np.int64, word: np.uint64, taken: np.uint64) -> np.int64:
     """Stores the bits that remain after a flush. Returns the number of used bytes of the plane."""
     if taken:
         plane[to] = np.uint8(word)

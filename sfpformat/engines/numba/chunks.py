@@ -6,11 +6,13 @@ undefined. The caller falls back to the reference, which decodes the chunk or ra
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODES
+from ...coding.planes import Levels
+from ...coding.quantisers import F32
 from ...container.entry import CHUNK_ALIGNMENT
 from ..translation import (
     FINGERPRINTS,
@@ -77,7 +79,7 @@ from .values import (
     signed_magnitudes,
     signed_patterns,
 )
-from .working import carve, working_bytes
+from .working import Working, carve, working_bytes
 
 # `filled` of all streams: the number of the recipe that the tables belong to, then `lookup`'s flags per
 # stream.
@@ -86,7 +88,7 @@ FILLED = 1 + len(STREAMS) * FILLED_OF
 
 
 @kernel
-def _any(values: Any) -> bool:
+def _any(values: NDArray[np.int64]) -> bool:
     """Returns whether any value is not 0."""
     seen: Int = np.int64(0)
     for value in values:
@@ -95,7 +97,9 @@ def _any(values: Any) -> bool:
 
 
 @kernel
-def _of_stream(stream: Int, shapes: Any, tables: Any, filled: Any) -> tuple[Any, Any]:
+def _of_stream(
+    stream: Int, shapes: NDArray[np.int64], tables: Bytes, filled: NDArray[np.int64]
+) -> tuple[Bytes, NDArray[np.int64]]:
     """Returns a stream's part of ``tables`` and of ``filled``."""
     at = 1 + stream * FILLED_OF
     return tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]], filled[at : at + FILLED_OF]
@@ -103,7 +107,12 @@ def _of_stream(stream: Int, shapes: Any, tables: Any, filled: Any) -> tuple[Any,
 
 @kernel
 def _prepare_stream(
-    stream: Int, shapes: Any, lengths: Any, tables: Any, filled: Any, class_slots: Any
+    stream: Int,
+    shapes: NDArray[np.int64],
+    lengths: Bytes,
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    class_slots: NDArray[np.int64],
 ) -> bool:
     """Fills the tables of a stream's classes, unless they are filled. False if `lookup.prepare` refuses."""
     shape = shapes[stream]
@@ -121,7 +130,7 @@ def _prepare_stream(
 
 
 @kernel
-def _segments_of(index: Any, stream: Int, first: Int, stop: Int) -> Any:
+def _segments_of(index: NDArray[np.int64], stream: Int, first: Int, stop: Int) -> Segments:
     return Segments(
         index[row_of(stream, PREFIX_START), first:stop],
         index[row_of(stream, PREFIX_BITS), first:stop],
@@ -133,21 +142,21 @@ def _segments_of(index: Any, stream: Int, first: Int, stop: Int) -> Any:
 
 @kernel
 def _decode_slots(
-    data: Any,
+    data: Bytes,
     stream: Int,
     first: Int,
     stop: Int,
-    shapes: Any,
-    tables: Any,
-    filled: Any,
-    working: Any,
-    slots: Any,
+    shapes: NDArray[np.int64],
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    working: Working,
+    slots: Bytes,
 ) -> bool:
     """Decodes the slots of a stream over a run of segments to ``working.places[stream]``.
 
     False on a fault.
     """
-    segments = _segments_of(working.index, stream, first, stop)
+    segments = _segments_of(working.segment_index, stream, first, stop)
     places = working.places[stream]
     spare = place_slots(segments.counts, places)
     target = Target(False, 0, np.uint64(0), 0, working.residuals, False, slots)
@@ -159,21 +168,21 @@ def _decode_slots(
 
 @kernel
 def _decode_and_join(
-    data: Any,
+    data: Bytes,
     first: Int,
     stop: Int,
-    whole: Any,
-    shapes: Any,
-    tables: Any,
-    filled: Any,
-    working: Any,
-    out: Any,
+    whole: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    working: Working,
+    out: Bytes,
 ) -> bool:
     """Decodes the weights of a run without mask and trims, if slots are consecutive classes of one width.
 
     Joins slots with residuals segment by segment, while the slots are in the L1 cache.
     """
-    segments = _segments_of(working.index, FINGERPRINTS, first, stop)
+    segments = _segments_of(working.segment_index, FINGERPRINTS, first, stop)
     own, own_filled = _of_stream(FINGERPRINTS, shapes, tables, filled)
     shape = shapes[FINGERPRINTS]
     target = Target(
@@ -195,7 +204,15 @@ def _decode_and_join(
 
 @kernel
 def _levels_of_segment(
-    data: Any, index: Any, stream: Int, s: Int, shapes: Any, tables: Any, slots: Any, place: Int, levels: Any
+    data: Bytes,
+    index: NDArray[np.int64],
+    stream: Int,
+    s: Int,
+    shapes: NDArray[np.int64],
+    tables: Bytes,
+    slots: Bytes,
+    place: Int,
+    levels: Levels,
 ) -> bool:
     """Decodes the levels of segment ``s`` of the chunk. False if its residuals do not end where they must."""
     first, extra = classes_of(tables[shapes[stream, START_OF] : shapes[stream, STOP_OF]])
@@ -216,10 +233,17 @@ def _levels_of_segment(
 
 @kernel
 def _decode_mask(
-    data: Any, first: Int, stop: Int, whole: Any, shapes: Any, tables: Any, filled: Any, working: Any
+    data: Bytes,
+    first: Int,
+    stop: Int,
+    whole: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    working: Working,
 ) -> bool:
     """Decodes the mask bits of a run into ``working.bits``, ``segment / 8`` bytes per segment."""
-    slots, index, bits, segment = working.slots, working.index, working.bits, whole[SEGMENT]
+    slots, index, bits, segment = working.slots, working.segment_index, working.bits, whole[SEGMENT]
     if not _decode_slots(data, MASK, first, stop, shapes, tables, filled, working, slots):
         return False
     places = working.places[MASK]
@@ -243,18 +267,18 @@ def _decode_mask(
 
 @kernel
 def _multiply(
-    data: Any,
+    data: Bytes,
     s: Int,
     start: Int,
-    whole: Any,
-    shapes: Any,
-    tables: Any,
+    whole: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    tables: Bytes,
     place: Int,
-    scale: Any,
-    importances: Any,
-    rows: Any,
-    across: Any,
-    working: Any,
+    scale: F32,
+    importances: F32,
+    rows: F32,
+    across: F32,
+    working: Working,
     count: Int,
 ) -> bool:
     """Multiplies the numbers of segment ``s`` by their scale factors and importances (R-REC-001).
@@ -272,7 +296,7 @@ def _multiply(
     if multiplier == OF_FACTORS:
         multiply_by_product(numbers, count, inside, start, whole[COLUMNS], rows, across)
     elif multiplier != NO_MULTIPLIER:
-        index, slots, levels = working.index, working.importance_slots, working.levels
+        index, slots, levels = working.segment_index, working.importance_slots, working.levels
         if not _levels_of_segment(data, index, IMPORTANCE, s, shapes, tables, slots, place, levels):
             return False
         for i in range(count):
@@ -282,7 +306,7 @@ def _multiply(
 
 
 @kernel
-def decode_raw(data: Any, total: Int, first: Int, whole: Any, out: Any) -> bool:
+def decode_raw(data: Bytes, total: Int, first: Int, whole: NDArray[np.int64], out: Bytes) -> bool:
     """Copies the elements of a run of segments of a raw chunk. Checks size and padding of the chunk.
 
     Args:
@@ -304,24 +328,24 @@ def decode_raw(data: Any, total: Int, first: Int, whole: Any, out: Any) -> bool:
 
 @kernel
 def decode_values(
-    data: Any,
+    data: Bytes,
     total: Int,
     start: Int,
     first: Int,
     stop: Int,
-    whole: Any,
-    shapes: Any,
-    lengths: Any,
-    tables: Any,
-    filled: Any,
-    memory: Any,
-    patterns: Any,
-    numbers_of: Any,
-    scale: Any,
-    importances: Any,
-    rows: Any,
-    across: Any,
-    out: Any,
+    whole: NDArray[np.int64],
+    shapes: NDArray[np.int64],
+    lengths: Bytes,
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    memory: Bytes,
+    patterns: NDArray[np.uint32],
+    numbers_of: F32,
+    scale: F32,
+    importances: F32,
+    rows: F32,
+    across: F32,
+    out: Bytes,
 ) -> bool:
     """Decodes the weights of all positions of a run of segments. False on any problem.
 
@@ -342,7 +366,7 @@ def decode_values(
     if working_bytes(segments, stop - first, segment) > memory.size:
         return False
     working = carve(memory, segments, stop - first, segment)
-    positions, index = working.positions, working.index
+    positions, index = working.positions, working.segment_index
     positions[:] = segment
     positions[segments - 1] -= segments * segment - total
     if not read_index(data, shapes, positions, index):

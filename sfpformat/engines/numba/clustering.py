@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
-from ...coding.classes import FRACTION, LOG2, LOG2_BITS
-from ...coding.counts import COST_FRACTION, ROUNDS
+from ...coding.bits import Bytes
+from ...coding.classes import FRACTION, LOG2, LOG2_BITS, Histogram
+from ...coding.counts import COST_FRACTION, ROUNDS, Costs, Rows
 from .compiling import Int, allocating_kernel
 from .memory import leading_zeros
 
@@ -24,7 +24,9 @@ def _log2(count: Int) -> Int:
 
 
 @allocating_kernel
-def cheapest_classes(counts: Any, end: Int, points: Any, class_cost: Int, widths: Any) -> Int:
+def cheapest_classes(
+    counts: Histogram, end: Int, points: NDArray[np.int64], class_cost: Int, widths: Bytes
+) -> Int:
     """Computes the classes of `coding.classes.best_layout`.
 
     Args:
@@ -79,7 +81,7 @@ def cheapest_classes(counts: Any, end: Int, points: Any, class_cost: Int, widths
 
 
 @allocating_kernel
-def _fill_costs(totals: Any, costs: Any) -> None:
+def _fill_costs(totals: NDArray[np.int64], costs: Costs) -> None:
     """Implements `coding.counts.symbol_costs`: fills ``costs`` (int32)."""
     codes, symbols = totals.shape
     for code in range(codes):
@@ -93,7 +95,7 @@ def _fill_costs(totals: Any, costs: Any) -> None:
 
 
 @allocating_kernel
-def _cheapest(row: Any, costs: Any) -> tuple[Int, Int]:
+def _cheapest(row: Rows, costs: Costs) -> tuple[Int, Int]:
     """Returns the cheapest code of a segment, and its cost. If several are cheapest, returns the first."""
     best, least = 0, np.int32(0x7FFFFFFF)
     for code in range(costs.shape[0]):
@@ -106,7 +108,9 @@ def _cheapest(row: Any, costs: Any) -> tuple[Int, Int]:
 
 
 @allocating_kernel
-def cluster(sample: Any, order: Any, tried: Any, segments: Int, costs: Any) -> Int:
+def cluster(
+    sample: Rows, order: NDArray[np.int64], tried: NDArray[np.int64], segments: Int, costs: Costs
+) -> Int:
     """Implements `coding.counts.cluster`.
 
     Args:
@@ -160,7 +164,7 @@ def cluster(sample: Any, order: Any, tried: Any, segments: Int, costs: Any) -> I
 
 
 @allocating_kernel
-def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
+def assign(rows: Rows, costs: Costs, codes: Bytes, totals: NDArray[np.int64]) -> None:
     """Implements `coding.counts.assign`: fills ``codes`` (uint8) and ``totals`` (int64, initially zero)."""
     for s in range(rows.shape[0]):
         code, _ = _cheapest(rows[s], costs)
@@ -171,7 +175,7 @@ def assign(rows: Any, costs: Any, codes: Any, totals: Any) -> None:
 
 
 @allocating_kernel
-def fill_lengths(counts: Any, limit: Int, lengths: Any) -> None:
+def fill_lengths(counts: Histogram, limit: Int, lengths: Bytes) -> None:
     """Computes the code lengths of one code (`coding.codetable.code_lengths`).
 
     Args:
@@ -220,7 +224,7 @@ def fill_lengths(counts: Any, limit: Int, lengths: Any) -> None:
 
 
 @allocating_kernel
-def fill_all_lengths(totals: Any, limit: Int, lengths: Any) -> None:
+def fill_all_lengths(totals: NDArray[np.int64], limit: Int, lengths: Bytes) -> None:
     """Applies `fill_lengths` to each code; ``totals`` int64 and ``lengths`` uint8 [codes, symbols]."""
     for code in range(totals.shape[0]):
         fill_lengths(totals[code], limit, lengths[code])

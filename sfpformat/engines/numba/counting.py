@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ...coding.planes import Levels
-from ...coding.quantisers import MAX_NUMBER
+from ...coding.bits import Bytes
+from ...coding.counts import Rows
+from ...coding.planes import AnyLevels, Counts, Levels
+from ...coding.quantisers import F32, MAX_NUMBER
 from .compiling import Int, allocating_kernel
 from .memory import count_ones, load64
 
@@ -17,14 +20,14 @@ COUNTERS = 4
 
 
 @allocating_kernel
-def patterns_to_levels(patterns: Any, top: Int, levels: Any) -> None:
+def patterns_to_levels(patterns: AnyLevels, top: Int, levels: AnyLevels) -> None:
     """Fills ``levels``: moves the sign of each pattern from bit ``top`` to the lowest bit."""
     for i in range(patterns.size):
         levels[i] = patterns[i] << 1 | patterns[i] >> top
 
 
 @allocating_kernel
-def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, levels: Any) -> Int:
+def uniform_levels(weights: F32, factors: F32, step: np.float32, thresholds: F32, levels: AnyLevels) -> Int:
     """Implements `coding.quantisers.uniform_levels`: fills ``levels``, with the same float32 operations.
 
     Args:
@@ -71,7 +74,7 @@ def uniform_levels(weights: Any, factors: Any, step: Any, thresholds: Any, level
 
 
 @allocating_kernel
-def survivors(mask: Any, positions: Any, found: Any) -> None:
+def survivors(mask: Bytes, positions: Counts, found: Counts) -> None:
     """Fills ``found`` with the number of survivors of each segment; ``mask`` is uint8, of zeros and ones."""
     at = np.int64(0)
     for s in range(positions.size):
@@ -86,7 +89,7 @@ def survivors(mask: Any, positions: Any, found: Any) -> None:
 
 
 @allocating_kernel
-def runs(mask: Any, positions: Any, minority: Int, levels: Any, counts: Any) -> Int:
+def runs(mask: Bytes, positions: Counts, minority: Int, levels: AnyLevels, counts: Counts) -> Int:
     """Fills ``levels`` with the runs of whole segments, and ``counts`` with the number of runs of each.
 
     Args:
@@ -114,7 +117,7 @@ def runs(mask: Any, positions: Any, minority: Int, levels: Any, counts: Any) -> 
 
 
 @allocating_kernel
-def chosen(values: Any, mask: Any, out: Any) -> Int:
+def chosen(values: NDArray[Any], mask: Bytes, out: NDArray[Any]) -> Int:
     """Fills ``out`` with the values whose mask is 1, and returns their number.
 
     ``out`` has one element more than values; elements after the last value are undefined.
@@ -127,7 +130,7 @@ def chosen(values: Any, mask: Any, out: Any) -> Int:
 
 
 @allocating_kernel
-def count_classes(levels: Any, counts: Any, width: Int, first: Int, rows: Any) -> None:
+def count_classes(levels: AnyLevels, counts: Counts, width: Int, first: Int, rows: Rows) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
     Args:
@@ -161,7 +164,9 @@ def count_classes(levels: Any, counts: Any, width: Int, first: Int, rows: Any) -
 
 
 @allocating_kernel
-def class_of(level: np.uint64, base: np.uint64, constant: Int, lookup: Any, firsts: Levels) -> Int:
+def class_of(
+    level: np.uint64, base: np.uint64, constant: Int, lookup: NDArray[np.uint16], firsts: Levels
+) -> Int:
     """Returns the class of a level.
 
     Args:
@@ -182,7 +187,14 @@ def class_of(level: np.uint64, base: np.uint64, constant: Int, lookup: Any, firs
 
 @allocating_kernel
 def count_symbols(
-    levels: Any, counts: Any, base: Any, constant: Int, lookup: Any, firsts: Any, group: Int, rows: Any
+    levels: AnyLevels,
+    counts: Counts,
+    base: np.uint64,
+    constant: Int,
+    lookup: NDArray[np.uint16],
+    firsts: Levels,
+    group: Int,
+    rows: Rows,
 ) -> None:
     """Fills ``rows`` (int32 [segments, symbols], initially zero): how often each symbol occurs.
 

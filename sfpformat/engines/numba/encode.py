@@ -36,7 +36,8 @@ def uniform_levels(weights: F32, factors: F32 | None, step: np.float32, threshol
     each, widest = np.zeros(0, np.float32) if factors is None else factors, 0.0
     if factors is None and len(weights):
         widest = 2 * float(max(weights.max(), -weights.min())) / float(step)
-    for dtype in (np.uint8, np.uint16, np.uint32):
+    dtypes: tuple[type[np.unsignedinteger], ...] = (np.uint8, np.uint16, np.uint32)
+    for dtype in dtypes:
         most = np.iinfo(dtype).max
         if widest > most:
             continue

@@ -15,6 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import register_jitable
 
+from ...coding.bits import Bytes
 from .compiling import Int, intrinsic
 from .memory import count_ones, pointer_to, require_inside
 
@@ -133,7 +134,7 @@ def _store(context: Any, builder: Any, kind: Any, array: Any, offset: Any, value
 
 
 @register_jitable
-def expand2(values: Any, place: Int, mask: Int, out: Any, to: Int) -> None:
+def expand2(values: Bytes, place: Int, mask: np.uint64, out: Bytes, to: Int) -> None:
     """Writes 32 weights of 2 bytes at byte ``to``: survivors from byte ``place`` on, and zeros.
 
     May read up to 16 bytes past the last survivor. Not for `WAY2` equal to `ONE_BY_ONE`.
@@ -151,7 +152,7 @@ def expand2(values: Any, place: Int, mask: Int, out: Any, to: Int) -> None:
 
 
 @register_jitable
-def expand4(values: Any, place: Int, mask: Int, out: Any, to: Int) -> None:
+def expand4(values: Bytes, place: Int, mask: np.uint64, out: Bytes, to: Int) -> None:
     """Writes 32 weights of 4 bytes at byte ``to``: survivors from byte ``place`` on, and zeros.
 
     May read up to 32 bytes past the last survivor. Not for `WAY4` equal to `ONE_BY_ONE`.

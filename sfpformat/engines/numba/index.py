@@ -6,10 +6,10 @@ reference, which raises the fault.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...container.chunk import MAX_INDEX_WIDTH, PART_ALIGNMENT, TAIL_BYTES
 from ...container.entry import CHUNK_ALIGNMENT
 from ..translation import COUNT_POSITIONS, COUNT_PRUNED, COUNT_SURVIVORS, STREAMS
@@ -44,7 +44,7 @@ def _aligned(x: Int, k: Int) -> Int:
 
 
 @kernel
-def _zero_bytes(data: Any, start: Int, stop: Int) -> bool:
+def _zero_bytes(data: Bytes, start: Int, stop: Int) -> bool:
     """Returns whether the bytes from ``start`` to ``stop`` - 1 are zero."""
     seen: Int = np.uint8(0)
     for i in range(start, stop):
@@ -53,7 +53,7 @@ def _zero_bytes(data: Any, start: Int, stop: Int) -> bool:
 
 
 @kernel
-def _zero_bits(data: Any, start: Int, stop: Int) -> bool:
+def _zero_bits(data: Bytes, start: Int, stop: Int) -> bool:
     """Returns whether the bits from bit ``start`` to the end of byte ``stop`` - 1 are zero."""
     first = start >> 3
     if start & 7:
@@ -64,7 +64,7 @@ def _zero_bits(data: Any, start: Int, stop: Int) -> bool:
 
 
 @kernel
-def _read_quantity(data: Any, number: Int, pos: Int, values: Any) -> Int:
+def _read_quantity(data: Bytes, number: Int, pos: Int, values: NDArray[np.int64]) -> Int:
     """Parses a quantity whose fields begin at byte ``pos``. Returns the end of its part, or -1 on a fault."""
     at = 8 * number
     minimum, width = np.int64(load32(data, at)), np.int64(data[at + 4])
@@ -86,7 +86,9 @@ def _read_quantity(data: Any, number: Int, pos: Int, values: Any) -> Int:
 
 
 @kernel
-def _fill_counts(rule: Int, positions: Any, survivors: Any, counts: Any) -> None:
+def _fill_counts(
+    rule: Int, positions: NDArray[np.int64], survivors: NDArray[np.int64], counts: NDArray[np.int64]
+) -> None:
     for s in range(counts.size):
         if rule == COUNT_POSITIONS:
             counts[s] = positions[s]
@@ -99,7 +101,9 @@ def _fill_counts(rule: Int, positions: Any, survivors: Any, counts: Any) -> None
 
 
 @kernel
-def read_index(data: Any, shapes: Any, positions: Any, index: Any) -> bool:
+def read_index(
+    data: Bytes, shapes: NDArray[np.int64], positions: NDArray[np.int64], index: NDArray[np.int64]
+) -> bool:
     """Parses the header and index of a chunk. False if anything breaks SPEC.md.
 
     Args:

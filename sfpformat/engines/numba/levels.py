@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ...coding.bits import Bytes
+from ...coding.planes import Levels
 from .compiling import Int, kernel
 from .memory import load64
 
 
 @kernel
 def decode_segment(
-    data: Any,
+    data: Bytes,
     start: Int,
     size: Int,
     count: Int,
     trim: Int,
     constant: Int,
-    first: Any,
-    extra: Any,
-    slots: Any,
+    first: Levels,
+    extra: Bytes,
+    slots: Bytes,
     place: Int,
-    levels: Any,
+    levels: Levels,
 ) -> bool:
     """Decodes the levels of a segment. False if its residuals do not end where they must (R-PLN-003).
 

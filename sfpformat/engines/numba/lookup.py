@@ -26,11 +26,14 @@ bit by bit.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
+from ...coding.planes import Levels
 from .compiling import Int, kernel
 from .memory import count_ones
 
@@ -75,29 +78,29 @@ def lengths_of(table: CodeTable) -> bytes:
 class Classes(NamedTuple):
     """The tables of a stream's classes: ``first`` and ``extra`` of each slot."""
 
-    first: Any
-    extra: Any
+    first: Levels
+    extra: Bytes
 
 
 class Code(NamedTuple):
     """The tables of one code (module docstring); ``mask`` is the number of entries minus one."""
 
     group: Int
-    of_length: Any
-    symbol_slots: Any
-    symbol_length: Any
-    entries: Any
-    mask: Any
+    of_length: NDArray[np.int64]
+    symbol_slots: NDArray[np.uint16]
+    symbol_length: Bytes
+    entries: Levels
+    mask: np.uint64
 
 
 @kernel
-def classes_of(tables: Any) -> Any:
+def classes_of(tables: Bytes) -> Classes:
     """Returns the `Classes` of a stream's tables."""
     return Classes(tables[:_EXTRA].view(np.uint64), tables[_EXTRA:_OF_LENGTH])
 
 
 @kernel
-def code_at(tables: Any, codes: Int, bits: Int, code: Int, group: Int) -> Any:
+def code_at(tables: Bytes, codes: Int, bits: Int, code: Int, group: Int) -> Code:
     """Returns views of the tables of a code, filled or not."""
     lengths = _OF_LENGTH + code * 8 * _LENGTHS
     slots = _OF_LENGTH + codes * 8 * _LENGTHS + code * 512
@@ -115,7 +118,13 @@ def code_at(tables: Any, codes: Int, bits: Int, code: Int, group: Int) -> Any:
 
 @kernel
 def _slots_of_classes(
-    base: Any, extra: Any, lengths: Any, codes: Int, group: Int, tables: Any, slots: Any
+    base: np.uint64,
+    extra: Bytes,
+    lengths: Bytes,
+    codes: Int,
+    group: Int,
+    tables: Bytes,
+    slots: NDArray[np.int64],
 ) -> bool:
     """Fills `first` and `extra`, and ``slots`` with the slot of each class, -1 for none.
 
@@ -148,7 +157,14 @@ def _slots_of_classes(
 
 @kernel
 def prepare(
-    base: Any, classes: Int, lengths: Any, codes: Int, group: Int, tables: Any, filled: Any, slots: Any
+    base: np.uint64,
+    classes: Int,
+    lengths: Bytes,
+    codes: Int,
+    group: Int,
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    slots: NDArray[np.int64],
 ) -> bool:
     """Fills the tables of a stream except the entries. False if its codes use more than 256 classes.
 
@@ -197,8 +213,15 @@ def prepare(
 
 @kernel
 def code_of(
-    tables: Any, codes: Int, bits: Int, code: Int, group: Int, filled: Any, single: Any, ends: Any
-) -> Any:
+    tables: Bytes,
+    codes: Int,
+    bits: Int,
+    code: Int,
+    group: Int,
+    filled: NDArray[np.int64],
+    single: NDArray[np.uint32],
+    ends: Levels,
+) -> Code:
     """Returns the `Code` of a code. Fills its look-up table on first use."""
     found = code_at(tables, codes, bits, code, group)
     if not filled[1 + code]:
@@ -209,7 +232,13 @@ def code_of(
 
 @kernel
 def _fill_entries(
-    of_length: Any, symbol_slots: Any, group: Int, bits: Int, single: Any, ends: Any, entries: Any
+    of_length: NDArray[np.int64],
+    symbol_slots: NDArray[np.uint16],
+    group: Int,
+    bits: Int,
+    single: NDArray[np.uint32],
+    ends: Levels,
+    entries: Levels,
 ) -> None:
     """Fills the look-up table of one code.
 
@@ -276,7 +305,9 @@ def _fill_entries(
 
 
 @kernel
-def decode_one(window: Any, of_length: Any, symbol_slots: Any) -> tuple[Int, Int]:
+def decode_one(
+    window: np.uint64, of_length: NDArray[np.int64], symbol_slots: NDArray[np.uint16]
+) -> tuple[Int, Int]:
     """Decodes the first codeword of a window of at least 12 bits, bit by bit.
 
     Returns its slots and length.

@@ -6,13 +6,13 @@ probing; a slot holds a magnitude's pattern.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.exact import Patterns
 from ...coding.magnitudes import magnitude_bits, translation
+from ...coding.planes import Levels
 from .compiling import Int, kernel
 
 # 2^64 divided by the golden ratio: the upper bits of products with it are spread evenly (Knuth, vol. 3, 6.4).
@@ -59,7 +59,7 @@ def _slot_bits(most: int) -> int:
 
 
 @kernel
-def _flag(patterns: Any, low: Any, most: Int, flags: Any) -> Int:
+def _flag(patterns: Patterns, low: np.unsignedinteger, most: Int, flags: Bytes) -> Int:
     """Sets the flag of each magnitude and returns the number of set flags. Stops at more than ``most``."""
     count = np.int64(0)
     for i in range(patterns.size):
@@ -73,7 +73,7 @@ def _flag(patterns: Any, low: Any, most: Int, flags: Any) -> Int:
 
 
 @kernel
-def _place(magnitude: np.uint64, shift: np.uint64, slots: Any) -> np.uint64:
+def _place(magnitude: np.uint64, shift: np.uint64, slots: Levels) -> np.uint64:
     """Returns the slot of a magnitude, or the free slot for it."""
     last = np.uint64(slots.size - 1)
     at = magnitude * _MULTIPLIER >> shift
@@ -83,7 +83,9 @@ def _place(magnitude: np.uint64, shift: np.uint64, slots: Any) -> np.uint64:
 
 
 @kernel
-def _collect(patterns: Any, low: Any, most: Int, shift: Any, slots: Any, found: Any) -> Int:
+def _collect(
+    patterns: Patterns, low: np.unsignedinteger, most: Int, shift: np.uint64, slots: Levels, found: Patterns
+) -> Int:
     """Fills ``found`` with the distinct magnitudes, in order of occurrence; returns their number.
 
     Args:
@@ -107,7 +109,9 @@ def _collect(patterns: Any, low: Any, most: Int, shift: Any, slots: Any, found: 
 
 
 @kernel
-def _look_up(patterns: Any, table: Any, out: Any) -> None:
+def _look_up(
+    patterns: Patterns, table: NDArray[np.unsignedinteger], out: NDArray[np.unsignedinteger]
+) -> None:
     """Fills ``out`` from a look-up table of all patterns."""
     for i in range(patterns.size):
         out[i] = table[patterns[i]]
@@ -115,15 +119,15 @@ def _look_up(patterns: Any, table: Any, out: Any) -> None:
 
 @kernel
 def _search(
-    patterns: Any,
-    magnitudes: Any,
-    low: Any,
-    top: Any,
-    shift: Any,
-    slots: Any,
-    meanings: Any,
-    by_slot: Any,
-    out: Any,
+    patterns: Patterns,
+    magnitudes: Patterns,
+    low: np.unsignedinteger,
+    top: np.uint64,
+    shift: np.uint64,
+    slots: Levels,
+    meanings: NDArray[np.unsignedinteger],
+    by_slot: NDArray[np.unsignedinteger],
+    out: NDArray[np.unsignedinteger],
 ) -> None:
     """Fills ``out`` with the meaning of each pattern.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
+from ...coding.planes import Levels
 from ..translation import OCTETS, RUNS_OF_PRUNED
 from .compiling import Int, kernel
 from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
@@ -17,7 +18,7 @@ _AHEAD = 1024
 
 @kernel
 def mask_of_levels(
-    kind: Int, levels: Any, count: Int, positions: Int, survivors: Int, bits: Any, at: Int
+    kind: Int, levels: Levels, count: Int, positions: Int, survivors: Int, bits: Bytes, at: Int
 ) -> bool:
     """Decodes the mask bits of a segment. False if they break R-MSK-004 to R-MSK-006.
 
@@ -48,7 +49,7 @@ def mask_of_levels(
 
 @kernel
 def mask_of_slots(
-    first: Any, slots: Any, place: Int, count: Int, positions: Int, survivors: Int, bits: Any, at: Int
+    first: Levels, slots: Bytes, place: Int, count: Int, positions: Int, survivors: Int, bits: Bytes, at: Int
 ) -> bool:
     """Does the work of `mask_of_levels` for octets of classes without residuals: each slot is one octet.
 
@@ -64,7 +65,7 @@ def mask_of_slots(
 
 
 @kernel
-def _count_mask(bits: Any, at: Int, positions: Int) -> Int:
+def _count_mask(bits: Bytes, at: Int, positions: Int) -> Int:
     """Returns the number of mask bits of a segment that are one."""
     found = np.int64(0)
     for word in range((positions + 31) >> 5):
@@ -73,7 +74,7 @@ def _count_mask(bits: Any, at: Int, positions: Int) -> Int:
 
 
 @kernel
-def survivor_places(bits: Any, at: Int, positions: Int, places: Any) -> None:
+def survivor_places(bits: Bytes, at: Int, positions: Int, places: NDArray[np.int64]) -> None:
     """Fills ``places`` (int64) with the position in its segment of each survivor."""
     i = 0
     for start in range(0, positions, 32):
@@ -85,7 +86,7 @@ def survivor_places(bits: Any, at: Int, positions: Int, places: Any) -> None:
 
 
 @kernel
-def spread(bits: Any, at: Int, positions: Int, values: Any, item: Int, out: Any, to: Int) -> None:
+def spread(bits: Bytes, at: Int, positions: Int, values: Bytes, item: Int, out: Bytes, to: Int) -> None:
     """Writes the survivors of a segment to their positions, and zero to all others.
 
     Args:

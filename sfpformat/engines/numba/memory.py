@@ -19,6 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import register_jitable
 from numba.np.arrayobj import make_array, populate_array
+from numpy.typing import NDArray
 
 from .compiling import Int, intrinsic
 
@@ -70,49 +71,49 @@ _store16, _store32, _store64 = map(_storer, (types.uint16, types.uint32, types.u
 
 
 @register_jitable
-def require_inside(array: Any, offset: Int, size: Int) -> None:
+def require_inside(array: NDArray[Any], offset: Int, size: Int) -> None:
     """Raises IndexError in a checked build if an access is out of bounds."""
     if CHECKED and (offset < 0 or offset + size > array.nbytes):
         raise IndexError("an access outside its array")
 
 
 @register_jitable
-def load16(array: Any, offset: Int) -> np.uint16:
+def load16(array: NDArray[Any], offset: Int) -> np.uint16:
     """Returns the uint16 at byte ``offset``."""
     require_inside(array, offset, 2)
     return _load16(array, offset)
 
 
 @register_jitable
-def load32(array: Any, offset: Int) -> np.uint32:
+def load32(array: NDArray[Any], offset: Int) -> np.uint32:
     """Returns the uint32 at byte ``offset``."""
     require_inside(array, offset, 4)
     return _load32(array, offset)
 
 
 @register_jitable
-def load64(array: Any, offset: Int) -> np.uint64:
+def load64(array: NDArray[Any], offset: Int) -> np.uint64:
     """Returns the uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     return _load64(array, offset)
 
 
 @register_jitable
-def store16(array: Any, offset: Int, word: Int) -> None:
+def store16(array: NDArray[Any], offset: Int, word: Int) -> None:
     """Writes a uint16 at byte ``offset``."""
     require_inside(array, offset, 2)
     _store16(array, offset, word)
 
 
 @register_jitable
-def store32(array: Any, offset: Int, word: Int) -> None:
+def store32(array: NDArray[Any], offset: Int, word: Int) -> None:
     """Writes a uint32 at byte ``offset``."""
     require_inside(array, offset, 4)
     _store32(array, offset, word)
 
 
 @register_jitable
-def store64(array: Any, offset: Int, word: Int) -> None:
+def store64(array: NDArray[Any], offset: Int, word: Int) -> None:
     """Writes a uint64 at byte ``offset``."""
     require_inside(array, offset, 8)
     _store64(array, offset, word)

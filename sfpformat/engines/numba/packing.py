@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODE_BITS
+from ...coding.planes import AnyLevels, Counts, Levels
 from .bitwriter import close, flush
 from .compiling import Int, allocating_kernel
 from .counting import class_of
@@ -19,7 +20,7 @@ MOST_TOGETHER = 8
 
 
 @allocating_kernel
-def fill_words(lengths: Any, words: Any) -> None:
+def fill_words(lengths: Bytes, words: NDArray[np.uint32]) -> None:
     """Fills ``words`` (uint32 [codes, symbols]): the codeword, its first bit lowest; from bit 16 its length.
 
     Args:
@@ -41,7 +42,14 @@ def fill_words(lengths: Any, words: Any) -> None:
 
 @allocating_kernel
 def pack_prefix_of_one_width(
-    levels: Any, counts: Any, codes: Any, first: Int, width: Int, words: Any, plane: Any, sizes: Any
+    levels: AnyLevels,
+    counts: Counts,
+    codes: Counts,
+    first: Int,
+    width: Int,
+    words: NDArray[np.uint32],
+    plane: Bytes,
+    sizes: Counts,
 ) -> Int:
     """Encodes the prefix plane if all classes have one width and each symbol is one class.
 
@@ -84,17 +92,17 @@ def pack_prefix_of_one_width(
 
 @allocating_kernel
 def pack_prefix(
-    levels: Any,
-    counts: Any,
-    codes: Any,
-    base: Any,
+    levels: AnyLevels,
+    counts: Counts,
+    codes: Counts,
+    base: np.uint64,
     constant: Int,
-    lookup: Any,
-    firsts: Any,
+    lookup: NDArray[np.uint16],
+    firsts: Levels,
     group: Int,
-    words: Any,
-    plane: Any,
-    sizes: Any,
+    words: NDArray[np.uint32],
+    plane: Bytes,
+    sizes: Counts,
 ) -> Int:
     """Encodes the prefix plane of any stream. Arguments: `pack_prefix_of_one_width`, `counting.class_of`."""
     word, taken, to = np.uint64(0), np.uint64(0), np.int64(0)
@@ -122,7 +130,7 @@ def pack_prefix(
 
 @allocating_kernel
 def pack_residuals_of_one_width(
-    levels: Any, counts: Any, base: Any, width: Int, plane: Any, sizes: Any
+    levels: AnyLevels, counts: Counts, base: np.uint64, width: Int, plane: Bytes, sizes: Counts
 ) -> Int:
     """Encodes the residual plane if all classes have one width of at most `MOST_TOGETHER`, without trims.
 
@@ -161,16 +169,16 @@ def pack_residuals_of_one_width(
 
 @allocating_kernel
 def pack_residuals(
-    levels: Any,
-    counts: Any,
-    trims: Any,
-    base: Any,
+    levels: AnyLevels,
+    counts: Counts,
+    trims: Counts,
+    base: np.uint64,
     constant: Int,
-    lookup: Any,
-    firsts: Any,
-    extra: Any,
-    plane: Any,
-    sizes: Any,
+    lookup: NDArray[np.uint16],
+    firsts: Levels,
+    extra: Bytes,
+    plane: Bytes,
+    sizes: Counts,
 ) -> Int:
     """Encodes the residual plane of any stream.
 

@@ -7,10 +7,13 @@ of several patterns can therefore be extracted from one word.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
+from ...coding.counts import Rows
+from ...coding.exact import Patterns
+from ...coding.planes import Counts
 from .bitwriter import close, flush
 from .compiling import Int, inlined_kernel, kernel
 from .memory import load32, load64, trailing_zeros
@@ -26,7 +29,7 @@ _TOGETHER = 64
 
 @inlined_kernel
 def _four_classes(
-    raw: Any, item: Int, at: Int, cut: np.uint64, low: np.uint64
+    raw: Bytes, item: Int, at: Int, cut: np.uint64, low: np.uint64
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """Returns the classes of four patterns of ``item`` bytes, from index ``at`` on.
 
@@ -59,7 +62,7 @@ def _four_classes(
 
 
 @inlined_kernel
-def _classes_of_eight(raw: Any, item: Int, at: Int, cut: np.uint64, lows: np.uint64) -> np.uint64:
+def _classes_of_eight(raw: Bytes, item: Int, at: Int, cut: np.uint64, lows: np.uint64) -> np.uint64:
     """Returns the classes of eight patterns of 1, 2 or 4 bytes from index ``at``: a byte each, in any order.
 
     Args:
@@ -88,7 +91,7 @@ def _in_each(low: np.uint64, bits: np.uint64) -> np.uint64:
 
 @kernel
 def count_classes(
-    patterns: Any, raw: Any, counts: Any, width: Int, first: Int, counters: Any, rows: Any
+    patterns: Patterns, raw: Bytes, counts: Counts, width: Int, first: Int, counters: Rows, rows: Rows
 ) -> None:
     """Fills ``rows`` (int32 [segments, classes]): how often each class of 2^width levels occurs.
 
@@ -137,7 +140,7 @@ def count_classes(
 
 
 @kernel
-def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
+def shared_zeros(patterns: Patterns, counts: Counts, zeros: Counts) -> None:
     """Fills ``zeros`` (int64) with `coding.planes.shared_zeros` of the levels."""
     top = np.uint64(1) << np.uint64(8 * patterns.itemsize - 1)
     at = np.int64(0)
@@ -164,7 +167,7 @@ def shared_zeros(patterns: Any, counts: Any, zeros: Any) -> None:
 
 
 @kernel
-def fill_pairs(words: Any, first: Int, class_bits: Int, pairs: Any) -> None:
+def fill_pairs(words: NDArray[np.uint32], first: Int, class_bits: Int, pairs: NDArray[np.uint32]) -> None:
     """Fills the look-up table of pairs of codewords.
 
     Args:
@@ -191,16 +194,16 @@ def fill_pairs(words: Any, first: Int, class_bits: Int, pairs: Any) -> None:
 
 @kernel
 def pack_prefix(
-    patterns: Any,
-    raw: Any,
-    counts: Any,
-    codes: Any,
+    patterns: Patterns,
+    raw: Bytes,
+    counts: Counts,
+    codes: Counts,
     first: Int,
     width: Int,
-    words: Any,
-    pairs: Any,
-    plane: Any,
-    sizes: Any,
+    words: NDArray[np.uint32],
+    pairs: NDArray[np.uint32],
+    plane: Bytes,
+    sizes: Counts,
 ) -> Int:
     """Encodes the prefix plane of patterns of 2 or 4 bytes; two codewords per look-up if there are pairs.
 
@@ -258,7 +261,7 @@ def pack_prefix(
 
 @kernel
 def pack_residuals(
-    patterns: Any, raw: Any, counts: Any, trims: Any, width: Int, plane: Any, sizes: Any
+    patterns: Patterns, raw: Bytes, counts: Counts, trims: Counts, width: Int, plane: Bytes, sizes: Counts
 ) -> Int:
     """Encodes the residual plane of patterns of 2 or 4 bytes whose residuals are the low bits of the levels.
 

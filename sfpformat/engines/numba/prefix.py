@@ -17,13 +17,13 @@ look-up writes eight bytes from a slot before the segment's end, and `SLACK` byt
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODE_BITS, MAX_CODES
 from .compiling import Int, inlined_kernel, kernel
-from .lookup import COUNT_AT, LONG, MAX_SLOTS, SLOTS_AT, decode_one
+from .lookup import COUNT_AT, LONG, MAX_SLOTS, SLOTS_AT, Code, decode_one
 from .memory import leading_zeros, load64, store64
 
 # Segments decoded in parallel.
@@ -52,7 +52,7 @@ def is_inside(size: int, start: int, count: int) -> bool:
 
 
 @kernel
-def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
+def advance(data: Bytes, state: NDArray[np.int64], code: Code, slots: Bytes) -> None:
     """Decodes four segments that share a code, until one of them has fewer than `ROUND` slots remaining.
 
     Stops also at a codeword that is too long for the look-up table; `pass_long_codewords` decodes it.
@@ -103,13 +103,13 @@ def advance(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 
 @inlined_kernel
-def _window(data: Any, at: Int) -> Any:
+def _window(data: Bytes, at: Int) -> np.uint64:
     """Returns the bits from ``at`` on: at least 57, unless the chunk ends before."""
     return load64(data, min(at >> 3, np.int64(data.size - 8))) >> np.uint64(at & 7)
 
 
 @kernel
-def pass_long_codewords(data: Any, state: Any, code: Any, slots: Any) -> None:
+def pass_long_codewords(data: Bytes, state: NDArray[np.int64], code: Code, slots: Bytes) -> None:
     """Decodes one codeword of each chain whose next codeword is too long for the look-up table."""
     for k in range(CHAINS):
         at, to = state[AT, k], state[TO, k]
@@ -122,7 +122,7 @@ def pass_long_codewords(data: Any, state: Any, code: Any, slots: Any) -> None:
 
 
 @kernel
-def finish(data: Any, at: Int, to: Int, end: Int, code: Any, slots: Any) -> Int:
+def finish(data: Bytes, at: Int, to: Int, end: Int, code: Code, slots: Bytes) -> Int:
     """Decodes a segment from bit ``at`` and slot ``to`` to slot ``end`` - 1.
 
     Returns the bit after its end.
@@ -152,7 +152,7 @@ def finish(data: Any, at: Int, to: Int, end: Int, code: Any, slots: Any) -> Int:
 
 
 @kernel
-def order_by_code(codes: Any, order: Any, begins: Any) -> None:
+def order_by_code(codes: NDArray[np.int64], order: NDArray[np.int64], begins: NDArray[np.int64]) -> None:
     """Fills ``order`` with the segments sorted by code; those of code c end before index ``begins[c]``."""
     begins[:] = 0
     for s in range(codes.size):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from .compiling import Int, inlined_kernel, kernel
 from .index import CODES_OF
-from .lookup import code_of
+from .lookup import Code, code_of
 from .prefix import AT, CHAINS, ROUND, SLACK, STOP, TO, advance, finish, is_inside, order_by_code
 from .prefix import pass_long_codewords as pass_long
 from .recipe import BITS_OF, GROUP_OF
 from .values import join_residuals
+from .working import Working
 
 # Results of `_take`: no segment remains, or a segment does not end where it must.
 _NONE, _BAD = -1, -2
@@ -27,11 +30,11 @@ class Segments(NamedTuple):
         residuals: int64 [n], bit offset in the chunk of the residuals of each.
     """
 
-    starts: Any
-    sizes: Any
-    counts: Any
-    codes: Any
-    residuals: Any
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    codes: NDArray[np.int64]
+    residuals: NDArray[np.int64]
 
 
 class Target(NamedTuple):
@@ -48,17 +51,17 @@ class Target(NamedTuple):
     """
 
     joined: bool
-    width: int
-    base: Any
-    unit: int
-    spread: Any
+    width: Int
+    base: np.uint64
+    unit: Int
+    spread: Bytes
     streamed: bool
-    out: Any
+    out: Bytes
 
 
 @inlined_kernel
 def _complete(
-    data: Any, segments: Any, target: Any, s: Int, end: Int, group: Int, slots: Any, place: Int
+    data: Bytes, segments: Segments, target: Target, s: Int, end: Int, group: Int, slots: Bytes, place: Int
 ) -> bool:
     """Checks and joins segment ``s``, whose codewords end at bit ``end``.
 
@@ -88,16 +91,16 @@ def _complete(
 
 @inlined_kernel
 def _take(
-    data: Any,
-    order: Any,
+    data: Bytes,
+    order: NDArray[np.int64],
     at: Int,
-    code: Any,
-    segments: Any,
-    target: Any,
-    places: Any,
+    code: Code,
+    segments: Segments,
+    target: Target,
+    places: NDArray[np.int64],
     k: Int,
-    state: Any,
-    slots: Any,
+    state: NDArray[np.int64],
+    slots: Bytes,
 ) -> tuple[Int, Int]:
     """Assigns to chain ``k`` the next segment that `prefix.advance` may decode. Decodes skipped segments.
 
@@ -120,16 +123,16 @@ def _take(
 
 @kernel
 def _decode_code(
-    data: Any,
-    order: Any,
-    code: Any,
-    segments: Any,
-    target: Any,
-    places: Any,
+    data: Bytes,
+    order: NDArray[np.int64],
+    code: Code,
+    segments: Segments,
+    target: Target,
+    places: NDArray[np.int64],
     spare: Int,
-    state: Any,
-    taken: Any,
-    slots: Any,
+    state: NDArray[np.int64],
+    taken: NDArray[np.int64],
+    slots: Bytes,
 ) -> bool:
     """Decodes the segments of ``order``, which share a code. False if one does not end where it must."""
     at: Int
@@ -170,7 +173,7 @@ def _decode_code(
 
 
 @kernel
-def place_slots(counts: Any, places: Any) -> Int:
+def place_slots(counts: NDArray[np.int64], places: NDArray[np.int64]) -> Int:
     """Fills ``places`` with the first slot index of each segment, and returns the next free index.
 
     Each segment has `SLACK` bytes more, and one for an odd count.
@@ -184,16 +187,16 @@ def place_slots(counts: Any, places: Any) -> Int:
 
 @kernel
 def decode_codes(
-    data: Any,
-    segments: Any,
-    target: Any,
-    shape: Any,
-    tables: Any,
-    filled: Any,
-    places: Any,
+    data: Bytes,
+    segments: Segments,
+    target: Target,
+    shape: NDArray[np.int64],
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    places: NDArray[np.int64],
     spare: Int,
-    working: Any,
-    slots: Any,
+    working: Working,
+    slots: Bytes,
 ) -> bool:
     """Decodes segments, code by code. False if one does not end where it must.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
+from ...coding.planes import Counts, Levels
 from .compiling import Int, kernel
 from .index import CODES_OF, CONSTANT_OF
 from .levels import decode_segment
@@ -17,22 +18,22 @@ from .working import carve
 
 @kernel
 def decode_levels(
-    data: Any,
+    data: Bytes,
     prefix_start: Int,
-    prefix_bits: Any,
+    prefix_bits: Counts,
     residual_start: Int,
-    residual_bits: Any,
-    counts: Any,
-    codes: Any,
-    trims: Any,
-    shape: Any,
-    lengths: Any,
-    tables: Any,
-    filled: Any,
-    bits_before: Any,
+    residual_bits: Counts,
+    counts: Counts,
+    codes: Counts,
+    trims: Counts,
+    shape: Counts,
+    lengths: Bytes,
+    tables: Bytes,
+    filled: NDArray[np.int64],
+    bits_before: NDArray[np.int64],
     most: Int,
-    memory: Any,
-    levels: Any,
+    memory: Bytes,
+    levels: Levels,
 ) -> bool:
     """Decodes the levels of a run of segments, segment by segment. False on any problem.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
+from ...coding.planes import Levels
+from ...coding.quantisers import F32
 from ..translation import SCALE_QUOTIENT, SCALE_REMAINDER
 from .compiling import Int, kernel
 from .memory import load32, load64, store16, store32, store64
@@ -28,16 +30,16 @@ PATTERNS, LOOKED_UP, ARITHMETIC, RAW = range(4)
 
 @kernel
 def join_residuals(
-    data: Any,
+    data: Bytes,
     start: Int,
     count: Int,
     width: Int,
-    base: Any,
-    slots: Any,
+    base: np.uint64,
+    slots: Bytes,
     place: Int,
-    spread: Any,
+    spread: Bytes,
     streamed: bool,
-    out: Any,
+    out: Bytes,
     to: Int,
 ) -> None:
     """Joins slots and residuals to exact weights of 2 bytes (residuals of up to 8 bits) or 4 bytes (24 bits).
@@ -66,15 +68,15 @@ def join_residuals(
 
 @kernel
 def _join_narrow(
-    residuals: Any,
+    residuals: Bytes,
     start: Int,
     count: Int,
     width: Int,
-    base: Any,
-    slots: Any,
+    base: np.uint64,
+    slots: Bytes,
     place: Int,
     streamed: bool,
-    out: Any,
+    out: Bytes,
     to: Int,
 ) -> None:
     """Joins slots with residuals of one byte each, from byte ``start`` on."""
@@ -98,7 +100,15 @@ def _join_narrow(
 
 @kernel
 def _join_wide(
-    data: Any, start: Int, count: Int, above: Int, slots: Any, place: Int, streamed: bool, out: Any, to: Int
+    data: Bytes,
+    start: Int,
+    count: Int,
+    above: Int,
+    slots: Bytes,
+    place: Int,
+    streamed: bool,
+    out: Bytes,
+    to: Int,
 ) -> None:
     """Joins slots with residuals of three bytes each, from byte ``start`` on."""
     whole = count - count % LANES32
@@ -115,7 +125,7 @@ def _join_wide(
 
 
 @kernel
-def _spread_fields(data: Any, start: Int, count: Int, width: Int, out: Any) -> None:
+def _spread_fields(data: Bytes, start: Int, count: Int, width: Int, out: Bytes) -> None:
     """Unpacks fields of at most 8 bits, from bit ``start`` on, to one byte each: eight per step, by halving.
 
     Args:
@@ -135,7 +145,7 @@ def _spread_fields(data: Any, start: Int, count: Int, width: Int, out: Any) -> N
 
 
 @kernel
-def patterns_of_levels(levels: Any, count: Int, item: Int, out: Any, to: Int) -> None:
+def patterns_of_levels(levels: Levels, count: Int, item: Int, out: Bytes, to: Int) -> None:
     """Writes the bit patterns of levels, ``item`` bytes each: moves the sign from lowest to highest bit."""
     one = np.uint64(1)
     sign = np.uint64(8 * item - 1)
@@ -152,7 +162,9 @@ def patterns_of_levels(levels: Any, count: Int, item: Int, out: Any, to: Int) ->
 
 
 @kernel
-def looked_up(levels: Any, count: Int, patterns: Any, item: Int, out: Any, to: Int) -> None:
+def looked_up(
+    levels: Levels, count: Int, patterns: NDArray[np.uint32], item: Int, out: Bytes, to: Int
+) -> None:
     """Writes the bit pattern of each level, from a look-up table (uint32)."""
     for i in range(count):
         pattern = patterns[levels[i]]
@@ -165,7 +177,7 @@ def looked_up(levels: Any, count: Int, patterns: Any, item: Int, out: Any, to: I
 
 
 @kernel
-def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
+def signed_patterns(patterns: NDArray[np.uint32], first: Levels, by_slot: NDArray[np.uint32]) -> None:
     """Fills a look-up table by slot and sign, if every class has two levels, which differ in their sign.
 
     Args:
@@ -181,7 +193,15 @@ def signed_patterns(patterns: Any, first: Any, by_slot: Any) -> None:
 
 @kernel
 def looked_up_by_slot(
-    data: Any, start: Int, count: Int, by_slot: Any, item: Int, slots: Any, place: Int, out: Any, to: Int
+    data: Bytes,
+    start: Int,
+    count: Int,
+    by_slot: NDArray[np.uint32],
+    item: Int,
+    slots: Bytes,
+    place: Int,
+    out: Bytes,
+    to: Int,
 ) -> None:
     """Writes the weights of a segment whose residuals are only signs.
 
@@ -215,7 +235,7 @@ def looked_up_by_slot(
 
 
 @kernel
-def signed_magnitudes(levels: Any, count: Int, magnitudes: Any, numbers: Any) -> None:
+def signed_magnitudes(levels: Levels, count: Int, magnitudes: F32, numbers: F32) -> None:
     """Fills ``numbers`` (float32) with the signed magnitude of each level."""
     for i in range(count):
         magnitude = magnitudes[levels[i] >> np.uint64(1)]
@@ -224,7 +244,7 @@ def signed_magnitudes(levels: Any, count: Int, magnitudes: Any, numbers: Any) ->
 
 @kernel
 def multiply_by_place(
-    numbers: Any, count: Int, places: Any, start: Int, unit: Int, by: Int, factors: Any
+    numbers: F32, count: Int, places: NDArray[np.int64], start: Int, unit: Int, by: Int, factors: F32
 ) -> None:
     """Multiplies each number by the factor of its position.
 
@@ -252,7 +272,7 @@ def multiply_by_place(
 
 @kernel
 def multiply_by_product(
-    numbers: Any, count: Int, places: Any, start: Int, columns: Int, rows: Any, across: Any
+    numbers: F32, count: Int, places: NDArray[np.int64], start: Int, columns: Int, rows: F32, across: F32
 ) -> None:
     """Multiplies each number by the product of its row's and its column's factor.
 
@@ -270,7 +290,7 @@ def multiply_by_product(
 
 
 @kernel
-def rounded(numbers: Any, count: Int, item: Int, out: Any, to: Int) -> None:
+def rounded(numbers: F32, count: Int, item: Int, out: Bytes, to: Int) -> None:
     """Writes the numbers as F32 (``item`` 4) or rounded to BF16 (2), ties to even. None may be a NaN."""
     patterns = numbers.view(np.uint32)
     for i in range(count):

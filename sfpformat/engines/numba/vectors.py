@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import register_jitable
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from .compiling import Int, intrinsic
 from .memory import pointer_to, require_inside
 
@@ -121,7 +124,7 @@ _join32, _stream32 = _joiner32(False), _joiner32(True)
 
 @register_jitable
 def join16(
-    slots: Any, place: Int, residuals: Any, start: Int, base: Int, width: Int, out: Any, to: Int
+    slots: Bytes, place: Int, residuals: Bytes, start: Int, base: Int, width: Int, out: Bytes, to: Int
 ) -> None:
     """Writes 32 weights of 2 bytes at byte ``to``: level base + (slot << width) + residual, sign moved."""
     require_inside(slots, place, LANES16)
@@ -132,7 +135,7 @@ def join16(
 
 @register_jitable
 def stream16(
-    slots: Any, place: Int, residuals: Any, start: Int, base: Int, width: Int, out: Any, to: Int
+    slots: Bytes, place: Int, residuals: Bytes, start: Int, base: Int, width: Int, out: Bytes, to: Int
 ) -> None:
     """Does the work of `join16` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES16)
@@ -142,7 +145,7 @@ def stream16(
 
 
 @register_jitable
-def join32(slots: Any, place: Int, data: Any, start: Int, above: Int, out: Any, to: Int) -> None:
+def join32(slots: Bytes, place: Int, data: Bytes, start: Int, above: Int, out: Bytes, to: Int) -> None:
     """Writes 16 weights of 4 bytes at byte ``to``: (class + above) and three residual bytes, sign moved."""
     require_inside(slots, place, LANES32)
     require_inside(data, start, 3 * LANES32)
@@ -151,7 +154,7 @@ def join32(slots: Any, place: Int, data: Any, start: Int, above: Int, out: Any, 
 
 
 @register_jitable
-def stream32(slots: Any, place: Int, data: Any, start: Int, above: Int, out: Any, to: Int) -> None:
+def stream32(slots: Bytes, place: Int, data: Bytes, start: Int, above: Int, out: Bytes, to: Int) -> None:
     """Does the work of `join32` with non-temporal stores; only if `is_aligned`."""
     require_inside(slots, place, LANES32)
     require_inside(data, start, 3 * LANES32)
@@ -187,7 +190,7 @@ _level_bytes16, _level_bytes32 = _level_bytes(LANES16, 2), _level_bytes(LANES32,
 
 
 @register_jitable
-def level_bytes16(source: Any, start: Int, target: Any, to: Int) -> None:
+def level_bytes16(source: Bytes, start: Int, target: Bytes, to: Int) -> None:
     """Writes the lowest byte of the level of each of 32 patterns of 2 bytes, from byte ``start`` on."""
     require_inside(source, start, 2 * LANES16)
     require_inside(target, to, LANES16)
@@ -195,7 +198,7 @@ def level_bytes16(source: Any, start: Int, target: Any, to: Int) -> None:
 
 
 @register_jitable
-def level_bytes32(source: Any, start: Int, target: Any, to: Int) -> None:
+def level_bytes32(source: Bytes, start: Int, target: Bytes, to: Int) -> None:
     """Writes the three lower bytes of the level of each of 16 patterns of 4 bytes, from byte ``start`` on."""
     require_inside(source, start, 4 * LANES32)
     require_inside(target, to, 3 * LANES32)
@@ -256,7 +259,9 @@ _look_up2, _look_up4 = _looker(2), _looker(4)
 
 
 @register_jitable
-def look_up2(slots: Any, place: Int, signs: Any, table: Any, out: Any, to: Int) -> None:
+def look_up2(
+    slots: Bytes, place: Int, signs: np.uint64, table: NDArray[np.uint32], out: Bytes, to: Int
+) -> None:
     """Writes 16 weights of 2 bytes at byte ``to``: the lower halves of entries 2 * slot + sign of a table."""
     require_inside(slots, place, LANES_LOOKED_UP)
     require_inside(table, 0, 4 * BY_SLOT)
@@ -265,7 +270,9 @@ def look_up2(slots: Any, place: Int, signs: Any, table: Any, out: Any, to: Int) 
 
 
 @register_jitable
-def look_up4(slots: Any, place: Int, signs: Any, table: Any, out: Any, to: Int) -> None:
+def look_up4(
+    slots: Bytes, place: Int, signs: np.uint64, table: NDArray[np.uint32], out: Bytes, to: Int
+) -> None:
     """Writes 16 weights of 4 bytes at byte ``to``: entries 2 * slot + sign of a table."""
     require_inside(slots, place, LANES_LOOKED_UP)
     require_inside(table, 0, 4 * BY_SLOT)

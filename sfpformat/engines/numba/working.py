@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_CODES
+from ...coding.planes import Levels
+from ...coding.quantisers import F32
 from .compiling import Int, kernel
 from .index import ROWS
 from .lookup import MAX_BITS
@@ -23,7 +27,7 @@ class Working(NamedTuple):
 
     Attributes:
         positions: int64 [m], number of positions of each segment.
-        index: int64 [ROWS, m], filled by `index.read_index`.
+        segment_index: int64 [ROWS, m], filled by `index.read_index`.
         order, begins: int64 [n], [MAX_CODES + 1], filled by `prefix.order_by_code`.
         places: int64 [3, n], for each stream the first slot index of each segment.
         slots: uint8, slots of the current stream; ``importance_slots``: slots of the importance.
@@ -38,26 +42,26 @@ class Working(NamedTuple):
         single, ends: uint32, uint64 [2^MAX_BITS], for `lookup.code_of`.
     """
 
-    positions: Any
-    index: Any
-    order: Any
-    begins: Any
-    places: Any
-    slots: Any
-    importance_slots: Any
-    state: Any
-    taken: Any
-    chain_places: Any
-    bits: Any
-    levels: Any
-    inside: Any
-    numbers: Any
-    residuals: Any
-    survivors: Any
-    by_slot: Any
-    class_slots: Any
-    single: Any
-    ends: Any
+    positions: NDArray[np.int64]
+    segment_index: NDArray[np.int64]
+    order: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    places: NDArray[np.int64]
+    slots: Bytes
+    importance_slots: Bytes
+    state: NDArray[np.int64]
+    taken: NDArray[np.int64]
+    chain_places: NDArray[np.int64]
+    bits: Bytes
+    levels: Levels
+    inside: NDArray[np.int64]
+    numbers: F32
+    residuals: Bytes
+    survivors: Bytes
+    by_slot: NDArray[np.uint32]
+    class_slots: NDArray[np.int64]
+    single: NDArray[np.uint32]
+    ends: Levels
 
 
 @kernel
@@ -72,7 +76,7 @@ def slots_room(n: Int, segment: Int) -> Int:
 
 
 @kernel
-def _sizes(m: Int, n: Int, segment: Int) -> Any:
+def _sizes(m: Int, n: Int, segment: Int) -> tuple[Int, ...]:
     """Returns the size in bytes of each field of `Working`, in order."""
     slots = max(slots_room(n, segment), slots_room(CHAINS, segment))
     return (
@@ -109,13 +113,13 @@ def working_bytes(m: Int, n: Int, segment: Int) -> Int:
 
 
 @kernel
-def _carve(memory: Any, used: Int, size: Int) -> tuple[Any, Int]:
+def _carve(memory: Bytes, used: Int, size: Int) -> tuple[Bytes, Int]:
     require_inside(memory, used, size)
     return memory[used : used + size], used + _aligned(size)
 
 
 @kernel
-def carve(memory: Any, m: Int, n: Int, segment: Int) -> Any:
+def carve(memory: Bytes, m: Int, n: Int, segment: Int) -> Working:
     """Divides memory into the fields of `Working`, for ``n`` segments of a chunk of ``m`` segments.
 
     Args:
