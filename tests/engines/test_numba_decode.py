@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import random
 import subprocess
@@ -25,7 +27,7 @@ from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
 from sfpformat.engines import get_engine
 from sfpformat.engines import numba as fast
 from sfpformat.engines.numba import lookup
-from sfpformat.engines.numba.compiling import kernel
+from sfpformat.engines.numba.compiling import compiled_sources, kernel
 from sfpformat.engines.numba.memory import load64
 from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
@@ -336,3 +338,32 @@ def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) ->
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def definition(module: str, name: str) -> Path:
+    """Returns the file that defines a name of a module, which may import it from another one."""
+    found = importlib.import_module(module)
+    assert found.__file__ is not None
+    assert found.__spec__ is not None
+    for node in ast.parse(Path(found.__file__).read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and name in [some.asname or some.name for some in node.names]:
+            return definition(resolved(node, found.__spec__.parent or ""), name)
+    return Path(found.__file__)
+
+
+def resolved(node: ast.ImportFrom, package: str) -> str:
+    return importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+
+
+def test_the_kernels_cache_is_invalid_after_a_change_of_any_constant_that_they_import() -> None:
+    package = fast.__name__
+    constants = {
+        definition(resolved(node, package), some.name)
+        for path in Path(fast.__file__).parent.glob("*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.level
+        for some in node.names
+        if some.name.isupper()
+    }
+    assert {path.name for path in constants} >= {"uniform.py", "codetable.py", "translation.py", "prefix.py"}
+    assert constants <= set(compiled_sources())

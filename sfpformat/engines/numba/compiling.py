@@ -32,14 +32,21 @@ _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 
-@cache
-def _sources_digest() -> str:
-    """Returns a digest of the sources of this package and of those whose constants it compiles in."""
+def compiled_sources() -> list[Path]:
+    """Returns the sources of this package, and those whose constants it compiles in."""
     own = Path(__file__).parent
     root = own.parent.parent
+    packages = [
+        path for folder in (own, root / "coding", root / "container") for path in folder.rglob("*.py")
+    ]
+    return sorted([*packages, own.parent / "translation.py"])
+
+
+@cache
+def _sources_digest() -> str:
+    """Returns a digest of `compiled_sources`."""
     digest = hashlib.sha256()
-    packages = [path for folder in (own, root / "coding", root / "container") for path in folder.glob("*.py")]
-    for path in sorted([*packages, own.parent / "translation.py"]):
+    for path in compiled_sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
