@@ -222,7 +222,8 @@ def test_a_table_lookup_returns_the_symbols_that_prefix_its_bits(
     free = np.empty(classes + 13, np.int64), np.empty(1 << bits, np.uint32), np.empty(1 << bits, np.uint64)
     assert lookup.prepare(np.uint64(0), classes, lengths, 1, group, tables, filled, free[0])
     lookup.code_of(tables, 1, bits, 0, group, filled, *free[1:])
-    found = lookup.code_at.py_func(tables, 1, bits, 0, group)
+    compiled: Any = lookup.code_at
+    found = compiled.py_func(tables, 1, bits, 0, group)
     assert filled.tolist() == [1, 1]
     for symbol, word in zip(code.symbols.tolist(), code.codewords, strict=True):
         assert found.symbol_length[symbol % classes + 64 * (symbol // classes)] == len(word)
