@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfpformat.cli.console import progress, show_json, show_table
+from sfpformat.cli.errors import CommandError, path_in_errors, require_suffix
 from sfpformat.cli.parser import Parser, Subparsers, examples
-from sfpformat.cli.trouble import Trouble, about, require_suffix
 from sfpformat.errors import OptionError
 from sfpformat.io.atomic import replacing
 
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fuzz(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("hypothesis") is None:
-        raise Trouble("fuzzing needs Hypothesis; run: pip install hypothesis")
+        raise CommandError("fuzzing needs Hypothesis; run: pip install hypothesis")
     from .driver import Driver
     from .finds import doubt, save
     from .fuzz import Duel, as_json, fuzz
@@ -231,7 +231,7 @@ def _run(args: argparse.Namespace) -> int:
     suite = Suite.of(args.suite)
     known = None
     if args.known is not None:
-        with about(args.known):
+        with path_in_errors(args.known):
             known = known_failures(tomllib.loads(args.known.read_text("utf-8")), datetime.now(UTC).date())
     levels = frozenset(_levels(args.level))
     settings = Settings(_drivers(args), args.profile, levels, args.only, args.seed, known)
@@ -241,7 +241,7 @@ def _run(args: argparse.Namespace) -> int:
         results = run(suite, settings, shown.advance)
     for path, data in ((args.junit, junit), (args.html, lambda r: page(r).encode())):
         if path is not None:
-            with about(path), replacing(path) as file:
+            with path_in_errors(path), replacing(path) as file:
                 file.write(data(results))
     if args.json:
         show_json(as_json(results))
@@ -253,7 +253,7 @@ def _run(args: argparse.Namespace) -> int:
 def _levels(text: str) -> list[int]:
     words = text.split(",")
     if not all(word in ("1", "2", "3", "4") for word in words):
-        raise Trouble(f"--level {text!r} is not a list of numbers from 1 to 4, separated by commas")
+        raise CommandError(f"--level {text!r} is not a list of numbers from 1 to 4, separated by commas")
     return [int(word) for word in words]
 
 

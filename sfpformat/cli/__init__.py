@@ -22,8 +22,8 @@ from typing import TextIO
 from .. import __version__
 from ..errors import SfpError, SfpWarning
 from .console import any_output, printable
+from .errors import CommandError
 from .parser import EXIT_CODES, Parser, examples, split_rules
-from .trouble import Trouble
 
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
 COMMANDS = {
@@ -97,7 +97,7 @@ def _exit_code(words: list[str]) -> int:
             traceback.print_exc()
         _print_to_stderr(_message_of(error))
         _drop_unwritten()
-        return error.code if isinstance(error, Trouble) else 2
+        return error.code if isinstance(error, CommandError) else 2
 
 
 def _drop_unwritten() -> None:
@@ -114,13 +114,13 @@ def _run(words: list[str]) -> int:
     name = next((word for word in words if not word.startswith("-")), None)
     if name is not None and name not in COMMANDS and name not in _added():
         if name in ADDED:
-            raise Trouble(f"the command {name!r} needs another package: {ADDED[name]}")
-        raise Trouble(f"there is no command {name!r} (see 'sfp --help')")
+            raise CommandError(f"the command {name!r} needs another package: {ADDED[name]}")
+        raise CommandError(f"there is no command {name!r} (see 'sfp --help')")
     args, unknown = _parser(name).parse_known_args(words)
     if unknown:
-        raise Trouble(f"unknown arguments: {' '.join(unknown)} (see 'sfp {name} --help')")
+        raise CommandError(f"unknown arguments: {' '.join(unknown)} (see 'sfp {name} --help')")
     if likes and name != "pack":
-        raise Trouble("only 'sfp pack' accepts --like")
+        raise CommandError("only 'sfp pack' accepts --like")
     args.likes = likes
     code: int = args.run(args)
     return code
@@ -156,7 +156,7 @@ def _added() -> dict[str, EntryPoint]:
 
 def _message_of(error: Exception) -> str:
     """Returns the message for an error."""
-    if isinstance(error, (Trouble, SfpError)):
+    if isinstance(error, (CommandError, SfpError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from . import bench_pruning
 from .console import bytes_words, printable, progress, show_json, show_table
+from .errors import CommandError, checked_target, require_suffix
 from .models import add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, checked_target, require_suffix
 
 if TYPE_CHECKING:
     from ..bench.measure import Refusal
@@ -127,15 +127,15 @@ def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequenc
     """Parses a list separated by commas. Returns its names in the order of ``known``.
 
     Raises:
-        Trouble: a name is unknown, or there is none.
+        CommandError: a name is unknown, or there is none.
     """
     if words is None:
         return tuple(default)
     names = {word.strip() for word in words.split(",") if word.strip()}
     for name in sorted(names - set(known)):
-        raise Trouble(f"there is no {what} {name!r}; choose from {', '.join(known)}")
+        raise CommandError(f"there is no {what} {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise Trouble(f"no {what} is named; choose from {', '.join(known)}")
+        raise CommandError(f"no {what} is named; choose from {', '.join(known)}")
     return tuple(name for name in known if name in names)
 
 
@@ -143,7 +143,7 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
     """Returns the path of the picture, or None. Checks it before anything is measured.
 
     Raises:
-        Trouble: the picture cannot be drawn or written.
+        CommandError: the picture cannot be drawn or written.
     """
     if path is None:
         return None
@@ -151,24 +151,24 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
 
     require_suffix(path, *SUFFIXES, what="--plot")
     if "lossless" not in sections:
-        raise Trouble("--plot needs the section lossless")
+        raise CommandError("--plot needs the section lossless")
     reason = why_not()
     if reason is not None:
-        raise Trouble(f"--plot: {reason}")
+        raise CommandError(f"--plot: {reason}")
     return checked_target(path, [Path(source)] if source is not None and Path(source).is_file() else [])
 
 
 def _require_device(args: argparse.Namespace) -> None:
-    """Raises `Trouble` if nothing can be decoded to the device."""
+    """Raises `CommandError` if nothing can be decoded to the device."""
     if args.device is None:
         return
     if args.engines is not None:
-        raise Trouble("--device uses the engine cuda: omit --engines")
+        raise CommandError("--device uses the engine cuda: omit --engines")
     from ..bench.device import why_not
 
     reason = why_not(args.device)
     if reason is not None:
-        raise Trouble(f"--device {args.device}: {reason}")
+        raise CommandError(f"--device {args.device}: {reason}")
 
 
 def _settings(args: argparse.Namespace, folder: Path) -> Settings:
@@ -178,9 +178,9 @@ def _settings(args: argparse.Namespace, folder: Path) -> Settings:
     from ..options import PRESETS
 
     if args.rounds < 1:
-        raise Trouble(f"--rounds is {args.rounds}, must be at least 1")
+        raise CommandError(f"--rounds is {args.rounds}, must be at least 1")
     if args.threads is not None and args.threads < 1:
-        raise Trouble(f"--threads is {args.threads}, must be at least 1")
+        raise CommandError(f"--threads is {args.threads}, must be at least 1")
     engines = available()
     usable = [name for name, reason in engines.items() if reason is None]
     if args.device is not None:
@@ -207,7 +207,7 @@ def _subject(file: str | None, dtype: str | None, strict_index: bool) -> Subject
             name = model.path.name
             tensors = {tensor: model.read(tensor) for tensor in model.specs}
     if not any(array.size for array in tensors.values()):
-        raise Trouble(f"{file}: has no weights to measure")
+        raise CommandError(f"{file}: has no weights to measure")
     return Subject(name, cast(tensors, CASTS[dtype] if dtype else None))
 
 

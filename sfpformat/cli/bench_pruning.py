@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .console import progress, show_json, show_table
+from .errors import CommandError, checked_target, require_suffix
 from .prune import parse_shares
-from .trouble import Trouble, checked_target, require_suffix
 
 NAME = "pruning"
 WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and measures the
@@ -45,22 +45,22 @@ def require_absent(args: argparse.Namespace) -> None:
     """Rejects these options for another benchmark.
 
     Raises:
-        Trouble: one of them was given.
+        CommandError: one of them was given.
     """
     for name in _OPTIONS:
         if hasattr(args, name):
-            raise Trouble(f"--{name.replace('_', '-')} is an option of 'sfp bench {NAME}'")
+            raise CommandError(f"--{name.replace('_', '-')} is an option of 'sfp bench {NAME}'")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark. Returns the exit code."""
     for name in ("only", "dtype", "device", "engines", "presets", "plot", "strict_index"):
         if getattr(args, name) not in (None, False):
-            raise Trouble(f"'sfp bench {NAME}' does not accept --{name.replace('_', '-')}")
+            raise CommandError(f"'sfp bench {NAME}' does not accept --{name.replace('_', '-')}")
     try:
         import torch
     except ImportError as error:
-        raise Trouble(f"'sfp bench {NAME}' needs torch: pip install 'sfpformat[torch]'") from error
+        raise CommandError(f"'sfp bench {NAME}' needs torch: pip install 'sfpformat[torch]'") from error
     from ..bench.pruning import Plan, rows
     from ..bench.pruning_rows import summary
     from ..demo.methods import METHODS
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         given["sparsities"] = parse_shares(given.pop("sparsity"))
     for name in ("seeds", "steps", "model_steps"):
         if given.get(name, 1) < 1:
-            raise Trouble(f"--{name.replace('_', '-')} is {given[name]}, must be at least 1")
+            raise CommandError(f"--{name.replace('_', '-')} is {given[name]}, must be at least 1")
     kept = None if "rows" not in given else checked_target(given.pop("rows"), [])
     plan = Plan(**given, threads=args.threads or torch.get_num_threads())
     with progress(plan.amount(), NAME, steps=True) as shown:
@@ -96,7 +96,7 @@ def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
         if name not in known:
-            raise Trouble(f"there is no method {name!r}; choose from {', '.join(known)}")
+            raise CommandError(f"there is no method {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise Trouble(f"no method is named; choose from {', '.join(known)}")
+        raise CommandError(f"no method is named; choose from {', '.join(known)}")
     return tuple(names)

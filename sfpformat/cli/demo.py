@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import number, percent, progress, show_json, show_table
+from .errors import CommandError, checked_target, require_suffix
 from .parser import Parser, Subparsers, examples
 from .prune import parse_shares
-from .trouble import Trouble, checked_target, require_suffix
 
 if TYPE_CHECKING:
     from ..demo.packing import Result, Row, Tensors
@@ -153,32 +153,32 @@ def _require_learning(args: argparse.Namespace) -> None:
     """Checks the options of learning before any work is done.
 
     Raises:
-        Trouble: torch is not installed, or an option is invalid.
+        CommandError: torch is not installed, or an option is invalid.
     """
     if args.steps is not None and not args.learn:
-        raise Trouble("--steps needs --learn")
+        raise CommandError("--steps needs --learn")
     if args.learn and importlib.util.find_spec("torch") is None:
-        raise Trouble("--learn needs torch: pip install 'sfpformat[torch]'")
+        raise CommandError("--learn needs torch: pip install 'sfpformat[torch]'")
     if args.steps is not None and args.steps < 1:
-        raise Trouble(f"--steps is {args.steps}, must be at least 1")
+        raise CommandError(f"--steps is {args.steps}, must be at least 1")
 
 
 def _require_plot(args: argparse.Namespace) -> None:
     """Checks ``--plot`` before any work is done.
 
     Raises:
-        Trouble: matplotlib is not installed, there are no curves, or the picture cannot be written.
+        CommandError: matplotlib is not installed, there are no curves, or the picture cannot be written.
     """
     from ..bench.plot import SUFFIXES, why_not
 
     if args.plot is None:
         return
     if not args.learn and args.sparsity is None:
-        raise Trouble("--plot needs --sparsity or --learn")
+        raise CommandError("--plot needs --sparsity or --learn")
     require_suffix(args.plot, *SUFFIXES, what="--plot")
     reason = why_not()
     if reason is not None:
-        raise Trouble(f"--plot: {reason}")
+        raise CommandError(f"--plot: {reason}")
     checked_target(args.plot, [])
 
 

@@ -11,16 +11,16 @@ from ..encode.writer import Writer
 from .console import Progress
 from .outcome import Outcome, outcome
 from .packing import Job, add_tensor
-from .rules import Treatment
+from .rules import TensorConfig
 
 
 def sizes_of_file(
-    job: Job, asked: dict[str, Treatment], names: list[str], metadata: dict[str, str], progress: Progress
+    job: Job, asked: dict[str, TensorConfig], names: list[str], metadata: dict[str, str], progress: Progress
 ) -> tuple[list[Outcome], int]:
     """Returns the outcome of each tensor, and the size of the file that `packing.pack_file` would write.
 
     Args:
-        asked: name -> treatment of each tensor, before budgets were shared.
+        asked: tensor name -> configuration, before budgets were shared.
         names, metadata: same as for `packing.pack_file`.
     """
     outcomes: list[Outcome] = []

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from ..container.preamble import MAJOR
 from ..names import unmatched
 from .console import bytes_words, number, percent, printable, show_json, show_table
+from .errors import CommandError, path_in_errors
 from .limits import add_limits, limits_of
 from .models import Model, open_model, sub_byte_of
 from .parser import Parser, Subparsers, examples
 from .report import TensorReport, Totals, report_tensor, total
-from .trouble import Trouble, about
 
 _HEADER = ("tensor", "dtype", "shape", "coding", "pruned", "mask", "weights", "import.", "index", "all")
 _TEXT_COLUMNS = 4
@@ -54,17 +54,17 @@ def run(args: argparse.Namespace) -> int:
         if args.file is None:
             return 0
     if args.file is None:
-        raise Trouble("no file is named (see 'sfp info --help')")
+        raise CommandError("no file is named (see 'sfp info --help')")
     with open_model(args.file, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
-            raise Trouble(f"{args.file}: is a safetensors file; 'sfp pack' writes it as .sfp")
+            raise CommandError(f"{args.file}: is a safetensors file; 'sfp pack' writes it as .sfp")
         reports = report_model(model)
         totals = total(reports, model.stored_bytes)
         if args.tensors is not None:
             reports = [report for report in reports if fnmatchcase(report.entry.name, args.tensors)]
             if not reports:
                 words = unmatched(args.tensors, model.specs, model.aliases())
-                raise Trouble(f"{args.file}: {words}")
+                raise CommandError(f"{args.file}: {words}")
         if args.json:
             _show_json(model, reports, totals)
         else:
@@ -76,7 +76,7 @@ def report_model(model: Model) -> list[TensorReport]:
     """Returns the reports of all tensors."""
     out = []
     for name in model.specs:
-        with about(model.path):
+        with path_in_errors(model.path):
             out.append(report_tensor(model.file_of(name), name))
     return out
 

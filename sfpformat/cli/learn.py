@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .console import bytes_words, number, percent, progress, show_json, show_table
+from .errors import CommandError, checked_target, require_file, require_suffix
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, checked_target, require_file, require_suffix
 
 _DESCRIPTION = """Learns from text which weights of a model matter, prunes those that matter least, and writes
 the survivors and their importances as one .sfp file. Survivors keep their values. FOLDER is a model that
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
-            raise Trouble(f"'sfp learn' needs {name}: pip install {name}")
+            raise CommandError(f"'sfp learn' needs {name}: pip install {name}")
     _require(args)
     import torch
 
@@ -176,19 +176,21 @@ def _require(args: argparse.Namespace) -> None:
     """Checks the arguments before any work is done.
 
     Raises:
-        Trouble: an argument is invalid.
+        CommandError: an argument is invalid.
         OSError: a data file is missing.
     """
     require_suffix(args.output, ".sfp", what="'sfp learn'")
     if not args.folder.is_dir() or not (args.folder / "config.json").is_file():
-        raise Trouble(f"{args.folder}: is no folder with a config.json; name a model that transformers saved")
+        raise CommandError(
+            f"{args.folder}: is no folder with a config.json; name a model that transformers saved"
+        )
     if not 0 < args.sparsity < 1:
-        raise Trouble(f"--sparsity is {args.sparsity}, must be between 0 and 1")
+        raise CommandError(f"--sparsity is {args.sparsity}, must be between 0 and 1")
     for name in ("steps", "window", "batch", "calibration", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise Trouble(f"--{name} is {getattr(args, name)}, must be at least 1")
+            raise CommandError(f"--{name} is {getattr(args, name)}, must be at least 1")
     if args.minutes is not None and not args.minutes > 0:
-        raise Trouble(f"--minutes is {args.minutes}, must be above 0")
+        raise CommandError(f"--minutes is {args.minutes}, must be above 0")
     for path in args.data:
         require_file(path)
 
@@ -197,13 +199,13 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
     """Returns the kind of a model (`texts.KINDS`), and the class of transformers that loads it.
 
     Raises:
-        Trouble: it is neither a language model nor an encoder.
+        CommandError: it is neither a language model nor an encoder.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: Sequence[str] = config.get("architectures") or []
     name = names[0] if names else ""
     if config.get("is_encoder_decoder"):
-        raise Trouble(
+        raise CommandError(
             f"{folder} is an encoder-decoder model ({name}), which 'sfp learn' does not "
             "support; use sfpformat.pruning"
         )
@@ -213,7 +215,7 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
         return "masked", transformers.AutoModelForMaskedLM
     if name.endswith("Model"):
         return "encoder", transformers.AutoModel
-    raise Trouble(
+    raise CommandError(
         f"{folder} is a {name or 'model without an architecture'}, no language model and no encoder without "
         "a head; use sfpformat.pruning in Python"
     )

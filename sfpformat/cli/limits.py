@@ -8,7 +8,7 @@ from dataclasses import fields
 from ..errors import OptionError
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import unknown_name
-from .trouble import Trouble
+from .errors import CommandError
 
 _NAMES = tuple(field.name for field in fields(Limits))
 
@@ -31,21 +31,23 @@ def limits_of(given: list[str]) -> Limits:
         given: words such as ``expansion=1000000``.
 
     Raises:
-        Trouble: a name is unknown, or a value is invalid.
+        CommandError: a name is unknown, or a value is invalid.
     """
     changes = {name: getattr(DEFAULT_LIMITS, name) for name in _NAMES}
     for words in given:
         name, equals, value = words.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise Trouble(f"--limit {words!r} is not NAME=VALUE")
+            raise CommandError(f"--limit {words!r} is not NAME=VALUE")
         if name not in _NAMES:
-            raise Trouble(f"--limit: {unknown_name(name, _NAMES, 'limit')}; choose from {', '.join(_NAMES)}")
+            raise CommandError(
+                f"--limit: {unknown_name(name, _NAMES, 'limit')}; choose from {', '.join(_NAMES)}"
+            )
         try:
             changes[name] = int(value)
         except ValueError:
-            raise Trouble(f"--limit {words!r}: {value!r} is not a whole number") from None
+            raise CommandError(f"--limit {words!r}: {value!r} is not a whole number") from None
     try:
         return Limits(**changes)
     except OptionError as error:
-        raise Trouble(f"--limit: {error}") from error
+        raise CommandError(f"--limit: {error}") from error

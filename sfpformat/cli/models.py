@@ -23,8 +23,8 @@ from ..io.paths import INDEX_SUFFIX, models_in
 from ..io.safetensors import SUB_BYTE_BITS, SafetensorsError, SafetensorsFile, SubByte, TensorSpec
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
+from .errors import CommandError, PathLike, path_in_errors, require_file
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
-from .trouble import PathLike, Trouble, about, require_file
 
 # The key of a tensor's entry that stores a dtype which only safetensors has.
 _SUB_BYTE = "x-safetensors"
@@ -56,7 +56,7 @@ class Model(Closing):
             limits: limits on what an `.sfp` file may claim.
 
         Raises:
-            Trouble: it is not a model, or is damaged.
+            CommandError: it is not a model, or is damaged.
             OSError: it cannot be read.
         """
         self.path, self._limits = path, limits
@@ -71,7 +71,7 @@ class Model(Closing):
         self._stack = ExitStack()
         self.sharded = path.name.endswith(".json")
         try:
-            with about(path):
+            with path_in_errors(path):
                 self.kind = self._open_shards() if self.sharded else self._open_one()
         except BaseException:
             self.close()
@@ -90,7 +90,7 @@ class Model(Closing):
             return "sfp"
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
             words = describe(start, self.path.name, self.path.stat().st_size)
-            raise Trouble(
+            raise CommandError(
                 f"{self.path}: " + (f"is {words}" if words else "is neither an .sfp nor a safetensors file")
             )
         self.files[self.path.name] = self._stack.enter_context(SafetensorsFile(self.path))
@@ -105,7 +105,7 @@ class Model(Closing):
         for name in names:
             shard = self.path.parent / name
             _require_below(shard.parent, self.path.parent)
-            with about(shard):
+            with path_in_errors(shard):
                 self.files[name] = self._stack.enter_context(SafetensorsFile(shard))
         found = {name: file.header.tensors for name, file in self.files.items()}
         wrong = index.misplaced(found) if self.strict_index else None
@@ -199,12 +199,12 @@ class Model(Closing):
         """Reads a whole tensor.
 
         Raises:
-            Trouble: its data are damaged.
+            CommandError: its data are damaged.
             OSError: they cannot be read.
         """
         file_name = self._file_of[name]
         file = self.files[file_name]
-        with about(self.path.parent / file_name):
+        with path_in_errors(self.path.parent / file_name):
             read: Callable[[str], NDArray[np.generic]]
             read = file.get_tensor if isinstance(file, SfpFile) else file.read
             return read(self._stored_name.get(name, name))
@@ -277,7 +277,7 @@ def open_model(
         limits: limits on what an `.sfp` file may claim.
 
     Raises:
-        Trouble: it is not a model, or is damaged.
+        CommandError: it is not a model, or is damaged.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -297,15 +297,17 @@ def _find_model(folder: Path, kind: str | None) -> Path:
     """Returns the path of the only model of a folder, or of its only model of the preferred kind.
 
     Raises:
-        Trouble: the folder has no model, or several.
+        CommandError: the folder has no model, or several.
     """
     there = {"sfp": models_in(folder), "safetensors": _safetensors_in(folder)}
     found = there.get(kind or "") or [name for names in there.values() for name in names]
     if len(found) == 1:
         return folder / found[0]
     if found:
-        raise Trouble(f"{folder}: has several models; name one of {listed(found)}")
-    raise Trouble(f"{folder}: has no .safetensors or .sfp file and no index of shards{_suggestion(folder)}")
+        raise CommandError(f"{folder}: has several models; name one of {listed(found)}")
+    raise CommandError(
+        f"{folder}: has no .safetensors or .sfp file and no index of shards{_suggestion(folder)}"
+    )
 
 
 def _safetensors_in(folder: Path) -> list[str]:

@@ -23,9 +23,9 @@ from ..options import Uniform as UniformOptions
 from .console import number
 from .models import as_bits
 from .packing import Job, is_quantised
+from .prepare import Array, importance_of, prune_and_cast
 from .report import TensorReport, report_tensor
-from .rules import Pruning, Treatment
-from .treat import Array, importance_of, treated
+from .rules import Pruning, TensorConfig
 
 # Tolerance of the requested error: steps are chosen to 0.05 dB, and sums differ in their order.
 _TOLERANCE_DB = 0.1
@@ -34,11 +34,11 @@ _BLOCK = 1 << 16  # weights compared at a time; more do not fit in the cache as 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The requested treatment of a tensor, and its result.
+    """The requested configuration of a tensor, and the result of encoding.
 
     Attributes:
         report: its sizes.
-        asked: description of the requested treatment; empty for lossless.
+        asked: description of the requested configuration; empty for lossless.
         is_quantised: whether its weights are coded by a lossy quantiser.
         kept_lossless: whether quantisation was requested, but the tensor is lossless.
         error, power: sums of the squared errors, and of the squared weights after pruning, with the weights
@@ -71,12 +71,12 @@ class Outcome:
         return self.report.bits["fingerprints"] + self.report.bits["raw"]
 
 
-def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bool) -> Outcome:
+def outcome(job: Job, asked: TensorConfig, file: SfpFile, name: str, *, compare: bool) -> Outcome:
     """Measures the outcome of one tensor.
 
     Args:
         job: the job that packed the tensor.
-        asked: the requested treatment, before budgets were shared.
+        asked: the requested configuration, before budgets were shared.
         file: the open file that holds the tensor.
         name: the tensor's name.
         compare: whether to check every weight. If false, only the mean error of a quantised tensor is
@@ -88,7 +88,7 @@ def outcome(job: Job, asked: Treatment, file: SfpFile, name: str, *, compare: bo
     kept_lossless = not asked.options.lossless and not quantised
     if not quantised and not compare:
         return Outcome(report, words, False, kept_lossless)
-    before = treated(name, job.model.read(name), job.treatments[name], job.shares.get(name))
+    before = prune_and_cast(name, job.model.read(name), job.configs[name], job.shares.get(name))
     after = file.get_tensor(name)
     if not quantised:
         before = _as_written(before, asked.options)
@@ -246,15 +246,15 @@ def decibels(error: float, power: float) -> float | None:
     return 10 * math.log10(error / power)
 
 
-def _words(treatment: Treatment) -> str:
-    """Describes a treatment: ``4 bits a survivor, 50 % pruned``."""
-    asked, pruning = treatment.options.quantiser, treatment.pruning
+def _words(config: TensorConfig) -> str:
+    """Describes a configuration: ``4 bits a survivor, 50 % pruned``."""
+    asked, pruning = config.options.quantiser, config.pruning
     words = []
     if isinstance(asked, UniformOptions):
         if asked.bits is not None:
             words.append(f"{asked.bits:g} bits a survivor")
         if asked.budget is not None:
-            words.append(f"{asked.budget:g} bits a position{' together' if treatment.shares_bits else ''}")
+            words.append(f"{asked.budget:g} bits a position{' together' if config.shares_bits else ''}")
         if asked.error_db is not None:
             words.append(f"{asked.error_db:g} dB")
         if asked.step is not None:
@@ -263,8 +263,8 @@ def _words(treatment: Treatment) -> str:
         words.append(f"table of {asked.count}")
     if pruning is not None:
         words.append(_pruned(pruning))
-    if treatment.cast is not None:
-        words.append(treatment.cast.name)
+    if config.cast is not None:
+        words.append(config.cast.name)
     return ", ".join(words)
 
 
@@ -277,10 +277,10 @@ def _pruned(pruning: Pruning) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that were quantised with the same requested treatment.
+    """Tensors that were quantised with the same requested configuration.
 
     Attributes:
-        asked: description of the treatment.
+        asked: description of the configuration.
         members: their outcomes, at least one.
     """
 
@@ -333,7 +333,7 @@ class Group:
 
 
 def groups(outcomes: Iterable[Outcome]) -> list[Group]:
-    """Groups the quantised tensors by requested treatment."""
+    """Groups the quantised tensors by requested configuration."""
     found: dict[str, list[Outcome]] = {}
     for each in outcomes:
         if each.is_quantised:
@@ -342,7 +342,7 @@ def groups(outcomes: Iterable[Outcome]) -> list[Group]:
 
 
 def lines(outcomes: list[Outcome]) -> Iterator[str]:
-    """Yields the summary lines: requested treatments and results."""
+    """Yields the summary lines: requested configurations and results."""
     for group in groups(outcomes):
         yield group.line()
     kept = [each.name for each in outcomes if each.kept_lossless]

@@ -18,17 +18,17 @@ from ..limits import Limits
 from ..names import quoted, unknown_name
 from .console import progress
 from .dry import sizes_of_file
+from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limits import add_limits, limits_of
 from .models import Model, add_strict_index, as_bits, open_model
 from .outcome import Outcome, outcome
 from .pack_result import Result, show
-from .packing import Job, job_key, look_at_zeros, pack_file, pack_shards, shard_paths
+from .packing import Job, count_zeros, job_key, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
+from .prepare import Share, bytes_of_passes, find_not_finite, shares_of_model, with_shared_bits
 from .report import total
-from .rules import Rules, Treatment
+from .rules import Rules, TensorConfig
 from .tensor_options import add_tensor_options, parse_like
-from .treat import Share, bytes_of_passes, require_or_leave_finite, shares_of_model, with_shared_bits
-from .trouble import Trouble, about, checked_target, require_suffix
 
 _DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
 .safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     start = time.monotonic()
     if args.dry_run and args.verify:
-        raise Trouble("--verify compares what was written, and --dry-run writes nothing")
+        raise CommandError("--verify compares what was written, and --dry-run writes nothing")
     require_suffix(args.output, ".sfp", what="'sfp pack'")
     base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
     rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
@@ -110,20 +110,20 @@ def run(args: argparse.Namespace) -> int:
     limits = limits_of(args.limit)
     with open_model(args.source, kind="safetensors", strict_index=args.strict_index) as model:
         if model.kind != "safetensors":
-            raise Trouble(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
+            raise CommandError(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
         model.keeps_metadata = not args.no_metadata
         target = checked_target(args.output, model.paths())
         outputs = _outputs(model, target, single=args.single)
         _require_storable(model, metadata, limits)
-        treatments, lossless = _treatments(rules.with_aliases(model.specs, model.aliases()), model)
+        configs, lossless = _configs(rules.with_aliases(model.specs, model.aliases()), model)
         importances = _importances(args.importance, model)
         try:
-            job = _job(model, treatments, importances, metadata, limits)
-            result = _result(job, treatments, target, outputs, args)
+            job = _job(model, configs, importances, metadata, limits)
+            result = _result(job, configs, target, outputs, args)
         finally:
             if importances is not None:
                 importances.close()
-    unfit = {name: treatment.unfit for name, treatment in treatments.items() if treatment.unfit}
+    unfit = {name: config.unfit for name, config in configs.items() if config.unfit}
     show(args, model, result, lossless, unfit, time.monotonic() - start)
     return 1 if result.faults else 0
 
@@ -132,7 +132,7 @@ def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
     """Returns the output files: one, or a shard for each file of the checkpoint unless ``single``.
 
     Raises:
-        Trouble: a shard or the index cannot be written.
+        CommandError: a shard or the index cannot be written.
     """
     if single or len(model.files) == 1:
         return [target]
@@ -144,7 +144,7 @@ def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
 
 
 def _result(
-    job: Job, asked: dict[str, Treatment], target: Path, outputs: list[Path], args: argparse.Namespace
+    job: Job, asked: dict[str, TensorConfig], target: Path, outputs: list[Path], args: argparse.Namespace
 ) -> Result:
     """Writes the files, or only encodes them with ``--dry-run``. Measures the quantised tensors."""
     if args.dry_run:
@@ -153,27 +153,27 @@ def _result(
     else:
         resumed = _write(job, target, sharded=len(outputs) > 1)
         outcomes, size, faults = _outcomes(job, asked, outputs, verify=args.verify)
-    look_at_zeros(job, [each.report.entry for each in outcomes])
+    count_zeros(job, [each.report.entry for each in outcomes])
     totals = total((each.report for each in outcomes), size)
     return Result(outputs, resumed, outcomes, totals, faults, job.zeros.values())
 
 
-def _treatments(rules: Rules, model: Model) -> tuple[dict[str, Treatment], dict[str, Reason]]:
-    """Returns the treatment of each tensor, and the reason for each that stays lossless.
+def _configs(rules: Rules, model: Model) -> tuple[dict[str, TensorConfig], dict[str, Reason]]:
+    """Returns the configuration of each tensor, and the reason for each that stays lossless.
 
     Reads all tensors that are changed.
     """
     specs = model.specs.values()
     left = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
-    treatments = rules.treatments(specs, left)
-    size = sum(model.specs[name].nbytes for name, treatment in treatments.items() if not treatment.lossless)
+    configs = rules.configs(specs, left)
+    size = sum(model.specs[name].nbytes for name, config in configs.items() if not config.lossless)
     if size:
-        with progress(size, "infinities") as shown, about(model.path):
-            beyond = require_or_leave_finite(model, treatments, shown.advance)
+        with progress(size, "infinities") as shown, path_in_errors(model.path):
+            beyond = find_not_finite(model, configs, shown.advance)
         if beyond:
             left = {**left, **beyond}
-            treatments = rules.treatments(specs, left)
-    return treatments, rules.why_lossless(specs, treatments, left)
+            configs = rules.configs(specs, left)
+    return configs, rules.why_lossless(specs, configs, left)
 
 
 def _metadata(pairs: list[str]) -> dict[str, str]:
@@ -181,9 +181,9 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise Trouble(f"--metadata {pair!r} is not KEY=VALUE")
+            raise CommandError(f"--metadata {pair!r} is not KEY=VALUE")
         if key.startswith("sfp."):
-            raise Trouble(f"--metadata {key!r}: keys that begin with 'sfp.' are the format's own")
+            raise CommandError(f"--metadata {key!r}: keys that begin with 'sfp.' are the format's own")
         out[key] = value
     return out
 
@@ -197,9 +197,9 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
         limits: the limits of readers.
 
     Raises:
-        Trouble: a name, a shape or metadata are not supported.
+        CommandError: a name, a shape or metadata are not supported.
     """
-    with about(model.path):
+    with path_in_errors(model.path):
         for name, spec in model.specs.items():
             require_name(name, limits)
             limits.require_written("rank", len(spec.shape), f"tensor {quoted(name)}")
@@ -210,7 +210,9 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
             way_out = (
                 f"--metadata {key}=VALUE replaces it" if is_text(key) else "--no-metadata leaves all out"
             )
-            raise Trouble(f"{model.path}: metadata {quoted(key)}: .sfp keeps UTF-8 without U+0000; {way_out}")
+            raise CommandError(
+                f"{model.path}: metadata {quoted(key)}: .sfp keeps UTF-8 without U+0000; {way_out}"
+            )
 
 
 def _importances(path: str | None, model: Model) -> Model | None:
@@ -219,14 +221,14 @@ def _importances(path: str | None, model: Model) -> Model | None:
     found = open_model(path, kind="safetensors", strict_index=model.strict_index)
     try:
         if found.kind != "safetensors":
-            raise Trouble(f"{path}: importances must be safetensors")
+            raise CommandError(f"{path}: importances must be safetensors")
         _use_kept_names(found, model.aliases())
         for name, spec in found.specs.items():
             tensor = model.specs.get(name)
             if tensor is None:
-                raise Trouble(f"{path}: {unknown_name(name, model.specs, 'tensor of the checkpoint')}")
+                raise CommandError(f"{path}: {unknown_name(name, model.specs, 'tensor of the checkpoint')}")
             if tensor.shape != spec.shape or not (spec.dtype.is_float and tensor.dtype.is_float):
-                raise Trouble(
+                raise CommandError(
                     f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, the tensor "
                     f"{tensor.dtype.name} {list(tensor.shape)}; both must be float and of the same shape"
                 )
@@ -240,7 +242,7 @@ def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
     """Renames importances that have an alias of a tensor to the stored name of that tensor.
 
     Raises:
-        Trouble: two importances belong to one tensor, and differ.
+        CommandError: two importances belong to one tensor, and differ.
     """
     for name in list(importances.specs):
         kept = aliases.get(name)
@@ -251,12 +253,14 @@ def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
         elif np.array_equal(as_bits(importances.read(name)), as_bits(importances.read(kept))):
             importances.drop(name)
         else:
-            raise Trouble(f"{importances.path}: {name!r} and {kept!r} are one tensor and differ; give one")
+            raise CommandError(
+                f"{importances.path}: {name!r} and {kept!r} are one tensor and differ; give one"
+            )
 
 
 def _job(
     model: Model,
-    treatments: dict[str, Treatment],
+    configs: dict[str, TensorConfig],
     importances: Model | None,
     metadata: dict[str, str],
     limits: Limits,
@@ -266,22 +270,22 @@ def _job(
         model.keeps_metadata,
         metadata,
         dataclasses.asdict(limits),
-        {name: repr(treatment) for name, treatment in treatments.items()},
+        {name: repr(config) for name, config in configs.items()},
     ]
     key = job_key(model, importances, options)
-    passes = bytes_of_passes(model, treatments)
+    passes = bytes_of_passes(model, configs)
     shares: dict[str, Share] = {}
     if passes:
         with progress(passes, "magnitudes") as shown:
-            shares = shares_of_model(model, treatments, shown.advance)
-    sharing = sum(model.specs[name].nbytes for name, t in treatments.items() if t.shares_bits)
+            shares = shares_of_model(model, configs, shown.advance)
+    sharing = sum(model.specs[name].nbytes for name, t in configs.items() if t.shares_bits)
     if sharing:
         with progress(sharing, "bits") as shown:
-            treatments = with_shared_bits(model, treatments, shares, importances, shown.advance)
-    return Job(model, treatments, shares, importances, metadata, key, limits)
+            configs = with_shared_bits(model, configs, shares, importances, shown.advance)
+    return Job(model, configs, shares, importances, metadata, key, limits)
 
 
-def _dry_run(job: Job, asked: dict[str, Treatment], *, sharded: bool) -> tuple[list[Outcome], int]:
+def _dry_run(job: Job, asked: dict[str, TensorConfig], *, sharded: bool) -> tuple[list[Outcome], int]:
     """Returns the outcome of each tensor, and the size in bytes of all files that would be written."""
     model = job.model
     parts = [(list(model.specs), model.metadata())]
@@ -305,7 +309,7 @@ def _write(job: Job, target: Path, *, sharded: bool) -> int:
 
 
 def _outcomes(
-    job: Job, asked: dict[str, Treatment], outputs: list[Path], *, verify: bool
+    job: Job, asked: dict[str, TensorConfig], outputs: list[Path], *, verify: bool
 ) -> tuple[list[Outcome], int, list[str]]:
     """Returns the outcome of each tensor, the size of all files in bytes, and with ``verify`` the faults."""
     from ..decode.validate import validate
@@ -315,7 +319,7 @@ def _outcomes(
         for path in outputs:
             if verify:
                 faults += [f"{path}: {fault}" for fault in validate(path, limits=job.limits).faults]
-            with about(path), Model(path, limits=job.limits) as packed:
+            with path_in_errors(path), Model(path, limits=job.limits) as packed:
                 size += packed.stored_bytes
                 for name, spec in packed.specs.items():
                     shown.at(name)

@@ -56,7 +56,7 @@ def show(
         args: the parsed arguments of the command.
         model: the checkpoint.
         result: of the pack or the dry run.
-        lossless: name -> why the tensor was not treated.
+        lossless: name -> why the tensor stayed lossless.
         unfit: name -> why the pattern does not fit the tensor.
         seconds: how long the command took.
     """

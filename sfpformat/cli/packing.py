@@ -38,10 +38,10 @@ from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
 from .console import Progress
+from .errors import path_in_errors
 from .models import Model, sub_byte_keys
-from .rules import Treatment
-from .treat import Share, importance_of, treated
-from .trouble import about
+from .prepare import Share, importance_of, prune_and_cast
+from .rules import TensorConfig
 
 # The cost of -0 is measured if at least 1 / this of a tensor's elements are -0.
 _MANY_ZEROS = 100
@@ -64,11 +64,11 @@ class NegativeZeros(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A checkpoint and the treatment of its tensors.
+    """A checkpoint and the configuration of its tensors.
 
     Attributes:
         model: the checkpoint.
-        treatments: tensor name -> its treatment.
+        configs: tensor name -> its configuration.
         shares: tensor name -> its share of a threshold over the model.
         importances: a model with the importances under the names of the tensors, or None.
         metadata: the caller's metadata, which override those of the checkpoint.
@@ -78,7 +78,7 @@ class Job:
     """
 
     model: Model
-    treatments: dict[str, Treatment]
+    configs: dict[str, TensorConfig]
     shares: dict[str, Share]
     importances: Model | None
     metadata: dict[str, str]
@@ -128,10 +128,10 @@ def pack_file(
         The number of tensors that an earlier run had written.
 
     Raises:
-        Trouble, OptionError, OSError: no partial file remains, unless the message says so.
+        CommandError, OptionError, OSError: no partial file remains, unless the message says so.
         KeyboardInterrupt: the partial file is kept; the message says how to resume.
     """
-    with about(target):
+    with path_in_errors(target):
         sink = ResumableSink(target, job.key, like=like, limits=job.limits)
         writer = Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits)
         done = set(writer.done)
@@ -155,10 +155,10 @@ def pack_file(
 
 def add_tensor(job: Job, name: str, writer: Writer) -> None:
     """Prunes, casts and encodes one tensor of a job."""
-    treatment, importance = job.treatments[name], importance_of(name, job.importances)
-    array = treated(name, job.model.read(name), treatment, job.shares.get(name))
+    config, importance = job.configs[name], importance_of(name, job.importances)
+    array = prune_and_cast(name, job.model.read(name), config, job.shares.get(name))
     keys = sub_byte_keys(job.model.specs[name])
-    entry = writer.add(name, array, treatment.options, importance=importance, other=keys)
+    entry = writer.add(name, array, config.options, importance=importance, other=keys)
     job.zeros[name] = _negative_zeros(job, array, importance, entry)
 
 
@@ -175,11 +175,11 @@ def _negative_zeros(
     entry: TensorEntry,
 ) -> NegativeZeros:
     """Counts the -0 of a tensor before encoding, and estimates the saving. ``entry`` is its encoded entry."""
-    treatment = job.treatments[entry.name]
-    options = treatment.options
+    config = job.configs[entry.name]
+    options = config.options
     positive = options.zeros == "positive"
     count = zeros_of(array).negative if positive or not is_quantised(options, entry) else 0
-    if positive or count * _MANY_ZEROS < array.size or not count or not treatment.signs_may_go:
+    if positive or count * _MANY_ZEROS < array.size or not count or not config.signs_may_go:
         return NegativeZeros(count, positive)
     if entry.name in job.packed_storage:  # last, because it examines all names
         return NegativeZeros(count)
@@ -192,13 +192,13 @@ def _negative_zeros(
     return NegativeZeros(count, positive, max(entry.stored_bytes - plan.bits // 8, 0))
 
 
-def look_at_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
+def count_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
     """Examines the -0 of tensors that an earlier run wrote, and records them in the job."""
     for entry in entries:
         if entry.name in job.zeros:
             continue
-        treatment, importance = job.treatments[entry.name], importance_of(entry.name, job.importances)
-        array = treated(entry.name, job.model.read(entry.name), treatment, job.shares.get(entry.name))
+        config, importance = job.configs[entry.name], importance_of(entry.name, job.importances)
+        array = prune_and_cast(entry.name, job.model.read(entry.name), config, job.shares.get(entry.name))
         job.zeros[entry.name] = _negative_zeros(job, array, importance, entry)
 
 
@@ -224,12 +224,12 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
         The number of tensors that earlier runs had written.
 
     Raises:
-        Trouble, OptionError: no partial output remains.
+        CommandError, OptionError: no partial output remains.
         OSError, KeyboardInterrupt: finished shards, if any, are kept; the message says how to resume.
     """
     files = list(job.model.files)
     targets = shard_paths(stem, len(files))
-    with about(stem.with_name(index_name(stem.name))):
+    with path_in_errors(stem.with_name(index_name(stem.name))):
         state = _State(stem, len(files), job.key, job.limits)
     resumed = 0
     try:
@@ -242,7 +242,7 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
                 continue
             metadata = job.model.metadata_of(file_name)
             resumed += pack_file(job, names, metadata, finished, progress, like=target)
-            with about(finished):
+            with path_in_errors(finished):
                 state.add(finished)
         _rename_shards(job, stem, dict(zip(files, targets, strict=True)))
     except KeyboardInterrupt:
@@ -282,7 +282,7 @@ def _rename_shards(job: Job, stem: Path, targets: dict[str, Path]) -> None:
         with SfpFile(waiting.get(target, target), limits=job.limits) as file:
             total += sum(file.entry(name).decoded_bytes for name in file)
     index = stem.with_name(index_name(stem.name))
-    with about(index):
+    with path_in_errors(index):
         new = AtomicFile(index, path=_finished(index))
         with new.file:
             new.file.write(ShardIndex(weight_map, {"total_size": total}).to_bytes())

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-from .trouble import Trouble
+from .errors import CommandError
 
 EXIT_CODES = """exit codes:
   0    all went well; what was compared is identical
@@ -30,7 +30,7 @@ class SupportsWrite(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `Trouble` and does not accept abbreviated options."""
+    """An argument parser that raises `CommandError` and does not accept abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("allow_abbrev", False)
@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raises `Trouble` with the message, where argparse would print it and exit."""
-        raise Trouble(f"{message} (see '{self.prog} --help')")
+        """Raises `CommandError` with the message, where argparse would print it and exit."""
+        raise CommandError(f"{message} (see '{self.prog} --help')")
 
     def _print_message(self, message: str, file: SupportsWrite | None = None) -> None:
         """Writes a help text. Unlike argparse's method, it does not suppress write errors."""

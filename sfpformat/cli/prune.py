@@ -13,9 +13,9 @@ from ..errors import SfpError
 from ..io.paths import model_path
 from ..names import unmatched
 from .console import bytes_words, percent, show_json
+from .errors import CommandError, checked_target, path_in_errors, require_file, require_suffix
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about, checked_target, require_file, require_suffix
 
 if TYPE_CHECKING:
     from ..pruning.thresholds import Allocation, Pattern, Threshold
@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
     require_suffix(args.output, ".sfp", what="'sfp prune'")
     threshold: Threshold | Pattern | Allocation
     threshold = Sparsity(args.sparsity) if args.threshold is None else parse_threshold(args.threshold)
-    with about(args.source):
+    with path_in_errors(args.source):
         source = model_path(args.source)
     require_file(source)
     target = checked_target(args.output, [source])
-    with about(source), open_any(source, limits=limits_of(args.limit)) as file:
+    with path_in_errors(source), open_any(source, limits=limits_of(args.limit)) as file:
         shards = list(file.files) if isinstance(file, ShardedFile) else [source.name]
         sources = [source.with_name(name) for name in shards]
         sharded = isinstance(file, ShardedFile) and not args.single
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 checked_target(stem.with_name(shard_name(stem.name, number, len(shards))), sources)
         for pattern in args.exempt:
             if not any(fnmatchcase(name, pattern) for name in file):
-                raise Trouble(f"--exempt: {source}: {unmatched(pattern, file)}")
+                raise CommandError(f"--exempt: {source}: {unmatched(pattern, file)}")
         found = reprune(
             file,
             target,
@@ -150,7 +150,7 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
     """Parses a threshold of the command line.
 
     Raises:
-        Trouble: the name is unknown, or its number is malformed.
+        CommandError: the name is unknown, or its number is malformed.
         OptionError: its number is out of range.
     """
     from ..pruning.allocation import Outliers, Rising
@@ -174,7 +174,7 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
     except ValueError as error:
         if isinstance(error, SfpError):
             raise
-    raise Trouble(
+    raise CommandError(
         f"--threshold {words!r} is not one of {', '.join(plain)}, sigma:K, quantile:Q, "
         "outliers:S, rising:S, N:M"
     )
@@ -184,12 +184,12 @@ def parse_shares(words: str) -> tuple[float, ...]:
     """Parses a list of shares to prune, for commands whose ``--sparsity`` takes several.
 
     Raises:
-        Trouble: a share is malformed, or does not lie between 0 and 1.
+        CommandError: a share is malformed, or does not lie between 0 and 1.
     """
     try:
         shares = tuple(float(word) for word in words.split(","))
     except ValueError as error:
-        raise Trouble(f"--sparsity {words!r} is not a list of shares such as 0.7,0.8") from error
+        raise CommandError(f"--sparsity {words!r} is not a list of shares such as 0.7,0.8") from error
     if not all(0 < share < 1 for share in shares):
-        raise Trouble(f"--sparsity {words!r}: shares must be between 0 and 1")
+        raise CommandError(f"--sparsity {words!r}: shares must be between 0 and 1")
     return shares

@@ -1,4 +1,4 @@
-"""Computes the treatment of each tensor in ``sfp pack``: options for all, and rules after ``--like``.
+"""Computes the configuration of each tensor in ``sfp pack``, from options for all and ``--like`` rules.
 
 Rules: without ``--like``, an option that changes values applies only to the weights that are usually
 compressed: float, of rank 2 or more, of at least 4,096 elements, and not excluded by `not_weights`. A
@@ -26,7 +26,7 @@ from ..names import listed, unmatched
 from ..options import PRESETS, ImportanceOptions, Options, Table, Uniform
 from ..pruning.masks import reasons
 from ..pruning.thresholds import Pattern, pattern_dim
-from .trouble import Trouble
+from .errors import CommandError
 
 # Options of `Uniform` that choose its step, and all that choose a quantiser.
 _UNIFORM = ("bits", "budget", "step", "error_db")
@@ -84,8 +84,8 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class Treatment:
-    """The treatment of one tensor: it is pruned, then cast, then encoded.
+class TensorConfig:
+    """The configuration of one tensor, which is pruned, then cast, then encoded.
 
     Attributes:
         options: the options of encoding.
@@ -95,7 +95,7 @@ class Treatment:
         named: whether a ``--like`` rule changes its values.
         unfit: why the requested pruning pattern does not fit; else empty.
         signs_may_go: whether ``--zeros positive`` for all tensors applies, or would apply. Storage of packed
-            weights is recognised only if `Rules.treatments` was given ``left``.
+            weights is recognised only if `Rules.configs` was given ``left``.
     """
 
     options: Options
@@ -149,25 +149,25 @@ class Rules:
             [found for pattern in self.keep for found in reached(pattern)],
         )
 
-    def treatments(
+    def configs(
         self, specs: Iterable[TensorSpec], left: Mapping[str, Reason] | None = None
-    ) -> dict[str, Treatment]:
-        """Returns tensor name -> treatment.
+    ) -> dict[str, TensorConfig]:
+        """Returns tensor name -> configuration.
 
         Args:
             specs: the tensors.
             left: tensor name -> why it stays lossless unless a ``--like`` names it; None uses `not_weights`.
 
         Raises:
-            Trouble: a pattern matches no tensor, or an option applies to none.
+            CommandError: a pattern matches no tensor, or an option applies to none.
             OptionError: options contradict each other.
         """
         specs = list(specs)
         left = not_weights(specs) if left is None else left
         self._require_effect(specs, left)
-        treatments = {spec.name: self._treatment(spec, left) for spec in specs}
-        self._require_fit(treatments)
-        return treatments
+        configs = {spec.name: self._config(spec, left) for spec in specs}
+        self._require_fit(configs)
+        return configs
 
     @property
     def changes_values(self) -> bool:
@@ -182,21 +182,21 @@ class Rules:
         )
 
     def why_lossless(
-        self, specs: Iterable[TensorSpec], treatments: Mapping[str, Treatment], left: Mapping[str, Reason]
+        self, specs: Iterable[TensorSpec], configs: Mapping[str, TensorConfig], left: Mapping[str, Reason]
     ) -> dict[str, Reason]:
         """Returns tensor name -> why it stays lossless; empty if no option that changes values is given.
 
         Args:
             specs: the tensors.
-            treatments: the result of `treatments` for ``specs`` and ``left``.
-            left: same as for `treatments`.
+            configs: the result of `configs` for ``specs`` and ``left``.
+            left: same as for `configs`.
         """
         if not self.changes_values:
             return {}
         return {
-            spec.name: self._why(spec, treatments[spec.name].unfit, left)
+            spec.name: self._why(spec, configs[spec.name].unfit, left)
             for spec in specs
-            if treatments[spec.name].lossless
+            if configs[spec.name].lossless
         }
 
     def _why(self, spec: TensorSpec, unfit: str, left: Mapping[str, Reason]) -> Reason:
@@ -218,10 +218,10 @@ class Rules:
     def _require_effect(self, specs: list[TensorSpec], left: Mapping[str, Reason]) -> None:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
             if not any(fnmatchcase(spec.name, pattern) for spec in specs):
-                raise Trouble(unmatched(pattern, [spec.name for spec in specs]))
+                raise CommandError(unmatched(pattern, [spec.name for spec in specs]))
         usual = [spec for spec in specs if is_large_float(spec)] if _changes_values(self.base) else []
         if _changes_values(self.base) and not usual:
-            raise Trouble(
+            raise CommandError(
                 f"no tensor is float, of rank 2 or more and of {MIN_ELEMENTS:,} elements or more, so "
                 f"{_flags(self.base)} would reach none; name those you mean with --like"
             )
@@ -231,29 +231,31 @@ class Rules:
             words = f"{_flags(self.base)} changes nothing: there are only {kinds}; --like GLOB reaches those"
             warnings.warn(words, SfpWarning, stacklevel=2)
         if _SIGNS & set(self.base) and not any(self._signs_may_go(spec, left) for spec in specs):
-            raise Trouble(f"no tensor is float and may change: {_flags(self.base, _SIGNS)} would reach none")
+            raise CommandError(
+                f"no tensor is float and may change: {_flags(self.base, _SIGNS)} would reach none"
+            )
         for pattern, layer in self.likes:
             named = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
             if (_LOSSY | _SIGNS) & set(layer) and not any(spec.dtype.is_float for spec in named):
                 flags = _flags(layer, _LOSSY | _SIGNS)
-                raise Trouble(f"no tensor like {pattern!r} is float: {flags} would reach none")
+                raise CommandError(f"no tensor like {pattern!r} is float: {flags} would reach none")
             if _changes_values(layer):
                 self._warn_of_quantised(pattern, named, left)
             elif layer.get("zeros") == "positive":
                 packed = [spec for spec in named if is_packed_storage(spec, left)]
                 self._warn_of_quantised(pattern, packed, left)
 
-    def _require_fit(self, treatments: dict[str, Treatment]) -> None:
-        """Raises `Trouble` if a pruning pattern fits none of the tensors of its rule."""
-        by_rule: dict[int, dict[str, Treatment]] = {}
-        for name, treatment in treatments.items():
-            if treatment.unfit or (treatment.pruning is not None and treatment.pruning.of):
-                by_rule.setdefault(self._pruned_by(name), {})[name] = treatment
+    def _require_fit(self, configs: dict[str, TensorConfig]) -> None:
+        """Raises `CommandError` if a pruning pattern fits none of the tensors of its rule."""
+        by_rule: dict[int, dict[str, TensorConfig]] = {}
+        for name, config in configs.items():
+            if config.unfit or (config.pruning is not None and config.pruning.of):
+                by_rule.setdefault(self._pruned_by(name), {})[name] = config
         for rule, found in by_rule.items():
-            if all(treatment.unfit for treatment in found.values()):
+            if all(config.unfit for config in found.values()):
                 like = "" if rule < 0 else f" after --like {self.likes[rule][0]!r}"
-                told = reasons({name: treatment.unfit for name, treatment in found.items()})
-                raise Trouble(f"--prune{like} fits no tensor: {told}")
+                told = reasons({name: config.unfit for name, config in found.items()})
+                raise CommandError(f"--prune{like} fits no tensor: {told}")
 
     def _pruned_by(self, name: str) -> int:
         """Returns the index of the last ``--like`` that prunes a tensor; -1 for the options for all."""
@@ -280,7 +282,7 @@ class Rules:
             words = f"--like {pattern!r} changes parts of weights that are quantised already ({len(names):,})"
             warnings.warn(f"{words}: {listed(names)}; --keep excludes them", SfpWarning, stacklevel=3)
 
-    def _treatment(self, spec: TensorSpec, left: Mapping[str, Reason]) -> Treatment:
+    def _config(self, spec: TensorSpec, left: Mapping[str, Reason]) -> TensorConfig:
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
         can_change = spec.dtype.is_float and not kept
         signs_may_go = self._signs_may_go(spec, left)
@@ -294,7 +296,7 @@ class Rules:
                 named = named or (can_change and _changes_values(layer))
         if not can_change:
             merged = {key: value for key, value in merged.items() if key not in _SIGNS}
-        return replace(_treatment_of(merged, spec), named=named, signs_may_go=signs_may_go)
+        return replace(_config_of(merged, spec), named=named, signs_may_go=signs_may_go)
 
     def _signs_may_go(self, spec: TensorSpec, left: Mapping[str, Reason]) -> bool:
         """Returns whether ``--zeros`` for all tensors applies to this one."""
@@ -329,47 +331,47 @@ def _merged(earlier: Layer, later: Layer) -> Layer:
     return {**earlier, **later}
 
 
-def _treatment_of(layer: Layer, spec: TensorSpec) -> Treatment:
+def _config_of(layer: Layer, spec: TensorSpec) -> TensorConfig:
     options = PRESETS[layer.get("preset", "default")]
     changes = {key: layer[key] for key in _PLAIN if key in layer}
     quantiser = _quantiser_of(layer)
     if quantiser is not None:
         changes["quantiser"] = quantiser
     if "budget_scope" in layer and "budget" not in layer:
-        raise Trouble("--budget-scope needs --budget")
+        raise CommandError("--budget-scope needs --budget")
     shares = "budget" in layer and layer.get("budget_scope", "model") == "model"
     if shares and "scale" in layer:
-        raise Trouble("a --budget of all tensors does not go with --scale; --budget-scope tensor does")
+        raise CommandError("a --budget of all tensors does not go with --scale; --budget-scope tensor does")
     if "importance_bits" in layer:
         bits = layer["importance_bits"]
         changes["importance"] = ImportanceOptions(bits=bits) if bits else None
     cast = DTYPES[layer["dtype"]] if "dtype" in layer else spec.dtype
     pruning, unfit = _pruning_of(layer, spec)
     to = None if cast == spec.dtype else cast
-    return Treatment(options.but(**changes), pruning, to, shares, unfit=unfit)
+    return TensorConfig(options.but(**changes), pruning, to, shares, unfit=unfit)
 
 
 def _quantiser_of(layer: Layer) -> Uniform | Table | None:
     """Returns the lossy quantiser that the options choose, or None.
 
     Raises:
-        Trouble: an option needs another quantiser.
+        CommandError: an option needs another quantiser.
         OptionError: a value is not allowed.
     """
     fields = {key: layer[key] for key in _OF_LOSSY if key in layer}
     rate = {key: layer[key] for key in _OF_UNIFORM if key in layer}
     target = {key: layer[key] for key in _UNIFORM if key in layer}
     if "scale_dtype" in layer and "scale" not in layer:
-        raise Trouble("--scale-dtype needs --scale")
+        raise CommandError("--scale-dtype needs --scale")
     if rate and not target:
-        raise Trouble(f"{_flags(rate)} needs one of {_flags(dict.fromkeys(_UNIFORM))}")
+        raise CommandError(f"{_flags(rate)} needs one of {_flags(dict.fromkeys(_UNIFORM))}")
     if target:
         return Uniform(**target, **fields, **rate)
     if "table" in layer:
         return Table(layer["table"], **fields)
     if fields:
         needed = _flags(dict.fromkeys(key for key in _QUANTISER if key != "lossless"))
-        raise Trouble(f"{_flags(fields)} needs one of {needed}")
+        raise CommandError(f"{_flags(fields)} needs one of {needed}")
     return None
 
 
@@ -377,19 +379,19 @@ def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
     """Returns the pruning of a tensor, or None, and why a pattern does not fit; empty if it fits.
 
     Raises:
-        Trouble: options contradict each other.
+        CommandError: options contradict each other.
     """
     pruning: Pruning | None = layer.get("prune")
     scope = layer.get("scope", "tensor")
     if pruning is None and ("scope" in layer or "by" in layer):
-        raise Trouble("--scope and --by need --prune")
+        raise CommandError("--scope and --by need --prune")
     if "pattern_dim" in layer and not (pruning is not None and pruning.of):
-        raise Trouble("--pattern-dim needs a pattern to prune, such as --prune 2:4")
+        raise CommandError("--pattern-dim needs a pattern to prune, such as --prune 2:4")
     if pruning is None:
         return None, ""
     if pruning.of:
         if scope == "model":
-            raise Trouble("--scope model needs a fraction to prune, not a pattern")
+            raise CommandError("--scope model needs a fraction to prune, not a pattern")
         dim = layer.get("pattern_dim", pattern_dim(spec.shape))
         unfit = Pattern(pruning.keep, pruning.of).why_not(spec.shape, (dim, 1))
         return (None, unfit) if unfit else (replace(pruning, dim=dim), "")

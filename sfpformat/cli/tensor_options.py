@@ -10,9 +10,9 @@ from typing import Any
 from ..dtypes import FACTOR_DTYPES
 from ..encode.weights import MIN_ELEMENTS
 from ..options import PRESETS, WEIGHTED, ZEROS
+from .errors import CommandError
 from .parser import Parser
 from .rules import Layer, Pruning
-from .trouble import Trouble
 
 
 def add_tensor_options(parser: argparse.ArgumentParser) -> None:
@@ -117,15 +117,15 @@ def _scale(text: str) -> str | int:
 def parse_like(words: list[str]) -> tuple[str, Layer]:
     """Parses the pattern and the options of one rule."""
     if not words or words[0].startswith("--"):
-        raise Trouble("--like needs a pattern of tensor names, such as '*embed*'")
+        raise CommandError("--like needs a pattern of tensor names, such as '*embed*'")
     parser = Parser(prog="sfp pack", add_help=False)
     add_tensor_options(parser)
     args, rest = parser.parse_known_args(words[1:])
     if rest:
-        raise Trouble(
+        raise CommandError(
             f"{rest[0]!r} after --like {words[0]!r} is no option of tensors; put it before all --like"
         )
     layer = vars(args)
     if not layer:
-        raise Trouble(f"--like {words[0]!r} is followed by no option; --keep leaves tensors as they are")
+        raise CommandError(f"--like {words[0]!r} is followed by no option; --keep leaves tensors as they are")
     return words[0], layer

@@ -16,10 +16,10 @@ from ..io.atomic import ReplacedTogether, replacing
 from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..names import unmatched
 from .console import Progress, bytes_words, progress
+from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limits import add_limits, limits_of
 from .models import Model, open_model
 from .parser import Parser, Subparsers, examples
-from .trouble import Trouble, about, checked_target, require_suffix
 
 _SUFFIX = ".safetensors"
 
@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
     require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
     with open_model(args.source, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
-            raise Trouble(f"{args.source}: is safetensors already")
+            raise CommandError(f"{args.source}: is safetensors already")
         for pattern in args.tensor or []:
             if not any(fnmatchcase(name, pattern) for name in model.specs):
                 words = unmatched(pattern, model.specs, model.aliases())
-                raise Trouble(f"{args.source}: {words}")
+                raise CommandError(f"{args.source}: {words}")
         chosen = {
             name: spec
             for name, spec in model.specs.items()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         }
         target = checked_target(args.output, model.paths())
         size = sum(spec.nbytes for spec in chosen.values())
-        with progress(size, target.name) as shown, about(target):
+        with progress(size, target.name) as shown, path_in_errors(target):
             if args.sharded:
                 _write_shards(model, chosen, target.with_suffix(""), shown)
             else:

@@ -13,9 +13,9 @@ from ..io.paths import is_index, model_path
 from ..limits import Limits
 from ..names import quoted
 from .console import bytes_words, printable, progress, show_json
+from .errors import other_kind, path_in_errors, require_file
 from .limits import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
-from .trouble import about, other_kind, require_file
 
 # Maximum number of faults or notes printed per file; further ones are counted.
 _MOST_LINES = 100
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
     """Yields a report on the file; for an index, a report on it and on each shard."""
-    with about(path):
+    with path_in_errors(path):
         path = model_path(path)
     if not is_index(path):
         yield path, _validate(path, limits)
         return
     require_file(path)
-    with about(path):
+    with path_in_errors(path):
         report, shards = validate_index(path, limits)
     yield path, report
     for name in shards:
@@ -77,7 +77,7 @@ def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
 
 def _validate(path: Path, limits: Limits) -> Report:
     require_file(path)
-    with about(path), progress(os.stat(path).st_size, path.name) as shown:
+    with path_in_errors(path), progress(os.stat(path).st_size, path.name) as shown:
         last = 0
 
         def advance(done: int, total: int) -> None:

@@ -17,7 +17,7 @@ import sfpformat
 from sfpformat import PRESETS, Options, Table, Uniform
 from sfpformat.cli import magnitude, main
 from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
-from sfpformat.cli.rules import Rules, Treatment
+from sfpformat.cli.rules import Rules, TensorConfig
 from sfpformat.cli.tensor_options import parse_like
 from sfpformat.dtypes import DTYPES
 from sfpformat.io.safetensors import TensorSpec
@@ -122,12 +122,12 @@ def test_options_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Captur
 SPEC = TensorSpec("w", DTYPES["F32"], (64, 64))
 
 
-def treatment(words: str) -> Treatment:
-    """Returns the treatment of a large tensor named w by a command line."""
+def config(words: str) -> TensorConfig:
+    """Returns the config of a large tensor named w by a command line."""
     head, *rules = words.split("--like ")
     base = parse_like(["w", *head.split()])[1] if head.strip() else {}
     likes = [parse_like(rule.split()) for rule in rules]
-    return Rules(base, likes, []).treatments([SPEC])["w"]
+    return Rules(base, likes, []).configs([SPEC])["w"]
 
 
 @pytest.mark.parametrize(
@@ -153,16 +153,16 @@ def treatment(words: str) -> Treatment:
 def test_command_lines_become_options(words: str, options: Options | None) -> None:
     if options is None:
         with pytest.raises(Exception, match="no tensor name matches"):
-            treatment(words)
+            config(words)
     else:
-        assert treatment(words).options == options
+        assert config(words).options == options
 
 
 def test_a_later_pattern_drops_an_earlier_scope() -> None:
-    pruning = treatment("--prune 0.5 --scope model --like w --prune 2:4").pruning
+    pruning = config("--prune 0.5 --scope model --like w --prune 2:4").pruning
     assert pruning is not None
     assert (pruning.keep, pruning.of) == (2, 4)
-    assert treatment("--prune 0.5 --like w --prune 0").pruning is None
+    assert config("--prune 0.5 --like w --prune 0").pruning is None
 
 
 def test_a_cast_that_would_lose_the_range_is_refused(tmp_path: Path, capsys: Capture) -> None:

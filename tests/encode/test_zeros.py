@@ -384,8 +384,8 @@ def test_zeros_with_a_wrong_sign_fail_the_verification(
     """--verify with positive zeros still finds every other change."""
 
     def other_weights(job: Any, *rest: Any, **others: Any) -> int:
-        options = {n: replace(t, options=t.options.but(zeros="keep")) for n, t in job.treatments.items()}
-        return pack_file(replace(job, treatments=options), *rest, **others)
+        options = {n: replace(t, options=t.options.but(zeros="keep")) for n, t in job.configs.items()}
+        return pack_file(replace(job, configs=options), *rest, **others)
 
     monkeypatch.setattr("sfpformat.cli.pack.pack_file", other_weights)
     save_safetensors({"w": weights("F32", side=64)}, tmp_path / "m.safetensors")

@@ -1,4 +1,4 @@
-"""Errors for the user of a command, and checks of file names."""
+"""The error class of commands, and checks of the files that the user names."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .foreign import describe_file
 PathLike = str | os.PathLike[str]
 
 
-class Trouble(Exception):
-    """An error with a one-line message for the user, and the exit code."""
+class CommandError(Exception):
+    """The command cannot do what the user asked. Carries a message of one line, and the exit code."""
 
     def __init__(self, words: str, code: int = 2) -> None:
         super().__init__(words)
@@ -24,13 +24,19 @@ class Trouble(Exception):
 
 
 @contextmanager
-def about(path: PathLike) -> Iterator[None]:
-    """Adds the file's name to errors raised inside, and its kind if it is a file of another format."""
+def path_in_errors(path: PathLike) -> Iterator[None]:
+    """Adds the path of a file to errors raised inside.
+
+    For a file of another format, the message describes that format.
+
+    Raises:
+        CommandError: in place of an `SfpError`.
+    """
     try:
         yield
     except SfpError as error:
         words = other_kind(path, error)
-        raise Trouble(f"{path}: {error}" if words is None else f"{path}: is {words}") from error
+        raise CommandError(f"{path}: {error}" if words is None else f"{path}: is {words}") from error
     except OSError as error:
         if error.filename is None:
             error.filename = os.fspath(path)
@@ -60,11 +66,11 @@ def require_file(path: PathLike) -> None:
     """Checks that a path is a regular file, which supports random access, and not a pipe, device or folder.
 
     Raises:
-        Trouble: it is not a regular file.
+        CommandError: it is not a regular file.
         OSError: it does not exist, or cannot be accessed.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise Trouble(f"{path}: not a regular file (a folder, pipe or device)")
+        raise CommandError(f"{path}: not a regular file (a folder, pipe or device)")
 
 
 # Suffixes of other kinds of files; a suggested name replaces them and keeps all others (``model-0.5B``).
@@ -85,33 +91,35 @@ def require_suffix(target: PathLike, *suffixes: str, what: str) -> None:
         what: the command or option, for the message.
 
     Raises:
-        Trouble: the suffix is wrong; the message suggests a name.
+        CommandError: the suffix is wrong; the message suggests a name.
     """
     for path in (Path(target), Path(os.path.realpath(target))):  # writing follows links
         device = path.exists() and not (path.is_file() or path.is_dir())
         if path.suffix.lower() in suffixes or device:
             continue
         if path.is_dir():
-            raise Trouble(f"{target}: is a folder; name a file in it, such as {path / f'model{suffixes[0]}'}")
+            raise CommandError(
+                f"{target}: is a folder; name a file in it, such as {path / f'model{suffixes[0]}'}"
+            )
         name = path.name
         while Path(name).suffix.lower() in _OTHER_KINDS:
             name = Path(name).stem
         right = " or ".join(suffixes)
-        raise Trouble(f"{path}: {what} writes {right}; name it {path.with_name(name + suffixes[0])}")
+        raise CommandError(f"{path}: {what} writes {right}; name it {path.with_name(name + suffixes[0])}")
 
 
 def checked_target(target: PathLike, sources: list[Path]) -> Path:
     """Returns the path of an output file with links resolved.
 
     Raises:
-        Trouble: it is one of the sources, is not a regular file, or its folder does not exist.
+        CommandError: it is one of the sources, is not a regular file, or its folder does not exist.
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
-        raise Trouble(f"{target}: is not a regular file and cannot be replaced")
+        raise CommandError(f"{target}: is not a regular file and cannot be replaced")
     if not path.parent.is_dir():
-        raise Trouble(f"{target}: there is no folder {path.parent}")
+        raise CommandError(f"{target}: there is no folder {path.parent}")
     for source in sources:
         if path.exists() and path.samefile(source):
-            raise Trouble(f"{target}: is an input file; give -o another name")
+            raise CommandError(f"{target}: is an input file; give -o another name")
     return path

@@ -1,4 +1,7 @@
-"""Prunes and casts the tensors of a model, with one tensor in memory at a time."""
+"""Prepares the tensors of a model for encoding: prunes and casts them, and distributes shared budgets.
+
+Only one tensor is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from .magnitude import (
     prune_pattern,
 )
 from .models import Model
-from .rules import Pruning, Treatment
+from .rules import Pruning, TensorConfig
 
 Array = NDArray[np.generic]
 Advance = Callable[[int], None]
@@ -46,12 +49,11 @@ class Share:
     bits: int
 
 
-def require_or_leave_finite(
-    model: Model, treatments: dict[str, Treatment], advance: Advance
-) -> dict[str, Reason]:
-    """Returns tensor name -> why it must stay lossless, for tensors with values that the treatment excludes.
+def find_not_finite(model: Model, configs: dict[str, TensorConfig], advance: Advance) -> dict[str, Reason]:
+    """Finds tensors with values that can be neither pruned nor quantised. Returns tensor name -> reason.
 
-    Reads all tensors that are not lossless.
+    These values are infinities and NaNs, and for a quantiser those beyond float32. Reads all tensors that
+    are not lossless.
 
     Args:
         advance: called with the bytes of each tensor read.
@@ -60,23 +62,23 @@ def require_or_leave_finite(
         OptionError: a ``--like`` rule quantises such a tensor; the message names it.
     """
     found: dict[str, Reason] = {}
-    for name, treatment in treatments.items():
-        if treatment.lossless:
+    for name, config in configs.items():
+        if config.lossless:
             continue
-        quantised = not treatment.options.lossless
+        quantised = not config.options.lossless
         if has_values_beyond(model.read(name), float32=quantised):
-            if treatment.named and quantised:
+            if config.named and quantised:
                 raise OptionError(
                     f"tensor {quoted(name)} has infinities, NaNs or values beyond float32, which cannot be "
                     f"quantised; leave it lossless with --keep {name!r}"
                 )
-            if not treatment.named:
+            if not config.named:
                 found[name] = Reason(Kind.NOT_FINITE, model.specs[name].words)
         advance(model.specs[name].nbytes)
     return found
 
 
-def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Advance) -> dict[str, Share]:
+def shares_of_model(model: Model, configs: dict[str, TensorConfig], advance: Advance) -> dict[str, Share]:
     """Returns tensor name -> share, for all tensors that are pruned over the model.
 
     Tensors with the same fraction have one threshold. Reads these tensors twice (four times if one is F64),
@@ -86,21 +88,21 @@ def shares_of_model(model: Model, treatments: dict[str, Treatment], advance: Adv
         advance: called with the bytes of each tensor read.
     """
     groups: dict[Pruning, list[str]] = {}
-    for name, treatment in treatments.items():
-        if treatment.pruning is not None and treatment.pruning.scope == "model":
-            groups.setdefault(treatment.pruning, []).append(name)
+    for name, config in configs.items():
+        if config.pruning is not None and config.pruning.scope == "model":
+            groups.setdefault(config.pruning, []).append(name)
     shares: dict[str, Share] = {}
     for pruning, names in groups.items():
         shares |= _shares_of_group(model, names, pruning.fraction, advance)
     return shares
 
 
-def bytes_of_passes(model: Model, treatments: dict[str, Treatment]) -> int:
+def bytes_of_passes(model: Model, configs: dict[str, TensorConfig]) -> int:
     """Returns the approximate number of bytes that `shares_of_model` will read."""
     pruned = [
         model.specs[name]
-        for name, treatment in treatments.items()
-        if treatment.pruning is not None and treatment.pruning.scope == "model"
+        for name, config in configs.items()
+        if config.pruning is not None and config.pruning.scope == "model"
     ]
     passes = key_bits(spec.dtype for spec in pruned) // 16
     return passes * sum(spec.nbytes for spec in pruned)
@@ -132,12 +134,12 @@ def _shares_of_group(model: Model, names: list[str], fraction: float, advance: A
 
 def with_shared_bits(
     model: Model,
-    treatments: dict[str, Treatment],
+    configs: dict[str, TensorConfig],
     shares: dict[str, Share],
     importances: Model | None,
     advance: Advance,
-) -> dict[str, Treatment]:
-    """Returns the treatments, with a step for each tensor that shares a budget. Reads these tensors once.
+) -> dict[str, TensorConfig]:
+    """Returns the configurations, with a step for each tensor that shares a budget. Reads these tensors once.
 
     A tensor becomes lossless if lossless coding takes no more bits.
 
@@ -149,12 +151,12 @@ def with_shared_bits(
         OptionError: a tensor is not finite, or lacks an importance that it needs.
     """
     groups: dict[float, dict[str, Candidate]] = {}
-    sharing = {name: t for name, t in treatments.items() if t.shares_bits}
-    for name, treatment in sharing.items():
-        options, asked = treatment.options, treatment.options.quantiser
+    sharing = {name: t for name, t in configs.items() if t.shares_bits}
+    for name, config in sharing.items():
+        options, asked = config.options, config.options.quantiser
         assert isinstance(asked, Uniform)
         assert asked.budget is not None
-        array = treated(name, model.read(name), treatment, shares.get(name))
+        array = prune_and_cast(name, model.read(name), config, shares.get(name))
         importance = importance_of(name, importances)
         try:
             found = candidate(array, None, importance, asked, len(sharing), fixed_width=options.fixed_width)
@@ -162,7 +164,7 @@ def with_shared_bits(
             raise OptionError(f"tensor {name!r}: {error}") from None
         groups.setdefault(asked.budget, {})[name] = found
         advance(model.specs[name].nbytes)
-    out = dict(treatments)
+    out = dict(configs)
     for budget, members in groups.items():
         for name, step in zip(members, share_bits(members.values(), budget), strict=True):
             out[name] = replace(out[name], options=_with_step(out[name].options, step))
@@ -184,20 +186,20 @@ def importance_of(name: str, importances: Model | None) -> NDArray[np.floating] 
     return cast("NDArray[np.floating]", importances.read(name))
 
 
-def treated(name: str, array: Array, treatment: Treatment, share: Share | None) -> Array:
+def prune_and_cast(name: str, array: Array, config: TensorConfig, share: Share | None) -> Array:
     """Prunes a tensor in place, and returns it cast.
 
     Raises:
         OptionError: a weight is too great for the new dtype.
     """
-    pruning = treatment.pruning
+    pruning = config.pruning
     if share is not None:
         prune_below(array, share.threshold, share.ties, share.bits)
     elif pruning is not None and pruning.of:
         prune_pattern(array, pruning.keep, pruning.of, pruning.dim)
     elif pruning is not None:
         prune_fraction(array, pruning.fraction)
-    return array if treatment.cast is None else _cast(name, array, treatment.cast)
+    return array if config.cast is None else _cast(name, array, config.cast)
 
 
 def _cast(name: str, array: Array, dtype: Dtype) -> Array:
