@@ -90,22 +90,13 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     return parser
 
 
-_NOT_TENSOR_OPTIONS = frozenset(
-    (
-        *("source", "output", "single", "keep", "like", "likes", "importance", "metadata", "no_metadata"),
-        *("strict_index", "verify", "dry_run", "json", "limit", "run"),
-    )
-)
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     start = time.monotonic()
     if args.dry_run and args.verify:
         raise CommandError("--verify compares what was written, and --dry-run writes nothing")
     require_suffix(args.output, ".sfp", what="'sfp pack'")
-    base = {key: value for key, value in vars(args).items() if key not in _NOT_TENSOR_OPTIONS}
-    rules = Rules(base, [parse_like(words) for words in args.likes], args.keep)
+    rules = Rules(args.tensor_options, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
     limits = limits_of(args.limit)
     with open_model(args.source, kind="safetensors", strict_index=args.strict_index) as model:

@@ -69,7 +69,7 @@ class Job:
     Attributes:
         model: the checkpoint.
         configs: tensor name -> its configuration.
-        shares: tensor name -> its share of a threshold over the model.
+        shares: tensor name -> its share of a cutoff over the model.
         importances: a model with the importances under the names of the tensors, or None.
         metadata: the caller's metadata, which override those of the checkpoint.
         key: identifies sources, options and version; a different key prevents resuming.

@@ -18,18 +18,18 @@ from ..encode.weights import Kind, Reason, has_values_beyond
 from ..errors import OptionError
 from ..names import quoted
 from ..options import Options, Uniform
-from .magnitude import (
+from ..pruning.by_magnitude import (
+    Cutoff,
     Patterns,
-    Threshold,
     count_equal,
-    count_of,
-    find_threshold,
+    find_cutoff,
     key_bits,
     patterns,
     prune_below,
     prune_fraction,
     prune_pattern,
 )
+from ..pruning.thresholds import count_of_share
 from .models import Model
 from .rules import Pruning, TensorConfig
 
@@ -39,12 +39,12 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Share:
-    """A tensor's share of a threshold over the model: prunes all below it, and the first ``ties`` at it.
+    """A tensor's share of a cutoff over the model: prunes all below it, and the first ``ties`` at it.
 
     ``bits`` are the bits of the patterns.
     """
 
-    threshold: Threshold
+    cutoff: Cutoff
     ties: int
     bits: int
 
@@ -81,8 +81,8 @@ def find_not_finite(model: Model, configs: dict[str, TensorConfig], advance: Adv
 def shares_of_model(model: Model, configs: dict[str, TensorConfig], advance: Advance) -> dict[str, Share]:
     """Returns tensor name -> share, for all tensors that are pruned over the model.
 
-    Tensors with the same fraction have one threshold. Reads these tensors twice (four times if one is F64),
-    and once more if only some of the magnitudes equal to the threshold are pruned.
+    Tensors with the same fraction have one cutoff. Reads these tensors twice (four times if one is F64),
+    and once more if only some of the magnitudes equal to the cutoff are pruned.
 
     Args:
         advance: called with the bytes of each tensor read.
@@ -121,13 +121,13 @@ def _shares_of_group(model: Model, names: list[str], fraction: float, advance: A
             yield from patterns(array, bits)
 
     positions = sum(model.specs[name].nbytes // model.specs[name].dtype.itemsize for name in names)
-    threshold = find_threshold(blocks, count_of(fraction, positions), bits)
-    if threshold.ties == threshold.equal:
-        return {name: Share(threshold, threshold.ties, bits) for name in names}
-    shares, left = {}, threshold.ties
+    cutoff = find_cutoff(blocks, count_of_share(fraction, positions), bits)
+    if cutoff.ties == cutoff.equal:
+        return {name: Share(cutoff, cutoff.ties, bits) for name in names}
+    shares, left = {}, cutoff.ties
     for name, array in read():
-        ties = min(count_equal(array, threshold, bits), left)
-        shares[name] = Share(threshold, ties, bits)
+        ties = min(count_equal(array, cutoff, bits), left)
+        shares[name] = Share(cutoff, ties, bits)
         left -= ties
     return shares
 
@@ -194,7 +194,7 @@ def prune_and_cast(name: str, array: Array, config: TensorConfig, share: Share |
     """
     pruning = config.pruning
     if share is not None:
-        prune_below(array, share.threshold, share.ties, share.bits)
+        prune_below(array, share.cutoff, share.ties, share.bits)
     elif pruning is not None and pruning.of:
         prune_pattern(array, pruning.keep, pruning.of, pruning.dim)
     elif pruning is not None:

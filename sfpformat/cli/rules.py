@@ -72,7 +72,7 @@ class Pruning:
     Attributes:
         fraction: fraction of all positions to prune, or 0 with a pattern.
         keep, of: with a pattern, keeps ``keep`` of every ``of`` neighbours; else 0.
-        scope: ``tensor``, or ``model`` for one threshold over all tensors with this pruning.
+        scope: ``tensor``, or ``model`` for one cutoff over all tensors with this pruning.
         dim: with a pattern, the dimension of the neighbours.
     """
 

@@ -14,9 +14,29 @@ from .errors import CommandError
 from .parser import Parser
 from .rules import Layer, Pruning
 
+_OPTIONS = "tensor_options"  # the namespace's name for the options of this module
+
+
+class _StoreTensorOption(argparse.Action):
+    """Stores the value in ``namespace.tensor_options``, apart from the other options of the command."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        found = self.const if self.nargs == 0 else values
+        setattr(namespace, _OPTIONS, {**getattr(namespace, _OPTIONS, {}), self.dest: found})
+
 
 def add_tensor_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that can also follow ``--like``. Those not given are absent from the namespace."""
+    """Adds the options that can also follow ``--like``.
+
+    The namespace gets them in ``tensor_options``, a dict without the options that are not given.
+    """
+    parser.set_defaults(**{_OPTIONS: {}})
     value = parser.add_argument_group(
         "options that change values",
         f"Without --like they reach float tensors of rank 2 or more with at least {MIN_ELEMENTS:,}\n"
@@ -42,7 +62,9 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     _add(value, "--weighted", str, "HOW", "errors count by the --importance (full) or its root", WEIGHTED)
     how.add_argument(
         "--lossless",
-        action="store_true",
+        action=_StoreTensorOption,
+        nargs=0,
+        const=True,
         default=argparse.SUPPRESS,
         help="every bit as it is (the default); undoes what was said before",
     )
@@ -79,7 +101,13 @@ def _add(
     group: Any, name: str, kind: Any, metavar: str, words: str, choices: Sequence[object] | None = None
 ) -> None:
     group.add_argument(
-        name, type=kind, metavar=metavar, help=words, choices=choices, default=argparse.SUPPRESS
+        name,
+        action=_StoreTensorOption,
+        type=kind,
+        metavar=metavar,
+        help=words,
+        choices=choices,
+        default=argparse.SUPPRESS,
     )
 
 
@@ -125,7 +153,7 @@ def parse_like(words: list[str]) -> tuple[str, Layer]:
         raise CommandError(
             f"{rest[0]!r} after --like {words[0]!r} is no option of tensors; put it before all --like"
         )
-    layer = vars(args)
+    layer: Layer = args.tensor_options
     if not layer:
         raise CommandError(f"--like {words[0]!r} is followed by no option; --keep leaves tensors as they are")
     return words[0], layer

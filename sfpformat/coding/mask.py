@@ -14,6 +14,9 @@ Mask = NDArray[np.bool_]
 
 KINDS = ("runs", "octets")
 
+# `base` and `extra` of a table whose one class has all 256 octets: chunks contain the mask's bits unchanged.
+BITMAP = (0, b"\x08")
+
 
 def level_counts(kind: str, polarity: int, positions: Counts, survivors: Counts) -> Counts:
     """Returns the number of mask levels in each segment, from its positions and survivors."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
 from ..coding.codetable import CodeTable, PrefixCode, pack_lengths, require_shape, unpack_lengths
-from ..coding.mask import KINDS
+from ..coding.mask import BITMAP, KINDS
 from ..coding.quantisers import KINDS as QUANTISERS
 from ..coding.quantisers import Exact, Quantiser
 from ..dtypes import DTYPES, FACTOR_DTYPES, Dtype
@@ -120,6 +120,11 @@ class MaskEntry:
     kind: str
     polarity: int
     table: CodeTable
+
+    @property
+    def is_bitmap(self) -> bool:
+        """Whether chunks contain the mask's bits unchanged."""
+        return self.kind == "octets" and (self.table.base, self.table.extra) == BITMAP
 
     def to_map(self) -> dict[str, object]:
         """Returns the map `mask`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.classes import Layout, constant_layout
-from ..coding.mask import Mask
+from ..coding.mask import BITMAP, Mask
 from ..engines import Engine
 from ..io.threads import Workers
 from ..options import Options
@@ -16,7 +16,7 @@ from .blocks import Blocks
 from .codes import Choice, LevelBlocks, SymbolCounter, SymbolCounts, choose_codes, no_levels, one_class
 from .number_tables import choose_numbers
 
-_BITMAP = Layout(0, b"\x08")
+_BITMAP = Layout(*BITMAP)
 _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .thresholds import count_of_share
 
 GATES = ("topk", "sigmoid", "hard-concrete")
 
@@ -76,7 +77,7 @@ def make_gate(name: str, temperature: float) -> Gate:
 
 def threshold_of(scores: Tensor, sparsity: float) -> Tensor:
     """Returns the threshold that the given share of all scores does not exceed; −∞ if none is pruned."""
-    count = min(int(sparsity * scores.numel() + 0.5), scores.numel())
+    count = count_of_share(sparsity, scores.numel())
     if not count:
         return torch.full((), -math.inf, device=scores.device)
     return scores.detach().kthvalue(count).values

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import OptionError
 from ..options import ImportanceOptions
-from .thresholds import Numbers
+from .thresholds import Numbers, count_of_share
 
 # Sixteen grades, finer at the usual sparsities: about 3.5 bits a weight in a file.
 BOUNDARIES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
@@ -42,7 +42,7 @@ def graded(
     flat = np.concatenate([np.asarray(array, np.float64).reshape(-1) for array in importances.values()])
     ranks = np.empty(len(flat), np.int64)
     ranks[np.argsort(flat, kind="stable")] = np.arange(len(flat))
-    cuts = np.floor(shares * len(flat) + 0.5)
+    cuts = [count_of_share(share, len(flat)) for share in shares]
     grades = np.searchsorted(cuts, ranks, side="right").astype(np.float32)
     parts = np.split(grades, np.cumsum([array.size for array in importances.values()])[:-1])
     return {

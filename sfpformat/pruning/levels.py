@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .masked import LEVELS, ScoredWeight
 from .processes import ALONE, Processes
 from .task import as_matrix
+from .thresholds import count_of_share
 
 Shares = Mapping[str, float]
 
@@ -237,7 +238,7 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
     for values, weight in parts():
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         total += weight * values.numel()
-    wanted, below = math.floor(share * total + 0.5), 0.0  # same rounding as `thresholds.Sparsity`
+    wanted, below = count_of_share(share, round(total)), 0.0  # the weights sum to a whole number
     if not wanted:
         return -math.inf
     # Slightly wider, so that rounding puts no number outside of the bins.

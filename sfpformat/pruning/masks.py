@@ -26,6 +26,7 @@ from .thresholds import (
     Pattern,
     Sparsity,
     Threshold,
+    count_of_share,
     is_number,
     pattern_dim,
     require_share,
@@ -175,7 +176,7 @@ def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 |
     most = width - math.ceil(floor * width)
     mask = np.ones(rows.shape, np.bool_)
     if type(threshold) is Sparsity:
-        count = threshold.count_of(width)
+        count = count_of_share(threshold.share, width)
         fewer = len(rows) if count > most else 0
         count = min(count, most)
         if count:
@@ -239,7 +240,7 @@ def _least_masked(
 ) -> dict[str, Mask]:
     """Returns the masks that prune the lowest importances; same result as sorting, but by partition."""
     total = sum(array.size for array in arrays.values())
-    count = threshold.count_of(total)
+    count = count_of_share(threshold.share, total)
     if not count:
         return {name: np.ones(array.shape, np.bool_) for name, array in arrays.items()}
     joined = np.concatenate([array.reshape(-1) for array in arrays.values()])

@@ -11,7 +11,7 @@ from ..errors import OptionError, warn
 from ..names import listed
 from .calibration import Statistics
 from .layers import as_matrix, chosen_tensors, chosen_weights, named_once
-from .thresholds import Pattern, require_share
+from .thresholds import Pattern, count_of_share, require_share
 
 Importances = dict[str, Tensor]
 
@@ -79,7 +79,7 @@ def rows_mask(scores: Tensor, sparsity: float) -> Tensor:
     """
     matrix = as_matrix(scores)
     require_share("sparsity", sparsity)
-    count = min(int(sparsity * matrix.shape[1] + 0.5), matrix.shape[1])
+    count = count_of_share(sparsity, matrix.shape[1])
     mask = torch.ones_like(matrix, dtype=torch.bool)
     mask.scatter_(1, matrix.argsort(dim=1, stable=True)[:, :count], False)
     return mask.reshape(scores.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .scores import pattern_mask
-from .thresholds import Pattern, require_share
+from .thresholds import Pattern, count_of_share, require_share
 
 BLOCK = 128  # columns for which SparseGPT selects the mask together
 DAMPING = 0.01  # added to H's diagonal, as a share of its mean
@@ -59,7 +59,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float | Pattern) -> tup
 
 def _greatest(scores: Tensor, sparsity: float) -> Tensor:
     """Returns a mask that prunes the given share of the scores, the least ones: bool, their shape."""
-    count = min(int(sparsity * scores.numel() + 0.5), scores.numel())
+    count = count_of_share(sparsity, scores.numel())
     chosen = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     chosen[scores.flatten().argsort(stable=True)[:count]] = False
     return chosen.view_as(scores)

@@ -42,9 +42,21 @@ class Threshold(Protocol):
         """
 
 
+def count_of_share(share: float, positions: int) -> int:
+    """Returns the number of positions in a share of them, rounded to the nearest whole number, halves up.
+
+    All pruning by a share uses this rule, so that every method prunes the same number of weights.
+
+    Args:
+        share: from 0 to 1.
+        positions: at least 0.
+    """
+    return min(math.floor(share * positions + 0.5), positions)
+
+
 @dataclass(frozen=True)
 class Sparsity:
-    """Prunes the given share of all positions, rounded to a whole number."""
+    """Prunes the given share of all positions, rounded by `count_of_share`."""
 
     share: float
 
@@ -52,11 +64,7 @@ class Sparsity:
         require_share("sparsity", self.share)
 
     def count(self, ascending: F64) -> int:
-        return self.count_of(len(ascending))
-
-    def count_of(self, positions: int) -> int:
-        """Returns how many of ``positions`` positions to prune."""
-        return min(math.floor(self.share * positions + 0.5), positions)
+        return count_of_share(self.share, len(ascending))
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ from safetensors.numpy import save_file
 
 import sfpformat
 from sfpformat import PRESETS, Options, Table, Uniform
-from sfpformat.cli import magnitude, main
-from sfpformat.cli.magnitude import find_threshold, patterns, prune_fraction, prune_pattern
+from sfpformat.cli import main, pack
+from sfpformat.cli.errors import CommandError
+from sfpformat.cli.parser import Parser
 from sfpformat.cli.rules import Rules, TensorConfig
 from sfpformat.cli.tensor_options import parse_like
 from sfpformat.dtypes import DTYPES
 from sfpformat.io.safetensors import TensorSpec
+from sfpformat.pruning import by_magnitude
+from sfpformat.pruning.by_magnitude import find_cutoff, patterns, prune_fraction, prune_pattern
 from sfpformat.pruning.masks import masks_of
 from sfpformat.pruning.thresholds import Pattern
 
@@ -119,6 +122,20 @@ def test_options_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Captur
     )
 
 
+def test_only_options_that_can_follow_like_are_options_of_tensors() -> None:
+    """A new flag of ``sfp pack`` does not become an option of tensors."""
+    parser = Parser()
+    command = pack.add_parser(parser.add_subparsers(parser_class=Parser))
+    command.add_argument("--new-flag", action="store_true")
+    words = "pack m.safetensors -o m.sfp --new-flag --keep a --json --bits 4 --lossless --codes 2"
+    with pytest.raises(CommandError, match="not allowed with"):
+        parser.parse_args(words.split())
+    args = parser.parse_args(words.replace("--lossless ", "").split())
+    assert args.new_flag
+    assert args.tensor_options == {"bits": 4.0, "codes": 2}
+    assert parser.parse_args(["pack", "m.safetensors", "-o", "m.sfp", "--new-flag"]).tensor_options == {}
+
+
 SPEC = TensorSpec("w", DTYPES["F32"], (64, 64))
 
 
@@ -201,15 +218,15 @@ def test_nans_are_pruned_last() -> None:
     assert np.array_equal(array, [np.nan, 0, np.nan, 0], equal_nan=True)
 
 
-def test_thresholds_do_not_depend_on_the_block_size() -> None:
+def test_cutoffs_do_not_depend_on_the_block_size() -> None:
     array = np.abs(np.random.default_rng(2).standard_normal(3000)).astype(np.float32)
     keys = next(patterns(array, 32))
     ordered = np.sort(keys)
     for count in (1, 2, 1500, 2999, 3000):
-        found = find_threshold(lambda: iter([keys[:7], keys[7:7], keys[7:]]), count, 32)
+        found = find_cutoff(lambda: iter([keys[:7], keys[7:7], keys[7:]]), count, 32)
         assert found.pattern == ordered[count - 1]
         assert found.ties == found.equal == 1
-    assert find_threshold(lambda: iter([keys]), 0, 32).ties == 0
+    assert find_cutoff(lambda: iter([keys]), 0, 32).ties == 0
 
 
 def test_a_2_to_4_pattern_keeps_two_of_four_neighbours() -> None:
@@ -225,7 +242,7 @@ def test_a_2_to_4_pattern_keeps_two_of_four_neighbours() -> None:
 def test_patterns_run_along_any_dimension_in_blocks_of_any_size(
     shape: tuple[int, ...], dim: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(magnitude, "BLOCK", block)
+    monkeypatch.setattr(by_magnitude, "BLOCK", block)
     array = np.random.default_rng(3).integers(-4, 5, shape).astype(np.float32)
     pruned = array.copy()
     assert prune_pattern(pruned, 2, 4, dim) == array.size // 2

@@ -274,7 +274,9 @@ def test_fixed_widths_change_no_weight_and_make_plain_planes_in_chunks_of_whole_
         entry = file.entry("w")
     assert entry.mask is not None
     assert entry.fingerprints is not None
-    assert (entry.mask.table.extra, entry.fingerprints.table.extra) == (b"\x08", b"\x04")
+    assert entry.mask.is_bitmap
+    assert (entry.mask.table.base, entry.mask.table.extra) == (0, b"\x08")
+    assert entry.fingerprints.table.extra == b"\x04"
     assert (entry.segment, entry.chunk * entry.segment) == (384, 3 * 768)
     assert 8 * entry.stored_bytes / entry.positions < 1 + 0.5 * 4 + 0.5
 

@@ -16,12 +16,22 @@ from sfpformat.errors import OptionError, SfpWarning
 from sfpformat.numpy import save
 from sfpformat.options import Options
 from sfpformat.pruning.allocation import Outliers, Rising
+from sfpformat.pruning.by_magnitude import prune_fraction
 from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
 from sfpformat.pruning.layers import chosen_weights
 from sfpformat.pruning.masks import achieved, masks_of
 from sfpformat.pruning.pipeline import prune
 from sfpformat.pruning.scores import rows_mask
-from sfpformat.pruning.thresholds import Knee, MeanSigma, Otsu, Pattern, Quantile, Sparsity, Threshold
+from sfpformat.pruning.thresholds import (
+    Knee,
+    MeanSigma,
+    Otsu,
+    Pattern,
+    Quantile,
+    Sparsity,
+    Threshold,
+    count_of_share,
+)
 
 from ..support.untyped import untyped
 
@@ -52,6 +62,22 @@ def test_a_sparsity_is_met_exactly_with_and_without_ties(
         positions = sum(found[name].size for name in names)
         pruned = sum(int((~masks[name]).sum()) for name in names)
         assert pruned == int(np.floor(share * positions + 0.5))
+
+
+@pytest.mark.parametrize(
+    ("share", "positions", "count"),
+    [(0.5, 5, 3), (0.25, 10, 3), (0.125, 4, 1), (0.124, 4, 0), (1.0, 7, 7), (0.0, 7, 0), (1.0, 0, 0)],
+)
+def test_a_share_of_positions_is_rounded_to_nearest_with_halves_up(
+    share: float, positions: int, count: int
+) -> None:
+    assert count_of_share(share, positions) == count
+    array = np.arange(1, positions + 1, dtype=np.float32)
+    masks = masks_of({"w": array}, Sparsity(share))
+    assert prune_fraction(array.copy(), share) == np.count_nonzero(~masks["w"]) == count
+    if positions:
+        rows = rows_mask(torch.from_numpy(array)[None], share)
+        assert int((~rows).sum()) == count
 
 
 class Sorted(Sparsity):

@@ -146,7 +146,7 @@ def _has_fixed_width(entry: TensorEntry) -> bool:
         return False
     if importance is not None and importance.role == "multiplier":
         return False
-    if mask is not None and (mask.kind != "octets" or (mask.table.base, mask.table.extra) != (0, b"\x08")):
+    if mask is not None and not mask.is_bitmap:
         return False
     # The lowest bit of a level is its sign. With an odd base it differs from the lowest bit of the residual.
     table = fingerprints.table

@@ -236,10 +236,9 @@ def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):
         return None
-    if mask is not None:
-        octets = (mask.table.base, mask.table.extra) == (0, b"\x08")
+    if mask is not None and not mask.is_bitmap:
         coded = mask.table.classes > 1 and mask.table.group == 1 and mask.table.constant_extra == 0
-        if mask.kind != "octets" or not (octets or coded):
+        if mask.kind != "octets" or not coded:
             return None
     if isinstance(quantiser, Exact):
         bytewise = 1 < table.classes <= _MOST_SLOTS and table.group == 1 and table.constant_extra == 8

@@ -1,9 +1,9 @@
-"""Exact pruning by magnitude in bounded memory.
+"""Exact pruning by magnitude, in place and in bounded memory. Needs only numpy.
 
 Theory of operation: bit patterns of magnitudes are ordered like the magnitudes. A radix search finds the
 greatest pattern that is pruned, 16 bits per pass, highest digit first: a pass counts each digit among the
 patterns that begin with the digits found so far. Float32 takes two passes, float64 four. Among equal
-magnitudes at the threshold, the first in the order of tensors and positions are pruned, as many as needed.
+magnitudes at the cutoff, the first in the order of tensors and positions are pruned, as many as needed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import Dtype, of_numpy
+from .thresholds import count_of_share
 
 Patterns = NDArray[np.unsignedinteger]
 # Elements per block: their patterns take a few MB, for tensors of any size.
@@ -24,10 +25,10 @@ _DIGIT_BITS = 16
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """A pruning threshold: prunes all patterns below ``pattern``, and the first ``ties`` of the equal ones.
+class Cutoff:
+    """The greatest pruned magnitude.
 
-    ``equal`` is the number of patterns equal to ``pattern``.
+    All patterns below ``pattern`` are pruned, and the first ``ties`` of the ``equal`` patterns at it.
     """
 
     pattern: int
@@ -38,11 +39,6 @@ class Threshold:
 def key_bits(dtypes: Iterable[Dtype]) -> int:
     """Returns the bits of patterns that can compare magnitudes of all these float dtypes: 32 or 64."""
     return 64 if any(dtype.bits == 64 for dtype in dtypes) else 32
-
-
-def count_of(fraction: float, positions: int) -> int:
-    """Returns the number of positions of a fraction, rounded to nearest, ties up."""
-    return min(math.floor(fraction * positions + 0.5), positions)
 
 
 def patterns(array: NDArray[np.generic], bits: int) -> Iterator[Patterns]:
@@ -56,8 +52,8 @@ def patterns(array: NDArray[np.generic], bits: int) -> Iterator[Patterns]:
         yield pattern
 
 
-def find_threshold(blocks: Callable[[], Iterator[Patterns]], count: int, bits: int) -> Threshold:
-    """Returns the threshold that prunes exactly ``count`` magnitudes.
+def find_cutoff(blocks: Callable[[], Iterator[Patterns]], count: int, bits: int) -> Cutoff:
+    """Returns the cutoff that prunes exactly ``count`` magnitudes.
 
     Args:
         blocks: yields all patterns; called once per pass.
@@ -65,7 +61,7 @@ def find_threshold(blocks: Callable[[], Iterator[Patterns]], count: int, bits: i
         bits: bits of the patterns.
     """
     if count == 0:
-        return Threshold(0, 0, 0)
+        return Cutoff(0, 0, 0)
     prefix, left = 0, count
     for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(1 << _DIGIT_BITS, np.int64)
@@ -79,20 +75,20 @@ def find_threshold(blocks: Callable[[], Iterator[Patterns]], count: int, bits: i
         digit = int(np.searchsorted(upto, left))
         left -= int(upto[digit] - counts[digit])
         prefix = prefix << _DIGIT_BITS | digit
-    return Threshold(prefix, left, int(counts[digit]))
+    return Cutoff(prefix, left, int(counts[digit]))
 
 
-def count_equal(array: NDArray[np.generic], threshold: Threshold, bits: int) -> int:
-    """Returns the number of magnitudes of an array that are equal to the threshold."""
-    return sum(int(np.count_nonzero(block == threshold.pattern)) for block in patterns(array, bits))
+def count_equal(array: NDArray[np.generic], cutoff: Cutoff, bits: int) -> int:
+    """Returns the number of magnitudes of an array that are equal to the cutoff."""
+    return sum(int(np.count_nonzero(block == cutoff.pattern)) for block in patterns(array, bits))
 
 
-def prune_below(array: NDArray[np.generic], threshold: Threshold, ties: int, bits: int) -> int:
+def prune_below(array: NDArray[np.generic], cutoff: Cutoff, ties: int, bits: int) -> int:
     """Sets the pruned positions to +0, in place.
 
     Args:
         array: contiguous, float.
-        ties: prunes the first ``ties`` magnitudes that are equal to the threshold.
+        ties: prunes the first ``ties`` magnitudes that are equal to the cutoff.
 
     Returns:
         The number of pruned positions.
@@ -100,9 +96,9 @@ def prune_below(array: NDArray[np.generic], threshold: Threshold, ties: int, bit
     flat = array.reshape(-1)
     gone = 0
     for i, block in enumerate(patterns(array, bits)):
-        goes = block < threshold.pattern
+        goes = block < cutoff.pattern
         if ties:
-            equal = np.flatnonzero(block == threshold.pattern)[:ties]
+            equal = np.flatnonzero(block == cutoff.pattern)[:ties]
             goes[equal] = True
             ties -= len(equal)
         part = flat[i * BLOCK : i * BLOCK + len(goes)]
@@ -116,9 +112,9 @@ def prune_fraction(array: NDArray[np.generic], fraction: float) -> int:
     dtype = of_numpy(array.dtype)
     assert dtype is not None
     bits = key_bits([dtype])
-    count = count_of(fraction, array.size)
-    threshold = find_threshold(lambda: patterns(array, bits), count, bits)
-    return prune_below(array, threshold, threshold.ties, bits)
+    count = count_of_share(fraction, array.size)
+    cutoff = find_cutoff(lambda: patterns(array, bits), count, bits)
+    return prune_below(array, cutoff, cutoff.ties, bits)
 
 
 def prune_pattern(array: NDArray[np.generic], keep: int, of: int, dim: int) -> int:
