@@ -68,15 +68,16 @@ class _Silent:
 
 
 @contextmanager
-def progress(total: int, words: str, *, steps: bool = False) -> Iterator[Progress]:
+def progress(total: int, words: str, *, steps: bool = False, show: bool = True) -> Iterator[Progress]:
     """Shows a progress bar on stderr if it is a terminal.
 
     Args:
         total: the amount of the whole work, in bytes.
         words: description of the work.
         steps: whether ``total`` counts steps instead of bytes.
+        show: whether to show it at all.
     """
-    if not sys.stderr.isatty():
+    if not show or not sys.stderr.isatty():
         yield _Silent()
         return
     from rich.console import Console

@@ -11,14 +11,16 @@ With one process no function needs ``torch.distributed``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, ProcessError
+
+T = TypeVar("T")
 
 _ALIGNED = 64  # elements; parts of a tensor begin at multiples, so that vector instructions divide it alike
 
@@ -76,6 +78,37 @@ class Processes:
         if failed:
             raise ProcessError(f"process {failed[0]} of {self.world} failed; its own error says why")
         return [row[1:] for row in received]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Calls a function on each process, and returns its result on this one.
+
+        Raises:
+            ProcessError: the function failed on another process, or that process is gone.
+        """
+        found: list[T] = []
+
+        def run() -> list[float]:
+            found.append(work())
+            return []
+
+        self.exchanged(run, 0)
+        return found[0]
+
+    def led(self, parts: Callable[[], Iterator[object]]) -> None:
+        """Runs an iterator to its end on the first process, while the others wait for each of its items.
+
+        The others wait at most the time limit of the group for one item, not for all.
+
+        Args:
+            parts: returns the iterator; only the first process calls it.
+
+        Raises:
+            ProcessError: the iterator failed, or the first process is gone.
+        """
+        iterator = parts() if self.rank == 0 else iter(())
+        end = object()
+        while self.exchanged(lambda: [next(iterator, end) is not end], 1)[0][0]:
+            pass
 
     def require_same(self, value: Any, message: str) -> None:
         """Checks that a value of tensors, numbers, text and containers is the same on all processes.

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,46 @@ class TextData:
             The perplexity a token. For an encoder, Spearman's correlation between the similarities of
             sentence pairs within a batch and those of the dense model.
         """
+        parts = self.evaluation(model, dense)
+        while True:
+            try:
+                next(parts)
+            except StopIteration as end:
+                return float(end.value)
+
+    def evaluation(self, model: nn.Module, dense: nn.Module) -> Generator[None, None, float]:
+        """Evaluates as `evaluate`, and yields after each batch, so that the caller can show progress."""
         if self.measure == "Spearman":
-            return _spearman(*(_similarities(one, self.evaluated) for one in (model, dense)))
-        total, count = 0.0, 0
-        with evaluating(model), torch.no_grad():
+            found: tuple[list[Tensor], list[Tensor]] = ([], [])
             for batch in self.evaluated:
-                labels = batch["labels"]
-                counted = int(((labels[:, 1:] if self.causal else labels) != IGNORED).sum())
+                for one, kept in zip((model, dense), found, strict=True):
+                    with evaluating(one), torch.no_grad():
+                        outputs = similarities(one, batch)
+                    kept.append(outputs[outputs > -math.inf])
+                yield
+            return _spearman(torch.cat(found[0]), torch.cat(found[1]))
+        total, count = 0.0, 0
+        for batch in self.evaluated:
+            labels = batch["labels"]
+            counted = int(((labels[:, 1:] if self.causal else labels) != IGNORED).sum())
+            with evaluating(model), torch.no_grad():
                 total += float(self.task.loss_of(model, batch)) * counted
-                count += counted
+            count += counted
+            yield
         return math.exp(min(total / count, 700.0))
+
+    def to(self, device: torch.device) -> TextData:
+        """Returns the same batches on a device."""
+
+        def moved(batches: list[Batch]) -> list[Batch]:
+            return [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+
+        return replace(
+            self,
+            learned_from=moved(self.learned_from),
+            held_out=moved(self.held_out),
+            evaluated=moved(self.evaluated),
+        )
 
 
 def text_data(
@@ -241,16 +271,6 @@ def _sampled_loss(outputs: Tensor, batch: Any) -> Tensor:
 
 
 SIMILARITY = Task(run=similarities, loss=_sampled_loss)
-
-
-def _similarities(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Returns the similarities of all pairs within batches, flat."""
-    found = []
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            outputs = similarities(model, batch)
-            found.append(outputs[outputs > -math.inf])
-    return torch.cat(found)
 
 
 def _spearman(left: Tensor, right: Tensor) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
@@ -17,9 +18,7 @@ from sfpformat.cli import main
 from sfpformat.errors import OptionError
 from sfpformat.pruning.texts import read_texts, text_data
 
-from ..support.pruning_transformers import made
-
-WORDS = [f"w{i}" for i in range(35)]
+from ..support.pruning_transformers import saved, text
 
 
 @pytest.fixture(autouse=True)
@@ -29,32 +28,6 @@ def quiet() -> Any:
     yield
     torch.set_num_threads(threads)
     transformers.utils.logging.enable_progress_bar()
-
-
-def saved(name: str, folder: Path) -> Path:
-    """A model and its tokenizer as transformers saves them."""
-    made(name).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[MASK]", "[UNK]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        mask_token="[MASK]",
-        unk_token="[UNK]",
-    ).save_pretrained(folder)
-    return folder
-
-
-def text(folder: Path, lines: int = 120) -> Path:
-    """Lines of words that follow each other in the same ways."""
-    rng = random.Random(0)
-    path = folder / "text.txt"
-    starts = [[(rng.randrange(30) + k) % 35 for k in range(rng.randrange(6, 14))] for _ in range(lines)]
-    path.write_text("\n".join(" ".join(WORDS[i] for i in line) for line in starts))
-    return path
 
 
 @pytest.mark.parametrize(
@@ -168,3 +141,66 @@ def test_training_calibration_and_test_windows_do_not_overlap(tmp_path: Path) ->
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
+
+
+def test_two_processes_of_torchrun_write_the_file_of_one(tmp_path: Path) -> None:
+    folder, data = saved("LlamaForCausalLM", tmp_path / "model"), text(tmp_path)
+    words = ["learn", str(folder), "--data", str(data), "--sparsity", "0.5", "--steps", "6", "--json"]
+    words += ["--window", "16", "--calibration", "5"]
+    assert main([*words, "--batches", "2", "-o", str(tmp_path / "one.sfp")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["-m", "sfpformat.cli", *words, "-o", str(tmp_path / "two.sfp")]
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 2  # one process prints
+    assert (tmp_path / "two.sfp").read_bytes() == (tmp_path / "one.sfp").read_bytes()
+
+
+def test_an_error_of_one_process_ends_all_with_the_same_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.learn_command_group", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    found = json.loads(done.stdout)
+    codes = {name: [rank["code"] for rank in ranks] for name, ranks in found.items()}
+    assert codes == {
+        "interrupted": [130, 130],
+        "resumed": [0, 0],
+        "no data": [2, 2],
+        "no memory": [2, 2],
+        "disk full": [2, 2],
+        "gone": [2, 9],
+    }
+    told = {name: [rank["stderr"] for rank in ranks] for name, ranks in found.items()}
+    other = "sfp: error: process {} of 2 failed; its own error says why\n"
+    assert told["resumed"] == ["", ""]
+    assert told["no data"][0] == other.format(1)
+    assert "No such file" in told["no data"][1]
+    assert told["no memory"][1] == "sfp: error: not enough memory\n"
+    assert "process 0 of 2 got no answer" in told["no memory"][0]
+    assert told["disk full"] == ["sfp: error: full.sfp: No space left on device\n", other.format(0)]
+    assert all(rank["seconds"] < 60 for ranks in found.values() for rank in ranks)
+    assert (tmp_path / "resumed.sfp").read_bytes() == (tmp_path / "whole.sfp").read_bytes()
+    assert not (tmp_path / "full.sfp").exists()
+
+
+def test_batches_must_divide_among_the_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sfpformat.cli.errors import CommandError
+    from sfpformat.cli.learn import _require
+
+    (tmp_path / "config.json").write_text("{}")
+    args = argparse.Namespace(
+        folder=tmp_path, output="a.sfp", sparsity=0.5, data=[], batches=3, minutes=None, steps=1, window=2
+    )
+    args.batch = args.calibration = args.threads = 1
+    _require(args, 3)
+    with pytest.raises(CommandError, match="multiple of the 2 processes"):
+        _require(args, 2)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["learn", str(tmp_path), "--data", "a", "--sparsity", "0.5", "-o", "a.sfp"]) == 2
+    assert "WORLD_SIZE is 'two'" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ..cli.test_learn import WORDS, quiet, saved
+from ..cli.test_learn import quiet
 from ..figures import smollm2
+from ..support.pruning_transformers import WORDS, saved
 
 __all__ = ["quiet"]  # a fixture: threads and progress bars of others stay as they were
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
 
 VOCABULARY, PAD = 40, 0
+WORDS = [f"w{i}" for i in range(35)]
 Batch = dict[str, Tensor]
 
 
@@ -63,3 +67,29 @@ def tokens(seed: int, *shape: int) -> Tensor:
 def padded(rows: list[Tensor], value: int, length: int) -> Tensor:
     """Rows side by side, filled up on the right: [rows, length]."""
     return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+
+def saved(name: str, folder: Path) -> Path:
+    """A model and its tokenizer as transformers saves them."""
+    made(name).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "[EOS]", "[MASK]", "[UNK]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        mask_token="[MASK]",
+        unk_token="[UNK]",
+    ).save_pretrained(folder)
+    return folder
+
+
+def text(folder: Path, lines: int = 120) -> Path:
+    """Lines of words that follow each other in the same ways."""
+    rng = random.Random(0)
+    path = folder / "text.txt"
+    starts = [[(rng.randrange(30) + k) % 35 for k in range(rng.randrange(6, 14))] for _ in range(lines)]
+    path.write_text("\n".join(" ".join(WORDS[i] for i in line) for line in starts))
+    return path
