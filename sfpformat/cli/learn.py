@@ -20,6 +20,7 @@ from .parser import Parser, Subparsers, examples
 if TYPE_CHECKING:
     from ..pruning.processes import Processes
     from ..pruning.texts import TextData
+    from ..pruning.thresholds import Pattern, Sparsity
 
 _DESCRIPTION = """Learns from text which weights of a model matter, prunes those that matter least, and writes
 the survivors and their importances as one .sfp file. Survivors keep their values. FOLDER is a model that
@@ -57,8 +58,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser.add_argument(
         "--data", metavar="FILE", nargs="+", required=True, help="text, or .jsonl with a 'text' in each line"
     )
-    parser.add_argument(
-        "--sparsity", metavar="S", type=float, required=True, help="the share of weights to prune"
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--sparsity", metavar="S", type=float, help="the share of weights to prune")
+    how.add_argument(
+        "--pattern", metavar="N:M", help="keep N of every M consecutive inputs of each output, such as 2:4"
     )
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
     parser.add_argument("--steps", metavar="N", type=int, default=100, help="steps of learning (100)")
@@ -114,7 +117,7 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
     """
     import torch
 
-    from ..pruning import Settings, fisher, learn_importance, statistics
+    from ..pruning import Settings, Sparsity, fisher, learn_importance, statistics
     from ..pruning.texts import read_texts, text_data
 
     transformers: Any = importlib.import_module("transformers")  # its functions have no types
@@ -158,6 +161,7 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
         )
     start = fisher(dense, found)
     del found
+    threshold = Sparsity(args.sparsity) if args.pattern is None else _pattern_of(args.pattern)
     settings = Settings(
         steps=args.steps,
         batches=(args.batches or processes.world) // processes.world,
@@ -169,7 +173,7 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
         learned = learn_importance(
             dense,
             data.learned_from,
-            args.sparsity,
+            threshold.share if isinstance(threshold, Sparsity) else threshold,
             task=data.task,
             settings=settings,
             start=start,
@@ -186,7 +190,7 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
 
     def rest() -> Iterator[None]:
         measured, lost, positions = yield from _written(
-            loaded, dense, start, learned.importances, args.sparsity, data, target
+            loaded, dense, start, learned.importances, threshold, data, target
         )
         summary.update(
             {
@@ -216,7 +220,7 @@ def _written(
     dense: Any,
     start: Mapping[str, Any],
     importances: Mapping[str, Any],
-    sparsity: float,
+    threshold: Sparsity | Pattern,
     data: TextData,
     target: Path,
 ) -> Generator[None, None, tuple[dict[str, float], int, int]]:
@@ -227,7 +231,7 @@ def _written(
         dense: the dense model, on the device of the data.
         start: the importances that learning started with.
         importances: the learned ones.
-        sparsity: the share of weights to prune.
+        threshold: what to prune.
         data: batches to measure on.
         target: the file to write.
 
@@ -236,12 +240,12 @@ def _written(
     """
     import torch
 
-    from ..pruning import Sparsity, pack, prune
+    from ..pruning import pack, prune
     from ..torch import load_model
 
     device = next(dense.parameters()).device
     pruned = loaded("auto")
-    masks = prune(pruned, importances, Sparsity(sparsity))
+    masks = prune(pruned, importances, threshold)
     yield
     pack(pruned, target, masks, importances=importances)
     del pruned
@@ -253,7 +257,7 @@ def _written(
     yield
     restored.float().to(device)
     by_start = loaded(torch.float32).to(device)
-    prune(by_start, start, Sparsity(sparsity))
+    prune(by_start, {name: start[name] for name in importances}, threshold)
     yield
     measured = {}
     for name, model in {
@@ -296,7 +300,9 @@ def _require(args: argparse.Namespace, processes: int) -> None:
         raise CommandError(
             f"{args.folder}: is no folder with a config.json; name a model that transformers saved"
         )
-    if not 0 < args.sparsity < 1:
+    if args.pattern is not None:
+        _pattern_of(args.pattern)
+    elif not 0 < args.sparsity < 1:
         raise CommandError(f"--sparsity is {args.sparsity}, must be between 0 and 1")
     for name in ("steps", "window", "batch", "batches", "calibration", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -307,6 +313,21 @@ def _require(args: argparse.Namespace, processes: int) -> None:
         raise CommandError(f"--minutes is {args.minutes}, must be above 0")
     for path in args.data:
         require_file(path)
+
+
+def _pattern_of(words: str) -> Pattern:
+    """Parses the value of ``--pattern``.
+
+    Raises:
+        CommandError: it is malformed.
+        OptionError: its numbers are out of range.
+    """
+    from ..pruning.thresholds import Pattern
+
+    keep, _, of = words.partition(":")
+    if not (keep.isdecimal() and of.isdecimal()):
+        raise CommandError(f"--pattern {words!r} is not N:M, such as 2:4")
+    return Pattern(int(keep), int(of))
 
 
 def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:

@@ -32,7 +32,7 @@ from .accumulation import Accumulation
 from .descent import sparsity_at
 from .holdout import Choice, Split, choose
 from .levels import Levels
-from .masked import MaskedModel, Masking
+from .masked import Groups, MaskedModel, Masking
 from .processes import ALONE, Processes
 from .signal import SignalAdam
 from .task import Data, Progress, Task, cost, evaluating, finite, require_objective
@@ -125,6 +125,7 @@ class Learner:
         plan: Plan,
         sparsities: tuple[float, float],
         processes: Processes = ALONE,
+        groups: Mapping[str, Groups] | None = None,
     ) -> None:
         """Args:
         model: any module; `run` sets it to evaluation mode.
@@ -134,7 +135,12 @@ class Learner:
         plan: settings of learning.
         sparsities: the least and the greatest target sparsity.
         processes: the processes of the run, each with the whole model and the same data.
+        groups: the groups of a pattern in each weight; None means no pattern. The sparsity is then the share
+            that a group loses, rounded to whole weights.
         """
+        # Logits that all weights of a group share change no choice within it.
+        self._idle = ("layer", "row") if groups else ()
+        self._pattern = {} if groups is None else {name: asdict(one) for name, one in groups.items()}
         self._processes = processes
         self._model, self._task, self._plan, self._sparsities = model, task, plan, sparsities
         rates = plan.rates
@@ -145,6 +151,7 @@ class Learner:
             own=(torch.float16 if plan.half else torch.float32) if rates.own else None,
             temperature=plan.temperature,
             seed=plan.seed,
+            groups=groups,
         )
         self._masking = Masking(weights, self.levels.scored)
         self._pruned = MaskedModel(model, {}, self._masking)
@@ -246,7 +253,10 @@ class Learner:
         falling = _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * self.progress))
         self.step += 1
         rates = {
-            level: self._plan.rates.of(level) * min(1.0, self.step / _WARMUP) * falling
+            level: (level not in self._idle)
+            * self._plan.rates.of(level)
+            * min(1.0, self.step / _WARMUP)
+            * falling
             for level in parameters
         }
         if "weight" in parameters:
@@ -315,7 +325,8 @@ class Learner:
         # A resumed run may have another time limit, and other processes with as many batches a step.
         batches = self._plan.batches * self._processes.world
         plan = {**asdict(self._plan), "minutes": None, "batches": batches}
-        return {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
+        job = {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
+        return {**job, "pattern": self._pattern} if self._pattern else job
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint atomically."""

@@ -7,6 +7,7 @@ of each level is kept. ``weights`` (`gated`) learns a shared network, and a logi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, warn
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
 from .calibration import Statistics, statistics
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
+from .layers import layout_of
+from .masked import Groups
+from .masks import reasons
 from .processes import Processes
 from .scores import fisher
 from .settings import DEFAULTS, Learned, Settings
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
+from .thresholds import Pattern
 
 T = TypeVar("T")
 
@@ -58,7 +63,7 @@ def bytes_per_weight(settings: Settings = DEFAULTS) -> int:
 def learn_importance(
     model: nn.Module,
     data: Data,
-    sparsity: Sparsities,
+    sparsity: Sparsities | Pattern,
     *,
     task: Task = CLASSIFY,
     settings: Settings = DEFAULTS,
@@ -79,7 +84,9 @@ def learn_importance(
         model: any module; run in evaluation mode.
         data: batches, repeated as often as needed.
         sparsity: the target sparsity over all tensors together, or a range (least, greatest) for which the
-            importance should be valid.
+            importance should be valid; or a `Pattern`, such as ``Pattern(2, 4)``, along the inputs of each
+            layer. Tensors that a pattern does not fit are not learned and get no importance. Patterns are
+            only of the method ``levels``.
         task: runs the model and computes the loss.
         settings: settings of learning.
         tensors: names of parameters; None takes `layers.prunable`.
@@ -103,14 +110,19 @@ def learn_importance(
             that stops answering is an error on the others after the time limit of the group. Only for the
             method ``levels``.
 
+    Warns: a pattern does not fit some tensors.
+
     Memory: `bytes_per_weight`, in addition to a training step of the model without an optimiser.
 
     Raises:
-        OptionError: settings or names are invalid, or there are no data.
+        OptionError: settings or names are invalid, there are no data, or a pattern fits no tensor.
         MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
         LossError: a loss is not finite; the last checkpoint stays valid.
         ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
+    pattern = sparsity if isinstance(sparsity, Pattern) else None
+    if isinstance(sparsity, Pattern):
+        sparsity = 1 - sparsity.keep / sparsity.of
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
         raise OptionError(f"sparsity is {sparsity}, must be a share under 1, or two that ascend")
@@ -120,6 +132,7 @@ def learn_importance(
             model,
             data,
             (low, high),
+            pattern,
             task,
             settings,
             tensors,
@@ -133,8 +146,8 @@ def learn_importance(
             chosen,
             group,
         )
-    if start is not None or held_out is not None or group is not None:
-        raise OptionError("start, held_out and group are of the method levels")
+    if start is not None or held_out is not None or group is not None or pattern is not None:
+        raise OptionError("start, held_out, group and patterns are of the method levels")
     weights = chosen_weights(model, tensors)
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
@@ -158,6 +171,7 @@ def _learn_levels(
     model: nn.Module,
     data: Data,
     sparsities: tuple[float, float],
+    pattern: Pattern | None,
     task: Task,
     settings: Settings,
     tensors: Sequence[str] | None,
@@ -172,6 +186,8 @@ def _learn_levels(
     group: Any,
 ) -> Learned:
     names = list(chosen_weights(model, tensors))
+    groups = None if pattern is None else _groups(model, names, pattern)
+    names = names if groups is None else list(groups)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: parameters[name] for name in names}
     learned = {name: weight for name, weight in weights.items() if weight.numel()}
@@ -186,7 +202,7 @@ def _learn_levels(
     start = {name: start[name] for name in learned}
     processes = Processes(group, next(iter(learned.values())).device)
     processes.require_same(start, "the processes have different starts, or models: give the same to all")
-    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes)
+    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes, groups)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -205,6 +221,28 @@ def _learn_levels(
     }
     state = {} if network is None else {name: value.clone() for name, value in network.state_dict().items()}
     return Learned(importances, {}, learner.history, state, choice)
+
+
+def _groups(model: nn.Module, names: Sequence[str], pattern: Pattern) -> dict[str, Groups]:
+    """Returns the groups of a pattern in the weights that it fits; warns of the others.
+
+    Raises:
+        OptionError: it fits none of them.
+    """
+    found, left = {}, {}
+    for name in names:
+        shape, layout = model.get_parameter(name).shape, layout_of(model, name)
+        reason = pattern.why_not(shape, (layout.inputs, layout.groups))
+        if reason:
+            left[name] = reason
+        else:
+            found[name] = Groups(pattern.of, math.prod(shape[layout.inputs + 1 :]))
+    if left:
+        words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
+        if not found:
+            raise OptionError(f"{words}: there is nothing to learn")
+        warn(f"{words}: they are not pruned")
+    return found
 
 
 def _required(

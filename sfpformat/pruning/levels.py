@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masked import LEVELS, ScoredWeight
+from .masked import LEVELS, Groups, ScoredWeight
 from .processes import ALONE, Processes
 from .task import as_matrix
 from .thresholds import count_of_share
@@ -53,6 +53,7 @@ class Levels:
         own: torch.dtype | None,
         temperature: float,
         seed: int = 0,
+        groups: Mapping[str, Groups] | None = None,
     ) -> None:
         """Args:
         weights: the weights by name.
@@ -61,14 +62,24 @@ class Levels:
         own: the dtype of the logits of single weights, float16 or float32; None means no such logits.
         temperature: temperature of the straight-through estimator of the mask.
         seed: seed of the sample and of the network's first layers.
+        groups: the groups of a pattern in each weight, with the same number of members; None means no
+            pattern.
         """
+        self._groups = dict(groups or {})
         generator = torch.Generator().manual_seed(seed)
         standard = standard_starts(start)
         total = sum(weight.numel() for weight in weights.values())
         self.scored: dict[str, ScoredWeight] = {}
         for name, weight in weights.items():
             sample = _sample(weight.numel(), total, generator).to(weight.device)
-            self.scored[name] = ScoredWeight(weight, standard[name], sample, own=own, temperature=temperature)
+            self.scored[name] = ScoredWeight(
+                weight,
+                standard[name],
+                sample,
+                own=own,
+                temperature=temperature,
+                groups=self._groups.get(name),
+            )
         self._sizes = {
             name: weight.numel() / len(self.scored[name].sample) for name, weight in weights.items()
         }
@@ -100,13 +111,15 @@ class Levels:
             part.shares = self.shares
 
     def set_threshold(self, sparsity: float, *, exact: bool = False) -> float:
-        """Sets and returns the threshold for a sparsity.
+        """Sets and returns the threshold for a sparsity; with a pattern, how many weights each group loses.
 
         Args:
             sparsity: the share of all weights below the threshold.
             exact: True uses all weights, False only the sample.
         """
-        if exact:
+        if self._groups:
+            found = float(round(sparsity * next(iter(self._groups.values())).of))
+        elif exact:
             found = quantile(self._all_scores, sparsity)
         else:
             parts = [(part.sampled_scores(), self._sizes[name]) for name, part in self.scored.items()]
@@ -160,8 +173,12 @@ class Levels:
                     flat[first:last] = self.network(self._features[name].at(positions))[:, 0].half()
 
     def importances(self, sparsity: float) -> dict[str, Tensor]:
-        """Returns softplus(score − threshold), by name, float32, of the weights' shapes."""
-        threshold = self.set_threshold(sparsity, exact=True)
+        """Returns softplus(score − threshold), by name, float32, of the weights' shapes.
+
+        The threshold is that of all weights together, also with a pattern, so that importances of different
+        groups can be compared.
+        """
+        threshold = quantile(self._all_scores, sparsity)
         out = {}
         for name, part in self.scored.items():
             scores = torch.empty_like(part.start)

@@ -1,10 +1,12 @@
 """Weights masked by scores, used in a model without storing the mask or its gradient.
 
 Theory of operation: a `ScoredWeight` has a score for each weight, the sum of a start and of logits that
-layers, rows and columns share. The mask keeps weights whose score is above a threshold. The forward pass uses
-the hard mask; the backward pass uses the derivative of sigmoid((score − threshold) / temperature)
-(straight-through estimator). Both passes recompute the scores in blocks of rows, and the gradient of a block
-is reduced over rows, columns and layer at once. No array of the weight's size is kept between the passes.
+layers, rows and columns share. The mask keeps weights whose score is above a threshold. With a pattern, it
+keeps those with the greatest scores of each group, whose threshold is halfway to the next lower score. The
+forward pass uses the hard mask; the backward pass uses the derivative of sigmoid((score − threshold) /
+temperature) (straight-through estimator). Both passes recompute the scores in blocks of rows, and the
+gradient of a block is reduced over rows, columns and layer at once. No array of the weight's size is kept
+between the passes.
 
 `Masking` is a torch function mode that applies the masks in a model: while it is active, every torch function
 gets the masked weight instead of the weight. Linear layers use the backward pass above. Other functions get
@@ -31,6 +33,50 @@ LEVELS = ("network", "layer", "row", "column", "weight")
 _AT_ONCE = {"cpu": 1 << 18}
 _AT_ONCE_ELSEWHERE = 1 << 24
 _ROWS = 32  # minimum, so that the products of a block are efficient
+_COMPARED = 8  # greatest groups whose members are compared pair by pair
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of consecutive inputs in which a pattern keeps weights.
+
+    Attributes:
+        of: the number of weights in a group.
+        stride: the distance of two neighbours of a group in the flat weight.
+    """
+
+    of: int
+    stride: int
+
+    def kept(self, scores: Tensor, pruned: int) -> tuple[Tensor, Tensor]:
+        """Returns which weights are kept, and a threshold between them and the others of their group.
+
+        Args:
+            scores: whole groups, float32 of any shape.
+            pruned: the number of weights that each group loses, from 0 to ``of`` - 1. Of equal scores, the
+                first ones are pruned.
+
+        Returns:
+            bool and float32, of the shape of ``scores``; −∞ if none is pruned.
+        """
+        if not pruned:
+            return torch.ones_like(scores, dtype=torch.bool), torch.full_like(scores, -torch.inf)
+        groups = scores.reshape(-1, self.of, self.stride)
+        if self.of <= _COMPARED:  # each pair is compared: faster than sorting
+            below = torch.zeros_like(groups, dtype=torch.int8)  # number of members with lower scores
+            for later in range(1, self.of):
+                for earlier in range(later):
+                    greater = groups[:, earlier] > groups[:, later]
+                    below[:, earlier] += greater
+                    below[:, later] += ~greater
+            kept = below >= pruned
+        else:
+            kept = torch.ones_like(groups, dtype=torch.bool)
+            kept.scatter_(1, groups.argsort(dim=1, stable=True)[:, :pruned], False)
+        least = groups.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+        most = groups.masked_fill(kept, -torch.inf).amax(1, keepdim=True)
+        threshold = torch.lerp(least, most, 0.5).expand_as(groups)
+        return kept.view(scores.shape), threshold.reshape(scores.shape)
 
 
 class ScoredWeight:
@@ -50,7 +96,8 @@ class ScoredWeight:
             know it, so that its gradient can be float32.
         own_gradient: the gradient of ``own``, float32, summed over backward passes; None before the first.
         shares: factors on the parts of the score, by level.
-        threshold: weights with scores above it are kept.
+        groups: the groups of a pattern, or None without a pattern.
+        threshold: weights with scores above it are kept; with groups, the number that each group loses.
         temperature: temperature of the straight-through estimator, in units of the score.
         sample: positions of the sampled weights in the flat weight, int64 [n], ascending.
         sampled: the gradients of the sample's scores, float32 [n], summed over backward passes until they
@@ -65,7 +112,9 @@ class ScoredWeight:
         *,
         own: torch.dtype | None,
         temperature: float,
+        groups: Groups | None = None,
     ) -> None:
+        self.groups = groups
         self.weight, self.temperature, self.threshold = weight.detach(), temperature, 0.0
         matrix = as_matrix(self.weight)
         height, width = matrix.shape
@@ -91,6 +140,8 @@ class ScoredWeight:
         """Yields blocks of rows."""
         height, width = self.start.shape
         step = max(_ROWS, _AT_ONCE.get(self.start.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
+        if self.groups is not None:  # a block has whole groups, also if they run along the rows
+            step = -(-step // self.groups.of) * self.groups.of
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def scores(self, block: slice) -> Tensor:
@@ -104,6 +155,19 @@ class ScoredWeight:
             if self.own is not None and share["weight"]:
                 out.add_(self.own[block], alpha=share["weight"])
         return out
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """Returns which weights of a block are kept, from their scores: bool [rows, columns]."""
+        if self.groups is None:
+            return scores > self.threshold
+        return self.groups.kept(scores, int(self.threshold))[0]
+
+    def _gates(self, scores: Tensor) -> Tensor:
+        """Returns sigmoid((score − threshold) / temperature) for a block. Overwrites the scores."""
+        threshold: Tensor | float = self.threshold
+        if self.groups is not None:
+            threshold = self.groups.kept(scores, int(self.threshold))[1]
+        return scores.sub_(threshold).div_(self.temperature).sigmoid_()
 
     def sampled_scores(self) -> Tensor:
         """Returns the scores of the sample, float32 [n]."""
@@ -119,11 +183,11 @@ class ScoredWeight:
         return out
 
     def masked(self) -> Tensor:
-        """Returns a copy of the weight with +0 where the score is not above the threshold."""
+        """Returns a copy of the weight with +0 where it is not kept."""
         matrix = as_matrix(self.weight)
         out = torch.empty_like(matrix)
         for block in self.blocks():
-            out[block] = torch.where(self.scores(block) > self.threshold, matrix[block], 0)
+            out[block] = torch.where(self.kept(self.scores(block)), matrix[block], 0)
         return out.view(self.weight.shape)
 
     def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor, ...]:
@@ -138,7 +202,7 @@ class ScoredWeight:
         if self.own is not None and self.own_gradient is None:
             self.own_gradient = torch.zeros_like(self.own, dtype=torch.float32)
         for block in self.blocks():
-            gate = self.scores(block).sub_(self.threshold).div_(self.temperature).sigmoid_()
+            gate = self._gates(self.scores(block))
             of_mask = (gradient_of(block) * matrix[block]).div_(self.temperature)
             part = torch.ops.aten.sigmoid_backward(of_mask, gate)  # of_mask · gate · (1 − gate), in one pass
             rows[block] = part.sum(1, keepdim=True)

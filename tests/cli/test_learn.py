@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import sfpformat
+import sfpformat.numpy
 from sfpformat.cli import main
 from sfpformat.errors import OptionError
 from sfpformat.pruning.texts import read_texts, text_data
@@ -60,6 +61,27 @@ def test_learn_prunes_a_model_writes_it_and_measures_the_written_file(
     assert len(masked) > 5
     assert main(words) == 0
     assert measure in capsys.readouterr().out
+
+
+def test_learn_keeps_a_pattern_and_is_not_worse_than_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data, target = saved("LlamaForCausalLM", tmp_path / "model"), text(tmp_path), tmp_path / "out.sfp"
+    words = ["learn", str(folder), "--data", str(data), "--pattern", "2:4", "-o", str(target), "--json"]
+    assert main([*words, "--steps", "3", "--window", "16", "--calibration", "4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sparsity"] == 0.5
+    assert found["held_out_learned"] <= found["held_out_start"]
+    loaded = sfpformat.numpy.load_file(target)
+    with sfpformat.open(target) as file:
+        masked = [name for name in file if file.entry(name).importance is not None]
+    assert len(masked) > 5
+    for name in masked:
+        assert ((loaded[name].reshape(-1, 4) != 0).sum(1) == 2).all(), name
+    for wrong in ("2", "2:4:8", "a:b", "4:4"):
+        words[words.index("--pattern") + 1] = wrong
+        assert main(words) == 2
+    assert "keeps some of its positions, not 4 of 4" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_resumes_from_its_checkpoint(
