@@ -30,7 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sfpformat.bench import device as bench_device
+from sfpformat.bench import device_runners as bench_device
 from sfpformat.engines.cuda.device import Device
 from sfpformat.engines.cuda.driver import CudaDevice
 

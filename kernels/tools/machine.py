@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfpformat.engines.cuda.driver import STANDARD
-from sfpformat.engines.cuda.source import source
+from sfpformat.engines.cuda.kernel_source import source
 
 
 @dataclass(frozen=True)

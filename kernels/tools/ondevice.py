@@ -12,8 +12,8 @@ from sfpformat.coding.bits import Bytes
 from sfpformat.container.entry import TensorEntry
 from sfpformat.decode.reader import SfpFile
 from sfpformat.engines.cuda.device import Device, Memory
-from sfpformat.engines.cuda.loading import Queue
 from sfpformat.engines.cuda.on_device import hold
+from sfpformat.engines.cuda.pinned_loading import Queue
 from sfpformat.engines.cuda.product import Product, make_product
 from sfpformat.engines.cuda.recipe import make_recipe
 from sfpformat.engines.cuda.resident import Placed

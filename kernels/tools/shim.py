@@ -233,5 +233,5 @@ class HostMark:
 
 
 def device_of(**options: Any) -> Callable[[int, int | None], Device]:
-    """Returns a replacement for `sfpformat.engines.cuda.loading.open_device`."""
+    """Returns a replacement for `sfpformat.engines.cuda.pinned_loading.open_device`."""
     return lambda number, stream: HostDevice(**options)

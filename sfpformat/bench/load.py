@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..numpy import load_file
-from . import device
+from . import device_runners
 from .codecs import require_same_bits
-from .files import Files
+from .input_files import Files
 from .measure import Contender, Record, Runner, Spread, break_even, seconds_of
 from .peers import imported
 from .results import Result, Value, speed_ratio
@@ -83,14 +83,14 @@ def runners(subject: Subject, settings: Settings) -> list[Runner]:
 
 def _on_device(files: Files, settings: Settings, name: str) -> list[Runner]:
     """Returns runners of this package and of safetensors that load tensors to a device."""
-    arrays = device.arrays_of
+    arrays = device_runners.arrays_of
     out: list[Runner] = []
     for contender in settings.sfp_contenders():
         path = partial(files.packed, contender.preset or "default")
-        load = partial(device.load, name=name, threads=contender.threads)
+        load = partial(device_runners.load, name=name, threads=contender.threads)
         out.append(LoadRunner(contender, files, path, load, arrays))
     for peer in settings.peers(NAME):
-        load = partial(device.safetensors_load_file, name=name)
+        load = partial(device_runners.safetensors_load_file, name=name)
         out.append(LoadRunner(Contender(peer, case="load_file"), files, files.raw, load, arrays))
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..options import PRESETS
 from .codecs import PackerRunner
-from .device import sfp_runner
+from .device_runners import sfp_runner
 from .measure import Contender, Runner
 from .peers import PEERS
 from .settings import Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .child import VMHWM, fingerprint, loading_memory
-from .files import Files
+from .input_files import Files
 from .measure import Contender, Record, Runner, Spread, WrongBitsError
 from .results import Result
 from .settings import Settings

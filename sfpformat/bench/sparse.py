@@ -15,7 +15,7 @@ import numpy as np
 from ..options import PRESETS, Options, Uniform
 from . import nncodec
 from .codecs import CodecRunner
-from .device import sfp_runner
+from .device_runners import sfp_runner
 from .measure import Contender, Runner, WrongBitsError
 from .settings import Settings
 from .subject import F32, Array, Subject, Tensors, matrices, pruned, sample, step_of_bits

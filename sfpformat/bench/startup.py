@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .child import run_python
-from .files import Files
+from .input_files import Files
 from .measure import Contender, Record, Runner, Spread
 from .results import Result, Value
 from .settings import Settings

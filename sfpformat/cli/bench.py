@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from . import bench_pruning
 from .console import bytes_words, printable, progress, show_json, show_table
 from .errors import CommandError, checked_target, require_suffix
-from .models import add_strict_index, open_model
+from .model_files import add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(subject, settings, outcomes)
     if picture is not None:
-        from ..bench.plot import draw
+        from ..bench.size_speed_plot import draw
 
         results = [result for outcome in outcomes for result in outcome.results]
         draw(results, _title(subject, settings), picture)
@@ -147,7 +147,7 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
     """
     if path is None:
         return None
-    from ..bench.plot import SUFFIXES, why_not
+    from ..bench.size_speed_plot import SUFFIXES, why_not
 
     require_suffix(path, *SUFFIXES, what="--plot")
     if "lossless" not in sections:
@@ -164,7 +164,7 @@ def _require_device(args: argparse.Namespace) -> None:
         return
     if args.engines is not None:
         raise CommandError("--device uses the engine cuda: omit --engines")
-    from ..bench.device import why_not
+    from ..bench.device_runners import why_not
 
     reason = why_not(args.device)
     if reason is not None:

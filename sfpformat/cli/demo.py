@@ -17,7 +17,7 @@ from .parser import Parser, Subparsers, examples
 from .prune import parse_shares
 
 if TYPE_CHECKING:
-    from ..demo.packing import Result, Row, Tensors
+    from ..demo.variants import Result, Row, Tensors
 
 _DESCRIPTION = """Packs a small language model in several ways, verifies every file and loads it back. Prints
 the size, bits a weight, error, and perplexity per character of the loaded model on held-out text: source code
@@ -94,7 +94,7 @@ def _pack(
     args: argparse.Namespace, shares: Sequence[float] | None, tensors: Tensors, folder: Path, started: float
 ) -> int:
     """Packs every variant and shows the results. Returns the exit code."""
-    from ..demo.packing import PRUNED_BY, VARIANTS, evaluate, rows_of, run_all, variants_of
+    from ..demo.variants import PRUNED_BY, VARIANTS, evaluate, rows_of, run_all, variants_of
 
     variants = VARIANTS if shares is None else variants_of(shares)
     with progress(len(variants) + 1, "the unchanged model", steps=True) as shown:
@@ -121,7 +121,7 @@ def _learn(
 ) -> int:
     """Learns importances, prunes by each method and shows the results. Returns the exit code."""
     from ..demo.learned import COMPARED, SPARSITIES, STEPS, amount, rows
-    from ..demo.packing import evaluate
+    from ..demo.variants import evaluate
 
     sparsities = SPARSITIES if shares is None else shares
     steps = STEPS if args.steps is None else args.steps
@@ -144,7 +144,7 @@ def _draw(
     args: argparse.Namespace, found: Sequence[Row], words: Mapping[str, str], dense: Mapping[str, float]
 ) -> None:
     if args.plot is not None:
-        from ..demo.plot import draw
+        from ..demo.perplexity_plot import draw
 
         draw(found, words, dense, args.plot)
 
@@ -169,7 +169,7 @@ def _require_plot(args: argparse.Namespace) -> None:
     Raises:
         CommandError: matplotlib is not installed, there are no curves, or the picture cannot be written.
     """
-    from ..bench.plot import SUFFIXES, why_not
+    from ..bench.size_speed_plot import SUFFIXES, why_not
 
     if args.plot is None:
         return

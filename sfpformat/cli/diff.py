@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..dtypes import of_numpy
 from ..errors import MOST_NAME, shortened
 from .console import number, percent, printable, progress, show_json, show_table
-from .limits import add_limits, limits_of
-from .models import Model, add_strict_index, open_model
+from .limit_option import add_limits, limits_of
+from .model_files import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
 
 _BLOCK = 1 << 20

@@ -10,18 +10,18 @@ from ..encode.sink import CountingSink, MemorySink
 from ..encode.writer import Writer
 from .console import Progress
 from .outcome import Outcome, outcome
-from .packing import Job, add_tensor
+from .pack_files import Job, add_tensor
 from .rules import TensorConfig
 
 
 def sizes_of_file(
     job: Job, asked: dict[str, TensorConfig], names: list[str], metadata: dict[str, str], progress: Progress
 ) -> tuple[list[Outcome], int]:
-    """Returns the outcome of each tensor, and the size of the file that `packing.pack_file` would write.
+    """Returns the outcome of each tensor, and the size of the file that `pack_files.pack_file` would write.
 
     Args:
         asked: tensor name -> configuration, before budgets were shared.
-        names, metadata: same as for `packing.pack_file`.
+        names, metadata: same as for `pack_files.pack_file`.
     """
     outcomes: list[Outcome] = []
 

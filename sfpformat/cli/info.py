@@ -9,8 +9,8 @@ from ..container.preamble import MAJOR
 from ..names import unmatched
 from .console import bytes_words, number, percent, printable, show_json, show_table
 from .errors import CommandError, path_in_errors
-from .limits import add_limits, limits_of
-from .models import Model, open_model, sub_byte_of
+from .limit_option import add_limits, limits_of
+from .model_files import Model, open_model, sub_byte_of
 from .parser import Parser, Subparsers, examples
 from .report import TensorReport, Totals, report_tensor, total
 

@@ -21,8 +21,8 @@ from ..options import Options, Quantiser
 from ..options import Table as TableOptions
 from ..options import Uniform as UniformOptions
 from .console import number
-from .models import as_bits
-from .packing import Job, is_quantised
+from .model_files import as_bits
+from .pack_files import Job, is_quantised
 from .prepare import Array, importance_of, prune_and_cast
 from .report import TensorReport, report_tensor
 from .rules import Pruning, TensorConfig

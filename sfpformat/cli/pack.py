@@ -19,11 +19,11 @@ from ..names import quoted, unknown_name
 from .console import progress
 from .dry import sizes_of_file
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
-from .limits import add_limits, limits_of
-from .models import Model, add_strict_index, as_bits, open_model
+from .limit_option import add_limits, limits_of
+from .model_files import Model, add_strict_index, as_bits, open_model
 from .outcome import Outcome, outcome
+from .pack_files import Job, count_zeros, job_key, pack_file, pack_shards, shard_paths
 from .pack_result import Result, show
-from .packing import Job, count_zeros, job_key, pack_file, pack_shards, shard_paths
 from .parser import Parser, Subparsers, examples
 from .prepare import Share, bytes_of_passes, find_not_finite, shares_of_model, with_shared_bits
 from .report import total

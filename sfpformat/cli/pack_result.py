@@ -12,9 +12,9 @@ from ..encode.weights import Kind, Reason
 from ..names import listed
 from ..pruning.masks import reasons
 from .console import bytes_words, number, percent, printable, show_json, show_table
-from .models import Model
+from .model_files import Model
 from .outcome import Group, Outcome, groups, lines
-from .packing import NegativeZeros
+from .pack_files import NegativeZeros
 from .report import Totals
 
 # The summary mentions the cost of -0 if it exceeds 1 / this of the output.

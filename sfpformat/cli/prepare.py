@@ -30,7 +30,7 @@ from ..pruning.by_magnitude import (
     prune_pattern,
 )
 from ..pruning.thresholds import count_of_share
-from .models import Model
+from .model_files import Model
 from .rules import Pruning, TensorConfig
 
 Array = NDArray[np.generic]

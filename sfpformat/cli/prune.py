@@ -14,7 +14,7 @@ from ..io.paths import model_path
 from ..names import unmatched
 from .console import bytes_words, percent, show_json
 from .errors import CommandError, checked_target, path_in_errors, require_file, require_suffix
-from .limits import add_limits, limits_of
+from .limit_option import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
-    from ..pruning.files import reprune
+    from ..pruning.repruning import reprune
     from ..pruning.thresholds import Allocation, Sparsity
 
     start = time.monotonic()

@@ -17,8 +17,8 @@ from ..io.safetensors import TensorSpec, in_aligned_order, write_tensors
 from ..names import unmatched
 from .console import Progress, bytes_words, progress
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
-from .limits import add_limits, limits_of
-from .models import Model, open_model
+from .limit_option import add_limits, limits_of
+from .model_files import Model, open_model
 from .parser import Parser, Subparsers, examples
 
 _SUFFIX = ".safetensors"

@@ -14,7 +14,7 @@ from ..limits import Limits
 from ..names import quoted
 from .console import bytes_words, printable, progress, show_json
 from .errors import other_kind, path_in_errors, require_file
-from .limits import add_limits, limits_of
+from .limit_option import add_limits, limits_of
 from .parser import Parser, Subparsers, examples
 
 # Maximum number of faults or notes printed per file; further ones are counted.

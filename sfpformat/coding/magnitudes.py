@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .exact import Patterns
+from .exact_encoding import Patterns
 
 # Patterns processed at a time: few at first, which suffice for most tensors, then more.
 _FIRST_BLOCK, _BLOCK = 1 << 12, 1 << 18

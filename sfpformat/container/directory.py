@@ -11,7 +11,7 @@ from ..limits import Limits
 from . import messagepack
 from .entry import TensorEntry
 from .fields import Fields, place_of, required, typed
-from .plain import Outline, PlainTensors, looks_plain, plain_tensors
+from .plain_entries import Outline, PlainTensors, looks_plain, plain_tensors
 from .preamble import SIZE
 
 KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)

@@ -16,7 +16,7 @@ from ..dtypes import DTYPES, Dtype
 from ..errors import FileFault, fault
 from ..limits import Limits
 from .fields import Fields, place_of, require_absent, required
-from .streams import FingerprintsEntry, ImportanceEntry, MaskEntry, ScaleEntry, word
+from .stream_maps import FingerprintsEntry, ImportanceEntry, MaskEntry, ScaleEntry, word
 
 MAX_POSITIONS = 1 << 48  # R-TEN-005
 MAX_SEGMENT = 1 << 16  # R-TEN-006

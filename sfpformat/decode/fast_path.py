@@ -1,4 +1,4 @@
-"""Fast path for loading whole models: decodes all chunks of many plain tensors (`container.plain`) at once.
+"""Fast path for loading whole models: decodes all chunks of many `container.plain_entries` at once.
 
 Rules: this module raises no `FileFault`. On any problem it returns None or False; the caller then decodes the
 tensors by jobs, which return the weights or raise the error.
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..container.chunk import are_raw_lengths, has_zero_padding
-from ..container.plain import Numbers, PlainTensors
+from ..container.plain_entries import Numbers, PlainTensors
 from ..engines import PlainPlan, PlainRuns
 from ..io.threads import for_each
-from .allocation import SHARING
+from .array_memory import SHARING
 from .jobs import BATCH_BYTES
 from .stored_chunks import StoredChunks
 from .tensor import Values
@@ -56,7 +56,7 @@ class SmallRaw:
 
     Attributes:
         numbers: name -> index, of the tensors that it supports: raw, one chunk, less than
-            `allocation.SHARING` bytes, and not BOOL, whose elements must be checked.
+            `array_memory.SHARING` bytes, and not BOOL, whose elements must be checked.
     """
 
     def __init__(self, tensors: PlainTensors, stored: StoredChunks) -> None:

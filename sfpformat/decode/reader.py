@@ -21,7 +21,7 @@ from ..coding.quantisers import F32
 from ..container.chunk import ChunkIndex
 from ..container.directory import Directory
 from ..container.entry import TensorEntry
-from ..container.plain import Outline
+from ..container.plain_entries import Outline
 from ..container.preamble import SIZE, Preamble
 from ..engines import require_name
 from ..errors import MismatchError, MissingTensorError, placed
@@ -29,7 +29,7 @@ from ..io.closing import Closing
 from ..io.source import Readable, Source, open_source
 from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
-from .allocation import SHARING, arrays_of
+from .array_memory import SHARING, arrays_of
 from .execution import Decoding, Into
 from .fast_path import Bulk
 from .jobs import Job, fill_gaps, jobs_of_range, joined

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..options import Options, Uniform
-from .importance import RANGE
+from .bundled_importance import RANGE
 from .methods import Bench, Pruned
-from .packing import Result, Row, Tensors, measure
+from .variants import Result, Row, Tensors, measure
 
 # Method -> its name in the table.
 COMPARED = {

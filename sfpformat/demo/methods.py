@@ -24,9 +24,9 @@ from ..pruning import scores
 from ..pruning.calibration import Statistics, statistics
 from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import learn_importance
+from ..pruning.learning_settings import Learned, Settings
 from ..pruning.masks import masks_of
 from ..pruning.pipeline import apply_masks, as_numbers
-from ..pruning.settings import Learned, Settings
 from ..pruning.task import Data, Progress
 from ..pruning.thresholds import Sparsity
 from ..pruning.tuning import Factors, Masks, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
@@ -38,7 +38,7 @@ from .language import (
     learning_windows,
     prunable_layers,
 )
-from .packing import Tensors
+from .variants import Tensors
 
 # Peak rate of Adam for fine-tuning: the best of 3e-4, 1e-3 and 3e-3 for Fisher's mask at 80 %.
 TUNING_RATE = 1e-3

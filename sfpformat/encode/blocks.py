@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts
 from ..engines import Engine
-from .streams import FingerprintSource
+from .level_sources import FingerprintSource
 
 # The greatest size of the cached masks and levels of a tensor, in bytes.
 _KEPT_BYTES = 1 << 26

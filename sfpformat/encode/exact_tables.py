@@ -13,7 +13,7 @@ from ..coding.bits import MAX_FIELD_BITS
 from ..coding.classes import FRACTION, Histogram, Layout, add_histograms, entropies
 from ..coding.codetable import MAX_CLASSES, MAX_SYMBOLS
 from ..coding.counts import Rows
-from ..coding.exact import Patterns
+from ..coding.exact_encoding import Patterns
 from ..coding.magnitudes import magnitude_bits
 from ..coding.planes import Counts, trims_of
 from ..coding.quantisers import patterns_to_levels

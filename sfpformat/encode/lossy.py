@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..coding.mask import Mask
 from ..coding.quantisers import F32, Table, Uniform, scaled_down
 from ..container.entry import TensorEntry
-from ..container.streams import ScaleEntry
+from ..container.stream_maps import ScaleEntry
 from ..decode.tensor import scale_index
 from ..dtypes import DTYPES, Dtype
 from ..engines import Engine
@@ -19,6 +19,7 @@ from ..errors import OptionError
 from ..options import Table as TableOptions
 from ..options import Uniform as UniformOptions
 from .importances import Multiplier
+from .level_sources import Flat, NumberSource, Scaling
 from .quantise import (
     F64,
     SAMPLE,
@@ -33,7 +34,6 @@ from .quantise import (
     step_for_budget,
     step_for_error,
 )
-from .streams import Flat, NumberSource, Scaling
 
 _BLOCK = 1 << 18  # positions processed at a time
 _CACHED = 1 << 15  # the same for results that should stay in the fastest caches

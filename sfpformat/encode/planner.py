@@ -24,7 +24,7 @@ from ..coding.quantisers import (
     narrowest_exact,
 )
 from ..container.entry import TensorEntry
-from ..container.streams import FingerprintsEntry, ImportanceEntry, MaskEntry
+from ..container.stream_maps import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype
 from ..engines import Engine
 from ..errors import OptionError
@@ -44,12 +44,19 @@ from .importances import (
     importance_source,
     require_finite_products,
 )
+from .level_sources import (
+    MAX_DISTINCT,
+    ExactSource,
+    FingerprintSource,
+    NumberSource,
+    ValueSource,
+    value_source,
+)
 from .lossy import LossyTensor, require_finite, scaling_of
 from .mask_tables import choose_mask
 from .number_tables import choose_numbers
 from .quantise import TableNumbers, error_weights
 from .segments import DENSE, default_chunk, default_segment
-from .streams import MAX_DISTINCT, ExactSource, FingerprintSource, NumberSource, ValueSource, value_source
 from .zeros import zeros_of
 
 Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.floating]]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..coding.bits import MAX_FIELD_BITS
 from ..coding.classes import CLASS_COST, Histogram, Layout, add_histograms
 from ..coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_SYMBOLS
-from ..coding.exact import Patterns
+from ..coding.exact_encoding import Patterns
 from ..coding.magnitudes import magnitude_bits
 from ..coding.planes import AnyLevels, Counts
 from ..coding.quantisers import float_patterns

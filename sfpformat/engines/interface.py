@@ -16,12 +16,12 @@ from ..coding.bits import Bytes
 from ..coding.classes import Histogram, Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
-from ..coding.exact import Patterns
+from ..coding.exact_encoding import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts, Levels, Planes, StreamSpan
 from ..coding.quantisers import F32
 from ..container.entry import TensorEntry
-from ..container.plain import PlainTensors
+from ..container.plain_entries import PlainTensors
 
 # Where weights are written: an array, or an address in the memory of a device.
 Out = TypeVar("Out", NDArray[Any], int)
@@ -111,15 +111,15 @@ class Engine(Protocol):
         """Implements `coding.magnitudes.translate`."""
 
     def count_exact(self, patterns: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
-        """Implements `coding.exact.count_exact`."""
+        """Implements `coding.exact_encoding.count_exact`."""
 
     def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:
-        """Implements `coding.exact.exact_zeros`."""
+        """Implements `coding.exact_encoding.exact_zeros`."""
 
     def encode_exact(
         self, patterns: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
     ) -> Planes:
-        """Implements `coding.exact.encode_exact`."""
+        """Implements `coding.exact_encoding.encode_exact`."""
 
     def count_classes(self, levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
         """Implements `coding.counts.count_classes`."""

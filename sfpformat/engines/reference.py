@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
-from ..coding.exact import count_exact, encode_exact, exact_zeros
+from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
 from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
 from ..coding.planes import decode_levels, encode_levels
 from ..coding.quantisers import F32, uniform_levels
 from ..container.entry import TensorEntry
-from ..container.plain import PlainTensors
+from ..container.plain_entries import PlainTensors
 from .interface import Run
 
 name = "python"

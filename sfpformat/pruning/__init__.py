@@ -4,7 +4,7 @@ Each weight gets an importance, from a score or by learning. Learning optimises 
 whose weights stay unchanged. A threshold from the distribution of the importances prunes the weights below
 it. The file stores the masks and the survivors.
 
-The names below are imported lazily: `allocation`, `thresholds`, `masks`, `grades` and `files` need only
+The names below are imported lazily: `allocation`, `thresholds`, `masks`, `grades` and `repruning` need only
 numpy, the others need torch.
 """
 
@@ -17,16 +17,15 @@ if TYPE_CHECKING:
     from .admm import Alternation, train_sparse
     from .allocation import Outliers, Rising
     from .calibration import Statistics, statistics
-    from .files import Repruned, reprune
     from .gates import GATES
     from .grades import BOUNDARIES, graded, options_for_grades
-    from .layers import prunable
     from .layerwise import LayerwiseResult, prune_layerwise, refine_layerwise
     from .learning import bytes_per_weight, learn_importance
+    from .learning_settings import Learned, Settings
     from .masks import achieved, masks_of
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
+    from .repruning import Repruned, reprune
     from .scores import fisher, magnitude, wanda
-    from .settings import Learned, Settings
     from .task import CLASSIFY, Task
     from .thresholds import (
         Allocation,
@@ -39,22 +38,23 @@ if TYPE_CHECKING:
         Threshold,
     )
     from .tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
+    from .weight_selection import prunable
 
 # Module -> the names that the package exports from it.
 _NAMES = {
     "admm": ("Alternation", "train_sparse"),
     "allocation": ("Outliers", "Rising"),
     "calibration": ("Statistics", "statistics"),
-    "files": ("Repruned", "reprune"),
+    "repruning": ("Repruned", "reprune"),
     "gates": ("GATES",),
     "grades": ("BOUNDARIES", "graded", "options_for_grades"),
-    "layers": ("prunable",),
+    "weight_selection": ("prunable",),
     "layerwise": ("LayerwiseResult", "prune_layerwise", "refine_layerwise"),
     "learning": ("bytes_per_weight", "learn_importance"),
     "masks": ("achieved", "masks_of"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
     "scores": ("fisher", "magnitude", "wanda"),
-    "settings": ("Learned", "Settings"),
+    "learning_settings": ("Learned", "Settings"),
     "task": ("CLASSIFY", "Task"),
     "thresholds": ("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
     "tuning": ("Tuning", "fine_tune", "fit_factors", "fit_multipliers", "scaled"),

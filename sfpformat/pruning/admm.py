@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .descent import adam, set_rates
-from .layers import chosen_weights, layout_of
 from .layerwise import LayerwiseResult
 from .masks import masks_of
 from .pipeline import as_numbers
@@ -34,6 +33,7 @@ from .task import (
     with_weights,
 )
 from .thresholds import Pattern, Sparsity, is_number, require_share
+from .weight_selection import chosen_weights, layout_of
 
 _DECAY = 0.95  # of F, a step
 _TINY = 1e-30
@@ -94,7 +94,7 @@ def train_sparse(
         sparsity: the pruned share, or a pattern, such as ``Pattern(2, 4)``.
         task: runs the model and computes the loss.
         settings: settings of training.
-        tensors: names of parameters; None takes `layers.prunable`. Other parameters do not change.
+        tensors: names of parameters; None takes `weight_selection.prunable`. Other parameters do not change.
         scope: where the sparsity holds, as in `masks.masks_of`: ``model``, ``tensor`` or ``row``.
         progress: called after each step with its number and its loss.
 

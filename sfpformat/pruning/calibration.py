@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from . import checkpoints
-from .layers import Layout, chosen_weights, layout_of, linear_layers
 from .padding import CountedInputs
 from .processes import Processes
 from .task import CLASSIFY, Data, Progress, Task, evaluating, finite, with_weights
+from .weight_selection import Layout, chosen_weights, layout_of, linear_layers
 
 _ROWS = Layout(1)
 _SAME_DATA = "give the same data, in the same order, to all"
@@ -65,7 +65,7 @@ def statistics(
         data: calibration batches, iterated once.
         task: runs the model and computes the loss.
         batches: the maximum number of batches; with ``single``, of examples.
-        tensors: names of parameters; None takes `layers.prunable`.
+        tensors: names of parameters; None takes `weight_selection.prunable`.
         single: whether each example of a batch is a batch of its own. The mean squared gradient is then
             closer to the Fisher information, but takes longer to compute.
         checkpoint: a file that is written atomically every ``every`` batches and after the last of

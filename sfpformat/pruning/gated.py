@@ -26,8 +26,8 @@ from . import checkpoints
 from .calibration import Statistics
 from .descent import adam, set_rates, sparsity_at
 from .gates import Gate, Moment, make_gate, threshold_of
+from .learning_settings import LOGIT_RATE, Learned, Settings
 from .network import ImportanceNetwork
-from .settings import LOGIT_RATE, Learned, Settings
 from .task import Task, cost, finite, with_weights
 
 _NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # defaults

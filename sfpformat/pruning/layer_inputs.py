@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from .calibration import watched
-from .layers import layout_of, linear_layers
 from .padding import CountedInputs
 from .replay import Reached, Replay
 from .task import Task, with_weights
+from .weight_selection import layout_of, linear_layers
 
 Group = tuple[list[str], Tensor]
 

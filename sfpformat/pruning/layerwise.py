@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .layer_inputs import grouped_products
-from .layers import chosen_weights, layout_of, named_once, require_masks
 from .reconstruction import DAMPING, reconstructed
 from .scores import pattern_mask, rows_mask
 from .sparsegpt import sparsegpt
 from .swaps import swapped
 from .task import CLASSIFY, Data, Task, evaluating, first
 from .thresholds import Pattern, is_number, require_share
+from .weight_selection import chosen_weights, layout_of, named_once, require_masks
 
 METHODS = ("wanda", "sparsegpt", "sparsegpt-updated")
 
@@ -59,8 +59,8 @@ def prune_layerwise(
             ``sparsegpt-updated`` (survivors updated to compensate for the pruned weights).
         task: runs the model on a batch.
         batches: number of calibration batches; ``data`` repeats if it has fewer.
-        tensors: names of parameters. None takes the weights of linear layers among `layers.prunable`, and
-            warns of the others.
+        tensors: names of parameters. None takes the weights of linear layers among
+            `weight_selection.prunable`, and warns of the others.
 
     Memory: a copy of each layer's weight, and one output of a transformer's block for each batch.
 

@@ -23,14 +23,14 @@ from .calibration import Statistics, statistics
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
-from .layers import layout_of
+from .learning_settings import DEFAULTS, Learned, Settings
 from .masked import Groups
 from .masks import reasons
 from .processes import Processes
 from .scores import fisher
-from .settings import DEFAULTS, Learned, Settings
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
 from .thresholds import Pattern
+from .weight_selection import layout_of
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def learn_importance(
             only of the method ``levels``.
         task: runs the model and computes the loss.
         settings: settings of learning.
-        tensors: names of parameters; None takes `layers.prunable`.
+        tensors: names of parameters; None takes `weight_selection.prunable`.
         found: calibration statistics of these tensors; None computes them from ``data``.
         start: initial importances of these tensors, not negative and comparable over all tensors. None takes
             Fisher importances from ``found``. Only for the method ``levels``.

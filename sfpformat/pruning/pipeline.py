@@ -19,7 +19,10 @@ from ..torch.models import save_model
 from ..torch.saving import ImportanceTensor
 from ..torch.ties import TiedNames
 from .grades import graded, options_for_grades
-from .layers import (
+from .masks import masks_of
+from .thresholds import Allocation, Numbers, Pattern, Threshold
+from .tuning import Masks
+from .weight_selection import (
     Layout,
     chosen_tensors,
     chosen_weights,
@@ -29,9 +32,6 @@ from .layers import (
     require_masks,
     require_shapes,
 )
-from .masks import masks_of
-from .thresholds import Allocation, Numbers, Pattern, Threshold
-from .tuning import Masks
 
 _torch: Any = torch.nn.utils.prune  # its functions have no types
 _MASK, _ORIGINAL = "_mask", "_orig"  # suffixes that torch.nn.utils.prune adds to names

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from .calibration import Statistics
-from .layers import as_matrix, chosen_tensors, chosen_weights, named_once
 from .thresholds import Pattern, count_of_share, require_share
+from .weight_selection import as_matrix, chosen_tensors, chosen_weights, named_once
 
 Importances = dict[str, Tensor]
 
@@ -23,7 +23,7 @@ def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importa
 
     Args:
         model: any module.
-        tensors: names of parameters of any rank; None takes `layers.prunable`.
+        tensors: names of parameters of any rank; None takes `weight_selection.prunable`.
 
     Raises:
         OptionError: a name is not a float parameter, or there are no names.

@@ -25,10 +25,10 @@ from .batches import (
     required_labels,
     takes_labels,
 )
-from .layers import Weights
-from .layers import as_matrix as as_matrix
-from .layers import chosen_weights as chosen_weights
 from .padding import counted_labels, counted_outputs, unpadded
+from .weight_selection import Weights
+from .weight_selection import as_matrix as as_matrix
+from .weight_selection import chosen_weights as chosen_weights
 
 # A callable for a batch's inputs: a module, or a module with replaced weights.
 Model = Callable[..., Any]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .descent import adam, set_rates
-from .layers import chosen_tensors, named_once, require_masks
 from .task import (
     CLASSIFY,
     Data,
@@ -24,6 +23,7 @@ from .task import (
     require_objective,
     with_weights,
 )
+from .weight_selection import chosen_tensors, named_once, require_masks
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 Masks = Mapping[str, Tensor]

@@ -17,7 +17,7 @@ from ..errors import OptionError
 from ..io.closing import Closing
 from ..io.source import Buffer, Readable
 from ..limits import DEFAULT_LIMITS, Limits
-from .sparse import Layout, layout_of, read_sparse
+from .sparse_tensors import Layout, layout_of, read_sparse
 from .tensors import first_line, tensor_of, torch_dtype
 
 Device = str | int | torch.device
@@ -149,7 +149,7 @@ class TorchFile(Closing):
                 for name, info in infos.items()
             }
         if self._on_device:
-            from .device import read_tensors  # lazy: the import prepares the kernels' tables
+            from .device_memory import read_tensors  # lazy: the import prepares the kernels' tables
 
             return read_tensors(self.file, list(infos), self.device)
         out: dict[str, torch.Tensor] = {}

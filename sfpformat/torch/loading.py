@@ -297,7 +297,7 @@ def _read(
             for name, array in file.get_tensors(some).items():
                 yield name, tensor_of(array)
         else:
-            from .device import read_tensors  # lazy: the import prepares the kernels' tables
+            from .device_memory import read_tensors  # lazy: the import prepares the kernels' tables
 
             yield from read_tensors(file, some, device).items()
 

@@ -77,9 +77,9 @@ def compute_linear(
 ) -> torch.Tensor:
     """The implementation of the operator ``linear``."""
     if not turned and x.dtype == compute and is_decoded_on(data.device, None):
-        from . import resident  # lazy: the import prepares the kernels' tables
+        from . import resident_weight  # lazy: the import prepares the kernels' tables
 
-        out = resident.multiply(x, bias, data, dtype)
+        out = resident_weight.multiply(x, bias, data, dtype)
         if out is not None:
             return out
     weight = _weight(data, dtype, compute, kept)

@@ -126,9 +126,9 @@ def decode(data: torch.Tensor) -> torch.Tensor:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if is_decoded_on(data.device, None):
-        from . import resident  # lazy: the import prepares the kernels' tables
+        from . import resident_weight  # lazy: the import prepares the kernels' tables
 
-        weight = resident.decode(data)
+        weight = resident_weight.decode(data)
         if weight is not None:
             return weight
     with open_weight(data) as file, torch.inference_mode(False):  # the cache may use it outside later
@@ -155,14 +155,14 @@ def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         InvalidFileError, UnsupportedError, LimitError: the bytes are damaged or refused.
     """
     if is_decoded_on(data.device, None):
-        from . import resident  # lazy: the import prepares the kernels' tables
+        from . import resident_weight  # lazy: the import prepares the kernels' tables
 
-        entry = resident.entry_of(data)
+        entry = resident_weight.entry_of(data)
         few = None if entry is None else _few_rows(entry, rows)
         if entry is not None:
             if few is None:
                 return None
-            part = resident.decode_rows(data, few.numbers)
+            part = resident_weight.decode_rows(data, few.numbers)
             if part is not None:
                 return part[few.places.to(part.device)]
     with open_weight(data) as file:

@@ -494,7 +494,7 @@ def test_plot_writes_a_png(tmp_path: Path, capsys: Capture) -> None:
 def test_a_missing_matplotlib_ends_bench_before_it_measures(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sfpformat.bench.plot.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sfpformat.bench.size_speed_plot.importlib.util.find_spec", lambda name: None)
     told = error_of(capsys, "bench", "missing.sfp", "--plot", tmp_path / "p.png")
     assert "matplotlib is not installed; pip install 'sfpformat[plot]'" in told
 

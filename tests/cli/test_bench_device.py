@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.tools import shim
-from sfpformat.bench import device as bench_device
+from sfpformat.bench import device_runners as bench_device
 from sfpformat.engines.cuda import driver
 
 from ..cuda.test_torch import devices

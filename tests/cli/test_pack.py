@@ -195,7 +195,7 @@ def test_an_unwritable_target_is_refused_before_a_tensor_is_read(
     source = sharded(tmp_path / "source", checkpoint())
     for folder in ("a.sfp", "b-00002-of-00003.sfp", "c.sfp.index.json"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr("sfpformat.cli.models.Model.read", read)
+    monkeypatch.setattr("sfpformat.cli.model_files.Model.read", read)
     words = error_of(capsys, "pack", source, "-o", tmp_path / name, "--bits", "4", *dry)
     assert "no folder" in words or "not a regular file" in words
 

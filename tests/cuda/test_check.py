@@ -17,7 +17,7 @@ import torch
 
 from kernels.tools import check, identity, inputs, machine, peers, shim, speed
 from kernels.tools.report import tables
-from sfpformat.engines.cuda import driver, loading, work
+from sfpformat.engines.cuda import driver, pinned_loading, work
 
 from ..support.programs import needs
 
@@ -36,7 +36,7 @@ FACTS = {
 def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine, on the host's device."""
     monkeypatch.setattr(driver, "why_not", lambda: None)
-    monkeypatch.setattr(loading, "open_device", shim.device_of())
+    monkeypatch.setattr(pinned_loading, "open_device", shim.device_of())
     monkeypatch.setattr(work, "_thread", threading.local())
     some = list(inputs._kinds(1 << 10))[::9]
     monkeypatch.setattr(inputs, "_kinds", lambda chunk: iter(some))

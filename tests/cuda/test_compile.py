@@ -17,7 +17,7 @@ import pytest
 from kernels.tools import machine
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
-from sfpformat.engines.cuda import driver, layout, source
+from sfpformat.engines.cuda import driver, kernel_source, layout
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # A multiprocessor's registers, and shared memory, of which a block takes some more than it declares.
@@ -26,7 +26,7 @@ SHARED = 48 << 10  # bytes a block without asking the driver for more
 
 
 def test_the_source_is_one_string_without_headers() -> None:
-    text = source.source()
+    text = kernel_source.source()
     assert "#include" not in text
     assert "#pragma once" not in text
     for name in (
@@ -46,7 +46,7 @@ def test_the_source_is_one_string_without_headers() -> None:
         "operands",
         "product",
     ):
-        parts = (source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
+        parts = (kernel_source.folder() / f"{name}.cuh").read_text().split("#pragma once\n")[0]
         assert text.count(parts) == 1
 
 
@@ -54,11 +54,13 @@ def test_the_source_is_one_string_without_headers() -> None:
 def test_every_kernel_compiles_without_spilled_registers(arch: str) -> None:
     code, usage, said = machine.compile_with_usage(arch)
     assert code.startswith(b"\x7fELF")
-    assert set(usage) == set(source.kernels())
+    assert set(usage) == set(kernel_source.kernels())
     assert "warning" not in said
     blocks = {
         name: int(count)
-        for name, count in re.findall(r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", source.source(), re.MULTILINE)
+        for name, count in re.findall(
+            r"^(?:KERNEL|MULTIPLY)\((\w+), (\d),", kernel_source.source(), re.MULTILINE
+        )
     }
     if arch == "sm_100":
         blocks = {kernel: min(count, 7) for kernel, count in blocks.items()}

@@ -21,7 +21,7 @@ from conformance.recipes.samples import everything, plain, weights
 from kernels.tools import inputs, shim
 from sfpformat import PRESETS, Exact, Options, Table, Uniform
 from sfpformat.engines import translation
-from sfpformat.engines.cuda import driver, layout, loading, source, work
+from sfpformat.engines.cuda import driver, kernel_source, layout, pinned_loading, work
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
@@ -51,7 +51,7 @@ def judged(request: pytest.FixtureRequest) -> Iterator[Judged]:
     """Kernels that run on the host, the threads of a block in either order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "why_not", lambda: None)
-        patch.setattr(loading, "open_device", shim.device_of(backwards=request.param == "backwards"))
+        patch.setattr(pinned_loading, "open_device", shim.device_of(backwards=request.param == "backwards"))
         patch.setattr(work, "_thread", threading.local())
         said = Judged()
         patch.setattr("sfpformat.engines.cuda.engine.decode_runs", said.decode_runs)
@@ -169,8 +169,8 @@ def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 70
 
 
 def test_every_kernel_decodes_its_kind_of_stream(judged: Judged) -> None:
-    others = {kernel for kernel in source.kernels() if kernel.startswith(("multiply", "place"))}
-    assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(source.kernels())
+    others = {kernel for kernel in kernel_source.kernels() if kernel.startswith(("multiply", "place"))}
+    assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(kernel_source.kernels())
     for kernel, cases in KERNELS.items():
         for dtype, options, density in cases:
             for segment in (96, 512):
@@ -289,7 +289,7 @@ def test_records_have_the_sizes_that_the_kernels_expect() -> None:
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    text = (source.folder() / "recipe.cuh").read_text("utf-8")
+    text = (kernel_source.folder() / "recipe.cuh").read_text("utf-8")
     theirs = {
         name: value
         for names in re.findall(r"^enum : u32 \{ ([^=}]+) \};", text, re.MULTILINE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernels.tools import fuzz, shim
 from sfpformat.engines import get_engine
-from sfpformat.engines.cuda import source
+from sfpformat.engines.cuda import kernel_source
 from sfpformat.engines.cuda.recipe import kernel_of
 
 from ..support.programs import needs
@@ -50,7 +50,7 @@ def test_the_sanitiser_reports_an_access_outside() -> None:
 def test_chunks_for_every_kernel_are_damaged() -> None:
     damaged = {kernel_of(sample.decoder.entry) for sample in fuzz.samples(get_engine("python"))}
     others = {"fill_tables", "index_chunks", "place_matrix", "multiply_bf16", "multiply_f16", "multiply_f32"}
-    assert damaged | others == set(source.kernels())
+    assert damaged | others == set(kernel_source.kernels())
     device = shim.HostDevice()
     multiplied = [sample.compare(sample.data) for sample in fuzz.product_samples(device)]
     assert all(multiplied)

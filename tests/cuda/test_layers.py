@@ -15,16 +15,16 @@ from torch import nn
 from kernels.tools import identity, shim
 from sfpformat import PRESETS, InvalidFileError, Options, Table
 from sfpformat.engines import get_device_engine
-from sfpformat.engines.cuda import loading
+from sfpformat.engines.cuda import pinned_loading
 from sfpformat.torch import (
     SfpEmbedding,
     SfpLinear,
     compress_model,
     decompress_model,
-    device,
+    device_memory,
     operators,
     packed,
-    resident,
+    resident_weight,
 )
 from sfpformat.torch.by_memory import ByMemory
 from sfpformat.torch.weight_cache import KeptWeights
@@ -47,13 +47,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[shim.HostDevice]:
         queues.append(shim.HostDevice(at_once=True))
         return queues[-1]
 
-    monkeypatch.setattr(loading, "open_device", opening)
-    monkeypatch.setattr(device, "engine_of", lambda _: get_device_engine("cuda"))
-    monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
-    monkeypatch.setattr(device, "current", nullcontext)
-    monkeypatch.setattr(device, "_thread", threading.local())
-    monkeypatch.setattr(resident, "capability_of", lambda _: (9, 0))
-    monkeypatch.setattr(resident, "_known", ByMemory())
+    monkeypatch.setattr(pinned_loading, "open_device", opening)
+    monkeypatch.setattr(device_memory, "engine_of", lambda _: get_device_engine("cuda"))
+    monkeypatch.setattr(device_memory, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device_memory, "current", nullcontext)
+    monkeypatch.setattr(device_memory, "_thread", threading.local())
+    monkeypatch.setattr(resident_weight, "capability_of", lambda _: (9, 0))
+    monkeypatch.setattr(resident_weight, "_known", ByMemory())
     for module in (packed, operators):
         monkeypatch.setattr(module, "is_decoded_on", lambda where, engine: True)
     return queues
@@ -144,7 +144,7 @@ def test_unaligned_and_non_contiguous_rows_are_copied_first() -> None:
 def test_a_device_without_tensor_cores_decodes(
     opened: list[shim.HostDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident, "capability_of", lambda _: (7, 5))
+    monkeypatch.setattr(resident_weight, "capability_of", lambda _: (7, 5))
     fused_linear()(torch.randn(1, 256, dtype=torch.bfloat16))
     assert "sparse_2_1_one_short" in launched(opened)
 
@@ -206,15 +206,15 @@ def test_bytes_that_were_written_to_are_checked_again() -> None:
     bigger(x)
     bigger.weight_sfp[:] = other.weight_sfp
     assert torch.equal(bigger(x), other(x))
-    assert len(resident._known) == 3
+    assert len(resident_weight._known) == 3
 
 
 def test_the_cache_entry_is_freed_with_the_bytes() -> None:
     layer = fused_linear()
     layer(torch.randn(1, 256, dtype=torch.bfloat16))
-    assert len(resident._known) == 1
+    assert len(resident_weight._known) == 1
     del layer
-    assert not resident._known
+    assert not resident_weight._known
 
 
 def test_cached_weights_are_used_by_calls_with_many_rows(opened: list[shim.HostDevice]) -> None:

@@ -15,14 +15,14 @@ from sfp_conformance.forge import Forge
 from conformance.recipes.samples import everything, weights
 from kernels.tools import shim
 from sfpformat import EngineError, InvalidFileError, LimitError, Limits, Options
-from sfpformat.decode import device as decode_device
+from sfpformat.decode import device_batches as decode_device
 from sfpformat.decode.opening import open_any
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.engines import decodes_on_device, get_device_engine
-from sfpformat.engines.cuda import driver, loading
+from sfpformat.engines.cuda import driver, pinned_loading
 from sfpformat.engines.cuda.batch import Running
 from sfpformat.numpy import save
-from sfpformat.torch import device, files, load, load_model, safe_open, save_model
+from sfpformat.torch import device_memory, files, load, load_model, safe_open, save_model
 from sfpformat.torch.files import TorchFile
 
 from ..support.programs import needs
@@ -43,11 +43,11 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[shim.HostDevice]]:
         return opened[-1]
 
     monkeypatch.setattr(driver, "why_not", lambda: None)
-    monkeypatch.setattr(loading, "open_device", opening)
-    monkeypatch.setattr(device, "engine_of", lambda _: get_device_engine("cuda"))
-    monkeypatch.setattr(device, "stream_of", lambda _: (0, 0))
-    monkeypatch.setattr(device, "current", nullcontext)
-    monkeypatch.setattr(device, "_thread", threading.local())
+    monkeypatch.setattr(pinned_loading, "open_device", opening)
+    monkeypatch.setattr(device_memory, "engine_of", lambda _: get_device_engine("cuda"))
+    monkeypatch.setattr(device_memory, "stream_of", lambda _: (0, 0))
+    monkeypatch.setattr(device_memory, "current", nullcontext)
+    monkeypatch.setattr(device_memory, "_thread", threading.local())
     monkeypatch.setattr(decode_device, "BATCH_BYTES", 20_000)
     yield opened
     for own in opened:
@@ -64,7 +64,7 @@ def on_device(data: Any, **options: Any) -> TorchFile:
 
 def loaded(data: Any, **options: Any) -> dict[str, torch.Tensor]:
     with on_device(data, **options) as file:
-        return device.read_tensors(file.file, list(file), CPU)
+        return device_memory.read_tensors(file.file, list(file), CPU)
 
 
 def many(count: int = 9) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_loading_to_a_cuda_device_uses_the_kernels(monkeypatch: pytest.MonkeyPat
         return {}
 
     monkeypatch.setattr(files, "require_device", torch.device)  # as if the device were there
-    monkeypatch.setattr(device, "read_tensors", read_tensors)
+    monkeypatch.setattr(device_memory, "read_tensors", read_tensors)
     with safe_open(data, device="cuda:0") as file:
         file.get_tensors()
         file.get_tensors(["t1"])
@@ -182,7 +182,7 @@ def test_the_first_of_several_damaged_tensors_is_raised_and_the_next_file_loads(
 def test_memory_is_pinned_once_for_many_tensors(devices: list[shim.HostDevice]) -> None:
     with on_device(save(many())) as file:
         for name in file:
-            device.read_tensors(file.file, [name], CPU)
+            device_memory.read_tensors(file.file, [name], CPU)
     assert len(devices) == 2  # one of them for copies
 
 

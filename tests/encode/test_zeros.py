@@ -25,13 +25,13 @@ from safetensors.numpy import save_file as save_safetensors
 import sfpformat
 from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, SfpWarning
 from sfpformat.cli.diff import compare
-from sfpformat.cli.packing import pack_file
+from sfpformat.cli.pack_files import pack_file
 from sfpformat.decode.validate import validate
 from sfpformat.encode import exact_tables, number_tables, planner
 from sfpformat.encode.zeros import with_positive_zeros, zeros_of
 from sfpformat.numpy import load, save
 from sfpformat.numpy import save_file as save_sfp
-from sfpformat.pruning.files import reprune
+from sfpformat.pruning.repruning import reprune
 from sfpformat.pruning.thresholds import Sparsity
 
 from ..cli.test_main import error_of, run
@@ -439,16 +439,16 @@ def test_a_resumed_pack_counts_the_zeros_of_both_runs(
     save_safetensors(tensors, tmp_path / "m.safetensors")
     words = ["pack", tmp_path / "m.safetensors", "-o", tmp_path / "m.sfp", "--zeros", "positive", "--json"]
     with monkeypatch.context() as patch:
-        from sfpformat.cli import packing
+        from sfpformat.cli import pack_files
 
-        add = packing.add_tensor
+        add = pack_files.add_tensor
 
         def interrupted(job: Any, name: str, writer: Any) -> None:
             if name == "b":
                 raise KeyboardInterrupt
             add(job, name, writer)
 
-        patch.setattr(packing, "add_tensor", interrupted)
+        patch.setattr(pack_files, "add_tensor", interrupted)
         assert run(*words) != 0
     capsys.readouterr()
     assert run(*words) == 0

@@ -28,7 +28,7 @@ from sfpformat.engines import get_engine
 from sfpformat.engines import numba as fast
 from sfpformat.engines.numba import lookup
 from sfpformat.engines.numba.compiling import compiled_sources, kernel
-from sfpformat.engines.numba.memory import load64
+from sfpformat.engines.numba.unaligned import load64
 from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from conformance.recipes.samples import weights
 from sfpformat import Lossless, Options, Uniform, Writer
 from sfpformat.coding import counts as counting
-from sfpformat.coding import exact, magnitudes, planes
+from sfpformat.coding import exact_encoding, magnitudes, planes
 from sfpformat.coding import mask as masks
 from sfpformat.coding.bits import MAX_FIELD_BITS
 from sfpformat.coding.classes import CLASS_COST, Layout, best_layout
@@ -205,7 +205,7 @@ def test_both_engines_find_the_same_common_trailing_zeros(seed: int, dtype: Any,
     counts = segments(rng)
     bits = 8 * np.dtype(dtype).itemsize
     patterns = (rng.integers(0, 1 << 32, int(counts.sum()), np.uint64) << np.uint64(zeros)).astype(dtype)
-    want = exact.exact_zeros(patterns, counts)
+    want = exact_encoding.exact_zeros(patterns, counts)
     assert np.array_equal(fast.exact_zeros(patterns, counts), want)
     assert want.max(initial=0) < bits
 
@@ -226,13 +226,13 @@ def test_both_engines_count_and_pack_the_same_bit_patterns(seed: int, dtype: Any
     rest = rng.integers(0, 1 << (width - 1), size).astype(np.uint64) >> np.uint64(trim) << np.uint64(trim)
     sign = rng.integers(0, 2, size).astype(np.uint64) << np.uint64(bits - 1)
     patterns = (classed | rest | sign).astype(dtype)
-    rows = exact.count_exact(patterns, counts, width, first, classes)
+    rows = exact_encoding.count_exact(patterns, counts, width, first, classes)
     assert np.array_equal(fast.count_exact(patterns, counts, width, first, classes), rows)
     codes = tuple(PrefixCode(code_lengths(rng.integers(1, 99, classes))) for _ in range(2 * (classes > 1)))
     table = CodeTable(first << width, bytes([width]) * classes, codes)
     numbers = rng.integers(0, max(len(codes), 1), len(counts))
     trims = np.where(rng.random(len(counts)) < 0.5, trim, 0)
-    one = exact.encode_exact(patterns, counts, numbers, trims, table)
+    one = exact_encoding.encode_exact(patterns, counts, numbers, trims, table)
     other = fast.encode_exact(patterns, counts, numbers, trims, table)
     for field in dataclasses.fields(one):
         assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name

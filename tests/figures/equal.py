@@ -39,8 +39,8 @@ from sfpformat.demo import bundled
 from sfpformat.demo.language import CALIBRATION_BATCHES, calibration_windows, language_model
 from sfpformat.demo.methods import FROZEN, TOGETHER, Bench
 from sfpformat.demo.model import Config, perplexity
-from sfpformat.demo.packing import Tensors
 from sfpformat.demo.train import MEASURED_TOKENS
+from sfpformat.demo.variants import Tensors
 from sfpformat.numpy import load, save
 from sfpformat.pruning import statistics
 

@@ -18,7 +18,7 @@ import pytest
 
 from sfpformat.coding.mask import KINDS
 from sfpformat.container.directory import KNOWN_FEATURES
-from sfpformat.container.streams import OVERS, ROLES, SCALES
+from sfpformat.container.stream_maps import OVERS, ROLES, SCALES
 from sfpformat.dtypes import DTYPES
 from sfpformat.errors import CODE_OF_CLAUSE
 from sfpformat.limits import DEFAULT_LIMITS

@@ -13,7 +13,7 @@ from sfp_conformance.forge import Forge
 
 import sfpformat
 from sfpformat import Options
-from sfpformat.decode.allocation import SHARING, arrays_of
+from sfpformat.decode.array_memory import SHARING, arrays_of
 from sfpformat.dtypes import DTYPES
 from sfpformat.errors import FileFault, LimitError, MissingTensorError
 from sfpformat.limits import Limits

@@ -20,13 +20,13 @@ import sfpformat
 import sfpformat.numpy
 from conformance.recipes.samples import importance, weights
 from sfpformat import MismatchError, OptionError, Options, SfpError, SfpFile, ShardedFile
-from sfpformat.cli.models import open_model
+from sfpformat.cli.model_files import open_model
 from sfpformat.decode.shards import ShardIndex
 from sfpformat.io.paths import models_in
 from sfpformat.io.source import MOST_PICKLED
 from sfpformat.numpy import save, save_file
 from sfpformat.options import ImportanceOptions
-from sfpformat.pruning.files import reprune
+from sfpformat.pruning.repruning import reprune
 from sfpformat.pruning.thresholds import Sparsity
 
 from ..cli.test_main import error_of, make, run

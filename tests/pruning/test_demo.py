@@ -16,7 +16,7 @@ import torch
 import sfpformat
 from sfpformat.bench import pruning, pruning_rows
 from sfpformat.cli import main
-from sfpformat.demo import bundled, importance, language, learned, methods, packing
+from sfpformat.demo import bundled, bundled_importance, language, learned, methods, variants
 from sfpformat.demo.methods import METHODS, Bench, steps_of
 from sfpformat.demo.model import Config, logits
 from sfpformat.numpy import load_file
@@ -32,7 +32,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Little text and little calibration; one thread, since the arrays are small."""
-    monkeypatch.setattr(packing, "EVALUATED_TOKENS", {"code": 512, "prose": 256})
+    monkeypatch.setattr(variants, "EVALUATED_TOKENS", {"code": 512, "prose": 256})
     monkeypatch.setattr(methods, "FACTOR_STEPS", 1)
     monkeypatch.setattr(language, "WINDOWS", 1)
     monkeypatch.setattr(pruning, "CALIBRATION_BATCHES", 2)
@@ -45,12 +45,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def weights() -> packing.Tensors:
+def weights() -> variants.Tensors:
     return bundled.weights()
 
 
 def test_the_bundled_importance_has_a_grade_for_each_weight_of_the_linear_layers(
-    weights: packing.Tensors,
+    weights: variants.Tensors,
 ) -> None:
     found = bundled.importances()
     assert list(found) == bundled.linear_layers(weights)
@@ -61,21 +61,21 @@ def test_the_bundled_importance_has_a_grade_for_each_weight_of_the_linear_layers
 
 @pytest.mark.parametrize("share", [0.7, 0.9])
 def test_the_bundled_importance_adds_a_quarter_of_the_perplexity_that_magnitude_adds(
-    share: float, weights: packing.Tensors
+    share: float, weights: variants.Tensors
 ) -> None:
     by = {
-        "importance": packing.importance_masks(weights, Sparsity(share)),
-        "magnitude": packing.magnitude_masks(weights, Sparsity(share)),
+        "importance": variants.importance_masks(weights, Sparsity(share)),
+        "magnitude": variants.magnitude_masks(weights, Sparsity(share)),
     }
     rises = {}
     for method, masks in by.items():
         assert achieved(masks) == pytest.approx(share, abs=1e-5)
         zero = {name: np.where(mask, weights[name], 0).astype(np.float32) for name, mask in masks.items()}
-        rises[method] = packing.evaluate({**weights, **zero}, "code") - packing.evaluate(weights, "code")
+        rises[method] = variants.evaluate({**weights, **zero}, "code") - variants.evaluate(weights, "code")
     assert rises["importance"] < rises["magnitude"] / 4
 
 
-def test_the_torch_and_numpy_models_return_the_same_outputs(weights: packing.Tensors) -> None:
+def test_the_torch_and_numpy_models_return_the_same_outputs(weights: variants.Tensors) -> None:
     model = language.language_model(weights)
     ((inputs, _),) = list(language.Windows(2, 1, 0))
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_no_window_contains_held_out_text() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("wanda-", "sparsegpt-f", "mag"))])
-def test_every_method_meets_its_sparsity(method: str, weights: packing.Tensors) -> None:
+def test_every_method_meets_its_sparsity(method: str, weights: variants.Tensors) -> None:
     calls = []
     bench = Bench(weights, 2, calibration_batches=1, progress=lambda step, loss: calls.append(step))
     pruned = bench.prune(method, 0.7)
@@ -113,7 +113,7 @@ def test_every_method_meets_its_sparsity(method: str, weights: packing.Tensors) 
     assert len(calls) == steps_of(method, 2)
     assert all(bool((pruned.weights[name][~mask] == 0).all()) for name, mask in pruned.masks.items())
     assert bool(pruned.factors) == method.endswith("factors")
-    assert np.isfinite(packing.evaluate(bench.arrays(pruned), "code"))
+    assert np.isfinite(variants.evaluate(bench.arrays(pruned), "code"))
 
 
 def test_the_benchmark_prints_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,19 +239,19 @@ def test_the_demonstration_prints_a_comparison_and_writes_a_plot(
         assert row["sparsity"] == pytest.approx(row["asked"], abs=0.02)
         path = tmp_path / f"{row['method']}-{round(100 * row['asked'])}.sfp"
         assert path.stat().st_size == row["file_bytes"]
-        assert packing.evaluate(load_file(path), "code") == row["code"]
+        assert variants.evaluate(load_file(path), "code") == row["code"]
     curves = [group for group in ElementTree.parse(picture).iter(f"{SVG}g") if "clip-path" in group.attrib]
     markers = sum(len(group.findall(f"{SVG}use")) for group in curves)
     assert markers == 8  # two panels, two methods, two sparsities
 
 
 def test_the_command_learns_the_importance_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: packing.Tensors
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: variants.Tensors
 ) -> None:
     path = tmp_path / "model.sfp"
     path.write_bytes(bundled.model_bytes())
-    monkeypatch.setattr(importance, "Bench", partial(Bench, calibration_batches=2))
-    importance.main([str(path), "--steps", "1"])
+    monkeypatch.setattr(bundled_importance, "Bench", partial(Bench, calibration_batches=2))
+    bundled_importance.main([str(path), "--steps", "1"])
     assert [file.name for file in tmp_path.iterdir()] == ["model.sfp"]
     with sfpformat.open(path) as file:
         for name, array in weights.items():
@@ -261,11 +261,11 @@ def test_the_command_learns_the_importance_of_a_file(
     assert path.stat().st_size < 2_000_000
 
 
-def test_the_command_prunes_the_bundled_file(tmp_path: Path, weights: packing.Tensors) -> None:
+def test_the_command_prunes_the_bundled_file(tmp_path: Path, weights: variants.Tensors) -> None:
     source, target = tmp_path / "model.sfp", tmp_path / "pruned.sfp"
     source.write_bytes(bundled.model_bytes())
     assert main(["prune", str(source), "--sparsity", "0.8", "-o", str(target)]) == 0
-    expected = packing.importance_masks(weights, Sparsity(0.8))
+    expected = variants.importance_masks(weights, Sparsity(0.8))
     with sfpformat.open(target) as file:
         for name, mask in expected.items():
             np.testing.assert_array_equal(file.get_mask(name), mask)

@@ -21,9 +21,9 @@ from sfpformat.numpy import load_file, save_file
 from sfpformat.options import ImportanceOptions, Options
 from sfpformat.pruning import scores
 from sfpformat.pruning.calibration import statistics
-from sfpformat.pruning.files import reprune
 from sfpformat.pruning.masks import masks_of
 from sfpformat.pruning.pipeline import apply_masks, give_masks, pack, prune, take_masks
+from sfpformat.pruning.repruning import reprune
 from sfpformat.pruning.thresholds import Pattern, Sparsity
 from sfpformat.pruning.tuning import Tuning, fine_tune, fit_factors, fit_multipliers, scaled
 from sfpformat.torch import load_model

@@ -32,7 +32,7 @@ from sfpformat.pruning import (
     wanda,
 )
 from sfpformat.pruning.features import features
-from sfpformat.pruning.layers import Layout, chosen_tensors, chosen_weights, layout_of
+from sfpformat.pruning.weight_selection import Layout, chosen_tensors, chosen_weights, layout_of
 from sfpformat.torch import compress_model
 
 from ..support.pruning_transformers import made, tokens

@@ -19,9 +19,9 @@ from sfpformat.pruning.descent import rate_at
 from sfpformat.pruning.features import CLAMP, FEATURES, features, standardised
 from sfpformat.pruning.gates import GATES, Moment, make_gate
 from sfpformat.pruning.learning import bytes_per_weight, learn_importance
+from sfpformat.pruning.learning_settings import METHODS, Learned, Settings
 from sfpformat.pruning.network import ImportanceNetwork
 from sfpformat.pruning.pipeline import prune
-from sfpformat.pruning.settings import METHODS, Learned, Settings
 from sfpformat.pruning.task import Task, chosen_weights
 from sfpformat.pruning.thresholds import Sparsity
 from sfpformat.pruning.tuning import Tuning, fine_tune

@@ -19,10 +19,10 @@ from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.hierarchy import Learner, Plan
 from sfpformat.pruning.holdout import Split, choose
 from sfpformat.pruning.learning import bytes_per_weight, learn_importance
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.levels import Levels, quantile, standard_starts
 from sfpformat.pruning.masked import LEVELS, MaskedModel, Masking, ScoredWeight
 from sfpformat.pruning.pipeline import prune
-from sfpformat.pruning.settings import Settings
 from sfpformat.pruning.signal import SignalAdam
 from sfpformat.pruning.task import CLASSIFY, Task, divergence, numbered
 from sfpformat.pruning.thresholds import Sparsity
@@ -184,7 +184,7 @@ _PEAK = """
 import sys, torch
 from torch import nn
 from sfpformat.pruning.learning import learn_importance
-from sfpformat.pruning.settings import Settings
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.task import Task
 torch.set_num_threads(1)
 def peak():  # of this program; ru_maxrss would be that of the process which started it, if larger

@@ -11,9 +11,9 @@ import torch
 
 from sfpformat.errors import OptionError
 from sfpformat.pruning.learning import learn_importance
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.masks import masks_of
 from sfpformat.pruning.processes import ALONE, Processes
-from sfpformat.pruning.settings import Settings
 from sfpformat.pruning.thresholds import Sparsity
 
 from ..support.learning_group import WORLD

@@ -10,10 +10,10 @@ from sfpformat.errors import OptionError
 from sfpformat.pruning import layer_inputs, scores
 from sfpformat.pruning import sparsegpt as sparsegpt_module
 from sfpformat.pruning.calibration import statistics
-from sfpformat.pruning.layers import prunable
 from sfpformat.pruning.layerwise import prune_layerwise
 from sfpformat.pruning.sparsegpt import sparsegpt
 from sfpformat.pruning.task import CLASSIFY, endless, evaluating
+from sfpformat.pruning.weight_selection import prunable
 
 from ..support.pruning_nets import WIDTH, loss_of, trained_net
 

@@ -16,7 +16,7 @@ from sfpformat.pruning import prunable, scores
 from sfpformat.pruning.calibration import Statistics, statistics
 from sfpformat.pruning.layerwise import prune_layerwise
 from sfpformat.pruning.learning import learn_importance
-from sfpformat.pruning.settings import Settings
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.task import CLASSIFY, Task, cost, cross_entropy, divergence, likelihood, with_weights
 
 from ..support.pruning_transformers import PAD, VOCABULARY, made, padded, tokens

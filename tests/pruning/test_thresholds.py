@@ -18,7 +18,6 @@ from sfpformat.options import Options
 from sfpformat.pruning.allocation import Outliers, Rising
 from sfpformat.pruning.by_magnitude import prune_fraction
 from sfpformat.pruning.grades import BOUNDARIES, graded, options_for_grades
-from sfpformat.pruning.layers import chosen_weights
 from sfpformat.pruning.masks import achieved, masks_of
 from sfpformat.pruning.pipeline import prune
 from sfpformat.pruning.scores import rows_mask
@@ -32,6 +31,7 @@ from sfpformat.pruning.thresholds import (
     Threshold,
     count_of_share,
 )
+from sfpformat.pruning.weight_selection import chosen_weights
 
 from ..support.untyped import untyped
 

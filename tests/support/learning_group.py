@@ -23,8 +23,8 @@ from torch import nn
 from sfpformat.errors import SfpError
 from sfpformat.pruning.calibration import statistics
 from sfpformat.pruning.learning import learn_importance
+from sfpformat.pruning.learning_settings import Settings
 from sfpformat.pruning.processes import Processes
-from sfpformat.pruning.settings import Settings
 
 from .pruning_nets import trained_net
 

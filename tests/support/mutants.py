@@ -32,7 +32,7 @@ MODULES = (
     *("coding.codetable", "coding.mask", "coding.planes", "container.chunk"),
     *("coding.quantisers.exact", "coding.quantisers.table", "coding.quantisers.uniform"),
     *("container.directory", "container.entry", "container.fields", "container.messagepack"),
-    *("container.preamble", "container.streams", "decode.tensor", "limits", "decode.reader"),
+    *("container.preamble", "container.stream_maps", "decode.tensor", "limits", "decode.reader"),
     "decode.stored_chunks",
 )
 _SECONDS = 5.0  # for one file: a reader without a check may not end

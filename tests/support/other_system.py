@@ -264,10 +264,10 @@ def commands(folder: Path) -> None:
 
 def _resume_shards(index: Path, shards: Path) -> None:
     """Interrupts a pack of shards after the first one, and gives the command again."""
-    from sfpformat.cli import main, packing
+    from sfpformat.cli import main, pack_files
 
     words = ["pack", str(index), "-o", str(shards / "m.sfp")]
-    real, calls = packing.pack_file, []
+    real, calls = pack_files.pack_file, []
 
     def interrupted(*args: Any, **named: Any) -> int:
         calls.append(args)
@@ -275,13 +275,13 @@ def _resume_shards(index: Path, shards: Path) -> None:
             raise KeyboardInterrupt
         return real(*args, **named)
 
-    packing.pack_file = interrupted
+    pack_files.pack_file = interrupted
     try:
         assert main(words) == 130
         assert (shards / "m-00001-of-00002.sfp.finished").exists()
         assert main(words) == 0
     finally:
-        packing.pack_file = real
+        pack_files.pack_file = real
     assert len(calls) == 3  # the first shard was not written again
 
 

@@ -1,7 +1,7 @@
 """Quantiser kinds, one module each: bit-exact conversion of levels to numbers, and the map in the directory.
 
 A new kind needs a module here with a subclass of `Quantiser`, an entry in `KINDS`, and a source of levels in
-`encode.streams`.
+`encode.level_sources`.
 """
 
 from __future__ import annotations

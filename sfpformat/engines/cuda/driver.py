@@ -16,7 +16,7 @@ from typing import Any
 from ...coding.bits import Bytes, as_bytes
 from . import layout
 from .device import Mark
-from .source import source
+from .kernel_source import source
 
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
 OLDEST_PACKAGE = (1, 2)  # version of cuda-core: earlier ones have another namespace and other names

@@ -6,7 +6,7 @@ falls back to the reference, which decodes the run or raises the fault.
 
 from __future__ import annotations
 
-from ...container.plain import PlainTensors
+from ...container.plain_entries import PlainTensors
 from .. import get_engine, why_not
 from .work import decode_runs, make_recipe
 

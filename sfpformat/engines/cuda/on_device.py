@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...coding.quantisers import F32
 from ...container.entry import TensorEntry
-from . import loading, product
+from . import pinned_loading, product
 from .product import Product, has_kernels
 from .recipe import Recipe, make_recipe
 from .resident import Resident
@@ -14,13 +14,13 @@ from .resident import Resident
 __all__ = ["hold", "make_product", "make_recipe", "open_queue"]
 
 
-def open_queue(number: int, stream: int) -> loading.Queue:
+def open_queue(number: int, stream: int) -> pinned_loading.Queue:
     """Implements `interface.DeviceEngine`."""
-    open_device = loading.open_device
-    return loading.Queue(open_device(number, stream), lambda: open_device(number, None))
+    open_device = pinned_loading.open_device
+    return pinned_loading.Queue(open_device(number, stream), lambda: open_device(number, None))
 
 
-def hold(queue: loading.Queue, recipe: Recipe, entry: TensorEntry, at: int) -> Resident:
+def hold(queue: pinned_loading.Queue, recipe: Recipe, entry: TensorEntry, at: int) -> Resident:
     """Implements `interface.DeviceEngine`."""
     queue.prepare([recipe])
     return Resident(queue, recipe, entry, at)

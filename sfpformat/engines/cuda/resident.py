@@ -17,7 +17,7 @@ from ..interface import Operands, ResidentRun
 from . import layout
 from .batch import OnDevice, Places, Plan, Task, launch, plan_batch
 from .device import Device, Memory
-from .loading import Queue
+from .pinned_loading import Queue
 from .product import Product
 from .recipe import Recipe
 

@@ -1,6 +1,6 @@
 """Implements `Engine.decode_runs` on a device: copies chunks to it, and weights back to host memory.
 
-Each thread has its own queue. `loading` decodes tensors that stay on the device, without the copy back.
+Each thread has its own queue. `pinned_loading` decodes tensors that stay on the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...coding.quantisers import F32
 from ...container.entry import TensorEntry
 from ..interface import Run
-from . import loading, recipe
+from . import pinned_loading, recipe
 from .batch import fill_chunks, plan_batch, run_batch, task_of
 from .device import Device, HostMemory
 from .loaded import Recipes
@@ -30,7 +30,7 @@ class _Queue:
     """A thread's queue, its recipes on the device, and pinned memory that grows on demand."""
 
     def __init__(self) -> None:
-        self.device: Device = loading.open_device(0, None)
+        self.device: Device = pinned_loading.open_device(0, None)
         self.recipes = Recipes(self.device)
         self._staging: HostMemory | None = None
 

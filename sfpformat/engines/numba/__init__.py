@@ -16,7 +16,7 @@ from .encode import (
     survivors,
     uniform_levels,
 )
-from .exact import count_exact, encode_exact, exact_zeros
+from .exact_encoding import count_exact, encode_exact, exact_zeros
 from .magnitudes import few_magnitudes, translate
 from .plain import plan_plain
 

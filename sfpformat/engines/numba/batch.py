@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
 from ..translation import STREAMS
-from .chunks import FILLED, decode_raw, decode_values
+from .chunk_decoding import FILLED, decode_raw, decode_values
 from .compiling import Int, kernel
-from .memory import bytes_at, fence
 from .recipe import (
     COLUMN_FACTORS,
     DATA,
@@ -36,6 +35,7 @@ from .recipe import (
     TOTAL,
     WHOLE,
 )
+from .unaligned import bytes_at, fence
 from .values import RAW
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...coding.bits import Bytes
 from .compiling import inlined_kernel
-from .memory import store64
+from .unaligned import store64
 
 
 @inlined_kernel

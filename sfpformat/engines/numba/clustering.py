@@ -9,7 +9,7 @@ from ...coding.bits import Bytes
 from ...coding.classes import FRACTION, LOG2, LOG2_BITS, Histogram
 from ...coding.counts import COST_FRACTION, ROUNDS, Costs, Rows
 from .compiling import Int, allocating_kernel
-from .memory import leading_zeros
+from .unaligned import leading_zeros
 
 _MOST_BITS = 64
 

@@ -12,7 +12,7 @@ from ...coding.counts import Rows
 from ...coding.planes import AnyLevels, Counts, Levels
 from ...coding.quantisers import F32, MAX_NUMBER
 from .compiling import Int, allocating_kernel
-from .memory import count_ones, load64
+from .unaligned import count_ones, load64
 
 # Neighbouring levels often share a class, and an increment waits for the previous one of the same counter.
 # Four interleaved sets of counters break this dependency.

@@ -19,7 +19,7 @@ from ...coding.codetable import CodeTable
 from ...coding.planes import Levels, StreamSpan
 from ...coding.planes import decode_levels as decode_levels_plainly
 from ..interface import Run
-from . import batch, chunks, streams
+from . import batch, chunk_decoding, streams
 from .lookup import lengths_of
 from .recipe import STOP_OF, make_recipe, row_of_run, stream_shape
 from .working import working_bytes
@@ -60,10 +60,10 @@ def memory_for(tables_size: int, working_size: int) -> tuple[NDArray[np.uint8], 
     kept: NDArray[np.uint8] | None = getattr(_thread, "kept", None)
     if kept is not None and tables_size <= (there := _thread.tables_size):
         tables_size = there
-    if kept is not None and 8 * chunks.FILLED + tables_size + working_size <= len(kept):
+    if kept is not None and 8 * chunk_decoding.FILLED + tables_size + working_size <= len(kept):
         return kept, tables_size
-    kept = np.empty(8 * chunks.FILLED + tables_size + working_size, np.uint8)
-    kept[: 8 * chunks.FILLED] = 0
+    kept = np.empty(8 * chunk_decoding.FILLED + tables_size + working_size, np.uint8)
+    kept[: 8 * chunk_decoding.FILLED] = 0
     if len(kept) <= _MOST_KEPT:
         _thread.kept, _thread.tables_size = kept, tables_size
     return kept, tables_size
@@ -87,7 +87,7 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
             shape,
             np.frombuffer(lengths_of(table), np.uint8),
             np.empty(shape[STOP_OF], np.uint8),
-            np.zeros(chunks.FILLED_OF, np.int64),
+            np.zeros(chunk_decoding.FILLED_OF, np.int64),
             np.empty((2, n), np.int64),
             most,
             np.empty(working_bytes(n, n, most), np.uint8),

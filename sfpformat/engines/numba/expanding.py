@@ -17,7 +17,7 @@ from numba.extending import register_jitable
 
 from ...coding.bits import Bytes
 from .compiling import Int, intrinsic
-from .memory import count_ones, pointer_to, require_inside
+from .unaligned import count_ones, pointer_to, require_inside
 
 _FEATURES = binding.get_host_cpu_features()
 # The method for weights of 2 and of 4 bytes on this processor.

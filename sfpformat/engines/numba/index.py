@@ -14,7 +14,7 @@ from ...container.chunk import MAX_INDEX_WIDTH, PART_ALIGNMENT, TAIL_BYTES
 from ...container.entry import CHUNK_ALIGNMENT
 from ..translation import COUNT_POSITIONS, COUNT_PRUNED, COUNT_SURVIVORS, STREAMS
 from .compiling import Int, kernel
-from .memory import load32, load64
+from .unaligned import load32, load64
 
 # Columns of `shapes` that determine a segment index; each row of `shapes` describes a stream.
 #   PRESENT_OF      whether the tensor has the stream

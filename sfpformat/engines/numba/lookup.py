@@ -35,7 +35,7 @@ from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from ...coding.planes import Levels
 from .compiling import Int, kernel
-from .memory import count_ones
+from .unaligned import count_ones
 
 MAX_SLOTS = 6
 # Five look-ups of at most this many bits consume at most 57 bits, which one unaligned 64-bit load always

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
-from ...coding.exact import Patterns
+from ...coding.exact_encoding import Patterns
 from ...coding.magnitudes import magnitude_bits, translation
 from ...coding.planes import Levels
 from .compiling import Int, kernel

@@ -11,7 +11,7 @@ from ...coding.planes import AnyLevels, Counts, Levels
 from .bitwriter import close, flush
 from .compiling import Int, allocating_kernel
 from .counting import class_of
-from .memory import store64
+from .unaligned import store64
 
 # Symbols between two flushes: 4 codewords of 12 bits fit in the 57 free bits.
 _SYMBOLS = 4

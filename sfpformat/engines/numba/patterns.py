@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
 from ...coding.counts import Rows
-from ...coding.exact import Patterns
+from ...coding.exact_encoding import Patterns
 from ...coding.planes import Counts
 from .bitwriter import close, flush
 from .compiling import Int, inlined_kernel, kernel
-from .memory import load32, load64, trailing_zeros
+from .unaligned import load32, load64, trailing_zeros
 from .vectors import LANES16, LANES32, level_bytes16, level_bytes32
 
 # Maximum index bits of a look-up table of pairs.

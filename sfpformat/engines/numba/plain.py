@@ -1,4 +1,4 @@
-"""Decodes many plain tensors (`container.plain`) at once: a few arrays hold the recipes of all tensors."""
+"""Decodes many tensors of `container.plain_entries` at once: a few arrays hold the recipes of all tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
-from ...container.plain import PlainTable, PlainTensors
+from ...container.plain_entries import PlainTable, PlainTensors
 from ..interface import PlainRuns
 from ..translation import FINGERPRINTS, STREAMS
 from . import batch

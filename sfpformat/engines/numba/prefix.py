@@ -24,7 +24,7 @@ from ...coding.bits import Bytes
 from ...coding.codetable import MAX_CODE_BITS, MAX_CODES
 from .compiling import Int, inlined_kernel, kernel
 from .lookup import COUNT_AT, LONG, MAX_SLOTS, SLOTS_AT, Code, decode_one
-from .memory import leading_zeros, load64, store64
+from .unaligned import leading_zeros, load64, store64
 
 # Segments decoded in parallel.
 CHAINS = 4

@@ -9,7 +9,7 @@ from ...coding.bits import Bytes
 from ...coding.planes import Counts, Levels
 from .compiling import Int, kernel
 from .index import CODES_OF, CONSTANT_OF
-from .levels import decode_segment
+from .level_decoding import decode_segment
 from .lookup import classes_of, prepare
 from .recipe import BASE_OF, CLASSES_OF, GROUP_OF
 from .slots import Segments, Target, decode_codes, place_slots

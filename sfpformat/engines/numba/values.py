@@ -10,7 +10,7 @@ from ...coding.planes import Levels
 from ...coding.quantisers import F32
 from ..translation import SCALE_QUOTIENT, SCALE_REMAINDER
 from .compiling import Int, kernel
-from .memory import load32, load64, store16, store32, store64
+from .unaligned import load32, load64, store16, store32, store64
 from .vectors import (
     LANES16,
     LANES32,

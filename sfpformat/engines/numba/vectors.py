@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
 from .compiling import Int, intrinsic
-from .memory import pointer_to, require_inside
+from .unaligned import pointer_to, require_inside
 
 LANES16, LANES32 = 32, 16  # weights per step: 64 bytes of output
 STEP_BYTES = 64

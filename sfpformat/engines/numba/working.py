@@ -14,8 +14,8 @@ from ...coding.quantisers import F32
 from .compiling import Int, kernel
 from .index import ROWS
 from .lookup import MAX_BITS
-from .memory import require_inside
 from .prefix import CHAINS, SLACK, STATE
+from .unaligned import require_inside
 from .vectors import BY_SLOT
 
 _ALIGNMENT = 64

@@ -48,7 +48,7 @@ def why_not(name: str) -> str | None:
 def load(readable: bytes | Path, name: str, threads: int) -> dict[str, Any]:
     """Loads all tensors of a file to a device."""
     from ..decode.opening import open_any
-    from ..torch.device import read_tensors
+    from ..torch.device_memory import read_tensors
 
     with open_any(readable, threads=threads) as file:
         return read_tensors(file, list(file), device_of(name))

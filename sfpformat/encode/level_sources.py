@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.exact import Patterns
+from ..coding.exact_encoding import Patterns
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels
 from ..coding.quantisers import (

@@ -30,7 +30,7 @@ STEPS = 600
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; ``--help`` describes its options."""
     parser = argparse.ArgumentParser(
-        "python -m sfpformat.demo.importance",
+        "python -m sfpformat.demo.bundled_importance",
         description="Learn the importance of a model's weights and store it in its file.",
     )
     add = parser.add_argument

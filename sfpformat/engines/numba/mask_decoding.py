@@ -10,7 +10,7 @@ from ...coding.planes import Levels
 from ..translation import OCTETS, RUNS_OF_PRUNED
 from .compiling import Int, kernel
 from .expanding import ONE_BY_ONE, WAY2, WAY4, expand2, expand4
-from .memory import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
+from .unaligned import count_ones, load16, load32, load64, prefetch, store16, store32, store64, trailing_zeros
 
 # Prefetch distance in bytes ahead of the store.
 _AHEAD = 1024

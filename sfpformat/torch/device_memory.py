@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..decode.device import Target, decode, recipe_of
+from ..decode.device_batches import Target, decode, recipe_of
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardedFile
 from ..engines import DeviceEngine, DeviceQueue, get_device_engine

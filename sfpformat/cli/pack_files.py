@@ -39,7 +39,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
 from .console import Progress
 from .errors import path_in_errors
-from .models import Model, sub_byte_keys
+from .model_files import Model, sub_byte_keys
 from .prepare import Share, importance_of, prune_and_cast
 from .rules import TensorConfig
 

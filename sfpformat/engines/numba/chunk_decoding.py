@@ -42,9 +42,9 @@ from .index import (
     read_index,
     row_of,
 )
-from .levels import decode_segment
+from .level_decoding import decode_segment
 from .lookup import classes_of, prepare
-from .masks import mask_of_levels, mask_of_slots, spread, survivor_places
+from .mask_decoding import mask_of_levels, mask_of_slots, spread, survivor_places
 from .prefix import CHAINS, SLACK
 from .recipe import (
     BASE_OF,

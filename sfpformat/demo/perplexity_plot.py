@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.atomic import replacing
-from .packing import EVALUATED_TOKENS, Row
+from .variants import EVALUATED_TOKENS, Row
 
 # Colours that most people can distinguish, and different markers. A plot has only one learned curve.
 _LEARNED = ("#d1495b", "o")

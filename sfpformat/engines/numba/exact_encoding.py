@@ -1,4 +1,4 @@
-"""Encodes exact streams from bit patterns: bit-identical to the same functions of `coding.exact`."""
+"""Encodes exact streams from bit patterns: bit-identical to the same functions of `coding.exact_encoding`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ...coding.codetable import MAX_CODE_BITS, CodeTable
 from ...coding.counts import Rows
-from ...coding.exact import Patterns
+from ...coding.exact_encoding import Patterns
 from ...coding.planes import Counts, Planes
 from . import encode, packing, patterns
 from .counting import COUNTERS
@@ -17,7 +17,7 @@ from .vectors import STEP_BYTES
 
 
 def count_exact(values: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
-    """Implements `coding.exact.count_exact`."""
+    """Implements `coding.exact_encoding.count_exact`."""
     rows = np.empty((len(counts), classes), np.int32)
     counters = np.empty((COUNTERS, classes), np.int32)
     values = np.ascontiguousarray(values)
@@ -26,14 +26,14 @@ def count_exact(values: Patterns, counts: Counts, width: int, first: int, classe
 
 
 def exact_zeros(values: Patterns, counts: Counts) -> Counts:
-    """Implements `coding.exact.exact_zeros`."""
+    """Implements `coding.exact_encoding.exact_zeros`."""
     zeros = np.empty(len(counts), np.int64)
     patterns.shared_zeros(np.ascontiguousarray(values), counts, zeros)
     return zeros
 
 
 def encode_exact(values: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable) -> Planes:
-    """Implements `coding.exact.encode_exact`."""
+    """Implements `coding.exact_encoding.encode_exact`."""
     width = table.constant_width
     bits = 8 * values.itemsize
     known = width is not None and table.group == 1 and values.itemsize in (2, 4) and table.classes > 1

@@ -22,7 +22,7 @@ from ..decode.reader import require_within_limits
 from ..decode.selection import Selection
 from ..engines import Operands, ResidentMatrix, ResidentRun, ResidentTensor
 from ..errors import FileFault
-from . import device as devices
+from . import device_memory as devices
 from .by_memory import ByMemory
 from .tensors import format_dtype, torch_dtype
 from .weight_file import TENSOR_NAME, open_weight

@@ -7,7 +7,7 @@ import numpy as np
 from ...coding.bits import Bytes
 from ...coding.planes import Levels
 from .compiling import Int, kernel
-from .memory import load64
+from .unaligned import load64
 
 
 @kernel
