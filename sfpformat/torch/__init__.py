@@ -1,6 +1,6 @@
 """PyTorch API: the functions of `safetensors.torch`, for `.sfp` files.
 
-Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Nothing in a file is ever executed.
+Needs torch 2.4 or later (``pip install 'sfpformat[torch]'``). Loading a file never executes code from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .saving import options_for_weights, save, save_file
 
 open = safe_open
 
-# `open` is left out: ``from sfpformat.torch import *`` must not shadow the built-in.
+# Without `open`, so that ``from sfpformat.torch import *`` does not shadow the built-in.
 __all__ = [
     "CompressionReport",
     "SfpEmbedding",

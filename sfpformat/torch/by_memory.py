@@ -1,7 +1,7 @@
-"""A cache of what was computed from the bytes of tensors, by the memory of these bytes.
+"""A cache of values computed from the bytes of tensors. Its key is the memory of the bytes.
 
-Rules: an entry is removed when the memory is released. An entry is out of date once torch counts a write to
-the memory, and is then not found.
+Rules: an entry is removed when the memory is released. Once torch counts a write to the memory, the entry is
+out of date and is no longer returned.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 
 Value = TypeVar("Value")
-# Address of the storage, offset in it, and what else the value depends on.
+# Address of the storage, offset in it, and the other inputs of the value.
 Key = tuple[object, ...]
 
 
 class Entry(NamedTuple, Generic[Value]):
-    """A value, with the storage and version of its bytes, which show whether it is up to date."""
+    """A value, and the storage and version of its bytes, to detect an entry that is out of date."""
 
     storage: weakref.ref[torch.UntypedStorage]
     version: int
@@ -28,7 +28,7 @@ class Entry(NamedTuple, Generic[Value]):
 
 
 class ByMemory(Generic[Value]):
-    """Values by the memory of the bytes that they come from, most recently used last. Thread-safe."""
+    """Maps the memory of bytes to a value computed from them; most recently used last. Thread-safe."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Key, Entry[Value]] = OrderedDict()
@@ -38,11 +38,11 @@ class ByMemory(Generic[Value]):
         return len(self._entries)
 
     def entry(self, data: torch.Tensor, *more: object) -> Entry[Value] | None:
-        """Returns the entry of some bytes; None if there is none, or if they were written to since.
+        """Returns the entry of some bytes; None if there is none, or if the bytes have changed since.
 
         Args:
             data: the bytes.
-            more: what the value depends on, besides the bytes.
+            more: the other inputs of the value.
         """
         key, version = _key(data, more), version_of(data)
         with self._lock:
@@ -55,12 +55,13 @@ class ByMemory(Generic[Value]):
     def put(self, value: Value, data: torch.Tensor, *more: object) -> None:
         """Adds or replaces the value of some bytes; the arguments are as in `entry`."""
         key = _key(data, more)
-        there = weakref.ref(data.untyped_storage(), self._eviction(key))
+        storage = weakref.ref(data.untyped_storage(), self._eviction(key))
         with self._lock:
             self._evict(key)
-            self._entries[key] = Entry(there, version_of(data), value)
+            self._entries[key] = Entry(storage, version_of(data), value)
 
     def _eviction(self, key: Key) -> Callable[[object], None]:
+        """Returns a callback that removes an entry. It keeps no reference to the cache."""
         this = weakref.ref(self)
 
         def evict(_: object) -> None:
@@ -77,7 +78,7 @@ class ByMemory(Generic[Value]):
                 self._evicted(found.value)
 
     def _evicted(self, value: Value) -> None:
-        """Called under the lock for each value that leaves the cache."""
+        """Called under the lock for each value that is removed from the cache."""
 
 
 def _key(data: torch.Tensor, more: tuple[object, ...]) -> Key:

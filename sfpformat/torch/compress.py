@@ -60,9 +60,10 @@ class CompressionReport:
     def __str__(self) -> str:
         share = self.model_bytes_after / max(self.model_bytes_before, 1)
         return (
-            f"{len(self.layers)} layers compressed: the model took {self.model_bytes_before / 1e6:,.1f} MB, "
-            f"takes {self.model_bytes_after / 1e6:,.1f} ({share:.1%}), and in a call up to "
-            f"{self.largest_weight_bytes / 1e6:,.1f} more, and {self.kept_bytes / 1e6:,.1f} of cached weights"
+            f"{len(self.layers)} layers compressed: the model had {self.model_bytes_before / 1e6:,.1f} MB "
+            f"and has {self.model_bytes_after / 1e6:,.1f} MB ({share:.1%}); a call needs up to "
+            f"{self.largest_weight_bytes / 1e6:,.1f} MB more, the cache of weights up to "
+            f"{self.kept_bytes / 1e6:,.1f} MB"
         )
 
 
@@ -81,12 +82,12 @@ def compress_model(
     """Compresses the weights of linear layers and embeddings in memory. Changes the model in place.
 
     Every `torch.nn.Linear` becomes an `SfpLinear` and every `torch.nn.Embedding` an `SfpEmbedding`. Some
-    weights stay dense: those that would not become smaller, those that a layer of another kind shares, those
-    of subclasses, which may compute differently, and the adapters of peft, which train. Compressed weights
-    are frozen: they are not parameters and have no gradient. Reading ``module.weight`` decodes them; a write
-    to it is encoded again, losslessly. ``state_dict`` has their compressed bytes under the names of the dense
-    model; a dense model refuses them because of their shape. ``save_pretrained``, if the model has it, writes
-    dense weights.
+    weights stay dense: weights that would not become smaller, weights that a layer of another kind shares,
+    weights of subclasses, which may compute differently, and the adapters of peft, which train. Compressed
+    weights are frozen: they are not parameters and have no gradient. Reading ``module.weight`` decodes the
+    weight; writing to it encodes the new values, losslessly. ``state_dict`` has the compressed bytes under
+    the names of the dense model; a dense model refuses them because of their shape. ``save_pretrained``, if
+    the model has it, writes dense weights.
 
     Training does not change compressed weights. ``model.requires_grad_(True)`` warns of that. So does the
     first step of an optimizer that holds the replaced dense weights, or all parameters of a model in which
@@ -94,17 +95,19 @@ def compress_model(
 
     A CUDA device decodes its own layers if the engine ``cuda`` is available. Otherwise the CPU decodes.
 
+    Example: ``print(compress_model(model, "model.sfp", keep=1 << 30))``.
+
     Args:
-        model: any module. If `source` is a file, its tensors are loaded as by `load_model`, and a model on
-            the meta device is filled without its dense weights ever being in memory.
-        source: a file, as in `safe_open`, whose chunks are copied without encoding them again. Or the options
-            with which the model's own weights are encoded, for all weights or by name in the ``state_dict``;
+        model: any module. If `source` is a file, this function also loads the other tensors, like
+            `load_model`; the dense weights of a model on the meta device are then never allocated.
+        source: a file, as in `safe_open`; its chunks are copied without encoding them again. Or options, with
+            which the model's own weights are encoded: one for all weights, or by name in the ``state_dict``;
             any name of a tied weight is valid. None encodes losslessly. All weights are encoded before the
             first dense one is released.
-        keep: the maximum number of bytes of decoded weights that are kept for later calls, most recently used
-            first; 0 keeps none.
-        choose: called with the name of a layer and the layer; returns whether to compress it, even if that
-            takes more memory. It is called only for layers that can be compressed.
+        keep: the maximum number of bytes of decoded weights to keep for later calls; the least recently used
+            weights are released first. 0 keeps none.
+        choose: (name of a layer, the layer) -> whether to compress it, even if that takes more memory. It is
+            called only for layers that can be compressed.
         strict: with a file: whether missing names, unexpected names, and tensors that would stay on the meta
             device raise, as in `load_model`.
         device: with a file: the device for tensors that are on the meta device. Other tensors keep theirs.
@@ -114,10 +117,10 @@ def compress_model(
         SfpWarning: ``choose`` or an option has no effect; or for the reasons of `load_model`.
 
     Raises:
-        OptionError: an option does not fit a weight; a name in ``source`` is not that of a compressed weight;
-            a tensor has no memory or belongs to a lazy module; the device does not exist; or a file is given
-            for a model that is already compressed or overrides loading. For the latter, call `load_model`
-            first, then this function without a file.
+        OptionError: an option does not fit a weight; a name in ``source`` is not the name of a weight that
+            this call compresses; a tensor has no memory or belongs to a lazy module; the device does not
+            exist; or a file is given for a model that is already compressed or customises loading. If it
+            customises loading, call `load_model` first, then this function without a file.
         MismatchError: names (if strict) or shapes do not match.
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
         OSError: the file cannot be read.
@@ -134,8 +137,8 @@ def compress_model(
     else:
         if loads_its_own_way(model):
             raise OptionError(
-                "the model has custom loading methods, or is compressed already; in the first case, "
-                "call load_model, then compress_model without a file"
+                "the model is compressed already, or customises loading; in the second case, call "
+                "load_model, then compress_model without a file"
             )
         with open_any(source, limits=limits, threads=threads, engine=engine) as file:
             found = _from_file(model, places, file, choose, strict, where)
@@ -161,8 +164,10 @@ def decompress_model(model: nn.Module) -> None:
 
     All weights are decoded before the first layer is changed. Losslessly compressed weights have their
     original values. Ties are kept, and a weight that required a gradient before compression requires one
-    again. If `model` is part of a larger model, layers outside of it that share a weight with a layer inside
-    become dense too.
+    again. If `model` is part of a larger model, layers outside `model` that share a weight with one of its
+    layers become dense too.
+
+    Example: ``decompress_model(model)``, then train with a new optimizer.
 
     Raises:
         InvalidFileError, UnsupportedError, LimitError: the bytes of a layer are damaged; nothing was changed.
@@ -202,11 +207,11 @@ def _candidates(model: nn.Module, places: Mapping[str, Place], choose: Choose | 
         elif wanted and choose is not None:
             other = min(set(group) - set(wanted))
             warn(
-                f"{wanted[0]!r} stays dense: it is the same tensor as {other!r}, which is not "
-                "chosen or of another kind"
+                f"{wanted[0]!r} stays dense: it is the same tensor as {other!r}, which choose does not "
+                "select or which cannot be compressed"
             )
     if choose is not None and not found:
-        warn("choose selects no layer with a compressible weight: nothing is compressed")
+        warn("choose selects no layer whose weight can be compressed, so no layer is compressed")
     return found
 
 
@@ -260,8 +265,8 @@ def _chosen_options(
         checked = require_options(given, f"the options of {name!r}")
         if name not in by_name:
             raise OptionError(
-                f"options: {name!r} is not compressed; only weights of Linear and Embedding are, if "
-                "choose selects all layers that have them"
+                f"options: {name!r} is not compressed; only the weight of a Linear or Embedding can be, and "
+                "only if choose selects every layer that has it"
             )
         out[by_name[name]] = checked
     return out

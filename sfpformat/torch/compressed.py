@@ -1,7 +1,7 @@
-"""The base class of compressed layers: their weight, its writes, their moves and their ``state_dict``.
+"""The base class of compressed layers: the weight, moves to devices and dtypes, and the ``state_dict``.
 
-Rules: a layer's weight is frozen: it is not a parameter and has no gradient. ``layer.weight`` decodes it; a
-write to it is encoded into the layer (module `weight`).
+Rules: a layer's weight is frozen: it is not a parameter and has no gradient. Reading ``layer.weight`` decodes
+it; writing to it encodes the new values into the layer (module `weight`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Compressed(nn.Module):
     Attributes:
         weight_sfp: a buffer, uint8 [bytes]: an `.sfp` file with this weight alone. Tied layers share it.
         weight_shape: rows and columns.
-        weight_dtype: the dtype that the weight is converted to; `to` changes it.
+        weight_dtype: the dtype that the decoded weight is converted to; `to` changes it.
         weight_trains: whether the weight requires a gradient again when the layer becomes dense.
         kept: the cache of decoded weights.
         layer_name: the layer's name in messages; "" if it has none.
@@ -102,7 +102,7 @@ class Compressed(nn.Module):
         register(self)
 
     def title(self) -> str:
-        """Returns the layer's name in messages."""
+        """Returns the layer's name, or its class and shape, for messages."""
         if self.layer_name:
             return f"layer {self.layer_name!r}"
         rows, columns = self.weight_shape
@@ -110,12 +110,13 @@ class Compressed(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight, [rows, columns], decoded when it is read.
+        """The weight, [rows, columns], of the dtype `weight_dtype`; decoded when it is read.
 
         Writes are encoded losslessly into this layer and the layers tied to it: in-place functions, ``out=``,
         assignment to elements, ``.data``, ``torch.nn.init``. Assigning to ``layer.weight`` replaces the
         weight of this layer only: the weight of another compressed layer becomes shared, other tensors are
         encoded.
+
         Inside ``torch.compile`` and ``torch.export`` the weight is a plain copy. Writes to that copy, and
         writes through ``untyped_storage()`` or ``data_ptr()``, cannot be detected and are lost without an
         error.
@@ -141,16 +142,19 @@ class Compressed(nn.Module):
                 raise OptionError(f"{self.title()} is compressed: its weight {FROZEN}")
             if shape != self.weight_shape:
                 raise MismatchError(
-                    f"{self.title()} has a weight of {list(self.weight_shape)}, not {list(shape)}"
+                    f"{self.title()}: the weight must have the shape {list(self.weight_shape)}, "
+                    f"not {list(shape)}"
                 )
             take(self, encoded(value, self.weight_sfp), shape, value.dtype)
 
     @weight.deleter
     def weight(self) -> None:
-        raise OptionError(f"{self.title()} is compressed and has no weight to delete; use decompress_model")
+        raise OptionError(
+            f"{self.title()} is compressed and its weight cannot be deleted: call decompress_model first"
+        )
 
     def _share(self, weight: DecodedWeight) -> None:
-        """Takes over the weight of another compressed layer, or an earlier weight of this layer."""
+        """Shares the weight of another compressed layer, or restores an earlier weight of this layer."""
         decoded = weight.decoded
         take(self, decoded.data, decoded.shape, decoded.dtype)
 
@@ -231,7 +235,7 @@ class Compressed(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Saves the bytes under the weight's name; the decoded weight while `dense_states` is active."""
+        """Saves the bytes under the weight's name, or the decoded weight while `dense_states` is active."""
         dense = _dense.get()
         if dense is None or not (dense.layers is None or self in dense.layers):
             weight = self.weight_sfp if keep_vars else self.weight_sfp.detach()
@@ -271,7 +275,7 @@ class Compressed(nn.Module):
         )
 
     def _taken(self, given: torch.Tensor, assign: bool) -> torch.Tensor:
-        """Returns the new bytes: the given ones after a check of their shape, or an encoded dense weight."""
+        """Returns the new bytes: those given, after a check of their shape, or an encoded dense weight."""
         if isinstance(given, torch.Tensor) and given.dtype.is_floating_point:
             given = packed.pack(given.to(self.weight_dtype))
         packed.require_shape(given, self.weight_shape)

@@ -1,8 +1,8 @@
 """The memory of decoded weights, and the registry of compressed layers that share a weight.
 
-Rules: while a decoded weight is alive, every read of the layer's weight returns the same memory. So ties
-stay visible, and a write through one tensor is read through another. A write is encoded into every layer that
-shares the weight. A write to memory that is out of date is refused.
+Rules: while a decoded weight is alive, every read of the layer's weight returns the same memory. Therefore
+torch recognises ties, and a value that is written through one tensor is read through another. A write is
+encoded into every layer that shares the weight. A write to memory that is out of date is refused.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .weight_cache import KeptWeights
 # The name of the buffer that has a layer's compressed bytes.
 BYTES = "weight_sfp"
 
-# The part of error messages that says why the weight cannot have a gradient.
+# The end of the messages about gradients.
 FROZEN = (
-    "is frozen and takes no part in gradients and transforms; write detached values under torch.no_grad(), "
-    "or make the model dense with decompress_model"
+    "is frozen and does not support gradients and transforms; write detached values under torch.no_grad(), "
+    "or call decompress_model first"
 )
 
 
@@ -70,7 +70,7 @@ def unregister(layer: Holder) -> None:
 
 
 def holders_of(data: torch.Tensor) -> list[Holder]:
-    """Returns the layers that have these bytes."""
+    """Returns the layers whose weight is these bytes: the same tensor object."""
     with _lock:
         return [layer for layer in _holders if layer._buffers.get(BYTES) is data]
 
@@ -130,7 +130,7 @@ class Decoded:
             _decoded.pop(self.key, None)
 
     def require_current(self) -> None:
-        """Refuses a write that would not reach the layer.
+        """Refuses a write to memory that is no longer the layer's weight.
 
         Raises:
             OptionError: the layer's bytes were replaced after this memory was decoded.
@@ -202,12 +202,12 @@ def require_matrix(value: object, layer: Holder) -> tuple[int, int]:
     Raises:
         OptionError: the value is not a two-dimensional tensor, or belongs to a transform of `torch.func`.
     """
-    said = f"{layer.title()} is compressed"
+    subject = f"{layer.title()} is compressed"
     if not isinstance(value, torch.Tensor):
-        raise OptionError(f"{said}: its weight cannot be a {type(value).__name__}; assign a tensor")
+        raise OptionError(f"{subject}: its weight cannot be a {type(value).__name__}; assign a tensor")
     if value.dim() != 2:
-        raise OptionError(f"{said}: its weight is a matrix, not a tensor of shape {list(value.shape)}")
+        raise OptionError(f"{subject}: its weight is a matrix, not a tensor of shape {list(value.shape)}")
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        raise OptionError(f"{said}: its weight {FROZEN}")
+        raise OptionError(f"{subject}: its weight {FROZEN}")
     rows, columns = value.shape
     return rows, columns

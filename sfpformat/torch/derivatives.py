@@ -1,7 +1,7 @@
-"""Derivatives of a linear layer with a compressed weight, for its input and its bias; the weight is frozen.
+"""Derivatives of a compressed linear layer with respect to its input and its bias; the weight is frozen.
 
-Rules: the derivative for the input uses the same operator with `turned` inverted. It decodes the weight
-again; no decoded weight is saved for the backward pass.
+Rules: the derivative with respect to the input uses the same operator with `turned` inverted. It decodes the
+weight again; no decoded weight is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class How(NamedTuple):
     """The operator's arguments that are not tensors, in the operator's order.
 
     Attributes:
-        features: last size of the result.
+        features: size of the result's last dimension.
         turned: True multiplies by the weight, False by its transpose.
         dtype, compute: the weight is converted to `dtype`, then to `compute`.
         kept: token of the cache of decoded weights.
@@ -45,9 +45,10 @@ def linear(x: torch.Tensor, bias: torch.Tensor | None, data: torch.Tensor, how: 
     Returns:
         [..., how.features].
     """
-    # The compiler accepts operators, but no autograd functions with their own forward derivatives. An
-    # operator has no forward derivative: torch would use 0. Outside the compiler, too, the autograd function
-    # is used only if needed: torch inspects its signature at every call, which takes longer than the product.
+    # The compiler accepts operators, but not autograd functions with their own forward derivatives. An
+    # operator has no forward derivative: torch would use 0. Outside the compiler, the autograd function is
+    # used only if it is needed: torch inspects its signature at every call, which takes longer than the
+    # product.
     if torch.compiler.is_compiling() or not (_is_transformed() or _has_tangent(x) or _has_tangent(bias)):
         call = operators.compute_linear if _is_plain(x, bias, data) else operators.linear
         out: torch.Tensor = call(x, bias, data, *how)
@@ -148,7 +149,7 @@ class _Linear(torch.autograd.Function):
             MismatchError: the weight is batched too.
         """
         of_x, of_bias, of_data, *_ = in_dims
-        if of_data is not None:  # needs files of equal length, which models do not have
+        if of_data is not None:  # a batch needs files of equal length; weights have different ones
             raise MismatchError(
                 "vmap over compressed weights is not supported; "
                 "call the layers one by one, or decompress them"

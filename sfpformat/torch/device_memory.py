@@ -1,4 +1,4 @@
-"""Decodes tensors on the device that will hold them: allocates their memory on torch's stream."""
+"""Decodes tensors on the device that will hold them, in memory allocated on torch's current stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _thread = threading.local()
 
 @dataclass
 class _Stream:
-    """What a thread keeps for one of torch's streams, because opening a queue and pinning are slow."""
+    """A thread's queue and memory for one of torch's streams; cached, because creating them is slow."""
 
     queue: DeviceQueue
     counters: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
@@ -61,14 +61,14 @@ def read_tensors(
         entry = own.entry(name)
         recipe = recipe_of(own, entry, engine)
         if recipe is None:
-            made[name] = _by_processor(own, name, device)
+            made[name] = _decoded_by_cpu(own, name, device)
         else:
             made[name] = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype.name), device=device)
             targets.append(Target(own, entry, recipe, made[name].data_ptr()))
 
     def refused(target: Target) -> None:
         name = target.entry.name
-        made[name].copy_(_by_processor(target.file, name, device))
+        made[name].copy_(_decoded_by_cpu(target.file, name, device))
 
     if targets:
         with current(device):
@@ -76,7 +76,7 @@ def read_tensors(
     return made
 
 
-def _by_processor(file: SfpFile, name: str, device: torch.device) -> torch.Tensor:
+def _decoded_by_cpu(file: SfpFile, name: str, device: torch.device) -> torch.Tensor:
     return tensor_of(file.get_tensor(name)).to(device)
 
 
@@ -88,7 +88,7 @@ def queue_of(device: torch.device) -> DeviceQueue:
 def counters_of(device: torch.device, count: int) -> int:
     """Returns the address of `count` 32-bit words that are zero, for torch's current stream.
 
-    Kernels leave them zero.
+    Kernels must reset them to zero.
     """
     stream = _stream(device)
     if len(stream.counters) < count:

@@ -1,4 +1,4 @@
-"""Reads tensors: the functions of `safetensors.torch` that load, and `safe_open`, for `.sfp` files."""
+"""`load_file`, `load` and `safe_open`: read tensors from files. Same interface as `safetensors.torch`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tensors import first_line, tensor_of, torch_dtype
 
 Device = str | int | torch.device
 
-# Bytes of tensors for another device that are decoded at a time: enough to keep all threads busy.
+# Bytes of tensors for another device that the CPU decodes at a time: enough to keep all threads busy.
 _BATCH_BYTES = 64 << 20
 
 
@@ -36,6 +36,8 @@ def load_file(
 ) -> dict[str, torch.Tensor]:
     """Returns all tensors of a file, by name, in file order.
 
+    Example: ``tensors = load_file("model.sfp", device="cuda")``.
+
     Args:
         path: path of the file, of the ``.sfp.index.json`` of a sharded model, or of a folder that has one of
             these.
@@ -43,7 +45,8 @@ def load_file(
         limits, threads, engine: as in `sfpformat.open`.
 
     Raises:
-        InvalidFileError, UnsupportedError, LimitError, OSError.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+        OSError: the file cannot be read.
         MismatchError: this version of torch has no such dtype.
         OptionError: the device does not exist.
     """
@@ -58,13 +61,22 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Returns all tensors of a file that is given as bytes, on the CPU. Otherwise like `load_file`."""
+    """Returns all tensors of a file in memory, by name, on the CPU, in file order.
+
+    Args:
+        data: the bytes of the file.
+        limits, threads, engine: as in `sfpformat.open`.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+        MismatchError: this version of torch has no such dtype.
+    """
     with safe_open(data, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 
 class TorchFile(Closing):
-    """An open file that returns torch tensors. A context manager; `safe_open` creates it. Thread-safe.
+    """An open file that returns torch tensors; a context manager. `safe_open` creates it. Thread-safe.
 
     Attributes:
         file: the underlying reader, which returns numpy arrays.
@@ -83,7 +95,7 @@ class TorchFile(Closing):
         self.file.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles the file so that unpickling opens it again, as with `SfpFile`."""
+        """Pickles the file like `SfpFile`: unpickling opens it again."""
         return TorchFile, (self.file, self.device, self._engine)
 
     def keys(self) -> list[str]:
@@ -120,7 +132,8 @@ class TorchFile(Closing):
                 entries are the survivors and the indices are int64; the dense tensor is never allocated.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError, LimitError: the file is damaged or refused.
             MismatchError: the layout does not fit the shape, or this version of torch has no such dtype.
             OptionError: the layout is unknown.
         """
@@ -137,7 +150,9 @@ class TorchFile(Closing):
         devices, the CPU decodes at most 64 MiB or one tensor at a time.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError, MismatchError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError, LimitError: the file is damaged or refused.
+            MismatchError: this version of torch has no such dtype.
         """
         if self.device.type == "cpu":
             return {name: tensor_of(array) for name, array in self.file.get_tensors(names).items()}
@@ -159,27 +174,40 @@ class TorchFile(Closing):
         return out
 
     def get_slice(self, name: str) -> TorchSlice:
-        """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments it needs."""
+        """Returns a lazy tensor: ``f.get_slice("w")[10:20, :64]`` decodes only the segments that it needs.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+        """
         return TorchSlice(self.file.get_slice(name), self.device)
 
     def get_mask(self, name: str) -> torch.Tensor:
-        """Returns the mask: bool, the tensor's shape, True for survivors. All True if there is no mask.
+        """Returns the mask: bool, of the tensor's shape, True for survivors. All True if there is no mask.
 
         The CPU decodes masks and importances for all devices: the CUDA kernels only decode weights.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError, LimitError: the file is damaged or refused.
         """
         return tensor_of(self.file.get_mask(name)).to(self.device)
 
     def get_importance(self, name: str) -> torch.Tensor | None:
-        """Returns the importance of every position, float32, in the tensor's shape; None if there is none."""
+        """Returns the importance of every position: float32, of the tensor's shape. None if there is none.
+
+        Raises:
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError, LimitError: the file is damaged or refused.
+        """
         importance = self.file.get_importance(name)
         return None if importance is None else tensor_of(importance).to(self.device)
 
 
 class TorchSlice:
-    """A tensor that is decoded when it is indexed; same interface as the slice object of safetensors."""
+    """A tensor that is decoded when it is indexed. Same interface as the slice object of safetensors."""
 
     def __init__(self, part: SfpSlice, device: torch.device) -> None:
-        """Wraps a slice that returns arrays."""
+        """Wraps a slice that returns numpy arrays."""
         self._slice = part
         self._device = device
 
@@ -192,11 +220,15 @@ class TorchSlice:
         return self._slice.get_dtype()
 
     def __getitem__(self, index: Index) -> torch.Tensor:
-        """Returns the selected part as a new tensor. Supports integers, slices with any step, and ``...``.
+        """Returns the selected part as a new tensor.
+
+        Args:
+            index: integers, slices with any step, and ``...``, as in basic numpy indexing.
 
         Raises:
-            IndexError: the index does not fit the shape.
-            InvalidFileError, LimitError, MismatchError.
+            IndexError: the index does not fit the shape, or has an item of another type.
+            InvalidFileError, LimitError: the file is damaged or refused.
+            MismatchError: this version of torch has no such dtype.
         """
         return tensor_of(np.asarray(self._slice[index])).to(self._device)
 
@@ -212,29 +244,33 @@ def safe_open(
 ) -> TorchFile:
     """Opens a file for reading tensor by tensor. Reads only the preamble and the directory.
 
+    Example: ``with safe_open("model.sfp") as f: part = f.get_slice("w")[10:20, :64]``.
+
     Args:
         readable: as in `sfpformat.open`.
-        framework: ``"pt"``, safetensors' name for torch.
+        framework: ``"pt"``, safetensors' name for torch; ``"torch"`` and ``"pytorch"`` are valid too.
         device: the device of the tensors.
         limits, threads, engine: as in `sfpformat.open`.
 
     Raises:
-        InvalidFileError, UnsupportedError, LimitError, OSError.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
+        OSError: the file cannot be read.
         OptionError: the framework is another one, or the device does not exist.
     """
     if framework not in ("pt", "torch", "pytorch"):
         raise OptionError(
-            f"framework is {framework!r}; this function returns torch tensors, use sfpformat.numpy for arrays"
+            f"framework is {framework!r}, must be 'pt': this function returns torch tensors; "
+            "use sfpformat.numpy for arrays"
         )
     where = require_device(device)
     return TorchFile(open_any(readable, limits=limits, threads=threads, engine=engine), where, engine)
 
 
 def require_device(device: Device) -> torch.device:
-    """Returns a device by its name or index, after checking that it is available.
+    """Returns a device by its name or index, after a check that it is available.
 
     Raises:
-        OptionError: torch does not know the device, or cannot use it here.
+        OptionError: torch does not know the device, or cannot use it on this machine.
     """
     try:
         where = torch.device(device)
@@ -243,11 +279,11 @@ def require_device(device: Device) -> torch.device:
     if where.type in ("cpu", "meta"):
         return where
     if where.type == "cuda":
-        # Creates no context on the device, so that the process can still fork.
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if there <= (where.index or 0):
+        # These calls create no context on the device, so that the process can still fork.
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (where.index or 0):
             built = "" if torch.version.cuda or torch.version.hip else "; this torch is built without CUDA"
-            raise OptionError(f"device {device!r}: torch finds {there or 'no'} CUDA devices{built}")
+            raise OptionError(f"device {device!r}: torch finds {count or 'no'} CUDA devices{built}")
         return where
     try:
         torch.empty(0, device=where)
@@ -267,13 +303,13 @@ def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     Args:
         sizes: name -> bytes.
     """
-    lot: list[str] = []
+    batch: list[str] = []
     left = _BATCH_BYTES
     for name, size in sizes.items():
-        if lot and size > left:
-            yield lot
-            lot, left = [], _BATCH_BYTES
-        lot.append(name)
+        if batch and size > left:
+            yield batch
+            batch, left = [], _BATCH_BYTES
+        batch.append(name)
         left -= size
-    if lot:
-        yield lot
+    if batch:
+        yield batch

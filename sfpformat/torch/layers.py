@@ -1,8 +1,8 @@
 """Layers that hold their weight compressed and decode it when they are called.
 
-Rules: a layer keeps the interface of its dense class, hooks and bias; `compressed` has what all share.
-The output equals that of the dense layer with the decoded weight, bit for bit. Exception: if a CUDA device
-multiplies without decoding, the order of the sums differs.
+Rules: a layer keeps the interface, the hooks and the bias of its dense class. The output equals that of the
+dense layer with the decoded weight, bit for bit. Exception: if a CUDA device multiplies without decoding, the
+order of the sums differs. The common base class is in the module `compressed`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .weight_cache import KeptWeights
 
 # Device type -> whether autocast supports it. Evaluated at import, because the compilers of some versions of
 # torch cannot trace the call.
-_AUTOCAST_IS_THERE: dict[str, bool] = {
+_SUPPORTS_AUTOCAST: dict[str, bool] = {
     kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta", "mps", "xla", "xpu")
 }
 
@@ -34,6 +34,8 @@ class SfpLinear(Compressed, nn.Linear):
 
     Input and bias have gradients, and, outside of ``torch.compile``, forward derivatives. `compress_model`
     and `of` create it. A layer created by its constructor gets its weight through ``load_state_dict``.
+
+    Example: ``layer = SfpLinear.of(torch.nn.Linear(1024, 1024))``.
     """
 
     def __init__(
@@ -59,10 +61,14 @@ class SfpLinear(Compressed, nn.Linear):
 
     @classmethod
     def of(cls, dense: nn.Linear, options: Options | None = None) -> SfpLinear:
-        """Returns a compressed layer with the encoded weight, lossless by default; it shares the dense bias.
+        """Returns a compressed layer with the weight of a dense one, and the same bias tensor.
+
+        Args:
+            dense: the layer; it is not changed.
+            options: how to encode the weight; None is lossless.
 
         Raises:
-            OptionError: the options do not fit.
+            OptionError: the options do not fit the weight.
         """
         made = cls(dense.in_features, dense.out_features, False, dense.weight.device, dense.weight.dtype)
         made.bias = dense.bias
@@ -79,7 +85,7 @@ class SfpLinear(Compressed, nn.Linear):
             return _called_symbolically(self, input)
         bias: torch.Tensor | None = self.bias
         compute = self.weight_dtype
-        # Autocast does not cast for custom operators: this repeats what it does for the dense layer.
+        # Autocast does not cast for custom operators, so this code does what autocast does for a dense layer.
         if _autocasts(input.device.type) and torch.float64 not in (input.dtype, compute):
             compute = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute)
@@ -93,6 +99,8 @@ class SfpEmbedding(Compressed, nn.Embedding):
 
     `compress_model` and `of` create it. A layer created by its constructor gets its weight through
     ``load_state_dict``.
+
+    Example: ``layer = SfpEmbedding.of(torch.nn.Embedding(32000, 1024))``.
     """
 
     def __init__(
@@ -113,7 +121,9 @@ class SfpEmbedding(Compressed, nn.Embedding):
         """
         nn.Module.__init__(self)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise MismatchError(f"padding_idx is {padding_idx}, but there are only {num_embeddings} rows")
+            raise MismatchError(
+                f"padding_idx is {padding_idx}, must be {-num_embeddings} to {num_embeddings - 1}"
+            )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
@@ -123,10 +133,14 @@ class SfpEmbedding(Compressed, nn.Embedding):
 
     @classmethod
     def of(cls, dense: nn.Embedding, options: Options | None = None) -> SfpEmbedding:
-        """Returns a compressed layer with the encoded weight, lossless by default.
+        """Returns a compressed layer with the weight of a dense one.
+
+        Args:
+            dense: the layer; it is not changed.
+            options: how to encode the weight; None is lossless.
 
         Raises:
-            OptionError: the options do not fit.
+            OptionError: the options do not fit the weight.
             MismatchError: the layer changes its weight when it is called (``max_norm``).
         """
         if dense.max_norm is not None:
@@ -141,7 +155,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
         return made.train(dense.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Maps row indices [...] to [..., embedding_dim].
+        """Maps row indices, int32 or int64 [...], to [..., embedding_dim].
 
         Raises:
             IndexError: an index is out of range.
@@ -155,7 +169,7 @@ class SfpEmbedding(Compressed, nn.Embedding):
         return out
 
 
-# ---------------------------------------------------------------------------- from dense and back, in place
+# --------------------------------------------------------------- conversion between dense and compressed
 
 
 def compressed_class(module: nn.Module) -> type[Compressed] | None:
@@ -173,7 +187,7 @@ def compressed_class(module: nn.Module) -> type[Compressed] | None:
 
 
 def compressed_weights(model: nn.Module) -> set[str]:
-    """Returns the names under which the ``state_dict`` has the bytes of compressed weights."""
+    """Returns the names of the compressed weights in the ``state_dict``."""
     return {
         f"{path}.weight" if path else "weight"
         for path, module in model.named_modules(remove_duplicate=False)
@@ -202,7 +216,7 @@ def make_compressed(module: nn.Module, data: torch.Tensor, kept: KeptWeights, na
 
 
 def make_dense(module: Compressed, weight: nn.Parameter) -> None:
-    """Turns a compressed layer into a dense one with that weight. The object stays the same."""
+    """Turns a compressed layer into a dense one with the given weight. The object stays the same."""
     unregister(module)
     data = module._buffers.pop(BYTES, None)  # a shallow copy has the same dictionary
     if data is not None:
@@ -217,7 +231,7 @@ def make_dense(module: Compressed, weight: nn.Parameter) -> None:
 
 
 def _called_symbolically(layer: Compressed, input: torch.fx.Proxy) -> Any:
-    """Returns a call of the layer in a `torch.fx` graph, like that of a dense layer of torch.
+    """Adds a call of the layer to a `torch.fx` graph, as torch does for a dense layer. Returns its node.
 
     Raises:
         OptionError: the traced module is the layer itself.
@@ -231,7 +245,7 @@ def _called_symbolically(layer: Compressed, input: torch.fx.Proxy) -> Any:
 
 def _autocasts(kind: str) -> bool:
     """Returns whether autocast is enabled for a device type."""
-    there = _AUTOCAST_IS_THERE.get(kind)
-    if there is None:  # a custom device type
-        there = torch.amp.is_autocast_available(kind)
-    return there and torch.is_autocast_enabled(kind)
+    supported = _SUPPORTS_AUTOCAST.get(kind)
+    if supported is None:  # a custom device type
+        supported = torch.amp.is_autocast_available(kind)
+    return supported and torch.is_autocast_enabled(kind)

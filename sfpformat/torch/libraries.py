@@ -26,8 +26,8 @@ SAVE = "save_pretrained"
 class SavesDense:
     """Replaces a model's ``save_pretrained`` while it has compressed layers, and writes dense weights.
 
-    All weights are decoded at once. If only adapters are written, only the embeddings are decoded, because
-    peft may write these too. Copies and pickles of the model have their own instance.
+    All decoded weights are in memory at the same time. If only adapters are written, only the embeddings are
+    decoded, because peft may write these too. Copies and pickles of the model have their own instance.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,10 +37,10 @@ class SavesDense:
         """Calls ``save_pretrained`` of the model's class with the same arguments and dense weights."""
         save: Callable[..., Any] = getattr(type(self.model), SAVE)
         given = inspect.signature(save).bind(self.model, *args, **kwargs)
-        words = given.arguments if "state_dict" in given.arguments else given.arguments.get("kwargs", {})
+        named = given.arguments if "state_dict" in given.arguments else given.arguments.get("kwargs", {})
         layers = _embeddings(self.model) if _saves_adapters(self.model) else _compressed(self.model)
-        if words.get("state_dict") is not None:
-            words["state_dict"] = _decoded(self.model, layers, words["state_dict"])
+        if named.get("state_dict") is not None:
+            named["state_dict"] = _decoded(self.model, layers, named["state_dict"])
         with dense_states(layers):
             return save(*given.args, **given.kwargs)
 
@@ -83,7 +83,7 @@ def _embeddings(model: nn.Module) -> set[Compressed]:
         get = getattr(model, name, None)
         try:
             embedding = None if get is None else get()
-        except NotImplementedError:  # how transformers says that a model has no such embeddings
+        except NotImplementedError:  # in transformers: the model has no such embeddings
             continue
         found |= set() if embedding is None else _compressed(embedding)
     return found
@@ -129,5 +129,6 @@ def _watch_peft(module: nn.Module, name: str, child: nn.Module | None) -> None:
             )
 
 
-# torch only has a global hook for this, which affects all modules of the process: installed on first need.
+# torch has only a global hook for this, which affects all modules of the process. Therefore it is installed
+# only when the process creates its first compressed layer.
 before_first_layer(lambda: register_module_module_registration_hook(_watch_peft))

@@ -1,8 +1,8 @@
 """Finds a module's tensors and ties, matches them with a file's tensors, and fills them.
 
-Rules: errors of names and shapes are raised before anything is changed. Tensors are decoded directly into the
-module's memory if dtype, device and strides allow it. Tensors on the meta device are allocated, and are put
-into the module only after all of them are decoded.
+Rules: errors about names and shapes are raised before the module is changed. Tensors are decoded directly
+into the module's memory if dtype, device and strides allow it. Tensors on the meta device are allocated, and
+are put into the module only after all of them are decoded.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ def require_same_names(model: torch.nn.Module, missing: Sequence[str], unexpecte
         MismatchError: there is such a name. The message lists the first names and the reason, if known.
     """
     if missing or unexpected:
-        said = [
+        parts = [
             f"{word} in the file: {listed(names)}"
             for word, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
         reason = hint(missing, unexpected)
         raise MismatchError(
-            f"the file does not fit {type(model).__name__}: {'; '.join(said)}{reason and f'. {reason}'}",
+            f"the file does not fit {type(model).__name__}: {'; '.join(parts)}{reason and f'. {reason}'}",
             missing,
             unexpected,
         )
@@ -337,8 +337,7 @@ def _copy(name: str, tensor: torch.Tensor, target: torch.Tensor, lost: list[str]
         raise
     except (RuntimeError, TypeError) as error:  # a class raises either of them if it has no such operation
         raise MismatchError(
-            f"{name!r} of the module is a {type(target).__name__} that the file's values cannot be "
-            "written to: "
+            f"the file's values cannot be written to {name!r} of the module, a {type(target).__name__}: "
             f"{first_line(error)}"
         ) from error
     if loses_values(tensor, target):
@@ -381,7 +380,7 @@ def _largest_magnitude(tensor: torch.Tensor) -> float:
 def warn_of_lost_values(names: Sequence[str]) -> None:
     """Warns of the tensors for which `loses_values` is true."""
     if names:
-        warn(f"the module's dtype cannot represent all values that the file has for {listed(names)}")
+        warn(f"the module's dtype cannot represent all values of {listed(names)} in the file")
 
 
 def _put(places: Mapping[str, Place], group: Group, tensor: torch.Tensor) -> None:

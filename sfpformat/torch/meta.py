@@ -1,7 +1,7 @@
 """Creation of modules with parameters on the meta device, and checks that no tensor stays there.
 
-Rules: non-persistent buffers are not in files; only the module's own code can compute them. So buffers are
-created as usual, and only parameters are put on the meta device.
+Rules: non-persistent buffers are not in files; only the module's own code can compute them. Therefore buffers
+are created as usual, and only parameters are put on the meta device.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ def parameters_on_meta() -> Iterator[None]:
     """Context in which new modules have their parameters on the meta device, where they take no memory.
 
     Buffers are computed as usual. `load_model` and `compress_model` allocate the parameters, so that nothing
-    stays on the meta device. ``torch.device("meta")`` puts buffers there too, and non-persistent ones, such
-    as positions and rotary frequencies, are not in files.
+    stays on the meta device. ``torch.device("meta")`` would also put buffers on the meta device; the
+    non-persistent ones, such as positions and rotary frequencies, are not in files.
 
     Ties are kept. Parameters of lazy modules, and tensor subclasses with their own operators, are unchanged.
     The context affects only the thread that enters it.
 
-    Example:
-        ``with parameters_on_meta(): model = LlamaForCausalLM(config)``, then ``load_model(model, path)``.
+    Example: ``with parameters_on_meta(): model = Model(config)``, then ``load_model(model, path)``.
     """
     thread = threading.get_ident()
     made = WeakIdKeyDictionary()  # original parameter -> its meta parameter, one for all ties
@@ -85,9 +84,9 @@ def require_none_left(model: nn.Module, filled: Collection[str], strict: bool) -
     left = left_on_meta(model, filled)
     if not left:
         return
-    words = f"the file does not fill {listed(left)}, which would stay on the meta device"
+    message = f"the file does not fill {listed(left)}, which would stay on the meta device"
     if set(left) & dict(model.named_buffers(remove_duplicate=False)).keys():
-        words += "; create the model under sfpformat.torch.parameters_on_meta(), which computes its buffers"
+        message += "; create the model under sfpformat.torch.parameters_on_meta(), which computes its buffers"
     if strict:
-        raise MismatchError(words, left)
-    warn(words)
+        raise MismatchError(message, left)
+    warn(message)

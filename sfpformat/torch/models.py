@@ -1,4 +1,4 @@
-"""`save_model` and `load_model`, as in safetensors: write and load whole modules, including tied tensors."""
+"""`save_model` and `load_model`: write and load whole modules. Same interface as safetensors."""
 
 from __future__ import annotations
 
@@ -61,10 +61,12 @@ def save_model(
     A tied tensor is written under its first name in alphabetical order, as in safetensors. The metadata map
     each other name to that name. Tensors that overlap only in part are each written in full.
 
+    Example: ``save_model(model, "model.sfp")``.
+
     Args:
         model: any module; its tensors can be on any device except meta.
         path: path of the file, which is replaced only on success.
-        metadata: strings for the caller's own use.
+        metadata: str -> str; stored unchanged.
         force_contiguous: False refuses tensors that are not contiguous. True writes their elements in index
             order.
         options, masks, importances: as in `save_file`; any name of a tied tensor is valid.
@@ -73,7 +75,7 @@ def save_model(
     Raises:
         OptionError: a value of the ``state_dict`` is not a tensor or has no memory; an option, mask or
             importance does not fit its tensor; a name in an argument is unknown or is that of a compressed
-            weight; or two names of one tensor are given different values.
+            weight; or an argument has different values for two names of one tensor.
         OSError: the file cannot be written.
     """
     require_known_shapes(model)
@@ -82,35 +84,36 @@ def save_model(
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     others = [name for name in state if name not in tensors]
     if others:
+        kind = type(state[others[0]]).__name__
         raise OptionError(
-            f"{others[0]!r} of the state_dict is a {type(state[others[0]]).__name__}, not a tensor"
+            f"{others[0]!r} of the state_dict is a {kind}, not a tensor; save_model cannot write it"
         )
     for name, tensor in tensors.items():
         require_memory(tensor, f"tensor {name!r}")
-    loose = [name for name, tensor in tensors.items() if tensor.layout == torch.strided]
-    loose = [name for name in loose if not tensors[name].is_contiguous()]
-    if loose and not force_contiguous:
+    strided = [name for name, tensor in tensors.items() if tensor.layout == torch.strided]
+    scattered = [name for name in strided if not tensors[name].is_contiguous()]
+    if scattered and not force_contiguous:
         raise OptionError(
-            f"tensor {loose[0]!r} is not contiguous; force_contiguous=True writes a contiguous copy"
+            f"tensor {scattered[0]!r} is not contiguous; force_contiguous=True writes a contiguous copy"
         )
     ties = TiedNames(tensors)
-    as_they_are = {ties.kept(name) for name in compressed}
+    copied = {ties.kept(name) for name in compressed}
     chosen = options if not isinstance(options, Mapping) else ties.by_kept(options, "options")
     masks, importances = ties.by_kept(masks, "masks"), ties.by_kept(importances, "importances")
     for argument, given in (("options", chosen), ("masks", masks), ("importances", importances)):
-        _require_not_compressed(argument, as_they_are & set(given if isinstance(given, Mapping) else ()))
-    said = dict(metadata or {})
+        _require_not_compressed(argument, copied & set(given if isinstance(given, Mapping) else ()))
+    with_aliases = dict(metadata or {})
     for name in list(tensors):
         kept = ties.kept(name)
         if name != kept:
-            said.setdefault(name, kept)
+            with_aliases.setdefault(name, kept)
             del tensors[name]
     options_of = options_by_name(chosen, tensors)
-    encoded = {name: tensor for name, tensor in tensors.items() if name not in as_they_are}
+    encoded = {name: tensor for name, tensor in tensors.items() if name not in copied}
     warn_of_quantised(outlines(encoded), options)
-    with Writer(path, metadata=said, limits=limits, engine=engine, threads=threads) as writer:
+    with Writer(path, metadata=with_aliases, limits=limits, engine=engine, threads=threads) as writer:
         for name, tensor in tensors.items():
-            if name in as_they_are:
+            if name in copied:
                 put_into(tensor, writer, name)
             else:
                 mask, importance = masks.get(name), importances.get(name)
@@ -125,8 +128,8 @@ def _require_not_compressed(argument: str, names: Collection[str]) -> None:
     """
     if names:
         raise OptionError(
-            f"{argument}: {min(names)!r} is compressed already and is written unchanged; "
-            "call decompress_model first"
+            f"{argument}: {min(names)!r} is compressed already, so its bytes are copied unchanged; "
+            "to encode it again, call decompress_model first"
         )
 
 
@@ -140,16 +143,18 @@ def load_model(
     threads: int | None = None,
     engine: str | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Loads a file into a module. Decodes directly into the module's memory where possible.
+    """Loads a file into a module. Decodes directly into the module's memory if possible.
 
-    The peak memory is that of the module plus one chunk a thread. Tensors on another device than the CPU, and
-    tensors whose dtype differs from the file's, need a temporary copy: 64 MiB or one tensor at a time, on the
-    CPU, or on the CUDA device if that decodes. The file's numbers are converted to the module's dtype.
+    The peak memory is that of the module plus one chunk per thread. Tensors on another device than the CPU,
+    and tensors whose dtype differs from the file's, need a temporary copy: 64 MiB or one tensor at a time, on
+    the CPU, or on the CUDA device if it decodes them. The file's numbers are converted to the module's dtype.
     Parameters on the meta device are allocated. Non-persistent buffers are not in files and stay unchanged;
     `parameters_on_meta` creates a module that has them. If a module customises loading by hooks or methods,
     or is lazy, all tensors are passed to ``load_state_dict`` instead.
 
     As in torch, the counter of a batch norm may be missing, and a scalar accepts a vector of one element.
+
+    Example: ``missing, unexpected = load_model(model, "model.sfp", strict=False)``.
 
     Args:
         model: the module.
@@ -164,8 +169,8 @@ def load_model(
         One name of a tied tensor is enough; a second one in the file is unexpected.
 
     Warns:
-        SfpWarning: if not strict, tensors stay on the meta device; the file's numbers differ from those of a
-            non-persistent buffer; or the module's dtype cannot represent the file's numbers.
+        SfpWarning: tensors stay on the meta device (only if not strict); the file's numbers differ from those
+            of a non-persistent buffer; or the module's dtype cannot represent the file's numbers.
 
     Raises:
         MismatchError: names (if strict) or shapes do not match. The module is unchanged, unless it customises
@@ -195,7 +200,7 @@ def load_model(
 
 
 def warn_of_ignored(model: torch.nn.Module, file: AnyFile, names: Sequence[str]) -> None:
-    """Warns of non-persistent buffers that differ from the file's tensors; the module keeps its own."""
+    """Warns of non-persistent buffers whose values differ from the file's; the module keeps its values."""
     buffers = non_persistent(model)
     differ = [name for name in names if not _has_numbers_of(buffers[name], file, name)]
     if differ:
@@ -217,12 +222,12 @@ def _has_numbers_of(buffer: torch.Tensor, file: AnyFile, name: str) -> bool:
     return torch.equal(buffer.detach().to("cpu", stored.dtype), stored)
 
 
-# Modules whose loading code is torch's default; batch norm only adds a counter that very old files lack.
+# Modules of torch's default loading code. Batch norm only adds a counter that very old files lack.
 _PLAIN_LOADING = ("torch.nn.modules.module", "torch.nn.modules.batchnorm")
 
 
 def loads_its_own_way(model: torch.nn.Module) -> bool:
-    """Returns whether a submodule customises loading, or is lazy and has no shape before it is loaded."""
+    """Returns whether a submodule customises loading, or is lazy: it has no shape before it is loaded."""
     return any(
         module._load_state_dict_pre_hooks
         or module._load_state_dict_post_hooks
@@ -236,7 +241,7 @@ def loads_its_own_way(model: torch.nn.Module) -> bool:
 def _by_state_dict(
     model: torch.nn.Module, places: Mapping[str, Place], file: AnyFile, strict: bool, device: torch.device
 ) -> tuple[list[str], list[str]]:
-    """Loads through ``load_state_dict``. Names and shapes are checked only after the module was changed."""
+    """Loads through ``load_state_dict``, which checks names and shapes only after it changed the module."""
     for name, place in places.items():
         if not is_lazy(place.tensor):
             require_fillable(name, place.tensor)
@@ -276,9 +281,12 @@ def _by_state_dict(
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=on_meta)
     except RuntimeError as error:
         lines = str(error).splitlines()
-        said = "\n".join(line[:300] for line in lines[: MOST_LISTED + 1])
+        first = "\n".join(line[:300] for line in lines[: MOST_LISTED + 1])
         more = f"\n\tand {len(lines) - MOST_LISTED - 1:,} more" if len(lines) > MOST_LISTED + 1 else ""
-        raise MismatchError(f"{said}{more}\nSome of the module's weights may be overwritten.") from error
+        raise MismatchError(
+            f"{first}{more}\nSome of the module's weights may have been overwritten: load it again before "
+            "you use it."
+        ) from error
     unexpected = [name for name in unexpected if name not in used]
     ignored = [name for name in unexpected if name in own_buffers]
     refused = [name for name in unexpected if name not in own_buffers]

@@ -57,7 +57,7 @@ def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
         prefix = _common_prefix(names)
         known: Collection[str] = set(others)
         if prefix and any(name.removeprefix(prefix) in known for name in names):
-            return f"names in the {whose} start with {prefix!r}, the others do not"
+            return f"names in the {whose} start with {prefix!r}; the other side's names do not"
     return ""
 
 

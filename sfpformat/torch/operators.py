@@ -1,8 +1,8 @@
 """The computations of compressed layers as custom torch operators, which compilers treat as opaque.
 
 Rules: the result of an operator depends only on the compressed bytes and the other inputs; the cache of
-decoded weights only saves work. A decoded weight leaves an operator only as a new tensor. None is saved for
-the backward pass; it is decoded again.
+decoded weights only saves work. An operator returns a decoded weight only as a new tensor. No decoded weight
+is saved for the backward pass, which decodes the weight again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .weight_cache import cache_of
 
 Operator = Callable[..., torch.Tensor]
 
-# The CPU inspects the bytes, which cannot be part of a recorded CUDA graph. Older versions of torch lack the
-# tag.
+# `cudagraph_unsafe`: the CPU inspects the bytes, which a recorded CUDA graph cannot repeat. Older versions of
+# torch lack this tag.
 _TAGS = tuple(
     getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
 )
@@ -37,7 +37,7 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
     """
     name, arguments = signature.split("(", 1)
     full_name = f"sfpformat::{name}"
-    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second, and 70 MB.
+    # Not `torch.library.custom_op`: it imports the compiler at the first call, which takes a second and 70 MB.
     torch.library.define(full_name, f"({arguments} -> Tensor", tags=_TAGS)
     torch.library.impl(full_name, "CompositeExplicitAutograd", compute)
     torch.library.register_fake(full_name, fake)
@@ -125,7 +125,7 @@ decode = _operator(
     _fake_decode,
 )
 # Returns x @ weight.T + bias, [..., columns] -> [..., rows]. If ``turned``, returns x @ weight, [..., rows]
-# -> [..., columns], without bias. ``features`` is the last size of the result.
+# -> [..., columns], without bias. ``features`` is the size of the result's last dimension.
 linear = _operator(
     "linear(Tensor x, Tensor? bias, Tensor data, SymInt features, bool turned, "
     "ScalarType dtype, ScalarType compute, str kept)",

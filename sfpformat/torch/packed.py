@@ -21,6 +21,7 @@ from ..encode.sink import MemorySink
 from ..encode.writer import Writer
 from ..engines import get_engine
 from ..errors import MismatchError
+from ..names import listed
 from ..options import Options
 from .files import is_decoded_on
 from .loading import AnyFile
@@ -39,7 +40,7 @@ def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
         The file, uint8 [bytes], on the CPU.
 
     Raises:
-        OptionError: the options do not fit.
+        OptionError: the options do not fit the tensor, or it has no memory.
     """
     sink = MemorySink()
     with Writer(sink, threads=torch.get_num_threads()) as writer:
@@ -103,14 +104,19 @@ def require_shape(data: torch.Tensor, shape: tuple[int, ...]) -> None:
         InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
     """
     if not may_be_bytes(data):
-        raise MismatchError("the bytes of a weight must be a tensor, uint8 [bytes]")
+        raise MismatchError("a compressed weight must be a uint8 vector, the bytes of an .sfp file")
     with open_weight(data) as file:
         if file.keys() != [TENSOR_NAME]:
-            raise MismatchError(f"the file has the tensors {file.keys()}, must have {TENSOR_NAME!r} only")
+            raise MismatchError(
+                f"a compressed weight must contain the tensor {TENSOR_NAME!r} alone; this one contains "
+                f"{listed(file.keys())}"
+            )
         info = file.info(TENSOR_NAME)
     torch_dtype(info.dtype)
     if info.shape != shape:
-        raise MismatchError(f"the compressed weight is {list(info.shape)}, the module's {list(shape)}")
+        raise MismatchError(
+            f"the compressed weight has the shape {list(info.shape)}, the module's weight {list(shape)}"
+        )
 
 
 def decode(data: torch.Tensor) -> torch.Tensor:
@@ -141,7 +147,7 @@ def decode(data: torch.Tensor) -> torch.Tensor:
 
 
 def decode_rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-    """Decodes some rows of a matrix if that is less work than decoding all rows.
+    """Decodes some rows of a matrix, unless decoding all rows is less work.
 
     Args:
         data: as for `decode`.
@@ -202,13 +208,13 @@ def _few_rows(entry: TensorEntry, rows: torch.Tensor) -> _Few | None:
 
 
 class _Engines:
-    """Counts decoded weights, so that a compiled engine loads after many small weights too."""
+    """Counts decoded weights, so that the compiled engine is also loaded for many small weights."""
 
     def __init__(self) -> None:
         self._decoded = 0
 
     def expect(self, weights: int) -> None:
-        """Adds to the count before decoding. Not locked: the count is only an estimate."""
+        """Adds weights that will be decoded to the count. Not locked: the count is only an estimate."""
         self._decoded += weights
         get_engine(None, self._decoded)
 

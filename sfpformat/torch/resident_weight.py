@@ -1,8 +1,7 @@
-"""Weights with compressed bytes on a CUDA device: decoded there, or multiplied without being decoded.
+"""Decodes weights whose compressed bytes are on a CUDA device, or multiplies by them without decoding.
 
-Rules: the CPU inspects the bytes once and compares their checksums. The result is cached by the bytes'
-memory, and dropped when the memory is released or written to. If the kernels refuse or do not support a
-weight, the CPU decodes it, which gives the weight or raises the error.
+Rules: the CPU inspects the bytes once and compares their checksums. The result is cached (`by_memory`). If
+the kernels refuse or do not support a weight, the CPU decodes it, which gives the weight or raises the error.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from .by_memory import ByMemory
 from .tensors import format_dtype, torch_dtype
 from .weight_file import TENSOR_NAME, open_weight
 
-MOST_ROWS = 8  # of activations, multiplied without decoding; with more rows, decoding is faster
-_ALIGNMENT = 16  # bytes: kernels load this much at once
+MOST_ROWS = 8  # activations with more rows: decoding the weight first is faster
+_ALIGNMENT = 16  # bytes: the width of a kernel's loads
 
 # Returns the compute capability of a device.
 capability_of: Callable[[torch.device], tuple[int, int]] = torch.cuda.get_device_capability
@@ -53,9 +52,9 @@ class _Weight:
     placed: dict[tuple[torch.dtype, torch.dtype], ResidentMatrix | None] = field(default_factory=dict)
 
 
-# None for bytes that the CPU has to decode.
+# The value is None for bytes that the CPU has to decode.
 _known: ByMemory[_Weight | None] = ByMemory()
-_lock = threading.RLock()  # two threads do not inspect the same bytes
+_lock = threading.RLock()  # so that two threads do not inspect the same bytes
 
 
 def decode(data: torch.Tensor) -> torch.Tensor | None:
@@ -198,7 +197,7 @@ def _place(
     return None if product is None else weight.resident.place(devices.queue_of(device), product)
 
 
-# ------------------------------------------------------------------------------------------ what is known
+# ------------------------------------------------------------------------------------- inspection of bytes
 
 
 def _weight_of(data: torch.Tensor) -> _Weight | None:
@@ -207,12 +206,12 @@ def _weight_of(data: torch.Tensor) -> _Weight | None:
         found = _known.entry(data)
         if found is not None:
             return found.value
-        weight = _look_at(data)
+        weight = _inspect(data)
         _known.put(weight, data)
         return weight
 
 
-def _look_at(data: torch.Tensor) -> _Weight | None:
+def _inspect(data: torch.Tensor) -> _Weight | None:
     """Inspects the bytes on the CPU; None if the CPU has to decode them."""
     if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
         return None

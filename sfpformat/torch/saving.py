@@ -1,4 +1,4 @@
-"""Writes tensors: the functions of `safetensors.torch` that save, for `.sfp` files."""
+"""`save_file`, `save` and `options_for_weights`: write tensors. Same interface as `safetensors.torch`."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ def save_file(
 ) -> None:
     """Writes tensors to a file. The file at ``path`` is replaced only on success.
 
+    Example: ``save_file({"w": weight}, "model.sfp", options=Options(Uniform(bits=4)))``.
+
     Args:
         tensors: name -> tensor of any shape, device and strides, and of any dtype that the format names.
             Sparse layouts are written as dense tensors.
         path: path of the file.
-        metadata: strings for the caller's own use.
+        metadata: str -> str; stored unchanged.
         options: options for all tensors, or by name. Lossless by default. A single lossy `Options` applies to
             every float tensor; `options_for_weights` returns options for the weights alone.
         masks: name -> bool tensor of the tensor's shape, True for survivors.
         importances: name -> float tensor of the tensor's shape, or two vectors (rows, columns).
-        limits: the readers' limits. Readers need the same ones if these are not the default.
+        limits: the limits of the readers. If they are not the defaults, open the file with the same limits.
         threads: the maximum number of threads; the bytes do not depend on it.
         engine: as in `sfpformat.open`; the bytes do not depend on it.
 
     Raises:
         OptionError: an option, mask or importance does not fit its tensor; readers would refuse a tensor by
             their limits; a name in an argument is unknown; a tensor has no memory of its own (freed, on the
-            meta device, a wrapper of other tensors); or two tensors share memory, which the file would hold
-            twice: `save_model` writes it once.
+            meta device, a wrapper of other tensors); or two tensors share memory, which the file would
+            contain twice; `save_model` writes it once.
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
@@ -76,7 +78,10 @@ def save(
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
-    """Returns the bytes of the file that `save_file` would write."""
+    """Returns the bytes of the file that `save_file` would write. Same arguments and errors.
+
+    Example: ``data = save({"w": weight})``.
+    """
     require_unshared(tensors)
     out = io.BytesIO()
     with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
@@ -101,9 +106,12 @@ def _add_all(
 
 
 def options_for_weights(tensors: Mapping[str, torch.Tensor], options: Options) -> dict[str, Options]:
-    """Returns options by name for the weights alone, as `sfpformat.numpy.options_for_weights` does.
+    """Returns options by name for the weights alone, like `sfpformat.numpy.options_for_weights`.
 
-    A tensor with a NaN, or with a magnitude beyond the range of float32, is left out.
+    The result omits tensors with a NaN, or with a magnitude beyond the range of float32, which cannot be
+    quantised.
+
+    Example: ``options = options_for_weights(tensors, Options(Uniform(bits=4)))``.
 
     Args:
         tensors: all tensors of a model, such as its ``state_dict()``: whether a tensor is a weight can depend
@@ -183,6 +191,6 @@ def require_unshared(tensors: Mapping[str, torch.Tensor]) -> None:
         for (_, stop, one), (start, _, other) in pairwise(places):
             if start < stop:
                 raise OptionError(
-                    f"tensors {one!r} and {other!r} share memory and would be written twice; "
+                    f"tensors {one!r} and {other!r} share memory, which would be written twice; "
                     "use save_model, or pass copies"
                 )

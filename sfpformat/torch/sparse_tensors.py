@@ -22,7 +22,7 @@ _LAYOUTS: dict[str, torch.layout] = {
 
 
 def layout_of(layout: Layout) -> torch.layout:
-    """Returns the torch layout for a name or a torch layout.
+    """Returns the torch layout of a name; returns a torch layout unchanged.
 
     Raises:
         OptionError: the layout is not one of strided, coo and csr.
@@ -40,7 +40,8 @@ def read_sparse(file: SfpFile | ShardedFile, name: str, layout: torch.layout) ->
     bits differ from +0.
 
     Raises:
-        MissingTensorError, InvalidFileError, LimitError.
+        MissingTensorError: there is no tensor of that name.
+        InvalidFileError, LimitError: the file is damaged or refused.
         MismatchError: the layout is CSR and the tensor does not have two dimensions.
     """
     entry = file.entry(name)

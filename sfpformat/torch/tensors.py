@@ -1,7 +1,7 @@
 """Converts torch tensors to numpy arrays and back. Both share the same memory, so that no bit changes.
 
-Rules: if numpy has no dtype for torch's (BF16, FP8), both are viewed as integers of the same width. No number
-is converted.
+Rules: no number is converted. If numpy has no dtype of its own for a torch dtype (BF16, FP8), the memory is
+shared through integers of the same width.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def array_of(tensor: torch.Tensor, name: str = "", kind: str = "tensor") -> Arra
         kind: kind of the value, for errors: ``tensor``, or for example ``mask of``.
 
     Raises:
-        OptionError: the value is not a tensor, has no data (`require_memory`), or its dtype has no name in
-            the format.
+        OptionError: the value is not a tensor, has no data (`require_memory`), or has a dtype that the format
+            does not support.
     """
     what = f"{kind} {name!r}"
     require_memory(tensor, what)
     if tensor.dtype not in _FROM_TORCH:
-        raise OptionError(f"{what}: dtype {tensor.dtype} has no name in the format")
+        raise OptionError(f"{what}: the format does not support the dtype {tensor.dtype}")
     plain = tensor.detach()
     try:
         if plain.layout != torch.strided:
@@ -183,16 +183,16 @@ def missing_memory(tensor: torch.Tensor) -> str | None:
         if part.is_meta or not part.numel():
             continue
         try:
-            there = part.untyped_storage().nbytes()
+            size = part.untyped_storage().nbytes()
         except NotImplementedError:  # no storage, for example in torch.func.vmap
             continue
         last = part.storage_offset() + sum(
             (n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)
         )
         needed = (last + 1) * part.itemsize
-        if there < needed:
+        if size < needed:
             return (
-                f"has {there:,} bytes of memory and needs {needed:,}: its storage was freed or resized; "
+                f"has {size:,} bytes of memory and needs {needed:,}: its storage was freed or resized; "
                 "gather or load the weights first"
             )
     return None
@@ -204,7 +204,7 @@ def address_of(tensor: torch.Tensor) -> int:
         return 0
     try:
         return int(tensor.data_ptr())
-    except RuntimeError:  # torch has no narrower class for a tensor without storage, as in torch.func.vmap
+    except RuntimeError:  # the tensor has no storage, as in torch.func.vmap; torch has no narrower class
         return 0
 
 
@@ -224,7 +224,7 @@ def _parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, at most 200 characters: torch's can be long."""
+    """Returns the first line of an error's message, at most 200 characters: torch's messages can be long."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
 

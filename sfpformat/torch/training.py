@@ -1,9 +1,9 @@
 """Warns of attempts to train weights that `compress_model` froze, which torch would silently ignore.
 
-Rules: a compressed weight is not a parameter. An optimizer of ``model.parameters()`` does not include it. An
-optimizer that was created before compression has a tensor that the model no longer uses. The model's
-``requires_grad_`` does not reach it. Each of these warns. If other parameters are frozen too, as with
-adapters or a head that trains alone, an optimizer does not warn.
+A compressed weight is not a parameter. Therefore an optimizer of ``model.parameters()`` does not include it,
+an optimizer that was created before compression has a tensor that the model no longer uses, and the model's
+``requires_grad_`` does not change it. Each of these causes a warning. If other parameters are frozen too, as
+with adapters or a head that trains alone, there is no warning about the optimizer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WarnsOfFrozen:
         self.model = model
 
     def __call__(self, requires_grad: bool = True) -> nn.Module:
-        """Calls the method of the model's class; for compressed weights it takes effect when they are dense.
+        """Calls the method of the model's class; compressed weights keep the setting for `decompress_model`.
 
         Warns:
             SfpWarning: compressed weights stay frozen.
@@ -94,11 +94,11 @@ def _above_compressed(model: nn.Module) -> list[nn.Module]:
 
 @cache
 def _install() -> None:
-    """Registers `_look` as a global hook before each optimizer step; called when a model is compressed."""
-    register_optimizer_step_pre_hook(_look)
+    """Registers `_check` as a global hook before each optimizer step; called when a model is compressed."""
+    register_optimizer_step_pre_hook(_check)
 
 
-def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Checks an optimizer before its first step, and before the first one after each compression.
 
     Warns:
@@ -112,8 +112,8 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     gone = [_replaced[param] for param in trained if param in _replaced]
     if gone:
         warn(
-            f"the optimizer has the dense weights of {_some(gone)}, which are compressed and frozen since: "
-            f"its steps do not change the model; {_ADVICE} with a new optimizer"
+            f"the optimizer has the old dense weights of {_some(gone)}, which are now compressed and frozen, "
+            f"so its steps do not change the model; {_ADVICE} with a new optimizer"
         )
         return
     own = {id(param) for param in trained}

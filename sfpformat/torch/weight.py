@@ -1,8 +1,8 @@
-"""The weight of a compressed layer as a tensor: decoded when it is read; a write to it is encoded.
+"""The weight of a compressed layer as a tensor: reading decodes it, writing encodes the new values.
 
 Rules: `DecodedWeight` replaces the Parameter of a dense layer. Functions that only read get a plain tensor.
 After a function that writes to the weight or to a view of it, the new values are encoded losslessly into
-every layer that shares the weight. Writes that cannot reach the layer are refused.
+every layer that shares the weight. Writes that cannot be encoded into the layer are refused.
 
 Detection of writes: torch counts writes to memory (``Tensor._version``), including those through views. Every
 torch function that gets a `DecodedWeight` calls ``__torch_function__``, which compares the count before and
@@ -28,7 +28,7 @@ from .tensors import ReadsAsPlain
 def _dispatch(
     cls: type, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
 ) -> Any:
-    """Equivalent of `DecodedWeight.__torch_function__` for operators that are called without it."""
+    """Does the work of `DecodedWeight.__torch_function__` for operators that torch calls directly."""
     kwargs = kwargs or {}
     weights: list[DecodedWeight] = []
     plain_args, plain_kwargs = _unwrapped((args, kwargs), weights)
@@ -54,8 +54,9 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
     again, losslessly. The numpy view is read-only.
 
     Raises:
-        OptionError: an operation cannot reach the layer: a gradient of the weight, a Parameter made from it,
-            an in-place change of its shape, or sharing with other processes or libraries.
+        OptionError: an operation that a compressed layer does not support: a gradient of the weight, a
+            Parameter made from it, an in-place change of its shape, or sharing with other processes or
+            libraries.
     """
 
     _decoded: Decoded | None
@@ -87,7 +88,8 @@ class DecodedWeight(ReadsAsPlain, torch.Tensor):
         """
         if self._decoded is None:
             raise OptionError(
-                "the data of this tensor were replaced by a tensor of another type; read layer.weight again"
+                "the data of this tensor were replaced by a tensor of another shape, dtype or device; read "
+                "layer.weight again"
             )
         return self._decoded
 
@@ -231,7 +233,7 @@ def _name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-# ---------------------------------------------------------------------- functions with rules of their own
+# ---------------------------------------------------------------------- functions that need special handling
 
 
 def _get_data(func: Any, weight: DecodedWeight) -> Any:
@@ -246,7 +248,7 @@ def _set_data(func: Any, weight: DecodedWeight, value: torch.Tensor) -> None:
     if isinstance(value, DecodedWeight):
         plain, memory = value.plain(), decoded.memory
         if value.decoded is decoded and _Memory.of(plain).place == _Memory.of(memory).place:
-            return  # a write to `weight.data` has already reached the layer
+            return  # a write to `weight.data` was already encoded into the layer
         value = plain
     shape = require_matrix(value, decoded.layer)
     decoded.require_current()

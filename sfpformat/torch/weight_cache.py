@@ -44,7 +44,7 @@ class KeptWeights(ByMemory[torch.Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are kept now."""
+        """The number of bytes of weights in the cache now."""
         return self._bytes
 
     def find(self, data: torch.Tensor, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Files that hold one tensor: the name of the tensor, and opening the file."""
+"""Files that contain one tensor, the weight of a layer: the name of the tensor, and opening the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TENSOR_NAME = "weight"
 
 
 def open_weight(data: torch.Tensor) -> SfpFile:
-    """Opens the file on the CPU; bytes on another device are copied to the CPU.
+    """Opens the file in a uint8 vector. Bytes on another device are copied to the CPU.
 
     Raises:
         MismatchError: ``data`` is empty.

@@ -291,15 +291,15 @@ def test_an_invalid_weight_in_a_state_dict_is_refused_and_nothing_changes() -> N
     damaged = layer.weight_sfp.clone()
     damaged[-1] ^= 1
     for wrong, message in [
-        (packed.pack(torch.zeros(40, 24)), r"is \[40, 24\], the module's \[24, 40\]"),
+        (packed.pack(torch.zeros(40, 24)), r"shape \[40, 24\], the module's weight \[24, 40\]"),
         (
             torch.frombuffer(bytearray(save_tensors({"w": pruned(24, 40)})), dtype=torch.uint8),
-            "'weight' only",
+            "must contain the tensor 'weight' alone; this one contains 'w'",
         ),
         (damaged, "E_CRC"),
         (torch.zeros(0, dtype=torch.uint8), "no weight yet"),
         (torch.zeros(24, 40, dtype=torch.uint8), "uint8"),
-        (torch.zeros(40, 24), r"is \[40, 24\], the module's \[24, 40\]"),
+        (torch.zeros(40, 24), r"shape \[40, 24\], the module's weight \[24, 40\]"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict({"weight": wrong})
@@ -393,7 +393,7 @@ def test_calls_avoid_functions_that_some_compilers_cannot_trace(monkeypatch: pyt
         with monkeypatch.context() as patched:
             patched.setattr(torch.amp, "is_autocast_available", untraceable)
             assert bits(layer(x)) == bits(wanted)
-        monkeypatch.setattr("sfpformat.torch.layers._AUTOCAST_IS_THERE", {})  # as for somebody's own kind
+        monkeypatch.setattr("sfpformat.torch.layers._SUPPORTS_AUTOCAST", {})  # as for a custom device type
         assert bits(layer(x)) == bits(wanted)
 
 

@@ -520,7 +520,7 @@ def test_invalid_values_for_the_weight_are_refused(
     before = bits(model.mid.weight)
     with pytest.raises(error, match=message):
         model.mid.weight = value
-    with pytest.raises(OptionError, match="no weight to delete"):
+    with pytest.raises(OptionError, match="its weight cannot be deleted"):
         del model.mid.weight
     assert bits(model.mid.weight) == before
 
