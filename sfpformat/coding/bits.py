@@ -1,4 +1,4 @@
-"""Reads and writes bit sequences (SPEC.md R-CNV-002, R-CNV-003): LSB-first, whole-array numpy.
+"""Reads and writes bit sequences, LSB-first (SPEC.md R-CNV-002, R-CNV-003), with numpy on whole arrays.
 
 Rules: only this module reads bits, and it checks all offsets against the buffer, so that no caller slices a
 buffer by a number from a file. Fields have at most 56 bits, so that one unaligned 8-byte load contains any
@@ -15,10 +15,10 @@ from ..errors import fault
 Bytes = NDArray[np.uint8]
 
 MAX_FIELD_BITS = 56
-# A load of 8 bytes may start at the last byte of a sequence, so 7 readable bytes must follow it. Planes have
-# 16 (SPEC.md 15.1).
+# A load of 8 bytes may start at the last byte of a sequence, so 7 readable bytes must follow it. At least 16
+# bytes follow a plane (SPEC.md 15.1).
 SLACK_BYTES = 7
-# Below this number of bits, packing bit by bit is faster.
+# For fewer bits than this, packing bit by bit is faster.
 _FEW_BITS = 1 << 13
 
 
@@ -40,7 +40,7 @@ def require_bits(data: Bytes, start: int, bits: int) -> None:
 
 
 def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.uint64]:
-    """Reads ``count`` unsigned fields of ``width`` bits each, from bit ``start``.
+    """Reads ``count`` unsigned fields of ``width`` bits each, from bit ``start``: uint64 [count].
 
     Eight fields take ``width`` bytes, so that field j of every group of eight has the same bit offset. This
     allows eight strided passes instead of a gather.
@@ -69,10 +69,10 @@ def read_fields(data: Bytes, start: int, width: int, count: int) -> NDArray[np.u
 def read_bits(
     data: Bytes, start: int, widths: NDArray[np.integer]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Reads consecutive unsigned fields of the given widths, from bit ``start``.
+    """Reads consecutive unsigned fields of the given widths in bits, from bit ``start``.
 
     Returns:
-        The fields, and the end of each in bits, relative to ``start``.
+        The fields, uint64 [n], and the end of each in bits, relative to ``start``, int64 [n].
 
     Raises:
         InvalidFileError: by R-IDX-003.
@@ -110,7 +110,7 @@ def write_fields(values: NDArray[np.unsignedinteger], width: int) -> Bytes:
 
 
 def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple[Bytes, NDArray[np.int64]]:
-    """Packs each value into its own width; the inverse of `read_bits`.
+    """Packs each value into a field of its own width; the inverse of `read_bits`.
 
     Returns:
         The bytes, and the end of each field in bits.
@@ -125,8 +125,8 @@ def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple
         # Fields are sorted by their word, so that one reduction joins the fields of each word.
         starts = np.flatnonzero(np.r_[True, word[1:] != word[:-1]])
         words[word[starts]] = np.bitwise_or.reduceat(values << bit, starts)
-        # The bits that belong to the next word. Shifted in two steps, because a shift by 64 is undefined.
+        # The bits that belong to the next word. Two shifts, because a shift by 64 is undefined.
         over = (values >> np.uint64(1)) >> (np.uint64(63) - bit)
         spill = np.flatnonzero(over)
-        words[word[spill] + 1] |= over[spill]  # at most one field crosses the end of a word: unique indices
+        words[word[spill] + 1] |= over[spill]  # indices are unique: at most one field crosses a word's end
     return words.view(np.uint8)[: (total + 7) // 8], ends

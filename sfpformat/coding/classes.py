@@ -1,7 +1,7 @@
 """Chooses the classes of a stream (the encoder's side of SPEC.md chapter 8).
 
 All decisions use integers: counts, and logarithms in fixed point. Therefore the same levels give the same
-table on every platform, whatever its mathematical library.
+table on every platform, with any mathematical library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Histogram = NDArray[np.int64]
 
 FRACTION = 16  # bits after the binary point in fixed-point logarithms
 LOG2_BITS = 12
-# log2(1 + i / 4096) in fixed point. Rounding removes the differences between libraries.
+# log2(1 + i / 4096) in fixed point. Rounding removes the differences between mathematical libraries.
 LOG2 = np.array(
     [round(math.log2(1 + i / (1 << LOG2_BITS)) * (1 << FRACTION)) for i in range(1 << LOG2_BITS)],
     np.int64,
@@ -26,7 +26,7 @@ LOG2 = np.array(
 _SMALL = 1 << 14
 # Cost of a class in the directory, in bits times 2^16: a byte of `extra` and a byte of `length`.
 CLASS_COST = 16 << FRACTION
-# Class boundaries: every number below this; above, multiples of a power of two, with 7 leading bits.
+# Class boundaries: every number below this; from here on, numbers with at most 7 significant bits.
 _FINE_NUMBERS = 128
 
 
@@ -80,7 +80,7 @@ def entropies(histograms: list[Histogram]) -> list[int]:
 
 
 def histogram(levels: NDArray[np.integer], size: int = 0) -> Histogram:
-    """Counts each level from 0. The result has at least ``size`` entries."""
+    """Returns how often each level from 0 occurs: int64 [at least ``size``]."""
     return np.bincount(levels.astype(np.int64), minlength=size).astype(np.int64)
 
 
@@ -94,7 +94,7 @@ def add_histograms(a: Histogram, b: Histogram) -> Histogram:
 
 @dataclass(frozen=True)
 class Layout:
-    """Classes without codes: the first level, and the residual bits of each class."""
+    """The classes of a code table without codes: the first level, and the residual bits of each class."""
 
     base: int
     extra: bytes
@@ -112,16 +112,16 @@ def constant_layout(class_counts: Histogram, width: int) -> Layout:
 
 
 def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = CLASS_COST) -> Layout:
-    """Returns dyadic classes of least estimated cost, by dynamic programming over their boundaries.
+    """Returns the classes of least estimated cost, by dynamic programming over their boundaries.
 
-    A class of w = 2^e numbers that occur n times of N costs n (log2(N/n) + e) bits, and ``class_cost`` for
-    its bytes in the directory.
+    A class has 2^e numbers. If they occur n times among N levels, it costs n (log2(N/n) + e) bits, and
+    ``class_cost`` for its bytes in the directory.
 
     Args:
         counts: how often each number occurs. A number is a level, or with ``signed`` the two levels 2m and
             2m + 1.
         signed: whether each class has one more residual bit, the sign.
-        bound: no class may reach this number.
+        bound: all numbers of all classes are below this.
         class_cost: cost of a class in the directory, in bits times 2^16.
     """
     used = np.flatnonzero(counts)
@@ -158,7 +158,13 @@ def best_layout(counts: Histogram, signed: bool, bound: int, class_cost: int = C
 
 
 def boundaries(first: int, end: int, bound: int) -> list[int]:
-    """Returns few possible class boundaries, ascending. Some always partition ``first`` to ``end``."""
+    """Returns a short list of possible class boundaries, ascending, from which classes can always be made.
+
+    Args:
+        first: the least number that occurs.
+        end: one past the greatest.
+        bound: no boundary is greater.
+    """
     points = {first, end}
     point, step = first, 1
     while point < end:

@@ -47,15 +47,13 @@ class PrefixCode:
     def __post_init__(self) -> None:
         length = self.length
         if length.translate(None, _CODE_BITS):
-            raise fault(
-                "R-TAB-005", f"a code length of {max(length)} bits, at most {MAX_CODE_BITS} are allowed"
-            )
+            raise fault("R-TAB-005", f"a code length is {max(length)} bits, must be at most {MAX_CODE_BITS}")
         used = len(length) - length.count(0)
         if not 2 <= used <= MAX_SYMBOLS:
-            raise fault("R-TAB-006", f"a code has {used} symbols, must be 2 to {MAX_SYMBOLS}")
+            raise fault("R-TAB-006", f"a code has {used} symbols, must have 2 to {MAX_SYMBOLS}")
         shares = sum(length.translate(_SHARE_LOW)) + (sum(length.translate(_SHARE_HIGH)) << 8)
         if shares != 1 << MAX_CODE_BITS:
-            raise fault("R-TAB-007", "the prefix code is not complete")
+            raise fault("R-TAB-007", "the code lengths of a code do not make a complete prefix code")
 
     @cached_property
     def symbols(self) -> NDArray[np.uint16]:
@@ -66,7 +64,7 @@ class PrefixCode:
 
     @cached_property
     def symbol_bits(self) -> NDArray[np.uint8]:
-        """Code length of each of `symbols`, ascending."""
+        """The code length of each of `symbols`, ascending."""
         return np.frombuffer(self.length, np.uint8)[self.symbols]
 
     @cached_property
@@ -97,11 +95,13 @@ def require_shape(extra: bytes, group: int, codes: int) -> None:
     if group not in MAX_CLASSES:
         raise fault("R-TAB-003", f"group is {group}, must be 1 or 2")
     if not group <= len(extra) <= MAX_CLASSES[group]:
-        raise fault("R-TAB-001", f"{len(extra)} classes with group {group}")
+        most = MAX_CLASSES[group]
+        raise fault("R-TAB-001", f"{len(extra)} classes with group {group}, must be {group} to {most}")
     if extra.translate(None, _EXTRAS):
-        raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, at most 56 are allowed")
+        raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, must have at most 56")
     if not (codes == 0 if len(extra) == 1 else 1 <= codes <= MAX_CODES):
-        raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes")
+        needed = 0 if len(extra) == 1 else f"1 to {MAX_CODES}"
+        raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes, must be {needed}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class CodeTable:
         symbols = len(self.extra) ** self.group
         for code in self.codes:
             if len(code.length) != symbols:
-                raise fault("R-TAB-004", f"{len(code.length)} code lengths for {symbols} symbols")
+                raise fault("R-TAB-004", f"a code has {len(code.length)} code lengths, must have {symbols}")
         if self.constant_width is None:
             levels = sum([self.extra.count(width) << width for width in set(self.extra)])
         else:
@@ -144,7 +144,7 @@ class CodeTable:
 
     @cached_property
     def first(self) -> NDArray[np.uint64]:
-        """First level of each class, shape [K]. May overflow unless `require_top` has passed."""
+        """The first level of each class, shape [K]. May overflow, unless `require_top` accepted the table."""
         sizes = np.uint64(1) << self.class_extra.astype(np.uint64)
         return np.asarray(np.cumsum(sizes) - sizes + np.uint64(self.base))
 
@@ -222,7 +222,8 @@ def unpack_lengths(packed: bytes, symbols: int) -> bytes:
         InvalidFileError: by R-TAB-004 or R-TAB-010.
     """
     if len(packed) != -(-symbols // 2) or not packed:
-        raise fault("R-TAB-004", f"{len(packed)} bytes of code lengths for {symbols} symbols")
+        needed = -(-symbols // 2)
+        raise fault("R-TAB-004", f"a code has {len(packed)} bytes of code lengths, must have {needed}")
     lengths = packed.translate(_EXCHANGED).hex().encode().translate(_DIGITS)
     if len(lengths) == symbols:
         return lengths
@@ -273,7 +274,7 @@ def code_lengths(counts: NDArray[np.integer], limit: int = MAX_CODE_BITS) -> byt
 
 
 def _merge(items: list[int], pairs: list[int]) -> tuple[list[int], list[bool]]:
-    """Merges two ascending lists. Of equal weights, the item comes first. Also returns which are items."""
+    """Merges two ascending lists; an item precedes an equal pair. Returns the list, and which are items."""
     merged, is_item, i, p = [], [], 0, 0
     while i < len(items) or p < len(pairs):
         take_item = p == len(pairs) or (i < len(items) and items[i] <= pairs[p])

@@ -17,7 +17,7 @@ from .planes import AnyLevels, Counts, symbol_counts, symbols_of_classes
 # Symbol counts of segments, shape [segments, symbols].
 Rows = NDArray[np.int32]
 # Cost of each symbol in each code, in bits times 2^COST_FRACTION, shape [codes, symbols]. The cost of a
-# segment is below 2^31, because it has at most 2^16 levels and every cost is below 2^14.
+# segment is below 2^31: a segment has at most 2^16 levels, and every cost is below 2^14.
 Costs = NDArray[np.int32]
 
 COST_FRACTION = 8
@@ -27,14 +27,14 @@ _ROWS_AT_A_TIME = 1024
 
 
 def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, classes: int) -> Rows:
-    """Counts the classes of 2^width levels in each segment.
+    """Counts how often each class of 2^width levels occurs in each segment.
 
     Args:
-        levels: of whole segments; all are in the counted classes.
+        levels: the levels of whole segments; all are in the counted classes.
         counts: number of levels in each segment.
         width: at most 56.
-        first: number of the first counted class. Class c contains 2^width levels from c * 2^width.
-        classes: how many classes are counted.
+        first: number of the first counted class. Class c contains the 2^width levels from c * 2^width on.
+        classes: number of counted classes.
 
     Returns:
         The counts, shape [segments, classes].
@@ -44,7 +44,7 @@ def count_classes(levels: AnyLevels, counts: Counts, width: int, first: int, cla
 
 
 def count_symbols(levels: AnyLevels, counts: Counts, layout: Layout, group: int) -> Rows:
-    """Counts the symbols of a layout of two or more classes in each segment. Shape [segments, symbols]."""
+    """Counts the symbols of a layout of two or more classes in each segment: [segments, symbols]."""
     classes = len(layout.extra)
     any_code = PrefixCode(b"\1\1" + bytes(classes**group - 2))  # a table must have a code
     found = CodeTable(layout.base, layout.extra, (any_code,), group).class_of(levels)
@@ -66,8 +66,8 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
 
     Args:
         sample: symbol counts of some segments.
-        order: a weight for each symbol, below 2^16, that separates segments of small levels from those of
-            large levels. It defines the initial clusters.
+        order: a number for each symbol, below 2^16. The segments are sorted by its mean, which separates
+            segments of small levels from segments of large levels, to form the initial clusters.
         most: the greatest number of codes.
         segments: number of segments that the sample represents.
     """
@@ -94,21 +94,21 @@ def cluster(sample: Rows, order: NDArray[np.int64], most: int, segments: int) ->
 
 
 def symbol_costs(totals: NDArray[np.int64]) -> Costs:
-    """Returns -log2 of each symbol's share in each code. Adds one to four times each count to avoid zeros."""
+    """Returns -log2 of each symbol's share in each code, of counts 4n + 1, so that no share is zero."""
     counts = totals * 4 + 1
     bits = log2_fixed(counts.sum(1))[:, None] - log2_fixed(counts.reshape(-1)).reshape(counts.shape)
     return (bits >> (FRACTION - COST_FRACTION)).astype(np.int32)
 
 
 def _cheapest(rows: Rows, costs: Costs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the cheapest code of each segment (the first of equally cheap ones), and its cost."""
+    """Returns the cheapest code of each segment, and its cost. If several are cheapest, the first."""
     # Integers below 2^53 are exact in float64, whose matrix product is fast.
     bits = rows.astype(np.float64) @ costs.T.astype(np.float64)
     return bits.argmin(1), bits.min(1).astype(np.int64)
 
 
 def assign(rows: Rows, costs: Costs) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Assigns to every segment its cheapest code, the first of equally cheap ones.
+    """Assigns the cheapest code to every segment. If several are cheapest, the first.
 
     Returns:
         The code of each segment, and the symbol counts of each code, shape [codes, symbols].

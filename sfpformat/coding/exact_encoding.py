@@ -1,7 +1,7 @@
 """Encodes exact streams (SPEC.md chapter 11) from the bit patterns of floats.
 
-Levels are patterns with the sign moved to the lowest bit. Engines may skip this conversion; this module is
-the reference implementation.
+Levels are patterns with the sign moved to the lowest bit. This module is the reference implementation; it
+converts patterns to levels first. Other engines may encode the patterns directly.
 """
 
 from __future__ import annotations

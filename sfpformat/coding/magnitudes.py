@@ -1,6 +1,6 @@
-"""Tensors of few values: finds the magnitudes that occur, and maps values to numbers such as table levels.
+"""Tensors of few values: finds the distinct magnitudes, and maps values to numbers such as table levels.
 
-All functions use bit patterns, so that no value is rounded. Patterns of magnitudes have the same order as the
+All functions use bit patterns, so that no value is rounded. The patterns of magnitudes have the order of the
 magnitudes.
 """
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from .exact_encoding import Patterns
 
-# Patterns processed at a time: few at first, which suffice for most tensors, then more.
+# Patterns per block. The first block is small: it is sufficient for most tensors. Later blocks are larger.
 _FIRST_BLOCK, _BLOCK = 1 << 12, 1 << 18
 
 
 def few_magnitudes(patterns: Patterns, most: int) -> Patterns | None:
-    """Returns the patterns of all magnitudes that occur, ascending. None if there are more than ``most``.
+    """Returns the patterns of all distinct magnitudes, ascending. None if there are more than ``most``.
 
     Args:
-        patterns: of floats, with the sign in the highest bit, shape [n].
+        patterns: bit patterns of floats, with the sign in the highest bit, shape [n].
         most: at least 1.
     """
     low = magnitude_bits(patterns.dtype)
@@ -46,7 +46,7 @@ def _growing_blocks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _unseen(magnitudes: Patterns, known: Patterns) -> Patterns:
-    """Returns the magnitudes that are not in the ascending ``known``. Searching is faster than sorting."""
+    """Returns the magnitudes that are not in ``known``, which is ascending. Faster than sorting all."""
     if not len(known):
         return magnitudes
     at = np.minimum(np.searchsorted(known, magnitudes), len(known) - 1)
@@ -56,10 +56,10 @@ def _unseen(magnitudes: Patterns, known: Patterns) -> Patterns:
 def translate(
     patterns: Patterns, magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]
 ) -> NDArray[np.unsignedinteger]:
-    """Maps each value by the index of its magnitude and its sign.
+    """Maps each value to a number, by the index of its magnitude and its sign.
 
     Args:
-        patterns: of floats, shape [n].
+        patterns: bit patterns of floats, shape [n].
         magnitudes: the patterns of all their magnitudes, ascending, at most 2^15.
         meanings: element 2m is the result for magnitude m, element 2m + 1 for its negative.
 
@@ -74,7 +74,7 @@ def translate(
 
 
 def translation(magnitudes: Patterns, meanings: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """Returns a look-up table pattern -> meaning, for patterns of one or two bytes; 0 for unused ones."""
+    """Returns a look-up table, pattern -> meaning, for patterns of one or two bytes; 0 if there is none."""
     bits = 8 * magnitudes.itemsize
     table = np.zeros(1 << bits, meanings.dtype)
     table[magnitudes] = meanings[0::2]

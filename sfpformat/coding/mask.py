@@ -19,7 +19,7 @@ BITMAP = (0, b"\x08")
 
 
 def level_counts(kind: str, polarity: int, positions: Counts, survivors: Counts) -> Counts:
-    """Returns the number of mask levels in each segment, from its positions and survivors."""
+    """Returns the number of mask levels in each segment, from its numbers of positions and survivors."""
     if kind == "octets":
         return -(-positions // 8)
     return survivors if polarity else positions - survivors
@@ -31,7 +31,7 @@ def mask_to_runs(mask: Mask, positions: Counts, polarity: int) -> tuple[Levels, 
     Args:
         mask: bits of all segments, shape [sum of positions].
         positions: number of positions in each segment.
-        polarity: the value of the minority bits, at which runs end.
+        polarity: the value of the bits at which runs end (the minority).
     """
     minority = np.flatnonzero(mask == bool(polarity))
     ends = np.cumsum(positions)
@@ -65,7 +65,7 @@ def runs_to_mask(levels: Levels, counts: Counts, positions: Counts, polarity: in
 
 
 def mask_to_octets(mask: Mask) -> AnyLevels:
-    """Returns the octets of whole segments. Only the last length may not be a multiple of 8."""
+    """Returns the octets of whole segments. The sizes of all segments but the last are multiples of 8."""
     return np.packbits(mask, bitorder="little")
 
 
@@ -85,7 +85,7 @@ def octets_to_mask(levels: Levels, positions: Counts) -> Mask:
 def decode_mask(
     kind: str, polarity: int, levels: Levels, counts: Counts, positions: Counts, survivors: Counts
 ) -> Mask:
-    """Returns the mask bits of whole segments, and checks their numbers of survivors.
+    """Returns the mask bits of whole segments, after a check of their numbers of survivors.
 
     Raises:
         InvalidFileError: by R-MSK-004, R-MSK-005 or R-MSK-006.
@@ -111,7 +111,7 @@ def survivors(mask: Mask, positions: Counts) -> Counts:
 
 
 def chosen(values: NDArray[Any], mask: Mask) -> NDArray[Any]:
-    """Returns the unsigned values of the survivors."""
+    """Returns the values of the survivors, in order."""
     return np.asarray(values[mask])
 
 

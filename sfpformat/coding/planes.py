@@ -1,9 +1,9 @@
 """Prefix and residual planes (SPEC.md chapter 9): converts levels to bits and back, for segments of a chunk.
 
-Theory of operation: segments are consecutive bit sequences without padding, so that a run of segments is
-decoded as one sequence and then checked against the segment index. bitarray decodes the prefix plane to
-symbol ranks; everything else is whole-array numpy. This module is the reference implementation; the other
-engines must return the same levels and the same faults.
+Theory of operation: segments are consecutive bit sequences without padding, so that a run of segments can be
+decoded as one sequence and then be checked against the segment index. bitarray decodes the prefix plane to
+symbol ranks; numpy does everything else, on whole arrays. This module is the reference implementation; the
+other engines must return the same levels and the same faults.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
     """Decodes the levels of a run of segments.
 
     Args:
-        data: the chunk; its parts were checked to be inside.
-        span: the run.
-        table: of the stream.
+        data: the bytes of the chunk; the caller has checked that the planes are inside.
+        span: the location of the run.
+        table: the stream's code table.
 
     Raises:
         InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002.
@@ -140,8 +140,7 @@ def trims_of(zeros: Counts, extra: int) -> Counts:
 def _decode_prefix_plane(data: Bytes, span: StreamSpan, table: CodeTable) -> NDArray[np.uint16]:
     """Decodes the symbols of the run.
 
-    The bits of all segments with the same code are joined, so that bitarray is called once per code and not
-    once per segment.
+    Joins the bits of all segments with the same code, to call bitarray once per code, not once per segment.
 
     Raises:
         InvalidFileError: by R-PLN-003.
@@ -174,7 +173,7 @@ def _decode_symbols(plane: bitarray, code: PrefixCode, symbols: Counts, bits: Co
         )
     except ValueError:
         raise fault("R-PLN-003", "the prefix plane ends inside a codeword") from None
-    # A complete code decodes any bits to symbols, so that only the ends need a check.
+    # A complete code decodes any bits to symbols, so only the number of symbols and the ends need a check.
     if len(ranks) != symbols.sum():
         raise fault(
             "R-PLN-003",
@@ -226,11 +225,11 @@ def encode_levels(
     """Encodes the planes of whole segments; the inverse of `decode_levels`.
 
     Args:
-        levels: of all segments, each at least ``table.base`` and below ``table.top``.
+        levels: the levels of all segments, each at least ``table.base`` and below ``table.top``.
         counts: number of levels in each segment.
         codes: number of each segment's code.
         trims: number of residual bits to omit in each segment; these bits are all zero.
-        table: of the stream.
+        table: the stream's code table.
     """
     classes = table.class_of(levels)
     prefix, prefix_bits = _encode_prefix_plane(classes, counts, codes, table)
@@ -239,9 +238,9 @@ def encode_levels(
     if constant is not None and not trims.any():
         residual, residual_bits = write_fields(residuals, constant), counts * constant
     else:
-        left_out = np.repeat(trims, counts)
-        widths = table.class_extra[classes].astype(np.int64) - left_out
-        residual, ends = write_bits(without_trimmed_bits(residuals, left_out), widths)
+        omitted = np.repeat(trims, counts)
+        widths = table.class_extra[classes].astype(np.int64) - omitted
+        residual, ends = write_bits(without_trimmed_bits(residuals, omitted), widths)
         residual_bits = segment_sums(np.diff(ends, prepend=0), counts)
     return Planes(codes, trims, prefix, prefix_bits, residual, residual_bits)
 

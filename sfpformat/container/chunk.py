@@ -1,6 +1,6 @@
-"""Chunks (SPEC.md chapter 15): reads and writes the segment index and the offsets of the planes.
+"""Chunks (SPEC.md chapter 15): reads and writes the segment index, vectors and raw elements; places planes.
 
-Reader and writer both use `quantities` for the contents of a chunk, so that they cannot disagree.
+Reader and writer both use `quantities` for the contents of a segment index, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def chunk_length(end: int) -> int:
 
 
 def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
-    """Returns the quantities in the segment index, as (stream, what), in order (SPEC.md 15.2)."""
+    """Returns the quantities of the segment index, in order, as (stream, what) (SPEC.md 15.2).
+
+    ``what`` is ``codes``, ``trims``, ``prefix`` or ``residual``; the survivors are ("survivors", "").
+    """
     out = [("survivors", "")] if entry.mask is not None else []
     for stream, table in entry.streams().items():
         if len(table.codes) > 1:
@@ -140,7 +143,7 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
     names = quantities(entry)
     pos = align(_QUANTITY.size * len(names), PART_ALIGNMENT)
     if pos + TAIL_BYTES > length:
-        raise fault("R-IDX-003", "the chunk's header does not fit into it")
+        raise fault("R-IDX-003", "the header does not fit into its chunk")
     values: dict[tuple[str, str], Counts] = {}
     for i, name in enumerate(names):
         at = i * _QUANTITY.size
@@ -148,7 +151,7 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
         if any(zero):
             raise fault("R-CHK-002", "a reserved byte of the header is not zero", offset=at + 5)
         if width > MAX_INDEX_WIDTH:
-            raise fault("R-IDX-001", f"index fields of {width} bits, at most 32 are allowed", offset=at + 4)
+            raise fault("R-IDX-001", f"index fields have {width} bits, must have at most 32", offset=at + 4)
         size = (len(positions) * width + 7) // 8
         if pos + size + TAIL_BYTES > min(length, len(data)):
             raise fault("R-IDX-003", "the segment index does not fit into its chunk", offset=at)
@@ -161,7 +164,8 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
     beyond = np.flatnonzero(survivors > positions)
     if len(beyond):
         s = int(beyond[0])
-        raise fault("R-IDX-002", f"{int(survivors[s])} survivors in {int(positions[s])} positions")
+        words = f"a segment has {int(survivors[s])} survivors in {int(positions[s])} positions"
+        raise fault("R-IDX-002", words)
     return _locate_planes(entry, positions, survivors, values, pos, length)
 
 
@@ -212,7 +216,7 @@ def _implied_bits(table: CodeTable, plane: str, counts: Counts, trims: Counts) -
 
 
 def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Iterator[tuple[str, str]]:
-    """Yields clause and reason for what is not canonical in a checked chunk's header (R-CAN-002, -003)."""
+    """Yields clause and reason for each field of a chunk's header that is not canonical (R-CAN-002, -003)."""
     for i, (stream, what) in enumerate(quantities(entry)):
         at = i * _QUANTITY.size
         minimum, width, _ = _QUANTITY.unpack(data[at : at + _QUANTITY.size].tobytes())
@@ -221,7 +225,7 @@ def excess_in_index(data: Bytes, entry: TensorEntry, index: ChunkIndex) -> Itera
         if minimum != values.min():
             yield (
                 "R-CAN-002",
-                f"the minimum of {name} is stored as {minimum}, the least value is {values.min()}",
+                f"the minimum of {name} is stored as {minimum}, but the least value is {values.min()}",
             )
         elif width != int(values.max() - minimum).bit_length():
             yield "R-CAN-003", f"the width of {name} is {width}, more than needed"
@@ -257,8 +261,8 @@ def build_chunk(entry: TensorEntry, survivors: Counts, planes: dict[str, Planes]
     """Returns the bytes of a chunk as a list of consecutive parts. The planes are not copied.
 
     Args:
-        entry: only its streams are used.
-        survivors: of each segment of the chunk.
+        entry: the tensor's entry; only its streams are used.
+        survivors: number of survivors in each segment of the chunk.
         planes: stream -> its planes over the segments of the chunk.
     """
     header, fields = b"", []
@@ -345,22 +349,23 @@ def read_raw(data: Bytes, entry: TensorEntry, k: int) -> Bytes:
     first, stop = entry.segments_of_chunk(k)
     size = int(entry.segment_positions(first, stop).sum()) * entry.dtype.itemsize
     if len(data) != align(size, CHUNK_ALIGNMENT):
-        raise fault("R-RAW-002", f"the chunk has {len(data)} bytes for {size} bytes of elements")
+        needed = align(size, CHUNK_ALIGNMENT)
+        raise fault("R-RAW-002", f"the chunk has {len(data)} bytes, must have {needed}")
     _require_zero(data, size * 8, len(data), "R-RAW-003")
     if entry.dtype.name == "BOOL":
         wrong = np.flatnonzero(data[:size] > 1)
         if len(wrong):
-            raise fault("R-RAW-004", "a BOOL is a byte other than 0 and 1", offset=int(wrong[0]))
+            raise fault("R-RAW-004", "a BOOL element is a byte other than 0 and 1", offset=int(wrong[0]))
     return data[:size]
 
 
 def are_raw_lengths(lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether raw chunks have the right lengths for the sizes of their elements, in bytes (R-RAW-002)."""
+    """Returns whether the lengths of raw chunks fit the sizes of their elements, in bytes (R-RAW-002)."""
     return np.array_equal(lengths, -(-sizes // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT)
 
 
 def has_zero_padding(data: Bytes, lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
-    """Whether the padding after the elements of raw chunks is zero (R-RAW-003).
+    """Returns whether the padding after the elements of raw chunks is zero (R-RAW-003).
 
     Args:
         data: the consecutive chunks, at least one byte each.
@@ -368,7 +373,7 @@ def has_zero_padding(data: Bytes, lengths: NDArray[np.int64], sizes: NDArray[np.
     """
     ends = np.cumsum(lengths)
     padded = sizes < lengths
-    # Alternating beginnings and ends of padding: every second result is of padding.
+    # The beginning and the end of each padding, alternating: every second result belongs to a padding.
     turns = np.stack([(ends - lengths + sizes)[padded], ends[padded]], axis=1).reshape(-1)
     return not np.bitwise_or.reduceat(data, turns[turns < len(data)])[0::2].any()
 

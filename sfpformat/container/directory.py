@@ -25,8 +25,8 @@ class Entries(Mapping[str, TensorEntry]):
 
     def __init__(self, items: dict[str, TensorEntry | Fields], limits: Limits) -> None:
         """Args:
-        items: entries, or maps that `plain_tensors` has validated within the limits.
-        limits: of the reader.
+        items: entries, or maps that `plain_tensors` has validated with these limits.
+        limits: the limits of the reader.
         """
         self._items = items
         self._limits = limits
@@ -57,8 +57,8 @@ class Directory:
         tensors: name -> entry, in file order.
         metadata: the user's strings.
         features: names of features that a reader must support, ascending.
-        other: root keys that this version does not know (R-DIR-005).
-        stored: bytes of the chunks of each tensor, in file order; None: as in the entries.
+        other: root keys that this version does not know, with their values (R-DIR-005).
+        stored: bytes of the chunks of each tensor, in file order. None: they are computed from the entries.
         plain: the plain tensors in columns, if there are many; else None.
     """
 
@@ -94,19 +94,19 @@ class Directory:
         """Parses a directory. The caller has compared its checksum.
 
         Args:
-            data: its bytes; offsets in faults are relative to them.
+            data: the bytes of the directory; offsets in faults are relative to its start.
             chunks_end: the directory's offset in the file, where the last chunk must end (R-LAY-003).
-            limits: of the reader.
+            limits: the limits of the reader.
 
         Raises:
-            InvalidFileError, UnsupportedError, LimitError.
+            InvalidFileError, UnsupportedError, LimitError: the directory is damaged or refused.
         """
         ordinary = messagepack.decode_quickly(data, limits)
         if ordinary is not None:
             try:
                 return cls.from_map(ordinary, chunks_end, limits)
             except FileFault:
-                ordinary = None  # the slow parser repeats the fault with its offset
+                ordinary = None  # the slow parser raises the fault again, with its offset
         root = messagepack.decode(data, limits)
         if not isinstance(root, dict):
             raise fault("R-DIR-001", "the directory is not a map", offset=0)
@@ -119,14 +119,15 @@ class Directory:
         if "keyed" in root:
             raise fault(
                 "R-KEY-001",
-                "the directory has keyed tables, which this version does not know",
+                "the directory has keyed tables, which this version does not support",
                 offset=place_of(root, "keyed"),
             )
         metadata = _metadata(root)
         maps = _tensor_maps(root, limits)
         tensors, stored, plain = _in_columns(maps, limits) or _one_by_one(maps, limits)
         if chunks_end != SIZE + sum(stored):
-            raise fault("R-LAY-003", "the chunks' lengths do not add up to where the directory begins")
+            words = f"the chunks end at byte {SIZE + sum(stored)}, the directory begins at byte {chunks_end}"
+            raise fault("R-LAY-003", words)
         other = {key: value for key, value in root.items() if key not in _KNOWN_KEYS}
         return cls(tensors, metadata, features, other, stored, plain)
 
@@ -140,13 +141,13 @@ _Tensors = tuple[Mapping[str, TensorEntry], list[int], PlainTensors | None]
 
 
 def _one_by_one(maps: list[Fields], limits: Limits) -> _Tensors:
-    """Creates the entries of all maps. Returns them, the bytes of each one's chunks, and None."""
+    """Creates the entries of all maps. Returns the entries, the bytes of each one's chunks, and None."""
     tensors: dict[str, TensorEntry] = {}
     for item in maps:
         try:
             entry = TensorEntry.from_map(item, limits)
             if entry.name in tensors:
-                raise fault("R-TEN-001", "two tensors have this name", offset=place_of(item, "name"))
+                raise fault("R-TEN-001", "another tensor has this name too", offset=place_of(item, "name"))
         except FileFault as error:
             error.place(_name_if_any(item), None)
             raise
@@ -226,13 +227,14 @@ def _features(root: Fields) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise fault("R-DIR-003", "a feature is not a string", offset=at)
     if not names:
-        raise fault("R-DIR-004", "an empty list of features", offset=at)
+        raise fault("R-DIR-004", "the list 'features' is empty; its key must be absent", offset=at)
     raw = [name.encode() for name in names]
     if raw != sorted(set(raw)):
         raise fault("R-FEA-002", "the features are not in ascending order", offset=at)
     for name in names:
         if name not in KNOWN_FEATURES:
-            raise fault("R-FEA-001", f"the file needs the feature {name!r}", offset=at)
+            words = f"the file needs the feature {name!r}, which this version does not support"
+            raise fault("R-FEA-001", words, offset=at)
     return tuple(names)
 
 
@@ -242,5 +244,5 @@ def _metadata(root: Fields) -> dict[str, str]:
     pairs: Mapping[str, object] = required(root, "metadata", dict)
     at = place_of(root, "metadata")
     if not pairs:
-        raise fault("R-DIR-004", "an empty map of metadata", offset=at)
+        raise fault("R-DIR-004", "the map 'metadata' is empty; its key must be absent", offset=at)
     return {key: typed(value, str, f"metadata {key!r}", at) for key, value in pairs.items()}

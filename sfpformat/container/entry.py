@@ -40,7 +40,7 @@ _KNOWN_KEYS = frozenset(
 
 
 class Vector(NamedTuple):
-    """A vector of the vector chunk: its name, number of elements and dtype."""
+    """A vector of the vector chunk: name, number of elements, dtype."""
 
     name: str
     size: int
@@ -52,15 +52,16 @@ class TensorEntry:
     """The directory entry of a tensor. `from_map` returns only valid entries.
 
     Attributes:
-        name, shape: of the tensor.
-        dtype: of the decoded tensor.
+        name, shape: name and shape of the tensor.
+        dtype: the dtype of the decoded tensor.
         coding: ``raw`` or ``fingerprint``.
         segment: S, positions per segment.
         chunk: C, segments per chunk.
         chunks: a `CHUNK_RECORD` for each chunk.
         vectors: the record of the vector chunk, shape [1], or None.
         mask, fingerprints, scale, importance: the streams' records, or None.
-        other: keys that this version does not know. Unknown keys inside a record's map are under its name.
+        other: keys that this version does not know, with their values. For unknown keys inside a record's
+            map: the name of the record -> a dict of them.
         positions: N, the number of positions.
         segments: the number of segments.
         stored_bytes: size of all chunks, vector chunk included.
@@ -174,7 +175,7 @@ class TensorEntry:
         return out
 
     def has_vectors(self) -> bool:
-        """Whether a vector has at least one element: the condition of the key `vectors`."""
+        """Returns whether a vector has at least one element, the condition of the key `vectors`."""
         return any(vector.size for vector in self.vector_list())
 
     # -------------------------------------------------------------------------------------- writing
@@ -207,11 +208,11 @@ class TensorEntry:
         """Reads an entry and makes all checks that need only the directory.
 
         Raises:
-            InvalidFileError, UnsupportedError, LimitError.
+            InvalidFileError, UnsupportedError, LimitError: the entry is damaged or refused.
         """
         name = required(source, "name", str)
         if not name:
-            raise fault("R-TEN-002", "a tensor without a name", offset=place_of(source, "name"))
+            raise fault("R-TEN-002", "the name of a tensor is empty", offset=place_of(source, "name"))
         size = len(name.encode())
         if size > limits.name_bytes:
             limits.require("name_bytes", size, place_of(source, "name"))
@@ -220,7 +221,7 @@ class TensorEntry:
             raise fault("R-TEN-003", f"unknown dtype {source['dtype']!r}", offset=place_of(source, "dtype"))
         coding = word(source, "coding", ("raw", "fingerprint"), "R-TEN-004")
         if coding == "raw":
-            require_absent(source, _FINGERPRINT_KEYS, "with coding raw")
+            require_absent(source, _FINGERPRINT_KEYS, "is not allowed with coding raw")
         shape = _shape(source, limits)
         segment, chunk = _cutting(source)
         chunks = _records(source, "chunks")
@@ -239,18 +240,18 @@ class TensorEntry:
         """Checks the fields of the entry against each other.
 
         Raises:
-            InvalidFileError, UnsupportedError.
+            InvalidFileError, UnsupportedError: the fields do not fit together.
         """
         expected = -(-self.segments // self.chunk)
         if len(self.chunks) != expected:
-            raise fault("R-TEN-008", f"{len(self.chunks)} chunk records, must be {expected}")
+            raise fault("R-TEN-008", f"the tensor has {len(self.chunks)} chunk records, must have {expected}")
         if self.coding == "raw":
             return
         self.require_valid_streams()
         if self.vectors is None and self.has_vectors():
             raise fault("R-DIR-002", "the key 'vectors' is missing")
         if self.vectors is not None and not self.has_vectors():
-            raise fault("R-DIR-007", "the key 'vectors' in the entry of a tensor without vectors")
+            raise fault("R-DIR-007", "the key 'vectors' is not allowed for a tensor without vectors")
 
     def require_valid_streams(self) -> None:
         """Checks the streams of a fingerprint tensor against each other and against its dtype."""
@@ -263,7 +264,8 @@ class TensorEntry:
                 "R-QNT-002", f"values of {quantiser} cannot be converted to {self.dtype.name} without loss"
             )
         if self.scale is not None and not isinstance(quantiser, NumberQuantiser):
-            raise fault("R-DIR-007", f"the key 'scale' with the quantiser {quantiser.NAME}")
+            words = f"the key 'scale' is not allowed with the quantiser {quantiser.NAME}"
+            raise fault("R-DIR-007", words)
         table.require_top(quantiser.fingerprint_bound(self.dtype))
         _require_finite(quantiser, (table.top - 1) // 2, "R-QNT-006")
         self._require_valid_importance()
@@ -302,11 +304,12 @@ def _cutting(source: Fields) -> tuple[int, int]:
     if segment % 32 or not 32 <= segment <= MAX_SEGMENT:
         raise fault(
             "R-TEN-006",
-            f"segments of {segment} positions, must be a multiple of 32 up to {MAX_SEGMENT}",
+            f"segment is {segment}, must be a multiple of 32 from 32 to {MAX_SEGMENT}",
             offset=place_of(source, "segment"),
         )
     if chunk < 1 or segment * chunk > MAX_CHUNK_POSITIONS:
-        raise fault("R-TEN-007", f"chunks of {chunk} segments of {segment}", offset=place_of(source, "chunk"))
+        words = f"chunk is {chunk}, must be 1 to {MAX_CHUNK_POSITIONS // segment} with segment {segment}"
+        raise fault("R-TEN-007", words, offset=place_of(source, "chunk"))
     return segment, chunk
 
 
@@ -314,13 +317,14 @@ def _records(source: Fields, key: str) -> NDArray[np.void]:
     """Reads the chunk records of the key ``chunks``, or the single record of the key ``vectors``."""
     data = required(source, key, bytes)
     if key == "vectors" and len(data) != 8:
-        raise fault("R-TEN-012", f"vectors of {len(data)} bytes, must be 8", offset=place_of(source, key))
+        raise fault("R-TEN-012", f"vectors has {len(data)} bytes, must have 8", offset=place_of(source, key))
     if len(data) % 8:
-        raise fault("R-TEN-008", f"chunk records of {len(data)} bytes", offset=place_of(source, key))
+        words = f"{key} has {len(data)} bytes, must have a multiple of 8"
+        raise fault("R-TEN-008", words, offset=place_of(source, key))
     records = np.frombuffer(data, CHUNK_RECORD)
     # The lowest byte of a length is sufficient to test for a multiple of 64.
     if data[0::8].translate(None, _ALIGNED) or not all(records["length"].tolist()):
-        words = "a chunk's length is not a multiple of 64"
+        words = "a chunk's length is 0 or not a multiple of 64"
         raise fault("R-LAY-002", words, offset=place_of(source, key))
     return records
 
@@ -346,6 +350,6 @@ def _unknown(records: dict[str, Any], source: Fields) -> dict[str, object]:
         if len(fields) > len(known):  # all known keys are present
             others = {name: value for name, value in fields.items() if name not in known}
             misplaced = [name for name in others if name in record.KEYS]
-            require_absent(fields, misplaced, f"in {key!r}, whose other keys exclude it")
+            require_absent(fields, misplaced, f"is not allowed in {key!r} with the other keys of this map")
             out[key] = others
     return out

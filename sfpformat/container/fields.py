@@ -30,7 +30,7 @@ def typed(value: object, kind: type[T], what: str, offset: int) -> T:
 
 def required(source: Fields, key: str, kind: type[T]) -> T:
     """Returns the value of a required key. Raises R-DIR-002 if it is missing, R-DIR-003 for a wrong type."""
-    value = source.get(key)  # no value is None
+    value = source.get(key)  # None only if it is missing: no value of a directory is None
     if isinstance(value, kind):
         return value
     if key not in source:
@@ -39,7 +39,7 @@ def required(source: Fields, key: str, kind: type[T]) -> T:
 
 
 def require_absent(source: Fields, keys: Iterable[str], reason: str) -> None:
-    """Raises R-DIR-007 if the map has one of the keys; the message is the key and ``reason``."""
+    """Raises R-DIR-007 if the map has one of the keys. ``reason`` completes "the key 'k' …"."""
     for key in keys:
         if key in source:
             raise fault("R-DIR-007", f"the key {key!r} {reason}", offset=place_of(source, key))

@@ -1,11 +1,11 @@
 """The directory's encoding (SPEC.md chapter 6): a strict subset of MessagePack, with one encoding per value.
 
-The `msgpack` package writes it. `decode` is a parser of our own, because the strict subset protects against
-hostile files: the parser checks which encoding was used, records the offset of each value, and checks that a
-length is covered by bytes before it allocates memory.
+The `msgpack` package writes it. `decode` is our own parser, because the strict subset protects against
+hostile files: the parser checks which encoding was used, records the offset of each value, and checks that
+the bytes of a value exist before it allocates memory for them.
 
-`decode_quickly` is a fast path for ordinary directories, six times as fast, with the `msgpack` package. It
-returns the result of `decode`, or None on any problem; only `decode` raises errors.
+`decode_quickly` is a fast path for ordinary directories: it uses the `msgpack` package and is six times as
+fast. It returns the result of `decode`, or None on any problem; only `decode` raises errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Map(dict[str, object]):
         at: key -> offset of the key's value.
     """
 
-    __slots__ = ("at", "offset")  # an empty map is one byte in a file: it must not take hundreds in memory
+    __slots__ = ("at", "offset")  # an empty map has one byte in a file; it must not take hundreds in memory
 
     def __init__(self, offset: int) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class Map(dict[str, object]):
 
 
 def encode(value: dict[str, object]) -> bytes:
-    """Returns the only encoding of a value of maps, lists, strings, bytes and non-negative integers."""
+    """Returns the encoding of a value that consists of maps, lists, strings, bytes and integers from 0."""
     packed: bytes = msgpack.packb(_sorted(value), use_bin_type=True)
     return packed
 
 
 def depth_of(value: object) -> int:
-    """Returns the nesting depth of maps and lists, the value included."""
+    """Returns the nesting depth of maps and lists; 1 for a map or list of other values."""
     if isinstance(value, dict):
         value = list(value.values())
     return 1 + max(map(depth_of, value), default=0) if isinstance(value, (list, tuple)) else 0
@@ -58,8 +58,8 @@ def _sorted(value: object) -> object:
 
 
 # The greatest length of an array in `decode_quickly`, except `tensors`: more than the default limit on ranks
-# and the greatest number of codes. `msgpack` allocates memory for the claimed length, for up to 1,024 nested
-# arrays. With this bound that is at most half a megabyte, whatever a file claims (R-MSG-008).
+# and the greatest number of codes. `msgpack` allocates memory for the length that a file claims, for up to
+# 1,024 nested arrays. With this bound, this memory is at most half a megabyte (R-MSG-008).
 _SHORT = 64
 _LONG = "tensors"
 
@@ -68,18 +68,18 @@ def decode_quickly(data: bytes, limits: Limits) -> dict[str, object] | None:
     """Fast path of `decode`: returns the same value without offsets. None unless it is valid and ordinary.
 
     A directory is ordinary if its value is a map in which no array except `tensors` has more than 64
-    elements. On None, the caller must use `decode`, which returns the value or raises.
+    elements. On None, the caller must use `decode`, which returns the value or raises the error.
 
-    `msgpack` is lenient. Therefore the value is packed again: the packer has only one encoding per value. If
-    the bytes are equal, they have the shortest encodings (R-MSG-002), valid UTF-8 (R-MSG-003, except U+0000),
-    no duplicate key (R-MSG-005: the later pair would have replaced the earlier one), and exactly one whole
-    value (R-MSG-006, R-MSG-007). `_is_allowed` checks the rest: types (R-MSG-001), U+0000, the order of keys
-    (R-MSG-004) and depth.
+    `msgpack` accepts more than the strict subset. Therefore the value is packed again: the packer has only
+    one encoding per value. If the bytes are equal, they have the shortest encodings (R-MSG-002), valid UTF-8
+    (R-MSG-003, except U+0000), no duplicate key (R-MSG-005: the later pair would have replaced the earlier
+    one), and exactly one whole value (R-MSG-006, R-MSG-007). `_is_allowed` checks the other requirements:
+    types (R-MSG-001), U+0000, the order of keys (R-MSG-004) and depth.
     """
     try:
         value = _unpack(data)
         same = msgpack.packb(value, use_bin_type=True) == data
-    except Exception:  # msgpack documents many kinds; `decode` raises the reason
+    except Exception:  # msgpack documents many classes; `decode` raises the error
         return None
     return value if same and _is_allowed(value, limits.depth) else None
 
@@ -99,8 +99,8 @@ def _unpack(data: bytes) -> dict[str, object]:
 
 
 def _is_allowed(root: dict[str, object], depth: int) -> bool:
-    """Whether types, keys, strings and depth of a value are in the subset (see `decode_quickly`)."""
-    # All values of one depth are checked together, with built-in functions, because these are fast.
+    """Returns whether types, keys, strings and depth of a value are in the subset (see `decode_quickly`)."""
+    # Checks all values of one depth together, with built-in functions, because these are fast.
     dicts: list[dict[object, object]] = [cast("dict[object, object]", root)]
     lists: list[list[object]] = []
     while dicts or lists:
@@ -126,7 +126,10 @@ _TYPES = {int, str, bytes, dict, list}
 
 
 def _are_sorted(keys: tuple[object, ...]) -> bool:
-    """Whether keys are ascending strings without U+0000. The order of UTF-8 is the order of code points."""
+    """Returns whether keys are ascending strings without U+0000.
+
+    Compares code points, whose order is that of UTF-8.
+    """
     names = [key for key in keys if type(key) is str]
     return len(names) == len(keys) and names == sorted(names) and "\0" not in "".join(names)
 
@@ -136,7 +139,7 @@ def decode(data: bytes, limits: Limits) -> object:
 
     Raises:
         InvalidFileError: E_ENCODING, E_TRUNCATED or E_TRAILING by R-MSG-001 to R-MSG-007.
-        LimitError: it is nested deeper than ``limits.depth``.
+        LimitError: the nesting is deeper than ``limits.depth``.
     """
     reader = _Reader(data, limits)
     value = reader.value(1)
@@ -192,11 +195,12 @@ class _Reader:
         if byte <= 0xBF:
             return "str", byte & 0x1F
         if byte not in _HEADS:
-            raise fault("R-MSG-001", f"a type that is not allowed (0x{byte:02X})", offset=start)
+            raise fault("R-MSG-001", f"a value has a type that is not allowed (0x{byte:02X})", offset=start)
         kind, size, least = _HEADS[byte]
-        number = int.from_bytes(self.take(size), "big")  # MessagePack's own order
+        number = int.from_bytes(self.take(size), "big")  # as MessagePack defines; SFP is little-endian
         if number < least:
-            raise fault("R-MSG-002", f"{kind} {number} has a shorter encoding", offset=start)
+            words = f"the {kind} {number}" if kind == "int" else f"a {kind} of length {number}"
+            raise fault("R-MSG-002", f"{words} has a shorter encoding", offset=start)
         return kind, number
 
     def value(self, depth: int) -> object:
@@ -212,9 +216,8 @@ class _Reader:
         self.limits.require("depth", depth, start)
         # An element has at least one byte, a pair two: refuses a length that exceeds the remaining bytes.
         if number * (2 if kind == "map" else 1) > len(self.data) - self.at:
-            raise fault(
-                "R-MSG-007", f"{kind} of {number} extends past the end of the directory", offset=start
-            )
+            words = f"the {kind} of length {number} extends past the end of the directory"
+            raise fault("R-MSG-007", words, offset=start)
         if kind == "array":
             return [self.value(depth + 1) for _ in range(number)]
         return self.map(number, depth, start)

@@ -1,8 +1,8 @@
-"""Fast path for the entries of plain tensors: raw ones, and lossless ones in their own dtype without a mask.
+"""Fast path for the entries of plain tensors: raw, or lossless in the tensor's own dtype without a mask.
 
-The directory of a dense model consists of hundreds of them. This module checks the requirements of SPEC.md
-chapters 7, 8 and 11 in a few passes over all entries, in a quarter of the time of creating a `TensorEntry`
-for each. `plain_tensors` returns their contents, or None on any problem or unusual entry. The caller then
+The directory of a dense model has hundreds of them. This module checks the requirements of SPEC.md chapters
+7, 8 and 11 in a few passes over all entries, which takes a quarter of the time of creating a `TensorEntry`
+for each. `plain_tensors` returns their contents, or None on any problem or unusual entry; the caller then
 uses `TensorEntry.from_map`.
 """
 
@@ -53,7 +53,7 @@ class PlainTable(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """Dtype, shape, decoded bytes and stored bytes of a tensor: all that allocation needs."""
+    """What allocating memory for a tensor needs: its dtype, shape, decoded bytes and stored bytes."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class PlainTensors:
     """Plain tensors in columns.
 
     Attributes:
-        names, dtypes, shapes: of each tensor.
+        names, dtypes, shapes: lists with an item for each tensor.
         positions, segment, chunk: of each tensor, as in `TensorEntry`, int64 [n].
         tables: code table of each tensor; None for raw ones.
         first_chunk: index of each tensor's first chunk among all chunks, int64 [n + 1].
@@ -89,7 +89,7 @@ class PlainTensors:
         return {name: i for i, name in enumerate(self.names)}
 
     def outline(self, name: str) -> Outline | None:
-        """Returns the outline of a tensor, or None if it is not one of these."""
+        """Returns the outline of a tensor, or None if it is not one of the plain tensors."""
         i = self._numbers.get(name)
         if i is None:
             return None
@@ -109,7 +109,7 @@ class PlainTensors:
 
 
 def looks_plain(entry: Fields) -> bool:
-    """Whether an entry has the keys, coding and quantiser of a plain tensor."""
+    """Returns whether an entry has the keys, coding and quantiser of a plain tensor."""
     keys = tuple(entry)
     if keys == _RAW_KEYS:
         return entry["coding"] == "raw"
@@ -129,9 +129,9 @@ def plain_tensors(entries: Sequence[Fields], limits: Limits) -> PlainTensors | N
     """Returns the contents of entries that look plain. None unless all of them are valid.
 
     Args:
-        entries: maps of a directory whose encoding was checked, so that a value is an unsigned int of at most
-            64 bits, a str, bytes, a list or a dict.
-        limits: of the reader.
+        entries: maps of a directory whose encoding was checked: values are unsigned integers of at most 64
+            bits, str, bytes, list or dict.
+        limits: the limits of the reader.
     """
     names, dtypes = _names(entries, limits), _dtypes(entries)
     sizes = _shapes(entries, limits)
@@ -165,7 +165,7 @@ def _dtypes(entries: Sequence[Fields]) -> list[Dtype] | None:
 
 
 def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, ...]], Numbers] | None:
-    """Returns the shapes and their numbers of positions."""
+    """Returns the shapes, and the number of positions of each."""
     lists = [shape for entry in entries if type(shape := entry["shape"]) is list]
     if len(lists) != len(entries) or max(map(len, lists), default=0) > limits.rank:
         return None

@@ -54,28 +54,30 @@ class Preamble:
             InvalidFileError, UnsupportedError: by the clauses R-PRE-001 to R-PRE-011.
         """
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
-            raise fault("R-PRE-001", "not an SFP file: it does not begin with the magic", offset=0)
+            raise fault("R-PRE-001", "not an .sfp file: it does not begin with the magic bytes", offset=0)
         if len(data) < SIZE:
-            raise fault("R-PRE-002", f"the file ends after {len(data)} bytes", offset=len(data))
+            words = f"the file ends after {len(data)} bytes, inside the preamble of {SIZE} bytes"
+            raise fault("R-PRE-002", words, offset=len(data))
         if _CHECKSUM.unpack_from(data, _FIELDS.size)[0] != zlib.crc32(data[: _FIELDS.size]):
             raise fault("R-PRE-003", "the preamble's checksum does not match", offset=60)
         _, major, minor, zero, at, size, claimed, crc, zeros = _FIELDS.unpack_from(data)
         if major != MAJOR:
             raise fault(
                 "R-PRE-004",
-                f"version {major}.{minor} is not supported, this reader supports major version {MAJOR}",
+                f"version {major}.{minor} is not supported; this reader supports major version {MAJOR}",
                 offset=8,
             )
         if any(zero) or any(zeros):
             raise fault("R-PRE-006", "a reserved field is not zero", offset=12 if any(zero) else 44)
         if claimed > length:
-            raise fault("R-PRE-007", f"the file has {length} of its {claimed} bytes", offset=length)
+            raise fault("R-PRE-007", f"the file has {length} bytes, must have {claimed}", offset=length)
         if claimed < length:
-            raise fault("R-PRE-008", f"{length - claimed} bytes after the end of the file", offset=claimed)
+            raise fault("R-PRE-008", f"the file has {length} bytes, must have {claimed}", offset=claimed)
         if at + size != claimed:
             raise fault("R-PRE-009", "the directory does not end where the file ends", offset=16)
         if at % 64 or at < SIZE:
-            raise fault("R-PRE-011", f"the directory offset is {at}", offset=16)
+            words = f"the directory offset is {at}, must be a multiple of {SIZE} above 0"
+            raise fault("R-PRE-011", words, offset=16)
         return cls(at, size, claimed, crc, minor)
 
     def require_directory(self, directory: bytes) -> None:

@@ -1,8 +1,8 @@
 """The maps of a tensor entry that describe its streams: mask, fingerprints, scale, importance.
 
-Each record has `to_map` and `from_map`, `KEYS` (all keys that SPEC.md defines for its map) and `keys` (those
-that this record has). This module makes the checks that need only one map;
-`container.entry` makes those that need the tensor's dtype or size. SPEC.md chapters 8 and 10 to 13.
+See SPEC.md chapters 8 and 10 to 13. Each record has `to_map` and `from_map`, `KEYS` (all keys that SPEC.md
+defines for its map) and `keys` (the keys that this record has). This module makes the checks that need only
+one map; `container.entry` makes the checks that need the tensor's dtype or size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
     if value not in words:
         raise fault(
             clause,
-            f"{key} is {value!r}, this reader supports {', '.join(words)}",
+            f"{key} is {value!r}, which this version does not support; it supports {', '.join(words)}",
             offset=place_of(source, key),
         )
     return value
@@ -63,8 +63,8 @@ def table_from_map(source: Fields) -> CodeTable:
     lengths, group = required(source, "codes", list), required(source, "group", int)
     for code in lengths:
         if not isinstance(code, bytes):
-            raise fault("R-DIR-003", "a code is not of type bin", offset=place_of(source, "codes"))
-    at = None  # the key whose offset a fault gets; None for the map's offset
+            raise fault("R-DIR-003", "an item of codes is not binary", offset=place_of(source, "codes"))
+    at = None  # the key whose offset a fault gets; None: the map's offset
     try:
         require_shape(extra, group, len(lengths))
         at, symbols = "codes", len(extra) ** group
@@ -106,7 +106,9 @@ def factor_dtype(source: Fields, clause: str) -> Dtype:
     name = required(source, "dtype", str)
     if name not in FACTOR_DTYPES:
         raise fault(
-            clause, f"dtype {name!r}, must be {', '.join(FACTOR_DTYPES)}", offset=place_of(source, "dtype")
+            clause,
+            f"dtype is {name!r}, must be one of {', '.join(FACTOR_DTYPES)}",
+            offset=place_of(source, "dtype"),
         )
     return DTYPES[name]
 
@@ -133,7 +135,7 @@ class MaskEntry:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of `to_map`, made without the map."""
+        """The keys of the result of `to_map`, computed without it."""
         return _MASK_KEYS[self.kind]
 
     @classmethod
@@ -144,7 +146,8 @@ class MaskEntry:
         if kind == "runs":
             polarity = required(source, "polarity", int)
             if polarity not in (0, 1):
-                raise fault("R-MSK-002", f"polarity is {polarity}", offset=place_of(source, "polarity"))
+                words = f"polarity is {polarity}, must be 0 or 1"
+                raise fault("R-MSK-002", words, offset=place_of(source, "polarity"))
         table = table_from_map(source)
         try:
             table.require_top(256 if kind == "octets" else 1 << 16)
@@ -169,7 +172,7 @@ class FingerprintsEntry:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of `to_map`, made without the map."""
+        """The keys of the result of `to_map`, computed without it."""
         return _stream_keys(self.quantiser)
 
     @classmethod
@@ -195,7 +198,7 @@ class ScaleEntry:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of `to_map`, made without the map."""
+        """The keys of the result of `to_map`, computed without it."""
         return ("per", "size", "dtype") if self.per == "group" else ("per", "dtype")
 
     @classmethod
@@ -206,7 +209,9 @@ class ScaleEntry:
         if per == "group":
             size = required(source, "size", int)
             if size < 1:
-                raise fault("R-SCL-002", f"groups of {size}", offset=place_of(source, "size"))
+                raise fault(
+                    "R-SCL-002", f"size is {size}, must be at least 1", offset=place_of(source, "size")
+                )
         return cls(per, size, factor_dtype(source, "R-SCL-003"))
 
 
@@ -233,7 +238,7 @@ class ImportanceEntry:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of `to_map`, made without the map."""
+        """The keys of the result of `to_map`, computed without it."""
         coded = ("dtype",) if self.quantiser is None else _stream_keys(self.quantiser)
         return ("over", "role", *coded)
 
@@ -246,5 +251,6 @@ class ImportanceEntry:
             return cls(over, role, dtype=factor_dtype(source, "R-IMP-003"))
         quantiser = quantiser_from_map(source)
         if isinstance(quantiser, Exact) and quantiser.dtype.name not in FACTOR_DTYPES:
-            raise fault("R-IMP-003", f"dtype {quantiser.dtype.name!r}", offset=place_of(source, "dtype"))
+            words = f"dtype is {quantiser.dtype.name!r}, must be one of {', '.join(FACTOR_DTYPES)}"
+            raise fault("R-IMP-003", words, offset=place_of(source, "dtype"))
         return cls(over, role, quantiser, table_from_map(source))

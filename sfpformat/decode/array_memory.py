@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 # Arrays of SHARING bytes up to _OWN bytes share blocks of at most _BLOCK bytes. One large allocation is
 # faster than many of medium size (measured: without blocks, loading takes up to a quarter longer), and numpy
-# requests huge pages from 4 MiB. A kept array keeps its block alive; therefore a block has at most _SHARE
-# times the bytes of any array in it. Smaller arrays have their own memory.
+# requests huge pages for arrays of at least 4 MiB. An array in use keeps its whole block alive; therefore a
+# block has at most _SHARE times the bytes of any array in it. Smaller arrays have their own memory.
 SHARING = 64 << 10
 _OWN = 4 << 20
 _BLOCK = 8 << 20
@@ -24,7 +24,7 @@ def arrays_of(
 ) -> Iterator[NDArray[Any]]:
     """Yields one uninitialised array, in C order, for each (shape, dtype, size in bytes).
 
-    Arrays of at least 64 KiB are aligned to 64 bytes.
+    The addresses of arrays of at least 64 KiB are multiples of 64.
     """
     shared, used = np.empty(0, np.uint8), 0
     for shape, dtype, size in kinds:
@@ -41,6 +41,7 @@ def arrays_of(
 
 
 def _aligned_block(size: int) -> NDArray[np.uint8]:
+    """Returns uninitialised memory whose address is a multiple of `_ALIGNMENT`."""
     block = np.empty(size + _ALIGNMENT, np.uint8)
     start = -block.ctypes.data % _ALIGNMENT
     return block[start : start + size]

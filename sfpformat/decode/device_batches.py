@@ -1,8 +1,8 @@
-"""Decodes whole tensors into the memory of a device: reads chunks in batches, which an engine decodes there.
+"""Decodes whole tensors into the memory of a device.
 
 Theory of operation: chunks are read in batches and their checksums are compared. The engine copies a batch to
-the device and decodes it while the next ones are read. Nothing is returned before every segment is verified.
-If the engine refuses a tensor, the CPU decodes it, which gives the tensor or raises the error.
+the device and decodes it while the next batches are read. `decode` returns only after every segment is
+verified. If the engine refuses a tensor, the CPU decodes it, which gives the tensor or raises the error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..engines.interface import Pending
 from ..errors import FileFault
 from .reader import SfpFile, require_within_limits
 
-# Bytes of chunks in one batch: large enough that launches and waits cost little.
+# Bytes of chunks in one batch: large enough that launches and waits take a small part of the time.
 BATCH_BYTES = 32 << 20
 
 
@@ -47,7 +47,8 @@ def recipe_of(file: SfpFile, entry: TensorEntry, engine: DeviceEngine) -> Any:
     """Reads and checks a tensor's vectors. Returns its recipe; None if the CPU has to decode it.
 
     Raises:
-        LimitError, InvalidFileError.
+        LimitError: the tensor exceeds a limit.
+        InvalidFileError: the vector chunk is damaged.
     """
     require_within_limits(file, entry)
     if entry.fingerprints is None or not entry.positions:
@@ -60,13 +61,13 @@ def decode(
 ) -> None:
     """Decodes tensors into their memory; returns when all are complete.
 
-    After an exception, no copy and no kernel is still running.
+    If it raises an exception, no copy and no kernel is still running.
 
     Args:
         targets: at least one.
-        queue: of the device.
+        queue: a queue of the device.
         threads: the greatest number of threads that copy chunks.
-        refused: called for each tensor that the engine refuses; decodes it on the CPU.
+        refused: called for each tensor that the engine refuses; must decode the tensor on the CPU.
 
     Raises:
         InvalidFileError: the first error in the order of the tensors.

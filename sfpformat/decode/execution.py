@@ -36,8 +36,8 @@ class Decoding:
     def __init__(self, stored: StoredChunks, directory: Directory, engine: str | None, threads: int) -> None:
         """Args:
         stored: the chunks of the file.
-        directory: of the file.
-        engine: name of the engine, as in `engines.get_engine`. The engine is created at first use.
+        directory: the directory of the file.
+        engine: name of the engine, as in `engines.get_engine`. The engine is loaded at first use.
         threads: the greatest number of threads.
         """
         self._stored = stored
@@ -55,8 +55,8 @@ class Decoding:
         """Returns the decoder of a tensor, from a cache or new. A new one reads and checks its vectors.
 
         Args:
-            entry: of the tensor.
-            weights: about how many weights will be decoded.
+            entry: the tensor's entry.
+            weights: the approximate number of weights that will be decoded.
 
         Raises:
             InvalidFileError: the vector chunk is damaged.
@@ -89,14 +89,14 @@ class Decoding:
 
     @cached_property
     def bulk(self) -> Bulk | None:
-        """The decoder of whole plain tensors together. None if the file or the engine does not support it."""
+        """Decodes whole plain tensors together. None if the file or the engine does not support this."""
         plain = self._directory.plain
         plan = None if plain is None else self._engine.plan_plain(plain)
         return None if plain is None or plan is None else Bulk(plain, plan, self._stored)
 
     @cached_property
     def small_raw(self) -> SmallRaw | None:
-        """The reader of small raw tensors. None if the directory was not read as plain tensors."""
+        """Reads small raw tensors. None if the directory has no `PlainTensors`."""
         plain = self._directory.plain
         return None if plain is None else SmallRaw(plain, self._stored)
 
@@ -120,8 +120,8 @@ class Decoding:
     def _do_batch(self, jobs: list[Job], wanted: dict[str, int], into: Into) -> None:
         """Reads and decodes the chunks of a batch. One call of the engine decodes all runs that it supports.
 
-        The other runs, and runs for which the engine reports a problem, are decoded one by one with ``into``,
-        which raises the error.
+        ``into`` decodes the other runs, and those for which the engine reports a problem, one by one; it
+        raises the error.
         """
         pieces: list[tuple[TensorDecoder, Bytes, int, int, int, NDArray[Any]]] = []
         at_once: list[Run[NDArray[Any]]] = []
@@ -137,7 +137,7 @@ class Decoding:
                         at_once.append(run)
                     pieces.append((decoder, data, k, first, stop, out))
         except FileFault as error:
-            unread = error  # raised last: errors of earlier chunks come first
+            unread = error  # raised at the end, so that errors of earlier chunks are raised first
         done: set[int] = set()
         if at_once:
             good = pieces[numbers[0]][0].engine.decode_runs(at_once)

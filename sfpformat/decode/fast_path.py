@@ -25,10 +25,10 @@ from .tensor import Values
 
 
 class _Region(NamedTuple):
-    """Consecutive chunks in the file.
+    """Chunks that are consecutive in the file.
 
     Attributes:
-        first, stop: range of the chunks' indices among all requested chunks.
+        first, stop: index of the first chunk among all requested chunks, and one past the last.
         offset: file offset of the first chunk.
         records: length and checksum of each chunk.
     """
@@ -51,11 +51,11 @@ def _regions(offsets: Numbers, lengths: Numbers, checksums: Numbers, batch_of: N
 class SmallRaw:
     """Reads small raw tensors of a file. Thread-safe.
 
-    Copies the bytes that were read into a new array. This takes a third of the time of allocating an array
-    and passing its address to an engine.
+    Copies each tensor from the bytes that were read to a new array. This takes a third of the time of
+    allocating an array and passing its address to an engine.
 
     Attributes:
-        numbers: name -> index, of the tensors that it supports: raw, one chunk, less than
+        numbers: name -> index of the tensors that it supports: raw, one chunk, less than
             `array_memory.SHARING` bytes, and not BOOL, whose elements must be checked.
     """
 
@@ -98,7 +98,7 @@ class Bulk:
     """Decodes whole plain tensors of a file together. Thread-safe.
 
     Attributes:
-        numbers: name -> index, of the tensors that the engine's plan supports.
+        numbers: name -> index of the tensors that the engine's plan supports.
     """
 
     def __init__(self, tensors: PlainTensors, plan: PlainPlan, stored: StoredChunks) -> None:
@@ -117,7 +117,7 @@ class Bulk:
         return np.asarray(before + np.repeat(starts - first, counts))
 
     def read_into(self, out: Mapping[str, NDArray[np.generic]], threads: int) -> bool:
-        """Decodes tensors into arrays of their dtypes and shapes, C order.
+        """Decodes tensors into arrays of their dtypes and shapes, in C order.
 
         Args:
             out: name -> array; every name is a key of ``numbers``.
@@ -140,7 +140,7 @@ class Bulk:
         return all(good)
 
     def _runs(self, numbers: Numbers, places: Numbers) -> tuple[Numbers, PlainRuns]:
-        """Returns the indices of all chunks of some tensors, and the run that decodes each.
+        """Returns the indices of all chunks of some tensors, and the runs that decode them.
 
         Args:
             numbers: index of each tensor.

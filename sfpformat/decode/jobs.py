@@ -1,4 +1,4 @@
-"""Plans decoding: lists which segments of which chunks are decoded into which arrays, before reading."""
+"""Plans decoding: lists, before chunks are read, which segments are decoded into which arrays."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..container.entry import TensorEntry
 # A tensor, the number of one of its chunks, and the runs of segments to decode: first, stop, output array.
 Job = tuple[TensorEntry, int, list[tuple[int, int, NDArray[Any]]]]
 
-# A gap of at most this many unneeded segments is decoded too: starting a run in the reference engine takes
-# about as long as decoding this many segments.
+# A gap of at most this many segments between two needed ones is decoded too: the reference engine takes about
+# as long to start a run as to decode this many segments.
 _JOIN_GAP = 3
 # The greatest output of a batch of chunks that are read and decoded together, in bytes. A thread then runs
-# about a millisecond without Python code, and the bytes read for the checksums are still in its cache.
+# about a millisecond without Python code, and decodes bytes that are still in its cache from the checksum.
 BATCH_BYTES = 2 << 20
 
 
@@ -25,9 +25,9 @@ def jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) ->
     """Returns the jobs that decode the positions from ``low`` up to, not including, ``high`` into ``out``.
 
     Args:
-        entry: of the tensor.
+        entry: the tensor's entry.
         out: one element per position.
-        low: the beginning of a segment.
+        low: the first position of a segment.
         high: the end of a segment or of the tensor.
     """
     segment, size = entry.segment, entry.segment * entry.chunk
@@ -40,7 +40,7 @@ def jobs_of_range(entry: TensorEntry, out: NDArray[Any], low: int, high: int) ->
 
 
 def batches(jobs: list[Job], threads: int) -> Iterator[list[Job]]:
-    """Yields batches of consecutive jobs: about four per thread, of at most `BATCH_BYTES` if over one job."""
+    """Yields consecutive jobs in batches: about four per thread; at most `BATCH_BYTES`, or one job."""
     sizes = [sum([out.nbytes for _, _, out in runs]) for _, _, runs in jobs]
     most = min(BATCH_BYTES, sum(sizes) // (4 * threads))
     batch: list[Job] = []
@@ -64,7 +64,14 @@ def joined(jobs: list[Job]) -> list[Job]:
 
 
 def fill_gaps(segments: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Adds the segments in short gaps, because decoding them costs less than starting a new run."""
+    """Adds the segments in short gaps: decoding them takes less time than starting a new run.
+
+    Args:
+        segments: numbers of segments, ascending.
+
+    Returns:
+        All numbers, ascending.
+    """
     gaps = np.diff(segments) - 1
     short = np.flatnonzero((gaps > 0) & (gaps <= _JOIN_GAP))
     if not len(short):

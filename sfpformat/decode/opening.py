@@ -21,7 +21,7 @@ def open_any(
     engine: str | None = None,
     threads: int | None = None,
 ) -> SfpFile | ShardedFile:
-    """Opens a file or a model in shards; see `sfpformat.open`."""
+    """Opens a file, or a model in shards. Same arguments and errors as `sfpformat.open`."""
     if not isinstance(readable, (str, os.PathLike)):
         return SfpFile(readable, limits=limits, engine=engine, threads=threads)
     path = model_path(readable)

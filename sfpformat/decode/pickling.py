@@ -43,11 +43,11 @@ def reopened(kind: Callable[..., F], readable: str | bytes, settings: Settings, 
         identity: identity of its contents at the time of pickling.
 
     Raises:
-        MismatchError: the contents have changed since.
+        MismatchError: the contents have changed since pickling.
         InvalidFileError, UnsupportedError, LimitError, OSError: as in `sfpformat.open`.
     """
     file = kind(readable, limits=settings.limits, engine=settings.engine, threads=settings.threads)
     if file.identity != identity:
         file.close()
-        raise MismatchError(f"{readable!r} was replaced after the handle was pickled; open the new file")
+        raise MismatchError(f"{readable!r} has changed since the open file was pickled; open it again")
     return file

@@ -1,4 +1,4 @@
-"""Reading `.sfp` files: names, metadata, whole tensors, slices, masks, importances, survivors.
+"""Reads `.sfp` files: names, metadata, whole tensors, slices, masks, importances, survivors.
 
 Rules: opening a file reads only its preamble and directory. A chunk is read whole, and its checksum is
 compared, before any of its bytes are used (R-LAY-004). A result is returned only after all of it has been
@@ -44,20 +44,21 @@ _WORTH_BULK = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's directory says about a tensor. Made without reading tensor data.
+    """Information about a tensor from the file's directory; no tensor data is read.
 
     Attributes:
-        name, shape: of the tensor.
-        dtype: name of the dtype, as in safetensors.
+        name, shape: name and shape of the tensor.
+        dtype: name of the dtype, as in safetensors, such as ``BF16``.
         coding: ``raw`` or ``fingerprint``.
         quantiser: ``exact``, ``uniform``, ``table``, or None for a raw tensor.
         mask: ``runs``, ``octets``, or None.
         importance: ``survivors``, ``all``, ``factors``, or None.
-        role: role of the importance, ``multiplier`` or ``metadata``, or None.
+        role: the role of the importance: ``multiplier``, ``metadata``, or None.
         stored_bytes: size of the tensor's chunks in the file, in bytes.
         decoded_bytes: size of the decoded tensor, in bytes.
-        unknown: keys of the directory entry that this version does not know. Unknown keys inside the maps
-            ``mask``, ``fingerprints``, ``scale`` and ``importance`` are under the key of that map.
+        unknown: keys of the directory entry that this version does not know, with their values. For unknown
+            keys inside ``mask``, ``fingerprints``, ``scale`` or ``importance``: the name of that map -> a
+            dict of them.
     """
 
     name: str
@@ -74,10 +75,12 @@ class TensorInfo:
 
 
 class SfpFile(Closing):
-    """An open `.sfp` file; a context manager. Made by `sfpformat.open`. Safe to use from several threads.
+    """An open `.sfp` file; a context manager. `sfpformat.open` creates it. Thread-safe.
 
-    Picklable, for worker processes: unpickling opens the file again by its path, and raises `MismatchError`
-    if the file has changed. A file in memory is pickled with its bytes, 64 MiB at most.
+    It can be pickled, for worker processes: unpickling opens the file again by its path, and raises
+    `MismatchError` if the file has changed. A file in memory is pickled with its bytes, at most 64 MiB.
+
+    Example: ``with sfpformat.open("model.sfp") as f: weight, mask = f.get_tensor("w"), f.get_mask("w")``.
     """
 
     def __init__(
@@ -88,12 +91,12 @@ class SfpFile(Closing):
         engine: str | None = None,
         threads: int | None = None,
     ) -> None:
-        """Opens a file and reads its directory; see `sfpformat.open`."""
+        """Opens a file and reads its directory. Same arguments and errors as `sfpformat.open`."""
         require_name(engine)
         self._settings = Settings(limits, engine, threads)
         self._threads = threads or os.cpu_count() or 1
         self.limits = limits
-        # A tensor of at most this size is within all limits on sizes: `Limits.require_tensor` can be skipped.
+        # A tensor of at most this size is within all limits on sizes: `Limits.require_tensor` is not needed.
         self._sure_bytes = min(limits.tensor_bytes, limits.expansion_floor)
         self._source: Source = open_source(readable)
         try:
@@ -110,11 +113,11 @@ class SfpFile(Closing):
 
     @property
     def identity(self) -> tuple[int, int]:
-        """File length and directory checksum. They identify the contents: the directory has all checksums."""
+        """File length and directory checksum, which identify the contents: a directory has all checksums."""
         return self.preamble.file_length, self.preamble.directory_crc
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles what reopens the file: its path or its bytes, and the settings.
+        """Pickles the file's path or bytes, and the settings with which it was opened.
 
         Raises:
             OptionError: the file is read from a stream, or has more than 64 MiB in memory.
@@ -172,7 +175,7 @@ class SfpFile(Closing):
         return outline
 
     def info(self, name: str) -> TensorInfo:
-        """Returns what the directory says about a tensor. Reads no tensor data.
+        """Returns the directory's information about a tensor; reads no tensor data.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
@@ -199,7 +202,9 @@ class SfpFile(Closing):
         """Decodes a whole tensor, in its dtype and shape. BF16 and FP8 have dtypes of `ml_dtypes`.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         return self.get_tensors([name])[name]
 
@@ -207,10 +212,12 @@ class SfpFile(Closing):
         """Decodes whole tensors in parallel. None decodes all tensors, in file order.
 
         Tensors of 64 KiB to 4 MiB may share blocks of memory. A block has at most eight times the bytes of
-        any tensor in it, so a tensor that is kept keeps at most eight times its own bytes alive.
+        any tensor in it, so a tensor in use keeps at most eight times its own bytes in memory.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: a name is not in the file.
+            InvalidFileError: the file is damaged.
+            LimitError: a tensor exceeds a limit.
         """
         wanted = list(dict.fromkeys(self if names is None else names))
         made = self._small_raw(wanted)
@@ -221,14 +228,14 @@ class SfpFile(Closing):
         return {name: made[name] if name in made else out[name] for name in wanted} if made else out
 
     def _small_raw(self, names: Sequence[str]) -> dict[str, Values]:
-        """Fast path for small raw tensors. Returns {} if there are few, or on any problem in one of them."""
+        """Fast path for small raw tensors. Returns {} if there are few, or if one of them has a problem."""
         if len(names) < _WORTH_BULK or self._sure_bytes < SHARING or self._decoding.small_raw is None:
             return {}
         small = self._decoding.small_raw
         known = [name for name in names if name in small.numbers]
         if len(known) < _WORTH_BULK:
             return {}
-        return small.read(known) or {}  # on a problem the jobs decode them, and raise
+        return small.read(known) or {}  # {}: the caller decodes them by jobs, which raise the error
 
     def read_into(self, out: Mapping[str, Values]) -> None:
         """Decodes whole tensors in parallel into arrays that the caller provides.
@@ -246,7 +253,9 @@ class SfpFile(Closing):
             dtype, shape, _, _ = self._outline(name)
             like = (array.dtype, array.shape) == (dtype.numpy, shape)
             if not (like and array.flags.c_contiguous and array.flags.writeable):
-                raise MismatchError(f"tensor {name!r}: needs {dtype.numpy} {shape} in C order, not read-only")
+                raise MismatchError(
+                    f"tensor {name!r}: the array must be {dtype.numpy} of shape {shape}, in C order, writable"
+                )
         made = self._small_raw(list(out))
         for name, values in made.items():
             out[name][...] = values
@@ -263,7 +272,7 @@ class SfpFile(Closing):
         self._decoding.do(jobs, TensorDecoder.weights_into)
 
     def _left_by(self, bulk: Bulk, out: Mapping[str, Values]) -> Mapping[str, Values]:
-        """Decodes the plain tensors together. Returns the other ones, or all if a plain one has an error."""
+        """Decodes the plain tensors together. Returns the others, or all if a plain one has an error."""
         known = bulk.numbers
         together = {name: array for name, array in out.items() if name in known}
         positions = sum([array.size for array in together.values()])
@@ -283,7 +292,9 @@ class SfpFile(Closing):
         """Decodes the mask: bool, of the tensor's shape, True for survivors. All True if there is no mask.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         entry = self.entry(name)
         if entry.mask is None:
@@ -294,10 +305,12 @@ class SfpFile(Closing):
     def get_importance(self, name: str) -> F32 | None:
         """Decodes the importance of every position: float32, of the tensor's shape. None if there is none.
 
-        A pruned position for which the file stores no importance has 0.
+        It is 0 at pruned positions for which the file stores no importance.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         entry = self.entry(name)
         if entry.importance is None:
@@ -306,10 +319,16 @@ class SfpFile(Closing):
         return self.decode(entry, everything, float32, TensorDecoder.importance_into)
 
     def get_survivors(self, name: str) -> tuple[NDArray[np.int64], Values]:
-        """Decodes the survivors: their positions in the flattened tensor, ascending, and their weights.
+        """Decodes the survivors alone. Without a mask, all positions are survivors.
+
+        Returns:
+            Their positions in the flattened tensor, ascending, int64 [n], and their weights, [n], in the
+            tensor's dtype.
 
         Raises:
-            MissingTensorError, InvalidFileError, LimitError.
+            MissingTensorError: there is no tensor of that name.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         entry = self.entry(name)
         require_within_limits(self, entry)
@@ -335,13 +354,14 @@ class SfpFile(Closing):
         """Decodes the selected positions of a tensor.
 
         Args:
-            entry: of the tensor.
+            entry: the tensor's entry.
             selection: the positions; its shape is the shape of the result.
-            dtype: of the result.
+            dtype: the dtype of the result.
             into: the `..._into` method of `TensorDecoder` that decodes a run of segments.
 
         Raises:
-            InvalidFileError, LimitError.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         require_within_limits(self, entry)
         out = np.empty(selection.size, dtype)
@@ -378,7 +398,7 @@ class SfpFile(Closing):
     def _decode_scattered(
         self, entry: TensorEntry, selection: Selection, out: NDArray[Any], into: Into
     ) -> None:
-        """Decodes all segments that are needed into a buffer, then gathers the positions from it."""
+        """Decodes all needed segments into a buffer, then gathers the selected positions from it."""
         segments = fill_gaps(selection.segments(entry.segment))
         place = np.zeros(int(segments[-1]) + 1, np.int64)
         place[segments] = np.arange(len(segments)) * entry.segment
@@ -425,7 +445,11 @@ class SfpFile(Closing):
         return self._stored.read_head(entry, k)
 
     def decoder(self, entry: TensorEntry) -> TensorDecoder:
-        """Returns the decoder of a tensor. Its vectors were read and checked."""
+        """Returns the decoder of a tensor. Reads and checks the tensor's vectors.
+
+        Raises:
+            InvalidFileError: the vector chunk is damaged.
+        """
         return self._decoding.decoder(entry)
 
 
@@ -456,7 +480,8 @@ class SfpSlice:
 
         Raises:
             IndexError: the index does not fit the shape, or has an item of another type.
-            InvalidFileError, LimitError.
+            InvalidFileError: the file is damaged.
+            LimitError: the tensor exceeds a limit.
         """
         selection = select(self._entry.shape, index)
         return self._file.decode(self._entry, selection, self._entry.dtype.numpy, TensorDecoder.weights_into)
@@ -466,7 +491,7 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
     """Reads and checks the preamble and the directory.
 
     Raises:
-        InvalidFileError, UnsupportedError, LimitError.
+        InvalidFileError, UnsupportedError, LimitError: the file is damaged or refused.
     """
     preamble = Preamble.from_bytes(bytes(source.read(0, min(SIZE, source.length))), source.length)
     limits.require("directory_bytes", preamble.directory_length, preamble.directory_offset)
@@ -478,6 +503,6 @@ def read_directory(source: Source, limits: Limits) -> tuple[Preamble, Directory]
 
 
 def require_within_limits(file: SfpFile, entry: TensorEntry) -> None:
-    """Raises LimitError if the sizes of a tensor exceed the limits of the file's reader."""
+    """Raises LimitError if the sizes of a tensor exceed the limits with which the file was opened."""
     with placed(tensor=entry.name):
         file.limits.require_tensor(entry.decoded_bytes, entry.stored_bytes, file.preamble.directory_offset)

@@ -1,4 +1,4 @@
-"""Converts an index such as ``[10:20, :64]`` to the segments that it needs and the positions in them."""
+"""Converts an index such as ``[10:20, :64]`` to positions of a tensor and to the segments with them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
-# Elements gathered at a time. Bounds the memory of the position arrays (8 bytes per element).
+# Elements that are gathered at a time. This bounds the memory of their positions, 8 bytes per element.
 _GATHER_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Positions of a tensor: each start plus each offset of one run.
+    """Positions in a flattened tensor: every start plus every offset of the run.
 
     Attributes:
-        shape: of the result.
-        starts: first positions, shape [n].
-        run: offsets from each start.
+        shape: shape of the result.
+        starts: int64 [n].
+        run: the offsets from each start.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """Number of positions selected."""
+        """Number of selected positions."""
         return math.prod(self.shape)
 
     @property
@@ -51,7 +51,7 @@ class Selection:
         return np.unique(every[every <= last[:, None]])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yields blocks of positions, in the order of the result, each with its offset in the result."""
+        """Yields the positions in blocks, in the order of the result: offset in the result, positions."""
         run = np.arange(self.run.start, self.run.stop, self.run.step)
         step = max(_GATHER_BLOCK // len(run), 1)
         for first in range(0, len(self.starts), step):
@@ -93,7 +93,7 @@ def _ranges(shape: tuple[int, ...], index: Index) -> tuple[list[range], list[boo
         if not (item is Ellipsis or isinstance(item, (int, np.integer, slice))) or isinstance(item, bool):
             raise IndexError(f"only integers, slices and '...' can index a slice, not {item!r}")
     if sum(item is Ellipsis for item in items) > 1:
-        raise IndexError("more than one '...'")
+        raise IndexError("an index can have only one '...'")
     given = len(items) - (Ellipsis in items)
     if given > len(shape):
         raise IndexError(f"{given} indices for {len(shape)} dimensions")

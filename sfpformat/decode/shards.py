@@ -1,4 +1,4 @@
-"""Models in several files (SPEC.md chapter 18), and the index that maps tensors to files."""
+"""Reads models in several files (SPEC.md chapter 18), and the index that maps tensors to files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .reader import SfpFile, SfpSlice, TensorInfo
 from .selection import Selection
 from .tensor import TensorDecoder, Values
 
-# The limit for directories: an index has fewer bytes per tensor than a directory.
+# Same as the limit for directories: an index has fewer bytes per tensor than a directory.
 MAX_INDEX_BYTES = DEFAULT_LIMITS.directory_bytes
 
 
 def shard_name(stem: str, number: int, count: int, suffix: str = ".sfp") -> str:
-    """Returns the file name of shard ``number``, from 1, of ``count``."""
+    """Returns the file name of shard ``number`` of ``count``; the first has number 1."""
     return f"{stem}-{number:05d}-of-{count:05d}{suffix}"
 
 
@@ -112,7 +112,7 @@ class ShardIndex:
             raise SafetensorsError("the 'metadata' of the index are not an object")
         for name, file in weight_map.items():
             if subfolders and not _is_below(file):
-                words = f"the index names {quoted(file)}, which is no path inside the folder of the index"
+                words = f"the index names {quoted(file)}, which is not a path inside the folder of the index"
                 raise SafetensorsError(f"tensor {quoted(name)}: {words}")
             if not subfolders and ("/" in file or not _is_below(file)):
                 raise fault("R-SHD-002", f"{quoted(file)} is not a plain file name", tensor=name)
@@ -146,31 +146,31 @@ class ShardIndex:
         return next(self.all_misplaced(found), None)
 
     def all_misplaced(self, found: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
-        """Yields each tensor whose file does not match the index, with the reason.
+        """Yields each tensor that does not match the index, with the reason.
 
-        Such a tensor is missing, in another file, in a second file, or not listed.
+        It is missing, in another file, in a second file, or not listed.
 
         Args:
             found: file name -> names of the tensors in it. Tensors that the index lists in a file that is not
                 a key are not reported as missing.
         """
-        there: set[str] = set()
+        present: set[str] = set()
         for file, names in found.items():
             for name in names:
-                there.add(name)
+                present.add(name)
                 listed = self.weight_map.get(name)
                 if listed != file:
                     says = "does not list it" if listed is None else f"says {listed!r}"
-                    yield name, f"it is in {file!r}, the index {says}"
+                    yield name, f"it is in {file!r}, but the index {says}"
         for name, file in self.weight_map.items():
-            if name not in there and file in found:
+            if name not in present and file in found:
                 yield name, f"it is not in {file!r}, which the index names"
 
     def placed(self, found: Mapping[str, Iterable[str]]) -> Placement:
-        """Chooses the file from which each tensor is read. Lenient; `misplaced` is the strict rule.
+        """Chooses the file from which each tensor is read. Raises no error; `misplaced` is the strict check.
 
-        The file that the index names is preferred; else the first file that has the tensor. Tensors that the
-        index does not list are left out.
+        This is the file that the index names, if it has the tensor, else the first file that has it. Tensors
+        that the index does not list are omitted.
 
         Args:
             found: file name -> names of the tensors in it.
@@ -181,22 +181,22 @@ class ShardIndex:
                 places.setdefault(name, []).append(file)
         files: dict[str, str] = {}
         missing, moved, repeated = [], [], []
-        for name, said in self.weight_map.items():
-            there = places.get(name, [])
-            if not there:
+        for name, indexed in self.weight_map.items():
+            present = places.get(name, [])
+            if not present:
                 missing.append(name)
                 continue
-            files[name] = said if said in there else there[0]
-            if said not in there:
+            files[name] = indexed if indexed in present else present[0]
+            if indexed not in present:
                 moved.append(name)
-            elif len(there) > 1:
+            elif len(present) > 1:
                 repeated.append(name)
         unlisted = [name for name in places if name not in self.weight_map]
         return Placement(files, missing, unlisted, moved, repeated)
 
 
 def _is_below(file: str) -> bool:
-    """Whether a name is a relative path without ``.``, ``..``, empty parts, backslashes and U+0000."""
+    """Returns whether a name is a relative path without ``.``, ``..``, empty parts, ``\\`` and U+0000."""
     return not any(part in ("", ".", "..") for part in file.split("/")) and not any(c in file for c in "\\\0")
 
 
@@ -213,8 +213,8 @@ def in_shard(name: str) -> Iterator[None]:
 class ShardedFile(Closing):
     """An open model in several `.sfp` files; a context manager. Same interface as `SfpFile`.
 
-    Entries and offsets are those of the shard that has the tensor. Picklable under the same conditions as an
-    `SfpFile`.
+    Entries and offsets are those of the shard that has the tensor. It can be pickled under the same
+    conditions as an `SfpFile`.
 
     Attributes:
         limits: the limits with which the shards were opened.
@@ -233,7 +233,7 @@ class ShardedFile(Closing):
         """Opens the index and every shard. Reads only the preamble and the directory of each shard.
 
         Args:
-            path: of the ``.sfp.index.json``.
+            path: path of the ``.sfp.index.json``.
             limits, engine, threads: as in `sfpformat.open`.
 
         Raises:
@@ -248,7 +248,9 @@ class ShardedFile(Closing):
         of_safetensors = os.fspath(path).endswith(f".safetensors{INDEX_SUFFIX}")
         self.index = ShardIndex.read(path, subfolders=of_safetensors)
         if of_safetensors:
-            raise SafetensorsError(f"{path} is an index of safetensors files; 'sfp pack' writes them as .sfp")
+            raise SafetensorsError(
+                f"{path} is an index of safetensors files; 'sfp pack' converts them to .sfp"
+            )
         self.files: dict[str, SfpFile] = {}
         folder = Path(path).parent
         try:
@@ -309,7 +311,7 @@ class ShardedFile(Closing):
         return self.index.weight_map[name]
 
     def metadata(self) -> dict[str, str]:
-        """Returns the merged metadata of all shards. If two shards have the same key, the first one wins."""
+        """Returns the metadata of all shards. If two shards have a key, the first shard's value counts."""
         out: dict[str, str] = {}
         for file in self.files.values():
             out = {**file.metadata(), **out}
@@ -320,7 +322,7 @@ class ShardedFile(Closing):
         return self.file_of(name).entry(name)
 
     def info(self, name: str) -> TensorInfo:
-        """Returns what the directory says about a tensor, like `SfpFile.info`."""
+        """Returns the directory's information about a tensor, like `SfpFile.info`."""
         return self.file_of(name).info(name)
 
     def get_tensor(self, name: str) -> Values:
@@ -338,7 +340,7 @@ class ShardedFile(Closing):
     def read_into(self, out: Mapping[str, Values]) -> None:
         """Decodes whole tensors into arrays, like `SfpFile.read_into`.
 
-        Works shard by shard: if the arrays of a later shard are refused, those of earlier shards are written.
+        Works shard by shard: if it refuses the arrays of a shard, it has already written earlier shards.
         """
         for file, names in self._by_file(out):
             file.read_into({name: out[name] for name in names})

@@ -1,4 +1,4 @@
-"""Reads the chunks of a file: offsets, bytes, checksums.
+"""Reads the chunks of a file, and compares their checksums.
 
 Rules: a chunk is read whole, and its checksum is compared, before any byte of it is used (R-LAY-004).
 """
@@ -79,9 +79,9 @@ class StoredChunks:
         The checksum of a chunk is compared just before the chunk is yielded.
 
         Args:
-            entry: of the tensor.
+            entry: the tensor's entry.
             first: number of the first chunk, or -1 for the vector chunk alone.
-            count: how many chunks.
+            count: number of chunks.
 
         Raises:
             InvalidFileError: as in `read`.
@@ -102,7 +102,7 @@ class StoredChunks:
             yield chunk
 
     def read_region(self, offset: int, chunks: Sequence[tuple[int, int]]) -> Bytes | None:
-        """Reads consecutive chunks of any tensors. Returns None on a checksum mismatch or a short file.
+        """Reads consecutive chunks of any tensors. None if a checksum differs or the file is too short.
 
         Args:
             offset: file offset of the first chunk.

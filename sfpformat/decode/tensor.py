@@ -71,10 +71,10 @@ class TensorDecoder:
     # ------------------------------------------------------------------------------------ into an array
     #
     # ``data``: the bytes of chunk ``k``; the caller has compared its checksum.
-    # ``out``: an array that has exactly the positions of the run.
+    # ``out``: an array with one element for each position of the run.
 
     def expect(self, weights: int) -> None:
-        """Announces about how many weights will be decoded. What the engine prepares depends on it."""
+        """Sets the approximate number of weights that will be decoded; the engine prepares for this many."""
         with self._preparing:
             if weights > 8 * self._recipe_serves:
                 self._recipe = self.engine.make_recipe(self.entry, self.vectors, weights)
@@ -148,7 +148,7 @@ class TensorDecoder:
         )
 
     def importance(self, chunk: Chunk, first: int, stop: int) -> F32:
-        """Decodes the importance of all positions of a run: float32, 0 for a pruned position without one."""
+        """Decodes the importance of all positions of a run: float32, 0 at pruned positions that have none."""
         importance = self.entry.importance
         assert importance is not None
         assert chunk.index is not None

@@ -37,9 +37,9 @@ class Report:
         faults: every fault, in file order.
         notes: reasons why a file without faults is not canonical; each begins with a clause in brackets.
         tensors: number of tensors that were checked.
-        bytes: length of the file.
-        not_finite: tensor name -> how many of its weights a lossy quantiser decodes to an infinity or a NaN.
-            The format allows this. Such weights were finite before, so the writer lost them.
+        bytes: length of the file, in bytes.
+        not_finite: tensor name -> number of weights that a lossy quantiser decodes to an infinity or a NaN.
+            The format allows this, but the weights were finite before: the writer lost their values.
     """
 
     faults: list[FileFault] = field(default_factory=list)
@@ -68,16 +68,21 @@ def validate(
 ) -> Report:
     """Checks structure and checksums, decodes all tensors, and checks whether the file is canonical.
 
-    For a model in shards, checks the index and all shards. Faults and notes then name the shard.
+    For a model in shards, checks the index and all shards; faults and notes then name the shard.
+
+    Example: ``report = sfpformat.validate("model.sfp")``, then ``print(report.ok, *report.faults)``.
 
     Args:
         readable: as in `sfpformat.open`.
         limits: the limits of the reader.
         engine: as in `sfpformat.open`.
-        progress: called with the bytes done and the total bytes, after each tensor and at the end.
+        progress: (bytes done, total bytes); called after each tensor and at the end.
+
+    Returns:
+        The report. It contains the faults of the file; they are not raised.
 
     Raises:
-        OSError: the file cannot be read. Faults of the file are reported, not raised.
+        OSError: the file cannot be read.
         OptionError: as in `sfpformat.open`.
         SafetensorsError: an index is not valid JSON of the expected form.
     """
@@ -109,10 +114,10 @@ def validate(
 def validate_index(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Report, list[str]]:
     """Checks that the shards have the tensors that an index lists (SPEC.md chapter 18).
 
-    Does not check the contents of the shards; `validate` does. Skips a shard whose directory is not readable.
+    Does not check the contents of the shards, as `validate` does. Skips a shard whose directory has a fault.
 
     Args:
-        path: of the index.
+        path: path of the index.
         limits: the limits of the reader.
 
     Returns:
@@ -188,9 +193,9 @@ def _directory_faults(readable: Readable, limits: Limits, first: FileFault) -> l
 
 
 def _validate_tensor(file: SfpFile, entry: TensorEntry, report: Report) -> None:
-    """Decodes a tensor chunk by chunk and adds its faults and notes to the report.
+    """Decodes a tensor chunk by chunk, and adds its faults and notes to the report.
 
-    Continues after a fault in a chunk, so that faults in later chunks are reported too.
+    Continues after a fault in a chunk, to report faults in later chunks too.
     """
     try:
         require_within_limits(file, entry)
@@ -222,7 +227,7 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
     """Decodes all streams of a chunk and counts their symbols.
 
     Returns:
-        How many weights are not finite if the quantiser is lossy, else 0.
+        The number of weights that are not finite; 0 if the quantiser is lossless.
     """
     segments = np.diff(decoder.entry.segments_of_chunk(chunk.k))[0]
     values = decoder.values(chunk, 0, int(segments))
@@ -244,7 +249,7 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
 
 
 class _StreamUsage:
-    """Counts what a stream uses: symbols of each code, levels, trims, and the order in which codes occur."""
+    """Statistics of a stream: symbols of each code, levels, trims, and the order in which codes occur."""
 
     def __init__(self, table: CodeTable) -> None:
         self.table = table

@@ -37,7 +37,7 @@ def _operator(signature: str, compute: Operator, fake: Operator) -> Any:
     """
     name, arguments = signature.split("(", 1)
     full_name = f"sfpformat::{name}"
-    # Not `torch.library.custom_op`: it imports the compiler at the first call, which takes a second and 70 MB.
+    # Not `torch.library.custom_op`, which imports the compiler at the first call: a second and 70 MB.
     torch.library.define(full_name, f"({arguments} -> Tensor", tags=_TAGS)
     torch.library.impl(full_name, "CompositeExplicitAutograd", compute)
     torch.library.register_fake(full_name, fake)

@@ -211,7 +211,7 @@ def test_a_file_outside_the_folder_of_the_index_is_refused(
 ) -> None:
     index = checkpoint(tmp_path, {}, {"a": name})
     told = error_of(capsys, "pack", index, "-o", tmp_path / "m.sfp")
-    assert "no path inside the folder of the index" in told
+    assert "not a path inside the folder of the index" in told
     with pytest.raises(SafetensorsError):
         ShardIndex.read(index, subfolders=True)
 

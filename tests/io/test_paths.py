@@ -188,7 +188,7 @@ def test_an_index_of_safetensors_is_refused_by_sfp_readers(tmp_path: Path) -> No
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "sub/model-00001-of-00001.safetensors"}}))
     for function in (sfpformat.open, sfpformat.numpy.load_file, sfp_torch.load_file):
-        with pytest.raises(SfpError, match=r"'sfp pack' writes them as \.sfp"):
+        with pytest.raises(SfpError, match=r"'sfp pack' converts them to \.sfp"):
             function(index)
 
 
@@ -420,7 +420,7 @@ def test_unpickling_a_handle_of_a_rewritten_file_raises_mismatch(model: Path) ->
     tensors["b"] = np.negative(tensors["b"])
     save_file(tensors, changed)
     for data in pickles:
-        with pytest.raises(MismatchError, match="was replaced"):
+        with pytest.raises(MismatchError, match="has changed since the open file was pickled"):
             pickle.loads(data)
     shutil.rmtree(folder_of(model))
     for data in pickles:

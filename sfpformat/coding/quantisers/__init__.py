@@ -1,4 +1,4 @@
-"""Quantiser kinds, one module each: bit-exact conversion of levels to numbers, and the map in the directory.
+"""Quantiser kinds, one module each: bit-exact conversion of levels to numbers, and their directory keys.
 
 A new kind needs a module here with a subclass of `Quantiser`, an entry in `KINDS`, and a source of levels in
 `encode.level_sources`.

@@ -38,7 +38,7 @@ class Exact(Quantiser):
             raise fault("R-TEN-003", f"unknown dtype {name!r}", offset=source.place("dtype"))
         trim = source.required("trim", int)
         if trim not in (0, 1):
-            raise fault("R-QNT-008", f"trim is {trim}", offset=source.place("trim"))
+            raise fault("R-QNT-008", f"trim is {trim}, must be 0 or 1", offset=source.place("trim"))
         return _shared(name, trim)
 
     def fingerprint_bound(self, dtype: Dtype) -> int:
@@ -105,7 +105,7 @@ def multiplied(exact: NDArray[np.generic], multiplier: F32, dtype: Dtype) -> NDA
     return np.where(finite, product, exact)
 
 
-_NARROW_FIRST, _NARROW_BLOCK = 1 << 6, 1 << 20  # values compared at a time: bounds the memory
+_NARROW_FIRST, _NARROW_BLOCK = 1 << 6, 1 << 20  # values that are compared at a time; bounds the memory
 
 
 def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
@@ -123,7 +123,7 @@ def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
 
 
 def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:
-    """Whether a narrower dtype represents the values of ``dtype`` bit-exactly, and all are finite."""
+    """Returns whether a narrower dtype represents the values of ``dtype`` bit-exactly, and all are finite."""
     with np.errstate(all="ignore"):
         back = values.astype(narrow.numpy)
         same = back.astype(dtype.numpy).view(dtype.pattern) == values.view(dtype.pattern)

@@ -1,7 +1,7 @@
 """Base classes of quantiser kinds, and their shared arithmetic (SPEC.md chapters 11, 13, 14).
 
-Rules: every operation is one numpy operation on float32 (float64 if SPEC.md requires it), in the order of
-chapter 14, so that operations cannot be fused or reordered.
+Rules: every arithmetic operation is one numpy operation on float32 (float64 if SPEC.md requires it), in the
+order of chapter 14, so that no compiler can fuse or reorder operations.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Quantiser(ABC):
         return True
 
     def known_magnitude(self, number: int) -> np.float32:
-        """Returns the magnitude of a number, as far as the directory gives it; 0 if only chunks do."""
+        """Returns the magnitude of a number, if it follows from the directory alone; else 0."""
         return np.float32(0)
 
     # ---------------------------------------------------------------------------------------- numbers
@@ -137,7 +137,7 @@ class NumberQuantiser(Quantiser):
 
 
 def round_to(values: NDArray[np.floating], dtype: Dtype) -> NDArray[np.generic]:
-    """Rounds to nearest, ties to even. Beyond the greatest number, R-REC-002 and R-REC-003 apply."""
+    """Rounds to nearest, ties to even. R-REC-002 and R-REC-003 define results beyond the greatest number."""
     with np.errstate(over="ignore"):
         return values.astype(dtype.numpy)
 

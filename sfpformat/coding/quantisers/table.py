@@ -26,7 +26,7 @@ class Table(NumberQuantiser):
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_CENTROIDS:
-            raise fault("R-QNT-004", f"{self.count} centroids, must be 1 to {MAX_CENTROIDS}")
+            raise fault("R-QNT-004", f"count is {self.count}, must be 1 to {MAX_CENTROIDS}")
 
     @property
     def centroids(self) -> int:

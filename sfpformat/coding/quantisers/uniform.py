@@ -28,7 +28,7 @@ class Uniform(NumberQuantiser):
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.step) and self.step > 0):
-            raise fault("R-QNT-003", f"the step is {self.step}, must be finite and above 0")
+            raise fault("R-QNT-003", f"step is {self.step}, must be finite and above 0")
 
     def __str__(self) -> str:
         return f"uniform {float(self.step):.4g}"
@@ -41,7 +41,7 @@ class Uniform(NumberQuantiser):
         step = source.required("step", bytes)
         with placed(base=source.place("step")):
             if len(step) != 4:
-                raise fault("R-QNT-003", f"a step of {len(step)} bytes, must be 4")
+                raise fault("R-QNT-003", f"step has {len(step)} bytes, must have 4")
             return cls(np.frombuffer(step, "<f4")[0])
 
     def fingerprint_bound(self, dtype: Dtype) -> int:
@@ -67,8 +67,8 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
     Args:
         magnitudes: shape [n].
         step: of the quantiser.
-        thresholds: element m - 1 is the least magnitude, in steps, with the number m instead of m - 1, for
-            numbers up to len(thresholds). Greater numbers are rounded to nearest. Empty: all are.
+        thresholds: element m - 1 is the least magnitude, in steps, that has the number m; for numbers m up to
+            len(thresholds). Greater numbers are rounded to nearest. If it is empty, all numbers are.
 
     Raises:
         OptionError: a number is greater than `MAX_NUMBER`.
@@ -78,7 +78,7 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
     nearest = np.floor(steps + np.float32(0.5))
     if len(nearest) and nearest.max() > MAX_NUMBER:
         raise OptionError(
-            f"a step of {step} is too small for weights of {magnitudes.max()}; use a greater step"
+            f"the step {step} is too small for the weight {magnitudes.max()}; use a greater step"
         )
     numbers = nearest.astype(np.int64)
     if len(thresholds):
