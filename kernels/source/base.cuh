@@ -1,8 +1,8 @@
-// Words, memory and bits: what everything else stands on.
+// Words, memory and bits, which all other files use.
 //
-// Rules: no header is included, so that the source is one string, which NVRTC compiles without a path and a cache
-// can name by its bytes. What CUDA has and C++17 has not is given by host.h, which only the host compiler sees.
-// Bytes of a file are read by `Chunk`, `Reader` and `Ring` alone, which compare every offset with the chunk's length.
+// Rules: no system header is included, so that the source is one string, which NVRTC compiles without a path and whose
+// bytes are the key of a cache. host.h defines what CUDA has and C++17 lacks; only the host compiler reads it. Only
+// `Chunk`, `Reader` and `Ring` read bytes of a file; they compare every offset with the chunk's length.
 #pragma once
 
 typedef unsigned char u8;
@@ -11,18 +11,18 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define ALL_LANES 0xFFFFFFFFu
-enum : u32 { WARP = 32, WARPS = 4, THREADS = WARPS * WARP };  // lanes a warp, warps and threads a block
+enum : u32 { WARP = 32, WARPS = 4, THREADS = WARPS * WARP };  // lanes per warp, warps and threads per block
 
-// What is wrong with a segment, or with the chunk that it is in; 0 where nothing is. An error word says that the
-// weights mean nothing and that the reference has to judge; it does not say which clause is broken.
+// Bits of an error word: the problems of a segment or of its chunk; 0 if there are none. If the word is not 0, the
+// weights are undefined, and the reference has to decode the segment. The word does not identify the violated clause.
 enum : u32 {
     WRONG_HEADER = 1,   // header or index fields (SPEC.md 15.2)
     WRONG_LAYOUT = 2,   // parts that do not fit the chunk (SPEC.md 15.1)
     WRONG_PADDING = 4,  // bits that must be zero
-    WRONG_END = 8,      // a segment that ends elsewhere than the index says (R-PLN-003)
+    WRONG_END = 8,      // a segment does not end where the index says (R-PLN-003)
     WRONG_MASK = 16,    // R-MSK-004 to R-MSK-006
     WRONG_PAIR = 32,    // the second class of a last symbol (R-PLN-002)
-    NOT_FOR_THIS = 64   // a chunk whose bits cannot be counted in 32 bits
+    NOT_FOR_THIS = 64   // not supported: the bits of the chunk cannot be counted in 32 bits
 };
 
 // 16 bytes, loaded by one instruction.
@@ -38,35 +38,35 @@ struct Chunk {
     u32 length;
 };
 
-// The byte at an offset, 0 outside of the chunk.
+// Returns the byte at an offset; 0 outside the chunk.
 __device__ inline u32 byte_at(Chunk chunk, u64 offset) {
     return offset < chunk.length ? chunk.data[offset] : 0;
 }
 
-// The 4 bytes from an offset on that is a multiple of 4, 0 outside of the chunk.
+// Returns the 4 bytes at an offset, a multiple of 4; 0 outside the chunk.
 __device__ inline u32 word_at(Chunk chunk, u64 offset) {
     return offset + 4 <= chunk.length ? *(const u32 *)(chunk.data + offset) : 0;
 }
 
-// The 16 bytes from an offset on that is a multiple of 16, 0 outside of the chunk.
+// Returns the 16 bytes at an offset, a multiple of 16; 0 outside the chunk.
 __device__ inline Words words_at(Chunk chunk, u32 offset) {
     Words words = {0, 0, 0, 0};
     if (offset < chunk.length && chunk.length - offset >= sizeof(Words)) words = *(const Words *)(chunk.data + offset);
     return words;
 }
 
-// A plane of one segment, read from its first bit on: LSB-first (R-CNV-002). A lane has one of its own.
+// Reads a plane of one segment, LSB-first (R-CNV-002). Each lane has its own reader.
 //
-//   memory   16 bytes, 16 bytes, …     a lane loads them for itself, ahead of its need
+//   memory   16 bytes, 16 bytes, …     the lane loads them before they are needed
 //   coming   `left` words, the next one in `a`
-//   a b c d  the words that come before; `place` is the next bit of the chunk, and in `a`
+//   a b c d  the words before them; `place`, the next bit of the chunk, is in `a`
 //
-// So 32 bits are always at hand. What lies past the chunk's end reads as zero. Reading past a segment's end is
-// harmless, and shows in `place`.
+// So the next 32 bits are always in registers. Bits past the chunk's end are zero. Reading past a segment's end is
+// harmless, and `place` shows it.
 struct Reader {
     const Words *data;
-    u32 count;  // of 16 bytes in the chunk
-    u32 next;   // the 16 bytes to load next
+    u32 count;  // number of `Words` in the chunk
+    u32 next;   // index of the `Words` to load next
     u32 a, b, c, d;
     Words coming;
     u32 left;
@@ -80,7 +80,7 @@ __device__ inline Words load_words(Reader &r) {
     return words;
 }
 
-// Goes on by a word.
+// Advances by one word.
 __device__ inline void advance(Reader &r) {
     r.a = r.b;
     r.b = r.c;
@@ -112,24 +112,24 @@ __device__ inline Reader reader_at(Chunk chunk, u32 bit) {
     return r;
 }
 
-// The next 32 bits, which stay.
+// Returns the next 32 bits. Does not advance.
 __device__ inline u32 peek(const Reader &r) { return __funnelshift_r(r.a, r.b, r.place); }
 
-// Goes on by at most 32 bits.
+// Advances by at most 32 bits.
 __device__ inline void skip(Reader &r, u32 bits) {
     u32 offset = (r.place & 31) + bits;
     r.place += bits;
     if (offset & 32) advance(r);
 }
 
-// The next `width` bits, at most 32.
+// Reads the next `width` bits, at most 32.
 __device__ inline u32 take_word(Reader &r, u32 width) {
     u32 value = peek(r) & (width < 32 ? (1u << width) - 1 : ~0u);
     skip(r, width);
     return value;
 }
 
-// The next `width` bits, at most 64.
+// Reads the next `width` bits, at most 64.
 __device__ inline u64 take(Reader &r, u32 width) {
     if (width <= 32) return take_word(r, width);
     u64 low = take_word(r, 32);

@@ -1,7 +1,7 @@
-// The kernels: each finds its place and leaves the work to the functions of the other files.
+// The kernels. Each determines its part of the work and calls the functions of the other files.
 //
-// A block has `WARPS` warps; `warps` says for each which job it works on and which 32 segments of it are its own, or
-// IDLE. The warps of a block of a kernel with tables in shared memory belong to one tensor: that of the first.
+// A block has `WARPS` warps. `parts` has the job of each warp and which 32 segments of the job the warp decodes, or
+// IDLE. If a kernel has tables in shared memory, all warps of a block decode the same tensor, that of the first warp.
 #include "product.cuh"
 #include "sparse.cuh"
 
@@ -9,16 +9,16 @@ enum : u32 { IDLE = 0xFFFFFFFF };
 
 struct Part {
     u32 job;
-    u32 group;  // of 32 segments of the job's run
+    u32 group;  // index of the 32 segments in the job's run
 };
 
-// A code whose look-up table is to be filled.
+// A code whose look-up table must be filled.
 struct Code {
     u64 recipe;  // address
     u32 stream, code;
 };
 
-// One block a code.
+// Fills the look-up tables of codes, one block per code.
 extern "C" __global__ void fill_tables(const Code *codes) {
     const Code &own = codes[blockIdx.x];
     u8 *bytes = (u8 *)own.recipe;
@@ -31,7 +31,8 @@ extern "C" __global__ void fill_tables(const Code *codes) {
     }
 }
 
-// One block a job. `status`: a word a job, 0 to begin with: what is wrong in any of its segments.
+// Fills the index of chunks, one block per job. `status`: one word per job, initially 0; kernels add the error bits of
+// all segments of the job.
 extern "C" __global__ void index_chunks(const Job *jobs, u32 *index, u32 *status) {
     __shared__ IndexMemory memory;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -39,7 +40,7 @@ extern "C" __global__ void index_chunks(const Job *jobs, u32 *index, u32 *status
     if (wrong) atomicOr(&status[blockIdx.x], wrong);
 }
 
-// The error word of each segment of a warp, and what they say of its job.
+// Stores the error word of each segment of a warp, and adds its bits to the status word of the job.
 __device__ inline void report(const Job &job, u32 s, u32 wrong, u32 *errors, u32 *status) {
     if (s < job.stop) errors[job.errors + (s - job.first)] = wrong;
     if (wrong) atomicOr(status, wrong);
@@ -51,7 +52,7 @@ __device__ inline Warp warp_of(const Job *jobs, Part part, u64 out) {
     return warp;
 }
 
-// Whether nothing of a job matters any more; the same for all lanes, though other warps write the word.
+// Returns whether a job has failed already. All lanes get the same result, even while other warps write the word.
 __device__ inline bool is_lost(u32 status) { return __any_sync(ALL_LANES, status != 0); }
 
 template <u32 ITEM, bool PLAIN>
@@ -113,14 +114,14 @@ __device__ inline void run_sparse(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
-// Compute capability 10.0 takes more registers for the same.
+// On compute capability 10.0, the same code needs more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define AT_LEAST(BLOCKS) ((BLOCKS) < 7 ? (BLOCKS) : 7)
 #else
 #define AT_LEAST(BLOCKS) (BLOCKS)
 #endif
 
-// `out`: what the addresses of the jobs' weights are counted from.
+// `out`: a base that is added to the output addresses of the jobs.
 #define KERNEL(NAME, BLOCKS, BODY)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST(BLOCKS)) NAME(                                       \
         const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out                     \
@@ -128,29 +129,30 @@ __device__ inline void run_sparse(
         BODY(jobs, parts, index, status, errors, out);                                                        \
     }
 
-// Any tensor, by bytes a weight. The second number is how many blocks a multiprocessor is to have at least.
+// Any tensor, by bytes per weight. The second argument is the minimum number of blocks per multiprocessor.
 KERNEL(any_1, 2, (run_any<1, false>))
 KERNEL(any_2, 2, (run_any<2, false>))
 KERNEL(any_4, 2, (run_any<4, false>))
 KERNEL(any_8, 2, (run_any<8, false>))
-// Tensors whose levels are bit patterns, or look them up.
+// Tensors whose levels are bit patterns, or indices in a table of bit patterns.
 KERNEL(plain_2, 3, (run_any<2, true>))
 KERNEL(plain_4, 3, (run_any<4, true>))
 KERNEL(plain_8, 3, (run_any<8, true>))
-// The same with levels of at most 16 bits and at most 8 codes a stream.
+// The same, for levels of at most 16 bits and at most 8 codes per stream.
 KERNEL(short_1, 4, (run_short<1>))
 KERNEL(short_2, 4, (run_short<2>))
 KERNEL(short_4, 4, (run_short<4>))
-// Weights of two bytes, quantised, a codeword and a sign each or of one width, under octets or none; and exact ones, a
-// codeword and a byte each, under octets. Streams of one code, or of several; short: codewords of at most 8 bits.
+// Tensors of 2 bytes per weight. 2_1: quantised; levels are a codeword and a sign each, or have one width; the mask has
+// octets, or there is no mask. 2_8: exact; levels are a codeword and a byte each; the mask has octets. Streams of one
+// code or of many; short: codewords of at most 8 bits.
 KERNEL(sparse_2_1_one_short, 8, (run_sparse<false, 1, 1>))
 KERNEL(sparse_2_1_many_short, 6, (run_sparse<false, 1, SHORT_CODES>))
 KERNEL(sparse_2_1_many_long, 5, (run_sparse<true, 1, SHORT_CODES>))
 KERNEL(sparse_2_8_one_short, 6, (run_sparse<false, 8, 1>))
 KERNEL(sparse_2_8_many_short, 5, (run_sparse<false, 8, SHORT_CODES>))
 KERNEL(sparse_2_8_many_long, 4, (run_sparse<true, 8, SHORT_CODES>))
-// Dense tensors, exact, by bytes a weight and residual bits (0: any); with one code or with several; short: of at
-// most 8 bits.
+// Dense exact tensors, by bytes per weight and residual bits (0: any). One code or many; short: codewords of at most 8
+// bits.
 KERNEL(dense_2_8_one_short, 8, (run_dense<2, 8, ONE_SHORT>))
 KERNEL(dense_2_8_one_long, 6, (run_dense<2, 8, ONE_LONG>))
 KERNEL(dense_2_8_many_short, 7, (run_dense<2, 8, MANY_SHORT>))
@@ -164,7 +166,8 @@ KERNEL(dense_4_0, 5, (run_dense<4, 0, MANY_LONG>))
 
 // ------------------------------------------------------------------------------------------------- products
 
-// Makes a matrix ready: one block a job, each a whole chunk whose index was written. `status` as in `index_chunks`.
+// Prepares a matrix for products, one block per job. Each job is a whole chunk whose index was filled. `status`: as for
+// `index_chunks`.
 extern "C" __global__ void place_matrix(const Job *jobs, const Matrix *matrix, u32 *index, u32 *status) {
     if (is_lost(status[blockIdx.x])) return;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -172,7 +175,7 @@ extern "C" __global__ void place_matrix(const Job *jobs, const Matrix *matrix, u
     if (wrong) atomicOr(&status[blockIdx.x], wrong);
 }
 
-// y = x @ matrix.T + bias; see `Call` for the arguments. Slices of the columns lie side by side in the grid.
+// Computes y = x @ matrix.T + bias; see `Call` for the arguments. Consecutive blocks have the slices of the same rows.
 #define MULTIPLY(NAME, BLOCKS, KIND, PARTS)                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(                                       \
         const Matrix *matrix, const Words *x, const void *bias, void *y, float *sums, u32 *done, u32 batch,   \
@@ -185,5 +188,5 @@ extern "C" __global__ void place_matrix(const Job *jobs, const Matrix *matrix, u
 
 MULTIPLY(multiply_bf16, 4, OF_BF16, 1)
 MULTIPLY(multiply_f16, 4, OF_F16, 1)
-// Numbers of 24 bits as three of 8.
+// Each number of 24 significant bits is split into three of 8.
 MULTIPLY(multiply_f32, 3, OF_BF16, 3)

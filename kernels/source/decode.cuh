@@ -1,18 +1,18 @@
-// Weights of segments, 32 segments a warp, a segment a lane.
+// Decodes the weights of segments: 32 segments per warp, one segment per lane.
 //
-// Theory of operation. Each lane reads the planes of its own segment, bit after bit, with nothing to wait for from
-// others. Weights leave by tiles: every lane writes its next positions into a row of shared memory, then the warp
-// writes the rows out together, a row after another, neighbouring lanes to neighbouring words. A row has an odd
-// number of words, so that neither way do two lanes meet in a bank.
+// Theory of operation: each lane reads the planes of its own segment, independently of the other lanes. Weights are
+// written in tiles: every lane writes its next positions to its row of a tile in shared memory; then the warp writes
+// the rows to global memory, one row after the other, neighbouring lanes to neighbouring words. A row has an odd number
+// of words, so that neither step has bank conflicts.
 //
-// Bounds: a lane reads by `Reader`, which ends at the chunk's end; it writes as many positions as its segment has,
-// whatever the planes say; every table has an entry for every index that it can be given.
+// Bounds: a lane reads through a `Reader`, which stops at the chunk's end. It writes as many positions as its segment
+// has, for any contents of the planes. Every table has an entry for every possible index.
 #pragma once
 #include "index.cuh"
 #include "mask.cuh"
 #include "values.cuh"
 
-// Positions a tile for weights of `item` bytes, at most 64, and words a row.
+// For weights of `item` bytes: positions per row of a tile, at most 64; words of these positions; words per row.
 __device__ constexpr u32 tile_positions(u32 item) { return item <= 2 ? 64 : 32; }
 __device__ constexpr u32 tile_words(u32 item) { return tile_positions(item) * item / 4; }
 __device__ constexpr u32 row_words(u32 item) { return tile_words(item) + 1; }
@@ -22,7 +22,7 @@ template <> struct Pattern<1> { typedef u8 type; };
 template <> struct Pattern<2> { typedef u16 type; };
 template <> struct Pattern<4> { typedef u32 type; };
 
-// Puts a weight at a position of a lane's row. A row of 8-byte weights is a row of words, lower halves first.
+// Stores a weight at a position of a lane's row. A weight of 8 bytes is stored as two words, the lower half first.
 template <u32 ITEM> __device__ inline void put(u32 *row, u32 position, u64 pattern) {
     if constexpr (ITEM == 8) {
         row[2 * position] = (u32)pattern;
@@ -32,8 +32,8 @@ template <u32 ITEM> __device__ inline void put(u32 *row, u32 position, u64 patte
     }
 }
 
-// Where the warp is: segments `first` to `first` + 31 of a job, as far as the run goes; `out` is where the weights of
-// the run go.
+// The work of a warp: the segments `first` to `first` + 31 of a job, or to the end of its run. `out`: the address for the
+// weights of the run.
 struct Warp {
     const Recipe *recipe;
     const Job *job;
@@ -41,14 +41,14 @@ struct Warp {
     u64 out;
 };
 
-// Where a row of a tile goes: the positions from `done` on of the warp's segment number `row`.
+// Returns the address for a row of a tile: the positions from `done` on of the warp's segment number `row`.
 template <u32 ITEM> __device__ inline u8 *place_of_row(const Warp &warp, u32 done, u32 row) {
     u64 segment = warp.first - warp.job->first + row;
     return (u8 *)warp.out + (segment * warp.recipe->segment + done) * ITEM;
 }
 
-// Writes out a tile whose rows are all there and full: words of `columns` lanes side by side. POSITIONS: of a row, which
-// is a word longer than they are.
+// Writes a tile of 32 full rows. `columns` lanes write neighbouring words of a row. POSITIONS: positions per row; a row
+// has one more word of padding.
 template <u32 ITEM, u32 POSITIONS>
 __device__ inline void write_full_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
     const u32 words = POSITIONS * ITEM / 4, columns = words < WARP ? words : WARP, rows_at_once = WARP / columns;
@@ -64,7 +64,7 @@ __device__ inline void write_full_tile(const Warp &warp, const u32 *tile, u32 do
     }
 }
 
-// Writes out a tile some of whose rows are missing or short. All lanes take part.
+// Writes a tile in which some rows are missing or short. All lanes must call it.
 template <u32 ITEM, u32 POSITIONS>
 __device__ inline void write_part(const Warp &warp, const u32 *tile, u32 done, u32 rows, u32 lane) {
     const u32 stride = POSITIONS * ITEM / 4 + 1;
@@ -77,7 +77,7 @@ __device__ inline void write_part(const Warp &warp, const u32 *tile, u32 done, u
             u32 value = tile[row * stride + word];
             if (4 * word + 4 <= bytes) {
                 *(u32 *)(to + 4 * word) = value;
-            } else {  // the end of a tensor
+            } else {  // the last bytes of a tensor
 #pragma unroll 1
                 for (u32 at = 4 * word; at < bytes; at++) to[at] = (u8)(value >> 8 * (at & 3));
             }
@@ -85,7 +85,7 @@ __device__ inline void write_part(const Warp &warp, const u32 *tile, u32 done, u
     }
 }
 
-// Writes out the rows of the warp's segments, which hold the positions from `done` on. All lanes take part.
+// Writes a tile, which has the positions from `done` on of the warp's segments. All lanes must call it.
 template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u32 *tile, u32 done, u32 lane) {
     u32 rows = least(WARP, warp.job->stop - warp.first);
     u32 last = positions_of(*warp.recipe, *warp.job, warp.first + rows - 1);
@@ -93,13 +93,13 @@ template <u32 ITEM> __device__ inline void write_tile(const Warp &warp, const u3
     else write_part<ITEM, tile_positions(ITEM)>(warp, tile, done, rows, lane);
 }
 
-// The state of one lane that can decode every kind of tensor.
+// The state of a lane that can decode every kind of tensor.
 struct Lane {
     u32 positions, survivors;
     Levels fingerprints, importance;
     Mask<Levels> mask;
     Place scale, factors;
-    u32 streamed;  // whether a multiplier has levels
+    u32 streamed;  // whether the multiplier is a stream of levels
 };
 
 __device__ inline Levels open_stream(const u8 *bytes, const Warp &warp, u32 *index, u32 stream, u32 s) {
@@ -136,7 +136,7 @@ __device__ inline Lane open_segment(const u8 *bytes, const Warp &warp, u32 *inde
     return lane;
 }
 
-// The weight of a survivor; `importance` is that of its position where a multiplier has levels.
+// Decodes the weight of a survivor. `importance`: that of its position, if the multiplier is OF_POSITIONS.
 __device__ inline u64 next_weight(const u8 *bytes, const Recipe &recipe, Lane &lane, float importance) {
     u64 level = next_level(lane.fingerprints);
     if (recipe.multiplier == OF_SURVIVORS) {
@@ -165,19 +165,19 @@ __device__ inline void fill_row(const u8 *bytes, const Recipe &recipe, Lane &lan
     }
 }
 
-// The bit pattern of the next survivor of a tensor whose levels are patterns, or are looked up.
+// Decodes the next survivor of a tensor whose levels are bit patterns, or indices in a table of bit patterns.
 template <u32 ITEM> __device__ inline u64 next_pattern(const u8 *bytes, const Recipe &recipe, Levels &levels) {
     if constexpr (ITEM == 8) {
         return pattern_of_level(next_level(levels), F64);
     } else {
         u32 level = next_short_level(levels);
         if (recipe.looked_up) return ((const u32 *)(bytes + recipe.patterns))[level];
-        return level >> 1 | level << (8 * ITEM - 1);  // what is too high does not fit where it is put
+        return level >> 1 | level << (8 * ITEM - 1);  // `put` drops the bits that are too high
     }
 }
 
-// As `fill_row`, for tensors whose levels are patterns or are looked up: from survivor to survivor, so that a warp
-// does as many steps as its lane with the most survivors has.
+// Does the work of `fill_row` for tensors whose levels are bit patterns, or indices in a table of bit patterns. Loops
+// over the survivors, so that a warp takes as many steps as the most survivors that one of its lanes has.
 template <u32 ITEM>
 __device__ inline void fill_plain(const u8 *bytes, const Recipe &recipe, Lane &lane, u32 done, u32 count, u32 *row) {
     if (recipe.mask == NO_MASK) {
@@ -202,14 +202,15 @@ __device__ inline u32 close_segment(const Lane &lane, const Warp &warp, u32 *ind
     return wrong;
 }
 
-// Decodes the warp's segments, of any kind of tensor; PLAIN as in `fill_plain`. Returns each lane's error word.
+// Decodes the warp's segments, of any kind of tensor. Returns each lane's error word. PLAIN: whether `fill_plain`
+// supports the tensor.
 //
-// Args: tile, 32 rows.
+// Args: tile: 32 rows.
 template <u32 ITEM, bool PLAIN>
 __device__ inline u32 decode_any(const Warp &warp, u32 *index, u32 *tile, u32 lane_number) {
     const u8 *bytes = (const u8 *)warp.recipe;
     Recipe recipe = *warp.recipe;
-    if (PLAIN) recipe.multiplier = NO_MULTIPLIER;  // said to the compiler, which leaves out what it needs
+    if (PLAIN) recipe.multiplier = NO_MULTIPLIER;  // constants, so that the compiler removes the code for other values
     if (PLAIN) recipe.scale_by = NO_SCALE;
     Warp own = {&recipe, warp.job, warp.first, warp.out};
     u32 s = warp.first + lane_number, rows = positions_of(recipe, *warp.job, warp.first);

@@ -1,23 +1,23 @@
-// Weights of tensors that are dense and exact: the class is the exponent, the residual mantissa and sign. No level
-// is ever made: code, residual and weight stay in 32-bit registers.
+// Decodes dense exact tensors: the class is the exponent, the residual is mantissa and sign. No 64-bit level is
+// computed: slot, residual and weight are in 32-bit registers.
 //
-// Where residuals are whole bytes, lanes decode codewords alone: a tile has a byte a weight, the slot, and the warp joins
-// a row with the row's residuals, which lie side by side in the file, when it writes the weights out.
+// If residuals are whole bytes, lanes decode only the codewords: a tile has one byte per weight, the slot. When the warp
+// writes the weights, it joins each row with the row's residuals, which are contiguous in the file.
 //
-// The first look-up of a code takes 8 bits. With one code its table is copied for every two banks of shared memory, so
-// that the look-ups of a warp seldom wait for one another; longer codewords take a second look-up in tables of the
-// windows that begin with no shorter one, as far as there is room, and in `entries` else.
+// The first look-up of a code has an index of 8 bits. If there is one code, shared memory has a copy of its table for
+// every two banks, so that the look-ups of a warp rarely have bank conflicts. Longer codewords need a second look-up: in
+// a table of the windows that do not begin with a short codeword, if there is room for it, else in `entries`.
 //
-// Four weights at a time. Their codewords, of at most 8 bits, all lie in the 32 bits that a ring gives, so it is read
-// once for four; codewords of up to 12 bits go by twos.
+// A lane decodes four weights at a time: four codewords of at most 8 bits are in the 32 bits that one read of a ring
+// returns. Codewords of up to 12 bits are decoded two at a time.
 #pragma once
 #include "decode.cuh"
 #include "ring.cuh"
 
-// Bits and entries of the first look-up; its copies where there is one code; entries of the second.
+// Index bits and entries of the first look-up; copies of its table if there is one code; entries of the second look-up.
 enum : u32 { SHORT = 8, SHORT_ENTRIES = 1u << SHORT, COPIES = 16, LONG_ENTRIES = 2048 };
 
-// An entry of the first look-up: bits taken | slot << 8, or 0 for a longer codeword.
+// Returns an entry of the first look-up: codeword length | slot << 8, or 0 for a longer codeword.
 __device__ inline u16 short_entry(u32 entry) {
     u32 bits = entry >> 16 & 15;
     return bits > SHORT ? 0 : (u16)(bits | (entry & 255) << 8);
@@ -25,23 +25,24 @@ __device__ inline u16 short_entry(u32 entry) {
 
 __device__ inline u32 long_entry_of(u32 entry) { return (entry >> 16 & 15) | (entry & 255) << 8; }
 
-// Which first look-ups a kernel has: of one code or of several; short ones hold all codewords.
+// The tables of a kernel: of one code or of many; SHORT: all codewords have at most 8 bits.
 enum Tables { ONE_SHORT, ONE_LONG, MANY_SHORT, MANY_LONG };
 
 __device__ constexpr bool is_many(Tables tables) { return tables == MANY_SHORT || tables == MANY_LONG; }
 __device__ constexpr bool is_long(Tables tables) { return tables == ONE_LONG || tables == MANY_LONG; }
 
-// What a block has of its codes in shared memory.
+// The tables of a block, in shared memory.
 template <Tables TABLES> struct DenseTables {
-    u16 first[16 * SHORT_ENTRIES];  // of one code for each window its copies, of several one after another
-    // Of windows of all bits, their first bit highest, those of a code from the least one on that begins with no short
-    // codeword; in `starts` where window 0 would be, or NOT_HELD.
+    u16 first[16 * SHORT_ENTRIES];  // one code: for each window its copies; many codes: one table after the other
+    // Entries by window of all bits, its first bit highest: for each code the windows that do not begin with a short
+    // codeword. `starts`: the index that window 0 of a code would have, or NOT_HELD if its windows are not in `second`.
     u16 second[is_long(TABLES) ? (u32)LONG_ENTRIES : 2];
     u32 starts[is_long(TABLES) ? 16 : 1];
 };
 enum : u32 { NOT_HELD = 0x80000000 };
 
-// How many windows of 8 bits, the first one highest, begin with a codeword of at most 8; the others lie above.
+// Returns how many windows of 8 bits, the first bit highest, begin with a codeword of at most 8 bits. The other windows
+// are greater numbers.
 __device__ inline u32 short_windows(const u16 *lengths) {
     u32 windows = 0;
 #pragma unroll
@@ -49,7 +50,7 @@ __device__ inline u32 short_windows(const u16 *lengths) {
     return windows;
 }
 
-// Fills a block's second look-ups; see `fill_tables_of_block`.
+// Fills the tables of a block's second look-ups; part of `fill_dense_tables`.
 template <Tables TABLES>
 __device__ inline void fill_second(const u8 *bytes, const Stream &stream, DenseTables<TABLES> &tables, u32 thread) {
     const u32 *entries = (const u32 *)(bytes + stream.entries);
@@ -67,7 +68,7 @@ __device__ inline void fill_second(const u8 *bytes, const Stream &stream, DenseT
     }
 }
 
-// Fills a block's look-ups. All threads take part, and wait for one another after it.
+// Fills the look-up tables of a block. All threads must call it, and synchronise afterwards.
 template <Tables TABLES>
 __device__ inline void fill_dense_tables(const Recipe &recipe, DenseTables<TABLES> &tables, u32 thread) {
     const u8 *bytes = (const u8 *)&recipe;
@@ -89,19 +90,19 @@ __device__ inline void fill_dense_tables(const Recipe &recipe, DenseTables<TABLE
 
 struct DenseLane {
     Ring<4> prefix;
-    Reader residual;     // where residuals are no whole bytes
+    Reader residual;     // if residuals are not whole bytes
     const u32 *entries;  // of the segment's code
-    const u16 *first;    // the first look-up of the segment's code, this lane's copy
+    const u16 *first;    // this lane's copy of the first table of the segment's code
     const u16 *second;
-    u32 start;           // in `second`
+    u32 start;           // the code's element of `starts`
     u32 bits;            // of a window
     u32 width, trim;
-    u32 base;            // the first level; for weights of 2 bytes twice, in either half
-    u32 shift;           // residual bits of a class, trimmed ones too
-    u32 residuals;       // where whole bytes begin
+    u32 base;            // the first level; for weights of 2 bytes, in both halves
+    u32 shift;           // residual bits of a class, including trimmed ones
+    u32 residuals;       // offset of the residuals in the chunk, if they are whole bytes
 };
 
-// The first look-up's entry for some bits, the next one lowest.
+// Returns the entry of the next codeword. `bits`: the next bits, the first one lowest.
 template <Tables TABLES> __device__ inline u32 look_up(const DenseLane &lane, u32 bits) {
     u32 window = bits & (SHORT_ENTRIES - 1);
     u32 entry = lane.first[is_many(TABLES) ? window : window * COPIES];
@@ -112,8 +113,8 @@ template <Tables TABLES> __device__ inline u32 look_up(const DenseLane &lane, u3
     return entry;
 }
 
-// The entries of the next four codewords. The sum of some entries has the bits that they take in its lowest byte,
-// at most 24 where it shifts: a funnel shift looks at the lowest 5 bits alone.
+// Looks up the next four codewords. The lowest byte of a sum of entries is the sum of the codeword lengths. A funnel
+// shift uses only its lowest 5 bits; the sum is at most 24 when it is a shift.
 template <Tables TABLES> __device__ inline void four_entries(DenseLane &lane, u32 *entries) {
     const u32 at_once = is_long(TABLES) ? 2 : 4;
 #pragma unroll
@@ -128,10 +129,10 @@ template <Tables TABLES> __device__ inline void four_entries(DenseLane &lane, u3
     }
 }
 
-// Codewords that take a piece of the ring at most.
+// The number of codewords in a round: they have at most the bits of one piece of the ring.
 template <Tables TABLES> __device__ constexpr u32 round_of() { return is_long(TABLES) ? 8 : 16; }
 
-// Once a round.
+// Called before each round: begins to copy the next piece, and waits for all earlier copies.
 __device__ inline void begin_round(DenseLane &lane) {
     top_up(lane.prefix);
     close_copies();
@@ -143,7 +144,7 @@ __device__ inline u32 dense_residual(DenseLane &lane) {
     return lane.trim ? (residual & 1) | residual >> 1 << (lane.trim + 1) : residual;
 }
 
-// The bit pattern of a weight from the first level, that of its class counted from there, and its residual.
+// Returns the bit pattern of a weight. Args: base: the first level; of_class: offset of the class from it; residual.
 template <u32 ITEM> __device__ inline u32 pattern_of(u32 base, u32 of_class, u32 residual) {
     u32 level = base + of_class + residual;
     return ITEM == 4 ? __funnelshift_r(level, level, 1) : (level & 0xFFFF) >> 1 | (level & 1) << 15;
@@ -153,13 +154,13 @@ template <u32 ITEM> __device__ inline u32 dense_pattern(const DenseLane &lane, u
     return pattern_of<ITEM>(lane.base, entry >> 8 << lane.shift, residual);
 }
 
-// Two weights of 2 bytes whose residuals are bytes: `pick` has the bytes' places, each followed by a slot's.
+// Returns two weights of 2 bytes whose residuals are bytes. `pick`: selectors of a residual and of its slot, twice.
 __device__ inline u32 two_patterns(u32 base, u32 slots, u32 residuals, u32 pick) {
-    u32 levels = base + __byte_perm(residuals, slots, pick);  // of two halves, neither of which runs over
+    u32 levels = base + __byte_perm(residuals, slots, pick);  // two halves; neither overflows
     return (levels >> 1 & 0x7FFF7FFF) | (levels << 15 & 0x80008000);
 }
 
-// A weight of 4 bytes whose residual is three, the slot above it.
+// Returns a weight of 4 bytes. Args: slot_and_residual: the residual, of three bytes, with the slot above it.
 __device__ inline u32 one_pattern(u32 base, u32 slot_and_residual) {
     u32 level = base + slot_and_residual;
     return __funnelshift_r(level, level, 1);
@@ -177,7 +178,7 @@ template <u32 ITEM, Tables TABLES> __device__ inline void fill_dense(DenseLane &
 
 // ------------------------------------------------------------------------------------------------- whole bytes
 
-// A tile of slots: a byte each. DenseRows begin in different banks.
+// A tile of slots, one byte each. Its rows begin in different banks.
 enum : u32 { SLOTS = 64, SLOT_WORDS = SLOTS / 4, SLOT_ROW = SLOT_WORDS + 1 };
 
 // Fills a lane's row with the slots of the next `count` weights.
@@ -204,13 +205,13 @@ template <Tables TABLES> __device__ inline void fill_slots(DenseLane &lane, u32 
     }
 }
 
-// Four weights of 2 bytes, in two words, from their slots and residuals.
+// Joins four slots and residuals to four weights of 2 bytes, in two words.
 __device__ inline void join_2(u32 base, u32 slots, u32 residuals, u32 *words) {
     words[0] = two_patterns(base, slots, residuals, 0x5140);
     words[1] = two_patterns(base, slots, residuals, 0x7362);
 }
 
-// Four weights of 4 bytes; their residuals, of three bytes, fill three words.
+// Joins four slots and residuals to four weights of 4 bytes. The residuals, of three bytes each, fill three words.
 __device__ inline void join_4(u32 base, u32 slots, const u32 *residuals, u32 *words) {
     u32 second = __funnelshift_r(residuals[0], residuals[1], 24);
     u32 third = __funnelshift_r(residuals[1], residuals[2], 16);
@@ -220,21 +221,21 @@ __device__ inline void join_4(u32 base, u32 slots, const u32 *residuals, u32 *wo
     words[3] = one_pattern(base, __byte_perm(residuals[2], slots, 0x7321));
 }
 
-// Two words, or four, stored by one instruction.
+// Two words, stored by one instruction.
 struct alignas(8) Two {
     u32 a, b;
 };
 
-// Where the weights and residuals of the warp's rows are, two rows at a time, four weights a lane: what does not change
-// from tile to tile.
+// The locations of the weights and residuals of the warp's rows, which are the same for all tiles. A warp writes two
+// rows at a time, four weights per lane.
 struct DenseRows {
     Chunk chunk;
-    u32 residuals;  // where this lane's segment's begin
-    u32 base;       // as `DenseLane`
-    u8 *to;         // where this lane's first four weights go
+    u32 residuals;  // offset in the chunk of the residuals of this lane's segment
+    u32 base;       // as in `DenseLane`
+    u8 *to;         // address for this lane's first four weights
     u32 step;       // bytes from two rows to the next two
     u32 segment;    // positions of a full row
-    bool are_full;  // whether all are there, as long as the first, and can be written by four weights
+    bool are_full;  // whether there are 32 full rows, at addresses that allow stores of four weights
 };
 
 template <u32 ITEM> __device__ inline DenseRows rows_of(const Warp &warp, const DenseLane &lane, u32 lane_number) {
@@ -243,7 +244,7 @@ template <u32 ITEM> __device__ inline DenseRows rows_of(const Warp &warp, const 
     DenseRows out;
     out.chunk = chunk_of(*warp.job);
     out.residuals = lane.residuals;
-    out.base = (u32)__shfl_sync(ALL_LANES, lane.base, 0);  // lanes without a segment write, too
+    out.base = (u32)__shfl_sync(ALL_LANES, lane.base, 0);  // lanes without a segment write too
     out.to = place_of_row<ITEM>(warp, lane_number % SLOT_WORDS * 4, lane_number / SLOT_WORDS);
     out.segment = warp.recipe->segment;
     out.step = 2 * out.segment * ITEM;
@@ -251,12 +252,12 @@ template <u32 ITEM> __device__ inline DenseRows rows_of(const Warp &warp, const 
     return out;
 }
 
-// Four bytes of a chunk, or some others of it where its end comes before: nothing waits for a comparison then.
+// Returns four bytes at an offset; past the chunk's end, its last four. The load has no branch, so it does not wait.
 __device__ inline u32 some_word(Chunk chunk, u32 offset) {
     return *(const u32 *)(chunk.data + least(offset, chunk.length - 4));
 }
 
-// Writes out a tile whose rows are all there and full, joined with their residuals. All lanes take part.
+// Joins a tile of 32 full rows of slots with the residuals, and writes the weights. All lanes must call it.
 template <u32 ITEM>
 __device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, u32 done, u32 lane) {
     const u32 words = ITEM == 2 ? 1 : 3, at_once = ITEM == 2 ? 16 : 4;  // words of four weights' residuals
@@ -267,7 +268,7 @@ __device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, 
     for (u32 begin = 0; begin < WARP; begin += 2 * at_once) {
         u32 loaded[at_once * words];
 #pragma unroll
-        for (u32 i = 0; i < at_once; i++) {  // all are on their way before the first is needed
+        for (u32 i = 0; i < at_once; i++) {  // issues all loads before the first result is needed
             u32 at = (u32)__shfl_sync(ALL_LANES, rows.residuals, begin + 2 * i + second) + from;
 #pragma unroll
             for (u32 k = 0; k < words; k++) loaded[i * words + k] = some_word(rows.chunk, at + 4 * k);
@@ -287,7 +288,8 @@ __device__ inline void write_full_slots(const DenseRows &rows, const u32 *tile, 
     }
 }
 
-// Writes out the rows of the warp's segments, which hold the slots from `done` on. All lanes take part.
+// Joins the slots from `done` on of the warp's segments with the residuals, and writes the weights. All lanes must call
+// it.
 template <u32 ITEM>
 __device__ inline void write_slots(const Warp &warp, const DenseRows &rows, const u32 *tile, u32 done, u32 lane) {
     if (rows.are_full && done + SLOTS <= rows.segment) {
@@ -309,7 +311,7 @@ __device__ inline void write_slots(const Warp &warp, const DenseRows &rows, cons
 
 // ------------------------------------------------------------------------------------------------- segments
 
-// WIDTH: residual bits, or 0 where the lane says.
+// Returns the state at the beginning of segment `s`. WIDTH: residual bits; 0: the recipe has them.
 template <u32 ITEM, u32 WIDTH, Tables TABLES>
 __device__ inline DenseLane open_dense(
     const Warp &warp, u32 *index, const DenseTables<TABLES> &tables, u32 *ring, u32 s, u32 lane_number
@@ -339,7 +341,7 @@ __device__ inline DenseLane open_dense(
     return lane;
 }
 
-// What a block has in shared memory.
+// The shared memory of a block.
 template <u32 ITEM, u32 WIDTH, Tables TABLES> struct DenseMemory {
     alignas(16) u32 rings[WARPS][ring_words<4>()];
     DenseTables<TABLES> tables;
@@ -372,7 +374,7 @@ __device__ inline u32 decode_dense(
         __syncwarp();
     }
     wait_for_copies();  // for other blocks, which get this one's shared memory
-    // Residuals end where the index has it by their number and width.
+    // The end of the residuals needs no check: the index computed it from their number and width.
     u32 end = there ? stream_row(index, *warp.recipe, *warp.job, FINGERPRINTS, PREFIX_ROW)[s + 1] : 0;
     return there && lane.prefix.place != end ? (u32)WRONG_END : 0;
 }

@@ -1,14 +1,14 @@
-// The header and the segment index of a chunk (SPEC.md 15.1, 15.2), by one block: checked, and summed up to where
+// Reads the header and the segment index of a chunk (SPEC.md 15.1, 15.2) with one block: checks them, and computes where
 // each segment begins in each plane.
 //
-// There are few chunks, so what counts is how often a block waits. It loads from global memory three times: the job;
-// the recipe together with the chunk's first bytes, which all go to shared memory; what lies around the planes, while
-// it writes. One warp reads the header, a lane a quantity. Then a thread has four segments: it reads their fields,
-// and sums up their bits in each plane; a warp a plane sums up the sums of the threads.
+// There are few chunks, so the time depends on how often a block waits for memory. A block loads from global memory
+// three times: the job; the recipe together with the chunk's first bytes, to shared memory; and the bytes around the
+// planes, while it writes the index. One warp reads the header, one quantity per lane. Then each thread reads the fields
+// of four segments and sums their bits in each plane; for each plane, one warp sums the sums of the threads.
 //
-// A round is as many segments as a block has at a time, and most chunks have one. Of more, the rounds are summed up
-// first, from the first on; when the last one is reached it is known where the planes begin, and the rounds are
-// written, from the last on.
+// A round is the segments that a block processes at a time; most chunks have one round. If there are more, a first pass,
+// from the first round to the last, only sums the bits. It determines where the planes begin. A second pass, from the
+// last round to the first, writes the index.
 #pragma once
 #include "recipe.cuh"
 
@@ -16,55 +16,56 @@ enum : u32 { QUANTITY_BYTES = 8, MAX_INDEX_WIDTH = 32, PART = 16, TAIL = 16, CHU
 // Bit offsets of a chunk are u32.
 enum : u32 { MAX_CHUNK = 1u << 29 };
 enum : u32 {
-    EACH = 4,                // segments of a thread
-    ROUND = EACH * THREADS,  // segments of a block
-    STAGED = 4096,           // first bytes of a chunk, which go to shared memory: most headers and indexes end there
+    EACH = 4,                // segments per thread
+    ROUND = EACH * THREADS,  // segments per block
+    STAGED = 4096,           // bytes of a chunk that are copied to shared memory: most headers and indexes fit
     PLANES = 2 * STREAMS,
     PLANES_A_WARP = (PLANES + WARPS - 1) / WARPS,
     ROWS = 1 + ROWS_A_STREAM * STREAMS,
-    TURNS = STAGED / (THREADS * sizeof(Words)),  // that the block takes to bring these bytes there
+    TURNS = STAGED / (THREADS * sizeof(Words)),  // loads per thread to copy them
     RECIPE_WORDS = sizeof(Recipe) / sizeof(Words)
 };
 
-// A number of each of a thread's segments.
+// One number for each of a thread's segments.
 struct alignas(16) Four {
     u32 of[EACH];
 };
 
 // A quantity of the index.
 struct alignas(16) Quantity {
-    u32 bit;      // of the chunk where its fields begin
+    u32 bit;      // bit offset of its fields in the chunk
     u32 minimum;
     u32 width;
-    u32 limit;    // what its values must stay below
-    u32 row;      // of `IndexMemory` where they go
-    u32 shift;    // by how many bits to the left
+    u32 limit;    // its values must be below this
+    u32 row;      // row of `IndexMemory` for its values
+    u32 shift;    // left shift of its values there
     u32 staged;   // whether its fields are in shared memory
 };
 
-// What a block has in shared memory. Streams have their places here whether the tensor has them or not.
+// The shared memory of a block. It has rows for all streams, including those that the tensor lacks.
 struct IndexMemory {
     Words recipe[RECIPE_WORDS];
     Words staged[TURNS * THREADS];
     Quantity quantities[MAX_QUANTITIES];
-    // What a round adds to the job's part of `index`; bits in planes are counted from the first of the thread's.
+    // The part of `index` of a round; bit offsets in planes are relative to the thread's first segment.
     Four rows[ROWS][THREADS];
-    Four sums[PLANES][WARP];  // a number a thread: its bits in the plane, then those of all segments before it
+    Four sums[PLANES][WARP];  // per thread: the bits of its segments in a plane, later of all segments before them
     u32 totals[PLANES];       // bits of all segments so far
     u32 count;                // of quantities
     u32 end;                  // byte where the planes begin
-    u32 wrong;                // with the header
+    u32 wrong;                // whether the header has an error
 };
 static_assert(RECIPE_WORDS * sizeof(Words) == sizeof(Recipe) && (u32)RECIPE_WORDS <= (u32)THREADS, "a word a thread");
 static_assert((u32)WARP * (u32)EACH == (u32)THREADS, "a lane has the sums of four threads");
 
-// As many bits as a chunk cannot have stand for any greater number: sums that leave 32 bits are found out with that.
+// Adds numbers of bits. A sum that does not fit into 32 bits becomes a number that no chunk can have, so that later
+// checks detect it.
 __device__ inline u32 sum_of(u32 bits, u32 more) {
     u32 sum = bits + more;
     return sum < bits ? ~0u : sum;
 }
 
-// The sum of the values of the lanes up to this one, one of the first `LANES`.
+// Returns the sum of the values of this lane and of all lanes before it. Valid in the first `LANES` lanes.
 template <u32 LANES = WARP> __device__ inline u32 sum_up_to(u32 value, u32 lane) {
     for (u32 step = 1; step < LANES; step *= 2) {
         u32 below = (u32)__shfl_up_sync(ALL_LANES, value, step);
@@ -73,7 +74,7 @@ template <u32 LANES = WARP> __device__ inline u32 sum_up_to(u32 value, u32 lane)
     return value;
 }
 
-// The same of bits.
+// The same for numbers of bits, which `sum_of` adds.
 __device__ inline u32 bits_up_to(u32 bits, u32 lane) {
     for (u32 step = 1; step < WARP; step *= 2) {
         u32 below = (u32)__shfl_up_sync(ALL_LANES, bits, step);
@@ -82,10 +83,10 @@ __device__ inline u32 bits_up_to(u32 bits, u32 lane) {
     return bits;
 }
 
-// Bytes of a part with so many bits, and the zeros after it.
+// Returns the bytes of a part with this number of bits, including its padding.
 __device__ inline u32 part_bytes(u32 bits) { return ((bits >> 7) + ((bits & 127) != 0)) * PART; }
 
-// Whether bit `from` of 16 bytes or a later one is set.
+// Returns whether one of the bits from bit `from` on of 16 bytes is set.
 __device__ inline bool is_set(Words words, u32 from) {
     u32 own = ~0u << (from & 31), seen = from < 128 ? words.d & (from < 96 ? ~0u : own) : 0;
     if (from < 96) seen |= words.c & (from < 64 ? ~0u : own);
@@ -94,17 +95,17 @@ __device__ inline bool is_set(Words words, u32 from) {
     return seen != 0;
 }
 
-// The streams that a tensor has, a bit each.
+// Returns the streams of a tensor, one bit each.
 __device__ inline u32 streams_of(const Recipe &recipe) {
     u32 streams = 0;
     for (u32 i = 0; i < STREAMS; i++) streams |= (recipe.streams[i].present != 0) << i;
     return streams;
 }
 
-// Brings the recipe and the chunk's first bytes to shared memory; what the chunk has not is zero.
+// Copies the recipe and the chunk's first bytes to shared memory, with zeros after the chunk's end.
 __device__ inline void stage(const Job &job, u32 thread, IndexMemory &memory) {
     Words words[TURNS], of_recipe = {0, 0, 0, 0};
-    // All loads are on their way before the first is waited for.
+    // Issues all loads before it waits for the first result.
     for (u32 i = 0; i < TURNS; i++) words[i] = words_at(chunk_of(job), (i * THREADS + thread) * sizeof(Words));
     if (thread < RECIPE_WORDS) of_recipe = ((const Words *)job.recipe)[thread];
     for (u32 row = 0; row < ROWS; row++) memory.rows[row][thread] = Four{};
@@ -112,15 +113,16 @@ __device__ inline void stage(const Job &job, u32 thread, IndexMemory &memory) {
     if (thread < RECIPE_WORDS) memory.recipe[thread] = of_recipe;
 }
 
-// 16 bytes of the chunk from a multiple of 16 on.
+// Returns the 16 bytes of the chunk at an offset, a multiple of 16.
 __device__ inline Words staged_words(Chunk chunk, u32 at, const IndexMemory &memory) {
     return at < STAGED ? memory.staged[at / sizeof(Words)] : words_at(chunk, at);
 }
 
-enum : u32 { ANY = 0xFFFFFFFF };  // a limit that all numbers of bits that a chunk can have stay below
+enum : u32 { ANY = 0xFFFFFFFF };  // a limit above every number of bits that a chunk can have
 
-// Whether a tensor's index has the quantity of a number: the survivors; then for each stream code, trim, prefix bits
-// and residual bits. If so, what is known of it. Nothing is branched on: lanes ask for different numbers.
+// Returns whether a tensor's index has the quantity with a number: 0 is the survivors; then each stream has code, trim,
+// prefix bits and residual bits. Sets `own` as far as the recipe determines it. Has no branches, because the lanes call
+// it with different numbers.
 __device__ inline bool has_quantity(const Recipe &recipe, u32 number, Quantity &own) {
     enum : u32 { CODE, TRIM, PREFIX, RESIDUAL, OF_A_STREAM };
     u32 place = number ? (number - 1) / OF_A_STREAM : (u32)MASK, what = (number - 1) % OF_A_STREAM;
@@ -135,7 +137,7 @@ __device__ inline bool has_quantity(const Recipe &recipe, u32 number, Quantity &
     return (number < MAX_QUANTITIES) & (stream.present != 0) & ((number == 0) | (those >> what & 1));
 }
 
-// Reads the header and checks all zeros up to the planes, by one warp. Returns what a lane finds wrong.
+// Reads the header, and checks all padding before the planes, with one warp. Returns each lane's error word.
 __device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segments, u32 lane, IndexMemory &memory) {
     Quantity own = {};
     bool there = has_quantity(recipe, lane, own);
@@ -151,25 +153,25 @@ __device__ inline u32 read_header(Chunk chunk, const Recipe &recipe, u32 segment
     u32 end = head + sum_up_to<MAX_QUANTITIES>(part_bytes(bits), lane), at = end - part_bytes(bits);
     if (chunk.length > MAX_CHUNK) wrong |= NOT_FOR_THIS;
     if ((there ? at + (bits + 7) / 8 : head) + TAIL > chunk.length) wrong |= WRONG_LAYOUT;
-    // This lane has no quantity; it looks at what comes after the header.
+    // This lane has no quantity: it checks the padding after the header.
     if (lane == MAX_QUANTITIES) at = 0, bits = 8 * QUANTITY_BYTES * count;
     if (bits % 128 && is_set(staged_words(chunk, at + bits / 128 * PART, memory), bits % 128)) wrong |= WRONG_PADDING;
     own.bit = at * 8;
-    own.staged = end + PART <= STAGED;  // a load of a field's words goes past its end
+    own.staged = end + PART <= STAGED;  // the load of a field extends past its end
     if (there) memory.quantities[number] = own;
     bool any = __any_sync(ALL_LANES, wrong != 0);
     if (lane == MAX_QUANTITIES - 1) memory.count = count, memory.end = end, memory.wrong = any;
     return wrong;
 }
 
-// The chunk's first bytes, as `Chunk`; whoever reads there knows that it lies in them.
+// The chunk's first bytes in shared memory, with the interface of `Chunk`. The caller has checked the offsets.
 struct Staged {
     const u32 *words;
 };
 
 __device__ inline u32 word_at(Staged staged, u32 offset) { return staged.words[offset / 4]; }
 
-// The values of a quantity from segment `first` on; after the chunk's last segment they are its again.
+// Returns the values of a quantity for the segments from `first` on. After the chunk's last segment, repeats its value.
 template <class Source> __device__ inline Four values_of(Source source, const Quantity &q, u32 first, u32 last) {
     Four out;
     for (u32 i = 0; i < EACH; i++) {
@@ -180,7 +182,7 @@ template <class Source> __device__ inline Four values_of(Source source, const Qu
     return out;
 }
 
-// Reads what the index says of a thread's segments, from `first` on, into rows that are zero; returns what is wrong.
+// Reads the quantities of a thread's segments, from `first` on, into rows that must be zero. Returns the error word.
 __device__ inline u32 read_quantities(Chunk chunk, u32 first, u32 segments, u32 thread, IndexMemory &memory) {
     bool wrong = false;
     u32 count = memory.count;
@@ -205,13 +207,13 @@ __device__ inline u32 levels_of(u32 rule, u32 positions, u32 survivors) {
     return rule == COUNT_PRUNED ? positions - survivors : (positions + 7) / 8;
 }
 
-// Sums up the bits of a thread's segments; gives their sum, and in their place those up to each.
+// Replaces the bits of each of a thread's segments by the sum up to it. Returns the sum of all.
 __device__ inline u32 sum_up(Four &bits) {
     for (u32 i = 1; i < EACH; i++) bits.of[i] = sum_of(bits.of[i - 1], bits.of[i]);
     return bits.of[EACH - 1];
 }
 
-// Fills in what the index says nothing of, and sums up the bits of a thread's segments; returns what is wrong.
+// Computes the values that the index does not contain, and sums the bits of a thread's segments. Returns the error word.
 __device__ inline u32 sum_segments(
     const Recipe &recipe, const Job &job, u32 streams, u32 first, u32 segments, u32 thread, IndexMemory &memory
 ) {
@@ -234,7 +236,7 @@ __device__ inline u32 sum_segments(
         Four prefix = rows[THREADS * PREFIX_ROW], residual = rows[THREADS * RESIDUAL_ROW];
         Four code = rows[THREADS * CODE_ROW];
         for (u32 i = 0; i < EACH; i++) {
-            // At most 2^24 levels a chunk (R-TEN-007), 64 bits each.
+            // At most 2^24 levels per chunk (R-TEN-007), 64 bits each.
             u32 levels = levels_of(stream.rule, positions.of[i], survivors.of[i]);
             if (!stream.differing) residual.of[i] = levels * (stream.constant - (code.of[i] >> 16));
             if (!positions.of[i]) prefix.of[i] = residual.of[i] = 0;
@@ -247,9 +249,9 @@ __device__ inline u32 sum_segments(
     return wrong ? (u32)WRONG_HEADER : 0;
 }
 
-// Sums up the sums of the threads in a plane, by one warp. `edge` is the bits of all segments before the round: when
-// `backwards`, of the round after this one, which becomes this one's; else it becomes the next one's, unless this is
-// the last.
+// Sums the sums of the threads in a plane, with one warp. `edge` is the number of bits of all segments before a round.
+// Forwards: before this round on entry, before the next one on return, unchanged if this is the last. Backwards: before
+// the next round on entry, before this one on return.
 __device__ inline void sum_threads(u32 plane, u32 lane, bool backwards, bool last, u32 &edge, IndexMemory &memory) {
     Four own = memory.sums[plane][lane], before;
     u32 up_to = bits_up_to(sum_up(own), lane), round = (u32)__shfl_sync(ALL_LANES, up_to, WARP - 1);
@@ -264,15 +266,15 @@ __device__ inline void sum_threads(u32 plane, u32 lane, bool backwards, bool las
     if (!last) edge = total;
 }
 
-// Where the planes lie, a lane a plane, and 16 bytes for some lanes that must be zero from bit `from` on.
+// Where the planes begin, one plane per lane; and 16 bytes in which all bits from bit `from` on must be zero.
 struct PlanePlaces {
-    u32 start;  // as bits from the chunk's first
+    u32 start;  // bit offset in the chunk
     u32 from;
     Words around;
 };
 
-// Places the planes; returns what is wrong. All of the chunk after the index is looked at: the end of each plane, and
-// what lies behind the last one.
+// Computes where the planes begin. Returns the error word. Loads all padding after the index: at the end of each plane,
+// and after the last plane.
 __device__ inline u32 place_planes(
     Chunk chunk, u32 streams, u32 lane, const IndexMemory &memory, PlanePlaces &places
 ) {
@@ -281,13 +283,13 @@ __device__ inline u32 place_planes(
     u32 planes_end = (u32)__shfl_sync(ALL_LANES, end, PLANES - 1);
     places.start = (end - part_bytes(bits)) * 8;
     if ((planes_end + TAIL + CHUNK_UNIT - 1) / CHUNK_UNIT * CHUNK_UNIT != chunk.length) return WRONG_LAYOUT;
-    // What lies behind the planes is less than the remaining lanes look at.
+    // The remaining lanes load more bytes than there can be after the planes.
     if (lane < PLANES) places.from = bits % 128 ? bits % 128 : 128;
     places.around = words_at(chunk, lane < PLANES ? end - PART : planes_end + (lane - PLANES) * PART);
     return 0;
 }
 
-// Writes a row of a round, the part of a warp; `before`: what is to be added for each thread, or null.
+// Writes a warp's part of a row of a round. `before`: a number to add for each thread, or null.
 __device__ inline void write_row(
     u32 *out, const Four *row, const u32 *before, u32 start, u32 first, u32 segments, u32 lane
 ) {
@@ -298,8 +300,8 @@ __device__ inline void write_row(
     }
 }
 
-// Writes what a round adds to the job's part of `index`: each warp the segments of its threads, from `first` on, which
-// lie side by side in memory.
+// Writes the part of a round in the job's part of `index`. Each warp writes the segments of its threads, from `first`
+// on, which are contiguous in memory.
 __device__ inline void write_round(
     u32 streams, const PlanePlaces &places, u32 first, u32 segments, u32 warp, u32 lane, u32 *out,
     const IndexMemory &memory
@@ -323,7 +325,7 @@ __device__ inline void write_round(
     }
 }
 
-// Writes a job's part of `index`; returns, in each lane, what it found wrong. All threads of a block take part.
+// Writes a job's part of `index`. Returns each lane's error word. All threads of a block must call it.
 __device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, IndexMemory &memory) {
     Chunk chunk = chunk_of(job);
     const Recipe &recipe = *(const Recipe *)memory.recipe;
@@ -355,7 +357,7 @@ __device__ inline u32 index_chunk(Job job, u32 warp, u32 lane, u32 *index, Index
             write_round(streams, places, first - lane * EACH, segments, warp, lane, index + job.index, memory);
             if (round == 0) break;
             round--;
-            __syncwarp();  // the rows of the other lanes were read
+            __syncwarp();  // all lanes have read the rows of the others, which are overwritten now
         }
         for (u32 row = 0; row < ROWS; row++) memory.rows[row][thread] = Four{};
     }

@@ -1,4 +1,4 @@
-// The levels of one stream of one segment (SPEC.md chapters 8 and 9), one after another. A lane's own.
+// Decodes the levels of one stream of one segment (SPEC.md chapters 8 and 9), one by one. Each lane has its own state.
 #pragma once
 #include "recipe.cuh"
 
@@ -7,8 +7,8 @@ struct Levels {
     const u64 *first;
     const u8 *extra;
     Reader prefix, residual;
-    u32 window;    // the mask of a look-up's bits, 0 for one class
-    u32 pairs;     // whether a symbol stands for two levels
+    u32 window;    // the mask of the bits of a look-up, 0 for one class
+    u32 pairs;     // whether a symbol has two levels
     u32 pending;   // the slot of a pair's second level, or NO_SLOT
     u32 differing, constant, trim;
 };
@@ -33,7 +33,7 @@ __device__ inline Levels levels_at(
     return levels;
 }
 
-// The slot of the next level.
+// Decodes the slot of the next level.
 __device__ inline u32 next_slot(Levels &levels) {
     if (levels.window == 0) return 0;
     if (levels.pending != NO_SLOT) {
@@ -47,7 +47,7 @@ __device__ inline u32 next_slot(Levels &levels) {
     return entry & 255;
 }
 
-// The next level. Of any bits the table makes a level below its `top` (R-TAB-008).
+// Decodes the next level. For any bits, the result is below the `top` of the table (R-TAB-008).
 __device__ inline u64 next_level(Levels &levels) {
     u32 slot = next_slot(levels);
     u32 width = (levels.differing ? levels.extra[slot] : levels.constant) - levels.trim;
@@ -56,7 +56,7 @@ __device__ inline u64 next_level(Levels &levels) {
     return levels.first[slot] + residual;
 }
 
-// As `next_level`, where no level of the table is 2^32 or more.
+// Does the work of `next_level` for tables whose levels are below 2^32.
 __device__ inline u32 next_short_level(Levels &levels) {
     u32 slot = next_slot(levels);
     u32 width = (levels.differing ? levels.extra[slot] : levels.constant) - levels.trim;
@@ -65,7 +65,8 @@ __device__ inline u32 next_short_level(Levels &levels) {
     return ((const u32 *)levels.first)[2 * slot] + residual;
 }
 
-// What is wrong with the end of a segment's levels; the planes' ends are bits from the chunk's first.
+// Returns the error word for the end of a segment's levels. Args: prefix_end, residual_end: bit offsets in the chunk
+// where the segment must end in the two planes.
 template <class L> __device__ inline u32 wrong_end(const L &levels, u32 prefix_end, u32 residual_end) {
     u32 wrong = 0;
     if (levels.window && levels.prefix.place != prefix_end) wrong |= WRONG_END;

@@ -1,31 +1,31 @@
-// A matrix that stays compressed, as the kernels of product.cuh are told of it: its mask is a plain bitmap, a level has
-// four bits; and where the levels of each of its rows begin, which is found once.
+// The record of a compressed matrix for the kernels of product.cuh, and its preparation, which computes once where the
+// levels of each row begin. The mask of such a matrix is a plain bitmap, and a level has four bits.
 #pragma once
 #include "index.cuh"
 
 enum : u32 {
-    UNIT = 1024,  // columns from one of the places of a row to the next, see `Matrix`
+    UNIT = 1024,  // columns per element of `Matrix::places`
     LEVEL_BITS = 4,
     MAGNITUDES = 8
 };
 
-// A matrix that was made ready; all that it points to is on the device.
+// A prepared matrix. All addresses are on the device.
 struct Matrix {
     u64 data;    // address of the first chunk, a multiple of 16
-    u64 bytes;   // of all chunks, a multiple of 16
-    u64 masks;   // address: u32 [chunks], where the mask of each begins, in bytes from `data`
-    u64 places;  // address: u32 [rows, units], where the levels of each unit begin, in levels from `data`
-    u64 scale;   // address: float [factors], or 0
+    u64 bytes;   // size of all chunks, a multiple of 16
+    u64 masks;   // address of u32 [chunks]: where the mask of each chunk begins, in bytes from `data`
+    u64 places;  // address of u32 [rows, units]: where the levels of each unit begin, in levels from `data`
+    u64 scale;   // address of float [factors], or 0
     u32 rows, columns;
-    u32 chunk_rows;  // rows a chunk
+    u32 chunk_rows;  // rows per chunk
     u32 masked;
-    u32 scale_runs;  // runs of 128 positions a factor
-    float magnitudes[MAGNITUDES];  // of the levels, to be multiplied by the scale
+    u32 scale_runs;  // runs of 128 positions per factor
+    float magnitudes[MAGNITUDES];  // of the levels; the kernels multiply them by the scale
     u32 patterns[3][4];  // without a scale: the bytes of each part of the magnitudes, as in `Patterns`
 };
 
-// Fills in the masks and places of a chunk, by one block. Returns what a lane finds wrong: a mask that has other
-// survivors than the index says (R-MSK-005), which is all that such a tensor leaves to be checked.
+// Fills the masks and places of a chunk, with one block. Returns each lane's error word: whether the number of survivors
+// in the mask differs from the index (R-MSK-005). This is the only check that such a tensor still needs.
 __device__ inline u32 place_rows(const Job &job, const Matrix &matrix, u32 *index, u32 warp, u32 lane) {
     const Recipe &recipe = *(const Recipe *)job.recipe;
     u64 before = job.data - matrix.data, mask = 0;

@@ -1,43 +1,43 @@
-// From bits to tensor-core operands, in registers: the weights of levels of four bits, put where the mask has
-// survivors, and numbers taken apart into parts of 8 bits.
+// Converts bits to tensor-core operands, in registers: looks up the weights of levels of four bits, moves them to the
+// positions of the survivors, and splits numbers into parts of 8 significant bits.
 //
-//   4 columns     four levels; `permuted` looks up the upper bytes of their patterns, and the lower ones; puts each
-//                 where the mask has a survivor, and zeros between; and joins them to two words of two weights
+//   4 columns     four levels: `permuted` looks up the upper bytes of their patterns, and the lower bytes; moves each to
+//                 the position of its survivor, with zeros at pruned positions; and joins them to two words of two weights
 //
-// Integer instructions but for multiplications are what a multiprocessor has too few of: half a warp a turn. So signs
-// are added by multiplying.
+// Integer instructions other than multiplications limit the speed: a multiprocessor executes half a warp of them per
+// cycle. Therefore multiplications add the signs.
 #pragma once
 #include "matrix.cuh"
 #include "tensor.cuh"
 
 enum : u32 {
-    RUN = 128,  // columns of a lane at a time
+    RUN = 128,  // columns per lane at a time
     ALL_OCTETS = 256
 };
 
-// What looks up the weights of levels: the bytes of 8 patterns of 16 bits, the upper ones and the lower ones.
+// A look-up table of weights: the upper bytes and the lower bytes of 8 patterns of 16 bits.
 struct Patterns {
     u32 upper[2], lower[2];
 };
 
-// The weights of a row, whose magnitudes have one sign, that of their factor: `flip` times 1 added to the upper byte of
-// a pattern gives the pattern of a level that is not marked as negative.
+// The look-up tables of a row. All patterns have the sign of a level that is marked as negative; this sign depends on the
+// factor. Adding `flip` to the upper byte of a pattern gives the pattern of a level that is not marked.
 template <u32 PARTS> struct Looks {
     Patterns parts[PARTS];
     u32 flip;
-    u32 ones;  // 1 in each byte, see `kept`
+    u32 ones;  // 1 in each byte; see `kept`
 };
 
-// A value that stays in its register: of what comes from another lane, be it the same, the compiler does not know how
-// to compute it anew whenever it is needed. What all lanes have it would see through.
+// Returns the value, in a register that the compiler keeps: it cannot recompute a value that comes from another lane,
+// even if that is the same lane. The lane number makes the values differ; the compiler would recognise equal ones.
 __device__ inline u32 kept(u32 value) {
     u32 lane = threadIdx.x % WARP;
     return (u32)__shfl_sync(ALL_LANES, value + lane, lane) - lane;
 }
 
-// Gives all patterns the sign that a level marked as negative has.
+// Sets the sign of all patterns to that of a level that is marked as negative.
 template <u32 PARTS> __device__ inline void mark_negative(Looks<PARTS> &looks) {
-    // Whatever is zero may have either sign; the greatest magnitude is the last to be.
+    // A zero may have either sign. The greatest magnitude, the last, is zero only if all are.
     u32 sign = looks.parts[0].upper[1] >> 31 ? 0 : 0x80808080;
     looks.flip = sign ? 0u - 0x80 : 0x80;
 #pragma unroll
@@ -60,8 +60,8 @@ template <Kind KIND> __device__ inline Patterns patterns_of(const float *numbers
     return patterns;
 }
 
-// Takes the upper 16 bits out of some numbers. So three parts, the sum of which it is, are left of a number of 24
-// bits, each a BF16.
+// Subtracts from each number its upper 16 bits, and stores these, a BF16, in `uppers`. Three calls split a number of 24
+// significant bits into three BF16, whose sum it is.
 template <u32 COUNT> __device__ inline void take_uppers(float *numbers, float *uppers) {
 #pragma unroll
     for (u32 i = 0; i < COUNT; i++) {
@@ -70,7 +70,7 @@ template <u32 COUNT> __device__ inline void take_uppers(float *numbers, float *u
     }
 }
 
-// The weights of a run of 128 positions: those of the matrix, or with the factor of that run.
+// Loads the look-up tables for a run of 128 positions: those of the matrix, or the magnitudes times the run's factor.
 template <Kind KIND, u32 PARTS>
 __device__ inline void load_looks(const Matrix &matrix, u32 run, Looks<PARTS> &looks) {
     if (matrix.scale == 0) {
@@ -82,7 +82,7 @@ __device__ inline void load_looks(const Matrix &matrix, u32 run, Looks<PARTS> &l
         mark_negative(looks);
         return;
     }
-    u32 last = (u32)((u64)matrix.rows * matrix.columns / RUN) - 1;  // of what is not there no weight is used
+    u32 last = (u32)((u64)matrix.rows * matrix.columns / RUN) - 1;  // no weight beyond the matrix is used
     float factor = ((const float *)matrix.scale)[least(run, last) / matrix.scale_runs];
     float numbers[MAGNITUDES], uppers[MAGNITUDES];
 #pragma unroll
@@ -95,8 +95,9 @@ __device__ inline void load_looks(const Matrix &matrix, u32 run, Looks<PARTS> &l
     mark_negative(looks);
 }
 
-// What moves the bytes of four survivors to their positions, for eight mask bits: a nibble a position, of the lower
-// four positions in the lower half. A survivor's is its number among those of its four; a pruned position's is 4.
+// Returns the selectors that move the bytes of survivors to their positions, for eight mask bits: one nibble per
+// position, the first four positions in the lower half. The nibble of a survivor is its index among the survivors of its
+// four positions; that of a pruned position is 4.
 __device__ inline u32 selectors_of(u32 octet) {
     u32 selectors = 0;
     for (u32 shift = 0; shift < 32; shift += 16, octet >>= 4) {
@@ -109,8 +110,8 @@ __device__ inline u32 selectors_of(u32 octet) {
     return selectors;
 }
 
-// The weights of four positions, two a word. Args: numbers: of the survivors' levels and what comes after, the first
-// lowest; flips: what to add to the upper byte of each; selectors: the lower half counts.
+// Computes the weights of four positions, two per word. Args: numbers: of the magnitudes of the next levels, the first
+// lowest; flips: added to the upper byte of each; selectors: only the lower half is used.
 __device__ inline void expand_four(const Patterns &patterns, u32 numbers, u32 flips, u32 selectors, u32 *words) {
     u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers) + flips;
     u32 lower = permuted(patterns.lower[0], patterns.lower[1], numbers);
@@ -120,13 +121,13 @@ __device__ inline void expand_four(const Patterns &patterns, u32 numbers, u32 fl
     words[1] = permuted(lower, upper, 0x7362);
 }
 
-// The weights of eight positions, of each part.
+// Computes the weights of eight positions, for each part.
 template <u32 PARTS>
 __device__ inline void expand_octet(
     const Looks<PARTS> &looks, u32 levels, u32 octet, u32 selectors, u32 words[PARTS][4]
 ) {
     u32 numbers = shifted_right<1>(levels) & 0x77777777, signs = levels << 3, past = LEVEL_BITS * __popc(octet & 15);
-    // A level's lowest bit is its sign; here the highest of a nibble, which makes `permuted` give 0 instead of 1.
+    // A level's lowest bit is its sign. Here it is the highest bit of a nibble, so that `permuted` returns 0 and not 1.
     u32 of_others = shifted_right<16>(selectors);
     u32 flips = permuted(looks.ones, looks.ones, signs) * looks.flip;
     u32 others = permuted(looks.ones, looks.ones, signs >> past) * looks.flip;
@@ -142,7 +143,7 @@ struct Queue {
     u32 words[4];
 };
 
-// Args: row: in shared memory; level: which of its levels comes first.
+// Args: row: in shared memory; level: index in the row of the first level.
 __device__ inline Queue queue_at(const u32 *row, u32 level) {
     const u32 *from = row + level / 8;
     Queue queue;
@@ -156,7 +157,7 @@ __device__ inline Queue queue_at(const u32 *row, u32 level) {
     return queue;
 }
 
-// Goes on by the survivors of an octet; after it `left` words count.
+// Advances by the survivors of an octet. Afterwards the first `left` words are valid.
 __device__ inline void skip_octet(Queue &queue, u32 octet, u32 left) {
     u32 bits = LEVEL_BITS * __popc(octet);
 #pragma unroll

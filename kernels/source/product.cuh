@@ -1,58 +1,60 @@
-// Products with a matrix that stays compressed. Weights go from the bytes of the file to registers, and from there into
-// tensor cores; they are never in memory.
+// Computes products with a compressed matrix. Weights are decoded in registers, as operands of the tensor cores; they are
+// never written to memory.
 //
-// Theory of operation. A warp has 16 rows, and 512 columns of them at a time. Four lanes, a *quad*, share the rows g
-// and g + 8, where each lane has 128 neighbouring columns, the same in both: 16 bytes of the mask, loaded at once. Its
-// levels begin where those of the lanes before it end, which the bits of the mask tell. All levels of a row lie
-// together; the quad copies them to shared memory, 16 bytes a copy, while the warp computes with those before.
+// Theory of operation: a warp has 16 rows, and 512 columns of them at a time, a *tile*. Four lanes, a *quad*, share the
+// rows g and g + 8; each lane has the same 128 neighbouring columns in both rows: 16 bytes of the mask, loaded at once.
+// A lane's levels begin where those of the previous lanes end; the numbers of mask bits determine this. All levels of a
+// row are contiguous; the quad copies them to shared memory, 16 bytes per copy, while the warp computes with the tile
+// before.
 //
-//   32 columns    a word of the mask, and the 32 levels that begin with its first survivor's, in four words
-//   4 columns     four levels, which operands.cuh turns into two words of two weights, zeros between
-//   8 × 32 lanes  two steps of `multiply_add`: 16 rows, 16 columns a step. Which columns a step has does not matter,
-//                 as long as those of x are the same: eight of each lane of a quad
+//   32 columns    a word of the mask, and 32 levels, from that of its first survivor on, in four words
+//   4 columns     four levels, which operands.cuh converts to two words of two weights, with zeros at pruned positions
+//   8 × 32 lanes  two steps of `multiply_add`: 16 rows and 16 columns per step. A step can have any columns, if those of
+//                 x are the same: it has eight of each lane of a quad
 //
-// What is needed next is on its way meanwhile: the mask of the next tile of 512 columns in registers that nobody looks
-// at before; its levels to shared memory, as soon as the last of this tile are in registers; those of the tile after it
-// to the cache of all multiprocessors; and x, of which there is room for a few tiles, where a block has more.
+// Data are loaded before they are needed: the mask of the next tile to registers that are not read before; its levels to
+// shared memory, once the last levels of this tile are in registers; and tiles of x, of which shared memory has room for
+// a few, if a block has more.
 //
-// Bounds: beyond the matrix there are no mask bits; copies end with the file; of a row a quad never takes more than
-// 512 levels, for which there is room, whatever the mask says.
+// Bounds: mask bits beyond the matrix are 0. Copies stop at the end of the file. For any mask, a quad copies at most 512
+// levels of a row, for which there is room.
 #pragma once
 #include "operands.cuh"
 
 enum : u32 {
-    TILE = 512,  // columns of a warp at a time
+    TILE = 512,  // columns per warp at a time
     WARP_ROWS = 16,
     BLOCK_ROWS = WARPS * WARP_ROWS,
     MAX_BATCH = 8,
     LEVELS_A_COPY = 32,
-    // Words of the levels of a row: of 512, of up to 31 before them, four more that are read, and what it takes for
-    // the rows to begin in different banks.
+    // Words per row of levels: 512 levels, up to 31 before them, four more words that are read, and padding so that the
+    // rows begin in different banks.
     ROW_WORDS = 76
 };
 
 // ------------------------------------------------------------------------------------------------- rows
 
-// A lane's part of a row, as the warp goes along it.
+// The state of a lane in a row.
 struct Row {
-    const Words *mask;  // of the next tile, had the chunk no other parts before its mask
-    u32 before;         // bytes of these
-    u32 runs;           // how many this lane has left; none in rows beyond the matrix
-    Words words;        // of the mask of the tile that comes next
-    u32 own;            // how many survivors they have
-    u32 level;          // where the quad's levels of that tile begin, from the first of the file
-    u32 all;            // how many it has
-    u32 at;             // where this lane's begin in shared memory
+    const Words *mask;  // address of the mask of the next tile, without `before`
+    u32 before;         // offset of the chunk's mask, in bytes
+    u32 runs;           // number of runs that remain for this lane; 0 in rows beyond the matrix
+    Words words;        // the mask of the next tile
+    u32 own;            // number of survivors in it
+    u32 level;          // index of the quad's first level of that tile, counted from the file's first chunk
+    u32 all;            // number of the quad's levels
+    u32 at;             // index of this lane's first level in shared memory
     u32 *levels;        // the row in shared memory
 };
 
-// The levels of all rows, as they lie in the file.
+// The levels of all rows, in the file's order.
 struct StoredLevels {
     const Words *data;
-    u32 count;  // of 32 each
+    u32 count;  // number of `Words`, of 32 levels each
 };
 
-// Where a part of a row begins. Args: unit: its first; columns: how many it has at most.
+// Returns the state at the beginning of a part of a row. Args: unit: its first unit; columns: its greatest number of
+// columns.
 __device__ inline Row open_row(const Matrix &matrix, u32 number, u32 unit, u32 columns, u32 lane, u32 *levels) {
     Row row = {};
     row.levels = levels;
@@ -76,7 +78,7 @@ __device__ inline void load_mask(Row &row, bool masked) {
     if (row.runs) row.runs--;
 }
 
-// Counts the levels of the next tile, whose mask was loaded, and goes past those of the one before.
+// Counts the levels of the next tile, whose mask was loaded, and advances past those of the tile before.
 __device__ inline void count_levels(Row &row, u32 lane) {
     u32 quad = lane % 4;
     row.level += row.all;
@@ -91,7 +93,7 @@ __device__ inline void count_levels(Row &row, u32 lane) {
     row.at = row.level % LEVELS_A_COPY + end - row.own;
 }
 
-// Begins to copy them to shared memory.
+// Begins to copy these levels to shared memory.
 __device__ inline void copy_levels(const StoredLevels &levels, const Row &row, u32 lane) {
     u32 stop = least((row.level + row.all + LEVELS_A_COPY - 1) / LEVELS_A_COPY, levels.count);
     Words *to = (Words *)row.levels + lane % 4;
@@ -99,7 +101,7 @@ __device__ inline void copy_levels(const StoredLevels &levels, const Row &row, u
     for (u32 i = row.level / LEVELS_A_COPY + lane % 4; i < stop; i += 4, to += 4) copy_ahead(to, levels.data + i);
 }
 
-// What a warp has of a tile: both rows of each lane.
+// Both rows of a lane.
 struct Rows {
     Row above, below;
 };
@@ -123,7 +125,7 @@ __device__ inline void copy_levels(const StoredLevels &levels, const Rows &rows,
 // ------------------------------------------------------------------------------------------------- products
 
 template <u32 PARTS> struct ProductMemory {
-    // Octets of x: 8 columns of x, or 4 in three parts, as far as a unit goes.
+    // Octets (8 columns) of x in a unit: of 8 rows of x, or of 4 rows in three parts.
     static const u32 OCTETS_OF_X = (PARTS == 1 ? MAX_BATCH : MAX_BATCH / 2 * PARTS) * UNIT / 8;
     Words x[OCTETS_OF_X + 1];  // the last one is zero
     Words levels[WARPS][WARP_ROWS * ROW_WORDS / 4];
@@ -131,14 +133,14 @@ template <u32 PARTS> struct ProductMemory {
     u32 is_last;
 };
 
-// The columns of x that a block takes: a tile after the other, of which there is room for a few, two at least.
+// The columns of x that a block needs, in tiles. Shared memory has room for a few tiles, at least two.
 template <u32 PARTS> struct Activations {
     const Words *x;
     u32 columns, batch;
     u32 first;  // the first column of the block
     u32 tiles;
-    u32 octets;  // of a tile in shared memory: of all rows and parts
-    u32 room;    // for tiles
+    u32 octets;  // of a tile in shared memory, of all rows and parts
+    u32 room;    // number of tiles that fit into shared memory
 };
 
 template <u32 PARTS>
@@ -150,9 +152,9 @@ __device__ inline Activations<PARTS> activations_of(
     return {x, matrix.columns, batch, first, (columns + TILE - 1) / TILE, octets, room};
 }
 
-// Begins to put a tile of x into shared memory in the order in which lanes take it: of one octet after another of a
-// lane's run the rows of x, and of each of these the four lanes of a quad. Beyond the matrix x is zero. Args: place:
-// under `Activations::room`.
+// Begins to copy a tile of x to shared memory, in the order in which lanes read it: for each octet of a lane's run, for
+// each row of x, the octets of the four lanes of a quad. Beyond the matrix x is zero. Args: place: index of the tile in
+// shared memory, below `Activations::room`.
 template <Kind KIND, u32 PARTS>
 __device__ inline void fill_x(
     ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 tile, u32 place, u32 thread
@@ -161,7 +163,7 @@ __device__ inline void fill_x(
     u32 of_part = TILE / 8 * own.batch;
     Words *tile_in_memory = memory.x + place * own.octets;
     for (u32 i = thread; i < of_part; i += THREADS) {
-        // Two neighbours are 32 bytes of memory; those of a quad lie together in shared memory.
+        // Two neighbouring octets are 32 contiguous bytes of memory; the octets of a quad are contiguous in shared memory.
         u32 quad = i / 2 % 4, in_run = i / 8 % 8 * 2 + i % 2, row = i / (TILE / 8);
         u32 column = own.first + tile * TILE + quad * RUN + 8 * in_run;
         Words *to = tile_in_memory + (in_run * own.batch + row) * 4 + quad;
@@ -188,15 +190,15 @@ __device__ inline void fill_x(
     }
 }
 
-// Where a lane takes its octets of x.
+// The location of a lane's octets of x.
 struct Columns {
     const Words *next;
     u32 step;  // from octet to octet
     u32 part;  // from part to part
 };
 
-// Adds the products of an octet of each lane, in both rows. Of parts, those products count that are not below the last
-// bit of the greatest.
+// Adds the products of an octet of each lane, in both rows. Omits products of parts that are below the last bit of the
+// greatest product.
 template <Kind KIND, u32 PARTS>
 __device__ inline void add_octet(float *sum, const u32 above[PARTS][4], const u32 below[PARTS][4], Columns &x) {
 #pragma unroll
@@ -229,8 +231,8 @@ __device__ inline void add_word(
     }
 }
 
-// The sums of a warp's rows over the columns of its block: `sum` as `multiply_add` has it. Args: first: the first row;
-// unit: the first of the columns.
+// Computes the sums of a warp's rows over the columns of its block, in the layout of `multiply_add`. Args: first: the
+// first row; unit: the first unit of the columns.
 template <Kind KIND, u32 PARTS>
 __device__ inline void multiply_rows(
     const Matrix &matrix, ProductMemory<PARTS> &memory, const Activations<PARTS> &own, u32 first, u32 unit, u32 columns,
@@ -244,7 +246,7 @@ __device__ inline void multiply_rows(
         open_row(matrix, first + g, unit, columns, lane, in_memory),
         open_row(matrix, first + g + 8, unit, columns, lane, in_memory + 8 * ROW_WORDS)
     };
-    // One thing after another is on its way while something else is done.
+    // Loads and copies overlap with other work.
     for (u32 tile = 0; tile < least(own.tiles, own.room); tile++) fill_x<KIND>(memory, own, tile, tile, threadIdx.x);
     load_masks(rows, masked);
     if (threadIdx.x == 0) memory.x[ProductMemory<PARTS>::OCTETS_OF_X] = {0, 0, 0, 0};
@@ -257,7 +259,7 @@ __device__ inline void multiply_rows(
     load_looks<KIND>(matrix, run + 8 * row_runs, looks[1]);
     count_levels(rows, lane);
     copy_levels(levels, rows, lane);
-    u32 place = 0;  // of the tile of x
+    u32 place = 0;  // index in shared memory of this tile of x
 #pragma unroll 1
     for (u32 tile = 0; tile < own.tiles; tile++) {
         if (tile && by_tile) {
@@ -271,7 +273,7 @@ __device__ inline void multiply_rows(
         if (tile == 0 || own.room < own.tiles) __syncthreads();
         else __syncwarp();
         load_masks(rows, masked);
-        // Nobody needs the tile of x before this one any more.
+        // The tile of x before this one is not needed any more.
         u32 coming = tile + own.room - 1, free = (place ? place : own.room) - 1;
         if (tile && coming < own.tiles) fill_x<KIND>(memory, own, coming, free, threadIdx.x);
         Columns x = {memory.x + ProductMemory<PARTS>::OCTETS_OF_X, 0, 0};
@@ -283,7 +285,7 @@ __device__ inline void multiply_rows(
         for (u32 i = 0; i < 4; i++) {
             if (i == 3) count_levels(rows, lane);
             Queue queue = queue_at(rows.above.levels, at), other_queue = queue_at(rows.below.levels, other);
-            if (i == 3) {  // no level of this tile is in shared memory only
+            if (i == 3) {  // all levels of this tile are in registers
                 __syncwarp();
                 copy_levels(levels, rows, lane);
             }
@@ -309,19 +311,19 @@ __device__ inline void write_element(const Matrix &matrix, u32 row, u32 column, 
     ((u16 *)y)[at] = (u16)two_rounded<KIND>(sum, 0);
 }
 
-// What a launch is told beside the matrix.
+// The arguments of a launch, except the matrix.
 struct Call {
     const Words *x;    // [batch, columns], at a multiple of 16
     const void *bias;  // [rows], or null
     void *y;           // [batch, rows]
-    float *sums;       // [slices, rows, batch], where there are several slices
-    u32 *done;         // [blocks of rows], zero, and zero again afterwards: how many slices of each were summed up
+    float *sums;       // [slices, rows, batch], if there are several slices
+    u32 *done;         // [blocks of rows]: number of slices that are done; zero before and after the launch
     u32 batch;
     u32 units;         // of a slice
 };
 
-// The product of a block: 64 rows, a slice of the columns. Of several slices the block that is done last adds up the
-// sums of all, always in the same order.
+// Computes the product of a block: 64 rows, one slice of the columns. If there are several slices, the block that ends
+// last adds the sums of all slices, always in the same order.
 template <Kind KIND, u32 PARTS>
 __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memory, const Call &call) {
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, batch = call.batch;
@@ -342,13 +344,13 @@ __device__ inline void multiply(const Matrix &matrix, ProductMemory<PARTS> &memo
     if (slices == 1) return;
     __syncthreads();  // for other blocks
     if (threadIdx.x == 0) {
-        __threadfence();  // for what all threads of the block wrote, which the barrier lets this one see
+        __threadfence();  // publishes the sums of all threads of the block, which the barrier made visible to this one
         memory.is_last = atomicAdd(call.done + block, 1) == slices - 1;
         __threadfence();
     }
     __syncthreads();
     if (!memory.is_last) return;
-    const u32 most = BLOCK_ROWS * MAX_BATCH / THREADS;  // of the block's elements for a thread, summed up at once
+    const u32 most = BLOCK_ROWS * MAX_BATCH / THREADS;  // elements of the block per thread
     u32 elements = matrix.rows * batch, first_element = block * BLOCK_ROWS * batch + threadIdx.x;
     u32 stop = least(elements, (block + 1) * BLOCK_ROWS * batch);
     float totals[most] = {};

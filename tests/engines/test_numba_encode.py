@@ -336,7 +336,7 @@ def test_both_engines_quantise_to_the_same_levels(
 
 def test_both_engines_refuse_a_step_that_is_too_small() -> None:
     for engine in ("python", "numba"):
-        with pytest.raises(OptionError, match="too small for weights of"):
+        with pytest.raises(OptionError, match="too small for the weight"):
             save({"w": weights(40, 40) * 1e6}, options=Options(Uniform(step=1e-9)), engine=engine)
 
 

@@ -148,7 +148,7 @@ def test_options_that_match_no_weight_to_be_compressed_are_refused(model: Tied) 
         assert type(model.mid) is nn.Linear
 
     refused(r"^options: no tensor is named 'wte'; the nearest is 'wte\.weight'$", {"wte": THREE_BITS})
-    refused(r"^options: 'mid\.bias' is not compressed; only weights", {"mid.bias": Options()})
+    refused(r"^options: 'mid\.bias' is not compressed; only the weight", {"mid.bias": Options()})
     refused(
         r"^options: 'mid\.weight' is not compressed",
         {"mid.weight": THREE_BITS},
