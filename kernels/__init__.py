@@ -1,1 +1,1 @@
-"""GPU kernels: their source, and what tests and measures them; the engine is `sfpformat.engines.cuda`."""
+"""GPU kernels: their source, and tools that test and measure them; the engine is `sfpformat.engines.cuda`."""

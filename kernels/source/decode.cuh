@@ -32,8 +32,8 @@ template <u32 ITEM> __device__ inline void put(u32 *row, u32 position, u64 patte
     }
 }
 
-// The work of a warp: the segments `first` to `first` + 31 of a job, or to the end of its run. `out`: the address for the
-// weights of the run.
+// The work of a warp: the segments `first` to `first` + 31 of a job, or to the end of its run. `out`: the address for
+// the weights of the run.
 struct Warp {
     const Recipe *recipe;
     const Job *job;

@@ -1,5 +1,5 @@
-// Computes products with a compressed matrix. Weights are decoded in registers, as operands of the tensor cores; they are
-// never written to memory.
+// Computes products with a compressed matrix. Weights are decoded in registers, as operands of the tensor cores; they
+// are never written to memory.
 //
 // Theory of operation: a warp has 16 rows, and 512 columns of them at a time, a *tile*. Four lanes, a *quad*, share the
 // rows g and g + 8; each lane has the same 128 neighbouring columns in both rows: 16 bytes of the mask, loaded at once.

@@ -1,17 +1,18 @@
-// Weights of tensors whose levels have at most 16 bits: with or without a mask, lossless or looked up as bit patterns.
+// Decodes tensors whose levels have at most 16 bits, with or without a mask: levels are bit patterns, or indices in a
+// table of bit patterns.
 //
-// All tables are in shared memory: for each code a first look-up of 8 bits that gives the length of the codeword and
-// the class with its residual bits at once, and the patterns of the levels. What a warp looks up meets in banks, but
-// not in lines of memory.
+// All tables are in shared memory: for each code, a first look-up of 8 bits that returns the length of the codeword and
+// the class with its residual bits together; and the patterns of the levels. The look-ups of a warp can have bank
+// conflicts, but they load no lines of memory.
 #pragma once
 #include "dense.cuh"
 
-// The most codes of a stream, and patterns.
+// The greatest number of codes of a stream, and of patterns.
 enum : u32 { SHORT_CODES = 8, SHORT_PATTERNS = 1024 };
 
-// What an entry has, of a class alone or of the codeword that the next 8 bits begin with:
+// Entries: of a class, or of the codeword with which the next 8 bits begin:
 //
-//   bits  0 to  3   bits of the codeword, 0 where it has more than 8
+//   bits  0 to  3   length of the codeword; 0 if it has more than 8 bits
 //   bits  4 to  8   residual bits of its class
 //   bits  9 to 14   with g = 2 the slot of the second level
 //   bits 16 to 31   the class's first level
@@ -25,12 +26,12 @@ __device__ inline u32 class_entry(const u8 *bytes, const Stream &stream, u32 slo
     return first << 16 | (u32)(bytes + stream.extra)[slot] << 4;
 }
 
-// An entry of `recipe.cuh` joined with that of its first class.
+// Joins an entry of `fill_entry` with the entry of its first class.
 __device__ inline u32 joined_entry(u32 entry, u32 of_class) {
     return of_class | (entry >> 16 & 15) | (entry >> 8 & 63) << 9;
 }
 
-// Fills a stream's tables. All threads take part, and wait for one another after it.
+// Fills a stream's tables. All threads must call it, and synchronise afterwards.
 __device__ inline void fill_tables_of(const u8 *bytes, const Stream &stream, ShortTables &tables, u32 thread) {
     const u32 *entries = (const u32 *)(bytes + stream.entries);
     u32 window = (1u << stream.bits) - 1;
@@ -44,7 +45,7 @@ __device__ inline void fill_tables_of(const u8 *bytes, const Stream &stream, Sho
     }
 }
 
-// The levels of one stream of one segment, as `Levels`.
+// Decodes the levels of one stream of one segment, like `Levels`.
 struct ShortLevels {
     Reader prefix, residual;
     const u32 *table;    // first look-up of the segment's code
@@ -73,7 +74,7 @@ __device__ inline ShortLevels short_levels_at(
     return levels;
 }
 
-// The entry of the next level.
+// Returns the entry of the next level.
 __device__ inline u32 next_entry(ShortLevels &levels) {
     if (levels.window == 0) return levels.classes[0];
     if (levels.pending != NO_SLOT) {
@@ -98,13 +99,13 @@ __device__ inline u32 next_short_level(ShortLevels &levels) {
     return (entry >> 16) + residual;
 }
 
-// What a block has in shared memory beside its tiles.
+// The shared memory of a block, except the tiles.
 struct ShortMemory {
     ShortTables mask, fingerprints;
     u32 patterns[SHORT_PATTERNS];
 };
 
-// Fills it. All threads take part, and wait for one another after it.
+// Fills the shared memory. All threads must call it, and synchronise afterwards.
 __device__ inline void fill_memory(const Recipe &recipe, ShortMemory &memory, u32 thread) {
     const u8 *bytes = (const u8 *)&recipe;
     if (recipe.mask != NO_MASK) fill_tables_of(bytes, recipe.streams[MASK], memory.mask, thread);
@@ -130,7 +131,7 @@ __device__ inline void fill_short_row(const ShortMemory &memory, ShortLane &lane
     }
     for (; bits; bits &= bits - 1) {
         u32 level = next_short_level(lane.fingerprints);
-        // What is too high does not fit where it is put.
+        // `put` drops the bits that are too high.
         u32 pattern = lane.looked_up ? memory.patterns[level] : level >> 1 | level << (8 * ITEM - 1);
         put<ITEM>(row, (u32)__ffsll((long long)bits) - 1, pattern);
     }

@@ -1,26 +1,25 @@
-// Weights of 2 bytes of pruned tensors: octets as a mask or none, and levels that are each a codeword and a residual of
-// WIDTH bits: 1, the sign of a magnitude of a quantised tensor, or 8, mantissa and sign of an exact one. Or quantised
-// levels that are all of one width. What a codeword stands for is known with its first look-up: the octet, the pattern
-// of the magnitude, or the class's first level.
+// Decodes tensors of 2 bytes per weight with a mask of octets or without a mask. A level is a codeword and a residual of
+// WIDTH bits: 1, the sign of a magnitude of a quantised tensor; or 8, mantissa and sign of an exact tensor. Quantised
+// levels may also have one width and no codewords. The first look-up of a codeword returns what the codeword means: the
+// octet, the pattern of the magnitude, or the class's first level.
 //
-// 32 positions at a time: a word of the mask, which is four look-ups; then four survivors a turn, each put where the
-// next bit of that word is. Signs are the next bits of the residual plane, as many as the word has survivors; of bytes
-// four are taken a turn. A stream of one class has its levels, signs included, in the residual plane, and is looked up
-// there.
+// A lane decodes 32 positions at a time: first a word of the mask, with four look-ups; then four survivors per step,
+// each of which it stores at the position of the next bit in that word. The signs of all survivors of a word are read
+// together from the residual plane; of residual bytes, four are read per step. If a stream has one class, its levels,
+// including signs, are in the residual plane, and the look-up uses this plane.
 #pragma once
 #include "short.cuh"
 
-// A tile: 32 positions, and a word between the rows.
+// A tile: 32 positions per row, and one word of padding between the rows.
 enum : u32 { SPARSE_TILE = 32, SPARSE_ROW = SPARSE_TILE / 2 + 1 };
 
-// Entries, for the 8 bits that come next: bits taken, 0 where a codeword is longer | pattern or first level << 16, or
-// octet << 8.
+// Entries for the next 8 bits: codeword length, 0 for a longer codeword | pattern or first level << 16, or octet << 8.
 template <u32 CODES> struct SparseTables {
     u32 levels[CODES * SHORT_ENTRIES];
     u16 octets[CODES * SHORT_ENTRIES];
 };
 
-// Entries of a codeword, from what `fill_entry` gives.
+// Return the entry of a codeword. Args: entry: from `fill_entry`.
 template <u32 WIDTH> __device__ inline u32 level_entry(const u8 *bytes, const Recipe &recipe, u32 entry) {
     const u64 *first = (const u64 *)(bytes + recipe.streams[FINGERPRINTS].first);
     if (WIDTH == 8) return (entry >> 16 & 15) | (u32)first[entry & 255] << 16;
@@ -33,7 +32,7 @@ __device__ inline u32 octet_entry(const u8 *bytes, const Stream &stream, u32 ent
     return (entry >> 16 & 15) | (u32)first[entry & 255] << 8;
 }
 
-// Fills the tables. All threads take part, and wait for one another after it.
+// Fills the tables. All threads must call it, and synchronise afterwards.
 template <u32 WIDTH, u32 CODES>
 __device__ inline void fill_sparse(const Recipe &recipe, SparseTables<CODES> &tables, u32 thread) {
     const u8 *bytes = (const u8 *)&recipe;
@@ -61,14 +60,14 @@ __device__ inline void fill_sparse(const Recipe &recipe, SparseTables<CODES> &ta
     }
 }
 
-// A stream that is looked up in one plane: that of its codewords, or of its residuals where it has no code.
+// A stream that is decoded from one plane: the prefix plane, or the residual plane if it has no code.
 template <class Entry, u32 WORDS> struct SparseStream {
     Ring<WORDS> reader;
     const Entry *table;  // first look-up of the segment's code
     u32 code;            // its number
 };
 
-// Args: ring: the warp's.
+// Args: ring: the warp's shared memory.
 template <class Entry, u32 WORDS>
 __device__ inline SparseStream<Entry, WORDS> sparse_stream_at(
     const Warp &warp, u32 *index, const Entry *tables, u32 *ring, u32 number, u32 s, u32 lane_number
@@ -93,15 +92,15 @@ __device__ inline u32 wrong_end_of(
     return stream.reader.place != end ? (u32)WRONG_END : 0;
 }
 
-// Words of the rings' pieces: of levels, and of residuals that are bytes, 32 positions take up to 256 bits, of signs 32,
-// of octets 32, or 48 where codewords are longer.
+// Words per piece of the rings. For 32 positions: levels, and residual bytes, usually have up to 256 bits; signs have 32
+// bits; octets have 32 bits, or 48 if codewords can be longer than 8 bits.
 enum : u32 { LEVEL_WORDS = 4 };
 template <u32 WIDTH> __device__ constexpr u32 residual_words() { return WIDTH == 8 ? 4 : 1; }
 template <bool LONG> __device__ constexpr u32 octet_words() { return LONG ? 2 : 1; }
 typedef SparseStream<u32, LEVEL_WORDS> LevelStream;
 template <bool LONG> using OctetStream = SparseStream<u16, octet_words<LONG>()>;
 
-// What a block has in shared memory.
+// The shared memory of a block.
 template <bool LONG, u32 WIDTH, u32 CODES> struct SparseMemory {
     alignas(16) u32 levels[WARPS][ring_words<LEVEL_WORDS>()];
     alignas(16) u32 octets[WARPS][ring_words<octet_words<LONG>()>()];
@@ -114,18 +113,18 @@ template <bool LONG, u32 WIDTH> struct SparseLane {
     LevelStream levels;
     OctetStream<LONG> mask;
     Ring<residual_words<WIDTH>()> residuals;
-    u32 held, residuals_held;  // where the levels and residuals that are there end, as bits of the chunk
+    u32 held, residuals_held;  // bit offsets in the chunk where the available levels and residuals end
     u32 positions, survivors, found, wrong;
     u32 masked, has_residuals;
 };
 
-// What the whole table has for some bits, the next one lowest, where the first look-up has nothing.
+// Returns the entry of the whole table, if the first look-up has none. `bits`: the next bits, the first one lowest.
 __device__ inline u32 long_entry(const Stream &stream, const u8 *bytes, u32 code, u32 bits) {
     const u32 *entries = (const u32 *)(bytes + stream.entries) + (code << stream.bits);
     return entries[bits & ((1u << stream.bits) - 1)];
 }
 
-// The entry for some bits; LONG: of codewords of more than 8 bits too.
+// Returns the entry for the next bits. LONG: whether codewords can have more than 8 bits.
 template <bool LONG, u32 WIDTH>
 __device__ inline u32 level_of(const Recipe &recipe, const LevelStream &levels, u32 bits) {
     u32 entry = levels.table[bits & (SHORT_ENTRIES - 1)];
@@ -147,10 +146,10 @@ __device__ inline u32 octet_of(const Recipe &recipe, const OctetStream<LONG> &ma
     return entry;
 }
 
-// Codewords that lie in 32 bits for certain: so many are looked up before the reader goes on.
+// The number of codewords that always fit into 32 bits: this many are looked up before the reader advances.
 template <bool LONG> __device__ constexpr u32 at_once() { return LONG ? 2 : 4; }
 
-// Begins to copy what comes after the levels, and residuals that are bytes, that will be there next.
+// Notes where the levels and residual bytes end that were copied so far, and begins to copy the following ones.
 template <bool LONG, u32 WIDTH> __device__ inline void go_on(SparseLane<LONG, WIDTH> &lane) {
     lane.held = lane.levels.reader.next * piece_bits<LEVEL_WORDS>();
     top_up(lane.levels.reader);
@@ -162,7 +161,7 @@ template <bool LONG, u32 WIDTH> __device__ inline void go_on(SparseLane<LONG, WI
     }
 }
 
-// Before each word: what was copied before the last word is there.
+// Called before each word: begins new copies, and waits for all earlier ones.
 template <bool LONG, u32 WIDTH> __device__ inline void begin_word(SparseLane<LONG, WIDTH> &lane) {
     go_on(lane);
     if (lane.masked) top_up(lane.mask.reader);
@@ -171,7 +170,7 @@ template <bool LONG, u32 WIDTH> __device__ inline void begin_word(SparseLane<LON
     wait_for_all_but<1>();
 }
 
-// Whether more was read than came, so that the next turn has to wait: seldom.
+// Returns whether the available bits may be too few for the next step, which then has to wait. This is rare.
 template <bool LONG, u32 WIDTH> __device__ inline bool is_behind(const SparseLane<LONG, WIDTH> &lane) {
     bool levels = lane.held - lane.levels.reader.place < 2 * WARP;
     return levels || (WIDTH == 8 && lane.residuals_held - lane.residuals.place < 2 * WARP);
@@ -184,7 +183,7 @@ template <bool LONG, u32 WIDTH> __device__ inline void catch_up(SparseLane<LONG,
     close_copies();
 }
 
-// The mask bits of `count` positions, at most 32, the first one lowest.
+// Decodes the mask bits of `count` positions, at most 32, the first one lowest.
 template <bool LONG, u32 WIDTH>
 __device__ inline u32 next_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &lane, u32 count) {
     u32 all = 0xFFFFFFFF >> (32 - count), word = 0;
@@ -201,16 +200,16 @@ __device__ inline u32 next_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &l
         }
         skip(lane.mask.reader, taken);
     }
-    if (word & ~all) lane.wrong = WRONG_MASK;  // past the last position (R-MSK-006)
+    if (word & ~all) lane.wrong = WRONG_MASK;  // bits after the last position (R-MSK-006)
     word &= all;
     lane.found += __popc(word);
     return word;
 }
 
-// Puts the weights of 32 positions into a lane's row, zeros where there is no survivor. After the last survivor of a
-// turn weights go to position 32, which nobody reads, or which is put after these.
+// Writes the weights of 32 positions to a lane's row, with zeros at pruned positions. After the last survivor, a step
+// writes its other weights to position 32, which is padding.
 //
-// Args: word: of the mask.
+// Args: word: the mask bits of the positions.
 template <bool LONG, u32 WIDTH>
 __device__ inline void put_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &lane, u32 word, u32 *row) {
     u32 residuals = 0, left = __brev(word);  // the first position, and the next sign, highest
@@ -229,7 +228,7 @@ __device__ inline void put_word(const Recipe &recipe, SparseLane<LONG, WIDTH> &l
         }
 #pragma unroll
         for (u32 i = 0; i < at_once<LONG>(); i++) {
-            // A funnel shift looks at the lowest 5 bits alone: at most 24 where it shifts by a sum.
+            // A funnel shift uses only the lowest 5 bits of the sum, which are at most 24 when it is a shift.
             u32 entry = level_of<LONG, WIDTH>(recipe, lane.levels, __funnelshift_r(bits, 0, sum));
             u32 place = (u32)__clz((int)left), pattern = (entry ^ (residuals & 0x80000000)) >> 16;
             if (WIDTH == 8) {

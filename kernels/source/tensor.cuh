@@ -1,25 +1,25 @@
-// Instructions of a GPU that CUDA C++ has no function for: bytes by unmasked selectors, copies that do not wait, two
-// numbers rounded at once, products on tensor cores. The last three need compute capability 8.0; on older devices
-// copies wait, and the kernels of product.cuh are there and do nothing. What stands in for them on the host is in
-// host_tensor.h.
+// GPU instructions for which CUDA C++ has no function: permutation of bytes by unmasked selectors, asynchronous copies,
+// rounding of two numbers at once, products on tensor cores. The last three need compute capability 8.0. On older devices
+// copies are synchronous, and the kernels of product.cuh do nothing. host_tensor.h implements the same functions for the
+// host.
 #pragma once
 #include "values.cuh"
 
-// The numbers that are multiplied.
+// The dtype of the factors of a product.
 enum Kind { OF_BF16, OF_F16 };
 
 #ifdef __CUDACC__
 
-// For each of the lowest four nibbles of `chosen` a byte: of `low` (0 to 3) or of `high` (4 to 7), or, of a nibble with
-// 8 more, that byte's highest bit eight times. As `__byte_perm`, which clears the highest bits of the nibbles first.
+// Returns a byte for each of the lowest four nibbles of `chosen`: a byte of `low` (0 to 3) or of `high` (4 to 7); or, if
+// the nibble's highest bit is set, eight times the highest bit of that byte. `__byte_perm` ignores this bit.
 __device__ inline u32 permuted(u32 low, u32 high, u32 chosen) {
     u32 bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(chosen));
     return bytes;
 }
 
-// A word shifted by a fixed number of bits, which is multiplied: for code that has more integer instructions than
-// multiplications, since both have a pipe of their own.
+// Shifts a word by a constant number of bits, with a multiplication: multiplications have their own pipeline, which is
+// less busy than that of other integer instructions.
 template <u32 BITS> __device__ inline u32 shifted_right(u32 word) {
 #ifdef SHIFT_BY_SHIFTING
     return word >> BITS;
@@ -40,7 +40,7 @@ __device__ inline void copy_ahead(Words *to, const Words *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// Begins to copy `WORDS` words, 1, 2 or 4, to shared memory; zeros where nothing is there, and nothing is read then.
+// Begins to copy `WORDS` words, 1, 2 or 4, to shared memory. If not `there`, writes zeros and reads nothing.
 template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bool there) {
     u32 address = (u32)__cvta_generic_to_shared(to), bytes = there ? 4 * WORDS : 0;
     if (WORDS == 4) {
@@ -51,18 +51,18 @@ template <u32 WORDS> __device__ inline void copy_if(u32 *to, const u32 *from, bo
     }
 }
 
-// The copies that this lane began since it last did this are a group.
+// Makes a group of the copies that this lane began since its last call.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for the copies that this lane began, but for those of its last `GROUPS` groups.
+// Waits for the copies that this lane began, except those of its last `GROUPS` groups.
 template <u32 GROUPS> __device__ inline void wait_for_all_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Waits for the copies that this lane began.
+// Waits for all copies that this lane began.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Two numbers in the halves of a word, rounded to nearest, ties to even.
+// Returns two numbers in the halves of a word, rounded to nearest, ties to even.
 template <Kind KIND> __device__ inline u32 two_rounded(float low, float high) {
     u32 both;
     if (KIND == OF_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
@@ -70,7 +70,7 @@ template <Kind KIND> __device__ inline u32 two_rounded(float low, float high) {
     return both;
 }
 
-// sum [16, 8] += a [16, 16] @ b [16, 8], by a warp. With row = lane / 4 and two = 2 × (lane % 4) a lane has
+// Computes sum [16, 8] += a [16, 16] @ b [16, 8] with a warp. With row = lane / 4 and two = 2 × (lane % 4), a lane has
 //
 //   sum  [row, two], [row, two + 1], [row + 8, two], [row + 8, two + 1]
 //   a    two numbers a word: [row, two …], [row + 8, two …], [row, two + 8 …], [row + 8, two + 8 …]

@@ -1,12 +1,12 @@
-// Levels to numbers (SPEC.md chapters 11 to 14): bit patterns of binary32 and binary64, one IEEE operation after
-// another, never fused. The narrower dtypes are widened and rounded with integers, which every compiler does alike.
+// Converts levels to numbers (SPEC.md chapters 11 to 14) with single IEEE operations on binary32 and binary64, which are
+// never fused. Integer operations widen and round the narrower dtypes, so that every compiler gives the same bits.
 #pragma once
 #include "recipe.cuh"
 
 // A float dtype narrower than 32 bits.
 struct Narrow {
     u32 exponent, mantissa;  // bits
-    u32 infinity;            // what is too great becomes
+    u32 infinity;            // the pattern of a number that is too great
 };
 
 __device__ inline Narrow narrow_of(u32 dtype) {
@@ -14,21 +14,21 @@ __device__ inline Narrow narrow_of(u32 dtype) {
     return dtype == F16 ? f16 : dtype == BF16 ? bf16 : dtype == F8_E4M3 ? e4m3 : e5m2;
 }
 
-// Bits of a dtype.
+// Returns the bits of a dtype.
 __device__ inline u32 bits_of(u32 dtype) { return dtype == F64 ? 64 : dtype == F32 ? 32 : dtype <= BF16 ? 16 : 8; }
 
-// The first pattern of a dtype, its sign left out, that is not finite (SPEC.md 25.1).
+// Returns the least pattern of a dtype, without its sign, that is not finite (SPEC.md 25.1).
 __device__ inline u64 first_not_finite(u32 dtype) {
     if (dtype == F64) return 0x7FF0000000000000ull;
     return dtype == F32 ? 0x7F800000u : narrow_of(dtype).infinity;
 }
 
-// The bit pattern of a level: its sign moves from the lowest bit to the highest (SPEC.md chapter 11).
+// Returns the bit pattern of a level: moves the sign from the lowest bit to the highest (SPEC.md chapter 11).
 __device__ inline u64 pattern_of_level(u64 level, u32 dtype) {
     return level >> 1 | (level & 1) << (bits_of(dtype) - 1);
 }
 
-// A finite number of a dtype of at most 32 bits, as binary32.
+// Converts a finite number of a dtype of at most 32 bits to binary32.
 __device__ inline float widened(u32 pattern, u32 dtype) {
     if (dtype == F32) return __uint_as_float(pattern);
     Narrow narrow = narrow_of(dtype);
@@ -43,14 +43,14 @@ __device__ inline float widened(u32 pattern, u32 dtype) {
     return __uint_as_float(sign | __float_as_uint(__fmul_rn((float)rest, least_number)));
 }
 
-// A number that is no NaN, rounded to a narrower dtype: to nearest, ties to even (R-REC-002, R-REC-003).
+// Rounds a number, which must not be a NaN, to a narrower dtype: to nearest, ties to even (R-REC-002, R-REC-003).
 __device__ inline u32 rounded(float number, u32 dtype) {
     Narrow narrow = narrow_of(dtype);
     u32 bits = __float_as_uint(number), size = bits & 0x7FFFFFFF;
     u32 bias = (1u << (narrow.exponent - 1)) - 1, drop = 23 - narrow.mantissa;
     u32 exponent = size >> 23, least_normal = 128 - bias;
     u32 whole = size, offset = (127 - bias) << narrow.mantissa;
-    if (exponent < least_normal) {  // subnormal there: more bits go, and the exponent field is 0
+    if (exponent < least_normal) {  // subnormal in that dtype: drops more bits, and the exponent field is 0
         u32 real = exponent ? exponent : 1;
         whole = (size & 0x7FFFFF) | (exponent ? 0x800000 : 0);
         drop += least_normal - real;
@@ -63,7 +63,7 @@ __device__ inline u32 rounded(float number, u32 dtype) {
     return pattern | bits >> 31 << (narrow.exponent + narrow.mantissa);
 }
 
-// A binary32 as the bit pattern of a dtype.
+// Converts a binary32 to the bit pattern of a dtype.
 __device__ inline u64 pattern_of_number(float number, u32 dtype) {
     if (dtype == F32) return __float_as_uint(number);
     if (dtype == F64) return (u64)__double_as_longlong((double)number);
@@ -72,12 +72,12 @@ __device__ inline u64 pattern_of_number(float number, u32 dtype) {
 
 __device__ inline const float *floats(const u8 *bytes, u64 offset) { return (const float *)(bytes + offset); }
 
-// The magnitude of a number of a `uniform` or `table` quantiser.
+// Returns the magnitude of a number of a `uniform` or `table` quantiser.
 __device__ inline float magnitude(u32 quantiser, u32 number, float step, const float *centroids) {
     return quantiser == UNIFORM ? __fmul_rn(__uint2float_rn(number), step) : centroids[number];
 }
 
-// The importance of a level of the importance stream (SPEC.md chapter 13).
+// Returns the importance of a level of the importance stream (SPEC.md chapter 13).
 __device__ inline float importance_of_level(const u8 *bytes, const Recipe &recipe, u64 level) {
     if (recipe.importance_quantiser == EXACT) {
         return widened((u32)pattern_of_level(level, recipe.importance_coded), recipe.importance_coded);
@@ -86,7 +86,7 @@ __device__ inline float importance_of_level(const u8 *bytes, const Recipe &recip
     return magnitude(recipe.importance_quantiser, (u32)level, recipe.importance_step, centroids);
 }
 
-// Quotient and remainder of a position that only grows: one division a tile, then subtractions.
+// Quotient and remainder of a position that only increases: one division per segment, then subtractions.
 struct Place {
     u64 quotient, remainder, unit;
 };
@@ -115,7 +115,7 @@ __device__ inline float factor_of(const u8 *bytes, const Recipe &recipe, const P
     return __fmul_rn(row, floats(bytes, recipe.column_factors)[place.remainder]);
 }
 
-// The weight of an exact level, as a bit pattern (SPEC.md chapter 14).
+// Returns the weight of an exact level, as a bit pattern (SPEC.md chapter 14).
 __device__ inline u64 exact_weight(const Recipe &recipe, u64 level, float importance) {
     u32 dtype = recipe.dtype, coded = recipe.coded;
     u64 pattern = pattern_of_level(level, coded);
@@ -128,14 +128,14 @@ __device__ inline u64 exact_weight(const Recipe &recipe, u64 level, float import
         }
         return pattern_of_number(__fmul_rn(widened((u32)pattern, coded), importance), dtype);
     }
-    // A narrower dtype, without infinities and NaNs: binary32 holds each of its numbers.
+    // A narrower dtype, without infinities and NaNs: binary32 represents all of its numbers.
     float number = widened((u32)pattern, coded);
     if (recipe.multiplier == NO_MULTIPLIER) return pattern_of_number(number, dtype);
     if (dtype == F64) return (u64)__double_as_longlong(__dmul_rn((double)number, (double)importance));
     return pattern_of_number(__fmul_rn(number, importance), dtype);
 }
 
-// The weight of a level of a `uniform` or `table` quantiser, as a bit pattern.
+// Returns the weight of a level of a `uniform` or `table` quantiser, as a bit pattern.
 __device__ inline u64 quantised_weight(
     const u8 *bytes, const Recipe &recipe, u64 level, const Place &scale, float importance
 ) {

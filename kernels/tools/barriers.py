@@ -1,8 +1,8 @@
-"""Whether a barrier that is missing would be noticed without a GPU: ``python -m kernels.tools.barriers``.
+"""Checks that tests without a GPU detect a missing barrier: ``python -m kernels.tools.barriers``.
 
-In a copy of the repository each barrier of the kernels, and each wait for copies, is taken away in turn, and
-the tests that run every kernel on the host must fail. Those marked as being for other blocks, or before a
-shuffle, are left alone: the host runs one block after another, and its lanes wait at a shuffle.
+Works in a copy of the repository. Removes each barrier of the kernels, and each wait for copies, in turn; the
+tests that run every kernel on the host must fail. Skips barriers that are marked as being for other blocks or
+before a shuffle: the host runs one block after the other, and its lanes wait at a shuffle.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def is_noticed(root: Path, path: Path, start: int, stop: int) -> bool:
 def main() -> int:
     """Runs the command. Returns the exit code: 1 if a missing barrier was not detected."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tools.barriers", description=__doc__)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="of the kernels, such as product.cuh (all)")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="source files, such as product.cuh (default: all)"
+    )
     wanted = parser.parse_args().files
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

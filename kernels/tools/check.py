@@ -1,18 +1,16 @@
-"""Everything that needs a GPU, in one command: ``python -m kernels.tools.check``, in less than ten minutes.
+"""All checks and measurements that need a GPU, in ten minutes at most: ``python -m kernels.tools.check``.
 
-* the kernels compiled for the device, with what each takes of it;
-* the engine against the reference: golden files, files of every kind, damaged ones; products against sums in
-  double precision, and their bits from run to run; layers of torch against dense ones;
-* how long decoding takes for matrices of 67 M weights, beside the floor: the bytes that must be read
-  and written, at the rate at which this device copies; beside nvCOMP, DFloat11 and DietGPU where they are
-  installed;
-* products with a matrix of 8192 × 8192 that stays compressed, beside torch's with the dense one;
-* a file to tensors on the device, beside safetensors;
-* the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
+* compiles the kernels for the device, and reports the registers of each;
+* compares the engine with the reference: golden files, files of every kind, damaged files; products with sums
+  in double precision, and their bits between runs; compressed layers of torch with dense ones;
+* measures decoding of matrices of 67 M weights, beside the floor (the time to read and write the necessary
+  bytes at the copy rate of the device), and beside nvCOMP, DFloat11 and DietGPU if they are installed;
+* measures products with a compressed matrix of 8192 × 8192, beside torch's products with the dense one;
+* measures loading a file to the device, beside safetensors;
+* runs the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
 
-Each part is printed when it is done and written to ``kernels/results`` at once, as JSON and as a table. A
-part that fails is written down as failed, and the others go on; the exit code is 1 then, and 2 where there
-is no device.
+Prints each part when it ends, and writes it to ``kernels/results``, as JSON and as a table. A part that fails
+does not stop the others. Exit code: 1 if a part failed, 2 if there is no device.
 """
 
 from __future__ import annotations
@@ -187,15 +185,17 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--damaged", type=int, default=DAMAGED, help=f"damaged files ({DAMAGED})")
+    made.add_argument("--damaged", type=int, default=DAMAGED, help=f"number of damaged files ({DAMAGED})")
     made.add_argument(
         "--every", type=int, default=1, metavar="N", help="check every Nth of the generated files (1)"
     )
-    made.add_argument("--side", type=int, default=speed.SIDE, help=f"rows and columns ({speed.SIDE})")
+    made.add_argument(
+        "--side", type=int, default=speed.SIDE, help=f"rows and columns of the matrices ({speed.SIDE})"
+    )
     made.add_argument(
         "--only-identity", action="store_true", help="check files and products only; write no results"
     )
-    made.add_argument("--no-sanitizer", action="store_true", help="no sanitisers")
+    made.add_argument("--no-sanitizer", action="store_true", help="do not run compute-sanitizer")
     made.add_argument(
         "--minutes", type=float, default=MINUTES, help=f"time limit: no part starts after it ({MINUTES:g})"
     )

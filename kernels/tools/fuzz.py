@@ -1,8 +1,8 @@
-"""Damaged chunks to the kernels on the host: each is judged as by the reference, and nothing else is touched.
+"""Runs the kernels on damaged chunks, on the host, and compares the results with the reference.
 
-``python -m kernels.tools.fuzz`` decodes or multiplies 200,000 of them with address and undefined-behaviour
-sanitisers, after those of the golden files; every chunk, output and table lies in memory of its own whose
-surroundings are poisoned. Checksums are not compared: it is as if each had been mended.
+``python -m kernels.tools.fuzz`` decodes the chunks of the golden files; then it decodes or multiplies 200,000
+damaged chunks. Address and undefined-behaviour sanitisers check all accesses: every chunk, output and table
+has its own memory between poisoned guards. Checksums are not compared, as if they had been recomputed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
                             yield Sample(words, own, plain, file.read_checked(entry, k), k)
 
 
-# ---------------------------------------------------------------------------------------------- who judges
+# ---------------------------------------------------------------------------------- kernels and reference
 
 
 class Kernels:
@@ -202,8 +202,8 @@ class ProductSample:
     def compare(self, data: Bytes) -> bool:
         """Returns whether the chunk is accepted.
 
-        Also multiplies with the chunk in the place of the undamaged one, after preparation: the result is
-            then undefined, but the kernel must not access memory out of bounds.
+        Also replaces the undamaged chunk after preparation, and multiplies: the result is then undefined, but
+        the kernel must not access memory out of bounds.
 
         Raises:
             AssertionError: kernels and reference disagree.
@@ -279,12 +279,12 @@ def checked_environment() -> dict[str, str]:
 def main() -> int:
     """Runs the command. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tools.fuzz", description=__doc__)
-    parser.add_argument("--inputs", type=int, default=INPUTS, help=f"how many ({INPUTS:,})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inputs", type=int, default=INPUTS, help=f"number of damaged chunks ({INPUTS:,})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage (0)")
     parser.add_argument(
-        "--golden", type=int, default=1, metavar="N", help="every Nth golden file (1), 0: none"
+        "--golden", type=int, default=1, metavar="N", help="decode every Nth golden file (1); 0: none"
     )
-    parser.add_argument("--plain", action="store_true", help="without sanitisers")
+    parser.add_argument("--plain", action="store_true", help="run without sanitisers")
     args = parser.parse_args()
     if not args.plain and not hasattr(ctypes.CDLL(None), "__asan_poison_memory_region"):
         again = [sys.executable, "-m", "kernels.tools.fuzz", *sys.argv[1:]]

@@ -130,7 +130,7 @@ def compare_layers(where: str = "cuda") -> int:
         AssertionError: a result differs.
     """
     torch: Any = importlib.import_module("torch")
-    door: Any = importlib.import_module("sfpformat.torch")
+    api: Any = importlib.import_module("sfpformat.torch")
     array_of = importlib.import_module("sfpformat.torch.tensors").array_of
     torch.manual_seed(0)
     count = 0
@@ -139,8 +139,8 @@ def compare_layers(where: str = "cuda") -> int:
             dense = torch.nn.Linear(1152, 300, dtype=dtype)
             with torch.no_grad():
                 dense.weight.mul_(torch.rand(300, 1152) < 0.5)
-            layer = door.SfpLinear.of(dense, options).to(where)
-            dense.weight = torch.nn.Parameter(door.load(layer.weight_sfp.cpu().numpy().tobytes())["weight"])
+            layer = api.SfpLinear.of(dense, options).to(where)
+            dense.weight = torch.nn.Parameter(api.load(layer.weight_sfp.cpu().numpy().tobytes())["weight"])
             dense = dense.to(where)
             torch.compiler.reset()  # torch limits the number of cached compilations
             compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -158,7 +158,7 @@ def compare_layers(where: str = "cuda") -> int:
                 assert torch.equal(one, other), f"{dtype}, {batch} rows: the gradient differs"
                 count += 1
         rows = torch.nn.Embedding(3000, 96, dtype=dtype)
-        embedding, ids = door.SfpEmbedding.of(rows).to(where), torch.randint(3000, (7, 5))
+        embedding, ids = api.SfpEmbedding.of(rows).to(where), torch.randint(3000, (7, 5))
         for some in (ids, ids.new_zeros(0), torch.arange(3000)):
             assert torch.equal(embedding(some.to(where)).cpu(), rows(some)), f"{dtype}: other rows"
             count += 1
@@ -166,7 +166,7 @@ def compare_layers(where: str = "cuda") -> int:
 
 
 def sanitize(tool: str, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Runs identity checks under a tool of compute-sanitizer. Returns the last line of its output.
+    """Runs the comparisons under a tool of compute-sanitizer. Returns the last line of its output.
 
     Raises:
         RuntimeError: the tool is not installed, it reported an error, or it exceeded the time.

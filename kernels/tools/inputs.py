@@ -22,7 +22,7 @@ _EXTREMES = (0, 1, 2, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**3
 
 
 def normal_weights(rows: int, columns: int, density: float) -> NDArray[np.float32]:
-    """Returns normal weights of several spreads, pruned at random; the first two rows rounded to F16."""
+    """Returns normal weights of several spreads, pruned at random; the first two rows are rounded to F16."""
     rng = np.random.default_rng(rows * columns)
     spread = 2.0 ** (-np.arange(rows) // 2)
     values = rng.normal(size=(rows, columns)) * spread[:, None] * (rng.random((rows, columns)) < density)
@@ -114,7 +114,7 @@ def files(
 
 
 def damage(data: Bytes, rng: np.random.Generator) -> Bytes:
-    """Returns a copy with one to three changes; half of them in the first 96 bytes, header and index."""
+    """Returns a copy with one to three changes; half of them in the first 96 bytes: header and index."""
     out = data.copy()
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(out) if rng.random() < 0.5 else min(len(out), 96)))

@@ -1,4 +1,4 @@
-"""What NVRTC and ptxas say of the kernels: registers, spills, shared memory. Needs no driver."""
+"""Compiles the kernels and reads their registers, spills and shared memory from the log. Needs no driver."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Usage:
 
 
 def compile_with_usage(arch: str) -> tuple[bytes, dict[str, Usage], str]:
-    """Compiles the kernels.
+    """Compiles the kernels for an architecture, such as ``"sm_90"``. Needs no driver.
 
-    Returns machine code, usage of each kernel, and the compiler log. Needs no driver.
+    Returns:
+        The machine code, the usage of each kernel by name, and the compiler's log.
     """
     core: Any = importlib.import_module("cuda.core")
-    said = io.StringIO()
+    log = io.StringIO()
     options = core.ProgramOptions(arch=arch, std=STANDARD, ptxas_options=["-v"])
-    code = core.Program(source(), "c++", options).compile("cubin", logs=said)
-    return bytes(code.code), usage_of(said.getvalue()), said.getvalue()
+    code = core.Program(source(), "c++", options).compile("cubin", logs=log)
+    return bytes(code.code), usage_of(log.getvalue()), log.getvalue()
 
 
 def usage_of(text: str) -> dict[str, Usage]:

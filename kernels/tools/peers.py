@@ -1,6 +1,7 @@
 """Benchmarks of other GPU decoders for BF16 weights, if they are installed: nvCOMP, DFloat11, DietGPU.
 
-Each checks the decoded bytes, and returns the time and the sizes. Raises `Missing` if it is not installed.
+Each function checks the decoded bytes, and returns the time and the sizes. It raises `Missing` if the decoder
+is not installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles the kernels with the host's compiler, and runs them on a host device: for machines without a GPU.
+"""Compiles the kernels with the host's compiler, and runs them on a simulated device, without a GPU.
 
 Needs g++. The source is byte for byte the same as for a GPU; `host.h` replaces CUDA.
 """
@@ -39,7 +39,7 @@ _ALIGNMENT = 256  # of allocations, same as CUDA
 _GUARD = 64  # guard bytes before and after each allocation, to detect stray writes
 _PATTERN = 0xA5
 _INTACT = bytes([_PATTERN]) * _GUARD
-_one_at_a_time = threading.Lock()  # the library has one set of threads
+_one_at_a_time = threading.Lock()  # the library has one set of fibers
 
 
 def sources() -> list[Path]:
@@ -136,7 +136,7 @@ class _Block:
 
 
 class HostDevice:
-    """A device that runs its queue only when the host waits, so that a missing wait shows.
+    """A simulated device. It runs its queue only when the host waits, so that a missing wait shows.
 
     Attributes:
         launched: the names of the kernels, in launch order.
@@ -172,7 +172,7 @@ class HostDevice:
         block = _Block(size, self._poison)
         given = HostMemory(block.memory.address, block.memory.bytes)
         self._blocks[given.address] = block
-        # Freeing joins the queue, too.
+        # Freeing memory joins the queue too.
         weakref.finalize(given, self._queue.append, partial(self._free, given.address)).atexit = False
         return given
 

@@ -29,7 +29,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 SIDE = 8192  # rows and columns of the matrices
 BATCHES = (1, 2, 4, 8)
 _ROUNDS = 20
-# More bytes than any cache of a device: products cycle through copies of this total size.
+# Total size of the copies of a matrix through which products cycle: more bytes than any cache of a device.
 _BEYOND_CACHES = 200 << 20
 _HEAD_START = 20_000_000  # cycles that the device waits while the host fills its queue
 
@@ -50,7 +50,7 @@ MATRICES: dict[str, tuple[Any, float, Options]] = {
 }
 
 Works = Sequence[Callable[[], object]]
-# Measures the milliseconds per work on the device; runs the works in sequence, repeatedly.
+# Runs the works in sequence, repeatedly, and returns the milliseconds per work on the device.
 Clock = Callable[[Works], float]
 
 
@@ -158,11 +158,11 @@ def products(device: Device, rate: float, side: int, clock: Clock = milliseconds
 def layers(side: int) -> list[dict[str, Any]]:
     """Times whole calls of a compressed and of a dense layer, in seconds, with the overhead of Python."""
     torch: Any = importlib.import_module("torch")
-    door: Any = importlib.import_module("sfpformat.torch")
+    api: Any = importlib.import_module("sfpformat.torch")
     dense = torch.nn.Linear(side, side, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         dense.weight.copy_(torch.from_numpy(matrix_of(np.float32, 0.5, side)))
-    layer = door.SfpLinear.of(dense, FOUR_BITS.but(fixed_width=True)).cuda()
+    layer = api.SfpLinear.of(dense, FOUR_BITS.but(fixed_width=True)).cuda()
     dense = dense.cuda()
     found = []
     for batch in (1, 8, 64):
@@ -188,19 +188,19 @@ def _seconds_of_calls(module: Any, x: Any, calls: int = 50) -> float:
 def loading(side: int) -> dict[str, float]:
     """Times loading from a file in the page cache to tensors on the device: this package and safetensors."""
     torch: Any = importlib.import_module("torch")
-    doors: dict[str, Any] = {"sfp": importlib.import_module("sfpformat.torch")}
-    doors["safetensors"] = importlib.import_module("safetensors.torch")
+    apis: dict[str, Any] = {"sfp": importlib.import_module("sfpformat.torch")}
+    apis["safetensors"] = importlib.import_module("safetensors.torch")
     tensors = {f"t{i}": torch.from_numpy(matrix_of(np.float32, 1.0, side)).bfloat16() + i for i in range(4)}
     times = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, door in doors.items():
+        for name, api in apis.items():
             path = Path(folder) / name
             more = {"options": GPU} if name == "sfp" else {}
-            door.save_file(tensors, path, **more)
+            api.save_file(tensors, path, **more)
             runs = []
             for _ in range(5):
                 begun = time.perf_counter()
-                found = door.load_file(path, device="cuda")
+                found = api.load_file(path, device="cuda")
                 torch.cuda.synchronize()
                 runs.append(time.perf_counter() - begun)
             assert all(torch.equal(found[key].cpu(), tensors[key]) for key in tensors)

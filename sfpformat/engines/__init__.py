@@ -3,7 +3,7 @@
 An engine is a module with the functions of `Engine`. All engines give the same bits and the same faults. The
 engine ``python`` is the reference implementation and always available; ``numba`` is compiled; ``cuda``
 decodes weights on a GPU. A `DeviceEngine` decodes into the memory of a device; a new one needs an entry in
-`_DEVICE_MODULES`, and the name of an engine.
+`_DEVICE_MODULES`, under the device type, which must also be the name of an engine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ AUTO = "auto"
 _MODULES = {"python": "reference", "numba": "numba", "cuda": "cuda.engine"}
 # Type of a device, which is also the name of its engine -> the module with the functions of `DeviceEngine`.
 _DEVICE_MODULES = {"cuda": "cuda.on_device"}
-# The reference decodes fewer weights than this in the time that importing Numba takes.
+# In the time that importing Numba takes, the reference decodes about this many weights.
 _WORTH_NUMBA = 8_000_000
 
 
@@ -86,7 +86,7 @@ def require_name(name: str | None) -> None:
 
 
 def decodes_on_device(device: str, name: str | None) -> bool:
-    """Returns whether tensors for a device are decoded on that device: by request, or by ``"auto"``.
+    """Returns whether a device decodes its own tensors: if its engine was requested or ``"auto"`` selects it.
 
     Args:
         device: type of the device, such as ``"cuda"`` or ``"cpu"``.
@@ -104,7 +104,7 @@ def get_device_engine(device: str) -> DeviceEngine:
 
 
 def get_engine(name: str | None = None, weights: int | None = None) -> Engine:
-    """Returns the engine of that name.
+    """Returns the engine with a name.
 
     Args:
         name: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the fastest available engine for arrays

@@ -202,12 +202,13 @@ class DeviceQueue(Protocol):
     def depth(self) -> int: ...
 
     def prepare(self, recipes: Sequence[Any]) -> None:
-        """Makes recipes ready for runs, all in one copy to the device; their runs follow."""
+        """Copies recipes to the device, all in one copy; must precede their runs."""
 
     def start_runs(self, runs: Sequence[Run[int]], threads: int) -> Pending:
         """Copies the chunks of runs to the device, and begins to decode them.
 
-        The bytes of the chunks may be released on return, the memory of the weights after `Pending.good`.
+        The caller may release the bytes of the chunks on return, and the memory of the weights after
+        `Pending.good`.
 
         Args:
             runs: their recipes must be prepared.
@@ -240,7 +241,7 @@ class Operands:
 
 
 class Product(Protocol):
-    """What the kernels need for products with a matrix, for one dtype of the activations.
+    """The data that kernels need for products with a matrix, for one dtype of the activations.
 
     Attributes:
         rows: number of rows of the matrix.

@@ -1,4 +1,4 @@
-"""The reference engine: bitarray for prefix planes, whole-array NumPy for everything else."""
+"""The reference engine: bitarray decodes prefix planes; numpy does everything else, on whole arrays."""
 
 from __future__ import annotations
 

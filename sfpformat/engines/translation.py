@@ -1,4 +1,4 @@
-"""Translates the entry of a tensor into the numbers on which the kernels of every engine branch.
+"""Translates the entry of a tensor to the numbers on which the kernels of every engine branch.
 
 An engine adds its own packing: `numba.recipe` and `cuda.recipe`. ``kernels/source/recipe.cuh`` has the same
 constants; a test compares them.
@@ -26,7 +26,7 @@ NO_SCALE, SCALE_TENSOR, SCALE_QUOTIENT, SCALE_REMAINDER = range(4)
 # per column.
 NO_MULTIPLIER, OF_SURVIVORS, OF_POSITIONS, OF_FACTORS = range(4)
 
-# Look-up tables over levels have at most this many levels if the tensor has fewer weights than levels.
+# A look-up table over levels may have this many levels even if the tensor has fewer weights.
 _FEW_LEVELS = 1 << 12
 
 

@@ -1,4 +1,4 @@
-// The kernels on the host: a library with a C interface, built and called by kernels/shim.py.
+// The kernels on the host: a library with a C interface. kernels/tools/shim.py builds and calls it.
 #include <cstdlib>
 #include <ucontext.h>
 #include <vector>
@@ -23,8 +23,8 @@ struct Copy {
     u32 words, group;
 };
 
-// Where a fiber, or who runs them, goes on. These jumps keep no mask of signals and forget nothing that is known of
-// a stack: `swapcontext` asks the system each time, and has the address sanitiser clear what it knows.
+// Where a fiber, or the scheduler, resumes. Not `swapcontext`, which calls the system to save the signal mask, and makes
+// the address sanitiser clear its information about a stack.
 typedef void *Place[5];
 
 struct Fiber {
@@ -33,23 +33,23 @@ struct Fiber {
     std::vector<char> stack;
     State state;
     unsigned parity;  // of the mailbox that the next exchange uses
-    std::vector<Copy> copies;  // that were begun
-    u32 group;                 // that they are in
+    std::vector<Copy> copies;  // pending
+    u32 group;                 // number of the current group of copies
 };
 
 Place scheduler;
 std::vector<Fiber> fibers;
 unsigned current, threads;
-bool copies_wait;  // until somebody waits for them
+bool copies_wait;  // whether a copy runs only when its thread waits for it
 Mail mailboxes[2][1024];
 void (*body)(void *const *);
 void *const *arguments;
 
-// Others run before such a function returns, so no caller may know which registers it leaves alone (noipa); and what
-// is on the stack stays there, for whoever comes back, which the sanitiser would not expect of a jump.
+// Other fibers run before such a function returns. Therefore its caller must not assume which registers it preserves
+// (noipa). The stack stays valid for the return, which the sanitiser would not expect after a jump.
 #define JUMPING __attribute__((noipa, no_sanitize_address))
 
-// On its own: these jumps must not begin in a function that one of them leads to.
+// A separate function: `__builtin_longjmp` must not be in the same function as its `__builtin_setjmp`.
 [[noreturn]] JUMPING void go_to(Place &place) { __builtin_longjmp(place, 1); }
 
 JUMPING void wait_as(State state) {
@@ -71,7 +71,7 @@ JUMPING void run_thread(unsigned thread) {
     go_to(fibers[thread].place);
 }
 
-// Lets the lanes of a warp go on if all wait for one another.
+// Resumes the lanes of a warp if all of them wait for the warp.
 void release_warp(unsigned warp) {
     for (unsigned t = warp; t < warp + 32; t++) {
         if (fibers[t].state != AT_WARP) return;
@@ -79,7 +79,7 @@ void release_warp(unsigned warp) {
     for (unsigned t = warp; t < warp + 32; t++) fibers[t].state = READY;
 }
 
-// Lets the threads of a block go on if all wait for one another; whoever is done is not waited for.
+// Resumes the threads of a block if all of them wait for the block or are done.
 void release_block() {
     for (unsigned t = 0; t < threads; t++) {
         if (fibers[t].state != AT_BLOCK && fibers[t].state != DONE) return;
@@ -89,7 +89,7 @@ void release_block() {
     }
 }
 
-// Runs a warp until it waits for the block or is done; whether anything happened.
+// Runs a warp until it waits for the block or is done. Returns whether a thread ran.
 bool run_warp(unsigned warp, bool backwards) {
     bool any = false;
     for (bool moved = true; moved; any |= moved) {
@@ -105,7 +105,7 @@ bool run_warp(unsigned warp, bool backwards) {
     return any;
 }
 
-// Tells the sanitiser that a stack is begun anew: the last thread that had it never returned from its functions.
+// Tells the sanitiser that a stack is unused: the last thread on it never returned from its functions.
 void forget_frames(const std::vector<char> &stack) {
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(stack.data(), stack.size());
@@ -114,7 +114,8 @@ void forget_frames(const std::vector<char> &stack) {
 #endif
 }
 
-// Runs one block; false where some threads wait for others that never come. Backwards: the last thread first.
+// Runs one block. Returns false if some threads wait for others that never reach the barrier. Backwards: runs the last
+// thread first.
 bool run_block(bool backwards) {
     for (unsigned t = 0; t < threads; t++) {
         Fiber &fiber = fibers[t];
@@ -128,7 +129,7 @@ bool run_block(bool backwards) {
         fiber.start.uc_link = nullptr;
         makecontext(&fiber.start, run_body, 0);
     }
-    // A warp runs as far as it can before the next one begins: who relies on another without waiting is found out.
+    // A warp runs as far as it can before the next one begins, which detects code that lacks a barrier.
     for (bool moved = true; moved;) {
         moved = false;
         for (unsigned warp = 0; warp < threads; warp += 32) {
@@ -242,9 +243,10 @@ const Mail *exchange(const Mail &mail) {
     return box + warp;
 }
 
-// Runs a kernel; 0, or 1 where there is none of that name, or 2 where a barrier is not met by all.
+// Runs a kernel. Returns 0; or 1 if there is no kernel of that name, 2 if not all threads reach a barrier. Not
+// thread-safe.
 //
-// Args: threads a block, a multiple of 32; an address for each argument. Not for several threads at once.
+// Args: block: threads per block, a multiple of 32; args: the address of each argument.
 extern "C" int launch(const char *name, unsigned blocks, unsigned block, int backwards, void *const *args) {
     for (const Kernel &kernel : KERNELS) {
         if (strcmp(kernel.name, name) != 0) continue;
@@ -265,7 +267,7 @@ extern "C" int launch(const char *name, unsigned blocks, unsigned block, int bac
     return 1;
 }
 
-// Bytes of the records, to be compared with sfpformat/engines/cuda/layout.py.
+// Returns the sizes of the records in bytes, which a test compares with sfpformat/engines/cuda/layout.py.
 extern "C" void record_sizes(unsigned *sizes) {
     sizes[0] = sizeof(Stream);
     sizes[1] = sizeof(Recipe);
@@ -275,6 +277,6 @@ extern "C" void record_sizes(unsigned *sizes) {
     sizes[5] = sizeof(Matrix);
 }
 
-// As `rounded` and `widened` of values.cuh, for tests of all patterns.
+// Call `rounded` and `widened` of values.cuh, for tests of all patterns.
 extern "C" unsigned round_number(float number, unsigned dtype) { return rounded(number, dtype); }
 extern "C" float widen_pattern(unsigned pattern, unsigned dtype) { return widened(pattern, dtype); }

@@ -1,8 +1,8 @@
-// What CUDA has and C++17 has not, for the host compiler: the kernels' source is compiled as it is.
+// Defines what CUDA has and C++17 lacks, for the host compiler, which compiles the kernels' source unchanged.
 //
-// A block's threads are fibers that take turns; whoever waits for a warp or for the block lets the next one run. So
-// barriers and shuffles do what they say, shared memory is shared, and a lane that is missing from a barrier is an
-// error instead of a program that hangs.
+// The threads of a block are fibers, of which one runs at a time; a fiber that waits for its warp or block lets the next
+// one run. So barriers, shuffles and shared memory work as on a GPU, and a lane that does not reach a barrier causes an
+// error instead of a hang.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -17,12 +17,12 @@ struct Dim {
 };
 extern Dim threadIdx, blockIdx, blockDim;
 
-// What a lane tells the others at once.
+// The values that a lane gives to the other lanes in one exchange.
 struct Mail {
     unsigned words[6];
 };
 
-// Called by fibers. `exchange` puts mail into the warp's mailbox and waits for all lanes; it gives that of each.
+// Called by fibers. `exchange` stores a lane's mail, waits for all lanes of the warp, and returns the mail of each.
 void wait_for_warp();
 void wait_for_block();
 const Mail *exchange(const Mail &mail);
@@ -82,7 +82,7 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return (unsigned)((low | (unsigned long long)high << 32) >> (shift & 31));
 }
 
-// Shifts by 32 bits too.
+// Also shifts by 32 bits.
 inline unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned shift) {
     return shift >= 32 ? high : __funnelshift_r(low, high, shift);
 }
@@ -101,7 +101,7 @@ template <class To, class From> inline To same_bits(From from) {
     return to;
 }
 
-// Compiled with -ffp-contract=off: nothing is fused, and every operation is one of IEEE 754.
+// Compiled with -ffp-contract=off: the compiler fuses nothing, so that every operation is a single one of IEEE 754.
 inline float __uint_as_float(unsigned bits) { return same_bits<float>(bits); }
 inline unsigned __float_as_uint(float number) { return same_bits<unsigned>(number); }
 inline double __longlong_as_double(long long bits) { return same_bits<double>(bits); }

@@ -1,4 +1,4 @@
-// The functions of tensor.cuh for the host compiler.
+// Implements the functions of tensor.cuh for the host compiler.
 #pragma once
 #include "tensor.cuh"
 
@@ -16,7 +16,7 @@ inline u32 permuted(u32 low, u32 high, u32 chosen) {
 
 template <u32 BITS> inline u32 shifted_right(u32 word) { return word >> BITS; }
 
-// Copies that were begun: done at once, or when the lane waits; both are allowed, and a kernel must bear both.
+// A copy runs at once, or when the lane waits for it. CUDA allows both, and a kernel must work with both.
 void copy_words(u32 *to, const u32 *from, u32 words);
 void close_copies();
 void wait_for_groups(u32 but);
@@ -47,7 +47,7 @@ inline double number_of(u32 pattern, u32 dtype) {
     return size == infinity ? (pattern == size ? 1 : -1) * (double)__builtin_inff() : (double)__builtin_nanf("");
 }
 
-// The products of a step are added in double precision and rounded once, which no device does better.
+// Adds the products of a step in double precision and rounds once: at least as precise as any device.
 template <Kind KIND> inline void multiply_add(float *sum, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const Mail *all = exchange({{a0, a1, a2, a3, b0, b1}});
     u32 lane = threadIdx.x % WARP, row = lane / 4, two = lane % 4 * 2, dtype = dtype_of(KIND);

@@ -19,7 +19,7 @@ from .device import Mark
 from .kernel_source import source
 
 _HOW_TO_INSTALL = "{}; pip install 'sfpformat[cuda]'"
-OLDEST_PACKAGE = (1, 2)  # version of cuda-core: earlier ones have another namespace and other names
+OLDEST_PACKAGE = (1, 2)  # version of cuda-core: earlier versions have another namespace and other names
 OLDEST_DEVICE = (7, 5)  # compute capability: NVRTC 13 does not compile for older ones
 STANDARD = "c++17"  # C++ standard of the kernels' source
 _LEGACY = 1  # handle of the default stream, which torch calls 0
@@ -113,7 +113,7 @@ class _Mark:
 
 
 def pointers_to(values: ctypes.Array[ctypes.c_uint64]) -> ctypes.Array[ctypes.c_void_p]:
-    """Returns the addresses of values, as a launch takes them."""
+    """Returns the addresses of values, in the form that a launch requires."""
     at, size = ctypes.addressof(values), ctypes.sizeof(ctypes.c_uint64)
     return (ctypes.c_void_p * len(values))(*[at + i * size for i in range(len(values))])
 

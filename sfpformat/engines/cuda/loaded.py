@@ -1,4 +1,4 @@
-"""Recipes on the device: each is copied once, many in one copy; a kernel fills their look-up tables."""
+"""The recipes on a device. Each is copied once, many in one copy; a kernel fills their look-up tables."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Queue:
     """A queue on the caller's stream, and one for copies. Implements `interface.DeviceQueue`.
 
     Attributes:
-        depth: number of pinned buffers: for a batch that is read, one that is copied, one that is decoded.
+        depth: number of pinned buffers: for the batches that are being read, copied and decoded.
         device: the queue on the caller's stream.
         recipes: the recipes that are on the device.
     """

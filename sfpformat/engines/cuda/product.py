@@ -169,9 +169,9 @@ def _has_whole_groups(entry: TensorEntry) -> bool:
 def _weights(
     entry: TensorEntry, vectors: dict[str, F32], conversions: Sequence[Dtype]
 ) -> NDArray[np.generic] | None:
-    """Returns the decoded and converted weights of the magnitudes, if they are the same at all positions.
+    """Returns the decoded and converted weights of the magnitudes; None if they depend on the position.
 
-    Else None. None also if one is infinite and would have to be split.
+    None also if a weight is not finite and would have to be split into parts.
     """
     if scale_of(entry)[0] > SCALE_TENSOR:
         return None

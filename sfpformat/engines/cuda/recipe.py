@@ -92,7 +92,7 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         vectors: the checked vectors of its vector chunk.
 
     Returns:
-        None if the kernels do not support the tensor: it uses more than 256 classes, or it is raw.
+        The recipe; None if no kernel supports the tensor: it uses more than 256 classes, or it is raw.
     """
     if entry.fingerprints is None:
         return None
@@ -126,9 +126,9 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
 
 
 def slots_of_classes(table: CodeTable) -> NDArray[np.int64]:
-    """Returns the slot of each class: the class itself if there are at most 256.
+    """Returns the slot of each class: the class number if there are at most 256 classes.
 
-    Else the index among the used classes, and -1 for an unused class.
+    If there are more, the slot is the index among the used classes, and -1 for an unused class.
     """
     if table.classes <= _MOST_SLOTS:
         return np.arange(table.classes)
@@ -231,7 +231,7 @@ def _is_short(entry: TensorEntry) -> bool:
 
 
 def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
-    """Returns the residual bits of the kernel that decodes 2-byte weights by codeword; None if none does."""
+    """Returns the residual bits of the kernel `sparse_2_*` that supports the tensor; None if none does."""
     assert entry.fingerprints is not None
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):

@@ -1,8 +1,8 @@
 """A tensor whose chunks stay on the device, where it can be decoded and multiplied repeatedly.
 
 Theory of operation: constant data are copied once: recipe, jobs, warps. A call allocates memory for the
-segment index and the error words, launches the kernels, and returns without waiting. Validity is checked
-once, by the first user of the data; unchanged data stay valid.
+segment index and the error words, launches the kernels, and returns without waiting. The first caller checks
+once whether the data are valid; unchanged data stay valid.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Work:
             device.launch("place_matrix", jobs, [places.jobs, matrix.address, places.index, places.status])
 
     def judge(self, device: Device, out: int | None, matrix: Memory | None = None) -> bool:
-        """Starts and waits. Returns whether all jobs are valid, in this and in all earlier `start` calls.
+        """Calls `start` and waits. Returns whether all jobs were valid in all calls of `start` so far.
 
         Resets the status words if not.
         """

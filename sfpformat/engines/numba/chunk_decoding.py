@@ -114,7 +114,7 @@ def _prepare_stream(
     filled: NDArray[np.int64],
     class_slots: NDArray[np.int64],
 ) -> bool:
-    """Fills the tables of a stream's classes, unless they are filled. False if `lookup.prepare` refuses."""
+    """Calls `lookup.prepare` for a stream: fills the tables of its classes, unless they are filled."""
     shape = shapes[stream]
     own, own_filled = _of_stream(stream, shapes, tables, filled)
     return prepare(
@@ -178,7 +178,7 @@ def _decode_and_join(
     working: Working,
     out: Bytes,
 ) -> bool:
-    """Decodes the weights of a run without mask and trims, if slots are consecutive classes of one width.
+    """Decodes the weights of a run without mask and trims. Slots must be consecutive classes of one width.
 
     Joins slots with residuals segment by segment, while the slots are in the L1 cache.
     """

@@ -40,7 +40,7 @@ def cheapest_classes(
         The number of classes.
     """
     size = points.size
-    below = np.empty(size, np.int64)  # how many numbers lie below each point
+    below = np.empty(size, np.int64)  # how often numbers below each point occur
     number, total = np.int64(0), np.int64(0)
     for i in range(size):
         while number < min(points[i], end):
@@ -184,7 +184,7 @@ def fill_lengths(counts: Histogram, limit: Int, lengths: Bytes) -> None:
         lengths: uint8 [symbols], initially zero; filled.
     """
     symbols = counts.size
-    # Sorted by count, then by symbol: counts are below 2^48, symbols below 2^12.
+    # Keys for sorting by count, then by symbol: counts are below 2^48, symbols below 2^12.
     keys = np.empty(symbols, np.int64)
     n = 0
     for symbol in range(symbols):

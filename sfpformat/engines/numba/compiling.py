@@ -1,10 +1,10 @@
 """Compiles kernels: without the GIL, with exact IEEE arithmetic, and cached on disk.
 
 Numba caches compiled code beside its source, and checks only that one source file to decide whether the cache
-is valid. But a kernel contains the kernels that it calls, from other files, and constants of lower layers.
-This module therefore adds a digest of all these files to the version that Numba compares first: a change of
-one file recompiles all kernels. (Numba compares the version before it unpickles the rest of an index, which
-may refer to named tuples that the new sources do not have.)
+is valid. But compiled code also contains the kernels that it calls, from other files, and constants of lower
+layers. Therefore this module adds a digest of all these files to the version that Numba compares first: a
+change of one file recompiles all kernels. (Numba compares the version before it unpickles the rest of an
+index, which may refer to named tuples that the new sources do not have.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Decoding of the fast engine.
+"""The decoding functions of the engine.
 
 Rules: a kernel returns either the right result or False. On False the reference decodes, and returns the
-result or raises the fault. Only the reference decides what is valid.
+result or raises the fault. Only the reference decides whether data are valid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["decode_levels", "decode_runs", "make_recipe"]
 
 # Memory of each thread: `kept` (`batch.decode_runs`), and `tables_size`, the bytes of it that hold tables.
 _thread = threading.local()
-# Maximum size of `kept` in bytes; only chunks of millions of positions need more.
+# A larger `kept` than this, in bytes, is not kept; only chunks of millions of positions need it.
 _MOST_KEPT = 16 << 20
 
 
@@ -49,6 +49,7 @@ def _working_size_of(run: Run[NDArray[Any]]) -> int:
 
 @cache
 def working_size(segments: int, n: int, segment: int) -> int:
+    """Returns `working.working_bytes` as an int. Cached, because calls of compiled functions are slow."""
     return int(working_bytes(segments, n, segment))
 
 

@@ -1,4 +1,4 @@
-"""Encoding of the fast engine: bit-identical to the functions of the same names in `coding`."""
+"""The encoding functions of the engine: bit-identical to the functions of the same names in `coding`."""
 
 from __future__ import annotations
 

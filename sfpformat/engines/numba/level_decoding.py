@@ -57,7 +57,7 @@ def decode_segment(
                     levels[j] = first[slots[place + j]] + (signs & one)
                     signs >>= one
             return True
-        # `index.read_index` has checked that the residuals lie inside the chunk: no clamp is needed.
+        # `index.read_index` has checked that the residuals are inside the chunk: no clamp is needed.
         for i in range(count):
             bit = start + i * width
             residual = (load64(data, bit >> 3) >> np.uint64(bit & 7)) & mask

@@ -2,8 +2,7 @@
 
 Theory of operation: decoding a segment is a chain of dependent look-ups; the chains of four segments are
 independent of each other. The segment index gives the start of each segment, so segments can be decoded in
-any
-order: those that share a code are decoded together, so that only one look-up table is in use at a time. A
+any order: those that share a code are decoded together, so that only one look-up table is in use at a time. A
 chain that has finished its segment starts the next one while the others continue. `advance` decodes until one
 chain is near the end of its segment; `finish` decodes the last slots of a segment; the caller does the
 scheduling.

@@ -235,14 +235,13 @@ def shape_of(
 def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:
     """Returns `shapes` and `lengths` of all streams."""
     trimmed, levels = entry.trimmed_streams(), weights
-    if (
-        entry.mask is not None
-    ):  # the number of survivors is unknown yet; estimated from the size, at four bits per survivor
+    if entry.mask is not None:
+        # The number of survivors is not known yet: an estimate from the size, with four bits per survivor.
         levels = min(weights, 2 * entry.stored_bytes * weights // max(entry.positions, 1))
     shapes, end, lengths = [0] * (len(STREAMS) * SHAPE), 0, b""
     for stream, table in entry.streams().items():
         i = STREAMS.index(stream)
-        # An octet has eight positions, and runs have few levels: an eighth of the weights is a good estimate.
+        # An octet has eight positions, and runs have few levels: an eighth of the weights, as an estimate.
         row = stream_shape(table, weights // 8 if i == MASK else levels)
         row[COUNT_RULE_OF], row[TRIMMED_OF] = count_rule_of(entry, stream), stream in trimmed
         row[START_OF], row[STOP_OF], row[LENGTHS_OF] = end, end + row[STOP_OF], len(lengths)

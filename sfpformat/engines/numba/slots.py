@@ -162,7 +162,7 @@ def _decode_code(
                 if taken[k] == _BAD:
                     return False
                 busy -= taken[k] == _NONE
-            if taken[k] == _NONE:  # an idle chain decodes some segment again, to spare memory
+            if taken[k] == _NONE:  # an idle chain decodes a segment again, into spare slots
                 padded = segments.counts[idle] + (segments.counts[idle] & (code.group - 1))
                 state[AT, k], state[TO, k] = segments.starts[idle], spare
                 state[STOP, k] = spare + padded - ROUND
@@ -176,7 +176,7 @@ def _decode_code(
 def place_slots(counts: NDArray[np.int64], places: NDArray[np.int64]) -> Int:
     """Fills ``places`` with the first slot index of each segment, and returns the next free index.
 
-    Each segment has `SLACK` bytes more, and one for an odd count.
+    Each segment has `SLACK` more bytes, and one more for an odd count.
     """
     at = np.int64(0)
     for s in range(counts.size):

@@ -1,7 +1,7 @@
 """Vector operations that the compiler does not generate from loops, in LLVM's portable vector types.
 
-Joining class and residual to a bit pattern: Numba widens integers to 64 bits, so a loop over bytes runs at a
-third of the speed. Looking up by class and sign: half the time of a loop, for the same reason.
+Joining class and residual to a bit pattern takes a third of the time of a loop over bytes, because Numba
+widens integers to 64 bits. Looking up by class and sign takes half the time of a loop, for the same reason.
 """
 
 from __future__ import annotations
