@@ -110,8 +110,8 @@ __device__ inline u32 selectors_of(u32 octet) {
     return selectors;
 }
 
-// Computes the weights of four positions, two per word. Args: numbers: of the magnitudes of the next levels, the first
-// lowest; flips: added to the upper byte of each; selectors: only the lower half is used.
+// Computes the weights of four positions, two per word. Args: numbers: the magnitude numbers of the next levels, one per
+// nibble, the first lowest; flips: added to the upper byte of each; selectors: only the lower half is used.
 __device__ inline void expand_four(const Patterns &patterns, u32 numbers, u32 flips, u32 selectors, u32 *words) {
     u32 upper = permuted(patterns.upper[0], patterns.upper[1], numbers) + flips;
     u32 lower = permuted(patterns.lower[0], patterns.lower[1], numbers);

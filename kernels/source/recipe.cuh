@@ -53,7 +53,7 @@ struct Recipe {
     u32 mask;                  // NO_MASK …
     u32 quantiser;
     u32 coded;                 // the dtype of an exact quantiser
-    u32 dtype;                 // the tensor's
+    u32 dtype;                 // the dtype of the tensor
     u32 scale_by;
     u32 multiplier;
     u32 importance_quantiser;

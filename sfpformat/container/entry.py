@@ -223,7 +223,7 @@ class TensorEntry:
         if coding == "raw":
             require_absent(source, _FINGERPRINT_KEYS, "is not allowed with coding raw")
         shape = _shape(source, limits)
-        segment, chunk = _cutting(source)
+        segment, chunk = _segment_and_chunk(source)
         chunks = _records(source, "chunks")
         vectors = _records(source, "vectors") if "vectors" in source else None
         records = _streams(source) if coding == "fingerprint" else {}
@@ -298,7 +298,7 @@ def _shape(source: Fields, limits: Limits) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _cutting(source: Fields) -> tuple[int, int]:
+def _segment_and_chunk(source: Fields) -> tuple[int, int]:
     """Reads S and C, the sizes of segments and chunks."""
     segment, chunk = required(source, "segment", int), required(source, "chunk", int)
     if segment % 32 or not 32 <= segment <= MAX_SEGMENT:
@@ -337,7 +337,7 @@ def _streams(source: Fields) -> dict[str, Any]:
 
 
 def _unknown(records: dict[str, Any], source: Fields) -> dict[str, object]:
-    """Returns unknown keys of the entry with their values, and record -> those in its map (R-DIR-005).
+    """Returns the unknown keys of the entry and of its records' maps, as `TensorEntry.other` (R-DIR-005).
 
     Raises:
         InvalidFileError: a map has a key whose condition does not hold (R-DIR-007).

@@ -67,10 +67,10 @@ class PlainTensors:
 
     Attributes:
         names, dtypes, shapes: lists with an item for each tensor.
-        positions, segment, chunk: of each tensor, as in `TensorEntry`, int64 [n].
-        tables: code table of each tensor; None for raw ones.
-        first_chunk: index of each tensor's first chunk among all chunks, int64 [n + 1].
-        lengths, checksums: of all chunks, int64 [m].
+        positions, segment, chunk: int64 [n], for each tensor the number that `TensorEntry` has.
+        tables: the code table of each tensor; None for raw tensors.
+        first_chunk: int64 [n + 1], index of each tensor's first chunk among all chunks.
+        lengths, checksums: int64 [m], of all chunks.
     """
 
     names: list[str]
@@ -138,7 +138,7 @@ def plain_tensors(entries: Sequence[Fields], limits: Limits) -> PlainTensors | N
     if names is None or dtypes is None or sizes is None:
         return None
     shapes, positions = sizes
-    cut = _cutting(entries)
+    cut = _segment_and_chunk(entries)
     if cut is None:
         return None
     segment, chunk = cut
@@ -182,7 +182,7 @@ def _shapes(entries: Sequence[Fields], limits: Limits) -> tuple[list[tuple[int, 
     return shapes, np.array(positions, np.int64)
 
 
-def _cutting(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
+def _segment_and_chunk(entries: Sequence[Fields]) -> tuple[Numbers, Numbers] | None:
     """Returns S and C, the sizes of segments and chunks."""
     found = []
     for key in ("segment", "chunk"):

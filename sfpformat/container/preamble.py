@@ -1,4 +1,4 @@
-"""The preamble (SPEC.md chapter 4)."""
+"""The preamble of a file (SPEC.md chapter 4): writes, parses and checks it."""
 
 from __future__ import annotations
 
