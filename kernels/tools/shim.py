@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from sfpformat.coding.bits import Bytes
 from sfpformat.engines.cuda import layout
@@ -59,17 +60,24 @@ def build(options: Sequence[str] = PLAIN, folder: Path | None = None) -> Path:
     place = folder or Path(tempfile.gettempdir()) / f"sfpformat-kernels-{user}"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = place / f"{key}.so"
-    if not library.exists():
-        made = place / f"{key}-{os.getpid()}.tmp"
-        command = ["g++", *FLAGS, *options, f"-I{SOURCE}", str(HOST / "host.cpp"), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise RuntimeError("g++ is needed to compile the kernels for the host") from None
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        made.rename(library)
+    # Test processes that start together need the same library: one compiles it, the others wait.
+    with FileLock(place / f"{key}.lock"):
+        if not library.exists():
+            _compile(options, library)
     return library
+
+
+def _compile(options: Sequence[str], library: Path) -> None:
+    """Compiles the library; the file is complete as soon as it exists."""
+    made = library.with_suffix(".tmp")
+    command = ["g++", *FLAGS, *options, f"-I{SOURCE}", str(HOST / "host.cpp"), "-o", str(made)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise RuntimeError("g++ is needed to compile the kernels for the host") from None
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    made.rename(library)
 
 
 @cache

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
-from kernels.tools import machine
+from kernels.tools import machine, shim
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, kernel_source, layout
@@ -250,3 +252,22 @@ def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> No
         ("core.Device().create_stream().record",),
         ("core.Device().create_stream().record().sync",),
     ]
+
+
+def test_one_process_compiles_the_host_library_while_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_library(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        made = Path(command[-1])
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(made.with_suffix(".lock"), timeout=0).acquire()
+        made.write_bytes(b"library")
+        compiled.append(made)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", compile_library)
+    assert shim.build(folder=tmp_path) == shim.build(folder=tmp_path)
+    assert shim.build(folder=tmp_path).read_bytes() == b"library"
+    assert len(compiled) == 1

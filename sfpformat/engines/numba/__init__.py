@@ -1,4 +1,4 @@
-"""The fast engine: kernels compiled by Numba, which release the GIL."""
+"""The engine ``numba``: kernels compiled by Numba, which release the GIL."""
 
 from __future__ import annotations
 
