@@ -3,10 +3,10 @@
 * compiles the kernels for the device, and reports the registers of each;
 * compares the engine with the reference: golden files, files of every kind, damaged files; products with sums
   in double precision, and their bits between runs; compressed layers of torch with dense ones;
-* measures decoding of matrices of 67 M weights, beside the floor (the time to read and write the necessary
-  bytes at the copy rate of the device), and beside nvCOMP, DFloat11 and DietGPU if they are installed;
-* measures products with a compressed matrix of 8192 × 8192, beside torch's products with the dense one;
-* measures loading a file to the device, beside safetensors;
+* measures decoding of matrices of 67 M weights; compares it with the floor (the time to move the necessary
+  bytes at the copy rate of the device), and with nvCOMP, DFloat11 and DietGPU if they are installed;
+* measures products with a compressed matrix of 8192 × 8192; compares them with torch's dense products;
+* measures loading a file to the device; compares it with safetensors;
 * runs the engine under compute-sanitizer's memcheck, racecheck, initcheck and synccheck.
 
 Prints each part when it ends, and writes it to ``kernels/results``, as JSON and as a table. A part that fails

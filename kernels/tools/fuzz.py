@@ -96,7 +96,7 @@ def golden_samples(engine: Engine, every: int) -> Iterator[Sample]:
 
 
 class Kernels:
-    """The kernels compiled for the host. Each array lies in its own block of memory."""
+    """The kernels compiled for the host. Each array has its own block of memory."""
 
     def __init__(self, checked: bool) -> None:
         """Compiles the kernels; if ``checked``, with sanitisers."""

@@ -110,7 +110,7 @@ def read_index(data: Bytes, entry: TensorEntry, k: int) -> ChunkIndex:
 
     Args:
         data: all bytes of the chunk.
-        entry: of the tensor.
+        entry: the tensor's entry.
         k: number of the chunk.
 
     Raises:
@@ -131,7 +131,7 @@ def parse_head(data: Bytes, entry: TensorEntry, k: int) -> tuple[ChunkIndex, lis
 
     Args:
         data: the first bytes of the chunk; need not include the planes. The chunk's length is in the entry.
-        entry: of the tensor.
+        entry: the tensor's entry.
         k: number of the chunk.
 
     Raises:

@@ -24,9 +24,11 @@ class Entries(Mapping[str, TensorEntry]):
     """Mapping from name to entry, in file order. Creates the entries of plain tensors lazily."""
 
     def __init__(self, items: dict[str, TensorEntry | Fields], limits: Limits) -> None:
-        """Args:
-        items: entries, or maps that `plain_tensors` has validated with these limits.
-        limits: the limits of the reader.
+        """Keeps the items; `__getitem__` replaces a map by the entry that it creates.
+
+        Args:
+            items: entries, or maps that `plain_tensors` has validated with these limits.
+            limits: the limits of the reader.
         """
         self._items = items
         self._limits = limits

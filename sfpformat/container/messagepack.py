@@ -23,8 +23,8 @@ class Map(dict[str, object]):
     """A decoded map with the offsets of the map and of its values in the directory.
 
     Attributes:
-        offset: of the map's first byte, from the directory's start.
-        at: key -> offset of the key's value.
+        offset: offset of the map's first byte in the directory.
+        at: key -> offset of the key's value in the directory.
     """
 
     __slots__ = ("at", "offset")  # an empty map has one byte in a file; it must not take hundreds in memory

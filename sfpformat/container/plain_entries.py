@@ -53,7 +53,7 @@ class PlainTable(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """What allocating memory for a tensor needs: its dtype, shape, decoded bytes and stored bytes."""
+    """Dtype, shape, decoded bytes and stored bytes of a tensor, to check limits and allocate memory."""
 
     dtype: Dtype
     shape: tuple[int, ...]

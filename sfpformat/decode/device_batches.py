@@ -29,7 +29,7 @@ class Target(NamedTuple):
     Attributes:
         file: the file that has the tensor.
         entry: its directory entry.
-        recipe: from `recipe_of`.
+        recipe: the result of `recipe_of`.
         out: address of the memory, a multiple of 16.
     """
 

@@ -34,11 +34,13 @@ class Decoding:
     """Decodes chunks of a file. Thread-safe."""
 
     def __init__(self, stored: StoredChunks, directory: Directory, engine: str | None, threads: int) -> None:
-        """Args:
-        stored: the chunks of the file.
-        directory: the directory of the file.
-        engine: name of the engine, as in `engines.get_engine`. The engine is loaded at first use.
-        threads: the greatest number of threads.
+        """Loads no engine yet; this happens at first use.
+
+        Args:
+            stored: the chunks of the file.
+            directory: the directory of the file.
+            engine: name of the engine, as in `engines.get_engine`.
+            threads: the greatest number of threads.
         """
         self._stored = stored
         self._directory = directory

@@ -123,7 +123,7 @@ class ShardIndex:
         """Reads an index file.
 
         Args:
-            path: of the file.
+            path: path of the file.
             subfolders: as in `from_bytes`.
 
         Raises:

@@ -318,5 +318,5 @@ class DeviceEngine(Protocol):
             vectors: the checked vectors of its vector chunk.
             dtype: the dtype that decoded weights are converted to, by its name in the format.
             compute: the dtype of x, which the converted weights are then converted to.
-            capability: of the device: the major and the minor version.
+            capability: compute capability of the device: the major and the minor version.
         """

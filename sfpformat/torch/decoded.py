@@ -89,7 +89,7 @@ class Decoded:
     Attributes:
         layer, title: a layer that has the weight, and its name in messages.
         data: the bytes that the memory was decoded from or last encoded to.
-        shape, dtype: of the weight.
+        shape, dtype: shape and dtype of the weight.
         kept: the layer's cache of decoded weights.
         is_current: False once the layer's bytes were replaced without this memory being updated.
         key: the key under which `decoded_of` finds it.

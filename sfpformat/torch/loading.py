@@ -252,8 +252,8 @@ def fill(
     """
     made: dict[Group, torch.Tensor] = {}
     lost: list[str] = []
-    direct: dict[str, torch.Tensor] = {}  # name in the file -> what it is decoded into
-    rest: dict[str, list[torch.Tensor]] = {}  # name in the file -> what it is copied to
+    direct: dict[str, torch.Tensor] = {}  # name in the file -> the tensor into which it is decoded
+    rest: dict[str, list[torch.Tensor]] = {}  # name in the file -> the tensors to which it is copied
     for group, source in sources.items():
         tensor = places[group[0]].tensor
         if tensor.is_meta:

@@ -49,7 +49,7 @@ def pack(weight: torch.Tensor, options: Options | None = None) -> torch.Tensor:
 
 
 def cut_out(file: AnyFile, name: str) -> torch.Tensor:
-    """Copies one tensor of a larger file into a file of its own, uint8 [bytes], on the CPU.
+    """Copies one tensor of a larger file to a new file with this tensor alone: uint8 [bytes], on the CPU.
 
     Raises:
         MissingTensorError: there is no tensor of that name.

@@ -21,8 +21,10 @@ class TiedNames:
     """The names of a model's tensors, grouped by tensor: all names of a tied tensor are equivalent."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Args:
-        tensors: name -> tensor; a tied tensor is present under each of its names.
+        """Groups the names by tensor.
+
+        Args:
+            tensors: name -> tensor; a tied tensor is present under each of its names.
         """
         self._groups = {name: group for group in groups_of(tensors) for name in group}
 

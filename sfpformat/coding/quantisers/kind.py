@@ -92,7 +92,7 @@ class Quantiser(ABC):
         """Returns the weights of survivors, in the tensor's dtype (SPEC.md chapter 14).
 
         Args:
-            levels: of the survivors, shape [n]; the sign is the lowest bit.
+            levels: the levels of the survivors, shape [n]; the sign is the lowest bit.
             dtype: the tensor's dtype.
             centroids: the centroids of a table; else None.
             scale: the scale factor of each survivor, shape [n], or None.

@@ -66,7 +66,7 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
 
     Args:
         magnitudes: shape [n].
-        step: of the quantiser.
+        step: the quantiser's step.
         thresholds: element m - 1 is the least magnitude, in steps, that has the number m; for numbers m up to
             len(thresholds). Greater numbers are rounded to nearest. If it is empty, all numbers are.
 

@@ -71,7 +71,7 @@ class Plan:
         jobs: `layout.JOB`, one per task; ``data`` is an offset until `run_batch`, unless the chunk is already
             on the device; ``index`` and ``errors`` are offsets in words.
         parts: kernel -> `layout.PART`, `layout.WARPS` per block.
-        jobs_at, status_at: offsets of the jobs and of the status words; the parts lie between them.
+        jobs_at, status_at: offsets of the jobs and of the status words; the parts are between them.
         size: size in bytes of the copied memory.
         index_words, error_words: size in words of the index and of the error words on the device.
     """
