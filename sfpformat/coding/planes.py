@@ -177,7 +177,7 @@ def _decode_symbols(plane: bitarray, code: PrefixCode, symbols: Counts, bits: Co
     if len(ranks) != symbols.sum():
         raise fault(
             "R-PLN-003",
-            f"the prefix plane holds {len(ranks)} symbols, the segments need {symbols.sum()}",
+            f"the prefix plane has {len(ranks)} symbols, the segments need {symbols.sum()}",
         )
     _require_ends(np.cumsum(code.symbol_bits[ranks], dtype=np.int64), symbols, bits, "prefix")
     return code.symbols[ranks]

@@ -19,7 +19,7 @@ MAX_NUMBER = (1 << 30) - 1
 
 @dataclass(frozen=True)
 class Uniform(NumberQuantiser):
-    """The magnitude is its number times ``step``, a finite float32 above 0 (R-QNT-003)."""
+    """The magnitude is the number of a level times ``step``, a finite float32 above 0 (R-QNT-003)."""
 
     step: np.float32
 
@@ -68,7 +68,7 @@ def uniform_numbers(magnitudes: F32, step: np.float32, thresholds: F32) -> NDArr
         magnitudes: shape [n].
         step: the quantiser's step.
         thresholds: element m - 1 is the least magnitude, in steps, that has the number m; for numbers m up to
-            len(thresholds). Greater numbers are rounded to nearest. If it is empty, all numbers are.
+            len(thresholds). Greater numbers are rounded to nearest; with no thresholds, all numbers are.
 
     Raises:
         OptionError: a number is greater than `MAX_NUMBER`.
