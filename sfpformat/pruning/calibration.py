@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed
 from . import checkpoints
+from .masked import MaskedModel
 from .padding import CountedInputs
 from .processes import Processes
-from .task import CLASSIFY, Data, Progress, Task, evaluating, finite, with_weights
-from .weight_selection import Layout, chosen_weights, layout_of, linear_layers
+from .sharded import Sharded, WholeWeights
+from .task import CLASSIFY, Data, Model, Progress, Task, evaluating, finite, with_weights
+from .weight_selection import Layout, chosen_weights, is_sharded, layout_of, linear_layers
 
 _ROWS = Layout(1)
 _SAME_DATA = "give the same data, in the same order, to all"
@@ -79,6 +81,9 @@ def statistics(
 
     Warns: the loss does not depend on a weight; its gradient is then 0.
 
+    A model that ``fully_shard`` divided by rows gives statistics that are sharded alike, by the processes of
+    its mesh, with the bits of one process. In each batch all processes need to use the same weights.
+
     Memory: 8 bytes a weight and the gradients of a few tensors, in addition to a forward and backward pass.
     With several processes, 8 bytes divided by their number until the last batch.
 
@@ -89,20 +94,23 @@ def statistics(
         LossError: the loss of a batch is not finite.
         ProcessError: another process failed or is gone.
     """
-    weights = chosen_weights(model, tensors)
     if not isinstance(batches, int) or batches < 1:
         raise OptionError(f"batches is {batches!r}, must be a whole number of at least 1")
-    processes = Processes(group, next(iter(weights.values())).device)
+    sharded = Sharded(model, tensors, group) if is_sharded(model) else None
+    weights = sharded.weights if sharded is not None else chosen_weights(model, tensors)
+    if sharded is None:
+        processes = Processes(group, next(iter(weights.values())).device)
+    else:
+        processes = sharded.processes
     counted = CountedInputs(model)
     layouts = {name: layout_of(model, name) for name in weights}
     layers = linear_layers(model, weights)
     inputs = {
-        name: torch.zeros(layouts[name].matrix(weights[name]).shape[1], device=weights[name].device)
+        name: torch.zeros(weights[name].shape[layouts[name].inputs], device=weights[name].device)
         for name, _ in layers
     }
-    seen = _Seen(
-        weights, _SquaredInputs(counted, inputs, processes), {"batches": batches, "single": single}, processes
-    )
+    squared = _SquaredInputs(counted, inputs, processes)
+    seen = _Seen(weights, squared, {"batches": batches, "single": single}, processes, sharded)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         exists = path.exists()
@@ -110,16 +118,13 @@ def statistics(
         if exists:
             seen.load(path)
             processes.require_same(seen.count, f"{path} differs between processes: use a shared folder")
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    for name, leaf in leaves.items():
-        untyped: Any = leaf
-        untyped.register_post_accumulate_grad_hook(partial(seen.add, name))
+    run: _Run = _Whole(model, weights, seen.add) if sharded is None else _Gathered(model, weights, seen.add)
     source = islice(chain.from_iterable(map(examples_of, data)) if single else iter(data), batches)
     for _ in islice(source, seen.count):  # batches before the checkpoint
         pass
     with evaluating(model), counted.watching(), watched(layers, seen.inputs.add):
         while seen.count < batches:
-            losses = _round(model, leaves, task, source, seen, counted, processes)
+            losses = _round(run, task, source, seen, counted, processes)
             for number, loss in enumerate(losses, seen.count + 1):
                 progress(number, loss)
             before, seen.count = seen.count, seen.count + len(losses)
@@ -139,9 +144,64 @@ def statistics(
     return seen.statistics(layouts)
 
 
+class _Run(Protocol):
+    """A model with leaves in place of its weights.
+
+    Attributes:
+        together: whether all processes must run it at the same time.
+    """
+
+    together: bool
+
+    def begun(self) -> Model:
+        """Begins a batch, and returns the model."""
+
+    def leaves(self) -> list[Tensor]:
+        """Returns the leaves that the batch may have used."""
+
+
+class _Whole:
+    """A model whose weights are whole."""
+
+    together = False
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]
+    ) -> None:
+        self._leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        self._model = with_weights(model, self._leaves)
+        for name, leaf in self._leaves.items():
+            untyped: Any = leaf
+            untyped.register_post_accumulate_grad_hook(partial(seen, name))
+
+    def begun(self) -> Model:
+        return self._model
+
+    def leaves(self) -> list[Tensor]:
+        return list(self._leaves.values())
+
+
+class _Gathered:
+    """A model whose weights are sharded, and gathered while a layer needs them."""
+
+    together = True
+
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, Tensor], seen: Callable[[str, Tensor], None]
+    ) -> None:
+        self._whole = WholeWeights(model, weights, seen)
+        self._model = MaskedModel(model, {}, self._whole)
+
+    def begun(self) -> Model:
+        self._whole.begin()
+        return self._model
+
+    def leaves(self) -> list[Tensor]:
+        return list(self._whole.leaves.values())
+
+
 def _round(
-    model: nn.Module,
-    leaves: Mapping[str, Tensor],
+    run: _Run,
     task: Task,
     source: Iterator[Any],
     seen: _Seen,
@@ -154,11 +214,14 @@ def _round(
 
     def forward() -> list[float]:
         items.extend(islice(source, processes.world))
-        if processes.rank >= len(items):
+        idle = processes.rank >= len(items)  # at the end, there are fewer batches than processes
+        if idle and not (run.together and items):
             return [len(items), 0.0]
-        batch = items[processes.rank]
+        batch = items[0 if idle else processes.rank]
         counted.take(batch, task.unpadded(batch))
-        losses.append(task.loss_of(with_weights(model, leaves), batch))
+        losses.append(task.loss_of(run.begun(), batch))
+        if idle:
+            return [len(items), 0.0]
         number = seen.count + processes.rank + 1
         return [len(items), finite(losses[0], f"batch {number} of the calibration data")]
 
@@ -169,9 +232,9 @@ def _round(
     if not seen.checked:
         processes.require_same(items[:1], f"the processes have different batches: {_SAME_DATA}")
         seen.checked = True
-    seen.begin()
+    seen.begin(idle=processes.rank >= count)
     if losses:
-        torch.autograd.backward(losses[0], inputs=list(leaves.values()))
+        torch.autograd.backward(losses[0], inputs=run.leaves())
     seen.end()
     return [loss for _, loss in rows[:count]]
 
@@ -224,14 +287,19 @@ class _Seen:
         inputs: _SquaredInputs,
         options: Mapping[str, object],
         processes: Processes,
+        sharded: Sharded | None,
     ) -> None:
+        self._sharded = sharded
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         shapes = {name: list(shape) for name, shape in self._shapes.items()}
         self._job = {"shapes": shapes, "options": dict(options)}
         self._processes = processes
-        self._sums = {
-            name: torch.zeros(processes.share_of(w.numel()), device=w.device) for name, w in weights.items()
+        # A process has its rows of a sharded weight, and an equal part of the elements of a whole one.
+        self._share = {
+            name: processes.share_of(w.numel()) if sharded is None else sharded.share_of(name)
+            for name, w in weights.items()
         }
+        self._sums = {name: torch.zeros(self._share[name], device=w.device) for name, w in weights.items()}
         self._squares = {name: torch.zeros_like(total) for name, total in self._sums.items()}
         self.count, self.checked = 0, False
         self.inputs = inputs
@@ -239,17 +307,22 @@ class _Seen:
         # Names of the tensors whose gradient of this batch is not added yet, in an order that all processes
         # have, that of a usual backward pass from the end; and gradients that wait for their turn.
         self._left: list[str] = []
+        self._idle = False
         self._waiting: dict[str, Tensor] = {}
 
-    def begin(self) -> None:
-        """Begins the backward pass of a batch."""
-        self._left = list(self._shapes)
+    def begin(self, *, idle: bool) -> None:
+        """Begins the backward pass of a batch, which counts as zero if this process is idle."""
+        self._left, self._idle = list(self._shapes), idle
 
     def add(self, name: str, leaf: Tensor) -> None:
         """Adds the gradient of a leaf to the sums, and releases it."""
         assert leaf.grad is not None
-        self.used.add(name)
-        self._waiting[name], leaf.grad = leaf.grad.float(), None
+        gradient, leaf.grad = leaf.grad.float(), None
+        if self._idle:
+            gradient.zero_()
+        else:
+            self.used.add(name)
+        self._waiting[name] = gradient
         if self._processes.world == 1:
             self._add(name)
             return
@@ -261,14 +334,14 @@ class _Seen:
         if self._processes.world > 1:
             while self._left:
                 self._add(self._left.pop())
-        self.inputs.end()
+        self.inputs.end(idle=self._idle)
 
     def _add(self, name: str) -> None:
         gradient = self._waiting.pop(name, None)
         if gradient is None:
             gradient = torch.zeros(self._shapes[name], device=self._sums[name].device)
         # Batch by batch, so that the sums are the same for any number of processes.
-        for row in self._processes.spread(gradient):
+        for row in self._processes.spread(gradient, self._share[name]):
             self._sums[name] += row
             self._squares[name] += row.square()
 
@@ -282,10 +355,18 @@ class _Seen:
         """Returns the means. Uses up the sums."""
         out = {}
         for name in self._shapes:
-            sums, squares = (self._whole(name, shares.pop(name)) for shares in (self._sums, self._squares))
+            sums, squares = (self._result(name, shares.pop(name)) for shares in (self._sums, self._squares))
             inputs = self.inputs.mean(name)
-            out[name] = Statistics(sums.div_(self.count), squares.div_(self.count), inputs, layouts[name])
+            out[name] = Statistics(sums, squares, inputs, layouts[name])
         return out
+
+    def _result(self, name: str, share: Tensor) -> Tensor:
+        """Returns the mean: whole, or sharded like the weight."""
+        share.div_(self.count)
+        if self._sharded is None:
+            return self._whole(name, share)
+        rows = self._sharded.local(name)
+        return self._sharded.like(name, share[: rows.numel()].view(rows.shape))
 
     def _whole(self, name: str, share: Tensor) -> Tensor:
         shape = self._shapes[name]
@@ -308,8 +389,8 @@ class _Seen:
         state = checkpoints.load(path, self._job)
         self.count, self.used = state["count"], set(state["used"])
         for name, total in self._sums.items():
-            total.copy_(self._processes.mine(state["sums"][name]))
-            self._squares[name].copy_(self._processes.mine(state["squares"][name]))
+            total.copy_(self._processes.mine(state["sums"][name], self._share[name]))
+            self._squares[name].copy_(self._processes.mine(state["squares"][name], self._share[name]))
         self.inputs.restore(state)
 
 
@@ -334,8 +415,10 @@ class _SquaredInputs:
         self._new[name] = self._new[name] + total if name in self._new else total
         self._new_counts[name] = self._new_counts.get(name, 0) + len(flat)
 
-    def end(self) -> None:
-        """Ends a batch: adds its sums, of all processes."""
+    def end(self, *, idle: bool) -> None:
+        """Ends a batch: adds its sums, of all processes that were not idle."""
+        if idle:
+            self._new, self._new_counts = {}, {}
         names = list(self._sums)
         counts = self._processes.exchanged(
             lambda: [self._new_counts.get(name, 0) for name in names], len(names)

@@ -30,7 +30,7 @@ from .processes import Processes
 from .scores import fisher
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
 from .thresholds import Pattern
-from .weight_selection import layout_of
+from .weight_selection import is_sharded, layout_of
 
 T = TypeVar("T")
 
@@ -120,6 +120,11 @@ def learn_importance(
         LossError: a loss is not finite; the last checkpoint stays valid.
         ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
+    if is_sharded(model):
+        raise OptionError(
+            "learn_importance needs whole weights on each process, and those of this model are sharded: "
+            "learn before fully_shard, with group= on several processes; or prune by statistics and fisher"
+        )
     pattern = sparsity if isinstance(sparsity, Pattern) else None
     if isinstance(sparsity, Pattern):
         sparsity = 1 - sparsity.keep / sparsity.of

@@ -274,6 +274,12 @@ _masked_weight: Any = _MaskedWeight.apply
 _masked_product: Any = _MaskedProduct.apply
 
 
+def about_values(func: Any) -> bool:
+    """Returns whether a torch function may read its tensors' values."""
+    name = getattr(func, "__name__", "")
+    return not (name in _ABOUT or (name in _ATTRIBUTES and func not in _VIEWS))
+
+
 class Masking(TorchFunctionMode):
     """Context manager in which torch functions get the masked weights of a model.
 
@@ -311,8 +317,7 @@ class Masking(TorchFunctionMode):
     ) -> Any:
         """Calls a torch function with the weights in its arguments replaced by masked ones."""
         named = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _ABOUT or (name in _ATTRIBUTES and func not in _VIEWS):
+        if not about_values(func):
             return func(*args, **named)
         product = _product_of(func, args, named)
         if product is not None and not torch.is_autocast_enabled(product[0].device.type):
@@ -333,7 +338,7 @@ class MaskedModel(WithWeights):
         masking: the context that masks its weights.
     """
 
-    masking: Masking
+    masking: TorchFunctionMode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.masking:

@@ -18,6 +18,7 @@ from ..options import ImportanceOptions, Options
 from ..torch.models import save_model
 from ..torch.saving import ImportanceTensor
 from ..torch.ties import TiedNames
+from . import sharded
 from .grades import graded, options_for_grades
 from .masks import masks_of
 from .thresholds import Allocation, Numbers, Pattern, Threshold
@@ -27,6 +28,7 @@ from .weight_selection import (
     chosen_tensors,
     chosen_weights,
     holders,
+    is_sharded,
     layout_of,
     named_once,
     require_masks,
@@ -54,6 +56,9 @@ def prune(
 
     Example: ``masks = prune(model, magnitude(model), 0.5)``.
 
+    A model that ``fully_shard`` divided by rows takes importances that are sharded alike, and returns such
+    masks, with the bits of one process. All its processes call this function.
+
     Args:
         model: any module.
         importances: by parameter name, of the parameters' shapes; any name of a tied parameter is valid.
@@ -70,6 +75,9 @@ def prune(
         OptionError: an importance does not fit a parameter of the model, or for the reasons of
             `masks.masks_of`. Nothing was pruned.
     """
+    if is_sharded(model):
+        patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+        return sharded.pruned(model, importances, threshold, scope=scope, exempt=patterns, floor=floor)
     importances = named_once(model, importances, "importances")
     weights = chosen_tensors(model, list(importances))
     require_shapes(weights, importances, "importance")

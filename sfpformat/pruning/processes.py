@@ -122,11 +122,12 @@ class Processes:
         if any(row != found[0] for row in found):
             raise OptionError(message)
 
-    def spread(self, part: Tensor) -> Tensor:
+    def spread(self, part: Tensor, share: int | None = None) -> Tensor:
         """Gives each process its share of the elements of a tensor, from all processes.
 
         Args:
             part: this process's tensor, of the same shape and dtype on all processes.
+            share: the number of elements of each share; None takes `share_of`.
 
         Returns:
             [world, elements of the share]: row k is from process k. The last shares are padded with zeros.
@@ -134,7 +135,7 @@ class Processes:
         flat = part.reshape(-1)
         if self.world == 1:
             return flat[None]
-        share = self.share_of(flat.numel())
+        share = self.share_of(flat.numel()) if share is None else share
         sent = flat.new_zeros(self.world * share)
         sent[: flat.numel()] = flat
         received = torch.empty_like(sent)
@@ -156,12 +157,17 @@ class Processes:
             return count
         return -(-count // (self.world * _ALIGNED)) * _ALIGNED
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """Returns this process's share of a tensor that all processes have, flat and padded with zeros."""
+    def mine(self, whole: Tensor, share: int | None = None) -> Tensor:
+        """Returns this process's share of a tensor that all processes have, flat and padded with zeros.
+
+        Args:
+            whole: the tensor.
+            share: as in `spread`.
+        """
         flat = whole.reshape(-1)
         if self.world == 1:
             return flat
-        share = self.share_of(flat.numel())
+        share = self.share_of(flat.numel()) if share is None else share
         own = flat[self.rank * share : (self.rank + 1) * share]
         return torch.cat([own, own.new_zeros(share - len(own))])
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, warn
 from ..names import listed
+from . import sharded
 from .calibration import Statistics
 from .thresholds import Pattern, count_of_share, require_share
-from .weight_selection import as_matrix, chosen_tensors, chosen_weights, named_once
+from .weight_selection import as_matrix, chosen_tensors, chosen_weights, is_sharded, named_once
 
 Importances = dict[str, Tensor]
 
@@ -28,6 +29,8 @@ def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importa
     Raises:
         OptionError: a name is not a float parameter, or there are no names.
     """
+    if is_sharded(model):
+        return sharded.magnitude(model, tensors)
     chosen = chosen_weights(model, None) if tensors is None else chosen_tensors(model, tensors)
     return {name: weight.float().abs() for name, weight in chosen.items()}
 
@@ -38,6 +41,8 @@ def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
     This approximates the rise of the loss when a weight is pruned, to second order, with the empirical Fisher
     information instead of the Hessian (LeCun et al., Optimal Brain Damage, 1990).
     """
+    if is_sharded(model):
+        return sharded.fisher(model, found)
     weights = chosen_weights(model, list(named_once(model, found, "found")))
     return {name: weight.float().square() * found[name].fisher for name, weight in weights.items()}
 
@@ -52,6 +57,8 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
     Raises:
         OptionError: no tensor has statistics of inputs.
     """
+    if is_sharded(model):
+        return sharded.wanda(model, found)
     out, left = {}, []
     for name, weight in chosen_weights(model, list(named_once(model, found, "found"))).items():
         inputs, layout = found[name].inputs, found[name].layout

@@ -8,6 +8,7 @@ experts [experts, …]. By default, a warning lists weights that are not pruned.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -138,6 +139,17 @@ def linear_layers(model: nn.Module, names: Iterable[str]) -> list[tuple[str, nn.
     ]
 
 
+def is_sharded(value: object) -> bool:
+    """Returns whether a tensor is a ``DTensor``, or a model has such parameters or was given to FSDP2."""
+    if isinstance(value, nn.Module):
+        modules = sys.modules.get("torch.distributed.fsdp")  # not imported: the model was not given to it
+        found = getattr(modules, "FSDPModule", None)
+        wrapped = found is not None and any(isinstance(module, found) for module in value.modules())
+        return wrapped or any(map(is_sharded, value.parameters()))
+    kinds = sys.modules.get("torch.distributed.tensor")
+    return kinds is not None and isinstance(value, kinds.DTensor)
+
+
 def as_matrix(weight: Tensor) -> Tensor:
     """Returns a weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
     return weight.flatten(1)
@@ -153,11 +165,16 @@ def prunable(model: nn.Module) -> list[str]:
     transformers' ``Conv1D``), recurrent layers, attention, and transformers' experts. Embeddings and weights
     tied to them are not included.
     """
-    return _found(model)[0]
+    return _found(model, sharded=True)[0]
 
 
-def _found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Returns the names of `prunable`, and the weights of such layers that cannot be pruned -> reason."""
+def _found(model: nn.Module, *, sharded: bool = False) -> tuple[list[str], dict[str, str]]:
+    """Returns the names of `prunable`, and the weights of such layers that cannot be pruned -> reason.
+
+    Args:
+        model: the model.
+        sharded: whether a ``DTensor`` can be pruned.
+    """
     embeddings = {
         id(module._parameters.get("weight"))
         for module in model.modules()
@@ -170,6 +187,8 @@ def _found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
             name = f"{path}.{attribute}" if path else attribute
             weight = module._parameters.get(attribute)
             reason = _why_not(module, attribute, weight)
+            if sharded and hasattr(weight, "full_tensor"):
+                reason = ""
             if reason:
                 left[name] = reason
             elif weight is not None and id(weight) not in embeddings:
@@ -257,6 +276,11 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
         OptionError: there are no names, a name is not a prunable float parameter, or two names are one
             tensor.
     """
+    if is_sharded(model):
+        raise OptionError(
+            "the weights of this model are sharded (DTensors), which only statistics, magnitude, fisher, "
+            "wanda and prune support; here give a model with whole weights"
+        )
     if isinstance(names, str):
         raise OptionError(f"tensors is the string {names!r}; give a list of names")
     if not names:

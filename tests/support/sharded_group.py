@@ -1,0 +1,173 @@
+"""Processes with a model after fully_shard prune it: ``python -m tests.support.sharded_group FOLDER``.
+
+Each process writes ``FOLDER/WORLD-RANK.pt``: for each scenario its result, with whole tensors, or the words
+of its error. ``FOLDER/whole.pt`` has the results of this process alone, with the same functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sfpformat.errors import SfpError
+from sfpformat.pruning import (
+    Otsu,
+    Outliers,
+    Pattern,
+    Sparsity,
+    apply_masks,
+    fisher,
+    learn_importance,
+    magnitude,
+    pack,
+    prune,
+    statistics,
+    wanda,
+)
+
+from .pruning_nets import WIDTH
+
+WORLDS = (2, 4)
+
+
+class Net(nn.Module):
+    """Rows that divide badly, a layer that is used twice, a convolution, and a weight that is used alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(WIDTH, 22), nn.Linear(22, 22), nn.Linear(22, 5)
+        self.mixed, self.alone = nn.Conv1d(4, 6, 3, padding=1), nn.Linear(22, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mixed(x.view(-1, 4, WIDTH // 4)).mean((1, 2))[:, None]
+        x = self.first(x).relu()
+        x = self.again(self.again(x).relu()).relu()
+        out: Tensor = self.last(x) + mixed + nn.functional.linear(x, self.alone.weight).sum(1, keepdim=True)
+        return out
+
+
+def made() -> tuple[Net, list[tuple[Tensor, Tensor]]]:
+    """The model, with equal and zero weights, and batches."""
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.again.weight[3:9] = net.again.weight[0]
+        net.first.weight[:, 2] = 0
+        net.last.weight.mul_(1e3)
+    return net, [(torch.randn(16, WIDTH), torch.randint(5, (16,))) for _ in range(5)]
+
+
+def results(net: Net, batches: Any, group: Any, folder: Path) -> dict[str, Any]:
+    """Runs all scenarios; ``net`` is whole or sharded."""
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, scenario: Callable[[], Any]) -> Any:
+        try:
+            result = scenario()
+        except SfpError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+            return None
+        found[name] = whole(result)
+        return result
+
+    known = attempt("statistics", lambda: statistics(net, batches, batches=4, group=group))
+    state = folder / f"state-{0 if group is None else dist.get_world_size()}.pt"
+    attempt("interrupted", lambda: statistics(net, batches, batches=2, group=group))
+    statistics(net, batches, batches=4, group=group, checkpoint=state, every=2)
+    attempt("resumed", lambda: statistics(net, batches, batches=4, group=group, checkpoint=state))
+    by_fisher = attempt("fisher", lambda: fisher(net, known))
+    by_wanda = attempt("wanda", lambda: wanda(net, {k: v for k, v in known.items() if k != "mixed.weight"}))
+    by_magnitude = attempt("magnitude", lambda: magnitude(net))
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    cases: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
+        ("masks at 60 %", by_fisher, Sparsity(0.6), {}),
+        ("masks at 0 %", by_fisher, 0.0, {}),
+        ("masks at 100 %", by_fisher, 1.0, {}),
+        ("masks of equal numbers", by_magnitude, 0.35, {"exempt": "last*"}),
+        ("masks a tensor", by_fisher, Sparsity(0.5), {"scope": "tensor"}),
+        ("masks a row", by_wanda, Sparsity(0.5), {"scope": "row"}),
+        ("masks of a pattern", by_wanda, Pattern(1, 2), {}),
+        ("otsu", by_fisher, Otsu(), {}),
+        ("outliers", by_fisher, Outliers(0.5), {"scope": "row"}),
+    )
+    for name, importances, threshold, more in cases:
+        attempt(name, partial(prune, net, importances, threshold, **more))
+        found[f"weights, {name}"] = {k: whole(w.detach()).clone() for k, w in net.named_parameters()}
+        with torch.no_grad():
+            for parameter, value in zip(net.parameters(), before, strict=True):
+                parameter.copy_(value)
+    if group is not None:
+        attempt("learned", lambda: learn_importance(net, batches, 0.5, group=group))
+        attempt("multiplied", lambda: apply_masks(net, {"last.weight": torch.ones(5, 22)}))
+        attempt("packed", lambda: pack(net, folder / "never.sfp", {}))
+        attempt("plain importances", lambda: prune(net, {"last.weight": torch.rand(5, 22)}, 0.5))
+    return found
+
+
+def whole(value: Any) -> Any:
+    """Whole tensors in place of sharded ones, in containers too."""
+    if isinstance(value, Tensor):
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+    if isinstance(value, dict):
+        return {name: whole(part) for name, part in value.items()}
+    if hasattr(value, "fisher"):
+        return [whole(part) for part in (value.gradient, value.fisher, value.inputs)]
+    return value
+
+
+def child(rank: int, world: int, folder: Path) -> None:
+    """Joins the group, shards the model and runs the scenarios."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    stores: Any = dist  # torch's own types leave the stores out
+    store = stores.FileStore(str(folder / f"store-{world}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    net, batches = made()
+    mesh = init_device_mesh("cpu", (world,))
+    shard: Any = fully_shard
+    for part in (net.first, net.again):
+        shard(part, mesh=mesh)
+    shard(net, mesh=mesh)  # the others belong to the outermost module
+    torch.save(results(net, batches, dist.group.WORLD, folder), folder / f"{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """The command."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    net, batches = made()
+    torch.save(results(copy.deepcopy(net), batches, None, folder), folder / "whole.pt")
+    for world in WORLDS:
+        children = []
+        for rank in range(world):
+            process = os.fork()
+            if not process:
+                code = 1
+                try:
+                    child(rank, world, folder)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            children.append(process)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in children]
+        assert not any(codes), codes
+
+
+if __name__ == "__main__":
+    main()
