@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Real
@@ -36,7 +37,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise OptionError(f"{name} is {value!r}, must be a whole number from {low} to {high}")
 
 
-def _use_plain_numbers(options: ImportanceOptions | _Lossy | Options) -> None:
+def _use_plain_numbers(options: ImportanceOptions | LossyQuantiser | Options) -> None:
     """Converts numpy numbers to Python numbers, which the directory can store."""
     for field in fields(options):
         value = getattr(options, field.name)
@@ -93,8 +94,14 @@ class Exact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Lossy:
-    """The options that all lossy quantisers have."""
+class LossyQuantiser(ABC):
+    """The options that all lossy quantisers have.
+
+    Attributes:
+        NAME: the name of the kind in a file (R-QNT-001).
+    """
+
+    NAME: ClassVar[str]
 
     weighted: str | None = None
     scale: str | int | None = None
@@ -111,6 +118,10 @@ class _Lossy:
         if self.scale_dtype is not None and self.scale is None:
             raise OptionError(f"scale_dtype is {self.scale_dtype!r} without a scale; add scale=...")
 
+    @abstractmethod
+    def describe(self) -> str:
+        """Returns the target in a few words, such as ``4 bits a survivor``."""
+
     def _require_one_of(self, *targets: str) -> None:
         """Raises `OptionError` unless exactly one of the fields is given."""
         given = [name for name in targets if getattr(self, name) is not None]
@@ -120,7 +131,7 @@ class _Lossy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(_Lossy):
+class Uniform(LossyQuantiser):
     """Rounds magnitudes to multiples of a step.
 
     Takes exactly one of ``step``, ``bits``, ``budget`` and ``error_db``. A tensor is stored lossless if that
@@ -175,9 +186,17 @@ class Uniform(_Lossy):
             _in_range("budget", self.budget, *BITS)
         _in_range("rate_weight", self.rate_weight, 0, 10)
 
+    def describe(self) -> str:
+        """Returns the target in a few words, such as ``4 bits a survivor``."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits a survivor"
+        if self.budget is not None:
+            return f"{self.budget:g} bits a position"
+        return f"{self.error_db:g} dB" if self.error_db is not None else f"step {self.step:g}"
+
 
 @dataclass(frozen=True)
-class Table(_Lossy):
+class Table(LossyQuantiser):
     """Replaces magnitudes by centroids, chosen for each tensor.
 
     Takes exactly one of ``centroids`` and ``bits``. A tensor is stored lossless if that takes no more bits,
@@ -205,13 +224,17 @@ class Table(_Lossy):
         if self.bits is not None:
             _in_range("bits", self.bits, 1, 16)
 
+    def describe(self) -> str:
+        """Returns the target in a few words, such as ``table of 16``."""
+        return f"table of {self.count}"
+
     @property
     def count(self) -> int:
         """The number of centroids."""
         return self.centroids or max(round(2 ** (self.bits or 1)) // 2, 1)
 
 
-Quantiser = Lossless | Exact | Uniform | Table
+Quantiser = Lossless | Exact | LossyQuantiser
 
 # How a quantiser is written, by the name that it has in a file.
 _WRITTEN = {
@@ -328,9 +351,9 @@ class Options(_NoQuantiserFields):
             raise OptionError(f"importance is {self.importance!r}, must be ImportanceOptions or None")
 
     @property
-    def lossy(self) -> Uniform | Table | None:
+    def lossy(self) -> LossyQuantiser | None:
         """The quantiser if it is lossy, else None."""
-        return self.quantiser if isinstance(self.quantiser, Uniform | Table) else None
+        return self.quantiser if isinstance(self.quantiser, LossyQuantiser) else None
 
     @property
     def lossless(self) -> bool:

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantisers import F32, Table, Uniform
+from ..coding.quantisers import F32, NumberQuantiser
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.tensor import scale_index
 from ..dtypes import DTYPES
+from ..encode.level_sources import KINDS
 from ..encode.quantise import error_weights
 from ..encode.zeros import with_positive_zeros
 from ..names import listed, quoted
-from ..options import Options, Quantiser
-from ..options import Table as TableOptions
-from ..options import Uniform as UniformOptions
+from ..options import LossyQuantiser, Options, Uniform
 from .console import number
 from .model_files import as_bits
 from .pack_files import Job, is_quantised
@@ -131,7 +130,7 @@ class _Comparison:
     alive: int = 0
     far: int = 0
 
-    def faults(self, name: str, asked: Quantiser | None) -> Iterator[str]:
+    def faults(self, name: str, asked: LossyQuantiser | None) -> Iterator[str]:
         """Yields descriptions of the faults. ``asked`` is the requested quantiser."""
         tensor = f"tensor {quoted(name)}"
         if self.not_finite:
@@ -141,7 +140,7 @@ class _Comparison:
         if self.far:
             yield f"{tensor}: {self.far:,} weights moved further than the quantiser may move them"
         error = decibels(self.error, self.power)
-        most = asked.error_db if isinstance(asked, UniformOptions) else None
+        most = asked.error_db if isinstance(asked, Uniform) else None
         if most is not None and error is not None and error > most + _TOLERANCE_DB:
             yield f"{tensor}: the error is {error:.2f} dB, not {most:g} dB"
 
@@ -150,20 +149,16 @@ class _Comparison:
 class _Bound:
     """A bound on the error of each weight of a lossy quantiser.
 
-    For a step: less than one step, because the encoder uses the nearest multiple or the next below; with
-    weighted errors a weight may also become 0. For a table: the distance to the nearest centroid whose
-    product is finite.
-
     Attributes:
         entry: the tensor's entry.
         quantiser: its quantiser.
-        centroids: the centroids of a table, ascending, float64; else None.
+        centroids: its centroids, ascending, float64; None if it has none.
         factors: the scale factors, float64; None without a scale.
         weighted: whether errors were weighted by an importance.
     """
 
     entry: TensorEntry
-    quantiser: Uniform | Table
+    quantiser: NumberQuantiser
     centroids: NDArray[np.float64] | None
     factors: NDArray[np.float64] | None
     weighted: bool
@@ -173,7 +168,7 @@ class _Bound:
         """Returns the bound for a quantised tensor of a file."""
         assert entry.fingerprints is not None
         quantiser = entry.fingerprints.quantiser
-        assert isinstance(quantiser, (Uniform, Table))
+        assert isinstance(quantiser, NumberQuantiser)
         vectors = file.decoder(entry).vectors
         centroids, factors = vectors.get("fingerprint centroids"), vectors.get("scale")
         return cls(entry, quantiser, _wide(centroids), _wide(factors), weighted)
@@ -184,30 +179,19 @@ class _Bound:
         scale = np.ones(len(weights))
         if self.factors is not None:
             scale = self.factors[scale_index(self.entry, np.arange(start, start + len(weights)))]
-        if self.centroids is None:
-            assert isinstance(self.quantiser, Uniform)
-            moved = float(self.quantiser.step) * scale
-            moved = np.maximum(moved, magnitudes) if self.weighted else moved
-        else:
-            moved = self._to_nearest(magnitudes, scale)
+        moved = KINDS[self.quantiser.NAME].greatest_errors(
+            self.quantiser,
+            magnitudes,
+            scale,
+            self.centroids,
+            self.entry.dtype.greatest,
+            weighted=self.weighted,
+        )
         # Rounding errors of encoder and reader: a few roundings to float32, one to the dtype.
         dtype, float32 = self.entry.dtype, DTYPES["F32"]
         mantissa_bits = dtype.bits - 1 - dtype.exponent_bits
         rounding = (magnitudes + moved) * (2.0 ** -(mantissa_bits + 1) + 2.0**-20)
         return np.asarray(moved + rounding + dtype.least + 2 * float32.least * (1 + scale), np.float64)
-
-    def _to_nearest(self, magnitudes: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-        assert self.centroids is not None
-        safe = np.where(scale > 0, scale, 1.0)
-        # For each weight, the greatest centroid whose product is finite; if there is none, the least
-        # centroid.
-        with np.errstate(over="ignore"):
-            greatest, wanted = self.entry.dtype.greatest / safe, magnitudes / safe
-        last = np.maximum(np.searchsorted(self.centroids, greatest, side="right") - 1, 0)
-        above = np.minimum(np.searchsorted(self.centroids, wanted), last)
-        below = np.maximum(above - 1, 0)
-        errors = [np.abs(self.centroids[index] * scale - magnitudes) for index in (above, below)]
-        return np.asarray(np.minimum(*errors), np.float64)
 
 
 def _wide(vector: F32 | None) -> NDArray[np.float64] | None:
@@ -248,19 +232,10 @@ def decibels(error: float, power: float) -> float | None:
 
 def _words(config: TensorConfig) -> str:
     """Describes a configuration: ``4 bits a survivor, 50 % pruned``."""
-    asked, pruning = config.options.quantiser, config.pruning
+    asked, pruning = config.options.lossy, config.pruning
     words = []
-    if isinstance(asked, UniformOptions):
-        if asked.bits is not None:
-            words.append(f"{asked.bits:g} bits a survivor")
-        if asked.budget is not None:
-            words.append(f"{asked.budget:g} bits a position{' together' if config.shares_bits else ''}")
-        if asked.error_db is not None:
-            words.append(f"{asked.error_db:g} dB")
-        if asked.step is not None:
-            words.append(f"step {asked.step:g}")
-    if isinstance(asked, TableOptions):
-        words.append(f"table of {asked.count}")
+    if asked is not None:
+        words.append(f"{asked.describe()}{' together' if config.shares_bits else ''}")
     if pruning is not None:
         words.append(_pruned(pruning))
     if config.cast is not None:

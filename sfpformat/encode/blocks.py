@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts
 from ..engines import Engine
-from .level_sources import FingerprintSource
+from .level_sources import Source, Survives
 
 # The greatest size of the cached masks and levels of a tensor, in bytes.
 _KEPT_BYTES = 1 << 26
@@ -57,8 +57,8 @@ class CodedBlocks:
 
     def __init__(
         self,
-        source: FingerprintSource,
-        survives: Callable[[slice], Mask] | None,
+        source: Source,
+        survives: Survives | None,
         engine: Engine,
     ) -> None:
         """Computes nothing yet.

@@ -22,8 +22,9 @@ from ..dtypes import DTYPES, of_numpy
 from ..errors import OptionError
 from ..names import checked_by_name, require_mapping
 from ..options import Uniform
+from .finite import require_finite
 from .importances import checked_importance
-from .lossy import require_finite, sampled_survivors
+from .level_sources import sampled_survivors
 from .plan import exact_bits, flat_mask
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 

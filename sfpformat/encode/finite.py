@@ -16,14 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.quantisers import F32, Table, Uniform
-from ..dtypes import Dtype
+from ..coding.quantisers import F32, NumberQuantiser
+from ..dtypes import DTYPES, Dtype
 from ..errors import OptionError
 
 Numbers = NDArray[np.uint64]
 
 # The greatest number that can be coded: levels are below 2^32 (SPEC.md chapter 8).
 _MOST = (1 << 31) - 1
+_BLOCK = 1 << 18  # positions processed at a time
+_CACHED = 1 << 15  # the same for results that should stay in the fastest caches
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Reconstruction:
     Attributes:
         dtype: the tensor's dtype.
         quantiser: the quantiser as stored.
-        centroids: for a `Table`, ascending; else None.
+        centroids: of the quantiser, ascending; None if it has none.
     """
 
     dtype: Dtype
-    quantiser: Uniform | Table
+    quantiser: NumberQuantiser
     centroids: F32 | None = None
 
     def values(
@@ -107,3 +109,33 @@ def greatest_codable(step: np.float32, greatest_scale: np.float32) -> int:
             finite = np.isfinite(np.float32(middle) * step * greatest_scale)
             low, high = (middle, high) if finite else (low, middle)
     return low
+
+
+def require_finite(flat: NDArray[np.generic]) -> None:
+    """Raises if a lossy quantiser does not support the weights.
+
+    Raises:
+        OptionError: a weight is not finite in float32, or all weights are too small for float32.
+    """
+    for start in range(0, len(flat), _CACHED):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = flat[start : start + _CACHED].astype(np.float32, copy=False)
+            extremes = np.array([values.min(), values.max()])  # both are NaN if any value is
+        if not np.isfinite(extremes).all():
+            raise OptionError(
+                "a lossy quantiser takes finite float32 only, no infinities or NaNs; leave the tensor out of "
+                "the lossy options, such as by options={name: ...} for the others"
+            )
+    if flat.dtype == np.float64 and np.any(flat) and not _has_normal_float32(flat):
+        raise OptionError(
+            "all weights are too small for float32, in which a lossy quantiser works; use lossless"
+        )
+
+
+def _has_normal_float32(flat: NDArray[np.generic]) -> bool:
+    """Whether the magnitude of at least one weight is a normal number in float32."""
+    least = DTYPES["F32"].least_normal
+    return any(
+        bool((np.abs(flat[start : start + _BLOCK].astype(np.float64)) >= least).any())
+        for start in range(0, len(flat), _BLOCK)
+    )

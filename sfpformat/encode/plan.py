@@ -20,8 +20,8 @@ from ..errors import FileFault, OptionError
 from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
-from ..options import Uniform as UniformOptions
 from .blocks import Blocks
+from .level_sources import KINDS
 from .planner import Importance, Plan, Planner
 from .segments import SEGMENT
 from .zeros import with_positive_zeros
@@ -89,7 +89,8 @@ def plan_tensor(
             if exact is not None:
                 found, is_lossless = exact, True
         if found is None:
-            raise OptionError(_no_step(options))
+            assert options.lossy is not None
+            raise OptionError(KINDS[options.lossy.NAME].why_none(options.lossy))
         plan, bits = found
         _require_readable(plan)
     except OptionError as error:
@@ -98,16 +99,6 @@ def plan_tensor(
     if may_be_raw and is_lossless and bits >= flat.nbytes * 8:
         return raw
     return _within_expansion(plan, bits, limits)
-
-
-def _no_step(options: Options) -> str:
-    """Returns the message for a tensor of which no step reaches what the options require."""
-    asked = options.quantiser
-    assert isinstance(asked, UniformOptions)
-    if asked.error_db is not None:
-        return f"no step brings the error to {asked.error_db} dB; use lossless"
-    target = f"{asked.bits} bits" if asked.bits else f"a budget of {asked.budget} bits a position"
-    return f"with {target}, all weights would become 0; use more bits"
 
 
 def _lossless_plan(

@@ -12,17 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.classes import FRACTION, entropy_bits
 from ..coding.mask import Mask
 from ..coding.planes import AnyLevels, Counts
-from ..coding.quantisers import (
-    F32,
-    Exact,
-    Table,
-    Uniform,
-    float_patterns,
-    narrowest_exact,
-)
+from ..coding.quantisers import F32, Exact, float_patterns, narrowest_exact
 from ..container.entry import TensorEntry
 from ..container.stream_maps import FingerprintsEntry, ImportanceEntry, MaskEntry
 from ..dtypes import DTYPES, Dtype
@@ -30,11 +22,10 @@ from ..engines import Engine
 from ..errors import OptionError
 from ..io.threads import Workers
 from ..options import ImportanceOptions, Lossless, Options
-from ..options import Uniform as UniformOptions
 from .blocks import Blocks, CodedBlocks
 from .codes import INDEX_BITS, LevelBlocks
 from .exact_tables import choose_exact, takes_more_bits
-from .finite import greatest_codable
+from .finite import require_finite
 from .importances import (
     ImportanceSource,
     Multiplier,
@@ -44,18 +35,11 @@ from .importances import (
     importance_source,
     require_finite_products,
 )
-from .level_sources import (
-    MAX_DISTINCT,
-    ExactSource,
-    FingerprintSource,
-    NumberSource,
-    ValueSource,
-    value_source,
-)
-from .lossy import LossyTensor, require_finite, scaling_of
+from .level_sources import KINDS, MAX_DISTINCT, ExactSource, LossyTensor, Source, Survives, value_source
 from .mask_tables import choose_mask
 from .number_tables import choose_numbers
-from .quantise import TableNumbers, error_weights
+from .quantise import error_weights
+from .scales import scaling_of
 from .segments import DENSE, default_chunk, default_segment
 from .zeros import zeros_of
 
@@ -67,8 +51,6 @@ _NEARLY_ALL = 0.995
 # If more than 1/_MANY_ZEROS of the weights are -0, a mask of +0 saves little: coding without a mask is tried
 # for sparser tensors too. It must save 1/_MASK_WORTH of the size, because readers use the mask.
 _MANY_ZEROS, _MASK_WORTH = 16, 50
-# A table of all values is tried if the tensor has more than this many bits per value.
-_CENTROID_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -108,17 +90,10 @@ class Planner:
 
     def allowance(self) -> int:
         """Returns how many bits the options allow for mask and levels; 0 if they set no number of bits."""
-        asked, positions = self.options.quantiser, len(self.flat)
-        if not isinstance(asked, UniformOptions):
+        asked = self.options.lossy
+        if asked is None:
             return 0
-        if asked.budget is not None:
-            return int(asked.budget * positions)
-        if asked.bits is None:
-            return 0
-        mask = self.given_mask
-        survivors = int(np.count_nonzero(self.flat != 0 if mask is None else mask))
-        mask_bits = entropy_bits(np.array([positions - survivors, survivors])) >> FRACTION
-        return int(asked.bits * survivors) + mask_bits
+        return KINDS[asked.NAME].allowed_bits(asked, self.flat, self.given_mask)
 
     def without_loss(self) -> Planner:
         """Returns a planner for the same tensor with lossless options."""
@@ -147,9 +122,7 @@ class Planner:
             found = plan, found[1] + more
         return None if found is not None and at_most is not None and found[1] > at_most else found
 
-    def _smallest(
-        self, sources: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]], at_most: int | None
-    ) -> tuple[Plan, int] | None:
+    def _smallest(self, sources: list[Source], at_most: int | None) -> tuple[Plan, int] | None:
         """Returns the smallest plan of the sources. Of equal ones, that of the first source, with a mask.
 
         Returns None if there is no source, or if each certainly takes more than ``at_most`` bits.
@@ -158,17 +131,17 @@ class Planner:
         on the bits of the bit patterns excludes them without a plan.
         """
         best: tuple[Plan, int] | None = None
-        for source, vectors in reversed(sources):
+        for source in reversed(sources):
             bound = at_most if best is None else best[1]
             if bound is not None and self._is_larger(source, bound):
                 continue
-            plans = list(self._with_and_without_mask(source, vectors))
+            plans = list(self._with_and_without_mask(source))
             found = min(plans, key=lambda plan: plan[1])
             if best is None or found[1] <= best[1]:
                 best = found
         return best
 
-    def _is_larger(self, source: FingerprintSource, bits: int) -> bool:
+    def _is_larger(self, source: Source, bits: int) -> bool:
         """Whether every plan of a source certainly takes more than ``bits`` bits.
 
         Only bit patterns in the tensor's own dtype have such a bound; False for other sources.
@@ -229,8 +202,8 @@ class Planner:
 
     def _sources(
         self, importance: Importance | None, stored: ImportanceSource | StoredFactors | None
-    ) -> list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]]:
-        """Returns the possible sources of the tensor's levels, each with its vectors.
+    ) -> list[Source]:
+        """Returns the possible sources of the tensor's levels.
 
         Args:
             importance: as given; may weight the errors.
@@ -248,14 +221,11 @@ class Planner:
             # The dtype does not depend on signs, so that the magnitudes suffice if they are few.
             all_values = flat if magnitudes is None else magnitudes.view(dtype.numpy)
             coded = narrowest_exact(all_values, dtype) if narrow else dtype
-            exact: list[tuple[FingerprintSource, dict[str, NDArray[np.generic]]]] = [
-                (ExactSource(flat, dtype, coded, magnitudes, self.engine), {})
-            ]
+            sources: list[Source] = [ExactSource(flat, dtype, coded, magnitudes, self.engine)]
             if isinstance(options.quantiser, Lossless):
                 values = value_source(flat, dtype, magnitudes, self.engine)
-                if values is not None and len(values.centroids) * _CENTROID_BITS < flat.nbytes * 8:
-                    exact.append((values, {"fingerprint centroids": values.centroids}))
-            return exact
+                sources += [] if values is None else [values]
+            return sources
         require_finite(flat)
         scaling = scaling_of(flat, self.entry, asked, self.given_mask)
         if scaling is not None:
@@ -269,69 +239,48 @@ class Planner:
         if stored is not None and options.importance is not None and options.importance.role == "multiplier":
             multiplier = stored.stored
         tensor = LossyTensor(flat, dtype, self.given_mask, scaling, weights, multiplier, self.engine)
-        source = tensor.source(asked, fixed_width=options.fixed_width)
-        if source is None:
-            return []
-        vectors: dict[str, NDArray[np.generic]] = {}
-        if isinstance(source.numbers, TableNumbers):
-            vectors["fingerprint centroids"] = source.numbers.centroids
-        if scaling is not None:
-            vectors["scale"] = scaling.factors
-        return [(source, vectors)]
+        source = KINDS[asked.NAME].source(tensor, asked, fixed_width=options.fixed_width)
+        return [] if source is None else [source]
 
-    def _with_and_without_mask(
-        self, source: FingerprintSource, vectors: dict[str, NDArray[np.generic]]
-    ) -> Iterator[tuple[Plan, int]]:
+    def _with_and_without_mask(self, source: Source) -> Iterator[tuple[Plan, int]]:
         """Yields plans with the mask of the options, or with and without a mask if both are reasonable."""
         kind, given = self.options.mask, self.given_mask
         if kind == "none":
             if given is not None and not given.all():
                 raise OptionError("a mask was given and mask is 'none'")
-            if isinstance(source, NumberSource) and source.count_survivors() < len(self.flat):
-                source = source.with_zero()
-            yield self._plan_streams(source, vectors, None, 1.0)
+            yield self._plan_streams(source.with_zero(), None, 1.0)
             return
         survives = source.survives if given is None else _survivors_of(given)
         alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
         density = alive / len(self.flat) if len(self.flat) else 1.0
-        optional = given is None and kind == "auto"
-        if (
-            isinstance(source, NumberSource)
-            and isinstance(source.numbers, TableNumbers)
-            and alive < len(self.flat)
-        ):
-            optional = False  # without a mask, zeros would become centroids
-        if isinstance(source, ExactSource | ValueSource) and optional and DENSE < density <= _NEARLY_ALL:
-            source = source.with_kept_levels(self.workers)
+        optional = given is None and kind == "auto" and source.may_omit_mask(alive)
+        if optional and DENSE < density <= _NEARLY_ALL:
+            source = source.with_cached_levels(self.workers)
         masked: tuple[Plan, int] | None = None
         if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
-            masked = self._plan_streams(source, vectors, survives, density)
+            masked = self._plan_streams(source, survives, density)
             yield masked
         if (optional and density > DENSE) or (density == 1.0 and kind == "auto"):
-            yield self._plan_streams(source, vectors, None, 1.0)
+            yield self._plan_streams(source, None, 1.0)
         elif masked is not None and optional and self._has_many_negative_zeros(source):
-            plain = self._plan_streams(source, vectors, None, 1.0)
+            plain = self._plan_streams(source, None, 1.0)
             if plain[1] * _MASK_WORTH < masked[1] * (_MASK_WORTH - 1):
                 yield plain
 
-    def _has_many_negative_zeros(self, source: FingerprintSource) -> bool:
+    def _has_many_negative_zeros(self, source: Source) -> bool:
         """Whether so many weights are -0, which survives, that a mask of +0 alone saves little."""
-        if not isinstance(source, ExactSource | ValueSource):
-            return False
-        return zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
+        return source.IS_LOSSLESS and zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
 
     def _plan_streams(
         self,
-        source: FingerprintSource,
-        vectors: dict[str, NDArray[np.generic]],
-        survives: Callable[[slice], Mask] | None,
+        source: Source,
+        survives: Survives | None,
         density: float,
     ) -> tuple[Plan, int]:
         """Plans one source, with or without a mask.
 
         Args:
             source: of the fingerprint levels.
-            vectors: of the source.
             survives: returns the mask of a block; None for no mask.
             density: survivors per position; 1 without a mask.
 
@@ -339,13 +288,7 @@ class Planner:
             The plan, and about how many bits it takes.
         """
         options = self.options
-        if isinstance(source, NumberSource) and isinstance(source.numbers, TableNumbers):
-            kept = source.numbers.centroids[self._used_numbers(source, survives)]
-            source = replace(source, quantiser=Table(len(kept)), numbers=TableNumbers(kept))
-            vectors = {**vectors, "fingerprint centroids": kept}
-        elif isinstance(source, ValueSource) and survives is not None:
-            source = source.of_survivors(self.given_mask)
-            vectors = {**vectors, "fingerprint centroids": source.centroids}
+        source = source.of_survivors(survives, self.given_mask)
         exact = isinstance(source.quantiser, Exact)
         segment = options.segment or default_segment(self.entry.columns, density, exact, options)
         chunk = default_chunk(self.entry.columns, segment, options)
@@ -365,33 +308,19 @@ class Planner:
 
         quantiser = source.quantiser
         stream = LevelBlocks(entry.segments, blocks, levels, isinstance(quantiser, Exact), self.workers)
-        bound = quantiser.fingerprint_bound(entry.dtype)
-        if isinstance(quantiser, Uniform):
-            scale = vectors.get("scale", _NO_FACTORS)
-            greatest = greatest_codable(quantiser.step, np.abs(scale).max(initial=0) or np.float32(1))
-            bound = min(bound, 2 * greatest + 2)
+        bound = source.bound(entry.dtype)
         if isinstance(quantiser, Exact):
             choice = choose_exact(stream, quantiser.dtype, bound, options, self.engine)
             quantiser = replace(quantiser, trim=choice.trim)
         else:
-            zero_first = isinstance(source, ValueSource) and not source.magnitudes[0]
-            choice = choose_numbers(stream, bound, options, self.engine, signed=True, zero_first=zero_first)
-        if isinstance(quantiser, Table):
-            bits += 32 * quantiser.count
+            choice = choose_numbers(
+                stream, bound, options, self.engine, signed=True, zero_first=source.has_zero_first
+            )
+        bits += 32 * quantiser.centroids
         codes["fingerprints"] = choice.codes
         entry = replace(entry, fingerprints=FingerprintsEntry(quantiser, choice.table))
-        plan = Plan(entry, self.flat, blocks, coded, codes, dict(vectors))
+        plan = Plan(entry, self.flat, blocks, coded, codes, dict(source.vectors()))
         return plan, bits + choice.bits
-
-    def _used_numbers(self, source: NumberSource, survives: Callable[[slice], Mask] | None) -> Mask:
-        """Returns which centroids are used (R-CAN-007); only the first if there are no levels."""
-        assert isinstance(source.quantiser, Table)
-        used = np.zeros(source.quantiser.count, np.bool_)
-        for block, _ in Blocks(len(self.flat), 1 << 16, 4):
-            levels = source.levels(block, None if survives is None else survives(block))
-            used |= np.bincount((levels >> levels.dtype.type(1)).astype(np.int64), minlength=len(used)) > 0
-        used[0] |= not used.any()
-        return used
 
     def _with_importance(
         self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions

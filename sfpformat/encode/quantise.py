@@ -28,8 +28,6 @@ _SEARCH_ROUNDS = 24
 _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
 _CLASS_BITS = 10  # numbers of more bits are counted by this many leading bits
 _MOST_IN_PAIRS = 8  # with more different numbers, a Huffman code of pairs takes about the entropy
-_LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
-_LLOYD_ROUNDS = 200
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,6 @@ class WeighedNumbers:
     def _cost(self, steps: F32, weights: F32, numbers: NDArray[np.uint32]) -> F32:
         error = steps - numbers.astype(np.float32)
         return np.asarray(weights * (error * error) + self.costs[numbers], np.float32)
-
-
-@dataclass(frozen=True)
-class TableNumbers:
-    """Magnitude numbers of a table of ascending centroids: the nearest one; the lower of two equally near."""
-
-    centroids: F32
-
-    def __call__(self, magnitudes: F32) -> NDArray[np.uint64]:
-        """Returns the number of each magnitude, shape [n]."""
-        wide = self.centroids.astype(np.float64)
-        middles = (wide[1:] + wide[:-1]) / 2
-        return np.searchsorted(middles, magnitudes, side="left").astype(np.uint64)
 
 
 def exact_sum(values: F64) -> float:
@@ -391,51 +376,3 @@ def turning_point(holds: Callable[[float], bool], greatest: float) -> tuple[floa
         middle = float(np.float32(np.sqrt(low * high)))
         low, high = (low, middle) if holds(middle) else (middle, high)
     return low, high
-
-
-def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
-    """Returns centroids of least mean squared error (Lloyd 1957, Max 1960), ascending, at most ``count``.
-
-    Args:
-        magnitudes: magnitudes of the survivors, shape [n].
-        count: the greatest number of centroids.
-        weights: the weight of each error, shape [n], or None if all errors are equal.
-    """
-    distinct = np.unique(magnitudes[: 4 * count + 64])
-    if len(distinct) <= count:
-        distinct = np.unique(magnitudes)
-        if len(distinct) <= count:
-            return distinct.astype(np.float32)
-    # Integers only: sums are exact in any order, and so are differences of running sums. With at most 2^16
-    # magnitudes, all numbers are below 2^53.
-    greatest = float(magnitudes.max())
-    places = (magnitudes.astype(np.float64) * ((1 << 20) / greatest)).astype(np.int64)
-    mass = np.ones(len(magnitudes), np.int64)
-    if weights is not None and weights.max() > 0:
-        mass = (np.maximum(weights, 0).astype(np.float64) * ((1 << 16) / float(weights.max()))).astype(
-            np.int64
-        )
-    bins = np.minimum(places >> (20 - _LLOYD_BITS), (1 << _LLOYD_BITS) - 1)
-    mass_below = _running(bins, mass)
-    moment_below = _running(bins, mass * places)
-    # Start with equal shares of the square root of the mass, which is near the optimum for many centroids.
-    spread = np.concatenate(([0.0], np.cumsum(np.sqrt(np.diff(mass_below)))))
-    shares = (np.arange(count) + 0.5) / count * spread[-1]
-    centroids = (np.searchsorted(spread, shares) - 0.5) * (1 << (20 - _LLOYD_BITS))
-    for _ in range(_LLOYD_ROUNDS):
-        middles = (centroids[1:] + centroids[:-1]) / 2
-        cuts = np.ceil(middles / (1 << (20 - _LLOYD_BITS))).astype(np.int64)
-        edges = np.concatenate(([0], np.clip(cuts, 0, 1 << _LLOYD_BITS), [1 << _LLOYD_BITS]))
-        inside = np.diff(mass_below[edges])
-        moved = np.where(inside > 0, np.diff(moment_below[edges]) / np.maximum(inside, 1), centroids)
-        if np.array_equal(moved, centroids):
-            break
-        centroids = moved
-    return np.unique((centroids * (greatest / (1 << 20))).astype(np.float32))
-
-
-def _running(bins: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns for each bin the sum of the values in all lower bins."""
-    sums = np.zeros(1 << _LLOYD_BITS, np.int64)
-    np.add.at(sums, bins, values)
-    return np.concatenate(([0], np.cumsum(sums)))

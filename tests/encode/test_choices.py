@@ -16,7 +16,8 @@ import sfpformat
 from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
-from sfpformat.encode.quantise import Sampled, lloyd_max, step_for_error, weighing_numbers
+from sfpformat.encode.level_sources.table import lloyd_max
+from sfpformat.encode.quantise import Sampled, step_for_error, weighing_numbers
 from sfpformat.encode.segments import default_segment
 from sfpformat.numpy import load, save
 
