@@ -1,8 +1,13 @@
-"""Importances, thresholds and masks: prunes a trained network and writes it to an `.sfp` file.
+"""Prunes a trained network by the importance of its weights, and writes it to an `.sfp` file.
 
 Each weight gets an importance, from a score or by learning. Learning optimises importances through the model,
 whose weights stay unchanged. A threshold from the distribution of the importances prunes the weights below
 it. The file stores the masks and the survivors.
+
+Example::
+
+    masks = prune(model, magnitude(model), 0.5, scope="tensor")
+    pack(model, "model.sfp", masks)
 
 The names below are imported lazily: `allocation`, `thresholds`, `masks`, `grades` and `repruning` need only
 numpy, the others need torch.

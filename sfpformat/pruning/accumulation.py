@@ -2,8 +2,8 @@
 
 Rules: the batches of a step have an order: batch i of process 0, of process 1, …, then batch i + 1 of process
 0. Gradients are added in this order, one batch at a time, so that the sum has the same bits for every number
-of processes. The logits of a tensor's single weights take their step as soon as their gradient is complete,
-so with one batch a process only one such gradient exists at a time.
+of processes. The logits of the single weights of a tensor are updated as soon as their gradient is complete.
+With one batch per process, only one such gradient therefore exists at a time.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Accumulation:
         """Args:
         parts: the scored weights.
         processes: the processes of the run.
-        ready: called with the place of a tensor in ``parts`` and the mean gradient of its weights' logits,
+        ready: called with the index of a tensor in ``parts`` and the mean gradient of its weights' logits,
             float32 [rows, columns], during the backward pass of a step's last batch.
         """
         self._parts, self._processes, self._ready = list(parts), processes, ready
         self._shared: Tensor | None = None
         self._own: dict[int, Tensor] = {}
         self._batches, self._last = 0, True
-        # Places of the tensors without a gradient of this batch yet. Other processes need the same order,
-        # which is that of a usual backward pass.
+        # Indices of the tensors whose gradient of this batch is not added yet. All processes take them from
+        # the end, which is the usual order of a backward pass.
         self._left: list[int] = []
         self._complete: set[int] = set()
         for place, part in enumerate(self._parts):
@@ -44,14 +44,14 @@ class Accumulation:
             untyped.register_post_accumulate_grad_hook(partial(self._seen, place))
 
     def begin(self, *, last: bool) -> None:
-        """Begins a batch. With ``last`` it is the last one of the step."""
+        """Begins a batch. ``last`` says whether it is the last one of the step."""
         self._batches += 1
         self._last = last
         self._left = [place for place, part in enumerate(self._parts) if part.own is not None]
         self._complete = set()
 
     def end(self) -> None:
-        """Ends a batch: adds the gradients that are left, and those of the shared logits."""
+        """Ends a batch: adds the remaining gradients of single weights, and those of the shared logits."""
         with torch.no_grad():
             while self._left:
                 self._add_own(self._left.pop())
@@ -73,7 +73,7 @@ class Accumulation:
         return self._batches * self._processes.world
 
     def _seen(self, place: int, leaf: Tensor) -> None:
-        """Adds gradients that are complete on this process, in an order that all processes have."""
+        """Adds the gradients that are complete on this process, in the order that all processes share."""
         if self._processes.world == 1:
             if place in self._left:
                 self._left.remove(place)

@@ -1,10 +1,11 @@
 """Trains weights towards a sparsity by the alternating direction method of multipliers (ADMM).
 
-Theory of operation (ELSA; Lee et al., 2025): the loss of weights x is minimised under the constraint that x
-equals z, which is sparse. Adam takes steps on the loss plus λ/2 ‖x − z + u‖². Every few steps z becomes x + u
-without the positions of least F (x + u)², and u grows by x − z. F is a running mean of the squared gradients
-of the loss, which approximates the diagonal of the Fisher information, so that what is pruned costs the loss
-little. Masks change until the end: no weight is pruned for good before it.
+Theory of operation (ELSA; Lee et al., 2025): the method minimises the loss of weights x under the constraint
+that x equals a sparse z. Adam takes steps on the loss plus λ/2 ‖x − z + u‖². Every few steps, z is set to x +
+u with zeros at the positions of the least F (x + u)², and x − z is added to u. F is a running mean of the
+squared gradients of the loss, which approximates the diagonal of the Fisher information. F (x + u)² therefore
+estimates how much pruning a position raises the loss. Masks change until the last step; no weight is pruned
+permanently before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .task import (
 from .thresholds import Pattern, Sparsity, is_number, require_share
 from .weight_selection import chosen_weights, layout_of
 
-_DECAY = 0.95  # of F, a step
+_DECAY = 0.95  # of F, per step
 _TINY = 1e-30
 _HALF = 2  # λ rises linearly to its peak over the first half of the steps
 
@@ -46,7 +47,7 @@ class Alternation:
 
     Attributes:
         steps: number of steps of Adam, one batch each.
-        rate: its peak learning rate, which falls along half a cosine.
+        rate: peak learning rate of Adam, which falls along half a cosine.
         penalty: λ at its peak, as a multiple of a tensor's mean √F over the mean magnitude of its weights, so
             that it depends neither on the scale of the loss nor on that of the weights. λ rises linearly over
             the first half of the steps.
@@ -99,9 +100,9 @@ def train_sparse(
         progress: called after each step with its number and its loss.
 
     Returns:
-        The masks, and the trained weights, pruned.
+        The masks, and the weights after training and pruning.
 
-    Memory: 28 bytes a weight, in addition to a training step of the model.
+    Memory: 28 bytes per weight, in addition to a training step of the model.
 
     Raises:
         OptionError: settings, names, sparsity or scope are invalid, or there are no data.
@@ -145,7 +146,7 @@ def train_sparse(
                         pulled[name] = sparse - dual[name]
             progress(step + 1, value)
     with torch.no_grad():
-        # x itself is pruned at the end, since u is no weight.
+        # The result is x without u, which is not part of the weights.
         masks = projection.masks(leaves, squares)
         pruned = {
             name: torch.where(mask, leaves[name].detach(), 0).to(weights[name].dtype)
@@ -155,7 +156,7 @@ def train_sparse(
 
 
 class _Projection:
-    """The projection of weights onto those of a sparsity, in the norm of the Fisher information."""
+    """Projects weights onto the weights with a given sparsity, in the norm of the Fisher information."""
 
     def __init__(
         self, model: nn.Module, weights: dict[str, Tensor], sparsity: float | Pattern, scope: str
@@ -165,7 +166,7 @@ class _Projection:
         self._scope = scope
 
     def masks(self, weights: dict[str, Tensor], squares: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the masks of these weights, by F w²: bool by name, True for survivors."""
+        """Returns masks that keep the weights w with the greatest F w²: bool by name, True for survivors."""
         scores = {name: squares[name] * weight.detach().square() for name, weight in weights.items()}
         found = masks_of(
             {name: as_numbers(self._layouts[name].matrix(one)) for name, one in scores.items()},

@@ -26,6 +26,8 @@ class Outliers:
     linearly with its share of outliers. The greatest and the least sparsity differ by twice the spread. Meant
     for Wanda's importances.
 
+    Example: ``prune(model, wanda(model, found), Outliers(0.6), scope="row")``.
+
     Attributes:
         share: share of all positions that is pruned.
         spread: half the difference between the greatest and the least sparsity of a tensor.
@@ -58,6 +60,8 @@ class Outliers:
 @dataclass(frozen=True)
 class Rising:
     """Higher sparsity for later tensors: sparsities rise in equal steps (ATP; Huang et al., 2025).
+
+    Example: ``prune(model, importances, Rising(0.6), scope="tensor")``.
 
     Attributes:
         share: share of all positions that is pruned.

@@ -53,7 +53,7 @@ def kind_of(module: nn.Module | None) -> Kind:
 
 def _is_causal_name(name: str) -> bool:
     if name.endswith("LMHeadModel"):
-        # These three have labels at the positions of their outputs.
+        # These three families compare output t with label t.
         return not name.startswith(("XLNet", "XLM", "Flaubert"))
     return name.endswith(("ForCausalLM", "ForConditionalGeneration"))
 

@@ -36,8 +36,8 @@ class Statistics:
         gradient: the mean gradient of the loss, float32, the weight's shape.
         fisher: the mean square of the gradient, float32, the weight's shape: the diagonal of the empirical
             Fisher information. The mean is over batches, so small batches approximate it better.
-        inputs: the mean square of each input without padding, float32 [inputs]. None unless the weight is
-            that of an `nn.Linear` or a transformers ``Conv1D`` that was called.
+        inputs: the mean square of each input over all positions that are not padding, float32 [inputs]. None
+            if the layer is neither an `nn.Linear` nor a transformers ``Conv1D``, or was not called.
         layout: the dimension of the weight's inputs.
     """
 
@@ -62,14 +62,16 @@ def statistics(
 ) -> dict[str, Statistics]:
     """Computes statistics of the prunable weights from calibration batches. The model is unchanged.
 
+    Example: ``importances = fisher(model, statistics(model, batches))``.
+
     Args:
         model: any module; run in evaluation mode.
         data: calibration batches, iterated once.
         task: runs the model and computes the loss.
         batches: the maximum number of batches; with ``single``, of examples.
         tensors: names of parameters; None takes `weight_selection.prunable`.
-        single: whether each example of a batch is a batch of its own. The mean squared gradient is then
-            closer to the Fisher information, but takes longer to compute.
+        single: whether to treat each example of a batch as a batch of its own. The mean squared gradient is
+            then closer to the Fisher information, but takes longer to compute.
         checkpoint: a file that is written atomically every ``every`` batches and after the last of
             ``batches``. If it exists, the computation resumes from it.
         every: the number of batches between checkpoints.
@@ -84,13 +86,13 @@ def statistics(
     A model that ``fully_shard`` divided by rows gives statistics that are sharded alike, by the processes of
     its mesh, with the bits of one process. In each batch all processes need to use the same weights.
 
-    Memory: 8 bytes a weight and the gradients of a few tensors, in addition to a forward and backward pass.
+    Memory: 8 bytes per weight and the gradients of a few tensors, in addition to a forward and backward pass.
     With several processes, 8 bytes divided by their number until the last batch.
 
     Raises:
-        OptionError: a name is not a matrix of the model; there are no data; or ``single`` is true and a batch
-            has no first dimension to split; or the processes have different data.
-        MismatchError: the checkpoint is damaged, or of other tensors or options.
+        OptionError: a name is not that of a matrix of the model; there are no data; ``single`` is true and a
+            batch has no first dimension to split; or the processes have different data.
+        MismatchError: the checkpoint is damaged, or belongs to other tensors or options.
         LossError: the loss of a batch is not finite.
         ProcessError: another process failed or is gone.
     """
@@ -114,10 +116,14 @@ def statistics(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         exists = path.exists()
-        processes.require_same(exists, f"{path} is not there on all processes: use a shared folder")
+        processes.require_same(
+            exists, f"{path} exists only on some processes; use a folder that all processes share"
+        )
         if exists:
             seen.load(path)
-            processes.require_same(seen.count, f"{path} differs between processes: use a shared folder")
+            processes.require_same(
+                seen.count, f"{path} differs between processes; use a folder that all processes share"
+            )
     run: _Run = _Whole(model, weights, seen.add) if sharded is None else _Gathered(model, weights, seen.add)
     source = islice(chain.from_iterable(map(examples_of, data)) if single else iter(data), batches)
     for _ in islice(source, seen.count):  # batches before the checkpoint
@@ -137,10 +143,13 @@ def statistics(
             if len(losses) < processes.world:
                 break
     if not seen.count:
-        raise OptionError("the data have no batch")
+        raise OptionError("the data contain no batches")
     unused = [name for name in weights if name not in seen.used_by_any()]
     if unused:
-        warn(f"the loss depends on none of {listed(unused)} in the calibration data: their gradients are 0")
+        warn(
+            f"with the calibration data, the loss does not depend on {listed(unused)}: the gradients of "
+            "these tensors are 0"
+        )
     return seen.statistics(layouts)
 
 
@@ -256,8 +265,8 @@ def examples_of(batch: Any) -> Iterator[Any]:
     sizes = {len(v) for v in values if isinstance(v, Tensor) and v.dim()} if _is_batch(values) else set()
     if len(sizes) != 1:
         raise OptionError(
-            "a batch cannot be split into examples: it is no tensor, and no mapping, tuple or list of "
-            "tensors with the same first dimension; give batches of one example, without single"
+            "a batch cannot be split into examples: it must be a tensor, or a mapping, tuple or list of "
+            "tensors with the same first dimension; or give batches of one example, without single"
         )
     for i in range(sizes.pop()):
         parts = [v[i : i + 1] if isinstance(v, Tensor) and v.dim() else v for v in values]
@@ -276,7 +285,7 @@ class _Seen:
 
     Attributes:
         count: the number of batches.
-        checked: whether the processes were found to have the same data.
+        checked: whether the processes have compared their data.
         inputs: running sums over the inputs of layers.
         used: the names of the weights that had a gradient.
     """
@@ -304,8 +313,9 @@ class _Seen:
         self.count, self.checked = 0, False
         self.inputs = inputs
         self.used: set[str] = set()
-        # Names of the tensors whose gradient of this batch is not added yet, in an order that all processes
-        # have, that of a usual backward pass from the end; and gradients that wait for their turn.
+        # Names of the tensors whose gradient of this batch is not added yet. All processes take them from the
+        # end, which is the usual order of a backward pass. `_waiting` has the gradients that are complete,
+        # but not yet next in this order.
         self._left: list[str] = []
         self._idle = False
         self._waiting: dict[str, Tensor] = {}
@@ -315,7 +325,7 @@ class _Seen:
         self._left, self._idle = list(self._shapes), idle
 
     def add(self, name: str, leaf: Tensor) -> None:
-        """Adds the gradient of a leaf to the sums, and releases it."""
+        """Adds the gradient of a leaf to the sums in the common order, and releases it."""
         assert leaf.grad is not None
         gradient, leaf.grad = leaf.grad.float(), None
         if self._idle:
@@ -330,7 +340,7 @@ class _Seen:
             self._add(self._left.pop())
 
     def end(self) -> None:
-        """Ends the batch: adds what is left."""
+        """Ends the batch: adds the remaining gradients."""
         if self._processes.world > 1:
             while self._left:
                 self._add(self._left.pop())
@@ -352,7 +362,7 @@ class _Seen:
         return {name for name, row in zip(names, zip(*flags, strict=True), strict=True) if any(row)}
 
     def statistics(self, layouts: Mapping[str, Layout]) -> dict[str, Statistics]:
-        """Returns the means. Uses up the sums."""
+        """Returns the means. Releases the sums, so that it can be called only once."""
         out = {}
         for name in self._shapes:
             sums, squares = (self._result(name, shares.pop(name)) for shares in (self._sums, self._squares))
@@ -399,8 +409,8 @@ class _SquaredInputs:
 
     def __init__(self, counted: CountedInputs, zeros: Mapping[str, Tensor], processes: Processes) -> None:
         """Args:
-        counted: knows which inputs are not padding.
-        zeros: float32 [inputs] for the weight of each layer; the sums are made in them.
+        counted: selects the inputs that are not padding.
+        zeros: zeros by weight name, float32 [inputs]; the sums are added to them in place.
         processes: the processes of the run.
         """
         self._counted, self._processes = counted, processes
@@ -409,14 +419,14 @@ class _SquaredInputs:
         self._new_counts: dict[str, int] = {}
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Adds the inputs of a layer in a batch."""
+        """Adds the squares of a layer's input ``x``, [..., inputs], to the sums of the batch."""
         flat = self._counted.of(name, layer, x)
         total = flat.square().sum(0)
         self._new[name] = self._new[name] + total if name in self._new else total
         self._new_counts[name] = self._new_counts.get(name, 0) + len(flat)
 
     def end(self, *, idle: bool) -> None:
-        """Ends a batch: adds its sums, of all processes that were not idle."""
+        """Ends a batch: adds its sums, on all processes that were not idle, to the running sums."""
         if idle:
             self._new, self._new_counts = {}, {}
         names = list(self._sums)
@@ -450,7 +460,7 @@ class _SquaredInputs:
 def watched(
     layers: Iterable[tuple[str, nn.Module]], see: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Context with a forward pre-hook: each call of a layer calls ``see`` with weight name, layer, input."""
+    """Context in which each call of a layer first calls ``see`` with the weight's name, layer and input."""
     handles = [
         layer.register_forward_pre_hook(partial(_show, see, name), with_kwargs=True) for name, layer in layers
     ]

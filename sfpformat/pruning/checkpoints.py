@@ -1,4 +1,4 @@
-"""Checkpoints of long runs: written atomically, and resumed only by the same job."""
+"""Checkpoints of long runs: written atomically, and refused by runs with other settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def save(path: Path, job: Mapping[str, Any], state: Mapping[str, Any]) -> None:
 
     Args:
         path: the file; an existing one is replaced when the new one is complete.
-        job: what a run must have in common with this one to resume from the checkpoint.
+        job: the settings and shapes that a later run must share to resume from the checkpoint.
         state: tensors and plain values by name.
     """
     with replacing(path) as file:
@@ -25,10 +25,11 @@ def save(path: Path, job: Mapping[str, Any], state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the state that `save` got.
+    """Returns the ``state`` given to `save`, with its tensors on the CPU.
 
     Raises:
-        MismatchError: the file is damaged, is no checkpoint, or is one of another job.
+        MismatchError: the file is damaged, is not a checkpoint, or belongs to another job.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         try:
@@ -37,10 +38,10 @@ def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
             raise
         except Exception as error:  # torch raises almost any class for a damaged file, also AssertionError
             raise MismatchError(
-                f"{path} is damaged or not a checkpoint: remove it, or give another name"
+                f"{path} is damaged or not a checkpoint; remove it, or give another path"
             ) from error
     if not isinstance(state, dict) or state.pop("job", None) != dict(job):
         raise MismatchError(
-            f"{path} is a checkpoint of other settings or tensors: remove it, or give another name"
+            f"{path} is a checkpoint of a run with other settings or tensors; remove it, or give another path"
         )
     return state

@@ -1,4 +1,4 @@
-"""Adam, and the schedules of learning: rates along half a cosine, and a rising sparsity."""
+"""Adam, and the schedules of the learning rate (half a cosine) and of the sparsity (rising)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sparsity_at(
 
 
 def adam(groups: list[dict[str, Any]], *, epsilon: float = 1e-8) -> torch.optim.Adam:
-    """Creates the optimiser.
+    """Returns a new optimiser.
 
     Args:
         groups: parameter groups, each with its leaves, ``params``, and its peak rate, ``peak``.

@@ -1,8 +1,8 @@
 """The input features of the importance network.
 
-Rules: every feature is one number a weight, standardised over all weights of the model and clamped to ±5, so
-that one network fits all tensors and the features do not depend on a model's units. Magnitudes are
-logarithms.
+Rules: every feature is one number per weight, standardised over all weights of the model and clamped to ±5.
+One network therefore fits all tensors, and the features do not depend on the scales of weights and gradients.
+Magnitudes are logarithms.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ FEATURES: dict[str, Callable[[_Tensor], Tensor]] = {
 def features(weights: Mapping[str, Tensor], found: Mapping[str, Statistics]) -> Tensor:
     """Returns the features of all weights, tensor after tensor: float16 [weights, features].
 
-    Memory: two bytes a weight and feature; at the peak, four more bytes a weight for one feature.
+    Memory: 2 bytes per weight and feature; at the peak, 4 more bytes per weight for one feature.
     """
     total = sum(weight.numel() for weight in weights.values())
     device = next(iter(weights.values())).device

@@ -6,9 +6,9 @@ plus the gate's penalty. Gradients reach the scores through the gates. The spars
 start to the target along a cubic, then stays constant. With a range, each step draws its target from the
 range, so that one importance serves every sparsity in it.
 
-The MLP changes slowly and costs as much as the model itself, so it takes a step only every
-`Settings.network_every` steps, from the accumulated gradient. If weights train too, logits have a lower rate,
-so that the mask does not change faster than the survivors can adapt.
+The MLP changes slowly, and one of its steps takes as long as a pass of the model. It is therefore updated
+only every `Settings.network_every` steps, from the accumulated gradient. If the weights are trained too, the
+logits have a lower rate, so that the mask does not change faster than the survivors can adapt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .task import Task, cost, finite, with_weights
 
 _NETWORK_RATE, _NETWORK_EVERY = 1e-3, 4  # defaults
 _EPSILON = 1e-12  # of Adam: gradients of single weights are tiny; the usual 1e-8 would dominate them
-_LOGIT_RATE_TOGETHER = 0.01  # default if weights train too
+_LOGIT_RATE_TOGETHER = 0.01  # default if the weights are trained too
 
 
 class GateLearner:
@@ -96,14 +96,14 @@ class GateLearner:
         if due:
             self.network.learn_base()
         self.optimiser.step()
-        self.optimiser.zero_grad()  # sets gradients to None, so that Adam skips the MLP when it has no step
+        self.optimiser.zero_grad()  # sets gradients to None, so that Adam skips the MLP until it is due
         if due:
             self.network.refresh()
 
     def learned(self) -> Learned:
-        """Returns the current importances and, if they train, the weights."""
+        """Returns the current importances and, if they are trained, the weights."""
         with torch.no_grad():
-            # All gates rise with the score. The score also orders gates that are equal, at 0 or 1.
+            # Gates increase with the score, but many are equal, at 0 or 1. The score orders these too.
             scores = self.network.scores()
             flat = F.softplus(scores - threshold_of(scores, sum(self.sparsities) / 2))
             importances = {name: part.clone() for name, part in self.network.split(flat).items()}
@@ -133,7 +133,7 @@ class GateLearner:
         """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
         """
         state = checkpoints.load(path, self._job())
         self.step, self.history = state["step"], state["history"]

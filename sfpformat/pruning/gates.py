@@ -129,7 +129,9 @@ class SoftGate(_Stateless):
 
 
 class HardConcrete:
-    """Gate sigmoid(a / β) · (ζ − γ) + γ, clamped; penalty λ · d + 20 · d², d the surplus of open gates."""
+    """Clamped gate sigmoid(a / β) · (ζ − γ) + γ, with the penalty λ · d + 20 · d² on the surplus d of open
+    gates.
+    """
 
     BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
     QUADRATIC = 20.0
@@ -153,8 +155,8 @@ class HardConcrete:
             self._origin = float(threshold_of(scores, moment.sparsity)) - edge
         a = scores - self._origin
         gates = (torch.sigmoid(a / self.BETA) * (self.ZETA - self.GAMMA) + self.GAMMA).clamp(0, 1)
-        # Counts the gates that are open now; without noise that is not their mean probability. The gradient
-        # is that of a sigmoid.
+        # The forward pass counts the open gates; without noise their number is not their mean probability.
+        # The backward pass uses the gradient of a sigmoid.
         soft = torch.sigmoid((a - edge) / self.BETA)
         surplus = ((gates.detach() > 0).float() + soft - soft.detach()).mean() - (1 - moment.sparsity)
         penalty = self._multiplier * surplus + self.QUADRATIC * surplus.square()

@@ -1,9 +1,9 @@
 """Grades: importances as a few whole numbers in the same order, which take little space. Needs only numpy.
 
-Only the order of importances decides what a threshold prunes. So the rank over all tensors is stored, cut
-into
-grades: at any sparsity the weights of grade 0 are pruned first, then those of grade 1. Weights of one grade
-are ordered by magnitude, which the file has anyway. At a sparsity that equals a boundary, nothing is lost.
+Only the order of importances decides which weights a threshold prunes. A grade is therefore a range of ranks
+over all tensors: at any sparsity the weights of grade 0 are pruned first, then those of grade 1. Weights of
+one grade are ordered by magnitude, which the file has anyway. At a sparsity that equals a boundary, grades
+and importances prune the same weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import OptionError
 from ..options import ImportanceOptions
 from .thresholds import Numbers, count_of_share
 
-# Sixteen grades, finer at the usual sparsities: about 3.5 bits a weight in a file.
+# Sixteen grades, finer at the usual sparsities: about 3.5 bits per weight in a file.
 BOUNDARIES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
 
 
@@ -30,6 +30,9 @@ def graded(
         importances: tensor name -> finite numbers of any shape.
         boundaries: the shares of all positions below grade 1, 2, …, ascending.
 
+    Example: ``graded({"w": np.arange(10.0)}, (0.5, 0.9))`` returns the grade 0 for the five lowest
+    importances, 1 for the next four, and 2 for the highest.
+
     Raises:
         OptionError: the boundaries do not ascend from 0 to 1, or an importance is not finite.
     """
@@ -38,7 +41,7 @@ def graded(
         raise OptionError("boundaries must be between 0 and 1, in ascending order")
     for name, array in importances.items():
         if not np.isfinite(array).all():
-            raise OptionError(f"the importance of {name!r} is not finite everywhere")
+            raise OptionError(f"the importance of {name!r} has numbers that are not finite")
     flat = np.concatenate([np.asarray(array, np.float64).reshape(-1) for array in importances.values()])
     ranks = np.empty(len(flat), np.int64)
     ranks[np.argsort(flat, kind="stable")] = np.arange(len(flat))
@@ -54,7 +57,11 @@ def graded(
 def options_for_grades(grades: int = len(BOUNDARIES) + 1, over: str = "survivors") -> ImportanceOptions:
     """Returns the options with which a file stores grades.
 
-    A tensor that has the highest grade is stored exactly. In other tensors the numbers are off by less than
-    half a grade, in the same order.
+    If a tensor contains the highest grade, its grades are stored exactly. Otherwise the stored numbers differ
+    from the grades by less than half, and have the same order.
+
+    Args:
+        grades: the number of grades.
+        over: ``survivors``, or ``all`` to store the grades of pruned positions too.
     """
     return ImportanceOptions(over=over, bits=max((grades - 1).bit_length(), 1))

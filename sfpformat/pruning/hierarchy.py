@@ -43,7 +43,7 @@ _FINAL = 0.05  # of the peak rate, at the end
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak rates a step, in standard deviations of the initial scores, for gradients without noise.
+    """Peak rates per step, in standard deviations of the initial scores, for gradients without noise.
 
     Attributes:
         network: rate of the shared network's parameters; 0 means no network.
@@ -101,7 +101,10 @@ class Plan:
         if self.minutes is not None and not self.minutes > 0:
             raise OptionError(f"minutes is {self.minutes}, must be above 0")
         if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
-            raise OptionError("start and ramp must be shares")
+            raise OptionError(
+                f"start is {self.start} and ramp is {self.ramp}; start must be at least 0 and below 1, "
+                "ramp from 0 to 1"
+            )
         if not self.temperature > 0:
             raise OptionError(f"temperature is {self.temperature}, must be above 0")
 
@@ -180,16 +183,20 @@ class Learner:
             path: path of the checkpoint; learning resumes from it if it exists. None writes no checkpoint.
                 All processes read it, the first one writes it.
             every: number of steps between checkpoints.
-            chosen: called during the selection, with the number of passes over a held-out batch that are
-                done, and their total.
+            chosen: called during the selection, with the number of passes over a held-out batch so far, and
+                their greatest possible total.
         """
         processes, plan = self._processes, self._plan
         if path is not None:
             exists = path.exists()
-            processes.require_same(exists, f"{path} is not there on all processes: use a shared folder")
+            processes.require_same(
+                exists, f"{path} exists only on some processes; use a folder that all processes share"
+            )
             if exists:
                 self.load(path)
-                processes.require_same(self.step, f"{path} differs between processes: use a shared folder")
+                processes.require_same(
+                    self.step, f"{path} differs between processes; use a folder that all processes share"
+                )
         split = Split(data, plan.held_out, held_out)
         processes.require_same(
             split.held_out,
@@ -277,7 +284,7 @@ class Learner:
                 self._optimiser.step(level, rate)
                 self.levels.refresh()
         self.history.append(sum(losses) / len(losses))
-        # All processes stop at the same step.
+        # The time of the first process, so that all processes stop at the same step.
         used = self._processes.exchanged(lambda: [time.monotonic() - begun], 1)
         self.seconds += used[0][0]
         return self.history[-1]
@@ -314,15 +321,16 @@ class Learner:
         unused = [name for name, flags in zip(names, zip(*used, strict=True), strict=True) if not any(flags)]
         if unused and self.step:
             warn(
-                f"the model's outputs did not depend on {listed(unused)}; "
-                "these are pruned by the importance that learning started from"
+                f"the model's outputs did not depend on {listed(unused)}: nothing was learned for these "
+                "tensors; they are pruned by their initial importances"
             )
 
     # ------------------------------------------------------------------------------------- checkpoints
 
     def _job(self) -> dict[str, Any]:
         shapes = {name: list(part.weight.shape) for name, part in self.levels.scored.items()}
-        # A resumed run may have another time limit, and other processes with as many batches a step.
+        # A resumed run may have another time limit, and another number of processes if the total number of
+        # batches per step is the same.
         batches = self._plan.batches * self._processes.world
         plan = {**asdict(self._plan), "minutes": None, "batches": batches}
         job = {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
@@ -344,7 +352,7 @@ class Learner:
         """Resumes from a checkpoint.
 
         Raises:
-            MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
+            MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
         """
         state = checkpoints.load(path, self._job())
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]

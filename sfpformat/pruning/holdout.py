@@ -1,7 +1,8 @@
 """Held-out batches, and the selection of the result by their loss.
 
-Rules: learned levels are kept only as far as they lower the loss on held-out batches. The initial scores are
-always a candidate, so that the result is never worse than them on these batches.
+Rules: a search selects the factor on each learned level by the loss on held-out batches. Factors of 0, which
+are the initial scores, are always a candidate. The result is therefore never worse than the initial scores on
+these batches.
 """
 
 from __future__ import annotations
@@ -46,23 +47,23 @@ class Split:
             OptionError: there are no batches, or the data can be iterated only once.
         """
         if iter(data) is data:
-            raise OptionError("the data can be gone through only once; give a list or a loader")
+            raise OptionError("the data can be iterated only once; give a list or a loader")
         self._data = data
         self._places: set[int] = set()
         if given is not None:
             self.held_out = list(given)
             if not self.held_out:
-                raise OptionError("held_out has no batch")
+                raise OptionError("held_out contains no batches")
             return
         first = list(islice(data, _EVERY * count))
         if not first:
-            raise OptionError("the data have no batch")
+            raise OptionError("the data contain no batches")
         places = list(range(_EVERY - 1, len(first), _EVERY)) or [len(first) - 1]
         self.held_out = [first[place] for place in places]
         if len(first) > 1:
             self._places = set(places)
         else:
-            warn("there is one batch only: results are chosen by the batch that they were learned from")
+            warn("the data contain only one batch, which both learns and selects the result; give held_out")
 
     def numbered(self, start: int) -> Iterator[tuple[int, int, Any]]:
         """Returns the other batches repeatedly, from batch number ``start``, as `task.numbered`.
@@ -109,8 +110,8 @@ def choose(
         task: runs both models and computes the loss.
         batches: the held-out batches.
         sparsities: the sparsities at which the result must not be worse than the initial scores.
-        progress: called after each batch of each pass, with the number of passes over a batch that are done,
-            and the greatest possible total.
+        progress: called after each batch of each pass, with the number of passes over a batch so far, and
+            their greatest possible total.
         processes: the processes of the run; they share the batches.
 
     Raises:
@@ -142,7 +143,7 @@ def choose(
                     for threshold in found:
                         levels.take_threshold(threshold)
                         loss = cost(pruned, batch, task, wanted)
-                        values.append(finite(loss, f"batch {number + 1} of those held out"))
+                        values.append(finite(loss, f"held-out batch {number + 1}"))
             return values
 
         nonlocal done

@@ -1,9 +1,9 @@
-"""The products of the inputs of linear layers, while the layers before them change.
+"""Computes the products of the inputs of linear layers, with the changed weights of the layers before them.
 
 Theory of operation: layers are visited in the order in which the model calls them. Layers with the same input
 tensor (such as query, key and value) form a group. For each group the calibration batches run through the
 model with the changed weights, up to the group, where the forward pass is stopped; H = 2/n Σ x xᵀ of the
-group's inputs is summed. Blocks that are done are not run again (`replay`).
+group's inputs is summed. Blocks whose weights no longer change are not run again (`replay`).
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def grouped_products(
         weights: by name. The caller replaces the weights of a group before it asks for the next one.
         calibration: batches.
         task: runs the model on a batch.
-        strict: whether weights that are not those of linear layers that are called are refused. Otherwise
-            they are left out, with a warning.
+        strict: whether to refuse weights of layers that are not linear, or that the model does not call.
+            False omits them with a warning.
 
     Raises:
-        OptionError: no weight is that of a linear layer that is called, or ``strict`` and one is not; or all
-            inputs of a layer are padding.
+        OptionError: the model calls no linear layer with one of the weights; ``strict`` is true and this
+            holds for any of the weights; or all inputs of a layer are padding.
     """
     groups, uncalled = _groups(model, weights, calibration[0], task)
     if uncalled:
-        words = f"{listed(uncalled)}: not the weights of linear layers that are called"
+        words = f"{listed(uncalled)}: not the weights of linear layers that the model calls"
         if strict or not groups:
             raise OptionError(words)
-        warn(f"{words}, left as they are")
+        warn(f"{words}; these tensors do not change")
     replay = Replay(model, lambda batch: task.run(with_weights(model, weights), batch), calibration)
     for group in groups:
         replay.advance([layer for _, layer in linear_layers(model, group)])
@@ -108,5 +108,5 @@ def _products(
             with replay.running(place), suppress(Reached):
                 task.run(with_weights(model, weights), batch)
     if not count:
-        raise OptionError(f"no input of {name!r} in the calibration data counts: all is padding")
+        raise OptionError(f"all inputs of {name!r} in the calibration data are padding; give other data")
     return total * (2 / count)

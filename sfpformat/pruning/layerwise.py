@@ -1,4 +1,4 @@
-"""Prunes or refines layer by layer; each layer's inputs come from the layers changed before it.
+"""Prunes or refines layer by layer. The inputs of a layer are computed with the changed layers before it.
 
 `prune_layerwise` makes masks with Wanda or SparseGPT. `refine_layerwise` improves given masks, of any method,
 by swaps, and reconstructs the layers' outputs with the survivors.
@@ -50,6 +50,8 @@ def prune_layerwise(
 ) -> LayerwiseResult:
     """Prunes layer by layer. The model is unchanged.
 
+    Example: ``prune_layerwise(model, batches, 0.5, "sparsegpt-updated")``.
+
     Args:
         model: any module. Only weights of `nn.Linear` and transformers' ``Conv1D`` are pruned.
         data: batches; the first ``batches`` are the calibration data.
@@ -60,14 +62,14 @@ def prune_layerwise(
         task: runs the model on a batch.
         batches: number of calibration batches; ``data`` repeats if it has fewer.
         tensors: names of parameters. None takes the weights of linear layers among
-            `weight_selection.prunable`, and warns of the others.
+            `weight_selection.prunable`, and warns about the others.
 
     Memory: a copy of each layer's weight, and one output of a transformer's block for each batch.
 
     Raises:
-        OptionError: a named tensor is not the weight of a linear layer that is called; there is nothing to
-            prune; all inputs of a layer are padding; a pattern does not fit a layer's inputs; or the method
-            or sparsity is invalid.
+        OptionError: a named tensor is not the weight of a linear layer that the model calls; there is nothing
+            to prune; all inputs of a layer are padding; a pattern does not fit a layer's inputs; or the
+            method or sparsity is invalid.
     """
     if not isinstance(sparsity, Pattern):
         require_share("sparsity", sparsity)
@@ -119,10 +121,10 @@ def refine_layerwise(
 ) -> LayerwiseResult:
     """Refines masks of any method layer by layer, by swaps and by reconstruction. The model is unchanged.
 
-    For each linear layer, the mean squared error of its outputs on the calibration data counts, against those
-    of the dense weight for the same inputs, which come from the refined layers before it. Swaps (`swaps`)
-    exchange survivors and pruned weights of a row. Reconstruction (`reconstruction`) gives the survivors new
-    values by least squares. Neither raises the error of an output of a layer.
+    The error of a linear layer is the mean squared difference between its outputs on the calibration data and
+    those of the dense weight for the same inputs. These inputs are computed with the refined layers before
+    it. Swaps (`swaps`) exchange survivors and pruned weights of a row. Reconstruction (`reconstruction`)
+    gives the survivors new values by least squares. Neither raises the error of any output of a layer.
 
     Example: ``refine_layerwise(model, masks, batches, swaps=100)``.
 
@@ -130,9 +132,9 @@ def refine_layerwise(
         model: the dense model.
         masks: bool by name, True for survivors; any name of a tied tensor is valid.
         data: batches; the first ``batches`` are the calibration data.
-        swaps: the most swaps in a row; 0 keeps the masks.
+        swaps: maximum number of swaps for each row of a weight; 0 keeps the masks.
         reconstruct: whether survivors get new values.
-        damping: what holds survivors at their values, as in `reconstruction.reconstructed`.
+        damping: weight of the squared change of survivors, as in `reconstruction.reconstructed`.
         pattern: a pattern that the masks have and keep.
         task: runs the model on a batch.
         batches: number of calibration batches; ``data`` repeats if it has fewer.
@@ -140,13 +142,13 @@ def refine_layerwise(
     Returns:
         Masks and weights of all given tensors.
 
-    Warns: masks of tensors that are not weights of linear layers stay, and so do their survivors.
+    Warns: some tensors are not weights of linear layers; their masks and survivors do not change.
 
-    Memory: as `prune_layerwise`, and five times the largest weight.
+    Memory: that of `prune_layerwise`, and five times the largest weight.
 
     Raises:
-        OptionError: a mask does not fit a parameter of the model, or is not of the pattern; there is nothing
-            to do; no mask is of a linear layer that is called; or all inputs of a layer are padding.
+        OptionError: a mask does not fit a parameter of the model or the pattern; there is nothing to do; no
+            mask belongs to a linear layer that the model calls; or all inputs of a layer are padding.
     """
     masks = named_once(model, masks, "masks")
     dense = chosen_weights(model, list(masks))

@@ -38,10 +38,10 @@ Sparsities = float | tuple[float, float]
 
 
 def bytes_per_weight(settings: Settings = DEFAULTS) -> int:
-    """Returns the memory a weight in bytes at the peak of `learn_importance`.
+    """Returns the peak memory of `learn_importance` in bytes per weight.
 
     This is in addition to the model, its activations, and the gradient and a masked copy of the largest
-    tensor. Importances given as ``start`` take 4 more, and a step of several batches 4 more.
+    tensor. Importances given as ``start`` take 4 more bytes, and steps of several batches 4 more.
     """
     if settings.chosen_method == "levels":
         plan = settings.plan()
@@ -80,6 +80,11 @@ def learn_importance(
 ) -> Learned:
     """Learns an importance for each weight. The model is unchanged.
 
+    Example::
+
+        learned = learn_importance(model, batches, 0.7)
+        masks = prune(model, learned.importances, 0.7)
+
     Args:
         model: any module; run in evaluation mode.
         data: batches, repeated as often as needed.
@@ -94,8 +99,8 @@ def learn_importance(
         start: initial importances of these tensors, not negative and comparable over all tensors. None takes
             Fisher importances from ``found``. Only for the method ``levels``.
         held_out: batches that select the result and are not in ``data``. None holds out every eighth of the
-            first batches of ``data``; a loader that shuffles then mixes them with the others. Only for the
-            method ``levels``.
+            first batches of ``data``; if a loader shuffles, learning then also sees held-out examples. Only
+            for the method ``levels``.
         mlp: initial state of the shared network, from another model's `Learned` by the same method.
         checkpoint: a file that is written atomically every ``every`` steps and after the last. If it exists,
             learning resumes from it, and batches that were already used are skipped.
@@ -116,7 +121,7 @@ def learn_importance(
 
     Raises:
         OptionError: settings or names are invalid, there are no data, or a pattern fits no tensor.
-        MismatchError: the checkpoint is damaged, or of other settings, tensors or sparsities.
+        MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
         LossError: a loss is not finite; the last checkpoint stays valid.
         ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
@@ -130,7 +135,9 @@ def learn_importance(
         sparsity = 1 - sparsity.keep / sparsity.of
     low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     if not 0 <= low <= high < 1:
-        raise OptionError(f"sparsity is {sparsity}, must be a share under 1, or two that ascend")
+        raise OptionError(
+            f"sparsity is {sparsity}, must be at least 0 and below 1, or two such numbers in ascending order"
+        )
     path = None if checkpoint is None else Path(checkpoint)
     if settings.chosen_method == "levels":
         return _learn_levels(
@@ -152,7 +159,10 @@ def learn_importance(
             group,
         )
     if start is not None or held_out is not None or group is not None or pattern is not None:
-        raise OptionError("start, held_out, group and patterns are of the method levels")
+        raise OptionError(
+            "these settings select the method weights, which accepts neither start, held_out and group nor "
+            "patterns"
+        )
     weights = chosen_weights(model, tensors)
     if found is None:
         found = statistics(model, data, task=task, tensors=list(weights))
@@ -206,17 +216,21 @@ def _learn_levels(
     start = _required(model, start, weights)
     start = {name: start[name] for name in learned}
     processes = Processes(group, next(iter(learned.values())).device)
-    processes.require_same(start, "the processes have different starts, or models: give the same to all")
+    processes.require_same(
+        start, "the processes have different initial importances or models; give all of them the same"
+    )
     learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes, groups)
     start = None
     network = learner.levels.network
     if mlp is not None:
         if network is None:
-            raise OptionError("levels have a network only where network_rate is above 0")
+            raise OptionError("mlp needs a shared network, which exists only if network_rate is above 0")
         try:
             network.load_state_dict(dict(mlp))
         except RuntimeError as error:
-            raise OptionError("mlp is not the network of a model learned by levels") from error
+            raise OptionError(
+                "mlp does not fit the shared network; give the mlp of a result of the method levels"
+            ) from error
         learner.levels.refresh()
     choice = learner.run(data, progress, held_out, path, every, chosen)
     scored = learner.levels.importances(sum(sparsities) / 2)
@@ -268,7 +282,7 @@ def _required(
                 f"the start of {name!r} has shape {list(start[name].shape)}, not {list(weight.shape)}"
             )
         if not bool(torch.isfinite(start[name]).all()) or bool((start[name] < 0).any()):
-            raise OptionError(f"the start of {name!r} is not finite and at least 0 everywhere")
+            raise OptionError(f"the start of {name!r} has numbers that are negative or not finite")
     return {name: start[name].to(weight.device) for name, weight in weights.items()}
 
 
@@ -285,5 +299,5 @@ def _of_weights(
     by_kept = ties.by_kept(given, argument)
     missing = [name for name in weights if ties.kept(name) not in by_kept]
     if missing:
-        raise OptionError(f"{argument}: nothing for {listed(missing)}")
+        raise OptionError(f"{argument} has no value for {listed(missing)}")
     return {name: by_kept[ties.kept(name)] for name in weights}

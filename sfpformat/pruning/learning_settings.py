@@ -30,8 +30,8 @@ class Settings:
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
         logits: whether each weight has its own logit.
-        logit_rate: peak rate of these logits, in standard deviations of the scores a step. None is 0.05, or
-            0.01 if weights train too.
+        logit_rate: peak rate of these logits, in standard deviations of the scores per step. None is 0.05, or
+            0.01 if the weights are trained too.
         shared_rate: peak rate of the logits of layers, rows and columns. Only for ``levels``.
         network_rate: peak rate of the shared network. None is 1e-3; with ``levels`` it means no network.
         weight_rate: peak rate of the weights; 0 freezes them.
@@ -73,16 +73,21 @@ class Settings:
         if self.steps < 1 or (self.network_every is not None and self.network_every < 1):
             raise OptionError("steps and network_every must be at least 1")
         if not (0 <= self.start < 1 and 0 <= self.ramp <= 1):
-            raise OptionError("start and ramp must be shares")
+            raise OptionError(
+                f"start is {self.start} and ramp is {self.ramp}; start must be at least 0 and below 1, "
+                "ramp from 0 to 1"
+            )
         if self.method == "levels" and self._needs_weights():
             raise OptionError(
-                "levels have the gate topk and frozen weights; without logits they need a shared_rate "
-                "or a network_rate"
+                "the method levels needs the gate topk and a weight_rate of 0; other settings need the "
+                "method weights"
             )
         if self.batches < 1:
             raise OptionError(f"batches is {self.batches}, must be at least 1")
         if self.chosen_method == "weights" and (self.minutes is not None or self.batches > 1):
-            raise OptionError("minutes and batches are of the method levels")
+            raise OptionError(
+                "these settings select the method weights, which accepts neither minutes nor batches above 1"
+            )
 
     def _needs_weights(self) -> bool:
         return self.gate != "topk" or self.weight_rate > 0

@@ -4,8 +4,8 @@ score = start + share · network + share · layer + share · rows + share · col
 
 The start is the logarithm of an importance without learning, standardised over the model. The shared network
 adds a function of a weight's features. Each layer, row and column has a logit, and optionally each weight.
-All logits are initialised to zero, so that the initial scores order weights as the start does. The shares are
-factors on the levels; they are 1 during learning.
+All logits are initialised to zero, so that the initial scores have the same order as the start. The shares
+are factors on the levels; they are 1 during learning.
 
 Thresholds come from histograms: during learning, of a sample of the weights (all weights of a small model);
 at the end, of all weights.

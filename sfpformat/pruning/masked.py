@@ -232,7 +232,7 @@ class _MaskedWeight(torch.autograd.Function):
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """The product x wᵀ + b with the masked weight w [out, in], or x w + b with w [in, out]."""
+    """The product x wᵀ + b with the masked weight w [out, in]; x w + b with w [in, out] if ``turned``."""
 
     @staticmethod
     def forward(
@@ -353,7 +353,7 @@ def _product_of(
         words = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(named)
         if set(words) <= {"input", "weight", "bias"} and isinstance(words.get("input"), Tensor):
             return words["input"], words.get("bias"), words.get("weight"), False
-    # How transformers' Conv1D multiplies.
+    # transformers' Conv1D calls addmm.
     if func is torch.addmm and len(args) == 3 and not named and isinstance(args[1], Tensor):
         bias, x, weight = args
         if isinstance(bias, Tensor) and bias.dim() == 1:

@@ -47,6 +47,9 @@ def masks_of(
 ) -> dict[str, Mask]:
     """Computes masks from importances: bool, True for survivors, of each importance's shape.
 
+    Example: ``masks_of({"w": np.array([3.0, 1.0, 2.0, 4.0])}, 0.5)`` returns the mask ``[True, False, False,
+    True]`` for ``w``.
+
     Args:
         importances: tensor name -> finite numbers of any shape; greater means more important.
         threshold: the rule; a number is the share of a `Sparsity`.
@@ -58,14 +61,14 @@ def masks_of(
         floor: the minimum share of positions that each tensor keeps; with scope ``row``, each row. With scope
             ``model``, other positions are pruned instead, so that the total stays the same.
         tiebreak: numbers by name that order equal importances, such as magnitudes: one number, or as many as
-            the importance has, in any shape. Their absolute values count.
+            the importance has, in any shape. Signs are ignored.
         along: the inputs along which a `Pattern` runs, by name; for other names, `pattern_dim`.
 
     Warns: a `Pattern` does not fit some tensors, which then get no mask; or the floor keeps more than the
     threshold would.
 
     Memory: about 40 bytes for each position that shares a threshold; about 16 for a `Sparsity` without a
-        floor.
+    floor.
 
     Raises:
         OptionError: there are no importances, or all are exempt; they are not finite; a name in ``exempt``,
@@ -92,12 +95,15 @@ def masks_of(
     ties = {name: _ties(name, (tiebreak or {}).get(name), array.size) for name, array in chosen.items()}
     if isinstance(rule, Pattern):
         if floor > rule.keep / rule.of:
-            raise OptionError(f"floor is {floor}, but {rule.keep}:{rule.of} keeps {rule.keep / rule.of:.3g}")
+            raise OptionError(
+                f"floor is {floor}, must be at most the share that {rule.keep}:{rule.of} keeps, "
+                f"{rule.keep / rule.of:.3g}"
+            )
         return _patterned(chosen, rule, along or {}, ties)
     rules: dict[str, Threshold]
     if isinstance(rule, Allocation):
         if scope == "model":
-            raise OptionError(f"{rule!r} gives each tensor its own sparsity: take the scope tensor or row")
+            raise OptionError(f"{rule!r} gives each tensor its own sparsity; use the scope tensor or row")
         rules = {name: Sparsity(share) for name, share in rule.shares(chosen).items()}
     else:
         rules = dict.fromkeys(chosen, rule)
@@ -123,8 +129,8 @@ def _rule(threshold: Any) -> Threshold | Pattern | Allocation:
     )
     if not isinstance(threshold, Pattern) and not countable:
         raise OptionError(
-            f"the threshold is {threshold!r}; give a share such as 0.5, Pattern(2, 4), or another of "
-            "sfpformat.pruning"
+            f"the threshold is {threshold!r}; give a share such as 0.5, Pattern(2, 4), or another threshold "
+            "of sfpformat.pruning"
         )
     checked: Threshold | Pattern = threshold
     return checked
@@ -140,9 +146,9 @@ def _finite(name: str, array: Numbers) -> Numbers:
     try:
         finite = bool(np.isfinite(found).all())
     except TypeError:
-        raise OptionError(f"the importance of {name!r} is no array of numbers") from None
+        raise OptionError(f"the importance of {name!r} is not an array of numbers") from None
     if not finite:
-        raise OptionError(f"the importance of {name!r} is not finite everywhere")
+        raise OptionError(f"the importance of {name!r} has numbers that are not finite")
     return found
 
 
@@ -152,7 +158,10 @@ def _ties(name: str, given: Numbers | None, size: int) -> F64 | None:
         return None
     numbers = np.abs(np.asarray(given)).reshape(-1)
     if len(numbers) not in (1, size):
-        raise OptionError(f"the tiebreak of {name!r} has {len(numbers):,} numbers, the importance {size:,}")
+        raise OptionError(
+            f"the tiebreak of {name!r} has {len(numbers):,} numbers, must have 1, or as many as the "
+            f"importance: {size:,}"
+        )
     return np.broadcast_to(numbers.astype(np.float64), (size,))
 
 
@@ -192,7 +201,10 @@ def _rows_masked(array: Numbers, threshold: Threshold, floor: float, ties: F64 |
         mask[row] = True
         mask[row, np.lexsort((second[row], rows[row]))[:count]] = False
     if fewer:
-        warn(f"the floor {floor} keeps more than the threshold leaves, in {fewer:,} of {len(rows):,} rows")
+        warn(
+            f"in {fewer:,} of {len(rows):,} rows, the floor {floor} keeps more positions than the threshold "
+            "would"
+        )
     return mask.reshape(array.shape)
 
 
@@ -204,7 +216,10 @@ def _counted(threshold: Threshold, ascending: F64) -> int:
     """
     count = threshold.count(ascending)
     if not isinstance(count, numbers.Integral) or not 0 <= count <= len(ascending):
-        raise OptionError(f"{threshold!r} prunes {count!r} of {len(ascending):,} positions")
+        raise OptionError(
+            f"{threshold!r} prunes {count!r} of {len(ascending):,} positions; its count must return a whole "
+            "number in this range"
+        )
     return int(count)
 
 
@@ -221,14 +236,14 @@ def _masks_of_group(
         return {name: np.ones(array.shape, np.bool_) for name, array in arrays.items()}
     order = np.lexsort((_seconds(arrays, ties), values))
     count = _counted(threshold, values[order])
-    going = _going(order, owner, sizes, count, floor)
-    if len(going) < count:
+    pruned = _to_prune(order, owner, sizes, count, floor)
+    if len(pruned) < count:
         warn(
-            f"the floor {floor} keeps more than the threshold leaves: {len(going):,} positions are pruned, "
-            f"not {count:,}"
+            f"the floor {floor} keeps more positions than the threshold would: {len(pruned):,} positions are "
+            f"pruned, not {count:,}"
         )
     alive = np.ones(len(values), np.bool_)
-    alive[going] = False
+    alive[pruned] = False
     parts = np.split(alive, np.cumsum(sizes)[:-1])
     return {
         name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)
@@ -275,13 +290,13 @@ def _seconds(arrays: Mapping[str, Numbers], ties: Mapping[str, F64 | None]) -> F
     )
 
 
-def _going(
+def _to_prune(
     order: NDArray[np.intp], owner: NDArray[np.intp], sizes: NDArray[np.int64], count: int, floor: float
 ) -> NDArray[np.intp]:
     """Returns the first ``count`` positions in order, without those that the tensors' floors keep.
 
-    To skip positions that a floor keeps is the same as to raise the threshold of the other tensors until the
-    count is reached again.
+    Skipping the positions that a floor keeps is equivalent to raising the threshold of the other tensors
+    until the count is reached again.
     """
     if floor <= 0:
         return order[:count]
@@ -291,8 +306,8 @@ def _going(
     by_owner = np.argsort(owners, kind="stable")
     rank = np.empty(len(order), np.int64)
     rank[by_owner] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    going: NDArray[np.intp] = order[rank < most[owners]][:count]
-    return going
+    pruned: NDArray[np.intp] = order[rank < most[owners]][:count]
+    return pruned
 
 
 def _joined(parts: list[Numbers]) -> F64:
@@ -305,7 +320,7 @@ def _patterned(
     along: Mapping[str, Along],
     ties: Mapping[str, F64 | None],
 ) -> dict[str, Mask]:
-    """Returns the masks of the tensors that a pattern fits; warns of the others."""
+    """Returns the masks of the tensors that a pattern fits; warns about the others."""
     where = {name: along.get(name, (pattern_dim(array.shape), 1)) for name, array in arrays.items()}
     left = {name: pattern.why_not(array.shape, where[name]) for name, array in arrays.items()}
     left = {name: reason for name, reason in left.items() if reason}
@@ -313,7 +328,7 @@ def _patterned(
         words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
         if len(left) == len(arrays):
             raise OptionError(f"{words}: nothing would be pruned")
-        warn(f"{words}: left as they are")
+        warn(f"{words}: these tensors are not pruned")
     return {
         name: _pattern_mask(array, pattern, where[name][0], ties[name])
         for name, array in arrays.items()

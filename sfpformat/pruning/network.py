@@ -2,7 +2,7 @@
 
 score = z(start + MLP(features)) + logit, where z standardises over the model. All weights of all tensors
 share the MLP, which can be transferred to another model. The MLP's last layer and the logits are initialised
-to zero, so that the initial scores order weights as the start does: by w² g².
+to zero, so that the initial scores have the same order as the start: that of w² g².
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ImportanceNetwork:
                 self.base[part] = self.start[part] + out
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Splits a flat tensor, one number a weight, into one view for each weight tensor, by name."""
+        """Splits a flat tensor, with one number per weight, into a view for each weight tensor, by name."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         parts = torch.split(flat, sizes)
         return {

@@ -1,8 +1,9 @@
-"""Padding of batches: which labels, outputs and inputs of layers count.
+"""Padding of batches: excludes it from losses, divergences and statistics.
 
-Rules: the batch's padding mask defines the padding (`unpadded`), and labels of `IGNORED` do not count. An
-output counts if it enters the loss. An input of a layer counts if it is not padding. In a causal model,
-inputs after a row's last label do not count either, because no later output enters the loss.
+Rules: a label, output or input "counts" if it is included. The batch's padding mask defines the padding
+(`unpadded`), and labels of `IGNORED` do not count. An output counts if the loss depends on it. An input of a
+layer counts if it is not padding. In a causal model, inputs after a row's last label do not count either,
+because the loss depends on no later output.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def counted_outputs(outputs: Tensor, batch: Any, mask: Tensor | None, kind: Kind
         if len(leading) > 1 and not bool(mask.all()):
             raise OptionError(
                 f"the padding mask {list(mask.shape)} does not fit the outputs' positions {list(leading)}; "
-                "give a Task whose unpadded gives a mask of their shape"
+                "give a Task whose unpadded returns a mask of their shape"
             )
         mask = None  # one output for each row, or no padding
     counted = None if mask is None else mask.to(outputs.device)
@@ -191,8 +192,8 @@ class CountedInputs:
         if self._unmatched:
             first = next(iter(self._unmatched.values()))
             warn(
-                f"padding counts among the inputs of {listed(list(self._unmatched))}: their shape, such as "
-                f"{list(first)}, does not fit the padding mask"
+                f"the statistics of {listed(list(self._unmatched))} include padding, because the shape of "
+                f"their inputs, such as {list(first)}, does not fit the padding mask"
             )
 
 

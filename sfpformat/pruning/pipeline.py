@@ -173,6 +173,8 @@ def pack(
 ) -> None:
     """Writes a pruned model: masks, survivors, and optionally importances or factors.
 
+    Example: ``pack(model, "model.sfp", masks, importances=importances)``.
+
     Args:
         model: its ``state_dict`` is written. In the following arguments, any name of a tied tensor is valid.
         path: path of the file, which is replaced only on success.
@@ -184,8 +186,8 @@ def pack(
             multipliers that reconstruction applies. A tensor has factors or a graded importance, not both.
         multipliers: by name, a factor for each weight. They are multiplied into the written weights before
             quantisation, and take no bits.
-        options: options of the tensors with a mask; all others are lossless. With `weighted` errors, the
-            grades are the weights.
+        options: options of the tensors with a mask; all others are lossless. If they select errors that are
+            ``weighted``, the grades are the weights of the errors.
         metadata: strings for the caller's own use.
         limits: the readers' limits. Readers need the same ones if these are not the default.
 
@@ -206,7 +208,7 @@ def pack(
         chosen_weights(model, list(factors))
     both = set(importances) & set(factors)
     if both:
-        raise OptionError(f"{min(both)!r} has factors and an importance; give one of them")
+        raise OptionError(f"{min(both)!r} has both factors and an importance; give only one of them")
     base = options or Options()
     per_tensor = dict.fromkeys(masks, base)
     kept: dict[str, ImportanceTensor] = {}

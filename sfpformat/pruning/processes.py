@@ -22,7 +22,9 @@ from ..errors import OptionError, ProcessError
 
 T = TypeVar("T")
 
-_ALIGNED = 64  # elements; parts of a tensor begin at multiples, so that vector instructions divide it alike
+# Elements. The shares of a tensor begin at multiples of this, so that vector instructions process the same
+# blocks of elements for every number of processes.
+_ALIGNED = 64
 
 
 class Processes:
@@ -36,7 +38,7 @@ class Processes:
     def __init__(self, group: Any = None, device: torch.device | str = "cpu") -> None:
         """Args:
         group: a process group of ``torch.distributed``; None means this process alone.
-        device: where tensors are exchanged that have no device of their own.
+        device: the device of gathered tensors during an exchange; the group must support it.
 
         Raises:
             OptionError: there are no process groups, or this process is not in the group.
@@ -50,13 +52,13 @@ class Processes:
             raise OptionError("group: call torch.distributed.init_process_group first")
         self.world, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
         if self.rank < 0:
-            raise OptionError("group: this process is not in it")
+            raise OptionError("this process is not a member of group")
 
     def exchanged(self, numbers: Callable[[], Sequence[float]], count: int) -> list[list[float]]:
         """Calls a function on each process, and returns the results of all, in the order of the processes.
 
         Args:
-            numbers: returns numbers. Its exceptions are raised here, after the other processes were told.
+            numbers: returns numbers. Its exceptions are raised here, after the other processes got notice.
             count: how many numbers it returns, the same on all processes.
 
         Raises:
@@ -76,7 +78,7 @@ class Processes:
         received = self._gathered(sent).tolist()
         failed = [rank for rank, row in enumerate(received) if not row[0]]
         if failed:
-            raise ProcessError(f"process {failed[0]} of {self.world} failed; its own error says why")
+            raise ProcessError(f"process {failed[0]} of {self.world} failed; see the error on that process")
         return [row[1:] for row in received]
 
     def agreed(self, work: Callable[[], T]) -> T:
@@ -114,7 +116,7 @@ class Processes:
         """Checks that a value of tensors, numbers, text and containers is the same on all processes.
 
         Raises:
-            OptionError: it is not; with ``message``.
+            OptionError: the values differ; the error's text is ``message``.
         """
         if self.world == 1:
             return
@@ -204,8 +206,8 @@ class Processes:
             exchange()
         except RuntimeError as error:
             raise ProcessError(
-                f"process {self.rank} of {self.world} got no answer from another one: it ended, or passed "
-                f"the time limit of the group ({str(error).splitlines()[0][:200]})"
+                f"process {self.rank} of {self.world} received nothing from another process, which ended or "
+                f"exceeded the group's time limit ({str(error).splitlines()[0][:200]})"
             ) from error
 
 
@@ -219,7 +221,7 @@ def _distributed() -> Any:
 
 
 def _digest(value: Any) -> int:
-    """Returns 48 bits that depend on the contents of a value."""
+    """Returns a 48-bit hash of the contents of a value."""
     found = hashlib.sha256()
 
     def add(part: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # share of H's mean diagonal that holds survivors at their old values
 ITERATIONS = 60
-_TOLERANCE = 1e-3  # of the first residual, at which a row is done
+_TOLERANCE = 1e-3  # share of the initial residual at which a row is solved
 _AT_ONCE = 1 << 22  # weights whose rows are solved together, with about 24 bytes of working memory each
 
 
@@ -31,7 +31,7 @@ def layer_error(weight: Tensor, pruned: Tensor, products: Tensor) -> Tensor:
 def reconstructed(
     weight: Tensor, mask: Tensor, products: Tensor, *, damping: float = DAMPING, iterations: int = ITERATIONS
 ) -> Tensor:
-    """Returns the pruned weight whose survivors best give the dense weight's outputs, float32.
+    """Returns the pruned weight whose survivors best reproduce the dense weight's outputs, float32.
 
     No row's `layer_error` is above that of the survivors' old values.
 
@@ -41,7 +41,7 @@ def reconstructed(
         products: 2/n Σ x xᵀ of the layer's inputs, float32 [inputs, inputs].
         damping: weight of the squared change of the survivors, as a share of the mean diagonal of
             ``products``.
-        iterations: the most iterations of conjugate gradients.
+        iterations: maximum number of iterations of conjugate gradients.
     """
     out = torch.empty_like(weight)
     step = max(1, _AT_ONCE // max(weight.shape[1], 1))
@@ -51,7 +51,7 @@ def reconstructed(
         old = weight[rows] * kept
         moved = _solved(weight[rows] - old, kept, products, damping, iterations)
         new = old + moved
-        # Rounding can leave a row that was at its minimum a little worse.
+        # If a row was already at its minimum, rounding can give a slightly greater error.
         better = layer_error(weight[rows], new, products) < layer_error(weight[rows], old, products)
         # Pruned weights are +0, not -0, which is harder to compress.
         out[rows] = torch.where(mask[rows], torch.where(better[:, None], new, old), 0)
@@ -59,7 +59,7 @@ def reconstructed(
 
 
 def _solved(gone: Tensor, kept: Tensor, products: Tensor, damping: float, iterations: int) -> Tensor:
-    """Returns the change of the survivors that makes up for the weights that are gone.
+    """Returns the change of the survivors that compensates for the pruned weights.
 
     Args:
         gone: the pruned weights, zero elsewhere: float32 [rows, inputs].
@@ -79,7 +79,7 @@ def _solved(gone: Tensor, kept: Tensor, products: Tensor, damping: float, iterat
             break
         along = torch.addmm(held * direction, direction, products) * kept
         curved = (direction * along).sum(1)
-        # A row that is done, or whose inputs are all zero, stays.
+        # Rows that are solved, or whose inputs are all zero, do not change.
         rate = torch.where((size > enough) & (curved > 0), size / curved, 0)[:, None]
         found.addcmul_(rate, direction)
         residual.addcmul_(rate, along, value=-1)

@@ -1,4 +1,4 @@
-"""Runs a model from its middle: blocks that are done return their recorded outputs.
+"""Skips the first blocks of a model whose weights no longer change: they return their recorded outputs.
 
 Rules: the blocks are the modules of the largest `nn.ModuleList` or `nn.Sequential`, if one run calls them
 once each, in order. They are replayed only if each of them, and the model after them, returns the same
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Run = Callable[[Any], object]  # runs the model on a batch, with the weights of the moment
+Run = Callable[[Any], object]  # runs the model on a batch, with its current weights
 
 
 class Reached(Exception):
-    """Raised by a hook to stop a run once what it was for is known."""
+    """Raised by a hook to stop a run as soon as the tensor that it is for is recorded."""
 
 
 class Replay:
-    """The recorded outputs of the last block that is done, for each batch.
+    """The recorded outputs of the last block that no longer changes, for each batch.
 
     Memory: one output of a block for each batch.
     """
@@ -32,7 +32,7 @@ class Replay:
         """Args:
         model: in evaluation mode.
         run: runs the model on one of the batches.
-        batches: the batches; the first one tells whether blocks can be replayed.
+        batches: the batches; a test with the first one decides whether blocks can be replayed.
         """
         self._run, self._batches = run, batches
         self._blocks = _blocks(model, run, batches[0])
@@ -71,7 +71,7 @@ class Replay:
 
     @contextmanager
     def running(self, batch: int) -> Iterator[None]:
-        """Context in which a run on a batch, given by its place, skips the blocks that are done."""
+        """Context in which a run on a batch, given by its index, skips the blocks that no longer change."""
         with _skipped(self._blocks[: self._done], self._outputs[batch] if self._done else None):
             yield
 
@@ -125,7 +125,7 @@ def _replays(blocks: list[nn.Module], place: int, outputs: list[Any], run: Run, 
 
 @contextmanager
 def _skipped(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Context in which these blocks do nothing but return copies of an output."""
+    """Context in which these blocks only return copies of an output."""
     before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.__dict__["forward"] = lambda *args, **kwargs: _copied(output)

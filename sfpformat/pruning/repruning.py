@@ -1,9 +1,9 @@
 """Prunes an `.sfp` file further. Needs only the file: no calibration data and no torch.
 
-Rules: tensors with an importance as metadata are pruned, by importance, and among equal importances by
-magnitude. Positions that are already zero, of either sign, are pruned first. Survivors keep their values bit
-for bit. Their coding is chosen again, with their quantiser if that gives the same values. All other tensors
-are copied chunk by chunk.
+Rules: tensors whose importance has the role of metadata are pruned: the lowest importances first, among equal
+ones the lowest magnitudes. Positions that are already zero, of either sign, are pruned before all others.
+Survivors keep their values bit for bit. The writer chooses their coding again, and keeps their quantiser if
+it gives the same values. All other tensors are copied chunk by chunk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ def reprune(
 ) -> Repruned:
     """Writes a file with some of its tensors pruned further.
 
+    Example::
+
+        with sfpformat.open("model.sfp") as file:
+            reprune(file, "smaller.sfp", 0.8)
+
     Args:
         file: an open file; the new file uses its limits. For a sharded model each shard is written again.
         target: path of the new file, which appears only on success. Must differ from that of ``file``. Shards
@@ -88,7 +93,9 @@ def reprune(
     """
     names = [name for name in file if _is_prunable(file.entry(name))]
     if not names:
-        raise OptionError("no tensor has an importance stored as metadata: there is nothing to prune by")
+        raise OptionError(
+            "no tensor has an importance stored as metadata, by which to prune; write a file with importances"
+        )
     patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
     require_matches(patterns, file, "exempt")
     names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
@@ -155,7 +162,9 @@ def _write_shards(
         OptionError: the target does not end in ``.sfp``.
     """
     if target.suffix != SUFFIX:
-        raise OptionError(f"{target}: shards need a name that ends in {SUFFIX}; single=True writes one file")
+        raise OptionError(
+            f"{target}: the name must end in {SUFFIX} to write shards; single=True writes one file"
+        )
     stem, count = target.with_suffix(""), len(model.files)
     weight_map: dict[str, str] = {}
     outputs = []
@@ -216,7 +225,7 @@ def _options(entry: TensorEntry, importance: NDArray[np.float32] | None) -> Opti
     if isinstance(stored, Exact):
         kept = ImportanceOptions(over=entry.importance.over, quantiser="exact", dtype=stored.dtype.name)
     else:
-        # The same number of levels: the greatest importance stays, so the step stays the same.
+        # The same number of levels gives the same step, because the greatest importance survives.
         step = float(stored.step) if isinstance(stored, Uniform) else 0.0
         levels = round(float(importance.max()) / step) if step and importance.size else 63
         kept = ImportanceOptions(over=entry.importance.over, bits=min(max(levels.bit_length(), 1), 24))

@@ -3,9 +3,9 @@
 Theory of operation: a number between two neighbours of the 16-bit format is rounded up with a probability
 equal to its position between them, so that small changes add up over many steps instead of being lost. The
 "random" numbers are the fractional parts of multiples of irrational numbers (an additive recurrence, or
-lattice). They depend only on row, column, step and a label. So they are the same on every device, and cost
-three integer operations a number. Over the steps each number of a tensor meets evenly distributed fractions,
-which gives smaller errors than random ones.
+lattice). They depend only on row, column, step and a label. They are therefore the same on every device, and
+take three integer operations per number. For each number of a tensor, the fractions of successive steps are
+evenly distributed, which gives smaller errors than random fractions.
 """
 
 from __future__ import annotations

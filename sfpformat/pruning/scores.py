@@ -1,4 +1,4 @@
-"""Importances without learning: one number a weight, from its value and calibration statistics."""
+"""Importances without learning: one number per weight, from its value and calibration statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Importances = dict[str, Tensor]
 def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importances:
     """Returns |w|, float32, by name.
 
-    Comparable within a tensor. A threshold over the whole model would favour wide layers.
+    The importances are comparable within a tensor. A threshold over the whole model would prune more weights
+    of wide layers, whose magnitudes are usually smaller.
+
+    Example: ``prune(model, magnitude(model), 0.5, scope="tensor")``.
 
     Args:
         model: any module.
@@ -36,10 +39,19 @@ def magnitude(model: nn.Module, tensors: Sequence[str] | None = None) -> Importa
 
 
 def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
-    """Returns w² g², float32, by name. Comparable over the whole model.
+    """Returns w² g², float32, by name. The importances are comparable over the whole model.
 
-    This approximates the rise of the loss when a weight is pruned, to second order, with the empirical Fisher
+    They approximate the rise of the loss when a weight is pruned, to second order, with the empirical Fisher
     information instead of the Hessian (LeCun et al., Optimal Brain Damage, 1990).
+
+    Example: ``prune(model, fisher(model, statistics(model, batches)), 0.5)``.
+
+    Args:
+        model: any module.
+        found: calibration statistics by parameter name.
+
+    Raises:
+        OptionError: a name is not that of a prunable parameter, or there are no names.
     """
     if is_sharded(model):
         return sharded.fisher(model, found)
@@ -50,12 +62,19 @@ def fisher(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
 def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
     """Returns |w| · root mean square of its input, float32, by name (Sun et al., Wanda, 2023).
 
-    Comparable within the inputs of one output.
+    The importances are comparable within the inputs of one output.
+
+    Example: ``prune(model, wanda(model, statistics(model, batches)), 0.5, scope="row")``.
+
+    Args:
+        model: any module.
+        found: calibration statistics by parameter name.
 
     Warns: some tensors have no statistics of inputs; the result does not include them.
 
     Raises:
-        OptionError: no tensor has statistics of inputs.
+        OptionError: no tensor has statistics of inputs, a name is not that of a prunable parameter, or there
+            are no names.
     """
     if is_sharded(model):
         return sharded.wanda(model, found)
@@ -67,10 +86,10 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
         else:
             out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
     if left:
-        words = f"Wanda needs weights of linear layers with recorded inputs, which {listed(left)} are not"
+        words = f"Wanda needs statistics of the inputs of linear layers, but {listed(left)} have none"
         if not out:
             raise OptionError(words)
-        warn(f"{words}: they have no importance")
+        warn(f"{words}; the result does not include these tensors")
     return out
 
 

@@ -76,7 +76,7 @@ class SignalAdam:
 
     @torch.no_grad()
     def advance(self, name: str, place: int, gradient: Tensor | None = None) -> None:
-        """Takes the step of one tensor, and releases its gradient. Does nothing in groups of small tensors.
+        """Takes the step of one tensor, and releases its gradient. Leaves groups of small tensors to `end`.
 
         Args:
             name: name of the group.

@@ -1,4 +1,4 @@
-"""SparseGPT for one layer: a mask, and survivors updated to make up for the pruned weights."""
+"""SparseGPT for one layer: a mask, and survivors updated to compensate for the pruned weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float | Pattern) -> tup
         weight: float32 [rows, columns].
         hessian: float32 [columns, columns], 2/n Σ x xᵀ.
         sparsity: the pruned share of each block of `BLOCK` columns, over all rows together; or a pattern
-            along the columns, whose number is a multiple of the pattern's.
+            along the columns. The number of columns is then a multiple of ``of``.
 
     Returns:
         The mask, bool, and the pruned weight with updated survivors, float32.
@@ -46,7 +46,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float | Pattern) -> tup
             mask[:, block] = _greatest((rest[:, block] / scale[block]).square(), sparsity)
         errors = torch.empty_like(rest[:, block])
         for column in range(block.start, block.stop):
-            # A pattern is chosen group by group, with the updates of the groups before.
+            # The mask of a group depends on the updates from the preceding groups.
             if pattern is not None and column % pattern.of == 0:
                 group = slice(column, column + pattern.of)
                 mask[:, group] = pattern_mask((rest[:, group] / scale[group]).square(), pattern)
@@ -58,7 +58,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, sparsity: float | Pattern) -> tup
 
 
 def _greatest(scores: Tensor, sparsity: float) -> Tensor:
-    """Returns a mask that prunes the given share of the scores, the least ones: bool, their shape."""
+    """Returns a mask that prunes the given share of the scores, the lowest ones: bool, their shape."""
     count = count_of_share(sparsity, scores.numel())
     chosen = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     chosen[scores.flatten().argsort(stable=True)[:count]] = False

@@ -3,8 +3,8 @@
 Theory of operation (SparseSwaps; Zimmer et al., 2025): with H = 2/n Σ x xᵀ and u the pruned weights of a row,
 the row's output has the error ½ u H uᵀ. To prune weight i and keep weight j changes twice that by exactly
 a_i + b_j − 2 w_i w_j H_ij, with a_i = 2 w_i (uH)_i + w_i² H_ii and b_j = −2 w_j (uH)_j + w_j² H_jj. Each row
-makes the best swap of the candidates with the least a and b. A row without one is searched in full, so that
-it ends in a local optimum.
+makes the best swap of the candidates with the least a and b. If none of these lowers the error, all pairs of
+the row are searched, so that the row ends in a local optimum.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .thresholds import Pattern
 
-SWAPS = 100  # of a row, at most
+SWAPS = 100  # maximum for each row
 _CANDIDATES = 32  # of each kind, in a row
-_LEAST = 1e-5  # share of a row's error that a swap must gain: above the rounding of float32
+_LEAST = 1e-5  # minimum share of a row's error that a swap removes: above the rounding of float32
 _AT_ONCE = 1 << 22  # pairs that are searched together, with about 16 bytes of working memory each
 
 # Of each row: the weight to prune, the weight to keep, and the change of u H uᵀ.
@@ -26,7 +26,7 @@ _Best = tuple[Tensor, Tensor, Tensor]
 def swapped(
     weight: Tensor, mask: Tensor, products: Tensor, *, most: int = SWAPS, pattern: Pattern | None = None
 ) -> Tensor:
-    """Returns a mask with as many survivors in each row, and errors of outputs that are no higher.
+    """Returns a mask with the same number of survivors in each row, and no greater error of any output.
 
     Rows that have not reached ``most`` swaps are locally optimal: no single swap lowers their error by more
     than rounding.
@@ -35,7 +35,7 @@ def swapped(
         weight: float32 [outputs, inputs].
         mask: bool, its shape, True for survivors.
         products: 2/n Σ x xᵀ of the layer's inputs, float32 [inputs, inputs].
-        most: the most swaps in a row.
+        most: maximum number of swaps for each row.
         pattern: a pattern that the mask has and keeps: swaps are then within its groups.
     """
     step = max(1, _AT_ONCE // max(weight.shape[1], _CANDIDATES**2))
@@ -57,7 +57,7 @@ class _Rows:
         self._pulled = (weight * ~kept) @ products  # u H
 
     def improve(self, most: int) -> None:
-        """Swaps until no row gains, or each has had ``most`` swaps."""
+        """Swaps until no swap lowers the error of a row, or each row has made ``most`` swaps."""
         active = torch.arange(len(self._weight), device=self._weight.device)
         made = torch.zeros_like(active)
         while len(active := active[made[active] < most]):
@@ -73,7 +73,7 @@ class _Rows:
             self._swap(active, out, back)
 
     def _gains(self, rows: Tensor, best: _Best) -> Tensor:
-        """Returns which rows gain more than rounding: bool [rows]."""
+        """Returns whether the best swap of each row lowers its error by more than rounding: bool [rows]."""
         gone = self._weight[rows] * ~self.kept[rows]
         errors = (gone * self._pulled[rows]).sum(1)
         return best[2] < -_LEAST * errors.clamp(min=0)

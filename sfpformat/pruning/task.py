@@ -1,4 +1,4 @@
-"""Tasks: how a model runs on a batch, and its loss or its divergence from the dense model."""
+"""Tasks: run a model on a batch, and compute its loss or its divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -127,14 +127,14 @@ def likelihood(outputs: Tensor, labels: Tensor, *, causal: bool = False) -> Tens
     same = [n for n in labels.shape if n != 1] == [n for n in leading if n != 1]
     if not leading or labels.numel() != math.prod(leading) or not (same or labels.dim() == 1):
         raise OptionError(
-            f"the labels have shape {list(labels.shape)}, the outputs {list(outputs.shape)}: each needs "
-            "a label, classes last; for another loss give a Task"
+            f"the labels have shape {list(labels.shape)}, the outputs {list(outputs.shape)}: outputs need "
+            "their classes last, and a label at each position; for another loss give a Task"
         )
     if causal and len(leading) > 1:
         outputs, labels = outputs[..., :-1, :], labels.reshape(leading)[..., 1:]
     flat = labels.flatten().long()
     if not bool((flat != IGNORED).any()):
-        raise LossError(f"the batch has no labels to count: all are {IGNORED} or padding")
+        raise LossError(f"the batch has no loss, because all its labels are {IGNORED} or padding")
     return F.cross_entropy(outputs.flatten(0, -2), flat)
 
 
@@ -220,8 +220,8 @@ def _own_loss(returned: Any) -> Tensor | None:
 
 def _scalar(loss: Tensor) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise OptionError(f"the loss of the Task is a {shape}, must be a tensor of one number")
+        found = f"tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise OptionError(f"the loss of the Task returns a {found}, must return a tensor of one number")
     return loss.reshape(())
 
 
@@ -248,7 +248,7 @@ def divergence(outputs: Tensor, dense: Tensor, counted: Tensor | None = None) ->
     if counted is not None:
         outputs, dense = outputs[counted], dense[counted]
     if not outputs.numel():
-        raise LossError("the batch has no positions to count: all are padding or have no label")
+        raise LossError("the batch has no divergence, because all its positions are padding or have no label")
     result: Tensor = _divergence(outputs, dense)
     return result
 

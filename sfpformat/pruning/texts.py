@@ -27,7 +27,7 @@ from .task import CLASSIFY, Model, Task, evaluating
 
 Batch = dict[str, Tensor]
 
-_OF = 8  # of so many windows, one is held out and one evaluated
+_OF = 8  # one of 8 windows or sentences is held out, and one is for evaluation
 _MASKED = 0.15  # share of masked tokens, as in BERT's training
 _SHARPNESS = 20.0  # factor from cosines to log-probabilities, as in the training of sentence encoders
 
@@ -60,10 +60,10 @@ def _text_of(path: Path, number: int, line: str) -> str:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise OptionError(f"{path}, line {number}: not JSON") from error
+        raise OptionError(f"{path}: line {number} is not JSON") from error
     text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str):
-        raise OptionError(f"{path}, line {number}: not an object with a string 'text'")
+        raise OptionError(f"{path}: line {number} is not an object with a string 'text'")
     return text
 
 
@@ -96,7 +96,7 @@ class TextData:
             dense: the dense model, the reference for similarities.
 
         Returns:
-            The perplexity a token. For an encoder, Spearman's correlation between the similarities of
+            The perplexity per token. For an encoder, Spearman's correlation between the similarities of
             sentence pairs within a batch and those of the dense model.
         """
         parts = self.evaluation(model, dense)
@@ -153,6 +153,8 @@ def text_data(
 ) -> TextData:
     """Makes batches from texts.
 
+    Example: ``text_data(read_texts(["prose.txt"]), tokenizer, "causal")``.
+
     Args:
         texts: any number of texts.
         tokenizer: a tokenizer of transformers.
@@ -168,7 +170,7 @@ def text_data(
     if kind not in KINDS:
         raise OptionError(f"kind is {kind!r}, must be one of {', '.join(KINDS)}")
     if window < 2 or batch < 1:
-        raise OptionError("window must be at least 2 and batch at least 1")
+        raise OptionError(f"window is {window}, must be at least 2; batch is {batch}, must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     if kind == "encoder":
         batch *= 4
@@ -181,7 +183,7 @@ def text_data(
         unit = "sentences" if kind == "encoder" else f"windows of {window} tokens"
         needed = _OF * (batch if kind == "encoder" else 1)
         raise OptionError(
-            f"there are {len(pieces)} {unit} of text, at least {needed} are needed; give more text"
+            f"the texts give {len(pieces)} {unit}, but at least {needed} are needed; give more text"
         )
     parts = [
         [piece for i, piece in enumerate(pieces) if i % _OF in places]
@@ -261,8 +263,8 @@ def similarities(model: Model, batch: Any) -> Tensor:
 def _sampled_loss(outputs: Tensor, batch: Any) -> Tensor:
     """Returns the cross-entropy with labels sampled from the outputs.
 
-    Its squared gradients give the Fisher information. There are no labels for similarities, and a distance
-    from the dense model has zero gradient at the dense model.
+    Similarities have no labels, and the gradient of a distance from the dense model is zero at the dense
+    model. The squared gradients of this loss estimate the Fisher information.
     """
     generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
     chances = outputs.detach().softmax(-1).cpu()

@@ -1,7 +1,7 @@
 """Thresholds: rules for how many of the importances are pruned. Needs only numpy.
 
-Rules: a threshold takes importances in ascending order and returns how many to prune. This covers exact
-targets and cuts found in the curve. `masks.masks_of` applies it.
+Rules: a threshold takes importances in ascending order and returns how many to prune: an exact share, or a
+number that depends on the distribution of the importances. `masks.masks_of` applies it.
 
 An N:M pattern applies to groups of consecutive inputs of each output, as sparse tensor cores read them: along
 the rows of a matrix, and along the input channels of a kernel for each output channel and kernel position
@@ -69,7 +69,7 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Quantile:
-    """Prunes importances below a quantile: like `Sparsity`, but of equal importances all or none."""
+    """Prunes importances below a quantile: like `Sparsity`, but prunes all of equal importances, or none."""
 
     share: float
 
@@ -96,7 +96,8 @@ class MeanSigma:
 
 @dataclass(frozen=True)
 class Otsu:
-    """Prunes the lower of two classes, cut for the greatest variance between them (Otsu, 1979), exactly.
+    """Prunes the lower of two classes, with the greatest variance between the classes (Otsu, 1979). All cuts
+    are compared, without a histogram.
 
     Attributes:
         log: whether to use logarithms, for importances that span many powers of ten. Importances that are not
@@ -115,7 +116,7 @@ class Otsu:
         sums = np.cumsum(values)[:-1]
         # With mean 0, the variance between the classes is sums² · n / (below · above).
         between = sums**2 / (below * (len(values) - below))
-        between[values[1:] == values[:-1]] = -1.0  # never between equal importances
+        between[values[1:] == values[:-1]] = -1.0  # no cut between equal importances
         return zeros + int(np.argmax(between)) + 1
 
 
@@ -139,6 +140,8 @@ class Knee:
 class Pattern:
     """Keeps the ``keep`` greatest of every ``of`` consecutive inputs of an output, as in 2:4 sparsity.
 
+    Example: ``prune(model, importances, Pattern(2, 4))``.
+
     Of equal importances, those with the greatest ``tiebreak`` are kept, then the last ones.
     """
 
@@ -148,7 +151,9 @@ class Pattern:
     def __post_init__(self) -> None:
         whole = all(isinstance(n, numbers.Integral) for n in (self.keep, self.of))
         if not whole or not 0 < self.keep < self.of:
-            raise OptionError(f"a pattern keeps some of its positions, not {self.keep} of {self.of}")
+            raise OptionError(
+                f"the pattern keeps {self.keep} of {self.of}; it must keep at least 1 and fewer than all"
+            )
 
     def why_not(self, shape: Sequence[int], along: Along) -> str:
         """Returns why the pattern does not fit a tensor; "" if it fits."""
@@ -160,7 +165,7 @@ class Pattern:
             within = f" in each of {groups} groups" if groups > 1 else ""
             return (
                 f"its shape {list(shape)} has {inputs:,} inputs along dimension {dim}{within}, "
-                f"which are no whole groups of {self.of}"
+                f"which is not a multiple of {self.of}"
             )
         return ""
 

@@ -1,4 +1,4 @@
-"""Training with fixed masks: survivors, a multiplier for each survivor, or factors of rows and columns."""
+"""Training with fixed masks: of survivors, a multiplier for each survivor, or factors of rows and columns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Tuning:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise OptionError(f"steps is {self.steps!r}, must be a whole number of at least 1")
         if self.rate is not None and not 0 < self.rate < math.inf:
-            raise OptionError(f"rate is {self.rate}, must be above 0")
+            raise OptionError(f"rate is {self.rate}, must be above 0 and finite")
 
 
 def fine_tune(
@@ -65,6 +65,8 @@ def fine_tune(
     progress: Progress = lambda step, loss: None,
 ) -> list[float]:
     """Trains the survivors of a pruned model in place. Pruned weights stay +0.
+
+    Example: ``fine_tune(pruned, masks, batches, teacher=dense)``.
 
     Args:
         model: run in evaluation mode. Training starts from its weights times the masks. Only weights with a
@@ -124,7 +126,7 @@ def fit_factors(
         0 and 1 are pruned, but have no factors.
 
     Raises:
-        OptionError: for the reasons of `fine_tune`; or no mask is of a tensor of rank 2 or more.
+        OptionError: for the reasons of `fine_tune`; or no mask belongs to a tensor of rank 2 or more.
         LossError: as in `fine_tune`.
     """
     _, pruned = _pruned(model, masks)
@@ -211,7 +213,7 @@ class _Through:
         """Trains the leaves with Adam; ``weights`` maps them to weights. Returns the loss of each step."""
         dense = self.teacher if self.tuning.objective == "divergence" else None
         if dense is None and self.tuning.objective == "divergence":
-            raise OptionError("the objective divergence needs a teacher, the dense model")
+            raise OptionError("the objective divergence needs the dense model as teacher")
         peak = usual_rate if self.tuning.rate is None else self.tuning.rate
         optimiser = adam([{"params": leaves, "peak": peak}])
         batches = endless(self.data)

@@ -164,12 +164,14 @@ def prunable(model: nn.Module) -> list[str]:
     These are the weights of linear, bilinear and convolutional layers (including transposed ones and
     transformers' ``Conv1D``), recurrent layers, attention, and transformers' experts. Embeddings and weights
     tied to them are not included.
+
+    Example: ``prunable(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))`` returns ``["0.weight"]``.
     """
     return _found(model, sharded=True)[0]
 
 
 def _found(model: nn.Module, *, sharded: bool = False) -> tuple[list[str], dict[str, str]]:
-    """Returns the names of `prunable`, and the weights of such layers that cannot be pruned -> reason.
+    """Returns the names of `prunable`; and, for each weight of these layers that cannot be pruned, why.
 
     Args:
         model: the model.
@@ -245,12 +247,12 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
 
     Args:
         model: the model.
-        names: names of parameters. None takes `prunable`, and warns of layers whose weights cannot be pruned,
-            and of large matrices of other modules.
+        names: names of parameters. None takes `prunable`, and warns about layers whose weights cannot be
+            pruned, and about large matrices of other modules.
 
     Raises:
-        OptionError: a name is not a prunable float parameter of rank 2 or more, two names are one tensor, or
-            there are no names.
+        OptionError: a name is not that of a prunable float parameter of rank 2 or more, two names belong to
+            the same tensor, or there are no names.
     """
     if names is None:
         names, left = _found(model)
@@ -273,8 +275,8 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
         buffers: whether names of buffers are valid too.
 
     Raises:
-        OptionError: there are no names, a name is not a prunable float parameter, or two names are one
-            tensor.
+        OptionError: there are no names, a name is not that of a prunable float parameter, or two names belong
+            to the same tensor.
     """
     if is_sharded(model):
         raise OptionError(
@@ -308,7 +310,7 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
 
 
 def _warn_of_unpruned(model: nn.Module, names: Sequence[str], left: Mapping[str, str]) -> None:
-    """Warns of weights that cannot be pruned, and of large matrices of unknown modules."""
+    """Warns about weights that cannot be pruned, and about large matrices of unknown modules."""
     if left:
         (name, reason), *others = left.items()
         also = f"; nor can {listed([other for other, _ in others])}" if others else ""
@@ -330,7 +332,7 @@ def _warn_of_unpruned(model: nn.Module, names: Sequence[str], left: Mapping[str,
     if size > _WORTH_A_WARNING * sum(model.get_parameter(name).numel() for name in names):
         warn(
             f"{listed(list(unknown))}: {size:,} weights of modules with an unknown layout are not pruned; "
-            "name them in tensors to prune them, too"
+            "give their names in tensors to prune them too"
         )
 
 
@@ -382,4 +384,4 @@ def require_masks(weights: Weights, masks: Weights) -> None:
     require_shapes(weights, masks, "mask")
     for name, mask in masks.items():
         if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-            raise OptionError(f"the mask of {name!r} has numbers other than 0 and 1; True keeps a weight")
+            raise OptionError(f"the mask of {name!r} has numbers other than 0 and 1; 1 keeps a weight")

@@ -339,7 +339,7 @@ def test_a_weight_that_the_loss_does_not_depend_on_is_named() -> None:
             super().__init__(3, 4)
             self.other = nn.Linear(3, 4)
 
-    with pytest.warns(SfpWarning, match=r"the loss depends on none of 'other.weight'"):
+    with pytest.warns(SfpWarning, match=r"the loss does not depend on 'other.weight'"):
         found = statistics(Unused(), [(torch.randn(2, 3), torch.zeros(2).long())], batches=1)
     assert not found["other.weight"].fisher.any()
 

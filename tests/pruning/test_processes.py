@@ -103,7 +103,7 @@ def test_an_error_of_one_process_is_an_error_on_the_others(results: Results) -> 
     found = of(results, "not finite")
     assert found[2].startswith("LossError: the loss is nan")
     for rank in (0, 1, 3):
-        assert found[rank] == "ProcessError: process 2 of 4 failed; its own error says why"
+        assert found[rank] == "ProcessError: process 2 of 4 failed; see the error on that process"
 
 
 def test_the_end_of_one_process_is_an_error_on_the_others_at_once(results: Results) -> None:

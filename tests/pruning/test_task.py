@@ -252,7 +252,7 @@ def test_padding_is_found_for_every_layout_of_a_layers_inputs(way: str) -> None:
 def test_inputs_that_do_not_fit_the_mask_are_named() -> None:
     _, together = two_rows("LlamaForCausalLM")
     batch = {"ids": together["input_ids"], "attention_mask": together["attention_mask"]}
-    with pytest.warns(SfpWarning, match=r"padding counts among the inputs of 'one\.weight'"):
+    with pytest.warns(SfpWarning, match=r"the statistics of 'one\.weight' include padding"):
         statistics(Tokens("chosen"), [{**batch, "labels": together["labels"]}], batches=1)
 
 
@@ -442,7 +442,7 @@ def test_models_and_batches_without_a_loss_are_refused_with_the_reason() -> None
         (OptionError, "one class", lambda: divergence(torch.zeros(3, 1), torch.zeros(3, 1))),
         (OptionError, "the dense model's", lambda: divergence(torch.zeros(3, 2), torch.zeros(1, 2))),
         (OptionError, "one number", lambda: Task(loss=lambda o, b: o).loss_of(linear, x)),
-        (LossError, "no label", lambda: CLASSIFY.loss_of(linear, (torch.randn(2, 6, 3), nothing))),
+        (LossError, "all its labels", lambda: CLASSIFY.loss_of(linear, (torch.randn(2, 6, 3), nothing))),
         (
             LossError,
             "the loss is nan",
@@ -450,7 +450,7 @@ def test_models_and_batches_without_a_loss_are_refused_with_the_reason() -> None
         ),
         (
             LossError,
-            "no position",
+            "all its positions",
             lambda: cost(made("BertForMaskedLM"), (ids, nothing), CLASSIFY, made("BertForMaskedLM")),
         ),
     ):

@@ -230,9 +230,12 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
 @pytest.mark.parametrize(
     ("words", "made"),
     [
-        ("'b' is not finite", lambda: masks_of({**A, "b": np.array([1.0, np.nan, 2.0])}, Sparsity(0.5))),
-        ("'b' is not finite", lambda: masks_of({"b": np.array([np.inf])}, Pattern(2, 4))),
-        ("'b' is no array of numbers", lambda: masks_of({"b": np.array(["x"])}, Sparsity(0.5))),
+        (
+            "'b' has numbers that are not finite",
+            lambda: masks_of({**A, "b": np.array([1.0, np.nan, 2.0])}, Sparsity(0.5)),
+        ),
+        ("'b' has numbers that are not finite", lambda: masks_of({"b": np.array([np.inf])}, Pattern(2, 4))),
+        ("'b' is not an array of numbers", lambda: masks_of({"b": np.array(["x"])}, Sparsity(0.5))),
         ("no importances", lambda: masks_of({}, Sparsity(0.5))),
         ("all tensors are exempt", lambda: masks_of(A, Sparsity(0.5), exempt=("*",))),
         ("matches 'b.weight'; the nearest is 'a.weight'", lambda: masks_of(A, 0.5, exempt=("b.weight",))),
@@ -241,7 +244,7 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("floor is 2", lambda: masks_of(A, Sparsity(0.5), floor=2)),
         ("floor is '0'", lambda: untyped(masks_of)(A, 0.5, floor="0")),
         ("floor is nan", lambda: masks_of(A, 0.5, floor=float("nan"))),
-        ("2:4 keeps 0.5", lambda: masks_of(A, Pattern(2, 4), floor=0.6)),
+        ("2:4 keeps, 0.5", lambda: masks_of(A, Pattern(2, 4), floor=0.6)),
         ("tiebreak: no tensor is named 'b'", lambda: masks_of(A, 0.5, tiebreak={"b": np.ones(8)})),
         ("tiebreak of 'a.weight' has 3", lambda: masks_of(A, 0.5, tiebreak={"a.weight": np.ones(3)})),
         ("along: no tensor is named 'b'", lambda: masks_of(A, Pattern(2, 4), along={"b": (0, 1)})),
@@ -257,12 +260,12 @@ A = {"a.weight": np.arange(8.0).reshape(2, 4)}
         ("sparsity is 1.5", lambda: Sparsity(1.5)),
         ("sparsity is '0.5'", lambda: untyped(Sparsity)("0.5")),
         ("quantile is -0.1", lambda: Quantile(-0.1)),
-        ("4 of 4", lambda: Pattern(4, 4)),
-        ("2.0 of 4", lambda: untyped(Pattern)(2.0, 4)),
+        ("keeps 4 of 4", lambda: Pattern(4, 4)),
+        ("keeps 2.0 of 4", lambda: untyped(Pattern)(2.0, 4)),
         ("k is nan", lambda: MeanSigma(float("nan"))),
         ("k is 1", lambda: untyped(MeanSigma)("1")),
         ("ascend", lambda: graded({"a": np.ones(3)}, (0.5, 0.4))),
-        ("'a' is not finite", lambda: graded({"a": np.array([1.0, np.nan])})),
+        ("'a' has numbers that are not finite", lambda: graded({"a": np.array([1.0, np.nan])})),
     ],
 )
 def test_invalid_arguments_are_refused(words: str, made: Callable[[], object]) -> None:

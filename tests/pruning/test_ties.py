@@ -207,7 +207,7 @@ def test_statistics_under_another_name_are_accepted(model: Tied, name: str) -> N
         model, batches(), 0.5, settings=Settings(steps=1), tensors=[name], found=found
     ).importances
     assert list(by_name) == [name]
-    with pytest.raises(OptionError, match=r"found: nothing for 'mid\.weight'"):
+    with pytest.raises(OptionError, match=r"found has no value for 'mid\.weight'"):
         learn_importance(
             model, batches(), 0.5, settings=Settings(steps=1), tensors=["mid.weight"], found=found
         )
