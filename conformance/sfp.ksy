@@ -6,9 +6,9 @@ meta:
   ks-version: '0.10'
   endian: le
 doc: |
-  The container of SPEC.md: preamble, directory, and what lies at fixed places in chunks. It is for hex viewers
-  and for a start in another language. What follows from the directory (code tables, planes, levels) is not here,
-  and nothing is checked that SPEC.md asks a reader to check.
+  The container of SPEC.md: the preamble, the directory, and the fields at fixed offsets in chunks. Use it for hex
+  viewers, or as a start for a reader in another language. It does not parse the parts whose layout depends on the
+  directory (code tables, planes, levels), and makes none of the checks that SPEC.md requires of a reader.
 doc-ref: SPEC.md
 seq:
   - id: preamble
@@ -16,8 +16,8 @@ seq:
   - id: chunks
     size: preamble.directory_offset - 64
     doc: |
-      All chunks, one after another (R-LAY-001): tensors in the order of the directory, of each its vector chunk
-      first. Their lengths are in the records of the entries, see `chunk_records`.
+      All chunks, one after another (R-LAY-001): tensors in the order of the directory; of each tensor first its
+      vector chunk. The chunk records of the entries contain the lengths, see `chunk_records`.
   - id: directory
     type: value
     size: preamble.directory_length
@@ -46,9 +46,9 @@ types:
         size: 16
       - id: checksum
         type: u4
-        doc: CRC-32 of the 60 bytes before
+        doc: CRC-32 of bytes 0 to 59
   value:
-    doc: A MessagePack value of the subset of SPEC.md chapter 6; numbers in it are big-endian.
+    doc: A value in the subset of MessagePack of SPEC.md chapter 6; its numbers are big-endian.
     meta:
       endian: be
     seq:
@@ -96,7 +96,7 @@ types:
       is_integer:
         value: first < 0x80 or (first >= 0xcc and first <= 0xcf)
       number:
-        doc: an integer's value, or how many bytes, elements or pairs follow
+        doc: the value of an integer, or the number of bytes, elements or pairs that follow
         value: >-
           first < 0x80 ? first :
           (first & 0xf0) == 0x80 or (first & 0xf0) == 0x90 ? (first & 0x0f) :
@@ -125,8 +125,8 @@ types:
         doc: CRC-32 of the chunk
   chunk_header:
     doc: |
-      What a chunk of a tensor with coding `fingerprint` begins with (SPEC.md 15.2); how many quantities there are
-      follows from the entry.
+      The header of a chunk of a tensor with coding `fingerprint` (SPEC.md 15.2). The entry determines the number
+      of quantities.
     params:
       - id: count
         type: u4
@@ -141,6 +141,6 @@ types:
         type: u4
       - id: width
         type: u1
-        doc: bits of each segment's field; 0 where all segments have the minimum
+        doc: number of bits of each segment's field; 0 if all segments have the minimum
       - id: reserved
         size: 3

@@ -1,4 +1,4 @@
-"""A driver over a reader: what to copy for your own. Here it is this package's; replace `read`.
+"""A driver for a reader. Copy it for your own reader and replace `read`, which calls this package's reader.
 
 sfp conformance run --decoder 'python conformance/drivers/reader.py'
 """
@@ -14,7 +14,7 @@ LIMITS = sfpformat.Limits(**{name: int(n) for name, n in (word.split("=") for wo
 
 
 def read(path: str, folder: pathlib.Path) -> list[dict[str, object]]:
-    """Decodes a file: describes its tensors, in order, and writes their arrays into a folder."""
+    """Decodes a file and writes its arrays into a folder. Returns descriptions of its tensors, in order."""
     tensors: list[dict[str, object]] = []
     with sfpformat.open(path, limits=LIMITS) as file:
         for number, name in enumerate(file):
@@ -30,7 +30,7 @@ def read(path: str, folder: pathlib.Path) -> list[dict[str, object]]:
 
 
 def answer(question: str, *words: str) -> dict[str, object]:
-    """The answer to a line."""
+    """Returns the answer to a question."""
     if question != "decode":
         return {"ok": False, "detail": f"unknown question {question!r}"}
     try:

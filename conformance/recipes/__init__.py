@@ -4,8 +4,8 @@
     python -m conformance.recipes --check    # exit status 1 if they differ from the existing files
 
 The recipes build the files bit by bit from levels, without the package's writer. The slow reader, which was
-written from SPEC.md alone, computes their contents. So golden files change only if a recipe changes, and do
-not depend on the package.
+written from SPEC.md alone, computes their contents. Golden files therefore change only if a recipe changes,
+and do not depend on the package.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AREAS = (
 
 
 def suite() -> Suite:
-    """All cases."""
+    """Returns all cases."""
     out = Suite()
     for area in AREAS:
         out.recipe = area.__name__.removeprefix("conformance.")

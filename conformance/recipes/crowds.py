@@ -1,6 +1,7 @@
 """Files with many plain tensors, one of them faulty: a reader that checks entries in bulk must detect it.
 
-Plain are raw tensors, and lossless ones in their own dtype with nothing beside them, as in dense models.
+Plain tensors are raw tensors, and lossless tensors coded in their own dtype without mask, scale and
+importance, as in dense models.
 """
 
 from __future__ import annotations

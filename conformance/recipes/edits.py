@@ -71,11 +71,11 @@ def one(fingerprints: dict[str, Any], levels: list[int], dtype: str = "F32", **m
     """Returns a tensor `one` of rank 1 with a position for each level.
 
     Args:
-        fingerprints: the map of that name, without `base`, `extra`, `codes`, `group` being left out.
-        levels: of the survivors.
-        dtype: of the tensor.
-        more: arguments of `hand_part`; mask bits as ``mask``, the map as ``mask_map``; levels of the
-            importance as ``importance_levels``; all others are keys of the entry.
+        fingerprints: the complete map of that name, with `base`, `extra`, `codes` and `group`.
+        levels: the levels of the survivors.
+        dtype: the dtype of the tensor.
+        more: arguments of `hand_part`; the mask's bits as ``mask`` and its map as ``mask_map``; the levels of
+            the importance as ``importance_levels``. All others are keys of the entry.
     """
     ours = ("mask", "codes", "trims", "vectors", "importance_levels")
     given = {key: more.pop(key) for key in ours if key in more}

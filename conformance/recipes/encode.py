@@ -1,8 +1,8 @@
-"""Jobs for writers: arrays, what is to be chosen, and the contents that the file must have.
+"""Jobs for writers: arrays, choices, and the contents that the file must have.
 
-Every weight of a job has an exact code under its choices, so that its contents are the inputs, bit for bit,
-whatever else the writer chooses. Choices are named as in chapter 22; those that a job leaves out are free.
-Of a raw tensor none is: the manifest has the digest of the one canonical file.
+The choices of a job represent every weight exactly. The contents of the file are therefore the inputs, bit
+for bit, whatever else the writer chooses. Choices have the names of chapter 22; the writer is free in those
+that a job omits. A raw tensor leaves no choice: the manifest has the digest of the one canonical file.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def coded(name: str = "coded") -> Part:
 def plain() -> bytes:
     """Returns a file with one tensor and one class per stream, in which the meaning of each bit is obvious.
 
-    40 positions of BF16 in two segments of 32 and 8; 16 residual bits a survivor; a raw bitmap as mask.
+    40 positions of BF16 in two segments of 32 and 8; 16 residual bits per survivor; a plain bitmap as mask.
     """
     entry = {
         "name": "plain",

@@ -21,7 +21,7 @@ from conformance.clauses import IN_CHUNKS, clauses_of_spec
 
 Edit = Callable[[Forge], object]
 
-HOSTILE_MEMORY = 64 << 20  # bytes that a reader may take for a file that claims more than it has
+HOSTILE_MEMORY = 64 << 20  # bytes that a reader may use for a file that claims more data than it contains
 
 
 @dataclass

@@ -153,7 +153,7 @@ def _add_fuzz(actions: Subparsers[Parser]) -> None:
     parser.add_argument(
         "--megabytes", metavar="M", type=int, help="limit of the address space of the program (none)"
     )
-    parser.add_argument("--json", action="store_true", help="the results as JSON")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -81,11 +81,11 @@ def _change_root(file: Forge, choices: Choices) -> str:
     if what == 2 and file.parts:
         part = choices.pick(file.parts)
         file.parts.append(Part(dict(part.entry), [*part.chunks], part.vectors))
-        return f"{_name(part)} comes twice"
+        return f"{_name(part)} occurs twice"
     if what == 3 and file.parts:
-        return f"{_name(file.parts.pop(choices.below(len(file.parts))))} is left out"
+        return f"{_name(file.parts.pop(choices.below(len(file.parts))))} is missing"
     file.parts.reverse()
-    return "the tensors in the other order"
+    return "the tensors in reverse order"
 
 
 def _change_map(fields: dict[str, Any], choices: Choices) -> str:
@@ -102,7 +102,7 @@ def _change_map(fields: dict[str, Any], choices: Choices) -> str:
     name = choices.pick(names)
     if what == 6:
         del fields[name]
-        return f"{name} is left out"
+        return f"{name} is missing"
     fields[name] = _changed(fields[name], choices)
     shown = repr(fields[name])
     return f"{name} is {shown if len(shown) < 60 else shown[:60] + ' ...'}"
@@ -149,7 +149,7 @@ def _change_encoding(file: Forge, choices: Choices) -> str:
         return f"the directory: {words}"
     if what == 1:
         file.directory = good[: choices.below(len(good) or 1)]
-        return f"the directory cut at {len(file.directory)}"
+        return f"the directory truncated to {len(file.directory)} bytes"
     if what == 2:
         file.directory = good + choices.pick((b"\0", b"\xc1", good))
         return "bytes after the directory's value"
@@ -169,10 +169,10 @@ def _rewritten(pairs: list[Any], choices: Choices, what: int) -> str:
     key, value = pairs[at]
     if what == 3:
         pairs.append(pairs.pop(at))
-        return f"{key} comes last"
+        return f"{key} is last"
     if what == 4:
         pairs.insert(at, pairs[at])
-        return f"{key} comes twice"
+        return f"{key} occurs twice"
     raw = pack(value)
     longer = Raw(_longer(raw) or b"\xc0")
     pairs[at] = (key, longer)
@@ -270,7 +270,7 @@ def _resize_chunk(file: Forge, choices: Choices) -> str:
         del part.chunks[k]
     else:
         part.chunks.append(part.chunks.pop(k))
-    return f"{_name(part)}, chunk {k}: {('longer', 'shorter', 'twice', 'left out', 'comes last')[what]}"
+    return f"{_name(part)}, chunk {k}: {('longer', 'shorter', 'twice', 'missing', 'last')[what]}"
 
 
 def _change_vectors(file: Forge, choices: Choices) -> str:
@@ -328,13 +328,13 @@ def _as_bytes(data: bytes, choices: Choices) -> tuple[bytes, str]:
     what = choices.below(4)
     if what == 0:
         cut = choices.below(len(data))
-        return data[:cut], f"the file cut at {cut}"
+        return data[:cut], f"the file truncated to {cut} bytes"
     if what == 1:
         return data + bytes(choices.pick((1, 64))), "bytes after the end"
     out, words = _struck(bytearray(data), choices)
     if what == 2:
         out[60:64] = zlib.crc32(out[:60]).to_bytes(4, "little")
-        words += ", the preamble's checksum mended"
+        words += ", the preamble's checksum repaired"
     return bytes(out), f"the file: {words}"
 
 

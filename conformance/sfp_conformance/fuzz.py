@@ -116,7 +116,7 @@ def _word(theirs: Json) -> str:
 
 
 def _accepts(ours: FileFault) -> Parting:
-    return Parting("accepts", ours.clause, f"accepts what breaks {ours.clause}: {ours.detail}")
+    return Parting("accepts", ours.clause, f"accepts a file that breaks {ours.clause}: {ours.detail}")
 
 
 def _refuses(theirs: Json) -> Parting:

@@ -46,7 +46,7 @@ def judge_answer(case: Case, answer: Json, *, within: bool = True) -> Verdict:
     if not within and not answer["ok"]:
         return Verdict(UNSUPPORTED, f"refused with {answer.get('error')}" if "error" in answer else "")
     if answer.get("unsupported"):
-        return Verdict(FAIL, "not supported, though the program claims to have it")
+        return Verdict(FAIL, "answered that it does not support a feature that it claims to support")
     if answer["ok"]:
         if not case.accepted:
             fault = case.faults[0]
@@ -114,7 +114,7 @@ def judge_contents(
     wrong = _wrong_description(case.contents, answer) or _wrong_arrays(case.contents, written, may_ignore)
     if wrong is not None:
         return Verdict(FAIL, wrong)
-    return verdict if "metadata" in answer else Verdict(PASS, notes=("does not tell the metadata",))
+    return verdict if "metadata" in answer else Verdict(PASS, notes=("the answer has no metadata",))
 
 
 def _wrong_description(contents: Contents, answer: Json) -> str | None:

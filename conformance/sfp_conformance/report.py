@@ -78,7 +78,7 @@ def page(results: Results) -> str:
     """Returns the results as one self-contained page: first the failures, then all clauses."""
     bad = results.bad
     passed = '<p class="verdict ok">All cases passed.</p>'
-    failed = f'<p class="verdict bad">{len(bad)} of {len(results.outcomes)} fail.</p>'
+    failed = f'<p class="verdict bad">{len(bad)} of {len(results.outcomes)} cases failed.</p>'
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>SFP conformance</title>",
         "<meta name=viewport content='width=device-width'>",
@@ -140,13 +140,13 @@ def _matrix(results: Results) -> str:
         for clause in outcome.case.clauses:
             by_clause[clause].append(outcome)
     rows = [_row(results.suite, clause, by_clause[clause]) for clause in results.suite.clauses]
-    head = "<tr><th>clause<th class=n>passed<th class=n>failed<th class=n>left out<th>cases"
+    head = "<tr><th>clause<th class=n>passed<th class=n>failed<th class=n>not run<th>cases"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _row(suite: Suite, clause: str, outcomes: list[Outcome]) -> str:
     if not outcomes:
-        why = "no case was asked, or none can show it"
+        why = "no case was selected, or no file can test it"
         return f"<tr class=none data-words='{clause.lower()}'><td><code>{clause}</code><td colspan=4>{why}"
     failed = [o for o in outcomes if o.bad]
     skipped = [o for o in outcomes if o.verdict.outcome in _LEFT_OUT]

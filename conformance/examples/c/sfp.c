@@ -1,12 +1,12 @@
-/* A reader of .sfp files, from SPEC.md; chapters named below are that document's.
+/* A reader of .sfp files, written from SPEC.md. Chapter numbers below are those of that document.
  *
- * From the bottom up: faults; bytes and bits; numbers; MessagePack; the directory's maps; one tensor's streams,
- * chunks and segments; the calls of sfp.h.
+ * Order, from the bottom up: faults; bytes and bits; numbers; MessagePack; the maps of the directory; streams,
+ * chunks and segments of a tensor; the functions of sfp.h.
  *
- * What keeps hostile files harmless: the directory is checked as MessagePack once, whole, before anything is
- * made of it, and every later look still checks bounds; a chunk's parts are measured against its length before
- * a bit of them is read, and each has at least 16 bytes after it, so that eight bytes can be loaded wherever a
- * part has a bit or ends; no loop runs over a segment's share of a plane without comparing with its end.
+ * Safety against hostile files: check_encoding checks the whole directory as MessagePack before any other
+ * function uses it, and later accesses check bounds again. The sizes of a chunk's parts are compared with its
+ * length before any bit of them is read. At least 16 bytes follow each part, so that 8 bytes can be loaded at
+ * every bit of a part and at its end. Every loop over a segment's bits in a plane compares with their end.
  */
 #include "sfp.h"
 
@@ -15,8 +15,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Reconstruction is defined in binary32 and binary64, each operation rounded to that (chapter 14). No sum of
- * products occurs in it, so that a compiler has nothing to fuse; -ffp-contract=off says so all the same. */
+/* Reconstruction uses binary32 and binary64 operations, each rounded to its type (chapter 14). It contains no sum
+ * of products that a compiler could fuse; the Makefile sets -ffp-contract=off nevertheless. */
 #if CHAR_BIT != 8 || FLT_RADIX != 2 || FLT_MANT_DIG != 24 || FLT_MAX_EXP != 128 || DBL_MANT_DIG != 53
 #error "binary32 as float and binary64 as double are needed"
 #endif
@@ -26,7 +26,7 @@
 
 /* ------------------------------------------------------------------------------------------------ faults */
 
-/* Every requirement that a reader refuses a file by, with its error. */
+/* The requirements by which a reader refuses files, with their error codes. */
 #define CLAUSES(X)                                                                                             \
     X(R_PRE_001, "R-PRE-001", SFP_E_MAGIC)                                                                     \
     X(R_PRE_002, "R-PRE-002", SFP_E_TRUNCATED)                                                                 \
@@ -131,7 +131,7 @@ static const struct {
 
 static const sfp_span NO_SPAN = {NULL, 0};
 
-/* Notes a fault; always false, for the caller to return. */
+/* Sets a fault. Always returns false, which the caller returns. */
 static bool refuse(sfp_fault *fault, clause broken, uint64_t offset, const char *detail)
 {
     fault->error = CLAUSE_TABLE[broken].error;
@@ -154,8 +154,8 @@ const char *sfp_error_name(sfp_error error)
 
 /* ------------------------------------------------------------------------------------------ bytes and bits */
 
-/* Of the functions that every bit and every value goes through, compilers are told that they are inline: they
- * look longer than they are, loads and stores of single bytes that become one instruction. */
+/* The functions that run for every bit and every value are inline. Compilers turn their loads and stores of single
+ * bytes into one instruction. */
 
 static inline uint32_t load32(const uint8_t *p)
 {
@@ -168,7 +168,7 @@ static inline uint64_t load64(const uint8_t *p)
            (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
 }
 
-/* The integer of 1, 2, 4 or 8 bytes at p. */
+/* Returns the integer of 1, 2, 4 or 8 bytes at p. */
 static uint64_t load(const uint8_t *p, size_t size)
 {
     switch (size) {
@@ -197,31 +197,31 @@ static inline void store64(uint8_t *p, uint64_t x)
     store32(p + 4, (uint32_t)(x >> 32));
 }
 
-/* The 57 bits, or more, that come next in a bit sequence. */
+/* Returns at least 57 bits of a bit sequence, from bit `at` on. */
 static inline uint64_t peek(const uint8_t *bits, uint64_t at)
 {
     return load64(bits + (at >> 3)) >> (at & 7);
 }
 
-/* 2^width - 1, for widths under 64. */
+/* Returns 2^width - 1, for widths below 64. */
 static inline uint64_t ones(unsigned width)
 {
     return ((uint64_t)1 << width) - 1;
 }
 
-/* ceil(a / b), for b > 0. */
+/* Returns ceil(a / b), for b > 0. */
 static uint64_t divide_up(uint64_t a, uint64_t b)
 {
     return a / b + (a % b != 0);
 }
 
-/* The least multiple of k, a power of two, not under x. */
+/* Returns x rounded up to a multiple of k, a power of two. */
 static uint64_t align(uint64_t x, uint64_t k)
 {
     return (x + k - 1) & ~(k - 1);
 }
 
-/* The first byte in from..to-1 that is not zero, or `to`. */
+/* Returns the index of the first byte in from..to-1 that is not zero, or `to`. */
 static uint64_t first_nonzero(const uint8_t *bytes, uint64_t from, uint64_t to)
 {
     while (from < to && bytes[from] == 0) {
@@ -230,8 +230,7 @@ static uint64_t first_nonzero(const uint8_t *bytes, uint64_t from, uint64_t to)
     return from;
 }
 
-/* Tables by which eight bytes are taken into a CRC-32 at once: tables[i][b] is the share of byte b with i
- * bytes after it. */
+/* Tables for a CRC-32 of eight bytes at once: shares[i][b] is the contribution of byte b that i bytes follow. */
 typedef struct crc_tables {
     uint32_t shares[8][256];
 } crc_tables;
@@ -299,9 +298,9 @@ typedef enum dtype_id {
 typedef struct dtype {
     const char *name;
     unsigned bits;
-    unsigned mantissa;  /* bits of the mantissa; of floats only, as what follows */
-    uint64_t nonfinite; /* the first pattern that is not finite; 0 for what coding `fingerprint` does not take */
-    unsigned widens_to; /* a bit for each dtype_id */
+    unsigned mantissa;  /* bits of the mantissa; this and the following fields are 0 except for floats */
+    uint64_t nonfinite; /* the first pattern that is not finite; 0 if coding `fingerprint` excludes the dtype */
+    unsigned widens_to; /* a bit for each dtype_id to which it widens */
 } dtype;
 
 #define WIDE (1u << F32 | 1u << F64)
@@ -331,7 +330,7 @@ static const dtype DTYPES[DTYPE_COUNT] = {
     [F8_E5M2FNUZ] = {"F8_E5M2FNUZ", 8, 0, 0, 0},
 };
 
-/* The dtypes that scales, factors and exact importances may have. */
+/* Returns whether scales, factors and exact importances can have the dtype. */
 static bool is_factor_dtype(const dtype *t)
 {
     return t == &DTYPES[F32] || t == &DTYPES[F16] || t == &DTYPES[BF16];
@@ -361,8 +360,8 @@ static uint32_t bits_of(float x)
     return bits;
 }
 
-/* The product rounded to binary32. Where a compiler computes in binary64, that holds the product exactly, and the
- * cast is the one rounding. */
+/* Returns the product rounded to binary32. If a compiler computes in binary64, the product there is exact, and the
+ * cast is the only rounding. */
 static float multiply(float a, float b)
 {
     return (float)(a * b);
@@ -387,7 +386,7 @@ static bool is_finite(float x)
     return is_finite_pattern(&DTYPES[F32], bits_of(x));
 }
 
-/* A finite number of F32 or a narrower dtype, as float. */
+/* Converts a finite number of F32 or a narrower dtype to float. */
 static float widen(const dtype *t, uint64_t pattern)
 {
     if (t == &DTYPES[F32]) {
@@ -404,7 +403,7 @@ static float widen(const dtype *t, uint64_t pattern)
     uint32_t bias = (UINT32_C(1) << (t->bits - 2 - t->mantissa)) - 1;
     uint32_t exponent = (magnitude >> t->mantissa) + 127 - bias;
     uint32_t fraction = magnitude & (uint32_t)ones(t->mantissa);
-    if (magnitude >> t->mantissa == 0) { /* subnormal here, normal as F32: shift until its first bit is implied */
+    if (magnitude >> t->mantissa == 0) { /* subnormal in the dtype, normal in F32: shift until the first bit is implied */
         for (exponent++; fraction >> t->mantissa == 0; exponent--) {
             fraction <<= 1;
         }
@@ -413,14 +412,14 @@ static float widen(const dtype *t, uint64_t pattern)
     return float_of(sign | exponent << 23 | fraction << (23 - t->mantissa));
 }
 
-/* x div 2^shift rounded to nearest, ties to even, for shifts from 1 to 31. */
+/* Returns x / 2^shift rounded to nearest, ties to even, for shifts from 1 to 31. */
 static uint32_t shift_rounded(uint32_t x, unsigned shift)
 {
     uint32_t half_less_one = (UINT32_C(1) << (shift - 1)) - 1;
     return (x + half_less_one + (x >> shift & 1)) >> shift;
 }
 
-/* A float that is no NaN, rounded to F16, BF16 or an 8-bit dtype (R-REC-002, R-REC-003). */
+/* Rounds a float that is not a NaN to F16, BF16 or an 8-bit dtype (R-REC-002, R-REC-003). */
 static uint64_t round_to_narrow(const dtype *t, float x)
 {
     uint32_t magnitude = bits_of(x) & UINT32_C(0x7FFFFFFF);
@@ -429,18 +428,18 @@ static uint64_t round_to_narrow(const dtype *t, float x)
     uint32_t bias_less = 127 - ((UINT32_C(1) << (t->bits - 2 - t->mantissa)) - 1);
     uint32_t exponent = magnitude >> 23;
     uint32_t rounded;
-    if (exponent > bias_less) { /* normal there too; rounding up may carry into the exponent, as it should */
+    if (exponent > bias_less) { /* normal there too; rounding up can carry into the exponent, which is correct */
         rounded = shift_rounded(magnitude - (bias_less << 23), shift);
     } else {
         uint32_t significand = (magnitude & 0x7FFFFF) | (exponent > 0 ? UINT32_C(1) << 23 : 0);
         shift += bias_less + 1 - (exponent > 0 ? exponent : 1);
-        rounded = shift_rounded(significand, shift < 31 ? shift : 31); /* 26 bits and more leave nothing */
+        rounded = shift_rounded(significand, shift < 31 ? shift : 31); /* shifts of 26 and more give zero */
     }
-    /* The first pattern that is not finite is the infinity, or E4M3's only NaN. */
+    /* The first pattern that is not finite is the infinity or, in E4M3, the only NaN. */
     return sign | (rounded < t->nonfinite ? rounded : t->nonfinite);
 }
 
-/* A float that is no NaN, in the pattern of a float dtype: rounded where that is narrower, else exact. */
+/* Returns the pattern of a float that is not a NaN in a float dtype: rounded if the dtype is narrower, else exact. */
 static uint64_t pattern_of(const dtype *t, float x)
 {
     if (t == &DTYPES[F32]) {
@@ -451,7 +450,7 @@ static uint64_t pattern_of(const dtype *t, float x)
 
 /* ---------------------------------------------------------------------------------------------- MessagePack */
 
-/* The directory, and what reading it needs. */
+/* The directory, with the data that the functions that read it need. */
 typedef struct directory {
     const uint8_t *bytes;
     size_t length;
@@ -465,9 +464,9 @@ typedef enum kind { NOTHING, UNSIGNED, STRING, BINARY, ARRAY, MAP } kind;
 /* A value of the directory. */
 typedef struct value {
     kind kind;
-    size_t at;       /* where it begins in the directory */
-    size_t content;  /* where its bytes, elements or pairs begin */
-    uint64_t number; /* the integer; or how many bytes, elements or pairs */
+    size_t at;       /* offset of its first byte in the directory */
+    size_t content;  /* offset of its bytes, elements or pairs */
+    uint64_t number; /* the integer, or the number of bytes, elements or pairs */
 } value;
 
 static bool refuse_at(const directory *d, clause broken, size_t at, const char *detail)
@@ -492,7 +491,7 @@ static bool span_is(sfp_span span, const char *word)
     return span.length == strlen(word) && memcmp(span.bytes, word, span.length) == 0;
 }
 
-/* The encodings with the number in bytes of its own; a number under `least` has a shorter one. */
+/* The encodings with a number after the first byte. A number below `least` has a shorter encoding. */
 static const struct {
     uint8_t byte;
     uint8_t width;
@@ -506,11 +505,11 @@ static const struct {
     {0xDF, 4, MAP, 65536},    {0xCF, 8, UNSIGNED, UINT64_C(1) << 32},
 };
 
-/* The kind and the number of the value that begins at *at, which is moved to its content. */
+/* Reads the kind and the number of the value at *at. Sets *at to the offset of its content. */
 static bool read_head(const directory *d, size_t *at, value *v)
 {
     if (*at >= d->length) {
-        return refuse_at(d, R_MSG_007, d->length, "the directory ends before its value does");
+        return refuse_at(d, R_MSG_007, d->length, "the directory ends within its value");
     }
     uint8_t byte = d->bytes[*at];
     v->at = *at;
@@ -528,22 +527,22 @@ static bool read_head(const directory *d, size_t *at, value *v)
         return refuse_at(d, R_MSG_001, v->at, "a type that the directory does not use");
     }
     if (d->length - *at < HEADS[i].width) {
-        return refuse_at(d, R_MSG_007, v->at, "a number runs over the directory's end");
+        return refuse_at(d, R_MSG_007, v->at, "a number does not end within the directory");
     }
     v->kind = HEADS[i].kind;
     v->number = 0;
-    for (unsigned k = 0; k < HEADS[i].width; k++) { /* MessagePack has its numbers most significant byte first */
+    for (unsigned k = 0; k < HEADS[i].width; k++) { /* MessagePack stores the most significant byte of a number first */
         v->number = v->number << 8 | d->bytes[*at + k];
     }
     v->content = *at += HEADS[i].width;
     if (v->number < HEADS[i].least) {
-        return refuse_at(d, R_MSG_002, v->at, "not the shortest encoding");
+        return refuse_at(d, R_MSG_002, v->at, "an encoding that is not the shortest");
     }
     return true;
 }
 
-/* As read_head, but *at is moved past strings and binaries, and what a value needs is held against the bytes
- * that are left: one for each element at least, two for each pair (R-MSG-008). */
+/* Like read_head, but sets *at to the end of strings and binaries, and checks that enough bytes are left for the
+ * content: at least one for each element, two for each pair (R-MSG-008). */
 static bool read_value(const directory *d, size_t *at, value *v)
 {
     if (!read_head(d, at, v)) {
@@ -551,7 +550,7 @@ static bool read_value(const directory *d, size_t *at, value *v)
     }
     uint64_t left = v->kind == MAP ? (d->length - *at) / 2 : d->length - *at;
     if (v->kind != UNSIGNED && v->number > left) {
-        return refuse_at(d, R_MSG_007, v->at, "a value runs over the directory's end");
+        return refuse_at(d, R_MSG_007, v->at, "a value does not end within the directory");
     }
     if (v->kind == STRING || v->kind == BINARY) {
         *at += (size_t)v->number;
@@ -559,7 +558,7 @@ static bool read_value(const directory *d, size_t *at, value *v)
     return true;
 }
 
-/* Well-formed UTF-8 without U+0000. */
+/* Returns whether bytes are well-formed UTF-8 without U+0000. */
 static bool is_text(const uint8_t *p, size_t length)
 {
     const uint8_t *end = p + length;
@@ -575,7 +574,7 @@ static bool is_text(const uint8_t *p, size_t length)
         if ((size_t)(end - p) < more) {
             return false;
         }
-        /* The byte after the lead tells overlong forms, surrogates and what is above U+10FFFF. */
+        /* The second byte shows overlong forms, surrogates and code points above U+10FFFF. */
         uint8_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
         uint8_t greatest = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
         if (p[0] < least || p[0] > greatest) {
@@ -599,11 +598,11 @@ static bool check_text(const directory *d, const value *v)
     return true;
 }
 
-/* An array or map of which the elements are being checked. */
+/* An array or map whose elements are being checked. */
 typedef struct container {
     bool is_map;
-    uint64_t left; /* elements or pairs still to come */
-    sfp_span key;  /* the last one */
+    uint64_t left; /* remaining elements or pairs */
+    sfp_span key;  /* the previous key */
 } container;
 
 static bool check_key(const directory *d, size_t *at, container *map)
@@ -622,13 +621,13 @@ static bool check_key(const directory *d, size_t *at, container *map)
     int order = map->key.bytes == NULL ? 1 : compare_spans(span, map->key);
     if (order <= 0) {
         return order < 0 ? refuse_at(d, R_MSG_004, key.at, "a map's keys are not in ascending order")
-                         : refuse_at(d, R_MSG_005, key.at, "a key comes twice in a map");
+                         : refuse_at(d, R_MSG_005, key.at, "a map contains a key twice");
     }
     map->key = span;
     return true;
 }
 
-/* Chapter 6, for the whole directory. */
+/* Checks the encoding of the whole directory (chapter 6). */
 static bool check_encoding(const directory *d)
 {
     container open[SFP_MAX_DEPTH];
@@ -662,7 +661,8 @@ static bool check_encoding(const directory *d)
     return true;
 }
 
-/* The next value, whole, of a directory that check_encoding has passed; false where there is none. */
+/* Reads a value and sets *at to its end, in a directory that check_encoding accepted. Returns false if there is no
+ * value. */
 static bool next_value(const directory *d, size_t *at, value *v)
 {
     if (!read_value(d, at, v)) {
@@ -679,13 +679,13 @@ static bool next_value(const directory *d, size_t *at, value *v)
     return true;
 }
 
-/* A key that is looked for in a map, and where its value goes. */
+/* A key to find in a map, and the place for its value. */
 typedef struct field {
     const char *key;
     value *into;
 } field;
 
-/* The values of those keys, of kind NOTHING where the map does not have them. */
+/* Reads the values of these keys; a key that the map lacks gets a value of kind NOTHING. */
 static void read_fields(const directory *d, const value *map, const field *fields, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
@@ -706,7 +706,7 @@ static void read_fields(const directory *d, const value *map, const field *field
     }
 }
 
-/* A value that must be there, of that kind. */
+/* Checks that a value is present and has the kind. */
 static bool require(const directory *d, const value *v, kind wanted)
 {
     if (v->kind == NOTHING) {
@@ -723,7 +723,7 @@ static bool has(const value *v)
     return v->kind != NOTHING;
 }
 
-/* Values that must not be there, because their keys' conditions do not hold. */
+/* Checks that values are absent, because the conditions of their keys do not hold. */
 static bool absent(const directory *d, const value *const *values, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
@@ -734,7 +734,7 @@ static bool absent(const directory *d, const value *const *values, size_t count)
     return true;
 }
 
-/* The number of the word that a string is, or `count` if it is none of them. */
+/* Returns the index of a string in a list of words, or `count` if it is not in the list. */
 static size_t word_of(const directory *d, const value *v, const char *const *words, size_t count)
 {
     size_t i = 0;
@@ -744,7 +744,7 @@ static size_t word_of(const directory *d, const value *v, const char *const *wor
     return i;
 }
 
-/* The dtype that a string names, or NULL. */
+/* Returns the dtype that a string names, or NULL. */
 static const dtype *dtype_of(const directory *d, const value *v)
 {
     for (size_t i = 0; i < DTYPE_COUNT; i++) {
@@ -759,15 +759,15 @@ static const dtype *dtype_of(const directory *d, const value *v)
 
 enum { MAX_CLASSES = 4096, MAX_PAIRED = 64, MAX_CODES = 16, MAX_EXTRA = 56, MAX_LENGTH = 12, MAX_USED = 256 };
 
-/* Chapter 8, as the directory has it. */
+/* A code table as the directory stores it (chapter 8). */
 typedef struct code_table {
     uint64_t base;
-    uint64_t last; /* the greatest level: top - 1, which 64 bits hold */
+    uint64_t last; /* the greatest level: top - 1, which fits into 64 bits */
     const uint8_t *extra;
     size_t classes;
     size_t codes;
     size_t code_bytes;
-    size_t codes_at; /* in the directory: the first code */
+    size_t codes_at; /* offset of the first code in the directory */
     unsigned group;
 } code_table;
 
@@ -779,10 +779,10 @@ typedef struct stream {
     bool present;
     code_table table;
     quantiser quantiser;
-    const dtype *coded; /* exact */
-    bool trimmed;       /* exact */
-    float step;         /* uniform */
-    uint64_t centroids; /* table */
+    const dtype *coded; /* with exact */
+    bool trimmed;       /* with exact */
+    float step;         /* with uniform */
+    uint64_t centroids; /* with table */
 } stream;
 
 typedef enum scale_per { PER_TENSOR, PER_ROW, PER_COLUMN, PER_GROUP, PER_COUNT } scale_per;
@@ -801,21 +801,21 @@ typedef struct vector {
     const dtype *dtype;
 } vector;
 
-/* A tensor entry (chapter 7) that keeps all requirements on it. */
+/* A tensor entry (chapter 7) that passed all checks. */
 typedef struct entry {
     sfp_tensor told;
     const dtype *dtype;
     uint64_t rows, columns;
     uint64_t segment;     /* S */
-    uint64_t segments;    /* of the tensor */
+    uint64_t segments;    /* number of segments of the tensor */
     uint64_t chunk;       /* C */
     const uint8_t *chunk_records;
     uint64_t chunks;
-    const uint8_t *vector_record; /* or NULL */
+    const uint8_t *vector_record; /* NULL without a vector chunk */
     vector vectors[VECTOR_COUNT];
     stream streams[STREAM_COUNT];
-    bool octets;       /* the mask's kind */
-    unsigned polarity; /* of the kind `runs` */
+    bool octets;       /* whether the mask's kind is `octets`, not `runs` */
+    unsigned polarity; /* with the kind `runs` */
     scale scale;
     const dtype *factor_dtype;
 } entry;
@@ -832,7 +832,7 @@ static uint32_t record_crc(const uint8_t *record)
     return load32(record + 4);
 }
 
-/* Every key that one of the maps `mask`, `fingerprints`, `importance` may have. */
+/* The keys of the maps `mask`, `fingerprints` and `importance` together. */
 typedef struct stream_map {
     value base, codes, count, dtype, extra, group, kind, over, polarity, quantiser, role, step, trim;
 } stream_map;
@@ -848,7 +848,7 @@ static void read_stream_map(const directory *d, const value *map, stream_map *m)
     read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
 }
 
-/* The length of symbol s in a code: field s of four bits. */
+/* Returns the code length of symbol s: field s of four bits. */
 static unsigned code_length(const uint8_t *code, size_t s)
 {
     return (unsigned)code[s / 2] >> (s % 2 * 4) & 15u;
@@ -859,14 +859,14 @@ static size_t symbols_of(const code_table *t)
     return t->group == 2 ? t->classes * t->classes : t->classes;
 }
 
-/* One entry of `codes`. */
+/* Checks an entry of `codes`. */
 static bool check_code(const directory *d, const code_table *t, const value *v)
 {
     if (v->kind != BINARY) {
         return refuse_at(d, R_DIR_003, v->at, "a code is not a binary");
     }
     if (v->number != t->code_bytes) {
-        return refuse_at(d, R_TAB_004, v->at, "a code has not four bits for each symbol");
+        return refuse_at(d, R_TAB_004, v->at, "a code does not have four bits for each symbol");
     }
     const uint8_t *code = d->bytes + v->content;
     size_t symbols = symbols_of(t);
@@ -874,7 +874,7 @@ static bool check_code(const directory *d, const code_table *t, const value *v)
         return refuse_at(d, R_TAB_010, v->at, "the last four bits of a code are not zero");
     }
     unsigned used = 0;
-    uint32_t taken = 0; /* of the 2^12 words of 12 bits */
+    uint32_t taken = 0; /* number of the 2^12 words of 12 bits that the codewords cover */
     for (size_t s = 0; s < symbols; s++) {
         unsigned length = code_length(code, s);
         if (length > MAX_LENGTH) {
@@ -884,7 +884,7 @@ static bool check_code(const directory *d, const code_table *t, const value *v)
         taken += length > 0 ? UINT32_C(1) << (MAX_LENGTH - length) : 0;
     }
     if (used < 2 || used > MAX_USED) {
-        return refuse_at(d, R_TAB_006, v->at, "a code does not use from 2 to 256 symbols");
+        return refuse_at(d, R_TAB_006, v->at, "a code does not use 2 to 256 symbols");
     }
     if (taken != UINT32_C(1) << MAX_LENGTH) {
         return refuse_at(d, R_TAB_007, v->at, "a code is not complete");
@@ -892,7 +892,7 @@ static bool check_code(const directory *d, const code_table *t, const value *v)
     return true;
 }
 
-/* Sets the table's last level; its top, one more, may be 2^64. */
+/* Computes and checks the table's last level. It is stored instead of top, which can be 2^64. */
 static bool check_levels(const directory *d, const stream_map *m, uint64_t bound_less_one, code_table *t)
 {
     uint64_t first = t->base;
@@ -902,22 +902,22 @@ static bool check_levels(const directory *d, const stream_map *m, uint64_t bound
         }
     }
     for (size_t c = 0;; c++) {
-        uint64_t more = ones(t->extra[c]); /* levels of the class after its first */
+        uint64_t more = ones(t->extra[c]); /* levels of the class, without its first */
         if (first > bound_less_one || more > bound_less_one - first) {
-            return refuse_at(d, R_TAB_008, m->extra.at, "the levels go beyond the stream's bound");
+            return refuse_at(d, R_TAB_008, m->extra.at, "the levels exceed the stream's bound");
         }
         t->last = first + more;
         if (c + 1 == t->classes) {
             return true;
         }
         if (t->last == UINT64_MAX) {
-            return refuse_at(d, R_TAB_008, m->extra.at, "the levels go beyond the stream's bound");
+            return refuse_at(d, R_TAB_008, m->extra.at, "the levels exceed the stream's bound");
         }
         first = t->last + 1;
     }
 }
 
-/* The four keys of a code table. */
+/* Reads and checks the four keys of a code table. */
 static bool read_code_table(const directory *d, const stream_map *m, uint64_t bound_less_one, code_table *t)
 {
     if (!require(d, &m->base, UNSIGNED) || !require(d, &m->extra, BINARY) || !require(d, &m->codes, ARRAY) ||
@@ -938,7 +938,7 @@ static bool read_code_table(const directory *d, const stream_map *m, uint64_t bo
         return false;
     }
     if (t->classes == 1 ? m->codes.number != 0 : m->codes.number < 1 || m->codes.number > MAX_CODES) {
-        return refuse_at(d, R_TAB_009, m->codes.at, "not as many codes as there may be");
+        return refuse_at(d, R_TAB_009, m->codes.at, "the number of codes does not fit the number of classes");
     }
     t->codes = (size_t)m->codes.number;
     t->codes_at = m->codes.content;
@@ -953,7 +953,7 @@ static bool read_code_table(const directory *d, const stream_map *m, uint64_t bo
     return true;
 }
 
-/* The dtype of an exact stream, and its trim; gives the stream's bound less one. */
+/* Reads the coded dtype and `trim` of an exact stream. Sets the stream's bound minus one. */
 static bool read_exact(const directory *d, const stream_map *m, const dtype *tensor, stream *s, uint64_t *bound)
 {
     if (!require(d, &m->dtype, STRING) || !require(d, &m->trim, UNSIGNED)) {
@@ -964,10 +964,10 @@ static bool read_exact(const directory *d, const stream_map *m, const dtype *ten
         return refuse_at(d, R_TEN_003, m->dtype.at, "an unknown coded dtype");
     }
     if (tensor == NULL && !is_factor_dtype(s->coded)) {
-        return refuse_at(d, R_IMP_003, m->dtype.at, "an exact importance is F32, F16 or BF16");
+        return refuse_at(d, R_IMP_003, m->dtype.at, "the dtype of an exact importance is not F32, F16 or BF16");
     }
     if (tensor != NULL && s->coded != tensor && (s->coded->widens_to >> (tensor - DTYPES) & 1) == 0) {
-        return refuse_at(d, R_QNT_002, m->dtype.at, "the coded dtype does not widen to the tensor's");
+        return refuse_at(d, R_QNT_002, m->dtype.at, "the coded dtype does not widen to the tensor's dtype");
     }
     if (m->trim.number > 1) {
         return refuse_at(d, R_QNT_008, m->trim.at, "trim is neither 0 nor 1");
@@ -984,10 +984,10 @@ static bool read_uniform(const directory *d, const stream_map *m, stream *s)
         return false;
     }
     if (m->step.number != 4) {
-        return refuse_at(d, R_QNT_003, m->step.at, "a step that is not the four bytes of an F32");
+        return refuse_at(d, R_QNT_003, m->step.at, "the step does not have four bytes");
     }
     uint32_t bits = load32(d->bytes + m->step.content);
-    if (bits == 0 || bits >= DTYPES[F32].nonfinite) { /* the sign bit makes it great too */
+    if (bits == 0 || bits >= DTYPES[F32].nonfinite) { /* also true with the sign bit set */
         return refuse_at(d, R_QNT_003, m->step.at, "the step is not a finite number above 0");
     }
     s->step = float_of(bits);
@@ -1001,14 +1001,14 @@ static bool read_table(const directory *d, const stream_map *m, stream *s)
         return false;
     }
     if (m->count.number < 1 || m->count.number > 65536) {
-        return refuse_at(d, R_QNT_004, m->count.at, "count is not from 1 to 65,536");
+        return refuse_at(d, R_QNT_004, m->count.at, "count is not a number from 1 to 65,536");
     }
     s->centroids = m->count.number;
     const value *others[] = {&m->dtype, &m->trim, &m->step};
     return absent(d, others, 3);
 }
 
-/* Chapter 11; `tensor` is the tensor's dtype for fingerprints, NULL for an importance, which has no sign. */
+/* Reads a quantiser (chapter 11). `tensor` is the tensor's dtype for fingerprints, and NULL for an importance. */
 static bool read_quantised(const directory *d, const stream_map *m, const dtype *tensor, stream *s)
 {
     static const char *const words[] = {"exact", "uniform", "table"};
@@ -1040,12 +1040,12 @@ static bool read_quantised(const directory *d, const stream_map *m, const dtype 
     uint64_t greatest = tensor != NULL ? s->table.last / 2 : s->table.last;
     if (s->quantiser == UNIFORM && !is_finite(multiply((float)(uint32_t)greatest, s->step))) {
         return refuse_at(d, tensor != NULL ? R_QNT_006 : R_IMP_006, m->step.at,
-                         "the greatest number times the step is not finite");
+                         "the step times the greatest level or magnitude number is not finite");
     }
     return true;
 }
 
-/* Chapter 10. */
+/* Reads and checks the map `mask` (chapter 10). */
 static bool read_mask(const directory *d, const value *map, entry *e)
 {
     static const char *const words[] = {"runs", "octets"};
@@ -1075,7 +1075,7 @@ static bool read_mask(const directory *d, const value *map, entry *e)
     return read_code_table(d, &m, e->octets ? 255 : 65535, &e->streams[MASK_STREAM].table);
 }
 
-/* Chapter 12. */
+/* Reads and checks the map `scale` (chapter 12). */
 static bool read_scale(const directory *d, const value *map, entry *e)
 {
     static const char *const words[] = {"tensor", "row", "column", "group"};
@@ -1103,18 +1103,18 @@ static bool read_scale(const directory *d, const value *map, entry *e)
             return false;
         }
         if (size.number < 1) {
-            return refuse_at(d, R_SCL_002, size.at, "groups of no positions");
+            return refuse_at(d, R_SCL_002, size.at, "size is 0");
         }
         s->size = size.number;
     }
     s->dtype = dtype_of(d, &type);
     if (!is_factor_dtype(s->dtype)) {
-        return refuse_at(d, R_SCL_003, type.at, "scale factors are F32, F16 or BF16");
+        return refuse_at(d, R_SCL_003, type.at, "the dtype of scale factors is not F32, F16 or BF16");
     }
     return true;
 }
 
-/* Chapter 13. */
+/* Reads and checks the map `importance` (chapter 13). */
 static bool read_importance(const directory *d, const value *map, entry *e)
 {
     static const char *const forms[] = {"survivors", "all", "factors"};
@@ -1143,7 +1143,7 @@ static bool read_importance(const directory *d, const value *map, entry *e)
     }
     e->factor_dtype = dtype_of(d, &m.dtype);
     if (!is_factor_dtype(e->factor_dtype)) {
-        return refuse_at(d, R_IMP_003, m.dtype.at, "importance factors are F32, F16 or BF16");
+        return refuse_at(d, R_IMP_003, m.dtype.at, "the dtype of importance factors is not F32, F16 or BF16");
     }
     const value *others[] = {&m.quantiser, &m.trim, &m.step, &m.count, &m.base, &m.extra, &m.codes, &m.group};
     return absent(d, others, 8);
@@ -1163,7 +1163,7 @@ static bool read_name(const directory *d, const entry_map *m, entry *e)
         return refuse_at(d, R_TEN_002, m->name.at, "an empty name");
     }
     if (m->name.number > d->limits->name_bytes) {
-        return refuse_at(d, R_LIM_002, m->name.at, "name bytes are above their limit");
+        return refuse_at(d, R_LIM_002, m->name.at, "the name exceeds the limit of name bytes");
     }
     e->told.name = span_of(d, &m->name);
     return true;
@@ -1188,7 +1188,7 @@ static bool read_shape(const directory *d, const entry_map *m, entry *e)
             return false;
         }
         if (size.kind != UNSIGNED) {
-            return refuse_at(d, R_DIR_003, size.at, "a shape has an element that is no integer");
+            return refuse_at(d, R_DIR_003, size.at, "a shape has an element that is not an integer");
         }
         e->told.shape[i] = size.number;
         empty = empty || size.number == 0;
@@ -1214,7 +1214,7 @@ static bool read_record(const directory *d, const value *v, const uint8_t *recor
     return true;
 }
 
-/* S, C and the chunk records. */
+/* Reads and checks S, C and the chunk records. */
 static bool read_chunks(const directory *d, const entry_map *m, entry *e)
 {
     if (!require(d, &m->segment, UNSIGNED) || !require(d, &m->chunk, UNSIGNED) ||
@@ -1232,7 +1232,7 @@ static bool read_chunks(const directory *d, const entry_map *m, entry *e)
     e->segments = divide_up(e->told.positions, e->segment);
     e->chunks = divide_up(e->segments, e->chunk);
     if (m->chunks.number % RECORD_BYTES != 0 || m->chunks.number / RECORD_BYTES != e->chunks) {
-        return refuse_at(d, R_TEN_008, m->chunks.at, "not as many chunk records as chunks");
+        return refuse_at(d, R_TEN_008, m->chunks.at, "the number of chunk records is not the number of chunks");
     }
     e->chunk_records = d->bytes + m->chunks.content;
     for (uint64_t k = 0; k < e->chunks; k++) {
@@ -1256,7 +1256,7 @@ static uint64_t scale_factors(const entry *e)
     }
 }
 
-/* The vectors that a tensor has, and the record of their chunk (chapter 15.3). */
+/* Lists the vectors of a tensor, and reads the record of their chunk (chapter 15.3). */
 static bool read_vectors(const directory *d, const entry_map *m, entry *e)
 {
     const dtype *f32 = &DTYPES[F32];
@@ -1281,13 +1281,13 @@ static bool read_vectors(const directory *d, const entry_map *m, entry *e)
         return false;
     }
     if (m->vectors.number != RECORD_BYTES) {
-        return refuse_at(d, R_TEN_012, m->vectors.at, "not one record as vectors");
+        return refuse_at(d, R_TEN_012, m->vectors.at, "vectors is not one record of 8 bytes");
     }
     e->vector_record = d->bytes + m->vectors.content;
     return read_record(d, &m->vectors, e->vector_record, e);
 }
 
-/* The maps that only coding `fingerprint` has. */
+/* Reads the coding, and the maps that only coding `fingerprint` has. */
 static bool read_coding(const directory *d, const entry_map *m, entry *e)
 {
     static const char *const words[] = {"raw", "fingerprint"};
@@ -1304,7 +1304,7 @@ static bool read_coding(const directory *d, const entry_map *m, entry *e)
         return absent(d, own, 5);
     }
     if (e->dtype->nonfinite == 0) {
-        return refuse_at(d, R_TEN_010, m->dtype.at, "coding fingerprint with a dtype that it does not take");
+        return refuse_at(d, R_TEN_010, m->dtype.at, "coding fingerprint with a dtype that is not a float");
     }
     stream_map fingerprints;
     if (!require(d, &m->fingerprints, MAP)) {
@@ -1333,7 +1333,7 @@ static bool read_dtype(const directory *d, const entry_map *m, entry *e)
     return true;
 }
 
-/* The tensor entry that begins at `at`. */
+/* Reads and checks the tensor entry at offset `at` of the directory. */
 static bool read_entry(const directory *d, size_t at, entry *e)
 {
     entry_map m;
@@ -1367,7 +1367,7 @@ static bool read_entry(const directory *d, size_t at, entry *e)
 
 enum { PREAMBLE_BYTES = 64 };
 
-/* Where a tensor's entry lies in the directory, its chunks in the file. */
+/* The offset of a tensor's entry in the directory, and that of its first chunk in the file. */
 typedef struct place {
     size_t entry;
     uint64_t chunks;
@@ -1377,7 +1377,7 @@ struct sfp_file {
     const uint8_t *bytes;
     sfp_span directory;
     uint64_t directory_offset;
-    value metadata; /* a map, or nothing */
+    value metadata; /* a map, or of kind NOTHING */
     size_t metadata_end;
     place *tensors;
     size_t tensor_count;
@@ -1412,7 +1412,7 @@ static void release_by_free(void *user, void *memory)
     free(memory);
 }
 
-/* Memory for so many things of a size, one at least; NULL where there is none. */
+/* Allocates memory for `count` items of a size, at least one. Returns NULL on failure. */
 static void *allocate(const sfp_allocator *a, uint64_t count, size_t size)
 {
     if (count > SIZE_MAX / size) {
@@ -1434,7 +1434,7 @@ static directory directory_of(const sfp_file *file, sfp_fault *fault)
     return d;
 }
 
-/* Chapter 4. */
+/* Reads and checks the preamble (chapter 4). */
 static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
 {
     static const uint8_t magic[8] = {0x89, 'S', 'F', 'P', '\r', '\n', 0x1A, '\n'};
@@ -1460,19 +1460,19 @@ static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
     }
     uint64_t offset = load64(p + 16), bytes = load64(p + 24), end = load64(p + 32);
     if (length < end) {
-        return refuse(fault, R_PRE_007, length, "the file is shorter than it says");
+        return refuse(fault, R_PRE_007, length, "the file is shorter than its file length");
     }
     if (length > end) {
         return refuse(fault, R_PRE_008, end, "bytes follow the directory");
     }
     if (bytes > end || offset != end - bytes) {
-        return refuse(fault, R_PRE_009, 16, "the directory does not end where the file does");
+        return refuse(fault, R_PRE_009, 16, "the directory does not end at the end of the file");
     }
     if (offset < PREAMBLE_BYTES || offset % 64 != 0) {
         return refuse(fault, R_PRE_011, 16, "the directory's offset is not a positive multiple of 64");
     }
     if (bytes > file->limits.directory_bytes) {
-        return refuse(fault, R_LIM_002, 24, "directory bytes are above their limit");
+        return refuse(fault, R_LIM_002, 24, "the directory exceeds the limit of directory bytes");
     }
     if (crc32(&file->crc, p + offset, bytes) != load32(p + 40)) {
         return refuse(fault, R_PRE_010, offset, "the directory's checksum does not match");
@@ -1483,7 +1483,7 @@ static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
     return true;
 }
 
-/* Chapter 21: this version knows no feature. */
+/* Checks `features`: version 1.0 defines no feature (chapter 21). */
 static bool check_features(const directory *d, const value *features)
 {
     if (!has(features)) {
@@ -1507,12 +1507,12 @@ static bool check_features(const directory *d, const value *features)
     if (before.bytes == NULL) {
         return refuse_at(d, R_DIR_004, features->at, "an empty list of features");
     }
-    refuse_at(d, R_FEA_001, features->at, "a feature that this reader does not know");
+    refuse_at(d, R_FEA_001, features->at, "an unknown feature");
     d->fault->feature = before;
     return false;
 }
 
-/* Also gives where in the directory the metadata end. */
+/* Checks `metadata`, and sets the offset of its end in the directory. */
 static bool check_metadata(const directory *d, const value *metadata, size_t *end)
 {
     if (!has(metadata)) {
@@ -1528,14 +1528,14 @@ static bool check_metadata(const directory *d, const value *metadata, size_t *en
     value key, text;
     for (uint64_t i = 0; i < metadata->number && next_value(d, &at, &key) && next_value(d, &at, &text); i++) {
         if (text.kind != STRING) {
-            return refuse_at(d, R_DIR_003, text.at, "metadata that are not a string");
+            return refuse_at(d, R_DIR_003, text.at, "a value of metadata is not a string");
         }
     }
     *end = at;
     return true;
 }
 
-/* A name, and which tensor's it is. */
+/* A tensor's name and number. */
 typedef struct numbered_name {
     sfp_span name;
     size_t number;
@@ -1560,7 +1560,7 @@ static void sift_down(numbered_name *heap, size_t root, size_t count)
     heap[root] = moved;
 }
 
-/* Heap sort: no file can make it slow, and it needs no memory. */
+/* Heap sort, because its worst case is fast too and it needs no memory. */
 static void sort_names(numbered_name *names, size_t count)
 {
     for (size_t i = count / 2; i > 0; i--) {
@@ -1574,13 +1574,13 @@ static void sort_names(numbered_name *names, size_t count)
     }
 }
 
-/* R-TEN-001. */
+/* Checks that no name occurs twice (R-TEN-001). */
 static bool check_names(const directory *d, numbered_name *names, size_t count)
 {
     sort_names(names, count);
     for (size_t i = 1; i < count; i++) {
         if (compare_spans(names[i - 1].name, names[i].name) == 0) {
-            refuse_at(d, R_TEN_001, (size_t)(names[i].name.bytes - d->bytes), "a name comes twice");
+            refuse_at(d, R_TEN_001, (size_t)(names[i].name.bytes - d->bytes), "two tensors have the same name");
             d->fault->tensor = names[i].name;
             return false;
         }
@@ -1588,7 +1588,7 @@ static bool check_names(const directory *d, numbered_name *names, size_t count)
     return true;
 }
 
-/* All tensor entries: whether they are as they must be, and where their chunks lie. */
+/* Checks all tensor entries, and computes the offsets of their chunks. */
 static bool read_entries(sfp_file *file, const directory *d, const value *tensors, numbered_name *names)
 {
     size_t at = tensors->content;
@@ -1614,7 +1614,7 @@ static bool read_entries(sfp_file *file, const directory *d, const value *tensor
     return true;
 }
 
-/* The root but for its tensors' entries; gives the array of those. */
+/* Reads and checks the root without the tensor entries. Sets `tensors` to their array. */
 static bool read_root(sfp_file *file, const directory *d, value *tensors)
 {
     value root, features, keyed;
@@ -1632,18 +1632,19 @@ static bool read_root(sfp_file *file, const directory *d, value *tensors)
         return false;
     }
     if (has(&keyed)) {
-        return refuse_at(d, R_KEY_001, keyed.at, "keyed tables");
+        return refuse_at(d, R_KEY_001, keyed.at, "the root has the reserved key keyed");
     }
     if (!check_metadata(d, &file->metadata, &file->metadata_end) || !require(d, tensors, ARRAY)) {
         return false;
     }
     if (tensors->number > d->limits->tensors) {
-        return refuse_at(d, R_LIM_002, tensors->at, "the tensors are more than their limit");
+        return refuse_at(d, R_LIM_002, tensors->at, "the number of tensors is above its limit");
     }
     return true;
 }
 
-/* Chapters 6 and 7. The memory is in proportion to the entries, which the directory has been seen to have. */
+/* Reads and checks the directory (chapters 6 and 7). The memory is proportional to the number of entries, whose
+ * encoding has been checked before. */
 static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
 {
     directory d = directory_of(file, fault);
@@ -1743,16 +1744,16 @@ bool sfp_next_metadata(const sfp_file *file, size_t *cursor, sfp_span *key, sfp_
 
 enum { LOOKUP_SIZE = 1 << MAX_LENGTH };
 
-/* A stream made ready. By the next 12 bits of a prefix plane, `lookup` gives the symbol that they begin with,
- * and the one after it where they hold that too: from the lowest bit on, in fields of 4, 4, 12 and 12 bits, the
- * length of both (or of the first alone), the length of the first, the first and the second. A symbol is given as
- * its class; with g = 2 as its first class, and 64 times its second. */
+/* A stream that is ready to decode. `lookup` maps the next 12 bits of a prefix plane to the first symbol in them
+ * and, if the second codeword fits too, the second symbol. The fields of an entry, from the lowest bit up, have 4,
+ * 4, 12 and 12 bits: the length of both codewords (or of the first alone), the length of the first, the first
+ * symbol and the second. A symbol is given as its class; with g = 2, as its first class plus 64 times its second. */
 typedef struct stream_decoder {
     const stream *stream;
-    uint64_t *first;      /* of each class */
-    const uint8_t *extra; /* of each class */
+    uint64_t *first;      /* the first level of each class */
+    const uint8_t *extra; /* the number of residual bits of each class */
     uint32_t *lookup;     /* LOOKUP_SIZE entries for each code */
-    unsigned least_extra, greatest_extra; /* of the classes used */
+    unsigned least_extra, greatest_extra; /* over the classes that a code uses */
 } stream_decoder;
 
 static uint32_t reversed(uint32_t word, unsigned bits)
@@ -1764,15 +1765,16 @@ static uint32_t reversed(uint32_t word, unsigned bits)
     return out;
 }
 
-/* What a look-up gives for a symbol. */
+/* Returns the classes of a symbol, as the lookup table stores them. */
 static uint32_t classes_of_symbol(const code_table *t, uint32_t symbol)
 {
     uint32_t classes = (uint32_t)t->classes;
     return t->group == 1 ? symbol : symbol % classes | symbol / classes << 6;
 }
 
-/* Adds the second symbols to a table that has the first ones. The entry for the bits after the first symbol lies
- * before its own, or is its own: going down, what it says of its first symbol is all that has been set. */
+/* Adds the second symbols to a table with the first symbols. The second symbol is the first symbol of the entry for
+ * the remaining bits. The index of that entry is not greater. The loop runs from the last entry to the first, so
+ * that it reads only entries without a second symbol. */
 static void add_second_symbols(uint32_t *lookup)
 {
     for (uint32_t at = LOOKUP_SIZE; at-- > 0;) {
@@ -1784,7 +1786,8 @@ static void add_second_symbols(uint32_t *lookup)
     }
 }
 
-/* The canonical codewords of chapter 8. They lie in the plane most significant bit first, hence reversed. */
+/* Fills a lookup table with the canonical codewords of chapter 8. Their bits are reversed, because the plane stores
+ * the most significant bit first. */
 static void fill_lookup(const code_table *t, const uint8_t *code, uint32_t *lookup)
 {
     uint32_t used[MAX_USED];
@@ -1817,7 +1820,7 @@ static void note_extra(stream_decoder *s, size_t class_number)
     s->greatest_extra = extra > s->greatest_extra ? extra : s->greatest_extra;
 }
 
-/* The residual bits of the classes that a code uses. */
+/* Updates the least and the greatest number of residual bits with the classes that a code uses. */
 static void note_used_classes(stream_decoder *s, const uint8_t *code)
 {
     const code_table *t = &s->stream->table;
@@ -1860,12 +1863,12 @@ static bool prepare_stream(const sfp_file *file, const stream *source, stream_de
     return true;
 }
 
-/* Looks `count` symbols up from bit `from` of the prefix plane on; whether they end at bit `to`. */
+/* Decodes `count` symbols from bit `from` of the prefix plane on. Returns whether they end at bit `to`. */
 static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from, uint64_t to, size_t count,
                     uint16_t *found)
 {
     size_t i = 0;
-    while (count - i >= 8 && from <= to) { /* four look-ups take 48 bits at most, of the 57 at hand */
+    while (count - i >= 8 && from <= to) { /* four lookups use at most 48 of the 57 bits */
         uint64_t window = peek(plane, from);
         for (size_t k = 0; k < 4; k++) {
             uint32_t hit = lookup[window % LOOKUP_SIZE];
@@ -1873,7 +1876,7 @@ static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from,
             window >>= both;
             from += both;
             found[i] = (uint16_t)(hit >> 8 & 4095);
-            found[i + 1] = (uint16_t)(hit >> 20); /* written over where there is no second */
+            found[i + 1] = (uint16_t)(hit >> 20); /* overwritten if there is no second symbol */
             i += first == both ? 1 : 2;
         }
     }
@@ -1885,7 +1888,7 @@ static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from,
     return i == count && from == to;
 }
 
-/* Takes the pairs of `symbols` symbols apart, from the last to the first, in place. */
+/* Splits `symbols` symbols into two classes each, in place, from the last to the first. */
 static void split_pairs(uint16_t *classes, size_t symbols)
 {
     for (size_t i = symbols; i > 0; i--) {
@@ -1904,7 +1907,8 @@ static uint64_t residual_bits_of(const stream_decoder *s, const uint16_t *classe
     return bits - (uint64_t)trim * count;
 }
 
-/* The levels of those classes, from bit `at` of the residual plane on; bits 1 to `trim` were left out. */
+/* Computes levels from classes and their residuals, from bit `at` of the residual plane on. The plane omits the
+ * bits 1 to `trim` of a residual. */
 static void read_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
                            size_t count, unsigned trim, uint64_t *levels)
 {
@@ -1916,7 +1920,8 @@ static void read_residuals(const stream_decoder *s, const uint8_t *plane, uint64
     }
 }
 
-/* As read_residuals, where all classes have the same width: nothing waits for the level before. */
+/* Same as read_residuals, if all classes have the same width. Faster, because no offset depends on the previous
+ * level. */
 static void read_even_residuals(const stream_decoder *s, const uint8_t *plane, uint64_t at, const uint16_t *classes,
                                 size_t count, uint64_t *levels)
 {
@@ -1942,23 +1947,23 @@ typedef struct quantity {
 
 typedef struct plane {
     const uint8_t *bits;
-    uint64_t total; /* bits it has */
+    uint64_t total; /* number of bits */
     uint64_t at;    /* the next bit */
 } plane;
 
-/* A chunk of coding fingerprint. */
+/* A chunk of a tensor with coding `fingerprint`. */
 typedef struct chunk {
     const uint8_t *bytes;
     uint64_t length;
     uint64_t offset;   /* in the file */
-    uint64_t first;    /* its first segment */
-    uint64_t segments; /* it has */
+    uint64_t first;    /* number of its first segment */
+    uint64_t segments; /* number of its segments */
     quantity survivors;
     quantity quantities[STREAM_COUNT][STREAM_QUANTITIES];
     plane planes[STREAM_COUNT][PLANES];
 } chunk;
 
-/* What the index says of a segment's share of a stream. */
+/* The quantities of a segment for a stream. */
 typedef struct share {
     size_t levels;
     size_t code;
@@ -1968,26 +1973,26 @@ typedef struct share {
 } share;
 
 typedef struct segment {
-    uint64_t first; /* position in the tensor */
+    uint64_t first; /* first position in the tensor */
     size_t positions;
     size_t survivors;
     share shares[STREAM_COUNT];
 } segment;
 
-/* A tensor being decoded: the streams ready, where the vectors are, and room for a segment. */
+/* The state of decoding a tensor: its streams, its vectors, and buffers for a segment. */
 typedef struct decoder {
     const sfp_file *file;
     sfp_fault *fault;
     entry entry;
-    sfp_decoded *out; /* NULL where the tensor is only checked */
-    bool wants_mask, wants_fingerprints, wants_importance; /* what has to be decoded */
+    sfp_decoded *out; /* NULL if the tensor is only checked */
+    bool wants_mask, wants_fingerprints, wants_importance; /* whether to decode the stream */
     const uint8_t *vectors[VECTOR_COUNT];
     stream_decoder streams[STREAM_COUNT];
-    void *room;          /* the one block of the five below */
-    uint64_t *levels;    /* of the stream being read; then the patterns of the values */
-    float *importance;   /* of each position */
-    uint16_t *classes;   /* of the stream being read, and one more where pairs end odd */
-    uint16_t *positions; /* of the survivors */
+    void *room;          /* the memory block of the five buffers below */
+    uint64_t *levels;    /* the levels of the current stream, then the patterns of the values */
+    float *importance;   /* the importance of each position */
+    uint16_t *classes;   /* the classes of the current stream; with g = 2 up to one more than levels */
+    uint16_t *positions; /* the positions of the survivors */
     uint8_t *mask;       /* a byte for each position */
 } decoder;
 
@@ -1996,7 +2001,7 @@ static uint64_t quantity_of(const quantity *q, uint64_t i)
     return q->width == 0 ? q->minimum : q->minimum + (peek(q->fields, i * q->width) & ones(q->width));
 }
 
-/* The quantities that a tensor's chunks have, in their order; how many. */
+/* Lists the quantities of a tensor's chunks in order. Returns their number. */
 static size_t list_quantities(const decoder *d, chunk *c, quantity *list[1 + STREAM_COUNT * STREAM_QUANTITIES])
 {
     size_t count = 0;
@@ -2026,14 +2031,14 @@ static bool refuse_chunk(const decoder *d, const chunk *c, clause broken, uint64
     return refuse(d->fault, broken, c->offset + at, detail);
 }
 
-/* Whether bytes from..to-1 of a chunk are zero. */
+/* Checks that the bytes from..to-1 of a chunk are zero. */
 static bool check_zero(const decoder *d, const chunk *c, clause rule, uint64_t from, uint64_t to)
 {
     uint64_t at = first_nonzero(c->bytes, from, to);
     return at == to ? true : refuse_chunk(d, c, rule, at, "bytes that must be zero are not");
 }
 
-/* Whether the last byte of so many bits from byte `start` on is zero after the last of them. */
+/* Checks the unused bits in the last byte of a sequence of `bits` bits that begins at byte `start`. */
 static bool check_last_bits(const decoder *d, const chunk *c, clause rule, uint64_t start, uint64_t bits)
 {
     uint64_t last = start + bits / 8;
@@ -2043,13 +2048,13 @@ static bool check_last_bits(const decoder *d, const chunk *c, clause rule, uint6
     return true;
 }
 
-/* Whether a part that ends before `end` leaves room for the 16 bytes that follow the last. */
+/* Checks that a part that ends before `end` leaves room for the 16 bytes after the last part. */
 static bool check_fits(const decoder *d, const chunk *c, uint64_t end)
 {
     return end + 16 <= c->length ? true : refuse_chunk(d, c, R_IDX_003, 0, "the parts do not fit into the chunk");
 }
 
-/* Header and index; gives where the planes begin. */
+/* Reads and checks the header and the index of a chunk. Sets the offset of the planes. */
 static bool read_index(const decoder *d, chunk *c, uint64_t *planes_at)
 {
     quantity *list[1 + STREAM_COUNT * STREAM_QUANTITIES];
@@ -2089,7 +2094,7 @@ static bool read_index(const decoder *d, chunk *c, uint64_t *planes_at)
     return true;
 }
 
-/* The number of levels that a segment has of a stream. */
+/* Returns the number of levels of a segment in a stream. */
 static size_t level_count(const entry *e, stream_id id, const segment *s)
 {
     switch (id) {
@@ -2111,7 +2116,7 @@ static bool read_share(const decoder *d, const chunk *c, stream_id id, uint64_t 
     uint64_t code = q[CODE].present ? quantity_of(&q[CODE], i) : 0;
     uint64_t trim = q[TRIM].present ? quantity_of(&q[TRIM], i) : 0;
     if (q[CODE].present && code >= ready->stream->table.codes) {
-        return refuse_chunk(d, c, R_IDX_005, 0, "a segment names a code that there is not");
+        return refuse_chunk(d, c, R_IDX_005, 0, "a segment's code number is too great");
     }
     if (trim > 0 && trim >= ready->least_extra) {
         return refuse_chunk(d, c, R_IDX_006, 0, "a trim is not less than the residual bits of each class");
@@ -2125,7 +2130,7 @@ static bool read_share(const decoder *d, const chunk *c, stream_id id, uint64_t 
     return true;
 }
 
-/* What the index says of segment i of a chunk. */
+/* Reads and checks the quantities of segment i of a chunk. */
 static bool read_segment(const decoder *d, const chunk *c, uint64_t i, segment *s)
 {
     const entry *e = &d->entry;
@@ -2146,7 +2151,7 @@ static bool read_segment(const decoder *d, const chunk *c, uint64_t i, segment *
     return true;
 }
 
-/* Adds up what all segments have in each plane. There are 2^19 segments at most, and under 2^34 bits in each. */
+/* Sums the bits of all segments in each plane. There are at most 2^19 segments with less than 2^34 bits each. */
 static bool measure_planes(const decoder *d, chunk *c)
 {
     segment s;
@@ -2164,7 +2169,7 @@ static bool measure_planes(const decoder *d, chunk *c)
     return true;
 }
 
-/* Puts the planes in their places, from byte `at` on, and holds them against the chunk. */
+/* Computes the offsets of the planes, from byte `at` on, and checks that they fill the chunk. */
 static bool place_planes(const decoder *d, chunk *c, uint64_t at)
 {
     for (size_t i = 0; i < STREAM_COUNT * PLANES; i++) {
@@ -2186,7 +2191,7 @@ static bool place_planes(const decoder *d, chunk *c, uint64_t at)
     return check_zero(d, c, R_CHK_003, at, c->length);
 }
 
-/* The bytes of a chunk of that record, once their checksum has been found right. */
+/* Returns the bytes of the chunk of a record after a check of their checksum; NULL if it does not match. */
 static const uint8_t *checked_bytes(const decoder *d, const uint8_t *record, uint64_t offset)
 {
     const uint8_t *bytes = d->file->bytes + offset;
@@ -2222,18 +2227,18 @@ static bool check_centroids(const decoder *d, size_t vector_id)
     uint64_t before = 0;
     for (uint64_t i = 0; i < d->entry.vectors[vector_id].elements; i++) {
         uint64_t bits = element(d, vector_id, i);
-        if (bits >= DTYPES[F32].nonfinite) { /* the sign bit makes it great too */
+        if (bits >= DTYPES[F32].nonfinite) { /* also true with the sign bit set */
             return refuse_element(d, R_QNT_005, vector_id, i, "a centroid is not finite, or has a sign");
         }
-        if (i > 0 && bits <= before) { /* patterns of numbers without a sign rise with them */
-            return refuse_element(d, R_QNT_007, vector_id, i, "the centroids do not rise");
+        if (i > 0 && bits <= before) { /* the patterns of non-negative numbers have the same order as the numbers */
+            return refuse_element(d, R_QNT_007, vector_id, i, "the centroids are not in ascending order");
         }
         before = bits;
     }
     return true;
 }
 
-/* Whether all factors are finite; gives the greatest magnitude. */
+/* Checks that all factors are finite. Sets their greatest magnitude. */
 static bool check_factors(const decoder *d, size_t vector_id, clause rule, float *greatest)
 {
     const vector *v = &d->entry.vectors[vector_id];
@@ -2249,7 +2254,7 @@ static bool check_factors(const decoder *d, size_t vector_id, clause rule, float
     return true;
 }
 
-/* The greatest magnitude that a fingerprint can stand for. */
+/* Returns the greatest magnitude that a fingerprint can represent. */
 static float greatest_magnitude(const decoder *d)
 {
     const stream *s = &d->entry.streams[FINGERPRINT_STREAM];
@@ -2259,7 +2264,7 @@ static float greatest_magnitude(const decoder *d)
     return multiply((float)(uint32_t)(s->table.last / 2), s->step);
 }
 
-/* What the vectors must be. Rounding is monotonous: where the greatest product is finite, all are. */
+/* Checks the values of the vectors. Rounding is monotonic: if the greatest product is finite, all products are. */
 static bool check_vectors(const decoder *d)
 {
     float factor, row, column;
@@ -2279,7 +2284,7 @@ static bool check_vectors(const decoder *d)
     return true;
 }
 
-/* The vector chunk (chapter 15.3). */
+/* Reads and checks the vector chunk (chapter 15.3). */
 static bool read_vector_chunk(decoder *d, uint64_t offset)
 {
     const uint8_t *record = d->entry.vector_record;
@@ -2298,13 +2303,13 @@ static bool read_vector_chunk(decoder *d, uint64_t offset)
         at = align(ends[i], 16);
     }
     if (align(at, 64) != record_length(record)) {
-        return refuse(d->fault, R_VEC_001, offset, "the vector chunk is longer or shorter than its vectors need");
+        return refuse(d->fault, R_VEC_001, offset, "the length of the vector chunk does not fit its vectors");
     }
     for (size_t i = 0; i < VECTOR_COUNT; i++) {
         uint64_t end = i + 1 < VECTOR_COUNT ? align(ends[i], 16) : record_length(record);
         uint64_t wrong = first_nonzero(bytes, ends[i], end);
         if (wrong != end) {
-            return refuse(d->fault, R_VEC_002, offset + wrong, "bytes between the vectors are not zero");
+            return refuse(d->fault, R_VEC_002, offset + wrong, "padding of the vector chunk is not zero");
         }
     }
     return check_vectors(d);
@@ -2312,7 +2317,7 @@ static bool read_vector_chunk(decoder *d, uint64_t offset)
 
 /* -------------------------------------------------------------------------------------- decoding: segments */
 
-/* Reads a segment's levels of a stream, and moves that stream's planes on. */
+/* Decodes the levels of a segment of a stream, and advances the positions in its planes. */
 static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
 {
     const stream_decoder *ready = &d->streams[id];
@@ -2326,7 +2331,7 @@ static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
         size_t symbols = (part->levels + t->group - 1) / t->group;
         if (!look_up(ready->lookup + part->code * LOOKUP_SIZE, prefix->bits, prefix->at,
                      prefix->at + part->prefix_bits, symbols, d->classes)) {
-            return refuse_chunk(d, c, R_PLN_003, prefix_at, "a segment's symbols do not end where its bits do");
+            return refuse_chunk(d, c, R_PLN_003, prefix_at, "a segment's symbols do not end at the end of its bits");
         }
         if (t->group == 2) {
             split_pairs(d->classes, symbols);
@@ -2337,7 +2342,7 @@ static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
     }
     if (residual_bits_of(ready, d->classes, part->levels, part->trim) != part->residual_bits) {
         return refuse_chunk(d, c, R_PLN_003, (uint64_t)(residual->bits - c->bytes) + residual->at / 8,
-                            "a segment's residuals do not end where its bits do");
+                            "a segment's residuals do not end at the end of its bits");
     }
     if (ready->least_extra == ready->greatest_extra && part->trim == 0) {
         read_even_residuals(ready, residual->bits, residual->at, d->classes, part->levels, d->levels);
@@ -2360,7 +2365,7 @@ static bool mark_runs(const decoder *d, const chunk *c, const segment *s)
     size_t next = 0;
     for (size_t i = 0; i < s->shares[MASK_STREAM].levels; i++) {
         if (d->levels[i] >= s->positions - next) {
-            return refuse_mask(d, c, R_MSK_004, "a run leads out of its segment");
+            return refuse_mask(d, c, R_MSK_004, "a run ends outside its segment");
         }
         next += (size_t)d->levels[i];
         d->mask[next++] = (uint8_t)d->entry.polarity;
@@ -2377,12 +2382,12 @@ static bool mark_octets(const decoder *d, const chunk *c, const segment *s)
         }
     }
     if (first_nonzero(d->mask, s->positions, 8 * levels) != 8 * levels) {
-        return refuse_mask(d, c, R_MSK_006, "a bit past the segment's last position is set");
+        return refuse_mask(d, c, R_MSK_006, "a bit after the segment's last position is set");
     }
     return true;
 }
 
-/* The mask of a segment and the positions of its survivors (chapter 10). */
+/* Decodes the mask of a segment and the positions of its survivors (chapter 10). */
 static bool read_mask_levels(decoder *d, chunk *c, const segment *s)
 {
     if (!read_levels(d, c, MASK_STREAM, s)) {
@@ -2393,20 +2398,20 @@ static bool read_mask_levels(decoder *d, chunk *c, const segment *s)
     }
     size_t count = 0;
     for (size_t p = 0; p < s->positions; p++) {
-        d->positions[count] = (uint16_t)p; /* kept only if the next line says so */
+        d->positions[count] = (uint16_t)p; /* the next line keeps it only for a survivor */
         count += d->mask[p];
     }
     if (count != s->survivors) {
-        return refuse_mask(d, c, R_MSK_005, "a mask has not as many survivors as the index says");
+        return refuse_mask(d, c, R_MSK_005, "a mask does not have the number of survivors in the index");
     }
     return true;
 }
 
-/* Follows rising positions through runs of equal length: which run, and how far inside it. */
+/* Tracks ascending positions in runs of equal length: the run, and the offset within it. */
 typedef struct ruler {
     uint64_t length;
     uint64_t run;
-    uint64_t start; /* of that run */
+    uint64_t start; /* first position of the run */
 } ruler;
 
 static ruler ruler_at(uint64_t position, uint64_t length)
@@ -2433,7 +2438,7 @@ static void multiply_factors(const decoder *d, const segment *s)
     }
 }
 
-/* The number of the level of an importance. */
+/* Returns the importance that a level represents. */
 static float importance_of(const decoder *d, uint64_t level)
 {
     const stream *s = &d->entry.streams[IMPORTANCE_STREAM];
@@ -2444,7 +2449,7 @@ static float importance_of(const decoder *d, uint64_t level)
     }
 }
 
-/* The importance of each position of a segment (chapter 13). */
+/* Computes the importance of each position of a segment (chapter 13). */
 static bool read_importance_levels(decoder *d, chunk *c, const segment *s)
 {
     if (d->entry.told.importance == SFP_FACTORS) {
@@ -2464,7 +2469,7 @@ static bool read_importance_levels(decoder *d, chunk *c, const segment *s)
     return true;
 }
 
-/* A finite pattern of the tensor's dtype times an importance. */
+/* Multiplies a finite number, given as its pattern in the tensor's dtype, by an importance. */
 static uint64_t times_importance(const dtype *t, uint64_t pattern, float importance)
 {
     if (t == &DTYPES[F64]) {
@@ -2473,7 +2478,7 @@ static uint64_t times_importance(const dtype *t, uint64_t pattern, float importa
     return pattern_of(t, multiply(widen(t, pattern), importance));
 }
 
-/* Turns levels of the quantiser exact into patterns of the tensor's dtype, in place. */
+/* Converts levels of the quantiser exact to patterns of the tensor's dtype, in place. */
 static void restore_exact(const decoder *d, const segment *s)
 {
     const dtype *own = d->entry.dtype, *coded = d->entry.streams[FINGERPRINT_STREAM].coded;
@@ -2491,7 +2496,7 @@ static void restore_exact(const decoder *d, const segment *s)
     }
 }
 
-/* How many positions in a row share a scale factor; of columns, how many there are before the first again. */
+/* Returns the number of consecutive positions that share a scale factor; for a factor per column, the period. */
 static uint64_t scale_run(const entry *e)
 {
     switch (e->scale.per) {
@@ -2501,7 +2506,7 @@ static uint64_t scale_run(const entry *e)
     }
 }
 
-/* Turns levels of the quantisers uniform and table into patterns of the tensor's dtype, in place. */
+/* Converts levels of the quantisers uniform and table to patterns of the tensor's dtype, in place. */
 static void restore_quantised(const decoder *d, const segment *s)
 {
     const entry *e = &d->entry;
@@ -2525,7 +2530,7 @@ static void restore_quantised(const decoder *d, const segment *s)
     }
 }
 
-/* Puts the survivors' patterns at their positions. */
+/* Stores the survivors' patterns at their positions. */
 static void store_values(const decoder *d, const segment *s)
 {
     size_t size = d->entry.told.element_bytes;
@@ -2594,7 +2599,7 @@ static bool decode_segment(decoder *d, chunk *c, const segment *s)
     return true;
 }
 
-/* Chunk k, whose bytes begin at `offset` in the file. */
+/* Decodes chunk k of a tensor with coding `fingerprint`; `offset` is that of the chunk in the file. */
 static bool decode_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t offset)
 {
     const entry *e = &d->entry;
@@ -2618,7 +2623,7 @@ static bool decode_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t 
     return true;
 }
 
-/* Chunk k of coding raw (chapter 16). */
+/* Copies chunk k of a tensor with coding `raw` (chapter 16). */
 static bool copy_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t offset)
 {
     const entry *e = &d->entry;
@@ -2626,7 +2631,7 @@ static bool copy_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t of
     uint64_t first = k * e->chunk * e->segment;
     uint64_t used = at_most(e->told.positions - first, e->chunk * e->segment) * e->told.element_bytes;
     if (length != align(used, 64)) {
-        return refuse(d->fault, R_RAW_002, offset, "a chunk has not the length of its elements");
+        return refuse(d->fault, R_RAW_002, offset, "the length of a chunk does not fit its elements");
     }
     uint64_t wrong = first_nonzero(bytes, used, length);
     if (wrong != length) {
@@ -2643,7 +2648,7 @@ static bool copy_chunk(decoder *d, uint64_t k, const uint8_t *bytes, uint64_t of
     return true;
 }
 
-/* All chunks of a tensor, the first of which begins at `offset`. */
+/* Decodes all chunks of a tensor, of which the first is at `offset` in the file. */
 static bool decode_chunks(decoder *d, uint64_t offset)
 {
     const entry *e = &d->entry;
@@ -2667,12 +2672,12 @@ static bool decode_chunks(decoder *d, uint64_t offset)
 
 /* --------------------------------------------------------------------------------------- decoding: tensors */
 
-/* The limits that a tensor must keep before memory is given to it (chapter 19). */
+/* Checks a tensor against the limits before memory is allocated for it (chapter 19). */
 static bool check_size(const sfp_file *file, const entry *e, uint64_t offset, sfp_fault *fault)
 {
-    uint64_t bytes = e->told.positions * e->told.element_bytes; /* 2^52 at most */
+    uint64_t bytes = e->told.positions * e->told.element_bytes; /* at most 2^52 */
     if (bytes > file->limits.tensor_bytes) {
-        return refuse(fault, R_LIM_002, offset, "tensor bytes are above their limit");
+        return refuse(fault, R_LIM_002, offset, "the tensor exceeds the limit of tensor bytes");
     }
     uint64_t expansion = file->limits.expansion;
     if (bytes > UINT64_C(1) << 28 &&
@@ -2682,7 +2687,7 @@ static bool check_size(const sfp_file *file, const entry *e, uint64_t offset, sf
     return true;
 }
 
-/* Streams and room for a segment. */
+/* Prepares the streams and the buffers for a segment. */
 static bool prepare(decoder *d)
 {
     const sfp_allocator *a = &d->file->allocator;
@@ -2703,7 +2708,7 @@ static bool prepare(decoder *d)
     d->classes = (uint16_t *)(void *)(d->importance + s);
     d->positions = d->classes + s + 1;
     d->mask = (uint8_t *)(d->positions + s);
-    for (size_t p = 0; p < s; p++) { /* as it stays where there is no mask */
+    for (size_t p = 0; p < s; p++) { /* without a mask, this stays as it is */
         d->positions[p] = (uint16_t)p;
         d->mask[p] = 1;
     }
@@ -2720,7 +2725,7 @@ static void clean_up(decoder *d)
     release(a, d->room);
 }
 
-/* Decodes into d->out, or checks all that there is where that is NULL. */
+/* Decodes into d->out; only checks the tensor if d->out is NULL. */
 static sfp_status run(decoder *d, uint64_t offset)
 {
     bool ready = prepare(d);
@@ -2732,7 +2737,7 @@ static sfp_status run(decoder *d, uint64_t offset)
     return done ? SFP_OK : ready ? SFP_REFUSED : SFP_NO_MEMORY;
 }
 
-/* Reads a tensor's entry, which may be decoded if the limits allow it. */
+/* Reads a tensor's entry, and checks that the limits allow decoding it. */
 static sfp_status begin(const sfp_file *file, size_t number, decoder *d, sfp_fault *fault)
 {
     directory source = directory_of(file, fault);
@@ -2749,7 +2754,8 @@ static sfp_status begin(const sfp_file *file, size_t number, decoder *d, sfp_fau
     return SFP_OK;
 }
 
-/* Memory for what is wanted; false where there is none. Pruned positions are zero from the start. */
+/* Allocates memory for the requested results, filled with zeros, the value of pruned positions. Returns false on
+ * failure. */
 static bool allocate_results(const sfp_file *file, const entry *e, unsigned wanted, sfp_decoded *out)
 {
     uint64_t n = e->told.positions;

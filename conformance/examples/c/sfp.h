@@ -1,10 +1,9 @@
 /* A reader of .sfp files, version 1.0 of the format, profile `full` (SPEC.md chapter 23).
  *
- * It needs the C99 standard library and IEEE 754 arithmetic in the default rounding mode, nothing else. The
- * file is given as bytes in memory (read, or mapped), which must stay in place and unchanged while it is
- * open; every result is little-endian, whatever the machine is. There is no global state: after sfp_open a
- * file is not changed any more, so that several threads may decode its tensors at once where the allocator
- * allows it.
+ * It needs only the C99 standard library, and IEEE 754 arithmetic in the default rounding mode. The caller gives
+ * the file as bytes in memory (read or mapped), which must not move or change while the file is open. Results
+ * are little-endian on every machine. There is no global state. An sfp_file does not change after sfp_open, so
+ * that several threads can decode its tensors at the same time if the allocator allows it.
  *
  *     sfp_fault fault;
  *     sfp_file *file;
@@ -33,9 +32,9 @@ extern "C" {
 
 typedef enum sfp_status {
     SFP_OK = 0,
-    SFP_REFUSED,   /* the file breaks a requirement; the fault says which */
-    SFP_NO_MEMORY, /* the allocator gave nothing */
-    SFP_MISUSE     /* there is no tensor of that number */
+    SFP_REFUSED,   /* the file breaks a requirement, which the fault names */
+    SFP_NO_MEMORY, /* the allocator returned NULL */
+    SFP_MISUSE     /* there is no tensor with this number */
 } sfp_status;
 
 /* The codes of SPEC.md chapter 20. */
@@ -53,34 +52,34 @@ typedef enum sfp_error {
     SFP_E_LIMIT
 } sfp_error;
 
-/* Bytes inside the file; of strings well-formed UTF-8, without a zero at the end. */
+/* Bytes in the file. Strings are well-formed UTF-8 without a terminating zero. */
 typedef struct sfp_span {
     const uint8_t *bytes; /* NULL for none */
     size_t length;
 } sfp_span;
 
-/* Why a file was refused; filled in where a call returns SFP_REFUSED. `clause` and `detail` are constants. */
+/* The reason for a refusal, set if a call returns SFP_REFUSED. `clause` and `detail` are string constants. */
 typedef struct sfp_fault {
     sfp_error error;
     const char *clause; /* the requirement, such as "R-LAY-004" */
-    const char *detail; /* what is wrong, in words */
+    const char *detail; /* a description of the fault */
     sfp_span tensor;    /* the tensor's name, or none */
-    sfp_span feature;   /* with "R-FEA-001" a feature that the reader does not know, or none */
-    uint64_t offset;    /* where in the file */
+    sfp_span feature;   /* with "R-FEA-001", a feature that the reader does not know, or none */
+    uint64_t offset;    /* the byte offset in the file */
 } sfp_fault;
 
 /* The limits of SPEC.md chapter 19. */
 typedef struct sfp_limits {
     uint64_t directory_bytes;
-    uint64_t depth; /* above SFP_MAX_DEPTH it counts as that */
+    uint64_t depth; /* greater values act as SFP_MAX_DEPTH */
     uint64_t name_bytes;
     uint64_t tensors;
-    uint64_t rank; /* above SFP_MAX_RANK it counts as that */
+    uint64_t rank; /* greater values act as SFP_MAX_RANK */
     uint64_t tensor_bytes;
     uint64_t expansion;
 } sfp_limits;
 
-/* Where memory comes from; what `allocate` gives is aligned for any type, as from malloc. */
+/* Allocates and releases memory. Like malloc, `allocate` returns memory that is aligned for any type. */
 typedef struct sfp_allocator {
     void *(*allocate)(void *user, size_t size);
     void (*release)(void *user, void *memory);
@@ -94,39 +93,40 @@ typedef enum sfp_importance {
     SFP_FACTORS
 } sfp_importance;
 
-/* What the directory says of a tensor. */
+/* The description of a tensor in the directory. */
 typedef struct sfp_tensor {
     sfp_span name;
-    const char *dtype; /* as in SPEC.md chapter 25.1 */
+    const char *dtype; /* a name of SPEC.md chapter 25.1 */
     size_t element_bytes;
     size_t rank;
     uint64_t shape[SFP_MAX_RANK];
-    uint64_t positions;    /* the elements it has */
-    uint64_t stored_bytes; /* of all its chunks */
-    bool fingerprint;      /* its coding: fingerprint, or else raw */
-    bool pruned;           /* it has a mask */
+    uint64_t positions;    /* number of elements */
+    uint64_t stored_bytes; /* size of all its chunks */
+    bool fingerprint;      /* whether the coding is `fingerprint`, not `raw` */
+    bool pruned;           /* whether it has a mask */
     sfp_importance importance;
-    bool multiplier; /* the importance enters the values */
-    sfp_span entry;  /* its map in MessagePack, with the keys that this reader does not know */
+    bool multiplier; /* whether the values are multiplied by the importance */
+    sfp_span entry;  /* its map in MessagePack, with all keys, also those that this reader does not know */
 } sfp_tensor;
 
-/* What sfp_decode is asked for. */
+/* The results that sfp_decode can return. */
 enum { SFP_VALUES = 1, SFP_MASK = 2, SFP_IMPORTANCE = 4 };
 
-/* A tensor decoded; what was not asked for, and an importance that does not exist, is NULL. An empty tensor
- * has pointers that are not NULL. */
+/* A decoded tensor. Results that were not requested, and an importance that does not exist, are NULL. The
+ * pointers of an empty tensor are not NULL. */
 typedef struct sfp_decoded {
-    uint8_t *values;     /* positions * element_bytes */
-    uint8_t *mask;       /* a byte for each position: 1 for a survivor, 0 for a pruned one */
+    uint8_t *values;     /* positions * element_bytes bytes */
+    uint8_t *mask;       /* a byte for each position: 1 for a survivor, 0 for a pruned position */
     uint8_t *importance; /* an F32 for each position */
 } sfp_decoded;
 
 typedef struct sfp_file sfp_file;
 
-/* The limits that hold where none are given. */
+/* Returns the default limits. */
 sfp_limits sfp_default_limits(void);
 
-/* Reads preamble and directory. Limits and allocator may be NULL: the defaults, and malloc and free. */
+/* Opens a file: reads and checks the preamble and the directory. NULL as limits means the default limits; NULL as
+ * allocator means malloc and free. */
 sfp_status sfp_open(const uint8_t *bytes, size_t length, const sfp_limits *limits, const sfp_allocator *allocator,
                     sfp_file **file, sfp_fault *fault);
 
@@ -134,26 +134,27 @@ void sfp_close(sfp_file *file);
 
 size_t sfp_tensor_count(const sfp_file *file);
 
-/* What the directory says of tensor `number`, from 0. */
+/* Describes tensor `number`, counted from 0. */
 sfp_status sfp_describe(const sfp_file *file, size_t number, sfp_tensor *tensor);
 
-/* Decodes a tensor; gives all that `wanted` asks for, or nothing. */
+/* Decodes a tensor. `wanted` combines SFP_VALUES, SFP_MASK and SFP_IMPORTANCE. Returns either all requested
+ * results or none. */
 sfp_status sfp_decode(const sfp_file *file, size_t number, unsigned wanted, sfp_decoded *decoded,
                       sfp_fault *fault);
 
-/* Gives the memory of a decoded tensor back. */
+/* Releases the memory of a decoded tensor. */
 void sfp_release(const sfp_file *file, sfp_decoded *decoded);
 
-/* Checks everything that a tensor has, in memory that does not grow with it. */
+/* Checks all chunks of a tensor. The memory does not depend on the size of the tensor. */
 sfp_status sfp_check(const sfp_file *file, size_t number, sfp_fault *fault);
 
-/* The user's metadata, pair by pair: begin with *cursor = 0; false after the last. */
+/* Returns the metadata pair by pair. Set *cursor to 0 before the first call; returns false after the last pair. */
 bool sfp_next_metadata(const sfp_file *file, size_t *cursor, sfp_span *key, sfp_span *value);
 
-/* The directory in MessagePack, with the keys that this reader does not know. */
+/* Returns the directory in MessagePack, with all keys, also those that this reader does not know. */
 sfp_span sfp_directory(const sfp_file *file);
 
-/* Such as "E_CRC". */
+/* Returns the name of an error code, such as "E_CRC". */
 const char *sfp_error_name(sfp_error error);
 
 #ifdef __cplusplus

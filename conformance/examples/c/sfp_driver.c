@@ -1,4 +1,4 @@
-/* A command-line program around the reader.
+/* A command-line program for the reader.
  *
  *     sfp_driver [LIMIT=NUMBER ...] validate FILE
  *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
@@ -6,14 +6,14 @@
  *     sfp_driver [LIMIT=NUMBER ...] serve
  *     sfp_driver hello
  *
- * `validate` checks everything that a reader can check. `decode` also writes each tensor into FOLDER, which
- * must exist: NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, where it is pruned;
- * NUMBER.importance.bin, an F32 for each position, where it has an importance. Each prints one line of JSON on
- * standard output: what the file has, or the first fault. `serve` takes commands from standard input, a line
- * each, its words apart by tabs, and answers each with that line, until the input ends. `hello` says who this is.
- * `time` opens a file in memory and decodes all its weights, so many times, and tells the least processor time.
+ * `validate` makes all checks of a reader. `decode` also writes each tensor into FOLDER, which must exist:
+ * NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, if it has a mask; NUMBER.importance.bin,
+ * an F32 for each position, if it has an importance. Each command prints one line of JSON on standard output: the
+ * contents of the file, or the first fault. `serve` reads commands from standard input, one per line with tabs
+ * between words, and answers each with one line, until the input ends. `hello` prints name and version. `time`
+ * decodes all weights of a file in memory ROUNDS times, and prints the least processor time.
  *
- * Exit status: 0 the file is valid, 1 it is not, 2 wrong usage or a failure of the system.
+ * Exit status: 0 for a valid file, 1 for an invalid one, 2 for wrong usage or a failure of the system.
  */
 #include "sfp.h"
 
@@ -57,7 +57,7 @@ static void print_text(const char *text)
     print_string((const uint8_t *)text, strlen(text));
 }
 
-/* A line that says what the system refused. */
+/* Prints a line of JSON that describes a failure. Returns FAILED. */
 static int print_failure(const char *what)
 {
     fputs("{\"ok\":false,\"error\":null,\"detail\":", stdout);
@@ -134,7 +134,7 @@ static int print_manifest(const sfp_file *file)
 
 /* --------------------------------------------------------------------------------------------------- files */
 
-/* All bytes of a file, or NULL. */
+/* Reads a file. Returns its bytes, or NULL on failure. */
 static uint8_t *read_file(const char *path, size_t *length)
 {
     size_t room = 1 << 16;
@@ -163,7 +163,7 @@ static uint8_t *read_file(const char *path, size_t *length)
     return bytes;
 }
 
-/* Writes FOLDER/NUMBERsuffix, or nothing where there are no bytes to be written; false when that fails. */
+/* Writes FOLDER/NUMBERsuffix; does nothing if `bytes` is NULL. Returns false on failure. */
 static bool write_file(const char *folder, size_t number, const char *suffix, const uint8_t *bytes, size_t length)
 {
     if (bytes == NULL) {
@@ -188,20 +188,20 @@ static bool write_file(const char *folder, size_t number, const char *suffix, co
 
 static bool write_tensor(const char *folder, size_t number, const sfp_tensor *t, const sfp_decoded *got)
 {
-    size_t n = (size_t)t->positions; /* it has been decoded: its size fits */
+    size_t n = (size_t)t->positions; /* fits, because the tensor is in memory */
     return write_file(folder, number, ".bin", got->values, n * t->element_bytes) &&
            write_file(folder, number, ".mask.bin", got->mask, n) &&
            write_file(folder, number, ".importance.bin", got->importance, n * 4);
 }
 
-/* Decodes a tensor into a folder; VALID without having printed anything, or after a line another status. */
+/* Decodes a tensor into a folder. Returns VALID and prints nothing; on failure prints a line and returns its status. */
 static int decode_tensor(const sfp_file *file, size_t number, const char *folder)
 {
     sfp_tensor tensor;
     sfp_decoded got;
     sfp_fault fault;
     if (sfp_describe(file, number, &tensor) != SFP_OK) {
-        return print_failure("no such tensor");
+        return print_failure("there is no tensor with this number");
     }
     unsigned wanted = SFP_VALUES | SFP_IMPORTANCE | (tensor.pruned ? (unsigned)SFP_MASK : 0);
     sfp_status status = sfp_decode(file, number, wanted, &got, &fault);
@@ -220,7 +220,7 @@ static int check_tensor(const sfp_file *file, size_t number)
     return status == SFP_OK ? VALID : print_outcome(status, &fault);
 }
 
-/* Checks all tensors, or decodes them where a folder is given. */
+/* Checks all tensors; decodes them into `folder` if it is not NULL. */
 static int treat_bytes(const uint8_t *bytes, size_t length, const sfp_limits *limits, const char *folder)
 {
     sfp_file *file;
@@ -252,7 +252,7 @@ static int treat_file(const char *path, const sfp_limits *limits, const char *fo
     return outcome;
 }
 
-/* Opens bytes and decodes the weights of all tensors; how many bytes they have. */
+/* Opens a file in memory and decodes the weights of all tensors. Sets their number of bytes. */
 static sfp_status decode_weights(const uint8_t *bytes, size_t length, const sfp_limits *limits, sfp_fault *fault,
                                  uint64_t *decoded)
 {
@@ -296,7 +296,7 @@ static int time_file(const char *path, long rounds, const sfp_limits *limits)
     return VALID;
 }
 
-/* A command without `serve`. */
+/* Runs a command other than `serve`. Returns its exit status. */
 static int obey(char **words, int count, const sfp_limits *limits)
 {
     if (count == 1 && strcmp(words[0], "hello") == 0) {
@@ -315,7 +315,7 @@ static int obey(char **words, int count, const sfp_limits *limits)
     return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | time FILE ROUNDS | serve | hello");
 }
 
-/* Cuts a line at its tabs; how many words there are, more than 3 counted as 4. */
+/* Splits a line at its tabs. Returns the number of words, 4 for more than 3. */
 static int split(char *line, char *words[3])
 {
     int count = 0;
@@ -348,7 +348,8 @@ static int serve(const sfp_limits *limits)
     return ferror(stdin) ? FAILED : VALID;
 }
 
-/* Takes LIMIT=NUMBER, a limit of SPEC.md chapter 19 with underscores for spaces; false if it is none. */
+/* Sets a limit from LIMIT=NUMBER: a limit of SPEC.md chapter 19 with underscores for spaces. Returns false if the
+ * word is not a limit. */
 static bool set_limit(sfp_limits *limits, const char *word)
 {
     const struct {

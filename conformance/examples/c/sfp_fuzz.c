@@ -1,11 +1,11 @@
-/* A harness for libFuzzer, which comes with clang: it makes files up, led by what they have the reader do.
+/* A harness for libFuzzer of clang, which generates files guided by the reader's code coverage.
  *
  *     make fuzzer
  *     build/sfp_fuzz -runs=1000000 -max_len=4096 FOLDER ../../cases/PRE ../../cases/DIR ...
  *
- * New files that reach further are kept in the first folder. A file may be anything, but one with a wrong checksum
- * is refused before anything else is looked at. So after each change, three times out of four, the checksums are
- * mended: the preamble's, the directory's, and those of chunks, whose records are looked for in the directory.
+ * libFuzzer saves files that reach new code in the first folder. A reader refuses a file with a wrong checksum before
+ * it checks anything else. The harness therefore repairs the checksums after three of four changes: those of the
+ * preamble, of the directory and of the chunks, whose records it searches in the directory.
  */
 #include "sfp.h"
 
@@ -78,7 +78,8 @@ static void store(uint8_t *bytes, size_t size, uint64_t value)
     }
 }
 
-/* Mends the records after a key, "chunks" or "vectors", whose chunks start at an offset; where the next starts. */
+/* Repairs the records of the key "chunks" or "vectors", whose chunks start at an offset. Returns the offset of the
+ * next chunk. */
 static size_t mend_records(uint8_t *bytes, size_t directory, uint8_t *records, size_t size, size_t offset)
 {
     for (size_t i = 0; i + 8 <= size && i < 8 * MOST_RECORDS; i += 8) {
@@ -92,7 +93,7 @@ static size_t mend_records(uint8_t *bytes, size_t directory, uint8_t *records, s
     return offset;
 }
 
-/* The place behind a MessagePack string followed by a `bin 8` value, or NULL. */
+/* Returns the length byte of the `bin 8` value that follows a MessagePack string, or NULL. */
 static uint8_t *find(uint8_t *from, const uint8_t *end, const char *key)
 {
     size_t length = strlen(key);
@@ -104,8 +105,8 @@ static uint8_t *find(uint8_t *from, const uint8_t *end, const char *key)
     return NULL;
 }
 
-/* In each tensor's map "chunks" comes first by order of keys and "vectors" last, but the vector chunk first in the
- * file. */
+/* Repairs the records of all chunks. In a tensor's map "chunks" precedes "vectors", but in the file the vector chunk
+ * precedes the other chunks. */
 static void mend_chunks(uint8_t *bytes, size_t directory, size_t length)
 {
     const uint8_t *end = bytes + length;
