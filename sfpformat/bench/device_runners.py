@@ -33,15 +33,15 @@ def why_not(name: str) -> str | None:
     except RuntimeError as error:
         return str(error).splitlines()[0]
     if device.type != "cuda":
-        return f"tensors are decoded on CUDA devices only, not on {name!r}"
+        return f"the benchmark supports only CUDA devices, not {name!r}"
     reason = why_no_engine("cuda")
     if reason is not None:
         return reason
     count: int = torch.cuda.device_count()
     if not count:
-        return f"torch {torch.__version__} sees no CUDA device"
+        return f"torch {torch.__version__} finds no CUDA device"
     if device.index is not None and device.index >= count:
-        return f"there is no device {name!r}: torch sees {count} CUDA devices"
+        return f"there is no device {name!r}; the number of CUDA devices that torch finds is {count}"
     return None
 
 

@@ -50,7 +50,7 @@ class Contender:
     Attributes:
         name: ``sfp``, or the peer's name.
         threads: the maximum number of threads.
-        engine, preset: only of ``sfp``.
+        engine, preset: engine and preset of ``sfp``; None for peers.
         case: the data or method, if a section has several.
     """
 
@@ -185,7 +185,7 @@ def seconds_of(prepare: Callable[[], Callable[[], object]]) -> float:
 def break_even(
     raw_bytes: float, raw_seconds: float, packed_bytes: float, packed_seconds: float
 ) -> float | None:
-    """Returns the disk speed, in bytes a second, below which the packed file loads faster than the raw one.
+    """Returns the disk speed, in bytes per second, below which the packed file loads faster than the raw one.
 
     Both times are measured with the file in the page cache; reading from a disk of speed d adds bytes / d.
     None if the packed file is faster at any disk speed, or not smaller.

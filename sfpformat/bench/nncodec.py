@@ -1,7 +1,7 @@
 """NNCodec 2.1.3 (MPEG NNC, ISO/IEC 15938-17) on one float32 matrix, through its C++ extension.
 
 The arguments are the defaults of `nncodec.nnc.compress`, so the payload is the same byte for byte. The
-package's header (34 to 36 bytes a tensor) is not counted.
+package's header (34 to 36 bytes per tensor) is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .peers import imported
 
 F32 = NDArray[np.float32]
 
-# 2^7 steps an octave, the maximum of the standard's field; the error of a step is < 0.4 %.
+# 2^7 steps per octave, the maximum of the standard's field. The nearest step differs by less than 0.4 %.
 _QP_DENSITY = 7
 _UNARY_LENGTH = 11  # number of greater-than flags with their own contexts: the package's default
 _SLACK = bytes(16)  # the arithmetic decoder may read past the end

@@ -54,7 +54,7 @@ class Packer(Protocol):
 
 
 class ZstandardPacker:
-    """zstandard, one frame a tensor; with several threads, frames in parallel."""
+    """zstandard, with one frame per tensor; several threads process frames in parallel."""
 
     def __init__(self, threads: int) -> None:
         self._zstandard = imported("zstandard")
@@ -118,7 +118,7 @@ class ZipnnPacker:
 
 
 class PcodecPacker:
-    """pcodec at its default level. It lacks BF16, which is passed as integers in the order of values."""
+    """pcodec at its default level. It lacks BF16, which it gets as integers in the order of the values."""
 
     def __init__(self, threads: int) -> None:
         pcodec = imported("pcodec")
@@ -160,7 +160,7 @@ def ordered_of_bf16(patterns: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 
 def bf16_of_ordered(values: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """The inverse of `ordered_of_bf16`."""
+    """Returns the BF16 patterns of such integers; the inverse of `ordered_of_bf16`."""
     flips = (~values.view(np.int16) >> 15).view(np.uint16)
     flips |= 0x8000
     flips ^= values

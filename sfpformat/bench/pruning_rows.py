@@ -23,15 +23,15 @@ FIELDS = {
     "method": "one of sfpformat.demo.methods.METHODS",
     "sparsity": "the requested share of pruned weights in the linear layers",
     "achieved_sparsity": "the share of weights that the masks prune",
-    "seed": "of the model, the windows and learning",
-    "perplexity": "per character of held-out code",
+    "seed": "the seed of the model, of the windows and of learning",
+    "perplexity": "the perplexity per character of held-out code",
     "dense_perplexity": "the same for the dense model",
-    "prose_perplexity": "per character of held-out prose",
+    "prose_perplexity": "the perplexity per character of held-out prose",
     "dense_prose_perplexity": "the same for the dense model",
-    "seconds": "of pruning, including calibration, learning and tuning where the method needs them",
-    "steps": "of learning and of tuning",
-    "model_steps": "of training the model; null for the bundled one",
-    "training_seconds": "of training the model; null for the bundled one",
+    "seconds": "the seconds of pruning, including calibration, learning and tuning if the method needs them",
+    "steps": "the number of steps of learning and of tuning",
+    "model_steps": "the number of steps that trained the model; null for the bundled model",
+    "training_seconds": "the seconds that training the model took; null for the bundled model",
 }
 _START = json.dumps({next(iter(FIELDS)): ""})[:-2].encode()  # the first bytes of each line
 # The fields that identify a row.
@@ -39,7 +39,7 @@ IDENTITY = ("method", "sparsity", "seed", "steps", "model_steps")
 
 
 class KeptRows:
-    """A file of rows, one JSON object a line, each written to disk before the next. A context manager.
+    """A file of rows, one JSON object per line, each written to disk before the next. A context manager.
 
     An incomplete last line, for example of an interrupted process, is removed.
     """
@@ -69,9 +69,9 @@ class KeptRows:
         except ValueError:
             found = [None]
         if not all(isinstance(row, dict) and list(row) == list(FIELDS) for row in found):
-            raise MismatchError(f"{path} contains other data than rows of this benchmark; name another file")
+            raise MismatchError(f"{path} has contents other than rows of this benchmark; give another file")
         if rest[: len(_START)] != _START[: len(rest)]:
-            raise MismatchError(f"{path} does not end with a row of this benchmark; name another file")
+            raise MismatchError(f"{path} does not end with a row of this benchmark; give another file")
         self._file.truncate(len(whole))
         self._file.seek(len(whole))
         return found

@@ -48,11 +48,11 @@ SECTIONS: dict[str, Section] = {
         partial(codec_results, lossless.NAME),
     ),
     sparse.NAME: Section(
-        "matrices pruned to 50 % and 90 %, 4 bits a level, one thread",
+        "matrices pruned to 50 % and 90 %, 4 bits per level, one thread",
         sparse.runners,
         partial(codec_results, sparse.NAME),
     ),
-    load.NAME: Section("from path to arrays, page cache warm", load.runners, load.results),
+    load.NAME: Section("loading a file in the page cache to arrays", load.runners, load.results),
     memory.NAME: Section(
         "peak memory of loading minus the arrays, in new processes",
         memory.runners,

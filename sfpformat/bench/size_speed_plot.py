@@ -54,7 +54,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         _draw_points(axis, rows)
         axis.set_title(f"{threads} thread{'s' if threads > 1 else ''}", fontsize=11)
         axis.set_xlabel("size / raw size  (← smaller is better)")
-    axes[0].set_ylabel("decoding, MB of raw bytes a second  (faster is better →)")
+    axes[0].set_ylabel("decoding, MB of raw bytes per second  (faster is better →)")
     _widen(axes[0])
     canvas.draw()
     for axis, rows in zip(axes, panels.values(), strict=True):

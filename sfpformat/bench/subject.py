@@ -16,7 +16,7 @@ Tensors = dict[str, Array]
 
 CASTS = {"bf16": "BF16", "f32": "F32"}
 
-# Smaller matrices are usually biases and norms in a matrix's shape.
+# Smaller matrices are usually biases and gains with the shape of a matrix.
 _MATRIX_WEIGHTS = 4096
 _ENTROPY_STEPS = 24
 # Positions of each tensor in a small file that decodes quickly.
@@ -101,7 +101,7 @@ def matrices(tensors: Mapping[str, Array]) -> dict[str, F32]:
 
 
 def sample(found: Mapping[str, F32], limit: int) -> dict[str, F32]:
-    """Returns about ``limit`` weights at most, from matrices across the model: whole, or the first rows."""
+    """Returns matrices, or their first rows, from all parts of the model: at most about ``limit`` weights."""
     if sum(matrix.size for matrix in found.values()) <= limit:
         return dict(found)
     names, chosen, left = list(found), {}, limit
@@ -126,7 +126,7 @@ def pruned(matrix: F32, share: float) -> F32:
 
 
 def entropy(levels: NDArray[np.int64]) -> float:
-    """Returns the order-0 entropy of integers, in bits each."""
+    """Returns the order-0 entropy of integers, in bits per integer."""
     if not levels.size:
         return 0.0
     _, counts = np.unique(levels, return_counts=True)

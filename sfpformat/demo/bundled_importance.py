@@ -2,7 +2,7 @@
 
 The importance is learned for a range of sparsities, with frozen weights, on windows of the training text. The
 file is written again with the same weights and the grade of each weight of the linear layers
-(`sfpformat.pruning.grades`), at most four bits a weight. With the grades, ``sfp demo`` and ``sfp prune``
+(`sfpformat.pruning.grades`), in at most four bits per weight. With the grades, ``sfp demo`` and ``sfp prune``
 prune the file without torch. Needs torch.
 """
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Learn the importance of a model's weights and store it in its file.",
     )
     add = parser.add_argument
-    add("file", type=Path, help="the model: an .sfp file, which is written again with its importance")
+    add("file", type=Path, help="the model: an .sfp file, which is replaced by one with the importance")
     add("--steps", type=int, default=STEPS, help="default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--threads", type=int, default=1, help="number of CPU threads; default: %(default)s")

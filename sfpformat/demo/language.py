@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 WINDOWS = 8  # in a batch for learning
 CALIBRATION_WINDOWS = 2  # in a calibration batch; small batches approximate the Fisher information better
 CALIBRATION_BATCHES = 64
-# First seeds of the windows; those of training are far below.
+# The first seeds of the windows, far above the seeds of training.
 _CALIBRATION_SEED, _LEARNING_SEED = 1 << 20, 1 << 21
 
 

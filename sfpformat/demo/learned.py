@@ -1,7 +1,7 @@
 """The demonstration with learning: learns an importance, and writes files pruned by it and by other methods.
 
 In all files the survivors of the linear layers are quantised with the same `ERROR_DB`, so that methods differ
-only in what they prune. Needs torch.
+only in their masks and survivors. Needs torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMPARED = {
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 ERROR_DB = -20.0  # of the survivors
 STEPS = 200
-_CALIBRATION_BATCHES = 16  # a quarter of those of `sfp bench pruning`
+_CALIBRATION_BATCHES = 16  # a quarter of the number for `sfp bench pruning`
 
 
 def amount(steps: int, sparsities: Sequence[float]) -> int:

@@ -3,7 +3,7 @@
 Rules: all methods use the same windows of the training text (not the held-out texts), prune the same layers,
 and have the same target sparsity over all of them. Learning and tuning take the same number of steps on the
 same batches. Statistics that several methods need, such as the Fisher information, are computed once; their
-time counts for each method.
+time is added to that of each of these methods.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Bench:
         settings: Settings = FROZEN,
         checkpoint: Path | None = None,
     ) -> tuple[Learned, float]:
-        """Learns importances for a sparsity or a range; returns them with the seconds. Cached.
+        """Learns importances for a sparsity or a range. Returns them and the seconds. Caches the result.
 
         Args:
             sparsity, checkpoint: as in `learn_importance`.
@@ -264,7 +264,7 @@ METHODS = {
     "learned": "the importance network, with a logit for each weight",
     "levels": "logits of layers, rows, columns and weights, each shrunk by the noise of its gradients",
     "learned-factors": "learned, with a factor for each row and column",
-    "magnitude-finetuned": "survivors tuned for the same number of steps as importances are learned",
+    "magnitude-finetuned": "survivors tuned for as many steps as learning takes",
     "wanda-finetuned": "the same",
     "sparsegpt-finetuned": "the same, from SparseGPT's mask",
     "fisher-finetuned": "the same",

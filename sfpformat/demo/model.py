@@ -6,12 +6,12 @@ quantising measurable as a perplexity, in about a second and without torch.
 
 The architecture is a minimal modern language model:
 
-- *Characters*: the printable ASCII characters, newline, tab, and one symbol for all others. So
-  nearly all weights are in linear layers, as in a large model, and few in the vocabulary table.
+- *Characters*: the printable ASCII characters, newline, tab, and one symbol for all others. Nearly
+  all weights are therefore in linear layers, as in a large model, and few in the vocabulary table.
 - *Pre-norm residual layers* with RMSNorm and without biases: every tensor of two dimensions except
   the embedding is a plain linear layer, [outputs, inputs].
-- *Rotary positions*: nothing is learned per position, so every weight is used in every position.
-- *Squared ReLU* in the MLPs: in NumPy, two cheap passes where GELU needs a tanh.
+- *Rotary positions*: no weight belongs to a position, so every position uses every weight.
+- *Squared ReLU* in the MLPs: in NumPy it takes two cheap passes, while GELU needs a tanh.
 
 All arithmetic is float32, whatever dtype the weights are stored in.
 """
@@ -38,11 +38,17 @@ WINDOWS_PER_BATCH = 8
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of the model; the defaults are those of the weights that the package carries.
+    """The sizes of the model; the defaults are those of the weights in the package.
 
-    ``width`` is the number of features per position, ``hidden`` that inside an MLP, ``context``
-    the most positions (characters) seen at once; ``rotary_base`` sets the longest rotary
-    wavelength, 2π · rotary_base positions; ``epsilon`` guards RMSNorm against division by zero.
+    Attributes:
+        vocabulary: number of tokens.
+        width: number of features of a position.
+        layers: number of layers.
+        heads: number of attention heads.
+        hidden: number of features of a position inside an MLP.
+        context: maximum number of positions (characters) of a window.
+        rotary_base: base of the rotary frequencies; the longest wavelength is 2π · rotary_base positions.
+        epsilon: constant that prevents division by zero in RMSNorm.
     """
 
     vocabulary: int = len(CHARACTERS) + 1
@@ -57,13 +63,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width {self.width} must divide into {self.heads} heads of an even size: "
-                "rotary positions turn features in pairs"
+                f"width is {self.width}, must be a multiple of {2 * self.heads}: rotary positions rotate "
+                f"pairs of features in each of the {self.heads} heads"
             )
 
     @property
     def head_width(self) -> int:
-        """Features per attention head."""
+        """The number of features of an attention head."""
         return self.width // self.heads
 
 
@@ -93,11 +99,18 @@ def encode_text(text: str) -> NDArray[np.uint8]:
 
 
 def logits(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArray) -> FloatArray:
-    """Returns the unnormalised log-probabilities (nats) of the next token at every position.
+    """Returns the unnormalised log-probabilities of the next token at every position.
 
-    ``weights`` are as ``weight_shapes`` names them, in any float dtype. ``tokens`` are integers
-    [..., positions] with at most ``config.context`` positions. Returns float32
-    [..., positions, vocabulary].
+    Args:
+        weights: weights of any float dtype, by the names of ``weight_shapes``.
+        config: the sizes of the model.
+        tokens: integers [..., positions], with at most ``config.context`` positions.
+
+    Returns:
+        float32 [..., positions, vocabulary], in nats.
+
+    Raises:
+        ValueError: there are too many positions, or a weight is missing or has another shape.
     """
     positions = tokens.shape[-1]
     if positions > config.context:
@@ -108,14 +121,21 @@ def logits(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArr
 
 
 def perplexity(weights: Mapping[str, NDArray[Any]], config: Config, tokens: TokenArray) -> float:
-    """Returns exp(mean negative log-likelihood) per character, of ``tokens[1:]``.
+    """Returns the perplexity per character of ``tokens[1:]``: exp(mean negative log-likelihood).
 
-    ``tokens`` are integers [n], n ≥ 2. They are cut into windows of ``config.context`` that do
-    not overlap, so a window's first characters are predicted from few others; n = 1 + a multiple
-    of the context makes all windows whole. 1.0 is perfect; ``config.vocabulary`` is a blind guess.
+    A perfect model has the perplexity 1, a uniform guess ``config.vocabulary``. The text is cut into
+    windows without overlap, so the model predicts the first characters of a window from few others.
+
+    Args:
+        weights: weights of any float dtype, by the names of ``weight_shapes``.
+        config: the sizes of the model.
+        tokens: integers [n], n ≥ 2. If n is 1 plus a multiple of ``config.context``, all windows are whole.
+
+    Raises:
+        ValueError: there are fewer than two tokens, or a weight is missing or has another shape.
     """
     if tokens.ndim != 1 or tokens.size < 2:
-        raise ValueError("perplexity needs one row of at least two tokens")
+        raise ValueError(f"tokens have shape {tokens.shape}, must be a vector of at least two")
     cast = _float32_weights(weights, config)
     inputs, targets = tokens[:-1], tokens[1:]
     whole = inputs.size - inputs.size % config.context
@@ -127,7 +147,7 @@ def perplexity(weights: Mapping[str, NDArray[Any]], config: Config, tokens: Toke
 
 
 def _batches(inputs: TokenArray, targets: TokenArray, context: int) -> list[tuple[TokenArray, TokenArray]]:
-    """Returns inputs and targets [windows, context], at most WINDOWS_PER_BATCH windows a batch."""
+    """Returns inputs and targets [windows, context], with at most WINDOWS_PER_BATCH windows per batch."""
     x, y = inputs.reshape(-1, context), targets.reshape(-1, context)
     starts = range(0, len(x), WINDOWS_PER_BATCH)
     return [(x[i : i + WINDOWS_PER_BATCH], y[i : i + WINDOWS_PER_BATCH]) for i in starts]

@@ -19,7 +19,7 @@ _STYLES = {
     "learned": _LEARNED,
     "importance": _LEARNED,
 }
-_WIDTH, _HEIGHT, _DPI = 6.4, 5.2, 150  # inches a panel, dots an inch
+_WIDTH, _HEIGHT, _DPI = 6.4, 5.2, 150  # of a panel, in inches; dots per inch
 _MARGINS = 0.1  # of each side, for the labels
 
 
@@ -85,7 +85,7 @@ def _draw_panel(axis: Any, rows: Sequence[Row], labels: Mapping[str, str], dense
     axis.yaxis.set_minor_formatter(_plain_number)
     axis.grid(True, which="both", alpha=0.25)
     axis.set_title(f"held-out {kind}")
-    axis.set_xlabel("bits a weight, of the whole file")
+    axis.set_xlabel("bits per weight, of the whole file")
 
 
 def _plain_number(value: float, position: object) -> str:

@@ -242,7 +242,7 @@ class Trainer:
         """Resumes from a checkpoint; exits if its schedule differs."""
         schedule, self.step, model, optimiser = torch.load(path)
         if schedule != asdict(self.schedule):
-            raise SystemExit(f"{path} was written with other options: {schedule}; remove it, or use those")
+            raise SystemExit(f"{path} was written with other options: {schedule}; remove it, or use the same")
         self.model.load_state_dict(model)
         self.optimiser.load_state_dict(optimiser)
 
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     add("--every", type=int, default=500, help="steps between checkpoints; default: %(default)s")
     add("--resume", action="store_true", help="resume the same command after an interruption")
-    add("--verbose", action="store_true", help="show progress even if the output is no terminal")
+    add("--verbose", action="store_true", help="show progress even if the output is not a terminal")
     return parser
 
 

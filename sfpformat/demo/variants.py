@@ -20,7 +20,7 @@ from .model import Config, perplexity
 
 Tensors = dict[str, NDArray[np.generic]]
 
-# Number of held-out characters for perplexities, by kind of text; one more is read as the first context.
+# Number of held-out characters for perplexities, by kind of text; one more character is the first context.
 EVALUATED_TOKENS = {"code": 1 << 13, "prose": 1 << 12}
 
 
@@ -221,7 +221,7 @@ def _magnitudes(tensors: Tensors) -> dict[str, NDArray[np.float32]]:
 
 
 def evaluate(tensors: Tensors, kind: str) -> float:
-    """Returns the perplexity a character of a model on held-out text, ``code`` or ``prose``."""
+    """Returns the perplexity per character of a model on held-out text, ``code`` or ``prose``."""
     return perplexity(tensors, Config(), heldout_tokens(kind, EVALUATED_TOKENS[kind] + 1))
 
 

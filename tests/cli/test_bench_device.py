@@ -83,7 +83,7 @@ def test_wrongly_decoded_sections_are_excluded_and_the_exit_code_is_1(
     [
         (["--device", "cuda", "--only", "memory"], "no section 'memory'; choose from lossless, sparse, load"),
         (["--device", "cuda", "--engines", "cuda"], "omit --engines"),
-        (["--device", "cpu"], "on CUDA devices only, not on 'cpu'"),
+        (["--device", "cpu"], "only CUDA devices, not 'cpu'"),
         (["--device", "warp"], "--device warp: "),
         (["pruning", "--device", "cuda"], "does not accept --device"),
     ],
@@ -106,9 +106,11 @@ def test_a_torch_without_devices_ends_bench_with_the_reason(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "why_not", lambda: None)
-    assert "sees no CUDA device" in error_of(capsys, "bench", "--device", "cuda")
+    assert "finds no CUDA device" in error_of(capsys, "bench", "--device", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "no device 'cuda:2': torch sees 2" in error_of(capsys, "bench", "--device", "cuda:2")
+    assert "no device 'cuda:2'; the number of CUDA devices that torch finds is 2" in error_of(
+        capsys, "bench", "--device", "cuda:2"
+    )
     assert bench_device.why_not("cuda:1") is None
     monkeypatch.setattr(bench_device, "device_of", lambda name: (_ for _ in ()).throw(ImportError("torch")))
     assert "torch is not installed" in (bench_device.why_not("cuda") or "")

@@ -186,7 +186,7 @@ def test_an_unrelated_file_is_refused_and_unchanged(
     path = tmp_path / "mine.jsonl"
     path.write_text(text)
     assert main(["bench", "pruning", "--seeds", "1", "--rows", str(path)]) == 2
-    assert "name another file" in capsys.readouterr().err
+    assert "give another file" in capsys.readouterr().err
     assert path.read_text() == text
 
 
