@@ -245,7 +245,8 @@ def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
             importances.drop(name)
         else:
             raise CommandError(
-                f"{importances.path}: {name!r} and {kept!r} are one tensor and differ; give one"
+                f"{importances.path}: {name!r} and {kept!r} are the same tensor, but their values differ; "
+                "give one"
             )
 
 
