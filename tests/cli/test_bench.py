@@ -133,8 +133,8 @@ def test_break_even_is_the_disk_speed_at_which_both_take_the_same_time() -> None
     speed = break_even(1000, 1.0, 600, 3.0)
     assert speed == 200.0
     assert 1000 / speed + 1.0 == 600 / speed + 3.0
-    assert break_even(1000, 3.0, 600, 1.0) is None  # sooner on any disk
-    assert break_even(600, 1.0, 600, 3.0) is None  # sooner on none
+    assert break_even(1000, 3.0, 600, 1.0) is None  # faster on any disk
+    assert break_even(600, 1.0, 600, 3.0) is None  # faster on no disk
 
 
 def codec_record(who: Contender, size: float, seconds: Sequence[float]) -> Record:

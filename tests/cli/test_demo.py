@@ -157,7 +157,7 @@ def test_the_command_draws_a_curve_by_magnitude_and_one_by_importance(
 
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
-CURVES = {  # method -> bits a weight, perplexities of code and of prose, by share, about as they are
+CURVES = {  # method -> bits per weight, perplexities of code and of prose, by share; close to real values
     "magnitude": ((2.9, 2.5, 2.1, 1.7, 1.2), (3.3, 4.8, 8.1, 27, 32), (4.8, 7.1, 11, 33, 58)),
     "importance": ((3.1, 2.7, 2.3, 1.8, 1.2), (2.7, 2.8, 3.1, 3.4, 4.7), (4.1, 4.2, 4.6, 5.3, 7.6)),
 }

@@ -53,7 +53,7 @@ def zip_bytes(member: str) -> bytes:
     return out.getvalue()
 
 
-# Name of a file, what it holds, and a part of what is said of it.
+# Name of a file, its contents, and a part of the message.
 FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "torch": (
         "pytorch_model.bin",
@@ -182,7 +182,7 @@ def test_a_truncated_download_is_reported_as_cut_off(tmp_path: Path, capsys: Cap
 
 
 def raw(path: Path, fields: dict[str, Any], data: bytes = bytes(48)) -> Path:
-    """A safetensors file with any header, which the reference implementation opens."""
+    """A safetensors file with any header, which the reference implementation can open."""
     header = json.dumps(fields, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)

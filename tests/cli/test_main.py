@@ -26,7 +26,7 @@ from sfpformat.cli.parser import split_rules
 Arrays = dict[str, np.ndarray[Any, Any]]
 ROOT = Path(sfpformat.__file__).parents[1]
 
-# A child takes Ctrl-C even where the tests were started with it ignored.
+# A child handles Ctrl-C even if the tests were started with Ctrl-C ignored.
 _CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
 _MAIN = "from sfpformat.cli import main; sys.exit(main())"
 
@@ -190,7 +190,7 @@ def test_a_truncated_file_is_reported_with_its_clause(
 
 
 def refuse_root(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
-    """Makes opening files fail for root as their mode makes it fail for other users."""
+    """Makes opening files fail for root where their mode makes it fail for other users."""
 
     def refused(path: str, *rest: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

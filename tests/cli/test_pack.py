@@ -34,7 +34,7 @@ def packed(folder: Path, *words: object, arrays: Arrays | None = None) -> sfpfor
 
 
 def assert_bits(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
-    """The same dtype, shape and bits."""
+    """Asserts that dtype, shape and bits are equal."""
     assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 

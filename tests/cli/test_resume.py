@@ -27,7 +27,7 @@ OLD = b"an older model"
 
 
 def large(tensors: int = 16) -> Arrays:
-    """A model that takes a second or so to pack."""
+    """A model that takes about a second to pack."""
     rng = np.random.default_rng(3)
     return {f"w.{i:02}": rng.standard_normal((256, 512), dtype=np.float32) for i in range(tensors)}
 

@@ -261,7 +261,7 @@ def test_a_pattern_is_packed(tmp_path: Path) -> None:
 
 
 def kernels() -> dict[str, np.ndarray[Any, Any]]:
-    """Weights of a network; a pattern does not fit all, and fits one in its first dimension alone."""
+    """Weights of a network: a pattern fits only some, and one of them only in its first dimension."""
     rng = np.random.default_rng(4)
     shapes = {
         "stem.weight": (64, 3, 5, 5),

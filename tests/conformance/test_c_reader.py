@@ -1,7 +1,8 @@
-"""The reader in C (conformance/examples/c), held to the same files as the package's own.
+"""The reader in C (conformance/examples/c) against the package's reader, with the same files.
 
-It was written from SPEC.md alone. It is built with the compiler's checks for bad memory accesses and
-undefined behaviour; one process takes all files, so that what leaks or is damaged by one shows by the end.
+The reader in C was written from SPEC.md alone. It is built with the compiler's checks for invalid memory
+accesses and undefined behaviour. One process reads all files, so that leaks and damaged memory are detected
+at its end.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ pytestmark = needs("make", "cc")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, with checks compiled into it."""
+    """The program, compiled with checks."""
     return built("sanitized", tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")
 def readers(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Readers]:
-    """Gives running programs."""
+    """Running programs, which end after the tests."""
     readers = Readers(program, tmp_path_factory.mktemp("served"))
     yield readers
     readers.end()
@@ -69,7 +70,7 @@ def careful(readers: Readers) -> Reader:
 
 
 def same(reader: Reader, data: bytes) -> None:
-    """Asserts that both readers find the same in a valid file."""
+    """Asserts that both readers decode a valid file to the same contents."""
     assert reader.ask("validate", data)["ok"]
     answer = reader.ask("decode", data)
     assert answer["ok"], answer
@@ -81,7 +82,7 @@ def same(reader: Reader, data: bytes) -> None:
 
 
 def same_tensor(reader: Reader, file: Any, number: int, tensor: Answer) -> None:
-    """Asserts that both find the same tensor."""
+    """Asserts that both readers decode the same tensor."""
     name = tensor["name"]
     info, found = file.info(name), file.get_importance(name)
     assert tensor["dtype"] == info.dtype
@@ -113,7 +114,7 @@ def test_both_readers_return_the_same_contents_for_every_written_file(c_reader: 
 
 
 def narrow_midpoints(dtype: str) -> list[int]:
-    """F32 patterns without a sign: numbers of a dtype, those halfway between, and the ones beside."""
+    """F32 patterns without a sign: numbers of a dtype, the midpoints between them, and their neighbours."""
     out = {0, 1, 0x7FFFFF}
     shift = 23 - FLOATS[dtype].mantissa
     bias = 127 - ((1 << (FLOATS[dtype].exponent - 1)) - 1)
@@ -130,7 +131,7 @@ def narrow_midpoints(dtype: str) -> list[int]:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_both_readers_round_to_the_same_numbers(c_reader: Reader, dtype: str) -> None:
     centroids = narrow_midpoints(dtype if FLOATS[dtype].bits <= 16 else "F16")
-    width = (2 * len(centroids) - 1).bit_length() - 1  # levels that one class of residual bits can have
+    width = (2 * len(centroids) - 1).bit_length() - 1  # greatest number of levels of a class
     levels = list(range(1 << width))
     entry = {
         "dtype": dtype,
@@ -140,13 +141,17 @@ def test_both_readers_round_to_the_same_numbers(c_reader: Reader, dtype: str) ->
         "fingerprints": {"quantiser": "table", "count": len(centroids), **table([width])},
         "scale": {"per": "tensor", "dtype": "F32"},
     }
-    for scale in (0x3F800000, 0x3F800001, 0xBF7FFFFF):  # 1, the next above, minus the next below
+    for scale in (
+        0x3F800000,
+        0x3F800001,
+        0xBF7FFFFF,
+    ):  # 1, the number above it, and minus the number below it
         vectors = {"fingerprint centroids": centroids, "scale": [scale]}
         same(c_reader, hand_file(hand_part(entry, {"fingerprints": levels}, vectors=vectors)))
 
 
 def classes_below(top: int) -> dict[str, Any]:
-    """A code table for the levels from 0 to top - 1: a class for each set bit of it, the widest first."""
+    """A code table for the levels from 0 to top - 1: a class for each set bit of top, the widest first."""
     extra = [bit for bit in reversed(range(top.bit_length())) if top >> bit & 1]
     return table(extra, [*range(1, len(extra)), len(extra) - 1])
 
@@ -176,7 +181,7 @@ def test_both_readers_widen_every_narrower_dtype_to_the_same_numbers(c_reader: R
 
 # ----------------------------------------------------------------------------------------- what is refused
 
-# The tests that have a file accepted or refused for each way to keep or break a requirement.
+# The tests in which files keep or break each requirement.
 REFUSING = ["chunk", "codetable", "directory", "features", "layout", "limits", "mask", "messagepack"]
 REFUSING += ["planes", "preamble", "quantiser", "raw", "reconstruction"]
 
@@ -205,7 +210,7 @@ def test_both_readers_give_the_same_verdict_on_files_of_the_other_tests(program:
 
 
 def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
-    """Asserts that both readers accept a file or both refuse it, and what one finds where they accept it."""
+    """Asserts that both readers accept a file with the same contents, or that both refuse it."""
     report, answer = validate(data, limits=limits), reader.ask("validate", data)
     assert answer["ok"] == report.ok, (answer, report.faults)
     if not report.ok:
@@ -295,8 +300,8 @@ def test_the_clauses_and_codes_in_c_equal_those_of_the_document() -> None:
     assert all(name.replace("_", "-") == clause for name, clause, _ in rows)
     found = {clause: code for _, clause, code in rows}
     refusing = {clause.id: clause.code for clause in clauses_of_spec() if clause.code}
-    # Those without a check of their own: reserved bytes have closer rules, shards and profiles are not of one
-    # file, keyed maps are refused as unknown.
+    # Clauses without a check of their own: more specific clauses apply to reserved bytes, and shards and
+    # profiles do not concern a single file.
     others = {"R-CNV-005", "R-PRO-001", "R-SHD-001", "R-SHD-002"}
     assert found == {clause: code for clause, code in refusing.items() if clause not in others}
 

@@ -1,4 +1,4 @@
-"""Every golden file is judged and read as the manifest says: by reader, validator, plain reader, writer."""
+"""Reader, validator, plain reader and writer give for every golden file the results of the manifest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_job_produces_a_file_with_the_requested_contents(tmp_path: Path) -
         slow_reader.read(data)
         found = read_contents(data, Limits())
         for tensor in found["tensors"]:
-            tensor.pop("mask", None)  # which zeros are pruned is the writer's choice
+            tensor.pop("mask", None)  # the writer chooses which zeros are pruned
         assert found == expected_contents(case), case["id"]
         assert validate(data, engine="python").canonical, case["id"]
         if "written" in case["expected"]:

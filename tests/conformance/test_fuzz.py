@@ -1,7 +1,7 @@
-"""Files that nobody thought of: all readers judge them alike, and what they do not is made small and kept.
+"""Generated and damaged files: all readers return the same results. Files with other results are minimised.
 
-There are a few thousand of them, which is what a run of all tests affords; ``sfp conformance fuzz`` takes a
-decoder through as many as one has time for, by the same code.
+There are a few thousand files, to limit the time of a test run; ``sfp conformance fuzz`` tests a decoder with
+any number of files by the same code.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_all_readers_give_the_same_verdict_on_damaged_files(made: Example) -> No
 
 
 def judged(data: bytes, engine: str) -> object:
-    """The fault of a file, or all that it holds."""
+    """The fault of a file, or its contents."""
     try:
         with sfpformat.open(data, limits=SMALL, engine=engine, threads=1) as file:
             return [(name, file.get_tensor(name).tobytes(), file.get_mask(name).tobytes()) for name in file]
@@ -115,7 +115,7 @@ def test_every_truncated_file_is_refused(data: bytes) -> None:
 
 
 class Zeros(Choices):
-    """The simplest of everything."""
+    """Choices that are always the simplest."""
 
     def _number(self, bound: int) -> int:
         return 0

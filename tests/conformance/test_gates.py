@@ -1,4 +1,4 @@
-"""The golden files cover SPEC.md, and are what their recipes give."""
+"""The golden files cover SPEC.md, and equal what their recipes create."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The description of the container for Kaitai Struct gives what the files hold.
+"""The description of the container for Kaitai Struct parses files to their contents.
 
-The compiler is a package of npm: ``npm install kaitai-struct-compiler`` in any folder, which is named by the
-environment variable ``KAITAI_FOLDER``, as ``.ci/run`` does where there is npm. Without a compiler only the
-description's own sizes are looked at.
+The compiler is an npm package: run ``npm install kaitai-struct-compiler`` in any folder, and set the
+environment variable ``KAITAI_FOLDER`` to it. ``.ci/run`` does this if npm is installed. Without the compiler,
+the tests check only the sizes in the description.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ require('kaitai-struct-compiler').compile('python', JSON.parse(fs.readFileSync(s
 
 
 def size_of(fields: list[dict[str, Any]]) -> int:
-    """Bytes of some fields of fixed size."""
+    """The number of bytes of fields of fixed size."""
     magic = len(b"\x89SFP\r\n\x1a\n")
     return sum(f["size"] if "size" in f else SIZES[f["type"]] if "type" in f else magic for f in fields)
 
@@ -44,7 +44,7 @@ def test_records_have_the_sizes_of_the_document() -> None:
 
 
 def compiled(folder: Path) -> Any:
-    """The module that the compiler makes of the description."""
+    """The module that the compiler generates from the description."""
     (folder / "sfp.json").write_text(json.dumps(SOURCE))
     (folder / "compile.js").write_text(COMPILE)
     environment = {**os.environ, "NODE_PATH": str(Path(os.environ["KAITAI_FOLDER"]) / "node_modules")}
@@ -59,7 +59,7 @@ def compiled(folder: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value of the directory as Python has it."""
+    """A value of the directory as a Python object."""
     if value.is_map:
         return {plain(pair.key): plain(pair.value) for pair in value.pairs}
     if value.is_array:

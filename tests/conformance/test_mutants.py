@@ -1,4 +1,4 @@
-"""Every check of the reference reader has a golden file that notices when it is gone."""
+"""For every check of the reference reader, a golden file fails if the check is removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden files alone take every branch of the pure-Python reader, but for those with an excuse."""
+"""The golden files reach every branch of the pure-Python reader, except those with a stated reason."""
 
 from __future__ import annotations
 

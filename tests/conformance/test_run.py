@@ -1,4 +1,4 @@
-"""The runner of the conformance suite: good programs pass, and each way to be wrong is told as what it is."""
+"""The runner of the conformance suite: correct programs pass, and each kind of error gives its verdict."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ WRONG = {
 def test_each_kind_of_failure_is_reported_as_that_kind(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if what == "timeout":  # the time to start is given to each call, since each ends the program
+    if what == "timeout":  # each call includes the time to start, because the program ends after it
         monkeypatch.setattr("sfp_conformance.driver.START_SECONDS", 3.0)
     driver = Driver(program(tmp_path, WRONG[what]), seconds=0.7)
     results = results_of(Settings({"decoder": driver}, only="n-MSK-002"))
@@ -97,7 +97,7 @@ def test_each_kind_of_failure_is_reported_as_that_kind(
 
 
 def test_a_decoder_that_loses_the_sign_of_zero_fails(tmp_path: Path) -> None:
-    """A decoder that takes every -0 for 0."""
+    """The decoder reads every -0 as 0."""
     lying = """
         for i, t in enumerate(got.get('tensors', ())):
             path = os.path.join(words[2], f'{i}.bin')
@@ -157,7 +157,7 @@ def test_a_run_with_only_skipped_cases_does_not_pass(tmp_path: Path) -> None:
 
 
 def test_a_program_that_uses_too_much_memory_for_a_hostile_file_fails(tmp_path: Path) -> None:
-    """A decoder that takes 200 MB for each file it is asked about, and gives them back."""
+    """The decoder allocates 200 MB for each file, and releases them."""
     greedy = lying_program(tmp_path, "taken = b'x' * 200_000_000; del taken")
     settings = Settings({"decoder": Driver(greedy)}, only="h-LIM-002-bytes", levels=frozenset((3,)))
     results = results_of(settings)
@@ -166,7 +166,7 @@ def test_a_program_that_uses_too_much_memory_for_a_hostile_file_fails(tmp_path: 
 
 
 def test_a_file_that_is_not_canonical_fails_only_if_the_writer_claims_canonical_form(tmp_path: Path) -> None:
-    """A writer whose directory has a key that canonical files do not have."""
+    """The directory of the written file has a key that canonical files lack."""
     lie = """
         if words[0] == 'encode':
             from sfp_conformance.forge import Forge
@@ -185,7 +185,7 @@ def test_a_file_that_is_not_canonical_fails_only_if_the_writer_claims_canonical_
 
 
 def test_with_encoder_and_decoder_the_decoder_reads_the_encoders_files(tmp_path: Path) -> None:
-    """Of a writer and a reader that agree on nothing, the round trip fails while the writer is right."""
+    """The writer is correct and the reader is not, so only the round trip fails."""
     (tmp_path / "reader").mkdir()
     deaf = program(tmp_path / "reader", "def answer(words): return {'ok': False, 'error': 'E_LIMIT'}")
     drivers = {"encoder": Driver(OWN), "decoder": Driver(deaf)}
@@ -219,7 +219,7 @@ def test_expected_failures_pass_and_unexpected_passes_fail(tmp_path: Path) -> No
 
 
 def test_the_suite_has_lists_of_the_programs_that_it_knows(tmp_path: Path) -> None:
-    """A program is judged by `known/NAME.toml`, the name being what it calls itself."""
+    """The expected failures of a program are in `known/NAME.toml`, with the name of its answer to hello."""
     body = "def answer(words): return {'ok': words == ['hello'], 'name': 'mine', 'error': 'E_CRC'}"
     case = next(case for case in SUITE.cases if case.clauses[0] == "R-PRE-001" and case.kind == "invalid")
     suite = Suite(tmp_path, (case,), SUITE.clauses)
@@ -299,7 +299,7 @@ def test_limits_go_with_a_question_or_to_a_process_of_their_own(takes_limits: bo
 
 
 def test_our_driver_takes_limits_from_its_start_and_with_each_question() -> None:
-    """A limit that comes with a question holds for it alone, over those of the start."""
+    """A limit in a question applies only to this question, and overrides the limits of the start."""
     path = str(next(case.path for case in SUITE.cases if case.id == "y-LAY-001-all-kinds"))
     strict = OwnDriver("python", Limits(rank=1))
     assert strict.answer(["validate", path])["error"] == "E_LIMIT"

@@ -22,9 +22,9 @@ from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, kernel_source, layout
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# A multiprocessor's registers, and shared memory, of which a block takes some more than it declares.
+# Registers and shared memory of a multiprocessor; a block takes slightly more shared memory than it declares.
 REGISTERS, SHARED_OF_ALL, SHARED_BESIDE = 65536, {"sm_90": 228 << 10, "sm_100": 228 << 10}, 1 << 10
-SHARED = 48 << 10  # bytes a block without asking the driver for more
+SHARED = 48 << 10  # bytes per block without a request to the driver
 
 
 def test_the_source_is_one_string_without_headers() -> None:

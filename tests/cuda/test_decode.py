@@ -161,7 +161,7 @@ KERNELS: dict[str, list[Made]] = {
 
 
 def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 700) -> Any:
-    """Rows of several spreads, the first of them rounded, so that there are several codes and some trims."""
+    """Rows of several spreads, the first ones rounded, so that the file has several codes and some trims."""
     spread = 2.0 ** (-np.arange(rows) // 8).astype(np.float32)
     array = weights(rows, columns, density=density, seed=5) * spread[:, None]
     array[:8] = array[:8].astype(BF16).astype(np.float32)

@@ -17,7 +17,7 @@ pytestmark = needs("g++")
 
 ROOT = Path(__file__).parents[2]
 
-# Reads a byte after some memory, which the sanitiser must see: else it is not there.
+# Reads a byte after the end of allocated memory. The sanitiser must report it; otherwise it is not active.
 OUTSIDE = """
 import ctypes
 from kernels.tools import fuzz, shim

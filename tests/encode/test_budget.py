@@ -25,7 +25,7 @@ from ..cli.test_pack import Capture
 RNG = np.random.default_rng(5)
 SHAPE = (128, 256)
 WEIGHTS = RNG.standard_normal(SHAPE).astype(np.float32)
-# Importances as a Fisher information has them: over some orders of magnitude.
+# Importances that span some orders of magnitude, like the Fisher information.
 IMPORTANCE = np.exp(2 * RNG.standard_normal(SHAPE)).astype(np.float32)
 FEW_BITS = Uniform(bits=2.5)
 NOT_KEPT = Options(FEW_BITS, importance=None)
@@ -115,7 +115,7 @@ def test_all_tensors_together_meet_the_bit_budget(bits: float) -> None:
     steps = steps_for_budget(tensors, bits)
     options = {name: Options(Uniform(step=step)) for name, step in steps.items()}
     taken = 8 * len(save(tensors, options=options)) / sum(a.size for a in tensors.values())
-    assert bits - 0.05 < taken < bits + 0.4  # tables and index come on top
+    assert bits - 0.05 < taken < bits + 0.4  # tables and index add to it
 
 
 def test_without_importance_steps_are_proportional_to_the_spread() -> None:

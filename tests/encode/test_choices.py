@@ -118,7 +118,7 @@ def test_weighted_without_an_importance_is_refused() -> None:
 
 
 def best_cost(counts: list[int], limit: int) -> int:
-    """The least bits of any complete code, by trying all lengths."""
+    """The least number of bits of any complete code, by a search over all lengths."""
     best = None
     for lengths in itertools.product(range(1, limit + 1), repeat=len(counts)):
         if sum(2.0**-n for n in lengths) == 1:

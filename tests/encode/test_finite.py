@@ -41,7 +41,7 @@ def decoded(array: Array, options: Options, importance: Any = None) -> Array:
 
 
 def fp8_by_rows(rows: int = 24, columns: int = 256) -> Array:
-    """Normal weights, each row scaled so that its greatest is 448, as FP8 checkpoints have them."""
+    """Normal weights, each row scaled so that its greatest magnitude is 448, as in FP8 checkpoints."""
     normal = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
     scaled: Array = (normal / (np.abs(normal).max(1, keepdims=True) / 448)).astype(E4M3)
     return scaled
@@ -199,7 +199,7 @@ def at_the_ends(draw: st.DrawFn, dtype: Dtype) -> Array:
     rng = np.random.default_rng(draw(seeds))
     shape = draw(st.sampled_from([(4, 32), (33,), (3, 5, 7), (16, 40), (1, 1)]))
     count = math.prod(shape)
-    # A lossy quantiser takes what float32 holds.
+    # A lossy quantiser accepts only numbers of float32.
     greatest = min(dtype.greatest, DTYPES["F32"].greatest)
     great = greatest * draw(st.sampled_from([1.0, 0.5])) * rng.choice([1.0, 1.0, 0.99, 0.9, 0.6], count)
     least = max(dtype.least, DTYPES["F32"].least) * rng.integers(0, 9, count)

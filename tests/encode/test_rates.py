@@ -1,4 +1,4 @@
-"""Bits a survivor, budgets a position, and tensors that fit losslessly."""
+"""Bits per survivor, budgets per position, and tensors that fit losslessly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BF16 = ml_dtypes.bfloat16
 
 
 def pruned(array: Array, share: float) -> Array:
-    """The least magnitudes set to 0."""
+    """Returns the weights with the least magnitudes set to 0."""
     magnitudes = np.abs(array.astype(np.float32))
     return np.where(magnitudes > np.quantile(magnitudes, share), array, array.dtype.type(0))
 
@@ -84,7 +84,7 @@ def test_pruning_makes_a_file_with_a_bit_target_at_most_one_percent_larger(
     for share in (0.02, 0.1, 0.2, 0.3, 0.5, 0.9):
         sparse = pruned(array, share)
         found = size(sparse, options, sparse != 0 if masked else None)
-        # The step is chosen by an estimate of levels and mask; index and tables come on top.
+        # The step is chosen by an estimate of levels and mask; index and tables add to it.
         assert found <= 1.01 * dense
 
 
@@ -108,7 +108,7 @@ def test_a_mask_that_alone_takes_more_than_the_budget_is_refused() -> None:
 
 @pytest.mark.parametrize("asked", [Uniform(bits=1.3), Uniform(budget=1.2), Uniform(budget=1.6)])
 def test_bits_that_would_quantise_all_survivors_to_zero_are_refused(asked: Uniform) -> None:
-    """A mask of half the positions takes a bit a position, and each survivor has a sign."""
+    """A mask of half the positions takes one bit per position, and each survivor has a sign."""
     mask = np.abs(NORMAL) > np.quantile(np.abs(NORMAL), 0.5)
     with pytest.raises(OptionError, match=r"'w'.*with .* bits.*all weights would become 0"):
         save({"w": NORMAL}, options=Options(asked), masks={"w": mask})
@@ -126,7 +126,7 @@ def test_fixed_width_bits_that_would_quantise_all_weights_to_zero_are_refused(as
 
 
 def test_a_tensor_without_a_step_for_its_bits_stays_lossless_if_that_fits() -> None:
-    """A table of one value takes no bits a survivor; a number that is not 0 takes a sign."""
+    """A table of one value takes no bits per survivor; a number other than 0 takes a sign."""
     mask = np.arange(NORMAL.size).reshape(NORMAL.shape) % 384 < 192
     array = np.where(mask, np.float32(3), np.float32(0))
     data = save({"w": array}, options=Options(Uniform(bits=0.5)), masks={"w": mask})
@@ -145,13 +145,13 @@ def test_a_shared_budget_that_would_quantise_all_survivors_to_zero_is_refused(bu
 
 
 def test_the_estimate_is_not_too_low_for_many_distinct_numbers() -> None:
-    """A sample of so many numbers of 20 bits each shows an entropy of 12 bits only."""
+    """A sample of the numbers, of 20 bits each, has an entropy of only 12 bits."""
     counts = np.bincount(RNG.integers(1 << 19, 1 << 20, 1 << 12), minlength=1 << 20)
     assert numbers_bits(counts) / (1 << FRACTION) / (1 << 12) == pytest.approx(19 + 1, abs=0.2)
 
 
 def test_a_dominant_number_is_estimated_with_a_code_of_pairs() -> None:
-    """Of 64 pairs 49 have one bit, 7 two, and 8 three; the one number above 0 has a sign."""
+    """Of the 64 pairs, 49 have one bit, 7 two, and 8 three; the only number above 0 has a sign."""
     found = pairs_bits(np.array([7, 1]) * 1000)
     assert found / (1 << FRACTION) / 8000 == pytest.approx((49 + 2 * 7 + 3 * 8) / 128 + 1 / 8, abs=1e-4)
 
@@ -172,7 +172,7 @@ def test_bits_and_budgets_out_of_range_are_refused(name: str, value: Any) -> Non
 def test_a_tensor_stays_lossless_if_that_fits_the_bits(dtype: Any, share: float, asked: Uniform) -> None:
     array = pruned(NORMAL.astype(dtype), share)
     if array.itemsize == 1 and asked.error_db is not None:
-        return  # a step may give every FP8 weight back, and take fewer bits
+        return  # a step can reproduce every FP8 weight with fewer bits
     data = save({"w": array}, options=Options(asked))
     assert load(data)["w"].tobytes() == array.tobytes()
     assert len(data) == len(save({"w": array}))

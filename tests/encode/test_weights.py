@@ -24,8 +24,8 @@ from ..cli.test_pack import Capture, assert_bits, packed
 S, C, B, N, U = Kind.STORAGE, Kind.COMPANION, Kind.BIAS, Kind.NORM, Kind.BUFFER
 SHAPE = (128, 64)
 
-# A kind of checkpoint -> its tensors: name, dtype, and the reason why it is no weight, or None for a weight.
-# Names and dtypes are those that the packages write which the module names.
+# Kind of checkpoint -> its tensors: name, dtype, and why it is not a weight, or None for a weight. Names and
+# dtypes are those that the packages named in the module write.
 CHECKPOINTS: dict[str, list[tuple[str, str, Kind | None]]] = {
     "Llama": [
         ("model.embed_tokens.weight", "BF16", None),

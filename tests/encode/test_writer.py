@@ -1,4 +1,4 @@
-"""What the writer refuses, what it leaves after a failure, and how it resumes (SPEC.md R-STR-005)."""
+"""The writer: arguments that it refuses, its files after a failure, and resuming (SPEC.md R-STR-005)."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_importances_of_any_magnitude_give_a_valid_file(greatest: float, bits: i
     with sfpformat.open(data) as file:
         found = file.get_importance("a")
     assert found is not None
-    # Half a step, and what binary32 rounds.
+    # Half a step, plus the rounding of binary32.
     allowed = max(greatest / (2**bits - 1) * 0.51, 1.5e-45) + greatest * 2.0**-23
     assert np.abs(found.astype(np.float64) - given).max() <= allowed
 
@@ -459,7 +459,7 @@ def interrupt(target: Path, stop_before: str, key: str = "job") -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the job writes without an interruption."""
+    """The file that the job writes without an interruption."""
     path = tmp_path_factory.mktemp("whole") / "model.sfp"
     write(path)
     accepted(path.read_bytes())

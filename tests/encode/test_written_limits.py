@@ -32,12 +32,12 @@ def limits_but(**changes: int) -> Limits:
 
 # ----------------------------------------------------------------------------------------------- expansion
 
-# As the defaults, for tensors that are a thousand times smaller.
+# Like the defaults, for tensors that are a thousand times smaller.
 SMALL = limits_but(expansion_floor=1 << 18, expansion=1 << 10)
 
 
 def chunk_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> int:
-    """Positions a chunk of the tensor z."""
+    """The number of positions per chunk of the tensor z."""
     with sfpformat.open(data, limits=limits) as file:
         entry = file.entry("z")
         return entry.segment * entry.chunk

@@ -1,6 +1,6 @@
-"""Zeros of both signs: what they cost, who counts them, and how they become +0.
+"""Zeros of both signs: their size in files, their counts in reports, and their conversion to +0.
 
-The readers in C and on GPUs see them in the files that `strategies.jobs` draws.
+The readers in C and on GPUs decode them in the files of `strategies.jobs`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SIDE = 384
 
 
 def weights(dtype: str, share: float = 0.9, signs: str = "random", side: int = SIDE) -> Array:
-    """Normal weights [side, side], a share of which is zero with signs of some kind."""
+    """Normal weights [side, side] of which a share is zero, with the given kind of signs."""
     rng = np.random.default_rng(17)
     numbers = rng.standard_normal((side, side))
     drawn = {
@@ -69,23 +69,23 @@ def weights(dtype: str, share: float = 0.9, signs: str = "random", side: int = S
 
 
 def positive(array: Array) -> Array:
-    """The same with +0 for -0, by arithmetic."""
+    """Returns the array with +0 instead of -0, computed by arithmetic."""
     return (array.astype(np.float64) + 0.0).astype(array.dtype)
 
 
 def negatives(array: Array) -> int:
-    """How many zeros are negative, by arithmetic."""
+    """Returns the number of negative zeros, computed by arithmetic."""
     wide = array.astype(np.float64)
     return int(((wide == 0) & np.signbit(wide)).sum())
 
 
 def bits_a_weight(array: Array, options: Options | None = None) -> float:
-    """Returns the bits a weight of a file with this tensor only."""
+    """Returns the bits per weight of a file with only this tensor."""
     return 8 * len(save({"w": array}, options=options or Options())) / array.size
 
 
 def entropy_of_signs(array: Array) -> float:
-    """Returns the bits a weight of independent random signs of zeros."""
+    """Returns the bits per weight of independent random signs of zeros."""
     zeros = int((array.astype(np.float64) == 0).sum())
     share = negatives(array) / zeros
     if share in (0, 1):

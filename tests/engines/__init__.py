@@ -1,1 +1,1 @@
-"""Tests that hold the engines against each other."""
+"""Tests that compare the engines with each other."""

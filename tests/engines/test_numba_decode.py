@@ -37,7 +37,7 @@ from ..support.strategies import Job, indices, jobs, shapes, written
 
 
 def outcome(data: bytes, engine: str, read: Callable[[sfpformat.SfpFile], Any]) -> Any:
-    """Returns what reading returns, or all fields of its fault."""
+    """Returns the result of reading, or all fields of its fault."""
     try:
         with sfpformat.open(data, threads=1, engine=engine) as file:
             return read(file)
@@ -255,10 +255,10 @@ def test_levels_equal_those_of_the_reference(
     rng = np.random.default_rng(seed)
     extra = bytes(data.draw(st.lists(st.sampled_from([0, 1, 3, 8, 20]), min_size=classes, max_size=classes)))
     group = group if classes > 1 else 1
-    # Codes that use every symbol: any level can be written.
+    # Codes that use every symbol, so that every level can be encoded.
     code = PrefixCode(code_lengths(rng.integers(1, 1000, classes**group))) if classes > 1 else None
     table = CodeTable(data.draw(st.integers(0, 70)), extra, (code,) * codes if code else (), group)
-    # Segments of no, of few and of so many levels that they are decoded side by side.
+    # Segments without levels, with few levels, and with enough levels for decoding several at once.
     counts = rng.integers(0, data.draw(st.sampled_from([9, 90, 400])), data.draw(st.integers(1, 15)))
     levels = rng.integers(table.base, table.top, int(counts.sum())).astype(np.uint64)
     numbers = rng.integers(0, max(len(table.codes), 1), len(counts))

@@ -37,7 +37,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def segments(rng: np.random.Generator, most: int = 90) -> NDArray[np.int64]:
-    """Levels of some segments, of which some may be empty."""
+    """Levels of some segments, some of which may be empty."""
     sizes = rng.integers(0, most, rng.integers(1, 9))
     return sizes * (rng.random(len(sizes)) < 0.9)
 
@@ -218,7 +218,7 @@ def test_both_engines_count_and_pack_the_same_bit_patterns(seed: int, dtype: Any
     width = data.draw(st.integers(min(max(bits - 9, 1), 50), min(bits - 1, MAX_FIELD_BITS)))
     trim = data.draw(st.integers(0, width - 1))
     counts = segments(rng)
-    # Any signs; few classes; as many zeros below as the trim leaves out.
+    # Any signs, few classes, and as many low zero bits as the trim omits.
     first = int(rng.integers(0, 1 << (bits - width)))
     classes = int(rng.integers(1, min(1 << (bits - width), first + 40) - first + 1))
     size = int(counts.sum())

@@ -18,7 +18,7 @@ from ..support.forge import accepted, fault_of, refused, refused_bytes
 
 
 def header_at(name: str, quantity: str) -> int:
-    """Offset in a chunk of a quantity's header."""
+    """The offset of a quantity's header in a chunk."""
     entry = Forge.of(everything()).part(name).full_entry()
     return 8 * slow_reader.quantities(entry).index(quantity)
 

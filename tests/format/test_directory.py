@@ -1,4 +1,4 @@
-"""SPEC.md chapters 7 and 17: what the directory says."""
+"""SPEC.md chapters 7 and 17: the contents of the directory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WRONG_TYPES: dict[type, list[object]] = {
 
 
 def maps_of(file: Forge) -> Iterator[tuple[str | None, str, dict[str, Any]]]:
-    """Every map of a directory with the tensor that it belongs to and its name; records stay as they are."""
+    """Every map of a directory, with its tensor and its name; the chunk records do not change."""
     file.root["tensors"] = [part.full_entry() for part in file.parts]
     yield None, "root", file.root
     for entry in file.root["tensors"]:
@@ -51,11 +51,11 @@ def places() -> list[tuple[int, str]]:
 
 
 def field_of(file: Forge, number: int) -> tuple[str | None, str, dict[str, Any]]:
-    """The map of that number, and what it belongs to."""
+    """The map with that number, and its tensor."""
     return list(maps_of(file))[number]
 
 
-# Keys that may be left out without another key's leave: their absence means something else.
+# Keys that are optional whatever the other keys are.
 OPTIONAL = {("root", "metadata"), ("entry", "mask"), ("entry", "scale"), ("entry", "importance")}
 
 
@@ -416,7 +416,7 @@ def test_a_tensor_of_rank_0_with_levels_of_no_bits_is_read() -> None:
 
 
 def judgement(data: bytes, limits: Limits) -> object:
-    """All that opening a file gives: what the directory says, or the fault with its words and its place."""
+    """The result of opening a file: the contents of the directory, or the fault with its text and offset."""
     try:
         with sfpformat.open(data, limits=limits) as file:
             directory = file.directory
@@ -427,7 +427,7 @@ def judgement(data: bytes, limits: Limits) -> object:
 
 
 def judged_alike(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) -> None:
-    """A file is judged alike whether the quick way is open or not."""
+    """Asserts that opening a file has the same result with and without the fast path."""
     quickly = judgement(data, limits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(messagepack, "decode_quickly", lambda data, limits: None)

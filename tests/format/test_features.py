@@ -53,7 +53,7 @@ def test_the_writer_lists_no_feature_and_a_directory_sorts_those_it_is_given() -
 
 
 def notes_of(data: bytes) -> set[str]:
-    """The clauses of the validator's notes on a file that is accepted."""
+    """The clauses in the validator's notes on an accepted file."""
     accepted(data)
     report = validate(data)
     assert report.canonical == (not report.notes)
@@ -91,7 +91,7 @@ def test_an_index_with_a_lesser_minimum_or_a_greater_width_is_accepted_and_noted
         taken = part.take()
         values = taken.quantities["survivors"]
         least, span = min(values), max(values) - min(values)
-        # One less at the minimum must not ask for another bit, so that one clause alone is broken.
+        # A minimum that is lower by one must not need another bit, so that only one clause is broken.
         width = (span - changed[0]).bit_length()
         assert width == span.bit_length()
         taken.headers["survivors"] = (least + changed[0], width + changed[1])
@@ -152,7 +152,7 @@ def test_a_table_for_a_stream_without_levels_is_noted_unless_it_is_the_empty_one
 
 @clauses("R-CAN-006")
 def test_with_pairs_the_padding_uses_class_0() -> None:
-    # Levels of class 1 alone, three of them: the fourth is padding of class 0.
+    # Three levels, all of class 1; the fourth class is padding, 0.
     pairs = table([1, 1], [0, 1, 0, 1], group=2)
     assert notes_of(hand_file(streamed(pairs, [2, 3, 2]))) == set()
 

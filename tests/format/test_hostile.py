@@ -1,4 +1,4 @@
-"""Files that were damaged, cut, or made to do harm."""
+"""Damaged, truncated and hostile files."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ SMALL = Limits(
 
 
 def judged(data: bytes) -> FileFault | None:
-    """What the reader says of hostile bytes: a fault, or nothing wrong; anything else is an error of ours.
+    """Returns the reader's fault for hostile bytes, or None if it accepts them; any other exception is a bug.
 
-    The validator and the slow reader must say the same.
+    Asserts that the validator and the slow reader agree.
     """
     try:
         tensors = read_all(data, SMALL)
@@ -63,7 +63,7 @@ def judged(data: bytes) -> FileFault | None:
 
 
 def fault_of_opening(data: bytes, name: str) -> FileFault:
-    """The fault met when one tensor is asked for."""
+    """The fault of a request for one tensor."""
     try:
         with sfpformat.open(data, threads=1) as file:
             file.get_tensor(name)
@@ -254,7 +254,7 @@ def test_all_readers_give_the_same_verdict_on_changed_chunks_with_repaired_check
 @settings(max_examples=300)
 @given(st.integers(0, 2**64 - 1))
 def test_random_planes_are_decoded_or_refused(seed: int) -> None:
-    # Header and index stay; the bits of some planes are thrown anew: symbols, runs and ends become random.
+    # Header and index do not change; some planes get random bits, so that symbols, runs and ends are random.
     rng = random.Random(seed)
     file = Forge.of(everything())
     part = file.part(rng.choice(["runs", "octets", "uniform", "table", "group", "coded"]))
@@ -340,7 +340,7 @@ print(report.faults[0].clause if report.faults else "accepted")
 
 
 def clause_in_little_memory(data: bytes) -> str:
-    """What a reader with the default limits and 256 MiB of memory says of a file."""
+    """The clause by which a reader with the default limits and 256 MiB of memory refuses a file."""
     done = subprocess.run(
         [sys.executable, "-c", _CHILD], input=data, capture_output=True, timeout=60, check=False, cwd=ROOT
     )
@@ -374,7 +374,7 @@ def test_great_claims_are_refused_within_little_memory() -> None:
 
 
 class _Liar(io.BytesIO):
-    """An object that says it is longer than what it gives, gives it in small pieces, or gives too much."""
+    """An object that reports a greater length than it has, returns small pieces, or returns too much."""
 
     def __init__(
         self, data: bytes, *, claims: int = 0, piece: int = 1 << 30, spoils: int | None = None

@@ -1,4 +1,4 @@
-"""SPEC.md chapter 5: where the chunks lie."""
+"""SPEC.md chapter 5: the places of the chunks."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def test_a_damaged_chunk_hides_no_other_tensor_and_no_slice_of_another_chunk() -
         for name in opened:
             if name != "runs":
                 assert opened.get_tensor(name).tobytes() == good[name].tobytes()
-        # Positions 0 to 63 lie in the first chunk.
+        # The first chunk has the positions 0 to 63.
         assert opened.get_slice("runs")[:2].tobytes() == good["runs"][:2].tobytes()
         with pytest.raises(FileFault, match="R-LAY-004"):
             opened.get_slice("runs")[2:3]
 
 
 class _Watched(io.BytesIO):
-    """A binary object that refuses to be read outside itself."""
+    """A binary object that raises on a read outside of it."""
 
     def read(self, size: int | None = -1) -> bytes:
         assert size is not None

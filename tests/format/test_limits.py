@@ -21,12 +21,12 @@ from ..support.forge import accepted, refused, refused_bytes
 
 
 def limits_but(**changes: int) -> Limits:
-    """The default limits but for these."""
+    """The default limits with these changes."""
     return replace(DEFAULT_LIMITS, **changes)
 
 
 def arrays(depth: int) -> Raw:
-    """An empty array inside arrays, so many in all."""
+    """Nested arrays, of which the innermost is empty."""
     return Raw(b"\x91" * (depth - 1) + b"\x90")
 
 
@@ -62,7 +62,7 @@ Change = Callable[[Forge], object]
 
 
 def name_of(size: int) -> Change:
-    """Gives a tensor a name of so many bytes."""
+    """Returns an edit that gives a tensor a name of this many bytes."""
     return lambda file: file.part("raw").entry.update(name="x" * size)
 
 
@@ -84,7 +84,7 @@ def test_a_file_above_a_default_is_refused(case: str) -> None:
 
 
 def refused_limit(edit: Change, tensor: str | None, limits: Limits) -> sfpformat.FileFault:
-    """Asserts that the sample, edited, is refused for a limit, by reader and validator."""
+    """Asserts that reader and validator refuse the edited sample because of a limit."""
     file = Forge.of(everything())
     edit(file)
     data = file.build()
@@ -127,7 +127,7 @@ def test_a_tensor_above_tensor_bytes_is_refused_and_the_others_are_returned() ->
 
 
 def great(positions: int) -> bytes:
-    """A file of 64 bytes of chunk for each 2^24 positions of a bit pattern, and more is not needed."""
+    """A file with a chunk of 64 bytes for each 2^24 positions of a bit pattern."""
     source = exact("F32", **table([0], base=2))
     entry = {"dtype": "F32", "shape": [2**24], "segment": 65536, "chunk": 256, "fingerprints": source}
     part = hand_part({**entry, "shape": [65536]}, {"fingerprints": [2] * 65536})

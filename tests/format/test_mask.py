@@ -77,8 +77,8 @@ def test_octets_with_a_polarity_are_refused(polarity: object) -> None:
 @pytest.mark.parametrize("polarity", [0, 1])
 @pytest.mark.parametrize("run", [2, 31, 63])
 def test_a_run_that_leaves_its_segment_is_refused(polarity: int, run: int) -> None:
-    # The last minority position of the first segment is its last but one; a longer run leaves the segment,
-    # although the tensor goes on.
+    # The last minority position of the first segment is its last but one. A longer run ends outside of the
+    # segment, but inside of the tensor.
     bits = [1 - polarity] * 64
     bits[30] = bits[40] = polarity
 

@@ -172,7 +172,7 @@ def test_a_count_that_the_bytes_cannot_hold_is_refused_before_memory_is_given_to
 
 @clauses("R-MSG-008")
 def test_a_map_needs_two_bytes_for_each_pair() -> None:
-    # Five pairs are claimed, nine bytes are left: enough for five elements, not for five pairs.
+    # The map claims five pairs, and nine bytes are left: enough for five elements, but not for five pairs.
     refused_bytes(with_value(b"\x85" + b"\xa0" * 9), "R-MSG-007")
 
 
@@ -187,7 +187,7 @@ def test_what_the_writer_writes_is_its_own_canonical_encoding() -> None:
 
 
 def judged_both_ways(data: bytes) -> None:
-    """What the quick way takes is what the strict reader gives."""
+    """Asserts that the fast path returns the same as the strict reader for bytes that it accepts."""
     quick = messagepack.decode_quickly(data, DEFAULT_LIMITS)
     if quick is not None:
         assert quick == messagepack.decode(data, DEFAULT_LIMITS)

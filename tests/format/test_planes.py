@@ -65,7 +65,7 @@ def test_levels_come_in_the_order_of_positions_segment_after_segment() -> None:
 
 
 def pairs_part(levels: list[int]) -> Part:
-    """A tensor of one segment whose three classes of one level are coded by twos."""
+    """A tensor of one segment with three classes of one level each, coded in pairs."""
     lengths = [2, 3, 3, 3, 3, 4, 4, 4, 4]
     source = exact("F32", **table([0, 0, 0], lengths, group=2))
     entry = {"dtype": "F32", "shape": [len(levels)], "fingerprints": source}
@@ -171,7 +171,7 @@ def test_a_bit_after_the_end_of_a_plane_is_refused(plane: str) -> None:
 
 
 def trimmed_part(trims: list[int], *, extra: int = 16) -> Part:
-    """A BF16 tensor of whole segments of residuals that leave out as many bits as their segment's trim."""
+    """A BF16 tensor of whole segments, whose residuals omit the bits of their segment's trim."""
     levels = [(i * 37 % 128) << (z + 1) & 0xFFFF | i & 1 for z in trims for i in range(32)]
     if extra < 16:
         levels = [level & ((1 << extra) - 1) for level in levels]

@@ -1,4 +1,4 @@
-"""What must hold of every tensor and every way to write it."""
+"""Properties of every tensor and all options of writing it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_number_of_centroids_that_is_0_or_above_65536_is_refused(
 
 
 def many_centroids(count: int) -> Part:
-    """A tensor with so many centroids and one survivor, the last of them."""
+    """A tensor with this many centroids and one survivor, whose magnitude is the last centroid."""
     source = {"quantiser": "table", "count": count, **table([1], base=2 * count - 2)}
     entry = {"dtype": "F32", "shape": [1], "fingerprints": source}
     numbers = list(range(count))
@@ -260,7 +260,7 @@ def test_a_key_of_another_map_is_unknown_and_accepted() -> None:
 
 
 def scaled(entry: dict[str, object], factors: list[int], count: int) -> Part:
-    """A tensor of so many ones, scaled."""
+    """A tensor of this many ones with a scale."""
     source = {"quantiser": "uniform", "step": f32_bytes(1.0), **table([0], base=2)}
     return hand_part(
         {"dtype": "F32", "fingerprints": source, **entry},

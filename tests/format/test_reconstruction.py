@@ -1,6 +1,6 @@
 """SPEC.md chapter 14: from levels to numbers, bit for bit.
 
-What is expected is worked out from neighbouring bit patterns, with Python's binary64 and fractions, or with
+The expected values are computed from neighbouring bit patterns, with Python's binary64 and fractions, or with
 single operations on numpy's float32.
 """
 
@@ -132,11 +132,11 @@ def test_widening_agrees_with_the_machines_own_conversions() -> None:
 
 
 def rounding_cases(dtype: str) -> dict[float, int]:
-    """Magnitudes about the middles between neighbouring patterns, and what each must round to."""
+    """Magnitudes near the midpoints between neighbouring patterns -> the pattern to which each must round."""
     kind = FLOATS[dtype]
     lows: Sequence[int] = range(kind.nonfinite - 1)
     if bits_of(dtype) == 16:
-        # All subnormals' neighbourhoods would be many: the ends, the border to the normal numbers, a sample.
+        # Not all subnormals, which would be many: the ends, the border to the normal numbers, and a sample.
         border = 1 << kind.mantissa
         first = sorted({*range(40), *range(border - 20, border + 20), *range(0, kind.nonfinite - 40, 331)})
         lows = [*first, *range(kind.nonfinite - 40, kind.nonfinite - 1)]
@@ -151,7 +151,7 @@ def rounding_cases(dtype: str) -> dict[float, int]:
         out[number_of(nearest - 1, "F32")] = low
         out[number_of(nearest + 1, "F32")] = low + 1
         out[above] = low + 1
-    # Past the greatest number: half a unit further is the tie between it and what the next pattern would be.
+    # Above the greatest number, half a unit more is the tie with the number that the next pattern would have.
     greatest = number_of(kind.nonfinite - 1, dtype)
     unit = greatest - number_of(kind.nonfinite - 2, dtype)
     tie = greatest + unit / 2

@@ -1,4 +1,4 @@
-"""SPEC.md against the code's own tables, and against these tests."""
+"""SPEC.md against the tables of the code, and against these tests."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TEXT = SPEC.read_text()
 CLAUSES = clauses_of_spec()
 SCHEMA = pycddl.Schema(TEXT.split("```cddl\n", 1)[1].split("```", 1)[0])
 
-# pycddl lets keys of one alternative stand beside those of another, so no defect here is of that kind.
-# What is wrong with a directory -> a change of its root and of its only tensor that makes it so.
+# pycddl accepts keys of one alternative together with those of another, so no defect here is of that kind.
+# Defect of a directory -> a change of its root and its only tensor that causes the defect.
 DEFECTS: dict[str, Callable[[Any, Any], object]] = {
     "no tensors": lambda root, tensor: root.pop("tensors"),
     "empty features": lambda root, tensor: root.update(features=[]),
@@ -56,13 +56,13 @@ def directory_of(data: bytes) -> Any:
 
 
 def without_own_keys(value: Any) -> Any:
-    """A directory without the keys that begin with ``x-``, which the schema leaves out."""
+    """A directory without the keys that begin with ``x-``, which the schema omits."""
     if isinstance(value, dict):
         return {key: without_own_keys(item) for key, item in value.items() if not key.startswith("x-")}
     return [without_own_keys(item) for item in value] if isinstance(value, list) else value
 
 
-# Clauses with an error code whose tests do not go by `refused` with the clause as a string.
+# Clauses with an error code whose tests do not call `refused` with the clause as a string.
 GENERAL = {
     "R-CNV-005": "padding is refused by the clause of its place",
     "R-PRO-001": "no reader of a partial profile here",
@@ -174,7 +174,7 @@ def test_the_limits_are_those_of_the_table() -> None:
 def test_the_schema_accepts_the_directory_of_every_valid_golden_file() -> None:
     accepted = 0
     for case in manifest()["cases"]:
-        # One valid file has keys of later versions, which the schema leaves out with the writer's own.
+        # One valid file has keys of later versions, which the schema omits like the writer's own keys.
         if case["id"].startswith("y-") and case["id"] != "y-DIR-005-in-every-map":
             data = (ROOT / "conformance" / case["file"]).read_bytes()
             SCHEMA.validate_cbor(cbor2.dumps(without_own_keys(directory_of(data))))

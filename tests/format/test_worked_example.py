@@ -1,4 +1,4 @@
-"""SPEC.md chapter 26: the bytes printed there are files, and what the text says of them is so."""
+"""SPEC.md chapter 26: the hex dumps are valid files, and the text describes them correctly."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_rights_of_a_group_that_cannot_be_kept_are_dropped(
 
 
 def access_list(bits: int) -> bytes:
-    """A POSIX access list: one more user has these rights, the owner rw, all others nothing."""
+    """A POSIX access list: another user has these rights, the owner rw, all others none."""
     nobody = 0xFFFFFFFF
     rows = [(0x01, 6, nobody), (0x02, bits, 1234), (0x04, 0, nobody), (0x10, bits, nobody), (0x20, 0, nobody)]
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
@@ -326,7 +326,7 @@ def test_a_file_that_another_process_changed_without_locks_is_refused(
             file.seek(place, os.SEEK_SET if place > 0 else os.SEEK_END)
             file.write(b"\xff")
 
-    # Buffered bytes of ours would cover what the other process wrote.
+    # Our buffered bytes would overwrite those of the other process.
     monkeypatch.setattr(sink, "append", append_and_lose)
     monkeypatch.setattr(sink._file, "truncate", lambda *_: None)
     sink._file.flush()

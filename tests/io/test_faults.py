@@ -22,9 +22,9 @@ ARRAYS = {
     "a": np.where(np.arange(64) % 3, 0, 1).astype(np.float32).reshape(8, 8),
     "b": np.arange(30, dtype=np.int32),
 }
-MODE = 0o640  # of the old files, so that the new ones have to take it
+MODE = 0o640  # of the old files, so that the new ones must get it too
 
-# What a call may fail by, in turn.
+# The errors of a call, in turn.
 ERRORS = dict.fromkeys(CALLS, ("EIO", "ENOSPC", "EDQUOT")) | {
     "open": ("EIO", "ENOSPC", "EMFILE"),
     "rename": ("EIO", "EXDEV", "ENOSPC"),
@@ -33,7 +33,7 @@ ERRORS = dict.fromkeys(CALLS, ("EIO", "ENOSPC", "EDQUOT")) | {
     "flock": ("EIO", "ENOMEM"),
     "close": ("EIO", "EDQUOT"),
 }
-# After these Python makes the call once more.
+# After these errors, Python repeats the call.
 REPEATED = ("open", "write", "fsync", "ftruncate", "fchmod", "flock")
 
 
@@ -51,12 +51,12 @@ class Scene:
     """A command that replaces old files.
 
     Attributes:
-        machine: what runs it.
+        machine: the server that runs it.
         words: the command.
-        folder: what it writes into.
-        leftovers: endings of the names of files that may stay of a command that did not succeed.
-        old, new: name -> bytes of the files before, and after a command that succeeded.
-        seen: name of a call -> how many the command makes that reach the folder.
+        folder: the folder of its output.
+        leftovers: suffixes of the files that can remain after a failed command.
+        old, new: name -> bytes of the files before the command, and after its success.
+        seen: name of a call -> number of calls of the command that concern the folder.
     """
 
     machine: Machine
@@ -145,7 +145,7 @@ class Scene:
             assert (fault.call, ended.err) == ("close", ""), (fault, ended)
 
     def _check_set(self, fault: Fault, whole: dict[str, bytes]) -> None:
-        """Old and new files are never together with an index that lists them."""
+        """Asserts that no index lists old files together with new ones."""
         index = next((name for name in self.old if name.endswith(".index.json")), None)
         if index is None:
             assert len(whole) == 1, fault
@@ -154,7 +154,7 @@ class Scene:
             assert whole == state, (fault, list(whole))
 
     def go_on(self, fault: Fault) -> None:
-        """Runs the command again and checks that it ends as without the fault."""
+        """Runs the command again and checks that the result is the same as without the fault."""
         ended = self.run()
         assert (ended.code, ended.err) == (0, ""), (fault, ended)
         assert self.contents() == self.new, fault

@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def many(count: int = 60) -> dict[str, Array]:
-    """Tensors of all dtypes, of sizes from 0 elements to more than a small tensor."""
+    """Tensors of all dtypes, from 0 elements to more than a small tensor has."""
     rng = np.random.default_rng(0)
     shapes = [(), (1,), (3,), (0,), (2, 5), (4, 4, 4), (16,), (128, 130), (0, 7), (33, 3)]
     out: dict[str, Array] = {}
@@ -41,7 +41,7 @@ def many(count: int = 60) -> dict[str, Array]:
 
 
 def memory_of(array: Array) -> int:
-    """Bytes that stay alive while an array does."""
+    """The number of bytes that an array keeps in memory."""
     root: Any = array
     while getattr(root, "base", None) is not None:
         root = root.base

@@ -1,4 +1,4 @@
-"""Systems that lack what Linux has: everything is imported, written, resumed and read there."""
+"""Systems without features of Linux: modules can be imported, and files written, resumed and read."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_validating_a_sharded_model_names_every_fault_with_its_shard(tmp_path: P
         assert f"in '{path.name}'" in str(fault)
     assert calls == sorted(calls)
     assert calls[-1] == (report.bytes, report.bytes)
-    # Misplaced tensors are reported all, those of a shard that cannot be read are not.
+    # All misplaced tensors are reported, except those of a shard that cannot be read.
     index.write_bytes(ShardIndex({"a": second.name, "b": first.name, "x": second.name}, {}).to_bytes())
     clauses_of = [(fault.clause, fault.tensor) for fault in sfpformat.validate(tmp_path).faults]
     assert clauses_of[:4] == [("R-SHD-001", name) for name in ("a", "c", "b", "x")]

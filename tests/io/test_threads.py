@@ -23,7 +23,7 @@ def test_workers_return_results_in_the_order_of_the_items(threads: int, count: i
         return item * item
 
     assert list(workers.map(work, iter(range(count)))) == [item * item for item in range(count)]
-    assert list(workers.map(work, range(3))) == [0, 1, 4]  # they can be asked again
+    assert list(workers.map(work, range(3))) == [0, 1, 4]  # reading them again works
     workers.stop()
 
 

@@ -142,7 +142,7 @@ def test_rows_are_saved_one_by_one_and_not_measured_again(
     assert main([*words, "--methods", "magnitude"]) == 0
     (magnitude,) = json.loads(capsys.readouterr().out)
     lines = path.read_bytes()
-    path.write_bytes(lines + lines[:40])  # the process was ended in the middle of a row
+    path.write_bytes(lines + lines[:40])  # the process ended within a row
     asked = []
     prune = Bench.prune
 

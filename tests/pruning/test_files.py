@@ -150,7 +150,7 @@ def test_masks_are_exchanged_with_torch_prune() -> None:
 
 
 class Everything(nn.Module):
-    """Parameters of every rank, a float buffer, and one that is in no file."""
+    """Parameters of every rank, a float buffer, and a buffer that files do not contain."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def levels_of(net: nn.Module, batches: list[tuple[Tensor, Tensor]], **words: Any
 
 
 class Turned(nn.Module):
-    """A linear layer as transformers' Conv1D has it."""
+    """A linear layer with the layout of transformers' Conv1D."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Joined(nn.Module):
 
 
 class Attention(nn.MultiheadAttention):
-    """Self-attention, whose weights a function of torch takes."""
+    """Self-attention whose weights are arguments of a torch function."""
 
     def __init__(self) -> None:
         super().__init__(8, 2, batch_first=True)
@@ -323,7 +323,7 @@ def test_stepping_tensors_one_by_one_equals_stepping_them_together(sizes: tuple[
                 x.grad = gradient.clone()
         together.step("x", 0.01)
         alone.begin("x", 0.01)
-        alone.advance("x", len(sizes) - 1)  # the backward pass comes to the last ones first
+        alone.advance("x", len(sizes) - 1)  # the backward pass reaches the last ones first
         if i % 2:
             alone.advance("x", 0)
         alone.end("x")
@@ -403,7 +403,7 @@ def test_no_result_is_worse_than_its_start(steps: int, kind: str, start: str) ->
         kind
     ]
     begun = scores.magnitude(net) if start == "magnitude" else scores.fisher(net, statistics(net, batches))
-    # Rates far too high: what they do must not come back.
+    # Rates that are far too high: the selection must undo their effect.
     settings = Settings(method="levels", steps=steps, logit_rate=1.0, shared_rate=0.5, network_rate=0.1)
     learned = learn_importance(net, data, 0.6, settings=settings, start=begun, held_out=batches[:3])
     found = held_out_divergence(learned.importances, 0.6, batches[:3])

@@ -1,4 +1,4 @@
-"""Several processes learn the same as one, and none waits for ever for another."""
+"""Several processes learn the same as one process, and none waits for another without a time limit."""
 
 from __future__ import annotations
 

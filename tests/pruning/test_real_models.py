@@ -1,4 +1,4 @@
-"""The figures of pruning a convolutional network, on random weights in the place of the package's."""
+"""The figures of pruning a convolutional network, on random weights instead of the package's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_labels_of_tones_are_the_bins_of_their_fundamental() -> None:
     assert frames.shape == (40, real_models.FRAME)
     torch.testing.assert_close(frames.std(1), torch.ones(40))
     frequencies = 10 * 2 ** ((real_models.LOWEST + real_models.CENTS * bins.double()) / 1200)
-    # A tone is alike after one period, to the noise and the rounding of period and pitch.
+    # A tone repeats after one period, except for noise and the rounding of period and pitch.
     for frame, frequency in zip(frames, frequencies, strict=True):
         lag = round(real_models.RATE / float(frequency))
         alike = float(frame[lag:] @ frame[:-lag]) / float(frame[lag:].norm() * frame[:-lag].norm())

@@ -249,7 +249,7 @@ def test_refinements_that_make_no_sense_are_refused() -> None:
 
 
 class Blocks(nn.Module):
-    """Blocks one after the other; ``skip`` names a later part that also sees what the first one returns."""
+    """A sequence of blocks; ``skip`` names a later part that also gets the output of the first block."""
 
     def __init__(self, skip: str = "") -> None:
         super().__init__()

@@ -150,7 +150,7 @@ def test_later_layers_use_the_outputs_of_the_pruned_layers() -> None:
 
 
 class Shared(nn.Module):
-    """Two layers of one input, one weight used twice, and an embedding tied to the head."""
+    """Two layers with the same input, a weight that is used twice, and an embedding tied to the head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from ..cli.test_learn import quiet
 from ..figures import smollm2
 from ..support.pruning_transformers import WORDS, saved
 
-__all__ = ["quiet"]  # a fixture: threads and progress bars of others stay as they were
+__all__ = ["quiet"]  # a fixture that restores threads and progress bars for other tests
 
 
 def test_each_method_gives_one_row_measured_on_its_loaded_file(
@@ -20,7 +20,7 @@ def test_each_method_gives_one_row_measured_on_its_loaded_file(
 ) -> None:
     library = tmp_path / "library"
     library.mkdir()
-    for i in range(70):  # code that is evaluated comes from every third module from the 62nd on
+    for i in range(70):  # the evaluated code is from every third module from the 62nd on
         lines = [" ".join(WORDS[(i + j + k) % 35] for k in range(8)) for j in range(30)]
         (library / f"m{i:02}.py").write_text("\n".join(lines))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))

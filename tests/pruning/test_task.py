@@ -163,7 +163,7 @@ def test_padding_is_excluded_from_gradients_and_input_statistics(name: str) -> N
     model = made(name)
     alone, together = two_rows(name)
     if name != "T5ForConditionalGeneration":
-        together["input_ids"][together["attention_mask"] == 0] = 7  # what padding holds must not matter
+        together["input_ids"][together["attention_mask"] == 0] = 7  # padding must have no effect
     counts = [counted(batch["labels"], name) for batch in alone]
     first, second = (statistics(model, [batch], batches=1) for batch in alone)
     both = statistics(model, [together], batches=1)
@@ -178,7 +178,7 @@ def test_padding_is_excluded_from_gradients_and_input_statistics(name: str) -> N
 
 
 def sizes_of(name: str, weight: str) -> tuple[int, int]:
-    """How many inputs of a layer the two rows have."""
+    """The number of inputs of a layer in the two rows."""
     if "decoder" in weight and "EncDecAttention.k" not in weight and "EncDecAttention.v" not in weight:
         return 4, 7
     if name == "T5ForConditionalGeneration" and weight.startswith("lm_head"):
@@ -214,7 +214,7 @@ def test_padding_on_the_right_of_a_causal_model_is_derived_from_the_labels() -> 
 
 
 class Tokens(nn.Module):
-    """A plain model of tokens whose first layer's inputs lie in one of several ways."""
+    """A plain model of tokens; the inputs of its first layer have one of several layouts."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -294,7 +294,7 @@ def test_a_pattern_runs_along_the_inputs(shape: tuple[int, ...], dim: int) -> No
 
 def test_a_convolution_kernel_is_split_into_groups_like_nvidia_asp() -> None:
     kernel = np.random.default_rng(5).gamma(0.5, size=(6, 8, 3, 2))
-    # ASP brings a kernel [K, C, R, S] to rows of C, one for each R, S and K, and prunes along the rows.
+    # ASP converts a kernel [K, C, R, S] to rows of C, one for each R, S and K, and prunes along the rows.
     rows = kernel.transpose(2, 3, 0, 1).reshape(-1, 8)
     expected = masks_of({"a": rows}, Pattern(2, 4))["a"].reshape(3, 2, 6, 8).transpose(2, 3, 0, 1)
     assert np.array_equal(masks_of({"a": kernel}, Pattern(2, 4))["a"], expected)

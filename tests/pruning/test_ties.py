@@ -45,7 +45,7 @@ THREE_BITS = Options(Uniform(bits=3.0))
 
 
 class Tied(nn.Module):
-    """A language model in small: embedding and head are one tensor."""
+    """A small language model whose embedding and head are the same tensor."""
 
     def __init__(self) -> None:
         super().__init__()

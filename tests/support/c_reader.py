@@ -1,6 +1,6 @@
-"""The reader in C as the tests use it: built, and asked about one file after another.
+"""Builds the reader in C, and asks it about one file after another.
 
-As a plugin of pytest it also puts every file that the suite has accepted or refused to that reader::
+As a plugin of pytest, it also gives that reader every file that the tests expect to be accepted or refused::
 
     C_READER=PROGRAM python -m pytest -p tests.support.c_reader tests/format/test_mask.py
 """
@@ -33,13 +33,13 @@ Answer = dict[str, Any]
 
 @dataclass
 class Reader:
-    """The program, taking one command after another."""
+    """A process of the program that executes one command after another."""
 
     process: subprocess.Popen[str]
     folder: Path
 
     def ask(self, command: str, data: bytes) -> Answer:
-        """Its answer to `validate` or `decode` for a file of those bytes."""
+        """The program's answer to `validate` or `decode` for a file with these bytes."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         path = self.folder / "file.sfp"
@@ -53,12 +53,12 @@ class Reader:
         return answer
 
     def written(self, name: str) -> bytes:
-        """A file that it wrote."""
+        """A file that the program wrote."""
         return (self.folder / name).read_bytes()
 
 
 def built(target: str, folder: Path) -> Path:
-    """The program, newly compiled."""
+    """Compiles the program. Returns its path."""
     for tool in ("make", "cc"):
         assert shutil.which(tool), f"{tool} is needed to build the reader in C: install a C compiler and make"
     done = subprocess.run(
@@ -78,7 +78,7 @@ class Readers:
     running: dict[Limits, Reader] = field(default_factory=dict)
 
     def reader(self, limits: Limits = DEFAULT_LIMITS) -> Reader:
-        """A running program with those limits."""
+        """Returns a running program with these limits."""
         if limits not in self.running:
             folder = self.folder / str(len(self.running))
             folder.mkdir()
@@ -91,7 +91,7 @@ class Readers:
         return self.running[limits]
 
     def end(self) -> None:
-        """Ends the programs; they must have kept no memory."""
+        """Ends the programs. Asserts that they released all memory."""
         for one in self.running.values():
             one.process.communicate()
             assert one.process.returncode == 0, (one.folder / "errors").read_text()
@@ -101,7 +101,7 @@ class Readers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before the tests are imported, has `accepted` and `refused_bytes` ask the reader in C."""
+    """Makes `accepted` and `refused_bytes` also ask the reader in C, before the tests are imported."""
     readers = Readers(Path(os.environ["C_READER"]), Path(tempfile.mkdtemp()))
     config.add_cleanup(lambda: shutil.rmtree(readers.folder))
     config.add_cleanup(readers.end)

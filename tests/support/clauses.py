@@ -1,10 +1,10 @@
-"""Which test holds the code to which clause of SPEC.md.
+"""Lists the clauses of SPEC.md and the tests of each.
 
 A test names its clauses with the decorator `clauses`. The listing reads SPEC.md and the source of the tests,
 and imports neither the tests nor the package::
 
     python -m tests.support.clauses            # every clause and its tests
-    python -m tests.support.clauses --missing  # the clauses without a test; exit status 1 where there are any
+    python -m tests.support.clauses --missing  # the clauses without a test; exit status 1 if there are any
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from conformance.clauses import IN_CHUNKS, ROOT, SPEC, Clause, clauses_of_spec, 
 __all__ = ["IN_CHUNKS", "ROOT", "SPEC", "Clause", "clauses", "clauses_of_spec", "table_rows"]
 
 
-# Clauses that no test can hold this package to, each with the reason.
+# Clauses that no test of this package can check -> the reason.
 UNTESTED: dict[str, str] = {
     "R-PRO-001": "the package has no reader of a partial profile",
 }
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def clauses(*ids: str) -> Callable[[F], F]:
-    """Marks a test with the clauses of SPEC.md that it holds the code to; only the listing reads the mark."""
+    """Marks a test with the clauses of SPEC.md that it checks. Only the listing reads the mark."""
 
     def mark(function: F) -> F:
         return function
@@ -39,7 +39,7 @@ def clauses(*ids: str) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class MarkedTest:
-    """A test function: where it is, the clauses it names, and the strings that its body and data hold."""
+    """A test function: its place, the clauses that it names, and the strings in its body and data."""
 
     place: str
     ids: tuple[str, ...]
@@ -47,7 +47,7 @@ class MarkedTest:
 
 
 def marked_tests() -> list[MarkedTest]:
-    """All test functions that name clauses."""
+    """Returns all test functions that name clauses."""
     folder = ROOT / "tests"
     found = []
     for path in sorted(folder.rglob("test_*.py")):
@@ -75,13 +75,13 @@ def _strings(nodes: list[ast.AST]) -> frozenset[str]:
 
 
 def missing(spec: list[Clause], tests: list[MarkedTest]) -> list[str]:
-    """The clauses that no test names and that are not in `UNTESTED`."""
+    """Returns the clauses that no test names and that are not in `UNTESTED`."""
     named = {clause for test in tests for clause in test.ids}
     return [clause.id for clause in spec if clause.id not in named and clause.id not in UNTESTED]
 
 
 def main(arguments: list[str]) -> int:
-    """The command."""
+    """Runs the command. Returns the exit status."""
     spec, tests = clauses_of_spec(), marked_tests()
     gaps = missing(spec, tests)
     if "--missing" in arguments:

@@ -1,4 +1,4 @@
-"""The golden files as tests take them: the manifest, and how an answer compares with what it expects."""
+"""The golden files for tests: the manifest, and comparisons of results with the expected ones."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def manifest() -> dict[str, Any]:
 
 
 def cases(classes: str) -> list[Case]:
-    """The cases of some classes, given by their letters."""
+    """Returns the cases of the classes with these letters."""
     return [case for case in manifest()["cases"] if case["class"] in classes]
 
 
 def data_of(case: Case) -> bytes:
-    """The bytes of its file."""
+    """Returns the bytes of a case's file."""
     return path_of(case).read_bytes()
 
 
 def path_of(case: Case) -> Path:
-    """Where its file is."""
+    """Returns the path of a case's file."""
     return FOLDER / str(case["file"])
 
 
 def limits_of(case: Case) -> Limits:
-    """The limits in force."""
+    """Returns the limits in force for a case."""
     return Limits(**case["limits"].get("in_force", {}))
 
 
 def expected_contents(case: Case) -> Any:
-    """What an accepted file holds, without the places of its arrays."""
+    """Returns the expected contents of a file, without the offsets of its arrays."""
     out = json.loads((FOLDER / case["contents"]).read_bytes())
     for tensor in out["tensors"]:
         for place in (tensor, tensor.get("mask", {}), tensor.get("importance", {})):
@@ -57,7 +57,7 @@ def expected_contents(case: Case) -> Any:
 
 
 def read_contents(data: bytes, limits: Limits) -> Any:
-    """What a file holds, as the package reads it; raises `FileFault`."""
+    """Returns the contents of a file as the package decodes it; raises `FileFault`."""
     with sfpformat.open(data, limits=limits, threads=1, engine="python") as file:
         tensors = [_tensor(file, name) for name in file]
         return {"metadata": file.metadata(), "tensors": tensors}
@@ -76,7 +76,7 @@ def _tensor(file: sfpformat.SfpFile, name: str) -> dict[str, Any]:
 
 
 def refusal(data: bytes, limits: Limits) -> FileFault | None:
-    """The fault by which the package refuses a file, or None."""
+    """Returns the fault by which the package refuses a file, or None."""
     try:
         read_contents(data, limits)
     except FileFault as error:
@@ -85,7 +85,7 @@ def refusal(data: bytes, limits: Limits) -> FileFault | None:
 
 
 def wrong_refusal(case: Case, code: str, clause: str, tensor: object, offset: int | None) -> str | None:
-    """What is wrong with an error for a file that must be refused; None for nothing."""
+    """Returns why an error is wrong for a file that must be refused; None if it is right."""
     for error in case["expected"]["errors"]:
         low, high = error["offset"]
         here = offset is None or low <= offset <= high
@@ -95,7 +95,7 @@ def wrong_refusal(case: Case, code: str, clause: str, tensor: object, offset: in
 
 
 def encoded(case: Case, folder: Path) -> bytes:
-    """The file that the package's writer makes of a job."""
+    """Returns the file that the package's writer writes for a job."""
     path = folder / "written.sfp"
     answer = OwnDriver("python").encode(str(path_of(case)), str(FOLDER / case["arrays"]), str(path))
     assert answer["ok"], (case["id"], answer)

@@ -1,4 +1,4 @@
-"""Programs under test for the runner: arbitrary drivers, and drivers that are right except for one lie."""
+"""Programs under test for the runner: arbitrary drivers, and drivers with one wrong behaviour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ for line in sys.stdin:
 
 
 def program(folder: Path, body: str) -> list[str]:
-    """A driver that serves: ``body`` has a function ``answer(words)``, which gives a dictionary."""
+    """A driver that serves: ``body`` defines a function ``answer(words)`` that returns a dictionary."""
     path = folder / "driver.py"
     head = f"import json, os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
     path.write_text(head + textwrap.dedent(body) + _SERVED)
@@ -24,10 +24,10 @@ def program(folder: Path, body: str) -> list[str]:
 
 
 def lying_program(folder: Path, lie: str) -> list[str]:
-    """A driver that answers as the reference does, but for a lie.
+    """A driver with the answers of the reference, except for one wrong behaviour.
 
     Args:
-        lie: statements that may change ``got``, the right answer to ``words``, or what was written.
+        lie: statements that may change ``got``, the right answer to ``words``, or the written files.
     """
     body = """
 from sfp_conformance.own import OwnDriver, limits_of

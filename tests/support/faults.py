@@ -1,7 +1,7 @@
-"""Faults of the system in the middle of a command: a call of the C library fails, or the process is killed.
+"""Faults of the system during a command: a call of the C library fails, or the process is killed.
 
-A library that is loaded before the C library counts the calls that reach a folder, and lets one of them fail.
-A server with everything imported runs each command in a child of its own::
+A library that is loaded before the C library counts the calls that concern a folder, and makes one of them
+fail. A server that has imported everything runs each command in a child process::
 
     machine = Machine(folder_of_the_library)
     machine.run(["pack", ...], watched, Fault("write", 3, "ENOSPC"))
@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# How a call can fail otherwise than by an error number.
+# The ways in which a call can fail without an error number.
 KILLED_BEFORE, KILLED_AFTER, SHORT = "killed before", "killed after", "short"
 _ACTIONS = {KILLED_BEFORE: -1, KILLED_AFTER: -2, SHORT: -3}
 
-# The calls that can fail, as the library counts them.
+# The calls that can fail, by the names under which the library counts them.
 CALLS = (
     *("open", "write", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "link", "unlink", "mkdir"),
     *("fchmod", "fchown", "flock", "close"),
@@ -179,11 +179,11 @@ int close(int fd)
 
 @dataclass(frozen=True)
 class Fault:
-    """A call that fails: the ``number``-th of that name, from 1, that reaches the watched folder.
+    """A call that fails: the ``number``-th of that name, from 1, that concerns the watched folder.
 
     Attributes:
         call: one of `CALLS`.
-        number: which call.
+        number: the number of the call.
         action: the name of an error number, or `KILLED_BEFORE`, `KILLED_AFTER`, `SHORT`.
     """
 
@@ -194,12 +194,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
+    """The result of a command.
 
     Attributes:
-        code: its exit code; −9 where it was killed.
-        out, err: what it wrote.
-        seen: name of a call -> how many reached the folder; nothing of a command that was killed.
+        code: its exit code; −9 if it was killed.
+        out, err: its output.
+        seen: name of a call -> number of calls that concern the folder; empty if the command was killed.
     """
 
     code: int
@@ -212,7 +212,7 @@ class Machine:
     """A server that runs commands with faults; a context manager."""
 
     def __init__(self, folder: Path) -> None:
-        """Compiles the library there, and starts the server."""
+        """Compiles the library in the folder, and starts the server."""
         library = folder / "faults.so"
         (folder / "faults.c").write_text(SOURCE)
         words = ["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(folder / "faults.c"), "-ldl"]
@@ -235,7 +235,7 @@ class Machine:
         self._process.communicate()
 
     def run(self, words: list[str], watched: Path, fault: Fault | None = None) -> Ended:
-        """Runs a command, ``sfp`` left out, while calls that reach a folder are counted."""
+        """Runs a command, given without ``sfp``, and counts the calls that concern a folder."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         job = {"words": words, "watched": str(watched), "fault": None if fault is None else asdict(fault)}
@@ -248,7 +248,7 @@ class Machine:
 
 
 def _warm_up() -> None:
-    """Runs commands once, so that all modules are imported before a child is made."""
+    """Runs commands once, so that all modules are imported before a child starts."""
     import numpy as np
 
     from sfpformat.cli import main

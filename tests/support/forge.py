@@ -1,4 +1,4 @@
-"""Files made by hand, held against all readers: accepted, or refused by a clause and with a place."""
+"""Asserts that all readers accept a hand-made file, or refuse it by a clause and with its place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .clauses import IN_CHUNKS
 
 
 def read_all(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
-    """Decodes everything that a file has."""
+    """Decodes everything in a file."""
     out = {}
     with sfpformat.open(data, limits=limits, threads=1) as file:
         for name in file:
@@ -31,7 +31,7 @@ def read_all(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarr
 
 
 def accepted(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
-    """Asserts that reader, validator and slow reader accept a file; gives its tensors."""
+    """Asserts that reader, validator and slow reader accept a file. Returns its tensors."""
     tensors = read_all(data, limits)
     report = validate(data, limits=limits)
     assert report.ok, report.faults
@@ -46,7 +46,7 @@ _CLASSES = {"E_FEATURE": UnsupportedError, "E_VERSION": UnsupportedError, "E_LIM
 
 
 def fault_of(data: bytes, limits: Limits = DEFAULT_LIMITS) -> FileFault:
-    """The fault with which the reader refuses a file."""
+    """Returns the fault with which the reader refuses a file."""
     try:
         read_all(data, limits)
     except FileFault as error:
@@ -87,9 +87,9 @@ def refused(
     tensor: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> FileFault:
-    """Asserts that a file is accepted, and after one edit refused by that clause, with a place that can be.
+    """Asserts that a file is accepted, and after one edit refused by that clause, with a possible place.
 
-    The file taken apart and put together without the edit is the file itself: undoing the edit mends it.
+    Also asserts that parsing and rebuilding the file without the edit gives the same bytes.
     """
     accepted(base)
     forge = Forge.of(base)

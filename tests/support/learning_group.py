@@ -1,7 +1,7 @@
 """Four processes that learn together: ``python -m tests.support.learning_group FOLDER``.
 
-Each process writes ``FOLDER/RANK.pt``: for each scenario its result, or the words of its error. The last
-process ends in the last scenario without a word.
+Each process writes ``FOLDER/RANK.pt``: for each scenario its result, or the text of its error. The last
+process ends during the last scenario without a report.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Odd(nn.Module):
-    """A net of which some batches use a layer twice, and some do not use another layer."""
+    """A net in which some batches use a layer twice, and some batches do not use another layer."""
 
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
@@ -112,9 +112,11 @@ def scenarios(rank: int, folder: Path, net: nn.Sequential, batches: list[Any]) -
     attempt("whole", partial(learned, net, batches, groups[4], 4))
     all_of = groups[4]
     attempt("sums", lambda: sums(all_of))
-    # A run that is broken off on four processes and resumed by two.
+    # A run that stops on four processes and is resumed by two.
     path = folder / "state.pt"
-    stops = iter([False, False, True])  # statistics, held-out batches, then learning pass batch 5
+    stops = iter(
+        [False, False, True]
+    )  # statistics and the selection of held-out batches pass batch 5 before learning does
 
     def stop() -> None:
         if next(stops, False):
@@ -152,7 +154,7 @@ def start_of(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def sums(group: Any) -> dict[int, bool]:
-    """Sums of numbers whose order matters, for sizes that divide well and badly."""
+    """Sums of numbers that depend on the order, for sizes that are multiples of a share and for others."""
     processes = Processes(group)
     found = {}
     for size in (1, 63, 64, 1000):
@@ -170,7 +172,7 @@ def sums(group: Any) -> dict[int, bool]:
 
 def child(rank: int, folder: Path, net: nn.Sequential, batches: list[Any]) -> None:
     """Joins the group and runs the scenarios."""
-    stores: Any = dist  # torch's own types leave the stores out
+    stores: Any = dist  # torch's own types omit the stores
     store = stores.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     torch.save(scenarios(rank, folder, net, batches), folder / f"{rank}.pt")

@@ -1,11 +1,11 @@
-"""Mutant readers: each check of the reference reader is disabled in turn; a golden file must notice.
+"""Mutant readers: disables each check of the reference reader in turn; a golden file must then fail.
 
-A check is an ``if`` whose body raises `fault` by a clause, or a call of a function that requires something by
-one. The condition is made False, or the call left out, in the function's compiled code, in this process; then
-the cases that cite the clause are put to reader and validator. A mutant is killed when one of them is judged
-otherwise than the manifest says::
+A check is an ``if`` whose body raises `fault` with a clause, or a call of a function that checks something
+for a clause. In the compiled code of the function, the condition becomes False, or the call is removed. Then
+reader and validator process the cases of the clause. A case kills the mutant if its result differs from the
+manifest::
 
-    python -m tests.support.mutants            # what survives; exit status 1 where something does
+    python -m tests.support.mutants            # surviving mutants; exit status 1 if there are any
     python -m tests.support.mutants --verbose  # every mutant, with the case that kills it
 """
 
@@ -35,9 +35,9 @@ MODULES = (
     *("container.preamble", "container.stream_maps", "decode.tensor", "limits", "decode.reader"),
     "decode.stored_chunks",
 )
-_SECONDS = 5.0  # for one file: a reader without a check may not end
+_SECONDS = 5.0  # for one file, because a reader without a check may not terminate
 
-# Checks that another one repeats for whatever a file can hold: function and clause, and which other it is.
+# Checks that another check repeats for every possible file: function and clause -> the other check.
 REPEATED = {
     ("CodeTable.__post_init__", "R-TAB-004"): "the bytes of `codes` are measured before they are lengths",
     ("parse_head", "R-IDX-003"): "where header or index do not fit, neither do the planes behind them",
@@ -49,10 +49,10 @@ class Mutant:
     """A check that can be disabled.
 
     Attributes:
-        module: its name inside the package.
-        function: qualified name of the function that has it.
-        line: where it is.
-        clauses: by which it refuses.
+        module: name of its module in the package.
+        function: qualified name of its function.
+        line: its line number.
+        clauses: the clauses by which it refuses files.
     """
 
     module: str
@@ -62,12 +62,12 @@ class Mutant:
 
     @property
     def place(self) -> str:
-        """Where it is, for a reader of the report."""
+        """The place of the check, for the report."""
         return f"sfpformat/{self.module.replace('.', '/')}.py:{self.line} {self.function}"
 
 
 def mutants() -> list[Mutant]:
-    """All checks, in the order of the modules."""
+    """Returns all checks, in the order of the modules."""
     out = []
     for module in MODULES:
         for function, node in _checks(_tree(module)):
@@ -81,7 +81,7 @@ def _tree(module: str) -> ast.Module:
 
 
 def _checks(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.If | ast.Expr]]:
-    """Each check, with the function that has it."""
+    """Yields each check with its function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield from _checks(node, (*inside, node.name))
@@ -92,7 +92,7 @@ def _checks(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 def _clauses_of(node: ast.If | ast.Expr) -> tuple[str, ...]:
-    """The clauses by which a check refuses; conditions inside an ``if`` are checks of their own."""
+    """Returns the clauses by which a check refuses files. A nested ``if`` is a check of its own."""
     if isinstance(node, ast.If):
         return tuple(c for s in node.body if isinstance(s, ast.Raise) for c in _constants(s))
     if not isinstance(node.value, ast.Call):
@@ -107,14 +107,14 @@ def _clauses_of(node: ast.If | ast.Expr) -> tuple[str, ...]:
 
 
 def _constants(node: ast.AST) -> tuple[str, ...]:
-    """The clauses that are written somewhere in a node."""
+    """Returns the clauses in the strings of a node."""
     found = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
     return tuple(value for value in found if isinstance(value, str) and value.startswith("R-"))
 
 
 @contextmanager
 def disabled(mutant: Mutant) -> Iterator[None]:
-    """The package with that check disabled."""
+    """Context in which the check is disabled."""
     tree = _tree(mutant.module)
     for function, node in _checks(tree):
         if (function, node.lineno) == (mutant.function, mutant.line):
@@ -135,7 +135,7 @@ def disabled(mutant: Mutant) -> Iterator[None]:
 
 
 def _function(mutant: Mutant) -> Any:
-    """The function object, without its decorators; of a function inside another that one is not found."""
+    """Returns the function object without decorators. Does not find functions inside of functions."""
     found: Any = importlib.import_module(f"sfpformat.{mutant.module}")
     for name in mutant.function.split("."):
         found = vars(found)[name] if isinstance(found, type) else getattr(found, name)
@@ -145,7 +145,7 @@ def _function(mutant: Mutant) -> Any:
 
 
 def killer(mutant: Mutant, by_clause: dict[str, list[Case]]) -> str | None:
-    """The first case of its clauses that is judged otherwise than the manifest says."""
+    """Returns the first case of the mutant's clauses whose result differs from the manifest."""
     with disabled(mutant):
         for clause in mutant.clauses:
             for case in by_clause.get(clause, ()):
@@ -162,7 +162,7 @@ def _is_judged_otherwise(case: Case) -> bool:
             report = validate(data, limits=limits, engine="python")
     except FileFault:
         return False
-    except Exception:  # a reader that trusts what it did not check may do anything
+    except Exception:  # a reader without a check may raise anything
         return True
     right = {(error["code"], error["clause"]) for error in case["expected"].get("errors", ())}
     faults = {(fault.code, fault.clause) for fault in report.faults}
@@ -186,7 +186,7 @@ def _within(seconds: float) -> Iterator[None]:
 
 
 def cases_by_clause() -> dict[str, list[Case]]:
-    """The cases that must be refused, under the first clause that each cites, small files first."""
+    """Returns the cases that must be refused, by their first clause, small files first."""
     out: dict[str, list[Case]] = {}
     for case in sorted(cases("nhf"), key=lambda case: int(case["bytes"])):
         if case["expected"]["outcome"] != "accept":
@@ -195,7 +195,7 @@ def cases_by_clause() -> dict[str, list[Case]]:
 
 
 def survivors(every: list[Mutant], *, verbose: bool = False) -> list[Mutant]:
-    """Those that no case kills."""
+    """Returns the mutants that no case kills."""
     by_clause, out = cases_by_clause(), []
     for mutant in every:
         found = killer(mutant, by_clause)
@@ -207,12 +207,12 @@ def survivors(every: list[Mutant], *, verbose: bool = False) -> list[Mutant]:
 
 
 def is_repeated(mutant: Mutant) -> bool:
-    """Whether another check refuses the same files by the same clause."""
+    """Returns whether another check refuses the same files by the same clause."""
     return any((mutant.function, clause) in REPEATED for clause in mutant.clauses)
 
 
 def main(words: list[str]) -> int:
-    """The command."""
+    """Runs the command. Returns the exit status."""
     every = mutants()
     left = survivors(every, verbose="--verbose" in words)
     wrong = [mutant for mutant in left if not is_repeated(mutant)]

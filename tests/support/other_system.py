@@ -1,10 +1,9 @@
-"""A process without what only Linux or POSIX has, and a round trip of files in it.
+"""Simulates a system without the features of Linux and POSIX, and makes round trips of files in it.
 
 ``python -X warn_default_encoding -m tests.support.other_system KIND FOLDER`` removes modules, functions and
 constants that Windows lacks. It then imports every module of the packages, and writes, resumes and reads
 files in an empty folder. KIND is ``bare``: a system with the name of Linux, without locks; or ``windows``:
-the packages see the name of Windows, files have locks, and the system neither renames nor removes an open
-file.
+the packages see the name of Windows, files have locks, and open files can be neither renamed nor removed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ KINDS = ("bare", "windows")
 PACKAGES = ("sfpformat", "sfp_conformance")
 
 MODULES = ("fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
-# What the documentation of `os` and `signal` calls available on Unix only.
+# Names that are available only on Unix, according to the documentation of `os` and `signal`.
 FUNCTIONS = """
     chown chroot confstr copy_file_range ctermid eventfd eventfd_read eventfd_write fchdir fchmod fchown
     fdatasync fork forkpty fpathconf fstatvfs get_blocking getegid geteuid getgid getgrouplist getgroups
@@ -50,12 +49,12 @@ SIGNALS = """
 
 
 def take_away(kind: str) -> None:
-    """Removes what the system lacks, and lets folders and open files refuse what they refuse there."""
+    """Removes the names that the system lacks, and makes folders and open files fail as they do there."""
     modules: dict[str, Any] = sys.modules
     for name in MODULES:
         modules[name] = None
     files: Any = tempfile
-    files.TemporaryFile = tempfile.NamedTemporaryFile  # so it is on Windows
+    files.TemporaryFile = tempfile.NamedTemporaryFile  # as on Windows
     for module, names in ((os, FUNCTIONS), (signal, SIGNALS)):
         for name in names.split():
             if hasattr(module, name):
@@ -92,7 +91,7 @@ def _refusing(real: Callable[..., None]) -> Callable[..., None]:
 
 
 def is_open(path: str | os.PathLike[str]) -> bool:
-    """Whether this process has a file open or mapped."""
+    """Returns whether this process has a file open or mapped."""
     wanted = os.path.realpath(path)
     if not os.path.exists(wanted):
         return False
@@ -126,7 +125,7 @@ def import_all() -> list[str]:
 
 
 def name_windows() -> None:
-    """Lets the modules of the packages see the name of Windows."""
+    """Makes the modules of the packages see the name of Windows."""
     for name, module in sys.modules.items():
         if name.partition(".")[0] in PACKAGES and getattr(module, "sys", None) is sys:
             setattr(module, "sys", _Windows("sys"))  # noqa: B010
@@ -148,14 +147,14 @@ def arrays() -> dict[str, Any]:
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether tensors are the same, bit by bit."""
+    """Returns whether tensors are equal bit for bit."""
     return found.keys() == wanted.keys() and all(
         found[name].tobytes() == array.tobytes() for name, array in wanted.items()
     )
 
 
 def numpy_files(folder: Path) -> None:
-    """Files of arrays, written twice over and read by several threads."""
+    """Files of arrays: written, replaced, and read by several threads."""
     import sfpformat
     from sfpformat.numpy import load_file, save_file
 
@@ -186,7 +185,7 @@ def torch_files(folder: Path) -> None:
 
 
 def resumed_writer(folder: Path, locks: bool) -> None:
-    """A writer that is interrupted, and one that resumes its work; a second one at the same time."""
+    """A writer is interrupted, and another one resumes its work; a second writer at the same time fails."""
     from sfpformat import SfpError, Writer
     from sfpformat.numpy import load_file
 
@@ -250,7 +249,7 @@ def commands(folder: Path) -> None:
     run("unpack", folder / "one.sfp", "-o", folder / "one.safetensors")
     assert same(load_file(folder / "one.safetensors"), arrays())
     shards.mkdir()
-    for _ in range(2):  # the second time over the files of the first
+    for _ in range(2):  # the second run replaces the files of the first
         run("pack", index, "-o", shards / "m.sfp")
         written = sorted(path.name for path in shards.iterdir())
         assert written == ["m-00001-of-00002.sfp", "m-00002-of-00002.sfp", "m.sfp.index.json"]
@@ -263,7 +262,7 @@ def commands(folder: Path) -> None:
 
 
 def _resume_shards(index: Path, shards: Path) -> None:
-    """Interrupts a pack of shards after the first one, and gives the command again."""
+    """Interrupts a pack of shards after the first shard, and runs the command again."""
     from sfpformat.cli import main, pack_files
 
     words = ["pack", str(index), "-o", str(shards / "m.sfp")]
@@ -319,7 +318,7 @@ def open_target(folder: Path) -> None:
 
 
 def linux_only() -> None:
-    """What needs a system with limits of memory raises an error of the package."""
+    """Functions that need memory limits raise an error of the package."""
     from sfp_conformance.driver import Driver
 
     from sfpformat import OptionError
@@ -346,7 +345,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Runs everything. Ends with an error where something fails."""
+    """Runs everything. Exits with an error if something fails."""
     kind, place = sys.argv[1], Path(sys.argv[2])
     # Other packages adapt to the real system when they are imported, so that happens first.
     for name in ("numba", "numpy", "rich.console", "rich.table", "safetensors.numpy", "torch"):

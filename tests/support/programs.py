@@ -1,4 +1,4 @@
-"""Tests that need a program beside Python."""
+"""Tests that need a program other than Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
-    """Skips a test where a program is missing, and names it. In CI the test runs, and fails."""
+    """Skips a test if a program is missing, and names the program. In CI the test runs and fails."""
     missing = [program for program in programs if shutil.which(program) is None]
     is_optional = os.environ.get("CI") != "true"
     return pytest.mark.skipif(bool(missing) and is_optional, reason=f"needs {', '.join(missing)}")

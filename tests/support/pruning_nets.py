@@ -11,8 +11,8 @@ WIDTH, CLASSES = 12, 5
 def trained_net(seed: int = 0, useful: int = 6) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
     """A net of two hidden layers, and batches whose labels depend on its first ``useful`` inputs alone.
 
-    The weights of the other inputs are the greatest, so that magnitude misleads; those
-    inputs are next to zero.
+    The weights of the other inputs are the greatest, and these inputs are almost zero, so that pruning by
+    magnitude prunes the wrong weights.
     """
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(CLASSES, useful, generator=generator)

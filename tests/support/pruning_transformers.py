@@ -65,7 +65,7 @@ def tokens(seed: int, *shape: int) -> Tensor:
 
 
 def padded(rows: list[Tensor], value: int, length: int) -> Tensor:
-    """Rows side by side, filled up on the right: [rows, length]."""
+    """Rows padded on the right to the longest: [rows, length]."""
     return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
 
 

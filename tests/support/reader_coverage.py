@@ -1,12 +1,13 @@
-"""Which branches of the pure-Python reader the golden files reach, and why they need not reach the others.
+"""Measures which branches of the pure-Python reader the golden files reach.
 
-Every golden file is opened, read whole, by slices and by survivors, and validated; nothing else is run. What
-line or branch none of them takes must be excused here, and what is excused must be in need of it::
+It opens every golden file, decodes it as a whole, by slices and by survivors, and validates it. Each line or
+branch that no file reaches needs a reason in `EXCUSED`, and each entry of `EXCUSED` must match such a line::
 
-    python -m tests.support.reader_coverage  # what is reached, module by module; exit status 1 on a gap
-    python -m tests.support.reader_coverage --excused  # what is excused, with the reasons
+    python -m tests.support.reader_coverage  # coverage of each module; exit status 1 if there is a gap
+    python -m tests.support.reader_coverage --excused  # lines that are not reached, with the reasons
 
-Nothing of the package may be imported before coverage.py watches: lines run at import count too.
+No module of the package may be imported before coverage.py starts, because lines that run at import count
+too.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ EXCUSED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Gap:
-    """A line that is not run, or from which a branch is not taken that leads to one that is.
+    """A line that does not run, or a line with a branch that is not taken.
 
     Attributes:
         function: module and qualified name.
@@ -176,13 +177,13 @@ class Gap:
     line: int
 
     def is_excused_by(self, place: str) -> bool:
-        """Whether a place in `EXCUSED` is meant for this."""
+        """Returns whether an entry of `EXCUSED` matches this gap."""
         function, _, text = place.partition(": ")
         return function == self.function and self.text.startswith(text)
 
 
 def report_of_golden_files() -> dict[str, Any]:
-    """What the golden files reach, as coverage.py reports it."""
+    """Returns the report of coverage.py for the golden files."""
     assert "sfpformat.decode.reader" not in sys.modules, "imported before coverage.py could watch"
     watch = coverage.Coverage(branch=True, source=[str(ROOT / "sfpformat")], data_file=None)
     with watch.collect():
@@ -227,7 +228,7 @@ def _read(file: SfpFile, name: str) -> None:
 
 
 def gaps(report: dict[str, Any], module: str) -> Iterator[Gap]:
-    """The gaps of a module, inside its functions."""
+    """Yields the gaps in the functions of a module."""
     path = f"sfpformat/{module.replace('.', '/')}.py"
     found, text = report["files"][path], (ROOT / path).read_text("utf-8")
     lines, functions = text.splitlines(), dict(_functions(ast.parse(text)))
@@ -238,7 +239,7 @@ def gaps(report: dict[str, Any], module: str) -> Iterator[Gap]:
 
 
 def _functions(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[int, str]]:
-    """Each line of a function's body, and the function's qualified name; inner ones come last."""
+    """Yields each line of a function's body with the function's qualified name; inner functions come last."""
     for node in ast.iter_child_nodes(tree):
         names = (*inside, node.name) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else inside
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -248,7 +249,7 @@ def _functions(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[in
 
 
 def main(words: list[str]) -> int:
-    """The command."""
+    """Runs the command. Returns the exit status."""
     if "--excused" in words:
         for reason, excused in EXCUSED.items():
             print(f"{reason}:", *(f"    {place}" for place in excused), sep="\n")

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: tensors of every kind, and every way to write them."""
+"""Hypothesis strategies for tensors of every kind, with all options of writing them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @dataclass(frozen=True)
 class Job:
-    """A tensor and how to write it."""
+    """A tensor and the options for writing it."""
 
     array: Array
     options: Options
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def expected(self) -> bytes:
-        """The bytes that a lossless job must give back: those of the array, zeros where it is pruned."""
+        """The bytes to which a lossless job must decode: those of the array, zeros where it is pruned."""
         if self.mask is None:
             return self.array.tobytes()
         size = self.array.dtype.itemsize
@@ -98,7 +98,7 @@ def arrays(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOATS, *, finite: bool = 
 
 @st.composite
 def cuttings(draw: st.DrawFn) -> dict[str, Any]:
-    """The options that change no value: segments, chunks, masks, codes."""
+    """Options that change no values: segments, chunks, masks, codes."""
     return {
         "coding": draw(st.sampled_from(["fingerprint", "fingerprint", "fingerprint", "auto"])),
         "mask": draw(st.sampled_from(["auto", "runs", "octets"])),
@@ -186,9 +186,9 @@ def jobs(draw: st.DrawFn) -> Job:
 
 
 def written(job: Job) -> bytes:
-    """The file of a job.
+    """Returns the file of a job.
 
-    Gives the example up where short codes cannot hold the stream, and where a step or a multiplier makes a
+    Rejects the example if short codes cannot represent the stream, or if a step or a multiplier makes a
     weight too great for its dtype.
     """
     try:
@@ -201,7 +201,7 @@ def written(job: Job) -> bytes:
 
 @st.composite
 def indices(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
-    """A basic index of an array of that shape."""
+    """Basic indices of an array of that shape."""
     items: list[Any] = []
     for size in shape[: draw(st.integers(0, len(shape)))]:
         bound = st.none() | st.integers(-size - 2, size + 2)

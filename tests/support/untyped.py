@@ -1,4 +1,4 @@
-"""Calls that a type checker refuses: wrong arguments on purpose, or ones that a library's types lack."""
+"""Calls that a type checker refuses: wrong arguments on purpose, or calls that a library's types lack."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ IDS = torch.arange(24).reshape(4, 6)
 
 
 class Small(nn.Module):
-    """A language model in small: embedding and head are one tensor."""
+    """A small language model whose embedding and head are the same tensor."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -387,8 +387,8 @@ else:
 """
 
 
-# Only Linux says in /proc what is taken, and counts all private memory against RLIMIT_DATA; elsewhere the
-# limit is missing or bounds nothing, and the test could not fail.
+# Only Linux reports memory in /proc, and counts all private memory against RLIMIT_DATA. On other systems the
+# limit is missing or has no effect, so that the test could not fail.
 @pytest.mark.skipif(sys.platform != "linux", reason="the system has no such limit")
 def test_a_model_larger_than_memory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -400,7 +400,7 @@ def test_a_model_larger_than_memory_runs(tmp_path: Path, monkeypatch: pytest.Mon
     save_model(nn.Sequential(dense[0]), tmp_path / "s")
     room = 40 << 20  # of 64 MiB dense
     monkeypatch.setenv("SFPFORMAT_ENGINE", "python")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that what is let go can be had again
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that released memory can be allocated again
     out = tmp_path / "out"
     command = [sys.executable, "-c", LARGER, *map(str, (tmp_path / "m", tmp_path / "s", room, out))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

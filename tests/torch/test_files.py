@@ -201,7 +201,7 @@ def test_slices_equal_those_of_the_tensor(name: str, index: Any) -> None:
 
 @pytest.fixture
 def beta_warning() -> Iterator[None]:
-    """Makes torch repeat its warning that CSR is in beta, which it gives once a process, and expects it."""
+    """Makes torch repeat its warning that CSR is in beta, which it gives once per process, and expects it."""
     torch.set_warn_always(True)
     try:
         with pytest.warns(UserWarning, match="beta"):

@@ -30,13 +30,13 @@ SIZES = st.integers(1, 40)
 
 
 def linear(rows: int = 24, columns: int = 40, *, bias: bool = True, seed: int = 0) -> nn.Linear:
-    """A dense layer with numbers of its own."""
+    """A dense layer with random weights."""
     torch.manual_seed(seed)
     return nn.Linear(columns, rows, bias=bias)
 
 
 def embedding(rows: int = 60, columns: int = 16, seed: int = 0) -> nn.Embedding:
-    """A dense layer with numbers of its own."""
+    """A dense layer with random weights."""
     torch.manual_seed(seed)
     return nn.Embedding(rows, columns, padding_idx=3)
 
@@ -345,7 +345,7 @@ def test_an_embedding_with_max_norm_is_refused() -> None:
 
 
 class Model(nn.Module):
-    """Both kinds, tied."""
+    """An embedding and a linear layer with one tied weight."""
 
     def __init__(self) -> None:
         super().__init__()

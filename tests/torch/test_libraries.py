@@ -23,7 +23,7 @@ from .test_files import assert_same, bits
 from .test_models import state
 
 pytestmark = [
-    # What these libraries say of small models and of themselves.
+    # Warnings of these libraries about small models and about themselves.
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -69,7 +69,7 @@ def llama(tied: bool = False) -> Any:
 
 
 def t5() -> Any:
-    """A model of two halves, whose embedding has four names."""
+    """An encoder-decoder model whose embedding has four names."""
     config = untyped(transformers.T5Config)(
         vocab_size=128,
         d_model=48,
@@ -94,7 +94,7 @@ of_each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """No bar on the terminal, and no reports."""
+    """Disables progress bars and reports."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     yield
@@ -114,7 +114,7 @@ def both(make: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def logits(model: Any) -> bytes:
-    """What a model computes, bit for bit."""
+    """The bits of a model's outputs."""
     words = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         return bits(model(input_ids=IDS, **words).logits)

@@ -1,4 +1,4 @@
-"""`load_model` against the loaders that it replaces: it accepts what those accept."""
+"""`load_model` against the loaders that it replaces: it accepts the same files and modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scalar(nn.Module):
 
 
 class Places(nn.Module):
-    """A module whose positions were once in its files."""
+    """A module whose positions are in files of earlier versions."""
 
     position_ids: torch.Tensor
 
@@ -43,7 +43,7 @@ class Places(nn.Module):
 
 
 def by_torch(model: nn.Module, tensors: Tensors, path: Path) -> None:
-    """As users of ``torch.load`` do."""
+    """Loads with ``torch.load`` and ``load_state_dict``."""
     model.load_state_dict(tensors)
 
 
@@ -58,7 +58,7 @@ def by_sfp(model: nn.Module, tensors: Tensors, path: Path) -> None:
 
 
 def tensors_of(model: nn.Module, *without: str, **other: torch.Tensor) -> Tensors:
-    """A plain copy of a module's tensors, some left out, some others."""
+    """A plain copy of a module's tensors, without some and with others."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return {name: tensor for name, tensor in {**state, **other}.items() if name not in without}
 

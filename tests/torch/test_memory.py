@@ -30,7 +30,7 @@ OUTSIDE = "memory and needs"
 
 
 class Wrapper(torch.Tensor):
-    """A tensor that only wraps another, as those of quantisation libraries do."""
+    """A tensor that only wraps another one, as in quantisation libraries."""
 
     wrapped: torch.Tensor
 
@@ -207,7 +207,7 @@ def test_quantised_nested_and_strided_tensors_of_torch_are_refused_by_name() -> 
 
 
 def test_a_distributed_tensor_is_refused_by_name(tmp_path: Path) -> None:
-    class Distributed(Wrapper):  # what tells a DTensor: the real one needs a group of processes
+    class Distributed(Wrapper):  # the attribute that identifies a DTensor; a real one needs a process group
         def full_tensor(self) -> torch.Tensor:
             return self.wrapped
 

@@ -22,7 +22,7 @@ from .test_files import assert_same, bits, pruned
 
 
 class Tied(nn.Module):
-    """A language model in small: embedding and head are one tensor."""
+    """A small language model whose embedding and head are the same tensor."""
 
     scratch: torch.Tensor
 
@@ -47,7 +47,7 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def differing(seed: int, *, tied: bool = True) -> Tied:
-    """A module with numbers of its own."""
+    """A module with other weights."""
     torch.manual_seed(seed)
     model = Tied(tied)
     model.norm.get_buffer("running_mean").normal_()
@@ -293,7 +293,7 @@ def test_scalars_empty_tensors_and_integers_are_loaded(tmp_path: Path) -> None:
 
 
 class Renaming(nn.Module):
-    """Takes weights under an old name by a hook, as modules do that were renamed once."""
+    """Accepts weights under an old name by a hook, like modules that were renamed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ KEPT = "lm_head.weight"
 
 
 class Tied(nn.Module):
-    """A language model in small: embedding and head are one tensor, which a file names after the head."""
+    """A small language model whose embedding and head are the same tensor, named after the head in files."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from .test_files import bits
 
 
 def model() -> nn.Sequential:
-    """Two linear layers, the second within a part, and a norm."""
+    """Two linear layers, the second in a submodule, and a norm."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Sequential(nn.Linear(64, 64)))
 
@@ -143,7 +143,7 @@ def test_requires_grad_warns_and_names_the_compressed_layers() -> None:
             assert part.requires_grad_() is part
     assert all(parameter.requires_grad for parameter in net.parameters())
     decompress_model(net)
-    assert net[0].weight.requires_grad  # as of the dense model, had it been asked
+    assert net[0].weight.requires_grad  # as for the dense model, if it had requested gradients
     assert "requires_grad_" not in net.__dict__
     net.requires_grad_(True)
 

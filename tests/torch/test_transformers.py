@@ -17,7 +17,7 @@ from sfpformat.torch import TorchSlice, load_file, safe_open, save_file, save_mo
 from .test_files import assert_same
 from .test_models import state
 
-# As saved configurations do, it names a dtype; without one transformers asks its slices for theirs.
+# Like saved configurations, it names a dtype; without one, transformers asks its slices for their dtypes.
 CONFIG = transformers.BertConfig(
     dtype="float32",
     vocab_size=120,
@@ -31,7 +31,7 @@ IDS = torch.arange(30).reshape(2, 15)
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """No bar on the terminal."""
+    """Disables progress bars."""
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()

@@ -32,7 +32,7 @@ ROWS = torch.tensor([1, 0, 2, 3, 5, 4])
 
 
 def square(dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A dense layer of 6 × 6 positive weights, frozen as those of compressed layers are."""
+    """A dense layer of 6 × 6 positive weights, frozen like those of compressed layers."""
     layer = nn.Linear(6, 6)
     layer.weight = nn.Parameter(OTHER.flip(0).to(dtype), requires_grad=False)
     layer.bias = nn.Parameter(torch.zeros(6, dtype=dtype))
@@ -201,7 +201,7 @@ ARGUMENTS: list[tuple[Any, ...]] = [
 
 
 def arguments_of(name: str) -> tuple[tuple[Any, ...], torch.Tensor] | None:
-    """Arguments that an in-place method takes, and what it makes of the dense weight."""
+    """Arguments of an in-place method, and its result on the dense weight."""
     for arguments in ARGUMENTS:
         weight = square().weight.detach().clone()
         torch.default_generator.manual_seed(0)
@@ -440,7 +440,7 @@ def test_writes_that_bypass_torch_are_not_detected() -> None:
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """A group of this process alone."""
-    stores: Any = torch.distributed  # torch's own types leave the stores out
+    stores: Any = torch.distributed  # torch's own types omit the stores
     store = stores.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -654,7 +654,7 @@ def test_tracers_accept_the_weight() -> None:
 
     x, layer = torch.randn(2, 6), SfpLinear.of(square())
     module = Uses(layer)
-    held = layer.weight  # decoded by others, which is none of the tracer's business
+    held = layer.weight  # decoded by others, which the tracer must not record
     assert bits(held) == bits(square().weight)
     wanted = bits(module(x))
     traced = torch.jit.trace(module, (x,))
