@@ -197,7 +197,7 @@ def test_an_error_of_one_process_ends_all_with_the_same_code(tmp_path: Path) -> 
         "gone": [2, 9],
     }
     told = {name: [rank["stderr"] for rank in ranks] for name, ranks in found.items()}
-    other = "sfp: error: process {} of 2 failed; its own error says why\n"
+    other = "sfp: error: process {} of 2 failed; see the error on that process\n"
     assert told["resumed"] == ["", ""]
     assert told["no data"][0] == other.format(1)
     assert "No such file" in told["no data"][1]
