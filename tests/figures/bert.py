@@ -1,4 +1,4 @@
-"""The real model, through transformers' own `BertModel`, and sentences that are there without a download."""
+"""The real model in transformers' `BertModel`, and sentences that need no download."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .model import model_path
 
 PAIRS = 200
 _SEED = 0
-_LENGTHS = range(30, 160)  # characters of a sentence
+_LENGTHS = range(30, 160)  # minimum and maximum number of characters of a sentence
 
 
 def transformers() -> Any:
@@ -48,7 +48,7 @@ def empty_model() -> nn.Module:
 
 
 def model_of_slices(path: Path) -> nn.Module:
-    """The model as transformers makes it of a file's slices, each decoded when its turn comes."""
+    """The model that transformers creates from slices of a file, each decoded when it is needed."""
     package = transformers()
     config = package.AutoConfig.from_pretrained(model_path().parent, dtype="float32")
     with safe_open(path) as file:
@@ -68,9 +68,9 @@ def meta_model() -> nn.Module:
 
 
 def sentences() -> list[str]:
-    """First sentences of docstrings of Python's standard library, by module; each once.
+    """The first sentences of docstrings of Python's standard library, by module, without duplicates.
 
-    They are read from the sources, so that no module is imported. Other releases of Python have others.
+    They are read from the sources, so that no module is imported. They depend on the release of Python.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
@@ -92,7 +92,7 @@ def _first_sentence(text: str) -> str:
 
 
 def sentence_pairs() -> list[tuple[str, str]]:
-    """200 pairs: every other one of neighbours, which often are alike, the rest drawn at random."""
+    """200 pairs: every second one of neighbours, which are often similar; the others are random."""
     rng = random.Random(_SEED)
     every = sentences()
     starts = rng.sample(range(len(every) - 1), PAIRS)
@@ -102,7 +102,7 @@ def sentence_pairs() -> list[tuple[str, str]]:
 
 
 class Encoder:
-    """Sentences to vectors as the model's authors do: the mean over the tokens, of length 1."""
+    """Maps sentences to vectors as the model's authors do: the mean over the tokens, with length 1."""
 
     def __init__(self, texts: list[str]) -> None:
         tokenizer = transformers().AutoTokenizer.from_pretrained(model_path().parent)

@@ -1,9 +1,10 @@
-"""How fast the reader in C decodes, beside the engines of the package, on one thread each.
+"""Measures the decoding speed of the reader in C and of the engines of the package, each on one thread.
 
-    python -m tests.figures.c_speed              # a model of 64 MiB of weights, made up, half of it pruned
-    python -m tests.figures.c_speed MODEL.sfp    # any other
+    python -m tests.figures.c_speed              # a random model of 64 MiB of weights, half of it pruned
+    python -m tests.figures.c_speed MODEL.sfp    # any other model
 
-Times are processor times, the least of some rounds: a file in memory is opened, and all its weights decoded.
+A round opens a file in memory and decodes all its weights. Times are processor times, the least of some
+rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SIDE, _TENSORS = 2048, 8
 
 
 def made_up() -> bytes:
-    """A model of BF16 matrices of normal weights, every second one pruned to a half."""
+    """A model of BF16 matrices of normal weights, of which every second one is pruned to 50 %."""
     rng = np.random.default_rng(0)
     tensors = {}
     for number in range(_TENSORS):
@@ -40,7 +41,7 @@ def made_up() -> bytes:
 
 
 def engine_seconds(data: bytes, engine: str) -> tuple[int, float]:
-    """Decoded bytes and least processor time of an engine of the package."""
+    """Returns the decoded bytes and the least processor time of an engine of the package."""
     least, decoded = float("inf"), 0
     for _ in range(ROUNDS):
         start = time.process_time()
@@ -51,7 +52,7 @@ def engine_seconds(data: bytes, engine: str) -> tuple[int, float]:
 
 
 def c_seconds(data: bytes) -> tuple[int, float]:
-    """The same of the reader in C, newly compiled."""
+    """Returns the same for the reader in C, which it compiles."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.sfp")
         path.write_bytes(data)

@@ -1,13 +1,14 @@
-"""What coarser weights do to sentence embeddings: all-MiniLM-L6-v2 through transformers' `BertModel`.
+"""Measures the effect of quantisation and pruning on sentence embeddings of all-MiniLM-L6-v2 in `BertModel`.
 
 ``python -m tests.figures.embeddings`` writes the model losslessly, quantised, and pruned by magnitude, loads
-each file with `load_model` into a `BertModel`, and prints the size of the file over that of the float32
-tensors beside Spearman's correlation: that of the cosine similarities of 200 pairs of sentences with those of
-the dense model. The sentences are first sentences of docstrings of the standard library, every other pair of
-neighbours in a source and the rest at random; so they tell how far similarities move, not how good they are.
+each file with `load_model` into a `BertModel`, and prints the size of the file relative to the float32
+tensors, and Spearman's correlation of the cosine similarities of 200 pairs of sentences with those of the
+dense model. The sentences are first sentences of docstrings of the standard library; every second pair is of
+neighbours in a source, the others are random. The correlation therefore shows how far similarities change,
+not how good they are.
 
-Asserted: losslessly, every bit of the embeddings is that of the dense model; and `compress_model` gives for
-every file the bits that `load_model` gives, and so does transformers from the file's slices.
+It asserts that without loss every bit of the embeddings equals that of the dense model, and that
+`compress_model`, and transformers with slices of the file, give the same bits as `load_model` for every file.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from .masks import magnitude_mask
 
 BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 SHARES = (0.3, 0.5, 0.7, 0.9)
-# Of pruned weights: how finely what is left is quantised, in dB.
+# The error of the quantised survivors, in dB.
 ERRORS = (-30.0, -20.0)
 _LEAST_WEIGHTS = 10_000
 
 
 def weight_names(model: nn.Module) -> list[str]:
-    """The names of the weight matrices; all else stays as it is."""
+    """The names of the weight matrices; all other tensors are unchanged."""
     return [name for name, p in model.named_parameters() if p.dim() == 2 and p.numel() >= _LEAST_WEIGHTS]
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's correlation of two vectors; equal numbers have the order that they come in."""
+    """Returns Spearman's correlation of two vectors; equal numbers are ranked by their place."""
     ranks = [np.argsort(np.argsort(numbers.double().numpy(), kind="stable")) for numbers in (one, other)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 class Trial:
-    """Files of one model, each loaded and put beside the dense one."""
+    """Files of one model, each loaded and compared with the dense model."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "model.sfp"
@@ -59,12 +60,12 @@ class Trial:
         return (vectors[0::2] * vectors[1::2]).sum(1)
 
     def line(self, label: str, options: Options | None = None, share: float = 0.0) -> str:
-        """Writes the model, loads it, and says how it compares.
+        """Writes the model, loads it, and returns a line of the comparison.
 
         Args:
-            label: what is printed.
-            options: of the matrices; None for lossless.
-            share: of every matrix's weights, the smallest, that are pruned.
+            label: the beginning of the line.
+            options: options of the matrices; None for lossless.
+            share: the share of each matrix's weights that is pruned, by magnitude.
         """
         named = dict(self.dense.named_parameters())
         masks = {

@@ -1,22 +1,24 @@
-"""Size at equal perplexity: the smallest file of each way whose loaded model is within 1 % of the dense one.
+"""Size at equal perplexity: the smallest file of each method whose model is within 1 % of the dense model.
 
-``python -m tests.figures.equal`` packs the demonstration's model in each way, at several rates, and prints of
-the smallest file that is good enough: bits a weight, the size over that of BF16, and the perplexity of the
-loaded model over the dense model's, on the held-out code by which the file was chosen, and on the held-out
-prose, which had no say. The ways:
+``python -m tests.figures.equal`` packs the demonstration's model with each method at several rates. For the
+smallest file that is good enough, it prints the bits per weight, the size relative to BF16, and the
+perplexity relative to the dense model, on the held-out code that selected the file, and on the held-out
+prose, which did not. The methods:
 
-* BF16 as it is, by zstandard, and as a lossless `.sfp` file;
-* whole levels of so many bits with an F16 scale for each 32 weights of a row, as is usual, not entropy-coded
-  (counted, not written): 4 bits, and as many as it takes;
-* the quantiser `uniform`, nothing pruned: every matrix with the same bits; and steps and roundings by the
-  root of the Fisher information, with bits shared among the matrices;
+* BF16, with zstandard, and as a lossless `.sfp` file; * whole levels of a number of bits with an F16 scale
+for each 32 weights of a row, as is usual, without entropy
+  coding (computed, not written): 4 bits, and the smallest sufficient number;
+* the quantiser `uniform` without pruning: with the same bits in every matrix; and with errors weighted by the
+root
+  of the Fisher information, and bits shared among the matrices;
 * the latter after pruning by an importance that was learned through the frozen weights, at each of
   `SPARSITIES`;
-* and, apart, after weights have learned too: the survivors of that mask, or all weights, for as many steps;
-  and, to compare with, all weights of the dense model, nothing pruned.
+* separately, after the weights were trained too: the survivors of that mask, or all weights, for the same
+number of
+  steps; and, for comparison, all weights of the dense model without pruning.
 
-Embedding and head are quantised as well; the norms' gains are kept. Takes torch and zstandard, and some hours
-on one core; ``--keep FOLDER`` keeps what was learned, so that a run that was broken off goes on.
+Embedding and head are quantised as well; the gains of norms are kept. Needs torch and zstandard, and some
+hours on one core; ``--keep FOLDER`` stores the results of learning, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -47,21 +49,21 @@ from sfpformat.pruning import statistics
 ALLOWED = 1.01  # perplexity over the dense model's
 SPARSITIES = (0.3, 0.4, 0.5, 0.6)
 STEPS = 400
-ROUNDS = 7  # of the search for a rate
-GROUP = 32  # weights that share a scale, where levels are whole
+ROUNDS = 7  # steps of the search for a rate
+GROUP = 32  # weights that share a scale, with whole levels
 
 Masks = dict[str, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a way came to.
+    """The result of a method.
 
     Attributes:
-        way: what was done.
-        bits: a weight, of the whole file.
-        size: over that of BF16.
-        code, prose: perplexity of the loaded model over the dense model's.
+        way: the method.
+        bits: bits per weight of the whole file.
+        size: size relative to BF16.
+        code, prose: perplexity of the loaded model relative to the dense model.
     """
 
     way: str
@@ -72,7 +74,7 @@ class Row:
 
 
 class Trial:
-    """The model, the texts, and how files are judged."""
+    """The model, the texts, and the evaluation of files."""
 
     def __init__(self) -> None:
         self.tensors: Tensors = bundled.weights()
@@ -85,21 +87,21 @@ class Trial:
         return perplexity(tensors, Config(), self._texts[kind])
 
     def ratio(self, tensors: Tensors, kind: str = "code") -> float:
-        """Perplexity over the dense model's."""
+        """Returns the perplexity relative to the dense model."""
         return self._perplexity(tensors, kind) / self._dense[kind]
 
     def row(self, way: str, size: float, tensors: Tensors) -> Row:
-        """Of a file of so many bytes, and the model in it."""
+        """Returns the row of a file with this size and the model in it."""
         bits = 8 * size / self.weights
         return Row(way, bits, bits / 16, self.ratio(tensors), self.ratio(tensors, "prose"))
 
     def smallest(self, way: str, make: Callable[[float], bytes], low: float, high: float) -> Row:
-        """The smallest file found that is good enough.
+        """Returns the row of the smallest file found that is good enough.
 
         Args:
-            way: what is done.
-            make: bits a weight -> a file.
-            low, high: between which rates to look; at the higher one the file is good enough, or none is.
+            way: the method.
+            make: bits per weight -> a file.
+            low, high: the range of rates; if the file at the higher rate is not good enough, none is.
         """
         best = make(high)
         for _ in range(ROUNDS):
@@ -114,7 +116,7 @@ class Trial:
     # ------------------------------------------------------------------------------------- without pruning
 
     def without_loss(self) -> Iterator[Row]:
-        """BF16 and its lossless files."""
+        """Returns rows of BF16 and its lossless files."""
         raw = b"".join(array.tobytes() for array in self.tensors.values())
         yield self.row("BF16", len(raw), self.tensors)
         for level in (3, 19):
@@ -124,7 +126,7 @@ class Trial:
         yield self.row(".sfp, lossless", len(data), load(data))
 
     def whole_levels(self) -> Iterator[Row]:
-        """Four bits, and the first number of bits that is good enough."""
+        """Returns rows of four bits, and of the first number of bits that is good enough."""
         for bits in range(4, 9):
             tensors, size = dict(self.tensors), 0.0
             for name, array in self.tensors.items():
@@ -153,7 +155,7 @@ class Trial:
     def shared_bits(
         self, tensors: Tensors, masks: Masks, fisher: dict[str, NDArray[np.float32]]
     ) -> Callable[[float], bytes]:
-        """Bits a weight -> the file in which all matrices share so many."""
+        """Returns a function: bits per weight -> the file in which all matrices share these bits."""
         arrays = {name: tensors[name].astype(np.float32) for name in self.matrices}
 
         def make(bits: float) -> bytes:
@@ -168,21 +170,21 @@ class Trial:
     # ---------------------------------------------------------------------------------------- with pruning
 
     def fisher(self, tensors: Tensors) -> dict[str, NDArray[np.float32]]:
-        """The Fisher information of all matrices of a model."""
+        """Returns the Fisher information of all matrices of a model."""
         windows = calibration_windows(0, CALIBRATION_BATCHES)
         model = language_model(tensors)
         found = statistics(model, windows, batches=CALIBRATION_BATCHES, tensors=self.matrices)
         return {name: np.asarray(of.fisher.numpy()) for name, of in found.items()}
 
     def pruned(self, way: str, pruned: Tensors, masks: dict[str, torch.Tensor]) -> Row:
-        """The smallest file of a pruned model."""
+        """Returns the row of the smallest file of a pruned model."""
         tensors: Tensors = {name: a.astype(self.tensors[name].dtype) for name, a in pruned.items()}
         arrays = {name: np.asarray(mask.numpy()) for name, mask in masks.items()}
         return self.smallest(way, self.shared_bits(tensors, arrays, self.fisher(pruned)), 1.0, 8)
 
 
 def rounded(array: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
-    """Each weight to the nearest of 2^bits − 1 levels, its group's greatest magnitude the last of them."""
+    """Rounds each weight to the nearest of 2^bits − 1 levels; the last is its group's greatest magnitude."""
     groups = array.astype(np.float32).reshape(-1, GROUP)
     last = np.float32(2 ** (bits - 1) - 1)
     scales = np.abs(groups).max(axis=1, keepdims=True) / last
@@ -191,7 +193,7 @@ def rounded(array: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
     return np.asarray((levels * scales).reshape(array.shape), np.float32)
 
 
-# What is learned -> its settings, and the methods of `Bench` that go by it, each with its words.
+# What is learned -> its settings, and the methods of `Bench` that use it, each with its description.
 LEARNED = {
     "frozen": (FROZEN, {"learned": "", "learned-finetuned": ", survivors tuned"}),
     "together": (TOGETHER, {"together": ", weights learned together"}),
@@ -199,13 +201,13 @@ LEARNED = {
 
 
 def learned_rows(trial: Trial, bench: Bench, sparsity: float, folder: Path | None) -> Iterator[Row]:
-    """Frozen weights, tuned survivors, weights that learned together with the importance.
+    """Returns rows of frozen weights, of tuned survivors, and of weights trained with the importance.
 
     Args:
-        trial: what judges files.
-        bench: what prunes.
-        sparsity: of the linear layers.
-        folder: where checkpoints are kept, if anywhere.
+        trial: evaluates files.
+        bench: prunes the model.
+        sparsity: the sparsity of the linear layers.
+        folder: folder for checkpoints, or None.
     """
     for name, (settings, methods) in LEARNED.items():
         kept = folder / f"{name}-{sparsity}-{bench.steps}.learning" if folder is not None else None
@@ -217,7 +219,7 @@ def learned_rows(trial: Trial, bench: Bench, sparsity: float, folder: Path | Non
 
 
 def tuned_row(trial: Trial, bench: Bench) -> Row:
-    """The dense model, trained on for as many steps."""
+    """Returns the row of the dense model after the same number of steps of further training."""
     tuned = bench.prune("magnitude-finetuned", 0.0)
     way = ".sfp, nothing pruned, weighted, shared bits, weights tuned"
     return trial.pruned(way, bench.arrays(tuned), tuned.masks)

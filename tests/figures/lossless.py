@@ -1,8 +1,8 @@
-"""Lossless size and speed on all-MiniLM-L6-v2, beside general and numeric compressors.
+"""Lossless size and speed on all-MiniLM-L6-v2, compared with general and numeric compressors.
 
-``python -m tests.figures.lossless`` prints, for F32 and for the same model rounded to BF16: the size over raw
-bytes, the order-0 limit, and the speeds of the reference engine in one thread; and how long a slice of 1 %
-takes over the whole. Peers that are not installed are left out.
+``python -m tests.figures.lossless`` prints, for F32 and for the same model rounded to BF16, the size relative
+to raw bytes, the order-0 limit, the speeds of the reference engine on one thread, and the time of a slice of
+1 % relative to the whole. Peers that are not installed are omitted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VARIANTS = {
 
 
 def ours(tensors: Tensors, options: sfpformat.Options) -> dict[str, float]:
-    """Size and speeds of some options; checks that every bit comes back."""
+    """Returns size and speeds with some options; checks that every bit is restored."""
     data = sfp.save(tensors, options=options, engine="python")
     loaded = sfp.load(data)
     assert all(loaded[name].tobytes() == tensors[name].tobytes() for name in tensors)
@@ -104,7 +104,7 @@ def _zstandard(blob: bytes) -> int:
 def _zipnn(blob: bytes, dtype: str) -> int:
     from zipnn import ZipNN
 
-    # It changes what it is given, and does not take what is very small.
+    # It changes its input, and does not support very small tensors.
     coder = ZipNN(bytearray_dtype=dtype, input_format="byte", threads=1)
     return min(len(coder.compress(bytearray(blob))), len(blob)) if len(blob) > 4096 else len(blob)
 

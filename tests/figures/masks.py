@@ -1,4 +1,4 @@
-"""What masks cost: all-MiniLM-L6-v2 pruned by magnitude, against the entropy of the mask.
+"""The size of masks: all-MiniLM-L6-v2 pruned by magnitude, compared with the entropy of the mask.
 
 ``python -m tests.figures.masks``
 """
@@ -19,7 +19,7 @@ from .model import Tensors, as_bf16, load_f32, matrices
 
 
 def magnitude_mask(array: NDArray[np.generic], share: float) -> NDArray[np.bool_]:
-    """True for the weights left when the smallest ``share`` of a tensor's are pruned."""
+    """Returns the mask after pruning ``share`` of a tensor's weights by magnitude: True for survivors."""
     magnitudes = np.abs(array.astype(np.float32)).reshape(-1)
     mask = np.ones(array.size, bool)
     mask[np.argsort(magnitudes, kind="stable")[: round(array.size * share)]] = False
@@ -27,7 +27,7 @@ def magnitude_mask(array: NDArray[np.generic], share: float) -> NDArray[np.bool_
 
 
 def two_of_four(array: NDArray[np.generic]) -> NDArray[np.bool_]:
-    """True for the two greatest of every four neighbours of a row."""
+    """Returns the mask that keeps the two greatest of every four neighbours of a row."""
     groups = np.abs(array.astype(np.float32)).reshape(-1, 4)
     mask = np.zeros(groups.shape, bool)
     np.put_along_axis(mask, np.argsort(groups, axis=1, kind="stable")[:, 2:], True, axis=1)
@@ -35,7 +35,7 @@ def two_of_four(array: NDArray[np.generic]) -> NDArray[np.bool_]:
 
 
 def entropy(masks: dict[str, NDArray[np.bool_]]) -> float:
-    """Bits of all masks, each with its own share of survivors."""
+    """Returns the entropy of all masks in bits, each with its own share of survivors."""
     bits = 0.0
     for mask in masks.values():
         p = mask.mean()
@@ -44,7 +44,7 @@ def entropy(masks: dict[str, NDArray[np.bool_]]) -> float:
 
 
 def mask_bits(data: bytes) -> dict[str, float]:
-    """Bits that a file spends on masks: planes, index, tables and the rest apart."""
+    """Returns the bits of masks in a file: planes, index, tables and others separately."""
     out = {"planes": 0.0, "index": 0.0, "tables": 0.0, "fingerprints": 0.0}
     with sfpformat.open(data) as file:
         for name in file:
@@ -62,7 +62,7 @@ def mask_bits(data: bytes) -> dict[str, float]:
 
 
 def _index_bits(index: ChunkIndex, has_mask: bool) -> int:
-    """Bits of the index that exist because of the mask: survivors, mask codes, mask lengths."""
+    """Returns the bits of the index for the mask: survivors, mask codes, mask lengths."""
     if not has_mask:
         return 0
     quantities = [index.survivors, index.codes["mask"], index.bits["mask", "prefix"]]
@@ -70,7 +70,7 @@ def _index_bits(index: ChunkIndex, has_mask: bool) -> int:
 
 
 def measure(tensors: Tensors, masks: dict[str, NDArray[np.bool_]]) -> dict[str, float]:
-    """The mask's bits a position, by part, beside its entropy."""
+    """Returns the mask's bits per position, by part, and its entropy."""
     pruned = {name: np.where(masks[name], a, a.dtype.type(0)) for name, a in tensors.items()}
     data = sfp.save(pruned, masks=masks)
     loaded = sfp.load(data)

@@ -1,8 +1,8 @@
-"""Peak memory of ``sfp pack`` on a checkpoint that is larger than what it may take.
+"""Peak memory of ``sfp pack`` on a checkpoint that is larger than the allowed memory.
 
-``python -m tests.figures.memory [options of sfp pack]`` makes a synthetic checkpoint of 2 GB in four shards,
-of F32 tensors of 64 MiB, in a temporary folder, packs it, and prints the peak memory of the packing process
-beside the goal: the largest tensor and 300 MB.
+``python -m tests.figures.memory [options of sfp pack]`` writes a synthetic checkpoint of 2 GB in four shards,
+of F32 tensors of 64 MiB, to a temporary folder, packs it, and prints the peak memory of the packing process
+and the goal: the largest tensor plus 300 MB.
 """
 
 from __future__ import annotations

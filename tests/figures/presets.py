@@ -1,4 +1,4 @@
-"""What the presets for GPUs cost: all-MiniLM-L6-v2, its matrices in BF16, bits a position of the whole file.
+"""The size of files with the presets for GPUs: bits per position of all-MiniLM-L6-v2 with matrices in BF16.
 
 ``python -m tests.figures.presets``
 """
@@ -15,11 +15,11 @@ from sfpformat import numpy as sfp
 from .masks import magnitude_mask
 from .model import Tensors, as_bf16, load_f32, matrices
 
-_CENTROIDS = 8  # of 4 bits a level, sign included
+_CENTROIDS = 8  # for levels of 4 bits, including the sign
 
 
 def bits_by_preset(tensors: Tensors, names: list[str], **changes: object) -> dict[str, float]:
-    """Preset -> bits a position."""
+    """Returns preset -> bits per position."""
     positions = sum(array.size for array in tensors.values())
     sizes = {name: len(sfp.save(tensors, options=PRESETS[name].but(**changes))) for name in names}
     return {name: round(8 * size / positions, 3) for name, size in sizes.items()}

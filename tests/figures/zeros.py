@@ -1,7 +1,7 @@
-"""What zeros of both signs cost: normal weights, pruned by magnitude, by multiplication with a mask.
+"""The size of zeros of both signs: normal weights, pruned by magnitude, by multiplication with a mask.
 
-``python -m tests.figures.zeros`` prints, as JSON, bits a weight of the file: with classes for zeros, without
-them, and with +0 for each −0.
+``python -m tests.figures.zeros`` prints, as JSON, the bits per weight of the file: with classes for zeros,
+without them, and with +0 instead of each −0.
 """
 
 from __future__ import annotations
