@@ -209,7 +209,7 @@ def test_both_readers_give_the_same_verdict_on_files_of_the_other_tests(program:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def judged_alike(reader: Reader, data: bytes, limits: Limits) -> None:
+def assert_same_verdict(reader: Reader, data: bytes, limits: Limits) -> None:
     """Asserts that both readers accept a file with the same contents, or that both refuse it."""
     report, answer = validate(data, limits=limits), reader.ask("validate", data)
     assert answer["ok"] == report.ok, (answer, report.faults)
@@ -230,7 +230,7 @@ def test_both_readers_give_the_same_verdict_on_changed_files_with_repaired_check
     file = Forge.of(everything())
     for _ in range(changes):
         mutate(file, rng)
-    judged_alike(careful, file.build(), SMALL)
+    assert_same_verdict(careful, file.build(), SMALL)
 
 
 @settings(max_examples=300)
@@ -243,7 +243,7 @@ def test_both_readers_give_the_same_verdict_on_changed_chunks_with_repaired_chec
     part = rng.choice([part for part in file.parts if part.chunks])
     for _ in range(rng.randrange(1, 4)):
         mutate_chunk(rng.choice(part.chunks), rng)
-    judged_alike(careful, file.build(), SMALL)
+    assert_same_verdict(careful, file.build(), SMALL)
 
 
 @settings(max_examples=150)
@@ -254,7 +254,7 @@ def test_both_readers_give_the_same_verdict_on_changes_of_any_written_file(
     rng = random.Random(seed)
     file = Forge.of(written(job))
     mutate(file, rng)
-    judged_alike(careful, file.build(), SMALL)
+    assert_same_verdict(careful, file.build(), SMALL)
 
 
 @settings(max_examples=200)
@@ -263,7 +263,7 @@ def test_both_readers_give_the_same_verdict_on_random_bytes_and_short_files(
     careful: Reader, data: bytes
 ) -> None:
     for bad in (data, plain()[: len(data)], plain()[:64] + data, Forge(directory=data).build()):
-        judged_alike(careful, bad, SMALL)
+        assert_same_verdict(careful, bad, SMALL)
 
 
 def test_chunks_that_do_not_reach_the_directory_are_refused(c_reader: Reader) -> None:

@@ -135,7 +135,7 @@ def test_equal_seeds_give_equal_files_and_other_seeds_other_files() -> None:
     assert files[0] != files[2]
 
 
-def test_noise_is_the_same_for_a_seed_and_silent_for_none() -> None:
+def test_noise_is_the_same_for_a_seed_and_zero_for_seed_0() -> None:
     assert [Noise(0).below(100) for _ in range(5)] == [0] * 5
     first, second = ([noise.below(1000) for _ in range(50)] for noise in (Noise(3), Noise(3)))
     assert first == second

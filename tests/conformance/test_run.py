@@ -282,7 +282,7 @@ ECHO = """
 
 
 @pytest.mark.parametrize("takes_limits", [True, False])
-def test_limits_go_with_a_question_or_to_a_process_of_their_own(takes_limits: bool, tmp_path: Path) -> None:
+def test_limits_are_sent_with_a_question_or_to_a_separate_process(takes_limits: bool, tmp_path: Path) -> None:
     driver = Driver(program(tmp_path, ECHO.replace("LIMITS", str(takes_limits))))
     plain = driver.ask(["validate", "file"])
     limited = [driver.ask(["validate", "file"], {"rank": rank, "depth": 9}) for rank in (1, 2, 1)]
@@ -298,7 +298,7 @@ def test_limits_go_with_a_question_or_to_a_process_of_their_own(takes_limits: bo
         assert len({answer["process"] for answer in [plain, *limited]}) == 3
 
 
-def test_our_driver_takes_limits_from_its_start_and_with_each_question() -> None:
+def test_our_driver_accepts_limits_at_its_start_and_with_each_question() -> None:
     """A limit in a question applies only to this question, and overrides the limits of the start."""
     path = str(next(case.path for case in SUITE.cases if case.id == "y-LAY-001-all-kinds"))
     strict = OwnDriver("python", Limits(rank=1))

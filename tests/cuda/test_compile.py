@@ -195,7 +195,7 @@ class Recorder:
         return Recorder(self._said, f"{self._name}()", self._gives)
 
 
-def test_the_calls_are_those_of_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocations_copies_and_launches_call_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = np.zeros(64, np.uint8)
     said: list[tuple[Any, ...]] = []
 

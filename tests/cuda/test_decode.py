@@ -96,7 +96,7 @@ def test_kernels_restore_lossless_tensors_bit_for_bit(judged: Judged, job: Job) 
     assert load(data, engine="cuda", threads=1)["tensor"].tobytes() == job.expected
 
 
-def test_files_made_by_hand_are_decoded(judged: Judged) -> None:
+def test_hand_made_files_are_decoded(judged: Judged) -> None:
     for data in (plain(), everything()):
         accepted(data, judged)
 
@@ -288,7 +288,7 @@ def test_records_have_the_sizes_that_the_kernels_expect() -> None:
     assert list(sizes) == [record.itemsize for record in records]
 
 
-def test_constants_are_those_of_the_kernels() -> None:
+def test_constants_equal_those_of_the_kernels() -> None:
     text = (kernel_source.folder() / "recipe.cuh").read_text("utf-8")
     theirs = {
         name: value

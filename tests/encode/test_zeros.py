@@ -79,7 +79,7 @@ def negatives(array: Array) -> int:
     return int(((wide == 0) & np.signbit(wide)).sum())
 
 
-def bits_a_weight(array: Array, options: Options | None = None) -> float:
+def bits_per_weight(array: Array, options: Options | None = None) -> float:
     """Returns the bits per weight of a file with only this tensor."""
     return 8 * len(save({"w": array}, options=options or Options())) / array.size
 
@@ -110,43 +110,43 @@ def without_classes_for_zeros() -> Iterator[None]:
 @pytest.mark.parametrize("share", [0.9, 0.5])
 def test_random_signs_of_zeros_cost_their_entropy(dtype: str, share: float) -> None:
     array = weights(dtype, share)
-    bound = bits_a_weight(positive(array)) + entropy_of_signs(array)
-    assert 0.9 * bound < bits_a_weight(array) < 1.1 * bound
+    bound = bits_per_weight(positive(array)) + entropy_of_signs(array)
+    assert 0.9 * bound < bits_per_weight(array) < 1.1 * bound
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_near_the_entropy(preset: str) -> None:
     array = weights("BF16")
     options = PRESETS[preset]
-    bound = bits_a_weight(positive(array), options) + entropy_of_signs(array)
-    assert bits_a_weight(array, options) < 1.1 * bound
+    bound = bits_per_weight(positive(array), options) + entropy_of_signs(array)
+    assert bits_per_weight(array, options) < 1.1 * bound
 
 
 def test_few_values_with_signed_zeros_cost_their_entropy() -> None:
     for dtype in ("F32", "BF16"):
         array = weights(dtype)
         array = np.copysign(array != 0, array.astype(np.float32)).astype(FLOATS[dtype])
-        bound = bits_a_weight(positive(array)) + entropy_of_signs(array)
+        bound = bits_per_weight(positive(array)) + entropy_of_signs(array)
         assert negatives(array)
-        assert bits_a_weight(array) < 1.1 * bound
+        assert bits_per_weight(array) < 1.1 * bound
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E4M3"])
 @pytest.mark.parametrize("signs", ["negative", "few", "rows", "columns", "runs"])
 def test_signs_that_are_not_random_cost_no_more_than_random_ones(dtype: str, signs: str) -> None:
     array = weights(dtype, 0.9, signs)
-    now = bits_a_weight(array)
+    now = bits_per_weight(array)
     with without_classes_for_zeros():
-        before = bits_a_weight(array)
+        before = bits_per_weight(array)
     zero = array.astype(np.float64) == 0
     assert now < before
-    assert now < 1.1 * (bits_a_weight(positive(array)) + zero.mean())
+    assert now < 1.1 * (bits_per_weight(positive(array)) + zero.mean())
 
 
-def test_negative_zeros_alone_cost_little_more_than_positive_ones() -> None:
+def test_negative_zeros_take_at_most_10_percent_more_bits_than_positive_zeros() -> None:
     for dtype in ("F64", "F32", "F16", "BF16"):
         array = weights(dtype, 0.9, "negative")
-        assert bits_a_weight(array) < 1.1 * bits_a_weight(positive(array))
+        assert bits_per_weight(array) < 1.1 * bits_per_weight(positive(array))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -31,7 +31,7 @@ def chunk_of(name: str) -> slow_reader.Chunk:
 
 @clauses("R-CHK-001", "R-CHK-003", "R-IDX-001", "R-IDX-003")
 @pytest.mark.parametrize("name", ["runs", "octets", "uniform", "table", "group", "coded"])
-def test_the_writers_chunks_are_what_their_parts_give_when_laid_out_by_the_document(name: str) -> None:
+def test_chunks_of_the_writer_equal_their_parts_laid_out_as_in_the_document(name: str) -> None:
     part = Forge.of(everything()).part(name)
     for k, chunk in enumerate(part.chunks):
         assert part.take(k).together() == chunk
@@ -163,7 +163,7 @@ def test_a_code_number_beyond_the_codes_is_refused(stream: str, number: int) -> 
     ],
 )
 @pytest.mark.parametrize("bits", [2**12, 2**32 - 1, 2**33 - 2])
-def test_planes_that_do_not_fit_into_the_chunk_are_refused_before_memory_is_given_to_them(
+def test_planes_that_do_not_fit_into_the_chunk_are_refused_before_memory_is_allocated(
     name: str, quantity: str, bits: int
 ) -> None:
     def edit(file: Forge) -> None:
@@ -214,7 +214,7 @@ def test_a_bit_after_the_last_field_of_a_quantity_is_refused(bit: int) -> None:
 
 
 @clauses("R-IDX-004")
-def test_the_survivors_minimum_alone_counts_where_the_width_is_0() -> None:
+def test_with_width_0_the_number_of_survivors_is_the_minimum() -> None:
     taken = Forge.of(everything()).part("coded").take(1)
     assert len(taken.quantities["survivors"]) == 1
     part = Forge.of(everything()).part("coded")

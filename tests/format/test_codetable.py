@@ -193,7 +193,7 @@ def test_a_table_up_to_its_bound_is_accepted_and_one_level_more_is_refused(strea
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 @clauses("R-TAB-008")
-def test_an_exact_stream_in_the_tensors_own_dtype_may_reach_every_pattern(dtype: str) -> None:
+def test_an_exact_stream_in_the_tensors_own_dtype_can_code_every_pattern(dtype: str) -> None:
     bound = 1 << slow_reader.FLOATS[dtype].bits
     base = with_table(table([0], base=bound - 1), dtype=dtype)
     refused("R-TAB-008", edit_table(extra=b"\1"), base, tensor="hand")
@@ -225,7 +225,7 @@ def complete_codes(draw: st.DrawFn) -> list[int]:
 
 @clauses("R-COD-001", "R-TAB-004", "R-TAB-005", "R-TAB-007")
 @given(complete_codes())
-def test_codewords_are_those_of_the_algorithm_and_free_of_prefixes(lengths: list[int]) -> None:
+def test_codewords_equal_those_of_the_algorithm_and_are_prefix_free(lengths: list[int]) -> None:
     code = PrefixCode(bytes(lengths))
     words = dict(zip(code.codewords, code.symbols.tolist(), strict=True))
     assert words == slow_reader.codewords(lengths)
@@ -263,7 +263,7 @@ def test_lengths_are_the_halves_of_the_bytes(packed: bytes, odd: bool) -> None:
 
 
 @clauses("R-COD-002", "R-TAB-010")
-def test_a_codeword_is_laid_down_from_its_most_significant_bit() -> None:
+def test_a_codeword_is_written_most_significant_bit_first() -> None:
     source = table([0, 0, 0, 0], [1, 2, 3, 3])
     entry = {"dtype": "F32", "shape": [4], "fingerprints": exact("F32", **source)}
     part = hand_part(entry, {"fingerprints": [0, 1, 2, 3]})
@@ -275,7 +275,7 @@ def test_a_codeword_is_laid_down_from_its_most_significant_bit() -> None:
 
 @clauses("R-TAB-001", "R-TAB-002", "R-TAB-003", "R-TAB-009", "R-TAB-010")
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=40), st.integers(0, 1000))
-def test_every_level_lies_in_the_class_that_covers_it(extra: list[int], base: int) -> None:
+def test_every_level_is_in_the_class_that_contains_it(extra: list[int], base: int) -> None:
     code = (PrefixCode(bytes([1, 1] + [0] * (len(extra) - 2))),)
     own = CodeTable(base, bytes(extra), code)
     first = [base + sum(1 << e for e in extra[:c]) for c in range(len(extra))]

@@ -144,7 +144,7 @@ def test_an_empty_list_of_features_and_empty_metadata_are_refused(key: str, valu
 
 
 @clauses("R-DIR-002", "R-DIR-004")
-def test_the_writer_leaves_out_what_is_empty() -> None:
+def test_the_writer_omits_empty_features_and_metadata() -> None:
     root, _ = slow_reader.read_directory(save({"a": weights(4, 4)}))
     assert set(root) == {"tensors"}
     root, _ = slow_reader.read_directory(save({}, {"k": "v"}))
@@ -194,7 +194,7 @@ def test_the_writer_writes_the_keys_and_words_of_the_document_and_no_other() -> 
 
 
 @clauses("R-TEN-001")
-def test_a_name_that_comes_twice_is_refused() -> None:
+def test_a_name_that_occurs_twice_is_refused() -> None:
     def edit(file: Forge) -> None:
         file.part("octets").entry["name"] = "runs"
 
@@ -426,7 +426,7 @@ def judgement(data: bytes, limits: Limits) -> object:
         return type(error), error.clause, error.detail, error.tensor, error.offset
 
 
-def judged_alike(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) -> None:
+def assert_same_verdict(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) -> None:
     """Asserts that opening a file has the same result with and without the fast path."""
     quickly = judgement(data, limits)
     with pytest.MonkeyPatch.context() as patch:
@@ -444,8 +444,8 @@ def test_the_fast_path_and_the_strict_parser_give_the_same_verdict_on_changed_di
     file = Forge.of(everything())
     for _ in range(changes):
         mutate(file, rng)
-    judged_alike(file.build())
-    judged_alike(file.build(), Limits(depth=5, name_bytes=7, rank=2, tensors=9))
+    assert_same_verdict(file.build())
+    assert_same_verdict(file.build(), Limits(depth=5, name_bytes=7, rank=2, tensors=9))
 
 
 @clauses("R-DIR-005", "R-MSG-001", "R-MSG-003")
@@ -454,7 +454,7 @@ def test_the_fast_path_and_the_strict_parser_give_the_same_verdict_on_any_value(
     for number, key in [*places(), (0, "x-a"), (1, "x-a"), (6, "x-a")]:
         file = Forge.of(everything())
         field_of(file, number)[2][key] = value
-        judged_alike(file.build())
+        assert_same_verdict(file.build())
 
 
 @given(jobs())

@@ -125,7 +125,7 @@ def test_code_lengths_that_are_not_those_of_the_algorithm_are_noted(lengths: lis
 
 
 @clauses("R-CAN-005")
-def test_lengths_are_canonical_under_the_limit_of_12_or_of_their_own_greatest() -> None:
+def test_lengths_are_canonical_for_the_limit_12_or_their_own_maximum() -> None:
     counts = np.array([21, 13, 8, 5, 3, 2, 1, 1])
     levels = [level for level, count in enumerate(counts) for _ in range(count)]
     for limit in (3, 4, 5, 12):
@@ -194,7 +194,7 @@ def test_a_trim_that_is_not_the_greatest_is_noted(trims: list[int], noted: bool)
 
 
 @clauses("R-CAN-009")
-def test_a_trim_key_of_1_where_no_segment_has_one_is_noted() -> None:
+def test_a_trim_key_of_1_without_any_trim_is_noted() -> None:
     source = exact("F32", 1, **table([16]))
     entry = {"dtype": "F32", "shape": [32], "fingerprints": source}
     levels = list(range(32))

@@ -308,7 +308,7 @@ def test_malicious_directories_are_refused(directory: bytes) -> None:
 
 @clauses("R-LIM-003", "R-IDX-003", "R-MSG-008", "R-STR-003")
 @pytest.mark.parametrize("seed", range(20))
-def test_memory_and_time_stay_small_whatever_a_small_file_claims(seed: int) -> None:
+def test_memory_and_time_are_small_for_any_claim_of_a_small_file(seed: int) -> None:
     rng = random.Random(seed)
     file = Forge.of(everything())
     for part in file.parts:
@@ -395,7 +395,7 @@ class _Liar(io.BytesIO):
 
 @clauses("R-STR-001", "R-PRE-007")
 @pytest.mark.parametrize("piece", [1, 7, 100])
-def test_an_object_that_gives_small_pieces_is_read_to_the_end(piece: int) -> None:
+def test_an_object_that_returns_small_pieces_is_read_completely(piece: int) -> None:
     good = accepted(everything())
     with sfpformat.open(_Liar(everything(), piece=piece)) as file:
         for name in ("runs", "flags", "coded"):
@@ -411,7 +411,7 @@ def test_an_object_that_ends_before_its_length_is_truncated() -> None:
 
 
 @clauses("R-PRE-007", "R-STR-001")
-def test_a_chunk_that_the_source_no_longer_gives_is_truncated_at_its_place() -> None:
+def test_a_chunk_that_the_source_no_longer_returns_is_truncated_at_its_offset() -> None:
     stream = _Liar(everything())
     with sfpformat.open(stream, threads=1) as file:
         start = file.chunk_offset(file.entry("group"), -1)
@@ -446,7 +446,7 @@ def test_a_file_that_is_overwritten_while_it_is_open_is_refused(tmp_path: Any) -
             file.get_tensor("group")
 
 
-def test_a_closed_file_is_an_error_of_its_own(tmp_path: Any) -> None:
+def test_a_closed_file_raises_its_own_error(tmp_path: Any) -> None:
     path = tmp_path / "a.sfp"
     path.write_bytes(everything())
     for source in (path, everything(), io.BytesIO(everything())):
@@ -473,7 +473,7 @@ def test_a_missing_tensor_is_a_key_error() -> None:
 
 
 @clauses("R-STR-003")
-def test_the_hand_made_tensor_survives_every_single_change_of_its_index() -> None:
+def test_every_single_bit_change_in_an_index_gives_a_fault_or_the_same_verdict_of_all_readers() -> None:
     head = 8 * len(coded().take().quantities) + 64
     for at in range(head):
         for bit in range(8):

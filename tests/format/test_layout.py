@@ -20,7 +20,7 @@ from ..support.forge import accepted, refused
 
 
 @clauses("R-LAY-001")
-def test_chunks_lie_one_after_another_in_the_order_of_the_directory_vectors_first() -> None:
+def test_chunks_are_one_after_another_in_the_order_of_the_directory_with_vectors_first() -> None:
     data, pos = everything(), 64
     root, at = slow_reader.read_directory(data)
     with sfpformat.open(data) as file:
@@ -92,7 +92,7 @@ def test_two_tensors_cannot_share_a_chunk() -> None:
 
 @clauses("R-LAY-004")
 @pytest.mark.parametrize("place", ["first", "last", "vectors"])
-def test_a_chunk_whose_checksum_does_not_match_is_refused_padding_included(place: str) -> None:
+def test_a_chunk_whose_checksum_does_not_match_is_refused_even_if_only_padding_differs(place: str) -> None:
     def edit(file: Forge) -> None:
         part = file.part("coded")
         entry = part.full_entry()
@@ -133,7 +133,7 @@ class _Watched(io.BytesIO):
 
 @clauses("R-LAY-005")
 @pytest.mark.parametrize("length", [128, 4096, 2**32 - 64])
-def test_nothing_outside_the_file_is_read_whatever_the_lengths_say(length: int) -> None:
+def test_no_length_causes_a_read_outside_the_file(length: int) -> None:
     file = Forge.of(everything())
     with sfpformat.open(_Watched(everything())) as opened:
         for name in opened:
@@ -145,7 +145,7 @@ def test_nothing_outside_the_file_is_read_whatever_the_lengths_say(length: int) 
 
 
 @clauses("R-LAY-001", "R-LAY-002")
-def test_an_empty_file_region_holds_when_there_is_nothing_to_store() -> None:
+def test_an_empty_tensor_stores_no_bytes() -> None:
     with sfpformat.open(everything()) as file:
         assert file.info("empty").stored_bytes == 0
         assert file.get_tensor("empty").shape == (0, 3)

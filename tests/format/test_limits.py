@@ -102,7 +102,7 @@ def refused_limit(edit: Change, tensor: str | None, limits: Limits) -> sfpformat
     ("limit", "just", "tensor"),
     [("depth", 5, None), ("name_bytes", 7, "uniform"), ("tensors", 10, None), ("rank", 2, "raw")],
 )
-def test_limits_of_the_users_own_hold_to_the_unit(limit: str, just: int, tensor: str | None) -> None:
+def test_limits_of_the_user_apply_exactly(limit: str, just: int, tensor: str | None) -> None:
     accepted(everything(), limits_but(**{limit: just}))
     error = refused(
         "R-LIM-002", lambda file: None, everything(), tensor=tensor, limits=limits_but(**{limit: just - 1})

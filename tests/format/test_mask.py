@@ -33,7 +33,7 @@ def masked(kind: str, bits: list[int], polarity: int = 1, segment: int = 32, **s
     st.sampled_from(["runs", "octets"]),
     st.sampled_from([0, 1]),
 )
-def test_masks_come_back_bit_for_bit(bits: list[int], kind: str, polarity: int) -> None:
+def test_masks_are_restored_bit_for_bit(bits: list[int], kind: str, polarity: int) -> None:
     found = accepted(hand_file(masked(kind, bits, polarity)))["hand"]
     assert found.tobytes() == np.array(bits, np.float32).tobytes()
     positions = np.array([min(32, len(bits) - i) for i in range(0, len(bits), 32)])

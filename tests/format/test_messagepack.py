@@ -56,7 +56,7 @@ def test_strings_binaries_arrays_and_maps_of_any_size_are_read_back(size: int) -
 
 
 @clauses("R-MSG-004")
-def test_a_map_knows_where_its_values_lie() -> None:
+def test_a_map_records_the_offsets_of_its_values() -> None:
     decoded = messagepack.decode(pack({"a": {"b": 1}, "c": "d"}), DEFAULT_LIMITS)
     assert isinstance(decoded, Map)
     inner = decoded["a"]
@@ -127,7 +127,7 @@ def test_keys_out_of_order_are_refused(keys: tuple[str, str]) -> None:
 
 
 @clauses("R-MSG-005")
-def test_a_key_that_comes_twice_is_refused_in_any_map() -> None:
+def test_a_key_that_occurs_twice_is_refused_in_any_map() -> None:
     file = Forge.of(everything())
     for name in ("mask", "fingerprints", "importance", "scale"):
         broken = Forge.of(everything())
@@ -160,7 +160,7 @@ def test_a_directory_that_ends_too_early_is_refused_wherever_it_ends() -> None:
 
 @clauses("R-MSG-007", "R-MSG-008")
 @pytest.mark.parametrize("kind", CLAIMS)
-def test_a_count_that_the_bytes_cannot_hold_is_refused_before_memory_is_given_to_it(kind: str) -> None:
+def test_a_count_that_exceeds_the_bytes_is_refused_before_memory_is_allocated(kind: str) -> None:
     data = with_value(CLAIMS[kind])
     tracemalloc.start()
     error = fault_of(data)
@@ -177,7 +177,7 @@ def test_a_map_needs_two_bytes_for_each_pair() -> None:
 
 
 @clauses("R-MSG-002", "R-MSG-004", "R-MSG-005")
-def test_what_the_writer_writes_is_its_own_canonical_encoding() -> None:
+def test_directories_of_the_writer_have_the_canonical_encoding() -> None:
     (at,) = struct.unpack_from("<Q", everything(), 16)
     root, _ = slow_reader.read_directory(everything())
     assert pack(root) == everything()[at:]
@@ -186,7 +186,7 @@ def test_what_the_writer_writes_is_its_own_canonical_encoding() -> None:
 # ------------------------------------------------------------------------------------------- the quick way
 
 
-def judged_both_ways(data: bytes) -> None:
+def assert_fast_path_agrees(data: bytes) -> None:
     """Asserts that the fast path returns the same as the strict reader for bytes that it accepts."""
     quick = messagepack.decode_quickly(data, DEFAULT_LIMITS)
     if quick is not None:
@@ -212,7 +212,7 @@ loose = st.recursive(
 @clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
 @given(loose | st.dictionaries(text, values, max_size=20), st.booleans())
 def test_the_fast_path_accepts_nothing_that_the_strict_parser_refuses(value: object, tuples: bool) -> None:
-    judged_both_ways(msgpack.packb(value, use_bin_type=tuples, strict_types=False))
+    assert_fast_path_agrees(msgpack.packb(value, use_bin_type=tuples, strict_types=False))
 
 
 @clauses("R-MSG-001", "R-MSG-002", "R-MSG-003", "R-MSG-004", "R-MSG-005", "R-MSG-006", "R-MSG-007")
@@ -229,7 +229,7 @@ def test_the_fast_path_and_the_strict_parser_agree_on_changed_directories(seed: 
             del data[at]
         else:
             data.insert(at, rng.randrange(256))
-    judged_both_ways(bytes(data))
+    assert_fast_path_agrees(bytes(data))
 
 
 def directory_of(file: bytes) -> bytes:
@@ -289,7 +289,7 @@ def test_the_fast_path_accepts_long_arrays_only_of_tensors() -> None:
     for key, size, quick in (("a", 64, True), ("a", 65, False), ("tensors", 70_000, True)):
         data = pack({key: [{"b": [1]}] * size})
         assert (messagepack.decode_quickly(data, DEFAULT_LIMITS) is not None) == quick
-        judged_both_ways(data)
+        assert_fast_path_agrees(data)
 
 
 @clauses("R-LIM-002")

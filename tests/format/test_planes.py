@@ -56,7 +56,7 @@ def test_fields_of_many_widths_follow_each_other_without_padding(
 
 
 @clauses("R-PLN-001")
-def test_levels_come_in_the_order_of_positions_segment_after_segment() -> None:
+def test_levels_are_in_the_order_of_positions_segment_by_segment() -> None:
     taken = Forge.of(plain()).part("plain").take()
     joined = "".join(taken.planes["fingerprints residual"])
     assert [int(joined[i : i + 16][::-1], 2) for i in range(0, 320, 16)] == [
@@ -115,7 +115,7 @@ def test_every_segment_starts_with_a_new_symbol() -> None:
         ("coded", "importance prefix"),
     ],
 )
-def test_a_segment_that_ends_elsewhere_than_the_index_says_is_refused(name: str, plane: str, by: int) -> None:
+def test_a_segment_whose_end_differs_from_the_index_is_refused(name: str, plane: str, by: int) -> None:
     def edit(file: Forge) -> None:
         part = file.part(name)
         taken = part.take()
@@ -182,7 +182,7 @@ def trimmed_part(trims: list[int], *, extra: int = 16) -> Part:
 
 @clauses("R-IDX-006", "R-REC-001")
 @pytest.mark.parametrize("trims", [[0], [1], [7, 0, 3], [8, 8], [15], [15, 0]])
-def test_trimmed_bits_come_back_as_zeros_above_the_lowest(trims: list[int]) -> None:
+def test_trimmed_bits_decode_as_zeros_above_the_lowest_bit(trims: list[int]) -> None:
     part = trimmed_part(trims)
     found = accepted(hand_file(part))["hand"].view(np.uint16)
     levels = [(i * 37 % 128) << (z + 1) & 0xFFFF | i & 1 for z in trims for i in range(32)]
@@ -233,7 +233,7 @@ def test_a_trim_key_of_anything_but_0_or_1_is_refused(stream: str, trim: int) ->
 
 @clauses("R-PLN-001")
 @given(st.lists(st.integers(0, 2**40), max_size=40), st.integers(0, 30))
-def test_bits_left_out_are_put_back(numbers: list[int], trim: int) -> None:
+def test_omitted_bits_are_restored(numbers: list[int], trim: int) -> None:
     whole = np.array([(n >> 1 << (trim + 1) | n & 1) % (1 << 56) for n in numbers], np.uint64)
     trims = np.full(len(whole), trim)
     assert np.array_equal(planes.with_trimmed_bits(planes.without_trimmed_bits(whole, trims), trims), whole)

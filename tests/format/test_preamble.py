@@ -21,7 +21,7 @@ from ..support.forge import accepted, refused, refused_bytes
 
 
 @clauses("R-CNV-001", "R-PRE-001", "R-PRE-005")
-def test_the_preamble_of_a_written_file_has_its_fields_where_the_table_says() -> None:
+def test_the_preamble_of_a_written_file_has_its_fields_at_the_offsets_of_the_table() -> None:
     data = save({"a": np.arange(3, dtype=np.uint8)})
     assert data[:8] == bytes.fromhex("89 53 46 50 0D 0A 1A 0A")
     assert data[8:16] == b"\1\0\0\0" + bytes(4)
@@ -72,7 +72,7 @@ def test_a_file_with_another_magic_is_refused(place: int) -> None:
 
 
 @clauses("R-PRE-001", "R-PRE-002")
-def test_a_short_file_is_truncated_where_it_begins_with_the_magic_and_else_no_such_file() -> None:
+def test_a_short_file_is_truncated_if_it_begins_with_the_magic_and_has_a_wrong_magic_otherwise() -> None:
     for length in range(64):
         error = refused_bytes(plain()[:length], "R-PRE-002")
         assert error.offset == length
@@ -152,7 +152,7 @@ def test_a_directory_that_does_not_end_where_the_file_ends_is_refused(change: in
 
 
 @clauses("R-PRE-009")
-def test_an_offset_and_a_length_whose_sum_runs_over_64_bits_are_refused() -> None:
+def test_an_offset_and_a_length_whose_sum_exceeds_64_bits_are_refused() -> None:
     def edit(file: Forge) -> None:
         file.preamble |= {"directory_offset": 2**64 - 64, "directory_length": len(plain()) + 64}
 
@@ -176,7 +176,7 @@ def test_a_directory_offset_that_is_no_multiple_of_64_or_under_64_is_refused(off
 
 
 @clauses("R-PRE-002", "R-PRE-007", "R-PRE-008", "R-PRE-009", "R-PRE-010", "R-PRE-011")
-def test_the_preamble_that_the_writer_makes_is_read_back_field_by_field() -> None:
+def test_every_field_of_a_written_preamble_is_read_back() -> None:
     stream = io.BytesIO()
     with sfpformat.Writer(stream, metadata={"k": "v"}) as writer:
         writer.add("a", np.ones((3, 5), np.float32))

@@ -27,7 +27,7 @@ from ..support.strategies import Job, indices, jobs, lossless_jobs, shapes, writ
 @clauses("R-REC-001", "R-QNT-002", "R-PLN-001", "R-PLN-003", "R-RAW-001", "R-CNV-001")
 @settings(max_examples=150)
 @given(lossless_jobs())
-def test_lossless_tensors_come_back_bit_for_bit(job: Job) -> None:
+def test_lossless_tensors_are_restored_bit_for_bit(job: Job) -> None:
     found = load(written(job))["tensor"]
     assert found.dtype == job.array.dtype
     assert found.shape == job.array.shape
@@ -53,7 +53,7 @@ def test_lossless_tensors_come_back_bit_for_bit(job: Job) -> None:
 )
 @settings(max_examples=400)
 @given(jobs())
-def test_a_reader_made_from_the_document_alone_finds_the_same(job: Job) -> None:
+def test_a_reader_written_from_the_document_alone_returns_the_same(job: Job) -> None:
     data = written(job)
     slow = slow_reader.read(data).tensors["tensor"]
     with sfpformat.open(data, threads=1) as file:
@@ -94,7 +94,7 @@ def test_writing_twice_gives_the_same_bytes(job: Job) -> None:
 @clauses("R-REC-001", "R-STR-001")
 @settings(max_examples=200)
 @given(jobs(), st.data())
-def test_slices_are_those_of_the_whole_tensor(job: Job, data: st.DataObject) -> None:
+def test_slices_equal_those_of_the_whole_tensor(job: Job, data: st.DataObject) -> None:
     index = data.draw(indices(job.array.shape))
     with sfpformat.open(written(job)) as file:
         whole = file.get_tensor("tensor")
@@ -150,7 +150,7 @@ def test_survivors_mask_and_importance_agree_with_the_tensor(job: Job) -> None:
 
 @clauses("R-REC-001")
 @given(jobs(), st.integers(2, 5))
-def test_threads_change_nothing(job: Job, threads: int) -> None:
+def test_the_number_of_threads_does_not_change_the_result(job: Job, threads: int) -> None:
     data = written(job)
     results = []
     for count in (1, threads):
@@ -189,7 +189,7 @@ def test_a_file_reads_the_same_from_every_source() -> None:
         assert {name: array.tobytes() for name, array in load_file(path).items()} == expected
 
 
-def test_a_stream_is_read_from_its_start_wherever_it_stands() -> None:
+def test_a_stream_is_read_from_its_start_whatever_its_position() -> None:
     stream = io.BytesIO(everything())
     stream.seek(100)
     with sfpformat.open(stream) as file:

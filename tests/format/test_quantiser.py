@@ -80,7 +80,7 @@ def test_a_coded_dtype_that_is_not_registered_is_refused(name: str, stream: str)
 @clauses("R-QNT-002")
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("coded", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
-def test_a_coded_dtype_widens_as_the_registry_says(dtype: str, coded: str) -> None:
+def test_a_coded_dtype_widens_as_in_the_registry(dtype: str, coded: str) -> None:
     one = 2 * slow_reader.pattern_of(1.0, coded)
     entry = {"dtype": dtype, "shape": [2], "fingerprints": exact(coded, **table([1], base=one))}
     part = hand_part(entry, {"fingerprints": [one, one + 1]})
@@ -213,7 +213,7 @@ def test_the_greatest_uniform_level_is_read() -> None:
 
 @clauses("R-SCL-001")
 @pytest.mark.parametrize("per", ["", "Row", "block", "x-mine"])
-def test_a_scale_per_anything_else_is_refused(per: str) -> None:
+def test_a_scale_with_an_unknown_per_is_refused(per: str) -> None:
     refused("R-SCL-001", entry_edit("uniform", "scale", per=per), everything(), tensor="uniform")
 
 
@@ -355,7 +355,7 @@ def test_by_table_the_greatest_weight_is_the_last_centroid() -> None:
 
 @clauses("R-IMP-001")
 @pytest.mark.parametrize("over", ["", "All", "pruned", "x-mine"])
-def test_an_importance_over_anything_else_is_refused(over: str) -> None:
+def test_an_importance_with_an_unknown_over_is_refused(over: str) -> None:
     refused("R-IMP-001", entry_edit("uniform", "importance", over=over), everything(), tensor="uniform")
 
 
@@ -437,7 +437,7 @@ def test_the_importance_that_is_read_is_the_one_that_was_given(role: str, over: 
 @pytest.mark.parametrize("mask", ["auto", "none", "runs"])
 @pytest.mark.parametrize("share", [0.0005, 0.01, 0.5])
 @pytest.mark.parametrize("scale", [None, "row"])
-def test_a_table_of_centroids_gives_zeros_back_as_zeros(
+def test_a_table_of_centroids_decodes_zeros_as_zeros(
     share: float, mask: str, scale: str | None, engine: str
 ) -> None:
     rng = np.random.default_rng(5)

@@ -22,7 +22,7 @@ from ..support.forge import accepted, refused
 
 @clauses("R-RAW-001", "R-RAW-002", "R-RAW-003", "R-RAW-004", "R-CNV-001")
 @given(st.sampled_from(sorted(DTYPES)), st.integers(0, 200), st.randoms(use_true_random=False))
-def test_the_bytes_of_elements_lie_unchanged_in_their_chunks(dtype: str, count: int, random: Random) -> None:
+def test_the_bytes_of_elements_are_unchanged_in_their_chunks(dtype: str, count: int, random: Random) -> None:
     size = DTYPES[dtype].itemsize
     raw = random.randbytes(count * size)
     if dtype == "BOOL":

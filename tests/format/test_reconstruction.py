@@ -68,7 +68,7 @@ def exact_part(dtype: str, coded: str, levels: list[int], **entry: Any) -> Part:
 
 @clauses("R-REC-001")
 @pytest.mark.parametrize("dtype", NARROW)
-def test_every_pattern_of_a_narrow_dtype_comes_back(dtype: str) -> None:
+def test_every_pattern_of_a_narrow_dtype_is_restored(dtype: str) -> None:
     step = 1 if bits_of(dtype) == 8 else 13
     given_patterns = [*range(0, 1 << bits_of(dtype), step)]
     levels = [level_of(pattern, dtype) for pattern in given_patterns]
@@ -166,7 +166,9 @@ def rounding_cases(dtype: str) -> dict[float, int]:
 @clauses("R-REC-001", "R-REC-002", "R-REC-003")
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("sign", [0, 1])
-def test_numbers_round_to_nearest_ties_to_even_and_overflow_as_the_dtype_asks(dtype: str, sign: int) -> None:
+def test_numbers_round_to_nearest_ties_to_even_and_overflow_as_the_dtype_requires(
+    dtype: str, sign: int
+) -> None:
     cases = rounding_cases(dtype)
     centroids = sorted(cases)
     levels = [2 * m + sign for m in range(len(centroids))]
@@ -182,7 +184,7 @@ def test_numbers_round_to_nearest_ties_to_even_and_overflow_as_the_dtype_asks(dt
 
 
 @clauses("R-REC-003")
-def test_the_border_of_f8_e4m3_is_448_and_what_rounds_beyond_becomes_nan() -> None:
+def test_f8_e4m3_numbers_that_round_above_448_become_nan() -> None:
     cases = rounding_cases("F8_E4M3")
     assert cases[448.0] == 0x7E
     assert cases[464.0] == 0x7E  # the tie goes to the even mantissa
@@ -192,7 +194,7 @@ def test_the_border_of_f8_e4m3_is_448_and_what_rounds_beyond_becomes_nan() -> No
 
 
 @clauses("R-REC-002")
-def test_the_borders_of_the_other_dtypes_are_those_of_ieee_754() -> None:
+def test_other_dtypes_overflow_as_in_ieee_754() -> None:
     assert rounding_cases("F16")[65520.0] == 0x7C00
     assert rounding_cases("F8_E5M2")[61440.0] == 0x7C
     brain = rounding_cases("BF16")
@@ -386,7 +388,7 @@ def test_the_multiplier_of_factors_is_their_rounded_product() -> None:
 
 
 @clauses("R-REC-001")
-def test_an_importance_that_is_metadata_multiplies_nothing() -> None:
+def test_an_importance_with_the_role_metadata_multiplies_nothing() -> None:
     importance, marks = exact_importance([5.0, 7.0])
     importance["role"] = "metadata"
     half = level_of(0x3F000000, "F32")

@@ -102,7 +102,7 @@ def test_clause_ids_are_used_once() -> None:
     assert len(CLAUSES) > 110
 
 
-def test_the_codes_of_the_document_are_those_of_the_errors() -> None:
+def test_the_error_codes_equal_those_of_the_document() -> None:
     assert {clause.id: clause.code for clause in CLAUSES if clause.code} == CODE_OF_CLAUSE
 
 
@@ -129,13 +129,13 @@ def test_withdrawn_ids_are_listed_and_not_used_again() -> None:
     assert set(re.findall(r"R-[A-Z]{3}-\d{3}", TEXT)) == known | withdrawn
 
 
-def test_what_a_reader_rejects_has_a_code() -> None:
+def test_every_clause_by_which_a_reader_rejects_has_an_error_code() -> None:
     for clause in CLAUSES:
         if clause.reader.startswith("rejects"):
             assert clause.code, clause.id
 
 
-def test_the_dtypes_are_those_of_the_registry() -> None:
+def test_the_dtypes_equal_the_registry() -> None:
     found = {}
     for names, bits, is_float, nonfinite, widens in rows_under("### 25.1 Dtypes"):
         all_names = re.findall(r"`(\w+)`", names)
@@ -148,7 +148,7 @@ def test_the_dtypes_are_those_of_the_registry() -> None:
     assert found == ours
 
 
-def test_the_floats_are_laid_out_as_the_table_says() -> None:
+def test_the_floats_have_the_layout_of_the_table() -> None:
     rows = {row[0].strip("`"): row[1:] for row in rows_under("### 25.2 Floats")}
     assert set(rows) == {d.name for d in DTYPES.values() if d.is_float}
     for name, (exponent, mantissa, bias, _, infinities) in rows.items():
@@ -160,7 +160,7 @@ def test_the_floats_are_laid_out_as_the_table_says() -> None:
         assert bool(np.isinf(pattern.view(dtype.numpy).astype(np.float64))[0]) == (infinities == "yes")
 
 
-def test_the_limits_are_those_of_the_table() -> None:
+def test_the_default_limits_equal_the_table() -> None:
     rows = {row[0]: row[1] for row in rows_under("## 19 Limits") if len(row) == 3}
     listed = {}
     for name, default in rows.items():
@@ -209,7 +209,7 @@ def test_clause_ids_ascend_within_each_table() -> None:
         ("importance, `role`", ROLES),
     ],
 )
-def test_the_words_are_those_of_the_registry(registry: str, words: tuple[str, ...]) -> None:
+def test_the_words_equal_the_registry(registry: str, words: tuple[str, ...]) -> None:
     [row] = [row for row in rows_under("### 25.3 Words") if row[0] == registry]
     assert tuple(re.findall(r"`([\w-]+)`", row[1])) == tuple(words)
 

@@ -144,7 +144,7 @@ def test_the_validator_reports_its_progress() -> None:
 
 
 @clauses("R-STR-001")
-def test_the_file_is_untouched_by_faults_in_what_was_not_asked_for() -> None:
+def test_tensors_without_faults_are_returned_from_a_file_with_faulty_tensors() -> None:
     file = Forge.of(everything())
     good = accepted(everything())
     for name in ("runs", "group"):

@@ -55,7 +55,7 @@ def test_the_printed_file_holds_the_weights_of_the_table(number: int) -> None:
         assert np.array_equal(file.get_mask(NAMES[number]), example(number) != 0)
 
 
-def test_the_index_of_the_first_example_is_as_the_text_says() -> None:
+def test_the_index_of_the_first_example_matches_the_text() -> None:
     with sfpformat.open(printed_bytes(0)) as file:
         assert file.metadata() == {"note": "example"}
         index = file.read_head(file.entry("w"), 0)
@@ -64,7 +64,7 @@ def test_the_index_of_the_first_example_is_as_the_text_says() -> None:
     assert index.bits["mask", "residual"].tolist() == [10, 10]
 
 
-def test_the_index_of_the_second_example_is_as_the_text_says() -> None:
+def test_the_index_of_the_second_example_matches_the_text() -> None:
     with sfpformat.open(printed_bytes(1)) as file:
         index = file.read_head(file.entry("v"), 0)
     assert index.survivors.tolist() == [5, 4]
@@ -91,7 +91,7 @@ def test_the_writer_writes_the_first_example() -> None:
     assert sfp.save({"w": example(0)}, {"note": "example"}, options=options) == printed_bytes(0)
 
 
-def test_the_second_example_follows_from_what_the_text_says_of_it() -> None:
+def test_the_second_example_can_be_built_from_its_text() -> None:
     patterns = example(1)[example(1) != 0].view(np.uint16).tolist()
     table = forge.table([11, 11], [2, 0, 2, 1], [1, 0, 1, 0], base=0x7000, group=2)
     entry = {
@@ -113,7 +113,7 @@ def test_the_second_example_follows_from_what_the_text_says_of_it() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_bytes_quoted_in_the_text_are_where_it_says(number: int) -> None:
+def test_the_bytes_quoted_in_the_text_are_at_the_stated_offsets(number: int) -> None:
     data = printed_bytes(number)
     quoted = re.findall(r"\| 0x([0-9a-f]+) \| `((?:[0-9a-f]{2} ?)+)` \|", section(number))
     assert len(quoted) >= 7

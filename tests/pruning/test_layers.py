@@ -106,7 +106,7 @@ def test_the_conv1d_of_gpt2_is_pruned_layer_by_layer_along_its_inputs(method: st
             assert (mask.sum(0) == mask.shape[0] // 2).all()
 
 
-def test_the_conv1d_of_gpt2_is_refined_as_the_linear_layer_that_it_is() -> None:
+def test_the_conv1d_of_gpt2_is_refined_like_a_linear_layer() -> None:
     original, linear = gpt2_twice()
     masks = prune_layerwise(original, text(), Pattern(2, 4), "wanda", batches=1).masks
     turned = {of_linear(name): mask.T.contiguous() for name, mask in masks.items()}

@@ -202,7 +202,7 @@ print((peak() - before) / sum(weight.numel() for weight in net.parameters()))
 
 
 @pytest.mark.parametrize(("logits", "half"), [(False, True), (True, True), (True, False)])
-def test_peak_of_memory_is_as_stated_and_at_most_16_bytes_a_weight(logits: bool, half: bool) -> None:
+def test_peak_memory_is_as_stated_and_at_most_16_bytes_per_weight(logits: bool, half: bool) -> None:
     # Without its own heap for small blocks, glibc returns freed tensors, so that the peak is of live ones.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     words = [sys.executable, "-c", _PEAK, str(logits), str(half)]

@@ -54,7 +54,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_masks_are_those_of_one_process(results: Results, world: int) -> None:
+def test_masks_equal_those_of_one_process(results: Results, world: int) -> None:
     (alone,) = of(results, "learned by 1", 1)
     for found in of(results, f"learned by {world}", world):
         assert_same(found, alone)
@@ -68,18 +68,18 @@ def test_masks_are_those_of_one_process(results: Results, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_statistics_are_those_of_one_process(results: Results, world: int) -> None:
+def test_statistics_equal_those_of_one_process(results: Results, world: int) -> None:
     (alone,) = of(results, "statistics by 1", 1)
     for found in of(results, f"statistics by {world}", world):
         assert_same(found, alone)
     assert alone["seen"] == list(range(1, 38))
 
 
-def test_sums_are_made_in_the_order_of_the_processes(results: Results) -> None:
+def test_sums_are_computed_in_the_order_of_the_processes(results: Results) -> None:
     assert all(all(found.values()) for found in of(results, "sums"))
 
 
-def test_two_processes_resume_what_four_began(results: Results) -> None:
+def test_two_processes_resume_a_run_of_four(results: Results) -> None:
     whole = results[0]["whole"]
     assert all(0 < steps < len(whole["history"]) for steps in of(results, "broken off after"))
     for found in of(results, "resumed", 2):
@@ -122,7 +122,7 @@ def test_one_process_needs_no_group() -> None:
         Processes(group=object())
 
 
-def test_several_batches_a_step_are_of_levels_only() -> None:
+def test_only_the_method_levels_accepts_several_batches_per_step() -> None:
     net, batches = trained_net()
     with pytest.raises(OptionError, match="batches"):
         Settings(method="weights", batches=2)

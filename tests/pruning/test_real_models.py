@@ -25,7 +25,7 @@ def test_the_labels_of_tones_are_the_bins_of_their_fundamental() -> None:
         assert alike > 0.6
 
 
-def test_each_method_gives_a_row_of_its_file_loaded_back_and_none_twice(
+def test_each_method_gives_one_row_of_its_loaded_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "assets").mkdir()

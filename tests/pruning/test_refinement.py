@@ -81,7 +81,7 @@ def test_pruned_weights_are_positive_zeros(swaps: int, reconstruct: bool, inputs
     assert not zeros.signbit().any()
 
 
-def test_rows_are_reconstructed_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconstruction_in_parts_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, mask, products = layer()
     whole = reconstructed(weight, mask, products)
     monkeypatch.setattr("sfpformat.pruning.reconstruction._AT_ONCE", 24 * 2)
@@ -105,7 +105,7 @@ def best_swap(weight: Tensor, mask: Tensor, products: Tensor, of: int) -> float:
 
 @pytest.mark.parametrize("candidates", [2, 32])
 @pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
-def test_swaps_end_where_no_single_swap_gains(
+def test_swaps_end_when_no_single_swap_lowers_the_error(
     pattern: Pattern | None, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swaps_module, "_CANDIDATES", candidates)
@@ -210,7 +210,7 @@ def test_layers_are_pruned_and_refined_to_patterns(method: str) -> None:
     assert any(not torch.equal(refined.masks[name], found.masks[name]) for name in found.masks)
 
 
-def test_sparsegpt_of_a_pattern_makes_up_for_what_went() -> None:
+def test_sparsegpt_with_a_pattern_compensates_for_pruned_weights() -> None:
     weight, _, products = layer(columns=24)
     for pattern in (Pattern(2, 4), Pattern(1, 3), Pattern(5, 8)):
         mask, updated = sparsegpt(weight, products, pattern)
@@ -230,7 +230,7 @@ def test_a_pattern_that_does_not_fit_a_layer_is_refused_with_its_name() -> None:
         refine_layerwise(net, masks, batches, pattern=Pattern(1, 4))
 
 
-def test_refinements_that_make_no_sense_are_refused() -> None:
+def test_invalid_arguments_of_refinement_are_refused() -> None:
     net, batches = trained_net()
     masks = {"0.weight": torch.ones(24, 12, dtype=torch.bool)}
     cases: list[tuple[str, dict[str, Any]]] = [

@@ -72,7 +72,7 @@ def counted(labels: Tensor, name: str) -> int:
 
 
 @pytest.mark.parametrize("name", OWN_LOSS)
-def test_the_loss_of_a_transformers_model_is_its_own(name: str) -> None:
+def test_a_transformers_model_computes_its_own_loss(name: str) -> None:
     model = made(name)
     alone, together = two_rows(name)
     for batch in (*alone, together):

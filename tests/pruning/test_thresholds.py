@@ -116,7 +116,7 @@ def test_a_sparsity_prunes_the_first_of_all_sorted_positions(
 @given(
     seed=st.integers(0, 99), threshold=st.sampled_from(THRESHOLDS), scope=st.sampled_from(["model", "tensor"])
 )
-def test_no_survivor_is_less_important_than_what_was_pruned(
+def test_no_survivor_is_less_important_than_a_pruned_weight(
     seed: int, threshold: Threshold, scope: str
 ) -> None:
     found = importances(seed, (9, 8), (40,))

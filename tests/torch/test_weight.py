@@ -266,7 +266,7 @@ def test_a_sequence_of_writes_to_tied_layers_ends_like_in_the_dense_model(
     assert bits(model(IDS)) == bits(dense(IDS))
 
 
-def test_a_write_encodes_losslessly_what_was_quantised() -> None:
+def test_a_write_to_a_quantised_weight_is_encoded_losslessly() -> None:
     layer = SfpLinear.of(linear(64, 64), Options(Uniform(bits=3.0)))
     wanted = layer.weight.clone()
     wanted[0] += 1e-3
@@ -318,7 +318,7 @@ def test_writes_that_bypass_torch_functions_are_detected() -> None:
     assert bits(layer.weight) == bits(OTHER + 1)
 
 
-def test_a_parameter_made_from_the_weight_trains_like_the_dense_one() -> None:
+def test_a_parameter_created_from_the_weight_trains_like_the_dense_one() -> None:
     dense, layer = square(), SfpLinear.of(square())
     for one in (dense, layer):
         parameter = nn.Parameter(one.weight)
