@@ -176,7 +176,7 @@ def add(suite: Suite) -> None:
     suite.valid("LAY-001-all-kinds", "a tensor of each kind", hand_file(*made.values(), **rows), *clauses)
     suite.valid(
         "LAY-001-reversed",
-        "the same tensors in the other order",
+        "the same tensors in reverse order",
         hand_file(*list(made.values())[::-1], **rows),
     )
     for name, part in made.items():

@@ -90,7 +90,7 @@ def _octets(suite: Suite) -> None:
 
     for bit in (0, 1, 7, 31):
         change = of_chunk("plain", partial(flip, segment=0, bit=bit))
-        words = f"mask bit {bit} is not as the index says"
+        words = f"mask bit {bit} is flipped, so that the number of survivors differs from the index"
         suite.invalid(f"MSK-005-bit-{bit}", words, PLAIN, change, tensor="plain")
     for count in (1, 7, 33, 39, 41):
         bits = [p % 2 for p in range(count)]

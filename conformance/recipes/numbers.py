@@ -44,7 +44,10 @@ def add(suite: Suite) -> None:
         given = {"mask": mask, "mask_map": {"kind": "octets", **table([8])}}
         data = one_file(exact(dtype, **whole(dtype)), levels, dtype, **given)
         suite.valid(
-            f"REC-005-{dtype}-pruned", f"{dtype}: the same beside pruned positions", data, "R-REC-001"
+            f"REC-005-{dtype}-pruned",
+            f"{dtype}: the same numbers between pruned positions",
+            data,
+            "R-REC-001",
         )
         _multiplied(suite, dtype, levels)
         _rounded(suite, dtype)

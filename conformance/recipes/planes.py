@@ -22,7 +22,7 @@ def _pairs(suite: Suite) -> None:
     source = exact("F16", **table([0, 0], [2, 2, 2, 2], group=2))
     for count in (1, 2, 3, 31, 32, 33, 63, 65):
         data = one_file(source, [i % 2 for i in range(count)], "F16")
-        base = suite.valid(f"PLN-002-{count}-levels", f"{count} levels, two a symbol", data)
+        base = suite.valid(f"PLN-002-{count}-levels", f"{count} levels, two per symbol", data)
         if count % 2:
             last = (count - 1) // 32
 

@@ -158,7 +158,7 @@ class Suite:
             twin: id of the valid file.
             edit: changes the parts of the file, or returns the new bytes.
             tensor: the faulty tensor.
-            plainly: the clause that the slow reader names, if another one is right too; None if it cannot
+            plainly: the clause that the slow reader names, if it names another correct one; None if it cannot
                 check the fault (it has no limits).
             tags: tags by which cases can be selected.
             in_force: limits of the reader.
@@ -192,7 +192,7 @@ class Suite:
         accept: bool = False,
         tensor: str | None = None,
     ) -> str:
-        """Adds a file for which SPEC.md leaves the reader a choice. Returns its id.
+        """Adds a file for which SPEC.md allows several answers of a reader. Returns its id.
 
         Args:
             name, why, twin, edit, tensor: as in `invalid`.
