@@ -62,7 +62,7 @@ def _multiplied(suite: Suite, dtype: str, levels: list[int]) -> None:
     marks = levels_of("F32", patterns("F32", *[factors[i % 6] for i in range(len(levels))]))
     given = {"over": "survivors", "role": "multiplier", **exact("F32", **table_for([0, 0xFEFFFFFE]))}
     data = one_file(exact(dtype, **whole(dtype)), levels, dtype, importance=given, importance_levels=marks)
-    words = f"{dtype}: a multiplier leaves infinities and NaNs as they are"
+    words = f"{dtype}: a multiplier does not change infinities and NaNs"
     suite.valid(f"REC-004-{dtype}-multiplied", words, data, "R-REC-001", "R-IMP-003")
 
 

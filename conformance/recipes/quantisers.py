@@ -109,7 +109,11 @@ def _steps(suite: Suite) -> None:
     base = suite.valid("QNT-006-rounds-up", words, data)
     change = of_map("one", "fingerprints", step=struct.pack("<f", 2.0**97))
     suite.invalid(
-        "QNT-006-rounds-to-infinity", "only its rounding makes the product 2^128", base, change, tensor="one"
+        "QNT-006-rounds-to-infinity",
+        "the product is 2^128 only because a factor is rounded",
+        base,
+        change,
+        tensor="one",
     )
 
 
@@ -194,7 +198,7 @@ def _importance(suite: Suite) -> None:
         for sign in (0, 1):
             huge = (GREATEST | sign << 31).to_bytes(4, "little")
             change = put_bytes("table", at[vector][0], huge, vectors=True)
-            words = f"a factor in {vector} whose product with another overflows, sign {sign}"
+            words = f"a factor in {vector} whose product with another one overflows, sign bit {sign}"
             suite.invalid(f"IMP-005-{vector}-{sign}", words, ONE["table"], change, tensor="table")
     for slug, number in (("greatest", 3.4028234663852886e38), ("2-126", 2.0**126)):
         change = of_map("uniform", "importance", step=struct.pack("<f", number))
@@ -211,7 +215,11 @@ def _importance(suite: Suite) -> None:
     base = suite.valid("IMP-006-rounds-up", "the greatest level rounds up to 2^31", data, "R-TAB-008")
     change = of_map("one", "importance", step=f32_bytes(2.0**97))
     suite.invalid(
-        "IMP-006-rounds-to-infinity", "only its rounding makes the product 2^128", base, change, tensor="one"
+        "IMP-006-rounds-to-infinity",
+        "the product is 2^128 only because a factor is rounded",
+        base,
+        change,
+        tensor="one",
     )
     change = of_map("one", "importance", base=1)
     suite.invalid("TAB-008-importance-uniform", "importance levels up to 2^31", base, change, tensor="one")

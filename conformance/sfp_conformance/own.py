@@ -121,7 +121,7 @@ class OwnDriver:
 
 @cache
 def _loaded(engine: str | None) -> str:
-    """Loads an engine with a small encode and decode, so that no case pays for the loading.
+    """Loads an engine with a small encode and decode, so that this time does not count for a case.
 
     Returns why the engine is unavailable, or an empty string.
     """

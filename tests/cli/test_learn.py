@@ -202,7 +202,7 @@ def test_an_error_of_one_process_ends_all_with_the_same_code(tmp_path: Path) -> 
     assert told["no data"][0] == other.format(1)
     assert "No such file" in told["no data"][1]
     assert told["no memory"][1] == "sfp: error: not enough memory\n"
-    assert "process 0 of 2 got no answer" in told["no memory"][0]
+    assert "process 0 of 2 received nothing" in told["no memory"][0]
     assert told["disk full"] == ["sfp: error: full.sfp: No space left on device\n", other.format(0)]
     assert all(rank["seconds"] < 60 for ranks in found.values() for rank in ranks)
     assert (tmp_path / "resumed.sfp").read_bytes() == (tmp_path / "whole.sfp").read_bytes()

@@ -194,7 +194,7 @@ static bool write_tensor(const char *folder, size_t number, const sfp_tensor *t,
            write_file(folder, number, ".importance.bin", got->importance, n * 4);
 }
 
-/* Decodes a tensor into a folder. Returns VALID and prints nothing; on failure prints a line and returns its status. */
+/* Decodes a tensor into a folder. Returns VALID; on failure, prints a line and returns its status. */
 static int decode_tensor(const sfp_file *file, size_t number, const char *folder)
 {
     sfp_tensor tensor;

@@ -4,7 +4,7 @@
  *     build/sfp_fuzz -runs=1000000 -max_len=4096 FOLDER ../../cases/PRE ../../cases/DIR ...
  *
  * libFuzzer saves files that reach new code in the first folder. A reader refuses a file with a wrong checksum before
- * it checks anything else. The harness therefore repairs the checksums after three of four changes: those of the
+ * it checks anything else. The harness therefore repairs the checksums after three out of four changes: those of the
  * preamble, of the directory and of the chunks, whose records it searches in the directory.
  */
 #include "sfp.h"
