@@ -269,7 +269,7 @@ def test_a_torch_without_devices_is_reported(
     monkeypatch.setattr(driver, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert check.main([]) == 2
-    assert "sees no CUDA device" in capsys.readouterr().err
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("pretended")
