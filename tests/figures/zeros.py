@@ -11,7 +11,7 @@ import json
 import ml_dtypes
 import numpy as np
 
-from ..encode.test_zeros import bits_a_weight, positive, without_classes_for_zeros
+from ..encode.test_zeros import bits_per_weight, positive, without_classes_for_zeros
 
 SIDE, SHARE = 1024, 0.9
 
@@ -23,8 +23,8 @@ def main() -> None:
     for name, dtype in (("BF16", ml_dtypes.bfloat16), ("F32", np.float32)):
         array = pruned.astype(dtype)
         with without_classes_for_zeros():
-            without = bits_a_weight(array)
-        row = {"classes": bits_a_weight(array), "no classes": without, "+0": bits_a_weight(positive(array))}
+            without = bits_per_weight(array)
+        row = {"classes": bits_per_weight(array), "no classes": without, "+0": bits_per_weight(positive(array))}
         print(json.dumps({"dtype": name} | {key: round(bits, 2) for key, bits in row.items()}))
 
 
