@@ -24,7 +24,11 @@ def main() -> None:
         array = pruned.astype(dtype)
         with without_classes_for_zeros():
             without = bits_per_weight(array)
-        row = {"classes": bits_per_weight(array), "no classes": without, "+0": bits_per_weight(positive(array))}
+        row = {
+            "classes": bits_per_weight(array),
+            "no classes": without,
+            "+0": bits_per_weight(positive(array)),
+        }
         print(json.dumps({"dtype": name} | {key: round(bits, 2) for key, bits in row.items()}))
 
 
