@@ -108,20 +108,22 @@ def open(
 ) -> SfpFile | ShardedFile:
     """Opens an `.sfp` file, or a model in shards, for reading. Reads only preamble and directory.
 
+    ``with sfpformat.open("model.sfp") as file: array = file.get_tensor("w")``
+
     Args:
         readable: the path of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
             exactly one of these; or bytes, an mmap, or any seekable binary object.
-        limits: limits of the reader; a file that exceeds one is refused.
-        engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best available; None uses the
-            environment variable ``SFPFORMAT_ENGINE``.
+        limits: limits of the reader, which refuses a file that exceeds one.
+        engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best available. None uses the
+            environment variable ``SFPFORMAT_ENGINE``, or ``"auto"`` without it.
         threads: the greatest number of decoding threads; None uses the number of cores.
 
     Raises:
         InvalidFileError: the file is damaged.
-        UnsupportedError: the file needs a version or feature that this reader does not have.
+        UnsupportedError: the file needs a version or feature that this reader does not support.
         LimitError: the file exceeds a limit.
         OptionError: the folder has no model or several, or the stream is not readable or not seekable.
-        EngineError: there is no such engine, or it is not available.
+        EngineError: the engine is unknown or not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
         OSError: the file cannot be read.
     """
@@ -129,10 +131,10 @@ def open(
 
 
 def __getattr__(name: str) -> object:
-    """Returns a lazy name: imports the module that defines it.
+    """Imports the module that defines a lazy name, and returns its value.
 
     Raises:
-        AttributeError: there is no such name.
+        AttributeError: the package has no such name.
     """
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The dtypes (SPEC.md chapter 25.1): one table for the codec, the numpy and torch APIs, and the tests."""
+"""The table of dtypes (SPEC.md chapter 25.1), for the codec, the numpy and torch APIs, and the tests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Dtype:
     """An element type.
 
     Attributes:
-        name: as in the directory and in safetensors.
-        bits: width of an element.
+        name: the name in the directory and in safetensors.
+        bits: width of an element, in bits.
         numpy: the numpy dtype, little-endian; a dtype of `ml_dtypes` if numpy has none.
-        nonfinite: for float types that can be coded, the first bit pattern, without the sign bit, that is an
-            infinity or a NaN; else None.
-        widens_to: names of the dtypes that hold every finite value of this one.
+        nonfinite: the first bit pattern, without the sign bit, that is an infinity or a NaN. Only for float
+            types that coding ``fingerprint`` supports; else None.
+        widens_to: names of the dtypes that represent every finite value of this one.
     """
 
     name: str
@@ -39,15 +39,15 @@ class Dtype:
 
     @property
     def pattern(self) -> np.dtype[np.unsignedinteger]:
-        """The numpy unsigned integer of the same width (widths 8 to 64)."""
+        """The numpy dtype of unsigned integers of the same width. Only for widths of 8 to 64 bits."""
         return np.dtype(f"<u{self.itemsize}")
 
     @property
     def exponent_bits(self) -> int:
-        """Bits of the exponent field of a float type.
+        """Number of bits of the exponent field of a float type.
 
         Raises:
-            ValueError: it is not a float type.
+            ValueError: the dtype is not a float type.
         """
         if self.nonfinite is None:
             raise ValueError(f"{self.name} is not a float type")
@@ -62,7 +62,7 @@ class Dtype:
         """The greatest finite number of a float type (SPEC.md 25.2).
 
         Raises:
-            ValueError: it is not a float type.
+            ValueError: the dtype is not a float type.
         """
         if self.nonfinite is None:
             raise ValueError(f"{self.name} is not a float type")
@@ -75,7 +75,7 @@ class Dtype:
 
     @property
     def least(self) -> float:
-        """The least positive number of a float type, usually subnormal."""
+        """The least positive number of a float type, which is subnormal if the type has subnormals."""
         return self.value_of(1)
 
 
@@ -117,5 +117,5 @@ FACTOR_DTYPES = ("F32", "F16", "BF16")
 
 
 def of_numpy(dtype: np.dtype[np.generic]) -> Dtype | None:
-    """Returns the registered dtype of a numpy dtype of any byte order, or None."""
+    """Returns the dtype of the table for a numpy dtype of any byte order, or None if it has none."""
     return _BY_NUMPY.get(dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype)

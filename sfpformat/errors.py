@@ -1,9 +1,9 @@
 """The errors of this package (SPEC.md chapter 20).
 
-Rules: every fault of a file is created by `fault` from the clause that the file breaks. One table maps the
-clause to the error code, and the code determines the class of the exception. Inner code of the codec does not
-know the tensor or the file offset: its offsets are relative to the bytes that it was given. Its caller adds
-the tensor and the base offset with `placed`.
+Rules: `fault` creates all errors of files, from the clause that the file breaks. One table maps the clause to
+the error code, and the code determines the class of the exception. The inner code of the codec knows neither
+the tensor nor the file offset; its offsets are relative to the bytes that it gets. The caller adds the tensor
+and the base offset with `placed`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import TracebackType
 _PACKAGE = __name__.partition(".")[0]
 
 
-# The greatest lengths of a fault's detail and of a name in a message. A file may have names of megabytes.
+# The greatest lengths of details and of names in messages, in characters. A file can have names of megabytes.
 MOST_DETAIL, MOST_NAME = 400, 120
 
 
@@ -26,15 +26,15 @@ def shortened(text: str, most: int) -> str:
 
 
 class SfpError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package defines."""
 
 
 class SfpWarning(UserWarning):
-    """An operation succeeded, but differs from the request or is slower. The command prints one line."""
+    """An operation succeeded, but its result differs from the request, or it was slower."""
 
 
 def warn(message: str) -> None:
-    """Issues an `SfpWarning` whose location is the first caller outside this package."""
+    """Issues an `SfpWarning` with the location of the first caller outside this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
@@ -42,14 +42,14 @@ def warn(message: str) -> None:
 
 
 class FileFault(SfpError):
-    """A file breaks a requirement of SPEC.md. Raised as one of the three subclasses.
+    """A file breaks a requirement of SPEC.md. Always one of the three subclasses.
 
     Attributes:
         code: one of the error codes of SPEC.md chapter 20, such as ``E_CRC``.
         clause: the broken requirement, such as ``R-LAY-004``.
-        detail: what is wrong, of any length; ``str()`` of the error shortens it.
-        tensor: the tensor's name, or None.
-        offset: byte offset in the file, or None if there is no single place.
+        detail: description of the fault, of any length; ``str()`` of the error shortens it.
+        tensor: name of the tensor, or None.
+        offset: byte offset in the file, or None if the fault has no single position.
     """
 
     def __init__(
@@ -63,9 +63,12 @@ class FileFault(SfpError):
         super().__init__(clause, detail)
 
     def place(self, tensor: str | None, base: int | None) -> None:
-        """Adds the tensor's name, if it is not set, and a base offset.
+        """Sets the tensor's name, if it is not set, and adds a base offset.
 
-        The fault's offset so far is relative to ``base``. If it is not set, ``base`` becomes the offset.
+        Args:
+            tensor: name of the tensor, or None.
+            base: the file offset to which the fault's offset is relative, in bytes. It becomes the offset if
+                the fault has none. None changes nothing.
         """
         if tensor is not None and self.tensor is None:
             self.tensor = tensor
@@ -83,15 +86,15 @@ class FileFault(SfpError):
 
 
 class InvalidFileError(FileFault):
-    """The file is damaged or was written wrongly."""
+    """The file is damaged, or its writer did not follow SPEC.md."""
 
 
 class UnsupportedError(FileFault):
-    """The file needs a version or a feature that this reader does not have."""
+    """The file needs a version or a feature that this reader does not support."""
 
 
 class LimitError(FileFault):
-    """The file exceeds a limit of the reader. Pass higher `Limits` if you trust the file."""
+    """The file exceeds a limit of the reader. If you trust the file, pass higher `Limits`."""
 
 
 class OptionError(SfpError, ValueError):
@@ -99,14 +102,14 @@ class OptionError(SfpError, ValueError):
 
 
 class UnknownPresetError(OptionError, KeyError):
-    """There is no preset of that name."""
+    """No preset has this name."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class MissingTensorError(SfpError, KeyError):
-    """There is no tensor of that name in the file."""
+    """No tensor in the file has this name."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -116,8 +119,8 @@ class MismatchError(SfpError, RuntimeError):
     """The contents of a file do not match their destination: a module, an array, or a pickled file.
 
     Attributes:
-        missing: names that the module has and the file does not.
-        unexpected: names that the file has and the module does not.
+        missing: names of the module that the file does not have.
+        unexpected: names of the file that the module does not have.
     """
 
     def __init__(self, detail: str, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> None:
@@ -127,7 +130,7 @@ class MismatchError(SfpError, RuntimeError):
 
 
 class LossError(SfpError, ArithmeticError):
-    """A loss, or a result of calibration data, is not finite, so that training cannot continue."""
+    """A loss or a statistic of calibration data is not finite, so that training cannot continue."""
 
 
 class ProcessError(SfpError, RuntimeError):
@@ -135,11 +138,11 @@ class ProcessError(SfpError, RuntimeError):
 
 
 class EngineError(SfpError, RuntimeError):
-    """The requested engine is not available on this machine; the message gives the reason."""
+    """The requested engine is not available on this machine. The message gives the reason."""
 
 
 class ClosedFileError(SfpError, ValueError):
-    """The file was closed."""
+    """The file or writer is closed."""
 
 
 # Clause -> error code, for every clause of SPEC.md that a reader enforces. The test
@@ -188,13 +191,20 @@ _CLASS_OF_CODE: dict[str, type[FileFault]] = {
 
 
 def fault(clause: str, detail: str, *, tensor: str | None = None, offset: int | None = None) -> FileFault:
-    """Returns the exception for a file that breaks ``clause``. The caller raises it."""
+    """Returns the exception for a file that breaks a clause. The caller raises it.
+
+    Args:
+        clause: a key of `CODE_OF_CLAUSE`.
+        detail: description of the fault.
+        tensor: name of the tensor, or None.
+        offset: byte offset; absolute, or relative if a caller adds the base with `placed`.
+    """
     error_class = _CLASS_OF_CODE.get(CODE_OF_CLAUSE[clause], InvalidFileError)
     return error_class(clause, detail, tensor=tensor, offset=offset)
 
 
 class placed:
-    """Context manager that calls `FileFault.place` on a fault raised inside."""
+    """Context manager that calls `FileFault.place` for a fault raised in its block."""
 
     __slots__ = ("_base", "_tensor")
 

@@ -12,21 +12,23 @@ MAX_RANK = 64  # numpy's
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a reader. A file that exceeds one is refused with ``E_LIMIT`` (R-LIM-002).
+    """The limits of a reader, which refuses files that exceed one with ``E_LIMIT`` (R-LIM-002).
+
+    ``sfpformat.open("model.sfp", limits=Limits(tensor_bytes=1 << 40))``
 
     Attributes:
         directory_bytes: length of the directory, in bytes.
-        depth: nesting depth of maps and arrays in the directory, the root being 1; 200 at most.
+        depth: nesting depth of maps and arrays in the directory, with 1 for the root; at most 200.
         name_bytes: length of a tensor's name in UTF-8, in bytes.
         tensors: number of tensors.
-        rank: number of dimensions of a tensor; 64 at most.
+        rank: number of dimensions of a tensor; at most 64.
         tensor_bytes: size of one decoded tensor, in bytes.
         expansion: ratio of a tensor's decoded bytes to its bytes in the file. Applies to tensors of more than
             ``expansion_floor`` decoded bytes.
-        expansion_floor: the size up to which ``expansion`` does not apply, in decoded bytes.
+        expansion_floor: size up to which ``expansion`` does not apply, in decoded bytes.
 
     Raises:
-        OptionError: a limit is not a whole number of 0 or more, or ``depth`` or ``rank`` is too great.
+        OptionError: a limit is not a whole number of at least 0, or ``depth`` or ``rank`` is too large.
     """
 
     directory_bytes: int = 1 << 26
@@ -46,10 +48,21 @@ class Limits:
                     f"the limit {field.name} is {value!r}, must be a whole number of at least 0"
                 )
         if self.depth > MAX_DEPTH or self.rank > MAX_RANK:
-            raise OptionError(f"depth can be at most {MAX_DEPTH}, rank at most {MAX_RANK}")
+            raise OptionError(
+                f"depth is {self.depth} and rank {self.rank}, must be at most {MAX_DEPTH} and {MAX_RANK}"
+            )
 
     def require(self, limit: str, value: int, offset: int | None = None) -> None:
-        """Raises `LimitError` if ``value`` is above the limit of that name."""
+        """Checks a value of a file.
+
+        Args:
+            limit: the name of a limit.
+            value: the value in the file.
+            offset: the byte offset of the value, or None.
+
+        Raises:
+            LimitError: the value is above the limit.
+        """
         allowed: int = getattr(self, limit)
         if value > allowed:
             raise fault(
@@ -60,12 +73,12 @@ class Limits:
             )
 
     def require_tensor(self, decoded: int, stored: int, offset: int) -> None:
-        """Checks a tensor's sizes before memory is allocated for it.
+        """Checks the sizes of a tensor, before memory is allocated for it.
 
         Args:
             decoded: size of the decoded tensor, in bytes.
             stored: size of its chunks, in bytes.
-            offset: of the directory, which states the sizes.
+            offset: byte offset of the directory, which contains the sizes.
 
         Raises:
             LimitError: a size is above a limit.
@@ -75,12 +88,12 @@ class Limits:
             self.require("expansion", -(-decoded // max(stored, 1)), offset)
 
     def require_written(self, limit: str, value: int, what: str) -> None:
-        """Raises if readers with these limits would refuse a file to be written (R-LIM-001).
+        """Checks that readers with these limits will accept a file to be written (R-LIM-001).
 
         Args:
             limit: the name of a limit.
             value: the value in the file.
-            what: the object that exceeds the limit, for the message.
+            what: the object that has the value, for the message.
 
         Raises:
             OptionError: the value is above the limit.
@@ -88,13 +101,13 @@ class Limits:
         allowed: int = getattr(self, limit)
         if value > allowed:
             raise OptionError(
-                f"{what}: readers would refuse {value:,} as {limit}, their limit is {allowed:,}; "
-                f"{_INSTEAD[limit]}, or have writer and readers take limits=Limits({limit}={value}) "
-                f"(--limit {limit}={value} of sfp)"
+                f"{what}: {limit} would be {value:,}, but readers accept at most {allowed:,}; "
+                f"{_INSTEAD[limit]}, or pass limits=Limits({limit}={value}) to the writer and to readers "
+                f"(--limit {limit}={value} to sfp)"
             )
 
     def require_written_tensor(self, decoded: int, stored: int, what: str) -> None:
-        """Calls `require_written` for a tensor's decoded and stored sizes, in bytes.
+        """Calls `require_written` for the decoded and the stored size of a tensor, in bytes.
 
         Raises:
             OptionError: a size is above a limit.
@@ -107,7 +120,7 @@ class Limits:
 # Limit -> how to stay within it.
 _INSTEAD = {
     "directory_bytes": "write several files, or larger chunks",
-    "depth": "drop the entry's unknown keys",
+    "depth": "remove nested keys from the entry",
     "name_bytes": "shorten the name",
     "tensors": "write several files",
     "rank": "reshape it",

@@ -1,4 +1,4 @@
-"""Checks arguments keyed by tensor names. The error for an unknown name gives the nearest known name."""
+"""Checks arguments that are keyed by tensor names. Errors suggest the nearest known name."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 _MOST_COMPARED = 20_000
 _LONGEST_COMPARED = 256
 
-# The greatest number of names that a message lists. It counts the others.
+# The greatest number of names that a message lists. It gives only the number of the others.
 MOST_LISTED = 10
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that is most similar to an unknown one, or None if none is similar.
 
-    A name that differs only in case has priority, then one that differs only by whole parts before or after
-    it (``module.``, ``.weight``), then the most similar one by `difflib`.
+    Prefers a name that differs only in case, then a name that differs only by whole parts at one end, such as
+    ``module.`` or ``.weight``, then the name that `difflib` finds most similar.
 
     Args:
         name: the unknown name.
-        known: the known names, in any order; the first of equally similar ones is returned.
+        known: the known names. Of equally similar names, the first is returned.
     """
     candidates = list(known)
     folded = name.casefold()
@@ -66,43 +66,43 @@ def unmatched(pattern: str, known: Iterable[str], aliases: Mapping[str, str] | N
     Args:
         pattern: the pattern without a match.
         known: the known names.
-        aliases: other name of a tensor -> name under which it is stored.
+        aliases: other name of a tensor -> its stored name.
     """
-    said = f"no tensor name matches {quoted(pattern)}"
+    message = f"no tensor name matches {quoted(pattern)}"
     for other, kept in (aliases or {}).items():
         if fnmatchcase(other, pattern):
-            return f"{said}; {quoted(other)} is stored as {quoted(kept)}"
+            return f"{message}; {quoted(other)} is stored as {quoted(kept)}"
     hint = None if any(mark in pattern for mark in "*?[") else nearest(pattern, known)
-    return said if hint is None else f"{said}; the nearest is {quoted(hint)}"
+    return message if hint is None else f"{message}; the nearest is {quoted(hint)}"
 
 
 def require_known(
     given: Iterable[str], known: Iterable[str], argument: str | None = None, kind: str = "tensor"
 ) -> None:
-    """Raises if a name is not known.
+    """Checks that names are known.
 
     Args:
         given: the names that the caller passed.
         known: the known names.
-        argument: the name of the caller's argument; the message begins with it.
+        argument: the name of the caller's argument, with which the message begins; None omits it.
         kind: the kind of object that the names denote, a singular noun.
 
     Raises:
-        OptionError: a name is not known. The message gives the nearest known name for the first unknown name,
-            and lists up to `MOST_LISTED` others.
+        OptionError: a name is not known. The message suggests the nearest known name for the first unknown
+            name, and lists up to `MOST_LISTED` others.
     """
-    there = dict.fromkeys(known)
-    unknown = [name for name in given if name not in there]
+    names = dict.fromkeys(known)
+    unknown = [name for name in given if name not in names]
     if not unknown:
         return
     first, *others = unknown
-    said = unknown_name(first, there, kind) if isinstance(first, str) else f"no {kind} is named {first!r}"
-    said = f"{argument}: {said}" if argument else said
-    raise OptionError(f"{said}; unknown, too: {listed(others)}" if others else said)
+    message = unknown_name(first, names, kind) if isinstance(first, str) else f"no {kind} is named {first!r}"
+    message = f"{argument}: {message}" if argument else message
+    raise OptionError(f"{message}; also unknown: {listed(others)}" if others else message)
 
 
 def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argument: str) -> Mapping[str, T]:
-    """Returns a mapping that is keyed by tensor names, after checking it. None becomes an empty mapping.
+    """Checks a mapping that is keyed by tensor names, and returns it. None becomes an empty mapping.
 
     Args:
         given: name -> value, or None.
@@ -110,7 +110,7 @@ def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argumen
         argument: the name of the caller's argument, for messages.
 
     Raises:
-        OptionError: it is not a mapping, or a name is not known.
+        OptionError: the argument is not a mapping, or a name is not known.
     """
     if given is None:
         return {}
@@ -120,17 +120,17 @@ def checked_by_name(given: Mapping[str, T] | None, known: Iterable[str], argumen
 
 
 def require_mapping(given: object, argument: str) -> None:
-    """Raises if an argument is not a mapping.
+    """Checks that an argument is a mapping.
 
     Raises:
-        OptionError: it is not a mapping.
+        OptionError: the argument is not a mapping.
     """
     if not isinstance(given, Mapping):
         raise OptionError(f"{argument} is a {type(given).__name__}, must be a mapping")
 
 
 def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str) -> None:
-    """Raises if a shell-style pattern matches no tensor name.
+    """Checks that each shell-style pattern matches a tensor name.
 
     Args:
         patterns: the patterns that the caller passed.
@@ -138,20 +138,20 @@ def require_matches(patterns: Iterable[str], known: Iterable[str], argument: str
         argument: the name of the caller's argument; the message begins with it.
 
     Raises:
-        OptionError: a pattern is not a string or matches no name. The message gives the nearest known name.
+        OptionError: a pattern is not a string or matches no name. The message suggests the nearest name.
     """
-    there = list(known)
+    names = list(known)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise OptionError(f"{argument}: {pattern!r} is not a string")
-        if not any(fnmatchcase(name, pattern) for name in there):
-            raise OptionError(f"{argument}: {unmatched(pattern, there)}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f"{argument}: {unmatched(pattern, names)}")
 
 
 def listed(names: Sequence[str], most: int = MOST_LISTED) -> str:
-    """Returns quoted names for a message: the first ``most``, then the number of others."""
-    said = ", ".join(map(quoted, names[:most]))
-    return f"{said} and {len(names) - most:,} more" if len(names) > most else said
+    """Returns a list of quoted names for a message: the first ``most``, then the number of the others."""
+    message = ", ".join(map(quoted, names[:most]))
+    return f"{message} and {len(names) - most:,} more" if len(names) > most else message
 
 
 def quoted(name: object, most: int = MOST_NAME) -> str:

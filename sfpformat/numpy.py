@@ -1,6 +1,6 @@
 """NumPy API: the functions of `safetensors.numpy`, for `.sfp`.
 
-The encoder is imported at the first write, so that readers do not load it.
+Functions that write import the encoder, so that readers do not load it.
 """
 
 from __future__ import annotations
@@ -41,25 +41,27 @@ def save_file(
     threads: int | None = None,
     engine: str | None = None,
 ) -> None:
-    """Writes tensors to a file. An old file at ``path`` is replaced only after a complete write.
+    """Writes tensors to a file. Replaces an old file at ``path`` only after a complete write.
+
+    ``save_file({"w": array}, "model.sfp", options=Options(Uniform(bits=4)))``
 
     Args:
         tensors: name -> array, any shape, any dtype of the format (`ml_dtypes` for BF16 and FP8).
-        path: of the file.
+        path: the path of the file.
         metadata: the caller's strings.
         options: one `Options` for all tensors, or name -> `Options`. None, and tensors that are not named,
             mean lossless. A single lossy `Options` applies to every float tensor; `options_for_weights`
             returns options for the weights alone.
         masks: name -> bool array of the tensor's shape, True for survivors.
         importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
-        limits: limits of the readers. Readers need the same limits if these are not the default.
-        threads: the greatest number of threads; the bytes do not depend on it.
-        engine: as in `sfpformat.open`; the bytes do not depend on it.
+        limits: limits of the readers. If these are not the default, readers need the same limits.
+        threads: the greatest number of threads; None uses the number of cores. The bytes do not depend on it.
+        engine: same as for `sfpformat.open`. The bytes do not depend on it.
 
     Raises:
         OptionError: an option does not fit its tensor, a tensor exceeds the limits, or a name in an argument
             is not the name of a tensor.
-        EngineError: there is no such engine, or it is not available.
+        EngineError: the engine is unknown or not available.
         OSError: the file cannot be written.
     """
     from .encode.writer import Writer
@@ -79,7 +81,7 @@ def save(
     threads: int | None = None,
     engine: str | None = None,
 ) -> bytes:
-    """Returns the bytes of a file. Same arguments and errors as `save_file`."""
+    """Returns the bytes of a file. Has the arguments and errors of `save_file`, except for its path."""
     from .encode.sink import MemorySink
     from .encode.writer import Writer
 
@@ -98,15 +100,20 @@ def load_file(
 ) -> dict[str, NDArray[np.generic]]:
     """Reads all tensors of a file. Returns name -> array, in file order.
 
+    ``tensors = load_file("model.sfp")``
+
     Args:
-        path: of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has one of
-            these.
-        limits, threads, engine: as in `sfpformat.open`.
+        path: the path of the file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
+            exactly one of these.
+        limits, threads, engine: same as for `sfpformat.open`.
 
     Raises:
-        InvalidFileError, UnsupportedError, LimitError, OSError.
+        InvalidFileError: the file is damaged.
+        UnsupportedError: the file needs a version or feature that this reader does not support.
+        LimitError: the file exceeds a limit.
+        OSError: the file cannot be read.
         OptionError: the folder has no model or several.
-        EngineError: there is no such engine, or it is not available.
+        EngineError: the engine is unknown or not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
     """
     with open_any(path, limits=limits, threads=threads, engine=engine) as file:
@@ -120,23 +127,31 @@ def load(
     threads: int | None = None,
     engine: str | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """Reads all tensors of a file in memory. Returns name -> array, in file order, like `load_file`."""
+    """Reads all tensors of a file in memory. Returns name -> array, in file order.
+
+    Args:
+        data: the bytes of the file.
+        limits, threads, engine: same as for `sfpformat.open`.
+
+    Raises:
+        InvalidFileError, UnsupportedError, LimitError, EngineError: same as for `load_file`.
+    """
     with SfpFile(data, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 
 def options_for_weights(tensors: Arrays, options: Options) -> dict[str, Options]:
-    """Returns name -> options for the weights of a model: the tensors that `sfp pack` changes by default.
+    """Returns name -> options for the weights of a model, the tensors that `sfp pack` changes by default.
 
     Other tensors stay lossless: those of rank below 2 or of fewer than 4,096 elements; scales, zero points
-    and storage of weights that are already quantised; buffers, biases, gains of normalisations; tensors with
-    infinities, NaNs or values beyond float32.
+    and storage of weights that are already quantised; buffers, biases, gains of normalisation layers; tensors
+    with infinities, NaNs or values beyond float32.
 
     ``save_file(t, "m.sfp", options=options_for_weights(t, Options(Uniform(bits=4))))``
 
     Args:
         tensors: all tensors of the model, because the role of a tensor may depend on others.
-        options: for the weights.
+        options: the options for the weights.
 
     Raises:
         OptionError: ``tensors`` is not a mapping.

@@ -1,4 +1,4 @@
-"""Options of the encoder. Every option has a default. None lets the encoder choose by measured estimates."""
+"""The options of the encoder. Each has a default. For None, the encoder chooses by measured estimates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _use_plain_numbers(options: ImportanceOptions | LossyQuantiser | Options) -> None:
-    """Converts numpy numbers to Python numbers, which the directory can store."""
+    """Converts numpy numbers in the fields to Python numbers, which the directory can store."""
     for field in fields(options):
         value = getattr(options, field.name)
         if isinstance(value, Real) and hasattr(value, "item"):
@@ -50,12 +50,12 @@ class ImportanceOptions:
     """How an importance is stored.
 
     Attributes:
-        role: ``metadata`` (kept for fine-tuning and further pruning) or ``multiplier`` (multiplies the
-            weights).
-        over: ``survivors`` or ``all``; ignored for an importance given as two factors.
+        role: ``metadata``, for fine-tuning and further pruning, or ``multiplier``: readers multiply the
+            weights by it.
+        over: the positions that have an importance, ``survivors`` or ``all``. Ignored for two factors.
         quantiser: ``uniform`` with at most ``bits`` bits per level, or ``exact`` in ``dtype``.
-        bits: for ``uniform``: the greatest importance has the level 2^bits - 1.
-        dtype: for ``exact`` and for factors: ``F32``, ``F16`` or ``BF16``.
+        bits: bits per level of ``uniform``. The greatest importance has the level 2^bits - 1.
+        dtype: dtype of ``exact`` and of two factors: ``F32``, ``F16`` or ``BF16``.
 
     Raises:
         OptionError: a value is not allowed.
@@ -81,14 +81,14 @@ class ImportanceOptions:
 
 @dataclass(frozen=True)
 class Lossless:
-    """Stores every bit: as `Exact`, or as a table of all values if there are few of them."""
+    """Stores every bit, like `Exact` or, if the tensor has few different values, as a table of them."""
 
     NAME: ClassVar[str] = "lossless"
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Stores every bit, as the bit patterns of the weights. Never a table of all values."""
+    """Stores every bit, as the bit patterns of the weights. Never uses a table of all values."""
 
     NAME: ClassVar[str] = "exact"
 
@@ -120,7 +120,7 @@ class LossyQuantiser(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Returns the target in a few words, such as ``4 bits a survivor``."""
+        """Returns the target in a few words, such as ``4 bits per survivor``."""
 
     def _require_one_of(self, *targets: str) -> None:
         """Raises `OptionError` unless exactly one of the fields is given."""
@@ -134,29 +134,29 @@ class LossyQuantiser(ABC):
 class Uniform(LossyQuantiser):
     """Rounds magnitudes to multiples of a step.
 
-    Takes exactly one of ``step``, ``bits``, ``budget`` and ``error_db``. A tensor is stored lossless if that
-    takes no more bits, or if no step reaches ``error_db``. Exceptions: ``step`` and `Options.fixed_width` are
-    always lossy.
+    Takes exactly one of ``step``, ``bits``, ``budget`` and ``error_db``, such as ``Uniform(bits=4)``. A
+    tensor stays lossless if lossless coding takes no more bits, or if no step reaches ``error_db``.
+    Exceptions: ``step`` and `Options.fixed_width` are always lossy.
 
     Attributes:
         step: the step. With a ``scale``, in units of the root mean square of the weights that share a factor.
-            A number whose weight would not be finite in the tensor's dtype is lowered to the greatest one
-            that is.
-        bits: about this many bits for the level of each survivor, with its sign, without the mask. Also at
-            most about this many bits per position with the mask, which matters if few positions are pruned:
-            the file is at most 1 % larger than without pruning. This second bound does not apply if a given
-            mask alone takes more than half of it. With a given mask or `Options.fixed_width`, it is an error
-            if all weights would become 0; so with ``budget``.
-        budget: about this many bits per position for mask and levels together, without index and tables.
+            If the decoded weight would not be finite in the tensor's dtype, the encoder uses the greatest
+            multiple that is finite.
+        bits: approximate bits per survivor for its level and sign, without the mask. Also an approximate
+            upper bound on the bits per position with the mask, which matters if few positions are pruned: the
+            file is at most 1 % larger than without pruning. This second bound does not apply if a given mask
+            alone takes more than half of it. With a given mask or `Options.fixed_width`, it is an error if
+            all weights would become 0. The same holds for ``budget``.
+        budget: approximate bits per position for mask and levels together, without index and tables.
         error_db: the greatest error, in dB, below 0: 10 log10 (mean squared error / mean square) of the
             decoded survivors, before an importance multiplies them. Weighted if ``weighted`` is set.
-        rate_weight: the weight of bits against error for a weight between two levels. 0 rounds to nearest;
-            0.12 (about ln(2) / 6) takes the fewest bits at equal error.
+        rate_weight: weight of bits against error in rounding. 0 rounds to nearest; 0.12 (about ln(2) / 6)
+            takes the fewest bits at equal error.
         weighted: the weight of each error. ``full``: the importance of the position. ``root``: its square
-            root. None: all errors are equal. The root suits a Fisher information, which is valid for small
-            errors only; ``python -m tests.figures.weighted`` compares them.
-        scale: what shares a scale factor: ``tensor``, ``row``, ``column``, or the number of positions in a
-            group. None: no factors.
+            root. None: all errors have equal weight. The root suits a Fisher information, which is valid only
+            for small errors; ``python -m tests.figures.weighted`` compares both.
+        scale: the positions that share a scale factor: ``tensor``, ``row``, ``column``, or the number of
+            positions in a group. None: no factors.
         scale_dtype: dtype of the factors: ``F32``, ``F16`` or ``BF16``. None: F16.
 
     Raises:
@@ -187,25 +187,25 @@ class Uniform(LossyQuantiser):
         _in_range("rate_weight", self.rate_weight, 0, 10)
 
     def describe(self) -> str:
-        """Returns the target in a few words, such as ``4 bits a survivor``."""
+        """Returns the target in a few words, such as ``4 bits per survivor``."""
         if self.bits is not None:
-            return f"{self.bits:g} bits a survivor"
+            return f"{self.bits:g} bits per survivor"
         if self.budget is not None:
-            return f"{self.budget:g} bits a position"
+            return f"{self.budget:g} bits per position"
         return f"{self.error_db:g} dB" if self.error_db is not None else f"step {self.step:g}"
 
 
 @dataclass(frozen=True)
 class Table(LossyQuantiser):
-    """Replaces magnitudes by centroids, chosen for each tensor.
+    """Replaces magnitudes by the nearest of several centroids, which are chosen for each tensor.
 
-    Takes exactly one of ``centroids`` and ``bits``. A tensor is stored lossless if that takes no more bits,
-    unless `Options.fixed_width` is set.
+    Takes exactly one of ``centroids`` and ``bits``, such as ``Table(centroids=16, scale="row")``. A tensor
+    stays lossless if lossless coding takes no more bits, unless `Options.fixed_width` is set.
 
     Attributes:
-        centroids: the number of magnitudes.
-        bits: 2^(bits - 1) centroids.
-        weighted, scale, scale_dtype: as in `Uniform`.
+        centroids: the number of centroids.
+        bits: the number of bits per level with its sign, for 2^(bits - 1) centroids.
+        weighted, scale, scale_dtype: same as in `Uniform`.
 
     Raises:
         OptionError: a value is not allowed, or not exactly one target is given.
@@ -236,7 +236,7 @@ class Table(LossyQuantiser):
 
 Quantiser = Lossless | Exact | LossyQuantiser
 
-# How a quantiser is written, by the name that it has in a file.
+# Name of a quantiser in a file -> how to write it in Python, for messages.
 _WRITTEN = {
     Lossless.NAME: "Lossless()",
     Exact.NAME: "Exact()",
@@ -249,9 +249,10 @@ _WRITTEN = {
 
 
 class _NoQuantiserFields:
-    """Refuses fields of the quantisers, which callers may try to pass to `Options` itself.
+    """Base class of `Options` that refuses fields of the quantisers.
 
-    A base class, so that the signature of `Options` is that of its own fields.
+    The error says where to write such a field. This is a base class, so that the signature of `Options` has
+    only its own fields.
     """
 
     def __new__(cls, *args: object, **given: object) -> Self:
@@ -269,40 +270,42 @@ class _NoQuantiserFields:
 class Options(_NoQuantiserFields):
     """How a tensor is encoded.
 
-    ``Options()`` is lossless, ``Options(Uniform(bits=4))`` is not. Of the other options, only ``zeros``
-    changes what a reader decodes, by the sign of zeros; the others choose between size and speed.
+    ``Options()`` is lossless; ``Options(Uniform(bits=4))`` is lossy. Of the other options, only ``zeros``
+    changes the decoded weights, by the signs of zeros. All others choose between size and speed.
 
     Attributes:
-        quantiser: what is stored for each weight: `Lossless`, `Exact`, `Uniform` or `Table`.
+        quantiser: how weights are stored: `Lossless`, `Exact`, `Uniform` or `Table`.
         coding: ``raw``, ``fingerprint``, or ``auto``: fingerprint for float dtypes if it is smaller. ``raw``
             is always lossless.
-        mantissa_bits: for weights that are stored as bit patterns, also because a lossy quantiser would take
-            more bits: number of top mantissa bits in the class. None: the smallest estimate.
-        narrow: for weights that are stored as bit patterns: whether to search for a narrower dtype that
-            represents all values.
-        trim: for weights and importances that are stored as bit patterns: whether segments may omit mantissa
-            bits that are all zero.
+        mantissa_bits: number of top mantissa bits in the class, for weights that are stored as bit patterns
+            (also if the quantiser is lossy but would take more bits). None: the number with the smallest
+            estimated size.
+        narrow: whether to search for a narrower dtype that represents all values, for weights that are stored
+            as bit patterns.
+        trim: whether segments can omit mantissa bits that are all zero, for weights and importances that are
+            stored as bit patterns.
         mask: the mask's kind, ``none``, or ``auto``.
-        polarity: for ``runs``: 1 codes survivors, 0 codes pruned positions, None codes the fewer of the two.
+        polarity: what ``runs`` codes: 1 for survivors, 0 for pruned positions, None for the fewer of both.
         group: levels per symbol, 1 or 2, or None.
         codes: the greatest number of codes for the segments of a stream, 1 to 16. None: up to 8.
         code_limit: the greatest code length in bits, at most 12; 8 suits the tables of a GPU.
-        fixed_width: for ``Uniform`` and ``Table``: one class each for mask and fingerprints, and chunks of
-            whole rows. The mask is then a plain bitmap, and all levels have the same number of bits (for a
-            table, if its number of centroids is a power of two). Fused kernels multiply such data without
-            decoding it first.
+        fixed_width: whether mask and fingerprints have one class each, and chunks have whole rows. Only for
+            ``Uniform`` and ``Table``. The mask is then a plain bitmap, and all levels have the same number of
+            bits (for a table, if its number of centroids is a power of two). Fused kernels multiply such
+            weights without decoding them first.
         segment: positions per segment (a multiple of 32), or None.
         segment_near: if ``segment`` is None: about this many positions per segment, made of whole rows or an
             equal part of a row if possible. None: more positions for fewer survivors.
-        chunk: positions per chunk, rounded to whole segments. Fewer if readers would otherwise refuse a large
-            tensor of few bits, such as one of zeros, because of `Limits.expansion`.
-        importance: how the importance of the tensor is stored. None: it is not stored, only used as weights.
-        zeros: for float tensors. ``keep`` preserves -0, which costs about one bit per zero if both signs are
-            common. ``positive`` writes +0 for -0, an equal number, so that all zeros are pruned. Code that
-            multiplies weights by a mask, like `torch.nn.utils.prune`, makes -0 of negative weights.
+        chunk: positions per chunk, rounded to whole segments. Chunks have fewer positions if readers would
+            otherwise refuse the tensor because of `Limits.expansion`, such as a large tensor of zeros.
+        importance: how the importance of the tensor is stored. None: it is not stored, but can weight errors.
+        zeros: the signs of zeros in float tensors. ``keep`` keeps -0, which costs about one bit per zero if
+            both signs are common. ``positive`` writes +0 for -0, an equal number, so that all zeros are
+            pruned. Code that multiplies weights by a mask, like `torch.nn.utils.prune`, turns negative
+            weights into -0.
 
     Raises:
-        OptionError: a value is not allowed, or options do not fit together.
+        OptionError: a value is not allowed, or options contradict each other.
     """
 
     quantiser: Quantiser = Lossless()
@@ -328,7 +331,7 @@ class Options(_NoQuantiserFields):
         _use_plain_numbers(self)
         _one_of("coding", self.coding, CODINGS)
         if self.coding == "raw" and self.lossy is not None:
-            raise OptionError("coding 'raw' is lossless; for a lossy quantiser leave it 'auto'")
+            raise OptionError("coding 'raw' is lossless; for a lossy quantiser, use coding 'auto'")
         _one_of("zeros", self.zeros, ZEROS)
         _one_of("mask", self.mask, MASKS)
         _one_of("polarity", self.polarity, (None, 0, 1))
@@ -375,7 +378,7 @@ class Options(_NoQuantiserFields):
         return not (self.lossless or has_step or self.fixed_width)
 
     def without_loss(self) -> Options:
-        """Returns the same options with the quantiser `Lossless`."""
+        """Returns a copy with the quantiser `Lossless`."""
         return self.but(quantiser=Lossless())
 
     def but(self, **changes: Any) -> Options:
@@ -387,7 +390,7 @@ class Options(_NoQuantiserFields):
 
 
 def _require_quantiser(given: object) -> None:
-    """Raises `OptionError` if a value is not a quantiser; the message says how to write one."""
+    """Raises `OptionError` if a value is not a quantiser. The message says how to write one."""
     if isinstance(given, Quantiser):
         return
     name = given if isinstance(given, str) else getattr(given, "NAME", None)
@@ -395,8 +398,8 @@ def _require_quantiser(given: object) -> None:
     raise OptionError(f"quantiser is {getattr(given, '__name__', repr(given))}; write {ways}")
 
 
-# One code per stream, with codewords that fit an 8-bit look-up table, and residuals of whole bytes. Segments
-# are short, so that a chunk has work for many lanes, and each is a part of a row.
+# One code per stream, codewords that fit an 8-bit look-up table, and residuals of whole bytes. Segments are
+# parts of rows, and short, so that a chunk has work for many lanes.
 _GPU = Options(mantissa_bits=0, trim=False, group=1, codes=1, code_limit=8, segment_near=512)
 
 
@@ -413,7 +416,7 @@ class _Presets(Mapping[str, Options]):
             UnknownPresetError: there is no preset of that name.
         """
         if name not in self._presets:
-            raise UnknownPresetError(f"{unknown_name(name, self, 'preset')}; there are {', '.join(self)}")
+            raise UnknownPresetError(f"{unknown_name(name, self, 'preset')}; choose from {', '.join(self)}")
         return self._presets[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -436,14 +439,14 @@ PRESETS: Mapping[str, Options] = _Presets(
         "size": Options(mantissa_bits=2, codes=16),
         # For decoding on a GPU.
         "gpu": _GPU,
-        # For multiplying on a GPU without decoding, if weights are quantised to 8 magnitudes.
+        # For matrix products on a GPU without decoding, if weights are quantised to 8 magnitudes.
         "fused": _GPU.but(fixed_width=True),
     }
 )
 
 
 def require_options(options: object, what: str) -> Options:
-    """Returns the caller's options after checking their type.
+    """Checks the type of the caller's options, and returns them.
 
     Args:
         options: `Options`, or None for lossless.
@@ -456,7 +459,7 @@ def require_options(options: object, what: str) -> Options:
         return Options()
     if not isinstance(options, Options):
         given = f", {options!r}," if isinstance(options, (str, int, float)) else ""
-        hint = f"; PRESETS[{options!r}] are" if isinstance(options, str) and options in PRESETS else ""
+        hint = f"; pass PRESETS[{options!r}]" if isinstance(options, str) and options in PRESETS else ""
         raise OptionError(f"{what}: a {type(options).__name__}{given} is not Options{hint}")
     return options
 
@@ -467,8 +470,8 @@ def options_by_name(
     """Returns the options of each tensor.
 
     Args:
-        options: one `Options` for all tensors, or name -> `Options`. None, and tensors that are not named,
-            mean lossless.
+        options: one `Options` for all tensors, or name -> `Options`. None is lossless. Tensors that the
+            mapping does not name are lossless, too.
         names: the names of all tensors.
 
     Raises:

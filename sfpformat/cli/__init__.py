@@ -27,10 +27,10 @@ from .parser import EXIT_CODES, Parser, examples, split_rules
 
 # Subcommand -> its line in `sfp --help`. Its module has the same name.
 COMMANDS = {
-    "pack": "write a safetensors checkpoint as .sfp",
-    "prune": "prune a file further, by the importances in it",
-    "learn": "learn which weights of a transformers model matter, and prune it",
-    "unpack": "write an .sfp file as safetensors",
+    "pack": "convert a safetensors checkpoint to .sfp",
+    "prune": "prune an .sfp file further, by its stored importances",
+    "learn": "learn the importance of the weights of a transformers model, and prune it",
+    "unpack": "convert an .sfp file to safetensors",
     "info": "show the tensors of a file and the size of each part",
     "verify": "check a file against the specification",
     "diff": "compare two files tensor by tensor",
@@ -47,10 +47,10 @@ _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
     (
         "sfp pack model.safetensors -o model.sfp --prune 0.5 --bits 4",
-        "half the weights pruned, 4 bits for each of the others",
+        "prune half of the weights, quantise the others to 4 bits",
     ),
-    ("sfp info model.sfp", "how many bytes each part takes"),
-    ("sfp unpack model.sfp -o model.safetensors", "and back"),
+    ("sfp info model.sfp", "show the size of each part"),
+    ("sfp unpack model.sfp -o model.safetensors", "convert back"),
 )
 
 
@@ -58,7 +58,7 @@ _SIGPIPE = 13  # on Linux and macOS; Windows has no such signal
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command. Resumable work is kept, as after Ctrl-C."""
+    """A signal ended the command. As after Ctrl-C, partial output that a later run can resume is kept."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
     Args:
-        argv: the arguments; None uses those of the process.
+        argv: the arguments after the program's name; None uses those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with any_output():
@@ -87,7 +87,7 @@ def _exit_code(words: list[str]) -> int:
             sys.stdout.flush()
             return code
     except BrokenPipeError:
-        _drop_unwritten()  # the reader of stdout is gone: no message
+        _drop_unwritten()  # nobody reads stdout any more, so no message
         return 128 + _SIGPIPE
     except KeyboardInterrupt as error:
         _print_to_stderr(str(error) or "interrupted", "")
@@ -101,7 +101,7 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _drop_unwritten() -> None:
-    """Flushes stdout, or discards its buffer if that fails: otherwise Python would fail again at exit."""
+    """Flushes stdout. If that fails, discards its buffer, because Python would fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -115,7 +115,7 @@ def _run(words: list[str]) -> int:
     if name is not None and name not in COMMANDS and name not in _added():
         if name in ADDED:
             raise CommandError(f"the command {name!r} needs another package: {ADDED[name]}")
-        raise CommandError(f"there is no command {name!r} (see 'sfp --help')")
+        raise CommandError(f"unknown command {name!r} (see 'sfp --help')")
     args, unknown = _parser(name).parse_known_args(words)
     if unknown:
         raise CommandError(f"unknown arguments: {' '.join(unknown)} (see 'sfp {name} --help')")
@@ -155,7 +155,7 @@ def _added() -> dict[str, EntryPoint]:
 
 
 def _message_of(error: Exception) -> str:
-    """Returns the message for an error."""
+    """Returns the text for the user that describes an error."""
     if isinstance(error, (CommandError, SfpError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -172,8 +172,8 @@ def _print_to_stderr(words: str, kind: str = "error: ") -> None:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Prints each warning of this package once, as a line on stderr. Leaves all others to Python."""
-    told: set[str] = set()
+    """Prints each warning of this package once, in one line on stderr. Python handles all other warnings."""
+    printed: set[str] = set()
 
     def show(
         message: Warning | str,
@@ -184,8 +184,8 @@ def _warnings_in_one_line() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, SfpWarning):
-            if str(message) not in told:
-                told.add(str(message))
+            if str(message) not in printed:
+                printed.add(str(message))
                 _print_to_stderr(str(message), "warning: ")
         else:
             shown_before(message, category, filename, lineno, file, line)
@@ -199,7 +199,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP end the command like Ctrl-C, with all clean-up.
+    """Makes SIGTERM and SIGHUP end the command as Ctrl-C does, with all clean-up.
 
     A signal that was ignored at the start stays ignored, so that ``nohup`` works. Windows has no SIGHUP.
     """

@@ -1,4 +1,4 @@
-"""``sfp bench``: measures size, speed and memory on a model, compared with the installed peers."""
+"""``sfp bench``: measures size, speed and memory on a model, and compares sfp with other packages."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _DEVICE_SECTIONS = ("lossless", "sparse", "load")
 _PRESETS = ("default", "speed", "size")
 _DEVICE_PRESETS = ("default", "gpu")
 _ROUNDS = 7
-_DESCRIPTION = """Measures size, encoding and decoding speed and memory on a model, for every engine and
-preset and for the installed peers: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE is an
-.sfp or safetensors file, an index of shards or a folder; the default is the small model of sfp demo. The
-model must fit into memory several times.
+_DESCRIPTION = """Measures size, encoding speed, decoding speed and memory on a model. Compares all engines
+and presets of sfp with the installed peers: zipnn, pcodec, zstandard (level 3), nncodec and safetensors. FILE
+is an .sfp or safetensors file, an index of shards, or a folder. The default is the small model of sfp demo.
+Memory must hold the model several times.
 
-Contenders run round-robin: each runs once per round, and each round starts with the next contender. The table
-shows medians, with the quartiles in brackets. Each contender must first decode every bit correctly (in the
-section sparse: every weight within half a step); one that does not is excluded, and the exit code is 1. Peers
-pack tensor by tensor. sfp is measured with the whole file, including opening it and all checksums, which if
-anything favours the peers. MB are 10^6 raw bytes."""
+Contenders run round-robin: each contender runs once per round, and each round starts with the next contender.
+The table shows medians, with quartiles in brackets. Before the measurement, each contender must decode every
+bit correctly (in the section sparse: every weight within half a step). Contenders that fail are excluded, and
+the exit code is 1. Peers compress tensor by tensor. The figures of sfp include opening the file and checking
+all checksums, which favours the peers. MB are 10^6 raw bytes."""
 _SECTION_WORDS = """sections:
   lossless  the unchanged model, in memory: size, encoding, decoding; against zipnn, pcodec, zstandard
-  sparse    matrices pruned to 50 % and 90 %, the rest in levels of 4 bits, one thread; against nncodec
-  load      from a path to arrays, page cache warm; against safetensors, with the break-even disk speed
+  sparse    matrices pruned to 50 % and 90 %, survivors in levels of 4 bits, one thread; against nncodec
+  load      from a path to arrays, with a warm page cache; against safetensors, with the break-even disk speed
   memory    peak memory of loading minus the arrays, in new processes
-  startup   seconds of processes that import, or decode a small file
+  startup   time of new processes that import sfpformat, or decode a small file
 
-With --device the engine cuda decodes tensors to that device. The sections are then lossless, sparse and load,
-and the time of the copy to the device is included. This needs torch."""
+With --device, the engine cuda decodes tensors to that device. The sections are then lossless, sparse and
+load, and times include the copy to the device. This needs torch."""
 _PEER_WORDS = """peers:
   pip install 'sfpformat[bench]'                     zstandard, pcodec, safetensors, matplotlib
   pip install --no-deps zipnn==0.5.4 nncodec==2.1.3  without their dependencies; zipnn imports torch and
@@ -54,10 +54,16 @@ _PEER_WORDS = """peers:
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     cases = examples(
-        ("sfp bench", "the small model that comes with the package"),
-        ("sfp bench model.safetensors --dtype bf16 --plot bench.png", "a model cast to BF16, with a plot"),
-        ("sfp bench pruning --sparsity 0.7,0.8 --seeds 3 --json", "perplexity after pruning, by each method"),
-        ("sfp bench model.safetensors --device cuda", "decoding to tensors on a GPU"),
+        ("sfp bench", "measure on the small model in the package"),
+        (
+            "sfp bench model.safetensors --dtype bf16 --plot bench.png",
+            "cast a model to BF16, measure, and plot",
+        ),
+        (
+            "sfp bench pruning --sparsity 0.7,0.8 --seeds 3 --json",
+            "measure the perplexity after pruning by each method",
+        ),
+        ("sfp bench model.safetensors --device cuda", "decode to tensors on a GPU"),
     )
     parser = subparsers.add_parser(
         "bench",
@@ -66,12 +72,18 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         epilog=f"{_SECTION_WORDS}\n\n{bench_pruning.WORDS}\n\n{_PEER_WORDS}\n\n{cases}",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="a model (default: that of sfp demo)")
-    parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(_SECTIONS)} (default: all)")
-    parser.add_argument("--rounds", metavar="N", default=_ROUNDS, type=int, help=f"default: {_ROUNDS}")
+    parser.add_argument(
+        "--only", metavar="SECTIONS", help=f"sections to run, of {','.join(_SECTIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", default=_ROUNDS, type=int, help=f"number of rounds (default: {_ROUNDS})"
+    )
     parser.add_argument("--dtype", choices=("bf16", "f32"), help="cast the float weights first")
     parser.add_argument("--device", metavar="DEVICE", help="decode to tensors on cuda, or cuda:N")
-    parser.add_argument("--engines", metavar="NAMES", help="default: all available engines")
-    parser.add_argument("--presets", metavar="NAMES", help=f"default: {','.join(_PRESETS)}")
+    parser.add_argument("--engines", metavar="NAMES", help="engines to measure (default: all available)")
+    parser.add_argument(
+        "--presets", metavar="NAMES", help=f"presets to measure (default: {','.join(_PRESETS)})"
+    )
     parser.add_argument(
         "--threads",
         metavar="N",
@@ -79,8 +91,10 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="number of threads in multi-threaded runs (default: all cores)",
     )
     add_strict_index(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--plot", metavar="PICTURE", help="plot size against decoding speed, as .png or .svg")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--plot", metavar="PICTURE", help="plot size against decoding speed to this .png or .svg file"
+    )
     bench_pruning.add_options(parser)
     return parser
 
@@ -120,30 +134,30 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(outcome.refusals for outcome in outcomes) else 0
 
 
-# ------------------------------------------------------------------------------------------------- asking
+# ------------------------------------------------------------------------------------------------ options
 
 
 def _chosen(what: str, words: str | None, known: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
     """Parses a list separated by commas. Returns its names in the order of ``known``.
 
     Raises:
-        CommandError: a name is unknown, or there is none.
+        CommandError: a name is unknown, or the list is empty.
     """
     if words is None:
         return tuple(default)
     names = {word.strip() for word in words.split(",") if word.strip()}
     for name in sorted(names - set(known)):
-        raise CommandError(f"there is no {what} {name!r}; choose from {', '.join(known)}")
+        raise CommandError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise CommandError(f"no {what} is named; choose from {', '.join(known)}")
+        raise CommandError(f"the list of {what}s is empty; choose from {', '.join(known)}")
     return tuple(name for name in known if name in names)
 
 
 def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> Path | None:
-    """Returns the path of the picture, or None. Checks it before anything is measured.
+    """Returns the path of the plot, or None without ``--plot``. Called before anything is measured.
 
     Raises:
-        CommandError: the picture cannot be drawn or written.
+        CommandError: the plot cannot be drawn or written.
     """
     if path is None:
         return None
@@ -159,11 +173,15 @@ def _picture(path: str | None, source: str | None, sections: Sequence[str]) -> P
 
 
 def _require_device(args: argparse.Namespace) -> None:
-    """Raises `CommandError` if nothing can be decoded to the device."""
+    """Checks ``--device``.
+
+    Raises:
+        CommandError: tensors cannot be decoded to the device.
+    """
     if args.device is None:
         return
     if args.engines is not None:
-        raise CommandError("--device uses the engine cuda: omit --engines")
+        raise CommandError("--device always uses the engine cuda; omit --engines")
     from ..bench.device_runners import why_not
 
     reason = why_not(args.device)
@@ -207,7 +225,7 @@ def _subject(file: str | None, dtype: str | None, strict_index: bool) -> Subject
             name = model.path.name
             tensors = {tensor: model.read(tensor) for tensor in model.specs}
     if not any(array.size for array in tensors.values()):
-        raise CommandError(f"{file}: has no weights to measure")
+        raise CommandError(f"{file}: all tensors are empty; name a model with weights")
     return Subject(name, cast(tensors, CASTS[dtype] if dtype else None))
 
 
@@ -226,7 +244,7 @@ def _run_section(name: str, subject: Subject, settings: Settings) -> _Outcome:
         return _Outcome(name, rounds, *section.run(runners, rounds, at))
 
 
-# ------------------------------------------------------------------------------------------------ showing
+# ------------------------------------------------------------------------------------------------- output
 
 
 def _as_json(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome]) -> dict[str, object]:
@@ -283,9 +301,9 @@ def _show(subject: Subject, settings: Settings, outcomes: Sequence[_Outcome]) ->
             header, rows = table(outcome.name, outcome.results)
             show_table(header, rows, left=2 if "case" in header else 1)
         elif not outcome.refusals:
-            print("nothing to measure: the model has no matrices")
+            print("not measured: the model has no matrices")
         for refusal in outcome.refusals:
-            print(printable(f"LEFT OUT: {refusal.contender.words}: {refusal.reason}"))
+            print(printable(f"EXCLUDED: {refusal.contender.words}: {refusal.reason}"))
     missing = not_installed()
     if missing:
         print()

@@ -1,4 +1,4 @@
-"""``sfp bench pruning``: measures the cost of pruning by each method, on the small model of sfp demo."""
+"""``sfp bench pruning``: measures pruning by each method on the small model of sfp demo."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from .errors import CommandError, checked_target, require_suffix
 from .prune import parse_shares
 
 NAME = "pruning"
-WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method and measures the
-perplexity on held-out code and prose. It needs torch. Models of further seeds are trained first, which takes
-longest, and cached in ~/.cache/sfpformat (or the folder that SFPFORMAT_CACHE names). All methods take some 10
-minutes per seed and sparsity on one core; with --rows an interrupted run resumes. --json prints a list of
-objects; sfpformat/bench/pruning_rows.py describes their fields."""
+WORDS = """sfp bench pruning prunes the linear layers of the model of sfp demo by each method, and measures
+the perplexity on held-out code and prose. It needs torch. For further seeds it first trains models, which
+takes most of the time, and caches them in ~/.cache/sfpformat, or in the folder that SFPFORMAT_CACHE names.
+All methods together take about 10 minutes per seed and sparsity on one core. With --rows, an interrupted run
+resumes. --json prints a list of objects; sfpformat/bench/pruning_rows.py describes their fields."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark. Options that are not given are absent from the namespace."""
+    """Adds the options of this benchmark. The namespace has only those that the user gives."""
     group = parser.add_argument_group("options of sfp bench pruning")
 
     def add(name: str, kind: Any, metavar: str, words: str) -> None:
         group.add_argument(name, type=kind, metavar=metavar, help=words, default=argparse.SUPPRESS)
 
     add("--sparsity", str, "S,...", "shares of the linear layers' weights to prune (0.7,0.8)")
-    add("--seeds", int, "N", "number of seeds (3); 1 uses the bundled model only")
-    add("--methods", str, "NAMES", "default: all")
-    add("--steps", int, "N", "steps of learning, and of tuning survivors (200)")
-    add("--model-steps", int, "N", "steps of training the models of further seeds (3000)")
+    add("--seeds", int, "N", "number of seeds (3); 1 measures only the model in the package")
+    add("--methods", str, "NAMES", "methods to measure (default: all)")
+    add("--steps", int, "N", "number of steps of learning, and of tuning survivors (200)")
+    add("--model-steps", int, "N", "number of steps of training the models of further seeds (3000)")
     add(
         "--rows",
         Path,
         "FILE",
-        "append each row as a line of JSON; rows in the file are not measured again",
+        "append each row to this file as a line of JSON; skip rows that the file has",
     )
 
 
@@ -42,14 +42,14 @@ _OPTIONS = ("sparsity", "seeds", "methods", "steps", "model_steps", "rows")
 
 
 def require_absent(args: argparse.Namespace) -> None:
-    """Rejects these options for another benchmark.
+    """Rejects the options of this benchmark in other runs of ``sfp bench``.
 
     Raises:
         CommandError: one of them was given.
     """
     for name in _OPTIONS:
         if hasattr(args, name):
-            raise CommandError(f"--{name.replace('_', '-')} is an option of 'sfp bench {NAME}'")
+            raise CommandError(f"--{name.replace('_', '-')} is an option of 'sfp bench {NAME}' only")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     header, table = summary(found)
     show_table(header, table, left=2)
     print(
-        "\ncode, prose: mean perplexity a character over the seeds, on held-out text; its least and greatest;"
-        "\nexcess: its rise over the dense model's as a share of that by Fisher's mask; seconds: of"
-        "\npruning, with all that it needs."
+        "\ncode, prose: perplexity per character on held-out text: mean, least and greatest over the seeds."
+        "\nexcess: the rise above the dense model's perplexity, over that of Fisher's mask. seconds: time of"
+        "\npruning, with its calibration and learning."
     )
     return 0
 
@@ -96,7 +96,7 @@ def _methods(words: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
         if name not in known:
-            raise CommandError(f"there is no method {name!r}; choose from {', '.join(known)}")
+            raise CommandError(f"unknown method {name!r}; choose from {', '.join(known)}")
     if not names:
-        raise CommandError(f"no method is named; choose from {', '.join(known)}")
+        raise CommandError(f"the list of methods is empty; choose from {', '.join(known)}")
     return tuple(names)

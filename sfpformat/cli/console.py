@@ -1,4 +1,4 @@
-"""Output of commands: progress bars and tables with rich on a terminal, plain text elsewhere."""
+"""Prints the output of commands: with rich on a terminal, else as plain text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
-# Replacements for characters that an output cannot encode, for example with LANG=C or code page 1252.
+# Replacements for characters that the encoding of an output lacks, such as that of LANG=C or code page 1252.
 _PLAIN = {"→": "->", "×": "x", "–": "-", "−": "-", "…": "...", "±": "+-", "≤": "<=", "≥": ">=", "µ": "u"}
 _PLAIN_ERRORS = "sfpformat.plain"
 
 
 def _plain_characters(error: UnicodeError) -> tuple[str, int]:
-    """Error handler for `codecs`: replaces characters that cannot be encoded by ASCII, or escapes them."""
+    """Error handler for `codecs`. Replaces characters that the encoding lacks by ASCII, or escapes them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     unknown = error.object[error.start : error.end]
@@ -29,7 +29,7 @@ codecs.register_error(_PLAIN_ERRORS, _plain_characters)
 
 @contextmanager
 def any_output() -> Iterator[None]:
-    """Makes printing safe: outputs of any encoding accept every text, and closed outputs discard it."""
+    """Makes stdout and stderr accept all text, in any encoding. Closed outputs discard it."""
     before: list[tuple[Any, str | None]] = []
     outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
     with ExitStack() as opened:
@@ -72,10 +72,10 @@ def progress(total: int, words: str, *, steps: bool = False, show: bool = True) 
     """Shows a progress bar on stderr if it is a terminal.
 
     Args:
-        total: the amount of the whole work, in bytes.
+        total: the total amount of work, in bytes or in steps.
         words: description of the work.
-        steps: whether ``total`` counts steps instead of bytes.
-        show: whether to show it at all.
+        steps: whether ``total`` is in steps.
+        show: whether to show the bar; if false, this function shows nothing.
     """
     if not show or not sys.stderr.isatty():
         yield _Silent()
@@ -101,7 +101,7 @@ def progress(total: int, words: str, *, steps: bool = False, show: bool = True) 
 
 
 def printable(text: str) -> str:
-    """Escapes all unprintable characters, because names from untrusted files could control the terminal."""
+    """Escapes all unprintable characters. Names in untrusted files could otherwise control the terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -112,8 +112,8 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
     Args:
         header: the names of the columns.
-        rows: their cells; escaped by this function.
-        left: the number of text columns at the left; the other columns hold numbers and are right-aligned.
+        rows: the cells of each row. This function escapes unprintable characters.
+        left: the number of text columns, which come first. The other columns are numbers, aligned right.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
@@ -149,7 +149,7 @@ def show_json(value: object) -> None:
 
 
 def bytes_words(size: int) -> str:
-    """Formats a size: ``90.9 MB`` (of 10^6 bytes)."""
+    """Formats a size in bytes, such as ``90.9 MB`` (10^6 bytes)."""
     value, unit = float(size), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 999.5 or unit == "TB":
@@ -159,10 +159,10 @@ def bytes_words(size: int) -> str:
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """Formats a number; None gives a dash."""
+    """Formats a number with ``digits`` decimals. Returns a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}{unit}"
 
 
 def percent(part: float | None) -> str:
-    """Formats a share in percent; None gives a dash."""
+    """Formats a share from 0 to 1 in percent. Returns a dash for None."""
     return number(None if part is None else 100 * part, 1, " %")

@@ -1,4 +1,4 @@
-"""``sfp demo``: shows the cost of pruning and quantising, on a small language model in the package."""
+"""``sfp demo``: measures pruning and quantisation on a small language model in the package."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from .prune import parse_shares
 if TYPE_CHECKING:
     from ..demo.variants import Result, Row, Tensors
 
-_DESCRIPTION = """Packs a small language model in several ways, verifies every file and loads it back. Prints
-the size, bits a weight, error, and perplexity per character of the loaded model on held-out text: source code
-and English prose. The model has about a million weights and comes with the package. The linear layers are
-pruned, by magnitude in each layer, or by the learned importance in the file over all layers. --sparsity
-prunes by both to the shares that you give; --plot draws the curves.
+_DESCRIPTION = """Packs a small language model in several ways, verifies each file and loads it. Prints the
+size, bits per weight, error, and perplexity per character of the loaded model on held-out source code and
+English prose. The model has about a million weights and is part of the package. Its linear layers are
+pruned by magnitude, in each layer, or by the importance stored in the file, over all layers. With --sparsity,
+the command prunes by both to the given shares; --plot draws the curves.
 
---learn, which needs torch, learns a new importance in some minutes, and prunes the model by it and by other
-methods, to several sparsities. Survivors of all methods are quantised at the same error, -20 dB."""
+With --learn, which needs torch, the command learns a new importance in some minutes. It then prunes the model
+by this importance and by other methods, to several sparsities. The error of the survivors is the same for all
+methods, -20 dB."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -36,28 +37,34 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="measure pruning and quantisation on a small language model",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp demo", "about a minute; nothing is downloaded"),
+            ("sfp demo", "takes about a minute, without downloads"),
             (
                 "sfp demo --sparsity 0.5,0.7,0.9 --plot demo.png",
-                "prune by magnitude and by importance to these shares, and plot (matplotlib)",
+                "prune by magnitude and by importance to these shares; plot (needs matplotlib)",
             ),
-            ("sfp demo --keep packed/", "keep the files, for sfp info"),
+            ("sfp demo --keep packed/", "keep the files, to inspect them with sfp info"),
             (
                 "sfp demo --learn --plot demo.png",
-                "learn the importance, compare, and plot (torch, matplotlib)",
+                "learn, compare with other methods, and plot (needs torch and matplotlib)",
             ),
         ),
     )
-    parser.add_argument("--sparsity", metavar="S,...", help="shares of the linear layers' weights to prune")
-    parser.add_argument("--keep", metavar="FOLDER", type=Path, help="keep the packed files in this folder")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--learn", action="store_true", help="learn a new importance, and compare methods")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of learning, with --learn (200)")
+    parser.add_argument(
+        "--sparsity", metavar="S,...", help="shares of the linear layers' weights to prune, such as 0.5,0.9"
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", type=Path, help="write the packed files to this folder and keep them"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--learn", action="store_true", help="learn a new importance, and compare it with other methods"
+    )
+    parser.add_argument("--steps", metavar="N", type=int, help="number of learning steps, with --learn (200)")
     parser.add_argument(
         "--plot",
         metavar="PICTURE",
         type=Path,
-        help="plot perplexity against size, with --sparsity or --learn, as .png or .svg",
+        help="with --sparsity or --learn: plot perplexity against size to this .png or .svg file",
     )
     return parser
 
@@ -78,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         size = sum(array.size for array in tensors.values())
         print(
-            f"A language model of {size:,} weights, {_raw_bytes(tensors):,} bytes of BF16, stored in "
-            f"{len(model_bytes()):,} with an importance of each weight in its linear layers.\n"
+            f"The language model has {size:,} weights, {_raw_bytes(tensors):,} bytes in BF16. Its .sfp file "
+            f"has {len(model_bytes()):,} bytes, with an importance of each weight of the linear layers.\n"
         )
     with ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -215,8 +222,8 @@ def _cells(result: Result) -> list[str]:
 
 def _explain(seconds: float) -> None:
     print(
-        "\nzeros and error: of the linear layers. code, prose: perplexity a character of the model loaded"
-        f"\nfrom the file, on held-out text; less is better. {seconds:.0f} seconds."
+        "\nzeros and error: in the linear layers. code, prose: perplexity per character, on held-out text,"
+        f"\nof the model loaded from the file; lower is better. Time: {seconds:.0f} seconds."
     )
 
 

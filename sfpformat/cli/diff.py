@@ -21,11 +21,12 @@ _BLOCK = 1 << 20
 _MOST_ROWS = 200
 _HEADER = ("tensor", "A", "B", "max error", "error dB", "zero in A", "zero in B", "zeros differ")
 
-_DESCRIPTION = """Compares two models, each an .sfp or safetensors file, an index of shards or a folder.
+_DESCRIPTION = """Compares the tensors of two models. Each model is an .sfp or safetensors file, an index of
+shards, or a folder. Metadata are not compared.
 
-Shows for each tensor that differs: the greatest absolute error, the error in dB (10 log10 of the mean squared
-error over the mean square of A), the share of zeros in both, and how many positions are zero in one only.
-Metadata are not compared. The exit code is 0 if all tensors are identical bit for bit, else 1."""
+For each tensor that differs, the table shows the greatest absolute error, the error in dB (10 log10 of the
+mean squared error over the mean square of A), the share of zeros in A and in B, and the number of positions
+that are zero in only one of them. The exit code is 0 if all tensors are identical bit for bit, else 1."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -35,15 +36,15 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="compare two files tensor by tensor",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp diff model.safetensors model.sfp", "the changes that packing made"),
-            ("sfp diff a.sfp b.sfp --all", "every tensor, equal ones included"),
-            ("sfp diff a.sfp b.sfp --json", "for a script"),
+            ("sfp diff model.safetensors model.sfp", "show the changes by packing"),
+            ("sfp diff a.sfp b.sfp --all", "list identical tensors, too"),
+            ("sfp diff a.sfp b.sfp --json", "print JSON"),
         ),
     )
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
-    parser.add_argument("--all", action="store_true", help="list equal tensors, too")
-    parser.add_argument("--json", action="store_true", help="as JSON, with all tensors")
+    parser.add_argument("a", metavar="A", help="the original model")
+    parser.add_argument("b", metavar="B", help="the changed model")
+    parser.add_argument("--all", action="store_true", help="list identical tensors, too")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all tensors")
     add_strict_index(parser)
     add_limits(parser)
     return parser
@@ -55,8 +56,8 @@ class Difference:
 
     Attributes:
         name: the tensor's name.
-        a, b: dtype and shape in A and in B.
-        is_float: whether both are float; only these count in the figures over all tensors.
+        a, b: description of dtype and shape in A and in B.
+        is_float: whether both are float; the figures over all tensors include only these.
         identical: whether dtype, shape and all bits are equal.
         max_error: greatest absolute difference, exact for integers; None if it is not finite, or if the
             shapes differ.
@@ -104,7 +105,10 @@ def _db(error: float, square: float) -> float | None:
 
 
 def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Difference:
-    """Compares two arrays, block by block. Integers are compared exactly; two NaNs count as equal."""
+    """Compares two contiguous arrays of any dtype of the format, block by block.
+
+    Integers are compared exactly. Two NaNs have no difference, but ``identical`` compares their bits.
+    """
     out = Difference(name, _dtype_and_shape(a), _dtype_and_shape(b), _is_float(a) and _is_float(b))
     if a.shape != b.shape:
         return out
@@ -137,8 +141,7 @@ def compare(name: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> Differ
 def _errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], float]:
     """Returns the absolute differences (infinity if only one is a NaN), and the greatest of them.
 
-    64-bit integers are compared with floats in the widest float of the machine, which represents them
-    exactly.
+    Computes in the widest float of the machine if one array has 64-bit integers, and else in float64.
     """
     long = any(_is_integer(array) and array.dtype.itemsize == 8 for array in (a, b))
     wide_a, wide_b = (_wide(array, np.longdouble if long else np.float64) for array in (a, b))
@@ -150,7 +153,7 @@ def _errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.
 
 
 def _integer_errors(a: NDArray[np.generic], b: NDArray[np.generic]) -> tuple[NDArray[np.floating], int]:
-    """Returns the absolute differences of integers as float64, and the exact greatest difference."""
+    """Returns the absolute differences of integers, float64, and the exact greatest difference."""
     if np.uint64 not in (a.dtype, b.dtype):
         whole_a, whole_b = a.astype(np.int64), b.astype(np.int64)
     elif all(array.dtype.kind != "i" for array in (a, b)):

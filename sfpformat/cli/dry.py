@@ -1,4 +1,4 @@
-"""Dry run of a pack: encodes every tensor, counts its size, measures its error, and writes nothing."""
+"""Dry run of ``sfp pack``: encodes all tensors, measures sizes and errors, and writes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def sizes_of_file(
 
     Args:
         asked: tensor name -> configuration, before budgets were shared.
+        job: the job.
         names, metadata: same as for `pack_files.pack_file`.
+        progress: advances by the bytes of each tensor.
     """
     outcomes: list[Outcome] = []
 
@@ -39,7 +41,13 @@ def sizes_of_file(
 
 
 def _file_of(entry: TensorEntry, chunks: bytes, job: Job) -> SfpFile:
-    """Returns a file in memory with one tensor that is already encoded."""
+    """Returns a file in memory that contains one encoded tensor.
+
+    Args:
+        entry: the directory entry of the tensor.
+        chunks: its vectors, if any, and its chunks.
+        job: the job.
+    """
     records = ([] if entry.vectors is None else [entry.vectors]) + [entry.chunks]
     parts, at = [], 0
     for length in (int(size) for record in records for size in record["length"]):

@@ -1,7 +1,7 @@
-"""Recognises files that are neither `.sfp` nor safetensors, and tells the user what to do.
+"""Describes files that are neither `.sfp` nor safetensors, with advice for the user.
 
-Rules: a file is recognised by its first bytes; by its name only if these are inconclusive. Nothing is
-unpickled or decompressed.
+Rules: the first bytes of a file decide; its name only if these are inconclusive. Nothing is unpickled or
+decompressed.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from ..container.preamble import MAGIC
 
-# Enough bytes for the marks below; the mark of a tar archive is at 257.
+# Enough bytes for all magic numbers below; that of a tar archive is at offset 257.
 HEAD_BYTES = 512
 
 _PICKLE = (
-    "a PyTorch checkpoint in pickles, which sfp does not load because pickles run code; load it with "
+    "a pickled PyTorch checkpoint, which sfp does not load because pickles run code; load it with "
     "torch.load(FILE, weights_only=True) and write its tensors with safetensors.torch.save_file or "
     "sfpformat.torch.save_file"
 )
 _NPZ = "a NumPy archive; load it with numpy.load and write its arrays with sfpformat.numpy.save_file"
 _NPY = "a single NumPy array; load it with numpy.load and write it with sfpformat.numpy.save_file"
-_HDF5 = "an HDF5 file, such as Keras writes; read it with h5py and write it with sfpformat.numpy.save_file"
-_GGUF = "a model of llama.cpp; pack the safetensors checkpoint that it was made from"
-_ONNX = "an ONNX model; pack the safetensors checkpoint that it was exported from"
-_TFLITE = "a TensorFlow Lite model; pack the safetensors checkpoint that it was made from"
+_HDF5 = "an HDF5 file, as written by Keras; read it with h5py and write it with sfpformat.numpy.save_file"
+_GGUF = "a model of llama.cpp; pack the safetensors checkpoint from which it was made"
+_ONNX = "an ONNX model; pack the safetensors checkpoint from which it was exported"
+_TFLITE = "a TensorFlow Lite model; pack the safetensors checkpoint from which it was made"
 _TENSORFLOW = "a TensorFlow graph or checkpoint; write its tensors with safetensors first"
 _FLAX = "a Flax checkpoint; write its arrays with safetensors.flax.save_file first"
 _ARCHIVE = "a compressed file or an archive; unpack it first"
@@ -32,8 +32,8 @@ _LFS = "a Git LFS pointer, not the file itself; fetch the file with 'git lfs pul
 _PAGE = "a web page: the download failed or needed a login; download the file again"
 _ZEROS = "a file that starts with zeros, probably an unfinished download; download it again"
 
-# First bytes -> description of the file.
-_MARKS: tuple[tuple[bytes, str], ...] = (
+# Magic number (first bytes) -> description of the file.
+_MAGIC_NUMBERS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", _LFS),
     (b"GGUF", f"a GGUF file, {_GGUF}"),
     (b"lmgg", f"a GGML file, {_GGUF}"),
@@ -47,7 +47,7 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
     (b"BZh", _ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
 )
-# Suffix -> description of the file, if its first bytes are no mark.
+# Suffix -> description of the file, for files without a known magic number.
 _SUFFIXES = {
     ".onnx": _ONNX,
     ".pb": _TENSORFLOW,
@@ -57,7 +57,7 @@ _SUFFIXES = {
 
 
 def is_like_safetensors(head: bytes) -> bool:
-    """Returns whether a file begins like safetensors: a length with three zero high bytes, then JSON."""
+    """Returns whether a file begins as safetensors do: a length with three zero high bytes, then JSON."""
     return head[5:8] == bytes(3) and head[8:].lstrip()[:1] == b"{"
 
 
@@ -65,9 +65,9 @@ def describe(head: bytes, name: str, size: int) -> str | None:
     """Describes a file that is neither `.sfp` nor safetensors, as the end of "FILE is ...".
 
     Args:
-        head: its first `HEAD_BYTES` bytes.
-        name: its name.
-        size: its size in bytes.
+        head: the first `HEAD_BYTES` bytes of the file.
+        name: the name of the file.
+        size: the size of the file in bytes.
 
     Returns:
         None if the file is not recognised, or may be `.sfp` or safetensors.
@@ -76,8 +76,8 @@ def describe(head: bytes, name: str, size: int) -> str | None:
         return None
     if not size:
         return "empty, probably a failed download or copy; get the file again"
-    for mark, words in _MARKS:
-        if head.startswith(mark):
+    for magic, words in _MAGIC_NUMBERS:
+        if head.startswith(magic):
             return words
     if head.startswith(b"PK\x03\x04"):
         return _of_zip(head)
@@ -106,11 +106,11 @@ def _of_zip(head: bytes) -> str:
 
 
 def _of_text(head: bytes, size: int) -> str | None:
-    """Describes a text: a web page, JSON, or another text such as a server's message. None if it is none."""
+    """Describes a text file: a web page, JSON, or a server's message. Returns None for other files."""
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # not just a character cut by the end of the head
+        if error.start < len(head) - 3:  # not only a character that the end of the head cuts
             return None
         text = head[: error.start].decode()
     if any(not c.isprintable() and not c.isspace() for c in text):
@@ -127,7 +127,7 @@ def _of_text(head: bytes, size: int) -> str | None:
 
 
 def describe_file(path: Path) -> str | None:
-    """Reads the head of a file and describes it with `describe`.
+    """Calls `describe` with the first bytes of a file.
 
     Raises:
         OSError: the file cannot be read.

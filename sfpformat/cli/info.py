@@ -1,4 +1,4 @@
-"""``sfp info``: shows the contents of a file, and how its bytes are used."""
+"""``sfp info``: shows the tensors of a file, and the size of each part."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from .report import TensorReport, Totals, report_tensor, total
 
 _HEADER = ("tensor", "dtype", "shape", "coding", "pruned", "mask", "weights", "import.", "index", "all")
 _TEXT_COLUMNS = 4
-_DESCRIPTION = """Shows the tensors of an .sfp file, or of all shards of an index: dtype, shape, coding, the
-share of pruned weights, and the bits a weight for the mask, the weights (fingerprints and vectors, or raw
-elements), the importance, and the segment index with padding. Pruned weights are zeros of either sign: the
-positions that a mask prunes, and in lossless tensors the stored zeros, such as -0, if the code table has a
-class for zeros only. Such tensors are decoded; of others only the directory and the segment indices are
-read."""
+_DESCRIPTION = """Shows a table of the tensors of an .sfp file, or of all shards of an index: dtype, shape,
+coding, the share of pruned weights, and the bits per weight for the mask, the weights (fingerprints and
+vectors, or raw elements), the importance, and the segment index with padding.
+
+Zeros of either sign count as pruned: positions that the mask prunes, and stored zeros, such as -0, of
+lossless tensors whose code table has a class only for zeros. To count stored zeros, the command decodes these
+tensors. Of other tensors it reads only the directory and the segment indices."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
@@ -31,18 +32,22 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         help="show the tensors of a file and the size of each part",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp info model.sfp", "a table"),
-            ("sfp info model.sfp --tensors '*.mlp.*'", "some tensors"),
-            ("sfp info model.sfp.index.json --json", "all shards, for a script"),
-            ("sfp info --engines", "the engines that are available"),
+            ("sfp info model.sfp", "show all tensors"),
+            ("sfp info model.sfp --tensors '*.mlp.*'", "show tensors with matching names"),
+            ("sfp info model.sfp.index.json --json", "print the figures of all shards as JSON"),
+            ("sfp info --engines", "list the engines"),
         ),
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", help="an .sfp file, .sfp.index.json or folder")
-    parser.add_argument("--json", action="store_true", help="as JSON: sizes in bytes, parts in bits")
-    parser.add_argument("--tensors", metavar="GLOB", help="only tensors with names that match")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="an .sfp file, an .sfp.index.json, or a folder"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, with sizes in bytes, and parts in bits"
+    )
+    parser.add_argument("--tensors", metavar="GLOB", help="show only tensors with matching names")
     add_limits(parser)
     parser.add_argument(
-        "--engines", action="store_true", help="list the engines and whether they are available"
+        "--engines", action="store_true", help="list the engines, and whether each is available"
     )
     return parser
 
@@ -54,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
         if args.file is None:
             return 0
     if args.file is None:
-        raise CommandError("no file is named (see 'sfp info --help')")
+        raise CommandError("name a file, or use --engines (see 'sfp info --help')")
     with open_model(args.file, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
-            raise CommandError(f"{args.file}: is a safetensors file; 'sfp pack' writes it as .sfp")
+            raise CommandError(f"{args.file}: is a safetensors file; 'sfp pack' converts it to .sfp")
         reports = report_model(model)
         totals = total(reports, model.stored_bytes)
         if args.tensors is not None:
@@ -135,7 +140,7 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     print(f"{totals.tensors} tensors, {totals.positions:,} weights, {pruned}")
     print(f"{totals.file_bytes:,} bytes: {parts}{', ' if parts else ''}preamble and directory {directory}")
     print(
-        f"{number(totals.bits_per_weight, 3)} bits a weight; "
+        f"{number(totals.bits_per_weight, 3)} bits per weight; "
         f"{bytes_words(totals.decoded_bytes)} decoded, {totals.ratio:.2f} times the file"
     )
 

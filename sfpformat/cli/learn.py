@@ -1,4 +1,4 @@
-"""``sfp learn``: learns the importance of the weights of a transformers model, and writes it pruned."""
+"""``sfp learn``: learns the importance of the weights of a transformers model, and prunes the model."""
 
 from __future__ import annotations
 
@@ -22,78 +22,92 @@ if TYPE_CHECKING:
     from ..pruning.texts import TextData
     from ..pruning.thresholds import Pattern, Sparsity
 
-_DESCRIPTION = """Learns from text which weights of a model matter, prunes those that matter least, and writes
-the survivors and their importances as one .sfp file. Survivors keep their values. FOLDER is a model that
-transformers saved, with its tokenizer: a causal or masked language model, or an encoder.
+_DESCRIPTION = """Learns from text how important each weight of a model is, prunes the least important
+weights, and writes the other weights and their importances to one .sfp file. Weights that are not pruned keep
+their values. FOLDER contains a model and its tokenizer, as transformers saves them: a causal or masked
+language model, or an encoder.
 
-Two of eight windows of the text are held out. One is used to choose how far to move from the importance that
-learning starts with, so that the result is not worse than the start on it. The other is used to measure the
-perplexity in the table, or for an encoder the rank correlation of its sentence similarities with those of the
-dense model. Needs torch and transformers.
+Of every eight windows of the text, six serve for learning, one for selecting the result, and one for the
+final measurement. On the windows for selecting, the result is never worse than the importance from which
+learning starts. The final measurement is the perplexity; for an encoder, the rank correlation of its sentence
+similarities with those of the dense model. Needs torch and transformers.
 
-Several processes, which torchrun starts, learn together, each from its share of the batches. Each holds the
-whole model and needs the same files. The first process writes OUT.sfp and prints the table."""
+With torchrun, several processes learn together. Each process takes a share of the batches, holds the whole
+model, and needs the same files. The first process writes OUT.sfp and prints the table."""
 
 
 def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "learn",
-        help="learn which weights of a transformers model matter, and prune it",
+        help="learn the importance of the weights of a transformers model, and prune it",
         description=_DESCRIPTION,
         epilog=examples(
-            ("sfp learn model/ --data texts/*.txt --sparsity 0.6 -o pruned.sfp", "100 steps of 512 tokens"),
+            (
+                "sfp learn model/ --data texts/*.txt --sparsity 0.6 -o pruned.sfp",
+                "learn in 100 steps of 512 tokens, prune 60 %",
+            ),
             (
                 "sfp learn model/ --data *.jsonl --sparsity 0.5 --minutes 30 --resume state.pt -o pruned.sfp",
-                "at most 30 minutes of learning; an interrupted run resumes from state.pt",
+                "learn for at most 30 minutes; after an interruption, the same command resumes",
             ),
             (
                 "torchrun --nproc-per-node 8 -m sfpformat.cli learn model/ "
                 "--data *.txt --sparsity 0.6 -o out.sfp",
-                "eight processes; with --device cuda, eight GPUs",
+                "learn on eight processes; add --device cuda for eight GPUs",
             ),
         ),
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a model as transformers saves it")
     parser.add_argument(
-        "--data", metavar="FILE", nargs="+", required=True, help="text, or .jsonl with a 'text' in each line"
+        "folder", metavar="FOLDER", type=Path, help="a folder with a model, as transformers saves it"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        nargs="+",
+        required=True,
+        help="a text file, or a .jsonl file with a 'text' in each line",
     )
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--sparsity", metavar="S", type=float, help="the share of weights to prune")
+    how.add_argument("--sparsity", metavar="S", type=float, help="share of the weights to prune, such as 0.6")
     how.add_argument(
         "--pattern", metavar="N:M", help="keep N of every M consecutive inputs of each output, such as 2:4"
     )
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
-    parser.add_argument("--steps", metavar="N", type=int, default=100, help="steps of learning (100)")
+    parser.add_argument("--steps", metavar="N", type=int, default=100, help="number of learning steps (100)")
     parser.add_argument(
         "--minutes",
         metavar="M",
         type=float,
-        help="time limit of learning; statistics and the selection of the result come on top",
+        help="time limit of the learning steps; the statistics and the selection are not included",
     )
     parser.add_argument(
-        "--resume", metavar="STATE", help="a checkpoint: learning resumes from it if it exists"
+        "--resume", metavar="STATE", help="a checkpoint file; if it exists, learning resumes from it"
     )
-    parser.add_argument("--window", metavar="N", type=int, default=256, help="tokens in a window (256)")
-    parser.add_argument("--batch", metavar="N", type=int, default=2, help="windows in a step (2)")
+    parser.add_argument("--window", metavar="N", type=int, default=256, help="tokens per window (256)")
+    parser.add_argument("--batch", metavar="N", type=int, default=2, help="windows per batch (2)")
     parser.add_argument(
         "--batches",
         metavar="N",
         type=int,
-        help="batches in a step, on all processes together (one on each process)",
+        help="batches per step, over all processes together (one per process)",
     )
     parser.add_argument(
         "--calibration", metavar="N", type=int, default=64, help="windows for the statistics (64)"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed for the order of windows (0)")
-    parser.add_argument("--threads", metavar="N", type=int, help="number of threads of torch")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)")
-    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed for the order of the windows (0)"
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="number of threads that torch uses")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="the device that runs the model (cpu)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the subcommand, on each of its processes. Returns the exit code, the same on all."""
+    """Runs the subcommand. Each process calls it, and gets the same exit code."""
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise CommandError(f"'sfp learn' needs {name}: pip install {name}")
@@ -102,18 +116,18 @@ def run(args: argparse.Namespace) -> int:
 
     with launched(args.device) as (group, device), warnings.catch_warnings():
         processes = Processes(group, device)
-        if processes.rank:  # all processes have the same warnings
+        if processes.rank:  # the first process shows the same warnings
             warnings.simplefilter("ignore", SfpWarning)
-        summary = _learned(args, processes, group, device)
-        processes.led(lambda: _shown(summary, args.json))
+        summary = _learn(args, processes, group, device)
+        processes.led(lambda: _show_summary(summary, args.json))
     return 0
 
 
-def _learned(args: argparse.Namespace, processes: Processes, group: Any, device: Any) -> dict[str, Any]:
-    """Learns on all processes. The first one writes the file and measures it.
+def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: Any) -> dict[str, Any]:
+    """Learns on all processes. The first process writes the file and measures it.
 
     Returns:
-        The summary; empty on the other processes.
+        The summary by name, on the first process; an empty dict on all others.
     """
     import torch
 
@@ -124,27 +138,27 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
     transformers.utils.logging.disable_progress_bar()
     begun = time.monotonic()
 
-    def prepared() -> tuple[Any, Any, Any, Path]:
-        """Returns what loads the model, the data, the dense model, and the file to write."""
+    def prepare() -> tuple[Any, Any, Any, Path]:
+        """Returns a function that loads the model, the data, the dense model, and the output path."""
         _require(args, processes.world)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         kind, model_class = _kind_of(args.folder, transformers)
         target = Path(args.output)
-        if processes.rank == 0:  # other machines may not have its folder
+        if processes.rank == 0:  # the folder may not exist on other machines
             target = checked_target(target, [Path(path) for path in args.data])
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
         data = text_data(
             read_texts(args.data), tokenizer, kind, window=args.window, batch=args.batch, seed=args.seed
         )
 
-        # Learning computes in float32; the output keeps the dtypes of the model.
-        def loaded(dtype: Any) -> Any:
+        # Learning needs float32. The output keeps the dtypes of the model.
+        def load(dtype: Any) -> Any:
             return model_class.from_pretrained(args.folder, dtype=dtype).eval()
 
-        return loaded, data.to(device), loaded(torch.float32).to(device), target
+        return load, data.to(device), load(torch.float32).to(device), target
 
-    loaded, data, dense, target = processes.agreed(prepared)
+    load, data, dense, target = processes.agreed(prepare)
     state = None if args.resume is None else Path(args.resume)
     kept = None if state is None else state.with_name(f"{state.name}.statistics")
     first = processes.rank == 0
@@ -188,9 +202,9 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
     assert choice is not None
     summary: dict[str, Any] = {}
 
-    def rest() -> Iterator[None]:
-        measured, lost, positions = yield from _written(
-            loaded, dense, start, learned.importances, threshold, data, target
+    def finish() -> Iterator[None]:
+        measured, lost, positions = yield from _write_and_measure(
+            load, dense, start, learned.importances, threshold, data, target
         )
         summary.update(
             {
@@ -211,12 +225,12 @@ def _learned(args: argparse.Namespace, processes: Processes, group: Any, device:
             }
         )
 
-    processes.led(rest)
+    processes.led(finish)
     return summary
 
 
-def _written(
-    loaded: Callable[[Any], Any],
+def _write_and_measure(
+    load: Callable[[Any], Any],
     dense: Any,
     start: Mapping[str, Any],
     importances: Mapping[str, Any],
@@ -224,19 +238,21 @@ def _written(
     data: TextData,
     target: Path,
 ) -> Generator[None, None, tuple[dict[str, float], int, int]]:
-    """Prunes the model, writes it, and measures what the file restores. Yields after each part of the work.
+    """Prunes the model, writes it, and measures the model loaded from the file.
+
+    Yields after each part of the work.
 
     Args:
-        loaded: returns the dense model with weights of a dtype.
+        load: returns the dense model with weights of the given dtype.
         dense: the dense model, on the device of the data.
-        start: the importances that learning started with.
-        importances: the learned ones.
-        threshold: what to prune.
-        data: batches to measure on.
+        start: the importances from which learning started, by name.
+        importances: the learned importances, by name.
+        threshold: the sparsity or the pattern.
+        data: the batches for the measurement.
         target: the file to write.
 
     Returns:
-        What was measured by name, the number of pruned weights, and that of all weights in masks.
+        Model -> measured value, the number of pruned weights, and the number of weights in all masks.
     """
     import torch
 
@@ -244,19 +260,19 @@ def _written(
     from ..torch import load_model
 
     device = next(dense.parameters()).device
-    pruned = loaded("auto")
+    pruned = load("auto")
     masks = prune(pruned, importances, threshold)
     yield
     pack(pruned, target, masks, importances=importances)
     del pruned
     yield
-    restored = loaded("auto")
-    for parameter in restored.parameters():  # a parameter that the file does not fill then shows as NaN
+    restored = load("auto")
+    for parameter in restored.parameters():  # so that a parameter that the file lacks gives NaNs
         parameter.data.fill_(float("nan"))
     load_model(restored, target)
     yield
     restored.float().to(device)
-    by_start = loaded(torch.float32).to(device)
+    by_start = load(torch.float32).to(device)
     prune(by_start, {name: start[name] for name in importances}, threshold)
     yield
     measured = {}
@@ -269,7 +285,7 @@ def _written(
     return measured, sum(int((~m).sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
 
 
-def _shown(summary: dict[str, Any], as_json: bool) -> Iterator[None]:
+def _show_summary(summary: dict[str, Any], as_json: bool) -> Iterator[None]:
     """Prints the summary."""
     measured = summary.pop("measured")
     if as_json:
@@ -298,7 +314,7 @@ def _require(args: argparse.Namespace, processes: int) -> None:
     require_suffix(args.output, ".sfp", what="'sfp learn'")
     if not args.folder.is_dir() or not (args.folder / "config.json").is_file():
         raise CommandError(
-            f"{args.folder}: is no folder with a config.json; name a model that transformers saved"
+            f"{args.folder}: is not a folder with a config.json; name a folder that transformers saved"
         )
     if args.pattern is not None:
         _pattern_of(args.pattern)
@@ -308,7 +324,9 @@ def _require(args: argparse.Namespace, processes: int) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise CommandError(f"--{name} is {getattr(args, name)}, must be at least 1")
     if args.batches is not None and args.batches % processes:
-        raise CommandError(f"--batches is {args.batches}, must be a multiple of the {processes} processes")
+        raise CommandError(
+            f"--batches is {args.batches}, must be a multiple of {processes}, the number of processes"
+        )
     if args.minutes is not None and not args.minutes > 0:
         raise CommandError(f"--minutes is {args.minutes}, must be above 0")
     for path in args.data:
@@ -331,7 +349,7 @@ def _pattern_of(words: str) -> Pattern:
 
 
 def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
-    """Returns the kind of a model (`texts.KINDS`), and the class of transformers that loads it.
+    """Returns the kind of a model, one of `texts.KINDS`, and the class of transformers that loads it.
 
     Raises:
         CommandError: it is neither a language model nor an encoder.
@@ -341,8 +359,8 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
     name = names[0] if names else ""
     if config.get("is_encoder_decoder"):
         raise CommandError(
-            f"{folder} is an encoder-decoder model ({name}), which 'sfp learn' does not "
-            "support; use sfpformat.pruning"
+            f"{folder}: 'sfp learn' does not support encoder-decoder models ({name}); "
+            "use sfpformat.pruning in Python"
         )
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal", transformers.AutoModelForCausalLM
@@ -351,8 +369,8 @@ def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:
     if name.endswith("Model"):
         return "encoder", transformers.AutoModel
     raise CommandError(
-        f"{folder} is a {name or 'model without an architecture'}, no language model and no encoder without "
-        "a head; use sfpformat.pruning in Python"
+        f"{folder}: {name or 'the model, which has no architecture,'} is neither a language model nor an "
+        "encoder without a head; use sfpformat.pruning in Python"
     )
 
 

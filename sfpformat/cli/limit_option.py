@@ -1,4 +1,4 @@
-"""The option ``--limit`` of several commands: limits on what a file may claim (SPEC.md chapter 19)."""
+"""The option ``--limit``, which changes the limits of readers (SPEC.md chapter 19)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .errors import CommandError
 _NAMES = tuple(field.name for field in fields(Limits))
 
 
-def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower a limit of the reader") -> None:
-    """Adds the option. It can be given several times."""
+def add_limits(parser: argparse.ArgumentParser, words: str = "change a limit of the reader") -> None:
+    """Adds the option. Users can give it several times."""
     parser.add_argument(
         "--limit",
         metavar="NAME=VALUE",
@@ -25,7 +25,7 @@ def add_limits(parser: argparse.ArgumentParser, words: str = "raise or lower a l
 
 
 def limits_of(given: list[str]) -> Limits:
-    """Returns the default limits with the given changes. If a name is given twice, the last value counts.
+    """Returns the default limits with the given changes. The last value of a name counts.
 
     Args:
         given: words such as ``expansion=1000000``.

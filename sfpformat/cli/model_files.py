@@ -1,4 +1,4 @@
-"""Models for commands: the tensors of a file, `.sfp` or safetensors, or of the shards of an index."""
+"""Opens models for commands: an `.sfp` file, a safetensors file, or the shards of an index."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ from ..names import listed, quoted
 from .errors import CommandError, PathLike, path_in_errors, require_file
 from .foreign import HEAD_BYTES, describe, describe_file, is_like_safetensors
 
-# The key of a tensor's entry that stores a dtype which only safetensors has.
+# The entry key that stores the original dtype of a tensor whose dtype only safetensors has.
 _SUB_BYTE = "x-safetensors"
 # Suffixes of models of other packages; used in the message for a folder without a supported model.
 _OTHER_MODELS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"))
 
 
 class Model(Closing):
-    """An open model; a context manager.
+    """An open model. Also a context manager, which closes it.
 
     Attributes:
         path: path of the file or index.
         kind: ``sfp`` or ``safetensors``.
-        files: file name -> the open file, an `SfpFile` or a `SafetensorsFile`; one, or all shards.
+        files: file name -> open `SfpFile` or `SafetensorsFile`, for each file of the model.
         specs: tensor name -> name, dtype and shape, in file order.
         sharded: whether the model has an index.
-        strict_index: whether an index of safetensors that disagrees with its files is refused.
-        keeps_metadata: whether `metadata` and `metadata_of` return the metadata of the files; else nothing.
+        strict_index: whether an index of safetensors that contradicts its files is an error.
+        keeps_metadata: whether `metadata` and `metadata_of` return the metadata of the files. If false, they
+            return none.
     """
 
     def __init__(self, path: Path, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> None:
-        """Opens a file or index. The contents decide the kind of a file; the name only if they do not.
+        """Opens a file or an index. The contents determine the kind of a file, and its name if these do not.
 
-        If an index of safetensors disagrees with its files, the index decides, with an `SfpWarning`.
+        If an index of safetensors contradicts its files, follows the index and warns (`SfpWarning`).
 
         Args:
             path: path of the file or index.
-            strict_index: whether an index that disagrees with its files is refused.
+            strict_index: whether an index that contradicts its files is an error.
             limits: limits on what an `.sfp` file may claim.
 
         Raises:
-            CommandError: it is not a model, or is damaged.
-            OSError: it cannot be read.
+            CommandError: the file is not a model, or is damaged.
+            OSError: the file cannot be read.
         """
         self.path, self._limits = path, limits
         self.strict_index = strict_index
@@ -115,14 +116,14 @@ class Model(Closing):
         return "safetensors"
 
     def _apply_index(self, index: ShardIndex, found: Mapping[str, Iterable[str]]) -> None:
-        """Assigns each tensor to the file that the index names, and warns if the files disagree.
+        """Assigns each tensor to the file that the index names, and warns of contradictions.
 
         Args:
             index: the index.
             found: file name -> names of its tensors.
 
         Raises:
-            SafetensorsError: the files have no listed tensor, or a strict index does not name a shard.
+            SafetensorsError: the files have none of the listed tensors, or a strict index omits a shard.
         """
         placement = index.placed(found)
         if index.weight_map and not placement.files:
@@ -135,7 +136,9 @@ class Model(Closing):
             words = f"files skipped because the index does not name them ({len(forgotten):,})"
             disagreements.append(f"{words}: {listed(forgotten)}")
         for words in disagreements:
-            warnings.warn(f"{self.path}: {words}; --strict-index refuses this", SfpWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.path}: {words}; with --strict-index this is an error", SfpWarning, stacklevel=2
+            )
         self._placed = placement.files
         for name in set(self.files) - set(placement.files.values()):
             self.files.pop(name).close()
@@ -174,33 +177,33 @@ class Model(Closing):
         return file.metadata() if isinstance(file, SfpFile) else dict(file.header.metadata)
 
     def metadata(self) -> dict[str, str]:
-        """Returns the metadata of all files; if two have the same key, the first counts."""
+        """Returns the metadata of all files. If several have the same key, the value of the first counts."""
         out: dict[str, str] = {}
         for file_name in self.files:
             out = {**self.metadata_of(file_name), **out}
         return out
 
     def aliases(self) -> dict[str, str]:
-        """Returns alias -> stored name, for tied tensors that the metadata list."""
-        said = self.metadata().items()
-        return {name: kept for name, kept in said if kept in self.specs and name not in self.specs}
+        """Returns alias -> stored name, for the tied tensors that the metadata list."""
+        pairs = self.metadata().items()
+        return {name: kept for name, kept in pairs if kept in self.specs and name not in self.specs}
 
     def rename(self, name: str, new_name: str) -> None:
-        """Renames a tensor in this object; files do not change. The new name must be unused."""
+        """Renames a tensor in this object, not in the file. The new name must be unused."""
         self.specs[new_name] = self.specs.pop(name)._replace(name=new_name)
         self._file_of[new_name] = self._file_of.pop(name)
         self._stored_name[new_name] = name
 
     def drop(self, name: str) -> None:
-        """Removes a tensor from this object; files do not change."""
+        """Removes a tensor from this object, not from the file."""
         del self.specs[name], self._file_of[name]
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """Reads a whole tensor.
+        """Reads a whole tensor. Returns an array of its dtype and shape.
 
         Raises:
-            CommandError: its data are damaged.
-            OSError: they cannot be read.
+            CommandError: the data are damaged.
+            OSError: the data cannot be read.
         """
         file_name = self._file_of[name]
         file = self.files[file_name]
@@ -218,14 +221,14 @@ def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:
 
 
 def sub_byte_keys(spec: TensorSpec) -> dict[str, object]:
-    """Returns the entry key that stores the safetensors dtype and shape of elements smaller than a byte."""
+    """Returns the entry key that stores the safetensors dtype and shape of sub-byte elements."""
     if spec.sub_byte is None:
         return {}
     return {_SUB_BYTE: {"dtype": spec.sub_byte.dtype, "shape": list(spec.sub_byte.shape)}}
 
 
 def sub_byte_of(entry: TensorEntry) -> SubByte | None:
-    """Returns what `sub_byte_keys` stored; None if there is none, or if it does not match the tensor."""
+    """Reads the key of `sub_byte_keys`. Returns None if it is absent, or does not match the tensor."""
     kept = entry.other.get(_SUB_BYTE)
     if not isinstance(kept, dict) or entry.dtype.name != "U8":
         return None
@@ -239,24 +242,24 @@ def sub_byte_of(entry: TensorEntry) -> SubByte | None:
 
 
 def as_bits(array: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Returns the bytes of a contiguous array, for comparisons that distinguish NaNs and signs of zeros."""
+    """Returns the bytes of a contiguous array, uint8 [bytes]. They distinguish NaNs and signs of zeros."""
     return array.reshape(-1).view(np.uint8)
 
 
 def _require_below(folder: Path, top: Path) -> None:
-    """Checks that links do not lead a folder outside of another.
+    """Checks that a folder, with links resolved, lies inside another.
 
-    The files in it may be links: the cache of the Hugging Face hub uses them.
+    Files in the folder may be links, because the cache of the Hugging Face hub uses them.
 
     Raises:
         SafetensorsError: the folder lies outside.
     """
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(top)):
-        raise SafetensorsError(f"{folder} is a link to a place outside the folder of the index")
+        raise SafetensorsError(f"{folder} is a link to a folder outside that of the index")
 
 
 def _unlisted_shards(folder: Path, found: Iterable[str]) -> list[str]:
-    """Returns the files of a folder that have names of safetensors shards and are not in ``found``."""
+    """Returns the names of safetensors shards in a folder that are not in ``found``."""
     shards = (path.name for path in folder.glob("*-?????-of-?????.safetensors"))
     return sorted(set(shards) - set(found))
 
@@ -272,7 +275,7 @@ def open_model(
 
     Args:
         path: path of the file, index or folder.
-        kind: ``sfp`` or ``safetensors``: the preferred kind if a folder has both.
+        kind: the kind to prefer if a folder has both, ``sfp`` or ``safetensors``.
         strict_index: same as for `Model`.
         limits: limits on what an `.sfp` file may claim.
 
@@ -285,40 +288,40 @@ def open_model(
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:
-    """Adds the option ``--strict-index``, which refuses an index that disagrees with its files."""
+    """Adds the option ``--strict-index``."""
     parser.add_argument(
         "--strict-index",
         action="store_true",
-        help="refuse an index of safetensors that contradicts its files",
+        help="stop with an error if a safetensors index contradicts its files",
     )
 
 
 def _find_model(folder: Path, kind: str | None) -> Path:
-    """Returns the path of the only model of a folder, or of its only model of the preferred kind.
+    """Returns the path of the only model in a folder, or of the only one of the preferred kind.
 
     Raises:
         CommandError: the folder has no model, or several.
     """
-    there = {"sfp": models_in(folder), "safetensors": _safetensors_in(folder)}
-    found = there.get(kind or "") or [name for names in there.values() for name in names]
+    by_kind = {"sfp": models_in(folder), "safetensors": _safetensors_in(folder)}
+    found = by_kind.get(kind or "") or [name for names in by_kind.values() for name in names]
     if len(found) == 1:
         return folder / found[0]
     if found:
-        raise CommandError(f"{folder}: has several models; name one of {listed(found)}")
+        raise CommandError(f"{folder}: contains several models; name one of {listed(found)}")
     raise CommandError(
-        f"{folder}: has no .safetensors or .sfp file and no index of shards{_suggestion(folder)}"
+        f"{folder}: contains no .safetensors file, no .sfp file and no index of shards{_suggestion(folder)}"
     )
 
 
 def _safetensors_in(folder: Path) -> list[str]:
-    """Returns the names of a folder's safetensors indices; if there is none, of its safetensors files."""
+    """Returns the names of the safetensors indices in a folder, or without one, of its safetensors files."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indices = [name for name in names if name.endswith(f".safetensors{INDEX_SUFFIX}")]
     return indices or [name for name in names if name.endswith(".safetensors")]
 
 
 def _suggestion(folder: Path) -> str:
-    """Describes what a folder without a model has instead: folders with models, or models of another kind."""
+    """Returns advice for a folder without a model. Names folders in it that have one, or another format."""
     inside = sorted(folder.iterdir())
     folders = [path.name for path in inside if path.is_dir() and any(map(_is_model, path.iterdir()))]
     if folders:

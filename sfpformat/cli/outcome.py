@@ -1,4 +1,4 @@
-"""Outcomes of a pack: the actual bits and errors of quantised tensors, compared with the requested ones."""
+"""Measures the bits and errors of quantised tensors after a pack, beside the requested ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .prepare import Array, importance_of, prune_and_cast
 from .report import TensorReport, report_tensor
 from .rules import Pruning, TensorConfig
 
-# Tolerance of the requested error: steps are chosen to 0.05 dB, and sums differ in their order.
+# Tolerance of the requested error: the encoder finds steps to 0.05 dB, and adds errors in another order.
 _TOLERANCE_DB = 0.1
-_BLOCK = 1 << 16  # weights compared at a time; more do not fit in the cache as float64
+_BLOCK = 1 << 16  # weights per comparison; more do not fit in the cache as float64
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Outcome:
         asked: description of the requested configuration; empty for lossless.
         is_quantised: whether its weights are coded by a lossy quantiser.
         kept_lossless: whether quantisation was requested, but the tensor is lossless.
-        error, power: sums of the squared errors, and of the squared weights after pruning, with the weights
-            of the quantiser.
+        error, power: sums of the squared errors and of the squared weights after pruning. Each term is
+            multiplied by the weight of its error, if the quantiser has one.
         faults: descriptions of its faults; empty if its weights were not checked.
     """
 
@@ -92,7 +92,7 @@ def outcome(job: Job, asked: TensorConfig, file: SfpFile, name: str, *, compare:
     if not quantised:
         before = _as_written(before, asked.options)
         same = np.array_equal(as_bits(before), as_bits(after))
-        faults = () if same else (f"tensor {quoted(name)} is not what it was",)
+        faults = () if same else (f"tensor {quoted(name)} differs from the input",)
         return Outcome(report, words, False, kept_lossless, faults=faults)
     weights = None
     quantiser = asked.options.lossy
@@ -107,7 +107,7 @@ def outcome(job: Job, asked: TensorConfig, file: SfpFile, name: str, *, compare:
 
 
 def _as_written(array: Array, options: Options) -> Array:
-    """Returns the expected result of lossless coding: with ``zeros`` not `keep`, -0 is +0."""
+    """Returns the expected result of lossless coding: unless ``zeros`` is ``keep``, -0 becomes +0."""
     if options.zeros == "keep":
         return array
     return with_positive_zeros(array.reshape(-1)).reshape(array.shape)
@@ -121,7 +121,7 @@ class _Comparison:
         error, power: same as for `Outcome`.
         not_finite: number of finite weights that became infinite or NaN.
         alive: number of pruned weights that are not 0.
-        far: number of weights whose error exceeds `_Bound`.
+        far: number of weights whose error exceeds the bound.
     """
 
     error: float = 0.0
@@ -138,11 +138,11 @@ class _Comparison:
         if self.alive:
             yield f"{tensor}: {self.alive:,} pruned weights are not 0"
         if self.far:
-            yield f"{tensor}: {self.far:,} weights moved further than the quantiser may move them"
+            yield f"{tensor}: {self.far:,} weights have errors above the bound of the quantiser"
         error = decibels(self.error, self.power)
         most = asked.error_db if isinstance(asked, Uniform) else None
         if most is not None and error is not None and error > most + _TOLERANCE_DB:
-            yield f"{tensor}: the error is {error:.2f} dB, not {most:g} dB"
+            yield f"{tensor}: the error is {error:.2f} dB, above the requested {most:g} dB"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Bound:
     Attributes:
         entry: the tensor's entry.
         quantiser: its quantiser.
-        centroids: its centroids, ascending, float64; None if it has none.
+        centroids: its centroids, ascending, float64; None for a quantiser without centroids.
         factors: the scale factors, float64; None without a scale.
         weighted: whether errors were weighted by an importance.
     """
@@ -165,7 +165,7 @@ class _Bound:
 
     @classmethod
     def of(cls, file: SfpFile, entry: TensorEntry, *, weighted: bool) -> _Bound:
-        """Returns the bound for a quantised tensor of a file."""
+        """Reads the bound of a quantised tensor from its file."""
         assert entry.fingerprints is not None
         quantiser = entry.fingerprints.quantiser
         assert isinstance(quantiser, NumberQuantiser)
@@ -174,7 +174,7 @@ class _Bound:
         return cls(entry, quantiser, _wide(centroids), _wide(factors), weighted)
 
     def errors(self, start: int, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns the greatest allowed error of each weight; ``start`` is the position of the first."""
+        """Returns the greatest allowed error of each weight, float64. ``start`` is the first position."""
         magnitudes = np.abs(weights)
         scale = np.ones(len(weights))
         if self.factors is not None:
@@ -187,7 +187,7 @@ class _Bound:
             self.entry.dtype.greatest,
             weighted=self.weighted,
         )
-        # Rounding errors of encoder and reader: a few roundings to float32, one to the dtype.
+        # The encoder and the reader round a few times to float32, and once to the dtype.
         dtype, float32 = self.entry.dtype, DTYPES["F32"]
         mantissa_bits = dtype.bits - 1 - dtype.exponent_bits
         rounding = (magnitudes + moved) * (2.0 ** -(mantissa_bits + 1) + 2.0**-20)
@@ -204,7 +204,7 @@ def _compare(
     weights: NDArray[np.float32] | None,
     bound: _Bound | None,
 ) -> _Comparison:
-    """Compares the weights of a quantised tensor; without a bound, sums only the errors."""
+    """Compares the weights of a quantised tensor. Without a bound, only sums the errors."""
     out = _Comparison()
     for start in range(0, before.size, _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -231,11 +231,11 @@ def decibels(error: float, power: float) -> float | None:
 
 
 def _words(config: TensorConfig) -> str:
-    """Describes a configuration: ``4 bits a survivor, 50 % pruned``."""
+    """Describes a configuration: ``4 bits per survivor, 50 % pruned``."""
     asked, pruning = config.options.lossy, config.pruning
     words = []
     if asked is not None:
-        words.append(f"{asked.describe()}{' together' if config.shares_bits else ''}")
+        words.append(f"{asked.describe()}{' over all' if config.shares_bits else ''}")
     if pruning is not None:
         words.append(_pruned(pruning))
     if config.cast is not None:
@@ -255,7 +255,7 @@ class Group:
     """Tensors that were quantised with the same requested configuration.
 
     Attributes:
-        asked: description of the configuration.
+        asked: description of the configuration, not empty.
         members: their outcomes, at least one.
     """
 
@@ -290,8 +290,8 @@ class Group:
         tensors = f"{len(self.members):,} tensor{'s' if len(self.members) > 1 else ''}"
         importances = " without the importances" if self.importance_bits else ""
         return (
-            f"{self.asked}: {tensors} with {number(self.bits_per_survivor, 3)} bits a survivor, "
-            f"{number(self.bits_per_position, 3)} a position{importances}, "
+            f"{self.asked}: {tensors} with {number(self.bits_per_survivor, 3)} bits per survivor, "
+            f"{number(self.bits_per_position, 3)} per position{importances}, "
             f"error {number(self.error_db, 2, ' dB')}"
         )
 
@@ -322,5 +322,5 @@ def lines(outcomes: list[Outcome]) -> Iterator[str]:
         yield group.line()
     kept = [each.name for each in outcomes if each.kept_lossless]
     if kept:
-        why = "because that takes no more bits than asked for, or no step meets the error"
+        why = "because lossless coding takes no more bits, or because no step meets the error"
         yield f"{len(kept):,} kept lossless, {why}: {listed(kept, 3)}"

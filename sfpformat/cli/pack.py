@@ -1,4 +1,4 @@
-"""``sfp pack``: writes a safetensors checkpoint as `.sfp`."""
+"""``sfp pack``: converts a safetensors checkpoint to `.sfp`."""
 
 from __future__ import annotations
 
@@ -30,30 +30,36 @@ from .report import total
 from .rules import Rules, TensorConfig
 from .tensor_options import add_tensor_options, parse_like
 
-_DESCRIPTION = """Writes a safetensors checkpoint as .sfp, lossless unless told otherwise. SRC is a
-.safetensors file, a .safetensors.index.json, or a folder with one of these. Of a checkpoint in several files
-each becomes a shard OUT-00001-of-0000N.sfp, with OUT.sfp.index.json beside them, unless --single is given.
-Where the files disagree with their index, the index decides, with a warning; --strict-index refuses that.
+_DESCRIPTION = """Converts a safetensors checkpoint to .sfp, lossless unless an option changes values. SRC is
+a .safetensors file, a .safetensors.index.json, or a folder that contains one of these.
 
-Options after --like GLOB, up to the next --like, are only for the tensors with names like GLOB; of two rules
-the later counts. What is there already is replaced in one step, when all went well. A pack that was stopped
-goes on after its last complete tensor when the same command is given again.
+A checkpoint of several files becomes one shard per file, OUT-00001-of-0000N.sfp, and the index
+OUT.sfp.index.json. --single writes one file instead. If the files contradict their index, the command follows
+the index and prints a warning; with --strict-index it stops with an error.
 
-Weights pruned by multiplying with a mask, as torch.nn.utils.prune does, are half -0. These are kept, at about
-a bit for each zero; --zeros positive writes +0, an equal number. The summary says what that would save.
+Options after --like GLOB, up to the next --like, apply only to tensors whose names match GLOB. If two rules
+set the same option of a tensor, the later rule wins. The command replaces old output files only after it has
+written all new ones. To resume an interrupted pack, run the same command again.
 
-Tensors of F4 and F6, which .sfp has no dtypes for, are kept as bytes (U8); 'sfp unpack' restores them."""
+Weights that were pruned by multiplying with a mask, as torch.nn.utils.prune does, contain both +0 and -0. The
+command keeps the signs of zeros, which costs about one bit per zero. --zeros positive writes +0 for -0; the
+summary shows the saving if it exceeds 1 %.
+
+F4 and F6 tensors have no .sfp dtype and are stored as bytes (U8). 'sfp unpack' restores them."""
 
 _EXAMPLES = examples(
     ("sfp pack model.safetensors -o model.sfp", "lossless"),
-    ("sfp pack checkpoint/ -o model.sfp --prune 0.5 --scope model", "the smallest half of all weights goes"),
+    (
+        "sfp pack checkpoint/ -o model.sfp --prune 0.5 --scope model",
+        "prune the half of all weights that has the smallest magnitudes",
+    ),
     (
         "sfp pack m.safetensors -o m.sfp --bits 4 --like '*embed*' --bits 6 --like 'lm_head*' --lossless",
-        "levels of 4 bits, of embeddings 6, the head as it is",
+        "4 bits per weight, 6 in embeddings; lm_head stays lossless",
     ),
     (
         "sfp pack m.safetensors -o m.sfp --prune 0.5 --budget 3 --dry-run",
-        "3 bits a position, masks included: what it would take",
+        "show the sizes at 3 bits per position, masks included; write nothing",
     ),
 )
 
@@ -62,30 +68,48 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "pack",
-        help="write a safetensors checkpoint as .sfp",
+        help="convert a safetensors checkpoint to .sfp",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         usage="sfp pack SRC -o OUT.sfp [options] [--like GLOB options]...",
     )
-    parser.add_argument("source", metavar="SRC", help="a checkpoint")
+    parser.add_argument("source", metavar="SRC", help="the checkpoint to convert")
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
-    parser.add_argument("--single", action="store_true", help="one file, also of a checkpoint in several")
     parser.add_argument(
-        "--keep", metavar="GLOB", action="append", default=[], help="lossless, whatever else is said"
+        "--single", action="store_true", help="write one file, even if the checkpoint has several"
     )
-    parser.add_argument("--like", metavar="GLOB", help="what follows is for tensors with names like this")
-    parser.add_argument("--importance", metavar="FILE", help="safetensors with importances of tensors")
     parser.add_argument(
-        "--metadata", metavar="KEY=VALUE", action="append", default=[], help="added to the checkpoint's"
+        "--keep",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="keep tensors with matching names lossless, whatever other options change",
     )
-    parser.add_argument("--no-metadata", action="store_true", help="leave out the checkpoint's metadata")
+    parser.add_argument(
+        "--like", metavar="GLOB", help="apply the options that follow to tensors with matching names"
+    )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="a safetensors file with an importance for each weight, under the names of the tensors",
+    )
+    parser.add_argument(
+        "--metadata",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="add metadata; replaces the checkpoint's value of the same key",
+    )
+    parser.add_argument("--no-metadata", action="store_true", help="do not copy the checkpoint's metadata")
     add_strict_index(parser)
-    parser.add_argument("--verify", action="store_true", help="decode and compare what was written")
     parser.add_argument(
-        "--dry-run", action="store_true", help="encode everything, show the sizes, and write nothing"
+        "--verify", action="store_true", help="decode the output and compare it with the input"
     )
-    parser.add_argument("--json", action="store_true", help="the summary as JSON")
-    add_limits(parser, "raise or lower what readers allow, who then need the same")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="encode everything and show the sizes, but write nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_limits(parser, "change a limit of readers; readers of the file then need the same value")
     add_tensor_options(parser)
     return parser
 
@@ -94,14 +118,16 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     start = time.monotonic()
     if args.dry_run and args.verify:
-        raise CommandError("--verify compares what was written, and --dry-run writes nothing")
+        raise CommandError("--verify checks a written file, but --dry-run writes none; omit one of them")
     require_suffix(args.output, ".sfp", what="'sfp pack'")
     rules = Rules(args.tensor_options, [parse_like(words) for words in args.likes], args.keep)
     metadata = _metadata(args.metadata)
     limits = limits_of(args.limit)
     with open_model(args.source, kind="safetensors", strict_index=args.strict_index) as model:
         if model.kind != "safetensors":
-            raise CommandError(f"{args.source}: is .sfp already; 'sfp unpack' makes safetensors of it")
+            raise CommandError(
+                f"{args.source}: is already an .sfp file; 'sfp unpack' converts it to safetensors"
+            )
         model.keeps_metadata = not args.no_metadata
         target = checked_target(args.output, model.paths())
         outputs = _outputs(model, target, single=args.single)
@@ -120,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
-    """Returns the output files: one, or a shard for each file of the checkpoint unless ``single``.
+    """Returns the paths of the output files: one, or without ``single`` one per file of the checkpoint.
 
     Raises:
-        CommandError: a shard or the index cannot be written.
+        CommandError: one of these files, or the index, cannot be written.
     """
     if single or len(model.files) == 1:
         return [target]
@@ -137,7 +163,7 @@ def _outputs(model: Model, target: Path, *, single: bool) -> list[Path]:
 def _result(
     job: Job, asked: dict[str, TensorConfig], target: Path, outputs: list[Path], args: argparse.Namespace
 ) -> Result:
-    """Writes the files, or only encodes them with ``--dry-run``. Measures the quantised tensors."""
+    """Encodes the tensors and measures the quantised ones. Writes the files unless ``--dry-run`` is given."""
     if args.dry_run:
         outcomes, size = _dry_run(job, asked, sharded=len(outputs) > 1)
         resumed, faults = 0, list[str]()
@@ -155,16 +181,16 @@ def _configs(rules: Rules, model: Model) -> tuple[dict[str, TensorConfig], dict[
     Reads all tensors that are changed.
     """
     specs = model.specs.values()
-    left = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
-    configs = rules.configs(specs, left)
+    excluded = not_weights(specs) if rules.changes_values or rules.changes_signs else {}
+    configs = rules.configs(specs, excluded)
     size = sum(model.specs[name].nbytes for name, config in configs.items() if not config.lossless)
     if size:
         with progress(size, "infinities") as shown, path_in_errors(model.path):
-            beyond = find_not_finite(model, configs, shown.advance)
-        if beyond:
-            left = {**left, **beyond}
-            configs = rules.configs(specs, left)
-    return configs, rules.why_lossless(specs, configs, left)
+            not_finite = find_not_finite(model, configs, shown.advance)
+        if not_finite:
+            excluded = {**excluded, **not_finite}
+            configs = rules.configs(specs, excluded)
+    return configs, rules.why_lossless(specs, configs, excluded)
 
 
 def _metadata(pairs: list[str]) -> dict[str, str]:
@@ -174,13 +200,15 @@ def _metadata(pairs: list[str]) -> dict[str, str]:
         if not equals or not key:
             raise CommandError(f"--metadata {pair!r} is not KEY=VALUE")
         if key.startswith("sfp."):
-            raise CommandError(f"--metadata {key!r}: keys that begin with 'sfp.' are the format's own")
+            raise CommandError(f"--metadata {key!r}: keys that begin with 'sfp.' are reserved for the format")
         out[key] = value
     return out
 
 
 def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) -> None:
-    """Checks, before anything is written, that `.sfp` and its readers support all names, shapes and metadata.
+    """Checks that `.sfp` and its readers support all names, shapes and metadata.
+
+    Called before anything is written.
 
     Args:
         model: the checkpoint.
@@ -188,7 +216,7 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
         limits: the limits of readers.
 
     Raises:
-        CommandError: a name, a shape or metadata are not supported.
+        CommandError: a name, a shape or a metadata entry is not supported.
     """
     with path_in_errors(model.path):
         for name, spec in model.specs.items():
@@ -198,11 +226,13 @@ def _require_storable(model: Model, metadata: dict[str, str], limits: Limits) ->
         for key, value in model.metadata_of(file_name).items():
             if is_text(key) and (is_text(value) or key in metadata):
                 continue
-            way_out = (
-                f"--metadata {key}=VALUE replaces it" if is_text(key) else "--no-metadata leaves all out"
+            remedy = (
+                f"replace it with --metadata {key}=VALUE"
+                if is_text(key)
+                else "omit all metadata with --no-metadata"
             )
             raise CommandError(
-                f"{model.path}: metadata {quoted(key)}: .sfp keeps UTF-8 without U+0000; {way_out}"
+                f"{model.path}: metadata {quoted(key)}: .sfp requires UTF-8 without U+0000; {remedy}"
             )
 
 
@@ -212,7 +242,7 @@ def _importances(path: str | None, model: Model) -> Model | None:
     found = open_model(path, kind="safetensors", strict_index=model.strict_index)
     try:
         if found.kind != "safetensors":
-            raise CommandError(f"{path}: importances must be safetensors")
+            raise CommandError(f"{path}: is an .sfp file; --importance needs a safetensors file")
         _use_kept_names(found, model.aliases())
         for name, spec in found.specs.items():
             tensor = model.specs.get(name)
@@ -220,8 +250,9 @@ def _importances(path: str | None, model: Model) -> Model | None:
                 raise CommandError(f"{path}: {unknown_name(name, model.specs, 'tensor of the checkpoint')}")
             if tensor.shape != spec.shape or not (spec.dtype.is_float and tensor.dtype.is_float):
                 raise CommandError(
-                    f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, the tensor "
-                    f"{tensor.dtype.name} {list(tensor.shape)}; both must be float and of the same shape"
+                    f"{path}: the importance of {name!r} is {spec.dtype.name} {list(spec.shape)}, but the "
+                    f"tensor is {tensor.dtype.name} {list(tensor.shape)}; both must be float and have the "
+                    "same shape"
                 )
     except BaseException:
         found.close()
@@ -230,10 +261,10 @@ def _importances(path: str | None, model: Model) -> Model | None:
 
 
 def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
-    """Renames importances that have an alias of a tensor to the stored name of that tensor.
+    """Renames each importance that is named by an alias of a tensor to the stored name of that tensor.
 
     Raises:
-        CommandError: two importances belong to one tensor, and differ.
+        CommandError: two importances of one tensor differ.
     """
     for name in list(importances.specs):
         kept = aliases.get(name)
@@ -245,8 +276,8 @@ def _use_kept_names(importances: Model, aliases: Mapping[str, str]) -> None:
             importances.drop(name)
         else:
             raise CommandError(
-                f"{importances.path}: {name!r} and {kept!r} are the same tensor, but their values differ; "
-                "give one"
+                f"{importances.path}: {name!r} and {kept!r} are importances of one tensor but differ; "
+                "remove one of them"
             )
 
 
@@ -303,7 +334,11 @@ def _write(job: Job, target: Path, *, sharded: bool) -> int:
 def _outcomes(
     job: Job, asked: dict[str, TensorConfig], outputs: list[Path], *, verify: bool
 ) -> tuple[list[Outcome], int, list[str]]:
-    """Returns the outcome of each tensor, the size of all files in bytes, and with ``verify`` the faults."""
+    """Measures what was written.
+
+    Returns:
+        The outcome of each tensor, the size of all files in bytes, and with ``verify`` the faults found.
+    """
     from ..decode.validate import validate
 
     outcomes, size, faults = list[Outcome](), 0, list[str]()

@@ -1,9 +1,9 @@
-"""Writes a checkpoint as `.sfp`: one file, or shards and their index. Both can be resumed.
+"""Writes a checkpoint as `.sfp`, as one file or as shards with an index. An interrupted run can be resumed.
 
 Rules: shards are written under names that end in ``.finished``. When all are complete, they are renamed to
-their final names, the index last. A pack that fails therefore leaves an older model of the same name
-unchanged. A pack that was killed, or that ran out of disk space, can be resumed. The state file
-``STEM.sfp.index.json.partial`` records the job and the finished shards; a running pack holds a lock on it.
+their final names, the index last. Therefore a failed pack does not change an older model of the same name. A
+pack that was killed, or that ran out of disk space, can be resumed. The state file
+``STEM.sfp.index.json.partial`` records the job and the finished shards. A running pack holds a lock on it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .model_files import Model, sub_byte_keys
 from .prepare import Share, importance_of, prune_and_cast
 from .rules import TensorConfig
 
-# The cost of -0 is measured if at least 1 / this of a tensor's elements are -0.
+# The cost of -0 is measured if at least 1 in this many elements of a tensor are -0.
 _MANY_ZEROS = 100
 _FINISHED = ".finished"
 
@@ -54,7 +54,7 @@ class NegativeZeros(NamedTuple):
     Attributes:
         number: number of -0; 0 if the tensor is quantised, unless ``positive``.
         positive: whether they are written as +0.
-        saving: estimated saving in bytes of writing +0; 0 if they are few, or are written as +0.
+        saving: estimate of the bytes that writing +0 would save; 0 if -0 are few, or become +0 already.
     """
 
     number: int = 0
@@ -69,10 +69,10 @@ class Job:
     Attributes:
         model: the checkpoint.
         configs: tensor name -> its configuration.
-        shares: tensor name -> its share of a cutoff over the model.
+        shares: tensor name -> its part in pruning by a cutoff over the model.
         importances: a model with the importances under the names of the tensors, or None.
         metadata: the caller's metadata, which override those of the checkpoint.
-        key: identifies sources, options and version; a different key prevents resuming.
+        key: identifies sources, options and version; only a run with the same key can resume the job.
         limits: the limits of readers.
         zeros: tensor name -> its -0, for the tensors examined so far.
     """
@@ -88,19 +88,19 @@ class Job:
 
     @cached_property
     def packed_storage(self) -> frozenset[str]:
-        """The float tensors that store packed weights, so that their bits are not float numbers."""
+        """Names of the float tensors whose elements are packed integers, not float numbers."""
         reasons = not_weights(self.model.specs.values())
         return frozenset(name for name in reasons if is_packed_storage(self.model.specs[name], reasons))
 
 
 def job_key(model: Model, importances: Model | None, options: object) -> str:
-    """Returns a SHA-256, as hex, over everything that determines the bytes of the output.
+    """Returns the SHA-256, in hex, of everything that determines the bytes of the output.
 
-    Source files count by name, size, modification time and header.
+    Source files are identified by name, size, modification time and header.
 
     Args:
         model, importances: the sources.
-        options: all options and versions; values without a JSON form count as their text.
+        options: all options and versions; values without a JSON form are converted to text.
     """
     sources = []
     for source in (model, importances):
@@ -119,17 +119,22 @@ def pack_file(
     progress: Progress,
     like: Path | None = None,
 ) -> int:
-    """Writes tensors to one file, or resumes an earlier run with the same key.
+    """Writes tensors to one file, or resumes an interrupted run with the same key.
 
     Args:
-        like: the file whose owner and mode the new file gets, if it exists; else those of ``target``.
+        job: the job.
+        names: the names of the tensors to write, in order.
+        metadata: metadata of the checkpoint.
+        target: path of the file.
+        progress: advances by the bytes of each tensor.
+        like: if it exists, the new file gets its owner and mode; else those of ``target``.
 
     Returns:
         The number of tensors that an earlier run had written.
 
     Raises:
-        CommandError, OptionError, OSError: no partial file remains, unless the message says so.
-        KeyboardInterrupt: the partial file is kept; the message says how to resume.
+        CommandError, OptionError, OSError: the pack failed. Any partial file that remains is in the message.
+        KeyboardInterrupt: the partial file remains; the message says how to resume.
     """
     with path_in_errors(target):
         sink = ResumableSink(target, job.key, like=like, limits=job.limits)
@@ -174,14 +179,21 @@ def _negative_zeros(
     importance: NDArray[np.floating] | None,
     entry: TensorEntry,
 ) -> NegativeZeros:
-    """Counts the -0 of a tensor before encoding, and estimates the saving. ``entry`` is its encoded entry."""
+    """Counts the -0 of a tensor, and estimates the saving of ``--zeros positive``.
+
+    Args:
+        job: the job.
+        array: the tensor before encoding.
+        importance: its importance, or None.
+        entry: its directory entry after encoding.
+    """
     config = job.configs[entry.name]
     options = config.options
     positive = options.zeros == "positive"
     count = zeros_of(array).negative if positive or not is_quantised(options, entry) else 0
-    if positive or count * _MANY_ZEROS < array.size or not count or not config.signs_may_go:
+    if positive or count * _MANY_ZEROS < array.size or not count or not config.zeros_option_applies:
         return NegativeZeros(count, positive)
-    if entry.name in job.packed_storage:  # last, because it examines all names
+    if entry.name in job.packed_storage:  # the last test, because it examines all names
         return NegativeZeros(count)
     engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
     try:
@@ -193,7 +205,7 @@ def _negative_zeros(
 
 
 def count_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
-    """Examines the -0 of tensors that an earlier run wrote, and records them in the job."""
+    """Counts the -0 of tensors that an earlier run wrote, and records the counts in ``job.zeros``."""
     for entry in entries:
         if entry.name in job.zeros:
             continue
@@ -215,7 +227,7 @@ def shard_paths(stem: Path, count: int) -> list[Path]:
 
 
 def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
-    """Writes a shard for each file of the checkpoint, and the index, or resumes an earlier run.
+    """Writes a shard for each file of the checkpoint, and the index, or resumes an interrupted run.
 
     Args:
         stem: the common path of the shards, without the number.
@@ -224,8 +236,8 @@ def pack_shards(job: Job, stem: Path, progress: Progress) -> int:
         The number of tensors that earlier runs had written.
 
     Raises:
-        CommandError, OptionError: no partial output remains.
-        OSError, KeyboardInterrupt: finished shards, if any, are kept; the message says how to resume.
+        CommandError, OptionError: the pack failed. No partial output remains.
+        OSError, KeyboardInterrupt: finished shards, if any, remain; the message says how to resume.
     """
     files = list(job.model.files)
     targets = shard_paths(stem, len(files))
@@ -296,16 +308,16 @@ def _directory_crc(path: Path, limits: Limits) -> int:
 
 
 class _State:
-    """The finished shards of a job, in a locked file: a line of JSON for the job, then one for each shard."""
+    """A locked file with the finished shards of a job: a line of JSON for the job, then one per shard."""
 
     def __init__(self, stem: Path, count: int, key: str, limits: Limits) -> None:
-        """Resumes the state of an earlier run with the same key, or starts a new one.
+        """Opens the state of an interrupted run with the same key, or starts a new one.
 
-        Removes the files of a different job.
+        Removes the temporary files of a different job.
 
         Raises:
             LockedFileError: another process is writing this model.
-            OSError: the state cannot be written; only files of an earlier run remain.
+            OSError: the state cannot be written. Files of an earlier run remain.
         """
         self._stem, self._limits = stem, limits
         self._path = beside(stem.with_name(index_name(stem.name)), ".partial")
@@ -333,7 +345,7 @@ class _State:
             raise
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """Yields the lines of an earlier run. Stops at the first damaged one, and seeks to its start."""
+        """Yields the lines of an earlier run. Stops at the first damaged line, and seeks to its start."""
         while line := self._file.readline():
             start = self._file.tell() - len(line)
             try:
@@ -357,7 +369,7 @@ class _State:
         return len(self._crcs)
 
     def has(self, finished: Path, target: Path) -> bool:
-        """Returns whether a shard is complete, under its temporary or its final name."""
+        """Returns whether a shard is complete, under its temporary name or its final name."""
         crc = self._crcs.get(finished.name)
         for path in (finished, target):
             try:

@@ -1,4 +1,4 @@
-"""Shows the result of ``sfp pack``: a summary for people, or JSON."""
+"""Prints the result of ``sfp pack``, as a summary or as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .outcome import Group, Outcome, groups, lines
 from .pack_files import NegativeZeros
 from .report import Totals
 
-# The summary mentions the cost of -0 if it exceeds 1 / this of the output.
+# The summary mentions the cost of -0 if it exceeds this fraction of the output, as a divisor: 1 %.
 _WORTH_SAYING = 100
 
 
@@ -26,12 +26,12 @@ class Result:
     """The result of a pack or of a dry run.
 
     Attributes:
-        outputs: the output files; a dry run does not write them.
+        outputs: the paths of the output files; a dry run does not write them.
         resumed: number of tensors that an earlier run had written.
         outcomes: the outcomes of all tensors.
         totals: sums over all tensors and files.
-        faults: the faults that ``--verify`` found.
-        zeros: the -0 of each tensor.
+        faults: descriptions of the faults that ``--verify`` found.
+        zeros: the counts of -0, per tensor.
     """
 
     outputs: list[Path]
@@ -55,7 +55,7 @@ def show(
     Args:
         args: the parsed arguments of the command.
         model: the checkpoint.
-        result: of the pack or the dry run.
+        result: the result of the pack or of the dry run.
         lossless: name -> why the tensor stayed lossless.
         unfit: name -> why the pattern does not fit the tensor.
         seconds: how long the command took.
@@ -99,12 +99,12 @@ def show(
     if args.dry_run:
         show_table(_SIZES, [_row(each) for each in result.outcomes], 4)
     if result.resumed:
-        print(f"went on after {result.resumed} of {totals.tensors} tensors")
+        print(f"resumed after {result.resumed} of {totals.tensors} tensors")
     written = outputs[0].name if len(outputs) == 1 else f"{len(outputs)} shards, {_index(outputs[0])}"
     print(f"{model.path.name} → {written}{', not written' if args.dry_run else ''}")
     print(
         f"{bytes_words(size)} → {bytes_words(totals.file_bytes)}, ratio {size / totals.file_bytes:.2f}; "
-        f"{number(totals.bits_per_weight, 3)} bits a weight, {percent(totals.sparsity)} pruned; "
+        f"{number(totals.bits_per_weight, 3)} bits per weight, {percent(totals.sparsity)} pruned; "
         f"{seconds:.1f} s{'; verified' if args.verify and not faults else ''}"
     )
     for line in lines(result.outcomes):
@@ -112,7 +112,7 @@ def show(
     for line in _about_zeros(totals, zeros):
         print(line)
     if unfit:
-        print(printable(f"{len(unfit):,} not pruned, the pattern does not fit: {reasons(unfit)}"))
+        print(printable(f"{len(unfit):,} not pruned because the pattern does not fit: {reasons(unfit)}"))
     for line in _by_kind(lossless):
         print(printable(line))
 
@@ -121,10 +121,10 @@ _SIZES = (
     "tensor",
     "dtype",
     "shape",
-    "asked",
+    "requested",
     "pruned",
-    "bits a survivor",
-    "bits a position",
+    "bits/survivor",
+    "bits/position",
     "error dB",
     "bytes",
 )
@@ -169,9 +169,9 @@ def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[s
     if made:
         tensors = sum(number > 0 for number in made)
         yield (
-            f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} are -0 and become +0"
+            f"{sum(made):,} weights of {tensors:,} tensor{'s' * (tensors != 1)} changed from -0 to +0"
             if tensors
-            else "--zeros positive changed nothing: no weight is -0"
+            else "--zeros positive had no effect: no weight is -0"
         )
     saving = sum(each.saving for each in zeros)
     if saving * _WORTH_SAYING > totals.file_bytes:
@@ -185,11 +185,11 @@ def _about_zeros(totals: Totals, zeros: Collection[NegativeZeros]) -> Iterator[s
 
 
 def _by_kind(lossless: dict[str, Reason]) -> Iterator[str]:
-    """Yields a line per reason for tensors that stayed lossless, with some names."""
+    """Yields one line for each reason why tensors stayed lossless, with some of their names."""
     by_kind: dict[Kind, list[str]] = {}
     for name, reason in lossless.items():
         if reason.kind is Kind.PATTERN:
-            continue  # already listed with its reason
+            continue  # `show` already lists these
         by_kind.setdefault(reason.kind, []).append(name)
     for kind in Kind:
         names = by_kind.get(kind, [])

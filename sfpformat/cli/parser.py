@@ -1,4 +1,4 @@
-"""The command-line parser: argparse, with one-line errors and examples in every help."""
+"""The command-line parser: argparse with one-line errors, and with examples in each help text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any, NoReturn, Protocol
 from .errors import CommandError
 
 EXIT_CODES = """exit codes:
-  0    all went well; what was compared is identical
-  1    faults were found, or what was compared differs
-  2    wrong usage, a file that cannot be read or written, or another failure
+  0    success: no faults, no differences
+  1    faults or differences were found
+  2    an error: wrong usage, a file that cannot be read or written, or another failure
   130  interrupted by Ctrl-C (143 by SIGTERM, 129 by SIGHUP, 141 by a closed pipe)
 
-SFP_DEBUG=1 shows where an error came from; NO_COLOR=1 leaves out colours."""
+environment variables:
+  SFP_DEBUG=1  print the traceback of an error
+  NO_COLOR=1   print without colours"""
 
 HELP_WIDTH = 100
 _LIKE = "--like"
@@ -30,7 +32,7 @@ class SupportsWrite(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `CommandError` and does not accept abbreviated options."""
+    """An argument parser that raises `CommandError` and rejects abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("allow_abbrev", False)
@@ -40,11 +42,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raises `CommandError` with the message, where argparse would print it and exit."""
+        """Raises `CommandError` with the message. The method of argparse would print it and exit."""
         raise CommandError(f"{message} (see '{self.prog} --help')")
 
     def _print_message(self, message: str, file: SupportsWrite | None = None) -> None:
-        """Writes a help text. Unlike argparse's method, it does not suppress write errors."""
+        """Writes a help text. Unlike the method of argparse, it does not suppress write errors."""
         (file or sys.stderr).write(message)
 
 
@@ -57,7 +59,11 @@ def examples(*pairs: tuple[str, str]) -> str:
 
 
 def split_rules(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Splits arguments into those before the first ``--like``, and those after each."""
+    """Splits arguments at each ``--like``.
+
+    Returns:
+        The arguments before the first ``--like``, and those after each, up to the next.
+    """
     parts: list[list[str]] = [[]]
     for word in words:
         if word == _LIKE:

@@ -39,9 +39,12 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Share:
-    """A tensor's share of a cutoff over the model: prunes all below it, and the first ``ties`` at it.
+    """A tensor's part in pruning by one cutoff over the model.
 
-    ``bits`` are the bits of the patterns.
+    Attributes:
+        cutoff: the cutoff of all tensors.
+        ties: number of magnitudes equal to the cutoff that are pruned in this tensor, the first ones.
+        bits: bits of the patterns, 32 or 64.
     """
 
     cutoff: Cutoff
@@ -50,10 +53,10 @@ class Share:
 
 
 def find_not_finite(model: Model, configs: dict[str, TensorConfig], advance: Advance) -> dict[str, Reason]:
-    """Finds tensors with values that can be neither pruned nor quantised. Returns tensor name -> reason.
+    """Finds tensors that must stay lossless because of their values. Returns tensor name -> reason.
 
-    These values are infinities and NaNs, and for a quantiser those beyond float32. Reads all tensors that
-    are not lossless.
+    These are tensors with infinities or NaNs, or with values beyond float32 if they are to be quantised,
+    unless a ``--like`` rule changes them. Reads all tensors that are not lossless.
 
     Args:
         advance: called with the bytes of each tensor read.
@@ -70,7 +73,7 @@ def find_not_finite(model: Model, configs: dict[str, TensorConfig], advance: Adv
             if config.named and quantised:
                 raise OptionError(
                     f"tensor {quoted(name)} has infinities, NaNs or values beyond float32, which cannot be "
-                    f"quantised; leave it lossless with --keep {name!r}"
+                    f"quantised; keep it lossless with --keep {name!r}"
                 )
             if not config.named:
                 found[name] = Reason(Kind.NOT_FINITE, model.specs[name].words)
@@ -79,7 +82,7 @@ def find_not_finite(model: Model, configs: dict[str, TensorConfig], advance: Adv
 
 
 def shares_of_model(model: Model, configs: dict[str, TensorConfig], advance: Advance) -> dict[str, Share]:
-    """Returns tensor name -> share, for all tensors that are pruned over the model.
+    """Returns tensor name -> share, for all tensors that are pruned by a cutoff over the model.
 
     Tensors with the same fraction have one cutoff. Reads these tensors twice (four times if one is F64),
     and once more if only some of the magnitudes equal to the cutoff are pruned.
@@ -187,10 +190,10 @@ def importance_of(name: str, importances: Model | None) -> NDArray[np.floating] 
 
 
 def prune_and_cast(name: str, array: Array, config: TensorConfig, share: Share | None) -> Array:
-    """Prunes a tensor in place, and returns it cast.
+    """Prunes a tensor in place, and returns it in the dtype of its configuration.
 
     Raises:
-        OptionError: a weight is too great for the new dtype.
+        OptionError: a weight exceeds the range of the new dtype.
     """
     pruning = config.pruning
     if share is not None:
@@ -210,6 +213,6 @@ def _cast(name: str, array: Array, dtype: Dtype) -> Array:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             cast = block.astype(dtype.numpy)
         if (np.isfinite(block) & ~np.isfinite(cast)).any():
-            raise OptionError(f"tensor {name!r} has weights too great for {dtype.name}")
+            raise OptionError(f"tensor {name!r} has weights that exceed the range of {dtype.name}")
         target[start : start + (1 << 20)] = cast
     return out

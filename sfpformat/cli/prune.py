@@ -20,28 +20,32 @@ from .parser import Parser, Subparsers, examples
 if TYPE_CHECKING:
     from ..pruning.thresholds import Allocation, Pattern, Threshold
 
-_DESCRIPTION = """Prunes a file further, without the data that its importances were learned from. Tensors that
-carry an importance as metadata lose the positions below a threshold, by importance first and by magnitude
-among equals. Other tensors do not change. Survivors keep their values bit for bit. For a model in shards each
-shard is rewritten, as OUT-00001-of-0000N.sfp with OUT.sfp.index.json beside them, unless --single is given.
+_DESCRIPTION = """Prunes an .sfp file further, by the importances stored in it. Needs no training data. Only
+tensors with a stored importance change. Positions with an importance below a threshold are pruned; among
+equal importances, those with the smallest magnitudes first. The other weights keep all their bits.
 
-'sfp pack --importance' and sfpformat.pruning write importances."""
+For a model in shards, the command writes new shards, OUT-00001-of-0000N.sfp, and the index
+OUT.sfp.index.json. --single writes one file instead. 'sfp pack --importance', 'sfp learn' and
+sfpformat.pruning write files with importances."""
 
 _THRESHOLDS = """thresholds:
-  --sparsity 0.8         prunes 80 % of all positions, including those already pruned
-  --threshold 2:4        keeps 2 of every 4 consecutive inputs of each output: along the rows of a matrix,
-                         along the input channels of a kernel; tensors that this does not fit are named
-  --threshold otsu       splits the importances into two classes (Otsu); otsu-log uses their logarithms
-  --threshold knee       prunes up to the knee of the sorted importances
-  --threshold sigma:1    prunes importances below their mean minus 1 standard deviation
-  --threshold quantile:0.8   like --sparsity, but keeps all importances equal to the threshold
-  --threshold outliers:0.7   70 % in total; less in tensors with more importances far above their mean
-  --threshold rising:0.7     70 % in total; each tensor loses more than the one before"""
+  --sparsity 0.8         prune 80 % of all positions, including those already pruned
+  --threshold 2:4        keep 2 of every 4 consecutive inputs of each output, along the rows of a matrix or
+                         the input channels of a kernel; a warning names tensors that this does not fit
+  --threshold otsu       prune the lower of two classes of importances (Otsu); otsu-log uses their logarithms
+  --threshold knee       prune importances below the knee of their sorted curve
+  --threshold sigma:1    prune importances below their mean minus 1 standard deviation
+  --threshold quantile:0.8   like --sparsity, but keep all importances equal to the threshold
+  --threshold outliers:0.7   prune 70 % in total, less in tensors with many importances far above the mean
+  --threshold rising:0.7     prune 70 % in total, more in each tensor than in the tensor before it"""
 
 _EXAMPLES = examples(
-    ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "90 % of the model, by one threshold"),
-    ("sfp prune model.sfp --threshold 2:4 --exempt '*head*' -o smaller.sfp", "a pattern, except in the head"),
-    ("sfp prune model.sfp --sparsity 0.8 --scope tensor -o smaller.sfp", "80 % of each tensor"),
+    ("sfp prune model.sfp --sparsity 0.9 -o smaller.sfp", "prune 90 % of the model, by one threshold"),
+    (
+        "sfp prune model.sfp --threshold 2:4 --exempt '*head*' -o smaller.sfp",
+        "prune to 2:4, except in the head",
+    ),
+    ("sfp prune model.sfp --sparsity 0.8 --scope tensor -o smaller.sfp", "prune 80 % of each tensor"),
 )
 
 
@@ -49,37 +53,37 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "prune",
-        help="prune a file further, by the importances in it",
+        help="prune an .sfp file further, by its stored importances",
         description=_DESCRIPTION,
         epilog=f"{_THRESHOLDS}\n\n{_EXAMPLES}",
     )
     parser.add_argument("source", metavar="FILE.sfp", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.sfp", required=True, help="the file to write")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument(
-        "--sparsity", metavar="S", type=float, help="the share of positions to prune, such as 0.9"
-    )
-    how.add_argument("--threshold", metavar="T", help="another kind of threshold, see below")
+    how.add_argument("--sparsity", metavar="S", type=float, help="share of positions to prune, such as 0.9")
+    how.add_argument("--threshold", metavar="T", help="another threshold; the kinds are listed below")
     parser.add_argument(
         "--scope",
         choices=("model", "tensor", "row"),
-        help="one threshold for each of these (model; with outliers and rising: tensor)",
+        help="what one threshold applies to (default: model; for outliers and rising: tensor)",
     )
     parser.add_argument(
-        "--exempt", metavar="GLOB", action="append", default=[], help="names of tensors that are not pruned"
+        "--exempt",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="do not prune tensors with matching names",
     )
     parser.add_argument(
         "--floor",
         metavar="F",
         type=float,
         default=0.0,
-        help="the least share of positions that each tensor keeps",
+        help="least share of positions that each tensor keeps (0)",
     )
-    parser.add_argument(
-        "--drop-importance", action="store_true", help="do not write the importances of the survivors"
-    )
+    parser.add_argument("--drop-importance", action="store_true", help="do not write the importances")
     parser.add_argument("--single", action="store_true", help="write one file, even for a model in shards")
-    parser.add_argument("--json", action="store_true", help="the summary as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_limits(parser)
     return parser
 
@@ -150,7 +154,7 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
     """Parses a threshold of the command line.
 
     Raises:
-        CommandError: the name is unknown, or its number is malformed.
+        CommandError: the name is unknown, or its argument is not a number.
         OptionError: its number is out of range.
     """
     from ..pruning.allocation import Outliers, Rising
@@ -181,10 +185,10 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
 
 
 def parse_shares(words: str) -> tuple[float, ...]:
-    """Parses a list of shares to prune, for commands whose ``--sparsity`` takes several.
+    """Parses the ``--sparsity`` of commands that accept several shares.
 
     Raises:
-        CommandError: a share is malformed, or does not lie between 0 and 1.
+        CommandError: a share is not a number, or is not between 0 and 1.
     """
     try:
         shares = tuple(float(word) for word in words.split(","))

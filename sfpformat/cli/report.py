@@ -1,8 +1,8 @@
-"""Reports how the bytes of `.sfp` files are used, and how many weights are zero.
+"""Reports the size of each part of `.sfp` files, and the number of zero weights.
 
-Rules: sizes come from directories and segment indices alone. A weight that is zero, of either sign, counts as
-pruned. The index gives the number of weights that a mask removes, but not the number of stored zeros. Tensors
-that can have many stored zeros are decoded to count them: lossless ones whose code table has a class only for
+Rules: sizes come from directories and segment indices alone. Weights that are zero, of either sign, count as
+pruned. The segment index has the number of weights that a mask removes, but not the number of stored zeros.
+To count these, tensors that can have many are decoded: lossless tensors whose code table has a class only for
 zeros.
 """
 
@@ -17,7 +17,7 @@ from ..decode.reader import SfpFile
 from ..encode.zeros import zeros_of
 from ..errors import FileFault
 
-# The parts of a tensor; "other" is the segment index and padding.
+# The parts of a tensor. "other" is the segment index and padding.
 PARTS = ("mask", "fingerprints", "importance", "vectors", "raw", "other")
 
 
@@ -53,7 +53,7 @@ class TensorReport:
 
     @property
     def coding(self) -> str:
-        """Description of coding, quantiser and scale."""
+        """A description of coding, quantiser and scale."""
         fingerprints, scale = self.entry.fingerprints, self.entry.scale
         if fingerprints is None:
             return "raw"
@@ -64,7 +64,7 @@ class TensorReport:
         return f"{words} per {scale.size or ''}{'' if scale.size else scale.per}"
 
     def to_json(self) -> dict[str, object]:
-        """Returns the figures as JSON values; sizes in bytes, parts in bits."""
+        """Returns the figures as JSON values, with sizes in bytes, and parts in bits."""
         entry = self.entry
         quantiser = entry.fingerprints.quantiser if entry.fingerprints else None
         return {
@@ -147,10 +147,10 @@ class Totals:
 
 
 def report_tensor(file: SfpFile, name: str) -> TensorReport:
-    """Reports on a tensor. Reads its segment indices, and its chunks if they can hold many zeros.
+    """Returns the report of a tensor. Reads its segment indices, and its chunks if these can have many zeros.
 
     Raises:
-        InvalidFileError: an index is damaged.
+        InvalidFileError: a segment index is damaged.
         OSError: the file cannot be read.
     """
     entry = file.entry(name)
@@ -190,7 +190,7 @@ def _stored_zeros(file: SfpFile, entry: TensorEntry, survivors: int | None) -> i
 
 
 def total(reports: Iterable[TensorReport], file_bytes: int) -> Totals:
-    """Sums the figures of tensors.
+    """Returns the sums of the figures of tensors.
 
     Args:
         reports: the reports of the tensors.

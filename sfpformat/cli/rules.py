@@ -2,10 +2,11 @@
 
 Rules: without ``--like``, an option that changes values applies only to the weights that are usually
 compressed: float, of rank 2 or more, of at least 4,096 elements, and not excluded by `not_weights`. A
-``--like`` rule applies to every float tensor that matches its pattern. A later rule overrides an earlier one,
-option by option. The quantiser's options (bits, budget, step, error, table, lossless) override each other,
-and lossless cancels all options that change values, pruning too. A pruning pattern, such as 2:4, runs along a
-tensor's inputs. Tensors that it does not fit are not pruned; it must fit at least one tensor of its rule.
+``--like`` rule applies to every float tensor whose name matches its pattern. A later rule overrides an
+earlier one, option by option. The quantiser's options (bits, budget, step, error, table, lossless) override
+each other, and lossless cancels all options that change values, including pruning. A pruning pattern, such as
+2:4, applies along the inputs of a tensor. Tensors that it does not fit are not pruned; it must fit at least
+one tensor of its rule.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ _PLAIN = (
     "mantissa_bits",
     "zeros",
 )
-# Options that change the signs of zeros, but no values. They apply to every float tensor except those of
-# --keep, and except storage of packed weights, whose bits are not float numbers, unless a --like names it.
+# Options that change the signs of zeros, but no values. They apply to every float tensor except tensors of
+# --keep and storage of packed weights, whose bits are not float numbers. --like rules apply to such storage.
 _SIGNS = frozenset(("zeros",))
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Pruning of the weights of least magnitude.
+    """Pruning of the weights with the smallest magnitudes.
 
     Attributes:
         fraction: fraction of all positions to prune, or 0 with a pattern.
@@ -94,8 +95,8 @@ class TensorConfig:
         shares_bits: whether the tensor shares the budget of its options with all such tensors.
         named: whether a ``--like`` rule changes its values.
         unfit: why the requested pruning pattern does not fit; else empty.
-        signs_may_go: whether ``--zeros positive`` for all tensors applies, or would apply. Storage of packed
-            weights is recognised only if `Rules.configs` was given ``left``.
+        zeros_option_applies: whether ``--zeros`` without ``--like`` applies to the tensor, or would apply if
+            given. Recognises storage of packed weights only if `Rules.configs` was given ``excluded``.
     """
 
     options: Options
@@ -104,11 +105,11 @@ class TensorConfig:
     shares_bits: bool = False
     named: bool = False
     unfit: str = ""
-    signs_may_go: bool = True
+    zeros_option_applies: bool = True
 
     @property
     def lossless(self) -> bool:
-        """Whether decoding gives back every bit, except signs of zeros as the options say."""
+        """Whether decoding returns every bit, except signs of zeros that the options change."""
         return self.options.lossless and self.pruning is None and self.cast is None
 
 
@@ -117,11 +118,11 @@ Layer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """All options of the command line about tensors.
+    """All options of the command line that apply to tensors.
 
     Attributes:
         base: options for all tensors.
-        likes: pattern and options of each ``--like``, in order.
+        likes: pattern and options of each ``--like``, in the order of the command line.
         keep: patterns of tensors that are never changed.
     """
 
@@ -136,36 +137,37 @@ class Rules:
             names: the names of the tensors.
             aliases: alias -> stored name.
         """
-        there = list(names)
+        all_names = list(names)
 
-        def reached(pattern: str) -> list[str]:
+        def extended(pattern: str) -> list[str]:
             kept = dict.fromkeys(kept for name, kept in aliases.items() if fnmatchcase(name, pattern))
-            own = any(fnmatchcase(name, pattern) for name in there)
+            own = any(fnmatchcase(name, pattern) for name in all_names)
             return [*([pattern] if own or not kept else []), *map(escape, kept)]
 
         return Rules(
             self.base,
-            [(found, layer) for pattern, layer in self.likes for found in reached(pattern)],
-            [found for pattern in self.keep for found in reached(pattern)],
+            [(found, layer) for pattern, layer in self.likes for found in extended(pattern)],
+            [found for pattern in self.keep for found in extended(pattern)],
         )
 
     def configs(
-        self, specs: Iterable[TensorSpec], left: Mapping[str, Reason] | None = None
+        self, specs: Iterable[TensorSpec], excluded: Mapping[str, Reason] | None = None
     ) -> dict[str, TensorConfig]:
         """Returns tensor name -> configuration.
 
         Args:
             specs: the tensors.
-            left: tensor name -> why it stays lossless unless a ``--like`` names it; None uses `not_weights`.
+            excluded: tensor name -> why it stays lossless unless a ``--like`` rule names it. None uses
+                `not_weights`.
 
         Raises:
             CommandError: a pattern matches no tensor, or an option applies to none.
             OptionError: options contradict each other.
         """
         specs = list(specs)
-        left = not_weights(specs) if left is None else left
-        self._require_effect(specs, left)
-        configs = {spec.name: self._config(spec, left) for spec in specs}
+        excluded = not_weights(specs) if excluded is None else excluded
+        self._require_effect(specs, excluded)
+        configs = {spec.name: self._config(spec, excluded) for spec in specs}
         self._require_fit(configs)
         return configs
 
@@ -176,30 +178,30 @@ class Rules:
 
     @property
     def changes_signs(self) -> bool:
-        """Whether -0 becomes +0 in some tensors."""
+        """Whether any option writes +0 for -0."""
         return any(
             layer.get("zeros") == "positive" for layer in (self.base, *(layer for _, layer in self.likes))
         )
 
     def why_lossless(
-        self, specs: Iterable[TensorSpec], configs: Mapping[str, TensorConfig], left: Mapping[str, Reason]
+        self, specs: Iterable[TensorSpec], configs: Mapping[str, TensorConfig], excluded: Mapping[str, Reason]
     ) -> dict[str, Reason]:
         """Returns tensor name -> why it stays lossless; empty if no option that changes values is given.
 
         Args:
             specs: the tensors.
-            configs: the result of `configs` for ``specs`` and ``left``.
-            left: same as for `configs`.
+            configs: the result of `configs` for ``specs`` and ``excluded``.
+            excluded: same as for `configs`.
         """
         if not self.changes_values:
             return {}
         return {
-            spec.name: self._why(spec, configs[spec.name].unfit, left)
+            spec.name: self._why(spec, configs[spec.name].unfit, excluded)
             for spec in specs
             if configs[spec.name].lossless
         }
 
-    def _why(self, spec: TensorSpec, unfit: str, left: Mapping[str, Reason]) -> Reason:
+    def _why(self, spec: TensorSpec, unfit: str, excluded: Mapping[str, Reason]) -> Reason:
         kept = next((pattern for pattern in self.keep if fnmatchcase(spec.name, pattern)), None)
         if kept is not None:
             return Reason(Kind.ASKED, f"--keep {kept!r}")
@@ -213,37 +215,43 @@ class Rules:
             return Reason(Kind.ASKED, f"--like {undone!r} --lossless")
         if not is_large_float(spec):
             return Reason(Kind.SMALL, spec.words)
-        return left.get(spec.name) or Reason(Kind.ASKED, "no option that changes values reaches it")
+        return excluded.get(spec.name) or Reason(Kind.ASKED, "no option that changes values applies")
 
-    def _require_effect(self, specs: list[TensorSpec], left: Mapping[str, Reason]) -> None:
+    def _require_effect(self, specs: list[TensorSpec], excluded: Mapping[str, Reason]) -> None:
         for pattern in [pattern for pattern, _ in self.likes] + self.keep:
             if not any(fnmatchcase(spec.name, pattern) for spec in specs):
                 raise CommandError(unmatched(pattern, [spec.name for spec in specs]))
         usual = [spec for spec in specs if is_large_float(spec)] if _changes_values(self.base) else []
         if _changes_values(self.base) and not usual:
             raise CommandError(
-                f"no tensor is float, of rank 2 or more and of {MIN_ELEMENTS:,} elements or more, so "
-                f"{_flags(self.base)} would reach none; name those you mean with --like"
+                f"{_flags(self.base)} has no effect: no tensor is float, of rank 2 or more, with at least "
+                f"{MIN_ELEMENTS:,} elements; name other tensors with --like"
             )
-        if usual and all(spec.name in left for spec in usual):
-            counts = Counter(left[spec.name].kind for spec in usual)
+        if usual and all(spec.name in excluded for spec in usual):
+            counts = Counter(excluded[spec.name].kind for spec in usual)
             kinds = ", ".join(f"{kind.value} ({counts[kind]:,})" for kind in Kind if kind in counts)
-            words = f"{_flags(self.base)} changes nothing: there are only {kinds}; --like GLOB reaches those"
+            words = (
+                f"{_flags(self.base)} has no effect: every large float tensor is excluded: {kinds}; "
+                "to change them, use --like GLOB"
+            )
             warnings.warn(words, SfpWarning, stacklevel=2)
-        if _SIGNS & set(self.base) and not any(self._signs_may_go(spec, left) for spec in specs):
+        if _SIGNS & set(self.base) and not any(self._zeros_option_applies(spec, excluded) for spec in specs):
             raise CommandError(
-                f"no tensor is float and may change: {_flags(self.base, _SIGNS)} would reach none"
+                f"{_flags(self.base, _SIGNS)} has no effect: no tensor is float, outside of --keep, and not "
+                "storage of packed weights"
             )
         for pattern, layer in self.likes:
             named = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
             if (_LOSSY | _SIGNS) & set(layer) and not any(spec.dtype.is_float for spec in named):
                 flags = _flags(layer, _LOSSY | _SIGNS)
-                raise CommandError(f"no tensor like {pattern!r} is float: {flags} would reach none")
+                raise CommandError(
+                    f"{flags} has no effect: no tensor that matches --like {pattern!r} is float"
+                )
             if _changes_values(layer):
-                self._warn_of_quantised(pattern, named, left)
+                self._warn_of_quantised(pattern, named, excluded)
             elif layer.get("zeros") == "positive":
-                packed = [spec for spec in named if is_packed_storage(spec, left)]
-                self._warn_of_quantised(pattern, packed, left)
+                packed = [spec for spec in named if is_packed_storage(spec, excluded)]
+                self._warn_of_quantised(pattern, packed, excluded)
 
     def _require_fit(self, configs: dict[str, TensorConfig]) -> None:
         """Raises `CommandError` if a pruning pattern fits none of the tensors of its rule."""
@@ -254,11 +262,11 @@ class Rules:
         for rule, found in by_rule.items():
             if all(config.unfit for config in found.values()):
                 like = "" if rule < 0 else f" after --like {self.likes[rule][0]!r}"
-                told = reasons({name: config.unfit for name, config in found.items()})
-                raise CommandError(f"--prune{like} fits no tensor: {told}")
+                details = reasons({name: config.unfit for name, config in found.items()})
+                raise CommandError(f"--prune{like} fits no tensor: {details}")
 
     def _pruned_by(self, name: str) -> int:
-        """Returns the index of the last ``--like`` that prunes a tensor; -1 for the options for all."""
+        """Returns the index of the last ``--like`` rule that prunes a tensor; -1 if no rule does."""
         return max(
             (
                 number
@@ -268,43 +276,46 @@ class Rules:
             default=-1,
         )
 
-    def _warn_of_quantised(self, pattern: str, named: list[TensorSpec], left: Mapping[str, Reason]) -> None:
+    def _warn_of_quantised(
+        self, pattern: str, named: list[TensorSpec], excluded: Mapping[str, Reason]
+    ) -> None:
         """Warns if a rule changes parts of weights that are already quantised."""
         names = [
             spec.name
             for spec in named
             if spec.dtype.is_float
-            and spec.name in left
-            and left[spec.name].kind in (Kind.STORAGE, Kind.COMPANION)
+            and spec.name in excluded
+            and excluded[spec.name].kind in (Kind.STORAGE, Kind.COMPANION)
             and not any(fnmatchcase(spec.name, keep) for keep in self.keep)
         ]
         if names:
-            words = f"--like {pattern!r} changes parts of weights that are quantised already ({len(names):,})"
-            warnings.warn(f"{words}: {listed(names)}; --keep excludes them", SfpWarning, stacklevel=3)
+            words = f"--like {pattern!r} changes parts of weights that are already quantised ({len(names):,})"
+            warnings.warn(f"{words}: {listed(names)}; to exclude them, use --keep", SfpWarning, stacklevel=3)
 
-    def _config(self, spec: TensorSpec, left: Mapping[str, Reason]) -> TensorConfig:
+    def _config(self, spec: TensorSpec, excluded: Mapping[str, Reason]) -> TensorConfig:
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
         can_change = spec.dtype.is_float and not kept
-        signs_may_go = self._signs_may_go(spec, left)
-        merged = _reaching(self.base, can_change and is_large_float(spec) and spec.name not in left)
-        if not signs_may_go:
+        zeros_option_applies = self._zeros_option_applies(spec, excluded)
+        merged = _applicable(self.base, can_change and is_large_float(spec) and spec.name not in excluded)
+        if not zeros_option_applies:
             merged = {key: value for key, value in merged.items() if key not in _SIGNS}
         named = False
         for pattern, layer in self.likes:
             if fnmatchcase(spec.name, pattern):
-                merged = _merged(merged, _reaching(layer, can_change))
+                merged = _merged(merged, _applicable(layer, can_change))
                 named = named or (can_change and _changes_values(layer))
         if not can_change:
             merged = {key: value for key, value in merged.items() if key not in _SIGNS}
-        return replace(_config_of(merged, spec), named=named, signs_may_go=signs_may_go)
+        return replace(_config_of(merged, spec), named=named, zeros_option_applies=zeros_option_applies)
 
-    def _signs_may_go(self, spec: TensorSpec, left: Mapping[str, Reason]) -> bool:
-        """Returns whether ``--zeros`` for all tensors applies to this one."""
+    def _zeros_option_applies(self, spec: TensorSpec, excluded: Mapping[str, Reason]) -> bool:
+        """Returns whether ``--zeros`` without ``--like`` applies to this tensor."""
         kept = any(fnmatchcase(spec.name, pattern) for pattern in self.keep)
-        return spec.dtype.is_float and not kept and not is_packed_storage(spec, left)
+        return spec.dtype.is_float and not kept and not is_packed_storage(spec, excluded)
 
 
-def _reaching(layer: Layer, lossy: bool) -> Layer:
+def _applicable(layer: Layer, lossy: bool) -> Layer:
+    """Returns the options of a layer that apply to a tensor: with ``lossy``, those that change values too."""
     return layer if lossy else {key: value for key, value in layer.items() if key not in _LOSSY}
 
 
@@ -313,6 +324,7 @@ def _changes_values(layer: Layer) -> bool:
 
 
 def _flags(layer: Layer, keys: frozenset[str] = _LOSSY) -> str:
+    """Formats the options of a layer that are among ``keys`` as on the command line: ``--prune, --bits``."""
     return ", ".join(f"--{key.replace('_', '-')}" for key in layer if key in keys)
 
 
@@ -341,7 +353,9 @@ def _config_of(layer: Layer, spec: TensorSpec) -> TensorConfig:
         raise CommandError("--budget-scope needs --budget")
     shares = "budget" in layer and layer.get("budget_scope", "model") == "model"
     if shares and "scale" in layer:
-        raise CommandError("a --budget of all tensors does not go with --scale; --budget-scope tensor does")
+        raise CommandError(
+            "a --budget shared by all tensors cannot be combined with --scale; add --budget-scope tensor"
+        )
     if "importance_bits" in layer:
         bits = layer["importance_bits"]
         changes["importance"] = ImportanceOptions(bits=bits) if bits else None
@@ -355,7 +369,7 @@ def _quantiser_of(layer: Layer) -> Uniform | Table | None:
     """Returns the lossy quantiser that the options choose, or None.
 
     Raises:
-        CommandError: an option needs another quantiser.
+        CommandError: an option needs a quantiser that is not chosen.
         OptionError: a value is not allowed.
     """
     fields = {key: layer[key] for key in _OF_LOSSY if key in layer}
@@ -376,7 +390,7 @@ def _quantiser_of(layer: Layer) -> Uniform | Table | None:
 
 
 def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
-    """Returns the pruning of a tensor, or None, and why a pattern does not fit; empty if it fits.
+    """Returns the pruning of a tensor, or None, and the reason if a pattern does not fit, else empty.
 
     Raises:
         CommandError: options contradict each other.
@@ -386,12 +400,14 @@ def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
     if pruning is None and ("scope" in layer or "by" in layer):
         raise CommandError("--scope and --by need --prune")
     if "pattern_dim" in layer and not (pruning is not None and pruning.of):
-        raise CommandError("--pattern-dim needs a pattern to prune, such as --prune 2:4")
+        raise CommandError("--pattern-dim needs --prune with a pattern, such as 2:4")
     if pruning is None:
         return None, ""
     if pruning.of:
         if scope == "model":
-            raise CommandError("--scope model needs a fraction to prune, not a pattern")
+            raise CommandError(
+                "--scope model needs --prune with a fraction; a pattern, such as 2:4, applies to each tensor"
+            )
         dim = layer.get("pattern_dim", pattern_dim(spec.shape))
         unfit = Pattern(pruning.keep, pruning.of).why_not(spec.shape, (dim, 1))
         return (None, unfit) if unfit else (replace(pruning, dim=dim), "")

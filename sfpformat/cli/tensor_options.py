@@ -1,4 +1,4 @@
-"""Options of ``sfp pack`` about tensors, which can also follow ``--like``, and their parsing."""
+"""The options of ``sfp pack`` that apply to tensors and can follow ``--like``, and their parsing."""
 
 from __future__ import annotations
 
@@ -34,67 +34,123 @@ class _StoreTensorOption(argparse.Action):
 def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that can also follow ``--like``.
 
-    The namespace gets them in ``tensor_options``, a dict without the options that are not given.
+    The namespace has a dict ``tensor_options`` of those that the user gives.
     """
     parser.set_defaults(**{_OPTIONS: {}})
     value = parser.add_argument_group(
         "options that change values",
-        f"Without --like they reach float tensors of rank 2 or more with at least {MIN_ELEMENTS:,}\n"
-        "elements, but not: scales, zero points and storage of weights that are quantised already\n"
-        "(GPTQ, AWQ, bitsandbytes, FP8 with scales, ...), buffers such as masks, biases, gains of\n"
-        "normalisations, and tensors with infinities or NaNs. These stay lossless and are listed with\n"
-        "the reason; --like GLOB reaches them. Tensors that are not float are never changed.",
+        "Without --like, these options apply to float tensors of rank 2 or more with at least\n"
+        f"{MIN_ELEMENTS:,} elements, except: scales, zero points and storage of weights that are already\n"
+        "quantised (GPTQ, AWQ, bitsandbytes, FP8 with scales, ...), buffers such as masks, biases,\n"
+        "gains of normalisation layers, and tensors with infinities or NaNs. The exceptions stay\n"
+        "lossless, and the summary lists them with the reason. --like GLOB applies options to them,\n"
+        "too. Tensors of other dtypes never change.",
     )
     how = value.add_mutually_exclusive_group()
-    _add(how, "--bits", float, "B", "uniform quantiser: about B bits for the level of each weight left")
-    _add(how, "--budget", float, "B", "uniform quantiser: about B bits a position, mask and levels together")
+    _add(how, "--bits", float, "B", "uniform quantiser: about B bits per remaining weight")
+    _add(how, "--budget", float, "B", "uniform quantiser: about B bits per position, with the mask")
     _add(how, "--step", float, "S", "uniform quantiser: multiples of S")
-    _add(how, "--error-db", float, "D", "uniform quantiser: error D dB against the weights, such as -30")
+    _add(how, "--error-db", float, "D", "uniform quantiser: an error of at most D dB, such as -30")
     _add(how, "--table", int, "N", "table quantiser: N centroids for the magnitudes")
     _add(
         value,
         "--budget-scope",
         str,
-        "WHERE",
-        "a --budget of all its tensors together (model, the default), or of each",
+        "SCOPE",
+        "share the --budget among all tensors (model, the default), or give it to each (tensor)",
         ("tensor", "model"),
     )
-    _add(value, "--weighted", str, "HOW", "errors count by the --importance (full) or its root", WEIGHTED)
+    _add(
+        value,
+        "--weighted",
+        str,
+        "HOW",
+        "weight errors by the --importance (full), or by its square root (root)",
+        WEIGHTED,
+    )
     how.add_argument(
         "--lossless",
         action=_StoreTensorOption,
         nargs=0,
         const=True,
         default=argparse.SUPPRESS,
-        help="every bit as it is (the default); undoes what was said before",
+        help="keep every bit (the default); after --like, cancels earlier options that change values",
     )
-    _add(value, "--prune", _pruning, "P", "prune the fraction P, such as 0.5, or keep n of m, such as 2:4")
+    _add(
+        value,
+        "--prune",
+        _pruning,
+        "P",
+        "prune the fraction P with the smallest magnitudes, such as 0.5, or keep n of every m, such as 2:4",
+    )
     _add(
         value,
         "--pattern-dim",
         _dimension,
         "D",
-        "n of m along dimension D (the inputs: the last of a matrix, 1 of a kernel)",
+        "dimension of an n:m pattern (default: the inputs, which are the last dimension of a matrix, "
+        "dimension 1 of a kernel)",
     )
-    _add(value, "--by", str, "HOW", "what decides: magnitude (the default, and all there is)", ("magnitude",))
-    _add(value, "--scope", str, "WHERE", "prune so in each tensor, or over the model", ("tensor", "model"))
-    _add(value, "--scale", _scale, "PER", "scale factors per tensor, row, column, or of so many positions")
-    _add(value, "--scale-dtype", str, "DTYPE", "of the factors: F16 (the default), BF16, F32", FACTOR_DTYPES)
-    _add(value, "--rate-weight", float, "W", "how much bits weigh against error, 0 for nearest (0.12)")
-    _add(value, "--dtype", str, "DTYPE", "cast to F32, F16 or BF16 first", FACTOR_DTYPES)
+    _add(value, "--by", str, "SCORE", "what decides: magnitude (the default and only choice)", ("magnitude",))
+    _add(
+        value,
+        "--scope",
+        str,
+        "SCOPE",
+        "prune the fraction of each tensor (tensor, the default), or of all tensors together (model)",
+        ("tensor", "model"),
+    )
+    _add(value, "--scale", _scale, "PER", "scale factors: per tensor, row, column, or group of N positions")
+    _add(
+        value,
+        "--scale-dtype",
+        str,
+        "DTYPE",
+        "dtype of scale factors: F16 (the default), BF16 or F32",
+        FACTOR_DTYPES,
+    )
+    _add(
+        value,
+        "--rate-weight",
+        float,
+        "W",
+        "weight of bits against error in rounding (0.12); 0 rounds to nearest",
+    )
+    _add(value, "--dtype", str, "DTYPE", "cast to F32, F16 or BF16 before encoding", FACTOR_DTYPES)
     coding = parser.add_argument_group(
-        "options of the coding", "They change no values (+0 equals -0) and reach all tensors."
+        "options of the coding",
+        "These options apply to all tensors. They change no values (+0 equals -0).",
     )
-    _add(coding, "--zeros", str, "HOW", "keep -0 (the default), or write +0 for it: positive", ZEROS)
-    _add(coding, "--preset", str, "NAME", f"what the others start from: {', '.join(PRESETS)}", tuple(PRESETS))
-    _add(coding, "--mask", str, "KIND", "auto, none, runs or octets", ("auto", "none", "runs", "octets"))
-    _add(coding, "--group", int, "G", "levels a symbol", (1, 2))
-    _add(coding, "--segment", int, "S", "positions a segment, a multiple of 32")
-    _add(coding, "--chunk", int, "N", "positions a chunk (262,144)")
-    _add(coding, "--codes", int, "N", "at most N codes a stream, up to 16")
-    _add(coding, "--code-limit", int, "L", "prefix codes of at most L bits, up to 12")
-    _add(coding, "--mantissa-bits", int, "M", "of exact: M mantissa bits join the class")
-    _add(coding, "--importance-bits", int, "B", "bits of an importance (6; 0: not kept), with --importance")
+    _add(coding, "--zeros", str, "HOW", "keep -0 (keep, the default), or write it as +0 (positive)", ZEROS)
+    _add(
+        coding,
+        "--preset",
+        str,
+        "NAME",
+        f"default values of the other options: {', '.join(PRESETS)}",
+        tuple(PRESETS),
+    )
+    _add(
+        coding,
+        "--mask",
+        str,
+        "KIND",
+        "kind of mask: auto, none, runs or octets",
+        ("auto", "none", "runs", "octets"),
+    )
+    _add(coding, "--group", int, "G", "levels per symbol: 1 or 2", (1, 2))
+    _add(coding, "--segment", int, "S", "positions per segment, a multiple of 32")
+    _add(coding, "--chunk", int, "N", "positions per chunk (262,144)")
+    _add(coding, "--codes", int, "N", "maximum number of codes per stream, at most 16")
+    _add(coding, "--code-limit", int, "L", "maximum length of prefix codes in bits, at most 12")
+    _add(coding, "--mantissa-bits", int, "M", "number of mantissa bits in the class of exact weights")
+    _add(
+        coding,
+        "--importance-bits",
+        int,
+        "B",
+        "bits per importance stored from --importance (6); 0 stores none",
+    )
 
 
 def _add(
@@ -130,7 +186,7 @@ def _pruning(text: str) -> Pruning:
 def _dimension(text: str) -> int:
     if text.isdecimal():
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no dimension: 0, 1, …")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a dimension, a whole number of 0 or more")
 
 
 def _scale(text: str) -> str | int:
@@ -143,7 +199,11 @@ def _scale(text: str) -> str | int:
 
 
 def parse_like(words: list[str]) -> tuple[str, Layer]:
-    """Parses the pattern and the options of one rule."""
+    """Parses the words after one ``--like``. Returns the pattern and the options.
+
+    Raises:
+        CommandError: the pattern or the options are missing or invalid.
+    """
     if not words or words[0].startswith("--"):
         raise CommandError("--like needs a pattern of tensor names, such as '*embed*'")
     parser = Parser(prog="sfp pack", add_help=False)
@@ -151,9 +211,11 @@ def parse_like(words: list[str]) -> tuple[str, Layer]:
     args, rest = parser.parse_known_args(words[1:])
     if rest:
         raise CommandError(
-            f"{rest[0]!r} after --like {words[0]!r} is no option of tensors; put it before all --like"
+            f"{rest[0]!r} after --like {words[0]!r} is not an option of tensors; put it before all --like"
         )
     layer: Layer = args.tensor_options
     if not layer:
-        raise CommandError(f"--like {words[0]!r} is followed by no option; --keep leaves tensors as they are")
+        raise CommandError(
+            f"--like {words[0]!r} needs options after it; to keep tensors lossless, use --keep"
+        )
     return words[0], layer

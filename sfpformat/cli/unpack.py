@@ -1,4 +1,4 @@
-"""``sfp unpack``: writes an `.sfp` file as safetensors."""
+"""``sfp unpack``: converts an `.sfp` file to safetensors."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "unpack",
-        help="write an .sfp file as safetensors",
-        description="Decodes an .sfp file, or all shards of an index, tensor by tensor into a safetensors "
-        "file. Importances that are stored as metadata are not written.",
+        help="convert an .sfp file to safetensors",
+        description="Converts an .sfp file, or all shards of an index, to a safetensors file. Decodes one "
+        "tensor at a time. Does not write the importances stored beside the weights.",
         epilog=examples(
-            ("sfp unpack model.sfp -o model.safetensors", "everything"),
-            ("sfp unpack model.sfp -o embed.safetensors --tensor '*embed*'", "some tensors"),
-            ("sfp unpack model.sfp.index.json -o model.safetensors --sharded", "shard by shard"),
+            ("sfp unpack model.sfp -o model.safetensors", "all tensors"),
+            ("sfp unpack model.sfp -o embed.safetensors --tensor '*embed*'", "tensors with matching names"),
+            ("sfp unpack model.sfp.index.json -o model.safetensors --sharded", "one file per shard"),
         ),
     )
     parser.add_argument("source", metavar="FILE", help="an .sfp file, an .sfp.index.json, or a folder")
     parser.add_argument("-o", "--output", metavar="OUT.safetensors", required=True, help="the file to write")
-    parser.add_argument("--sharded", action="store_true", help="write a file for each shard, and an index")
+    parser.add_argument("--sharded", action="store_true", help="write one file per shard, and an index")
     parser.add_argument(
-        "--tensor", metavar="GLOB", action="append", help="only tensors with names that match"
+        "--tensor", metavar="GLOB", action="append", help="write only tensors with matching names"
     )
     add_limits(parser)
     return parser
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     require_suffix(args.output, _SUFFIX, what="'sfp unpack'")
     with open_model(args.source, kind="sfp", limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
-            raise CommandError(f"{args.source}: is safetensors already")
+            raise CommandError(f"{args.source}: is already a safetensors file")
         for pattern in args.tensor or []:
             if not any(fnmatchcase(name, pattern) for name in model.specs):
                 words = unmatched(pattern, model.specs, model.aliases())
@@ -88,9 +88,9 @@ def _write_one(
 
 
 def _write_shards(model: Model, chosen: dict[str, TensorSpec], stem: Path, shown: Progress) -> None:
-    """Writes a file for each shard with a chosen tensor.
+    """Writes one safetensors file for each shard that has a chosen tensor, and an index.
 
-    All are renamed together at the end, the index last.
+    Renames all files to their final names at the end, the index last.
     """
     by_file = {
         name: specs

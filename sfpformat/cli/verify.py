@@ -26,21 +26,21 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
     parser = subparsers.add_parser(
         "verify",
         help="check a file against the specification",
-        description="Checks every checksum and every rule of SPEC.md, decodes everything, and reports every "
-        "fault with its code, clause, tensor and offset. For an index, all shards are checked. Quantised "
-        "weights that decode to infinity or NaN are reported, too: the format allows them, but no original "
-        "weight of a quantised tensor has these values.",
+        description="Checks all checksums and all rules of SPEC.md, decodes all tensors, and reports each "
+        "fault with its error code, clause, tensor and byte offset. For an index, checks all shards. Also "
+        "reports quantised weights that decode to infinity or NaN: the format allows them, but the "
+        "original weights of a quantised tensor never have these values.",
         epilog=examples(
-            ("sfp verify model.sfp", "exit code 0 if there are no faults, else 1"),
-            ("sfp verify model.sfp --canonical", "also 1 if the file is not canonical"),
-            ("sfp verify shards/*.sfp --json", "several files, for a script"),
+            ("sfp verify model.sfp", "exit code 0 without faults, else 1"),
+            ("sfp verify model.sfp --canonical", "exit code 1 also if the file is not canonical"),
+            ("sfp verify shards/*.sfp --json", "check several files, print JSON"),
         ),
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help=".sfp files, .sfp.index.json, or folders")
     parser.add_argument(
-        "--canonical", action="store_true", help="count a file that is not canonical as faulty"
+        "--canonical", action="store_true", help="count a file that is not canonical as a fault"
     )
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_limits(parser)
     return parser
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reports(path: Path, limits: Limits) -> Iterator[tuple[Path, Report]]:
-    """Yields a report on the file; for an index, a report on it and on each shard."""
+    """Yields path and report of a file; for an index, those of the index and of each shard."""
     with path_in_errors(path):
         path = model_path(path)
     if not is_index(path):
@@ -113,7 +113,7 @@ def _as_json(path: Path, report: Report) -> dict[str, object]:
 
 
 def _kind(path: Path, report: Report) -> str | None:
-    """Describes a file that is not an `.sfp` file; else None."""
+    """Returns a description of a file that is not an `.sfp` file; None for an `.sfp` file."""
     return next((words for fault in report.faults if (words := other_kind(path, fault))), None)
 
 
@@ -132,7 +132,9 @@ def _show(path: Path, report: Report, with_notes: bool) -> None:
         if len(report.notes) > _MOST_LINES:
             print(f"{name}: {len(report.notes) - _MOST_LINES:,} more notes; --json lists them")
     for tensor, count in list(report.not_finite.items())[:_MOST_LINES]:
-        words = f"tensor {quoted(tensor)}: {count:,} quantised weights are infinite or NaN; pack again"
+        words = (
+            f"tensor {quoted(tensor)}: {count:,} quantised weights are infinite or NaN; pack the model again"
+        )
         print(f"{name}: {printable(words)}")
     if len(report.not_finite) > _MOST_LINES:
         print(f"{name}: {len(report.not_finite) - _MOST_LINES:,} more such tensors; --json lists them")

@@ -1,4 +1,4 @@
-"""Masks and levels of a tensor's chunks. They are used several times, and cached if memory allows."""
+"""Computes the masks and levels of a tensor's chunks, and caches them if memory allows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Blocks:
     chunk: int
 
     def __iter__(self) -> Iterator[tuple[slice, Counts]]:
-        """Yields for each chunk its positions, and the number of positions in each of its segments."""
+        """Yields each chunk: its positions, and their number in each of its segments, int64 [segments]."""
         size = self.segment * self.chunk
         whole = np.full(self.chunk if self.positions >= size else 0, self.segment, np.int64)
         for start in range(0, self.positions, size):
@@ -46,7 +46,12 @@ class Blocks:
 
 
 class Survivors(NamedTuple):
-    """The survivors of a chunk: the number in each segment, and their fingerprint levels."""
+    """The survivors of a chunk.
+
+    Attributes:
+        counts: number of survivors in each segment, int64 [segments].
+        levels: their fingerprint levels, shape [survivors].
+    """
 
     counts: Counts
     levels: AnyLevels
@@ -61,12 +66,12 @@ class CodedBlocks:
         survives: Survives | None,
         engine: Engine,
     ) -> None:
-        """Computes nothing yet.
+        """Stores the arguments. Computes nothing yet.
 
         Args:
-            source: of the levels.
-            survives: returns the mask of a block of positions; None if no position is pruned.
-            engine: does the work on bits.
+            source: the source of the levels.
+            survives: returns the mask of a block of positions, bool; None if no position is pruned.
+            engine: the engine that counts the survivors.
         """
         self.source = source
         self._survives, self._engine = survives, engine
@@ -75,11 +80,11 @@ class CodedBlocks:
         self._room = _KEPT_BYTES
 
     def in_other_chunks(self) -> CodedBlocks:
-        """Returns a copy for other chunk sizes, with an empty cache."""
+        """Returns a copy with an empty cache, for chunks of another size."""
         return CodedBlocks(self.source, self._survives, self._engine)
 
     def mask(self, block: slice) -> Mask | None:
-        """Returns the mask of a chunk, given its positions. None if no position is pruned."""
+        """Returns the mask of a chunk, bool, given its positions. Returns None if no position is pruned."""
         if self._survives is None:
             return None
         mask = self._masks.get(block.start)
@@ -107,6 +112,6 @@ class CodedBlocks:
         return found
 
     def _has_room(self, array: NDArray[np.generic]) -> bool:
-        """Whether the cache has room for an array. Reserves its bytes."""
+        """Returns whether the cache has room for an array, and reserves its bytes."""
         self._room -= array.nbytes
         return self._room >= 0

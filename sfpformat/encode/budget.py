@@ -28,12 +28,12 @@ from .level_sources import sampled_survivors
 from .plan import exact_bits, flat_mask
 from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
 
-# About the greatest size of all samples together, in weights: the search evaluates them 24 times.
+# Approximate maximum of the size of all samples together, in weights. The search evaluates them 24 times.
 _ALL_SAMPLES = 1 << 21
 _LEAST_SAMPLE = 1 << 12
 # Number of segments, and positions in each, from which the lossless size of a tensor is estimated.
 _EXACT_SEGMENTS, _EXACT_SEGMENT = 16, 3072
-# A tensor is quantised if that takes less than this part of its lossless bits. Both sizes are estimates.
+# A tensor is quantised if this takes less than this part of its lossless bits. Both sizes are estimates.
 _EXACT_SHARE = 0.98
 
 
@@ -42,10 +42,10 @@ class Candidate:
     """A tensor in the bit allocation.
 
     Attributes:
-        sample: some of its weights.
-        positions: number of its positions.
-        unit: its step relative to the common step of all tensors.
-        exact: about how many bits per position it takes lossless.
+        sample: a sample of the weights.
+        positions: number of positions.
+        unit: the tensor's step relative to the common step of all tensors.
+        exact: estimate of the bits per position of lossless coding.
     """
 
     sample: Sampled
@@ -54,15 +54,15 @@ class Candidate:
     exact: float
 
     def bits(self, step: float) -> float:
-        """Returns about how many bits (times 2^16) it takes with a step."""
+        """Returns an estimate of the tensor's bits (times 2^16) with a step."""
         return self._whole(self.sample.bits(step)[1])
 
     def mask_bits(self) -> float:
-        """Returns about how many bits (times 2^16) its mask takes, whatever the step."""
+        """Returns an estimate of the mask's bits (times 2^16) that do not depend on the step."""
         return self._whole(self.sample.mask_bits())
 
     def exact_bits(self) -> float:
-        """Returns about how many bits (times 2^16) it takes lossless."""
+        """Returns an estimate of the tensor's bits (times 2^16) in lossless coding."""
         return self.exact * self.positions * (1 << FRACTION)
 
     def _whole(self, of_sample: int) -> float:
@@ -78,26 +78,31 @@ def steps_for_budget(
     weighted: str | None = None,
     rate_weight: float = Uniform.rate_weight,
 ) -> dict[str, float]:
-    """Returns the step of each tensor with which all together take about ``budget`` bits per position.
+    """Returns steps with which all tensors together take about ``budget`` bits per position.
 
-    A tensor that takes no more bits lossless than with its step is not in the result. It stays lossless if
-    the result is passed as options by name, and the other tensors share the remaining bits.
+    The result does not contain tensors for which lossless coding takes no more bits than their step. These
+    tensors stay lossless if the caller passes the result as options by name. The other tensors share the
+    remaining bits.
+
+    ``steps = steps_for_budget(tensors, 3.0)``
+    ``save_file(tensors, "m.sfp", options={n: Options(Uniform(step=s)) for n, s in steps.items()})``
 
     Args:
         tensors: name -> float array of any shape, finite.
-        budget: bits per position, with masks, without index and tables.
+        budget: bits per position, including masks, without index and tables.
         masks: name -> bool array of the tensor's shape. Without one, all non-zero weights survive.
         importances: name -> float array of the tensor's shape, finite and not negative, in the same unit for
             all tensors. Required if ``weighted`` is set.
         weighted, rate_weight: as in `Uniform`; pass the same values there.
 
     Returns:
-        Name -> step, for ``Options(Uniform(step=...))``, of the tensors to be quantised.
+        Name -> step, for the tensors to quantise with ``Options(Uniform(step=...))``.
 
     Raises:
         OptionError: a tensor is not a float of the format or not finite, its mask is not bool or has another
             shape, its importance is missing or has another shape, a name in an argument is not the name of a
-            tensor, or as in `share_bits`.
+            tensor, the masks alone take more than the budget, or the budget is so small that all weights
+            would become 0.
     """
     asked = Uniform(budget=budget, weighted=weighted, rate_weight=rate_weight)
     require_mapping(tensors, "tensors")
@@ -122,22 +127,22 @@ def candidate(
     *,
     fixed_width: bool = False,
 ) -> Candidate:
-    """Returns a tensor's sample, unit and lossless size.
+    """Returns a tensor as a candidate of `share_bits`: its sample, unit and lossless size.
 
     Args:
-        array, mask, importance: as in `steps_for_budget`.
-        asked: how it will be quantised; only `weighted` and `rate_weight` are used.
-        tensors: how many tensors share the bits.
-        fixed_width: as in `Options`.
+        array, mask, importance: same as for `steps_for_budget`.
+        asked: the caller's quantiser; only its `weighted` and `rate_weight` are used.
+        tensors: the number of tensors that share the bits.
+        fixed_width: same as in `Options`.
 
     Raises:
-        OptionError: as in `steps_for_budget`.
+        OptionError: an argument is invalid; see `steps_for_budget`.
     """
     array = np.asanyarray(array)
     flat = np.ascontiguousarray(array).reshape(-1)
     dtype = of_numpy(flat.dtype)
     if dtype is None or not dtype.is_float:
-        raise OptionError(f"dtype {flat.dtype} is no float of the format")
+        raise OptionError(f"dtype {flat.dtype} is not a float dtype of the format")
     require_finite(flat)
     survives = flat_mask(mask, array.shape)
     size = min(len(flat), SAMPLE, max(_ALL_SAMPLES // max(tensors, 1), _LEAST_SAMPLE))
@@ -165,7 +170,7 @@ def candidate(
 
 
 def _exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> float:
-    """Returns about how many bits per position a tensor takes lossless, from some of its segments."""
+    """Returns an estimate of the bits per position of lossless coding, from some of the tensor's segments."""
     every = max(len(flat) // (_EXACT_SEGMENTS * _EXACT_SEGMENT), 1)
     starts = range(0, max(len(flat), 1), every * _EXACT_SEGMENT)
     segments = [flat[start : start + _EXACT_SEGMENT] for start in starts]
@@ -192,17 +197,19 @@ def _unit(magnitudes: F32, mean_weight: float, weighted: str | None) -> float:
 def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | None]:
     """Returns the step, a float32, of each candidate, so that all take at most ``budget`` bits per position.
 
-    A step is None for a candidate that takes no more bits lossless; the others then share the remaining bits.
-    Once all remaining candidates fit lossless, their steps are None too.
+    The step is None for candidates for which lossless coding takes no more bits. The others then share the
+    remaining bits. As soon as all remaining candidates fit in lossless coding, their steps are None, too.
 
     Raises:
-        OptionError: the masks alone take more than the budget, or it leaves so few bits that all weights
-            would become 0 although a mask or a fixed width spends bits on them.
+        OptionError: the masks alone take more than the budget, or the budget is so small that all weights
+            would become 0 although a mask or a fixed width takes bits for them.
     """
     candidates = list(candidates)
     left = budget * sum(c.positions for c in candidates) * (1 << FRACTION)
     if sum(c.mask_bits() for c in candidates) > left:
-        raise OptionError(f"the masks alone take more than a budget of {budget:g} bits a position")
+        raise OptionError(
+            f"the masks alone take more than the budget of {budget:g} bits per position; increase the budget"
+        )
     steps: list[float | None] = [None] * len(candidates)
     quantised = dict(enumerate(candidates))
     while quantised:
@@ -224,10 +231,10 @@ def share_bits(candidates: Iterable[Candidate], budget: float) -> list[float | N
 
 
 def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
-    """Returns the steps with which the candidates together take at most ``allowed`` bits (times 2^16).
+    """Returns steps with which the candidates together take at most ``allowed`` bits (times 2^16).
 
     Raises:
-        OptionError: as in `share_bits`.
+        OptionError: so few bits are allowed that all weights would become 0; see `share_bits`.
     """
     # The greatest magnitude of any tensor, in common units, bounds the search.
     greatest = max([float(c.sample.magnitudes.max(initial=0)) / c.unit for c in candidates], default=0.0)
@@ -240,14 +247,14 @@ def _steps(candidates: list[Candidate], allowed: float) -> list[float]:
     used = zip(candidates, steps, strict=True)
     lost = [c.sample.loses_all(step) for c, step in used if c.sample.magnitudes.any()]
     if any(lost) and (all(lost) or not fits(common)):
-        raise OptionError("the budget leaves so few bits that all weights would become 0; use more")
+        raise OptionError("the budget is so small that all weights would become 0; increase the budget")
     return steps
 
 
 def _step(candidate: Candidate, common: float) -> float:
-    """Returns the candidate's step for a common step, as float32.
+    """Returns a candidate's step for a common step, a float32.
 
-    The step is limited so that the numbers of the sample can be coded, and to the range of the dtype.
+    The step stays in the range of the dtype, and large enough to code the numbers of the sample.
     """
     sample, single = candidate.sample, DTYPES["F32"]
     greatest = float(sample.magnitudes.max(initial=0))

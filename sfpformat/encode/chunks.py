@@ -15,13 +15,19 @@ from .planner import Plan
 
 
 def encode_vectors(plan: Plan) -> Bytes | None:
-    """Returns the vector chunk, or None if the tensor has no vectors."""
+    """Returns the encoded vector chunk, or None if the tensor has no vectors."""
     return build_vectors(plan.entry, plan.vectors) if plan.entry.has_vectors() else None
 
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """A chunk to encode: number of its first segment, its positions, and their number in each segment."""
+    """A chunk to encode.
+
+    Attributes:
+        first: number of its first segment in the tensor.
+        block: its positions.
+        positions: number of positions in each segment, int64 [segments].
+    """
 
     first: int
     block: slice
@@ -37,7 +43,7 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
 
 
 def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
-    """Encodes a chunk and returns its bytes in parts. Chunks are independent of one another."""
+    """Encodes a chunk and returns its bytes in parts. Chunks do not depend on each other."""
     if plan.coded is None:
         return [build_raw(plan.flat[job.block].view(np.uint8))]
     mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)

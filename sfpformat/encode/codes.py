@@ -31,7 +31,7 @@ MAX_CODES_TRIED = 8
 _SAMPLE_SEGMENTS = 4096
 # The greatest size of the kept symbol counts of a tensor, in bytes.
 KEPT_BYTES = 1 << 26
-# About the cost of a quantity in the segment index, in bits per segment.
+# Approximate cost of one quantity in the segment index, in bits per segment.
 INDEX_BITS = 9
 
 
@@ -42,8 +42,8 @@ class LevelBlocks:
     Attributes:
         segments: number of segments of the stream.
         blocks: the positions of each chunk, and the number of positions in each of its segments.
-        make: returns the levels of a chunk, and the number of levels in each of its segments. Called from
-            any thread.
+        make: returns the levels of a chunk, and the number of levels in each of its segments. Several threads
+            may call it.
         exact: whether ``make`` returns bit patterns instead of levels (exact streams).
         workers: the threads that make and process the levels.
     """
@@ -71,8 +71,8 @@ class Choice:
 
     Attributes:
         table: the code table.
-        codes: the number of each segment's code.
-        bits: about how many bits the stream takes, with its table and index.
+        codes: the number of the code of each segment, uint8 [segments].
+        bits: estimate of the bits of the stream, including its table and index.
         trim: whether segments have trims.
     """
 
@@ -122,7 +122,7 @@ def _every(segments: int) -> int:
 
 
 class SymbolCounter:
-    """Collects the symbol counts of a stream, chunk by chunk. Keeps a sample if they exceed `KEPT_BYTES`."""
+    """Collects the symbol counts of a stream, chunk by chunk. If they exceed `KEPT_BYTES`, keeps a sample."""
 
     def __init__(self, segments: int) -> None:
         self._segments = segments
@@ -170,7 +170,10 @@ class SymbolCounter:
 
 
 def total_of(rows: Rows) -> Histogram:
-    """Returns the sum of the counts of a chunk's segments. Fits int32: a chunk has at most 2^24 positions."""
+    """Returns the sum of the counts of a chunk's segments, int64 [symbols].
+
+    The sum fits in int32, because a chunk has at most 2^24 positions.
+    """
     # Widening each row to int64 takes twice as long.
     return np.asarray(rows.sum(0, dtype=np.int32).astype(np.int64))
 
@@ -201,13 +204,13 @@ def choose_codes(
         layout: the classes.
         group: levels per symbol, 1 or 2.
         options: the caller's choices.
-        engine: does the counting and clustering.
+        engine: the engine that counts and clusters.
         order: a weight for each symbol; the first clustering sorts segments by their mean weight. None uses
             the class numbers.
         most: the greatest number of codes, unless the options set it.
 
     Returns:
-        The choice, or None if the number of classes or used symbols is not possible for a code.
+        The choice, or None if a code cannot have so many classes or used symbols, or if only one is used.
     """
     classes = len(layout.extra)
     used = int(np.count_nonzero(counts.total))

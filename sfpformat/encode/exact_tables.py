@@ -1,4 +1,4 @@
-"""Chooses the classes of exact streams, whose levels are bit patterns, from one pass over their levels."""
+"""Chooses the classes of exact streams from one pass over their levels, which are bit patterns."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # An exact stream has at most one code per _LEVELS_A_CODE levels, and at most _EXACT_CODES codes. More codes
 # save 0.02 %, and building a reader's table of one code takes as long as decoding 20,000 levels.
 _LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
-# Patterns processed at a time for the lower bound on bits.
+# Number of patterns per step of the lower bound on bits.
 _BOUND_BLOCK = 1 << 16
-# About the cost of trims in the segment index, in bits per segment.
+# Approximate cost of trims in the segment index, in bits per segment.
 _TRIM_BITS = 5
 
 
@@ -110,10 +110,10 @@ class _ExactSurvey:
         """Makes the pass over the bit patterns.
 
         Args:
-            blocks: of an exact stream.
+            blocks: the blocks of an exact stream.
             bits: bits of a level.
             width: residual bits of the classes to count in each segment.
-            engine: does the counting.
+            engine: the engine that counts.
             fine: residual bits of the fine classes to count in a part of the levels, or None.
         """
         self.width, self.first, self.last = width, -1, -1
@@ -135,7 +135,7 @@ class _ExactSurvey:
         self.last = max(self.last, last)
 
     def fits(self, bound: int) -> bool:
-        """Whether a table can have the classes: there are not too many, and none exceeds the bound."""
+        """Returns whether a table can have the classes: few enough, and none exceeds the bound."""
         return (self.last + 1) << self.width <= bound and self.last - self.first < MAX_CLASSES[1]
 
     def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
@@ -145,7 +145,7 @@ class _ExactSurvey:
         return self._counter.counts(self.first, classes), layout
 
     def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
-        """Yields for each width, finest first: the width, about the bits per level, and the class counts."""
+        """Yields each width, finest first, with an estimate of the bits per level, and the class counts."""
         widths = [self._fine]
         for _ in range(fine, coarsest):
             widths.append(widths[-1][0::2] + widths[-1][1::2])
@@ -190,7 +190,7 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
             return cheaper_with_zeros(
                 choice, blocks, widths, bound, options, engine, _exact_codes(counts), first
             )
-    raise OptionError(f"no class layout for {dtype.name} with codes of {options.code_limit} bits")
+    raise OptionError(f"{dtype.name} needs codes of more than {options.code_limit} bits; increase code_limit")
 
 
 def _exact_codes(counts: SymbolCounts) -> int:
@@ -208,7 +208,7 @@ def _widths(dtype: Dtype, options: Options) -> tuple[int, int]:
 
 
 def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Options, engine: Engine) -> bool:
-    """Whether `choose_exact` certainly takes more than ``bits`` bits for all patterns except +0.
+    """Returns whether `choose_exact` certainly takes more than ``bits`` bits for all patterns except +0.
 
     A lower bound: the residuals of non-zero weights have at least the least candidate width, less trims.
     Residuals of -0 may have no bits.

@@ -35,7 +35,7 @@ _BLOCK = 1 << 18  # positions processed at a time
 
 
 def _are_finite(values: Flat) -> Mask:
-    """Returns which values are finite. A signalling NaN of a dtype of `ml_dtypes` raises no warning."""
+    """Returns a mask of the finite values. Signalling NaNs of a dtype of `ml_dtypes` raise no warning."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.isfinite(values))
 
@@ -48,7 +48,7 @@ class ImportanceSource:
         flat: the importance of each position, float32, flat.
         quantiser: the quantiser as stored.
         over_survivors: whether only survivors have a level.
-        numbers: for a `Uniform`: converts importances to numbers.
+        numbers: converts importances to numbers, for a `Uniform`; else None.
         exact_weights: the flat tensor and its dtype, if the importance multiplies lossless weights; else
             None. An importance is then rounded down if its product with the weight would not be finite.
     """
@@ -60,7 +60,7 @@ class ImportanceSource:
     exact_weights: tuple[Flat, Dtype] | None = None
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
-        """Returns the levels of a block's survivors or of all its positions. Bit patterns for `exact`."""
+        """Returns the levels of a block's survivors, or of all its positions; for `exact`, bit patterns."""
         chosen = mask if self.over_survivors else None
         values = self.flat[block] if chosen is None else self.flat[block][chosen]
         levels = self._rounded(values)
@@ -72,11 +72,11 @@ class ImportanceSource:
         return levels
 
     def stored(self, where: Where) -> F32:
-        """Returns the importances of positions as a reader reconstructs them."""
+        """Returns the importances of positions, as a reader reconstructs them, float32 [positions]."""
         return self._values(self._rounded(self.flat[where]))
 
     def _rounded(self, values: F32) -> AnyLevels:
-        """Returns the nearest level of each importance. Bit patterns for `exact`."""
+        """Returns the nearest level of each importance. For `exact`, returns bit patterns."""
         if isinstance(self.quantiser, Exact):
             coded = self.quantiser.dtype
             return float_patterns(values.astype(coded.numpy), coded)
@@ -90,8 +90,8 @@ class ImportanceSource:
     def _with_finite_products(self, levels: AnyLevels, weights: Flat, alive: Mask, dtype: Dtype) -> AnyLevels:
         """Lowers levels until the product with the weight of each survivor is finite.
 
-        This ends: the original importance has a finite product (`require_finite_products`), and the level
-        below the nearest is not above the importance.
+        The loop terminates: the original importance has a finite product (`require_finite_products`), and the
+        level below the nearest is not above the importance.
         """
         counts = _are_finite(weights) & alive
         while True:
@@ -128,9 +128,9 @@ def importance_source(
     """Returns the source of an importance that is given for each position.
 
     Args:
-        importance: of any shape, finite and not negative.
-        options: how it is stored.
-        exact_weights: as in `ImportanceSource`; ignored unless the importance is a multiplier.
+        importance: float array of any shape, finite and not negative.
+        options: how the importance is stored.
+        exact_weights: same as in `ImportanceSource`; ignored unless the importance is a multiplier.
 
     Raises:
         OptionError: an importance is negative, not finite, or too great or too small for its dtype.
@@ -158,8 +158,8 @@ def checked_importance(importance: NDArray[np.floating], dtype: Dtype | None = N
     """Returns an importance as flat float32, after checking it.
 
     Args:
-        importance: of any shape, finite and not negative.
-        dtype: the dtype in which it will be stored exactly, or None.
+        importance: float array of any shape, finite and not negative.
+        dtype: the dtype in which the importance will be stored exactly, or None.
 
     Raises:
         OptionError: an importance is not a real number, negative or not finite; one overflows or becomes 0
@@ -181,10 +181,10 @@ def checked_factor(name: str, factor: NDArray[np.floating], size: int, dtype: Dt
     """Returns a vector of importance factors as float32, after checking it.
 
     Args:
-        name: of the vector, for messages.
-        factor: shape [size], finite.
+        name: name of the vector, for messages.
+        factor: the vector, shape [size], finite.
         size: the required number of factors.
-        dtype: the dtype in which they will be stored.
+        dtype: the dtype in which the factors will be stored.
 
     Raises:
         OptionError: the shape differs, or a factor is not a real number, is not finite, overflows or becomes
@@ -204,7 +204,7 @@ def _require_real(what: str, values: NDArray[np.generic]) -> None:
 
 
 def _require_stored(what: str, values: NDArray[np.floating], dtype: Dtype) -> None:
-    """Raises `OptionError` if a value overflows in a dtype, or is not 0 and becomes 0."""
+    """Raises `OptionError` if a value overflows in a dtype, or if a value other than 0 becomes 0."""
     with np.errstate(over="ignore", under="ignore"):
         stored = values.astype(np.float32).astype(dtype.numpy)
     wrongs = {"great": ~np.isfinite(stored), "small": (stored == 0) & (values != 0)}
@@ -245,5 +245,5 @@ def require_finite_products(
             at = int(np.flatnonzero(over)[0])
             raise OptionError(
                 f"the weight {float(weights[at])!r} times its importance {factors[at]!s} is too great for "
-                f"{dtype.name}"
+                f"{dtype.name}; scale the importances down"
             )

@@ -22,7 +22,13 @@ _POPCOUNT = np.array([value.bit_count() for value in range(256)], np.int64)
 
 @dataclass(frozen=True)
 class MaskChoice:
-    """How the mask is coded."""
+    """The coding of a mask.
+
+    Attributes:
+        kind: ``runs`` or ``octets``.
+        polarity: 1 codes survivors, 0 codes pruned positions; 0 for ``octets``.
+        choice: the table and codes of the stream.
+    """
 
     kind: str
     polarity: int
@@ -44,8 +50,8 @@ def choose_mask(
         mask_of: returns the mask of a chunk.
         density: survivors per position.
         options: the caller's choices.
-        engine: does the counting.
-        workers: threads that encode and count.
+        engine: the engine that encodes and counts.
+        workers: the threads that encode and count.
     """
     polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
     kind = options.mask

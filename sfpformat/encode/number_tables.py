@@ -1,4 +1,4 @@
-"""Chooses the classes of streams of numbers, from the counts of one pass over their levels."""
+"""Chooses the classes of streams of numbers from the counts of one pass over their levels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _FEW_CLASSES = {1: 64, 2: _PAIR_CLASSES}
 _MANY_LEVELS = 1 << 16
 # In a stream of numbers with a greater range, numbers are not counted in each segment.
 _MOST_COLUMNS = 1024
-# Above this entropy in bits, pairs are not tried: the gain is not worth the time.
+# Above this entropy in bits, pairs are not tried: the gain is too small for the time.
 _PAIR_BITS = 3
 
 
@@ -54,13 +54,15 @@ def choose_numbers(
     signed: bool,
     zero_first: bool = False,
 ) -> Choice:
-    """Chooses the table of a stream of numbers: dyadic classes, single or paired. Signed levels are 2m + s.
+    """Chooses the table of a stream of numbers: dyadic classes, of single levels or of pairs.
+
+    A signed level is 2m + s, for the magnitude number m and the sign s.
 
     Args:
         blocks: the stream.
         bound: no class may reach this level.
         options: the caller's choices.
-        engine: does the counting.
+        engine: the engine that counts.
         signed: whether levels have signs.
         zero_first: whether the number 0 is the magnitude 0, so that its levels +0 and -0 differ.
 
@@ -85,7 +87,7 @@ def choose_numbers(
         single = options.but(group=1)
         return choose_numbers(blocks, bound, single, engine, signed=signed, zero_first=zero_first)
     if best is None:
-        raise OptionError("no class layout for this stream; allow longer codes")
+        raise OptionError("no class layout fits this stream; increase code_limit")
     if zero_first and counts.total[0]:
         widths, first = range(1, 0, -1), int(counts.total[0])
         return cheaper_with_zeros(best, blocks, widths, bound, options, engine, MAX_CODES_TRIED, first)
@@ -101,7 +103,7 @@ def _plain_layout(counts: Histogram, bound: int, sign: int) -> Layout | None:
 
 
 def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCounts:
-    """Counts each number from 0. Counts in each segment are included only if no number is great.
+    """Counts each number from 0. Includes counts per segment if all numbers are below `_MOST_COLUMNS`.
 
     Raises:
         OptionError: a number is 2^24 or more.
@@ -110,9 +112,7 @@ def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCoun
     def count(levels: AnyLevels, counts: Counts) -> tuple[Histogram, Rows | None]:
         greatest = int(levels.max()) >> sign if len(levels) else -1
         if greatest >= 1 << 24:
-            raise OptionError(
-                "more than 2^24 quantised magnitudes; use a greater step, or the quantiser exact"
-            )
+            raise OptionError("a weight is 2^24 steps or more; use a larger step, or the quantiser Exact()")
         if greatest >= _MOST_COLUMNS:
             return histogram(levels >> levels.dtype.type(sign)), None
         rows = engine.count_classes(levels, counts, sign, 0, greatest + 1)
@@ -131,7 +131,7 @@ def _number_counts(blocks: LevelBlocks, sign: int, engine: Engine) -> SymbolCoun
 
 
 def _groups(total: Histogram, options: Options) -> tuple[int, ...]:
-    """Returns the groups to try."""
+    """Returns the group sizes to try (levels per symbol)."""
     if options.group:
         return (options.group,)
     bits = entropy_bits(total) / (int(total.sum()) << FRACTION)
@@ -159,7 +159,11 @@ def _choice(
     options: Options,
     engine: Engine,
 ) -> Choice | None:
-    """Returns the best choice for a layout, or None if it has too many classes. ``counts`` are of numbers."""
+    """Returns the best choice for a layout, or None if it has too many classes.
+
+    Args:
+        counts: counts of the numbers, not of the symbols.
+    """
     if len(layout.extra) == 1:
         return one_class(blocks, layout, int(counts.total.sum()))
     if len(layout.extra) > MAX_CLASSES[group]:
@@ -175,7 +179,7 @@ def _choice(
 def _fitting_layout(
     counts: Histogram, limit: int, signed: bool, group: int, options: Options, engine: Engine
 ) -> Layout | None:
-    """Returns the best layout whose number of classes the group allows, or None."""
+    """Returns the best layout with at most as many classes as the group allows, or None."""
     most = _PAIR_CLASSES if group == 2 else min(MAX_SYMBOLS, 1 << options.code_limit)
     for doubling in range(16):
         layout = engine.best_layout(counts, signed, limit, CLASS_COST << doubling)
@@ -187,7 +191,7 @@ def _fitting_layout(
 def _singles(counts: Histogram, signed: bool) -> Layout | None:
     """Returns a layout of one class per number, or None if that gives too many classes.
 
-    All residuals then have one width, so that the index does not store their lengths.
+    With such a layout, all residuals have one width, so that the index does not store their lengths.
     """
     used = np.flatnonzero(counts)
     sign = 1 if signed else 0

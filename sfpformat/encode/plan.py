@@ -1,7 +1,7 @@
 """Plans the encoding of a tensor from an array and options, before any byte is written.
 
-`plan_tensor` decides between coding raw, the options' quantiser and lossless, and keeps the plan within what
-readers accept. The choices for coding fingerprint are in `planner`.
+`plan_tensor` chooses between coding raw, the quantiser of the options, and lossless. It ensures that readers
+accept the plan. `planner` makes the choices for coding fingerprint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .segments import SEGMENT
 from .zeros import with_positive_zeros
 
 _NO_CHUNKS = np.zeros(0, CHUNK_RECORD)
-# coding="auto" stores smaller tensors (in bytes) raw: tables and index take most of what coding saves, and
+# coding="auto" stores smaller tensors (in bytes) raw: their tables and index take most of the saving, and
 # reading takes longer.
 _MIN_BYTES = 2048
 
@@ -46,21 +46,22 @@ def plan_tensor(
 
     Args:
         name: the tensor's name.
-        array: the tensor; any registered dtype.
+        array: the tensor, any shape, any registered dtype.
         options: the caller's choices.
-        engine: does the counting.
+        engine: the engine that counts.
         mask: bool, of the tensor's shape: True for survivors. None: all non-zero weights survive.
         importance: float, of the tensor's shape, finite and not negative; or two factors, one number per row
             and one number per column.
-        limits: of readers. Chunks are smaller than requested if the tensor would exceed ``limits.expansion``.
-        workers: threads that make and count levels; None: the calling thread.
+        limits: limits of readers. If the tensor would exceed ``limits.expansion``, chunks are smaller than
+            requested.
+        workers: threads that make and count levels; None uses the calling thread.
 
     Raises:
         OptionError: the options do not fit the tensor.
     """
     dtype = of_numpy(array.dtype)
     if dtype is None:
-        raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format")
+        raise OptionError(f"tensor {name!r}: dtype {array.dtype} has no name in the format; cast it")
     flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
     if dtype.name == "BOOL":
         flat = flat.view(np.uint8) != 0  # in memory, true may be a byte other than 1 (R-RAW-004)
@@ -114,11 +115,12 @@ def _lossless_plan(
     except OptionError:
         if at_most is None:
             raise
-        return None  # such as a multiplier that makes an exact weight infinite; lossy numbers can be lowered
+        # For example, a multiplier makes an exact weight infinite. Numbers of lossy weights can be lowered.
+        return None
 
 
 def exact_bits(flat: NDArray[np.generic], mask: Mask | None) -> int:
-    """Returns about how many bits weights take lossless.
+    """Returns an estimate of the bits of weights in lossless coding.
 
     Args:
         flat: floats of a registered dtype, shape [n].
@@ -140,14 +142,14 @@ def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
     A chunk has at least 64 bytes (SPEC.md 15.1), so that enough chunks keep any tensor within the limit.
 
     Args:
-        plan: of the tensor.
-        bits: about how many bits the plan takes.
-        limits: of readers.
+        plan: the plan of the tensor.
+        bits: estimate of the bits of the plan.
+        limits: limits of readers.
     """
     entry = plan.entry
     least = -(-entry.decoded_bytes // max(limits.expansion, 1))
     stored = max(bits // 8, CHUNK_ALIGNMENT * -(-entry.segments // entry.chunk))
-    # Factor 2, because the bits are an estimate.
+    # The factor 2 is a margin for the error of the estimate.
     if entry.decoded_bytes <= limits.expansion_floor or stored >= 2 * least:
         return plan
     chunk = max(entry.segments // -(-least // CHUNK_ALIGNMENT), 1)
@@ -163,7 +165,10 @@ def _within_expansion(plan: Plan, bits: int, limits: Limits) -> Plan:
 
 
 def _require_readable(plan: Plan) -> None:
-    """Raises `OptionError` if a reader would refuse the plan: numbers beyond float32 or a factor's dtype."""
+    """Raises `OptionError` if a reader would refuse the plan.
+
+    The reasons are numbers beyond float32, and factors beyond their dtype.
+    """
     with np.errstate(over="ignore"):
         stored = {
             vector.name: plan.vectors[vector.name].astype(vector.dtype.numpy).astype(np.float32)
@@ -178,10 +183,10 @@ def _require_readable(plan: Plan) -> None:
 
 
 def flat_mask(mask: Mask | None, shape: tuple[int, ...]) -> Mask | None:
-    """Returns the mask of a tensor of a shape, one-dimensional, after checking it.
+    """Checks the mask of a tensor of the given shape. Returns it one-dimensional, C order.
 
     Raises:
-        OptionError: it is not an array of bool, or has another shape.
+        OptionError: the mask is not an array of bool, or has another shape.
     """
     if mask is None:
         return None

@@ -1,6 +1,6 @@
 """Chooses masks, sources and code tables for a tensor with coding fingerprint.
 
-A plan has no levels of its own, but a source that makes the levels of any block of positions: once for the
+A plan contains no levels. It has a source that makes the levels of any block of positions: once for the
 histograms of the tables, and once for the bytes. This bounds the memory.
 """
 
@@ -65,7 +65,7 @@ class Plan:
         codes: stream -> the code of each segment.
         vectors: name -> vector of the vector chunk.
         importance: the source of importance levels, or None.
-        bits: about how many bits the tensor takes.
+        bits: estimate of the bits of the tensor.
     """
 
     entry: TensorEntry
@@ -89,7 +89,7 @@ class Planner:
         self.entry = replace(raw.entry, coding="fingerprint")
 
     def allowance(self) -> int:
-        """Returns how many bits the options allow for mask and levels; 0 if they set no number of bits."""
+        """Returns the number of bits that the options allow for mask and levels; 0 if they set none."""
         asked = self.options.lossy
         if asked is None:
             return 0
@@ -101,15 +101,15 @@ class Planner:
         return Planner(self.raw, options, self.engine, self.given_mask, self.workers)
 
     def plan(self, importance: Importance | None, at_most: int | None = None) -> tuple[Plan, int] | None:
-        """Plans the tensor. Of several lossless ways, returns the smallest.
+        """Plans the tensor. For lossless options, returns the smallest of several plans.
 
         Args:
             importance: as in `plan_tensor`.
             at_most: the greatest number of bits, or None.
 
         Returns:
-            The plan, and about how many bits it takes. None if it would take more than ``at_most``, or if no
-            step reaches the error or the bits in the options.
+            The plan, and an estimate of its bits. None if the bits are more than ``at_most``, or if no step
+            meets the error or the bits in the options.
 
         Raises:
             OptionError: the options do not fit the tensor.
@@ -123,12 +123,12 @@ class Planner:
         return None if found is not None and at_most is not None and found[1] > at_most else found
 
     def _smallest(self, sources: list[Source], at_most: int | None) -> tuple[Plan, int] | None:
-        """Returns the smallest plan of the sources. Of equal ones, that of the first source, with a mask.
+        """Returns the smallest plan of all sources. Of equal plans, prefers the first source, and a mask.
 
         Returns None if there is no source, or if each certainly takes more than ``at_most`` bits.
 
-        The last source is planned first: a table of all values is usually so much smaller that a lower bound
-        on the bits of the bit patterns excludes them without a plan.
+        Plans the last source first. This is usually a table of all values, and so small that a lower bound on
+        the bits of the other source, bit patterns, excludes that source without a plan.
         """
         best: tuple[Plan, int] | None = None
         for source in reversed(sources):
@@ -142,7 +142,7 @@ class Planner:
         return best
 
     def _is_larger(self, source: Source, bits: int) -> bool:
-        """Whether every plan of a source certainly takes more than ``bits`` bits.
+        """Returns whether every plan of a source certainly takes more than ``bits`` bits.
 
         Only bit patterns in the tensor's own dtype have such a bound; False for other sources.
         """
@@ -268,7 +268,7 @@ class Planner:
                 yield plain
 
     def _has_many_negative_zeros(self, source: Source) -> bool:
-        """Whether so many weights are -0, which survives, that a mask of +0 alone saves little."""
+        """Returns whether many weights are -0. They survive, so that a mask of only the +0 saves little."""
         return source.IS_LOSSLESS and zeros_of(self.flat).negative * _MANY_ZEROS > len(self.flat)
 
     def _plan_streams(
@@ -280,12 +280,12 @@ class Planner:
         """Plans one source, with or without a mask.
 
         Args:
-            source: of the fingerprint levels.
+            source: the source of the fingerprint levels.
             survives: returns the mask of a block; None for no mask.
             density: survivors per position; 1 without a mask.
 
         Returns:
-            The plan, and about how many bits it takes.
+            The plan, and an estimate of its bits.
         """
         options = self.options
         source = source.of_survivors(survives, self.given_mask)
@@ -325,7 +325,7 @@ class Planner:
     def _with_importance(
         self, plan: Plan, source: ImportanceSource | StoredFactors, options: ImportanceOptions
     ) -> tuple[Plan, int]:
-        """Returns the plan with the importance added, and about how many bits the importance takes."""
+        """Returns the plan with the importance added, and an estimate of the importance's bits."""
         entry = plan.entry
         if isinstance(source, StoredFactors):
             dtype = DTYPES[options.dtype]

@@ -333,7 +333,9 @@ def step_for_budget(sample: Sampled, budget: float) -> float | None:
     """
     allowed = int(budget * sample.positions * (1 << FRACTION))
     if sample.mask_bits() > allowed:
-        raise OptionError(f"the mask alone takes more than a budget of {budget} bits a position")
+        raise OptionError(
+            f"the mask alone takes more than the budget of {budget} bits per position; increase the budget"
+        )
     return _least_step(sample, lambda step: sample.bits(step)[1] <= allowed)
 
 

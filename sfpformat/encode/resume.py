@@ -1,7 +1,7 @@
 """A sink that resumes an interrupted write: ``TARGET.partial`` and ``TARGET.partial.journal``.
 
 The journal is a sequence of MessagePack values: the job's key, then the entry of each complete tensor. After
-a crash the next writer with the same key compares the checksums of the tensors in the journal, discards the
+a crash, the next writer with the same key checks the tensors in the journal by their checksums, discards the
 rest of the file, and continues.
 """
 
@@ -38,7 +38,7 @@ from ..io.filesystem import (
 from ..io.source import Buffer
 from ..limits import DEFAULT_LIMITS, Limits
 
-# Exceptions of reading a journal whose last record is cut off or damaged. Writing resumes before that record.
+# Exceptions from a journal whose last record is cut off or damaged. Writing resumes before that record.
 _CUT_OFF = (msgpack.exceptions.UnpackException, ValueError, TypeError, AttributeError, SfpError)
 
 
@@ -56,13 +56,13 @@ class ResumableSink:
 
         Args:
             target: the final path of the file, links resolved.
-            key: identifies the job: input, output and options. A different key starts a new file.
-            like: the file from which to copy owner and mode, if it exists; else ``target``.
-            limits: limits with which the entries in the journal are read.
+            key: identifies the job: its input, output and options. A different key starts a new file.
+            like: the file whose owner and mode are copied, if it exists; else ``target``.
+            limits: limits for reading the entries in the journal.
 
         Raises:
             LockedFileError: another process is writing this target.
-            OSError: no space or no permission. The partial file and the journal are removed.
+            OSError: the files cannot be written. The partial file and the journal are removed.
         """
         self._target, self._like, self._limits = target, like, limits
         self._path = beside(target, ".partial")
@@ -141,7 +141,7 @@ class ResumableSink:
         except OSError as error:
             if not self._path.exists():
                 raise
-            words = f"{error.strerror}: the new file is complete, but could not be renamed; it is kept as "
+            words = f"{error.strerror}: the new file is complete, but could not be renamed. It remains as "
             words += f"{self._path.name}; run the same job again to rename it"
             raise UnnamedFileError(error.errno, words, os.fspath(self._target)) from error
         remove(self._journal_path)
@@ -149,7 +149,7 @@ class ResumableSink:
             self._file.close()
 
     def _require_own(self, preamble: bytes, end: int) -> None:
-        """Reads the file again and compares all checksums. Used if the file system has no locks.
+        """Reads the file again and compares all checksums. Called if the file system has no locks.
 
         Raises:
             LockedFileError: another process has changed the file.

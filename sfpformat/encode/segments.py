@@ -1,4 +1,4 @@
-"""The default number of positions in a segment, and of segments in a chunk."""
+"""Chooses the default number of positions per segment, and of segments per chunk."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import lru_cache
 from ..container.entry import MAX_CHUNK_POSITIONS
 from ..options import Options
 
-# Above this density of survivors a tensor is dense: coding without a mask is tried too.
+# Above this density of survivors a tensor is dense: the planner also tries coding without a mask.
 DENSE = 0.6
-# About the number of positions in a default segment of a dense tensor. With fewer survivors, segments are
+# Approximate number of positions in a default segment of a dense tensor. With fewer survivors, segments are
 # longer, so that the segment index stays a small part of the data (figures in tests/figures/README.md). Dense
-# exact tensors have segments of twice the size, because their codes differ less from segment to segment.
+# exact tensors have segments of twice this size, because their codes differ less from segment to segment.
 SEGMENT = 1536
 
 
@@ -21,7 +21,7 @@ def default_segment(columns: int, density: float, exact: bool, options: Options)
     Args:
         columns: positions per row.
         density: survivors per position, from 0 to 1.
-        exact: whether the quantiser is exact.
+        exact: whether the quantiser is `Exact`.
         options: the caller's choices; with fixed width a segment has at most one row.
     """
     usual = SEGMENT * next(k for k in (1, 2, 4, 8) if density * k >= 0.5 or k == 8)
@@ -32,7 +32,7 @@ def default_segment(columns: int, density: float, exact: bool, options: Options)
 
 @lru_cache(maxsize=256)
 def _segment_near(columns: int, wanted: int, of_one_row: bool) -> int:
-    """Returns a segment size near ``wanted``: whole rows or an equal part of a row, else ``wanted`` itself.
+    """Returns a segment size near ``wanted``: whole rows or an equal part of a row; else ``wanted``.
 
     Args:
         columns: positions per row.

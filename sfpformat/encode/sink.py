@@ -1,4 +1,4 @@
-"""Sinks of a writer's bytes: a temporary file that replaces its target at the end, memory, or a stream."""
+"""Sinks for a writer's bytes: a temporary file that replaces its target at the end, memory, or a stream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """A temporary file with a random name in the target's folder."""
+    """A temporary file in the target's folder, with a random name."""
 
     def __init__(self, target: Path) -> None:
         self._new = AtomicFile(target)
@@ -89,7 +89,7 @@ class CountingSink:
     """Counts the bytes of a file, and passes each complete tensor to a callback.
 
     Attributes:
-        size: size of the file so far, in bytes. The preamble counts at `commit`.
+        size: size of the file so far, in bytes. Includes the preamble only after `commit`.
     """
 
     def __init__(self, take: Callable[[TensorEntry, bytes], None]) -> None:
@@ -118,7 +118,7 @@ class CountingSink:
 
 
 class StreamSink:
-    """A seekable binary object of the caller, written from its start. An error leaves it partly written."""
+    """A seekable binary object of the caller, written from its start. After an error it is partly written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         """Writes placeholder bytes for the preamble at the start of the stream.
@@ -142,7 +142,7 @@ class StreamSink:
                 raise BlockingIOError(
                     "the stream is non-blocking and accepts no bytes now; use a blocking stream"
                 )
-            if count is None:  # some libraries' objects do not return the count
+            if count is None:  # objects of some libraries do not return the count
                 return
             if not 0 < count <= len(view):
                 raise OSError(f"the stream reported {count} written bytes of {len(view)}")
@@ -175,29 +175,37 @@ def _require_writable(stream: Any) -> None:
         hasattr(stream, method) for method in ("write", "seek", "tell", "truncate", "flush")
     ):
         kind = type(stream).__name__
-        raise OptionError(f"cannot write to a {kind}: give a path, or a binary stream opened with mode 'wb'")
+        raise OptionError(f"cannot write to a {kind}; pass a path, or a binary stream opened with mode 'wb'")
     if getattr(stream, "closed", False):
         raise OptionError("the stream is closed")
     if hasattr(stream, "writable") and not stream.writable():
         raise OptionError("the stream was opened for reading only; open it with mode 'wb'")
     if hasattr(stream, "seekable") and not stream.seekable():
-        raise OptionError("the stream cannot seek (a pipe or socket?); write to io.BytesIO or a path first")
+        raise OptionError(
+            "the stream cannot seek (is it a pipe or socket?); write to io.BytesIO or to a path first"
+        )
     if _appends(stream):
         raise OptionError("the stream was opened to append; open it with mode 'wb'")
 
 
 def _appends(stream: Any) -> bool:
-    """Whether the stream is in append mode: it then writes at the end, whatever its position."""
+    """Returns whether the stream is in append mode, and so ignores its position when it writes."""
     mode = getattr(stream, "mode", "")
     if isinstance(mode, str) and "a" in mode:
         return True
-    if sys.platform == "win32":  # the mode cannot be asked for; `_require_place` finds most of these streams
+    if sys.platform == "win32":  # no call returns the mode; `_require_place` detects most of these streams
         return False
     try:
         import fcntl
 
         return bool(fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND)
-    except (ImportError, AttributeError, OSError, ValueError, TypeError):  # not an operating-system file
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # not a file of the operating system
         return False
 
 
@@ -209,8 +217,8 @@ def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_L
 
     Args:
         target: a path, a stream, or a sink.
-        resume_key: identifies the job of a resumable writer; for paths only. None: not resumable.
-        limits: of the readers.
+        resume_key: identifies the job of a resumable writer, only for paths. None: not resumable.
+        limits: limits of the readers.
 
     Raises:
         OptionError: the target cannot be written, or a target with a ``resume_key`` is not a path.
@@ -221,5 +229,5 @@ def open_sink(target: Target, resume_key: str | None, limits: Limits = DEFAULT_L
         path = real_target(target)
         return FileSink(path) if resume_key is None else ResumableSink(path, resume_key, limits=limits)
     if resume_key is not None:
-        raise OptionError("resume_key needs a path as target, not a stream")
+        raise OptionError("resume_key needs a path as the target, not a stream")
     return target if isinstance(target, (MemorySink, CountingSink, ResumableSink)) else StreamSink(target)

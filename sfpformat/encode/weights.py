@@ -72,12 +72,12 @@ class Kind(Enum):
     COMPANION = "scales, zero points or tables of quantised weights"
     BUFFER = "buffers"
     BIAS = "biases"
-    NORM = "gains of normalisations"
+    NORM = "gains of normalisation layers"
     NOT_FINITE = "with infinities, NaNs or values beyond float32"
     NOT_FLOAT = "not float"
     PATTERN = "that the pruning pattern does not fit"
     SMALL = "of rank below 2, or small"
-    ASKED = "as asked"
+    ASKED = "as requested"
 
 
 class Reason(NamedTuple):

@@ -1,7 +1,7 @@
-"""Writes `.sfp` files, tensor by tensor. Needs memory for a few chunks in addition to the current tensor.
+"""Writes `.sfp` files, tensor by tensor. Needs memory for the current tensor and a few chunks.
 
 Rules: the writer writes to a temporary file, syncs it, and renames it to the target in one step (R-STR-005).
-An error before that leaves the old file unchanged and removes the temporary file.
+After an error before this step, the old file is unchanged and the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 
 
 class Writer:
-    """Writes an `.sfp` file; a context manager. After an exception in the block, a target path is unchanged.
+    """Writes an `.sfp` file. A context manager: after an exception in its block, the target is unchanged.
 
     ``with Writer("model.sfp") as w: w.add("w", array)``
     """
@@ -58,17 +58,17 @@ class Writer:
         Args:
             target: a path; a seekable binary object, which is written from its start; or a sink.
             metadata: the caller's strings.
-            engine: as in `sfpformat.open`.
+            engine: same as for `sfpformat.open`.
             threads: the greatest number of encoding threads; None uses the number of cores. The bytes do not
                 depend on it.
-            resume_key: identifies the job. An interrupted writer then keeps its partial file, and the next
-                writer with the same key continues after the last complete tensor; see `done`.
+            resume_key: identifies the job. With a key, an interrupted writer keeps its partial file, and the
+                next writer with the same key continues after the last complete tensor; see `done`.
             limits: limits of the readers. The writer refuses to write a file that exceeds them. Readers need
                 the same limits if these are not the default.
 
         Raises:
             OptionError: metadata are not strings, or the target cannot be written or resumed.
-            EngineError: there is no such engine, or it is not available.
+            EngineError: the engine is unknown or not available.
             LockedFileError: with ``resume_key``, another process is writing the target.
             OSError: the temporary file cannot be created.
         """
@@ -116,26 +116,26 @@ class Writer:
         importance: Importance | None = None,
         other: Mapping[str, object] | None = None,
     ) -> TensorEntry:
-        """Writes a tensor.
+        """Encodes and writes a tensor.
 
         Args:
-            name: the tensor's name, not used before in this file.
-            array: any shape; a dtype of SPEC.md 25.1. BF16 and FP8 are dtypes of `ml_dtypes`.
-            options: how to encode it; the default is lossless.
+            name: the tensor's name, which no other tensor of the file has.
+            array: any shape, a dtype of SPEC.md 25.1. BF16 and FP8 are dtypes of `ml_dtypes`.
+            options: how to encode the tensor; None is lossless.
             mask: bool, of the array's shape, True for survivors. None: all non-zero weights survive.
             importance: float, of the array's shape, finite and not negative; or two vectors, one number per
                 row and one number per column.
-            other: additional keys of the tensor's entry in the directory (R-DIR-005). Their names begin with
-                ``x-``; their values are maps, lists, strings, bytes and integers from 0 to 2^64 - 1. Readers
-                return them as `TensorInfo.unknown`.
+            other: additional keys for the tensor's entry in the directory (R-DIR-005). Their names begin with
+                ``x-``. Their values are maps, lists, strings, bytes and integers from 0 to 2^64 - 1. Readers
+                return them in `TensorInfo.unknown`.
 
         Returns:
             The tensor's entry in the directory.
 
         Raises:
             OptionError: the options do not fit the tensor, the name is taken, or the tensor exceeds the
-                limits. The writer can continue, unless the error is detected only after encoding.
-            OSError: the file cannot be written. It cannot be completed any more.
+                limits. The writer can add other tensors, unless only encoding detected the error.
+            OSError: the file cannot be written. The writer cannot complete it any more.
             ClosedFileError: the writer is closed.
             SfpError: an earlier tensor was only partly written.
         """
@@ -162,8 +162,8 @@ class Writer:
             The tensor's entry in this file's directory.
 
         Raises:
-            OptionError: the name is taken, or the tensor exceeds the limits. The writer can continue.
-            OSError: the file cannot be written. It cannot be completed any more.
+            OptionError: the name is taken, or the tensor exceeds the limits. The writer can add others.
+            OSError: the file cannot be written. The writer cannot complete it any more.
             ClosedFileError: the writer is closed.
             SfpError: an earlier tensor was only partly written.
         """
@@ -178,13 +178,13 @@ class Writer:
         self._whole = False
         vector_record = None if vectors is None else self._append([vectors])
         records = [self._append(chunk) for chunk in chunks]
-        there = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
-        entry = replace(entry, chunks=there, vectors=vector_record)
+        chunk_records = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
+        entry = replace(entry, chunks=chunk_records, vectors=vector_record)
         entry.require_valid()
         what = f"tensor {quoted(entry.name)}"
         self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
-        # Names and chunk records are most of the directory: this sum detects a too large one early.
-        self._directory_bytes += len(entry.name.encode()) + there.nbytes
+        # Names and chunk records are most of the directory, so that their sum detects excess early.
+        self._directory_bytes += len(entry.name.encode()) + chunk_records.nbytes
         self._require_room(what)
         self._entries[entry.name] = entry
         self._sink.tensor_done(entry)
@@ -192,7 +192,13 @@ class Writer:
         return entry
 
     def _require_addable(self, name: str, rank: int, decoded: int) -> None:
-        """Raises if a tensor cannot be added, before any of it is written."""
+        """Checks that a tensor can be added. Called before any of it is written.
+
+        Raises:
+            OptionError: the name is invalid or taken, or the tensor exceeds the limits.
+            ClosedFileError: the writer is closed.
+            SfpError: an earlier tensor was only partly written.
+        """
         self._require_usable()
         require_name(name, self._limits)
         if name in self._entries:
@@ -204,7 +210,7 @@ class Writer:
 
     def _require_depth(self, entry: TensorEntry) -> None:
         """Raises `OptionError` if an entry is nested deeper than the limits allow."""
-        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # other entries are within the default
+        if entry.other or self._limits.depth < DEFAULT_LIMITS.depth:  # other entries never exceed the default
             depth = _DEPTH_OF_ENTRIES + depth_of(entry.to_map())
             self._limits.require_written("depth", depth, f"tensor {quoted(entry.name)}")
 
@@ -220,7 +226,7 @@ class Writer:
             self._chosen_for = self._weights
 
     def _encoded(self, plan: Plan) -> Iterator[list[Bytes]]:
-        """Encodes the chunks of a plan and yields them in order. With threads, encodes a few chunks ahead."""
+        """Encodes the chunks of a plan and yields them in order. Threads encode a few chunks ahead."""
 
         def work(job: ChunkJob) -> list[Bytes]:
             return encode_chunk(plan, self._engine, job)
@@ -231,14 +237,16 @@ class Writer:
         if not self._open:
             raise ClosedFileError("the writer is closed")
         if not self._whole:
-            raise SfpError("writing a tensor failed half-way: the file cannot be finished; write it again")
+            raise SfpError(
+                "an earlier tensor was only partly written, so the file cannot be completed; write it again"
+            )
 
     def _append(self, chunk: list[Bytes]) -> NDArray[np.void]:
         """Writes a chunk, given in parts, and returns its record, shape [1]."""
         length = sum(map(len, chunk))
         if length >= 1 << 32:
             raise OptionError(
-                f"a chunk would have {length} bytes, at most 4 GiB - 1 are allowed; use smaller chunks"
+                f"a chunk would have {length:,} bytes, but at most 4 GiB - 1 are allowed; use smaller chunks"
             )
         checksum = 0
         for part in chunk:
@@ -272,7 +280,7 @@ class Writer:
         self._open = False
 
     def abort(self, *, keep: bool = False) -> None:
-        """Aborts. A target path is unchanged. With ``keep``, a resumable writer keeps its partial file."""
+        """Aborts. The target is unchanged. With ``keep``, a resumable writer keeps its partial file."""
         if self._open:
             self._open = False
             self._workers.stop()
@@ -280,10 +288,10 @@ class Writer:
 
 
 def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Raises if a value is not a valid tensor name (R-TEN-002, R-MSG-003, R-LIM-001).
+    """Checks that a value is a valid tensor name (R-TEN-002, R-MSG-003, R-LIM-001).
 
     Raises:
-        OptionError: it is not a string, is empty, contains U+0000 or lone surrogates, or is too long.
+        OptionError: the name is not a string, is empty, contains U+0000 or lone surrogates, or is too long.
     """
     if not isinstance(name, str):
         raise OptionError(f"{name!r} cannot be a tensor's name: it is a {type(name).__name__}, not a string")
@@ -297,7 +305,7 @@ def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
 
 
 def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dict[str, object]:
-    """Returns the additional keys of an entry after checking them.
+    """Checks the additional keys of an entry, and returns a copy.
 
     Raises:
         OptionError: a name does not begin with ``x-``, or a value has a type that the directory does not
@@ -314,21 +322,23 @@ def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dic
         as_deep_as_an_entry: dict[str, object] = {"": {"": keys}}
         messagepack.decode(messagepack.encode(as_deep_as_an_entry), limits)
     except (FileFault, TypeError, ValueError, OverflowError) as error:
-        said = error.detail if isinstance(error, FileFault) else error
-        raise OptionError(f"tensor {quoted(name)}: extra keys cannot be written: {said}") from None
+        detail = error.detail if isinstance(error, FileFault) else error
+        raise OptionError(f"tensor {quoted(name)}: extra keys cannot be written: {detail}") from None
     return keys
 
 
 def _require_arrays(name: str, mask: object, importance: object) -> None:
-    """Raises if a mask or an importance is not an array.
+    """Checks the types of a mask and an importance.
 
     Raises:
-        OptionError: one is not an array, or an importance tuple does not have two vectors.
+        OptionError: one is not an array, or an importance is a tuple that does not have two vectors.
     """
     if not (mask is None or isinstance(mask, np.ndarray)):
         raise OptionError(f"the mask of {name!r} is a {type(mask).__name__}, not an array")
     if isinstance(importance, tuple) and len(importance) != 2:
-        raise OptionError(f"the importance of {name!r} is {len(importance)} vectors, not rows and columns")
+        raise OptionError(
+            f"the importance of {name!r} is a tuple of {len(importance)}, not of rows and columns"
+        )
     for vector in importance if isinstance(importance, tuple) else (importance,):
         if not (importance is None or isinstance(vector, np.ndarray)):
             raise OptionError(f"the importance of {name!r} is a {type(vector).__name__}, not an array")
@@ -338,12 +348,14 @@ def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
     require_mapping(metadata, "metadata")
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str) and is_text(key + value)):
-            raise OptionError(f"metadata must be strings of UTF-8 without U+0000: {key!r}: {value!r}")
+            raise OptionError(
+                f"metadata {key!r}: {value!r}: keys and values must be strings of UTF-8 without U+0000"
+            )
     return dict(metadata)
 
 
 def is_text(text: str) -> bool:
-    """Whether the directory can store a string: valid UTF-8 without U+0000 (R-MSG-003)."""
+    """Returns whether the directory can store a string: valid UTF-8 without U+0000 (R-MSG-003)."""
     try:
         return "\0" not in text and bool(text.encode() or True)
     except UnicodeEncodeError:

@@ -1,10 +1,10 @@
-"""Separate classes for zeros: in a stream with many -0, these need no residual bits (SPEC.md chapter 8).
+"""Chooses separate classes for zeros, so that many -0 need no residual bits (SPEC.md chapter 8).
 
-The level of +0 is 0 and the level of -0 is 1. Two classes of one level each come before the classes of all
-other levels. Code that multiplies weights by a mask makes -0 of negative weights; in a class with small
-weights each -0 would take the residual bits of a weight.
+The level of +0 is 0 and the level of -0 is 1. Each gets a class of one level, before the classes of all other
+levels. Code that multiplies weights by a mask turns negative weights into -0. In a class with small weights,
+each -0 would take the residual bits of a weight.
 
-Streams without -0 keep their tables.
+The tables of streams without -0 do not change.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .codes import Choice, LevelBlocks, choose_codes, count_symbols, one_class
 
 # Number of levels before those of non-zero weights: +0 and -0.
 _ZEROS = 2
-# A table whose classes differ in residual bits decodes slower, so that it must save 1/_GAIN of a stream.
+# A table whose classes differ in residual bits decodes more slowly. It must save 1/_GAIN of a stream.
 _GAIN = 64
-# Group -> the greatest numbers of classes for non-zero weights, in the order in which they are tried. With
-# pairs, the first may give too many symbols.
+# Group -> limits on the number of classes for non-zero weights, in the order of trial. With pairs, the
+# first limit can give too many symbols.
 _MOST_CLASSES = {1: (MAX_SYMBOLS - _ZEROS,), 2: (18, 14)}
 # Positions processed at a time.
 _BLOCK = 1 << 18
@@ -46,7 +46,7 @@ class Zeros(NamedTuple):
 
 
 def zeros_of(array: NDArray[np.generic]) -> Zeros:
-    """Counts the zeros of an array; none in a dtype that is not float."""
+    """Counts the zeros of an array of any shape. Returns 0 and 0 for a dtype that is not float."""
     positive = negative = 0
     for patterns in _blocks_of_patterns(array):
         positive += len(patterns) - int(np.count_nonzero(patterns))
@@ -55,7 +55,7 @@ def zeros_of(array: NDArray[np.generic]) -> Zeros:
 
 
 def with_positive_zeros(flat: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Returns a float array, shape [n], with +0 for -0: a copy, or the array itself if it has no -0."""
+    """Returns a float array, shape [n], with +0 for each -0: a copy, or the array itself if it has no -0."""
     if not zeros_of(flat).negative:
         return flat
     flat = flat.copy()
@@ -65,7 +65,7 @@ def with_positive_zeros(flat: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def _blocks_of_patterns(array: NDArray[np.generic]) -> Iterator[Patterns]:
-    """Yields the bit patterns of an array, block by block; nothing for a dtype that is not float."""
+    """Yields the bit patterns of a float array, block by block. Yields nothing for another dtype."""
     dtype = of_numpy(array.dtype)
     if dtype is None or not dtype.is_float:
         return
@@ -92,13 +92,13 @@ def cheaper_with_zeros(
 
     Args:
         choice: the stream's choice so far.
-        blocks: its levels.
+        blocks: the levels of the stream.
         widths: candidates for the residual bits of classes of non-zero weights, the best first.
         bound: no class of a table may reach this level.
         options: the caller's choices.
-        engine: does the counting.
+        engine: the engine that counts.
         most: the greatest number of codes, unless the options set it.
-        first: number of levels in the class that contains the zeros: an upper bound on the number of zeros.
+        first: number of levels in the class that contains the zeros, an upper bound on the number of zeros.
     """
     # A -0 takes at most the longest code and the longest residual.
     saved = (MAX_CODE_BITS + max(choice.table.extra)) * _GAIN
@@ -111,7 +111,7 @@ def cheaper_with_zeros(
     for width in widths:
         rest = _count_rest(blocks, width)
         if len(rest) > (bound - _ZEROS) >> width:
-            continue  # the last class would exceed the bound; narrower classes may not
+            continue  # the last class would exceed the bound; with narrower classes it may not
         for group in (options.group,) if options.group else (1, 2):
             found = _choice(blocks, zeros, rest, width, bound, group, options, engine, most)
             if found is not None and found.bits < best.bits:
@@ -153,7 +153,7 @@ def _choice(
     engine: Engine,
     most: int,
 ) -> Choice | None:
-    """Returns the best choice with separate classes for zeros, or None if there is none."""
+    """Returns the best choice with separate classes for zeros, or None if none is possible."""
     for classes in _MOST_CLASSES[group]:
         layout = _layout(zeros, rest, width, bound, classes, engine)
         if layout is None or len(layout.extra) > MAX_CLASSES[group]:

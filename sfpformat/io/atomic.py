@@ -1,9 +1,9 @@
 """Atomic file writes: a file appears complete or not at all.
 
-Rules: a new file is written in the folder of its target, under a random name that no file has. It gets the
-owner, group, access list and mode of the file that it replaces; without one, those of any new file. Symbolic
-links are followed. Other hard links to a replaced file keep the old contents. An error removes the temporary
-file; SIGKILL leaves it as ``.NAME.….partial``.
+Rules: a new file is written in the folder of its target, under an unused random name. It gets the owner,
+group, access list and mode of the file that it replaces, or the defaults of a new file. Symbolic links are
+followed. Other hard links to a replaced file keep the old contents. After an error, the temporary file is
+removed; after SIGKILL, it remains as ``.NAME.….partial``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def real_target(target: str | os.PathLike[str]) -> Path:
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
-        raise OptionError(f"{target} cannot be replaced: it is not a regular file")
+        raise OptionError(f"{target} cannot be replaced, because it is not a regular file; give another path")
     return path
 
 
@@ -37,7 +37,7 @@ class AtomicFile:
     Attributes:
         target: the final path.
         path: the path of the temporary file.
-        file: the temporary file, open for writing, empty at first.
+        file: the temporary file, empty and open for writing.
     """
 
     def __init__(self, target: Path, *, path: Path | None = None) -> None:
@@ -45,8 +45,8 @@ class AtomicFile:
 
         Args:
             target: the final path, links resolved.
-            path: the path of the temporary file; an old file there is overwritten. The caller must prevent
-                other processes from writing there. None for a random name.
+            path: the path of the temporary file. An old file at this path is overwritten; the caller must
+                prevent other processes from writing to it. None uses a random name.
 
         Raises:
             OSError: the temporary file cannot be created.
@@ -88,8 +88,10 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     An error in the block removes the new file.
 
+    ``with replacing("model.sfp") as file: file.write(data)``
+
     Args:
-        target: its path; links are followed.
+        target: the path of the file to replace; links are followed.
 
     Raises:
         OptionError: the target exists and is not a file.
@@ -105,9 +107,10 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 class ReplacedTogether:
-    """Context manager that writes several files and the index that lists them, and replaces all together.
+    """Context manager that writes several files and their index, and replaces the old ones together.
 
-    The end of the block calls `rename_all`. An error before that removes the new files and changes nothing.
+    At the end of the block, it calls `rename_all`. After an error in the block, it removes the new files, and
+    no old file has changed.
     """
 
     def __init__(self, index: Path) -> None:
@@ -124,7 +127,7 @@ class ReplacedTogether:
 
     @property
     def index(self) -> BinaryIO:
-        """The index, open for writing."""
+        """The temporary file of the index, open for writing."""
         return self._new[0].file
 
     def add(self, target: str | os.PathLike[str]) -> BinaryIO:
@@ -159,9 +162,9 @@ _Pair = tuple[Path, Path]
 def rename_all(files: Sequence[_Pair], index: _Pair) -> None:
     """Renames synced files to their final names, and the index that lists them last.
 
-    If a target and the index exist, the old index is moved away first, so that a mixture of old and new files
-    is never read as a model. If the first file cannot be renamed, the old index is restored, and nothing has
-    changed.
+    If a target and the index exist, this function first moves the old index away, so that readers never find
+    an index of old and new files together. If the first file cannot be renamed, it restores the old index,
+    and nothing has changed.
 
     Args:
         files: the current path and the final path of each file.

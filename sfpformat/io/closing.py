@@ -1,4 +1,4 @@
-"""Base class of context managers that close themselves."""
+"""Base class of objects that a ``with`` block closes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Self
 
 
 class Closing(ABC):
-    """Base class: the end of a ``with`` block calls `close`."""
+    """A context manager that calls `close` at the end of its block."""
 
     @abstractmethod
     def close(self) -> None:
-        """Releases resources."""
+        """Closes the object and releases its resources."""
 
     def __enter__(self) -> Self:
         return self

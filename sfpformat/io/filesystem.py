@@ -1,10 +1,10 @@
-"""System calls for writing files safely, on systems and file systems that lack some of them.
+"""Writes files safely, also on systems and file systems that lack some system calls.
 
-Rules: if a system or a file system does not support a call (sync of a folder, lock, change of mode or owner),
-the call is skipped. Every other error is raised. Nothing here changes the umask of the process.
+Rules: calls that a system or a file system does not support (sync of a folder, lock, change of mode or owner)
+are skipped. Every other error is raised. No function changes the umask of the process.
 
-Windows neither renames nor removes a file that a process has open. A locked file is therefore closed first
-there; elsewhere the lock is held until the file has its final name.
+Windows neither renames nor removes an open file, so that a locked file is closed first. On other systems, the
+lock is held until the file has its final name.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import BinaryIO
 
 from ..errors import SfpError, SfpWarning
 
-# Errors of file systems for calls that they do not support.
+# Errors of file systems for unsupported calls.
 _ABSENT = frozenset((errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
-# The same, and errors for calls that this user is not permitted.
+# The same, and errors for missing permissions.
 _NOT_ALLOWED = _ABSENT | {errno.EPERM, errno.EACCES}
 _NO_LOCKS = _ABSENT | {errno.ENOLCK}
 # Errors of network file systems for a rename while another process has the target open.
 _BUSY = frozenset((errno.EBUSY, errno.EACCES, errno.ETXTBSY))
 _OPEN = (
-    "Windows does not replace a file that is open or read-only; close its readers and models, and try again"
+    "Windows does not replace an open or read-only file; close all readers and models of it, and try again"
 )
 _WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts to rename
 _MODE_BITS = 0o777
@@ -43,19 +43,19 @@ class LockedFileError(SfpError):
 
 
 class UnnamedFileError(OSError):
-    """A file is complete but could not be renamed. It is kept for the next run of the same job."""
+    """A complete file could not be renamed. It remains for the next run of the same job."""
 
 
 def beside(target: Path, suffix: str, *, prefix: str = "") -> Path:
-    """Returns the path of a file in the target's folder: the target's name with prefix and suffix.
+    """Returns the path of a file in the target's folder, named like the target with prefix and suffix.
 
-    If that is longer than a file name may be, the target's name is cut and a hash of it is added.
+    If the name is too long for a file, cuts the target's name and adds a hash of it.
     """
     name = prefix + target.name + suffix
     if len(os.fsencode(name)) > _LONGEST_NAME:
         room = _LONGEST_NAME - len(os.fsencode(prefix + suffix)) - 17
         start, digest = target.name, hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-        while len(os.fsencode(start)) > room:  # whole characters: macOS and Windows refuse parts of one
+        while len(os.fsencode(start)) > room:  # cuts whole characters, because macOS and Windows refuse parts
             start = start[:-1]
         name = f"{prefix}{start}-{digest}{suffix}"
     return target.with_name(name)
@@ -65,12 +65,12 @@ def create(path: Path, flags: int, mode: int) -> int:
     """Opens a file, creates it if it does not exist, and returns its descriptor.
 
     Args:
-        path: of the file.
-        flags: of `os.open`, such as ``os.O_WRONLY | os.O_EXCL``.
-        mode: of a new file, less the umask.
+        path: the path of the file.
+        flags: flags for `os.open`, such as ``os.O_WRONLY | os.O_EXCL``.
+        mode: the mode of a new file, before the umask.
 
     Raises:
-        OSError: it cannot be opened, or is a symbolic link.
+        OSError: the file cannot be opened, or is a symbolic link.
     """
     no_link = getattr(os, "O_NOFOLLOW", 0)
     if not no_link and path.is_symlink():
@@ -79,25 +79,25 @@ def create(path: Path, flags: int, mode: int) -> int:
 
 
 def creation_mode(target: Path, like: Path | None = None) -> int:
-    """Returns the mode with which to create a new file: the default, or private if it replaces a file."""
+    """Returns the mode for creating a new file: the default, or a private mode if it replaces a file."""
     return 0o666 if _replaced(target, like) is None else 0o600
 
 
 def _replaced(target: Path, like: Path | None) -> Path | None:
-    """Returns the file whose attributes a new file gets: the first of ``like`` and ``target`` that exists."""
+    """Returns the file whose attributes a new file gets: ``like``, else ``target``, if it exists."""
     return next((path for path in (like, target) if path is not None and path.exists()), None)
 
 
 def take_attributes(file: int, target: Path, like: Path | None = None) -> None:
     """Copies owner, group, access list and mode of the replaced file to a new file, as far as permitted.
 
-    Grants nobody more than the old file did: if the group or the access list cannot be kept, the group gets
-    at most the rights of all others. Changes nothing if there is no old file.
+    Never grants more rights than the old file: if the group or the access list cannot be copied, the group
+    gets at most the rights of all others. Changes nothing without an old file.
 
     Args:
         file: the descriptor of the new file.
-        target: its final path.
-        like: the file from which to copy, if it exists; else ``target``.
+        target: the final path of the new file.
+        like: the file whose attributes are copied, if it exists; else ``target``.
 
     Raises:
         OSError: an error other than a missing permission or an unsupported call.
@@ -136,7 +136,7 @@ def _allowed_to_change_owner(file: int, user: int, group: int) -> bool:
 
 
 def _copied_access_list(source: Path, file: int) -> bool:
-    """Copies the POSIX access list, or removes it if the source has none. Returns whether that worked."""
+    """Copies the POSIX access list, or removes it if the source has none. Returns whether this succeeded."""
     if sys.platform != "linux" or not hasattr(os, "getxattr"):
         return True
     try:
@@ -166,8 +166,8 @@ def rename(source: Path, target: Path) -> None:
     """Renames a synced file in one step, and syncs the folder. Retries while the target is busy.
 
     Raises:
-        OSError: the rename failed, and the target is unchanged; or the folder could not be synced, and the
-            target is replaced, as the message says. On Windows a target that is open is not replaced.
+        OSError: the rename failed, and the target is unchanged. Or the folder could not be synced after the
+            rename; the message says so. Windows does not replace an open target.
     """
     own = os.stat(source)
     for wait in (*_WAITS, None):
@@ -175,7 +175,7 @@ def rename(source: Path, target: Path) -> None:
             os.replace(source, target)
             break
         except OSError as error:
-            if _is_at(target, own):  # a server renamed it, but its answer was lost
+            if _is_at(target, own):  # a server renamed the file, but its answer was lost
                 break
             if wait is None or error.errno not in _BUSY or not _is_unchanged(source, own):
                 if _fixes_open_files() and isinstance(error, PermissionError) and target.exists():
@@ -186,10 +186,10 @@ def rename(source: Path, target: Path) -> None:
 
 
 def rename_locked(file: BinaryIO, source: Path, target: Path) -> None:
-    """Renames a synced file from `open_locked`, as `rename`. The lock is held until then if the system can.
+    """Renames a synced file from `open_locked`. Holds the lock until the end if the system supports that.
 
     Raises:
-        OSError: as `rename` raises it.
+        OSError: same as for `rename`.
     """
     if _fixes_open_files():
         file.close()
@@ -197,7 +197,7 @@ def rename_locked(file: BinaryIO, source: Path, target: Path) -> None:
 
 
 def _fixes_open_files() -> bool:
-    """Whether the system refuses to rename and to remove open files."""
+    """Returns whether the system refuses to rename and to remove open files."""
     return sys.platform == "win32"
 
 
@@ -209,7 +209,7 @@ def _is_at(path: Path, status: os.stat_result) -> bool:
 
 
 def _is_unchanged(path: Path, status: os.stat_result) -> bool:
-    """Whether the file at a path is still the same, with the same contents as far as its status tells."""
+    """Returns whether a path is still the same file, with the same size and modification time."""
     try:
         now = os.stat(path)
     except OSError:
@@ -228,12 +228,14 @@ def _sync_folder(path: Path) -> None:
             os.close(folder)
     except OSError as error:
         if error.errno not in _NOT_ALLOWED:
-            words = f"{error.strerror}; the new file is in place, but may be lost if the machine crashes"
+            words = (
+                f"{error.strerror}; the new file has its final name, but may be lost if the machine crashes"
+            )
             raise OSError(error.errno, words, os.fspath(path)) from error
 
 
 def remove(path: Path) -> None:
-    """Removes a file if it exists. Warns on failure instead of raising."""
+    """Removes a file if it exists. Warns instead of raising if this fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -241,9 +243,9 @@ def remove(path: Path) -> None:
 
 
 def remove_locked(file: BinaryIO, path: Path) -> None:
-    """Removes a file from `open_locked` and closes it. The lock is held until then if the system can.
+    """Removes a file from `open_locked`, and closes it. Holds the lock until then if the system supports it.
 
-    Warns on failure instead of raising.
+    Warns instead of raising if this fails.
     """
     if not _fixes_open_files():
         remove(path)
@@ -256,21 +258,21 @@ def remove_locked(file: BinaryIO, path: Path) -> None:
 def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
     """Opens a file for reading and writing, and locks it until it is closed. Creates it if needed.
 
-    The lock is advisory, except on Windows: other processes cannot read the first byte there. The system
-    releases it when the process ends, however it ends. No further file is created.
+    The lock is advisory. On Windows, other processes cannot read the first byte of a locked file. The system
+    releases the lock at the end of the process, even after a crash. There is no separate lock file.
 
     Args:
-        path: of the file; not a symbolic link.
-        mode: of a new file, less the umask.
+        path: the path of the file, not a symbolic link.
+        mode: the mode of a new file, before the umask.
 
     Returns:
-        The file, and whether it is locked. On a file system without locks it is not, and a warning says so.
+        The file, and whether it is locked. On a file system without locks, warns and does not lock.
 
     Raises:
         LockedFileError: another process holds the lock.
         OSError: the file cannot be opened.
     """
-    from filelock import lock_descriptor  # lazy: only writers that can be resumed need it
+    from filelock import lock_descriptor  # lazy, because only resumable writers need it
 
     while True:
         number, made = _open_or_make(path, mode)
@@ -284,7 +286,7 @@ def open_locked(path: Path, mode: int = 0o666) -> tuple[BinaryIO, bool]:
             if error.errno in _NO_LOCKS:
                 warnings.warn(
                     f"{path.name} cannot be locked on this file system; do not write it from two "
-                    "processes at once",
+                    "processes at the same time",
                     SfpWarning,
                     stacklevel=2,
                 )

@@ -1,4 +1,4 @@
-"""Resolves the path of a model: a file, an index of shards, or a folder that has exactly one of these."""
+"""Resolves the path of a model: a file, an index of shards, or a folder with exactly one of these."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.sfp", re.DOTALL)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether a path has the suffix of an index of shards."""
+    """Returns whether a path has the suffix of an index of shards."""
     return os.fspath(path).endswith(INDEX_SUFFIX)
 
 
 def model_path(path: str | os.PathLike[str]) -> Path:
-    """Returns the path of the file or index: the path itself, or the only model in the folder.
+    """Returns the path of a model's file or index. For a folder, this is the only model in it.
 
     Raises:
-        OptionError: a folder has no `.sfp` model, or several.
+        OptionError: the folder has no `.sfp` model, or several.
     """
     path = Path(path)
     if not path.is_dir():
@@ -37,7 +37,10 @@ def model_path(path: str | os.PathLike[str]) -> Path:
 
 
 def models_in(folder: Path) -> list[str]:
-    """Returns the names of a folder's indices and of its `.sfp` files, without their shards, ascending."""
+    """Returns the names of the indices and the `.sfp` files in a folder, ascending.
+
+    Omits the shards of these indices.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     indices = {name for name in names if name.endswith(SUFFIX + INDEX_SUFFIX)}
     files = {name for name in names if name.endswith(SUFFIX) and not _is_of(name, indices)}
@@ -45,6 +48,6 @@ def models_in(folder: Path) -> list[str]:
 
 
 def _is_of(name: str, indices: set[str]) -> bool:
-    """Whether a file has the name of a shard of one of the indices."""
+    """Returns whether a file has the name of a shard of one of the indices."""
     shard = _SHARD.fullmatch(name)
     return shard is not None and shard[1] + SUFFIX + INDEX_SUFFIX in indices

@@ -11,13 +11,14 @@ from io import FileIO
 from ..errors import ClosedFileError
 from .closing import Closing
 
-_MOST = 1 << 30  # bytes of a call; macOS refuses 2^31
+_MOST = 1 << 30  # bytes per call; macOS refuses 2^31
 
 
 class PositionalFile(Closing):
-    """A file that threads read at any offset: no mapped pages that count as memory.
+    """A file that several threads can read at any offset.
 
-    Reads by `os.preadv`, or `os.pread`. Systems without both share one position, under a lock.
+    Uses `os.preadv` or `os.pread`. Systems without both share one file position, under a lock. Does not map
+    the file, because mapped pages would count as memory of the process.
 
     Attributes:
         length: size of the file when it was opened, in bytes.
@@ -27,15 +28,18 @@ class PositionalFile(Closing):
         """Opens a file.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: the file cannot be opened.
         """
         self._file = FileIO(os.fspath(path))
         self._lock = threading.Lock()
-        weakref.finalize(self, self._file.close)  # no ResourceWarning if the caller does not close it
+        weakref.finalize(self, self._file.close)  # prevents a ResourceWarning if the caller does not close it
         self.length = os.fstat(self._file.fileno()).st_size
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fills a buffer with the bytes from ``offset``. Returns their number: fewer only at the file's end.
+        """Fills a buffer with the bytes from ``offset``.
+
+        Returns:
+            The number of bytes, less than the size of the buffer only at the end of the file.
 
         Raises:
             ClosedFileError: the file was closed.
@@ -70,5 +74,5 @@ class PositionalFile(Closing):
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(OSError):  # opened for reading only: an error loses no data
+        with contextlib.suppress(OSError):  # opened only for reading, so an error loses no data
             self._file.close()

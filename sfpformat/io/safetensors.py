@@ -1,8 +1,8 @@
-"""Safetensors files: a header parser with bounds checks, a reader of single tensors, a streaming writer.
+"""Reads and writes safetensors files tensor by tensor, with bounds checks.
 
-Rules: nothing is mapped into memory, so that reading needs memory for the largest tensor only. A file begins
-with the length of its header (u64, little-endian) and the header, a JSON object: tensor name -> dtype, shape
-and offsets in the data. The tensors fill the rest of the file without gaps or overlaps.
+A file begins with the length of its header (u64, little-endian) and the header, a JSON object: tensor name
+-> dtype, shape and offsets in the data. The tensors fill the rest of the file without gaps or overlaps. Files
+are not mapped into memory, so that reading needs memory only for the largest tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..names import quoted
 from .closing import Closing
 from .positional import PositionalFile
 
-# The limit of the reference implementation.
+# The limit of the reference implementation of safetensors.
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -49,9 +49,9 @@ class SubByte(NamedTuple):
     shape: tuple[int, ...]
 
     def as_bytes(self) -> tuple[int, ...] | None:
-        """Returns the shape of the packed bytes. None if the last byte would not be full.
+        """Returns the shape of the packed bytes, or None if the elements do not fill whole bytes.
 
-        If rows are whole bytes, only the last dimension is shorter; else the shape is flat.
+        If each row fills whole bytes, only the last dimension changes; else the shape is [bytes].
         """
         bits = SUB_BYTE_BITS[self.dtype]
         size = math.prod(self.shape) * bits
@@ -66,8 +66,8 @@ class TensorSpec(NamedTuple):
     """Name, dtype and shape of a tensor, without its data.
 
     Attributes:
-        name: of the tensor.
-        dtype, shape: of its array.
+        name: the name of the tensor.
+        dtype, shape: dtype and shape of its array.
         sub_byte: dtype and shape in safetensors, if the array holds packed elements smaller than a byte.
     """
 
@@ -96,7 +96,7 @@ class Header:
         tensors: name -> spec, in the order of the data.
         starts: name -> file offset of the tensor's first byte.
         metadata: the strings under ``__metadata__``.
-        sha256: of the header's bytes, as hex.
+        sha256: SHA-256 of the header's bytes, in hex.
     """
 
     tensors: dict[str, TensorSpec]
@@ -112,11 +112,11 @@ def strict_json(data: bytes, what: str) -> dict[str, Any]:
     """Parses a JSON object. Refuses duplicate keys, NaN and infinities.
 
     Args:
-        data: UTF-8.
+        data: the object in UTF-8.
         what: name of the data in error messages.
 
     Raises:
-        SafetensorsError: the data are not such a JSON object.
+        SafetensorsError: the data are not a JSON object, or contain a refused key or number.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
@@ -149,7 +149,7 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
 
     Args:
         data: the header's bytes, without its length.
-        data_bytes: how many bytes follow it in the file.
+        data_bytes: number of bytes after the header in the file.
 
     Raises:
         SafetensorsError: the header is damaged, or the tensors do not fill the data exactly.
@@ -162,8 +162,8 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
         start, stop = _size_list(name, value, "data_offsets", 2)
         if stop - start != spec.nbytes:
             raise SafetensorsError(
-                f"tensor {quoted(name)}: data_offsets cover {stop - start} bytes, its shape and dtype "
-                f"{spec.nbytes}"
+                f"tensor {quoted(name)}: data_offsets cover {stop - start} bytes, but its shape and "
+                f"dtype take {spec.nbytes}"
             )
         found.append((start, stop, spec))
     found.sort(key=lambda place: place[:2])
@@ -176,7 +176,7 @@ def parse_header(data: bytes, data_bytes: int) -> Header:
     if end != data_bytes:
         word = "is cut off" if end > data_bytes else "has bytes after the last tensor"
         raise SafetensorsError(
-            f"the file {word}: it has {data_bytes:,} bytes of data, the header names {end:,}; get it again"
+            f"the file {word}: it has {data_bytes:,} bytes of data, its header names {end:,}; get it again"
         )
     base = _LENGTH.size + len(data)
     return Header(
@@ -224,11 +224,13 @@ def _size_list(name: str, value: dict[str, Any], key: str, count: int | None) ->
 
 
 def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Returns the header's length and the header, padded to a multiple of 8 bytes, for tensors in this order.
+    """Returns the length of the header and the header of a file with tensors in this order.
+
+    The header is padded to a multiple of 8 bytes.
 
     Raises:
-        SafetensorsError: a name is reserved or repeated, safetensors does not have a dtype, or the header is
-            too long.
+        SafetensorsError: a name is reserved or repeated, safetensors lacks a dtype, or the header is too
+            long.
     """
     fields: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
@@ -251,7 +253,7 @@ def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> by
 
 
 def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Sorts tensors by element size, widest first, so that every tensor is aligned to its element size."""
+    """Sorts tensors by element size, the greatest first, so that each is aligned to its element size."""
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
@@ -259,7 +261,7 @@ def in_aligned_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
 
 
 class SafetensorsFile(Closing):
-    """An open safetensors file; a context manager. Reads tensors on demand."""
+    """An open safetensors file, which reads tensors on demand. A context manager."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Reads and checks the header.
@@ -286,7 +288,7 @@ class SafetensorsFile(Closing):
             raise SafetensorsError("not a safetensors file: its header would have more than 100 MB")
         if length > rest:
             raise SafetensorsError(
-                f"cut off, or not safetensors: its header would have {length} bytes, only {rest} follow"
+                f"cut off, or not safetensors: the header would have {length} bytes, but only {rest} follow"
             )
         return parse_header(self._pread(_LENGTH.size, length).tobytes(), rest - length)
 
@@ -295,13 +297,14 @@ class SafetensorsFile(Closing):
         self._file.close()
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """Reads a tensor into a new, writable array. BF16 and FP8 have dtypes of `ml_dtypes`.
+        """Reads a tensor into a new, writable array of its shape. BF16 and FP8 have dtypes of `ml_dtypes`.
 
-        Bytes of a BOOL other than 0 and 1 become 1, with an `SfpWarning`. Other readers take them as true.
+        In BOOL tensors, bytes other than 0 and 1 become 1, with an `SfpWarning`, because other readers take
+        them as true.
 
         Raises:
             MissingTensorError: there is no tensor of that name.
-            SafetensorsError: the file became shorter.
+            SafetensorsError: the file became shorter after it was opened.
             OSError: the file cannot be read.
         """
         if name not in self.header.tensors:
@@ -310,7 +313,7 @@ class SafetensorsFile(Closing):
         data = self._pread(self.header.starts[name], spec.nbytes)
         if spec.dtype.name == "BOOL" and spec.nbytes and data.max() > 1:
             count = int(np.count_nonzero(data > 1))
-            words = f"tensor {quoted(name)}: {count:,} of its BOOLs are neither 0 nor 1; they are read as 1"
+            words = f"tensor {quoted(name)}: {count:,} BOOL values are neither 0 nor 1; they are read as 1"
             warnings.warn(words, SfpWarning, stacklevel=2)
             np.minimum(data, 1, out=data)
         return data.view(spec.dtype.numpy).reshape(spec.shape)
@@ -319,7 +322,7 @@ class SafetensorsFile(Closing):
         """Reads ``size`` bytes from ``offset`` directly into a new array."""
         out = np.empty(size, np.uint8)
         if self._file.read_into(out.data, offset) != size:
-            raise SafetensorsError("the file became shorter while it was read")
+            raise SafetensorsError("the file became shorter after it was opened; get it again")
         return out
 
 
@@ -335,7 +338,7 @@ def write_tensors(
     """Writes a whole safetensors file, tensor by tensor.
 
     Args:
-        file: written from its current position.
+        file: the file, which is written from its current position.
         specs: the tensors, in the order of the data. `in_aligned_order` returns an aligned order.
         metadata: the caller's strings.
         arrays: the tensors in the same order. Each array is released before the next one is requested.
@@ -356,4 +359,4 @@ def write_tensors(
             file.write(flat.view(np.uint8).data)
         del array, flat
     if next(arrays, None) is not None:
-        raise SafetensorsError("more tensors than in the header")
+        raise SafetensorsError("there are more tensors than in the header")

@@ -1,4 +1,4 @@
-"""Sources of a reader's bytes: a file, bytes, an mmap, or any seekable binary object."""
+"""Sources of bytes for readers: a file, bytes, an mmap, or any seekable binary object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Readable = str | os.PathLike[str] | Buffer | BinaryIO
 
 
 class Source(Protocol):
-    """Random access to the bytes of a file, from any thread."""
+    """Random access to the bytes of a file, from any thread.
+
+    Attributes:
+        length: number of bytes.
+    """
 
     length: int
 
@@ -28,15 +32,15 @@ class Source(Protocol):
         """Reads ``size`` bytes from ``offset``.
 
         Raises:
-            InvalidFileError: E_TRUNCATED if there are fewer; its offset is relative to ``offset``.
+            InvalidFileError: the source has fewer bytes (E_TRUNCATED). Its offset is relative to ``offset``.
             ClosedFileError: the source is closed.
         """
 
     def reopenable(self) -> str | bytes:
-        """Returns what opens the same source in another process: a path, or at most `MOST_PICKLED` bytes.
+        """Returns a path or bytes that open the same source in another process.
 
         Raises:
-            OptionError: the source is a stream, or has too many bytes in memory.
+            OptionError: the source is a stream, or is in memory and has more than `MOST_PICKLED` bytes.
             ClosedFileError: the source is closed.
         """
 
@@ -49,7 +53,7 @@ def open_source(readable: Readable) -> Source:
 
     Raises:
         OptionError: ``readable`` has another type, or is a text stream, a pipe, write-only or closed.
-        OSError: it cannot be read.
+        OSError: the source cannot be read.
     """
     if isinstance(readable, (str, os.PathLike)):
         return _FileSource(readable)
@@ -62,17 +66,17 @@ def open_source(readable: Readable) -> Source:
 def _require_readable(stream: Any) -> None:
     if isinstance(stream, io.TextIOBase) or not (hasattr(stream, "seek") and hasattr(stream, "read")):
         kind = type(stream).__name__
-        raise OptionError(f"cannot read a {kind}: give a path, bytes, or a stream opened with mode 'rb'")
+        raise OptionError(f"cannot read a {kind}; pass a path, bytes, or a stream opened with mode 'rb'")
     if getattr(stream, "closed", False):
         raise OptionError("the stream is closed")
     if hasattr(stream, "readable") and not stream.readable():
         raise OptionError("the stream was opened for writing only; open it with mode 'rb'")
     if hasattr(stream, "seekable") and not stream.seekable():
-        raise OptionError("the stream cannot seek (a pipe or socket?); read it and pass the bytes")
+        raise OptionError("the stream cannot seek (is it a pipe or socket?); read it and pass the bytes")
 
 
 def _is_buffer(value: object) -> bool:
-    """Whether a value supports the buffer protocol. An mmap does, although it also has `read`."""
+    """Returns whether a value supports the buffer protocol, as an mmap does, which also has `read`."""
     try:
         memoryview(cast(Buffer, value))
     except TypeError:
@@ -125,7 +129,7 @@ class _BufferSource:
             raise ClosedFileError("the file is closed and cannot be pickled")
         if self.length > MOST_PICKLED:
             raise OptionError(
-                f"a file of {self.length:,} bytes in memory cannot be pickled, only up to {MOST_PICKLED:,}; "
+                f"a file of {self.length:,} bytes in memory cannot be pickled (limit: {MOST_PICKLED:,}); "
                 "open it by its path"
             )
         return bytes(self._view)

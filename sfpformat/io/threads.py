@@ -14,13 +14,13 @@ R = TypeVar("R")
 
 
 class Workers:
-    """A thread pool that yields results in order and works a few items ahead. Starts at first use."""
+    """A thread pool that yields results in order, and works a few items ahead. Starts at the first use."""
 
     def __init__(self, threads: int = 1) -> None:
-        """Starts no threads yet.
+        """Stores the number of threads. Does not start them.
 
         Args:
-            threads: number of threads. With 1 the caller's thread does the work.
+            threads: number of threads. With 1, the calling thread works.
         """
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
@@ -28,11 +28,11 @@ class Workers:
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yields the result of ``work`` for each item, in order. Works a few items ahead.
 
-        An exception is raised at the position of its item, so it does not depend on timing.
+        An exception is raised at the position of its item, and so does not depend on timing.
 
         Args:
-            work: called from any of the threads.
-            items: iterated by the caller's thread.
+            work: a function that all threads call.
+            items: the items. Only the calling thread iterates over them.
         """
         rest = iter(items)
         first = list(islice(rest, 2))
@@ -61,15 +61,15 @@ class Workers:
 
 
 def for_each(work: Callable[[T], object], items: Iterable[T], threads: int) -> None:
-    """Calls ``work`` with each item, in several threads. The calling thread works too.
+    """Calls ``work`` with each item, in several threads. The calling thread works, too.
 
-    Items are started in order. After an exception no further item is started. If several items raise, the
-    exception of the first item is raised, so it does not depend on timing.
+    Starts the items in order, and no further items after an exception. If several items raise, raises the
+    exception of the first of these items, which does not depend on timing.
 
     Args:
-        work: called from any of the threads.
-        items: iterated by one thread at a time.
-        threads: number of threads, the calling thread included.
+        work: a function that all threads call.
+        items: the items. One thread at a time iterates over them.
+        threads: number of threads, including the calling thread.
     """
     if threads <= 1:
         for item in items:

@@ -210,7 +210,7 @@ def test_a_wrong_bit_from_sfp_is_reported_and_the_exit_code_is_1(
     assert all(row["section"] == "lossless" and "WrongBitsError" in row["reason"] for row in refused)
     assert not any(row["contender"] == "sfp" for row in found["results"])
     assert run("bench", path, *QUICK, "--only", "lossless") == 1
-    assert "LEFT OUT: sfp python speed: WrongBitsError" in capsys.readouterr().out
+    assert "EXCLUDED: sfp python speed: WrongBitsError" in capsys.readouterr().out
 
 
 def test_a_file_that_depends_on_the_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +428,7 @@ def test_bench_accepts_shards_sfp_files_and_the_bundled_model(tmp_path: Path, ca
 def test_a_model_without_matrices_has_no_sparse_results(tmp_path: Path, capsys: Capture) -> None:
     path = make(tmp_path / "m.safetensors", {"bias": np.ones(64, np.float32)})
     assert run("bench", path, *QUICK, "--only", "sparse") == 0
-    assert "nothing to measure" in capsys.readouterr().out
+    assert "not measured" in capsys.readouterr().out
     assert answer(capsys, path, *QUICK, "--only", "sparse")["results"] == []
 
 
@@ -436,10 +436,10 @@ def test_a_model_without_matrices_has_no_sparse_results(tmp_path: Path, capsys: 
     ("words", "told"),
     [
         (["missing.sfp"], "missing.sfp: No such file"),
-        (["--only", "lossless,speed"], "no section 'speed'; choose from lossless, sparse"),
-        (["--only", ","], "no section is named"),
-        (["--engines", "warp"], "no engine 'warp'"),
-        (["--presets", "fast"], "no preset 'fast'; choose from default"),
+        (["--only", "lossless,speed"], "unknown section 'speed'; choose from lossless, sparse"),
+        (["--only", ","], "the list of sections is empty"),
+        (["--engines", "warp"], "unknown engine 'warp'"),
+        (["--presets", "fast"], "unknown preset 'fast'; choose from default"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--rounds", "many"], "--rounds"),
         (["--threads", "0"], "--threads is 0"),

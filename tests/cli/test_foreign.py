@@ -58,15 +58,15 @@ FOREIGN: dict[str, tuple[str, bytes, str]] = {
     "torch": (
         "pytorch_model.bin",
         torch_bytes(),
-        "is a PyTorch checkpoint in pickles, which sfp does not load",
+        "is a pickled PyTorch checkpoint, which sfp does not load",
     ),
     "legacy torch": (
         "m.pth",
         torch_bytes(True),
-        "is a PyTorch checkpoint in pickles, which sfp does not load",
+        "is a pickled PyTorch checkpoint, which sfp does not load",
     ),
-    "torch, called safetensors": ("m.safetensors", torch_bytes(), "is a PyTorch checkpoint in pickles"),
-    "torch, called sfp": ("m.sfp", torch_bytes(), "is a PyTorch checkpoint in pickles"),
+    "torch, called safetensors": ("m.safetensors", torch_bytes(), "is a pickled PyTorch checkpoint"),
+    "torch, called sfp": ("m.sfp", torch_bytes(), "is a pickled PyTorch checkpoint"),
     "GGUF": ("m.gguf", b"GGUF\3\0\0\0" + bytes(50), "is a GGUF file, a model of llama.cpp"),
     "npz": ("m.npz", npz_bytes(), "is a NumPy archive; load it with numpy.load"),
     "npy": ("m.npy", npy_bytes(), "is a single NumPy array"),
@@ -161,7 +161,7 @@ def test_a_folder_with_foreign_models_is_refused_with_their_kind(tmp_path: Path,
     assert error_of(capsys, "pack", tmp_path, "-o", target).endswith("and no index of shards\n")
     (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes())
     told = error_of(capsys, "pack", tmp_path, "-o", target)
-    assert "no index of shards; pytorch_model.bin is a PyTorch checkpoint in pickles" in told
+    assert "no index of shards; pytorch_model.bin is a pickled PyTorch checkpoint" in told
     for folder in ("unet", "vae"):
         (tmp_path / folder).mkdir()
         make(tmp_path / folder / "model.safetensors")
@@ -246,7 +246,7 @@ def test_bool_bytes_other_than_0_and_1_are_packed_as_1(tmp_path: Path, capsys: C
     source = raw(tmp_path / "m.safetensors", {"w": tensor("BOOL", (48,))}, b"\xff\0\1" * 16)
     assert run("pack", source, "-o", tmp_path / "m.sfp", "--verify") == 0
     told = capsys.readouterr().err
-    assert told == "sfp: warning: tensor 'w': 16 of its BOOLs are neither 0 nor 1; they are read as 1\n"
+    assert told == "sfp: warning: tensor 'w': 16 BOOL values are neither 0 nor 1; they are read as 1\n"
     with sfpformat.open(tmp_path / "m.sfp") as file:
         assert file.get_tensor("w").tolist() == [True, False, True] * 16
 
@@ -260,15 +260,15 @@ def test_names_and_metadata_that_sfp_cannot_hold_are_refused_before_writing(
         ({"a\0": tensor()}, "'a\\x00' cannot be a tensor's name: names are UTF-8 without U+0000; rename it"),
         (
             {"layer." * 200 + "w": tensor()},
-            "(1,201 characters): readers would refuse 1,201 as name_bytes, their limit is 1,024",
+            "(1,201 characters): name_bytes would be 1,201, but readers accept at most 1,024",
         ),
         (
             {"__metadata__": {"a": "\0"}, "w": tensor()},
-            "metadata 'a': .sfp keeps UTF-8 without U+0000; --metadata a=VALUE replaces it",
+            "metadata 'a': .sfp requires UTF-8 without U+0000; replace it with --metadata a=VALUE",
         ),
         (
             {"__metadata__": {"a\0": ""}, "w": tensor()},
-            ".sfp keeps UTF-8 without U+0000; --no-metadata leaves all out",
+            ".sfp requires UTF-8 without U+0000; omit all metadata with --no-metadata",
         ),
     ):
         line = error_of(capsys, "pack", raw(tmp_path / "m.safetensors", fields), "-o", target)

@@ -127,7 +127,7 @@ def test_wrong_arguments_end_with_one_line(tmp_path: Path, capsys: pytest.Captur
         (folder, ["--minutes", "-1"], "--minutes"),
         (folder, ["-o", str(tmp_path / "out.safetensors")], ".sfp"),
         (folder, ["--window", "4096"], "windows of 4096 tokens"),
-        (odd, [], "no language model"),
+        (odd, [], "neither a language model nor an encoder"),
     ):
         words = ["learn", str(model), "--data", str(data), "--sparsity", "0.5", "-o", target, *more]
         assert main(words) == 2
@@ -220,8 +220,9 @@ def test_batches_must_divide_among_the_processes(
         folder=tmp_path, output="a.sfp", sparsity=0.5, data=[], batches=3, minutes=None, steps=1, window=2
     )
     args.batch = args.calibration = args.threads = 1
+    args.pattern = None
     _require(args, 3)
-    with pytest.raises(CommandError, match="multiple of the 2 processes"):
+    with pytest.raises(CommandError, match="multiple of 2, the number of processes"):
         _require(args, 2)
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert main(["learn", str(tmp_path), "--data", "a", "--sparsity", "0.5", "-o", "a.sfp"]) == 2

@@ -76,7 +76,7 @@ def test_different_importances_for_one_tied_tensor_are_refused(
     save_file({"wte.weight": importance, "lm_head.weight": importance + 1}, tmp_path / "i.safetensors")
     words = ("--importance", tmp_path / "i.safetensors")
     said = error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", *words)
-    assert "'wte.weight' and 'lm_head.weight' are the same tensor, but their values differ" in said
+    assert "'wte.weight' and 'lm_head.weight' are importances of one tensor but differ" in said
     assert not (tmp_path / "m.sfp").exists()
 
 

@@ -98,7 +98,7 @@ def test_the_table_has_a_line_for_each_tensor_and_the_totals(tmp_path: Path, cap
         for name in file:
             assert any(line.startswith(f"{name} ") for line in out.splitlines())
         assert f"{len(file)} tensors" in out
-    assert "bits a weight" in out
+    assert "bits per weight" in out
     assert "uniform 0.25 per row" in out
 
 

@@ -87,18 +87,18 @@ def test_keep_overrides_all_rules(tmp_path: Path) -> None:
     [
         ("--like nothing* --bits 4", "no tensor name matches 'nothing*'"),
         ("--keep nothing*", "no tensor name matches 'nothing*'"),
-        ("--like ids --bits 4", "no tensor like 'ids' is float"),
+        ("--like ids --bits 4", "--bits has no effect: no tensor that matches --like 'ids' is float"),
         ("--scope model", "--scope and --by need --prune"),
-        ("--prune 2:4 --scope model", "needs a fraction"),
+        ("--prune 2:4 --scope model", "--scope model needs --prune with a fraction"),
         ("--prune 2:7", "--prune fits no tensor: 'embed.weight' (its shape [128, 64] has 64 inputs along"),
         ("--prune 0.5 --like embed.weight --prune 2:7", "--prune after --like 'embed.weight' fits no tensor"),
         (
             "--prune 2:4 --pattern-dim 2",
             "fits no tensor: 'embed.weight' (its shape [128, 64] has no dimension 2",
         ),
-        ("--pattern-dim 1", "--pattern-dim needs a pattern"),
-        ("--prune 0.5 --pattern-dim 1", "--pattern-dim needs a pattern"),
-        ("--prune 2:4 --pattern-dim x", "is no dimension"),
+        ("--pattern-dim 1", "--pattern-dim needs --prune with a pattern"),
+        ("--prune 0.5 --pattern-dim 1", "--pattern-dim needs --prune with a pattern"),
+        ("--prune 2:4 --pattern-dim x", "is not a dimension"),
         ("--scale row", "--scale needs one of --bits, --budget, --step, --error-db, --table"),
         ("--bits 4 --scale-dtype F32", "--scale-dtype needs --scale"),
         ("--rate-weight 0", "--rate-weight needs one of --bits, --budget, --step, --error-db"),
@@ -117,7 +117,7 @@ def test_rules_that_cannot_be_applied_are_refused(
 
 def test_options_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", {"small": np.ones((8, 8), np.float32)})
-    assert "--bits would reach none" in error_of(
+    assert "--bits has no effect: no tensor is float, of rank 2" in error_of(
         capsys, "pack", source, "-o", tmp_path / "m.sfp", "--bits", "4"
     )
 
@@ -185,7 +185,7 @@ def test_a_later_pattern_drops_an_earlier_scope() -> None:
 def test_a_cast_that_would_lose_the_range_is_refused(tmp_path: Path, capsys: Capture) -> None:
     source = make(tmp_path / "m.safetensors", {"w": np.full((80, 80), 1e6, np.float32)})
     told = error_of(capsys, "pack", source, "-o", tmp_path / "m.sfp", "--dtype", "F16")
-    assert "too great for F16" in told
+    assert "exceed the range of F16" in told
 
 
 # ------------------------------------------------------------------------------------------------ pruning
@@ -304,7 +304,7 @@ def test_the_dimension_of_a_pattern_can_be_set_per_tensor(tmp_path: Path, capsys
         assert_two_of_four(sfp.get_tensor("c_attn.weight"), 0)
         assert_two_of_four(sfp.get_tensor("fc.weight"), 1)
         assert np.count_nonzero(sfp.get_tensor("stem.weight")) == 64 * 75 // 2
-    assert "1 not pruned, the pattern does not fit: 'odd.weight'" in capsys.readouterr().out
+    assert "1 not pruned because the pattern does not fit: 'odd.weight'" in capsys.readouterr().out
 
 
 def test_a_like_rule_with_a_pattern_skips_matching_tensors_that_it_does_not_fit(

@@ -90,13 +90,16 @@ def test_a_shared_budget_refuses_tensors_that_are_no_mapping() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"options": "speed"}, r"options: a str, 'speed', is not Options; PRESETS\['speed'\] are"),
+        ({"options": "speed"}, r"options: a str, 'speed', is not Options; pass PRESETS\['speed'\]"),
         ({"options": {"w": "sped"}}, "the options of 'w': a str, 'sped', is not Options$"),
         ({"options": 4}, "options: a int, 4, is not Options"),
         ({"masks": [MASK]}, "masks is a list, must be a mapping"),
         ({"masks": {"w": [True]}}, "the mask of 'w' is a list, not an array"),
         ({"importances": {"w": 0.5}}, "the importance of 'w' is a float, not an array"),
-        ({"importances": {"w": (WEIGHTS[0],)}}, "the importance of 'w' is 1 vectors, not rows and columns"),
+        (
+            {"importances": {"w": (WEIGHTS[0],)}},
+            "the importance of 'w' is a tuple of 1, not of rows and columns",
+        ),
         ({"importances": {"w": (None, WEIGHTS[0])}}, "the importance of 'w' is a NoneType, not an array"),
         ({"metadata": "pt"}, "metadata is a str, must be a mapping"),
     ],
@@ -220,7 +223,9 @@ def test_options_accept_numpy_scalars() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_list_of_presets() -> None:
-    with pytest.raises(OptionError, match=r"^no preset is named 'fast'; there are default, speed, size, gpu"):
+    with pytest.raises(
+        OptionError, match=r"^no preset is named 'fast'; choose from default, speed, size, gpu"
+    ):
         PRESETS["fast"]
     with pytest.raises(KeyError, match="the nearest is 'speed'"):
         PRESETS["sped"]

@@ -100,9 +100,9 @@ def test_fixed_width_levels_have_at_most_the_requested_bits(bits: int, share: fl
 
 def test_a_mask_that_alone_takes_more_than_the_budget_is_refused() -> None:
     mask = RNG.random(NORMAL.shape) < 0.5
-    with pytest.raises(OptionError, match=r"'w'.*mask alone.*0.5 bits a position"):
+    with pytest.raises(OptionError, match=r"'w'.*mask alone.*0.5 bits per position"):
         save({"w": NORMAL}, options=Options(Uniform(budget=0.5)), masks={"w": mask})
-    with pytest.raises(OptionError, match=r"masks alone.*0.5 bits a position"):
+    with pytest.raises(OptionError, match=r"masks alone.*0.5 bits per position"):
         steps_for_budget({"w": NORMAL}, 0.5, masks={"w": mask})
 
 

@@ -361,7 +361,7 @@ def test_the_summary_shows_three_names_for_each_reason(tmp_path: Path, capsys: C
     arrays = {"w": large(), **{f"norm{i}.weight": large() for i in range(50)}}
     with packed(tmp_path, "--bits", "4", arrays=arrays):
         out = capsys.readouterr().out
-    assert "50 lossless, gains of normalisations: 'norm0.weight', " in out
+    assert "50 lossless, gains of normalisation layers: 'norm0.weight', " in out
     assert "and 47 more\n" in out
 
 
@@ -371,8 +371,8 @@ def test_a_like_rule_on_a_lossless_tensor_applies_with_a_warning(tmp_path: Path,
         assert sfp.info("a.scales").quantiser == "uniform"
         assert_bits(sfp.get_tensor("w"), arrays["w"])
     assert capsys.readouterr().err == (
-        "sfp: warning: --like 'a.*' changes parts of weights that are quantised already (1): 'a.scales'; "
-        "--keep excludes them\n"
+        "sfp: warning: --like 'a.*' changes parts of weights that are already quantised (1): 'a.scales'; "
+        "to exclude them, use --keep\n"
     )
     with packed(tmp_path, "--keep", "*.scales", "--like", "*", "--bits", "4", arrays=arrays) as sfp:
         assert_bits(sfp.get_tensor("a.scales"), arrays["a.scales"])
@@ -412,8 +412,8 @@ def test_options_that_match_no_weights_pack_losslessly_with_a_warning(
     with packed(tmp_path, "--bits", "4", "--verify", arrays=arrays) as sfp:
         assert_bits(sfp.get_tensor("a.scales"), arrays["a.scales"])
     assert capsys.readouterr().err == (
-        "sfp: warning: --bits changes nothing: there are only scales, zero points or tables of quantised "
-        "weights (1), biases (1); --like GLOB reaches those\n"
+        "sfp: warning: --bits has no effect: every large float tensor is excluded: scales, zero points or "
+        "tables of quantised weights (1), biases (1); to change them, use --like GLOB\n"
     )
 
 

@@ -363,7 +363,7 @@ def test_positive_zeros_are_verified_and_counted_in_the_summary(tmp_path: Path, 
     made = negatives(tensors["a"]) + negatives(tensors["b"])
     out = capsys.readouterr().out
     assert "verified" in out
-    assert f"{made:,} weights of 2 tensors are -0 and become +0" in out
+    assert f"{made:,} weights of 2 tensors changed from -0 to +0" in out
     for name, array in load(target.read_bytes()).items():
         assert array.tobytes() == (tensors[name] + tensors[name].dtype.type(0)).tobytes()
     packed(tmp_path, tensors, "--zeros", "positive", "--verify", "--json")
@@ -375,7 +375,7 @@ def test_positive_zeros_are_verified_and_counted_in_the_summary(tmp_path: Path, 
 
 def test_positive_zeros_that_change_nothing_are_reported(tmp_path: Path, capsys: Capture) -> None:
     packed(tmp_path, {"w": np.ones((64, 64), np.float32)}, "--zeros", "positive")
-    assert "changed nothing: no weight is -0" in capsys.readouterr().out
+    assert "had no effect: no weight is -0" in capsys.readouterr().out
 
 
 def test_zeros_with_a_wrong_sign_fail_the_verification(
@@ -391,7 +391,7 @@ def test_zeros_with_a_wrong_sign_fail_the_verification(
     save_safetensors({"w": weights("F32", side=64)}, tmp_path / "m.safetensors")
     words = ["pack", tmp_path / "m.safetensors", "-o", tmp_path / "m.sfp", "--zeros", "positive", "--verify"]
     assert run(*words) == 1
-    assert "'w' is not what it was" in capsys.readouterr().out
+    assert "'w' differs from the input" in capsys.readouterr().out
 
 
 def test_zeros_can_be_set_per_tensor(tmp_path: Path) -> None:
@@ -427,8 +427,8 @@ def test_packed_weights_in_a_float_dtype_keep_their_bits(tmp_path: Path, capsys:
 def test_zeros_that_match_no_tensor_are_refused(tmp_path: Path, capsys: Capture) -> None:
     save_safetensors({"n": np.arange(9), "w": np.ones(9, np.float32)}, tmp_path / "m.safetensors")
     start = ["pack", tmp_path / "m.safetensors", "-o", tmp_path / "m.sfp"]
-    assert "would reach none" in error_of(capsys, *start, "--like", "n", "--zeros", "positive")
-    assert "would reach none" in error_of(capsys, *start, "--zeros", "positive", "--keep", "w")
+    assert "--zeros has no effect" in error_of(capsys, *start, "--like", "n", "--zeros", "positive")
+    assert "--zeros has no effect" in error_of(capsys, *start, "--zeros", "positive", "--keep", "w")
     assert "--zeros" in error_of(capsys, *start, "--zeros", "negative")
 
 

@@ -172,7 +172,7 @@ ATTACKS: list[tuple[str, object, str]] = [
     ("dtype of ours only", {"a": entry(0, 8, "C128")}, "unknown"),
     ("half a byte left", {"a": entry(0, 8, "F4", [15])}, "F4 .15. does not fill whole bytes"),
     ("six bits left", {"a": entry(0, 8, "F6_E2M3", [9])}, "F6_E2M3 .9. does not fill whole bytes"),
-    ("sixteen in seven", {"a": entry(0, 7, "F4", [16])}, "cover 7 bytes, its shape and dtype 8"),
+    ("sixteen in seven", {"a": entry(0, 7, "F4", [16])}, "cover 7 bytes, but its shape and dtype take 8"),
     ("dtype is a number", {"a": entry(0, 8, dtype=7)}, "unknown"),
     ("no shape", {"a": {"dtype": "U8", "data_offsets": [0, 8]}}, "must give"),
     ("not a map", {"a": [0, 8]}, "must give"),
@@ -246,7 +246,7 @@ def test_a_bool_byte_other_than_0_and_1_reads_as_true_with_a_warning(tmp_path: P
     data = bytearray((tmp_path / "m").read_bytes())
     data[-4:] = bytes([255, 0, 1, 2])
     (tmp_path / "m").write_bytes(data)
-    words = "'t': 2 of its BOOLs are neither 0 nor 1; they are read as 1"
+    words = "'t': 2 BOOL values are neither 0 nor 1; they are read as 1"
     with SafetensorsFile(tmp_path / "m") as file, pytest.warns(SfpWarning, match=words):
         found = file.read("t")
     assert found.view(np.uint8).tolist() == [1, 0, 1, 1]

@@ -185,7 +185,7 @@ def _checked_step(step: float) -> np.float32:
     with np.errstate(over="ignore", under="ignore"):
         rounded = np.float32(step)
     if not 0 < rounded < np.inf:
-        raise OptionError(f"a step of {step} is no float32 above 0")
+        raise OptionError(f"a step of {step} is not a float32 above 0")
     return rounded
 
 
@@ -209,8 +209,8 @@ def allowed_bits(asked: Asked, flat: Flat, mask: Mask | None) -> int:
 def why_none(asked: Asked) -> str:
     """Returns the message for a tensor for which `source` returned None."""
     if asked.error_db is not None:
-        return f"no step brings the error to {asked.error_db} dB; use lossless"
-    target = f"{asked.bits} bits" if asked.bits else f"a budget of {asked.budget} bits a position"
+        return f"no step has an error of at most {asked.error_db} dB; use lossless"
+    target = f"{asked.bits} bits" if asked.bits else f"a budget of {asked.budget} bits per position"
     return f"with {target}, all weights would become 0; use more bits"
 
 
