@@ -31,9 +31,10 @@ from sfpformat import Limits
 from sfpformat.decode.validate import validate
 from sfpformat.errors import CODE_OF_CLAUSE
 
-from ..format.test_hostile import SMALL, mutate, mutate_chunk
+from ..format.test_hostile import SMALL
 from ..support.c_reader import SOURCE, Answer, Reader, Readers, built
 from ..support.clauses import ROOT, clauses_of_spec
+from ..support.mutations import with_changed_chunks, with_changes
 from ..support.programs import needs
 from ..support.strategies import Job, jobs, written
 
@@ -226,11 +227,7 @@ def assert_same_verdict(reader: Reader, data: bytes, limits: Limits) -> None:
 def test_both_readers_give_the_same_verdict_on_changed_files_with_repaired_checksums(
     careful: Reader, seed: int, changes: int
 ) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(everything())
-    for _ in range(changes):
-        mutate(file, rng)
-    assert_same_verdict(careful, file.build(), SMALL)
+    assert_same_verdict(careful, with_changes(everything(), seed, changes), SMALL)
 
 
 @settings(max_examples=300)
@@ -238,12 +235,7 @@ def test_both_readers_give_the_same_verdict_on_changed_files_with_repaired_check
 def test_both_readers_give_the_same_verdict_on_changed_chunks_with_repaired_checksums(
     careful: Reader, seed: int
 ) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(rng.choice([plain(), everything()]))
-    part = rng.choice([part for part in file.parts if part.chunks])
-    for _ in range(rng.randrange(1, 4)):
-        mutate_chunk(rng.choice(part.chunks), rng)
-    assert_same_verdict(careful, file.build(), SMALL)
+    assert_same_verdict(careful, with_changed_chunks([plain(), everything()], seed), SMALL)
 
 
 @settings(max_examples=150)
@@ -251,10 +243,7 @@ def test_both_readers_give_the_same_verdict_on_changed_chunks_with_repaired_chec
 def test_both_readers_give_the_same_verdict_on_changes_of_any_written_file(
     careful: Reader, job: Job, seed: int
 ) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    mutate(file, rng)
-    assert_same_verdict(careful, file.build(), SMALL)
+    assert_same_verdict(careful, with_changes(written(job), seed), SMALL)
 
 
 @settings(max_examples=200)

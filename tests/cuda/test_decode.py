@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfp_conformance.forge import Forge, f32_bytes, hand_file, hand_part, table
+from sfp_conformance.forge import f32_bytes, hand_file, hand_part, table
 
 import sfpformat
 from conformance.recipes.samples import everything, plain, weights
@@ -25,7 +24,7 @@ from sfpformat.engines.cuda import driver, kernel_source, layout, pinned_loading
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
-from ..format.test_hostile import mutate, mutate_chunk
+from ..support.mutations import with_changed_chunks, with_changes, with_random_planes
 from ..support.programs import needs
 from ..support.strategies import Job, jobs, lossless_jobs, written
 
@@ -245,37 +244,19 @@ def test_each_thread_has_its_own_queue() -> None:
 @settings(max_examples=200)
 @given(st.integers(0, 2**64 - 1))
 def test_mutated_chunks_give_the_values_or_the_fault_of_the_reference(seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(rng.choice([plain(), everything()]))
-    part = rng.choice([part for part in file.parts if part.chunks])
-    for _ in range(rng.randrange(1, 4)):
-        mutate_chunk(rng.choice(part.chunks), rng)
-    same_by_both(file.build())
+    same_by_both(with_changed_chunks([plain(), everything()], seed))
 
 
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
 def test_mutated_files_give_the_values_or_the_fault_of_the_reference(job: Job, seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    mutate(file, rng)
-    same_by_both(file.build())
+    same_by_both(with_changes(written(job), seed))
 
 
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
 def test_random_planes_give_the_values_or_the_fault_of_the_reference(job: Job, seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    part = file.parts[0]
-    if not part.chunks or part.entry["coding"] == "raw":
-        return
-    taken = part.take()
-    for name in sorted(taken.planes):
-        if rng.random() < 0.7:
-            taken.planes[name] = ["".join(rng.choice("01") for _ in bits) for bits in taken.planes[name]]
-    part.put(taken)
-    same_by_both(file.build())
+    same_by_both(with_random_planes(written(job), seed))
 
 
 # --------------------------------------------------------------------------------------------- their pieces

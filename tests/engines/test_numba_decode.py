@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sfp_conformance.forge import Forge
 
 import sfpformat
 from conformance.recipes.samples import everything, plain, weights
@@ -25,14 +23,14 @@ from sfpformat import Options, Table, Uniform
 from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
 from sfpformat.engines import get_engine
-from sfpformat.engines import numba as fast
+from sfpformat.engines import numba as numba_engine
 from sfpformat.engines.numba import lookup
 from sfpformat.engines.numba.compiling import compiled_sources, kernel
 from sfpformat.engines.numba.unaligned import load64
 from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
 
-from ..format.test_hostile import mutate, mutate_chunk
+from ..support.mutations import with_changed_chunks, with_changes, with_random_planes
 from ..support.strategies import Job, indices, jobs, shapes, written
 
 
@@ -88,40 +86,22 @@ def test_both_engines_return_the_same_slices(data: Any, kind: str, shape: tuple[
 @settings(max_examples=400, deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_both_engines_return_the_same_values_or_faults_for_mutated_chunks(seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(rng.choice([plain(), everything()]))
-    part = rng.choice([part for part in file.parts if part.chunks])
-    for _ in range(rng.randrange(1, 4)):
-        mutate_chunk(rng.choice(part.chunks), rng)
-    same_by_both(file.build())
+    same_by_both(with_changed_chunks([plain(), everything()], seed))
 
 
 @settings(max_examples=200, deadline=None)
 @given(jobs(), st.integers(0, 2**64 - 1))
 def test_both_engines_return_the_same_values_or_faults_for_mutated_files(job: Job, seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    mutate(file, rng)
-    same_by_both(file.build())
+    same_by_both(with_changes(written(job), seed))
 
 
 @settings(max_examples=200, deadline=None)
 @given(jobs(), st.integers(0, 2**64 - 1))
 def test_both_engines_return_the_same_values_or_faults_for_random_planes(job: Job, seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    part = file.parts[0]
-    if not part.chunks or part.entry["coding"] == "raw":
-        return
-    taken = part.take()
-    for name in sorted(taken.planes):
-        if rng.random() < 0.7:
-            taken.planes[name] = ["".join(rng.choice("01") for _ in bits) for bits in taken.planes[name]]
-    part.put(taken)
-    same_by_both(file.build())
+    same_by_both(with_random_planes(written(job), seed))
 
 
-# ------------------------------------------------------------------- the fast way is taken where it should be
+# ------------------------------------------------------------------------------------ the fast paths are used
 
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -274,7 +254,7 @@ def test_levels_equal_those_of_the_reference(
         planes.residual_bits,
     )
     assert np.array_equal(decode_levels(chunk, span, table), levels)
-    assert np.array_equal(fast.decode_levels(chunk, span, table), levels)
+    assert np.array_equal(numba_engine.decode_levels(chunk, span, table), levels)
 
 
 # ------------------------------------------------------------------------------------------- choosing engines
@@ -357,10 +337,10 @@ def resolved(node: ast.ImportFrom, package: str) -> str:
 
 
 def test_the_kernels_cache_is_invalid_after_a_change_of_any_constant_that_they_import() -> None:
-    package = fast.__name__
+    package = numba_engine.__name__
     constants = {
         definition(resolved(node, package), some.name)
-        for path in Path(fast.__file__).parent.glob("*.py")
+        for path in Path(numba_engine.__file__).parent.glob("*.py")
         for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.ImportFrom) and node.level
         for some in node.names

@@ -26,7 +26,7 @@ from sfpformat.coding.codetable import CodeTable, PrefixCode, code_lengths
 from sfpformat.coding.quantisers import uniform_levels
 from sfpformat.dtypes import DTYPES as ALL_DTYPES
 from sfpformat.encode.sink import MemorySink
-from sfpformat.engines import numba as fast
+from sfpformat.engines import numba as numba_engine
 from sfpformat.errors import OptionError
 from sfpformat.numpy import save
 
@@ -141,7 +141,7 @@ def test_both_engines_find_and_translate_the_same_magnitudes(
     patterns = rng.choice(known, int(rng.integers(0, 5000)))
     low = magnitudes.magnitude_bits(patterns.dtype)
     every = np.unique(patterns & low)
-    found = fast.few_magnitudes(patterns, most)
+    found = numba_engine.few_magnitudes(patterns, most)
     for few in (found, magnitudes.few_magnitudes(patterns, most)):
         if len(every) > most:
             assert few is None
@@ -153,7 +153,7 @@ def test_both_engines_find_and_translate_the_same_magnitudes(
     kinds: Any = [np.uint8, np.uint16]
     meanings = rng.integers(0, 200, 2 * len(found)).astype(rng.choice(kinds))
     number = 2 * np.searchsorted(found, patterns & low) + (patterns > low)
-    for translate in (fast.translate, magnitudes.translate):
+    for translate in (numba_engine.translate, magnitudes.translate):
         assert np.array_equal(translate(patterns, found, meanings), meanings[number])
 
 
@@ -167,7 +167,7 @@ def test_both_engines_encode_the_same_masks(seed: int, kind: str, polarity: int,
     positions[-1] -= rng.integers(0, 31)
     mask = rng.random(int(positions.sum())) < density
     levels, counts = masks.encode_mask(kind, polarity, mask, positions)
-    found, found_counts = fast.encode_mask(kind, polarity, mask, positions)
+    found, found_counts = numba_engine.encode_mask(kind, polarity, mask, positions)
     assert np.array_equal(found, levels)
     assert np.array_equal(found_counts, counts)
 
@@ -182,7 +182,7 @@ def test_both_engines_count_the_same_classes(seed: int, dtype: Any, width: int, 
         return
     levels = rng.integers(low, high, int(counts.sum())).astype(dtype)
     want = counting.count_classes(levels, counts, width, first, classes)
-    assert np.array_equal(fast.count_classes(levels, counts, width, first, classes), want)
+    assert np.array_equal(numba_engine.count_classes(levels, counts, width, first, classes), want)
     assert want.sum() == len(levels)
 
 
@@ -195,7 +195,7 @@ def test_both_engines_count_the_same_symbols(seed: int, dtype: Any, group: int) 
     layout = Layout(int(rng.integers(0, 20)), extra)
     levels = rng.integers(layout.base, layout.top, int(counts.sum())).astype(dtype)
     want = counting.count_symbols(levels, counts, layout, group)
-    assert np.array_equal(fast.count_symbols(levels, counts, layout, group), want)
+    assert np.array_equal(numba_engine.count_symbols(levels, counts, layout, group), want)
 
 
 @settings(max_examples=150, deadline=None)
@@ -206,7 +206,7 @@ def test_both_engines_find_the_same_common_trailing_zeros(seed: int, dtype: Any,
     bits = 8 * np.dtype(dtype).itemsize
     patterns = (rng.integers(0, 1 << 32, int(counts.sum()), np.uint64) << np.uint64(zeros)).astype(dtype)
     want = exact_encoding.exact_zeros(patterns, counts)
-    assert np.array_equal(fast.exact_zeros(patterns, counts), want)
+    assert np.array_equal(numba_engine.exact_zeros(patterns, counts), want)
     assert want.max(initial=0) < bits
 
 
@@ -227,13 +227,13 @@ def test_both_engines_count_and_pack_the_same_bit_patterns(seed: int, dtype: Any
     sign = rng.integers(0, 2, size).astype(np.uint64) << np.uint64(bits - 1)
     patterns = (classed | rest | sign).astype(dtype)
     rows = exact_encoding.count_exact(patterns, counts, width, first, classes)
-    assert np.array_equal(fast.count_exact(patterns, counts, width, first, classes), rows)
+    assert np.array_equal(numba_engine.count_exact(patterns, counts, width, first, classes), rows)
     codes = tuple(PrefixCode(code_lengths(rng.integers(1, 99, classes))) for _ in range(2 * (classes > 1)))
     table = CodeTable(first << width, bytes([width]) * classes, codes)
     numbers = rng.integers(0, max(len(codes), 1), len(counts))
     trims = np.where(rng.random(len(counts)) < 0.5, trim, 0)
     one = exact_encoding.encode_exact(patterns, counts, numbers, trims, table)
-    other = fast.encode_exact(patterns, counts, numbers, trims, table)
+    other = numba_engine.encode_exact(patterns, counts, numbers, trims, table)
     for field in dataclasses.fields(one):
         assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
@@ -250,9 +250,9 @@ def test_both_engines_assign_segments_to_the_same_codes(
         rows[:, rng.integers(0, symbols)] += 40_000
     order = rng.integers(0, 1 << 12, symbols)
     costs = counting.cluster(rows, order, most, size * 3)
-    assert np.array_equal(fast.cluster(rows, order, most, size * 3), costs)
+    assert np.array_equal(numba_engine.cluster(rows, order, most, size * 3), costs)
     codes, totals = counting.assign(rows, costs)
-    found_codes, found_totals = fast.assign(rows, costs)
+    found_codes, found_totals = numba_engine.assign(rows, costs)
     assert np.array_equal(found_codes, codes)
     assert np.array_equal(found_totals, totals)
 
@@ -271,7 +271,7 @@ def test_both_engines_choose_the_same_classes(
     numbers = np.array([0] * before + counts, np.int64)
     bound = int(np.flatnonzero(numbers)[-1]) + 1 + above
     want = best_layout(numbers, signed, bound, CLASS_COST << doublings)
-    assert fast.best_layout(numbers, signed, bound, CLASS_COST << doublings) == want
+    assert numba_engine.best_layout(numbers, signed, bound, CLASS_COST << doublings) == want
 
 
 @settings(max_examples=200, deadline=None)
@@ -284,7 +284,7 @@ def test_both_engines_compute_the_same_code_lengths(counts: list[int], limit: in
     counts[1] += 1
     totals = np.array([counts, counts[::-1]], np.int64)
     want = counting.lengths_of_codes(totals, limit)
-    assert np.array_equal(fast.lengths_of_codes(totals, limit), want)
+    assert np.array_equal(numba_engine.lengths_of_codes(totals, limit), want)
 
 
 @settings(max_examples=250, deadline=None)
@@ -313,7 +313,7 @@ def test_both_engines_pack_levels_to_the_same_bits(
     want = planes.encode_levels(levels, counts, numbers, trims, table)
     for dtype in DTYPES:
         if table.top - 1 <= np.iinfo(dtype).max:
-            found = fast.encode_levels(levels.astype(dtype), counts, numbers, trims, table)
+            found = numba_engine.encode_levels(levels.astype(dtype), counts, numbers, trims, table)
             for part in ("prefix", "prefix_bits", "residual", "residual_bits"):
                 assert np.array_equal(getattr(found, part), getattr(want, part)), part
 
@@ -329,7 +329,7 @@ def test_both_engines_quantise_to_the_same_levels(
     factors = rng.choice([0.0, 0.1, 3.0], len(flat)).astype(np.float32) if scaled else None
     least = (np.arange(thresholds) + rng.uniform(0.3, 0.9, thresholds)).astype(np.float32)
     want = uniform_levels(flat, factors, np.float32(step), least)
-    found = fast.uniform_levels(flat, factors, np.float32(step), least)
+    found = numba_engine.uniform_levels(flat, factors, np.float32(step), least)
     assert found.dtype == want.dtype
     assert np.array_equal(found, want)
 
@@ -347,8 +347,8 @@ def test_both_engines_count_and_select_the_same_survivors(seed: int, dtype: Any)
     counts = segments(rng)
     mask = rng.random(int(counts.sum())) < rng.random()
     values = rng.integers(0, 256, len(mask)).astype(dtype)
-    assert np.array_equal(fast.survivors(mask, counts), masks.survivors(mask, counts))
-    assert np.array_equal(fast.chosen(values, mask), masks.chosen(values, mask))
+    assert np.array_equal(numba_engine.survivors(mask, counts), masks.survivors(mask, counts))
+    assert np.array_equal(numba_engine.chosen(values, mask), masks.chosen(values, mask))
 
 
 # ------------------------------------------------------------------------------------ engines, checked builds

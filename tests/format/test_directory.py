@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +20,8 @@ from sfpformat.numpy import save
 
 from ..support.clauses import clauses
 from ..support.forge import accepted, refused, refused_bytes
+from ..support.mutations import with_changes
 from ..support.strategies import jobs, written
-from .test_hostile import mutate
 
 WRONG_TYPES: dict[type, list[object]] = {
     int: ["1", b"1", [1], {"a": 1}],
@@ -440,12 +439,9 @@ def assert_same_verdict(data: bytes, limits: Limits = sfpformat.DEFAULT_LIMITS) 
 def test_the_fast_path_and_the_strict_parser_give_the_same_verdict_on_changed_directories(
     seed: int, changes: int
 ) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(everything())
-    for _ in range(changes):
-        mutate(file, rng)
-    assert_same_verdict(file.build())
-    assert_same_verdict(file.build(), Limits(depth=5, name_bytes=7, rank=2, tensors=9))
+    data = with_changes(everything(), seed, changes)
+    assert_same_verdict(data)
+    assert_same_verdict(data, Limits(depth=5, name_bytes=7, rank=2, tensors=9))
 
 
 @clauses("R-DIR-005", "R-MSG-001", "R-MSG-003")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import struct
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sfp_conformance import slow_reader
-from sfp_conformance.forge import Forge, Pairs, Part, Raw, pack
+from sfp_conformance.forge import Forge, Pairs, Raw, pack
 
 import sfpformat
 from conformance.recipes.samples import coded, everything, plain
@@ -24,6 +23,13 @@ from sfpformat.decode.validate import validate
 
 from ..support.clauses import ROOT, clauses
 from ..support.forge import accepted, read_all
+from ..support.mutations import (
+    mutate_chunk,
+    mutated,
+    random_bits,
+    with_changed_chunks,
+    with_changes,
+)
 from ..support.strategies import jobs, written
 
 SMALL = Limits(
@@ -130,100 +136,6 @@ def test_swapped_and_shifted_bytes_are_refused(seed: int, size: int) -> None:
 
 # -------------------------------------------------------------------------------- mutations, checksums mended
 
-EXTREMES = [0, 1, 2, 31, 32, 33, 63, 64, 127, 128, 255, 256, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31]
-EXTREMES += [2**32 - 64, 2**32 - 1, 2**32, 2**48, 2**48 + 1, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 1]
-WORDS = ["", "raw", "fingerprint", "exact", "uniform", "table", "runs", "octets", "row", "column", "group"]
-WORDS += ["F32", "F16", "BF16", "F64", "BOOL", "U8", "F8_E4M3", "survivors", "all", "factors", "multiplier"]
-WORDS += ["metadata", "tensor", "x-a", "\0", "é" * 200]
-
-
-def mutated(value: Any, rng: random.Random) -> Any:
-    """A value of the directory, changed."""
-    if isinstance(value, int):
-        return min(rng.choice([*EXTREMES, value + 1, max(value - 1, 0), value * 2, value ^ 1]), 2**64 - 1)
-    if isinstance(value, str):
-        return rng.choice(WORDS)
-    if isinstance(value, bytes):
-        raw = bytearray(value)
-        what = rng.randrange(5)
-        if raw and what < 2:
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-        elif what == 2:
-            raw += bytes([rng.randrange(256)])
-        elif raw and what == 3:
-            del raw[rng.randrange(len(raw))]
-        else:
-            raw = bytearray(rng.randbytes(rng.randrange(20)))
-        return bytes(raw)
-    if isinstance(value, list):
-        out = list(value)
-        what = rng.randrange(3)
-        if out and what == 0:
-            out.pop(rng.randrange(len(out)))
-        elif out and what == 1:
-            i = rng.randrange(len(out))
-            out[i] = mutated(out[i], rng)
-        else:
-            out.append(rng.choice([rng.choice(EXTREMES), *out[:1]]))
-        return out
-    return value
-
-
-def mutate_map(fields: dict[str, Any], rng: random.Random) -> None:
-    """Changes a map somewhere."""
-    if not fields:
-        fields["x-a"] = 1
-        return
-    key = rng.choice(sorted(fields))
-    what = rng.randrange(12)
-    if isinstance(fields[key], dict) and what < 9:
-        mutate_map(fields[key], rng)
-    elif what < 9:
-        fields[key] = mutated(fields[key], rng)
-    elif what == 9:
-        del fields[key]
-    elif what == 10:
-        fields[rng.choice(["x-a", "mask", "scale", "vectors", "dtype", "count", "step", "size"])] = (
-            rng.choice([1, "exact", b"\0\0\0\0", [], {}, fields[key]])
-        )
-    else:
-        fields[key] = rng.choice([1, "a", b"a", [], {}, [[[[]]]]])
-
-
-def mutate_chunk(chunk: bytearray, rng: random.Random) -> None:
-    """Changes the bytes of a chunk somewhere, more often in its header and index."""
-    what = rng.randrange(6)
-    at = rng.randrange(len(chunk) if what % 2 else min(len(chunk), 128))
-    if what < 2:
-        chunk[at] ^= 1 << rng.randrange(8)
-    elif what < 4:
-        chunk[at] = rng.choice([0, 1, 32, 33, 127, 128, 255])
-    elif what == 4:
-        chunk[at : at + 4] = rng.randbytes(4)[: len(chunk) - at]
-    else:
-        chunk[at : at + 4] = struct.pack("<I", rng.choice(EXTREMES) & 0xFFFFFFFF)[: len(chunk) - at]
-
-
-def mutate(file: Forge, rng: random.Random) -> None:
-    """One change of a file, anywhere."""
-    what = rng.randrange(20)
-    part = rng.choice(file.parts)
-    if what < 8:
-        mutate_map(part.entry, rng)
-    elif what < 15 and part.chunks:
-        mutate_chunk(rng.choice([*part.chunks, *([part.vectors] if part.vectors else [])]), rng)
-    elif what == 15 and part.chunks:
-        part.chunks.append(bytearray(rng.choice(part.chunks)))
-    elif what == 16 and part.chunks:
-        part.chunks[rng.randrange(len(part.chunks))] += bytes(64)
-    elif what == 17:
-        file.parts.append(Part(part.entry, part.chunks, part.vectors))
-    elif what == 18 and part.chunks:
-        chunk = rng.randrange(len(part.chunks))
-        part.chunks[chunk] = bytearray(rng.randbytes(len(part.chunks[chunk])))
-    else:
-        part.vectors = rng.choice([None, bytearray(64), part.vectors])
-
 
 @clauses("R-STR-001", "R-STR-003", "R-STR-006", "R-LAY-005")
 @settings(max_examples=400)
@@ -231,23 +143,14 @@ def mutate(file: Forge, rng: random.Random) -> None:
 def test_all_readers_give_the_same_verdict_on_changed_files_with_repaired_checksums(
     seed: int, changes: int
 ) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(everything())
-    for _ in range(changes):
-        mutate(file, rng)
-    judged(file.build())
+    judged(with_changes(everything(), seed, changes))
 
 
 @clauses("R-STR-001", "R-STR-003", "R-PLN-003", "R-MSK-004")
 @settings(max_examples=400)
 @given(st.integers(0, 2**64 - 1))
 def test_all_readers_give_the_same_verdict_on_changed_chunks_with_repaired_checksums(seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(rng.choice([plain(), everything()]))
-    part = rng.choice([part for part in file.parts if part.chunks])
-    for _ in range(rng.randrange(1, 4)):
-        mutate_chunk(rng.choice(part.chunks), rng)
-    judged(file.build())
+    judged(with_changed_chunks([plain(), everything()], seed))
 
 
 @clauses("R-STR-001", "R-STR-003", "R-PLN-003")
@@ -260,7 +163,7 @@ def test_random_planes_are_decoded_or_refused(seed: int) -> None:
     part = file.part(rng.choice(["runs", "octets", "uniform", "table", "group", "coded"]))
     taken = part.take()
     for name in rng.sample(sorted(taken.planes), rng.randrange(1, 3)):
-        taken.planes[name] = ["".join(rng.choice("01") for _ in bits) for bits in taken.planes[name]]
+        taken.planes[name] = [random_bits(len(bits), rng) for bits in taken.planes[name]]
     part.put(taken)
     judged(file.build())
 
@@ -269,10 +172,7 @@ def test_random_planes_are_decoded_or_refused(seed: int) -> None:
 @settings(max_examples=100)
 @given(jobs(), st.integers(0, 2**64 - 1))
 def test_all_readers_give_the_same_verdict_on_changes_of_any_written_file(job: Any, seed: int) -> None:
-    rng = random.Random(seed)
-    file = Forge.of(written(job))
-    mutate(file, rng)
-    judged(file.build())
+    judged(with_changes(written(job), seed))
 
 
 @clauses("R-STR-001", "R-STR-003", "R-MSG-007")
