@@ -120,6 +120,7 @@ EXCUSED: dict[str, tuple[str, ...]] = {
     ),
     "for others than who decodes: commands, GPUs, what a caller asks of the directory": (
         "container.chunk.greatest_head",
+        "container.stream_maps.MaskEntry.is_bitmap",
         "decode.reader.SfpFile.__contains__",
         "decode.reader.SfpFile.__len__",
         "decode.reader.SfpFile.__reduce__",
