@@ -254,6 +254,7 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
         OptionError: a name is not that of a prunable float parameter of rank 2 or more, two names belong to
             the same tensor, or there are no names.
     """
+    _require_whole(model)
     if names is None:
         names, left = _found(model)
         _warn_of_unpruned(model, names, left)
@@ -264,6 +265,19 @@ def chosen_weights(model: nn.Module, names: Sequence[str] | None) -> dict[str, T
         if weight.dim() < 2:
             raise OptionError(f"{name!r} has shape {list(weight.shape)}, must be a matrix or of higher rank")
     return chosen
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Refuses a model with sharded weights.
+
+    Raises:
+        OptionError: it has such weights.
+    """
+    if is_sharded(model):
+        raise OptionError(
+            "the weights of this model are sharded (DTensors), which only statistics, magnitude, fisher, "
+            "wanda and prune support; here give a model with whole weights"
+        )
 
 
 def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = False) -> dict[str, Tensor]:
@@ -278,11 +292,7 @@ def chosen_tensors(model: nn.Module, names: Sequence[str], *, buffers: bool = Fa
         OptionError: there are no names, a name is not that of a prunable float parameter, or two names belong
             to the same tensor.
     """
-    if is_sharded(model):
-        raise OptionError(
-            "the weights of this model are sharded (DTensors), which only statistics, magnitude, fisher, "
-            "wanda and prune support; here give a model with whole weights"
-        )
+    _require_whole(model)
     if isinstance(names, str):
         raise OptionError(f"tensors is the string {names!r}; give a list of names")
     if not names:
