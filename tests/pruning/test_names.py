@@ -11,7 +11,7 @@ import pytest
 
 import sfpformat.pruning
 
-NUMPY_ALONE = ("files", "grades", "masks", "thresholds")
+NUMPY_ALONE = ("repruning", "grades", "masks", "thresholds")
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
