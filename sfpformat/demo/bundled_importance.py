@@ -19,7 +19,7 @@ import torch
 from ..numpy import load_file, save_file
 from ..options import Options
 from ..pruning.grades import graded, options_for_grades
-from ..pruning.pipeline import as_numbers
+from ..pruning.weight_selection import as_numbers
 from .methods import Bench
 
 # The range of sparsities of the package's importance.

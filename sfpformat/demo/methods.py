@@ -26,10 +26,11 @@ from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import learn_importance
 from ..pruning.learning_settings import Learned, Settings
 from ..pruning.masks import masks_of
-from ..pruning.pipeline import apply_masks, as_numbers
+from ..pruning.pipeline import apply_masks
 from ..pruning.task import Data, Progress
 from ..pruning.thresholds import Sparsity
 from ..pruning.tuning import Factors, Masks, Tuning, fine_tune, fit_factors, fit_multipliers, scaled
+from ..pruning.weight_selection import as_numbers
 from .language import (
     CALIBRATION_BATCHES,
     arrays_of,

@@ -20,7 +20,6 @@ from ..errors import OptionError
 from .descent import adam, set_rates
 from .layerwise import LayerwiseResult
 from .masks import masks_of
-from .pipeline import as_numbers
 from .task import (
     CLASSIFY,
     Data,
@@ -34,7 +33,7 @@ from .task import (
     with_weights,
 )
 from .thresholds import Pattern, Sparsity, is_number, require_share
-from .weight_selection import chosen_weights, layout_of
+from .weight_selection import as_numbers, chosen_weights, layout_of
 
 _DECAY = 0.95  # of F, per step
 _TINY = 1e-30

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from .thresholds import Allocation, Numbers, Pattern, Threshold
 from .tuning import Masks
 from .weight_selection import (
     Layout,
+    as_numbers,
     chosen_tensors,
     chosen_weights,
     holders,
@@ -269,12 +269,6 @@ class _folded:
     def __exit__(self, *raised: object) -> None:
         for name, weight in self._weights.items():
             weight.copy_(self._before[name])
-
-
-def as_numbers(tensor: Tensor) -> Numbers:
-    """Returns a tensor as a numpy array: float64 if it is float64, else float32."""
-    plain = tensor.detach().cpu()
-    return cast(Numbers, np.asarray((plain if plain.dtype is torch.float64 else plain.float()).numpy()))
 
 
 # ------------------------------------------------------------------------------- torch.nn.utils.prune

@@ -30,7 +30,7 @@ from .thresholds import (
     is_number,
     require_share,
 )
-from .weight_selection import holders, is_sharded, layout_of, prunable
+from .weight_selection import as_numbers, holders, is_sharded, layout_of, prunable
 
 _BITS = 16  # of a number in one histogram
 _HALF = 1 << 31
@@ -305,8 +305,6 @@ def _by_rows(
         if len(left) == len(found):
             raise OptionError(f"{words}: nothing would be pruned")
         warn(f"{words}: left as they are")
-    from .pipeline import as_numbers
-
     masks = {}
     for name, rows in found.items():
         if name in left:

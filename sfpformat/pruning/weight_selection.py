@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -23,7 +24,7 @@ from ..errors import OptionError, warn
 from ..names import listed, require_known, require_mapping
 from ..torch.tensors import missing_memory
 from ..torch.ties import TiedNames
-from .thresholds import pattern_dim
+from .thresholds import Numbers, pattern_dim
 
 T = TypeVar("T")
 Weights = Mapping[str, Tensor]
@@ -153,6 +154,12 @@ def is_sharded(value: object) -> bool:
 def as_matrix(weight: Tensor) -> Tensor:
     """Returns a weight of rank 2 or more as the matrix [rows, columns] of SPEC.md chapter 2."""
     return weight.flatten(1)
+
+
+def as_numbers(tensor: Tensor) -> Numbers:
+    """Returns a tensor as a numpy array: float64 if it is float64, else float32."""
+    plain = tensor.detach().cpu()
+    return cast(Numbers, np.asarray((plain if plain.dtype is torch.float64 else plain.float()).numpy()))
 
 
 # ------------------------------------------------------------------------------------ what can be pruned
