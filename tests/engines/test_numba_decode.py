@@ -25,8 +25,7 @@ from sfpformat.coding.planes import StreamSpan, decode_levels, encode_levels
 from sfpformat.engines import get_engine
 from sfpformat.engines import numba as numba_engine
 from sfpformat.engines.numba import lookup
-from sfpformat.engines.numba.compiling import compiled_sources, kernel
-from sfpformat.engines.numba.unaligned import load64
+from sfpformat.engines.numba.compiling import compiled_sources
 from sfpformat.errors import EngineError, FileFault
 from sfpformat.numpy import load, save
 
@@ -292,33 +291,7 @@ def test_auto_does_not_import_numba_for_little_work() -> None:
         assert done.stdout.strip() == imported
 
 
-# --------------------------------------------------------------------------------------------- checked builds
-
-
-@kernel
-def load_one(array: Any, offset: int) -> Any:
-    return load64(array, offset)
-
-
-def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) -> None:
-    if os.environ.get("SFPFORMAT_CHECKED"):  # this is that build
-        with pytest.raises(IndexError):
-            load_one(np.zeros(8, np.uint8), 1)
-        return
-    checked = {
-        **os.environ,
-        "SFPFORMAT_CHECKED": "1",
-        "NUMBA_BOUNDSCHECK": "1",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        cwd=Path(__file__).parents[2],
-        env=checked,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+# --------------------------------------------------------------------------------------- caches of kernels
 
 
 def definition(module: str, name: str) -> Path:

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -368,32 +367,3 @@ def test_a_writer_uses_the_numba_engine_only_for_much_work() -> None:
             check=True,
         )
         assert done.stdout.strip() == imported
-
-
-def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) -> None:
-    if os.environ.get("SFPFORMAT_CHECKED"):  # this is that build
-        return
-    checked = {
-        **os.environ,
-        "SFPFORMAT_CHECKED": "1",
-        "NUMBA_BOUNDSCHECK": "1",
-        "NUMBA_CACHE_DIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "alike or same_bytes",
-        ],
-        env=checked,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
