@@ -42,7 +42,6 @@ _LOSSY = frozenset(
         "prune",
         "pattern_dim",
         "scope",
-        "by",
         "scale",
         "scale_dtype",
         "rate_weight",
@@ -397,8 +396,8 @@ def _pruning_of(layer: Layer, spec: TensorSpec) -> tuple[Pruning | None, str]:
     """
     pruning: Pruning | None = layer.get("prune")
     scope = layer.get("scope", "tensor")
-    if pruning is None and ("scope" in layer or "by" in layer):
-        raise CommandError("--scope and --by need --prune")
+    if pruning is None and "scope" in layer:
+        raise CommandError("--scope needs --prune")
     if "pattern_dim" in layer and not (pruning is not None and pruning.of):
         raise CommandError("--pattern-dim needs --prune with a pattern, such as 2:4")
     if pruning is None:

@@ -91,7 +91,6 @@ def add_tensor_options(parser: argparse.ArgumentParser) -> None:
         "dimension of an n:m pattern (default: the inputs, which are the last dimension of a matrix, "
         "dimension 1 of a kernel)",
     )
-    _add(value, "--by", str, "SCORE", "what decides: magnitude (the default and only choice)", ("magnitude",))
     _add(
         value,
         "--scope",

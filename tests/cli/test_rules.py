@@ -88,7 +88,7 @@ def test_keep_overrides_all_rules(tmp_path: Path) -> None:
         ("--like nothing* --bits 4", "no tensor name matches 'nothing*'"),
         ("--keep nothing*", "no tensor name matches 'nothing*'"),
         ("--like ids --bits 4", "--bits has no effect: no tensor that matches --like 'ids' is float"),
-        ("--scope model", "--scope and --by need --prune"),
+        ("--scope model", "--scope needs --prune"),
         ("--prune 2:4 --scope model", "--scope model needs --prune with a fraction"),
         ("--prune 2:7", "--prune fits no tensor: 'embed.weight' (its shape [128, 64] has 64 inputs along"),
         ("--prune 0.5 --like embed.weight --prune 2:7", "--prune after --like 'embed.weight' fits no tensor"),

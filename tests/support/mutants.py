@@ -27,14 +27,8 @@ from sfpformat.errors import FileFault
 
 from .clauses import ROOT
 from .conformance_cases import Case, cases, data_of, limits_of, refusal
+from .reader_modules import reader_modules
 
-MODULES = (
-    *("coding.codetable", "coding.mask", "coding.planes", "container.chunk"),
-    *("coding.quantisers.exact", "coding.quantisers.table", "coding.quantisers.uniform"),
-    *("container.directory", "container.entry", "container.fields", "container.messagepack"),
-    *("container.preamble", "container.stream_maps", "decode.tensor", "limits", "decode.reader"),
-    "decode.stored_chunks",
-)
 _SECONDS = 5.0  # for one file, because a reader without a check may not terminate
 
 # Checks that another check repeats for every possible file: function and clause -> the other check.
@@ -69,7 +63,7 @@ class Mutant:
 def mutants() -> list[Mutant]:
     """Returns all checks, in the order of the modules."""
     out = []
-    for module in MODULES:
+    for module in reader_modules():
         for function, node in _checks(_tree(module)):
             out.append(Mutant(module, function, node.lineno, _clauses_of(node)))
     return out
