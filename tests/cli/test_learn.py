@@ -81,7 +81,7 @@ def test_learn_keeps_a_pattern_and_is_not_worse_than_its_start(
     for wrong in ("2", "2:4:8", "a:b", "4:4"):
         words[words.index("--pattern") + 1] = wrong
         assert main(words) == 2
-    assert "keeps some of its positions, not 4 of 4" in capsys.readouterr().err
+    assert "must keep at least 1 and fewer than all" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_resumes_from_its_checkpoint(

@@ -125,7 +125,9 @@ def test_outputs_that_must_not_be_replaced_are_refused(tmp_path: Path, capsys: C
     assert run("pack", source, "-o", tmp_path / "m.sfp") == 0
     capsys.readouterr()
     assert "is already an .sfp file" in error_of(capsys, "pack", tmp_path / "m.sfp", "-o", tmp_path / "n.sfp")
-    assert "is safetensors already" in error_of(capsys, "unpack", source, "-o", tmp_path / "n.safetensors")
+    assert "already a safetensors file" in error_of(
+        capsys, "unpack", source, "-o", tmp_path / "n.safetensors"
+    )
     os.link(source, tmp_path / "same.sfp")
     assert "is an input file" in error_of(capsys, "pack", source, "-o", tmp_path / "same.sfp")
     os.link(tmp_path / "m.sfp", tmp_path / "same.safetensors")

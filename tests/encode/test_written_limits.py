@@ -114,7 +114,7 @@ EXCEEDING: dict[str, tuple[str, Limits, dict[str, Any], str]] = {
     "tensors": ("tensors", limits_but(tensors=1), {"v": ONE, "w": ONE}, "several files"),
     "directory": ("directory_bytes", limits_but(directory_bytes=30), {"w": ONE}, "several files"),
     "names": ("directory_bytes", limits_but(directory_bytes=150), {"w" * 200: ONE}, "several files"),
-    "depth": ("depth", limits_but(depth=3), {"w": weights(8, 200)}, "unknown keys"),
+    "depth": ("depth", limits_but(depth=3), {"w": weights(8, 200)}, "nested keys"),
 }
 
 
@@ -219,7 +219,7 @@ def test_the_option_limit_applies_to_writing_and_reading(tmp_path: Path, capsys:
         ("rank", "not NAME=VALUE"),
         ("ranks=3", "the nearest is 'rank'"),
         ("rank=many", "not a whole number"),
-        ("rank=65", "rank at most 64"),
+        ("rank=65", "rank 65, must be at most 200 and 64"),
         ("tensors=-1", "whole number of at least 0"),
     ],
 )

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,17 @@ from sfpformat.coding.quantisers import uniform_levels
 from sfpformat.dtypes import DTYPES as ALL_DTYPES
 from sfpformat.encode.sink import MemorySink
 from sfpformat.engines import numba as numba_engine
+from sfpformat.engines.numba.compiling import kernel
+from sfpformat.engines.numba.unaligned import load64
 from sfpformat.errors import OptionError
 from sfpformat.numpy import save
 
+from ..support.clauses import ROOT
 from ..support.strategies import Job, jobs
+
+FOLDER = Path(__file__).parent
+# One process for all files: compiling the kernels takes longer than running the tests.
+CHECKED = (FOLDER / "test_numba_encode.py", FOLDER / "test_numba_decode.py")
 
 DTYPES: list[type[np.unsignedinteger[Any]]] = [np.uint8, np.uint16, np.uint32, np.uint64]
 seeds = st.integers(0, 2**32 - 1)
@@ -367,3 +375,32 @@ def test_a_writer_uses_the_numba_engine_only_for_much_work() -> None:
             check=True,
         )
         assert done.stdout.strip() == imported
+
+
+# ------------------------------------------------------------------------------------------- bounds of arrays
+
+
+@kernel
+def load_one(array: Any, offset: int) -> Any:
+    return load64(array, offset)
+
+
+def test_bounds_checked_kernels_access_no_array_out_of_bounds(tmp_path: Path) -> None:
+    if os.environ.get("SFPFORMAT_CHECKED"):  # this is that process
+        with pytest.raises(IndexError):
+            load_one(np.zeros(8, np.uint8), 1)
+        return
+    checked = {
+        **os.environ,
+        "SFPFORMAT_CHECKED": "1",
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHECKED],
+        cwd=ROOT,
+        env=checked,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

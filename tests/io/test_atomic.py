@@ -267,7 +267,7 @@ def test_a_failed_folder_sync_raises_and_the_new_file_is_in_place(
     target: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", raising(errno.EIO, is_folder)(os.fsync))
-    with pytest.raises(OSError, match="the new file is in place"):
+    with pytest.raises(OSError, match="the new file has its final name"):
         write(target)
     assert target.read_bytes() != OLD
     assert list(target.parent.iterdir()) == [target]
@@ -361,7 +361,7 @@ def test_a_target_that_stays_busy_keeps_the_finished_work(
     monkeypatch.setattr("sfpformat.io.filesystem._WAITS", (0.0,))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", raising(number)(os.replace))
-        with pytest.raises(OSError, match=r"complete.*kept as model\.sfp\.partial"):
+        with pytest.raises(OSError, match=r"complete.*remains as model\.sfp\.partial"):
             by_resumable_writer(target)
         assert target.read_bytes() == OLD
         for write in (by_writer, by_block):

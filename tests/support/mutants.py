@@ -34,6 +34,8 @@ _SECONDS = 5.0  # for one file, because a reader without a check may not termina
 # Checks that another check repeats for every possible file: function and clause -> the other check.
 REPEATED = {
     ("CodeTable.__post_init__", "R-TAB-004"): "the bytes of `codes` are measured before they are lengths",
+    ("require_bits", "R-IDX-003"): "the index is checked against the chunk before its planes are read",
+    ("_directory_faults", "R-LIM-002"): "the reader has refused the file by then; this bounds what is read",
     ("parse_head", "R-IDX-003"): "where header or index do not fit, neither do the planes behind them",
 }
 

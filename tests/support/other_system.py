@@ -298,7 +298,7 @@ def open_target(folder: Path) -> None:
     with sfpformat.open(path):
         error = _raised(lambda: save_file(arrays(), path))
         assert isinstance(error, PermissionError)
-        assert "does not replace a file that is open" in str(error)
+        assert "does not replace an open or read-only file" in str(error)
         assert list(folder.iterdir()) == [path]
 
         def resumable() -> None:
@@ -308,8 +308,8 @@ def open_target(folder: Path) -> None:
 
         error = _raised(resumable)
         assert isinstance(error, OSError)
-        assert "does not replace a file that is open" in str(error)
-        assert "kept as held.sfp.partial" in str(error)
+        assert "does not replace an open or read-only file" in str(error)
+        assert "remains as held.sfp.partial" in str(error)
     assert load_file(path).keys() == {"old"}
     with Writer(path, resume_key="job") as writer:
         assert writer.done == tuple(arrays())

@@ -203,7 +203,7 @@ def test_numbers_that_the_modules_dtype_cannot_hold_warn(
     for meta in (False, True):
         model = (hooked(make) if own_way else make)().to("meta" if meta else "cpu")
         if lost:
-            with pytest.warns(SfpWarning, match="dtype cannot represent all values .* for 'w'") as told:
+            with pytest.warns(SfpWarning, match="dtype cannot represent all values of 'w'") as told:
                 load_model(model, tmp_path / "m")
             assert told[0].filename == __file__
         else:
