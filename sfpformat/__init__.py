@@ -7,7 +7,8 @@ import os
 from typing import TYPE_CHECKING, BinaryIO, overload
 
 from .decode.opening import open_any
-from .decode.reader import SfpFile, SfpSlice, TensorInfo
+from .decode.reader import SfpFile, SfpSlice
+from .decode.tensor_info import TensorInfo
 from .decode.validate import Report, validate
 from .errors import (
     ClosedFileError,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SfpWarning
+from ..errors import OptionError, SfpWarning
 from .console import bytes_words, number, percent, progress, show_json, show_table
 from .errors import CommandError, checked_target, require_file, require_suffix
 from .parser import Parser, Subparsers, examples
@@ -138,8 +138,8 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
     transformers.utils.logging.disable_progress_bar()
     begun = time.monotonic()
 
-    def prepare() -> tuple[Any, Any, Any, Path]:
-        """Returns a function that loads the model, the data, the dense model, and the output path."""
+    def prepare() -> tuple[str, Any, Any, Any, Path]:
+        """Returns the model's kind, a function that loads it, the data, the dense model, the output path."""
         _require(args, processes.world)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -156,9 +156,9 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
         def load(dtype: Any) -> Any:
             return model_class.from_pretrained(args.folder, dtype=dtype).eval()
 
-        return load, data.to(device), load(torch.float32).to(device), target
+        return kind, load, data.to(device), load(torch.float32).to(device), target
 
-    load, data, dense, target = processes.agreed(prepare)
+    kind, load, data, dense, target = processes.agreed(prepare)
     state = None if args.resume is None else Path(args.resume)
     kept = None if state is None else state.with_name(f"{state.name}.statistics")
     first = processes.rank == 0
@@ -209,7 +209,7 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
         summary.update(
             {
                 "output": str(target),
-                "kind": _kind_of(args.folder, transformers)[0],
+                "kind": kind,
                 "measure": data.measure,
                 **{name.replace(" ", "_").replace(",", ""): value for name, value in measured.items()},
                 "sparsity": lost / max(positions, 1),
@@ -337,15 +337,14 @@ def _pattern_of(words: str) -> Pattern:
     """Parses the value of ``--pattern``.
 
     Raises:
-        CommandError: it is malformed.
-        OptionError: its numbers are out of range.
+        CommandError: it is malformed, or its numbers are out of range.
     """
     from ..pruning.thresholds import Pattern
 
-    keep, _, of = words.partition(":")
-    if not (keep.isdecimal() and of.isdecimal()):
-        raise CommandError(f"--pattern {words!r} is not N:M, such as 2:4")
-    return Pattern(int(keep), int(of))
+    try:
+        return Pattern.parse(words)
+    except OptionError as error:
+        raise CommandError(f"--pattern: {error}") from error
 
 
 def _kind_of(folder: Path, transformers: Any) -> tuple[str, Any]:

@@ -173,8 +173,8 @@ def parse_threshold(words: str) -> Threshold | Pattern | Allocation:
             return Outliers(float(second))
         if first == "rising":
             return Rising(float(second))
-        if colon:
-            return Pattern(int(first), int(second))
+        if colon and first.isdecimal():
+            return Pattern.parse(words)
     except ValueError as error:
         if isinstance(error, SfpError):
             raise

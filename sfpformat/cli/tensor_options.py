@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..dtypes import FACTOR_DTYPES
 from ..encode.weights import MIN_ELEMENTS
 from ..options import PRESETS, WEIGHTED, ZEROS
+from ..pruning.thresholds import Pattern
 from .errors import CommandError
 from .parser import Parser
 from .rules import Layer, Pruning
 
+_LONGEST_PATTERN = 1024  # positions; groups of this size are sorted in memory
 _OPTIONS = "tensor_options"  # the namespace's name for the options of this module
 
 
@@ -168,17 +170,13 @@ def _add(
 
 def _pruning(text: str) -> Pruning:
     """Parses ``0.5`` or ``2:4``."""
-    if ":" in text:
-        keep, _, of = text.partition(":")
-        if keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of) <= 1024:
-            return Pruning(keep=int(keep), of=int(of))
-    else:
-        try:
-            fraction = float(text)
-        except ValueError:
-            fraction = math.nan
-        if 0 <= fraction <= 1:
-            return Pruning(fraction)
+    with suppress(ValueError):
+        if ":" in text:
+            pattern = Pattern.parse(text)
+            if pattern.of <= _LONGEST_PATTERN:
+                return Pruning(keep=pattern.keep, of=pattern.of)
+        elif 0 <= float(text) <= 1:
+            return Pruning(float(text))
     raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction from 0 to 1 nor a pattern such as 2:4")
 
 

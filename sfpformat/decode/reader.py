@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,41 +36,10 @@ from .pickling import Settings, reopened
 from .selection import Index, Selection, select
 from .stored_chunks import StoredChunks
 from .tensor import TensorDecoder, Values
+from .tensor_info import TensorInfo
 
 # The least number of tensors for which decoding plain ones together is faster.
 _WORTH_BULK = 4
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Information about a tensor from the file's directory; no tensor data is read.
-
-    Attributes:
-        name, shape: name and shape of the tensor.
-        dtype: name of the dtype, as in safetensors, such as ``BF16``.
-        coding: ``raw`` or ``fingerprint``.
-        quantiser: ``exact``, ``uniform``, ``table``, or None for a raw tensor.
-        mask: ``runs``, ``octets``, or None.
-        importance: ``survivors``, ``all``, ``factors``, or None.
-        role: the role of the importance: ``multiplier``, ``metadata``, or None.
-        stored_bytes: size of the tensor's chunks in the file, in bytes.
-        decoded_bytes: size of the decoded tensor, in bytes.
-        unknown: keys of the directory entry that this version does not know, with their values. For unknown
-            keys inside ``mask``, ``fingerprints``, ``scale`` or ``importance``: the name of that map -> a
-            dict of them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    coding: str
-    quantiser: str | None
-    mask: str | None
-    importance: str | None
-    role: str | None
-    stored_bytes: int
-    decoded_bytes: int
-    unknown: dict[str, object]
 
 
 class SfpFile(Closing):
@@ -180,21 +148,7 @@ class SfpFile(Closing):
         Raises:
             MissingTensorError: there is no tensor of that name.
         """
-        entry = self.entry(name)
-        fingerprints, mask, importance = entry.fingerprints, entry.mask, entry.importance
-        return TensorInfo(
-            entry.name,
-            entry.shape,
-            entry.dtype.name,
-            entry.coding,
-            type(fingerprints.quantiser).__name__.lower() if fingerprints else None,
-            mask.kind if mask else None,
-            importance.over if importance else None,
-            importance.role if importance else None,
-            entry.stored_bytes,
-            entry.decoded_bytes,
-            dict(entry.other),
-        )
+        return TensorInfo.of(self.entry(name))
 
     # -------------------------------------------------------------------------------------- tensors
 

@@ -26,9 +26,10 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, quoted
 from .execution import Into
 from .pickling import Settings, reopened
-from .reader import SfpFile, SfpSlice, TensorInfo
+from .reader import SfpFile, SfpSlice
 from .selection import Selection
 from .tensor import TensorDecoder, Values
+from .tensor_info import TensorInfo
 
 # Same as the limit for directories: an index has fewer bytes per tensor than a directory.
 MAX_INDEX_BYTES = DEFAULT_LIMITS.directory_bytes

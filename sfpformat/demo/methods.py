@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..pruning import scores
-from ..pruning.calibration import Statistics, statistics
+from ..pruning.calibration import statistics
+from ..pruning.calibration_sums import Statistics
 from ..pruning.layerwise import prune_layerwise
 from ..pruning.learning import learn_importance
 from ..pruning.learning_settings import Learned, Settings

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .admm import Alternation, train_sparse
     from .allocation import Outliers, Rising
-    from .calibration import Statistics, statistics
+    from .calibration import statistics
+    from .calibration_sums import Statistics
     from .gates import GATES
     from .grades import BOUNDARIES, graded, options_for_grades
     from .layerwise import LayerwiseResult, prune_layerwise, refine_layerwise
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "admm": ("Alternation", "train_sparse"),
     "allocation": ("Outliers", "Rising"),
-    "calibration": ("Statistics", "statistics"),
+    "calibration": ("statistics",),
+    "calibration_sums": ("Statistics",),
     "repruning": ("Repruned", "reprune"),
     "gates": ("GATES",),
     "grades": ("BOUNDARIES", "graded", "options_for_grades"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .calibration import Statistics
+from .calibration_sums import Statistics
 
 CLAMP = 5.0
 _TINY = 1e-30  # added before a logarithm

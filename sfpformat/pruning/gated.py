@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints
-from .calibration import Statistics
+from .calibration_sums import Statistics
 from .descent import adam, set_rates, sparsity_at
 from .gates import Gate, Moment, make_gate, threshold_of
 from .learning_settings import LOGIT_RATE, Learned, Settings

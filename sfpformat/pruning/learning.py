@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..errors import OptionError, warn
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
-from .calibration import Statistics, statistics
+from .calibration import statistics
+from .calibration_sums import Statistics
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner

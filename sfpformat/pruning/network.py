@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Statistics
+from .calibration_sums import Statistics
 from .features import FEATURES, features, standardised
 
 WIDTH = 32

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, warn
-from ..names import listed
 from . import sharded
-from .calibration import Statistics
+from .calibration_sums import Statistics
 from .thresholds import Pattern, count_of_share, require_share
 from .weight_selection import as_matrix, chosen_tensors, chosen_weights, is_sharded, named_once
 
@@ -85,11 +83,7 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
             left.append(name)
         else:
             out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
-    if left:
-        words = f"Wanda needs statistics of the inputs of linear layers, but {listed(left)} have none"
-        if not out:
-            raise OptionError(words)
-        warn(f"{words}; the result does not include these tensors")
+    sharded.report_without_inputs(left, nothing_else=not out)
     return out
 
 

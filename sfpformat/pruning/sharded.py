@@ -219,12 +219,21 @@ def wanda(model: nn.Module, found: Mapping[str, Any]) -> dict[str, Tensor]:
             first = sharded.processes.rank * -(-sharded.weights[name].shape[0] // sharded.processes.world)
             roots = roots[first : first + len(rows), None]
         out[name] = sharded.like(name, rows * roots)
-    if left:
-        words = f"Wanda needs weights of linear layers with recorded inputs, which {listed(left)} are not"
-        if not out:
-            raise OptionError(words)
-        warn(f"{words}: they have no importance")
+    report_without_inputs(left, nothing_else=not out)
     return out
+
+
+def report_without_inputs(names: Sequence[str], *, nothing_else: bool) -> None:
+    """Warns that tensors have no statistics of inputs, if there are any.
+
+    Raises:
+        OptionError: ``nothing_else`` is true: no tensor has them.
+    """
+    if names:
+        words = f"Wanda needs statistics of the inputs of linear layers, but {listed(names)} have none"
+        if nothing_else:
+            raise OptionError(words)
+        warn(f"{words}; the result does not include these tensors")
 
 
 # ----------------------------------------------------------------------------------------------- masks

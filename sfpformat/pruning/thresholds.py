@@ -155,6 +155,18 @@ class Pattern:
                 f"the pattern keeps {self.keep} of {self.of}; it must keep at least 1 and fewer than all"
             )
 
+    @classmethod
+    def parse(cls, words: str) -> Pattern:
+        """Returns the pattern that is written ``keep:of``, such as ``2:4``.
+
+        Raises:
+            OptionError: the words have another form, or the numbers are out of range.
+        """
+        keep, _, of = words.partition(":")
+        if not (keep.isdecimal() and of.isdecimal()):
+            raise OptionError(f"{words!r} is not N:M, such as 2:4")
+        return cls(int(keep), int(of))
+
     def why_not(self, shape: Sequence[int], along: Along) -> str:
         """Returns why the pattern does not fit a tensor; "" if it fits."""
         dim, groups = along

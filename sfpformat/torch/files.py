@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..decode.opening import open_any
-from ..decode.reader import SfpFile, SfpSlice, TensorInfo
+from ..decode.reader import SfpFile, SfpSlice
 from ..decode.selection import Index
 from ..decode.shards import ShardedFile
+from ..decode.tensor_info import TensorInfo
 from ..engines import decodes_on_device
 from ..errors import OptionError
 from ..io.closing import Closing

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import sfpformat
 from sfpformat import Options, validate
 from sfpformat.cli import main
 from sfpformat.coding import quantisers
@@ -105,5 +106,7 @@ def test_a_kind_that_is_registered_is_written_read_validated_and_shown(
     expected = np.square(numbers) * np.float32(2**-12) * np.sign(weights)
     np.testing.assert_array_equal(load_file(path, engine=engine)["w"], expected)
     assert validate(path).ok
+    with sfpformat.open(path) as file:
+        assert file.info("w").quantiser == "x-squares"
     assert main(["info", str(path)]) == 0
     assert "squares" in capsys.readouterr().out

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sfpformat.errors import MismatchError, OptionError
-from sfpformat.pruning.calibration import Statistics, examples_of, statistics
+from sfpformat.pruning.calibration import examples_of, statistics
+from sfpformat.pruning.calibration_sums import Statistics
 from sfpformat.pruning.task import Task, cross_entropy
 
 from ..support.pruning_nets import loss_of, trained_net

@@ -13,7 +13,8 @@ from transformers.utils.generic import ModelOutput
 
 from sfpformat.errors import LossError, OptionError, SfpWarning
 from sfpformat.pruning import prunable, scores
-from sfpformat.pruning.calibration import Statistics, statistics
+from sfpformat.pruning.calibration import statistics
+from sfpformat.pruning.calibration_sums import Statistics
 from sfpformat.pruning.layerwise import prune_layerwise
 from sfpformat.pruning.learning import learn_importance
 from sfpformat.pruning.learning_settings import Settings
