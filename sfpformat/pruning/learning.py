@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, warn
+from ..errors import OptionError
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
 from .calibration import statistics
@@ -26,7 +26,7 @@ from .gated import GateLearner
 from .hierarchy import Learner
 from .learning_settings import DEFAULTS, Learned, Settings
 from .masked import Groups
-from .masks import reasons
+from .masks import unfit
 from .processes import Processes
 from .scores import fisher
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
@@ -249,20 +249,14 @@ def _groups(model: nn.Module, names: Sequence[str], pattern: Pattern) -> dict[st
     Raises:
         OptionError: it fits none of them.
     """
-    found, left = {}, {}
-    for name in names:
-        shape, layout = model.get_parameter(name).shape, layout_of(model, name)
-        reason = pattern.why_not(shape, (layout.inputs, layout.groups))
-        if reason:
-            left[name] = reason
-        else:
-            found[name] = Groups(pattern.of, math.prod(shape[layout.inputs + 1 :]))
-    if left:
-        words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
-        if not found:
-            raise OptionError(f"{words}: there is nothing to learn")
-        warn(f"{words}: they are not pruned")
-    return found
+    layouts = {name: layout_of(model, name) for name in names}
+    shapes = {name: model.get_parameter(name).shape for name in names}
+    left = unfit(pattern, {name: (shapes[name], (x.inputs, x.groups)) for name, x in layouts.items()})
+    return {
+        name: Groups(pattern.of, math.prod(shapes[name][layout.inputs + 1 :]))
+        for name, layout in layouts.items()
+        if name not in left
+    }
 
 
 def _required(

@@ -118,7 +118,7 @@ class Levels:
             exact: True uses all weights, False only the sample.
         """
         if self._groups:
-            found = float(round(sparsity * next(iter(self._groups.values())).of))
+            found = float(count_of_share(sparsity, next(iter(self._groups.values())).of))
         elif exact:
             found = quantile(self._all_scores, sparsity)
         else:

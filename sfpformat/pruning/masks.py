@@ -75,7 +75,7 @@ def masks_of(
             ``tiebreak`` or ``along`` matches nothing; the scope, floor or threshold is invalid; or a pattern
             fits no tensor.
     """
-    rule = _rule(threshold)
+    rule = rule_of(threshold)
     if scope not in SCOPES:
         raise OptionError(f"scope is {scope!r}, must be one of {', '.join(SCOPES)}")
     require_share("floor", floor)
@@ -116,7 +116,12 @@ def masks_of(
     return out
 
 
-def _rule(threshold: Any) -> Threshold | Pattern | Allocation:
+def rule_of(threshold: Any) -> Threshold | Pattern | Allocation:
+    """Returns a caller's threshold as a rule; a number is the share of a `Sparsity`.
+
+    Raises:
+        OptionError: it is no threshold.
+    """
     if is_number(threshold):
         return Sparsity(float(threshold))
     if isinstance(threshold, type):
@@ -322,18 +327,32 @@ def _patterned(
 ) -> dict[str, Mask]:
     """Returns the masks of the tensors that a pattern fits; warns about the others."""
     where = {name: along.get(name, (pattern_dim(array.shape), 1)) for name, array in arrays.items()}
-    left = {name: pattern.why_not(array.shape, where[name]) for name, array in arrays.items()}
-    left = {name: reason for name, reason in left.items() if reason}
-    if left:
-        words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
-        if len(left) == len(arrays):
-            raise OptionError(f"{words}: nothing would be pruned")
-        warn(f"{words}: these tensors are not pruned")
+    left = unfit(pattern, {name: (array.shape, where[name]) for name, array in arrays.items()})
     return {
         name: _pattern_mask(array, pattern, where[name][0], ties[name])
         for name, array in arrays.items()
         if name not in left
     }
+
+
+def unfit(pattern: Pattern, tensors: Mapping[str, tuple[Sequence[int], Along]]) -> set[str]:
+    """Returns the names of the tensors that a pattern does not fit, after a warning about them.
+
+    Args:
+        pattern: the pattern.
+        tensors: name -> shape, and the inputs along which the pattern runs.
+
+    Raises:
+        OptionError: the pattern fits no tensor.
+    """
+    left = {name: pattern.why_not(shape, along) for name, (shape, along) in tensors.items()}
+    left = {name: reason for name, reason in left.items() if reason}
+    if left:
+        words = f"{pattern.keep}:{pattern.of} does not fit {reasons(left)}"
+        if len(left) == len(tensors):
+            raise OptionError(f"{words}: nothing would be pruned")
+        warn(f"{words}: these tensors are not pruned")
+    return set(left)
 
 
 def _pattern_mask(array: Numbers, pattern: Pattern, dim: int, ties: F64 | None) -> Mask:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import OptionError, warn
 from ..names import listed, require_known, require_matches
 from .masked import about_values
-from .masks import SCOPES, masks_of, reasons
+from .masks import SCOPES, masks_of, rule_of, unfit
 from .processes import Processes
 from .thresholds import (
     Allocation,
@@ -27,7 +27,6 @@ from .thresholds import (
     Sparsity,
     Threshold,
     count_of_share,
-    is_number,
     require_share,
 )
 from .weight_selection import as_numbers, holders, is_sharded, layout_of, prunable
@@ -265,8 +264,8 @@ def pruned(
     bad = sharded.processes.exchanged(lambda: [name in finite for name in names], len(names))
     for name, flags in zip(names, zip(*bad, strict=True), strict=True):
         if any(flags):
-            raise OptionError(f"the importance of {name!r} is not finite everywhere")
-    rule: Any = Sparsity(float(cast(float, threshold))) if is_number(threshold) else threshold
+            raise OptionError(f"the importance of {name!r} has numbers that are not finite")
+    rule = rule_of(threshold)
     if scope not in SCOPES:
         raise OptionError(f"scope is {scope!r}, must be one of {', '.join(SCOPES)}")
     if isinstance(rule, Pattern) or (scope == "row" and not isinstance(rule, Allocation)):
@@ -298,22 +297,16 @@ def _by_rows(
 ) -> dict[str, Tensor]:
     """Returns the masks of thresholds within rows, or of a pattern within rows: no process needs another."""
     layouts = {name: layout_of(model, name) for name in found}
-    left = {}
+    left: set[str] = set()
+    if isinstance(rule, Pattern):
+        shapes = {name: sharded.weights[name].shape for name in found}
+        left = unfit(rule, {name: (shapes[name], (x.inputs, x.groups)) for name, x in layouts.items()})
     for name, layout in layouts.items():
-        if isinstance(rule, Pattern):
-            reason = rule.why_not(sharded.weights[name].shape, (layout.inputs, layout.groups))
-            if reason:
-                left[name] = reason
         if layout.inputs == 0:
             raise OptionError(
                 f"{name!r} has its inputs in dimension 0, which is divided among the processes: thresholds "
                 "and patterns along the inputs of an output need whole ones"
             )
-    if left:
-        words = f"{rule.keep}:{rule.of} does not fit {reasons(left)}"
-        if len(left) == len(found):
-            raise OptionError(f"{words}: nothing would be pruned")
-        warn(f"{words}: left as they are")
     masks = {}
     for name, rows in found.items():
         if name in left:
