@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.classes import FRACTION, Histogram, entropy_bits, histogram, log2_fixed
+from ..coding.classes import FRACTION, Histogram, entropy_bits, log2_fixed
 from ..coding.quantisers import F32, Uniform, uniform_numbers
 from ..dtypes import DTYPES, Dtype
 from ..errors import OptionError
 from .finite import Reconstruction
+from .number_counts import Magnitudes, NumberCounts
 
 F64 = NDArray[np.float64]
 
@@ -28,6 +30,7 @@ _SEARCH_ROUNDS = 24
 _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
 _CLASS_BITS = 10  # numbers of more bits are counted by this many leading bits
 _MOST_IN_PAIRS = 8  # with more different numbers, a Huffman code of pairs takes about the entropy
+_MOST_RISES = 4096  # from this number on, all numbers are counted as one to estimate their bits
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def exact_sum(values: F64) -> float:
     return float(np.bincount(np.zeros(len(values), np.intp), weights=values)[0]) if len(values) else 0.0
 
 
-def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> UniformNumbers:
+def weighing_numbers(magnitudes: Magnitudes, step: float | np.float32, rate_weight: float) -> UniformNumbers:
     """Returns a uniform quantiser whose thresholds weigh bits against error.
 
     Of two neighbouring numbers, the one with the lower (error squared, in steps) + rate_weight * bits is
@@ -101,19 +104,19 @@ def weighing_numbers(magnitudes: F32, step: float | np.float32, rate_weight: flo
     return UniformNumbers(np.float32(step), (np.arange(len(rise)) + 0.5 + shift).astype(np.float32))
 
 
-def weighed_numbers(magnitudes: F32, step: float | np.float32, rate_weight: float) -> WeighedNumbers:
+def weighed_numbers(magnitudes: Magnitudes, step: float | np.float32, rate_weight: float) -> WeighedNumbers:
     """Returns a quantiser like that of `weighing_numbers`, for errors with different weights."""
     bits = np.cumsum(_rise_of_bits(magnitudes, np.float32(step)))
     return WeighedNumbers(np.float32(step), np.concatenate(([0.0], rate_weight * bits)).astype(np.float32))
 
 
-def _rise_of_bits(magnitudes: F32, step: np.float32) -> F64:
+def _rise_of_bits(magnitudes: Magnitudes, step: np.float32) -> F64:
     """Returns how many more bits each number takes than the one below it, at least 0.
 
     The bits are from the order-0 entropy of rounding to nearest.
     """
-    nearest = uniform_numbers(magnitudes, step, np.zeros(0, np.float32))
-    counts = histogram(np.minimum(nearest, np.uint32(4096)))
+    found = magnitudes.counts(UniformNumbers(step, np.zeros(0, np.float32)))
+    counts = np.bincount(np.minimum(found.numbers, _MOST_RISES), found.often).astype(np.int64)
     # One is added to each count, so that numbers that are not in the sample have a finite cost.
     bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (np.arange(len(counts)) > 0)
     return np.clip(np.diff(bits), 0, None)
@@ -150,7 +153,30 @@ class Sampled:
     def quantiser(self, step: float | np.float32) -> UniformNumbers | WeighedNumbers:
         """Returns the quantiser of the whole tensor for a step."""
         how = weighing_numbers if self.weights is None else weighed_numbers
-        return how(self.magnitudes, step, self.rate_weight)
+        return how(self._sorted, step, self.rate_weight)
+
+    @cached_property
+    def _sorted(self) -> Magnitudes:
+        return Magnitudes(self.magnitudes)
+
+    @cached_property
+    def _greatest_factors(self) -> tuple[F32 | None, F32 | None]:
+        """The greatest scale factor and the greatest multiplier, shape [1]; None if there are none."""
+        scale, multiplier = (
+            None if factors is None else np.abs(factors).max(initial=0)[None]
+            for factors in (self.scale, self.multiplier)
+        )
+        return scale, multiplier
+
+    def counts(self, step: float) -> NumberCounts:
+        """Returns how often each number occurs in the sample for a step."""
+        quantiser = self.quantiser(step)
+        if isinstance(quantiser, UniformNumbers):
+            found = self._sorted.counts(quantiser)
+            greatest = int(found.numbers[-1]) if len(found.numbers) else 0
+            if self._reconstruction(step).is_finite(greatest, *self._greatest_factors):
+                return found
+        return NumberCounts.of(self.numbers(step))
 
     def numbers(self, step: float) -> NDArray[np.unsignedinteger]:
         """Returns the numbers of the sample for a step."""
@@ -183,22 +209,21 @@ class Sampled:
         """
         if not len(self.magnitudes):
             return 0, self.mask_bits()
-        counts = histogram(self.numbers(step))
+        counts = self.counts(step)
         if self.widest is not None:
-            return self._fixed_bits(step, int(counts[0]))
+            return self._fixed_bits(step, counts.zeros)
         levels = numbers_bits(counts)
         if self.masked:
             # Survivors whose number is 0 are in the same stream, and have signs too.
-            levels = max(levels, pairs_bits(counts)) + (int(counts[0]) << FRACTION)
+            levels = max(levels, pairs_bits(counts)) + (counts.zeros << FRACTION)
             return levels, self.mask_bits() + levels
-        counts[0] += self.pruned
-        return levels, numbers_bits(counts)
+        return levels, numbers_bits(counts.with_zeros(self.pruned)) if self.pruned else levels
 
     def loses_all(self, step: float) -> bool:
         """Whether a step makes 0 of all survivors, though a mask or a fixed width spends bits on them."""
         if self.widest is not None:
             return self.widest > 0 and not self._greatest_number(step)
-        return self.masked and bool(self.magnitudes.any()) and not self.numbers(step).any()
+        return self.masked and bool(self.magnitudes.any()) and not self.counts(step).numbers.any()
 
     def _greatest_number(self, step: float) -> int:
         """Returns the greatest number of the whole tensor, which has a fixed width."""
@@ -246,7 +271,7 @@ def mean_of(weights: F32) -> np.float32:
     return mean if 0 < mean < np.inf else np.float32(1)
 
 
-def numbers_bits(counts: Histogram) -> int:
+def numbers_bits(counts: NumberCounts) -> int:
     """Returns about how many bits (times 2^16) numbers with signs take.
 
     The sum of three parts: the entropy of which numbers are 0, the entropy of the other numbers, and their
@@ -256,23 +281,24 @@ def numbers_bits(counts: Histogram) -> int:
     Args:
         counts: how often each number occurs.
     """
-    total, others = int(counts.sum()), counts[1:]
-    alive = int(others.sum())
-    mask = entropy_bits(np.array([total - alive, alive]))
-    least = alive << (FRACTION - 1) if np.count_nonzero(others) > 1 else 0
-    classes, residuals = _in_classes(others)
+    others = slice(int(counts.zeros > 0), None)
+    numbers, often = counts.numbers[others], counts.often[others]
+    alive = int(often.sum())
+    mask = entropy_bits(np.array([counts.zeros, alive]))
+    least = alive << (FRACTION - 1) if len(often) > 1 else 0
+    classes, residuals = _in_classes(numbers, often)
     return mask + max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
 
 
-def pairs_bits(counts: Histogram) -> int:
+def pairs_bits(counts: NumberCounts) -> int:
     """Returns how many bits (times 2^16) numbers and signs (of non-zero ones) take with a code of pairs.
 
     The code is a Huffman code. It is well above the entropy if one number is much more frequent than the
     others: 0.68 bits per number instead of 0.54 if seven in eight are 0. Returns 0 if many different numbers
     occur, because the entropy is then close.
     """
-    often = [int(count) for count in counts if count]
-    if len(often) > _MOST_IN_PAIRS or len(counts) > 1 << _CLASS_BITS:
+    often = counts.often.tolist()
+    if len(often) > _MOST_IN_PAIRS or counts.numbers[-1] >= 1 << _CLASS_BITS:
         return 0
     total = sum(often)
     pairs = [one * other for one in often for other in often]
@@ -282,19 +308,22 @@ def pairs_bits(counts: Histogram) -> int:
         joined = heappop(pairs) + heappop(pairs)
         length += joined
         heappush(pairs, joined)
-    return (length << FRACTION) // max(2 * total, 1) + ((total - int(counts[0])) << FRACTION)
+    return (length << FRACTION) // max(2 * total, 1) + ((total - counts.zeros) << FRACTION)
 
 
-def _in_classes(counts: Histogram) -> tuple[Histogram, int]:
-    """Joins great numbers of a histogram into classes. Returns the new histogram, and all residual bits.
+def _in_classes(numbers: NDArray[np.int64], often: NDArray[np.int64]) -> tuple[Histogram, int]:
+    """Joins great numbers into classes. Returns the histogram of the classes, and all residual bits.
 
     A sample of n weights cannot show an entropy above log2 n, which is too low if there are many different
     numbers. Numbers of a class are assumed to be equally frequent.
+
+    Args:
+        numbers: the numbers that occur, at least 1, ascending.
+        often: how often each occurs.
     """
-    if len(counts) <= 1 << _CLASS_BITS:
-        return counts, 0
-    numbers = np.flatnonzero(counts)
-    often = counts[numbers]
+    if not len(numbers) or numbers[-1] <= 1 << _CLASS_BITS:
+        return often, 0
+    numbers = numbers - 1
     widths = np.maximum(np.frexp(numbers.astype(np.float64))[1].astype(np.int64) - _CLASS_BITS, 0)
     classes = (numbers >> widths) + (widths << (_CLASS_BITS - 1))
     joined = np.bincount(classes, weights=often.astype(np.float64)).astype(np.int64)  # exact below 2^53

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import sfpformat
 from sfpformat import OptionError, Options, Uniform, steps_for_budget
+from sfpformat.encode.number_counts import Magnitudes
 from sfpformat.encode.quantise import WeighedNumbers, weighed_numbers
 from sfpformat.numpy import load, save
 
@@ -70,7 +71,7 @@ def test_equal_importances_give_the_same_bytes_as_none() -> None:
 @pytest.mark.parametrize("step", [0.1, 0.5])
 def test_zero_importance_quantises_to_zero_and_high_importance_rounds_to_nearest(step: float) -> None:
     magnitudes = np.abs(WEIGHTS.reshape(-1))
-    quantiser = weighed_numbers(magnitudes, step, 0.12)
+    quantiser = weighed_numbers(Magnitudes(magnitudes), step, 0.12)
     assert not quantiser(magnitudes, np.zeros_like(magnitudes)).any()
     nearest = np.floor(magnitudes / np.float32(step) + np.float32(0.5))
     assert np.array_equal(quantiser(magnitudes, np.full_like(magnitudes, 1e6)), nearest)

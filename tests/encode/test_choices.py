@@ -17,6 +17,7 @@ from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.encode.level_sources.table import lloyd_max
+from sfpformat.encode.number_counts import Magnitudes
 from sfpformat.encode.quantise import Sampled, step_for_error, weighing_numbers
 from sfpformat.encode.segments import default_segment
 from sfpformat.numpy import load, save
@@ -58,7 +59,7 @@ def test_the_step_for_an_error_target_stays_below_it() -> None:
     allowed = 10**-1.5 * float(np.mean(magnitudes.astype(np.float64) ** 2))
     step = step_for_error(Sampled(magnitudes, len(magnitudes), None, 0.12), allowed)
     assert step is not None
-    numbers = weighing_numbers(magnitudes, step, 0.12)(magnitudes)
+    numbers = weighing_numbers(Magnitudes(magnitudes), step, 0.12)(magnitudes)
     assert decibels(magnitudes, numbers * np.float32(step)) <= -15.0
 
 

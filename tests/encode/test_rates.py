@@ -13,6 +13,7 @@ import sfpformat
 from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, Table, Uniform, steps_for_budget
 from sfpformat.coding import quantisers
 from sfpformat.coding.classes import FRACTION
+from sfpformat.encode.number_counts import NumberCounts
 from sfpformat.encode.quantise import numbers_bits, pairs_bits
 from sfpformat.numpy import load, save
 from sfpformat.options import Quantiser
@@ -146,13 +147,13 @@ def test_a_shared_budget_that_would_quantise_all_survivors_to_zero_is_refused(bu
 
 def test_the_estimate_is_not_too_low_for_many_distinct_numbers() -> None:
     """A sample of the numbers, of 20 bits each, has an entropy of only 12 bits."""
-    counts = np.bincount(RNG.integers(1 << 19, 1 << 20, 1 << 12), minlength=1 << 20)
+    counts = NumberCounts.of(RNG.integers(1 << 19, 1 << 20, 1 << 12))
     assert numbers_bits(counts) / (1 << FRACTION) / (1 << 12) == pytest.approx(19 + 1, abs=0.2)
 
 
 def test_a_dominant_number_is_estimated_with_a_code_of_pairs() -> None:
     """Of the 64 pairs, 49 have one bit, 7 two, and 8 three; the only number above 0 has a sign."""
-    found = pairs_bits(np.array([7, 1]) * 1000)
+    found = pairs_bits(NumberCounts(np.arange(2), np.array([7, 1]) * 1000))
     assert found / (1 << FRACTION) / 8000 == pytest.approx((49 + 2 * 7 + 3 * 8) / 128 + 1 / 8, abs=1e-4)
 
 

@@ -1,0 +1,89 @@
+"""How often the numbers of a quantiser occur among magnitudes, from sorted magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.quantisers import F32
+
+# Every _STRIDE-th magnitude is quantised first. Magnitudes between two with the same number have it, too.
+_STRIDE = 32
+
+
+class NumberCounts(NamedTuple):
+    """How often numbers occur.
+
+    Attributes:
+        numbers: the numbers that occur, ascending, int64 [n].
+        often: how often each occurs, above 0, int64 [n].
+    """
+
+    numbers: NDArray[np.int64]
+    often: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.integer]) -> NumberCounts:
+        """Counts numbers, shape [n]."""
+        found, often = np.unique(numbers, return_counts=True)
+        return cls(found.astype(np.int64), often.astype(np.int64))
+
+    @property
+    def zeros(self) -> int:
+        """How often the number 0 occurs."""
+        return int(self.often[0]) if len(self.numbers) and not self.numbers[0] else 0
+
+    def with_zeros(self, more: int) -> NumberCounts:
+        """Returns the counts with ``more`` occurrences of the number 0."""
+        if not more:
+            return self
+        others = slice(int(self.zeros > 0), None)
+        return NumberCounts(
+            np.concatenate(([0], self.numbers[others])),
+            np.concatenate(([self.zeros + more], self.often[others])),
+        )
+
+
+class Magnitudes:
+    """The magnitudes of a sample, sorted, for counting their numbers at many steps.
+
+    Quantising rounds, so a greater magnitude never has a smaller number. Therefore the counts need only the
+    places in the sorted magnitudes where the number changes.
+    """
+
+    def __init__(self, magnitudes: F32) -> None:
+        """Sorts magnitudes, shape [n]."""
+        ascending = np.sort(magnitudes)
+        starts = np.flatnonzero(np.concatenate(([len(ascending) > 0], ascending[1:] != ascending[:-1])))
+        self._values = ascending[starts]
+        self._before = np.append(starts, len(ascending))
+        self._grid = np.arange(0, len(starts) + _STRIDE - 1, _STRIDE).clip(max=max(len(starts) - 1, 0))
+
+    def counts(self, quantise: Callable[[F32], NDArray[np.unsignedinteger]]) -> NumberCounts:
+        """Returns how often each number occurs.
+
+        Args:
+            quantise: returns the number of each magnitude, shape [n], and never a smaller one for a greater
+                magnitude.
+        """
+        values = self._values
+        if not len(values):
+            return NumberCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        coarse = quantise(values[self._grid])
+        changes = np.flatnonzero(coarse[1:] != coarse[:-1])
+        if 2 * len(changes) > len(coarse):
+            numbers, places = quantise(values), np.arange(len(values))
+        else:
+            # Each run between two places has one number: that of its first magnitude.
+            inside = (self._grid[changes][:, None] + np.arange(1, _STRIDE + 1)).reshape(-1)
+            inside = inside[inside < len(values)]
+            places = np.concatenate(([0], inside))
+            numbers = np.concatenate((coarse[:1], quantise(values[inside])))
+        first = np.concatenate(([True], numbers[1:] != numbers[:-1]))
+        places = places[first]
+        return NumberCounts(
+            numbers[first].astype(np.int64), np.diff(self._before[np.append(places, len(values))])
+        )

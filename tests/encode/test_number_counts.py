@@ -1,0 +1,60 @@
+"""Counts of numbers from sorted magnitudes equal those of the numbers of each magnitude."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sfpformat.dtypes import DTYPES
+from sfpformat.encode.number_counts import Magnitudes, NumberCounts
+from sfpformat.encode.quantise import Sampled, UniformNumbers, weighing_numbers
+
+RNG = np.random.default_rng(3)
+NORMAL = np.abs(RNG.standard_normal(20_000)).astype(np.float32)
+
+
+def require_equal(found: NumberCounts, numbers: np.ndarray) -> None:
+    counts = np.bincount(numbers.astype(np.int64))
+    assert np.array_equal(found.numbers, np.flatnonzero(counts))
+    assert np.array_equal(found.often, counts[counts > 0])
+    assert found.zeros == (counts[0] if len(counts) else 0)
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(0, 300), elements=st.floats(0, 100, width=32)),
+    st.floats(0.015625, 64, width=32),
+    st.floats(0, 1),
+)
+def test_counts_equal_those_of_each_magnitude(magnitudes: np.ndarray, step: float, weight: float) -> None:
+    quantiser = weighing_numbers(Magnitudes(magnitudes), step, weight)
+    require_equal(Magnitudes(magnitudes).counts(quantiser), quantiser(magnitudes))
+
+
+@pytest.mark.parametrize("step", [1e-5, 1e-3, 0.01, 0.3, 2.0, 100.0])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_counts_of_many_magnitudes_equal_those_of_each(step: float, dtype: type) -> None:
+    magnitudes = NORMAL.astype(dtype).astype(np.float32)
+    for quantiser in (
+        UniformNumbers(np.float32(step), np.zeros(0, np.float32)),
+        weighing_numbers(Magnitudes(magnitudes), step, 0.5),
+    ):
+        require_equal(Magnitudes(magnitudes).counts(quantiser), quantiser(magnitudes))
+
+
+def test_numbers_that_are_not_finite_are_counted_as_lowered() -> None:
+    """In F8_E4M3, 448 is the greatest weight; 2 steps of 300 would exceed it."""
+    magnitudes = np.array([10, 448, 448, 200], np.float32)
+    sample = Sampled(magnitudes, 4, None, 0.0, DTYPES["F8_E4M3"])
+    assert sample.numbers(298.0).tolist() == [0, 1, 1, 1]
+    require_equal(sample.counts(298.0), sample.numbers(298.0))
+
+
+def test_zeros_are_added_to_counts() -> None:
+    some = NumberCounts.of(np.array([0, 2, 2]))
+    assert some.with_zeros(3) == (pytest.approx([0, 2]), pytest.approx([4, 2]))
+    assert NumberCounts.of(np.array([2])).with_zeros(3) == (pytest.approx([0, 2]), pytest.approx([3, 1]))
+    assert NumberCounts.of(np.zeros(0, np.int64)).with_zeros(1).zeros == 1
