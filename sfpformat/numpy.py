@@ -66,7 +66,10 @@ def save_file(
     """
     from .encode.writer import Writer
 
-    with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
+    weights = _weights_of(tensors)
+    with Writer(
+        path, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
+    ) as writer:
         _add_all(writer, tensors, options, masks, importances)
 
 
@@ -85,8 +88,10 @@ def save(
     from .encode.sink import MemorySink
     from .encode.writer import Writer
 
-    out = MemorySink()
-    with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
+    out, weights = MemorySink(), _weights_of(tensors)
+    with Writer(
+        out, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
+    ) as writer:
         _add_all(writer, tensors, options, masks, importances)
     return out.data
 
@@ -173,6 +178,12 @@ def _outlines(tensors: Arrays) -> Iterator[Outline]:
             yield Outline(name, dtype, array.shape)
 
 
+def _weights_of(tensors: Arrays) -> int:
+    """Returns the number of weights of all arrays; 0 if ``tensors`` is not a mapping, which raises later."""
+    arrays = tensors.values() if isinstance(tensors, Mapping) else ()
+    return sum(array.size for array in arrays if isinstance(array, np.ndarray))
+
+
 def _add_all(
     writer: Writer,
     tensors: Arrays,
@@ -188,4 +199,4 @@ def _add_all(
     importances = checked_by_name(importances, tensors, "importances")
     warn_of_quantised(_outlines(tensors), options)
     for name, array in tensors.items():
-        writer.add(name, array, chosen[name], mask=masks.get(name), importance=importances.get(name))
+        writer.add_later(name, array, chosen[name], mask=masks.get(name), importance=importances.get(name))

@@ -32,11 +32,11 @@ def sizes_of_file(
             outcomes.append(outcome(job, asked[entry.name], file, entry.name, compare=False))
 
     sink = CountingSink(take)
-    with Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits) as writer:
+    weights = sum(job.model.specs[name].elements for name in names)
+    merged = {**metadata, **job.metadata}
+    with Writer(sink, metadata=merged, limits=job.limits, weights=weights) as writer:
         for name in names:
-            progress.at(name)
-            add_tensor(job, name, writer)
-            progress.advance(job.model.specs[name].nbytes)
+            add_tensor(job, name, writer, progress)
     return outcomes, sink.size
 
 

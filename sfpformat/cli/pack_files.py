@@ -18,16 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardIndex, index_name, shard_name
 from ..encode.plan import plan_tensor
 from ..encode.resume import ResumableSink
 from ..encode.weights import is_packed_storage, not_weights
-from ..encode.writer import Writer
+from ..encode.writer import Given, Writer
 from ..encode.zeros import zeros_of
 from ..engines import get_engine
 from ..errors import SfpError
@@ -138,7 +135,8 @@ def pack_file(
     """
     with path_in_errors(target):
         sink = ResumableSink(target, job.key, like=like, limits=job.limits)
-        writer = Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits)
+        elements = sum(job.model.specs[name].elements for name in names)
+        writer = Writer(sink, metadata={**metadata, **job.metadata}, limits=job.limits, weights=elements)
         done = set(writer.done)
         for name in done:
             progress.advance(job.model.specs[name].nbytes)
@@ -146,9 +144,7 @@ def pack_file(
             with writer:
                 for name in names:
                     if name not in done:
-                        progress.at(name)
-                        add_tensor(job, name, writer)
-                        progress.advance(job.model.specs[name].nbytes)
+                        add_tensor(job, name, writer, progress)
         except KeyboardInterrupt as error:
             error.args = (
                 f"interrupted; {len(writer.done)} of {len(names)} tensors of {target.name} are kept in "
@@ -158,13 +154,36 @@ def pack_file(
     return len(done)
 
 
-def add_tensor(job: Job, name: str, writer: Writer) -> None:
-    """Prunes, casts and encodes one tensor of a job."""
-    config, importance = job.configs[name], importance_of(name, job.importances)
-    array = prune_and_cast(name, job.model.read(name), config, job.shares.get(name))
-    keys = sub_byte_keys(job.model.specs[name])
-    entry = writer.add(name, array, config.options, importance=importance, other=keys)
-    job.zeros[name] = _negative_zeros(job, array, importance, entry)
+def add_tensor(job: Job, name: str, writer: Writer, progress: Progress) -> None:
+    """Reads, prunes, casts and encodes one tensor of a job, in a thread of the writer.
+
+    Args:
+        job: the job.
+        name: name of the tensor.
+        writer: the writer of the file.
+        progress: advances when the tensor is written.
+    """
+    config, spec = job.configs[name], job.model.specs[name]
+    zeros = _TensorZeros(job, name)
+
+    def read() -> Given:
+        given = _given(job, name)
+        zeros.count(given)
+        return given
+
+    def done(entry: TensorEntry) -> None:
+        job.zeros[name] = zeros.result(entry)
+        progress.advance(spec.nbytes)
+
+    progress.at(name)
+    keys = sub_byte_keys(spec)
+    writer.add_read(name, read, spec.nbytes, spec.elements, config.options, other=keys, done=done)
+
+
+def _given(job: Job, name: str) -> Given:
+    """Reads a tensor and its importance; prunes and casts the tensor."""
+    array = prune_and_cast(name, job.model.read(name), job.configs[name], job.shares.get(name))
+    return Given(array, None, importance_of(name, job.importances))
 
 
 def is_quantised(options: Options, entry: TensorEntry) -> bool:
@@ -173,35 +192,37 @@ def is_quantised(options: Options, entry: TensorEntry) -> bool:
     return asked is not None and fingerprints is not None and fingerprints.quantiser.NAME == asked.NAME
 
 
-def _negative_zeros(
-    job: Job,
-    array: NDArray[np.generic],
-    importance: NDArray[np.floating] | None,
-    entry: TensorEntry,
-) -> NegativeZeros:
-    """Counts the -0 of a tensor, and estimates the saving of ``--zeros positive``.
+class _TensorZeros:
+    """Counts the -0 of a tensor, and estimates the saving of ``--zeros positive``."""
 
-    Args:
-        job: the job.
-        array: the tensor before encoding.
-        importance: its importance, or None.
-        entry: its directory entry after encoding.
-    """
-    config = job.configs[entry.name]
-    options = config.options
-    positive = options.zeros == "positive"
-    count = zeros_of(array).negative if positive or not is_quantised(options, entry) else 0
-    if positive or count * _MANY_ZEROS < array.size or not count or not config.zeros_option_applies:
-        return NegativeZeros(count, positive)
-    if entry.name in job.packed_storage:  # the last test, because it examines all names
-        return NegativeZeros(count)
-    engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
-    try:
-        wanted = options.but(zeros="positive")
-        plan = plan_tensor("", array, wanted, engine, importance=importance, workers=workers)
-    finally:
-        workers.stop()
-    return NegativeZeros(count, positive, max(entry.stored_bytes - plan.bits // 8, 0))
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._config, self._name = job, job.configs[name], name
+        self._negative = 0
+        self._many: Given | None = None  # the tensor, if the saving is estimated
+
+    def count(self, given: Given) -> None:
+        """Counts the -0 of the tensor before encoding. Keeps the arrays if -0 are many."""
+        array, self._negative = given.array, zeros_of(given.array).negative
+        is_few = not self._negative or self._negative * _MANY_ZEROS < array.size
+        if not is_few and self._config.options.zeros != "positive" and self._config.zeros_option_applies:
+            self._many = given
+
+    def result(self, entry: TensorEntry) -> NegativeZeros:
+        """Returns the -0 of the tensor, given its directory entry after encoding."""
+        options = self._config.options
+        positive = options.zeros == "positive"
+        count = self._negative if positive or not is_quantised(options, entry) else 0
+        given, self._many = self._many, None
+        if given is None or not count or self._name in self._job.packed_storage:
+            return NegativeZeros(count, positive)
+        array = given.array
+        engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
+        try:
+            wanted = options.but(zeros="positive")
+            plan = plan_tensor("", array, wanted, engine, importance=given.importance, workers=workers)
+        finally:
+            workers.stop()
+        return NegativeZeros(count, positive, max(entry.stored_bytes - plan.bits // 8, 0))
 
 
 def count_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
@@ -209,9 +230,9 @@ def count_zeros(job: Job, entries: Iterable[TensorEntry]) -> None:
     for entry in entries:
         if entry.name in job.zeros:
             continue
-        config, importance = job.configs[entry.name], importance_of(entry.name, job.importances)
-        array = prune_and_cast(entry.name, job.model.read(entry.name), config, job.shares.get(entry.name))
-        job.zeros[entry.name] = _negative_zeros(job, array, importance, entry)
+        zeros = _TensorZeros(job, entry.name)
+        zeros.count(_given(job, entry.name))
+        job.zeros[entry.name] = zeros.result(entry)
 
 
 # ---------------------------------------------------------------------------------------------- shards

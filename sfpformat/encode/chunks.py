@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
 from ..coding.planes import AnyLevels, Counts, Planes, trims_of
 from ..container.chunk import build_chunk, build_raw, build_vectors
+from ..container.entry import CHUNK_RECORD
 from ..engines import Engine
+from ..errors import OptionError
+from ..io.checksum import crc32
 from .planner import Plan
 
 
-def encode_vectors(plan: Plan) -> Bytes | None:
+class Chunk(NamedTuple):
+    """An encoded chunk.
+
+    Attributes:
+        parts: its bytes.
+        record: its record in the directory, shape [1].
+    """
+
+    parts: Sequence[Bytes]
+    record: NDArray[np.void]
+
+    @classmethod
+    def of(cls, parts: Sequence[Bytes]) -> Chunk:
+        """Returns a chunk with its length and checksum.
+
+        Raises:
+            OptionError: the chunk has more than 4 GiB - 1.
+        """
+        length, checksum = sum(map(len, parts)), 0
+        if length >= 1 << 32:
+            raise OptionError(
+                f"a chunk would have {length:,} bytes, but at most 4 GiB - 1 are allowed; use smaller chunks"
+            )
+        for part in parts:
+            checksum = crc32(part.data, checksum)
+        return cls(parts, np.array([(length, checksum)], CHUNK_RECORD))
+
+
+def encode_vectors(plan: Plan) -> Chunk | None:
     """Returns the encoded vector chunk, or None if the tensor has no vectors."""
-    return build_vectors(plan.entry, plan.vectors) if plan.entry.has_vectors() else None
+    return Chunk.of([build_vectors(plan.entry, plan.vectors)]) if plan.entry.has_vectors() else None
 
 
 @dataclass(frozen=True)
@@ -42,10 +75,10 @@ def chunk_jobs(plan: Plan) -> Iterator[ChunkJob]:
         first += len(positions)
 
 
-def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
-    """Encodes a chunk and returns its bytes in parts. Chunks do not depend on each other."""
+def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Chunk:
+    """Encodes a chunk. Chunks do not depend on each other."""
     if plan.coded is None:
-        return [build_raw(plan.flat[job.block].view(np.uint8))]
+        return Chunk.of([build_raw(plan.flat[job.block].view(np.uint8))])
     mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)
     streams = {"fingerprints": (survivors.levels, survivors.counts)}
     if mask is not None:
@@ -56,7 +89,7 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> list[Bytes]:
         levels = plan.importance.levels(job.block, mask)
         streams["importance"] = levels, survivors.counts if plan.importance.over_survivors else job.positions
     planes = {stream: _encode_stream(plan, engine, stream, job.first, *streams[stream]) for stream in streams}
-    return build_chunk(plan.entry, survivors.counts, planes)
+    return Chunk.of(build_chunk(plan.entry, survivors.counts, planes))
 
 
 def _encode_stream(

@@ -1,4 +1,8 @@
-"""Writes `.sfp` files, tensor by tensor. Needs memory for the current tensor and a few chunks.
+"""Writes `.sfp` files, tensor by tensor.
+
+`Writer.add` writes one tensor. `Writer.add_later` starts a tensor and returns: threads work on several
+tensors, and the calling thread writes the finished ones in order (`pipeline`). Needs memory for the largest
+tensor and about 300 MB.
 
 Rules: the writer writes to a temporary file, syncs it, and renames it to the target in one step (R-STR-005).
 After an error before this step, the old file is unchanged and the temporary file is removed.
@@ -7,9 +11,11 @@ After an error before this step, the old file is unchanged and the temporary fil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,20 +27,45 @@ from ..container.directory import Directory
 from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.messagepack import depth_of
 from ..container.preamble import SIZE, Preamble
-from ..engines import get_engine
+from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, FileFault, OptionError, SfpError
 from ..io.checksum import crc32
 from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from ..options import Options, require_options
-from .chunks import ChunkJob, chunk_jobs, encode_chunk, encode_vectors
+from .chunks import Chunk, chunk_jobs, encode_chunk, encode_vectors
+from .pipeline import Pipeline
 from .plan import plan_tensor
-from .planner import Importance, Plan
+from .planner import Importance
 from .resume import ResumableSink
 from .sink import Target, open_sink
 
 _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
+# Larger tensors, in bytes, are encoded while they are written, so that their chunks do not wait in memory.
+_ENCODED_WHOLE = 1 << 24
+
+
+class Given(NamedTuple):
+    """The arrays of a tensor to write; the attributes are the arguments of `Writer.add`."""
+
+    array: NDArray[np.generic]
+    mask: Mask | None = None
+    importance: Importance | None = None
+
+
+class _Encoded(NamedTuple):
+    """A tensor that is ready to be written.
+
+    Attributes:
+        entry: its entry, without the chunk records.
+        vectors: its vector chunk, or None.
+        chunks: its chunks; a large tensor encodes them while they are iterated.
+    """
+
+    entry: TensorEntry
+    vectors: Chunk | None
+    chunks: Iterable[Chunk]
 
 
 class Writer:
@@ -52,6 +83,7 @@ class Writer:
         threads: int | None = None,
         resume_key: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        weights: int = 0,
     ) -> None:
         """Starts a file.
 
@@ -65,6 +97,8 @@ class Writer:
                 next writer with the same key continues after the last complete tensor; see `done`.
             limits: limits of the readers. The writer refuses to write a file that exceeds them. Readers need
                 the same limits if these are not the default.
+            weights: about how many weights will be added, if known: ``"auto"`` then chooses the engine at
+                once, not after some tensors. The bytes do not depend on it.
 
         Raises:
             OptionError: metadata are not strings, or the target cannot be written or resumed.
@@ -75,16 +109,18 @@ class Writer:
         self._metadata = _checked_metadata(metadata or {})
         self._limits = limits
         self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
-        self._engine_name, self._engine = engine, get_engine(engine, weights=0)
-        self._weights = self._chosen_for = 0
+        self._engine_name, self._engine = engine, get_engine(engine, weights)
+        self._weights, self._chosen_for = 0, weights
         self._workers = Workers(threads or os.cpu_count() or 1)
+        self._pipeline = Pipeline(self._workers)
         self._require_room("the metadata")
         self._sink = open_sink(target, resume_key, limits)
         self._entries: dict[str, TensorEntry] = {}
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
+        self._later: set[str] = set()  # names of the tensors that are added, but not written yet
         self._open = True
-        self._whole = True  # False while a tensor is partly written
+        self._whole = True  # False while a tensor is partly written, and after one of `add_later` failed
 
     def __enter__(self) -> Writer:
         return self
@@ -103,7 +139,10 @@ class Writer:
 
     @property
     def done(self) -> tuple[str, ...]:
-        """The names of the tensors written so far, including those of an earlier, resumed writer."""
+        """The names of the tensors written so far, including those of an earlier, resumed writer.
+
+        Without those of `add_later` that are not written yet.
+        """
         return tuple(self._entries)
 
     def add(
@@ -139,16 +178,131 @@ class Writer:
             ClosedFileError: the writer is closed.
             SfpError: an earlier tensor was only partly written.
         """
+        self.flush()
         array = np.asanyarray(array)
         self._require_addable(name, array.ndim, array.nbytes)
         options = require_options(options, f"the options of {name!r}")
         _require_arrays(name, mask, importance)
-        self._choose_engine(array.size)
         keys = _checked_keys(name, {} if other is None else other, self._limits)
-        plan = plan_tensor(name, array, options, self._engine, mask, importance, self._limits, self._workers)
-        entry = replace(plan.entry, other=keys) if keys else plan.entry
-        self._require_depth(entry)
-        return self._add(entry, encode_vectors(plan), self._encoded(plan))
+        given = Given(array, mask, importance)
+        engine = self._engine_for(array.size)
+        return self._write(self._encoded(name, given, options, keys, engine, whole=False))
+
+    def add_later(
+        self,
+        name: str,
+        array: NDArray[np.generic],
+        options: Options | None = None,
+        *,
+        mask: Mask | None = None,
+        importance: Importance | None = None,
+        other: Mapping[str, object] | None = None,
+    ) -> None:
+        """Starts to encode a tensor, and returns before it is written. Threads encode several tensors.
+
+        The bytes are those of `add`. Waits while the tensors that are not written yet need too much memory.
+        With one thread, writes the tensor before it returns.
+
+        ``with Writer("m.sfp") as w: [w.add_later(name, array) for name, array in arrays.items()]``
+
+        Args:
+            name, options, other: same as for `add`.
+            array, mask, importance: same as for `add`; do not change them before the next call of `add`,
+                `add_encoded` or `close` has returned.
+
+        Raises:
+            OptionError: same as for `add`. A later call, or `close`, raises the error of a tensor that failed
+                while it was encoded: the first error in the order of the tensors. The writer cannot complete
+                the file then.
+            OSError, ClosedFileError, SfpError: same as for `add`.
+        """
+        array = np.asanyarray(array)
+        try:
+            self._require_addable(name, array.ndim, array.nbytes)
+            options = require_options(options, f"the options of {name!r}")
+            _require_arrays(name, mask, importance)
+            keys = _checked_keys(name, {} if other is None else other, self._limits)
+        except SfpError:
+            self.flush()  # an earlier tensor's error comes first
+            raise
+        given = Given(array, mask, importance)
+        self._put(name, lambda: given, array.nbytes, array.size, options, keys)
+
+    def add_read(
+        self,
+        name: str,
+        read: Callable[[], Given],
+        nbytes: int,
+        weights: int,
+        options: Options,
+        *,
+        other: Mapping[str, object] | None = None,
+        done: Callable[[TensorEntry], None] | None = None,
+    ) -> None:
+        """Like `add_later`, but a thread reads the tensor, too, just before it is encoded.
+
+        Args:
+            name, options, other: same as for `add`.
+            read: returns the arrays; called in any thread.
+            nbytes, weights: approximate size of the tensor, in bytes and in elements.
+            done: called with the tensor's entry after it is written, in the thread that calls the writer.
+
+        Raises:
+            OptionError, OSError, ClosedFileError, SfpError: same as for `add_later`.
+            Exception: what ``read`` or ``done`` raised.
+        """
+        try:
+            self._require_addable(name, 0, 0)
+            keys = _checked_keys(name, {} if other is None else other, self._limits)
+        except SfpError:
+            self.flush()
+            raise
+        self._put(name, read, nbytes, weights, options, keys, done)
+
+    def _put(
+        self,
+        name: str,
+        read: Callable[[], Given],
+        nbytes: int,
+        weights: int,
+        options: Options,
+        keys: dict[str, object],
+        done: Callable[[TensorEntry], None] | None = None,
+    ) -> None:
+        """Passes a checked tensor to the pipeline. See `add_read` for the arguments."""
+        engine = self._engine_for(weights)
+
+        def work() -> _Encoded:
+            given = read()
+            self._require_size(name, given.array.ndim, given.array.nbytes)
+            return self._encoded(name, given, options, keys, engine, whole=nbytes <= _ENCODED_WHOLE)
+
+        def finish(encoded: _Encoded) -> None:
+            self._later.discard(name)
+            entry = self._write(encoded)
+            if done is not None:
+                done(entry)
+
+        self._later.add(name)
+        self._run(partial(self._pipeline.put, work, nbytes, finish))
+
+    def flush(self) -> None:
+        """Writes all tensors of `add_later`.
+
+        Raises:
+            OptionError, OSError: the first error of one of them.
+        """
+        if len(self._pipeline):
+            self._run(self._pipeline.drain)
+
+    def _run(self, step: Callable[[], None]) -> None:
+        """Runs a step of the pipeline. After an error, the writer cannot complete the file any more."""
+        try:
+            step()
+        except BaseException:
+            self._whole = False
+            self._pipeline.drop()
+            raise
 
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Copies an encoded tensor from another file without encoding it again.
@@ -167,17 +321,38 @@ class Writer:
             ClosedFileError: the writer is closed.
             SfpError: an earlier tensor was only partly written.
         """
+        self.flush()
         self._require_addable(entry.name, len(entry.shape), entry.decoded_bytes)
         what = f"tensor {quoted(entry.name)}"
         self._limits.require_written_tensor(entry.decoded_bytes, entry.stored_bytes, what)
         self._require_depth(entry)
-        return self._add(entry, vectors, ([chunk] for chunk in chunks))
+        copied = None if vectors is None else Chunk.of([vectors])
+        return self._write(_Encoded(entry, copied, (Chunk.of([chunk]) for chunk in chunks)))
 
-    def _add(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[list[Bytes]]) -> TensorEntry:
-        """Writes the chunks of a tensor, each given in parts, and adds its entry with the chunk records."""
-        self._whole = False
-        vector_record = None if vectors is None else self._append([vectors])
-        records = [self._append(chunk) for chunk in chunks]
+    def _encoded(
+        self,
+        name: str,
+        given: Given,
+        options: Options,
+        keys: dict[str, object],
+        engine: Engine,
+        *,
+        whole: bool,
+    ) -> _Encoded:
+        """Plans a tensor, and encodes it if ``whole`` is true; else threads encode a few chunks ahead."""
+        plan = plan_tensor(
+            name, given.array, options, engine, given.mask, given.importance, self._limits, self._workers
+        )
+        entry = replace(plan.entry, other=keys) if keys else plan.entry
+        self._require_depth(entry)
+        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
+        return _Encoded(entry, encode_vectors(plan), list(chunks) if whole else chunks)
+
+    def _write(self, encoded: _Encoded) -> TensorEntry:
+        """Writes the chunks of a tensor, and adds its entry with the chunk records."""
+        self._whole, entry = False, encoded.entry
+        vector_record = None if encoded.vectors is None else self._append(encoded.vectors)
+        records = [self._append(chunk) for chunk in encoded.chunks]
         chunk_records = np.concatenate(records) if records else np.zeros(0, CHUNK_RECORD)
         entry = replace(entry, chunks=chunk_records, vectors=vector_record)
         entry.require_valid()
@@ -201,10 +376,15 @@ class Writer:
         """
         self._require_usable()
         require_name(name, self._limits)
-        if name in self._entries:
+        if name in self._entries or name in self._later:
             raise OptionError(f"tensor {quoted(name)} was already written")
+        tensors = len(self._entries) + len(self._later) + 1
+        self._limits.require_written("tensors", tensors, f"tensor {quoted(name)}")
+        self._require_size(name, rank, decoded)
+
+    def _require_size(self, name: str, rank: int, decoded: int) -> None:
+        """Raises `OptionError` if a tensor's rank, or its size in bytes, exceeds the limits."""
         what = f"tensor {quoted(name)}"
-        self._limits.require_written("tensors", len(self._entries) + 1, what)
         self._limits.require_written("rank", rank, what)
         self._limits.require_written("tensor_bytes", decoded, what)
 
@@ -218,20 +398,13 @@ class Writer:
         """Raises `OptionError` if the directory is larger than the limits allow."""
         self._limits.require_written("directory_bytes", self._directory_bytes, what)
 
-    def _choose_engine(self, weights: int) -> None:
-        """Chooses the engine again if the number of weights has more than doubled since the last choice."""
+    def _engine_for(self, weights: int) -> Engine:
+        """Returns the engine for a tensor. Chooses again if the number of weights has more than doubled."""
         self._weights += weights
         if self._weights > 2 * self._chosen_for:
             self._engine = get_engine(self._engine_name, self._weights)
             self._chosen_for = self._weights
-
-    def _encoded(self, plan: Plan) -> Iterator[list[Bytes]]:
-        """Encodes the chunks of a plan and yields them in order. Threads encode a few chunks ahead."""
-
-        def work(job: ChunkJob) -> list[Bytes]:
-            return encode_chunk(plan, self._engine, job)
-
-        return self._workers.map(work, chunk_jobs(plan))
+        return self._engine
 
     def _require_usable(self) -> None:
         if not self._open:
@@ -241,30 +414,24 @@ class Writer:
                 "an earlier tensor was only partly written, so the file cannot be completed; write it again"
             )
 
-    def _append(self, chunk: list[Bytes]) -> NDArray[np.void]:
-        """Writes a chunk, given in parts, and returns its record, shape [1]."""
-        length = sum(map(len, chunk))
-        if length >= 1 << 32:
-            raise OptionError(
-                f"a chunk would have {length:,} bytes, but at most 4 GiB - 1 are allowed; use smaller chunks"
-            )
-        checksum = 0
-        for part in chunk:
-            checksum = crc32(part.data, checksum)
+    def _append(self, chunk: Chunk) -> NDArray[np.void]:
+        """Writes a chunk and returns its record, shape [1]."""
+        for part in chunk.parts:
             self._sink.append(part.data)
-        return np.array([(length, checksum)], CHUNK_RECORD)
+        return chunk.record
 
     def close(self) -> None:
         """Writes the directory and completes the file. Does nothing if the writer is closed.
 
         Raises:
-            OptionError: the directory exceeds the limits.
+            OptionError: the directory exceeds the limits, or a tensor of `add_later` failed.
             OSError: the file cannot be written or renamed.
             SfpError: a tensor was only partly written.
         """
         if not self._open:
             return
         try:
+            self.flush()
             self._require_usable()
             self._workers.stop()
             directory = Directory(self._entries, self._metadata)
@@ -283,6 +450,7 @@ class Writer:
         """Aborts. The target is unchanged. With ``keep``, a resumable writer keeps its partial file."""
         if self._open:
             self._open = False
+            self._pipeline.drop()
             self._workers.stop()
             self._sink.abort(keep)
 

@@ -83,9 +83,14 @@ class TensorSpec(NamedTuple):
         return f"{dtype} {list(shape)}"
 
     @property
+    def elements(self) -> int:
+        """Number of elements of the tensor's array."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size of the tensor's data, in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

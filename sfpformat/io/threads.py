@@ -14,21 +14,29 @@ R = TypeVar("R")
 
 
 class Workers:
-    """A thread pool that yields results in order, and works a few items ahead. Starts at the first use."""
+    """A thread pool that yields results in order, and works a few items ahead. Starts at the first use.
+
+    Attributes:
+        threads: number of threads. With 1, the calling thread works.
+    """
 
     def __init__(self, threads: int = 1) -> None:
-        """Stores the number of threads. Does not start them.
-
-        Args:
-            threads: number of threads. With 1, the calling thread works.
-        """
-        self._threads = threads
+        """Stores the number of threads. Does not start them."""
+        self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._local = threading.local()
+        self._starting = threading.Lock()
+
+    def submit(self, work: Callable[[], R]) -> Future[R]:
+        """Calls ``work`` in a thread of the pool. ``work`` may call `map`."""
+        return self._started().submit(work)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yields the result of ``work`` for each item, in order. Works a few items ahead.
 
-        An exception is raised at the position of its item, and so does not depend on timing.
+        An exception is raised at the position of its item, and so does not depend on timing. A thread of the
+        pool that calls this does the work that no other thread has begun, so that it never waits for threads
+        that wait for it.
 
         Args:
             work: a function that all threads call.
@@ -36,22 +44,35 @@ class Workers:
         """
         rest = iter(items)
         first = list(islice(rest, 2))
-        if self._threads <= 1 or len(first) < 2:
+        if self.threads <= 1 or len(first) < 2:
             yield from map(work, chain(first, rest))
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads)
-        ahead: deque[Future[R]] = deque()
+        pool, helps = self._started(), hasattr(self._local, "is_worker")
+        ahead: deque[tuple[T, Future[R]]] = deque()
+
+        def following() -> R:
+            item, future = ahead.popleft()
+            return work(item) if helps and future.cancel() else future.result()
+
         try:
             for item in chain(first, rest):
-                ahead.append(self._pool.submit(work, item))
-                if len(ahead) > self._threads:
-                    yield ahead.popleft().result()
+                ahead.append((item, pool.submit(work, item)))
+                if len(ahead) > self.threads:
+                    yield following()
             while ahead:
-                yield ahead.popleft().result()
+                yield following()
         finally:
-            for future in ahead:
+            for _, future in ahead:
                 future.cancel()
+
+    def _started(self) -> ThreadPoolExecutor:
+        with self._starting:  # several threads of a caller may map
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, initializer=self._begin)
+            return self._pool
+
+    def _begin(self) -> None:
+        self._local.is_worker = True
 
     def stop(self) -> None:
         """Waits for running work, cancels pending work, and ends the threads."""

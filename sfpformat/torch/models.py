@@ -111,7 +111,10 @@ def save_model(
     options_of = options_by_name(chosen, tensors)
     encoded = {name: tensor for name, tensor in tensors.items() if name not in copied}
     warn_of_quantised(outlines(encoded), options)
-    with Writer(path, metadata=with_aliases, limits=limits, engine=engine, threads=threads) as writer:
+    weights = weights_of(encoded)
+    with Writer(
+        path, metadata=with_aliases, limits=limits, engine=engine, threads=threads, weights=weights
+    ) as writer:
         for name, tensor in tensors.items():
             if name in copied:
                 put_into(tensor, writer, name)

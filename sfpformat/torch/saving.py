@@ -63,7 +63,10 @@ def save_file(
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
-    with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
+    weights = weights_of(tensors)
+    with Writer(
+        path, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
+    ) as writer:
         _add_all(writer, tensors, options, masks, importances)
 
 
@@ -83,10 +86,17 @@ def save(
     Example: ``data = save({"w": weight})``.
     """
     require_unshared(tensors)
-    out = io.BytesIO()
-    with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
+    out, weights = io.BytesIO(), weights_of(tensors)
+    with Writer(
+        out, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
+    ) as writer:
         _add_all(writer, tensors, options, masks, importances)
     return out.getvalue()
+
+
+def weights_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Returns the number of elements of all tensors; objects that are not tensors have none."""
+    return sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
 
 
 def _add_all(
@@ -147,18 +157,21 @@ def add_tensor(
     mask: Numbers | None,
     importance: ImportanceTensor | None,
 ) -> None:
-    """Adds one tensor to a writer; the arguments are as in `save_file`, for this tensor.
+    """Adds one tensor to a writer, which may encode it later (`Writer.add_later`).
+
+    The arguments are as in `save_file`, for this tensor.
 
     Raises:
-        OptionError: the arguments do not fit the tensor, or the tensor has no memory.
+        OptionError: the arguments do not fit the tensor or an earlier one, or the tensor has no memory.
     """
-    writer.add(
-        name,
-        array_of(tensor, name),
-        options,
-        mask=None if mask is None else cast(Mask, _array(mask, name, "mask of")),
-        importance=None if importance is None else _importance(importance, name),
-    )
+    try:
+        array = array_of(tensor, name)
+        mask_array = None if mask is None else cast(Mask, _array(mask, name, "mask of"))
+        importance_array = None if importance is None else _importance(importance, name)
+    except OptionError:
+        writer.flush()  # an earlier tensor's error comes first
+        raise
+    writer.add_later(name, array, options, mask=mask_array, importance=importance_array)
 
 
 def _array(numbers: Numbers, name: str, kind: str) -> NDArray[np.generic]:
