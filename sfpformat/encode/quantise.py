@@ -297,7 +297,7 @@ def pairs_bits(counts: NumberCounts) -> int:
     others: 0.68 bits per number instead of 0.54 if seven in eight are 0. Returns 0 if many different numbers
     occur, because the entropy is then close.
     """
-    often = counts.often.tolist()
+    often: list[int] = counts.often.tolist()
     if len(often) > _MOST_IN_PAIRS or counts.numbers[-1] >= 1 << _CLASS_BITS:
         return 0
     total = sum(often)

@@ -111,10 +111,7 @@ def save_model(
     options_of = options_by_name(chosen, tensors)
     encoded = {name: tensor for name, tensor in tensors.items() if name not in copied}
     warn_of_quantised(outlines(encoded), options)
-    weights = weights_of(encoded)
-    with Writer(
-        path, metadata=with_aliases, limits=limits, engine=engine, threads=threads, weights=weights
-    ) as writer:
+    with Writer(path, metadata=with_aliases, limits=limits, engine=engine, threads=threads) as writer:
         for name, tensor in tensors.items():
             if name in copied:
                 put_into(tensor, writer, name)

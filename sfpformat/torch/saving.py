@@ -63,10 +63,7 @@ def save_file(
         OSError: the file cannot be written.
     """
     require_unshared(tensors)
-    weights = weights_of(tensors)
-    with Writer(
-        path, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
-    ) as writer:
+    with Writer(path, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
 
 
@@ -86,17 +83,10 @@ def save(
     Example: ``data = save({"w": weight})``.
     """
     require_unshared(tensors)
-    out, weights = io.BytesIO(), weights_of(tensors)
-    with Writer(
-        out, metadata=metadata, limits=limits, engine=engine, threads=threads, weights=weights
-    ) as writer:
+    out = io.BytesIO()
+    with Writer(out, metadata=metadata, limits=limits, engine=engine, threads=threads) as writer:
         _add_all(writer, tensors, options, masks, importances)
     return out.getvalue()
-
-
-def weights_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Returns the number of elements of all tensors; objects that are not tensors have none."""
-    return sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, torch.Tensor))
 
 
 def _add_all(

@@ -443,10 +443,11 @@ def test_a_resumed_pack_counts_the_zeros_of_both_runs(
 
         add = pack_files.add_tensor
 
-        def interrupted(job: Any, name: str, writer: Any) -> None:
+        def interrupted(job: Any, name: str, writer: Any, progress: Any) -> None:
             if name == "b":
+                writer.flush()
                 raise KeyboardInterrupt
-            add(job, name, writer)
+            add(job, name, writer, progress)
 
         patch.setattr(pack_files, "add_tensor", interrupted)
         assert run(*words) != 0
