@@ -131,7 +131,7 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
     """
     import torch
 
-    from ..pruning import Settings, Sparsity, fisher, learn_importance, statistics
+    from ..pruning import Settings, Sparsity, best_start, learn_importance, statistics
     from ..pruning.texts import read_texts, text_data
 
     transformers: Any = importlib.import_module("transformers")  # its functions have no types
@@ -162,6 +162,9 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
     state = None if args.resume is None else Path(args.resume)
     kept = None if state is None else state.with_name(f"{state.name}.statistics")
     first = processes.rank == 0
+    threshold = Sparsity(args.sparsity) if args.pattern is None else _pattern_of(args.pattern)
+    wanted = threshold.share if isinstance(threshold, Sparsity) else threshold
+    held_out = data.held_out[: Settings.held_out]
     with progress(args.calibration, "statistics", steps=True, show=first) as shown:
         found = statistics(
             dense,
@@ -173,9 +176,18 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
             progress=lambda batch, loss: shown.advance(1),
             group=group,
         )
-    start = fisher(dense, found)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SfpWarning)  # learning warns of the same tensors
+            start = best_start(
+                dense,
+                found,
+                held_out,
+                wanted,
+                task=data.task,
+                progress=lambda done, total: shown.at(f"start, pass {done} of {total}"),
+                group=group,
+            )
     del found
-    threshold = Sparsity(args.sparsity) if args.pattern is None else _pattern_of(args.pattern)
     settings = Settings(
         steps=args.steps,
         batches=(args.batches or processes.world) // processes.world,
@@ -187,11 +199,11 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
         learned = learn_importance(
             dense,
             data.learned_from,
-            threshold.share if isinstance(threshold, Sparsity) else threshold,
+            wanted,
             task=data.task,
             settings=settings,
-            start=start,
-            held_out=data.held_out[: settings.held_out],
+            start=start.importances,
+            held_out=held_out,
             checkpoint=state,
             every=10,
             progress=lambda step, loss: shown.advance(1),
@@ -204,24 +216,25 @@ def _learn(args: argparse.Namespace, processes: Processes, group: Any, device: A
 
     def finish() -> Iterator[None]:
         measured, lost, positions = yield from _write_and_measure(
-            load, dense, start, learned.importances, threshold, data, target
+            load, dense, start.importances, learned.importances, threshold, data, target
         )
         summary.update(
             {
                 "output": str(target),
                 "kind": kind,
                 "measure": data.measure,
-                **{name.replace(" ", "_").replace(",", ""): value for name, value in measured.items()},
+                **measured,
                 "sparsity": lost / max(positions, 1),
                 "steps": len(learned.history),
                 "processes": processes.world,
+                "start": start.name,
+                "start_losses": start.losses,
                 "held_out_start": choice.start[0],
                 "held_out_learned": choice.chosen[0],
                 "shares": choice.shares,
                 "model_bytes": _weights_bytes(args.folder),
                 "output_bytes": target.stat().st_size,
                 "seconds": round(time.monotonic() - begun, 3),
-                "measured": measured,
             }
         )
 
@@ -278,8 +291,8 @@ def _write_and_measure(
     measured = {}
     for name, model in {
         "dense": dense,
-        "pruned by Fisher": by_start,
-        "pruned as learned, loaded from the file": restored,
+        "pruned_by_start": by_start,
+        "pruned_as_learned": restored,
     }.items():
         measured[name] = yield from data.evaluation(model, dense)
     return measured, sum(int((~m).sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
@@ -287,15 +300,17 @@ def _write_and_measure(
 
 def _show_summary(summary: dict[str, Any], as_json: bool) -> Iterator[None]:
     """Prints the summary."""
-    measured = summary.pop("measured")
     if as_json:
         show_json(summary)
     else:
-        sizes = [bytes_words(summary["model_bytes"]), "", bytes_words(summary["output_bytes"])]
+        pruned = percent(summary["sparsity"])
         rows = [
-            [name, percent(0.0 if name == "dense" else summary["sparsity"]), number(value, 3), size]
-            for (name, value), size in zip(measured.items(), sizes, strict=True)
+            ["dense", percent(0.0), "dense", bytes_words(summary["model_bytes"])],
+            [f"pruned by {summary['start']} importances", pruned, "pruned_by_start", ""],
+            ["pruned as learned, loaded from the file", pruned, "pruned_as_learned"],
         ]
+        rows[2].append(bytes_words(summary["output_bytes"]))
+        rows = [[name, share, number(summary[key], 3), size] for name, share, key, size in rows]
         show_table(["", "pruned", summary["measure"], "size"], rows)
     yield
 

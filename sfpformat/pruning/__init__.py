@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .masks import achieved, masks_of
     from .pipeline import apply_masks, give_masks, pack, prune, take_masks
     from .repruning import Repruned, reprune
-    from .scores import fisher, magnitude, wanda
+    from .scores import comparable, fisher, magnitude, wanda
+    from .starts import Start, best_start
     from .task import CLASSIFY, Task
     from .thresholds import (
         Allocation,
@@ -60,7 +61,8 @@ _NAMES = {
     "learning": ("bytes_per_weight", "learn_importance"),
     "masks": ("achieved", "masks_of"),
     "pipeline": ("apply_masks", "give_masks", "pack", "prune", "take_masks"),
-    "scores": ("fisher", "magnitude", "wanda"),
+    "scores": ("comparable", "fisher", "magnitude", "wanda"),
+    "starts": ("Start", "best_start"),
     "learning_settings": ("Learned", "Settings"),
     "task": ("CLASSIFY", "Task"),
     "thresholds": ("Allocation", "Knee", "MeanSigma", "Otsu", "Pattern", "Quantile", "Sparsity", "Threshold"),
@@ -86,13 +88,16 @@ __all__ = [
     "Rising",
     "Settings",
     "Sparsity",
+    "Start",
     "Statistics",
     "Task",
     "Threshold",
     "Tuning",
     "achieved",
     "apply_masks",
+    "best_start",
     "bytes_per_weight",
+    "comparable",
     "fine_tune",
     "fisher",
     "fit_factors",

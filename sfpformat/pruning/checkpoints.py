@@ -24,6 +24,20 @@ def save(path: Path, job: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         torch.save({**state, "job": dict(job)}, file)
 
 
+def started(path: Path) -> str | None:
+    """Returns the ``start`` of the job of a checkpoint; None if there is no such file or it is damaged.
+
+    The tensors are not read.
+    """
+    try:
+        job = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["job"]
+        return str(job["start"])
+    except MemoryError:
+        raise
+    except Exception:  # as in `load`, which reports the problem
+        return None
+
+
 def load(path: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the ``state`` given to `save`, with its tensors on the CPU.
 

@@ -35,7 +35,7 @@ from .levels import Levels
 from .masked import Groups, MaskedModel, Masking
 from .processes import ALONE, Processes
 from .signal import SignalAdam
-from .task import Data, Progress, Task, cost, evaluating, finite, require_objective
+from .task import Progress, Task, cost, evaluating, finite, require_objective
 
 _WARMUP = 5  # steps of linear warm-up of the rates
 _FINAL = 0.05  # of the peak rate, at the end
@@ -129,6 +129,7 @@ class Learner:
         sparsities: tuple[float, float],
         processes: Processes = ALONE,
         groups: Mapping[str, Groups] | None = None,
+        started: str = "given",
     ) -> None:
         """Args:
         model: any module; `run` sets it to evaluation mode.
@@ -140,7 +141,9 @@ class Learner:
         processes: the processes of the run, each with the whole model and the same data.
         groups: the groups of a pattern in each weight; None means no pattern. The sparsity is then the share
             that a group loses, rounded to whole weights.
+        started: the kind of ``start``, which a resumed run must share.
         """
+        self._started = started
         # Logits that all weights of a group share change no choice within it.
         self._idle = ("layer", "row") if groups else ()
         self._pattern = {} if groups is None else {name: asdict(one) for name, one in groups.items()}
@@ -168,9 +171,8 @@ class Learner:
 
     def run(
         self,
-        data: Data,
+        split: Split,
         progress: Progress,
-        held_out: Data | None,
         path: Path | None,
         every: int,
         chosen: Callable[[int, int], None] = lambda done, total: None,
@@ -178,7 +180,7 @@ class Learner:
         """Learns, then selects the factor on each level with held-out batches.
 
         Args:
-            data, held_out: the arguments ``data`` and ``given`` of `holdout.Split`.
+            split: the batches, the same on all processes.
             progress: called after each step with its number and its loss.
             path: path of the checkpoint; learning resumes from it if it exists. None writes no checkpoint.
                 All processes read it, the first one writes it.
@@ -197,11 +199,6 @@ class Learner:
                 processes.require_same(
                     self.step, f"{path} differs between processes; use a folder that all processes share"
                 )
-        split = Split(data, plan.held_out, held_out)
-        processes.require_same(
-            split.held_out,
-            "the processes have different batches: give the same data, in the same order, to all",
-        )
         # Process r takes batches r, r + world, …
         numbered = split.numbered(self.step * plan.batches * processes.world)
         batches = islice(numbered, processes.rank, None, processes.world)
@@ -334,6 +331,7 @@ class Learner:
         batches = self._plan.batches * self._processes.world
         plan = {**asdict(self._plan), "minutes": None, "batches": batches}
         job = {"plan": plan, "sparsities": list(self._sparsities), "shapes": shapes}
+        job["start"] = self._started
         return {**job, "pattern": self._pattern} if self._pattern else job
 
     def save(self, path: Path) -> None:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import OptionError, warn
 from .levels import Levels, Shares
@@ -28,6 +28,7 @@ _JOINT = (0.25, 0.5, 1.0, 1.5)  # candidate factors on all levels together
 # pass over the batches. The first learned group is not searched, because the joint search covers it.
 _GROUPS = (("layer", "row", "column"), ("network",), ("weight",))
 _SINGLE = (0.0, 0.5, 1.5)
+NONE: dict[str, float] = dict.fromkeys(LEVELS, 0.0)  # the initial scores
 
 
 class Split:
@@ -89,6 +90,62 @@ class Choice:
     chosen: tuple[float, ...]
 
 
+def held_out_losses(
+    levels: Levels,
+    pruned: Model,
+    dense: nn.Module | None,
+    task: Task,
+    batches: Sequence[Any],
+    sparsities: Sequence[float],
+    candidates: Sequence[Shares],
+    processes: Processes = ALONE,
+    *,
+    checked: Callable[[Tensor, str], float] = finite,
+    progress: Callable[[int], None] = lambda passes: None,
+) -> list[tuple[float, ...]]:
+    """Returns the mean loss of pruned models over held-out batches, for each candidate and sparsity.
+
+    Args:
+        levels: the scores. Its shares and thresholds are changed.
+        pruned, dense, task, batches, sparsities, processes: as in `choose`.
+        candidates: factors on the levels.
+        checked: converts a loss, given the name of its batch, to a number.
+        progress: called after each batch, with its number of passes.
+
+    Raises:
+        LossError: a loss is not finite, unless ``checked`` accepts it.
+        ProcessError: another process failed.
+    """
+    thresholds = []
+    for candidate in candidates:
+        levels.take(candidate)
+        thresholds.append([levels.set_threshold(sparsity, exact=True) for sparsity in sparsities])
+    count = len(candidates) * len(sparsities)
+
+    def of_batch(number: int) -> list[float]:
+        """Returns the loss of a batch for each candidate and sparsity, flat."""
+        if number >= len(batches):  # the last batches are fewer than the processes
+            return [0.0] * count
+        batch, values = batches[number], []
+        with torch.no_grad():
+            # Only one batch of the dense model's outputs is kept.
+            wanted = None if dense is None else task.run(dense, batch)
+            for candidate, found in zip(candidates, thresholds, strict=True):
+                levels.take(candidate)
+                for threshold in found:
+                    levels.take_threshold(threshold)
+                    values.append(checked(cost(pruned, batch, task, wanted), f"held-out batch {number + 1}"))
+        return values
+
+    totals = [0.0] * count
+    for first in range(0, len(batches), processes.world):
+        rows = processes.exchanged(partial(of_batch, first + processes.rank), count)
+        for row in rows[: len(batches) - first]:
+            totals = [total + value / len(batches) for total, value in zip(totals, row, strict=True)]
+            progress(len(candidates))
+    return [tuple(totals[i : i + len(sparsities)]) for i in range(0, count, len(sparsities))]
+
+
 def choose(
     levels: Levels,
     pruned: Model,
@@ -124,42 +181,17 @@ def choose(
     ]
     done, most = 0, (1 + len(_JOINT) + len(groups[1:]) * len(_SINGLE)) * len(batches)
 
-    def losses(candidates: Sequence[Shares]) -> list[tuple[float, ...]]:
-        thresholds = []
-        for candidate in candidates:
-            levels.take(candidate)
-            thresholds.append([levels.set_threshold(sparsity, exact=True) for sparsity in sparsities])
-
-        def of_batch(number: int) -> list[float]:
-            """Returns the loss of a batch for each candidate and sparsity, flat."""
-            if number >= len(batches):  # the last batches are fewer than the processes
-                return [0.0] * count
-            batch, values = batches[number], []
-            with torch.no_grad():
-                # Only one batch of the dense model's outputs is kept.
-                wanted = None if dense is None else task.run(dense, batch)
-                for candidate, found in zip(candidates, thresholds, strict=True):
-                    levels.take(candidate)
-                    for threshold in found:
-                        levels.take_threshold(threshold)
-                        loss = cost(pruned, batch, task, wanted)
-                        values.append(finite(loss, f"held-out batch {number + 1}"))
-            return values
-
+    def advance(passes: int) -> None:
         nonlocal done
-        count = len(candidates) * len(sparsities)
-        totals = [0.0] * count
-        for first in range(0, len(batches), processes.world):
-            number = first + processes.rank
-            rows = processes.exchanged(partial(of_batch, number), count)
-            for row in rows[: len(batches) - first]:
-                totals = [total + value / len(batches) for total, value in zip(totals, row, strict=True)]
-                done += len(candidates)
-                progress(done, most)
-        return [tuple(totals[i : i + len(sparsities)]) for i in range(0, count, len(sparsities))]
+        done += passes
+        progress(done, most)
 
-    none: dict[str, float] = dict.fromkeys(LEVELS, 0.0)
-    candidates = [none, *({**none, **dict.fromkeys(learned, share)} for share in _JOINT)]
+    def losses(candidates: Sequence[Shares]) -> list[tuple[float, ...]]:
+        return held_out_losses(
+            levels, pruned, dense, task, batches, sparsities, candidates, processes, progress=advance
+        )
+
+    candidates = [NONE, *({**NONE, **dict.fromkeys(learned, share)} for share in _JOINT)]
     first = losses(candidates)
     start = first[0]
 

@@ -7,7 +7,6 @@ of each level is kept. ``weights`` (`gated`) learns a shared network, and a logi
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,19 +18,19 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
+from . import checkpoints
 from .calibration import statistics
 from .calibration_sums import Statistics
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
+from .holdout import Split
 from .learning_settings import DEFAULTS, Learned, Settings
-from .masked import Groups
-from .masks import unfit
 from .processes import Processes
-from .scores import fisher
+from .starts import candidate_starts, pattern_groups, select_start, sparsity_of
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
 from .thresholds import Pattern
-from .weight_selection import is_sharded, layout_of
+from .weight_selection import is_sharded
 
 T = TypeVar("T")
 
@@ -98,7 +97,7 @@ def learn_importance(
         tensors: names of parameters; None takes `weight_selection.prunable`.
         found: calibration statistics of these tensors; None computes them from ``data``.
         start: initial importances of these tensors, not negative and comparable over all tensors. None takes
-            Fisher importances from ``found``. Only for the method ``levels``.
+            those of `starts.best_start` from ``found``. Only for the method ``levels``.
         held_out: batches that select the result and are not in ``data``. None holds out every eighth of the
             first batches of ``data``; if a loader shuffles, learning then also sees held-out examples. Only
             for the method ``levels``.
@@ -132,9 +131,8 @@ def learn_importance(
             "learn before fully_shard, with group= on several processes; or prune by statistics and fisher"
         )
     pattern = sparsity if isinstance(sparsity, Pattern) else None
-    if isinstance(sparsity, Pattern):
-        sparsity = 1 - sparsity.keep / sparsity.of
-    low, high = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
+    share = sparsity if isinstance(sparsity, tuple) else sparsity_of(sparsity)
+    low, high = share if isinstance(share, tuple) else (share, share)
     if not 0 <= low <= high < 1:
         raise OptionError(
             f"sparsity is {sparsity}, must be at least 0 and below 1, or two such numbers in ascending order"
@@ -202,25 +200,48 @@ def _learn_levels(
     group: Any,
 ) -> Learned:
     names = list(chosen_weights(model, tensors))
-    groups = None if pattern is None else _groups(model, names, pattern)
+    groups = None if pattern is None else pattern_groups(model, names, pattern)
     names = names if groups is None else list(groups)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: parameters[name] for name in names}
     learned = {name: weight for name, weight in weights.items() if weight.numel()}
     if not learned:
         raise OptionError(f"{listed(names)} have no elements: there is nothing to learn")
+    processes = Processes(group, next(iter(learned.values())).device)
+    split = Split(data, settings.held_out, held_out)
+    processes.require_same(
+        split.held_out, "the processes have different batches: give the same data, in the same order, to all"
+    )
+    name, losses = "given", {}
     if start is None:
         if found is None:
             found = statistics(model, data, task=task, tensors=names, group=group)
-        start = fisher(model, _of_weights(model, found, weights, "found"))
+        found = _of_weights(model, found, weights, "found")
+        candidates = candidate_starts(model, found, sum(sparsities) / 2)
+        earlier = None if path is None else checkpoints.started(path)
+        if earlier in candidates:  # a run is resumed from the start that it had
+            candidates = {earlier: candidates[earlier]}
+        with evaluating(model):
+            selected = select_start(
+                model,
+                learned,
+                candidates,
+                task,
+                split.held_out,
+                sorted(set(sparsities)),
+                dense=model if settings.objective == "divergence" else None,
+                processes=processes,
+                groups=groups and {name: groups[name] for name in learned},
+            )
+        name, start, losses = selected.name, selected.importances, selected.losses
+        del candidates, selected
         found = None  # releases its memory
     start = _required(model, start, weights)
     start = {name: start[name] for name in learned}
-    processes = Processes(group, next(iter(learned.values())).device)
     processes.require_same(
         start, "the processes have different initial importances or models; give all of them the same"
     )
-    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes, groups)
+    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes, groups, name)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -233,30 +254,14 @@ def _learn_levels(
                 "mlp does not fit the shared network; give the mlp of a result of the method levels"
             ) from error
         learner.levels.refresh()
-    choice = learner.run(data, progress, held_out, path, every, chosen)
+    choice = learner.run(split, progress, path, every, chosen)
     scored = learner.levels.importances(sum(sparsities) / 2)
     importances = {
         name: scored[name] if name in learned else torch.zeros_like(weight, dtype=torch.float32)
         for name, weight in weights.items()
     }
     state = {} if network is None else {name: value.clone() for name, value in network.state_dict().items()}
-    return Learned(importances, {}, learner.history, state, choice)
-
-
-def _groups(model: nn.Module, names: Sequence[str], pattern: Pattern) -> dict[str, Groups]:
-    """Returns the groups of a pattern in the weights that it fits; warns of the others.
-
-    Raises:
-        OptionError: it fits none of them.
-    """
-    layouts = {name: layout_of(model, name) for name in names}
-    shapes = {name: model.get_parameter(name).shape for name in names}
-    left = unfit(pattern, {name: (shapes[name], (x.inputs, x.groups)) for name, x in layouts.items()})
-    return {
-        name: Groups(pattern.of, math.prod(shapes[name][layout.inputs + 1 :]))
-        for name, layout in layouts.items()
-        if name not in left
-    }
+    return Learned(importances, {}, learner.history, state, choice, name, losses)
 
 
 def _required(

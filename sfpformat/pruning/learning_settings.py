@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -133,6 +133,10 @@ class Learned:
         mlp: the state of the shared network, for use with another model; empty if there was none.
         choice: the factor on each level, and the held-out losses before and after; None with the method
             ``weights``.
+        start: name of the initial importances, as in `starts.Start`, or ``given``; "" with the method
+            ``weights``.
+        start_losses: the mean held-out loss of each candidate, in nats, by name; empty if they were given, or
+            if learning resumed.
     """
 
     importances: dict[str, Tensor]
@@ -140,3 +144,5 @@ class Learned:
     history: list[float]
     mlp: dict[str, Tensor]
     choice: Choice | None = None
+    start: str = ""
+    start_losses: dict[str, float] = field(default_factory=dict)

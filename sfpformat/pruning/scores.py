@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError
 from . import sharded
 from .calibration_sums import Statistics
 from .thresholds import Pattern, count_of_share, require_share
-from .weight_selection import as_matrix, chosen_tensors, chosen_weights, is_sharded, named_once
+from .weight_selection import (
+    as_matrix,
+    chosen_tensors,
+    chosen_weights,
+    is_sharded,
+    layout_of,
+    named_once,
+    require_shapes,
+)
 
 Importances = dict[str, Tensor]
 
@@ -85,6 +94,64 @@ def wanda(model: nn.Module, found: Mapping[str, Statistics]) -> Importances:
             out[name] = layout.back(layout.matrix(weight.float()).abs() * inputs.sqrt(), weight).contiguous()
     sharded.report_without_inputs(left, nothing_else=not out)
     return out
+
+
+def comparable(
+    model: nn.Module,
+    importances: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str = "row",
+    strength: float = 1.0,
+) -> Importances:
+    """Returns importances divided by their threshold within each row or tensor, float32, by name.
+
+    One threshold over the whole model then prunes the same weights as a threshold within each row or tensor.
+    With a ``strength`` below 1, rows or tensors lose different shares, but differ less than by one threshold
+    on the importances themselves. Learning needs importances that one threshold can compare.
+
+    Example: ``start = comparable(model, wanda(model, found), 0.6)``.
+
+    Args:
+        model: any module.
+        importances: not negative, by parameter name, such as those of `wanda` or `magnitude`.
+        sparsity: the pruned share of each row or tensor, rounded to a whole number of weights.
+        scope: ``row``, which is all inputs of one output, or ``tensor``.
+        strength: exponent of the threshold, from 0 (unchanged importances) to 1.
+
+    Raises:
+        OptionError: the sparsity or the strength is not a share, the scope is unknown, or an importance does
+            not fit a parameter.
+    """
+    require_share("sparsity", sparsity)
+    require_share("strength", strength)
+    if scope not in ("row", "tensor"):
+        raise OptionError(f"scope is {scope!r}, must be 'row' or 'tensor'")
+    weights = chosen_weights(model, list(importances))
+    require_shapes(weights, importances, "importance")
+    out = {}
+    for name, importance in importances.items():
+        layout = layout_of(model, name)
+        matrix = layout.matrix(importance.float())
+        rows = matrix if scope == "row" else matrix.reshape(1, -1)
+        if rows.numel():
+            rows = rows / _thresholds(rows, sparsity).pow(strength)
+        out[name] = layout.back(rows.reshape(matrix.shape), importance).contiguous()
+    return out
+
+
+def _thresholds(rows: Tensor, sparsity: float) -> Tensor:
+    """Returns a number above 0 between the pruned and the kept importances of each row: float32 [rows, 1].
+
+    Between two different importances it is their geometric mean, so that rounding does not move a weight to
+    the other side. An importance of 0 is always below it.
+    """
+    width = rows.shape[1]
+    count = count_of_share(sparsity, width)
+    low = rows.kthvalue(max(count, 1), dim=1, keepdim=True).values
+    high = rows.kthvalue(min(count + 1, width), dim=1, keepdim=True).values
+    found = (low.double() * high.double()).sqrt().float()
+    found = torch.where(found > 0, found, high)
+    return torch.where(found > 0, found, 1.0)
 
 
 def rows_mask(scores: Tensor, sparsity: float) -> Tensor:

@@ -153,11 +153,14 @@ class Task:
         loss: (outputs, batch) -> a scalar, in nats. None takes the default; if ``run`` is not the default,
             that is the cross-entropy.
         unpadded: batch -> bool [batch, positions], False for padding; or None if there is no padding.
+        distance: (outputs, outputs of the dense model, batch) -> a scalar of at least 0, which is 0 if both
+            are equal; for the objective ``divergence``. None takes `divergence`.
     """
 
     run: Callable[[Model, Any], Tensor] = run_model
     loss: Callable[[Tensor, Any], Tensor] | None = None
     unpadded: Callable[[Any], Tensor | None] = unpadded
+    distance: Callable[[Tensor, Tensor, Any], Tensor] | None = None
 
     def loss_of(self, model: Model, batch: Any) -> Tensor:
         """Returns the loss of a batch, a differentiable scalar in nats.
@@ -186,7 +189,7 @@ class Task:
         return likelihood(outputs, labels, causal=kind is Kind.CAUSAL)
 
     def divergence_of(self, model: Model, dense: Model | Tensor, batch: Any) -> Tensor:
-        """Returns the `divergence` of a batch's outputs from the dense model's, without padding.
+        """Returns the distance of a batch's outputs from the dense model's, by default without padding.
 
         Args:
             model: gradients are computed through it.
@@ -194,12 +197,15 @@ class Task:
             batch: a batch from the loader.
 
         Raises:
-            OptionError: the outputs do not fit each other or the padding mask.
+            OptionError: the outputs do not fit each other or the padding mask, or ``distance`` returns no
+                scalar.
             LossError: all positions are padding or ignored.
         """
         outputs = self.run(model, batch)
         with torch.no_grad():
             wanted = dense if isinstance(dense, Tensor) else self.run(dense, batch)
+        if self.distance is not None:
+            return _scalar(self.distance(outputs, wanted, batch), "distance")
         kind = kind_of(module_of(model))
         return divergence(outputs, wanted, counted_outputs(outputs, batch, self.unpadded(batch), kind))
 
@@ -218,10 +224,10 @@ def _own_loss(returned: Any) -> Tensor | None:
     return found.mean() if isinstance(found, Tensor) else None
 
 
-def _scalar(loss: Tensor) -> Tensor:
+def _scalar(loss: Tensor, what: str = "loss") -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise OptionError(f"the loss of the Task returns a {found}, must return a tensor of one number")
+        raise OptionError(f"the {what} of the Task returns a {found}, must return a tensor of one number")
     return loss.reshape(())
 
 

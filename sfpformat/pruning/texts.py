@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .batches import IGNORED
-from .task import CLASSIFY, Model, Task, evaluating
+from .task import CLASSIFY, Model, Task, divergence, evaluating
 
 Batch = dict[str, Tensor]
 
@@ -113,7 +113,7 @@ class TextData:
             for batch in self.evaluated:
                 for one, kept in zip((model, dense), found, strict=True):
                     with evaluating(one), torch.no_grad():
-                        outputs = similarities(one, batch)
+                        outputs = similarities(token_states(one, batch), batch)
                     kept.append(outputs[outputs > -math.inf])
                 yield
             return _spearman(torch.cat(found[0]), torch.cat(found[1]))
@@ -193,7 +193,7 @@ def text_data(
     parts[0] = [parts[0][i] for i in order]
     learned_from, held_out, evaluated = [_batches(part, tokenizer, kind, batch, generator) for part in parts]
     if kind == "encoder":
-        return TextData(learned_from, held_out, evaluated, SIMILARITY, False, "Spearman")
+        return TextData(learned_from, held_out, evaluated, ENCODER, False, "Spearman")
     return TextData(learned_from, held_out, evaluated, CLASSIFY, kind == "causal", "perplexity")
 
 
@@ -247,32 +247,61 @@ def _padded(group: Sequence[list[int]], tokenizer: Any) -> Batch:
 # -------------------------------------------------------------------------------------------- encoders
 
 
-def similarities(model: Model, batch: Any) -> Tensor:
+def token_states(model: Model, batch: Any) -> Tensor:
+    """Returns the last hidden state of each token, float32 [batch, positions, features]."""
+    states: Tensor = model(**batch).last_hidden_state.float()
+    return states
+
+
+def similarities(states: Tensor, batch: Any) -> Tensor:
     """Returns the similarities of the sentences of a batch as unnormalised log-probabilities [batch, batch].
 
-    The embedding of a sentence is the mean of its tokens' last hidden states. A similarity is the cosine
-    times a constant. The diagonal is −∞.
+    The embedding of a sentence is the mean of its tokens' states. A similarity is the cosine times a
+    constant. The diagonal is −∞.
+
+    Args:
+        states: the result of `token_states`.
+        batch: has ``attention_mask``.
     """
-    hidden = model(**batch).last_hidden_state.float()
-    counted = batch["attention_mask"][..., None].to(hidden)
-    pooled = F.normalize((hidden * counted).sum(1) / counted.sum(1).clamp(min=1), dim=-1)
+    counted = _counted(states, batch)
+    pooled = F.normalize((states * counted).sum(1) / counted.sum(1).clamp(min=1), dim=-1)
     cosines = _SHARPNESS * pooled @ pooled.T
     return cosines.masked_fill(torch.eye(len(cosines), dtype=torch.bool, device=cosines.device), -math.inf)
 
 
-def _sampled_loss(outputs: Tensor, batch: Any) -> Tensor:
-    """Returns the cross-entropy with labels sampled from the outputs.
+def _counted(states: Tensor, batch: Any) -> Tensor:
+    """Returns 1 for tokens and 0 for padding, [batch, positions, 1], of the dtype of the states."""
+    mask: Tensor = batch["attention_mask"][..., None]
+    return mask.to(states)
 
-    Similarities have no labels, and the gradient of a distance from the dense model is zero at the dense
-    model. The squared gradients of this loss estimate the Fisher information.
+
+def _distance_of_states(outputs: Tensor, dense: Tensor, batch: Any) -> Tensor:
+    """Returns the squared error of the tokens' states relative to their squares, plus the divergence of the
+    similarities.
+
+    The states give a learning signal for each token and feature; the similarities are what encoders are for.
+    """
+    counted = _counted(outputs, batch)
+    error = ((outputs - dense).square() * counted).sum() / (dense.square() * counted).sum().clamp(min=1e-30)
+    return error + divergence(similarities(outputs, batch), similarities(dense, batch))
+
+
+def _random_projection(outputs: Tensor, batch: Any) -> Tensor:
+    """Returns the product of the tokens' states with random numbers.
+
+    An encoder has no labels, and the gradient of a distance from the dense model is zero at the dense model.
+    The squared gradients of this loss estimate the second derivatives of the squared error of the states
+    (Gauss-Newton), as the squared gradients of a likelihood estimate the Fisher information.
     """
     generator = torch.Generator().manual_seed(int(batch["input_ids"].sum()))
-    chances = outputs.detach().softmax(-1).cpu()
-    labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(outputs.device)
-    return F.cross_entropy(outputs, labels)
+    random = torch.randn(outputs.shape, generator=generator).to(outputs)
+    counted = _counted(outputs, batch)
+    size = outputs.detach().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    loss: Tensor = (outputs / size * random * counted).sum() / counted.sum().clamp(min=1).sqrt()
+    return loss
 
 
-SIMILARITY = Task(run=similarities, loss=_sampled_loss)
+ENCODER = Task(run=token_states, loss=_random_projection, distance=_distance_of_states)
 
 
 def _spearman(left: Tensor, right: Tensor) -> float:

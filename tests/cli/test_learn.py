@@ -50,10 +50,11 @@ def test_learn_prunes_a_model_writes_it_and_measures_the_written_file(
     assert (found["kind"], found["measure"], found["steps"]) == (kind, measure, 3)
     assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert found["held_out_learned"] <= found["held_out_start"]
+    assert found["start_losses"][found["start"]] == min(found["start_losses"].values())
     assert found["output_bytes"] == target.stat().st_size
     if measure == "Spearman":
         assert found["dense"] == pytest.approx(1)
-        assert -1 <= found["pruned_as_learned_loaded_from_the_file"] < 1
+        assert -1 <= found["pruned_as_learned"] < 1
     else:
         assert 1 < found["dense"] < 200
     with sfpformat.open(target) as file:

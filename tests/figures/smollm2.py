@@ -12,11 +12,12 @@ modules, cut into windows and shuffled; the evaluated code is from another third
 held-out text. All computations are in float32, on the processor or on ``--device``.
 
 Methods: magnitude with a threshold for each tensor; Wanda with a threshold for each row, also with the
-sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold; ``levels``, learned from
-Fisher importances; SparseGPT's mask, alone and with updated survivors. Masks of magnitude, Wanda and Fisher
-are also measured with reconstructed outputs of the layers (``-reconstructed``), and those of Wanda with up to
-100 swaps for each row (``wanda-swaps``, ``wanda-swaps-reconstructed``). ``--sparsities`` also accepts
-patterns such as 2:4; ``levels`` then applies the pattern to scores that were learned for its sparsity.
+sparsities of OWL for the layers (``wanda-outliers``); Fisher with one threshold, also with a quarter of the
+strength of a threshold for each row (``fisher-by-row``); ``levels``, learned from the best start or, with
+``--start fisher``, from Fisher importances; SparseGPT's mask, alone and with updated survivors. Masks of
+magnitude, Wanda and Fisher are also measured with reconstructed outputs of the layers (``-reconstructed``),
+and those of Wanda with up to 100 swaps for each row (``wanda-swaps``, ``wanda-swaps-reconstructed``).
+``--sparsities`` also accepts patterns such as 2:4.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from sfpformat.pruning import (
     Settings,
     Sparsity,
     Statistics,
+    comparable,
     fisher,
     learn_importance,
     magnitude,
@@ -161,6 +163,9 @@ class Bench:
         extra: Extra = {"tokens": len(self.calibration) * WINDOW}
         if how == "fisher":
             return pruned, prune(pruned, fisher(self.model, found), target), extra
+        if how == "fisher-by-row":
+            scores = comparable(self.model, fisher(self.model, found), sparsity_of(target), strength=0.25)
+            return pruned, prune(pruned, scores, target), extra
         threshold: Any = target
         if not isinstance(target, Pattern):
             threshold = Outliers(target) if how == "wanda-outliers" else Sparsity(target)
@@ -184,7 +189,6 @@ class Bench:
 
     def learned(self, target: Target) -> tuple[nn.Module, Masks, Extra]:
         options = self._options
-        sparsity = sparsity_of(target)
         settings = Settings(
             steps=options.steps,
             minutes=options.minutes,
@@ -201,14 +205,17 @@ class Bench:
             times.append(time.process_time())
             print(f"step {step}/{options.steps} {loss:.4f} {time.monotonic() - began:.0f} s", flush=True)
 
+        name = f"learning-{words_of(target).replace(':', 'of')}-{options.start}-{words}{changed}.pt"
+        found, given = self.statistics(), options.start == "fisher"
         learned = learn_importance(
             self.model,
             self.learned_from,
-            sparsity,
+            target,
             settings=settings,
-            start=fisher(self.model, self.statistics()),
+            found=None if given else found,
+            start=fisher(self.model, found) if given else None,
             held_out=self.held_out,
-            checkpoint=self._work / f"learning-{sparsity}-{words}{changed}.pt",
+            checkpoint=self._work / name,
             every=4,
             progress=progress,
         )
@@ -219,6 +226,8 @@ class Bench:
             "tokens": (len(self.calibration) + steps * options.batch + HELD_OUT) * WINDOW,
             "steps": steps,
             "settings": options.settings,
+            "selected_start": learned.start,
+            "start_losses": learned.start_losses,
             "shares": learned.choice.shares,
             "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
             "cpu_seconds_a_step": _median_step(times),
@@ -284,6 +293,8 @@ class Bench:
         if method == "levels":
             found |= {"asked_steps": options.steps, "batch": options.batch, "minutes": options.minutes}
             found |= {"seed": options.seed, "settings": options.settings}
+            if options.start != "fisher":  # earlier rows do not state it
+                found["start"] = options.start
         return found
 
 
@@ -292,6 +303,7 @@ METHODS: dict[str, Callable[[Bench, Target], tuple[nn.Module, Masks, Extra]]] = 
     "wanda": lambda bench, t: bench.scored("wanda", t),
     "wanda-outliers": lambda bench, t: bench.scored("wanda-outliers", t),
     "fisher": lambda bench, t: bench.scored("fisher", t),
+    "fisher-by-row": lambda bench, t: bench.scored("fisher-by-row", t),
     "levels": lambda bench, t: bench.learned(t),
     "sparsegpt": lambda bench, t: bench.layerwise("sparsegpt", t),
     "sparsegpt-updated": lambda bench, t: bench.layerwise("sparsegpt-updated", t),
@@ -348,6 +360,8 @@ def table(rows: list[Row]) -> str:
     for row in sorted(pruned, key=lambda row: (row["sparsity"], -row["code"])):
         figures = " | ".join(f"{row[kind]:.1f}" for kind in kinds)
         steps = f", {row['steps']} steps" if row["method"] == "levels" else ""
+        if "start" in row:
+            steps += f" from {row['selected_start']}"
         lines.append(
             f"| {row.get('pattern') or row['sparsity']} | {row['method']}{steps} | {row['tokens']:,} "
             f"| {row['cpu_seconds']:.0f} | {figures} |"
@@ -368,6 +382,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--minutes", type=float, help="of learning, at most")
     parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
+    parser.add_argument("--start", choices=("best", "fisher"), default="best", help="of learning")
     parser.add_argument("--calibration", type=int, default=96, help="windows of 256 tokens")
     parser.add_argument("--evaluated", type=int, default=4096, help="tokens of code, and of prose")
     parser.add_argument("--seed", type=int, default=0)

@@ -45,7 +45,7 @@ def test_each_method_gives_one_row_measured_on_its_loaded_file(
     capsys.readouterr()
     smollm2.main(words)
     assert rows.read_text() == before
-    assert "| 0.5 | levels, 3 steps |" in capsys.readouterr().out
+    assert "| 0.5 | levels, 3 steps from " in capsys.readouterr().out
     smollm2.main([*words, "--methods", "levels", "--seed", "1"])
     assert len(rows.read_text().splitlines()) == len(found) + 1
     smollm2.main([*words, "--sparsities", "2:4", "--methods", "levels,fisher,wanda-swaps-reconstructed"])
