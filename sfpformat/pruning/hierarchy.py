@@ -53,7 +53,7 @@ class Rates:
 
     network: float = 0.0
     shared: float = 0.02
-    own: float = 0.05
+    own: float = 0.01
 
     def of(self, level: str) -> float:
         """Returns the rate of one of `masked.LEVELS`."""

@@ -13,7 +13,10 @@ from .holdout import Choice
 from .task import require_objective
 
 METHODS = ("levels", "weights")
-LOGIT_RATE = 0.05  # default with frozen weights
+LOGIT_RATE = 0.05  # default of the method weights, with frozen weights
+# Default of the method levels. Higher rates reach a lower loss on the batches that were learned from and a
+# higher one on others: held-out batches then select a half or none of what was learned.
+LEVELS_LOGIT_RATE = 0.01
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Settings:
         gate: ``topk``, ``sigmoid`` or ``hard-concrete``.
         objective: ``divergence`` from the dense model's outputs, or the task's ``loss``.
         logits: whether each weight has its own logit.
-        logit_rate: peak rate of these logits, in standard deviations of the scores per step. None is 0.05, or
-            0.01 if the weights are trained too.
+        logit_rate: peak rate of these logits, in standard deviations of the scores per step. None is 0.01, or
+            0.05 with the method ``weights`` if it does not train the weights.
         shared_rate: peak rate of the logits of layers, rows and columns. Only for ``levels``.
         network_rate: peak rate of the shared network. None is 1e-3; with ``levels`` it means no network.
         weight_rate: peak rate of the weights; 0 freezes them.
@@ -101,7 +104,7 @@ class Settings:
 
     def plan(self) -> Plan:
         """Returns the settings of the method ``levels``."""
-        own = LOGIT_RATE if self.logit_rate is None else self.logit_rate
+        own = LEVELS_LOGIT_RATE if self.logit_rate is None else self.logit_rate
         return Plan(
             steps=self.steps,
             batches=self.batches,

@@ -14,6 +14,10 @@ synthesised, so that their pitch is known: eight harmonics of random strength in
 calibration, and only odd harmonics in much noise, which do not occur in calibration. Wanda and SparseGPT
 support only linear layers and do not apply.
 
+``--equal`` instead finds the smallest file of each mask whose first measure is at least 0.99 of the dense
+model's, with survivors quantised by `Uniform`: nothing pruned, and the masks of ``--methods`` at
+``--sparsities``. Sizes are of the pruned tensors, which are all the tensors that are quantised.
+
 Each figure is measured on the loaded `.sfp` file, in the model's F32. ``--rows FILE`` adds a row for each
 method and sparsity to a file; existing rows are not measured again. ``--table`` prints it.
 """
@@ -34,6 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sfpformat
+from sfpformat import Options, Uniform
 from sfpformat.demo import bundled
 from sfpformat.pruning import (
     CLASSIFY,
@@ -64,6 +70,10 @@ RATE, FRAME = 16_000, 1024  # samples a second, and of a frame: those of CREPE
 BINS, CENTS, LOWEST = 360, 20.0, 1997.3794084376191  # of pitch; cents above 10 Hz of the first
 RIGHT = 50.0  # cents
 EVALUATED = 10  # batches of 100 frames
+
+EQUAL = 0.99  # of the dense model's first measure, which the smallest file has to reach
+LOWEST_ERROR_DB, HIGHEST_ERROR_DB = -40.0, -8.0  # of the search for it
+ROUNDS = 7
 
 
 class MiniLM:
@@ -279,15 +289,7 @@ class Bench:
         cpu = time.process_time()
         pruned, masks, extra = METHODS[method](self, sparsity)
         cpu = time.process_time() - cpu
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pruned.sfp"
-            pack(pruned, path, masks)
-            size = path.stat().st_size
-            restored = self.subject.empty()
-            with torch.no_grad():
-                for parameter in restored.parameters():  # NaN shows weights that the file does not fill
-                    parameter.fill_(float("nan"))
-            load_model(restored, path)
+        restored, size = self.restored(pruned, masks)
         weights = sum(mask.numel() for mask in masks.values())
         return {
             **self.identity(method, sparsity),
@@ -298,6 +300,55 @@ class Bench:
             "bytes": size,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
+
+    def equal(self, method: str | None, sparsity: float) -> Row | None:
+        """Returns the row of the smallest file of a mask that is good enough; None if no file is.
+
+        Args:
+            method: one of `METHODS`; None prunes nothing.
+            sparsity: the sparsity of the mask.
+        """
+        if method is None:
+            pruned = self.copy()
+            masks = {name: torch.ones_like(weight).bool() for name, weight in magnitude(pruned).items()}
+        else:
+            pruned, masks, _ = METHODS[method](self, sparsity)
+        weights = sum(mask.numel() for mask in masks.values())
+        dense = self.subject.measured(self.subject.dense)
+        first = next(iter(dense))
+        best: Row | None = None
+        low, high = LOWEST_ERROR_DB, HIGHEST_ERROR_DB
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            restored, size = self.restored(pruned, masks, Options(Uniform(error_db=middle)))
+            measured = self.subject.measured(restored)
+            if measured[first] >= EQUAL * dense[first]:
+                low = middle
+                best = {"method": method, "sparsity": sparsity, "error_db": middle, **measured}
+                best["bits"] = 8 * size / weights
+            else:
+                high = middle
+        return best
+
+    def restored(
+        self, pruned: nn.Module, masks: Masks, options: Options | None = None
+    ) -> tuple[nn.Module, int]:
+        """Returns the model loaded from its file, and the size in bytes: of the tensors with masks if they
+        have options, otherwise of the file.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pruned.sfp"
+            pack(pruned, path, masks, options=options)
+            size = path.stat().st_size
+            if options is not None:
+                with sfpformat.open(path) as file:
+                    size = sum(file.info(name).stored_bytes for name in masks)
+            restored = self.subject.empty()
+            with torch.no_grad():
+                for parameter in restored.parameters():  # NaN shows weights that the file does not fill
+                    parameter.fill_(float("nan"))
+            load_model(restored, path)
+        return restored, size
 
     def dense_row(self) -> Row:
         return {**self.identity("dense", 0.0), **self.subject.measured(self.subject.dense)}
@@ -365,6 +416,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="of CREPE")
     parser.add_argument("--rows", type=Path, default=Path(__file__).with_name("real_models.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the rows as a table, and measure nothing")
+    parser.add_argument("--equal", action="store_true", help="find the smallest files of equal quality")
     parser.add_argument("--methods", help="all that apply, if not given")
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--steps", type=int, default=100)
@@ -379,6 +431,12 @@ def main(words: list[str] | None = None) -> None:
         print(table(_rows(options.rows), name))
         return
     bench = Bench(options)
+    if options.equal:
+        methods = (options.methods or "fisher-by-row,levels").split(",")
+        pairs = [(method, float(share)) for share in options.sparsities.split(",") for method in methods]
+        for method, share in [(None, 0.0), *pairs]:
+            print(json.dumps(bench.equal(method, share)), flush=True)
+        return
 
     def add(identity: Row, measured: Callable[[], Row]) -> None:
         if any(all(row.get(key) == value for key, value in identity.items()) for row in _rows(options.rows)):
