@@ -123,6 +123,20 @@ types:
       - id: checksum
         type: u4
         doc: CRC-32 of the chunk
+  delta_checksums:
+    doc: The binary `checksums` of the map `delta` (SPEC.md 28.1).
+    seq:
+      - id: tensors
+        type: delta_checksum
+        repeat: eos
+  delta_checksum:
+    seq:
+      - id: base
+        type: u4
+        doc: CRC-32 of the tensor in the base
+      - id: result
+        type: u4
+        doc: CRC-32 of the tensor in the result
   chunk_header:
     doc: |
       The header of a chunk of a tensor with coding `fingerprint` (SPEC.md 15.2). The entry determines the number

@@ -11,6 +11,7 @@ from .decode.reader import SfpFile, SfpSlice
 from .decode.tensor_info import TensorInfo
 from .decode.validate import Report, validate
 from .errors import (
+    BaseMismatchError,
     ClosedFileError,
     EngineError,
     FileFault,
@@ -32,6 +33,11 @@ from .options import PRESETS, Exact, ImportanceOptions, Lossless, Options, Table
 
 if TYPE_CHECKING:
     from .decode.shards import ShardedFile
+    from .deltas.applying import apply_delta
+    from .deltas.reading import Delta
+    from .deltas.result import DeltaFile
+    from .deltas.tensors import Source
+    from .deltas.writing import DeltaWriter, write_delta
     from .encode.budget import steps_for_budget
     from .encode.writer import Writer
 
@@ -39,16 +45,25 @@ __version__ = "1.0.0.dev0"
 
 # Lazy, so that readers do not import the encoder, a third of all modules.
 _MODULE_OF = {
+    "Delta": ".deltas.reading",
+    "DeltaFile": ".deltas.result",
+    "DeltaWriter": ".deltas.writing",
     "ShardedFile": ".decode.shards",
     "Writer": ".encode.writer",
+    "apply_delta": ".deltas.applying",
     "steps_for_budget": ".encode.budget",
+    "write_delta": ".deltas.writing",
 }
 
 # Without `open`: ``from sfpformat import *`` must not hide the built-in one.
 __all__ = [
     "DEFAULT_LIMITS",
     "PRESETS",
+    "BaseMismatchError",
     "ClosedFileError",
+    "Delta",
+    "DeltaFile",
+    "DeltaWriter",
     "EngineError",
     "Exact",
     "FileFault",
@@ -75,9 +90,22 @@ __all__ = [
     "UnknownPresetError",
     "UnsupportedError",
     "Writer",
+    "apply_delta",
     "steps_for_budget",
     "validate",
+    "write_delta",
 ]
+
+
+@overload
+def open(
+    readable: Readable,
+    *,
+    base: Source,
+    limits: Limits = ...,
+    engine: str | None = ...,
+    threads: int | None = ...,
+) -> DeltaFile: ...
 
 
 @overload
@@ -103,10 +131,11 @@ def open(
 def open(
     readable: Readable,
     *,
+    base: Source | None = None,
     limits: Limits = DEFAULT_LIMITS,
     engine: str | None = None,
     threads: int | None = None,
-) -> SfpFile | ShardedFile:
+) -> SfpFile | ShardedFile | DeltaFile:
     """Opens an `.sfp` file, or a model in shards, for reading. Reads only preamble and directory.
 
     ``with sfpformat.open("model.sfp") as file: array = file.get_tensor("w")``
@@ -114,6 +143,8 @@ def open(
     Args:
         readable: the path of a file, of the ``.sfp.index.json`` of a model in shards, or of a folder that has
             exactly one of these; or bytes, an mmap, or any seekable binary object.
+        base: opens a delta with its base, and gives the tensors of the result. The base is as for
+            `write_delta`, or the result of another delta. None opens a model.
         limits: limits of the reader, which refuses a file that exceeds one.
         engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best available. None uses the
             environment variable ``SFPFORMAT_ENGINE``, or ``"auto"`` without it.
@@ -123,11 +154,17 @@ def open(
         InvalidFileError: the file is damaged.
         UnsupportedError: the file needs a version or feature that this reader does not support.
         LimitError: the file exceeds a limit.
-        OptionError: the folder has no model or several, or the stream is not readable or not seekable.
+        BaseMismatchError: the delta was made from another base.
+        OptionError: the folder has no model or several, the stream is not readable or not seekable, a delta
+            has no base, or a model has one.
         EngineError: the engine is unknown or not available.
         SafetensorsError: the index is not valid JSON of the expected form, or is one of safetensors files.
         OSError: the file cannot be read.
     """
+    if base is not None:
+        from .deltas.result import DeltaFile  # lazy: most readers have no deltas
+
+        return DeltaFile(readable, base, limits=limits, engine=engine, threads=threads)
     return open_any(readable, limits=limits, engine=engine, threads=threads)
 
 

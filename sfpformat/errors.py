@@ -42,7 +42,7 @@ def warn(message: str) -> None:
 
 
 class FileFault(SfpError):
-    """A file breaks a requirement of SPEC.md. Always one of the three subclasses.
+    """A file breaks a requirement of SPEC.md. Always one of the four subclasses.
 
     Attributes:
         code: one of the error codes of SPEC.md chapter 20, such as ``E_CRC``.
@@ -95,6 +95,10 @@ class UnsupportedError(FileFault):
 
 class LimitError(FileFault):
     """The file exceeds a limit of the reader. If you trust the file, pass higher `Limits`."""
+
+
+class BaseMismatchError(FileFault):
+    """A delta is applied to a base from which it was not made."""
 
 
 class OptionError(SfpError, ValueError):
@@ -154,31 +158,34 @@ CODE_OF_CLAUSE: dict[str, str] = {
         "E_VERSION": "R-PRE-004",
         "E_TRUNCATED": "R-PRE-002 R-PRE-007 R-MSG-007",
         "E_TRAILING": "R-PRE-008 R-MSG-006",
-        "E_CRC": "R-PRE-003 R-PRE-010 R-LAY-004",
+        "E_CRC": "R-PRE-003 R-PRE-010 R-LAY-004 R-DLT-012",
         "E_RESERVED": (
             "R-CNV-005 R-PRE-006 R-PLN-002 R-PLN-004 R-MSK-006 R-CHK-002 R-CHK-003 R-IDX-004 "
             "R-VEC-002 R-RAW-003 R-TAB-010"
         ),
         "E_ENCODING": (
             "R-MSG-001 R-MSG-002 R-MSG-003 R-MSG-004 R-MSG-005 R-DIR-001 R-DIR-002 R-DIR-003 "
-            "R-DIR-004 R-DIR-007 R-TEN-001 R-FEA-002"
+            "R-DIR-004 R-DIR-007 R-TEN-001 R-FEA-002 R-DLT-002"
         ),
         "E_RANGE": (
             "R-TEN-002 R-TEN-005 R-TEN-006 R-TEN-007 R-TEN-010 R-TAB-001 R-TAB-002 R-TAB-003 "
             "R-TAB-004 R-TAB-005 R-TAB-006 R-TAB-007 R-TAB-008 R-TAB-009 R-MSK-002 R-MSK-004 "
             "R-QNT-002 R-QNT-003 R-QNT-004 R-QNT-005 R-QNT-006 R-QNT-007 R-QNT-008 R-SCL-002 "
             "R-SCL-003 R-SCL-004 R-SCL-006 R-IMP-003 R-IMP-004 R-IMP-005 R-IMP-006 R-IDX-001 "
-            "R-IDX-002 R-IDX-005 R-IDX-006 R-RAW-004 R-SHD-002"
+            "R-IDX-002 R-IDX-005 R-IDX-006 R-RAW-004 R-SHD-002 "
+            "R-DLT-003 R-DLT-004 R-DLT-005 R-DLT-011 R-DLT-016"
         ),
         "E_LAYOUT": (
             "R-PRE-009 R-PRE-011 R-LAY-002 R-LAY-003 R-TEN-008 R-TEN-012 R-PLN-003 "
-            "R-MSK-005 R-CHK-001 R-IDX-003 R-VEC-001 R-RAW-002 R-SHD-001"
+            "R-MSK-005 R-CHK-001 R-IDX-003 R-VEC-001 R-RAW-002 R-SHD-001 "
+            "R-DLT-001 R-DLT-006 R-DLT-007 R-DLT-008 R-DLT-010"
         ),
         "E_FEATURE": (
             "R-TEN-003 R-TEN-004 R-MSK-001 R-QNT-001 R-SCL-001 R-IMP-001 R-IMP-002 R-KEY-001 "
             "R-FEA-001 R-PRO-001"
         ),
         "E_LIMIT": "R-LIM-002",
+        "E_BASE": "R-DLT-009",
     }.items()
     for clause in clauses.split()
 }
@@ -187,6 +194,7 @@ _CLASS_OF_CODE: dict[str, type[FileFault]] = {
     "E_VERSION": UnsupportedError,
     "E_FEATURE": UnsupportedError,
     "E_LIMIT": LimitError,
+    "E_BASE": BaseMismatchError,
 }
 
 

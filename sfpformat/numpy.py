@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from .coding.mask import Mask
 from .decode.opening import open_any
-from .decode.reader import SfpFile
 from .dtypes import of_numpy
 from .io.source import Buffer
 from .limits import DEFAULT_LIMITS, Limits
@@ -141,7 +140,7 @@ def load(
     Raises:
         InvalidFileError, UnsupportedError, LimitError, EngineError: same as for `load_file`.
     """
-    with SfpFile(data, limits=limits, threads=threads, engine=engine) as file:
+    with open_any(data, limits=limits, threads=threads, engine=engine) as file:
         return file.get_tensors()
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("engines",),
     ("decode",),
     ("encode",),
+    ("deltas",),
     ("", "numpy", "torch"),  # "" is the package's own __init__
     ("pruning",),
     ("demo",),

@@ -16,7 +16,7 @@ LIMITS = sfpformat.Limits(**{name: int(n) for name, n in (word.split("=") for wo
 def read(path: str, folder: pathlib.Path) -> list[dict[str, object]]:
     """Decodes a file and writes its arrays into a folder. Returns descriptions of its tensors, in order."""
     tensors: list[dict[str, object]] = []
-    with sfpformat.open(path, limits=LIMITS) as file:
+    with sfpformat.SfpFile(path, limits=LIMITS) as file:
         for number, name in enumerate(file):
             values, info = file.get_tensor(name), file.info(name)
             (folder / f"{number}.bin").write_bytes(values.tobytes())

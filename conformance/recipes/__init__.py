@@ -15,6 +15,7 @@ from . import (
     chunks,
     combinations,
     crowds,
+    deltas,
     directory,
     encode,
     entries,
@@ -36,7 +37,7 @@ from .suite import Suite
 # In this order: later recipes break files of earlier ones.
 AREAS = (
     *(gallery, preamble, directory, entries, tables, planes, masks, quantisers, scales, numbers, chunks),
-    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, encode),
+    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, deltas, encode),
 )
 
 

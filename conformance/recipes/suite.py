@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sfp_conformance import slow_reader
-from sfp_conformance.contents import NOT_CORE, Json, contents, features_of
+from sfp_conformance.contents import NOT_CORE, Json, contents, features_of, result_contents
 from sfp_conformance.finds import SECONDS, UNKNOWN
 from sfp_conformance.forge import Forge
 
@@ -41,6 +41,8 @@ class Case:
         twin: id of the valid file from which it was derived.
         flags: tags by which cases can be selected.
         in_force: limits of the reader that differ from the defaults.
+        base: id of the file that is the base, if the file is a delta that is applied to a base; the contents
+            are then those of the result.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Case:
     twin: str | None = None
     flags: list[str] = field(default_factory=list)
     in_force: dict[str, int] = field(default_factory=dict)
+    base: str | None = None
 
     @property
     def kind(self) -> str:
@@ -71,6 +74,13 @@ class Case:
         """The path of the file in the suite."""
         return f"{self.stem}.{'job.json' if self.kind == 'e' else 'sfp'}"
 
+    @property
+    def roles(self) -> list[str]:
+        """The roles of the programs that it tests. A validator has no base."""
+        if self.kind == "e":
+            return ["writer"]
+        return ["reader", "validator"] if self.base is None else ["reader"]
+
     def manifest(self) -> Json:
         """Returns the entry in the manifest."""
         hostile = {"memory_bytes": HOSTILE_MEMORY} if self.kind == "h" else {}
@@ -80,7 +90,7 @@ class Case:
         return {
             "id": self.id,
             "class": self.kind,
-            "roles": ["writer"] if self.kind == "e" else ["reader", "validator"],
+            "roles": self.roles,
             "since": "1.0",
             "profile": "full" if set(self.features) & NOT_CORE else "core",
             "features": self.features,
@@ -88,6 +98,7 @@ class Case:
             "file": self.file,
             "bytes": len(self.data),
             "sha256": hashlib.sha256(self.data).hexdigest(),
+            **({} if self.base is None else {"base": f"cases/{self.base.split('-')[1]}/{self.base}.sfp"}),
             **beside,
             "recipe": self.recipe,
             **({} if self.twin is None else {"twin": self.twin}),
@@ -213,6 +224,42 @@ class Suite:
             named = refusing_clause(data)
             assert named in allowed, f"{name}: the slow reader names {named}"
         return self.add(case, clauses)
+
+    def applied(self, name: str, why: str, data: bytes, base: str, *clauses: str) -> str:
+        """Adds a delta that must be applied to a base. Returns its id.
+
+        Args:
+            name, why, data, clauses: as in `valid`.
+            base: id of the file that is the base.
+        """
+        expected: Json = {"outcome": "accept"}
+        case = Case(f"y-{name}", [], why, data, features_of(data), expected, self.recipe, base=base)
+        case.contents, case.arrays = result_contents(data, self.cases[base].data)
+        return self.add(case, clauses)
+
+    def misfit(self, name: str, why: str, twin: str, data: bytes, base: str, tensor: str) -> str:
+        """Adds a delta whose application to a base must be refused by the clause in its name. Returns its id.
+
+        Args:
+            name, why: as in `invalid`.
+            twin: id of a case in which the delta, or one that differs in one edit, fits its base.
+            data: the delta, a valid file.
+            base: id of the file that is the base.
+            tensor: the tensor that the error names.
+        """
+        slow_reader.read(data)
+        clause = clause_of(name)
+        named = None
+        try:
+            result_contents(data, self.cases[base].data)
+        except slow_reader.Bad as error:
+            named = str(error)
+        assert named == clause, f"{name}: the slow reader names {named}"
+        expected = {"outcome": "reject", "errors": [self.error(clause, tensor, [0, len(data)])]}
+        case = Case(
+            f"n-{name}", [], why, data, features_of(data), expected, self.recipe, twin=twin, base=base
+        )
+        return self.add(case, ())
 
     def error(self, clause: str, tensor: str | None, offset: list[int]) -> Json:
         """Returns an error that a reader may report."""

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import slow_reader
+from .slow_reader.delta import Plain, result_of
 
 Json = dict[str, Any]
 
 # Features that lie outside the profile `core` (SPEC.md chapter 23).
-NOT_CORE = {"uniform", "table", "narrow", "group-2", "scale", "multiplier"}
+NOT_CORE = {"delta", "uniform", "table", "narrow", "group-2", "scale", "multiplier"}
 SHOWN = 4  # elements shown at each end of an array
 
 
@@ -35,6 +36,26 @@ def contents(data: bytes) -> tuple[Json, bytes]:
             out["importance"] = {"role": role, "over": over, **placed("F32", tensor.shape, raw)}
         tensors.append(out)
     return {"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
+
+
+def result_contents(delta: bytes, base: bytes) -> tuple[Json, bytes]:
+    """Describes the result of a delta and its base, and joins its arrays; same as `contents`.
+
+    Raises:
+        slow_reader.Bad: a file is invalid, or the base is another one.
+    """
+    file, plain = slow_reader.read(delta), plain_tensors(slow_reader.read(base))
+    arrays, tensors = bytearray(), []
+    for name, tensor in result_of(file.root, plain_tensors(file), plain).items():
+        arrays.extend(tensor.data)
+        place = {"offset": str(len(arrays) - len(tensor.data))}
+        tensors.append({"name": name, **place, **array(tensor.dtype, tensor.shape, tensor.data)})
+    return {"metadata": file.root.get("metadata", {}), "tensors": tensors}, bytes(arrays)
+
+
+def plain_tensors(file: slow_reader.File) -> dict[str, Plain]:
+    """Returns the tensors of a file without masks and importances."""
+    return {name: Plain(t.dtype, list(t.shape), t.data) for name, t in file.tensors.items()}
 
 
 def array(dtype: str, shape: Iterable[int], raw: bytes) -> Json:
@@ -66,7 +87,7 @@ def _kept(tensor: slow_reader.Tensor) -> Iterable[float]:
 def features_of(data: bytes) -> list[str]:
     """Returns the names of the features that a reader must support for a valid file."""
     root, _ = slow_reader.read_directory(data)
-    found: set[str] = set()
+    found: set[str] = {"delta"} if "delta" in root.get("features", []) else set()
     for entry in root["tensors"]:
         found |= {entry["coding"], f"dtype-{entry['dtype']}"}
         for stream in slow_reader.streams(entry):

@@ -15,6 +15,7 @@ import numpy as np
 from sfpformat import __version__
 from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.validate import validate
+from sfpformat.deltas.result import DeltaFile
 from sfpformat.dtypes import DTYPES
 from sfpformat.encode.writer import Writer
 from sfpformat.engines import get_engine, require_name
@@ -61,6 +62,7 @@ class OwnDriver:
         commands: dict[str, Callable[..., Json]] = {
             "validate": own.validate,
             "decode": own.decode,
+            "apply": own.apply,
             "encode": own.encode,
         }
         if question not in commands:
@@ -90,6 +92,19 @@ class OwnDriver:
         try:
             with SfpFile(path, limits=self.limits, engine=self.engine, threads=1) as file:
                 tensors = [self._decoded(file, name, Path(folder, str(i))) for i, name in enumerate(file)]
+                return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
+        except FileFault as error:
+            return _refusal(error)
+
+    def apply(self, path: str, base: str, folder: str) -> Json:
+        """Answers with the result of a delta and its base. Writes its arrays into a folder."""
+        try:
+            with DeltaFile(path, base, limits=self.limits, engine=self.engine, threads=1) as file:
+                file.check_base()
+                tensors = []
+                for number, (name, spec) in enumerate(file.specs.items()):
+                    Path(folder, f"{number}.bin").write_bytes(file.get_tensor(name).tobytes())
+                    tensors.append({"name": name, "dtype": spec.dtype.name, "shape": list(spec.shape)})
                 return {"ok": True, "metadata": file.metadata(), "tensors": tensors}
         except FileFault as error:
             return _refusal(error)

@@ -260,7 +260,13 @@ def _decoded(question: _Question, path: Path) -> Verdict:
     def written(name: str) -> bytes | None:
         return (out / name).read_bytes() if (out / name).is_file() else None
 
-    answer = question.ask("decoder", "decode", path, out)
+    base = question.case.base
+    if base is None:
+        answer = question.ask("decoder", "decode", path, out)
+    else:
+        own = question.folder / "base.sfp"
+        shutil.copyfile(base, own)
+        answer = question.ask("decoder", "apply", path, own, out)
     may_ignore = frozenset(("importance",) if question.profile == "core" else ())
     return judge_contents(question.case, answer, written, within=question.within, may_ignore=may_ignore)
 

@@ -38,6 +38,7 @@ class Case:
         roles: the roles of programs that it tests: `decoder`, `validator`, `encoder`.
         path: path of the file, or of the job.
         sha256: the SHA-256 of that file, as hex.
+        base: path of the base to which the file, a delta, is applied; None if it is decoded alone.
         limits: limits in force that differ from the defaults.
         seconds: time limit for an answer.
         memory: bytes that a program may use beyond its memory at rest; None for no limit.
@@ -65,6 +66,7 @@ class Case:
     canonical: bool | None
     not_canonical_by: tuple[str, ...]
     written: str | None
+    base: Path | None = None
 
     @property
     def level(self) -> int:
@@ -177,6 +179,7 @@ def _case(folder: Path, entry: Json) -> Case:
         canonical=canonical.get("is"),
         not_canonical_by=tuple(canonical.get("clauses", ())),
         written=expected.get("written", {}).get("sha256"),
+        base=folder / entry["base"] if "base" in entry else None,
     )
 
 

@@ -46,7 +46,14 @@ class Model(Closing):
             return none.
     """
 
-    def __init__(self, path: Path, *, strict_index: bool = False, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        strict_index: bool = False,
+        deltas: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
         """Opens a file or an index. The contents determine the kind of a file, and its name if these do not.
 
         If an index of safetensors contradicts its files, follows the index and warns (`SfpWarning`).
@@ -54,12 +61,14 @@ class Model(Closing):
         Args:
             path: path of the file or index.
             strict_index: whether an index that contradicts its files is an error.
+            deltas: whether to open a delta; its tensors are those that it stores.
             limits: limits on what an `.sfp` file may claim.
 
         Raises:
             CommandError: the file is not a model, or is damaged.
             OSError: the file cannot be read.
         """
+        self._deltas = deltas
         self.path, self._limits = path, limits
         self.strict_index = strict_index
         self.keeps_metadata = True
@@ -87,7 +96,12 @@ class Model(Closing):
         with self.path.open("rb") as file:
             start = file.read(HEAD_BYTES)
         if start.startswith(MAGIC[:4]) or self.path.suffix == ".sfp":
-            self.files[self.path.name] = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
+            opened = self._stack.enter_context(SfpFile(self.path, limits=self._limits))
+            if opened.directory.delta is not None and not self._deltas:
+                raise CommandError(
+                    f"{self.path}: is a delta, not a model; 'sfp apply BASE {self.path}' makes the model"
+                )
+            self.files[self.path.name] = opened
             return "sfp"
         if not is_like_safetensors(start) and self.path.suffix != ".safetensors":
             words = describe(start, self.path.name, self.path.stat().st_size)
@@ -269,6 +283,7 @@ def open_model(
     *,
     kind: str | None = None,
     strict_index: bool = False,
+    deltas: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Model:
     """Opens a file, an index, or the only model of a folder.
@@ -276,7 +291,7 @@ def open_model(
     Args:
         path: path of the file, index or folder.
         kind: the kind to prefer if a folder has both, ``sfp`` or ``safetensors``.
-        strict_index: same as for `Model`.
+        strict_index, deltas: same as for `Model`.
         limits: limits on what an `.sfp` file may claim.
 
     Raises:
@@ -284,7 +299,8 @@ def open_model(
         OSError: it cannot be read.
     """
     path = Path(path)
-    return Model(_find_model(path, kind) if path.is_dir() else path, strict_index=strict_index, limits=limits)
+    found = _find_model(path, kind) if path.is_dir() else path
+    return Model(found, strict_index=strict_index, deltas=deltas, limits=limits)
 
 
 def add_strict_index(parser: argparse.ArgumentParser) -> None:

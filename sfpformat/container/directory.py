@@ -9,13 +9,14 @@ from itertools import accumulate
 from ..errors import FileFault, fault, placed
 from ..limits import Limits
 from . import messagepack
+from .delta_map import FEATURE, DeltaMap
 from .entry import TensorEntry
-from .fields import Fields, place_of, required, typed
+from .fields import Fields, place_of, require_absent, required, typed
 from .plain_entries import Outline, PlainTensors, looks_plain, plain_tensors
 from .preamble import SIZE
 
-KNOWN_FEATURES: frozenset[str] = frozenset()  # version 1.0 defines none (SPEC.md chapter 21)
-_KNOWN_KEYS = frozenset(("tensors", "metadata", "features"))
+KNOWN_FEATURES: frozenset[str] = frozenset((FEATURE,))  # SPEC.md 25.3
+_KNOWN_KEYS = frozenset(("tensors", "metadata", "features", "delta"))
 # The least number of plain tensors for which checking them together is faster.
 _WORTH_COLUMNS = 8
 
@@ -62,6 +63,7 @@ class Directory:
         other: root keys that this version does not know, with their values (R-DIR-005).
         stored: bytes of the chunks of each tensor, in file order. None: they are computed from the entries.
         plain: the plain tensors in columns, if there are many; else None.
+        delta: how the file differs from its base, or None if it is not a delta.
     """
 
     tensors: Mapping[str, TensorEntry]
@@ -70,6 +72,7 @@ class Directory:
     other: dict[str, object] = field(default_factory=dict)
     stored: list[int] | None = field(default=None, compare=False)
     plain: PlainTensors | None = field(default=None, compare=False)
+    delta: DeltaMap | None = None
 
     def outline(self, name: str) -> Outline:
         """Returns the outline of a tensor. Does not create the entry of a plain tensor."""
@@ -89,6 +92,8 @@ class Directory:
             root["metadata"] = self.metadata
         if self.features:
             root["features"] = sorted(self.features, key=str.encode)
+        if self.delta is not None:
+            root["delta"] = self.delta.to_map()
         return messagepack.encode(root)
 
     @classmethod
@@ -124,6 +129,7 @@ class Directory:
                 "the directory has keyed tables, which this version does not support",
                 offset=place_of(root, "keyed"),
             )
+        source = _delta(root, features)
         metadata = _metadata(root)
         maps = _tensor_maps(root, limits)
         tensors, stored, plain = _in_columns(maps, limits) or _one_by_one(maps, limits)
@@ -131,7 +137,8 @@ class Directory:
             words = f"the chunks end at byte {SIZE + sum(stored)}, the directory begins at byte {chunks_end}"
             raise fault("R-LAY-003", words)
         other = {key: value for key, value in root.items() if key not in _KNOWN_KEYS}
-        return cls(tensors, metadata, features, other, stored, plain)
+        delta = None if source is None else DeltaMap.from_map(source, tensors, limits)
+        return cls(tensors, metadata, features, other, stored, plain, delta)
 
     def offsets(self) -> dict[str, int]:
         """Returns name -> file offset of the tensor's first chunk (R-LAY-001)."""
@@ -238,6 +245,14 @@ def _features(root: Fields) -> tuple[str, ...]:
             words = f"the file needs the feature {name!r}, which this version does not support"
             raise fault("R-FEA-001", words, offset=at)
     return tuple(names)
+
+
+def _delta(root: Fields, features: tuple[str, ...]) -> Fields | None:
+    """Returns the map `delta`, which is present exactly with its feature."""
+    if FEATURE in features:
+        return required(root, "delta", dict)
+    require_absent(root, ("delta",), f"needs the feature {FEATURE!r}")
+    return None
 
 
 def _metadata(root: Fields) -> dict[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ..errors import OptionError
 from ..io.paths import is_index, model_path
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
+from ..names import quoted
 from .reader import SfpFile
 
 if TYPE_CHECKING:
@@ -21,12 +23,28 @@ def open_any(
     engine: str | None = None,
     threads: int | None = None,
 ) -> SfpFile | ShardedFile:
-    """Opens a file, or a model in shards. Same arguments and errors as `sfpformat.open`."""
+    """Opens a file, or a model in shards. Same arguments and errors as `sfpformat.open`.
+
+    Refuses a delta: its tensors are not those of a model (R-DLT-014).
+    """
     if not isinstance(readable, (str, os.PathLike)):
-        return SfpFile(readable, limits=limits, engine=engine, threads=threads)
+        return _model(SfpFile(readable, limits=limits, engine=engine, threads=threads), "the file")
     path = model_path(readable)
     if not is_index(path):
-        return SfpFile(path, limits=limits, engine=engine, threads=threads)
+        return _model(SfpFile(path, limits=limits, engine=engine, threads=threads), str(path))
     from .shards import ShardedFile  # lazy: most models have one file
 
     return ShardedFile(path, limits=limits, engine=engine, threads=threads)
+
+
+def _model(file: SfpFile, what: str) -> SfpFile:
+    """Returns the file of a model. Closes and refuses that of a delta."""
+    if file.directory.delta is None:
+        return file
+    base = file.directory.delta.base
+    file.close()
+    named = "" if base is None else f" {quoted(base)}"
+    raise OptionError(
+        f"{quoted(what)} is a delta and needs its base{named}: sfpformat.open(delta, base=...), or "
+        "'sfp apply' to make a file of the result"
+    )

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from ..coding.bits import Bytes
 from ..coding.mask import Mask
 from ..container import messagepack
+from ..container.delta_map import FEATURE, DeltaMap
 from ..container.directory import Directory
 from ..container.entry import CHUNK_RECORD, TensorEntry
 from ..container.messagepack import depth_of
 from ..container.preamble import SIZE, Preamble
+from ..dtypes import Dtype
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, FileFault, OptionError, SfpError
 from ..io.checksum import crc32
@@ -35,6 +37,7 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from ..options import Options, require_options
 from .chunks import Chunk, chunk_jobs, encode_chunk, encode_vectors
+from .number_sequences import plan_numbers
 from .pipeline import Pipeline
 from .plan import plan_tensor
 from .planner import Importance
@@ -119,6 +122,7 @@ class Writer:
         if isinstance(self._sink, ResumableSink):
             self._entries = {entry.name: entry for entry in self._sink.entries}
         self._later: set[str] = set()  # names of the tensors that are added, but not written yet
+        self._delta: DeltaMap | None = None
         self._open = True
         self._whole = True  # False while a tensor is partly written, and after one of `add_later` failed
 
@@ -304,6 +308,34 @@ class Writer:
             self._pipeline.drop()
             raise
 
+    def add_numbers(
+        self, name: str, numbers: NDArray[np.unsignedinteger], dtype: Dtype, shape: tuple[int, ...]
+    ) -> TensorEntry:
+        """Encodes and writes a tensor of numbers of a delta (SPEC.md 28.2).
+
+        Args:
+            name: the tensor's name, which no other tensor of the file has.
+            numbers: the levels of its elements, [n].
+            dtype: its dtype, a float type of more bits than the greatest number.
+            shape: its shape, of n elements.
+
+        Returns:
+            The tensor's entry in the directory.
+
+        Raises:
+            OptionError, OSError, ClosedFileError, SfpError: as in `add`.
+        """
+        self.flush()
+        self._require_addable(name, len(shape), len(numbers) * dtype.itemsize)
+        engine = self._engine_for(len(numbers))
+        plan = plan_numbers(name, numbers, dtype, shape, engine, self._workers)
+        chunks = self._workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan))
+        return self._write(_Encoded(plan.entry, None, chunks))
+
+    def set_delta(self, delta: DeltaMap) -> None:
+        """Makes the file a delta. The map must describe the tensors that the file has when it is closed."""
+        self._delta = delta
+
     def add_encoded(self, entry: TensorEntry, vectors: Bytes | None, chunks: Iterable[Bytes]) -> TensorEntry:
         """Copies an encoded tensor from another file without encoding it again.
 
@@ -434,7 +466,8 @@ class Writer:
             self.flush()
             self._require_usable()
             self._workers.stop()
-            directory = Directory(self._entries, self._metadata)
+            features = () if self._delta is None else (FEATURE,)
+            directory = Directory(self._entries, self._metadata, features, delta=self._delta)
             offset = SIZE + sum(entry.stored_bytes for entry in self._entries.values())
             data = directory.to_bytes()
             self._limits.require_written("directory_bytes", len(data), "the file")

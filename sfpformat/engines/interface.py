@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
+from ..coding.changes import Bucket, Changes, ElementKind
 from ..coding.classes import Histogram, Layout
 from ..coding.codetable import CodeTable
 from ..coding.counts import Costs, Rows
@@ -159,6 +160,23 @@ class Engine(Protocol):
         self, levels: AnyLevels, counts: Counts, codes: Counts, trims: Counts, table: CodeTable
     ) -> Planes:
         """Implements `coding.planes.encode_levels`."""
+
+    def find_changes(
+        self, base: Patterns, new: Patterns, kind: ElementKind, ranks: NDArray[np.int64]
+    ) -> Changes:
+        """Implements `coding.changes.find_changes`."""
+
+    def place_changes(
+        self,
+        base: Patterns,
+        kind: ElementKind,
+        buckets: Bucket,
+        gaps: NDArray[np.uint32],
+        levels: Patterns,
+        positions: NDArray[np.uint32],
+        values: Patterns,
+    ) -> int:
+        """Implements `coding.changes.place_changes`."""
 
     def make_recipe(self, entry: TensorEntry, vectors: dict[str, F32], weights: int) -> Any:
         """Returns the data that `decode_runs` needs for a tensor; None if the engine has no fast path for it.

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..coding.changes import find_changes, place_changes
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
 from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
@@ -35,9 +36,11 @@ __all__ = [
     "encode_mask",
     "exact_zeros",
     "few_magnitudes",
+    "find_changes",
     "lengths_of_codes",
     "make_recipe",
     "name",
+    "place_changes",
     "plan_plain",
     "survivors",
     "translate",

@@ -9,10 +9,13 @@ import pytest
 from sfp_conformance import slow_reader
 
 from sfpformat.decode.validate import validate
+from sfpformat.errors import FileFault
 from sfpformat.limits import Limits
 
 from ..support.c_reader import Readers, built
 from ..support.conformance_cases import (
+    FOLDER,
+    applied,
     cases,
     data_of,
     encoded,
@@ -31,6 +34,8 @@ AREAS = sorted({case["id"].split("-")[1] for case in cases("ynihf")})
 def test_reader_and_validator_give_the_verdict_of_the_manifest(area: str) -> None:
     for case in (case for case in cases("ynihf") if case["id"].split("-")[1] == area):
         data, limits = data_of(case), limits_of(case)
+        if "base" in case:
+            continue
         report = validate(data, limits=limits, engine="python")
         if case["expected"]["outcome"] == "accept":
             assert read_contents(data, limits) == expected_contents(case), case["id"]
@@ -41,6 +46,21 @@ def test_reader_and_validator_give_the_verdict_of_the_manifest(area: str) -> Non
         wrong = wrong_refusal(case, error.code, error.clause, error.tensor, error.offset)
         assert wrong is None, wrong
         assert (error.clause, error.tensor) in {(f.clause, f.tensor) for f in report.faults}, case["id"]
+
+
+def test_deltas_give_the_results_of_the_manifest_and_leave_a_wrong_base_unchanged() -> None:
+    with_base = [case for case in cases("yn") if "base" in case]
+    assert len(with_base) > 40
+    for case in with_base:
+        assert validate(data_of(case), engine="python").ok, case["id"]
+        if case["expected"]["outcome"] == "accept":
+            assert applied(case) == expected_contents(case), case["id"]
+            continue
+        with pytest.raises(FileFault) as raised:
+            applied(case)
+        error = raised.value
+        wrong = wrong_refusal(case, error.code, error.clause, error.tensor, error.offset)
+        assert wrong is None, wrong
 
 
 def test_the_validator_reports_canonical_form_and_the_broken_clauses() -> None:
@@ -72,9 +92,15 @@ def test_the_reader_in_c_gives_the_verdict_of_the_manifest(tmp_path: Path) -> No
         (tmp_path / folder).mkdir()
     readers = Readers(built("all", tmp_path / "build"), tmp_path / "served")
     for case in cases("ynihf"):
-        answer = readers.reader(limits_of(case)).ask("validate", data_of(case))
+        reader = readers.reader(limits_of(case))
+        base = (FOLDER / case["base"]).read_bytes() if "base" in case else None
+        answer = reader.ask("validate" if base is None else "apply", data_of(case), base)
         if case["expected"]["outcome"] == "accept":
             assert answer["ok"], (case["id"], answer)
+            if base is not None:
+                for number, tensor in enumerate(expected_contents(case)["tensors"]):
+                    found = hashlib.sha256(reader.written(f"{number}.bin")).hexdigest()
+                    assert found == tensor["sha256"], case["id"]
             continue
         assert not answer["ok"], case["id"]
         wrong = wrong_refusal(case, answer["error"], answer["clause"], answer["tensor"], answer["offset"])

@@ -41,6 +41,7 @@ def test_records_have_the_sizes_of_the_document() -> None:
     assert size_of(types["preamble"]["seq"]) == 64
     assert size_of(types["chunk_record"]["seq"]) == 8
     assert size_of(types["quantity"]["seq"]) == 8
+    assert size_of(types["delta_checksum"]["seq"]) == 8
 
 
 def compiled(folder: Path) -> Any:

@@ -31,6 +31,7 @@ from ..support.programs import needs
 SUITE = Suite.of(ROOT / "conformance")
 JOBS = sum(case.kind == "job" for case in SUITE.cases)
 FILES = len(SUITE.cases) - JOBS
+WITHOUT_BASE = FILES - sum(case.base is not None for case in SUITE.cases)  # validators have no base
 
 
 def results_of(settings: Settings) -> Results:
@@ -49,7 +50,7 @@ def test_our_engines_pass_every_level(engine: str, tmp_path: Path, capsys: Captu
     found = json.loads(capsys.readouterr().out)
     assert found["passed"]
     counts = Counter((o["role"], o["outcome"]) for o in found["outcomes"])
-    each = {"decoder": FILES, "validator": FILES, "encoder": JOBS, "round trip": JOBS}
+    each = {"decoder": FILES, "validator": WITHOUT_BASE, "encoder": JOBS, "round trip": JOBS}
     assert counts == {(role, "pass"): count for role, count in each.items()}
     assert not any(o["notes"] for o in found["outcomes"])
     assert found["processor_seconds"] < 60
@@ -63,7 +64,7 @@ def test_the_reader_in_c_passes_under_sanitizers(tmp_path: Path) -> None:
     reader = str(c_reader.built("sanitized", tmp_path))
     results = results_of(Settings({"decoder": Driver([reader]), "validator": Driver([reader])}))
     assert not results.bad
-    assert outcomes(results) == {"pass": 2 * FILES}
+    assert outcomes(results) == {"pass": FILES + WITHOUT_BASE}
 
 
 @needs("make", "cc")

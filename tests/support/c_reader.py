@@ -38,13 +38,18 @@ class Reader:
     process: subprocess.Popen[str]
     folder: Path
 
-    def ask(self, command: str, data: bytes) -> Answer:
-        """The program's answer to `validate` or `decode` for a file with these bytes."""
+    def ask(self, command: str, data: bytes, base: bytes | None = None) -> Answer:
+        """The program's answer to `validate`, `decode` or `apply` for a file with these bytes, and a base."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         path = self.folder / "file.sfp"
         path.write_bytes(data)
-        words = [command, str(path), *([str(self.folder)] if command == "decode" else [])]
+        words = [command, str(path)]
+        if base is not None:
+            other = self.folder / "base.sfp"
+            other.write_bytes(base)
+            words.append(str(other))
+        words += [] if command == "validate" else [str(self.folder)]
         self.process.stdin.write("\t".join(words) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from sfp_conformance.contents import array
 from sfp_conformance.own import OwnDriver
 
 import sfpformat
+from sfpformat.deltas.applying import apply_delta
+from sfpformat.deltas.result import DeltaFile
 from sfpformat.errors import FileFault
 from sfpformat.limits import Limits
 
@@ -58,7 +61,7 @@ def expected_contents(case: Case) -> Any:
 
 def read_contents(data: bytes, limits: Limits) -> Any:
     """Returns the contents of a file as the package decodes it; raises `FileFault`."""
-    with sfpformat.open(data, limits=limits, threads=1, engine="python") as file:
+    with sfpformat.SfpFile(data, limits=limits, threads=1, engine="python") as file:
         tensors = [_tensor(file, name) for name in file]
         return {"metadata": file.metadata(), "tensors": tensors}
 
@@ -75,10 +78,65 @@ def _tensor(file: sfpformat.SfpFile, name: str) -> dict[str, Any]:
     return out
 
 
+def read_result(data: bytes, base: bytes) -> Any:
+    """Returns the contents of the result of a delta and its base; raises `FileFault`."""
+    with sfpformat.SfpFile(base, engine="python") as own, DeltaFile(data, own, engine="python") as file:
+        file.check_base()
+        tensors = []
+        for name, spec in file.specs.items():
+            found = array(spec.dtype.name, spec.shape, file.get_tensor(name).tobytes())
+            tensors.append({"name": name, **found})
+        return {"metadata": file.metadata(), "tensors": tensors}
+
+
+def applied(case: Case) -> Any:
+    """Returns the result of a case that has a base; raises `FileFault`.
+
+    Checks that `apply_delta` gives the same result, and changes nothing if it refuses the base.
+    """
+    data, base = data_of(case), (FOLDER / case["base"]).read_bytes()
+    with sfpformat.SfpFile(base, engine="python") as file:
+        target = {name: array_.copy() for name, array_ in file.get_tensors().items()}
+    before = {name: array_.tobytes() for name, array_ in target.items()}
+    refused: FileFault | None = None
+    try:
+        apply_delta(target, data, engine="python")
+    except FileFault as error:
+        refused = error
+    if refused is not None:
+        assert {name: array_.tobytes() for name, array_ in target.items()} == before, case["id"]
+        assert _code_of(lambda: read_result(data, base)) == refused.code, case["id"]
+        raise refused
+    found = read_result(data, base)
+    for tensor in found["tensors"]:
+        own = target.pop(tensor["name"])
+        assert tensor["sha256"] == array(tensor["dtype"], own.shape, own.tobytes())["sha256"], case["id"]
+    assert not target, case["id"]
+    return found
+
+
+def _code_of(read: Callable[[], object]) -> str | None:
+    """Returns the code of the `FileFault` that a function raises, or None."""
+    try:
+        read()
+    except FileFault as error:
+        return error.code
+    return None
+
+
 def refusal(data: bytes, limits: Limits) -> FileFault | None:
     """Returns the fault by which the package refuses a file, or None."""
     try:
         read_contents(data, limits)
+    except FileFault as error:
+        return error
+    return None
+
+
+def refusal_of_result(case: Case) -> FileFault | None:
+    """Returns the fault by which the package refuses the result of a case that has a base, or None."""
+    try:
+        applied(case)
     except FileFault as error:
         return error
     return None

@@ -33,6 +33,8 @@ UNTESTABLE: dict[str, str] = {
     "R-SHD-002": "about sets of files",
     "R-SHD-003": "about the order of writing",
     "R-PRO-001": "about readers of a partial profile",
+    "R-DLT-014": "answers do not show what a user asked for",
+    "R-DLT-015": "about programs that change a base in place",
     "R-FEA-003": "only its author knows whether a name is private",
 }
 
@@ -56,6 +58,7 @@ UNBREAKABLE: dict[str, str] = {
     "R-REC-005": "about results",
     "R-REC-006": "about results",
     "R-RAW-001": "about results",
+    "R-DLT-013": "about results",
     "R-LIM-001": "files beyond it break R-LIM-002",
 } | {f"R-CAN-00{i}": "a file that is not canonical must be accepted" for i in range(1, 10)}
 
@@ -115,6 +118,8 @@ BORDERS: dict[str, tuple[set[int], dict[str, set[int]]]] = {
     "count": ({1, 65536}, {"R-QNT-004": {0, 65537, 2**64 - 1}}),
     "size": ({1, 2**40}, {"R-SCL-002": {0}}),
     "index width": ({0, 32}, {"R-IDX-001": {33, 255}}),
+    "block": ({1, 2**24}, {"R-DLT-005": {0, 2**24 + 1, 2**64 - 1}}),
+    "kind": ({0, 1, 2, 3, 4}, {"R-DLT-003": {5, 255}}),
 }
 
 
@@ -124,6 +129,9 @@ def values_of(data: bytes) -> Iterator[tuple[str, int]]:
     yield "minor", struct.unpack_from("<H", data, 10)[0]
     at, size = struct.unpack_from("<QQ", data, 16)
     root = slow_reader.MessagePack(data[at : at + size]).value()
+    if "delta" in root:
+        yield "block", root["delta"]["block"]
+        yield from (("kind", kind) for kind in root["delta"]["kinds"])
     pos = 64
     for entry in root["tensors"]:
         yield from _entry_values(entry)

@@ -20,7 +20,7 @@ from .clauses import IN_CHUNKS
 def read_all(data: bytes, limits: Limits = DEFAULT_LIMITS) -> dict[str, np.ndarray]:
     """Decodes everything in a file."""
     out = {}
-    with sfpformat.open(data, limits=limits, threads=1) as file:
+    with sfpformat.SfpFile(data, limits=limits, threads=1) as file:
         for name in file:
             out[name] = file.get_tensor(name)
             file.get_mask(name)

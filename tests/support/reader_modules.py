@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from .clauses import ROOT
 
 _FOLDERS = ("coding", "container", "decode")
-_FILES = ("engines/reference.py", "limits.py")
+_FILES = ("deltas/reading.py", "engines/reference.py", "limits.py")
 # Modules of these folders that the pure-Python reader of one file does not use.
 _OTHERS = {
     *("classes", "counts", "exact_encoding", "magnitudes"),  # for the encoder

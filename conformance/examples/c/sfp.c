@@ -117,7 +117,20 @@
     X(R_KEY_001, "R-KEY-001", SFP_E_FEATURE)                                                                   \
     X(R_LIM_002, "R-LIM-002", SFP_E_LIMIT)                                                                     \
     X(R_FEA_001, "R-FEA-001", SFP_E_FEATURE)                                                                   \
-    X(R_FEA_002, "R-FEA-002", SFP_E_ENCODING)
+    X(R_FEA_002, "R-FEA-002", SFP_E_ENCODING)                                                                  \
+    X(R_DLT_001, "R-DLT-001", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_002, "R-DLT-002", SFP_E_ENCODING)                                                                  \
+    X(R_DLT_003, "R-DLT-003", SFP_E_RANGE)                                                                     \
+    X(R_DLT_004, "R-DLT-004", SFP_E_RANGE)                                                                     \
+    X(R_DLT_005, "R-DLT-005", SFP_E_RANGE)                                                                     \
+    X(R_DLT_006, "R-DLT-006", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_007, "R-DLT-007", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_008, "R-DLT-008", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_009, "R-DLT-009", SFP_E_BASE)                                                                      \
+    X(R_DLT_010, "R-DLT-010", SFP_E_LAYOUT)                                                                    \
+    X(R_DLT_011, "R-DLT-011", SFP_E_RANGE)                                                                     \
+    X(R_DLT_012, "R-DLT-012", SFP_E_CRC)                                                                       \
+    X(R_DLT_016, "R-DLT-016", SFP_E_RANGE)
 
 #define AS_NAME(name, id, error) name,
 #define AS_ROW(name, id, error) {id, error},
@@ -143,11 +156,22 @@ static bool refuse(sfp_fault *fault, clause broken, uint64_t offset, const char 
     return false;
 }
 
+/* Sets the tensor of a fault to a joined name of a delta, which is not in the bytes of the file. */
+static void name_joined(sfp_fault *fault, sfp_span name)
+{
+    fault->tensor = NO_SPAN;
+    if (name.length <= sizeof fault->joined) {
+        memcpy(fault->joined, name.bytes, name.length);
+        fault->tensor.bytes = fault->joined;
+        fault->tensor.length = name.length;
+    }
+}
+
 const char *sfp_error_name(sfp_error error)
 {
     static const char *const names[] = {
         "E_MAGIC",    "E_VERSION", "E_TRUNCATED", "E_TRAILING", "E_CRC",   "E_RESERVED",
-        "E_ENCODING", "E_RANGE",   "E_LAYOUT",    "E_FEATURE",  "E_LIMIT",
+        "E_ENCODING", "E_RANGE",   "E_LAYOUT",    "E_FEATURE",  "E_LIMIT", "E_BASE",
     };
     return names[error];
 }
@@ -1373,7 +1397,37 @@ typedef struct place {
     uint64_t chunks;
 } place;
 
+/* A tensor of the list of a delta (chapter 28). */
+typedef struct delta_tensor {
+    sfp_span name;
+    const dtype *dtype;
+    value shape; /* an array of sizes */
+    uint64_t positions;
+    unsigned kind;
+    uint32_t base, result; /* checksums */
+    size_t stored;         /* number of the tensor of the file, for a replaced or added tensor */
+} delta_tensor;
+
+/* A pool of a delta. */
+typedef struct delta_pool {
+    const dtype *dtype;
+    uint64_t tensors;
+    size_t stored[3]; /* numbers of the tensors of the file: counts, gaps, differences */
+} delta_pool;
+
+/* What a delta says of its base and result; without tensors and pools for other files. */
+typedef struct delta {
+    uint64_t block;
+    delta_tensor *tensors;
+    size_t count;
+    delta_pool *pools;
+    size_t pool_count;
+    uint8_t *names; /* the joined names */
+    bool present;
+} delta;
+
 struct sfp_file {
+    delta delta;
     const uint8_t *bytes;
     sfp_span directory;
     uint64_t directory_offset;
@@ -1483,9 +1537,10 @@ static bool read_preamble(sfp_file *file, size_t length, sfp_fault *fault)
     return true;
 }
 
-/* Checks `features`: version 1.0 defines no feature (chapter 21). */
-static bool check_features(const directory *d, const value *features)
+/* Checks `features`: version 1.0 defines only `delta` (chapter 21). */
+static bool check_features(const directory *d, const value *features, bool *is_delta)
 {
+    *is_delta = false;
     if (!has(features)) {
         return true;
     }
@@ -1506,6 +1561,16 @@ static bool check_features(const directory *d, const value *features)
     }
     if (before.bytes == NULL) {
         return refuse_at(d, R_DIR_004, features->at, "an empty list of features");
+    }
+    if (features->number == 1 && span_is(before, "delta")) {
+        *is_delta = true;
+        return true;
+    }
+    at = features->content;
+    for (uint64_t i = 0; i < features->number && next_value(d, &at, &name); i++) {
+        if (!span_is(span_of(d, &name), "delta")) {
+            before = span_of(d, &name);
+        }
     }
     refuse_at(d, R_FEA_001, features->at, "an unknown feature");
     d->fault->feature = before;
@@ -1614,12 +1679,17 @@ static bool read_entries(sfp_file *file, const directory *d, const value *tensor
     return true;
 }
 
-/* Reads and checks the root without the tensor entries. Sets `tensors` to their array. */
-static bool read_root(sfp_file *file, const directory *d, value *tensors)
+/* Reads and checks the root without the tensor entries and the map of a delta. Sets `tensors` to the array of entries
+ * and `map` to that map. */
+static bool read_root(sfp_file *file, const directory *d, value *tensors, value *map)
 {
     value root, features, keyed;
-    const field fields[] = {
-        {"features", &features}, {"keyed", &keyed}, {"metadata", &file->metadata}, {"tensors", tensors}};
+    const value *own[] = {map};
+    const field fields[] = {{"features", &features},
+                            {"keyed", &keyed},
+                            {"metadata", &file->metadata},
+                            {"tensors", tensors},
+                            {"delta", map}};
     size_t at = 0;
     if (!check_encoding(d) || !next_value(d, &at, &root)) {
         return false;
@@ -1628,7 +1698,10 @@ static bool read_root(sfp_file *file, const directory *d, value *tensors)
         return refuse_at(d, R_DIR_001, 0, "the directory is not a map");
     }
     read_fields(d, &root, fields, sizeof fields / sizeof fields[0]);
-    if (!check_features(d, &features)) {
+    if (!check_features(d, &features, &file->delta.present)) {
+        return false;
+    }
+    if (!(file->delta.present ? require(d, map, MAP) : absent(d, own, 1))) {
         return false;
     }
     if (has(&keyed)) {
@@ -1643,13 +1716,413 @@ static bool read_root(sfp_file *file, const directory *d, value *tensors)
     return true;
 }
 
+/* ------------------------------------------------------------------------------------- the map of a delta */
+
+enum { UNCHANGED, CHANGED, REPLACED, ADDED, REMOVED, DELTA_KINDS };
+
+/* The values of the map `delta` (28.1). */
+typedef struct delta_map {
+    value base, block, checksums, dtypes, kinds, names, pools, shapes, shared;
+} delta_map;
+
+/* Returns w, the bits of an element of a dtype (28.2); a complex number is two elements. */
+static unsigned element_bits(const dtype *t)
+{
+    return t == &DTYPES[C64] ? 32 : t == &DTYPES[C128] ? 64 : t->bits;
+}
+
+/* Returns e, the bits of the exponent of an element; 0 for elements without one. */
+static unsigned exponent_bits(const dtype *t)
+{
+    if (t == &DTYPES[C64] || t == &DTYPES[C128]) {
+        return t == &DTYPES[C64] ? 8 : 11;
+    }
+    return t->nonfinite != 0 ? t->bits - 1 - t->mantissa : 0;
+}
+
+/* Returns the number of the tensor with a name in a sorted list, or SIZE_MAX. */
+static size_t number_of_name(const numbered_name *names, size_t count, sfp_span name)
+{
+    size_t low = 0, high = count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        int order = compare_spans(names[middle].name, name);
+        if (order == 0) {
+            return names[middle].number;
+        }
+        if (order < 0) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return SIZE_MAX;
+}
+
+/* Checks that all elements of an array have the kind. */
+static bool require_all(const directory *d, const value *array, kind wanted)
+{
+    size_t at = array->content;
+    value item;
+    if (!require(d, array, ARRAY)) {
+        return false;
+    }
+    for (uint64_t i = 0; i < array->number && next_value(d, &at, &item); i++) {
+        if (item.kind != wanted) {
+            return refuse_at(d, R_DIR_003, item.at, "an element of the wrong type");
+        }
+    }
+    return true;
+}
+
+/* Checks the types and the lengths of the lists. */
+static bool check_delta_map(const directory *d, const value *map, delta_map *m)
+{
+    const field fields[] = {
+        {"base", &m->base},   {"block", &m->block}, {"checksums", &m->checksums}, {"dtypes", &m->dtypes},
+        {"kinds", &m->kinds}, {"names", &m->names}, {"pools", &m->pools},         {"shapes", &m->shapes},
+        {"shared", &m->shared},
+    };
+    read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
+    if ((has(&m->base) && !require(d, &m->base, STRING)) || !require(d, &m->block, UNSIGNED) ||
+        !require(d, &m->checksums, BINARY) || !require_all(d, &m->dtypes, STRING) ||
+        !require(d, &m->kinds, BINARY) || !require_all(d, &m->names, STRING) ||
+        !require_all(d, &m->pools, MAP) || !require_all(d, &m->shapes, ARRAY) ||
+        !require(d, &m->shared, BINARY)) {
+        return false;
+    }
+    if (m->block.number < 1 || m->block.number > UINT64_C(1) << 24) {
+        return refuse_at(d, R_DLT_005, m->block.at, "block is not from 1 to 2^24");
+    }
+    if (m->names.number > d->limits->tensors) {
+        return refuse_at(d, R_LIM_002, m->names.at, "the number of tensors is above its limit");
+    }
+    uint64_t count = m->names.number;
+    if (m->dtypes.number != count || m->shapes.number != count || m->kinds.number != count ||
+        m->shared.number != count || m->checksums.number != 8 * count) {
+        return refuse_at(d, R_DLT_001, map->at, "the lists of a delta differ in their lengths");
+    }
+    return true;
+}
+
+/* Joins a name with the bytes that it shares with the one before, in place. */
+static bool join_name(const directory *d, const delta_map *m, size_t i, const value *rest, sfp_span before,
+                      uint8_t *to, delta_tensor *t)
+{
+    size_t shared = d->bytes[m->shared.content + i];
+    if (shared > before.length) {
+        return refuse_at(d, R_DLT_016, m->shared.at, "a name shares more bytes than the name before has");
+    }
+    if (shared > 0) {
+        memcpy(to, before.bytes, shared);
+    }
+    memcpy(to + shared, d->bytes + rest->content, (size_t)rest->number);
+    t->name.bytes = to;
+    t->name.length = shared + (size_t)rest->number;
+    d->fault->tensor = NO_SPAN;
+    if (!is_text(to, t->name.length)) {
+        return refuse_at(d, R_DLT_016, m->shared.at, "a joined name is not well-formed UTF-8");
+    }
+    return true;
+}
+
+/* Reads a shape of the list. */
+static bool read_delta_shape(const directory *d, delta_tensor *t)
+{
+    size_t at = t->shape.content;
+    uint64_t nonzero = 1;
+    value size;
+    if (t->shape.number > d->limits->rank) {
+        return refuse_at(d, R_LIM_002, t->shape.at, "the rank is above its limit");
+    }
+    t->positions = 1;
+    for (uint64_t i = 0; i < t->shape.number && next_value(d, &at, &size); i++) {
+        if (size.kind != UNSIGNED) {
+            return refuse_at(d, R_DIR_003, size.at, "a size is not an integer");
+        }
+        if (size.number != 0 && nonzero > (UINT64_C(1) << 48) / size.number) {
+            return refuse_at(d, R_TEN_005, t->shape.at, "a shape has more than 2^48 positions");
+        }
+        nonzero *= size.number != 0 ? size.number : 1;
+        t->positions = size.number != 0 ? t->positions : 0;
+    }
+    t->positions = t->positions != 0 ? nonzero : 0;
+    return true;
+}
+
+/* Reads a tensor of the list. Its name and the positions of its shape and dtype in the lists are known. */
+static bool read_delta_tensor(const directory *d, const delta_map *m, size_t i, const value *type, delta_tensor *t)
+{
+    const uint8_t *checksums = d->bytes + m->checksums.content + 8 * i;
+    if (t->name.length == 0) {
+        return refuse_at(d, R_TEN_002, m->names.at, "the name of a tensor is empty");
+    }
+    if (t->name.length > d->limits->name_bytes) {
+        return refuse_at(d, R_LIM_002, m->names.at, "the bytes of a name are above their limit");
+    }
+    t->dtype = dtype_of(d, type);
+    if (t->dtype == NULL) {
+        return refuse_at(d, R_TEN_003, type->at, "an unknown dtype");
+    }
+    if (!read_delta_shape(d, t)) {
+        return false;
+    }
+    t->kind = d->bytes[m->kinds.content + i];
+    if (t->kind >= DELTA_KINDS) {
+        return refuse_at(d, R_DLT_003, m->kinds.at, "an unknown kind");
+    }
+    t->base = load32(checksums);
+    t->result = load32(checksums + 4);
+    if ((t->kind == ADDED && t->base != 0) || (t->kind == REMOVED && t->result != 0) ||
+        (t->kind == UNCHANGED && t->base != t->result)) {
+        return refuse_at(d, R_DLT_004, m->checksums.at, "checksums that do not fit the kind");
+    }
+    return true;
+}
+
+/* Reads the tensors of the list, whose memory is allocated. `names` has room for all joined names. */
+static bool read_delta_tensors(delta *out, const directory *d, const delta_map *m)
+{
+    size_t names_at = m->names.content, dtypes_at = m->dtypes.content, shapes_at = m->shapes.content;
+    uint8_t *to = out->names;
+    sfp_span before = NO_SPAN;
+    for (size_t i = 0; i < out->count; i++) {
+        delta_tensor *t = &out->tensors[i];
+        value rest, type;
+        if (!next_value(d, &names_at, &rest) || !next_value(d, &dtypes_at, &type) ||
+            !next_value(d, &shapes_at, &t->shape) || !join_name(d, m, i, &rest, before, to, t)) {
+            return false;
+        }
+        if (!read_delta_tensor(d, m, i, &type, t)) {
+            name_joined(d->fault, t->name);
+            return false;
+        }
+        to += t->name.length;
+        before = t->name;
+    }
+    return true;
+}
+
+/* Reads the pools, whose memory is allocated, and finds their tensors among those of the file. */
+static bool read_delta_pools(sfp_file *file, const directory *d, const delta_map *m, const numbered_name *names)
+{
+    size_t at = m->pools.content;
+    for (size_t i = 0; i < file->delta.pool_count; i++) {
+        delta_pool *pool = &file->delta.pools[i];
+        value map, type, tensors, stored[3];
+        const field fields[] = {{"dtype", &type},
+                                {"tensors", &tensors},
+                                {"counts", &stored[0]},
+                                {"gaps", &stored[1]},
+                                {"differences", &stored[2]}};
+        if (!next_value(d, &at, &map)) {
+            return false;
+        }
+        read_fields(d, &map, fields, sizeof fields / sizeof fields[0]);
+        if (!require(d, &type, STRING) || !require(d, &tensors, UNSIGNED) || !require(d, &stored[0], STRING) ||
+            !require(d, &stored[1], STRING) || !require(d, &stored[2], STRING)) {
+            return false;
+        }
+        pool->dtype = dtype_of(d, &type);
+        pool->tensors = tensors.number;
+        if (pool->dtype == NULL || pool->tensors < 1 || pool->tensors > file->delta.count) {
+            return refuse_at(d, R_DLT_006, map.at, "a pool whose tensors are not changed tensors");
+        }
+        for (size_t k = 0; k < 3; k++) {
+            pool->stored[k] = number_of_name(names, file->tensor_count, span_of(d, &stored[k]));
+            if (pool->stored[k] == SIZE_MAX) {
+                refuse_at(d, R_DLT_007, stored[k].at, "a tensor of a pool is missing");
+                d->fault->tensor = span_of(d, &stored[k]);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/* Checks that the pools of each dtype have as many tensors as are changed (R-DLT-006). */
+static bool check_pool_sizes(const delta *o, const directory *d, const delta_map *m)
+{
+    uint64_t left[DTYPE_COUNT] = {0};
+    for (size_t i = 0; i < o->count; i++) {
+        left[o->tensors[i].dtype - DTYPES] += o->tensors[i].kind == CHANGED;
+    }
+    for (size_t i = 0; i < o->pool_count; i++) {
+        uint64_t *own = &left[o->pools[i].dtype - DTYPES];
+        if (*own < o->pools[i].tensors) {
+            return refuse_at(d, R_DLT_006, m->pools.at, "the pools have more tensors than are changed");
+        }
+        *own -= o->pools[i].tensors;
+    }
+    for (size_t i = 0; i < DTYPE_COUNT; i++) {
+        if (left[i] != 0) {
+            return refuse_at(d, R_DLT_006, m->pools.at, "the pools have fewer tensors than are changed");
+        }
+    }
+    return true;
+}
+
+/* Returns the index of the next changed tensor of a dtype from *next on, and moves *next after it. */
+static size_t next_member(const delta *o, const dtype *t, size_t *next)
+{
+    while (o->tensors[*next].kind != CHANGED || o->tensors[*next].dtype != t) {
+        ++*next;
+    }
+    return (*next)++;
+}
+
+/* Checks dtype and rank of a tensor of a pool, and the shape of `counts` (R-DLT-007). */
+static bool check_pool_tensor(const sfp_file *file, const directory *d, size_t number, const dtype *wanted,
+                              const uint64_t *shape)
+{
+    entry e;
+    if (!read_entry(d, file->tensors[number].entry, &e)) {
+        return false;
+    }
+    bool fits = shape == NULL ? e.told.rank == 1
+                              : e.told.rank == 2 && e.told.shape[0] == shape[0] && e.told.shape[1] == shape[1];
+    if (e.dtype != wanted || !fits) {
+        refuse_at(d, R_DLT_007, file->tensors[number].entry, "a tensor of a pool has another dtype or shape");
+        d->fault->tensor = e.told.name;
+        return false;
+    }
+    return true;
+}
+
+static bool check_pools(const sfp_file *file, const directory *d)
+{
+    const delta *o = &file->delta;
+    size_t next[DTYPE_COUNT] = {0};
+    for (size_t i = 0; i < o->pool_count; i++) {
+        const delta_pool *pool = &o->pools[i];
+        unsigned w = element_bits(pool->dtype);
+        const dtype *stored = &DTYPES[w == 8 ? F8_E4M3 : w == 16 ? BF16 : w == 32 ? F32 : F64];
+        uint64_t elements = 0; /* each tensor has at most 2^48 positions */
+        for (uint64_t k = 0; k < pool->tensors; k++) {
+            size_t member = next_member(o, pool->dtype, &next[pool->dtype - DTYPES]);
+            elements += o->tensors[member].positions * (pool->dtype->bits / w);
+        }
+        const uint64_t shape[2] = {divide_up(elements, o->block), UINT64_C(1) << exponent_bits(pool->dtype)};
+        if (!check_pool_tensor(file, d, pool->stored[0], &DTYPES[F32], shape) ||
+            !check_pool_tensor(file, d, pool->stored[1], &DTYPES[F32], NULL) ||
+            !check_pool_tensor(file, d, pool->stored[2], stored, NULL)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Returns whether a tensor of the list has this shape. */
+static bool has_shape(const directory *d, const delta_tensor *t, const sfp_tensor *other)
+{
+    size_t at = t->shape.content;
+    value size;
+    if (t->shape.number != other->rank) {
+        return false;
+    }
+    for (size_t i = 0; i < other->rank && next_value(d, &at, &size); i++) {
+        if (size.number != other->shape[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Checks that the file has the replaced and added tensors, and no others besides those of pools (R-DLT-008). `used`
+ * has a zero for each tensor of the file. */
+static bool check_used(sfp_file *file, const directory *d, const numbered_name *names, uint8_t *used)
+{
+    delta *o = &file->delta;
+    size_t twice = 0;
+    for (size_t i = 0; i < o->pool_count; i++) {
+        for (size_t k = 0; k < 3; k++) {
+            twice += used[o->pools[i].stored[k]];
+            used[o->pools[i].stored[k]] = 1;
+        }
+    }
+    for (size_t i = 0; i < o->count; i++) {
+        delta_tensor *t = &o->tensors[i];
+        entry e;
+        if (t->kind != REPLACED && t->kind != ADDED) {
+            continue;
+        }
+        t->stored = number_of_name(names, file->tensor_count, t->name);
+        bool fits = t->stored != SIZE_MAX && read_entry(d, file->tensors[t->stored].entry, &e) &&
+                    e.dtype == t->dtype && has_shape(d, t, &e.told);
+        if (!fits) {
+            refuse_at(d, R_DLT_008, 0, "a replaced or added tensor is missing, or has another dtype or shape");
+            name_joined(d->fault, t->name);
+            return false;
+        }
+        twice += used[t->stored];
+        used[t->stored] = 1;
+    }
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        twice += used[i] == 0;
+    }
+    return twice == 0 || refuse_at(d, R_DLT_008, 0, "the delta does not use each tensor of the file once");
+}
+
+/* Checks that the list has no name twice (R-DLT-002). `sorted` has room for all names. */
+static bool check_listed_names(const delta *o, const directory *d, const delta_map *m, numbered_name *sorted)
+{
+    for (size_t i = 0; i < o->count; i++) {
+        sorted[i].name = o->tensors[i].name;
+        sorted[i].number = i;
+    }
+    sort_names(sorted, o->count);
+    for (size_t i = 1; i < o->count; i++) {
+        if (compare_spans(sorted[i - 1].name, sorted[i].name) == 0) {
+            refuse_at(d, R_DLT_002, m->names.at, "the delta lists a name twice");
+            name_joined(d->fault, sorted[i].name);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Reads and checks the map of a delta (28.1). `names` are the sorted names of the file's tensors. */
+static sfp_status read_delta(sfp_file *file, const directory *d, const value *map, const numbered_name *names)
+{
+    const sfp_allocator *a = &file->allocator;
+    delta *o = &file->delta;
+    delta_map m;
+    if (!check_delta_map(d, map, &m)) {
+        return SFP_REFUSED;
+    }
+    uint64_t bytes = 0;
+    for (uint64_t i = 0; i < m.names.number; i++) {
+        bytes += d->bytes[m.shared.content + i];
+    }
+    o->block = m.block.number;
+    o->count = (size_t)m.names.number;
+    o->pool_count = (size_t)m.pools.number;
+    o->names = allocate(a, bytes + d->length, 1);
+    o->tensors = allocate(a, m.names.number, sizeof *o->tensors);
+    o->pools = allocate(a, m.pools.number, sizeof *o->pools);
+    numbered_name *sorted = allocate(a, m.names.number, sizeof *sorted);
+    uint8_t *used = allocate(a, file->tensor_count, 1);
+    sfp_status status = SFP_NO_MEMORY;
+    if (o->names != NULL && o->tensors != NULL && o->pools != NULL && sorted != NULL && used != NULL) {
+        memset(used, 0, file->tensor_count);
+        status = read_delta_tensors(o, d, &m) && check_listed_names(o, d, &m, sorted) &&
+                         read_delta_pools(file, d, &m, names) && check_pool_sizes(o, d, &m) &&
+                         check_pools(file, d) && check_used(file, d, names, used)
+                     ? SFP_OK
+                     : SFP_REFUSED;
+    }
+    release(a, sorted);
+    release(a, used);
+    return status;
+}
+
 /* Reads and checks the directory (chapters 6 and 7). The memory is proportional to the number of entries, whose
  * encoding has been checked before. */
 static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
 {
     directory d = directory_of(file, fault);
-    value tensors;
-    if (!read_root(file, &d, &tensors)) {
+    value tensors, map;
+    if (!read_root(file, &d, &tensors, &map)) {
         return SFP_REFUSED;
     }
     file->tensor_count = (size_t)tensors.number;
@@ -1658,6 +2131,9 @@ static sfp_status read_directory(sfp_file *file, sfp_fault *fault)
     sfp_status status = SFP_NO_MEMORY;
     if (file->tensors != NULL && names != NULL) {
         status = read_entries(file, &d, &tensors, names) ? SFP_OK : SFP_REFUSED;
+        if (status == SFP_OK && file->delta.present) {
+            status = read_delta(file, &d, &map, names);
+        }
     }
     release(&file->allocator, names);
     return status;
@@ -1698,6 +2174,9 @@ void sfp_close(sfp_file *file)
 {
     if (file != NULL) {
         sfp_allocator allocator = file->allocator;
+        release(&allocator, file->delta.names);
+        release(&allocator, file->delta.tensors);
+        release(&allocator, file->delta.pools);
         release(&allocator, file->tensors);
         release(&allocator, file);
     }
@@ -2818,4 +3297,352 @@ void sfp_release(const sfp_file *file, sfp_decoded *decoded)
     release(&file->allocator, decoded->mask);
     release(&file->allocator, decoded->importance);
     memset(decoded, 0, sizeof *decoded);
+}
+
+/* -------------------------------------------------------------------------------------- deltas with a base */
+
+bool sfp_is_delta(const sfp_file *file)
+{
+    return file->delta.present;
+}
+
+/* Sets a fault about a tensor. Returns SFP_REFUSED. */
+static sfp_status refuse_tensor(sfp_fault *fault, clause broken, sfp_span tensor, const char *detail)
+{
+    refuse(fault, broken, 0, detail);
+    fault->tensor = tensor;
+    return SFP_REFUSED;
+}
+
+/* Returns the number of an element of a tensor of numbers (28.2). */
+static uint64_t number_of_pattern(uint64_t pattern, unsigned bits)
+{
+    uint64_t sign = pattern >> (bits - 1);
+    uint64_t doubled = pattern << 1;
+    return (bits < 64 ? doubled & ones(bits) : doubled) | sign;
+}
+
+/* A decoded tensor of numbers. */
+typedef struct numbers {
+    sfp_decoded decoded;
+    uint64_t count, next;
+    unsigned bits;
+    sfp_span name;
+} numbers;
+
+static uint64_t number_at_index(const numbers *n, uint64_t i)
+{
+    size_t size = n->bits / 8;
+    return number_of_pattern(load(n->decoded.values + i * size, size), n->bits);
+}
+
+static sfp_status decode_numbers(const sfp_file *file, size_t number, numbers *out, sfp_fault *fault)
+{
+    sfp_tensor told;
+    sfp_status status = sfp_describe(file, number, &told);
+    if (status == SFP_OK) {
+        out->count = told.positions;
+        out->next = 0;
+        out->bits = (unsigned)told.element_bytes * 8;
+        out->name = told.name;
+        status = sfp_decode(file, number, SFP_VALUES, &out->decoded, fault);
+    }
+    return status;
+}
+
+/* A bucket of a block: its levels left, the index of the next one, the elements before it, and its next gap. */
+typedef struct bucket {
+    uint64_t left, level, wait, gap;
+    bool dense;
+} bucket;
+
+/* Returns `order` of 28.2, which is its own inverse. */
+static uint64_t ordered(uint64_t pattern, unsigned w, unsigned e)
+{
+    return e == 0 || pattern >> (w - 1) == 0 ? pattern : pattern ^ ones(w - 1);
+}
+
+/* Opens the buckets of a block; `row` is the index of its first count. */
+static void open_buckets(const numbers stored[3], uint64_t row, uint64_t keys, uint64_t *gap, uint64_t *level,
+                         bucket *buckets)
+{
+    for (uint64_t k = 0; k < keys; k++) {
+        uint64_t count = number_at_index(&stored[0], row + k);
+        bucket *b = &buckets[k];
+        b->left = count / 2;
+        b->dense = count % 2 != 0;
+        b->level = *level;
+        b->gap = *gap;
+        *level += b->left;
+        *gap += b->dense ? 0 : b->left;
+        b->wait = !b->dense && b->left > 0 ? number_at_index(&stored[1], b->gap) : 0;
+    }
+}
+
+/* Returns the element of the result for an element of the base; clears *fits if a dense bucket has no level left. */
+static uint64_t changed_element(const numbers stored[3], bucket *b, uint64_t old, unsigned w, unsigned e, bool *fits)
+{
+    if (b->left == 0) {
+        *fits = *fits && !b->dense;
+        return old;
+    }
+    if (!b->dense && b->wait > 0) {
+        b->wait--;
+        return old;
+    }
+    uint64_t level = number_at_index(&stored[2], b->level++);
+    uint64_t all = w < 64 ? ones(w) : UINT64_MAX;
+    uint64_t difference = level >> 1 ^ (level % 2 != 0 ? all : 0);
+    b->left--;
+    if (!b->dense) {
+        b->gap++;
+        b->wait = b->left > 0 ? number_at_index(&stored[1], b->gap) : 0;
+    }
+    return ordered((ordered(old, w, e) + difference) & all, w, e);
+}
+
+/* Checks that gaps and differences have as many numbers as the counts need (R-DLT-010). */
+static sfp_status check_counts(const numbers stored[3], sfp_fault *fault)
+{
+    uint64_t levels = 0, gaps = 0;
+    for (uint64_t i = 0; i < stored[0].count; i++) { /* below 2^48 counts of less than 2^31 */
+        uint64_t count = number_at_index(&stored[0], i);
+        levels = levels <= UINT64_MAX - count ? levels + count / 2 : UINT64_MAX;
+        gaps += count % 2 != 0 ? 0 : count / 2;
+    }
+    if (levels != stored[2].count) {
+        return refuse_tensor(fault, R_DLT_010, stored[2].name, "the counts need another number of differences");
+    }
+    if (gaps != stored[1].count) {
+        return refuse_tensor(fault, R_DLT_010, stored[1].name, "the counts need another number of gaps");
+    }
+    return SFP_OK;
+}
+
+/* The changed tensors of a dtype in the base: those from `next` on are not in a pool yet. */
+typedef struct walk {
+    const delta *delta;
+    sfp_result_tensor *tensors; /* those of the delta's list */
+    const dtype *dtype;
+    size_t next;
+} walk;
+
+/* Changes the elements of a pool in place (28.3). */
+static sfp_status change_pool(walk *w, uint64_t tensors, const numbers stored[3], bucket *buckets, sfp_fault *fault)
+{
+    unsigned bits = element_bits(w->dtype), e = exponent_bits(w->dtype);
+    size_t size = bits / 8;
+    uint64_t keys = UINT64_C(1) << e, in_block = 0, row = 0, gap = 0, level = 0;
+    bool fits = true;
+    for (uint64_t t = 0; t < tensors; t++) {
+        size_t member = next_member(w->delta, w->dtype, &w->next);
+        uint8_t *values = w->tensors[member].values;
+        uint64_t elements = w->delta->tensors[member].positions * (w->dtype->bits / bits);
+        for (uint64_t i = 0; i < elements; i++) {
+            if (in_block == 0) {
+                open_buckets(stored, row, keys, &gap, &level, buckets);
+                row += keys;
+                in_block = w->delta->block;
+            }
+            uint64_t old = load(values + i * size, size);
+            uint64_t key = e == 0 ? 0 : ((old - 1) & ones(bits - 1)) >> (bits - 1 - e);
+            uint64_t new = changed_element(stored, &buckets[key], old, bits, e, &fits);
+            for (size_t k = 0; k < size; k++) {
+                values[i * size + k] = (uint8_t)(new >> 8 * k);
+            }
+            bool last = t + 1 == tensors && i + 1 == elements;
+            if (--in_block == 0 || last) {
+                for (uint64_t k = 0; k < keys; k++) {
+                    fits = fits && buckets[k].left == 0;
+                }
+            }
+        }
+    }
+    return fits ? SFP_OK : refuse_tensor(fault, R_DLT_011, stored[2].name, "the levels do not fit the base");
+}
+
+static sfp_status apply_pool(const sfp_file *file, const delta_pool *pool, walk *w, sfp_fault *fault)
+{
+    numbers stored[3];
+    memset(stored, 0, sizeof stored);
+    sfp_status status = SFP_OK;
+    for (size_t i = 0; i < 3 && status == SFP_OK; i++) {
+        status = decode_numbers(file, pool->stored[i], &stored[i], fault);
+    }
+    status = status == SFP_OK ? check_counts(stored, fault) : status;
+    bucket *buckets = allocate(&file->allocator, UINT64_C(1) << exponent_bits(pool->dtype), sizeof *buckets);
+    if (status == SFP_OK) {
+        status = buckets == NULL ? SFP_NO_MEMORY : change_pool(w, pool->tensors, stored, buckets, fault);
+    }
+    for (size_t i = 0; i < 3; i++) {
+        sfp_release(file, &stored[i].decoded);
+    }
+    release(&file->allocator, buckets);
+    return status;
+}
+
+static sfp_status apply_pools(const sfp_file *file, sfp_result_tensor *tensors, sfp_fault *fault)
+{
+    size_t next[DTYPE_COUNT] = {0};
+    for (size_t i = 0; i < file->delta.pool_count; i++) {
+        const delta_pool *pool = &file->delta.pools[i];
+        walk w = {&file->delta, tensors, pool->dtype, next[pool->dtype - DTYPES]};
+        sfp_status status = apply_pool(file, pool, &w, fault);
+        if (status != SFP_OK) {
+            return status;
+        }
+        next[pool->dtype - DTYPES] = w.next;
+    }
+    return SFP_OK;
+}
+
+/* Decodes a tensor of the base and checks it (R-DLT-009). Keeps its values if they are those of an unchanged or
+ * changed tensor. */
+static sfp_status take_base(const sfp_file *file, const delta_tensor *t, const sfp_file *base, size_t number,
+                            sfp_result_tensor *out, sfp_fault *fault)
+{
+    directory d = directory_of(file, fault);
+    sfp_tensor told;
+    sfp_decoded got;
+    if (number == SIZE_MAX || sfp_describe(base, number, &told) != SFP_OK) {
+        return refuse_tensor(fault, R_DLT_009, t->name, "the base has no such tensor");
+    }
+    bool same = strcmp(told.dtype, t->dtype->name) == 0 && has_shape(&d, t, &told);
+    if (t->kind != REPLACED && !same) {
+        return refuse_tensor(fault, R_DLT_009, t->name, "the base has the tensor with another dtype or shape");
+    }
+    sfp_status status = sfp_decode(base, number, SFP_VALUES, &got, fault);
+    if (status != SFP_OK) {
+        return status;
+    }
+    if (crc32(&file->crc, got.values, told.positions * told.element_bytes) != t->base) {
+        sfp_release(base, &got);
+        return refuse_tensor(fault, R_DLT_009, t->name, "the tensor of the base has another checksum");
+    }
+    if (t->kind == UNCHANGED || t->kind == CHANGED) {
+        size_t bytes = (size_t)(told.positions * told.element_bytes);
+        out->values = allocate(&file->allocator, bytes, 1);
+        if (out->values != NULL) {
+            memcpy(out->values, got.values, bytes);
+        }
+    }
+    bool kept = out->values != NULL || (t->kind != UNCHANGED && t->kind != CHANGED);
+    sfp_release(base, &got);
+    return kept ? SFP_OK : SFP_NO_MEMORY;
+}
+
+/* Describes a tensor of the list. */
+static void describe_listed(const directory *d, const delta_tensor *t, sfp_result_tensor *out)
+{
+    size_t at = t->shape.content;
+    value size;
+    out->name = t->name;
+    out->dtype = t->dtype->name;
+    out->rank = (size_t)t->shape.number;
+    for (size_t i = 0; i < out->rank && next_value(d, &at, &size); i++) {
+        out->shape[i] = size.number;
+    }
+    out->bytes = t->positions * (t->dtype->bits / 8);
+}
+
+/* Takes all tensors of the base, then all tensors that the delta stores whole. `names` are the sorted names of the
+ * base. */
+static sfp_status take_tensors(const sfp_file *file, const sfp_file *base, const numbered_name *names,
+                               sfp_result_tensor *tensors, sfp_fault *fault)
+{
+    const delta *o = &file->delta;
+    directory d = directory_of(file, fault);
+    size_t found = 0;
+    sfp_status status = SFP_OK;
+    for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
+        const delta_tensor *t = &o->tensors[i];
+        size_t number = number_of_name(names, base->tensor_count, t->name);
+        describe_listed(&d, t, &tensors[i]);
+        if (t->kind != ADDED) {
+            found++;
+            status = take_base(file, t, base, number, &tensors[i], fault);
+        } else if (number != SIZE_MAX) {
+            status = refuse_tensor(fault, R_DLT_009, t->name, "the base has a tensor that the delta adds");
+        }
+    }
+    for (size_t i = 0; i < base->tensor_count && status == SFP_OK && found != base->tensor_count; i++) {
+        bool listed = false;
+        for (size_t k = 0; k < o->count; k++) {
+            listed = listed || compare_spans(o->tensors[k].name, names[i].name) == 0;
+        }
+        if (!listed) {
+            status = refuse_tensor(fault, R_DLT_009, names[i].name, "the base has a tensor that the delta lacks");
+        }
+    }
+    for (size_t i = 0; i < o->count && status == SFP_OK; i++) {
+        if (o->tensors[i].kind == REPLACED || o->tensors[i].kind == ADDED) {
+            sfp_decoded got;
+            status = sfp_decode(file, o->tensors[i].stored, SFP_VALUES, &got, fault);
+            tensors[i].values = got.values;
+        }
+    }
+    return status;
+}
+
+/* Checks the checksums of the result, and removes the removed tensors from it. */
+static sfp_status finish_result(const sfp_file *file, sfp_result *result, sfp_fault *fault)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < file->delta.count; i++) {
+        const delta_tensor *t = &file->delta.tensors[i];
+        sfp_result_tensor *own = &result->tensors[i];
+        if (t->kind != REMOVED && crc32(&file->crc, own->values, own->bytes) != t->result) {
+            return refuse_tensor(fault, R_DLT_012, t->name, "a tensor of the result has another checksum");
+        }
+    }
+    for (size_t i = 0; i < file->delta.count; i++) {
+        if (file->delta.tensors[i].kind != REMOVED) {
+            result->tensors[kept++] = result->tensors[i];
+        }
+    }
+    result->count = kept;
+    return SFP_OK;
+}
+
+sfp_status sfp_apply(const sfp_file *file, const sfp_file *base, sfp_result *result, sfp_fault *fault)
+{
+    const sfp_allocator *a = &file->allocator;
+    memset(result, 0, sizeof *result);
+    if (!file->delta.present) {
+        return SFP_MISUSE;
+    }
+    numbered_name *names = allocate(a, base->tensor_count, sizeof *names);
+    result->tensors = allocate(a, file->delta.count, sizeof *result->tensors);
+    if (names == NULL || result->tensors == NULL) {
+        release(a, names);
+        release(a, result->tensors);
+        result->tensors = NULL;
+        return SFP_NO_MEMORY;
+    }
+    memset(result->tensors, 0, (file->delta.count > 0 ? file->delta.count : 1) * sizeof *result->tensors);
+    result->count = file->delta.count;
+    for (size_t i = 0; i < base->tensor_count; i++) {
+        sfp_tensor told;
+        sfp_describe(base, i, &told);
+        names[i].name = told.name;
+        names[i].number = i;
+    }
+    sort_names(names, base->tensor_count);
+    sfp_status status = take_tensors(file, base, names, result->tensors, fault);
+    status = status == SFP_OK ? apply_pools(file, result->tensors, fault) : status;
+    status = status == SFP_OK ? finish_result(file, result, fault) : status;
+    release(a, names);
+    if (status != SFP_OK) {
+        sfp_release_result(file, result);
+    }
+    return status;
+}
+
+void sfp_release_result(const sfp_file *file, sfp_result *result)
+{
+    for (size_t i = 0; i < result->count; i++) {
+        release(&file->allocator, result->tensors[i].values);
+    }
+    release(&file->allocator, result->tensors);
+    memset(result, 0, sizeof *result);
 }

@@ -34,7 +34,7 @@ typedef enum sfp_status {
     SFP_OK = 0,
     SFP_REFUSED,   /* the file breaks a requirement, which the fault names */
     SFP_NO_MEMORY, /* the allocator returned NULL */
-    SFP_MISUSE     /* there is no tensor with this number */
+    SFP_MISUSE     /* there is no tensor with this number, or the file is not a delta */
 } sfp_status;
 
 /* The codes of SPEC.md chapter 20. */
@@ -49,7 +49,8 @@ typedef enum sfp_error {
     SFP_E_RANGE,
     SFP_E_LAYOUT,
     SFP_E_FEATURE,
-    SFP_E_LIMIT
+    SFP_E_LIMIT,
+    SFP_E_BASE
 } sfp_error;
 
 /* Bytes in the file. Strings are well-formed UTF-8 without a terminating zero. */
@@ -58,7 +59,8 @@ typedef struct sfp_span {
     size_t length;
 } sfp_span;
 
-/* The reason for a refusal, set if a call returns SFP_REFUSED. `clause` and `detail` are string constants. */
+/* The reason for a refusal, set if a call returns SFP_REFUSED. `clause` and `detail` are string constants. `tensor` can
+ * point into the fault itself, so a copy of a fault must not outlive it. */
 typedef struct sfp_fault {
     sfp_error error;
     const char *clause; /* the requirement, such as "R-LAY-004" */
@@ -66,6 +68,7 @@ typedef struct sfp_fault {
     sfp_span tensor;    /* the tensor's name, or none */
     sfp_span feature;   /* with "R-FEA-001", a feature that the reader does not know, or none */
     uint64_t offset;    /* the byte offset in the file */
+    uint8_t joined[1024];
 } sfp_fault;
 
 /* The limits of SPEC.md chapter 19. */
@@ -153,6 +156,30 @@ bool sfp_next_metadata(const sfp_file *file, size_t *cursor, sfp_span *key, sfp_
 
 /* Returns the directory in MessagePack, with all keys, also those that this reader does not know. */
 sfp_span sfp_directory(const sfp_file *file);
+
+/* Returns whether a file is a delta (SPEC.md chapter 28). Its tensors are then those that it stores, not a model's. */
+bool sfp_is_delta(const sfp_file *file);
+
+/* A tensor of the result of a delta and its base. */
+typedef struct sfp_result_tensor {
+    sfp_span name;
+    const char *dtype;
+    size_t rank;
+    uint64_t shape[SFP_MAX_RANK];
+    uint64_t bytes;
+    uint8_t *values;
+} sfp_result_tensor;
+
+typedef struct sfp_result {
+    size_t count;
+    sfp_result_tensor *tensors;
+} sfp_result;
+
+/* Applies a delta to its base. Returns all tensors of the result or none. */
+sfp_status sfp_apply(const sfp_file *delta, const sfp_file *base, sfp_result *result, sfp_fault *fault);
+
+/* Releases the memory of a result. */
+void sfp_release_result(const sfp_file *delta, sfp_result *result);
 
 /* Returns the name of an error code, such as "E_CRC". */
 const char *sfp_error_name(sfp_error error);

@@ -2,13 +2,14 @@
  *
  *     sfp_driver [LIMIT=NUMBER ...] validate FILE
  *     sfp_driver [LIMIT=NUMBER ...] decode FILE FOLDER
+ *     sfp_driver [LIMIT=NUMBER ...] apply FILE BASE FOLDER
  *     sfp_driver [LIMIT=NUMBER ...] time FILE ROUNDS
  *     sfp_driver [LIMIT=NUMBER ...] serve
  *     sfp_driver hello
  *
  * `validate` makes all checks of a reader. `decode` also writes each tensor into FOLDER, which must exist:
  * NUMBER.bin, its elements; NUMBER.mask.bin, a byte for each position, if it has a mask; NUMBER.importance.bin,
- * an F32 for each position, if it has an importance. Each command prints one line of JSON on standard output: the
+ * an F32 for each position, if it has an importance. `apply` writes the result of a delta and its base. Each command prints one line of JSON on standard output: the
  * contents of the file, or the first fault. `serve` reads commands from standard input, one per line with tabs
  * between words, and answers each with one line, until the input ends. `hello` prints name and version. `time`
  * decodes all weights of a file in memory ROUNDS times, and prints the least processor time.
@@ -252,6 +253,66 @@ static int treat_file(const char *path, const sfp_limits *limits, const char *fo
     return outcome;
 }
 
+static int print_result(const sfp_file *file, const sfp_result *result)
+{
+    fputs("{\"ok\":true,", stdout);
+    print_metadata(file);
+    fputs(",\"tensors\":[", stdout);
+    for (size_t i = 0; i < result->count; i++) {
+        const sfp_result_tensor *t = &result->tensors[i];
+        fputs(i > 0 ? ",{\"name\":" : "{\"name\":", stdout);
+        print_span(t->name);
+        printf(",\"dtype\":\"%s\",\"shape\":[", t->dtype);
+        for (size_t k = 0; k < t->rank; k++) {
+            printf("%s%" PRIu64, k > 0 ? "," : "", t->shape[k]);
+        }
+        fputs("]}", stdout);
+    }
+    puts("]}");
+    return VALID;
+}
+
+/* Applies an open delta to an open base, and writes the result into a folder. */
+static int apply_open(const sfp_file *file, const sfp_file *base, const char *folder)
+{
+    sfp_result result;
+    sfp_fault fault;
+    sfp_status status = sfp_apply(file, base, &result, &fault);
+    if (status != SFP_OK) {
+        return status == SFP_MISUSE ? print_failure("the file is not a delta") : print_outcome(status, &fault);
+    }
+    bool written = true;
+    for (size_t i = 0; written && i < result.count; i++) {
+        written = write_file(folder, i, ".bin", result.tensors[i].values, (size_t)result.tensors[i].bytes);
+    }
+    int outcome = written ? print_result(file, &result) : print_failure("a file cannot be written");
+    sfp_release_result(file, &result);
+    return outcome;
+}
+
+static int apply_file(const char *path, const char *base_path, const sfp_limits *limits, const char *folder)
+{
+    size_t length, base_length;
+    sfp_file *file = NULL, *base = NULL;
+    sfp_fault fault;
+    uint8_t *bytes = read_file(path, &length), *base_bytes = read_file(base_path, &base_length);
+    int outcome = FAILED;
+    if (bytes == NULL || base_bytes == NULL) {
+        outcome = print_failure("a file cannot be read");
+    } else {
+        sfp_status status = sfp_open(bytes, length, limits, NULL, &file, &fault);
+        if (status == SFP_OK) {
+            status = sfp_open(base_bytes, base_length, limits, NULL, &base, &fault);
+        }
+        outcome = status == SFP_OK ? apply_open(file, base, folder) : print_outcome(status, &fault);
+    }
+    sfp_close(file);
+    sfp_close(base);
+    free(bytes);
+    free(base_bytes);
+    return outcome;
+}
+
 /* Opens a file in memory and decodes the weights of all tensors. Sets their number of bytes. */
 static sfp_status decode_weights(const uint8_t *bytes, size_t length, const sfp_limits *limits, sfp_fault *fault,
                                  uint64_t *decoded)
@@ -312,18 +373,22 @@ static int obey(char **words, int count, const sfp_limits *limits)
     if (count == 3 && strcmp(words[0], "time") == 0) {
         return time_file(words[1], strtol(words[2], NULL, 10), limits);
     }
-    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | time FILE ROUNDS | serve | hello");
+    if (count == 4 && strcmp(words[0], "apply") == 0) {
+        return apply_file(words[1], words[2], limits, words[3]);
+    }
+    return print_failure("usage: [LIMIT=NUMBER ...] validate FILE | decode FILE FOLDER | apply FILE BASE FOLDER | "
+                         "time FILE ROUNDS | serve | hello");
 }
 
-/* Splits a line at its tabs. Returns the number of words, 4 for more than 3. */
-static int split(char *line, char *words[3])
+/* Splits a line at its tabs. Returns the number of words, 5 for more than 4. */
+static int split(char *line, char *words[4])
 {
     int count = 0;
     line[strcspn(line, "\n")] = '\0';
     for (char *word = line; word != NULL;) {
         char *tab = strchr(word, '\t');
-        if (count == 3) {
-            return 4;
+        if (count == 4) {
+            return 5;
         }
         words[count++] = word;
         if (tab != NULL) {
@@ -338,7 +403,7 @@ static int serve(const sfp_limits *limits)
 {
     char line[8192];
     while (fgets(line, sizeof line, stdin) != NULL) {
-        char *words[3];
+        char *words[4];
         int count = split(line, words);
         obey(words, count, limits);
         if (fflush(stdout) != 0) {

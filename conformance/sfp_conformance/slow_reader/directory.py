@@ -7,6 +7,7 @@ import zlib
 from itertools import pairwise
 from typing import Any
 
+from .delta import check_delta
 from .entries import check_entry, get
 from .numbers import Bad, need
 
@@ -98,7 +99,7 @@ def check_root(root: dict[str, Any]) -> None:
         need(bool(features), "R-DIR-004")
         raw = [name.encode() for name in features]
         need(all(a < b for a, b in pairwise(raw)), "R-FEA-002")
-        raise Bad("R-FEA-001")  # version 1.0 defines no feature
+        need(features == ["delta"], "R-FEA-001")
     need("keyed" not in root, "R-KEY-001")
     if "metadata" in root:
         need(all(isinstance(value, str) for value in get(root, "metadata", dict).values()), "R-DIR-003")
@@ -108,3 +109,4 @@ def check_root(root: dict[str, Any]) -> None:
     for i, entry in enumerate(entries):
         check_entry(entry)
         need(all(entry["name"] != other["name"] for other in entries[:i]), "R-TEN-001")
+    check_delta(root)

@@ -26,7 +26,9 @@ encode_levels = _processor.encode_levels
 encode_mask = _processor.encode_mask
 exact_zeros = _processor.exact_zeros
 few_magnitudes = _processor.few_magnitudes
+find_changes = _processor.find_changes
 lengths_of_codes = _processor.lengths_of_codes
+place_changes = _processor.place_changes
 survivors = _processor.survivors
 translate = _processor.translate
 uniform_levels = _processor.uniform_levels
@@ -46,9 +48,11 @@ __all__ = [
     "encode_mask",
     "exact_zeros",
     "few_magnitudes",
+    "find_changes",
     "lengths_of_codes",
     "make_recipe",
     "name",
+    "place_changes",
     "plan_plain",
     "survivors",
     "translate",

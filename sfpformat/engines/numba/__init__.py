@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .changes import find_changes, place_changes
 from .decode import decode_levels, decode_runs, make_recipe
 from .encode import (
     assign,
@@ -37,9 +38,11 @@ __all__ = [
     "encode_mask",
     "exact_zeros",
     "few_magnitudes",
+    "find_changes",
     "lengths_of_codes",
     "make_recipe",
     "name",
+    "place_changes",
     "plan_plain",
     "survivors",
     "translate",

@@ -1,0 +1,194 @@
+"""Access to the tensors of a model, whatever holds them: arrays by name, or files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.changes import Patterns, kind_of
+from ..container.preamble import MAGIC
+from ..decode.opening import open_any
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile, ShardIndex
+from ..dtypes import Dtype, of_numpy
+from ..errors import OptionError
+from ..io.closing import Closing
+from ..io.paths import INDEX_SUFFIX
+from ..io.safetensors import SafetensorsError, SafetensorsFile
+from ..limits import DEFAULT_LIMITS, Limits
+from ..names import quoted
+
+Array = NDArray[np.generic]
+
+
+class Spec(NamedTuple):
+    """Dtype and shape of a tensor."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """The tensors of a model."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Name -> dtype and shape, in the order of the model."""
+
+    def read(self, name: str) -> Array:
+        """Returns a tensor in its dtype and shape. The caller does not write to it."""
+
+    def metadata(self) -> dict[str, str]:
+        """Returns the strings of the model's user."""
+
+
+# What holds the tensors of a model.
+Source: TypeAlias = Tensors | Mapping[str, Array] | SfpFile | ShardedFile | str | os.PathLike[str]
+
+
+class ArrayTensors:
+    """The tensors of a mapping from name to array. Shares their memory."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        """Checks the arrays.
+
+        Raises:
+            OptionError: a value is not an array of a dtype of the format.
+        """
+        self._arrays = arrays
+        self.specs: dict[str, Spec] = {name: _spec_of(name, array) for name, array in arrays.items()}
+
+    def read(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def metadata(self) -> dict[str, str]:
+        return {}
+
+
+def _spec_of(name: str, array: Array) -> Spec:
+    dtype = of_numpy(array.dtype) if isinstance(array, np.ndarray) else None
+    if dtype is None:
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise OptionError(f"tensor {quoted(name)}: {kind} is not an array of a dtype of the format")
+    return Spec(dtype, array.shape)
+
+
+class FileTensors:
+    """The tensors of an open `.sfp` file, or of a model in shards."""
+
+    def __init__(self, file: SfpFile | ShardedFile) -> None:
+        self._file = file
+        entries = ((name, file.entry(name)) for name in file)
+        self.specs = {name: Spec(entry.dtype, entry.shape) for name, entry in entries}
+
+    def read(self, name: str) -> Array:
+        return self._file.get_tensor(name)
+
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata()
+
+
+class SafetensorsTensors:
+    """The tensors of open safetensors files."""
+
+    def __init__(self, files: list[SafetensorsFile]) -> None:
+        self._file_of = {name: file for file in files for name in file.header.tensors}
+        specs = ((name, file.header.tensors[name]) for name, file in self._file_of.items())
+        self.specs = {name: Spec(spec.dtype, spec.shape) for name, spec in specs}
+        self._metadata = {key: text for file in reversed(files) for key, text in file.header.metadata.items()}
+
+    def read(self, name: str) -> Array:
+        return self._file_of[name].read(name)
+
+    def metadata(self) -> dict[str, str]:
+        return dict(self._metadata)
+
+
+class OpenTensors(Closing):
+    """Opens the files of a model. A context manager, which closes what it opened.
+
+    Attributes:
+        tensors: the tensors.
+        name: the name of the file, or None for arrays.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        """Opens a source.
+
+        Args:
+            source: arrays by name; an open file; or the path of an `.sfp` or safetensors file, of the index
+                of a model in shards, or of a folder that has exactly one `.sfp` model.
+            limits: the limits on `.sfp` files.
+
+        Raises:
+            OptionError: the source is something else, or a value is not an array.
+            InvalidFileError, UnsupportedError, LimitError, SafetensorsError: a file is damaged.
+            OSError: a file cannot be read.
+        """
+        self._stack = ExitStack()
+        self.name: str | None = None
+        try:
+            self.tensors = self._opened(source, limits)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the files that this object opened."""
+        self._stack.close()
+
+    def _opened(
+        self,
+        source: Source,
+        limits: Limits,
+    ) -> Tensors:
+        if isinstance(source, Mapping):
+            return ArrayTensors(source)
+        if isinstance(source, (SfpFile, ShardedFile)):
+            return FileTensors(source)
+        if not isinstance(source, (str, os.PathLike)):
+            if hasattr(source, "specs") and hasattr(source, "read"):
+                return source
+            raise OptionError(
+                f"a {type(source).__name__} is neither a path, an open file, nor arrays by name"
+            )
+        path = Path(source)
+        self.name = path.name
+        if path.name.endswith(f".safetensors{INDEX_SUFFIX}"):
+            names = ShardIndex.read(path, subfolders=True).files()
+            return self._safetensors([path.parent / name for name in names])
+        if path.suffix == ".safetensors" and not _is_sfp(path):
+            return self._safetensors([path])
+        file = open_any(path, limits=limits)
+        self._stack.callback(file.close)
+        return FileTensors(file)
+
+    def _safetensors(self, paths: list[Path]) -> Tensors:
+        files = [self._stack.enter_context(SafetensorsFile(path)) for path in paths]
+        names = [name for file in files for name in file.header.tensors]
+        if len(names) != len(set(names)):
+            raise SafetensorsError("a tensor is in several shards; write the model again")
+        return SafetensorsTensors(files)
+
+
+def _is_sfp(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC[:4]
+
+
+def patterns_of(array: Array, dtype: Dtype) -> Patterns:
+    """Returns the bit patterns of a tensor's elements, [elements]. Shares its memory if possible."""
+    flat = np.ascontiguousarray(array, dtype.numpy).reshape(-1)
+    if dtype.name == "BOOL":
+        return np.asarray((flat.view(np.uint8) != 0).view(np.uint8))  # true may be another byte than 1
+    return flat.view(kind_of(dtype).pattern)

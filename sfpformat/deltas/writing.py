@@ -1,0 +1,426 @@
+"""Writes deltas (SPEC.md chapter 28), tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..coding.changes import Changes, Patterns, kind_of
+from ..container.delta_map import MAX_BLOCK, DeltaMap, DeltaTensor, Pool
+from ..dtypes import DTYPES, Dtype
+from ..encode.sink import Target
+from ..encode.writer import Writer, require_name
+from ..engines import Engine, get_engine
+from ..errors import ClosedFileError, OptionError
+from ..io.checksum import crc32
+from ..io.threads import for_each
+from ..limits import DEFAULT_LIMITS, Limits
+from ..names import quoted
+from .checksums import PART, checksum_of, combined
+from .tensors import Array, ArrayTensors, OpenTensors, Source, Spec, patterns_of
+
+# Elements per block: many enough that its changes fill segments of one exponent, few enough for many threads
+# (figures in tests/figures/README.md).
+BLOCK = 1 << 22
+# A pool with more bytes of differences is closed. This bounds the memory of the writer. To keep the bytes of
+# the file independent of threads, it is checked after this many elements, when all blocks so far are coded.
+_POOL_BYTES, _CHECKED = 1 << 28, 1 << 26
+# If more than one in this many elements of a bucket changed, the bucket is dense.
+_DENSE = 2
+
+
+class Coded(NamedTuple):
+    """The coded differences of a block.
+
+    Attributes:
+        counts: for each key 2 × number of levels + (1 if dense), uint32 [keys].
+        gaps: uint32 [gaps].
+        levels: [levels].
+    """
+
+    counts: NDArray[np.uint32]
+    gaps: NDArray[np.uint32]
+    levels: Patterns
+
+
+@dataclass
+class _OpenPool:
+    """A pool to which tensors are added.
+
+    Attributes:
+        dtype: the dtype of its tensors.
+        tensors: number of its tensors.
+        unchecked: elements since its size was last compared with `_POOL_BYTES`.
+        room: elements left in the current block.
+        parts: the parts of the current block: elements in the base and in the result.
+        coded: the coded blocks.
+    """
+
+    dtype: Dtype
+    room: int
+    tensors: int = 0
+    unchecked: int = 0
+    parts: list[tuple[Patterns, Patterns]] = field(default_factory=list)
+    coded: list[Future[Coded] | Coded] = field(default_factory=list)
+
+
+class DeltaWriter:
+    """Writes a delta. A context manager: after an exception in its block, the target is unchanged.
+
+    ``with DeltaWriter("d.sfp") as w: w.add("weight", old, new)``
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        base_name: str | None = None,
+        metadata: dict[str, str] | None = None,
+        block: int = BLOCK,
+        engine: str | None = None,
+        threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        """Starts a file.
+
+        Args:
+            target: same as for `Writer`.
+            base_name: a name of the base, for people. It is not checked.
+            metadata: the strings of the result.
+            block: elements per block, 1 to 2^24. A reader needs the base's elements of whole blocks.
+            engine, threads, limits: same as for `Writer`.
+
+        Raises:
+            OptionError: an argument is invalid, or the target cannot be written.
+            EngineError: the engine is unknown or not available.
+            OSError: the temporary file cannot be created.
+        """
+        if not isinstance(block, int) or not 1 <= block <= MAX_BLOCK:
+            raise OptionError(f"block is {block!r}, must be a number from 1 to {MAX_BLOCK}")
+        if base_name is not None and (not isinstance(base_name, str) or "\0" in base_name):
+            raise OptionError(f"base_name is {base_name!r}, must be a string without U+0000")
+        self._threads = threads or os.cpu_count() or 1
+        self._writer = Writer(target, metadata=metadata, engine=engine, threads=threads, limits=limits)
+        self._pool_of_threads = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+        self._base_name, self._block, self._engine, self._limits = base_name, block, engine, limits
+        self._tensors: list[DeltaTensor] = []
+        self._names: set[str] = set()
+        self._described_all: DeltaMap | None = None
+        self._open_pools: dict[str, _OpenPool] = {}
+        self._full: list[_OpenPool] = []
+        self._open = True
+
+    def __enter__(self) -> DeltaWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def add(
+        self,
+        name: str,
+        base: Array | None,
+        new: Array | None,
+        *,
+        other: Mapping[str, object] | None = None,
+    ) -> DeltaTensor:
+        """Adds a tensor. The writer reads the arrays until it is closed, so the caller must not change them.
+
+        Args:
+            name: its name, which no other tensor has.
+            base: the tensor in the base, or None if the result adds it.
+            new: the tensor in the result, or None if the result does not have it.
+            other: additional keys for the entry of a tensor that is stored whole; same as for `Writer.add`.
+
+        Raises:
+            OptionError: the name is invalid or taken, or an array has no dtype of the format.
+            OSError: the file cannot be written.
+            ClosedFileError: the writer is closed.
+        """
+        if not self._open:
+            raise ClosedFileError("the writer is closed")
+        require_name(name, self._limits)
+        if name in self._names:
+            raise OptionError(f"tensor {quoted(name)} was already added")
+        tensor = self._described(name, base, new, forced=other is not None)
+        self._limits.require_written("tensors", len(self._tensors) + 1, f"tensor {quoted(name)}")
+        if tensor.kind == "changed":
+            assert base is not None
+            assert new is not None
+            self._add_changed(tensor, patterns_of(base, tensor.dtype), patterns_of(new, tensor.dtype))
+        elif tensor.kind in ("replaced", "added"):
+            assert new is not None
+            self._writer.add(name, new, other=other)
+        self._names.add(name)
+        self._tensors.append(tensor)
+        return tensor
+
+    @property
+    def described(self) -> DeltaMap:
+        """What the file says about the tensors. Only after `close`.
+
+        Raises:
+            OptionError: the writer is not closed, or was aborted.
+        """
+        if self._described_all is None:
+            raise OptionError("the delta is not written yet; close the writer first")
+        return self._described_all
+
+    def _described(self, name: str, base: Array | None, new: Array | None, *, forced: bool) -> DeltaTensor:
+        """Compares a tensor with its base."""
+        old, now = (None if array is None else _spec(name, array) for array in (base, new))
+        if old is None and now is None:
+            raise OptionError(f"tensor {quoted(name)} is neither in the base nor in the result")
+        if base is None or new is None or old is None or now is None or old != now:
+            checksums = [
+                0 if array is None or spec is None else _checksum(array, spec.dtype)
+                for array, spec in ((base, old), (new, now))
+            ]
+            kind = "added" if old is None else "removed" if now is None else "replaced"
+            spec = now or old
+            assert spec is not None
+            return DeltaTensor(name, kind, spec.dtype, spec.shape, *checksums)
+        crc_base, crc_new, same = self._compared(patterns_of(base, old.dtype), patterns_of(new, old.dtype))
+        kind = "unchanged" if same else "changed"
+        if forced:
+            kind = "replaced"
+        return DeltaTensor(name, kind, old.dtype, old.shape, crc_base, crc_new)
+
+    def _compared(self, base: Patterns, new: Patterns) -> tuple[int, int, bool]:
+        """Returns the CRC-32 of two tensors, and whether they are equal."""
+        first, second = base.view(np.uint8), new.view(np.uint8)
+        starts = range(0, len(first), PART)
+        found = [(0, 0, True)] * len(starts)
+
+        def part(number: int) -> None:
+            a = first[starts[number] : starts[number] + PART]
+            b = second[starts[number] : starts[number] + PART]
+            crc_a, crc_b = crc32(a.data), crc32(b.data)
+            found[number] = crc_a, crc_b, crc_a == crc_b and a.data == b.data
+
+        for_each(part, range(len(starts)), min(self._threads, max(len(starts), 1)))
+        crc_base = crc_new = 0
+        for start, (one, other, _) in zip(starts, found, strict=True):
+            length = min(PART, len(first) - start)
+            crc_base, crc_new = combined(crc_base, one, length), combined(crc_new, other, length)
+        return crc_base, crc_new, all(same for _, _, same in found)
+
+    def _add_changed(self, tensor: DeltaTensor, base: Patterns, new: Patterns) -> None:
+        name = tensor.dtype.name
+        pool = self._open_pools.get(name)
+        if pool is not None and pool.unchecked > _CHECKED:
+            pool.unchecked = 0
+            if _size_of(pool) > _POOL_BYTES:
+                self._finish_pool(self._open_pools.pop(name))
+                pool = None
+        if pool is None:
+            pool = self._open_pools[name] = _OpenPool(tensor.dtype, self._block)
+        pool.tensors += 1
+        pool.unchecked += len(base)
+        at = 0
+        while at < len(base):
+            size = min(pool.room, len(base) - at)
+            pool.parts.append((base[at : at + size], new[at : at + size]))
+            at += size
+            pool.room -= size
+            if pool.room == 0:
+                self._finish_block(pool)
+
+    def _finish_block(self, pool: _OpenPool) -> None:
+        parts, pool.parts, pool.room = pool.parts, [], self._block
+        engine = get_engine(self._engine, sum(len(base) for base, _ in parts) * max(len(pool.coded), 1))
+        if self._pool_of_threads is None:
+            pool.coded.append(code_block(parts, pool.dtype, engine))
+            return
+        waiting = [job for job in pool.coded if isinstance(job, Future) and not job.done()]
+        if len(waiting) > 2 * self._threads:  # bounds the memory of the arrays that jobs keep
+            waiting[0].result()
+        pool.coded.append(self._pool_of_threads.submit(code_block, parts, pool.dtype, engine))
+
+    def _finish_pool(self, pool: _OpenPool) -> None:
+        if pool.parts:
+            self._finish_block(pool)
+        pool.coded = [_result_of(job) for job in pool.coded]
+        self._full.append(pool)
+
+    def close(self) -> None:
+        """Completes the file. Does nothing if the writer is closed.
+
+        Raises:
+            OptionError: the file exceeds the limits.
+            OSError: the file cannot be written or renamed.
+        """
+        if not self._open:
+            return
+        try:
+            for pool in list(self._open_pools.values()):
+                self._finish_pool(pool)
+            pools = [self._write_pool(number, pool) for number, pool in enumerate(self._full)]
+            self._described_all = DeltaMap(
+                tuple(self._tensors), tuple(pools), self._block, self._base_name, {}
+            )
+            self._writer.set_delta(self._described_all)
+            self._writer.close()
+        except BaseException:
+            self.abort()
+            raise
+        self._open = False
+        self._stop()
+
+    def _write_pool(self, number: int, pool: _OpenPool) -> Pool:
+        kind = kind_of(pool.dtype)
+        blocks = [_result_of(job) for job in pool.coded]
+        names = [
+            self._unused_name(f"{pool.dtype.name}.{number}.{word}")
+            for word in ("counts", "gaps", "differences")
+        ]
+        counts = _joined([block.counts for block in blocks], np.dtype("<u4"))
+        gaps = _joined([block.gaps for block in blocks], np.dtype("<u4"))
+        levels = _joined([block.levels for block in blocks], kind.pattern)
+        pool.coded = []
+        self._writer.add_numbers(names[0], counts, DTYPES["F32"], (len(blocks), kind.keys))
+        self._writer.add_numbers(names[1], gaps, DTYPES["F32"], (len(gaps),))
+        self._writer.add_numbers(names[2], levels, kind.stored, (len(levels),))
+        return Pool(pool.dtype.name, pool.tensors, *names)
+
+    def _unused_name(self, name: str) -> str:
+        while name in self._writer.done or name in self._names:
+            name += "_"
+        return name
+
+    def abort(self) -> None:
+        """Aborts. The target is unchanged."""
+        if self._open:
+            self._open = False
+            self._writer.abort()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._pool_of_threads is not None:
+            self._pool_of_threads.shutdown(cancel_futures=True)
+
+
+def _result_of(job: Future[Coded] | Coded) -> Coded:
+    return job.result() if isinstance(job, Future) else job
+
+
+def _size_of(pool: _OpenPool) -> int:
+    """Returns the bytes of the blocks of a pool that are coded so far."""
+    return sum(sum(array.nbytes for array in _result_of(job)) for job in pool.coded)
+
+
+def _joined(
+    parts: list[NDArray[np.unsignedinteger]] | list[NDArray[np.uint32]], dtype: np.dtype[np.unsignedinteger]
+) -> NDArray[np.unsignedinteger]:
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
+
+
+def _spec(name: str, array: Array) -> Spec:
+    return ArrayTensors({name: array}).specs[name]
+
+
+def _checksum(array: Array, dtype: Dtype) -> int:
+    return checksum_of(patterns_of(array, dtype))
+
+
+def code_block(parts: list[tuple[Patterns, Patterns]], dtype: Dtype, engine: Engine) -> Coded:
+    """Codes the differences of a block (SPEC.md 28.2).
+
+    Args:
+        parts: the block's elements in the base and in the result, one part after another.
+        dtype: the dtype of the tensors.
+        engine: finds the changes.
+    """
+    kind = kind_of(dtype)
+    ranks = np.zeros(kind.keys, np.int64)
+    found = [engine.find_changes(base, new, kind, ranks) for base, new in parts]
+    keys = np.concatenate([part.keys for part in found])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    rank = np.concatenate([part.ranks for part in found])[order].astype(np.int64)
+    levels = np.concatenate([part.levels for part in found])[order]
+    return _coded(Changes(keys, rank.astype(np.uint32), levels), ranks)
+
+
+def _coded(changes: Changes, elements: NDArray[np.int64]) -> Coded:
+    """Codes changes that are sorted by key and rank, given the number of elements of each key."""
+    keys, rank = changes.keys, changes.ranks.astype(np.int64)
+    changed = np.bincount(keys, minlength=len(elements))
+    dense = (_DENSE * changed > elements) & (changed > 0)
+    coded = np.where(dense, elements, changed)
+    first = np.cumsum(coded) - coded
+    before = np.cumsum(changed) - changed
+    inside = np.where(dense[keys], rank, np.arange(len(keys)) - before[keys])
+    levels = np.zeros(int(coded.sum()), changes.levels.dtype)
+    levels[first[keys] + inside] = changes.levels
+    sparse = ~dense[keys]
+    gaps, of_key = rank[sparse], keys[sparse]
+    follows = of_key[1:] == of_key[:-1]
+    steps = gaps.copy()
+    steps[1:][follows] -= gaps[:-1][follows] + 1
+    return Coded((2 * coded + dense).astype(np.uint32), steps.astype(np.uint32), levels)
+
+
+def write_delta(
+    path: Target,
+    base: Source,
+    new: Source,
+    *,
+    base_name: str | None = None,
+    metadata: dict[str, str] | None = None,
+    block: int = BLOCK,
+    engine: str | None = None,
+    threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> DeltaMap:
+    """Writes how the tensors of a model differ from those of a base. Replaces an old file only at the end.
+
+    ``write_delta("step-18.sfp", "step-17.safetensors", state_dict)``
+
+    Args:
+        path: the file to write.
+        base, new: the base and the result: arrays by name; an open `.sfp` file; or the path of an `.sfp` or
+            safetensors file, of the index of a model in shards, or of a folder with one `.sfp` model.
+        base_name: a name of the base, for people. None uses the file name of ``base``.
+        metadata: the strings of the result. None uses those of ``new``.
+        block, engine, threads, limits: same as for `DeltaWriter`.
+
+    Returns:
+        What the file says about the tensors.
+
+    Raises:
+        OptionError: an argument is invalid, or a tensor exceeds the limits.
+        InvalidFileError, UnsupportedError, LimitError, SafetensorsError: ``base`` or ``new`` is damaged.
+        OSError: a file cannot be read or written.
+    """
+    with OpenTensors(base, limits) as old, OpenTensors(new, limits) as now:
+        writer = DeltaWriter(
+            path,
+            base_name=old.name if base_name is None else base_name,
+            metadata=now.tensors.metadata() if metadata is None else metadata,
+            block=block,
+            engine=engine,
+            threads=threads,
+            limits=limits,
+        )
+        with writer:
+            for name in now.tensors.specs:
+                before = old.tensors.read(name) if name in old.tensors.specs else None
+                writer.add(name, before, now.tensors.read(name))
+            for name in old.tensors.specs:
+                if name not in now.tensors.specs:
+                    writer.add(name, old.tensors.read(name), None)
+            writer.close()
+            return writer.described

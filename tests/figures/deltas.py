@@ -1,0 +1,186 @@
+"""Compares the size and speed of deltas between BF16 checkpoints.
+
+``python -m tests.figures.deltas BASE.safetensors NEW.safetensors [BASE NEW ...]`` prints a table for each
+pair, such as the steps that ``python -m tests.figures.train_steps`` writes: bytes, bits a weight, size as a
+multiple of `.sfp`, and MB of checkpoint per second for encoding and decoding. Every contender is decoded and
+compared bit for bit. Times are processor times of one thread, the least of ``--rounds`` interleaved rounds.
+
+* entropy: that of the differences of each tensor, given the base's exponent, with the tensor's statistics;
+* sfp: the whole file of `write_delta`;
+* indices + values: 4 bytes for the position and 2 for the value of each change, as trainers send them;
+* zstd: level 3; patch: a zstd frame with the base as dictionary and long-distance matching, as
+  ``zstd --patch-from``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import sfpformat
+from sfpformat.coding.changes import kind_of, to_levels
+from sfpformat.deltas.tensors import OpenTensors
+from sfpformat.dtypes import DTYPES
+from sfpformat.encode.sink import MemorySink
+
+Patterns = NDArray[np.uint16]
+Model = dict[str, NDArray[Any]]
+BF16 = kind_of(DTYPES["BF16"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pairs", nargs="+", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    for base, new in zip(options.pairs[::2], options.pairs[1::2], strict=True):
+        compare(base, new, options.rounds)
+
+
+def read(path: Path) -> Model:
+    """Returns the tensors of a safetensors file."""
+    with OpenTensors(path) as opened:
+        return {name: opened.tensors.read(name) for name in opened.tensors.specs}
+
+
+def compare(base_path: Path, new_path: Path, rounds: int) -> None:
+    """Prints the table of a pair."""
+    base, new = read(base_path), read(new_path)
+    old, now = (
+        np.concatenate([a.reshape(-1).view(np.uint16) for a in model.values()]) for model in (base, new)
+    )
+    changed = int(np.count_nonzero(old != now))
+    bits = entropy(base, new)
+    told = f"{changed / len(old):.3%} changed; entropy {bits / len(old):.4f} bits a weight"
+    print(f"{base_path} -> {new_path}: {told}")
+    targets: list[Model] = []
+    contenders: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+        "sfp": (lambda: written(base, new), lambda data: sfpformat.apply_delta(targets[-1], data, threads=1)),
+        "indices + values": (lambda: raw(old, now), lambda data: placed(old, now, data)),
+        "indices + values, zstd": (
+            lambda: zstd().ZstdCompressor(3).compress(raw(old, now)),
+            lambda data: placed(old, now, zstd().ZstdDecompressor().decompress(data)),
+        ),
+        "XOR, zstd": (
+            lambda: zstd().ZstdCompressor(3).compress((old ^ now).data),
+            lambda data: xored(old, now, zstd().ZstdDecompressor().decompress(data)),
+        ),
+        "zstd patch": (lambda: patch(old, now), lambda data: patched(old, now, data)),
+        **zipnn(old, now),
+    }
+    best: dict[str, list[float]] = {name: [np.inf, np.inf] for name in contenders}
+    sizes = {}
+    for _ in range(rounds):
+        targets.append({name: array.copy() for name, array in base.items()})
+        for name, (encode, decode) in contenders.items():
+            begin = time.process_time()
+            data = encode()
+            middle = time.process_time()
+            assert decode(data) is not False, name
+            best[name] = [
+                min(best[name][0], middle - begin),
+                min(best[name][1], time.process_time() - middle),
+            ]
+            sizes[name] = len(data)
+        target = targets.pop()
+        assert all(np.array_equal(target[n].view(np.uint16), new[n].view(np.uint16)) for n in new)
+    for name, size in sizes.items():
+        speeds = " | ".join(f"{2 * len(old) / seconds / 1e6:,.0f}" for seconds in best[name])
+        print(f"| {name} | {size:,} | {8 * size / len(old):.4f} | {size / sizes['sfp']:.2f} | {speeds} |")
+    print(f"sfp: {8 * sizes['sfp'] / bits - 1:+.1%} of the entropy")
+
+
+def entropy(base: Model, new: Model) -> float:
+    """Returns the entropy in bits of the differences of each tensor, given the exponents of the base."""
+    total = 0.0
+    for name, array in base.items():
+        old, now = (model[name].reshape(-1).view(np.uint16) for model in (base, new))
+        if np.array_equal(old, now):
+            continue
+        levels, exponents = to_levels(old, now, BF16), (array.reshape(-1).view(np.uint16) >> 7) & 255
+        for exponent in np.unique(exponents):
+            counts = np.unique(levels[exponents == exponent], return_counts=True)[1]
+            total += float((counts * np.log2(counts.sum() / counts)).sum())
+    return total
+
+
+def written(base: Model, new: Model) -> bytes:
+    """Returns the bytes of the delta."""
+    out = MemorySink()
+    sfpformat.write_delta(out, base, new, threads=1)
+    return out.data
+
+
+def raw(old: Patterns, now: Patterns) -> bytes:
+    """Returns indices and values of the changes."""
+    at = np.flatnonzero(old != now).astype(np.uint32)
+    return at.tobytes() + now[at].tobytes()
+
+
+def placed(old: Patterns, now: Patterns, data: bytes) -> bool:
+    """Applies indices and values."""
+    count = len(data) // 6
+    out = old.copy()
+    out[np.frombuffer(data, np.uint32, count)] = np.frombuffer(data, np.uint16, count, 4 * count)
+    return bool(np.array_equal(out, now))
+
+
+def xored(old: Patterns, now: Patterns, data: bytes) -> bool:
+    """Applies an exclusive or."""
+    return bool(np.array_equal(old ^ np.frombuffer(data, np.uint16), now))
+
+
+def zstd() -> Any:
+    """Returns the package zstandard."""
+    return importlib.import_module("zstandard")
+
+
+def _window(size: int) -> int:
+    return min(max((2 * size).bit_length(), 20), 30)
+
+
+def patch(old: Patterns, now: Patterns) -> bytes:
+    """Returns a zstd frame with the base as dictionary."""
+    z = zstd()
+    parameters = z.ZstdCompressionParameters.from_level(
+        3, window_log=_window(2 * len(old)), enable_ldm=True, ldm_hash_log=26
+    )
+    raw_content = z.ZstdCompressionDict(old.tobytes(), dict_type=z.DICT_TYPE_RAWCONTENT)
+    return bytes(z.ZstdCompressor(dict_data=raw_content, compression_params=parameters).compress(now.data))
+
+
+def patched(old: Patterns, now: Patterns, data: bytes) -> bool:
+    """Decodes a frame of `patch`."""
+    z = zstd()
+    raw_content = z.ZstdCompressionDict(old.tobytes(), dict_type=z.DICT_TYPE_RAWCONTENT)
+    decoder = z.ZstdDecompressor(dict_data=raw_content, max_window_size=1 << _window(2 * len(old)))
+    return bool(np.array_equal(np.frombuffer(decoder.decompress(data), np.uint16), now))
+
+
+def zipnn(old: Patterns, now: Patterns) -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """Returns ZipNN on the exclusive or, if the package is installed."""
+    try:
+        package: Any = importlib.import_module("zipnn")
+    except ImportError:
+        print("zipnn is not installed; its row is missing")
+        return {}
+    codec = package.ZipNN(bytearray_dtype="bfloat16", threads=1)
+    return {
+        "XOR, ZipNN": (
+            lambda: codec.compress(bytearray((old ^ now).tobytes())),
+            lambda data: xored(old, now, bytes(codec.decompress(data))),
+        )
+    }
+
+
+if __name__ == "__main__":
+    main()
