@@ -34,6 +34,9 @@ COMMANDS = {
     "info": "show the tensors of a file and the size of each part",
     "verify": "check a file against the specification",
     "diff": "compare two files tensor by tensor",
+    "delta": "write how a model differs from another one",
+    "apply": "make a model from a base and deltas",
+    "squash": "make one delta of several",
     "demo": "measure pruning and quantisation on a small language model",
     "bench": "compare size, speed and memory with other packages",
 }

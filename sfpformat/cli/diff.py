@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ..dtypes import of_numpy
 from ..errors import MOST_NAME, shortened
 from .console import number, percent, printable, progress, show_json, show_table
+from .delta_files import Result, is_delta, open_result
 from .limit_option import add_limits, limits_of
 from .model_files import Model, add_strict_index, open_model
 from .parser import Parser, Subparsers, examples
@@ -22,7 +24,7 @@ _MOST_ROWS = 200
 _HEADER = ("tensor", "A", "B", "max error", "error dB", "zero in A", "zero in B", "zeros differ")
 
 _DESCRIPTION = """Compares the tensors of two models. Each model is an .sfp or safetensors file, an index of
-shards, or a folder. Metadata are not compared.
+shards, or a folder. B can also be a delta of A; its result is then compared. Metadata are not compared.
 
 For each tensor that differs, the table shows the greatest absolute error, the error in dB (10 log10 of the
 mean squared error over the mean square of A), the share of zeros in A and in B, and the number of positions
@@ -37,6 +39,7 @@ def add_parser(subparsers: Subparsers[Parser]) -> Parser:
         description=_DESCRIPTION,
         epilog=examples(
             ("sfp diff model.safetensors model.sfp", "show the changes by packing"),
+            ("sfp diff step-17.safetensors step-18.sfp", "show what a delta changes"),
             ("sfp diff a.sfp b.sfp --all", "list identical tensors, too"),
             ("sfp diff a.sfp b.sfp --json", "print JSON"),
         ),
@@ -191,10 +194,12 @@ def _dtype_and_shape(array: NDArray[np.generic]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Returns the exit code."""
     strict, limits = args.strict_index, limits_of(args.limit)
-    with (
-        open_model(args.a, strict_index=strict, limits=limits) as a,
-        open_model(args.b, strict_index=strict, limits=limits) as b,
-    ):
+    with ExitStack() as stack:
+        a = stack.enter_context(open_model(args.a, strict_index=strict, limits=limits))
+        given = stack.enter_context(open_model(args.b, strict_index=strict, deltas=True, limits=limits))
+        b: Model | Result = given
+        if is_delta(given):
+            b = Result(a, stack.enter_context(open_result(a, [args.b], limits)))
         common = [name for name in a.specs if name in b.specs]
         only_a = [name for name in a.specs if name not in b.specs]
         only_b = [name for name in b.specs if name not in a.specs]
@@ -212,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _compare_tensor(name: str, a: Model, b: Model) -> Difference:
+def _compare_tensor(name: str, a: Model, b: Model | Result) -> Difference:
     found = compare(name, a.read(name), b.read(name))
     if a.specs[name].sub_byte != b.specs[name].sub_byte:  # equal bytes of different dtypes
         found.a, found.b, found.identical = a.specs[name].words, b.specs[name].words, False

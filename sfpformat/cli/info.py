@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from fnmatch import fnmatchcase
 
+from ..container.delta_map import DeltaMap
 from ..container.preamble import MAJOR
-from ..names import unmatched
+from ..decode.reader import SfpFile
+from ..names import quoted, unmatched
 from .console import bytes_words, number, percent, printable, show_json, show_table
+from .delta_files import kinds_of, words_of
 from .errors import CommandError, path_in_errors
 from .limit_option import add_limits, limits_of
 from .model_files import Model, open_model, sub_byte_of
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     if args.file is None:
         raise CommandError("name a file, or use --engines (see 'sfp info --help')")
-    with open_model(args.file, kind="sfp", limits=limits_of(args.limit)) as model:
+    with open_model(args.file, kind="sfp", deltas=True, limits=limits_of(args.limit)) as model:
         if model.kind != "sfp":
             raise CommandError(f"{args.file}: is a safetensors file; 'sfp pack' converts it to .sfp")
         reports = report_model(model)
@@ -103,6 +106,32 @@ def _version(model: Model) -> str:
     return f"{MAJOR}.{max(minors, default=0)}"
 
 
+def _delta(model: Model) -> DeltaMap | None:
+    """Returns what a delta says about base and result; None for a model."""
+    file = next(iter(model.files.values()), None)
+    return file.directory.delta if isinstance(file, SfpFile) else None
+
+
+def _delta_json(model: Model) -> dict[str, object]:
+    delta = _delta(model)
+    assert delta is not None
+    return {
+        "base": delta.base,
+        "kinds": kinds_of(delta),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "kind": tensor.kind,
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                "base": f"{tensor.base:08x}",
+                "result": f"{tensor.result:08x}",
+            }
+            for tensor in delta.tensors
+        ],
+    }
+
+
 def _show_json(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     show_json(
         {
@@ -110,6 +139,7 @@ def _show_json(model: Model, reports: list[TensorReport], totals: Totals) -> Non
             "format": _version(model),
             "shards": list(model.files) if model.sharded else [],
             "metadata": model.metadata(),
+            "delta": None if _delta(model) is None else _delta_json(model),
             "totals": totals.to_json(),
             "tensors": [report.to_json() for report in reports],
         }
@@ -120,6 +150,10 @@ def _show(model: Model, reports: list[TensorReport], totals: Totals) -> None:
     show_table(_HEADER, [_row(report) for report in reports], _TEXT_COLUMNS)
     shards = f", {len(model.files)} shards" if model.sharded else ""
     print(f"{printable(str(model.path))}: format {_version(model)}{shards}")
+    delta = _delta(model)
+    if delta is not None:
+        base = "" if delta.base is None else f" of {printable(quoted(delta.base))}"
+        print(f"a delta{base}: {words_of(delta)}; the table shows the tensors that it stores")
     for key, value in model.metadata().items():
         print(f"metadata {printable(key)}: {printable(value[:200])}{' …' if len(value) > 200 else ''}")
     parts = ", ".join(

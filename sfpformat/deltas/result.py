@@ -18,7 +18,7 @@ from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from .checksums import checksum_of
-from .reading import Delta, Found, PoolChanges
+from .reading import Delta, Found, Part, PoolChanges
 from .tensors import Array, OpenTensors, Source, Spec, Tensors, patterns_of
 
 # The most deltas of a chain: each holds a file open and needs memory for a few tensors.
@@ -70,6 +70,8 @@ class DeltaFile(Closing):
             )
             self._base: Tensors = self._stack.enter_context(OpenTensors(base, limits)).tensors
             self.delta.require_base(self._base.specs)
+            if isinstance(self._base, DeltaFile):
+                _require_link(self._base.delta, self.delta)
         except BaseException:
             self.close()
             raise
@@ -77,12 +79,19 @@ class DeltaFile(Closing):
         self._tensors = {tensor.name: tensor for tensor in kept}
         self.specs: dict[str, Spec] = {tensor.name: Spec(tensor.dtype, tensor.shape) for tensor in kept}
         self._places: dict[str, _Place] | None = None
+        # Block -> its parts and their coded elements, for the next tensors of the same block.
+        self._recent: tuple[PoolChanges, int, list[tuple[Part, Found]]] | None = None
         self._checked: set[str] = set()
         self._lock = threading.RLock()
 
     def close(self) -> None:
         """Closes the delta, and the base if this object opened it."""
         self._stack.close()
+
+    @property
+    def base(self) -> Tensors:
+        """The tensors of the base."""
+        return self._base
 
     def keys(self) -> list[str]:
         """Returns the names of the tensors of the result."""
@@ -143,6 +152,9 @@ class DeltaFile(Closing):
             BaseMismatchError: the delta was made from another base.
             InvalidFileError: the base is damaged.
         """
+        if isinstance(self._base, DeltaFile):  # its results have the right checksums
+            self._base.check_base()
+            return
         for tensor in self.delta.map.tensors:
             if tensor.kind != "added" and tensor.name not in self._checked:
                 self._require_checked(tensor, self._base.read(tensor.name))
@@ -202,6 +214,11 @@ class DeltaFile(Closing):
         pool, own = self._places[name]
         others: dict[int, Array] = {own: base}
         for block in pool.blocks_of(own):
+            if self._recent is not None and self._recent[:2] == (pool, block):
+                for part, found in self._recent[2]:
+                    if part.member == own:
+                        yield part.start, found
+                continue
             parts = pool.parts(block)
             others = {key: array for key, array in others.items() if key == own or key >= parts[0].member}
             for part in parts:
@@ -213,7 +230,9 @@ class DeltaFile(Closing):
                 patterns_of(others[part.member], pool.members[part.member].dtype)[part.start : part.stop]
                 for part in parts
             )
-            for part, found in zip(parts, pool.find(block, flat, self.delta.engine), strict=True):
+            pairs = list(zip(parts, pool.find(block, flat, self.delta.engine), strict=True))
+            self._recent = pool, block, pairs
+            for part, found in pairs:
                 if part.member == own:
                     yield part.start, found
 
@@ -276,7 +295,6 @@ def open_chain(
             )
             if under is not None:
                 found._stack.callback(under.close)
-                _require_link(under.delta, found.delta)
     except BaseException:
         if found is not None:
             found.close()

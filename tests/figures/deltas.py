@@ -8,7 +8,7 @@ compared bit for bit. Times are processor times of one thread, the least of ``--
 * entropy: that of the differences of each tensor, given the base's exponent, with the tensor's statistics;
 * sfp: the whole file of `write_delta`;
 * indices + values: 4 bytes for the position and 2 for the value of each change, as trainers send them;
-* zstd: level 3; patch: a zstd frame with the base as dictionary and long-distance matching, as
+* zstd: level 3; patch: a zstd frame that refers to the base, with long-distance matching, as that of
   ``zstd --patch-from``.
 """
 
@@ -149,21 +149,28 @@ def _window(size: int) -> int:
 
 
 def patch(old: Patterns, now: Patterns) -> bytes:
-    """Returns a zstd frame with the base as dictionary."""
-    z = zstd()
-    parameters = z.ZstdCompressionParameters.from_level(
-        3, window_log=_window(2 * len(old)), enable_ldm=True, ldm_hash_log=26
-    )
-    raw_content = z.ZstdCompressionDict(old.tobytes(), dict_type=z.DICT_TYPE_RAWCONTENT)
-    return bytes(z.ZstdCompressor(dict_data=raw_content, compression_params=parameters).compress(now.data))
+    """Returns a zstd frame that refers to the base."""
+    z = pyzstd()
+    options = {
+        z.CParameter.compressionLevel: 3,
+        z.CParameter.enableLongDistanceMatching: 1,
+        z.CParameter.windowLog: _window(2 * len(old)),
+    }
+    base = z.ZstdDict(old.tobytes(), is_raw=True).as_prefix
+    return bytes(z.compress(now.tobytes(), options, base))
 
 
 def patched(old: Patterns, now: Patterns, data: bytes) -> bool:
     """Decodes a frame of `patch`."""
-    z = zstd()
-    raw_content = z.ZstdCompressionDict(old.tobytes(), dict_type=z.DICT_TYPE_RAWCONTENT)
-    decoder = z.ZstdDecompressor(dict_data=raw_content, max_window_size=1 << _window(2 * len(old)))
-    return bool(np.array_equal(np.frombuffer(decoder.decompress(data), np.uint16), now))
+    z = pyzstd()
+    base = z.ZstdDict(old.tobytes(), is_raw=True).as_prefix
+    found = z.decompress(data, base, {z.DParameter.windowLogMax: 31})
+    return bool(np.array_equal(np.frombuffer(found, np.uint16), now))
+
+
+def pyzstd() -> Any:
+    """Returns the package pyzstd, which can refer to a prefix as the option ``--patch-from`` does."""
+    return importlib.import_module("pyzstd")
 
 
 def zipnn(old: Patterns, now: Patterns) -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:

@@ -1,0 +1,151 @@
+"""``sfp delta``, ``sfp apply``, ``sfp squash``, and deltas in ``info``, ``verify`` and ``diff``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sfpformat.cli import main
+from sfpformat.numpy import save_file
+
+from ..format.test_deltas import Arrays, arrays, stepped
+from .test_main import make
+
+Capture = pytest.CaptureFixture[str]
+
+
+def sfp(*words: object) -> int:
+    """Runs the command. Returns its exit code."""
+    return main([str(word) for word in words])
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> list[Arrays]:
+    """Four checkpoints, step-0.safetensors to step-3.safetensors, and deltas between neighbours, d1 to d3."""
+    out = [{k: v for k, v in arrays().items() if k != "flags"}]
+    for number in range(3):
+        out.append(stepped(out[-1], number))
+    for number, tensors in enumerate(out):
+        make(tmp_path / f"step-{number}.safetensors", tensors)
+        if number:
+            before, after = (tmp_path / f"step-{n}.safetensors" for n in (number - 1, number))
+            assert sfp("delta", before, after, "-o", tmp_path / f"d{number}.sfp") == 0
+    return out
+
+
+def test_a_chain_of_deltas_makes_the_last_checkpoint(
+    tmp_path: Path, steps: list[Arrays], capsys: Capture
+) -> None:
+    deltas = [tmp_path / f"d{n}.sfp" for n in (1, 2, 3)]
+    new = tmp_path / "new.safetensors"
+    assert sfp("apply", tmp_path / "step-0.safetensors", *deltas, "-o", new) == 0
+    assert sfp("diff", tmp_path / "step-3.safetensors", new) == 0
+    assert sfp("apply", tmp_path / "step-0.safetensors", *deltas, "-o", tmp_path / "new.sfp") == 0
+    assert sfp("diff", tmp_path / "step-3.safetensors", tmp_path / "new.sfp") == 0
+    squashed = tmp_path / "squashed.sfp"
+    assert sfp("squash", tmp_path / "step-0.safetensors", *deltas, "-o", squashed) == 0
+    assert sfp("apply", tmp_path / "step-0.safetensors", squashed, "-o", new, "--json") == 0
+    assert sfp("diff", tmp_path / "step-3.safetensors", new) == 0
+    assert sfp("verify", *deltas, squashed) == 0
+    capsys.readouterr()
+
+
+def test_a_wrong_base_is_named_with_both_checksums_and_nothing_is_written(
+    tmp_path: Path, steps: list[Arrays], capsys: Capture
+) -> None:
+    target = tmp_path / "new.safetensors"
+    target.write_bytes(b"old")
+    for words in (
+        ("step-1.safetensors", "d1.sfp"),
+        ("step-0.safetensors", "d2.sfp"),
+        ("step-0.safetensors", "d1.sfp", "d1.sfp"),
+        ("step-0.safetensors", "d2.sfp", "d1.sfp"),
+        ("step-0.safetensors", "d1.sfp", "d3.sfp"),
+    ):
+        capsys.readouterr()
+        assert sfp("apply", *(tmp_path / word for word in words), "-o", target) == 2
+        error = capsys.readouterr().err
+        assert "E_BASE" in error
+        assert "has the checksum" in error
+        assert "(tensor '" in error
+        assert f"on {tmp_path / 'step-'}" in error
+        assert target.read_bytes() == b"old"
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_models_and_deltas_are_told_apart(tmp_path: Path, steps: list[Arrays], capsys: Capture) -> None:
+    delta, base = tmp_path / "d1.sfp", tmp_path / "step-0.safetensors"
+    save_file(steps[0], tmp_path / "model.sfp")
+    cases: tuple[tuple[tuple[object, ...], str], ...] = (
+        (("unpack", delta, "-o", tmp_path / "x.safetensors"), "is a delta, not a model"),
+        (("apply", delta, delta, "-o", tmp_path / "x.safetensors"), "is a delta, not a model"),
+        (("apply", base, tmp_path / "model.sfp", "-o", tmp_path / "x.sfp"), "is a model, not a delta"),
+        (("delta", base, delta, "-o", tmp_path / "x.sfp"), "is a delta, not a model"),
+        (("delta", base, base, "-o", tmp_path / "x.txt"), "'sfp delta' writes .sfp"),
+        (("delta", base, base, "-o", base), "writes .sfp"),
+        (("squash", base, delta, "-o", delta), "is an input file"),
+    )
+    for words, message in cases:
+        assert sfp(*words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_info_and_diff_describe_a_delta(tmp_path: Path, steps: list[Arrays], capsys: Capture) -> None:
+    capsys.readouterr()
+    assert sfp("info", tmp_path / "d1.sfp") == 0
+    assert "a delta of 'step-0.safetensors': 4 changed, 3 unchanged" in capsys.readouterr().out
+    assert sfp("info", tmp_path / "d1.sfp", "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)["delta"]
+    assert found["kinds"] == {"changed": 4, "unchanged": 3}
+    assert len(found["tensors"]) == 7
+    assert sfp("diff", tmp_path / "step-0.safetensors", tmp_path / "d1.sfp") == 1
+    assert "3 of 7 tensors identical" in capsys.readouterr().out
+    assert (
+        sfp("delta", *(tmp_path / f"step-{n}.safetensors" for n in "01"), "-o", tmp_path / "j.sfp", "--json")
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["kinds"] == {"changed": 4, "unchanged": 3}
+
+
+def test_added_removed_and_replaced_tensors_come_through(tmp_path: Path, capsys: Capture) -> None:
+    base = {"a": np.arange(6.0), "gone": np.ones(3), "b": np.zeros((2, 2), np.float32)}
+    new = {"a": np.arange(6.0), "b": np.zeros(5, np.int8), "new": np.ones(7, np.float16)}
+    make(tmp_path / "base.safetensors", base)
+    make(tmp_path / "new.safetensors", new)
+    words = (tmp_path / "base.safetensors", tmp_path / "new.safetensors", "-o", tmp_path / "d.sfp")
+    assert sfp("delta", *words) == 0
+    assert "1 added, 1 removed, 1 replaced, 1 unchanged" in capsys.readouterr().out
+    assert (
+        sfp("apply", tmp_path / "base.safetensors", tmp_path / "d.sfp", "-o", tmp_path / "c.safetensors") == 0
+    )
+    assert sfp("diff", tmp_path / "new.safetensors", tmp_path / "c.safetensors") == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+def test_killing_the_command_leaves_the_old_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = {f"t{i}": rng.normal(size=200_000).astype(np.float32) for i in range(12)}
+    make(tmp_path / "base.safetensors", base)
+    make(tmp_path / "new.safetensors", {name: array + np.float32(1e-3) for name, array in base.items()})
+    target = tmp_path / "d.sfp"
+    target.write_bytes(b"old")
+    words = ["delta", "base.safetensors", "new.safetensors", "-o", "d.sfp"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sfpformat.cli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "SFPFORMAT_ENGINE": "python"},
+    )
+    while not list(tmp_path.glob(".*partial")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert target.read_bytes() == b"old"
