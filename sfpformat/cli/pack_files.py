@@ -31,7 +31,7 @@ from ..errors import SfpError
 from ..io.atomic import AtomicFile, rename_all
 from ..io.filesystem import UnnamedFileError, beside, open_locked, remove, remove_locked
 from ..io.safetensors import SafetensorsError, strict_json
-from ..io.threads import Workers
+from ..io.threads import Workers, default_threads
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
 from .console import Progress
@@ -216,7 +216,7 @@ class _TensorZeros:
         if given is None or not count or self._name in self._job.packed_storage:
             return NegativeZeros(count, positive)
         array = given.array
-        engine, workers = get_engine(weights=array.size), Workers(os.cpu_count() or 1)
+        engine, workers = get_engine(weights=array.size), Workers(default_threads())
         try:
             wanted = options.but(zeros="positive")
             plan = plan_tensor("", array, wanted, engine, importance=given.importance, workers=workers)

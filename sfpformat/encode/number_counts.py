@@ -36,16 +36,6 @@ class NumberCounts(NamedTuple):
         """How often the number 0 occurs."""
         return int(self.often[0]) if len(self.numbers) and not self.numbers[0] else 0
 
-    def with_zeros(self, more: int) -> NumberCounts:
-        """Returns the counts with ``more`` occurrences of the number 0."""
-        if not more:
-            return self
-        others = slice(int(self.zeros > 0), None)
-        return NumberCounts(
-            np.concatenate(([0], self.numbers[others])),
-            np.concatenate(([self.zeros + more], self.often[others])),
-        )
-
 
 class Magnitudes:
     """The magnitudes of a sample, sorted, for counting their numbers at many steps.

@@ -160,13 +160,10 @@ class Sampled:
         return Magnitudes(self.magnitudes)
 
     @cached_property
-    def _greatest_factors(self) -> tuple[F32 | None, F32 | None]:
-        """The greatest scale factor and the greatest multiplier, shape [1]; None if there are none."""
-        scale, multiplier = (
-            None if factors is None else np.abs(factors).max(initial=0)[None]
-            for factors in (self.scale, self.multiplier)
-        )
-        return scale, multiplier
+    def _greatest_product(self) -> float:
+        """The greatest product of a number times the step with factors, in any order; 1 without factors."""
+        factors = (np.abs(each).max(initial=1) for each in (self.scale, self.multiplier) if each is not None)
+        return math.prod(float(factor) for factor in factors)
 
     def counts(self, step: float) -> NumberCounts:
         """Returns how often each number occurs in the sample for a step."""
@@ -174,7 +171,9 @@ class Sampled:
         if isinstance(quantiser, UniformNumbers):
             found = self._sorted.counts(quantiser)
             greatest = int(found.numbers[-1]) if len(found.numbers) else 0
-            if self._reconstruction(step).is_finite(greatest, *self._greatest_factors):
+            # Far below the greatest number, rounding cannot make a product infinite.
+            bound = min(self.dtype.greatest, DTYPES["F32"].greatest) / 4
+            if greatest * float(step) * self._greatest_product < bound:
                 return found
         return NumberCounts.of(self.numbers(step))
 
@@ -217,7 +216,7 @@ class Sampled:
             # Survivors whose number is 0 are in the same stream, and have signs too.
             levels = max(levels, pairs_bits(counts)) + (counts.zeros << FRACTION)
             return levels, self.mask_bits() + levels
-        return levels, numbers_bits(counts.with_zeros(self.pruned)) if self.pruned else levels
+        return levels, levels + zeros_bits(counts, self.pruned) - zeros_bits(counts)
 
     def loses_all(self, step: float) -> bool:
         """Whether a step makes 0 of all survivors, though a mask or a fixed width spends bits on them."""
@@ -284,10 +283,16 @@ def numbers_bits(counts: NumberCounts) -> int:
     others = slice(int(counts.zeros > 0), None)
     numbers, often = counts.numbers[others], counts.often[others]
     alive = int(often.sum())
-    mask = entropy_bits(np.array([counts.zeros, alive]))
     least = alive << (FRACTION - 1) if len(often) > 1 else 0
     classes, residuals = _in_classes(numbers, often)
-    return mask + max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
+    rest = max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
+    return zeros_bits(counts) + rest
+
+
+def zeros_bits(counts: NumberCounts, more: int = 0) -> int:
+    """Returns the entropy (times 2^16) of which numbers are 0, with ``more`` zeros than in the counts."""
+    zeros, alive = counts.zeros + more, int(counts.often.sum()) - counts.zeros
+    return entropy_bits(np.array([zeros, alive]))
 
 
 def pairs_bits(counts: NumberCounts) -> int:

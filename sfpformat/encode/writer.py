@@ -10,7 +10,6 @@ After an error before this step, the old file is unchanged and the temporary fil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -32,7 +31,7 @@ from ..dtypes import Dtype
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, FileFault, OptionError, SfpError
 from ..io.checksum import crc32
-from ..io.threads import Workers
+from ..io.threads import Workers, default_threads
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from ..options import Options, require_options
@@ -114,7 +113,7 @@ class Writer:
         self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._engine_name, self._engine = engine, get_engine(engine, weights)
         self._weights, self._chosen_for = 0, weights
-        self._workers = Workers(threads or os.cpu_count() or 1)
+        self._workers = Workers(threads or default_threads())
         self._pipeline = Pipeline(self._workers)
         self._require_room("the metadata")
         self._sink = open_sink(target, resume_key, limits)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from sfpformat.dtypes import DTYPES
 from sfpformat.encode.number_counts import Magnitudes, NumberCounts
-from sfpformat.encode.quantise import Sampled, UniformNumbers, weighing_numbers
+from sfpformat.encode.quantise import Sampled, UniformNumbers, numbers_bits, weighing_numbers, zeros_bits
 
 RNG = np.random.default_rng(3)
 NORMAL = np.abs(RNG.standard_normal(20_000)).astype(np.float32)
@@ -53,8 +53,8 @@ def test_numbers_that_are_not_finite_are_counted_as_lowered() -> None:
     require_equal(sample.counts(298.0), sample.numbers(298.0))
 
 
-def test_zeros_are_added_to_counts() -> None:
-    for numbers, more, often in (([0, 2, 2], 3, [4, 2]), ([2], 3, [3, 1]), ([2, 2], 0, [2])):
-        found = NumberCounts.of(np.array(numbers)).with_zeros(more)
-        assert (found.numbers.tolist(), found.often.tolist()) == ([0, 2] if more else [2], often)
-    assert NumberCounts.of(np.zeros(0, np.int64)).with_zeros(1).zeros == 1
+def test_more_zeros_change_only_the_entropy_of_the_zeros() -> None:
+    numbers = np.array([0, 0, 1, 2, 3, 3])
+    few, many = NumberCounts.of(numbers), NumberCounts.of(np.append(numbers, [0] * 40))
+    assert zeros_bits(few, 40) == zeros_bits(many)
+    assert numbers_bits(many) - numbers_bits(few) == zeros_bits(few, 40) - zeros_bits(few)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sfpformat import Options, Uniform
-from sfpformat.io.threads import Workers
+from sfpformat.io.threads import Workers, default_threads
 from sfpformat.numpy import save
 
 
@@ -49,6 +49,16 @@ def test_one_item_runs_in_the_calling_thread_and_several_in_workers() -> None:
     assert list(workers.map(lambda _: threading.get_ident(), range(1))) == [own]
     assert own not in set(workers.map(lambda _: threading.get_ident(), range(4)))
     workers.stop()
+
+
+def test_the_default_is_the_number_of_processors_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
+    assert default_threads() == 3
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert default_threads() == 8
 
 
 @pytest.mark.parametrize("kind", ["dense", "few", "pruned", "quantised", "weighed"])
