@@ -12,6 +12,8 @@ from ..coding.quantisers import F32
 
 # Every _STRIDE-th magnitude is quantised first. Magnitudes between two with the same number have it, too.
 _STRIDE = 32
+# At most this many magnitudes, such as those of a BF16 tensor, are all quantised: that is faster.
+_FEW_MAGNITUDES = 4096
 
 
 class NumberCounts(NamedTuple):
@@ -62,18 +64,19 @@ class Magnitudes:
         values = self._values
         if not len(values):
             return NumberCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
-        coarse = quantise(values[self._grid])
-        changes = np.flatnonzero(coarse[1:] != coarse[:-1])
-        if 2 * len(changes) > len(coarse):
-            numbers, places = quantise(values), np.arange(len(values))
+        if len(values) > _FEW_MAGNITUDES:
+            places = self._possible_changes(quantise)
+            numbers = quantise(values[places])
         else:
-            # Each run between two places has one number: that of its first magnitude.
-            inside = (self._grid[changes][:, None] + np.arange(1, _STRIDE + 1)).reshape(-1)
-            inside = inside[inside < len(values)]
-            places = np.concatenate(([0], inside))
-            numbers = np.concatenate((coarse[:1], quantise(values[inside])))
-        first = np.concatenate(([True], numbers[1:] != numbers[:-1]))
-        places = places[first]
-        return NumberCounts(
-            numbers[first].astype(np.int64), np.diff(self._before[np.append(places, len(values))])
-        )
+            places, numbers = None, quantise(values)
+        first = np.append(0, np.flatnonzero(numbers[1:] != numbers[:-1]) + 1)
+        before = self._before[first if places is None else places[first]]
+        often = np.diff(before, append=self._before[-1])
+        return NumberCounts(numbers[first].astype(np.int64), often)
+
+    def _possible_changes(self, quantise: Callable[[F32], NDArray[np.unsignedinteger]]) -> NDArray[np.int64]:
+        """Returns the place of the first magnitude, and of all that may have another number than the last."""
+        coarse = quantise(self._values[self._grid])
+        changes = np.flatnonzero(coarse[1:] != coarse[:-1])
+        inside = (self._grid[changes][:, None] + np.arange(1, _STRIDE + 1)).reshape(-1)
+        return np.append(0, inside[inside < len(self._values)])

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.classes import FRACTION, Histogram, entropy_bits, log2_fixed
+from ..coding.classes import FRACTION, LOG2, LOG2_BITS, Histogram, entropy_bits, log2_fixed
 from ..coding.quantisers import F32, Uniform, uniform_numbers
 from ..dtypes import DTYPES, Dtype
 from ..errors import OptionError
@@ -30,7 +31,19 @@ _SEARCH_ROUNDS = 24
 _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than the entropy
 _CLASS_BITS = 10  # numbers of more bits are counted by this many leading bits
 _MOST_IN_PAIRS = 8  # with more different numbers, a Huffman code of pairs takes about the entropy
+_FEW_NUMBERS = 64  # for at most this many numbers, sums in Python are faster than in numpy
 _MOST_RISES = 4096  # from this number on, all numbers are counted as one to estimate their bits
+
+
+_LOGARITHMS: list[int] = LOG2.tolist()
+
+
+def log2_of(number: int) -> int:
+    """Returns the result of `log2_fixed` for one positive integer."""
+    exponent = number.bit_length() - 1
+    shift = exponent - LOG2_BITS
+    mantissa = number >> shift if shift >= 0 else number << -shift
+    return (exponent << FRACTION) + _LOGARITHMS[mantissa - (1 << LOG2_BITS)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,10 @@ def _rise_of_bits(magnitudes: Magnitudes, step: np.float32) -> F64:
     """
     found = magnitudes.counts(UniformNumbers(step, np.zeros(0, np.float32)))
     counts = np.bincount(np.minimum(found.numbers, _MOST_RISES), found.often).astype(np.int64)
+    if len(counts) <= _FEW_NUMBERS:  # numpy takes longer than Python
+        logarithms = [log2_of(count + 1) / (1 << FRACTION) for count in counts.tolist()]
+        costs = [(number > 0) - logarithm for number, logarithm in enumerate(logarithms)]
+        return np.array([max(b - a, 0.0) for a, b in pairwise(costs)], np.float64)
     # One is added to each count, so that numbers that are not in the sample have a finite cost.
     bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (np.arange(len(counts)) > 0)
     return np.clip(np.diff(bits), 0, None)
@@ -285,14 +302,22 @@ def numbers_bits(counts: NumberCounts) -> int:
     alive = int(often.sum())
     least = alive << (FRACTION - 1) if len(often) > 1 else 0
     classes, residuals = _in_classes(numbers, often)
-    rest = max(entropy_bits(classes) + (residuals << FRACTION), least) + (alive << FRACTION)
+    few = len(classes) <= _FEW_NUMBERS
+    entropy = _entropy(classes.tolist()) if few else entropy_bits(classes)
+    rest = max(entropy + (residuals << FRACTION), least) + (alive << FRACTION)
     return zeros_bits(counts) + rest
 
 
 def zeros_bits(counts: NumberCounts, more: int = 0) -> int:
     """Returns the entropy (times 2^16) of which numbers are 0, with ``more`` zeros than in the counts."""
     zeros, alive = counts.zeros + more, int(counts.often.sum()) - counts.zeros
-    return entropy_bits(np.array([zeros, alive]))
+    return _entropy([zeros, alive])
+
+
+def _entropy(counts: list[int]) -> int:
+    """Returns the result of `entropy_bits`, which takes longer for a few counts."""
+    total = sum(counts)
+    return total * log2_of(total) - sum(n * log2_of(n) for n in counts if n) if total else 0
 
 
 def pairs_bits(counts: NumberCounts) -> int:

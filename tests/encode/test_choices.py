@@ -17,6 +17,7 @@ from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
 from sfpformat.encode.level_sources.table import lloyd_max
+from sfpformat.encode.level_sources import table
 from sfpformat.encode.number_counts import Magnitudes
 from sfpformat.encode.quantise import Sampled, step_for_error, weighing_numbers
 from sfpformat.encode.segments import default_segment
@@ -310,3 +311,17 @@ def test_nine_centroids_get_nine_classes_instead_of_a_fixed_width() -> None:
 def test_fixed_widths_leave_lossless_tensors_coded() -> None:
     data = save({"w": NORMAL}, options=PRESETS["fused"])
     assert data == save({"w": NORMAL}, options=PRESETS["gpu"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mask", ["auto", "none"])
+@pytest.mark.parametrize("centroids", [3, 16, 1000])
+def test_levels_of_a_table_looked_up_by_bit_pattern_equal_those_of_a_search(
+    dtype: str, mask: str, centroids: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = np.random.default_rng(1).standard_normal((256, 300)).astype(dtype)
+    weights[3, :9], weights[4, :9] = 0.0, -0.0
+    options = Options(Table(centroids=centroids), mask=mask)  # type: ignore[arg-type]  # of the parameters
+    found = save({"w": weights}, options=options)
+    monkeypatch.setattr(table, "_LOOKED_UP", 1 << 40)
+    assert save({"w": weights}, options=options) == found

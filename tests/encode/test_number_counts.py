@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sfpformat.coding.classes import log2_fixed
 from sfpformat.dtypes import DTYPES
+from sfpformat.encode import quantise
 from sfpformat.encode.number_counts import Magnitudes, NumberCounts
-from sfpformat.encode.quantise import Sampled, UniformNumbers, numbers_bits, weighing_numbers, zeros_bits
+from sfpformat.encode.quantise import (
+    Sampled,
+    UniformNumbers,
+    log2_of,
+    numbers_bits,
+    weighing_numbers,
+    zeros_bits,
+)
 
 RNG = np.random.default_rng(3)
 NORMAL = np.abs(RNG.standard_normal(20_000)).astype(np.float32)
@@ -51,6 +60,21 @@ def test_numbers_that_are_not_finite_are_counted_as_lowered() -> None:
     sample = Sampled(magnitudes, 4, None, 0.0, DTYPES["F8_E4M3"])
     assert sample.numbers(298.0).tolist() == [0, 1, 1, 1]
     require_equal(sample.counts(298.0), sample.numbers(298.0))
+
+
+@given(st.integers(1, (1 << 53) - 1))
+def test_the_logarithm_of_one_number_equals_that_of_an_array(number: int) -> None:
+    assert log2_of(number) == int(log2_fixed(np.array([number]))[0])
+
+
+@pytest.mark.parametrize("step", [0.01, 0.02, 0.05, 0.2, 1.0, 3.0])
+def test_costs_and_bits_in_python_equal_those_in_numpy(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Sampled(NORMAL, len(NORMAL) + 500, None, 0.12)
+    found = sample.quantiser(step), sample.bits(step)
+    monkeypatch.setattr(quantise, "_FEW_NUMBERS", 0)
+    thresholds = [getattr(each, "thresholds", None) for each in (found[0], sample.quantiser(step))]
+    assert np.array_equal(*thresholds)
+    assert found[1] == sample.bits(step)
 
 
 def test_more_zeros_change_only_the_entropy_of_the_zeros() -> None:

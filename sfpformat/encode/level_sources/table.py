@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.mask import Mask
 from ...coding.planes import AnyLevels
-from ...coding.quantisers import F32, MAX_CENTROIDS, Table, scaled_down
+from ...coding.quantisers import F32, MAX_CENTROIDS, Table, float_patterns, scaled_down
+from ...errors import OptionError
 from ...options import Table as Asked
 from ..quantise import F64, SAMPLE
 from .base import Survives, blocks_of
 from .lossy import LossyTensor, NumberSource, sampled_survivors
 
+_LOOKED_UP = 1 << 16  # positions; levels of smaller tensors are not looked up by bit patterns
 _LLOYD_BITS = 14  # the histogram of magnitudes has 2^14 bins
 _LLOYD_ROUNDS = 200
 
@@ -46,6 +49,10 @@ class TableSource(NumberSource):
         return np.asarray(self.tensor.flat[block].astype(np.float32) != 0)
 
     def levels(self, block: slice, mask: Mask | None) -> AnyLevels:
+        looked_up = self._by_pattern
+        if looked_up is not None:
+            patterns = float_patterns(self.tensor.flat[block], self.tensor.dtype)
+            return looked_up[patterns if mask is None else self.tensor.engine.chosen(patterns, mask)]
         chosen = slice(None) if mask is None else mask
         weights = self.tensor.flat[block][chosen].astype(np.float32)
         magnitudes, (scale, multiplier) = np.abs(weights), self.tensor.factors(block)
@@ -55,6 +62,28 @@ class TableSource(NumberSource):
             magnitudes = scaled_down(magnitudes, scale)
         numbers = self.reconstruction.lowered(nearest_numbers(magnitudes, self.values), scale, multiplier)
         return numbers * np.uint64(2) + np.signbit(weights)
+
+    @cached_property
+    def _by_pattern(self) -> NDArray[np.uint16] | None:
+        """The level of each bit pattern, for large tensors of 2-byte weights without factors; else None.
+
+        None, too, if no centroid is finite for some pattern, which may not occur in the tensor.
+        """
+        tensor = self.tensor
+        if tensor.dtype.bits != 16 or tensor.scaling is not None or tensor.multiplier is not None:
+            return None
+        if self.positions < _LOOKED_UP or len(self.values) > 1 << 15:
+            return None
+        magnitudes = np.arange(1 << 15, dtype=np.uint16).view(tensor.dtype.numpy).astype(np.float32)
+        finite = magnitudes[: tensor.dtype.nonfinite]
+        try:
+            numbers = self.reconstruction.lowered(nearest_numbers(finite, self.values), None, None)
+        except OptionError:
+            return None
+        levels = np.zeros(1 << 16, np.uint16)
+        levels[: len(numbers)] = numbers.astype(np.uint16) * np.uint16(2)
+        levels[1 << 15 :] = levels[: 1 << 15] + np.uint16(1)
+        return levels
 
     def with_zero(self) -> TableSource:
         """Adds the centroid 0 if a weight is 0. A full table loses its least centroid."""
@@ -162,10 +191,11 @@ def lloyd_max(magnitudes: F32, count: int, weights: F32 | None = None) -> F32:
     for _ in range(_LLOYD_ROUNDS):
         middles = (centroids[1:] + centroids[:-1]) / 2
         cuts = np.ceil(middles / (1 << (20 - _LLOYD_BITS))).astype(np.int64)
-        edges = np.concatenate(([0], np.clip(cuts, 0, 1 << _LLOYD_BITS), [1 << _LLOYD_BITS]))
+        cuts = np.minimum(np.maximum(cuts, 0), 1 << _LLOYD_BITS)
+        edges = np.concatenate(([0], cuts, [1 << _LLOYD_BITS]))
         inside = np.diff(mass_below[edges])
         moved = np.where(inside > 0, np.diff(moment_below[edges]) / np.maximum(inside, 1), centroids)
-        if np.array_equal(moved, centroids):
+        if (moved == centroids).all():
             break
         centroids = moved
     return np.unique((centroids * (greatest / (1 << 20))).astype(np.float32))
