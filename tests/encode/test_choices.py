@@ -16,8 +16,8 @@ import sfpformat
 from sfpformat import PRESETS, OptionError, Options, Table, Uniform
 from sfpformat.coding.classes import FRACTION, best_layout, entropies, entropy_bits, log2_fixed
 from sfpformat.coding.codetable import code_lengths
-from sfpformat.encode.level_sources.table import lloyd_max
 from sfpformat.encode.level_sources import table
+from sfpformat.encode.level_sources.table import lloyd_max
 from sfpformat.encode.number_counts import Magnitudes
 from sfpformat.encode.quantise import Sampled, step_for_error, weighing_numbers
 from sfpformat.encode.segments import default_segment
@@ -321,7 +321,7 @@ def test_levels_of_a_table_looked_up_by_bit_pattern_equal_those_of_a_search(
 ) -> None:
     weights = np.random.default_rng(1).standard_normal((256, 300)).astype(dtype)
     weights[3, :9], weights[4, :9] = 0.0, -0.0
-    options = Options(Table(centroids=centroids), mask=mask)  # type: ignore[arg-type]  # of the parameters
+    options = Options(Table(centroids=centroids), mask=mask)
     found = save({"w": weights}, options=options)
     monkeypatch.setattr(table, "_LOOKED_UP", 1 << 40)
     assert save({"w": weights}, options=options) == found

@@ -6,6 +6,11 @@ with the rules of `sfpformat.encode.pipeline`, on 1 to 64 threads, and a disk th
 at a time. The checkpoint is one of 70 G weights in BF16; 10 of its 80 layers are simulated.
 
     python -m tests.figures.parallel --disk 3
+
+With a model, compares two threads with one instead, for this package and ZipNN in turns, and one thread with
+ZipNN by processor time; prints medians and quartiles.
+
+    python -m tests.figures.parallel --model model.safetensors
 """
 
 from __future__ import annotations
@@ -20,13 +25,17 @@ from heapq import heappop, heappush
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from sfpformat import Options
+from sfpformat.bench.measure import Spread, rotated
+from sfpformat.bench.peers import ZipnnPacker
 from sfpformat.encode.chunks import chunk_jobs, encode_chunk
 from sfpformat.encode.pipeline import ROOM
 from sfpformat.encode.plan import plan_tensor
 from sfpformat.encode.planner import Plan
 from sfpformat.engines import Engine, get_engine
+from sfpformat.io.safetensors import SafetensorsFile
 from sfpformat.io.threads import Workers
 from sfpformat.numpy import load, save
 
@@ -251,11 +260,52 @@ def rows(costs: dict[str, Costs], disk: float) -> Iterator[str]:
                 yield f"{line}  {machine.bottleneck(seconds)}"
 
 
+def compared(path: str, rounds: int) -> Iterator[str]:
+    """Yields the lines of the comparison with ZipNN on the tensors of a safetensors file, in BF16."""
+    with SafetensorsFile(path) as file:
+        tensors = {name: as_bf16(file.read(name)) for name in file.header.tensors}
+    arrays = [array for array in tensors.values() if array.nbytes]
+    packers = {threads: ZipnnPacker(threads) for threads in (1, 2)}
+    shares: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        times: dict[tuple[str, int], tuple[float, float]] = {}
+        for which, threads in rotated([(w, t) for w in ("sfp", "ZipNN") for t in (1, 2)], number):
+            prepared = packers[threads].prepare(arrays) if which == "ZipNN" else None
+            start, processor = time.perf_counter(), time.process_time()
+            if prepared is None:
+                save(tensors, engine="numba", threads=threads)
+            else:
+                packers[threads].encode(prepared)
+            times[which, threads] = time.perf_counter() - start, time.process_time() - processor
+        if number:  # the first round loads kernels
+            for which in ("sfp", "ZipNN"):
+                share = times[which, 1][0] / times[which, 2][0]
+                shares.setdefault(f"{which}, speed with two threads over one", []).append(share)
+            share = times["ZipNN", 1][1] / times["sfp", 1][1]
+            shares.setdefault("speed with one thread over ZipNN, processor time", []).append(share)
+            share = times["sfp", 2][1] / times["sfp", 1][1]
+            shares.setdefault("processor time with two threads over one", []).append(share)
+    for words, values in shares.items():
+        spread = Spread.of(values)
+        yield f"{words}: {spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
+
+
+def as_bf16(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Returns a float array in BF16, and others unchanged."""
+    return array.astype(ml_dtypes.bfloat16) if array.dtype == np.float32 else array
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.parallel", description=__doc__)
     parser.add_argument("--disk", type=float, default=3, help="disk speed in GB/s")
     parser.add_argument("--chunk-ms", type=float, help="the time of a chunk with the GIL, not measured")
+    parser.add_argument("--model", help="a safetensors file: compare with ZipNN, which must be installed")
+    parser.add_argument("--rounds", type=int, default=33, help="rounds of the comparison")
     args = parser.parse_args()
+    if args.model is not None:
+        for line in compared(args.model, args.rounds):
+            print(line)
+        return 0
     costs = measured()
     for name, each in costs.items():
         if args.chunk_ms is not None:

@@ -52,7 +52,9 @@ class TableSource(NumberSource):
         looked_up = self._by_pattern
         if looked_up is not None:
             patterns = float_patterns(self.tensor.flat[block], self.tensor.dtype)
-            return looked_up[patterns if mask is None else self.tensor.engine.chosen(patterns, mask)]
+            if mask is not None:
+                patterns = self.tensor.engine.chosen(patterns, mask)
+            return np.asarray(looked_up[patterns])
         chosen = slice(None) if mask is None else mask
         weights = self.tensor.flat[block][chosen].astype(np.float32)
         magnitudes, (scale, multiplier) = np.abs(weights), self.tensor.factors(block)
