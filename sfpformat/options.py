@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Real
 from typing import Any, ClassVar, Self
 
-from .coding.codetable import MAX_CODE_BITS, MAX_CODES
+from .coding.codetable import MAX_CODE_BITS, MAX_CODES, MAX_WINDOW_BITS
 from .dtypes import FACTOR_DTYPES
 from .errors import OptionError, UnknownPresetError
 from .names import require_known, unknown_name
@@ -289,6 +289,10 @@ class Options(_NoQuantiserFields):
         group: levels per symbol, 1 or 2, or None.
         codes: the greatest number of codes for the segments of a stream, 1 to 16. None: up to 8.
         code_limit: the greatest code length in bits, at most 12; 8 suits the tables of a GPU.
+        window: bits of a symbol, 1 to 4, to code levels in windows of 2^window - 1 classes, of fixed width,
+            instead of prefix codes (the mask excepted). Larger files, which decode several times as fast. A
+            stream of which more than an eighth of the levels would be outside has prefix codes. None: prefix
+            codes.
         fixed_width: whether mask and fingerprints have one class each, and chunks have whole rows. Only for
             ``Uniform`` and ``Table``. The mask is then a plain bitmap, and all levels have the same number of
             bits (for a table, if its number of centroids is a power of two). Fused kernels multiply such
@@ -319,6 +323,7 @@ class Options(_NoQuantiserFields):
     group: int | None = None
     codes: int | None = None
     code_limit: int = MAX_CODE_BITS
+    window: int | None = None
     fixed_width: bool = False
     segment: int | None = None
     segment_near: int | None = None
@@ -341,6 +346,8 @@ class Options(_NoQuantiserFields):
         _whole("code_limit", self.code_limit, 1, MAX_CODE_BITS)
         if self.codes is not None:
             _whole("codes", self.codes, 1, MAX_CODES)
+        if self.window is not None:
+            _whole("window", self.window, 1, MAX_WINDOW_BITS)
         _whole("chunk", self.chunk, 1, 1 << 24)
         if self.mantissa_bits is not None:
             _whole("mantissa_bits", self.mantissa_bits, -8, 52)
@@ -432,9 +439,10 @@ class _Presets(Mapping[str, Options]):
 PRESETS: Mapping[str, Options] = _Presets(
     {
         "default": Options(),
-        # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. One code per stream: one
+        # Class = exponent: residuals of 8 bits (BF16) or 24 (F32) are whole bytes. Windows of seven
+        # exponents, which vector registers decode. Where windows do not fit, one code per stream: one
         # look-up table to build and to keep in the cache. Long segments: less overhead per segment.
-        "speed": Options(mantissa_bits=0, group=1, codes=1, segment=3072),
+        "speed": Options(mantissa_bits=0, group=1, codes=1, window=3, segment=3072),
         # The class includes two mantissa bits.
         "size": Options(mantissa_bits=2, codes=16),
         # For decoding on a GPU.

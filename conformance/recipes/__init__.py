@@ -31,13 +31,14 @@ from . import (
     shapes,
     tables,
     vectors,
+    windows,
 )
 from .suite import Suite
 
 # In this order: later recipes break files of earlier ones.
 AREAS = (
     *(gallery, preamble, directory, entries, tables, planes, masks, quantisers, scales, numbers, chunks),
-    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, deltas, encode),
+    *(vectors, shapes, combinations, crowds, limits, canonical, latitude, deltas, encode, windows),
 )
 
 

@@ -13,7 +13,7 @@ from .slow_reader.delta import Plain, result_of
 Json = dict[str, Any]
 
 # Features that lie outside the profile `core` (SPEC.md chapter 23).
-NOT_CORE = {"delta", "uniform", "table", "narrow", "group-2", "scale", "multiplier"}
+NOT_CORE = {"delta", "uniform", "table", "narrow", "group-2", "scale", "multiplier", "windows"}
 SHOWN = 4  # elements shown at each end of an array
 
 
@@ -114,6 +114,8 @@ def _stream_features(entry: Json, stream: str) -> set[str]:
         found.add(f"importance-by-{source['quantiser']}")
     if len(source["codes"]) > 1:
         found.add("codes")
+    if "window" in source:
+        found.add("windows")
     if source.get("quantiser") == "exact" and source["trim"]:
         found.add("trim")
     return found

@@ -229,6 +229,11 @@ def table(extra: list[int], *codes: list[int], base: int = 0, group: int = 1) ->
     return {"base": base, "extra": bytes(extra), "codes": list(map(nibbles, codes)), "group": group}
 
 
+def windowed(extra: list[int], window: int, base: int = 0) -> dict[str, Any]:
+    """Returns the keys of a code table with windows."""
+    return {**table(extra, base=base), "window": window}
+
+
 def table_for(levels: list[int]) -> dict[str, Any]:
     """Returns a code table that covers the range of the levels with classes of decreasing powers of two."""
     left = max(levels) - min(levels) + 1
@@ -281,12 +286,30 @@ def segment_bits(source: Entry, levels: list[int], code: int, trim: int) -> tupl
         residual += bits[:1] + bits[1 + trim :]
     if k == 1:
         return "", residual
+    if "window" in source:
+        return window_bits(source, classes, code), residual
     words = {
         symbol: word for word, symbol in slow_reader.codewords(slow_reader.lengths(source)[code]).items()
     }
     classes += [0] * (len(classes) % group)
     symbols = [sum(classes[i + j] * k**j for j in range(group)) for i in range(0, len(classes), group)]
     return "".join(words[symbol] for symbol in symbols), residual
+
+
+def window_bits(source: Entry, classes: list[int], window: int, escaped: Iterable[int] = ()) -> str:
+    """Encodes the classes of a segment with a window (chapter 9).
+
+    Args:
+        source: the map of the stream.
+        classes: the class of each level.
+        window: the first class of the window.
+        escaped: indices of levels to escape although their classes are in the window.
+    """
+    last, bits = (1 << source["window"]) - 1, slow_reader.escape_bits(source)
+    outside = {i for i, c in enumerate(classes) if not window <= c < window + last} | set(escaped)
+    symbols = [last if i in outside else c - window for i, c in enumerate(classes)]
+    planes = ["".join(str(symbol >> k & 1) for symbol in symbols) for k in range(source["window"])]
+    return "".join(planes) + "".join(format(classes[i], f"0{bits}b")[::-1] for i in sorted(outside))
 
 
 def mask_levels(mask: Entry, bits: list[int]) -> list[int]:

@@ -33,6 +33,7 @@ from .slow_reader import (
     BYTES,
     FACTORS,
     FLOATS,
+    code_count,
     f32,
     level_counts,
     pattern_of,
@@ -198,15 +199,18 @@ class _Fingerprints:
         least = max(map(max, filter(None, levels or [])), default=0)
         base, extra = any_classes(choices, bound, least if levels is not None else None)
         group = 2 if 2 <= len(extra) <= 64 and choices.below(2) else 1
+        table: Entry = {"base": base, "extra": bytes(extra), "group": group, "codes": []}
         count = choices.pick((1, 2, 3, _CODES)) if len(extra) > 1 else 0
+        if group == 1 and 2 <= len(extra) <= 256 and choices.seldom(3):
+            table["window"] = choices.pick([w for w in (3, 1, 2, 4) if (1 << w) - 1 <= len(extra)])
+            count = 0
         noise = choices.noise()
         first = first_levels(base, extra)
         classes = [[class_of(first, level) for level in own] for own in levels or []]
         if counts is not None:
             few = min(len(extra), 8 if group == 2 else _SYMBOLS)
             classes = [[noise.below(few) for _ in range(count)] for count in counts]
-        codes = [noise.below(count) if count else 0 for _ in classes]
-        table: Entry = {"base": base, "extra": bytes(extra), "group": group, "codes": []}
+        codes = [noise.below(count or max(code_count(table), 1)) for _ in classes]
         for number in range(count):
             own = [c for c, code in zip(classes, codes, strict=True) if code == number]
             table["codes"].append(any_code(noise, _symbols(own, len(extra), group), len(extra) ** group))

@@ -53,15 +53,16 @@ class TensorReport:
 
     @property
     def coding(self) -> str:
-        """A description of coding, quantiser and scale."""
+        """A description of coding, quantiser, scale and windows."""
         fingerprints, scale = self.entry.fingerprints, self.entry.scale
         if fingerprints is None:
             return "raw"
         quantiser = fingerprints.quantiser
         words = str(quantiser)
-        if scale is None:
-            return words
-        return f"{words} per {scale.size or ''}{'' if scale.size else scale.per}"
+        if scale is not None:
+            words += f" per {scale.size or scale.per}"
+        window = fingerprints.table.window
+        return words if window is None else f"{words}, windows of {window} bits"
 
     def to_json(self) -> dict[str, object]:
         """Returns the figures as JSON values, with sizes in bytes, and parts in bits."""
@@ -75,6 +76,7 @@ class TensorReport:
             "quantiser": quantiser.NAME if quantiser else None,
             "step": float(quantiser.step) if isinstance(quantiser, Uniform) else None,
             "coded_dtype": quantiser.dtype.name if isinstance(quantiser, Exact) else None,
+            "window": entry.fingerprints.table.window if entry.fingerprints else None,
             "scale": (entry.scale.size or entry.scale.per) if entry.scale else None,
             "mask": entry.mask.kind if entry.mask else None,
             "importance": entry.importance.over if entry.importance else None,

@@ -57,6 +57,7 @@ _PLAIN = (
     "chunk",
     "codes",
     "code_limit",
+    "window",
     "mantissa_bits",
     "zeros",
 )

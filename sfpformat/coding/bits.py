@@ -130,3 +130,12 @@ def write_bits(values: NDArray[np.uint64], widths: NDArray[np.integer]) -> tuple
         spill = np.flatnonzero(over)
         words[word[spill] + 1] |= over[spill]  # indices are unique: at most one field crosses a word's end
     return words.view(np.uint8)[: (total + 7) // 8], ends
+
+
+def segment_sums(
+    values: NDArray[np.integer] | NDArray[np.bool_], counts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Returns the sum of the values of each segment. Segments may be empty."""
+    before = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
+    ends = np.cumsum(counts)
+    return np.asarray(before[ends] - before[ends - counts], np.int64)

@@ -20,6 +20,8 @@ MAX_CODE_BITS = 12  # R-TAB-005
 MAX_SYMBOLS = 256  # used symbols, R-TAB-006: a symbol's rank fits a byte
 MAX_CLASSES = {1: 4096, 2: 64}  # by group, R-TAB-001
 MAX_CODES = 16  # R-TAB-009
+MAX_WINDOW_BITS = 4  # R-TAB-011
+MAX_WINDOWED_CLASSES = 256  # R-TAB-012: a class fits a byte
 
 # A directory has several codes for each tensor, and opening a file checks all of them. Code lengths are
 # checked with methods of `bytes`, which take a fraction of the time of a loop.
@@ -90,8 +92,11 @@ class PrefixCode:
         return ranks
 
 
-def require_shape(extra: bytes, group: int, codes: int) -> None:
-    """Checks the fields on which the meaning of code lengths depends (R-TAB-001 to -003, R-TAB-009)."""
+def require_shape(extra: bytes, group: int, codes: int, window: int | None = None) -> None:
+    """Checks the fields on which the meaning of codewords depends (R-TAB-001 to -003, -009, -011, -012).
+
+    ``window`` is the number of bits of a symbol in a window; None: the stream has prefix codes.
+    """
     if group not in MAX_CLASSES:
         raise fault("R-TAB-003", f"group is {group}, must be 1 or 2")
     if not group <= len(extra) <= MAX_CLASSES[group]:
@@ -99,9 +104,19 @@ def require_shape(extra: bytes, group: int, codes: int) -> None:
         raise fault("R-TAB-001", f"{len(extra)} classes with group {group}, must be {group} to {most}")
     if extra.translate(None, _EXTRAS):
         raise fault("R-TAB-002", f"a class has {max(extra)} residual bits, must have at most 56")
-    if not (codes == 0 if len(extra) == 1 else 1 <= codes <= MAX_CODES):
-        needed = 0 if len(extra) == 1 else f"1 to {MAX_CODES}"
-        raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes, must be {needed}")
+    without_codes = len(extra) == 1 or window is not None
+    if not (codes == 0 if without_codes else 1 <= codes <= MAX_CODES):
+        needed = 0 if without_codes else f"1 to {MAX_CODES}"
+        windows = "" if window is None else " with windows"
+        raise fault("R-TAB-009", f"{codes} codes for {len(extra)} classes{windows}, must be {needed}")
+    if window is None:
+        return
+    if not 1 <= window <= MAX_WINDOW_BITS:
+        raise fault("R-TAB-011", f"window is {window}, must be 1 to {MAX_WINDOW_BITS}")
+    least = max((1 << window) - 1, 2)
+    if group != 1 or not least <= len(extra) <= MAX_WINDOWED_CLASSES:
+        words = f"{len(extra)} classes with group {group} and symbols of {window} bits"
+        raise fault("R-TAB-012", f"{words}, must be {least} to {MAX_WINDOWED_CLASSES} with group 1")
 
 
 @dataclass(frozen=True)
@@ -111,22 +126,25 @@ class CodeTable:
     Attributes:
         base: first level of class 0.
         extra: byte c is the number of residual bits of class c.
-        codes: the codes of the segments, each of which uses one; empty if there is one class.
+        codes: the prefix codes of the segments, each of which uses one; empty with one class or windows.
         group: levels per symbol, 1 or 2.
+        window: the number of bits of a symbol in a window, None if the stream has prefix codes.
         top: the greatest level that the table can code, plus 1.
 
     Raises:
-        InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004 and R-TAB-009: the fields are not a valid table.
+        InvalidFileError: E_RANGE, by R-TAB-001 to R-TAB-004, R-TAB-009, R-TAB-011 and R-TAB-012: the fields
+            are not a valid table.
     """
 
     base: int
     extra: bytes
     codes: tuple[PrefixCode, ...] = ()
     group: int = 1
+    window: int | None = None
     top: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_shape(self.extra, self.group, len(self.codes))
+        require_shape(self.extra, self.group, len(self.codes), self.window)
         symbols = len(self.extra) ** self.group
         for code in self.codes:
             if len(code.length) != symbols:
@@ -141,6 +159,16 @@ class CodeTable:
     def classes(self) -> int:
         """K, the number of classes."""
         return len(self.extra)
+
+    @property
+    def code_count(self) -> int:
+        """The number of codes or windows that a segment can have; 0 for one class."""
+        return len(self.codes) if self.window is None else windows_of(self.classes, self.window)
+
+    @property
+    def escape_bits(self) -> int:
+        """The number of bits of the class of an escaped level."""
+        return (self.classes - 1).bit_length()
 
     @cached_property
     def first(self) -> NDArray[np.uint64]:
@@ -176,6 +204,8 @@ class CodeTable:
     @cached_property
     def _used_extra(self) -> set[int]:
         """The different numbers of residual bits of used classes."""
+        if self.window is not None:
+            return set(self.extra)
         # For each symbol, the residual bits of its first class; with g = 2 of its second class too.
         each = [self.extra]
         if self.group == 2:
@@ -207,6 +237,11 @@ class CodeTable:
     def constant_width(self) -> int | None:
         """The number of residual bits of all classes, used or not, or None if it differs."""
         return None if self.extra.strip(self.extra[:1]) else self.extra[0]
+
+
+def windows_of(classes: int, window: int) -> int:
+    """Returns the number of windows: each covers 2^window - 1 consecutive classes."""
+    return classes - (1 << window) + 2
 
 
 def pack_lengths(lengths: bytes) -> bytes:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import fault
-from .planes import AnyLevels, Counts, Levels, segment_sums
+from .bits import segment_sums
+from .planes import AnyLevels, Counts, Levels
 
 Mask = NDArray[np.bool_]
 

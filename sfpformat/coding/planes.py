@@ -16,8 +16,9 @@ from bitarray.util import canonical_decode
 from numpy.typing import NDArray
 
 from ..errors import fault
-from .bits import Bytes, read_bits, read_fields, write_bits, write_fields
+from .bits import Bytes, read_bits, read_fields, segment_sums, write_bits, write_fields
 from .codetable import CodeTable, PrefixCode
+from .windows import Symbols, decode_windows, encode_windows
 
 Levels = NDArray[np.uint64]
 AnyLevels = NDArray[np.unsignedinteger]  # levels in an encoder: any sufficient width
@@ -30,7 +31,7 @@ class StreamSpan:
 
     Attributes:
         counts: number of levels in each segment.
-        codes: number of each segment's code.
+        codes: number of each segment's code or window.
         trims: number of residual bits that each segment omits.
         prefix_bits, residual_bits: bits of each segment in the two planes.
         prefix_start, residual_start: bit offsets of the run in the chunk.
@@ -74,13 +75,16 @@ def decode_levels(data: Bytes, span: StreamSpan, table: CodeTable) -> Levels:
         table: the stream's code table.
 
     Raises:
-        InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002.
+        InvalidFileError: E_LAYOUT by R-PLN-003, E_RESERVED by R-PLN-002, E_RANGE by R-PLN-005.
     """
     if table.classes == 1:
         residuals = _decode_residuals(data, span, table, None)
         return residuals + np.uint64(table.base) if table.base else residuals
-    symbols = _decode_prefix_plane(data, span, table)
-    classes = _classes_of_symbols(symbols, span.counts, table)
+    if table.window is None:
+        classes = _classes_of_symbols(_decode_prefix_plane(data, span, table), span.counts, table)
+    else:
+        bits = Symbols(span.counts, span.codes, span.prefix_start, span.prefix_bits)
+        classes = decode_windows(data, bits, table)
     levels = _decode_residuals(data, span, table, classes)
     levels += table.first[classes]
     return levels
@@ -227,7 +231,7 @@ def encode_levels(
     Args:
         levels: the levels of all segments, each at least ``table.base`` and below ``table.top``.
         counts: number of levels in each segment.
-        codes: number of each segment's code.
+        codes: number of each segment's code or window.
         trims: number of residual bits to omit in each segment; these bits are all zero.
         table: the stream's code table.
     """
@@ -264,6 +268,8 @@ def _encode_prefix_plane(
 ) -> tuple[Bytes, Counts]:
     if table.classes == 1:
         return np.zeros(0, np.uint8), np.zeros(len(counts), np.int64)
+    if table.window is not None:
+        return encode_windows(classes, counts, codes, table)
     symbols = symbols_of_classes(classes, counts, table.classes, table.group)
     # One dictionary with all pairs of code and rank, so that bitarray is called once.
     number = np.repeat(codes, symbol_counts(counts, table.group))
@@ -278,10 +284,3 @@ def _encode_prefix_plane(
     plane.encode(words, ranks.astype(np.uint8).tobytes() if len(table.codes) == 1 else ranks.tolist())
     prefix_bits = segment_sums(bits, symbol_counts(counts, table.group))
     return np.frombuffer(plane.tobytes(), np.uint8), prefix_bits
-
-
-def segment_sums(values: NDArray[np.integer] | NDArray[np.bool_], counts: Counts) -> Counts:
-    """Returns the sum of the values of each segment. Segments may be empty."""
-    before = np.concatenate(([0], np.cumsum(values, dtype=np.int64)))
-    ends = np.cumsum(counts)
-    return np.asarray(before[ends] - before[ends - counts], np.int64)

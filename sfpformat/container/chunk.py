@@ -44,7 +44,7 @@ def quantities(entry: TensorEntry) -> list[tuple[str, str]]:
     """
     out = [("survivors", "")] if entry.mask is not None else []
     for stream, table in entry.streams().items():
-        if len(table.codes) > 1:
+        if table.code_count > 1:
             out.append((stream, "codes"))
         if stream in entry.trimmed_streams():
             out.append((stream, "trims"))
@@ -68,7 +68,7 @@ class ChunkIndex:
     Attributes:
         positions, survivors: number in each segment.
         counts: stream -> number of levels in each segment.
-        codes: stream -> number of each segment's code.
+        codes: stream -> number of each segment's code or window.
         trims: stream -> number of residual bits that each segment omits.
         bits: (stream, plane) -> bits of each segment in that plane.
         starts: (stream, plane) -> bit offset of the plane in the chunk.
@@ -190,8 +190,8 @@ def _locate_planes(
     starts: dict[tuple[str, str], int] = {}
     ends = [pos]
     for stream, table in entry.streams().items():
-        if codes[stream].max() >= max(len(table.codes), 1):
-            raise fault("R-IDX-005", f"a segment uses a code of the {stream} that does not exist")
+        if codes[stream].max() >= max(table.code_count, 1):
+            raise fault("R-IDX-005", f"a segment uses a code or window of the {stream} that does not exist")
         if trims[stream].max() >= max(table.least_extra, 1):
             raise fault("R-IDX-006", f"a trim of {trims[stream].max()} bits in the {stream} is too large")
         for plane in ("prefix", "residual"):

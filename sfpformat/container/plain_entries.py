@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..coding.bits import MAX_FIELD_BITS
-from ..coding.codetable import MAX_CLASSES, MAX_CODE_BITS, MAX_CODES, MAX_SYMBOLS
+from ..coding.codetable import (
+    MAX_CLASSES,
+    MAX_CODE_BITS,
+    MAX_CODES,
+    MAX_SYMBOLS,
+    MAX_WINDOW_BITS,
+    MAX_WINDOWED_CLASSES,
+)
 from ..dtypes import DTYPES, Dtype
 from ..limits import Limits
 from .entry import CHUNK_ALIGNMENT, CHUNK_RECORD, MAX_CHUNK_POSITIONS, MAX_POSITIONS, MAX_SEGMENT
@@ -31,6 +38,7 @@ Numbers = NDArray[np.int64]
 _RAW_KEYS = ("chunk", "chunks", "coding", "dtype", "name", "segment", "shape")
 _EXACT_KEYS = ("chunk", "chunks", "coding", "dtype", "fingerprints", "name", "segment", "shape")
 _STREAM_KEYS = ("base", "codes", "dtype", "extra", "group", "quantiser", "trim")
+_STREAM_KEYS_WITH_WINDOW = (*_STREAM_KEYS, "window")
 _EXTRAS = bytes(range(MAX_FIELD_BITS + 1))
 
 
@@ -40,9 +48,10 @@ class PlainTable(NamedTuple):
     Attributes:
         base: first level of class 0.
         extra: residual bits of each class.
-        codes: number of codes.
+        codes: number of codes; 0 with windows.
         lengths: code lengths of all codes, concatenated, one byte per class.
         trim: whether segments have trims.
+        window: bits of a symbol in a window; None: the stream has prefix codes.
     """
 
     base: int
@@ -50,6 +59,7 @@ class PlainTable(NamedTuple):
     codes: int
     lengths: bytes
     trim: bool
+    window: int | None
 
 
 class Outline(NamedTuple):
@@ -118,7 +128,7 @@ def looks_plain(entry: Fields) -> bool:
         keys == _EXACT_KEYS
         and entry["coding"] == "fingerprint"
         and type(stream) is dict
-        and tuple(stream) == _STREAM_KEYS
+        and tuple(stream) in (_STREAM_KEYS, _STREAM_KEYS_WITH_WINDOW)
         and stream["quantiser"] == "exact"
         and stream["dtype"] == entry["dtype"]
         and stream["group"] == 1
@@ -226,7 +236,14 @@ def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTab
         classes = len(extra)
         if trim not in (0, 1) or type(trim) is not int or not 1 <= classes <= MAX_CLASSES[1]:
             return None
-        if not (len(codes) == 0 if classes == 1 else 1 <= len(codes) <= MAX_CODES):
+        window = stream.get("window")
+        if not (len(codes) == 0 if classes == 1 or window is not None else 1 <= len(codes) <= MAX_CODES):
+            return None
+        if window is not None and not (
+            type(window) is int
+            and 1 <= window <= MAX_WINDOW_BITS
+            and max((1 << window) - 1, 2) <= classes <= MAX_WINDOWED_CLASSES
+        ):
             return None
         same = not extra.strip(extra[:1])
         levels = classes << extra[0] if same else sum([1 << bits for bits in extra])
@@ -236,7 +253,7 @@ def _tables(entries: Sequence[Fields], dtypes: Sequence[Dtype]) -> list[PlainTab
             if type(code) is not bytes or len(code) != (classes + 1) // 2:
                 return None
         packed += codes
-        tables[i] = PlainTable(base, extra, len(codes), b"", bool(trim))
+        tables[i] = PlainTable(base, extra, len(codes), b"", bool(trim), window)
     return _with_lengths(tables, packed)
 
 

@@ -26,13 +26,23 @@ ROLES = ("multiplier", "metadata")
 
 # The keys of a code table, of a mask by its kind, and of a stream with any quantiser.
 _TABLE_KEYS = ("base", "extra", "codes", "group")
-_MASK_KEYS = {"runs": ("kind", "polarity", *_TABLE_KEYS), "octets": ("kind", *_TABLE_KEYS)}
-_ALL_STREAM_KEYS = ("quantiser", *(key for kind in QUANTISERS.values() for key in kind.KEYS), *_TABLE_KEYS)
+_ALL_TABLE_KEYS = (*_TABLE_KEYS, "window")
+_MASK_KEYS = {"runs": ("kind", "polarity"), "octets": ("kind",)}
+_ALL_STREAM_KEYS = (
+    "quantiser",
+    *(key for kind in QUANTISERS.values() for key in kind.KEYS),
+    *_ALL_TABLE_KEYS,
+)
 
 
-def _stream_keys(quantiser: Quantiser) -> tuple[str, ...]:
+def _table_keys(table: CodeTable) -> tuple[str, ...]:
+    """Returns the keys of a code table."""
+    return _TABLE_KEYS if table.window is None else _ALL_TABLE_KEYS
+
+
+def _stream_keys(quantiser: Quantiser, table: CodeTable) -> tuple[str, ...]:
     """Returns the keys of the map of a stream with a quantiser."""
-    return ("quantiser", *quantiser.KEYS, *_TABLE_KEYS)
+    return ("quantiser", *quantiser.KEYS, *_table_keys(table))
 
 
 def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
@@ -48,12 +58,14 @@ def word(source: Fields, key: str, words: tuple[str, ...], clause: str) -> str:
 
 
 def table_to_map(table: CodeTable) -> dict[str, object]:
-    """Returns the four keys of a code table, with their values."""
+    """Returns the keys of a code table, with their values."""
+    window = {} if table.window is None else {"window": table.window}
     return {
         "base": table.base,
         "extra": table.extra,
         "codes": [pack_lengths(code.length) for code in table.codes],
         "group": table.group,
+        **window,
     }
 
 
@@ -61,16 +73,17 @@ def table_from_map(source: Fields) -> CodeTable:
     """Reads the code table of a stream's map."""
     base, extra = required(source, "base", int), required(source, "extra", bytes)
     lengths, group = required(source, "codes", list), required(source, "group", int)
+    window = required(source, "window", int) if "window" in source else None
     for code in lengths:
         if not isinstance(code, bytes):
             raise fault("R-DIR-003", "an item of codes is not binary", offset=place_of(source, "codes"))
     at = None  # the key whose offset a fault gets; None: the map's offset
     try:
-        require_shape(extra, group, len(lengths))
+        require_shape(extra, group, len(lengths), window)
         at, symbols = "codes", len(extra) ** group
         codes = tuple([PrefixCode(unpack_lengths(code, symbols)) for code in lengths])
         at = None
-        return CodeTable(base, extra, codes, group)
+        return CodeTable(base, extra, codes, group, window)
     except FileFault as error:
         error.place(None, place_of(source, at))
         raise
@@ -117,7 +130,7 @@ def factor_dtype(source: Fields, clause: str) -> Dtype:
 class MaskEntry:
     """How the mask is coded. ``polarity`` is 0 for octets, which have no polarity."""
 
-    KEYS: ClassVar[frozenset[str]] = frozenset(_MASK_KEYS["runs"])
+    KEYS: ClassVar[frozenset[str]] = frozenset((*_MASK_KEYS["runs"], *_ALL_TABLE_KEYS))
 
     kind: str
     polarity: int
@@ -136,7 +149,7 @@ class MaskEntry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the result of `to_map`, computed without it."""
-        return _MASK_KEYS[self.kind]
+        return (*_MASK_KEYS[self.kind], *_table_keys(self.table))
 
     @classmethod
     def from_map(cls, source: Fields) -> MaskEntry:
@@ -173,7 +186,7 @@ class FingerprintsEntry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the result of `to_map`, computed without it."""
-        return _stream_keys(self.quantiser)
+        return _stream_keys(self.quantiser, self.table)
 
     @classmethod
     def from_map(cls, source: Fields) -> FingerprintsEntry:
@@ -239,7 +252,10 @@ class ImportanceEntry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the result of `to_map`, computed without it."""
-        coded = ("dtype",) if self.quantiser is None else _stream_keys(self.quantiser)
+        if self.quantiser is None:
+            return ("over", "role", "dtype")
+        assert self.table is not None
+        coded = _stream_keys(self.quantiser, self.table)
         return ("over", "role", *coded)
 
     @classmethod

@@ -15,6 +15,7 @@ from ..coding.classes import Histogram, add_histograms, histogram
 from ..coding.codetable import EMPTY_TABLE, MAX_CODE_BITS, CodeTable, code_lengths
 from ..coding.planes import greatest_trims, symbol_counts, symbols_of_classes
 from ..coding.quantisers import Exact, Quantiser
+from ..coding.windows import levels_outside
 from ..container.chunk import excess_in_index
 from ..container.directory import entry_faults
 from ..container.entry import TensorEntry
@@ -239,7 +240,7 @@ def _decode_everything(decoder: TensorDecoder, chunk: Chunk, usage: dict[str, _S
     for stream, counted in usage.items():
         levels = decoder.levels(chunk, stream, 0, int(segments))
         counts = chunk.index.counts[stream]
-        counted.add(levels, counts, chunk.index.codes[stream])
+        counted.add(levels, counts, chunk.index.codes[stream], chunk.index.bits[stream, "prefix"])
         if stream in trimmed:
             counted.add_trims(levels, counts, chunk.index.trims[stream])
     fingerprints = decoder.entry.fingerprints
@@ -255,12 +256,19 @@ class _StreamUsage:
         self.table = table
         symbols = table.classes**table.group
         self.symbols = np.zeros((max(len(table.codes), 1), symbols), np.int64)
+        self.is_best_window, self.escaped_inside = True, False
         self.first_use: list[int] = []
         self.numbers: Histogram = np.zeros(0, np.int64)
         self.levels = 0
         self.trims: tuple[int, int] | None = None  # sums of the written trims and of the greatest possible
 
-    def add(self, levels: NDArray[np.uint64], counts: NDArray[np.int64], codes: NDArray[np.int64]) -> None:
+    def add(
+        self,
+        levels: NDArray[np.uint64],
+        counts: NDArray[np.int64],
+        codes: NDArray[np.int64],
+        prefix_bits: NDArray[np.int64],
+    ) -> None:
         """Counts the levels of a chunk."""
         table = self.table
         self.levels += len(levels)
@@ -270,6 +278,15 @@ class _StreamUsage:
             if code not in self.first_use:
                 self.first_use.append(code)
         symbols = symbols_of_classes(table.class_of(levels), counts, table.classes, table.group)
+        if table.window is not None:
+            rows = np.zeros((len(counts), table.classes), np.int64)
+            np.add.at(rows, (np.repeat(np.arange(len(counts)), counts), symbols), 1)
+            outside = levels_outside(rows, table.window)
+            escaped = outside[np.arange(len(counts)), codes]
+            needed = counts * table.window + escaped * table.escape_bits
+            self.is_best_window &= np.array_equal(outside.argmin(axis=1), codes)
+            self.escaped_inside |= bool((prefix_bits > needed).any())
+            codes = np.zeros_like(codes)
         row = np.repeat(codes, symbol_counts(counts, table.group)) * self.symbols.shape[1]
         flat = np.bincount(row + symbols, minlength=self.symbols.size)
         self.symbols += flat.reshape(self.symbols.shape)
@@ -296,6 +313,10 @@ class _StreamUsage:
         used = np.concatenate([numbers // table.classes**j % table.classes for j in range(table.group)])
         if used.min() != 0 or used.max() != table.classes - 1:
             yield "R-CAN-006", "the first or the last class is not used"
+        if not self.is_best_window:
+            yield "R-CAN-010", "a segment has a window that does not contain most of its levels"
+        elif self.escaped_inside:
+            yield "R-CAN-011", "a level inside the window of its segment is escaped"
         if not table.codes:
             return
         for number, (code, counts) in enumerate(zip(table.codes, self.symbols, strict=True)):

@@ -31,6 +31,7 @@ from .codes import (
     one_class,
     total_of,
 )
+from .windows import choose_windows
 from .zeros import cheaper_with_zeros
 
 # The class of an exact stream includes one more mantissa bit only if that saves this part of the size,
@@ -174,9 +175,12 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
         if not survey.fits(bound):
             continue
         counts, layout = survey.symbol_counts()
+        choice: Choice | None = None
         if len(layout.extra) == 1:
-            choice: Choice | None = one_class(blocks, layout, int(counts.total.sum()))
-        else:
+            choice = one_class(blocks, layout, int(counts.total.sum()))
+        elif options.window is not None:
+            choice = choose_windows(blocks, counts, layout, options.window, engine)
+        if choice is None:
             choice = choose_codes(blocks, counts, layout, 1, options, engine, most=_exact_codes(counts))
         if choice is not None:
             saved = -_TRIM_BITS * blocks.segments
@@ -184,8 +188,8 @@ def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options
                 saved += sum(int(trims_of(zeros, candidate) @ counts) for zeros, counts in survey.zeros)
             if saved > 0:
                 choice = replace(choice, bits=choice.bits - saved, trim=True)
-            if survey.first > 0:
-                return choice  # the class that contains the zeros is not used
+            if survey.first > 0 or choice.table.window is not None:
+                return choice  # the class that contains the zeros is not used, or only escaped
             widths, first = range(candidate, min(fine, candidate) - 1, -1), int(counts.total[0])
             return cheaper_with_zeros(
                 choice, blocks, widths, bound, options, engine, _exact_codes(counts), first

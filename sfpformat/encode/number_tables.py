@@ -31,6 +31,7 @@ from .codes import (
     one_class,
     total_of,
 )
+from .windows import choose_windows
 from .zeros import cheaper_with_zeros
 
 # The greatest number of classes for pairs: its square is the number of symbols, of which 256 may be used.
@@ -78,6 +79,10 @@ def choose_numbers(
         if plain is not None:
             return one_class(blocks, plain, int(counts.total.sum()))
     best: Choice | None = None
+    if options.window is not None:
+        best = _windows(blocks, counts, signed, options.window, engine)
+        if best is not None:
+            return best
     for group in _groups(counts.total, options):
         for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
             found = _choice(blocks, counts, layout, sign, group, options, engine)
@@ -171,9 +176,25 @@ def _choice(
     if group == 2 or not len(counts.sample):
         of_symbols = count_symbols(blocks, layout, group, engine)
     else:
-        sizes = np.int64(1) << (np.frombuffer(layout.extra, np.uint8).astype(np.int64) - sign)
-        of_symbols = counts.summed((layout.base >> sign) + np.cumsum(sizes) - sizes)
+        of_symbols = _of_classes(counts, layout, sign)
     return choose_codes(blocks, of_symbols, layout, group, options, engine)
+
+
+def _of_classes(counts: SymbolCounts, layout: Layout, sign: int) -> SymbolCounts:
+    """Returns the counts of the classes of a layout, from the counts of all numbers."""
+    sizes = np.int64(1) << (np.frombuffer(layout.extra, np.uint8).astype(np.int64) - sign)
+    return counts.summed((layout.base >> sign) + np.cumsum(sizes) - sizes)
+
+
+def _windows(
+    blocks: LevelBlocks, counts: SymbolCounts, signed: bool, width: int, engine: Engine
+) -> Choice | None:
+    """Returns the choice with windows of one class per number; None if that is not possible or too large."""
+    layout = _singles(counts.total, signed)
+    if layout is None or len(layout.extra) == 1 or not len(counts.sample):
+        return None
+    of_classes = _of_classes(counts, layout, 1 if signed else 0)
+    return choose_windows(blocks, of_classes, layout, width, engine)
 
 
 def _fitting_layout(

@@ -270,18 +270,19 @@ def test_a_damaged_file_cannot_be_compared(tmp_path: Path, capsys: Capture) -> N
     assert "b.sfp: E_CRC [R-LAY-004]" in error_of(capsys, "diff", good, bad)
 
 
-def test_quantisers_are_named(tmp_path: Path) -> None:
+def test_quantisers_and_windows_are_named(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     options = {
         "a": Options(Table(centroids=8, scale=32)),
         "b": Options(Exact(), narrow=False),
         "c": Options(coding="raw"),
+        "d": Options(Exact(), narrow=False, window=3),
     }
-    save_sfp(dict.fromkeys("abc", w), tmp_path / "m.sfp", options=options)
+    save_sfp(dict.fromkeys("abcd", w), tmp_path / "m.sfp", options=options)
     with sfpformat.open(tmp_path / "m.sfp") as file:
         assert isinstance(file, sfpformat.SfpFile)
-        words = [report_tensor(file, name).coding for name in "abc"]
-    assert words == ["table 8 per 32", "exact F32", "raw"]
+        words = [report_tensor(file, name).coding for name in "abcd"]
+    assert words == ["table 8 per 32", "exact F32", "raw", "exact F32, windows of 3 bits"]
 
 
 @pytest.mark.parametrize(

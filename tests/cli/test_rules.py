@@ -161,6 +161,7 @@ def config(words: str) -> TensorConfig:
         ("--table 9 --scale 64", Options(Table(centroids=9, scale=64))),
         ("--mask runs --group 1 --segment 64", Options(mask="runs", group=1, segment=64)),
         ("--chunk 4096 --code-limit 8 --mantissa-bits 1", Options(chunk=4096, code_limit=8, mantissa_bits=1)),
+        ("--window 2", Options(window=2)),
         ("--bits 4 --scale row --like w --lossless", Options()),
         ("--bits 4 --like w --table 8", Options(Table(centroids=8))),
         ("--bits 4 --like w --scale row", Options(Uniform(bits=4, scale="row"))),

@@ -182,11 +182,22 @@ def test_the_writer_writes_the_keys_and_words_of_the_document_and_no_other() -> 
         "root": {"metadata", "tensors"},
         "entry": {"name", "dtype", "shape", "coding", "segment", "chunk", "chunks", "vectors"}
         | {"mask", "fingerprints", "scale", "importance"},
-        "mask": {"kind", "polarity", "base", "extra", "codes", "group"},
-        "fingerprints": {"quantiser", "dtype", "trim", "step", "count", "base", "extra", "codes", "group"},
+        "mask": {"kind", "polarity", "base", "extra", "codes", "group", "window"},
+        "fingerprints": {
+            "quantiser",
+            "dtype",
+            "trim",
+            "step",
+            "count",
+            "base",
+            "extra",
+            "codes",
+            "group",
+            "window",
+        },
         "scale": {"per", "size", "dtype"},
         "importance": {"over", "role", "quantiser", "dtype", "trim", "step", "count"}
-        | {"base", "extra", "codes", "group"},
+        | {"base", "extra", "codes", "group", "window"},
     }
     for _, where, fields in maps_of(forge):
         assert set(fields) <= known[where]

@@ -60,7 +60,7 @@ UNBREAKABLE: dict[str, str] = {
     "R-RAW-001": "about results",
     "R-DLT-013": "about results",
     "R-LIM-001": "files beyond it break R-LIM-002",
-} | {f"R-CAN-00{i}": "a file that is not canonical must be accepted" for i in range(1, 10)}
+} | {f"R-CAN-{i:03}": "a file that is not canonical must be accepted" for i in range(1, 12)}
 
 # Outcomes of accepted and refused files.
 ACCEPTED = ("accept",)
@@ -111,6 +111,11 @@ BORDERS: dict[str, tuple[set[int], dict[str, set[int]]]] = {
     "classes, group 2": ({2, 64}, {"R-TAB-001": {1, 65}}),
     "extra": ({0, 56}, {"R-TAB-002": {57, 255}}),
     "codes": ({0, 1, 2, 16}, {"R-TAB-009": {0, 1, 17}}),
+    "window": ({1, 2, 3, 4}, {"R-TAB-011": {0, 5, 255, 2**64 - 1}}),
+    "classes, symbols of 1 bits": ({2, 256}, {"R-TAB-012": {1}}),
+    "classes, symbols of 2 bits": ({3, 256}, {"R-TAB-012": {2}}),
+    "classes, symbols of 3 bits": ({7, 256}, {"R-TAB-012": {6, 257}}),
+    "classes, symbols of 4 bits": ({15, 256}, {}),
     "code length": ({1, 12}, {"R-TAB-005": {13, 14, 15}}),
     "symbols used": ({2, 256}, {"R-TAB-006": {0, 1, 257}}),
     "polarity": ({0, 1}, {"R-MSK-002": {2, 2**64 - 1}}),
@@ -138,18 +143,21 @@ def values_of(data: bytes) -> Iterator[tuple[str, int]]:
         for length, _ in struct.iter_unpack("<II", entry.get("vectors", b"")):
             pos += length
         for length, _ in struct.iter_unpack("<II", entry["chunks"]):
-            if entry["coding"] == "fingerprint" and _groups_are_known(entry):
+            if entry["coding"] == "fingerprint" and _tables_are_known(entry):
                 for i in range(len(slow_reader.quantities(entry))):
                     yield "index width", data[pos + 8 * i + 4]
             pos += length
 
 
-def _groups_are_known(entry: dict[str, Any]) -> bool:
-    """Returns whether the symbols of each stream can be counted: K^g is unbounded for an invalid g."""
+def _tables_are_known(entry: dict[str, Any]) -> bool:
+    """Returns whether symbols and windows of each stream can be counted.
+
+    K^g and 2^w are unbounded for an invalid g or w.
+    """
     streams = (
         entry[name] for name in ("mask", "fingerprints", "importance") if "group" in entry.get(name, {})
     )
-    return all(stream["group"] in (1, 2) for stream in streams)
+    return all(stream["group"] in (1, 2) and stream.get("window", 1) in range(1, 5) for stream in streams)
 
 
 def _entry_values(entry: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -163,7 +171,7 @@ def _entry_values(entry: dict[str, Any]) -> Iterator[tuple[str, int]]:
         product *= length or 1
     yield "positions, zeros left out", product
     for where in ("mask", "fingerprints", "scale", "importance"):
-        for key in ("group", "polarity", "trim", "count", "size"):
+        for key in ("group", "window", "polarity", "trim", "count", "size"):
             if key in entry.get(where, {}):
                 yield key, entry[where][key]
         if "extra" in entry.get(where, {}):
@@ -171,7 +179,9 @@ def _entry_values(entry: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _table_values(table: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    if table["group"] in (1, 2):
+    if "window" in table:
+        yield f"classes, symbols of {table['window']} bits", len(table["extra"])
+    elif table["group"] in (1, 2):
         yield f"classes, group {table['group']}", len(table["extra"])
     yield "codes", len(table["codes"])
     yield from (("extra", extra) for extra in set(table["extra"]))

@@ -46,6 +46,8 @@ EXCUSED: dict[str, tuple[str, ...]] = {
         "mask_to_runs",
         "survivors",
         "_encode_prefix_plane",
+        "encode_windows",
+        "best_windows",
         "encode_levels",
         "without_trimmed_bits",
         "_holds",

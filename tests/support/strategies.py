@@ -105,6 +105,7 @@ def cuttings(draw: st.DrawFn) -> dict[str, Any]:
         "polarity": draw(st.sampled_from([None, 0, 1])),
         "group": draw(st.sampled_from([None, 1, 2])),
         "codes": draw(st.sampled_from([None, 1, 2, 16])),
+        "window": draw(st.sampled_from([None, None, 1, 2, 3, 4])),
         "code_limit": draw(st.sampled_from([12, 12, 11, 9, 8, 5, 1])),
         "segment": draw(st.sampled_from([None, 32, 64, 96, 512])),
         "chunk": draw(st.sampled_from([1, 64, 300, 1 << 18])),

@@ -73,9 +73,12 @@
     X(R_TAB_008, "R-TAB-008", SFP_E_RANGE)                                                                     \
     X(R_TAB_009, "R-TAB-009", SFP_E_RANGE)                                                                     \
     X(R_TAB_010, "R-TAB-010", SFP_E_RESERVED)                                                                  \
+    X(R_TAB_011, "R-TAB-011", SFP_E_RANGE)                                                                     \
+    X(R_TAB_012, "R-TAB-012", SFP_E_RANGE)                                                                     \
     X(R_PLN_002, "R-PLN-002", SFP_E_RESERVED)                                                                  \
     X(R_PLN_003, "R-PLN-003", SFP_E_LAYOUT)                                                                    \
     X(R_PLN_004, "R-PLN-004", SFP_E_RESERVED)                                                                  \
+    X(R_PLN_005, "R-PLN-005", SFP_E_RANGE)                                                                     \
     X(R_MSK_001, "R-MSK-001", SFP_E_FEATURE)                                                                   \
     X(R_MSK_002, "R-MSK-002", SFP_E_RANGE)                                                                     \
     X(R_MSK_004, "R-MSK-004", SFP_E_RANGE)                                                                     \
@@ -793,6 +796,7 @@ typedef struct code_table {
     size_t code_bytes;
     size_t codes_at; /* offset of the first code in the directory */
     unsigned group;
+    unsigned window; /* bits of a symbol in a window; 0: the stream has prefix codes */
 } code_table;
 
 typedef enum quantiser { EXACT, UNIFORM, TABLE, QUANTISER_COUNT } quantiser;
@@ -858,7 +862,7 @@ static uint32_t record_crc(const uint8_t *record)
 
 /* The keys of the maps `mask`, `fingerprints` and `importance` together. */
 typedef struct stream_map {
-    value base, codes, count, dtype, extra, group, kind, over, polarity, quantiser, role, step, trim;
+    value base, codes, count, dtype, extra, group, kind, over, polarity, quantiser, role, step, trim, window;
 } stream_map;
 
 static void read_stream_map(const directory *d, const value *map, stream_map *m)
@@ -867,7 +871,7 @@ static void read_stream_map(const directory *d, const value *map, stream_map *m)
         {"base", &m->base},         {"codes", &m->codes},         {"count", &m->count}, {"dtype", &m->dtype},
         {"extra", &m->extra},       {"group", &m->group},         {"kind", &m->kind},   {"over", &m->over},
         {"polarity", &m->polarity}, {"quantiser", &m->quantiser}, {"role", &m->role},   {"step", &m->step},
-        {"trim", &m->trim},
+        {"trim", &m->trim},         {"window", &m->window},
     };
     read_fields(d, map, fields, sizeof fields / sizeof fields[0]);
 }
@@ -941,7 +945,35 @@ static bool check_levels(const directory *d, const stream_map *m, uint64_t bound
     }
 }
 
-/* Reads and checks the four keys of a code table. */
+enum { MAX_WINDOW = 4, MAX_WINDOWED = 256 };
+
+/* Reads and checks the key `window` of a code table. */
+static bool read_window(const directory *d, const stream_map *m, code_table *t)
+{
+    t->window = 0;
+    if (m->window.kind == NOTHING) {
+        return true;
+    }
+    if (!require(d, &m->window, UNSIGNED)) {
+        return false;
+    }
+    if (m->window.number < 1 || m->window.number > MAX_WINDOW) {
+        return refuse_at(d, R_TAB_011, m->window.at, "window is not from 1 to 4");
+    }
+    t->window = (unsigned)m->window.number;
+    if (t->group != 1 || t->classes < 2 || t->classes + 1 < (size_t)1 << t->window || t->classes > MAX_WINDOWED) {
+        return refuse_at(d, R_TAB_012, m->window.at, "windows do not fit the group or the number of classes");
+    }
+    return true;
+}
+
+/* Returns the number of codes, or of windows. */
+static size_t code_count(const code_table *t)
+{
+    return t->window == 0 ? t->codes : t->classes + 2 - ((size_t)1 << t->window);
+}
+
+/* Reads and checks the keys of a code table. */
 static bool read_code_table(const directory *d, const stream_map *m, uint64_t bound_less_one, code_table *t)
 {
     if (!require(d, &m->base, UNSIGNED) || !require(d, &m->extra, BINARY) || !require(d, &m->codes, ARRAY) ||
@@ -961,7 +993,10 @@ static bool read_code_table(const directory *d, const stream_map *m, uint64_t bo
     if (!check_levels(d, m, bound_less_one, t)) {
         return false;
     }
-    if (t->classes == 1 ? m->codes.number != 0 : m->codes.number < 1 || m->codes.number > MAX_CODES) {
+    if (!read_window(d, m, t)) {
+        return false;
+    }
+    if (t->classes == 1 || t->window > 0 ? m->codes.number != 0 : m->codes.number < 1 || m->codes.number > MAX_CODES) {
         return refuse_at(d, R_TAB_009, m->codes.at, "the number of codes does not fit the number of classes");
     }
     t->codes = (size_t)m->codes.number;
@@ -1169,8 +1204,9 @@ static bool read_importance(const directory *d, const value *map, entry *e)
     if (!is_factor_dtype(e->factor_dtype)) {
         return refuse_at(d, R_IMP_003, m.dtype.at, "the dtype of importance factors is not F32, F16 or BF16");
     }
-    const value *others[] = {&m.quantiser, &m.trim, &m.step, &m.count, &m.base, &m.extra, &m.codes, &m.group};
-    return absent(d, others, 8);
+    const value *others[] = {&m.quantiser, &m.trim,  &m.step,  &m.count, &m.base,
+                             &m.extra,     &m.codes, &m.group, &m.window};
+    return absent(d, others, sizeof others / sizeof others[0]);
 }
 
 /* The keys of a tensor entry. */
@@ -2328,8 +2364,8 @@ static bool prepare_stream(const sfp_file *file, const stream *source, stream_de
         s->first[c] = first;
         first += (uint64_t)1 << t->extra[c];
     }
-    if (t->classes == 1) {
-        note_extra(s, 0);
+    for (size_t c = 0; c < t->classes && (t->classes == 1 || t->window > 0); c++) {
+        note_extra(s, c);
     }
     sfp_fault unused;
     directory d = directory_of(file, &unused);
@@ -2365,6 +2401,50 @@ static bool look_up(const uint32_t *lookup, const uint8_t *plane, uint64_t from,
         from += hit >> 4 & 15;
     }
     return i == count && from == to;
+}
+
+/* Returns bit `at` of a plane. */
+static unsigned bit_of(const uint8_t *plane, uint64_t at)
+{
+    return (unsigned)plane[at / 8] >> (at % 8) & 1u;
+}
+
+/* Decodes the classes of `count` levels of a segment with a window, from bit `from` of the prefix plane to bit `to`
+ * (`read_classes` of chapter 9). Returns the clause that
+ * the segment breaks, or CLAUSE_COUNT. */
+static clause read_window_classes(const code_table *t, const uint8_t *plane, uint64_t from, uint64_t to, size_t count,
+                                  size_t window, uint16_t *found)
+{
+    unsigned escape = (1u << t->window) - 1, bits = 0;
+    while ((size_t)1 << bits < t->classes) {
+        bits++;
+    }
+    if ((uint64_t)count * t->window > to - from) {
+        return R_PLN_003;
+    }
+    uint64_t escaped = 0;
+    for (size_t i = 0; i < count; i++) {
+        unsigned symbol = 0;
+        for (unsigned k = 0; k < t->window; k++) {
+            symbol |= bit_of(plane, from + (uint64_t)k * count + i) << k;
+        }
+        escaped += symbol == escape;
+        found[i] = (uint16_t)(symbol == escape ? MAX_WINDOWED : window + symbol);
+    }
+    uint64_t at = from + (uint64_t)count * t->window;
+    if (at + escaped * bits != to) {
+        return R_PLN_003;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (found[i] == MAX_WINDOWED) {
+            found[i] = (uint16_t)(peek(plane, at) & ones(bits));
+            at += bits;
+            if (found[i] >= t->classes) {
+                return R_PLN_005;
+            }
+        }
+    }
+    return CLAUSE_COUNT;
 }
 
 /* Splits `symbols` symbols into two classes each, in place, from the last to the first. */
@@ -2492,7 +2572,7 @@ static size_t list_quantities(const decoder *d, chunk *c, quantity *list[1 + STR
         const stream *s = &d->entry.streams[id];
         const stream_decoder *ready = &d->streams[id];
         quantity *q = c->quantities[id];
-        q[CODE].present = s->present && s->table.codes > 1;
+        q[CODE].present = s->present && code_count(&s->table) > 1;
         q[TRIM].present = s->present && s->trimmed;
         q[PREFIX_BITS].present = s->present && s->table.classes > 1;
         q[RESIDUAL_BITS].present = s->present && ready->least_extra != ready->greatest_extra;
@@ -2594,7 +2674,7 @@ static bool read_share(const decoder *d, const chunk *c, stream_id id, uint64_t 
     share *out = &s->shares[id];
     uint64_t code = q[CODE].present ? quantity_of(&q[CODE], i) : 0;
     uint64_t trim = q[TRIM].present ? quantity_of(&q[TRIM], i) : 0;
-    if (q[CODE].present && code >= ready->stream->table.codes) {
+    if (q[CODE].present && code >= code_count(&ready->stream->table)) {
         return refuse_chunk(d, c, R_IDX_005, 0, "a segment's code number is too great");
     }
     if (trim > 0 && trim >= ready->least_extra) {
@@ -2806,6 +2886,12 @@ static bool read_levels(decoder *d, chunk *c, stream_id id, const segment *s)
     uint64_t prefix_at = (uint64_t)(prefix->bits - c->bytes) + prefix->at / 8;
     if (t->classes == 1) {
         memset(d->classes, 0, part->levels * sizeof *d->classes);
+    } else if (t->window > 0) {
+        clause broken = read_window_classes(t, prefix->bits, prefix->at, prefix->at + part->prefix_bits, part->levels,
+                                            part->code, d->classes);
+        if (broken != CLAUSE_COUNT) {
+            return refuse_chunk(d, c, broken, prefix_at, "the symbols of a segment with a window are not valid");
+        }
     } else {
         size_t symbols = (part->levels + t->group - 1) / t->group;
         if (!look_up(ready->lookup + part->code * LOOKUP_SIZE, prefix->bits, prefix->at,

@@ -15,7 +15,17 @@ from typing import Any
 from .directory import MessagePack, check_root, read_directory
 from .entries import lengths, matrix, positions, step_of, streams, top, vectors
 from .numbers import BYTES, FACTORS, FLOATS, Bad, Bits, align, f32, need, number_of, pattern_of
-from .planes import Chunk, codewords, level_counts, open_chunk, quantities, segment_sizes, used_extra
+from .planes import (
+    Chunk,
+    code_count,
+    codewords,
+    escape_bits,
+    level_counts,
+    open_chunk,
+    quantities,
+    segment_sizes,
+    used_extra,
+)
 from .values import Tensor, mask_bits, read_fingerprints, read_raw, read_vectors
 
 __all__ = [
@@ -29,7 +39,9 @@ __all__ = [
     "MessagePack",
     "Tensor",
     "align",
+    "code_count",
     "codewords",
+    "escape_bits",
     "f32",
     "lengths",
     "level_counts",

@@ -132,7 +132,11 @@ def check_table(source: Entry, bound: int) -> None:
     need(group in (1, 2), "R-TAB-003")
     need(1 <= len(extra) <= 4096 if group == 1 else 2 <= len(extra) <= 64, "R-TAB-001")
     need(max(extra) <= 56, "R-TAB-002")
-    need(1 <= len(codes) <= 16 if len(extra) > 1 else not codes, "R-TAB-009")
+    window = get(source, "window", int) if "window" in source else None
+    need(1 <= len(codes) <= 16 if len(extra) > 1 and window is None else not codes, "R-TAB-009")
+    if window is not None:
+        need(1 <= window <= 4, "R-TAB-011")
+        need(group == 1 and max(2, (1 << window) - 1) <= len(extra) <= 256, "R-TAB-012")
     need(all(len(code) == -(-(len(extra) ** group) // 2) for code in codes), "R-TAB-004")
     need(len(extra) ** group % 2 == 0 or not any(code[-1] >> 4 for code in codes), "R-TAB-010")
     for code in lengths(source):
@@ -200,7 +204,7 @@ def check_importance(source: Entry) -> None:
     word(source, "role", ("multiplier", "metadata"), "R-IMP-002")
     if over == "factors":
         need(get(source, "dtype", str) in FACTORS, "R-IMP-003")
-        absent(source, "quantiser", "trim", "step", "count", "base", "extra", "codes", "group")
+        absent(source, "quantiser", "trim", "step", "count", "base", "extra", "codes", "group", "window")
         return
     kind = check_quantiser(source)
     bound = 1 << 31

@@ -25,10 +25,22 @@ def codewords(lengths: list[int]) -> dict[str, int]:
 def used_extra(table: Entry) -> list[int]:
     """Returns the distinct values of `extra` over the classes that a code uses, ascending (15.2)."""
     k = len(table["extra"])
-    if k == 1:
-        return [table["extra"][0]]
+    if k == 1 or "window" in table:
+        return sorted(set(table["extra"]))
     symbols = {s for code in lengths(table) for s, length in enumerate(code) if length}
     return sorted({table["extra"][s // k**j % k] for s in symbols for j in range(table["group"])})
+
+
+def code_count(table: Entry) -> int:
+    """Returns the number of codes, or of windows, of a stream (chapter 8)."""
+    if "window" in table:
+        return int(len(table["extra"]) - (1 << table["window"]) + 2)
+    return len(table["codes"])
+
+
+def escape_bits(table: Entry) -> int:
+    """Returns E, the number of bits of the class of an escaped level (chapter 8)."""
+    return next(bits for bits in range(9) if 1 << bits >= len(table["extra"]))
 
 
 @dataclass
@@ -61,7 +73,7 @@ def quantities(entry: Entry) -> list[str]:
     out = ["survivors"] * ("mask" in entry)
     for stream in streams(entry):
         table = entry[stream]
-        out += [f"{stream} code"] * (len(table["codes"]) > 1)
+        out += [f"{stream} code"] * (code_count(table) > 1)
         out += [f"{stream} trim"] * (table.get("quantiser") == "exact" and table["trim"] == 1)
         out += [f"{stream} prefix"] * (len(table["extra"]) > 1)
         out += [f"{stream} residual"] * (len(used_extra(table)) > 1)
@@ -103,7 +115,7 @@ def open_chunk(data: bytes, entry: Entry, k: int) -> Chunk:
     for stream in streams(entry):
         table, counts = entry[stream], level_counts(entry, stream, chunk.sizes, survivors)
         codes = chunk.values.get(f"{stream} code", [0])
-        need(len(table["extra"]) == 1 or max(codes) < len(table["codes"]), "R-IDX-005")
+        need(len(table["extra"]) == 1 or max(codes) < code_count(table), "R-IDX-005")
         trims = chunk.values.get(f"{stream} trim", [0] * len(counts))
         need(all(z == 0 or z < used_extra(table)[0] for z in trims), "R-IDX-006")
         constant = [n * (used_extra(table)[0] - z) for n, z in zip(counts, trims, strict=True)]
@@ -144,6 +156,25 @@ def read_segment(
     return levels
 
 
+def read_segment_with_window(
+    table: Entry, window: int, n: int, z: int, prefix: Bits, residual: Bits
+) -> list[int]:
+    """Decodes the levels of a segment with a window: `read_classes` of chapter 9, then its residuals."""
+    extra, width = table["extra"], table["window"]
+    first = [table["base"] + sum(1 << e for e in extra[:c]) for c in range(len(extra))]
+    planes = [[prefix.bit() for _ in range(n)] for _ in range(width)]
+    levels: list[int] = []
+    for i in range(n):
+        symbol = sum(plane[i] << k for k, plane in enumerate(planes))
+        c = window + symbol
+        if symbol == (1 << width) - 1:
+            c = prefix.field(escape_bits(table))
+            need(c < len(extra), "R-PLN-005")
+        r = residual.field(extra[c] - z)
+        levels.append(first[c] + r % 2 + (r // 2 << (z + 1)))
+    return levels
+
+
 def stream_levels(data: bytes, entry: Entry, chunk: Chunk, stream: str) -> list[list[int]]:
     """Decodes the levels of each segment of a stream."""
     table = entry[stream]
@@ -158,6 +189,9 @@ def stream_levels(data: bytes, entry: Entry, chunk: Chunk, stream: str) -> list[
         starts = [start + sum(sizes[:i]) for i in range(len(sizes))]
         planes.append([Bits(data, at, at + size) for at, size in zip(starts, sizes, strict=True)])
     for n, code, z, prefix, residual in zip(counts, codes, trims, *planes, strict=True):
-        out.append(read_segment(table, words[code], n, z, prefix, residual))
+        if "window" in table:
+            out.append(read_segment_with_window(table, code, n, z, prefix, residual))
+        else:
+            out.append(read_segment(table, words[code], n, z, prefix, residual))
         need(prefix.at == prefix.stop and residual.at == residual.stop, "R-PLN-003")
     return out

@@ -92,11 +92,14 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         vectors: the checked vectors of its vector chunk.
 
     Returns:
-        The recipe; None if no kernel supports the tensor: it uses more than 256 classes, or it is raw.
+        The recipe; None if no kernel supports the tensor: it uses more than 256 classes or windows, or it is
+        raw.
     """
     if entry.fingerprints is None:
         return None
     tables = entry.streams()
+    if any(table.window is not None for table in tables.values()):
+        return None
     slots = {stream: slots_of_classes(table) for stream, table in tables.items()}
     if any(int(own.max(initial=0)) >= _MOST_SLOTS for own in slots.values()):
         return None

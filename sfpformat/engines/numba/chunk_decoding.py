@@ -29,7 +29,6 @@ from ..translation import (
 from .compiling import Int, kernel
 from .index import (
     CODES,
-    CODES_OF,
     CONSTANT_OF,
     COUNTS,
     PREFIX_BITS,
@@ -65,7 +64,7 @@ from .recipe import (
     STOP_OF,
     STREAMED,
 )
-from .slots import Segments, Target, decode_codes, place_slots
+from .slots import Segments, Target, decode_codes, place_slots, stored_codes
 from .values import (
     ARITHMETIC,
     LOOKED_UP,
@@ -121,7 +120,7 @@ def _prepare_stream(
         np.uint64(shape[BASE_OF]),
         shape[CLASSES_OF],
         lengths[shape[LENGTHS_OF] :],
-        shape[CODES_OF],
+        stored_codes(shape),
         shape[GROUP_OF],
         own,
         own_filled,

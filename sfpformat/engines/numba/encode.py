@@ -16,6 +16,7 @@ from ...coding.mask import encode_mask as encode_mask_plainly
 from ...coding.planes import AnyLevels, Counts, Levels, Planes
 from ...coding.quantisers import F32
 from ...coding.quantisers import uniform_levels as uniform_levels_plainly
+from ...coding.windows import encode_windows
 from . import clustering, counting, packing
 
 # Code tables whose levels are below this use a look-up table from level to class.
@@ -153,6 +154,8 @@ def _prefix_plane(
 ) -> tuple[Bytes, Counts]:
     if table.classes == 1:
         return np.zeros(0, np.uint8), np.zeros(len(counts), np.int64)
+    if table.window is not None:
+        return encode_windows(table.class_of(levels), counts, codes, table)
     lengths = np.frombuffer(b"".join([code.length for code in table.codes]), np.uint8)
     words = np.zeros((len(table.codes), table.classes**table.group), np.uint32)
     packing.fill_words(lengths.reshape(words.shape), words)

@@ -14,6 +14,7 @@ from ...coding.planes import Counts, Planes
 from . import encode, packing, patterns
 from .counting import COUNTERS
 from .vectors import STEP_BYTES
+from .window_packing import pack_windows
 
 
 def count_exact(values: Patterns, counts: Counts, width: int, first: int, classes: int) -> Rows:
@@ -40,7 +41,10 @@ def encode_exact(values: Patterns, counts: Counts, codes: Counts, trims: Counts,
     if width is None or not known or not 0 < width < bits or table.base & ((1 << width) - 1):
         return encode.encode_levels(encode.patterns_to_levels(values), counts, codes, trims, table)
     values = np.ascontiguousarray(values)
-    prefix, prefix_bits = _prefix_plane(values, counts, codes, table, width)
+    if table.window is None:
+        prefix, prefix_bits = _prefix_plane(values, counts, codes, table, width)
+    else:
+        prefix, prefix_bits = pack_windows(values, counts, codes, table)
     plane, sizes = (
         np.empty(-(-len(values) * width // 8) + STEP_BYTES, np.uint8),
         np.empty(len(counts), np.int64),

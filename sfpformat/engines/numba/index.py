@@ -19,7 +19,7 @@ from .unaligned import load32, load64
 # Columns of `shapes` that determine a segment index; each row of `shapes` describes a stream.
 #   PRESENT_OF      whether the tensor has the stream
 #   COUNT_RULE_OF   the rule for the number of levels of a segment: one of the COUNT_ constants
-#   CODES_OF        number of codes, 0 for one class
+#   CODES_OF        number of codes or windows, 0 for one class
 #   TRIMMED_OF      whether the index has trims
 #   CONSTANT_OF     residual bits of all used classes, or -1 if they differ
 #   LEAST_OF        the smallest number of residual bits of a used class

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...coding.bits import Bytes
+from ...coding.codetable import windows_of
 from ...container.plain_entries import PlainTable, PlainTensors
 from ..interface import PlainRuns
 from ..translation import FINGERPRINTS, STREAMS
@@ -136,6 +137,7 @@ def _exact(
     """Returns `whole`, the row of `shapes`, and `lengths` of a lossless tensor (`recipe`)."""
     width, classes = table.extra[0], len(table.extra)
     contiguous = is_contiguous(itemsize, width, classes, table.base)
-    shape = shape_of(table.codes, width, width, 1, table.base, classes, positions)
+    codes = table.codes if table.window is None else windows_of(classes, table.window)
+    shape = shape_of(codes, width, width, 1, table.base, classes, table.window or 0, positions)
     shape[TRIMMED_OF] = table.trim
     return whole_of_exact(itemsize, segment, contiguous, positions), shape, table.extra + table.lengths

@@ -42,9 +42,11 @@ from .index import COUNT_RULE_OF, LEAST_OF, TRIMMED_OF
 from .lookup import lengths_of, table_bits, table_bytes
 
 # Further columns of `shapes` (see `index`): index bits of the look-up tables, levels per symbol, begin and
-# end of the stream's tables in a thread's memory, the first level of class 0, the number of classes, and the
-# begin of the stream's part of `lengths`.
-BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, LENGTHS_OF = range(LEAST_OF + 1, LEAST_OF + 8)
+# end of the stream's tables in a thread's memory, the first level of class 0, the number of classes, bits of
+# a symbol in a window (0: prefix codes), and the begin of the stream's part of `lengths`.
+BITS_OF, GROUP_OF, START_OF, STOP_OF, BASE_OF, CLASSES_OF, WINDOW_OF, LENGTHS_OF = range(
+    LEAST_OF + 1, LEAST_OF + 9
+)
 SHAPE = LENGTHS_OF + 1
 # Entries of `whole`: positions per segment; bytes per weight; mask kind; mode (`values`); whether
 # `values.join_residuals` applies; whether non-temporal stores may be used; scale_by, scale_unit and
@@ -109,7 +111,7 @@ class Recipe:
 
         Args:
             whole: [11], the values that the tensor has once.
-            shapes: [3 * 13], stream by stream.
+            shapes: [3 * 14], stream by stream.
             lengths: the concatenated `lookup.lengths_of` of the streams.
             numbers: uint32, level -> bit pattern (mode `values.LOOKED_UP`); and float32: number -> magnitude
                 (mode `values.ARITHMETIC`), the scale factors, level of the importance stream -> importance,
@@ -211,25 +213,27 @@ def stream_shape(table: CodeTable, levels: int) -> list[int]:
     """Returns a row of `shapes` for a code table alone."""
     constant = table.constant_extra
     return shape_of(
-        len(table.codes),
+        table.code_count,
         -1 if constant is None else constant,
         table.least_extra,
         table.group,
         table.base,
         table.classes,
+        table.window or 0,
         levels,
     )
 
 
 def shape_of(
-    codes: int, constant: int, least: int, group: int, base: int, classes: int, levels: int
+    codes: int, constant: int, least: int, group: int, base: int, classes: int, window: int, levels: int
 ) -> list[int]:
     """Returns a row of `shapes` for a stream of about ``levels`` levels."""
-    bits = table_bits(codes, levels)
+    stored = 0 if window else codes
+    bits = table_bits(stored, levels)
     # The base is any uint64; a row holds the same bits as int64.
     signed = base - (base >> 63 << 64)
-    room = table_bytes(codes, bits)
-    return [1, COUNT_POSITIONS, codes, 0, constant, least, bits, group, 0, room, signed, classes, 0]
+    room = table_bytes(stored, bits)
+    return [1, COUNT_POSITIONS, codes, 0, constant, least, bits, group, 0, room, signed, classes, window, 0]
 
 
 def _shapes(entry: TensorEntry, weights: int) -> tuple[list[int], bytes]:

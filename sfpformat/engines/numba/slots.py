@@ -13,8 +13,9 @@ from .index import CODES_OF
 from .lookup import Code, code_of
 from .prefix import AT, CHAINS, ROUND, SLACK, STOP, TO, advance, finish, is_inside, order_by_code
 from .prefix import pass_long_codewords as pass_long
-from .recipe import BITS_OF, GROUP_OF
+from .recipe import BITS_OF, CLASSES_OF, GROUP_OF, WINDOW_OF
 from .values import join_residuals
+from .windows import decode_window
 from .working import Working
 
 # Results of `_take`: no segment remains, or a segment does not end where it must.
@@ -186,6 +187,35 @@ def place_slots(counts: NDArray[np.int64], places: NDArray[np.int64]) -> Int:
 
 
 @kernel
+def _decode_windows(
+    data: Bytes,
+    segments: Segments,
+    target: Target,
+    shape: NDArray[np.int64],
+    places: NDArray[np.int64],
+    working: Working,
+    slots: Bytes,
+) -> bool:
+    """Decodes segments with windows. False if one is not valid. Arguments: those of `decode_codes`."""
+    width, classes = shape[WINDOW_OF], shape[CLASSES_OF]
+    for s in range(segments.counts.size):
+        place = places[0 if target.joined else s]
+        start, size, count = segments.starts[s], segments.sizes[s], segments.counts[s]
+        window = segments.codes[s]
+        if not decode_window(data, start, size, count, width, window, classes, slots, place, working.escaped):
+            return False
+        if not _complete(data, segments, target, s, start + size, 1, slots, place):
+            return False
+    return True
+
+
+@kernel
+def stored_codes(shape: NDArray[np.int64]) -> Int:
+    """Returns the number of prefix codes of a stream: 0 with windows."""
+    return 0 if shape[WINDOW_OF] else shape[CODES_OF]
+
+
+@kernel
 def decode_codes(
     data: Bytes,
     segments: Segments,
@@ -198,7 +228,7 @@ def decode_codes(
     working: Working,
     slots: Bytes,
 ) -> bool:
-    """Decodes segments, code by code. False if one does not end where it must.
+    """Decodes segments, code by code, or window by window. False if one does not end where it must.
 
     Args:
         data: uint8, the chunk, at least 8 bytes.
@@ -210,6 +240,8 @@ def decode_codes(
     """
     if shape[CODES_OF] == 0:
         slots[:spare] = 0
+    if shape[WINDOW_OF]:
+        return _decode_windows(data, segments, target, shape, places, working, slots)
     begins, begin = working.begins, 0
     order_by_code(segments.codes, working.order, begins)
     for number in range(shape[CODES_OF]):

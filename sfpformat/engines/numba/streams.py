@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from ...coding.bits import Bytes
 from ...coding.planes import Counts, Levels
 from .compiling import Int, kernel
-from .index import CODES_OF, CONSTANT_OF
+from .index import CONSTANT_OF
 from .level_decoding import decode_segment
 from .lookup import classes_of, prepare
 from .recipe import BASE_OF, CLASSES_OF, GROUP_OF
-from .slots import Segments, Target, decode_codes, place_slots
+from .slots import Segments, Target, decode_codes, place_slots, stored_codes
 from .working import carve
 
 
@@ -52,7 +52,7 @@ def decode_levels(
     n = counts.size
     working = carve(memory, n, n, most)
     base = np.uint64(shape[BASE_OF])
-    codes_of_stream, group, slots_of_classes = shape[CODES_OF], shape[GROUP_OF], working.class_slots
+    codes_of_stream, group, slots_of_classes = stored_codes(shape), shape[GROUP_OF], working.class_slots
     if not prepare(
         base, shape[CLASSES_OF], lengths, codes_of_stream, group, tables, filled, slots_of_classes
     ):

@@ -28,14 +28,14 @@ BY_SLOT = 512  # entries of the table
 _BYTE, _INDEX, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
-def _load_bytes(builder: Any, pointer: Any, count: int) -> Any:
+def load_bytes(builder: Any, pointer: Any, count: int) -> Any:
     """Loads a vector of ``count`` bytes from any address."""
     vector = builder.load(builder.bitcast(pointer, ir.VectorType(_BYTE, count).as_pointer()))
     vector.align = 1
     return vector
 
 
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
+def splat(builder: Any, value: Any, lanes: int) -> Any:
     """Returns a vector whose lanes are all ``value``."""
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_INDEX, 0))
@@ -64,10 +64,10 @@ def _joiner16(streamed: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         slots, place, data, start, base, width, out, to = arguments
         slots_type, _, data_type, _, _, _, out_type, _ = signature.args
-        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES16)
-        residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), LANES16)
-        levels = builder.shl(builder.zext(classes, words), _splat(builder, width, LANES16))
-        low = builder.add(builder.zext(residuals, words), _splat(builder, base, LANES16))
+        classes = load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES16)
+        residuals = load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), LANES16)
+        levels = builder.shl(builder.zext(classes, words), splat(builder, width, LANES16))
+        low = builder.add(builder.zext(residuals, words), splat(builder, base, LANES16))
         patterns = _signs_moved(builder, builder.add(levels, low), 16)
         _store(builder, patterns, pointer_to(context, builder, out_type, out, to, 8), streamed)
         return context.get_dummy_value()
@@ -96,9 +96,9 @@ def _joiner32(streamed: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         slots, place, data, start, above, out, to = arguments
         slots_type, _, data_type, _, _, out_type, _ = signature.args
-        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES32)
-        classes = builder.zext(builder.add(classes, _splat(builder, above, LANES32)), words)
-        residuals = _load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), 3 * LANES32)
+        classes = load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), LANES32)
+        classes = builder.zext(builder.add(classes, splat(builder, above, LANES32)), words)
+        residuals = load_bytes(builder, pointer_to(context, builder, data_type, data, start, 8), 3 * LANES32)
         # Inserts a zero byte above each residual, for the class; it comes from the second operand.
         none = ir.Constant(residuals.type, [0] * (3 * LANES32))
         order = [3 * lane + byte if byte < 3 else 3 * LANES32 for lane in range(LANES32) for byte in range(4)]
@@ -170,7 +170,7 @@ def _level_bytes(lanes: int, item: int) -> Any:
         source_type, _, target_type, _ = signature.args
         source, start, target, to = arguments
         pointer = pointer_to(context, builder, source_type, source, start, 8)
-        patterns = builder.bitcast(_load_bytes(builder, pointer, lanes * item), words)
+        patterns = builder.bitcast(load_bytes(builder, pointer, lanes * item), words)
         one, rest = (ir.Constant(words, [n] * lanes) for n in (1, 8 * item - 1))
         levels = builder.or_(builder.shl(patterns, one), builder.lshr(patterns, rest))
         every = builder.bitcast(levels, ir.VectorType(_BYTE, lanes * item))
@@ -227,12 +227,12 @@ def _looker(item: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         slots, place, signs, table, out, to = arguments
         slots_type, _, _, table_type, out_type, _ = signature.args
-        classes = _load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), lanes)
+        classes = load_bytes(builder, pointer_to(context, builder, slots_type, slots, place, 8), lanes)
         negative = builder.bitcast(builder.trunc(signs, ir.IntType(lanes)), flags)
         doubled = builder.shl(builder.zext(classes, words), ir.Constant(words, [1] * lanes))
         entries = builder.zext(builder.or_(doubled, builder.zext(negative, words)), addresses)
         base = pointer_to(context, builder, table_type, table, ir.Constant(_ADDRESS, 0), 32)
-        start = _splat(builder, builder.ptrtoint(base, _ADDRESS), lanes)
+        start = splat(builder, builder.ptrtoint(base, _ADDRESS), lanes)
         places = builder.add(start, builder.shl(entries, ir.Constant(addresses, [2] * lanes)))
         gather = cgutils.get_or_insert_function(
             builder.module,

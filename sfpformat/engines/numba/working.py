@@ -17,6 +17,7 @@ from .lookup import MAX_BITS
 from .prefix import CHAINS, SLACK, STATE
 from .unaligned import require_inside
 from .vectors import BY_SLOT
+from .windows import PLACES_SLACK
 
 _ALIGNMENT = 64
 _CLASS_SLOTS = MAX_CLASSES[1] + MAX_CODE_BITS + 1
@@ -32,6 +33,7 @@ class Working(NamedTuple):
         places: int64 [3, n], for each stream the first slot index of each segment.
         slots: uint8, slots of the current stream; ``importance_slots``: slots of the importance.
         state, taken, chain_places: int64 [STATE, CHAINS], [CHAINS], [CHAINS], used by `slots`.
+        escaped: int64 [segment + PLACES_SLACK], for `windows.decode_window`.
         bits: uint8 [n * segment / 8], mask bits.
         levels, inside, numbers: uint64, int64, float32 [segment]: levels, positions in the segment, and
             values of the current segment.
@@ -52,6 +54,7 @@ class Working(NamedTuple):
     state: NDArray[np.int64]
     taken: NDArray[np.int64]
     chain_places: NDArray[np.int64]
+    escaped: NDArray[np.int64]
     bits: Bytes
     levels: Levels
     inside: NDArray[np.int64]
@@ -90,6 +93,7 @@ def _sizes(m: Int, n: Int, segment: Int) -> tuple[Int, ...]:
         8 * STATE * CHAINS,
         8 * CHAINS,
         8 * CHAINS,
+        8 * (segment + PLACES_SLACK),
         n * (segment >> 3),
         8 * segment,
         8 * segment,
@@ -136,16 +140,17 @@ def carve(memory: Bytes, m: Int, n: Int, segment: Int) -> Working:
     state, at = _carve(memory, at, sizes[7])
     taken, at = _carve(memory, at, sizes[8])
     chain_places, at = _carve(memory, at, sizes[9])
-    bits, at = _carve(memory, at, sizes[10])
-    levels, at = _carve(memory, at, sizes[11])
-    inside, at = _carve(memory, at, sizes[12])
-    numbers, at = _carve(memory, at, sizes[13])
-    residuals, at = _carve(memory, at, sizes[14])
-    survivors, at = _carve(memory, at, sizes[15])
-    by_slot, at = _carve(memory, at, sizes[16])
-    class_slots, at = _carve(memory, at, sizes[17])
-    single, at = _carve(memory, at, sizes[18])
-    ends, at = _carve(memory, at, sizes[19])
+    escaped, at = _carve(memory, at, sizes[10])
+    bits, at = _carve(memory, at, sizes[11])
+    levels, at = _carve(memory, at, sizes[12])
+    inside, at = _carve(memory, at, sizes[13])
+    numbers, at = _carve(memory, at, sizes[14])
+    residuals, at = _carve(memory, at, sizes[15])
+    survivors, at = _carve(memory, at, sizes[16])
+    by_slot, at = _carve(memory, at, sizes[17])
+    class_slots, at = _carve(memory, at, sizes[18])
+    single, at = _carve(memory, at, sizes[19])
+    ends, at = _carve(memory, at, sizes[20])
     return Working(
         positions.view(np.int64),
         index.view(np.int64).reshape(ROWS, m),
@@ -157,6 +162,7 @@ def carve(memory: Bytes, m: Int, n: Int, segment: Int) -> Working:
         state.view(np.int64).reshape(STATE, CHAINS),
         taken.view(np.int64),
         chain_places.view(np.int64),
+        escaped.view(np.int64),
         bits,
         levels.view(np.uint64),
         inside.view(np.int64),
