@@ -11,6 +11,7 @@ if importlib.util.find_spec("torch") is None:
     raise ModuleNotFoundError("sfpformat.torch needs torch: pip install 'sfpformat[torch]'", name="torch")
 
 from .compress import CompressionReport, compress_model, decompress_model
+from .deltas import apply_delta, write_delta
 from .files import TorchFile, TorchSlice, load, load_file, safe_open
 from .layers import SfpEmbedding, SfpLinear
 from .meta import parameters_on_meta
@@ -26,6 +27,7 @@ __all__ = [
     "SfpLinear",
     "TorchFile",
     "TorchSlice",
+    "apply_delta",
     "compress_model",
     "decompress_model",
     "load",
@@ -37,4 +39,5 @@ __all__ = [
     "save",
     "save_file",
     "save_model",
+    "write_delta",
 ]

@@ -1,0 +1,193 @@
+"""Deltas between models of torch: `write_delta` and `apply_delta`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import TypeAlias
+
+import torch
+
+from ..container.delta_map import DeltaMap
+from ..decode.reader import SfpFile
+from ..decode.shards import ShardedFile
+from ..deltas import applying, writing
+from ..deltas.applying import uninterrupted
+from ..deltas.reading import Delta
+from ..deltas.result import DeltaFile
+from ..encode.sink import Target
+from ..errors import OptionError
+from ..io.source import Readable
+from ..limits import DEFAULT_LIMITS, Limits
+from ..names import listed, require_mapping
+from .tensors import Array, address_of, array_of, memory_of, require_memory, tensor_of
+from .ties import TiedNames
+
+# What holds the tensors of a model.
+Source: TypeAlias = (
+    torch.nn.Module | Mapping[str, torch.Tensor] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]
+)
+
+
+def write_delta(
+    path: Target,
+    base: Source,
+    new: Source,
+    *,
+    base_name: str | None = None,
+    metadata: dict[str, str] | None = None,
+    block: int = writing.BLOCK,
+    engine: str | None = None,
+    threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> DeltaMap:
+    """Writes how the tensors of a model differ from those of a base. Replaces an old file only at the end.
+
+    ``write_delta("step-18.sfp", "step-17.safetensors", model)``
+
+    Args:
+        path: the file to write.
+        base, new: the base and the result: a module, a state dict, an open file, or the path of an `.sfp` or
+            safetensors file or of an index. Of tied tensors of a module, only the first name in alphabetical
+            order counts, as for `save_model`.
+        base_name, metadata, block, engine, threads, limits: same as for `sfpformat.write_delta`.
+
+    Returns:
+        What the file says about the tensors.
+
+    Raises:
+        OptionError: an argument is invalid, a tensor has no memory of its own, or the format lacks its dtype.
+        InvalidFileError, UnsupportedError, LimitError, SafetensorsError: ``base`` or ``new`` is damaged.
+        OSError: a file cannot be read or written.
+    """
+    return writing.write_delta(
+        path,
+        _arrays_of(base),
+        _arrays_of(new),
+        base_name=base_name,
+        metadata=metadata,
+        block=block,
+        engine=engine,
+        threads=threads,
+        limits=limits,
+    )
+
+
+def _arrays_of(
+    source: Source,
+) -> Mapping[str, Array] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
+    """Returns the tensors of a module or state dict as arrays; other sources unchanged."""
+    if isinstance(source, torch.nn.Module):
+        state = dict(source.state_dict(keep_vars=True))
+        tied = TiedNames(state)
+        source = {name: tensor for name, tensor in state.items() if tied.kept(name) == name}
+    if isinstance(source, Mapping):
+        return {name: array_of(tensor, name) for name, tensor in source.items()}
+    return source
+
+
+def apply_delta(
+    target: torch.nn.Module | MutableMapping[str, torch.Tensor],
+    delta: Readable | Delta,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> DeltaMap:
+    """Changes a model from the base of a delta to its result, in place. Changes all tensors or none.
+
+    ``apply_delta(model, "step-18.sfp")``
+
+    Makes all checks before the first change. Tensors that are contiguous in CPU memory are changed there.
+    Others, such as those of a GPU, are copied to CPU memory and back.
+
+    Args:
+        target: a module, or a state dict. It must have exactly the tensors of the base; a tied tensor of a
+            module needs only one of its names. A module keeps its structure: for a delta that adds, removes
+            or reshapes tensors, pass a state dict.
+        delta: the delta, as for `sfpformat.open`, or an open `sfpformat.Delta`.
+        engine, threads, limits: same as for `sfpformat.open`.
+
+    Returns:
+        What the delta says about the tensors.
+
+    Raises:
+        BaseMismatchError: the target is not the base of the delta. Nothing was changed.
+        OptionError: the file is not a delta, a tensor has no memory of its own, or the structure of a module
+            would change. Nothing was changed.
+        InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
+        OSError: the delta cannot be read.
+    """
+    if not isinstance(delta, Delta):
+        with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:
+            return apply_delta(target, opened, threads=threads)
+    state = _state_of(target, delta.map)
+    arrays: dict[str, Array] = {}
+    copied: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        require_memory(tensor, f"tensor {name!r}")
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous():
+            arrays[name] = _memory_of(tensor, name)
+        else:
+            arrays[name], copied[name] = array_of(tensor, name).copy(), tensor
+    before = dict(arrays)
+    applying.apply_delta(arrays, delta, threads=threads)
+
+    def finish() -> None:
+        changed = {tensor.name for tensor in delta.map.tensors if tensor.kind != "unchanged"}
+        with torch.no_grad():
+            for name, tensor in copied.items():
+                if name in changed and arrays.get(name) is before[name]:
+                    tensor.copy_(tensor_of(arrays[name]))
+        if isinstance(target, torch.nn.Module):
+            return
+        for name, array in arrays.items():
+            if array is not before.get(name):
+                target[name] = tensor_of(array)
+        for name in before:
+            if name not in arrays:
+                del target[name]
+
+    uninterrupted(finish)
+    return delta.map
+
+
+def _memory_of(tensor: torch.Tensor, name: str) -> Array:
+    """Returns an array that shares the memory of a tensor; raises OptionError for a dtype without a name."""
+    array_of(tensor, name)
+    return memory_of(tensor)
+
+
+def _state_of(
+    target: torch.nn.Module | MutableMapping[str, torch.Tensor], delta: DeltaMap
+) -> Mapping[str, torch.Tensor]:
+    """Returns the tensors of a target.
+
+    Of a module, leaves out the names of tied tensors that the delta does not list, if it lists another name.
+
+    Raises:
+        OptionError: the target is no mapping, or the delta changes the structure of a module.
+    """
+    if not isinstance(target, torch.nn.Module):
+        require_mapping(target, "target")
+        return target
+    state = dict(target.state_dict(keep_vars=True))
+    known = {tensor.name: tensor for tensor in delta.tensors}
+    new = [
+        tensor.name
+        for tensor in delta.tensors
+        if tensor.kind in ("added", "removed")
+        or (
+            tensor.kind == "replaced"
+            and tensor.name in state
+            and (tuple(state[tensor.name].shape) != tensor.shape)
+        )
+    ]
+    if new:
+        raise OptionError(
+            f"the delta adds, removes or reshapes {listed(new)}, which a module cannot; pass a state dict"
+        )
+    places = {address_of(state[name]) for name in known if name in state}
+    return {
+        name: tensor for name, tensor in state.items() if name in known or address_of(tensor) not in places
+    }

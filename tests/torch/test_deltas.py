@@ -1,0 +1,92 @@
+"""Deltas of modules and state dicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sfpformat
+from sfpformat import BaseMismatchError, OptionError
+from sfpformat.torch import apply_delta, save_model, write_delta
+
+
+class Tied(nn.Module):
+    """A model with tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16, dtype=torch.bfloat16)
+        self.body = nn.Linear(16, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+
+
+def pair() -> tuple[Tied, Tied]:
+    """A model, and the same model after a small step."""
+    base, new = Tied(), Tied()
+    new.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for weight in new.parameters():
+            weight.add_(1e-3 * torch.randn_like(weight))
+    return base, new
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have equal weights."""
+    mine, other = a.state_dict(), b.state_dict()
+    return all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_module_with_tied_weights_becomes_the_result_in_place(tmp_path: Path) -> None:
+    base, new = pair()
+    place = base.embed.weight.data_ptr()
+    told = write_delta(tmp_path / "d.sfp", base, new)
+    assert {tensor.name for tensor in told.tensors} == {"body.weight", "body.bias", "embed.weight"}
+    apply_delta(base, tmp_path / "d.sfp")
+    assert same(base, new)
+    assert base.embed.weight.data_ptr() == place
+    with pytest.raises(BaseMismatchError, match="applied before"):
+        apply_delta(base, tmp_path / "d.sfp")
+    assert same(base, new)
+
+
+def test_a_file_can_be_the_base_of_a_module(tmp_path: Path) -> None:
+    base, new = pair()
+    save_model(base, tmp_path / "base.sfp")
+    write_delta(tmp_path / "d.sfp", tmp_path / "base.sfp", new)
+    with sfpformat.open(tmp_path / "d.sfp", base=tmp_path / "base.sfp") as file:
+        assert (
+            file.get_tensor("embed.weight").tobytes()
+            == new.embed.weight.view(torch.int16).detach().numpy().tobytes()
+        )
+
+
+def test_a_state_dict_gets_added_removed_and_strided_tensors(tmp_path: Path) -> None:
+    transposed = torch.arange(12.0).reshape(3, 4).T
+    base: dict[str, torch.Tensor] = {
+        "a": transposed.clone(memory_format=torch.preserve_format),
+        "gone": torch.ones(2),
+    }
+    new = {"a": transposed + 1, "new": torch.ones(3, dtype=torch.int8)}
+    write_delta(tmp_path / "d.sfp", base, new)
+    kept = base["a"]
+    apply_delta(base, tmp_path / "d.sfp")
+    assert base.keys() == new.keys()
+    assert all(torch.equal(base[name], new[name]) for name in new)
+    assert base["a"] is kept
+    assert not kept.is_contiguous()
+
+
+def test_a_module_refuses_a_change_of_its_structure(tmp_path: Path) -> None:
+    base, new = pair()
+    more = {**new.state_dict(), "extra": torch.ones(1)}
+    write_delta(tmp_path / "d.sfp", base.state_dict(), more)
+    with pytest.raises(OptionError, match="'extra', which a module cannot; pass a state dict"):
+        apply_delta(base, tmp_path / "d.sfp")
+    wrong: Any = 3
+    with pytest.raises(OptionError, match="target"):
+        apply_delta(wrong, tmp_path / "d.sfp")
