@@ -44,13 +44,16 @@ class Magnitudes:
 
     Quantising rounds, so a greater magnitude never has a smaller number. Therefore the counts need only the
     places in the sorted magnitudes where the number changes.
+
+    Attributes:
+        values: the distinct magnitudes, ascending.
     """
 
     def __init__(self, magnitudes: F32) -> None:
         """Sorts magnitudes, shape [n]."""
         ascending = np.sort(magnitudes)
         starts = np.flatnonzero(np.concatenate(([len(ascending) > 0], ascending[1:] != ascending[:-1])))
-        self._values = ascending[starts]
+        self.values = ascending[starts]
         self._before = np.append(starts, len(ascending))
         self._grid = np.arange(0, len(starts) + _STRIDE - 1, _STRIDE).clip(max=max(len(starts) - 1, 0))
 
@@ -61,7 +64,7 @@ class Magnitudes:
             quantise: returns the number of each magnitude, shape [n], and never a smaller one for a greater
                 magnitude.
         """
-        values = self._values
+        values = self.values
         if not len(values):
             return NumberCounts(np.zeros(0, np.int64), np.zeros(0, np.int64))
         if len(values) > _FEW_MAGNITUDES:
@@ -76,7 +79,7 @@ class Magnitudes:
 
     def _possible_changes(self, quantise: Callable[[F32], NDArray[np.unsignedinteger]]) -> NDArray[np.int64]:
         """Returns the place of the first magnitude, and of all that may have another number than the last."""
-        coarse = quantise(self._values[self._grid])
+        coarse = quantise(self.values[self._grid])
         changes = np.flatnonzero(coarse[1:] != coarse[:-1])
         inside = (self._grid[changes][:, None] + np.arange(1, _STRIDE + 1)).reshape(-1)
-        return np.append(0, inside[inside < len(self._values)])
+        return np.append(0, inside[inside < len(self.values)])

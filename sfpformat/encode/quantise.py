@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ _CODE_LOSS = 32  # prefix codes of a mask and levels take about 1/32 more than t
 _CLASS_BITS = 10  # numbers of more bits are counted by this many leading bits
 _MOST_IN_PAIRS = 8  # with more different numbers, a Huffman code of pairs takes about the entropy
 _FEW_NUMBERS = 64  # for at most this many numbers, sums in Python are faster than in numpy
+_REPEATED = 4  # errors are computed once for equal magnitudes if each occurs so often on average
 _MOST_RISES = 4096  # from this number on, all numbers are counted as one to estimate their bits
 
 
@@ -137,6 +139,18 @@ def _rise_of_bits(magnitudes: Magnitudes, step: np.float32) -> F64:
     # One is added to each count, so that numbers that are not in the sample have a finite cost.
     bits = -log2_fixed(counts + 1) / float(1 << FRACTION) + (np.arange(len(counts)) > 0)
     return np.clip(np.diff(bits), 0, None)
+
+
+class _Few(NamedTuple):
+    """The distinct magnitudes of a sample.
+
+    Attributes:
+        values: the magnitudes, ascending.
+        places: the place in ``values`` of each magnitude of the sample.
+    """
+
+    values: F32
+    places: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -256,8 +270,24 @@ class Sampled:
 
     def error(self, step: float) -> float:
         """Returns the weighted sum of squared errors for a step, before an importance multiplies."""
-        values = self._reconstruction(step).values(self.numbers(step), self.scale, None)
+        reconstruction, few = self._reconstruction(step), self._few
+        if few is not None:
+            numbers = weighing_numbers(self._sorted, step, self.rate_weight)(few.values)
+            values = reconstruction.values(reconstruction.lowered(numbers, None, None), None, None)
+            errors = few.values.astype(np.float64) - values.astype(np.float64)
+            return exact_sum((errors * errors)[few.places])  # in the order of the sample
+        values = reconstruction.values(self.numbers(step), self.scale, None)
         return self._weighed_sum(self._originals() - values.astype(np.float64))
+
+    @cached_property
+    def _few(self) -> _Few | None:
+        """The distinct magnitudes, if they are few and alone determine the errors; else None."""
+        if self.dtype.bits > 32 or not (self.weights is self.scale is self.multiplier is None):
+            return None
+        values = self._sorted.values
+        if len(values) * _REPEATED > len(self.magnitudes):
+            return None
+        return _Few(values, np.searchsorted(values, self.magnitudes))
 
     def power(self) -> float:
         """Returns the weighted sum of squares."""

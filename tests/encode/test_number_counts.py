@@ -62,6 +62,21 @@ def test_numbers_that_are_not_finite_are_counted_as_lowered() -> None:
     require_equal(sample.counts(298.0), sample.numbers(298.0))
 
 
+@pytest.mark.parametrize("step", [1e-4, 0.02, 0.3, 2.0, 50.0])
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3"])
+def test_errors_of_distinct_magnitudes_are_added_in_the_order_of_the_sample(
+    step: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    magnitudes = NORMAL.astype(ml_dtypes.bfloat16).astype(np.float32)
+    found = Sampled(magnitudes, len(magnitudes), None, 0.12, DTYPES[dtype])
+    assert found._few is not None
+    error = found.error(step)
+    monkeypatch.setattr(quantise, "_REPEATED", 1 << 20)
+    again = Sampled(magnitudes, len(magnitudes), None, 0.12, DTYPES[dtype])
+    assert again._few is None
+    assert again.error(step) == error
+
+
 @given(st.integers(1, (1 << 53) - 1))
 def test_the_logarithm_of_one_number_equals_that_of_an_array(number: int) -> None:
     assert log2_of(number) == int(log2_fixed(np.array([number]))[0])
