@@ -148,7 +148,7 @@ def open(
         limits: limits of the reader, which refuses a file that exceeds one.
         engine: ``"python"``, ``"numba"``, ``"cuda"``, or ``"auto"`` for the best available. None uses the
             environment variable ``SFPFORMAT_ENGINE``, or ``"auto"`` without it.
-        threads: the greatest number of decoding threads; None uses the number of cores.
+        threads: the greatest number of decoding threads; None uses the available cores.
 
     Raises:
         InvalidFileError: the file is damaged.

@@ -54,7 +54,7 @@ def save_file(
         masks: name -> bool array of the tensor's shape, True for survivors.
         importances: name -> float array of the tensor's shape, or two vectors (rows, columns).
         limits: limits of the readers. If these are not the default, readers need the same limits.
-        threads: the greatest number of threads; None uses the number of cores. The bytes do not depend on it.
+        threads: the greatest number of threads; None uses the available cores. The bytes do not depend on it.
         engine: same as for `sfpformat.open`. The bytes do not depend on it.
 
     Raises:

@@ -93,7 +93,7 @@ class Writer:
             target: a path; a seekable binary object, which is written from its start; or a sink.
             metadata: the caller's strings.
             engine: same as for `sfpformat.open`.
-            threads: the greatest number of encoding threads; None uses the number of cores. The bytes do not
+            threads: the greatest number of encoding threads; None uses the available cores. The bytes do not
                 depend on it.
             resume_key: identifies the job. With a key, an interrupted writer keeps its partial file, and the
                 next writer with the same key continues after the last complete tensor; see `done`.
