@@ -238,10 +238,11 @@ class DeltaFile(Closing):
 
 
 class DeltaSlice:
-    """A tensor of the result that is computed when it is indexed."""
+    """A tensor of the result. It is computed when it is first indexed, and then kept."""
 
     def __init__(self, file: DeltaFile, tensor: DeltaTensor) -> None:
         self._file, self._tensor = file, tensor
+        self._values: Array | None = None
 
     def get_shape(self) -> list[int]:
         """Returns the tensor's shape."""
@@ -252,7 +253,7 @@ class DeltaSlice:
         return self._tensor.dtype.name
 
     def __getitem__(self, index: Index) -> Array:
-        """Computes the selected part.
+        """Returns a copy of the selected part.
 
         Args:
             index: integers, slices with any step, and ``...``, as in basic numpy indexing.
@@ -261,7 +262,9 @@ class DeltaSlice:
             IndexError: the index does not fit the shape.
             BaseMismatchError, InvalidFileError, LimitError: as in `DeltaFile.get_tensor`.
         """
-        return np.asarray(self._file.get_tensor(self._tensor.name)[index])
+        if self._values is None:
+            self._values = self._file.get_tensor(self._tensor.name)
+        return np.array(self._values[index])
 
 
 def open_chain(

@@ -135,14 +135,19 @@ class DeltaWriter:
         new: Array | None,
         *,
         other: Mapping[str, object] | None = None,
+        copy: bool = False,
     ) -> DeltaTensor:
-        """Adds a tensor. The writer reads the arrays until it is closed, so the caller must not change them.
+        """Adds a tensor. Compares it with its base; threads code the differences later.
+
+        The writer reads the arrays until it is closed, so the caller must not change them. With ``copy``, it
+        takes copies, and a training loop can go on.
 
         Args:
             name: its name, which no other tensor has.
             base: the tensor in the base, or None if the result adds it.
             new: the tensor in the result, or None if the result does not have it.
             other: additional keys for the entry of a tensor that is stored whole; same as for `Writer.add`.
+            copy: whether to copy the arrays of a changed tensor.
 
         Raises:
             OptionError: the name is invalid or taken, or an array has no dtype of the format.
@@ -159,7 +164,8 @@ class DeltaWriter:
         if tensor.kind == "changed":
             assert base is not None
             assert new is not None
-            self._add_changed(tensor, patterns_of(base, tensor.dtype), patterns_of(new, tensor.dtype))
+            old, now = patterns_of(base, tensor.dtype), patterns_of(new, tensor.dtype)
+            self._add_changed(tensor, *((old.copy(), now.copy()) if copy else (old, now)))
         elif tensor.kind in ("replaced", "added"):
             assert new is not None
             self._writer.add(name, new, other=other)

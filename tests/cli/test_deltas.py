@@ -131,21 +131,23 @@ def test_added_removed_and_replaced_tensors_come_through(tmp_path: Path, capsys:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
-def test_killing_the_command_leaves_the_old_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["delta", "apply"])
+def test_killing_the_command_leaves_the_old_file(tmp_path: Path, command: str, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
     base = {f"t{i}": rng.normal(size=200_000).astype(np.float32) for i in range(12)}
     make(tmp_path / "base.safetensors", base)
     make(tmp_path / "new.safetensors", {name: array + np.float32(1e-3) for name, array in base.items()})
-    target = tmp_path / "d.sfp"
+    paths = [tmp_path / name for name in ("base.safetensors", "new.safetensors", "d.sfp")]
+    if command == "apply":
+        assert sfp("delta", *paths[:2], "-o", paths[2]) == 0
+        paths = [paths[0], paths[2], tmp_path / "result.safetensors"]
+    target = paths[-1]
     target.write_bytes(b"old")
-    words = ["delta", "base.safetensors", "new.safetensors", "-o", "d.sfp"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sfpformat.cli", *words],
-        cwd=tmp_path,
-        env={**os.environ, "SFPFORMAT_ENGINE": "python"},
-    )
+    words = [sys.executable, "-m", "sfpformat.cli", command, *map(str, paths[:-1]), "-o", str(target)]
+    process = subprocess.Popen(words, env={**os.environ, "SFPFORMAT_ENGINE": "python"})
     while not list(tmp_path.glob(".*partial")) and process.poll() is None:
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert target.read_bytes() == b"old"
+    capsys.readouterr()

@@ -351,6 +351,20 @@ def test_a_writer_refuses_what_it_cannot_describe_and_leaves_the_old_file(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_copies_let_the_caller_change_the_arrays(tmp_path: Path) -> None:
+    base = arrays()
+    new = stepped(base)
+    trained = {name: array.copy() for name, array in base.items()}
+    with sfpformat.DeltaWriter(tmp_path / "d.sfp") as writer:
+        for name, array in trained.items():
+            before = array.copy()
+            array[...] = new[name]
+            writer.add(name, before, array, copy=True)
+            before[...] = array[...] = 0
+    with sfpformat.open(tmp_path / "d.sfp", base=base) as file:
+        same(file.get_tensors(), new)
+
+
 def test_names_of_pools_avoid_those_of_tensors() -> None:
     base = {"F64.0.counts": np.arange(3.0), "F64.0.gaps": np.arange(2.0)}
     new = {"F64.0.counts": np.arange(3.0) + 1, "F64.0.gaps": np.arange(2)}
