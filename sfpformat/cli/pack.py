@@ -6,17 +6,20 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .. import __version__
 from ..decode.shards import index_name
+from ..encode.pipeline import Pipeline
 from ..encode.weights import Reason, not_weights
 from ..encode.writer import is_text, require_name
+from ..io.threads import Workers, default_threads
 from ..limits import Limits
 from ..names import quoted, unknown_name
-from .console import progress
+from .console import Progress, progress
 from .dry import sizes_of_file
 from .errors import CommandError, checked_target, path_in_errors, require_suffix
 from .limit_option import add_limits, limits_of
@@ -348,10 +351,29 @@ def _outcomes(
                 faults += [f"{path}: {fault}" for fault in validate(path, limits=job.limits).faults]
             with path_in_errors(path), Model(path, limits=job.limits) as packed:
                 size += packed.stored_bytes
-                for name, spec in packed.specs.items():
-                    shown.at(name)
-                    found = outcome(job, asked[name], packed.file_of(name), name, compare=verify)
-                    outcomes.append(found)
-                    faults += [f"{path}: {words}" for words in found.faults]
-                    shown.advance(spec.nbytes)
+                found = _outcomes_of_file(job, asked, packed, shown, compare=verify)
+                outcomes += found
+                faults += [f"{path}: {words}" for each in found for words in each.faults]
     return outcomes, size, faults
+
+
+def _outcomes_of_file(
+    job: Job, asked: dict[str, TensorConfig], packed: Model, shown: Progress, *, compare: bool
+) -> list[Outcome]:
+    """Measures the tensors of a written file, several at a time."""
+    outcomes, workers = list[Outcome](), Workers(default_threads())
+    pipeline = Pipeline(workers)
+
+    def finish(found: Outcome) -> None:
+        outcomes.append(found)
+        shown.advance(packed.specs[found.name].nbytes)
+
+    try:
+        for name, spec in packed.specs.items():
+            shown.at(name)
+            work = partial(outcome, job, asked[name], packed.file_of(name), name, compare=compare)
+            pipeline.put(work, 2 * spec.nbytes, finish)  # the tensor before and after
+        pipeline.drain()
+    finally:
+        workers.stop()
+    return outcomes
