@@ -290,9 +290,8 @@ class Options(_NoQuantiserFields):
         codes: the greatest number of codes for the segments of a stream, 1 to 16. None: up to 8.
         code_limit: the greatest code length in bits, at most 12; 8 suits the tables of a GPU.
         window: bits of a symbol, 1 to 4, to code levels in windows of 2^window - 1 classes, of fixed width,
-            instead of prefix codes (the mask excepted). Larger files, which decode several times as fast. A
-            stream of which more than an eighth of the levels would be outside has prefix codes. None: prefix
-            codes.
+            instead of prefix codes (the mask excepted). Files are larger and decode faster. A stream of
+            which more than an eighth of the levels would be outside has prefix codes. None: prefix codes.
         fixed_width: whether mask and fingerprints have one class each, and chunks have whole rows. Only for
             ``Uniform`` and ``Table``. The mask is then a plain bitmap, and all levels have the same number of
             bits (for a table, if its number of centroids is a power of two). Fused kernels multiply such
