@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,34 @@ def test_a_module_refuses_a_change_of_its_structure(tmp_path: Path) -> None:
     wrong: Any = 3
     with pytest.raises(OptionError, match="target"):
         apply_delta(wrong, tmp_path / "d.sfp")
+
+
+WORKER = """
+import sys, torch
+from sfpformat.torch import apply_delta
+model = torch.nn.Linear(32, 32, dtype=torch.bfloat16)
+model.load_state_dict(torch.load(sys.argv[1]))
+for line in sys.stdin:
+    apply_delta(model, line.strip())
+    print(float(model.weight.detach().double().sum()), flush=True)
+"""
+
+
+def test_a_trainer_sends_its_steps_to_a_worker_in_another_process(tmp_path: Path) -> None:
+    model = nn.Linear(32, 32, dtype=torch.bfloat16)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    words = [sys.executable, "-c", WORKER, str(tmp_path / "model.pt")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        for step in range(3):
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            with torch.no_grad():
+                model.weight.add_(1e-3 * torch.randn_like(model.weight))
+            path = tmp_path / f"step-{step}.sfp"
+            write_delta(path, before, model)
+            worker.stdin.write(f"{path}\n")
+            worker.stdin.flush()
+            assert float(worker.stdout.readline()) == float(model.weight.detach().double().sum())
+        worker.stdin.close()
+    assert worker.returncode == 0
