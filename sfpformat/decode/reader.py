@@ -221,6 +221,8 @@ class SfpFile(Closing):
         jobs: list[Job] = []
         for name, array in rest.items():
             entry = self.entry(name)
+            if entry.vectors is not None and not entry.positions:
+                self._decoding.decoder(entry)  # no chunk is decoded, but the vectors are checked (3.1)
             jobs += jobs_of_range(entry, array.reshape(-1), 0, entry.positions)
         self._decoding.do(jobs, TensorDecoder.weights_into)
 

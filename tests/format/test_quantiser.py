@@ -161,6 +161,12 @@ def test_a_centroid_that_is_not_finite_is_refused(name: str, vector: str, patter
     refused("R-QNT-005", vector_edit(name, vector, 2, pattern), everything(), tensor=name)
 
 
+@clauses("R-QNT-005")
+def test_a_centroid_of_a_tensor_without_elements_is_checked_too() -> None:
+    data = save({"w": np.zeros((0, 4), np.float32)}, options=Options(Table(centroids=4)))
+    refused("R-QNT-005", vector_edit("w", "fingerprint centroids", 0, INFINITY), data, tensor="w")
+
+
 @clauses("R-QNT-007")
 @pytest.mark.parametrize(("name", "vector"), CENTROIDS)
 def test_centroids_that_do_not_ascend_are_refused(name: str, vector: str) -> None:
