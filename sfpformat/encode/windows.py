@@ -14,8 +14,8 @@ from ..coding.windows import best_windows
 from ..engines import Engine
 from .codes import INDEX_BITS, Choice, LevelBlocks, SymbolCounts
 
-# Windows are used if at most 1/_MOST_ESCAPED of the levels are outside. With more, files would be much larger
-# than with prefix codes, and decoding hardly faster.
+# Windows are used if at most 1/_MOST_ESCAPED of the levels are outside. This bounds the size: an escaped
+# level takes the bits of a symbol, and up to 8 for its class.
 _MOST_ESCAPED = 8
 
 
