@@ -26,7 +26,8 @@ from .finite import require_finite
 from .importances import checked_importance
 from .level_sources import sampled_survivors
 from .plan import exact_bits, flat_mask
-from .quantise import SAMPLE, Sampled, error_weights, exact_sum, mean_of, turning_point
+from .quantise import SAMPLE, error_weights, exact_sum, mean_of
+from .step_search import Sampled, turning_point
 
 # Approximate maximum of the size of all samples together, in weights. The search evaluates them 24 times.
 _ALL_SAMPLES = 1 << 21

@@ -19,8 +19,9 @@ from sfpformat.coding.codetable import code_lengths
 from sfpformat.encode.level_sources import table
 from sfpformat.encode.level_sources.table import lloyd_max
 from sfpformat.encode.number_counts import Magnitudes
-from sfpformat.encode.quantise import Sampled, step_for_error, weighing_numbers
+from sfpformat.encode.quantise import weighing_numbers
 from sfpformat.encode.segments import default_segment
+from sfpformat.encode.step_search import Sampled, step_for_error
 from sfpformat.numpy import load, save
 
 RNG = np.random.default_rng(11)

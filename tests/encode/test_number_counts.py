@@ -11,16 +11,11 @@ from hypothesis.extra import numpy as hnp
 
 from sfpformat.coding.classes import log2_fixed
 from sfpformat.dtypes import DTYPES
-from sfpformat.encode import quantise
+from sfpformat.encode import number_bits, step_search
+from sfpformat.encode.number_bits import log2_of, numbers_bits, zeros_bits
 from sfpformat.encode.number_counts import Magnitudes, NumberCounts
-from sfpformat.encode.quantise import (
-    Sampled,
-    UniformNumbers,
-    log2_of,
-    numbers_bits,
-    weighing_numbers,
-    zeros_bits,
-)
+from sfpformat.encode.quantise import UniformNumbers, weighing_numbers
+from sfpformat.encode.step_search import Sampled
 
 RNG = np.random.default_rng(3)
 NORMAL = np.abs(RNG.standard_normal(20_000)).astype(np.float32)
@@ -71,7 +66,7 @@ def test_errors_of_distinct_magnitudes_are_added_in_the_order_of_the_sample(
     found = Sampled(magnitudes, len(magnitudes), None, 0.12, DTYPES[dtype])
     assert found._few is not None
     error = found.error(step)
-    monkeypatch.setattr(quantise, "_REPEATED", 1 << 20)
+    monkeypatch.setattr(step_search, "_REPEATED", 1 << 20)
     again = Sampled(magnitudes, len(magnitudes), None, 0.12, DTYPES[dtype])
     assert again._few is None
     assert again.error(step) == error
@@ -86,7 +81,7 @@ def test_the_logarithm_of_one_number_equals_that_of_an_array(number: int) -> Non
 def test_costs_and_bits_in_python_equal_those_in_numpy(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = Sampled(NORMAL, len(NORMAL) + 500, None, 0.12)
     found = sample.quantiser(step), sample.bits(step)
-    monkeypatch.setattr(quantise, "_FEW_NUMBERS", 0)
+    monkeypatch.setattr(number_bits, "_FEW_NUMBERS", 0)
     again = sample.quantiser(step)
     assert isinstance(found[0], UniformNumbers)
     assert isinstance(again, UniformNumbers)

@@ -13,8 +13,8 @@ import sfpformat
 from sfpformat import PRESETS, ImportanceOptions, OptionError, Options, Table, Uniform, steps_for_budget
 from sfpformat.coding import quantisers
 from sfpformat.coding.classes import FRACTION
+from sfpformat.encode.number_bits import numbers_bits, pairs_bits
 from sfpformat.encode.number_counts import NumberCounts
-from sfpformat.encode.quantise import numbers_bits, pairs_bits
 from sfpformat.numpy import load, save
 from sfpformat.options import Quantiser
 

@@ -15,17 +15,8 @@ from ...dtypes import Dtype
 from ...errors import OptionError
 from ...options import Uniform as Asked
 from ..finite import greatest_codable
-from ..quantise import (
-    F64,
-    SAMPLE,
-    Sampled,
-    UniformNumbers,
-    WeighedNumbers,
-    mean_of,
-    step_for_bits,
-    step_for_budget,
-    step_for_error,
-)
+from ..quantise import F64, SAMPLE, UniformNumbers, WeighedNumbers, mean_of
+from ..step_search import Sampled, step_for_bits, step_for_budget, step_for_error
 from .base import BLOCK, CACHED_LEVELS, Flat
 from .lossy import LossyTensor, NumberSource, sampled_survivors
 
