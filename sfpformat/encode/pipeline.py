@@ -1,15 +1,16 @@
 """Works on several tensors at a time and finishes them in order, in bounded memory.
 
 Theory of operation: threads of a pool plan and encode tensors. The calling thread writes the results, in the
-order of the tensors. It starts more work only if the unfinished tensors, except the largest one, stay below
-`ROOM` bytes. Their encoder needs up to about three times that: levels, counts and encoded bytes. Threads that
-work on a tensor share its chunks with idle threads, so that one large tensor occupies all threads, too.
+order of the tensors. It starts more work only if the unfinished tensors, except the largest one, have at most
+`ROOM` bytes. Their levels, counts and encoded bytes take memory, too: `tests/encode/test_pipeline.py` bounds
+all of it to the largest tensor and 300 MB. Threads that work on a tensor share its chunks with idle threads,
+so that one large tensor occupies all threads, too.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ R = TypeVar("R")
 
 # The greatest size of all unfinished tensors together, in bytes, without the largest one.
 ROOM = 48 << 20
-# Smaller tensors, in bytes, are encoded by the calling thread: another thread takes as long to start.
+# Smaller tensors, in bytes, are encoded by the calling thread, which saves the change to another thread.
 _LEAST_SHARED = 1 << 15
 # The greatest number of unfinished tensors, per thread.
 _MOST_EACH = 16
@@ -37,6 +38,18 @@ class _Unfinished(NamedTuple):
     future: Future[Any]
     size: int
     finish: Callable[[Any], None]
+
+
+def has_room(size: int, unfinished: Iterable[int], threads: int) -> bool:
+    """Whether work on a tensor can begin before the unfinished ones are finished.
+
+    Args:
+        size: size of the tensor in bytes.
+        unfinished: sizes of the unfinished tensors in bytes.
+        threads: the number of threads.
+    """
+    sizes = [size, *unfinished]
+    return sum(sizes) - max(sizes) <= ROOM and len(sizes) <= _MOST_EACH * threads
 
 
 class Pipeline:
@@ -67,7 +80,7 @@ class Pipeline:
         if self._workers.threads <= 1:
             finish(work())
             return
-        while self._unfinished and not self._has_room(size):
+        while self._unfinished and not self._has_room_for(size):
             self._finish_first()
         future = self._workers.submit(work) if size >= _LEAST_SHARED else _called(work)
         self._unfinished.append(_Unfinished(future, size, finish))
@@ -88,9 +101,8 @@ class Pipeline:
         while self._unfinished:
             self._unfinished.pop().future.cancel()
 
-    def _has_room(self, size: int) -> bool:
-        sizes = [size, *(tensor.size for tensor in self._unfinished)]
-        return sum(sizes) - max(sizes) <= ROOM and len(sizes) <= _MOST_EACH * self._workers.threads
+    def _has_room_for(self, size: int) -> bool:
+        return has_room(size, [tensor.size for tensor in self._unfinished], self._workers.threads)
 
     def _finish_first(self) -> None:
         first = self._unfinished[0]

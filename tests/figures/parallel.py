@@ -31,7 +31,7 @@ from sfpformat import Options
 from sfpformat.bench.measure import Spread, rotated
 from sfpformat.bench.peers import ZipnnPacker
 from sfpformat.encode.chunks import chunk_jobs, encode_chunk
-from sfpformat.encode.pipeline import ROOM
+from sfpformat.encode.pipeline import has_room
 from sfpformat.encode.plan import plan_tensor
 from sfpformat.encode.planner import Plan
 from sfpformat.engines import Engine, get_engine
@@ -139,7 +139,7 @@ def simulate(machine: Machine, sizes: Iterable[int], phases: Sequence[Costs], *,
         machine: the machine.
         sizes: the weights of each tensor.
         phases: the costs of each phase.
-        writes: whether encoded tensors are written; `ROOM` then limits how many are unfinished.
+        writes: whether encoded tensors are written; `has_room` then limits how many are unfinished.
     """
     waiting = deque(_Tensor(number, weights) for number, weights in enumerate(sizes))
     unfinished: list[_Tensor] = []
@@ -152,9 +152,8 @@ def simulate(machine: Machine, sizes: Iterable[int], phases: Sequence[Costs], *,
         order += 1
         heappush(events, (when, order, what, tensor))
 
-    def has_room(tensor: _Tensor) -> bool:
-        each = [tensor.size, *(other.size for other in unfinished)]
-        return sum(each) - max(each) <= ROOM and len(each) <= 16 * machine.threads
+    def has_room_for(tensor: _Tensor) -> bool:
+        return has_room(tensor.size, [other.size for other in unfinished], machine.threads)
 
     def begin(tensor: _Tensor) -> None:
         """Makes the task of a tensor's phase ready; ends the tensor after the last phase."""
@@ -177,7 +176,7 @@ def simulate(machine: Machine, sizes: Iterable[int], phases: Sequence[Costs], *,
         at(machine.transfer(now, RATIO * unfinished[0].size), "written", unfinished[0])
 
     while waiting or unfinished:
-        while waiting and (not unfinished or not writes or has_room(waiting[0])):
+        while waiting and (not unfinished or not writes or has_room_for(waiting[0])):
             tensor = waiting.popleft()
             unfinished.append(tensor)
             at(machine.transfer(now, tensor.size * (1 if writes else RATIO)), "read", tensor)
@@ -215,13 +214,12 @@ def measured() -> dict[str, Costs]:
     engine, workers = get_engine("numba"), Workers()
     rng = np.random.default_rng(0)
     every = (rng.standard_normal(1 << 20, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+    empty = save({}, engine="numba", threads=1)
     seconds: dict[str, list[float]] = {"plan": [], "encode": [], "decode": []}
     for weights, chunk in _MEASURED:
         array, options = every[:weights], Options(chunk=chunk)
         plan = plan_tensor("w", array, options, engine)
         data = save({"w": array}, options=options, engine="numba", threads=1)
-        empty = save({}, engine="numba", threads=1)
-
         seconds["plan"].append(least(partial(plan_tensor, "w", array, options, engine)))
         seconds["encode"].append(least(partial(_encode, plan, engine, workers)))
         opened, decoded = (least(partial(load, each, engine="numba", threads=1)) for each in (empty, data))
@@ -233,11 +231,11 @@ def _encode(plan: Plan, engine: Engine, workers: Workers) -> None:
     list(workers.map(partial(encode_chunk, plan, engine), chunk_jobs(plan)))
 
 
-def least(work: Callable[[], object]) -> float:
-    """Returns the least processor time of several calls, in seconds."""
+def least(work: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """Returns the least processor time of several calls after a first one, in seconds."""
     work()
     found = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         start = time.process_time()
         work()
         found.append(time.process_time() - start)

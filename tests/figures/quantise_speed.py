@@ -6,7 +6,7 @@ python -m tests.figures.quantise_speed model.safetensors
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sfpformat import Options, Table, Uniform
 from sfpformat.io.safetensors import SafetensorsFile
 from sfpformat.numpy import options_for_weights, save
 
-from .parallel import as_bf16
+from .parallel import as_bf16, least
 
 _CASES = {
     "bits=4": Options(Uniform(bits=4)),
@@ -39,12 +39,8 @@ def main() -> int:
     tensors = {name: tensors[name] for name in chosen}
     weights = sum(array.size for array in tensors.values())
     for words, options in _CASES.items():
-        found = []
-        for _ in range(3):
-            start = time.process_time()
-            save(tensors, options=options, engine="numba", threads=1)
-            found.append(time.process_time() - start)
-        print(f"{words}: {min(found) / weights * 1e9:.0f} ns a weight")
+        work = partial(save, tensors, options=options, engine="numba", threads=1)
+        print(f"{words}: {least(work, repeats=2) / weights * 1e9:.0f} ns a weight")
     return 0
 
 
