@@ -119,6 +119,12 @@ def _add_bits(plane: Bytes, bit: Int, word: np.uint64) -> None:
 
 
 @kernel
+def _class_of(pattern: Int, kept: np.uint64, cut: Int) -> Int:
+    """Returns the class of a pattern, counted from that of level 0. ``kept`` has the bits of a pattern."""
+    return np.int64((np.uint64(pattern) << np.uint64(1) & kept) >> np.uint64(cut))
+
+
+@kernel
 def _pack(
     patterns: Patterns,
     raw: Bytes,
@@ -154,7 +160,7 @@ def _pack(
         for i in range(0, whole, _STEP):
             _write_symbols(raw, item, begin + i, cut, first, last, symbols, i)
         for i in range(whole, count):
-            number = np.int64((np.uint64(patterns[begin + i]) << one & kept) >> np.uint64(cut)) - first
+            number = _class_of(patterns[begin + i], kept, cut) - first
             symbols[i] = np.uint8(number if 0 <= number < last else last)
         to = at + width * count
         for i in range(0, whole, _STEP):
@@ -165,7 +171,7 @@ def _pack(
                 hits &= word
             while hits:
                 escaped = begin + i + np.int64(trailing_zeros(hits))
-                number = np.int64((np.uint64(patterns[escaped]) << one & kept) >> np.uint64(cut)) - base
+                number = _class_of(patterns[escaped], kept, cut) - base
                 _add_bits(plane, to, np.uint64(number))
                 to += escape_bits
                 hits &= hits - one
@@ -173,7 +179,7 @@ def _pack(
             for k in range(width):
                 _add_bits(plane, at + k * count + i, np.uint64(symbols[i] >> k & 1))
             if symbols[i] == last:
-                number = np.int64((np.uint64(patterns[begin + i]) << one & kept) >> np.uint64(cut)) - base
+                number = _class_of(patterns[begin + i], kept, cut) - base
                 _add_bits(plane, to, np.uint64(number))
                 to += escape_bits
         sizes[s] = to - at

@@ -25,6 +25,7 @@ from ...coding.bits import Bytes
 from ...coding.codetable import MAX_WINDOW_BITS
 from .compiling import Int, intrinsic, kernel
 from .unaligned import count_ones, load64, pointer_to, require_inside, trailing_zeros
+from .vectors import splat
 
 _STEP = 32  # levels
 _LISTED = 4  # places that a step lists without a branch
@@ -46,7 +47,6 @@ def _spread(
 ) -> Any:
     """Writes 32 slots: the window plus the symbol whose bits are at the same place of four words."""
     lanes = ir.VectorType(ir.IntType(8), _STEP)
-    index = ir.IntType(32)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *words, first, target, at = arguments
@@ -56,10 +56,7 @@ def _spread(
         negative = ones[3]
         for plane in (2, 1, 0):
             negative = builder.add(builder.add(negative, negative), ones[plane])
-        undefined = ir.Constant(lanes, ir.Undefined)
-        least = builder.insert_element(undefined, first, ir.Constant(index, 0))
-        zeros = ir.Constant(ir.VectorType(index, _STEP), [0] * _STEP)
-        least = builder.shuffle_vector(least, undefined, zeros)
+        least = splat(builder, first, _STEP)
         place = pointer_to(context, builder, signature.args[5], target, at, 8)
         builder.store(builder.sub(least, negative), builder.bitcast(place, lanes.as_pointer())).align = 1
         return context.get_dummy_value()
