@@ -279,17 +279,28 @@ class _StreamUsage:
                 self.first_use.append(code)
         symbols = symbols_of_classes(table.class_of(levels), counts, table.classes, table.group)
         if table.window is not None:
-            rows = np.zeros((len(counts), table.classes), np.int64)
-            np.add.at(rows, (np.repeat(np.arange(len(counts)), counts), symbols), 1)
-            outside = levels_outside(rows, table.window)
-            escaped = outside[np.arange(len(counts)), codes]
-            needed = counts * table.window + escaped * table.escape_bits
-            self.is_best_window &= np.array_equal(outside.argmin(axis=1), codes)
-            self.escaped_inside |= bool((prefix_bits > needed).any())
-            codes = np.zeros_like(codes)
+            self._compare_windows(symbols, counts, codes, prefix_bits, table.window)
+            codes = np.zeros_like(codes)  # all symbols are counted in one row
         row = np.repeat(codes, symbol_counts(counts, table.group)) * self.symbols.shape[1]
         flat = np.bincount(row + symbols, minlength=self.symbols.size)
         self.symbols += flat.reshape(self.symbols.shape)
+
+    def _compare_windows(
+        self,
+        classes: NDArray[np.integer],
+        counts: NDArray[np.int64],
+        windows: NDArray[np.int64],
+        prefix_bits: NDArray[np.int64],
+        width: int,
+    ) -> None:
+        """Compares the windows of a chunk's segments with the best ones, and their bits with the fewest."""
+        segments = np.arange(len(counts))
+        rows = np.zeros((len(counts), self.table.classes), np.int64)
+        np.add.at(rows, (np.repeat(segments, counts), classes), 1)
+        outside = levels_outside(rows, width)
+        needed = counts * width + outside[segments, windows] * self.table.escape_bits
+        self.is_best_window &= np.array_equal(outside.argmin(axis=1), windows)
+        self.escaped_inside |= bool((prefix_bits > needed).any())
 
     def add_trims(
         self, levels: NDArray[np.uint64], counts: NDArray[np.int64], trims: NDArray[np.int64]

@@ -78,11 +78,11 @@ def choose_numbers(
         plain = _plain_layout(counts.total, bound, sign)
         if plain is not None:
             return one_class(blocks, plain, int(counts.total.sum()))
-    best: Choice | None = None
     if options.window is not None:
-        best = _windows(blocks, counts, signed, options.window, engine)
-        if best is not None:
-            return best
+        windows = _windows(blocks, counts, signed, options.window, engine)
+        if windows is not None:
+            return windows
+    best: Choice | None = None
     for group in _groups(counts.total, options):
         for layout in _layouts(counts.total, bound >> sign, signed, group, options, engine):
             found = _choice(blocks, counts, layout, sign, group, options, engine)
