@@ -13,9 +13,9 @@ import numpy as np
 
 from .. import __version__
 from ..decode.shards import index_name
+from ..encode.arguments import is_text, require_name
 from ..encode.pipeline import Pipeline
 from ..encode.weights import Reason, not_weights
-from ..encode.writer import is_text, require_name
 from ..io.threads import Workers, default_threads
 from ..limits import Limits
 from ..names import quoted, unknown_name

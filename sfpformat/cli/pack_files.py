@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from ..container.entry import TensorEntry
 from ..decode.reader import SfpFile
 from ..decode.shards import ShardIndex, index_name, shard_name
+from ..encode.arguments import Given
 from ..encode.plan import plan_tensor
 from ..encode.resume import ResumableSink
 from ..encode.weights import is_packed_storage, not_weights
-from ..encode.writer import Given, Writer
+from ..encode.writer import Writer
 from ..encode.zeros import zeros_of
 from ..engines import get_engine
 from ..errors import SfpError

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ..coding.changes import Changes, Patterns, kind_of
 from ..container.delta_map import MAX_BLOCK, DeltaMap, DeltaTensor, Pool
 from ..dtypes import DTYPES, Dtype
+from ..encode.arguments import require_name
 from ..encode.sink import Target
-from ..encode.writer import Writer, require_name
+from ..encode.writer import Writer
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, OptionError
 from ..io.checksum import crc32

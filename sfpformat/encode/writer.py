@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from ..coding.bits import Bytes
 from ..coding.mask import Mask
-from ..container import messagepack
 from ..container.delta_map import FEATURE, DeltaMap
 from ..container.directory import Directory
 from ..container.entry import CHUNK_RECORD, TensorEntry
@@ -29,12 +28,13 @@ from ..container.messagepack import depth_of
 from ..container.preamble import SIZE, Preamble
 from ..dtypes import Dtype
 from ..engines import Engine, get_engine
-from ..errors import ClosedFileError, FileFault, OptionError, SfpError
+from ..errors import ClosedFileError, OptionError, SfpError
 from ..io.checksum import crc32
 from ..io.threads import Workers, default_threads
 from ..limits import DEFAULT_LIMITS, Limits
-from ..names import quoted, require_mapping
+from ..names import quoted
 from ..options import Options, require_options
+from .arguments import Given, checked_keys, checked_metadata, require_arrays, require_name
 from .chunks import Chunk, chunk_jobs, encode_chunk, encode_vectors
 from .number_sequences import plan_numbers
 from .pipeline import Pipeline
@@ -46,14 +46,6 @@ from .sink import Target, open_sink
 _DEPTH_OF_ENTRIES = 2  # the directory and its list of tensors
 # Larger tensors, in bytes, are encoded while they are written, so that their chunks do not wait in memory.
 _ENCODED_WHOLE = 1 << 24
-
-
-class Given(NamedTuple):
-    """The arrays of a tensor to write; the attributes are the arguments of `Writer.add`."""
-
-    array: NDArray[np.generic]
-    mask: Mask | None = None
-    importance: Importance | None = None
 
 
 class _Encoded(NamedTuple):
@@ -108,7 +100,7 @@ class Writer:
             LockedFileError: with ``resume_key``, another process is writing the target.
             OSError: the temporary file cannot be created.
         """
-        self._metadata = _checked_metadata(metadata or {})
+        self._metadata = checked_metadata(metadata or {})
         self._limits = limits
         self._directory_bytes = sum(len(f"{key}{value}".encode()) for key, value in self._metadata.items())
         self._engine_name, self._engine = engine, get_engine(engine, weights)
@@ -182,13 +174,9 @@ class Writer:
             SfpError: an earlier tensor was only partly written.
         """
         self.flush()
-        array = np.asanyarray(array)
-        self._require_addable(name, array.ndim, array.nbytes)
-        options = require_options(options, f"the options of {name!r}")
-        _require_arrays(name, mask, importance)
-        keys = _checked_keys(name, {} if other is None else other, self._limits)
-        given = Given(array, mask, importance)
-        engine = self._engine_for(array.size)
+        given = Given(np.asanyarray(array), mask, importance)
+        options, keys = self._checked(name, given, options, other)
+        engine = self._engine_for(given.array.size)
         return self._write(self._encoded(name, given, options, keys, engine, whole=False))
 
     def add_later(
@@ -219,17 +207,13 @@ class Writer:
                 the file then.
             OSError, ClosedFileError, SfpError: same as for `add`.
         """
-        array = np.asanyarray(array)
+        given = Given(np.asanyarray(array), mask, importance)
         try:
-            self._require_addable(name, array.ndim, array.nbytes)
-            options = require_options(options, f"the options of {name!r}")
-            _require_arrays(name, mask, importance)
-            keys = _checked_keys(name, {} if other is None else other, self._limits)
+            options, keys = self._checked(name, given, options, other)
         except SfpError:
             self.flush()  # an earlier tensor's error comes first
             raise
-        given = Given(array, mask, importance)
-        self._put(name, lambda: given, array.nbytes, array.size, options, keys)
+        self._put(name, lambda: given, given.array.nbytes, given.array.size, options, keys)
 
     def add_read(
         self,
@@ -256,7 +240,7 @@ class Writer:
         """
         try:
             self._require_addable(name, 0, 0)
-            keys = _checked_keys(name, {} if other is None else other, self._limits)
+            keys = checked_keys(name, {} if other is None else other, self._limits)
         except SfpError:
             self.flush()
             raise
@@ -397,6 +381,15 @@ class Writer:
         self._whole = True
         return entry
 
+    def _checked(
+        self, name: str, given: Given, options: Options | None, other: Mapping[str, object] | None
+    ) -> tuple[Options, dict[str, object]]:
+        """Checks the arguments of `add`, and returns the options and the additional keys of the entry."""
+        self._require_addable(name, given.array.ndim, given.array.nbytes)
+        options = require_options(options, f"the options of {name!r}")
+        require_arrays(name, given.mask, given.importance)
+        return options, checked_keys(name, {} if other is None else other, self._limits)
+
     def _require_addable(self, name: str, rank: int, decoded: int) -> None:
         """Checks that a tensor can be added. Called before any of it is written.
 
@@ -485,78 +478,3 @@ class Writer:
             self._pipeline.drop()
             self._workers.stop()
             self._sink.abort(keep)
-
-
-def require_name(name: str, limits: Limits = DEFAULT_LIMITS) -> None:
-    """Checks that a value is a valid tensor name (R-TEN-002, R-MSG-003, R-LIM-001).
-
-    Raises:
-        OptionError: the name is not a string, is empty, contains U+0000 or lone surrogates, or is too long.
-    """
-    if not isinstance(name, str):
-        raise OptionError(f"{name!r} cannot be a tensor's name: it is a {type(name).__name__}, not a string")
-    if not name:
-        raise OptionError("a tensor has an empty name, which .sfp does not allow; rename it")
-    if not is_text(name):
-        raise OptionError(
-            f"{quoted(name)} cannot be a tensor's name: names are UTF-8 without U+0000; rename it"
-        )
-    limits.require_written("name_bytes", len(name.encode()), f"tensor {quoted(name)}")
-
-
-def _checked_keys(name: str, other: Mapping[str, object], limits: Limits) -> dict[str, object]:
-    """Checks the additional keys of an entry, and returns a copy.
-
-    Raises:
-        OptionError: a name does not begin with ``x-``, or a value has a type that the directory does not
-            support or is nested too deep.
-    """
-    require_mapping(other, f"extra keys of {quoted(name)}")
-    keys = dict(other)
-    if not keys:
-        return keys
-    for key in keys:
-        if not isinstance(key, str) or not key.startswith("x-"):
-            raise OptionError(f"tensor {quoted(name)}: the key {quoted(key)} does not begin with 'x-'")
-    try:
-        as_deep_as_an_entry: dict[str, object] = {"": {"": keys}}
-        messagepack.decode(messagepack.encode(as_deep_as_an_entry), limits)
-    except (FileFault, TypeError, ValueError, OverflowError) as error:
-        detail = error.detail if isinstance(error, FileFault) else error
-        raise OptionError(f"tensor {quoted(name)}: extra keys cannot be written: {detail}") from None
-    return keys
-
-
-def _require_arrays(name: str, mask: object, importance: object) -> None:
-    """Checks the types of a mask and an importance.
-
-    Raises:
-        OptionError: one is not an array, or an importance is a tuple that does not have two vectors.
-    """
-    if not (mask is None or isinstance(mask, np.ndarray)):
-        raise OptionError(f"the mask of {name!r} is a {type(mask).__name__}, not an array")
-    if isinstance(importance, tuple) and len(importance) != 2:
-        raise OptionError(
-            f"the importance of {name!r} is a tuple of {len(importance)}, not of rows and columns"
-        )
-    for vector in importance if isinstance(importance, tuple) else (importance,):
-        if not (importance is None or isinstance(vector, np.ndarray)):
-            raise OptionError(f"the importance of {name!r} is a {type(vector).__name__}, not an array")
-
-
-def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    require_mapping(metadata, "metadata")
-    for key, value in metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str) and is_text(key + value)):
-            raise OptionError(
-                f"metadata {key!r}: {value!r}: keys and values must be strings of UTF-8 without U+0000"
-            )
-    return dict(metadata)
-
-
-def is_text(text: str) -> bool:
-    """Returns whether the directory can store a string: valid UTF-8 without U+0000 (R-MSG-003)."""
-    try:
-        return "\0" not in text and bool(text.encode() or True)
-    except UnicodeEncodeError:
-        return False

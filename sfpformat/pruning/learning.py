@@ -218,6 +218,7 @@ def _learn_levels(
             found = statistics(model, data, task=task, tensors=names, group=group)
         found = _of_weights(model, found, weights, "found")
         candidates = candidate_starts(model, found, sum(sparsities) / 2)
+        found = None  # releases the gradients
         earlier = None if path is None else checkpoints.started(path)
         if earlier in candidates:  # a run is resumed from the start that it had
             candidates = {earlier: candidates[earlier]}
@@ -235,7 +236,6 @@ def _learn_levels(
             )
         name, start, losses = selected.name, selected.importances, selected.losses
         del candidates, selected
-        found = None  # releases its memory
     start = _required(model, start, weights)
     start = {name: start[name] for name in learned}
     processes.require_same(

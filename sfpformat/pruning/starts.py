@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -137,6 +137,8 @@ def candidate_starts(model: nn.Module, found: Mapping[str, Statistics], sparsity
         found: calibration statistics by parameter name.
         sparsity: the pruned share, for the thresholds of rows and tensors.
     """
+    # No candidate needs the gradients: callers can release them.
+    found = {name: replace(one, gradient=one.gradient.new_empty(0)) for name, one in found.items()}
     names = list(found)
     with_inputs = {name: one for name, one in found.items() if one.inputs is not None}
 

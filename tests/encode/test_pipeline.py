@@ -17,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from sfpformat import ImportanceOptions, OptionError, Options, SfpError, Table, Uniform
+from sfpformat.encode.arguments import Given
 from sfpformat.encode.pipeline import ROOM, Pipeline
-from sfpformat.encode.writer import Given, Writer
+from sfpformat.encode.writer import Writer
 from sfpformat.io.threads import Workers
 from sfpformat.numpy import save, save_file
 
@@ -240,7 +241,9 @@ PEAK = """
 import resource
 import ml_dtypes
 import numpy as np
-from sfpformat.encode.writer import Given, Options, Writer
+from sfpformat import Options
+from sfpformat.encode.arguments import Given
+from sfpformat.encode.writer import Writer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

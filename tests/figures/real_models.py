@@ -14,6 +14,8 @@ synthesised, so that their pitch is known: eight harmonics of random strength in
 calibration, and only odd harmonics in much noise, which do not occur in calibration. Wanda and SparseGPT
 support only linear layers and do not apply.
 
+``--start NAME`` learns from the start of that name instead of the best one, such as "fisher by row 0.25".
+
 ``--equal`` instead finds the smallest file of each mask whose first measure is at least 0.99 of the dense
 model's, with survivors quantised by `Uniform`: nothing pruned, and the masks of ``--methods`` at
 ``--sparsities``. Sizes are of the pruned tensors, which are all the tensors that are quantised.
@@ -58,6 +60,8 @@ from sfpformat.pruning import (
     statistics,
     wanda,
 )
+from sfpformat.pruning.scores import Importances
+from sfpformat.pruning.starts import candidate_starts
 from sfpformat.pruning.task import evaluating
 from sfpformat.pruning.texts import TextData, text_data
 from sfpformat.torch import load_model
@@ -261,13 +265,20 @@ class Bench:
             apply_masks(pruned, masks)
             return pruned, masks, extra
         subject, options = self.subject, self.options
+        given: Importances | None = None
+        if options.start != "best":
+            candidates = candidate_starts(subject.dense, self.statistics(), sparsity)
+            if options.start not in candidates:
+                raise SystemExit(f"--start: choose best, {', '.join(candidates)}")
+            given = candidates[options.start]()
         learned = learn_importance(
             subject.dense,
             subject.calibration,
             sparsity,
             task=subject.task,
             settings=Settings(steps=options.steps, method="levels", seed=options.seed, **options.settings),
-            found=self.statistics(),
+            found=None if given else self.statistics(),
+            start=given,
             held_out=subject.held_out,
         )
         assert learned.choice is not None
@@ -276,7 +287,7 @@ class Bench:
             "batches": options.calibration + options.steps + len(subject.held_out),
             "steps": options.steps,
             "settings": options.settings,
-            "start": learned.start,
+            "start": learned.start if given is None else options.start,
             "start_losses": learned.start_losses,
             "held_out": {"start": learned.choice.start[0], "chosen": learned.choice.chosen[0]},
         }
@@ -362,6 +373,8 @@ class Bench:
             found["calibration"] = options.calibration
         if method.startswith("levels"):
             found |= {"steps": options.steps, "settings": options.settings}
+            if options.start != "best":
+                found["start"] = options.start
         return found
 
 
@@ -420,6 +433,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--methods", help="all that apply, if not given")
     parser.add_argument("--sparsities", default="0.5,0.6,0.7")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--start", default="best", help="name of the start of learning")
     parser.add_argument("--settings", type=json.loads, default={}, help="others of learning, as JSON")
     parser.add_argument("--calibration", type=int, default=64, help="batches of 16 sentences or tones")
     parser.add_argument("--seed", type=int, default=0)

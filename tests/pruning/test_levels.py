@@ -190,10 +190,12 @@ torch.set_num_threads(1)
 def peak():  # of this program; ru_maxrss would be that of the process which started it, if larger
     return 1024 * int(next(s for s in open("/proc/self/status") if s.startswith("VmHWM")).split()[1])
 net = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16)))
-x = [torch.randn(4, 1024) for _ in range(3)]
-task = Task(run=lambda model, batch: model(batch))
-start = {name: weight.detach().square() for name, weight in net.named_parameters()}
-torch.autograd.grad(net(x[0]).sum(), [net[0].weight])  # what torch allocates once
+x = [(torch.randn(4, 1024), torch.zeros(4, dtype=torch.int64)) for _ in range(3)]
+task = Task(run=lambda model, batch: model(batch[0]))
+start = None
+if sys.argv[3] == "given":
+    start = {name: weight.detach().square() for name, weight in net.named_parameters()}
+torch.autograd.grad(net(x[0][0]).sum(), [net[0].weight])  # what torch allocates once
 before = peak()
 settings = Settings(steps=2, method="levels", logits=sys.argv[1] == "True", half=sys.argv[2] == "True")
 learn_importance(net, x, 0.5, settings=settings, task=task, start=start)
@@ -201,13 +203,21 @@ print((peak() - before) / sum(weight.numel() for weight in net.parameters()))
 """
 
 
-@pytest.mark.parametrize(("logits", "half"), [(False, True), (True, True), (True, False)])
-def test_peak_memory_is_as_stated_and_at_most_16_bytes_per_weight(logits: bool, half: bool) -> None:
+def peak_bytes_per_weight(logits: bool, half: bool, start: str) -> float:
     # Without its own heap for small blocks, glibc returns freed tensors, so that the peak is of live ones.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    words = [sys.executable, "-c", _PEAK, str(logits), str(half)]
+    words = [sys.executable, "-c", _PEAK, str(logits), str(half), start]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-    peak = float(done.stdout)
+    return float(done.stdout)
+
+
+def test_statistics_and_the_selection_of_the_start_need_at_most_16_bytes_per_weight() -> None:
+    assert peak_bytes_per_weight(True, True, "computed") < 16
+
+
+@pytest.mark.parametrize(("logits", "half"), [(False, True), (True, True), (True, False)])
+def test_peak_memory_is_as_stated_and_at_most_16_bytes_per_weight(logits: bool, half: bool) -> None:
+    peak = peak_bytes_per_weight(logits, half, "given")
     stated = bytes_per_weight(Settings(method="levels", logits=logits, half=half))
     # Beside what is stated there are a gradient and a masked copy of one of 16 tensors, and working memory.
     assert stated - 0.5 < peak < stated + 2.0
