@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ from ..container.delta_map import DeltaMap
 from ..decode.reader import SfpFile
 from ..deltas.result import DeltaFile, open_chain
 from ..deltas.tensors import Spec
+from ..deltas.writing import DeltaWriter
 from ..errors import FileFault
 from ..io.safetensors import SubByte, TensorSpec
 from ..limits import Limits
-from .errors import CommandError, path_in_errors, require_file
-from .model_files import Model, sub_byte_of
+from .console import Progress, progress
+from .errors import CommandError, checked_target, path_in_errors, require_file
+from .limit_option import add_limits, limits_of
+from .model_files import Model, open_model, sub_byte_keys, sub_byte_of
 
 FILE_HELP = "an .sfp or safetensors file, an index of shards, or a folder"
 
@@ -42,6 +46,90 @@ def add_deltas(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments for a base and its deltas."""
     parser.add_argument("base", metavar="BASE", help=FILE_HELP)
     parser.add_argument("deltas", metavar="DELTA", nargs="+", help="the deltas, in order")
+
+
+def add_output(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    """Adds the arguments for the written file, the form of the result, and the limits."""
+    parser.add_argument("-o", "--output", metavar=metavar, required=True, help=text)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_limits(parser)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An open base and the result of its deltas, while a command writes a file.
+
+    Attributes:
+        base, result: the base, and the result of the last delta.
+        specs: name, dtype and shape of each tensor of the result.
+        nbytes: size of these tensors.
+        target: the file to write.
+        limits: the limits on files.
+        shown: the progress.
+    """
+
+    base: Model
+    result: DeltaFile
+    specs: list[TensorSpec]
+    nbytes: int
+    target: Path
+    limits: Limits
+    shown: Progress
+
+
+@contextmanager
+def opened_chain(args: argparse.Namespace) -> Iterator[Chain]:
+    """Opens the files of `add_deltas` and `add_output`, shows progress, and adds paths to errors.
+
+    Raises:
+        CommandError: as in `open_result`, or a fault was found inside.
+        OSError: a file cannot be read or written.
+    """
+    limits = limits_of(args.limit)
+    with (
+        open_model(args.base, limits=limits) as base,
+        open_result(base, args.deltas, limits) as result,
+    ):
+        target = checked_target(args.output, [*base.paths(), *map(Path, args.deltas)])
+        specs = result_specs(base, result)
+        nbytes = sum(spec.nbytes for spec in specs)
+        within = chain_in_errors(base, args.deltas)
+        with progress(nbytes, target.name) as shown, path_in_errors(target), within:
+            yield Chain(base, result, specs, nbytes, target, limits, shown)
+
+
+def add_tensors(
+    writer: DeltaWriter,
+    base: Model,
+    specs: Iterable[TensorSpec],
+    read: Callable[[str], NDArray[np.generic]],
+    shown: Progress,
+) -> None:
+    """Adds the tensors of a base and a result to a delta.
+
+    Stores a tensor whole if its dtype or shape in safetensors changes, for elements smaller than a byte.
+
+    Args:
+        writer: the writer of the delta.
+        base: the base.
+        specs: name, dtype and shape of each tensor of the result.
+        read: returns a tensor of the result.
+        shown: the progress.
+    """
+    kept = set()
+    for spec in specs:
+        shown.at(spec.name)
+        kept.add(spec.name)
+        before, keys = base.specs.get(spec.name), sub_byte_keys(spec)
+        if before is None:
+            writer.add(spec.name, None, read(spec.name), other=keys or None)
+        else:
+            other = None if before.sub_byte == spec.sub_byte else keys
+            writer.add(spec.name, base.read(spec.name), read(spec.name), other=other)
+        shown.advance(spec.nbytes)
+    for name in base.specs:
+        if name not in kept:
+            writer.add(name, base.read(name), None)
 
 
 def open_result(base: Model, paths: Sequence[str], limits: Limits) -> DeltaFile:

@@ -48,7 +48,7 @@ class ElementKind:
 
     @property
     def stored(self) -> Dtype:
-        """The dtype of the tensor that stores differences of such elements (R-DLT-008)."""
+        """The dtype of the tensor that stores differences of such elements (R-DLT-007)."""
         return DTYPES[{8: "F8_E4M3", 16: "BF16", 32: "F32", 64: "F64"}[self.bits]]
 
 
@@ -94,14 +94,13 @@ class Bucket(NamedTuple):
 
 
 def keys_of(patterns: Patterns, kind: ElementKind) -> NDArray[np.uint16]:
-    """Returns the key of each element: the exponent field of its magnitude minus 1 (R-DLT-011)."""
+    """Returns the key of each element: the exponent field of its magnitude minus 1 (SPEC.md 28.2)."""
     if kind.exponent_bits == 0:
         return np.zeros(len(patterns), np.uint16)
-    one = patterns.dtype.type(1)
-    below = ((patterns & patterns.dtype.type((1 << (kind.bits - 1)) - 1)) - one) & patterns.dtype.type(
-        (1 << (kind.bits - 1)) - 1
-    )
-    return (below >> patterns.dtype.type(kind.shift)).astype(np.uint16)
+    number = patterns.dtype.type
+    magnitude = number((1 << (kind.bits - 1)) - 1)
+    below = ((patterns & magnitude) - number(1)) & magnitude
+    return (below >> number(kind.shift)).astype(np.uint16)
 
 
 def ordered(patterns: Patterns, kind: ElementKind) -> Patterns:

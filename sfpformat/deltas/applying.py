@@ -42,8 +42,10 @@ def apply_delta(
     ``apply_delta(arrays, "step-18.sfp")``
 
     Makes all checks before the first change. Writes into the arrays of changed tensors, and of replaced
-    tensors that keep dtype and shape; other replaced and added tensors become new arrays in ``target``. Needs
-    at most 64 MB of memory besides the target and these new arrays.
+    tensors that keep dtype and shape; other replaced and added tensors become new arrays in ``target``.
+    Besides these arrays, needs at most 64 MB of memory, for elements of up to 16 bits and blocks of the
+    default size. Wider elements and larger blocks need more. So do arrays that share memory: their changes
+    are kept until all checks are made.
 
     Args:
         target: name -> array, in C order and writable. It must have exactly the tensors of the base.
@@ -276,7 +278,7 @@ class Change:
                     found = pool.find(index, base, self._delta.engine)
                 for part, view, changes in zip(parts, base, found, strict=True):
                     if owned[part.member]:
-                        view[changes.positions] = changes.values
+                        _write(view, changes)
 
             for_each(block, range(pool.blocks), self._threads_for(pool))
         replaced = {
@@ -293,12 +295,21 @@ def _checksum_with(base: Patterns, changes: Found) -> int:
     crc, size = 0, PART // base.itemsize
     for start in range(0, len(base), size):
         part = base[start : start + size]
-        first, stop = np.searchsorted(changes.positions, (start, start + size))
+        # Bounds of another dtype would make numpy copy all positions.
+        ends = np.array((start, start + size), np.uint32)
+        first, stop = np.searchsorted(changes.positions, ends)
         if first < stop:
             part = part.copy()
             part[changes.positions[first:stop] - np.uint32(start)] = changes.values[first:stop]
         crc = crc32(part.data, crc)
     return crc
+
+
+def _write(view: Patterns, changes: Found) -> None:
+    """Writes changed elements. numpy copies the positions as int64, so this writes a few at a time."""
+    for start in range(0, len(changes.positions), PART // 8):
+        some = slice(start, start + PART // 8)
+        view[changes.positions[some]] = changes.values[some]
 
 
 def _address(view: NDArray[np.generic]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..io.checksum import crc32
 from ..io.threads import for_each
+
+T = TypeVar("T")
 
 # Bytes per part. Two parts fit in the cache of a core.
 PART = 1 << 20
@@ -27,22 +31,32 @@ def combined(first: int, second: int, length: int) -> int:
     return _times(_after(length), first) ^ second
 
 
+def joined(parts: Iterable[int], length: int) -> int:
+    """Returns the CRC-32 of ``length`` bytes, given that of each part of `PART` bytes."""
+    total = 0
+    for start, one in zip(range(0, length, PART), parts, strict=True):
+        total = combined(total, one, min(PART, length - start))
+    return total
+
+
+def of_parts(work: Callable[[slice], T], length: int, threads: int) -> list[T]:
+    """Calls ``work`` for each `PART` of ``length`` bytes, in several threads. Returns the results."""
+    found: dict[int, T] = {}
+
+    def part(start: int) -> None:
+        found[start] = work(slice(start, start + PART))
+
+    starts = range(0, length, PART)
+    for_each(part, starts, max(min(threads, len(starts)), 1))
+    return [found[start] for start in starts]
+
+
 def checksum_of(array: NDArray[np.generic], threads: int = 1) -> int:
     """Returns the CRC-32 of the elements of a contiguous array."""
     data = array.reshape(-1).view(np.uint8)
     if threads <= 1 or len(data) <= PART:
         return crc32(data.data)
-    starts = range(0, len(data), PART)
-    found = [0] * len(starts)
-
-    def part(number: int) -> None:
-        found[number] = crc32(data[starts[number] : starts[number] + PART].data)
-
-    for_each(part, range(len(starts)), threads)
-    total = 0
-    for start, one in zip(starts, found, strict=True):
-        total = combined(total, one, min(PART, len(data) - start))
-    return total
+    return joined(of_parts(lambda part: crc32(data[part].data), len(data), threads), len(data))
 
 
 def _times(a: int, b: int) -> int:

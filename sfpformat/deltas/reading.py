@@ -150,9 +150,10 @@ class PoolChanges:
     def _numbers_of(self, block: int) -> tuple[NDArray[np.uint32], Patterns]:
         """Returns the gaps and levels of a block."""
         with self._lock:
+            if self._window is None or not self._window.first <= block < self._window.stop:
+                self._window = None  # releases its memory before the next one is decoded
+                self._window = self._decoded(block)
             window = self._window
-            if window is None or not window.first <= block < window.stop:
-                window = self._window = self._decoded(block)
         gap, level = self._first_gap[window.first], self._first_level[window.first]
         return (
             window.gaps[self._first_gap[block] - gap : self._first_gap[block + 1] - gap],

@@ -62,7 +62,7 @@ class ArrayTensors:
             OptionError: a value is not an array of a dtype of the format.
         """
         self._arrays = arrays
-        self.specs: dict[str, Spec] = {name: _spec_of(name, array) for name, array in arrays.items()}
+        self.specs: dict[str, Spec] = {name: spec_of(name, array) for name, array in arrays.items()}
 
     def read(self, name: str) -> Array:
         return self._arrays[name]
@@ -71,7 +71,12 @@ class ArrayTensors:
         return {}
 
 
-def _spec_of(name: str, array: Array) -> Spec:
+def spec_of(name: str, array: Array) -> Spec:
+    """Returns dtype and shape of an array, which the tensor ``name`` has.
+
+    Raises:
+        OptionError: the value is not an array of a dtype of the format.
+    """
     dtype = of_numpy(array.dtype) if isinstance(array, np.ndarray) else None
     if dtype is None:
         kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
@@ -118,11 +123,7 @@ class OpenTensors(Closing):
         name: the name of the file, or None for arrays.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
+    def __init__(self, source: Source, limits: Limits = DEFAULT_LIMITS) -> None:
         """Opens a source.
 
         Args:
@@ -147,11 +148,7 @@ class OpenTensors(Closing):
         """Closes the files that this object opened."""
         self._stack.close()
 
-    def _opened(
-        self,
-        source: Source,
-        limits: Limits,
-    ) -> Tensors:
+    def _opened(self, source: Source, limits: Limits) -> Tensors:
         if isinstance(source, Mapping):
             return ArrayTensors(source)
         if isinstance(source, (SfpFile, ShardedFile)):

@@ -21,11 +21,10 @@ from ..encode.writer import Writer
 from ..engines import Engine, get_engine
 from ..errors import ClosedFileError, OptionError
 from ..io.checksum import crc32
-from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
-from .checksums import PART, checksum_of, combined
-from .tensors import Array, ArrayTensors, OpenTensors, Source, Spec, patterns_of
+from .checksums import checksum_of, joined, of_parts
+from .tensors import Array, OpenTensors, Source, Spec, patterns_of, spec_of
 
 # Elements per block: many enough that its changes fill segments of one exponent, few enough for many threads
 # (figures in tests/figures/README.md).
@@ -113,7 +112,7 @@ class DeltaWriter:
         self._base_name, self._block, self._engine, self._limits = base_name, block, engine, limits
         self._tensors: list[DeltaTensor] = []
         self._names: set[str] = set()
-        self._described_all: DeltaMap | None = None
+        self._written: DeltaMap | None = None
         self._open_pools: dict[str, _OpenPool] = {}
         self._full: list[_OpenPool] = []
         self._open = True
@@ -160,7 +159,7 @@ class DeltaWriter:
         require_name(name, self._limits)
         if name in self._names:
             raise OptionError(f"tensor {quoted(name)} was already added")
-        tensor = self._described(name, base, new, forced=other is not None)
+        tensor = self._compared(name, base, new, forced=other is not None)
         self._limits.require_written("tensors", len(self._tensors) + 1, f"tensor {quoted(name)}")
         if tensor.kind == "changed":
             assert base is not None
@@ -181,47 +180,40 @@ class DeltaWriter:
         Raises:
             OptionError: the writer is not closed, or was aborted.
         """
-        if self._described_all is None:
+        if self._written is None:
             raise OptionError("the delta is not written yet; close the writer first")
-        return self._described_all
+        return self._written
 
-    def _described(self, name: str, base: Array | None, new: Array | None, *, forced: bool) -> DeltaTensor:
-        """Compares a tensor with its base."""
-        old, now = (None if array is None else _spec(name, array) for array in (base, new))
-        if old is None and now is None:
+    def _compared(self, name: str, base: Array | None, new: Array | None, *, forced: bool) -> DeltaTensor:
+        """Compares a tensor with its base. With ``forced``, a tensor that both have counts as replaced."""
+        old, now = (None if array is None else spec_of(name, array) for array in (base, new))
+        spec = now or old
+        if spec is None:
             raise OptionError(f"tensor {quoted(name)} is neither in the base nor in the result")
-        if base is None or new is None or old is None or now is None or old != now:
-            checksums = [
-                0 if array is None or spec is None else _checksum(array, spec.dtype)
-                for array, spec in ((base, old), (new, now))
-            ]
-            kind = "added" if old is None else "removed" if now is None else "replaced"
-            spec = now or old
-            assert spec is not None
-            return DeltaTensor(name, kind, spec.dtype, spec.shape, *checksums)
-        crc_base, crc_new, same = self._compared(patterns_of(base, old.dtype), patterns_of(new, old.dtype))
-        kind = "unchanged" if same else "changed"
-        if forced:
-            kind = "replaced"
-        return DeltaTensor(name, kind, old.dtype, old.shape, crc_base, crc_new)
+        if base is None or new is None or old != now:
+            kind = "added" if base is None else "removed" if new is None else "replaced"
+            return DeltaTensor(name, kind, *spec, *map(self._checksum, (base, new), (old, now)))
+        crc_base, crc_new, same = self._checksums(patterns_of(base, spec.dtype), patterns_of(new, spec.dtype))
+        kind = "replaced" if forced else "unchanged" if same else "changed"
+        return DeltaTensor(name, kind, *spec, crc_base, crc_new)
 
-    def _compared(self, base: Patterns, new: Patterns) -> tuple[int, int, bool]:
-        """Returns the CRC-32 of two tensors, and whether they are equal."""
+    def _checksum(self, array: Array | None, spec: Spec | None) -> int:
+        """Returns the CRC-32 of a tensor, 0 for none."""
+        if array is None or spec is None:
+            return 0
+        return checksum_of(patterns_of(array, spec.dtype), self._threads)
+
+    def _checksums(self, base: Patterns, new: Patterns) -> tuple[int, int, bool]:
+        """Returns the CRC-32 of two tensors of equal size, and whether they are equal."""
         first, second = base.view(np.uint8), new.view(np.uint8)
-        starts = range(0, len(first), PART)
-        found = [(0, 0, True)] * len(starts)
 
-        def part(number: int) -> None:
-            a = first[starts[number] : starts[number] + PART]
-            b = second[starts[number] : starts[number] + PART]
-            crc_a, crc_b = crc32(a.data), crc32(b.data)
-            found[number] = crc_a, crc_b, crc_a == crc_b and a.data == b.data
+        def compared(part: slice) -> tuple[int, int, bool]:
+            a, b = first[part].data, second[part].data
+            crc_a, crc_b = crc32(a), crc32(b)
+            return crc_a, crc_b, crc_a == crc_b and a == b
 
-        for_each(part, range(len(starts)), min(self._threads, max(len(starts), 1)))
-        crc_base = crc_new = 0
-        for start, (one, other, _) in zip(starts, found, strict=True):
-            length = min(PART, len(first) - start)
-            crc_base, crc_new = combined(crc_base, one, length), combined(crc_new, other, length)
+        found = of_parts(compared, len(first), self._threads)
+        crc_base, crc_new = (joined((crcs[side] for crcs in found), len(first)) for side in (0, 1))
         return crc_base, crc_new, all(same for _, _, same in found)
 
     def _add_changed(self, tensor: DeltaTensor, base: Patterns, new: Patterns) -> None:
@@ -275,14 +267,13 @@ class DeltaWriter:
             for pool in list(self._open_pools.values()):
                 self._finish_pool(pool)
             pools = [self._write_pool(number, pool) for number, pool in enumerate(self._full)]
-            self._described_all = DeltaMap(
-                tuple(self._tensors), tuple(pools), self._block, self._base_name, {}
-            )
-            self._writer.set_delta(self._described_all)
+            written = DeltaMap(tuple(self._tensors), tuple(pools), self._block, self._base_name, {})
+            self._writer.set_delta(written)
             self._writer.close()
         except BaseException:
             self.abort()
             raise
+        self._written = written
         self._open = False
         self._stop()
 
@@ -332,14 +323,6 @@ def _joined(
     parts: list[NDArray[np.unsignedinteger]] | list[NDArray[np.uint32]], dtype: np.dtype[np.unsignedinteger]
 ) -> NDArray[np.unsignedinteger]:
     return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
-
-
-def _spec(name: str, array: Array) -> Spec:
-    return ArrayTensors({name: array}).specs[name]
-
-
-def _checksum(array: Array, dtype: Dtype) -> int:
-    return checksum_of(patterns_of(array, dtype))
 
 
 def code_block(parts: list[tuple[Patterns, Patterns]], dtype: Dtype, engine: Engine) -> Coded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,40 @@ def test_tied_tensors_are_changed_once() -> None:
     target = {"a": shared, "b": shared}
     sfpformat.apply_delta(target, data)
     same(target, new)
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[Arrays, bytes]:
+    """A model of 96 MB in BF16, and a delta that changes 1 %, 45 % and 60 % of tensors, and replaces one."""
+    rng = np.random.default_rng(0)
+    base: Arrays = {
+        f"w.{i}": rng.integers(0x3C00, 0x3F00, (2048, 4096), np.uint16).view(ml_dtypes.bfloat16)
+        for i in range(6)
+    }
+    out = MemorySink()
+    with sfpformat.DeltaWriter(out) as writer:
+        for (name, array), share in zip(base.items(), (0.01, 0.01, 0.45, 0.45, 0.6, None), strict=True):
+            changed = rng.random(array.shape, np.float32) < (0.01 if share is None else share)
+            new = (array.view(np.uint16) + changed).astype(np.uint16).view(array.dtype)
+            writer.add(name, array, new, other={} if share is None else None)
+    return base, out.data
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_change_in_place_needs_at_most_64_mb(large: tuple[Arrays, bytes], threads: int) -> None:
+    base, data = large
+    with sfpformat.Delta(data) as opened:
+        assert [tensor.kind for tensor in opened.map.tensors] == ["changed"] * 5 + ["replaced"]
+        told = {tensor.name: tensor.result for tensor in opened.map.tensors}
+    target = {name: array.copy() for name, array in base.items()}
+    tracemalloc.start()
+    try:
+        sfpformat.apply_delta(target, data, threads=threads)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {name: checksum_of(array) for name, array in target.items()} == told
+    assert peak <= 64e6
 
 
 # ------------------------------------------------------------------------------------------------- writers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 from ...coding.changes import NEVER, Bucket, Changes, ElementKind, Patterns
@@ -48,6 +49,26 @@ def place_changes(
     )
 
 
+@register_jitable
+def _key(old: np.uint64, low: np.uint64, shift: Int, is_float: bool) -> np.uint64:
+    """Returns the key of an element, given the mask of its magnitude."""
+    return (((old & low) - np.uint64(1)) & low) >> np.uint64(shift) if is_float else np.uint64(0)
+
+
+@register_jitable
+def _ordered(pattern: np.uint64, flip: np.uint64, top: np.uint64) -> np.uint64:
+    """Implements `coding.changes.ordered`, given the bits to flip in negative numbers."""
+    return pattern ^ (flip if pattern >> top else np.uint64(0))
+
+
+@register_jitable
+def _masks(bits: Int, is_float: bool) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """Returns the place of the sign, and the masks of magnitude and pattern and of the bits to flip."""
+    top = np.uint64(bits - 1)
+    low = (np.uint64(1) << top) - np.uint64(1)
+    return top, low, low | (np.uint64(1) << top), low if is_float else np.uint64(0)
+
+
 @kernel
 def _find(
     base: Patterns,
@@ -60,24 +81,16 @@ def _find(
     at: NDArray[np.uint32],
     levels: Patterns,
 ) -> Int:
-    top = np.uint64(bits - 1)
-    low = (np.uint64(1) << top) - np.uint64(1)
-    full = low | (np.uint64(1) << top)
-    flip = low if is_float else np.uint64(0)
-    right = np.uint64(shift)
+    top, low, full, flip = _masks(bits, is_float)
     found = 0
     for i in range(len(base)):
         old = np.uint64(base[i])
-        key = (((old & low) - np.uint64(1)) & low) >> right
-        if not is_float:
-            key = np.uint64(0)
+        key = _key(old, low, shift, is_float)
         rank = ranks[key]
         ranks[key] = rank + 1
         now = np.uint64(new[i])
         if old != now:
-            low_old = flip if old >> top else np.uint64(0)
-            low_now = flip if now >> top else np.uint64(0)
-            difference = ((now ^ low_now) - (old ^ low_old)) & full
+            difference = (_ordered(now, flip, top) - _ordered(old, flip, top)) & full
             sign = full if difference >> top else np.uint64(0)
             keys[found] = key
             at[found] = rank
@@ -102,17 +115,11 @@ def _place(
     positions: NDArray[np.uint32],
     values: Patterns,
 ) -> Int:
-    top = np.uint64(bits - 1)
-    low = (np.uint64(1) << top) - np.uint64(1)
-    full = low | (np.uint64(1) << top)
-    flip = low if is_float else np.uint64(0)
-    right = np.uint64(shift)
+    top, low, full, flip = _masks(bits, is_float)
     found = 0
     for i in range(len(base)):
         old = np.uint64(base[i])
-        key = (((old & low) - np.uint64(1)) & low) >> right
-        if not is_float:
-            key = np.uint64(0)
+        key = _key(old, low, shift, is_float)
         rest = left[key] - 1
         left[key] = rest
         if rest > 0:
@@ -126,9 +133,8 @@ def _place(
             left[key] = np.int64(gaps[gap[key]]) + 1 if level[key] < last[key] else np.int64(NEVER)
         sign = full if coded & np.uint64(1) else np.uint64(0)
         difference = (coded >> np.uint64(1)) ^ sign
-        low_old = flip if old >> top else np.uint64(0)
-        now = ((old ^ low_old) + difference) & full
+        now = (_ordered(old, flip, top) + difference) & full
         positions[found] = i
-        values[found] = now ^ (flip if now >> top else np.uint64(0))
+        values[found] = _ordered(now, flip, top)
         found += 1
     return found
