@@ -140,6 +140,19 @@ def _centroids(suite: Suite) -> None:
     suite.valid(
         "QNT-005-ends", "centroids 0, least, subnormal, normal, greatest", _table_of(5, list(range(10)), ends)
     )
+    empty = suite.valid(
+        "QNT-005-empty",
+        "a tensor without elements, with one centroid",
+        one_file(
+            {"quantiser": "table", "count": 1, **table([0])},
+            [],
+            "F32",
+            vectors={"fingerprint centroids": [0]},
+        ),
+    )
+    change = put_bytes("one", 0, NOT_FINITE["infinite"].to_bytes(4, "little"), vectors=True)
+    words = "an infinite centroid of a tensor without elements"
+    suite.invalid("QNT-005-empty-infinite", words, empty, change, tensor="one")
     bad = {**NOT_FINITE, "negative": 0xBE000000, "minus-zero": 0x80000000}
     for name, vector in (("table", "fingerprint centroids"), ("coded", "importance centroids")):
         at, count, _ = vector_places(suite.cases[ONE[name]].data, name)[vector]

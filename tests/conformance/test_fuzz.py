@@ -189,7 +189,8 @@ def test_a_wrong_reader_is_detected_and_the_file_is_shrunk(
 ) -> None:
     (tmp_path / "files").mkdir()
     command = lying_program(tmp_path, lie)
-    found = fuzzed(command, tmp_path / "files", files, fast=fast)
+    # Without golden files: a seed takes others of them when their number changes.
+    found = fuzzed(command, tmp_path / "files", files, fast=fast, golden=())
     [find] = found.finds
     assert find.parting.key == (kind, about)
     assert len(find.example.data) <= 512
