@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..container.delta_map import DeltaMap
 from ..decode.reader import SfpFile
+from ..decode.selection import Selection
 from ..deltas.result import DeltaFile, open_chain
 from ..deltas.tensors import Spec
 from ..deltas.writing import DeltaWriter
@@ -37,6 +38,9 @@ class ModelTensors:
 
     def read(self, name: str) -> NDArray[np.generic]:
         return self._model.read(name)
+
+    def read_part(self, name: str, selection: Selection) -> NDArray[np.generic]:
+        return self._model.read_part(name, selection)
 
     def metadata(self) -> dict[str, str]:
         return self._model.metadata()

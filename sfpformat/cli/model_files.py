@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from ..container.entry import TensorEntry
 from ..container.preamble import MAGIC
 from ..decode.reader import SfpFile
+from ..decode.selection import Selection
 from ..decode.shards import ShardedFile, ShardIndex
+from ..deltas.tensors import selected, selected_of_safetensors
 from ..errors import SfpWarning
 from ..io.closing import Closing
 from ..io.paths import INDEX_SUFFIX, models_in
@@ -225,6 +227,20 @@ class Model(Closing):
             read: Callable[[str], NDArray[np.generic]]
             read = file.get_tensor if isinstance(file, SfpFile) else file.read
             return read(self._stored_name.get(name, name))
+
+    def read_part(self, name: str, selection: Selection) -> NDArray[np.generic]:
+        """Reads the selected elements of a tensor. Returns an array of the selection's shape.
+
+        Raises:
+            CommandError: the data are damaged.
+            OSError: the data cannot be read.
+        """
+        file_name = self._file_of[name]
+        file, stored = self.files[file_name], self._stored_name.get(name, name)
+        with path_in_errors(self.path.parent / file_name):
+            if isinstance(file, SfpFile):
+                return selected(file, stored, selection)
+            return selected_of_safetensors(file, stored, selection)
 
 
 def _specs(file: SfpFile | SafetensorsFile) -> Iterable[TensorSpec]:

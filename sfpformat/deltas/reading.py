@@ -15,6 +15,7 @@ from ..coding.changes import Patterns, kind_of, open_buckets
 from ..coding.quantisers import patterns_to_levels
 from ..container.delta_map import DeltaMap, DeltaTensor, Pool
 from ..decode.reader import SfpFile
+from ..decode.selection import Selection
 from ..engines import Engine, get_engine
 from ..errors import OptionError, fault, placed
 from ..io.closing import Closing
@@ -119,18 +120,36 @@ class PoolChanges:
         low, high = self._starts[member] + start, self._starts[member] + stop
         return range(low // self._block, -(-high // self._block))
 
-    def find(self, block: int, base: Iterable[Patterns], engine: Engine) -> list[Found]:
+    def blocks_with(self, member: int, selection: Selection) -> NDArray[np.int64]:
+        """Returns the blocks that have the selected positions of a tensor, ascending."""
+        if not selection.size:
+            return np.zeros(0, np.int64)
+        width, run = self.width, selection.run
+        low, high = min(run[0], run[-1]), max(run[0], run[-1])
+        starts = selection.starts * width + self._starts[member]
+        elements = Selection(selection.shape, starts, range(low * width, (high + 1) * width))
+        return elements.segments(self._block)
+
+    @property
+    def width(self) -> int:
+        """The number of elements of a position: 2 for complex numbers, else 1."""
+        return self.members[0].dtype.itemsize * 8 // self.kind.bits
+
+    def find(
+        self, block: int, base: Iterable[Patterns], engine: Engine, last: int | None = None
+    ) -> list[Found]:
         """Returns the coded elements of each part of a block.
 
         Args:
             block: number of the block.
             base: the elements of each of `parts` in the base.
             engine: finds the elements.
+            last: the last block that the caller needs. None stands for all that follow.
 
         Raises:
             InvalidFileError: the file is damaged, or does not fit the base's elements.
         """
-        gaps, levels = self._numbers_of(block)
+        gaps, levels = self._numbers_of(block, self.blocks - 1 if last is None else last)
         buckets = open_buckets(self._counts[block], gaps, 0, 0)
         size = int(self.changed[block])
         positions, values = np.empty(size, np.uint32), np.empty(size, self.kind.pattern)
@@ -147,12 +166,12 @@ class PoolChanges:
             raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self._offset)
         return out
 
-    def _numbers_of(self, block: int) -> tuple[NDArray[np.uint32], Patterns]:
-        """Returns the gaps and levels of a block."""
+    def _numbers_of(self, block: int, last: int) -> tuple[NDArray[np.uint32], Patterns]:
+        """Returns the gaps and levels of a block. Decodes those of blocks up to ``last`` with them."""
         with self._lock:
             if self._window is None or not self._window.first <= block < self._window.stop:
                 self._window = None  # releases its memory before the next one is decoded
-                self._window = self._decoded(block)
+                self._window = self._decoded(block, last)
             window = self._window
         gap, level = self._first_gap[window.first], self._first_level[window.first]
         return (
@@ -160,9 +179,9 @@ class PoolChanges:
             window.levels[self._first_level[block] - level : self._first_level[block + 1] - level],
         )
 
-    def _decoded(self, block: int) -> _Window:
+    def _decoded(self, block: int, last: int) -> _Window:
         first = self._first_level
-        stop = max(bisect_right(first, int(first[block]) + _WINDOW) - 1, block + 1)
+        stop = max(min(bisect_right(first, int(first[block]) + _WINDOW) - 1, last + 1), block + 1)
         gaps = self._file.get_slice(self.pool.gaps)
         levels = self._file.get_slice(self.pool.differences)
         return _Window(

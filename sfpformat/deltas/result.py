@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coding.changes import Patterns, kind_of
 from ..container.delta_map import DeltaTensor
-from ..decode.selection import Index
-from ..errors import MissingTensorError, OptionError
+from ..decode.selection import Index, Selection, select
+from ..errors import FileFault, MissingTensorError, OptionError
 from ..io.closing import Closing
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from .checksums import checksum_of
 from .reading import Delta, Found, Part, PoolChanges
-from .tensors import Array, OpenTensors, Source, Spec, Tensors, patterns_of
+from .tensors import Array, OpenTensors, Source, Spec, Tensors, patterns_of, selected
 
 # The most deltas of a chain: each holds a file open and needs memory for a few tensors.
 MAX_CHAIN = 256
@@ -36,7 +38,8 @@ class DeltaFile(Closing):
     """The result of a delta and its base, as an open file. A context manager. `sfpformat.open` creates it.
 
     Each tensor is computed when it is read: the changed blocks of the delta are decoded, and the checksums of
-    base and result are compared. It can be the base of another delta.
+    base and result are compared. Slices (`DeltaSlice`) decode less and compare less. It can be the base of
+    another delta.
 
     Example: ``with sfpformat.open("d.sfp", base="model.safetensors") as f: weight = f.get_tensor("w")``.
     """
@@ -123,21 +126,79 @@ class DeltaFile(Closing):
             InvalidFileError: delta or base is damaged.
             LimitError: a tensor exceeds a limit.
         """
+        return self._whole(name)[0]
+
+    def _whole(self, name: str) -> tuple[Array, list[tuple[int, Found]]]:
+        """Returns a tensor, and the first element and the changes of each of its parts in the delta.
+
+        Compares the checksums of the tensor and of those whose elements are in the same blocks.
+        """
         tensor = self._tensor(name)
         with self._lock:
             if tensor.kind in ("replaced", "added"):
                 array = self.delta.stored(tensor)
                 self.delta.require_result(tensor, checksum_of(patterns_of(array, tensor.dtype)))
-                return array
+                return array, []
             base = self._base.read(name)
             self._require_checked(tensor, base)
             if tensor.kind == "unchanged":
-                return base
+                return base, []
             out = patterns_of(base, tensor.dtype).copy()
-            for start, found in self._changes(name, base):
+            pool, own = self._place(name)
+            changes = []
+            for block in pool.blocks_of(own):
+                if pool.changed[block]:
+                    self._require_parts_checked(pool, pool.parts(block))
+                    changes += self._changes_of(pool, own, block, int(pool.blocks_of(own)[-1]), base)
+            for start, found in changes:
                 out[found.positions.astype(np.int64) + start] = found.values
             self.delta.require_result(tensor, checksum_of(out, self._threads))
-        return out.view(tensor.dtype.numpy).reshape(tensor.shape)
+        return out.view(tensor.dtype.numpy).reshape(tensor.shape), changes
+
+    def read_part(self, name: str, selection: Selection) -> Array:
+        """Returns selected elements of a tensor; like `DeltaSlice`."""
+        tensor = self._tensor(name)
+        if selection.contiguous and selection.size == math.prod(tensor.shape):
+            return np.array(self.get_tensor(name)).reshape(selection.shape)
+        if tensor.kind in ("replaced", "added"):
+            return selected(self.delta.file, name, selection)
+        out = self._base.read_part(name, selection)
+        if tensor.kind == "changed":
+            pattern = kind_of(tensor.dtype).pattern
+            self._write_changes(tensor, selection, out.reshape(-1).view(pattern), lambda found: found.values)
+        return out
+
+    def changed_part(self, name: str, selection: Selection) -> NDArray[np.bool_]:
+        """Returns which of the selected elements of a tensor change; like `DeltaSlice.get_changed`."""
+        tensor = self._tensor(name)
+        if tensor.kind != "changed":
+            return np.full(selection.shape, tensor.kind != "unchanged")
+        pool, _ = self._place(name)
+        out = np.zeros((selection.size, pool.width), np.bool_)
+        self._write_changes(
+            tensor, selection, out.reshape(-1), lambda found: np.ones_like(found.values, bool)
+        )
+        return np.asarray(out.any(1).reshape(selection.shape))
+
+    def _write_changes(
+        self,
+        tensor: DeltaTensor,
+        selection: Selection,
+        out: NDArray[np.generic],
+        values: Callable[[Found], NDArray[np.generic]],
+    ) -> None:
+        """Writes what ``values`` returns for the changes among selected elements of a changed tensor.
+
+        Decodes only the blocks that contain them. ``out`` has the selected elements, [elements].
+        """
+        with self._lock:
+            pool, own = self._place(tensor.name)
+            blocks = pool.blocks_with(own, selection)
+            for block in blocks[pool.changed[blocks] > 0].tolist():
+                for start, found in self._changes_of(pool, own, block, int(blocks[-1])):
+                    _select_into(
+                        out, selection, pool.width, found.positions.astype(np.int64) + start, values(found)
+                    )
 
     def get_tensors(self, names: Iterable[str] | None = None) -> dict[str, Array]:
         """Returns several tensors. None returns all. Same errors as `get_tensor`."""
@@ -159,6 +220,22 @@ class DeltaFile(Closing):
             if tensor.kind != "added" and tensor.name not in self._checked:
                 self._require_checked(tensor, self._base.read(tensor.name))
 
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Compares the checksums of tensors of the result and of their base, one tensor at a time.
+
+        For tensors of which only slices are read: their checksums are not compared otherwise.
+
+        Args:
+            names: the tensors. None checks all, and all tensors of the base.
+
+        Raises:
+            MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
+        """
+        for name in self if names is None else names:
+            self.get_tensor(name)
+        if names is None:
+            self.check_base()
+
     def get_slice(self, name: str) -> DeltaSlice:
         """Returns a lazy tensor: ``f.get_slice("w")[10:20]``.
 
@@ -179,10 +256,11 @@ class DeltaFile(Closing):
             MissingTensorError, BaseMismatchError, InvalidFileError, LimitError: as in `get_tensor`.
         """
         tensor = self._tensor(name)
-        new = patterns_of(self.get_tensor(name), tensor.dtype)
-        positions = np.arange(len(new))
-        if tensor.kind in ("unchanged", "changed"):
-            positions = np.flatnonzero(new != patterns_of(self._base.read(name), tensor.dtype))
+        array, changes = self._whole(name)
+        new = patterns_of(array, tensor.dtype)
+        positions = np.arange(len(new) if tensor.kind in ("replaced", "added") else 0)
+        if changes:
+            positions = np.concatenate([found.positions.astype(np.int64) + start for start, found in changes])
         values = new[positions]
         number = tensor.dtype.numpy
         if number.kind == "c":
@@ -200,49 +278,111 @@ class DeltaFile(Closing):
             self.delta.require_checksum(tensor, checksum_of(patterns_of(base, dtype), self._threads))
             self._checked.add(tensor.name)
 
-    def _changes(self, name: str, base: Array) -> Iterator[tuple[int, Found]]:
-        """Yields the first element of each part of a tensor, and its coded elements.
-
-        Reads the other tensors of its blocks from the base, because the order of a block depends on them.
-        """
+    def _place(self, name: str) -> _Place:
         if self._places is None:
             self._places = {
                 member.name: _Place(pool, number)
                 for pool in self.delta.pools()
                 for number, member in enumerate(pool.members)
             }
-        pool, own = self._places[name]
-        others: dict[int, Array] = {own: base}
-        for block in pool.blocks_of(own):
-            if self._recent is not None and self._recent[:2] == (pool, block):
-                for part, found in self._recent[2]:
-                    if part.member == own:
-                        yield part.start, found
-                continue
+        return self._places[name]
+
+    def _changes_of(
+        self, pool: PoolChanges, own: int, block: int, last: int, base: Array | None = None
+    ) -> list[tuple[int, Found]]:
+        """Returns the first element and the changes of the parts of one tensor in a block.
+
+        Reads the other elements of the block from the base, because the order of a block depends on them.
+
+        Args:
+            pool: the pool.
+            own: the tensor's index in the pool.
+            block: the block.
+            last: the last block that the caller needs.
+            base: the tensor in the base, or None to read only its elements in the block.
+        """
+        if self._recent is None or self._recent[:2] != (pool, block):
             parts = pool.parts(block)
-            others = {key: array for key, array in others.items() if key == own or key >= parts[0].member}
+            flats = []
             for part in parts:
-                if part.member not in others:
-                    member = pool.members[part.member]
-                    others[part.member] = self._base.read(member.name)
-                    self._require_checked(member, others[part.member])
-            flat = (
-                patterns_of(others[part.member], pool.members[part.member].dtype)[part.start : part.stop]
-                for part in parts
-            )
-            pairs = list(zip(parts, pool.find(block, flat, self.delta.engine), strict=True))
+                member = pool.members[part.member]
+                if base is not None and part.member == own:
+                    flats.append(patterns_of(base, member.dtype)[part.start : part.stop])
+                else:
+                    flats.append(self._elements(member, pool.width, part))
+            try:
+                found = pool.find(block, flats, self.delta.engine, last)
+            except FileFault:
+                self._require_parts_checked(pool, parts)  # a wrong base is reported first
+                raise
+            pairs = [
+                (part, _without_same(one, flat)) for part, one, flat in zip(parts, found, flats, strict=True)
+            ]
             self._recent = pool, block, pairs
-            for part, found in pairs:
-                if part.member == own:
-                    yield part.start, found
+        return [(part.start, found) for part, found in self._recent[2] if part.member == own]
+
+    def _elements(self, member: DeltaTensor, width: int, part: Part) -> Patterns:
+        """Reads the elements of a part from the base."""
+        low, high = part.start // width, -(-part.stop // width)  # whole positions
+        selection = Selection((high - low,), np.array([low]), range(high - low))
+        array = self._base.read_part(member.name, selection)
+        return patterns_of(array, member.dtype)[part.start - low * width : part.stop - low * width]
+
+    def _require_parts_checked(self, pool: PoolChanges, parts: list[Part]) -> None:
+        for part in parts:
+            member = pool.members[part.member]
+            if member.name not in self._checked:
+                self._require_checked(member, self._base.read(member.name))
+
+
+def _without_same(found: Found, base: Patterns) -> Found:
+    """Returns the coded elements that differ from the base's. A dense bucket codes those that do not, too."""
+    differ = found.values != base[found.positions]
+    return Found(found.positions[differ], found.values[differ])
+
+
+def _select_into(
+    out: NDArray[np.generic],
+    selection: Selection,
+    width: int,
+    at: NDArray[np.int64],
+    values: NDArray[np.generic],
+) -> None:
+    """Writes values into the selected elements of a tensor.
+
+    Args:
+        out: the selected elements, in the order of the selection, [elements].
+        selection: their positions in the tensor.
+        width: elements of a position.
+        at: the elements that the values replace, ascending, [n]. Those that are not selected are ignored.
+        values: the values, [n].
+    """
+    if selection.contiguous:
+        low = (int(selection.starts[0]) + selection.run.start) * width
+        first, stop = np.searchsorted(at, (low, low + len(out)))
+        out[at[first:stop] - low] = values[first:stop]
+    elif len(at):
+        for first, positions in selection.blocks():
+            elements = (positions[:, None] * width + np.arange(width)).reshape(-1)
+            nearest = np.minimum(np.searchsorted(at, elements), len(at) - 1)
+            hit = np.flatnonzero(at[nearest] == elements)
+            out[first * width + hit] = values[nearest[hit]]
 
 
 class DeltaSlice:
-    """A tensor of the result. It is computed when it is first indexed, and then kept."""
+    """A tensor of the result that is computed when it is indexed. Same interface as `SfpSlice`.
+
+    Reads only the selected elements, and the blocks of the delta that contain them: by default, 4,194,304
+    consecutive elements of the changed tensors of one dtype. Of a base in a file, it decodes only these.
+
+    A slice cannot be compared with the checksum of a whole tensor. Checked are: names, dtypes and shapes of
+    the base, the checksums of the chunks that are decoded, and that the changes of each block fit the base's
+    exponents (R-DLT-011). A wrong base with the same exponents is not detected. `DeltaFile.check` compares
+    the checksums of whole tensors; so does an index that selects a whole tensor.
+    """
 
     def __init__(self, file: DeltaFile, tensor: DeltaTensor) -> None:
         self._file, self._tensor = file, tensor
-        self._values: Array | None = None
 
     def get_shape(self) -> list[int]:
         """Returns the tensor's shape."""
@@ -253,18 +393,24 @@ class DeltaSlice:
         return self._tensor.dtype.name
 
     def __getitem__(self, index: Index) -> Array:
-        """Returns a copy of the selected part.
+        """Returns the selected part as a new array.
 
         Args:
             index: integers, slices with any step, and ``...``, as in basic numpy indexing.
 
         Raises:
-            IndexError: the index does not fit the shape.
+            IndexError: the index does not fit the shape, or has an item of another type.
             BaseMismatchError, InvalidFileError, LimitError: as in `DeltaFile.get_tensor`.
         """
-        if self._values is None:
-            self._values = self._file.get_tensor(self._tensor.name)
-        return np.array(self._values[index])
+        return self._file.read_part(self._tensor.name, select(self._tensor.shape, index))
+
+    def get_changed(self, index: Index = ...) -> NDArray[np.bool_]:
+        """Returns which of the selected elements differ from the base: bool, of the shape of the selection.
+
+        All elements of replaced and added tensors count as different. Decodes only the blocks that contain
+        the selected elements. Same arguments and errors as indexing.
+        """
+        return self._file.changed_part(self._tensor.name, select(self._tensor.shape, index))
 
 
 def open_chain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -15,7 +15,9 @@ from ..coding.changes import Patterns, kind_of
 from ..container.preamble import MAGIC
 from ..decode.opening import open_any
 from ..decode.reader import SfpFile
+from ..decode.selection import Selection
 from ..decode.shards import ShardedFile, ShardIndex
+from ..decode.tensor import TensorDecoder
 from ..dtypes import Dtype, of_numpy
 from ..errors import OptionError
 from ..io.closing import Closing
@@ -25,6 +27,9 @@ from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted
 
 Array = NDArray[np.generic]
+
+# Elements that are read at a time if the selected ones lie apart.
+_SPAN = 1 << 19
 
 
 class Spec(NamedTuple):
@@ -43,6 +48,9 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> Array:
         """Returns a tensor in its dtype and shape. The caller does not write to it."""
+
+    def read_part(self, name: str, selection: Selection) -> Array:
+        """Returns the selected elements of a tensor as a new array of the selection's shape."""
 
     def metadata(self) -> dict[str, str]:
         """Returns the strings of the model's user."""
@@ -66,6 +74,10 @@ class ArrayTensors:
 
     def read(self, name: str) -> Array:
         return self._arrays[name]
+
+    def read_part(self, name: str, selection: Selection) -> Array:
+        flat = np.ascontiguousarray(self._arrays[name]).reshape(-1)
+        return gathered(selection, flat.dtype, lambda start, stop: flat[start:stop])
 
     def metadata(self) -> dict[str, str]:
         return {}
@@ -95,6 +107,9 @@ class FileTensors:
     def read(self, name: str) -> Array:
         return self._file.get_tensor(name)
 
+    def read_part(self, name: str, selection: Selection) -> Array:
+        return selected(self._file, name, selection)
+
     def metadata(self) -> dict[str, str]:
         return self._file.metadata()
 
@@ -110,6 +125,9 @@ class SafetensorsTensors:
 
     def read(self, name: str) -> Array:
         return self._file_of[name].read(name)
+
+    def read_part(self, name: str, selection: Selection) -> Array:
+        return selected_of_safetensors(self._file_of[name], name, selection)
 
     def metadata(self) -> dict[str, str]:
         return dict(self._metadata)
@@ -154,7 +172,7 @@ class OpenTensors(Closing):
         if isinstance(source, (SfpFile, ShardedFile)):
             return FileTensors(source)
         if not isinstance(source, (str, os.PathLike)):
-            if hasattr(source, "specs") and hasattr(source, "read"):
+            if all(hasattr(source, name) for name in ("specs", "read", "read_part")):
                 return source
             raise OptionError(
                 f"a {type(source).__name__} is neither a path, an open file, nor arrays by name"
@@ -181,6 +199,47 @@ class OpenTensors(Closing):
 def _is_sfp(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == MAGIC[:4]
+
+
+def selected(file: SfpFile | ShardedFile, name: str, selection: Selection) -> Array:
+    """Decodes the selected elements of a tensor of an `.sfp` file."""
+    entry = file.entry(name)
+    return file.decode(entry, selection, entry.dtype.numpy, TensorDecoder.weights_into)
+
+
+def selected_of_safetensors(file: SafetensorsFile, name: str, selection: Selection) -> Array:
+    """Reads the selected elements of a tensor of a safetensors file."""
+    dtype = file.header.tensors[name].dtype.numpy
+    return gathered(selection, dtype, lambda start, stop: file.read_elements(name, start, stop))
+
+
+def gathered(selection: Selection, dtype: np.dtype[np.generic], read: Callable[[int, int], Array]) -> Array:
+    """Gathers the selected elements of a tensor. Reads a few of them at a time.
+
+    Args:
+        selection: the positions.
+        dtype: the dtype of the elements.
+        read: returns the elements of a range of positions, given its start and its stop, exclusive.
+    """
+    out = np.empty(selection.size, dtype)
+    starts, run = selection.starts, selection.run
+    if not selection.size:
+        return out.reshape(selection.shape)
+    low, high = min(run[0], run[-1]), max(run[0], run[-1]) + 1
+    apart = int(np.abs(np.diff(starts)).max(initial=1))
+    count = max(_SPAN // max(apart, high - low), 1)  # starts whose elements are read together
+    for first in range(0, len(starts), count):
+        some = starts[first : first + count]
+        begin = int(some.min()) + low
+        data = read(begin, int(some.max()) + high)
+        into = out[first * len(run) : (first + len(some)) * len(run)]
+        if len(some) == 1:  # no array of positions
+            stop = run.stop - low
+            into[...] = data[run.start - low : stop if stop >= 0 else None : run.step]
+        else:
+            offsets = np.arange(run.start, run.stop, run.step)
+            into[...] = data[((some - begin)[:, None] + offsets).reshape(-1)]
+    return out.reshape(selection.shape)
 
 
 def patterns_of(array: Array, dtype: Dtype) -> Patterns:

@@ -315,13 +315,19 @@ class SafetensorsFile(Closing):
         if name not in self.header.tensors:
             raise MissingTensorError(f"no tensor {quoted(name)} in the file")
         spec = self.header.tensors[name]
-        data = self._pread(self.header.starts[name], spec.nbytes)
-        if spec.dtype.name == "BOOL" and spec.nbytes and data.max() > 1:
+        return self.read_elements(name, 0, math.prod(spec.shape)).reshape(spec.shape)
+
+    def read_elements(self, name: str, start: int, stop: int) -> NDArray[np.generic]:
+        """Reads the elements ``start`` to ``stop`` - 1 of a flattened tensor, which has them; like `read`."""
+        dtype = self.header.tensors[name].dtype
+        size = dtype.itemsize
+        data = self._pread(self.header.starts[name] + start * size, (stop - start) * size)
+        if dtype.name == "BOOL" and len(data) and data.max() > 1:
             count = int(np.count_nonzero(data > 1))
             words = f"tensor {quoted(name)}: {count:,} BOOL values are neither 0 nor 1; they are read as 1"
-            warnings.warn(words, SfpWarning, stacklevel=2)
+            warnings.warn(words, SfpWarning, stacklevel=3)
             np.minimum(data, 1, out=data)
-        return data.view(spec.dtype.numpy).reshape(spec.shape)
+        return data.view(dtype.numpy)
 
     def _pread(self, offset: int, size: int) -> NDArray[np.uint8]:
         """Reads ``size`` bytes from ``offset`` directly into a new array."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import save_file as save_safetensors
 from sfp_conformance import slow_reader
 from sfp_conformance.contents import plain_tensors
 from sfp_conformance.forge import Forge
@@ -24,14 +26,18 @@ import sfpformat
 from conformance.recipes.deltas import base_of, delta, sample
 from sfpformat import BaseMismatchError, ClosedFileError, MismatchError, OptionError
 from sfpformat.coding.changes import kind_of
+from sfpformat.decode.reader import SfpFile
+from sfpformat.decode.selection import Selection
 from sfpformat.deltas.applying import uninterrupted
 from sfpformat.deltas.checksums import checksum_of, combined
 from sfpformat.deltas.result import open_chain
+from sfpformat.deltas.tensors import ArrayTensors
 from sfpformat.dtypes import DTYPES, of_numpy
 from sfpformat.encode.sink import MemorySink
 from sfpformat.engines import available
 from sfpformat.errors import FileFault
 from sfpformat.io.checksum import crc32
+from sfpformat.io.safetensors import SafetensorsFile
 from sfpformat.limits import Limits
 from sfpformat.numpy import load, load_file, save, save_file
 
@@ -453,3 +459,170 @@ def test_an_error_while_changes_are_made_is_raised() -> None:
 
     with pytest.raises(OSError, match="the disk is gone"):
         uninterrupted(work)
+
+
+# ------------------------------------------------------------------------------------------------- slices
+
+INDICES: tuple[Any, ...] = (
+    np.s_[3:7, ::2],
+    np.s_[5],
+    np.s_[:, 4],
+    np.s_[30:2:-3, 1:],
+    np.s_[:, ::-1],
+    np.s_[...],
+    np.s_[4:4],
+    np.s_[-1, -1],
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("block", [1, 7, 333, 1 << 22])
+@pytest.mark.parametrize("dtype", ["BF16", "C64", "F64", "I8"])
+def test_slices_and_masks_are_those_of_the_whole_tensor(engine: str, block: int, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    number = DTYPES[dtype].numpy
+    base: Arrays = {name: rng.normal(size=(33, 8)).astype(number) for name in ("a", "b", "c")}
+    new = stepped(base, share=0.2)
+    new["c"] = np.where(np.arange(33)[:, None] < 20, base["c"], stepped(base, 7, 1.0)["c"])
+    data = written(base, new, block=block, engine=engine)
+    other = stepped(new, 5)
+    with (
+        sfpformat.open(data, base=base, engine=engine) as file,
+        sfpformat.open(written(new, other), base=file, engine=engine) as chained,
+    ):
+        for index, name in itertools.product(INDICES, base):
+            assert file.get_slice(name)[index].tobytes() == new[name][index].tobytes()
+            assert chained.get_slice(name)[index].tobytes() == other[name][index].tobytes()
+            bits = [array[name].view((np.void, DTYPES[dtype].itemsize)) for array in (base, new)]
+            differ = np.array(bits[0][index] != bits[1][index])
+            assert np.array_equal(file.get_slice(name).get_changed(index), differ)
+
+
+def test_slices_of_stored_and_unchanged_tensors_come_from_their_file(tmp_path: Path) -> None:
+    base = arrays()
+    new = {**base, "added": np.arange(50.0).reshape(10, 5), "w.1": np.arange(6.0)}
+    save_file(base, tmp_path / "base.sfp")
+    with sfpformat.open(written(base, new), base=tmp_path / "base.sfp") as file:
+        for name in ("added", "w.1", "w.0"):
+            assert file.get_slice(name)[2:5].tobytes() == new[name][2:5].tobytes()
+            assert file.get_slice(name).get_changed(np.s_[2:5]).all() == (name != "w.0")
+        assert file.get_slice("w.0").get_changed().shape == (40, 30)
+
+
+class Counted:
+    """Arrays by name that count the elements that are read of each."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._tensors = ArrayTensors(arrays)
+        self.specs = self._tensors.specs
+        self.elements: Counter[str] = Counter()
+
+    def read(self, name: str) -> NDArray[Any]:
+        self.elements[name] += self._tensors.read(name).size
+        return self._tensors.read(name)
+
+    def read_part(self, name: str, selection: Selection) -> NDArray[Any]:
+        self.elements[name] += selection.size
+        return self._tensors.read_part(name, selection)
+
+    def metadata(self) -> dict[str, str]:
+        return {}
+
+
+def test_a_slice_reads_only_the_blocks_that_contain_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    base: Arrays = {name: rng.normal(size=(64, 100)).astype(np.float32) for name in "abc"}
+    new = stepped(base, share=0.3)
+    new["b"][32:40] = base["b"][32:40]  # block 12 has no change
+    data = written(base, new, block=800)
+    decoded: Counter[str] = Counter()
+    decode = SfpFile.decode
+
+    def counted(self: SfpFile, entry: Any, selection: Selection, *rest: Any) -> Any:
+        decoded[entry.name.rsplit(".", 1)[-1]] += selection.size
+        return decode(self, entry, selection, *rest)
+
+    monkeypatch.setattr(SfpFile, "decode", counted)
+    read = Counted(base)
+    with sfpformat.open(data, base=read) as file:
+        pool = file.delta.pools()[0]
+        part = file.get_slice("b")
+        assert part[33:35].tobytes() == new["b"][33:35].tobytes()
+        assert not part.get_changed(np.s_[33:35]).any()
+        assert (dict(read.elements), dict(decoded)) == ({"b": 200}, {})  # no change in the block
+        assert part[8:10].tobytes() == new["b"][8:10].tobytes()
+        levels = int(pool.changed[9])
+        assert read.elements == {"b": 200 + 800 + 200}  # the block and the slice
+        assert decoded["differences"] == levels
+        assert decoded["gaps"] <= levels
+        assert part[10:16:2].tobytes() == new["b"][10:16:2].tobytes()  # the same block again
+        assert (read.elements["b"], decoded["differences"]) == (200 + 800 + 200 + 300, levels)
+        assert part[15:17].tobytes() == new["b"][15:17].tobytes()  # two blocks, of which one is known
+        assert decoded["differences"] == levels + int(pool.changed[10])
+        assert read.elements.keys() == {"b"}
+    read.elements.clear()
+    with sfpformat.open(data, base=read) as file:
+        assert file.get_slice("a")[62:].tobytes() == new["a"][62:].tobytes()
+        assert read.elements == {"a": 800 + 200}
+        file.get_tensor("a")
+        assert read.elements == {"a": 800 + 200 + 6400}
+
+
+@pytest.mark.parametrize("kind", ["sfp", "safetensors"])
+def test_a_slice_decodes_only_parts_of_a_base_in_a_file(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    base: Arrays = {name: rng.normal(size=(256, 1024)).astype(np.float16) for name in "ab"}
+    base["flags"] = rng.random((500, 8)) < 0.5
+    new = stepped(base)
+    path = tmp_path / f"base.{kind}"
+    (save_file if kind == "sfp" else save_safetensors)(base, path)
+    size = Counter[str]()
+    pread, decode = SafetensorsFile._pread, SfpFile.decode
+
+    def counted_pread(self: SafetensorsFile, offset: int, length: int) -> Any:
+        size["bytes"] += length
+        return pread(self, offset, length)
+
+    def counted_decode(self: SfpFile, entry: Any, selection: Selection, *rest: Any) -> Any:
+        size["bytes"] += selection.size * 2 if entry.name in base else 0
+        return decode(self, entry, selection, *rest)
+
+    with sfpformat.open(written(base, new, block=1 << 14), base=path) as file:
+        monkeypatch.setattr(SafetensorsFile, "_pread", counted_pread)
+        monkeypatch.setattr(SfpFile, "decode", counted_decode)
+        for index in (np.s_[3:5], np.s_[7, ::3]):
+            assert file.get_slice("b")[index].tobytes() == new["b"][index].tobytes()
+        assert file.get_slice("flags")[:, 3].tobytes() == new["flags"][:, 3].tobytes()
+        assert 0 < size["bytes"] < 200_000  # of 528,288 per tensor
+
+
+@clauses("R-DLT-030")
+def test_slices_check_names_and_exponents_and_the_whole_check_finds_the_rest() -> None:
+    base = arrays()
+    data = written(base, stepped(base), block=64)
+    wrong = {name: array.copy() for name, array in base.items()}
+    wrong["w.0"].view(np.uint16)[0, 0] ^= 1  # the exponent stays
+    with sfpformat.open(data, base=wrong) as file:
+        assert file.get_slice("w.0")[20:22].tobytes() == stepped(base)["w.0"][20:22].tobytes()
+        file.check(["bias"])
+        for check in (
+            lambda: file.check(["w.0"]),
+            file.check,
+            lambda: file.get_slice("w.0")[...],
+            lambda: file.get_slice("w.0")[:],
+        ):
+            with pytest.raises(BaseMismatchError, match="the delta needs") as raised:
+                check()
+            assert raised.value.tensor == "w.0"
+    wrong["w.0"][20:22] = 0  # other exponents: the changes do not fit
+    with (
+        sfpformat.open(data, base=wrong) as file,
+        pytest.raises(BaseMismatchError, match="the delta needs"),
+    ):
+        file.get_slice("w.0")[20:22]
+    with sfpformat.open(data, base=base) as file:
+        file.check()
+        with pytest.raises(IndexError):
+            file.get_slice("w.0")[99]
