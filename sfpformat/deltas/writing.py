@@ -114,7 +114,7 @@ class DeltaWriter:
         self._names: set[str] = set()
         self._written: DeltaMap | None = None
         self._open_pools: dict[str, _OpenPool] = {}
-        self._full: list[_OpenPool] = []
+        self._pools: list[Pool] = []  # those that are written
         self._open = True
 
     def __enter__(self) -> DeltaWriter:
@@ -251,8 +251,7 @@ class DeltaWriter:
     def _finish_pool(self, pool: _OpenPool) -> None:
         if pool.parts:
             self._finish_block(pool)
-        pool.coded = [_result_of(job) for job in pool.coded]
-        self._full.append(pool)
+        self._pools.append(self._write_pool(len(self._pools), pool))
 
     def close(self) -> None:
         """Completes the file. Does nothing if the writer is closed.
@@ -266,8 +265,7 @@ class DeltaWriter:
         try:
             for pool in list(self._open_pools.values()):
                 self._finish_pool(pool)
-            pools = [self._write_pool(number, pool) for number, pool in enumerate(self._full)]
-            written = DeltaMap(tuple(self._tensors), tuple(pools), self._block, self._base_name, {})
+            written = DeltaMap(tuple(self._tensors), tuple(self._pools), self._block, self._base_name, {})
             self._writer.set_delta(written)
             self._writer.close()
         except BaseException:

@@ -18,7 +18,7 @@ from sfpformat.cli import main
 from sfpformat.numpy import save_file
 
 from ..format.test_deltas import Arrays, arrays, stepped
-from .test_main import make
+from .test_main import make, sharded
 
 Capture = pytest.CaptureFixture[str]
 
@@ -131,23 +131,78 @@ def test_added_removed_and_replaced_tensors_come_through(tmp_path: Path, capsys:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
-@pytest.mark.parametrize("command", ["delta", "apply"])
+@pytest.mark.parametrize("command", ["delta", "apply", "apply --sharded"])
 def test_killing_the_command_leaves_the_old_file(tmp_path: Path, command: str, capsys: Capture) -> None:
     rng = np.random.default_rng(0)
     base = {f"t{i}": rng.normal(size=200_000).astype(np.float32) for i in range(12)}
     make(tmp_path / "base.safetensors", base)
     make(tmp_path / "new.safetensors", {name: array + np.float32(1e-3) for name, array in base.items()})
     paths = [tmp_path / name for name in ("base.safetensors", "new.safetensors", "d.sfp")]
-    if command == "apply":
+    if command != "delta":
         assert sfp("delta", *paths[:2], "-o", paths[2]) == 0
         paths = [paths[0], paths[2], tmp_path / "result.safetensors"]
     target = paths[-1]
+    if command == "apply --sharded":
+        paths[0] = sharded(tmp_path / "base", base)
+        target = tmp_path / "result-00002-of-00003.safetensors"
     target.write_bytes(b"old")
-    words = [sys.executable, "-m", "sfpformat.cli", command, *map(str, paths[:-1]), "-o", str(target)]
+    words = [sys.executable, "-m", "sfpformat.cli", *command.split(), *map(str, paths[:-1])]
+    words += ["-o", str(paths[-1])]
     process = subprocess.Popen(words, env={**os.environ, "SFPFORMAT_ENGINE": "python"})
     while not list(tmp_path.glob(".*partial")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert target.read_bytes() == b"old"
+    assert not list(tmp_path.glob("result*.json"))
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".sfp"])
+def test_models_in_shards_give_a_delta_and_are_made_again_in_shards(
+    tmp_path: Path, suffix: str, capsys: Capture
+) -> None:
+    base = {name: array for name, array in arrays().items() if name != "flags"}
+    new = {**stepped(base), "z.added": np.arange(5.0), "kept": np.arange(3, dtype=np.uint8)}
+    del new["scalar"]
+    before, after = sharded(tmp_path / "base", base), sharded(tmp_path / "new", new)
+    if suffix == ".sfp":
+        assert sfp("pack", before, "-o", tmp_path / "base" / "model.sfp") == 0
+        before = tmp_path / "base" / "model.sfp.index.json"
+    assert sfp("delta", before, after, "-o", tmp_path / "d.sfp") == 0
+    result = tmp_path / f"result{suffix}"
+    capsys.readouterr()
+    words = ("apply", before, tmp_path / "d.sfp", "-o", result, "--sharded", "--json")
+    assert sfp(*words) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == 3
+    index = tmp_path / f"result{suffix}.index.json"
+    assert sfp("diff", after, index) == 0
+    places = json.loads(index.read_text())["weight_map"]
+    shards = sorted(path.name for path in tmp_path.glob(f"result-*{suffix}"))
+    assert sorted(set(places.values())) == shards
+    assert places.keys() == new.keys()
+    old = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(
+        old[name][-14:] == file[-14:] for name, file in places.items() if suffix != ".sfp" and name in old
+    )
+    assert places["z.added"] == shards[-1]
+
+
+def test_shards_do_not_replace_those_of_the_base(tmp_path: Path, capsys: Capture) -> None:
+    base = {name: array for name, array in arrays().items() if name != "flags"}
+    before, after = sharded(tmp_path / "base", base), sharded(tmp_path / "new", stepped(base))
+    assert sfp("delta", before, after, "-o", tmp_path / "d.sfp") == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    target = tmp_path / "base" / "model.safetensors"
+    assert sfp("apply", before, tmp_path / "d.sfp", "-o", target, "--sharded") == 2
+    assert "is an input file" in capsys.readouterr().err
+    damaged = bytearray((tmp_path / "base" / "model-00002-of-00003.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "base" / "model-00002-of-00003.safetensors").write_bytes(damaged)
+    assert sfp("apply", before, tmp_path / "d.sfp", "-o", tmp_path / "x.safetensors", "--sharded") == 2
+    assert "E_BASE" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*x*"))
+    (tmp_path / "base" / "model-00002-of-00003.safetensors").write_bytes(
+        kept[tmp_path / "base" / "model-00002-of-00003.safetensors"]
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / "base").iterdir()} == kept

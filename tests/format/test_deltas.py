@@ -28,6 +28,7 @@ from sfpformat import BaseMismatchError, ClosedFileError, MismatchError, OptionE
 from sfpformat.coding.changes import kind_of
 from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.selection import Selection
+from sfpformat.deltas import writing
 from sfpformat.deltas.applying import uninterrupted
 from sfpformat.deltas.checksums import checksum_of, combined
 from sfpformat.deltas.result import open_chain
@@ -626,3 +627,44 @@ def test_slices_check_names_and_exponents_and_the_whole_check_finds_the_rest() -
         file.check()
         with pytest.raises(IndexError):
             file.get_slice("w.0")[99]
+
+
+def test_files_are_compared_and_read_in_memory_for_a_few_tensors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 14, 1 << 19).astype(np.uint16)
+    base: Arrays = {f"t{i}": (bits + np.uint16(i)).view(np.float16) for i in range(32)}
+    new: Arrays = {}
+    for name, array in base.items():
+        new[name] = array.copy()
+        new[name].view(np.uint16)[:: 1 if name == "t3" else 97] += np.uint16(1)
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "new")]
+    for path, tensors in zip(paths, (base, new), strict=True):
+        save_safetensors(tensors, path)
+    del base
+    peaks = []
+    for _ in range(2):  # the first round compiles functions, which needs memory
+        tracemalloc.start()
+        try:
+            sfpformat.write_delta(tmp_path / "d.sfp", *paths, block=1 << 18, threads=1)
+            with sfpformat.open(tmp_path / "d.sfp", base=paths[0], threads=1) as file:
+                for name in file:
+                    assert file.get_tensor(name).tobytes() == new[name].tobytes()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 24 << 20  # each of the models has 32 MB
+
+
+def test_a_large_pool_is_written_before_the_writer_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_POOL_BYTES", 1000)
+    monkeypatch.setattr(writing, "_CHECKED", 100)
+    rng = np.random.default_rng(0)
+    base: Arrays = {f"t{i}": rng.normal(size=500).astype(np.float16) for i in range(6)}
+    new = stepped(base, share=0.9)
+    out = MemorySink()
+    with writing.DeltaWriter(out, block=64) as writer:
+        for number, name in enumerate(base):
+            writer.add(name, base[name], new[name])
+            assert len(writer._writer.done) == 3 * number
+    assert len(writer.described.pools) == 6
+    same(sfpformat.open(out.data, base=base).get_tensors(), new)
