@@ -141,6 +141,18 @@ class ProcessError(SfpError, RuntimeError):
     """Another process of the same run failed, ended, or did not answer within the time limit of the group."""
 
 
+class PartlyChangedError(SfpError, RuntimeError):
+    """A delta was applied in part, and some tensors could not be restored.
+
+    Attributes:
+        tensors: names of these tensors. All others have the elements of the base.
+    """
+
+    def __init__(self, detail: str, tensors: Sequence[str]) -> None:
+        self.tensors = tuple(tensors)
+        super().__init__(detail)
+
+
 class EngineError(SfpError, RuntimeError):
     """The requested engine is not available on this machine. The message gives the reason."""
 

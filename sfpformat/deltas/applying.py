@@ -20,6 +20,7 @@ from ..io.threads import for_each
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import quoted, require_mapping
 from .checksums import PART, checksum_of, combined
+from .journal import Journal
 from .reading import Delta, Found, Part, PoolChanges
 from .tensors import Array, ArrayTensors, patterns_of
 
@@ -61,7 +62,9 @@ def apply_delta(
         MismatchError: an array cannot be changed in place. Nothing was changed.
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
         OptionError: the file is not a delta.
-        OSError: the delta cannot be read.
+        OSError: the delta cannot be read, or old elements cannot be kept in a temporary file. Nothing was
+            changed: what was changed before the error is restored.
+        PartlyChangedError: elements could not be restored after such an error. Names their tensors.
     """
     require_mapping(target, "target")
     if not isinstance(delta, Delta):
@@ -259,11 +262,54 @@ class Change:
         self._delta.require_result(tensor, crc)
 
     def apply(self) -> None:
-        """Makes all changes. `check` has succeeded, and the arrays have not changed since."""
+        """Makes all changes, or none. `check` has succeeded, and the arrays have not changed since.
+
+        Changes that were not kept are decoded again. Makes these first, and keeps the old elements, to
+        restore them if the delta can no longer be read.
+
+        Raises:
+            InvalidFileError, OSError: the delta cannot be read again. Nothing is changed.
+            PartlyChangedError: in addition, elements could not be restored.
+        """
+        with Journal() as journal:
+            try:
+                self._apply_unkept(journal)
+                self._apply_replaced(journal)
+            except BaseException:
+                journal.restore()
+                raise
+        self._apply_kept()
+
+    def _apply_unkept(self, journal: Journal) -> None:
+        for number, pool in enumerate(self._delta.pools()):
+
+            def block(index: int, pool: PoolChanges = pool) -> None:
+                parts = pool.parts(index)
+                base = self._parts(pool, parts)
+                found = pool.find(index, base, self._delta.engine)
+                for part, view, changes in zip(parts, base, found, strict=True):
+                    journal.keep(pool.members[part.member].name, view, changes.positions)
+                    _write(view, changes)
+
+            blocks = [index for index in range(pool.blocks) if (number, index) not in self._found]
+            for_each(block, blocks, self._threads_for(pool))
+
+    def _apply_replaced(self, journal: Journal) -> None:
+        replaced = {
+            tensor.name: self.views[tensor.name].view(tensor.dtype.numpy).reshape(tensor.shape)
+            for tensor in self._delta.map.tensors
+            if tensor.name in self.in_place
+        }
+        for name, array in replaced.items():
+            journal.keep(name, self.views[name])
+            self._delta.file.read_into({name: array})
+
+    def _apply_kept(self) -> None:
+        """Makes the changes that are in memory, which cannot fail."""
         written: set[int] = set()
         for number, pool in enumerate(self._delta.pools()):
             owned = []
-            for member in pool.members:
+            for member in pool.members:  # of arrays that share memory, changes one
                 address = _address(self.views[member.name])
                 owned.append(address not in written)
                 written.add(address)
@@ -271,23 +317,13 @@ class Change:
             def block(
                 index: int, number: int = number, pool: PoolChanges = pool, owned: list[bool] = owned
             ) -> None:
-                parts = pool.parts(index)
-                base = self._parts(pool, parts)
-                found = self._found.get((number, index))
-                if found is None:
-                    found = pool.find(index, base, self._delta.engine)
-                for part, view, changes in zip(parts, base, found, strict=True):
+                parts, found = pool.parts(index), self._found[number, index]
+                for part, view, changes in zip(parts, self._parts(pool, parts), found, strict=True):
                     if owned[part.member]:
                         _write(view, changes)
 
-            for_each(block, range(pool.blocks), self._threads_for(pool))
-        replaced = {
-            tensor.name: self.views[tensor.name].view(tensor.dtype.numpy).reshape(tensor.shape)
-            for tensor in self._delta.map.tensors
-            if tensor.name in self.in_place
-        }
-        if replaced:
-            self._delta.file.read_into(replaced)
+            blocks = [index for index in range(pool.blocks) if (number, index) in self._found]
+            for_each(block, blocks, self._threads_for(pool))
 
 
 def _checksum_with(base: Patterns, changes: Found) -> int:

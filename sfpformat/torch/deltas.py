@@ -116,7 +116,8 @@ def apply_delta(
         OptionError: the file is not a delta, a tensor has no memory of its own, or the structure of a module
             would change. Nothing was changed.
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
-        OSError: the delta cannot be read.
+        OSError: the delta cannot be read, or a temporary file cannot be written. Nothing was changed.
+        PartlyChangedError: the delta could not be read to its end, and tensors could not be restored.
     """
     if not isinstance(delta, Delta):
         with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:

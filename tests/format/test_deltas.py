@@ -24,13 +24,22 @@ from sfp_conformance.slow_reader.delta import Plain, result_of
 
 import sfpformat
 from conformance.recipes.deltas import base_of, delta, sample
-from sfpformat import BaseMismatchError, ClosedFileError, MismatchError, OptionError
+from sfpformat import (
+    BaseMismatchError,
+    ClosedFileError,
+    InvalidFileError,
+    MismatchError,
+    OptionError,
+    PartlyChangedError,
+)
 from sfpformat.coding.changes import kind_of
 from sfpformat.decode.reader import SfpFile
 from sfpformat.decode.selection import Selection
-from sfpformat.deltas import writing
+from sfpformat.deltas import applying, journal, writing
 from sfpformat.deltas.applying import uninterrupted
 from sfpformat.deltas.checksums import checksum_of, combined
+from sfpformat.deltas.journal import Journal
+from sfpformat.deltas.reading import PoolChanges
 from sfpformat.deltas.result import open_chain
 from sfpformat.deltas.tensors import ArrayTensors
 from sfpformat.dtypes import DTYPES, of_numpy
@@ -364,6 +373,133 @@ def test_a_change_in_place_needs_at_most_64_mb(large: tuple[Arrays, bytes], thre
         tracemalloc.stop()
     assert {name: checksum_of(array) for name, array in target.items()} == told
     assert peak <= 64e6
+
+
+# ------------------------------------------------------------------------------------------------ roll-back
+
+
+class Failing:
+    """Makes a delta unreadable after some blocks have been decoded again, once the change has begun."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception, blocks: int = 3) -> None:
+        self.changed = False
+        monkeypatch.setattr(applying, "_KEPT_BYTES", 0)
+        find, apply, counter = PoolChanges.find, applying.Change.apply, itertools.count()
+
+        def failing(pool: PoolChanges, *rest: Any) -> Any:
+            if self.changed and next(counter) == blocks:
+                raise error
+            return find(pool, *rest)
+
+        def begin(change: applying.Change) -> None:
+            self.changed = True
+            apply(change)
+
+        monkeypatch.setattr(PoolChanges, "find", failing)
+        monkeypatch.setattr(applying.Change, "apply", begin)
+
+
+def copies(arrays: Arrays) -> Arrays:
+    """Copies of arrays."""
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+@clauses("R-DLT-015")
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_delta_that_cannot_be_read_again_leaves_the_base(
+    monkeypatch: pytest.MonkeyPatch, share: float, memory: int
+) -> None:
+    monkeypatch.setattr(journal, "_IN_MEMORY", memory)
+    base = arrays()
+    new = {**stepped(base, share=share), "added": np.ones(3)}
+    data = written(base, new, block=200)
+    Failing(monkeypatch, OSError("the disk fails"))
+    written_to: list[str] = []
+    keep = Journal.keep
+
+    def kept(self: Journal, name: str, *rest: Any) -> None:
+        written_to.append(name)
+        keep(self, name, *rest)
+
+    monkeypatch.setattr(Journal, "keep", kept)
+    target = copies(base)
+    with pytest.raises(OSError, match="the disk fails"):
+        sfpformat.apply_delta(target, data, threads=2)
+    assert written_to  # some tensors had been changed
+    same(target, base)
+    monkeypatch.undo()
+    sfpformat.apply_delta(target, data)
+    same(target, new)
+
+
+@clauses("R-DLT-015")
+@pytest.mark.parametrize("tensor", ["w.1", "kept"])
+def test_a_file_that_is_overwritten_during_the_change_leaves_the_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tensor: str
+) -> None:
+    base, path = arrays(), tmp_path / "d.sfp"
+    with sfpformat.DeltaWriter(path, block=200) as writer:
+        for name, array in stepped(base).items():  # `kept` is stored whole
+            writer.add(name, base[name], array, other={} if name == "kept" else None)
+    monkeypatch.setattr(applying, "_KEPT_BYTES", 0 if tensor == "w.1" else 1 << 20)
+    apply = applying.Change.apply
+
+    def overwritten(change: applying.Change) -> None:
+        stored = "kept" if tensor == "kept" else "BF16.0.differences"
+        entry = change._delta.file.entry(stored)
+        with path.open("r+b") as file:
+            file.seek(change._delta.file.chunk_offset(entry, 0))
+            file.write(bytes(20))
+        for pool in change._delta.pools():
+            pool._window = None
+        apply(change)
+
+    monkeypatch.setattr(applying.Change, "apply", overwritten)
+    target = copies(base)
+    with pytest.raises(InvalidFileError):
+        sfpformat.apply_delta(target, path)
+    same(target, base)
+
+
+@clauses("R-DLT-015")
+def test_an_error_names_the_tensors_that_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = arrays()
+    data = written(base, stepped(base), block=200)
+    Failing(monkeypatch, OSError("the disk fails"), blocks=8)
+    restore = Journal._restore
+
+    def failing(self: Journal, record: Any) -> None:
+        if record.name == "w.1":
+            raise OSError("the temporary file cannot be read")
+        restore(self, record)
+
+    monkeypatch.setattr(Journal, "_restore", failing)
+    target = copies(base)
+    with pytest.raises(PartlyChangedError, match=r"a part of 'w\.1'.* load the tensors again") as raised:
+        sfpformat.apply_delta(target, data, threads=1)
+    assert raised.value.tensors == ("w.1",)
+    assert isinstance(raised.value.__context__, OSError)
+    same({**target, "w.1": base["w.1"]}, base)
+    assert target["w.1"].tobytes() != base["w.1"].tobytes()
+
+
+def test_a_full_disk_leaves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = arrays()
+    data = written(base, stepped(base), block=200)
+    monkeypatch.setattr(applying, "_KEPT_BYTES", 0)
+    write, counter = Journal._write, itertools.count()
+
+    def full(self: Journal, array: Any) -> None:
+        if next(counter) == 5:
+            raise OSError(28, "No space left on device")
+        write(self, array)
+
+    monkeypatch.setattr(Journal, "_write", full)
+    target = copies(base)
+    with pytest.raises(OSError, match="No space left"):
+        sfpformat.apply_delta(target, data, threads=1)
+    same(target, base)
 
 
 # ------------------------------------------------------------------------------------------------- writers
