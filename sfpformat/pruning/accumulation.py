@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .masked import ScoredWeight
 from .processes import Processes
+from .sharded_scores import ShardedWeight
 
 
 class Accumulation:
@@ -29,7 +30,8 @@ class Accumulation:
         parts: the scored weights.
         processes: the processes of the run.
         ready: called with the index of a tensor in ``parts`` and the mean gradient of its weights' logits,
-            float32 [rows, columns], during the backward pass of a step's last batch.
+            float32 [rows, columns], during the backward pass of a step's last batch. Of a sharded weight it
+            is that of this process's rows.
         """
         self._parts, self._processes, self._ready = list(parts), processes, ready
         self._shared: Tensor | None = None
@@ -89,12 +91,24 @@ class Accumulation:
         assert part.own is not None
         new, part.own_gradient = part.own_gradient, None
         if new is None:
-            new = torch.zeros_like(part.own, dtype=torch.float32)
-        total = self._processes.added(self._own.pop(place, None), new)
+            new = torch.zeros(part.shape, device=part.own.device)
+        total = self._own.pop(place, None)
+        if isinstance(part, ShardedWeight):
+            total = self._added_rows(part, total, new)
+        else:
+            total = self._processes.added(total, new)
         if self._last:
             self._ready(place, total.div_(self.divisor) if self.divisor > 1 else total)
         else:
             self._own[place] = total
+
+    def _added_rows(self, part: ShardedWeight, total: Tensor | None, new: Tensor) -> Tensor:
+        """Adds a gradient of all processes to the total of this process's rows, in the order of processes."""
+        for row in self._processes.spread(new, part.share):
+            mine = row[: part.start.numel()].view(part.start.shape)
+            total = mine.clone() if total is None else total.add_(mine)
+        assert total is not None
+        return total
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -200,31 +200,37 @@ def _round(
     items: list[Any] = []
     losses: list[Tensor] = []
 
-    def forward() -> list[float]:
+    def take() -> list[float]:
         items.extend(islice(source, processes.world))
+        return [len(items)]
+
+    def forward() -> list[float]:
         idle = processes.rank >= len(items)  # at the end, there are fewer batches than processes
         if idle and not (run.together and items):
-            return [len(items), 0.0]
+            return [0.0]
         batch = items[0 if idle else processes.rank]
         counted.take(batch, task.unpadded(batch))
         losses.append(task.loss_of(run.begun(), batch))
         if idle:
-            return [len(items), 0.0]
+            return [0.0]
         number = seen.count + processes.rank + 1
-        return [len(items), finite(losses[0], f"batch {number} of the calibration data")]
+        return [finite(losses[0], f"batch {number} of the calibration data")]
 
-    rows = processes.exchanged(forward, 2)
-    count = int(rows[0][0])
-    if any(row[0] != count for row in rows):
+    # First the batches, so that an error in the data of one process finds no other in the model, where
+    # sharded weights need all of them.
+    taken = processes.exchanged(take, 1)
+    count = int(taken[0][0])
+    if any(row[0] != count for row in taken):
         raise OptionError(f"the processes have different numbers of batches: {_SAME_DATA}")
     if not seen.checked:
         processes.require_same(items[:1], f"the processes have different batches: {_SAME_DATA}")
         seen.checked = True
+    rows = processes.exchanged(forward, 1)
     seen.begin(idle=processes.rank >= count)
     if losses:
         torch.autograd.backward(losses[0], inputs=run.leaves())
     seen.end()
-    return [loss for _, loss in rows[:count]]
+    return [loss for (loss,) in rows[:count]]
 
 
 def examples_of(batch: Any) -> Iterator[Any]:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +26,15 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, warn
 from ..names import listed
-from . import checkpoints
 from .accumulation import Accumulation
+from .checkpoints import Checkpoint
 from .descent import sparsity_at
 from .holdout import Choice, Split, choose
 from .levels import Levels
-from .masked import Groups, MaskedModel, Masking
+from .masked import Groups, MaskedModel
 from .processes import ALONE, Processes
+from .sharded import Sharded, resharding
+from .sharded_scores import masking_of
 from .signal import SignalAdam
 from .task import Progress, Task, cost, evaluating, finite, require_objective
 
@@ -130,6 +131,7 @@ class Learner:
         processes: Processes = ALONE,
         groups: Mapping[str, Groups] | None = None,
         started: str = "given",
+        sharded: Sharded | None = None,
     ) -> None:
         """Args:
         model: any module; `run` sets it to evaluation mode.
@@ -142,6 +144,8 @@ class Learner:
         groups: the groups of a pattern in each weight; None means no pattern. The sparsity is then the share
             that a group loses, rounded to whole weights.
         started: the kind of ``start``, which a resumed run must share.
+        sharded: the weights and the starts are divided among ``processes``, which are those of its mesh;
+            None means whole ones.
         """
         self._started = started
         # Logits that all weights of a group share change no choice within it.
@@ -158,10 +162,12 @@ class Learner:
             temperature=plan.temperature,
             seed=plan.seed,
             groups=groups,
+            sharded=sharded,
         )
-        self._masking = Masking(weights, self.levels.scored)
+        self._masking = masking_of(model, weights, self.levels.scored, sharded)
         self._pruned = MaskedModel(model, {}, self._masking)
-        self._optimiser = SignalAdam(self.levels.parameters(), plan.steps)
+        divided = {} if sharded is None else {"weight": [part.first for part in self.levels.scored.values()]}
+        self._optimiser = SignalAdam(self.levels.parameters(), plan.steps, divided, processes)
         advance = partial(self._optimiser.advance, "weight")
         self._gradients = Accumulation(list(self.levels.scored.values()), processes, advance)
         self._dense = model if plan.objective == "divergence" else None
@@ -173,7 +179,7 @@ class Learner:
         self,
         split: Split,
         progress: Progress,
-        path: Path | None,
+        checkpoint: Checkpoint | None,
         every: int,
         chosen: Callable[[int, int], None] = lambda done, total: None,
     ) -> Choice:
@@ -182,31 +188,22 @@ class Learner:
         Args:
             split: the batches, the same on all processes.
             progress: called after each step with its number and its loss.
-            path: path of the checkpoint; learning resumes from it if it exists. None writes no checkpoint.
-                All processes read it, the first one writes it.
+            checkpoint: learning resumes from it if it exists; None writes no checkpoint.
             every: number of steps between checkpoints.
             chosen: called during the selection, with the number of passes over a held-out batch so far, and
                 their greatest possible total.
         """
         processes, plan = self._processes, self._plan
-        if path is not None:
-            exists = path.exists()
-            processes.require_same(
-                exists, f"{path} exists only on some processes; use a folder that all processes share"
-            )
-            if exists:
-                self.load(path)
-                processes.require_same(
-                    self.step, f"{path} differs between processes; use a folder that all processes share"
-                )
+        if checkpoint is not None:
+            self.load(checkpoint)
         # Process r takes batches r, r + world, …
         numbered = split.numbered(self.step * plan.batches * processes.world)
         batches = islice(numbered, processes.rank, None, processes.world)
-        with evaluating(self._model):
+        with evaluating(self._model), resharding(self._model):
             while not self.done:
                 progress(self.step + 1, self.learn(batches))
-                if path is not None and processes.rank == 0 and (self.step % every == 0 or self.done):
-                    self.save(path)
+                if checkpoint is not None and (self.step % every == 0 or self.done):
+                    self.save(checkpoint)
             self._optimiser.release()
             self._require_used()
             low, high = self._sparsities
@@ -288,22 +285,29 @@ class Learner:
 
     def _learn_batch(self, batches: Iterator[tuple[int, int, Any]], leaves: list[Tensor]) -> list[float]:
         """Runs one batch on each process, forward and backward. Returns the losses of all processes."""
-        found: list[Tensor] = []
+        found: list[Any] = []
+
+        def take() -> list[float]:
+            repetition, place, batch = next(batches)
+            found.append(batch)
+            return [repetition, place]
 
         def forward() -> list[float]:
-            repetition, place, batch = next(batches)
-            loss = cost(self._pruned, batch, self._task, self._dense)
+            loss = cost(self._pruned, found.pop(), self._task, self._dense)
             found.append(loss)
-            return [finite(loss, f"step {self.step}"), repetition, place]
+            return [finite(loss, f"step {self.step}")]
 
-        rows = self._processes.exchanged(forward, 3)
-        for before, after in pairwise([*self._last_places, *(row[1:] for row in rows)]):
+        # First the batches, so that an error in the data of one process finds no other in the model, where
+        # sharded weights need all of them.
+        places = self._processes.exchanged(take, 2)
+        for before, after in pairwise([*self._last_places, *places]):
             if after not in ([before[0], before[1] + 1], [before[0] + 1, 0]):
                 raise OptionError(
                     "the processes have different numbers of batches: give the same data, in the same order, "
                     "to all"
                 )
-        self._last_places = [rows[-1][1:]]
+        self._last_places = places[-1:]
+        rows = self._processes.exchanged(forward, 1)
         if found[0].requires_grad:
             torch.autograd.backward(found[0], inputs=leaves)
         return [row[0] for row in rows]
@@ -334,8 +338,8 @@ class Learner:
         job["start"] = self._started
         return {**job, "pattern": self._pattern} if self._pattern else job
 
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint atomically."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint."""
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -344,15 +348,17 @@ class Learner:
             "levels": self.levels.state(),
             "optimiser": self._optimiser.state(),
         }
-        checkpoints.save(path, self._job(), state)
+        checkpoint.save(self._job(), state)
 
-    def load(self, path: Path) -> None:
-        """Resumes from a checkpoint.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Resumes from a checkpoint if it exists.
 
         Raises:
             MismatchError: the checkpoint is damaged, or belongs to other settings, tensors or sparsities.
         """
-        state = checkpoints.load(path, self._job())
+        state = checkpoint.load(self._job())
+        if state is None:
+            return
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self._masking.used |= set(state["used"])
         self.levels.restore(state["levels"])

@@ -124,9 +124,11 @@ def held_out_losses(
 
     def of_batch(number: int) -> list[float]:
         """Returns the loss of a batch for each candidate and sparsity, flat."""
-        if number >= len(batches):  # the last batches are fewer than the processes
+        idle = number >= len(batches)  # the last batches are fewer than the processes
+        if idle and levels.sharded is None:
             return [0.0] * count
-        batch, values = batches[number], []
+        # Sharded weights are gathered from all processes, so an idle one runs a batch of another.
+        batch, values = batches[-1 if idle else number], []
         with torch.no_grad():
             # Only one batch of the dense model's outputs is kept.
             wanted = None if dense is None else task.run(dense, batch)
@@ -135,7 +137,7 @@ def held_out_losses(
                 for threshold in found:
                     levels.take_threshold(threshold)
                     values.append(checked(cost(pruned, batch, task, wanted), f"held-out batch {number + 1}"))
-        return values
+        return [0.0] * count if idle else values
 
     totals = [0.0] * count
     for first in range(0, len(batches), processes.world):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..names import listed, require_known
 from ..torch.ties import TiedNames
-from . import checkpoints
 from .calibration import statistics
 from .calibration_sums import Statistics
+from .checkpoints import Checkpoint, ShardedCheckpoint
 from .features import FEATURES
 from .gated import GateLearner
 from .hierarchy import Learner
 from .holdout import Split
 from .learning_settings import DEFAULTS, Learned, Settings
 from .processes import Processes
+from .sharded import Sharded
 from .starts import candidate_starts, pattern_groups, select_start, sparsity_of
 from .task import CLASSIFY, Data, Progress, Task, chosen_weights, endless, evaluating
 from .thresholds import Pattern
@@ -41,7 +43,8 @@ def bytes_per_weight(settings: Settings = DEFAULTS) -> int:
     """Returns the peak memory of `learn_importance` in bytes per weight.
 
     This is in addition to the model, its activations, and the gradient and a masked copy of the largest
-    tensor. Importances given as ``start`` take 4 more bytes, and steps of several batches 4 more.
+    tensor. Importances given as ``start`` take 4 more bytes, and steps of several batches 4 more. Processes
+    with sharded weights divide all of it among them, but each also has the scores of a whole tensor.
     """
     if settings.chosen_method == "levels":
         plan = settings.plan()
@@ -115,6 +118,12 @@ def learn_importance(
             that stops answering is an error on the others after the time limit of the group. Only for the
             method ``levels``.
 
+    A model that ``fully_shard`` divided by rows learns on the processes of its mesh, each with the start, the
+    logits and the moments of its own rows. Importances are sharded like the weights, with the bits of one
+    process with whole weights. In each batch all processes need to use the same weights. Each process writes
+    two checkpoints in turn, ``CHECKPOINT.a.3-8`` and ``CHECKPOINT.b.3-8`` for process 3 of 8; as many
+    processes resume from them.
+
     Warns: a pattern does not fit some tensors.
 
     Memory: `bytes_per_weight`, in addition to a training step of the model without an optimiser.
@@ -125,11 +134,6 @@ def learn_importance(
         LossError: a loss is not finite; the last checkpoint stays valid.
         ProcessError: another process failed or is gone; the last checkpoint stays valid.
     """
-    if is_sharded(model):
-        raise OptionError(
-            "learn_importance needs whole weights on each process, and those of this model are sharded: "
-            "learn before fully_shard, with group= on several processes; or prune by statistics and fisher"
-        )
     pattern = sparsity if isinstance(sparsity, Pattern) else None
     share = sparsity if isinstance(sparsity, tuple) else sparsity_of(sparsity)
     low, high = share if isinstance(share, tuple) else (share, share)
@@ -156,6 +160,11 @@ def learn_importance(
             progress,
             chosen,
             group,
+        )
+    if is_sharded(model):
+        raise OptionError(
+            "these settings select the method weights, which needs whole weights on each process, and those "
+            "of this model are sharded: take the method levels, or learn before fully_shard"
         )
     if start is not None or held_out is not None or group is not None or pattern is not None:
         raise OptionError(
@@ -199,7 +208,10 @@ def _learn_levels(
     chosen: Callable[[int, int], None],
     group: Any,
 ) -> Learned:
-    names = list(chosen_weights(model, tensors))
+    sharded = Sharded(model, tensors, group) if is_sharded(model) else None
+    if sharded is not None and (mlp is not None or settings.plan().rates.network):
+        raise OptionError("the shared network needs whole weights on each process; leave out network_rate")
+    names = list(chosen_weights(model, tensors) if sharded is None else sharded.weights)
     groups = None if pattern is None else pattern_groups(model, names, pattern)
     names = names if groups is None else list(groups)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -207,7 +219,12 @@ def _learn_levels(
     learned = {name: weight for name, weight in weights.items() if weight.numel()}
     if not learned:
         raise OptionError(f"{listed(names)} have no elements: there is nothing to learn")
-    processes = Processes(group, next(iter(learned.values())).device)
+    if sharded is None:
+        processes = Processes(group, next(iter(learned.values())).device)
+    else:
+        processes = sharded.processes
+    kind = Checkpoint if sharded is None else ShardedCheckpoint
+    checkpoint = None if path is None else kind(path, processes)
     split = Split(data, settings.held_out, held_out)
     processes.require_same(
         split.held_out, "the processes have different batches: give the same data, in the same order, to all"
@@ -219,7 +236,7 @@ def _learn_levels(
         found = _of_weights(model, found, weights, "found")
         candidates = candidate_starts(model, found, sum(sparsities) / 2)
         found = None  # releases the gradients
-        earlier = None if path is None else checkpoints.started(path)
+        earlier = None if checkpoint is None else checkpoint.started()
         if earlier in candidates:  # a run is resumed from the start that it had
             candidates = {earlier: candidates[earlier]}
         with evaluating(model):
@@ -233,15 +250,19 @@ def _learn_levels(
                 dense=model if settings.objective == "divergence" else None,
                 processes=processes,
                 groups=groups and {name: groups[name] for name in learned},
+                sharded=sharded,
             )
         name, start, losses = selected.name, selected.importances, selected.losses
         del candidates, selected
-    start = _required(model, start, weights)
+    start = processes.agreed(partial(_required, model, start, weights, sharded))
     start = {name: start[name] for name in learned}
-    processes.require_same(
-        start, "the processes have different initial importances or models; give all of them the same"
+    if sharded is None:
+        processes.require_same(
+            start, "the processes have different initial importances or models; give all of them the same"
+        )
+    learner = Learner(
+        model, learned, start, task, settings.plan(), sparsities, processes, groups, name, sharded
     )
-    learner = Learner(model, learned, start, task, settings.plan(), sparsities, processes, groups, name)
     start = None
     network = learner.levels.network
     if mlp is not None:
@@ -254,7 +275,7 @@ def _learn_levels(
                 "mlp does not fit the shared network; give the mlp of a result of the method levels"
             ) from error
         learner.levels.refresh()
-    choice = learner.run(split, progress, path, every, chosen)
+    choice = learner.run(split, progress, checkpoint, every, chosen)
     scored = learner.levels.importances(sum(sparsities) / 2)
     importances = {
         name: scored[name] if name in learned else torch.zeros_like(weight, dtype=torch.float32)
@@ -265,7 +286,7 @@ def _learn_levels(
 
 
 def _required(
-    model: nn.Module, start: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    model: nn.Module, start: Mapping[str, Tensor], weights: Mapping[str, Tensor], sharded: Sharded | None
 ) -> dict[str, Tensor]:
     """Returns the initial importances of all weights, by the names in ``weights``.
 
@@ -281,7 +302,8 @@ def _required(
             raise OptionError(
                 f"the start of {name!r} has shape {list(start[name].shape)}, not {list(weight.shape)}"
             )
-        if not bool(torch.isfinite(start[name]).all()) or bool((start[name] < 0).any()):
+        numbers = start[name] if sharded is None else sharded.local(name, start[name], "start")
+        if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
             raise OptionError(f"the start of {name!r} has numbers that are negative or not finite")
     return {name: start[name].to(weight.device) for name, weight in weights.items()}
 

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from .masked import LEVELS, Groups, ScoredWeight
 from .processes import ALONE, Processes
+from .sharded import Sharded
+from .sharded_scores import ShardedWeight
+from .sums import row_sums
 from .task import as_matrix
 from .thresholds import count_of_share
 
@@ -54,6 +57,7 @@ class Levels:
         temperature: float,
         seed: int = 0,
         groups: Mapping[str, Groups] | None = None,
+        sharded: Sharded | None = None,
     ) -> None:
         """Args:
         weights: the weights by name.
@@ -64,25 +68,31 @@ class Levels:
         seed: seed of the sample and of the network's first layers.
         groups: the groups of a pattern in each weight, with the same number of members; None means no
             pattern.
+        sharded: the weights and the starts are divided among its processes, which then call each method
+            together; None means whole ones. There is no network then.
         """
         self._groups = dict(groups or {})
+        self.sharded = sharded
+        self._processes = ALONE if sharded is None else sharded.processes
         generator = torch.Generator().manual_seed(seed)
-        standard = standard_starts(start)
+        if sharded is not None:
+            start = {name: sharded.local(name, one) for name, one in start.items()}
+        standard = standard_starts(start, self._processes)
         total = sum(weight.numel() for weight in weights.values())
         self.scored: dict[str, ScoredWeight] = {}
+        self._sizes: dict[str, float] = {}
         for name, weight in weights.items():
             sample = _sample(weight.numel(), total, generator).to(weight.device)
-            self.scored[name] = ScoredWeight(
-                weight,
-                standard[name],
-                sample,
-                own=own,
-                temperature=temperature,
-                groups=self._groups.get(name),
-            )
-        self._sizes = {
-            name: weight.numel() / len(self.scored[name].sample) for name, weight in weights.items()
-        }
+            self._sizes[name] = weight.numel() / len(sample)
+            group, given = self._groups.get(name), standard[name]
+            if sharded is None:
+                self.scored[name] = ScoredWeight(
+                    weight, given, sample, own=own, temperature=temperature, groups=group
+                )
+            else:
+                self.scored[name] = ShardedWeight(
+                    sharded, name, given, sample, own=own, temperature=temperature, groups=group
+                )
         self.shares = dict.fromkeys(LEVELS, 1.0)
         self.network: nn.Sequential | None = None
         self._features: dict[str, _Features] = {}
@@ -120,9 +130,10 @@ class Levels:
         if self._groups:
             found = float(count_of_share(sparsity, next(iter(self._groups.values())).of))
         elif exact:
-            found = quantile(self._all_scores, sparsity)
+            found = quantile(self._all_scores, sparsity, self._processes)
         else:
-            parts = [(part.sampled_scores(), self._sizes[name]) for name, part in self.scored.items()]
+            sampled = self._processes.of_all([part.sampled_scores() for part in self.scored.values()])
+            parts = list(zip(sampled, self._sizes.values(), strict=True))
             found = quantile(lambda: parts, sparsity)
         self.take_threshold(found)
         return found
@@ -133,7 +144,11 @@ class Levels:
             part.threshold = threshold
 
     def _all_scores(self) -> Iterable[tuple[Tensor, float]]:
-        return ((part.scores(block), 1.0) for part in self.scored.values() for block in part.blocks())
+        return (
+            (part.scores(block), 1.0)
+            for part in self.scored.values()
+            for block in part.blocks(len(part.start))
+        )
 
     def collect(self, processes: Processes = ALONE) -> None:
         """Moves the gradients of the sample from the weights to the network's sum over all processes."""
@@ -173,18 +188,26 @@ class Levels:
                     flat[first:last] = self.network(self._features[name].at(positions))[:, 0].half()
 
     def importances(self, sparsity: float) -> dict[str, Tensor]:
-        """Returns softplus(score − threshold), by name, float32, of the weights' shapes.
+        """Returns softplus(score − threshold), by name, float32, of the weights' shapes and shards.
 
         The threshold is that of all weights together, also with a pattern, so that importances of different
         groups can be compared.
         """
-        threshold = quantile(self._all_scores, sparsity)
+        threshold = quantile(self._all_scores, sparsity, self._processes)
         out = {}
         for name, part in self.scored.items():
-            scores = torch.empty_like(part.start)
+            scores, scores_of = torch.empty_like(part.start), part.scorer()
+            # Also with shards in blocks of the whole weight: the bits of softplus depend on the place in a
+            # block, because the last numbers are not computed by vector instructions.
             for block in part.blocks():
-                scores[block] = nn.functional.softplus(part.scores(block) - threshold)
-            out[name] = scores.view(part.weight.shape)
+                given = nn.functional.softplus(scores_of(block) - threshold)
+                first, last = max(block.start, part.first), min(block.stop, part.first + len(scores))
+                if first < last:
+                    scores[first - part.first : last - part.first] = given[first - block.start :][
+                        : last - first
+                    ]
+            scores = scores.view(-1, *part.weight.shape[1:])
+            out[name] = scores if self.sharded is None else self.sharded.like(name, scores)
         return out
 
     def state(self) -> dict[str, Any]:
@@ -216,17 +239,27 @@ def _beside(other: Tensor, kept: Tensor | None) -> Tensor | None:
     return None if kept is None else kept.to(other.device)
 
 
-def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def standard_starts(start: Mapping[str, Tensor], processes: Processes = ALONE) -> dict[str, Tensor]:
     """Returns the logarithms of importances, with mean 0 and standard deviation 1 over those above 0.
+
+    Args:
+        start: importances, not negative, by name; with several processes, the rows of each.
+        processes: the processes.
 
     Returns:
         float32 by name, clamped to ±`_LIMIT`; an importance of 0 gives −`_LIMIT`.
     """
-    count, total, squares = 0, 0.0, 0.0
+    positive, sums, powers = 0, [], []
     for importance in start.values():
-        logs = importance[importance > 0].double().log()
-        count, total = count + logs.numel(), total + float(logs.sum())
-        squares += float(logs.square().sum())
+        for block in torch.split(importance.flatten(1), _rows_at_once(importance)):
+            logs = torch.where(block > 0, block.double().log(), 0.0)
+            positive += int((block > 0).sum())
+            sums.append(row_sums(logs))
+            powers.append(row_sums(logs.square_()))
+    # Exact sums of the sums of rows have the same bits for each division of the rows.
+    rows = processes.of_all([torch.cat(sums), torch.cat(powers)])
+    total, squares = (math.fsum(values.tolist()) for values in rows)
+    count = round(sum(row[0] for row in processes.exchanged(lambda: [float(positive)], 1)))
     mean = total / max(count, 1)
     spread = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
     # Rounding gives equal values a small non-zero deviation, far below their magnitude.
@@ -238,12 +271,15 @@ def standard_starts(start: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) -> float:
+def quantile(
+    parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float, processes: Processes = ALONE
+) -> float:
     """Returns a number that the given share of all numbers does not exceed, from two nested histograms.
 
     Args:
         parts: returns tensors of numbers, each with the weight of one of its numbers; called several times.
         share: at least 0, below 1.
+        processes: the processes whose numbers are counted together; the weights are then whole numbers.
 
     Returns:
         The upper edge of the bin of the second histogram that contains the quantile; −∞ if the share rounds
@@ -253,8 +289,12 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
         return -math.inf
     low, high, total = math.inf, -math.inf, 0.0
     for values, weight in parts():
-        low, high = min(low, float(values.min())), max(high, float(values.max()))
-        total += weight * values.numel()
+        if values.numel():
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+            total += weight * values.numel()
+    rows = processes.exchanged(lambda: [low, high, total], 3)
+    low, high = min(row[0] for row in rows), max(row[1] for row in rows)
+    total = sum(row[2] for row in rows)
     wanted, below = count_of_share(share, round(total)), 0.0  # the weights sum to a whole number
     if not wanted:
         return -math.inf
@@ -264,6 +304,7 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
         counts = torch.zeros(_BINS, dtype=torch.float64)
         for values, weight in parts():
             counts += weight * torch.histc(values, _BINS, low, high).double().cpu()
+        counts = processes.summed(counts)
         sums = counts.cumsum(0) + below
         place = min(int(torch.searchsorted(sums, wanted)), _BINS - 1)
         below = float(sums[place] - counts[place])
@@ -272,6 +313,10 @@ def quantile(parts: Callable[[], Iterable[tuple[Tensor, float]]], share: float) 
         if high - low <= 1e-7 * max(abs(low), abs(high), 1e-30):
             break
     return high
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, _BLOCK * weight.shape[0] // max(weight.numel(), 1))
 
 
 def _sample(size: int, total: int, generator: torch.Generator) -> Tensor:

@@ -99,6 +99,8 @@ class ScoredWeight:
         groups: the groups of a pattern, or None without a pattern.
         threshold: weights with scores above it are kept; with groups, the number that each group loses.
         temperature: temperature of the straight-through estimator, in units of the score.
+        shape: the number of rows and of columns of the whole weight.
+        first: number of the first row whose start and own logits this object has; 0 if it has those of all.
         sample: positions of the sampled weights in the flat weight, int64 [n], ascending.
         sampled: the gradients of the sample's scores, float32 [n], summed over backward passes until they
             are collected.
@@ -116,11 +118,12 @@ class ScoredWeight:
     ) -> None:
         self.groups = groups
         self.weight, self.temperature, self.threshold = weight.detach(), temperature, 0.0
-        matrix = as_matrix(self.weight)
-        height, width = matrix.shape
-        self.start = start.reshape(height, width)
+        height = weight.shape[0]
+        self.shape = height, width = height, weight.numel() // max(height, 1)
+        self.start = start.reshape(-1, width)
         self.network: Tensor | None = None
         self.shares = dict.fromkeys(LEVELS, 1.0)
+        self.first = 0
         self.sample, self.sampled = sample, torch.zeros(len(sample), device=weight.device)
 
         def zeros(*shape: int) -> Tensor:
@@ -129,32 +132,41 @@ class ScoredWeight:
         self.layer, self.rows, self.columns = zeros(), zeros(height, 1), zeros(1, width)
         self.own: Tensor | None = None
         if own is not None:
-            self.own = torch.zeros(height, width, dtype=own, device=weight.device)
+            self.own = torch.zeros(self.start.shape, dtype=own, device=weight.device)
         self.own_gradient: Tensor | None = None
 
     def logits(self) -> tuple[Tensor, ...]:
         """Returns the logits of layer, rows and columns, which autograd knows."""
         return self.layer, self.rows, self.columns
 
-    def blocks(self) -> Iterator[slice]:
-        """Yields blocks of rows."""
-        height, width = self.start.shape
+    def blocks(self, rows: int | None = None) -> Iterator[slice]:
+        """Yields blocks of rows.
+
+        Args:
+            rows: the number of rows; None takes that of the whole weight.
+        """
+        height, width = self.shape
+        height = height if rows is None else rows
         step = max(_ROWS, _AT_ONCE.get(self.start.device.type, _AT_ONCE_ELSEWHERE) // max(width, 1))
         if self.groups is not None:  # a block has whole groups, also if they run along the rows
             step = -(-step // self.groups.of) * self.groups.of
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def scores(self, block: slice) -> Tensor:
-        """Returns the scores of a block of rows, float32 [rows of the block, columns]."""
-        share = self.shares
+        """Returns the scores of a block of this object's rows, float32 [rows of the block, columns]."""
+        share, rows = self.shares, self.rows[self.first + block.start : self.first + block.stop]
         with torch.no_grad():
-            out = self.start[block] + (share["layer"] * self.layer + share["row"] * self.rows[block])
+            out = self.start[block] + (share["layer"] * self.layer + share["row"] * rows)
             out += share["column"] * self.columns
             if self.network is not None and share["network"]:
                 out.add_(self.network[block], alpha=share["network"])
             if self.own is not None and share["weight"]:
                 out.add_(self.own[block], alpha=share["weight"])
         return out
+
+    def scorer(self) -> Callable[[slice], Tensor]:
+        """Returns a function from a block of rows to its scores, which the caller may overwrite."""
+        return self.scores
 
     def kept(self, scores: Tensor) -> Tensor:
         """Returns which weights of a block are kept, from their scores: bool [rows, columns]."""
@@ -171,38 +183,51 @@ class ScoredWeight:
 
     def sampled_scores(self) -> Tensor:
         """Returns the scores of the sample, float32 [n]."""
-        row, column = self.sample // self.start.shape[1], self.sample % self.start.shape[1]
+        row, column = self.sample // self.shape[1], self.sample % self.shape[1]
         share = self.shares
         with torch.no_grad():
             out = self.start.reshape(-1)[self.sample] + share["layer"] * self.layer
-            out += share["row"] * self.rows[row, 0] + share["column"] * self.columns[0, column]
+            out += share["row"] * self.rows[self.first + row, 0] + share["column"] * self.columns[0, column]
             if self.network is not None:
                 out += share["network"] * self.network.reshape(-1)[self.sample].float()
             if self.own is not None:
                 out += share["weight"] * self.own.reshape(-1)[self.sample].float()
         return out
 
-    def masked(self) -> Tensor:
-        """Returns a copy of the weight with +0 where it is not kept."""
-        matrix = as_matrix(self.weight)
+    def masked(self, weight: Tensor | None = None, scores: Callable[[slice], Tensor] | None = None) -> Tensor:
+        """Returns a copy of the weight with +0 where it is not kept.
+
+        Args:
+            weight: the weight without a mask; None takes the attribute.
+            scores: a result of `scorer`; None calls it.
+        """
+        weight = self.weight if weight is None else weight
+        matrix, scores = as_matrix(weight), self.scorer() if scores is None else scores
         out = torch.empty_like(matrix)
         for block in self.blocks():
-            out[block] = torch.where(self.kept(self.scores(block)), matrix[block], 0)
-        return out.view(self.weight.shape)
+            out[block] = torch.where(self.kept(scores(block)), matrix[block], 0)
+        return out.view(weight.shape)
 
-    def gradients(self, gradient_of: Callable[[slice], Tensor]) -> tuple[Tensor, ...]:
+    def gradients(
+        self,
+        weight: Tensor,
+        gradient_of: Callable[[slice], Tensor],
+        scores: Callable[[slice], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Returns the gradients of `logits`; adds others to `own_gradient` and `sampled`.
 
         Args:
+            weight: the weight without a mask.
             gradient_of: block of rows -> the gradient of the masked weight in these rows, [rows, columns].
+            scores: a result of `scorer`, which may be overwritten; None calls it.
         """
-        matrix, width = as_matrix(self.weight), self.start.shape[1]
+        matrix, width, scores = as_matrix(weight), self.shape[1], self.scorer() if scores is None else scores
         rows = torch.empty_like(self.rows)
         columns = torch.zeros_like(self.columns)
         if self.own is not None and self.own_gradient is None:
-            self.own_gradient = torch.zeros_like(self.own, dtype=torch.float32)
+            self.own_gradient = torch.zeros(self.shape, device=self.own.device)
         for block in self.blocks():
-            gate = self._gates(self.scores(block))
+            gate = self._gates(scores(block))
             of_mask = (gradient_of(block) * matrix[block]).div_(self.temperature)
             part = torch.ops.aten.sigmoid_backward(of_mask, gate)  # of_mask · gate · (1 − gate), in one pass
             rows[block] = part.sum(1, keepdim=True)
@@ -221,14 +246,15 @@ class _MaskedWeight(torch.autograd.Function):
     """The masked weight as a function of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, scored: ScoredWeight, *logits: Tensor) -> Tensor:
-        ctx.scored = scored
-        return scored.masked()
+    def forward(ctx: Any, weight: Tensor, scored: ScoredWeight, *logits: Tensor) -> Tensor:
+        # Not saved for the backward pass: FSDP releases and restores the storage of a weight it gathered.
+        ctx.weight, ctx.scored = weight, scored
+        return scored.masked(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         matrix = as_matrix(gradient)
-        return (None, *ctx.scored.gradients(lambda block: matrix[block]))
+        return (None, None, *ctx.scored.gradients(ctx.weight, lambda block: matrix[block]))
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -236,12 +262,18 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, scored: ScoredWeight, turned: bool, *logits: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scored: ScoredWeight,
+        turned: bool,
+        *logits: Tensor,
     ) -> Tensor:
-        ctx.scored, ctx.turned = scored, turned
+        ctx.weight, ctx.scored, ctx.turned = weight, scored, turned
         ctx.save_for_backward(x)
-        weight = scored.masked()
-        return F.linear(x, weight.T if turned else weight, bias)
+        masked = scored.masked(weight)
+        return F.linear(x, masked.T if turned else masked, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,14 +282,15 @@ class _MaskedProduct(torch.autograd.Function):
         outer = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient[None]
         inner = x.flatten(0, -2) if x.dim() > 1 else x[None]
         of_x = of_bias = None
+        scores = scored.scorer()
         if ctx.needs_input_grad[0]:
-            weight = scored.masked()
-            of_x = gradient @ (weight.T if ctx.turned else weight)
-        if ctx.needs_input_grad[1]:
+            masked = scored.masked(ctx.weight, scores)
+            of_x = gradient @ (masked.T if ctx.turned else masked)
+        if ctx.needs_input_grad[2]:
             of_bias = outer.sum(0)
         left, right = (inner, outer) if ctx.turned else (outer, inner)
-        logits = scored.gradients(lambda block: left[:, block].T @ right)
-        return (of_x, of_bias, None, None, *logits)
+        logits = scored.gradients(ctx.weight, lambda block: left[:, block].T @ right, scores)
+        return (of_x, None, of_bias, None, None, *logits)
 
 
 # Methods and attributes that do not read a tensor's values.
@@ -307,7 +340,7 @@ class Masking(TorchFunctionMode):
     def _masked(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             found = self._find(value)
-            return value if found is None else _masked_weight(found, *found.logits())
+            return value if found is None else _masked_weight(value.detach(), found, *found.logits())
         if type(value) in (tuple, list):
             return type(value)(self._masked(part) for part in value)
         return value
@@ -324,7 +357,7 @@ class Masking(TorchFunctionMode):
             x, bias, weight, turned = product
             found = self._find(weight)
             if found is not None:
-                return _masked_product(x, bias, found, turned, *found.logits())
+                return _masked_product(x, weight.detach(), bias, found, turned, *found.logits())
         args = self._masked(args)
         named = {key: self._masked(value) for key, value in named.items()}
         return func(*args, **named)

@@ -153,6 +153,28 @@ class Processes:
         """
         return share if self.world == 1 else self._gathered(share).view(-1)[:count]
 
+    def summed(self, part: Tensor) -> Tensor:
+        """Returns the sum of the tensors of all processes, which have one shape and few elements."""
+        return part if self.world == 1 else self._gathered(part).sum(0)
+
+    def of_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Returns each tensor with those of the other processes behind it, in the order of the processes.
+
+        Args:
+            parts: vectors of one dtype, on all processes as many; their sizes may differ.
+        """
+        if self.world == 1:
+            return list(parts)
+        counts = self.exchanged(lambda: [part.numel() for part in parts], len(parts))
+        sizes = [[int(size) for size in row] for row in counts]
+        sent = torch.cat([*parts])
+        padded = sent.new_zeros(max(sum(row) for row in sizes))
+        padded[: len(sent)] = sent
+        pieces = [
+            torch.split(row[: sum(own)], own) for row, own in zip(self._gathered(padded), sizes, strict=True)
+        ]
+        return [torch.cat(found) for found in zip(*pieces, strict=True)]
+
     def share_of(self, count: int) -> int:
         """Returns the number of elements of a process's share of a tensor with ``count`` elements."""
         if self.world == 1:

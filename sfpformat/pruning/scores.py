@@ -126,17 +126,19 @@ def comparable(
     require_share("strength", strength)
     if scope not in ("row", "tensor"):
         raise OptionError(f"scope is {scope!r}, must be 'row' or 'tensor'")
-    weights = chosen_weights(model, list(importances))
-    require_shapes(weights, importances, "importance")
-    out = {}
-    for name, importance in importances.items():
+
+    def of_tensor(name: str, importance: Tensor) -> Tensor:
         layout = layout_of(model, name)
         matrix = layout.matrix(importance.float())
         rows = matrix if scope == "row" else matrix.reshape(1, -1)
         if rows.numel():
             rows = rows / _thresholds(rows, sparsity).pow(strength)
-        out[name] = layout.back(rows.reshape(matrix.shape), importance).contiguous()
-    return out
+        return layout.back(rows.reshape(matrix.shape), importance).contiguous()
+
+    if is_sharded(model):
+        return sharded.of_whole(model, importances, of_tensor)
+    require_shapes(chosen_weights(model, list(importances)), importances, "importance")
+    return {name: of_tensor(name, importance) for name, importance in importances.items()}
 
 
 def _thresholds(rows: Tensor, sparsity: float) -> Tensor:

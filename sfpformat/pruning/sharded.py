@@ -8,7 +8,8 @@ processes. So all results have the bits of one process with whole weights, for a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -35,6 +36,23 @@ _BITS = 16  # of a number in one histogram
 _HALF = 1 << 31
 
 
+def reshard(model: nn.Module) -> None:
+    """Releases whole parameters that a forward pass left in a model after ``fully_shard``."""
+    for module in model.modules():
+        method = getattr(module, "reshard", None)
+        if callable(method) and is_sharded(module):
+            method()  # after a pass without gradients, those of the outermost module are still whole
+
+
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """Context for passes without gradients: at its end, sharded parameters are sharded again."""
+    try:
+        yield
+    finally:
+        reshard(model)
+
+
 class Sharded:
     """The sharded weights of a model, with their names.
 
@@ -53,10 +71,7 @@ class Sharded:
             OptionError: there are no such weights, a name is unknown, or a weight is not divided by rows
                 among the processes of the group.
         """
-        for module in model.modules():
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard) and is_sharded(module):
-                reshard()  # after a forward pass, parameters of the outermost module may still be whole
+        reshard(model)
         names = prunable(model) if names is None else list(names)
         if not names:
             raise OptionError("the model has no linear or convolutional layers; name the tensors to prune")
@@ -91,6 +106,11 @@ class Sharded:
         rows = -(-int(weight.shape[0]) // self.processes.world)
         return rows * (int(weight.numel()) // max(int(weight.shape[0]), 1))
 
+    def first_row(self, name: str) -> int:
+        """Returns the number of this process's first row of a weight."""
+        rows = -(-int(self.weights[name].shape[0]) // self.processes.world)
+        return min(rows * self.processes.rank, int(self.weights[name].shape[0]))
+
     def local(self, name: str, given: Any = None, what: str = "importance") -> Tensor:
         """Returns this process's rows of a weight, or of a tensor that is sharded like it.
 
@@ -108,6 +128,13 @@ class Sharded:
         rows: Tensor = tensor.to_local()
         return rows.detach()
 
+    def whole(self, name: str, rows: Tensor) -> Tensor:
+        """Returns the rows of all processes as a plain tensor of a weight's shape. All call it together."""
+        shape = self.weights[name].shape
+        share = rows.new_zeros(self.share_of(name))
+        share[: rows.numel()] = rows.reshape(-1)
+        return self.processes.joined(share, shape.numel()).view(shape)
+
     def like(self, name: str, rows: Tensor) -> Tensor:
         """Returns this process's rows as a tensor that is sharded like a weight, with its shape."""
         weight = self.weights[name]
@@ -121,6 +148,60 @@ class Sharded:
             stride=torch.empty(weight.shape, device="meta").stride(),
         )
         return found
+
+
+def of_whole(
+    model: nn.Module, given: Mapping[str, Any], function: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Applies a function to whole tensors, one after the other, and returns its results sharded.
+
+    Args:
+        model: a model after ``fully_shard``.
+        given: tensors that are sharded like its weights, by name.
+        function: name and whole tensor -> a tensor of the same shape.
+    """
+    sharded = Sharded(model, list(given))
+    out = {}
+    for name, tensor in given.items():
+        result = function(name, sharded.whole(name, sharded.local(name, tensor)))
+        first = sharded.first_row(name)
+        out[name] = sharded.like(name, result[first : first + len(sharded.local(name))].clone())
+    return out
+
+
+class GatheredNames:
+    """Finds the names of whole weights that FSDP gathered."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Args:
+        model: a model after ``fully_shard``.
+        names: names of its sharded weights.
+        """
+        places = holders(model)
+        self._places = {name: places[id(model.get_parameter(name))] for name in names}
+        # With each weight, which this keeps alive, so that its id stays unique.
+        self._found: dict[int, tuple[Tensor, str | None]] = {}
+
+    def forget(self) -> None:
+        """Forgets the weights of earlier calls, so that their memory can be released."""
+        self._found = {}
+
+    def of(self, value: object) -> str | None:
+        """Returns the name of a gathered weight; None for other values."""
+        if not isinstance(value, nn.Parameter) or is_sharded(value):
+            return None
+        known = self._found.get(id(value))
+        if known is None:
+            name = next(
+                (
+                    name
+                    for name, places in self._places.items()
+                    if any(module._parameters.get(attribute) is value for module, attribute in places)
+                ),
+                None,
+            )
+            known = self._found[id(value)] = value, name
+        return known[1]
 
 
 class WholeWeights(TorchFunctionMode):
@@ -139,36 +220,23 @@ class WholeWeights(TorchFunctionMode):
         seen: called with the name and the leaf as soon as its gradient is complete.
         """
         super().__init__()
-        places = holders(model)
-        self._places = {name: places[id(model.get_parameter(name))] for name in names}
-        self._seen = seen
-        self._found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._names, self._seen = GatheredNames(model, names), seen
         self.leaves: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Begins a batch."""
-        self.leaves, self._found = {}, {}
-
-    def _leaf(self, value: nn.Parameter) -> Tensor | None:
-        known = self._found.get(id(value))
-        if known is not None:
-            return known[1]
-        leaf = None
-        for name, places in self._places.items():
-            if any(module._parameters.get(attribute) is value for module, attribute in places):
-                leaf = self.leaves.get(name)
-                if leaf is None:
-                    leaf = self.leaves[name] = value.detach().requires_grad_()
-                    untyped: Any = leaf
-                    untyped.register_post_accumulate_grad_hook(lambda x, name=name: self._seen(name, x))
-                break
-        self._found[id(value)] = (value, leaf)  # keeps the value alive, so that its id stays unique
-        return leaf
+        self.leaves = {}
+        self._names.forget()
 
     def _replaced(self, value: Any) -> Any:
-        if isinstance(value, nn.Parameter) and not is_sharded(value):
-            leaf = self._leaf(value)
-            return value if leaf is None else leaf
+        name = self._names.of(value)
+        if name is not None:
+            leaf = self.leaves.get(name)
+            if leaf is None:
+                leaf = self.leaves[name] = value.detach().requires_grad_()
+                untyped: Any = leaf
+                untyped.register_post_accumulate_grad_hook(lambda x, name=name: self._seen(name, x))
+            return leaf
         if type(value) in (tuple, list):
             return type(value)(self._replaced(part) for part in value)
         return value
@@ -215,7 +283,7 @@ def wanda(model: nn.Module, found: Mapping[str, Any]) -> dict[str, Tensor]:
         rows = sharded.local(name).float().abs()
         roots = inputs.sqrt()
         if layout.inputs == 0:  # this process has some of the inputs, for all outputs
-            first = sharded.processes.rank * -(-sharded.weights[name].shape[0] // sharded.processes.world)
+            first = sharded.first_row(name)
             roots = roots[first : first + len(rows), None]
         out[name] = sharded.like(name, rows * roots)
     report_without_inputs(left, nothing_else=not out)

@@ -14,13 +14,16 @@ are of order 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .processes import ALONE, Processes
 from .rounding import rounded
+from .sums import row_sums
 
 BETAS = (0.9, 0.95)
 _TINY = 1e-24  # mean squared gradients below this count as zero
@@ -39,11 +42,21 @@ class SignalAdam:
         gains: group -> the factors on the last steps of its tensors.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[Tensor]], steps: int) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[Tensor]],
+        steps: int,
+        divided: Mapping[str, Sequence[int]] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
         """Args:
         groups: name -> tensors of the same kind: float32, or float16 with moments of 16 bits.
         steps: number of steps of the run.
+        divided: name of a group whose rows are divided among the processes -> for each of its tensors the
+            number of this process's first row. All processes then call each method together.
+        processes: the processes.
         """
+        self._divided, self._processes = dict(divided or {}), processes
         self._groups = {name: list(tensors) for name, tensors in groups.items()}
         self._steps = steps
         self._moments = {
@@ -106,7 +119,7 @@ class SignalAdam:
 
     def _pools(self, name: str) -> bool:
         """Returns whether the signal is measured over all tensors of a group, because they are small."""
-        return max((x.numel() for x in self._groups[name]), default=0) < _POOL
+        return name not in self._divided and max((x.numel() for x in self._groups[name]), default=0) < _POOL
 
     def _learn(self, name: str, place: int, gradient: Tensor | None) -> tuple[float, int]:
         """Updates the moments of a tensor, and releases its gradient.
@@ -116,7 +129,8 @@ class SignalAdam:
         """
         x, (mean, square) = self._groups[name][place], self._moments[name][place]
         gradient = x.grad if gradient is None else gradient
-        power, alive = 0.0, 0
+        powers: list[Tensor] = []
+        alive = 0
         for block in _blocks(x):
             new = None if gradient is None else _matrix(gradient)[block]
             m, v = _matrix(mean)[block].float(), _matrix(square)[block].float()
@@ -127,10 +141,14 @@ class SignalAdam:
             self._keep(mean, block, m, name, place, 0)
             self._keep(square, block, v, name, place, 1)
             alive += int((v > _TINY).sum())
-            ratio = self._direction(name, m, v).reshape(-1)
-            power += float(ratio @ ratio)
+            powers.append(row_sums(self._direction(name, m, v).square_()))
         x.grad = None
-        return power, alive
+        found = torch.cat(powers) if powers else x.new_zeros(0, dtype=torch.float32)
+        if name in self._divided:
+            (found,) = self._processes.of_all([found])
+            alive = int(sum(row[0] for row in self._processes.exchanged(lambda: [float(alive)], 1)))
+        # Exact, so that the bits do not depend on the blocks.
+        return math.fsum(found.tolist()), alive
 
     def _move(self, name: str, place: int, gain: float) -> None:
         """Takes the step of a tensor along its moments."""
@@ -158,7 +176,8 @@ class SignalAdam:
             if target.data_ptr() != values.data_ptr():
                 target.copy_(values)
             return
-        target.copy_(rounded(values, whole.dtype, block.start, self._taken[name], 3 * place + label))
+        first = block.start + (self._divided[name][place] if name in self._divided else 0)
+        target.copy_(rounded(values, whole.dtype, first, self._taken[name], 3 * place + label))
 
     def _gain(self, name: str, place: int, power: tuple[float, int]) -> float:
         """Updates the share of signal of a tensor and returns the factor on its step.

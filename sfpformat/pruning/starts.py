@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import LossError, OptionError
@@ -19,10 +20,12 @@ from ..names import listed
 from .calibration_sums import Statistics
 from .holdout import NONE, held_out_losses
 from .levels import Levels
-from .masked import Groups, MaskedModel, Masking
+from .masked import Groups, MaskedModel
 from .masks import unfit
 from .processes import ALONE, Processes
 from .scores import Importances, comparable, fisher, magnitude, wanda
+from .sharded import Sharded, resharding
+from .sharded_scores import masking_of
 from .task import CLASSIFY, Data, Task, evaluating, require_objective
 from .thresholds import Pattern
 from .weight_selection import is_sharded, layout_of
@@ -86,21 +89,17 @@ def best_start(
     Memory: 12 bytes per weight, in addition to the model and ``found``.
 
     Raises:
-        OptionError: a name is not that of a prunable parameter, there are no batches or no names, or weights
-            are sharded.
+        OptionError: a name is not that of a prunable parameter, or there are no batches or no names.
         LossError: no candidate has a finite loss.
         ProcessError: another process failed.
     """
     require_objective(objective)
-    if is_sharded(model):
-        raise OptionError(
-            "best_start needs whole weights on each process, and those of this model are sharded"
-        )
     batches = list(held_out)
     if not batches:
         raise OptionError("held_out contains no batches")
     groups = pattern_groups(model, list(found), sparsity) if isinstance(sparsity, Pattern) else None
     share = sparsity_of(sparsity)
+    sharded = Sharded(model, list(found), group) if is_sharded(model) else None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if groups is not None:  # tensors that the pattern does not fit stay dense
         found = {name: found[name] for name in groups}
@@ -108,8 +107,11 @@ def best_start(
     weights = {name: parameters[name] for name in found if name in parameters and parameters[name].numel()}
     if not weights:
         raise OptionError(f"{listed(list(found))} have no elements: there is nothing to prune")
-    processes = Processes(group, next(iter(weights.values())).device)
-    with evaluating(model):
+    if sharded is None:
+        processes = Processes(group, next(iter(weights.values())).device)
+    else:
+        processes = sharded.processes
+    with evaluating(model), resharding(model):
         return select_start(
             model,
             weights,
@@ -120,6 +122,7 @@ def best_start(
             dense=model if objective == "divergence" else None,
             processes=processes,
             groups=groups,
+            sharded=sharded,
             progress=progress,
         )
 
@@ -138,7 +141,7 @@ def candidate_starts(model: nn.Module, found: Mapping[str, Statistics], sparsity
         sparsity: the pruned share, for the thresholds of rows and tensors.
     """
     # No candidate needs the gradients: callers can release them.
-    found = {name: replace(one, gradient=one.gradient.new_empty(0)) for name, one in found.items()}
+    found = {name: replace(one, gradient=torch.empty(0)) for name, one in found.items()}
     names = list(found)
     with_inputs = {name: one for name, one in found.items() if one.inputs is not None}
 
@@ -170,6 +173,7 @@ def select_start(
     dense: nn.Module | None,
     processes: Processes = ALONE,
     groups: Mapping[str, Groups] | None = None,
+    sharded: Sharded | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Start:
     """Returns the candidate with the lowest mean loss over batches and sparsities; of equal ones the first.
@@ -180,6 +184,7 @@ def select_start(
         candidates: functions that compute the candidates, by name.
         task, batches, sparsities, dense, processes: as in `holdout.choose`.
         groups: the groups of a pattern in each weight; None means no pattern.
+        sharded: as in `hierarchy.Learner`.
         progress: as in `best_start`.
 
     Raises:
@@ -206,9 +211,10 @@ def select_start(
             own=None,
             temperature=1.0,
             groups=groups,
+            sharded=sharded,
         )
         del start
-        pruned = MaskedModel(model, {}, Masking(weights, levels.scored))
+        pruned = MaskedModel(model, {}, masking_of(model, weights, levels.scored, sharded))
         (found,) = held_out_losses(
             levels,
             pruned,

@@ -283,7 +283,8 @@ def _require_whole(model: nn.Module) -> None:
     if is_sharded(model):
         raise OptionError(
             "the weights of this model are sharded (DTensors), which only statistics, magnitude, fisher, "
-            "wanda and prune support; here give a model with whole weights"
+            "wanda, comparable, best_start, learn_importance and prune support; here give a model with whole "
+            "weights"
         )
 
 

@@ -21,7 +21,7 @@ SHARE = 0.4  # assumed: share of these products that a step reaches
 
 # Bytes a weight that the operations of a step read and write, each counted as its own pass, with logits and
 # moments of 16 bits and weights of 2 bytes: the mask forward and backward, the gradient, and the optimiser.
-MOVED = 2 * 40 + 90 + 300
+MASK, GRADIENT, OPTIMISER = 40, 90, 300
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Way:
 SMALL, LARGE = Model("8 B", 32, 4096, 1024, 14_336), Model("70 B", 80, 8192, 1024, 28_672)
 COMMAND = Way("`sfp learn`, F32", 4, True, False)
 WHOLE = Way("`learn_importance`, BF16", 2, False, False)
-SHARDED = Way("the same, sharded (not built)", 2, False, True)
+SHARDED = Way("the same, sharded", 2, False, True)
 CASES = (
     (SMALL, 8, COMMAND),
     (SMALL, 8, WHOLE),
@@ -108,11 +108,12 @@ def sent(model: Model, processes: int, way: Way) -> float:
 
     Whole weights: float32 gradients are divided among the processes, added, and returned to all
     (`Processes.added`). Sharded ones: the weights are gathered for the dense model, the masked model and the
-    backward pass, and each gradient goes to the process that has its rows.
+    backward pass, masks of 1 byte for the masked model, float32 scores for the backward pass, and each
+    float32 gradient goes to the process that has its rows.
     """
     others = (processes - 1) / processes
     if way.sharded:
-        return others * way.width * (3 * model.weights + model.pruned)
+        return others * (3 * way.width * model.weights + (1 + 4 + 4) * model.pruned)
     return others * 2 * 4 * model.pruned
 
 
@@ -122,9 +123,11 @@ def seconds(model: Model, processes: int, way: Way) -> dict[str, float]:
     # For a weight and a token: two operations in each of two forward passes, two for the gradient of the
     # layer's input, and two for that of the weight.
     products = 8 * model.weights * TOKENS / (SHARE * PRODUCTS[way.width])
+    # Of sharded weights, each process computes the masks of its rows, and the gradients of all rows.
+    moved = (MASK + OPTIMISER) / parts + MASK + GRADIENT
     return {
         "products": products,
-        "state": MOVED * model.pruned / parts / BANDWIDTH,
+        "state": moved * model.pruned / BANDWIDTH,
         "wire": sent(model, processes, way) / LINK[processes > 8],
     }
 

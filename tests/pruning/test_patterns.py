@@ -43,7 +43,7 @@ def test_gradients_are_those_of_a_sigmoid_around_the_threshold_of_the_group() ->
         weight, start, torch.arange(0), own=torch.float32, temperature=0.5, groups=Groups(4, 1)
     )
     scored.threshold = 2.0
-    layer, rows, columns = scored.gradients(lambda block: gradient[block])
+    layer, rows, columns = scored.gradients(weight, lambda block: gradient[block])
     ordered = start.view(8, 2, 4).sort(-1).values
     halfway = ((ordered[..., 1] + ordered[..., 2]) / 2)[..., None].expand(8, 2, 4).reshape(8, 8)
     gate = torch.sigmoid((start - halfway) / 0.5)

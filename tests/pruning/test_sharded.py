@@ -63,10 +63,40 @@ def test_what_needs_whole_weights_is_refused(results: Results, world: int) -> No
         for name in REFUSED:
             assert found[name].startswith("OptionError: ")
             assert "the weights are sharded: take a Sparsity" in found[name]
-        assert found["learned"].startswith("OptionError: learn_importance needs whole weights")
+        assert found["by weights"].startswith("OptionError: these settings select the method weights")
+        assert found["by a network"].startswith("OptionError: the shared network needs whole weights")
         assert "full_tensor()" in found["packed"]
         assert "are sharded (DTensors)" in found["multiplied"]
         assert "is not sharded like the weight" in found["plain importances"]
+
+
+def test_learning_on_one_process_moves_the_masks(results: Results) -> None:
+    (alone,) = results["whole"]
+    learned = alone["learned from Fisher"]
+    assert len(learned["history"]) == 6
+    assert any(learned["shares"].values())
+    assert learned["start"] == "given"
+    assert len(alone["learned"]["losses"]) == 6  # of the candidates for the start
+    pattern = alone["masks of a learned pattern"]["first.weight"]
+    assert (pattern.view(22, -1, 2).sum(2) == 1).all()
+    assert any((pattern != alone["masks of a pattern"]["first.weight"]).flatten())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_learning_on_shards_resumes_where_it_was_broken_off(results: Results, world: int) -> None:
+    for found in (*results["whole"], *results[str(world)]):
+        assert 0 < found["broken off after"] < 6
+        for name in ("importances", "history", "shares"):
+            assert_same(found["learned in two parts"][name], found["learned"][name])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_error_of_one_shard_is_an_error_on_all(results: Results, world: int) -> None:
+    for rank, found in enumerate(results[str(world)]):
+        assert found["damaged"].startswith("MismatchError: the files")
+        assert "start of 'last.weight' has numbers that are negative" in found["negative start"] or (
+            rank and "ProcessError: process 0 of" in found["negative start"]
+        )
 
 
 def test_the_lowest_numbers_are_those_of_a_stable_sort() -> None:

@@ -10,7 +10,8 @@ import copy
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from sfpformat.errors import SfpError
 from sfpformat.pruning import (
+    Learned,
     Otsu,
     Outliers,
     Pattern,
+    Settings,
     Sparsity,
     apply_masks,
     fisher,
@@ -89,6 +92,18 @@ def results(net: Net, batches: Any, group: Any, folder: Path) -> dict[str, Any]:
     by_fisher = attempt("fisher", lambda: fisher(net, known))
     by_wanda = attempt("wanda", lambda: wanda(net, {k: v for k, v in known.items() if k != "mixed.weight"}))
     by_magnitude = attempt("magnitude", lambda: magnitude(net))
+    world = 1 if group is None else dist.get_world_size()
+    by_learning = attempt("learned", lambda: learned(net, batches, group, world))
+    by_pattern = attempt("learned with a pattern", lambda: learned(net, batches, group, world, Pattern(1, 2)))
+    attempt("learned from Fisher", lambda: learned(net, batches, group, world, (0.4, 0.7), start=by_fisher))
+    with suppress(KeyboardInterrupt, SfpError):
+        learned(net, Stopping(batches, 3), group, world, checkpoint=folder / f"learn-{world}.pt", every=1)
+    again = folder / f"learn-{world}.pt"
+    written = (
+        [again] if group is None else sorted(folder.glob(f"learn-{world}.pt.?.{dist.get_rank()}-{world}"))
+    )
+    found["broken off after"] = max(torch.load(path)["step"] for path in written)
+    attempt("learned in two parts", lambda: learned(net, batches, group, world, checkpoint=again))
     before = [parameter.detach().clone() for parameter in net.parameters()]
     cases: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
         ("masks at 60 %", by_fisher, Sparsity(0.6), {}),
@@ -98,6 +113,8 @@ def results(net: Net, batches: Any, group: Any, folder: Path) -> dict[str, Any]:
         ("masks a tensor", by_fisher, Sparsity(0.5), {"scope": "tensor"}),
         ("masks a row", by_wanda, Sparsity(0.5), {"scope": "row"}),
         ("masks of a pattern", by_wanda, Pattern(1, 2), {}),
+        ("masks of learned importances", by_learning.importances, 0.6, {}),
+        ("masks of a learned pattern", by_pattern.importances, Pattern(1, 2), {}),
         ("otsu", by_fisher, Otsu(), {}),
         ("outliers", by_fisher, Outliers(0.5), {"scope": "row"}),
     )
@@ -108,11 +125,50 @@ def results(net: Net, batches: Any, group: Any, folder: Path) -> dict[str, Any]:
             for parameter, value in zip(net.parameters(), before, strict=True):
                 parameter.copy_(value)
     if group is not None:
-        attempt("learned", lambda: learn_importance(net, batches, 0.5, group=group))
+        dist.barrier()
+        for path in folder.glob(f"learn-{world}.pt.*.1-{world}"):
+            if dist.get_rank() == 0:
+                path.write_bytes(b"no checkpoint")
+        dist.barrier()
+        attempt("damaged", lambda: learned(net, batches, group, world, checkpoint=again))
+        attempt(
+            "by weights", lambda: learn_importance(net, batches, 0.5, settings=Settings(method="weights"))
+        )
+        attempt(
+            "by a network", lambda: learn_importance(net, batches, 0.5, settings=Settings(network_rate=0.1))
+        )
+        bad = dict(by_fisher)
+        bad["last.weight"] = bad["last.weight"].clone()
+        if not dist.get_rank():
+            bad["last.weight"].to_local().neg_()
+        attempt("negative start", lambda: learned(net, batches, group, world, start=bad))
         attempt("multiplied", lambda: apply_masks(net, {"last.weight": torch.ones(5, 22)}))
         attempt("packed", lambda: pack(net, folder / "never.sfp", {}))
         attempt("plain importances", lambda: prune(net, {"last.weight": torch.rand(5, 22)}, 0.5))
     return found
+
+
+class Stopping:
+    """Data whose iteration stops the program at a batch, the fifth time that it gets there."""
+
+    def __init__(self, data: Any, place: int) -> None:
+        self.data, self.place, self.left = data, place, 5
+
+    def __iter__(self) -> Iterator[Any]:
+        for place, batch in enumerate(self.data):
+            if place == self.place:
+                self.left -= 1
+                if not self.left:
+                    raise KeyboardInterrupt
+            yield batch
+
+
+def learned(
+    net: nn.Module, batches: Any, group: Any, world: int, sparsity: Any = 0.6, **more: Any
+) -> Learned:
+    """Learns with four batches a step."""
+    settings = Settings(steps=6, batches=4 // world, logit_rate=0.1, shared_rate=0.1)
+    return learn_importance(net, batches, sparsity, settings=settings, group=group, **more)
 
 
 def whole(value: Any) -> Any:
@@ -121,6 +177,10 @@ def whole(value: Any) -> Any:
         return value.full_tensor() if hasattr(value, "full_tensor") else value
     if isinstance(value, dict):
         return {name: whole(part) for name, part in value.items()}
+    if isinstance(value, Learned):
+        choice: Any = value.choice
+        parts = {"importances": whole(value.importances), "history": value.history, "start": value.start}
+        return {**parts, "losses": value.start_losses, "shares": choice.shares, "chosen": choice.chosen}
     if hasattr(value, "fisher"):
         return [whole(part) for part in (value.gradient, value.fisher, value.inputs)]
     return value
