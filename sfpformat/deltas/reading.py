@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..coding.changes import Patterns, kind_of, open_buckets
+from ..coding.changes import NEVER, Patterns, kind_of, open_buckets
 from ..coding.quantisers import patterns_to_levels
 from ..container.delta_map import DeltaMap, DeltaTensor, Pool
 from ..decode.reader import SfpFile
@@ -70,6 +70,7 @@ class PoolChanges:
         kind: how differences of its elements are computed.
         blocks: the number of blocks.
         changed: levels of each block, an upper bound on its changes, int64 [blocks].
+        offset: offset of the map `delta`, for errors.
     """
 
     def __init__(self, file: SfpFile, pool: Pool, members: list[DeltaTensor], block: int) -> None:
@@ -79,7 +80,7 @@ class PoolChanges:
             InvalidFileError: the file is damaged, or the counts do not fit gaps and differences.
         """
         self.pool, self.members, self._file, self._block = pool, members, file, block
-        self._offset = file.preamble.directory_offset  # of the map, for errors
+        self.offset = file.preamble.directory_offset  # of the map, for errors
         self.kind = kind_of(members[0].dtype)
         ends = list(accumulate(member.elements for member in members))
         self._starts = [0, *ends[:-1]]
@@ -158,13 +159,37 @@ class PoolChanges:
             found = engine.place_changes(part, self.kind, buckets, gaps, levels, positions[at:], values[at:])
             if found < 0:
                 words = f"a dense bucket of block {block} has fewer levels than elements"
-                raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self._offset)
+                raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
             out.append(Found(positions[at : at + found], values[at : at + found]))
             at += found
         if not np.array_equal(buckets.level, buckets.last):
             words = f"a bucket of block {block} has levels left after its last element"
-            raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self._offset)
+            raise fault("R-DLT-011", words, tensor=self.pool.differences, offset=self.offset)
         return out
+
+    def coded(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Patterns]:
+        """Returns the coded elements of a block, in the order of keys and positions.
+
+        Returns:
+            The key of each, int64 [n]; its number among the elements of its key in the block, int64 [n]; and
+            its level, [n].
+        """
+        gaps, levels = self._numbers_of(block, self.blocks - 1)
+        coded = self._counts[block] >> 1
+        key = np.repeat(np.arange(self.kind.keys), coded)
+        first = np.repeat(np.cumsum(coded) - coded, coded)
+        rank = np.arange(len(key)) - first  # those of dense buckets
+        sparse = (self._counts[block] & 1 == 0)[key]
+        steps = np.cumsum(gaps.astype(np.int64) + 1)
+        of_sparse = np.where(self._counts[block] & 1, 0, coded)
+        before = np.concatenate([[0], steps])[np.cumsum(of_sparse) - of_sparse]
+        rank[sparse] = steps - 1 - before[key[sparse]]
+        return key, rank, levels
+
+    def dense_counts(self, block: int) -> NDArray[np.int64]:
+        """Returns the number of levels of each dense bucket of a block; a great number for sparse ones."""
+        counts = self._counts[block]
+        return np.where(counts & 1, counts >> 1, NEVER)
 
     def _numbers_of(self, block: int, last: int) -> tuple[NDArray[np.uint32], Patterns]:
         """Returns the gaps and levels of a block. Decodes those of blocks up to ``last`` with them."""

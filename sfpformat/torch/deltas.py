@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import TypeAlias
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,6 +21,7 @@ from ..errors import OptionError
 from ..io.source import Readable
 from ..limits import DEFAULT_LIMITS, Limits
 from ..names import listed, require_mapping
+from .sliced_deltas import SliceIndex, apply_slices, is_distributed
 from .tensors import Array, address_of, array_of, memory_of, require_memory, tensor_of
 from .ties import TiedNames
 
@@ -90,6 +92,8 @@ def apply_delta(
     target: torch.nn.Module | MutableMapping[str, torch.Tensor],
     delta: Readable | Delta,
     *,
+    slices: Mapping[str, SliceIndex] | None = None,
+    group: Any = None,
     engine: str | None = None,
     threads: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -101,11 +105,19 @@ def apply_delta(
     Makes all checks before the first change. Tensors that are contiguous in CPU memory are changed there.
     Others, such as those of a GPU, are copied to CPU memory and back.
 
+    If the target has DTensors, or with ``slices``, each process changes the part of each tensor that it
+    holds. All processes of ``group`` then call this function, and together hold each element; several may
+    hold the same part. They exchange how many elements of each exponent their parts have, not the elements,
+    and change all parts or none.
+
     Args:
         target: a module, or a state dict. It must have exactly the tensors of the base; a tied tensor of a
             module needs only one of its names. A module keeps its structure: for a delta that adds, removes
             or reshapes tensors, pass a state dict.
         delta: the delta, as for `sfpformat.open`, or an open `sfpformat.Delta`.
+        slices: name -> the slice of the whole tensor that the target has, such as ``np.s_[:, 64:128]``.
+            Tensors without one are whole, or DTensors with the placements Shard and Replicate.
+        group: the processes of ``torch.distributed`` that hold parts. None stands for all.
         engine, threads, limits: same as for `sfpformat.open`.
 
     Returns:
@@ -114,14 +126,17 @@ def apply_delta(
     Raises:
         BaseMismatchError: the target is not the base of the delta. Nothing was changed.
         OptionError: the file is not a delta, a tensor has no memory of its own, or the structure of a module
-            would change. Nothing was changed.
+            would change; the parts of processes overlap or leave elements out. Nothing was changed.
+        ProcessError: another process failed. No process changed anything.
         InvalidFileError, UnsupportedError, LimitError: the delta is damaged. Nothing was changed.
         OSError: the delta cannot be read, or a temporary file cannot be written. Nothing was changed.
         PartlyChangedError: the delta could not be read to its end, and tensors could not be restored.
     """
     if not isinstance(delta, Delta):
         with Delta(delta, limits=limits, engine=engine, threads=threads) as opened:
-            return apply_delta(target, opened, threads=threads)
+            return apply_delta(target, opened, slices=slices, group=group, threads=threads)
+    if slices is not None or _has_dtensors(target):
+        return apply_slices(target, delta, slices or {}, group)
     state = _state_of(target, delta.map)
     arrays: dict[str, Array] = {}
     copied: dict[str, torch.Tensor] = {}
@@ -151,6 +166,12 @@ def apply_delta(
 
     uninterrupted(finish)
     return delta.map
+
+
+def _has_dtensors(target: object) -> bool:
+    if isinstance(target, torch.nn.Module):
+        return any(map(is_distributed, chain(target.parameters(), target.buffers())))
+    return isinstance(target, Mapping) and any(map(is_distributed, target.values()))
 
 
 def _memory_of(tensor: torch.Tensor, name: str) -> Array:
