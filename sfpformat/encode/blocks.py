@@ -44,6 +44,13 @@ class Blocks:
                 counts[-1] -= len(counts) * self.segment - (stop - start)
             yield slice(start, stop), counts
 
+    def all_counts(self) -> Counts:
+        """Returns the number of positions of each segment of the tensor, int64 [segments]."""
+        counts = np.full(-(-self.positions // self.segment), self.segment, np.int64)
+        if len(counts):
+            counts[-1] -= len(counts) * self.segment - self.positions
+        return counts
+
 
 class Survivors(NamedTuple):
     """The survivors of a chunk.

@@ -98,6 +98,11 @@ class SymbolCounts:
     segments: int
     rows: Rows | None
 
+    @classmethod
+    def of(cls, total: Histogram, rows: Rows) -> SymbolCounts:
+        """Returns the counts of a stream from the counts of all segments and their sum."""
+        return cls(total, rows[:: _every(len(rows))], len(rows), rows)
+
     def summed(self, starts: NDArray[np.int64]) -> SymbolCounts:
         """Returns the counts of groups of consecutive symbols.
 

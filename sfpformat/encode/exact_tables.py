@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,10 +17,11 @@ from ..coding.magnitudes import magnitude_bits
 from ..coding.planes import Counts, trims_of
 from ..coding.quantisers import patterns_to_levels
 from ..dtypes import Dtype
-from ..engines import Engine
+from ..engines import DenseSurvey, Engine
 from ..errors import OptionError
 from ..options import Options
 from .codes import (
+    KEPT_BYTES,
     Choice,
     LevelBlocks,
     SymbolCounter,
@@ -34,14 +34,16 @@ from .codes import (
 from .windows import choose_windows
 from .zeros import cheaper_with_zeros
 
-# The class of an exact stream includes one more mantissa bit only if that saves this part of the size,
-# because residuals of whole bytes decode faster.
+# Each mantissa bit in the class of an exact stream must save this part of the size, because residuals of
+# whole bytes decode faster.
 _MANTISSA_GAIN = 0.0075
 # The saving is estimated on 1/_JUDGED_PART of each chunk, at least _JUDGED_LEVELS levels.
 _JUDGED_PART, _JUDGED_LEVELS = 16, 4096
 # An exact stream has at most one code per _LEVELS_A_CODE levels, and at most _EXACT_CODES codes. More codes
 # save 0.02 %, and building a reader's table of one code takes as long as decoding 20,000 levels.
-_LEVELS_A_CODE, _EXACT_CODES = 1 << 18, 4
+_LEVELS_A_CODE, _EXACT_CODES = 1 << 17, 4
+# Tensors with more classes than 2 to this power are surveyed chunk by chunk.
+_MOST_SURVEYED_BITS = 10
 # Number of patterns per step of the lower bound on bits.
 _BOUND_BLOCK = 1 << 16
 # Approximate cost of trims in the segment index, in bits per segment.
@@ -118,6 +120,7 @@ class _ExactSurvey:
             fine: residual bits of the fine classes to count in a part of the levels, or None.
         """
         self.width, self.first, self.last = width, -1, -1
+        self._fine_width = width if fine is None else fine
         self.zeros: list[tuple[Counts, Counts]] = []
         self._counter = SymbolCounter(blocks.segments)
         self._fine = np.zeros(0, np.int64)
@@ -145,29 +148,139 @@ class _ExactSurvey:
         layout = Layout(self.first << self.width, bytes([self.width]) * classes)
         return self._counter.counts(self.first, classes), layout
 
-    def bits_by_width(self, fine: int, coarsest: int) -> Iterator[tuple[int, float, Counts]]:
-        """Yields each width, finest first, with an estimate of the bits per level, and the class counts."""
-        widths = [self._fine]
-        for _ in range(fine, coarsest):
+    def candidates(self) -> list[_Candidate]:
+        """Returns the candidate widths from the fine classes to the counted ones, the finest first."""
+        if not len(self._fine):
+            return []
+        widths, fine = [self._fine], self._fine_width
+        for _ in range(fine, self.width):
             widths.append(widths[-1][0::2] + widths[-1][1::2])
-        levels = int(self._fine.sum())
+        levels, found = int(self._fine.sum()), []
         for i, bits in enumerate(entropies(widths)):
-            yield fine + i, bits / (levels << FRACTION) + fine + i, widths[i]
+            used = np.flatnonzero(widths[i])
+            found.append(
+                _Candidate(fine + i, _bits_each(bits, levels, fine + i), len(used), *used[[0, -1]].tolist())
+            )
+        return found
 
 
-def choose_exact(blocks: LevelBlocks, dtype: Dtype, bound: int, options: Options, engine: Engine) -> Choice:
+class _Survey(Protocol):
+    """What `choose_exact` needs of a survey; see `_ExactSurvey`."""
+
+    width: int
+    first: int
+    last: int
+    zeros: list[tuple[Counts, Counts]]
+
+    def fits(self, bound: int) -> bool: ...
+
+    def symbol_counts(self) -> tuple[SymbolCounts, Layout]: ...
+
+    def candidates(self) -> list[_Candidate]: ...
+
+
+class DenseClasses:
+    """The same statistics from `Engine.survey_dense`, for a tensor without a mask."""
+
+    def __init__(self, survey: DenseSurvey, counts: Counts, width: int, fine: int) -> None:
+        """Stores the statistics of a stream that has levels. Arguments: those of `Engine.survey_dense`."""
+        used = np.flatnonzero(survey.totals)
+        self.width, self.first, self.last = width, int(used[0]), int(used[-1])
+        self.zeros = [(survey.zeros, counts)]
+        self._survey, self._fine_width = survey, fine
+
+    @property
+    def lowest(self) -> int:
+        """Number of levels in class 0, an upper bound on the number of zeros."""
+        return int(self._survey.totals[0])
+
+    def fits(self, bound: int) -> bool:
+        """See `_ExactSurvey.fits`."""
+        return (self.last + 1) << self.width <= bound and self.last - self.first < MAX_CLASSES[1]
+
+    def symbol_counts(self) -> tuple[SymbolCounts, Layout]:
+        """See `_ExactSurvey.symbol_counts`."""
+        own = slice(self.first, self.last + 1)
+        rows = np.ascontiguousarray(self._survey.rows[:, own])
+        layout = Layout(self.first << self.width, bytes([self.width]) * rows.shape[1])
+        return SymbolCounts.of(self._survey.totals[own], rows), layout
+
+    def candidates(self) -> list[_Candidate]:
+        """See `_ExactSurvey.candidates`."""
+        return [
+            _Candidate(width, _bits_each(bits, self._survey.sampled, width), *statistics)
+            for width, (bits, *statistics) in enumerate(self._survey.widths, self._fine_width)
+        ]
+
+
+class _Candidate(NamedTuple):
+    """A candidate for the width of the classes of an exact stream.
+
+    Attributes:
+        width: residual bits of the classes.
+        bits: estimate of the bits per level.
+        used: number of used classes.
+        first, last: the first and the last used class.
+    """
+
+    width: int
+    bits: float
+    used: int
+    first: int
+    last: int
+
+
+def _bits_each(entropy: int, levels: int, width: int) -> float:
+    """Returns the bits per level: the entropy of all levels, in bits times 2^16, and residuals."""
+    return entropy / (levels << FRACTION) + width
+
+
+def survey_dense(
+    patterns: Patterns, counts: Counts, chunk: int, dtype: Dtype, options: Options, engine: Engine
+) -> DenseClasses | None:
+    """Surveys a stream whose levels are all positions of a tensor, for `choose_exact`. None if not possible.
+
+    Args:
+        patterns: the bit patterns of the tensor in its dtype, at least one.
+        counts: number of positions of each segment.
+        chunk: number of positions of each chunk.
+        dtype, options, engine: same as for `choose_exact`.
+    """
+    fine, width = _widths(dtype, options)
+    if len(counts) << (dtype.bits - width + 2) > KEPT_BYTES or dtype.bits - width > _MOST_SURVEYED_BITS:
+        return None
+    found = engine.survey_dense(patterns, counts, chunk, width, fine, _JUDGED_PART, _JUDGED_LEVELS)
+    return None if found is None else DenseClasses(found, counts, width, fine)
+
+
+def choose_exact(
+    blocks: LevelBlocks,
+    dtype: Dtype,
+    bound: int,
+    options: Options,
+    engine: Engine,
+    dense: DenseClasses | None = None,
+) -> Choice:
     """Chooses the table of an exact stream: the width of its classes, and with it their mantissa bits.
 
     No class may exceed the stream's ``bound``, even in unused levels (R-TAB-008).
+
+    Args:
+        blocks: the stream.
+        dtype: the dtype of its patterns.
+        bound: no class of the table may reach this level.
+        options: the caller's choices.
+        engine: the engine that counts.
+        dense: the result of `survey_dense`, which saves the first pass over the levels; or None.
 
     Raises:
         OptionError: no layout is possible with the code lengths of the options.
     """
     fine, width = _widths(dtype, options)
-    survey = _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
+    survey: _Survey = dense or _ExactSurvey(blocks, dtype.bits, width, engine, fine if fine < width else None)
     if survey.last < 0:
         return no_levels(blocks)
-    best = _judged_width(survey, fine, width, bound, options)
+    best = _judged_width(survey, width, bound, options)
     widest = min(dtype.bits, MAX_FIELD_BITS)
     for candidate in (*range(best, widest + 1), *range(best - 1, 0, -1)):
         if candidate != survey.width:
@@ -233,13 +346,17 @@ def takes_more_bits(patterns: Patterns, dtype: Dtype, bits: int, options: Option
     return False
 
 
-def _judged_width(survey: _ExactSurvey, fine: int, width: int, bound: int, options: Options) -> int:
-    """Returns the best width from ``fine`` to ``width`` for the part of the levels that was counted."""
-    best: tuple[float, int] | None = None
-    for candidate, bits, counts in survey.bits_by_width(fine, width) if fine < width else ():
-        used = np.flatnonzero(counts)
-        few = len(used) <= min(MAX_SYMBOLS, 1 << options.code_limit)
-        fits = int(used[-1] + 1) << candidate <= bound and used[-1] - used[0] < MAX_CLASSES[1]
-        if few and fits and (best is None or bits < best[0] * (1 + _MANTISSA_GAIN)):
-            best = min(best[0], bits) if best else bits, candidate
-    return width if best is None else best[1]
+def _judged_width(survey: _Survey, width: int, bound: int, options: Options) -> int:
+    """Returns the best of the survey's candidates for the width; ``width`` if there are none.
+
+    A narrower class is better only if each additional mantissa bit saves `_MANTISSA_GAIN` of the size.
+    """
+    best: _Candidate | None = None
+    for candidate in reversed(survey.candidates()):
+        few = candidate.used <= min(MAX_SYMBOLS, 1 << options.code_limit)
+        fits = (candidate.last + 1) << candidate.width <= bound
+        if not (few and fits and candidate.last - candidate.first < MAX_CLASSES[1]):
+            continue
+        if best is None or candidate.bits * (1 + _MANTISSA_GAIN * (best.width - candidate.width)) < best.bits:
+            best = candidate
+    return width if best is None else best.width

@@ -21,6 +21,7 @@ from ..io.threads import Workers
 from ..limits import DEFAULT_LIMITS, Limits
 from ..options import Options
 from .blocks import Blocks
+from .dense_path import plan_dense
 from .level_sources import KINDS
 from .planner import Importance, Plan, Planner
 from .segments import SEGMENT
@@ -79,6 +80,12 @@ def plan_tensor(
     if may_be_raw and options.lossless and flat.nbytes < _MIN_BYTES:
         return raw
     try:
+        dense = plan_dense(raw, options, engine, workers or Workers()) if may_be_raw else None
+        if dense is not None:
+            plan, bits = dense
+            return (
+                raw if bits >= flat.nbytes * 8 else _within_expansion(replace(plan, bits=bits), bits, limits)
+            )
         planner = Planner(raw, options, engine, flat_mask(mask, array.shape), workers or Workers())
         found = planner.plan(importance)
         is_lossless = options.lossless

@@ -47,7 +47,7 @@ Importance = NDArray[np.floating] | tuple[NDArray[np.floating], NDArray[np.float
 _NO_FACTORS = np.zeros(0, np.float32)
 # Above this density, a mask is not tried: it could save a few parts in a thousand, and decoding it takes
 # longer than decoding the rest.
-_NEARLY_ALL = 0.995
+NEARLY_ALL = 0.995
 # If more than 1/_MANY_ZEROS of the weights are -0, a mask of +0 saves little: coding without a mask is tried
 # for sparser tensors too. It must save 1/_MASK_WORTH of the size, because readers use the mask.
 _MANY_ZEROS, _MASK_WORTH = 16, 50
@@ -254,10 +254,10 @@ class Planner:
         alive = source.count_survivors() if given is None else int(np.count_nonzero(given))
         density = alive / len(self.flat) if len(self.flat) else 1.0
         optional = given is None and kind == "auto" and source.may_omit_mask(alive)
-        if optional and DENSE < density <= _NEARLY_ALL:
+        if optional and DENSE < density <= NEARLY_ALL:
             source = source.with_cached_levels(self.workers)
         masked: tuple[Plan, int] | None = None
-        if not (density == 1.0 and kind == "auto") and not (optional and density > _NEARLY_ALL):
+        if not (density == 1.0 and kind == "auto") and not (optional and density > NEARLY_ALL):
             masked = self._plan_streams(source, survives, density)
             yield masked
         if (optional and density > DENSE) or (density == 1.0 and kind == "auto"):

@@ -16,6 +16,7 @@ from typing import cast
 
 from ..errors import EngineError
 from .interface import (
+    DenseSurvey,
     DeviceEngine,
     DeviceQueue,
     Engine,
@@ -29,6 +30,7 @@ from .interface import (
 )
 
 __all__ = [
+    "DenseSurvey",
     "DeviceEngine",
     "DeviceQueue",
     "Engine",

@@ -50,6 +50,25 @@ class Run(NamedTuple, Generic[Out]):
     out: Out
 
 
+class DenseSurvey(NamedTuple):
+    """Statistics of the levels of an exact stream, for choosing its classes and codes.
+
+    Attributes:
+        rows: how often each class from 0 occurs in each segment, int32 [segments, classes].
+        totals: their sums over all segments, int64 [classes].
+        zeros: see `coding.planes.shared_zeros`, int64 [segments].
+        sampled: number of levels of the sample.
+        widths: for each candidate width, finest first, of the sample's classes of that width: their entropy
+            (see `coding.classes.entropies`), the number of used classes, and the first and last used class.
+    """
+
+    rows: Rows
+    totals: Histogram
+    zeros: Counts
+    sampled: int
+    widths: Sequence[Sequence[int]]
+
+
 class PlainRuns(NamedTuple):
     """Whole chunks of plain tensors, as columns of int64 [m].
 
@@ -116,6 +135,20 @@ class Engine(Protocol):
 
     def exact_zeros(self, patterns: Patterns, counts: Counts) -> Counts:
         """Implements `coding.exact_encoding.exact_zeros`."""
+
+    def survey_dense(
+        self, patterns: Patterns, counts: Counts, chunk: int, width: int, fine: int, part: int, least: int
+    ) -> DenseSurvey | None:
+        """Counts the classes of an exact stream in one call; None if the engine has no such call.
+
+        Args:
+            patterns: bit patterns of 2 or 4 bytes, of all segments, at least one.
+            counts: number of patterns of each segment.
+            chunk: number of patterns of each chunk.
+            width: residual bits of the counted classes, of which there are at most 2^10.
+            fine: the least candidate width; there are no statistics of widths if it is ``width``.
+            part, least: the sample has 1/part of each chunk, its first levels, but at least ``least``.
+        """
 
     def encode_exact(
         self, patterns: Patterns, counts: Counts, codes: Counts, trims: Counts, table: CodeTable

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from ..coding.changes import find_changes, place_changes
 from ..coding.classes import best_layout
 from ..coding.counts import assign, cluster, count_classes, count_symbols, lengths_of_codes
-from ..coding.exact_encoding import count_exact, encode_exact, exact_zeros
+from ..coding.exact_encoding import Patterns, count_exact, encode_exact, exact_zeros
 from ..coding.magnitudes import few_magnitudes, translate
 from ..coding.mask import chosen, encode_mask, survivors
-from ..coding.planes import decode_levels, encode_levels
+from ..coding.planes import Counts, decode_levels, encode_levels
 from ..coding.quantisers import F32, uniform_levels
 from ..container.entry import TensorEntry
 from ..container.plain_entries import PlainTensors
@@ -42,6 +42,7 @@ __all__ = [
     "name",
     "place_changes",
     "plan_plain",
+    "survey_dense",
     "survivors",
     "translate",
     "uniform_levels",
@@ -59,3 +60,9 @@ def decode_runs(runs: Sequence[Run[NDArray[Any]]]) -> list[bool]:
 
 def plan_plain(tensors: PlainTensors) -> None:
     """Returns None: the reference decodes chunk by chunk."""
+
+
+def survey_dense(
+    patterns: Patterns, counts: Counts, chunk: int, width: int, fine: int, part: int, least: int
+) -> None:
+    """Returns None: the planner surveys chunk by chunk."""

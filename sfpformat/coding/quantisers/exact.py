@@ -122,6 +122,33 @@ def narrowest_exact(values: NDArray[np.generic], dtype: Dtype) -> Dtype:
     return dtype
 
 
+def may_be_narrower(patterns: NDArray[np.unsignedinteger], dtype: Dtype) -> bool:
+    """Returns False if `narrowest_exact` certainly returns ``dtype``: the first weights have too many bits.
+
+    A value of a narrower dtype with fewer mantissa bits has zeros in the lowest bits of its mantissa.
+
+    Args:
+        patterns: bit patterns of ``dtype``.
+        dtype: a float dtype.
+    """
+    joined = int(np.bitwise_or.reduce(patterns[:_NARROW_FIRST], initial=0))
+    return joined & ((1 << _fewer_bits(dtype.name)) - 1) == 0
+
+
+@cache
+def _fewer_bits(name: str) -> int:
+    """Returns how many mantissa bits more a dtype has than each narrower one, at least."""
+    own = _mantissa_bits(DTYPES[name])
+    narrower = [
+        _mantissa_bits(dtype) for dtype in DTYPES.values() if dtype.is_float and name in dtype.widens_to
+    ]
+    return own - max(narrower, default=own)
+
+
+def _mantissa_bits(dtype: Dtype) -> int:
+    return dtype.bits - 1 - dtype.exponent_bits
+
+
 def _holds(narrow: Dtype, values: NDArray[np.generic], dtype: Dtype) -> bool:
     """Returns whether a narrower dtype represents the values of ``dtype`` bit-exactly, and all are finite."""
     with np.errstate(all="ignore"):

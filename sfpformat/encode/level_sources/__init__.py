@@ -18,7 +18,7 @@ from . import table, uniform
 from .base import Flat, Source, Survives
 from .exact import ExactSource
 from .lossy import LossyTensor, NumberSource, sampled_survivors
-from .value_table import MAX_DISTINCT, ValueSource, value_source
+from .value_table import MAX_DISTINCT, ValueSource, may_be_values, value_source
 
 __all__ = [
     "KINDS",
@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "Survives",
     "ValueSource",
+    "may_be_values",
     "sampled_survivors",
     "value_source",
 ]

@@ -109,6 +109,11 @@ class ValueSource(Source):
         return not (float_patterns(self.flat, self.dtype) == negative).any()
 
 
+def may_be_values(magnitudes: Patterns, flat: Flat) -> bool:
+    """Returns whether a tensor with these magnitudes, of which there is at least one, may be a table."""
+    return len(magnitudes) * _CENTROID_BITS < flat.nbytes * 8
+
+
 def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: Engine) -> ValueSource | None:
     """Returns the source if the magnitudes are few, finite and exact in float32. Else None.
 
@@ -118,9 +123,7 @@ def value_source(flat: Flat, dtype: Dtype, magnitudes: Patterns | None, engine: 
         magnitudes: the patterns of all its magnitudes, ascending; None if there are more than `MAX_DISTINCT`.
         engine: does the work on bits.
     """
-    if magnitudes is None or not len(magnitudes):
-        return None
-    if len(magnitudes) * _CENTROID_BITS >= flat.nbytes * 8:
+    if magnitudes is None or not len(magnitudes) or not may_be_values(magnitudes, flat):
         return None
     exact = magnitudes.view(dtype.numpy)
     with np.errstate(over="ignore", invalid="ignore"):

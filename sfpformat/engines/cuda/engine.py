@@ -29,6 +29,7 @@ few_magnitudes = _processor.few_magnitudes
 find_changes = _processor.find_changes
 lengths_of_codes = _processor.lengths_of_codes
 place_changes = _processor.place_changes
+survey_dense = _processor.survey_dense
 survivors = _processor.survivors
 translate = _processor.translate
 uniform_levels = _processor.uniform_levels
@@ -54,6 +55,7 @@ __all__ = [
     "name",
     "place_changes",
     "plan_plain",
+    "survey_dense",
     "survivors",
     "translate",
     "uniform_levels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .changes import find_changes, place_changes
 from .decode import decode_levels, decode_runs, make_recipe
+from .dense_survey import survey_dense
 from .encode import (
     assign,
     best_layout,
@@ -44,6 +45,7 @@ __all__ = [
     "name",
     "place_changes",
     "plan_plain",
+    "survey_dense",
     "survivors",
     "translate",
     "uniform_levels",

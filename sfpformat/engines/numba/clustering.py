@@ -15,7 +15,7 @@ _MOST_BITS = 64
 
 
 @allocating_kernel
-def _log2(count: Int) -> Int:
+def log2(count: Int) -> Int:
     """Implements `coding.classes.log2_fixed`."""
     exponent = np.int64(63) - np.int64(leading_zeros(np.uint64(count)))
     shift = exponent - LOG2_BITS
@@ -47,7 +47,7 @@ def cheapest_classes(
             total += counts[number]
             number += 1
         below[i] = total
-    log_total = _log2(total)
+    log_total = log2(total)
     best, came = np.full(size, -1, np.int64), np.zeros(size, np.int64)
     best[0] = 0
     for i in range(size - 1):
@@ -62,7 +62,7 @@ def cheapest_classes(
                 n = below[j] - below[i]
                 bits = best[i] + (n * e << FRACTION) + class_cost
                 if n:
-                    bits += n * (log_total - _log2(n))
+                    bits += n * (log_total - log2(n))
                 if best[j] < 0 or bits < best[j]:
                     best[j], came[j] = bits, e
             e += 1
@@ -88,9 +88,9 @@ def _fill_costs(totals: NDArray[np.int64], costs: Costs) -> None:
         whole = np.int64(0)
         for symbol in range(symbols):
             whole += totals[code, symbol] * 4 + 1
-        log_whole = _log2(whole)
+        log_whole = log2(whole)
         for symbol in range(symbols):
-            bits = log_whole - _log2(totals[code, symbol] * 4 + 1)
+            bits = log_whole - log2(totals[code, symbol] * 4 + 1)
             costs[code, symbol] = np.int32(bits >> (FRACTION - COST_FRACTION))
 
 
