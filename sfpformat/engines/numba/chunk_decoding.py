@@ -69,6 +69,7 @@ from .values import (
     ARITHMETIC,
     LOOKED_UP,
     PATTERNS,
+    join_residuals,
     looked_up,
     looked_up_by_slot,
     multiply_by_place,
@@ -380,7 +381,8 @@ def decode_values(
             return False
     if masked and not _decode_mask(data, first, stop, whole, shapes, tables, filled, working):
         return False
-    if whole[CONTIGUOUS] and not masked and not _any(index[row_of(FINGERPRINTS, TRIMS), first:stop]):
+    joined = whole[CONTIGUOUS] != 0 and not _any(index[row_of(FINGERPRINTS, TRIMS), first:stop])
+    if joined and not masked:
         return _decode_and_join(data, first, stop, whole, shapes, tables, filled, working, out)
     if streamed and not _decode_slots(
         data, IMPORTANCE, first, stop, shapes, tables, filled, working, working.importance_slots
@@ -406,6 +408,20 @@ def decode_values(
         if signs_alone:
             signs = index[row_of(FINGERPRINTS, RESIDUAL_START), s]
             looked_up_by_slot(data, signs, count, by_slot, item, slots, place, target, at)
+        elif joined:
+            join_residuals(
+                data,
+                index[row_of(FINGERPRINTS, RESIDUAL_START), s],
+                count,
+                shapes[FINGERPRINTS, CONSTANT_OF],
+                classes_of(own).first[0],
+                slots,
+                place,
+                working.residuals,
+                False,
+                target,
+                at,
+            )
         elif not _levels_of_segment(data, index, FINGERPRINTS, s, shapes, tables, slots, place, levels):
             return False
         elif mode == PATTERNS:
