@@ -84,6 +84,7 @@ class CodedBlocks:
         self._survives, self._engine = survives, engine
         self._masks: dict[int, Mask] = {}
         self._survivors: dict[int, Survivors] = {}
+        self._mask_levels: dict[tuple[str, int, int], tuple[AnyLevels, Counts]] = {}
         self._room = _KEPT_BYTES
 
     def in_other_chunks(self) -> CodedBlocks:
@@ -101,11 +102,25 @@ class CodedBlocks:
                 self._masks[block.start] = mask
         return mask
 
-    def known_mask(self, block: slice) -> Mask:
-        """Returns the mask of a chunk of a tensor that has a mask."""
-        mask = self.mask(block)
-        assert mask is not None
-        return mask
+    def mask_levels(
+        self, kind: str, polarity: int, block: slice, positions: Counts
+    ) -> tuple[AnyLevels, Counts]:
+        """Returns the levels of the mask of a chunk, and their number in each segment. There must be a mask.
+
+        Args:
+            kind, polarity: those of `coding.mask.encode_mask`.
+            block: the positions of the chunk.
+            positions: their number in each segment.
+        """
+        key = kind, polarity, block.start
+        found = self._mask_levels.get(key)
+        if found is None:
+            mask = self.mask(block)
+            assert mask is not None
+            found = self._engine.encode_mask(kind, polarity, mask, positions)
+            if self._has_room(found[0]):
+                self._mask_levels[key] = found
+        return found
 
     def survivors(self, block: slice, positions: Counts) -> Survivors:
         """Returns the survivors of a chunk, given its positions and their number in each segment."""

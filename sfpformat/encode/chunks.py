@@ -79,14 +79,13 @@ def encode_chunk(plan: Plan, engine: Engine, job: ChunkJob) -> Chunk:
     """Encodes a chunk. Chunks do not depend on each other."""
     if plan.coded is None:
         return Chunk.of([build_raw(plan.flat[job.block].view(np.uint8))])
-    mask, survivors = plan.coded.mask(job.block), plan.coded.survivors(job.block, job.positions)
+    survivors = plan.coded.survivors(job.block, job.positions)
     streams = {"fingerprints": (survivors.levels, survivors.counts)}
-    if mask is not None:
-        assert plan.entry.mask is not None
+    if plan.entry.mask is not None:
         kind, polarity = plan.entry.mask.kind, plan.entry.mask.polarity
-        streams["mask"] = engine.encode_mask(kind, polarity, mask, job.positions)
+        streams["mask"] = plan.coded.mask_levels(kind, polarity, job.block, job.positions)
     if plan.importance is not None:
-        levels = plan.importance.levels(job.block, mask)
+        levels = plan.importance.levels(job.block, plan.coded.mask(job.block))
         streams["importance"] = levels, survivors.counts if plan.importance.over_survivors else job.positions
     planes = {stream: _encode_stream(plan, engine, stream, job.first, *streams[stream]) for stream in streams}
     return Chunk.of(build_chunk(plan.entry, survivors.counts, planes))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coding.classes import Layout, constant_layout
-from ..coding.mask import BITMAP, Mask
+from ..coding.mask import BITMAP
+from ..coding.planes import AnyLevels, Counts
 from ..engines import Engine
 from ..io.threads import Workers
 from ..options import Options
@@ -37,7 +38,7 @@ class MaskChoice:
 
 def choose_mask(
     blocks: Blocks,
-    mask_of: Callable[[slice], Mask],
+    levels_of: Callable[[str, int, slice, Counts], tuple[AnyLevels, Counts]],
     density: float,
     options: Options,
     engine: Engine,
@@ -47,10 +48,10 @@ def choose_mask(
 
     Args:
         blocks: the tensor's chunks.
-        mask_of: returns the mask of a chunk.
+        levels_of: returns the levels of a chunk's mask (`CodedBlocks.mask_levels`).
         density: survivors per position.
         options: the caller's choices.
-        engine: the engine that encodes and counts.
+        engine: the engine that counts.
         workers: the threads that encode and count.
     """
     polarity = options.polarity if options.polarity is not None else int(density <= 0.5)
@@ -59,11 +60,13 @@ def choose_mask(
         kind = "octets" if 0.08 <= density <= 0.92 else "runs"
     if options.is_plain:
         kind = "octets"
+    if kind == "octets":
+        polarity = 0
     segments = -(-blocks.positions // blocks.segment)
     stream = LevelBlocks(
         segments,
         blocks,
-        lambda block, counts: engine.encode_mask(kind, polarity, mask_of(block), counts),
+        lambda block, counts: levels_of(kind, polarity, block, counts),
         workers=workers,
     )
     if kind == "runs":

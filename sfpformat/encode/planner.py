@@ -297,7 +297,7 @@ class Planner:
         coded = CodedBlocks(source, survives, self.engine)
         codes, bits = {}, 8 * sum(v.size * v.dtype.itemsize for v in entry.vector_list())
         if survives is not None:
-            chosen = choose_mask(blocks, coded.known_mask, density, options, self.engine, self.workers)
+            chosen = choose_mask(blocks, coded.mask_levels, density, options, self.engine, self.workers)
             entry = replace(entry, mask=MaskEntry(chosen.kind, chosen.polarity, chosen.choice.table))
             codes["mask"] = chosen.choice.codes
             bits += chosen.choice.bits + INDEX_BITS * entry.segments
