@@ -64,8 +64,8 @@ def write_delta(
     """
     return writing.write_delta(
         path,
-        _arrays_of(base),
-        _arrays_of(new),
+        arrays_of(base),
+        arrays_of(new),
         base_name=base_name,
         metadata=metadata,
         block=block,
@@ -75,7 +75,7 @@ def write_delta(
     )
 
 
-def _arrays_of(
+def arrays_of(
     source: Source,
 ) -> Mapping[str, Array] | SfpFile | ShardedFile | DeltaFile | str | os.PathLike[str]:
     """Returns the tensors of a module or state dict as arrays; other sources unchanged."""
