@@ -55,6 +55,12 @@ __device__ inline Words words_at(Chunk chunk, u32 offset) {
     return words;
 }
 
+// Returns the 32 bits at a bit offset, the first one lowest; 0 outside the chunk.
+__device__ inline u32 bits_at(Chunk chunk, u32 bit) {
+    u32 at = bit / 32 * 4;
+    return __funnelshift_r(word_at(chunk, at), word_at(chunk, (u64)at + 4), bit);
+}
+
 // Reads a plane of one segment, LSB-first (R-CNV-002). Each lane has its own reader.
 //
 //   memory   16 bytes, 16 bytes, …     the lane loads them before they are needed

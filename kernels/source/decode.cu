@@ -1,15 +1,16 @@
 // The kernels. Each determines its part of the work and calls the functions of the other files.
 //
-// A block has `WARPS` warps. `parts` has the job of each warp and which 32 segments of the job the warp decodes, or
-// IDLE. If a kernel has tables in shared memory, all warps of a block decode the same tensor, that of the first warp.
+// A block has `WARPS` warps. `parts` has the job of each warp and which 32 segments of the job the warp decodes (with
+// windows `segments_a_warp`), or IDLE. If a kernel has tables in shared memory, all warps of a block decode the same tensor, that of the first warp.
 #include "product.cuh"
 #include "sparse.cuh"
+#include "windows.cuh"
 
 enum : u32 { IDLE = 0xFFFFFFFF };
 
 struct Part {
     u32 job;
-    u32 group;  // index of the 32 segments in the job's run
+    u32 group;  // index of the warp's segments in the job's run
 };
 
 // A code whose look-up table must be filled.
@@ -114,6 +115,21 @@ __device__ inline void run_sparse(
     report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
 }
 
+template <u32 ITEM>
+__device__ inline void run_windows(
+    const Job *jobs, const Part *parts, u32 *index, u32 *status, u32 *errors, u64 out
+) {
+    __shared__ WindowMemory memory;
+    u32 own = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    Part part = parts[blockIdx.x * WARPS + own];
+    if (part.job == IDLE || is_lost(status[part.job])) return;
+    Warp warp = warp_of(jobs, part, out);
+    u32 segments = segments_a_warp(warp.recipe->segment);
+    warp.first = warp.job->first + segments * part.group;
+    u32 wrong = decode_windows<ITEM>(warp, index, lane, memory.tiles[own]);
+    if (lane < segments) report(*warp.job, warp.first + lane, wrong, errors, status + part.job);
+}
+
 // On compute capability 10.0, the same code needs more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define AT_LEAST(BLOCKS) ((BLOCKS) < 7 ? (BLOCKS) : 7)
@@ -163,6 +179,9 @@ KERNEL(dense_4_24_many_short, 8, (run_dense<4, 24, MANY_SHORT>))
 KERNEL(dense_4_24_many_long, 6, (run_dense<4, 24, MANY_LONG>))
 KERNEL(dense_2_0, 5, (run_dense<2, 0, MANY_LONG>))
 KERNEL(dense_4_0, 5, (run_dense<4, 0, MANY_LONG>))
+// The same with windows, by bytes per weight and residual bits.
+KERNEL(windows_2_8, 8, (run_windows<2>))
+KERNEL(windows_4_24, 6, (run_windows<4>))
 
 // ------------------------------------------------------------------------------------------------- products
 

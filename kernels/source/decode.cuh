@@ -107,7 +107,10 @@ __device__ inline Levels open_stream(const u8 *bytes, const Warp &warp, u32 *ind
     u32 prefix = stream_row(index, recipe, *warp.job, stream, PREFIX_ROW)[s];
     u32 residual = stream_row(index, recipe, *warp.job, stream, RESIDUAL_ROW)[s];
     u32 code_and_trim = stream_row(index, recipe, *warp.job, stream, CODE_ROW)[s];
-    return levels_at(bytes, recipe.streams[stream], chunk_of(*warp.job), prefix, residual, code_and_trim);
+    const Stream &own = recipe.streams[stream];
+    u32 survivors = survivors_row(index, *warp.job)[s];
+    u32 count = levels_of(own.rule, positions_of(recipe, *warp.job, s), survivors);
+    return levels_at(bytes, own, chunk_of(*warp.job), prefix, residual, code_and_trim, count);
 }
 
 template <class L>

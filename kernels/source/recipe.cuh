@@ -27,7 +27,7 @@ struct Stream {
     u64 entries;    // offset of u32 [codes << bits]; see `fill_entry`
     u32 present;    // whether the tensor has the stream
     u32 rule;       // one of COUNT_
-    u32 codes;      // 0 for a table of one class
+    u32 codes;      // of codes or windows; 0 for a table of one class
     u32 trimmed;    // whether segments have trims
     u32 differing;  // whether used classes differ in their residual bits
     u32 constant;   // if they do not: their residual bits
@@ -35,6 +35,8 @@ struct Stream {
     u32 bits;       // length of the longest codeword
     u32 group;      // levels per symbol
     u32 slots;
+    u32 window;     // bits of a symbol in a window; 0 if the stream has prefix codes
+    u32 escape;     // bits of the class of an escaped level
 };
 
 struct Recipe {
@@ -59,6 +61,7 @@ struct Recipe {
     u32 importance_quantiser;
     u32 importance_coded;
     u32 looked_up;             // number of `patterns`; 0 if the kernels do not use them
+    u32 padding[2];            // to a multiple of 16 bytes
 };
 
 // A run of neighbouring segments of a chunk.

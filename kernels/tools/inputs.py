@@ -39,6 +39,9 @@ def _kinds(chunk: int) -> Iterator[tuple[str, Any, Options, float, str]]:
             options = small.but(codes=codes, code_limit=limit, coding="fingerprint", mask="none", trim=False)
             yield f"{name} dense {codes} {limit}", dtype, options, 1.0, "none"
         yield f"{name} trims", dtype, small.but(coding="fingerprint", mask="none", narrow=False), 1.0, "none"
+        for width in (3, 4):
+            options = small.but(window=width, coding="fingerprint", mask="none", trim=False, group=1)
+            yield f"{name} windows {width}", dtype, options.but(mantissa_bits=0), 1.0, "none"
         for mask, polarity in (("octets", None), ("runs", 0), ("runs", 1)):
             options = small.but(mask=mask, polarity=polarity, coding="fingerprint")
             yield f"{name} {mask} {polarity}", dtype, options, 0.4, "none"

@@ -43,6 +43,7 @@ def test_the_source_is_one_string_without_headers() -> None:
         "ring",
         "short",
         "sparse",
+        "windows",
         "tensor",
         "matrix",
         "operands",

@@ -24,6 +24,7 @@ from sfpformat.engines.cuda import driver, kernel_source, layout, pinned_loading
 from sfpformat.errors import FileFault
 from sfpformat.numpy import load, save
 
+from ..support.conformance_cases import cases, data_of
 from ..support.mutations import with_changed_chunks, with_changes, with_random_planes
 from ..support.programs import needs
 from ..support.strategies import Job, jobs, lossless_jobs, written
@@ -101,6 +102,7 @@ def test_hand_made_files_are_decoded(judged: Judged) -> None:
 
 
 Made = tuple[Any, Options, float]
+SPEED = PRESETS["speed"]
 KERNELS: dict[str, list[Made]] = {
     "any_1": [(ml_dtypes.float8_e5m2, Options(Uniform(bits=3.0, scale="row")), 0.5)],
     "any_2": [(np.float16, Options(Table(centroids=9, scale="column")), 0.5)],
@@ -143,7 +145,7 @@ KERNELS: dict[str, list[Made]] = {
         for n, d in ((1, 0.05), (6, 0.5))
     ],
     "short_4": [(np.float32, Options(Uniform(step=0.05)), 0.5)],
-    "plain_2": [(BF16, Options(Uniform(step=0.0005)), 0.9)],
+    "plain_2": [(BF16, Options(Uniform(step=0.0005)), 0.9), (np.float16, SPEED.but(window=4), 1.0)],
     "plain_4": [(np.float32, Options(mask="runs", polarity=0), 0.9), (np.float32, Options(narrow=True), 0.5)],
     "plain_8": [(np.float64, Options(narrow=False), 1.0)],
     "dense_2_8_one_short": [(BF16, Options(codes=1, code_limit=8), 1.0)],
@@ -156,6 +158,8 @@ KERNELS: dict[str, list[Made]] = {
     "dense_4_24_many_long": [(np.float32, Options(codes=3, trim=False), 1.0)],
     "dense_2_0": [(np.float16, Options(), 1.0), (BF16, Options(mantissa_bits=1), 1.0)],
     "dense_4_0": [(np.float32, Options(trim=True), 1.0)],
+    "windows_2_8": [(BF16, SPEED.but(window=w), 1.0) for w in (3, 4)],
+    "windows_4_24": [(np.float32, SPEED.but(window=w, trim=False), 1.0) for w in (3, 4)],
 }
 
 
@@ -170,9 +174,9 @@ def spread_weights(dtype: Any, density: float, rows: int = 60, columns: int = 70
 def test_every_kernel_decodes_its_kind_of_stream(judged: Judged) -> None:
     others = {kernel for kernel in kernel_source.kernels() if kernel.startswith(("multiply", "place"))}
     assert set(KERNELS) | {"fill_tables", "index_chunks"} | others == set(kernel_source.kernels())
-    for kernel, cases in KERNELS.items():
-        for dtype, options, density in cases:
-            for segment in (96, 512):
+    for kernel, kinds in KERNELS.items():
+        for dtype, options, density in kinds:
+            for segment in (96, 512, 3072) if kernel.startswith("windows") else (96, 512):
                 data = save({"w": spread_weights(dtype, density)}, options=options.but(segment=segment))
                 accepted(data, judged)
                 device: Any = work._thread.queue.device
@@ -180,13 +184,48 @@ def test_every_kernel_decodes_its_kind_of_stream(judged: Judged) -> None:
 
 
 def test_every_kernel_decodes_chunks_with_an_index_of_several_rounds(judged: Judged) -> None:
-    for kernel in ("short_2", "sparse_2_1_one_short", "dense_2_8_many_short", "dense_4_0"):
+    for kernel in ("short_2", "sparse_2_1_one_short", "dense_2_8_many_short", "dense_4_0", "windows_2_8"):
         dtype, options, density = KERNELS[kernel][-1]
         array = spread_weights(dtype, density, 120)
         with sfpformat.open(data := save({"w": array}, options=options.but(segment=32))) as file:
             entry = file.entry("w")
             assert (len(entry.chunks), entry.segments) == (1, 2625)
         accepted(data, judged)
+
+
+WINDOWS = [case for case in cases("yn") if case["recipe"] == "recipes.windows"]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda case: str(case["id"]))
+def test_golden_files_with_windows_have_the_weights_or_the_fault_of_the_reference(case: Any) -> None:
+    assert isinstance(same_by_both(data_of(case)), list) == (case["expected"]["outcome"] == "accept")
+
+
+def test_windows_of_all_256_classes_are_decoded(judged: Judged) -> None:
+    rng = np.random.default_rng(3)
+    for dtype, item in ((BF16, 2), (np.dtype(np.float32), 4)):
+        patterns = rng.integers(0, 1 << 8 * item, 5000, dtype=f"u{item}")
+        patterns[40:] |= patterns.dtype.type(0x78 << (8 * item - 8))  # most in the greatest classes
+        patterns[0] = 0
+        data = save(
+            {"w": patterns.view(dtype)}, options=SPEED.but(window=4, coding="fingerprint", trim=False)
+        )
+        with sfpformat.open(data) as file:
+            parts = file.entry("w").fingerprints
+            assert parts is not None
+            assert (parts.table.window, parts.table.classes) == (4, 256)
+        accepted(data, judged)
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2), st.integers(0, 2**32), st.booleans())
+def test_damaged_windows_give_the_values_or_the_fault_of_the_reference(
+    number: int, seed: int, planes: bool
+) -> None:
+    values = np.random.default_rng(5).standard_normal(2700).astype((BF16, np.float32, BF16)[number])
+    options = SPEED.but(segment=(64, 160, 1280)[number], chunk=2560)
+    file = save({"tensor": values}, options=options)
+    same_by_both(with_random_planes(file, seed) if planes else with_changed_chunks([file], seed))
 
 
 def test_tensors_of_many_kinds_share_a_launch(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,8 @@ const Kernel KERNELS[] = {
     DECODING(dense_4_24_many_long),
     DECODING(dense_2_0),
     DECODING(dense_4_0),
+    DECODING(windows_2_8),
+    DECODING(windows_4_24),
     {"place_matrix",
      [](void *const *a) {
          place_matrix(

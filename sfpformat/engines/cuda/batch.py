@@ -124,7 +124,7 @@ def _parts(tasks: Sequence[Task]) -> dict[str, NDArray[np.void]]:
     last: dict[str, int] = {}  # kernel -> address of the recipe of its last warp
     for number, task in enumerate(tasks):
         kernel = task.recipe.kernel
-        warps = -(-(task.stop - task.first) // layout.WARP)
+        warps = -(-(task.stop - task.first) // task.recipe.warp_segments)
         own = np.zeros(warps, layout.PART)
         own["job"], own["group"] = number, np.arange(warps)
         count = counts.get(kernel, 0)

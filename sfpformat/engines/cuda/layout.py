@@ -27,6 +27,8 @@ STREAM = np.dtype(
         ("bits", "<u4"),
         ("group", "<u4"),
         ("slots", "<u4"),
+        ("window", "<u4"),
+        ("escape", "<u4"),
     ]
 )
 RECIPE = np.dtype(
@@ -52,6 +54,7 @@ RECIPE = np.dtype(
         ("importance_quantiser", "<u4"),
         ("importance_coded", "<u4"),
         ("looked_up", "<u4"),
+        ("padding", "<u4", (2,)),
     ]
 )
 JOB = np.dtype(
@@ -97,6 +100,7 @@ WARP = 32
 WARPS = 4
 THREADS = WARP * WARPS
 IDLE = 0xFFFFFFFF
+WINDOW_LEVELS = 4096  # of a warp of the kernels for windows, about
 ALIGNMENT = 16  # of chunks and of the arrays of recipes, in bytes
 MAX_CHUNK = 1 << 29  # bytes; bit offsets are u32
 # Symbols and code lengths per code in the tables of codes.

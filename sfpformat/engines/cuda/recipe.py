@@ -48,6 +48,7 @@ class Recipe:
         segment: positions per segment.
         item: bytes per weight.
         shares_tables: whether all warps of a block must work on this tensor.
+        warp_segments: the number of segments that a warp decodes.
     """
 
     data: Bytes
@@ -58,6 +59,7 @@ class Recipe:
     segment: int
     item: int
     shares_tables: bool
+    warp_segments: int
 
     @property
     def size(self) -> int:
@@ -92,14 +94,11 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         vectors: the checked vectors of its vector chunk.
 
     Returns:
-        The recipe; None if no kernel supports the tensor: it uses more than 256 classes or windows, or it is
-        raw.
+        The recipe; None if no kernel supports the tensor: it uses more than 256 classes, or it is raw.
     """
     if entry.fingerprints is None:
         return None
     tables = entry.streams()
-    if any(table.window is not None for table in tables.values()):
-        return None
     slots = {stream: slots_of_classes(table) for stream, table in tables.items()}
     if any(int(own.max(initial=0)) >= _MOST_SLOTS for own in slots.values()):
         return None
@@ -125,7 +124,13 @@ def make_recipe(entry: TensorEntry, vectors: dict[str, F32]) -> Recipe | None:
         entry.segment,
         entry.dtype.itemsize,
         kernel.startswith(("dense", "short", "sparse")),
+        _segments_a_warp(entry.segment) if kernel.startswith("windows") else layout.WARP,
     )
+
+
+def _segments_a_warp(segment: int) -> int:
+    """Returns the number of segments that a warp of the kernels for windows decodes."""
+    return min(max(layout.WINDOW_LEVELS // segment, 1), layout.WARP)
 
 
 def slots_of_classes(table: CodeTable) -> NDArray[np.int64]:
@@ -156,7 +161,9 @@ def _stream(table: CodeTable, slots: NDArray[np.int64], pool: _Pool) -> NDArray[
         symbols[i, : len(code.symbols)] = _slots_of_symbols(code, table, slots)
     out["lengths"], out["symbols"] = pool.add(lengths), pool.add(symbols)
     constant = table.constant_extra
-    out["present"], out["codes"], out["group"] = 1, len(table.codes), table.group
+    out["present"], out["codes"], out["group"] = 1, table.code_count, table.group
+    if table.window is not None:
+        out["window"], out["escape"] = table.window, table.escape_bits
     out["differing"], out["constant"] = constant is None, constant or 0
     out["least"], out["slots"] = table.least_extra, np.count_nonzero(kept)
     out["bits"] = _longest(table)
@@ -175,7 +182,8 @@ def _place_tables(out: NDArray[np.void], at: int) -> int:
     """Sets the offsets of the look-up tables, from ``at`` on. Returns the offset of their end."""
     for stream in out["streams"]:
         stream["entries"] = at
-        at += _aligned(4 * int(stream["codes"]) << int(stream["bits"]))
+        if not stream["window"]:
+            at += _aligned(4 * int(stream["codes"]) << int(stream["bits"]))
     return at
 
 
@@ -228,6 +236,8 @@ def _is_short(entry: TensorEntry) -> bool:
     """Returns whether the kernels with all tables in shared memory support the tensor."""
     assert entry.fingerprints is not None
     tables = [entry.fingerprints.table, *([entry.mask.table] if entry.mask is not None else [])]
+    if any(table.window is not None for table in tables):
+        return False
     few = entry.fingerprints.table.top <= layout.SHORT_PATTERNS or not _looks_up(entry)
     short = all(t.top <= layout.SHORT_TOP and len(t.codes) <= layout.SHORT_CODES for t in tables)
     return few and short and entry.dtype.itemsize <= 4
@@ -237,6 +247,8 @@ def _residual_bits_of_sparse(entry: TensorEntry) -> int | None:
     """Returns the residual bits of the kernel `sparse_2_*` that supports the tensor; None if none does."""
     assert entry.fingerprints is not None
     quantiser, table, mask = entry.fingerprints.quantiser, entry.fingerprints.table, entry.mask
+    if any(table.window is not None for table in entry.streams().values()):
+        return None
     if entry.dtype.itemsize != 2 or any(len(t.codes) > layout.SHORT_CODES for t in entry.streams().values()):
         return None
     if mask is not None and not mask.is_bitmap:
@@ -279,11 +291,16 @@ def kernel_of(entry: TensorEntry) -> str:
         is_short = max(map(_longest, tables)) <= _SHORT_BITS
         many = "one" if is_short and all(len(t.codes) <= 1 for t in tables) else "many"
         return f"sparse_2_{residual_bits}_{many}_{'short' if is_short else 'long'}"
+    whole = (item, width) in _WHOLE_BYTES and isinstance(quantiser, Exact) and not quantiser.trim
+    if table.window is not None and not (dense and whole):
+        return f"{'plain' if item > 1 else 'any'}_{item}"
     if not dense or not 1 < table.classes <= _MOST_SLOTS:
         kind = "short" if _is_short(entry) else "plain" if item > 1 else "any"
         return f"{kind}_{item}"
     assert isinstance(quantiser, Exact)
-    if quantiser.trim or (item, width) not in _WHOLE_BYTES:
+    if table.window is not None:
+        return f"windows_{item}_{width}"
+    if not whole:
         return f"dense_{item}_0"
     many = "many" if len(table.codes) > 1 else "one"
     length = "short" if _longest(table) <= _SHORT_BITS else "long"
