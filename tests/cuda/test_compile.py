@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 import pytest
 
-from kernels.tools import machine, shim
+from kernels.tools import barriers, machine, shim
 from sfpformat import EngineError
 from sfpformat.engines import available, get_engine
 from sfpformat.engines.cuda import driver, kernel_source, layout
@@ -73,6 +73,14 @@ def test_every_kernel_compiles_without_spilled_registers(arch: str) -> None:
         assert used.shared <= SHARED, kernel
         if arch in SHARED_OF_ALL:
             assert (used.shared + SHARED_BESIDE) * blocks.get(kernel, 4) <= SHARED_OF_ALL[arch], kernel
+
+
+def test_the_check_of_barriers_finds_them_and_what_it_copies() -> None:
+    root = barriers.SOURCE.parents[1]
+    assert all((root / name).exists() for name in barriers._COPIED)
+    found = list(barriers.barriers(barriers.SOURCE))
+    assert {"decode.cuh", "dense.cuh", "index.cuh", "windows.cuh"} <= {path.name for path, _, _ in found}
+    assert all("__" in path.read_text()[a:b] or "wait" in path.read_text()[a:b] for path, a, b in found)
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
