@@ -122,6 +122,11 @@ EXCUSED: dict[str, tuple[str, ...]] = {
         "Report.ok",
         "validate: progress(",
     ),
+    "parts of tensors, and processes that hold parts of a model": (
+        "PoolChanges.blocks_with",
+        "PoolChanges.coded",
+        "PoolChanges.dense_counts",
+    ),
     "mistakes of a caller, which no file makes": (
         "Delta.__init__: self.file.close()",
         'Delta.__init__: raise OptionError("the file is a model',
