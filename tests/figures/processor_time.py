@@ -2,8 +2,8 @@
 
 ``python -m tests.figures.processor_time bf16 [FILE.safetensors]``, or ``f32``: by default all-MiniLM-L6-v2.
 Contenders run in turns, from memory to new arrays; ``again`` decodes into arrays that were written before, so
-that the operating system provides no new memory. ``exponents`` is the preset ``default`` without a mantissa
-bit in the class. Prints the median of the ratios of all rounds, and the second least and greatest ratio.
+that the operating system provides no new memory. Prints the median of the ratios of all rounds, and the
+second least and greatest ratio.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ def main() -> None:
         "zipnn": lambda: [peer.compress(bytearray(part)) for part in raw]
     }
     tried = {"default": PRESETS["default"], "speed": PRESETS["speed"]}
-    tried["exponents"] = PRESETS["default"].but(mantissa_bits=0)
     for preset, options in tried.items():
         encode[preset] = partial(save, tensors, options=options, engine="numba", threads=1)
         data = save(tensors, options=options, engine="numba", threads=1)
